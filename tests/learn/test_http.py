@@ -17,10 +17,11 @@ from swapping import PROMPTS
 from typer.testing import CliRunner
 from versioned import trained, version
 
+from whiflash_sglang.checkpoints.hub import sha256
 from whiflash_sglang.cli import app
 from whiflash_sglang.cli.learn import LiveServer
 from whiflash_sglang.learn.samples import files_of, samples_of
-from whiflash_sglang.learn.versions import path_of, versions_of
+from whiflash_sglang.learn.versions import claims_of, path_of, versions_of
 from whiflash_sglang.learner import once, watch
 from whiflash_sglang.learner.guard import LEAST, Guard
 from whiflash_sglang.learner.once import Outcome
@@ -69,6 +70,21 @@ def answers(server: Server) -> list[list[int]]:
     return [answer["output_ids"] for answer in server.generate_all(bodies, concurrency=3)]
 
 
+def test_the_servers_own_requests_are_no_samples(server: Server) -> None:
+    """Its warm-up, and health checks, with which whoever started it has waited for it."""
+
+    def declined() -> int:
+        state = (
+            httpx.get(f"{server.url}/whiflash/state", headers=ADMIN, timeout=None).raise_for_status().json()
+        )
+        return int(state["samples"]["declined"])
+
+    warm_up = declined()
+    assert warm_up >= 1
+    assert httpx.get(f"{server.url}/health_generate", timeout=None).status_code == 200
+    wait_until(lambda: declined() == warm_up + 1)
+
+
 def test_commands_switch_a_server_and_back(server: Server, learning: Path) -> None:
     use(server, {"version": 0})
     for words, now, before in ((["use", "1"], 1, 0), (["use", "2"], 2, 1), (["rollback"], 1, 2)):
@@ -103,6 +119,47 @@ def test_a_torn_version_is_refused_by_name(server: Server) -> None:
     assert ran.exit_code == 1
     assert "is not the file that its bundle was made with" in str(ran.exception)
     assert answers(server)
+
+
+def test_a_version_is_refused_by_its_askers_sums_or_by_its_file(server: Server, learning: Path) -> None:
+    """Before anything is loaded, and without another answer than 400."""
+    use(server, {"version": 1})
+    said = claims_of(versions_of(learning), 2)
+    for change, why in (
+        ({"target": "another"}, "the one that is asked for is for 'another'"),
+        ({"files": {**said["files"], "dflash/config.json": "0"}}, "dflash/config.json differs"),
+    ):
+        answer = use(server, {"version": 2, **said, **change})
+        assert (answer.status_code, why in answer.json()["error"]["message"]) == (400, True)
+    config = path_of(versions_of(learning), TORN) / "dflash" / "config.json"
+    manifest = config.parents[1] / "whiflash.json"
+    files = {config: config.read_text(), manifest: manifest.read_text()}
+    config.write_text(json.dumps({**json.loads(files[config]), "num_hidden_layers": 10**9}))
+    told = json.loads(files[manifest])
+    for file in (config, config.with_name("model.safetensors")):
+        told["sources"]["dflash"]["files"][file.name] = sha256(file)
+    for text in (json.dumps(told), "[" * 100_000):
+        manifest.write_text(text)
+        answer = use(server, {"version": TORN})
+        assert answer.status_code == 400
+        assert any(str(file) in answer.json()["error"]["message"] for file in files), answer.text
+    for file, text in files.items():
+        file.write_text(text)
+    assert drafters(server)["version"] == 1
+    assert use(server, {"version": 2, **said}).json()["drafters"]["version"] == 2
+
+
+def test_notes_of_anything_are_no_reason_to_fail(server: Server, learning: Path) -> None:
+    notes = path_of(versions_of(learning), 2) / "notes.json"
+    before = notes.read_text()
+    for text in ('{"dflash": NaN}', '{"dflash": 1e999}', f'{{"dflash": 1{"0" * 400}}}', "[" * 100_000):
+        use(server, {"version": 1})
+        notes.write_text(text)
+        assert use(server, {"version": 2}).status_code == 200
+        assert command("rollback", "--url", server.url).exit_code == 0
+        assert command("list", str(versions_of(learning))).exit_code == 0
+    notes.write_text(before)
+    assert drafters(server)["version"] == 1
 
 
 def test_what_was_learned_is_offered(server: Server, learning: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +213,7 @@ def test_what_accepts_less_of_live_traffic_is_left(
         {"input_ids": draw.choices(range(256), k=12), "sampling_params": {"max_new_tokens": 48}}
         for _ in range(2 * LEAST)
     ]
-    guard = Guard(LiveServer(server.url, KEY), tmp_path)
+    guard = Guard(LiveServer(server.url, KEY, versions_of(learning)), tmp_path)
     assert guard.look() is None
     server.generate_all(bodies, concurrency=8)
     guard.switch(wrong)
@@ -174,7 +231,16 @@ def test_what_accepts_less_of_live_traffic_is_left(
 
 
 @pytest.mark.parametrize(
-    "body", [{}, {"version": "1"}, {"version": -1}, {"version": True}, {"version": 1, "x": 2}]
+    "body",
+    [
+        {},
+        {"version": "1"},
+        {"version": -1},
+        {"version": True},
+        {"version": 1, "x": 2},
+        {"version": 1, "target": 2},
+        {"version": 1, "files": ["a"]},
+    ],
 )
 def test_a_malformed_body_is_a_400(server: Server, body: dict[str, Any]) -> None:
     answer = use(server, body)

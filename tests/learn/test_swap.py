@@ -1,6 +1,8 @@
 """Weights that are swapped between rounds: other drafts, the same text, and nothing that would make old KV wrong."""
 
 import gc
+import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,11 +14,14 @@ from model_set import Models
 from safetensors.torch import load_file
 from swapping import PROMPTS, parameters, serving, swap
 from versioned import bundle_of, changed
+from whiflash_kernels import packed
 
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.learn.swap import KINDS, LiveWeights
+from whiflash_sglang.learn.swap import KINDS, LiveWeights, first_frozen_row, rewrite
 from whiflash_sglang.learn.versions import path_of, publish
+from whiflash_sglang.models.eagle3 import Eagle3Config, Eagle3Drafter
+from whiflash_sglang.models.layers import AttentionShape
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +165,138 @@ def test_another_configuration_or_a_torn_file_is_refused(
     weights.write_bytes(weights.read_bytes()[:-7])
     assert "is not the file that its bundle was made with" in refused(served_engine, number)
     assert "has no version 999" in refused(served_engine, 999)
+
+
+def damaged(directory: Path, number: int, file: str, text: str) -> None:
+    """Put anything into a file of a version, whose sum follows."""
+    bundle = path_of(directory, number)
+    (bundle / file).write_text(text)
+    part, _, name = file.partition("/")
+    if name:
+        said = json.loads((bundle / "whiflash.json").read_text())
+        said["sources"][part]["files"][name] = hashlib.sha256(text.encode()).hexdigest()
+        (bundle / "whiflash.json").write_text(json.dumps(said))
+
+
+MALFORMED = (
+    ("rope_theta", '"x"'),
+    ("rope_scaling", "[1]"),
+    ("rope_scaling", '{"rope_type": "yarn", "factor": "x"}'),
+    ("rms_norm_eps", "[1]"),
+    ("rms_norm_eps", "NaN"),
+    ("rms_norm_eps", "1e999"),
+    ("num_attention_heads", str(10**12)),
+    ("num_attention_heads", "0"),
+    ("num_hidden_layers", str(10**9)),
+    ("hidden_size", f"1{'0' * 400}"),
+    ("intermediate_size", str(10**15)),
+    ("vocab_size", "null"),
+    ("architectures", "5"),
+    ("architectures", "[[]]"),
+    ("max_position_embeddings", '{"a": 1}'),
+    ("extra", "[" * 100_000),
+)
+
+
+@pytest.mark.parametrize("drafter", ["eagle3", "dflash"])
+def test_a_version_of_anything_is_refused_by_file(
+    served_engine: Engine, models: Models, directory: Path, tmp_path: Path, drafter: str
+) -> None:
+    """Its configuration is compared before a module of its size is built, and whatever fails is an objection."""
+    e = served_engine
+    number = publish(directory, bundle_of(models, tmp_path / "bundle", **{drafter: getattr(models, drafter)}))
+    file, manifest = f"{drafter}/config.json", path_of(directory, number) / "whiflash.json"
+    config, said = json.loads((path_of(directory, number) / file).read_text()), manifest.read_text()
+    built: list[str] = []
+    load = e.worker.weights._load
+    e.worker.weights._load = lambda draft: built.append(draft.format.arm) or load(draft)
+    for key, value in MALFORMED:
+        damaged(directory, number, file, json.dumps({**config, key: "@"}).replace('"@"', value))
+        assert f"{path_of(directory, number) / file}" in refused(e, number), (key, value[:20])
+    arm = {"dflash": "diffusion", "eagle3": "ar"}[drafter]
+    assert arm not in built
+    e.worker.weights._load = load
+    for text in ("", "[]", "null", "5", "{", "\x00", '{"architectures": ["X"]}'):
+        damaged(directory, number, file, text)
+        assert file in refused(e, number), text
+    manifest.write_text(said)
+    swap_file = path_of(directory, number) / drafter / "model.safetensors"
+    for content in (b"", b"\xff" * 64, (2**63 - 1).to_bytes(8, "little") + b"{}"):
+        swap_file.write_bytes(content)
+        told = json.loads(said)
+        told["sources"][drafter]["files"]["config.json"] = hashlib.sha256(text.encode()).hexdigest()
+        told["sources"][drafter]["files"]["model.safetensors"] = hashlib.sha256(content).hexdigest()
+        manifest.write_text(json.dumps(told))
+        assert str(path_of(directory, number)) in refused(e, number), content[:8]
+    damaged(directory, number, "whiflash.json", "[" * 100_000)
+    assert str(manifest) in refused(e, number)
+
+
+def test_a_failure_of_any_kind_is_an_objection(
+    served_engine: Engine, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A start goes on with its own drafters."""
+    weights = served_engine.worker.weights
+    load, served_last = weights._load, weights._versions.directory / "current.json"
+
+    def failing(_: object) -> None:
+        raise MemoryError("no memory")
+
+    before = served_last.read_text()
+    weights._load = failing
+    try:
+        swap_failed = refused(served_engine, 1)
+        served_last.write_text('{"version": 1, "before": 0}')
+        weights.restore()
+    finally:
+        weights._load = load
+        served_last.write_text(before)
+    assert f"{path_of(directory, 1)}/eagle3 cannot be read: MemoryError: no memory" in swap_failed
+    assert "begins with its own drafters" in caplog.text
+
+
+def test_using_what_serves_keeps_what_was_before(served_engine: Engine) -> None:
+    for number, before in ((1, None), (2, 1), (2, 1), (1, 2)):
+        swap(served_engine, number)
+        assert before in (None, served_engine.worker.weights.used.before)
+
+
+def test_notes_of_anything_do_no_harm_after_a_switch(
+    served_engine: Engine, models: Models, directory: Path, tmp_path: Path
+) -> None:
+    number = publish(directory, bundle_of(models, tmp_path / "bundle", dflash=models.dflash))
+    for notes in ('{"dflash": NaN}', '{"dflash": 1e999}', f'{{"dflash": 1{"0" * 400}}}', "[" * 100_000):
+        damaged(directory, number, "notes.json", notes)
+        swap(served_engine, number)
+        json.dumps(served_engine.worker.snapshot()["drafters"], allow_nan=False)
+        served_engine.worker.publisher.flush()
+
+
+def test_earlier_layers_of_a_chain_stay_and_the_last_one_may_change() -> None:
+    """What an earlier layer makes of entry p is in the later layers' K and V of it; in a block drafter only what the
+    target gave is.
+    """
+    shape = AttentionShape(2, 1, 8)
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    chain = Eagle3Drafter(
+        Eagle3Config(16, 16, 32, shape, 2, 64, None, 3, (), rope), torch.zeros(64, 16), torch.zeros(64, 16)
+    )
+    frozen = {name: first_frozen_row(chain, name) for name, _ in chain.named_parameters()}
+    assert {first for name, first in frozen.items() if name.startswith("layers.0.")} == {0}
+    assert frozen["layers.1.attention.out.weight"] is None
+    assert frozen["layers.1.attention.qkv.weight"] == shape.heads * shape.head_dim
+    assert frozen["layers.1.mlp.down.weight"] is None
+
+
+def test_packed_copies_are_made_again() -> None:
+    """A copy that stayed would go on drafting with the weights of before; one that went would cost time only."""
+    weight, other, rows = (torch.randn(size, 64).bfloat16() for size in (64, 64, 3))
+    if not packed.packable(weight):
+        pytest.skip("this processor packs nothing")
+    packed.pack([weight], at_most=weight.nbytes)
+    rewrite(weight, other)
+    assert packed.is_packed(weight)
+    assert torch.equal(packed.linear(rows, weight), torch.nn.functional.linear(rows, other))
 
 
 def test_no_rank_writes_where_one_objects(models: Models, directory: Path, served_engine: Engine) -> None:

@@ -17,6 +17,11 @@ from whiflash_sglang.learn import versions
 from whiflash_sglang.learn.versions import (
     CURRENT,
     Served,
+    Wanted,
+    check_wanted,
+    claims_of,
+    gain_of,
+    notes_of,
     numbers,
     path_of,
     publish,
@@ -87,6 +92,68 @@ def test_a_version_without_sums_is_refused(directory: Path) -> None:
         read_version(directory, 1, "")
 
 
+@pytest.mark.parametrize(
+    "kept", [["config.json"], ["model.safetensors"], ["config.json", "model.safetensors", "x"]]
+)
+def test_a_file_without_a_sum_is_refused(directory: Path, kept: list[str]) -> None:
+    """What is read beside a file with a sum would be served as if it were the one that was made."""
+    bundle = path_of(directory, 1)
+    (bundle / "eagle3" / "added.safetensors").touch()
+    manifest = bundle / "whiflash.json"
+    said = json.loads(manifest.read_text())
+    sums = said["sources"]["eagle3"]["files"]
+    said["sources"]["eagle3"]["files"] = {name: sums[name] for name in kept if name in sums}
+    manifest.write_text(json.dumps(said))
+    with pytest.raises(ConfigError, match=r"has no SHA-256 of .*/000001/eagle3/"):
+        read_version(directory, 1, "")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"schema_version": NaN}', '{"schema_version": 1e999}', "\x00"]
+)
+def test_a_manifest_of_anything_is_refused_by_name(directory: Path, text: str) -> None:
+    (path_of(directory, 1) / "whiflash.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"000001/whiflash.json is not valid JSON"):
+        read_version(directory, 1, "")
+
+
+def test_a_version_is_what_its_asker_has(models: Models, directory: Path) -> None:
+    said = claims_of(directory, 1)
+    assert said["target"] == str(models.target)
+    assert sorted(said["files"]) == [
+        f"{part}/{name}" for part in ("dflash", "eagle3") for name in ("config.json", "model.safetensors")
+    ]
+    check_wanted(directory, Wanted(version=1, **said))
+    check_wanted(directory, Wanted(version=1))
+    check_wanted(directory, Wanted(version=0, **claims_of(directory, 0)))
+    for change, why in (
+        ({"version": 2}, "another than the one that is asked for: dflash/model.safetensors differs"),
+        ({"version": 0}, "is for the target None"),
+        ({"target": "b"}, "the one that is asked for is for 'b'"),
+        ({"files": {**said["files"], "eagle3/more": "0"}}, "eagle3/more differs"),
+        ({"files": {}}, "dflash/config.json differs"),
+        ({"version": 7}, "has no version 7"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            check_wanted(directory, Wanted(**{"version": 1, **said, **change}))
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        '{"eagle3": NaN}',
+        '{"eagle3": 1e999}',
+        f'{{"eagle3": 1{"0" * 400}}}',
+        "[" * 100_000,
+        '{"eagle3": true}',
+    ],
+)
+def test_notes_of_anything_are_no_gain(directory: Path, notes: str) -> None:
+    (path_of(directory, 1) / "notes.json").write_text(notes)
+    assert gain_of(directory, 1) == {"eagle3": 1.0, "dflash": 1.0}
+    json.dumps(notes_of(directory, 1), allow_nan=False)
+
+
 def test_a_killed_publisher_leaves_no_version(
     models: Models, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +181,8 @@ def test_the_record_of_what_is_served(tmp_path: Path) -> None:
         '{"version": -1, "before": 0}',
         '{"version": 1.5, "before": 0}',
         '{"other": 1}',
+        '{"version": NaN, "before": 0}',
+        "[" * 100_000,
         "[]",
     ):
         (tmp_path / CURRENT).write_text(damaged)

@@ -77,8 +77,9 @@ def learn(
         raise UsageError("--config is missing: name the configuration that the drafters were trained with")
     from whiflash_sglang.checkpoints.manifest import embedded_bundle
     from whiflash_sglang.cli.train import readable_errors, resolve_config
+    from whiflash_sglang.learn.versions import versions_of
 
-    server = None if url is None else LiveServer(url.rstrip("/"), api_key)
+    server = None if url is None else LiveServer(url.rstrip("/"), api_key, versions_of(directory))
     with readable_errors():
         settings = resolve_config(config)
         given = Learning(directory, bundle or embedded_bundle(), settings, tokens, judged, rate, replay)
@@ -91,16 +92,19 @@ def learn(
 
 
 class LiveServer:
-    """The one that is offered versions."""
+    """The one that is offered versions, those of a directory that it must have, too."""
 
-    def __init__(self, url: str, api_key: str | None) -> None:
-        self._url, self._api_key = url, api_key
+    def __init__(self, url: str, api_key: str | None, versions: Path) -> None:
+        self._url, self._api_key, self._versions = url, api_key, versions
 
     def state(self) -> dict[str, Any]:
         return self._checked(steer(self._url, "/whiflash/state", None, self._api_key))
 
     def use(self, version: int) -> dict[str, Any]:
-        return self._checked(steer(self._url, "/whiflash/drafters", {"version": version}, self._api_key))
+        from whiflash_sglang.learn.versions import claims_of
+
+        body = {"version": version, **claims_of(self._versions, version)}
+        return self._checked(steer(self._url, "/whiflash/drafters", body, self._api_key))
 
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
         if "drafters" not in state:

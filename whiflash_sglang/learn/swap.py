@@ -20,15 +20,16 @@ from whiflash_kernels import packed
 from whiflash_sglang.checkpoints.manifest import NAMES
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.learn.versions import Served, gain_of, read_version, record, served
+from whiflash_sglang.learn.versions import Served, gain_of, path_of, read_version, record, served
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dspark import DSparkDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.formats import Draft, read_draft
 
 logger = logging.getLogger("whiflash_sglang")
 
-Load = Callable[[str, Path], nn.Module]
-"""Arm, checkpoint → its drafter on the CPU, in the dtype that serves."""
+Load = Callable[[Draft], nn.Module]
+"""A checkpoint whose configuration was read → its drafter on the CPU, in the dtype that serves."""
 
 KINDS = (Eagle3Drafter, DFlashDrafter, DSparkDrafter)
 """Drafters whose weights may be replaced: of others nobody has said what their KV is made with."""
@@ -135,20 +136,32 @@ class LiveWeights:
             return Served()
 
     def _read(self, number: int) -> str | None:
-        """Prepare it in this process; or why it cannot be used."""
+        """Prepare it in this process; or why it cannot be used.
+
+        Its files may hold anything, and a rank that left here would leave the others waiting: every failure is one.
+        """
+        found = {}
+        place = path_of(self._versions.directory, number)
         try:
-            found = {}
             named = self._versions.named(number)
             for arm, live in self._models.items():
                 if arm not in named and type(live) not in KINDS:
                     continue  # it never had other weights
                 check_kind(arm, live)
                 path = named.get(arm, self._versions.start[arm])
-                candidate = self._load(arm, path)
+                place = path / "config.json"
+                draft = read_draft(path, arm)
+                check_sizes(f"version {number}: {place}", live, draft.format.model, draft.config)
+                place = path
+                candidate = self._load(draft)
                 check_fits(f"version {number}: {path}", live, candidate)
                 found[arm] = candidate
         except (WhiflashError, OSError) as error:
             return str(error)
+        except Exception as error:
+            logger.warning("WHIFLASH: version %d cannot be read", number, exc_info=True)
+            reason = next(iter(str(error).splitlines()), "")
+            return f"version {number}: {place} cannot be read: {type(error).__name__}: {reason:.200}"
         self._prepared = number, found
         return None
 
@@ -174,18 +187,27 @@ def check_kind(arm: str, live: nn.Module) -> None:
         )
 
 
+def check_sizes(name: str, live: nn.Module, kind: type[nn.Module], config: Any) -> None:
+    """Whether a drafter of this kind and configuration, which need not be built, may take the place of `live`.
+
+    Raises:
+        ConfigError: naming the key that differs.
+    """
+    if type(live) is not kind:
+        raise ConfigError(f"{name} is a {kind.__name__}, a {type(live).__name__} serves")
+    here, there = asdict(cast("Any", live).config), asdict(config)
+    if here != there:
+        key = next(key for key in here if here[key] != there[key])
+        raise ConfigError(f"{name} has {key} {there[key]!r:.200}, the drafter that serves has {here[key]!r}")
+
+
 def check_fits(name: str, live: nn.Module, candidate: nn.Module) -> None:
     """Whether `candidate` may take the place of `live`, whose draft KV stays.
 
     Raises:
         ConfigError: another kind, another configuration, NaN or infinity, or a part changed that must stay; named.
     """
-    if type(live) is not type(candidate):
-        raise ConfigError(f"{name} is a {type(candidate).__name__}, a {type(live).__name__} serves")
-    here, there = (asdict(cast("Any", model).config) for model in (live, candidate))
-    if here != there:
-        key = next(key for key in here if here[key] != there[key])
-        raise ConfigError(f"{name} has {key} {there[key]}, the drafter that serves has {here[key]}")
+    check_sizes(name, live, type(candidate), cast("Any", candidate).config)
     parameters = dict(candidate.named_parameters())
     for key, value in live.named_parameters():
         found = parameters[key]

@@ -5,16 +5,20 @@ with, whose files are elsewhere. Imports no SGLang and no torch.
 """
 
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple, cast
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from whiflash_sglang.checkpoints.hub import checksums, sha256, verify
-from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, PARTS, Manifest, load_manifest
+from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, PARTS, Manifest, Source, load_manifest
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import write_whole
+from whiflash_sglang.jsonl import read_json_file, write_whole
 from whiflash_sglang.learn.samples import locked
 
 CURRENT: Final = "current.json"
@@ -31,6 +35,16 @@ class Served(NamedTuple):
     before: int = 0
 
 
+class Wanted(BaseModel):
+    """A version that a server is asked to use: its number, and what `claims_of` it says where the asker can read it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: Annotated[int, Field(ge=0, lt=MOST)]
+    target: str | None = None
+    files: dict[str, str] = {}
+
+
 def versions_of(learning: Path) -> Path:
     """Where the versions are, of the directory that `--whiflash-learn` names."""
     return learning / "versions"
@@ -45,7 +59,7 @@ def numbers(directory: Path) -> list[int]:
     """The versions that are there, ascending, without 0."""
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and len(p.name) == 6)
+    return sorted(int(p.name) for p in directory.iterdir() if re.fullmatch("[0-9]{6}", p.name))
 
 
 def read_version(directory: Path, number: int, target: str) -> dict[str, Path]:
@@ -55,13 +69,11 @@ def read_version(directory: Path, number: int, target: str) -> dict[str, Path]:
         target: the model that the server's own bundle names; empty where it has none, so that any is taken.
 
     Raises:
-        ConfigError: it is not there, is torn or damaged, is for another target, or its files are on a hub.
+        ConfigError: it is not there, is torn or damaged, has a file without a sum, is for another target, or its files
+            are on a hub. OSError.
     """
     bundle = path_of(directory, number)
-    if not bundle.is_dir():
-        known = ", ".join(map(str, [0, *numbers(directory)]))
-        raise ConfigError(f"{directory} has no version {number}; it has {known}")
-    manifest = load_manifest(bundle)
+    manifest = _manifest_of(directory, number)
     if target and manifest.target != target:
         raise ConfigError(f"version {number} is for the target {manifest.target}, the server's is {target}")
     for arm, place in manifest.drafters.items():
@@ -71,8 +83,59 @@ def read_version(directory: Path, number: int, target: str) -> dict[str, Path]:
                 f"version {number}: {bundle / MANIFEST} has no SHA-256 of files of {PARTS[arm]}: make it with "
                 "`whiflash drafter add`"
             )
+        others = {path.name for path in (bundle / place).iterdir() if not path.is_dir()} - set(source.files)
+        if others:
+            raise ConfigError(
+                f"version {number}: {bundle / MANIFEST} has no SHA-256 of {bundle / place / min(others)}: make the "
+                "version with `whiflash drafter add`"
+            )
     verify(checksums(bundle, manifest, [PARTS[arm] for arm in manifest.drafters]))
     return {arm: bundle / place for arm, place in manifest.drafters.items()}
+
+
+def _manifest_of(directory: Path, number: int) -> Manifest:
+    """Of a version; raises ConfigError where it is not there or damaged."""
+    bundle = path_of(directory, number)
+    if not bundle.is_dir():
+        known = ", ".join(map(str, [0, *numbers(directory)]))
+        raise ConfigError(f"{directory} has no version {number}; it has {known}")
+    return load_manifest(bundle)
+
+
+def claims_of(directory: Path, number: int) -> dict[str, Any]:
+    """What a version is, for whoever asks a server to use it: `target`, and `files` by name with their SHA-256.
+
+    Raises:
+        ConfigError: it is not there, or damaged.
+    """
+    if not number:
+        return {}
+    manifest = _manifest_of(directory, number)
+    files = {
+        f"{PARTS[arm]}/{name}": digest
+        for arm in manifest.drafters
+        for name, digest in manifest.sources.get(PARTS[arm], Source()).files.items()
+    }
+    return {"target": manifest.target, "files": files}
+
+
+def check_wanted(directory: Path, wanted: Wanted) -> None:
+    """Raise ConfigError where a version is not what `wanted` says of it, naming what differs. OSError."""
+    if wanted.target is None and not wanted.files:
+        return
+    number, own = wanted.version, claims_of(directory, wanted.version)
+    if wanted.target != own.get("target"):
+        raise ConfigError(
+            f"version {number} of {directory} is for the target {own.get('target')}, the one that is asked for is for "
+            f"{wanted.target!r:.200}: name the directory that this server reads its versions from"
+        )
+    files = own.get("files", {})
+    if files != wanted.files:
+        name = min(name for name in {**files, **wanted.files} if files.get(name) != wanted.files.get(name))
+        raise ConfigError(
+            f"version {number} of {directory} is another than the one that is asked for: {name:.200} differs; name the "
+            "directory that this server reads its versions from"
+        )
 
 
 def publish(directory: Path, bundle: Path, notes: dict[str, Any] | None = None) -> int:
@@ -141,7 +204,7 @@ def served(directory: Path) -> Served:
     """What a server of this directory used last. Raises ConfigError where the record is damaged."""
     file = directory / CURRENT
     try:
-        found = Served(**json.loads(file.read_text(encoding="utf-8")))
+        found = Served(**read_json_file(file))
     except FileNotFoundError:
         return Served()
     except (ValueError, TypeError) as error:
@@ -160,7 +223,7 @@ def record(directory: Path, used: Served) -> None:
 def notes_of(directory: Path, number: int) -> dict[str, Any]:
     """What whoever made a version says of it; nothing where it says nothing that can be read."""
     try:
-        found = json.loads((path_of(directory, number) / NOTES).read_text(encoding="utf-8"))
+        found = read_json_file(path_of(directory, number) / NOTES)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -171,4 +234,9 @@ def gain_of(directory: Path, number: int) -> dict[str, float]:
     from, as whoever made it says; 1 where nobody does.
     """
     notes = notes_of(directory, number)
-    return {part: notes[part] if type(notes.get(part)) in (int, float) else 1.0 for part in PARTS.values()}
+    return {part: float(notes[part]) if is_number(notes.get(part)) else 1.0 for part in PARTS.values()}
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a note is a number that can be reckoned with."""
+    return type(value) in (int, float) and math.isfinite(cast("float", value))

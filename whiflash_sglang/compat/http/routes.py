@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import Query, Request
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import SetInternalStateReq
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -28,7 +29,7 @@ from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.learn.samples import forget_samples
-from whiflash_sglang.learn.versions import MOST
+from whiflash_sglang.learn.versions import Wanted, check_wanted
 from whiflash_sglang.lookup.memory import nameless, parse_forget
 from whiflash_sglang.metrics import log_steering, loggable
 from whiflash_sglang.serving import SilentReplicaError, together
@@ -64,6 +65,7 @@ async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) ->
     outputs = original(self, obj, request)
     if asks_for_ours(self.server_args):
         requests.check_native(self, obj)
+        requests.keep_from_learning(self, obj)
         await predictions.encoded(self, obj)
         outputs = predictions.followed(self, obj, outputs)
     async for output in pieces.as_plain(self, obj, traces.followed(self, obj, outputs)):
@@ -165,22 +167,34 @@ async def _forget(who: dict[str, Any], request: Request) -> JSONResponse:
 
 async def _use_version(which: dict[str, Any], request: Request) -> JSONResponse:
     """Draft with another version of the drafters' weights; running requests continue."""
-    number = which.get("version")
-    if set(which) != {"version"} or type(number) is not int or not 0 <= number < MOST:
+    told: dict[str, Any] = {}
+    try:
+        wanted = Wanted.model_validate(which)
+    except ValidationError:
         answer = _bad_request(
-            'give the number of a version, as {"version": 3}; 0 is what the server was started with'
+            'give the number of a version, as {"version": 3}, and its "target" and "files" if you have them; 0 is what '
+            "the server was started with"
         )
-        log_steering(_client(request), "drafters", {}, answer.status_code)
-        return answer
-    answer = await _send({VERSION: number})
-    if answer.status_code == 400:
-        said = [state["drafters"]["why"] for state in await _states() if "drafters" in state]
-        why = next(
-            filter(None, said), "this server was started without --whiflash-versions or --whiflash-learn"
-        )
-        answer = _bad_request(why)
-    log_steering(_client(request), "drafters", {"version": number}, answer.status_code)
+    else:
+        told = {"version": wanted.version}
+        answer = await _used(wanted)
+    log_steering(_client(request), "drafters", told, answer.status_code)
     return answer
+
+
+async def _used(wanted: Wanted) -> JSONResponse:
+    directory = settings_of(http_server._global_state.tokenizer_manager.server_args).versions
+    if directory is None:
+        return _bad_request("this server was started without --whiflash-versions or --whiflash-learn")
+    try:
+        await asyncio.to_thread(check_wanted, directory, wanted)
+    except (ConfigError, OSError) as error:
+        return _bad_request(str(error))
+    answer = await _send({VERSION: wanted.version})
+    if answer.status_code != 400:
+        return answer
+    said = (state["drafters"]["why"] for state in await _states() if "drafters" in state)
+    return _bad_request(next(filter(None, said), "the version was refused; the server's log says why"))
 
 
 async def _forget_samples(handle: int | None) -> JSONResponse | None:
