@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from whiflash_sglang.learn.versions import gain_of, notes_of, numbers, path_of, 
 from whiflash_sglang.learner import once
 from whiflash_sglang.learner.once import SAVE_STEPS, WORK, Learning, Outcome, learn_once, status_of
 from whiflash_sglang.learner.pace import Pace
-from whiflash_sglang.learner.texts import LEAST, Text, answer_tokens, choose, texts_of
+from whiflash_sglang.learner.texts import LEAST, LONGEST, TENANTS, Text, answer_tokens, choose, texts_of
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.answers.tokens import export_tokens
@@ -82,15 +83,19 @@ Passed = tuple[Learning, Outcome]
 @pytest.fixture(scope="module")
 def passed(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Passed:
     learning = learning_of(pair, tmp_path_factory.mktemp("learning"))
-    serve(learning.directory, str(pair[0] / "target"), 320, 1)
+    target, spool = str(pair[0] / "target"), samples_of(learning.directory)
+    serve(learning.directory, target, 320, 1)
+    planted = [[1, 256, 2, 3], [1, 2**31 - 1, 2, 3], random.Random(0).choices(range(256), k=LONGEST)]
+    write_file(spool, target, [Sample([at], answer, []) for at, answer in enumerate(planted)], time.time())
     return learning, learn_once(learning)
 
 
 def test_drafters_that_became_better_are_a_version(passed: Passed) -> None:
+    """Samples whose tokens the target does not have, or cannot read at once, end no pass."""
     learning, found = passed
     print(found)
     assert (found.present, found.version, found.judged) == (0, 1, 64)
-    texts = list(texts_of(samples_of(learning.directory), load_manifest(learning.bundle).target))
+    texts = list(texts_of(samples_of(learning.directory), load_manifest(learning.bundle).target, 256))
     assert (found.learned, found.tokens) == (len(texts) - 64, answer_tokens(texts[:-64]))
     for gain in found.drafters.values():
         assert gain.ratio.low > 1.2
@@ -167,7 +172,8 @@ def test_the_original_training_is_replayed(pair: Pair, tmp_path: Path) -> None:
     export_tokens([store], tmp_path / "original.npz")
     serve(tmp_path, str(pair[0] / "target"), 32, 6)
     found = learn_once(learning_of(pair, tmp_path)._replace(replay=tmp_path / "original.npz"))
-    learned = answer_tokens(list(texts_of(samples_of(tmp_path), str(pair[0] / "target")))[: found.learned])
+    texts = list(texts_of(samples_of(tmp_path), str(pair[0] / "target"), 256))
+    learned = answer_tokens(texts[: found.learned])
     assert 2 * learned <= found.tokens < 2 * learned + 20
 
 
@@ -210,6 +216,20 @@ def test_weights_that_cannot_serve_are_no_version(
     assert not (tmp_path / WORK).exists()
 
 
+def test_a_configuration_of_another_target_learns_nothing(pair: Pair, tmp_path: Path) -> None:
+    serve(tmp_path, str(pair[0] / "target"), 32, 3)
+    learning = learning_of(pair, tmp_path)
+    for target in (str(pair[0] / "eagle3"), "owner/name", "embedded"):
+        other = learning._replace(config=learning.config.model_copy(update={"target": target}))
+        with pytest.raises(ConfigError, match=f"--config is for the target {target}, .* another model"):
+            learn_once(other)
+    assert not (tmp_path / WORK).exists()
+    assert numbers(versions_of(tmp_path)) == []
+    (tmp_path / "link").symlink_to(pair[0] / "target")
+    once.check_target(str(tmp_path / "link"), str(pair[0] / "target"))
+    once.check_target("embedded", "embedded:smollm2-135m-instruct")
+
+
 def test_there_is_one_learner(pair: Pair, tmp_path: Path) -> None:
     learning = learning_of(pair, tmp_path)
     with pytest.raises(ConfigError, match="has no samples"):
@@ -223,7 +243,11 @@ def test_there_is_one_learner(pair: Pair, tmp_path: Path) -> None:
 
 def test_what_a_killed_pass_left_goes(pair: Pair, tmp_path: Path) -> None:
     check_spool(samples_of(tmp_path))
-    (tmp_path / WORK / "data").mkdir(parents=True)
+    (tmp_path / WORK).mkdir(mode=0o750)
+    with pytest.raises(ConfigError, match="learner has mode 750"):
+        learn_once(learning_of(pair, tmp_path))
+    (tmp_path / WORK).chmod(0o700)
+    (tmp_path / WORK / "data").mkdir()
     with pytest.raises(ConfigError, match="0 samples are newer"):
         learn_once(learning_of(pair, tmp_path))
     assert not (tmp_path / WORK).exists()
@@ -358,11 +382,28 @@ def test_the_newest_judge_and_no_prompt_is_on_both_sides() -> None:
         choose(texts, 85.0, 200, 64)
 
 
-def test_files_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     serve(tmp_path, "a target", 16, 4)
     (samples_of(tmp_path) / "00000000000000000001-1.jsonl").write_text("{")
-    assert len(list(texts_of(samples_of(tmp_path), "a target"))) == 16
-    assert list(texts_of(samples_of(tmp_path), "another")) == []
+    assert len(list(texts_of(samples_of(tmp_path), "a target", 256))) == 16
+    assert "00001-1.jsonl has mode" in caplog.text
+    assert list(texts_of(samples_of(tmp_path), "another", 256)) == []
+
+
+def test_a_tenant_supplies_its_share_alone() -> None:
+    """Whoever comes last would otherwise be all that judges, and all that is learned."""
+    others = [text(number)._replace(tenant=number % 3) for number in range(90)]
+    flood = [text(number)._replace(tenant=9) for number in range(100, 400)]
+    found = choose([*others, *flood], -1.0, 400, 32)
+    for texts, most in ((found.judged, 32 // TENANTS), (found.learned, 400 // 10 // TENANTS)):
+        assert Counter(one.tenant for one in texts) == dict.fromkeys((0, 1, 2, 9), most)
+    assert not {one.prompt for one in found.judged} & {one.prompt for one in found.learned}
+    two = choose(
+        [one._replace(tenant=None if one in flood else 1) for one in (*others, *flood)], -1.0, 10_000, 32
+    )
+    assert Counter(one.tenant for one in two.judged) == {None: 16, 1: 16}
+    with pytest.raises(ConfigError, match="6 of them can judge as 2 tenants share that"):
+        choose([others[0], *flood], -1.0, 400, 10)
 
 
 def test_the_command_reports_the_last_pass(passed: Passed) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from whiflash_sglang.checkpoints.manifest import PARTS
-from whiflash_sglang.jsonl import write_whole
+from whiflash_sglang.jsonl import read_json_file, write_whole
 from whiflash_sglang.telemetry.lengths import Change, Lengths, change
 
 LEAST, MOST = 32, 1024
@@ -112,7 +112,7 @@ def _lengths(state: Mapping[str, Any]) -> ByArm:
 def _read(file: Path) -> Watched | None:
     """What an earlier learner knew; nothing where that cannot be read."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json_file(file)
         sides = [{a: Lengths(**sums) for a, sums in found[side].items()} for side in ("since", "earlier")]
         return Watched(int(found["version"]), *sides)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

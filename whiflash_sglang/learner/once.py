@@ -4,36 +4,44 @@ What it works with is in `learner` of the directory of `--whiflash-learn`, for t
 ends. What a killed pass left is gone on with, if the next one would learn the same.
 """
 
-import fcntl
 import json
-import os
 import random
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from torch import nn
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import MANIFEST, PARTS, Manifest, load_manifest, lookup_of
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import write_whole
+from whiflash_sglang.jsonl import read_json, read_json_file, write_whole
 from whiflash_sglang.lab.statistics import Interval
-from whiflash_sglang.learn.samples import samples_of
+from whiflash_sglang.learn.samples import check_own, samples_of
 from whiflash_sglang.learn.swap import check_fits
-from whiflash_sglang.learn.versions import notes_of, numbers, publish, read_version, served, versions_of
+from whiflash_sglang.learn.versions import (
+    is_number,
+    notes_of,
+    numbers,
+    publish,
+    read_version,
+    served,
+    versions_of,
+)
 from whiflash_sglang.learner.judge import Gain, gains, walk_answers
 from whiflash_sglang.learner.pace import Pace
-from whiflash_sglang.learner.texts import Chosen, Text, answer_tokens, choose, texts_of
+from whiflash_sglang.learner.texts import LONGEST, Chosen, Text, answer_tokens, choose, texts_of
+from whiflash_sglang.models.checkpoint import integer, read_json_config
 from whiflash_sglang.models.dspark import DSparkDrafter
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.progress import tracked
-from whiflash_sglang.train.answers.data import LoadedTarget, load_target, target_path
+from whiflash_sglang.train.answers.data import LoadedTarget, is_embedded, load_target, target_path
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.answers.tokens import Exported
 from whiflash_sglang.train.config import TrainConfig
@@ -111,6 +119,7 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
     with _alone(learning.directory) as work:
         began = time.monotonic()
         manifest = load_manifest(learning.bundle)
+        check_target(learning.config.target, manifest.target)
         versions = versions_of(learning.directory)
         present = served(versions).version
         if published := _published(learning.directory, versions, present):
@@ -150,6 +159,23 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         return outcome
 
 
+def check_target(configured: str, served: str) -> None:
+    """Raise ConfigError where a training's configuration and a server's bundle are for different targets.
+
+    Equal names, or names of one directory, are one target.
+    """
+    if configured == served or (is_embedded(configured) and is_embedded(served)):
+        return
+    local = [
+        Path(name).expanduser().resolve() for name in (configured, served) if Path(name).expanduser().is_dir()
+    ]
+    if len(local) != 2 or local[0] != local[1]:
+        raise ConfigError(
+            f"--config is for the target {configured}, the server's bundle for {served}: drafters would learn from "
+            "another model; name the configuration and the bundle of the same one"
+        )
+
+
 def _published(directory: Path, versions: Path, present: int) -> Outcome | None:
     """The outcome of a pass that was killed after it published, before its status was written."""
     number = max(numbers(versions), default=0)
@@ -171,7 +197,7 @@ def _published(directory: Path, versions: Path, present: int) -> Outcome | None:
 
 def is_past(date: object) -> bool:
     """Whether it is a date, in seconds since the epoch, that is not ahead of now, as of a clock that was."""
-    return isinstance(date, int | float) and date <= time.time()
+    return is_number(date) and cast("float", date) <= time.time()
 
 
 def until(notes: Mapping[str, Any]) -> float:
@@ -188,7 +214,9 @@ def status_of(directory: Path) -> dict[str, Any]:
     """What the last pass of a directory came to; empty before there was one. Raises ConfigError where it is damaged."""
     file = directory / STATUS
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json_file(file)
+        if not isinstance(found, dict):
+            raise ValueError("no object")
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -204,16 +232,17 @@ def _alone(directory: Path) -> Iterator[Path]:
     """
     if not samples_of(directory).is_dir():
         raise ConfigError(f"{directory} has no samples: name the directory of the server's --whiflash-learn")
-    handle = os.open(directory / ".learner", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    check_own(samples_of(directory))
     work = directory / WORK
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another learner works in {directory}: two would learn the same; wait for it, or end it"
-            ) from None
+        lock = _lock(directory).acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(
+            f"another learner works in {directory}: two would learn the same; wait for it, or end it"
+        ) from None
+    with lock:
         work.mkdir(mode=0o700, exist_ok=True)
+        check_own(work)
         try:
             yield work
         except KeyboardInterrupt:  # as a pass that was killed: the next one goes on
@@ -222,23 +251,23 @@ def _alone(directory: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
-    finally:
-        os.close(handle)
+
+
+def _lock(directory: Path) -> BaseFileLock:
+    return FileLock(directory / ".learner", mode=0o600)
 
 
 def is_at_work(directory: Path) -> bool:
     """Whether a learner works in the directory now."""
-    try:
-        handle = os.open(directory / ".learner", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    if not (directory / ".learner").exists():
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with _lock(directory).acquire(blocking=False):
+            return False
+    except Timeout:
         return True
-    finally:
-        os.close(handle)
-    return False
+    except OSError:
+        return False
 
 
 def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) -> Chosen:
@@ -246,18 +275,22 @@ def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) ->
 
     In `work` is what was made of the choice, or nothing.
     """
-    found = texts_of(samples_of(learning.directory), manifest.target)
+    target = target_path(learning.config.target)
+    shape = read_json_config(target)
+    longest = min(LONGEST, integer(shape, "max_position_embeddings", target, default=LONGEST))
+    vocabulary = integer(shape, "vocab_size", target)
+    found = texts_of(samples_of(learning.directory), manifest.target, vocabulary, longest)
     texts = [text for text in found if is_past(text.written)]
     settings = learning._replace(config=learning.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
     settings |= {"present": present, "epochs": EPOCHS, "step_tokens": STEP_TOKENS}
-    begun = json.loads(json.dumps(settings, default=str))
+    begun = read_json(json.dumps(settings, default=str))
     file, known = work / CHOICE, {text.name: text for text in texts}
     try:
-        was = json.loads(file.read_text(encoding="utf-8"))
+        was = read_json_file(file)
         if was["begun"] == begun:
             learned, judged = ([known[name] for name in was[side]] for side in ("learned", "judged"))
             return Chosen(learned, judged, was[UNTIL])
-    except (OSError, ValueError, KeyError):  # there was no pass, or a sample of it was forgotten
+    except (OSError, ValueError, KeyError, TypeError):  # there was no pass, or a sample of it was forgotten
         pass
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(mode=0o700)

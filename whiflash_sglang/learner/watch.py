@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.learn.samples import files_of, samples_of
+from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.learn.samples import files_of, open_own, samples_of
 from whiflash_sglang.learner.guard import Drop, Guard
 from whiflash_sglang.learner.once import (
     Learning,
@@ -125,8 +125,9 @@ def new_samples(directory: Path) -> int:
     for file in files_of(samples_of(directory)):
         if file.written > since and is_past(file.written):
             try:
-                count += file.path.read_bytes().count(b"\n") - 1
-            except FileNotFoundError:  # dropped meanwhile
+                with open_own(file.path) as samples:
+                    count += sum(1 for _ in samples) - 1
+            except (ConfigError, OSError):  # others wrote it, or it was dropped meanwhile
                 continue
     return count
 
