@@ -85,7 +85,7 @@ def passed(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Passed:
     learning = learning_of(pair, tmp_path_factory.mktemp("learning"))
     target, spool = str(pair[0] / "target"), samples_of(learning.directory)
     serve(learning.directory, target, 320, 1)
-    planted = [[1, 256, 2, 3], [1, 2**31 - 1, 2, 3], random.Random(0).choices(range(256), k=LONGEST)]
+    planted = [[1, 320, 2, 3], [1, 2**31 - 1, 2, 3], random.Random(0).choices(range(256), k=LONGEST)]
     write_file(spool, target, [Sample([at], answer, []) for at, answer in enumerate(planted)], time.time())
     return learning, learn_once(learning)
 
@@ -95,7 +95,7 @@ def test_drafters_that_became_better_are_a_version(passed: Passed) -> None:
     learning, found = passed
     print(found)
     assert (found.present, found.version, found.judged) == (0, 1, 64)
-    texts = list(texts_of(samples_of(learning.directory), load_manifest(learning.bundle).target, 256))
+    texts = list(texts_of(samples_of(learning.directory), load_manifest(learning.bundle).target, 320))
     assert (found.learned, found.tokens) == (len(texts) - 64, answer_tokens(texts[:-64]))
     for gain in found.drafters.values():
         assert gain.ratio.low > 1.2
