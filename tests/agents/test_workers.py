@@ -35,7 +35,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterat
         tiny_eagle3(root / "e", target),
     ]
     arguments += ["--speculative-draft-model-path", tiny_dflash(root / "d", target)]
-    with host.running(*map(str, arguments), "--tokenizer-worker-num", str(WORKERS)) as running:
+    with host.running(
+        *map(str, arguments), "--tokenizer-worker-num", str(WORKERS), "--enable-cache-report"
+    ) as running:
         yield running
 
 
@@ -69,6 +71,13 @@ def test_every_worker_answers_with_traces(workers: list[httpx.Client]) -> None:
         with client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as stream:
             assert '"whiflash":' in "".join(stream.iter_text())
     assert len(set(texts)) == 1
+
+
+def test_the_cache_is_reported(workers: list[httpx.Client]) -> None:
+    """A second time all of a prompt is cached but the last token, and one more where a key of the tree is two."""
+    usages = [post(client, "/v1/chat/completions", CHAT).json()["usage"] for client in (*workers, *workers)]
+    cached = usages[-1]["prompt_tokens_details"]["cached_tokens"]
+    assert usages[-1]["prompt_tokens"] - cached in (1, 2)
 
 
 def test_every_worker_checks_hints(workers: list[httpx.Client]) -> None:
