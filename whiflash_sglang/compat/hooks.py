@@ -50,16 +50,7 @@ def in_scheduler() -> None:
     patching.require_names()
     from whiflash_sglang.compat.forward import parallel, target, triton_backend
     from whiflash_sglang.compat.http import control, figures, streamer
-    from whiflash_sglang.compat.scheduler import (
-        memory,
-        prometheus,
-        radix,
-        releases,
-        scores,
-        step,
-        stops,
-        whitespace,
-    )
+    from whiflash_sglang.compat.scheduler import memory, prometheus, radix, releases, scores, step, stops
 
     parts = (
         memory,
@@ -74,7 +65,6 @@ def in_scheduler() -> None:
         streamer,
         control,
         prometheus,
-        whitespace,
         triton_backend,
     )
     for part in parts:
