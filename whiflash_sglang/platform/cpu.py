@@ -124,6 +124,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         for phase in Phase.ALL:
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
         server_args.cuda_graph_config = graphs
+        # Host copies are made by torch here (`host_copies`), in the layouts of this backend.
+        server_args.hicache_io_backend = "direct"
+        if server_args.hicache_mem_layout not in ("layer_first", "page_first", "page_first_direct"):
+            server_args.hicache_mem_layout = "layer_first"
         server_args.disable_overlap_schedule = True
         server_args.sampling_backend = "pytorch"
         if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:

@@ -3,6 +3,7 @@
 import importlib
 import time
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 from whiflash_sglang.models import recurrent
-from whiflash_sglang.platform import layers, packed_weights, spec_ops
+from whiflash_sglang.platform import host_copies, layers, packed_weights, spec_ops
 from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuKVPool, CpuMultiStepDraftBackend
 
 _CACHE_LOCS = "sglang.kernels.ops.speculative.cache_locs"
@@ -31,7 +32,7 @@ class Seam(NamedTuple):
     replacement: Any
     """A function with the parameters of the original, or a value."""
     absent: bool = False
-    """Upstream's value on this platform is None or False: no operator exists for it."""
+    """Upstream's value on this platform is None or False, or its module skips the import: no operator exists."""
 
     @property
     def label(self) -> str:
@@ -125,6 +126,15 @@ SEAMS: tuple[Seam, ...] = (
         for name in ("tree_speculative_sampling_target_only", "top_k_renorm_prob", "top_p_renorm_prob")
     ),
     Seam(_DFLASH_UTILS, "_DFLASH_SAMPLING_VERIFY_AVAILABLE", True, absent=True),
+    *(
+        Seam(f"sglang.srt.mem_cache.pool_host.{pool}", name, getattr(host_copies, name), absent=True)
+        for pool in ("mha", "mla", "mamba")
+        for name in (
+            "transfer_kv_direct",
+            "transfer_kv_per_layer_direct_pf_lf",
+            "transfer_kv_all_layer_direct_lf_pf",
+        )
+    ),
 )
 
 
@@ -221,7 +231,18 @@ def _end_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
     return end
 
 
+def _unpinned(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Of the pools that keep KV in host memory: without an accelerator there is none to pin it for."""
+
+    @wraps(upstream)
+    def initialise(self: Any, **named: Any) -> None:
+        upstream(self, **named | {"pin_memory": False})
+
+    return initialise
+
+
 METHOD_SEAMS: tuple[MethodSeam, ...] = (
+    MethodSeam("sglang.srt.mem_cache.pool_host.base", "HostKVCache", "__init__", _unpinned),
     MethodSeam(
         "sglang.srt.mem_cache.kv_cache_configurator",
         "KVCacheConfigurator",
