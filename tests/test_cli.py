@@ -101,8 +101,8 @@ SCALING = (
     (["--disaggregation-mode", "prefill"], r"\(--disaggregation-mode; drafters need .*; remove it"),
     (["--disaggregation-mode", "decode"], r"\(--disaggregation-mode; drafters need .*; remove it"),
     (
-        ["--enable-hierarchical-cache"],
-        r"--enable-hierarchical-cache \(draft KV .*; remove it, or give --whiflash-drafters none",
+        ["--enable-hierarchical-cache", "--hicache-storage-backend", "mooncake"],
+        "--hicache-storage-backend mooncake is untested with draft KV; give file, .*",
     ),
     (["--enable-lora", "--lora-paths", "one=/nowhere"], r"LoRA \(--enable-lora, .*; remove it"),
     (["--pp-size", "2"], r"--pp-size must be 1 \(a round is .*"),

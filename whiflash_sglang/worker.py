@@ -22,7 +22,7 @@ from whiflash_sglang.compat.carried import replace_settings, settings_of
 from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.parallel import ranks_of_model
 from whiflash_sglang.compat.forward.target import Target
-from whiflash_sglang.compat.scheduler import memory, overlap, pricing, releases, step
+from whiflash_sglang.compat.scheduler import hicache, memory, overlap, pricing, releases, step
 from whiflash_sglang.compat.scheduler.memory import rehearse_sampling
 from whiflash_sglang.compat.scheduler.spec_worker import (
     BaseSpecWorker,
@@ -47,7 +47,6 @@ from whiflash_sglang.metrics import Publisher, Sink, log_start, state_of
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.learning import results_of
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.structure.spending import Spending
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
 
@@ -67,8 +66,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self._server_args, self.settings = server_args, settings_of(server_args)
         self.target, self.ranks = Target(target_worker), ranks_of_model()
         self.host = HostView.of(self.target.device, late=not server_args.disable_overlap_schedule)
-        self.spending = Spending(cuts=self.ranks.size == 1)
-        self.drafters = build_drafters(self.settings, self.target, self.ranks, self.host, self.spending)
+        self.drafters = build_drafters(self.settings, self.target, self.ranks, self.host)
         self.kv_arms, self.text_arms = with_kv(self.drafters), of_text(self.drafters)
         captured = sorted({i for d in self.kv_arms.values() for i in d.captured_layers})
         self.router = load_router(self.settings.neural, self.target)
@@ -105,6 +103,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.tokens = TokenTable(rows, context, widest_of(self.drafters) + 1, self.target.device)
         self.stages = build_stages(self)
         releases.notify(self.stages.lifecycle, self.target.runner)
+
+    def init_hicache_draft_plan(self) -> None:
+        """Called by the scheduler when the pools are allocated: draft KV follows the target's into host memory."""
+        self._hicache_draft_plan = hicache.plan(self.target, self.kv_arms, self.quarantine.ingests)
 
     @torch.no_grad()
     def init_cuda_graphs(self) -> None:

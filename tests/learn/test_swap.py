@@ -18,7 +18,7 @@ from whiflash_kernels import packed
 
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.learn.swap import KINDS, LiveWeights, first_frozen_row, rewrite
+from whiflash_sglang.learn.swap import KINDS, LiveWeights, fingerprint, first_frozen_row, rewrite
 from whiflash_sglang.learn.versions import path_of, publish
 from whiflash_sglang.models.eagle3 import Eagle3Config, Eagle3Drafter
 from whiflash_sglang.models.layers import AttentionShape
@@ -152,7 +152,10 @@ def test_what_must_stay_is_named(
     if said:
         assert said in refused(served_engine, number)
     else:
+        arms = {arm: served_engine.worker.drafters[arm].model for arm in ("ar", "diffusion")}
+        before = fingerprint(arms)
         swap(served_engine, number)
+        assert fingerprint(arms) == before, "stored draft KV of one version is the other's"
 
 
 def test_another_configuration_or_a_torn_file_is_refused(

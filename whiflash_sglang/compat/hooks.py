@@ -50,7 +50,17 @@ def in_scheduler() -> None:
     patching.require_names()
     from whiflash_sglang.compat.forward import parallel, target, triton_backend
     from whiflash_sglang.compat.http import control, figures, streamer
-    from whiflash_sglang.compat.scheduler import memory, prometheus, radix, releases, scores, step, stops
+    from whiflash_sglang.compat.scheduler import (
+        hicache,
+        memory,
+        prometheus,
+        radix,
+        releases,
+        scores,
+        step,
+        stops,
+        whitespace,
+    )
 
     parts = (
         memory,
@@ -58,6 +68,7 @@ def in_scheduler() -> None:
         target,
         radix,
         releases,
+        hicache,
         scores,
         step,
         stops,
@@ -65,6 +76,7 @@ def in_scheduler() -> None:
         streamer,
         control,
         prometheus,
+        whitespace,
         triton_backend,
     )
     for part in parts:

@@ -283,23 +283,15 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     # sampling
     PrivateName("sglang.srt.constrained.base_grammar_backend:GrammarMask.apply", ("logits",)),
     PrivateName(
-        "sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.allocate_vocab_mask",
-        ("vocab_size", "batch_size", "device"),
-    ),
-    PrivateName(
-        "sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.fill_vocab_mask", ("vocab_mask", "idx")
-    ),
-    PrivateName("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.accept_token", ("token",)),
-    PrivateName("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.rollback", ("k",)),
-    PrivateName("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.is_terminated"),
-    PrivateName("sglang.srt.speculative.spec_utils:GrammarTree.resolve"),
-    PrivateName(
         "sglang.srt.layers.sampler:Sampler.forward",
         ("logits_output", "sampling_info", "return_logprob", "top_logprobs_nums", "token_ids_logprobs"),
     ),
     PrivateName("sglang.srt.sampling.sampling_batch_info:ProcessorEntry", ("processor", "rows", "indices")),
     PrivateName("sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo.apply_logits_bias", ("logits",)),
     PrivateName("sglang.srt.speculative.spec_utils:GrammarTree.from_device", ("retrieve_next_token",)),
+    PrivateName(
+        "sglang.srt.speculative.spec_utils:build_grammar_vocab_mask", ("reqs", "tree", "sampling_info")
+    ),
     PrivateName("sglang.srt.speculative.spec_utils:SIMULATE_ACC_LEN"),
     PrivateName("sglang.srt.speculative.spec_utils:SIMULATE_ACC_METHOD"),
     PrivateName("sglang.srt.speculative.spec_utils:SIMULATE_ACC_TOKEN_MODE"),
@@ -307,6 +299,14 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "sglang.srt.speculative.spec_utils:sample_simulated_acc_len",
         ("simulate_acc_len", "simulate_acc_method", "max_len"),
+    ),
+    PrivateName(
+        "sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend",
+        ("any_whitespace", "max_whitespace_cnt"),
+    ),
+    PrivateName(
+        "sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend.dispatch_structural_tag",
+        ("key_string",),
     ),
     PrivateName("sglang.srt.constrained.xgrammar_backend:XGrammarGrammar", ("matcher",)),
     PrivateName("sglang.srt.constrained.llguidance_backend:GuidanceGrammar", ("ll_matcher",)),
@@ -321,6 +321,33 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.managers.scheduler:Scheduler._create_generation_req", ("recv_req",)),
     PrivateName("sglang.srt.mem_cache.common:release_kv_cache", ("req", "tree_cache", "checkpoint")),
     PrivateName("sglang.srt.session.streaming_session:StreamingSession.try_cache_finished_req", ("req",)),
+    # draft KV in host memory
+    PrivateName(
+        "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
+        (
+            *(
+                "size",
+                "page_size",
+                "dtype",
+                "head_num",
+                "head_dim",
+                "layer_num",
+                "device",
+                "enable_memory_saver",
+            ),
+            *("enable_alt_stream", "kv_cache_layout", "allocation_label"),
+        ),
+    ),
+    PrivateName("sglang.srt.mem_cache.memory_pool:MHATokenToKVPool._create_buffers_normal"),
+    PrivateName("sglang.srt.speculative.base_spec_worker:BaseSpecWorker.init_hicache_draft_plan"),
+    PrivateName("sglang.srt.speculative.base_spec_worker:HiCacheDraftMode.SIDECAR"),
+    PrivateName("sglang.srt.speculative.base_spec_worker:HiCacheDraftPlan", ("mode", "device_pools")),
+    PrivateName("sglang.srt.managers.cache_controller:HiCacheController.start_writing"),
+    PrivateName("sglang.srt.managers.cache_controller:storage_model_name", ("model_name", "host_pool")),
+    PrivateName(
+        "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.write_backup_storage", ("node_id",)
+    ),
+    PrivateName("sglang.srt.runtime_context:get_memory"),
     # the trace, out of the scheduler and into responses
     PrivateName(f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.has_additional_customized_info"),
     PrivateName(

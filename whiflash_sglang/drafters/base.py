@@ -8,6 +8,7 @@ import torch
 from whiflash_kernels import Copies, Drafts
 
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
+from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.core import DraftBatch, History, PassInput, Voice
 from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.device.transfers import Floats, Upload
@@ -53,9 +54,11 @@ class KVDrafter(Drafter):
 
     captured_layers: target layers whose *outputs* it reads. features: where these are in what the target captures,
     None: they are all of it. tail_width: columns of feature n-1 that a draft begins with, 0 where it reads none.
-    attends_text: whether it attends over a request's text while it ingests: then rows must say whose they are.
+    attends_text: whether it attends over a request's text while it ingests: then rows must say whose they are. kv:
+    of all slots, once they are allocated.
     """
 
+    kv: DraftKV
     captured_layers: tuple[int, ...] = ()
     features: FeatureSlice | None = None
     tail_width: int = 0

@@ -37,8 +37,6 @@ class PagedArm(KVDrafter):
         layers: draft layers with KV. shape: heads of each. dtype, device: the target's.
     """
 
-    kv: DraftKV
-
     def __init__(self, layers: int, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
         self._layers, self._shape, self._dtype, self._device = layers, shape, dtype, device
         self.length = DraftLength(device)

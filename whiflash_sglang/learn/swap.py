@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -236,6 +237,22 @@ def frozen(live: nn.Module, candidate: nn.Module) -> Iterator[tuple[str, Tensor 
     for key, buffer in live.named_buffers():
         if key not in TARGETS:
             yield key, buffer, buffers.get(key)
+
+
+def fingerprint(models: Mapping[str, nn.Module]) -> str:
+    """Equal for drafters, by arm, whose draft KV is interchangeable: versions of one pair have the same one."""
+    digest = blake2b(digest_size=8)
+    for arm, model in models.items():
+        digest.update(f"{arm} {type(model).__name__} {cast('Any', model).config}".encode())
+        if type(model) in KINDS:
+            parts = [(key, value) for key, value, _ in frozen(model, model)]
+        else:
+            parts = [*model.named_parameters(), *model.named_buffers()]
+        for key, value in parts:
+            if value is not None and key not in TARGETS:
+                digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(value.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def first_frozen_row(model: nn.Module, name: str) -> int | None:

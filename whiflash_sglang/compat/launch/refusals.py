@@ -342,7 +342,22 @@ REFUSALS: tuple[Refusal, ...] = (
         _REMOVE.format("--decoupled-spec-role (drafters run in the target's process)"),
     ),
     # caches and memory
-    _removed_beside_draft_kv("enable_hierarchical_cache", "draft KV would not follow the host tier"),
+    Refusal(
+        "hicache_storage_backend",
+        lambda x: (
+            x.draft_kv
+            and x.args.hicache_storage_backend not in (None, "file")
+            and x.args.hicache_storage_backend
+        ),
+        "--hicache-storage-backend {} is untested with draft KV; give file, or give --whiflash-drafters none",
+    ),
+    Refusal(
+        "hicache_host_memory_mode",
+        lambda x: (
+            x.draft_kv and x.args.hicache_host_memory_mode != "cache" and x.args.hicache_host_memory_mode
+        ),
+        "--hicache-host-memory-mode {} is untested with draft KV; remove it, or give --whiflash-drafters none",
+    ),
     _removed("enable_lmcache", "SGLang serves no speculative algorithm with it"),
     _removed_beside_draft_kv("enable_flexkv", "draft KV would not follow the target's"),
     _removed_beside_draft_kv(

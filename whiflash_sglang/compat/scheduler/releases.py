@@ -63,7 +63,7 @@ def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> No
         kept = checkpoint or (req.session is not None and req.session.streaming)
         owner.released(req, kept=kept)
         if kept and not _together:
-            _flush()
+            flush()
     original(req, tree_cache, checkpoint=checkpoint)
 
 
@@ -84,10 +84,11 @@ def _releasing_together(original: Any, self: Scheduler, batch: Any, result: Any)
         original(self, batch, result)
     finally:
         _together = False
-        _flush()
+        flush()
 
 
-def _flush() -> None:
+def flush() -> None:
+    """Ingest what is parked of requests that were released, if there is anything."""
     owner = _owner() if _owner is not None else None
     runner = _runner() if _runner is not None else None
     if owner is not None and runner is not None and owner.leaving:

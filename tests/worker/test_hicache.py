@@ -1,0 +1,336 @@
+"""Draft KV follows the target's into host memory, and comes back with it.
+
+A prompt whose KV was evicted is loaded from the host: no feature comes with it, so drafters' KV at its slots must be
+what one pass over the text gives, as in `test_radix.py`, and texts are plain decoding's under the same flags.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engine import Engine, engine
+from matrix import sampled
+from model_set import Models
+from test_radix import TOLERANCE, assert_tree_is_true, matched_slots, sequences
+from tiny_models import tiny_eagle3
+from traffic import mixed, play
+
+from whiflash_sglang.cache.tokens import DraftKV
+from whiflash_sglang.compat.scheduler import hicache
+from whiflash_sglang.errors import ConfigError
+
+HOST: dict[str, Any] = {
+    "enable_hierarchical_cache": True,
+    "hicache_ratio": 6.0,
+    "max_total_tokens": 448,
+    "max_running_requests": 4,
+}
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation whose first turn is evicted before its second one.
+
+    answers: of both turns. text: all of it. host: tokens of the second turn's prompt that came from host memory.
+    """
+
+    answers: tuple[list[int], list[int]]
+    text: list[int]
+    host: int
+    rounds: tuple[int, int]
+
+
+def talk(e: Engine, name: str = "talk", *, seed: int = 1) -> Talk:
+    """Play it; other requests evict it."""
+    rng = random.Random(seed)
+    prompt = rng.choices(range(256), k=60)
+    e.submit(f"{name}-1", prompt, max_new_tokens=48)
+    e.run()
+    first = e.output(f"{name}-1")
+    e.submit(
+        f"{name}-again", [*prompt, *first, 1], max_new_tokens=1
+    )  # write-through-selective takes what is hit
+    e.run()
+    for other in range(12):
+        e.submit(f"{name}-other{other:02d}", rng.choices(range(256), k=60), max_new_tokens=40)
+        e.run()
+    again = [*prompt, *first, *rng.choices(range(256), k=10)]
+    e.submit(f"{name}-2", again, max_new_tokens=48)
+    e.run()
+    second = e.output(f"{name}-2")
+    req = e.requests[f"{name}-2"]
+    host = req.cached_tokens_host + req.cached_tokens_storage
+    rounds = e.rounds(f"{name}-2") if e.scheduler.draft_worker else (0, 0)
+    return Talk((first, second), [*again, *second], host, rounds)
+
+
+def wrong_slots(e: Engine, models: Models, tokens: Sequence[int]) -> tuple[int, dict[str, int]]:
+    """Slots that the tree has of a text, and how many of them hold another KV than one pass, by arm."""
+    slots = matched_slots(e, tokens)
+    wrong = {}
+    for arm, expected in models.reference.keys_values(tokens).items():
+        kv = e.worker.drafters[arm].kv
+        bad = torch.zeros(len(slots), dtype=torch.bool)
+        for found, wanted in ((kv.k, expected.k), (kv.v, expected.v)):
+            error = (found[:, slots] - wanted[:, : len(slots)]).abs().amax(dim=(0, 2, 3))
+            bad |= error > TOLERANCE * float(wanted.abs().max())
+        wrong[arm] = int(bad.sum())
+    return len(slots), wrong
+
+
+@pytest.fixture(autouse=True)
+def _small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang leaves 10 GiB of host memory to others; these pools take less than a megabyte."""
+    from sglang.srt.mem_cache.pool_host import base
+
+    monkeypatch.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
+
+
+PLAIN: dict[str, Talk] = {}
+"""Plain decoding's, by flags."""
+
+
+def plain(models: Models, **flags: Any) -> Talk:
+    key = repr(sorted(flags.items()))
+    if key not in PLAIN:
+        with engine(models.target, **flags) as e:
+            PLAIN[key] = talk(e)
+    return PLAIN[key]
+
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "write-through": {"hicache_write_policy": "write_through"},
+    "write-back-in-pages": {
+        "hicache_write_policy": "write_back",
+        "hicache_mem_layout": "page_first_direct",
+        "page_size": 16,
+    },
+    "selective-in-pages-and-chunks": {
+        "hicache_write_policy": "write_through_selective",
+        "page_size": 64,
+        "chunked_prefill_size": 64,
+        "max_total_tokens": 640,
+    },
+    "chunks": {"hicache_write_policy": "write_back", "chunked_prefill_size": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "router"),
+    sampled(
+        [(flags, router) for flags in FLAGS for router in ("ar", "diffusion", "random", "none")],
+        ("write-through", "random"),
+        ("write-back-in-pages", "diffusion"),
+        ("selective-in-pages-and-chunks", "ar"),
+    ),
+)
+def test_draft_kv_comes_back_with_the_prompt(models: Models, flags: str, router: str) -> None:
+    given = HOST | FLAGS[flags]
+    expected = plain(models, **given)
+    assert expected.host >= 64
+    with engine(models.target, whiflash=models.whiflash(router), **given) as e:
+        found = talk(e)
+        assert found.answers == expected.answers
+        assert found.host >= expected.host - 1  # keys of two tokens: a page's last slot is not shared
+        slots, wrong = wrong_slots(e, models, found.text)
+        assert slots >= found.host
+        assert not any(wrong.values()), wrong
+        assert_tree_is_true(e, models)
+        e.check_leaks()
+        # As many drafts are right as behind a prefill of all of it.
+        assert e.scheduler.flush_cache()
+        e.submit("cold", found.text[: -len(found.answers[1])], max_new_tokens=48)
+        e.run()
+        assert e.requests["cold"].cached_tokens == 0
+        if router in ("ar", "diffusion"):
+            assert e.rounds("cold") == found.rounds
+
+
+def flush_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the copy, as the tree itself allows."""
+    monkeypatch.setattr(hicache, "releases", SimpleNamespace(flush=lambda: None))
+
+
+def load_other_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
+
+    load = MHATokenToKVPoolHost.load_to_device_per_layer
+
+    def loaded(self: Any, pool: Any, host: torch.Tensor, *rest: Any, **named: Any) -> None:
+        load(self, pool, host.roll(1) if self.pool_label == "draft" else host, *rest, **named)
+
+    monkeypatch.setattr(MHATokenToKVPoolHost, "load_to_device_per_layer", loaded)
+
+
+@pytest.mark.parametrize("fault", [flush_late, load_other_pages])
+def test_these_tests_see_a_fault(
+    models: Models, fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text does not depend on it: only slots and acceptance do."""
+    flags = HOST | FLAGS["write-through"]
+    expected = plain(models, **flags)
+    fault(monkeypatch)
+    with engine(models.target, whiflash=models.whiflash("ar"), **flags) as e:
+        found = talk(e)
+        assert found.answers == expected.answers
+        _, wrong = wrong_slots(e, models, found.text)
+        assert wrong["diffusion"] > 30, wrong
+
+
+TRAFFIC: dict[str, dict[str, Any]] = {
+    "chunks": {"chunked_prefill_size": 16, "hicache_write_policy": "write_through"},
+    "retracted-in-pages": {"page_size": 16, "hicache_write_policy": "write_back", "max_total_tokens": 320},
+}
+
+
+@pytest.mark.parametrize("case", TRAFFIC)
+def test_after_traffic(models: Models, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests leave, are aborted and retracted while copies in both directions are under way; then every text comes
+    back.
+    """
+    from sglang.srt.managers import scheduler
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    luck = random.Random(3)
+    monkeypatch.setattr(
+        UnifiedRadixCache, "_count_ready_acks", lambda _, acks: min(len(acks), luck.choice((0, 0, 0, 1)))
+    )
+    monkeypatch.setattr(scheduler, "TEST_RETRACT", case.startswith("retracted"))
+    monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 5)
+    arrivals = mixed(seed=11, count=16, shared=60, aborts=0.3, stops=0.3)
+    arrivals += [replace(a, rid=f"again-{a.rid}", step=a.step + 60) for a in arrivals]
+    flags = {**HOST, "max_total_tokens": 320, **TRAFFIC[case]}
+    with engine(models.target, whiflash=models.whiflash("random"), **flags) as e:
+        play(e, arrivals)
+        retracted = sum(req.retraction_count for req in e.requests.values())
+        assert retracted > 2 or not case.startswith("retracted")
+        monkeypatch.setattr(scheduler, "TEST_RETRACT", False)
+        checked = loaded = 0
+        for number, text in enumerate(sequences(e)):
+            e.submit(f"back-{number:03d}", [*text, 0], max_new_tokens=1)
+            e.run()
+            loaded += e.requests[f"back-{number:03d}"].cached_tokens_host
+            slots, wrong = wrong_slots(e, models, text)
+            checked += slots
+            assert not any(wrong.values()), (number, wrong)
+        assert loaded > 200, "hardly anything was in host memory"
+        assert checked > 1000
+        assert_tree_is_true(e, models)
+
+
+def test_a_session_s_turns_come_back(models: Models) -> None:
+    flags = HOST | FLAGS["write-through"] | {"enable_streaming_session": True}
+    rng = random.Random(4)
+    first, then = rng.choices(range(256), k=40), rng.choices(range(256), k=20)
+    with engine(models.target, whiflash=models.whiflash("random"), **flags) as e:
+        e.open_session("s", streaming=True)
+        for name, tokens in (("turn-1", first), ("turn-2", then)):
+            e.submit(name, tokens, max_new_tokens=30, session="s")
+            e.run()
+        text = [*first, *e.output("turn-1"), *then, *e.output("turn-2")]
+        e.close_session("s")
+        e.generate([[*text, 5]], max_new_tokens=20)
+        found = talk(e)
+        e.submit("back", [*text, 5, 6], max_new_tokens=1)
+        e.run()
+        assert e.requests["back"].cached_tokens_host > 60
+        for each in (text, found.text):
+            assert not any(wrong_slots(e, models, each)[1].values())
+
+
+def stored(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(directory))
+    return HOST | {
+        "hicache_write_policy": "write_through",
+        "hicache_storage_backend": "file",
+        "hicache_storage_prefetch_policy": "wait_complete",
+        "hicache_storage_backend_extra_config": '{"prefetch_threshold": 16}',
+        "page_size": 16,
+    }
+
+
+def settle(e: Engine) -> None:
+    """Until all that is to be stored is."""
+    import time
+
+    tree = e.scheduler.tree_cache
+    for _ in range(1000):
+        tree.check_hicache_events()
+        if not tree.ongoing_write_through and not tree.ongoing_backup:
+            return
+        time.sleep(0.01)
+    raise AssertionError("storage never came to rest")
+
+
+def fetched(e: Engine, tokens: Sequence[int], name: str) -> int:
+    """Tokens of a prompt that came from storage."""
+    e.submit(name, [*tokens, 7], max_new_tokens=4)
+    e.run()
+    return int(e.requests[name].cached_tokens_storage)
+
+
+def another_pair(models: Models, directory: Path) -> dict[str, Any]:
+    """Of the same shape."""
+    other = tiny_eagle3(directory / "other", models.target, seed=99)
+    return models.whiflash("random") | {"whiflash_eagle_draft": str(other)}
+
+
+def test_storage_is_the_pair_s_own(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = tmp_path / "pages"
+    flags = stored(pages, monkeypatch)
+    with engine(models.target, whiflash=models.whiflash("random"), **flags) as e:
+        text = talk(e).text
+        settle(e)
+    with engine(models.target, whiflash=another_pair(models, tmp_path), **flags) as e:
+        assert fetched(e, text, "other") == 0
+    # The same pair after a restart: a page without the drafters' part ends what is loaded.
+    key = next(
+        each for each in sorted(pages.iterdir(), key=lambda f: f.stat().st_mtime) if "draft" in each.name
+    )
+    with engine(models.target, whiflash=models.whiflash("random"), **flags) as e:
+        assert fetched(e, text, "after") >= len(text) - 32
+        assert not any(wrong_slots(e, models, text)[1].values())
+        assert e.scheduler.flush_cache()
+        key.unlink()
+        assert fetched(e, text, "without") < 32
+        assert not any(wrong_slots(e, models, text)[1].values())
+        # A drafter whose KV has holes: nothing is stored any more.
+        with e.worker.quarantine.guard_ingestion("ar"):
+            raise ValueError
+        before = len(list(pages.iterdir()))
+        talk(e, "holes", seed=2)
+        settle(e)
+        assert len(list(pages.iterdir())) == before
+
+
+def test_another_pair_s_storage_would_be_seen(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hicache, "fingerprint", lambda _: "same")
+    flags = stored(tmp_path / "pages", monkeypatch)
+    with engine(models.target, whiflash=another_pair(models, tmp_path), **flags) as e:
+        text = talk(e).text
+        settle(e)
+    with engine(models.target, whiflash=models.whiflash("random"), **flags) as e:
+        assert fetched(e, text, "after") >= len(text) - 32
+        _, wrong = wrong_slots(e, models, text)
+        assert wrong["ar"] > 64
+        assert not wrong["diffusion"]
+
+
+def test_drafters_that_one_host_pool_cannot_hold() -> None:
+    pool = SimpleNamespace(size=16, page_size=1)
+    kv, wide = (DraftKV(2, 17, 2, width, torch.float32, "cpu") for width in (16, 32))
+    with pytest.raises(
+        ConfigError, match=r"'ar' has 2 heads of 16, 'diffusion' has 2 heads of 32\); remove it"
+    ):
+        hicache.DraftPool(pool, {"ar": kv, "diffusion": wide}, 4)
+    with pytest.raises(ConfigError, match=r"target has 3 and the drafters have 4; remove it"):
+        hicache.DraftPool(pool, {"ar": kv, "diffusion": kv}, 3)
+    views = hicache.DraftPool(pool, {"ar": kv, "diffusion": kv}, 4)
+    assert [layer.data_ptr() for layer in views.k_buffer] == [layer.data_ptr() for layer in kv.k] * 2
