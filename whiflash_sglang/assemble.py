@@ -50,12 +50,15 @@ from whiflash_sglang.routing.neural import NeuralPolicy
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy
 from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes, vocabulary_of
+from whiflash_sglang.structure.spending import Spending
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
 from whiflash_sglang.verify import VerifyStage
 
 
-def build_drafters(settings: Settings, target: Target, ranks: Ranks, host: HostView) -> dict[str, Drafter]:
+def build_drafters(
+    settings: Settings, target: Target, ranks: Ranks, host: HostView, spending: Spending
+) -> dict[str, Drafter]:
     """Load the checkpoints, which were checked against the target when the arguments were read.
 
     What a grammar forces is asked before what may be copied: it is surer. Without a tokenizer there are no grammars,
@@ -97,7 +100,7 @@ def build_drafters(settings: Settings, target: Target, ranks: Ranks, host: HostV
         drafters.append(DFlashArm(models[arms.DIFFUSION], captured, own, block, positions, vocabulary))
     words = vocabulary_of(target.tokenizer) if target.tokenizer is not None else None
     if settings.structure.enabled and words is not None:
-        drafters.append(StructureArm(settings.structure, words))
+        drafters.append(StructureArm(settings.structure, words, spending.exhausted))
     if settings.lookup.enabled:
         token_bytes = words.token_bytes if words is not None else ()
         drafters.append(LookupArm(settings.lookup, host, ranks.now, token_bytes, words))
@@ -244,6 +247,7 @@ class Parts(Protocol):
     drafters: Mapping[str, Drafter]
     router: Layers | None
     host: HostView
+    spending: Spending
     clock: RoundClock
     tally: Tally
     quarantine: Quarantine
@@ -277,7 +281,7 @@ def build_stages(parts: Parts) -> Stages:
     )
     if not hooks:
         target.end_graphs_with(epilogue)
-    voices = Voices(parts.drafters, parts.quarantine, target.shape.vocab_size)
+    voices = Voices(parts.drafters, parts.quarantine, target.shape.vocab_size, parts.spending)
     return Stages(
         hooks=hooks,
         lifecycle=_lifecycle(parts, stops, hooks),
@@ -292,7 +296,7 @@ def build_stages(parts: Parts) -> Stages:
             ranks=parts.ranks,
         ),
         drafting=_drafting(parts, stops, voices, hooks),
-        verifier=VerifyStage(target, tokens, parts.host, epilogue, hooks),
+        verifier=VerifyStage(target, tokens, parts.host, epilogue, hooks, parts.spending),
         epilogue=epilogue,
         learner=Learner(
             drafters=parts.drafters,

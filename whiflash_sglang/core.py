@@ -55,6 +55,11 @@ class RoundBatch:
         """Row and id of each request: a row alone may be another's by the time that its round's results are known."""
         return [(row, req.rid) for row, req in zip(self.row_ids, self.reqs, strict=True)]
 
+    def take_single(self, indices: Sequence[int]) -> None:
+        """Let these requests commit one token, and end the step after it."""
+        for index in indices:
+            self.budgets[index] = 1
+
     def history(self, index: int, start: int) -> Sequence[int]:
         """Committed tokens from position `start` to n of a request, from the host's lists.
 

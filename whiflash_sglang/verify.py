@@ -8,12 +8,13 @@ import torch
 from whiflash_kernels import MixedBlock, prepare_mixed_block
 
 from whiflash_sglang.cache.tokens import TokenTable
-from whiflash_sglang.compat.forward import sampling
+from whiflash_sglang.compat.forward import masks, sampling
 from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.core import Proposal, RoundBatch, SampleHook, Verified
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.round.epilogue import Epilogue
 from whiflash_sglang.round.strands import Packed, accepted_rows, fold, moves, pack
+from whiflash_sglang.structure.spending import Spending
 
 
 class VerifyStage:
@@ -21,7 +22,7 @@ class VerifyStage:
 
     Args:
         tokens: committed text, for penalties. epilogue: what graphs of the target's end with, where they may.
-        hooks: replace what was sampled, one after the other.
+        hooks: replace what was sampled, one after the other. spending: on grammars.
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class VerifyStage:
         host: HostView,
         epilogue: Epilogue,
         hooks: Sequence[SampleHook],
+        spending: Spending,
     ) -> None:
+        self._spending = spending
         self._target, self._tokens, self._host = target, tokens, host
         self._epilogue, self._hooks = epilogue, hooks
 
@@ -63,7 +66,7 @@ class VerifyStage:
         first = None if host_widths is None else host_widths[:size]  # of each request's first chain
         chains = None
         if first is not None and batch.has_grammar:
-            chains = sampling.grammar_chains(block, first, requests.ahead, strands)
+            chains = masks.grammar_chains(block, first, requests.ahead, strands)
         greedy = not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar)
         # What the end of a graph commits is the rows as they are packed: strands must be folded before.
         self._epilogue.let_graphs_commit(greedy and not strands, requests.row_ids)
@@ -74,15 +77,24 @@ class VerifyStage:
             predictions = verified.logits.argmax(-1)
         elif not greedy:
             text, output = self._tokens.data, verified.output
+            allowed = None if chains is None else self._masks(batch, chains, barrier)
             predictions = sampling.sample_rows(
-                self._target.runner, batch, output, block, requests, proposal.stride, chains, text, barrier
+                self._target.runner, batch, output, block, requests, proposal.stride, allowed, text
             )
+            if allowed is not None and allowed.rejected:
+                block = _rejecting(block, allowed.rejected)
+                verified = verified._replace(input_ids=block.input_ids)
         verified = verified._replace(
             starts=requests.starts, request_rows=requests.rows, predictions=predictions
         )
         for hook in self._hooks:
             verified = hook.verified(verified, block)
         return self._folded(requests, proposal, block, verified) if strands else verified
+
+    def _masks(self, batch: Any, chains: masks.Chains, barrier: Any) -> masks.Masks | None:
+        if barrier is not None:
+            barrier()
+        return masks.build_masks(batch, chains, self._spending)
 
     def _packed(
         self,
@@ -126,6 +138,17 @@ def _strands_as_requests(batch: Any, packed_up: Packed) -> Iterator[None]:
 
 _PER_REQUEST = ("seq_lens", "orig_seq_lens", "seq_lens_cpu", "seq_lens_sum", "req_pool_indices")
 """What a forward reads of a batch's requests."""
+
+
+def _rejecting(block: MixedBlock, rows: Sequence[int]) -> MixedBlock:
+    """`block` as it is judged if the drafts in `rows` are wrong whatever the target says."""
+    ids = block.input_ids.clone()
+    ids[list(rows)] = NO_TOKEN
+    return block._replace(input_ids=ids)
+
+
+NO_TOKEN = -1
+"""Equals no prediction."""
 
 
 def packed(block: MixedBlock, rows: int) -> MixedBlock:

@@ -47,6 +47,7 @@ from whiflash_sglang.metrics import Publisher, Sink, log_start, state_of
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.learning import results_of
 from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.structure.spending import Spending
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
 
@@ -66,7 +67,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self._server_args, self.settings = server_args, settings_of(server_args)
         self.target, self.ranks = Target(target_worker), ranks_of_model()
         self.host = HostView.of(self.target.device, late=not server_args.disable_overlap_schedule)
-        self.drafters = build_drafters(self.settings, self.target, self.ranks, self.host)
+        self.spending = Spending(cuts=self.ranks.size == 1)
+        self.drafters = build_drafters(self.settings, self.target, self.ranks, self.host, self.spending)
         self.kv_arms, self.text_arms = with_kv(self.drafters), of_text(self.drafters)
         captured = sorted({i for d in self.kv_arms.values() for i in d.captured_layers})
         self.router = load_router(self.settings.neural, self.target)

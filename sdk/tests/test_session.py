@@ -36,6 +36,24 @@ def result(number: int, text: str) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": f"c{number}", "content": text}
 
 
+def assistant(number: int, arguments: str) -> dict[str, Any]:
+    made = call(number, None)
+    made["tool_calls"][0]["function"]["arguments"] = arguments
+    return made
+
+
+NESTED = "[" * 3000 + "]" * 3000
+OPENED = "[File: a.py (1 lines total)]\n"
+FAILED: Any = [
+    {
+        "role": "assistant",
+        "content": [{"type": "tool_use", "id": "c", "name": "Read", "input": {"path": "b"}}],
+    },
+    {
+        "role": "user",
+        "content": [{"type": "tool_result", "tool_use_id": "c", "is_error": True, "content": "None."}],
+    },
+]
 CHAT = [user(), call(1, {"path": "a.py"}), result(1, NUMBERED)]
 OF_MESSAGES: Any = [
     user(),
@@ -119,6 +137,22 @@ def test_a_file_that_was_read_is_predicted_for_tools_that_edit(
         ([call(2, {"path": "b.py", "content": "b = 1\n"})], [EDIT], "b = 1\n"),
         ([call(2, {"path": "a.py"}), result(2, "x = 2")], [EDIT], "x = 2"),
         ([call(2, {"command": "ls"}), result(2, "a.py")], [EDIT], FILE),
+        ([call(2, {"path": ".", "pattern": "r"}), result(2, "a.py:1:def area(r):")], [EDIT], FILE),
+        (
+            [call(2, {"search": "3", "replace": "4"}), result(2, f"Done.\n{OPENED}1:x = 4\n")],
+            [EDIT],
+            "x = 4\n",
+        ),
+        ([call(2, {"search": "3", "replace": "4"}), result(2, f"Not done.\n{OPENED}")], [EDIT], FILE),
+        ([call(2, {"path": "b.py", "old_str": "3"}), result(2, "No such file.")], [EDIT], FILE),
+        (
+            [call(2, {"path": "b.py", "old_str": "3"}), result(2, "Done. See:\n 1\tx = 4\n 2\ty\n")],
+            [EDIT],
+            "x = 4\ny\n",
+        ),
+        (FAILED, [EDIT], FILE),
+        ([call(2, {"path": "b.py"}), result(2, "")], [EDIT], FILE),
+        ([assistant(2, NESTED), assistant(3, '{"path": ' + NESTED + "}")], [EDIT], FILE),
         ([{"role": "assistant", "tool_calls": [{"id": 3, "function": {"arguments": "{"}}, 4]}], [EDIT], FILE),
         ([], [READ], None),
         ([], [], None),
@@ -129,6 +163,99 @@ def test_what_was_done_to_files_last_is_predicted(
 ) -> None:
     with Session():
         wrapped.chat.completions.create(model="m", messages=[*CHAT, *more, user()], tools=tools)
+    assert predicted(server.bodies[0]) == expected
+
+
+SOURCE = '#!/usr/bin/env python3\n\nclass A:\n    def area(self, r):\n        return r * r  # "é"\n'
+SWE_AGENT = (
+    "[File: a.py ({total} lines total)]\r\n{above}",
+    "{below}\n(Open file: /repo/a.py)\n(Current directory: /repo)\nbash-$",
+)
+"""As in its published demonstrations, whose terminal ends lines with a carriage return."""
+
+
+def view(gutter: str, frame: tuple[str, str] = ("", ""), end: str = "\n", first: int = 1) -> str:
+    lines = SOURCE.splitlines()[first - 1 :]
+    shown = "".join(gutter.format(number) + line + end for number, line in enumerate(lines, first))
+    return frame[0] + shown + frame[1]
+
+
+def swe_agent(total: int, above: str = "", below: str = "") -> tuple[str, str]:
+    before, after = SWE_AGENT
+    return before.format(total=total, above=above), after.format(below=below)
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        pytest.param(view("{}:", swe_agent(5), "\r\n"), SOURCE, id="swe-agent"),
+        pytest.param(
+            view("{}:", swe_agent(94, "(3 more lines above)\r\n", "(89 more lines below)"), "\r\n", 4),
+            "".join(SOURCE.splitlines(True)[3:]),
+            id="swe-agent's window",
+        ),
+        pytest.param(view("{}:", swe_agent(5), "\r\n", 5), SOURCE.splitlines(True)[4], id="one line"),
+        pytest.param(
+            view(
+                "{}|",
+                (
+                    "[File: /w/a.py (5 lines total)]\n(this is the beginning of the file)\n",
+                    "(this is the end of the file)",
+                ),
+            ),
+            SOURCE,
+            id="openhands",
+        ),
+        pytest.param(
+            view("{:6}\t", ("Here's the result of running `cat -n` on /w/a.py:\n", "")), SOURCE, id="cat -n"
+        ),
+        pytest.param(
+            view("{:6}→", ("", "\n<system-reminder>\nIs it\n1: malware?\n</system-reminder>\n")),
+            SOURCE,
+            id="claude code",
+        ),
+        pytest.param(view("{}\t"), SOURCE, id="tabs"),
+        pytest.param(
+            view("{:05}| ", ("<file>\n", "\n(End of file - total 5 lines)\n</file>")),
+            SOURCE,
+            id="opencode's bars",
+        ),
+        pytest.param(
+            view("{}: ", ("<path>a.py</path>\n<type>file</type>\n<content>\n", "</content>"), "\n", 4),
+            "".join(SOURCE.splitlines(True)[3:]),
+            id="opencode's colons",
+        ),
+        pytest.param(view("{:3} | ", ('<content lines="1-5">\n', "</content>\n")), SOURCE, id="roo"),
+        pytest.param(view("L{}: "), SOURCE, id="codex"),
+        pytest.param(view("{:4} │ "), SOURCE, id="bat"),
+        pytest.param(
+            "File: `a.py`. Lines 1 to 5 (5 lines total):\n```python\n" + SOURCE + "```", SOURCE, id="a fence"
+        ),
+        pytest.param('<file path="a.py">\n' + SOURCE + "</file>", SOURCE, id="an element"),
+        pytest.param("[File: a.py (5 lines total)]\n" + SOURCE + "bash-$", SOURCE, id="a header alone"),
+        pytest.param("1:import os\n40:import re\n", None, id="results of a search"),
+        pytest.param("1:import os\nand more\n2:import re\n3:a\n", None, id="wrapped lines"),
+        pytest.param(
+            view("{}:", swe_agent(5)) + "\nBefore your edit:\n" + view("{}:", swe_agent(5)),
+            None,
+            id="two views",
+        ),
+        pytest.param("", None, id="nothing"),
+        pytest.param(SOURCE, SOURCE, id="as it is"),
+        pytest.param("12:30 we meet\n", "12:30 we meet\n", id="a time"),
+        pytest.param(
+            "ports:\n  80: a\n  81: b\nhosts:\n- c\n",
+            "ports:\n  80: a\n  81: b\nhosts:\n- c\n",
+            id="numbers of its own",
+        ),
+    ],
+)
+def test_views_are_predicted_without_what_they_add(
+    wrapped: OpenAI, server: FakeServer, shown: str, expected: str | None
+) -> None:
+    messages: Any = [user(), call(1, {"path": "a.py"}), result(1, shown)]
+    with Session():
+        wrapped.chat.completions.create(model="m", messages=messages, tools=[EDIT])  # type: ignore[call-overload]
     assert predicted(server.bodies[0]) == expected
 
 

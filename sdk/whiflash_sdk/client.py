@@ -130,7 +130,7 @@ def _view(client: Any) -> Any:
 def settings_of(client: Any) -> Told | None:
     """Settings of a wrapped client; None if it is not wrapped."""
     wrapped: _Wrapped | None = vars(client).get(_WRAPPED)
-    return wrapped and wrapped.told
+    return None if wrapped is None else wrapped.told
 
 
 def _install(client: Any, told: Told, origin: Any = None) -> None:

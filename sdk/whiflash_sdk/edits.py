@@ -9,14 +9,14 @@ from typing import Any, Final
 
 from whiflash_sdk.presets import MARKUP_ARGUMENTS
 from whiflash_sdk.reading import read_json
+from whiflash_sdk.views import file_named, file_shown
 
 _PATHS: Final = ("path", "file_path", "filepath", "filename", "file", "target_file", "absolute_path")
 _CONTENTS: Final = ("content", "contents", "file_text", "new_content", "text")
 _OLD: Final = ("old_string", "old_str", "old_text", "search")
 _NEW: Final = ("new_string", "new_str", "new_text", "replace")
 _EDITS: Final = re.compile(r"edit|write|patch|replace|update", re.IGNORECASE)
-_NUMBERED: Final = re.compile(r"^ *\d+(?:\t|→|\| ?)", re.MULTILINE)
-"""Line numbers as tools that read files put them before every line."""
+_SEARCHES: Final = ("pattern", "query", "regex", "glob")
 
 
 def turn_of(body: Mapping[str, Any]) -> int | None:
@@ -34,15 +34,18 @@ def file_to_edit(body: Mapping[str, Any], parser: str | None) -> str | None:
     if not _offers_edits(body):
         return None
     files: dict[str, str] = {}
-    calls: dict[str, str] = {}
+    calls: dict[str, tuple[str, bool]] = {}
     for message in _messages(body):
         for name, arguments in _calls(message):
-            if path := _first(arguments, _PATHS):
-                _follow(files, path, arguments)
-                calls[name] = path
-        for name, text in _results(message):
-            path = calls.pop(name, "")
-            if path and path not in files:  # what was edited since is known better
+            path = _first(arguments, _PATHS)
+            if path and not _first(arguments, _SEARCHES):
+                calls[name] = path, _follow(files, path, arguments)
+        for name, shown in _results(message):
+            path, is_edit = calls.pop(name, ("", True))
+            known, path = path in files, path or file_named(shown)
+            text = file_shown(shown, path, numbered=is_edit) if path and not known else None
+            if text:  # else what was edited since is known better
+                files.pop(path, None)
                 files[path] = text
     if not files:
         return None
@@ -50,14 +53,18 @@ def file_to_edit(body: Mapping[str, Any], parser: str | None) -> str | None:
     return text if parser in MARKUP_ARGUMENTS else json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _follow(files: dict[str, str], path: str, arguments: Mapping[str, Any]) -> None:
-    """What a call makes of the file that it names; of one that reads it, nothing is known before its result."""
+def _follow(files: dict[str, str], path: str, arguments: Mapping[str, Any]) -> bool:
+    """Keep what a call makes of the file that it names: of one that reads it, nothing is known before its result.
+
+    Returns: whether it is an edit.
+    """
     known = files.pop(path, None)
     written, old, new = (_first(arguments, names) for names in (_CONTENTS, _OLD, _NEW))
     if written:
         files[path] = written
     elif old and known is not None:
         files[path] = known.replace(old, new, 1)
+    return bool(written or old or new)
 
 
 def _offers_edits(body: Mapping[str, Any]) -> bool:
@@ -102,18 +109,16 @@ def _results(message: Mapping[str, Any]) -> list[tuple[str, str]]:
         if block.get("role") == "tool":
             found.append((block.get("tool_call_id"), block.get("content")))
         elif block.get("type") == "tool_result":
-            found.append((block.get("tool_use_id"), block.get("content")))
+            found.append((block.get("tool_use_id"), "" if block.get("is_error") else block.get("content")))
         elif block.get("type") == "function_call_output":
             found.append((block.get("call_id"), block.get("output")))
     return [(str(name), _plain(content)) for name, content in found]
 
 
 def _plain(content: object) -> str:
-    """The text of a result, without numbers of lines."""
+    """The text of a result."""
     parts = content if isinstance(content, list) else [{"text": content}]
-    text = "".join(str(part.get("text") or "") for part in parts if isinstance(part, Mapping))
-    lines = text.rstrip("\n").count("\n") + 1
-    return _NUMBERED.sub("", text) if len(_NUMBERED.findall(text)) == lines else text
+    return "".join(str(part.get("text") or "") for part in parts if isinstance(part, Mapping))
 
 
 def _first(arguments: Mapping[str, Any], names: tuple[str, ...]) -> str:

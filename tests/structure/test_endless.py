@@ -78,6 +78,22 @@ def test_a_grammar_without_a_choice_is_followed_so_far_and_no_further(
     assert len(found) == 16
 
 
+@pytest.mark.parametrize("masks", [0, 1, FORCED_TOKENS - 1])
+def test_a_search_that_has_no_time_left_is_not_handed_to_the_engine(
+    compiler: xgrammar.GrammarCompiler, tokenizer: Any, vocabulary: Vocabulary, masks: int
+) -> None:
+    """Whether the text has an end is not known then, and `Watched` raises."""
+    raw = watched(compiler, ITSELF)
+    matcher = XGrammarMatcher(raw, vocabulary, len(tokenizer))
+    matcher.exhausted = lambda: raw.masks >= masks
+    assert matcher.forced() == ""
+    assert raw.masks == masks
+    assert not matcher.accept_token(vocabulary.encode("{")[0])
+    assert not matcher.accept_text("{")
+    matcher.exhausted = lambda: False
+    assert matcher.accept_text("{")
+
+
 PLAIN = {
     "type": "object",
     "properties": {"city": {"enum": ["Paris", 3]}, "tags": {"type": ["array", "null"], "minItems": 1}},

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structure_grammars import SCHEMAS, Case, Grammars
 
-from whiflash_sglang.compat.scheduler.whitespace import bounded_tag
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind, Piece, StructureChances
 from whiflash_sglang.structure.guesses import STEPS, Guesses, likely, parted
@@ -205,11 +204,17 @@ def test_how_a_tag_is_written_says_nothing_of_the_json_in_it() -> None:
 @pytest.mark.parametrize("modern", [False, True])
 def test_frames_are_those_of_the_tag_and_none_of_its_schemas(modern: bool) -> None:
     inner = {"properties": {"x": {"begin": '"', "end": "y"}}}
+    ends = {"end": CALLS.ends[0]}
     tag: dict[str, Any] = {
-        "structures": [{"begin": begin, "schema": inner, "end": CALLS.ends[0]} for begin in CALLS.begins],
+        "structures": [{"begin": begin, "schema": inner, **ends} for begin in CALLS.begins],
         "triggers": ["<call>"],
     }
-    found = frames_of(bounded_tag(json.dumps(tag), 1) if modern else json.dumps(tag))
+    if modern:
+        content = {"type": "json_schema", "json_schema": inner}
+        tags = [{"type": "tag", "begin": begin, "content": content, **ends} for begin in CALLS.begins]
+        form = {"type": "triggered_tags", "triggers": ["<call>"], "tags": tags}
+        tag = {"type": "structural_tag", "format": form}
+    found = frames_of(json.dumps(tag))
     assert (sorted(found.begins), found.ends) == (sorted(CALLS.begins), CALLS.ends)
     assert frames_of(json.dumps(TRIP)) is frames_of("[a-z]+") is NO_FRAMES
 

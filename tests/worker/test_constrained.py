@@ -2,15 +2,24 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 from engine import engine
 from model_set import Models
 from oracle_arm import ARM, OracleArm
+from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from traffic import Arrival, play
+
+from whiflash_sglang import worker
+from whiflash_sglang.structure import spending
+from whiflash_sglang.structure.matchers import XGrammarMatcher
+from whiflash_sglang.structure.spending import REQUEST_SECONDS, Spending
 
 SCHEMA = json.dumps(
     {
@@ -165,3 +174,96 @@ def test_strict_thinking(models: Models, monkeypatch: pytest.MonkeyPatch) -> Non
     with engine(models.target, whiflash=models.whiflash("random"), arms=[oracle], **options) as e:
         assert play(e, arrivals) == expected
     assert max(oracle.accepted) == oracle.max_drafts
+
+
+class Meter:
+    """A clock that moves by `seconds` whenever a grammar takes a token or makes a mask. moves: since the last step."""
+
+    def __init__(self, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self._seconds, self.moves = 0.0, seconds, 0
+        monkeypatch.setattr(worker, "Spending", partial(Spending, lambda: self.now))
+        for owner, name in (
+            (XGrammarGrammar, "accept_token"),
+            (XGrammarGrammar, "fill_vocab_mask"),
+            (XGrammarMatcher, "_accept_token"),
+            (XGrammarMatcher, "_accept_text"),
+        ):
+            monkeypatch.setattr(owner, name, self._moving(getattr(owner, name)))
+
+    def _moving(self, method: Any) -> Any:
+        def moving(*args: Any) -> Any:
+            self.now += self._seconds
+            self.moves += 1
+            return method(*args)
+
+        return moving
+
+
+@pytest.mark.parametrize(("steps", "branches"), [(0.5, 1), (9, 4)])
+def test_dear_grammars_have_plain_text_and_few_drafts(
+    models: Models, monkeypatch: pytest.MonkeyPatch, steps: float, branches: int
+) -> None:
+    """Whether a round's time for a grammar ends with its first step, or behind the masks of a few drafts."""
+    arrivals = [a for a in requests() if "stop" not in a.rid]
+    with engine(models.target, **OPTIONS) as e:
+        expected = play(e, arrivals)
+    oracle = OracleArm(1.0, alphabet=range(32, 127), ragged=False)
+    for a in arrivals:
+        oracle.learn(a.prompt, expected[a.rid])
+    meter, moves = Meter(REQUEST_SECONDS / steps, monkeypatch), []
+    if steps > 1:
+        monkeypatch.setattr(spending, "FIRST_PAUSE", 1)
+        monkeypatch.setattr(spending, "LONGEST_PAUSE", 1)
+
+    def on_step() -> None:
+        moves.append(meter.moves)
+        meter.moves = 0
+
+    flags = models.whiflash("random", whiflash_branches=branches)
+    with engine(models.target, whiflash=flags, arms=[oracle], **OPTIONS) as e:
+        assert play(e, arrivals, on_step) == expected
+        accepted = {rid: e.rounds(rid)[1] for rid in expected}
+    free = [accepted.pop(a.rid) for a in arrivals if a.rid.startswith("free")]
+    assert min(free) > 20
+    if steps > 1:
+        assert sum(accepted.values()) >= len(accepted)
+        return
+    assert not any(accepted.values())
+    assert max(moves) <= 3 * len(accepted), "one more a request than plain decoding"
+    assert sum(moves) <= sum(2 * len(expected[rid]) + 4 for rid in accepted)
+
+
+NEEDS_TEMPLATE = {"response_template"}
+"""Parsers that read a checkpoint's own template."""
+
+
+def forced_calls() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Sampling parameters of a forced call under every tool-call parser, and of a tag in `response_format`."""
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "Look."}]}
+    tool = {"name": "look", "parameters": json.loads(SCHEMA), "strict": True}
+    tools = [{"type": "function", "function": tool}]
+    request = ChatCompletionRequest.model_validate({**asked, "tools": tools, "tool_choice": "required"})
+    for parser in sorted(FunctionCallParser.ToolCallParserEnum.keys() - NEEDS_TEMPLATE):
+        constraint = FunctionCallParser(request.tools, parser).get_structure_constraint("required")
+        yield parser, request.to_sampling_params([], {}, constraint)
+    content = {"type": "json_schema", "json_schema": tool["parameters"]}
+    tag = {"type": "tag", "begin": "<t>", "content": content, "end": "</t>"}
+    form = {"type": "structural_tag", "format": tag}
+    request = ChatCompletionRequest.model_validate({**asked, "response_format": form})
+    yield "response_format", request.to_sampling_params([], {})
+
+
+def test_forced_calls_are_plain_decodings(models: Models) -> None:
+    """With the same flags, whitespace included: a random model goes on with it where a grammar leaves it free."""
+    constraints = {}
+    for parser, params in forced_calls():
+        kinds = {name: params[name] for name in ("structural_tag", "json_schema", "ebnf") if params.get(name)}
+        constraints[json.dumps(kinds)] = parser, kinds  # many parsers share one
+    arrivals = [
+        Arrival(parser, 0, (70, 71, 72), {"max_new_tokens": 60, "ignore_eos": False, **kinds})
+        for parser, kinds in constraints.values()
+    ]
+    with engine(models.target, **OPTIONS) as e:
+        expected = play(e, arrivals)
+    with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
+        assert play(e, arrivals) == expected

@@ -68,6 +68,8 @@ def test_the_likeliest_strands_fit() -> None:
     taken = chosen_strands(found, widths=[3, 4], rooms=[7, 4], most=2, spare=5)
     assert [(one.owner, one.tokens, one.first_row) for one in taken] == [(0, [4, 4, 4], 3), (0, [1], 6)]
     assert [one.tokens for one in chosen_strands(found, [3, 4], [9, 8], most=2, spare=1)] == [[1]]
+    alike = chosen_strands(found, [3, 4], [20, 8], most=3, spare=5)
+    assert [one.tokens for one in alike] == [[4, 4, 4], [1, 3], [1]], "one of two that begin alike"
 
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=4)
@@ -78,11 +80,14 @@ TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=4)
     chains=st.lists(TOKENS, min_size=1, max_size=3),
     voices=st.lists(st.tuples(st.integers(0, 2), TOKENS), max_size=6),
     truth=st.lists(st.integers(0, 2), min_size=40, max_size=40),
+    rejected=st.sets(st.integers(0, 12), max_size=9),
 )
 def test_folding_finds_the_longest_path(
-    chains: list[list[int]], voices: list[tuple[int, list[int]]], truth: list[int]
+    chains: list[list[int]], voices: list[tuple[int, list[int]]], truth: list[int], rejected: set[int]
 ) -> None:
-    """The target says the next token of `truth` on every path that agrees with it, and no token elsewhere."""
+    """The target says the next token of `truth` on every path that agrees with it, and no token elsewhere. Drafts in
+    `rejected` rows are wrong whatever it says.
+    """
     size, lengths = len(chains), [10 * i + 3 for i in range(len(chains))]
     found = []
     for owner, tokens in voices:
@@ -115,6 +120,16 @@ def test_folding_finds_the_longest_path(
             known = skipped + row - begin
             if path[:known] == truth[:known]:
                 said[row] = truth[known]
+    for index in rejected - set(ends[:size]):
+        if index < ends[-1]:
+            block.input_ids[index] = -1
+    for path, begin, n, owner in zip(
+        paths, ends, packed.starts.tolist(), packed.owners.tolist(), strict=False
+    ):
+        rows = [ends[owner] + 1 + i for i in range(len(path))]
+        if (skipped := n - lengths[owner]) > 0:
+            rows[skipped - 1 :] = range(begin, begin + len(path) - skipped + 1)
+        path[:] = block.input_ids[rows].tolist()
     folded = fold(block, said, size, taken)
     indptr = folded.indptr.tolist()
     kept = torch.arange(indptr[-1]) if folded.kept is None else folded.kept
@@ -123,6 +138,8 @@ def test_folding_finds_the_longest_path(
         own = [path for path, belongs in zip(paths, packed.owners.tolist(), strict=True) if belongs == owner]
         best = max(agreement(path, truth) for path in own)
         assert agreement(ids, truth) == best
+    for path, (one, right) in zip(paths[size:], folded.strands, strict=True):
+        assert not right or one.fork + right <= agreement(path, truth)
     if folded.won:
         check_moves(folded, lengths, table)
 

@@ -18,7 +18,6 @@ from traffic import Arrival, play, without_a_pass
 
 from whiflash_sglang import lifecycle
 from whiflash_sglang.compat.http.streamer import recording_of
-from whiflash_sglang.compat.scheduler.whitespace import COMPACT, bounded_tag
 from whiflash_sglang.drafters import structure
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.spans.hints import TOOLS_KEY
@@ -43,23 +42,29 @@ SCHEMA = json.dumps(
         "additionalProperties": False,
     }
 )
+COMPACT = {"type": "json_schema", "json_schema": json.loads(SCHEMA), "max_whitespace_cnt": 1}
 TAG = json.dumps(
     {
-        "structures": [
-            {
-                "begin": f'<call>{{"name":"{name}", "arguments":',
-                "schema": json.loads(SCHEMA),
-                "end": "}</call>",
-            }
-            for name in ("look_up", "look_out")
-        ],
-        "triggers": ["<call>"],
-        "at_least_one": True,
+        "type": "structural_tag",
+        "format": {
+            "type": "triggered_tags",
+            "tags": [
+                {
+                    "type": "tag",
+                    "begin": f'<call>{{"name":"{name}", "arguments":',
+                    "content": COMPACT,
+                    "end": "}</call>",
+                }
+                for name in ("look_up", "look_out")
+            ],
+            "triggers": ["<call>"],
+            "at_least_one": True,
+        },
     }
 )
 GRAMMARS: dict[str, dict[str, Any]] = {
     "schema": {"json_schema": SCHEMA},
-    "tag": {"structural_tag": bounded_tag(TAG, COMPACT)},  # as ours has it anyway, and plain decoding has not
+    "tag": {"structural_tag": TAG},
     "regex": {"regex": "(red|green|blue), and once more: (red|green|blue)(; never again){2}"},
     "ebnf": {"ebnf": 'root ::= "begin " word " then " word " end"\nword ::= [a-z]{2,9}'},
 }

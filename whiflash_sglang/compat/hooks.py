@@ -59,7 +59,6 @@ def in_scheduler() -> None:
         scores,
         step,
         stops,
-        whitespace,
     )
 
     parts = (
@@ -76,7 +75,6 @@ def in_scheduler() -> None:
         streamer,
         control,
         prometheus,
-        whitespace,
         triton_backend,
     )
     for part in parts:

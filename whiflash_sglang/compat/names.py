@@ -283,15 +283,23 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     # sampling
     PrivateName("sglang.srt.constrained.base_grammar_backend:GrammarMask.apply", ("logits",)),
     PrivateName(
+        "sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.allocate_vocab_mask",
+        ("vocab_size", "batch_size", "device"),
+    ),
+    PrivateName(
+        "sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.fill_vocab_mask", ("vocab_mask", "idx")
+    ),
+    PrivateName("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.accept_token", ("token",)),
+    PrivateName("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.rollback", ("k",)),
+    PrivateName("sglang.srt.constrained.base_grammar_backend:BaseGrammarObject.is_terminated"),
+    PrivateName("sglang.srt.speculative.spec_utils:GrammarTree.resolve"),
+    PrivateName(
         "sglang.srt.layers.sampler:Sampler.forward",
         ("logits_output", "sampling_info", "return_logprob", "top_logprobs_nums", "token_ids_logprobs"),
     ),
     PrivateName("sglang.srt.sampling.sampling_batch_info:ProcessorEntry", ("processor", "rows", "indices")),
     PrivateName("sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo.apply_logits_bias", ("logits",)),
     PrivateName("sglang.srt.speculative.spec_utils:GrammarTree.from_device", ("retrieve_next_token",)),
-    PrivateName(
-        "sglang.srt.speculative.spec_utils:build_grammar_vocab_mask", ("reqs", "tree", "sampling_info")
-    ),
     PrivateName("sglang.srt.speculative.spec_utils:SIMULATE_ACC_LEN"),
     PrivateName("sglang.srt.speculative.spec_utils:SIMULATE_ACC_METHOD"),
     PrivateName("sglang.srt.speculative.spec_utils:SIMULATE_ACC_TOKEN_MODE"),
@@ -299,14 +307,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "sglang.srt.speculative.spec_utils:sample_simulated_acc_len",
         ("simulate_acc_len", "simulate_acc_method", "max_len"),
-    ),
-    PrivateName(
-        "sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend",
-        ("any_whitespace", "max_whitespace_cnt"),
-    ),
-    PrivateName(
-        "sglang.srt.constrained.xgrammar_backend:XGrammarGrammarBackend.dispatch_structural_tag",
-        ("key_string",),
     ),
     PrivateName("sglang.srt.constrained.xgrammar_backend:XGrammarGrammar", ("matcher",)),
     PrivateName("sglang.srt.constrained.llguidance_backend:GuidanceGrammar", ("ll_matcher",)),

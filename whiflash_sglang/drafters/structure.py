@@ -6,7 +6,7 @@ It drafts from the text only. Forced stretches are short, so they matter most af
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -70,16 +70,18 @@ class StructureArm(TextDrafter):
     """Proposes what the request's grammar forces.
 
     Args:
-        settings: widths. vocabulary: the target's.
+        settings: widths. vocabulary: the target's. exhausted: whether to stop looking (`Spending`).
     """
 
     arm = arms.STRUCTURE
     forbids = True
     sources = (GRAMMAR, TOOLS)
 
-    def __init__(self, settings: Structure, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, settings: Structure, vocabulary: Vocabulary, exhausted: Callable[[], bool] = lambda: False
+    ) -> None:
         self.max_drafts = settings.max_width
-        self._vocabulary = vocabulary
+        self._vocabulary, self._exhausted = vocabulary, exhausted
         self._chances = PerTenant(StructureChances)
         self._requests: dict[int, _Request] = {}
 
@@ -206,6 +208,8 @@ class StructureArm(TextDrafter):
         calls = request.calls
         if matcher is None and calls is None:
             return [], len(drafts)
+        if matcher is not None:
+            matcher.exhausted = self._exhausted
         with ExitStack() as stack:
             for own in (matcher, calls):
                 if own is not None:

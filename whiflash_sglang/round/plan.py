@@ -39,15 +39,17 @@ class OnDevice:
 class Decided:
     """What the first rank decides of a round of B requests from what it alone looks at; the others do the same.
 
-    routes: neural pass of each, or `none`. asked: arms that were asked what they say of each. limits: drafts of each
-    request's pass at most, 0 where there is none. joined: drafts at most with those that other arms may put behind
-    them, 0 where none may. copying: drafts that the device may copy in their place at most. rooms: drafts at most,
-    whoever's. reckoned: what drafts are learned by: the route, or that a voice promised something. made_room: drafts
-    that rows are there for (`WorkerCosts.room`). voices: what free voices say of each request, as far as it may be
-    verified. worth: what a further draft of each arm must bring. calibration: `Drafter.calibration` of every arm that
-    drafts and of the one that the device drafts for.
+    single: indices of those whose grammar is too dear for drafts. routes: neural pass of each, or `none`. asked: arms
+    that were asked what they say of each. limits: drafts of each request's pass at most, 0 where there is none.
+    joined: drafts at most with those that other arms may put behind them, 0 where none may. copying: drafts that the
+    device may copy in their place at most. rooms: drafts at most, whoever's. reckoned: what drafts are learned by:
+    the route, or that a voice promised something. made_room: drafts that rows are there for (`WorkerCosts.room`).
+    voices: what free voices say of each request, as far as it may be verified. worth: what a further draft of each
+    arm must bring. calibration: `Drafter.calibration` of every arm that drafts and of the one that the device drafts
+    for.
     """
 
+    single: list[int]
     routes: list[str]
     asked: list[list[str]]
     limits: list[int]

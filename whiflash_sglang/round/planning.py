@@ -41,7 +41,9 @@ class Planner:
         self.quarantine.tick()
         self.ranks.note(requests.names, requests.lengths)
         states = [self.controller.state(*name) for name in requests.names]
+        self.voices.spending.begin([rid for _, rid in requests.names])
         decided = self.ranks.broadcast(lambda: self._decide(requests, states))
+        requests.take_single(decided.single)
         if not self.ranks.leads:  # what drafters find while they are asked is what they draft later
             for index, names in enumerate(decided.asked):
                 self._said(requests, index, names, decided.worth)
@@ -69,6 +71,8 @@ class Planner:
         return 0 if state is None else sum(state.under_way)
 
     def _decide(self, requests: RoundBatch, states: Sequence[RequestState]) -> Decided:
+        single = [i for i, (_, rid) in enumerate(requests.names) if self.voices.spending.is_dear(rid)]
+        requests.take_single(single)
         asked = [self._askable(requests, i) for i in range(len(requests.row_ids))]
         worth = {arm: self.controller.worth(arm) for arm in self.drafters}
         routes, voices = self._route(requests, asked, worth)
@@ -88,7 +92,9 @@ class Planner:
         ]
         made = [self.controller.costs.room(own) for own in reckoned]
         judged = self._calibrations(requests.row_ids, routes)
-        return Decided(routes, asked, limits, joined, copying, rooms, reckoned, made, voices, worth, judged)
+        return Decided(
+            single, routes, asked, limits, joined, copying, rooms, reckoned, made, voices, worth, judged
+        )
 
     def _heard(
         self, requests: RoundBatch, index: int, voices: Mapping[str, Voice], worth: Mapping[str, Worth]

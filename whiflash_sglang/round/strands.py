@@ -157,7 +157,7 @@ def fold(block: MixedBlock, predictions: torch.Tensor, size: int, strands: Seque
     first, judged = [right(path[0], path[-1] + 1) for path in paths], []
     for strand, (begin, end) in zip(strands, pairwise(ends[size:]), strict=True):
         path, own = paths[strand.owner], 0
-        if first[strand.owner] == strand.fork and said[path[strand.fork]] == strand.tokens[0]:
+        if first[strand.owner] == strand.fork and said[path[strand.fork]] == ids[begin]:
             own = 1 + right(begin, end)
             paths[strand.owner] = [*path[: strand.fork + 1], *range(begin, end)]
         judged.append((strand, own))

@@ -8,13 +8,14 @@ from whiflash_sglang.drafters.base import Drafter, of_text, widest_of
 from whiflash_sglang.lookup.copier import CONTEXT
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.costs import Worth
+from whiflash_sglang.structure.spending import LOOKING, Spending
 
 
 class Voices:
     """The arms of a worker that go by texts.
 
     Args:
-        vocabulary: ids that the target has.
+        vocabulary: ids that the target has. spending: on grammars, by those that forbid drafts.
 
     Attributes:
         of_text: all of them. on_device: those for which the device drafts too. speaking: those that draft by what they
@@ -22,8 +23,15 @@ class Voices:
             rounds of drafts.
     """
 
-    def __init__(self, drafters: Mapping[str, Drafter], quarantine: Quarantine, vocabulary: int) -> None:
+    def __init__(
+        self,
+        drafters: Mapping[str, Drafter],
+        quarantine: Quarantine,
+        vocabulary: int,
+        spending: Spending | None = None,
+    ) -> None:
         self._quarantine, self.vocabulary = quarantine, vocabulary
+        self.spending = spending or Spending()
         self.of_text = of_text(drafters)
         self.on_device = {arm: drafter for arm, drafter in self.of_text.items() if drafter.on_device}
         speaking = {arm: drafter for arm, drafter in self.of_text.items() if drafter.speaks}
@@ -37,7 +45,8 @@ class Voices:
         """What `arm` says for the request `rid`, as far as it can be drafts. None: nothing, or it raised an error."""
         sound = None
         with self._quarantine.guard(arm, rid):
-            said = say()
+            priced = self.of_text[arm].forbids
+            said = self.spending.on(rid, say, LOOKING) if priced else say()
             sound = said and said.sound(self.vocabulary)
             if said and sound and len(sound.tokens) < len(said.tokens):
                 self._quarantine.judge(arm, rid, faulty=True)

@@ -32,10 +32,14 @@ class Matcher(ABC):
 
     Everything accepted inside `trying` is taken back at its end. What is accepted counts by steps, one for each token
     or text, because engines take back as many.
+
+    Attributes:
+        exhausted: whether no time is left, asked before each step: then nothing more is accepted or forced.
     """
 
     def __init__(self) -> None:
         self._steps: list[int] = []
+        self.exhausted: Callable[[], bool] = lambda: False
 
     @contextmanager
     def trying(self) -> Iterator[None]:
@@ -50,12 +54,12 @@ class Matcher(ABC):
                 self._rollback(steps)
 
     def accept_token(self, token: int) -> bool:
-        """Go on with a token; False, and nothing happens, where the grammar forbids it."""
-        return self._took(0 if self.ended else self._accept_token(token))
+        """Go on with a token; False, and nothing happens, if the grammar forbids it or no time is left."""
+        return self._took(0 if self.ended or self.exhausted() else self._accept_token(token))
 
     def accept_text(self, text: str) -> bool:
         """Go on with a text, however it is cut into tokens."""
-        return self._took(0 if self.ended else self._accept_text(text))
+        return self._took(0 if self.ended or self.exhausted() else self._accept_text(text))
 
     def _took(self, steps: int) -> bool:
         if steps:
@@ -72,9 +76,15 @@ class Matcher(ABC):
     def may_end(self) -> bool:
         """Whether a token that ends the text may follow."""
 
-    @abstractmethod
     def forced(self) -> str:
-        """The text that must follow; empty where there is a choice, or where it begins inside a character."""
+        """The text that must follow; empty if there is a choice, if it begins inside a character, or if no time is
+        left.
+        """
+        return "" if self.ended or self.exhausted() else self._forced()
+
+    @abstractmethod
+    def _forced(self) -> str:
+        """The same of a grammar that goes on."""
 
     @abstractmethod
     def _accept_token(self, token: int) -> int:
@@ -109,12 +119,12 @@ class XGrammarMatcher(Matcher):
     def may_end(self) -> bool:
         return not self.ended and bool(self._matcher.is_completed())
 
-    def forced(self) -> str:
-        if self.ended:
-            return ""
+    def _forced(self) -> str:
         endless = self._endless()
         if endless is not None:
             return endless.decode(errors="ignore")
+        if self.exhausted():
+            return ""  # whether there is a choice was not found out, and without one xgrammar's search has no end
         try:
             return str(self._matcher.find_jump_forward_string())
         except UnicodeDecodeError:
@@ -192,9 +202,7 @@ class GuidanceMatcher(Matcher):
     def may_end(self) -> bool:
         return bool(self._matcher.is_accepting())
 
-    def forced(self) -> str:
-        if self.ended:
-            return ""
+    def _forced(self) -> str:
         try:
             return str(self._matcher.compute_ff_bytes().decode())
         except UnicodeDecodeError:

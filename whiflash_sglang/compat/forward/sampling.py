@@ -12,15 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from sglang.srt.constrained.base_grammar_backend import GrammarMask
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
 from sglang.srt.speculative import spec_utils
-from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 from whiflash_kernels import MixedBlock
 
+from whiflash_sglang.compat.forward.masks import Masks
 from whiflash_sglang.compat.forward.penalties import PenalisedBatch, PenaltyRequest
-from whiflash_sglang.core import RoundBatch, Strand
+from whiflash_sglang.core import RoundBatch
 from whiflash_sglang.device.transfers import sent
 
 SAMPLED_ROWS = 128
@@ -59,66 +58,6 @@ def takes_single_tokens(req: Any) -> bool:
     return bool(req.custom_logit_processor or (req.return_hidden_states == "last" and ends_in_text))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Chains:
-    """The drafts as SGLang's mask builder takes them. rows: [T] int64, the mask's row of every packed row."""
-
-    tree: GrammarTree
-    rows: torch.Tensor
-
-
-def grammar_chains(
-    block: MixedBlock,
-    widths: Sequence[int],
-    ahead: Sequence[Sequence[int]],
-    strands: Sequence[Strand] = (),
-) -> Chains:
-    """One tree a request, padded to the widest; start it before the target forward.
-
-    Args:
-        block: whose rows say which request of the batch they belong to. widths: rows of each first chain.
-        ahead: per request, equally many tokens that were committed and that its grammar has not seen, the bonus
-            token last; they go before its rows. strands: whose rows are behind those of the first chains.
-    """
-    behind, size, device = len(ahead[0]), len(widths), block.input_ids.device
-    nodes = list(widths)
-    for strand in strands:
-        nodes[strand.owner] = strand.first_row + len(strand.tokens)
-    widest = behind + max(nodes)
-    columns = torch.arange(widest)
-    last = torch.tensor(widths)[:, None] + behind - 1
-    next_token = torch.where(columns[None, :] < last, columns[None, :] + 1, -1)
-    sibling = torch.full((size, widest), -1, dtype=torch.int64)
-    places = [torch.arange(width) for width in widths]
-    for strand in strands:
-        first, count = behind + strand.first_row, len(strand.tokens)
-        own = next_token[strand.owner]
-        own[first : first + count - 1] = torch.arange(first + 1, first + count)
-        parent = behind + strand.fork
-        if own[parent] < 0:
-            own[parent] = first
-        else:
-            _last_sibling(sibling[strand.owner], int(own[parent]), first)
-        places.append(torch.arange(strand.first_row, strand.first_row + count))
-    ids = torch.zeros((size, widest), dtype=torch.int64, device=device)
-    ids[:, 1 : behind + 1] = torch.tensor(ahead, dtype=torch.int64, device=device).view(size, behind)
-    column = torch.cat(places).to(device) + behind
-    total = len(column)  # what is behind these rows is padding, to which any mask will do
-    owner = block.request_of_row[:total]
-    ids[owner, column] = block.input_ids[:total]
-    tree = GrammarTree.from_device(next_token, sibling, ids)
-    rows = torch.zeros_like(block.request_of_row)
-    rows[:total] = owner * widest + column
-    return Chains(tree, rows)
-
-
-def _last_sibling(sibling: torch.Tensor, node: int, added: int) -> None:
-    """Put `added` behind the last sibling of `node`."""
-    while sibling[node] >= 0:
-        node = int(sibling[node])
-    sibling[node] = added
-
-
 def sample_rows(
     runner: Any,
     batch: Any,
@@ -126,9 +65,8 @@ def sample_rows(
     block: MixedBlock,
     requests: RoundBatch,
     widest: int,
-    chains: Chains | None,
+    masks: Masks | None,
     tokens: torch.Tensor,
-    barrier: Any,
 ) -> torch.Tensor:
     """The target's token at each packed row: [T] int64.
 
@@ -140,22 +78,13 @@ def sample_rows(
         runner: the target's model runner (its sampler is used).
         output: SGLang's logits output of the verification.
         widest: most rows of a request.
-        chains: of `grammar_chains`, for a batch with grammars.
+        masks: of a batch with grammars.
         tokens: token table with this round's drafts written, for penalties.
     """
     owner, logits, vocabulary = block.request_of_row, output.next_token_logits, batch.sampling_info.vocab_size
     penalised = None
     if members := _penalised(batch.reqs, requests.lengths.most):
         penalised = PenalisedBatch(members, requests.rows, requests.starts, tokens, widest, vocabulary)
-    mask = None
-    if chains is not None:
-        mask = build_grammar_vocab_mask(
-            reqs=batch.reqs,
-            tree=chains.tree,
-            sampling_info=batch.sampling_info,
-            device=logits.device,
-            barrier=barrier,
-        )
     whole = batch.return_logprob or batch.sampling_info.has_custom_logit_processor
     records: tuple[bool, list[Any], list[Any]] = (False, [], [])
     if batch.return_logprob:
@@ -168,8 +97,8 @@ def sample_rows(
             info.acc_additive_penalties, info.acc_scaling_penalties = penalised.at(
                 owner[rows], block.positions[rows]
             )
-        if mask is not None and chains is not None:
-            info.grammar_mask = GrammarMask(mask.grammar, mask.vocab_mask[chains.rows[rows]])
+        if masks is not None:
+            info.grammar_mask = masks.of(rows)
         part = output if whole else LogitsProcessorOutput(next_token_logits=None)
         part.next_token_logits = logits[rows].clone()
         info.apply_logits_bias(part.next_token_logits)

@@ -1,0 +1,95 @@
+"""What rounds may spend on grammars, on a clock that only the tests move."""
+
+import pytest
+
+from whiflash_sglang.structure.spending import (
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    LOOKING,
+    REQUEST_SECONDS,
+    ROUND_SECONDS,
+    Spending,
+)
+
+DEAR = 2 * REQUEST_SECONDS
+
+
+class Work:
+    """Steps of `seconds` each, until its time is up or `most` were made."""
+
+    def __init__(self, *, cuts: bool = True) -> None:
+        self.now = 0.0
+        self.spending = Spending(lambda: self.now, cuts=cuts)
+
+    def steps(self, rid: str, seconds: float, most: int = 1000, part: float = 1.0) -> int:
+        def work() -> int:
+            done = 0
+            while done < most and not self.spending.exhausted():
+                self.now, done = self.now + seconds, done + 1
+            return done
+
+        return self.spending.on(rid, work, part)
+
+
+def test_a_request_has_its_share_and_a_round_has_its_own() -> None:
+    work = Work()
+    step = REQUEST_SECONDS / 7.5
+    work.spending.begin(["a"])
+    assert work.steps("a", step, part=LOOKING) == 4
+    assert work.steps("a", step) == 4, "the rest is left for the masks"
+    assert work.steps("a", step) == 0
+    assert not work.spending.exhausted(), "nobody works"
+    rids = [str(number) for number in range(100)]
+    for _ in range(2):  # the first shows how many there are
+        work.spending.begin(rids)
+        began = work.now
+        for rid in rids:
+            work.steps(rid, ROUND_SECONDS / 1000)
+    assert work.now - began == pytest.approx(ROUND_SECONDS, rel=0.2)
+
+
+def test_a_dear_request_pauses_and_each_time_twice_as_long() -> None:
+    work, lengths = Work(), []
+    work.spending.begin(["a", "b"])
+    for _ in range(9):
+        assert not work.spending.is_dear("a")
+        work.steps("a", DEAR, most=1)
+        work.steps("b", REQUEST_SECONDS / 2, most=1)
+        work.spending.begin(["a", "b"])
+        lengths.append(0)
+        while work.spending.is_dear("a"):
+            assert not work.spending.is_dear("b")
+            lengths[-1] += 1
+            work.spending.begin(["a", "b"])
+    assert lengths[:4] == [FIRST_PAUSE, 2 * FIRST_PAUSE, 4 * FIRST_PAUSE, 8 * FIRST_PAUSE]
+    assert lengths[-1] == LONGEST_PAUSE
+    work.spending.begin(["a"])  # a cheap round
+    work.steps("a", DEAR, most=1)
+    for _ in range(FIRST_PAUSE):
+        work.spending.begin(["a"])
+        assert work.spending.is_dear("a")
+    work.spending.begin(["a"])
+    assert not work.spending.is_dear("a")
+
+
+def test_a_pause_lasts_while_the_text_itself_is_dear() -> None:
+    work = Work()
+    for _ in range(3 * FIRST_PAUSE):
+        work.spending.begin(["a"])
+        work.steps("a", DEAR, most=1)
+    for _ in range(FIRST_PAUSE):
+        work.spending.begin(["a"])
+        assert work.spending.is_dear("a")
+    work.spending.begin(["a"])
+    assert not work.spending.is_dear("a")
+    work.steps("a", DEAR, most=1)
+    work.spending.begin(["b"])
+    assert not work.spending.is_dear("a"), "requests that are not in the batch are forgotten"
+
+
+def test_several_ranks_end_no_work_early_and_judge_it_later() -> None:
+    work = Work(cuts=False)
+    work.spending.begin(["a"])
+    assert work.steps("a", DEAR, most=7) == 7
+    work.spending.begin(["a"])
+    assert work.spending.is_dear("a")

@@ -1,0 +1,85 @@
+"""The seconds that rounds spend on grammars, and the requests whose grammar is too dear for drafts.
+
+A token's work in a grammar has no bound: a hundred nested repeats take xgrammar a tenth of a second, and each further
+token takes longer. Plain decoding pays it twice a token, for the mask and for the token itself. A draft pays it again
+when it is looked for, when it is extended, and when its mask is made.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+REQUEST_SECONDS = 0.05
+"""A request that spends so much in a round takes no drafts in the next ones."""
+
+ROUND_SECONDS = 0.25
+"""What all requests of a round may spend together, beside the step that each is in when its share is used up."""
+
+LOOKING = 0.5
+"""Part of a request's share for finding drafts; the rest is left for their masks."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 16, 1024
+"""Rounds without drafts: the first time, and at most. Each pause is twice as long as the one before it."""
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(slots=True)
+class _Request:
+    """spent: seconds in this round. pause: rounds of its last pause; left: those of them that are still to come."""
+
+    spent: float = 0.0
+    pause: int = 0
+    left: int = 0
+
+
+class Spending:
+    """Of one process.
+
+    Args:
+        clock: seconds of this thread's work: those of a busy machine are nobody's. cuts: whether work ends early when
+            a share is used up. Several ranks must do the same work, and their clocks differ.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.thread_time, *, cuts: bool = True) -> None:
+        self._clock, self._cuts = clock, cuts
+        self._requests: dict[str, _Request] = {}
+        self._own: _Request | None = None
+        self._began = self._limit = 0.0
+        self._share = REQUEST_SECONDS
+
+    def begin(self, rids: Sequence[str]) -> None:
+        """A round of these requests begins: judge the one before it. Other requests are forgotten."""
+        self._requests = {rid: self._requests[rid] for rid in rids if rid in self._requests}
+        for own in self._requests.values():
+            if own.spent >= REQUEST_SECONDS:
+                if not own.left:
+                    own.pause = min(2 * own.pause, LONGEST_PAUSE) or FIRST_PAUSE
+                own.left = own.pause
+            elif own.left:
+                own.left -= 1
+            else:
+                own.pause = 0
+            own.spent = 0.0
+        self._share = min(REQUEST_SECONDS, ROUND_SECONDS / max(len(self._requests), 1))
+
+    def is_dear(self, rid: str) -> bool:
+        """Whether a request takes no drafts in this round."""
+        own = self._requests.get(rid)
+        return own is not None and own.left > 0
+
+    def on(self, rid: str, work: Callable[[], ResultT], part: float = 1.0) -> ResultT:
+        """What `work` returns. Its seconds count for the request; `exhausted` in it means `part` of its share."""
+        own = self._own = self._requests.setdefault(rid, _Request())
+        self._began, self._limit = self._clock(), part * self._share
+        try:
+            return work()
+        finally:
+            own.spent += self._clock() - self._began
+            self._own = None
+
+    def exhausted(self) -> bool:
+        """Whether the work that is being done should end, since its request's share of the round is used up."""
+        own = self._own
+        return self._cuts and own is not None and own.spent + self._clock() - self._began >= self._limit
