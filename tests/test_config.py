@@ -157,6 +157,7 @@ def test_a_manifest_that_is_no_object(bundle: Path) -> None:
 def test_a_server_needs_no_drafter(bundle: Path) -> None:
     without = resolve(parse_flags({}), None)
     assert (without.drafters, without.lookup.enabled, without.structure.enabled) == ({}, True, True)
+    write(bundle, {**MANIFEST, "router": ROUTER, "dflash_vocabulary": "eagle3"})
     left_out = resolve(parse_flags({"drafters": "none"}), bundle, target_mtp=lambda: bundle / "e")
     assert (left_out.drafters, left_out.neural, left_out.checksums) == ({}, None, {})
     assert resolve(parse_flags({}), None, target_mtp=lambda: bundle / "e").drafters == {"ar": bundle / "e"}

@@ -149,7 +149,9 @@ def resolve(
     if draft_path is not None and not draft_path.is_dir():
         raise ConfigError(f"--speculative-draft-model-path {draft_path}: no such directory")
     manifest = load_manifest(draft_path) if draft_path and (draft_path / MANIFEST).exists() else None
-    drafters = _drafters(flags, manifest, draft_path, download_dir)
+    if flags.drafters == "none":
+        manifest = _without_drafters(flags, manifest, draft_path)
+    drafters = {} if flags.drafters == "none" else _drafters(flags, manifest, draft_path, download_dir)
     if flags.drafters != "none" and arms.AR not in drafters and (own := target_mtp()) is not None:
         drafters[arms.AR] = own
     for arm, path in drafters.items():
@@ -196,15 +198,19 @@ def resolve(
     )
 
 
+def _without_drafters(flags: Flags, manifest: Manifest | None, draft_path: Path | None) -> Manifest | None:
+    """The rest of a bundle. Raises ConfigError where a flag names a drafter all the same."""
+    if flags.eagle_draft or (draft_path is not None and manifest is None):
+        named = "--whiflash-eagle-draft" if flags.eagle_draft else "--speculative-draft-model-path"
+        raise ConfigError(f"--whiflash-drafters none leaves nothing for {named}; remove one of the two")
+    parts = {"eagle3": None, "dflash": None, "router": None, "dflash_vocabulary": "full"}
+    return None if manifest is None else manifest.model_copy(update=parts)
+
+
 def _drafters(
     flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
 ) -> dict[str, Path]:
     """Arm → its checkpoint. A path that is no bundle is one checkpoint, whose format says which arm it is for."""
-    if flags.drafters == "none":
-        if flags.eagle_draft or (draft_path is not None and manifest is None):
-            named = "--whiflash-eagle-draft" if flags.eagle_draft else "--speculative-draft-model-path"
-            raise ConfigError(f"--whiflash-drafters none leaves nothing for {named}; remove one of the two")
-        return {}
     if draft_path is None:
         found = {}
     elif manifest is not None:
@@ -224,7 +230,7 @@ def _drafters(
 
 def _checksums(flags: Flags, manifest: Manifest | None, bundle: Path | None) -> dict[str, str]:
     """Checksums of what is served from the bundle: a flag may name another file."""
-    if bundle is None or manifest is None or flags.drafters == "none":
+    if bundle is None or manifest is None:
         return {}
     served = [PARTS[arm] for arm in manifest.drafters if not (arm == arms.AR and flags.eagle_draft)]
     if manifest.router is not None and flags.neural_router_path is None:
@@ -282,7 +288,7 @@ def changed(settings: Settings, change: Any) -> Settings:
 def _neural(
     flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
 ) -> NeuralRouter | None:
-    shipped = manifest.router if manifest and flags.drafters != "none" else None
+    shipped = manifest.router if manifest else None
     if flags.neural_router_path is None and shipped is None:
         if flags.router == "neural":
             raise ConfigError(NO_ROUTER)
