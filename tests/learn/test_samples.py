@@ -175,6 +175,11 @@ def test_forgetting_drops_what_nobody_can_read(spool: Spool, handle: int | None)
     """Of a file that was being written when its writer was killed nobody knows whose it is, either."""
     for name in ("00000000000000000001-1.jsonl", "00000000000000000002-1.part"):
         (directory_of(spool) / name).write_text("{")
+    for handles in ("[[1], 7]", '["7", 3]', "[null]"):
+        spool.offer([1], [1], {7, 8})
+        spool.flush()
+        with files_of(directory_of(spool))[-1].path.open("a") as file:
+            file.write(f'{{"prompt":[1],"answer":[1],"handles":{handles}}}\n')
     forget_samples(directory_of(spool), handle)
     assert [path.name for path in directory_of(spool).iterdir()] == [".lock"]
 

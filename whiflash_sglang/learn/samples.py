@@ -21,7 +21,6 @@ from filelock import BaseFileLock, FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import read_json
 from whiflash_sglang.lookup.memory import HANDLES
 
 logger = logging.getLogger(__name__)
@@ -73,24 +72,26 @@ Token = Annotated[int, Field(ge=0, lt=2**31)]
 Handle = Annotated[int, Field(ge=0, lt=HANDLES)]
 
 
-class _Header(BaseModel):
-    """A file's first line. handles: of all its samples."""
+class _Named(BaseModel):
+    """The end of every line of a file."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    handles: list[Handle]
+
+
+class _Header(_Named):
+    """A file's first line. handles: of all its samples."""
 
     format: int
     target: str
-    handles: list[Handle]
 
 
-class _Line(BaseModel):
+class _Line(_Named):
     """Every other line of a file: a `Sample`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: list[Token]
     answer: list[Token]
-    handles: list[Handle]
 
 
 class SampleFile(NamedTuple):
@@ -154,8 +155,8 @@ def _check_owner(path: Path, found: os.stat_result, mode: str) -> None:
         )
     if found.st_mode & 0o077:
         raise ConfigError(
-            f"{path} has mode {stat.S_IMODE(found.st_mode):o}, so that other users may have written it: check what it "
-            f"holds, then `chmod {mode}`"
+            f"{path} has mode {stat.S_IMODE(found.st_mode):o}, so that other users may read or write it: check what "
+            f"it holds, then `chmod {mode}`"
         )
 
 
@@ -386,9 +387,6 @@ def _without(path: Path, handle: int) -> bool:
     return bool(kept)
 
 
-def _handles(line: bytes) -> list[Any]:
+def _handles(line: bytes) -> list[int]:
     """Those of a `Sample`'s line, which ends with them. Raises ValueError."""
-    found = read_json(b"{" + _HANDLES_KEY + line.rpartition(_HANDLES_KEY)[2])["handles"]
-    if not isinstance(found, list):
-        raise ValueError("handles are no list")
-    return found
+    return _Named.model_validate_json(b"{" + _HANDLES_KEY + line.rpartition(_HANDLES_KEY)[2]).handles
