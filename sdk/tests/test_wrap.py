@@ -197,6 +197,7 @@ def test_a_second_wrap_changes_nobodys_settings(client: OpenAI, server: FakeServ
             wrap(client, **{**told, name: other})
     with pytest.raises(ValueError, match=r"other hints\. .*with_options"):
         wrap(client, **told, trace=False)
+    wrap(client, **told, trace="summary")  # what the default is
     for number, copy in enumerate(copies):
         wrap(copy, agent=str(number))
     for one in (client, *copies):

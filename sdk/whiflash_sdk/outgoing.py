@@ -78,6 +78,7 @@ class Told:
             capabilities = True
         elif isinstance(capabilities, Capabilities):
             capabilities = capabilities.assumed()
+        trace = True if trace == "summary" else trace  # one level, so that two wraps with it are alike
         return cls((hints or Hints()).over(Hints(trace=trace)), strict, capabilities, agent, tenant)
 
 
