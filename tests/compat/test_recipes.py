@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from whiflash_sglang.cli import app
 from whiflash_sglang.cli.recipes import Recipe, read
 from whiflash_sglang.compat.launch.recipes import judge
-from whiflash_sglang.errors import UsageError
+from whiflash_sglang.errors import ConfigError, UsageError
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "agent_recipes.jsonl"
 STARTING, WITHOUT_DRAFTERS = 21, 21
@@ -86,6 +86,8 @@ def test_flags_of_other_algorithms_are_replaced() -> None:
         ({"never-heard": "1"}, ["--never-heard"]),
         ({"tp-size": "four", "pp-size": "2"}, ["--tp-size", "pp_size"]),
         ({"enable-lora": "yes"}, ["--enable-lora"]),
+        ({"tp-size": ["1", "2"]}, ["--tp-size"]),
+        ({"enable-metrics": ["1"]}, ["--enable-metrics"]),
     ],
 )
 def test_flags(flags: dict[str, Any], obstacles: list[str]) -> None:
@@ -152,6 +154,21 @@ IN_THE_SCRIPT = {
 }
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "[" * 3000,
+        '{"model_type": "llama", "num_attention_heads": 0}',
+        '{"model_type": "llama", "hidden_size": [1]}',
+    ],
+)
+def test_a_target_that_sglang_cannot_read_is_named(write: Write, text: str) -> None:
+    directory = write("config.json", text).parent
+    with pytest.raises(ConfigError, match=f"SGLang cannot read {directory}/config.json: "):
+        judge({"model-path": str(directory)})
+
+
 def test_reading_shell(write: Write) -> None:
     script = write("serve.sh", SCRIPT)
     assert read(script) == [Recipe(str(script), IN_THE_SCRIPT, {"SGLANG_ENABLE_SPEC_V2": "1"})]
@@ -177,6 +194,8 @@ def test_reading_yaml_and_json(write: Write) -> None:
         Recipe(f"{file}: prefill", {"tp-size": "8"}),
         Recipe(f"{file}: decode", {"tp-size": "4"}, {"SGLANG_RUST_SERVER": "1"}),
     ]
+    dated = read(write("dated.yaml", "preferred-sampling-params: {since: 2026-01-01}"))
+    assert dated[0].flags == {"preferred-sampling-params": '{"since": "2026-01-01"}'}
     lines = write("some.jsonl", '{"recipe": "one", "flags": {"tp-size": 2}}\n{"tp-size": 3}\n')
     assert read(lines) == [Recipe("one", {"tp-size": "2"}), Recipe(str(lines), {"tp-size": "3"})]
 
@@ -192,6 +211,18 @@ def test_reading_yaml_and_json(write: Write) -> None:
         ("a.json", "[1]", "flags and values expected"),
         ("a.json", '{"a": 1', "is not JSON"),
         ("a.json", '{"flags": 1}', "flags and values expected"),
+        ("a.json", '{"flags": {"tp-size": 2}, "environment": [1]}', "flags and values expected"),
+        (
+            "a.yaml",
+            "sglang_config: {prefill: {tp-size: 2}}\nprefill_environment: [1]",
+            "flags and values expected",
+        ),
+        ("a.json", '{"a":' * 3000, "cannot be read"),
+        ("a.json", f'{{"a": {"9" * 5000}}}', "cannot be read"),
+        ("a.yaml", "[" * 3000, "cannot be read"),
+        ("a.yaml", f"a: {'9' * 5000}", "cannot be read"),
+        ("a.yaml", "a: &a {b: *a}", "cannot be read"),
+        ("a.yaml", "a: &a {b: [*a]}", "cannot be read"),
     ],
 )
 def test_files_that_are_no_recipes(write: Write, name: str, text: str, said: str) -> None:

@@ -42,7 +42,17 @@ def read(path: Path) -> list[Recipe]:
             f"--recipe {path} is not text: give flags in YAML, JSON lines or a shell line"
         ) from None
     readers = {".yaml": _yaml, ".yml": _yaml, ".json": _json, ".jsonl": _json}
-    found = list(readers.get(path.suffix.lower(), _shell)(text, path))
+    try:
+        found = list(readers.get(path.suffix.lower(), _shell)(text, path))
+    except UsageError:
+        raise
+    except (
+        RecursionError,
+        ValueError,
+    ) as error:  # nested deeply or in itself, or a number of thousands of digits
+        raise UsageError(
+            f"--recipe {path} cannot be read ({error}): flags are names and short values"
+        ) from None
     if not found:
         raise UsageError(
             f"--recipe {path} has no flags: give a launch such as `sglang serve MODEL --tp-size 2`"
@@ -65,10 +75,8 @@ def _yaml(text: str, path: Path) -> Iterator[Recipe]:
             continue
         for role, flags in backend[ROLES].items():
             _need_mapping(flags, path)
-            environment = backend.get(f"{role}_environment") or {}
-            yield Recipe(
-                f"{path}: {role}", _flags(flags), {key: str(value) for key, value in environment.items()}
-            )
+            environment = _environment(backend.get(f"{role}_environment"), path)
+            yield Recipe(f"{path}: {role}", _flags(flags), environment)
 
 
 def _backend(found: Any) -> dict[str, Any] | None:
@@ -91,13 +99,19 @@ def _json(text: str, path: Path) -> Iterator[Recipe]:
         _need_mapping(document, path)
         flags = document.get("flags", document)
         _need_mapping(flags, path)
-        environment = {key: str(value) for key, value in document.get("environment", {}).items()}
+        environment = _environment(document.get("environment"), path)
         yield Recipe(str(document.get("recipe", path)), _flags(flags), environment)
 
 
 def _need_mapping(found: Any, path: Path) -> None:
     if not isinstance(found, dict):
         raise UsageError(f"--recipe {path}: flags and values expected, such as tp-size: 2, not {found!r:.60}")
+
+
+def _environment(found: Any, path: Path) -> dict[str, str]:
+    variables = {} if found is None else found
+    _need_mapping(variables, path)
+    return {str(name): str(value) for name, value in variables.items()}
 
 
 def _flags(found: Mapping[Any, Any]) -> dict[str, str | list[str]]:
@@ -108,7 +122,7 @@ def _text(value: Any) -> str | list[str]:
     if isinstance(value, list):
         return [str(word) for word in value]
     if isinstance(value, bool | dict):
-        return json.dumps(value)
+        return json.dumps(value, default=str)
     return "" if value is None else str(value)
 
 

@@ -162,7 +162,7 @@ class _Parser(argparse.ArgumentParser):
         return found[0] if len({id(action) for action in found}) == 1 else None
 
     def fields(self, words: list[str]) -> dict[str, Any]:
-        return vars(self.parse_known_args(words, argparse.Namespace())[0])
+        return vars(self.parse_args(words, argparse.Namespace()))
 
 
 @cache
@@ -214,7 +214,8 @@ def _model(arguments: Any, target: Path) -> Any:
 
     try:
         return ModelConfig.from_server_args(arguments, model_path=str(target))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the file may hold anything, and SGLang checks little of it
         raise ConfigError(
-            f"SGLang cannot read {target / 'config.json'}: {error}; give another --model-path"
+            f"SGLang cannot read {target / 'config.json'}: {type(error).__name__}: {' '.join(str(error).split())}; "
+            "give another --model-path"
         ) from None
