@@ -194,6 +194,21 @@ def test_tools_open_the_spans_of_the_parser_that_auto_found(server: Server) -> N
     assert "tool_call" in {stretch.span for stretch in trace.stretches}
 
 
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/messages"])
+def test_tools_that_nest_too_deep_are_a_400_as_they_are_without_us(server: Server, route: str) -> None:
+    """Written as text: the client's own writer of JSON refuses them."""
+    answers = []
+    for levels in range(400, 481, 16):
+        schema = '{"type": "object", "properties": {"a": ' * levels + "{}" + "}}" * levels
+        function = f'{{"name": "f", "{"parameters" if "chat" in route else "input_schema"}": {schema}}}'
+        tool = f'{{"type": "function", "function": {function}}}' if "chat" in route else function
+        asked = json.dumps({"model": "tiny", "max_tokens": 1, "messages": MESSAGES, "tools": []})
+        content = asked.replace('"tools": []', f'"tools": [{tool}]')
+        headers = {"content-type": "application/json"}
+        answers.append(httpx.post(server.url + route, content=content, headers=headers, timeout=None))
+    assert {answer.status_code for answer in answers} == {400}, answers[-1].text
+
+
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/generate")
 
 

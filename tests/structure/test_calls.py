@@ -241,6 +241,14 @@ def test_what_nobody_of_ours_wrote_is_silently_left(vocabulary: Vocabulary, tool
     assert parse_hints({TOOLS_KEY: 3}).tools == ""
 
 
+def test_tools_that_nest_too_deep_are_not_carried() -> None:
+    """The interpreter's writer of JSON gives up on them, and SGLang answers 400 by itself."""
+    parameters: dict[str, Any] = {"type": "string"}
+    for _ in range(50_000):
+        parameters = {"type": "object", "properties": {"a": parameters}}
+    assert carried_tools([("f", parameters)], "hermes") is None
+
+
 def size(schema: object) -> int:
     """Schemas and listed values in a schema."""
     if not isinstance(schema, dict):

@@ -118,7 +118,7 @@ class Tools(NamedTuple):
 def carried_tools(functions: Sequence[tuple[str | None, object]], parser: str | None) -> str | None:
     """The tools of a request and the form of its calls, for `custom_params`.
 
-    None if calls of this parser are not known, or if the text is too long.
+    None if calls of this parser are not known, or if the text is too long or nests too deep.
 
     Args:
         functions: name and schema of the parameters of each. parser: the server's `--tool-call-parser`.
@@ -126,7 +126,10 @@ def carried_tools(functions: Sequence[tuple[str | None, object]], parser: str | 
     form = ARGUMENTS.get(parser or "", parser if parser in PARSERS else None)
     if form is None or len(functions) > MOST_FUNCTIONS:
         return None
-    text = json.dumps([form, functions])
+    try:
+        text = json.dumps([form, functions])
+    except RecursionError:  # SGLang refuses such a schema by name
+        return None
     return text if len(text) <= MAX_TOOLS_CHARS else None
 
 
