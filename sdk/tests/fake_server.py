@@ -96,6 +96,8 @@ class FakeServer:
     failures: int = 0
     usage_chunk: bool = False
     zipped: bool = False
+    stream_kind: str = "text/event-stream"
+    sets_cookies: bool = False
     content: str = '{"city": "Zürich"}'
     paths: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -243,9 +245,12 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
         def _send(self, status: int, body: bytes, kind: str = "application/json") -> None:
             self.send_response(status)
             if server.zipped:
-                body = gzip.compress(body)
+                body = gzip.compress(body, mtime=0)
                 self.send_header("Content-Encoding", "gzip")
-            self.send_header("Content-Type", kind)
+            if kind:
+                self.send_header("Content-Type", kind)
+            if server.sets_cookies:
+                self.send_header("Set-Cookie", f"sticky={len(server.paths)}; Path=/")
             self.send_header("Content-Length", str(len(body)))
             with suppress(ConnectionError):  # the client did not wait
                 self.end_headers()
@@ -299,7 +304,7 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 found = chunks.get(self.path, _text_chunks)(server, body)
                 lines = (_named(chunk) + f"data: {json.dumps(chunk)}\n\n" for chunk in found)
                 end = "" if self.path == "/v1/messages" else "data: [DONE]\n\n"
-                self._send(200, "".join([*lines, end]).encode(), "text/event-stream")
+                self._send(200, "".join([*lines, end]).encode(), server.stream_kind)
             else:
                 if self.path.endswith("/responses"):
                     answer = _response(server, body)

@@ -26,6 +26,8 @@ TOOL: Any = {
     "type": "function",
     "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
 }
+streaming: Any = sys.modules["whiflash_sdk.streaming"]
+collecting: Any = sys.modules["whiflash_sdk.collecting"]
 EXPECTED = Trace.model_validate(TRACE)
 WAYS = ["wrap", "http_client"]
 
@@ -96,14 +98,115 @@ def test_a_stream_loses_its_trace_chunk_and_nothing_else(server: FakeServer, zip
 def test_events_cut_anywhere_are_whole_again() -> None:
     events = b'data: {"id":"r","model":"m","choices":[{"index":0}]}\r\n\r\n: comment\r\n\r\n'
     trace = b'data: {"choices":[],"sglext":{"whiflash":%s}}\r\n\r\n' % json.dumps(TRACE).encode()
-    streaming, collecting = (sys.modules[f"whiflash_sdk.{name}"] for name in ("streaming", "collecting"))
     for size in (1, 2, 3, 7, 4096):
         call = collecting.Call(None)
-        passing = streaming.Passing(call, is_stream=True, whole_text=False)
+        passing = streaming.Passing(call, whole_text=False)
         whole = events + trace + b"data: [DONE]\r\n\r\nrest"
         parts = [passing.feed(whole[at : at + size]) for at in range(0, len(whole), size)]
         assert b"".join(parts) + passing.end() == events + b"data: [DONE]\r\n\r\nrest"
         assert call.raw_traces == [TRACE]
+
+
+KINDS = ["Text/Event-Stream; charset=utf-8", "application/json", "", "text/plain"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_is_one_whatever_its_content_type_says(server: FakeServer, way: str, kind: str) -> None:
+    server.stream_kind = kind
+    with hinting(way, server) as client:
+        stream = client.chat.completions.create(**ASKED, stream=True)
+        assert [chunk.choices[0].index for chunk in stream] == [0, 0, 0]
+    assert routing(stream) == EXPECTED
+
+
+@pytest.mark.parametrize("choices", [5, [{"index": [], "delta": {"content": 1}}], [None], {"a": 1}])
+def test_an_answer_of_other_types_passes(choices: Any) -> None:
+    event = b'data: {"id":"r","choices":%s,"sglext":5}\n\n' % json.dumps(choices).encode()
+    for text in (event, event[6:], b"data: " + b"[" * 3_000 + b"\n\n"):
+        passing = streaming.Passing(collecting.Call(None), whole_text=True)
+        assert passing.feed(text[:9]) + passing.feed(text[9:]) + passing.end() == text
+
+
+def test_what_a_request_is_sent_as(server: FakeServer) -> None:
+    """Text that is not ours is escaped as it was, and a chunked request has no length beside it."""
+    sent: list[Any] = []
+    inner = httpx.Client(event_hooks={"request": [sent.append]})
+    body = b'{"model":"m","messages":[{"role":"user","content":"\\ud800"}],"x":1.0e1}'
+    with whiflash_sdk.http_client(inner, tenant="acme") as client:
+        answer = client.post(f"{server.base_url}/chat/completions", content=iter([body[:9], body[9:]]))
+    assert answer.is_success
+    assert sent[-1].content.endswith(body[1:])
+    assert "transfer-encoding" not in sent[-1].headers
+    assert server.bodies[-1]["cache_salt"] == "acme"
+
+
+@pytest.mark.parametrize("said", [{"agent": "a"}, "[1]", "5", '{"agent":5}', "[" * 3_000, 7])
+@pytest.mark.parametrize("routes", [True, False])
+def test_hints_that_are_none_are_left_for_the_server(server: FakeServer, said: Any, routes: bool) -> None:
+    own = {"custom_params": {"whiflash": said, "a": 1}}
+    with hinting("http_client", server, capabilities=None if routes else False) as client:
+        client.chat.completions.create(**ASKED, extra_body=own)
+    assert server.bodies[0] == {**ASKED, **(own if routes else {"custom_params": {"a": 1}})}
+    if not routes:  # what is not ours to take out stays
+        for way in WAYS:
+            with hinting(way, server, capabilities=False) as client:
+                client.responses.create(model="m", input="x", extra_body=own)
+            assert server.bodies[-1] == {"model": "m", "input": "x", **own}
+
+
+def test_a_server_is_asked_once_whatever_cookies_it_sets(server: FakeServer) -> None:
+    """And in a coding that is read, whatever the request asks for."""
+    server.sets_cookies = True
+    headers = {"accept-encoding": "br, x-own", "x-name": "é".encode()}
+    with whiflash_sdk.http_client(httpx.Client(headers=headers)) as http:
+        client = OpenAI(base_url=server.base_url, api_key="key", http_client=http)
+        for _ in range(3):
+            client.chat.completions.create(**ASKED)
+    assert server.paths.count(ROUTE) == 1
+    assert all("custom_params" in body for body in server.bodies)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_refusal_is_read_as_if_nobody_had_read_it(server: FakeServer, zipped: bool) -> None:
+    server.refuses, server.refusal, server.zipped = {"messages"}, (422, "the prompt is too long"), zipped
+    asked: Any = {"url": f"{server.base_url}/chat/completions", "json": ASKED}
+
+    async def main() -> Any:
+        async with whiflash_sdk.async_http_client() as http, http.stream("POST", **asked) as answer:
+            return b"".join([part async for part in answer.aiter_raw()]), answer.headers
+
+    with whiflash_sdk.http_client() as http, http.stream("POST", **asked) as answer:
+        found = b"".join(answer.iter_raw()), answer.headers
+    with httpx.Client() as http, http.stream("POST", **asked) as answer:
+        expected = b"".join(answer.iter_raw()), answer.headers
+    asynchronous = asyncio.run(main())
+    for raw, headers in (found, asynchronous):
+        assert raw == expected[0]
+        for name in ("content-encoding", "content-length", "content-type"):
+            assert headers.get(name) == expected[1].get(name)
+    with (
+        hinting("http_client", server) as client,
+        pytest.raises(openai.UnprocessableEntityError, match="too long"),
+    ):
+        client.chat.completions.create(**ASKED)
+
+
+def test_a_repetition_that_fails_says_nothing_of_the_server(server: FakeServer) -> None:
+    """And an answer that is a failure is no answer to watch."""
+    server.refuses = {"custom_params", "messages"}
+    with hinting("http_client", server) as client:
+        with pytest.raises(openai.BadRequestError) as raised:
+            client.chat.completions.create(**ASKED)
+        server.refuses = set()
+        client.chat.completions.create(**ASKED)
+        server.failures = 1
+        with collect(client._client) as collected, pytest.raises(openai.InternalServerError) as failed:
+            client.with_options(max_retries=0).chat.completions.create(**ASKED)
+    assert ["custom_params" in body for body in server.bodies] == [True, False, True, True]
+    assert not collected.traces
+    for error in (raised.value, failed.value):
+        assert sys.modules["whiflash_sdk.trace"].CALL not in error.response.extensions
 
 
 def test_a_server_that_does_not_route_gets_the_request_byte_for_byte(server: FakeServer) -> None:

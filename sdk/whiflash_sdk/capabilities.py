@@ -34,6 +34,9 @@ KEPT_SECONDS: Final = 300.0
 FIRST_RETRY_SECONDS: Final = 1.0
 LONGEST_RETRY_SECONDS: Final = 60.0
 MOST_SERVERS: Final = 256
+MOST_WARNINGS: Final = 256
+_SHOWN: Final = 128
+"""Characters of a request's model in a warning."""
 PREDICTION_TOKENS: Final = 16384
 """Of a server that does not set `--whiflash-lookup-prediction-tokens`."""
 
@@ -164,7 +167,8 @@ class Server:
         if self.found is not None:
             if self.alone or _names(self.found, model):
                 return self.found
-            trouble = f"answers for the model {self.found.model!r}, and this request is for {model!r}"
+            named = model if model is None else model[:_SHOWN]
+            trouble = f"answers for the model {self.found.model!r}, and this request is for {named!r}"
         wait = max(0.0, self.next_probe - now())
         reason = f"{self.url} {trouble}; asked again in {wait:.0f} s"
         if strict:
@@ -173,7 +177,8 @@ class Server:
                 "do with wrap(client, capabilities=…)"
             )
         said = (self.url, trouble)
-        if trouble != "could not be reached" and said not in _warned:  # the request will say that itself
+        # A request says itself that nothing was reached. Its model is anybody's text, so warnings are bounded.
+        if trouble != "could not be reached" and said not in _warned and len(_warned) < MOST_WARNINGS:
             _warned.add(said)
             warn_unsupported(f"{reason}. Requests go out without hints")
         return None

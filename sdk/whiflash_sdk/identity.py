@@ -7,12 +7,15 @@ answer to one key is not another's.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import re
 import sys
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
+
+from whiflash_sdk.reading import read_json
 
 _SALT: Final = os.urandom(16)
 _SECRET_WORDS: Final = frozenset(
@@ -32,7 +35,11 @@ _SECRET_WORDS: Final = frozenset(
     ]
 )
 """Words of the names of headers that authenticate: `Authorization`, `X-Api-Key`, `OpenAI-Organization`."""
-_OF_BODIES: Final = frozenset(["content-length", "content-type", "transfer-encoding", "idempotency-key"])
+_OF_ONE_REQUEST: Final = re.compile(
+    rb"content-.*|accept.*|if-.*|range|expect|te|trailer|transfer-encoding|idempotency-key", re.IGNORECASE
+)
+"""Headers that a question for capabilities does not take from the request that wants to know."""
+_READABLE: Final = [(b"accept", b"application/json"), (b"accept-encoding", b"identity")]
 
 
 class Asker(Protocol):
@@ -99,23 +106,30 @@ class OfRequest:
         self.timeout = request.extensions.get("timeout")
 
     def get(self, url: str, limits: Mapping[str, float]) -> Any:
-        headers = {name: value for name, value in self._request.headers.items() if name not in _OF_BODIES}
+        sent = self._request.headers.raw
+        headers = [(name, value) for name, value in sent if not _OF_ONE_REQUEST.fullmatch(name)]
         asked = type(self._request)(
             "GET",
             self._request.url.copy_with(path=urlsplit(url).path),
-            headers=headers,
+            headers=headers + _READABLE,
             extensions={"timeout": dict(limits)},
         )
         answer = self._http.send(asked, follow_redirects=False)
-        return answer.raise_for_status().json() if hasattr(answer, "json") else _body(answer)
+        return _later(answer) if inspect.isawaitable(answer) else _body(answer)
 
     def fingerprint(self, url: str) -> bytes:
+        """Cookies are left out, as `OfClient` does: balancers set new ones as they please."""
         sent = {**self._request.headers, **self._request.url.params}
+        sent.pop("cookie", None)
         return _digest(url, sent, None, id(self._http.auth))
 
 
-async def _body(answer: Any) -> Any:
-    return (await answer).raise_for_status().json()
+async def _later(answer: Any) -> Any:
+    return _body(await answer)
+
+
+def _body(answer: Any) -> Any:
+    return read_json(answer.raise_for_status().content)
 
 
 def _digest(url: str, sent: Mapping[str, Any], *more: object) -> bytes:

@@ -119,10 +119,8 @@ class Outgoing:
         if _takes(found, route):
             self.body = _with_hints(body, route, told, found)
             self.plain = _with_hints(body, route, told, None)
-        params = self.body.get("custom_params")
-        sent = params.get(WIRE_KEY) if isinstance(params, Mapping) else None
-        said = read_json(sent) if sent else {}
-        self.agent: str | None = said.get("agent") or _text(self.body.get(AGENT_FIELD))
+        said = _said(self.body)
+        self.agent: str | None = _text(said.get("agent")) or _text(self.body.get(AGENT_FIELD))
         """The name that goes out."""
         self.traced = bool(said.get("trace"))
         self.whole_text = said.get("trace") == "full" or not _knows_summaries(found)
@@ -168,6 +166,17 @@ def _takes(found: Capabilities | bool | None, route: str) -> bool:
     if isinstance(found, Capabilities):
         return route.removeprefix("v1/") in found.routes
     return bool(found)
+
+
+def _said(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The hints that go out; malformed ones say nothing, and the server refuses them."""
+    params = body.get("custom_params")
+    sent = params.get(WIRE_KEY) if isinstance(params, Mapping) else None
+    try:
+        said = read_json(sent) if isinstance(sent, str) else None
+    except ValueError:
+        said = None
+    return said if isinstance(said, Mapping) else {}
 
 
 def _text(value: object) -> str | None:

@@ -58,7 +58,8 @@ class Proxy:
         settings.setdefault("trace", False)
         self._upstream = upstream.rstrip("/").removesuffix("/v1")
         self._longest = longest_body
-        self._client = passing_client(inner or httpx.AsyncClient(timeout=timeout, limits=limits), settings)
+        sender = inner or httpx.AsyncClient(timeout=timeout, limits=limits)
+        self._client = passing_client(sender, settings, f"{self._upstream}/v1")
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """ASGI's entry."""

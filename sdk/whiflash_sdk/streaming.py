@@ -23,43 +23,51 @@ from whiflash_sdk.identity import base_classes
 from whiflash_sdk.reading import read_json
 from whiflash_sdk.trace import CALL, keep_stream
 
-_EVENT_END: Final = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_EVENT_END: Final = re.compile(rb"\n\r?\n|\r\r")
+_BLANK: Final = b" \t\r\n\xef\xbb\xbf"
+"""What may be in front of a document: a byte order mark, too."""
 _TELLS: Final = re.compile(rb'"sglext"|"tool_calls"\s*:\s*\[|"tool_use"')
-_DATA: Final = re.compile(rb"^data: ?(.*?)\r?$", re.MULTILINE)
+_DATA: Final = re.compile(rb"(?:^|[\r\n])data: ?([^\r\n]*)")
 
 
 class Passing:
     """The bytes of one answer, on their way to who asked.
 
-    call: takes the traces in them. is_stream: server-sent events, else one JSON document. whole_text: the trace may
-    count in the answer's text, so all of it is read.
+    An answer that begins with a brace is one JSON document; any other is taken for server-sent events, whatever its
+    content type: gateways change that.
+
+    call: takes the traces in them. whole_text: the trace may count in the answer's text, so all of it is read.
     """
 
-    def __init__(self, call: Call, *, is_stream: bool, whole_text: bool) -> None:
-        self._call, self._is_stream, self._whole_text = call, is_stream, whole_text
-        self._waiting = b""
+    def __init__(self, call: Call, *, whole_text: bool) -> None:
+        self._call, self._whole_text = call, whole_text
+        self._waiting = bytearray()
+        self._is_document: bool | None = None
+        self._passed = 0
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes that arrived; return those to pass on. Of a stream these are whole events."""
-        if not self._is_stream:
-            self._waiting += data
-            return data
         searched = max(len(self._waiting) - 3, 0)
         self._waiting += data
+        if self._is_document is None and (begun := self._waiting.lstrip(_BLANK)):
+            self._is_document = begun.startswith(b"{")
+        if self._is_document:
+            passed, self._passed = bytes(self._waiting[self._passed :]), len(self._waiting)
+            return passed
         end = 0
-        passed = []
+        events = []
         while found := _EVENT_END.search(self._waiting, max(end, searched)):
-            event, end = self._waiting[end : found.end()], found.end()
+            event, end = bytes(self._waiting[end : found.end()]), found.end()
             if not self._takes(event):
-                passed.append(event)
-        self._waiting = self._waiting[end:]
-        return b"".join(passed)
+                events.append(event)
+        del self._waiting[:end]
+        return b"".join(events)
 
     def end(self) -> bytes:
         """The answer is complete or nobody reads on: the bytes that are left."""
-        rest, self._waiting = self._waiting, b""
-        if rest and not self._is_stream:
-            self._call.take(_parsed(rest))
+        rest, self._waiting = bytes(self._waiting), bytearray()
+        if self._is_document:
+            _take(self._call, _parsed(rest))
             rest = b""
         self._call.end()
         return rest
@@ -70,10 +78,18 @@ class Passing:
         if not (first or self._whole_text or _TELLS.search(event)):
             return False
         body = _parsed(b"\n".join(_DATA.findall(event)))
-        found = self._call.take(body)
+        found = _take(self._call, body)
         if first and self._call.response_id is not None:
             keep_stream(self._call.response_id, self._call)
         return found and _holds_nothing_else(body)
+
+
+def _take(call: Call, body: Any) -> bool:
+    """`call.take`, of an answer that may have other types than OpenAI's: reading it breaks nobody's stream."""
+    try:
+        return call.take(body)
+    except (AttributeError, TypeError, ValueError):
+        return False
 
 
 def _parsed(data: bytes) -> Any:
@@ -84,7 +100,20 @@ def _parsed(data: bytes) -> Any:
 
 
 def _holds_nothing_else(body: dict[str, Any]) -> bool:
-    return body.get("choices") == [] and not body.get("usage") and set(body["sglext"]) == {"whiflash"}
+    extension = body.get("sglext")
+    is_ours = isinstance(extension, dict) and set(extension) == {"whiflash"}
+    return is_ours and body.get("choices") == [] and not body.get("usage")
+
+
+@functools.cache
+def decodes(library: Any, coding: str) -> bool:
+    """Whether an HTTP library reads answers with this content coding."""
+    if coding in ("", "identity"):
+        return True
+    try:
+        return bool(library.Response(200, headers={"content-encoding": coding}, content=b"?").content != b"?")
+    except library.DecodingError:
+        return True
 
 
 @functools.cache
@@ -127,23 +156,25 @@ def _streams(library: Any) -> tuple[type, type]:
 
 def watch(response: Any, call: Call, *, whole_text: bool) -> None:
     """Have an HTTP response read as it passes. Its stream is replaced, or read where that has happened."""
-    kind = response.headers.get("content-type", "").partition(";")[0]
     response.extensions[CALL] = call
     if response.is_closed:
-        call.take(_parsed(response.content) if kind == "application/json" else None)
+        _take(call, _parsed(response.content))
         call.end()
         return
     base = next(base for base in base_classes("Response") if isinstance(response, base))
     library: Any = sys.modules[base.__module__.partition(".")[0]]
+    codings = response.headers.get("content-encoding", "").lower().split(",")
+    if not all(decodes(library, coding.strip()) for coding in codings):
+        return
     stream = response.stream
     is_async = isinstance(stream, library.AsyncByteStream) and not isinstance(stream, library.SyncByteStream)
     items = stream
-    if response.headers.get("content-encoding"):
+    if any(codings):
         inner = library.Response(response.status_code, headers=response.headers, stream=stream)
         items = inner.aiter_bytes() if is_async else inner.iter_bytes()
         del response.headers["content-encoding"]
     response.headers.pop("content-length", None)
-    passing = Passing(call, is_stream=kind == "text/event-stream", whole_text=whole_text)
+    passing = Passing(call, whole_text=whole_text)
     # The collector must find none of the iterators below: closing takes a lock that it may have been called under.
     response.stream = _streams(library)[is_async](stream, items if is_async else iter(items), passing)
 

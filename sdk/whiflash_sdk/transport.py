@@ -6,11 +6,12 @@ OpenAI(http_client=whiflash_sdk.http_client())
 from __future__ import annotations
 
 import functools
-import json
+import re
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+from collections.abc import Callable, Generator, Mapping
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, overload
 
+import anyio.to_thread
 from typing_extensions import Unpack
 
 from whiflash_sdk.capabilities import Server, ask, async_ask
@@ -18,11 +19,17 @@ from whiflash_sdk.collecting import open_scope, start
 from whiflash_sdk.errors import HintError
 from whiflash_sdk.identity import OfRequest, base_classes
 from whiflash_sdk.outgoing import REFUSALS, Outgoing, Settings, Told, model_of, route_of
-from whiflash_sdk.reading import read_json
-from whiflash_sdk.streaming import watch
+from whiflash_sdk.reading import TooDeepError, edit_json, read_json
+from whiflash_sdk.streaming import decodes, watch
 
 if TYPE_CHECKING:
     from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
+
+LONGEST: Final = 8 * 2**20
+"""Bytes of a body that is read. Longer ones get what the settings say, and nothing that depends on the body."""
+BRIEF: Final = 2**17
+"""Bytes of a body that an event loop may wait for; longer ones are read in a thread."""
+_OBJECT: Final = re.compile(rb"[ \t\r\n]*\{")
 
 
 class HttpClient(Protocol):
@@ -73,115 +80,136 @@ def async_http_client(inner: Any = None, **settings: Unpack[Settings]) -> Any:
     return _above(inner or openai.DefaultAsyncHttpxClient(), "AsyncClient", settings)
 
 
-def passing_client(inner: Any, settings: Settings) -> Any:
-    """`async_http_client` for a proxy: answers pass unread, traces included."""
-    return _above(inner, "AsyncClient", settings, reads=False)
+def passing_client(inner: Any, settings: Settings, base: str) -> Any:
+    """`async_http_client` for a proxy: answers pass unread, traces included. base: of every request."""
+    return _above(inner, "AsyncClient", settings, reads=False, base=base)
 
 
-def _above(inner: Any, name: str, settings: Settings, *, reads: bool = True) -> Any:
-    base = next((base for base in base_classes(name) if isinstance(inner, base)), None)
-    if base is None:
+def _above(inner: Any, name: str, settings: Settings, *, reads: bool = True, base: str | None = None) -> Any:
+    client = next((client for client in base_classes(name) if isinstance(inner, client)), None)
+    if client is None:
         raise TypeError(f"inner: give {name} of httpx or httpx2, not {type(inner).__name__}")
-    library = sys.modules[base.__module__.partition(".")[0]]
-    transport = _transports(library)[name == "AsyncClient"](inner, Told.of(**settings), reads)
+    library = sys.modules[client.__module__.partition(".")[0]]
+    transport = _transports(library)[name == "AsyncClient"](inner, Told.of(**settings), reads, base)
     names = ("headers", "params", "cookies", "base_url", "timeout", "follow_redirects")
-    transport.owner = base(transport=transport, **{name: getattr(inner, name) for name in names})
+    transport.owner = client(transport=transport, **{name: getattr(inner, name) for name in names})
     open_scope(transport.owner)
     return transport.owner
 
 
 @functools.cache
 def _transports(library: Any) -> tuple[type, type]:
-    """The transports of an HTTP library."""
+    """The transports of an HTTP library: two ways to run one `_exchange`."""
 
-    class Sync(library.BaseTransport):  # type: ignore[misc]
+    class Shared:
         owner: Any
 
-        def __init__(self, inner: Any, told: Told, reads: bool) -> None:
-            self._inner, self._told, self._reads = inner, told, reads
+        def __init__(self, inner: Any, told: Told, reads: bool, base: str | None) -> None:
+            self.library, self.inner, self.told, self.reads, self.base = library, inner, told, reads, base
+            self.send = functools.partial(inner.send, stream=True, follow_redirects=False)
+
+    class Sync(Shared, library.BaseTransport):  # type: ignore[misc]
+        ask = staticmethod(ask)
 
         def handle_request(self, request: Any) -> Any:
-            send = functools.partial(self._inner.send, stream=True, follow_redirects=False)
-            route = _route(request)
-            body = _parsed(request.read()) if route else None
-            if route is None or body is None:
-                return send(request)
-            server = None
-            if self._told.capabilities is None:
-                server = ask(_asker(self._inner, request, route), model=model_of(body))
-            going = _going(body, route, self._told, server)
-            if going is None:
-                return send(request)
-            call = start(self.owner, going.agent)
-            response = send(_carrying(request, body, going.body))
-            if response.status_code in REFUSALS:
-                response.read()
-                refused = going.refused(response.status_code, response.text)
-                if refused is None:
-                    return _whole(response)
-                response = send(_carrying(request, body, going.plain))
-                if response.is_success:
-                    going.served_without(refused)
-            if self._reads and going.traced and response.is_success:
-                watch(response, call, whole_text=going.whole_text)
-            return response
+            flow, value = _exchange(self, request), None
+            try:
+                while True:
+                    value = flow.send(value)
+            except StopIteration as end:
+                return end.value
+
+        def content(self, request: Any) -> bytes:
+            return bytes(request.read())
+
+        def raw(self, response: Any) -> bytes:
+            return b"".join(response.iter_raw())
+
+        def work(self, content: bytes, does: Callable[..., Any], *args: Any) -> Any:
+            return does(*args)
 
         def close(self) -> None:
-            self._inner.close()
+            self.inner.close()
 
-    class Async(library.AsyncBaseTransport):  # type: ignore[misc]
-        owner: Any
-
-        def __init__(self, inner: Any, told: Told, reads: bool) -> None:
-            self._inner, self._told, self._reads = inner, told, reads
+    class Async(Shared, library.AsyncBaseTransport):  # type: ignore[misc]
+        ask = staticmethod(async_ask)
 
         async def handle_async_request(self, request: Any) -> Any:
-            send = functools.partial(self._inner.send, stream=True, follow_redirects=False)
-            route = _route(request)
-            body = _parsed(await request.aread()) if route else None
-            if route is None or body is None:
-                return await send(request)
-            server = None
-            if self._told.capabilities is None:
-                server = await async_ask(_asker(self._inner, request, route), model=model_of(body))
-            going = _going(body, route, self._told, server)
-            if going is None:
-                return await send(request)
-            call = start(self.owner, going.agent)
-            response = await send(_carrying(request, body, going.body))
-            if response.status_code in REFUSALS:
-                await response.aread()
-                refused = going.refused(response.status_code, response.text)
-                if refused is None:
-                    return _whole(response)
-                response = await send(_carrying(request, body, going.plain))
-                if response.is_success:
-                    going.served_without(refused)
-            if self._reads and going.traced and response.is_success:
-                watch(response, call, whole_text=going.whole_text)
-            return response
+            flow, value = _exchange(self, request), None
+            while True:
+                try:
+                    step = flow.send(value)
+                except StopIteration as end:
+                    return end.value
+                value = await step
+
+        async def content(self, request: Any) -> bytes:
+            return bytes(await request.aread())
+
+        async def raw(self, response: Any) -> bytes:
+            return b"".join([part async for part in response.aiter_raw()])
+
+        async def work(self, content: bytes, does: Callable[..., Any], *args: Any) -> Any:
+            if len(content) < BRIEF:
+                return does(*args)
+            return await anyio.to_thread.run_sync(does, *args)
 
         async def aclose(self) -> None:
-            await self._inner.aclose()
+            await self.inner.aclose()
 
     return Sync, Async
 
 
-def _route(request: Any) -> str | None:
-    return route_of(request.url.path) if request.method == "POST" else None
+def _exchange(way: Any, request: Any) -> Generator[Any, Any, Any]:
+    """One request and its answer. It yields each step of its transport, and gets what that step brought.
+
+    way: a transport. Its steps are done when they are yielded, or are to be awaited.
+    """
+    route = route_of(request.url.path) if request.method == "POST" else None
+    content = (yield way.content(request)) if route else b""
+    body = (yield way.work(content, _read, content)) if route else None
+    if route is None or body is None:
+        return (yield way.send(request))
+    server = None
+    if way.told.capabilities is None:
+        server = yield way.ask(_asker(way, request, route), model=model_of(body))
+    going = yield way.work(content, _going, body, route, way.told, server)
+    if going is None:
+        return (yield way.send(request))
+    call = start(way.owner, going.agent)
+    carrying = functools.partial(_carrying, way.library, request, content, body)
+    response = yield way.send((yield way.work(content, carrying, going.body)))
+    if response.status_code in REFUSALS:
+        raw = yield way.raw(response)
+        refused = going.refused(response.status_code, _text(way.library, response, raw))
+        if refused is None:
+            return _unread(way.library, response, raw)
+        response = yield way.send((yield way.work(content, carrying, going.plain)))
+        if response.is_success:
+            going.served_without(refused)
+    if way.reads and going.traced and response.is_success:
+        watch(response, call, whole_text=going.whole_text)
+    return response
 
 
-def _parsed(content: bytes) -> dict[str, Any] | None:
+def _read(content: bytes) -> dict[str, Any] | None:
+    """The body of a request; None if it is no JSON object. A longer or deeper one than is read is taken as empty:
+    what the settings add goes in front of what it has."""
+    if len(content) > LONGEST:
+        return {} if _OBJECT.match(content) else None
     try:
-        body = read_json(content)
+        body = read_json(content.decode())
+    except TooDeepError:
+        return {} if _OBJECT.match(content) else None
     except ValueError:
         return None
     return body if isinstance(body, dict) else None
 
 
-def _asker(inner: Any, request: Any, route: str) -> OfRequest:
+def _asker(way: Any, request: Any, route: str) -> OfRequest:
     path = request.url.path.removesuffix("/" + route.removeprefix("v1/"))
-    return OfRequest(inner, request, str(request.url.copy_with(path=path, query=None)))
+    base = way.base or str(request.url.copy_with(path=path, query=None))
+    return OfRequest(way.inner, request, base)
 
 
 def _going(body: dict[str, Any], route: str, told: Told, server: Server | None) -> Outgoing | None:
@@ -191,22 +219,37 @@ def _going(body: dict[str, Any], route: str, told: Told, server: Server | None) 
         return None
 
 
-def _carrying(request: Any, own: Mapping[str, Any], body: Mapping[str, Any]) -> Any:
+def _carrying(
+    library: Any, request: Any, content: bytes, own: Mapping[str, Any], body: Mapping[str, Any]
+) -> Any:
     """The request with this body; the same one if it is its own."""
-    if body == own:
+    edited = edit_json(content, own, body)
+    if edited is content:
         return request
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
-    headers = [(name, value) for name, value in request.headers.multi_items() if name != "content-length"]
-    content = text.encode(errors="surrogatepass")
+    gone = (b"content-length", b"transfer-encoding", b"accept-encoding")
+    headers = [(name, value) for name, value in request.headers.raw if name.lower() not in gone]
+    if "accept-encoding" in request.headers:  # a refusal has to be read
+        codings = request.headers["accept-encoding"].split(",")
+        kept = [coding for coding in codings if decodes(library, coding.partition(";")[0].strip().lower())]
+        headers.append((b"accept-encoding", ",".join(kept).strip().encode() or b"identity"))
     return type(request)(
-        request.method, request.url, headers=headers, content=content, extensions=request.extensions
+        request.method, request.url, headers=headers, content=edited, extensions=request.extensions
     )
 
 
-def _whole(response: Any) -> Any:
-    """A response that was read, to be read again."""
-    gone = ("content-encoding", "content-length", "transfer-encoding")
-    headers = [(name, value) for name, value in response.headers.multi_items() if name not in gone]
+def _text(library: Any, response: Any, raw: bytes) -> str:
+    """The text of an answer; empty if its coding is broken."""
+    try:
+        return str(library.Response(response.status_code, headers=response.headers.raw, content=raw).text)
+    except library.DecodingError:
+        return ""
+
+
+def _unread(library: Any, response: Any, raw: bytes) -> Any:
+    """A response that was read, to be read as if it had not been."""
     return type(response)(
-        response.status_code, headers=headers, content=response.content, extensions=response.extensions
+        response.status_code,
+        headers=response.headers.raw,
+        stream=library.ByteStream(raw),
+        extensions=response.extensions,
     )
