@@ -10,7 +10,7 @@ from engine import engine
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.checkpoints.fit import Parts, create
-from whiflash_sglang.errors import CheckpointError, ConfigError
+from whiflash_sglang.errors import CheckpointError, ConfigError, UsageError
 
 Arguments = Callable[..., list[str]]
 
@@ -228,6 +228,20 @@ def test_serve_fills_in_what_is_left_open() -> None:
     assert "WHIFLASH" not in server_arguments(["--model-path=x", "--speculative-algorithm", "EAGLE3"])
     assert COMPACT_JSON not in given
     assert server_environment(["--model-path=x"]) == {}
+
+
+def test_the_proxy_prints_no_password(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from whiflash_sglang.cli.serve import proxy
+
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    proxy("http://me:hunter2@127.0.0.1:1")
+    with pytest.raises(UsageError, match="give http://HOST:PORT") as raised:
+        proxy("me:hunter2@127.0.0.1:1")
+    said = capsys.readouterr()
+    assert "passes requests on to http://127.0.0.1:1" in said.err
+    assert "hunter2" not in said.err + said.out + str(raised.value)
 
 
 def test_every_command_has_help_with_an_example() -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from fake_server import CAPABILITIES, TRACE
@@ -96,7 +97,8 @@ class Client:
                 await asyncio.Event().wait()
 
         named = {"authorization": f"Bearer {SECRET}", "host": "proxy", **headers}
-        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"api-version=1"}
+        scope: dict[str, Any] = {"type": "http", "method": "POST", "query_string": b"api-version=1"}
+        scope |= {"path": unquote(path), "raw_path": path.encode()}
         scope |= {"headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in named.items()]}
         await app(scope, receive, send)
         return self

@@ -6,9 +6,11 @@ An ASGI application. Requests get what `http_client` adds; answers pass byte for
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import anyio
 import httpx
@@ -20,27 +22,36 @@ from whiflash_sdk.transport import passing_client
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
 
-NAMES: Final = ("tenant", "agent", "session")
-"""What `X-WhiFlash-…` headers and parts of the path in front of `/v1` may set."""
 LONGEST_BODY: Final = 64 * 2**20
 IDLE_SECONDS: Final = 2.0
 """An idle connection to the server is kept this long. Uvicorn closes its side after five, httpx's own default: a
 request at that moment would fail."""
-_PREFIX: Final = "x-whiflash-"
+_PREFIX: Final = b"x-whiflash-"
 _HOPS: Final = frozenset(
-    ["connection", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length"]
+    [b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"expect"]
 )
-_CAPABILITIES: Final = "/whiflash/capabilities"
+_NAMED: Final = re.compile(r"((?:/(?:agent|session|tenant)=[^/]*)*)(/.*)", re.DOTALL)
+"""Who asks, in front of the path for the server."""
+_ROUTES: Final = re.compile(
+    r"/v1/(?:chat/completions|completions|embeddings|rerank|score|classify|tokenize|detokenize"
+    r"|messages(?:/count_tokens)?|responses(?:/\w[\w.-]*(?:/cancel)?)?|models(?:/\w[\w.:@+-]*)*"
+    r"|audio/transcriptions)/?|/whiflash/capabilities",
+    re.ASCII,
+)
+"""Paths that are passed on, decoded. No other reaches the server: some steer it."""
 
 
 class Proxy:
-    """Passes `/v1/…` and the capabilities on to one server.
+    """Passes answers' routes below `/v1` and the capabilities on to one server.
 
     upstream: the server's root URL.
     inner: the client that sends; None: one without limits but 10 s to connect.
     longest_body: bytes; a longer request is answered 413.
     settings: those of `wrap`, for requests that say nothing else. Traces come to requests that ask for them alone.
+
+    Raises: ValueError if `upstream` is no root URL.
     """
 
     def __init__(
@@ -57,7 +68,9 @@ class Proxy:
         )
         settings.setdefault("trace", False)
         self._upstream = upstream.rstrip("/").removesuffix("/v1")
+        self._root = _root(self._upstream)
         self._longest = longest_body
+        self._via = f"whiflash-{secrets.token_hex(8)}".encode()
         sender = inner or httpx.AsyncClient(timeout=timeout, limits=limits)
         self._client = passing_client(sender, settings, f"{self._upstream}/v1")
 
@@ -65,6 +78,8 @@ class Proxy:
         """ASGI's entry."""
         if scope["type"] == "lifespan":
             await self._live(receive, send)
+        elif scope["type"] == "websocket":
+            await _refuse_socket(scope, send)
         elif scope["type"] == "http":
             async with anyio.create_task_group() as group:
                 await self._answer(scope, receive, send, group)
@@ -79,51 +94,134 @@ class Proxy:
     async def _answer(
         self, scope: Mapping[str, Any], receive: Receive, send: Send, group: anyio.abc.TaskGroup
     ) -> None:
-        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
-        path, said = _said(scope.get("raw_path", scope["path"].encode()).decode("latin-1"), headers)
-        if path is None:
-            return await _refuse(send, 404, "the proxy passes on only /v1/… and /whiflash/capabilities")
+        given: Headers = list(scope["headers"])
+        if any(name.lower() == b"via" and self._via in value for name, value in given):
+            return await _refuse(
+                send, 508, "the proxy's upstream leads back to the proxy: give it a server's URL"
+            )
+        path = scope.get("raw_path") or quote(scope["path"], safe="/=:@").encode()
+        front, url = self._address(path, scope.get("query_string", b""))
+        if isinstance(url, str):
+            return await _refuse(send, 400, url)
+        if not self._is_open(url):
+            return await _refuse(
+                send, 404, "the proxy passes on only the routes of answers, and /whiflash/capabilities"
+            )
+        try:
+            session = _session(front, given)
+        except ValueError as error:
+            return await _refuse(send, 400, str(error))
         body = await _read(receive, self._longest)
         if body is None:
             return await _refuse(send, 413, f"the request is longer than {self._longest} bytes")
         group.start_soon(_cancelling, receive, group.cancel_scope)
-        query = scope.get("query_string", b"").decode("latin-1")
+        headers = [(name, value) for name, value in _passing(given) if name.lower() != b"content-length"]
         request = httpx.Request(
             scope["method"],
-            self._upstream + path + (f"?{query}" if query else ""),
-            headers=[(name, value) for name, value in headers if _passes(name)],
+            url,
+            headers=[*headers, (b"via", b"1.1 " + self._via)],
             content=body,
             extensions={"timeout": self._client.timeout.as_dict()},
         )
         try:
-            with Session(tenant=said.get("tenant") or said.get("session"), agent=said.get("agent")):
+            with session:
                 answer = await self._client.send(request, stream=True, follow_redirects=False)
+        except httpx.LocalProtocolError:
+            return await _refuse(send, 400, "the request holds what HTTP does not allow")
         except httpx.TimeoutException:
             return await _refuse(send, 504, "the server did not answer in time")
         except httpx.TransportError:
             return await _refuse(send, 502, "the server could not be reached")
-        return await _pass(answer, send)
+        return await _pass(answer, self._answered(answer, front), send)
+
+    def _address(self, path: bytes, query: bytes) -> tuple[str, httpx.URL | str]:
+        """Who asks, as the path has it, and the address for the server; or why there is none."""
+        found = _NAMED.fullmatch(path.decode("latin-1"))
+        front, rest = found.groups() if found else ("", "/")
+        asked = quote(query, safe=_PRINTABLE)
+        try:
+            return front, httpx.URL(self._upstream + rest + (f"?{asked}" if asked else ""))
+        except httpx.InvalidURL as error:
+            return front, f"the request's address cannot be passed on: {error}"
+
+    def _is_open(self, url: httpx.URL) -> bool:
+        """Whether this address, which is the one that is sent, asks for a route of the list."""
+        path, base = (one.raw_path.partition(b"?")[0].decode("ascii") for one in (url, self._root))
+        base = base.rstrip("/")
+        return path.startswith(base) and bool(_ROUTES.fullmatch(unquote(path[len(base) :])))
+
+    def _answered(self, answer: httpx.Response, front: str) -> Headers:
+        """Headers of an answer, of which those that lead to the server lead to the proxy."""
+        headers = []
+        for name, value in _passing(answer.headers.raw):
+            if name.lower() in (b"location", b"content-location"):
+                value = self._led(answer.request.url, value, front)
+            headers.append((name.lower(), value))
+        return headers
+
+    def _led(self, asked: httpx.URL, value: bytes, front: str) -> bytes:
+        try:
+            url = asked.join(value.decode("latin-1"))
+        except httpx.InvalidURL:
+            return value
+        if url.netloc != self._root.netloc:
+            return value
+        return front.encode("latin-1") + url.raw_path.removeprefix(self._root.raw_path.rstrip(b"/"))
 
 
-def _said(path: str, headers: list[tuple[str, str]]) -> tuple[str | None, dict[str, str]]:
-    """The path for the server, and who asks: `/agent=coder/tenant=acme/v1/messages`, or headers, which win."""
-    front, mark, rest = path.partition("/v1/")
-    parts = [part.partition("=") for part in front.split("/") if part]
-    known = mark and all(name in NAMES for name, _, _ in parts)
-    said = {name: unquote(value) for name, _, value in parts}
-    said |= {
-        name.lower().removeprefix(_PREFIX): value
+_PRINTABLE: Final = "".join(map(chr, range(0x21, 0x7F)))
+
+
+def _root(upstream: str) -> httpx.URL:
+    shown = without_password(upstream)
+    try:
+        url = httpx.URL(upstream)
+    except httpx.InvalidURL:
+        raise ValueError(f"upstream: {shown!r} is no URL; give http://HOST:PORT") from None
+    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+        raise ValueError(f"upstream: {shown!r} is no root URL of a server; give http://HOST:PORT")
+    return url
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be printed, whether it is a right one or not."""
+    return re.sub("^([a-z]*://)?.*@", r"\1", url, flags=re.DOTALL | re.IGNORECASE)
+
+
+def _session(front: str, headers: Headers) -> Session:
+    """Who asks: `/agent=coder/tenant=acme` in front of the path, or headers, which win.
+
+    Raises: ValueError for an empty name.
+    """
+    said = {}
+    for part in front.split("/")[1:]:
+        name, _, value = part.partition("=")
+        said[name] = unquote(value)
+    for key, given in headers:
+        if key.lower().startswith(_PREFIX):
+            said[key.lower().removeprefix(_PREFIX).decode("latin-1")] = _text(given)
+    for name in ("agent", "session", "tenant"):
+        if said.get(name) == "":
+            raise ValueError(f"{name}: is empty. Give a name, or leave it out")
+    return Session(tenant=said.get("tenant") or said.get("session"), agent=said.get("agent"))
+
+
+def _text(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
+
+
+def _passing(headers: Headers) -> Headers:
+    """Headers that are not only for the connection that they came by."""
+    listed = [value.lower().split(b",") for name, value in headers if name.lower() == b"connection"]
+    hops = _HOPS.union(name.strip() for names in listed for name in names)
+    return [
+        (name, value)
         for name, value in headers
-        if name.lower().startswith(_PREFIX)
-    }
-    if path == _CAPABILITIES:
-        return path, {}
-    return (mark + rest if known else None), said
-
-
-def _passes(name: str) -> bool:
-    name = name.lower()
-    return name not in _HOPS and not name.startswith((_PREFIX, "proxy-"))
+        if name.lower() not in hops and not name.lower().startswith((_PREFIX, b"proxy-"))
+    ]
 
 
 async def _read(receive: Receive, longest: int) -> bytes | None:
@@ -147,13 +245,8 @@ async def _cancelling(receive: Receive, scope: anyio.CancelScope) -> None:
     scope.cancel()
 
 
-async def _pass(answer: httpx.Response, send: Send) -> None:
+async def _pass(answer: httpx.Response, headers: Headers, send: Send) -> None:
     """The answer as it comes, no faster than its reader takes it. One that breaks off does so for the reader too."""
-    headers = [
-        (name.lower().encode("latin-1"), value.encode("latin-1"))
-        for name, value in answer.headers.multi_items()
-        if name.lower() == "content-length" or _passes(name)
-    ]
     try:
         await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
         async for data in answer.aiter_raw():
@@ -166,8 +259,14 @@ async def _pass(answer: httpx.Response, send: Send) -> None:
             await answer.aclose()
 
 
-async def _refuse(send: Send, status: int, message: str) -> None:
+async def _refuse(send: Send, status: int, message: str, kind: str = "http.response") -> None:
     body = json.dumps({"error": {"message": message, "type": "whiflash_proxy", "code": status}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": f"{kind}.start", "status": status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": body})
+
+
+async def _refuse_socket(scope: Mapping[str, Any], send: Send) -> None:
+    if "websocket.http.response" in scope.get("extensions", ()):
+        return await _refuse(send, 404, "the proxy passes on no websockets", "websocket.http.response")
+    return await send({"type": "websocket.close"})

@@ -233,10 +233,13 @@ def proxy(
     whiflash proxy --upstream http://127.0.0.1:30000 --agent coder
     """
     import uvicorn
-    from whiflash_sdk.proxy import Proxy
+    from whiflash_sdk.proxy import Proxy, without_password
 
-    typer.echo(f"http://{host}:{port} passes requests on to {upstream}", err=True)
-    application = Proxy(upstream, longest_body=mib * 2**20, tenant=tenant, agent=agent)
+    try:
+        application = Proxy(upstream, longest_body=mib * 2**20, tenant=tenant, agent=agent)
+    except ValueError as error:
+        raise UsageError(f"whiflash proxy: {error}") from None
+    typer.echo(f"http://{host}:{port} passes requests on to {without_password(upstream)}", err=True)
     uvicorn.run(
         application,
         host=host,
