@@ -120,7 +120,8 @@ def test_the_target_counts_if_it_is_there(
     for verdict in (judge({}, target=tmp_path), judge({"model-path": str(tmp_path)})):
         assert list(verdict.obstacles) == obstacles
         assert not verdict.unread
-    assert "the target's layers" in judge({"model-path": "owner/name"}).unread[0]
+    for elsewhere in ("owner/name", "x" * 5000):
+        assert "the target's layers" in judge({"model-path": elsewhere}).unread[0]
 
 
 SCRIPT = """#!/usr/bin/env bash

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from whiflash_sglang.errors import ServerRefusedError
-from whiflash_sglang.learn.samples import Sample, check_spool, samples_of, write_file
+from whiflash_sglang.learn.samples import Sample, check_spool, files_of, samples_of, write_file
 from whiflash_sglang.learner import watch
 from whiflash_sglang.learner.guard import LEAST, MOST, Guard
 from whiflash_sglang.learner.once import Learning, Outcome, status_of, write_status
@@ -175,6 +175,9 @@ def test_it_learns_when_there_is_something_new(tmp_path: Path, monkeypatch: pyte
     assert progress_of(tmp_path)["new_samples"] == 0
     assert scene.watch.step() is None
     scene.requests(16)
+    last = files_of(samples_of(tmp_path))[-1].path
+    last.with_name(last.name.replace("-", "-9", 1)).touch(mode=0o600)  # of a writer whose disk was full
+    assert len(files_of(samples_of(tmp_path))) == 4
     assert progress_of(tmp_path)["new_samples"] == 16
     assert scene.watch.step() is not None
     assert len(scene.said) == 2

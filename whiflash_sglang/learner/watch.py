@@ -126,7 +126,7 @@ def new_samples(directory: Path) -> int:
         if file.written > since and is_past(file.written):
             try:
                 with open_own(file.path) as samples:
-                    count += sum(1 for _ in samples) - 1
+                    count += max(sum(1 for _ in samples) - 1, 0)  # the first line is no sample
             except (ConfigError, OSError):  # others wrote it, or it was dropped meanwhile
                 continue
     return count

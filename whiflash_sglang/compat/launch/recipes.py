@@ -7,6 +7,7 @@ flags. Flags of SGLang's other algorithms count as replaced by WHIFLASH.
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -91,8 +92,9 @@ def judge(
     read = _read(flags)
     replaced = _replace(read.fields)
     named = Path(read.fields.get("model_path", ""))
-    if target is None and (named / "config.json").is_file():
-        target = named
+    with suppress(OSError):  # a name may be longer than any file's
+        if target is None and (named / "config.json").is_file():
+            target = named
     if target is None:
         read.unread.append("the target's layers: give --model-path")
     launch = replace(_launch(read.fields, environment or {}, target), draft_kv=read.drafters)
