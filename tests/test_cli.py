@@ -1,6 +1,8 @@
 """What a person sees who starts it wrongly: one line that names the thing, and nothing that keeps running."""
 
+import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +244,20 @@ def test_the_proxy_prints_no_password(
     said = capsys.readouterr()
     assert "passes requests on to http://127.0.0.1:1" in said.err
     assert "hunter2" not in said.err + said.out + str(raised.value)
+
+
+def test_the_proxy_passes_on_sglangs_routes_of_answers_alone() -> None:
+    """By SGLang's source: of all its routes only these are below `/v1`, and only the websocket is left out."""
+    from whiflash_sdk.proxy import ROUTES
+
+    found = importlib.util.find_spec("sglang")
+    assert found is not None
+    (root,) = found.submodule_search_locations or ()
+    text = (Path(root) / "srt/entrypoints/http_server.py").read_text("utf-8")
+    routes = set(re.findall(r'"(/[\w/{}:.-]+)"', text))
+    assert {"/flush_cache", "/v1/realtime", "/v1/messages"} <= routes
+    open_ones = {route for route in routes if ROUTES.fullmatch(re.sub(r"{[\w:]*}", "x", route))}
+    assert open_ones == {route for route in routes if route.startswith("/v1/")} - {"/v1/realtime"}
 
 
 def test_every_command_has_help_with_an_example() -> None:

@@ -34,8 +34,9 @@ _HOPS: Final = frozenset(
 )
 _NAMED: Final = re.compile(r"((?:/(?:agent|session|tenant)=[^/]*)*)(/.*)", re.DOTALL)
 """Who asks, in front of the path for the server."""
-_ROUTES: Final = re.compile(
-    r"/v1/(?:chat/completions|completions|embeddings|rerank|score|classify|tokenize|detokenize"
+ROUTES: Final = re.compile(
+    r"/v1/(?:chat/completions|completions|embeddings|rerank|score|classify|decisions|systemone"
+    r"|tokenize|detokenize"
     r"|messages(?:/count_tokens)?|responses(?:/\w[\w.-]*(?:/cancel)?)?|models(?:/\w[\w.:@+-]*)*"
     r"|audio/transcriptions)/?|/whiflash/capabilities",
     re.ASCII,
@@ -148,7 +149,7 @@ class Proxy:
         """Whether this address, which is the one that is sent, asks for a route of the list."""
         path, base = (one.raw_path.partition(b"?")[0].decode("ascii") for one in (url, self._root))
         base = base.rstrip("/")
-        return path.startswith(base) and bool(_ROUTES.fullmatch(unquote(path[len(base) :])))
+        return path.startswith(base) and bool(ROUTES.fullmatch(unquote(path[len(base) :])))
 
     def _answered(self, answer: httpx.Response, front: str) -> Headers:
         """Headers of an answer, of which those that lead to the server lead to the proxy."""
