@@ -189,7 +189,7 @@ def resolve(
         force_recorded=flags.force_recorded == "on",
         traces=_traces(flags),
         samples=_samples(flags),
-        versions=_versions(flags),
+        versions=_versions(flags, drafters),
         target=manifest.target if manifest else "",
         chat_template=template,
         tool_call_parser=manifest.tool_call_parser if manifest else None,
@@ -359,7 +359,13 @@ def _samples(flags: Flags) -> Spooling:
     return Spooling(directory=directory, **{key: value for key, value in given.items() if value is not None})
 
 
-def _versions(flags: Flags) -> Path | None:
+def _versions(flags: Flags, drafters: Mapping[str, Path]) -> Path | None:
+    if not drafters:
+        if flags.versions is not None:
+            raise ConfigError(
+                "--whiflash-versions switches drafters' weights, and this server has no drafter; remove it"
+            )
+        return None
     if flags.versions is not None:
         return Path(flags.versions).absolute()
     return None if flags.learn is None else versions_of(Path(flags.learn).absolute())

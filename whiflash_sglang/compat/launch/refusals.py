@@ -430,6 +430,6 @@ REFUSALS: tuple[Refusal, ...] = (
 UNCAPTURED = Refusal(
     "uncaptured",
     _architecture(_is_uncaptured),
-    "{} has no hidden-state capture in SGLang, so no drafter can read it; serve this target without WHIFLASH",
+    "{} has no hidden-state capture in SGLang, so no drafter can read it; give --whiflash-drafters none",
 )
 """Beside the table: it stops a launch only if a drafter reads layers of the target."""
