@@ -271,6 +271,19 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ((f"sum by (scope) ({whole('memory_bytes')})", "{{scope}}"),),
             "stack",
         ),
+        Panel(
+            "Prompts from the cache",
+            "Prompt tokens whose KV was kept, by place.",
+            "none",
+            ((rate("cached_prompt_tokens_total", "place"), "{{place}}"),),
+            "stack",
+        ),
+        Panel(
+            "Acceptance length after a load",
+            "Tokens a round of requests whose prompt came in part from the host or from storage.",
+            "none",
+            ((ratio("loaded_tokens_total", "loaded_rounds_total", "arm"), "{{arm}}"),),
+        ),
     ),
 }
 

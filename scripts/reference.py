@@ -65,6 +65,8 @@ STATE = {
     "park_seconds": "keeping features for drafters that were not used",
     "by_arm": "by arm and `none`: `rounds` of requests, `tokens`, drafts `proposed` and `accepted`; of these `joined` "
     "and `joined_accepted` came from another arm",
+    "cached": "prompt tokens of ended requests whose KV was kept, by place: `device`, `host` or `storage`",
+    "loaded": "as `by_arm`, of ended requests whose prompt's KV came in part from the host or from storage",
     "lengths": "by arm, sums over the requests for which it drafted and that ended: `requests`, `tokens` (t), `rounds` "
     "(r), `tokens_squared` (t²), `rounds_squared` (r²) and `products` (t · r)",
     "reasons": "rounds of requests by routing reason",

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
 from whiflash_sglang.compat.forward import sampling
-from whiflash_sglang.compat.http.streamer import recording_of
+from whiflash_sglang.compat.http.streamer import cached_of, recording_of
 from whiflash_sglang.compat.scheduler.grammars import grammar_of
 from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.transfers import Upload
@@ -120,7 +120,8 @@ class Lifecycle:
                         drafter.finish(row, req.output_ids_through_stop)
         if self._spool is not None and kept and req.finished():
             self._sample(self._spool, req)
-        self._tally.ended(self._controller.states[row].counts)
+        cached = cached_of(req) if kept and req.finished() else {}
+        self._tally.ended(self._controller.states[row].counts, cached)
         self._forget(row)
         if not self._controller.states:
             self._publisher.flush()

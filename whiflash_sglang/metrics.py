@@ -199,6 +199,27 @@ SERIES = (
         TOKENS,
     ),
     Series(
+        "cached_prompt_tokens_total",
+        "counter",
+        "prompt tokens of ended requests whose KV was kept: on the `device`, in `host` memory or in `storage`",
+        _each(lambda w: w.tally.cached),
+        ("place",),
+    ),
+    Series(
+        "loaded_rounds_total",
+        "counter",
+        "rounds of ended requests whose prompt's KV came in part from the host or from storage",
+        lambda w: [((arm,), counts.rounds) for arm, counts in w.tally.loaded.items()],
+        ("arm",),
+    ),
+    Series(
+        "loaded_tokens_total",
+        "counter",
+        "tokens committed by these rounds; over `loaded_rounds_total`, their acceptance length",
+        lambda w: [((arm,), counts.tokens) for arm, counts in w.tally.loaded.items()],
+        ("arm",),
+    ),
+    Series(
         "routes_total",
         "counter",
         "rounds of requests by routing reason: `score`, `policy`, `span`, `pin` or `off`",

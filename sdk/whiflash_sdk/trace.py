@@ -124,6 +124,7 @@ class Trace(BaseModel):
     arms: rounds, tokens, drafts and estimated seconds saved, by drafter.
     reasons: rounds by routing reason.
     sources: drafts and their share of the seconds saved, by source.
+    cached: prompt tokens whose KV was kept, by place: `device`, `host` or `storage`.
     choice: index of the choice.
     text: the text that `chars` count in, if a parser took something out of the response's.
     prefill_text: the text before the first stretch, from older servers.
@@ -143,6 +144,7 @@ class Trace(BaseModel):
     arms: dict[str, ArmTotals] = Field(default_factory=dict)
     reasons: dict[str, int] = Field(default_factory=dict)
     sources: dict[str, SourceTotals] = Field(default_factory=dict)
+    cached: dict[str, int] = Field(default_factory=dict)
     choice: int = Field(default=0, ge=0)
     text: str | None = None
     prefill_text: str | None = None

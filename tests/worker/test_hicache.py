@@ -4,6 +4,7 @@ A prompt whose KV was evicted is loaded from the host: no feature comes with it,
 what one pass over the text gives, as in `test_radix.py`, and texts are plain decoding's under the same flags.
 """
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from tiny_models import tiny_eagle3
 from traffic import mixed, play
 
 from whiflash_sglang.cache.tokens import DraftKV
+from whiflash_sglang.compat.http.streamer import recording_of
 from whiflash_sglang.compat.scheduler import hicache
 from whiflash_sglang.errors import ConfigError
 
@@ -60,7 +62,7 @@ def talk(e: Engine, name: str = "talk", *, seed: int = 1) -> Talk:
         e.submit(f"{name}-other{other:02d}", rng.choices(range(256), k=60), max_new_tokens=40)
         e.run()
     again = [*prompt, *first, *rng.choices(range(256), k=10)]
-    e.submit(f"{name}-2", again, max_new_tokens=48)
+    e.submit(f"{name}-2", again, max_new_tokens=48, custom_params={"whiflash": json.dumps({"trace": True})})
     e.run()
     second = e.output(f"{name}-2")
     req = e.requests[f"{name}-2"]
@@ -137,6 +139,12 @@ def test_draft_kv_comes_back_with_the_prompt(models: Models, flags: str, router:
         found = talk(e)
         assert found.answers == expected.answers
         assert found.host >= expected.host - 1  # keys of two tokens: a page's last slot is not shared
+        tally = e.worker.snapshot()
+        assert (
+            tally["cached"]["host"] == found.host == recording_of(e.requests["talk-2"], None).cached["host"]
+        )
+        loaded = tally["loaded"].values()
+        assert sum(counts["rounds"] for counts in loaded) == found.rounds[0]
         slots, wrong = wrong_slots(e, models, found.text)
         assert slots >= found.host
         assert not any(wrong.values()), wrong

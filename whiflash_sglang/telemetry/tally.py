@@ -1,7 +1,7 @@
 """What rounds and requests came to, by arm: numbers that the host has anyway."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,9 @@ from whiflash_sglang.telemetry.lengths import Lengths
 
 REASONS = ("score", "policy", "span", "pin", "off")
 """What may have decided a round's route."""
+
+CACHED = ("device", "host", "storage")
+"""Where the KV of a prompt may have been kept."""
 
 MOST_PENDING = 4096
 """Observations that wait to be published at most; where nobody publishes, the oldest are dropped."""
@@ -43,12 +46,19 @@ class ArmCounts:
         self.joined += proposed - beside - own
         self.joined_accepted += right - min(own, right)
 
+    def merge(self, other: "ArmCounts") -> None:
+        """Add the figures of `other`."""
+        for name, count in asdict(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
 
 @dataclass(slots=True)
 class Tally:
     """Totals since the start, and observations since they were last taken.
 
     by_arm: every arm's and `none`'s. lengths: by arm, of the requests for which it drafted and that are gone.
+    loaded: by arm, of ended requests whose prompt's KV came in part from the host or from storage. cached: tokens of
+    ended requests' prompts whose KV was kept, by place.
     reasons: rounds of requests by what decided their route. requests: that began, by where their hints came from.
     timed_seconds: of rounds and the time between them; plain_seconds: what plain decoding would have taken for the
     tokens of these rounds. round_seconds, acceptance: observations, the latter of each request that ended and each arm
@@ -57,6 +67,8 @@ class Tally:
 
     by_arm: dict[str, ArmCounts]
     lengths: dict[str, Lengths]
+    loaded: dict[str, ArmCounts]
+    cached: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CACHED, 0))
     reasons: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     requests: dict[HintSource, int] = field(default_factory=lambda: dict.fromkeys(HINT_SOURCES, 0))
     timed_seconds: float = 0.0
@@ -68,7 +80,8 @@ class Tally:
     def of(cls, drafters: Iterable[str]) -> "Tally":
         """Of a worker with these arms."""
         known = tuple(drafters)
-        return cls({arm: ArmCounts() for arm in (*known, arms.NONE)}, {arm: Lengths() for arm in known})
+        by_arm, loaded = ({arm: ArmCounts() for arm in (*known, arms.NONE)} for _ in range(2))
+        return cls(by_arm, {arm: Lengths() for arm in known}, loaded)
 
     def committed(
         self,
@@ -98,6 +111,8 @@ class Tally:
         """Totals for `GET /whiflash/state`."""
         return {
             "by_arm": {arm: asdict(counts) for arm, counts in self.by_arm.items()},
+            "loaded": {arm: asdict(counts) for arm, counts in self.loaded.items()},
+            "cached": dict(self.cached),
             "lengths": {arm: asdict(lengths) for arm, lengths in self.lengths.items()},
             "reasons": dict(self.reasons),
             "hints": dict(self.requests),
@@ -105,9 +120,14 @@ class Tally:
             "plain_seconds": self.plain_seconds,
         }
 
-    def ended(self, request: dict[str, ArmCounts]) -> None:
-        """A request with these counts is gone: it ended, or was retracted."""
+    def ended(self, request: dict[str, ArmCounts], cached: Mapping[str, int] | None = None) -> None:
+        """A request with these counts is gone: it ended, or was retracted. cached: of its prompt, if it ended."""
+        for place, tokens in (cached or {}).items():
+            self.cached[place] += tokens
+        loaded = cached and ("host" in cached or "storage" in cached)
         for arm, counts in request.items():
+            if loaded:
+                self.loaded[arm].merge(counts)
             self.acceptance.append((arm, counts.tokens / counts.rounds))
             if arm in self.lengths:
                 self.lengths[arm].add(counts.tokens, counts.rounds)

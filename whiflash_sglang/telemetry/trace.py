@@ -86,6 +86,7 @@ class Recording:
     ended: of its rounds, in seconds of the host's clock; 0 before they have. spent: what its rounds cost by the
     worker's fitted prices, in seconds; plain: what its tokens would have cost without drafts; saved: the difference by
     arm. sources: what its drafts were taken from. policy: in force when the request ended.
+    cached: tokens of its prompt whose KV was kept, by place.
     """
 
     level: TraceLevel | None
@@ -100,6 +101,7 @@ class Recording:
     saved: dict[str, float] = field(default_factory=dict)
     sources: dict[str, Brought] = field(default_factory=dict)
     policy: str = ""
+    cached: dict[str, int] = field(default_factory=dict)
 
     def begin(self) -> None:
         """A round begins; the first one starts the clock."""
@@ -199,6 +201,8 @@ def build_trace(recording: Recording, policy: str, completion_tokens: int) -> di
         trace["sources"] = {
             name: _told(brought, priced=bool(recording.spent)) for name, brought in recording.sources.items()
         }
+    if recording.cached:
+        trace["cached"] = recording.cached
     if recording.level == "full":
         trace["stretches"] = [_described(stretch) for stretch in stretches]
     return trace

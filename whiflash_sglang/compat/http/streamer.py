@@ -13,6 +13,7 @@ from whiflash_sdk.hints import TraceLevel
 
 from whiflash_sglang.compat.carried import META_KEY, settings_of
 from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.telemetry.tally import CACHED
 from whiflash_sglang.telemetry.trace import Recording, build_trace, span_attributes
 
 _RECORDING = "_whiflash_recording"
@@ -48,6 +49,12 @@ def recording_of(req: Any, level: TraceLevel | None, rate: float = 0.0) -> Recor
     return found
 
 
+def cached_of(req: Any) -> dict[str, int]:
+    """Tokens of a prompt whose KV was kept, by where it was: on the `device`, in `host` memory or in `storage`."""
+    places = {place: int(getattr(req, f"cached_tokens_{place}")) for place in CACHED}
+    return {place: tokens for place, tokens in places.items() if tokens}
+
+
 def _ended(self: SchedulerOutputStreamer, reqs: list[Any]) -> dict[str, list[Any]]:
     """Recordings of the requests that end with this output, a list of at most one for each of `reqs`."""
     recordings = [getattr(req, _RECORDING, None) if req.finished() else None for req in reqs]
@@ -55,6 +62,9 @@ def _ended(self: SchedulerOutputStreamer, reqs: list[Any]) -> dict[str, list[Any
         return {}
     for recording in filter(None, recordings):
         recording.policy = settings_of(self.server_args).router
+    for req, found in zip(reqs, recordings, strict=True):
+        if found is not None:
+            found.cached = cached_of(req)
     return {META_KEY: [[] if recording is None else [recording] for recording in recordings]}
 
 
