@@ -173,7 +173,9 @@ def test_targets_that_cannot_be_served_stop_there(
             (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(SystemExit, match=f"^whiflash: error: {begins}.*(without (it|WHIFLASH)|--whiflash-drafters none)$"):
+    with pytest.raises(
+        SystemExit, match=f"^whiflash: error: {begins}.*(without (it|WHIFLASH)|--whiflash-drafters none)$"
+    ):
         launch("--model-path", str(tmp_path)).resolve_once()  # type: ignore[attr-defined]
 
 
