@@ -43,7 +43,7 @@ def build(model: OpenAIChatCompletionsModel) -> Agent[Any]:
     )
     return Agent[Any](
         name="Reception",
-        instructions="You send each question to the agent who can answer it.",
+        instructions="Hand the question over.",
         model=model,
         handoffs=[accounting],
         model_settings=ModelSettings(temperature=0, max_tokens=64, tool_choice="required"),
