@@ -312,3 +312,15 @@ def save_tokenizer(path: Path, pieces: Sequence[bytes] = ()) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL_TOKENS[0])
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(path)
+
+
+def served_pair(root: Path) -> list[str]:
+    """Checkpoints of a peaked target and its two drafters under `root`; arguments of a server with them."""
+    target = tiny_target(root / "target", peaked=True)
+    drafters = {
+        "--speculative-draft-model-path": tiny_dflash(root / "d", target),
+        "--whiflash-eagle-draft": tiny_eagle3(root / "e", target),
+    }
+    arguments = ["--model-path", str(target), "--served-model-name", "tiny", "--dtype", "float32"]
+    arguments += ["--speculative-algorithm", "WHIFLASH"]
+    return arguments + [word for flag, path in drafters.items() for word in (flag, str(path))]

@@ -141,10 +141,10 @@ def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
 def live_weights(
     settings: Settings, target: Target, drafters: Mapping[str, KVDrafter], ranks: Ranks
 ) -> LiveWeights | None:
-    """What writes other versions into the neural drafters' weights, if there are such drafters and the operator names
-    a directory of versions; the one that was served last is.
+    """What writes other versions into the neural drafters' weights, if the operator names a directory of versions; the
+    one that was served last is.
     """
-    if settings.versions is None or not settings.drafters:
+    if settings.versions is None:
         return None
 
     def load(draft: Draft) -> torch.nn.Module:

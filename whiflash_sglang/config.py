@@ -151,7 +151,7 @@ def resolve(
     manifest = load_manifest(draft_path) if draft_path and (draft_path / MANIFEST).exists() else None
     if flags.drafters == "none":
         manifest = _without_drafters(flags, manifest, draft_path)
-    drafters = {} if flags.drafters == "none" else _drafters(flags, manifest, draft_path, download_dir)
+    drafters = _drafters(flags, manifest, draft_path, download_dir)
     if flags.drafters != "none" and arms.AR not in drafters and (own := target_mtp()) is not None:
         drafters[arms.AR] = own
     for arm, path in drafters.items():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from whiflash_kernels import MixedBlock, prepare_mixed_block
 
-from whiflash_sglang.cache.tokens import TokenTable
+from whiflash_sglang.cache.tokens import NO_TOKEN, TokenTable
 from whiflash_sglang.compat.forward import masks, sampling
 from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.core import Proposal, RoundBatch, SampleHook, Verified
@@ -143,12 +143,8 @@ _PER_REQUEST = ("seq_lens", "orig_seq_lens", "seq_lens_cpu", "seq_lens_sum", "re
 def _rejecting(block: MixedBlock, rows: Sequence[int]) -> MixedBlock:
     """`block` as it is judged if the drafts in `rows` are wrong whatever the target says."""
     ids = block.input_ids.clone()
-    ids[list(rows)] = NO_TOKEN
+    ids[list(rows)] = NO_TOKEN  # equals no prediction
     return block._replace(input_ids=ids)
-
-
-NO_TOKEN = -1
-"""Equals no prediction."""
 
 
 def packed(block: MixedBlock, rows: int) -> MixedBlock:

@@ -18,7 +18,7 @@ from agents import Agent, ModelSettings, OpenAIResponsesModel, Runner, set_traci
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 from server_host import Server, ServerHost, free_port
-from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import CHAT_TEMPLATE, served_pair
 from whiflash_sdk import Hints, Span, Trace, capabilities, collect, http_client, routing, wrap
 from whiflash_sdk import predict as predicting
 from whiflash_sdk.adapters.openai_agents import wrap_model
@@ -48,21 +48,20 @@ def grpc_port() -> int:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost, grpc_port: int) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("checkpoints")
-    target = tiny_target(root / "target", peaked=True)
-    arguments = ["--model-path", target, "--served-model-name", "tiny", "--dtype", "float32"]
-    arguments += [
-        "--speculative-algorithm",
-        "WHIFLASH",
-        "--speculative-draft-model-path",
-        tiny_dflash(root / "d", target),
-    ]
-    arguments += ["--whiflash-eagle-draft", tiny_eagle3(root / "e", target)]
+    arguments = served_pair(root)
     # SGLang finds the parser of `auto` by what the template shows.
     template = root / "template.jinja"
     template.write_text(CHAT_TEMPLATE + "{# <function=f><parameter=p> #}")
-    arguments += ["--tool-call-parser", "auto", "--reasoning-parser", "auto", "--chat-template", template]
-    arguments += ["--grpc-port", grpc_port]
-    with host.running(*map(str, arguments)) as running:
+    arguments += [
+        "--tool-call-parser",
+        "auto",
+        "--reasoning-parser",
+        "auto",
+        "--chat-template",
+        str(template),
+    ]
+    arguments += ["--grpc-port", str(grpc_port)]
+    with host.running(*arguments) as running:
         yield running
 
 

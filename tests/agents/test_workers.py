@@ -8,7 +8,7 @@ import httpx
 import psutil
 import pytest
 from server_host import Server, ServerHost
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import served_pair
 
 pytestmark = pytest.mark.server
 
@@ -25,19 +25,9 @@ CHAT: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("checkpoints")
-    target = tiny_target(root / "target", peaked=True)
-    arguments = ["--model-path", target, "--served-model-name", "tiny", "--dtype", "float32"]
-    arguments += [
-        "--speculative-algorithm",
-        "WHIFLASH",
-        "--whiflash-eagle-draft",
-        tiny_eagle3(root / "e", target),
-    ]
-    arguments += ["--speculative-draft-model-path", tiny_dflash(root / "d", target)]
-    with host.running(
-        *map(str, arguments), "--tokenizer-worker-num", str(WORKERS), "--enable-cache-report"
-    ) as running:
+    arguments = served_pair(tmp_path_factory.mktemp("checkpoints"))
+    arguments += ["--tokenizer-worker-num", str(WORKERS), "--enable-cache-report"]
+    with host.running(*arguments) as running:
         yield running
 
 

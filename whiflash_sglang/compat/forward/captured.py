@@ -79,13 +79,12 @@ class Captured:
             CheckpointError: the model cannot capture what its layers put out.
         """
         self._layers = [layer for layer in layers if layer < num_layers]
-        self._reads, self._joins_final = bool(layers), len(self._layers) < len(layers)
+        self.read, self._joins_final = len(layers), len(self._layers) < len(layers)
         if self._layers:
             _set_layers(model, self._layers)
         if self._layers and (keeps_final or self._joins_final):
             language_model(model).logits_processor.keep_last_hidden_states = True
-        self.read = len(layers)
-        self.vectors = len(layers) + (keeps_final and not self._joins_final)
+        self.vectors = self.read + (keeps_final and not self._joins_final)
         self.mode = CaptureHiddenMode.FULL if self.vectors else CaptureHiddenMode.NULL
 
     def take(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -97,7 +96,7 @@ class Captured:
     def states(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Features [T, F] and final states [T, H] of a forward. F is 0 if no drafter reads any."""
         features, final = output.hidden_states, output.last_hidden_states
-        if not self._reads:
+        if not self.read:
             logits = output.next_token_logits
             return logits.new_empty((len(logits), 0)), features
         if not self._layers:
