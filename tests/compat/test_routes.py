@@ -58,7 +58,7 @@ class Manager:
 
     def __init__(self) -> None:
         self.server_args = SimpleNamespace(
-            _whiflash=resolve(Flags(), embedded_bundle()),
+            _whiflash=resolve(Flags(versions="versions"), embedded_bundle()),
             served_model_name="tiny",
             model_path="tiny",
             tokenizer_worker_num=1,

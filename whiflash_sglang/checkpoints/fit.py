@@ -13,7 +13,8 @@ from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.hub import Found, checksums, fetch, look_up, parts_of, sha256, verify
 from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, NAMES, PARTS, check_arms, load_manifest
 from whiflash_sglang.errors import CheckpointError, ConfigError, WhiflashError
-from whiflash_sglang.models.checkpoint import attention_shape, holds, integer, read_json_config
+from whiflash_sglang.models.checkpoint import attention_shape, holds, integer
+from whiflash_sglang.models.config_json import read_json_config
 from whiflash_sglang.models.draft_format import merged
 from whiflash_sglang.models.formats import Draft, read_draft
 

@@ -37,7 +37,8 @@ from whiflash_sglang.learn.versions import (
 from whiflash_sglang.learner.judge import Gain, gains, walk_answers
 from whiflash_sglang.learner.pace import Pace
 from whiflash_sglang.learner.texts import LONGEST, Chosen, Text, answer_tokens, choose, texts_of
-from whiflash_sglang.models.checkpoint import integer, read_json_config
+from whiflash_sglang.models.checkpoint import integer
+from whiflash_sglang.models.config_json import read_json_config
 from whiflash_sglang.models.dspark import DSparkDrafter
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.progress import tracked

@@ -10,13 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.checkpoint import (
-    attention_shape,
-    integer,
-    layer_ids,
-    number,
-    read_config_of,
-)
+from whiflash_sglang.models.checkpoint import attention_shape, integer, layer_ids, number
+from whiflash_sglang.models.config_json import read_config_of
 from whiflash_sglang.models.draft_format import merged
 from whiflash_sglang.models.layers import AttentionShape, Clamped, rope_parameters
 

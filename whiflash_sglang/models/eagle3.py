@@ -24,11 +24,11 @@ from whiflash_sglang.models.checkpoint import (
     integer,
     layer_ids,
     mlp_weights,
-    read_config_of,
     read_weights,
     write_checkpoint,
 )
 from whiflash_sglang.models.choice import Choice, DraftHead, DraftStep, SharedVocabulary, borrowed_head
+from whiflash_sglang.models.config_json import read_config_of
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.layers import (
     Angles,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.jsonl import read_json_file
-from whiflash_sglang.models.checkpoint import attention_shape, integer, number, read_json_config
+from whiflash_sglang.models.checkpoint import attention_shape, integer, number
+from whiflash_sglang.models.config_json import read_json_config
 from whiflash_sglang.models.draft_format import merged
 from whiflash_sglang.models.layers import AttentionShape, rope_parameters
 from whiflash_sglang.models.target import TargetModel

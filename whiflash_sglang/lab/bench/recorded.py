@@ -37,7 +37,7 @@ from whiflash_sglang.lab.recorded.benchmark import renderer_of
 from whiflash_sglang.lab.recorded.conversation import Conversation, Renderer
 from whiflash_sglang.lab.recorded.files import read_recorded
 from whiflash_sglang.lab.statistics import Interval, paired_ratio, rate
-from whiflash_sglang.models.checkpoint import read_json_config
+from whiflash_sglang.models.config_json import read_json_config
 from whiflash_sglang.progress import progress
 
 BASE = "pinned-none"

@@ -37,7 +37,7 @@ from whiflash_sglang.lab.bench.load import (
 from whiflash_sglang.lab.bench.prompts import Prompt, digest_of
 from whiflash_sglang.lab.bench.reference import BestLogit, Reference, ask_reference, differences, plain_of
 from whiflash_sglang.lab.bench.report import LOOPS, Report, build_report
-from whiflash_sglang.models.checkpoint import read_json_config
+from whiflash_sglang.models.config_json import read_json_config
 
 
 class Step(NamedTuple):

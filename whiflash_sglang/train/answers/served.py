@@ -13,7 +13,7 @@ from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.compat.forward.captured import may_capture
 from whiflash_sglang.compat.training.offline import OfflineEngine, Place
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.models.checkpoint import read_json_config
+from whiflash_sglang.models.config_json import read_json_config
 from whiflash_sglang.train.answers.generate import LOOP_CHECK_EVERY, Answer
 from whiflash_sglang.train.answers.prompts import GrammarSpec, PromptRow, server_parameter
 from whiflash_sglang.train.config import Data, Slots, TrainConfig
