@@ -17,9 +17,11 @@ import torch
 from engine import Engine, engine
 from matrix import sampled
 from model_set import Models
+from swapping import serving, swap
 from test_radix import TOLERANCE, assert_tree_is_true, matched_slots, sequences
 from tiny_models import tiny_eagle3
 from traffic import mixed, play
+from versioned import trained, version
 
 from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.compat.http.streamer import recording_of
@@ -47,8 +49,8 @@ class Talk:
     rounds: tuple[int, int]
 
 
-def talk(e: Engine, name: str = "talk", *, seed: int = 1) -> Talk:
-    """Play it; other requests evict it."""
+def talk(e: Engine, name: str = "talk", *, seed: int = 1, between: Callable[[], object] = int) -> Talk:
+    """Play it; other requests evict it. between: called before the second turn."""
     rng = random.Random(seed)
     prompt = rng.choices(range(256), k=60)
     e.submit(f"{name}-1", prompt, max_new_tokens=48)
@@ -61,6 +63,7 @@ def talk(e: Engine, name: str = "talk", *, seed: int = 1) -> Talk:
     for other in range(12):
         e.submit(f"{name}-other{other:02d}", rng.choices(range(256), k=60), max_new_tokens=40)
         e.run()
+    between()
     again = [*prompt, *first, *rng.choices(range(256), k=10)]
     e.submit(f"{name}-2", again, max_new_tokens=48, custom_params={"whiflash": json.dumps({"trace": True})})
     e.run()
@@ -157,6 +160,23 @@ def test_draft_kv_comes_back_with_the_prompt(models: Models, flags: str, router:
         assert e.requests["cold"].cached_tokens == 0
         if router in ("ar", "diffusion"):
             assert e.rounds("cold") == found.rounds
+
+
+def test_a_version_begins_while_the_host_has_copies_of_the_last_one(models: Models, tmp_path: Path) -> None:
+    """Versions share what makes draft KV, so copies stay right."""
+    flags = HOST | FLAGS["write-through"]
+    expected = plain(models, **flags)
+    version(models, tmp_path / "versions", tmp_path / "made", trained(0.1, 1))
+    with serving(models, tmp_path / "versions", "ar", **flags) as e:
+        found = talk(e, between=lambda: swap(e, 1))
+        assert e.worker.weights.used.version == 1
+        assert found.answers == expected.answers
+        assert found.host >= expected.host - 1
+        assert not any(wrong_slots(e, models, found.text)[1].values())
+        assert e.scheduler.flush_cache()
+        e.submit("cold", found.text[: -len(found.answers[1])], max_new_tokens=48)
+        e.run()
+        assert e.rounds("cold") == found.rounds
 
 
 def flush_late(monkeypatch: pytest.MonkeyPatch) -> None:
