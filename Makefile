@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where it is set every process compiles what it imports: SGLang takes 24 s of a core then, and 14 s compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test fast evidence mutation soak upstream-kits fuzz aiperf audit check format docs frameworks prometheus site dist bench bench-several gpu gpu-evidence clean
+.PHONY: help install demo test fast evidence mutation upstream-kits audit check format docs prometheus site dist bench gpu gpu-evidence clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -53,21 +53,8 @@ mutation: install ## Plant faults and ask the tests whether they notice; goes on
 	$(UV) sync --frozen --all-packages --group mutation
 	$(RUN) python tests/mutation/run.py --most 20 --out mutation.jsonl
 
-soak: install ## Load and faults, an hour in all; every answer compared with plain decoding's; counts in results/soak.md
-	$(RUN) python scripts/soak.py --seconds 690 --json results/soak.json --markdown results/soak.md
-
 upstream-kits: install ## SGLang's own server tests against a plain server and ours; outcomes in results/upstream-kits.md
 	$(RUN) python scripts/upstream_kits.py --json results/upstream-kits.json --markdown results/upstream-kits.md
-
-fuzz: install ## Requests that nobody should send, by Schemathesis; counts in results/fuzz-routes.md
-	$(UV) sync --frozen --all-packages --group fuzz
-	$(RUN) python scripts/fuzz_routes.py --tiny --examples 40 --json results/fuzz-routes.json --markdown results/fuzz-routes.md
-
-aiperf: install ## AIPerf against a plain server and ours; its figures in results/aiperf.md
-	$(RUN) python scripts/aiperf.py
-
-frameworks: install ## Agents by framework, each with its newest release in an environment of its own; results/frameworks.md
-	$(RUN) python scripts/frameworks.py
 
 audit: install ## Known weaknesses of what uv.lock pins; asks an advisory database over the network
 	$(RUN) python scripts/audit.py
@@ -85,7 +72,6 @@ format: install ## Format and fix what can be fixed
 
 docs: install ## Write the tables of the documentation that come from code
 	$(RUN) python scripts/reference.py
-	$(RUN) python scripts/dashboard.py
 
 # Debian's package, unpacked: needs apt's lists, no root.
 .tools/usr/bin/promtool:
@@ -105,16 +91,6 @@ dist: install ## Wheels and source distributions of the three packages, checked,
 
 bench: install ## First answer on speed, in under five minutes
 	$(RUN) whiflash bench --quick
-
-.tools/target-of-two-ranks: scripts/pad_heads.py
-	rm -rf $@
-	$(RUN) python scripts/pad_heads.py $@ --ranks 2
-
-SEVERAL := none,auto,none@tp2,auto@tp2,none@dp2,auto@dp2
-bench-several: install .tools/target-of-two-ranks ## What two ranks and two replicas cost and bring, beside one device (about a quarter of an hour)
-	$(RUN) whiflash bench --model-path .tools/target-of-two-ranks --bundle whiflash_sglang/bundles/smollm2-135m-instruct \
-		--arms $(SEVERAL) --over auto --concurrency 1,4 --per-category 1 --repetitions 2 --max-tokens 64 --no-interleave \
-		--out results/benchmark/several.json --markdown results/benchmark/several.md
 
 gpu: ## What only a GPU can show, in parts of ten minutes; goes on where it was ended; the active Python, installs nothing
 	python3 tests/gpu/run.py

@@ -3,10 +3,9 @@
 
     python scripts/upstream_kits.py --json results/upstream-kits.json
 
-They were written for larger models, so some fail whatever decodes: what counts is that nothing fails with WHIFLASH that
-passes without. The model is the shipped 135M one; `--tiny` takes one of random weights, which rehearses the script.
-A test that does not end is ended, with its server, and the next one has another. With `--go-on` what `--json` holds
-already is not run again.
+They were written for larger models, so some fail with any decoder on the tiny one that is served here. What counts is
+that nothing fails with WHIFLASH that passes without. A test that does not end is ended with its server, and the next
+one has another. With `--go-on` what `--json` holds already is not run again.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import io
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -29,40 +29,28 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import outcome
-from servers_beside import Renewed, arguments_of
-
+from whiflash_sglang import provenance
 from whiflash_sglang.compat.patching import SGLANG_VERSION
-from whiflash_sglang.serving import ServerHost
+from whiflash_sglang.serving import Server, ServerHost, runs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from patience import within
 
 SHORT_CONTEXT = ("--context-length", "512", "--page-size", "256", "--chunked-prefill-size", "4096")
-KITS: dict[str, tuple[str, ...]] = {
-    "basic_api_contract_kit:BasicAPIContractMixin": (),
-    "basic_decode_correctness_kit:BasicDecodeCorrectnessMixin": (),
-    "basic_scheduler_stress_kit:BasicSchedulerStressMixin": (),
-    "ebnf_constrained_kit:EBNFConstrainedMixin": (),
-    "regex_constrained_kit:RegexConstrainedMixin": (),
-    "json_constrained_kit:JSONConstrainedMixin": (),
-    "json_mode_kit:JSONModeMixin": (),
-    "matched_stop_kit:MatchedStopMixin": (),
-    "anthropic_messages_kit:AnthropicMessagesMixin": (),
-    "pause_generation_kit:PauseResumeInPlaceMixin": (),
-    "abort_timeout_kit:AbortAllMixin": (),
-    "spec_server_kits:SpecCorrectnessKit": (),
-    "spec_server_kits:SpecLogprobKit": (),
-    "spec_server_kits:SpecPenaltyKit": (),
-    "spec_server_kits:SpecFeatureKit": (),
-    "spec_server_kits:SpecHiddenStatesKit": (),
-    "spec_server_kits:SpecGrammarKit": (),
-    "streaming_session_kit:StreamingSessionKitMixin": (),
-    "streaming_session_kit:AbortLeakReproKitMixin": SHORT_CONTEXT,
-}
+PLAINLY = """
+basic_api_contract_kit:BasicAPIContractMixin basic_decode_correctness_kit:BasicDecodeCorrectnessMixin
+basic_scheduler_stress_kit:BasicSchedulerStressMixin ebnf_constrained_kit:EBNFConstrainedMixin
+regex_constrained_kit:RegexConstrainedMixin json_constrained_kit:JSONConstrainedMixin json_mode_kit:JSONModeMixin
+matched_stop_kit:MatchedStopMixin anthropic_messages_kit:AnthropicMessagesMixin abort_timeout_kit:AbortAllMixin
+pause_generation_kit:PauseResumeInPlaceMixin spec_server_kits:SpecCorrectnessKit spec_server_kits:SpecLogprobKit
+spec_server_kits:SpecPenaltyKit spec_server_kits:SpecFeatureKit spec_server_kits:SpecHiddenStatesKit
+spec_server_kits:SpecGrammarKit streaming_session_kit:StreamingSessionKitMixin
+"""
+KITS: dict[str, tuple[str, ...]] = dict.fromkeys(PLAINLY.split(), ())
+KITS["streaming_session_kit:AbortLeakReproKitMixin"] = SHORT_CONTEXT
 """Those that ask a server by its URL, and need neither a GPU, a second server nor a data set from the network; and what
-a server is started with for their sake, beside `FLAGS`."""
+a server is started with for their sake, beside `ARGUMENTS`."""
 
 SECONDS = 600.0
 """That a test may take on a quiet machine where nothing else is said."""
@@ -76,6 +64,42 @@ SHOWN = 70
 """Characters of a complaint in the table; the JSON has up to 140."""
 ENDED = " (and the server ended)"
 FORK = multiprocessing.get_context("fork")
+ARGUMENTS = (
+    *("--max-running-requests", "8", "--max-total-tokens", "20000", "--device", "cpu", "--dtype", "float32"),
+    *("--enable-return-hidden-states", "--enable-streaming-session"),
+)
+
+
+class Renewed(ExitStack):
+    """A server with these arguments, and another one in its place if a request has ended it."""
+
+    def __init__(self, arguments: list[str], host: ServerHost) -> None:
+        super().__init__()
+        self._new = partial(Server, arguments, host=host)
+        self._server: Server | None = None
+
+    @property
+    def lives(self) -> bool:
+        pids = self._server.pids if self._server else ()
+        return bool(pids) and all(map(runs, pids))
+
+    @property
+    def server(self) -> Server:
+        """One that lives."""
+        if self._server is None or not self.lives:
+            self.close()
+            self._server = self.enter_context(self._new())
+        return self._server
+
+
+def models(root: Path) -> tuple[str, list[str]]:
+    """A tiny target, and the arguments of a WHIFLASH server that drafts for it, written to `root`."""
+    from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+
+    target = tiny_target(root / "target", peaked=True)
+    drafters = ["--speculative-draft-model-path", str(tiny_dflash(root / "d", target))]
+    drafters += ["--whiflash-eagle-draft", str(tiny_eagle3(root / "e", target))]
+    return str(target), ["--speculative-algorithm", "WHIFLASH", "--whiflash-router", "random", *drafters]
 
 
 def names_in(kit: str) -> list[str]:
@@ -108,25 +132,20 @@ def _class_of(kit: str, fields: dict[str, Any]) -> type[unittest.TestCase]:
     return type(name, (mixin, SpecEagleServerBase), fields)
 
 
-class Outcomes(unittest.TestResult):
-    """What became of each test: passed, skipped, or the last line of its complaint."""
+class Outcome(unittest.TestResult):
+    """What became of a test: passed, skipped, or the last line of its complaint."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, str] = {}
-
-    def addSuccess(self, test: unittest.TestCase) -> None:
-        self.found.setdefault(name_of(test), "passed")
+    became = "passed"
 
     def addSkip(self, test: unittest.TestCase, reason: str) -> None:
-        self.found[name_of(test)] = f"skipped: {reason}"
+        self.became = f"skipped: {reason}"
 
     def addFailure(self, test: unittest.TestCase, err: Any) -> None:
         error = err[1]
         # SGLang's own test case wraps what was raised.
         error = error.__context__ or error if str(error).startswith("retry()") else error
         said = " ".join(str(error).split()).replace("|", "\\|").replace("`", "'")
-        self.found[name_of(test)] = f"failed: {type(error).__name__}: {said[:140]}"
+        self.became = f"failed: {type(error).__name__}: {said[:140]}"
 
     addError = addFailure
 
@@ -165,10 +184,10 @@ def outcome_of(test: unittest.TestCase, seconds: float) -> str | None:
 def _play(test: unittest.TestCase, told: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.enable()
-    outcomes = Outcomes()
+    outcome = Outcome()
     with redirect_stdout(io.StringIO()):
-        test.run(outcomes)
-    told.send(outcomes.found[name_of(test)])
+        test.run(outcome)
+    told.send(outcome.became)
 
 
 def run(
@@ -198,7 +217,7 @@ def run(
                 if not renewed.lives:
                     found[name_of(test)] += ENDED
                 if told is None:
-                    renewed.end()
+                    renewed.close()  # the next test has another server
                 save()
 
 
@@ -220,59 +239,57 @@ def _short(outcome: str) -> str:
     return cut + (ENDED if told != outcome else "")
 
 
-def _started(arguments: list[str], host: ServerHost, flags: tuple[str, ...]) -> Renewed:
-    return Renewed([*arguments, *flags], host)
+def page(sums: str, rows: str) -> str:
+    """Markdown of what became of the tests, with command, revision and machine."""
+    made = provenance.made_by(())
+    revision = made["revision"][:12] + (" with changes" if made["uncommitted_changes"] else "")
+    command, cpu = shlex.join(made["command"]), made["hardware"]["cpu"]
+    how = f"`python scripts/{command}`, revision {revision}; Python {made['python']}; {cpu}."
+    parts = "# SGLang's own server tests", f"{sums}.", READING, rows, "## How to reproduce", how
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", default="", help="kits whose name contains this")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model of random weights")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=SECONDS,
-        help="that a test may take on a quiet machine; on a slower one it may take as many times more",
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for a test, on a quiet machine")
     parser.add_argument("--go-on", action="store_true", help="leave out what --json holds already")
-    parser.add_argument("--json", type=Path, help="also write the outcomes there, after every test")
+    parser.add_argument("--json", type=Path, required=True, help="write the outcomes there, after every test")
     parser.add_argument("--markdown", type=Path, help="also write the table there")
-    said = parser.parse_args()
-    if said.go_on and said.json is None:
-        parser.error("--go-on goes on with what --json FILE holds")
+    given = parser.parse_args()
     # Terminated, it still ends the test that runs and the servers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    kits = [kit for kit in KITS if said.only in kit]
-    told: dict[str, Any] = {"sglang": SGLANG_VERSION, "model": "", "plain": {}, "whiflash": {}}
+    told: dict[str, Any] = {"sglang": SGLANG_VERSION, "plain": {}, "whiflash": {}}
+    if given.go_on and given.json.is_file():
+        told = json.loads(given.json.read_text("utf-8"))
+        if told["sglang"] != SGLANG_VERSION:
+            parser.error(
+                f"{given.json} is of SGLang {told['sglang']}, not {SGLANG_VERSION}: leave out --go-on"
+            )
+
+    def save() -> None:
+        given.json.write_text(json.dumps(told, indent=2) + "\n")
+
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kits-")))
         host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": "1"}, cwd=root))
-        model, shared, ours = arguments_of(said.tiny, root)
-        told["model"] = "tiny" if said.tiny else Path(model).name
-        if said.go_on and said.json.is_file():
-            before = json.loads(said.json.read_text("utf-8"))
-            if any(before[name] != told[name] for name in ("sglang", "model")):
-                parser.error(f"{said.json} is of {before['model']} and SGLang {before['sglang']}")
-            told = before
-
-        def save() -> None:
-            if said.json:
-                said.json.write_text(json.dumps(told, indent=2) + "\n")
-
+        model, ours = models(root)
         for side, more in (("plain", []), ("whiflash", ours)):
-            arguments = ["--model-path", model, *shared, *more]
-            start = partial(_started, arguments, host)
-            run(start, model, kits, told[side], save, said.seconds)
+            arguments = ["--model-path", model, *ARGUMENTS, *more]
+            run(
+                lambda flags, all=arguments: Renewed([*all, *flags], host),
+                model,
+                KITS,
+                told[side],
+                save,
+                given.seconds,
+            )
     plain, drafting = told["plain"], told["whiflash"]
     lost = [name for name, outcome in plain.items() if outcome == "passed" != drafting.get(name)]
-    print(table(plain, drafting))
     passed = sum(outcome == "passed" for outcome in drafting.values())
     sums = f"SGLang {SGLANG_VERSION}: {passed} of {len(plain)} pass with WHIFLASH, {len(lost)} fewer than without"
-    print(f"\n{sums}")
-    if said.markdown:
-        outcome.write(said.markdown, "SGLang's own server tests", sums + ".", READING, table(plain, drafting))
+    print(f"{table(plain, drafting)}\n\n{sums}")
+    if given.markdown:
+        given.markdown.write_text(page(sums, table(plain, drafting)))
     return 1 if lost else 0
 
 

@@ -1,77 +1,77 @@
-"""`scripts/soak.py` ends and says what it found, whatever becomes of a server: no part costs the hour of the others."""
+"""Load and faults: users ask more than the cache holds, leave, and change the policy; every answer is compared."""
 
-import asyncio
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import psutil
 import pytest
-from loaded_scripts import load_script
+from patience import wait_until
+from server_host import Server, ServerHost
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-script = load_script("soak")
-NOBODY = "http://127.0.0.1:9"
-GONE = "INFO: served\nTraceback (most recent call last):\nRuntimeError: lost a slot\n"
+pytestmark = [pytest.mark.server, pytest.mark.evidence, pytest.mark.timeout(1800)]
 
-
-async def breaks_off(run: Any) -> None:
-    (await run.client.get("/whiflash/state")).raise_for_status()
-
-
-async def stands_still(run: Any) -> None:
-    await asyncio.Event().wait()
+REQUESTS, USERS, TOKENS, GROWN_MIB = 1500, 12, 48, 100
+"""Requests of each half, users at a time, tokens of an answer; no process may grow by more in the second half."""
 
 
-@pytest.mark.parametrize("scenario", [breaks_off, stands_still])
-def test_a_scenario_that_does_not_end_well_is_a_crash(
-    scenario: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(script, "STILL", 0.0 if scenario is stands_still else 1e6)
-    monkeypatch.setitem(script.SCENARIOS, "some", (scenario, ()))
-    log = tmp_path / "log"
-    log.write_text(GONE)
-    server = SimpleNamespace(base_url=NOBODY, pids=[], log=log)
-    found = asyncio.run(script.play("some", server, NOBODY, 0.0, 0))
-    assert found.crashes == 3, "the scenario, the state that nobody tells, and the traceback"
-    said = capsys.readouterr().err
-    assert "some broke off: " in said
-    assert "RuntimeError: lost a slot" in said
+def leave(server: Server, body: dict[str, Any], after: int) -> None:
+    """Ask for a stream, and go away in mid-answer."""
+    body = {**body, "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}, "stream": True}
+    with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=None) as stream:
+        for _ in zip(range(after), stream.iter_lines(), strict=False):
+            pass
 
 
-@pytest.mark.parametrize(("busy", "leaks"), [(3, 0), (10**9, 2)], ids=["it ends", "it never ends"])
-def test_what_is_kept_of_requests_that_are_gone_is_a_leak(
-    busy: int, leaks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = 0
+def load(server: Server, expected: dict[tuple[int, ...], list[int]], rng: random.Random) -> list[str]:
+    """What went wrong while users asked, left, and changed the policy."""
 
-    def answer(request: httpx.Request) -> httpx.Response:
-        nonlocal asked
-        asked += request.url.path == "/whiflash/state"
-        requests = 2 if asked <= busy else 0
-        return httpx.Response(
-            200, json={"requests": requests, "memory": {}, "quarantined": [], "left_out": {}}
-        )
+    def act(n: int) -> str:
+        prompt, tokens = rng.choice(list(expected)), rng.randint(1, TOKENS)
+        body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": tokens}}
+        if n % 25 == 0:
+            server.post(
+                "/whiflash/policy", {"router": rng.choice(["auto", "none", "ar", "diffusion", "lookup"])}
+            )
+            server.post("/whiflash/forget", {"all": True})
+        if n % 5 == 0:
+            leave(server, body, rng.randint(0, 20))
+        elif server.generate(**body)["output_ids"] != expected[prompt][:tokens]:
+            return f"{prompt}: another answer than plain decoding's"
+        return ""
 
-    async def settled() -> Any:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url=NOBODY) as client:
-            found = script.Found("some")
-            await script.settle(script.Run(None, client, None, 0.0, found, random.Random(0)))
-            return found
-
-    async def at_once(_: float) -> None:
-        pass
-
-    monkeypatch.setattr(script.asyncio, "sleep", at_once)
-    found = asyncio.run(settled())
-    assert (found.leaks, found.crashes) == (leaks, 0)
+    with ThreadPoolExecutor(USERS) as pool:
+        return list(filter(None, pool.map(act, range(REQUESTS))))
 
 
-@pytest.mark.parametrize(
-    ("grown", "leaks"), [(script.GROWN_MIB, 0), (script.GROWN_MIB + 1, 1)], ids=["full", "growing"]
-)
-def test_memory_that_goes_on_growing_is_a_leak(grown: int, leaks: int) -> None:
-    found = script.Found("some")
-    script.judge_growth(found, {1: 500, 2: 90, 3: 1}, {1: 510, 2: 90 + grown})
-    assert found.leaks == leaks
-    assert found.notes == {"rss_mib": 510, "rss_grown_mib": grown}
+def sizes(server: Server) -> dict[int, int]:
+    """MiB of each process of a server."""
+    family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    return {process.pid: process.memory_info().rss // 2**20 for process in family}
+
+
+def test_text_is_plain_decodings_and_nothing_is_left_behind(host: ServerHost, tmp_path: Path) -> None:
+    target, rng = tiny_target(tmp_path / "target", peaked=True), random.Random(0)
+    prompts = [tuple(rng.choices(range(32, 127), k=rng.randint(100, 160))) for _ in range(80)]
+    ours = ["--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path"]
+    ours += [str(tiny_dflash(tmp_path / "dflash", target)), "--whiflash-eagle-draft"]
+    ours += [str(tiny_eagle3(tmp_path / "eagle3", target)), "--whiflash-lookup-memory-mib", "8"]
+    model = ("--model-path", str(target), "--dtype", "float32")
+    with host.running(*model) as plain:
+        asked = [{"input_ids": prompt, "sampling_params": {"max_new_tokens": TOKENS}} for prompt in prompts]
+        answers = plain.generate_all(asked, concurrency=8)
+    expected = {prompt: one["output_ids"] for prompt, one in zip(prompts, answers, strict=True)}
+    with host.running(*model, *ours, "--max-total-tokens", "1200") as server:
+        assert load(server, expected, rng) == []
+        halfway = sizes(server)
+        assert load(server, expected, rng) == []
+        wait_until(lambda: server.get("/whiflash/state")["requests"] == 0)
+        state, end = server.get("/whiflash/state"), sizes(server)
+        assert state["memory"].get("lookup_index", 0) == 0
+        assert not state["quarantined"]
+        assert not any(state["left_out"].values())
+        assert {pid: (mib, end[pid]) for pid, mib in halfway.items() if end[pid] - mib > GROWN_MIB} == {}
+        assert "Traceback" not in server.log.read_text(errors="replace")

@@ -54,14 +54,14 @@ class Servers:
         self.lives = True
         return SimpleNamespace(base_url=f"http://{len(self.started) - 1}")
 
-    def end(self) -> None:
+    def close(self) -> None:
         self.lives = False
 
     def __enter__(self) -> "Servers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.end()
+        self.close()
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_server_that_ended_is_told(servers: Servers, monkeypatch: pytest.Monke
 
     def ending(test: unittest.TestCase, seconds: float) -> Any:
         told = judge(test, seconds)
-        servers.end()
+        servers.close()
         return told
 
     monkeypatch.setattr(script, "outcome_of", ending)

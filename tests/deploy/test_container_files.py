@@ -4,12 +4,10 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from loaded_scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -19,14 +17,34 @@ KUBERNETES = DEPLOY / "kubernetes" / "whiflash.yml"
 PORT = 30000
 
 
-@pytest.fixture(scope="module")
-def steps() -> ModuleType:
-    return load_script("container_steps")
+class Stage(NamedTuple):
+    """parent: a stage or an image. steps: instruction and text, in order."""
+
+    parent: str
+    steps: list[tuple[str, str]]
 
 
 @pytest.fixture(scope="module")
-def stages(steps: ModuleType) -> Any:
-    return steps.read(CONTAINERFILE.read_text("utf-8"))
+def stages() -> dict[str, Stage]:
+    """The Containerfile's stages by name."""
+    text = re.sub(r"^\s*#.*\n", "", CONTAINERFILE.read_text("utf-8"), flags=re.MULTILINE)
+    found: dict[str, Stage] = {}
+    for line in filter(str.strip, re.sub(r"\\\n\s*", "", text).splitlines()):
+        instruction, _, rest = line.partition(" ")
+        if instruction == "FROM":
+            parent, _, name = rest.partition(" AS ")
+            found[name] = newest = Stage(parent, [])
+        else:
+            newest.steps.append((instruction, rest))
+    return found
+
+
+def needed(stages: dict[str, Stage], name: str) -> set[str]:
+    """A stage, and all that it is made of or copies from."""
+    if name not in stages:
+        return set()
+    from_ = [m[1] for text in texts(stages[name], "COPY") if (m := re.match(r"--from=(\S+)", text))]
+    return {name}.union(*(needed(stages, other) for other in (stages[name].parent, *from_)))
 
 
 def texts(stage: Any, instruction: str) -> list[str]:
@@ -48,22 +66,26 @@ def test_hadolint_has_nothing_to_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_an_image_is_not_roots_and_copies_what_is_there(steps: ModuleType, stages: Any, target: str) -> None:
-    needed = steps.order(stages, target)
+def test_an_image_is_not_roots_and_copies_what_is_there(stages: Any, target: str) -> None:
+    its = {name: stages[name] for name in needed(stages, target)}
+    assert len(its) > 1
     assert texts(stages[target], "USER") == ["10001"]
     assert stages[target].steps[-1][0] == "USER", "nothing is done behind it"
     made = {
-        name for stage in needed for text in texts(stage, "RUN") for name in re.findall(r"/opt/\w+", text)
+        name
+        for stage in its.values()
+        for text in texts(stage, "RUN")
+        for name in re.findall(r"/opt/\w+", text)
     }
-    made |= set(re.findall(r"UV_PROJECT_ENVIRONMENT=(\S+)", str([stage.steps for stage in needed])))
-    for stage in needed:
+    made |= set(re.findall(r"UV_PROJECT_ENVIRONMENT=(\S+)", str(list(its.values()))))
+    for stage_name, stage in its.items():
         for text in texts(stage, "COPY"):
             *sources, _ = (word for word in text.split() if not word.startswith("--"))
             for source in sources:
                 if "--from=" in text:
-                    assert source in {name.strip("'\")],") for name in made}, f"{stage.name}: {text}"
+                    assert source in {name.strip("'\")],") for name in made}, f"{stage_name}: {text}"
                 else:
-                    assert (ROOT / source).exists(), f"{stage.name}: {source}"
+                    assert (ROOT / source).exists(), f"{stage_name}: {source}"
 
 
 def test_what_is_copied_is_not_ignored(stages: Any) -> None:
@@ -79,61 +101,6 @@ def test_what_is_copied_is_not_ignored(stages: Any) -> None:
         for source in text.split()[:-1]
     }
     assert copied == let_through
-
-
-def test_the_steps_are_those_of_the_file(steps: ModuleType, tmp_path: Path) -> None:
-    """Stages in the order of their needs; a stage that is not there, and a step that is not known, are said."""
-    stages = steps.read(
-        "# a comment\nFROM debian AS a\nRUN one \\\n    && two\n# between\nFROM a AS b\nCOPY --from=c /x /y\n"
-        "FROM a AS c\nFROM a AS unused\n"
-    )
-    assert stages["a"].steps == [("RUN", "one && two")]
-    assert [stage.name for stage in steps.order(stages, "b")] == ["a", "c", "b"]
-    with pytest.raises(ValueError, match="no stage d; there are a, b, c, unused"):
-        steps.order(stages, "d")
-    with pytest.raises(ValueError, match="RUN precedes the first FROM"):
-        steps.read("RUN one\n")
-    builder = steps.Builder(tmp_path, tmp_path, {})
-    with pytest.raises(ValueError, match="ONBUILD is not known here"):
-        builder.step(tmp_path, steps.Settings({}), "ONBUILD", "RUN one")
-    with pytest.raises(ValueError, match="leads out"):
-        builder.step(tmp_path, steps.Settings({}), "COPY", "pyproject.toml ../../etc/")
-
-
-def test_stages_hand_on_files_environment_and_directory(
-    steps: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All steps but RUN, which needs root, in real directories."""
-    ran: list[tuple[str, str, dict[str, str]]] = []
-    step = steps.Builder.step
-
-    def without_run(self: Any, root: Path, now: Any, instruction: str, text: str) -> None:
-        if instruction == "RUN":
-            ran.append((text, now.directory, now.environment | self.given))
-        else:
-            step(self, root, now, instruction, text)
-
-    monkeypatch.setattr(steps.Builder, "step", without_run)
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "theirs").write_text("image")
-    builder = steps.Builder(base, tmp_path / "work", {"PIP_INDEX_URL": "mine"})
-    stages = steps.read(
-        "FROM debian AS a\nENV ONE=1 TWO=2\nWORKDIR /src\nCOPY LICENSE pyproject.toml ./\nRUN build\n"
-        'FROM debian AS b\nCOPY --from=a /src /opt/src\nUSER 7\nENTRYPOINT ["serve", "--now"]\n'
-    )
-    for stage in steps.order(stages, "b"):
-        builder.build(stage)
-    made = tmp_path / "work" / "b"
-    assert (made / "theirs").read_text() == "image"
-    assert (made / "opt" / "src" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
-    assert not (made / "src").exists()
-    ((text, directory, environment),) = ran
-    assert (text, directory) == ("build", "/src")
-    assert environment == {"PATH": steps.PATH, "ONE": "1", "TWO": "2", "PIP_INDEX_URL": "mine"}
-    words = builder.settings["b"].command(made, builder.settings["b"].entry)
-    assert words[:3] == ["chroot", "--userspec=7:7", str(made)]
-    assert words[-2:] == ["serve", "--now"]
 
 
 def test_compose_starts_the_image_and_mounts_what_is_there() -> None:
