@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from server_host import Forked, ServerHost
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from whiflash_sglang.cli import app
@@ -33,8 +34,7 @@ from whiflash_sglang.lab.bench.recorded import (
     talks_of,
 )
 from whiflash_sglang.lab.bench.subject import build_subject
-from whiflash_sglang.lab.recorded.benchmark import renderer_of
-from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError
+from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError, renderer_of
 from whiflash_sglang.lab.recorded.files import read_recorded
 
 SHIPPED = Path(__file__).parents[2] / "results" / "benchmark"
@@ -92,10 +92,10 @@ def test_conversations_become_tasks(
     first, last = talks[0].tasks
     assert not first.predictions
     renderer = renderer_of(subject.target, subject.bundle)
-    letters = renderer.vocabulary.token_bytes
+    tokenizer = AutoTokenizer.from_pretrained(subject.target)
 
     def text(tokens: Sequence[int]) -> str:
-        return b"".join(letters[token] for token in tokens).decode()
+        return str(tokenizer.decode(list(tokens)))
 
     assert text(last.answer[:-1]) == TEXTS[0].replace("brown", "b0own")
     assert text(last.predictions["prediction"]) == TEXTS[0]

@@ -92,7 +92,6 @@ def test_every_ratio_that_readers_see_is_in_a_report(page: str) -> None:
     """Figures with intervals are of any report; those without are of the main run."""
     benchmark = ROOT / "results" / "benchmark"
     reports = {path.name: set(figures(json.loads(path.read_text("utf-8")))) for path in benchmark.glob("*.json")}
-    reports["recorded"] = set(FIGURE.findall((ROOT / "results" / "recorded-agents.md").read_text("utf-8")))
     printed = reports["report.json"].union(f for found in reports.values() for f in found if "[" in f)
     text = " ".join((ROOT / page).read_text(encoding="utf-8").replace("**", "").split())
     shown = set(FIGURE.findall(text))

@@ -29,35 +29,15 @@ def keep(result: Mapping[str, Any], out: Path | None) -> None:
 
 
 def evaluate_command(
-    ctx: typer.Context,
-    bundle: Annotated[
-        Path | None,
-        typer.Option(help="Bundle directory. Default for --recorded: the embedded bundle."),
-    ] = None,
+    bundle: BundleOption,
     prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSONL of {id, category, messages, tools?, response_format?}. With --recorded: keep "
-            "the conversations that share a subject with these prompts."
-        ),
-    ] = None,
-    recorded: Annotated[
-        list[Path] | None,
-        typer.Option(help="Replay training-free arms over this file's conversations; may be repeated."),
-    ] = None,
-    arm: Annotated[
-        list[str] | None, typer.Option(help="Replay only this arm over --recorded; may be repeated.")
-    ] = None,
-    tools: Annotated[
-        Path | None,
-        typer.Option(help="JSON list of offered tools, for recorded files without them (tau-bench's)."),
-    ] = None,
+        Path, typer.Option(help="JSONL of {id, category, messages, tools?, response_format?}.")
+    ],
     as_json: JsonFlag = False,
     out: OutOption = None,
     picture: PictureOption = None,
     limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Most prompts, balanced over the categories, or most conversations."),
+        int | None, typer.Option(min=1, help="Most prompts, balanced over the categories.")
     ] = None,
     max_new_tokens: TokensOption = 160,
     work: WorkOption = None,
@@ -71,25 +51,11 @@ def evaluate_command(
     """Measure acceptance lengths of a bundle's arms and routers on held-out prompts, without a server.
 
     \b
-    Examples:
+    Example:
     whiflash evaluate --bundle my-bundle --prompts eval.jsonl --limit 70 --out figures.json
-    whiflash evaluate --recorded trajectories.json --recorded requests.jsonl
     """
     from whiflash_sglang.checkpoints.manifest import load_manifest
 
-    if recorded:
-        if picture is not None or lag or work is not None:
-            raise typer.BadParameter(
-                "--picture, --lag and --work have no effect with --recorded: remove them", ctx=ctx
-            )
-        _evaluate_recorded(recorded, bundle, prompts, limit, arm, tools, as_json, out)
-        return
-    if bundle is None or prompts is None:
-        raise typer.BadParameter("nothing to evaluate: give --bundle and --prompts, or --recorded", ctx=ctx)
-    if arm or tools is not None:
-        raise typer.BadParameter(
-            "--arm and --tools have no effect without --recorded: give it, or remove them", ctx=ctx
-        )
     with readable_errors():
         load_manifest(bundle)
         from whiflash_sglang.lab.judging.budgets import budgets_table
@@ -119,27 +85,6 @@ def evaluate_command(
         for_tables().print(signals_table(result["signals"]))
         for_tables().print(spans_table(result["spans"]))
         for_tables().print(budgets_table(result["budgets"]))
-
-
-def _evaluate_recorded(
-    files: list[Path],
-    bundle: Path | None,
-    about: Path | None,
-    limit: int | None,
-    arms: list[str] | None,
-    tools: Path | None,
-    as_json: bool,
-    out: Path | None,
-) -> None:
-    with readable_errors():
-        from whiflash_sglang.lab.recorded.benchmark import RecordedSettings, evaluate_recorded, recorded_table
-
-        result = evaluate_recorded(files, RecordedSettings(bundle, limit, about, arms, tools))
-        keep(result, out)
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    for_tables().print(recorded_table(result))
 
 
 def calibrate_command(

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,7 @@ from whiflash_sglang.lab.bench.command import loads_of, open_fleet
 from whiflash_sglang.lab.bench.fleet import Fleet
 from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, LIMITS
 from whiflash_sglang.lab.bench.subject import CPU_KV_TOKENS, build_subject
-from whiflash_sglang.lab.recorded.benchmark import renderer_of
-from whiflash_sglang.lab.recorded.conversation import Conversation, Renderer
+from whiflash_sglang.lab.recorded.conversation import Conversation, Renderer, Turn, renderer_of
 from whiflash_sglang.lab.recorded.files import read_recorded
 from whiflash_sglang.lab.statistics import Interval, paired_ratio, rate
 from whiflash_sglang.models.config_json import read_json_config
@@ -48,21 +47,12 @@ FLUSHES = 500
 
 
 @dataclass(frozen=True)
-class Task:
-    """One recorded answer. predictions: token ids by what arms may bring along."""
-
-    prompt: Sequence[int]
-    answer: Sequence[int]
-    predictions: Mapping[str, Sequence[int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Talk:
     """A conversation's answers, in order."""
 
     id: str
     category: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[Turn, ...]
 
 
 def talks_of(
@@ -73,12 +63,10 @@ def talks_of(
     Args:
         max_tokens: of each answer, the rest is cut. room: tokens of prompt and answer.
     """
-    encode = renderer.vocabulary.encode
-    expected = [None if one.prediction is None else encode(one.prediction) for one in recorded]
+    expected = [None if one.prediction is None else renderer.encode(one.prediction) for one in recorded]
     talks, left_out = [], 0
     for index, one in enumerate(recorded):
-        turns = list(renderer.turns(one))
-        tasks = [Task(turn.prompt, turn.answer[:max_tokens]) for turn in turns]
+        tasks = [replace(turn, answer=turn.answer[:max_tokens]) for turn in renderer.turns(one)]
         if tasks and expected[index] is not None:
             others = [tokens for i, tokens in enumerate(expected) if tokens is not None and i != index]
             useless = others[index % len(others)] if others else []
@@ -136,7 +124,7 @@ async def play(url: str, arm: Arm, talks: Sequence[Talk], at_once: int) -> tuple
         return time.perf_counter() - began, rounds
 
 
-async def _ask(client: httpx.AsyncClient, arm: Arm, task: Task) -> int:
+async def _ask(client: httpx.AsyncClient, arm: Arm, task: Turn) -> int:
     custom: dict[str, Any] = {"whiflash_forced": list(task.answer)}
     if arm.request["brings"] in task.predictions:
         custom["whiflash_prediction"] = list(task.predictions[arm.request["brings"]])

@@ -4,12 +4,13 @@ of it: for every answer the prompt, and the tokens that were written."""
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
+from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import read_json
-from whiflash_sglang.spans.vocabulary import Vocabulary, token_bytes
+from whiflash_sglang.spans.vocabulary import token_bytes
 
 MAX_MESSAGES = 10_000
 """Messages of one conversation."""
@@ -184,22 +185,6 @@ def _with_ids(messages: Iterable[Message]) -> Iterator[dict[str, Any]]:
             yield message
 
 
-PROSE, REASONING, CODE, CALL, ARGUMENTS, QUOTED = (
-    "prose",
-    "reasoning",
-    "code",
-    "tool call",
-    "arguments",
-    "arguments, quoted",
-)
-KINDS = (PROSE, REASONING, CODE, CALL, ARGUMENTS, QUOTED)
-"""What is written: text; thoughts; fenced code; a tool call around its arguments; arguments; lines in them that an
-earlier message holds."""
-
-QUOTED_CHARS = 12
-"""Shortest line of an argument that counts as quoted, without the blanks around it."""
-
-
 class Tokenizer(Protocol):
     """What is needed of a `transformers` tokenizer."""
 
@@ -218,15 +203,13 @@ class Tokenizer(Protocol):
 class Turn:
     """One recorded answer.
 
-    conversation: whose. number: of the answer in it, from 1. prompt: tokens before it, as its template renders them.
-    answer: its tokens, the end of the turn included. kinds: what each of them belongs to.
+    prompt: tokens before it, as its template renders them. answer: its tokens, the end of the turn included.
+    predictions: token ids by what arms of a benchmark may bring along.
     """
 
-    conversation: Conversation
-    number: int
-    prompt: list[int]
-    answer: list[int]
-    kinds: list[str]
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    predictions: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 class Renderer:
@@ -238,17 +221,17 @@ class Renderer:
 
     def __init__(self, tokenizer: Tokenizer, template: str | None = None) -> None:
         self._tokenizer, self._template = tokenizer, template
-        self._bytes = token_bytes(tokenizer)
+        known = token_bytes(tokenizer)
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = frozenset(special | set(tokenizer.all_special_ids))
         self._endings = {
-            self._bytes[token].decode(): token for token in sorted(self._special) if self._bytes[token]
+            known[token].decode(): token
+            for token in sorted(special | set(tokenizer.all_special_ids))
+            if known[token]
         }
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """What arms may know of the tokenizer."""
-        return Vocabulary(self._encode, self._bytes, self._special)
+    def encode(self, text: str) -> list[int]:
+        """Tokens of `text`, without special ones added."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def turns(self, recorded: Conversation) -> Iterator[Turn]:
         """Every answer that is not empty, in order.
@@ -256,20 +239,16 @@ class Renderer:
         Raises:
             ConfigError: the template does not render an answer behind its own generation prompt.
         """
-        known_text, known_tokens, number = "", list[int](), 0
-        earlier = ""
+        known_text, known_tokens = "", list[int]()
         for index, message in enumerate(recorded.messages):
             if message["role"] == "assistant":
                 prompt_text = self._render(recorded, index, prompt=True)
                 answer_text, ending = self._answer(recorded, index, prompt_text)
                 prompt = self._extend(known_text, known_tokens, prompt_text)
-                answer = self._encode(answer_text)
+                answer = self.encode(answer_text)
                 known_text, known_tokens = prompt_text + answer_text, prompt + answer
-                number += 1
                 if answer:
-                    kinds = self._kinds(message, answer_text, answer, earlier)
-                    yield Turn(recorded, number, prompt, [*answer, ending], [*kinds, kinds[-1]])
-            earlier += message["content"] + "\n"
+                    yield Turn(prompt, [*answer, ending])
 
     def _render(self, recorded: Conversation, count: int, prompt: bool) -> str:
         messages = [
@@ -302,70 +281,15 @@ class Renderer:
         """Tokens of `text`; of what is known of it only what follows: a special token parts the two."""
         rest = text.removeprefix(known_text) if known_text else ""
         if rest and len(rest) < len(text) and rest.startswith(tuple(self._endings)):
-            return known + self._encode(rest)
-        return self._encode(text)
-
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def _kinds(self, message: Message, text: str, tokens: Sequence[int], earlier: str) -> list[str]:
-        painted = [KINDS[code] for code in _paint(message, text, earlier)]
-        kinds, at = [], 0
-        for token in tokens:
-            kinds.append(painted[min(at, len(painted) - 1)])
-            at += len(self._bytes[token])
-        return kinds
+            return known + self.encode(rest)
+        return self.encode(text)
 
 
-def _paint(message: Message, text: str, earlier: str) -> bytes:
-    """The index in `KINDS` of every byte of an answer."""
-    content, calls = message["content"], message.get("tool_calls", [])
-    kinds = bytearray(len(text))  # by characters first
-    start = text.find(content) if content else 0
-    start = text.find("</think>") + len("</think>") if message.get("reasoning_content") else max(start, 0)
-    if message.get("reasoning_content"):
-        _fill(kinds, 0, start, REASONING)
-    _fill_fences(kinds, text, start)
-    place = text.find(content, start) + len(content) if content and content in text[start:] else start
-    if calls:
-        _fill(kinds, place, len(text), CALL)
-    for call in calls:
-        arguments = call["function"]["arguments"]
-        begin = text.find(arguments, place)
-        if begin < 0:  # the template wrote them in another form
-            continue
-        place = begin + len(arguments)
-        _fill(kinds, begin, place, ARGUMENTS)
-        for line in _lines(arguments):
-            written = json.dumps(line, ensure_ascii=False)[1:-1]
-            at = text.find(written, begin, place)
-            if at >= 0 and line in earlier:
-                _fill(kinds, at, at + len(written), QUOTED)
-    return b"".join(bytes([kind]) * len(char.encode()) for kind, char in zip(kinds, text, strict=True))
+def renderer_of(target: Path, bundle: Path) -> Renderer:
+    """Renders with a target's tokenizer, and the bundle's template where it has one."""
+    from transformers import AutoTokenizer
 
-
-def _fill(kinds: bytearray, begin: int, end: int, kind: str) -> None:
-    kinds[begin:end] = bytes([KINDS.index(kind)]) * max(end - begin, 0)
-
-
-def _fill_fences(kinds: bytearray, text: str, start: int) -> None:
-    while (begin := text.find("```", start)) >= 0:
-        end = text.find("```", begin + 3)
-        start = len(text) if end < 0 else end + 3
-        _fill(kinds, begin, start, CODE)
-
-
-def _lines(arguments: str) -> list[str]:
-    """Lines of the strings in a call's arguments that are long enough to be quotations."""
-    try:
-        values = [read_json(arguments, finite=False)]
-    except ValueError:
-        return []
-    lines: list[str] = []
-    while values:
-        value = values.pop()
-        if isinstance(value, str):
-            lines += [line for line in map(str.strip, value.splitlines()) if len(line) >= QUOTED_CHARS]
-        elif isinstance(value, dict | list):
-            values += value.values() if isinstance(value, dict) else value
-    return lines
+    manifest = load_manifest(bundle)
+    template = None if manifest.chat_template is None else bundle / manifest.chat_template
+    text = None if template is None else template.read_text(encoding="utf-8")
+    return Renderer(AutoTokenizer.from_pretrained(target), text)

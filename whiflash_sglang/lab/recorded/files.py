@@ -5,7 +5,7 @@ wrong.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from whiflash_sglang.lab.recorded.conversation import (
     list_of,
     object_of,
     text_of,
-    tools_of,
 )
 from whiflash_sglang.spans.hints import HintError
 from whiflash_sglang.spans.prediction import body_prediction
@@ -57,15 +56,6 @@ def read_recorded(path: Path) -> list[Conversation]:
     if not found:
         raise RecordError(f"{path}: holds no recorded answer of an assistant")
     return found
-
-
-def read_tools(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """Tools in OpenAI's form, a JSON list of them.
-
-    Raises:
-        RecordError: the file cannot be read, is no JSON, or holds no tools; it names the file and the field.
-    """
-    return tools_of(str(path), _parse(_text(path), str(path)))
 
 
 def _records(path: Path) -> Iterator[tuple[str, str, Any]]:
