@@ -1,15 +1,19 @@
 """Words, openings and long sentences that this project does without: `python scripts/words.py [FILE …]`.
 
 Exits with 1 if it finds one. The rules are those of CONTRIBUTING.md. Pages are checked for all three; Python files for
-words, in their comments, docstrings and messages. Code, tables of code and quotations in backticks are skipped.
+words, in their comments, docstrings and messages, and for modules that are not there. Code, tables of code and
+quotations in backticks are skipped.
 """
 
 import ast
+import importlib.util
 import io
 import re
 import sys
 import tokenize
+from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +36,9 @@ LONGEST = 32
 
 DATA = "# words: data"
 CODE_FOLDERS = ("whiflash_sglang", "kernels", "sdk", "scripts", "examples")
+NAME = re.compile(r"(:mod:)?`[~.]*(\w+(?:\.\w+)*)`")
+PLACES = ("", "whiflash_sglang")
+FILE = re.compile(r"`(([a-z]\w*)/[\w/]+\.py)`")
 
 
 def pages() -> list[Path]:
@@ -100,15 +107,49 @@ def found_in_code(text: str) -> list[tuple[int, str]]:
     )
 
 
+@cache
+def defined() -> dict[str, set[str]]:
+    """What each module of the packages defines and each package holds, by its last name."""
+    names = defaultdict[str, set[str]](set)
+    for file in (file for folder in CODE_FOLDERS[:3] for file in (ROOT / folder).rglob("*.py")):
+        *_, outer, own = (file.parent if file.stem == "__init__" else file.with_suffix("")).parts
+        names[outer].add(own)
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names[own].add(node.id)
+            elif hasattr(node, "name") and (file.stem == "__init__" or not isinstance(node, ast.alias)):
+                names[own].add(str(node.name))
+    return names
+
+
+def stale(text: str) -> Iterator[tuple[int, str]]:
+    """Lines, from 1 on, that name a module, a class or constant of one, or a file that is not there."""
+    known = defined()
+    for number, line in enumerate(text.splitlines(), 1):
+        for match in NAME.finditer(line):
+            first, name = [*match[2].split("."), ""][:2]
+            if match[1]:
+                gone = match[2].rpartition(".")[2] not in known
+            elif first in known:
+                package = name and (ROOT / "whiflash_sglang" / first).is_dir()
+                gone = name not in known[first] and (package or name[:1].isupper())
+            else:  # somebody else's module, unless the name is ours
+                moved = name[:1].isupper() and first.islower() and any(name in own for own in known.values())
+                gone = moved and importlib.util.find_spec(first) is None
+            if gone:
+                yield number, f"{match[0]} is not there"
+        for path, folder in FILE.findall(line):
+            if any((ROOT / part / folder).is_dir() and not (ROOT / part / path).exists() for part in PLACES):
+                yield number, f"`{path}` is not there"
+
+
 def main(arguments: list[str]) -> int:
-    wrong = [
-        f"{file}:{number}: {reason}"
-        for file in ([Path(name) for name in arguments] or pages() + modules())
-        for number, reason in (found_in_code if file.suffix == ".py" else found)(
-            file.read_text(encoding="utf-8")
-        )
-    ]
-    print("\n".join(wrong) or "no banned word or opening, no long sentence")
+    wrong = []
+    for file in [Path(name) for name in arguments] or pages() + modules():
+        text = file.read_text(encoding="utf-8")
+        reasons = [*found_in_code(text), *stale(text)] if file.suffix == ".py" else found(text)
+        wrong += [f"{file}:{number}: {reason}" for number, reason in reasons]
+    print("\n".join(wrong) or "no banned word or opening, no long sentence, no module that is gone")
     return bool(wrong)
 
 

@@ -35,6 +35,24 @@ def test_code_is_checked_in_comments_docstrings_and_messages(words: ModuleType) 
     assert words.found_in_code(CODE) == [(1, "'stands'"), (16, "'lies'"), (17, "'tells'")]
 
 
+STALE = """Names `words.BANNED`, `metrics.SERIES`, :mod:`.tables`, `assign.Costs.draft` and `routing/costs.py`.
+
+Names `metrics.SERIALS`, `gone.SERIES`, :mod:`.looked_up`, `telemetry.series` and `routing/looked_up.py`.
+"""
+
+
+def test_names_of_modules_that_are_gone_are_found(words: ModuleType) -> None:
+    found = list(words.stale(STALE))
+    assert [line for line, _ in found] == [3] * 5
+    assert {reason.removesuffix(" is not there") for _, reason in found} == {
+        "`metrics.SERIALS`",
+        "`gone.SERIES`",
+        ":mod:`.looked_up`",
+        "`telemetry.series`",
+        "`routing/looked_up.py`",
+    }
+
+
 def test_pages_are_checked_for_words_openings_and_length(words: ModuleType) -> None:
     page = f"It stands.\n\n`It stands`\n\nWhat it does.\n\n{'word ' * 40}"
     assert words.found(page) == [

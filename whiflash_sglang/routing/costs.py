@@ -1,9 +1,9 @@
 """Latencies that the worker measures itself while it serves, and what it learns beside them for every way to price.
 
-On a CPU drafting is a line and verification a plane, refitted every round (`MeasuredCosts`); on a device that works
-behind the host prices are looked up (:mod:`.looked_up`). What both learn from is what rounds took, whoever's they were:
-a pinned request's rounds measure a machine as well as any other's. One slow moment counts for little, whichever stage
-it fell in; a machine that is slower for most of a few rounds is believed at once (`watch`).
+On a CPU drafting is a line and verification a plane, refitted every round (`MeasuredCosts`); on a device that
+works behind the host prices are looked up (`tables.LookedUpCosts`). Both learn from the times of all rounds, pinned
+requests' too. One slow moment counts for little, whichever stage it fell in; a machine that is slower for most of a few
+rounds is believed at once (`fits.DriftDetector`).
 """
 
 import math
@@ -91,7 +91,7 @@ class WorkerCosts(ABC):
 
     @abstractmethod
     def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
-        """Seconds by kind of work, and by arm where it is an arm's (`telemetry.series` says what each means).
+        """Seconds by kind of work, and by arm where it is an arm's (`metrics.SERIES` says what each means).
 
         0 of what was not timed yet.
         """

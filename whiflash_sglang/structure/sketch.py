@@ -48,8 +48,8 @@ def sketch(
     If a call is open, its tools expect more, and the matcher allows it, that is taken.
 
     Work, for each of the two: at most `STEPS` pieces are asked for, `limit` times `CHARS_PER_TOKEN` characters and the
-    tail are cut (of text that was cut otherwise before, what is behind such a place again, `cuts.MOST` times), `limit`
-    tokens accepted and taken back.
+    tail are cut (of text that was cut otherwise before, what is behind such a place again, `chances.MOST` times),
+    `limit` tokens accepted and taken back.
 
     Args:
         tail: the last tokens that were accepted. end: the token that ends a text; None: none is proposed.

@@ -107,7 +107,7 @@ KEPT = 128
 
 
 class Tools(NamedTuple):
-    """form: the name of the arguments of calls in JSON, else a key of `forms.PARSERS`. functions: name and schema of
+    """form: the name of the arguments of calls in JSON, else a key of `PARSERS`. functions: name and schema of
     the parameters of each, whatever its caller gave.
     """
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla", "flashinfer")
 """Backends that plan a verification of several widths rightly, eagerly and for a captured graph (shown on CPU tensors;
-no GPU has run any of them). `triton` and `flashinfer` are replaced (`compat/triton_backend.py`)."""
+no GPU has run any of them). `triton` and `flashinfer` have replacements in `compat/forward/`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -276,7 +276,7 @@ class EvaluationSettings:
     Attributes:
         limit: prompts used, balanced over the categories; None takes all.
         work: where answers and replays are kept for the next evaluation; None keeps nothing.
-        lags: rounds behind the device at which `auto` is walked too (`controlled.Lag`).
+        lags: rounds behind the device at which `auto` is walked too (`Lag`).
     """
 
     limit: int | None = None
