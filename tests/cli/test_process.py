@@ -61,7 +61,6 @@ FAILING = [
     (("trace", "/nowhere/answers.json"), "/nowhere/answers.json"),
     (("policy", "none", "--url", "http://127.0.0.1:1"), "http://127.0.0.1:1"),
     (("lookup-seed", "/nowhere/tokens.npz"), "/nowhere/tokens.npz"),
-    (("profile", "--prompts", "/nowhere/prompts.jsonl"), "/nowhere/prompts.jsonl"),
     (("serve", "/nowhere/target"), "/nowhere/target: no such directory"),
     (("serve", "--model-path=/nowhere/target"), "/nowhere/target: no such directory"),
 ]
@@ -186,7 +185,7 @@ def test_an_interrupted_command_says_so(sent: signal.Signals, code: int) -> None
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         waiting = subprocess.Popen(
-            [WHIFLASH, "profile", "--server", url],
+            [WHIFLASH, "policy", "--url", url],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

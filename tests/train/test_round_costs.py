@@ -12,7 +12,6 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.lab.bench.load import RequestError
-from whiflash_sglang.lab.bench.profile import profile
 from whiflash_sglang.lab.bench.prompts import Prompt
 from whiflash_sglang.lab.judging.calibration import measure_rounds
 from whiflash_sglang.models.router import Router
@@ -54,18 +53,6 @@ def test_the_policy_is_put_back_after_an_error(server: Server) -> None:
     with pytest.raises(RequestError, match="prompt long"):
         measure_rounds(server.url, [too_long])
     assert server.get("/whiflash/state")["policy"] == "auto"
-
-
-def test_a_real_server_is_profiled(server: Server) -> None:
-    body = {"model": "m", "temperature": 0, "max_tokens": 8, "messages": [{"role": "user", "content": "abc"}]}
-    with httpx.Client(base_url=server.url, timeout=None) as client:
-        found = profile(client, [body, body])
-    assert found.rounds > 1
-    assert found.round_ms > 0
-    products = [operator for operator in found.operators if operator.name == "aten::mm"]
-    assert products
-    assert products[0].calls > 1
-    assert server.get("/whiflash/state")["requests"] == 0
 
 
 def test_the_neural_policy_over_http(server: Server) -> None:
