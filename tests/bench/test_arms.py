@@ -113,13 +113,12 @@ def test_another_checkout_must_be_there(tmp_path: Path) -> None:
         build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, ["auto@beside"], tmp_path)
 
 
-def test_hints_are_compared_on_servers_alike_with_traces_on_both_sides() -> None:
+def test_hints_are_compared_on_servers_alike() -> None:
     _, auto, unhinted = build_arms(["auto", "auto-no-hints"], SUBJECT)
     assert auto.arguments == unhinted.arguments
     assert (auto.router, auto.server != unhinted.server) == ("auto", True)
-    assert auto.request == {"custom_params": {"whiflash": '{"trace":"full"}'}}
-    assert unhinted.request == {"custom_params": {"whiflash": '{"infer":false,"trace":"full"}'}}
-    assert build_arms(["auto"], SUBJECT)[1].request == {}, "nothing but the comparison needs traces"
+    assert auto.request == {}
+    assert unhinted.request == {"custom_params": {"whiflash": '{"infer":false}'}}
 
 
 def test_a_bundle_of_one_drafter_is_compared_as_far_as_it_goes() -> None:
@@ -270,12 +269,3 @@ def test_wrong_options_stop_before_any_server(
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
-
-
-def test_rounds_are_asked_of_whiflashs_arms_alone() -> None:
-    names = ["none", "EAGLE3", "ar", "auto", "auto-no-hints"]
-    traced = {arm.name: arm.request for arm in build_arms(names, SUBJECT, traced=True)}
-    assert [name for name, request in traced.items() if "full" in str(request)] == names[2:]
-    assert traced["auto-no-hints"] != traced["auto"]
-    plain = {arm.name: arm.request for arm in build_arms(["none", "ar", "auto"], SUBJECT)}
-    assert not any(plain.values())

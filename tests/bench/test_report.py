@@ -7,13 +7,12 @@ import pytest
 
 from whiflash_sglang.equality import Verdict
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.lab.bench import pages
-from whiflash_sglang.lab.bench.cells import Answer, Cell, Load, Round
+from whiflash_sglang.lab.bench.cells import Answer, Cell, Load, round_ms_of, switch_share_of
 from whiflash_sglang.lab.bench.command import Outputs, judge
 from whiflash_sglang.lab.bench.pages import draw, render
 from whiflash_sglang.lab.bench.prompts import Prompt
 from whiflash_sglang.lab.bench.reference import Difference, Reference, differences
-from whiflash_sglang.lab.bench.report import Report, build_report, by_position
+from whiflash_sglang.lab.bench.report import Report, build_report
 
 ALONE, FOUR = Load(kind="closed", value=1), Load(kind="closed", value=4)
 GROUPS = {"c1": "chat", "c2": "chat", "t1": "tool_call", "l1": "loops"}
@@ -21,6 +20,15 @@ TOKENS = {"c1": 13, "c2": 21, "t1": 41, "l1": 101}
 SPEED = {"none": 10.0, "EAGLE3": 15.0, "DFLASH": 12.0, "auto": 24.0}
 ACCEPTED = {"none": 1, "EAGLE3": 2, "DFLASH": 2, "auto": 4}
 ROUNDS = {f"{s}_seconds": 0.001 for s in ("route", "catch_up", "draft", "verify", "commit", "park")}
+SPENT = {
+    "route": 0.004,
+    "catch_up": 0.04,
+    "draft": 0.1,
+    "verify": 0.2,
+    "commit": 0.02,
+    "park": 0.008,
+    "extra_catch_up": 0.012,
+}
 PROVENANCE = {
     "hardware": {"cpu": "a CPU", "cores": 2},
     "packages": {"sglang": "0.5.23", "torch": "2"},
@@ -128,6 +136,17 @@ def test_rounds_add_up_and_switching_has_its_share(report: Report) -> None:
     assert overall.switch_share == pytest.approx(2.5 / 6.1)
     assert overall.switches_per_100_tokens == pytest.approx(100 * 2 * 9 / (3 * 75))
     assert report.arms["EAGLE3"]["overall"].round_ms is None
+
+
+def test_stages_and_the_rest_are_the_round() -> None:
+    gained = {f"{stage}_seconds": spent for stage, spent in SPENT.items()} | {
+        "rounds": 4,
+        "round_seconds": 0.4,
+    }
+    found = round_ms_of(gained)
+    assert found.total == pytest.approx(100)
+    assert found.other == pytest.approx(7)
+    assert switch_share_of(gained) == pytest.approx((0.004 + 0.008 + 0.012) / 0.4)
 
 
 def test_mismatches_and_ties_belong_to_their_arm_and_load(report: Report) -> None:
@@ -313,29 +332,6 @@ def test_every_server_is_started_again_with_its_own_environment(report: Report) 
     assert "- none@tp2: `OMP_NUM_THREADS=1 SGLANG_CPU_OMP_THREADS_BIND='0|1' --tp-size 2`" in page
 
 
-def test_conversations_are_reported_by_turn(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert report.loads[0].turns == {}, "no prompt of this fixture is beyond its first turn"
-    cells = [
-        Cell(load=ALONE, arm=arm, repetition=repetition, seconds=one.seconds, answers=(one,))
-        for repetition in range(2)
-        for arm in ("none", "auto")
-        for one in (answer(arm, prompt) for prompt in TOKENS)
-    ]
-    turns = {"c1": 1, "c2": 3, "t1": 1, "l1": 2}
-    talks = build_report(cells, GROUPS, [], PROVENANCE, {}, turns=turns).loads[0].turns
-    assert {arm: list(figures) for arm, figures in talks.items()} == {"none": [1, 3], "auto": [1, 3]}
-    assert talks["auto"][1].prompts == 1, "the tool call has one turn and the loop does not count"
-    first, third = talks["auto"][1], talks["auto"][3]
-    assert (first.acceptance_length, third.acceptance_length) == (4.0, 4.0)
-    assert third.over_none is not None
-    assert third.over_none.ratio == pytest.approx(2.4)
-    assert talks["none"][3].over_none is None
-    by_turn = build_report(cells, GROUPS, [], PROVENANCE, {}, turns=turns)
-    assert "by turn" not in render(by_turn), "each turn has one prompt"
-    monkeypatch.setattr(pages, "FEWEST_PROMPTS", 1)
-    assert "| auto | 2.40; 4.00 | 2.40; 4.00 |" in render(by_turn)
-
-
 def test_suites_are_reported_as_papers_do(report: Report) -> None:
     """By set: speed-up and acceptance length, and their plain means; no set is weighed by its tokens."""
     assert "mean of sets" not in render(report)
@@ -349,39 +345,3 @@ def test_suites_are_reported_as_papers_do(report: Report) -> None:
     length = (figures["chat"].acceptance_length + figures["tool_call"].acceptance_length) / 2
     assert f" {ratio:.2f}; {length:.2f} |" in page
     assert "| none | 1.00; " not in page, "plain decoding is the baseline"
-
-
-def test_acceptance_by_position_ends_where_an_answer_loops() -> None:
-    """A round belongs where it began; the prefill's token is no round's. Answers without rounds are in no figure."""
-    rounds = tuple(Round(3, None) for _ in range(30)) + tuple(Round(1, None) for _ in range(100))
-    varied = tuple(range(191))
-    cells = [
-        Cell(
-            load=ALONE,
-            arm=arm,
-            repetition=0,
-            seconds=2,
-            answers=(
-                Answer(
-                    prompt="c1",
-                    seconds=1,
-                    ttft=0.1,
-                    tokens=tokens,
-                    forwards=130,
-                    rounds=rounds * (arm == "auto"),
-                ),
-            ),
-        )
-        for arm, tokens in (("none", varied), ("auto", varied), ("auto", (*varied[:91], *[7] * 100)))
-    ]
-    cells[2] = cells[2].model_copy(update={"repetition": 1})
-    found = by_position({"none": cells[:1], "auto": cells[1:]})
-    assert list(found) == ["auto"]
-    # 21 rounds of three begin before token 64; nine more and 37 of one before 128, or two until the loop's second pass.
-    assert {end: figures.rounds for end, figures in found["auto"].items()} == {64: 42, 128: 46 + 10, 256: 63}
-    assert found["auto"][64].acceptance_length == 3
-    assert found["auto"][128].acceptance_length == pytest.approx((18 * 3 + 38) / 56)
-    report = build_report(cells[1:], GROUPS, [], PROVENANCE, {})
-    page = render(report)
-    assert "| arm | before token 64 | before token 128 | before token 256 |" in page
-    assert "| auto | 3.00 (42) | 1.64 (56) | 1.00 (63) |" in page

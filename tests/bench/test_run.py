@@ -135,25 +135,6 @@ def test_ratios_and_page(report: Report) -> None:
     assert Report.model_validate_json(report.model_dump_json()) == report
 
 
-def test_hints_are_seen_by_one_arm_and_measured_in_both(report: Report, journal: Journal) -> None:
-    """The schema's answer is written inside a span from its first token, the others in none."""
-    kinds: dict[tuple[str, str], set[str | None]] = {}
-    for cell in journal.read():
-        if cell.arm in ("auto", "auto-no-hints"):
-            for answer in cell.answers:
-                assert sum(r.tokens for r in answer.rounds) == len(answer.tokens) - 1
-                kinds.setdefault((cell.arm, answer.prompt), set()).update(r.span for r in answer.rounds)
-    assert kinds["auto", "object"] == {"json"}
-    assert kinds["auto", "first"] == kinds["auto-no-hints", "object"] == {None}
-    assert {"inside", "outside"} <= {
-        side
-        for gain in report.loads[0].hints.values()
-        for side in ("inside", "outside")
-        if getattr(gain, side) is not None
-    }
-    assert "Hints on against hints off" in render(report)
-
-
 def test_a_finished_run_resumes_without_asking_again(
     plan: Plan, host: ServerHost, journal: Journal, report: Report
 ) -> None:

@@ -37,8 +37,6 @@ def bench(
     minutes: Annotated[float | None, typer.Option(help="Start no repetition that would end later.")] = None,
     interleave: Annotated[bool, typer.Option(help="Run all servers at once and ask prompts in turn.")] = True,
     restart: Annotated[bool, typer.Option(help="Start new servers for every repetition.")] = False,
-    scaling: Annotated[bool, typer.Option(help="Also measure a round's cost by batch and context.")] = False,
-    positions: Annotated[bool, typer.Option(help="Report acceptance by position in the answer.")] = False,
     as_json: JsonFlag = False,
     out: OutOption = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
@@ -108,9 +106,7 @@ def bench(
             "--rates": rates,
             "--no-interleave": not interleave,
             "--restart": restart,
-            "--scaling": scaling,
             "--plots": plots,
-            "--positions": positions,
             "--beside": beside,
             "--over": over,
         }
@@ -139,10 +135,6 @@ def bench(
         )
         return
     scale = scale_of(quick, arms, per_category, max_tokens, minutes)
-    if scaling and not (interleave and "auto" in scale.arms):
-        raise UsageError(
-            "--scaling measures the arm auto while all servers run: remove --no-interleave, and keep auto in --arms"
-        )
     if restart and not interleave:
         raise UsageError("--restart needs all servers at once: remove --no-interleave, or --restart")
     from whiflash_sglang.lab.bench.subject import build_subject
@@ -164,7 +156,7 @@ def bench(
             raise UsageError(f"--over {over} is not measured, only {', '.join(wanted)} are: add it to --arms")
         plan = Plan(
             subject=subject,
-            arms=tuple(build_arms(wanted, subject, traced=positions)),
+            arms=tuple(build_arms(wanted, subject)),
             prompts=tuple(chosen),
             loads=tuple(loads),
             repetitions=repetitions,
@@ -172,7 +164,6 @@ def bench(
             interleave=interleave,
             restart=restart,
             minutes=scale.minutes,
-            scaling=scaling,
             over=over,
             suites={name: f"{SUITES[name].source} ({SUITES[name].licence})" for name in suites},
         )

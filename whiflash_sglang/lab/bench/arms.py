@@ -151,12 +151,9 @@ def check_names(names: Sequence[str], *, recorded: bool = False) -> None:
             raise UsageError(f"--arms: {name!r} is not one of {', '.join(known)}{more}")
 
 
-def build_arms(names: Sequence[str], subject: Subject, *, traced: bool = False) -> list[Arm]:
+def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
     """Arms by name; `EAGLE3:3` is a chain of 3 steps, `DFLASH:4` a block of 4, `auto@beside` what the other checkout
     does. Plain decoding is always among them.
-
-    Args:
-        traced: WHIFLASH's arms send their rounds with every answer.
 
     Raises:
         ConfigError: a name is unknown or given twice, needs a drafter that the bundle has not, or another checkout
@@ -164,13 +161,7 @@ def build_arms(names: Sequence[str], subject: Subject, *, traced: bool = False) 
     """
     wanted = list(names) if NONE in names else [NONE, *names]
     check_names(wanted)
-    arms = [_arm(name, subject) for name in wanted]
-    if not traced and NO_HINTS not in wanted:
-        return arms
-    # Both sides of the comparison send their rounds with the answer, so that neither has less to do.
-    full = _hints({"trace": "full"})
-    asked = [arm.name for arm in arms if arm.router is not None] if traced else [AUTO]
-    return [replace(arm, request={**full, **arm.request}) if arm.name in asked else arm for arm in arms]
+    return [_arm(name, subject) for name in wanted]
 
 
 def _needed(kind: str) -> tuple[str, ...]:
@@ -220,17 +211,12 @@ def _arm(name: str, subject: Subject) -> Arm:
         flagged = (*common, *_whiflash(subject.bundle), *FLAGS[kind])
         return Arm(name, f"WHIFLASH {kind}", flagged, ROUTERS[AUTO])
     if kind == NO_HINTS:
-        unhinted, whiflash = _hints({"infer": False, "trace": "full"}), _whiflash(subject.bundle)
-        return Arm(name, f"WHIFLASH {kind}", (*common, *whiflash), ROUTERS[AUTO], unhinted)
+        from whiflash_sdk import Hints  # with the OpenAI client behind it, which names of arms do not need
+
+        unhinted = Hints(infer=False).extra_body()
+        return Arm(name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.bundle)), ROUTERS[AUTO], unhinted)
     algorithm = "EAGLE3" if kind == ADAPTIVE else kind
     return Arm(name, name, (*common, "--speculative-algorithm", algorithm, *_upstream(kind, width, subject)))
-
-
-def _hints(given: Mapping[str, bool | str]) -> dict[str, Any]:
-    """A request's fields that carry hints."""
-    from whiflash_sdk import Hints  # with the OpenAI client behind it, which names of arms do not need
-
-    return Hints.model_validate(given).extra_body()
 
 
 def _whiflash(bundle: Path) -> tuple[str, ...]:

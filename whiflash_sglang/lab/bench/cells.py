@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -28,18 +28,11 @@ class Load(BaseModel, frozen=True, extra="forbid"):
         return self.kind == "closed" and self.value == 1
 
 
-class Round(NamedTuple):
-    """One round of a traced answer: tokens committed, the bonus token counted, and the kind of the open span."""
-
-    tokens: int
-    span: str | None
-
-
 class Answer(BaseModel, frozen=True, extra="forbid"):
     """One timed answer.
 
     seconds: from the request to its last token. ttft: to its first, seconds. tokens: output ids.
-    forwards: target forwards after the prefill. rounds: in order, from the second token on; none without a trace.
+    forwards: target forwards after the prefill.
     """
 
     prompt: str
@@ -47,7 +40,6 @@ class Answer(BaseModel, frozen=True, extra="forbid"):
     ttft: float
     tokens: tuple[int, ...]
     forwards: int
-    rounds: tuple[Round, ...] = ()
 
     @property
     def tpot(self) -> float | None:
@@ -158,11 +150,6 @@ class RoundMs(BaseModel, frozen=True, extra="forbid"):
     @property
     def total(self) -> float:
         return float(sum(self.model_dump().values()))
-
-    @property
-    def overhead(self) -> float:
-        """What is neither drafting nor verifying."""
-        return self.total - self.draft - self.verify
 
 
 def round_ms_of(gained: Mapping[str, float]) -> RoundMs:

@@ -10,21 +10,14 @@ from typing import Any
 from whiflash_sglang.equality import Verdict
 from whiflash_sglang.lab.bench.arms import NONE
 from whiflash_sglang.lab.bench.cells import RoundMs
-from whiflash_sglang.lab.bench.load import SHORT, ScalePoint
 from whiflash_sglang.lab.bench.report import (
     LOOPS,
     OVERALL,
-    Acceptance,
     Figures,
     LoadReport,
-    PositionFigures,
     Report,
-    TurnFigures,
 )
 from whiflash_sglang.lab.statistics import Interval, Percentiles
-
-FEWEST_PROMPTS = 3
-"""Of a turn that is shown; the JSON has all turns."""
 
 
 def render(report: Report) -> str:
@@ -34,10 +27,8 @@ def render(report: Report) -> str:
         parts += [f"## {_title(load)}", _overview(load, report.over)]
         if load.load.is_alone:
             parts += [_by_category(report, load), _over(report, load)]
-        parts += [_turns(load), _positions(load), _hints(load)]
     parts += [
         _rounds(report),
-        _scaling(report),
         _differences(report),
         _unavailable(report),
         _reproduce(report),
@@ -141,64 +132,6 @@ def _over(report: Report, load: LoadReport) -> str:
     return f"### Output tokens per second, over `{report.over}`\n\n{table(('arm', *names), rows)}"
 
 
-def _turns(load: LoadReport) -> str:
-    """Turns with enough prompts; one such turn shows no trend."""
-    plain = next(iter(load.turns.values()), {})
-    enough = {turn: one.prompts for turn, one in plain.items() if one.prompts >= FEWEST_PROMPTS}
-    if len(enough) < 2:
-        return ""
-    shown = {arm: figures for arm, figures in load.turns.items() if arm != NONE}
-    rows = [(arm, *(_turn(figures[turn]) for turn in enough)) for arm, figures in shown.items()]
-    header = ("arm", *(f"turn {turn} ({prompts} prompts)" for turn, prompts in enough.items()))
-    explained = "Speed-up over plain decoding and acceptance length, by turn. Every turn has other prompts."
-    return f"### Conversations by turn\n\n{explained}\n\n{table(header, rows)}"
-
-
-def _turn(figures: TurnFigures) -> str:
-    ratio = "1.00" if figures.over_none is None else f"{figures.over_none.ratio:.2f}"
-    return f"{ratio}; {figures.acceptance_length:.2f}"
-
-
-def _positions(load: LoadReport) -> str:
-    if not load.positions:
-        return ""
-    ends = sorted({end for figures in load.positions.values() for end in figures})
-    rows = [(arm, *(_stretch(figures.get(end)) for end in ends)) for arm, figures in load.positions.items()]
-    explained = (
-        "Tokens a round, and rounds in brackets, by where in the answer a round began. An answer counts up to where it "
-        "begins to loop. Longer answers are other prompts' answers, too."
-    )
-    header = ("arm", *(f"before token {end}" for end in ends))
-    return f"### Acceptance length by position in the answer\n\n{explained}\n\n{table(header, rows)}"
-
-
-def _stretch(figures: PositionFigures | None) -> str:
-    return "" if figures is None else f"{figures.acceptance_length:.2f} ({figures.rounds})"
-
-
-def _hints(load: LoadReport) -> str:
-    if not load.hints:
-        return ""
-    rows = [
-        (name, _interval(gain.speed), *_sides(gain.inside), *_sides(gain.outside), str(gain.unequal))
-        for name, gain in load.hints.items()
-    ]
-    sides = [f"{side}, {what}" for side in ("inside", "outside") for what in ("with", "without", "ratio")]
-    explained = (
-        "`auto` over `auto-no-hints`: tokens per second, and acceptance length inside and outside the spans that "
-        "hints named. Answers that differ between the two count for speed only."
-    )
-    shown = table(("category", "tokens/s", *sides, "answers that differ"), rows)
-    return f"### Hints on against hints off\n\n{explained}\n\n{shown}"
-
-
-def _sides(acceptance: Acceptance | None) -> tuple[str, str, str]:
-    if acceptance is None:
-        return "", "", ""
-    lengths = (f"{acceptance.with_hints:.2f}", f"{acceptance.without_hints:.2f}")
-    return (*lengths, _interval(acceptance.ratio))
-
-
 def _rounds(report: Report) -> str:
     rows, kept = [], []
     for load in report.loads:
@@ -219,18 +152,6 @@ def _rounds(report: Report) -> str:
     if kept:
         page += f"\n\nShare of a round that keeps both drafters' KV while `none` decodes: {', '.join(kept)}."
     return page
-
-
-def _scaling(report: Report) -> str:
-    if not report.scaling:
-        return ""
-    rows = []
-    for point in report.scaling:
-        shown = (*point.round_ms.model_dump().values(), point.round_ms.total, point.round_ms.overhead)
-        rows.append((str(point.batch), str(point.context), *(f"{value:.2f}" for value in shown)))
-    stages = (name.replace("_", "-") for name in RoundMs.model_fields)
-    header = ("batch", "prompt tokens", *stages, "round", "neither draft nor verify")
-    return "## A round of auto against batch and context, in ms\n\n" + table(header, rows)
 
 
 def _differences(report: Report) -> str:
@@ -335,8 +256,6 @@ def draw(report: Report, directory: Path) -> list[Path]:
                 written.append(_save(rounds, directory / "round.svg"))
     if len(closed_loads(report)) > 1:
         written.append(_save(_concurrency_plot(report), directory / "concurrency.svg"))
-    if report.scaling:
-        written.append(_save(_scaling_plot(report.scaling), directory / "scaling.svg"))
     return written
 
 
@@ -426,27 +345,4 @@ def _concurrency_plot(report: Report) -> Any:
     axes.set_ylabel("output tokens/s")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
-    return figure
-
-
-def _scaling_plot(points: Sequence[ScalePoint]) -> Any:
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    by_batch = [point for point in points if point.context == SHORT]
-    by_context = sorted((point for point in points if point.batch == 1), key=lambda point: point.context)
-    for axes, chosen, name in ((panels[0], by_batch, "batch"), (panels[1], by_context, "context")):
-        places = [getattr(point, name) for point in chosen]
-        axes.plot(places, [point.round_ms.total for point in chosen], marker="o", label="round")
-        axes.plot(places, [point.round_ms.draft for point in chosen], marker="o", label="draft")
-        axes.plot(
-            places,
-            [point.round_ms.overhead for point in chosen],
-            marker="o",
-            label="neither draft nor verify",
-        )
-        axes.set_xlabel("requests in the batch" if name == "batch" else "tokens of the prompt")
-        axes.set_ylim(bottom=0)
-    panels[0].set_ylabel("ms of a round")
-    panels[0].legend(fontsize="small")
     return figure

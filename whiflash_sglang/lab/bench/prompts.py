@@ -33,11 +33,6 @@ class Prompt:
     tools: tuple[dict[str, Any], ...] = ()
     response_format: dict[str, Any] | None = None
 
-    @property
-    def turn(self) -> int:
-        """Which of the assistant's turns is asked for, from 1."""
-        return 1 + len([m for m in self.messages if m["role"] == "assistant"])
-
     def request(self) -> dict[str, Any]:
         """Fields of a chat completion request: tools are required to be used, schemas are enforced."""
         fields: dict[str, Any] = {"messages": list(self.messages)}

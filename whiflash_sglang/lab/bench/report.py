@@ -5,18 +5,16 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel
 
 from whiflash_sglang.equality import Verdict
-from whiflash_sglang.lab.bench.arms import AUTO, BESIDE, NO_HINTS, NONE, PINNED, STATIC
+from whiflash_sglang.lab.bench.arms import BESIDE, NONE, PINNED, STATIC
 from whiflash_sglang.lab.bench.cells import Answer, Cell, Load, RoundMs, round_ms_of, switch_share_of
-from whiflash_sglang.lab.bench.load import ScalePoint
 from whiflash_sglang.lab.bench.reference import Difference
 from whiflash_sglang.lab.statistics import Floats, Interval, Percentiles, paired_ratio, percentiles_ms, rate
-from whiflash_sglang.train.rounds import loop_start
 
 Belongs = Callable[[str], bool]
 """Whether a prompt counts."""
@@ -70,197 +68,6 @@ def paired(cells: Sequence[Cell], others: Sequence[Cell], groups: Mapping[str, s
     return paired_ratio(*samples(cells), *samples(others), strata)
 
 
-class TurnFigures(BaseModel, frozen=True, extra="forbid"):
-    """One arm at one turn. over_none: of tokens per second; None for plain decoding itself."""
-
-    prompts: int
-    output_tokens_per_s: float
-    acceptance_length: float
-    over_none: Interval | None
-
-
-def by_turn(
-    cells: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], turns: Mapping[str, int]
-) -> dict[str, dict[int, TurnFigures]]:
-    """Figures by arm and turn, loops left out; empty where all conversations are at the same turn.
-
-    Only conversations count: categories in which some prompt is beyond its first turn. Different turns are different
-    prompts, unless the prompts file asked for follow-up turns.
-
-    Args:
-        cells: by arm, of prompts asked one at a time. groups: prompt → category or loops. turns: prompt → turn, from 1.
-    """
-    asked = {answer.prompt for own in cells.values() for cell in own for answer in cell.answers}
-    talking = {groups[key] for key in asked if turns[key] > 1} - {LOOPS}
-    numbers = sorted({turns[key] for key in asked if groups[key] in talking})
-
-    def figures(arm: str, turn: int) -> TurnFigures:
-        def belongs(key: str) -> bool:
-            return groups[key] in talking and turns[key] == turn
-
-        own = within(cells[arm], belongs)
-        answers = [answer for cell in own for answer in cell.answers]
-        forwards = sum(answer.forwards for answer in answers)
-        drafted = sum(len(answer.tokens) - 1 for answer in answers)
-        return TurnFigures(
-            prompts=len({answer.prompt for answer in answers}),
-            output_tokens_per_s=rate(*samples(own)),
-            acceptance_length=drafted / forwards if forwards else 1.0,
-            over_none=paired(own, within(cells[NONE], belongs), groups)
-            if arm != NONE and NONE in cells
-            else None,
-        )
-
-    return {arm: {turn: figures(arm, turn) for turn in numbers} for arm in cells} if len(numbers) > 1 else {}
-
-
-FIRST_POSITIONS = 64
-"""Tokens of the first stretch of an answer that is reported by position; every further one ends at twice its start."""
-
-
-class PositionFigures(BaseModel, frozen=True, extra="forbid"):
-    """One arm in one stretch of its answers. acceptance_length: tokens a round, of rounds that began there."""
-
-    rounds: int
-    acceptance_length: float
-
-
-def by_position(cells: Mapping[str, Sequence[Cell]]) -> dict[str, dict[int, PositionFigures]]:
-    """Figures by arm and by the position that a stretch ends at; of arms whose answers were traced.
-
-    An answer counts up to where it begins to loop, since loops flatter every drafter.
-    """
-    found: dict[str, dict[int, PositionFigures]] = {}
-    for arm, own in cells.items():
-        counts: dict[int, list[int]] = defaultdict(list)
-        for answer in (answer for cell in own for answer in cell.answers):
-            ends, position = loop_start(answer.tokens), 1  # the prefill's token is no round's
-            for written in answer.rounds:
-                if ends is not None and position >= ends:
-                    break
-                end = FIRST_POSITIONS
-                while end <= position:
-                    end *= 2
-                counts[end].append(written.tokens)
-                position += written.tokens
-        if counts:
-            found[arm] = {
-                end: PositionFigures(rounds=len(tokens), acceptance_length=sum(tokens) / len(tokens))
-                for end, tokens in sorted(counts.items())
-            }
-    return found
-
-
-Key = tuple[str, int]
-"""A prompt and the repetition in which it was asked."""
-
-
-class Acceptance(BaseModel, frozen=True, extra="forbid"):
-    """Acceptance length on one side of the spans' borders. tokens: committed there, of one repetition."""
-
-    tokens: int
-    with_hints: float
-    without_hints: float
-    ratio: Interval
-
-
-class HintGain(BaseModel, frozen=True, extra="forbid"):
-    """One category. speed: tokens per second with hints over those without.
-
-    inside, outside: of spans; None where no round began there. unequal: answers of which the two arms' texts differ
-    (ties in bf16); they count for speed only.
-    """
-
-    speed: Interval
-    inside: Acceptance | None
-    outside: Acceptance | None
-    unequal: int
-
-
-class Side(NamedTuple):
-    """What one answer committed on one side of the spans' borders."""
-
-    tokens: int
-    rounds: int
-
-
-class Divided(NamedTuple):
-    """One answer's rounds, by where they began."""
-
-    inside: Side
-    outside: Side
-
-
-def spans_of(answer: Answer) -> list[bool]:
-    """For every output token but the first, whether the round that wrote it began inside a span."""
-    return [round_.span is not None for round_ in answer.rounds for _ in range(round_.tokens)]
-
-
-def divide(answer: Answer, inside: Sequence[bool]) -> Divided:
-    """`answer`'s rounds by the `inside` of their first token (as `spans_of`)."""
-    counts = {True: Side(0, 0), False: Side(0, 0)}
-    position = 0
-    for round_ in answer.rounds:
-        side = inside[position]
-        counts[side] = Side(counts[side].tokens + round_.tokens, counts[side].rounds + 1)
-        position += round_.tokens
-    return Divided(counts[True], counts[False])
-
-
-def hint_gain(
-    hinted: Sequence[Cell],
-    unhinted: Sequence[Cell],
-    category: Mapping[str, str],
-    speed: Interval,
-) -> HintGain:
-    """The gain over some prompts, the same in both arms.
-
-    Args:
-        category: of every prompt. speed: the rate of the first over that of the second.
-    """
-    ours, theirs = _by_key(hinted), _by_key(unhinted)
-    pairs: dict[Key, tuple[Divided, Divided]] = {}
-    for key in ours.keys() & theirs.keys():
-        mine, other = ours[key], theirs[key]
-        inside = spans_of(mine)
-        if mine.tokens == other.tokens and sum(round_.tokens for round_ in other.rounds) == len(inside):
-            pairs[key] = divide(mine, inside), divide(other, inside)
-    return HintGain(
-        speed=speed,
-        inside=_acceptance({k: (a.inside, b.inside) for k, (a, b) in pairs.items()}, category),
-        outside=_acceptance({k: (a.outside, b.outside) for k, (a, b) in pairs.items()}, category),
-        unequal=sum(ours[key].tokens != theirs[key].tokens for key in ours.keys() & theirs.keys()),
-    )
-
-
-def _by_key(cells: Sequence[Cell]) -> dict[Key, Answer]:
-    return {(answer.prompt, cell.repetition): answer for cell in cells for answer in cell.answers}
-
-
-def _acceptance(pairs: Mapping[Key, tuple[Side, Side]], category: Mapping[str, str]) -> Acceptance | None:
-    """Prompts that began a round on this side in both arms in every repetition that any of them has."""
-    rows: dict[str, list[tuple[Side, Side]]] = defaultdict(list)
-    for (prompt, _), sides in sorted(pairs.items()):
-        if all(side.rounds for side in sides):
-            rows[prompt].append(sides)
-    most = max(map(len, rows.values()), default=0)
-    whole = {prompt: row for prompt, row in rows.items() if len(row) == most}
-    if not whole:
-        return None
-    # [prompts, repetitions, arm, (tokens, rounds)]
-    counts = np.array(list(whole.values()), dtype=np.float64)
-    ours, theirs = counts[:, :, 0], counts[:, :, 1]
-    ratio = paired_ratio(
-        ours[..., 0], ours[..., 1], theirs[..., 0], theirs[..., 1], [category[prompt] for prompt in whole]
-    )
-    return Acceptance(
-        tokens=int(ours[..., 0].sum()) // most,
-        with_hints=float(ours[..., 0].sum() / ours[..., 1].sum()),
-        without_hints=float(theirs[..., 0].sum() / theirs[..., 1].sum()),
-        ratio=ratio,
-    )
-
-
 class Figures(BaseModel, frozen=True, extra="forbid"):
     """One arm in one category.
 
@@ -302,25 +109,18 @@ class Ratios(BaseModel, frozen=True, extra="forbid"):
 
 
 class LoadReport(BaseModel, frozen=True, extra="forbid"):
-    """hints: what they bought, by category, where `auto` and `auto-no-hints` were both measured.
-
-    turns: arm → turn of a conversation → figures, where conversations have several turns and were asked alone.
-    positions: arm → end of a stretch of its answers, in tokens → figures, where rounds were traced.
-    """
+    """One load."""
 
     load: Load
     arms: dict[str, dict[str, Figures]]
     ratios: dict[str, Ratios]
-    hints: dict[str, HintGain] = {}
-    turns: dict[str, dict[int, TurnFigures]] = {}
-    positions: dict[str, dict[int, PositionFigures]] = {}
 
 
 class Report(BaseModel, frozen=True, extra="forbid"):
     """What `--json` prints and `--out` writes.
 
-    unavailable: arms that did not start, and why. differences: every mismatch and tie. scaling: a round of `auto`
-    against batch and context, where it was asked for. over: the arm that all others are compared with besides.
+    unavailable: arms that did not start, and why. differences: every mismatch and tie. over: the arm that all others
+    are compared with besides.
     """
 
     schema_version: Literal[1] = 1
@@ -331,7 +131,6 @@ class Report(BaseModel, frozen=True, extra="forbid"):
     unavailable: dict[str, str]
     differences: list[dict[str, Any]]
     categories: dict[str, int]
-    scaling: list[ScalePoint] = []
     over: str | None = None
 
 
@@ -341,21 +140,18 @@ def build_report(
     found: Sequence[Difference],
     provenance: dict[str, Any],
     unavailable: Mapping[str, str],
-    scaling: Sequence[ScalePoint] = (),
-    turns: Mapping[str, int] | None = None,
     over: str | None = None,
 ) -> Report:
     """The report of all cells.
 
     Args:
         groups: prompt id → category, or `loops` for prompts whose plain answer ends in a loop.
-        turns: prompt id → turn of its conversation, from 1; None: nothing is reported by turn.
         over: an arm to compare all others with, besides plain decoding and the static drafters.
     """
     by_load: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         by_load[cell.load.label].append(cell)
-    loads = [_load_report(own, groups, found, turns, over) for own in by_load.values()]
+    loads = [_load_report(own, groups, found, over) for own in by_load.values()]
     counts: dict[str, int] = defaultdict(int)
     for group in groups.values():
         counts[group] += 1
@@ -371,7 +167,6 @@ def build_report(
             for d in found
         ],
         categories=dict(counts),
-        scaling=list(scaling),
         over=over,
     )
 
@@ -380,7 +175,6 @@ def _load_report(
     cells: Sequence[Cell],
     groups: Mapping[str, str],
     found: Sequence[Difference],
-    turns: Mapping[str, int] | None,
     over: str | None,
 ) -> LoadReport:
     load = cells[0].load
@@ -396,21 +190,7 @@ def _load_report(
             for name, belongs in selections(mine, groups)
         }
     ratios = {arm: _ratios(arm, own, groups, load, arms, over) for arm in own if NONE in own and arm != NONE}
-    hints = _hint_gains(own, groups, load) if own.keys() >= {AUTO, NO_HINTS} else {}
-    talks = by_turn(own, groups, turns) if turns is not None and load.is_alone else {}
-    positions = by_position(own)
-    return LoadReport(load=load, arms=arms, ratios=ratios, hints=hints, turns=talks, positions=positions)
-
-
-def _hint_gains(
-    own: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], load: Load
-) -> dict[str, HintGain]:
-    gains = {}
-    for name, belongs in selections(own[AUTO], groups):
-        if load.is_alone or name == OVERALL:
-            hinted, unhinted = within(own[AUTO], belongs), within(own[NO_HINTS], belongs)
-            gains[name] = hint_gain(hinted, unhinted, groups, paired(hinted, unhinted, groups))
-    return gains
+    return LoadReport(load=load, arms=arms, ratios=ratios)
 
 
 def _figures(

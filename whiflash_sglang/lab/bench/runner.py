@@ -13,7 +13,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import httpx
@@ -30,14 +29,10 @@ from whiflash_sglang.lab.bench.load import (
     Asker,
     RefusedError,
     RequestError,
-    ScalePoint,
-    measure_scale,
-    scale_settings,
 )
 from whiflash_sglang.lab.bench.prompts import Prompt, digest_of
 from whiflash_sglang.lab.bench.reference import BestLogit, Reference, ask_reference, differences, plain_of
 from whiflash_sglang.lab.bench.report import LOOPS, Report, build_report
-from whiflash_sglang.models.config_json import read_json_config
 
 
 class Step(NamedTuple):
@@ -109,7 +104,6 @@ class Plan:
 
     repetitions: at most; minutes: stop before a repetition that would end later than that after the start.
     over: the arm that all others are compared with, besides plain decoding.
-    scaling: afterwards measure how a round of `auto` grows with batch and context (interleaved runs only).
     interleave: all servers up at once, each prompt asked of each arm in turn; otherwise one server at a time.
     suites: where prompts of named sets come from, with their licences, by name.
     restart: restart the servers for every repetition (interleaved runs only). Two processes that do the same may
@@ -125,7 +119,6 @@ class Plan:
     interleave: bool = True
     restart: bool = False
     minutes: float | None = None
-    scaling: bool = False
     over: str | None = None
     suites: Mapping[str, str] = field(default_factory=dict)
 
@@ -161,7 +154,6 @@ class Runner:
         self.unavailable: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
         self.cells: list[Cell] = []
-        self._scaling: list[ScalePoint] = []
         self._began = time.monotonic()
 
     def run(self, *, resume: bool) -> Report:
@@ -175,7 +167,6 @@ class Runner:
         self._journal.begin(self.cells)
         if self._plan.interleave:
             self._interleaved()
-            self._scale()
         else:
             self._in_turn()
         cells = [cell for cell in self.cells if cell.arm not in self.unavailable]
@@ -185,10 +176,7 @@ class Runner:
         found = differences(cells, references, best, self._plan.subject.dtype)
         self._progress.remove_task(judging)
         record |= self._provenance(cells)
-        turns = {key: reference.prompt.turn for key, reference in self._references.items()}
-        return build_report(
-            cells, self._groups(), found, record, self.unavailable, self._scaling, turns, self._plan.over
-        )
+        return build_report(cells, self._groups(), found, record, self.unavailable, self._plan.over)
 
     # ---------------------------------------------------------------- the two orders
 
@@ -248,19 +236,6 @@ class Runner:
             self._progress.remove_task(task)
             if names:
                 self._fleet.stop(server)
-
-    def _scale(self) -> None:
-        arm = self._arms.get("auto")
-        if not self._plan.scaling or arm is None or arm.name in self.unavailable:
-            return
-        client = self._fleet.clients[arm.server]
-        info = client.get("/server_info").json()
-        config = read_json_config(self._plan.subject.target)
-        wanted = scale_settings(info["max_total_num_tokens"], config["max_position_embeddings"])
-        for setting in self._progress.track(wanted, description="scaling"):
-            _flush(client)
-            state = partial(_state, arm, client)
-            self._scaling.append(measure_scale(client, setting, config["vocab_size"], state))
 
     # ---------------------------------------------------------------- before measuring
 
