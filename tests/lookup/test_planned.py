@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import planning_time
 import pytest
-from loaded_scripts import load_script
+from planning_time import Batch
 
 from whiflash_sglang import arms
 from whiflash_sglang.device.transfers import HostView
@@ -30,7 +31,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
 
 def test_what_the_device_copies_itself_is_not_sent(plans: list[Plan]) -> None:
-    batch = load_script("planning_time").Batch(3)
+    batch = Batch(3)
     for _ in range(ROUNDS):
         batch.round()
     for plan in plans:
@@ -41,7 +42,7 @@ def test_what_the_device_copies_itself_is_not_sent(plans: list[Plan]) -> None:
 
 
 def test_what_the_device_copied_promises_and_teaches(plans: list[Plan]) -> None:
-    batch = load_script("planning_time").Batch(2)
+    batch = Batch(2)
     copies = batch.drafters[arms.LOOKUP]
     before = copies.calibration([1, 2])
     for _ in range(2):
@@ -62,16 +63,15 @@ def test_what_the_device_copied_promises_and_teaches(plans: list[Plan]) -> None:
 def test_where_the_whole_text_is_known_the_host_looks(
     plans: list[Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = load_script("planning_time")
-    monkeypatch.setattr(script, "HostView", lambda **_: HostView(exact=False))
-    batch = script.Batch(1)
+    monkeypatch.setattr(planning_time, "HostView", lambda **_: HostView(exact=False))
+    batch = Batch(1)
     batch.round()
     assert batch.drafters[arms.LOOKUP].host_bytes()["index"] > 0
     assert plans[0].decisions[0].signals.expected[arms.LOOKUP].length > 1
 
 
 def test_where_texts_may_be_shared_the_host_looks(plans: list[Plan]) -> None:
-    batch = load_script("planning_time").Batch(1)
+    batch = Batch(1)
     copies = batch.drafters[arms.LOOKUP]
     copies.memory = TenantMemory(1 << 20, 60.0)
     copies.begin(1, RequestHints(), b"salt")
@@ -81,7 +81,7 @@ def test_where_texts_may_be_shared_the_host_looks(plans: list[Plan]) -> None:
 
 
 def test_what_the_device_cannot_find_is_sent(plans: list[Plan]) -> None:
-    batch = load_script("planning_time").Batch(3)
+    batch = Batch(3)
     row, text = 2, batch.requests[1]
     predicted = list(range(500, 520))
     batch.drafters[arms.LOOKUP].begin(row, RequestHints(), None, predicted, prompt=len(text.origin_input_ids))

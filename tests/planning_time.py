@@ -1,4 +1,4 @@
-"""CPU time of planning and learning a round, by requests: `python scripts/planning_time.py`.
+"""CPU time of planning and learning a round, by requests: `python tests/planning_time.py`.
 
 The planner, the learner, the policy `auto` and the copying arm of a server where the host does not wait for the device,
 over two drafters that draft nothing: no model runs, and SGLang is not imported. Every request copies from a text of its
