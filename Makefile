@@ -59,11 +59,12 @@ upstream-kits: install ## SGLang's own server tests against a plain server and o
 audit: install ## Known weaknesses of what uv.lock pins; asks an advisory database over the network
 	$(RUN) python scripts/audit.py
 
-check: install ## Formatting, lint, layers, types, words: what CI and pre-commit check
+check: install ## Formatting, lint, layers, types, words, budgets: what CI and pre-commit check
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(RUN) lint-imports
 	$(RUN) python scripts/words.py
+	$(RUN) python scripts/budgets.py
 	$(RUN) mypy
 
 format: install ## Format and fix what can be fixed

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from patience import pytest_report_header, pytest_timeout_set_timer  # noqa: F401  (hooks)
+from patience import at_start, pytest_report_header, pytest_timeout_set_timer  # noqa: F401  (hooks)
 from server_host import ServerHost
 
 if threading.current_thread() is threading.main_thread():
@@ -109,6 +111,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.getoption("--fast"):
         subprocess.Popen.__init__ = no_process  # type: ignore[method-assign,assignment]
+
+
+BEGAN = time.monotonic()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """How long a whole run took, if that is beyond its budget."""
+    if config.args_source is config.ArgsSource.TESTPATHS and not config.getoption("--evidence"):
+        target, spent = (
+            "fast" if config.getoption("--fast") else "test",
+            (time.monotonic() - BEGAN) / at_start(),
+        )
+        most = tomllib.loads((config.rootpath / "budgets.toml").read_text("utf-8"))["seconds"][target]
+        if spent > most:
+            raising = "Make tests cheaper, or raise it in a commit that says why."
+            terminalreporter.write_line(f"make {target}: {spent:.0f} quiet seconds, budget {most}. {raising}")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

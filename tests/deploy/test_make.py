@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from loaded_scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = (ROOT / "docs" / "cpu-leaves-out.txt").read_text("utf-8").split()
@@ -95,3 +96,16 @@ def test_who_saw_the_demo_gets_the_rest_for_the_tests(checkout: Path) -> None:
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / ".for-demo").touch()
     assert " sync " in sync(checkout, "test")
+
+
+def test_a_folder_beyond_its_lines_is_named_with_its_budget(tmp_path: Path) -> None:
+    for name, text in (("grown", "a\n" * 1300), ("small", "a\n"), ("fresh", "")):
+        (tmp_path / "whiflash_sglang" / name).mkdir(parents=True)
+        (tmp_path / "whiflash_sglang" / name / "__init__.py").write_text(text)
+    budgets = '[lines]\n"whiflash_sglang/grown" = 1200\n"whiflash_sglang/small" = 1\ngone = 5\n'
+    (tmp_path / "budgets.toml").write_text(budgets)
+    assert [line.partition(". ")[0] for line in load_script("budgets").over(tmp_path)] == [
+        "whiflash_sglang/grown: 1,300 lines, budget 1,200",
+        "gone: no Python, budget 5",
+        "whiflash_sglang/fresh: no budget",
+    ]
