@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from whiflash_sglang.lab.judging.evaluation import Known, Lag, Prices, auto_choices
+from whiflash_sglang.lab.judging.evaluation import Known, Prices, auto_choices
 from whiflash_sglang.train.replay import JOINED, Replay
 from whiflash_sglang.train.walk import RouterWalk, tabulate
 
@@ -68,36 +68,15 @@ def taking_turns() -> tuple[Replay, Known]:
     return replay, Known([0.0] * SIZE, heads)
 
 
-def length_with(replay: Replay, known: Known, lag: Lag) -> float:
-    walk = RouterWalk(auto_choices([replay], [known], None, lag), copies=True)
+def length_with(replay: Replay, known: Known) -> float:
+    walk = RouterWalk(auto_choices([replay], [known], None), copies=True)
     figures = tabulate([replay], {"auto": walk})["overall"]["acceptance_length"]
     return float(figures["auto"])
 
 
 def test_heads_decide_the_round_they_speak_of() -> None:
     replay, known = taking_turns()
-    assert length_with(replay, known, Lag()) > 4.5 > length_with(replay, NOTHING, Lag())
-
-
-def test_heads_that_come_a_round_late_speak_of_the_round_before() -> None:
-    replay, known = taking_turns()
-    in_time = length_with(replay, known, Lag())
-    assert length_with(replay, known, Lag(1)) < 0.7 * in_time
-    assert length_with(replay, known, Lag(2, signals=False)) == in_time
-
-
-def test_copies_that_are_known_late_begin_late() -> None:
-    """Copies are right in the second half of the answer alone: at what position are they first chosen?"""
-    replay = answer(1, 1)
-    half = np.where(np.arange(SIZE) < SIZE // 2, 0, 9)
-    replay.accepted["lookup"][:] = half
-    replay.copies[:] = half
-    begins = []
-    for lag in (Lag(), Lag(1), Lag(2), Lag(2, copies=False)):
-        (choices,) = auto_choices([replay], [NOTHING], None, lag)
-        begins.append(min(position for position, arm in choices.items() if arm == "lookup"))
-    now, one, two, device = begins
-    assert now == device < one < two
+    assert length_with(replay, known) > 4.5 > length_with(replay, NOTHING)
 
 
 def test_loops_are_walked_on_their_own() -> None:

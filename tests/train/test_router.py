@@ -18,7 +18,6 @@ from whiflash_sglang.train.router import (
     RouterData,
     calibration_bins,
     fit,
-    inputs_of,
     is_held_out,
     plot_calibration,
     router_data,
@@ -187,28 +186,13 @@ def test_data_and_choices_follow_the_replay() -> None:
     assert set(choices_above(deltas, 0.3).values()) == {"eagle3"}
 
 
-def test_both_confidences_beside_the_state() -> None:
-    expected = {"eagle3": np.array([0.5, 1.5, 2.5, 3.5]), "dflash": np.array([4.0, 3.0, 2.0, 1.0])}
-    one = answer("a")._replace(expected=expected)
-    found = inputs_of(one, confidences=True)
-    assert torch.equal(found[:, :HIDDEN], one.final)
-    assert found[:, HIDDEN:].tolist() == [[0.5, 4.0], [1.5, 3.0], [2.5, 2.0], [3.5, 1.0]]
-    assert torch.equal(router_data([one], confidences=True).states, found[:3])
-    assert torch.equal(inputs_of(one, confidences=False), one.final)
-
-
-def test_what_is_judged_beside_it_leaves_a_training_the_same() -> None:
-    parts = split([answer(f"r{i}") for i in range(40)], 0.2)
-    plain, judged, wider = RouterTraining(), RouterTraining(judge_confidences=True), RouterTraining(width=7)
-    keys = [run_key("pair", parts, settings, seed=0) for settings in (plain, judged, wider)]
-    assert keys[0] == keys[1] != keys[2]
-
-
 def test_held_out_answers_are_whole_and_the_same_every_time() -> None:
     answers = [answer(f"r{i}") for i in range(200)]
     parts = split(answers, 0.2)
     assert 20 < len(parts.held_out) < 60
     assert {one.id for one in parts.held_out} == {one.id for one in answers if is_held_out(one.id, 0.2)}
     assert len(parts.learn) + len(parts.held_out) == 200
+    keys = {run_key("pair", parts, RouterTraining(width=width), seed=0) for width in (5, 5, 7)}
+    assert len(keys) == 2, "other settings are another run"
     with pytest.raises(ValueError, match="generate more"):
         split(answers[:1], 0.2)

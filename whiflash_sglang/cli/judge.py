@@ -41,10 +41,6 @@ def evaluate_command(
     ] = None,
     max_new_tokens: TokensOption = 160,
     work: WorkOption = None,
-    lag: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Also replay `auto` this many rounds behind the device; may be repeated."),
-    ] = None,
     dtype: DtypeOption = "bfloat16",
     threads: ThreadsOption = 0,
 ) -> None:
@@ -58,20 +54,17 @@ def evaluate_command(
 
     with readable_errors():
         load_manifest(bundle)
-        from whiflash_sglang.lab.judging.budgets import budgets_table
         from whiflash_sglang.lab.judging.evaluation import (
             EvaluationSettings,
             evaluate_bundle,
             figures_table,
-            spans_table,
             write_picture,
         )
-        from whiflash_sglang.lab.judging.signals import signals_table
         from whiflash_sglang.train.config import Hardware
 
         hardware = Hardware.model_validate({"dtype": dtype, "threads": threads})
         settings = EvaluationSettings(
-            limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware, lags=tuple(lag or ())
+            limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware
         )
         result = evaluate_bundle(bundle, prompts, settings)
         keep(result, out)
@@ -81,10 +74,6 @@ def evaluate_command(
         typer.echo(json.dumps(result))
         return
     for_tables().print(figures_table(result))
-    if "signals" in result:
-        for_tables().print(signals_table(result["signals"]))
-        for_tables().print(spans_table(result["spans"]))
-        for_tables().print(budgets_table(result["budgets"]))
 
 
 def calibrate_command(

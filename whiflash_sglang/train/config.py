@@ -229,7 +229,6 @@ class RouterTraining(_Strict):
         batch: positions in a step.
         learning_rate, weight_decay: of AdamW.
         dropout: of inputs and hidden units.
-        judge_confidences: also report a router that reads both drafters' confidences.
     """
 
     answers: Positive = 1500
@@ -241,7 +240,6 @@ class RouterTraining(_Strict):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.35
-    judge_confidences: bool = False
 
 
 class TrainConfig(_Strict):

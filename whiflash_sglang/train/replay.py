@@ -142,14 +142,13 @@ class Chain(NamedTuple):
 class Copied(NamedTuple):
     """`accepted` [P] copied tokens that were right in a round at answer position i; `expected` [P] fp64: how many
     the arm expected; `matched` [P] bool: whether the plain rule would copy; `proposed` [P]: tokens that were copied;
-    `chains` [P]: these tokens. `behind`: arm → [P] what would be copied behind its drafts.
+    `behind`: arm → [P] what would be copied behind its drafts.
     """
 
     accepted: NDArray[np.int64]
     expected: NDArray[np.float64]
     matched: NDArray[np.bool_]
     proposed: NDArray[np.int64]
-    chains: list[Chain]
     behind: dict[str, list[Chain]]
 
 
@@ -172,10 +171,10 @@ def replay_lookup(
     accepted, proposed = (np.zeros(positions, dtype=np.int64) for _ in range(2))
     expected = np.zeros(positions)
     matched = np.zeros(positions, dtype=np.bool_)
-    copied = Copied(accepted, expected, matched, proposed, [], {arm: [] for arm in drafted})
+    copied = Copied(accepted, expected, matched, proposed, {arm: [] for arm in drafted})
     if not settings.enabled:
         nothing = [Chain((), ())] * positions
-        return copied._replace(chains=nothing, behind=dict.fromkeys(drafted, nothing))
+        return copied._replace(behind=dict.fromkeys(drafted, nothing))
     widest = max(
         [settings.max_width, *(len(one.tokens) for chains in drafted.values() for one in chains[:1])]
     )
@@ -187,7 +186,6 @@ def replay_lookup(
         limit = min(settings.max_width, positions - position)
         proposal = copier.look(limit, WORTH)
         drafts, expected[position] = proposal.tokens, sum(proposal.alive)
-        copied.chains.append(Chain(list(drafts), list(proposal.alive)))
         for arm, chains in drafted.items():
             own, sure = chains[position]
             room = min(widest, positions - position) - len(own)
@@ -208,7 +206,6 @@ ALL_ARMS = (*ARMS, LOOKUP)
 _BLOCKS = 64  # whose drafts are multiplied with the whole vocabulary at once
 
 Lengths = NDArray[np.int64]
-Expected = NDArray[np.float64]
 
 
 class Rounds(NamedTuple):
@@ -229,11 +226,6 @@ class Rounds(NamedTuple):
         self.alive[arm] = choice.confidence.double().cumprod(1).cpu().numpy().round(4).astype(np.float32)
 
     @property
-    def expected(self) -> dict[str, Expected]:
-        """Arm → [P] fp64: accepted drafts as the drafter itself expected them."""
-        return {arm: alive.sum(1, dtype=np.float64) for arm, alive in self.alive.items()}
-
-    @property
     def chains(self) -> dict[str, list[Chain]]:
         """Arm → [P] its drafts."""
         return {
@@ -252,8 +244,6 @@ class Replay(NamedTuple):
     `copies` [P] fp64: how many copied tokens the lookup arm expected to be accepted, of those likely enough to copy.
     `matched` [P] bool: whether the last two tokens occurred before, so that the plain rule copies. `proposed` [P]: how
     many tokens the lookup arm would copy.
-    `expected`: of `Rounds`, by a trained drafter; empty where nobody was asked. `chains` arm (as in `accepted`) → [P]
-    drafts, whether right or not; empty where they were not kept. `answer`: its tokens.
     """
 
     id: str
@@ -264,9 +254,6 @@ class Replay(NamedTuple):
     copies: NDArray[np.float64]
     matched: NDArray[np.bool_]
     proposed: Lengths
-    expected: Mapping[str, Expected] = {}
-    chains: Mapping[str, Sequence[Chain]] = {}
-    answer: Sequence[int] = ()
 
     @property
     def positions(self) -> int:
@@ -331,12 +318,10 @@ class Source(NamedTuple):
     record: SequenceRecord
 
 
-def replay_answers(
-    pair: Pair, sources: Iterable[Source], log: ReplayLog, *, chains: bool = False
-) -> list[Replay]:
+def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog) -> list[Replay]:
     """Replay all arms over stored answers, in this order; answers too short to hold a round are left out.
 
-    The lookup arm's calibration learns from answer to answer, as in one server. chains: whether to keep every draft.
+    The lookup arm's calibration learns from answer to answer, as in one server.
 
     Raises:
         ValueError: no answer is long enough.
@@ -352,8 +337,7 @@ def replay_answers(
         if rounds is None:
             rounds = replay_drafters(pair, sequence, store.layers)
             log.add(name, rounds)
-        replay = _assemble(sequence, rounds, pair, calibration)
-        answers.append(replay if chains else replay._replace(chains={}))
+        answers.append(_assemble(sequence, rounds, pair, calibration))
     if not answers:
         raise ValueError("no answer is long enough to replay: raise max_new_tokens or use other prompts")
     return answers
@@ -384,9 +368,6 @@ def _assemble(sequence: Stored, rounds: Rounds, pair: Pair, calibration: MatchCa
         copied.expected,
         copied.matched,
         copied.proposed,
-        rounds.expected,
-        {**drafted, **joined, LOOKUP: copied.chains},
-        answer,
     )
 
 

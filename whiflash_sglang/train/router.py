@@ -33,7 +33,7 @@ from whiflash_sglang.train.walk import RouterWalk, choices_above, tabulate
 
 
 class RouterData(NamedTuple):
-    """`states` [N, H or H + 2] fp32, of :func:`inputs_of`; `accepted` [N, 2] fp32: drafts accepted of EAGLE-3 and of
+    """`states` [N, H] fp32, the target's; `accepted` [N, 2] fp32: drafts accepted of EAGLE-3 and of
     DFlash."""
 
     states: Tensor
@@ -72,24 +72,11 @@ def split(answers: Sequence[Replay], share: float) -> Split:
     return parts
 
 
-def inputs_of(answer: Replay, confidences: bool) -> Tensor:
-    """What a router reads at every position of an answer, [P, H] fp32: the target's state.
-
-    With `confidences` [P, H + 2]: beside it the drafts that EAGLE-3 and the block drafter expect to be accepted, which
-    a server knows behind both draft passes only.
-    """
-    state = answer.final.float()
-    if not confidences:
-        return state
-    expected = [torch.from_numpy(answer.expected[arm]).float() for arm in ARMS]
-    return torch.cat([state, torch.stack(expected, dim=1)], dim=1)
-
-
-def router_data(answers: Sequence[Replay], confidences: bool = False) -> RouterData:
-    """All positions before a loop; `confidences` as of :func:`inputs_of`."""
+def router_data(answers: Sequence[Replay]) -> RouterData:
+    """All positions before a loop."""
     states, accepted = [], []
     for answer in answers:
-        states.append(inputs_of(answer, confidences)[: answer.loop_from])
+        states.append(answer.final[: answer.loop_from].float())
         lengths = [torch.from_numpy(answer.accepted[arm][: answer.loop_from]) for arm in ARMS]
         accepted.append(torch.stack(lengths, dim=1).float())
     return RouterData(torch.cat(states), torch.cat(accepted))
@@ -171,12 +158,9 @@ def fit(learn: RouterData, held_out: RouterData, run: Path, settings: RouterTrai
 
 
 def run_key(digest: str, parts: Split, settings: RouterTraining, seed: int) -> str:
-    """Names a training run: another pair of drafters, other answers or other settings are another run.
-
-    `judge_confidences` is none of them: it trains another router beside this one.
-    """
+    """Names a training run: another pair of drafters, other answers or other settings are another run."""
     ids = [[one.id for one in answers] for answers in (parts.learn, parts.held_out)]
-    text = json.dumps([digest, ids, settings.model_dump(exclude={"judge_confidences"}), seed])
+    text = json.dumps([digest, ids, settings.model_dump(), seed])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -367,8 +351,6 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
         "positions": {"learn": len(learn.states), "held_out": len(held_out.states)},
         **_judge(router, parts.held_out, held_out, entropy),
     }
-    if settings.judge_confidences:
-        report["with_confidences"] = _with_confidences(parts, entropy, run, settings, config.seed)
     out = work / "checkpoint"
     out.mkdir(parents=True, exist_ok=True)
     router.save(out / ROUTER_FILE)
@@ -379,26 +361,11 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
     return TrainedRouter(out, report)
 
 
-def _with_confidences(
-    parts: Split, entropy: Tensor, run: Path, settings: RouterTraining, seed: int
-) -> dict[str, Any]:
-    """What the same training makes of both drafters' confidences beside the state."""
-    learn, held_out = (router_data(part, confidences=True) for part in (parts.learn, parts.held_out))
-    router = fit(learn, held_out, run.with_name(f"{run.name}-confidences"), settings, seed)
-    return _judge(router, parts.held_out, held_out, entropy, confidences=True)
-
-
 @torch.inference_mode()
-def _judge(
-    router: Router,
-    answers: Sequence[Replay],
-    data: RouterData,
-    entropy: Tensor,
-    confidences: bool = False,
-) -> dict[str, Any]:
+def _judge(router: Router, answers: Sequence[Replay], data: RouterData, entropy: Tensor) -> dict[str, Any]:
     """Quality of the regression, and what routing by it is worth at threshold 0, without dwell."""
     quality = router_quality(router, data, entropy)
-    deltas = [router(inputs_of(one, confidences)).tolist() for one in answers]
+    deltas = [router(one.final.float()).tolist() for one in answers]
     walks = {"neural": RouterWalk([choices_above(one, 0) for one in deltas])}
     figures: Mapping[str, Any] = tabulate(answers, walks)
     keys = ("acceptance_length", "rounds_won", "oracle_gain_share")

@@ -1,7 +1,7 @@
 """Static arms, routers and hindsight oracles walked through the replays of held-out answers, round by round."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,25 +33,34 @@ class RouterWalk(NamedTuple):
 
 
 def walk(
-    answer: Replay, choose: Choices | str, begin: int, end: int, tally: Tally, min_dwell: int = 0
+    answer: Replay,
+    choose: Choices | Callable[[int], str] | str,
+    begin: int,
+    end: int,
+    tally: Tally,
+    min_dwell: int = 0,
+    learn: Callable[[int, int], None] = lambda ended, emitted: None,
 ) -> None:
     """Go through answer positions [begin, end) with a fixed arm, or with the arm that `choose` names for a round.
 
-    A wish to switch is not followed before the arm was used for `min_dwell` rounds.
+    A wish to switch is not followed before the arm was used for `min_dwell` rounds. learn: gets the position at which a
+    round ended and the tokens that it emitted, before the next one is chosen.
     """
+    of = choose.__getitem__ if isinstance(choose, Mapping) else choose
     dwell, previous = 0, None
 
     def accepted(position: int) -> int:
         nonlocal dwell, previous
-        arm = choose if isinstance(choose, str) else choose[position]
+        arm = of if isinstance(of, str) else of(position)
         if previous is not None and dwell < min_dwell:
             arm = previous
         dwell, previous = dwell + 1 if arm == previous else 1, arm
         tally.won[arm] += 1
         return answer.drafts_accepted(arm, position)
 
-    for _, emitted in rounds(begin, end, accepted):
+    for position, emitted in rounds(begin, end, accepted):
         tally.add(Tally(1, emitted))
+        learn(position + emitted, emitted)
 
 
 def best_arms(answer: Replay, among: Sequence[str] = ARMS) -> dict[int, str]:

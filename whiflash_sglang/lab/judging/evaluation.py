@@ -1,34 +1,27 @@
 """`whiflash evaluate`: a bundle against held-out prompts; answers in, table, picture and JSON out."""
 
 import tempfile
-from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from rich.table import Table
-from whiflash_sdk.presets import likely_spans
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.lab.judging.budgets import by_budget
-from whiflash_sglang.lab.judging.signals import Signal, judge, signals_of
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import route
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import PROBE_ROUNDS, AutoPolicy
 from whiflash_sglang.routing.request_state import RequestState
-from whiflash_sglang.routing.signals import Forecast, Signals
-from whiflash_sglang.spans.hints import RequestHints, hashable
-from whiflash_sglang.spans.tracker import SpanTracker
-from whiflash_sglang.spans.vocabulary import token_bytes
+from whiflash_sglang.routing.signals import Forecast
+from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.train.answers.data import LoadedTarget, answer_rows, is_embedded, load_target
 from whiflash_sglang.train.answers.prompts import balanced, read_rows
 from whiflash_sglang.train.answers.store import FeatureStore
@@ -44,7 +37,7 @@ from whiflash_sglang.train.replay import (
     Source,
     replay_answers,
 )
-from whiflash_sglang.train.rounds import rounds
+from whiflash_sglang.train.rounds import Tally
 from whiflash_sglang.train.router import entropy_of, pyplot, save_picture
 from whiflash_sglang.train.walk import (
     LOOP,
@@ -55,6 +48,7 @@ from whiflash_sglang.train.walk import (
     choices_above,
     copy_rule,
     tabulate,
+    walk,
 )
 
 REPLAYED = {
@@ -107,25 +101,7 @@ class Known(NamedTuple):
     predicted: Sequence[Sequence[float]]
 
 
-class Lag(NamedTuple):
-    """Rounds whose results a decision does not know yet, as where the host plans a round while earlier ones run.
-
-    rounds: results that are missing: 0 in step with the device, 1 or 2 behind it. signals: whether the entropy and the
-    router's outputs are missing as well; a device that chooses itself knows them. copies: whether what the copying arm
-    expects is that of the text as it was then; proposed is always what follows the text as it is.
-    """
-
-    rounds: int = 0
-    signals: bool = True
-    copies: bool = True
-
-
-IN_STEP = Lag()
-
-
-def auto_choices(
-    answers: Sequence[Replay], known: Sequence[Known], costs: Costs | None, lag: Lag = IN_STEP
-) -> list[Choices]:
+def auto_choices(answers: Sequence[Replay], known: Sequence[Known], costs: Costs | None) -> list[Choices]:
     """The arm of every round that `auto` comes to, answer by answer; it learns as it goes, as one server does.
 
     Drafts have their full length. costs: None: nothing costs, so that `auto` seeks acceptance length alone.
@@ -135,138 +111,53 @@ def auto_choices(
     for answer, one in zip(answers, known, strict=True):
         choices: dict[int, str] = {}
         for begin, end in ((0, answer.loop_from), (answer.loop_from, answer.positions)):
-            _walk(policy, answer, one, (begin, end), costs, choices, lag)
+            run = _AutoRun(policy, costs, answer, one, choices)
+            walk(answer, run.choose, begin, end, Tally(), learn=run.learn)
         chosen.append(choices)
     return chosen
 
 
-def _walk(
-    policy: AutoPolicy,
-    answer: Replay,
-    known: Known,
-    span: tuple[int, int],
-    costs: Costs | None,
-    choices: dict[int, str],
-    lag: Lag,
-) -> None:
-    """Rounds from the first position of `span` on; where they begin is what `evaluate.walk` comes to as well."""
-    state = RequestState(answer.id, RequestHints())
-    begin, end = span
-    # Arm, what it was decided on, tokens, where it ended.
-    missing: deque[tuple[str, Signals, int, int]] = deque()
+class _AutoRun:
+    """One request under `auto`: the server's own decision of every round, kept in `choices`."""
 
-    def accepted(position: int) -> int:
-        looked = position - sum(one[2] for one in missing) if lag.copies else position
+    def __init__(
+        self,
+        policy: AutoPolicy,
+        costs: Costs | None,
+        answer: Replay,
+        known: Known,
+        choices: dict[int, str],
+    ) -> None:
+        self._policy, self._costs, self._answer, self._known = policy, costs, answer, known
+        self._state, self._choices = RequestState(answer.id, RequestHints()), choices
+
+    def choose(self, position: int) -> str:
+        answer, state = self._answer, self._state
         forecast: dict[str, Forecast | None] = {
             arm: None
             for arm, replayed in REPLAYED.items()
             if replayed in JOINED.values() and replayed in answer.accepted
         }
-        if answer.copies[looked] > 0:
+        if answer.copies[position] > 0:
             forecast[arms.LOOKUP] = Forecast(
-                1 + float(answer.copies[looked]), 1 + int(answer.proposed[looked])
+                1 + float(answer.copies[position]), 1 + int(answer.proposed[position])
             )
-        (arm,) = route(policy, [state], [forecast], costs)
+        (arm,) = route(self._policy, [state], [forecast], self._costs)
         if arm == arms.NONE and state.decision.promised:
             arm = arms.LOOKUP
-        choices[position] = REPLAYED[arm]
-        return answer.drafts_accepted(REPLAYED[arm], position)
+        self._choices[position] = REPLAYED[arm]
+        return REPLAYED[arm]
 
-    for position, emitted in rounds(begin, end, accepted):
-        arm, ended = state.previous or arms.NONE, position + emitted
-        missing.append((arm, state.decision.signals, emitted, ended))
-        if not lag.signals and ended < end:
-            _signal(state, policy, known, ended)
-        if len(missing) > lag.rounds:
-            arm, decided_on, tokens, ended = missing.popleft()
-            policy.observe(arm, decided_on, tokens)
-            state.committed(arm, [0] * tokens)
-            if lag.signals and ended < end:
-                _signal(state, policy, known, ended)
-
-
-def _signal(state: RequestState, policy: AutoPolicy, known: Known, position: int) -> None:
-    """What the device read where a round ended."""
-    if "entropy" in policy.needs:
-        state.entropy = known.entropy[position]
-    if known.predicted:
-        note(state, known.predicted[position])
-
-
-PROSE = "prose"
-"""Outside of all spans."""
-
-
-def kinds_of(
-    row: Mapping[str, Any], answer: Sequence[int], tool_parser: str | None, token_bytes: Sequence[bytes]
-) -> list[str]:
-    """For every answer token, the kind of the span that it is written into, as a server infers spans without hints.
-
-    Args:
-        row: the prompt; where it offers tools and asks for no format, a call was forced. answer: token ids.
-        token_bytes: of every token id.
-    """
-    has_tools = bool(row.get("tools"))
-    form = (row.get("response_format") or {}).get("type")
-    spans = likely_spans(
-        tool_parser=tool_parser,
-        reasoning_parser=None,
-        has_tools=has_tools,
-        response_format=form,
-        forced=has_tools and form is None,
-    )
-    tracker = SpanTracker(hashable(spans), token_bytes)
-    kinds = []
-    for token in answer:
-        kinds.append(tracker.span.kind if tracker.span else PROSE)
-        tracker.push([token])
-    return kinds
-
-
-def by_span(answers: Sequence[Replay], kinds: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
-    """Kind → figures of the rounds that begin with a token of it, before loops; the most frequent first.
-
-    Args:
-        answers: replays of two drafters. kinds: an answer's id → the kind of each of its tokens.
-
-    Returns:
-        positions; acceptance_length by drafter, the mean over these positions; rounds_won by drafter, the share of them
-        at which it accepts strictly more than the other. Rounds of a walk begin less often where much is accepted, so
-        lengths are above those of `tabulate`.
-    """
-    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for answer in answers:
-        pairs = zip(*(answer.accepted[arm][: answer.loop_from].tolist() for arm in ARMS), strict=True)
-        # A round at i has answer token i as its bonus token: its drafts begin with the next one.
-        for kind, pair in zip(kinds[answer.id][1:], pairs, strict=False):
-            found[kind].append(pair)
-    return {
-        kind: _span_figures(np.array(pairs))
-        for kind, pairs in sorted(found.items(), key=lambda item: -len(item[1]))
-    }
-
-
-def _span_figures(pairs: Any) -> dict[str, Any]:
-    """`pairs` [n, 2] accepted drafts."""
-    lengths = 1 + pairs.mean(0)
-    better = (pairs[:, 0] > pairs[:, 1]).mean(), (pairs[:, 1] > pairs[:, 0]).mean()
-    return {
-        "positions": len(pairs),
-        "acceptance_length": dict(zip(ARMS, map(float, lengths), strict=True)),
-        "rounds_won": dict(zip(ARMS, map(float, better), strict=True)),
-    }
-
-
-def spans_table(result: Mapping[str, Mapping[str, Any]]) -> Table:
-    """For a terminal."""
-    table = Table(title="tokens per round at every position, by what is being written")
-    for column in ("span", "positions", *ARMS, *(f"{arm} better" for arm in ARMS)):
-        table.add_column(column, justify="left" if column == "span" else "right")
-    for kind, one in result.items():
-        lengths = [f"{one['acceptance_length'][arm]:.2f}" for arm in ARMS]
-        won = [f"{one['rounds_won'][arm]:.0%}" for arm in ARMS]
-        table.add_row(kind, str(one["positions"]), *lengths, *won)
-    return table
+    def learn(self, ended: int, emitted: int) -> None:
+        """What a server knows after a round: what was accepted, and the signals where it ended."""
+        state, arm = self._state, self._state.previous or arms.NONE
+        self._policy.observe(arm, state.decision.signals, emitted)
+        state.committed(arm, [0] * emitted)
+        if ended < self._answer.positions:
+            if "entropy" in self._policy.needs:
+                state.entropy = self._known.entropy[ended]
+            if self._known.predicted:
+                note(state, self._known.predicted[ended])
 
 
 @dataclass(frozen=True)
@@ -276,7 +167,6 @@ class EvaluationSettings:
     Attributes:
         limit: prompts used, balanced over the categories; None takes all.
         work: where answers and replays are kept for the next evaluation; None keeps nothing.
-        lags: rounds behind the device at which `auto` is walked too (`Lag`).
     """
 
     limit: int | None = None
@@ -285,11 +175,7 @@ class EvaluationSettings:
     seed: int = 1
     work: Path | None = None
     hardware: Hardware = field(default_factory=Hardware)
-    lags: tuple[int, ...] = ()
 
-
-LATE = (("all", True, True), ("signals", True, False), ("copies", False, True), ("learning", False, False))
-"""What a walk behind the device knows late, beside what rounds accepted: the target's signals, what copies expect."""
 
 SLOTS = (Slots(rows=24, capacity=512), Slots(rows=6, capacity=1152), Slots(rows=3, capacity=4096))
 
@@ -302,45 +188,22 @@ class AnsweredBundle:
     answers: list[Replay]
     prompts: int
     skipped: int
-    kinds: dict[str, list[str]] = field(default_factory=dict)
-    """An answer's id → the kind of span that each of its tokens is written into."""
 
 
 def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -> dict[str, Any]:
-    """The figures of `tabulate`, with what they were measured on, and beside two drafters those of `signals.judge`,
-    `by_span` and `by_budget`.
+    """The figures of `tabulate`, with what they were measured on.
 
     Raises `WhiflashError` for a bundle and `ValueError` for prompts that cannot be used.
     """
     done = answer_and_replay(bundle, read_rows(prompts), settings)
-    manifest = load_manifest(bundle)
-    judged = {}
-    if len(manifest.drafters) == 2:
-        judged["signals"] = judge(done.answers, bundle_signals(bundle, done, settings.eagle_steps))
-        judged["spans"] = by_span(done.answers, done.kinds)
-        judged["budgets"] = by_budget(done.answers)
     return {
-        "bundle": manifest.name,
+        "bundle": load_manifest(bundle).name,
         "prompts": done.prompts,
         "skipped": done.skipped,
         "max_new_tokens": settings.max_new_tokens,
         "dtype": settings.hardware.dtype,
-        **tabulate(
-            done.answers, routers_of(bundle, done.answers, done.target, settings.eagle_steps, settings.lags)
-        ),
-        **judged,
+        **tabulate(done.answers, routers_of(bundle, done.answers, done.target, settings.eagle_steps)),
     }
-
-
-def bundle_signals(bundle: Path, done: AnsweredBundle, eagle_steps: int) -> dict[str, list[Signal]]:
-    """`signals.signals_of` what a bundle of two drafters has."""
-    manifest = load_manifest(bundle)
-    deltas = None
-    if manifest.router is not None:
-        deltas = deltas_of(load_router(bundle, done.target), done.answers)
-    nats = [entropy_of(answer.final, done.target.model.head).tolist() for answer in done.answers]
-    longest = max(eagle_steps, block_size_of(member(bundle, manifest, "dflash"), None) - 1)
-    return signals_of(done.answers, nats, deltas, longest)
 
 
 def answer_and_replay(
@@ -370,37 +233,16 @@ def answer_and_replay(
         wanted = {row["id"] for row in chosen}
         pair = Pair.load(Parts.of_bundle(bundle, settings.eagle_steps), target.model)
         sources = [Source(store, record) for record in store.records if record.id in wanted]
-        answers = replay_answers(pair, sources, ReplayLog(work / "replays", pair), chains=True)
-        two = len(manifest.drafters) == 2
-        kinds = _kinds(chosen, store, target, manifest.tool_call_parser) if two else {}
-    return AnsweredBundle(target, answers, len(chosen), summary.skipped, kinds)
-
-
-def _kinds(
-    rows: Sequence[dict[str, Any]], store: FeatureStore, target: LoadedTarget, tool_parser: str | None
-) -> dict[str, list[str]]:
-    """`kinds_of` every stored answer to `rows`, by its id."""
-    table = token_bytes(target.tokenizer)
-    by_id = {row["id"]: row for row in rows}
-    return {
-        record.id: kinds_of(
-            by_id[record.id], store.read_tokens(record)[record.prompt_length :].tolist(), tool_parser, table
-        )
-        for record in store.records
-        if record.id in by_id
-    }
+        answers = replay_answers(pair, sources, ReplayLog(work / "replays", pair))
+    return AnsweredBundle(target, answers, len(chosen), summary.skipped)
 
 
 def routers_of(
-    bundle: Path,
-    answers: Sequence[Replay],
-    target: LoadedTarget,
-    eagle_steps: int,
-    lags: Sequence[int],
+    bundle: Path, answers: Sequence[Replay], target: LoadedTarget, eagle_steps: int
 ) -> dict[str, RouterWalk]:
     """The bundle's routers at its own thresholds, the plain rule that copies, and `auto`: unpriced, and for the
-    embedded target, whose prices are known, priced. Unpriced also `lags` rounds behind the device, by what is late.
-    Beside one drafter alone there are no routers that choose between two.
+    embedded target, whose prices are known, priced. Beside one drafter alone there are no routers that
+    choose between two.
     """
     manifest = load_manifest(bundle)
     tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
@@ -418,10 +260,6 @@ def routers_of(
         walks["copy-rule"] = RouterWalk([copy_rule(answer) for answer in answers], copies=True)
     known = [Known(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)]
     walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known, None), copies=True)
-    for lag in lags:
-        for name, signals, copies in LATE:
-            choices = auto_choices(answers, known, None, Lag(lag, signals=signals, copies=copies))
-            walks[f"lag-{lag}-{name}"] = RouterWalk(choices, copies=True)
     if is_embedded(manifest.target):
         block_size = block_size_of(member(bundle, manifest, "dflash"), None) if manifest.dflash else 1
         prices = Prices.of_two_cores(eagle_steps, block_size)
