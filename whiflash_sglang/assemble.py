@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -41,13 +40,14 @@ from whiflash_sglang.models.router import Layers, Router
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
+from whiflash_sglang.round.hooks import Forcing, PinnedAcceptance
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner, rows_of
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.voices import Voices
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import NeuralPolicy
-from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy
+from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy, RandomPolicy
 from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes, vocabulary_of
 from whiflash_sglang.structure.spending import Spending
@@ -215,9 +215,8 @@ def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
             return EntropyPolicy(settings.entropy.tau, settings.entropy.min_dwell)
         case "ar" | "diffusion" | "lookup" | "none":
             return Pinned(settings.router)
-        case "random" | "copy-rule":
-            policy: Policy = _lab("policies").POLICIES[settings.router]()
-            return policy
+        case "random":
+            return RandomPolicy()
         case "neural":
             if settings.neural is None:
                 raise ConfigError(NO_ROUTER)
@@ -231,10 +230,10 @@ def build_hooks(
     hooks: list[SampleHook] = []
     if settings.force_recorded:
         rows, width = tokens.data.shape
-        hooks.append(_lab("hooks").Forcing(rows, width, target.shape.vocab_size, target.device))
+        hooks.append(Forcing(rows, width, target.shape.vocab_size, target.device))
     if (simulated := simulated_acceptance(widest)) is not None:
         draw, real = simulated
-        hooks.append(_lab("hooks").Pinned(partial(ranks.broadcast, draw), real=real))
+        hooks.append(PinnedAcceptance(partial(ranks.broadcast, draw), real=real))
     return hooks
 
 
@@ -348,8 +347,3 @@ def _drafting(parts: Parts, stops: StopTable, voices: Voices, hooks: Sequence[Sa
             pinned=any(hook.one_chain for hook in hooks),
         ),
     )
-
-
-def _lab(module: str) -> Any:
-    """A module of what measures: serving names none of it, and imports it only where a measurement asks for it."""
-    return import_module(f"whiflash_sglang.lab.{module}")

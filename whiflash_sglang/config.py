@@ -39,7 +39,7 @@ from whiflash_sglang.learn.samples import Spooling, check_spool, samples_of
 from whiflash_sglang.learn.versions import versions_of
 from whiflash_sglang.telemetry.trace import TraceSampling, check_directory
 
-RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "copy-rule", "none", "random"]
+RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "none", "random"]
 T = TypeVar("T")
 NO_ROUTER = "--whiflash-router neural needs --whiflash-neural-router-path or a bundle with a router"
 

@@ -290,7 +290,7 @@ class Proposal:
 
 
 class SampleHook:
-    """What replaces sampled tokens, for measurements (`lab/hooks.py`); a server has none unless one asks for it.
+    """What replaces sampled tokens, for measurements (`round/hooks.py`); a server has none unless one asks for it.
 
     one_chain: whether it takes the packed rows of a request for one chain, so that no strands are made.
     """

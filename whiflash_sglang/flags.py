@@ -11,7 +11,7 @@ MEANING = {
     "eagle_draft": "EAGLE-3 checkpoint (directory or hub id), beside a DFlash draft path or instead of the bundle's.",
     "drafters": "df-e3: the drafters that are named. none: no drafter, also if a bundle names some.",
     "router": "Policy: auto (most expected tokens a second), entropy or neural (the paper's rules), or one pinned arm. "
-    "copy-rule (copy if possible, else EAGLE-3) is a baseline; random is for tests.",
+    "random is for tests.",
     "neural_router_path": "Neural router: hub id, directory or .safetensors file.",
     "neural_router_threshold": "Threshold on the neural router's output (tokens of acceptance length).",
     "neural_router_sign": "Sign of the router file's prediction, if the file does not name it.",

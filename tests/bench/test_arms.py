@@ -131,7 +131,6 @@ def test_a_bundle_of_one_drafter_is_compared_as_far_as_it_goes() -> None:
         "neural",
         "entropy",
         "ar",
-        "copy-rule",
     }
     arms = build_arms(names, alone)
     assert alone.hide_paths(["None", *arms[1].arguments[-1:]]) == ["None", "BUNDLE/dflash"]
@@ -184,16 +183,14 @@ def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:
             assert not any(torch.equal(v, wrong[k]) for k, v in right.items() if v.ndim > 1)
 
 
-def test_the_copying_rule_needs_two_tokens_and_is_otherwise_the_bundle(tmp_path: Path) -> None:
-    arms = ["copy-rule", "auto-no-lookup", "auto-no-forms"]
+def test_an_arm_without_a_part_is_otherwise_the_bundle(tmp_path: Path) -> None:
+    arms = ["auto-no-lookup", "auto-no-forms"]
     subject = build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, arms)
-    shipped, rule = load_manifest(subject.bundle), load_manifest(subject.variants["copy-rule"])
+    shipped, off = load_manifest(subject.bundle), load_manifest(subject.variants["auto-no-lookup"])
     assert shipped.lookup is not None
-    assert rule.lookup == shipped.lookup.model_copy(update={"min_match": 2})
-    assert rule.entropy == shipped.entropy
-    off = load_manifest(subject.variants["auto-no-lookup"]).lookup
-    assert off is not None
-    assert not off.enabled
+    assert off.lookup is not None
+    assert not off.lookup.enabled
+    assert off.entropy == shipped.entropy
     no_forms = load_manifest(subject.variants["auto-no-forms"]).lookup
     assert no_forms == shipped.lookup.model_copy(update={"form_tokens": 0})
     with pytest.raises(ValueError, match="serves the bundle as it is"):

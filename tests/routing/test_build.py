@@ -1,24 +1,20 @@
 """Every router that a setting can name is built as it is named."""
 
-import sys
 from typing import get_args
-from unittest.mock import Mock
 
 import pytest
 
-from whiflash_sglang.assemble import build_hooks, build_policy
+from whiflash_sglang.assemble import build_policy
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.config import RouterName, Settings, parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lab.policies import CopyRule, RandomPolicy
 from whiflash_sglang.routing.neural import NeuralPolicy
-from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned
+from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, RandomPolicy
 
 POLICIES = {
     "auto": AutoPolicy,
     "entropy": EntropyPolicy,
     "neural": NeuralPolicy,
-    "copy-rule": CopyRule,
     "random": RandomPolicy,
 }
 NEEDS = {"auto": {"entropy"}, "entropy": {"entropy"}, "neural": {"delta"}}
@@ -35,17 +31,6 @@ def test_the_policy_is_the_one_that_is_named(router: str) -> None:
     assert policy.name == router
     assert policy.needs == NEEDS.get(router, set())
     assert policy.joins_arms == (router in ("auto", "random"))
-
-
-def test_what_measures_is_imported_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("whiflash_sglang.lab")]:
-        monkeypatch.delitem(sys.modules, name)
-    for router in sorted(set(get_args(RouterName)) - {"copy-rule", "random"}):
-        build_policy(settings(router))
-    build_hooks(settings("auto"), Mock(), Mock(), Mock(), 8)
-    assert not [name for name in sys.modules if name.startswith("whiflash_sglang.lab")]
-    build_policy(settings("random"))
-    assert "whiflash_sglang.lab.policies" in sys.modules
 
 
 def test_thresholds_and_dwell_are_the_settings() -> None:

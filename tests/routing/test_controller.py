@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 
 from whiflash_sglang import arms
-from whiflash_sglang.lab.policies import CopyRule, RandomPolicy
 from whiflash_sglang.routing.controller import Controller, _of_passes
 from whiflash_sglang.routing.costs import MeasuredCosts
-from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy
+from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy, RandomPolicy
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints, SpanHint
@@ -31,7 +30,6 @@ def asked(policy: Policy, hints: RequestHints) -> set[str]:
         (RandomPolicy(), EVERY),
         (Pinned(arms.NONE), set()),
         (Pinned(arms.AR), {arms.AR}),
-        (CopyRule(), {arms.LOOKUP, arms.AR}),
         (EntropyPolicy(tau=1.0), {arms.AR, arms.DIFFUSION}),
     ],
     ids=lambda p: getattr(p, "name", None),
@@ -55,12 +53,11 @@ def test_a_pin_asks_for_its_arm_under_any_policy() -> None:
         (AutoPolicy(), RequestHints(), True),
         (AutoPolicy(), RequestHints(off=True), False),
         (AutoPolicy(), RequestHints(spans=(SpanHint("json", open=True, prefer=arms.AR, pin=True),)), False),
-        (CopyRule(), RequestHints(), False),
         (RandomPolicy(), RequestHints(), True),
         (EntropyPolicy(tau=1.0), RequestHints(), False),
         (Pinned(arms.NONE), RequestHints(), False),
     ],
-    ids=["priced", "off", "pinned-elsewhere", "rule", "drawn", "never-named", "plain"],
+    ids=["priced", "off", "pinned-elsewhere", "drawn", "never-named", "plain"],
 )
 def test_who_is_heard_beside_a_pass(policy: Policy, hints: RequestHints, expected: bool) -> None:
     """Every free voice where arms are joined; else it alone, where there is no pass."""
@@ -84,14 +81,13 @@ TOLD = {arms.AR: None, arms.LOOKUP: LONG, arms.STRUCTURE: Forecast(2.0, 2)}
     ("policy", "span", "heard"),
     [
         (Pinned(arms.LOOKUP), {}, {arms.LOOKUP}),
-        (CopyRule(), {}, {arms.LOOKUP}),
         (AutoPolicy(), {}, {arms.LOOKUP, arms.STRUCTURE}),
         (AutoPolicy(), {"prefer": arms.LOOKUP, "pin": True}, {arms.LOOKUP}),
         (AutoPolicy(), {"prefer": arms.NONE, "pin": True}, set()),
         (AutoPolicy(), {"bias": ((arms.NONE, 16.0),)}, set()),
         (AutoPolicy(), {"bias": ((arms.STRUCTURE, 16.0),)}, {arms.LOOKUP, arms.STRUCTURE}),
     ],
-    ids=["pinned-policy", "rule", "auto", "pin", "pinned-plain", "plain-wished", "wished"],
+    ids=["pinned-policy", "auto", "pin", "pinned-plain", "plain-wished", "wished"],
 )
 def test_who_is_heard_without_a_pass(policy: Policy, span: dict[str, Any], heard: set[str]) -> None:
     """A pin or a policy that joins nothing keeps to one voice, and who wants plain decoding hears nobody."""

@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from whiflash_sglang.lab.policies import CopyRule, RandomPolicy
-from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, apply_hints
+from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, RandomPolicy, apply_hints
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.spans.hints import SpanHint
@@ -79,14 +78,6 @@ def test_lane_counts_dwell_and_remembers_acceptance() -> None:
     state.committed("diffusion", [1, 2])
     recent = state.signals({}).recent["diffusion"]
     assert 2.0 < recent.total / recent.weight < 4.0
-
-
-@pytest.mark.parametrize(
-    ("allowed", "arm"),
-    [({"ar", "diffusion", "lookup"}, "lookup"), ({"ar", "diffusion"}, "ar"), (set(), "none")],
-)
-def test_the_plain_rule_copies_where_it_can(allowed: set[str], arm: str) -> None:
-    assert best(CopyRule().score(Signals(frozenset(allowed)))) == arm
 
 
 def test_auto_asks_for_one_pass_over_the_round_whichever_signal_it_has() -> None:

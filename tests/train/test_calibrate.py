@@ -20,7 +20,7 @@ SECONDS = {"eagle3": 2.0, "dflash": 1.0}
 def answer(eagle3: list[int], dflash: list[int], category: str = "chat") -> Replay:
     size = len(eagle3)
     accepted = {"eagle3": np.array(eagle3), "dflash": np.array(dflash), "lookup": np.zeros(size, int)}
-    return Replay("a", category, accepted, torch.zeros(size, 2), size, *np.zeros((3, size)))
+    return Replay("a", category, accepted, torch.zeros(size, 2), size, *np.zeros((2, size)))
 
 
 def test_rates_by_hand() -> None:

@@ -18,9 +18,7 @@ def answer(eagle3: int, dflash: int, copied: int = 0, loop_from: int = SIZE) -> 
     lengths = {**drafted, **{JOINED[arm]: length for arm, length in drafted.items()}, "lookup": copied}
     accepted = {arm: np.full(SIZE, length) for arm, length in lengths.items()}
     copies = np.full(SIZE, float(copied))
-    return Replay(
-        "a", "chat", accepted, torch.zeros(SIZE, 2), loop_from, copies, copies > 0, copies.astype(int)
-    )
+    return Replay("a", "chat", accepted, torch.zeros(SIZE, 2), loop_from, copies, copies.astype(int))
 
 
 def most_used(choices: dict[int, str]) -> str:
@@ -61,9 +59,7 @@ def taking_turns() -> tuple[Replay, Known]:
     joined = {JOINED[arm]: lengths for arm, lengths in drafted.items()}
     accepted = {**drafted, **joined, "lookup": np.zeros(SIZE, int)}
     nothing = np.zeros(SIZE)
-    replay = Replay(
-        "a", "chat", accepted, torch.zeros(SIZE, 2), SIZE, nothing, nothing > 0, nothing.astype(int)
-    )
+    replay = Replay("a", "chat", accepted, torch.zeros(SIZE, 2), SIZE, nothing, nothing.astype(int))
     heads = [[4.0, 4.0, 0.0] if first else [-4.0, 0.0, 4.0] for first in even]
     return replay, Known([0.0] * SIZE, heads)
 

@@ -13,7 +13,6 @@ from whiflash_sglang.train.walk import (
     ORACLE_OF_THREE,
     RouterWalk,
     best_arms,
-    copy_rule,
     tabulate,
     walk,
 )
@@ -30,9 +29,7 @@ def answer(
     copied = np.array(lookup or [0] * size)
     accepted = {"eagle3": np.array(eagle3), "dflash": np.array(dflash), LOOKUP: copied}
     end = size if loop_from is None else loop_from
-    return Replay(
-        "a", category, accepted, torch.zeros(size, 2), end, copied.astype(float), copied > 0, copied
-    )
+    return Replay("a", category, accepted, torch.zeros(size, 2), end, copied.astype(float), copied)
 
 
 def test_a_walk_by_hand() -> None:
@@ -91,14 +88,14 @@ def test_dwell_delays_a_switch() -> None:
         assert tally.won["eagle3"] == eagle3
 
 
-def test_the_plain_rule_copies_where_it_can_and_has_its_own_oracle() -> None:
+def test_a_router_that_copies_has_an_oracle_of_three() -> None:
     one = answer([1] * 8, [0] * 8, lookup=[3, 0, 0, 0, 0, 0, 0, 0])
-    assert copy_rule(one) == {0: "lookup", **dict.fromkeys(range(1, 8), "eagle3")}
-    result = tabulate([one], {"copy-rule": RouterWalk([copy_rule(one)], copies=True)})["overall"]
+    copies = RouterWalk([{0: LOOKUP, **dict.fromkeys(range(1, 8), "eagle3")}], copies=True)
+    result = tabulate([one], {"auto": copies})["overall"]
     lengths = result["acceptance_length"]
-    assert lengths["copy-rule"] == lengths[ORACLE_OF_THREE] == pytest.approx(8 / 3)
+    assert lengths["auto"] == lengths[ORACLE_OF_THREE] == pytest.approx(8 / 3)
     assert lengths[ORACLE] == 2.0
-    assert result["oracle_gain_share"]["copy-rule"] == pytest.approx(1.0)
+    assert result["oracle_gain_share"]["auto"] == pytest.approx(1.0)
 
 
 @settings(deadline=None, max_examples=50)

@@ -171,7 +171,7 @@ def answer(name: str) -> Replay:
         "dflash": np.array([1, 2, 1, 0]),
         "lookup": np.zeros(4, int),
     }
-    return Replay(name, "chat", accepted, torch.randn(4, HIDDEN), 3, *np.zeros((3, 4)))
+    return Replay(name, "chat", accepted, torch.randn(4, HIDDEN), 3, *np.zeros((2, 4)))
 
 
 def test_data_and_choices_follow_the_replay() -> None:

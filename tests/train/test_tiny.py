@@ -93,7 +93,7 @@ def test_from_prompts_to_figures(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     lengths = figures["overall"]["acceptance_length"]
     arms, routers = (
         {"eagle3", "dflash", "lookup"},
-        {"entropy", "neural", "copy-rule", "auto-unpriced"},
+        {"entropy", "neural", "auto-unpriced"},
     )
     assert lengths.keys() == arms | routers | {"oracle", "oracle-of-three"}
     assert figures["overall"]["oracle_gain_share"].keys() == routers

@@ -36,7 +36,7 @@ def running(models: Models, plain: list[list[int]]) -> Iterator[Engine]:
             yield e
 
 
-@pytest.mark.parametrize("router", ["random", "auto", "copy-rule", "lookup", "ar", "diffusion"])
+@pytest.mark.parametrize("router", ["random", "auto", "lookup", "ar", "diffusion"])
 def test_texts_are_plain_decodings(running: Engine, plain: list[list[int]], router: str) -> None:
     running.worker.reconfigure({"router": router})
     assert running.generate(PROMPTS, max_new_tokens=TOKENS) == plain

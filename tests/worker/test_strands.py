@@ -28,10 +28,9 @@ from whiflash_kernels import Drafts
 from whiflash_sglang import verify
 from whiflash_sglang.compat.scheduler.spec_worker import branches_of
 from whiflash_sglang.core import DraftBatch, History, Voice
-from whiflash_sglang.lab.policies import RandomPolicy
 from whiflash_sglang.round.strands import Folded
 from whiflash_sglang.routing.costs import Worth
-from whiflash_sglang.routing.policies import Scores
+from whiflash_sglang.routing.policies import RandomPolicy, Scores
 from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.telemetry.trace import Part
 

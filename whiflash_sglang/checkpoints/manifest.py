@@ -24,7 +24,6 @@ NEEDED: Final[Mapping[str, tuple[str, ...]]] = {
     "neural": (arms.AR, arms.DIFFUSION),
     "ar": (arms.AR,),
     "diffusion": (arms.DIFFUSION,),
-    "copy-rule": (arms.AR,),
 }
 """Router → arms that it cannot do without; others route between those that are there."""
 

@@ -22,9 +22,6 @@ OWN_TEXT_ONLY: Shared = tuple
 Found = tuple[Place, Sequence[int]]
 """A place that matches, and what followed there."""
 
-RULE_MATCH = 2
-"""Tokens that must have occurred before for the plain rule, which better ones are measured against, to copy."""
-
 SOURCES = CONTEXT, PREDICTION, FORM, MEMORY = "context", "prediction", "form", "memory"
 """The sources of a copy: prompt and answer, what the caller expects back, the prompt as it would be written
 here, other texts that the request may share."""

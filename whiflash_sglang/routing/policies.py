@@ -3,6 +3,7 @@
 A policy judges one request and knows nothing of the batch; `assign` turns the scores of a whole batch into routes.
 """
 
+import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -295,3 +296,19 @@ def _preference(arm: str, measured: Mapping[str, Mean] | None) -> float:
         return RANKS
     own = measured.get(arm)
     return PREFERENCE / (1.0 + (own.weight if own else 0.0))
+
+
+class RandomPolicy(Blind):
+    """Switches at random every round. It exists to test that switching never changes text."""
+
+    candidates = None
+    name = "random"
+    needs: frozenset[str] = frozenset()
+    joins_arms = True
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = random.Random(seed)
+
+    def score(self, signals: Signals) -> Scores:
+        choices = sorted(signals.allowed | {arms.NONE})
+        return {arm: self._random.random() for arm in choices}

@@ -22,7 +22,7 @@ from whiflash_sglang.checkpoints.manifest import PARTS, Lookup, load_manifest, l
 from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.jsonl import lines_of, read_json, write_whole
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
-from whiflash_sglang.lookup.copier import RULE_MATCH, Copier, Proposal
+from whiflash_sglang.lookup.copier import Copier, Proposal
 from whiflash_sglang.models.choice import Choice, DraftHead, choose
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
@@ -141,13 +141,12 @@ class Chain(NamedTuple):
 
 class Copied(NamedTuple):
     """`accepted` [P] copied tokens that were right in a round at answer position i; `expected` [P] fp64: how many
-    the arm expected; `matched` [P] bool: whether the plain rule would copy; `proposed` [P]: tokens that were copied;
+    the arm expected; `proposed` [P]: tokens that were copied;
     `behind`: arm → [P] what would be copied behind its drafts.
     """
 
     accepted: NDArray[np.int64]
     expected: NDArray[np.float64]
-    matched: NDArray[np.bool_]
     proposed: NDArray[np.int64]
     behind: dict[str, list[Chain]]
 
@@ -170,8 +169,7 @@ def replay_lookup(
     positions = len(tokens) - prompt_length - 1
     accepted, proposed = (np.zeros(positions, dtype=np.int64) for _ in range(2))
     expected = np.zeros(positions)
-    matched = np.zeros(positions, dtype=np.bool_)
-    copied = Copied(accepted, expected, matched, proposed, {arm: [] for arm in drafted})
+    copied = Copied(accepted, expected, proposed, {arm: [] for arm in drafted})
     if not settings.enabled:
         nothing = [Chain((), ())] * positions
         return copied._replace(behind=dict.fromkeys(drafted, nothing))
@@ -192,7 +190,6 @@ def replay_lookup(
             beyond = copier.look_beyond(own, sure[-1], room, WORTH) if own and room > 0 else Proposal()
             copied.behind[arm].append(Chain(list(beyond.tokens), list(beyond.alive)))
         proposed[position] = len(drafts)
-        matched[position] = bool(drafts) and proposal.length >= RULE_MATCH
         accepted[position] = agreed(drafts, tokens[known : known + len(drafts)])
     return copied
 
@@ -242,8 +239,7 @@ class Replay(NamedTuple):
     the last committed token of that round. `loop_from`: answer position from which the text repeats itself, P where
     it never does.
     `copies` [P] fp64: how many copied tokens the lookup arm expected to be accepted, of those likely enough to copy.
-    `matched` [P] bool: whether the last two tokens occurred before, so that the plain rule copies. `proposed` [P]: how
-    many tokens the lookup arm would copy.
+    `proposed` [P]: how many tokens the lookup arm would copy.
     """
 
     id: str
@@ -252,7 +248,6 @@ class Replay(NamedTuple):
     final: Tensor
     loop_from: int
     copies: NDArray[np.float64]
-    matched: NDArray[np.bool_]
     proposed: Lengths
 
     @property
@@ -366,7 +361,6 @@ def _assemble(sequence: Stored, rounds: Rounds, pair: Pair, calibration: MatchCa
         sequence.final[record.prompt_length - 1 : record.length - 2].clone(),
         positions if start is None else min(start, positions),
         copied.expected,
-        copied.matched,
         copied.proposed,
     )
 

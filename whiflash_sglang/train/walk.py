@@ -81,11 +81,6 @@ def choices_above(values: Sequence[float] | NDArray[np.float64], threshold: floa
     }
 
 
-def copy_rule(answer: Replay) -> dict[int, str]:
-    """The plain rule: copy where the last two tokens occurred before, else EAGLE-3."""
-    return {position: LOOKUP if found else ARMS[0] for position, found in enumerate(answer.matched.tolist())}
-
-
 def tabulate(answers: Sequence[Replay], routers: Mapping[str, RouterWalk]) -> dict[str, Any]:
     """Per category and overall figures.
 

@@ -1,7 +1,7 @@
 """`whiflash bench --recorded`: recorded conversations played against servers that are forced along their text.
 
 Prompts, verification, routing and cost are real; only the tokens that the target samples are replaced by the recorded
-ones (`lab/hooks.py`). So a small target can be measured on the text that another one wrote.
+ones (`round/hooks.py`). So a small target can be measured on the text that another one wrote.
 """
 
 import asyncio

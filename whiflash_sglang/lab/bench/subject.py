@@ -16,7 +16,6 @@ from whiflash_sglang.device.cpu import serves_here
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.bench.arms import (
     BAD,
-    COPY_RULE,
     NO_FORMS,
     NO_LOOKUP,
     NO_STRUCTURE,
@@ -24,7 +23,6 @@ from whiflash_sglang.lab.bench.arms import (
     Subject,
 )
 from whiflash_sglang.lab.bench.load import MODEL
-from whiflash_sglang.lookup.copier import RULE_MATCH
 
 
 def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
@@ -36,9 +34,7 @@ def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
         ValueError: an arm without a variant.
     """
     fields = load_manifest(bundle).model_dump(mode="json", exclude_none=True)
-    if arm == COPY_RULE:
-        fields["lookup"] = {**fields.get("lookup", {}), "enabled": True, "min_match": RULE_MATCH}
-    elif arm not in (NO_LOOKUP, NO_STRUCTURE, NO_FORMS, BAD):
+    if arm not in (NO_LOOKUP, NO_STRUCTURE, NO_FORMS, BAD):
         raise ValueError(f"{arm} serves the bundle as it is")
     if arm == NO_FORMS:
         fields["lookup"] = {**fields.get("lookup", {}), "form_tokens": 0}

@@ -46,7 +46,6 @@ from whiflash_sglang.train.walk import (
     Choices,
     RouterWalk,
     choices_above,
-    copy_rule,
     tabulate,
     walk,
 )
@@ -240,7 +239,7 @@ def answer_and_replay(
 def routers_of(
     bundle: Path, answers: Sequence[Replay], target: LoadedTarget, eagle_steps: int
 ) -> dict[str, RouterWalk]:
-    """The bundle's routers at its own thresholds, the plain rule that copies, and `auto`: unpriced, and for the
+    """The bundle's routers at its own thresholds, and `auto`: unpriced, and for the
     embedded target, whose prices are known, priced. Beside one drafter alone there are no routers that
     choose between two.
     """
@@ -256,8 +255,6 @@ def routers_of(
         threshold, dwell = manifest.router.threshold, manifest.router.min_dwell
         deltas = deltas_of(router, answers)
         walks["neural"] = RouterWalk([choices_above(one, threshold) for one in deltas], dwell)
-    if manifest.eagle3:
-        walks["copy-rule"] = RouterWalk([copy_rule(answer) for answer in answers], copies=True)
     known = [Known(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)]
     walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known, None), copies=True)
     if is_embedded(manifest.target):

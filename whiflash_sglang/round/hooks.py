@@ -1,7 +1,4 @@
-"""What benchmarks put in the place of sampled tokens: a recorded text, or as many tokens as acceptance is pinned to.
-
-A server imports this only where its flag or its environment asks for it (`assemble.build_hooks`).
-"""
+"""What benchmarks put in the place of sampled tokens: a recorded text, or as many tokens as acceptance is pinned to."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -66,7 +63,7 @@ PLACEHOLDER = 100
 """SGLang's token where simulated acceptance commits no real ones (`apply_dflash_simulated_acceptance`)."""
 
 
-class Pinned(SampleHook):
+class PinnedAcceptance(SampleHook):
     """A round's acceptance, pinned: the cost of rounds is measured, their text means nothing.
 
     Args:
