@@ -1,6 +1,5 @@
 """Small recorded conversations in the shapes in which others publish theirs, written by hand."""
 
-import json
 from typing import Any
 
 ASK = {"role": "user", "content": "Which flights do I have?"}
@@ -29,28 +28,12 @@ TOOLS = [
 ]
 
 
-def _said(name: str, arguments: dict[str, Any], text: str, call: str) -> dict[str, Any]:
-    function = {"name": name, "arguments": json.dumps(arguments)}
-    message = {
-        "role": "assistant",
-        "content": text,
-        "tool_calls": [{"id": call, "type": "function", "function": function}],
-    }
-    return {
-        "function_name": name,
-        "tool_call_id": call,
-        "model_response": {"id": f"r-{call}", "choices": [{"index": 0, "message": message}]},
-        "total_calls_in_response": 1,
-    }
-
-
 FORMATS: dict[str, Any] = {
     "log": {"id": "one", "category": "support", "messages": MESSAGES, "tools": TOOLS},
     "request": {
         "request": {"model": "m", "messages": MESSAGES[:3], "tools": TOOLS},
         "response": {"choices": [{"index": 0, "message": ANSWER, "finish_reason": "stop"}]},
     },
-    "tau-bench": {"task_id": 3, "trial": 1, "reward": 1.0, "info": {"task": {}}, "traj": MESSAGES},
     "tau2": {
         "info": {"environment_info": {"domain_name": "airline", "policy": "Be kind.", "tool_defs": None}},
         "tasks": [],
@@ -73,30 +56,6 @@ FORMATS: dict[str, Any] = {
             }
         ],
     },
-    "bfcl": {
-        "id": "multi_turn_base_0",
-        "result": [[[{"find": '{"user": "mia_li_3668"}'}], "You are on flight HAT136."]],
-        "inference_log": [
-            [{"role": "state_info", "class_name": "TravelAPI", "content": {}}],
-            {
-                "begin_of_turn_query": [ASK],
-                "step_0": [
-                    {"role": "assistant", "content": [{"find": '{"user": "mia_li_3668"}'}]},
-                    {"role": "handler_log", "content": "Successfully decoded model response."},
-                    {"role": "tool", "content": '{"flight": "HAT136"}'},
-                ],
-                "step_1": [
-                    {
-                        "role": "assistant",
-                        "content": "You are on flight HAT136.",
-                        "reasoning_content": "RoundResult.",
-                    },
-                    {"role": "handler_log", "content": "Error decoding the model response.", "error": "x"},
-                ],
-            },
-            [{"role": "state_info", "class_name": "TravelAPI", "content": {}}],
-        ],
-    },
     "swe-agent": {
         "environment": "main",
         "trajectory": [],
@@ -117,30 +76,6 @@ FORMATS: dict[str, Any] = {
         "messages": [*MESSAGES, {"role": "exit", "content": "", "extra": {}}],
         "trajectory_format": "mini-swe-agent-1.1",
         "instance_id": "repository__repository-1",
-    },
-    "openhands": {
-        "instance_id": "repository__repository-2",
-        "history": [
-            {"id": 0, "source": "agent", "action": "system", "args": {"content": "Help.", "tools": TOOLS}},
-            {"id": 1, "source": "user", "action": "message", "args": {"content": ASK["content"]}},
-            {"id": 2, "source": "environment", "observation": "agent_state_changed", "content": ""},
-            {
-                "id": 3,
-                "source": "agent",
-                "action": "run",
-                "args": {},
-                "tool_call_metadata": _said("find", {"user": "mia_li_3668"}, "", "c1"),
-            },
-            {
-                "id": 4,
-                "source": "environment",
-                "observation": "run",
-                "content": RESULT["content"],
-                "cause": 3,
-                "tool_call_metadata": _said("find", {"user": "mia_li_3668"}, "", "c1"),
-            },
-            {"id": 5, "source": "agent", "action": "message", "args": {"content": ANSWER["content"]}},
-        ],
     },
 }
 """Each holds the question, the call, its result and the answer."""

@@ -27,12 +27,7 @@ from whiflash_sglang.spans.prediction import body_prediction
 MAX_BYTES = 1 << 30
 """Of one file."""
 
-KNOWN = (
-    "tau-bench and tau2 trajectories, BFCL multi-turn results, SWE-agent, mini-swe-agent and OpenHands trajectories, "
-    "OpenAI messages"
-)
-
-_STEP = "step_"
+KNOWN = "OpenAI messages, or trajectories of tau2, SWE-agent or mini-swe-agent"
 
 
 def read_recorded(path: Path) -> list[Conversation]:
@@ -104,19 +99,6 @@ def _parse(text: str, where: str) -> Any:
         raise RecordError(f"{where}: not JSON ({error})") from None
 
 
-# tau-bench
-
-
-def _tau_bench(where: str, name: str, record: dict[str, Any]) -> Conversation:
-    """A list of `{task_id, trial, reward, info, traj}`, `traj` in OpenAI's form. The tools are not recorded.
-
-    Source: sierra-research/tau-bench, `historical_trajectories/` and what `run.py` writes.
-    """
-    if record.get("task_id") is not None:
-        name = f"{name}/task {record['task_id']} trial {record.get('trial', 0)}"
-    return conversation(where, name, "tau-bench", list_of(f"{where}, traj", record["traj"]))
-
-
 # tau2-bench
 
 _ENVIRONMENT = "tau2_environment"
@@ -167,126 +149,6 @@ def _tau2_message(where: str, given: Message) -> Message:
         return {**given, "tool_call_id": given.get("id")}
     made = [object_of(f"{where}.tool_calls[{i}]", one) for i, one in enumerate(calls)]
     return {**given, "tool_calls": [call(one.get("name", ""), one.get("arguments")) for one in made]}
-
-
-# BFCL's multi-turn results
-
-
-def _bfcl(where: str, name: str, record: dict[str, Any]) -> Conversation:
-    """One task on a line, the conversation in `inference_log`. The tools are not recorded.
-
-        {"id": "multi_turn_base_0", "result": [...], "inference_log": [
-            [{"role": "state_info", ...}],
-            {"begin_of_turn_query": [{"role": "user", ...}],
-             "step_0": [{"role": "assistant", "content": [{"ls": "{\"a\": true}"}]}, {"role": "handler_log", ...},
-                        {"role": "tool", "content": "…"}], "step_1": [...]}, ...]}
-
-    A function-calling model's answer is a list of `{name: arguments}`, a prompted model's is text. Source:
-    ShishirPatil/gorilla, `bfcl_eval/model_handler/base_handler.py` (`inference_multi_turn_FC`,
-    `inference_multi_turn_prompting`).
-    """
-    messages: list[object] = []
-    for index, turn in enumerate(list_of(f"{where}, inference_log", record["inference_log"])):
-        if isinstance(turn, list):  # the environment's state, between turns
-            continue
-        place = f"{where}, inference_log[{index}]"
-        asked = object_of(place, turn).get("begin_of_turn_query")
-        messages += list_of(f"{place}.begin_of_turn_query", asked)
-        for key in sorted((key for key in turn if key.startswith(_STEP)), key=lambda k: _number(place, k)):
-            messages += _step(f"{place}.{key}", turn[key])
-    return conversation(where, text_of(f"{where}, id", record.get("id")) or name, "BFCL multi-turn", messages)
-
-
-def _number(place: str, key: str) -> int:
-    number = key.removeprefix(_STEP)
-    if not (number.isascii() and number.isdigit()):
-        raise RecordError(f"{place}.{ascii(key[:32])[1:-1]}: steps are numbered")
-    return int(number)
-
-
-def _step(place: str, entries: object) -> Iterator[Message]:
-    for index, raw in enumerate(list_of(place, entries)):
-        entry = object_of(f"{place}[{index}]", raw)
-        if entry.get("role") == "tool":
-            yield entry
-        elif entry.get("role") == "assistant":
-            content = entry.get("content")
-            message: Message = {"role": "assistant", "reasoning_content": entry.get("reasoning_content")}
-            if isinstance(content, list):
-                calls = [object_of(f"{place}[{index}].content[{i}]", one) for i, one in enumerate(content)]
-                message["tool_calls"] = [call(name, given) for one in calls for name, given in one.items()]
-            else:
-                message["content"] = content
-            yield message
-
-
-# OpenHands
-
-
-def _is_openhands(record: Any) -> bool:
-    history = record.get("history") if isinstance(record, dict) else None
-    if not isinstance(history, list):
-        return False
-    first = next(iter(history), None)
-    return isinstance(first, list) or (
-        isinstance(first, dict) and bool({"action", "observation"} & set(first))
-    )
-
-
-def _openhands(where: str, name: str, record: dict[str, Any]) -> Conversation:
-    """`history` of events, an action followed by its observation.
-
-        {"instance_id": "…", "history": [
-            {"action": "system", "args": {"content": "…", "tools": [...]}},
-            {"action": "message", "source": "user", "args": {"content": "…"}},
-            {"action": "run", "source": "agent", "tool_call_metadata": {"tool_call_id": "…",
-                "model_response": {"id": "…", "choices": [{"message": {...}}]}}},
-            {"observation": "run", "content": "…", "tool_call_metadata": {"tool_call_id": "…"}}]}
-
-    A response with several calls is recorded with every one of its actions, and read once. Older files hold pairs
-    `[action, observation]`. Source: All-Hands-AI/OpenHands, `openhands/events/serialization/`, and the `output.jsonl`
-    of its evaluations. Events without text of the conversation (states, recalls, condensations) are left out.
-    """
-    messages: list[object] = []
-    tools: object = None
-    answered: set[str] = set()
-    for place, event in _events(f"{where}, history", record["history"]):
-        if event.get("action") == "system":
-            args = object_of(f"{place}.args", event.get("args"))
-            tools = args.get("tools")
-            messages.append({"role": "system", "content": args.get("content")})
-        elif "action" in event:
-            messages += _action(place, event, answered)
-        elif event.get("tool_call_metadata") is not None:
-            called = object_of(f"{place}.tool_call_metadata", event["tool_call_metadata"])
-            content = event.get("content")
-            messages.append({"role": "tool", "content": content, "tool_call_id": called.get("tool_call_id")})
-    name = text_of(f"{where}, instance_id", record.get("instance_id")) or name
-    return conversation(where, name, "OpenHands", messages, tools)
-
-
-def _events(where: str, history: object) -> Iterator[tuple[str, dict[str, Any]]]:
-    for index, entry in enumerate(list_of(where, history)):
-        for event in entry if isinstance(entry, list) else [entry]:
-            yield f"{where}[{index}]", object_of(f"{where}[{index}]", event)
-
-
-def _action(place: str, event: dict[str, Any], answered: set[str]) -> Iterator[Message]:
-    if event.get("tool_call_metadata") is not None:
-        called = object_of(f"{place}.tool_call_metadata", event["tool_call_metadata"])
-        place = f"{place}.tool_call_metadata.model_response"
-        response = object_of(place, called.get("model_response"))
-        response_id = text_of(f"{place}.id", response.get("id"))
-        if response_id in answered:
-            return
-        if response_id:
-            answered.add(response_id)
-        yield {**_message_of(place, response), "role": "assistant"}
-    elif event.get("action") in ("message", "finish"):
-        args = object_of(f"{place}.args", event.get("args"))
-        content = args.get("content") if event["action"] == "message" else args.get("final_thought")
-        if content:
-            yield {"role": "user" if event.get("source") == "user" else "assistant", "content": content}
 
 
 # SWE-agent
@@ -360,10 +222,7 @@ def _message_of(where: str, response: object) -> Message:
 
 
 FORMATS: tuple[tuple[Callable[[Any], bool], Callable[[str, str, Any], Conversation]], ...] = (
-    (lambda record: isinstance(record, dict) and "traj" in record, _tau_bench),
     (lambda record: isinstance(record, dict) and _ENVIRONMENT in record, _tau2),
-    (lambda record: isinstance(record, dict) and "inference_log" in record, _bfcl),
-    (_is_openhands, _openhands),
     (_is_swe_agent, _swe_agent),
     (lambda record: isinstance(record, dict) and ("messages" in record or "request" in record), _openai_log),
 )
