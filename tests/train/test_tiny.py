@@ -74,8 +74,8 @@ def test_from_prompts_to_figures(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert manifest.router.threshold == pytest.approx(curves["routers"]["neural"]["threshold"], abs=1e-4)
     assert manifest.entropy.tau == pytest.approx(curves["routers"]["entropy"]["threshold"], abs=1e-4)
     rates = curves["tokens_per_second"]
-    assert rates["worst"] <= min(rates["eagle3"], rates["dflash"])
-    assert rates["oracle"] >= max(rates["eagle3"], rates["dflash"])
+    assert rates.keys() == {"eagle3", "dflash"}
+    assert min(rates.values()) > 0
     assert Path("c.png").stat().st_size > 1000
 
     held_out = (

@@ -40,7 +40,7 @@ def bench(
     as_json: JsonFlag = False,
     out: OutOption = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Write pictures to this directory.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw the speed-up in this directory.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue the interrupted run of the same --out.")] = False,
     model_path: Annotated[str | None, typer.Option(help="Target: directory or hub id.")] = None,
     bundle: Annotated[str | None, typer.Option(help="Drafters: directory or hub id.")] = None,

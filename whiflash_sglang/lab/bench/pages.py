@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 from whiflash_sglang.equality import Verdict
-from whiflash_sglang.lab.bench.arms import NONE
 from whiflash_sglang.lab.bench.cells import RoundMs
 from whiflash_sglang.lab.bench.report import (
     LOOPS,
@@ -240,49 +239,27 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def draw(report: Report, directory: Path) -> list[Path]:
-    """Write the pictures that the report has figures for; returns their files."""
+def draw(report: Report, directory: Path) -> Path | None:
+    """Write `speedup.svg`; None where no request was asked alone."""
     import matplotlib
 
+    load = next((load for load in report.loads if load.load.is_alone), None)
+    if load is None:
+        return None
     matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     directory.mkdir(parents=True, exist_ok=True)
-    written = []
-    for load in report.loads:
-        if load.load.is_alone:
-            written.append(_save(_speedups_plot(load), directory / "speedup.svg"))
-            written.append(_save(_acceptance_plot(load), directory / "acceptance.svg"))
-            rounds = _rounds_plot(load)
-            if rounds is not None:
-                written.append(_save(rounds, directory / "round.svg"))
-    if len(closed_loads(report)) > 1:
-        written.append(_save(_concurrency_plot(report), directory / "concurrency.svg"))
-    return written
-
-
-def closed_loads(report: Report) -> list[LoadReport]:
-    """Closed loops by concurrency."""
-    return sorted((x for x in report.loads if x.load.kind == "closed"), key=lambda x: x.load.value)
-
-
-def _save(figure: Any, path: Path) -> Path:
+    figure = _speedups_plot(load, pyplot)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    from matplotlib import pyplot
-
+    figure.savefig(directory / "speedup.svg", metadata={"Date": None})
     pyplot.close(figure)
-    return path
+    return directory / "speedup.svg"
 
 
-def _axes(names: Sequence[str]) -> tuple[Any, Any]:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.5 * len(names) + 2), 4))
-    return figure, axes
-
-
-def _speedups_plot(load: LoadReport) -> Any:
+def _speedups_plot(load: LoadReport, pyplot: Any) -> Any:
     names = list(dict.fromkeys(name for ratios in load.ratios.values() for name in ratios.none))
-    figure, axes = _axes(names)
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.5 * len(names) + 2), 4))
     width = 0.8 / max(len(load.ratios), 1)
     for index, (arm, ratios) in enumerate(load.ratios.items()):
         present = [(place, ratios.none[name]) for place, name in enumerate(names) if name in ratios.none]
@@ -296,53 +273,4 @@ def _speedups_plot(load: LoadReport) -> Any:
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("output tokens/s over plain decoding")
     axes.legend(fontsize="small", ncols=2)
-    return figure
-
-
-def _acceptance_plot(load: LoadReport) -> Any:
-    names = list(dict.fromkeys(name for groups in load.arms.values() for name in groups))
-    figure, axes = _axes(names)
-    arms = {arm: groups for arm, groups in load.arms.items() if arm != NONE}
-    width = 0.8 / max(len(arms), 1)
-    for index, (arm, groups) in enumerate(arms.items()):
-        present = [(place, groups[name]) for place, name in enumerate(names) if name in groups]
-        places = [place + (index + 0.5) * width - 0.4 for place, _ in present]
-        axes.bar(places, [figures.acceptance_length for _, figures in present], width, label=arm)
-    axes.set_ylim(bottom=1)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("tokens per target forward")
-    axes.legend(fontsize="small", ncols=2)
-    return figure
-
-
-def _rounds_plot(load: LoadReport) -> Any:
-    rounds = {arm: groups[OVERALL].round_ms for arm, groups in load.arms.items() if OVERALL in groups}
-    breakdowns = {arm: found.model_dump() for arm, found in rounds.items() if found is not None}
-    if not breakdowns:
-        return None
-    figure, axes = _axes(list(breakdowns))
-    bottoms = [0.0] * len(breakdowns)
-    for stage in next(iter(breakdowns.values())):
-        heights = [max(0.0, breakdown[stage]) for breakdown in breakdowns.values()]
-        axes.bar(list(breakdowns), heights, 0.6, bottom=bottoms, label=stage.replace("_", "-"))
-        bottoms = [below + height for below, height in zip(bottoms, heights, strict=True)]
-    axes.set_ylabel("ms of a round")
-    axes.legend(fontsize="small")
-    return figure
-
-
-def _concurrency_plot(report: Report) -> Any:
-    loads = closed_loads(report)
-    figure, axes = _axes([load.load.label for load in loads])
-    for arm in loads[0].arms:
-        points = [
-            (load.load.value, load.arms[arm][OVERALL].output_tokens_per_s)
-            for load in loads
-            if OVERALL in load.arms.get(arm, {})
-        ]
-        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=arm)
-    axes.set_xlabel("requests in flight")
-    axes.set_ylabel("output tokens/s")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small")
     return figure

@@ -96,15 +96,12 @@ class Ratios(BaseModel, frozen=True, extra="forbid"):
     """Rates over those of another arm, by category. static: the fastest arm of one drafter there,
     upstream's EAGLE3 and DFLASH or WHIFLASH pinned to it.
 
-    static_by_category: overall only, against whichever of the two is faster in each category. over: rates over those of
-    the arm that was asked for (`Report.over`).
+    over: rates over those of the arm that was asked for (`Report.over`).
     """
 
     none: dict[str, Interval]
     static: dict[str, Interval]
     static_arm: dict[str, str]
-    static_by_category: Interval | None
-    acceptance_over_static: dict[str, float]
     over: dict[str, Interval] = {}
 
 
@@ -189,7 +186,7 @@ def _load_report(
             name: _figures(mine, belongs, [d for d in mismatched if belongs(d.prompt)], load, name)
             for name, belongs in selections(mine, groups)
         }
-    ratios = {arm: _ratios(arm, own, groups, load, arms, over) for arm in own if NONE in own and arm != NONE}
+    ratios = {arm: _ratios(arm, own, groups, load, over) for arm in own if NONE in own and arm != NONE}
     return LoadReport(load=load, arms=arms, ratios=ratios)
 
 
@@ -240,14 +237,12 @@ def _ratios(
     cells: Mapping[str, Sequence[Cell]],
     groups: Mapping[str, str],
     load: Load,
-    figures: Mapping[str, Mapping[str, Figures]],
     over: str | None,
 ) -> Ratios:
     against_none: dict[str, Interval] = {}
     against_static: dict[str, Interval] = {}
     static_arm: dict[str, str] = {}
     against_asked: dict[str, Interval] = {}
-    accepted: dict[str, float] = {}
     statics = [
         name for name in cells if name.split(":")[0] in (*STATIC, *PINNED) and not name.endswith(BESIDE)
     ]
@@ -262,23 +257,9 @@ def _ratios(
             best = max(statics, key=lambda key: rate(*samples(chosen[key])))
             static_arm[name] = best
             against_static[name] = paired(chosen[arm], chosen[best], groups)
-            widest = max(figures[key][name].acceptance_length for key in statics)
-            accepted[name] = figures[arm][name].acceptance_length / widest
-    by_category = None
-    if load.is_alone and static_arm.get(OVERALL):
-        overall = [c for c in cells[arm] if all(groups[a.prompt] != LOOPS for a in c.answers)]
-        mixed = [
-            c
-            for key, own in cells.items()
-            for c in own
-            if static_arm.get(groups[c.answers[0].prompt]) == key and groups[c.answers[0].prompt] != LOOPS
-        ]
-        by_category = paired(overall, mixed, groups)
     return Ratios(
         none=against_none,
         static=against_static,
         static_arm=static_arm,
-        static_by_category=by_category,
-        acceptance_over_static=accepted,
         over=against_asked,
     )

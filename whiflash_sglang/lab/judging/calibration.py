@@ -3,7 +3,7 @@
 import asyncio
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from whiflash_sglang.checkpoints.manifest import NAMES, check_arms, load_manifes
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.lab.bench.fleet import launcher
 from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, Asker
-from whiflash_sglang.lab.bench.prompts import Prompt, load_prompts, shipped
+from whiflash_sglang.lab.bench.prompts import Prompt, load_prompts, sample, shipped
 from whiflash_sglang.lab.bench.subject import build_subject
 from whiflash_sglang.lab.judging.evaluation import (
     EvaluationSettings,
@@ -35,7 +35,7 @@ from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.replay import ARMS, Pair, Parts, Replay, ReplayLog, replay_answers, replay_name
 from whiflash_sglang.train.rounds import Tally
 from whiflash_sglang.train.router import choose_answers, entropy_of, is_held_out, plot_thresholds
-from whiflash_sglang.train.walk import Choices, RouterWalk, choices_above, tabulate, walk
+from whiflash_sglang.train.walk import Choices, choices_above, walk
 
 GRID = 41
 PLATEAU = 0.002
@@ -51,15 +51,6 @@ class Curve(NamedTuple):
 
     rates: dict[float, float]
     chosen: float
-
-
-class Frame(NamedTuple):
-    """Tokens per second of both static drafters, and of the best and the worst drafter of every round in hindsight."""
-
-    eagle3: float
-    dflash: float
-    oracle: float
-    worst: float
 
 
 def sweep(
@@ -91,28 +82,6 @@ def sweep(
     best = max(rates.values())
     level = [threshold for threshold, rate in rates.items() if rate >= best * (1 - PLATEAU)]
     return Curve(rates, level[len(level) // 2])
-
-
-def frame(answers: Sequence[Replay], seconds: RoundSeconds) -> Frame:
-    """What no threshold can change."""
-    static = {arm: _rate(answers, [arm] * len(answers), seconds) for arm in ARMS}
-    best, worst = max(static.values()), min(static.values())
-    for _ in range(
-        3
-    ):  # Dinkelbach's iteration: the rate that is compared against becomes the rate that results
-        best = _rate(answers, [_by_gain(answer, seconds, best, max) for answer in answers], seconds)
-        worst = _rate(answers, [_by_gain(answer, seconds, worst, min) for answer in answers], seconds)
-    return Frame(static["eagle3"], static["dflash"], best, worst)
-
-
-def _by_gain(
-    answer: Replay, seconds: RoundSeconds, rate: float, choose: Callable[..., str]
-) -> dict[int, str]:
-    """The drafter whose round gains most (or least) tokens over what `rate` would bring in its time."""
-    return {
-        i: choose(ARMS, key=lambda arm, i=i: answer.accepted[arm][i] + 1 - rate * seconds[arm])
-        for i in range(answer.positions)
-    }
 
 
 def _rate(
@@ -233,15 +202,14 @@ def calibrate_bundle(
     """Choose the thresholds of the bundle's routers and write them into its `whiflash.json`.
 
     Returns:
-        Answers per category, the seconds of a round, the frame, and per router its curve, choice, and what the
-        choice is worth in acceptance length.
+        Answers per category, the seconds of a round, each drafter's tokens a second, and per router its curve and
+        choice.
     """
     manifest = load_manifest(bundle)
     head = target.model.head
     entropy = [entropy_of(answer.final, head).double().clamp(min=0).numpy() for answer in answers]
     dwell = manifest.entropy.min_dwell
     curves = {"entropy": sweep(answers, entropy, seconds, lowest=0.0, min_dwell=dwell)}
-    signals, dwells = {"entropy": entropy}, {"entropy": dwell}
     changes: dict[str, Any] = {"entropy": {"tau": round(curves["entropy"].chosen, 4), "min_dwell": dwell}}
     if manifest.router is not None:
         router, dwell = load_router(bundle, target), manifest.router.min_dwell
@@ -249,36 +217,28 @@ def calibrate_bundle(
             deltas = [router(answer.final).double().cpu().numpy() for answer in answers]
         lowest = min(float(delta.min()) for delta in deltas) - 1.0
         curve = curves["neural"] = sweep(answers, deltas, seconds, lowest=lowest, min_dwell=dwell)
-        signals["neural"], dwells["neural"] = deltas, dwell
         changes["router"] = {
             **manifest.router.model_dump(exclude_none=True),
             "threshold": round(curve.chosen, 4),
         }
-    around = frame(answers, seconds)
-    walks = {
-        name: RouterWalk([choices_above(signal, curves[name].chosen) for signal in parts], dwells[name])
-        for name, parts in signals.items()
-    }
-    figures = tabulate(answers, walks)
+    alone = {arm: _rate(answers, [arm] * len(answers), seconds) for arm in ARMS}
     update_manifest(bundle, changes)
     if picture is not None:
         chosen = {name: curve.chosen for name, curve in curves.items()}
-        plot_thresholds({n: c.rates for n, c in curves.items()}, chosen, around._asdict(), picture)
+        plot_thresholds({n: c.rates for n, c in curves.items()}, chosen, alone, picture)
     return {
         "bundle": manifest.name,
         "answers": dict(Counter(answer.category for answer in answers)),
         "round_seconds": dict(seconds),
-        "tokens_per_second": around._asdict(),
+        "tokens_per_second": alone,
         "routers": {
             name: {
                 "threshold": curve.chosen,
                 "tokens_per_second": curve.rates[curve.chosen],
-                "oracle_gain_share": figures["overall"]["oracle_gain_share"][name],
                 "curve": [{"threshold": t, "tokens_per_second": r} for t, r in curve.rates.items()],
             }
             for name, curve in curves.items()
         },
-        "acceptance_length": figures["overall"]["acceptance_length"],
     }
 
 
@@ -316,10 +276,7 @@ def measure_with_own_server(bundle: Path, model_path: Path, dtype: str) -> dict[
 
 def sample_prompts() -> list[Prompt]:
     """A few prompts of every category of the benchmark's sample."""
-    by_category: dict[str, list[Prompt]] = {}
-    for prompt in load_prompts(str(shipped())):
-        by_category.setdefault(prompt.category, []).append(prompt)
-    return [prompt for part in by_category.values() for prompt in part[:PROMPTS_PER_CATEGORY]]
+    return sample(load_prompts(str(shipped())), PROMPTS_PER_CATEGORY)
 
 
 def measure_rounds(url: str, prompts: Sequence[Prompt]) -> dict[str, float]:
