@@ -209,6 +209,21 @@ def test_a_repetition_that_fails_says_nothing_of_the_server(server: FakeServer) 
         assert sys.modules["whiflash_sdk.trace"].CALL not in error.response.extensions
 
 
+def test_a_hook_of_the_inner_client_raises_what_it_raises(server: FakeServer) -> None:
+    """Its answer was not read, and reading it for our fields would raise something else."""
+
+    def hook(response: Any) -> None:
+        if response.request.method == "POST":
+            response.raise_for_status()
+
+    server.refuses = {"messages"}
+    with (
+        whiflash_sdk.http_client(httpx.Client(event_hooks={"response": [hook]})) as client,
+        pytest.raises(httpx.HTTPStatusError),
+    ):
+        client.post(f"{server.base_url}/chat/completions", json=ASKED)
+
+
 def test_a_server_that_does_not_route_gets_the_request_byte_for_byte(server: FakeServer) -> None:
     server.capabilities_status = 404
     sent: list[bytes] = []

@@ -22,6 +22,7 @@ from anyio.lowlevel import RunVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from whiflash_sdk.errors import UnsupportedServerError, warn_unsupported
+from whiflash_sdk.flow import Flow, run, run_async
 from whiflash_sdk.hints import SCOPES, TraceLevel
 from whiflash_sdk.identity import Asker, OfClient
 from whiflash_sdk.otel import untraced
@@ -114,6 +115,10 @@ class Server:
     def is_due(self, model: str | None) -> bool:
         """Whether something has to be asked before a request for this model; None: for any."""
         return now() >= self.next_probe or self.needs_list(model)
+
+    def is_known(self, model: str | None) -> bool:
+        """Whether a request for this model goes out without waiting for the answer of whoever asks."""
+        return self.found is not None and not self.needs_list(model)
 
     def needs_list(self, model: str | None) -> bool:
         """Whether only the list of models shows if a request for this one is for the server that answered.
@@ -224,27 +229,12 @@ def ask(asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: 
     url, server = _server(asker)
     if server.is_due(model):
         limits = _limits(asker, timeout)
-        is_known = server.found is not None and not server.needs_list(model)
-        if server.threads.acquire(timeout=0 if is_known else _longest(limits)):
+        if server.threads.acquire(timeout=0 if server.is_known(model) else _longest(limits)):
             try:
-                with untraced():
-                    _probe(asker, url, server, limits, model)
+                run(_probe(asker, url, server, limits, model))
             finally:
                 server.threads.release()
     return server
-
-
-def _probe(asker: Asker, url: str, server: Server, limits: dict[str, float], model: str | None) -> None:
-    if server.is_due(None):
-        try:
-            server.answered(asker.get(url, limits))
-        except Exception as error:  # hooks and key providers are the user's; a probe breaks no request
-            server.failed(error)
-    if server.needs_list(model):
-        try:
-            server.listed(asker.get(f"{asker.base}/models", limits))
-        except Exception:
-            server.listed(None)
 
 
 async def async_ask(
@@ -252,35 +242,32 @@ async def async_ask(
 ) -> Server:
     """`ask` for an asynchronous asker."""
     url, server = _server(asker)
-    lock = _lock(server) if server.is_due(model) else None
-    is_known = server.found is not None and not server.needs_list(model)
-    if lock is not None and not (is_known and lock.locked()):
+    if server.is_due(model) and not ((lock := _lock(server)).locked() and server.is_known(model)):
         limits = _limits(asker, timeout)
         is_asking = False
         with anyio.move_on_after(_longest(limits)) as scope:
             async with lock:
                 is_asking = True
-                with untraced():
-                    await _async_probe(asker, url, server, limits, model)
+                await run_async(_probe(asker, url, server, limits, model))
                 is_asking = False
         if is_asking and scope.cancel_called:
             server.failed(TimeoutError())
     return server
 
 
-async def _async_probe(
-    asker: Asker, url: str, server: Server, limits: dict[str, float], model: str | None
-) -> None:
-    if server.is_due(None):
-        try:
-            server.answered(await asker.get(url, limits))
-        except Exception as error:
-            server.failed(error)
-    if server.needs_list(model):
-        try:
-            server.listed(await asker.get(f"{asker.base}/models", limits))
-        except Exception:
-            server.listed(None)
+def _probe(asker: Asker, url: str, server: Server, limits: dict[str, float], model: str | None) -> Flow[None]:
+    """Ask for what is due: the document, and the list of models if it decides."""
+    with untraced():
+        if server.is_due(None):
+            try:
+                server.answered((yield from asker.get(url, limits)))
+            except Exception as error:  # hooks and key providers are the user's; a probe breaks no request
+                server.failed(error)
+        if server.needs_list(model):
+            try:
+                server.listed((yield from asker.get(f"{asker.base}/models", limits)))
+            except Exception:
+                server.listed(None)
 
 
 def _lock(server: Server) -> anyio.Lock:

@@ -6,15 +6,16 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, Final, Protocol, TypeVar
 
 from typing_extensions import Unpack
 
 from whiflash_sdk.capabilities import ask, async_ask
-from whiflash_sdk.collecting import open_scope, start
+from whiflash_sdk.collecting import open_scope
+from whiflash_sdk.flow import Flow, run, run_async
 from whiflash_sdk.identity import OfClient, api_clients
-from whiflash_sdk.outgoing import Outgoing, Settings, Told, model_of, route_of
+from whiflash_sdk.outgoing import Settings, Told, exchange, route_of
 from whiflash_sdk.streaming import note
 
 
@@ -31,16 +32,10 @@ class ApiClient(Protocol):
 ClientT = TypeVar("ClientT", bound=ApiClient)
 
 _WRAPPED: Final = "_whiflash_settings"
+_ITSELF: Final = "_whiflash_itself"
+"""Whether the settings are of `wrap`, and not of the client that this one was made from."""
 _OWNER: Final = "_whiflash_owner"
 _DOORS: Final = ("copy", "with_options", "request")
-
-
-@dataclass(frozen=True)
-class _Wrapped:
-    """What a client was given by `wrap`, or, if it is not `itself` wrapped, by the client that it was made from."""
-
-    told: Told
-    itself: bool
 
 
 def wrap(client: ClientT, **settings: Unpack[Settings]) -> ClientT:
@@ -80,8 +75,8 @@ def wrap(client: ClientT, **settings: Unpack[Settings]) -> ClientT:
             f"{type(client).__name__}. For other libraries see whiflash_sdk.http_client"
         )
     told = Told.of(**settings)
-    before: _Wrapped | None = vars(client).get(_WRAPPED)
-    if before is not None and before.itself and (others := _others(before.told, told)):
+    before = settings_of(client)
+    if before is not None and vars(client)[_ITSELF] and (others := _others(before, told)):
         raise ValueError(
             f"wrap: this client is wrapped already, with other {', '.join(others)}. Its other users would send the new "
             "ones too. Wrap a copy, client.with_options(), or a framework's model of its own"
@@ -117,31 +112,30 @@ def apart(client: Any, owner: object) -> Any:
 def _view(client: Any) -> Any:
     """A client that sends through the same connections, and makes resources of its own, which ask through it."""
     made = copy.copy(client)
-    wrapped: _Wrapped | None = vars(made).pop(_WRAPPED, None)
+    told: Told | None = vars(made).pop(_WRAPPED, None)
     for name in tuple(vars(made)):
         of_class = getattr(type(made), name, None)
-        if isinstance(of_class, functools.cached_property) or (wrapped and name in _DOORS):
+        if isinstance(of_class, functools.cached_property) or (told and name in _DOORS):
             del vars(made)[name]
-    if wrapped:
-        _install(made, wrapped.told, client)
+    if told:
+        _install(made, told, client)
     return made
 
 
 def settings_of(client: Any) -> Told | None:
     """Settings of a wrapped client; None if it is not wrapped."""
-    wrapped: _Wrapped | None = vars(client).get(_WRAPPED)
-    return None if wrapped is None else wrapped.told
+    told: Told | None = vars(client).get(_WRAPPED)
+    return told
 
 
 def _install(client: Any, told: Told, origin: Any = None) -> None:
     """Wrap a client; one that was made from `origin` has the settings from there."""
     already = _WRAPPED in vars(client)
-    vars(client)[_WRAPPED] = _Wrapped(told, itself=origin is None)
+    vars(client)[_WRAPPED], vars(client)[_ITSELF] = told, origin is None
     if already:
         return
     open_scope(client, origin)
-    is_async = isinstance(client, api_clients(asynchronous=True))
-    vars(client)["request"] = _async_request(client) if is_async else _sync_request(client)
+    vars(client)["request"] = _hinting_request(client)
     for name in _DOORS[:2]:
         vars(client)[name] = _wrapping_copy(client, name)
 
@@ -158,69 +152,37 @@ def _wrapping_copy(client: Any, name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(client, name))
     def copied(*args: Any, **kwargs: Any) -> Any:
         made = inherited()(*args, **kwargs)
-        _install(made, vars(client)[_WRAPPED].told, client)
+        _install(made, vars(client)[_WRAPPED], client)
         return made
 
     return copied
 
 
-def _sync_request(client: Any) -> Callable[..., Any]:
+def _hinting_request(client: Any) -> Callable[..., Any]:
     """The client's one door to the network, with hints put in and traces taken out."""
     inherited = _inherited(client, "request")
+    is_async = isinstance(client, api_clients(asynchronous=True))
+    drive, asks = (run_async, async_ask) if is_async else (run, ask)
 
     @functools.wraps(client.request)
     def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
-        send = functools.partial(inherited(), cast_to)
-        route, body, told = _route(options), _body(options), vars(client)[_WRAPPED].told
+        door = functools.partial(inherited(), cast_to, **kwargs)
+        route = _route(options)
         if route is None:
-            return send(options, **kwargs)
-        server = None
-        if told.capabilities is None:
-            server = ask(OfClient(client), options.timeout, model_of(body))
-        going = Outgoing(body, route, told, server)
-        call = start(client, going.agent)
-        try:
-            result = send(_carrying(options, going.body), **kwargs)
-        except Exception as error:
-            refused = _refused(going, error)
-            if refused is None:
-                raise
-            result = send(_carrying(options, going.plain), **kwargs)
-            going.served_without(refused)
-        if going.traced:
-            note(result, call, whole_text=going.whole_text)
-        return result
+            return door(options)
 
-    return request
+        def send(body: Mapping[str, Any]) -> Flow[Any]:
+            return (yield door(_carrying(options, body)))
 
-
-def _async_request(client: Any) -> Callable[..., Any]:
-    inherited = _inherited(client, "request")
+        asking = functools.partial(asks, OfClient(client), options.timeout)
+        told = vars(client)[_WRAPPED]
+        return drive(exchange(client, told, route, _body(options), ask=asking, send=send, take=note))
 
     @functools.wraps(client.request)
-    async def request(cast_to: Any, options: Any, **kwargs: Any) -> Any:
-        send = functools.partial(inherited(), cast_to)
-        route, body, told = _route(options), _body(options), vars(client)[_WRAPPED].told
-        if route is None:
-            return await send(options, **kwargs)
-        server = None
-        if told.capabilities is None:
-            server = await async_ask(OfClient(client), options.timeout, model_of(body))
-        going = Outgoing(body, route, told, server)
-        call = start(client, going.agent)
-        try:
-            result = await send(_carrying(options, going.body), **kwargs)
-        except Exception as error:
-            refused = _refused(going, error)
-            if refused is None:
-                raise
-            result = await send(_carrying(options, going.plain), **kwargs)
-            going.served_without(refused)
-        if going.traced:
-            note(result, call, whole_text=going.whole_text)
-        return result
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        return await request(*args, **kwargs)
 
-    return request
+    return awaited if is_async else request
 
 
 def _route(options: Any) -> str | None:
@@ -240,8 +202,3 @@ def _carrying(options: Any, body: Mapping[str, Any]) -> Any:
     return options.model_copy(
         update={"json_data": kept if own else options.json_data, "extra_json": extra or None}
     )
-
-
-def _refused(going: Outgoing, error: Exception) -> str | None:
-    answer = getattr(error, "response", None)
-    return None if answer is None else going.refused(answer.status_code, answer.text)

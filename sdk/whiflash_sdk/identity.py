@@ -7,14 +7,14 @@ answer to one key is not another's.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final
 from urllib.parse import urlsplit
 
+from whiflash_sdk.flow import Flow
 from whiflash_sdk.reading import read_json
 
 _SALT: Final = os.urandom(16)
@@ -42,22 +42,6 @@ _OF_ONE_REQUEST: Final = re.compile(
 _READABLE: Final = [(b"accept", b"application/json"), (b"accept-encoding", b"identity")]
 
 
-class Asker(Protocol):
-    """base: the URL that `/chat/completions` or `/messages` follows. timeout: of its requests, as HTTPX takes it."""
-
-    base: str
-    timeout: Any
-
-    def fingerprint(self, url: str) -> bytes:
-        """Address and authentication as a digest, so that no secret is kept."""
-
-    def get(self, url: str, limits: Mapping[str, float]) -> Any:
-        """The JSON body of a 200, or an awaitable of it; follows no redirect, which would get the keys.
-
-        limits: seconds by phase. Raises: whatever the client raises.
-        """
-
-
 def base_classes(name: str) -> tuple[type, ...]:
     """The classes of a name that Anthropic's and both of OpenAI's HTTP libraries have, of those that are imported."""
     return tuple(getattr(sys.modules[of], name) for of in ("httpx", "httpx2") if of in sys.modules)
@@ -71,7 +55,10 @@ def api_clients(*, asynchronous: bool) -> tuple[type, ...]:
 
 
 class OfClient:
-    """An OpenAI or Anthropic client."""
+    """An OpenAI or Anthropic client.
+
+    base: the URL that `/chat/completions` or `/messages` follows. timeout: of its requests, as HTTPX takes it.
+    """
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -81,12 +68,18 @@ class OfClient:
         self.base = str(client.base_url).rstrip("/") + ("" if is_openai else "/v1")
         self.timeout = client.timeout
 
-    def get(self, url: str, limits: Mapping[str, float]) -> Any:
+    def get(self, url: str, limits: Mapping[str, float]) -> Flow[Any]:
+        """The JSON body of a 200; follows no redirect, which would get the keys.
+
+        limits: seconds by phase. Raises: whatever the client raises.
+        """
         options = {"max_retries": 0, "timeout": self._library.Timeout(**limits), "follow_redirects": False}
-        return self._client.get(url, cast_to=object, options=options)
+        return (yield self._client.get(url, cast_to=object, options=options))
 
     def fingerprint(self, url: str) -> bytes:
-        """The cookie jar is left out: balancers set new cookies as they please. So is a key that is made for every
+        """Address and authentication as a digest, so that no secret is kept.
+
+        The cookie jar is left out: balancers set new cookies as they please. So is a key that is made for every
         request: its maker identifies it. Two clients that differ only in their TLS certificates share an answer.
         """
         client = self._client
@@ -99,13 +92,13 @@ class OfClient:
 
 
 class OfRequest:
-    """One HTTP request, and the client that is to send it."""
+    """One HTTP request, and the client that is to send it. It is asked as `OfClient` is."""
 
     def __init__(self, http: Any, request: Any, base: str) -> None:
         self._http, self._request, self.base = http, request, base
         self.timeout = request.extensions.get("timeout")
 
-    def get(self, url: str, limits: Mapping[str, float]) -> Any:
+    def get(self, url: str, limits: Mapping[str, float]) -> Flow[Any]:
         sent = self._request.headers.raw
         headers = [(name, value) for name, value in sent if not _OF_ONE_REQUEST.fullmatch(name)]
         asked = type(self._request)(
@@ -114,8 +107,8 @@ class OfRequest:
             headers=headers + _READABLE,
             extensions={"timeout": dict(limits)},
         )
-        answer = self._http.send(asked, follow_redirects=False)
-        return _later(answer) if inspect.isawaitable(answer) else _body(answer)
+        answer = yield self._http.send(asked, follow_redirects=False)
+        return read_json(answer.raise_for_status().content)
 
     def fingerprint(self, url: str) -> bytes:
         """Cookies are left out, as `OfClient` does: balancers set new ones as they please."""
@@ -124,12 +117,7 @@ class OfRequest:
         return _digest(url, sent, None, id(self._http.auth))
 
 
-async def _later(answer: Any) -> Any:
-    return _body(await answer)
-
-
-def _body(answer: Any) -> Any:
-    return read_json(answer.raise_for_status().content)
+Asker = OfClient | OfRequest
 
 
 def _digest(url: str, sent: Mapping[str, Any], *more: object) -> bytes:

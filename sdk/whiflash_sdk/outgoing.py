@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypedDict, get_args
 
 from whiflash_sdk.agents import Agent, name_of
 from whiflash_sdk.capabilities import Capabilities, Server
+from whiflash_sdk.collecting import start
 from whiflash_sdk.derive import derive_spans, open_first
 from whiflash_sdk.errors import warn_unsupported
+from whiflash_sdk.flow import Flow
 from whiflash_sdk.hints import AGENT_FIELD, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.prediction import predicted_text
 from whiflash_sdk.reading import read_json
@@ -147,6 +149,43 @@ class Outgoing:
                 f"the server refuses {name}, though the capabilities given to `wrap` allow it. The request was "
                 "repeated without hints"
             )
+
+
+def exchange(
+    owner: Any,
+    told: Told,
+    route: str,
+    body: Mapping[str, Any],
+    *,
+    ask: Callable[..., Any],
+    send: Callable[[Mapping[str, Any]], Flow[Any]],
+    take: Callable[..., None] | None,
+    work: Callable[..., Any] = lambda does, *args: does(*args),
+    fails: type[Exception] = Exception,
+) -> Flow[Any]:
+    """One request and its answer, of clients and of HTTP transports. Steps are those of `flow`.
+
+    owner: the client whose `collect` blocks see the call.
+    ask: the step that brings what is known of the server of a model.
+    send: sends a body and returns the answer; for a refusal it raises what it `fails` with, with the `response`.
+    take: has the answer's traces read; None: they pass unread.
+    work: the step that calls a function that takes long for a long body.
+    """
+    server = (yield ask(model_of(body))) if told.capabilities is None else None
+    going = yield work(Outgoing, body, route, told, server)
+    call = start(owner, going.agent)
+    try:
+        answer = yield from send(going.body)
+    except fails as error:
+        response = getattr(error, "response", None)
+        refused = None if response is None else going.refused(response.status_code, response.text)
+        if refused is None:
+            raise
+        answer = yield from send(going.plain)
+        going.served_without(refused)
+    if take is not None and going.traced:
+        take(answer, call, whole_text=going.whole_text)
+    return answer
 
 
 def _found(told: Told, server: Server | None, model: str | None) -> Capabilities | bool | None:

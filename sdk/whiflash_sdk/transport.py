@@ -8,17 +8,19 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, overload
 
 import anyio.to_thread
 from typing_extensions import Unpack
 
-from whiflash_sdk.capabilities import Server, ask, async_ask
-from whiflash_sdk.collecting import open_scope, start
+from whiflash_sdk.capabilities import ask, async_ask
+from whiflash_sdk.collecting import open_scope
 from whiflash_sdk.errors import HintError
+from whiflash_sdk.flow import Flow, run, run_async
 from whiflash_sdk.identity import OfRequest, base_classes
-from whiflash_sdk.outgoing import REFUSALS, Outgoing, Settings, Told, model_of, route_of
+from whiflash_sdk.outgoing import REFUSALS, Settings, Told, exchange, route_of
 from whiflash_sdk.reading import TooDeepError, edit_json, read_json
 from whiflash_sdk.streaming import decodes, watch
 
@@ -99,28 +101,24 @@ def _above(inner: Any, name: str, settings: Settings, *, reads: bool = True, bas
 
 @functools.cache
 def _transports(library: Any) -> tuple[type, type]:
-    """The transports of an HTTP library: two ways to run one `_exchange`."""
+    """The transports of an HTTP library: two ways to run one flow."""
 
     class Shared:
         owner: Any
 
         def __init__(self, inner: Any, told: Told, reads: bool, base: str | None) -> None:
-            self.library, self.inner, self.told, self.reads, self.base = library, inner, told, reads, base
+            self.library, self.inner, self.told, self.base = library, inner, told, base
+            self.take = watch if reads else None
             self.send = functools.partial(inner.send, stream=True, follow_redirects=False)
 
     class Sync(Shared, library.BaseTransport):  # type: ignore[misc]
         ask = staticmethod(ask)
 
         def handle_request(self, request: Any) -> Any:
-            flow, value = _exchange(self, request), None
-            try:
-                while True:
-                    value = flow.send(value)
-            except StopIteration as end:
-                return end.value
+            return run(_exchange(self, request))
 
-        def content(self, request: Any) -> bytes:
-            return bytes(request.read())
+        def content(self, request: Any) -> Any:
+            return request.read()
 
         def raw(self, response: Any) -> bytes:
             return b"".join(response.iter_raw())
@@ -135,24 +133,16 @@ def _transports(library: Any) -> tuple[type, type]:
         ask = staticmethod(async_ask)
 
         async def handle_async_request(self, request: Any) -> Any:
-            flow, value = _exchange(self, request), None
-            while True:
-                try:
-                    step = flow.send(value)
-                except StopIteration as end:
-                    return end.value
-                value = await step
+            return await run_async(_exchange(self, request))
 
-        async def content(self, request: Any) -> bytes:
-            return bytes(await request.aread())
+        def content(self, request: Any) -> Any:
+            return request.aread()
 
         async def raw(self, response: Any) -> bytes:
             return b"".join([part async for part in response.aiter_raw()])
 
-        async def work(self, content: bytes, does: Callable[..., Any], *args: Any) -> Any:
-            if len(content) < BRIEF:
-                return does(*args)
-            return await anyio.to_thread.run_sync(does, *args)
+        def work(self, content: bytes, does: Callable[..., Any], *args: Any) -> Any:
+            return does(*args) if len(content) < BRIEF else anyio.to_thread.run_sync(does, *args)
 
         async def aclose(self) -> None:
             await self.inner.aclose()
@@ -160,36 +150,40 @@ def _transports(library: Any) -> tuple[type, type]:
     return Sync, Async
 
 
-def _exchange(way: Any, request: Any) -> Generator[Any, Any, Any]:
-    """One request and its answer. It yields each step of its transport, and gets what that step brought.
+class _FailedError(Exception):
+    """An answer that is none. response: its status and text, as in clients' errors. answer: as it came."""
 
-    way: a transport. Its steps are done when they are yielded, or are to be awaited.
-    """
+    def __init__(self, answer: Any, text: str) -> None:
+        self.answer, self.response = answer, SimpleNamespace(status_code=answer.status_code, text=text)
+
+
+def _exchange(way: Any, request: Any) -> Flow[Any]:
+    """One request and its answer. way: a transport, whose methods are the flow's steps."""
     route = route_of(request.url.path) if request.method == "POST" else None
     content = (yield way.content(request)) if route else b""
-    body = (yield way.work(content, _read, content)) if route else None
+    work = functools.partial(way.work, content)
+    body = (yield work(_read, content)) if route else None
     if route is None or body is None:
         return (yield way.send(request))
-    server = None
-    if way.told.capabilities is None:
-        server = yield way.ask(_asker(way, request, route), model=model_of(body))
-    going = yield way.work(content, _going, body, route, way.told, server)
-    if going is None:
+
+    def send(edited: Mapping[str, Any]) -> Flow[Any]:
+        carrying = yield work(_carrying, way.library, request, content, body, edited)
+        answer, text = (yield way.send(carrying)), ""
+        if answer.status_code in REFUSALS:
+            raw = yield way.raw(answer)
+            answer, text = _unread(way.library, answer, raw), _text(way.library, answer, raw)
+        if not answer.is_success:
+            raise _FailedError(answer, text)
+        return answer
+
+    ask = functools.partial(way.ask, _asker(way, request, route), None)
+    steps = {"ask": ask, "send": send, "take": way.take, "work": work, "fails": _FailedError}
+    try:
+        return (yield from exchange(way.owner, way.told, route, body, **steps))
+    except HintError:  # of the request's own: the server's refusal names it
         return (yield way.send(request))
-    call = start(way.owner, going.agent)
-    carrying = functools.partial(_carrying, way.library, request, content, body)
-    response = yield way.send((yield way.work(content, carrying, going.body)))
-    if response.status_code in REFUSALS:
-        raw = yield way.raw(response)
-        refused = going.refused(response.status_code, _text(way.library, response, raw))
-        if refused is None:
-            return _unread(way.library, response, raw)
-        response = yield way.send((yield way.work(content, carrying, going.plain)))
-        if response.is_success:
-            going.served_without(refused)
-    if way.reads and going.traced and response.is_success:
-        watch(response, call, whole_text=going.whole_text)
-    return response
+    except _FailedError as failed:
+        return failed.answer
 
 
 def _read(content: bytes) -> dict[str, Any] | None:
@@ -210,13 +204,6 @@ def _asker(way: Any, request: Any, route: str) -> OfRequest:
     path = request.url.path.removesuffix("/" + route.removeprefix("v1/"))
     base = way.base or str(request.url.copy_with(path=path, query=None))
     return OfRequest(way.inner, request, base)
-
-
-def _going(body: dict[str, Any], route: str, told: Told, server: Server | None) -> Outgoing | None:
-    try:
-        return Outgoing(body, route, told, server)
-    except HintError:  # of the request's own: the server's refusal names it
-        return None
 
 
 def _carrying(
