@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from whiflash_sdk.trace import ArmTotals, CollectedTrace, Trace
+from whiflash_sdk.trace import ArmTotals, CollectedTrace, Trace, sum_known
 
 NO_AGENT, NO_TOOL = "no agent", "text only"
 """Rows of answers whose request named no agent, and of those that call no tool."""
@@ -53,14 +53,14 @@ class Share(BaseModel):
     def of(cls, name: str, traces: Sequence[Trace]) -> Share:
         """The sums of these traces."""
         names = dict.fromkeys(arm for trace in traces for arm in trace.arms)
-        arms = {arm: _sum([trace.arms[arm] for trace in traces if arm in trace.arms]) for arm in names}
+        arms = {arm: ArmTotals.sum(trace.arms[arm] for trace in traces if arm in trace.arms) for arm in names}
         return cls(
             name=name,
             answers=len(traces),
             rounds=sum(trace.rounds for trace in traces),
             tokens=sum(trace.tokens for trace in traces),
-            seconds=_known(trace.seconds for trace in traces),
-            saved=_known(totals.saved for totals in arms.values()),
+            seconds=sum_known(trace.seconds for trace in traces),
+            saved=sum_known(totals.saved for totals in arms.values()),
             arms=arms,
         )
 
@@ -133,22 +133,3 @@ def _by(key: Callable[[CollectedTrace], str], traces: Sequence[CollectedTrace]) 
     names = dict.fromkeys(map(key, traces))
     rows = [Share.of(name, [trace for trace in traces if key(trace) == name]) for name in names]
     return tuple(sorted(rows, key=lambda row: -row.tokens))
-
-
-def _sum(totals: Sequence[ArmTotals]) -> ArmTotals:
-    told = [one for one in totals if one.proposed is not None and one.accepted is not None]
-    drafts = {}
-    if len(told) == len(totals):
-        drafts = {name: sum(getattr(one, name) for one in told) for name in ("proposed", "accepted")}
-    return ArmTotals(
-        rounds=sum(one.rounds for one in totals),
-        tokens=sum(one.tokens for one in totals),
-        saved=_known(one.saved for one in totals),
-        **drafts,
-    )
-
-
-def _known(values: Iterable[float | None]) -> float | None:
-    """The sum of those that are known; None: none is."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None

@@ -8,7 +8,7 @@ half-open. Token 0 comes from the prefill: it belongs to no round, so to no stre
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Annotated, Any, Final
 
@@ -96,6 +96,21 @@ class ArmTotals(BaseModel):
     def acceptance_length(self) -> float:
         """Tokens per round, the bonus token counted."""
         return _ratio(self.tokens, self.rounds)
+
+    @classmethod
+    def sum(cls, totals: Iterable[ArmTotals]) -> ArmTotals:
+        """The sums; of drafts only if every one of them has these."""
+        rows = list(totals)
+        is_told = all(one.proposed is not None and one.accepted is not None for one in rows)
+        names = ("rounds", "tokens", "proposed", "accepted") if is_told else ("rounds", "tokens")
+        sums = {name: sum(getattr(one, name) for one in rows) for name in names}
+        return cls(**sums, saved=sum_known(one.saved for one in rows))
+
+
+def sum_known(values: Iterable[float | None]) -> float | None:
+    """The sum of those that are known; None: none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 class SourceTotals(BaseModel):

@@ -39,18 +39,15 @@ class Turn(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of the text; `stretch` is None for what no round wrote, such as the prefill's token."""
+    """A part of the text; `stretch` is None for what no round wrote, such as the prefill's token.
+
+    number: of the stretch, from 1.
+    """
 
     text: str
-    stretch: Stretch | None
+    stretch: Stretch | None = None
     span: str | None = None
-
-
-class Round(NamedTuple):
-    """One round: its drafter and the tokens it committed, a mean where the server sent no counts."""
-
-    arm: str
-    tokens: float
+    number: int = 0
 
 
 SOURCES: Final = {
@@ -75,18 +72,18 @@ def pieces(turn: Turn) -> list[Piece]:
         return [piece for piece in _cut(text, stretches) if piece.text]
     if stretches and all(stretch.text is not None for stretch in stretches):
         return _joined(turn)
-    return [Piece(text, None)] if text else []
+    return [Piece(text)] if text else []
 
 
 def _cut(text: str, stretches: Sequence[Stretch]) -> Iterator[Piece]:
     """`text` at the offsets of its stretches; text between two of the same span is part of that span."""
     end, span = 0, stretches[0].span
-    for stretch in stretches:
+    for number, stretch in enumerate(stretches, 1):
         begin, after = stretch.chars or (end, end)
-        yield Piece(text[end:begin], None, span if span == stretch.span else None)
-        yield Piece(text[begin:after], stretch, stretch.span)
+        yield Piece(text[end:begin], span=span if span == stretch.span else None)
+        yield Piece(text[begin:after], stretch, stretch.span, number)
         end, span = max(end, after), stretch.span
-    yield Piece(text[end:], None)
+    yield Piece(text[end:])
 
 
 def _joined(turn: Turn) -> list[Piece]:
@@ -98,17 +95,10 @@ def _joined(turn: Turn) -> list[Piece]:
         before = turn.trace.prefill_text
     elif not found:  # parsed text, of a tool call for example, is not what was generated
         before = ""
-    inner = [Piece(stretch.text or "", stretch, stretch.span) for stretch in stretches]
+    inner = [Piece(one.text or "", one, one.span, number) for number, one in enumerate(stretches, 1)]
     # A span that is open at the first round opened at the start, or with the prefill's token.
-    first = Piece(before, None, stretches[0].span)
-    return [piece for piece in (first, *inner, Piece(after if found else "", None)) if piece.text]
-
-
-def rounds(trace: Trace) -> Iterator[Round]:
-    """Every round in order."""
-    for stretch in trace.stretches:
-        counts = stretch.round_tokens or (stretch.acceptance_length,) * stretch.rounds
-        yield from (Round(stretch.arm, tokens) for tokens in counts)
+    first = Piece(before, span=stretches[0].span)
+    return [piece for piece in (first, *inner, Piece(after if found else "")) if piece.text]
 
 
 def printable(text: str) -> str:
@@ -163,16 +153,9 @@ def summary(trace: Trace) -> str:
 
 def everything(trace: Trace) -> ArmTotals:
     """The totals of all drafters."""
-    told = [arm for arm in trace.arms.values() if arm.proposed is not None and arm.accepted is not None]
-    drafts = {}
-    if len(told) == len(trace.arms):
-        drafts = {
-            "proposed": sum(arm.proposed or 0 for arm in told),
-            "accepted": sum(arm.accepted or 0 for arm in told),
-        }
-    priced = [arm.saved for arm in trace.arms.values() if arm.saved is not None]
-    saved = sum(priced) if priced else None
-    return ArmTotals(rounds=trace.rounds, tokens=trace.tokens, saved=saved, **drafts)
+    return ArmTotals.sum(trace.arms.values()).model_copy(
+        update={"rounds": trace.rounds, "tokens": trace.tokens}
+    )
 
 
 def reasons(trace: Trace) -> str:

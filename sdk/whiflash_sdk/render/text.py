@@ -14,7 +14,6 @@ from whiflash_sdk.render.aligned import (
     pieces,
     printable,
     reasons,
-    rounds,
     seconds,
     summary,
 )
@@ -115,11 +114,16 @@ def _paint(text: str, code: str, colour: bool) -> str:
 
 
 def _strip(trace: Trace, colour: bool) -> str:
-    found = list(rounds(trace))
-    longest = max((entry.tokens for entry in found), default=0) or 1
+    """Every round, by the tokens that it committed; a mean where the server sent no counts."""
+    found = [
+        (tokens, stretch.arm)
+        for stretch in trace.stretches
+        for tokens in stretch.round_tokens or (stretch.acceptance_length,) * stretch.rounds
+    ]
+    longest = max((tokens for tokens, _ in found), default=0) or 1
+    levels = len(_LEVELS) - 1
     return "".join(
-        _paint(_LEVELS[round(entry.tokens / longest * (len(_LEVELS) - 1))], _code(entry.arm), colour)
-        for entry in found
+        _paint(_LEVELS[round(tokens / longest * levels)], _code(arm), colour) for tokens, arm in found
     )
 
 
