@@ -1,8 +1,10 @@
 """Fixtures: a fake server of each test's own, so that its capabilities are asked again; a stopped clock."""
 
+import asyncio
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -51,6 +53,17 @@ def client(server: FakeServer) -> Iterator[OpenAI]:
 @pytest.fixture
 def async_client(server: FakeServer) -> AsyncOpenAI:
     return AsyncOpenAI(base_url=server.base_url, api_key="key", timeout=None)
+
+
+@pytest.fixture
+def ran(async_client: AsyncOpenAI) -> Callable[[Coroutine[Any, Any, Any]], Any]:
+    """Runs a coroutine that asks with `async_client`, which is closed behind it."""
+
+    async def closing(main: Coroutine[Any, Any, Any]) -> Any:
+        async with async_client:
+            return await main
+
+    return lambda main: asyncio.run(closing(main))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,7 +10,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from whiflash_sdk import Trace
 from whiflash_sdk.hints import decode
+
+ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Where?"}]}
+ROUTE = "/whiflash/capabilities"
+ROUTES = ["chat/completions", "completions", "messages", "responses"]
 
 TRACE: dict[str, Any] = {
     "version": 1,
@@ -42,6 +47,7 @@ STRETCHES: list[dict[str, Any]] = [
 ]
 USAGE = {"prompt_tokens": 5, "completion_tokens": 15, "total_tokens": 20}
 FULL: dict[str, Any] = {**TRACE, "stretches": STRETCHES}
+EXPECTED = Trace.model_validate(TRACE)
 
 CAPABILITIES: dict[str, Any] = {
     "version": 1,
@@ -112,6 +118,14 @@ class FakeServer:
         """The hints of one completion request, as they were sent."""
         sent: dict[str, Any] = json.loads(self.bodies[index]["custom_params"]["whiflash"])
         return sent
+
+    def said(self, name: str) -> list[Any]:
+        """One hint of every request, as it was sent."""
+        return [self.wire(index).get(name) for index in range(len(self.bodies))]
+
+    def routed(self) -> list[bool]:
+        """Which of the requests carried hints."""
+        return ["whiflash" in body.get("custom_params", {}) for body in self.bodies]
 
     def hints(self, index: int = -1) -> dict[str, Any]:
         """The hints of one completion request, fields at their defaults left out."""

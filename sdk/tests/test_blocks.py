@@ -2,18 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import anyio.to_thread
 import pytest
-from fake_server import FakeServer
+from fake_server import ASKED, FakeServer
 from openai import AsyncOpenAI
 
-from whiflash_sdk import Hints, agent, collect, hinted, predict, spans, wrap
+from whiflash_sdk import Hints, Session, agent, collect, hinted, predict, spans, wrap
 from whiflash_sdk.prediction import predicted_text
 
-ASKED: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Where?"}]}
 BLOCKS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "hinted": lambda: hinted(Hints(off=True)),
     "agent": lambda: agent("planner"),
@@ -79,6 +78,31 @@ def test_halves_of_an_async_generator_run_in_two_tasks(
         assert len(given.traces) == 1
     else:
         assert inside != outside
+
+
+def test_tasks_at_the_same_time_keep_their_own(
+    async_client: AsyncOpenAI, server: FakeServer, ran: Any
+) -> None:
+    """Also where two of them are inside the same session."""
+    sessions = {name: Session(agent=name) for name in "ab"}
+    of_all = (lambda name: sessions[name], predict, lambda name: hinted(Hints(query=name)))
+
+    async def ask(name: str) -> None:
+        with ExitStack() as blocks:
+            for block in of_all:
+                blocks.enter_context(block(name))
+            await asyncio.sleep(0)
+            await wrap(async_client).completions.create(model=name, prompt="x")
+        await async_client.completions.create(model="none", prompt="x")
+
+    async def main() -> None:
+        await asyncio.gather(*map(ask, "aba"))
+
+    ran(main())
+    for index, body in enumerate(server.bodies):
+        said = [server.wire(index).get("agent"), server.wire(index).get("query")]
+        said.append(body.get("prediction", {}).get("content"))
+        assert said == [None if body["model"] == "none" else body["model"]] * 3
 
 
 def test_what_outlives_a_block_keeps_it(async_client: AsyncOpenAI, server: FakeServer) -> None:

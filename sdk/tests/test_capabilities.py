@@ -4,24 +4,21 @@ import asyncio
 import logging
 import multiprocessing
 import os
-import pickle
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
-from fake_server import Clock, FakeServer, serving
+from fake_server import ASKED, CAPABILITIES, ROUTE, Clock, FakeServer, serving
 from openai import AsyncOpenAI, OpenAI
 
 import whiflash_sdk
 from whiflash_sdk import Capabilities, Hints, UnsupportedServerError, UnsupportedServerWarning, wrap
-
-ROUTE = "/whiflash/capabilities"
-ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Where?"}]}
-TOOL: Any = {"type": "function", "function": {"name": "f", "parameters": {"properties": {}}}}
 
 
 @pytest.fixture(autouse=True)
@@ -35,31 +32,38 @@ def ask(client: OpenAI) -> None:
     client.chat.completions.create(**ASKED)
 
 
-def routed(server: FakeServer) -> list[bool]:
-    """Which of the completion requests carried hints."""
-    return ["whiflash" in body.get("custom_params", {}) for body in server.bodies]
+def test_the_document_is_read_and_not_completed(client: OpenAI, server: FakeServer, clock: Clock) -> None:
+    """An older server's leaves out what it does not know."""
+    known = {name: value for name, value in CAPABILITIES.items() if name != "a_later_field"}
+    assert whiflash_sdk.capabilities(client) == Capabilities(**known)
+    server.capabilities, clock.seconds = {"version": 1}, 301
+    found = whiflash_sdk.capabilities(client)
+    assert found is not None
+    assert found.assumed() == found == Capabilities(version=1)
 
 
-@pytest.mark.parametrize("status", [500, 503, 429, 401, 403, 405])
-def test_a_failure_is_asked_again(client: OpenAI, server: FakeServer, clock: Clock, status: int) -> None:
-    server.capabilities_status = status
-    ask(wrap(client))
-    server.capabilities_status = 200
-    clock.seconds += 1.5
-    ask(client)
-    assert routed(server) == [False, True]
+FAILURES: list[Any] = [500, 503, 429, 401, 403, 405, b"", b"<p>soon</p>", b'{"ok":']
 
 
-@pytest.mark.parametrize("document", [b"", b"<p>soon</p>", b'{"ok":'])
-def test_a_document_that_is_no_document_is_asked_again(
-    client: OpenAI, server: FakeServer, clock: Clock, document: bytes
+@pytest.mark.parametrize(
+    ("answers", "routed", "asked"),
+    [
+        *([((0, failure), (1.5, 200)), [False, True], 2] for failure in FAILURES),
+        (((0, 404), (299, 200), (301, 200)), [False, False, True], 2),
+        (((0, 200), (301, 404)), [True, False], 2),
+        (((0, 200), (301, 503)), [True, True], 2),
+    ],
+)
+def test_an_answer_holds_for_its_time_and_no_longer(
+    client: OpenAI, server: FakeServer, clock: Clock, answers: Any, routed: list[bool], asked: int
 ) -> None:
-    server.capabilities, known = document, server.capabilities
-    ask(wrap(client))
-    server.capabilities = known
-    clock.seconds += 1.5
-    ask(client)
-    assert routed(server) == [False, True]
+    """A failure is asked again soon, and does not undo a yes."""
+    wrap(client)
+    for clock.seconds, answer in answers:
+        server.capabilities = answer if isinstance(answer, bytes) else CAPABILITIES
+        server.capabilities_status = 200 if isinstance(answer, bytes) else answer
+        ask(client)
+    assert (server.routed(), server.paths.count(ROUTE)) == (routed, asked)
 
 
 def test_a_dead_gateway_is_not_asked_with_every_request(
@@ -73,41 +77,12 @@ def test_a_dead_gateway_is_not_asked_with_every_request(
     assert 6 + 8 <= server.paths.count(ROUTE) <= 6 + 10  # 1, 2, 4, 8, 16, 32 seconds, then every minute
 
 
-def test_a_404_holds_for_its_time_and_no_longer(client: OpenAI, server: FakeServer, clock: Clock) -> None:
-    server.capabilities_status = 404
-    ask(wrap(client))
-    server.capabilities_status = 200  # upgraded
-    clock.seconds = 299
-    ask(client)
-    assert server.paths.count(ROUTE) == 1
-    clock.seconds = 301
-    ask(client)
-    assert routed(server) == [False, False, True]
-
-
-def test_a_yes_expires_too(client: OpenAI, server: FakeServer, clock: Clock) -> None:
-    ask(wrap(client))
-    server.capabilities_status = 404  # replaced by a plain server
-    clock.seconds = 301
-    ask(client)
-    assert routed(server) == [True, False]
-
-
-def test_a_failure_does_not_undo_a_yes(client: OpenAI, server: FakeServer, clock: Clock) -> None:
-    ask(wrap(client))
-    server.capabilities_status = 503
-    clock.seconds = 301
-    ask(client)
-    assert routed(server) == [True, True]
-    assert server.paths.count(ROUTE) == 2
-
-
 def test_one_clients_401_is_not_anothers(server: FakeServer, clock: Clock) -> None:
     server.capabilities_key = "right"
     for key in ("wrong", "right"):
         with OpenAI(base_url=server.base_url, api_key=key) as client:
             ask(wrap(client))
-    assert routed(server) == [False, True]
+    assert server.routed() == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +125,7 @@ def test_a_key_in_the_query_counts_and_a_version_does_not(server: FakeServer) ->
 
 @pytest.mark.parametrize("path", ["https://elsewhere.example/whiflash/capabilities", "/moved"])
 def test_a_probe_follows_no_redirect(
-    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, path: str
+    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, ran: Any, path: str
 ) -> None:
     """Another host would get the keys: `httpx` takes `Authorization` off by itself, and nothing else."""
     with serving() as other:
@@ -162,12 +137,11 @@ def test_a_probe_follows_no_redirect(
 
         async def main() -> None:
             await wrap(async_client).with_options(default_headers=keys).chat.completions.create(**ASKED)
-            await async_client.close()
 
-        asyncio.run(main())
+        ran(main())
         assert other.paths == []
     assert "/moved" not in server.paths
-    assert routed(server) == [False, False]
+    assert server.routed() == [False, False]
     assert "answered 307" in str(said[0].message)
 
 
@@ -177,13 +151,8 @@ def test_keys_that_are_made_anew_for_every_request_are_one_clients(server: FakeS
         wrap(client)
         for _ in range(3):
             ask(client)
-    assert routed(server) == [True] * 3
+    assert server.routed() == [True] * 3
     assert server.paths.count(ROUTE) == 1
-
-
-def test_a_silent_server_takes_the_clients_time(client: OpenAI, server: FakeServer) -> None:
-    server.silent.set()
-    assert whiflash_sdk.capabilities(client.with_options(timeout=0.05)) is None
 
 
 def test_a_probe_may_take_what_the_request_may_and_no_more_than_its_own_bound(client: OpenAI) -> None:
@@ -209,19 +178,6 @@ def test_a_probe_may_take_what_the_request_may_and_no_more_than_its_own_bound(cl
         whole,
         dict.fromkeys(phases, 30.0),
     ]
-
-
-def test_an_async_probe_keeps_to_it_too(async_client: AsyncOpenAI, server: FakeServer) -> None:
-    server.silent.set()
-
-    async def main() -> None:
-        mine = wrap(async_client).with_options(timeout=0.2)
-        found = await asyncio.gather(*(whiflash_sdk.async_capabilities(mine) for _ in range(3)))
-        assert found == [None] * 3
-        await async_client.close()
-
-    asyncio.run(main())
-    assert server.paths.count(ROUTE) <= 1  # none where the time was over before the server was reached
 
 
 def test_who_waits_for_anothers_probe_waits_as_long_as_it_would_itself(
@@ -251,7 +207,7 @@ def test_nobody_waits_for_a_known_answer_to_be_renewed(
     while server.paths.count(ROUTE) < 2:
         asking.join(0.01)
     ask(client)  # would hang until `silent` ends
-    assert routed(server) == [True, True]
+    assert server.routed() == [True, True]
     assert asking.is_alive()
     server.silent.clear()
     asking.join()
@@ -269,7 +225,7 @@ def test_event_loops_that_come_and_go(server: FakeServer, clock: Clock) -> None:
     server.capabilities_status = 200
     clock.seconds = 2
     asyncio.run(main())
-    assert routed(server) == [False, False, True, True]
+    assert server.routed() == [False, False, True, True]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -296,41 +252,6 @@ def test_a_fork_does_not_wait_for_its_parents_probe(client: OpenAI, server: Fake
     asking.join()
 
 
-def test_an_answer_can_be_given_beforehand(client: OpenAI, server: FakeServer) -> None:
-    server.capabilities_status = 404
-    known = Capabilities(version=1, tool_call_parser="hermes")
-    wrap(client, capabilities=known).with_options(max_retries=1).chat.completions.create(
-        **ASKED, tools=[TOOL]
-    )
-    assert server.hints() == {"trace": True}
-    other = client.with_options()
-    wrap(other, capabilities=True, strict=True).chat.completions.create(**ASKED, tools=[TOOL])
-    assert server.hints() == {"trace": True}
-    other = client.with_options()
-    wrap(other, capabilities=False, strict=True).chat.completions.create(**ASKED, tools=[TOOL])
-    assert routed(server) == [True, True, False]
-    assert ROUTE not in server.paths
-
-
-def test_switched_off_nothing_of_ours_goes_out(client: OpenAI, server: FakeServer) -> None:
-    extra = Hints(off=True).extra_body({"custom_params": {"a": 1}, "top_k": 3})
-    wrap(client, capabilities=False).chat.completions.create(**ASKED, extra_body=extra)
-    assert server.bodies == [{**ASKED, "custom_params": {"a": 1}, "top_k": 3}]
-
-
-class OthersTimeout:
-    """As of another version of the transport."""
-
-    def as_dict(self) -> dict[str, float | None]:
-        return {"connect": 30.0, "read": None, "write": None, "pool": None}
-
-
-@pytest.mark.parametrize("timeout", [30.0, (30.0, 60.0, 60.0, 60.0), OthersTimeout()])
-def test_every_way_to_write_a_timeout_is_read(client: OpenAI, timeout: Any) -> None:
-    client.timeout = timeout
-    assert whiflash_sdk.capabilities(client) is not None
-
-
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
@@ -345,12 +266,12 @@ def test_the_environment_sets_what_the_code_does_not(
 ) -> None:
     monkeypatch.setenv(f"WHIFLASH_SDK_{name}", value)
     ask(wrap(client, hints=whiflash_sdk.Hints(infer=False)))
-    assert routed(server) == [expected is not None]
+    assert server.routed() == [expected is not None]
     if expected is not None:
         assert server.hints() == {"infer": False, **expected}
     assert (ROUTE in server.paths) == (name == "TRACE" or value == "off")
     ask(wrap(client.with_options(), trace=True, capabilities=Capabilities(version=1)))
-    assert routed(server)[1] == (expected is not None)  # DISABLE is the operator's: above the code
+    assert server.routed()[1] == (expected is not None)  # DISABLE is the operator's: above the code
     assert expected is None or server.hints(1)["trace"]
 
 
@@ -358,30 +279,6 @@ def test_a_variable_that_says_nothing_is_named(client: OpenAI, monkeypatch: pyte
     monkeypatch.setenv("WHIFLASH_SDK_ASSUME", "maybe")
     with pytest.raises(ValueError, match=r"WHIFLASH_SDK_ASSUME.*maybe"):
         wrap(client)
-
-
-def test_what_is_wrong_is_said_once_a_server_and_reason(
-    client: OpenAI, server: FakeServer, clock: Clock
-) -> None:
-    wrap(client)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        for status in (503, 503, 404, 404):
-            server.capabilities_status = status
-            ask(client)
-            clock.seconds += 1000
-    assert [str(one.message).split("; ")[0].split(" answered ")[1] for one in said] == ["503", "404"]
-
-
-def test_strict_says_why(client: OpenAI, server: FakeServer, clock: Clock) -> None:
-    server.capabilities_status = 503
-    with pytest.raises(UnsupportedServerError, match=r"answered 503.*asked again in 1"):
-        ask(wrap(client, strict=True))
-    with (
-        OpenAI(base_url="http://127.0.0.1:9/v1", api_key="key", max_retries=0) as down,
-        pytest.raises(UnsupportedServerError, match="could not be reached"),
-    ):
-        ask(wrap(down, strict=True))
 
 
 def test_a_probe_that_breaks_in_the_users_own_code_breaks_nothing(
@@ -393,7 +290,7 @@ def test_a_probe_that_breaks_in_the_users_own_code_breaks_nothing(
 
     client._client.event_hooks["request"] = [hook]
     ask(wrap(client))
-    assert routed(server) == [False]
+    assert server.routed() == [False]
 
 
 def test_the_log_tells_of_probes_and_of_no_secret(
@@ -428,15 +325,88 @@ def test_what_is_known_stays_bounded(server: FakeServer) -> None:
     assert len(known) <= 256
 
 
-def test_clients_can_still_be_what_they_could_not_before_either() -> None:
-    """Plain clients cannot be pickled; a wrapped one says the same thing."""
-    with OpenAI(base_url="http://127.0.0.1:9/v1", api_key="key") as client:
-        with pytest.raises(Exception) as plain:  # noqa: PT011
-            pickle.dumps(client)
-        with pytest.raises(type(plain.value)):
-            pickle.dumps(wrap(client))
+def test_what_is_wrong_is_said_once_a_server_and_reason(
+    client: OpenAI, server: FakeServer, clock: Clock
+) -> None:
+    wrap(client)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for status in (503, 503, 404, 404):
+            server.capabilities_status = status
+            ask(client)
+            clock.seconds += 1000
+    assert [str(one.message).split("; ")[0].split(" answered ")[1] for one in said] == ["503", "404"]
+    with pytest.raises(UnsupportedServerError, match=r"answered 404.*asked again in 300"):
+        ask(wrap(client.with_options(), strict=True))
 
 
-def test_the_base_error_is_ours(client: OpenAI) -> None:
-    assert issubclass(UnsupportedServerError, whiflash_sdk.WhiFlashError)
-    assert not issubclass(UnsupportedServerError, openai.OpenAIError)
+def test_switched_off_nothing_of_ours_goes_out(client: OpenAI, server: FakeServer) -> None:
+    extra = Hints(off=True).extra_body({"custom_params": {"a": 1}, "top_k": 3})
+    wrap(client, capabilities=False, strict=True, tenant="acme")
+    client.chat.completions.create(**ASKED, extra_body=extra)
+    assert server.bodies == [{**ASKED, "custom_params": {"a": 1}, "top_k": 3}]
+    assert ROUTE not in server.paths
+
+
+OTHERS = {"connect": 30.0, "read": None, "write": None, "pool": None}
+"""Of another version of the transport."""
+
+
+@pytest.mark.parametrize("timeout", [30.0, (30.0, 60.0, 60.0, 60.0), SimpleNamespace(as_dict=lambda: OTHERS)])
+def test_every_way_to_write_a_timeout_is_read(client: OpenAI, timeout: Any) -> None:
+    client.timeout = timeout
+    assert whiflash_sdk.capabilities(client) is not None
+
+
+def test_a_silent_server_takes_the_clients_time(
+    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, ran: Any
+) -> None:
+    server.silent.set()
+    assert whiflash_sdk.capabilities(client.with_options(timeout=0.05)) is None
+    vars(sys.modules["whiflash_sdk.capabilities"])["_servers"].clear()
+    server.paths.clear()
+
+    async def main() -> None:
+        mine = wrap(async_client).with_options(timeout=0.2)
+        found = await asyncio.gather(*(whiflash_sdk.async_capabilities(mine) for _ in range(3)))
+        assert found == [None] * 3
+
+    ran(main())
+    assert server.paths.count(ROUTE) <= 1  # none where the time was over before the server was reached
+
+
+def test_who_starts_together_asks_once(
+    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, ran: Any
+) -> None:
+    wrap(client), wrap(async_client, agent="a")
+    server.capabilities_seconds = 0.1
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, [client] * 8))
+    assert server.paths.count(ROUTE) == 1
+    vars(sys.modules["whiflash_sdk.capabilities"])["_servers"].clear()
+
+    async def main() -> None:
+        await asyncio.gather(*(async_client.chat.completions.create(**ASKED) for _ in range(8)))
+
+    ran(main())
+    assert server.paths.count(ROUTE) == 2
+    assert server.routed() == [True] * 16
+
+
+def test_a_task_that_gives_up_leaves_the_question_to_the_next(
+    async_client: AsyncOpenAI, server: FakeServer, ran: Any
+) -> None:
+    server.silent.set()
+
+    async def main() -> list[Any]:
+        asking = [asyncio.create_task(whiflash_sdk.async_capabilities(async_client)) for _ in range(3)]
+        while not server.paths:
+            await asyncio.sleep(0.01)
+        asking[0].cancel()
+        server.silent.clear()
+        return await asyncio.gather(*asking, return_exceptions=True)
+
+    first, *others = ran(main())
+    assert isinstance(first, asyncio.CancelledError)
+    assert all(isinstance(found, Capabilities) for found in others)
+    assert server.paths.count(ROUTE) == 2

@@ -1,19 +1,14 @@
 """Several servers at one address: hints go to the model that reads them, and what is refused is asked without them."""
 
-import asyncio
 import warnings
 from typing import Any
 
 import openai
 import pytest
-from fake_server import Clock, FakeServer
+from fake_server import ASKED, ROUTE, Clock, FakeServer
 from openai import AsyncOpenAI, OpenAI
 
-from whiflash_sdk import Capabilities, Hints, UnsupportedServerError, capabilities, predict, wrap
-from whiflash_sdk.errors import UnsupportedServerWarning
-
-ROUTE = "/whiflash/capabilities"
-ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Where?"}]}
+from whiflash_sdk import Capabilities, Hints, UnsupportedServerError, UnsupportedServerWarning, predict, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore::whiflash_sdk.UnsupportedServerWarning")
 
@@ -22,31 +17,21 @@ def ask(client: OpenAI) -> None:
     client.chat.completions.create(**ASKED)
 
 
-def routed(server: FakeServer) -> list[bool]:
-    """Which of the completion requests carried hints."""
-    return ["whiflash" in body.get("custom_params", {}) for body in server.bodies]
-
-
 @pytest.mark.parametrize("models", [["tiny", "other"], ["other"], [], ["tiny", "other", "tiny"]])
 def test_a_gateways_other_models_get_no_hints(
-    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, models: list[str]
+    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, ran: Any, models: list[str]
 ) -> None:
     server.models = models
     asked: Any = {**ASKED, "model": "other"}
     wrap(client, hints=Hints(off=True)), wrap(async_client)
-
-    async def main() -> None:
-        await async_client.chat.completions.create(**asked)
-        await async_client.close()
-
     with warnings.catch_warnings(record=True) as said, predict("mine"):
         warnings.simplefilter("always")
         for _ in range(2):
             client.chat.completions.create(**asked)
         list(client.chat.completions.create(**asked, stream=True))
         client.chat.completions.create(**{**ASKED, "model": "tiny"})
-        asyncio.run(main())
-    assert routed(server) == [False, False, False, True, False]
+        ran(async_client.chat.completions.create(**asked))
+    assert server.routed() == [False, False, False, True, False]
     assert server.bodies[0] == asked
     assert [str(one.message).split("; ")[0] for one in said] == [
         f"{server.url}{ROUTE} answers for the model 'tiny', and this request is for 'other'"
@@ -62,7 +47,7 @@ def test_a_server_that_lists_one_model_gets_hints_under_any_name(client: OpenAI,
     assert "/v1/models" not in server.paths
     for model in ("default", "default", "tiny"):
         client.chat.completions.create(**{**ASKED, "model": model})
-    assert routed(server) == [True] * 4
+    assert server.routed() == [True] * 4
     assert [server.paths.count(path) for path in (ROUTE, "/v1/models")] == [1, 1]
 
 
@@ -70,7 +55,7 @@ def test_capabilities_given_for_a_model_hold_for_it_alone(client: OpenAI, server
     wrap(client, capabilities=Capabilities(version=1, model="mine"))
     for model in ("mine", "other"):
         client.chat.completions.create(**{**ASKED, "model": model})
-    assert routed(server) == [True, False]
+    assert server.routed() == [True, False]
 
 
 REFUSALS = [
@@ -81,32 +66,32 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-@pytest.mark.parametrize("field", ["custom_params", "prediction"])
+@pytest.mark.parametrize("field", ["custom_params", "prediction", "cache_salt"])
 def test_a_request_that_is_refused_for_our_fields_is_repeated_without_them(
     client: OpenAI, server: FakeServer, clock: Clock, refusal: tuple[int, str], field: str
 ) -> None:
     """After a failover another server answers, and what is known of the first holds for five minutes."""
     server.refuses, server.refusal = {field}, refusal
-    own = {"top_k": 3, "custom_params": {}} if field == "prediction" else {"top_k": 3}
+    own = {"top_k": 3} if field == "custom_params" else {"top_k": 3, "custom_params": {}}
     with warnings.catch_warnings(record=True) as said, predict("mine"):
         warnings.simplefilter("always")
-        answer = wrap(client).chat.completions.create(**ASKED, extra_body=own)
+        answer = wrap(client, tenant="acme").chat.completions.create(**ASKED, extra_body=own)
         assert answer.choices[0].message.content
         assert server.bodies[1] == {**ASKED, "top_k": 3}
         list(client.chat.completions.create(**ASKED, stream=True))
         client.completions.create(model="m", prompt="x")
-    assert routed(server) == [True, False, False, False]
+    assert server.routed() == [True, False, False, False]
     assert [f"{field} was refused" in str(one.message) for one in said] == [True]
     server.refuses = set()  # the first one is back
     clock.seconds = 301
     ask(client)
-    assert routed(server)[-1]
+    assert server.routed()[-1]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("capabilities", [None, True, Capabilities(version=1, routes=("responses",))])
 def test_refused_streams_and_async_requests_are_repeated_too(
-    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, stream: bool, capabilities: Any
+    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, ran: Any, stream: bool, capabilities: Any
 ) -> None:
     server.refuses = {"custom_params"}
     told: dict[str, Any] = {**ASKED, "stream": stream}
@@ -114,18 +99,17 @@ def test_refused_streams_and_async_requests_are_repeated_too(
     async def main() -> None:
         answer: Any = await wrap(async_client, capabilities=capabilities).chat.completions.create(**told)
         assert not stream or len([chunk async for chunk in answer]) > 1
-        await async_client.close()
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        asyncio.run(main())
+        ran(main())
         view = wrap(client, capabilities=capabilities).chat.completions.with_raw_response
         assert view.create(**told).http_response.status_code == 200
         answer: Any = client.responses.create(model="m", input="x", stream=stream)
         assert not stream or [event.type for event in answer][-1] == "response.completed"
     assert said
-    assert routed(server)[:2] == [True, False]
-    assert not any(routed(server)[2:]) or capabilities is not None
+    assert server.routed()[:2] == [True, False]
+    assert not any(server.routed()[2:]) or capabilities is not None
 
 
 def test_other_refusals_are_raised_as_they_are(client: OpenAI, server: FakeServer) -> None:
@@ -140,7 +124,7 @@ def test_other_refusals_are_raised_as_they_are(client: OpenAI, server: FakeServe
     assert server.bodies[2] == {**ASKED, **own}
     server.refuses = set()
     ask(client)
-    assert routed(server)[-1]  # the caller's own field was refused, which says nothing about ours
+    assert server.routed()[-1]  # the caller's own field was refused, which says nothing about ours
 
 
 def test_a_hint_that_is_refused_takes_hints_from_no_other_call(client: OpenAI, server: FakeServer) -> None:
@@ -151,41 +135,11 @@ def test_a_hint_that_is_refused_takes_hints_from_no_other_call(client: OpenAI, s
         ask(wrap(client))
     server.refuses = set()
     ask(client)
-    assert routed(server) == [True, False, True]
+    assert server.routed() == [True, False, True]
 
 
 def test_strict_repeats_nothing(client: OpenAI, server: FakeServer) -> None:
     server.refuses = {"custom_params"}
     with pytest.raises(openai.BadRequestError, match="custom_params"):
         ask(wrap(client, strict=True))
-    assert routed(server) == [True]
-
-
-def test_capabilities_that_are_given_need_no_more_than_what_differs(
-    client: OpenAI, server: FakeServer
-) -> None:
-    """Names and predictions go out as they do to a server that answers; fields that are set hold."""
-    wrap(client, agent=lambda: "mine", capabilities=Capabilities(version=1, tool_call_parser="hermes"))
-    with predict("text"):
-        ask(client)
-    none = Capabilities(version=1, scopes=(), prediction_tokens=0)
-    with predict("text"):
-        ask(wrap(client.with_options(), agent="mine", capabilities=none))
-    assert [server.wire(index).get("agent") for index in range(2)] == ["mine", None]
-    assert ["prediction" in body for body in server.bodies] == [True, False]
-
-
-@pytest.mark.parametrize("given", [True, Capabilities(version=1)])
-def test_what_is_assumed_to_route_gets_hints_on_every_route(
-    client: OpenAI, server: FakeServer, given: Capabilities | bool
-) -> None:
-    wrap(client, capabilities=given).responses.create(model="m", input="x")
-    assert routed(server) == [True]
-
-
-def test_a_document_that_was_read_is_not_completed(client: OpenAI, server: FakeServer) -> None:
-    """An older server's leaves out what it does not know."""
-    server.capabilities = {"version": 1}
-    found = capabilities(client)
-    assert found is not None
-    assert found.assumed() == found == Capabilities(version=1)
+    assert server.routed() == [True]

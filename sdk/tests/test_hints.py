@@ -1,5 +1,6 @@
 """The models: bounds, encoding, levels; and the presets that say what formats look like."""
 
+import json
 from typing import Any
 
 import pytest
@@ -31,6 +32,17 @@ def test_spans_refuse_what_the_server_would(fields: Any) -> None:
         Span(**fields)
 
 
+NAMES: Any = [{"agent": ""}, {"agent": "x" * 65}, {"agent": "\ud800"}]
+QUERIES: Any = [{"query": -1}, {"query": True}, {"query": 2**31}, {"query": "x" * 65}]
+PAIRS: Any = [[("a", "b")] * 17, [("", "b")], [("a",)], [(None, "b")]]
+
+
+@pytest.mark.parametrize("fields", [*NAMES, *QUERIES, *({"structure": pairs} for pairs in PAIRS)])
+def test_hints_refuse_what_the_server_would(fields: Any) -> None:
+    with pytest.raises(ValidationError):
+        Hints(**fields)
+
+
 def test_encoding_is_short_and_comes_back() -> None:
     hints = Hints(
         spans=[Span(kind="json", open=True, prefer="lookup", pin=True, bias={"ar": -2})], trace=True
@@ -42,6 +54,11 @@ def test_encoding_is_short_and_comes_back() -> None:
     )
     assert decode(text) == hints
     assert hints.extra_body() == {"custom_params": {"whiflash": text}}
+    hints = Hints(agent="a", query=3, structure=[["<x>", None]])  # type: ignore[list-item,arg-type]
+    assert json.loads(hints.encode()) == {"agent": "a", "query": 3, "structure": [["<x>", None]]}
+    assert decode(hints.encode()) == hints
+    assert hints.without(["query", "spans"]) == Hints(agent="a", structure=(("<x>", None),))
+    assert hints.without(["spans"]) is hints
 
 
 def test_hints_too_long_for_a_request_are_refused() -> None:
@@ -64,17 +81,8 @@ def test_decode_raises_its_own_error(text: object) -> None:
         decode(text)
 
 
-def likely(**asked: Any) -> list[tuple[str, str | None, bool]]:
-    defaults: dict[str, Any] = {
-        "tool_parser": None,
-        "reasoning_parser": None,
-        "has_tools": False,
-        "response_format": None,
-        "forced": False,
-    }
-    return [(s.kind, s.begin, s.open) for s in presets.likely_spans(**{**defaults, **asked})]
-
-
+NOTHING: Any = {"tool_parser": None, "reasoning_parser": None, "has_tools": False, "forced": False}
+NOTHING |= {"response_format": None}
 FENCES = [("json", "```json", False), ("code", "```", False)]
 
 
@@ -106,7 +114,8 @@ FENCES = [("json", "```json", False), ("code", "```", False)]
     ],
 )
 def test_likely_spans(asked: dict[str, Any], expected: list[tuple[str, str | None, bool]]) -> None:
-    assert likely(**asked) == expected
+    found = presets.likely_spans(**{**NOTHING, **asked})
+    assert [(span.kind, span.begin, span.open) for span in found] == expected
 
 
 def test_every_preset_fits_the_bounds() -> None:
@@ -116,45 +125,15 @@ def test_every_preset_fits_the_bounds() -> None:
             Hints(spans=found).encode()
 
 
+PUBLIC = """
+Arm ArmTotals Capabilities Collected CollectedTrace Finding HintError Hints Kind Report Session Share SourceTotals Span
+Stretch Trace TraceError TraceLevel UnsupportedServerError UnsupportedServerWarning WhiFlashError agent
+async_capabilities async_doctor async_http_client capabilities collect doctor explain hinted http_client predict presets
+routing spans wrap
+"""
+
+
 def test_public_names_are_pinned() -> None:
-    assert sorted(whiflash_sdk.__all__) == whiflash_sdk.__all__
-    assert whiflash_sdk.__all__ == [
-        "Arm",
-        "ArmTotals",
-        "Capabilities",
-        "Collected",
-        "CollectedTrace",
-        "Finding",
-        "HintError",
-        "Hints",
-        "Kind",
-        "Report",
-        "Session",
-        "Share",
-        "SourceTotals",
-        "Span",
-        "Stretch",
-        "Trace",
-        "TraceError",
-        "TraceLevel",
-        "UnsupportedServerError",
-        "UnsupportedServerWarning",
-        "WhiFlashError",
-        "agent",
-        "async_capabilities",
-        "async_doctor",
-        "async_http_client",
-        "capabilities",
-        "collect",
-        "doctor",
-        "explain",
-        "hinted",
-        "http_client",
-        "predict",
-        "presets",
-        "routing",
-        "spans",
-        "wrap",
-    ]
-    for name in whiflash_sdk.__all__:
-        assert hasattr(whiflash_sdk, name)
+    assert whiflash_sdk.__all__ == PUBLIC.split() == sorted(whiflash_sdk.__all__)
+    assert all(hasattr(whiflash_sdk, name) for name in whiflash_sdk.__all__)
+    assert issubclass(whiflash_sdk.UnsupportedServerError, whiflash_sdk.WhiFlashError)

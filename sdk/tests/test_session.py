@@ -1,12 +1,11 @@
 """`Session`: salt, agent and turn of every request, and the file that an edit is likely to write."""
 
-import asyncio
 import json
 from typing import Any
 
 import pytest
-from fake_server import CAPABILITIES, FakeServer
-from openai import AsyncOpenAI, OpenAI
+from fake_server import CAPABILITIES, ROUTES, FakeServer
+from openai import OpenAI
 
 from whiflash_sdk import Session, agent, predict, wrap
 
@@ -80,14 +79,13 @@ def predicted(body: dict[str, Any]) -> str | None:
 
 @pytest.fixture
 def wrapped(client: OpenAI, server: FakeServer) -> OpenAI:
-    server.capabilities = {
-        **CAPABILITIES,
-        "routes": ["chat/completions", "completions", "messages", "responses"],
-    }
+    server.capabilities = {**CAPABILITIES, "routes": ROUTES}
     return wrap(client, agent="client", tenant="client")
 
 
 def test_every_request_carries_who_asks_and_its_turn(wrapped: OpenAI, server: FakeServer) -> None:
+    with pytest.raises(ValueError, match="tenant"):
+        Session(tenant="")
     create = wrapped.chat.completions.create
     with Session(tenant="acme", agent="coder"):
         create(model="m", messages=[user()])
@@ -280,27 +278,3 @@ def test_markup_writes_files_as_they_are(wrapped: OpenAI, server: FakeServer) ->
     with Session():
         wrapped.chat.completions.create(model="m", messages=CHAT, tools=[EDIT])  # type: ignore[call-overload]
     assert server.bodies[0]["prediction"]["content"] == FILE.rstrip("\n") + "\n"
-
-
-def test_one_session_in_several_tasks(async_client: AsyncOpenAI, server: FakeServer) -> None:
-    mine, other = Session(agent="mine"), Session(agent="other")
-
-    async def ask(session: Session, name: str) -> None:
-        with session:
-            await asyncio.sleep(0)
-            await wrap(async_client).completions.create(model=name, prompt="x")
-        await async_client.completions.create(model="none", prompt="x")
-
-    async def main() -> None:
-        await asyncio.gather(*(ask(one, str(one.agent)) for one in (mine, other, mine)))
-        await async_client.close()
-
-    asyncio.run(main())
-    assert {body["model"]: server.wire(n).get("agent", "none") for n, body in enumerate(server.bodies)} == {
-        name: name for name in ("mine", "other", "none")
-    }
-
-
-def test_an_empty_tenant_is_refused() -> None:
-    with pytest.raises(ValueError, match="tenant"):
-        Session(tenant="")

@@ -1,20 +1,17 @@
 """Streams of a wrapped client: its own, with nothing among their items that others do not send."""
 
-import asyncio
 import gc
 import inspect
 import threading
 from typing import Any
 
 import pytest
-from fake_server import FULL, TRACE, FakeServer
+from fake_server import ASKED, CAPABILITIES, EXPECTED, ROUTES, FakeServer
 from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
 
-from whiflash_sdk import Trace, routing, wrap
+from whiflash_sdk import agent, collect, routing, wrap
 
-ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Where?"}]}
 PROMPT: Any = {"model": "m", "prompt": "x"}
-EXPECTED = Trace.model_validate(TRACE)
 CLOSES_ITSELF = "finally" in inspect.getsource(Stream.__stream__)
 """Newer clients close a response as its generator is collected, in whatever thread."""
 
@@ -38,15 +35,6 @@ def test_every_item_has_a_choice_and_the_trace_is_kept(client: OpenAI, server: F
         assert read(stream).strip() == server.content
         assert routing(stream) == EXPECTED
         assert stream.response.is_closed
-
-
-def test_a_full_trace_knows_the_text_of_its_stream(client: OpenAI, server: FakeServer) -> None:
-    server.trace = FULL
-    stream = wrap(client, trace="full").chat.completions.create(**ASKED, stream=True)
-    text = read(stream)
-    trace = routing(stream)
-    assert trace is not None
-    assert trace.text == text
 
 
 def test_it_is_left_as_the_clients_own(client: OpenAI) -> None:
@@ -86,7 +74,7 @@ def test_a_final_answer_has_its_trace_when_the_stream_is_gone(client: OpenAI) ->
     assert routing(answer) == EXPECTED
 
 
-def test_async_streams_do_the_same(async_client: AsyncOpenAI, server: FakeServer) -> None:
+def test_async_streams_do_the_same(async_client: AsyncOpenAI, server: FakeServer, ran: Any) -> None:
     async def main() -> None:
         create = wrap(async_client).chat.completions.create
         stream = await create(**ASKED, stream=True)
@@ -112,24 +100,36 @@ def test_async_streams_do_the_same(async_client: AsyncOpenAI, server: FakeServer
             chunks = [event.chunk async for event in events if event.type == "chunk"]
         assert all(chunk.choices for chunk in chunks)
         assert routing(events) == EXPECTED
-        await async_client.close()
 
-    asyncio.run(main())
-
-
-def test_other_chunks_without_choices_stay(client: OpenAI, server: FakeServer) -> None:
-    server.usage_chunk = True
-    stream = wrap(client).chat.completions.create(
-        **ASKED, stream=True, stream_options={"include_usage": True}
-    )
-    last = list(stream)[-1]
-    assert (last.choices, last.usage and last.usage.total_tokens) == ([], 20)
-    assert routing(stream) == EXPECTED
+    ran(main())
 
 
-def test_a_plain_clients_stream_is_untouched(client: OpenAI) -> None:
-    stream = client.chat.completions.create(**ASKED, stream=True)
-    assert type(stream) is Stream
+def test_responses_are_read_as_chats_are(
+    client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, ran: Any
+) -> None:
+    server.capabilities = {**CAPABILITIES, "routes": ROUTES}
+    asked: Any = {"model": "m", "input": "Rename x."}
+    wrap(client), wrap(async_client)
+
+    async def main() -> tuple[Any, ...]:
+        response = await async_client.responses.create(**asked)
+        stream = await async_client.responses.create(**asked, stream=True)
+        assert [event.type async for event in stream][-1] == "response.completed"
+        return response, stream
+
+    with agent("b"), collect() as collected:
+        response = client.responses.create(**asked)
+        stream = client.responses.create(**asked, stream=True)
+        events = list(stream)
+        with client.responses.stream(**asked) as helper:
+            helper.get_final_response()
+        raw = client.responses.with_raw_response.create(**asked)
+        answers = (response, stream, events[-1], helper, raw, *ran(main()))
+    assert [event.type for event in events] == ["response.created", "response.completed"]
+    assert [routing(answer) for answer in answers] == [EXPECTED] * 7
+    told = [(trace.model, trace.response_id, trace.agent, trace.arms) for trace in collected.traces]
+    assert told == [("m", "r0", "b", EXPECTED.arms)] * 6
+    assert server.said("trace") == [True] * 6
 
 
 @pytest.mark.parametrize("in_a_cycle", [False, True])

@@ -3,13 +3,10 @@
 from typing import Any
 
 import pytest
-from fake_server import CAPABILITIES, FULL, STRETCHES, TRACE, FakeServer
+from fake_server import ASKED, CAPABILITIES, EXPECTED, FULL, STRETCHES, TRACE, FakeServer
 from openai import OpenAI
 
 from whiflash_sdk import Hints, SourceTotals, Trace, TraceError, routing, wrap
-
-MESSAGES: Any = [{"role": "user", "content": "Where?"}]
-ASKED: Any = {"model": "m", "messages": MESSAGES}
 
 
 def test_the_trace_is_typed(client: OpenAI, server: FakeServer) -> None:
@@ -44,20 +41,15 @@ def test_sources_are_typed_and_absent_where_a_server_of_before_has_none(
     assert (before.sources, before.arms["ar"].saved) == ({}, None)
 
 
-def test_a_text_that_the_server_sends_is_kept(client: OpenAI, server: FakeServer) -> None:
-    server.trace = {**FULL, "text": "what was generated"}
-    trace = routing(wrap(client).chat.completions.create(**ASKED))
-    assert trace is not None
-    assert trace.text == "what was generated"
-
-
 def test_raw_responses_completions_and_json_carry_it_too(client: OpenAI) -> None:
     wrap(client)
-    raw = client.chat.completions.with_raw_response.create(model="m", messages=MESSAGES)
+    raw = client.chat.completions.with_raw_response.create(**ASKED)
     text = client.completions.create(model="m", prompt="x")
-    expected = Trace.model_validate(TRACE)
-    assert routing(raw) == routing(text) == routing(text.model_dump()) == expected
-    assert routing({"text": "x", "meta_info": {"whiflash": TRACE}}) == expected
+    assert routing(raw) == routing(text) == routing(text.model_dump()) == EXPECTED
+    assert routing({"text": "x", "meta_info": {"whiflash": TRACE}}) == EXPECTED
+    own = routing({"text": "x" * 20, "meta_info": {"whiflash": {**FULL, "text": "generated"}}})
+    assert own is not None
+    assert own.text == "generated", "a text that the server sends is kept"
     full = routing({"text": "x" * 20, "meta_info": {"whiflash": FULL}})
     assert full is not None
     assert full.text == "x" * 20
@@ -101,7 +93,7 @@ def test_fields_of_a_later_server_are_ignored(client: OpenAI, server: FakeServer
 
 def test_choices_have_traces_of_their_own(client: OpenAI, server: FakeServer) -> None:
     server.trace = [{**TRACE, "choice": 1, "policy": "entropy"}, TRACE]
-    response = wrap(client).chat.completions.create(model="m", messages=MESSAGES, n=2)
+    response = wrap(client).chat.completions.create(**ASKED, n=2)
     found = [routing(response, choice) for choice in range(3)]
     assert [trace and trace.policy for trace in found] == ["auto", "entropy", None]
 
@@ -120,7 +112,7 @@ def test_choices_have_traces_of_their_own(client: OpenAI, server: FakeServer) ->
 )
 def test_a_broken_trace_is_named(client: OpenAI, server: FakeServer, broken: Any) -> None:
     server.trace = broken
-    response = wrap(client).chat.completions.create(model="m", messages=MESSAGES)
+    response = wrap(client).chat.completions.create(**ASKED)
     with pytest.raises(TraceError, match="trace"):
         routing(response)
 
@@ -130,8 +122,3 @@ def test_a_broken_trace_is_named(client: OpenAI, server: FakeServer, broken: Any
 )
 def test_no_trace_is_none(response: object) -> None:
     assert routing(response) is None
-
-
-def test_no_rounds_is_no_division(client: OpenAI) -> None:
-    empty = Trace.model_validate({"version": 1, "policy": "none", "rounds": 0, "tokens": 0})
-    assert empty.acceptance_length == 0.0
