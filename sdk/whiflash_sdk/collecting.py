@@ -17,6 +17,7 @@ from typing import Any, Final
 from whiflash_sdk.blocks import BlockValue
 from whiflash_sdk.errors import TraceError
 from whiflash_sdk.otel import attributes, current_span
+from whiflash_sdk.reading import text_or_none
 from whiflash_sdk.report import Report, Share
 from whiflash_sdk.trace import (
     CollectedTrace,
@@ -52,7 +53,7 @@ class Call:
         """Keep the traces of an answer, or of a chunk or an event of one: JSON or an object. True if it has any."""
         if self.response_id is None:
             answer = answer_in(body)
-            self.response_id, self.model = (text_in(answer, name) for name in ("id", "model"))
+            self.response_id, self.model = (text_or_none(field_of(answer, name)) for name in ("id", "model"))
         for choice, text in texts_of(body).items():
             self._texts.setdefault(choice, []).append(text)
         for choice, names in tools_called(body).items():
@@ -88,12 +89,6 @@ class Call:
             trace = parse_trace(raw)
             tools = self.tools.get(trace.choice, ())
             yield CollectedTrace.model_construct(**dict(trace), **known, tools=tools)
-
-
-def text_in(holder: Any, name: str) -> str | None:
-    """A field of an answer, if it is text."""
-    found = field_of(holder, name)
-    return found if isinstance(found, str) else None
 
 
 class Collected:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from whiflash_sdk.presets import MARKUP_ARGUMENTS
-from whiflash_sdk.reading import read_json
+from whiflash_sdk.reading import json_or_none, text_or_none
 from whiflash_sdk.views import file_named, file_shown
 
 _PATHS: Final = ("path", "file_path", "filepath", "filename", "file", "target_file", "absolute_path")
@@ -72,7 +72,9 @@ def _offers_edits(body: Mapping[str, Any]) -> bool:
     if body.get("tool_choice") == "none" or not isinstance(tools, list):
         return False
     described = [tool.get("function", tool) for tool in tools if isinstance(tool, Mapping)]
-    return any(_EDITS.search(_text(one.get("name"))) for one in described if isinstance(one, Mapping))
+    return any(
+        _EDITS.search(text_or_none(one.get("name")) or "") for one in described if isinstance(one, Mapping)
+    )
 
 
 def _messages(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -97,9 +99,9 @@ def _calls(message: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
             function = call.get("function")
             given = function.get("arguments") if isinstance(function, Mapping) else call.get("arguments")
             given = call.get("input") if call.get("type") == "tool_use" else given
-            arguments = _read(given) if isinstance(given, str) else given
+            arguments = json_or_none(given) if isinstance(given, str) else given
             if isinstance(arguments, Mapping):
-                yield _text(call.get("call_id", call.get("id"))), arguments
+                yield text_or_none(call.get("call_id", call.get("id"))) or "", arguments
 
 
 def _results(message: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -112,26 +114,14 @@ def _results(message: Mapping[str, Any]) -> list[tuple[str, str]]:
             found.append((block.get("tool_use_id"), "" if block.get("is_error") else block.get("content")))
         elif block.get("type") == "function_call_output":
             found.append((block.get("call_id"), block.get("output")))
-    return [(_text(name), _plain(content)) for name, content in found]
+    return [(text_or_none(name) or "", _plain(content)) for name, content in found]
 
 
 def _plain(content: object) -> str:
     """The text of a result."""
     parts = content if isinstance(content, list) else [{"text": content}]
-    return "".join(_text(part.get("text")) for part in parts if isinstance(part, Mapping))
+    return "".join(text_or_none(part.get("text")) or "" for part in parts if isinstance(part, Mapping))
 
 
 def _first(arguments: Mapping[str, Any], names: tuple[str, ...]) -> str:
     return next((arguments[name] for name in names if isinstance(arguments.get(name), str)), "")
-
-
-def _text(value: object) -> str:
-    """Of others' JSON, which may hold anything here."""
-    return value if isinstance(value, str) else ""
-
-
-def _read(text: str) -> object:
-    try:
-        return read_json(text)
-    except ValueError:
-        return None

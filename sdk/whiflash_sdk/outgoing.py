@@ -15,7 +15,7 @@ from whiflash_sdk.errors import warn_unsupported
 from whiflash_sdk.flow import Flow
 from whiflash_sdk.hints import AGENT_FIELD, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.prediction import predicted_text
-from whiflash_sdk.reading import read_json
+from whiflash_sdk.reading import json_or_none, text_or_none
 from whiflash_sdk.session import Session, session
 from whiflash_sdk.spans import block_hints, opened_span
 
@@ -102,8 +102,7 @@ def route_of(path: str) -> str | None:
 
 def model_of(body: Mapping[str, Any]) -> str | None:
     """The model that a request is for."""
-    model = body.get("model")
-    return model if isinstance(model, str) else None
+    return text_or_none(body.get("model"))
 
 
 class Outgoing:
@@ -122,7 +121,7 @@ class Outgoing:
             self.body = _with_hints(body, route, told, found)
             self.plain = _with_hints(body, route, told, None)
         said = _said(self.body)
-        self.agent: str | None = _text(said.get("agent")) or _text(self.body.get(AGENT_FIELD))
+        self.agent: str | None = text_or_none(said.get("agent")) or text_or_none(self.body.get(AGENT_FIELD))
         """The name that goes out."""
         self.traced = bool(said.get("trace"))
         self.whole_text = said.get("trace") == "full" or not _knows_summaries(found)
@@ -211,15 +210,8 @@ def _said(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """The hints that go out; malformed ones say nothing, and the server refuses them."""
     params = body.get("custom_params")
     sent = params.get(WIRE_KEY) if isinstance(params, Mapping) else None
-    try:
-        said = read_json(sent) if isinstance(sent, str) else None
-    except ValueError:
-        said = None
+    said = json_or_none(sent) if isinstance(sent, str) else None
     return said if isinstance(said, Mapping) else {}
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def _knows_summaries(found: Capabilities | bool | None) -> bool:

@@ -101,17 +101,8 @@ OPENS_REASONING: Final = frozenset(
 MARKUP_ARGUMENTS: Final = frozenset(
     {
         *("qwen3_coder", "step3p5", "nanbeige", "mimo", "glm", "glm45", "ling3", "poolside_v1", "spark25"),
-        *(
-            "glm47",
-            "iquest_q1",
-            "k2_horizon",
-            "minimax-m2",
-            "dots",
-            "minimax-m3",
-            "deepseekv32",
-            "deepseekv4",
-        ),
-        *("deepseekv41", "gigachat35", "kimi_k3", "minicpm5", "step3"),
+        *("glm47", "iquest_q1", "k2_horizon", "minimax-m2", "dots", "minimax-m3", "deepseekv32"),
+        *("deepseekv4", "deepseekv41", "gigachat35", "kimi_k3", "minicpm5", "step3"),
     }
 )
 

@@ -37,6 +37,19 @@ def read_json(text: str | bytes) -> Any:
     return found
 
 
+def json_or_none(text: str | bytes) -> Any:
+    """`read_json`; None for text that it does not read."""
+    try:
+        return read_json(text)
+    except ValueError:
+        return None
+
+
+def text_or_none(value: object) -> str | None:
+    """A value of others' JSON, which may be anything, if it is text."""
+    return value if isinstance(value, str) else None
+
+
 def _is_deep(found: Any) -> bool:
     holders = [found]
     for _ in range(DEEPEST):

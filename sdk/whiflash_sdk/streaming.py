@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from whiflash_sdk.collecting import Call
 from whiflash_sdk.identity import base_classes
-from whiflash_sdk.reading import read_json
+from whiflash_sdk.reading import json_or_none
 from whiflash_sdk.trace import CALL, keep_stream
 
 _EVENT_END: Final = re.compile(rb"\n\r?\n|\r\r")
@@ -67,7 +67,7 @@ class Passing:
         """The answer is complete or nobody reads on: the bytes that are left."""
         rest, self._waiting = bytes(self._waiting), bytearray()
         if self._is_document:
-            _take(self._call, _parsed(rest))
+            _take(self._call, json_or_none(rest))
             rest = b""
         self._call.end()
         return rest
@@ -77,7 +77,7 @@ class Passing:
         first = self._call.response_id is None
         if not (first or self._whole_text or _TELLS.search(event)):
             return False
-        body = _parsed(b"\n".join(_DATA.findall(event)))
+        body = json_or_none(b"\n".join(_DATA.findall(event)))
         found = _take(self._call, body)
         if first and self._call.response_id is not None:
             keep_stream(self._call.response_id, self._call)
@@ -90,13 +90,6 @@ def _take(call: Call, body: Any) -> bool:
         return call.take(body)
     except (AttributeError, TypeError, ValueError):
         return False
-
-
-def _parsed(data: bytes) -> Any:
-    try:
-        return read_json(data)
-    except ValueError:  # `[DONE]`, a comment, an error page
-        return None
 
 
 def _holds_nothing_else(body: dict[str, Any]) -> bool:
@@ -158,7 +151,7 @@ def watch(response: Any, call: Call, *, whole_text: bool) -> None:
     """Have an HTTP response read as it passes. Its stream is replaced, or read where that has happened."""
     response.extensions[CALL] = call
     if response.is_closed:
-        _take(call, _parsed(response.content))
+        _take(call, json_or_none(response.content))
         call.end()
         return
     base = next(base for base in base_classes("Response") if isinstance(response, base))
