@@ -1,5 +1,6 @@
 """A small HTTP server that answers as OpenAI's and SGLang's routes do, and keeps what it was asked."""
 
+import functools
 import gzip
 import json
 import threading
@@ -31,19 +32,11 @@ TRACE: dict[str, Any] = {
     "reasons": {"score": 2, "span": 1},
 }
 
+_OF_AR = {"arm": "ar", "rounds": 2, "proposed": 8, "accepted": 4, "reason": "score"}
+_OF_COPIES = {"arm": "lookup", "rounds": 1, "proposed": 9, "accepted": 7, "reason": "span", "span": "json"}
 STRETCHES: list[dict[str, Any]] = [
-    {
-        "start": 1,
-        "end": 7,
-        "chars": [1, 9],
-        "arm": "ar",
-        "rounds": 2,
-        "proposed": 8,
-        "accepted": 4,
-        "reason": "score",
-    },
-    {"start": 7, "end": 15, "chars": [9, 18], "arm": "lookup", "rounds": 1, "proposed": 9, "accepted": 7}
-    | {"reason": "span", "span": "json"},
+    {"start": 1, "end": 7, "chars": [1, 9], **_OF_AR},
+    {"start": 7, "end": 15, "chars": [9, 18], **_OF_COPIES},
 ]
 USAGE = {"prompt_tokens": 5, "completion_tokens": 15, "total_tokens": 20}
 FULL: dict[str, Any] = {**TRACE, "stretches": STRETCHES}
@@ -91,7 +84,6 @@ class FakeServer:
     capabilities: Any = field(default_factory=lambda: dict(CAPABILITIES))
     capabilities_status: int = 200
     capabilities_seconds: float = 0.0
-    capabilities_kind: str = "application/json"
     capabilities_key: str = ""
     capabilities_moved_to: str = ""
     silent: threading.Event = field(default_factory=threading.Event)
@@ -136,38 +128,31 @@ class FakeServer:
 
 def _message(server: FakeServer, body: dict[str, Any]) -> dict[str, Any]:
     tools = body.get("tools")
-    answered = body["messages"][-1]["role"] == "tool"
-    if tools and not answered and body.get("tool_choice") != "none":
-        named = body.get("tool_choice")
-        chosen = named if isinstance(named, dict) and "function" in named else tools[0]
-        function = chosen["function"]["name"]
-        properties = tools[0]["function"]["parameters"]["properties"]
-        arguments = {
-            name: 2 if spec.get("type") in ("integer", "number") else "2+2"
-            for name, spec in properties.items()
-        }
-        call = {"name": function, "arguments": json.dumps(arguments)}
-        return {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": [{"id": "c0", "type": "function", "function": call}],
-        }
-    return {"role": "assistant", "content": server.content}
+    if not tools or body["messages"][-1]["role"] == "tool" or body.get("tool_choice") == "none":
+        return {"role": "assistant", "content": server.content}
+    named = body.get("tool_choice")
+    chosen = named if isinstance(named, dict) and "function" in named else tools[0]
+    parameters = tools[0]["function"]["parameters"]["properties"].items()
+    arguments = {name: 2 if spec.get("type") in ("integer", "number") else "2+2" for name, spec in parameters}
+    call = {"name": chosen["function"]["name"], "arguments": json.dumps(arguments)}
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "c0", "type": "function", "function": call}],
+    }
+
+
+def _traced(server: FakeServer) -> dict[str, Any]:
+    return {} if server.trace is None else {"sglext": {"whiflash": server.trace}}
 
 
 def _completion(server: FakeServer, body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
-    head = {"id": "r0", "created": 1, "model": body.get("model", "tiny")}
-    if chat:
-        message = _message(server, body)
-        reason = "tool_calls" if message.get("tool_calls") else "stop"
-        choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
-        answer = {**head, "object": "chat.completion", "choices": [choice], "usage": USAGE}
-    else:
-        choice = {"index": 0, "text": server.content, "finish_reason": "stop", "logprobs": None}
-        answer = {**head, "object": "text_completion", "choices": [choice], "usage": USAGE}
-    if server.trace is not None:
-        answer["sglext"] = {"whiflash": server.trace}
-    return answer
+    said = {"message": _message(server, body)} if chat else {"text": server.content}
+    reason = "tool_calls" if chat and "tool_calls" in said["message"] else "stop"
+    choice = {"index": 0, **said, "finish_reason": reason, "logprobs": None}
+    head = {"id": "r0", "created": 1, "model": body.get("model", "tiny"), "usage": USAGE}
+    kind = "chat.completion" if chat else "text_completion"
+    return {**head, "object": kind, "choices": [choice], **_traced(server)}
 
 
 def _response(server: FakeServer, body: dict[str, Any], status: str = "completed") -> dict[str, Any]:
@@ -175,9 +160,7 @@ def _response(server: FakeServer, body: dict[str, Any], status: str = "completed
     message = {"id": "m0", "type": "message", "role": "assistant", "status": status, "content": content}
     answer = {"id": "r0", "object": "response", "created_at": 1, "model": body["model"], "status": status}
     answer |= {"output": [message] if status == "completed" else [], "tools": [], "tool_choice": "auto"}
-    if status == "completed" and server.trace is not None:
-        answer["sglext"] = {"whiflash": server.trace}
-    return answer
+    return answer | (_traced(server) if status == "completed" else {})
 
 
 def _response_events(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -192,7 +175,7 @@ def _anthropic(server: FakeServer, body: dict[str, Any]) -> dict[str, Any]:
     content = [called] if body.get("tools") else [{"type": "text", "text": server.content}]
     answer = {"id": "r0", "type": "message", "role": "assistant", "model": body["model"], "content": content}
     answer |= {"stop_reason": "end_turn", "usage": {"input_tokens": 5, "output_tokens": 15}}
-    return answer | ({} if server.trace is None else {"sglext": {"whiflash": server.trace}})
+    return answer | _traced(server)
 
 
 def _anthropic_events(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -214,35 +197,27 @@ def _anthropic_events(server: FakeServer, body: dict[str, Any]) -> Iterator[dict
     yield {"type": "message_stop"}
 
 
-def _text_chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    head = {"id": "r0", "created": 1, "model": body.get("model", "tiny"), "object": "text_completion"}
-    for piece in server.content.split(" "):
-        yield {
-            **head,
-            "choices": [{"index": 0, "text": piece + " ", "finish_reason": None, "logprobs": None}],
-        }
-    if server.trace is not None:
-        yield {**head, "choices": [], "sglext": {"whiflash": server.trace}}
+def _chunks(server: FakeServer, body: dict[str, Any], *, chat: bool) -> Iterator[dict[str, Any]]:
+    head = {"id": "r0", "created": 1, "model": body.get("model", "tiny")}
+    head["object"] = "chat.completion.chunk" if chat else "text_completion"
 
+    def chunk(reason: str | None = None, **said: Any) -> dict[str, Any]:
+        return {**head, "choices": [{"index": 0, "finish_reason": reason, "logprobs": None, **said}]}
 
-def _chunks(server: FakeServer, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    head = {"id": "r0", "created": 1, "model": body.get("model", "tiny"), "object": "chat.completion.chunk"}
-    message = _message(server, body)
+    message = _message(server, body) if chat else {"content": server.content}
     for number, call in enumerate(message.get("tool_calls", [])):
         name, text = call["function"]["name"], call["function"]["arguments"]
         begun = {"id": f"c{number}", "type": "function", "function": {"name": name, "arguments": ""}}
         for piece in (begun, *({"function": {"arguments": part}} for part in (text[:4], text[4:]))):
-            delta = {"role": "assistant", "tool_calls": [{"index": number, **piece}]}
-            yield {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+            yield chunk(delta={"role": "assistant", "tool_calls": [{"index": number, **piece}]})
     for piece in (message["content"] or "").split(" "):
-        delta = {"role": "assistant", "content": piece + " "}
-        yield {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-    reason = "tool_calls" if message.get("tool_calls") else "stop"
-    yield {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
+        yield chunk(delta={"role": "assistant", "content": f"{piece} "}) if chat else chunk(text=f"{piece} ")
+    if chat:
+        yield chunk("tool_calls" if "tool_calls" in message else "stop", delta={})
     if server.usage_chunk:
         yield {**head, "choices": [], "usage": USAGE}
     if server.trace is not None:
-        yield {**head, "choices": [], "sglext": {"whiflash": server.trace}}
+        yield {**head, "choices": [], **_traced(server)}
 
 
 def _named(event: dict[str, Any]) -> str:
@@ -288,7 +263,7 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             if self.path == "/whiflash/capabilities" and server.capabilities_status == 200:
                 found = server.capabilities
                 body = found if isinstance(found, bytes) else json.dumps(found).encode()
-                self._send(200, body, server.capabilities_kind)
+                self._send(200, body)
             elif self.path == "/v1/models":
                 listed = {"object": "list", "data": [{"id": name} for name in server.models]}
                 self._send(200, json.dumps(listed).encode())
@@ -310,12 +285,9 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 server.failures -= 1
                 self._send(503, b'{"error": {"message": "busy"}}')
             elif body.get("stream"):
-                chunks = {
-                    "/v1/chat/completions": _chunks,
-                    "/v1/responses": _response_events,
-                    "/v1/messages": _anthropic_events,
-                }
-                found = chunks.get(self.path, _text_chunks)(server, body)
+                events = {"/v1/responses": _response_events, "/v1/messages": _anthropic_events}
+                chunks = functools.partial(_chunks, chat=self.path.endswith("/chat/completions"))
+                found = events.get(self.path, chunks)(server, body)
                 lines = (_named(chunk) + f"data: {json.dumps(chunk)}\n\n" for chunk in found)
                 end = "" if self.path == "/v1/messages" else "data: [DONE]\n\n"
                 self._send(200, "".join([*lines, end]).encode(), server.stream_kind)

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from fake_server import CAPABILITIES, TRACE
+from fake_server import CAPABILITIES, ROUTES, TRACE
 
-ROUTES = ["chat/completions", "completions", "messages", "responses"]
 ANSWER = {
     "id": "r",
     "object": "chat.completion",
@@ -38,7 +37,6 @@ class Recorder:
         default_factory=lambda: [(200, [(b"content-type", b"application/json")], json.dumps(ANSWER).encode())]
     )
     capabilities: dict[str, Any] = field(default_factory=lambda: {**CAPABILITIES, "routes": ROUTES})
-    cookie: int | None = None
     sent: list[tuple[bytes, list[tuple[bytes, bytes]], bytes]] = field(default_factory=list)
     asked: list[list[tuple[bytes, bytes]]] = field(default_factory=list)
 
@@ -58,9 +56,6 @@ class Recorder:
                 self.capabilities if scope["path"].endswith("/capabilities") else {"data": [{"id": "tiny"}]}
             )
             status, headers, body = 200, [], json.dumps(found).encode()
-        if self.cookie is not None:
-            self.cookie += 1
-            headers = [*headers, (b"set-cookie", b"sticky=%d" % self.cookie)]
         headers = [*headers, (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})

@@ -172,30 +172,6 @@ def test_headers_and_the_path_say_who_asks(
     assert not [name for name in request.headers if "whiflash" in name]
 
 
-def test_a_coding_agents_request_gets_its_turn_and_its_file(app: Proxy, upstream: Upstream) -> None:
-    """As such agents send them: system, tools, a file that was read, and an edit to come."""
-    read = {"type": "tool_use", "id": "t1", "name": "Read", "input": {"file_path": "/w/a.py"}}
-    result = {"type": "tool_result", "tool_use_id": "t1", "content": "     1\tx = 1\n     2\ty = 2\n"}
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": "Rename x in a.py."}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "I read it."}, read]},
-        {"role": "user", "content": [result]},
-    ]
-    tools = [{"name": name, "input_schema": {"type": "object"}} for name in ("Read", "Edit")]
-    body = {
-        "model": "tiny",
-        "max_tokens": 9,
-        "system": "s",
-        "messages": messages,
-        "tools": tools,
-        "stream": True,
-    }
-    client = asyncio.run(Client().ask(app, "/v1/messages", body, x_whiflash_agent="coder"))
-    assert client.content == b"".join(EVENTS)
-    assert (upstream.hints().agent, upstream.hints().query) == ("coder", 1)
-    assert upstream.sent()["prediction"] == {"type": "content", "content": "x = 1\\ny = 2\\n"}
-
-
 def test_a_client_that_goes_ends_its_request(app: Proxy, upstream: Upstream) -> None:
     async def main() -> None:
         client = Client(reads=3)
@@ -232,31 +208,19 @@ def test_a_stream_that_breaks_off_is_no_whole_one(app: Proxy, upstream: Upstream
     assert client.messages[-1]["more_body"]
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "status"),
-    [
-        ("/v1/chat/completions", b"x" * 10_001, 413),
-        ("/whiflash/policy", ASKED, 404),
-        ("/other=x/v1/messages", ASKED, 404),
-        ("/v1/embeddings", b"not json", 200),
-    ],
-)
-def test_what_is_not_passed_on(app: Proxy, upstream: Upstream, path: str, body: Any, status: int) -> None:
-    client = asyncio.run(Client().ask(app, path, body))
-    assert client.status == status
-    assert len(upstream.requests) == (status == 200)
-
-
-def test_a_trace_that_a_client_asks_for_reaches_it(app: Proxy, upstream: Upstream) -> None:
-    client = asyncio.run(Client().ask(app, body={**ASKED, **Hints(trace=True).extra_body()}))
+def test_what_is_too_long_is_refused_and_what_is_not_ours_to_read_passes(
+    app: Proxy, upstream: Upstream
+) -> None:
+    """So do refusals of the server, and a trace that the client asks for."""
+    refused = asyncio.run(Client().ask(app, body=b"x" * 10_001))
+    assert (refused.status, upstream.requests) == (413, [])
+    traced = asyncio.run(Client().ask(app, body={**ASKED, **Hints(trace=True).extra_body()}))
     assert upstream.hints().trace is True
-    assert client.content == b"".join(EVENTS)
-
-
-def test_refusals_of_the_server_pass(app: Proxy, upstream: Upstream) -> None:
     upstream.status = 413
-    client = asyncio.run(Client().ask(app))
-    assert (client.status, client.content) == (413, b"".join(EVENTS))
+    for path, body in (("/v1/embeddings", b"not json"), ("/v1/chat/completions", ASKED)):
+        passed = asyncio.run(Client().ask(app, path, body))
+        assert (passed.status, passed.content) == (413, b"".join(EVENTS))
+    assert traced.content == b"".join(EVENTS)
 
 
 @pytest.mark.parametrize(("error", "status"), [(httpx.ConnectError, 502), (httpx.ReadTimeout, 504)])
