@@ -302,13 +302,13 @@ def test_misuse_says_what_to_give(client: OpenAI) -> None:
         ask(wrap(client), extra_body={"custom_params": params})
 
 
-@pytest.mark.parametrize("way", ["create", "raw", "async", "repeated", "repeated as told"])
+@pytest.mark.parametrize("way", ["create", "raw", "async", "repeated", "repeated, as assumed"])
 def test_warnings_point_at_the_users_call(
     client: OpenAI, async_client: AsyncOpenAI, server: FakeServer, ran: Any, way: str
 ) -> None:
     if way.startswith("repeated"):
         server.refuses = {"custom_params"}
-        wrap(client, capabilities=True if "told" in way else None)
+        wrap(client, capabilities=True if "assumed" in way else None)
     else:
         server.capabilities_status = 404
 
