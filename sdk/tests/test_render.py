@@ -30,10 +30,15 @@ STRETCHES: list[dict[str, Any]] = [
 TEXTS = [f"hi {HOSTILE}\n", '{"city": ', '"Zürich"}', "\x00\x1b[31m\x9b2J\u202edone\ud800"]
 
 
-def trace(*, cut: bool = True) -> Trace:
-    stretches = [{**s, "text": t if cut else None} for s, t in zip(STRETCHES, TEXTS, strict=True)]
+def trace(text: str | None = None, *, cut: bool = True, proposed: int | None = None) -> Trace:
+    """A response whose first character is the prefill's. cut: whether offsets point into its text."""
+    stretches: list[dict[str, Any]] = []
+    end = 1
+    for stretch, own in zip(STRETCHES, TEXTS, strict=True):
+        stretches.append({**stretch, "chars": [end, end + len(own)] if cut else None, "proposed": proposed})
+        end += len(own)
     arms = {s["arm"]: {"rounds": s["rounds"], "tokens": s["end"] - s["start"]} for s in STRETCHES}
-    totals = {"rounds": 5, "tokens": 27, "switches": 3, "arms": arms, "stretches": stretches}
+    totals = {"rounds": 5, "tokens": 27, "switches": 3, "arms": arms, "stretches": stretches, "text": text}
     return Trace.model_validate({"version": 1, "policy": "auto", **totals})
 
 
@@ -125,23 +130,6 @@ def test_the_header_has_what_is_known_and_nothing_else() -> None:
     assert "9.0 tokens a second · estimated gain 1.25×" in str(told)
 
 
-def pointing(text: str | None = None, proposed: int | None = 20) -> Trace:
-    """The same response as servers send it now: offsets into the text, whose first character is the prefill's."""
-    stretches, end = [], 1
-    for stretch, own in zip(STRETCHES, TEXTS, strict=True):
-        stretches.append({**stretch, "chars": [end, end + len(own)], "proposed": proposed})
-        end += len(own)
-    return trace().model_copy(
-        update={"stretches": tuple(map(Stretch.model_validate, stretches)), "text": text}
-    )
-
-
-@pytest.mark.parametrize(("given", "own"), [(TEXT, None), ("", TEXT), ("f(x)", TEXT)])
-def test_offsets_show_as_texts_did(given: str, own: str | None) -> None:
-    assert html(pointing(own, None), given) == html(trace(), TEXT)
-    assert terminal(pointing(own, None), given) == terminal(trace(), TEXT)
-
-
 def test_what_no_round_wrote_between_two_stretches_is_shown() -> None:
     """After a retraction a token comes from a prefill."""
     first, second = ({**STRETCHES[1], "chars": chars, "span": "json"} for chars in ([1, 3], [4, 6]))
@@ -150,7 +138,7 @@ def test_what_no_round_wrote_between_two_stretches_is_shown() -> None:
 
 
 def test_offsets_that_lie_beyond_the_text_colour_nothing() -> None:
-    assert "not coloured" in Elements(html(pointing(), TEXT[:20])).text
+    assert "not coloured" in Elements(html(trace(), TEXT[:20])).text
 
 
 def test_a_summary_shows_its_sums_and_says_what_it_is() -> None:
@@ -212,7 +200,7 @@ def test_a_trace_prints_as_a_few_lines(client: OpenAI) -> None:
 
 
 def test_a_notebook_shows_what_the_page_does_and_obeys_nothing() -> None:
-    elements = Elements(pointing(TEXT)._repr_html_())
+    elements = Elements(trace(TEXT)._repr_html_())
     assert not {"script", "img", "b", "link", "iframe", "html", "body", "meta"} & {
         n for n, _ in elements.tags
     }
@@ -261,9 +249,9 @@ def test_a_newcomer_is_told_what_the_words_mean() -> None:
 
 
 def test_the_prefills_token_is_part_of_the_text_and_of_its_span() -> None:
-    stretch = {**STRETCHES[1], "start": 1, "span": "tool_call", "text": 'tool_call>{"name"'}
+    stretch = {**STRETCHES[1], "start": 1, "span": "tool_call", "chars": [1, 18]}
     totals = {"rounds": 1, "tokens": 16, "arms": {"lookup": {"rounds": 1, "tokens": 16}}}
-    given = {"version": 1, "policy": "auto", **totals, "stretches": [stretch], "prefill_text": "<"}
+    given = {"version": 1, "policy": "auto", **totals, "stretches": [stretch], "text": '<tool_call>{"name"'}
     found = Trace.model_validate(given)
     assert '[tool_call <tool_call>{"name"' in Elements(html(found, "parsed: name()")).text
     assert "[tool_call <‹lookup›tool_call>" in terminal(found, colour=False)
@@ -278,8 +266,8 @@ def test_text_that_could_not_be_cut_is_shown_whole() -> None:
 
 
 def test_parsed_text_gives_way_to_what_was_generated() -> None:
-    assert "something else" not in Elements(html(trace(), "something else")).text
-    assert '"Zürich"}' in Elements(html(trace())).text
+    assert html(trace(TEXT), "something else") == html(trace(TEXT), TEXT)
+    assert "something else" not in terminal(trace(TEXT), "something else")
 
 
 def test_an_empty_trace_is_a_page() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser, browser
-from test_render import HOSTILE, TEXT, pointing
+from test_render import HOSTILE, TEXT, trace
 
 from whiflash_sdk import Trace
 from whiflash_sdk.render import Turn, conversation_html
@@ -70,7 +70,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    turns = [Turn(f"</title>{HOSTILE}", TEXT, pointing(), "<b>model</b>"), long_turn()]
+    turns = [Turn(f"</title>{HOSTILE}", TEXT, trace(proposed=20), "<b>model</b>"), long_turn()]
     path = tmp_path_factory.mktemp("page") / "trace.html"
     path.write_text(conversation_html(turns, title="Recorded"), "utf-8")
     return path
@@ -191,7 +191,7 @@ def test_it_can_be_read_aloud(chromium: Browser, page: Path) -> None:
     assert bands[0].startswith("Began with ar: most expected tokens for the time tokens 1–9 · 8 tokens")
     assert bands[1].startswith("Switched from ar to lookup, json began")
     listed = [node for node in nodes if node["role"]["value"] == "listitem"]
-    assert len(bands) == len(pointing().stretches) + len(long_turn().trace.stretches)
+    assert len(bands) == len(trace(proposed=20).stretches) + len(long_turn().trace.stretches)
     assert len(listed) >= len(bands)
     assert "table" in {role for role, _ in read}
     assert {name for role, name in read if role == "heading"} >= {"Recorded", "2. A long answer"}

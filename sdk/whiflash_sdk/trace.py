@@ -42,11 +42,10 @@ class Stretch(BaseModel):
     start, end: output token offsets.
     arm: the drafter; `none` is plain decoding.
     rounds: verification passes of the target.
-    proposed: draft tokens, from newer servers. accepted: accepted draft tokens, without bonus tokens.
+    proposed: draft tokens. accepted: accepted draft tokens, without bonus tokens.
     reason: routing reason.
     span: kind of the open span.
     chars: offsets of these tokens in `Trace.text`, half-open.
-    text: the text of these tokens, from older servers.
     round_tokens: tokens committed by each round, bonus tokens counted.
     """
 
@@ -61,7 +60,6 @@ class Stretch(BaseModel):
     reason: str = ""
     span: str | None = None
     chars: tuple[Offset, Offset] | None = None
-    text: str | None = None
     round_tokens: tuple[int, ...] | None = None
 
     @property
@@ -142,7 +140,6 @@ class Trace(BaseModel):
     cached: prompt tokens whose KV was kept, by place: `device`, `host` or `storage`.
     choice: index of the choice.
     text: the text that `chars` count in, if a parser took something out of the response's.
-    prefill_text: the text before the first stretch, from older servers.
     seconds: from the request's first token to its last.
     gain: estimate of the rounds' speed over plain decoding.
     notes: parts of the request that the server did not follow, with reasons.
@@ -162,7 +159,6 @@ class Trace(BaseModel):
     cached: dict[str, int] = Field(default_factory=dict)
     choice: int = Field(default=0, ge=0)
     text: str | None = None
-    prefill_text: str | None = None
     seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     gain: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     notes: tuple[str, ...] = ()

@@ -70,8 +70,6 @@ def pieces(turn: Turn) -> list[Piece]:
     text = turn.text if turn.trace.text is None else turn.trace.text
     if stretches and all(s.chars is not None and s.chars[1] <= len(text) for s in stretches):
         return [piece for piece in _cut(text, stretches) if piece.text]
-    if stretches and all(stretch.text is not None for stretch in stretches):
-        return _joined(turn)
     return [Piece(text)] if text else []
 
 
@@ -84,21 +82,6 @@ def _cut(text: str, stretches: Sequence[Stretch]) -> Iterator[Piece]:
         yield Piece(text[begin:after], stretch, stretch.span, number)
         end, span = max(end, after), stretch.span
     yield Piece(text[end:])
-
-
-def _joined(turn: Turn) -> list[Piece]:
-    """A response of an older server, which sent the text of each stretch."""
-    stretches = turn.trace.stretches
-    joined = "".join(stretch.text or "" for stretch in stretches)
-    before, found, after = turn.text.partition(joined) if joined else (turn.text, "", "")
-    if turn.trace.prefill_text is not None:
-        before = turn.trace.prefill_text
-    elif not found:  # parsed text, of a tool call for example, is not what was generated
-        before = ""
-    inner = [Piece(one.text or "", one, one.span, number) for number, one in enumerate(stretches, 1)]
-    # A span that is open at the first round opened at the start, or with the prefill's token.
-    first = Piece(before, span=stretches[0].span)
-    return [piece for piece in (first, *inner, Piece(after if found else "")) if piece.text]
 
 
 def printable(text: str) -> str:
