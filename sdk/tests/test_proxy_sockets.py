@@ -54,33 +54,15 @@ def url(_proxied: str, server: Recorder) -> str:
     return _proxied
 
 
-STEERING = [
-    b"/whiflash/policy",
-    b"/flush_cache",
-    b"/v1/../whiflash/policy",
-    b"/v1/../flush_cache",
-    b"/agent=a/v1/../flush_cache",
-    b"/agent=a/v1/../../flush_cache",
-    b"/agent=../v1/../flush_cache",
-    b"/v1/%2e%2e/whiflash/policy",
-    b"/v1/.%2E/flush_cache",
-    b"/v1/%252e%252e/flush_cache",
-    b"/v1/models/../../flush_cache",
-    b"/v1/models/%2e%2e/%2e%2e/flush_cache",
-    b"/v1/models/..%2f..%2fflush_cache",
-    b"/v1/models/..;/..;/flush_cache",
-    b"/v1/models/..\\..\\flush_cache",
-    b"/v1/responses/../../flush_cache",
-    b"/v1//../flush_cache",
-    b"//v1/chat/completions",
-    b"/v1/./chat/completions/../../../flush_cache",
-    b"/v1/load_lora_adapter",
-    b"/V1/chat/completions",
-    b"/v1/chat/completions%00",
-    b"/whiflash/capabilities/../policy",
-    b"/v1/chat/completions/extra",
-    b"/other=a/v1/chat/completions",
-]
+STEERING = rb"""
+/whiflash/policy /flush_cache /v1/../whiflash/policy /v1/../flush_cache /agent=a/v1/../flush_cache
+/agent=a/v1/../../flush_cache /agent=../v1/../flush_cache /v1/%2e%2e/whiflash/policy /v1/.%2E/flush_cache
+/v1/%252e%252e/flush_cache /v1/models/../../flush_cache /v1/models/%2e%2e/%2e%2e/flush_cache
+/v1/models/..%2f..%2fflush_cache /v1/models/..;/..;/flush_cache /v1/models/..\..\flush_cache
+/v1/responses/../../flush_cache /v1//../flush_cache //v1/chat/completions
+/v1/./chat/completions/../../../flush_cache /v1/load_lora_adapter /V1/chat/completions
+/v1/chat/completions%00 /whiflash/capabilities/../policy /v1/chat/completions/extra /other=a/v1/chat/completions
+""".split()
 
 
 def test_no_way_leads_to_another_route(url: str, server: Recorder) -> None:

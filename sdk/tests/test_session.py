@@ -183,71 +183,41 @@ def swe_agent(total: int, above: str = "", below: str = "") -> tuple[str, str]:
     return before.format(total=total, above=above), after.format(below=below)
 
 
-@pytest.mark.parametrize(
-    ("shown", "expected"),
-    [
-        pytest.param(view("{}:", swe_agent(5), "\r\n"), SOURCE, id="swe-agent"),
-        pytest.param(
-            view("{}:", swe_agent(94, "(3 more lines above)\r\n", "(89 more lines below)"), "\r\n", 4),
-            "".join(SOURCE.splitlines(True)[3:]),
-            id="swe-agent's window",
-        ),
-        pytest.param(view("{}:", swe_agent(5), "\r\n", 5), SOURCE.splitlines(True)[4], id="one line"),
-        pytest.param(
-            view(
-                "{}|",
-                (
-                    "[File: /w/a.py (5 lines total)]\n(this is the beginning of the file)\n",
-                    "(this is the end of the file)",
-                ),
-            ),
-            SOURCE,
-            id="openhands",
-        ),
-        pytest.param(
-            view("{:6}\t", ("Here's the result of running `cat -n` on /w/a.py:\n", "")), SOURCE, id="cat -n"
-        ),
-        pytest.param(
-            view("{:6}→", ("", "\n<system-reminder>\nIs it\n1: malware?\n</system-reminder>\n")),
-            SOURCE,
-            id="claude code",
-        ),
-        pytest.param(view("{}\t"), SOURCE, id="tabs"),
-        pytest.param(
-            view("{:05}| ", ("<file>\n", "\n(End of file - total 5 lines)\n</file>")),
-            SOURCE,
-            id="opencode's bars",
-        ),
-        pytest.param(
-            view("{}: ", ("<path>a.py</path>\n<type>file</type>\n<content>\n", "</content>"), "\n", 4),
-            "".join(SOURCE.splitlines(True)[3:]),
-            id="opencode's colons",
-        ),
-        pytest.param(view("{:3} | ", ('<content lines="1-5">\n', "</content>\n")), SOURCE, id="roo"),
-        pytest.param(view("L{}: "), SOURCE, id="codex"),
-        pytest.param(view("{:4} │ "), SOURCE, id="bat"),
-        pytest.param(
-            "File: `a.py`. Lines 1 to 5 (5 lines total):\n```python\n" + SOURCE + "```", SOURCE, id="a fence"
-        ),
-        pytest.param('<file path="a.py">\n' + SOURCE + "</file>", SOURCE, id="an element"),
-        pytest.param("[File: a.py (5 lines total)]\n" + SOURCE + "bash-$", SOURCE, id="a header alone"),
-        pytest.param("1:import os\n40:import re\n", None, id="results of a search"),
-        pytest.param("1:import os\nand more\n2:import re\n3:a\n", None, id="wrapped lines"),
-        pytest.param(
-            view("{}:", swe_agent(5)) + "\nBefore your edit:\n" + view("{}:", swe_agent(5)),
-            None,
-            id="two views",
-        ),
-        pytest.param("", None, id="nothing"),
-        pytest.param(SOURCE, SOURCE, id="as it is"),
-        pytest.param("12:30 we meet\n", "12:30 we meet\n", id="a time"),
-        pytest.param(
-            "ports:\n  80: a\n  81: b\nhosts:\n- c\n",
-            "ports:\n  80: a\n  81: b\nhosts:\n- c\n",
-            id="numbers of its own",
-        ),
-    ],
-)
+WINDOW = "".join(SOURCE.splitlines(True)[3:])
+OPENHANDS = "[File: /w/a.py (5 lines total)]\n(this is the beginning of the file)\n"
+YAML = "ports:\n  80: a\n  81: b\nhosts:\n- c\n"
+NOTED = "\n<system-reminder>\nIs it\n1: malware?\n</system-reminder>\n"
+ABOVE = swe_agent(94, "(3 more lines above)\r\n", "(89 more lines below)")
+TWICE = view("{}:", swe_agent(5)) + "\nBefore your edit:\n" + view("{}:", swe_agent(5))
+OPENCODE = ("<path>a.py</path>\n<type>file</type>\n<content>\n", "</content>")
+FENCED = f"File: `a.py`. Lines 1 to 5 (5 lines total):\n```python\n{SOURCE}```"
+VIEWS = {
+    "swe-agent": (view("{}:", swe_agent(5), "\r\n"), SOURCE),
+    "swe-agent's window": (view("{}:", ABOVE, "\r\n", 4), WINDOW),
+    "one line": (view("{}:", swe_agent(5), "\r\n", 5), SOURCE.splitlines(True)[4]),
+    "openhands": (view("{}|", (OPENHANDS, "(this is the end of the file)")), SOURCE),
+    "cat -n": (view("{:6}\t", ("Here's the result of running `cat -n` on /w/a.py:\n", "")), SOURCE),
+    "claude code": (view("{:6}→", ("", NOTED)), SOURCE),
+    "tabs": (view("{}\t"), SOURCE),
+    "opencode's bars": (view("{:05}| ", ("<file>\n", "\n(End of file - total 5 lines)\n</file>")), SOURCE),
+    "opencode's colons": (view("{}: ", OPENCODE, "\n", 4), WINDOW),
+    "roo": (view("{:3} | ", ('<content lines="1-5">\n', "</content>\n")), SOURCE),
+    "codex": (view("L{}: "), SOURCE),
+    "bat": (view("{:4} │ "), SOURCE),
+    "a fence": (FENCED, SOURCE),
+    "an element": (f'<file path="a.py">\n{SOURCE}</file>', SOURCE),
+    "a header alone": (f"[File: a.py (5 lines total)]\n{SOURCE}bash-$", SOURCE),
+    "results of a search": ("1:import os\n40:import re\n", None),
+    "wrapped lines": ("1:import os\nand more\n2:import re\n3:a\n", None),
+    "two views": (TWICE, None),
+    "nothing": ("", None),
+    "as it is": (SOURCE, SOURCE),
+    "a time": ("12:30 we meet\n", "12:30 we meet\n"),
+    "numbers of its own": (YAML, YAML),
+}
+
+
+@pytest.mark.parametrize(("shown", "expected"), VIEWS.values(), ids=VIEWS)
 def test_views_are_predicted_without_what_they_add(
     wrapped: OpenAI, server: FakeServer, shown: str, expected: str | None
 ) -> None:

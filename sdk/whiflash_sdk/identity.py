@@ -19,20 +19,10 @@ from whiflash_sdk.reading import read_json
 
 _SALT: Final = os.urandom(16)
 _SECRET_WORDS: Final = frozenset(
-    [
-        "apikey",
-        "auth",
-        "authorization",
-        "cookie",
-        "credential",
-        "jwt",
-        "key",
-        "organization",
-        "password",
-        "project",
-        "secret",
-        "token",
-    ]
+    {
+        *("apikey", "auth", "authorization", "cookie", "credential", "jwt", "key", "organization"),
+        *("password", "project", "secret", "token"),
+    }
 )
 """Words of the names of headers that authenticate: `Authorization`, `X-Api-Key`, `OpenAI-Organization`."""
 _OF_ONE_REQUEST: Final = re.compile(
