@@ -5,10 +5,11 @@ import logging
 import multiprocessing
 import os
 import sys
-import threading
+import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -180,19 +181,27 @@ def test_a_probe_may_take_what_the_request_may_and_no_more_than_its_own_bound(cl
     ]
 
 
+@contextmanager
+def asking(client: OpenAI, server: FakeServer) -> Iterator[Future[Any]]:
+    """A thread asks a server that is silent until the block ends."""
+    known = server.paths.count(ROUTE)
+    server.silent.set()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            asked = pool.submit(whiflash_sdk.capabilities, client)
+            while server.paths.count(ROUTE) == known and not asked.done():
+                time.sleep(0.01)
+            yield asked
+        finally:
+            server.silent.clear()
+
+
 def test_who_waits_for_anothers_probe_waits_as_long_as_it_would_itself(
     client: OpenAI, server: FakeServer
 ) -> None:
-    server.silent.set()
-    wrap(client)
-    asking = threading.Thread(target=whiflash_sdk.capabilities, args=(client,))
-    asking.start()
-    while ROUTE not in server.paths:
-        asking.join(0.01)
-    assert whiflash_sdk.capabilities(client.with_options(timeout=0.01)) is None
-    assert server.paths.count(ROUTE) == 1
-    server.silent.clear()
-    asking.join()
+    with asking(wrap(client), server):
+        assert whiflash_sdk.capabilities(client.with_options(timeout=0.01)) is None
+        assert server.paths.count(ROUTE) == 1
     assert whiflash_sdk.capabilities(client) is not None
 
 
@@ -201,16 +210,10 @@ def test_nobody_waits_for_a_known_answer_to_be_renewed(
 ) -> None:
     ask(wrap(client))
     clock.seconds = 301
-    server.silent.set()
-    asking = threading.Thread(target=whiflash_sdk.capabilities, args=(client,))
-    asking.start()
-    while server.paths.count(ROUTE) < 2:
-        asking.join(0.01)
-    ask(client)  # would hang until `silent` ends
-    assert server.routed() == [True, True]
-    assert asking.is_alive()
-    server.silent.clear()
-    asking.join()
+    with asking(client, server) as asked:
+        ask(client)  # would hang until `silent` ends
+        assert server.routed() == [True, True]
+        assert not asked.done()
 
 
 def test_event_loops_that_come_and_go(server: FakeServer, clock: Clock) -> None:
@@ -230,11 +233,6 @@ def test_event_loops_that_come_and_go(server: FakeServer, clock: Clock) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_does_not_wait_for_its_parents_probe(client: OpenAI, server: FakeServer) -> None:
-    server.silent.set()
-    asking = threading.Thread(target=whiflash_sdk.capabilities, args=(client,))
-    asking.start()
-    while ROUTE not in server.paths:
-        asking.join(0.01)
     context = multiprocessing.get_context("fork")
     there, here = context.Pipe()
 
@@ -242,14 +240,13 @@ def test_a_fork_does_not_wait_for_its_parents_probe(client: OpenAI, server: Fake
         with OpenAI(base_url=server.base_url, api_key="key") as own:
             there.send(whiflash_sdk.capabilities(own))
 
-    process = context.Process(target=child)
-    process.start()
-    while server.paths.count(ROUTE) < 2 and process.is_alive():
-        process.join(0.01)
-    server.silent.clear()
+    with asking(client, server):
+        process = context.Process(target=child)
+        process.start()
+        while server.paths.count(ROUTE) < 2 and process.is_alive():
+            process.join(0.01)
     assert here.recv() is not None
     process.join()
-    asking.join()
 
 
 @pytest.mark.parametrize(

@@ -123,10 +123,7 @@ def why(stretch: Stretch, before: Stretch | None) -> str:
 def summary(trace: Trace) -> str:
     """A response in one line."""
     facts = [f"policy {trace.policy}", count(trace.tokens, "token"), count(trace.rounds, "round")]
-    facts += [
-        f"acceptance length {trace.acceptance_length:.2f}",
-        count(trace.switches, "switch", "switches"),
-    ]
+    facts += [f"acceptance length {trace.acceptance_length:.2f}", count(trace.switches, "switch", "switches")]
     if trace.tokens_per_second is not None:
         facts.append(f"{trace.tokens_per_second:.1f} tokens a second")
     if trace.gain is not None:
