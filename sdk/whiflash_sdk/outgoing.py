@@ -12,7 +12,7 @@ from whiflash_sdk.capabilities import Capabilities, Server
 from whiflash_sdk.collecting import start
 from whiflash_sdk.derive import derive_spans, open_first
 from whiflash_sdk.errors import warn_unsupported
-from whiflash_sdk.flow import Flow
+from whiflash_sdk.flow import Flow, ResultT
 from whiflash_sdk.hints import AGENT_FIELD, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.prediction import predicted_text
 from whiflash_sdk.reading import json_or_none, text_or_none
@@ -150,6 +150,11 @@ class Outgoing:
             )
 
 
+def at_once(does: Callable[..., ResultT], *args: Any) -> ResultT:
+    """The step that calls a function here."""
+    return does(*args)
+
+
 def exchange(
     owner: Any,
     told: Told,
@@ -159,7 +164,7 @@ def exchange(
     ask: Callable[..., Any],
     send: Callable[[Mapping[str, Any]], Flow[Any]],
     take: Callable[..., None] | None,
-    work: Callable[..., Any] = lambda does, *args: does(*args),
+    work: Callable[..., Any] = at_once,
     fails: type[Exception] = Exception,
 ) -> Flow[Any]:
     """One request and its answer, of clients and of HTTP transports. Steps are those of `flow`.

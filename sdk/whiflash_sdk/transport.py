@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, overload
 
@@ -20,7 +20,7 @@ from whiflash_sdk.collecting import open_scope
 from whiflash_sdk.errors import HintError
 from whiflash_sdk.flow import Flow, run, run_async
 from whiflash_sdk.identity import OfRequest, base_classes
-from whiflash_sdk.outgoing import REFUSALS, Settings, Told, exchange, route_of
+from whiflash_sdk.outgoing import REFUSALS, Settings, Told, at_once, exchange, route_of
 from whiflash_sdk.reading import TooDeepError, edit_json, read_json
 from whiflash_sdk.streaming import decodes, watch
 
@@ -105,6 +105,7 @@ def _transports(library: Any) -> tuple[type, type]:
 
     class Shared:
         owner: Any
+        is_async = False
 
         def __init__(self, inner: Any, told: Told, reads: bool, base: str | None) -> None:
             self.library, self.inner, self.told, self.base = library, inner, told, base
@@ -112,42 +113,26 @@ def _transports(library: Any) -> tuple[type, type]:
             self.send = functools.partial(inner.send, stream=True, follow_redirects=False)
 
     class Sync(Shared, library.BaseTransport):  # type: ignore[misc]
-        ask = staticmethod(ask)
-
         def handle_request(self, request: Any) -> Any:
             return run(_exchange(self, request))
-
-        def content(self, request: Any) -> Any:
-            return request.read()
-
-        def raw(self, response: Any) -> bytes:
-            return b"".join(response.iter_raw())
-
-        def work(self, content: bytes, does: Callable[..., Any], *args: Any) -> Any:
-            return does(*args)
 
         def close(self) -> None:
             self.inner.close()
 
     class Async(Shared, library.AsyncBaseTransport):  # type: ignore[misc]
-        ask = staticmethod(async_ask)
+        is_async = True
 
         async def handle_async_request(self, request: Any) -> Any:
             return await run_async(_exchange(self, request))
-
-        def content(self, request: Any) -> Any:
-            return request.aread()
-
-        async def raw(self, response: Any) -> bytes:
-            return b"".join([part async for part in response.aiter_raw()])
-
-        def work(self, content: bytes, does: Callable[..., Any], *args: Any) -> Any:
-            return does(*args) if len(content) < BRIEF else anyio.to_thread.run_sync(does, *args)
 
         async def aclose(self) -> None:
             await self.inner.aclose()
 
     return Sync, Async
+
+
+async def _joined(parts: AsyncIterator[bytes]) -> bytes:
+    return b"".join([part async for part in parts])
 
 
 class _FailedError(Exception):
@@ -158,26 +143,29 @@ class _FailedError(Exception):
 
 
 def _exchange(way: Any, request: Any) -> Flow[Any]:
-    """One request and its answer. way: a transport, whose methods are the flow's steps."""
+    """One request and its answer. way: the transport that sends."""
     route = route_of(request.url.path) if request.method == "POST" else None
-    content = (yield way.content(request)) if route else b""
-    work = functools.partial(way.work, content)
-    body = (yield work(_read, content)) if route else None
-    if route is None or body is None:
+    if route is None:
+        return (yield way.send(request))
+    content = yield (request.aread() if way.is_async else request.read())
+    in_thread = way.is_async and len(content) >= BRIEF
+    work: Callable[..., Any] = anyio.to_thread.run_sync if in_thread else at_once
+    body = yield work(_read, content)
+    if body is None:
         return (yield way.send(request))
 
     def send(edited: Mapping[str, Any]) -> Flow[Any]:
         carrying = yield work(_carrying, way.library, request, content, body, edited)
         answer, text = (yield way.send(carrying)), ""
         if answer.status_code in REFUSALS:
-            raw = yield way.raw(answer)
+            raw = yield (_joined(answer.aiter_raw()) if way.is_async else b"".join(answer.iter_raw()))
             answer, text = _unread(way.library, answer, raw), _text(way.library, answer, raw)
         if not answer.is_success:
             raise _FailedError(answer, text)
         return answer
 
-    ask = functools.partial(way.ask, _asker(way, request, route), None)
-    steps = {"ask": ask, "send": send, "take": way.take, "work": work, "fails": _FailedError}
+    asking = functools.partial(async_ask if way.is_async else ask, _asker(way, request, route), None)
+    steps = {"ask": asking, "send": send, "take": way.take, "work": work, "fails": _FailedError}
     try:
         return (yield from exchange(way.owner, way.told, route, body, **steps))
     except HintError:  # of the request's own: the server's refusal names it
