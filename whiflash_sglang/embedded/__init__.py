@@ -10,7 +10,6 @@ two processes start at once. `embedded_arguments` serves it.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import platformdirs
@@ -69,7 +69,8 @@ def _installer(scratch: Path, requirement: Path) -> list[str]:
         *("download", "--no-deps", "--require-hashes", "--only-binary=:all:", "--disable-pip-version-check"),
         *("--quiet", "--dest", str(scratch), "--requirement", str(requirement)),
     ]
-    if importlib.util.find_spec("pip") is not None:
+    # `importlib.util.find_spec` asks setuptools' finder too, which then keeps setuptools from being imported.
+    if PathFinder.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip", *pip_arguments]
     uv = os.environ.get("UV") or shutil.which("uv")
     if uv:
