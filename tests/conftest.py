@@ -22,30 +22,41 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
-    "tests/bench/test_run.py",
-    "tests/parallel/test_tensor_parallel.py",
-    "tests/parallel/test_router.py",
-    "tests/worker/test_overlap.py",
-    "tests/agents/test_examples.py",
-    "tests/worker/test_interpreted_rounds.py",
-    "tests/platform/test_stock_command.py",
-    "kernels/tests/test_interpreter.py",
-    "tests/parallel/test_tensor_parallel_server.py",
-    "tests/targets/test_targets.py",
-    "tests/targets/test_trained.py",
-    "tests/targets/test_training_features.py",
-    "tests/targets/test_target_parity.py",
-    "tests/targets/test_own_heads.py",
     "tests/platform/test_servers.py",
+    "tests/agents/test_parsed_streams.py",
     "tests/phantom/test_server.py",
-    "tests/gpu/test_serving_part.py",
-    "tests/graphs/test_lag_and_graphs.py",
-    "tests/parallel/test_data_parallel.py",
-    "tests/cli/test_bundle.py",
+    "tests/bench/test_run.py",
+    "tests/learn/test_learner.py",
+    "tests/worker/test_radix.py",
+    "tests/worker/test_logprobs.py",
+    "tests/worker/test_hicache.py",
+    "tests/worker/test_losslessness.py",
+    "tests/agents/test_traces.py",
+    "tests/worker/test_constrained.py",
+    "tests/targets/test_targets.py",
+    "tests/worker/test_quarantine.py",
+    "tests/worker/test_overlap.py",
+    "tests/targets/test_recurrent_trees.py",
+    "tests/worker/test_sampling.py",
+    "tests/worker/test_strands.py",
+    "tests/worker/test_interpreted_rounds.py",
+    "tests/worker/test_overlap_features.py",
+    "tests/agents/test_http.py",
 )
 """Files of more than half a minute, longest first. They are begun first: a file is one worker's, and one that is begun
 last is waited for by all others. Only the time of a whole run depends on this list."""
 
+NIGHTLY = (
+    "kernels/tests/test_interpreter.py",
+    "tests/agents/test_examples.py",
+    "tests/gpu/test_serving_part.py",
+    "tests/parallel/test_data_parallel.py",
+    "tests/parallel/test_router.py",
+    "tests/parallel/test_tensor_parallel.py",
+    "tests/parallel/test_tensor_parallel_server.py",
+    "tests/targets/test_trained.py",
+)
+"""Minutes each, and seldom red where the rest is green: `make evidence` runs them."""
 
 NOT_FAST = ("tests/routing/test_hinted.py", "tests/routing/test_slow_moments.py")
 """Simulations of thousands of rounds. `make fast` leaves them out, and what imports SGLang or starts a process."""
@@ -100,9 +111,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     rank = {config.rootpath / name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+    nightly = {config.rootpath / name for name in NIGHTLY}
+    for item in items:
+        if item.path in nightly:
+            item.add_marker("evidence")
     if config.getoption("--evidence"):
         return
-    skip = pytest.mark.skip(reason="full matrix; run `make evidence`")
+    skip = pytest.mark.skip(reason="a matrix, or nightly; run `make evidence`")
     for item in items:
         if "evidence" in item.keywords:
             item.add_marker(skip)
