@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import sampled
 from server_host import Server, ServerHost
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -54,7 +55,7 @@ def tokens(answers: list[Any]) -> list[list[int]]:
     return [answer["output_ids"] for answer in answers]
 
 
-@pytest.fixture(scope="module", params=CONFIGURATIONS)
+@pytest.fixture(scope="module", params=sampled(CONFIGURATIONS, "none-paged", "EAGLE3-paged", "DFLASH"))
 def configured(
     request: pytest.FixtureRequest, host: ServerHost, checkpoints: Checkpoints
 ) -> Iterator[Configured]:
