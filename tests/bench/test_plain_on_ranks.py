@@ -56,10 +56,10 @@ def test_plain_decoding_on_ranks_answers_what_plain_decoding_was_asked(
         return Reference(prompt, (1,), (5,), (9.0,), f"by {client}")
 
     monkeypatch.setattr(runner, "ask_reference", answering)
-    monkeypatch.setattr(runner, "_flush", lambda client: None)
+    monkeypatch.setattr(runner, "flush", lambda client: None)
     fleet = SimpleNamespace(clients={arm.server: arm.server for arm in arms})
     plan = runner.Plan(subject, arms, prompts)
-    running = runner.Runner(plan, fleet, Journal(tmp_path / "cells", "plan", Cell), Progress(disable=True))
+    running = runner.Runner(plan, fleet, Journal(tmp_path / "cells", "plan"), Progress(disable=True))
     running._ask_references()
     for arm in arms:
         running._ask_apart(arm.name)
@@ -78,10 +78,10 @@ def test_a_prompt_that_the_server_does_not_take_is_left_out(
         return Reference(prompt, (1,), (5,), (9.0,), "short")
 
     monkeypatch.setattr(runner, "ask_reference", answering)
-    monkeypatch.setattr(runner, "_flush", lambda client: None)
+    monkeypatch.setattr(runner, "flush", lambda client: None)
     subject = Subject(target=tmp_path, bundle=tmp_path, eagle3=None, dflash=None, dtype="float32")
     prompts = tuple(Prompt(name, "chat", ({"role": "user", "content": "?"},)) for name in ("long", "fits"))
-    fleet, journal = SimpleNamespace(clients={"none": "none"}), Journal(tmp_path / "cells", "plan", Cell)
+    fleet, journal = SimpleNamespace(clients={"none": "none"}), Journal(tmp_path / "cells", "plan")
     plan = runner.Plan(subject, tuple(build_arms(["none"], subject)), prompts)
     running = runner.Runner(plan, fleet, journal, Progress(disable=True))
     running._ask_references()

@@ -13,7 +13,7 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.lab.bench.arms import build_arms
-from whiflash_sglang.lab.bench.cells import Cell, Journal, Load
+from whiflash_sglang.lab.bench.cells import Journal, Load
 from whiflash_sglang.lab.bench.fleet import Fleet
 from whiflash_sglang.lab.bench.pages import render
 from whiflash_sglang.lab.bench.prompts import Prompt
@@ -59,7 +59,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 @pytest.fixture(scope="module")
 def journal(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Journal:
-    return Journal(tmp_path_factory.mktemp("journal") / "cells.jsonl", plan.fingerprint, Cell)
+    return Journal(tmp_path_factory.mktemp("journal") / "cells.jsonl", plan.fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_a_server_that_does_not_start_again_loses_no_measurement(
 ) -> None:
     arms = tuple(arm for arm in plan.arms if arm.name in ("none", "auto"))
     small = replace(plan, arms=arms, prompts=plan.prompts[:1], loads=LOADS[:1])
-    journal = Journal(tmp_path / "cells.jsonl", small.fingerprint, Cell)
+    journal = Journal(tmp_path / "cells.jsonl", small.fingerprint)
     started: list[Sequence[str]] = []
 
     class Once(Forked):

@@ -42,7 +42,7 @@ def test_every_arm_comes_first_for_some_prompt() -> None:
 
 def test_a_journal_resumes_where_it_was_cut(tmp_path: Path) -> None:
     steps = list(sweep(["x", "y"], [ALONE, FOUR], 0, ["p", "q"], ["q", "p"]))
-    journal = Journal(tmp_path / "cells.jsonl", "plan", Cell)
+    journal = Journal(tmp_path / "cells.jsonl", "plan")
     assert journal.read() == []
     journal.begin()
     for step in steps[:3]:
@@ -59,12 +59,12 @@ def test_a_journal_resumes_where_it_was_cut(tmp_path: Path) -> None:
 
 
 def test_cells_of_another_plan_are_refused(tmp_path: Path) -> None:
-    Journal(tmp_path / "cells.jsonl", "one", Cell).begin()
+    Journal(tmp_path / "cells.jsonl", "one").begin()
     with pytest.raises(ConfigError, match="another plan"):
-        Journal(tmp_path / "cells.jsonl", "other", Cell).read()
+        Journal(tmp_path / "cells.jsonl", "other").read()
     (tmp_path / "cells.jsonl").write_text("[]\n")
     with pytest.raises(ConfigError, match="another plan"):
-        Journal(tmp_path / "cells.jsonl", "other", Cell).read()
+        Journal(tmp_path / "cells.jsonl", "other").read()
 
 
 def test_answers_in_any_order_are_the_same_step() -> None:

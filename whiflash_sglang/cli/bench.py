@@ -115,7 +115,7 @@ def bench(
             raise UsageError(
                 f"--recorded compares every arm with every other and takes no {', '.join(given)}: remove it"
             )
-        from whiflash_sglang.lab.bench.recorded import RecordedOutputs, RecordedRun, run_recorded
+        from whiflash_sglang.lab.bench.recorded import RecordedRun, run_recorded
 
         run_recorded(
             RecordedRun(
@@ -131,7 +131,8 @@ def bench(
                 server_args=tuple(shlex.split(server_args)),
                 log_dir=log_dir,
             ),
-            RecordedOutputs(as_json, out, markdown, resume),
+            Outputs(as_json, out, markdown, plots=None),
+            resume=resume,
         )
         return
     scale = scale_of(quick, arms, per_category, max_tokens, minutes)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -66,48 +66,25 @@ class Cell(BaseModel, frozen=True, extra="forbid"):
         return self.load.label, self.arm, self.repetition, tuple(sorted(a.prompt for a in self.answers))
 
 
-class PlayedCell(BaseModel, frozen=True, extra="forbid"):
-    """Recorded conversations as one arm played them in one repetition, `at_once` of them at any time.
-
-    seconds: from the first request to the last answer. rounds: verifications after the prefills.
-    """
-
-    at_once: int
-    arm: str
-    repetition: int
-    talks: tuple[str, ...]
-    seconds: float
-    rounds: int
-
-    @property
-    def key(self) -> tuple[int, str, int, tuple[str, ...]]:
-        """What was played by whom, for resuming."""
-        return self.at_once, self.arm, self.repetition, self.talks
-
-
-Kept = TypeVar("Kept", Cell, PlayedCell)
-
-
-class Journal(Generic[Kept]):
+class Journal:
     """Cells as lines of a file, written as they are measured, so that a run can be resumed.
 
     The first line holds the plan's fingerprint: cells of another plan are never mixed in.
     """
 
-    def __init__(self, path: Path, fingerprint: str, kind: type[Kept]) -> None:
+    def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self._fingerprint = path, fingerprint
-        self._kind: type[Kept] = kind
 
-    def begin(self, cells: Iterable[Kept] = ()) -> None:
+    def begin(self, cells: Iterable[Cell] = ()) -> None:
         """Hold `cells` and nothing else that an earlier run left."""
         lines = [json.dumps({"fingerprint": self._fingerprint}), *(cell.model_dump_json() for cell in cells)]
         write_whole(self.path, "\n".join(lines) + "\n")
 
-    def append(self, cell: Kept) -> None:
+    def append(self, cell: Cell) -> None:
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(cell.model_dump_json() + "\n")
 
-    def read(self) -> list[Kept]:
+    def read(self) -> list[Cell]:
         """Cells of an interrupted run; none where there is no file. A line cut off by the interruption is dropped.
 
         Raises:
@@ -127,10 +104,10 @@ class Journal(Generic[Kept]):
             )
         return list(self._whole(lines[1:]))
 
-    def _whole(self, lines: list[str]) -> Iterator[Kept]:
+    def _whole(self, lines: list[str]) -> Iterator[Cell]:
         for number, line in enumerate(lines, start=1):
             try:
-                yield self._kind.model_validate_json(line)
+                yield Cell.model_validate_json(line)
             except ValidationError:
                 if number != len(lines):
                     raise

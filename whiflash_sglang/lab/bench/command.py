@@ -13,7 +13,7 @@ from rich.progress import Progress
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
 from whiflash_sglang.jsonl import write_whole
 from whiflash_sglang.lab.bench.arms import FLAGS, KNOWN, NO_HINTS, QUICK, VARIANTS
-from whiflash_sglang.lab.bench.cells import Cell, Journal, Load
+from whiflash_sglang.lab.bench.cells import Journal, Load
 from whiflash_sglang.lab.bench.fleet import Fleet, launcher
 from whiflash_sglang.lab.bench.pages import draw, render
 from whiflash_sglang.lab.bench.report import Report
@@ -91,7 +91,12 @@ class Outputs:
 
     def publish(self, report: Report) -> None:
         """Show it and write it."""
-        text, as_json = render(report), report.model_dump_json(indent=1)
+        self.show(render(report), report.model_dump_json(indent=1))
+        if self.plots is not None:
+            draw(report, self.plots)
+
+    def show(self, text: str, as_json: str) -> None:
+        """Print one of the two, and write both where wanted, each file whole or not at all."""
         if self.as_json:
             print(as_json)
         else:
@@ -102,8 +107,6 @@ class Outputs:
             write_whole(self.out, as_json + "\n")
         if self.markdown is not None:
             write_whole(self.markdown, text)
-        if self.plots is not None:
-            draw(report, self.plots)
 
 
 def open_fleet(stack: ExitStack, bar: Progress, log_dir: Path | None) -> Fleet:
@@ -122,7 +125,7 @@ def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> Repor
     with ExitStack() as stack:
         bar = stack.enter_context(progress())
         fleet = open_fleet(stack, bar, log_dir)
-        return Runner(plan, fleet, Journal(cells, plan.fingerprint, Cell), bar).run(resume=resume)
+        return Runner(plan, fleet, Journal(cells, plan.fingerprint), bar).run(resume=resume)
 
 
 def judge(report: Report) -> None:

@@ -124,3 +124,14 @@ def parse_stream(prompt: str, arrived: Sequence[tuple[float, str]]) -> Answer:
     # Plain decoding reports no verifications: every token after the first is a forward.
     forwards = details.get("spec_verify_ct") or len(tokens) - 1
     return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=forwards)
+
+
+def flush(client: httpx.Client) -> None:
+    """Empty the prefix cache, so that no arm finds what another or an earlier repetition left there."""
+    for _ in range(500):
+        if client.post("/flush_cache").status_code == 200:
+            return
+        time.sleep(0.02)  # It is refused until the scheduler has put the last answer away.
+    raise RequestError(
+        f"{client.base_url} does not empty its prefix cache, because requests still run there: end its other clients"
+    )

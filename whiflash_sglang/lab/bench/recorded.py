@@ -7,35 +7,32 @@ ones (`round/hooks.py`). So a small target can be measured on the text that anot
 import asyncio
 import hashlib
 import json
-import shlex
-import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from whiflash_sglang import __version__, provenance
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.jsonl import write_whole
 from whiflash_sglang.lab.bench.arms import PREDICTION, USELESS, Arm, Subject, build_arms, check_names
-from whiflash_sglang.lab.bench.cells import Journal, PlayedCell
-from whiflash_sglang.lab.bench.command import loads_of, open_fleet
+from whiflash_sglang.lab.bench.cells import Answer, Cell, Journal, Load
+from whiflash_sglang.lab.bench.command import Outputs, loads_of, open_fleet
 from whiflash_sglang.lab.bench.fleet import Fleet
-from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, LIMITS
+from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, LIMITS, flush
+from whiflash_sglang.lab.bench.pages import table
+from whiflash_sglang.lab.bench.report import paired, samples
+from whiflash_sglang.lab.bench.runner import remaining, sweep
 from whiflash_sglang.lab.bench.subject import CPU_KV_TOKENS, build_subject
 from whiflash_sglang.lab.recorded.conversation import Conversation, Renderer, Turn, renderer_of
 from whiflash_sglang.lab.recorded.files import read_recorded
-from whiflash_sglang.lab.statistics import Interval, paired_ratio, rate
+from whiflash_sglang.lab.statistics import rate
 from whiflash_sglang.models.config_json import read_json_config
 from whiflash_sglang.progress import progress
 
@@ -43,7 +40,6 @@ BASE = "pinned-none"
 """The arm that others are measured against: the same server, which drafts nothing."""
 
 DEFAULT = (BASE, "auto")
-FLUSHES = 500
 
 
 @dataclass(frozen=True)
@@ -64,8 +60,12 @@ def talks_of(
         max_tokens: of each answer, the rest is cut. room: tokens of prompt and answer.
     """
     expected = [None if one.prediction is None else renderer.encode(one.prediction) for one in recorded]
-    talks, left_out = [], 0
+    talks, left_out, taken = [], 0, set[str]()
     for index, one in enumerate(recorded):
+        name = one.id
+        while name in taken:
+            name = f"{name}-{index + 1}"
+        taken.add(name)
         tasks = [replace(turn, answer=turn.answer[:max_tokens]) for turn in renderer.turns(one)]
         if tasks and expected[index] is not None:
             others = [tokens for i, tokens in enumerate(expected) if tokens is not None and i != index]
@@ -75,7 +75,7 @@ def talks_of(
         kept = tuple(task for task in tasks if len(task.prompt) + len(task.answer) <= room)
         left_out += len(tasks) - len(kept)
         if kept:
-            talks.append(Talk(one.id, one.category, kept))
+            talks.append(Talk(name, one.category, kept))
     return talks, left_out
 
 
@@ -99,29 +99,35 @@ def recorded_arms(names: Sequence[str], subject: Subject, talks: Iterable[Talk])
     return arms
 
 
-async def play(url: str, arm: Arm, talks: Sequence[Talk], at_once: int) -> tuple[float, int]:
+async def play(url: str, arm: Arm, talks: Sequence[Talk], at_once: int) -> tuple[float, list[Answer]]:
     """Play conversations, `at_once` of them at any time, each answer after the one before.
 
     Returns:
-        Seconds from the first request to the last answer, and verifications after the prefills.
+        Seconds from the first request to the last answer, and an `Answer` for each conversation: all its tokens. What
+        is not streamed has no first token: `ttft` is 0.
 
     Raises:
         WhiflashError: a request failed, or the answer is not the recorded one.
     """
-    waiting, rounds = list(reversed(talks)), 0
+    waiting, answers = list(enumerate(talks)), dict[int, Answer]()
     async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS, limits=LIMITS) as client:
 
         async def plays() -> None:
-            nonlocal rounds
             while waiting:
-                for task in waiting.pop().tasks:
-                    own = await _ask(client, arm, task)  # Not `rounds += await`: it would forget the others'.
-                    rounds += own
+                index, talk = waiting.pop(0)
+                began = time.perf_counter()
+                rounds = [await _ask(client, arm, task) for task in talk.tasks]
+                answers[index] = Answer(
+                    prompt=talk.id,
+                    seconds=time.perf_counter() - began,
+                    ttft=0.0,
+                    tokens=tuple(token for task in talk.tasks for token in task.answer),
+                    forwards=sum(rounds),
+                )
 
-        await _flush(client)
         began = time.perf_counter()
         await asyncio.gather(*(plays() for _ in range(at_once)))
-        return time.perf_counter() - began, rounds
+        return time.perf_counter() - began, [answers[index] for index in range(len(talks))]
 
 
 async def _ask(client: httpx.AsyncClient, arm: Arm, task: Turn) -> int:
@@ -146,87 +152,36 @@ async def _ask(client: httpx.AsyncClient, arm: Arm, task: Turn) -> int:
     return int(body["meta_info"].get("spec_verify_ct") or len(task.answer) - 1)
 
 
-async def _flush(client: httpx.AsyncClient) -> None:
-    for _ in range(FLUSHES):
-        if (await client.post("/flush_cache")).status_code == 200:
-            return
-        await asyncio.sleep(0.02)  # It is refused until the scheduler has put the last answer away.
-    raise WhiflashError(
-        f"{client.base_url} does not empty its prefix cache, because requests still run there: end its other clients"
-    )
-
-
-def figures(talks: Sequence[Talk], cells: Sequence[PlayedCell]) -> dict[str, dict[str, Any]]:
+def figures(talks: Sequence[Talk], cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     """By conversations at a time and by arm: tokens a second, acceptance length, ratios over every other arm with
     95 % intervals.
 
     Args:
         talks: all that were played. cells: of whole repetitions, every arm's of each.
     """
-    by_id = {talk.id: talk for talk in talks}
-    found = {}
-    for at_once in dict.fromkeys(cell.at_once for cell in cells):
-        own = [cell for cell in cells if cell.at_once == at_once]
-        found[str(at_once)] = _figures(by_id, own)
-    return found
-
-
-def _figures(talks: Mapping[str, Talk], cells: Sequence[PlayedCell]) -> dict[str, Any]:
-    groups = list(dict.fromkeys(cell.talks for cell in cells))
-    repetitions = len({cell.repetition for cell in cells})
-    answers = [[task.answer for key in group for task in talks[key].tasks] for group in groups]
-    lengths = np.array([[float(sum(map(len, own)))] * repetitions for own in answers])
-    drafted = sum(len(answer) - 1 for own in answers for answer in own) * repetitions
-    strata = [talks[group[0]].category for group in groups]
-    times, rounds = dict[str, np.ndarray](), Counter[str]()
+    groups = {talk.id: talk.category for talk in talks}
+    prefills = {talk.id: len(talk.tasks) for talk in talks}
+    by_load: dict[str, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
-        own = times.setdefault(cell.arm, np.zeros((len(groups), repetitions)))
-        own[groups.index(cell.talks), cell.repetition] = cell.seconds
-        rounds[cell.arm] += cell.rounds
-    found: dict[str, Any] = {}
-    for name, own in times.items():
-        over: dict[str, Interval] = {
-            other: paired_ratio(lengths, own, lengths, theirs, strata)
-            for other, theirs in times.items()
-            if other != name
-        }
-        found[name] = {
-            "output_tokens_per_s": rate(lengths, own),
-            "acceptance_length": drafted / rounds[name] if rounds[name] else 1.0,
-            "over": {other: ratio.model_dump() for other, ratio in over.items()},
-        }
+        by_load[f"{cell.load.value:g}"][cell.arm].append(cell)
+    found: dict[str, dict[str, Any]] = {}
+    for at_once, by_arm in by_load.items():
+        found[at_once] = {}
+        for name, own in by_arm.items():
+            answers = [answer for cell in own for answer in cell.answers]
+            drafted = sum(len(answer.tokens) - prefills[answer.prompt] for answer in answers)
+            forwards = sum(answer.forwards for answer in answers)
+            others = {other: cells for other, cells in by_arm.items() if other != name}
+            found[at_once][name] = {
+                "output_tokens_per_s": rate(*samples(own)),
+                "acceptance_length": drafted / forwards if forwards else 1.0,
+                "over": {other: paired(own, cells, groups).model_dump() for other, cells in others.items()},
+            }
     return found
 
 
-def recorded_rows(arms: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of one number of conversations at a time."""
-    header = ["arm", "tokens/s", "acceptance length", *(f"over {name}" for name in arms)]
-    rows = []
-    for name, own in arms.items():
-        ratios = (own["over"].get(other) for other in arms)
-        shown = (f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "" for r in ratios)
-        rows.append([name, f"{own['output_tokens_per_s']:.1f}", f"{own['acceptance_length']:.2f}", *shown])
-    return header, rows
-
-
-def recorded_tables(result: Mapping[str, Any]) -> list[Table]:
-    """One table for every number of conversations at a time."""
-    tables = []
-    for at_once, arms in result["concurrency"].items():
-        table = Table(
-            title=f"{at_once} at a time, {result['talks']} conversations, {result['tokens']} forced tokens"
-        )
-        header, rows = recorded_rows(arms)
-        for column in header:
-            table.add_column(column, justify="left" if column == "arm" else "right")
-        for row in rows:
-            table.add_row(*row)
-        tables.append(table)
-    return tables
-
-
-def recorded_page(result: Mapping[str, Any], command: str) -> str:
-    """The same as a Markdown page. command: what printed it."""
+def recorded_page(result: Mapping[str, Any]) -> str:
+    """The result as a Markdown page."""
     made, count = result["provenance"], result["repetitions"]
     repetitions = "1 repetition" if count == 1 else f"{count} repetitions"
     parts = [
@@ -240,10 +195,16 @@ def recorded_page(result: Mapping[str, Any], command: str) -> str:
         "conversations and repetitions. Acceptance length: tokens per target forward.",
     ]
     for at_once, arms in result["concurrency"].items():
-        header, rows = recorded_rows(arms)
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-        parts += [f"## {at_once} at a time", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
-    parts.append(f"`{command}`")
+        rows = []
+        for name, own in arms.items():
+            ratios = (own["over"].get(other) for other in arms)
+            shown = (f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "" for r in ratios)
+            rows.append(
+                (name, f"{own['output_tokens_per_s']:.1f}", f"{own['acceptance_length']:.2f}", *shown)
+            )
+        header = ("arm", "tokens/s", "acceptance length", *(f"over {name}" for name in arms))
+        parts += [f"## {at_once} at a time", table(header, rows)]
+    parts.append(f"`{' '.join(made['command'])}`")
     return "\n\n".join(parts) + "\n"
 
 
@@ -272,33 +233,7 @@ class RecordedRun:
     log_dir: Path | None = None
 
 
-@dataclass(frozen=True)
-class RecordedOutputs:
-    """as_json: print JSON instead of tables. out, markdown: files. resume: go on with what `out`'s journal holds."""
-
-    as_json: bool = False
-    out: Path | None = None
-    markdown: Path | None = None
-    resume: bool = False
-
-    def publish(self, result: dict[str, Any]) -> None:
-        """Show it and write it, each file whole or not at all."""
-        text = json.dumps(result, indent=1)
-        if self.as_json:
-            print(text)
-        else:
-            for table in recorded_tables(result):
-                Console().print(table)
-        if self.out is not None:
-            write_whole(self.out, text + "\n")
-        if self.markdown is not None:
-            command = shlex.join(
-                ["whiflash", *(Path(part).name if "/" in part else part for part in sys.argv[1:])]
-            )
-            write_whole(self.markdown, recorded_page(result, command))
-
-
-def run_recorded(run: RecordedRun, outputs: RecordedOutputs) -> dict[str, Any]:
+def run_recorded(run: RecordedRun, outputs: Outputs, *, resume: bool) -> None:
     """Measure, show and write. What was measured is kept beside `outputs.out` as it comes, so that a run that was
     interrupted can be resumed.
 
@@ -307,10 +242,8 @@ def run_recorded(run: RecordedRun, outputs: RecordedOutputs) -> dict[str, Any]:
             resumed was another run.
         WhiflashError: a server did not start, or did not answer as recorded.
     """
-    loads = [int(load.value) for load in loads_of(run.concurrency, "")]
-    for file in (outputs.out, outputs.markdown):
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
+    loads = loads_of(run.concurrency, "")
+    outputs.prepare()
     if run.log_dir is not None:
         run.log_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="whiflash-bench-") as scratch, ExitStack() as stack:
@@ -322,15 +255,15 @@ def run_recorded(run: RecordedRun, outputs: RecordedOutputs) -> dict[str, Any]:
             recorded,
             renderer_of(subject.target, subject.bundle),
             max_tokens=run.max_tokens or context,
-            room=min(context, CPU_KV_TOKENS // max(loads)) - MARGIN,
+            room=min(context, CPU_KV_TOKENS // int(max(load.value for load in loads))) - MARGIN,
         )
         if not talks:
             raise ConfigError(f"no recorded answer fits a context of {context} tokens")
         arms = recorded_arms(run.arms or DEFAULT, subject, talks)
         asked = [[arm.name, subject.hide_paths(arm.arguments)] for arm in arms]
         cells = (outputs.out or Path(scratch) / "result.json").with_suffix(".cells.jsonl")
-        journal = Journal(cells, _fingerprint(asked, talks), PlayedCell)
-        known = journal.read() if outputs.resume else []
+        journal = Journal(cells, _fingerprint(asked, talks))
+        known = journal.read() if resume else []
         journal.begin(known)
         bar = stack.enter_context(progress())
         fleet = open_fleet(stack, bar, run.log_dir)
@@ -348,8 +281,7 @@ def run_recorded(run: RecordedRun, outputs: RecordedOutputs) -> dict[str, Any]:
         "concurrency": figures(talks, found),
         "provenance": {**record, "busy_after": provenance.busy(), "dtype": run.dtype},
     }
-    outputs.publish(result)
-    return result
+    outputs.show(recorded_page(result), json.dumps(result, indent=1))
 
 
 def _fingerprint(arms: Sequence[Any], talks: Sequence[Talk]) -> str:
@@ -375,13 +307,13 @@ def start(arms: Sequence[Arm], talks: Sequence[Talk], fleet: Fleet, bar: Progres
 def measure(
     arms: Sequence[Arm],
     talks: Sequence[Talk],
-    concurrency: Sequence[int],
+    loads: Sequence[Load],
     repetitions: int,
     fleet: Fleet,
     bar: Progress,
-    journal: Journal[PlayedCell],
+    journal: Journal,
     minutes: float | None = None,
-) -> list[PlayedCell]:
+) -> list[Cell]:
     """Play everything `repetitions` times, but for what `journal` already holds.
 
     Args:
@@ -393,42 +325,30 @@ def measure(
     Raises:
         WhiflashError: of `play`.
     """
-    started = time.monotonic()
-    known = {cell.key: cell for cell in journal.read()}
-    cells = list[PlayedCell]()
-    steps = [list(_steps(arms, talks, concurrency, repetition)) for repetition in range(repetitions)]
-    task = bar.add_task("playing", total=sum(map(len, steps)))
-    for repetition, own in enumerate(steps):
+    started, cells, done = time.monotonic(), journal.read(), 0
+    by_name, by_id = {arm.name: arm for arm in arms}, {talk.id: talk for talk in talks}
+    task = bar.add_task("playing", total=None)
+    while done < repetitions:
         began = time.monotonic()
-        for at_once, group, arm in own:
-            key = at_once, arm.name, repetition, tuple(talk.id for talk in group)
-            if key not in known:
-                seconds, rounds = asyncio.run(play(fleet.url(arm.server), arm, group, at_once))
-                known[key] = PlayedCell(
-                    at_once=at_once,
-                    arm=arm.name,
-                    repetition=repetition,
-                    talks=key[-1],
-                    seconds=seconds,
-                    rounds=rounds,
-                )
-                journal.append(known[key])
-            cells.append(known[key])
+        steps = list(sweep(list(by_name), loads, done, list(by_id), list(by_id)))
+        bar.update(task, total=repetitions * len(steps))
+        for step in remaining(steps, cells):
+            arm, chosen = by_name[step.arm], [by_id[name] for name in step.prompts]
+            flush(fleet.clients[arm.server])
+            seconds, answers = asyncio.run(play(fleet.url(arm.server), arm, chosen, int(step.load.value)))
+            cell = Cell(
+                load=step.load,
+                arm=step.arm,
+                repetition=step.repetition,
+                seconds=seconds,
+                answers=tuple(answers),
+            )
+            cells.append(cell)
+            journal.append(cell)
             bar.advance(task)
+        done += 1
+        bar.update(task, completed=done * len(steps))
         now = time.monotonic()
         if minutes is not None and now - started + (now - began) > 60 * minutes:
             break
-    return cells
-
-
-def _steps(
-    arms: Sequence[Arm], talks: Sequence[Talk], concurrency: Sequence[int], repetition: int
-) -> Iterator[tuple[int, list[Talk], Arm]]:
-    """Who plays what in a repetition; who comes first rotates. One at a time, each conversation is played by every arm
-    before the next one; several at a time, all of them by one arm after the other."""
-    for at_once in concurrency:
-        groups = [[talk] for talk in talks] if at_once == 1 else [list(talks)]
-        for g, group in enumerate(groups):
-            first = (repetition * len(groups) + g) % len(arms)
-            for arm in (*arms[first:], *arms[:first]):
-                yield at_once, group, arm
+    return [cell for cell in cells if cell.repetition < done]

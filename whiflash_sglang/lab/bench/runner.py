@@ -29,6 +29,7 @@ from whiflash_sglang.lab.bench.load import (
     Asker,
     RefusedError,
     RequestError,
+    flush,
 )
 from whiflash_sglang.lab.bench.prompts import Prompt, digest_of
 from whiflash_sglang.lab.bench.reference import BestLogit, Reference, ask_reference, differences, plain_of
@@ -144,7 +145,7 @@ class Runner:
         progress: shows what is going on and how long it will take.
     """
 
-    def __init__(self, plan: Plan, fleet: Fleet, journal: Journal[Cell], progress: Progress) -> None:
+    def __init__(self, plan: Plan, fleet: Fleet, journal: Journal, progress: Progress) -> None:
         self._plan, self._fleet, self._journal, self._progress = plan, fleet, journal, progress
         self._arms = {arm.name: arm for arm in plan.arms}
         self._references: dict[str, Reference] = {}
@@ -282,7 +283,7 @@ class Runner:
         client = self._fleet.clients[NONE]
         while pending:
             prompt = pending.pop(0)
-            _flush(client)  # As before every measured answer: a cached prefix rounds differently.
+            flush(client)  # As before every measured answer: a cached prefix rounds differently.
             self._progress.advance(task)
             try:
                 reference = ask_reference(client, prompt, self._plan.max_tokens)
@@ -307,7 +308,7 @@ class Runner:
             return
         client, own = self._fleet.clients[self._arms[name].server], dict[str, Reference]()
         for key, reference in self._progress.track(self._references.items(), description=f"asking {name}"):
-            _flush(client)
+            flush(client)
             own[key] = ask_reference(client, reference.prompt, self._plan.max_tokens)
         self._apart[name] = own
 
@@ -365,7 +366,7 @@ class Runner:
         arm = self._arms[step.arm]
         client = self._fleet.clients[arm.server]
         self._route(arm, client)
-        _flush(client)
+        flush(client)
         before = _state(arm, client)
         prompts = [self._references[key].prompt for key in step.prompts]
         began = time.perf_counter()
@@ -410,17 +411,6 @@ class Runner:
 def _alone(arm: Arm) -> list[str]:
     """Arguments of a server for this arm only."""
     return [*arm.arguments, *(() if arm.router is None else ("--whiflash-router", arm.router))]
-
-
-def _flush(client: httpx.Client) -> None:
-    """Empty the prefix cache, so that no arm finds what another or an earlier repetition left there."""
-    for _ in range(100):
-        if client.post("/flush_cache").status_code == 200:
-            return
-        time.sleep(0.02)  # It is refused until the scheduler has put the last answer away.
-    raise RequestError(
-        f"{client.base_url} does not empty its prefix cache, because requests still run there: end its other clients"
-    )
 
 
 def _state(arm: Arm, client: httpx.Client) -> dict[str, float]:
