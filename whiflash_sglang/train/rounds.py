@@ -14,21 +14,12 @@ from typing import NamedTuple
 class Tally:
     """Rounds, and the tokens that they emitted (the bonus token included).
 
-    drafts: that were proposed, where a walk counts them. won: arm → rounds that it drafted, where there are several.
+    won: arm → rounds that it drafted, where there are several.
     """
 
-    rounds: float = 0
+    rounds: int = 0
     tokens: int = 0
-    drafts: float = 0
     won: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-
-    def add(self, other: "Tally") -> None:
-        """Count another's rounds here too."""
-        self.rounds += other.rounds
-        self.tokens += other.tokens
-        self.drafts += other.drafts
-        for arm, rounds in other.won.items():
-            self.won[arm] += rounds
 
     @property
     def acceptance_length(self) -> float:

@@ -59,7 +59,8 @@ def walk(
         return answer.drafts_accepted(arm, position)
 
     for position, emitted in rounds(begin, end, accepted):
-        tally.add(Tally(1, emitted))
+        tally.rounds += 1
+        tally.tokens += emitted
         learn(position + emitted, emitted)
 
 
