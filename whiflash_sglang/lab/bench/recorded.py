@@ -325,7 +325,7 @@ def measure(
     Raises:
         WhiflashError: of `play`.
     """
-    started, cells, done = time.monotonic(), journal.read(), 0
+    started, cells, done, whole = time.monotonic(), journal.read(), 0, set[Any]()
     by_name, by_id = {arm.name: arm for arm in arms}, {talk.id: talk for talk in talks}
     task = bar.add_task("playing", total=None)
     while done < repetitions:
@@ -347,8 +347,9 @@ def measure(
             journal.append(cell)
             bar.advance(task)
         done += 1
+        whole |= {step.key for step in steps}
         bar.update(task, completed=done * len(steps))
         now = time.monotonic()
         if minutes is not None and now - started + (now - began) > 60 * minutes:
             break
-    return [cell for cell in cells if cell.repetition < done]
+    return [cell for cell in cells if cell.key in whole]
