@@ -33,7 +33,7 @@ def test_an_import_of_torch_is_found() -> None:
 PURE_TESTS = (
     "spans",
     *(f"routing/test_{name}.py" for name in ("assign", "controller", "costs", "policies", "probing")),
-    *(f"lookup/test_{name}.py" for name in ("copier", "forms", "index", "memory", "prediction")),
+    *(f"lookup/test_{name}.py" for name in ("copier", "index", "memory", "prediction")),
     "telemetry/test_publisher.py",
     "test_trace.py",
 )

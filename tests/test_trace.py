@@ -10,7 +10,7 @@ from whiflash_sdk.hints import TraceLevel
 from whiflash_sglang.telemetry.trace import Part, Recording, build_trace, pieces_of, place
 
 PROMPT = 7
-SOURCES = ("ar", "diffusion", "context", "prediction", "form", "memory", "scope", "grammar", "tools")
+SOURCES = ("ar", "diffusion", "context", "prediction", "memory", "scope", "grammar", "tools")
 
 
 def recorded(*rounds: tuple[str, int], level: TraceLevel = "full", reason: str = "score") -> Recording:
@@ -72,8 +72,8 @@ def test_drafts_are_credited_to_what_they_were_taken_from() -> None:
         "grammar": (2, 0, -0.2),
         "context": (1, 0, -0.1),
     }
-    assert brought(([("form", 2)], 2, 2, 0.5), ([("form", 3), ("form", 1)], 4, 3, -0.25)) == {
-        "form": (6, 5, 0.25)
+    assert brought(([("context", 2)], 2, 2, 0.5), ([("context", 3), ("context", 1)], 4, 3, -0.25)) == {
+        "context": (6, 5, 0.25)
     }
 
 

@@ -103,7 +103,7 @@ def build_drafters(
         drafters.append(StructureArm(settings.structure, words, spending.exhausted))
     if settings.lookup.enabled:
         token_bytes = words.token_bytes if words is not None else ()
-        drafters.append(LookupArm(settings.lookup, host, ranks.now, token_bytes, words))
+        drafters.append(LookupArm(settings.lookup, host, ranks.now, token_bytes))
     return {drafter.arm: drafter for drafter in drafters}
 
 

@@ -64,7 +64,6 @@ class Flags(Strict):
     lookup: Literal["on", "off"] | None = None
     lookup_memory_mib: Annotated[int, Field(ge=0)] | None = None
     lookup_prediction_tokens: Positive | None = None
-    lookup_form_tokens: Annotated[int, Field(ge=0)] | None = None
     structure: Literal["on", "off"] | None = None
     backlog_tokens: Annotated[int, Field(ge=32)] = 64
     branches: Annotated[int, Field(ge=1, le=4)] = 1
@@ -312,7 +311,6 @@ def _lookup(flags: Flags, manifest: Manifest | None) -> Lookup:
         "enabled": None if flags.lookup is None else flags.lookup == "on",
         "memory_mib": flags.lookup_memory_mib,
         "prediction_tokens": flags.lookup_prediction_tokens,
-        "form_tokens": flags.lookup_form_tokens,
     }
     return lookup_of(manifest).model_copy(
         update={k: value for k, value in given.items() if value is not None}

@@ -26,8 +26,6 @@ MEANING = {
     "Default: the bundle's, else 0.",
     "lookup_prediction_tokens": "Most tokens of a prediction; the rest is cut. "
     "Default: the bundle's, else 16384.",
-    "lookup_form_tokens": "Most tokens of emission forms (the prompt as quoted in JSON or code) for one request. "
-    "Default: the bundle's, else 32768.",
     "structure": "The arm of forced text. Default: the bundle's, else on.",
     "backlog_tokens": "Tokens of features kept for a request's idle drafters before a flush.",
     "branches": "Most chains of a request in a verification, from 1 to 4; further ones come from arms without a model. "

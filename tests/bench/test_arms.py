@@ -184,15 +184,13 @@ def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:
 
 
 def test_an_arm_without_a_part_is_otherwise_the_bundle(tmp_path: Path) -> None:
-    arms = ["auto-no-lookup", "auto-no-forms"]
+    arms = ["auto-no-lookup"]
     subject = build_subject(str(tmp_path), None, "bfloat16", (), tmp_path, arms)
     shipped, off = load_manifest(subject.bundle), load_manifest(subject.variants["auto-no-lookup"])
     assert shipped.lookup is not None
     assert off.lookup is not None
     assert not off.lookup.enabled
     assert off.entropy == shipped.entropy
-    no_forms = load_manifest(subject.variants["auto-no-forms"]).lookup
-    assert no_forms == shipped.lookup.model_copy(update={"form_tokens": 0})
     with pytest.raises(ValueError, match="serves the bundle as it is"):
         write_variant("auto", subject.bundle, tmp_path / "x")
 

@@ -57,7 +57,6 @@ def test_forgetting_over_http(server: Server) -> None:
     assert forget(server, {"all": True}).json()["lookup"] == {
         "index_bytes": 0,
         "memory_bytes": 0,
-        "form_tokens": 0,
         "tenants": 0,
         "scopes": {},
     }

@@ -60,13 +60,6 @@ def open_spans(hints: list[SpanHint], pieces: list[bytes], length: int) -> list[
 def check_spans(tracker: SpanTracker, hints: list[SpanHint], pieces: list[bytes], length: int) -> None:
     open_now = open_spans(hints, pieces, length)
     assert tracker.span is (hints[-max(open_now)[1]] if open_now else None)
-    since: dict[str, int] = {}
-    for opened, index in open_now:
-        position = next(n for n in range(length + 1) if len(b"".join(pieces[:n])) >= opened)
-        kind = hints[-index].kind
-        since[kind] = min(position, since.get(kind, position))
-    assert tracker.kinds == since.keys()
-    assert {kind: tracker.since(kind) for kind in KINDS} == {kind: since.get(kind) for kind in KINDS}
 
 
 def cut(text: bytes, at: list[int]) -> list[bytes]:
@@ -146,14 +139,9 @@ def test_a_begin_inside_an_open_span_does_not_keep_it_open() -> None:
 
 def test_equal_markers_toggle_and_spans_overlap() -> None:
     tracker = SpanTracker([TOOL, FENCE], [b"```", b"<tool_call>", b"</tool_call>"])
-    for token, span, kinds, since in [
-        (0, FENCE, {"code"}, None),
-        (1, TOOL, {"code", "tool_call"}, 2),
-        (0, TOOL, {"tool_call"}, 2),
-        (2, None, set(), None),
-    ]:
+    for token, span in [(0, FENCE), (1, TOOL), (0, TOOL), (2, None)]:
         tracker.push([token])
-        assert (tracker.span, tracker.kinds, tracker.since("tool_call")) == (span, kinds, since)
+        assert tracker.span == span
 
 
 def test_of_spans_opened_together_the_first_listed_is_active() -> None:
@@ -164,7 +152,7 @@ def test_of_spans_opened_together_the_first_listed_is_active() -> None:
 def test_unknown_token_ids_count_as_tokens_without_bytes() -> None:
     tracker = SpanTracker([FENCE], [b"``", b"`"])
     tracker.push([0, -1, 2, 99, 1])
-    assert (tracker.span, tracker.since("code"), tracker.length) == (FENCE, 5, 5)
+    assert (tracker.span, tracker.length) == (FENCE, 5)
 
 
 def test_memory_is_one_marker_and_work_is_linear() -> None:

@@ -127,8 +127,7 @@ class Lookup(Strict):
     enabled: whether the arm is loaded. max_width: most drafts. min_match: shortest match to copy from, in tokens.
     seed: initial chances that a copied token is right, from `whiflash lookup-seed` (default: the embedded bundle's).
     memory_mib: MiB of recent outputs to copy from in later requests. memory_minutes: their longest age.
-    prediction_tokens: most tokens of a prediction; the rest is cut. form_tokens: most tokens of emission forms for one
-    request.
+    prediction_tokens: most tokens of a prediction; the rest is cut.
     """
 
     enabled: bool = True
@@ -138,7 +137,6 @@ class Lookup(Strict):
     memory_mib: Annotated[int, Field(ge=0)] = 0
     memory_minutes: Positive = 30
     prediction_tokens: Positive = 16384
-    form_tokens: Annotated[int, Field(ge=0)] = 32768
 
     @field_validator("seed")
     @classmethod

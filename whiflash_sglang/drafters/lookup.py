@@ -5,7 +5,7 @@ batch when one of them is chosen again.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,8 +26,7 @@ from whiflash_sglang.lookup.calibration import (
     RequestCalibration,
     TenantCalibration,
 )
-from whiflash_sglang.lookup.copier import MEMORY, OWN_TEXT_ONLY, SOURCES, Copier, Proposal
-from whiflash_sglang.lookup.emission import Emission, has_forms
+from whiflash_sglang.lookup.copier import MEMORY, SOURCES, Copier, Proposal
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handles_of
 from whiflash_sglang.lookup.prediction import Prediction
@@ -35,7 +34,6 @@ from whiflash_sglang.lookup.scopes import WHOLE, Blocks, Scope, blocks_of
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.matchers import Grammar
 
 WORTH = 0.1
@@ -54,16 +52,15 @@ class _Request:
     """What is kept of one.
 
     learns: chances of its tenant, or of itself alone. tenant: who may share text with it; None: nobody. blocks: that it
-    writes, if it names them. prediction: what its caller expects back. emission: its prompt as it would be written.
-    alone: whether it may copy from its own text only, and nothing is known of what it writes. copier: made when it is
-    looked at first. copies: how well it does. promised: by the device's newest known copy for it.
+    writes, if it names them. prediction: what its caller expects back. alone: whether it may copy from its own text
+    only, and nothing is known of what it writes. copier: made when it is looked at first. copies: how well it does.
+    promised: by the device's newest known copy for it.
     """
 
     learns: TenantCalibration
     tenant: Tenant | None = None
     blocks: Blocks | None = None
     prediction: Prediction | None = None
-    emission: Emission | None = None
     alone: bool = False
     copier: Copier | None = None
     copies: RequestCalibration = field(default_factory=RequestCalibration)
@@ -94,8 +91,7 @@ class LookupArm(TextDrafter):
     Args:
         settings: widths, shortest match, chances before anything was seen, memory across requests.
         clock: seconds that never run backwards, by which memory ages. token_bytes: of every token id, to follow the
-            blocks of requests that name theirs; empty where there is no tokenizer. vocabulary: the target's, for
-            emission forms; None: there are none.
+            blocks of requests that name theirs; empty where there is no tokenizer.
     """
 
     arm = arms.LOOKUP
@@ -107,10 +103,8 @@ class LookupArm(TextDrafter):
         host: HostView = EXACT,
         clock: Callable[[], float] = time.monotonic,
         token_bytes: Sequence[bytes] = (),
-        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.on_device, self._late = not host.exact, host.late
-        self._vocabulary, self._form_tokens = vocabulary, settings.form_tokens
         self._device_copies = DeviceCopies(settings.min_match, settings.max_width)
         self.max_drafts = settings.max_width
         self._calibrations = Calibrations(settings.seed or EVEN_ODDS)
@@ -147,10 +141,8 @@ class LookupArm(TextDrafter):
         self._requests[row] = request
         if predicted is not None:
             request.prediction = Prediction(predicted, prompt, self._calibrations.fresh())
-        if self._vocabulary is not None and self._form_tokens and has_forms(hints.spans):
-            request.emission = Emission(self._vocabulary, hints.spans, prompt, self._form_tokens)
         remembers = self.memory is not None and request.tenant is not None
-        known = (request.blocks, request.prediction, request.emission, grammar)
+        known = (request.blocks, request.prediction, grammar)
         request.alone = not (remembers or hints.tools) and all(own is None for own in known)
 
     def serves(self, row: int) -> bool:
@@ -162,13 +154,12 @@ class LookupArm(TextDrafter):
         request = self._requests.get(row)
         if request is None:
             return None
-        copier, emission = request.copier, request.emission
+        copier = request.copier
         if copier is None:
             copier = request.copier = Copier(
                 request.learns,
                 self._min_match,
                 partial(self._texts, request),
-                OWN_TEXT_ONLY if emission is None else emission.texts,
                 request.prediction,
                 request.copies,
             )
@@ -177,8 +168,6 @@ class LookupArm(TextDrafter):
         copier.extend(written)
         # What is there when a request is looked at first, but for the last token, is its prompt.
         request.enter(written if known else written[length:])
-        if emission is not None:
-            emission.follow(copier.text)
         copy = copier.look(self.max_drafts + under_way, worth.row or WORTH)
         return request.behind(SILENCE._replace(at=len(copier.text)), copy)
 
@@ -260,18 +249,16 @@ class LookupArm(TextDrafter):
                 request.copier.text.nbytes
                 for request in self._requests.values()
                 if request.copier is not None
-            )
-            + sum(emission.nbytes for emission in self._emissions()),
+            ),
             "memory": self.memory.nbytes if self.memory is not None else 0,
         }
 
     def snapshot(self) -> Mapping[str, Any]:
         """Bytes: of the running requests' indexes, and of the memory across requests; tenants in it, and what their
-        scopes hold (`TenantMemory.held`). Tokens of the running requests' forms.
+        scopes hold (`TenantMemory.held`).
         """
         return {
             **{f"{scope}_bytes": size for scope, size in self.host_bytes().items()},
-            "form_tokens": sum(emission.tokens for emission in self._emissions()),
             "tenants": len(self.memory) if self.memory is not None else 0,
             "scopes": self.memory.held() if self.memory is not None else {},
         }
@@ -279,9 +266,6 @@ class LookupArm(TextDrafter):
     def _copier(self, row: int) -> Copier | None:
         request = self._requests.get(row)
         return None if request is None else request.copier
-
-    def _emissions(self) -> Iterator[Emission]:
-        return (request.emission for request in self._requests.values() if request.emission is not None)
 
     def _texts(self, request: _Request) -> Iterable[SuffixIndex]:
         if request.tenant is None or self.memory is None:

@@ -22,12 +22,8 @@ OWN_TEXT_ONLY: Shared = tuple
 Found = tuple[Place, Sequence[int]]
 """A place that matches, and what followed there."""
 
-SOURCES = CONTEXT, PREDICTION, FORM, MEMORY = "context", "prediction", "form", "memory"
-"""The sources of a copy: prompt and answer, what the caller expects back, the prompt as it would be written
-here, other texts that the request may share."""
-
-FORM_MATCH = 6
-"""Tokens that a form must match to be copied from: its text was never written so, and short matches abound."""
+SOURCES = CONTEXT, PREDICTION, MEMORY = "context", "prediction", "memory"
+"""The sources of a copy: prompt and answer, what the caller expects back, other texts that the request may share."""
 
 
 class Proposal(NamedTuple):
@@ -60,9 +56,8 @@ class Copier:
 
     Args:
         calibration: shared by the tenant's requests. min_match: shortest match worth copying from, in tokens.
-        shared: further texts to copy from. forms: texts in the form in which they would be written now
-            (`lookup.forms`), preferred where others match as long. prediction: what the caller expects back,
-            preferred to all of these where they match as long. request: what is known of how it copies; None: nothing.
+        shared: further texts to copy from. prediction: what the caller expects back, preferred to all of these where
+            they match as long. request: what is known of how it copies; None: nothing.
     """
 
     def __init__(
@@ -70,13 +65,12 @@ class Copier:
         calibration: MatchCalibration,
         min_match: int = 1,
         shared: Shared = OWN_TEXT_ONLY,
-        forms: Shared = OWN_TEXT_ONLY,
         prediction: Prediction | None = None,
         request: RequestCalibration | None = None,
     ) -> None:
         self.text = SuffixIndex()
         self._calibration, self._request = calibration, request or RequestCalibration()
-        self._min_match, self._shared, self._forms = min_match, shared, forms
+        self._min_match, self._shared = min_match, shared
         self._prediction = prediction
         self._proposal = Proposal()
         self._source: Place | None = None
@@ -126,16 +120,15 @@ class Copier:
         return proposal if proposal.alive[0] >= worth else Proposal()
 
     def _find(self, drafts: Sequence[int], limit: int) -> list[Found]:
-        """Places that match the text's end, `drafts` behind it included, and what followed there: forms first, then
-        the text's own places, newest first.
+        """Places that match the text's end, `drafts` behind it included, and what followed there: the text's own
+        places first, newest first.
         """
         end = [*self.text.end, *drafts][-MAX_MATCH:] if drafts else self.text.end
-        forms, shared = list(self._forms()), list(self._shared())
-        places = [p for form in forms for p in form.places_of(end) if p.length >= FORM_MATCH]
-        places += self.text.places_of(end) if drafts else self.text.places()
+        shared = list(self._shared())
+        places = list(self.text.places_of(end) if drafts else self.text.places())
         for other in shared:
             places += other.places_of(end)
-        copied_on = self._copied_on(end, (*forms, *shared), len(drafts))
+        copied_on = self._copied_on(end, shared, len(drafts))
         if copied_on is not None:
             if copied_on in places:
                 places.remove(copied_on)
@@ -177,9 +170,8 @@ class Copier:
         """The source of a copy from `place`."""
         if place.text is self.text:
             return CONTEXT
-        if self._prediction is not None and place.text is self._prediction.text:
-            return PREDICTION
-        return FORM if any(place.text is form for form in self._forms()) else MEMORY
+        is_predicted = self._prediction is not None and place.text is self._prediction.text
+        return PREDICTION if is_predicted else MEMORY
 
     def _judge(self, place: Place) -> MatchCalibration:
         """The features by which a copy from `place` is judged."""

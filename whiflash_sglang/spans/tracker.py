@@ -12,9 +12,7 @@ push searches its own bytes and the few before them that could start a marker: t
 output, and memory is one marker's length.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 from whiflash_sglang.spans.hints import SpanHint
@@ -31,26 +29,22 @@ class Markers(NamedTuple):
 class _Rule:
     """One pair of markers' progress through the output; offsets count output bytes."""
 
-    __slots__ = ("begin", "end", "next_from", "opened_at", "since_position")
+    __slots__ = ("begin", "end", "next_from", "opened_at")
 
     def __init__(self, markers: Markers) -> None:
         self.begin = markers.begin.encode() if markers.begin else None
         self.end = markers.end.encode() if markers.end else None
         self.next_from = 0  # where the next occurrence may begin
         self.opened_at: int | None = 0 if markers.open else None
-        self.since_position = 0
 
-    def advance(self, data: bytes, base: int) -> bool:
-        """Follow `data`, which starts at offset `base`; True if the rule opened in it and is still open."""
-        opened = False
+    def advance(self, data: bytes, base: int) -> None:
+        """Follow `data`, which starts at offset `base`."""
         while (marker := self.begin if self.opened_at is None else self.end) is not None:
             found = data.find(marker, max(self.next_from - base, 0))
             if found < 0:
                 break
             self.next_from = base + found + len(marker)
-            opened = self.opened_at is None
-            self.opened_at = self.next_from if opened else None
-        return opened
+            self.opened_at = self.next_from if self.opened_at is None else None
 
 
 class MarkerTracker:
@@ -77,11 +71,8 @@ class MarkerTracker:
         pieces = [table[token] if 0 <= token < len(table) else b"" for token in token_ids]
         data = self._tail + b"".join(pieces)
         base = self._bytes - len(self._tail)
-        ends: list[int] = []
         for rule in self._rules:
-            if rule.advance(data, base) and rule.opened_at is not None:
-                ends = ends or list(accumulate(map(len, pieces), initial=self._bytes))
-                rule.since_position = self._length + bisect_left(ends, rule.opened_at)
+            rule.advance(data, base)
         self._bytes = base + len(data)
         self._length += len(pieces)
         self._tail = data[max(len(data) - self._keep, 0) :]
@@ -107,20 +98,6 @@ class SpanTracker(MarkerTracker):
     def __init__(self, spans: Sequence[SpanHint], token_bytes: Sequence[bytes]) -> None:
         super().__init__([Markers(span.begin, span.end, span.open) for span in spans], token_bytes)
         self._spans = spans
-
-    @property
-    def kinds(self) -> frozenset[str]:
-        """Kinds of all open spans."""
-        rules = zip(self._spans, self._rules, strict=True)
-        return frozenset(span.kind for span, rule in rules if rule.opened_at is not None)
-
-    def since(self, kind: str) -> int | None:
-        """Output tokens committed when the first of the open spans of a kind opened; None: none is open."""
-        rules = zip(self._spans, self._rules, strict=True)
-        found = (
-            rule.since_position for span, rule in rules if rule.opened_at is not None and span.kind == kind
-        )
-        return min(found, default=None)
 
     @property
     def span(self) -> SpanHint | None:

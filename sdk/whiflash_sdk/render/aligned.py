@@ -55,7 +55,6 @@ SOURCES: Final = {
     "prediction": "the answer that was predicted",
     "scope": "earlier answers of the same agent or block, or of others of its tenant",
     "memory": "earlier answers of the same tenant",
-    "form": "the prompt, as it is written where it was quoted",
     "grammar": "what a grammar forces or suggests",
     "tools": "what calls of the request's tools look like",
     "ar": "EAGLE-3",

@@ -36,8 +36,8 @@ AUTO, NO_HINTS = "auto", "auto-no-hints"
 FLAGS = {"auto-branches": ("--whiflash-branches", "3"), "auto-no-drafters": ("--whiflash-drafters", "none")}
 """Arms that serve the bundle with other flags."""
 NO_LOOKUP, BAD = "auto-no-lookup", "auto-bad-drafters"
-NO_STRUCTURE, NO_FORMS = "auto-no-structure", "auto-no-forms"
-VARIANTS = dict.fromkeys((NO_LOOKUP, NO_STRUCTURE, NO_FORMS, BAD), AUTO)
+NO_STRUCTURE = "auto-no-structure"
+VARIANTS = dict.fromkeys((NO_LOOKUP, NO_STRUCTURE, BAD), AUTO)
 """Arms that serve a changed bundle (`subject.py`), and their routers."""
 ADAPTIVE = "EAGLE3-adaptive"
 """Upstream's EAGLE3 whose steps follow what was accepted (`--speculative-adaptive`)."""

@@ -16,7 +16,6 @@ from whiflash_sglang.device.cpu import serves_here
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.bench.arms import (
     BAD,
-    NO_FORMS,
     NO_LOOKUP,
     NO_STRUCTURE,
     VARIANTS,
@@ -34,10 +33,8 @@ def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
         ValueError: an arm without a variant.
     """
     fields = load_manifest(bundle).model_dump(mode="json", exclude_none=True)
-    if arm not in (NO_LOOKUP, NO_STRUCTURE, NO_FORMS, BAD):
+    if arm not in (NO_LOOKUP, NO_STRUCTURE, BAD):
         raise ValueError(f"{arm} serves the bundle as it is")
-    if arm == NO_FORMS:
-        fields["lookup"] = {**fields.get("lookup", {}), "form_tokens": 0}
     if arm in (NO_LOOKUP, BAD):
         fields["lookup"] = {"enabled": False}
     if arm in (NO_STRUCTURE, BAD):
