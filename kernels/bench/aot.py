@@ -315,7 +315,6 @@ CASES: dict[str, Callable[[], object]] = {
     ),
     "draft_attention, block of 16, heads of 256, 8 requests": lambda: run_attention(8, 16, 16, 8, 256),
     "draft_attention, block of 8, SmolLM2-135M, 8 requests": lambda: run_attention(8, 8, 9, 3, 64),
-    "draft_attention, chain step, latents of 576, 32 requests": lambda: run_attention(32, 1, 20, 1, 576),
     "propose_copies, 24 tokens, 32 requests": lambda: run_copies(32, behind=False),
     "propose_copies, behind drafts, 32 requests": lambda: run_copies(32, behind=True),
     "claim_backlogs, 2 drafters, 32 requests": lambda: run_claim(32),

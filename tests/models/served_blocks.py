@@ -72,7 +72,7 @@ def serve(path: Path) -> Served:
     seen: list[Tensor] = []
     propose = model.propose
     model.propose = lambda states, *rest: (seen.append(states.clone()), propose(states, *rest))[1]
-    drafts = arm.draft(_batch(arm, table, torch.stack([rows[-1] for rows in own])))
+    drafts = arm.draft(_batch(arm, table))
     assert drafts.confidences is not None
     return Served(draft, arm, own, drafts.tokens, drafts.confidences, seen[0], context)
 
@@ -82,7 +82,7 @@ def _features(row: int, length: int, captured: tuple[int, ...]) -> Tensor:
     return torch.randn(length, len(captured) * HIDDEN, generator=generator)
 
 
-def _batch(arm: DFlashArm, table: Tensor, tail: Tensor) -> DraftBatch:
+def _batch(arm: DFlashArm, table: Tensor) -> DraftBatch:
     starts = torch.tensor(LENGTHS)
     return DraftBatch(
         rows=torch.arange(len(LENGTHS)),
@@ -90,7 +90,7 @@ def _batch(arm: DFlashArm, table: Tensor, tail: Tensor) -> DraftBatch:
         lengths=LENGTHS,
         starts=starts,
         bonus=torch.tensor(BONUS),
-        tail=tail if arm.tail_width else torch.zeros(len(LENGTHS), 1),
+        tail=torch.zeros(len(LENGTHS), 0),
         slot_table=table,
         limits=[arm.max_drafts] * len(LENGTHS),
         caps=torch.full((len(LENGTHS),), arm.max_drafts),

@@ -1,4 +1,4 @@
-"""Domino, DFlash2 and LiLiCorr, whose drafts follow those before them in the block, draft what SGLang's code drafts."""
+"""Domino and DFlash2, whose drafts follow those before them in the block, draft what SGLang's code drafts."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,16 +10,12 @@ from chosen_formats import (
     BLOCK,
     DFLASH2,
     DOMINO,
-    LILICORR,
     OF_DFLASH2,
     OF_DOMINO,
-    OF_LILICORR,
-    WIDTH,
     dflash2_tensors,
     domino_tensors,
-    lilicorr_tensors,
 )
-from published import HIDDEN, MASK, VOCAB, target_tensors, write
+from published import MASK, VOCAB, target_tensors, write
 from served_blocks import BONUS, LENGTHS, Served, serve
 from torch import Tensor, nn
 from upstream_drafts import UpstreamBlocks, blocks, load, one_rank
@@ -128,36 +124,6 @@ def test_dflash2_drafts_what_sglang_drafts(
     assert served.tokens.tolist() != alone.tolist(), "the selector chose otherwise"
 
 
-@pytest.mark.parametrize("width", [WIDTH, HIDDEN])
-def test_lilicorr_drafts_what_sglang_drafts(width: int, tmp_path: Path) -> None:
-    """With a head narrower than the trunk, and with one as wide, which embeds tokens as the trunk does."""
-    from sglang.srt.models.lilicorr import LiLiCorrDraftModel
-    from sglang.srt.speculative.lilicorr_utils import propose_lilicorr_block
-
-    said = OF_LILICORR | {"lilicorr_hidden_size": width if width != HIDDEN else 0}
-    path = write(tmp_path / "draft", LILICORR | {"dflash_config": said}, lilicorr_tensors(width))
-    served, (embedding, head) = serve(path), target_tensors()
-    with one_rank(), torch.no_grad():
-        model = load(path, LiLiCorrDraftModel)
-        model.lilicorr.materialize_inference_buffers(torch.device("cpu"), torch.float32)
-        states = torch.stack(upstream_states(served, UpstreamBlocks(model, embedding)))
-        last = torch.stack([features[-1] for features in served.features])
-        drafted, _, _ = propose_lilicorr_block(
-            head=model.lilicorr,
-            draft_hidden=states,
-            lm_head=SimpleNamespace(weight=head, org_vocab_size=VOCAB, quant_method=None),
-            embed_tokens=nn.Embedding.from_pretrained(embedding),
-            anchor=model.project_target_hidden(last),
-        )
-    assert served.tokens.tolist() == drafted.tolist()
-    logits = states[:, 1:] @ head.T
-    top = said["lilicorr_candidate_topk"]
-    candidates = logits.softmax(-1).topk(top).values.sum(-1)
-    assert (served.confidences <= candidates + 1e-5).all(), "what is no candidate may be right"
-    assert (served.confidences >= candidates / top - 1e-5).all(), "it is the best of them"
-    assert served.tokens.tolist() != logits.argmax(-1).tolist(), "the head chose otherwise"
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -192,7 +158,6 @@ def test_a_configuration_that_does_not_fit(config: dict[str, Any], message: str,
         (DOMINO, domino_tensors(), "prefix_gru.weight_hh_l0"),
         (DFLASH2, dflash2_tensors(3), "candidate_selector.successor_codebook"),
         (DFLASH2, dflash2_tensors(3), "layers.1.mlp_conv.base_kernel"),
-        (LILICORR, lilicorr_tensors(WIDTH), "lilicorr.same_slot_bias"),
     ],
 )
 def test_a_tensor_that_is_missing_is_named(

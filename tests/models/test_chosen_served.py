@@ -1,4 +1,4 @@
-"""Domino, DFlash2 and LiLiCorr in an engine: text is plain decoding's, and rounds propose what upstream's propose."""
+"""Domino and DFlash2 in an engine: text is plain decoding's, and rounds propose what upstream's propose."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -6,15 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chosen_formats import (
-    DFLASH2,
-    DOMINO,
-    LILICORR,
-    WIDTH,
-    dflash2_tensors,
-    domino_tensors,
-    lilicorr_tensors,
-)
+from chosen_formats import DFLASH2, DOMINO, dflash2_tensors, domino_tensors
 from engine import engine
 from matrix import sampled
 from model_set import Models, build_models
@@ -36,7 +28,6 @@ SPELLED = {"Domino": "DFlashDraftModel"}
 FORMATS: dict[str, tuple[Mapping[str, Any], Callable[[], dict[str, Tensor]]]] = {
     "Domino": (DOMINO, domino_tensors),
     "DFlash2": (DFLASH2, lambda: dflash2_tensors(3)),
-    "LiLiCorr": (LILICORR, lambda: lilicorr_tensors(WIDTH)),
 }
 
 
@@ -100,13 +91,11 @@ def _arms(e: Any) -> set[str | None]:
 def test_rounds_propose_what_upstreams_do(
     models: Models, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of upstream's left out are a kernel for CUDA, in whose place it has torch's, and Domino's refusal of a CPU; where
-    a request has ended, SGLang's LiLiCorr drafts once without the others' last features, which lie in other rows then.
-    """
+    """Of upstream's left out are a kernel for CUDA, in whose place it has torch's, and Domino's refusal of a CPU."""
     from sglang.srt.models import dflash
     from sglang.srt.speculative import dflash_worker_v2
 
     monkeypatch.setattr(dflash, "_flashinfer_top_k", None)
     monkeypatch.setattr(dflash_worker_v2, "validate_domino_runtime", lambda **_: None)
     checkpoint = drafter(tmp_path / "drafter", name)
-    compare(models.target, "diffusion", checkpoint, resized=name != "LiLiCorr")
+    compare(models.target, "diffusion", checkpoint)

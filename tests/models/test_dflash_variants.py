@@ -7,12 +7,10 @@ import pytest
 import torch
 from published import (
     HEAD_DIM,
-    HEADS,
     HIDDEN,
     MASK,
     QWEN3,
     TARGET_LAYERS,
-    Shapes,
     block_trunk,
     convolutions,
     draw,
@@ -78,27 +76,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "convolutions": {"dflash_config": NESTED | {"conv_kernel_size": 3, "conv_group_size": 16}},
     "Muse": {"dflash_config": NESTED, "architectures": ["MuseGlimmerAssistantModel"]},
 }
-
-
-LAGUNA: dict[str, dict[str, Any]] = {
-    "a gate for each head": {},
-    "a gate for each dimension": {"gating": "per-element"},
-    "no gates": {"gating": False},
-    "windows": {"layer_types": SWA, "use_sliding_window": True, "sliding_window": 5},
-}
-
-
-@pytest.mark.parametrize("variant", LAGUNA)
-def test_laguna_drafts_what_sglang_drafts(variant: str, tmp_path: Path) -> None:
-    changes = LAGUNA[variant]
-    shapes: Shapes = block_trunk(LAYERS, 3)
-    width = {"per-element": HEADS * HEAD_DIM, False: 0}.get(changes.get("gating", True), HEADS)
-    if width:
-        shapes |= {f"layers.{i}.self_attn.g_proj.weight": (width, HIDDEN) for i in range(LAYERS)}
-    shapes |= {f"aux_hidden_norms.{i}.weight": (HIDDEN,) for i in range(3)}
-    config = BASE | {"architectures": ["DFlashLagunaForCausalLM"], "dflash_config": NESTED} | changes
-    path = write(tmp_path / "draft", config, draw(shapes))
-    compare(path, serve(path))
 
 
 def checkpoint(path: Path, changes: dict[str, Any], **how: Any) -> Path:

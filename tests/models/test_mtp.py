@@ -161,8 +161,8 @@ def test_what_a_head_costs_is_said_from_its_configuration(tmp_path: Path) -> Non
         (GLM, {"moe_intermediate_size": None}, "moe_intermediate_size must be an integer"),
         (
             GLM,
-            {"architectures": ["Qwen3NextForCausalLM"]},
-            r"architectures \['Qwen3NextForCausalLM'\] is no draft architecture",
+            {"architectures": ["DeepseekV3ForCausalLM"]},
+            r"architectures \['DeepseekV3ForCausalLM'\] is no draft architecture",
         ),
     ],
 )

@@ -44,20 +44,6 @@ HEADS = {
         # As GLM-4.5 of 355 billion parameters; the target's Hugging Face class has both, too.
         {"attention_bias": True, "use_qk_norm": True},
     ),
-    **{
-        name: OwnHead(
-            FAMILIES[architecture],
-            architecture,
-            f"model.layers.{LAYERS}.",
-            ("enorm", "hnorm", "shared_head.norm"),
-            "eh_proj",
-            {},
-        )
-        for name, architecture in (
-            ("glm-lite", "Glm4MoeLiteForCausalLM"),
-            ("deepseek", "DeepseekV3ForCausalLM"),
-        )
-    },
 }
 
 

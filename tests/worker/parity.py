@@ -69,11 +69,11 @@ def listen(e: Engine) -> list[list[list[int]]]:
     return verified
 
 
-def compare(target: Path, arm: str, checkpoint: Path, *, resized: bool = True, **upstream: Any) -> None:
+def compare(target: Path, arm: str, checkpoint: Path, **upstream: Any) -> None:
     """Raise AssertionError where a round of ours proposes or accepts other than upstream's.
 
     Args:
-        resized: whether rounds are compared before which a request ended, too. upstream: its arguments.
+        upstream: its arguments.
     """
     arguments = {**UPSTREAM[arm], **upstream}
     theirs = rounds_of(target, speculative_draft_model_path=str(checkpoint), **arguments)
@@ -83,11 +83,7 @@ def compare(target: Path, arm: str, checkpoint: Path, *, resized: bool = True, *
     print(f"{arm}: {ours.accepted} drafts accepted in {len(ours.lengths)} steps of 8 requests, both ways")
     assert ours.lengths == theirs.lengths
     assert min(ours.accepted, theirs.accepted) > 5
-    size = len(ours.verified[0])
     for number, (own, other) in enumerate(zip(ours.verified, theirs.verified, strict=True)):
-        before, size = size, len(own)
-        if before != size and not resized:
-            continue
         assert own == [rows[: len(cut)] for rows, cut in zip(other, own, strict=True)], (
             f"verification {number}"
         )

@@ -43,7 +43,7 @@ class DFlashArm(PagedArm):
         weight = model.fc.weight
         super().__init__(config.num_layers, config.attention, weight.dtype, weight.device)
         self.model = model
-        self._weights = dflash_weights(model) if model.shared_context else None
+        self._weights = dflash_weights(model)
         self._rope = rope_table(model.rotary, positions, weight.device)
         self.captured_layers = layers
         self.max_drafts = block - 1
@@ -54,7 +54,6 @@ class DFlashArm(PagedArm):
         # Not the target's, which is packed with the target, and again when its weights are updated.
         own = [part for part in (self._head.weight, self._head.matrix) if part is not model.target_lm_head]
         pack(part for part in own if isinstance(part, torch.Tensor))
-        self.tail_width = model.fc.in_features if model.reads_tail else 0
         self.features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def _chosen(self) -> DraftHead:
@@ -69,15 +68,7 @@ class DFlashArm(PagedArm):
                 rewrite(held, value)
 
     def catch_up(self, rows: FeatureRows) -> None:
-        features = rows.features
-        if self._weights is not None:
-            dflash_catch_up(features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)
-            return
-        # Padding goes to slot 0, which belongs to nobody: left out, sizes would depend on the device's values.
-        slots = rows.slots.clamp(min=0)
-        keys, values = self.model.keys_values(self.model.fuse(features), rows.positions)
-        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-            self.kv.write(layer, slots, k, v)
+        dflash_catch_up(rows.features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)
 
     def whole(self, given: PassInput, wanted: int) -> Choice:
         rows, size = self._rows, len(given.rows)
@@ -85,7 +76,7 @@ class DFlashArm(PagedArm):
         assert ids is not None
         attend = self.attend_at(slots.view(-1), given, self._spans, extra=rows, width=rows)
         states = self.model(ids.view(size, rows), positions.view(size, rows), attend)
-        return self.model.propose(states, given.bonus, wanted, self._head, given.tail)
+        return self.model.propose(states, given.bonus, wanted, self._head)
 
     def logits_at_once(self, requests: int) -> int:
         return requests * self.max_drafts * len(self._head.weight)

@@ -40,11 +40,6 @@ class DFlashDrafter(nn.Module):
     from.
     """
 
-    layer: type[DFlashLayer] = DFlashLayer
-    shared_context = True
-    """Whether K and V of all layers are one product of the same context feature, as the catch-up kernels take them."""
-    reads_tail = False
-    """Whether `propose` reads the features of the last token before the block."""
     target_embedding: Tensor
     embedding_scale: float = 1.0
     target_lm_head: Tensor
@@ -62,7 +57,7 @@ class DFlashDrafter(nn.Module):
         norm = norm_of(config)
         self.fc = Linear(config.num_features * size, size, bias=False)
         self.hidden_norm = norm(size, eps)
-        self.layers = nn.ModuleList(self.layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DFlashLayer(config) for _ in range(config.num_layers))
         self.norm = norm(size, eps)
         self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
         self.register_buffer("target_embedding", target_embedding, persistent=False)
@@ -138,15 +133,12 @@ class DFlashDrafter(nn.Module):
         normed: Tensor = self.norm(hidden)
         return normed.view(size, rows, -1)
 
-    def propose(
-        self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead, tail: Tensor | None = None
-    ) -> Choice:
+    def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
         """The first `wanted` drafts of every block.
 
         Args:
             states: [B, rows, H] of `forward`, the bonus token's row first. bonus: [B] int64, the token at that row.
-            head: `head`, or a part of it. tail: [B, features · H] of the token before the bonus token; only a drafter
-                with `reads_tail` needs it.
+            head: `head`, or a part of it.
 
         Returns:
             tokens, the target's ids, and confidences, each [B, wanted].

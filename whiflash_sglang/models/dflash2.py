@@ -88,9 +88,7 @@ class DFlash2Drafter(DFlashDrafter):
         for name, parameter in self.candidate_selector.named_parameters():
             reader.fill(parameter, f"candidate_selector.{name}")
 
-    def propose(
-        self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead, tail: Tensor | None = None
-    ) -> Choice:
+    def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
         """As `DFlashDrafter.propose`, among the candidates of every row."""
         rows = self.draft_rows(states, wanted)
         logits = head.logits(rows.flatten(0, 1))

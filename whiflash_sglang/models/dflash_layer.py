@@ -69,25 +69,15 @@ class DFlashLayer(nn.Module):
         size, eps = config.hidden_size, config.rms_norm_eps
         norm = norm_of(config)
         self.input_norm = norm(size, eps)
-        self.attention = self._attention(config)
+        self.attention = Attention(
+            size, size, config.attention, head_norm_eps=eps, bias=config.attention_bias, norm=norm
+        )
         self.mlp_norm = norm(size, eps)
         self.mlp = SwiGLU(size, config.intermediate_size, config.clamped)
         self.convolutions = nn.ModuleDict()
         if config.convolution is not None:
             for name in ("attention_conv", "mlp_conv"):
                 self.convolutions[name] = BlockConv(size, config.convolution)
-
-    @staticmethod
-    def _attention(config: DFlashConfig) -> Attention:
-        size = config.hidden_size
-        return Attention(
-            size,
-            size,
-            config.attention,
-            head_norm_eps=config.rms_norm_eps,
-            bias=config.attention_bias,
-            norm=norm_of(config),
-        )
 
     def forward(self, hidden: Tensor, angles: Angles, index: int, attend: Attend, rows: int) -> Tensor:
         """`hidden` [T, H], whole blocks of `rows`, which is given up, → [T, H]."""

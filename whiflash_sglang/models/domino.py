@@ -95,9 +95,7 @@ class DominoDrafter(DFlashDrafter):
         for name, published in _PARAMETERS.items():
             reader.fill(self.get_parameter(name), published)
 
-    def propose(
-        self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead, tail: Tensor | None = None
-    ) -> Choice:
+    def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
         """As `DFlashDrafter.propose`, each token but the first corrected by the state of those before it."""
         rows = self.draft_rows(states, wanted)
         logits = head.logits(rows)

@@ -143,9 +143,7 @@ class DSparkDrafter(DFlashDrafter):
         """The checkpoint's, by their published names."""
         return {**super().tensors(), **self.heads()}
 
-    def propose(
-        self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead, tail: Tensor | None = None
-    ) -> Choice:
+    def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
         """As `DFlashDrafter.propose`, each token corrected by the one before it."""
         rows = self.draft_rows(states, wanted)
         if not self.config.markov_rank:

@@ -33,7 +33,7 @@ class Routed(NamedTuple):
 
 
 def read_routed(path: Path, config: Mapping[str, Any]) -> Routed:
-    """The experts of a DeepSeek-V3 or GLM-4.5 layer. Raises `CheckpointError` naming the key that does not fit."""
+    """The experts of a GLM-4.5 layer. Raises `CheckpointError` naming the key that does not fit."""
     for key, served in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("hidden_act", "silu")):
         if config.get(key, served) != served:
             raise CheckpointError(

@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from whiflash_sglang.models import dflash, dflash2, domino, dspark, eagle3, laguna, lilicorr, mtp, speculators
+from whiflash_sglang.models import dflash, dflash2, domino, dspark, eagle3, mtp, speculators
 from whiflash_sglang.models.config_json import read_json_config
 from whiflash_sglang.models.draft_format import DraftFormat, by_key, pick
 
 FORMATS: tuple[DraftFormat, ...] = (
     dflash.FORMAT,
-    laguna.FORMAT,
     dspark.FORMAT,
     domino.FORMAT,
     dflash2.FORMAT,
-    lilicorr.FORMAT,
     eagle3.FORMAT,
     eagle3.DEEPSPEC,
     *speculators.FORMATS,

@@ -241,12 +241,8 @@ class Attention(nn.Module):
             q, k = rotate_both(q, k, angles)
         else:
             q, k = torch.split(rotate(qkv[:, : heads + kv_heads], angles), [heads, kv_heads], dim=1)
-        mixed: Tensor = self.out(self.mixed(attend(layer, q, k, v), x))
+        mixed: Tensor = self.out(attend(layer, q, k, v).reshape(len(x), self.query_size))
         return mixed
-
-    def mixed(self, attended: Tensor, x: Tensor) -> Tensor:
-        """What `out` reads: `attended` [T, Hq, D] as it is, [T, Hq · D]; `x` [T, width] is for gated kinds."""
-        return attended.reshape(len(x), self.query_size)
 
     def keys_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """`x` [T, width] → k and v, each [T, Hkv, D]; neither queries nor attention are computed."""

@@ -2,8 +2,8 @@
 
 One decoder layer over projection([norm(embedding of the next token); norm(the target's state)]). Entry p of its cache
 pairs the embedding of token p+1 with the target's state at p, behind the final norm, at RoPE position p; a later draft
-step feeds back the head's own state behind its final norm. Numerics follow `mimo_mtp.py`, `glm4_moe_nextn.py` and
-`deepseek_nextn.py` in the `models/` of SGLang 0.5.23, whose EAGLE worker runs one layer so, step after step.
+step feeds back the head's own state behind its final norm. Numerics follow `mimo_mtp.py` and `glm4_moe_nextn.py` in the
+`models/` of SGLang 0.5.23, whose EAGLE worker runs one layer so, step after step.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,6 @@ from whiflash_sglang.models.checkpoint import WeightReader, attention_shape, int
 from whiflash_sglang.models.choice import Choice, DraftHead, DraftStep, SharedVocabulary, borrowed_head
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.experts import Experts, Routed, read_routed
-from whiflash_sglang.models.latent import LatentAttention, LatentShape, read_latent
 from whiflash_sglang.models.layers import (
     Attend,
     Attention,
@@ -58,7 +57,7 @@ class MTPConfig:
 
     Attributes:
         prefix: what its tensors' names begin with in the target's files.
-        attention: heads of what its KV keeps; latent: where that is a latent of keys and values (MLA).
+        attention: heads of what its KV keeps.
         routed: its experts; None where `intermediate_size` is that of one network.
         head_norms: queries and keys are normed. blank_first: at position 0 no embedding is read.
     """
@@ -73,7 +72,6 @@ class MTPConfig:
     rope: dict[str, Any]
     max_position_embeddings: int
     rms_norm_eps: float
-    latent: LatentShape | None = None
     attention_bias: bool = False
     head_norms: bool = False
     blank_first: bool = False
@@ -121,24 +119,6 @@ def parse_glm(path: Path, config: Mapping[str, Any]) -> MTPConfig:
         attention_bias=bool(config.get("attention_bias", False)),
         head_norms=bool(config.get("use_qk_norm", False)),
         **_common(path, rotated),
-    )
-
-
-def parse_latent(path: Path, config: Mapping[str, Any]) -> MTPConfig:
-    """DeepSeek-V3's and GLM-4.7-Flash's: one more layer, with latent attention and experts.
-
-    Raises `CheckpointError` naming the key that does not fit.
-    """
-    _check(path, config)
-    latent = read_latent(path, config, rope_parameters(config))
-    return MTPConfig(
-        prefix=f"model.layers.{integer(config, 'num_hidden_layers', path)}.",
-        names=DEEPSEEK,
-        intermediate_size=0,
-        routed=read_routed(path, config),
-        attention=latent.kept,
-        latent=latent,
-        **_common(path, config),
     )
 
 
@@ -194,14 +174,20 @@ class MTPDrafter(nn.Module):
         self.embedding_norm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
         self.projection = Linear(2 * size, size, bias=False)
         self.input_norm = RMSNorm(size, eps)
-        self.attention = _attention(config)
+        self.attention = Attention(
+            size,
+            size,
+            config.attention,
+            head_norm_eps=eps if config.head_norms else None,
+            bias=config.attention_bias,
+            out_bias=False,
+        )
         self.mlp_norm = RMSNorm(size, eps)
         self.mlp: SwiGLU | Experts = (
             SwiGLU(size, config.intermediate_size) if config.routed is None else Experts(size, config.routed)
         )
         self.norm = RMSNorm(size, eps)
-        rotated = config.latent.rotated if config.latent else config.attention.head_dim
-        self.rotary = Rotary(config.rope, rotated, config.max_position_embeddings)
+        self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
         self.register_buffer("target_embedding", target_embedding, persistent=False)
         self.register_buffer("target_lm_head", target_lm_head, persistent=False)
 
@@ -217,10 +203,7 @@ class MTPDrafter(nn.Module):
     def keys_values(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """KV-only pass: next-token ids [T], the target's states [T, H], positions [T] → k, v each [T, Hkv, D]."""
         entry = self._entry(tokens, hidden, positions)
-        keys_values: tuple[Tensor, Tensor] = self.attention.keys_values(
-            self.input_norm(entry), self.rotary.angles(positions)
-        )
-        return keys_values
+        return self.attention.keys_values(self.input_norm(entry), self.rotary.angles(positions))
 
     def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> DraftStep:
         """One step: next-token ids [T] int64, the target's or fed-back states [T, H], positions [T]."""
@@ -300,29 +283,11 @@ class MTPDrafter(nn.Module):
         if names.hidden_first:
             with torch.no_grad():
                 self.projection.weight.copy_(torch.cat(self.projection.weight.chunk(2, 1)[::-1], 1))
-        if isinstance(self.attention, LatentAttention):
-            self.attention.fill(reader, f"{prefix}self_attn.")
-        else:
-            reader.fill_attention(self.attention, f"{prefix}self_attn.")
+        reader.fill_attention(self.attention, f"{prefix}self_attn.")
         if isinstance(self.mlp, Experts):
             self.mlp.fill(reader, f"{prefix}mlp.")
         else:
             reader.fill_mlp(self.mlp, f"{prefix}mlp.")
-
-
-def _attention(config: MTPConfig) -> Attention | LatentAttention:
-    size, eps = config.hidden_size, config.rms_norm_eps
-    if config.latent is not None:
-        return LatentAttention(size, config.latent, eps)
-    head_norm_eps = eps if config.head_norms else None
-    return Attention(
-        size,
-        size,
-        config.attention,
-        head_norm_eps=head_norm_eps,
-        bias=config.attention_bias,
-        out_bias=False,
-    )
 
 
 FORMATS = (
@@ -345,15 +310,5 @@ FORMATS = (
         model=MTPDrafter,
         published="zai-org (GLM-4.5, 4.6, 4.7), in the target",
         defined_by="SGLang's `glm4_moe_nextn.py`",
-    ),
-    DraftFormat(
-        name="own heads with latent attention",
-        arm=arms.AR,
-        keys=("DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"),
-        layers_key=None,
-        read=parse_latent,
-        model=MTPDrafter,
-        published="zai-org (GLM-4.7-Flash), deepseek-ai (V3, R1; their published files are quantised, so refused)",
-        defined_by="SGLang's `deepseek_nextn.py`, `glm4_moe_lite_nextn.py`",
     ),
 )

@@ -416,14 +416,9 @@ def _blocks(
     columns = [list(capture).index(layer) for layer in drafter.target_layer_ids]
     states = run_blocks(drafter, batch, blocks, columns)
     bonus, drafts = batch.tokens[blocks.token + blocks.anchor], drafter.config.max_drafts
-    before = (
-        batch.features[blocks.feature + blocks.anchor - 1][:, columns].flatten(1).to(drafter.fc.weight.dtype)
-    )
     parts = [
-        drafter.propose(one, token, drafts, head, tail)
-        for one, token, tail in zip(
-            *(torch.split(rows, _BLOCKS) for rows in (states, bonus, before)), strict=True
-        )
+        drafter.propose(one, token, drafts, head)
+        for one, token in zip(torch.split(states, _BLOCKS), torch.split(bonus, _BLOCKS), strict=True)
     ]
     choice = Choice(*(torch.cat(column) for column in zip(*parts, strict=True)))
     wanted = blocks.anchor[:, None] + torch.arange(1, drafts + 1, device=choice.token.device)
