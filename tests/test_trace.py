@@ -10,7 +10,7 @@ from whiflash_sdk.hints import TraceLevel
 from whiflash_sglang.telemetry.trace import Part, Recording, build_trace, pieces_of, place
 
 PROMPT = 7
-SOURCES = ("ar", "diffusion", "context", "prediction", "memory", "scope", "grammar", "tools")
+SOURCES = ("ar", "diffusion", "context", "prediction", "memory", "grammar", "tools")
 
 
 def recorded(*rounds: tuple[str, int], level: TraceLevel = "full", reason: str = "score") -> Recording:

@@ -98,12 +98,11 @@ def build_drafters(
         # A block starts from the target's embedding module, as SGLang's; EAGLE-3 norms rows of its matrix.
         models[arms.DIFFUSION].embedding_scale = target.embedding_scale
         drafters.append(DFlashArm(models[arms.DIFFUSION], captured, own, block, positions, vocabulary))
-    words = vocabulary_of(target.tokenizer) if target.tokenizer is not None else None
-    if settings.structure.enabled and words is not None:
+    if settings.structure.enabled and target.tokenizer is not None:
+        words = vocabulary_of(target.tokenizer)
         drafters.append(StructureArm(settings.structure, words, spending.exhausted))
     if settings.lookup.enabled:
-        token_bytes = words.token_bytes if words is not None else ()
-        drafters.append(LookupArm(settings.lookup, host, ranks.now, token_bytes))
+        drafters.append(LookupArm(settings.lookup, host, ranks.now))
     return {drafter.arm: drafter for drafter in drafters}
 
 

@@ -13,7 +13,7 @@ from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.drafters.base import Drafter, of_text
 from whiflash_sglang.learn.samples import Spool
-from whiflash_sglang.lookup.memory import handle_of, handles_of, tenant_of
+from whiflash_sglang.lookup.memory import handle_of, tenant_of
 from whiflash_sglang.metrics import Publisher
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
@@ -190,7 +190,4 @@ def _consent_of(req: Any) -> tuple[bool, Sequence[int]]:
     """
     hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
     agrees = hints is not MALFORMED and hints.learn and hints.lookup == "memory"
-    if tenant is None:
-        return agrees, ()
-    blocks = [block.begin for block in hints.structure] or [span.kind for span in hints.spans]
-    return agrees, (handle_of(tenant), *sorted(handles_of(tenant, hints.agent, blocks)))
+    return agrees, () if tenant is None else (handle_of(tenant),)

@@ -257,7 +257,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.publisher.start(sink)
 
     def forget(self, handle: int | None) -> None:
-        """Drop text that a drafter keeps across requests: a tenant's or a scope's, by its handle, or everybody's."""
+        """Drop text that a drafter keeps across requests: a tenant's, by its handle, or everybody's."""
         for drafter in self.text_arms.values():
             drafter.forget(handle)
         if self.spool is not None:

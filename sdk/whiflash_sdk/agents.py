@@ -18,11 +18,9 @@ def agent(
 ) -> AbstractContextManager[Hints]:
     """Calls inside the block are this agent's, in this thread or task, over what a framework says and the client.
 
-    Where the server keeps outputs to copy from, those of the same agent are searched first, and what copying brings is
-    learned for it alone. It never leaves the tenant: nothing is kept without a cache salt.
+    Traces and reports name the agent; drafts do not depend on it.
 
-    name: of 1 to 64 characters. query: which of the agent's prompts this is. structure: blocks that its answers are
-    made of, each a begin and an end marker (or None). What is not given is left as it is outside.
+    name: of 1 to 64 characters. query, structure: as of `Hints`. What is not given is left as it is outside.
 
     Raises: pydantic's ValidationError for what the server would refuse.
     """

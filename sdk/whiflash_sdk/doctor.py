@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _UNUSED: Final = {
     "prediction": "no draft was taken from one: send it with predict(…) or a Session; the answer may not follow it",
-    "memory": "no draft was taken from earlier answers: send a tenant and an agent with every request, and start the "
+    "memory": "no draft was taken from earlier answers: send a tenant with every request, and start the "
     "server with --whiflash-lookup-memory-mib",
     "tools": "no draft was taken from calls: offer tools, and start the server with their --tool-call-parser",
 }
@@ -163,7 +163,7 @@ def _brought(trace: Trace) -> Iterator[Finding]:
         told = trace.sources.get(name)
         if told is not None:
             yield Finding(name, told.accepted > 0, _accepted(told))
-        elif name != "memory" or "scope" not in trace.sources:
+        else:
             yield Finding(name, False, _UNUSED[name])
 
 

@@ -106,10 +106,10 @@ class Hints(BaseModel):
     trace: ask for the routing trace. True is "summary", sums by drafter; "full" has the stretches.
     lookup: sources of copies: `memory` (the request's context, and recent outputs of the same cache salt if the server
         keeps them), `context` (the request's context; nothing is kept), `off`.
-    agent: name of the agent, 1 to 64 characters; its earlier outputs are copied from first.
-    query: name (1 to 64 characters) or number of the agent's prompt.
-    structure: blocks of the agent's answers, at most 16, each a begin marker and an end marker or null; copies come
-        first from the same block. Default: the spans.
+    agent: name of the agent, 1 to 64 characters, by which reports count.
+    query: name (1 to 64 characters) or number of the agent's prompt; no server reads it.
+    structure: blocks of the agent's answers, at most 16, each a begin marker and an end marker or null; no server reads
+        them.
     learn: false keeps the request from a server that trains its drafters on what it serves.
     """
 

@@ -747,7 +747,7 @@ def test_the_agents_sdks_default_route_is_collected(server: Server) -> None:
     [
         ({"custom_params": 7}, "custom_params: must be an object"),
         ({"custom_params": {"whiflash": '{"off":1}'}}, "custom_params.whiflash.off: must be true or false"),
-        ({"agent-id": "a", "structure": [["x"]]}, "structure[0]: must be a list of two"),
+        ({"custom_params": {"whiflash": '{"structure":[["x"]]}'}}, "structure[0]: must be a list of two"),
         ({"prediction": {"type": "diff"}}, "prediction.type: must be content"),
         ({"custom_params": {"whiflash_forced": [1]}}, "started without --whiflash-force-recorded on"),
     ],
@@ -772,15 +772,3 @@ def test_a_prediction_of_a_converted_request_leaves_its_text(server: Server, rou
     plain = text_of()
     for predicted in (plain, plain[:9] + "~", "~"):
         assert text_of(prediction=predict(predicted)) == plain
-
-
-@pytest.mark.parametrize("route", ROUTES[:2])
-def test_agent_specs_fields_are_read_from_the_body(server: Server, route: str) -> None:
-    said = {"agent-id": "a", "query-id": 1, "structure": [["<p>", "</p>"]]}
-    plain = post(server, route, asked_of(route, None)).json()["choices"]
-    assert post(server, route, asked_of(route, None, **said)).json()["choices"] == plain
-    answer = post(server, route, asked_of(route, None, **{**said, "query-id": -1}))
-    assert answer.status_code == 400
-    assert "query-id: must be a name of 1 to 64 characters, or a whole number" in answer.text
-    twice = asked_of(route, None, **said, custom_params={"whiflash": '{"agent":"b"}'})
-    assert "give one of them" in post(server, route, twice).text

@@ -146,24 +146,6 @@ def test_the_answer_of_server_info_has_none(monkeypatch: pytest.MonkeyPatch) -> 
     assert http_server.redact_watermark_secrets({"api_key": "user-key"}) == {"api_key": "<redacted>"}
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("admin", [None, "boss"])
-def test_the_state_names_agents_to_operators_alone(
-    admin: str | None, replicas: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where everybody may read it there are digests, in what all replicas sum up to and in each one's own."""
-    scopes = {'["ab", "planner", null, null]': {"tokens": 3}}
-
-    async def states(_: float | None) -> list[dict[str, Any]]:
-        return [{"replica": n, "costs": {}, "lookup": {"scopes": dict(scopes)}} for n in range(replicas)]
-
-    serving(monkeypatch, admin_api_key=admin)
-    monkeypatch.setattr(http_routes, "_states", states)
-    told = asyncio.run(http_routes._state()).body.decode()
-    assert told.count("tokens") == (replicas + 1 if replicas > 1 else 1)
-    assert told.count("planner") == (0 if admin is None else told.count("tokens"))
-
-
 def test_sglangs_log_would_tell_them() -> None:
     """Else there is nothing to cut out any more, and `compat/launch/keys.py` can go."""
     keys.install()

@@ -37,13 +37,13 @@ def kept(served: tuple[Engine, Path]) -> list[Sample]:
 def test_a_finished_request_is_kept_as_it_was(served: tuple[Engine, Path]) -> None:
     e, _ = served
     e.submit("plain", [1, 2, 3], max_new_tokens=9)
-    e.submit("salted", [4, 5, 6], max_new_tokens=7, cache_salt="s", **hinted('{"agent": "scout"}'))
+    e.submit("salted", [4, 5, 6], max_new_tokens=7, cache_salt="s")
     e.run()
     tenant = tenant_of(None, "s")
     assert tenant is not None
-    handles = [handle_of(tenant), handle_of(tenant, "scout")]
+    salted = Sample([4, 5, 6], e.output("salted"), [handle_of(tenant)])
     found = sorted(kept(served), key=lambda sample: sample.prompt)
-    assert found == [Sample([1, 2, 3], e.output("plain"), []), Sample([4, 5, 6], e.output("salted"), handles)]
+    assert found == [Sample([1, 2, 3], e.output("plain"), []), salted]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_session_consents_as_its_strictest_turn(served: tuple[Engine, Path], s
     assert kept(served) == []
     other = f"open{streaming}"
     e.open_session(other, streaming=streaming)
-    e.submit(f"{other}a", [1, 2, 3], session={"id": other}, cache_salt="s", **hinted('{"agent": "planner"}'))
+    e.submit(f"{other}a", [1, 2, 3], session={"id": other}, cache_salt="s")
     e.run()
     e.submit(f"{other}b", [4, 5, 6], session={"id": other, "rid": f"{other}a"}, cache_salt="s")
     e.run()
@@ -122,8 +122,7 @@ def test_a_session_consents_as_its_strictest_turn(served: tuple[Engine, Path], s
     assert tenant is not None
     first, second = kept(served)
     assert second.prompt[:3] == first.prompt == [1, 2, 3]
-    assert second.handles == first.handles
-    assert handle_of(tenant, "planner") in second.handles
+    assert second.handles == first.handles == [handle_of(tenant)]
     for session in (name, other):
         e.close_session(session)
 

@@ -7,24 +7,16 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.memory import handle_of, parse_forget, tenant_of
 
 
-def handle(extra_key: str | None, cache_salt: str | None, *scope: str | None) -> int:
+def handle(extra_key: str | None, cache_salt: str | None) -> int:
     tenant = tenant_of(extra_key, cache_salt)
     assert tenant is not None
-    return handle_of(tenant, *scope)
+    return handle_of(tenant)
 
 
 def test_one_tenant_is_named_as_its_requests_named_it() -> None:
     assert parse_forget({"cache_salt": "s"}) == handle(None, "s")
     assert parse_forget({"cache_salt": "s", "extra_key": "k"}) == handle("k", "s")
     assert parse_forget({"extra_key": "k", "cache_salt": None, "all": False}) == handle("k", None)
-
-
-def test_a_part_of_a_tenant_is_named_by_its_agent_and_its_block() -> None:
-    asked = ({}, {"agent": "a"}, {"block": "a"}, {"agent": "a", "block": "b"}, {"agent": "b", "block": "a"})
-    found = [parse_forget({"cache_salt": "s", **part}) for part in asked]
-    named = (("a",), (None, "a"), ("a", "b"), ("b", "a"))
-    assert found == [handle(None, "s"), *(handle(None, "s", *scope) for scope in named)]
-    assert len(set(found)) == len(found)
 
 
 def test_everybody_has_to_be_asked_for() -> None:
@@ -37,13 +29,12 @@ def test_everybody_has_to_be_asked_for() -> None:
         ({}, "give cache_salt"),
         ({"cache_salt": ""}, "give cache_salt"),
         ({"all": True, "cache_salt": "s"}, "only all: true"),
-        ({"agent": "a"}, "give cache_salt"),
-        ({"all": True, "agent": "a"}, "only all: true"),
-        ({"all": True, "block": "b"}, "only all: true"),
-        ({"cache_salt": "s", "agent": 7}, "'agent' must be a string"),
+        ({"agent": "a"}, "'agent': a tenant's outputs are kept together"),
+        ({"all": True, "agent": None}, "'agent': a tenant's outputs are kept together"),
+        ({"cache_salt": "s", "block": "b"}, "'block': a tenant's outputs are kept together"),
         ({"all": 1}, "'all' must be true or false"),
         ({"cache_salt": 7}, "'cache_salt' must be a string"),
-        ({"salt": "s"}, "'salt' is unknown; known: all, cache_salt, extra_key, agent, block"),
+        ({"salt": "s"}, "'salt' is unknown; known: all, cache_salt, extra_key"),
     ],
 )
 def test_anything_else_is_refused(body: dict[str, object], message: str) -> None:
@@ -55,4 +46,3 @@ def test_the_message_holds_numbers_only() -> None:
     assert encode_forget(handle(None, "s")) == {FORGET: handle(None, "s")}
     assert encode_forget(None) == {FORGET: EVERYBODY}
     assert 0 <= handle(None, "s") < 2**63
-    assert 0 <= handle(None, "s", "a", "b") < 2**63

@@ -9,19 +9,16 @@ from hypothesis import strategies as st
 from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.core import SILENCE
 from whiflash_sglang.drafters.lookup import LookupArm
-from whiflash_sglang.lookup.calibration import Agreement, Calibrations
+from whiflash_sglang.lookup.calibration import Agreement, MatchCalibration, PerTenant
 from whiflash_sglang.lookup.memory import Tenant, handle_of, tenant_of
 from whiflash_sglang.routing.costs import FULL_LENGTH
-from whiflash_sglang.spans.hints import Block, RequestHints
+from whiflash_sglang.spans.hints import RequestHints
 
 WIDTH = 24
-WORDS = [bytes([97 + token]) for token in range(10)]
-BLOCKS = (Block("b", "c"), Block("d", None))
-"""Opened by token 1 and closed by token 2; opened by token 3."""
 
 
 def arm() -> LookupArm:
-    return LookupArm(Lookup(max_width=WIDTH, memory_mib=1), token_bytes=WORDS)
+    return LookupArm(Lookup(max_width=WIDTH, memory_mib=1))
 
 
 @dataclass
@@ -32,8 +29,6 @@ class Client:
     row: int
     tenant: Tenant | None
     scope: str = "memory"
-    agent: str | None = None
-    structure: tuple[Block, ...] = ()
     text: list[int] | None = None
     seen: list[tuple[float, list[int]]] = field(default_factory=list)
 
@@ -47,7 +42,7 @@ class Client:
             return
         if self.text is None:
             self.text = []
-            hints = RequestHints(lookup=self.scope, agent=self.agent, structure=self.structure)  # type: ignore[arg-type]
+            hints = RequestHints(lookup=self.scope)  # type: ignore[arg-type]
             self.arm.begin(self.row, hints, self.tenant)
         self.text += tokens
         text = self.text
@@ -56,17 +51,10 @@ class Client:
 
 
 def proposals(
-    mine: Iterable[Sequence[int]],
-    between: Iterable[Sequence[Sequence[int]]],
-    other: Client,
-    agents: Sequence[str | None] = (None,),
+    mine: Iterable[Sequence[int]], between: Iterable[Sequence[Sequence[int]]], other: Client
 ) -> list[object]:
-    """agents: who asks, turn about; those that have a name have blocks too."""
     client = Client(other.arm, 0, tenant_of(None, "mine"))
-    for number, (tokens, others) in enumerate(zip(mine, between, strict=True)):
-        if client.text is None:
-            client.agent = agents[number % len(agents)]
-            client.structure = BLOCKS if client.agent else ()
+    for tokens, others in zip(mine, between, strict=True):
         for theirs in others:
             other.say(theirs)
         client.say(tokens)
@@ -79,29 +67,16 @@ ALWAYS_RIGHT = [([1, 2, 3, 4] * 3, [[9, 8, 7] * 20] * 8)] * 6
 
 
 @settings(deadline=None, max_examples=150)
-@given(
-    script,
-    st.sampled_from([None, "theirs"]),
-    st.sampled_from(["memory", "context", "off"]),
-    st.lists(st.sampled_from([None, "a", "b"]), min_size=1, max_size=3),
-    st.sampled_from([None, "a", "b"]),
-)
-@example(ALWAYS_RIGHT, "theirs", "memory", [None], None)
-@example(ALWAYS_RIGHT, None, "memory", [None], None)
-@example(ALWAYS_RIGHT, "theirs", "memory", ["a"], "a")
+@given(script, st.sampled_from([None, "theirs"]), st.sampled_from(["memory", "context", "off"]))
+@example(ALWAYS_RIGHT, "theirs", "memory")
+@example(ALWAYS_RIGHT, None, "memory")
 def test_a_tenants_proposals_are_those_it_gets_alone(
-    script: list[tuple[list[int], list[list[int]]]],
-    salt: str | None,
-    scope: str,
-    agents: list[str | None],
-    their_agent: str | None,
+    script: list[tuple[list[int], list[list[int]]]], salt: str | None, scope: str
 ) -> None:
-    """Of whatever agents and blocks, which others may have of the same names."""
     mine = [own for own, _ in script]
-    alone = proposals(mine, [()] * len(mine), Client(arm(), 1, None), agents)
-    structure = BLOCKS if their_agent else ()
-    other = Client(arm(), 1, tenant_of(None, salt), scope, their_agent, structure)
-    beside = proposals(mine, [others for _, others in script], other, agents)
+    alone = proposals(mine, [()] * len(mine), Client(arm(), 1, None))
+    other = Client(arm(), 1, tenant_of(None, salt), scope)
+    beside = proposals(mine, [others for _, others in script], other)
     assert beside == alone
 
 
@@ -135,7 +110,7 @@ def test_a_request_that_keeps_nothing_leaves_no_chances() -> None:
 def test_forgetting_a_tenant_forgets_what_its_text_taught() -> None:
     tenants = [tenant_of(None, name) for name in "ab"]
     assert tenants[0] is not None
-    book = Calibrations()
+    book = PerTenant(MatchCalibration)
     for tenant in (*tenants, None):
         book.of(tenant).observe(3, Agreement.ALONE, True)
     running = book.of(tenants[0])
@@ -147,8 +122,26 @@ def test_forgetting_a_tenant_forgets_what_its_text_taught() -> None:
     assert [book.of(tenant).chance(3, Agreement.ALONE) for tenant in (*tenants, None)] == [0.5] * 3
 
 
+def test_who_runs_while_its_tenant_is_forgotten_leaves_and_teaches_nothing() -> None:
+    server, tenant = arm(), tenant_of(None, "a")
+    assert tenant is not None
+    for handle in (handle_of(tenant), None):
+        running = Client(server, 0, tenant)
+        running.say([1, 2, 3] * 3)
+        server.forget(handle)
+        for _ in range(3):
+            running.say([1, 2, 3])
+        running.say([])
+        assert server.snapshot()["tenants"] == 0
+        after, alone = Client(server, 1, tenant), Client(arm(), 1, tenant)
+        for client in (after, alone):
+            client.say([1, 2, 3] * 10)
+        assert after.seen == alone.seen
+        server.release(1)
+
+
 def test_tenants_are_bounded_and_the_least_recent_one_begins_again() -> None:
-    book = Calibrations(most=2)
+    book = PerTenant(MatchCalibration, most=2)
     for name in ("a", "b", "a", "c"):
         book.of(tenant_of(None, name)).observe(3, Agreement.ALONE, True)
     assert len(book) == 2

@@ -12,7 +12,7 @@ from work import lines_run
 from whiflash_sglang.spans import hints
 from whiflash_sglang.spans.capabilities import capabilities
 from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
-from whiflash_sglang.spans.hints import Block, HintError, RequestHints, SpanHint, parse_hints
+from whiflash_sglang.spans.hints import HintError, RequestHints, SpanHint, parse_hints
 
 
 def carried(**fields: object) -> dict[str, object]:
@@ -34,15 +34,11 @@ def test_full_hint_is_read() -> None:
     assert hash(hints) == hash(replace(hints))
 
 
-def test_where_a_text_belongs_is_read() -> None:
-    hints = parse_hints(
-        carried(agent="planner", query=3, structure=[["<plan>", "</plan>"], ["Answer:", None]])
+def test_names_that_no_draft_depends_on_are_checked_and_left_out() -> None:
+    named = carried(agent="é" * MAX_NAME_CHARS, query=2**31 - 1, structure=[["<", ">" * 64]] * MAX_BLOCKS)
+    assert (
+        parse_hints(named) == parse_hints(carried(query="first", structure=[["a", None]])) == RequestHints()
     )
-    blocks = (Block("<plan>", "</plan>"), Block("Answer:", None))
-    assert hints == RequestHints(agent="planner", query="3", structure=blocks)
-    assert parse_hints(carried(query="first", agent=None, structure=[])) == RequestHints(query="first")
-    most = {"agent": "é" * MAX_NAME_CHARS, "query": 2**31 - 1, "structure": [["<", ">" * 64]] * MAX_BLOCKS}
-    assert len(parse_hints(carried(**most)).structure) == MAX_BLOCKS
 
 
 def test_hints_are_added_to_what_is_said_already() -> None:
@@ -50,7 +46,8 @@ def test_hints_are_added_to_what_is_said_already() -> None:
     params = add_hints(said, {"spans": [{"kind": "json", "open": True}]})
     assert params is not None
     assert params["other"] == 1
-    assert parse_hints(params) == RequestHints((SpanHint("json", open=True),), trace="full", agent="a")
+    assert parse_hints(params) == RequestHints((SpanHint("json", open=True),), trace="full")
+    assert json.loads(params["whiflash"])["agent"] == "a"
     assert add_hints(None, {"agent": "b"}) == {"whiflash": '{"agent":"b"}'}
     assert add_hints(said, {"agent": "é" * (MAX_BYTES // 2)}) is None
 
@@ -317,7 +314,7 @@ def test_capabilities_are_json() -> None:
     read = json.loads(json.dumps(document))
     limits = {"spans": 16, "marker_chars": 64, "name_chars": 64, "blocks": 16, "bytes": 8192}
     assert read["routes"] == ["completions", "messages"]
-    assert (read["limits"], read["scopes"]) == (limits, ["agent", "query", "structure"])
+    assert (read["limits"], read["scopes"]) == (limits, ["agent"])
 
 
 _SCALARS = [

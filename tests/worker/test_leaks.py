@@ -35,10 +35,9 @@ SAID: list[dict[str, Any]] = [
         }
     },
     {"custom_params": {"whiflash": json.dumps({"spans": [{"kind": "json", "open": True}]})}},
-    {"custom_params": {"whiflash": json.dumps({"agent": "a", "structure": [["<", ">"], ["=", None]]})}},
     {"custom_params": {"whiflash_prediction": list(range(40))}},
 ]
-"""What requests say: nothing, a grammar, tools, an open span, an agent and its blocks, a prediction."""
+"""What requests say: nothing, a grammar, tools, an open span, a prediction."""
 
 OWNERS = ("whiflash_sglang", "whiflash_kernels", "sglang")
 

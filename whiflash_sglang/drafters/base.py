@@ -189,7 +189,7 @@ class TextDrafter(Drafter):
         """The request in `row` is gone, or another begins there."""
 
     def forget(self, handle: int | None) -> None:
-        """Drop text kept across requests: of the tenant, or of the scope in it, with this handle, or of all."""
+        """Drop text kept across requests: of the tenant with this handle, or of all."""
 
     def host_bytes(self) -> Mapping[str, int]:
         """What it keeps on the host, by scope; empty for most."""

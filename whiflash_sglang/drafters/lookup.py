@@ -21,16 +21,14 @@ from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.drafters.copying import DeviceCopies
 from whiflash_sglang.lookup.calibration import (
     EVEN_ODDS,
-    Calibrations,
     MatchCalibration,
+    PerTenant,
     RequestCalibration,
-    TenantCalibration,
 )
-from whiflash_sglang.lookup.copier import MEMORY, SOURCES, Copier, Proposal
+from whiflash_sglang.lookup.copier import SOURCES, Copier, Proposal
 from whiflash_sglang.lookup.index import SuffixIndex
-from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handles_of
+from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handle_of
 from whiflash_sglang.lookup.prediction import Prediction
-from whiflash_sglang.lookup.scopes import WHOLE, Blocks, Scope, blocks_of
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
@@ -39,11 +37,6 @@ from whiflash_sglang.structure.matchers import Grammar
 WORTH = 0.1
 """Chance of being accepted below which one more copied token is not worth verifying, where costs are not priced."""
 
-
-SCOPE = "scope"
-"""What is copied from a tenant's memory by a request that says which agent asks, or which blocks it writes."""
-
-
 NOTHING_COPIED = Forecast(1.0, 1)
 
 
@@ -51,38 +44,19 @@ NOTHING_COPIED = Forecast(1.0, 1)
 class _Request:
     """What is kept of one.
 
-    learns: chances of its tenant, or of itself alone. tenant: who may share text with it; None: nobody. blocks: that it
-    writes, if it names them. prediction: what its caller expects back. alone: whether it may copy from its own text
-    only, and nothing is known of what it writes. copier: made when it is looked at first. copies: how well it does.
-    promised: by the device's newest known copy for it.
+    learns: chances of its tenant, or of itself alone. tenant: who may share text with it; None: nobody. prediction:
+    what its caller expects back. alone: whether it may copy from its own text only, and nothing is known of what it
+    writes. copier: made when it is looked at first. copies: how well it does. promised: by the device's newest known
+    copy for it.
     """
 
-    learns: TenantCalibration
+    learns: MatchCalibration
     tenant: Tenant | None = None
-    blocks: Blocks | None = None
     prediction: Prediction | None = None
     alone: bool = False
     copier: Copier | None = None
     copies: RequestCalibration = field(default_factory=RequestCalibration)
     promised: Forecast = NOTHING_COPIED
-
-    @property
-    def calibration(self) -> MatchCalibration:
-        """By which its next copy is judged."""
-        return self.learns if self.copier is None else self.copier.calibration
-
-    def enter(self, written: Sequence[int]) -> None:
-        """Follow what was written since, and learn in the scope that it ends in."""
-        assert self.copier is not None
-        if self.blocks is not None:
-            self.blocks.follow(written)
-            scope = self.blocks.scope
-            self.copier.calibration = self.learns.of(scope.agent, scope.block)
-
-    def behind(self, drafts: Voice, copy: Proposal) -> Voice:
-        """`drafts`, and the `copy` behind them."""
-        source = SCOPE if copy.origin == MEMORY and self.blocks is not None else copy.origin
-        return drafts.followed_by(copy.tokens, copy.alive, source)
 
 
 class LookupArm(TextDrafter):
@@ -90,30 +64,27 @@ class LookupArm(TextDrafter):
 
     Args:
         settings: widths, shortest match, chances before anything was seen, memory across requests.
-        clock: seconds that never run backwards, by which memory ages. token_bytes: of every token id, to follow the
-            blocks of requests that name theirs; empty where there is no tokenizer.
+        clock: seconds that never run backwards, by which memory ages.
     """
 
     arm = arms.LOOKUP
-    sources = (*SOURCES, SCOPE)
+    sources = SOURCES
 
     def __init__(
         self,
         settings: Lookup,
         host: HostView = EXACT,
         clock: Callable[[], float] = time.monotonic,
-        token_bytes: Sequence[bytes] = (),
     ) -> None:
         self.on_device, self._late = not host.exact, host.late
         self._device_copies = DeviceCopies(settings.min_match, settings.max_width)
         self.max_drafts = settings.max_width
-        self._calibrations = Calibrations(settings.seed or EVEN_ODDS)
+        self._calibrations = PerTenant(partial(MatchCalibration, settings.seed or EVEN_ODDS))
         self._unlearned = self._calibrations.fresh()
         self.memory: TenantMemory | None = None
         if settings.memory_mib:
             self.memory = TenantMemory(settings.memory_mib << 20, settings.memory_minutes * 60.0, clock)
         self._min_match = settings.min_match
-        self._token_bytes = token_bytes
         self._requests: dict[int, _Request] = {}
 
     def bytes_for(self, rows: int) -> int:
@@ -136,14 +107,12 @@ class LookupArm(TextDrafter):
         if hints.lookup == "context":
             request = _Request(self._calibrations.fresh())
         else:
-            blocks = blocks_of(hints, self._token_bytes)
-            request = _Request(self._calibrations.of(tenant), tenant, blocks)
+            request = _Request(self._calibrations.of(tenant), tenant)
         self._requests[row] = request
         if predicted is not None:
             request.prediction = Prediction(predicted, prompt, self._calibrations.fresh())
         remembers = self.memory is not None and request.tenant is not None
-        known = (request.blocks, request.prediction, grammar)
-        request.alone = not (remembers or hints.tools) and all(own is None for own in known)
+        request.alone = not (remembers or hints.tools) and request.prediction is None and grammar is None
 
     def serves(self, row: int) -> bool:
         return row in self._requests
@@ -163,13 +132,9 @@ class LookupArm(TextDrafter):
                 request.prediction,
                 request.copies,
             )
-        known = len(copier.text)
-        written = history(known)
-        copier.extend(written)
-        # What is there when a request is looked at first, but for the last token, is its prompt.
-        request.enter(written if known else written[length:])
+        copier.extend(history(len(copier.text)))
         copy = copier.look(self.max_drafts + under_way, worth.row or WORTH)
-        return request.behind(SILENCE._replace(at=len(copier.text)), copy)
+        return _behind(SILENCE._replace(at=len(copier.text)), copy)
 
     def extends(self, row: int) -> bool:
         return self._copier(row) is not None
@@ -180,7 +145,7 @@ class LookupArm(TextDrafter):
         if copier is None or not drafts.tokens or room <= 0:
             return drafts
         copy = copier.look_beyond(drafts.tokens, drafts.alive[-1], room, worth.row or WORTH)
-        return self._requests[row].behind(drafts, copy)
+        return _behind(drafts, copy)
 
     def calibration(self, row_ids: Sequence[int]) -> Floats:
         """Where the device copies: how each request's copies begin, and its table of chances."""
@@ -188,7 +153,7 @@ class LookupArm(TextDrafter):
             return ()
         requests = [self._requests.get(row) for row in row_ids]
         factors = [1.0 if request is None else request.copies.factor for request in requests]
-        known = [self._unlearned if request is None else request.calibration for request in requests]
+        known = [self._unlearned if request is None else request.learns for request in requests]
         # Many requests share a table.
         chances = {table: np.array(table.chances, dtype=np.float32) for table in set(known)}
         found: Floats = np.concatenate(
@@ -212,29 +177,22 @@ class LookupArm(TextDrafter):
             copy.teach(committed, request.learns, request.copies)
 
     def finish(self, row: int, output: Sequence[int]) -> None:
-        """Remember a finished request's output for its tenant, every block of it in its scope."""
+        """Remember a finished request's output for its tenant."""
         request = self._requests.get(row)
         if request is None or request.tenant is None or self.memory is None or not output:
             return
-        blocks = request.blocks
-        texts: Mapping[Scope, Sequence[int]] = {WHOLE: output} if blocks is None else blocks.texts(output)
-        for scope, text in texts.items():
-            self.memory.remember(request.tenant, text, scope)
+        self.memory.remember(request.tenant, output)
 
     def forget(self, handle: int | None) -> None:
-        """Drop what is known of a tenant, of a scope in it, or of all; requests that run now and may write what is to
-        be forgotten neither read texts nor leave or teach anything.
+        """Drop what is known of a tenant, or of all; its requests that run now neither read texts nor leave or teach
+        anything.
         """
         self._calibrations.forget(handle)
         if self.memory is not None:
             self.memory.forget(handle)
         for request in self._requests.values():
-            if request.tenant is None:
-                continue
-            blocks = request.blocks
-            agent, names = (None, ()) if blocks is None else (blocks.scope.agent, blocks.names)
-            if handle is None or handle in handles_of(request.tenant, agent, names):
-                request.tenant = request.blocks = None
+            if request.tenant is not None and handle in (None, handle_of(request.tenant)):
+                request.tenant = None
                 request.learns = self._calibrations.fresh()
                 if request.copier is not None:
                     request.copier.calibration = request.learns
@@ -254,13 +212,10 @@ class LookupArm(TextDrafter):
         }
 
     def snapshot(self) -> Mapping[str, Any]:
-        """Bytes: of the running requests' indexes, and of the memory across requests; tenants in it, and what their
-        scopes hold (`TenantMemory.held`).
-        """
+        """Bytes: of the running requests' indexes, and of the memory across requests; tenants in it."""
         return {
-            **{f"{scope}_bytes": size for scope, size in self.host_bytes().items()},
+            **{f"{name}_bytes": size for name, size in self.host_bytes().items()},
             "tenants": len(self.memory) if self.memory is not None else 0,
-            "scopes": self.memory.held() if self.memory is not None else {},
         }
 
     def _copier(self, row: int) -> Copier | None:
@@ -270,4 +225,9 @@ class LookupArm(TextDrafter):
     def _texts(self, request: _Request) -> Iterable[SuffixIndex]:
         if request.tenant is None or self.memory is None:
             return ()
-        return self.memory.texts(request.tenant, WHOLE if request.blocks is None else request.blocks.scope)
+        return self.memory.texts(request.tenant)
+
+
+def _behind(drafts: Voice, copy: Proposal) -> Voice:
+    """`drafts`, and the `copy` behind them."""
+    return drafts.followed_by(copy.tokens, copy.alive, copy.origin)

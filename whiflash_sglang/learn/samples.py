@@ -54,7 +54,7 @@ class Spooling(BaseModel):
 
 
 class Sample(NamedTuple):
-    """A finished request's token ids. handles: names that it is forgotten by (`lookup.memory.handles_of`), the
+    """A finished request's token ids. handles: names that it is forgotten by (`lookup.memory.handle_of`), the
     tenant's own first.
     """
 

@@ -1,18 +1,16 @@
-"""How likely a copied token is right, learned while serving, of every tenant by itself and in it of every scope.
+"""How likely a copied token is right, learned while serving, of every tenant by itself.
 
 Two things show it: how long the match is, and whether the places that match agree on what comes next. For every
 combination a decayed count of how often a token copied then was right, given that all before it were.
 """
 
-from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from functools import partial
 from typing import Generic, TypeVar
 
-from whiflash_sglang.lookup.memory import Tenant, handle_of, handles_of
+from whiflash_sglang.lookup.memory import Tenant, handle_of
 
 BUCKETS = (1, 2, 3, 4, 6, 9, 14, 22)
 """Smallest match length of each bucket."""
@@ -52,11 +50,6 @@ SURE = 0.995
 
 TENANTS = 512
 """Tenants whose chances are kept, some 4 KiB each; whoever asked least recently begins with the seed again."""
-
-SCOPES = 32
-"""Agents and blocks of a tenant whose chances are kept, some 1 KiB each; a further one takes an old one's place."""
-
-_CELLS = len(BUCKETS) * len(Agreement)
 
 
 class MatchCalibration:
@@ -108,72 +101,6 @@ class MatchCalibration:
         self._seen[bucket][agreement] = self._seen[bucket][agreement] * DECAY + 1.0
 
 
-class ScopeCalibration(MatchCalibration):
-    """The same for one scope: what a wider table says counts for as much as a seed, and it learns what is seen here.
-
-    Args:
-        wider: the scope's own; where nothing was seen here, its chances are these.
-    """
-
-    def __init__(self, wider: MatchCalibration) -> None:
-        self._wider = wider
-        self._right_here = array("d", bytes(8 * _CELLS))
-        self._seen_here = array("d", bytes(8 * _CELLS))
-
-    def chance(self, length: int, agreement: int) -> float:
-        """Chance that the token copied after a match of `length` is right."""
-        cell = self.bucket(length) * len(Agreement) + agreement
-        right = self._right_here[cell] + SEED_WEIGHT * self._wider.chance(length, agreement)
-        return right / (self._seen_here[cell] + SEED_WEIGHT)
-
-    @property
-    def chances(self) -> list[float]:
-        """Chance of every bucket and agreement, bucket by bucket."""
-        return [self.chance(length, agreement) for length in BUCKETS for agreement in Agreement]
-
-    def observe(self, length: int, agreement: int, right: bool) -> None:
-        """A token copied after a match of `length`, with all before it accepted, was `right` or not."""
-        cell = self.bucket(length) * len(Agreement) + agreement
-        self._right_here[cell] = self._right_here[cell] * DECAY + right
-        self._seen_here[cell] = self._seen_here[cell] * DECAY + 1.0
-        self._wider.observe(length, agreement, right)
-
-
-class TenantCalibration(MatchCalibration):
-    """All requests of a tenant, and of each of its agents and blocks by itself.
-
-    Args:
-        seed: as of `MatchCalibration`.
-
-    Raises:
-        ValueError: as `MatchCalibration`.
-    """
-
-    def __init__(self, seed: Seed = EVEN_ODDS) -> None:
-        super().__init__(seed)
-        self._scopes: OrderedDict[tuple[str | None, str | None], ScopeCalibration] = OrderedDict()
-
-    def of(self, agent: str | None, block: str | None) -> MatchCalibration:
-        """The table of a block of an agent's answers, of all its answers, or of everybody's."""
-        if agent is None and block is None:
-            return self
-        key = agent, block
-        found = self._scopes.pop(key, None)
-        if found is None:
-            wider = self if agent is None or block is None else self.of(agent, None)
-            found = ScopeCalibration(wider)
-        self._scopes[key] = found
-        if len(self._scopes) > SCOPES:
-            self._scopes.popitem(last=False)
-        return found
-
-    def forget(self, tenant: Tenant, handle: int) -> None:
-        """Drop what was learned of the scopes that `handle` names; the wider tables keep their sums."""
-        for agent, block in list(self._scopes):
-            if handle in handles_of(tenant, agent, [block]):
-                del self._scopes[agent, block]
-
-
 Table = TypeVar("Table")
 
 
@@ -217,27 +144,6 @@ class PerTenant(Generic[Table]):
         for tenant in list(self._tenants):
             if handle is None or handle_of(tenant) == handle:
                 del self._tenants[tenant]
-
-
-class Calibrations(PerTenant[TenantCalibration]):
-    """Chances of copies, every tenant's from the same seed.
-
-    Args:
-        seed: as of `MatchCalibration`, fixed. most: tenants that are kept.
-
-    Raises:
-        ValueError: as `MatchCalibration`.
-    """
-
-    def __init__(self, seed: Seed = EVEN_ODDS, most: int = TENANTS) -> None:
-        super().__init__(partial(TenantCalibration, seed), most)
-
-    def forget(self, handle: int | None = None) -> None:
-        """Drop what was learned of one tenant, of a scope in it, or of everybody."""
-        super().forget(handle)
-        if handle is not None:
-            for tenant, table in self._tenants.items():
-                table.forget(tenant, handle)
 
 
 class RequestCalibration:

@@ -69,26 +69,16 @@ class Copier:
         request: RequestCalibration | None = None,
     ) -> None:
         self.text = SuffixIndex()
-        self._calibration, self._request = calibration, request or RequestCalibration()
+        self.calibration, self._request = calibration, request or RequestCalibration()
         self._min_match, self._shared = min_match, shared
         self._prediction = prediction
         self._proposal = Proposal()
         self._source: Place | None = None
 
-    @property
-    def calibration(self) -> MatchCalibration:
-        """Shared by the tenant's requests, or by those of a scope in it."""
-        return self._calibration
-
-    @calibration.setter
-    def calibration(self, table: MatchCalibration) -> None:
-        """The text goes on in another scope."""
-        self._calibration = table
-
     def extend(self, tokens: Sequence[int]) -> None:
         """Append what was committed since: the prompt first, then round by round."""
-        judge = self._calibration if self._source is None else self._judge(self._source)
-        self._proposal.teach(tokens, judge, self._request if judge is self._calibration else None)
+        judge = self.calibration if self._source is None else self._judge(self._source)
+        self._proposal.teach(tokens, judge, self._request if judge is self.calibration else None)
         self._proposal = Proposal()
         if self._prediction is not None:
             self._prediction.follow(tokens)
@@ -160,7 +150,7 @@ class Copier:
         for agreement, count in _votes(found, copy):
             known += judge.along(length + len(known), agreement, count)
             agreements += [agreement] * count
-        if judge is self._calibration:
+        if judge is self.calibration:
             known[0] = self._request.adjust(judge.chance(length, agreements[0]))
         alive = list(accumulate(known, mul, initial=chance))[1:]
         paid = len(alive) if alive[-1] >= worth else bisect_right(alive, -worth, 1, key=neg)
@@ -177,7 +167,7 @@ class Copier:
         """The features by which a copy from `place` is judged."""
         predicted = self._prediction
         return (
-            self._calibration
+            self.calibration
             if predicted is None or place.text is not predicted.text
             else predicted.calibration
         )

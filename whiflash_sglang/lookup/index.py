@@ -62,10 +62,6 @@ class SuffixIndex:
         """The last `MAX_MATCH` tokens: all that a search compares."""
         return self._tokens[-MAX_MATCH:]
 
-    def tokens(self, begin: int, end: int) -> Sequence[int]:
-        """Those from position `begin` to `end`."""
-        return self._tokens[begin:end]
-
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays, what they hold in reserve included."""

@@ -8,7 +8,6 @@ from whiflash_sdk.hints import (
     MAX_MARKER_CHARS,
     MAX_NAME_CHARS,
     MAX_SPANS,
-    SCOPES,
     WIRE_VERSION,
 )
 
@@ -35,7 +34,7 @@ def capabilities(
         "arms": list(arms),
         "kinds": list(KINDS),
         "traces": list(TRACE_LEVELS),
-        "scopes": list(SCOPES),
+        "scopes": ["agent"],  # that clients report by; no draft depends on it
         "routes": list(routes),
         "prediction_tokens": prediction_tokens,
         "tool_call_parser": tool_call_parser,

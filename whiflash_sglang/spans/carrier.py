@@ -1,17 +1,10 @@
-"""Bounds on `custom_params`: anything else would fail inside SGLang's scheduler instead of being refused.
-
-AgentSpec's fields of a request's body (arXiv 2608.24004): `agent-id`, `query-id` and `structure`, which its clients
-send through `extra_body`. They become the hints `agent`, `query` and `structure`.
-
-Published are the three names, and that a structure is a list of begin and end markers; how these are spelt in JSON is
-not, so the spelling here is that of the hint: a list of pairs.
-"""
+"""Bounds on `custom_params`: anything else would fail inside SGLang's scheduler instead of being refused."""
 
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from whiflash_sdk.hints import INFERRED_KEY, MAX_BYTES, SCOPES, WIRE_KEY
+from whiflash_sdk.hints import INFERRED_KEY, MAX_BYTES, WIRE_KEY
 
 from whiflash_sglang.jsonl import read_json
 from whiflash_sglang.spans.hints import (
@@ -23,7 +16,6 @@ from whiflash_sglang.spans.hints import (
     parse_hints,
     printable,
     utf8,
-    validated,
 )
 
 
@@ -114,32 +106,3 @@ def _check_integer(key: str, value: object) -> None:
         raise _carrier_error(key, "nests deeper than a list or an object of scalars")
     if not -(2**63) <= value < 2**64:
         raise _carrier_error(key, "holds an integer of more than 64 bits")
-
-
-FIELDS: Final = ("agent-id", "query-id", "structure")
-
-
-def add_body_scope(custom_params: dict[str, Any] | None, body: object) -> dict[str, Any] | None:
-    """`custom_params` of a request, whose hints say what its `body` says in AgentSpec's fields.
-
-    A body without `agent-id` says nothing: `structure` alone may be anything.
-
-    Raises: HintError, and nothing else, naming the field that is wrong.
-    """
-    if not isinstance(body, Mapping) or body.get(FIELDS[0]) is None:
-        return custom_params
-    try:
-        scope = validated({name: body.get(field) for field, name in zip(FIELDS, SCOPES, strict=True)}, "")
-    except HintError as error:
-        name = next(name for name in SCOPES if error.field.startswith(f".{name}"))
-        field = error.field.replace(f".{name}", FIELDS[SCOPES.index(name)], 1)
-        raise HintError(field, error.reason) from None
-    own = validate_custom_params(custom_params)
-    for field, name in zip(FIELDS, SCOPES, strict=True):
-        if getattr(own, name):
-            raise HintError(field, f"given twice, also as custom_params.{WIRE_KEY}.{name}; give one of them")
-    said = {name: value for name in SCOPES if (value := getattr(scope, name))}
-    params = add_hints(custom_params, said)
-    if params is None:
-        raise HintError(FIELDS[0], f"and what goes with it makes the hints longer than {MAX_BYTES} bytes")
-    return params

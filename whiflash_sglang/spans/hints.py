@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Final, Literal, NamedTuple, NoReturn, get_args
+from typing import Any, Final, Literal, NoReturn, get_args
 
 from pydantic import ValidationError
 from whiflash_sdk.hints import (
@@ -104,19 +104,11 @@ class SpanHint:
     bias: Bias = ()
 
 
-class Block(NamedTuple):
-    """A stretch that an agent's answers are made of, by its literal markers. end: None if it never closes."""
-
-    begin: str
-    end: str | None
-
-
 @dataclass(frozen=True, slots=True)
 class RequestHints:
-    """The SDK's `Hints` of one request. Hashable: requests with equal hints compare equal.
+    """The SDK's `Hints` of one request, as far as the server reads them. Hashable: equal ones compare equal.
 
     trace: None if no trace was asked for.
-    query: a number as its digits.
     tools, inferred: what the HTTP process says of the request's tools, and whether `spans` are its guess; no hints of
         the caller's, never part of the payload.
     """
@@ -126,9 +118,6 @@ class RequestHints:
     infer: bool = True
     trace: TraceLevel | None = None
     lookup: LookupScope = "memory"
-    agent: str | None = None
-    query: str | None = None
-    structure: tuple[Block, ...] = ()
     learn: bool = True
     tools: str = ""
     inferred: bool = False
@@ -230,8 +219,5 @@ def validated(raw: object, field: str) -> RequestHints:
         infer=read.infer,
         trace="summary" if read.trace is True else read.trace or None,
         lookup=read.lookup,
-        agent=read.agent,
-        query=None if read.query is None else str(read.query),
-        structure=tuple(Block(*block) for block in read.structure),
         learn=read.learn,
     )

@@ -13,29 +13,20 @@ output, and memory is one marker's length.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from whiflash_sglang.spans.hints import SpanHint
 
 
-class Markers(NamedTuple):
-    """The markers that open and close a stretch. open: it is open before the first output token."""
-
-    begin: str | None
-    end: str | None
-    open: bool = False
-
-
 class _Rule:
-    """One pair of markers' progress through the output; offsets count output bytes."""
+    """One span's progress through the output; offsets count output bytes."""
 
     __slots__ = ("begin", "end", "next_from", "opened_at")
 
-    def __init__(self, markers: Markers) -> None:
-        self.begin = markers.begin.encode() if markers.begin else None
-        self.end = markers.end.encode() if markers.end else None
+    def __init__(self, span: SpanHint) -> None:
+        self.begin = span.begin.encode() if span.begin else None
+        self.end = span.end.encode() if span.end else None
         self.next_from = 0  # where the next occurrence may begin
-        self.opened_at: int | None = 0 if markers.open else None
+        self.opened_at: int | None = 0 if span.open else None
 
     def advance(self, data: bytes, base: int) -> None:
         """Follow `data`, which starts at offset `base`."""
@@ -47,17 +38,18 @@ class _Rule:
             self.opened_at = self.next_from if self.opened_at is None else None
 
 
-class MarkerTracker:
+class SpanTracker:
     """Follows one request's committed output tokens.
 
     A retracted request is rebuilt by a new tracker and one push of all its output tokens.
 
-    markers: in the order that decides where two open together. token_bytes: bytes of every token id, from
+    spans: in the order that decides where two open together. token_bytes: bytes of every token id, from
     `spans.vocabulary.token_bytes`.
     """
 
-    def __init__(self, markers: Sequence[Markers], token_bytes: Sequence[bytes]) -> None:
-        self._rules = [_Rule(own) for own in markers]
+    def __init__(self, spans: Sequence[SpanHint], token_bytes: Sequence[bytes]) -> None:
+        self._spans = spans
+        self._rules = [_Rule(span) for span in spans]
         self._token_bytes = token_bytes
         known = [marker for rule in self._rules for marker in (rule.begin, rule.end) if marker]
         self._keep = max(map(len, known), default=1) - 1
@@ -83,24 +75,10 @@ class MarkerTracker:
         return self._length
 
     @property
-    def active(self) -> int | None:
-        """Number of the markers whose stretch the next token would be written into; None outside all of them."""
-        active, latest = None, -1
-        for number, rule in enumerate(self._rules):
-            if rule.opened_at is not None and rule.opened_at > latest:
-                active, latest = number, rule.opened_at  # of spans opened together the first listed is active
-        return active
-
-
-class SpanTracker(MarkerTracker):
-    """The open span of one request. spans: the request's rules, in its order."""
-
-    def __init__(self, spans: Sequence[SpanHint], token_bytes: Sequence[bytes]) -> None:
-        super().__init__([Markers(span.begin, span.end, span.open) for span in spans], token_bytes)
-        self._spans = spans
-
-    @property
     def span(self) -> SpanHint | None:
         """The innermost open span after everything pushed so far."""
-        active = self.active
-        return None if active is None else self._spans[active]
+        active, latest = None, -1
+        for span, rule in zip(self._spans, self._rules, strict=True):
+            if rule.opened_at is not None and rule.opened_at > latest:
+                active, latest = span, rule.opened_at  # of spans opened together the first listed is active
+        return active

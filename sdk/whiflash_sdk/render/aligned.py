@@ -53,7 +53,6 @@ class Piece(NamedTuple):
 SOURCES: Final = {
     "context": "the conversation and the answer so far",
     "prediction": "the answer that was predicted",
-    "scope": "earlier answers of the same agent or block, or of others of its tenant",
     "memory": "earlier answers of the same tenant",
     "grammar": "what a grammar forces or suggests",
     "tools": "what calls of the request's tools look like",

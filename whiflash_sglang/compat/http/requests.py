@@ -13,7 +13,7 @@ from whiflash_sdk.presets import likely_spans
 
 from whiflash_sglang.compat.carried import asks_for_ours, settings_of
 from whiflash_sglang.compat.patching import around, replace
-from whiflash_sglang.spans.carrier import Own, add_body_scope, add_hints, as_carried, validate_custom_params
+from whiflash_sglang.spans.carrier import Own, add_hints, as_carried, validate_custom_params
 from whiflash_sglang.spans.forced import check_forced
 from whiflash_sglang.spans.hints import TOOLS_KEY, HintError
 from whiflash_sglang.spans.prediction import FIELD, add_body_prediction, carried_prediction
@@ -89,7 +89,7 @@ async def _body_of(raw_request: Any) -> object:
 
 def from_body(custom_params: dict[str, Any] | None, body: object) -> dict[str, Any] | None:
     """`custom_params` with what the fields of a request's body say. Raises HintError."""
-    return add_body_prediction(add_body_scope(custom_params, body), body)
+    return add_body_prediction(custom_params, body)
 
 
 @around

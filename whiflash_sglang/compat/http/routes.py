@@ -30,7 +30,7 @@ from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.learn.samples import forget_samples
 from whiflash_sglang.learn.versions import Wanted, check_wanted
-from whiflash_sglang.lookup.memory import nameless, parse_forget
+from whiflash_sglang.lookup.memory import parse_forget
 from whiflash_sglang.metrics import log_steering, loggable
 from whiflash_sglang.serving import SilentReplicaError, together
 from whiflash_sglang.spans.capabilities import capabilities
@@ -114,11 +114,6 @@ async def _state(timeout: Seconds = None) -> JSONResponse:
         state = together(await _states(timeout))
     except SilentReplicaError as error:
         return _error(504, "GatewayTimeout", str(error))
-    if not http_server._global_state.tokenizer_manager.server_args.admin_api_key:
-        # Anybody may read it, and agents' names are their tenants' own.
-        for own in (state, *state.get("replicas", ())):
-            if "lookup" in own:
-                own["lookup"]["scopes"] = nameless(own["lookup"]["scopes"])
     return JSONResponse(state)
 
 
@@ -148,7 +143,7 @@ async def _changed(change: dict[str, Any]) -> JSONResponse:
 
 
 async def _forget(who: dict[str, Any], request: Request) -> JSONResponse:
-    """Drop what is kept of one tenant's outputs, of a part of them, or of everybody's: copies and samples."""
+    """Drop what is kept of one tenant's outputs, or of everybody's: copies and samples."""
     told: dict[str, Any] = {}
     try:
         handle = parse_forget(who)
@@ -156,8 +151,7 @@ async def _forget(who: dict[str, Any], request: Request) -> JSONResponse:
         answer = _bad_request(str(error))
     else:
         # Not the tenant's keys: who has them is the tenant.
-        whose = "tenant" if who.get("agent") is None and who.get("block") is None else "part"
-        told = {"all": True} if handle is None else {whose: f"{handle:016x}"}
+        told = {"all": True} if handle is None else {"tenant": f"{handle:016x}"}
         answer = await _send(encode_forget(handle))
         if answer.status_code == 200:
             answer = await _forget_samples(handle) or answer
