@@ -11,7 +11,6 @@ from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
 
 from whiflash_sdk import agent, collect, routing, wrap
 
-PROMPT: Any = {"model": "m", "prompt": "x"}
 CLOSES_ITSELF = "finally" in inspect.getsource(Stream.__stream__)
 """Newer clients close a response as its generator is collected, in whatever thread."""
 
@@ -28,7 +27,8 @@ def text_of(chunk: Any) -> str:
 
 def test_every_item_has_a_choice_and_the_trace_is_kept(client: OpenAI, server: FakeServer) -> None:
     wrap(client)
-    for ask, body in ((client.chat.completions.create, ASKED), (client.completions.create, PROMPT)):
+    prompt: Any = {"model": "m", "prompt": "x"}
+    for ask, body in ((client.chat.completions.create, ASKED), (client.completions.create, prompt)):
         stream = ask(**body, stream=True)
         assert isinstance(stream, Stream)
         assert routing(stream) is None
@@ -132,8 +132,8 @@ def test_responses_are_read_as_chats_are(
     assert server.said("trace") == [True] * 6
 
 
-@pytest.mark.parametrize("in_a_cycle", [False, True])
-def test_a_loop_that_raises_closes_its_stream_elsewhere(client: OpenAI, in_a_cycle: bool) -> None:
+@pytest.mark.parametrize("lost", ["never read", "in a loop", "in a cycle"])
+def test_a_stream_that_is_lost_is_closed_elsewhere(client: OpenAI, lost: str) -> None:
     """The collector may run under the lock that closing takes; a thread of its own can wait for it."""
     wrap(client)
     closers: list[threading.Thread] = []
@@ -141,37 +141,24 @@ def test_a_loop_that_raises_closes_its_stream_elsewhere(client: OpenAI, in_a_cyc
 
     def loop() -> None:
         stream = client.chat.completions.create(**ASKED, stream=True)
-        watch(stream, closers, done)
+        body = stream.response.stream
+        original: Any = body.close
+
+        def close() -> None:
+            original()
+            closers.append(threading.current_thread())
+            done.set()
+
+        body.close = close  # type: ignore[attr-defined]
         keep: list[Any] = [stream]
-        if in_a_cycle:
+        if lost == "in a cycle":
             keep.append(keep)
-        for _ in stream:
+        for _ in stream if lost != "never read" else ():
             raise KeyError
+        raise KeyError
 
     with pytest.raises(KeyError):
         loop()
     gc.collect()
     assert done.wait()
     assert CLOSES_ITSELF or threading.current_thread() not in closers
-
-
-def watch(stream: Any, closers: list[threading.Thread], done: threading.Event) -> None:
-    """Note who closes what the stream reads from."""
-    body = stream.response.stream
-    original = body.close
-
-    def close() -> None:
-        original()
-        closers.append(threading.current_thread())
-        done.set()
-
-    body.close = close
-
-
-def test_a_stream_that_was_never_read_is_closed_too(client: OpenAI) -> None:
-    wrap(client)
-    closers: list[threading.Thread] = []
-    done = threading.Event()
-    watch(client.chat.completions.create(**ASKED, stream=True), closers, done)
-    gc.collect()
-    assert done.wait()
