@@ -279,15 +279,28 @@ def test_a_variable_that_says_nothing_is_named(client: OpenAI, monkeypatch: pyte
 
 
 def test_a_probe_that_breaks_in_the_users_own_code_breaks_nothing(
-    client: OpenAI, server: FakeServer, clock: Clock
+    client: OpenAI, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And instrumentations record none of it."""
+    untraced: list[str] = []
+
+    @contextmanager
+    def suppress() -> Iterator[None]:
+        untraced.append("begun")
+        yield
+        untraced.append("ended")
+
     def hook(request: Any) -> None:
         if request.url.path == ROUTE:
+            untraced.append(ROUTE)
             raise KeyError("a hook of the user's")
 
+    tools = SimpleNamespace(suppress_instrumentation=suppress)
+    monkeypatch.setitem(sys.modules, "opentelemetry.instrumentation.utils", tools)
     client._client.event_hooks["request"] = [hook]
     ask(wrap(client))
     assert server.routed() == [False]
+    assert untraced == ["begun", ROUTE, "ended"]
 
 
 def test_the_log_tells_of_probes_and_of_no_secret(
