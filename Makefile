@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where it is set every process compiles what it imports: SGLang takes 24 s of a core then, and 14 s compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test fast evidence mutation upstream-kits audit check format docs prometheus site dist bench gpu gpu-evidence clean
+.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits audit check format docs prometheus site dist bench gpu gpu-evidence clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -48,6 +48,12 @@ fast: install ## Tests that need neither SGLang nor a server
 
 evidence: install ## The full matrices; resumable; results go to results/evidence/
 	$(RUN) pytest --evidence -m evidence
+
+golden: install ## Answers, p-values and names, bit for bit with results/golden.json (5 minutes)
+	$(RUN) python tests/golden.py
+
+golden-record: install ## Write results/golden.json, after a change that is meant
+	$(RUN) python tests/golden.py --record
 
 mutation: install ## Plant faults and ask the tests whether they notice; goes on where it was ended
 	$(UV) sync --frozen --all-packages --group mutation

@@ -38,9 +38,9 @@ class Models:
         ]
 
 
-def build_models(root: Path, eagle3_layers: int = 1) -> Models:
-    """Write the checkpoints under `root`."""
-    target = tiny_target(root / "target")
+def build_models(root: Path, eagle3_layers: int = 1, *, peaked: bool = False) -> Models:
+    """Write the checkpoints under `root`. peaked: as of `tiny_target`."""
+    target = tiny_target(root / "target", peaked=peaked)
     eagle3 = tiny_eagle3(root / "eagle3", target, num_layers=eagle3_layers)
     dflash = tiny_dflash(root / "dflash", target)
     return Models(target, eagle3, dflash, ReferenceDrafters(target, eagle3, dflash))
