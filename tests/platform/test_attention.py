@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from whiflash_kernels.cpu.paged_attention import CompiledAttention, CompiledPlan
@@ -42,6 +43,30 @@ class Pool:
 
     def get_value_buffer(self, layer_id: int) -> torch.Tensor:
         return self.v
+
+
+class TwoPools(Pool, SWAKVPool):
+    """The same entries for a windowed layer, 1, by slots of its own: some slots have none."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.k, self.v = pool.k.clone(), pool.v.clone()
+        self.layers_mapping = {0: (0, False), 1: (0, True)}
+        own = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(2))
+        self.own_k, self.own_v = torch.empty_like(self.k), torch.empty_like(self.v)
+        self.own_k[own], self.own_v[own] = self.k, self.v
+        self.register_mapping(torch.cat((own, torch.tensor([-1]))))
+
+    def set_kv_buffer(self, layer: Any, where: Any, k: torch.Tensor, v: torch.Tensor) -> None:
+        if layer.layer_id:
+            self.own_k[where.swa_loc], self.own_v[where.swa_loc] = k, v
+        else:
+            super().set_kv_buffer(layer, where, k, v)
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.own_k if layer_id else self.k
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.own_v if layer_id else self.v
 
 
 @cache
@@ -178,6 +203,32 @@ def test_own_keys_are_written_before_they_are_read(runner: Any) -> None:
     value = torch.full((1, KV_HEADS, DIM), 1e6, dtype=dtype)
     out = backend.forward(query, torch.zeros(1, KV_HEADS, DIM, dtype=dtype), value, layer(), forward_batch)
     assert bool((out > 1e4).all())
+
+
+@pytest.mark.parametrize("window", [4, -1])
+def test_windowed_layers_have_slots_of_their_own(runner: Any, window: int) -> None:
+    """Those of one pool and those of two put out the same; before the windows there are no slots."""
+    forward_batch, table = batch(ForwardMode.EXTEND, [9, 30, 40]), runner.req_to_token_pool.req_to_token
+    forward_batch.extend_seq_lens = torch.tensor([9, 4, 1])
+    rows, ends = forward_batch.req_pool_indices.tolist(), [9, 30, 40]
+    written = [table[row, n - m : n] for row, n, m in zip(rows, ends, (9, 4, 1), strict=True)]
+    forward_batch.out_cache_loc = torch.cat(written).long()
+    keys, values = torch.randn(2, 14, KV_HEADS, DIM).to(runner.token_to_kv_pool.k.dtype)
+    pool = TwoPools(runner.token_to_kv_pool)
+    if window > 0:
+        pool.full_to_swa_index_mapping[table[3, :35].long()] = 0
+    query = torch.randn(14, HEADS * DIM).to(keys.dtype)
+    found = []
+    for kv in (runner.token_to_kv_pool, pool):
+        backend = CpuAttentionBackend(
+            SimpleNamespace(req_to_token_pool=runner.req_to_token_pool, token_to_kv_pool=kv)
+        )
+        backend.init_forward_metadata(forward_batch)
+        for number, seen in ((0, -1), (1, window)):
+            of = layer(layer_id=number, sliding_window_size=seen)
+            found.append(backend.forward(query, keys, values, of, forward_batch))
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
 
 
 def test_layers_share_one_plan_per_kind(runner: Any) -> None:

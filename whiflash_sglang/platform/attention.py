@@ -5,7 +5,8 @@ other dtypes, trees of drafts and machines without a compiler run in torch
 (:mod:`whiflash_kernels.reference.paged_attention`).
 
 The plan of a forward (slots, masks) is built at its first layer and shared by all others; a model that
-mixes causal, non-causal and sliding-window layers gets one plan per kind.
+mixes causal, non-causal and sliding-window layers gets one plan per kind. Windowed layers may have a pool of their own
+(`--swa-full-tokens-ratio`), whose slots the request table's are mapped to.
 """
 
 import logging
@@ -18,6 +19,7 @@ import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from whiflash_kernels.cpu.paged_attention import CompiledAttention, CompiledPlan, compiled_attention, fits
@@ -43,13 +45,18 @@ class CpuAttentionBackend(AttentionBackend):
         """
         super().__init__()
         self.req_to_token_pool = model_runner.req_to_token_pool
-        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.token_to_kv_pool = pool = model_runner.token_to_kv_pool
+        layers = pool.layers_mapping if isinstance(pool, BaseSWAKVPool) else {}
+        self._own_pool = frozenset(layer for layer, (_, windowed) in layers.items() if windowed)
         self._draft_offset = draft_offset
         self._q_lens: Sequence[int] = ()
         self._kv_lens: Sequence[int] = ()
         self._rows: torch.Tensor | None = None
         self._trees: Sequence[torch.Tensor] | None = None
-        self._plans: dict[tuple[bool, int | None, torch.dtype | None], PagedAttentionPlan | CompiledPlan] = {}
+        self._plans: dict[
+            tuple[bool, int | None, torch.dtype | None, bool], PagedAttentionPlan | CompiledPlan
+        ] = {}
+        self._windowed: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Read the batch's lengths once; plans are built from them as layers ask for them."""
@@ -69,6 +76,8 @@ class CpuAttentionBackend(AttentionBackend):
         else:
             self._q_lens = forward_batch.extend_seq_lens.tolist()
             self._kv_lens = seq_lens
+        if self._own_pool:
+            self._windowed = self._in_own_pool(forward_batch.out_cache_loc)
 
     def _plan(
         self, layer: RadixAttention, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
@@ -76,15 +85,17 @@ class CpuAttentionBackend(AttentionBackend):
         causal = not (layer.is_cross_attention or layer.attn_type == AttentionType.ENCODER_ONLY)
         window = layer.sliding_window_size if layer.sliding_window_size not in (None, -1) else None
         compiled = attention_kernel() if self._trees is None and fits(q, k_cache, v_cache) else None
-        key = (causal, window if causal else None, None if compiled else q.dtype)
+        own_pool = layer.layer_id in self._own_pool
+        key = (causal, window if causal else None, None if compiled else q.dtype, own_pool)
         plan = self._plans.get(key)
         if plan is not None:
             return plan
-        table, q_lens, kv_lens = self.req_to_token_pool.req_to_token, self._q_lens, self._kv_lens
+        q_lens, kv_lens = self._q_lens, self._kv_lens
+        table, rows = self.req_to_token_pool.req_to_token, self._rows
+        if own_pool and self._windowed is not None:
+            table, rows = self._windowed[0], None
         if compiled:
-            plan = compiled.plan(
-                table, q_lens, kv_lens, causal=causal, request_rows=self._rows, window=key[1]
-            )
+            plan = compiled.plan(table, q_lens, kv_lens, causal=causal, request_rows=rows, window=key[1])
         else:
             plan = PagedAttentionPlan.build(
                 table,
@@ -92,12 +103,22 @@ class CpuAttentionBackend(AttentionBackend):
                 kv_lens,
                 causal=causal,
                 dtype=q.dtype,
-                request_rows=self._rows,
+                request_rows=rows,
                 window=key[1],
                 trees=self._trees,
             )
         self._plans[key] = plan
         return plan
+
+    def _in_own_pool(self, written: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The batch's slots in the windowed layers' pool, [requests, positions] int32, and those that it writes to.
+
+        They are read before the forward, since the scheduler goes on. A position before a window may have none: its
+        entry is 0, and masked.
+        """
+        translate = self.token_to_kv_pool.translate_loc_from_full_to_swa
+        table = self.req_to_token_pool.req_to_token[self._rows, : max(self._kv_lens, default=0)]
+        return translate(table.long()).int(), None if written is None else translate(written.long())
 
     def forward_extend(
         self,
@@ -112,7 +133,8 @@ class CpuAttentionBackend(AttentionBackend):
         _refuse_unsupported(layer)
         pool = self.token_to_kv_pool
         if save_kv_cache and k is not None and v is not None:
-            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+            own = None if self._windowed is None else self._windowed[1]
+            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, own), k, v)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k_cache, v_cache = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         plan = self._plan(layer, query, k_cache, v_cache)

@@ -115,8 +115,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         # by name gets it.
         if chosen(server_args, "attention_backend") is None:
             server_args.attention_backend = ATTENTION_BACKEND
-        # Windows are masks over one pool here: ours is the only pool that runs without Triton.
-        server_args.disable_hybrid_swa_memory = True
+        if chosen(server_args, "swa_full_tokens_ratio") is None:
+            # Windows are masks over one pool, which every layer reads by the request table's own slots.
+            server_args.disable_hybrid_swa_memory = True
         if server_args.moe_runner_backend == "auto":
             # This selects the layout of the experts' weights, as torch functions take it, not what runs.
             server_args.moe_runner_backend = "triton"
