@@ -36,13 +36,13 @@ tested | mixture of experts | | Qwen2MoeForCausalLM Qwen3MoeForCausalLM Glm4MoeF
 untested | mixture of experts | | BailingMoEForCausalLM BailingMoeForCausalLM BailingMoeV2ForCausalLM
     MellumForCausalLM MiniMaxM2ForCausalLM SarvamMoEForCausalLM
 tested | sliding windows, scaled embedding, tied head | not with `flashinfer` | Gemma3ForCausalLM
-tested | sliding windows, scaled embedding, tied head | not with `flashinfer`; published checkpoints are refused:
-    their windowed layers have other KV heads | Gemma4ForCausalLM
+tested | sliding windows, scaled embedding, tied head | not with `flashinfer`; published checkpoints need
+    `--swa-full-tokens-ratio`: their windowed layers have other KV heads | Gemma4ForCausalLM
 tested | mixture of experts, sliding windows | not with `flashinfer` | LagunaForCausalLM
 tested | mixture of experts, sliding windows, attention sinks | not with `flashinfer` | GptOssForCausalLM
 untested | mixture of experts, sliding windows | not with `flashinfer` | ExaoneMoEForCausalLM ExaoneMoeForCausalLM
-untested | mixture of experts, sliding windows | not with `flashinfer`; published checkpoints are refused: their
-    windowed layers have other KV heads | MiMoV2ForCausalLM MiMoV2FlashForCausalLM
+untested | mixture of experts, sliding windows | not with `flashinfer`; published checkpoints need
+    `--swa-full-tokens-ratio`: their windowed layers have other KV heads | MiMoV2ForCausalLM MiMoV2FlashForCausalLM
 tested | mixture of experts, latent attention (MLA) | | DeepseekV2ForCausalLM DeepseekV3ForCausalLM
     Glm4MoeLiteForCausalLM
 untested | mixture of experts, latent attention (MLA) | | LongcatFlashForCausalLM MistralLarge3ForCausalLM
@@ -61,8 +61,8 @@ refused | attention within chunks | | Llama4ForCausalLM Llama4ForConditionalGene
 tested | positions in three dimensions (M-RoPE), images or sound | text only | Qwen2_5_VLForConditionalGeneration
     Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration
 tested | sliding windows, images or sound | text only, not with `flashinfer` | Gemma3ForConditionalGeneration
-tested | sliding windows, images or sound | text only, not with `flashinfer`; published checkpoints are refused:
-    their windowed layers have other KV heads | Gemma4ForConditionalGeneration
+tested | sliding windows, images or sound | text only, not with `flashinfer`; published checkpoints need
+    `--swa-full-tokens-ratio`: their windowed layers have other KV heads | Gemma4ForConditionalGeneration
 untested | images or sound | text only | Cosmos3ForConditionalGeneration Gemma4UnifiedForConditionalGeneration
     InternS1ProForConditionalGeneration KimiK25ForConditionalGeneration MiniMaxM3SparseForConditionalGeneration
     MuseGlimmerForConditionalGeneration MuseSparkForConditionalGeneration

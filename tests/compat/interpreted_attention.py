@@ -83,10 +83,15 @@ class Plan(NamedTuple):
 
 class Verification:
     """A batch of requests with `widths` rows each behind `starts` tokens, as the runner hands it to a backend; slots
-    come in pages."""
+    come in pages. kv: a pool with other slots for windowed layers."""
 
     def __init__(
-        self, widths: list[int], bucket: int | None = None, page: int = 1, starts: Sequence[int] = STARTS
+        self,
+        widths: list[int],
+        bucket: int | None = None,
+        page: int = 1,
+        starts: Sequence[int] = STARTS,
+        kv: Any = None,
     ) -> None:
         self.widths, self.starts, rows = widths, [*starts[: len(widths)]], ROWS[: len(widths)]
         order = torch.randperm(4 * CONTEXT // page, generator=torch.Generator().manual_seed(0))
@@ -103,7 +108,7 @@ class Verification:
         self.translator = KVIndexTranslator(
             req_to_token=self.table,
             token_to_kv_pool_allocator=None,
-            token_to_kv_pool=None,
+            token_to_kv_pool=kv,
             page_size=page,
             device="cpu",
         )

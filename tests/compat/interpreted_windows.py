@@ -3,7 +3,8 @@
 Run by `test_attention.py` in a child process, as `interpreted_attention.py`, whose batches it takes. Each backend's own
 `forward_extend` runs on the plan that it made. Of Triton the kernel runs too, under the interpreter. The kernels of
 FA3, FA4 and TRT-LLM are loops that do what their documentation says (`attention_formulas.py`). All are compared with
-one formula in 64 bits, which knows positions and the table of slots, and no plan.
+one formula in 64 bits, which knows positions and the table of slots, and no plan. K and V of windowed layers are in
+one pool with the others', or in their own (`--swa-full-tokens-ratio`).
 """
 
 import sys
@@ -30,6 +31,7 @@ from interpreted_attention import (
 from paged_wrapper import PagedWrapper
 from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from whiflash_sglang.compat.forward.graphs import row_buckets
@@ -49,13 +51,20 @@ SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
 class Pool:
     """K and V of one layer by slot, of which the rows of a verification are written."""
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
+    def __init__(self) -> None:
+        self.rows = 0
         self.keys, self.values = torch.randn(2, 4 * CONTEXT, KV_HEADS, SIZE, generator=generator(1))
+
+    def written(self, where: Any) -> torch.Tensor:
+        return where.loc
+
+    def of(self, slots: torch.Tensor) -> torch.Tensor:
+        """Where the layer has what is at `slots` of the table."""
+        return slots.long()
 
     def set_kv_buffer(self, layer: Any, where: Any, keys: Any, values: Any, *scales: Any) -> None:
         """Rows that are nobody's go to a slot that nobody reads; here the table has every slot, so they go nowhere."""
-        slots = where.loc[: self.rows]
+        slots = self.written(where)[: self.rows]
         self.keys[slots] = keys.view(-1, KV_HEADS, SIZE)[: self.rows]
         self.values[slots] = values.view(-1, KV_HEADS, SIZE)[: self.rows]
 
@@ -69,19 +78,55 @@ class Pool:
         return self.keys, self.values
 
 
+class OwnPool(Pool, SWAKVPool):
+    """The layer's own pool if it has a window: as SGLang keeps it, with no slots behind the requests' windows."""
+
+    def __init__(self, window: int, page: int) -> None:
+        super().__init__()
+        pages = torch.randperm(4 * CONTEXT // page, generator=generator(4))
+        slots = torch.arange(4 * CONTEXT)
+        mapped = pages[slots // page] * page + slots % page
+        self.layers_mapping = {0: (0, window > 0)}
+        self.register_mapping(torch.cat((mapped, torch.tensor([-1]))))
+
+    def written(self, where: Any) -> torch.Tensor:
+        return where.swa_loc if self.layers_mapping[0][1] else where.loc
+
+    def of(self, slots: torch.Tensor) -> torch.Tensor:
+        return (
+            self.translate_loc_from_full_to_swa(slots.long()) if self.layers_mapping[0][1] else slots.long()
+        )
+
+    def evict(self, case: Verification, window: int, page: int) -> None:
+        """Whole pages behind each request's window."""
+        for row, n in zip(case.rows, case.starts, strict=True):
+            behind = max(n - window, 0) // page * page if window > 0 else n
+            self.full_to_swa_index_mapping[case.table[row, :behind].long()] = 0
+
+
+def verification(
+    widths: list[int], window: int, pool: str, *, page: int = 1, bucket: int | None = None
+) -> Verification:
+    """A case with its pool, `case.kv`."""
+    kv = OwnPool(window, page) if pool == "own" else Pool()
+    case = Verification(widths, bucket, page, STARTS, kv if pool == "own" else None)
+    kv.rows, case.kv = sum(widths), kv  # type: ignore[attr-defined]
+    if isinstance(kv, OwnPool):
+        kv.evict(case, window, page)
+    return case
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def formula(
-    case: Verification, queries: Any, pool: Pool, window: int, cap: float, sinks: Any
-) -> torch.Tensor:
+def formula(case: Any, queries: Any, window: int, cap: float, sinks: Any) -> torch.Tensor:
     """[T, H, D]: every row sees the `window` positions before its own, and its own."""
     rows = []
     for i, position in enumerate(case.block.positions.tolist()[: sum(case.widths)]):
         first = 0 if window < 0 else max(position - window, 0)
-        seen = case.table[case.rows[case.block.request_of_row[i]], first : position + 1].long()
-        rows.append(of_row(queries[i], pool.keys[seen], pool.values[seen], SCALE, cap, sinks))
+        seen = case.kv.of(case.table[case.rows[case.block.request_of_row[i]], first : position + 1])
+        rows.append(of_row(queries[i], case.kv.keys[seen], case.kv.values[seen], SCALE, cap, sinks))
     return torch.stack(rows)
 
 
@@ -96,8 +141,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def with_pool(backend: Any, case: Any) -> Any:
+    backend.token_to_kv_pool = case.kv
+    backend.use_sliding_window_kv_pool = isinstance(case.kv, OwnPool)
+    return backend
+
+
 def of_triton(case: Verification, window: int) -> Any:
-    backend = triton_backend(case, RaggedTritonBackend)
+    backend = with_pool(triton_backend(case, RaggedTritonBackend), case)
     backend.sliding_window_size = window if window > 0 else None
     if window > 0:
         backend.window_kv_indptr = torch.zeros_like(backend.kv_indptr)
@@ -109,7 +160,7 @@ def of_triton(case: Verification, window: int) -> Any:
 
 
 def of_fa3(case: Verification, window: int, version: int = 3) -> Any:
-    backend = fa3_backend(case, version)
+    backend = with_pool(fa3_backend(case, version), case)
     backend.sliding_window_size, backend.has_swa = window, window > 0
     backend.kv_cache_dtype_str, backend.num_splits = "auto", 0
     backend.kv_cache_is_mxfp8 = backend.fa_skip_kv_cache = False
@@ -121,7 +172,12 @@ def of_fa4(case: Verification, window: int) -> Any:
 
 
 def of_trtllm_mha(case: Verification, window: int) -> Any:
-    backend = trtllm_mha_backend(case)
+    backend = with_pool(trtllm_mha_backend(case), case)
+    if backend.use_sliding_window_kv_pool:
+        backend._swa_kv_pool, backend._swa_full_to_swa_mapping = (
+            backend.token_to_kv_pool,
+            backend.token_to_kv_pool.full_to_swa_index_mapping,
+        )
     backend.uses_trtllm_gen_native_fp4 = backend.use_fmha_v2 = False
     backend.data_type = backend.q_data_type = torch.float32
     backend.kv_cache_quant_method = SimpleNamespace(needs_global_scale=lambda: False)
@@ -139,7 +195,6 @@ def forward(
     layer = RadixAttention(
         HEADS, SIZE, SCALE, KV_HEADS, layer_id=0, logit_cap=cap, sliding_window_size=window
     )
-    backend.token_to_kv_pool = pool = Pool(sum(case.widths))
     case.batch.out_cache_loc_is_physical, case.batch.mha_one_shot = False, False
     case.batch._attn_output = case.batch.attn_attend_prefix_cache = None
     rows = len(case.block.positions)
@@ -148,19 +203,20 @@ def forward(
     named = {} if sinks is None else {"sinks": sinks}
     out = backend.forward_extend(queries.flatten(1), keys, values, layer, case.batch, **named)
     total = sum(case.widths)
-    return out.view(-1, HEADS, SIZE)[:total], formula(case, queries, pool, window, cap, sinks)
+    return out.view(-1, HEADS, SIZE)[:total], formula(case, queries, window, cap, sinks)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(found.double(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("pool", ["one", "own"])
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 @pytest.mark.parametrize("shape", [*WIDTHS, "pages"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_see_their_own_windows(backend: str, shape: str, window: int) -> None:
+def test_rows_see_their_own_windows(backend: str, shape: str, window: int, pool: str) -> None:
     widths, page = WIDTHS.get(shape, WIDTHS["ragged"]), 16 if shape == "pages" else 1
-    case = Verification(widths, page=page, starts=STARTS)
+    case = verification(widths, window, pool, page=page)
     made = BACKENDS[backend](case, window)
     made.page_size = page
     if backend == "trtllm_mha":
@@ -170,21 +226,22 @@ def test_rows_see_their_own_windows(backend: str, shape: str, window: int) -> No
     assert close(*forward(made, case, window))
 
 
+@pytest.mark.parametrize("pool", ["one", "own"])
 @pytest.mark.parametrize("spare", [0, 3])
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_replayed_rows_see_what_eager_ones_do(
-    backend: str, widths: list[int], window: int, spare: int
+    backend: str, widths: list[int], window: int, spare: int, pool: str
 ) -> None:
     """What was captured, filled for this batch; rows that are nobody's behind its own."""
     bucket = next(b for b in row_buckets(REQUESTS * CONFIGURED) if b >= sum(widths) + spare)
-    case = Verification(widths, bucket, starts=STARTS)
+    case = verification(widths, window, pool, bucket=bucket)
     made = BACKENDS[backend](case, window)
     captured(case, made)
     replayed, expected = forward(made, case, window, sinks=SINKS)
     assert close(replayed, expected)
-    eager_case = Verification(widths, starts=STARTS)
+    eager_case = verification(widths, window, pool)
     eager = BACKENDS[backend](eager_case, window)
     eager.init_forward_metadata(eager_case.batch)
     if backend == "triton" and window > 0:
@@ -199,15 +256,16 @@ def test_replayed_rows_see_what_eager_ones_do(
 def test_capped_scores_are_capped_within_a_window() -> None:
     """Gemma 2's; TRT-LLM's backend hands on no cap."""
     for name in ("triton", "fa3", "fa4"):
-        case = Verification(WIDTHS["ragged"], starts=STARTS)
+        case = verification(WIDTHS["ragged"], 7, "one")
         made = BACKENDS[name](case, 7)
         made.init_forward_metadata(case.batch)
         assert close(*forward(made, case, 7, cap=2.0))
 
 
+@pytest.mark.parametrize("pool", ["one", "own"])
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-def test_a_chunk_of_a_prompt_sees_the_window_before_it(window: int) -> None:
-    case = Verification([5, 20, 3], starts=STARTS)
+def test_a_chunk_of_a_prompt_sees_the_window_before_it(window: int, pool: str) -> None:
+    case = verification([5, 20, 3], window, pool)
     made, starts = of_triton(case, window), torch.tensor(STARTS)
     case.batch.forward_mode, case.batch.spec_info = ForwardMode.EXTEND, None
     case.batch.extend_prefix_lens, case.batch.extend_prefix_lens_cpu = starts, STARTS
@@ -220,7 +278,7 @@ def test_a_chunk_of_a_prompt_sees_the_window_before_it(window: int) -> None:
 def test_what_is_wrong_is_told_apart() -> None:
     """A window that is one too long or too short, none, and sinks that are left out."""
     for name, make in BACKENDS.items():
-        case = Verification(WIDTHS["ragged"], starts=STARTS)
+        case = verification(WIDTHS["ragged"], 7, "one")
         made = make(case, 7)
         made.init_forward_metadata(case.batch)
         right, expected = forward(made, case, 7, sinks=SINKS)
@@ -238,7 +296,7 @@ def test_of_several_windows_the_widest_is_planned() -> None:
     ]
     assert widest_window(torch.nn.ModuleList(layers)) == 7
     assert widest_window(torch.nn.ModuleList(layers[:1])) is None
-    case = Verification(WIDTHS["ragged"], starts=STARTS)
+    case = verification(WIDTHS["ragged"], 7, "one")
     made = of_triton(case, 7)
     made.init_forward_metadata(case.batch)
     for window in kinds:
@@ -247,7 +305,7 @@ def test_of_several_windows_the_widest_is_planned() -> None:
 
 @pytest.mark.parametrize("slots", [REQUESTS - 2, REQUESTS + 3])
 def test_there_is_room_for_the_servers_requests_and_a_graphs_slots(slots: int) -> None:
-    made = of_triton(Verification(WIDTHS["ragged"], starts=STARTS), 7)
+    made = of_triton(verification(WIDTHS["ragged"], 7, "one"), 7)
     made.init_cuda_graph_state(slots, slots)
     offsets = (made.kv_indptr, made.qo_indptr, made.mask_indptr, made.window_kv_indptr)
     assert [len(each) for each in offsets] == [max(slots, REQUESTS) + 1] * 4

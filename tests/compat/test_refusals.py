@@ -35,6 +35,14 @@ PACKED = {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets
 MULTIMODAL = {"vision_config": {}, "text_config": {}}
 TARGETS: dict[str, dict[str, Any]] = {
     "recurrent": {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
+    "compressed": {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "sliding_window": 32,
+        "index_head_dim": 16,
+        "compress_ratios": [4] * 4,
+    },
     "chunked_windows": {"architectures": ["Llama4ForConditionalGeneration"]},
     "multimodal": {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **MULTIMODAL},
     "encoder": {"architectures": ["LlamaForSequenceClassification"]},
@@ -183,7 +191,9 @@ def test_the_text_of_what_takes_images_is_served(taken: Launch, tmp_path: Path) 
     assert refusal_of(replace(taken, model=text)) is None
     with_images = target(tmp_path / "model", **kind)
     assert "remove --enable-multimodal" in sentence(replace(taken, model=with_images))
-    arguments = SimpleNamespace(device="cpu", enable_multimodal=None, enable_mixed_chunk=False)
+    arguments = SimpleNamespace(
+        device="cpu", enable_multimodal=None, enable_mixed_chunk=False, swa_full_tokens_ratio=None
+    )
     launches.choose(arguments)
     assert arguments.enable_multimodal is False
     arguments.enable_multimodal = True
@@ -244,32 +254,41 @@ def test_windows_are_verified_where_every_row_has_its_own(taken: Launch, tmp_pat
     assert "flashinfer is not known to mask" in sentence(replace(prefilled, model=model))
 
 
-def test_a_start_of_ours_keeps_the_kv_of_windowed_layers_whole(taken: Launch, tmp_path: Path) -> None:
-    arguments = SimpleNamespace(
-        device="cpu", enable_multimodal=None, enable_mixed_chunk=False, disable_hybrid_swa_memory=False
-    )
-    launches.choose(arguments)
-    assert arguments.disable_hybrid_swa_memory is True
-    sized = with_arguments(taken, swa_full_tokens_ratio=0.5)
-    assert refusal_of(sized) is None
-    model = target(tmp_path / "windows", architectures=["GptOssForCausalLM"], model_type="gpt_oss", **WINDOWS)
-    assert "remove it" in sentence(replace(sized, model=model))
+def test_windowed_layers_have_a_pool_of_their_own_if_it_is_sized(taken: Launch, tmp_path: Path) -> None:
+    for ratio in (None, 0.5):
+        arguments = SimpleNamespace(
+            device="cpu",
+            enable_multimodal=None,
+            enable_mixed_chunk=False,
+            disable_hybrid_swa_memory=False,
+            swa_full_tokens_ratio=ratio,
+        )
+        launches.choose(arguments)
+        assert arguments.disable_hybrid_swa_memory is (ratio is None)
+    sized, kind = with_arguments(taken, swa_full_tokens_ratio=0.5), {"model_type": "gpt_oss", **WINDOWS}
+    some = target(tmp_path / "some", architectures=["GptOssForCausalLM"], **kind)
+    assert refusal_of(replace(sized, model=some)) is None
+    kind["layer_types"] = ["sliding_attention"] * 4
+    every = target(tmp_path / "all", architectures=["GptOssForCausalLM"], **kind)
+    assert "keeps plain KV for the whole context" in sentence(replace(sized, model=every))
 
 
 @pytest.mark.parametrize("heads", [{"global_head_dim": 32}, {"num_global_key_value_heads": 1}])
 def test_windowed_layers_with_heads_of_their_own_are_refused(
     taken: Launch, tmp_path: Path, heads: dict[str, int]
 ) -> None:
-    """Gemma 4's published ones: one pool would have to hold both."""
+    """Gemma 4's published ones: one pool would have to hold both, two do."""
     kind = {"architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4"}
     text = {key: value for key, value in LLAMA.items() if key != "architectures"}
     text |= {**WINDOWS, "model_type": "gemma4_text", "global_head_dim": 16, "attention_k_eq_v": True}
     refusals = []
-    for name, changes in (("alike", {}), ("apart", heads)):  # SGLang reads a directory once
+    for changes, one_pool in (({}, True), (heads, True), (heads, False)):
         whole = {**kind, "torch_dtype": "bfloat16", "text_config": text | changes, "vision_config": {}}
-        model = target(tmp_path / name, {}, text_alone=True, **whole)
+        # SGLang reads a directory once.
+        model = target(tmp_path / str(len(refusals)), {}, text_alone=True, **whole)
+        model.is_hybrid_swa = not one_pool
         refusals.append(refusal_of(replace(taken, model=model)))
-    assert refusals[0] is None
+    assert refusals[0] is refusals[2] is None
     assert "heads of another shape" in str(refusals[1])
 
 

@@ -127,7 +127,12 @@ PARTS: tuple[Part, ...] = (
     family("mamba2", "NemotronHForCausalLM", "Mamba 2 (Nemotron-H)"),
     family("mrope", "Qwen2_5_VLForConditionalGeneration", "M-RoPE (Qwen2.5-VL), served for text"),
     *(
-        family(name, "GptOssForCausalLM", "sliding windows and attention sinks (gpt-oss)", attention)
+        family(
+            name,
+            "GptOssForCausalLM",
+            "sliding windows in a pool of their own and attention sinks (gpt-oss)",
+            attention,
+        )
         for name, attention in (("sinks", "triton"), ("sinks-fa3", "fa3"), ("sinks-trtllm", "trtllm_mha"))
     ),
     family("windows", "Gemma3ForCausalLM", "sliding windows (Gemma 3)"),

@@ -68,7 +68,7 @@ class Served:
         return cls(f"a tiny {architecture}", target, bundle, dtype, model, KEEPING.get(architecture, {}))
 
 
-KEEPING = {
+KEEPING: Mapping[str, Mapping[str, Any]] = {"GptOssForCausalLM": {"swa_full_tokens_ratio": 0.5}} | {
     architecture: {"mamba_radix_cache_strategy": "extra_buffer", "mamba_track_interval": 64}
     for architecture in (
         "Qwen3NextForCausalLM",
@@ -77,7 +77,7 @@ KEEPING = {
         "NemotronHForCausalLM",
     )
 }
-"""Families of which SGLang's tree keeps states at intervals."""
+"""Families of which SGLang's tree keeps states at intervals, and one whose windowed layers have a pool of their own."""
 
 
 def tiny_bundle(directory: Path, target: Path) -> Path:

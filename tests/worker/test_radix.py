@@ -37,16 +37,23 @@ def sequences(e: Engine) -> list[list[int]]:
 
 
 def matched_slots(e: Engine, tokens: Sequence[int]) -> torch.Tensor:
-    """KV slots [h] that the tree would hand to a prompt beginning with `tokens`."""
+    """KV slots [h] that the tree would hand to a prompt beginning with `tokens`.
+
+    If windowed layers have a pool of their own, also slots that miss the window before them."""
     from array import array
 
     from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
+    from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
     tree = e.scheduler.tree_cache
     key = RadixKey(array("q", tokens), is_bigram=tree.tree_core.is_eagle)
-    match = tree.match_prefix(MatchPrefixParams(key=key))
-    slots: torch.Tensor = tree.path_device_indices(match.last_device_node)[: match.device_prefix_len]
+    if ComponentType.SWA in tree.components:
+        length, node, _ = tree.tree_core.match_full_device_prefix(key)
+    else:
+        match = tree.match_prefix(MatchPrefixParams(key=key))
+        length, node = match.device_prefix_len, match.last_device_node
+    slots: torch.Tensor = tree.path_device_indices(node)[:length]
     return slots.long()
 
 

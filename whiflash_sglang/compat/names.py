@@ -54,6 +54,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
             "qwen3_5:Qwen3_5MoeTextConfig",
         )
     ),
+    PrivateName("sglang.srt.configs.model_config:is_deepseek_v4", ("config",)),
     PrivateName("sglang.srt.configs.model_config:is_hybrid_swa_model"),
     PrivateName("sglang.srt.configs.model_config:is_kimi_k3", ("config",)),
     PrivateName(
@@ -314,6 +315,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     # memory and radix keys
     PrivateName("sglang.srt.model_executor.pool_configurator:create_memory_pool_configurator", ("kvc",)),
     PrivateName("sglang.srt.model_executor.pool_configurator:DefaultPoolConfigurator"),
+    PrivateName("sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator._recompute_cell_size"),
     PrivateName("sglang.srt.mem_cache.kv_cache_configurator:get_req_to_token_extra_context_len"),
     PrivateName("sglang.srt.mem_cache.allocation_sizing:get_alloc_reserve_per_decode"),
     PrivateName("sglang.srt.mem_cache.kv_cache_builder:CacheInitParams", ("is_eagle",)),

@@ -61,6 +61,11 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
         """
         super().init_cuda_graph_state(max_bs, max_bs, *buffers, **named)
         self._make_room(max_bs)
+        if self.use_sliding_window_kv_pool:
+            # What a row writes to in the windowed layers' pool.
+            self.cuda_graph_swa_out_cache_loc = torch.zeros(
+                max_num_tokens, dtype=torch.int64, device=self.device
+            )
 
     def _make_room(self, slots: int) -> None:
         """Offsets of as many requests as the server takes, or of `slots` if those are more: of query rows, of keys, and

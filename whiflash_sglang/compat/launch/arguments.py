@@ -67,9 +67,9 @@ class Launch:
 
 def choose(server_args: Any) -> None:
     """Fill in what works where the user left the choice open."""
-    # One KV pool for all layers: draft KV is at the target's slots, and in a pool of its own a windowed layer would
-    # give up slots that are still drafted from.
-    server_args.disable_hybrid_swa_memory = True
+    if server_args.swa_full_tokens_ratio is None:
+        # One KV pool for all layers, since no GPU has run a verification in two.
+        server_args.disable_hybrid_swa_memory = True
     if server_args.enable_multimodal is None:
         # A target that takes images or sound is served for text only, as SGLang serves Gemma 3 by itself.
         server_args.enable_multimodal = False

@@ -6,9 +6,9 @@ sentence names the flag or the model and says what to do.
 Targets whose layers attend through a sliding window: which attention backends verify drafts in them on CUDA.
 
 A verification is a plain causal block at the end of each request, so a backend is right where every row of it, not the
-request as a whole, sees the keys of its window, and where attention sinks (gpt-oss) reach the kernel. K and V of all
-layers are in one pool for the whole context (`launch.arguments.choose`): draft KV uses the
-target's slots, and a pool of their own for windowed layers would give up slots that are still drafted from.
+request as a whole, sees the keys of its window, and where attention sinks (gpt-oss) reach the kernel. Draft KV uses the
+slots of layers that see the whole context. Windowed layers share them, or have a pool of their own
+(`launch.arguments.choose`).
 """
 
 from collections.abc import Callable, Iterator
@@ -119,6 +119,12 @@ def _foreign_windowed_attention(launch: Launch) -> str | None:
     if launch.device != "cuda" or launch.model is None or not refusals.has_windows(launch.model):
         return None
     return next(iter(sorted(launch.attention_backends.difference(refusals.ATTENTIONS))), None)
+
+
+def _is_compressed(launch: Launch) -> bool:
+    from sglang.srt.configs.model_config import is_deepseek_v4
+
+    return bool(is_deepseek_v4(launch.model.hf_config))
 
 
 def _has_chunks(launch: Launch) -> bool:
@@ -264,6 +270,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "--enable-streaming-session",
     ),
     Refusal(
+        "compressed",
+        _architecture(_is_compressed),
+        "{} compresses KV in pools of its own, which are untested with verifications of several widths; serve it "
+        "without WHIFLASH",
+    ),
+    Refusal(
         "windows",
         _foreign_windowed_attention,
         "the target has layers with a sliding window, whose rows {} is not known to mask one by one; "
@@ -271,18 +283,15 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "window_heads",
-        _architecture(lambda x: refusals.has_heads_of_two_shapes(x.model)),
+        _architecture(lambda x: not x.model.is_hybrid_swa and refusals.has_heads_of_two_shapes(x.model)),
         "{} has windowed layers with KV heads of another shape than its other layers, which one pool cannot hold; "
-        "serve it without WHIFLASH",
+        "give --swa-full-tokens-ratio (SGLang's default is 0.8)",
     ),
     Refusal(
         "window_pool",
-        lambda x: (
-            x.given.get("swa_full_tokens_ratio") is not None
-            and (x.model is None or refusals.has_windows(x.model))
-        ),
-        "--swa-full-tokens-ratio sizes a pool for windowed layers, but WHIFLASH keeps their KV for the whole context; "
-        "remove it",
+        _architecture(lambda x: x.model.is_hybrid_swa and not x.model.full_attention_layer_ids),
+        "{} has no layer that keeps plain KV for the whole context, and drafters keep theirs at the slots of one; "
+        "remove --swa-full-tokens-ratio",
     ),
     Refusal(
         "chunked_windows",

@@ -17,6 +17,7 @@ not a request.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,19 +173,30 @@ def _holding_the_reserve(original: Any) -> int:
 @around
 def _accounting(original: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
     configurator = original(kvc, *args, **kwargs)
-    if serves_ours() and not kvc.is_draft_worker:
-        if type(configurator) is not pool_configurator.DefaultPoolConfigurator:
-            raise ConfigError(
-                f"WHIFLASH cannot size drafters' KV beside this target's cache ({type(configurator).__name__}): "
-                "serve this target without WHIFLASH"
-            )
+    if not serves_ours() or kvc.is_draft_worker:
+        return configurator
+    if isinstance(configurator, pool_configurator.HybridSWAPoolConfigurator):
+        # Draft KV is at the slots of layers that see the whole context. Upstream has no fixed bytes here.
+        configurator._draft_cell_size += _reservation.per_token
+        configurator._recompute_cell_size()
+        configurator.calculate_pool_sizes = partial(_beside_fixed, configurator.calculate_pool_sizes)
+    elif type(configurator) is pool_configurator.DefaultPoolConfigurator:
         configurator._cell_size += _reservation.per_token
         configurator._fixed_overhead_bytes += _reservation.fixed
-        _reservation.whole = int(configurator._cell_size)
-        if refusals.has_windows(kvc.model_config):
-            logger.info(
-                "WHIFLASH keeps the KV of windowed layers for the whole context, as with "
-                "--disable-hybrid-swa-memory: %d bytes a token with the drafters'",
-                _reservation.whole,
-            )
+    else:
+        raise ConfigError(
+            f"WHIFLASH cannot size drafters' KV beside this target's cache ({type(configurator).__name__}): "
+            "serve this target without WHIFLASH"
+        )
+    _reservation.whole = int(configurator._cell_size)
+    if refusals.has_windows(kvc.model_config) and not kvc.is_hybrid_swa:
+        logger.info(
+            "WHIFLASH keeps the KV of windowed layers for the whole context: %d bytes a token with the drafters'; "
+            "--swa-full-tokens-ratio gives them a pool of their own",
+            _reservation.whole,
+        )
     return configurator
+
+
+def _beside_fixed(calculate: Any, available_bytes: int, page_size: int) -> Any:
+    return calculate(max(available_bytes - _reservation.fixed, 0), page_size)
