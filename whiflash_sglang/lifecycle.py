@@ -67,6 +67,8 @@ class Lifecycle:
         self._spool = spool
         self._consents: WeakKeyDictionary[Any, Consent] = WeakKeyDictionary()
         """By session, else by request."""
+        self._forgets, self._begun = 0, WeakKeyDictionary[Any, int]()
+        """How often text was forgotten, and how often it had been when a request first began."""
         self._read_prediction, self._hooks = read_prediction, hooks
         self._sample_rate = sample_rate
         self._drafters, self._sync, self._controller = of_text(drafters), sync, controller
@@ -95,6 +97,8 @@ class Lifecycle:
             self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
         predicted = self._predicted(req)
         self._quarantine.begin(req.rid, tenant)
+        if self._begun.setdefault(req, self._forgets) != self._forgets:
+            tenant = None  # it wrote before something was forgotten: nobody shares that
         for arm, drafter in self._drafters.items():
             if self._quarantine.serves(arm, req.rid):
                 with self._quarantine.guard(arm, req.rid):
@@ -105,6 +109,16 @@ class Lifecycle:
         self._stops.begin(upload, row, sampling.ending_ids(req))
         for hook in self._hooks:
             hook.begin(upload, row, req)
+
+    def forget_text(self, handle: int | None) -> None:
+        """Drop text that a drafter keeps across requests: a tenant's, by its handle, or everybody's. Requests that were
+        retracted leave nothing when they end, either.
+        """
+        self._forgets += 1
+        for drafter in self._drafters.values():
+            drafter.forget(handle)
+        if self._spool is not None:
+            self._spool.forget(handle)
 
     def released(self, req: Any, *, kept: bool) -> None:
         """The request gives its slots up. Where the tree or a session keeps them what was parked is flushed first."""

@@ -258,10 +258,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     def forget(self, handle: int | None) -> None:
         """Drop text that a drafter keeps across requests: a tenant's, by its handle, or everybody's."""
-        for drafter in self.text_arms.values():
-            drafter.forget(handle)
-        if self.spool is not None:
-            self.spool.forget(handle)
+        self.stages.lifecycle.forget_text(handle)
         self.publisher.flush()
 
     @property

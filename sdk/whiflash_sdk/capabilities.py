@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from whiflash_sdk.errors import UnsupportedServerError, warn_unsupported
 from whiflash_sdk.flow import Flow, run, run_async
-from whiflash_sdk.hints import SCOPES, TraceLevel
+from whiflash_sdk.hints import TraceLevel
 from whiflash_sdk.identity import Asker, OfClient
 from whiflash_sdk.otel import untraced
 
@@ -58,7 +58,7 @@ class Capabilities(BaseModel):
     policy: the routing policy in force.
     arms: loaded drafters, and `none`.
     traces: levels that a request may ask for.
-    scopes: supported ones of the hints agent, query and structure.
+    scopes: supported ones of the hints agent, query and structure; the last two by older servers.
     routes: routes below `/v1` that read hints.
     prediction_tokens: most tokens of a prediction; the rest is cut. 0: predictions are ignored.
     tool_call_parser, reasoning_parser: SGLang's parser in force, if any.
@@ -82,7 +82,7 @@ class Capabilities(BaseModel):
         """Capabilities that a caller wrote: what they leave open, a server of this release understands."""
         latest = {
             "traces": get_args(TraceLevel),
-            "scopes": SCOPES,
+            "scopes": ("agent",),
             "routes": ROUTES,
             "prediction_tokens": PREDICTION_TOKENS,
         }

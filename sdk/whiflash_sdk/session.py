@@ -17,9 +17,9 @@ from whiflash_sdk.hints import MAX_NAME_CHARS, Hints
 class Session:
     """Calls inside the block are of this tenant and agent, in this thread or task. Their turn is read from them.
 
-    The turn is the number of the user's prompts in the conversation. It goes out as the hint `query` if an agent is
-    named, here or by the client. If a request offers a tool that edits files, the file that the conversation read or
-    wrote last is sent as its prediction. What a call, an inner block or `predict` says wins.
+    The turn is the number of the user's prompts in the conversation. Older servers get it as the hint `query`, if an
+    agent is named, here or by the client. If a request offers a tool that edits files, the file that the conversation
+    read or wrote last is sent as its prediction. What a call, an inner block or `predict` says wins.
 
     tenant: whose text the answers are, as `wrap(tenant=)` has it.
     agent: who asks.

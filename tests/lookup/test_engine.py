@@ -96,17 +96,30 @@ def test_forgetting_one_tenant_leaves_the_others(running: Engine, cold: Answer) 
     assert running.worker.snapshot()["lookup"]["tenants"] == 2
 
 
+@pytest.mark.parametrize("retracted", [False, True])
 def test_a_request_that_runs_while_its_tenant_is_forgotten_leaves_nothing(
-    running: Engine, cold: Answer
+    running: Engine, cold: Answer, retracted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running.submit("running", PROMPT, max_new_tokens=TOKENS, cache_salt="a")
+    from sglang.srt.managers import scheduler
+
+    name = f"running-{retracted}"
+    running.submit(name, PROMPT, max_new_tokens=TOKENS, cache_salt="a")
+    if retracted:  # SGLang takes one of at least two
+        running.submit("beside", PROMPT[:9], max_new_tokens=TOKENS, cache_salt="a")
     for _ in range(4):
         running.step()
-    assert not running.requests["running"].finished()
+    assert not running.requests[name].finished()
+    if retracted:
+        monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
+        monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 3)
+        while not any(running.requests[each].retraction_count for each in (name, "beside")):
+            running.step()
+            assert not running.requests[name].finished()
+        monkeypatch.setattr(scheduler, "TEST_RETRACT", False)
     running.worker.forget(None)
     running.run()
     assert running.worker.snapshot()["lookup"]["tenants"] == 0
-    assert running.output("running") == cold.tokens
+    assert running.output(name) == cold.tokens
 
 
 @pytest.mark.parametrize("scope", ["context", "off"])

@@ -20,7 +20,7 @@ from model_set import Models
 from oracle_arm import OracleArm
 from overlap import overlapped
 from reference import CPU, Comparison, ReferenceDrafters
-from test_hicache import HOST, talk, wrong_slots
+from test_hicache import HOST, fetched, settle, stored, talk, wrong_slots
 from test_radix import assert_tree_is_true
 from test_strands import ChainFirst, Seen, seen, with_voices
 from tiny_models import HEAD_DIM, tiny_dflash, tiny_eagle3
@@ -215,6 +215,31 @@ def test_the_host_gives_both_pools_back(laguna: Models, monkeypatch: pytest.Monk
         assert not any(wrong.values()), wrong
         assert_tree_is_true(e, laguna)
         e.check_leaks()
+
+
+@pytest.mark.parametrize("drafters", ["both", "none"])
+def test_storage_of_one_pool_is_not_read_into_two(
+    laguna: Models, drafters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pages have the windowed layers too, and names that the second server would find."""
+    from sglang.srt.mem_cache.pool_host import base
+
+    monkeypatch.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
+    flags = stored(tmp_path / "pages", monkeypatch)
+    ours = laguna.whiflash("random")
+    if drafters == "none":
+        ours = {"whiflash_drafters": "none"}
+    with engine(laguna.target, whiflash=ours, **flags) as e:
+        first = talk(e)
+        settle(e)
+    for _ in range(2):
+        with engine(laguna.target, whiflash=ours, **flags, swa_full_tokens_ratio=0.5) as e:
+            came = fetched(e, first.text, "after")
+            settle(e)
+            again = talk(e)
+            assert again.answers == first.answers
+            settle(e)
+    assert came >= 64
 
 
 def test_a_session_s_turns(laguna: Models) -> None:

@@ -136,6 +136,10 @@ def bench(
         )
         return
     scale = scale_of(quick, arms, per_category, max_tokens, minutes)
+    if plots is not None and not any(load.is_alone for load in loads):
+        raise UsageError(
+            f"--plots {plots} draws requests that are asked one at a time: add 1 to --concurrency"
+        )
     if restart and not interleave:
         raise UsageError("--restart needs all servers at once: remove --no-interleave, or --restart")
     from whiflash_sglang.lab.bench.subject import build_subject

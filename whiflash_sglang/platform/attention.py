@@ -134,6 +134,8 @@ class CpuAttentionBackend(AttentionBackend):
         pool = self.token_to_kv_pool
         if save_kv_cache and k is not None and v is not None:
             own = None if self._windowed is None else self._windowed[1]
+            if own is not None and self._draft_offset:  # a step's part of the slots that the chain began with
+                own = pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc.long())
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, own), k, v)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k_cache, v_cache = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)

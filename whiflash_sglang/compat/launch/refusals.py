@@ -285,7 +285,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "window_heads",
         _architecture(lambda x: not x.model.is_hybrid_swa and refusals.has_heads_of_two_shapes(x.model)),
         "{} has windowed layers with KV heads of another shape than its other layers, which one pool cannot hold; "
-        "give --swa-full-tokens-ratio (SGLang's default is 0.8)",
+        "give --swa-full-tokens-ratio (SGLang's default is 0.8), without --disable-hybrid-swa-memory",
     ),
     Refusal(
         "window_pool",

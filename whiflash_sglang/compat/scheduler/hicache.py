@@ -10,6 +10,7 @@ from typing import Any
 
 from sglang.srt.managers import cache_controller
 from sglang.srt.managers.cache_controller import HiCacheController
+from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_memory
@@ -17,6 +18,7 @@ from sglang.srt.speculative.base_spec_worker import HiCacheDraftMode, HiCacheDra
 
 from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.compat.carried import serves_ours
+from whiflash_sglang.compat.launch.refusals import has_windows
 from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.compat.scheduler import releases
 from whiflash_sglang.drafters.base import KVDrafter
@@ -84,12 +86,18 @@ def plan(target: Any, drafters: Mapping[str, KVDrafter], ingests: Callable[[str]
     """
     global _namespace, _whole
     _namespace = _whole = None
-    if not (get_memory().enable_hierarchical_cache and drafters):
+    if not get_memory().enable_hierarchical_cache:
+        return HiCacheDraftPlan()
+    # A page of the target has all layers, or those without windows: a server of the other kind must not read it.
+    two_pools = isinstance(target.runner.token_to_kv_pool, BaseSWAKVPool)
+    if not drafters:
+        if not two_pools and has_windows(target.runner.model_config):
+            _namespace = "whiflash-one-pool"  # plain SGLang's have two
         return HiCacheDraftPlan()
     kvs = {arm: drafter.kv for arm, drafter in drafters.items()}
     pool = DraftPool(target.runner.token_to_kv_pool, kvs, target.shape.num_layers)
     models = {arm: getattr(drafter, "model") for arm, drafter in drafters.items()}  # noqa: B009  (each has one)
-    _namespace = f"whiflash-{fingerprint(models)}"
+    _namespace = f"whiflash-{fingerprint(models)}{'-two-pools' if two_pools else ''}"
     _whole = partial(_all_ingest, tuple(kvs), ingests)
     return HiCacheDraftPlan(HiCacheDraftMode.SIDECAR, (pool,))
 
@@ -117,8 +125,8 @@ def _flushing_first(original: Any, self: HiCacheController) -> None:
 
 @around
 def _of_these_drafters(original: Any, model_name: str | None, host_pool: Any) -> str | None:
-    """Storage outlives the server. Another pair would read this one's draft KV, and a server without drafters has
-    keys of another kind.
+    """Storage outlives the server. Another pair would read this one's draft KV, a server without drafters has keys of
+    another kind, and one whose windowed layers have a pool of their own other pages.
     """
     name: str | None = original(model_name, host_pool)
     if _namespace is None or not serves_ours():

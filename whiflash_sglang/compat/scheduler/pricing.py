@@ -126,17 +126,25 @@ def _sizes(target: Target, requests: int, widest: int) -> tuple[list[int], int]:
 
 @contextmanager
 def _spread_slots(target: Target, requests: int, columns: int) -> Iterator[None]:
-    """Requests in rows 1, 2, … that have slots of their own for so many tokens, as far as there are slots."""
-    page = int(target.runner.token_to_kv_pool.page_size)
+    """Requests in rows 1, 2, … that have slots of their own for so many tokens, as far as there are slots, also in a
+    pool of windowed layers.
+    """
+    pool = target.runner.token_to_kv_pool
+    page = int(pool.page_size)
     own = target.slot_table[1 : requests + 1, :columns]
     columns = int(own.shape[1])
     position = torch.arange(columns, device=own.device)
     first = torch.arange(requests, device=own.device)[:, None] * -(-columns // page)
     pages = (first + position // page) % (target.kv_slots // page - 1) + 1  # page 0 is padding
     own.copy_(pages * page + position % page)
+    windowed = getattr(pool, "full_to_swa_index_mapping", None)
+    if windowed is not None:
+        windowed[own.long()] = ((pages - 1) % (pool.size_swa // page) + 1) * page + position % page
     try:
         yield
     finally:
+        if windowed is not None:
+            windowed[own.long()] = 0
         own.zero_()
 
 

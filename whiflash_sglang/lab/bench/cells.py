@@ -108,9 +108,12 @@ class Journal:
         for number, line in enumerate(lines, start=1):
             try:
                 yield Cell.model_validate_json(line)
-            except ValidationError:
+            except ValidationError as error:
                 if number != len(lines):
-                    raise
+                    raise ConfigError(
+                        f"{self.path} holds a line of another version of this program "
+                        f"({error.errors()[0]['msg']}); remove it or run without --resume"
+                    ) from None
 
 
 class RoundMs(BaseModel, frozen=True, extra="forbid"):

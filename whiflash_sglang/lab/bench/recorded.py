@@ -7,6 +7,7 @@ ones (`round/hooks.py`). So a small target can be measured on the text that anot
 import asyncio
 import hashlib
 import json
+import shlex
 import tempfile
 import time
 from collections import defaultdict
@@ -204,7 +205,8 @@ def recorded_page(result: Mapping[str, Any]) -> str:
             )
         header = ("arm", "tokens/s", "acceptance length", *(f"over {name}" for name in arms))
         parts += [f"## {at_once} at a time", table(header, rows)]
-    parts.append(f"`{' '.join(made['command'])}`")
+    command = (Path(part).name if "/" in part else part for part in made["command"])
+    parts.append(f"`{shlex.join(command)}`")
     return "\n\n".join(parts) + "\n"
 
 
