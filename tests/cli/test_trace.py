@@ -15,9 +15,9 @@ ESCAPE = "\x1b["
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
-    def stretch(start: int, arm: str, text: str) -> dict[str, object]:
+    def stretch(start: int, arm: str, chars: tuple[int, int]) -> dict[str, object]:
         counts = {"rounds": 1, "accepted": 1, "round_tokens": [2]}
-        return {"start": start, "end": start + 2, "arm": arm, "reason": "score", "text": text, **counts}
+        return {"start": start, "end": start + 2, "arm": arm, "reason": "score", "chars": chars, **counts}
 
     trace = {
         "version": 1,
@@ -25,7 +25,7 @@ def recorded(tmp_path: Path) -> Path:
         "rounds": 2,
         "tokens": 4,
         "switches": 1,
-        "stretches": [stretch(1, "ar", "Hello "), stretch(3, "lookup", "world")],
+        "stretches": [stretch(1, "ar", (0, 6)), stretch(3, "lookup", (6, 11))],
         "arms": {"ar": {"rounds": 1, "tokens": 2}, "lookup": {"rounds": 1, "tokens": 2}},
     }
     choice = {"message": {"content": "Hello world"}}
