@@ -79,7 +79,7 @@ class Lifecycle:
         """A request came, which may wait long before it begins: from now on it may be forgotten."""
         if self._spool is not None:
             whole = req.session or req
-            known = self._consents.get(whole, Consent(True, self._spool.forgets, ()))
+            known = self._consents.get(whole, Consent(True, self._forgets, ()))
             agrees, handles = _consent_of(req)
             both = tuple(dict.fromkeys((*known.handles, *handles)))
             self._consents[whole] = known._replace(agrees=known.agrees and agrees, handles=both)
@@ -162,7 +162,7 @@ class Lifecycle:
         """
         text = req.multimodal_inputs is None and req.input_embeds is None
         consent = self._consents.get(req.session or req)
-        agrees = consent is not None and consent.agrees and consent.forgets == spool.forgets
+        agrees = consent is not None and consent.agrees and consent.forgets == self._forgets
         finished = req.finished_reason.to_json()["type"] in FINISHED
         if consent is None or not (text and agrees and finished) or self._hooks:
             spool.decline()

@@ -214,14 +214,14 @@ class Spool:
 
     Attributes:
         counts: finished requests by outcome. failing: whether the last file could not be written. size: bytes on disk
-            when a file was written last. forgets: how often something was to be forgotten.
+            when a file was written last.
     """
 
     def __init__(self, settings: Spooling, target: str, now: Callable[[], float] = time.time) -> None:
         if settings.directory is None:
             raise ValueError("a spool needs a directory")
         self.counts: dict[str, int] = dict.fromkeys(get_args(Outcome), 0)
-        self.failing, self.size, self.forgets = False, 0, 0
+        self.failing, self.size = False, 0
         self._directory, self._settings, self._target, self._now = settings.directory, settings, target, now
         self._waiting: list[Sample] = []
         self._taken: list[Sample] = []
@@ -265,7 +265,6 @@ class Spool:
         it does not write what was dropped here.
         """
         with self._changed:
-            self.forgets += 1
             self._waiting, self._taken = (
                 [sample for sample in samples if handle is not None and handle not in sample.handles]
                 for samples in (self._waiting, self._taken)
