@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from sglang.srt.entrypoints.openai.protocol import Tool
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
+from whiflash_sdk.hints import Span
 from whiflash_sdk.presets import MARKUP_ARGUMENTS, TOOL_CALL_PARSERS
 
-from whiflash_sglang.spans.hints import SpanHint
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.tools import PARSERS, carried_tools
 
@@ -31,7 +31,7 @@ def walked(parser: str, prompt: str) -> tuple[str, str]:
     was expected.
     """
     (first, *_) = TOOL_CALL_PARSERS[parser]
-    span = SpanHint(first.kind, first.begin, first.end)
+    span = Span(kind=first.kind, begin=first.begin, end=first.end)
     calls = Calls(carried_tools(FUNCTIONS, parser) or "", [span], lambda: prompt)
     values = iter(VALUES.values())
     closing = PARSERS[parser].value.split("{value}")[1]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from whiflash_sdk.hints import Span
 
 from whiflash_sglang import arms
 from whiflash_sglang.routing.controller import Controller, _of_passes
@@ -10,7 +11,7 @@ from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy, RandomPolicy
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Forecast
-from whiflash_sglang.spans.hints import RequestHints, SpanHint
+from whiflash_sglang.spans.hints import RequestHints
 
 EVERY = {arms.AR, arms.DIFFUSION, arms.LOOKUP}
 ROW = 3
@@ -41,8 +42,8 @@ def test_only_arms_that_the_policy_may_name(policy: Policy, expected: set[str]) 
 
 def test_a_pin_asks_for_its_arm_under_any_policy() -> None:
     """A preference moves only what the policy offers; a pin decides whatever the policy says."""
-    pinned = SpanHint(kind="json", open=True, prefer=arms.LOOKUP, pin=True)
-    preferred = SpanHint(kind="json", open=True, prefer=arms.LOOKUP)
+    pinned = Span(kind="json", open=True, prefer=arms.LOOKUP, pin=True)
+    preferred = Span(kind="json", open=True, prefer=arms.LOOKUP)
     assert asked(Pinned(arms.AR), RequestHints(spans=(pinned,))) == {arms.AR, arms.LOOKUP}
     assert asked(Pinned(arms.AR), RequestHints(spans=(preferred,))) == {arms.AR}
 
@@ -52,7 +53,7 @@ def test_a_pin_asks_for_its_arm_under_any_policy() -> None:
     [
         (AutoPolicy(), RequestHints(), True),
         (AutoPolicy(), RequestHints(off=True), False),
-        (AutoPolicy(), RequestHints(spans=(SpanHint("json", open=True, prefer=arms.AR, pin=True),)), False),
+        (AutoPolicy(), RequestHints(spans=(Span(kind="json", open=True, prefer=arms.AR, pin=True),)), False),
         (RandomPolicy(), RequestHints(), True),
         (EntropyPolicy(tau=1.0), RequestHints(), False),
         (Pinned(arms.NONE), RequestHints(), False),
@@ -84,14 +85,14 @@ TOLD = {arms.AR: None, arms.LOOKUP: LONG, arms.STRUCTURE: Forecast(2.0, 2)}
         (AutoPolicy(), {}, {arms.LOOKUP, arms.STRUCTURE}),
         (AutoPolicy(), {"prefer": arms.LOOKUP, "pin": True}, {arms.LOOKUP}),
         (AutoPolicy(), {"prefer": arms.NONE, "pin": True}, set()),
-        (AutoPolicy(), {"bias": ((arms.NONE, 16.0),)}, set()),
-        (AutoPolicy(), {"bias": ((arms.STRUCTURE, 16.0),)}, {arms.LOOKUP, arms.STRUCTURE}),
+        (AutoPolicy(), {"bias": {arms.NONE: 16.0}}, set()),
+        (AutoPolicy(), {"bias": {arms.STRUCTURE: 16.0}}, {arms.LOOKUP, arms.STRUCTURE}),
     ],
     ids=["pinned-policy", "auto", "pin", "pinned-plain", "plain-wished", "wished"],
 )
 def test_who_is_heard_without_a_pass(policy: Policy, span: dict[str, Any], heard: set[str]) -> None:
     """A pin or a policy that joins nothing keeps to one voice, and who wants plain decoding hears nobody."""
-    controller = opened(policy, RequestHints(spans=(SpanHint("json", open=True, **span),)))
+    controller = opened(policy, RequestHints(spans=(Span(kind="json", open=True, **span),)))
     asked = {arm: told for arm, told in TOLD.items() if controller.may_name(ROW, arm)}
     assert controller.route([ROW], [asked]) == [arms.NONE]
     assert {arm for arm in (arms.LOOKUP, arms.STRUCTURE) if controller.hears(ROW, arm)} == heard
@@ -111,7 +112,7 @@ def test_a_request_without_a_pass_is_worth_its_best_voice() -> None:
 @pytest.mark.parametrize("arm", [arms.LOOKUP, arms.STRUCTURE, arms.AR])
 def test_a_bias_is_no_token_that_a_round_promises(arm: str) -> None:
     """Neither of an arm with a pass nor of a voice: others would be weighed against tokens that nobody gets."""
-    span = SpanHint("json", open=True, bias=((arm, 16.0),))
+    span = Span(kind="json", open=True, bias={arm: 16.0})
     controller = opened(AutoPolicy(), RequestHints(spans=(span,)))
     voices = {arms.LOOKUP: Forecast(3.0, 3), arms.STRUCTURE: Forecast(2.0, 2)}
     told = {arms.AR: None, **voices}
@@ -123,7 +124,7 @@ def test_a_bias_is_no_token_that_a_round_promises(arm: str) -> None:
 
 def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> None:
     """As soon as it is known, and once; after a retraction the prefill has sampled another one."""
-    hints = RequestHints(spans=(SpanHint("tool_call", "<c>", "</c>"),))
+    hints = RequestHints(spans=(Span(kind="tool_call", begin="<c>", end="</c>"),))
     controller = Controller(RandomPolicy(), MeasuredCosts(lambda arm: 4), [b"<c", b">", b"x"])
 
     def kind(state: RequestState) -> str | None:

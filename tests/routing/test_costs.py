@@ -3,12 +3,12 @@
 import random
 
 import pytest
+from whiflash_sdk.hints import Span
 
 from whiflash_sglang.routing.costs import PLAIN_ROUNDS, PRIOR_SHARE, MeasuredCosts
 from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceEstimator
 from whiflash_sglang.routing.fits import Line, Plane
 from whiflash_sglang.routing.signals import Mean, Signals
-from whiflash_sglang.spans.hints import SpanHint
 from whiflash_sglang.telemetry.round_clock import DraftTime, PreviousRound, RoundWork
 
 BOTH = frozenset({"ar", "diffusion"})
@@ -167,7 +167,10 @@ def test_a_text_that_copies_well_does_not_raise_predictions_for_all() -> None:
 
 def test_contexts_differ() -> None:
     estimator = AcceptanceEstimator()
-    prose, tool = Signals(BOTH, entropy=2.0), Signals(BOTH, entropy=2.0, span=SpanHint("tool_call"))
+    prose, tool = (
+        Signals(BOTH, entropy=2.0),
+        Signals(BOTH, entropy=2.0, span=Span(kind="tool_call", open=True)),
+    )
     for _ in range(40):
         estimator.observe("ar", prose, 1)
         estimator.observe("ar", tool, 6)

@@ -7,11 +7,12 @@ orders an arm has a text that nothing drafts.
 from collections.abc import Mapping, Sequence
 
 import pytest
+from whiflash_sdk.hints import Span
 
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.spans.hints import RequestHints, SpanHint
+from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.telemetry.round_clock import DraftTime
 
 WIDTHS = {"ar": 6, "diffusion": 8, "none": 1}
@@ -22,16 +23,16 @@ FREE = RequestHints()
 
 
 def ordered(**wish: object) -> RequestHints:
-    return RequestHints(spans=(SpanHint(kind="json", open=True, **wish),))  # type: ignore[arg-type]
+    return RequestHints(spans=(Span(kind="json", open=True, **wish),))  # type: ignore[arg-type]
 
 
 ORDERS = {
     "pin-ar": ordered(prefer="ar", pin=True),
     "pin-diffusion": ordered(prefer="diffusion", pin=True),
     "pin-none": ordered(prefer="none", pin=True),
-    "bias-ar": ordered(bias=(("ar", 16.0),)),
-    "bias-diffusion": ordered(bias=(("diffusion", 16.0),)),
-    "bias-none": ordered(bias=(("none", 16.0),)),
+    "bias-ar": ordered(bias={"ar": 16.0}),
+    "bias-diffusion": ordered(bias={"diffusion": 16.0}),
+    "bias-none": ordered(bias={"none": 16.0}),
     "off": RequestHints(off=True),
 }
 

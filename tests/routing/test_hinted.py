@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 from matrix import sampled
+from whiflash_sdk.hints import Span
 
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import PREFERENCE, RANKS, AutoPolicy, apply_hints
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Mean
-from whiflash_sglang.spans.hints import RequestHints, SpanHint
+from whiflash_sglang.spans.hints import RequestHints
 
 VOCABULARY = (b"x", b"<t>", b"</t>")
 PIECES = (("prose", 40), ("tool", 30)) * 2
@@ -63,7 +64,7 @@ class World:
 
 DIFFERENT = World({"ar": 2.4, "diffusion": 1.5, "lookup": 1.3}, {"ar": 1.6, "diffusion": 2.5, "lookup": 4.5})
 ALIKE = World(*({"ar": 1.5, "diffusion": 1.6, "lookup": 1.6},) * 2)
-TOOL = SpanHint("tool_call", "<t>", "</t>")
+TOOL = Span(kind="tool_call", begin="<t>", end="</t>")
 
 
 def tokens_per_second(
@@ -106,7 +107,7 @@ SPANS, NO_SPANS = RequestHints(spans=(TOOL,)), RequestHints()
 
 
 def preferring(arm: str, *, pin: bool = False) -> RequestHints:
-    return RequestHints(spans=(SpanHint("tool_call", "<t>", "</t>", prefer=arm, pin=pin),))
+    return RequestHints(spans=(Span(kind="tool_call", begin="<t>", end="</t>", prefer=arm, pin=pin),))
 
 
 def test_spans_help_where_drafters_differ_between_them() -> None:
@@ -133,7 +134,7 @@ def test_a_right_preference_costs_nothing_and_is_not_needed_for_long() -> None:
 
 
 def test_a_preference_is_one_round_of_belief() -> None:
-    span, scores = SpanHint("json", prefer="ar"), {"ar": 2.0, "none": 1.0}
+    span, scores = Span(kind="json", open=True, prefer="ar"), {"ar": 2.0, "none": 1.0}
 
     def scored(measured: dict[str, Mean] | None) -> float:
         return apply_hints(scores, span, frozenset({"ar"}), off=False, measured=measured).scores["ar"]

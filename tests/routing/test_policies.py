@@ -3,11 +3,11 @@
 import math
 
 import pytest
+from whiflash_sdk.hints import Span
 
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, RandomPolicy, apply_hints
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Signals
-from whiflash_sglang.spans.hints import SpanHint
 
 BOTH = frozenset({"ar", "diffusion"})
 
@@ -37,24 +37,24 @@ def test_entropy_keeps_an_arm_for_its_dwell() -> None:
     ("span", "off", "arm", "reason"),
     [
         (None, False, "diffusion", "policy"),
-        (SpanHint("tool_call"), False, "diffusion", "policy"),
-        (SpanHint("tool_call", prefer="ar"), False, "ar", "span"),
-        (SpanHint("json", bias=(("ar", 3.0),)), False, "ar", "span"),
-        (SpanHint("json", bias=(("ar", 0.1),)), False, "diffusion", "span"),
-        (SpanHint("json", prefer="lookup"), False, "diffusion", "policy"),
-        (SpanHint("json", prefer="none", pin=True), False, "none", "pin"),
-        (SpanHint("json", prefer="lookup", pin=True), False, "diffusion", "policy"),
-        (SpanHint("tool_call", prefer="ar"), True, "none", "off"),
+        (Span(kind="tool_call", open=True), False, "diffusion", "policy"),
+        (Span(kind="tool_call", open=True, prefer="ar"), False, "ar", "span"),
+        (Span(kind="json", open=True, bias={"ar": 3.0}), False, "ar", "span"),
+        (Span(kind="json", open=True, bias={"ar": 0.1}), False, "diffusion", "span"),
+        (Span(kind="json", open=True, prefer="lookup"), False, "diffusion", "policy"),
+        (Span(kind="json", open=True, prefer="none", pin=True), False, "none", "pin"),
+        (Span(kind="json", open=True, prefer="lookup", pin=True), False, "diffusion", "policy"),
+        (Span(kind="tool_call", open=True, prefer="ar"), True, "none", "off"),
     ],
 )
-def test_hints_move_scores(span: SpanHint | None, off: bool, arm: str, reason: str) -> None:
+def test_hints_move_scores(span: Span | None, off: bool, arm: str, reason: str) -> None:
     scores = EntropyPolicy(tau=1.0).score(Signals(BOTH, entropy=0.0))
     hinted = apply_hints(scores, span, BOTH, off=off)
     assert (best(hinted.scores), hinted.reason) == (arm, reason)
 
 
 def test_a_pin_overrides_a_pinned_policy() -> None:
-    span = SpanHint("json", prefer="diffusion", pin=True)
+    span = Span(kind="json", open=True, prefer="diffusion", pin=True)
     assert best(apply_hints(Pinned("ar").score(Signals(BOTH)), span, BOTH, off=False).scores) == "diffusion"
 
 

@@ -10,11 +10,11 @@ from whiflash_sdk import Hints, Span
 from whiflash_sdk import hints as sdk_hints
 from whiflash_sdk.presets import likely_spans
 
-from whiflash_sglang.spans.hints import ARMS, KINDS, SpanHint, hashable, parse_hints
+from whiflash_sglang.spans.hints import ARMS, KINDS, parse_hints
 from whiflash_sglang.spans.tracker import SpanTracker
 
 
-def walk(spans: tuple[SpanHint, ...], text: str) -> list[str | None]:
+def walk(spans: tuple[Span, ...], text: str) -> list[str | None]:
     """Kinds in order of their change, one byte a token."""
     pieces = [bytes((byte,)) for byte in text.encode()]
     tracker = SpanTracker(spans, pieces)
@@ -27,22 +27,20 @@ def walk(spans: tuple[SpanHint, ...], text: str) -> list[str | None]:
 
 def inferred(
     tool_parser: str | None, reasoning_parser: str | None, form: str | None = None, *, forced: bool = False
-) -> tuple[SpanHint, ...]:
-    return hashable(
-        likely_spans(
-            tool_parser=tool_parser,
-            reasoning_parser=reasoning_parser,
-            has_tools=form is None,
-            response_format=form,
-            forced=forced,
-            reasoning_open=True if form else None,
-        )
+) -> tuple[Span, ...]:
+    return likely_spans(
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
+        has_tools=form is None,
+        response_format=form,
+        forced=forced,
+        reasoning_open=True if form else None,
     )
 
 
 def test_a_forced_call_starts_inside_the_span() -> None:
     spans = inferred("hermes", None, forced=True)
-    assert spans == (SpanHint("tool_call", "<tool_call>", "</tool_call>", open=True),)
+    assert spans == (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>", open=True),)
     text = '<tool_call>{"name":"a"}</tool_call>\n<tool_call>{"name":"b"}</tool_call>'
     assert walk(spans, text) == ["tool_call", None, "tool_call", None]
 

@@ -6,14 +6,15 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from whiflash_sdk.hints import Span
 from work import lines_run
 
-from whiflash_sglang.spans.hints import KINDS, SpanHint
+from whiflash_sglang.spans.hints import KINDS
 from whiflash_sglang.spans.tracker import SpanTracker
 
-TOOL = SpanHint("tool_call", "<tool_call>", "</tool_call>", prefer="lookup", bias=(("lookup", 1.0),))
-FENCE = SpanHint("code", "```", "```")
-THINK = SpanHint("reasoning", end="</think>", open=True)
+TOOL = Span(kind="tool_call", begin="<tool_call>", end="</tool_call>", prefer="lookup", bias={"lookup": 1.0})
+FENCE = Span(kind="code", begin="```", end="```")
+THINK = Span(kind="reasoning", end="</think>", open=True)
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Interval:
     closed: int
 
 
-def intervals_on_whole_text(hint: SpanHint, text: bytes) -> list[Interval]:
+def intervals_on_whole_text(hint: Span, text: bytes) -> list[Interval]:
     found, at = [], 0
     opened = 0 if hint.open else None
     while at <= len(text):
@@ -46,7 +47,7 @@ def intervals_on_whole_text(hint: SpanHint, text: bytes) -> list[Interval]:
     return found
 
 
-def open_spans(hints: list[SpanHint], pieces: list[bytes], length: int) -> list[tuple[int, int]]:
+def open_spans(hints: list[Span], pieces: list[bytes], length: int) -> list[tuple[int, int]]:
     """Of every span open after `length` tokens: the byte that it opened at, and minus its place among the hints."""
     text, seen = b"".join(pieces), len(b"".join(pieces[:length]))
     return [
@@ -57,7 +58,7 @@ def open_spans(hints: list[SpanHint], pieces: list[bytes], length: int) -> list[
     ]
 
 
-def check_spans(tracker: SpanTracker, hints: list[SpanHint], pieces: list[bytes], length: int) -> None:
+def check_spans(tracker: SpanTracker, hints: list[Span], pieces: list[bytes], length: int) -> None:
     open_now = open_spans(hints, pieces, length)
     assert tracker.span is (hints[-max(open_now)[1]] if open_now else None)
 
@@ -73,13 +74,19 @@ MARKER = st.text(CHARACTERS, min_size=1, max_size=4)
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[list[SpanHint], list[bytes], list[int]]:
+def cases(draw: st.DrawFn) -> tuple[list[Span], list[bytes], list[int]]:
     hints = []
     for kind in draw(st.lists(st.sampled_from(KINDS), max_size=4)):
         is_open = draw(st.booleans())
         begin = draw(st.none() | MARKER if is_open else MARKER)
         hints.append(
-            SpanHint(kind, begin, draw(st.none() | MARKER), is_open, draw(st.sampled_from(["ar", None])))
+            Span(
+                kind=kind,
+                begin=begin,
+                end=draw(st.none() | MARKER),
+                open=is_open,
+                prefer=draw(st.sampled_from(["ar", None])),
+            )
         )
     text = draw(st.text(CHARACTERS, max_size=40)).encode()
     pieces = cut(text, draw(st.lists(st.integers(0, 200), max_size=30)))
@@ -87,7 +94,7 @@ def cases(draw: st.DrawFn) -> tuple[list[SpanHint], list[bytes], list[int]]:
     return hints, pieces, rounds
 
 
-def check_case(case: tuple[list[SpanHint], list[bytes], list[int]]) -> None:
+def check_case(case: tuple[list[Span], list[bytes], list[int]]) -> None:
     hints, pieces, rounds = case
     tracker = SpanTracker(hints, pieces)
     at = turn = 0
@@ -103,7 +110,7 @@ def check_case(case: tuple[list[SpanHint], list[bytes], list[int]]) -> None:
 
 @given(cases())
 @settings(max_examples=1_000, deadline=None, derandomize=True)
-def test_spans_equal_those_of_the_whole_text(case: tuple[list[SpanHint], list[bytes], list[int]]) -> None:
+def test_spans_equal_those_of_the_whole_text(case: tuple[list[Span], list[bytes], list[int]]) -> None:
     check_case(case)
 
 
@@ -111,12 +118,12 @@ def test_spans_equal_those_of_the_whole_text(case: tuple[list[SpanHint], list[by
 @given(cases())
 @settings(max_examples=10_000, deadline=None, derandomize=True)
 def test_spans_equal_those_of_the_whole_text_at_length(
-    case: tuple[list[SpanHint], list[bytes], list[int]],
+    case: tuple[list[Span], list[bytes], list[int]],
 ) -> None:
     check_case(case)
 
 
-def kinds_by_token(hints: list[SpanHint], text: str) -> list[str | None]:
+def kinds_by_token(hints: list[Span], text: str) -> list[str | None]:
     """Active kind after each byte of `text`, one byte a token."""
     pieces = [bytes((byte,)) for byte in text.encode()]
     tracker = SpanTracker(hints, pieces)
@@ -145,7 +152,7 @@ def test_equal_markers_toggle_and_spans_overlap() -> None:
 
 
 def test_of_spans_opened_together_the_first_listed_is_active() -> None:
-    forced = SpanHint("json", open=True)
+    forced = Span(kind="json", open=True)
     assert kinds_by_token([THINK, forced], "a</think>b") == ["reasoning"] * 8 + ["json"] * 2
 
 
@@ -157,7 +164,7 @@ def test_unknown_token_ids_count_as_tokens_without_bytes() -> None:
 
 def test_memory_is_one_marker_and_work_is_linear() -> None:
     table = [bytes((byte,)) for byte in b"ab<"]
-    hints = [SpanHint("code", "a" * 63 + "<", "b" * 64)] * 16
+    hints = [Span(kind="code", begin="a" * 63 + "<", end="b" * 64)] * 16
 
     def lines(tokens: int) -> int:
         tracker = SpanTracker(hints, table)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from whiflash_sdk.hints import Span
 
-from whiflash_sglang.spans.hints import SpanHint
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.spans.vocabulary import token_bytes
 
@@ -71,7 +71,9 @@ def test_added_tokens_stand_for_their_text() -> None:
 
 def test_a_tracker_follows_real_tokens() -> None:
     tokenizer = byte_level()
-    tracker = SpanTracker([SpanHint("tool_call", "<tool_call>", "</tool_call>")], token_bytes(tokenizer))
+    tracker = SpanTracker(
+        [Span(kind="tool_call", begin="<tool_call>", end="</tool_call>")], token_bytes(tokenizer)
+    )
     states = []
     for token in tokenizer.encode(
         'é<tool_call>{"name": "search"}</tool_call>é', add_special_tokens=False

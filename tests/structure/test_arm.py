@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 from structure_grammars import Grammars
-from whiflash_sdk.hints import LookupScope
+from whiflash_sdk.hints import LookupScope, Span
 
 from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.core import SILENCE, Voice
 from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 from whiflash_sglang.routing.costs import FULL_LENGTH
-from whiflash_sglang.spans.hints import RequestHints, SpanHint
+from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.matchers import Matcher
@@ -149,7 +149,9 @@ def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
     arm.begin(1, tools, MINE, None, told)
     arm.begin(
         2,
-        RequestHints(tools=tools.tools, spans=(SpanHint("tool_call", "<tool_call>", "</tool_call>"),)),
+        RequestHints(
+            tools=tools.tools, spans=(Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
+        ),
         MINE,
     )
     arm.speak(2, len(PROMPT), lambda start: texts[2][: len(PROMPT) + 1][start:], FULL_LENGTH)
@@ -163,8 +165,8 @@ def test_where_calls_are_rare_none_is_guessed(arm: StructureArm, vocabulary: Voc
     """That one begins is believed as often as it was true, of every tenant by itself."""
     tools = carried_tools([("find", {"properties": {"city": {}}, "required": ["city"]})], "hermes") or ""
     spans = (
-        SpanHint("tool_call", "<tool_call>", "</tool_call>"),
-        SpanHint("reasoning", "<think>", "</think>"),
+        Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),
+        Span(kind="reasoning", begin="<think>", end="</think>"),
     )
     hints = RequestHints(tools=tools, spans=spans)
 
@@ -226,7 +228,7 @@ def test_a_prompt_is_decoded_once_however_many_tools_there_are(
 
     monkeypatch.setattr("whiflash_sglang.drafters.structure.text_of", counting)
     tools = carried_tools([(f"find_{i}", SCHEMA) for i in range(MOST_FUNCTIONS)], "qwen3_coder") or ""
-    spans = (SpanHint("tool_call", "<tool_call>", "</tool_call>"),)
+    spans = (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
     arm.begin(1, RequestHints(tools=tools, spans=spans), MINE)
     prompt = vocabulary.encode("find_1 or find_2?" * 20)
     text = [*prompt, *vocabulary.encode("<tool_call>")]

@@ -3,18 +3,18 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structure_grammars import Grammars
+from whiflash_sdk.hints import Span
 from whiflash_sdk.presets import LLAMA3
 from worst_schemas import WORST
 
 from whiflash_sglang.spans.carrier import Own, validate_custom_params
-from whiflash_sglang.spans.hints import MAX_TOOLS_CHARS, TOOLS_KEY, SpanHint, parse_hints
+from whiflash_sglang.spans.hints import MAX_TOOLS_CHARS, TOOLS_KEY, parse_hints
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import SEED, Kind, StructureChances
@@ -24,7 +24,7 @@ from whiflash_sglang.structure.schemas import MOST_NAMED_CHARS, MOST_NODES, Esse
 from whiflash_sglang.structure.sketch import sketch, text_of
 from whiflash_sglang.structure.tools import KEPT, MOST_FUNCTIONS, carried_tools, words_of_tools
 
-SPANS = (SpanHint("tool_call", "<tool_call>", "</tool_call>"),)
+SPANS = (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
 WEATHER = {
     "type": "object",
     "properties": {"city": {"type": "string"}, "unit": {"enum": ["celsius", "kelvin"]}},
@@ -43,7 +43,7 @@ def follow(
     vocabulary: Vocabulary,
     written: str,
     used: dict[str, int] | None = None,
-    spans: Sequence[SpanHint] = SPANS,
+    spans: Sequence[Span] = SPANS,
     prompt: str = "",
     tools: str = TOOLS,
 ) -> str:
@@ -128,13 +128,13 @@ def test_a_call_begins_as_the_newest_one_of_the_prompt_did(
 def test_a_marker_that_is_the_call_s_own_beginning(
     vocabulary: Vocabulary, written: str, expected: str
 ) -> None:
-    spans = [SpanHint(span.kind, span.begin, span.end) for span in LLAMA3]
+    spans = [Span(kind=span.kind, begin=span.begin, end=span.end) for span in LLAMA3]
     tools = carried_tools(FUNCTIONS, "llama3") or ""
     tag = '<|python_tag|>{"name": "sing"}'
     assert follow(vocabulary, written, spans=spans, tools=tools, prompt=tag) == expected
 
 
-THOUGHTS = SpanHint("reasoning", "<think>", "</think>")
+THOUGHTS = Span(kind="reasoning", begin="<think>", end="</think>")
 OPEN = f"<tool_call>\n{BEGUN}"
 
 
@@ -160,7 +160,7 @@ def test_that_a_call_begins_is_guessed_where_one_may_begin(
 
 
 def test_it_is_not_guessed_while_the_prompt_s_reasoning_is_open(vocabulary: Vocabulary) -> None:
-    spans = [*SPANS, replace(THOUGHTS, open=True)]
+    spans = [*SPANS, THOUGHTS.model_copy(update={"open": True})]
     assert follow(vocabulary, "", spans=spans) == follow(vocabulary, "\n", spans=spans) == ""
     assert follow(vocabulary, "\nSo</think>", spans=spans) == f"\n\n{OPEN}"
 
@@ -302,7 +302,7 @@ def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
         separators = (", ", ": ") if grammars.engine == "xgrammar" else (",", ":")
         document = json.dumps(schema["const"], separators=separators)
         raw, judge = (grammars.raw(schema, blanks=False) for _ in range(2))
-        longer = replace(SPANS[0], end="</tool_call> and more text than the grammar has")
+        longer = SPANS[0].model_copy(update={"end": "</tool_call> and more text than the grammar has"})
         calls = Calls(TOOLS, [longer])
         calls.follow("<tool_call>" + "".join(written))
         beginning = vocabulary.encode(document)[:4]

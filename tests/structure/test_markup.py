@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from whiflash_sdk.hints import Span
 
-from whiflash_sglang.spans.hints import SpanHint
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import Kind, Piece
@@ -15,7 +15,7 @@ from whiflash_sglang.structure.guesses import STEPS
 from whiflash_sglang.structure.sketch import sketch, text_of
 from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools
 
-SPANS = [SpanHint("tool_call", "<tool_call>", "</tool_call>")]
+SPANS = [Span(kind="tool_call", begin="<tool_call>", end="</tool_call>")]
 WEATHER: dict[str, Any] = {
     "type": "object",
     "properties": {

@@ -185,5 +185,8 @@ def _ordered(
     """
     (arm,) = assign([scores], costs, [previous], Dwell(), [free])
     span = state.decision.signals.span
-    bias = dict(span.bias).get(best if arm == arms.PROMISED else arm, 0.0) if span is not None else 0.0
+    drafting = best if arm == arms.PROMISED else arm
+    bias = (
+        sum(added for biased, added in span.bias.items() if biased == drafting) if span is not None else 0.0
+    )
     return {arm: max(scores[arm] - bias, 1.0)}

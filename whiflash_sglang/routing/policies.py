@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from whiflash_sdk.hints import Span
+
 from whiflash_sglang import arms
 from whiflash_sglang.routing.estimate import AcceptanceEstimator
 from whiflash_sglang.routing.signals import Mean, Signals
-from whiflash_sglang.spans.hints import SpanHint
 
 PROBE_ROUNDS = 256
 """Rounds of the batch between two probes of an arm that is well known."""
@@ -262,7 +263,7 @@ class Hinted(NamedTuple):
 
 def apply_hints(
     scores: Mapping[str, float],
-    span: SpanHint | None,
+    span: Span | None,
     allowed: frozenset[str],
     *,
     off: bool,
@@ -283,7 +284,7 @@ def apply_hints(
         return unmoved
     if span.pin and (span.prefer in allowed or span.prefer == arms.NONE):
         return Hinted({str(span.prefer): scores.get(str(span.prefer), 1.0)}, "pin")
-    wishes = dict(span.bias)
+    wishes = {str(arm): added for arm, added in span.bias.items()}
     if span.prefer is not None:
         wishes[span.prefer] = wishes.get(span.prefer, 0.0) + _preference(span.prefer, measured)
     if not wishes.keys() & scores.keys():

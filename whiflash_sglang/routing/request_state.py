@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from whiflash_sdk.hints import Span
+
 from whiflash_sglang.routing.policies import Policy, Scores, apply_hints
 from whiflash_sglang.routing.signals import Forecast, Mean, Signals
-from whiflash_sglang.spans.hints import RequestHints, SpanHint
+from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.telemetry.tally import ArmCounts
 from whiflash_sglang.telemetry.trace import Recording
@@ -40,7 +42,7 @@ class Decision(NamedTuple):
         order: it counts for one round.
         """
         span = self.signals.span
-        return self.reason not in ("pin", "off") and not (span and any(added for _, added in span.bias))
+        return self.reason not in ("pin", "off") and not (span and any(span.bias.values()))
 
 
 @dataclass(slots=True)
@@ -78,7 +80,7 @@ class RequestState:
     begun: bool = False
 
     @property
-    def span(self) -> SpanHint | None:
+    def span(self) -> Span | None:
         """The innermost open span at the end of the committed text."""
         return None if self.tracker is None else self.tracker.span
 

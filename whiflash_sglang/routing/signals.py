@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from whiflash_sglang.spans.hints import SpanHint
+from whiflash_sdk.hints import Span
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class Signals(NamedTuple):
     expected: Mapping[str, Forecast] = NOTHING
     predicted: Mapping[str, float] = NOTHING
     delta: float = math.nan
-    span: SpanHint | None = None
+    span: Span | None = None
     rounds: int = 0
     tried: Mapping[str, int] = NOTHING
     last: Mapping[str, int] = NOTHING

@@ -10,8 +10,6 @@ is decoded, and decoding stops at the first object too many.
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, Literal, NoReturn, get_args
 
@@ -24,8 +22,6 @@ from whiflash_sdk.hints import (
     Arm,
     Hints,
     Kind,
-    LookupScope,
-    Span,
     TraceLevel,
     first_fault,
 )
@@ -88,37 +84,15 @@ MAX_TOOLS_CHARS: Final = 1 << 16
 # The request, its spans and their biases: a well-formed payload holds no more objects than this.
 _MAX_OBJECTS: Final = 1 + 2 * MAX_SPANS
 
-Bias = tuple[tuple[str, float], ...]
 
+class RequestHints(Hints):
+    """The SDK's `Hints` of one request, and what the HTTP process says of it, which is never part of the payload.
 
-@dataclass(frozen=True, slots=True)
-class SpanHint:
-    """The SDK's `Span`, hashable. bias: (arm, expected accepted tokens to add to its score), sorted by arm."""
-
-    kind: str
-    begin: str | None = None
-    end: str | None = None
-    open: bool = False
-    prefer: str | None = None
-    pin: bool = False
-    bias: Bias = ()
-
-
-@dataclass(frozen=True, slots=True)
-class RequestHints:
-    """The SDK's `Hints` of one request, as far as the server reads them. Hashable: equal ones compare equal.
-
-    trace: None if no trace was asked for.
-    tools, inferred: what the HTTP process says of the request's tools, and whether `spans` are its guess; no hints of
-        the caller's, never part of the payload.
+    trace: None if no trace was asked for. tools: that may be called. inferred: whether `spans` are a guess and no hints
+    of the caller's.
     """
 
-    spans: tuple[SpanHint, ...] = ()
-    off: bool = False
-    infer: bool = True
-    trace: TraceLevel | None = None
-    lookup: LookupScope = "memory"
-    learn: bool = True
+    trace: TraceLevel | None = None  # type: ignore[assignment]  # true is a level here, false none
     tools: str = ""
     inferred: bool = False
 
@@ -151,8 +125,8 @@ def parse_hints(custom_params: object) -> RequestHints:
                 _FIELD, "must be a string holding a JSON object (custom_params nests two levels only)"
             )
         hints = _read(payload)
-    hints = replace(hints, tools=tools) if isinstance(tools, str) else hints
-    return replace(hints, inferred=True) if INFERRED_KEY in custom_params else hints
+    implied = {"tools": tools if isinstance(tools, str) else "", "inferred": INFERRED_KEY in custom_params}
+    return hints.model_copy(update=implied)
 
 
 @lru_cache(maxsize=64)
@@ -196,13 +170,6 @@ def _reject_constant(name: str) -> NoReturn:
     raise HintError(_FIELD, f"holds {name}, which is not a number JSON allows")
 
 
-def hashable(spans: Iterable[Span]) -> tuple[SpanHint, ...]:
-    return tuple(
-        SpanHint(s.kind, s.begin, s.end, s.open, s.prefer, s.pin, tuple(sorted(s.bias.items())))
-        for s in spans
-    )
-
-
 def validated(raw: object, field: str) -> RequestHints:
     """A decoded payload, validated by the SDK's models. field: its name in an error.
 
@@ -213,11 +180,5 @@ def validated(raw: object, field: str) -> RequestHints:
     except ValidationError as error:
         path, reason = first_fault(error)
         raise HintError(f"{field}{path}", reason) from None
-    return RequestHints(
-        spans=hashable(read.spans),
-        off=read.off,
-        infer=read.infer,
-        trace="summary" if read.trace is True else read.trace or None,
-        lookup=read.lookup,
-        learn=read.learn,
-    )
+    level = "summary" if read.trace is True else read.trace or None
+    return RequestHints.model_construct(**dict(read) | {"trace": level})

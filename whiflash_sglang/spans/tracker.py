@@ -14,7 +14,7 @@ output, and memory is one marker's length.
 
 from collections.abc import Iterable, Sequence
 
-from whiflash_sglang.spans.hints import SpanHint
+from whiflash_sdk.hints import Span
 
 
 class _Rule:
@@ -22,7 +22,7 @@ class _Rule:
 
     __slots__ = ("begin", "end", "next_from", "opened_at")
 
-    def __init__(self, span: SpanHint) -> None:
+    def __init__(self, span: Span) -> None:
         self.begin = span.begin.encode() if span.begin else None
         self.end = span.end.encode() if span.end else None
         self.next_from = 0  # where the next occurrence may begin
@@ -47,7 +47,7 @@ class SpanTracker:
     `spans.vocabulary.token_bytes`.
     """
 
-    def __init__(self, spans: Sequence[SpanHint], token_bytes: Sequence[bytes]) -> None:
+    def __init__(self, spans: Sequence[Span], token_bytes: Sequence[bytes]) -> None:
         self._spans = spans
         self._rules = [_Rule(span) for span in spans]
         self._token_bytes = token_bytes
@@ -75,7 +75,7 @@ class SpanTracker:
         return self._length
 
     @property
-    def span(self) -> SpanHint | None:
+    def span(self) -> Span | None:
         """The innermost open span after everything pushed so far."""
         active, latest = None, -1
         for span, rule in zip(self._spans, self._rules, strict=True):

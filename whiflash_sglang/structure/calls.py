@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from typing import Protocol
 
-from whiflash_sglang.spans.hints import SpanHint
+from whiflash_sdk.hints import Span
+
 from whiflash_sglang.structure.chances import Kind, Piece
 from whiflash_sglang.structure.guesses import Guesses, Likelihood
 from whiflash_sglang.structure.json_calls import LEAD, JsonCall, matcher_of
@@ -63,7 +64,7 @@ class Calls:
         prompt: its text, asked for where the layout of earlier calls, or which tools they called, is to be known.
     """
 
-    def __init__(self, tools: str, spans: Sequence[SpanHint], prompt: Callable[[], str] = str) -> None:
+    def __init__(self, tools: str, spans: Sequence[Span], prompt: Callable[[], str] = str) -> None:
         self._tools = tools
         self._spans = [span for span in spans if span.kind == "tool_call" and span.begin]
         self.prompt = prompt
@@ -126,7 +127,7 @@ class Calls:
             self._seen, self._call, text = dict(self._call.seen), None, rest
             self._blanks = None
 
-    def _begun(self) -> tuple[SpanHint, str] | None:
+    def _begun(self) -> tuple[Span, str] | None:
         """The span whose marker a line has begun with, and the rest of the marker."""
         line = self._waiting[self._waiting.rfind("\n") + 1 :]
         if not line:
@@ -162,7 +163,7 @@ class Calls:
         if self._blanks is not None:
             self._blanks = None if text.strip(BLANKS) else (self._blanks + text)[:LOOKED_AT_CHARS]
 
-    def _behind_marker(self, span: SpanHint) -> Call | None:
+    def _behind_marker(self, span: Span) -> Call | None:
         """The expected text there; None: nothing is known of such calls."""
         assert span.begin is not None
         read, end = read_tools(self._tools), span.end or ""
@@ -179,7 +180,7 @@ class Calls:
         # Llama 3's marker is the beginning of the call itself.
         return call if call.follow(span.begin) is None else None
 
-    def _habits(self, span: SpanHint) -> dict[str, str]:
+    def _habits(self, span: Span) -> dict[str, str]:
         """How calls are laid out: as in this answer, else as in the prompt's newest ones."""
         if self._seen is None:
             self._seen = {}
