@@ -1,16 +1,35 @@
-"""Lines of Python by folder against `budgets.toml`: `python scripts/budgets.py`. Exits with 1 if one has too many."""
+"""Lines of Python and a server's record types against `budgets.toml`. Exits with 1 if there are too many."""
 
+import ast
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import grimp
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "whiflash_sglang": "whiflash_sglang",
+    "whiflash_kernels": "kernels/whiflash_kernels",
+    "whiflash_sdk": "sdk/whiflash_sdk",
+}
+STARTS = ("whiflash_sglang.plugin", "whiflash_sglang.worker", "whiflash_sglang.compat.hooks")
+"""Modules that SGLang loads; a server knows what they import."""
+RECORD_BASES = {"NamedTuple", "TypedDict", "BaseModel"}
 
 
 def over(root: Path = ROOT) -> Iterator[str]:
-    """A message for each folder that has more lines than its budget, and for each package without one."""
-    budgets = tomllib.loads((root / "budgets.toml").read_text("utf-8"))["lines"]
+    """A message for each folder that has more lines than its budget, for each package without one, and for records."""
+    budgets = tomllib.loads((root / "budgets.toml").read_text("utf-8"))
+    yield from _lines(root, budgets["lines"])
+    most = budgets.get("records", {}).get("server")
+    if most is not None and (known := len(records())) > most:
+        yield f"server: {known} record types, budget {most}. Remove some, or raise it in a commit that says why."
+
+
+def _lines(root: Path, budgets: dict[str, Any]) -> Iterator[str]:
     for folder, most in budgets.items():
         files = list((root / folder).rglob("*.py"))
         lines = sum(len(file.read_text("utf-8").splitlines()) for file in files)
@@ -25,7 +44,27 @@ def over(root: Path = ROOT) -> Iterator[str]:
         yield f"{folder}: no budget. Add its lines to budgets.toml in a commit that says why."
 
 
+def records() -> list[str]:
+    """Dataclasses, named tuples and models of all modules that `STARTS` reach by imports, also those in functions."""
+    graph = grimp.build_graph(*PACKAGES, exclude_type_checking_imports=True, cache_dir=None)
+    found = []
+    for module in sorted(set(STARTS).union(*map(graph.find_upstream_modules, STARTS))):
+        package, *parts = module.split(".")
+        path = ROOT.joinpath(PACKAGES[package], *parts)
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        found += [f"{module}:{name}" for name in _records(ast.parse(file.read_text("utf-8")))]
+    return found
+
+
+def _records(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            bases = {ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases}
+            if bases & RECORD_BASES or any("dataclass" in ast.unparse(each) for each in node.decorator_list):
+                yield node.name
+
+
 if __name__ == "__main__":
     found = list(over())
-    print("\n".join(found) or "every folder is within its lines")
+    print("\n".join(found) or "every folder is within its lines, and a server within its records")
     sys.exit(bool(found))

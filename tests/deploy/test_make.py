@@ -98,14 +98,17 @@ def test_who_saw_the_demo_gets_the_rest_for_the_tests(checkout: Path) -> None:
     assert " sync " in sync(checkout, "test")
 
 
-def test_a_folder_beyond_its_lines_is_named_with_its_budget(tmp_path: Path) -> None:
+def test_lines_and_records_beyond_their_budget_are_named(tmp_path: Path) -> None:
     for name, text in (("grown", "a\n" * 1300), ("small", "a\n"), ("fresh", "")):
         (tmp_path / "whiflash_sglang" / name).mkdir(parents=True)
         (tmp_path / "whiflash_sglang" / name / "__init__.py").write_text(text)
-    budgets = '[lines]\n"whiflash_sglang/grown" = 1200\n"whiflash_sglang/small" = 1\ngone = 5\n'
+    budgets = '[lines]\n"whiflash_sglang/grown" = 1200\n"whiflash_sglang/small" = 1\ngone = 5\n[records]\nserver = 3\n'
     (tmp_path / "budgets.toml").write_text(budgets)
-    assert [line.partition(". ")[0] for line in load_script("budgets").over(tmp_path)] == [
+    script = load_script("budgets")
+    assert [line.partition(". ")[0] for line in script.over(tmp_path)] == [
         "whiflash_sglang/grown: 1,300 lines, budget 1,200",
         "gone: no Python, budget 5",
         "whiflash_sglang/fresh: no budget",
+        f"server: {len(script.records())} record types, budget 3",
     ]
+    assert "whiflash_sglang.core:RoundBatch" in script.records()
