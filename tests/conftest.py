@@ -8,6 +8,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -45,6 +46,9 @@ LONGEST = (
 )
 """Files of more than half a minute, longest first. They are begun first: a file is one worker's, and one that is begun
 last is waited for by all others. Only the time of a whole run depends on this list."""
+
+PAIRED = ("tests/agents/test_features.py", "tests/agents/test_http.py", "tests/agents/test_traces.py")
+"""Files that share a pair of servers, so one worker's. Every other file is one worker's by itself."""
 
 NIGHTLY = (
     "kernels/tests/test_interpreter.py",
@@ -121,6 +125,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "evidence" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByServers(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return PAIRED[0] if file in PAIRED else file
+
+    return ByServers(config, log)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -1,4 +1,4 @@
-"""What a server sent, byte for byte, but for what no two answers share: names, clocks, and cuts."""
+"""What a server sent: byte for byte, but for what no two answers share (names, clocks, and cuts), and whole traces."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+from whiflash_sdk import Trace
 
 _IDENTITIES = ((re.compile(r'"id": ?"[^"]*"'), '"id":"…"'), (re.compile(r'"created": ?\d+'), '"created":0'))
 _CLOCKS = re.compile(r"_latency$|_ts$|_time$|_throughput$|^cached_tokens|^id$")
@@ -73,3 +74,33 @@ def _native(event: str, item: dict[str, Any], spec: bool) -> tuple[Any, str, str
         text, item["text"] = item["text"], "…"
     shape = json.dumps({**item, "meta_info": meta}, ensure_ascii=False)
     return item.get("index"), event + shape, text
+
+
+def check(trace: Trace | None, tokens: int, text: str | None = None) -> Trace:
+    """A whole trace, full: stretches adjoin, from the token after the prefill's to the last, and the sums agree."""
+    assert trace is not None
+    assert trace.stretches[0].start == 1
+    assert trace.stretches[-1].end == tokens
+    assert [s.end for s in trace.stretches[:-1]] == [s.start for s in trace.stretches[1:]]
+    assert trace.tokens == tokens - 1 == sum(arm.tokens for arm in trace.arms.values())
+    assert trace.rounds == sum(s.rounds for s in trace.stretches) == sum(trace.reasons.values())
+    for stretch in trace.stretches:
+        assert stretch.round_tokens is not None
+        assert sum(stretch.round_tokens) == stretch.tokens
+    for name, arm in trace.arms.items():
+        own = [s for s in trace.stretches if s.arm == name]
+        assert (arm.rounds, arm.accepted) == (sum(s.rounds for s in own), arm.tokens - arm.rounds)
+        assert arm.proposed == sum(s.proposed or 0 for s in own)
+        assert arm.accepted <= arm.proposed
+    if text is not None:
+        check_text(trace, text)
+    return trace
+
+
+def check_text(trace: Trace, text: str) -> None:
+    """The stretches' texts adjoin, behind that of the prefill's token, to the end."""
+    assert trace.text == text
+    places = [s.chars or (-1, -1) for s in trace.stretches]
+    assert 0 <= places[0][0] <= 1
+    assert [end for _, end in places[:-1]] == [begin for begin, _ in places[1:]]
+    assert places[-1][1] == len(text)

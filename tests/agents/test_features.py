@@ -5,15 +5,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from patience import wait_until
-from server_host import Server, ServerHost
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from server_host import Server
 
 pytestmark = pytest.mark.server
 
@@ -131,26 +129,11 @@ TEXTS = ("text", "content", "reasoning_content", "arguments", "delta", "partial_
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterator[tuple[Server, Server]]:
+def servers(pair: tuple[Server, Server]) -> Iterator[tuple[Server, Server]]:
     """Plain decoding, and the policy that takes every drafter at random."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    target = tiny_target(root / "target", peaked=True)
-    tiny_target(root / "other", seed=3, peaked=True)
-    shared = ["--model-path", str(target), "--served-model-name", "tiny", "--dtype", "float32"]
-    shared += [
-        "--tool-call-parser",
-        "hermes",
-        "--enable-priority-scheduling",
-        "--default-priority-value",
-        "0",
-    ]
-    ours = ["--speculative-algorithm", "WHIFLASH", "--whiflash-router", "random"]
-    ours += ["--speculative-draft-model-path", str(tiny_dflash(root / "d", target))]
-    ours += ["--whiflash-eagle-draft", str(tiny_eagle3(root / "e", target))]
-    with ExitStack() as running, ThreadPoolExecutor(2) as pool:
-        started = pool.map(lambda more: host.running(*shared, *more), ([], ours))
-        plain, drafting = (running.enter_context(server) for server in started)
-        yield plain, drafting
+    pair[1].post("/whiflash/policy", {"router": "random"})
+    yield pair
+    pair[1].post("/whiflash/policy", {"router": "auto"})
 
 
 def ask(server: Server, route: str, body: dict[str, Any]) -> Any:
@@ -273,12 +256,17 @@ def some(server: Server) -> dict[str, Any]:
         return dict(zip(SOME, pool.map(lambda name: ask(server, *CASES[name]), SOME), strict=True))
 
 
-def test_a_weight_update(servers: tuple[Server, Server], both: Any, tmp_path: Path) -> None:
+def test_a_weight_update(servers: tuple[Server, Server], both: Any) -> None:
     """The target's weights are others from now on; its drafters were trained for the old ones, and text is right."""
-    for server in servers:
-        model = Path(server.get("/model_info")["model_path"])
-        done = server.post("/update_weights_from_disk", {"model_path": str(model.with_name("other"))})
-        assert done["success"], done
+    first = Path(servers[0].get("/model_info")["model_path"])
+
+    def update(model: Path) -> None:
+        for server in servers:
+            done = server.post("/update_weights_from_disk", {"model_path": str(model)})
+            assert done["success"], done
+
+    update(first.with_name("other"))
     plain, drafting = map(some, servers)
+    update(first)
     assert list(differences(drafting, plain)) == []
     assert list(differences(plain["generate"], both[0]["generate"])), "the weights are the old ones"

@@ -17,8 +17,8 @@ import pytest
 from agents import Agent, ModelSettings, OpenAIResponsesModel, Runner, set_tracing_disabled
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
-from server_host import Server, ServerHost, free_port
-from tiny_models import CHAT_TEMPLATE, served_pair
+from server_host import Server
+from sse import check
 from whiflash_sdk import Hints, Span, Trace, capabilities, collect, http_client, routing, wrap
 from whiflash_sdk import predict as predicting
 from whiflash_sdk.adapters.openai_agents import wrap_model
@@ -40,31 +40,6 @@ ASKED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def grpc_port() -> int:
-    return free_port()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost, grpc_port: int) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("checkpoints")
-    arguments = served_pair(root)
-    # SGLang finds the parser of `auto` by what the template shows.
-    template = root / "template.jinja"
-    template.write_text(CHAT_TEMPLATE + "{# <function=f><parameter=p> #}")
-    arguments += [
-        "--tool-call-parser",
-        "auto",
-        "--reasoning-parser",
-        "auto",
-        "--chat-template",
-        str(template),
-    ]
-    arguments += ["--grpc-port", str(grpc_port)]
-    with host.running(*arguments) as running:
-        yield running
-
-
 @pytest.fixture
 def client(server: Server) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
@@ -83,23 +58,6 @@ def test_chats_over_grpc_are_served_without_hints(server: Server, grpc_port: int
     over_http = server.post("/v1/chat/completions", {key: body[key] for key in body if key != "whiflash"})
     content = over_http["choices"][0]["message"]["content"]
     assert json.dumps(content) in answer
-
-
-def check(trace: Trace | None, tokens: int) -> Trace:
-    """A whole trace: stretches adjoin, from the token after the prefill's to the last, and the sums agree."""
-    assert trace is not None
-    assert trace.stretches[0].start == 1
-    assert trace.stretches[-1].end == tokens
-    assert [s.end for s in trace.stretches[:-1]] == [s.start for s in trace.stretches[1:]]
-    assert trace.tokens == tokens - 1 == sum(arm.tokens for arm in trace.arms.values())
-    assert (
-        trace.rounds
-        == sum(s.rounds for s in trace.stretches)
-        == sum(arm.rounds for arm in trace.arms.values())
-    )
-    for stretch in trace.stretches:
-        assert stretch.round_tokens is None or sum(stretch.round_tokens) == stretch.tokens
-    return trace
 
 
 def test_capabilities_name_the_parser(client: OpenAI) -> None:
@@ -216,33 +174,6 @@ def request(route: str, params: object) -> dict[str, Any]:
         return {"text": PROMPT, "sampling_params": {"max_new_tokens": 1, "custom_params": params}}
     asked = {"model": "tiny", "max_tokens": 1, "custom_params": params}
     return {**asked, "messages": MESSAGES} if "chat" in route else {**asked, "prompt": PROMPT}
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_a_malformed_hint_is_a_400_that_names_the_field(server: Server, route: str) -> None:
-    bad = json.dumps({"spans": [{"kind": "json", "open": True}, {"kind": "json", "begin": ""}]})
-    answer = httpx.post(server.url + route, json=request(route, {"whiflash": bad}), timeout=None)
-    assert answer.status_code == 400
-    assert "custom_params.whiflash.spans[1].begin: is empty" in answer.text
-
-
-@pytest.mark.parametrize(
-    ("key", "why"),
-    [("whiflash_tools", "is written by the server only"), ("whiflash_inferred", "must be true")],
-)
-@pytest.mark.parametrize("route", [*ROUTES, "/v1/responses", "/v1/messages"])
-def test_what_the_server_tells_its_scheduler_is_no_clients_to_write(
-    server: Server, route: str, key: str, why: str
-) -> None:
-    params = {key: json.dumps(["arguments", [["\ud800", None]]])}
-    body = request(route, params) if route in ROUTES else {"model": "tiny", "custom_params": params}
-    if route == "/v1/responses":
-        body |= {"input": PROMPT, "max_output_tokens": 1}
-    elif route == "/v1/messages":
-        body |= {"messages": MESSAGES, "max_tokens": 1}
-    answer = httpx.post(server.url + route, json=body, timeout=None)
-    assert answer.status_code == 400, answer.text
-    assert f"custom_params.{key}: {why}" in answer.text
 
 
 SURROGATES = ["\U0001f600", "\ud83d", "\ude00\ud83d"]
@@ -534,26 +465,6 @@ def test_who_predicts_nothing_gets_what_sglang_sends(server: Server) -> None:
     assert all(answer.json()["usage"]["completion_tokens_details"] for answer in answers[1::2])
 
 
-@pytest.mark.parametrize(
-    ("prediction", "said"),
-    [
-        ("text", "prediction: must be an object"),
-        ({"type": "diff", "content": "a"}, "prediction.type: must be content"),
-        ({"type": "content"}, "prediction.content: must be a string or a list"),
-        (predict([{"type": "text", "text": "a"}, {"type": "image_url"}]), "prediction.content[1].type"),
-        (predict([{"type": "text", "text": 3}]), "prediction.content[0].text"),
-    ],
-)
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_malformed_prediction_is_a_400_that_names_it(
-    server: Server, prediction: Any, said: str, stream: bool
-) -> None:
-    body = {"model": "tiny", "messages": MESSAGES, "prediction": prediction, "stream": stream}
-    answer = post(server, ROUTES[0], body)
-    assert answer.status_code == 400
-    assert said in answer.json()["message"]
-
-
 @pytest.mark.parametrize("characters", [81_000, 300_000])
 @pytest.mark.parametrize("route", ROUTES)
 def test_of_a_long_prediction_the_beginning_is_read(server: Server, route: str, characters: int) -> None:
@@ -586,27 +497,6 @@ def test_a_step_with_a_long_prediction_works_and_its_trace_says_what_was_read(
         found = routing(client.completions.create(**ASKED, prompt=PROMPT))
     assert found is not None
     assert found.notes == ()
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_no_answer_is_forced_without_the_servers_flag(server: Server, route: str) -> None:
-    answer = post(server, route, request(route, {"whiflash_forced": [1, 2]}))
-    assert answer.status_code == 400
-    assert "started without --whiflash-force-recorded on" in answer.text
-
-
-def test_two_predictions_are_one_too_many(server: Server) -> None:
-    body = {**asked_of(ROUTES[0], "abc"), "custom_params": {"whiflash_prediction": "abd"}}
-    answer = post(server, ROUTES[0], body)
-    assert answer.status_code == 400
-    assert "give one of them" in answer.text
-
-
-@pytest.mark.parametrize("predicted", [5, [[1]], ["a"], [-1], [100_000], {"a": 1}])
-def test_a_malformed_native_prediction_is_a_400_that_names_it(server: Server, predicted: Any) -> None:
-    answer = post(server, "/generate", asked_of("/generate", predicted))
-    assert answer.status_code == 400
-    assert "custom_params.whiflash_prediction" in answer.text
 
 
 CONVERTED = ("/v1/responses", "/v1/messages")
@@ -742,26 +632,6 @@ def test_the_agents_sdks_default_route_is_collected(server: Server) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ({"custom_params": 7}, "custom_params: must be an object"),
-        ({"custom_params": {"whiflash": '{"off":1}'}}, "custom_params.whiflash.off: must be true or false"),
-        ({"custom_params": {"whiflash": '{"structure":[["x"]]}'}}, "structure[0]: must be a list of two"),
-        ({"prediction": {"type": "diff"}}, "prediction.type: must be content"),
-        ({"custom_params": {"whiflash_forced": [1]}}, "started without --whiflash-force-recorded on"),
-    ],
-)
-@pytest.mark.parametrize("route", CONVERTED)
-def test_a_malformed_converted_request_is_a_400_that_names_it(
-    server: Server, route: str, said: dict[str, Any], message: str
-) -> None:
-    answer = post(server, route, converted(route, **said))
-    assert answer.status_code == 400
-    assert message in answer.text
-    assert post(server, route, converted(route)).status_code == 200
-
-
 @pytest.mark.parametrize("route", CONVERTED)
 def test_a_prediction_of_a_converted_request_leaves_its_text(server: Server, route: str) -> None:
     def text_of(**more: Any) -> str:
@@ -772,3 +642,69 @@ def test_a_prediction_of_a_converted_request_leaves_its_text(server: Server, rou
     plain = text_of()
     for predicted in (plain, plain[:9] + "~", "~"):
         assert text_of(prediction=predict(predicted)) == plain
+
+
+def with_params(route: str, params: object) -> dict[str, Any]:
+    """A request of any route with these custom parameters."""
+    return request(route, params) if route in ROUTES else converted(route, custom_params=params)
+
+
+BEGINS_WITH_NOTHING = json.dumps({"spans": [{"kind": "json", "open": True}, {"kind": "json", "begin": ""}]})
+OF_THE_SERVER = {"whiflash_tools": "is written by the server only", "whiflash_inferred": "must be true"}
+WRITTEN_BY_A_CLIENT = json.dumps(["arguments", [["\ud800", None]]])
+WRONG_PREDICTIONS: list[tuple[Any, str]] = [
+    ("text", "prediction: must be an object"),
+    ({"type": "diff", "content": "a"}, "prediction.type: must be content"),
+    ({"type": "content"}, "prediction.content: must be a string or a list"),
+    (predict([{"type": "text", "text": "a"}, {"type": "image_url"}]), "prediction.content[1].type"),
+    (predict([{"type": "text", "text": 3}]), "prediction.content[0].text"),
+]
+WRONG_PARAMS: list[tuple[Any, str]] = [
+    (7, "custom_params: must be an object"),
+    ({"whiflash": '{"off":1}'}, "custom_params.whiflash.off: must be true or false"),
+    ({"whiflash": '{"structure":[["x"]]}'}, "structure[0]: must be a list of two"),
+]
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    *(
+        (r, request(r, {"whiflash": BEGINS_WITH_NOTHING}), "whiflash.spans[1].begin: is empty")
+        for r in ROUTES
+    ),
+    *(
+        (route, with_params(route, {key: WRITTEN_BY_A_CLIENT}), f"custom_params.{key}: {why}")
+        for route in (*ROUTES, *CONVERTED)
+        for key, why in OF_THE_SERVER.items()
+    ),
+    *(
+        (route, with_params(route, {"whiflash_forced": [1]}), "started without --whiflash-force-recorded on")
+        for route in (*ROUTES, *CONVERTED)
+    ),
+    *(
+        (r, converted(r, custom_params=params), message)
+        for r in CONVERTED
+        for params, message in WRONG_PARAMS
+    ),
+    *((r, converted(r, prediction={"type": "diff"}), "prediction.type: must be content") for r in CONVERTED),
+    *(
+        (ROUTES[0], {"model": "tiny", "messages": MESSAGES, "prediction": wrong, "stream": stream}, message)
+        for wrong, message in WRONG_PREDICTIONS
+        for stream in (False, True)
+    ),
+    (
+        ROUTES[0],
+        {**asked_of(ROUTES[0], "abc"), "custom_params": {"whiflash_prediction": "abd"}},
+        "give one of them",
+    ),
+    *(
+        ("/generate", asked_of("/generate", wrong), "custom_params.whiflash_prediction")
+        for wrong in (5, [[1]], ["a"], [-1], [100_000], {"a": 1})
+    ),
+]
+"""Route, body, and what the answer names."""
+
+
+def test_what_is_malformed_is_a_400_that_names_it(server: Server) -> None:
+    for route, body, message in REFUSED:
+        answer = post(server, route, body)
+        assert (answer.status_code, message in answer.text) == (400, True), (route, body, answer.text)
+    for route in CONVERTED:
+        assert post(server, route, converted(route)).status_code == 200

@@ -1,24 +1,28 @@
-"""Traces over HTTP, on real servers with a tiny model: whole for who asked, and nothing at all for the others."""
+"""Traces over HTTP, on real servers with a tiny model: whole for who asked, in SGLang's spans, and nothing at all for
+the others.
+"""
 
 import gc
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from openai import OpenAI
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from patience import wait_until
 from rich.console import Console
 from server_host import Server, ServerHost
-from sse import ask, comparable
-from tiny_models import SPECIAL_TOKENS, tiny_dflash, tiny_eagle3, tiny_target
-from whiflash_sdk import Trace, routing, wrap
+from sse import ask, check, check_text, comparable
+from tiny_models import SPECIAL_TOKENS, served_pair
+from whiflash_sdk import routing, wrap
 
 from whiflash_sglang.cli.trace import turns_of
 from whiflash_sglang.jsonl import parse_json_lines
@@ -41,64 +45,78 @@ TOOL: Any = {
     "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
 }
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/generate")
-Start = Callable[..., Server]
+
+Attributes = dict[str, Any]
+
+
+class Collector:
+    """What an OpenTelemetry collector is sent: attributes of every span, by OTLP over HTTP."""
+
+    def __init__(self) -> None:
+        self.spans: list[Attributes] = []
+        spans = self.spans
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                sent = ExportTraceServiceRequest.FromString(
+                    self.rfile.read(int(self.headers["Content-Length"]))
+                )
+                for resource in sent.resource_spans:
+                    for scope in resource.scope_spans:
+                        spans.extend(map(_attributes, scope.spans))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                """Says nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}/v1/traces"
+
+    def of(self, request: str) -> Attributes:
+        """Of the span that ended `request`, as soon as it is there."""
+
+        def found() -> list[Attributes]:
+            return [span for span in self.spans if span.get("gen_ai.request.id") == request]
+
+        wait_until(lambda: bool(found()))
+        return found()[0]
+
+
+def _attributes(span: Any) -> Attributes:
+    return {item.key: getattr(item.value, item.value.WhichOneof("value")) for item in span.attributes}
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterator[Start]:
-    """Start a server on a tiny target, with WHIFLASH unless told otherwise."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    target = tiny_target(root / "target", peaked=True)
-    common = ["--model-path", target, "--served-model-name", "tiny", "--dtype", "float32"]
-    common += ["--tool-call-parser", "hermes"]
-    drafts = [
-        "--speculative-algorithm",
-        "WHIFLASH",
-        "--whiflash-eagle-draft",
-        tiny_eagle3(root / "e", target),
-    ]
-    drafts += ["--speculative-draft-model-path", tiny_dflash(root / "d", target)]
-    with ExitStack() as running:
-        yield lambda *flags, whiflash=True: running.enter_context(
-            host.running(*map(str, [*common, *(drafts if whiflash else ()), *flags]))
-        )
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `server` puts samples of everybody's traces: what the others here are sent must not show it."""
-    return tmp_path_factory.mktemp("sums")
+def collector() -> Iterator[Collector]:
+    made = Collector()
+    yield made
+    made.server.shutdown()
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of `incremental`, with texts."""
+    """Where `incremental` puts samples of traces, with texts."""
     return tmp_path_factory.mktemp("texts")
 
 
 @pytest.fixture(scope="module")
-def server(start: Start, sums: Path) -> Server:
-    return start("--whiflash-trace-sample", "1", "--whiflash-trace-dir", str(sums))
-
-
-@pytest.fixture(scope="module")
-def stock(start: Start) -> Server:
-    """The same target without WHIFLASH."""
-    return start(whiflash=False)
-
-
-@pytest.fixture(scope="module")
-def incremental(start: Start, texts: Path) -> Server:
-    """Streams of increments, prompts in small chunks."""
-    sampling = (
-        "--whiflash-trace-sample",
-        "1",
-        "--whiflash-trace-dir",
-        str(texts),
-        "--whiflash-trace-text",
-        "on",
+def incremental(
+    tmp_path_factory: pytest.TempPathFactory, host: ServerHost, texts: Path, collector: Collector
+) -> Iterator[Server]:
+    """Streams of increments, prompts in small chunks; SGLang's own spans, which `collector` is sent."""
+    flags = (
+        "--tool-call-parser hermes --incremental-streaming-output --chunked-prefill-size 64 --enable-trace"
     )
-    return start("--incremental-streaming-output", "--chunked-prefill-size", "64", *sampling)
+    flags += " --whiflash-trace-sample 1 --whiflash-trace-text on"
+    arguments = [*served_pair(tmp_path_factory.mktemp("checkpoints")), *flags.split()]
+    arguments += ["--whiflash-trace-dir", str(texts), "--otlp-traces-endpoint", collector.endpoint]
+    with host.running(*arguments, env={"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}) as running:
+        yield running
 
 
 @pytest.fixture
@@ -112,36 +130,6 @@ def full(server: Server) -> Iterator[OpenAI]:
     """Asks for full traces."""
     with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
         yield wrap(made, trace="full", strict=True)
-
-
-def check(trace: Trace | None, tokens: int, text: str | None = None) -> Trace:
-    """A whole trace, full: stretches adjoin, from the token after the prefill's to the last, and the sums agree."""
-    assert trace is not None
-    assert trace.stretches[0].start == 1
-    assert trace.stretches[-1].end == tokens
-    assert [s.end for s in trace.stretches[:-1]] == [s.start for s in trace.stretches[1:]]
-    assert trace.tokens == tokens - 1 == sum(arm.tokens for arm in trace.arms.values())
-    assert trace.rounds == sum(s.rounds for s in trace.stretches) == sum(trace.reasons.values())
-    for stretch in trace.stretches:
-        assert stretch.round_tokens is not None
-        assert sum(stretch.round_tokens) == stretch.tokens
-    for name, arm in trace.arms.items():
-        own = [s for s in trace.stretches if s.arm == name]
-        assert (arm.rounds, arm.accepted) == (sum(s.rounds for s in own), arm.tokens - arm.rounds)
-        assert arm.proposed == sum(s.proposed or 0 for s in own)
-        assert arm.accepted <= arm.proposed
-    if text is not None:
-        check_text(trace, text)
-    return trace
-
-
-def check_text(trace: Trace, text: str) -> None:
-    """The stretches' texts adjoin, behind that of the prefill's token, to the end."""
-    assert trace.text == text
-    places = [s.chars or (-1, -1) for s in trace.stretches]
-    assert 0 <= places[0][0] <= 1
-    assert [end for _, end in places[:-1]] == [begin for begin, _ in places[1:]]
-    assert places[-1][1] == len(text)
 
 
 NATIVE: dict[str, Any] = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
@@ -170,7 +158,7 @@ def test_the_default_is_a_summary_of_constant_size(client: OpenAI, full: OpenAI)
 
 
 def test_text_that_a_parser_took_comes_with_the_trace(full: OpenAI) -> None:
-    call = 'so <tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    call = "so <tool_call><function=f></function></tool_call>"
     forced: Any = {"regex": re.escape(call), "tools": [TOOL]}
     body = {**ASKED["extra_body"], "ignore_eos": False, "regex": forced["regex"]}
     asked: Any = {**ASKED, "max_tokens": 100, "extra_body": body, "messages": MESSAGES, "tools": [TOOL]}
@@ -216,12 +204,7 @@ def test_native_streams_return_the_trace_at_their_end(incremental: Server) -> No
 def test_special_tokens_take_no_place_in_the_text(full: OpenAI) -> None:
     """The one here ends no text and pads none; decoding leaves it out all the same."""
     unnamed = 256 + SPECIAL_TOKENS.index("<|im_end|>")
-    mixed: Any = {
-        **ASKED,
-        "temperature": 2.0,
-        "seed": 1,
-        "logit_bias": {str(unnamed): 100, "0": 100},
-    }
+    mixed: Any = {**ASKED, "temperature": 2.0, "seed": 1, "logit_bias": {str(unnamed): 100, "0": 100}}
     response = full.chat.completions.create(**mixed, messages=MESSAGES)
     text = response.choices[0].message.content or ""
     assert 0 < len(text) < 24
@@ -441,3 +424,27 @@ def test_loops_that_raise_leave_nothing_open(server: Server) -> None:
         gc.collect()
         wait_until(lambda: server.get("/whiflash/state")["requests"] == 0)
         assert client.chat.completions.create(**ASKED, messages=MESSAGES).choices
+
+
+def test_a_span_of_sglangs_tells_who_drafted(incremental: Server, collector: Collector) -> None:
+    prompt = {"input_ids": [5, 6, 7] * 6, "sampling_params": {"temperature": 0, "max_new_tokens": 40}}
+    asking = {"custom_params": {"whiflash": '{"trace":"summary"}'}}
+    answers = incremental.generate_all(
+        [
+            {**prompt, "rid": "untraced"},
+            {**prompt, "rid": "asking", "sampling_params": {**prompt["sampling_params"], **asking}},  # type: ignore[dict-item]
+        ],
+        concurrency=2,
+    )
+    quiet, told = (answer["meta_info"] for answer in answers)
+    assert "whiflash" not in quiet
+    summary = told["whiflash"]
+    span = collector.of("asking")
+    assert span["whiflash.policy"] == "auto"
+    assert (span["whiflash.rounds"], span["whiflash.switches"]) == (summary["rounds"], summary["switches"])
+    for arm, counts in summary["arms"].items():
+        assert {name: span[f"whiflash.arm.{arm}.{name}"] for name in counts} == counts
+    # Who did not ask has a span as well, and no part of it in the answer.
+    other = collector.of("untraced")
+    arms = {key.split(".")[2] for key in other if key.startswith("whiflash.arm.")}
+    assert sum(other[f"whiflash.arm.{arm}.tokens"] for arm in arms) == quiet["completion_tokens"] - 1

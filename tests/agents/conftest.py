@@ -1,0 +1,55 @@
+"""The pair of servers that these tests share: plain decoding, and ours with the same arguments."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from server_host import Server, ServerHost, free_port
+from tiny_models import CHAT_TEMPLATE, served_pair, tiny_target
+
+Pair = tuple[Server, Server]
+
+
+@pytest.fixture(scope="package")
+def grpc_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="package")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where ours puts samples of everybody's traces: what others are sent must not show it."""
+    return tmp_path_factory.mktemp("sums")
+
+
+@pytest.fixture(scope="package")
+def pair(
+    tmp_path_factory: pytest.TempPathFactory, host: ServerHost, grpc_port: int, sums: Path
+) -> Iterator[Pair]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    tiny_target(root / "other", seed=3, peaked=True)
+    # SGLang finds the parser of `auto` by what the template shows.
+    template = root / "template.jinja"
+    template.write_text(CHAT_TEMPLATE + "{# <function=f><parameter=p> #}")
+    shared = ["--tool-call-parser", "auto", "--reasoning-parser", "auto", "--chat-template", str(template)]
+    shared += ["--enable-priority-scheduling", "--default-priority-value", "0", *served_pair(root)]
+    plain = shared[: shared.index("--speculative-algorithm")]
+    flags = ["--whiflash-trace-sample", "1", "--whiflash-trace-dir", str(sums)]
+    ours = [*shared, *flags, "--grpc-port", str(grpc_port)]
+    with ExitStack() as running, ThreadPoolExecutor(2) as pool:
+        started = pool.map(lambda arguments: host.running(*arguments), (plain, ours))
+        first, second = (running.enter_context(server) for server in started)
+        yield first, second
+
+
+@pytest.fixture(scope="package")
+def stock(pair: Pair) -> Server:
+    """Without WHIFLASH."""
+    return pair[0]
+
+
+@pytest.fixture(scope="package")
+def server(pair: Pair) -> Server:
+    """Ours, under `auto`."""
+    return pair[1]
