@@ -165,10 +165,16 @@ def answers(url: str) -> bool:
 
 
 class Forked:
-    """A server of the host, started when the fleet asks for it."""
+    """A server of the host, started when a fleet asks for it.
 
-    def __init__(self, host: ServerHost, arguments: Sequence[str]) -> None:
-        self._host, self._arguments = host, arguments
+    kept: servers by arguments. One that is there is used again, under the policy that it began with, and none is
+        stopped: whoever made the table does that.
+    """
+
+    def __init__(
+        self, host: ServerHost, arguments: Sequence[str], kept: dict[tuple[str, ...], Server] | None = None
+    ) -> None:
+        self._host, self._arguments, self._kept = host, tuple(arguments), kept
         self._server: Server | None = None
 
     @property
@@ -177,9 +183,16 @@ class Forked:
         return self._server.url
 
     def __enter__(self) -> "Forked":
-        self._server = self._host.start(*self._arguments)
+        self._server = (self._kept or {}).get(self._arguments)
+        if self._server is None:
+            self._server = self._host.start(*self._arguments)
+        elif "--whiflash-router" in self._arguments:
+            router = self._arguments[self._arguments.index("--whiflash-router") + 1]
+            self._server.post("/whiflash/policy", {"router": router})
+        if self._kept is not None:
+            self._kept[self._arguments] = self._server
         return self
 
     def close(self) -> None:
-        if self._server is not None:
+        if self._server is not None and self._kept is None:
             self._server.stop()

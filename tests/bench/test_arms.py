@@ -124,14 +124,7 @@ def test_hints_are_compared_on_servers_alike() -> None:
 def test_a_bundle_of_one_drafter_is_compared_as_far_as_it_goes() -> None:
     alone = replace(SUBJECT, eagle3=None)
     names = those_with_drafters(KNOWN, alone)
-    assert set(KNOWN) - set(names) == {
-        "EAGLE3",
-        "EAGLE3-adaptive",
-        "DSPARK",
-        "neural",
-        "entropy",
-        "ar",
-    }
+    assert set(KNOWN) - set(names) == {"EAGLE3", "EAGLE3-adaptive", "DSPARK", "neural", "entropy", "ar"}
     arms = build_arms(names, alone)
     assert alone.hide_paths(["None", *arms[1].arguments[-1:]]) == ["None", "BUNDLE/dflash"]
     for name in ("EAGLE3", "EAGLE3:3", "entropy"):
@@ -211,11 +204,6 @@ def test_widths_of_static_drafters() -> None:
 def test_unknown_arms_are_named(name: str) -> None:
     with pytest.raises(ConfigError, match="is not one of none, EAGLE3"):
         build_arms([name], SUBJECT)
-
-
-def test_an_arm_twice_is_refused() -> None:
-    with pytest.raises(ConfigError, match="twice"):
-        build_arms(["auto", "auto"], SUBJECT)
 
 
 def test_published_arguments_name_no_directory() -> None:
