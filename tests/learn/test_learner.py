@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -77,7 +77,26 @@ def learning_of(pair: Pair, directory: Path, rate: float = 5e-3) -> Learning:
     return Learning(directory, pair[1], tiny_config(pair[0]), 20_000, 64, rate, None)
 
 
-Passed = tuple[Learning, Outcome]
+class Killed(Pace):
+    """A pass that is killed after so many steps; None: it is not."""
+
+    def __init__(self, after: int | None = None) -> None:
+        super().__init__()
+        self.steps, self._after = 0, after
+
+    def rest(self) -> None:
+        self.steps += 1
+        if self.steps == self._after:
+            raise KeyboardInterrupt
+
+
+class Passed(NamedTuple):
+    """A pass, its steps, and a directory with the samples that it learned from."""
+
+    learning: Learning
+    found: Outcome
+    steps: int
+    samples: Path
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +106,14 @@ def passed(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Passed:
     serve(learning.directory, target, 320, 1)
     planted = [[1, 320, 2, 3], [1, 2**31 - 1, 2, 3], random.Random(0).choices(range(256), k=LONGEST)]
     write_file(spool, target, [Sample([at], answer, []) for at, answer in enumerate(planted)], time.time())
-    return learning, learn_once(learning)
+    samples, pace = tmp_path_factory.mktemp("samples") / "copied", Killed()
+    shutil.copytree(learning.directory, samples)
+    return Passed(learning, learn_once(learning, pace), pace.steps, samples)
 
 
 def test_drafters_that_became_better_are_a_version(passed: Passed) -> None:
     """Samples whose tokens the target does not have, or cannot read at once, end no pass."""
-    learning, found = passed
+    learning, found, *_ = passed
     print(found)
     assert (found.present, found.version, found.judged) == (0, 1, 64)
     texts = list(texts_of(samples_of(learning.directory), load_manifest(learning.bundle).target, 320))
@@ -121,7 +142,7 @@ def test_what_draft_kv_is_made_with_stays_bit_by_bit(
     pair: Pair, passed: Passed, name: str, kept: list[str], moved: str
 ) -> None:
     before = load_file(pair[0] / name / "model.safetensors")
-    after = load_file(path_of(versions_of(passed[0].directory), 1) / name / "model.safetensors")
+    after = load_file(path_of(versions_of(passed.learning.directory), 1) / name / "model.safetensors")
     assert before.keys() == after.keys()
     layers = [key for key in before if any(part in key for part in ("k_proj", "v_proj", "k_norm", "d2t"))]
     for key in (*kept, *layers):
@@ -132,7 +153,7 @@ def test_what_draft_kv_is_made_with_stays_bit_by_bit(
 
 
 def test_nothing_of_a_text_is_left_behind(passed: Passed) -> None:
-    directory = passed[0].directory
+    directory = passed.learning.directory
     assert sorted(path.name for path in directory.iterdir()) == [
         ".learner",
         "learner.json",
@@ -142,7 +163,7 @@ def test_nothing_of_a_text_is_left_behind(passed: Passed) -> None:
 
 
 def test_it_waits_for_requests_that_no_version_has_learned_from(passed: Passed, pair: Pair) -> None:
-    learning, _ = passed
+    learning = passed.learning
     record(versions_of(learning.directory), Used(1, 0))
     with pytest.raises(ConfigError, match="0 samples are newer than the newest version"):
         learn_once(learning)
@@ -274,65 +295,40 @@ def test_a_dspark_drafter_learns(pair: Pair, tmp_path: Path) -> None:
         assert torch.equal(value, after[key]) == stays, key
 
 
-class Killed(Pace):
-    """A pass that is killed after so many steps; None: it is not."""
-
-    def __init__(self, after: int | None) -> None:
-        super().__init__()
-        self.steps, self._after = 0, after
-
-    def rest(self) -> None:
-        self.steps += 1
-        if self.steps == self._after:
-            raise KeyboardInterrupt
-
-
-def test_a_killed_pass_goes_on_where_it_was(pair: Pair, tmp_path: Path) -> None:
-    """In the middle of the second drafter: what its last checkpoint has is not done twice, and weights are the same."""
-    whole, learning = (learning_of(pair, tmp_path / name) for name in ("whole", "killed"))
-    serve(whole.directory, str(pair[0] / "target"), 320, 8)
-    shutil.copytree(whole.directory, learning.directory)
-    steps, killed, resumed = Killed(None), Killed(None), Killed(None)
-    learn_once(whole, steps)
-    killed = Killed(steps.steps - 2 * 64 - 10)
+def test_a_killed_pass_goes_on_where_it_was(
+    passed: Passed, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the second drafter: what its last checkpoint has is not done twice, and weights are the same.
+    As it publishes and behind that: its version is neither lost nor made again, and waits for newer samples.
+    """
+    learning, killed, resumed = learning_of(pair, tmp_path / "killed"), Killed(passed.steps - 138), Killed()
+    shutil.copytree(passed.samples, learning.directory)
     with pytest.raises(KeyboardInterrupt):
         learn_once(learning, killed)
     serve(learning.directory, str(pair[0] / "target"), 16, 9)  # for the next pass
-    found = learn_once(learning, resumed)
-    assert found.version == 1
-    assert killed.steps + resumed.steps <= steps.steps + SAVE_STEPS
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for step, pace in (("publish", resumed), ("write_status", Killed())):
+        with monkeypatch.context() as patched:
+            patched.setattr(once, step, dies)
+            with pytest.raises(KeyboardInterrupt):
+                learn_once(learning, pace)
+    found = learn_once(learning)
+    assert (found.present, found.version, found.judged) == (0, 1, 64)
+    assert killed.steps + resumed.steps <= passed.steps + SAVE_STEPS
+    assert status_of(learning.directory) == json.loads(json.dumps(found.facts()))
+    versions = versions_of(learning.directory)
+    assert numbers(versions) == [1]
     for name in ("eagle3", "dflash"):
         one, other = (
             load_file(path_of(versions_of(given.directory), 1) / name / "model.safetensors")
-            for given in (whole, learning)
+            for given in (passed.learning, learning)
         )
         assert all(torch.equal(value, other[key]) for key, value in one.items())
     assert not (learning.directory / WORK).exists()
-
-
-def test_a_pass_that_is_killed_after_it_published_is_ended_by_the_next(
-    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its version is neither lost nor made again, and waits for newer samples, whatever version serves."""
-    learning = learning_of(pair, tmp_path)
-    serve(tmp_path, str(pair[0] / "target"), 320, 10)
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    for step in ("publish", "write_status"):
-        with monkeypatch.context() as patched:
-            patched.setattr(once, step, killed)
-            with pytest.raises(KeyboardInterrupt):
-                learn_once(learning)
-    found = learn_once(learning)
-    assert (found.present, found.version, found.judged) == (0, 1, 64)
-    assert all(gain.better for gain in found.drafters.values())
-    assert status_of(tmp_path) == json.loads(json.dumps(found.facts()))
-    with pytest.raises(ConfigError, match="0 samples are newer"):
-        learn_once(learning)
-    assert numbers(versions_of(tmp_path)) == [1]
-    notes = path_of(versions_of(tmp_path), 1) / "notes.json"
+    notes = path_of(versions, 1) / "notes.json"
     for until in (None, "later", float("nan"), 2 * time.time()):
         notes.write_text(json.dumps({"until": until, "from": 0, "outcome": {"until": until}}))
         shutil.rmtree(learning.directory / WORK, ignore_errors=True)
@@ -407,7 +403,7 @@ def test_a_tenant_supplies_its_share_alone() -> None:
 
 
 def test_the_command_reports_the_last_pass(passed: Passed) -> None:
-    learning, _ = passed
+    learning = passed.learning
     ran = CliRunner().invoke(app, ["learn", str(learning.directory), "--status"])
     assert ran.exit_code == 0
     assert "tokens a round" in ran.stdout

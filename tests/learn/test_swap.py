@@ -264,17 +264,6 @@ def test_using_what_serves_keeps_what_was_before(served_engine: Engine) -> None:
         assert before in (None, served_engine.worker.weights.used.before)
 
 
-def test_notes_of_anything_do_no_harm_after_a_switch(
-    served_engine: Engine, models: Models, directory: Path, tmp_path: Path
-) -> None:
-    number = publish(directory, bundle_of(models, tmp_path / "bundle", dflash=models.dflash))
-    for notes in ('{"dflash": NaN}', '{"dflash": 1e999}', f'{{"dflash": 1{"0" * 400}}}', "[" * 100_000):
-        damaged(directory, number, "notes.json", notes)
-        swap(served_engine, number)
-        json.dumps(served_engine.worker.snapshot()["drafters"], allow_nan=False)
-        served_engine.worker.publisher.flush()
-
-
 def test_earlier_layers_of_a_chain_stay_and_the_last_one_may_change() -> None:
     """What an earlier layer makes of entry p is in the later layers' K and V of it; in a block drafter only what the
     target gave is.
