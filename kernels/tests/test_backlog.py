@@ -26,9 +26,7 @@ class Ragged:
 def batches(draw: st.DrawFn, longest: int) -> Ragged:
     slots = draw(st.lists(st.integers(0, 9), unique=True, max_size=6))
     return Ragged(
-        slots,
-        [draw(st.integers(0, 40)) for _ in slots],
-        [draw(st.integers(0, longest)) for _ in slots],
+        slots, [draw(st.integers(0, 40)) for _ in slots], [draw(st.integers(0, longest)) for _ in slots]
     )
 
 
@@ -112,23 +110,6 @@ def test_park_256_requests_of_strided_features(backend: str) -> None:
     assert torch.equal(rings.next_tokens[slots, 2], torch.arange(0, 512, 2, device=DEVICE))
     assert (rings.features[:, [0, 1, 3]] == SENTINEL).all()
     assert (rings.features[:44] == SENTINEL).all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_park_transposed_features(backend: str) -> None:
-    features = torch.randn(6, 5, generator=torch.Generator().manual_seed(2)).bfloat16().to(DEVICE)
-    rings = sentinel_rings(2, 8, 6)
-    with running(backend):
-        park(
-            rings,
-            features.t(),
-            integers([1, 2, 3, 4, 5]),
-            integers([1]),
-            integers([0]),
-            integers([5]),
-            integers([0]),
-        )
-    assert torch.equal(rings.features[1, :5], features.t())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

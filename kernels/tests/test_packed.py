@@ -36,42 +36,28 @@ def test_the_product_is_torchs_bit_by_bit(rows: int, inner: int, outer: int, bia
 
 
 @needs_onednn
-@pytest.mark.parametrize("shape", [(2, 3, 64), (0, 64), (64,)])
-def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
-    weight, x = matrix(32, 64), torch.randn(*shape).bfloat16()
-    pack([weight], weight.nbytes)
-    assert torch.equal(linear(x, weight), F.linear(x, weight))
-
-
-@needs_onednn
-def test_strided_rows() -> None:
-    weight, x = matrix(32, 64), matrix(12, 128)[::2, 32:96]
-    pack([weight], weight.nbytes)
-    assert torch.equal(linear(x, weight), F.linear(x, weight))
-
-
-@needs_onednn
-def test_a_bias_that_does_not_lie_together() -> None:
-    weight, x, bias = matrix(32, 64), matrix(3, 64), matrix(1, 64)[0, ::2]
+@pytest.mark.parametrize(
+    ("x", "bias"),
+    [
+        *((torch.randn(*shape).bfloat16(), None) for shape in ((2, 3, 64), (0, 64), (64,))),
+        (matrix(12, 128)[::2, 32:96], None),
+        (matrix(3, 64), matrix(1, 64)[0, ::2]),
+    ],
+    ids=["three dimensions", "no rows", "one row", "strided rows", "strided bias"],
+)
+def test_any_layout(x: Tensor, bias: Tensor | None) -> None:
+    weight = matrix(32, 64)
     pack([weight], weight.nbytes)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
 
 
 @needs_onednn
-@pytest.mark.parametrize("bias", [torch.zeros(32), torch.zeros(31).bfloat16()])
-def test_a_bias_that_torch_refuses_is_refused(bias: Tensor) -> None:
-    weight = matrix(32, 64)
+def test_what_torch_refuses_is_refused() -> None:
+    weight, x = matrix(32, 64), matrix(3, 64)
     pack([weight], weight.nbytes)
-    with pytest.raises(RuntimeError, match=r"dtype|expanded size"):  # torch's own refusals
-        linear(matrix(3, 64), weight, bias)
-
-
-@needs_onednn
-def test_other_states_than_bfloat16_are_for_torch() -> None:
-    weight = matrix(32, 64)
-    pack([weight], weight.nbytes)
-    with pytest.raises(RuntimeError, match="dtype"):  # torch's own refusal
-        linear(torch.randn(3, 64), weight)
+    for states, bias in ((x, torch.zeros(32)), (x, torch.zeros(31).bfloat16()), (x.float(), None)):
+        with pytest.raises(RuntimeError, match=r"dtype|expanded size"):  # torch's own refusals
+            linear(states, weight, bias)
 
 
 @needs_onednn

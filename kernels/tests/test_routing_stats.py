@@ -30,7 +30,9 @@ def check(stats: RoutingStats, logits: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (1, 2), (3, 5), (2, 4096), (2, 4097), (3, 32003)])
+@pytest.mark.parametrize(
+    ("rows", "vocab"), [(1, 1), (1, 2), (3, 5), (2, 4096), (2, 4097), (256, 33), (1, 151_936)]
+)
 def test_random_logits(backend: str, dtype: torch.dtype, rows: int, vocab: int) -> None:
     logits = random_logits(rows, vocab, dtype)
     before = logits.clone()
@@ -38,21 +40,6 @@ def test_random_logits(backend: str, dtype: torch.dtype, rows: int, vocab: int) 
         stats = routing_stats(logits)
     check(stats, logits)
     assert torch.equal(logits, before)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("vocab", [151_936, 256_000])
-def test_large_vocabulary(backend: str, vocab: int) -> None:
-    logits = random_logits(2, vocab, torch.bfloat16)
-    with running(backend):
-        check(routing_stats(logits), logits)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_256_rows(backend: str) -> None:
-    logits = random_logits(256, 33, torch.bfloat16)
-    with running(backend):
-        check(routing_stats(logits), logits)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
@@ -122,13 +109,6 @@ def test_far_from_zero(backend: str, offset: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_uniform_entropy_is_the_log_of_the_vocabulary(backend: str) -> None:
-    with running(backend):
-        stats = routing_stats(torch.zeros(1, 50_000, device=DEVICE))
-    assert_close(stats.entropy, torch.tensor([50_000.0]).log(), "entropy", torch.float32)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_chosen_rows_and_strided_logits(backend: str, index_dtype: torch.dtype) -> None:
     wide = random_logits(12, 6000, torch.bfloat16)
@@ -149,13 +129,10 @@ def test_no_rows(backend: str) -> None:
             assert [field.shape for field in stats] == [(0,)] * 4
 
 
-@pytest.mark.parametrize("shape", [(9,), (2, 0), (1, 2, 3)])
-def test_rejects_other_shapes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="logits must be"):
-        routing_stats(torch.zeros(shape, device=DEVICE))
-
-
-def test_rejects_a_strided_vocabulary() -> None:
+def test_rejects_other_shapes_and_a_strided_vocabulary() -> None:
+    for shape in ((9,), (2, 0), (1, 2, 3)):
+        with pytest.raises(ValueError, match="logits must be"):
+            routing_stats(torch.zeros(shape, device=DEVICE))
     with pytest.raises(ValueError, match="contiguous along the vocabulary"):
         routing_stats(torch.zeros(9, 2, device=DEVICE).t())
 

@@ -107,7 +107,9 @@ PARTS: tuple[Part, ...] = (
     kernel_tests(
         "caches", "rings, KV and draft attention equal their references", "backlog", "catch_up", "attention"
     ),
-    kernel_tests("graphs", "replayed rounds equal eager ones", "graphs", "rounds", "dispatch"),
+    kernel_tests(
+        "graphs", "replayed rounds equal eager ones", "graphs", "drafts", "draft_passes", "dispatch"
+    ),
     kernel_tests("upstream", "kernels take the inputs of SGLang's", "upstream", "bench"),
     Part(
         "kernels-speed",
