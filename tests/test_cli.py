@@ -46,22 +46,9 @@ def launch(checkpoints: dict[str, Path]) -> Arguments:
     return parse
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--whiflash-router", "fastest"], "whiflash: error: --whiflash-router: .*'fastest'"),
-        (["--whiflash-entropy-threshold", "warm"], "whiflash: error: --whiflash-entropy-threshold: .*'warm'"),
-        (["--whiflash-block-size", "1"], "whiflash: error: --whiflash-block-size: .*2"),
-        (["--whiflash-drafters", "ddt-e3"], "whiflash: error: --whiflash-drafters: .*'df-e3'"),
-        (
-            ["--whiflash-neural-router-threshold", "nan"],
-            "whiflash: error: --whiflash-neural-router-threshold: ",
-        ),
-    ],
-)
-def test_a_wrong_flag_stops_the_launcher(launch: Arguments, arguments: list[str], message: str) -> None:
-    with pytest.raises(SystemExit, match=message) as stopped:
-        launch(*arguments)
+def test_a_wrong_flag_stops_the_launcher(launch: Arguments) -> None:
+    with pytest.raises(SystemExit, match=r"whiflash: error: --whiflash-router: .*'fastest'") as stopped:
+        launch("--whiflash-router", "fastest")
     assert "\n" not in str(stopped.value)
 
 

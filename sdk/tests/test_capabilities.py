@@ -78,14 +78,6 @@ def test_a_dead_gateway_is_not_asked_with_every_request(
     assert 6 + 8 <= server.paths.count(ROUTE) <= 6 + 10  # 1, 2, 4, 8, 16, 32 seconds, then every minute
 
 
-def test_one_clients_401_is_not_anothers(server: FakeServer, clock: Clock) -> None:
-    server.capabilities_key = "right"
-    for key in ("wrong", "right"):
-        with OpenAI(base_url=server.base_url, api_key=key) as client:
-            ask(wrap(client))
-    assert server.routed() == [False, True]
-
-
 @pytest.mark.parametrize(
     ("name", "probes"),
     [
@@ -325,14 +317,6 @@ def test_the_log_tells_of_probes_and_of_no_secret(
     for secret in ("sk-secret", "hunter2", "hush"):
         assert secret not in everything
         assert secret not in repr(vars(sys.modules["whiflash_sdk.capabilities"]))
-
-
-def test_what_is_known_stays_bounded(server: FakeServer) -> None:
-    known: dict[Any, Any] = vars(sys.modules["whiflash_sdk.capabilities"])["_servers"]
-    with OpenAI(base_url=server.base_url, api_key="key") as client:
-        for number in range(300):
-            whiflash_sdk.capabilities(client.with_options(api_key=f"k{number}"))
-    assert len(known) <= 256
 
 
 def test_what_is_wrong_is_said_once_a_server_and_reason(

@@ -11,36 +11,14 @@ from whiflash_sdk import HintError, Hints, Span, presets
 from whiflash_sdk.hints import decode
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"kind": "poem", "begin": "x"},
-        {"kind": "json"},
-        {"kind": "json", "begin": ""},
-        {"kind": "json", "begin": "x" * 65},
-        {"kind": "json", "begin": "\ud800"},
-        {"kind": "json", "begin": "x", "prefer": "eagle"},
-        {"kind": "json", "begin": "x", "pin": True},
-        {"kind": "json", "begin": "x", "bias": {"ar": float("nan")}},
-        {"kind": "json", "begin": "x", "bias": {"ar": 17}},
-        {"kind": "json", "begin": "x", "open": "yes"},
-        {"kind": "json", "begin": "x", "colour": "red"},
-    ],
-)
-def test_spans_refuse_what_the_server_would(fields: Any) -> None:
-    with pytest.raises(ValidationError):
-        Span(**fields)
-
-
-NAMES: Any = [{"agent": ""}, {"agent": "x" * 65}, {"agent": "\ud800"}]
-QUERIES: Any = [{"query": -1}, {"query": True}, {"query": 2**31}, {"query": "x" * 65}]
-PAIRS: Any = [[("a", "b")] * 17, [("", "b")], [("a",)], [(None, "b")]]
-
-
-@pytest.mark.parametrize("fields", [*NAMES, *QUERIES, *({"structure": pairs} for pairs in PAIRS)])
-def test_hints_refuse_what_the_server_would(fields: Any) -> None:
-    with pytest.raises(ValidationError):
-        Hints(**fields)
+def test_what_the_server_would_refuse_is_refused() -> None:
+    """The server reads hints by these models, and its tests have every field."""
+    for fields in ({"kind": "poem"}, {"begin": ""}, {"bias": {"ar": 17}}, {"colour": "red"}):
+        with pytest.raises(ValidationError):
+            Span(**{"kind": "json", "begin": "x", **fields})
+    for hints in ({"agent": ""}, {"query": -1}, {"structure": [("a",)]}):
+        with pytest.raises(ValidationError):
+            Hints(**hints)
 
 
 def test_encoding_is_short_and_comes_back() -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -240,16 +239,6 @@ def test_what_is_refused_is_repeated_without_our_field(server: FakeServer) -> No
         client.chat.completions.create(**ASKED)  # hints rest
     assert answer.choices[0].message.content
     assert ["custom_params" in body for body in server.bodies] == [True, False, False]
-
-
-def test_probes_go_by_origin_and_authentication(server: FakeServer) -> None:
-    server.capabilities_key = "right"
-    with whiflash_sdk.http_client() as http, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for key in ("right", "wrong", "right"):
-            OpenAI(base_url=server.base_url, api_key=key, http_client=http).chat.completions.create(**ASKED)
-    assert ["custom_params" in body for body in server.bodies] == [True, False, True]
-    assert server.paths.count(ROUTE) == 2
 
 
 def test_strict_is_the_cause_of_the_librarys_error(server: FakeServer) -> None:

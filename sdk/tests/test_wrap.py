@@ -18,6 +18,7 @@ from whiflash_sdk import (
     UnsupportedServerError,
     UnsupportedServerWarning,
     agent,
+    collect,
     hinted,
     predict,
     spans,
@@ -107,25 +108,27 @@ def test_a_block_opens_its_kind(client: OpenAI, server: FakeServer) -> None:
     assert "spans" not in server.hints(2)
 
 
-def test_every_way_of_asking_carries_hints(client: OpenAI, server: FakeServer) -> None:
+def test_every_way_of_asking_carries_hints_and_is_collected(client: OpenAI, server: FakeServer) -> None:
     """Views that were made before the client was wrapped, too."""
     before = client.chat.completions.with_raw_response
     wrap(client)
     chat, own = client.chat.completions, OWN.extra_body()
     asked: dict[str, Any] = {**ASKED, "extra_body": own}
-    before.create(**asked)
-    chat.with_raw_response.create(**asked)
-    with chat.with_streaming_response.create(**asked) as streamed:
-        streamed.read()
-    list(ask(client, stream=True, extra_body=own))
-    with chat.stream(**asked) as events:
-        events.get_final_completion()
-    parsed = chat.parse(**asked, response_format=City)
-    client.beta.chat.completions.parse(**asked)
-    client.completions.create(model="m", prompt="x", extra_body=own)
-    ask(client.with_options(max_retries=1), extra_body=own)
-    client.copy().completions.create(model="m", prompt="x", extra_body=own)
+    with collect() as collected:
+        before.create(**asked)
+        chat.with_raw_response.create(**asked)
+        with chat.with_streaming_response.create(**asked) as streamed:
+            assert streamed.json()["object"] == "chat.completion"  # type: ignore[index]
+        list(ask(client, stream=True, extra_body=own))
+        with chat.stream(**asked) as events:
+            events.get_final_completion()
+        parsed = chat.parse(**asked, response_format=City)
+        client.beta.chat.completions.parse(**asked)
+        client.completions.create(model="m", prompt="x", extra_body=own)
+        ask(client.with_options(max_retries=1), extra_body=own)
+        client.copy().completions.create(model="m", prompt="x", extra_body=own)
     assert [server.hints(index) for index in range(10)] == [{"spans": CODE, "trace": True}] * 10
+    assert [trace.arms for trace in collected.traces] == [EXPECTED.arms] * 10
     assert server.paths.count(ROUTE) == 1
     assert parsed.choices[0].message.parsed == City(city="Zürich")
     assert whiflash_sdk.routing(parsed) == EXPECTED

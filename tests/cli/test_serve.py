@@ -1,25 +1,31 @@
 """`whiflash serve`: what is asked for is served; only what is left open is filled in."""
 
+import io
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from whiflash_sglang.cli import main
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
 LAUNCHER = [str(Path(sys.executable).with_name("sglang")), "serve"]
 
 
 def printed(*arguments: str) -> list[str]:
-    """The words that a shell reads from `whiflash serve … --print-command`."""
-    done = subprocess.run(
-        [WHIFLASH, "serve", *arguments, "--print-command"], capture_output=True, text=True, check=True
-    )
-    shell = f'for word in {done.stdout.strip()}; do printf "%s\\0" "$word"; done'
-    words = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
-    assert words.split("\0")[:-1] == shlex.split(done.stdout)
-    return shlex.split(done.stdout)
+    """The words of `whiflash serve … --print-command`, in this process."""
+    out = io.StringIO()
+    with (
+        redirect_stdout(out),
+        mock.patch.object(sys, "argv", ["whiflash", "serve", *arguments, "--print-command"]),
+        suppress(SystemExit),
+    ):
+        main()
+    return shlex.split(out.getvalue())
 
 
 def given_model(words: list[str]) -> str:
@@ -82,10 +88,12 @@ def test_flags_of_the_model_are_recognised_as_the_launcher_recognises_them() -> 
 
 
 def test_the_command_is_quoted_for_a_shell() -> None:
-    words = printed(
-        "a/b", "--served-model-name", "it's $HOME; `ls`", "--json-model-override-args", '{"a": 1}'
-    )
-    assert words[-4:] == ["--served-model-name", "it's $HOME; `ls`", "--json-model-override-args", '{"a": 1}']
+    given = ["--served-model-name", "it's $HOME; `ls`", "--json-model-override-args", '{"a": 1}']
+    command = [WHIFLASH, "serve", "a/b", *given, "--print-command"]
+    line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    shell = f'for word in {line}; do printf "%s\\0" "$word"; done'
+    words = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
+    assert words.split("\0")[-5:-1] == given
 
 
 def test_the_embedded_target_comes_with_what_keeps_its_calls_valid() -> None:

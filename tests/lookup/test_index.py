@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.lookup import index as index_module
 from whiflash_sglang.lookup.index import GAP, MAX_CANDIDATES, MAX_MATCH, MAX_STEPS, SuffixIndex
 
 TEXTS = st.lists(st.integers(0, 3), max_size=60)
@@ -152,13 +151,3 @@ def test_bytes_of_a_token_are_bounded(name: str) -> None:
     for token in text:
         slowly.extend([token])
     assert slowly.nbytes / len(text) < 32
-
-
-def test_a_hundred_requests_of_4000_tokens() -> None:
-    rng = random.Random(1)
-    total = sum(SuffixIndex([rng.randrange(49152) for _ in range(4000)]).nbytes for _ in range(100))
-    assert total <= 100 * 4000 * 24
-
-
-def test_the_bounds_are_the_documented_ones() -> None:
-    assert (index_module.MAX_CANDIDATES, index_module.MAX_STEPS, index_module.MAX_MATCH) == (8, 32, 32)

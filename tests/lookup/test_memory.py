@@ -105,16 +105,6 @@ def propose(memory: TenantMemory, name: str, text: Sequence[int]) -> list[int]:
     return list(copier.look(8, 0.0).tokens)
 
 
-def test_another_tenants_text_is_never_proposed() -> None:
-    """The same beginning, searched by its own tenant and by all others."""
-    memory = TenantMemory(LIMIT, MAX_AGE)
-    for number, name in enumerate(NAMES):
-        memory.remember(tenant(name), [1, 2, 3, 100 + number, 200 + number])
-    for number, name in enumerate(NAMES):
-        assert propose(memory, name, [9, 1, 2, 3]) == [100 + number, 200 + number]
-    assert propose(memory, "z", [9, 1, 2, 3]) == []
-
-
 def test_one_tenant_does_not_take_all() -> None:
     memory = TenantMemory(LIMIT, MAX_AGE)
     memory.remember(tenant("b"), [1, 2, 3])

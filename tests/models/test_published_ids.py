@@ -97,47 +97,6 @@ IDS = {
         7,
         20480,
     ),
-    # deepseek-ai/dflash_qwen3_8b_block7: DeepSpec, config/dflash/dflash_qwen3_8b.py
-    "DeepSpec's DFlash of Qwen3-8B": Published(
-        OF_QWEN3_8B
-        | {
-            "architectures": ["Qwen3DSparkModel"],
-            "num_hidden_layers": 5,
-            "block_size": 7,
-            "num_target_layers": 36,
-        }
-        | {"layer_types": ["full_attention"] * 5, "mask_token_id": 151669, "target_layer_ids": SPREAD}
-        | {"num_anchors": 512, "enable_confidence_head": False, "markov_rank": 0},
-        QWEN3_8B,
-        "DSpark",
-        tuple(SPREAD),
-        7,
-        20480,
-    ),
-    # SpecForge, configs/qwen3-8b-dspark.json
-    "SpecForge's DSpark of Qwen3-8B": Published(
-        OF_QWEN3_8B
-        | {
-            "architectures": ["DSparkDraftModel"],
-            "num_hidden_layers": 5,
-            "block_size": 7,
-            "num_target_layers": 36,
-        }
-        | {
-            "dflash_config": {
-                "attention_mode": "gqa",
-                "confidence_head_alpha": 1.0,
-                "projector_type": "dspark",
-            }
-            | {"enable_confidence_head": True, "confidence_head_with_markov": True, "mask_token_id": 151669}
-            | {"markov_rank": 256, "markov_head_type": "vanilla", "target_layer_ids": SPREAD}
-        },
-        QWEN3_8B,
-        "DSpark",
-        tuple(SPREAD),
-        7,
-        20480,
-    ),
     # SpecForge, configs/qwen3-8b-domino.json
     "Domino of Qwen3-8B": Published(
         OF_QWEN3_8B
@@ -175,24 +134,6 @@ IDS = {
         (1, 17, 32),
         None,
         4096,
-    ),
-    # SpecForge, configs/gpt-oss-20B-eagle3.json
-    "EAGLE-3 of gpt-oss-20b": Published(
-        {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_act": "silu"}
-        | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 11, 21]}, "head_dim": 64}
-        | {
-            "hidden_size": 2880,
-            "intermediate_size": 17280,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-        }
-        | {"num_hidden_layers": 1, "vocab_size": 201088, "draft_vocab_size": 32000, "rms_norm_eps": 1e-5}
-        | {"max_position_embeddings": 4096, "tie_word_embeddings": False},
-        TargetShape(2880, 24, 201088),
-        "EAGLE-3",
-        (1, 11, 21),
-        None,
-        2048,
     ),
     # RedHatAI/gpt-oss-20b-speculator.eagle3: one norm over the features, layers left to the default
     "speculator of gpt-oss-20b": Published(

@@ -152,15 +152,6 @@ def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> Non
     )
 
 
-def test_dwell_counts_the_rounds_of_an_arm_in_a_row() -> None:
-    state = RequestState("r")
-    found = []
-    for arm in ("ar", "ar", "ar", "none", "ar"):
-        state.chose(arm)
-        found.append(state.dwell)
-    assert found == [1, 2, 3, 1, 1]
-
-
 def test_what_promises_less_than_plain_decoding_is_no_choice() -> None:
     scores, passes = {"ar": 2.0, "lookup": 0.9, "none": 1.0}, {"ar": 2.0, "none": 1.0}
     assert _of_passes(scores, {"lookup": Forecast(0.9, 3)}, priced=True) == (passes, "none")

@@ -39,7 +39,7 @@ def test_names_that_no_draft_depends_on_are_checked() -> None:
 
 def test_hints_are_added_to_what_is_said_already() -> None:
     said = {"other": 1, **carried(version=1, trace="full", agent="a")}
-    params = add_hints(said, {"spans": [{"kind": "json", "open": True}]})
+    params = add_hints(said, {"spans": [OPEN]})
     assert params is not None
     assert params["other"] == 1
     added = parse_hints(params)
@@ -61,92 +61,63 @@ def test_absent_hints_are_the_default(params: object) -> None:
     assert parse_hints(params) == RequestHints()
 
 
-@pytest.mark.parametrize(
-    ("params", "field"),
-    [
-        ([], "custom_params"),
-        ({"whiflash": {}}, "custom_params.whiflash"),
-        ({"whiflash": "{"}, "custom_params.whiflash"),
-        ({"whiflash": "[]"}, "custom_params.whiflash"),
-        ({"whiflash": "[" * MAX_BYTES}, "custom_params.whiflash"),
-        ({"whiflash": " " * (MAX_BYTES + 1)}, "custom_params.whiflash"),
-        ({"whiflash": '"' + "é" * MAX_BYTES + '"'}, "custom_params.whiflash"),
-        ({"whiflash": "\ud800"}, "custom_params.whiflash"),
-        ({"whiflash": '{"off": NaN}'}, "custom_params.whiflash"),
-        ({"whiflash": '{"off": true, "off": false}'}, "custom_params.whiflash"),
-        ({"whiflash": '{"version": ' + "9" * 5000 + "}"}, "custom_params.whiflash"),
-        ({"whiflash": "[" + "{}," * 100 + "{}]"}, "custom_params.whiflash"),
-        (carried(version=2), "custom_params.whiflash.version"),
-        (carried(version=True), "custom_params.whiflash.version"),
-        (carried(off=1), "custom_params.whiflash.off"),
-        (carried(trace="yes"), "custom_params.whiflash.trace"),
-        (carried(lookup="none"), "custom_params.whiflash.lookup"),
-        (carried(lookup=False), "custom_params.whiflash.lookup"),
-        (carried(sapns=[]), "custom_params.whiflash.sapns"),
-        (carried(agent=7), "custom_params.whiflash.agent"),
-        (carried(agent=""), "custom_params.whiflash.agent"),
-        (carried(agent="x" * 65), "custom_params.whiflash.agent"),
-        (carried(agent="\ud800"), "custom_params.whiflash.agent"),
-        (carried(query=True), "custom_params.whiflash.query"),
-        (carried(query=-1), "custom_params.whiflash.query"),
-        (carried(query=2**31), "custom_params.whiflash.query"),
-        (carried(query=1.5), "custom_params.whiflash.query"),
-        (carried(query="x" * 65), "custom_params.whiflash.query"),
-        (carried(structure={}), "custom_params.whiflash.structure"),
-        (carried(structure=[["a", "b"]] * 17), "custom_params.whiflash.structure"),
-        (carried(structure=[["a", "b"], "ab"]), "custom_params.whiflash.structure[1]"),
-        (carried(structure=[["a"]]), "custom_params.whiflash.structure[0]"),
-        (carried(structure=[[None, "b"]]), "custom_params.whiflash.structure[0][0]"),
-        (carried(structure=[["a", ""]]), "custom_params.whiflash.structure[0][1]"),
-        (carried(structure=[["x" * 65, "b"]]), "custom_params.whiflash.structure[0][0]"),
-        (carried(spans={}), "custom_params.whiflash.spans"),
-        (carried(spans=[{"kind": "json", "open": True}] * (MAX_SPANS + 1)), "custom_params.whiflash.spans"),
-        (carried(spans=[3]), "custom_params.whiflash.spans[0]"),
-        (carried(spans=[{"kind": "json", "begin": "x", "off": True}]), "custom_params.whiflash.spans[0].off"),
-        (carried(spans=[{"begin": "x"}]), "custom_params.whiflash.spans[0].kind"),
-        (carried(spans=[{"kind": "poem", "begin": "x"}]), "custom_params.whiflash.spans[0].kind"),
-        (carried(spans=[{"kind": "json"}]), "custom_params.whiflash.spans[0].begin"),
-        (carried(spans=[{"kind": "json", "begin": ""}]), "custom_params.whiflash.spans[0].begin"),
-        (carried(spans=[{"kind": "json", "begin": 7}]), "custom_params.whiflash.spans[0].begin"),
-        (carried(spans=[{"kind": "json", "begin": "x" * 65}]), "custom_params.whiflash.spans[0].begin"),
-        (carried(spans=[{"kind": "json", "begin": "\udfff"}]), "custom_params.whiflash.spans[0].begin"),
-        (carried(spans=[{"kind": "json", "begin": "x", "end": []}]), "custom_params.whiflash.spans[0].end"),
-        (
-            carried(spans=[{"kind": "json", "begin": "x", "prefer": "eagle"}]),
-            "custom_params.whiflash.spans[0].prefer",
-        ),
-        (
-            carried(spans=[{"kind": "json", "begin": "x", "pin": True}]),
-            "custom_params.whiflash.spans[0].prefer",
-        ),
-        (carried(spans=[{"kind": "json", "begin": "x", "bias": 1}]), "custom_params.whiflash.spans[0].bias"),
-        (
-            carried(spans=[{"kind": "json", "begin": "x", "bias": {"tree": 1}}]),
-            "custom_params.whiflash.spans[0].bias.tree",
-        ),
-        (
-            carried(spans=[{"kind": "json", "begin": "x", "bias": {"ar": True}}]),
-            "custom_params.whiflash.spans[0].bias.ar",
-        ),
-        (
-            carried(spans=[{"kind": "json", "begin": "x", "bias": {"ar": 17}}]),
-            "custom_params.whiflash.spans[0].bias.ar",
-        ),
-        (
-            carried(spans=[{"kind": "json", "begin": "x", "bias": {"ar": -16.5}}]),
-            "custom_params.whiflash.spans[0].bias.ar",
-        ),
-        (
-            {"whiflash": '{"spans":[{"kind":"json","begin":"x","bias":{"ar":1e999}}]}'},
-            "custom_params.whiflash.spans[0].bias.ar",
-        ),
-    ],
-)
+def span(**fields: object) -> dict[str, object]:
+    """A hint of one span, whose kind and begin marker are right but where `fields` say otherwise."""
+    return carried(spans=[{"kind": "json", "begin": "x"} | fields])
+
+
+OPEN = {"kind": "json", "open": True}
+MALFORMED: list[tuple[object, str]] = [
+    ([], ""),
+    *(
+        ({"whiflash": text}, ".whiflash")
+        for text in (
+            *({}, "{", "[]", "[" * MAX_BYTES, " " * (MAX_BYTES + 1), '"' + "é" * MAX_BYTES + '"', "\ud800"),
+            *('{"off": NaN}', '{"off": true, "off": false}', '{"version": ' + "9" * 5000 + "}"),
+            "[" + "{}," * 100 + "{}]",
+        )
+    ),
+    *((carried(version=value), ".whiflash.version") for value in (2, True)),
+    *((carried(lookup=value), ".whiflash.lookup") for value in ("none", False)),
+    *((carried(agent=value), ".whiflash.agent") for value in (7, "", "x" * 65, "\ud800")),
+    *((carried(query=value), ".whiflash.query") for value in (True, -1, 2**31, 1.5, "x" * 65)),
+    (carried(off=1), ".whiflash.off"),
+    (carried(trace="yes"), ".whiflash.trace"),
+    (carried(sapns=[]), ".whiflash.sapns"),
+    (carried(structure={}), ".whiflash.structure"),
+    (carried(structure=[["a", "b"]] * 17), ".whiflash.structure"),
+    (carried(structure=[["a", "b"], "ab"]), ".whiflash.structure[1]"),
+    (carried(structure=[["a"]]), ".whiflash.structure[0]"),
+    (carried(structure=[[None, "b"]]), ".whiflash.structure[0][0]"),
+    (carried(structure=[["a", ""]]), ".whiflash.structure[0][1]"),
+    (carried(structure=[["x" * 65, "b"]]), ".whiflash.structure[0][0]"),
+    (carried(spans={}), ".whiflash.spans"),
+    (carried(spans=[OPEN] * (MAX_SPANS + 1)), ".whiflash.spans"),
+    (carried(spans=[3]), ".whiflash.spans[0]"),
+    (carried(spans=[{"begin": "x"}]), ".whiflash.spans[0].kind"),
+    (carried(spans=[{"kind": "json"}]), ".whiflash.spans[0].begin"),
+    (span(off=True), ".whiflash.spans[0].off"),
+    (span(kind="poem"), ".whiflash.spans[0].kind"),
+    *((span(begin=value), ".whiflash.spans[0].begin") for value in ("", 7, "x" * 65, "\udfff")),
+    (span(end=[]), ".whiflash.spans[0].end"),
+    (span(prefer="eagle"), ".whiflash.spans[0].prefer"),
+    (span(pin=True), ".whiflash.spans[0].prefer"),
+    (span(bias=1), ".whiflash.spans[0].bias"),
+    (span(bias={"tree": 1}), ".whiflash.spans[0].bias.tree"),
+    *((span(bias={"ar": value}), ".whiflash.spans[0].bias.ar") for value in (True, 17, -16.5)),
+    (
+        {"whiflash": '{"spans":[{"kind":"json","begin":"x","bias":{"ar":1e999}}]}'},
+        ".whiflash.spans[0].bias.ar",
+    ),
+]
+
+
+@pytest.mark.parametrize(("params", "field"), MALFORMED)
 def test_malformed_hint_is_refused_by_field(params: object, field: str) -> None:
     with pytest.raises(HintError) as caught:
         parse_hints(params)
-    assert caught.value.field == field
-    assert str(caught.value) == f"{field}: {caught.value.reason}"
+    assert caught.value.field == f"custom_params{field}"
+    assert str(caught.value) == f"custom_params{field}: {caught.value.reason}"
     assert len(str(caught.value)) < 300
 
 
@@ -174,7 +145,7 @@ def test_a_text_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"off": 1}, "must be true or false"),
         ({"version": 2}, "this server understands version 1"),
         ({"spans": {}}, "must be a list"),
-        ({"spans": [{"kind": "json", "open": True}] * 17}, "holds 17 entries; at most 16 are allowed"),
+        ({"spans": [OPEN] * 17}, "holds 17 entries; at most 16 are allowed"),
         ({"spans": [3]}, "must be an object"),
         ({"spans": [{"begin": "x"}]}, "is missing"),
         ({"spans": [{"kind": "json"}]}, "is missing; give a marker, or set open to start inside the span"),
@@ -306,43 +277,10 @@ def test_capabilities_are_json() -> None:
     assert (read["limits"], read["scopes"]) == (limits, ["agent"])
 
 
-_SCALARS = [
-    None,
-    True,
-    0,
-    -1,
-    2**70,
-    1e308,
-    math.nan,
-    -math.inf,
-    "",
-    "ar",
-    "json",
-    "\x00",
-    "\ud800",
-    "é" * 70,
-    "x" * 9000,
-]
-_NAMES = [
-    "version",
-    "off",
-    "infer",
-    "trace",
-    "lookup",
-    "agent",
-    "query",
-    "structure",
-    "spans",
-    "kind",
-    "begin",
-    "end",
-    "open",
-    "prefer",
-    "pin",
-    "bias",
-    "ar",
-    "?",
-]
+_SCALARS = [None, True, 0, -1, 2**70, 1e308, math.nan, -math.inf, "", "ar", "json", "\x00", "\ud800"]
+_SCALARS += ["é" * 70, "x" * 9000]
+_WORDS = "version off infer trace lookup agent query structure spans kind begin end open prefer pin bias ar ?"
+_NAMES = _WORDS.split()
 
 
 def _value(rng: random.Random, depth: int) -> object:
@@ -432,9 +370,9 @@ def test_fuzzed_payloads_never_escape_at_length(monkeypatch: pytest.MonkeyPatch)
         ({"trace": True}, False, "none"),
         ({"off": True}, False, "request"),
         ({"lookup": "context"}, False, "request"),
-        ({"spans": [{"kind": "json", "open": True}]}, False, "request"),
-        ({"spans": [{"kind": "json", "open": True}]}, True, "inferred"),
-        ({"spans": [{"kind": "json", "open": True}], "off": True}, True, "request"),
+        ({"spans": [OPEN]}, False, "request"),
+        ({"spans": [OPEN]}, True, "inferred"),
+        ({"spans": [OPEN], "off": True}, True, "request"),
         (None, True, "none"),
     ],
 )

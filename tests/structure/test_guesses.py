@@ -5,19 +5,18 @@ from typing import Any
 
 import pytest
 import xgrammar
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from structure_grammars import SCHEMAS, Case, Grammars
+from structure_grammars import Grammars
 
 from whiflash_sglang.spans.vocabulary import Vocabulary
-from whiflash_sglang.structure.chances import Kind, Piece, StructureChances
+from whiflash_sglang.structure.chances import Kind, Piece
 from whiflash_sglang.structure.guesses import STEPS, Guesses, likely, parted
 from whiflash_sglang.structure.layout import NO_FRAMES, Frames, Layout
 from whiflash_sglang.structure.matchers import XGrammarMatcher
 from whiflash_sglang.structure.schemas import MOST_WORDS, frames_of, words_of
 from whiflash_sglang.structure.sketch import sketch, text_of
 
-LIKELIHOOD = StructureChances().of
 TRIP = {
     "type": "object",
     "properties": {
@@ -92,42 +91,6 @@ def test_nothing_is_guessed_inside_free_text(grammars: Grammars, vocabulary: Voc
     assert follow(grammars, vocabulary, TRIP, '{"city": "unit') == "", (
         "a word of the schema is no guess there"
     )
-
-
-@settings(deadline=None, max_examples=60)
-@given(case=SCHEMAS, indent=st.sampled_from([None, 0, 2]), limit=st.integers(1, 24))
-def test_no_guess_is_forbidden(
-    grammars: Grammars, vocabulary: Vocabulary, case: Case, indent: int | None, limit: int
-) -> None:
-    """Along a document in any layout, at each of its tokens; the engine's own masks judge every proposal."""
-    schema, value = case
-    raw, judge = (grammars.raw(schema, blanks=True) for _ in range(2))
-    matcher, layout, own = grammars.matcher(raw, vocabulary), Layout(), guesses(schema)
-    tokens = vocabulary.encode(json.dumps(value, ensure_ascii=False, indent=indent))
-    for done, written in enumerate(tokens):
-        found = sketch(
-            matcher,
-            vocabulary,
-            tokens[:done],
-            limit,
-            end=grammars.end,
-            likelihood=LIKELIHOOD,
-            guesses=own,
-            layout=layout,
-        )
-        assert len(found) <= limit
-        steps = 0
-        for token in found:
-            assert grammars.allowed(judge)[token.token], "a draft that the grammar forbids"
-            if token.kind is not Kind.END:
-                grammars.accept(judge, token.token)
-                steps += 1
-        if steps:
-            judge.rollback(steps)
-        assert grammars.allowed(raw)[written], "the matcher was moved"
-        layout.follow(text_of(vocabulary, [written]))
-        for engine in (raw, judge):
-            grammars.accept(engine, written)
 
 
 def test_work_is_bounded(grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:

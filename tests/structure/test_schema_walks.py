@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from structure_grammars import Grammars
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structure_grammars import SCHEMAS, Case, Grammars
 
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind, StructureChances
@@ -111,7 +113,7 @@ def _forbidden(grammars: Grammars, judge: Any, found: list[Token]) -> int:
 
 
 ANYTHING: dict[str, Any] = {}
-SCHEMAS: dict[str, Any] = {
+WRITTEN: dict[str, Any] = {
     "references": {
         "$defs": {
             "node": {
@@ -165,16 +167,28 @@ SCHEMAS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_nothing_forbidden_nothing_moved_and_bounded_work(
     grammars: Grammars, vocabulary: Vocabulary, name: str
 ) -> None:
     done, rng = Walked(), random.Random(name)
     for _ in range(4):
-        walk_schema(grammars, vocabulary, SCHEMAS[name], rng, 40, done)
+        walk_schema(grammars, vocabulary, WRITTEN[name], rng, 40, done)
+    check(done, vocabulary)
     assert done.tokens > 4
+    assert done.proposed > 0 or name in ("bounds", "anything")
+
+
+@settings(deadline=None, max_examples=40)
+@given(case=SCHEMAS, seed=st.integers(0, 99))
+def test_of_any_schema(grammars: Grammars, vocabulary: Vocabulary, case: Case, seed: int) -> None:
+    done = Walked()
+    walk_schema(grammars, vocabulary, case[0], random.Random(seed), 25, done)
+    check(done, vocabulary)
+
+
+def check(done: Walked, vocabulary: Vocabulary) -> None:
     assert done.forbidden == done.moved == 0
     written = TAIL * max(map(len, vocabulary.token_bytes))
     assert done.most_looks <= 2
     assert done.most_cut <= 2 * (WIDTH * CHARS_PER_TOKEN + written)
-    assert done.proposed > 0 or name in ("bounds", "anything")

@@ -10,7 +10,7 @@ from structure_grammars import SCHEMAS, Case, Grammars
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind, StructureChances
 from whiflash_sglang.structure.matchers import Matcher
-from whiflash_sglang.structure.sketch import CHARS_PER_TOKEN, TAIL, Piece, Token, cut, sketch, text_of
+from whiflash_sglang.structure.sketch import Piece, Token, cut, sketch, text_of
 
 LIKELIHOOD = StructureChances().of
 
@@ -130,22 +130,6 @@ def test_a_tokenizer_that_sets_a_blank_before_texts(grammars: Grammars, vocabula
     matcher = grammars.matcher(raw, vocabulary)
     for tail in ([], vocabulary.encode("x ="), vocabulary.encode("x = ")):
         assert ids(proposed(matcher, blank, tail)) == ids(proposed(matcher, vocabulary, tail)) != []
-
-
-def test_work_is_bounded(grammars: Grammars, vocabulary: Vocabulary) -> None:
-    matcher = grammars.matcher(grammars.raw({"const": "Paris " * 400}, blanks=False), vocabulary)
-    tail, seen = vocabulary.encode("Paris " * 40), list[int]()
-    written = len(text_of(vocabulary, tail[-TAIL:]))
-
-    def counted(text: str) -> list[int]:
-        seen.append(len(text))
-        return vocabulary.encode(text)
-
-    for limit in (1, 7, 64):
-        seen.clear()
-        assert len(proposed(matcher, vocabulary._replace(encode=counted), tail, limit)) == limit
-        assert max(seen) <= limit * CHARS_PER_TOKEN + written
-        assert len(seen) <= 2
 
 
 def test_what_was_tried_is_taken_back_whatever_happens(grammars: Grammars, vocabulary: Vocabulary) -> None:
