@@ -16,7 +16,7 @@ import torch
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.core import Lengths, RoundBatch
+from whiflash_sglang.core import Round
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter, KVDrafter, of_text
 from whiflash_sglang.drafters.length import Chances
@@ -26,12 +26,12 @@ from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner, rows_of
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.round.voices import Voices
+from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundClock, RoundWork
+from whiflash_sglang.telemetry.round_clock import RoundClock, RoundTime
 from whiflash_sglang.telemetry.tally import Tally
 
 VOCABULARY, PROMPT, CONTEXT, NEW, COPIED = 1000, 64, 8192, 2, 24
@@ -71,8 +71,8 @@ class Batch:
         drafts = {arm: Sizes((1, 4096), (0.001, 0.002)) for arm in (arms.AR, arms.DIFFUSION)}
         costs.tables = CostTables(Verifications(0, 1, seconds, seconds), drafts, {})
         controller, clock = Controller(AutoPolicy(), costs, ()), RoundClock()
-        voices = Voices(self.drafters, held, VOCABULARY)
-        self.planner = Planner(self.drafters, sync, controller, clock, held, voices, host)
+        sources = DraftSources(self.drafters, held, VOCABULARY)
+        self.planner = Planner(self.drafters, sync, controller, clock, held, sources, host)
         self.learner = Learner(self.drafters, controller, clock, Tally.of(self.drafters), held)
         self.requests = []
         for row in range(1, size + 1):
@@ -87,29 +87,30 @@ class Batch:
         """CPU seconds of planning a round and of learning from it."""
         lengths = [len(req.origin_input_ids) + len(req.output_ids) - 1 for req in self.requests]
         starts = torch.tensor(lengths)
-        batch = RoundBatch(
+        round = Round(
             rows=torch.arange(1, self.size + 1),
             row_ids=list(range(1, self.size + 1)),
             starts=starts,
-            lengths=Lengths(lengths, lengths),
+            least=lengths,
+            most=lengths,
             bonus=torch.zeros_like(starts),
             reqs=self.requests,
             budgets=[CONTEXT] * self.size,
             ahead=[[]] * self.size,
         )
         began = time.process_time()
-        plan = self.planner.plan(batch)
+        self.planner.plan(round)
         spent = time.process_time() - began
-        found = self._found(lengths)
+        results = self._results(lengths)
         began = time.process_time()
-        tokens = self.learner.learn(plan, found)
-        self.learner.timed(PreviousRound(RoundWork(4 * self.size, self.size), NEW * self.size, 0.01, 0, 0))
+        tokens = self.learner.learn(round, results)
+        self.learner.timed(RoundTime(4 * self.size, self.size, tokens=NEW * self.size, seconds=0.01))
         spent += time.process_time() - began
         for req, new in zip(self.requests, tokens, strict=True):
             req.output_ids += new
         return spent
 
-    def _found(self, lengths: list[int]) -> dict[str, list[Any]]:
+    def _results(self, lengths: list[int]) -> dict[str, list[Any]]:
         """The results of such a round: three drafts each, one of them right."""
         many, texts = self.size, [req.origin_input_ids for req in self.requests]
         numbers = [len(req.output_ids) for req in self.requests]
@@ -120,10 +121,10 @@ class Batch:
         return {
             "starts": lengths,
             "widths": [4] * many,
-            "own": [3] * many,
-            "drafts": [[own[0], 0, 0] for own in new],
+            "first_drafts": [3] * many,
+            "drafts": [[run[0], 0, 0] for run in new],
             "drafted": [3] * many,
-            "voice": [0] * many,
+            "source": [0] * many,
             "tokens": new,
             "accept_lens": [NEW] * many,
             "confidences": [[0.7, 0.5, 0.4]] * many,

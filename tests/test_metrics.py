@@ -3,7 +3,7 @@
 import pytest
 
 from whiflash_sglang.device import clock as clocks
-from whiflash_sglang.telemetry.round_clock import DraftTime, RoundClock, RoundWork
+from whiflash_sglang.telemetry.round_clock import DraftTime, RoundClock, RoundTime
 
 
 class Events:
@@ -39,10 +39,10 @@ def test_the_gap_between_two_rounds_is_no_pause(
     clock.proposed(0.001)
     now[0] += 0.030
     clock.learned(2)
-    clock.end(RoundWork(4, 1))
+    clock.end(RoundTime(4, 1))
     now[0] += pause
     (previous,) = clock.begin()
-    assert (previous.work.rows, previous.tokens) == (4, 2)
+    assert (previous.rows, previous.tokens) == (4, 2)
     assert (previous.seconds, previous.drafting, previous.gap) == pytest.approx((0.030, 0.005, gap))
     assert [draft.arm for draft in previous.drafts] == ["ar"]
     assert clock._drafts == [], "the next round's are its own"
@@ -52,7 +52,7 @@ def test_what_an_interruption_ends_says_nothing() -> None:
     clock = RoundClock()
     clock.begin()
     clock.learned(1)
-    clock.end(RoundWork(1, 1))
+    clock.end(RoundTime(1, 1))
     clock.interrupt()
     assert clock.begin() == []
 
@@ -66,16 +66,16 @@ def test_rounds_on_a_device_are_timed_by_its_events_when_they_have_come() -> Non
         assert clock.begin() == []
         clock.learned(number)
         events.now = begins + 8.0
-        clock.end(RoundWork(number, 1))
+        clock.end(RoundTime(number, 1))
     events.now, events.done = 60.0, 30.0
     first, second = clock.begin()
-    assert [(r.work.rows, r.tokens, r.seconds, r.gap) for r in (first, second)] == [
+    assert [(r.rows, r.tokens, r.seconds, r.gap) for r in (first, second)] == [
         (1, 1, 8.0, 2.0),
         (2, 2, 8.0, 8.0),
     ], "a pause of 12 s says nothing of the engine"
     events.now = 68.0
-    clock.end(RoundWork(4, 1))
+    clock.end(RoundTime(4, 1))
     clock.interrupt()
     events.now = events.done = 100.0
     (third,) = clock.begin()
-    assert (third.work.rows, third.tokens) == (3, 3)
+    assert (third.rows, third.tokens) == (3, 3)

@@ -7,7 +7,8 @@ import pytest
 from whiflash_sdk import routing
 from whiflash_sdk.hints import TraceLevel
 
-from whiflash_sglang.telemetry.trace import Part, Recording, build_trace, pieces_of, place
+from whiflash_sglang.candidates import Part
+from whiflash_sglang.telemetry.trace import Recording, build_trace, pieces_of, place
 
 PROMPT = 7
 SOURCES = ("ar", "diffusion", "context", "prediction", "memory", "grammar", "tools")

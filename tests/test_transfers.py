@@ -33,4 +33,4 @@ def test_a_download_keeps_shapes_and_kinds() -> None:
     download = Download(**fields)
     wanted = {name: field.tolist() for name, field in fields.items()}
     assert download.read() == wanted
-    assert download.read(download.packed.clone()) == wanted, "of a copy that someone else made"
+    assert download.copy_to_host(torch.clone).read() == wanted, "of the copy"

@@ -17,7 +17,7 @@ STRUCTURE = "structure"
 """Text that a grammar forces next; no training, no forward pass."""
 
 NONE = "none"
-"""No neural pass: free voices are verified, or where nobody speaks the round is a plain decoding step."""
+"""No neural pass: candidates are verified, or without any the round is a plain decoding step."""
 
 PROMISED = "promised"
-"""What rounds without a pass are reckoned under where a free voice promised something; no request is routed to it."""
+"""What rounds without a pass are reckoned under where a candidate promised something; no request is routed to it."""

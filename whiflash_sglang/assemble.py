@@ -44,7 +44,7 @@ from whiflash_sglang.round.hooks import Forcing, PinnedAcceptance
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner, rows_of
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.round.voices import Voices
+from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import NeuralPolicy
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy, RandomPolicy
@@ -279,7 +279,7 @@ def build_stages(parts: Parts) -> Stages:
     )
     if not hooks:
         target.end_graphs_with(epilogue)
-    voices = Voices(parts.drafters, parts.quarantine, target.shape.vocab_size, parts.spending)
+    sources = DraftSources(parts.drafters, parts.quarantine, target.shape.vocab_size, parts.spending)
     return Stages(
         hooks=hooks,
         lifecycle=_lifecycle(parts, stops, hooks),
@@ -289,11 +289,11 @@ def build_stages(parts: Parts) -> Stages:
             controller=parts.controller,
             clock=parts.clock,
             quarantine=parts.quarantine,
-            voices=voices,
+            sources=sources,
             host=parts.host,
             ranks=parts.ranks,
         ),
-        drafting=_drafting(parts, stops, voices, hooks),
+        drafting=_drafting(parts, stops, sources, hooks),
         verifier=VerifyStage(target, tokens, parts.host, epilogue, hooks, parts.spending),
         epilogue=epilogue,
         learner=Learner(
@@ -326,7 +326,9 @@ def _lifecycle(parts: Parts, stops: StopTable, hooks: Sequence[SampleHook]) -> L
     )
 
 
-def _drafting(parts: Parts, stops: StopTable, voices: Voices, hooks: Sequence[SampleHook]) -> DraftStage:
+def _drafting(
+    parts: Parts, stops: StopTable, sources: DraftSources, hooks: Sequence[SampleHook]
+) -> DraftStage:
     return DraftStage(
         drafters=parts.drafters,
         sync=parts.sync,
@@ -335,7 +337,7 @@ def _drafting(parts: Parts, stops: StopTable, voices: Voices, hooks: Sequence[Sa
         text=parts.tokens.data,
         stops=stops.few,
         host=parts.host,
-        voices=voices,
+        sources=sources,
         quarantine=parts.quarantine,
         rows_for=parts.target.rows_for,
         branches=branches_of(

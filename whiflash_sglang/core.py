@@ -5,55 +5,142 @@ token: known, emitted, without KV. Intervals are half-open. What a drafter write
 B is the number of requests, W a padded width, T a number of packed rows.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from whiflash_kernels import Chosen, Committed, Copies, Drafts, MixedBlock, PassRows, pass_rows
+from whiflash_kernels import Chosen, Committed, Copies, Drafts, HostDrafts, MixedBlock, PassRows, pass_rows
 
+from whiflash_sglang import arms
+from whiflash_sglang.candidates import Candidate, Part
 from whiflash_sglang.device.capture import StaticInput
-from whiflash_sglang.device.transfers import EXACT, HostView, Upload
+from whiflash_sglang.device.transfers import EXACT, Floats, HostView, Upload
 from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
-from whiflash_sglang.routing.signals import Forecast
-from whiflash_sglang.telemetry.trace import Part, first_of
+from whiflash_sglang.routing.request_state import Decision, RequestState
+from whiflash_sglang.telemetry.round_clock import RoundTime
 
 
-class Lengths(NamedTuple):
-    """What the host knows of n, per request: at least, and at most. The same where nothing is under way."""
+class Strand(NamedTuple):
+    """One further chain of a request, verified beside its first one (`round/strands.py`).
 
-    least: Sequence[int]
-    most: Sequence[int]
-
-
-@dataclass(frozen=True)
-class RoundBatch:
-    """A decode batch in this package's terms.
-
-    rows: [B] int64 rows of the request table; row_ids: the same on the host. starts: [B] int64, n per request;
-    lengths: what the host knows of them. bonus: [B] int64, token n. reqs: SGLang's requests, for host-side history.
-    budgets: tokens that each request may commit in one round: what is left of its own max_new_tokens and of the
-    context, and one where its next token cannot be judged before the scheduler has seen this one.
-    ahead: tokens that each request committed in earlier rounds of this step. spare: rows of the request table that
-    nobody has, for strands. chain_only: requests that take none.
+    owner: its request, an index of the batch. fork: drafts of the first chain that it shares. tokens: its own, whose
+    first is not the first chain's next draft. first_row: its rows' place behind the first row of its request. chance:
+    that its first token is accepted. source: what it was taken from.
     """
 
-    rows: torch.Tensor
-    row_ids: list[int]
-    starts: torch.Tensor
-    lengths: Lengths
-    bonus: torch.Tensor
-    reqs: list[Any]
-    budgets: list[int]
-    ahead: list[list[int]]
-    spare: Sequence[int] = ()
-    chain_only: Sequence[bool] = ()
+    owner: int
+    fork: int
+    tokens: Sequence[int]
+    first_row: int
+    chance: float
+    source: str
 
-    @cached_property
-    def names(self) -> list[tuple[int, str]]:
-        """Row and id of each request: a row alone may be another's by the time that its round's results are known."""
-        return [(row, req.rid) for row, req in zip(self.row_ids, self.reqs, strict=True)]
+
+class Due(NamedTuple):
+    """Requests of a batch that an arm has to catch up before a round.
+
+    members: their indices in the batch. rows: most tokens that they have to ingest together, never 0; exactly those
+    where n is known.
+    """
+
+    members: list[int]
+    rows: int
+
+
+LIMITS = ("limits", "joined", "copying", "rooms")
+"""Fields of a `Round` that bound drafts, and that the device needs too."""
+
+DECIDED = (
+    *LIMITS,
+    "single",
+    "routes",
+    "asked",
+    "reckoned",
+    "made_room",
+    "candidates",
+    "worth",
+    "calibration",
+)
+"""Fields of a `Round` that the first rank decides from what it alone looks at; the others take them over."""
+
+
+@dataclass(eq=False)
+class Round:
+    """One round of a decode batch of B requests. Each stage fills its part of it; a part that no stage has filled yet
+    cannot be read.
+    """
+
+    # Filled by `round_batch` or `next_round` (compat/scheduler/spec_worker.py), of SGLang's batch.
+    rows: torch.Tensor  # [B] int64, rows of the request table
+    row_ids: list[int]  # the same on the host
+    starts: torch.Tensor  # [B] int64, n
+    least: Sequence[int]  # what the host knows of n: at least,
+    most: Sequence[int]  # and at most; the same if nothing is under way
+    bonus: torch.Tensor  # [B] int64, token n
+    reqs: list[Any]  # SGLang's requests, for host-side history
+    # Tokens that each may commit: what is left of its max_new_tokens and of the context, and one if its next token
+    # cannot be judged before the scheduler has seen this one.
+    budgets: list[int]
+    ahead: list[list[int]]  # tokens that each committed in earlier rounds of this step
+    spare: Sequence[int] = ()  # rows of the request table that nobody has, for strands
+    chain_only: Sequence[bool] = ()  # whether a request takes no strands
+
+    # Filled by route (round/planning.py), a value a request.
+    states: list[RequestState] = field(init=False)  # the controller's; a later request in the row has another
+    decisions: list[Decision] = field(init=False)  # on what each was decided
+    single: list[int] = field(init=False)  # indices of those whose grammar is too dear for drafts
+    routes: list[str] = field(init=False)  # neural pass of each, or `none`
+    asked: list[list[str]] = field(init=False)  # arms that were asked what they propose
+    candidates: list[dict[str, Candidate]] = field(
+        init=False
+    )  # without a pass, as far as they may be verified
+    limits: list[int] = field(init=False)  # drafts of the pass at most, 0 without one
+    joined: list[int] = field(
+        init=False
+    )  # at most with those that other arms may put behind them, 0: none may
+    copying: list[int] = field(init=False)  # drafts that the device may copy in their place at most
+    rooms: list[int] = field(init=False)  # drafts at most, whoever's
+    reckoned: list[str] = field(init=False)  # what drafts are learned by: the route, or `promised`
+    made_room: list[float] = field(init=False)  # drafts that rows are there for (`WorkerCosts.room`)
+
+    # Filled by route, a value an arm.
+    worth: dict[str, Worth] = field(init=False)  # what a further draft must bring
+    calibration: dict[str, Floats] = field(init=False)  # `Drafter.calibration` of all that draft
+    members: dict[str, list[int]] = field(init=False)  # indices of the requests that it drafts for
+    due: dict[str, Due] = field(init=False)  # which requests it catches up
+    proposers: Sequence[str] = field(init=False)  # arms of `host_drafts` in its order, and last the device's
+
+    # Filled by route, on the device; nothing if nobody drafts and nobody catches up.
+    bounds: Mapping[str, torch.Tensor] = field(init=False)  # [B] int64 of each of `LIMITS`
+    indices: Mapping[str, torch.Tensor] = field(init=False)  # [M] int64 per arm, its `members`
+    due_flags: torch.Tensor = field(init=False)  # [arms * B] int64, `DraftSync.flags`
+    calibrations: Mapping[str, torch.Tensor] = field(init=False)  # float32 per arm
+    host_drafts: HostDrafts | None = field(init=False)  # `candidates`, unless the host places them itself
+
+    # Filled by draft (round/draft.py).
+    drafts: Drafts = field(init=False)  # of the passes, whether or not they are verified
+    chosen: Chosen = field(init=False)  # what is verified; its `own` counts those of each request's first arm
+    packed_rows: int = field(init=False)  # rows of the verification, with those of strands,
+    stride: int = field(init=False)  # and of its widest request: bounds, if the host may not count the widths
+    bounded: bool = field(default=False, init=False)  # whether they are, and the requests competed for rows
+    parts: Sequence[Sequence[Part]] | None = field(
+        default=None, init=False
+    )  # of first chains, if the host knows
+    strands: Sequence[Strand] = field(default=(), init=False)  # further chains of requests
+    copies: Copies | None = field(default=None, init=False)  # by the device, whether or not they are verified
+
+    # Filled by verify (verify.py): each strand, with how many of its tokens were right, 0 where it lost.
+    accepted: Sequence[tuple[Strand, int]] = field(default=(), init=False)
+
+    def __post_init__(self) -> None:
+        # A row alone may be another request's by the time that its round's results are known.
+        self.names = [(row, req.rid) for row, req in zip(self.row_ids, self.reqs, strict=True)]
+        assert len(self.names) == len(self.least) == len(self.most) == len(self.budgets) == len(self.ahead)
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
 
     def take_single(self, indices: Sequence[int]) -> None:
         """Let these requests commit one token, and end the step after it."""
@@ -75,139 +162,100 @@ class RoundBatch:
         """The same of its output, from output token `start` on."""
         return self.history(index, len(self.reqs[index].origin_input_ids) + start)
 
+    @property
+    def speculates(self) -> bool:
+        """Whether anything was promised, or a model drafts."""
+        return any(arm != arms.NONE for arm in self.reckoned)
+
+    @property
+    def row_worth(self) -> float:
+        """What a verified row must bring, whoever drafts it."""
+        return max(worth.row for worth in self.worth.values())
+
+    @property
+    def usual_drafts(self) -> int:
+        """Drafts that the round has rows for, where the host may not count them."""
+        return math.ceil(sum(map(min, self.rooms, self.made_room)))
+
+    def draft_nothing(self) -> None:
+        """Every request verifies its bonus token."""
+        ones = torch.ones_like(self.rows, dtype=torch.int32)
+        none, nothing = ones - 1, torch.empty((len(self), 0), device=self.rows.device)
+        tokens = nothing.long()
+        self.drafts = Drafts(tokens, none, nothing, nothing, none, passes=0)
+        self.chosen = Chosen(tokens, ones, none, none, none)
+        self.packed_rows, self.stride = len(self), 1
+
+    @property
+    def rows_each(self) -> torch.Tensor:
+        """[B] int32, rows that each request verifies, its strands' among them."""
+        widths = self.chosen.widths
+        if not self.strands:
+            return widths
+        owners = torch.tensor([strand.owner for strand in self.strands], device=widths.device)
+        rows = [len(strand.tokens) for strand in self.strands]
+        return widths.index_add(0, owners, widths.new_tensor(rows))
+
+    def timed(self) -> RoundTime:
+        """What it did, for its price."""
+        return RoundTime(
+            self.packed_rows,
+            len(self),
+            sum(self.most),
+            {arm: len(members) for arm, members in self.members.items()},
+            {arm: due.rows for arm, due in self.due.items()},
+        )
+
 
 History = Callable[[int], Sequence[int]]
 """`history(start)`: a request's committed tokens from position `start` to n, on the host; costs what it returns."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftBatch:
-    """The requests of one round that one arm drafts for.
-
-    rows: [B] int64 rows of the request table; row_ids: the same on the host. starts: [B] int64, n per request; lengths:
-    on the host, the most that each n can be, n itself where `host.exact`. bonus: [B] int64, token n. tail: [B, F]
-    its columns of feature n-1, F = `Drafter.tail_width`. slot_table: [request rows, ctx] int32.
-    limits: drafts wanted per request at most, each at least 1, on the host; caps: [B] int64, the same on the device.
-    calibration: float32, what `Drafter.calibration` was
-    when the round was planned. worth: what a further draft must bring. host: what it may read while it drafts. text:
-    [request rows, ctx or more] int64, token at every position up to n; None where nobody looks anything up.
-    """
-
-    rows: torch.Tensor
-    row_ids: Sequence[int]
-    lengths: Sequence[int]
-    starts: torch.Tensor
-    bonus: torch.Tensor
-    tail: torch.Tensor
-    slot_table: torch.Tensor
-    limits: Sequence[int]
-    caps: torch.Tensor
-    calibration: torch.Tensor
-    worth: Worth = FULL_LENGTH
-    host: HostView = EXACT
-    text: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.row_ids)
-
-
-class Voice(NamedTuple):
-    """What may follow a request's text. alive: for each token, the chance that it and all before it are accepted.
-    parts: what they were taken from. at: the position of the first, where a text was as far as it was known.
-    """
-
-    tokens: Sequence[int] = ()
-    alive: Sequence[float] = ()
-    parts: Sequence[Part] = ()
-    at: int = 0
-
-    def first(self, count: int) -> "Voice":
-        """Its first `count` tokens."""
-        parts = list(first_of(self.parts, count))
-        return Voice(self.tokens[:count], self.alive[:count], parts, self.at)
-
-    def followed_by(self, tokens: Sequence[int], alive: Sequence[float], source: str) -> "Voice":
-        """With these tokens behind it, taken from `source`."""
-        if not tokens:
-            return self
-        parts = [*self.parts, Part(source, len(tokens))]
-        return Voice([*self.tokens, *tokens], [*self.alive, *alive], parts, self.at)
-
-    def sound(self, vocabulary: int) -> "Voice":
-        """Its first tokens, as far as each is one of `vocabulary` ids and has a chance that is a number."""
-        if not self.tokens or (
-            min(self.tokens) >= 0 and max(self.tokens) < vocabulary and sum(self.alive) >= 0
-        ):
-            return self
-        pairs = zip(self.tokens, self.alive, strict=True)
-        bad = (i for i, (token, alive) in enumerate(pairs) if not 0 <= token < vocabulary or alive != alive)
-        return self.first(next(bad, len(self.tokens)))
-
-    def gain(self, worth: float) -> float:
-        """What verifying it is expected to bring, if a row must bring `worth`."""
-        return sum(self.alive) - worth * len(self.alive)
-
-    def outlook(self, most: int | None = None) -> Forecast:
-        """What verifying it, or its first `most` tokens, promises."""
-        alive = self.alive[:most]
-        return Forecast(1 + sum(alive), 1 + len(alive))
-
-
-SILENCE = Voice()
-
-
-def agreement(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """Tokens that both begin with."""
-    for number, (own, other) in enumerate(zip(ours, theirs, strict=False)):
-        if own != other:
-            return number
-    return min(len(ours), len(theirs))
 
 
 PADDING = -(1 << 20)
 """`starts` of a padding request: before position 0 at whatever step."""
 
 
-class PassInput(NamedTuple):
-    """All that a draft pass reads, beside weights and KV: device tensors, and one host bound that sizes launches.
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """The requests of one round that one arm drafts for.
 
-    A pass is a function of these and of shapes. It reads no value of them on the host, so a capture of G requests stays
-    right when the tensors are refilled in place: a padding request has row 0 and `starts` of at most `PADDING`, sees
-    nothing, and writes to slot 0, which belongs to nobody.
-
-    rows: [G] int64 rows of `slot_table`. starts: [G] int64, n per request. bonus: [G] int64, token n.
-    tail: [G, F] the drafter's columns of feature n-1, F its `tail_width`. slot_table: [request rows, ctx] int32.
-    longest: the largest n at most.
+    A draft pass is a function of the first tensors, of weights and KV, and of shapes. It reads no value of them on the
+    host, so a capture of B requests stays right when they are refilled in place: a padding request has row 0 and
+    `starts` of at most `PADDING`, sees nothing, and writes to slot 0, which belongs to nobody.
     """
 
-    rows: torch.Tensor
-    starts: torch.Tensor
-    bonus: torch.Tensor
-    tail: torch.Tensor
-    slot_table: torch.Tensor
-    longest: int
+    # What a pass reads.
+    rows: torch.Tensor  # [B] int64, rows of the request table
+    starts: torch.Tensor  # [B] int64, n
+    bonus: torch.Tensor  # [B] int64, token n
+    tail: torch.Tensor  # [B, F], the drafter's columns of feature n-1, F = `Drafter.tail_width`
+    slot_table: torch.Tensor  # [request rows, ctx] int32
+    longest: int  # the largest n at most, n itself where `host.exact`: it sizes launches
+
+    # What cuts drafts, and what a text drafter reads.
+    caps: torch.Tensor  # [B] int64, drafts wanted at most, each at least 1
+    limits: Sequence[int] = ()  # the same on the host
+    row_ids: Sequence[int] = ()  # `rows` on the host
+    calibration: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # float32, as of `Round`
+    worth: Worth = FULL_LENGTH  # what a further draft must bring
+    host: HostView = EXACT  # what the arm may read while it drafts
+    text: torch.Tensor | None = (
+        None  # [request rows, ctx or more] int64, tokens up to n; None: nothing is looked up
+    )
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     @classmethod
-    def of(cls, batch: DraftBatch) -> "PassInput":
-        """The device's part of a batch."""
-        return cls(batch.rows, batch.starts, batch.bonus, batch.tail, batch.slot_table, max(batch.lengths))
-
-    @classmethod
-    def of_padding(cls, requests: int, tail: torch.Tensor, slot_table: torch.Tensor) -> "PassInput":
+    def of_padding(cls, requests: int, tail: torch.Tensor, slot_table: torch.Tensor) -> "DraftBatch":
         """So many requests that are none, at a place that no round writes over: the inputs of captured passes.
 
         tail: [..., F], of which only width, dtype and device matter.
         """
-        device = slot_table.device
-        rows = torch.zeros(requests, dtype=torch.int64, device=device)
-        return cls(
-            rows,
-            torch.full_like(rows, PADDING),
-            torch.zeros_like(rows),
-            tail.new_zeros((requests, tail.shape[-1])),
-            slot_table,
-            int(slot_table.shape[1]),
-        )
+        rows = torch.zeros(requests, dtype=torch.int64, device=slot_table.device)
+        starts, tails = torch.full_like(rows, PADDING), tail.new_zeros((requests, tail.shape[-1]))
+        longest = int(slot_table.shape[1])
+        return cls(rows, starts, torch.zeros_like(rows), tails, slot_table, longest, caps=rows)
 
     @property
     def static(self) -> list[StaticInput]:
@@ -219,74 +267,18 @@ class PassInput(NamedTuple):
             StaticInput(self.tail),
         ]
 
-    def first(self, requests: int) -> "PassInput":
-        """The first so many requests, in the same memory."""
-        rows, starts, bonus, tail, slot_table, longest = self
-        return PassInput(
-            rows[:requests], starts[:requests], bonus[:requests], tail[:requests], slot_table, longest
+    def first(self, requests: int) -> "DraftBatch":
+        """What a pass reads of the first so many requests, in the same memory."""
+        rows, starts, bonus, tail = (
+            part[:requests] for part in (self.rows, self.starts, self.bonus, self.tail)
         )
+        return replace(self, rows=rows, starts=starts, bonus=bonus, tail=tail)
 
     def rows_from(self, offset: int, width: int, fill: int | None = None) -> PassRows:
         """Rows at n+offset … n+offset+width-1 of every request: positions and KV slots; ids where there is a `fill`."""
         return pass_rows(
             self.slot_table, self.rows, self.starts, self.bonus, offset=offset, width=width, fill=fill
         )
-
-
-class Strand(NamedTuple):
-    """One further chain of a request, verified beside its first one (`round/strands.py`).
-
-    owner: its request, an index of the batch. fork: drafts of the first chain that it shares. tokens: its own, whose
-    first is not the first chain's next draft. first_row: its rows' place behind the first row of its request. chance:
-    that its first token is accepted. source: what it was taken from.
-    """
-
-    owner: int
-    fork: int
-    tokens: Sequence[int]
-    first_row: int
-    chance: float
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """Drafts of a whole batch, on their way to the target.
-
-    chosen: those that are verified; `own` counts those of each request's own arm. drafts: of the own arms, whether or
-    not they are verified. rows: of the verification; stride: of its widest request. Both are what the widths come to
-    where the host may know them, else bounds, and the requests competed for rows (`bounded`). parts: the
-    sources of each request's laid drafts, if the host knows them. strands: further chains of requests; `rows` and
-    `stride` count them. copies: that the device made of every request's text, whether or not they are verified.
-    """
-
-    chosen: Chosen
-    drafts: Drafts
-    rows: int
-    stride: int
-    bounded: bool = False
-    parts: Sequence[Sequence[Part]] | None = None
-    strands: Sequence[Strand] = ()
-    copies: Copies | None = None
-
-    @classmethod
-    def of_nothing(cls, rows: torch.Tensor) -> "Proposal":
-        """Every request verifies its bonus token. rows: [B] int64."""
-        ones = torch.ones_like(rows, dtype=torch.int32)
-        none, nothing = ones - 1, torch.empty((len(rows), 0), device=rows.device)
-        tokens = nothing.long()
-        drafts = Drafts(tokens, none, nothing, nothing, none, passes=0)
-        return cls(Chosen(tokens, ones, none, none, none), drafts, len(rows), 1)
-
-    @property
-    def rows_each(self) -> torch.Tensor:
-        """[B] int32, rows that each request verifies, its strands' among them."""
-        widths = self.chosen.widths
-        if not self.strands:
-            return widths
-        owners = torch.tensor([strand.owner for strand in self.strands], device=widths.device)
-        rows = [len(strand.tokens) for strand in self.strands]
-        return widths.index_add(0, owners, widths.new_tensor(rows))
 
 
 class SampleHook:
@@ -309,20 +301,6 @@ class SampleHook:
         return verified
 
 
-class Outcome(NamedTuple):
-    """What the end of a verification's graph committed, until its next replay. signals: as of `Epilogue.signals`."""
-
-    committed: Committed
-    signals: Mapping[str, torch.Tensor]
-
-    def of(self, requests: int) -> "Outcome":
-        """The same of the first so many requests."""
-        return Outcome(
-            Committed(*(field[:requests] for field in self.committed)),
-            {name: signal[:requests] for name, signal in self.signals.items()},
-        )
-
-
 class Verified(NamedTuple):
     """T packed rows of B requests behind the target's forward.
 
@@ -330,8 +308,8 @@ class Verified(NamedTuple):
     final norm, None unless a router or the server's clients may ask for it. input_ids: [T] int64. indptr: [B + 1]
     int32, where each request's rows begin. starts: [B] int64, n. request_rows: [B] int64, rows of the request table.
     predictions: [T] int64, the target's own token at every row; None before it is known, and where the forward's graph
-    has brought the `outcome`. forward: SGLang's own result of it, from which the scheduler's is made. strands: each,
-    with how many of its tokens were right: 0 where it lost.
+    has `committed` already, with the signals that it computed (`Epilogue.signals`): these are good until its next
+    replay. forward: SGLang's own result of it, from which the scheduler's is made.
     """
 
     logits: torch.Tensor
@@ -342,9 +320,9 @@ class Verified(NamedTuple):
     starts: torch.Tensor
     request_rows: torch.Tensor
     predictions: torch.Tensor | None = None
-    outcome: Outcome | None = None
+    committed: Committed | None = None
+    signals: Mapping[str, torch.Tensor] = {}
     forward: Any = None
-    strands: Sequence[tuple[Strand, int]] = ()
 
     @property
     def output(self) -> Any:

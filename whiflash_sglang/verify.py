@@ -10,7 +10,7 @@ from whiflash_kernels import MixedBlock, prepare_mixed_block
 from whiflash_sglang.cache.tokens import NO_TOKEN, TokenTable
 from whiflash_sglang.compat.forward import masks, sampling
 from whiflash_sglang.compat.forward.target import Target
-from whiflash_sglang.core import Proposal, RoundBatch, SampleHook, Verified
+from whiflash_sglang.core import Round, SampleHook, Verified
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.round.epilogue import Epilogue
 from whiflash_sglang.round.strands import Packed, accepted_rows, fold, moves, pack
@@ -18,7 +18,7 @@ from whiflash_sglang.structure.spending import Spending
 
 
 class VerifyStage:
-    """What the target says of drafts.
+    """The target judges drafts.
 
     Args:
         tokens: committed text, for penalties. epilogue: what graphs of the target's end with, where they may.
@@ -38,85 +38,62 @@ class VerifyStage:
         self._target, self._tokens, self._host = target, tokens, host
         self._epilogue, self._hooks = epilogue, hooks
 
-    def verify(self, batch: Any, requests: RoundBatch, proposal: Proposal, barrier: Any) -> Verified:
+    def verify(self, batch: Any, round: Round, barrier: Any) -> Verified:
         """Run the target over bonus tokens and drafts.
 
         Args:
             barrier: of SGLang: what a grammar needs before its masks are made.
         """
-        strands, size = proposal.strands, len(requests.row_ids)
-        drafts, widths = proposal.chosen.tokens, proposal.chosen.widths
-        own = requests.bonus, drafts, widths, requests.starts, requests.rows
-        with_strands = self._packed(own, requests, proposal) if strands else None
-        bonus, drafts, verify_lens, starts, rows = own if with_strands is None else with_strands[:5]
-        padded = prepare_mixed_block(
-            bonus,
-            drafts,
-            verify_lens,
-            starts,
-            rows,
-            self._target.slot_table,
-            rows=self._target.rows_for(proposal.rows, len(rows)),
-        )
+        strands, table, chosen = round.strands, self._target.slot_table, round.chosen
+        group = Packed(round.bonus, chosen.tokens, chosen.widths, round.starts, round.rows)
+        if strands:
+            group = pack(group, round.most, strands, round.spare, table)
+        row_count = self._target.rows_for(round.packed_rows, len(group.rows))
+        padded = prepare_mixed_block(*group[:5], table, rows=row_count)
         # Grammars go by the requests one by one: for their batches the host waits for the widths.
-        host_widths = verify_lens.tolist() if self._host.exact or batch.has_grammar else None
+        host_widths = group.widths.tolist() if self._host.exact or batch.has_grammar else None
         block = padded if host_widths is None else packed(padded, sum(host_widths))
-        if with_strands is not None:
-            block = block._replace(request_of_row=with_strands.owners[block.request_of_row])
-        first = None if host_widths is None else host_widths[:size]  # of each request's first chain
+        if group.owners is not None:
+            block = block._replace(request_of_row=group.owners[block.request_of_row])
         chains = None
-        if first is not None and batch.has_grammar:
-            chains = masks.grammar_chains(block, first, requests.ahead, strands)
+        if host_widths is not None and batch.has_grammar:
+            chains = masks.grammar_chains(block, host_widths[: len(round)], round.ahead, strands)
         greedy = not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar)
         # What the end of a graph commits is the rows as they are packed: strands must be folded before.
-        self._epilogue.let_graphs_commit(greedy and not strands, requests.row_ids)
-        with nullcontext() if with_strands is None else _strands_as_requests(batch, with_strands):
-            verified = self._target.verify(batch, padded, verify_lens, host_widths, proposal.stride)
+        self._epilogue.let_graphs_commit(greedy and not strands, round.row_ids)
+        with _strands_as_requests(batch, group) if strands else nullcontext():
+            verified = self._target.verify(batch, padded, group.widths, host_widths, round.stride)
         predictions = None
-        if greedy and verified.outcome is None:
+        if greedy and verified.committed is None:
             predictions = verified.logits.argmax(-1)
         elif not greedy:
             text, output = self._tokens.data, verified.output
             allowed = None if chains is None else self._masks(batch, chains, barrier)
             predictions = sampling.sample_rows(
-                self._target.runner, batch, output, block, requests, proposal.stride, allowed, text
+                self._target.runner, batch, output, block, round, allowed, text
             )
             if allowed is not None and allowed.rejected:
                 block = _rejecting(block, allowed.rejected)
                 verified = verified._replace(input_ids=block.input_ids)
-        verified = verified._replace(
-            starts=requests.starts, request_rows=requests.rows, predictions=predictions
-        )
+        verified = verified._replace(starts=round.starts, request_rows=round.rows, predictions=predictions)
         for hook in self._hooks:
             verified = hook.verified(verified, block)
-        return self._folded(requests, proposal, block, verified) if strands else verified
+        return self._folded(round, block, verified) if strands else verified
 
     def _masks(self, batch: Any, chains: masks.Chains, barrier: Any) -> masks.Masks | None:
         if barrier is not None:
             barrier()
         return masks.build_masks(batch, chains, self._spending)
 
-    def _packed(
-        self,
-        own: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        requests: RoundBatch,
-        proposal: Proposal,
-    ) -> Packed:
-        """The requests of the forward: those of the batch, `own`, and the strands of the proposal behind them."""
-        batch = Packed(*own, torch.arange(len(requests.row_ids), device=requests.rows.device))
-        lengths, table = requests.lengths.most, self._target.slot_table
-        return pack(batch, lengths, proposal.strands, requests.spare, table)
-
-    def _folded(
-        self, requests: RoundBatch, proposal: Proposal, block: MixedBlock, verified: Verified
-    ) -> Verified:
+    def _folded(self, round: Round, block: MixedBlock, verified: Verified) -> Verified:
         """The accepted path of every request as a chain; what was right of a strand moves behind its fork."""
         assert verified.predictions is not None  # no graph commits for strands
-        folded = fold(block, verified.predictions, len(requests.row_ids), proposal.strands)
+        folded = fold(block, verified.predictions, len(round), round.strands)
+        round.accepted = folded.strands
         if folded.won:
-            targets, sources = moves(folded, requests.row_ids, requests.lengths.most, self._target.slot_table)
+            targets, sources = moves(folded, round.row_ids, round.most, self._target.slot_table)
             self._target.move(targets, sources)
-        if folded.kept is not None:  # else its own rows are the first of all
+        if folded.kept is not None:  # else those of the first chains are the first of all
             sampling.keep_rows(verified.output, folded.kept)
         return accepted_rows(verified, folded)
 

@@ -39,7 +39,7 @@ from whiflash_sglang.compat.scheduler.spec_worker import (
     step_result,
 )
 from whiflash_sglang.config import Settings, changed
-from whiflash_sglang.core import RoundBatch
+from whiflash_sglang.core import Round
 from whiflash_sglang.device.clock import clock_of
 from whiflash_sglang.device.transfers import HostView, Upload
 from whiflash_sglang.drafters.base import of_text, widest_of, with_kv
@@ -173,31 +173,31 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them.
         """
         began = time.perf_counter()
-        requests = round_batch(
+        round = round_batch(
             batch, self.target.context_len, self.stages.planner.under_way, self.stages.drafting.branches
         )
         most = min(STEP_ROUNDS, widest_of(self.drafters) + 1)
         if on_publish is not None or step.needs_scheduler(batch):
             most = 1
-        result, tokens = self._round(batch, requests, on_publish, grammar_barrier)
+        result, tokens = self._round(batch, round, on_publish, grammar_barrier)
         rounds = [result]
         while (
             tokens
             and len(rounds) < most
-            and not any_ended(requests, tokens)
-            and not any_tracked(batch, requests, tokens)
+            and not any_ended(round, tokens)
+            and not any_tracked(batch, round, tokens)
             and self.ranks.broadcast(
                 lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail()
             )
         ):
-            requests = next_round(batch, requests, result, tokens)
-            result, tokens = self._round(batch, requests, on_publish, grammar_barrier)
+            round = next_round(batch, round, result, tokens)
+            result, tokens = self._round(batch, round, on_publish, grammar_barrier)
             rounds.append(result)
         self.publisher.tick()
         return step_result(rounds)
 
     def _round(
-        self, batch: Any, requests: RoundBatch, on_publish: Any, grammar_barrier: Any
+        self, batch: Any, round: Round, on_publish: Any, grammar_barrier: Any
     ) -> tuple[Any, list[list[int]]]:
         """`round_result`; and what was committed per request, if another round may follow: nothing was drafted, and
         the host knows.
@@ -206,29 +206,29 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         for previous in clock.begin():
             stages.learner.timed(previous)
         with clock.stage("route"):
-            plan = stages.planner.plan(requests)
+            stages.planner.plan(round)
         with clock.stage("catch_up"):
-            self.sync.catch_up(plan.due, plan.on_device.due, requests.rows, requests.starts)
-            clock.extra_catch_up_seconds += self.sync.beyond_usual(plan.due, requests.row_ids, plan.routes)
+            self.sync.catch_up(round.due, round.due_flags, round.rows, round.starts)
+            clock.extra_catch_up_seconds += self.sync.beyond_usual(round.due, round.row_ids, round.routes)
         with clock.stage("draft"):
-            proposal = stages.drafting.draft(requests, plan)
-            self.sync.verifying.append(proposal.rows)
+            stages.drafting.draft(round)
+            self.sync.verifying.append(round.packed_rows)
         with clock.stage("verify"):
-            verified = stages.verifier.verify(batch, requests, proposal, grammar_barrier)
+            verified = stages.verifier.verify(batch, round, grammar_barrier)
         with clock.stage("commit"):
-            committed = stages.epilogue.commit(verified, proposal.stride)
-            self.target.commit(batch, requests.starts, committed.accept_lens)
+            committed = stages.epilogue.commit(verified, round.stride)
+            self.target.commit(batch, round.starts, committed.accept_lens)
             overlap.attach(batch, verified, committed.tokens.shape[1])
         with clock.stage("park"):
             stages.epilogue.park(verified, committed)
-            signals = stages.epilogue.signals(verified, committed, stages.learner.needs(plan))
-            results = results_of(proposal, requests.starts, committed, signals)
+            signals = stages.epilogue.signals(verified, committed, stages.learner.needs(round))
+            results = results_of(round, committed, signals)
             if on_publish is not None:
                 on_publish(results["seq_lens"])
-            learn = partial(stages.learner.learn, plan, parts=proposal.parts, strands=verified.strands)
+            learn = partial(stages.learner.learn, round)
             tokens = overlap.learned(verified.output, results, learn, later=on_publish is not None)
-        self.tally.round_seconds.append(clock.end(plan.work(proposal.rows, sum(requests.lengths.most))))
-        return round_result(verified, results), [] if proposal.stride > 1 else tokens
+        self.tally.round_seconds.append(clock.end(round.timed()))
+        return round_result(verified, results), [] if round.stride > 1 else tokens
 
     def clear_cache_pool(self) -> None:
         """`flush_cache`."""

@@ -11,7 +11,7 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.cache.backlog import FeatureRows, Owners
 from whiflash_sglang.checkpoints.fit import target_layers
-from whiflash_sglang.core import DraftBatch, Lengths, PassInput
+from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.drafters.chain import Eagle3Arm
 from whiflash_sglang.drafters.dflash import DFlashArm
@@ -107,7 +107,7 @@ class Replay:
 
     def capture(self, recorder: Recorder) -> None:
         """From now on passes are replayed."""
-        inputs = PassInput.of_padding(ROWS, self.features, self.table)
+        inputs = DraftBatch.of_padding(ROWS, self.features, self.table)
         for arm in self.arms.by_name.values():
             arm.capture(recorder, inputs)
         self.sync.capture(
@@ -144,7 +144,7 @@ class Replay:
         rows = list(range(1, ROWS + 1))
         least = [max(n - self.random.randint(0, self.late), 1) for n in self.lengths]
         most = [n + self.random.randint(0, self.late) for n in self.lengths]
-        due = self.sync.due(rows, Lengths(least, most), routes, widths)
+        due = self.sync.due(rows, least, most, routes, widths)
         flags = torch.tensor(self.sync.flags(due, ROWS))
         self.sync.catch_up(due, flags, torch.tensor(rows), torch.tensor(self.lengths))
         for row, n in enumerate(self.lengths):
@@ -184,17 +184,17 @@ class Replay:
         rows = torch.tensor(members) + 1
         starts = torch.tensor([self.lengths[row] for row in members])
         limits = [self.random.randint(1, arm.max_drafts) for _ in members]
-        batch = (rows, starts, self.tokens[rows - 1, starts], torch.tensor(limits))
+        bonus, caps = self.tokens[rows - 1, starts], torch.tensor(limits)
         return DraftBatch(
-            rows=rows,
-            row_ids=rows.tolist(),
-            lengths=starts.tolist(),
-            starts=starts,
-            bonus=batch[2],
-            tail=self.sync.inputs(arm.arm, None, *batch).tail,
-            slot_table=self.table,
+            rows,
+            starts,
+            bonus,
+            self.sync.inputs(arm.arm, None, rows, starts, bonus, caps).tail,
+            self.table,
+            int(starts.max()),
+            caps,
             limits=limits,
-            caps=torch.tensor(limits),
+            row_ids=rows.tolist(),
             calibration=torch.tensor(arm.calibration(members)),
         )
 

@@ -13,7 +13,6 @@ from test_backlog import History, live, rounds
 from whiflash_sglang.cache import backlog
 from whiflash_sglang.cache.backlog import Owners
 from whiflash_sglang.cache.tokens import DraftKV
-from whiflash_sglang.core import Lengths, PassInput
 from whiflash_sglang.drafters import paged
 from whiflash_sglang.drafters.paged import MOST_ROWS, blocks_of
 from whiflash_sglang.models.choice import Choice
@@ -58,8 +57,8 @@ def test_drafts_behind_a_catch_up_are_those_of_a_fresh_request(arms: Arms) -> No
 
 def ingest(replay: Replay) -> None:
     """The catch-up of a round that all requests are routed to the chain in, and nothing else of it."""
-    rows, known = list(range(1, ROWS + 1)), Lengths(replay.lengths, replay.lengths)
-    due = replay.sync.due(rows, known, ["ar"] * ROWS, [1] * ROWS)
+    rows = list(range(1, ROWS + 1))
+    due = replay.sync.due(rows, replay.lengths, replay.lengths, ["ar"] * ROWS, [1] * ROWS)
     assert due["ar"].rows > 20
     flags = torch.tensor(replay.sync.flags(due, ROWS))
     replay.sync.catch_up(due, flags, torch.tensor(rows), torch.tensor(replay.lengths))
@@ -68,7 +67,7 @@ def ingest(replay: Replay) -> None:
 def drafts(replay: Replay) -> Choice:
     """Whole chains of all requests."""
     arm = replay.arms.by_name["ar"]
-    return arm.whole(PassInput.of(replay.draft_batch(range(ROWS), arm)), arm.max_drafts)
+    return arm.whole(replay.draft_batch(range(ROWS), arm), arm.max_drafts)
 
 
 @pytest.mark.parametrize("runs", [None, [1], [7, 1, 300], [MOST_ROWS, 2 * MOST_ROWS + 5]])

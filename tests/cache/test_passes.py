@@ -1,6 +1,7 @@
 """A draft pass is a function of tensors: it reads none of them on the host, so that a captured one stays right."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from replay import CONTEXT, SLOTS, VOCAB, Arms
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from whiflash_sglang.core import PADDING, PassInput
+from whiflash_sglang.core import PADDING, DraftBatch
 from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.models import choice as choices
 
@@ -31,21 +32,36 @@ def prepared(arms: Arms) -> Iterator[None]:
         yield
 
 
-def requests(arm: PagedArm, lengths: Sequence[int], seed: int = 0) -> PassInput:
+def requests(arm: PagedArm, lengths: Sequence[int], seed: int = 0) -> DraftBatch:
     """Requests of the first rows of a random slot table; row 0 and slot 0 are the padding's."""
     generator, count = torch.Generator().manual_seed(seed), len(lengths)
     slots = torch.randperm(SLOTS - 1, generator=generator)[: ROWS * CONTEXT] + 1
-    return PassInput(
-        torch.arange(1, count + 1),
+    rows = torch.arange(1, count + 1)
+    return DraftBatch(
+        rows,
         torch.tensor(lengths),
         torch.randint(VOCAB, (count,), generator=generator),
         torch.randn(count, arm.tail_width, generator=generator),
         torch.cat([torch.zeros(CONTEXT), slots]).view(ROWS + 1, CONTEXT).int(),
         max(lengths),
+        caps=torch.full_like(rows, arm.max_drafts),
     )
 
 
-def drafted(arm: PagedArm, given: PassInput) -> Drafted:
+def tensors_of(batch: DraftBatch) -> list[torch.Tensor]:
+    """What a pass reads."""
+    return [batch.rows, batch.starts, batch.bonus, batch.tail, batch.slot_table]
+
+
+def with_tensors(batch: DraftBatch, tensors: Sequence[torch.Tensor], longest: int) -> DraftBatch:
+    return DraftBatch(*tensors, longest, batch.caps)
+
+
+def faked(batch: DraftBatch, mode: FakeTensorMode) -> DraftBatch:
+    return with_tensors(batch, [mode.from_tensor(tensor) for tensor in tensors_of(batch)], batch.longest)
+
+
+def drafted(arm: PagedArm, given: DraftBatch) -> Drafted:
     """The whole pass: tokens and confidences, [G, drafts] each."""
     return arm.whole(given, arm.max_drafts)
 
@@ -57,9 +73,7 @@ def test_nothing_is_read_and_nothing_uploaded(arms: Arms, name: str) -> None:
         drafted(arm, given)
     assert (seen.reads, seen.uploads) == ({}, {})
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        tokens, confidences = drafted(
-            arm, PassInput(*(mode.from_tensor(tensor) for tensor in given[:-1]), given.longest)
-        )
+        tokens, confidences = drafted(arm, faked(given, mode))
     assert tokens.shape == confidences.shape == (3, arm.max_drafts)
 
 
@@ -76,9 +90,7 @@ def test_a_planted_read_is_found(arms: Arms, monkeypatch: pytest.MonkeyPatch) ->
         drafted(arms.by_name["ar"], given)
     assert seen.reads.total() == arms.by_name["ar"].max_drafts
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(DataDependentOutputException):
-        drafted(
-            arms.by_name["ar"], PassInput(*(mode.from_tensor(tensor) for tensor in given[:-1]), given.longest)
-        )
+        drafted(arms.by_name["ar"], faked(given, mode))
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -89,7 +101,7 @@ def test_recorded_operators_serve_other_requests(arms: Arms, name: str) -> None:
     for seed, lengths in enumerate([(1, 2, 3), (120, 60, 9), (20, 7, 90)], 1):
         other = requests(arm, lengths, seed)
         before = (arm.kv.k.clone(), arm.kv.v.clone())
-        found = replay(*other[:-1])
+        found = replay(*tensors_of(other))
         written = (arm.kv.k.clone(), arm.kv.v.clone())
         arm.kv.k.copy_(before[0])
         arm.kv.v.copy_(before[1])
@@ -99,10 +111,10 @@ def test_recorded_operators_serve_other_requests(arms: Arms, name: str) -> None:
         torch.testing.assert_close(written, (arm.kv.k, arm.kv.v))
 
 
-def recorded(arm: PagedArm, given: PassInput) -> Callable[..., Drafted]:
+def recorded(arm: PagedArm, given: DraftBatch) -> Callable[..., Drafted]:
     """The pass as the list of operators that it issued for `given`."""
     kept = (arm.kv.k.clone(), arm.kv.v.clone())
-    graph = make_fx(lambda *tensors: drafted(arm, PassInput(*tensors, CONTEXT)))(*given[:-1])
+    graph = make_fx(lambda *tensors: drafted(arm, with_tensors(given, tensors, CONTEXT)))(*tensors_of(given))
     arm.kv.k.copy_(kept[0])
     arm.kv.v.copy_(kept[1])
     return graph
@@ -125,9 +137,10 @@ def test_padding_changes_nothing(arms: Arms, name: str) -> None:
     torch.testing.assert_close((arm.kv.k[:, 1:], arm.kv.v[:, 1:]), alone)
 
 
-def padded(given: PassInput, size: int) -> PassInput:
+def padded(given: DraftBatch, size: int) -> DraftBatch:
     more = size - len(given.rows)
-    return given._replace(
+    return replace(
+        given,
         rows=torch.cat([given.rows, given.rows.new_zeros(more)]),
         starts=torch.cat([given.starts, given.starts.new_full((more,), PADDING)]),
         bonus=torch.cat([given.bonus, given.bonus.new_zeros(more)]),

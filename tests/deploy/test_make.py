@@ -111,4 +111,4 @@ def test_lines_and_records_beyond_their_budget_are_named(tmp_path: Path) -> None
         "whiflash_sglang/fresh: no budget",
         f"server: {len(script.records())} record types, budget 3",
     ]
-    assert "whiflash_sglang.core:RoundBatch" in script.records()
+    assert "whiflash_sglang.core:Round" in script.records()

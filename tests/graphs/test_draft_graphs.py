@@ -1,6 +1,7 @@
 """Captured passes of drafters give what the same passes give eagerly, whatever they were captured with."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from replay import CONTEXT, VOCAB, Arms, Replay
 from test_backlog import History, live, rounds
 from test_passes import ARMS, prepared, requests
 
-from whiflash_sglang.core import PADDING, DraftBatch, PassInput
+from whiflash_sglang.core import PADDING, DraftBatch
 from whiflash_sglang.device.capture import StaticInput, doubling
 from whiflash_sglang.drafters.chain import Eagle3Arm
 from whiflash_sglang.drafters.paged import PagedArm
@@ -44,14 +45,14 @@ class Captured:
         self.capture()
 
     def capture(self, most: int = MOST) -> None:
-        inputs = PassInput.of_padding(most, torch.zeros(self.arms.width), self.table)
+        inputs = DraftBatch.of_padding(most, torch.zeros(self.arms.width), self.table)
         for arm in self.arms.by_name.values():
             arm.capture(self.recorder, inputs)
 
-    def group(self, name: str, lengths: Sequence[int], seed: int = 0) -> PassInput:
-        return requests(self.arms.by_name[name], lengths, seed)._replace(slot_table=self.table)
+    def group(self, name: str, lengths: Sequence[int], seed: int = 0) -> DraftBatch:
+        return replace(requests(self.arms.by_name[name], lengths, seed), slot_table=self.table)
 
-    def drafted(self, name: str, group: PassInput, most: int, *, eager: bool) -> list[torch.Tensor]:
+    def drafted(self, name: str, group: DraftBatch, most: int, *, eager: bool) -> list[torch.Tensor]:
         """Tokens and confidences, and the entries of every slot but the first, as they are afterwards."""
         arm = self.arms.by_name[name]
         passes, before = arm._captured, [pool.clone() for pool in (arm.kv.k, arm.kv.v)]
@@ -88,21 +89,11 @@ class Captured:
         torch.testing.assert_close(replayed[2:], eager[2:])
 
 
-def batch_of(arm: PagedArm, group: PassInput, most: int) -> DraftBatch:
-    rows, lengths = group.rows.tolist(), group.starts.tolist()
+def batch_of(arm: PagedArm, group: DraftBatch, most: int) -> DraftBatch:
+    rows = group.rows.tolist()
     limits = [most, *[1] * (len(rows) - 1)]
-    return DraftBatch(
-        rows=group.rows,
-        row_ids=rows,
-        lengths=lengths,
-        starts=group.starts,
-        bonus=group.bonus,
-        tail=group.tail,
-        slot_table=group.slot_table,
-        limits=limits,
-        caps=torch.tensor(limits),
-        calibration=torch.tensor(arm.calibration(rows)),
-    )
+    calibration = torch.tensor(arm.calibration(rows))
+    return replace(group, caps=torch.tensor(limits), limits=limits, row_ids=rows, calibration=calibration)
 
 
 @pytest.fixture
@@ -163,12 +154,12 @@ def test_any_history_of_replayed_passes_equals_one_pass(
 
 def keeps_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """What depends on the lengths is made once for a size and kept, as a plan would be."""
-    rows_from, kept = PassInput.rows_from, {}
+    rows_from, kept = DraftBatch.rows_from, {}
 
-    def once(self: PassInput, offset: int, width: int, fill: int | None = None) -> Any:
+    def once(self: DraftBatch, offset: int, width: int, fill: int | None = None) -> Any:
         return kept.setdefault((len(self.rows), offset, width), rows_from(self, offset, width, fill))
 
-    monkeypatch.setattr(PassInput, "rows_from", once)
+    monkeypatch.setattr(DraftBatch, "rows_from", once)
 
 
 def loads_no_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +193,8 @@ def goes_by_a_number_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """The longest request's length is Python's, and a replay does not ask for it again."""
     chain = Eagle3Arm.chain
 
-    def counting(self: Any, given: PassInput, steps: int) -> Any:
-        return chain(self, given._replace(bonus=(given.bonus + given.longest) % VOCAB), steps)
+    def counting(self: Any, given: DraftBatch, steps: int) -> Any:
+        return chain(self, replace(given, bonus=(given.bonus + given.longest) % VOCAB), steps)
 
     monkeypatch.setattr(Eagle3Arm, "chain", counting)
 

@@ -14,7 +14,7 @@ from test_verify_graphs import REQUESTS, WIDEST, Bench, Stopped, decoding, layou
 from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang.cache.tokens import FEW, NO_TOKEN, StopTable
-from whiflash_sglang.core import Outcome, Verified
+from whiflash_sglang.core import Verified
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.models.router import Layers
 from whiflash_sglang.round.epilogue import Epilogue
@@ -74,7 +74,7 @@ class Commits(Bench):
         row_ids = request_rows.tolist()
         self.epilogue.let_graphs_commit(greedy, row_ids)
         verified = self.target.verify(batch, block, verify_lens, None, WIDEST)
-        if verified.outcome is None:
+        if verified.committed is None:
             verified = verified._replace(predictions=verified.logits.argmax(-1))
         return verified._replace(request_rows=request_rows), row_ids
 
@@ -84,7 +84,7 @@ class Commits(Bench):
         copies = [tensor.clone() for tensor in before]
         rows = self.target.rows_for(sum(widths), len(widths))
         verified, row_ids = self._verified(widths, self.drafts(widths), rows, greedy=in_graph)
-        assert (verified.outcome is not None) == in_graph
+        assert (verified.committed is not None) == in_graph
         committed = self.epilogue.commit(verified, WIDEST)
         self.epilogue.park(verified, committed)
         signals = self.epilogue.signals(verified, committed, {"entropy", "delta"})
@@ -153,7 +153,7 @@ def test_a_graph_that_may_not_commit_leaves_everything_as_it_was(
             rows = b.target.rows_for(sum(widths), len(widths))
             before, replays = [kept[1:].clone() for kept in b._kept], len(b.graphs.backend.replayed)
             verified, _ = b._verified(widths, b.drafts(widths), rows, greedy=False)
-            assert verified.outcome is None
+            assert verified.committed is None
             assert b.graphs.backend.replayed[replays:] == [rows]
             for kept, copy in zip(b._kept, before, strict=True):
                 assert torch.equal(kept[1:], copy)
@@ -218,15 +218,13 @@ def hands_on_the_first_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a graph brought is copied once."""
     outcome, kept = Epilogue.outcome, dict[Any, Any]()
 
-    def once(self: Epilogue, graph: Any, requests: int) -> Outcome | None:
+    def once(self: Epilogue, graph: Any, requests: int) -> Any:
         found = outcome(self, graph, requests)
-        return found and kept.setdefault(
-            (graph, requests),
-            Outcome(
-                type(found.committed)(*(field.clone() for field in found.committed)),
-                {name: signal.clone() for name, signal in found.signals.items()},
-            ),
-        )
+        if found is None:
+            return None
+        committed = type(found[0])(*(field.clone() for field in found[0]))
+        signals = {name: signal.clone() for name, signal in found[1].items()}
+        return kept.setdefault((graph, requests), (committed, signals))
 
     monkeypatch.setattr(Epilogue, "outcome", once)
 

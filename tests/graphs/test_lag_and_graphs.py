@@ -113,8 +113,8 @@ def results_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
     pack = worker.results_of
 
-    def uncopied(proposal: Any, starts: Any, committed: Any, signals: Any) -> Download:
-        found = pack(proposal, starts, committed, signals)
+    def uncopied(round: Any, committed: Any, signals: Any) -> Download:
+        found = pack(round, committed, signals)
         found.__class__ = Uncopied
         found.left = committed  # type: ignore[attr-defined]
         return found

@@ -7,7 +7,7 @@ from emulated import emulated_graphs
 from engine import engine
 from model_set import Models
 from test_losslessness import compare
-from test_strands import ChainFirst, Seen, seen, with_voices
+from test_strands import ChainFirst, Seen, seen, with_sources
 from traffic import mixed, play
 
 __all__ = ["seen"]
@@ -45,7 +45,7 @@ def test_a_graph_commits_no_rows_of_strands(models: Models, seen: Seen) -> None:
     arrivals = mixed(11, 3, shared=12, longest=30, tokens=60)
     with engine(models.target, **SMALL) as e:
         plain = play(e, arrivals)
-    flags, arms = models.whiflash("random", whiflash_branches=3), with_voices(arrivals, plain)
+    flags, arms = models.whiflash("random", whiflash_branches=3), with_sources(arrivals, plain)
     with engine(models.target, whiflash=flags, arms=arms, **SMALL) as e, emulated_graphs(e) as graphs:
         e.worker.controller.policy = ChainFirst()
         found = play(e, arrivals)

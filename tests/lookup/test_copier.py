@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from whiflash_sglang.candidates import NOTHING, Candidate
 from whiflash_sglang.lookup.calibration import BUCKETS, EVEN_ODDS, Agreement, MatchCalibration
-from whiflash_sglang.lookup.copier import Copier, Proposal
+from whiflash_sglang.lookup.copier import Copier
 from whiflash_sglang.lookup.index import GAP, SuffixIndex
 from whiflash_sglang.lookup.prediction import Prediction
 
@@ -18,8 +19,8 @@ def copier_of(*tokens: int, **options: object) -> Copier:
     return copier
 
 
-def tokens_of(proposal: Proposal) -> list[int]:
-    return list(proposal.tokens)
+def tokens_of(copy: Candidate) -> list[int]:
+    return list(copy.tokens)
 
 
 def test_the_longest_match_is_copied_and_the_newest_of_equals() -> None:
@@ -46,7 +47,7 @@ def test_agreement_is_judged_among_the_places_that_agreed_so_far() -> None:
 def test_shorter_matches_than_asked_for_are_left_alone() -> None:
     text = (1, 9, 2, 1)
     assert tokens_of(copier_of(*text).look(1, 0.0)) == [9]
-    assert copier_of(*text, min_match=2).look(1, 0.0) == Proposal()
+    assert copier_of(*text, min_match=2).look(1, 0.0) == NOTHING
 
 
 def test_other_texts_are_searched_and_left_at_their_end() -> None:
@@ -82,7 +83,7 @@ def test_drafts_lead_into_a_copy() -> None:
         "the text goes on with the drafts"
     )
     assert not tokens_of(copier.look_beyond([11, 12], 1.0, 3, 0.0))
-    assert tokens_of(copier._proposal) == committed, "what the text's end says is still what is learned from"
+    assert tokens_of(copier._copy) == committed, "what the text's end says is still what is learned from"
 
 
 def test_a_copy_behind_drafts_is_as_likely_as_they_are() -> None:
@@ -109,7 +110,7 @@ def test_how_a_request_copies_its_text_says_nothing_of_its_prediction() -> None:
     for _ in range(200):
         copier._request.observe(0.5, False)
     factor, proposal = copier._request.factor, copier.look(4, 0.0)
-    assert (proposal.origin, tokens_of(proposal)) == ("prediction", [100, 101, 102, 103])
+    assert (proposal.parts[0].source, tokens_of(proposal)) == ("prediction", [100, 101, 102, 103])
     fresh = copier_of(1, 2, prediction=Prediction(range(100, 120), 2)).look(4, 0.0)
     assert factor < 0.5
     assert proposal.alive == pytest.approx(fresh.alive)
@@ -165,7 +166,7 @@ def test_any_text_beside_any_other(texts: list[list[int]], rounds: list[list[int
         own += tokens
         proposal = copier.look(4, 0.0)
         if proposal.tokens:
-            length = proposal.length
+            length = proposal.matched
             wanted = [*own[len(own) - length :], proposal.tokens[0]]
             everything = [own, *texts]
             assert any(
@@ -219,7 +220,7 @@ def test_what_was_forgotten_is_not_copied_on() -> None:
     copier = copier_of(9, 1, 2, shared=lambda: texts)
     copier.extend(tokens_of(copier.look(2, 0.0)))
     texts.clear()
-    assert copier.look(2, 0.0) == Proposal()
+    assert copier.look(2, 0.0) == NOTHING
 
 
 def test_the_end_of_another_text_does_not_hide_a_shorter_match() -> None:
@@ -236,10 +237,10 @@ def test_what_a_copy_was_taken_from_is_known() -> None:
     for end in ([1, 2, 3, 1, 2], [30, 31], [40, 41, 42]):
         copier.extend(list(end))
         proposal = copier.look(2, 0.0)
-        found[tokens_of(proposal)[0]] = proposal.origin
+        found[tokens_of(proposal)[0]] = proposal.parts[0].source
     assert found == {3: "context", 73: "memory", 75: "prediction"}
-    assert copier.look_beyond([60, 61], 1.0, 2, 0.0).origin == "memory"
-    assert proposal.origin == "prediction"
+    assert copier.look_beyond([60, 61], 1.0, 2, 0.0).parts[0].source == "memory"
+    assert proposal.parts[0].source == "prediction"
     copier.extend([1, 2])
     again = copier.look(1, 0.0)
-    assert (tokens_of(again), again.origin) == ([30], "context")
+    assert (tokens_of(again), again.parts[0].source) == ([30], "context")

@@ -13,7 +13,7 @@ from engine import Engine, engine
 from model_set import Models
 from whiflash_kernels import Drafts
 
-from whiflash_sglang.core import Voice
+from whiflash_sglang.candidates import Candidate
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 
 TOKENS = 160
@@ -136,7 +136,7 @@ def drafting_the_truth(running: Engine, truth: list[int], monkeypatch: pytest.Mo
     """Every round is EAGLE-3's, and it drafts the next three tokens of `truth`, as sure as can be."""
 
     def draft(batch: Any) -> Drafts:
-        begins = [n - len(PROMPT) + 1 for n in batch.lengths]
+        begins = [n - len(PROMPT) + 1 for n in batch.starts.tolist()]
         counts = [min(limit, 3) for limit in batch.limits]
         rows = [truth[begin : begin + 3] + [0] * 3 for begin in begins]
         sure = torch.ones(len(counts), 3)
@@ -165,12 +165,12 @@ def test_whatever_extends_a_draft_the_text_is_the_same(
 ) -> None:
     rng, widths = random.Random(3), set()
 
-    def anything(row: int, drafts: Voice, room: int, worth: Any) -> Voice:
+    def anything(row: int, drafts: Candidate, room: int, worth: Any) -> Candidate:
         widths.add(room)
         tokens = rng.choices(range(256), k=rng.randint(0, room - len(drafts.tokens)))
         return drafts.followed_by(tokens, [0.5] * len(tokens), "context")
 
-    monkeypatch.setattr(running.worker.drafters["lookup"], "extend", anything)
+    monkeypatch.setattr(running.worker.drafters["lookup"], "extend_drafts", anything)
     running.worker.reconfigure({"router": "random"})
     others = [rng.choices(range(256), k=20) for _ in range(3)]
     for number, prompt in enumerate(others):

@@ -1,16 +1,14 @@
 """What a plan tells the device of copies, where the device copies too."""
 
-from typing import Any
-
 import planning_time
 import pytest
 from planning_time import Batch
 
 from whiflash_sglang import arms
+from whiflash_sglang.core import Round
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
 from whiflash_sglang.lookup.memory import TenantMemory
-from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.planning import Planner
 from whiflash_sglang.spans.hints import RequestHints
 
@@ -18,30 +16,30 @@ ROUNDS = 3
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
-    """Those that are made from now on."""
-    made, plan = list[Plan](), Planner.plan
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Round]:
+    """Rounds that are planned from now on."""
+    made, plan = list[Round](), Planner.plan
 
-    def noting(self: Planner, requests: Any) -> Plan:
-        made.append(plan(self, requests))
-        return made[-1]
+    def noting(self: Planner, round: Round) -> None:
+        plan(self, round)
+        made.append(round)
 
     monkeypatch.setattr(Planner, "plan", noting)
     return made
 
 
-def test_what_the_device_copies_itself_is_not_sent(plans: list[Plan]) -> None:
+def test_what_the_device_copies_itself_is_not_sent(plans: list[Round]) -> None:
     batch = Batch(3)
     for _ in range(ROUNDS):
         batch.round()
     for plan in plans:
         assert all(plan.copying)
-        assert not any(plan.voices)
-        assert plan.on_device.from_host is None
+        assert not any(plan.candidates)
+        assert plan.host_drafts is None
     assert batch.drafters[arms.LOOKUP].host_bytes()["index"] == 0, "no text is indexed on the host"
 
 
-def test_what_the_device_copied_promises_and_teaches(plans: list[Plan]) -> None:
+def test_what_the_device_copied_promises_and_teaches(plans: list[Round]) -> None:
     batch = Batch(2)
     copies = batch.drafters[arms.LOOKUP]
     before = copies.calibration([1, 2])
@@ -61,7 +59,7 @@ def test_what_the_device_copied_promises_and_teaches(plans: list[Plan]) -> None:
 
 
 def test_where_the_whole_text_is_known_the_host_looks(
-    plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+    plans: list[Round], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning_time, "HostView", lambda **_: HostView(exact=False))
     batch = Batch(1)
@@ -70,7 +68,7 @@ def test_where_the_whole_text_is_known_the_host_looks(
     assert plans[0].decisions[0].signals.expected[arms.LOOKUP].length > 1
 
 
-def test_where_texts_may_be_shared_the_host_looks(plans: list[Plan]) -> None:
+def test_where_texts_may_be_shared_the_host_looks(plans: list[Round]) -> None:
     batch = Batch(1)
     copies = batch.drafters[arms.LOOKUP]
     copies.memory = TenantMemory(1 << 20, 60.0)
@@ -80,7 +78,7 @@ def test_where_texts_may_be_shared_the_host_looks(plans: list[Plan]) -> None:
     assert plans[0].decisions[0].signals.expected[arms.LOOKUP].length > 1
 
 
-def test_what_the_device_cannot_find_is_sent(plans: list[Plan]) -> None:
+def test_what_the_device_cannot_find_is_sent(plans: list[Round]) -> None:
     batch = Batch(3)
     row, text = 2, batch.requests[1]
     predicted = list(range(500, 520))
@@ -88,11 +86,11 @@ def test_what_the_device_cannot_find_is_sent(plans: list[Plan]) -> None:
     text.output_ids = predicted[:1]
     batch.round()
     (plan,) = plans
-    assert [list(own) for own in plan.voices] == [[], [arms.LOOKUP], []]
-    voice, sent = plan.voices[1][arms.LOOKUP], plan.on_device.from_host
-    assert {part.source for part in voice.parts} == {"prediction"}
+    assert [list(by_arm) for by_arm in plan.candidates] == [[], [arms.LOOKUP], []]
+    candidate, sent = plan.candidates[1][arms.LOOKUP], plan.host_drafts
+    assert {part.source for part in candidate.parts} == {"prediction"}
     assert sent is not None
-    count = len(voice.tokens)
+    count = len(candidate.tokens)
     assert sent.counts.flatten().tolist() == [0, count, 0]
-    assert sent.tokens[1, 0, :count].tolist() == list(voice.tokens) == predicted[1 : 1 + count]
-    assert sent.alive[1, 0, :count].tolist() == pytest.approx(voice.alive)
+    assert sent.tokens[1, 0, :count].tolist() == list(candidate.tokens) == predicted[1 : 1 + count]
+    assert sent.alive[1, 0, :count].tolist() == pytest.approx(candidate.alive)

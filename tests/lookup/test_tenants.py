@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from whiflash_sglang.candidates import NOTHING
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.core import SILENCE
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import Agreement, MatchCalibration, PerTenant
 from whiflash_sglang.lookup.memory import Tenant, handle_of, tenant_of
@@ -46,7 +46,7 @@ class Client:
             self.arm.begin(self.row, hints, self.tenant)
         self.text += tokens
         text = self.text
-        said = self.arm.speak(self.row, len(text), lambda start: text[start:], FULL_LENGTH) or SILENCE
+        said = self.arm.propose(self.row, len(text), lambda start: text[start:], FULL_LENGTH) or NOTHING
         self.seen.append((said.outlook().length, list(said.tokens)))
 
 
@@ -156,7 +156,7 @@ def test_it_learns_from_rounds_that_others_draft() -> None:
         own = arm()
         own.begin(0, RequestHints(), tenant_of(None, "a"))
         found = [
-            (own.speak(0, at, lambda start, at=at: text[start:at], FULL_LENGTH) or SILENCE).outlook()  # type: ignore[misc]
+            (own.propose(0, at, lambda start, at=at: text[start:at], FULL_LENGTH) or NOTHING).outlook()  # type: ignore[misc]
             for at in range(8, 100, 2)
         ]
         assert all(1 <= look.length <= look.rows <= 1 + WIDTH for look in found)

@@ -87,7 +87,7 @@ def _batch(arm: DFlashArm, table: Tensor) -> DraftBatch:
     return DraftBatch(
         rows=torch.arange(len(LENGTHS)),
         row_ids=range(len(LENGTHS)),
-        lengths=LENGTHS,
+        longest=max(LENGTHS),
         starts=starts,
         bonus=torch.tensor(BONUS),
         tail=torch.zeros(len(LENGTHS), 0),

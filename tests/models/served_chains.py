@@ -56,7 +56,7 @@ def serve(path: Path) -> tuple[list[list[int]], list[Tensor], list[list[int]]]:
         DraftBatch(
             rows=torch.arange(len(LENGTHS)),
             row_ids=range(len(LENGTHS)),
-            lengths=LENGTHS,
+            longest=max(LENGTHS),
             starts=torch.tensor(LENGTHS),
             bonus=torch.tensor(BONUS),
             tail=torch.stack([rows[-1] for rows in features]),

@@ -14,7 +14,7 @@ from oracle_arm import OracleArm
 from ranks_at_work import on_ranks
 from traffic import Arrival, mixed, play
 
-from whiflash_sglang.core import Proposal
+from whiflash_sglang.core import Round
 from whiflash_sglang.round.draft import DraftStage
 
 RANKS = 2
@@ -100,19 +100,15 @@ def play_ours(
     from sglang.srt.managers import scheduler
 
     rounds: list[tuple[Any, ...]] = []
-    heard: set[str] = set()
+    proposers: set[str] = set()
     original = DraftStage.draft
 
-    def noting(self: DraftStage, requests: Any, plan: Any) -> Proposal:
-        proposal = original(self, requests, plan)
-        chosen = proposal.chosen
-        drafts = [
-            own[: width - 1]
-            for own, width in zip(chosen.tokens.tolist(), chosen.widths.tolist(), strict=True)
-        ]
-        rounds.append((plan.routes, plan.due, drafts))
-        heard.update(arm for voices in plan.voices for arm in voices)
-        return proposal
+    def noting(self: DraftStage, round: Round) -> None:
+        original(self, round)
+        tokens, widths = round.chosen.tokens.tolist(), round.chosen.widths.tolist()
+        drafts = [each[: width - 1] for each, width in zip(tokens, widths, strict=True)]
+        rounds.append((round.routes, round.due, drafts))
+        proposers.update(arm for by_arm in round.candidates for arm in by_arm)
 
     oracle = OracleArm(0.93, seed=3)
     for arrival in arrivals:
@@ -133,7 +129,7 @@ def play_ours(
         return Played(
             outputs,
             rounds,
-            heard | {arm for routes, *_ in rounds for arm in routes},
+            proposers | {arm for routes, *_ in rounds for arm in routes},
             sum(req.retraction_count for req in requests),
             sum(req.cached_tokens for req in requests),
             sum(req.spec_num_correct_drafts for req in requests),

@@ -37,18 +37,19 @@ def test_a_tensor_of_a_list_is_seen(world: Streams) -> None:
 def test_a_download_is_late_and_whole(world: Streams) -> None:
     fields = {"lens": torch.arange(3, device=CUDA), "scores": torch.ones(2, 2, device=CUDA)}
     down = Download(**fields)
-    copy, done = down.packed.to("cpu", non_blocking=True), torch.cuda.Event()
+    down.copy_to_host(lambda packed: packed.to("cpu", non_blocking=True))
+    done = torch.cuda.Event()
     done.record()
     assert not world.stalls
     done.synchronize()
-    assert down.read(copy) == {"lens": [0, 1, 2], "scores": [[1.0, 1.0], [1.0, 1.0]]}
+    assert down.read() == {"lens": [0, 1, 2], "scores": [[1.0, 1.0], [1.0, 1.0]]}
     assert not world.stalls
     assert not world.races
 
 
 def test_a_download_that_nobody_waited_for_is_seen(world: Streams) -> None:
     down = Download(lens=torch.arange(3, device=CUDA))
-    found = down.read(down.packed.to("cpu", non_blocking=True))
+    found = down.copy_to_host(lambda packed: packed.to("cpu", non_blocking=True)).read()
     assert found["lens"] != [0, 1, 2]
     assert world.races
 

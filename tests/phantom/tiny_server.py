@@ -24,7 +24,7 @@ from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
 from whiflash_sglang.checkpoints.fit import target_layers
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.core import Lengths, RoundBatch, Verified
+from whiflash_sglang.core import Round, Verified
 from whiflash_sglang.device.clock import clock_of
 from whiflash_sglang.device.transfers import Download, HostView, Upload
 from whiflash_sglang.drafters.base import Drafter, of_text, widest_of
@@ -39,10 +39,9 @@ from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.round.epilogue import Epilogue
 from whiflash_sglang.round.learning import Learner, results_of
-from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.planning import Planner, rows_of
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.round.voices import Voices
+from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
@@ -86,11 +85,9 @@ class UnderWay(NamedTuple):
     """A round whose results are on their way to the host."""
 
     reqs: list[Any]
-    plan: Plan
+    round: Round
     results: Download
-    copy: torch.Tensor
     done: Any
-    parts: Any
 
 
 class TinyServer:
@@ -111,8 +108,10 @@ class TinyServer:
         self.widest = widest_of(self.drafters) + 1
         self.tokens, self.stops = TokenTable(rows, CONTEXT, self.widest, CUDA), StopTable(rows, CUDA)
         self.clock, self.controller = RoundClock(clock_of(CUDA)), Controller(AutoPolicy(), self._costs(), ())
-        voices = Voices(self.drafters, held, target.model.vocab_size)
-        self.planner = Planner(self.drafters, self.sync, self.controller, self.clock, held, voices, self.host)
+        sources = DraftSources(self.drafters, held, target.model.vocab_size)
+        self.planner = Planner(
+            self.drafters, self.sync, self.controller, self.clock, held, sources, self.host
+        )
         self.learner = Learner(
             self.drafters,
             self.controller,
@@ -132,7 +131,7 @@ class TinyServer:
             self.tokens.data,
             self.stops.few,
             self.host,
-            voices,
+            sources,
             held,
             rows_for=lambda rows, _: rows,
         )
@@ -195,34 +194,35 @@ class TinyServer:
         """Issue a round, then learn from the one before it."""
         for previous in self.clock.begin():
             self.learner.timed(previous)
-        requests = self._batch()
-        plan = self.planner.plan(requests)
-        self.sync.catch_up(plan.due, plan.on_device.due, requests.rows, requests.starts)
-        proposal = self.drafting.draft(requests, plan)
-        self.sync.verifying.append(proposal.rows)
-        chosen = proposal.chosen
-        own = (requests.bonus, chosen.tokens, chosen.widths, requests.starts, requests.rows, self.table)
-        verified = self._verified(prepare_mixed_block(*own, rows=proposal.rows), requests)
-        committed = self.epilogue.commit(verified, proposal.stride)
+        round = self._batch()
+        self.planner.plan(round)
+        self.sync.catch_up(round.due, round.due_flags, round.rows, round.starts)
+        self.drafting.draft(round)
+        self.sync.verifying.append(round.packed_rows)
+        chosen = round.chosen
+        packed = (round.bonus, chosen.tokens, chosen.widths, round.starts, round.rows, self.table)
+        verified = self._verified(prepare_mixed_block(*packed, rows=round.packed_rows), round)
+        committed = self.epilogue.commit(verified, round.stride)
         self.epilogue.park(verified, committed)
-        signals = self.epilogue.signals(verified, committed, self.learner.needs(plan))
-        results = results_of(proposal, requests.starts, committed, signals)
+        signals = self.epilogue.signals(verified, committed, self.learner.needs(round))
+        results = results_of(round, committed, signals)
         self.seq_lens, self.bonus = results["seq_lens"], results["bonus"]
-        copy, done = results.packed.to("cpu", non_blocking=True), torch.cuda.Event()
+        results.copy_to_host(lambda packed: packed.to("cpu", non_blocking=True))
+        done = torch.cuda.Event()
         done.record()
-        self.under_way.append(UnderWay(list(self.reqs), plan, results, copy, done, proposal.parts))
-        self.clock.end(plan.work(proposal.rows, sum(requests.lengths.most)))
+        self.under_way.append(UnderWay(list(self.reqs), round, results, done))
+        self.clock.end(round.timed())
         while len(self.under_way) > 1:
             self.learn()
 
     def learn(self) -> None:
         """The oldest round that is under way."""
-        reqs, plan, results, copy, done, parts = self.under_way.popleft()
+        reqs, round, downloaded, done = self.under_way.popleft()
         done.synchronize()
-        found = results.read(copy)
-        runs = zip(reqs, self.reqs, found["tokens"], found["accept_lens"], strict=True)
+        results = downloaded.read()
+        runs = zip(reqs, self.reqs, results["tokens"], results["accept_lens"], strict=True)
         kept = [tokens[:count] if then is now else [] for then, now, tokens, count in runs]
-        for req, tokens in zip(self.reqs, self.learner.learn(plan, found, kept, parts=parts), strict=True):
+        for req, tokens in zip(self.reqs, self.learner.learn(round, results, kept), strict=True):
             req.output_ids += tokens
 
     def end(self, index: int, *, kept: bool) -> None:
@@ -239,28 +239,33 @@ class TinyServer:
         self.reqs[index] = None
         self.ended.append(req)
 
-    def _batch(self) -> RoundBatch:
+    def _batch(self) -> Round:
         known = [len(req.origin_input_ids) + len(req.output_ids) - 1 for req in self.reqs]
         row_ids = list(range(1, self.size + 1))
         late = [self.planner.under_way(row) for row in row_ids]
-        lengths = Lengths(
-            [n + min(more, 1) for n, more in zip(known, late, strict=True)],
-            [n + more for n, more in zip(known, late, strict=True)],
-        )
-        budgets = [max(CONTEXT - 1 - n, 1) for n in lengths.most]
+        least = [n + min(more, 1) for n, more in zip(known, late, strict=True)]
+        most = [n + more for n, more in zip(known, late, strict=True)]
         rows = torch.arange(1, self.size + 1, device=CUDA)
-        return RoundBatch(
-            rows, row_ids, self.seq_lens, lengths, self.bonus, self.reqs, budgets, [[] for _ in self.reqs]
+        return Round(
+            rows,
+            row_ids,
+            self.seq_lens,
+            least,
+            most,
+            self.bonus,
+            self.reqs,
+            budgets=[max(CONTEXT - 1 - n, 1) for n in most],
+            ahead=[[] for _ in self.reqs],
         )
 
-    def _verified(self, block: MixedBlock, requests: RoundBatch) -> Verified:
+    def _verified(self, block: MixedBlock, round: Round) -> Verified:
         """One launch: each request's rows behind its text, whose drafts are verified as they are packed."""
 
         def forward() -> tuple[torch.Tensor, torch.Tensor]:
             width = len(self.captured) * self.target.model.hidden_size
             logits = torch.zeros(len(block.input_ids), self.target.model.vocab_size)
             features = torch.zeros(len(block.input_ids), width)
-            bounds, starts = _numbers(block.qo_indptr), _numbers(requests.starts)
+            bounds, starts = _numbers(block.qo_indptr), _numbers(round.starts)
             for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
                 text = [
                     *_numbers(self.tokens.data)[i + 1][: starts[i]],
@@ -271,15 +276,15 @@ class TinyServer:
                 )
             return logits, features
 
-        logits, features = self._launched(forward, block.input_ids, requests.starts, self.tokens.data)
+        logits, features = self._launched(forward, block.input_ids, round.starts, self.tokens.data)
         return Verified(
             logits,
             features,
             None,
             block.input_ids,
             block.qo_indptr,
-            requests.starts,
-            requests.rows,
+            round.starts,
+            round.rows,
             logits.argmax(-1),
         )
 

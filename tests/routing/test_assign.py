@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from whiflash_sglang.candidates import Forecast
 from whiflash_sglang.routing.assign import Dwell, assign
-from whiflash_sglang.routing.signals import Forecast
 
 ARMS = ("ar", "diffusion", "lookup")
 

@@ -6,11 +6,11 @@ import pytest
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang import arms
+from whiflash_sglang.candidates import Forecast
 from whiflash_sglang.routing.controller import Controller, _of_passes
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy, RandomPolicy
 from whiflash_sglang.routing.request_state import RequestState
-from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
 
 EVERY = {arms.AR, arms.DIFFUSION, arms.LOOKUP}
@@ -60,11 +60,13 @@ def test_a_pin_asks_for_its_arm_under_any_policy() -> None:
     ],
     ids=["priced", "off", "pinned-elsewhere", "drawn", "never-named", "plain"],
 )
-def test_who_is_heard_beside_a_pass(policy: Policy, hints: RequestHints, expected: bool) -> None:
-    """Every free voice where arms are joined; else it alone, where there is no pass."""
+def test_whose_candidates_may_be_verified_beside_a_pass(
+    policy: Policy, hints: RequestHints, expected: bool
+) -> None:
+    """Every draft source where arms are joined; else it alone, where there is no pass."""
     controller = opened(policy, hints)
     controller.route([ROW], [{arms.AR: None, arms.DIFFUSION: None}])
-    assert controller.hears(ROW, arms.LOOKUP) == expected
+    assert controller.may_use(ROW, arms.LOOKUP) == expected
 
 
 def opened(policy: Policy, hints: RequestHints) -> Controller:
@@ -75,11 +77,11 @@ def opened(policy: Policy, hints: RequestHints) -> Controller:
 
 
 LONG = Forecast(9.0, 9)
-TOLD = {arms.AR: None, arms.LOOKUP: LONG, arms.STRUCTURE: Forecast(2.0, 2)}
+EXPECTED = {arms.AR: None, arms.LOOKUP: LONG, arms.STRUCTURE: Forecast(2.0, 2)}
 
 
 @pytest.mark.parametrize(
-    ("policy", "span", "heard"),
+    ("policy", "span", "usable"),
     [
         (Pinned(arms.LOOKUP), {}, {arms.LOOKUP}),
         (AutoPolicy(), {}, {arms.LOOKUP, arms.STRUCTURE}),
@@ -90,35 +92,37 @@ TOLD = {arms.AR: None, arms.LOOKUP: LONG, arms.STRUCTURE: Forecast(2.0, 2)}
     ],
     ids=["pinned-policy", "auto", "pin", "pinned-plain", "plain-wished", "wished"],
 )
-def test_who_is_heard_without_a_pass(policy: Policy, span: dict[str, Any], heard: set[str]) -> None:
-    """A pin or a policy that joins nothing keeps to one voice, and who wants plain decoding hears nobody."""
+def test_whose_candidates_may_be_verified_without_a_pass(
+    policy: Policy, span: dict[str, Any], usable: set[str]
+) -> None:
+    """A pin or a policy that joins nothing keeps to one draft source, and who wants plain decoding to none."""
     controller = opened(policy, RequestHints(spans=(Span(kind="json", open=True, **span),)))
-    asked = {arm: told for arm, told in TOLD.items() if controller.may_name(ROW, arm)}
+    asked = {arm: each for arm, each in EXPECTED.items() if controller.may_name(ROW, arm)}
     assert controller.route([ROW], [asked]) == [arms.NONE]
-    assert {arm for arm in (arms.LOOKUP, arms.STRUCTURE) if controller.hears(ROW, arm)} == heard
+    assert {arm for arm in (arms.LOOKUP, arms.STRUCTURE) if controller.may_use(ROW, arm)} == usable
     decision = controller.states[ROW].decision
-    assert decision.promised == bool(heard)
+    assert decision.promised == bool(usable)
 
 
-def test_a_request_without_a_pass_is_worth_its_best_voice() -> None:
+def test_a_request_without_a_pass_is_worth_its_best_candidate() -> None:
     controller = opened(AutoPolicy(), RequestHints())
-    controller.route([ROW], [TOLD])
+    controller.route([ROW], [EXPECTED])
     assert controller.states[ROW].expected == LONG.length
-    short = {**TOLD, arms.LOOKUP: Forecast(1.1, 2), arms.STRUCTURE: Forecast(1.05, 2)}
+    short = {**EXPECTED, arms.LOOKUP: Forecast(1.1, 2), arms.STRUCTURE: Forecast(1.05, 2)}
     assert controller.route([ROW], [short]) == [arms.AR]
     assert controller.may_join(ROW)
 
 
 @pytest.mark.parametrize("arm", [arms.LOOKUP, arms.STRUCTURE, arms.AR])
 def test_a_bias_is_no_token_that_a_round_promises(arm: str) -> None:
-    """Neither of an arm with a pass nor of a voice: others would be weighed against tokens that nobody gets."""
+    """Neither of an arm with a pass nor of a draft source: others would be weighed against tokens that nobody gets."""
     span = Span(kind="json", open=True, bias={arm: 16.0})
     controller = opened(AutoPolicy(), RequestHints(spans=(span,)))
-    voices = {arms.LOOKUP: Forecast(3.0, 3), arms.STRUCTURE: Forecast(2.0, 2)}
-    told = {arms.AR: None, **voices}
-    plain = AutoPolicy().score(RequestState("r").signals(told))
-    assert controller.route([ROW], [told]) == [arms.AR if arm == arms.AR else arms.NONE]
-    expected = voices[arm].length if arm in voices else plain[arm]
+    sources = {arms.LOOKUP: Forecast(3.0, 3), arms.STRUCTURE: Forecast(2.0, 2)}
+    asked = {arms.AR: None, **sources}
+    plain = AutoPolicy().score(RequestState("r").signals(asked))
+    assert controller.route([ROW], [asked]) == [arms.AR if arm == arms.AR else arms.NONE]
+    expected = sources[arm].length if arm in sources else plain[arm]
     assert controller.states[ROW].expected == pytest.approx(expected)
 
 

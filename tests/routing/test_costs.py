@@ -9,7 +9,7 @@ from whiflash_sglang.routing.costs import PLAIN_ROUNDS, PRIOR_SHARE, MeasuredCos
 from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceEstimator
 from whiflash_sglang.routing.fits import Line, Plane
 from whiflash_sglang.routing.signals import Mean, Signals
-from whiflash_sglang.telemetry.round_clock import DraftTime, PreviousRound, RoundWork
+from whiflash_sglang.telemetry.round_clock import DraftTime, RoundTime
 
 BOTH = frozenset({"ar", "diffusion"})
 
@@ -117,7 +117,9 @@ def test_one_observation_teaches_what_its_parts_do() -> None:
         ]
         drafting = sum(draft.seconds + draft.catch_up for draft in drafts)
         seconds = drafting + 0.02 + 0.0006 * rows
-        together.observe(PreviousRound(RoundWork(rows, requests), tokens, seconds, drafting, gap, drafts))
+        time = RoundTime(rows, requests, tokens=tokens, seconds=seconds, gap=gap)
+        time.drafting, time.drafts = drafting, drafts
+        together.observe(time)
         for draft in drafts:
             apart.drafted(draft)
         apart.verified(rows, requests, seconds - drafting)

@@ -137,7 +137,7 @@ def test_a_preference_is_one_round_of_belief() -> None:
     span, scores = Span(kind="json", open=True, prefer="ar"), {"ar": 2.0, "none": 1.0}
 
     def scored(measured: dict[str, Mean] | None) -> float:
-        return apply_hints(scores, span, frozenset({"ar"}), off=False, measured=measured).scores["ar"]
+        return apply_hints(scores, span, frozenset({"ar"}), off=False, measured=measured)[0]["ar"]
 
     assert scored({}) == 2.0 + PREFERENCE
     assert scored({"diffusion": Mean(9.0, 3.0)}) == 2.0 + PREFERENCE
@@ -147,7 +147,7 @@ def test_a_preference_is_one_round_of_belief() -> None:
 
 def test_the_reason_tells_measurement_from_order() -> None:
     def reason(measured: dict[str, Mean] | None) -> str:
-        return apply_hints({"none": 1.0}, None, frozenset(), off=False, measured=measured).reason
+        return apply_hints({"none": 1.0}, None, frozenset(), off=False, measured=measured)[1]
 
     assert (reason({}), reason(None)) == ("score", "policy")
 

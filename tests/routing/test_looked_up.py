@@ -1,11 +1,13 @@
 """Routes by prices that are looked up: nothing here has a clock."""
 
+from dataclasses import replace
+
 import pytest
 
 from whiflash_sglang.routing.assign import assign
 from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
-from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundWork
+from whiflash_sglang.telemetry.round_clock import RoundTime
 
 ROWS = (1, 2, 4, 8, 16)
 SCORES = {"ar": 3.0, "diffusion": 2.5, "none": 1.0}
@@ -23,8 +25,8 @@ def costs(row: float = 0.1, ar: float = 0.5, context: float = 0.0) -> LookedUpCo
     return found
 
 
-def timed(work: RoundWork, seconds: float, gap: float = 0.0, tokens: int = 3) -> PreviousRound:
-    return PreviousRound(work, tokens, seconds, 0.0, gap)
+def timed(work: RoundTime, seconds: float, gap: float = 0.0, tokens: int = 3) -> RoundTime:
+    return replace(work, tokens=tokens, seconds=seconds, gap=gap)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_a_context_is_priced_as_that_of_the_batch() -> None:
 
 def test_rounds_move_all_prices_alike_and_no_route() -> None:
     found = costs()
-    work = RoundWork(8, 1, 0, {"ar": 1}, {"ar": 4})
+    work = RoundTime(8, 1, 0, {"ar": 1}, {"ar": 4})
     for _ in range(60):
         found.observe(timed(work, 3 * (10.8 + 0.5 + 0.1)))
     assert found.tables.correction.factor == pytest.approx(3.0, rel=0.02)
@@ -83,7 +85,7 @@ def test_rounds_move_all_prices_alike_and_no_route() -> None:
 
 def test_the_pause_between_rounds_is_charged_to_all_alike() -> None:
     found = costs()
-    found.observe(timed(RoundWork(1, 1), 10.1, gap=2.0))
+    found.observe(timed(RoundTime(1, 1), 10.1, gap=2.0))
     assert found.verify(4, 1) - found.verify(1, 1) == pytest.approx(0.3)
     assert found.verify(1, 1) == pytest.approx(12.1)
 
@@ -91,7 +93,7 @@ def test_the_pause_between_rounds_is_charged_to_all_alike() -> None:
 def test_a_further_draft_must_bring_what_its_row_costs_at_this_load() -> None:
     found = costs()
     assert found.worth("ar") == FULL_LENGTH
-    found.observe(timed(RoundWork(4, 1), 10.4, tokens=2))
+    found.observe(timed(RoundTime(4, 1), 10.4, tokens=2))
     rate = 2 / 10.4
     assert found.worth("ar").row == pytest.approx(rate * 0.1)
     assert found.worth("ar").draft == 0.0, "a chain runs whole"
@@ -101,7 +103,7 @@ def test_what_an_arm_is_behind_by_is_part_of_its_price() -> None:
     found = costs()
     assert found.draft("ar", 2) == 0.5
     for _ in range(50):
-        found.observe(timed(RoundWork(8, 2, 0, {"ar": 2}, {"ar": 6}), 10.8 + 0.5 + 0.2))
+        found.observe(timed(RoundTime(8, 2, 0, {"ar": 2}, {"ar": 6}), 10.8 + 0.5 + 0.2))
     assert found.draft("ar", 2) == pytest.approx(0.7, rel=0.01)
     assert found.draft("ar", 1) == pytest.approx(0.6, rel=0.01)
 

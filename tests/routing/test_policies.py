@@ -49,13 +49,13 @@ def test_entropy_keeps_an_arm_for_its_dwell() -> None:
 )
 def test_hints_move_scores(span: Span | None, off: bool, arm: str, reason: str) -> None:
     scores = EntropyPolicy(tau=1.0).score(Signals(BOTH, entropy=0.0))
-    hinted = apply_hints(scores, span, BOTH, off=off)
-    assert (best(hinted.scores), hinted.reason) == (arm, reason)
+    moved, why = apply_hints(scores, span, BOTH, off=off)
+    assert (best(moved), why) == (arm, reason)
 
 
 def test_a_pin_overrides_a_pinned_policy() -> None:
     span = Span(kind="json", open=True, prefer="diffusion", pin=True)
-    assert best(apply_hints(Pinned("ar").score(Signals(BOTH)), span, BOTH, off=False).scores) == "diffusion"
+    assert best(apply_hints(Pinned("ar").score(Signals(BOTH)), span, BOTH, off=False)[0]) == "diffusion"
 
 
 def test_pinned_falls_back_to_plain_decoding() -> None:

@@ -5,8 +5,9 @@ from itertools import pairwise
 
 import pytest
 
+from whiflash_sglang.candidates import Forecast
 from whiflash_sglang.routing.policies import FIRST_PROBE, HOPELESS, PROBE_ROUNDS, AutoPolicy
-from whiflash_sglang.routing.signals import Forecast, Signals
+from whiflash_sglang.routing.signals import Signals
 
 BOTH = frozenset({"ar", "diffusion"})
 

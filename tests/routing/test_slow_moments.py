@@ -11,10 +11,10 @@ from collections import Counter
 import pytest
 from matrix import sampled
 
+from whiflash_sglang.candidates import Forecast
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.telemetry.round_clock import DraftTime
 

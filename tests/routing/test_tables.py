@@ -5,6 +5,7 @@ import pytest
 from whiflash_sglang.device.clock import HostClock, clock_of, measure
 from whiflash_sglang.routing.fits import WINDOW
 from whiflash_sglang.routing.tables import Correction, CostTables, Sizes, Verifications
+from whiflash_sglang.telemetry.round_clock import RoundTime
 
 
 class Moved:
@@ -86,9 +87,7 @@ def test_a_row_costs_the_slope_around_the_load() -> None:
 def test_rounds_correct_everything_by_one_factor() -> None:
     costs = tables()
     for _ in range(50):
-        costs.took(
-            2 * (1.6 + 0.6 + 0.1), rows=4, context=100, drafted={"ar": 2, "lookup": 1}, caught_up={"ar": 3}
-        )
+        costs.took(RoundTime(4, 3, 100, {"ar": 2, "lookup": 1}, {"ar": 3}, seconds=2 * (1.6 + 0.6 + 0.1)))
     assert costs.correction.factor == pytest.approx(2.0, rel=0.02)
     assert costs.draft("ar", 2) == pytest.approx(1.2, rel=0.02)
 

@@ -7,8 +7,8 @@ import pytest
 from structure_grammars import Grammars
 from whiflash_sdk.hints import LookupScope, Span
 
+from whiflash_sglang.candidates import NOTHING, Candidate
 from whiflash_sglang.checkpoints.manifest import Structure
-from whiflash_sglang.core import SILENCE, Voice
 from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 from whiflash_sglang.routing.costs import FULL_LENGTH
@@ -29,9 +29,9 @@ PROMPT = [5, 6, 7]
 MINE, THEIRS = tenant_of(None, "mine"), tenant_of(None, "theirs")
 
 
-def outlook(said: Voice | None) -> float:
+def outlook(said: Candidate | None) -> float:
     """Expected acceptance length."""
-    return (said or SILENCE).outlook().length
+    return (said or NOTHING).outlook().length
 
 
 class Told:
@@ -76,7 +76,7 @@ def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
         told.tell(tokens[:1])
         expected = []
         for token in [*tokens[1:], *vocabulary.encode("k")]:
-            expected.append(outlook(arm.speak(row, len(told.text) - 1, told.history, FULL_LENGTH)))
+            expected.append(outlook(arm.propose(row, len(told.text) - 1, told.history, FULL_LENGTH)))
             told.tell([token])
         arm.release(row)
         return expected[0]
@@ -110,7 +110,7 @@ def test_a_released_request_leaves_nothing(arm: StructureArm, play: Any) -> None
     play(MINE)
     assert not arm._requests
     assert not arm.serves(1)
-    assert arm.speak(1, 3, lambda start: [], FULL_LENGTH) is None
+    assert arm.propose(1, 3, lambda start: [], FULL_LENGTH) is None
     assert not arm.extends(1)
 
 
@@ -121,9 +121,9 @@ def test_what_is_said_while_rounds_are_under_way_follows_what_is_known(
     told = Told(grammars)
     arm.begin(1, RequestHints(), MINE, None, told)
     told.tell(vocabulary.encode(told.matcher(vocabulary).forced())[:1])
-    now = arm.speak(1, len(told.text) - 1, told.history, FULL_LENGTH)
+    now = arm.propose(1, len(told.text) - 1, told.history, FULL_LENGTH)
     assert arm.reads(1)
-    late = arm.speak(1, len(told.text) + 2, told.history, FULL_LENGTH, 8)
+    late = arm.propose(1, len(told.text) + 2, told.history, FULL_LENGTH, 8)
     assert not arm.reads(1)
     assert now is not None
     assert late is not None
@@ -154,9 +154,9 @@ def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
         ),
         MINE,
     )
-    arm.speak(2, len(PROMPT), lambda start: texts[2][: len(PROMPT) + 1][start:], FULL_LENGTH)
+    arm.propose(2, len(PROMPT), lambda start: texts[2][: len(PROMPT) + 1][start:], FULL_LENGTH)
     for row, source in ((1, "grammar"), (2, "tools")):
-        said = arm.speak(row, len(texts[row]) - 1, lambda start, row=row: texts[row][start:], FULL_LENGTH)  # type: ignore[misc]
+        said = arm.propose(row, len(texts[row]) - 1, lambda start, row=row: texts[row][start:], FULL_LENGTH)  # type: ignore[misc]
         assert said is not None
         assert said.parts == [(source, len(said.tokens))]
 
@@ -173,10 +173,10 @@ def test_where_calls_are_rare_none_is_guessed(arm: StructureArm, vocabulary: Voc
     def answer(tenant: Any, text: str) -> float:
         arm.begin(1, hints, tenant)
         written = [*PROMPT, *vocabulary.encode("<think>So</think>\n\n")]
-        arm.speak(1, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], worth)
-        expected = outlook(arm.speak(1, len(written) - 1, lambda start: written[start:], worth))
+        arm.propose(1, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], worth)
+        expected = outlook(arm.propose(1, len(written) - 1, lambda start: written[start:], worth))
         written += vocabulary.encode(text)
-        arm.speak(1, len(written) - 1, lambda start: written[start:], worth)
+        arm.propose(1, len(written) - 1, lambda start: written[start:], worth)
         arm.release(1)
         return expected
 
@@ -200,11 +200,11 @@ def test_it_cuts_text_as_its_target_cut_it_for_the_tenant(
         told = Told(grammars)
         arm.begin(1, RequestHints(), tenant, None, told)
         text = told.matcher(vocabulary).forced()
-        said = arm.speak(1, len(told.text) - 1, told.history, FULL_LENGTH)
+        said = arm.propose(1, len(told.text) - 1, told.history, FULL_LENGTH)
         assert said is not None
         for character in text[:6]:
             told.tell(vocabulary.encode(character))
-            arm.speak(1, len(told.text) - 1, told.history, FULL_LENGTH)
+            arm.propose(1, len(told.text) - 1, told.history, FULL_LENGTH)
         arm.release(1)
         return said.tokens[0]
 
@@ -233,5 +233,5 @@ def test_a_prompt_is_decoded_once_however_many_tools_there_are(
     prompt = vocabulary.encode("find_1 or find_2?" * 20)
     text = [*prompt, *vocabulary.encode("<tool_call>")]
     for length in (len(prompt), len(text)):
-        arm.speak(1, length - 1, lambda start, length=length: text[start:length], FULL_LENGTH)
+        arm.propose(1, length - 1, lambda start, length=length: text[start:length], FULL_LENGTH)
     assert sum(length > len(prompt) // 2 for length in decoded) == 1

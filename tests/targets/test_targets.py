@@ -15,7 +15,7 @@ from oracle_arm import ARM, OracleArm
 from overlap import overlapped
 from policy_checks import check_policies
 from reference import Comparison
-from test_strands import ChainFirst, Seen, seen, with_voices
+from test_strands import ChainFirst, Seen, seen, with_sources
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import Arrival, mixed, play
 
@@ -149,7 +149,7 @@ def test_routed_experts_are_plain_decodings(loop: str, tmp_path: Path, seen: See
         wanted = {rid: e.requests[rid].routed_experts for rid in expected}
     flags = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
     flags["whiflash_branches"] = 3 if loop == "strands" else 1
-    with start(target, whiflash=flags, arms=with_voices(arrivals, expected), **options) as e:
+    with start(target, whiflash=flags, arms=with_sources(arrivals, expected), **options) as e:
         if loop == "strands":
             e.worker.controller.policy = ChainFirst()
         assert play(e, arrivals) == expected

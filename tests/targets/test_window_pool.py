@@ -22,7 +22,7 @@ from overlap import overlapped
 from reference import CPU, Comparison, ReferenceDrafters
 from test_hicache import HOST, fetched, settle, stored, talk, wrong_slots
 from test_radix import assert_tree_is_true
-from test_strands import ChainFirst, Seen, seen, with_voices
+from test_strands import ChainFirst, Seen, seen, with_sources
 from tiny_models import HEAD_DIM, tiny_dflash, tiny_eagle3
 from traffic import mixed, play
 
@@ -165,7 +165,7 @@ def test_after_traffic(laguna: Models, case: str, seen: Seen, monkeypatch: pytes
     oracle = OracleArm(0.93, seed=1)
     for a in arrivals:
         oracle.learn(a.prompt, expected[a.rid])
-    arms = with_voices(arrivals, expected) if case == "strands" else [oracle]
+    arms = with_sources(arrivals, expected) if case == "strands" else [oracle]
     flags = {
         "max_total_tokens": 1024,
         "max_running_requests": 6,

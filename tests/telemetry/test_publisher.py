@@ -92,18 +92,18 @@ def test_an_arms_counts() -> None:
     its own were put behind nothing.
     """
     counts = ArmCounts()
-    counts.add(tokens=5, proposed=5, own=3, right=4)
-    counts.add(tokens=1, proposed=0, own=0, right=0)
-    counts.add(tokens=1, proposed=7, own=3, right=0, beside=4)
-    counts.add(tokens=4, proposed=7, own=3, right=1, beside=4)
+    counts.add(tokens=5, proposed=5, first=3, right=4)
+    counts.add(tokens=1, proposed=0, first=0, right=0)
+    counts.add(tokens=1, proposed=7, first=3, right=0, beside=4)
+    counts.add(tokens=4, proposed=7, first=3, right=1, beside=4)
     assert counts == ArmCounts(4, 11, proposed=19, accepted=7, joined=2, joined_accepted=1)
 
 
 def test_what_a_request_came_to_is_observed_by_arm() -> None:
     tally, request = Tally.of(["ar"]), {}
     for tokens in (4, 1):
-        tally.committed(request, "ar", "score", tokens=tokens, proposed=5, own=5, right=tokens - 1)
-    tally.committed(request, "none", "off", tokens=1, proposed=0, own=0, right=0)
+        tally.committed(request, "ar", "score", tokens=tokens, proposed=5, first=5, right=tokens - 1)
+    tally.committed(request, "none", "off", tokens=1, proposed=0, first=0, right=0)
     tally.ended(request)
     assert dict(tally.acceptance) == {"ar": 2.5, "none": 1.0}
     assert (tally.reasons["score"], tally.reasons["off"]) == (2, 1)

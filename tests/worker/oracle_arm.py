@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from whiflash_kernels import Drafts
 
-from whiflash_sglang.core import DraftBatch, History, Voice
+from whiflash_sglang.candidates import Candidate
+from whiflash_sglang.core import DraftBatch, History
 from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.routing.costs import Worth
 
@@ -26,7 +27,7 @@ class OracleArm(TextDrafter):
     """
 
     arm = ARM
-    speaks = False
+    proposes = False
 
     def __init__(
         self,
@@ -49,9 +50,9 @@ class OracleArm(TextDrafter):
         """`output` may follow `prompt`; where several texts do, one of them is drafted."""
         self._texts.append([*prompt, *output])
 
-    def speak(
+    def propose(
         self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
-    ) -> Voice | None:
+    ) -> Candidate | None:
         known = list(history(0))
         texts = [text for text in self._texts if text[: len(known)] == known]
         self._ahead[row] = self._random.choice(texts)[len(known) :] if texts else []

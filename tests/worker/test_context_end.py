@@ -30,9 +30,9 @@ def test_text_up_to_the_contexts_end(models: Models, page_size: int, monkeypatch
     ends: list[int] = []
     verify = VerifyStage.verify
 
-    def noted(self: Any, batch: Any, requests: Any, proposal: Any, barrier: Any) -> Any:
-        ends.append(int((requests.starts + proposal.chosen.widths).max()))
-        return verify(self, batch, requests, proposal, barrier)
+    def noted(self: Any, batch: Any, round: Any, barrier: Any) -> Any:
+        ends.append(int((round.starts + round.chosen.widths).max()))
+        return verify(self, batch, round, barrier)
 
     monkeypatch.setattr(VerifyStage, "verify", noted)
     with engine(models.target, whiflash=models.whiflash("random"), arms=[oracle], **options) as e:
@@ -67,5 +67,5 @@ def test_rows_under_way_count_as_committed(under_way: int, monkeypatch: pytest.M
         spec_info=SimpleNamespace(bonus_tokens=torch.tensor([7])),
     )
     found = round_batch(batch, CONTEXT, lambda _: under_way)
-    assert found.lengths.most == [committed + under_way]
+    assert found.most == [committed + under_way]
     assert found.budgets == [max(CONTEXT - 1 - committed - under_way, 1)]

@@ -12,6 +12,7 @@ from model_set import Models
 from oracle_arm import OracleArm
 
 from whiflash_sglang.compat.http.streamer import recording_of
+from whiflash_sglang.core import Round
 from whiflash_sglang.telemetry.trace import build_trace
 
 PROMPTS = [[*random.Random(seed).choices(range(256), k=10), *[7, 8, 9, 10] * 6] for seed in range(4)]
@@ -132,13 +133,13 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     learner, seen, observed, lost = running.worker.stages.learner, [], list[int](), 0
     learn, drafter = type(learner).learn, running.worker.drafters["ar"]
 
-    def noting(self: Any, plan: Any, found: Any, **parts: Any) -> Any:
+    def noting(self: Any, round: Any, found: Any) -> Any:
         nonlocal lost
-        seen.append((plan, found))
+        seen.append(found)
         observed.clear()
-        tokens = learn(self, plan, found, **parts)
-        for i, state in enumerate(plan.states):
-            if found["voice"][i] and found["drafted"][i] and self.controller.keeps(state):
+        tokens = learn(self, round, found)
+        for i, state in enumerate(round.states):
+            if found["source"][i] and found["drafted"][i] and self.controller.keeps(state):
                 assert state.row in observed, "its drafts lost, and nobody learned how right they were"
                 lost += 1
         return tokens
@@ -162,9 +163,9 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     assert running.generate(PROMPTS, max_new_tokens=TOKENS) == plain
     copied = [
         accepted - 1
-        for _, found in seen
-        for voice, accepted in zip(found["voice"], found["accept_lens"], strict=True)
-        if voice
+        for found in seen
+        for source, accepted in zip(found["source"], found["accept_lens"], strict=True)
+        if source
     ]
     assert copied
     assert sum(copied) > 0, "no copy was ever right"
@@ -192,19 +193,16 @@ def test_rows_are_those_of_a_graph(
     running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much is drafted, a verification has the rows that the host picked, of those that graphs have."""
-    from whiflash_sglang.round.plan import Plan
-
-    monkeypatch.setattr(Plan, "usual_drafts", property(lambda self: 2))
+    monkeypatch.setattr(Round, "usual_drafts", property(lambda self: 2))
     rows, grid = [], (3, 5, 7, 9)
     stages = running.worker.stages
     stage = replace(stages.drafting, rows_for=lambda rows, _: next(n for n in grid if n >= rows))
     monkeypatch.setattr(running.worker, "stages", replace(stages, drafting=stage))
     draft = type(stage).draft
 
-    def noting(self: Any, requests: Any, plan: Any) -> Any:
-        proposal = draft(self, requests, plan)
-        rows.append((proposal.rows, int(proposal.chosen.widths.sum()), len(plan.routes)))
-        return proposal
+    def noting(self: Any, round: Any) -> None:
+        draft(self, round)
+        rows.append((round.packed_rows, int(round.chosen.widths.sum()), len(round)))
 
     monkeypatch.setattr(type(stage), "draft", noting)
     running.worker.reconfigure({"router": "random"})

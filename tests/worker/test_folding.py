@@ -1,4 +1,4 @@
-"""Strands without a server: what voices add, which of them fit, and what a verification folds to."""
+"""Strands without a server: what candidates add, which of them fit, and what a verification folds to."""
 
 import math
 from itertools import pairwise
@@ -8,54 +8,55 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from whiflash_kernels import prepare_mixed_block
 
-from whiflash_sglang.core import Strand, Voice
+from whiflash_sglang.candidates import Candidate
+from whiflash_sglang.core import Strand
 from whiflash_sglang.round.strands import Folded, Packed, chosen_strands, fold, moves, pack, strand_of
 
-CHAIN = Voice().followed_by([5, 6, 7], [0.8, 0.4, 0.2], "chain")
+CHAIN = Candidate().followed_by([5, 6, 7], [0.8, 0.4, 0.2], "chain")
 
 
-def voice(tokens: list[int], alive: list[float]) -> Voice:
-    return Voice().followed_by(tokens, alive, "free")
+def candidate(tokens: list[int], alive: list[float]) -> Candidate:
+    return Candidate().followed_by(tokens, alive, "free")
 
 
 def strand(owner: int = 0, fork: int = 0, *tokens: int, chance: float = 0.5) -> Strand:
     return Strand(owner, fork, list(tokens), 0, chance, "free")
 
 
-def test_a_voice_adds_what_follows_the_common_prefix() -> None:
-    found = strand_of(3, CHAIN, voice([5, 9, 8], [0.9, 0.81, 0.729]), room=5, worth=0.01)
+def test_a_candidate_adds_what_follows_the_common_prefix() -> None:
+    found = strand_of(3, CHAIN, candidate([5, 9, 8], [0.9, 0.81, 0.729]), room=5, worth=0.01)
     assert found is not None
     assert (found.owner, found.fork, found.tokens, found.source) == (3, 1, [9, 8], "free")
 
 
-def test_a_contested_token_is_less_likely_than_its_voice_says() -> None:
-    found = strand_of(0, CHAIN, voice([4], [0.6]), room=5, worth=0.0)
+def test_a_contested_token_is_less_likely_than_its_candidate_says() -> None:
+    found = strand_of(0, CHAIN, candidate([4], [0.6]), room=5, worth=0.0)
     assert found is not None
     assert abs(found.chance - 0.6 * 0.2 / (1 - 0.6 * 0.8)) < 1e-9
 
 
 def test_tokens_that_are_not_worth_a_row_are_left_out() -> None:
-    said = voice([4, 3, 2], [0.6, 0.3, 0.01])
-    found = strand_of(0, CHAIN, said, room=5, worth=0.1)
+    other = candidate([4, 3, 2], [0.6, 0.3, 0.01])
+    found = strand_of(0, CHAIN, other, room=5, worth=0.1)
     assert found is not None
     assert found.tokens == [4, 3]
-    assert strand_of(0, CHAIN, said, room=5, worth=0.5) is None
-    assert strand_of(0, CHAIN, said, room=0, worth=0.0) is None
-    found = strand_of(0, CHAIN, said._replace(alive=[0.6, 0.01, 0.3]), room=5, worth=0.1)
+    assert strand_of(0, CHAIN, other, room=5, worth=0.5) is None
+    assert strand_of(0, CHAIN, other, room=0, worth=0.0) is None
+    found = strand_of(0, CHAIN, other._replace(alive=[0.6, 0.01, 0.3]), room=5, worth=0.1)
     assert found is not None
     assert found.tokens == [4], "what follows a token that is left out is no path"
 
 
-def test_of_a_voice_only_what_could_be_drafts_is_verified() -> None:
-    for bad in (voice([4, 99, 2], [0.6, 0.5, 0.4]), voice([4, 3, 2], [0.6, math.nan, 0.4])):
-        assert bad.sound(99) == voice([4], [0.6])
-    assert voice([4, -1], [0.6, 0.5]).sound(99).tokens == [4]
-    assert CHAIN.sound(8) == CHAIN
+def test_of_a_candidate_only_what_could_be_drafts_is_verified() -> None:
+    for bad in (candidate([4, 99, 2], [0.6, 0.5, 0.4]), candidate([4, 3, 2], [0.6, math.nan, 0.4])):
+        assert bad.valid(99) == candidate([4], [0.6])
+    assert candidate([4, -1], [0.6, 0.5]).valid(99).tokens == [4]
+    assert CHAIN.valid(8) == CHAIN
 
 
-def test_a_voice_that_says_the_same_adds_nothing() -> None:
-    assert strand_of(0, CHAIN, voice([5, 6], [0.9, 0.8]), room=5, worth=0.0) is None
-    assert strand_of(0, CHAIN, voice([5, 6, 7, 8], [0.9] * 4), room=5, worth=0.0) is None
+def test_a_candidate_that_says_the_same_adds_nothing() -> None:
+    assert strand_of(0, CHAIN, candidate([5, 6], [0.9, 0.8]), room=5, worth=0.0) is None
+    assert strand_of(0, CHAIN, candidate([5, 6, 7, 8], [0.9] * 4), room=5, worth=0.0) is None
 
 
 def test_the_likeliest_strands_fit() -> None:
@@ -91,8 +92,8 @@ def test_folding_finds_the_longest_path(
     size, lengths = len(chains), [10 * i + 3 for i in range(len(chains))]
     found = []
     for owner, tokens in voices:
-        chain = voice(chains[owner % size], [0.5] * len(chains[owner % size]))
-        one = strand_of(owner % size, chain, voice(tokens, [0.5] * len(tokens)), room=9, worth=0.0)
+        chain = candidate(chains[owner % size], [0.5] * len(chains[owner % size]))
+        one = strand_of(owner % size, chain, candidate(tokens, [0.5] * len(tokens)), room=9, worth=0.0)
         found += [one] if one is not None else []
     widths = [1 + len(chain) for chain in chains]
     taken = chosen_strands(found, widths, [30] * size, most=3, spare=9)

@@ -51,8 +51,8 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
     e.worker.publish_to(found)
     run = e.worker._round
 
-    def counted(batch: Any, requests: Any, *rest: Any) -> Any:
-        done, tokens = run(batch, requests, *rest)
+    def counted(batch: Any, round: Any, *rest: Any) -> Any:
+        done, tokens = run(batch, round, *rest)
         widths = done.cap_lens.tolist()
         own.update(rounds=len(widths), rows=sum(widths), batches=1)
         with reads:
@@ -62,12 +62,11 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
     monkeypatch.setattr(e.worker, "_round", counted)
     draft = DraftStage.draft
 
-    def noted(*args: Any) -> Any:
-        proposal = draft(*args)
-        chosen = proposal.chosen
+    def noted(self: DraftStage, round: Any) -> None:
+        draft(self, round)
+        chosen = round.chosen
         joined = chosen.widths - 1 - chosen.own
         own.update(joined=int(joined[chosen.voice == 0].sum()))
-        return proposal
 
     monkeypatch.setattr(DraftStage, "draft", noted)
     e.generate(PROMPTS, max_new_tokens=90)

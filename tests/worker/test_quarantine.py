@@ -28,7 +28,7 @@ from whiflash_sglang.round.quarantine import (
     SEVERAL_REQUESTS,
     Quarantine,
 )
-from whiflash_sglang.round.voices import Voices
+from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.routing.request_state import RequestState
 
@@ -54,11 +54,15 @@ FAULTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "counts": ("ar", "draft", lambda d: d._replace(counts=d.counts - 100)),
     "draft raises": ("ar", "draft", fails),
     "catch-up raises": ("diffusion", "catch_up", fails),
-    "speak raises": ("lookup", "speak", fails),
-    "ids of a voice": ("lookup", "speak", lambda v: v and v._replace(tokens=[1 << 40] * len(v.tokens))),
-    "chances of a voice": ("lookup", "speak", lambda v: v and v._replace(alive=[math.nan] * len(v.alive))),
-    "extend raises": ("lookup", "extend", fails),
-    "ids behind drafts": ("lookup", "extend", lambda v: v.followed_by([1 << 40], [0.5], "context")),
+    "propose raises": ("lookup", "propose", fails),
+    "ids of a candidate": ("lookup", "propose", lambda v: v and v._replace(tokens=[1 << 40] * len(v.tokens))),
+    "chances of a candidate": (
+        "lookup",
+        "propose",
+        lambda v: v and v._replace(alive=[math.nan] * len(v.alive)),
+    ),
+    "extend raises": ("lookup", "extend_drafts", fails),
+    "ids behind drafts": ("lookup", "extend_drafts", lambda v: v.followed_by([1 << 40], [0.5], "context")),
     "begin raises": ("lookup", "begin", fails),
     "calibration raises": ("ar", "calibration", fails),
     "observe raises": ("ar", "observe", fails),
@@ -94,7 +98,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, drafter: Any, method: str, made: Call
 def watch(monkeypatch: pytest.MonkeyPatch, drafter: Any) -> list[str]:
     """What a drafter is asked from now on, but for what it is to drop."""
     asked: list[str] = []
-    every = ("begin", "catch_up", "calibration", "speak", "draft", "extend", "observe", "finish")
+    every = ("begin", "catch_up", "calibration", "propose", "draft", "extend_drafts", "observe", "finish")
     for method in [method for method in every if hasattr(drafter, method)]:
         original = getattr(drafter, method)
 
@@ -120,7 +124,7 @@ def test_requests_go_on_without_it(
         gauges = Gauges()
         e.worker.publish_to(gauges)
         for name, (arm, method, made) in FAULTS.items():
-            if resident and method == "extend":
+            if resident and method == "extend_drafts":
                 method, made = "copy", fails  # the device copies
             elif resident and method != "draft":
                 continue  # the same calls on the host
@@ -182,8 +186,8 @@ def rounds_of(e: Engine) -> dict[str, int]:
     ("arm", "method"),
     [
         ("ar", "draft"),
-        ("lookup", "extend"),
-        ("lookup", "speak"),
+        ("lookup", "extend_drafts"),
+        ("lookup", "propose"),
         ("lookup", "begin"),
         ("ar", "observe"),
         ("lookup", "finish"),
@@ -435,20 +439,23 @@ def test_the_rest_of_a_batch_is_not_asked() -> None:
     class Failing(TextDrafter):
         max_drafts = 1
 
-        def speak(self, row: int, *_: Any, **__: Any) -> NoReturn:
+        def propose(self, row: int, *_: Any, **__: Any) -> NoReturn:
             asked.append(row)
             fails(None)
 
     drafters: Any = {"lookup": Failing()}
     nothing: Any = None
     controller: Any = SimpleNamespace(states={})
-    planner = Planner(drafters, nothing, controller, nothing, held, Voices(drafters, held, 99), EXACT)
-    requests: Any = SimpleNamespace(
-        names=list(enumerate(rids)), lengths=SimpleNamespace(most=[9] * 64), history=lambda *_: []
+    planner = Planner(drafters, nothing, controller, nothing, held, DraftSources(drafters, held, 99), EXACT)
+    round: Any = SimpleNamespace(
+        names=list(enumerate(rids)),
+        most=[9] * 64,
+        worth={"lookup": FULL_LENGTH},
+        history=lambda *_: [],
     )
     for index, rid in enumerate(rids):
         held.begin(rid, rid)
-        assert planner._said(requests, index, ["lookup"], {"lookup": FULL_LENGTH}) == ({}, {})
+        assert planner._proposed(round, index, ["lookup"]) == ({}, {})
     assert asked == [*range(SEVERAL_REQUESTS)]
 
 
@@ -457,16 +464,18 @@ def test_drafts_that_the_device_took_were_sound() -> None:
     held = Quarantine(["ar", "lookup"])
     held.begin("sound", None)
     learner = Learner({}, MagicMock(), MagicMock(), MagicMock(), held)
-    plan: Any = SimpleNamespace(
+    round: Any = SimpleNamespace(
+        parts=None,
+        accepted=(),
         routes=["none"] * 2,
         states=[RequestState(rid, under_way=[3]) for rid in ("sound", "gone")],
         decisions=[None] * 2,
         limits=[0] * 2,
-        speakers=["structure", "lookup", "lookup"],
+        proposers=["structure", "lookup", "lookup"],
     )
     failing(held, "one", "one", arm="lookup")
-    found = {"starts": [9] * 2, "widths": [3] * 2, "faults": [0] * 2, "own": [0] * 2, "voice": [-1, 0]}
-    learner.learn(plan, found, kept=[[], []])
+    results = {name: [count] * 2 for name, count in {"starts": 9, "widths": 3, "faults": 0}.items()}
+    learner.learn(round, {**results, "first_drafts": [0] * 2, "source": [-1, 0]}, kept=[[], []])
     held.end("sound")
     failing(held, "two", arm="lookup")
     assert not held.reasons

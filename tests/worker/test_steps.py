@@ -56,7 +56,7 @@ def test_drafts_end_a_step(models: Models, steps: list[int], monkeypatch: pytest
             return ["diffusion" if drafts and forecast else "none" for forecast in forecasts]
 
         monkeypatch.setattr(e.worker.controller, "route", route)
-        monkeypatch.setattr(e.worker.controller, "hears", lambda *_: False)
+        monkeypatch.setattr(e.worker.controller, "may_use", lambda *_: False)
         e.submit("a", PROMPT, max_new_tokens=TOKENS)
         e.run()
         assert e.output("a") == plain

@@ -26,19 +26,19 @@ from traffic import Arrival, mixed, play, without_a_pass
 from whiflash_kernels import Drafts
 
 from whiflash_sglang import verify
+from whiflash_sglang.candidates import Candidate, Part
 from whiflash_sglang.compat.scheduler.spec_worker import branches_of
-from whiflash_sglang.core import DraftBatch, History, Voice
+from whiflash_sglang.core import DraftBatch, History
 from whiflash_sglang.round.strands import Folded
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.policies import RandomPolicy, Scores
 from whiflash_sglang.routing.signals import Signals
-from whiflash_sglang.telemetry.trace import Part
 
 __all__ = ["plain"]
 
 
 class Chain(OracleArm):
-    """Says how likely its drafts are, so that others may speak beside them."""
+    """Says how likely its drafts are, so that others may propose beside them."""
 
     arm = "chain"
 
@@ -49,25 +49,25 @@ class Chain(OracleArm):
 
 
 class Free(OracleArm):
-    """Speaks beside the chain, right where the chain may be wrong."""
+    """Proposes beside the chain, right where the chain may be wrong."""
 
-    speaks = True
+    proposes = True
 
     def __init__(self, arm: str, accuracy: float, seed: int) -> None:
         super().__init__(accuracy, seed=seed)
         self.arm = arm
 
-    def speak(
+    def propose(
         self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
-    ) -> Voice | None:
-        super().speak(row, length, history, worth, under_way)
+    ) -> Candidate | None:
+        super().propose(row, length, history, worth, under_way)
         ahead = self._ahead[row][: self.max_drafts]
         tokens = [
             a if self._random.random() < self._accuracy else self._random.choice(self._alphabet)
             for a in ahead
         ]
         chances = list(accumulate([0.8] * len(tokens), mul))
-        return Voice(tokens, chances, [Part(self.arm, len(tokens))]) if tokens else None
+        return Candidate(tokens, chances, [Part(self.arm, len(tokens))]) if tokens else None
 
 
 class ChainFirst(RandomPolicy):
@@ -102,7 +102,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return found
 
 
-def with_voices(arrivals: Sequence[Arrival], expected: dict[str, list[int]]) -> list[OracleArm]:
+def with_sources(arrivals: Sequence[Arrival], expected: dict[str, list[int]]) -> list[OracleArm]:
     arms = [Chain(0.5, seed=3), Free("free", 0.85, 4), Free("freer", 0.85, 5)]
     for arm in arms:
         for a in arrivals:
@@ -118,7 +118,7 @@ def test_text_is_plain_decodings(models: Models, plain: Plain, seen: Seen, case:
     with engine(
         models.target,
         whiflash=flags,
-        arms=with_voices(arrivals, expected),
+        arms=with_sources(arrivals, expected),
         **{**CASES[case], "max_running_requests": 9},
     ) as e:
         e.worker.controller.policy = ChainFirst()
@@ -130,19 +130,21 @@ def test_text_is_plain_decodings(models: Models, plain: Plain, seen: Seen, case:
     assert len(seen.forks) > 1
 
 
-def test_without_a_pass_the_likeliest_voice_is_verified(
+def test_without_a_pass_the_likeliest_candidate_is_verified(
     models: Models, plain: Plain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever comes first of two that are as often right, the round is counted for who says that it is."""
     arrivals = mixed(seed=2, count=8, shared=40, tokens=60)
     expected = plain(arrivals)
-    arms, speak = with_voices(arrivals, expected), Free.speak
+    arms, propose = with_sources(arrivals, expected), Free.propose
 
-    def unsure(arm: Free, *asked: Any) -> Voice | None:
-        said = speak(arm, *asked)
-        return said and (said._replace(alive=[0.1] * len(said.alive)) if arm.arm == "free" else said)
+    def unsure(arm: Free, *asked: Any) -> Candidate | None:
+        candidate = propose(arm, *asked)
+        if candidate is None or arm.arm != "free":
+            return candidate
+        return candidate._replace(alive=[0.1] * len(candidate.alive))
 
-    monkeypatch.setattr(Free, "speak", unsure)
+    monkeypatch.setattr(Free, "propose", unsure)
     with engine(models.target, whiflash=models.whiflash("random"), arms=arms) as e:
         monkeypatch.setattr(e.worker.controller, "route", partial(without_a_pass, e.worker.controller))
         compare(models, arrivals, expected, play(e, arrivals))
@@ -152,24 +154,24 @@ def test_without_a_pass_the_likeliest_voice_is_verified(
 
 
 @pytest.mark.parametrize("spoilt", ["ids", "chances"])
-def test_a_voice_that_could_be_no_draft_is_left_out(
+def test_a_candidate_that_could_be_no_draft_is_left_out(
     models: Models, spoilt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would end the server: no embedding has its ids."""
     arrivals = mixed(seed=2, count=3, shared=12, tokens=40)
     with engine(models.target) as e:
         expected = play(e, arrivals)
-    arms, voice = with_voices(arrivals, expected), Free.speak
+    arms, propose = with_sources(arrivals, expected), Free.propose
 
-    def spoil(arm: Free, *asked: Any) -> Voice | None:
-        said = voice(arm, *asked)
-        if said is None or arm.arm == "freer":
-            return said
+    def spoil(arm: Free, *asked: Any) -> Candidate | None:
+        candidate = propose(arm, *asked)
+        if candidate is None or arm.arm == "freer":
+            return candidate
         if spoilt == "ids":
-            return said._replace(tokens=[1 << 40 for _ in said.tokens])
-        return said._replace(alive=[math.nan for _ in said.alive])
+            return candidate._replace(tokens=[1 << 40 for _ in candidate.tokens])
+        return candidate._replace(alive=[math.nan for _ in candidate.alive])
 
-    monkeypatch.setattr(Free, "speak", spoil)
+    monkeypatch.setattr(Free, "propose", spoil)
     with engine(models.target, whiflash=models.whiflash("random", whiflash_branches=3), arms=arms) as e:
         e.worker.controller.policy = ChainFirst()
         compare(models, arrivals, expected, play(e, arrivals))
@@ -192,7 +194,7 @@ def test_records_are_plain_decodings(models: Models, seen: Seen, case: str) -> N
     with engine(models.target, **options) as e:
         expected = play(e, arrivals)
         wanted = all_logprobs(e, compared)
-    flags, arms = models.whiflash("random", whiflash_branches=4), with_voices(arrivals, expected)
+    flags, arms = models.whiflash("random", whiflash_branches=4), with_sources(arrivals, expected)
     with engine(models.target, whiflash=flags, arms=arms, **options) as e:
         e.worker.controller.policy = ChainFirst()
         assert play(e, arrivals) == expected

@@ -18,6 +18,7 @@ from traffic import Arrival, play, without_a_pass
 
 from whiflash_sglang import lifecycle
 from whiflash_sglang.compat.http.streamer import recording_of
+from whiflash_sglang.core import Round
 from whiflash_sglang.drafters import structure
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.spans.hints import TOOLS_KEY
@@ -94,15 +95,15 @@ def rounds(e: Engine) -> dict[str, int]:
     return {rid: e.rounds(rid)[0] for rid in e.requests}
 
 
-def forbidden(e: Engine, requests: Any, plan: Any, proposal: Any) -> int:
+def forbidden(e: Engine, round: Round) -> int:
     """Drafts of a round that are verified though the grammars of their requests forbid them."""
     arm, found = e.worker.drafters["structure"], 0
-    for index, row in enumerate(requests.row_ids):
+    for index, row in enumerate(round.row_ids):
         own = arm._requests.get(row)
         matcher = own and own.grammar and own.grammar.matcher(arm._vocabulary)
-        if not matcher or not plan.joined[index] or own.known != requests.lengths.most[index] + 1:
+        if not matcher or not round.joined[index] or own.known != round.most[index] + 1:
             continue
-        drafts = proposal.chosen.tokens[index, : int(proposal.chosen.widths[index]) - 1].tolist()
+        drafts = round.chosen.tokens[index, : int(round.chosen.widths[index]) - 1].tolist()
         with matcher.trying():
             assert all(map(matcher.accept_token, own.unseen))
             found += not all(
@@ -126,10 +127,9 @@ def test_joined_with_every_other_arm(models: Models, backend: str, monkeypatch: 
     used: set[str | None] = set()
     draft, wrong = DraftStage.draft, list[int]()
 
-    def drafted(stage: Any, requests: Any, plan: Any) -> Any:
-        proposal = draft(stage, requests, plan)
-        wrong.append(forbidden(e, requests, plan, proposal))
-        return proposal
+    def drafted(stage: Any, round: Round) -> None:
+        draft(stage, round)
+        wrong.append(forbidden(e, round))
 
     monkeypatch.setattr(DraftStage, "draft", drafted)
     with engine(models.target, whiflash=flags, arms=[oracle], grammar_backend=backend, **OPTIONS) as e:
@@ -140,10 +140,10 @@ def test_joined_with_every_other_arm(models: Models, backend: str, monkeypatch: 
     assert not any(wrong)
 
 
-def hear_only(arm: str, controller: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on no model drafts, and one voice is heard."""
+def use_only(arm: str, controller: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on no model drafts, and one draft source is used."""
     monkeypatch.setattr(controller, "route", partial(without_a_pass, controller))
-    monkeypatch.setattr(controller, "hears", lambda _, other: other == arm)
+    monkeypatch.setattr(controller, "may_use", lambda _, other: other == arm)
     monkeypatch.setattr(controller, "may_join", lambda _: False)
 
 
@@ -152,7 +152,7 @@ def test_what_is_forced_is_accepted_at_once(
 ) -> None:
     """Every draft is right but the ends of tokens, and a forced stretch takes the rounds that its width takes."""
     with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
-        hear_only("structure", e.worker.controller, monkeypatch)
+        use_only("structure", e.worker.controller, monkeypatch)
         assert play(e, requests()) == expected
         for rid, output in expected.items():
             verified, accepted = e.rounds(rid)
@@ -172,7 +172,7 @@ def test_behind_rounds_that_share_a_step(
         controller = e.worker.controller
 
         def route(rows: Any, forecasts: Any) -> list[str]:
-            hear_only(next(turns), controller, monkeypatch)
+            use_only(next(turns), controller, monkeypatch)
             monkeypatch.setattr(controller, "route", route)
             return without_a_pass(controller, rows, forecasts)
 
@@ -208,7 +208,7 @@ def test_wherever_a_forced_draft_is_rejected(
     monkeypatch.setattr(structure.StructureArm, "_sketch", spoil)
     with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
         if routes == "structure":
-            hear_only("structure", e.worker.controller, monkeypatch)
+            use_only("structure", e.worker.controller, monkeypatch)
         assert play(e, requests()) == expected
     assert set(wrong) == set(range(WIDTH)), "every position"
     assert len(set(map(id, spoilt))) == 2 * len(GRAMMARS), "every request that has a grammar"
@@ -257,7 +257,7 @@ def test_tools_without_a_grammar(
         monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", resident)
         with engine(models.target, whiflash=models.whiflash(router), **OPTIONS) as e:
             if router == "auto":
-                hear_only("structure", e.worker.controller, monkeypatch)
+                use_only("structure", e.worker.controller, monkeypatch)
             assert play(e, arrivals) == expected
             accepted = {rid: e.rounds(rid)[1] for rid in expected}
             assert e.worker.drafters["structure"]._requests == {}

@@ -1,14 +1,15 @@
 """What a round verifies where two arms may extend each other's drafts: the last word is his who forbids."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from whiflash_sglang.core import Voice
+from whiflash_sglang.candidates import Candidate
 from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.round.voices import Voices
+from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.routing.costs import FULL_LENGTH
 
 ROOM = 12
@@ -23,7 +24,7 @@ class Grammar(TextDrafter):
     def extends(self, row: int) -> bool:
         return True
 
-    def extend(self, row: int, drafts: Voice, room: int, worth: Any) -> Voice:
+    def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Any) -> Candidate:
         own = list(drafts.tokens)
         allowed = drafts.first(own.index(FORBIDDEN) if FORBIDDEN in own else len(own))
         last = allowed.tokens[-1]
@@ -41,7 +42,7 @@ class Copy(TextDrafter):
     def extends(self, row: int) -> bool:
         return True
 
-    def extend(self, row: int, drafts: Voice, room: int, worth: Any) -> Voice:
+    def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Any) -> Candidate:
         more = self.known.get(drafts.tokens[-1], [])
         return drafts.followed_by(more, [0.8] * len(more), self.arm)
 
@@ -49,10 +50,10 @@ class Copy(TextDrafter):
 def verified(drafters: Sequence[Any], first: Sequence[int], route: str) -> tuple[list[int], int]:
     """What is verified of one request whose own arm drafted `first`, and how many of these are left."""
     by_arm = {drafter.arm: drafter for drafter in drafters}
-    voices = Voices(by_arm, Quarantine(["ar", *by_arm]), vocabulary=100)
-    worth = dict.fromkeys(by_arm, FULL_LENGTH)
-    drafts = Voice().followed_by(first, [0.9] * len(first), route)
-    chain, left = voices.extended((0, "r"), route, drafts, ROOM, worth)
+    sources = DraftSources(by_arm, Quarantine(["ar", *by_arm]), vocabulary=100)
+    round: Any = SimpleNamespace(names=[(0, "r")], worth=dict.fromkeys(by_arm, FULL_LENGTH))
+    drafts = Candidate().followed_by(first, [0.9] * len(first), route)
+    chain, left = sources.extended(round, 0, route, drafts, ROOM)
     assert sum(part.drafts for part in chain.parts) == len(chain.tokens) == len(chain.alive)
     return list(chain.tokens), left
 
@@ -107,7 +108,7 @@ def test_an_arm_is_not_asked_behind_its_own_drafts() -> None:
         ),  # the copy's own 3 stays the last
     ],
 )
-def test_who_spoke_last_is_who_added_last(
+def test_the_last_turn_is_of_who_added_last(
     monkeypatch: pytest.MonkeyPatch, first: list[int], route: str, expected: list[int], turns: list[str]
 ) -> None:
     """Whether or not drafts were dropped before, and not who was asked last."""
@@ -115,11 +116,11 @@ def test_who_spoke_last_is_who_added_last(
     drafters: list[Any] = [Grammar(), Copy({9: [1]})]
     for drafter in drafters:
 
-        def noting(*args: Any, own: Any = drafter, extend: Any = drafter.extend) -> Voice:
+        def noting(*args: Any, own: Any = drafter, extend: Any = drafter.extend_drafts) -> Candidate:
             asked.append(own.arm)
-            voice: Voice = extend(*args)
-            return voice
+            candidate: Candidate = extend(*args)
+            return candidate
 
-        monkeypatch.setattr(drafter, "extend", noting)
+        monkeypatch.setattr(drafter, "extend_drafts", noting)
     assert verified(drafters, first, route)[0] == expected
     assert asked == turns

@@ -6,12 +6,11 @@ Conventions: at the start of a round a request has n committed tokens *with* tar
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from whiflash_kernels import BacklogRings, DraftInputs, claim_backlogs, draft_inputs, park, unpark
 
-from whiflash_sglang.core import Lengths
+from whiflash_sglang.core import Due
 
 
 class FeatureSlice:
@@ -42,17 +41,6 @@ class FeatureSlice:
             return features
         grid = features.view(-1, self._layers, self.hidden)
         return torch.cat([grid[:, i] for i in self.chunks], dim=-1)
-
-
-class Due(NamedTuple):
-    """Requests of a batch that an arm has to catch up before a round.
-
-    members: their indices in the batch. rows: most tokens that they have to ingest together, never 0; exactly those
-    where n is known.
-    """
-
-    members: list[int]
-    rows: int
 
 
 class Watermarks:
@@ -120,7 +108,8 @@ class Watermarks:
         self,
         arm: str,
         rows: Sequence[int],
-        lengths: Lengths,
+        least: Sequence[int],
+        most: Sequence[int],
         chosen: Sequence[bool],
         widths: Sequence[int],
         verifying: int | None = None,
@@ -133,16 +122,16 @@ class Watermarks:
         together have committed no more beyond what the host knows than the rows that are being verified, `verifying`.
         """
         members, total, known = [], 0, 0
-        for index, (row, least, most) in enumerate(zip(rows, *lengths, strict=True)):
+        for index, (row, low, high) in enumerate(zip(rows, least, most, strict=True)):
             if not self.known(row):
                 continue
             begin = self._lower[row][arm]
-            overflows = most + widths[index] - min(begin, most - 1) > self.capacity
-            if begin < most and (chosen[index] or overflows):
+            overflows = high + widths[index] - min(begin, high - 1) > self.capacity
+            if begin < high and (chosen[index] or overflows):
                 members.append(index)
-                total += min(most - begin, self.capacity)
-                known += min(max(least - begin, 0), self.capacity)
-                self._lower[row][arm] = max(begin, least)
+                total += min(high - begin, self.capacity)
+                known += min(max(low - begin, 0), self.capacity)
+                self._lower[row][arm] = max(begin, low)
         return Due(members, total if verifying is None else min(total, known + verifying))
 
     def backlog(self, row: int, length: int) -> int:

@@ -1,7 +1,7 @@
 """The processes that serve one model together: the first decides, the others follow. Imports no SGLang.
 
 What a round does follows from what was committed, which all know, and from what only the first looks at: clocks, and
-its mail. So the first decides, once a round, and sends it to the others (`told`). Everything else they work out
+its mail. So the first decides, once a round, and sends it to the others. Everything else they work out
 from the same numbers with the same code. Every message checks that they did, by a checksum of all that was noted.
 """
 
@@ -65,29 +65,29 @@ class Ranks:
         """
         if self._send is None:
             return decide()
-        said = None
+        message = None
         if self.leads:
-            said = Message(self._number, self._checksum, time.monotonic(), decide())
-        heard = self._send(said)
-        if not isinstance(heard, Message):
+            message = Message(self._number, self._checksum, time.monotonic(), decide())
+        received = self._send(message)
+        if not isinstance(received, Message):
             raise DivergedError(
                 f"rank {self.rank} of {self.size} waits for a round's plan, rank 0 sent something else "
-                f"({heard!r:.80}): "
+                f"({received!r:.80}): "
                 "they do not serve the same requests any more"
             )
-        if (heard.number, heard.checksum) != (self._number, self._checksum):
+        if (received.number, received.checksum) != (self._number, self._checksum):
             raise DivergedError(
-                f"rank {self.rank} of {self.size} did not commit what rank 0 did: before message {heard.number} of "
-                f"rank 0, {self._number} of this one, they noted {heard.checksum:08x} and {self._checksum:08x}"
+                f"rank {self.rank} of {self.size} did not commit what rank 0 did: before message {received.number} of "
+                f"rank 0, {self._number} of this one, they noted {received.checksum:08x} and {self._checksum:08x}"
             )
-        self._number, self._now = heard.number + 1, heard.now
-        value: T = heard.value
+        self._number, self._now = received.number + 1, received.now
+        value: T = received.value
         return value
 
-    def objection(self, own: str | None) -> str | None:
+    def objection(self, reason: str | None) -> str | None:
         """The first objection of any rank, in all of them, which all must ask at once; None: nobody objects."""
-        every = [own] if self._gather is None else self._gather(own)
-        return next((said for said in every if said is not None), None)
+        every = [reason] if self._gather is None else self._gather(reason)
+        return next((reason for reason in every if reason is not None), None)
 
     def note(self, *facts: object) -> None:
         """What every rank must have done alike, by what its facts are written as; compared with the next message."""

@@ -57,10 +57,10 @@ class Upload:
         _fill(host[ints:].view(np.float32), self._floats, sizes[1])
         packed = packed.to(device, non_blocking=True)
         as_ints, as_floats = packed[:ints], packed[ints:].view(torch.float32)[:floats]
-        found = _firsts(as_ints, self._ints, sizes[0]), _firsts(as_floats, self._floats, sizes[1])
+        on_device = _firsts(as_ints, self._ints, sizes[0]), _firsts(as_floats, self._floats, sizes[1])
         for at, use in self._then:
-            use(found[0][at])
-        return found
+            use(on_device[0][at])
+        return on_device
 
 
 def _fill(place: np.ndarray[Any, Any], parts: Sequence[Ints | Floats], sizes: Sequence[int]) -> None:
@@ -73,7 +73,7 @@ def _fill(place: np.ndarray[Any, Any], parts: Sequence[Ints | Floats], sizes: Se
 
 def _firsts(packed: torch.Tensor, parts: Sequence[Ints | Floats], sizes: Sequence[int]) -> list[torch.Tensor]:
     """What `packed` holds of each of `parts`, whose beginnings are `sizes` apart."""
-    return [own[: len(part)] for own, part in zip(torch.split(packed, list(sizes)), parts, strict=True)]
+    return [each[: len(part)] for each, part in zip(torch.split(packed, list(sizes)), parts, strict=True)]
 
 
 def sent(values: Ints, device: torch.device) -> torch.Tensor:
@@ -86,8 +86,11 @@ def sent(values: Ints, device: torch.device) -> torch.Tensor:
 class Download:
     """Tensors of the device on their way to the host, packed into one buffer of its own: no later round writes to it.
 
-    packed: [N] int32; whoever copies it to the host hands the copy to `read`. On the device each of the tensors is
-    found there by its name, as an int of 32 or 64 bits or a float of 32.
+    It is SGLang's `DeviceAuxiliaryOutput` and, when the copy has come, its `HostAuxiliaryOutput`.
+
+    packed: [N] int32 on the device, where each of the tensors has its name, as an int of 32 or 64 bits or a float of
+    32. learn: takes what is read, and what the scheduler kept of each request's tokens; set by whoever lets SGLang
+    carry the results.
 
     Args:
         fields: tensors of 64-bit ints, of other ints whose values fit into 32, or of floats.
@@ -103,14 +106,27 @@ class Download:
             for (name, field), begin, end in zip(ordered, [0, *ends], ends, strict=False)
         }
         self.packed = torch.cat(parts)
+        self.learn: Callable[[dict[str, list[Any]], Sequence[Sequence[int]]], object] | None = None
+        self._copy: torch.Tensor | None = None
+
+    def copy_to_host(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> "Download":
+        """Called by SGLang, on another stream. `packed` is kept: the copy may still read it."""
+        self._copy = copy(self.packed)
+        return self
+
+    def consume(self, batch: Any, commits: Sequence[Any]) -> None:
+        """Called by SGLang when the copy has come and the tokens are in the requests, before they are streamed."""
+        assert self.learn is not None
+        kept = [() if commit is None else commit.token_ids for commit in commits]
+        self.learn(self.read(), kept)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         place, dtype, shape = self._fields[name]
         return self.packed[place].view(dtype).view(shape)
 
-    def read(self, packed: torch.Tensor | None = None) -> dict[str, list[Any]]:
-        """The fields as nested lists. packed: its copy on the host; without one this waits for the device."""
-        flat = (self.packed if packed is None else packed).numpy(force=True)
+    def read(self) -> dict[str, list[Any]]:
+        """The fields as nested lists. Before it was copied to the host this waits for the device."""
+        flat = (self.packed if self._copy is None else self._copy).numpy(force=True)
         return {
             name: flat[place].view(_NUMPY[dtype]).reshape(shape).tolist()
             for name, (place, dtype, shape) in self._fields.items()

@@ -9,13 +9,12 @@ from whiflash_kernels import Copies, Drafts
 
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.cache.tokens import DraftKV
-from whiflash_sglang.core import DraftBatch, History, PassInput, Voice
+from whiflash_sglang.candidates import Candidate, Forecast
+from whiflash_sglang.core import DraftBatch, History
 from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.device.transfers import Floats, Upload
-from whiflash_sglang.lookup.copier import Proposal
 from whiflash_sglang.lookup.memory import Tenant
 from whiflash_sglang.routing.costs import Worth
-from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.structure.matchers import Grammar
 
@@ -76,8 +75,8 @@ class KVDrafter(Drafter):
         """Allocate KV for `slots` target slots."""
         raise NotImplementedError
 
-    def capture(self, recorder: Recorder, given: PassInput) -> None:
-        """Have `draft` captured for groups of up to as many requests as `given` has, whose memory captures read.
+    def capture(self, recorder: Recorder, inputs: DraftBatch) -> None:
+        """Have `draft` captured for groups of up to as many requests as `inputs` has, whose memory captures read.
 
         Raises ConfigError where it cannot be captured.
         """
@@ -97,14 +96,14 @@ class KVDrafter(Drafter):
 class TextDrafter(Drafter):
     """An arm that drafts from the texts of requests and keeps something of each.
 
-    Lifecycle per request: `begin` → `speak` in every round that may be its own → `finish` if it ended → `release`.
+    Lifecycle per request: `begin` → `propose` in every round that may be its own → `finish` if it ended → `release`.
 
-    speaks: whether it drafts by `speak`, before the round is planned and at no pass of a model; else `draft` is asked.
+    proposes: whether it drafts by `propose`, before the round is planned and without a pass; else `draft` is asked.
     forbids: whether it drops of another arm's drafts what may not follow. on_device: whether the device drafts for it
     too, for all requests, where the host knows texts a round late: by `copy`.
     """
 
-    speaks: bool = True
+    proposes: bool = True
     forbids: bool = False
     on_device: bool = False
 
@@ -133,9 +132,9 @@ class TextDrafter(Drafter):
         """Whether the request in `row` lets it draft at all."""
         return True
 
-    def speak(
+    def propose(
         self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
-    ) -> Voice | None:
+    ) -> Candidate | None:
         """What may follow the text of the request in `row`; asked in every round that may be its own, whoever drafts it
         then. None: nothing.
 
@@ -144,7 +143,7 @@ class TextDrafter(Drafter):
 
         Args:
             row: of the request table. length: n at most. history: the request's committed tokens. worth: what a further
-                draft must bring. under_way: tokens at most that earlier rounds may commit before what it says counts.
+                draft must bring. under_way: tokens at most that earlier rounds may commit before its candidate counts.
         """
         raise NotImplementedError
 
@@ -156,7 +155,7 @@ class TextDrafter(Drafter):
         """Whether drafts for the request in `row` are read for it even where that waits for the device."""
         return False
 
-    def extend(self, row: int, drafts: Voice, room: int, worth: Worth) -> Voice:
+    def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Worth) -> Candidate:
         """`drafts` as far as they may follow the text that it looked at, and what it knows to follow them; asked if it
         `extends`.
 
@@ -173,13 +172,13 @@ class TextDrafter(Drafter):
         raise NotImplementedError
 
     def promised(self, row: int) -> Forecast | None:
-        """What the device's newest known copy for the request in `row` promised: then it need not speak.
+        """What the device's newest known copy for the request in `row` promised: then it need not propose.
 
         None: it must, since it knows the whole text, or texts that the device does not copy from.
         """
         return None
 
-    def copied(self, row: int, copy: Proposal, committed: Sequence[int]) -> None:
+    def copied(self, row: int, copy: Candidate, committed: Sequence[int]) -> None:
         """The device made this `copy` for the request in `row`, and its round committed these tokens."""
 
     def finish(self, row: int, output: Sequence[int]) -> None:
@@ -215,23 +214,26 @@ def widest_of(drafters: Mapping[str, Drafter]) -> int:
     return max((drafter.max_drafts for drafter in drafters.values()), default=0)
 
 
-def laid(voices: Sequence[Voice], width: int) -> tuple[np.ndarray[Any, Any], list[int], np.ndarray[Any, Any]]:
-    """Voices side by side as far as `width` columns hold them: tokens [N, width] int64, how many each has, and chances
-    [N, width] float32, with zeros behind.
+def side_by_side(
+    candidates: Sequence[Candidate], width: int
+) -> tuple[np.ndarray[Any, Any], list[int], np.ndarray[Any, Any]]:
+    """As far as `width` columns hold them: tokens [N, width] int64, how many each has, and chances [N, width] float32,
+    with zeros behind.
     """
-    counts = [min(len(voice.tokens), width) for voice in voices]
-    tokens = np.zeros((len(voices), width), dtype=np.int64)
-    alive = np.zeros((len(voices), width), dtype=np.float32)
-    for number, (voice, count) in enumerate(zip(voices, counts, strict=True)):
+    counts = [min(len(candidate.tokens), width) for candidate in candidates]
+    tokens = np.zeros((len(candidates), width), dtype=np.int64)
+    alive = np.zeros((len(candidates), width), dtype=np.float32)
+    for number, (candidate, count) in enumerate(zip(candidates, counts, strict=True)):
         if count:
-            tokens[number, :count] = voice.tokens[:count]
-            alive[number, :count] = voice.alive[:count]
+            tokens[number, :count] = candidate.tokens[:count]
+            alive[number, :count] = candidate.alive[:count]
     return tokens, counts, alive
 
 
-def padded(voices: Sequence[Voice], device: torch.device, width: int = 0) -> Drafts:
-    """Voices side by side, one a request, in `width` columns at least."""
-    tokens, counts, alive = laid(voices, max([width, *(len(voice.tokens) for voice in voices)]))
+def padded(candidates: Sequence[Candidate], device: torch.device, width: int = 0) -> Drafts:
+    """The same on the device, one a request, in `width` columns at least."""
+    widest = max([width, *(len(candidate.tokens) for candidate in candidates)])
+    tokens, counts, alive = side_by_side(candidates, widest)
     upload = Upload()
     tokens_at, counts_at = upload.ints(tokens.ravel()), upload.ints(counts)
     alive_at = upload.floats(alive.ravel())

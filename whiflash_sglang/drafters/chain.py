@@ -10,7 +10,7 @@ from whiflash_kernels import Drafts, eagle3_catch_up
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
-from whiflash_sglang.core import DraftBatch, PassInput
+from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.drafters.paged import PagedArm, eagle3_weights, rope_table
 from whiflash_sglang.models.choice import Choice, DraftStep
 from whiflash_sglang.models.dflash_config import LayerSpan
@@ -67,22 +67,22 @@ class ChainArm(PagedArm):
         self.tail_width = width
         self.features = FeatureSlice(captured, layers, width // len(layers))
 
-    def chain(self, given: PassInput, steps: int) -> Iterator[Choice]:
+    def chain(self, batch: DraftBatch, steps: int) -> Iterator[Choice]:
         """The chain, step by step: of every request the target's id [G] and how sure the drafter is of it [G].
 
         Nothing is read on the host between steps; who may read stops before.
         """
-        positions, slots, _ = given.rows_from(-1, steps)
-        token, hidden = given.bonus, self._chain.fuse(given.tail)
+        positions, slots, _ = batch.rows_from(-1, steps)
+        token, hidden = batch.bonus, self._chain.fuse(batch.tail)
         for step in range(steps):
-            attend = self.attend_at(slots[:, step], given, self._spans, extra=step, width=1)
+            attend = self.attend_at(slots[:, step], batch, self._spans, extra=step, width=1)
             out = self._chain(token, hidden, positions[:, step], attend)
             choice = self._chain.choose(out.logits_hidden)
             token, hidden = choice.token, out.hidden
             yield choice
 
-    def whole(self, given: PassInput, wanted: int) -> Choice:
-        tokens, confidences = zip(*self.chain(given, wanted), strict=True)
+    def whole(self, batch: DraftBatch, wanted: int) -> Choice:
+        tokens, confidences = zip(*self.chain(batch, wanted), strict=True)
         return Choice(torch.stack(tokens, 1), torch.stack(confidences, 1))
 
     def logits_at_once(self, requests: int) -> int:
@@ -94,7 +94,7 @@ class ChainArm(PagedArm):
             choice = self.choices(batch)
             return self.cut(choice.token, choice.confidence, batch, passes=choice.token.shape[1])
         tokens, confidences = [], []
-        for choice in self.chain(PassInput.of(batch), max(batch.limits)):
+        for choice in self.chain(batch, max(batch.limits)):
             tokens.append(choice.token)
             confidences.append(choice.confidence)
             if not self.length.goes_on(confidences, batch):

@@ -5,7 +5,7 @@ from whiflash_kernels import Drafts, dflash_catch_up
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
-from whiflash_sglang.core import DraftBatch, PassInput
+from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.drafters.paged import PagedArm, dflash_weights, rope_table
 from whiflash_sglang.learn.swap import rewrite
 from whiflash_sglang.models.choice import Choice, DraftHead
@@ -70,13 +70,13 @@ class DFlashArm(PagedArm):
     def catch_up(self, rows: FeatureRows) -> None:
         dflash_catch_up(rows.features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)
 
-    def whole(self, given: PassInput, wanted: int) -> Choice:
-        rows, size = self._rows, len(given.rows)
-        positions, slots, ids = given.rows_from(0, rows, fill=self.model.mask_token_id)
+    def whole(self, batch: DraftBatch, wanted: int) -> Choice:
+        rows, size = self._rows, len(batch)
+        positions, slots, ids = batch.rows_from(0, rows, fill=self.model.mask_token_id)
         assert ids is not None
-        attend = self.attend_at(slots.view(-1), given, self._spans, extra=rows, width=rows)
+        attend = self.attend_at(slots.view(-1), batch, self._spans, extra=rows, width=rows)
         states = self.model(ids.view(size, rows), positions.view(size, rows), attend)
-        return self.model.propose(states, given.bonus, wanted, self._head)
+        return self.model.propose(states, batch.bonus, wanted, self._head)
 
     def logits_at_once(self, requests: int) -> int:
         return requests * self.max_drafts * len(self._head.weight)

@@ -14,8 +14,9 @@ import numpy as np
 from whiflash_kernels import Copies, Drafts
 
 from whiflash_sglang import arms
+from whiflash_sglang.candidates import Candidate, Forecast
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.core import SILENCE, DraftBatch, History, Voice
+from whiflash_sglang.core import DraftBatch, History
 from whiflash_sglang.device.transfers import EXACT, Floats, HostView
 from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.drafters.copying import DeviceCopies
@@ -25,12 +26,11 @@ from whiflash_sglang.lookup.calibration import (
     PerTenant,
     RequestCalibration,
 )
-from whiflash_sglang.lookup.copier import SOURCES, Copier, Proposal
+from whiflash_sglang.lookup.copier import SOURCES, Copier, teach
 from whiflash_sglang.lookup.index import SuffixIndex
 from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handle_of
 from whiflash_sglang.lookup.prediction import Prediction
 from whiflash_sglang.routing.costs import Worth
-from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.structure.matchers import Grammar
 
@@ -117,9 +117,9 @@ class LookupArm(TextDrafter):
     def serves(self, row: int) -> bool:
         return row in self._requests
 
-    def speak(
+    def propose(
         self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
-    ) -> Voice | None:
+    ) -> Candidate | None:
         request = self._requests.get(row)
         if request is None:
             return None
@@ -134,18 +134,18 @@ class LookupArm(TextDrafter):
             )
         copier.extend(history(len(copier.text)))
         copy = copier.look(self.max_drafts + under_way, worth.row or WORTH)
-        return _behind(SILENCE._replace(at=len(copier.text)), copy)
+        return copy._replace(at=len(copier.text), agreements=())
 
     def extends(self, row: int) -> bool:
         return self._copier(row) is not None
 
-    def extend(self, row: int, drafts: Voice, room: int, worth: Worth) -> Voice:
+    def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Worth) -> Candidate:
         """`drafts`, and the copy that they lead into."""
         copier, room = self._copier(row), min(room - len(drafts.tokens), self.max_drafts)
         if copier is None or not drafts.tokens or room <= 0:
             return drafts
         copy = copier.look_beyond(drafts.tokens, drafts.alive[-1], room, worth.row or WORTH)
-        return _behind(drafts, copy)
+        return drafts.followed_by(copy.tokens, copy.alive, copy.parts[0].source) if copy.tokens else drafts
 
     def calibration(self, row_ids: Sequence[int]) -> Floats:
         """Where the device copies: how each request's copies begin, and its table of chances."""
@@ -156,10 +156,10 @@ class LookupArm(TextDrafter):
         known = [self._unlearned if request is None else request.learns for request in requests]
         # Many requests share a table.
         chances = {table: np.array(table.chances, dtype=np.float32) for table in set(known)}
-        found: Floats = np.concatenate(
+        values: Floats = np.concatenate(
             [np.array(factors, dtype=np.float32), *(chances[table] for table in known)]
         )
-        return found
+        return values
 
     def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Copies:
         return self._device_copies.propose(batch, batch.worth.row or WORTH, drafts)
@@ -170,11 +170,11 @@ class LookupArm(TextDrafter):
             return None
         return request.promised if request.alone and request.copier is None else None
 
-    def copied(self, row: int, copy: Proposal, committed: Sequence[int]) -> None:
+    def copied(self, row: int, copy: Candidate, committed: Sequence[int]) -> None:
         request = self._requests.get(row)
         if request is not None and request.alone and request.copier is None:
-            request.promised = Forecast(1 + sum(copy.alive), 1 + len(copy.tokens))
-            copy.teach(committed, request.learns, request.copies)
+            request.promised = copy.outlook()
+            teach(copy, committed, request.learns, request.copies)
 
     def finish(self, row: int, output: Sequence[int]) -> None:
         """Remember a finished request's output for its tenant."""
@@ -226,8 +226,3 @@ class LookupArm(TextDrafter):
         if request.tenant is None or self.memory is None:
             return ()
         return self.memory.texts(request.tenant)
-
-
-def _behind(drafts: Voice, copy: Proposal) -> Voice:
-    """`drafts`, and the `copy` behind them."""
-    return drafts.followed_by(copy.tokens, copy.alive, copy.origin)

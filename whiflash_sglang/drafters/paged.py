@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from whiflash_kernels import DFlashWeights, Drafts, Eagle3Weights, draft_attenti
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.tokens import DraftKV
-from whiflash_sglang.core import DraftBatch, PassInput
+from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.device.capture import CapturedPass, Recorder, doubling
 from whiflash_sglang.drafters.base import KVDrafter
 from whiflash_sglang.drafters.length import DraftLength
@@ -43,20 +44,20 @@ class PagedArm(KVDrafter):
         self._captured: CapturedPass[Choice] | None = None
 
     @abstractmethod
-    def whole(self, given: PassInput, wanted: int) -> Choice:
+    def whole(self, batch: DraftBatch, wanted: int) -> Choice:
         """The first `wanted` drafts of every request: target ids [G, wanted] and how sure the drafter is of each.
 
         Reads nothing on the host.
         """
 
-    def capture(self, recorder: Recorder, given: PassInput) -> None:
-        sizes = doubling(1, len(given.rows))
+    def capture(self, recorder: Recorder, inputs: DraftBatch) -> None:
+        sizes = doubling(1, len(inputs))
         # Arms share what they read but for their own columns.
-        given = given._replace(tail=given.tail.new_zeros((len(given.rows), self.tail_width)))
+        inputs = replace(inputs, tail=inputs.tail.new_zeros((len(inputs), self.tail_width)))
         self._captured = CapturedPass(
             f"the pass of {self.arm!r}",
-            lambda size: self.whole(given.first(size), self.max_drafts),
-            given.static,
+            lambda size: self.whole(inputs.first(size), self.max_drafts),
+            inputs.static,
             sizes,
             recorder,
         )
@@ -74,11 +75,11 @@ class PagedArm(KVDrafter):
 
     def choices(self, batch: DraftBatch) -> Choice:
         """`whole` for a batch, replayed where it was captured: then it is good until the next replay."""
-        given, wanted, size = PassInput.of(batch), max(batch.limits), len(batch)
+        wanted, size = max(batch.limits), len(batch)
         if self._captured is None or not self._captured.holds(size, size):
-            return self.whole(given, wanted)
-        found = self._captured.replay(size, given.rows, given.starts, given.bonus, given.tail)
-        return Choice(found.token[:size, :wanted], found.confidence[:size, :wanted])
+            return self.whole(batch, wanted)
+        choice = self._captured.replay(size, batch.rows, batch.starts, batch.bonus, batch.tail)
+        return Choice(choice.token[:size, :wanted], choice.confidence[:size, :wanted])
 
     def kv_bytes_per_token(self) -> int:
         """Bytes its KV adds to one target slot."""
@@ -105,7 +106,7 @@ class PagedArm(KVDrafter):
         self.length.observe(proposed, accepted, confidences)
 
     def attend_at(
-        self, slots: torch.Tensor, given: PassInput, spans: Sequence[LayerSpan], *, extra: int, width: int
+        self, slots: torch.Tensor, batch: DraftBatch, spans: Sequence[LayerSpan], *, extra: int, width: int
     ) -> Attend:
         """Attention of `width` rows of each request that first stores their k and v at `slots` [G * width] int64.
 
@@ -119,15 +120,15 @@ class PagedArm(KVDrafter):
                 q,
                 self.kv.k[layer],
                 self.kv.v[layer],
-                given.slot_table,
-                given.rows,
-                given.starts,
+                batch.slot_table,
+                batch.rows,
+                batch.starts,
                 extra=extra,
                 width=width,
                 causal=spans[layer].causal,
                 window=spans[layer].window,
                 scale=scale,
-                longest=given.longest + extra,
+                longest=batch.longest + extra,
             )
 
         return attend

@@ -61,18 +61,18 @@ def idle_batch(
     rows = torch.arange(size, device=slot_table.device)
     starts, caps = torch.full_like(rows, CONTEXT), torch.full_like(rows, drafter.max_drafts)
     bonus = torch.zeros_like(rows)
+    reads_tail = drafter.tail_width > 0
+    tail = rings.inputs(None, rows, starts, bonus, caps, drafter.features, tail=reads_tail).tail
     return DraftBatch(
-        rows=rows,
-        row_ids=list(range(size)),
-        lengths=[CONTEXT] * size,
-        starts=starts,
-        bonus=bonus,
-        tail=rings.inputs(
-            None, rows, starts, bonus, caps, drafter.features, tail=drafter.tail_width > 0
-        ).tail,
-        slot_table=slot_table,
+        rows,
+        starts,
+        bonus,
+        tail,
+        slot_table,
+        CONTEXT,
+        caps,
         limits=[drafter.max_drafts] * size,
-        caps=caps,
+        row_ids=range(size),
         calibration=torch.tensor(drafter.calibration(range(size)), dtype=torch.float32, device=rows.device),
         host=host,
     )

@@ -2,7 +2,7 @@
 it is verified like any other draft, so how the target cuts the text is the target's choice).
 
 It drafts from the text only. Forced stretches are short, so they matter most after other arms' drafts and before them:
-`extend` goes on where a neural draft or a copy ends, and drops what the grammar forbids in it.
+`extend_drafts` goes on where a neural draft or a copy ends, and drops what the grammar forbids in it.
 """
 
 import codecs
@@ -14,8 +14,9 @@ from itertools import accumulate, islice, takewhile
 from operator import mul
 
 from whiflash_sglang import arms
+from whiflash_sglang.candidates import NOTHING, Candidate
 from whiflash_sglang.checkpoints.manifest import Structure
-from whiflash_sglang.core import SILENCE, History, Voice
+from whiflash_sglang.core import History
 from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.lookup.calibration import PerTenant
 from whiflash_sglang.lookup.memory import Tenant
@@ -35,7 +36,7 @@ WORTH = 0.1
 """Chance of being accepted below which one more token is not worth verifying, where costs are not priced."""
 
 GRAMMAR, TOOLS = "grammar", "tools"
-"""What drafts are taken from: what constrains the request, or only what it says of its tools."""
+"""What drafts are taken from: what constrains the request, or only its tools."""
 
 _Decoder = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
 """A token may end inside a character."""
@@ -107,9 +108,9 @@ class StructureArm(TextDrafter):
     def serves(self, row: int) -> bool:
         return row in self._requests
 
-    def speak(
+    def propose(
         self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
-    ) -> Voice | None:
+    ) -> Candidate | None:
         request = self._requests.get(row)
         if request is None:
             return None
@@ -120,8 +121,8 @@ class StructureArm(TextDrafter):
         request.unseen = history(request.grammar.known) if request.grammar else ()
         self._follow(request, history, min(length, request.known))
         request.tokens, _ = self._sketch(request, (), self.max_drafts + under_way)
-        said = self._behind(request, SILENCE._replace(at=request.known), request.tokens, worth)
-        return said if said.tokens else None
+        forced = self._behind(request, NOTHING._replace(at=request.known), request.tokens, worth)
+        return forced if forced.tokens else None
 
     def extends(self, row: int) -> bool:
         request = self._requests.get(row)
@@ -132,13 +133,15 @@ class StructureArm(TextDrafter):
         request = self._requests.get(row)
         return request is not None and request.whole and request.grammar is not None
 
-    def extend(self, row: int, drafts: Voice, room: int, worth: Worth) -> Voice:
+    def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Worth) -> Candidate:
         """What the grammar allows of `drafts`, and what is forced behind that."""
         request = self._requests[row]
         tokens, allowed = self._sketch(request, drafts.tokens, room)
         return self._behind(request, drafts.first(allowed), tokens, worth)
 
-    def _behind(self, request: _Request, drafts: Voice, tokens: Sequence[Token], worth: Worth) -> Voice:
+    def _behind(
+        self, request: _Request, drafts: Candidate, tokens: Sequence[Token], worth: Worth
+    ) -> Candidate:
         """`drafts`, and those of `tokens` behind them that are worth their rows."""
         before = drafts.alive[-1] if drafts.tokens else 1.0
         chances = accumulate((request.chances.of(token.kind) for token in tokens), mul, initial=before)
@@ -211,9 +214,9 @@ class StructureArm(TextDrafter):
         if matcher is not None:
             matcher.exhausted = self._exhausted
         with ExitStack() as stack:
-            for own in (matcher, calls):
-                if own is not None:
-                    stack.enter_context(own.trying())
+            for state in (matcher, calls):
+                if state is not None:
+                    stack.enter_context(state.trying())
             after = len(drafts)
             if matcher is not None:
                 if not all(map(matcher.accept_token, request.unseen)):

@@ -21,7 +21,7 @@ from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundWork
+from whiflash_sglang.telemetry.round_clock import RoundTime
 from whiflash_sglang.train.rounds import agreed
 
 METHODS = ("plain", "eagle3", "dflash", "cut", "auto")
@@ -218,8 +218,8 @@ class Simulation:
                 controller.forget(request.row)
                 self.free.append(request.row)
         if self.method == "auto":
-            work = RoundWork(padded, len(routes), context, drafted)
-            controller.costs.observe(PreviousRound(work, tokens, seconds, 0.0, 0.0))
+            time = RoundTime(padded, len(routes), context, drafted, tokens=tokens, seconds=seconds)
+            controller.costs.observe(time)
         self.result.tokens += tokens
         self.result.seconds += seconds
         self.result.rounds += 1

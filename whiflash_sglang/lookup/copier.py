@@ -8,8 +8,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from operator import mul, neg
-from typing import NamedTuple
 
+from whiflash_sglang.candidates import NOTHING, Candidate, Part, common_prefix
 from whiflash_sglang.lookup.calibration import Agreement, MatchCalibration, RequestCalibration
 from whiflash_sglang.lookup.index import MAX_MATCH, Place, SuffixIndex
 from whiflash_sglang.lookup.prediction import Prediction
@@ -19,36 +19,25 @@ Shared = Callable[[], Iterable[SuffixIndex]]
 
 OWN_TEXT_ONLY: Shared = tuple
 
-Found = tuple[Place, Sequence[int]]
+Match = tuple[Place, Sequence[int]]
 """A place that matches, and what followed there."""
 
 SOURCES = CONTEXT, PREDICTION, MEMORY = "context", "prediction", "memory"
 """The sources of a copy: prompt and answer, what the caller expects back, other texts that the request may share."""
 
 
-class Proposal(NamedTuple):
-    """tokens: what to copy. alive: for each, the chance that it and all before it are accepted; never increasing.
-    origin: what they are taken from. length: of the match before the first. agreements: how the places judge each.
-    """
-
-    tokens: Sequence[int] = ()
-    alive: Sequence[float] = ()
-    origin: str = CONTEXT
-    length: int = 0
-    agreements: Sequence[int] = ()
-
-    def teach(
-        self, committed: Sequence[int], judge: MatchCalibration, request: RequestCalibration | None
-    ) -> None:
-        """Show `judge`, and what is known of the `request` itself, how right it was: `committed` followed."""
-        said = zip(self.tokens, self.agreements, committed, strict=False)
-        for length, (copied, agreement, token) in enumerate(said, self.length):
-            right = copied == token
-            if length == self.length and request is not None:
-                request.observe(judge.chance(length, agreement), right)
-            judge.observe(length, agreement, right)
-            if not right:
-                break
+def teach(
+    copy: Candidate, committed: Sequence[int], judge: MatchCalibration, request: RequestCalibration | None
+) -> None:
+    """Show `judge`, and what is known of the `request` itself, how right a `copy` was: `committed` followed."""
+    compared = zip(copy.tokens, copy.agreements, committed, strict=False)
+    for length, (copied, agreement, token) in enumerate(compared, copy.matched):
+        right = copied == token
+        if length == copy.matched and request is not None:
+            request.observe(judge.chance(length, agreement), right)
+        judge.observe(length, agreement, right)
+        if not right:
+            break
 
 
 class Copier:
@@ -72,44 +61,44 @@ class Copier:
         self.calibration, self._request = calibration, request or RequestCalibration()
         self._min_match, self._shared = min_match, shared
         self._prediction = prediction
-        self._proposal = Proposal()
+        self._copy = NOTHING
         self._source: Place | None = None
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append what was committed since: the prompt first, then round by round."""
         judge = self.calibration if self._source is None else self._judge(self._source)
-        self._proposal.teach(tokens, judge, self._request if judge is self.calibration else None)
-        self._proposal = Proposal()
+        teach(self._copy, tokens, judge, self._request if judge is self.calibration else None)
+        self._copy = NOTHING
         if self._prediction is not None:
             self._prediction.follow(tokens)
         if self._source is not None:
             self._source = self._source._replace(source=self._source.source + len(tokens))
         self.text.extend(tokens)
 
-    def look(self, limit: int, worth: float) -> Proposal:
+    def look(self, limit: int, worth: float) -> Candidate:
         """The copy after the text's end: up to `limit` tokens, the first in any case, each of the others accepted with
         a chance of at least `worth`.
         """
-        self._proposal = Proposal()
-        found = self._find((), limit)
-        if found:
-            best = _best(found)
-            self._source = found[best][0]
-            self._proposal = self._propose(found, best, worth)
-        return self._proposal
+        self._copy = NOTHING
+        matches = self._find((), limit)
+        if matches:
+            best = _best(matches)
+            self._source = matches[best][0]
+            self._copy = self._propose(matches, best, worth)
+        return self._copy
 
-    def look_beyond(self, drafts: Sequence[int], alive: float, limit: int, worth: float) -> Proposal:
+    def look_beyond(self, drafts: Sequence[int], alive: float, limit: int, worth: float) -> Candidate:
         """Up to `limit` tokens to copy after `drafts`, which are accepted with a chance of `alive`.
 
         Every one is worth verifying. Nothing is learned from them: what they say is looked for again once committed.
         """
-        found = self._find(drafts, limit) if alive >= worth else []
-        if not found:
-            return Proposal()
-        proposal = self._propose(found, _best(found), worth, alive)
-        return proposal if proposal.alive[0] >= worth else Proposal()
+        matches = self._find(drafts, limit) if alive >= worth else []
+        if not matches:
+            return NOTHING
+        copy = self._propose(matches, _best(matches), worth, alive)
+        return copy if copy.alive[0] >= worth else NOTHING
 
-    def _find(self, drafts: Sequence[int], limit: int) -> list[Found]:
+    def _find(self, drafts: Sequence[int], limit: int) -> list[Match]:
         """Places that match the text's end, `drafts` behind it included, and what followed there: the text's own
         places first, newest first.
         """
@@ -141,20 +130,21 @@ class Copier:
             return None
         return last.text.place_at(last.source + drafts, end)
 
-    def _propose(self, found: Sequence[Found], best: int, worth: float, chance: float = 1.0) -> Proposal:
+    def _propose(self, matches: Sequence[Match], best: int, worth: float, chance: float = 1.0) -> Candidate:
         """The copy from place `best`; `chance`: that everything before it is accepted."""
-        place, copy = found[best]
+        place, copy = matches[best]
         judge, length = self._judge(place), place.length
         agreements: list[int] = []
         known: list[float] = []
-        for agreement, count in _votes(found, copy):
+        for agreement, count in _votes(matches, copy):
             known += judge.along(length + len(known), agreement, count)
             agreements += [agreement] * count
         if judge is self.calibration:
             known[0] = self._request.adjust(judge.chance(length, agreements[0]))
         alive = list(accumulate(known, mul, initial=chance))[1:]
         paid = len(alive) if alive[-1] >= worth else bisect_right(alive, -worth, 1, key=neg)
-        return Proposal(list(copy[:paid]), alive[:paid], self._origin(place), length, agreements[:paid])
+        parts = [Part(self._origin(place), paid)]
+        return Candidate(list(copy[:paid]), alive[:paid], parts, 0, length, agreements[:paid])
 
     def _origin(self, place: Place) -> str:
         """The source of a copy from `place`."""
@@ -173,35 +163,27 @@ class Copier:
         )
 
 
-def _best(found: Sequence[Found]) -> int:
+def _best(matches: Sequence[Match]) -> int:
     """The longest match, the first of equals."""
-    lengths = [place.length for place, _ in found]
+    lengths = [place.length for place, _ in matches]
     return lengths.index(max(lengths))
 
 
-def _votes(found: Sequence[Found], copy: Sequence[int]) -> Iterator[tuple[Agreement, int]]:
+def _votes(matches: Sequence[Match], copy: Sequence[int]) -> Iterator[tuple[Agreement, int]]:
     """How places judge the tokens of a `copy` from one of them: for how many in a row alike.
 
     At each token those vote that agreed with the copy so far.
     """
-    shared = [len(copy) if ahead == copy else _shared(ahead, copy) for _, ahead in found]
-    following: Sequence[int] = range(len(found))
+    shared = [len(copy) if ahead == copy else common_prefix(ahead, copy) for _, ahead in matches]
+    following: Sequence[int] = range(len(matches))
     begin = 0
-    for at in sorted({own for own in shared if own < len(copy)}):
+    for at in sorted({count for count in shared if count < len(copy)}):
         if at > begin:
             yield Agreement.UNANIMOUS, at - begin
         same = [i for i in following if shared[i] > at]
-        longest = max(found[i][0].length for i in same)
-        leads = all(found[i][0].length < longest for i in following if shared[i] == at)
+        longest = max(matches[i][0].length for i in same)
+        leads = all(matches[i][0].length < longest for i in following if shared[i] == at)
         yield Agreement.LEADING if leads else Agreement.CONTESTED, 1
         following, begin = same, at + 1
     if begin < len(copy):
         yield Agreement.ALONE if len(following) == 1 else Agreement.UNANIMOUS, len(copy) - begin
-
-
-def _shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """Tokens that both begin with."""
-    for at, (own, other) in enumerate(zip(ours, theirs, strict=False)):
-        if own != other:
-            return at
-    return min(len(ours), len(theirs))

@@ -26,11 +26,9 @@ def measure_seed(answers: Iterable[Answer], width: int = 16) -> tuple[tuple[floa
         copier = Copier(MatchCalibration())
         copier.extend(tokens[: prompt_length + 1])
         for position in range(prompt_length + 1, len(tokens)):
-            proposal = copier.look(width, worth=0.0)
-            said = zip(
-                proposal.tokens, proposal.agreements, tokens[position : position + width], strict=False
-            )
-            for length, (copied, agreement, token) in enumerate(said, proposal.length):
+            copy = copier.look(width, worth=0.0)
+            compared = zip(copy.tokens, copy.agreements, tokens[position : position + width], strict=False)
+            for length, (copied, agreement, token) in enumerate(compared, copy.matched):
                 bucket = MatchCalibration.bucket(length)
                 seen[bucket][agreement] += 1
                 right[bucket][agreement] += copied == token

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from whiflash_kernels import DraftInputs
 
-from whiflash_sglang.cache.backlog import Due, FeatureRings, FeatureRows, Owners, Watermarks
-from whiflash_sglang.core import Lengths
+from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows, Owners, Watermarks
+from whiflash_sglang.core import Due
 from whiflash_sglang.device.capture import CapturedPass, Recorder, StaticInput, doubling
 from whiflash_sglang.device.transfers import Ints, Upload
 from whiflash_sglang.drafters.base import Drafter, with_kv
@@ -120,25 +120,30 @@ class DraftSync:
             self._routed[row] = length
 
     def due(
-        self, row_ids: Sequence[int], lengths: Lengths, routes: Sequence[str], widths: Sequence[int]
+        self,
+        row_ids: Sequence[int],
+        least: Sequence[int],
+        most: Sequence[int],
+        routes: Sequence[str],
+        widths: Sequence[int],
     ) -> dict[str, Due]:
         """Who has to catch up with which arm before a round: those routed to it, and whose ring could overflow.
 
         It counts as done from now on, so `catch_up` must follow.
 
         Args:
-            widths: rows that each request may verify in the round.
+            least, most: bounds of each request's n. widths: rows that it may verify in the round.
         """
-        for row, most in zip(row_ids, lengths.most, strict=True):
-            self._last[row] = most - self._routed.get(row, most)
-            self._routed[row] = most
-        found = {}
+        for row, n in zip(row_ids, most, strict=True):
+            self._last[row] = n - self._routed.get(row, n)
+            self._routed[row] = n
+        by_arm = {}
         for arm in self.arms:
-            chosen = [arm == route for route in routes]
-            due = self.watermarks.due(arm, row_ids, lengths, chosen, widths, sum(self.verifying) or None)
+            chosen, verifying = [arm == route for route in routes], sum(self.verifying) or None
+            due = self.watermarks.due(arm, row_ids, least, most, chosen, widths, verifying)
             if due.rows:
-                found[arm] = due
-        return found
+                by_arm[arm] = due
+        return by_arm
 
     def flags(self, due: Mapping[str, Due], size: int) -> Ints:
         """`due` of `size` requests as the device takes it: [arms * B], 1 where an arm catches up."""

@@ -9,7 +9,8 @@ from whiflash_kernels.warm import Served, warm_up
 
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import columns_of
-from whiflash_sglang.core import SILENCE, DraftBatch, PassInput, Proposal, RoundBatch, Strand, Voice
+from whiflash_sglang.candidates import NOTHING, Candidate
+from whiflash_sglang.core import DraftBatch, Round, Strand
 from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
 from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.drafters.base import Drafter, padded, widest_of, with_kv
@@ -17,10 +18,9 @@ from whiflash_sglang.drafters.length import EDGES
 from whiflash_sglang.lookup.calibration import BUCKETS
 from whiflash_sglang.lookup.copier import CONTEXT
 from whiflash_sglang.round.catch_up import DraftSync
-from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.round.strands import chosen_strands, strand_of
-from whiflash_sglang.round.voices import Voices
 from whiflash_sglang.telemetry.round_clock import DraftTime, RoundClock
 
 LEAST_CHANCE = 0.1
@@ -43,7 +43,7 @@ class DraftStage:
     text: torch.Tensor
     stops: torch.Tensor
     host: HostView
-    voices: Voices
+    sources: DraftSources
     quarantine: Quarantine
     rows_for: Callable[[int, int], int]
     branches: int = 1
@@ -56,7 +56,7 @@ class DraftStage:
         Raises ConfigError where one cannot be captured.
         """
         kv = with_kv(self.drafters).values()
-        copies = max((drafter.max_drafts for drafter in self.voices.on_device.values()), default=0)
+        copies = max((drafter.max_drafts for drafter in self.sources.on_device.values()), default=0)
         warm_up(
             Served(
                 self.text,
@@ -66,8 +66,8 @@ class DraftStage:
                 self.sync.watermarks.device,
                 requests,
                 widths={max(drafter.max_drafts, 1) for drafter in self.drafters.values()},
-                voices=(len(self.voices.speaking), self.voices.width),
-                vocabulary=self.voices.vocabulary,
+                voices=(len(self.sources.proposing), self.sources.width),
+                vocabulary=self.sources.vocabulary,
                 bins=len(EDGES) + 1,
                 columns=[(*columns_of(drafter.features), drafter.tail_width > 0) for drafter in kv],
                 copied=(copies, len(BUCKETS)) if copies else None,
@@ -75,205 +75,188 @@ class DraftStage:
         )
         if recorder is None:
             return
-        inputs = PassInput.of_padding(requests, self.sync.rings.rings.features, self.slot_table)
+        inputs = DraftBatch.of_padding(requests, self.sync.rings.rings.features, self.slot_table)
         for drafter in kv:
             drafter.capture(recorder, inputs)
         self.sync.capture(recorder, requests, requests * (widest_of(self.drafters) + 1))
 
-    def draft(self, requests: RoundBatch, plan: Plan) -> Proposal:
+    def draft(self, round: Round) -> None:
         """Each arm drafts for its own requests; the results are laid side by side."""
-        if not any(plan.rooms):
-            return Proposal.of_nothing(requests.rows)
+        if not any(round.rooms):
+            round.draft_nothing()
+            return
         parts = []
-        for arm, members in plan.members.items():
+        for arm, members in round.members.items():
             began = self.clock.now()
-            drafted_for, own = self._drafted(requests, plan, arm, members)
-            if own is None:
+            drafted_for, drafts = self._drafted(round, arm, members)
+            if drafts is None:
                 continue  # its requests verify their bonus tokens
-            if own.passes:  # what is left is the round's, whoever drafts
+            if drafts.passes:  # what is left is the round's, whoever drafts
                 seconds, catch_up = self.clock.now() - began, self.sync.seconds.get(arm, 0.0)
-                self.clock.drafted(DraftTime(arm, len(drafted_for), own.passes, seconds, catch_up))
-            index = plan.on_device.members[arm]
+                self.clock.drafted(DraftTime(arm, len(drafted_for), drafts.passes, seconds, catch_up))
+            index = round.indices[arm]
             if len(drafted_for) < len(members):
-                index = sent(drafted_for, requests.rows.device)
-            parts.append((index, own))
+                index = sent(drafted_for, round.rows.device)
+            parts.append((index, drafts))
         began = self.clock.now()
-        proposal = self._proposal(requests, plan, parts)
+        self._choose(round, parts)
         self.clock.proposed(self.clock.now() - began)
-        return proposal
 
-    def _drafted(
-        self, requests: RoundBatch, plan: Plan, arm: str, members: Sequence[int]
-    ) -> tuple[Sequence[int], Drafts | None]:
+    def _drafted(self, round: Round, arm: str, members: Sequence[int]) -> tuple[Sequence[int], Drafts | None]:
         """What `arm` drafts for `members` of the batch, and for which of them."""
         if arm in self.quarantine:
             return (), None
-        drafter, all_of_them = self.drafters[arm], plan.on_device.members[arm]
+        drafter, all_of_them = self.drafters[arm], round.indices[arm]
 
-        def draft(chosen: Sequence[int]) -> Drafts:
-            own = [members[i] for i in chosen]
-            index = all_of_them if len(own) == len(members) else sent(own, all_of_them.device)
-            return drafter.draft(self._batch(requests, plan, arm, own, index))
+        def draft(places: Sequence[int]) -> Drafts:
+            some = [members[i] for i in places]
+            index = all_of_them if len(some) == len(members) else sent(some, all_of_them.device)
+            return drafter.draft(self._batch(round, arm, some, index))
 
-        rids = [requests.reqs[i].rid for i in members]
-        chosen, drafts = self.quarantine.attempt(arm, rids, draft)
-        return [members[i] for i in chosen], drafts
+        rids = [round.reqs[i].rid for i in members]
+        places, drafts = self.quarantine.attempt(arm, rids, draft)
+        return [members[i] for i in places], drafts
 
-    def _proposal(
-        self, requests: RoundBatch, plan: Plan, parts: Sequence[tuple[torch.Tensor, Drafts]]
-    ) -> Proposal:
+    def _choose(self, round: Round, parts: Sequence[tuple[torch.Tensor, Drafts]]) -> None:
         """What is verified: all drafts, or where the host may not count them as many as fit, the likeliest first."""
-        size, widest, most = len(plan.routes), max(plan.rooms), sum(plan.rooms)
+        size, widest, most = len(round), max(round.rooms), sum(round.rooms)
         # The device looks up what follows drafts behind the text.
-        text = self.text if any(plan.joined) and not self.host.exact else None
-        drafts = lay_drafts(
+        text = self.text if any(round.joined) and not self.host.exact else None
+        drafts = round.drafts = lay_drafts(
             parts,
-            requests.rows,
-            requests.starts,
+            round.rows,
+            round.starts,
             width=widest,
-            confidences=max(plan.limits),
-            vocabulary=self.voices.vocabulary,
+            confidences=max(round.limits),
+            vocabulary=self.sources.vocabulary,
             text=text,
         )
-        extended, own = drafts, drafts.counts
-        appended = None if text is None else _drafts(self._copies(requests, plan, drafts))
-        copies = self._copies(requests, plan) if any(plan.copying) else None
-        chains: list[Voice] = []
-        if self.host.exact or any(self._extends(requests, plan, i) for i in range(size)):
-            chains, left, others = self._chains(requests, plan, drafts, appended)
-            own = sent(left, drafts.counts.device)
+        extended, counts = drafts, drafts.counts
+        appended = None if text is None else _drafts(self._copies(round, drafts))
+        copies = round.copies = self._copies(round) if any(round.copying) else None
+        chains: list[Candidate] = []
+        if self.host.exact or any(self._extends(round, i) for i in range(size)):
+            chains, left, others = self._chains(round, drafts, appended)
+            counts = sent(left, drafts.counts.device)
             extended, appended = padded(chains, self.text.device, widest), None
         if not self.host.exact:
-            most = self.rows_for(size + min(plan.usual_drafts, most, MOST_DRAFTS), size) - size
-        chosen = choose_drafts(
+            most = self.rows_for(size + min(round.usual_drafts, most, MOST_DRAFTS), size) - size
+        chosen = round.chosen = choose_drafts(
             extended,
-            requests.rows,
-            requests.starts,
+            round.rows,
+            round.starts,
             self.text,
-            own=own,
+            own=counts,
             appended=appended,
-            from_host=plan.on_device.from_host,
+            from_host=round.host_drafts,
             copies=_drafts(copies),
-            rooms=plan.on_device.rooms,
-            worth=plan.row_worth,
+            rooms=round.bounds["rooms"],
+            worth=round.row_worth,
             room=None if self.host.exact else most,
         )
+        if chains:
+            round.parts = [chain.parts for chain in chains]
         if not self.host.exact:
-            laid = [chain.parts for chain in chains] or None
-            rows = size + most
-            return Proposal(chosen, drafts, rows, stride=widest + 1, bounded=True, parts=laid, copies=copies)
-        strands = self._strands(requests, plan, chains, others)
+            round.packed_rows, round.stride, round.bounded = size + most, widest + 1, True
+            return
+        strands = round.strands = self._strands(round, chains, others)
         widths = [1 + len(chain.tokens) for chain in chains]
-        stride = max([*widths, *(strand.fork + 1 + len(strand.tokens) for strand in strands)])
-        return Proposal(
-            chosen._replace(tokens=chosen.tokens[:, : stride - 1]),
-            drafts,
-            rows=sum(widths) + sum(len(strand.tokens) for strand in strands),
-            stride=stride,
-            parts=[chain.parts for chain in chains],
-            strands=strands,
-        )
+        round.stride = max([*widths, *(strand.fork + 1 + len(strand.tokens) for strand in strands)])
+        round.packed_rows = sum(widths) + sum(len(strand.tokens) for strand in strands)
+        round.chosen = chosen._replace(tokens=chosen.tokens[:, : round.stride - 1])
 
-    def _extends(self, requests: RoundBatch, plan: Plan, index: int) -> bool:
+    def _extends(self, round: Round, index: int) -> bool:
         """Whether drafts of a request are extended on the host."""
-        row = requests.row_ids[index]
-        reads = self.host.exact or any(drafter.reads(row) for drafter in self.voices.speaking.values())
-        return reads and plan.joined[index] > 0
+        row = round.row_ids[index]
+        reads = self.host.exact or any(drafter.reads(row) for drafter in self.sources.proposing.values())
+        return reads and round.joined[index] > 0
 
     def _chains(
-        self, requests: RoundBatch, plan: Plan, drafts: Drafts, appended: Drafts | None
-    ) -> tuple[list[Voice], list[int], list[list[Voice]]]:
-        """What is verified of each request: its pass's drafts, or without one the likeliest voice, with what others
-        know to follow. How many of these drafts are left then; and the other voices.
+        self, round: Round, drafts: Drafts, appended: Drafts | None
+    ) -> tuple[list[Candidate], list[int], list[list[Candidate]]]:
+        """What is verified of each request: its pass's drafts, or without one the likeliest candidate, with what others
+        know to follow. How many of these drafts are left then; and the other candidates.
         """
         chains, left, others = [], [], []
-        copied = [([], [])] * len(plan.routes) if appended is None else _rows(appended)
-        for i, (own, route) in enumerate(zip(_rows(drafts), plan.routes, strict=True)):
-            said = {route: SILENCE.followed_by(*own, route)}
+        copied = [([], [])] * len(round) if appended is None else _rows(appended)
+        for i, (drafted, route) in enumerate(zip(_rows(drafts), round.routes, strict=True)):
+            candidates = {route: NOTHING.followed_by(*drafted, route)}
             if self.host.exact:
-                said |= {arm: voice.first(plan.rooms[i]) for arm, voice in plan.voices[i].items()}
+                candidates |= {arm: each.first(round.rooms[i]) for arm, each in round.candidates[i].items()}
             if route == arms.NONE:
-                said = dict(sorted(said.items(), key=lambda one: -one[1].gain(plan.row_worth)))
-            (first, chain), *rest = said.items()
+                candidates = dict(sorted(candidates.items(), key=lambda one: -one[1].gain(round.row_worth)))
+            (first, chain), *rest = candidates.items()
             kept = len(chain.tokens)
             chain = chain.followed_by(*copied[i], CONTEXT)
-            if self._extends(requests, plan, i):
-                name, room = requests.names[i], plan.joined[i]
-                chain, sound = self.voices.extended(name, first, chain, room, plan.worth)
-                kept = min(kept, sound)
+            if self._extends(round, i):
+                chain, valid = self.sources.extended(round, i, first, chain, round.joined[i])
+                kept = min(kept, valid)
             chains.append(chain)
             left.append(kept)
-            others.append([voice for _, voice in rest])
+            others.append([candidate for _, candidate in rest])
         return chains, left, others
 
     def _strands(
-        self, requests: RoundBatch, plan: Plan, chains: Sequence[Voice], others: Sequence[Sequence[Voice]]
+        self, round: Round, chains: Sequence[Candidate], others: Sequence[Sequence[Candidate]]
     ) -> list[Strand]:
-        """What the other voices say beside the first chains, from the end of the text."""
+        """What the other candidates add beside the first chains, from the end of the text."""
         widest = widest_of(self.drafters) + 1
-        rooms = [min(widest, budget) for budget in requests.budgets]
-        widths, found = [1 + len(chain.tokens) for chain in chains], []
+        rooms = [min(widest, budget) for budget in round.budgets]
+        widths, possible = [1 + len(chain.tokens) for chain in chains], []
         for i, chain in enumerate(chains):
             room = rooms[i] - widths[i]
-            if (
-                not (requests.spare and plan.joined[i] and chain.tokens and room > 0)
-                or requests.chain_only[i]
-            ):
+            if not (round.spare and round.joined[i] and chain.tokens and room > 0) or round.chain_only[i]:
                 continue
-            least = plan.row_worth or LEAST_CHANCE
-            strands = (strand_of(i, chain, voice, room, least) for voice in others[i])
-            found += [strand for strand in strands if strand is not None]
-        return chosen_strands(found, widths, rooms, self.branches - 1, len(requests.spare))
+            least = round.row_worth or LEAST_CHANCE
+            strands = (strand_of(i, chain, candidate, room, least) for candidate in others[i])
+            possible += [strand for strand in strands if strand is not None]
+        return chosen_strands(possible, widths, rooms, self.branches - 1, len(round.spare))
 
-    def _copies(self, requests: RoundBatch, plan: Plan, drafts: Drafts | None = None) -> Copies | None:
+    def _copies(self, round: Round, drafts: Drafts | None = None) -> Copies | None:
         """Copies that the device drafts for all requests: after their text, or after the `drafts` that follow it."""
-        for arm, drafter in self.voices.on_device.items():
+        for arm, drafter in self.sources.on_device.items():
             if arm not in self.quarantine:
                 with self.quarantine.guard(arm):
-                    return drafter.copy(self._whole_batch(requests, plan, arm, drafts is not None), drafts)
+                    return drafter.copy(self._whole_batch(round, arm, drafts is not None), drafts)
         return None
 
-    def _batch(
-        self, requests: RoundBatch, plan: Plan, arm: str, members: Sequence[int], index: torch.Tensor
-    ) -> DraftBatch:
+    def _batch(self, round: Round, arm: str, members: Sequence[int], index: torch.Tensor) -> DraftBatch:
         """The requests that `arm` drafts for: `members` of the batch, and the same on the device."""
-        inputs = self.sync.inputs(
+        rows, starts, bonus, caps, tail = self.sync.inputs(
             arm,
-            index if len(members) < len(plan.routes) else None,
-            requests.rows,
-            requests.starts,
-            requests.bonus,
-            plan.on_device.limits,
+            index if len(members) < len(round) else None,
+            round.rows,
+            round.starts,
+            round.bonus,
+            round.bounds["limits"],
         )
         return DraftBatch(
-            rows=inputs.request_slots,
-            row_ids=[requests.row_ids[i] for i in members],
-            lengths=[requests.lengths.most[i] for i in members],
-            starts=inputs.seq_lens,
-            bonus=inputs.bonus,
-            tail=inputs.tail,
-            slot_table=self.slot_table,
-            limits=[plan.limits[i] for i in members],
-            caps=inputs.limits,
-            calibration=plan.on_device.calibration[arm],
-            worth=plan.worth[arm],
+            rows,
+            starts,
+            bonus,
+            tail,
+            self.slot_table,
+            longest=max(round.most[i] for i in members),
+            caps=caps,
+            limits=[round.limits[i] for i in members],
+            row_ids=[round.row_ids[i] for i in members],
+            calibration=round.calibrations[arm],
+            worth=round.worth[arm],
             host=self.host,
         )
 
-    def _whole_batch(self, requests: RoundBatch, plan: Plan, arm: str, behind: bool) -> DraftBatch:
+    def _whole_batch(self, round: Round, arm: str, behind: bool) -> DraftBatch:
         """All requests, for an arm that drafts from their text only, or after their drafts (`behind`)."""
         return DraftBatch(
-            rows=requests.rows,
-            row_ids=requests.row_ids,
-            lengths=requests.lengths.most,
-            starts=requests.starts,
-            bonus=requests.bonus,
-            tail=requests.bonus.new_empty((len(plan.routes), 0)),
-            slot_table=self.slot_table,
-            limits=plan.joined if behind else plan.copying,
-            caps=plan.on_device.joined if behind else plan.on_device.copying,
-            calibration=plan.on_device.calibration[arm],
-            worth=plan.worth[arm],
+            round.rows,
+            round.starts,
+            round.bonus,
+            round.bonus.new_empty((len(round), 0)),
+            self.slot_table,
+            longest=max(round.most),
+            caps=round.bounds["joined" if behind else "copying"],
+            calibration=round.calibrations[arm],
+            worth=round.worth[arm],
             host=self.host,
             text=self.text,
         )

@@ -16,11 +16,14 @@ from whiflash_kernels import Committed, accept_and_commit, router_mlp, routing_s
 
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.cache.tokens import StopTable
-from whiflash_sglang.core import Outcome, Verified
+from whiflash_sglang.core import Verified
 from whiflash_sglang.models.router import Layers
 
 GATE_BYTES = torch.int64.itemsize
 """Of the scalar that lets graphs commit; every epilogue has one."""
+
+
+Signals = dict[str, torch.Tensor]
 
 
 class Epilogue:
@@ -45,7 +48,7 @@ class Epilogue:
         self._widest, self._needs = widest, needs
         self._commits = torch.zeros((), dtype=torch.int64, device=text.device)
         self._committing = False  # what the device was last sent
-        self._captured: dict[Hashable, Outcome] = {}
+        self._captured: dict[Hashable, tuple[Committed, Signals]] = {}
 
     @staticmethod
     def bytes_for(widest: int) -> int:
@@ -62,7 +65,7 @@ class Epilogue:
         # Requests without rows are counted as having them behind the last one.
         committed = committed._replace(last_rows=committed.last_rows.clamp(max=len(rows.logits) - 1))
         self.park(rows, committed)
-        self._captured[graph] = Outcome(committed, self.signals(rows, committed, self._needs()))
+        self._captured[graph] = committed, self.signals(rows, committed, self._needs())
 
     def let_graphs_commit(self, greedy: bool, row_ids: Sequence[int]) -> None:
         """Whether the graph that is replayed next, if any, may commit.
@@ -76,10 +79,15 @@ class Epilogue:
             self._commits.fill_(greedy)
             self._committing = greedy
 
-    def outcome(self, graph: Hashable, requests: int) -> Outcome | None:
-        """What a graph that was just replayed brought its first so many requests; None where it might not commit."""
-        found = self._captured.get(graph) if self._committing else None
-        return None if found is None else found.of(requests)
+    def outcome(self, graph: Hashable, requests: int) -> tuple[Committed, Signals] | None:
+        """What a graph that was just replayed committed for its first so many requests, and the `signals` of it; None
+        where it might not commit. It is good until the next replay.
+        """
+        if not self._committing or graph not in self._captured:
+            return None
+        committed, signals = self._captured[graph]
+        first = Committed(*(field[:requests] for field in committed))
+        return first, {name: signal[:requests] for name, signal in signals.items()}
 
     def commit(self, rows: Verified, stride: int) -> Committed:
         """Accept drafts, and write what is committed to the text.
@@ -87,13 +95,13 @@ class Epilogue:
         Args:
             stride: most rows of a request. A graph's has the columns of the widest block whatever it is.
         """
-        if rows.outcome is not None:
-            return rows.outcome.committed
+        if rows.committed is not None:
+            return rows.committed
         return self._accept(rows, self._stops.data, stride)
 
     def park(self, rows: Verified, committed: Committed) -> None:
         """Keep the features of what was committed, for whoever drafts next."""
-        if rows.outcome is None:
+        if rows.committed is None:
             assert rows.predictions is not None
             self._rings.park(
                 rows.features,
@@ -105,26 +113,23 @@ class Epilogue:
                 widest=committed.tokens.shape[1],
             )
 
-    def signals(
-        self, rows: Verified, committed: Committed, needs: Collection[str]
-    ) -> dict[str, torch.Tensor]:
+    def signals(self, rows: Verified, committed: Committed, needs: Collection[str]) -> Signals:
         """The signals that a policy `needs`, at the last committed row of each request.
 
         `entropy` [B] of the target's distribution; `outputs` [B, K] of the router.
         """
-        known = {} if rows.outcome is None else rows.outcome.signals
-        last, found = committed.last_rows, {}
+        last, signals = committed.last_rows, {}
         if "entropy" in needs:
-            found["entropy"] = (
-                known["entropy"] if "entropy" in known else routing_stats(rows.logits, last).entropy
-            )
+            known = rows.signals.get("entropy")
+            signals["entropy"] = routing_stats(rows.logits, last).entropy if known is None else known
         if "delta" in needs:
             if self._router is None or rows.final_hidden is None:
                 raise AssertionError("no policy needs a router that was not loaded")
-            found["outputs"] = (
-                known["outputs"] if "outputs" in known else router_mlp(rows.final_hidden[last], *self._router)
+            known = rows.signals.get("outputs")
+            signals["outputs"] = (
+                router_mlp(rows.final_hidden[last], *self._router) if known is None else known
             )
-        return found
+        return signals
 
     def _accept(self, rows: Verified, stops: torch.Tensor, stride: int) -> Committed:
         assert rows.predictions is not None

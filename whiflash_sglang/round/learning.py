@@ -9,21 +9,23 @@ import torch
 from whiflash_kernels import Committed
 
 from whiflash_sglang import arms
-from whiflash_sglang.core import Proposal, Strand, agreement
+from whiflash_sglang.candidates import Candidate, Part, behind, common_prefix, first_of
+from whiflash_sglang.core import Round, Strand
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import Download
 from whiflash_sglang.drafters.base import Drafter, TextDrafter
 from whiflash_sglang.lookup.copier import CONTEXT
-from whiflash_sglang.lookup.copier import Proposal as Copy
-from whiflash_sglang.round.plan import Plan
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.request_state import RequestState
-from whiflash_sglang.telemetry.round_clock import PreviousRound, RoundClock
+from whiflash_sglang.telemetry.round_clock import RoundClock, RoundTime
 from whiflash_sglang.telemetry.tally import Tally
-from whiflash_sglang.telemetry.trace import Part, Recording, behind, first_of
+from whiflash_sglang.telemetry.trace import Recording
+
+Results = Mapping[str, list[Any]]
+"""`results_of` a round, on the host."""
 
 PLAIN_ENTROPY_ROUNDS = 8
 """Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
@@ -45,83 +47,82 @@ class Learner:
     ranks: Ranks = field(default_factory=Ranks)
     verifying: deque[int] = field(default_factory=deque)
 
-    def timed(self, previous: PreviousRound) -> None:
+    def timed(self, previous: RoundTime) -> None:
         """What an earlier round took."""
-        costs, requests = self.controller.costs, previous.work.requests
+        costs = self.controller.costs
         costs.observe(previous)
-        plain_seconds = previous.tokens / requests * costs.verify(requests, requests)
+        plain_seconds = (
+            previous.tokens / previous.requests * costs.verify(previous.requests, previous.requests)
+        )
         self.tally.timed(previous.seconds + previous.gap, plain_seconds)
 
-    def needs(self, plan: Plan) -> Collection[str]:
+    def needs(self, round: Round) -> Collection[str]:
         """Signals that the policy reads after a round."""
         needs = self.controller.policy.needs
-        often = plan.speculates or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
+        often = round.speculates or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
         return needs if often else needs - {"entropy"}
 
     def learn(
-        self,
-        plan: Plan,
-        found: Mapping[str, list[Any]],
-        kept: Sequence[Sequence[int]] | None = None,
-        *,
-        parts: Sequence[Sequence[Part]] | None = None,
-        strands: Sequence[tuple[Strand, int]] = (),
+        self, round: Round, results: Results, kept: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
         """Learn from a round's results, as `Download.read` gives them. Returns the tokens that it committed.
 
         Args:
-            parts: as of `Proposal`. strands: as of `Verified`.
             kept: what the scheduler kept of each request's tokens, where it has seen them already: nothing of one that
                 had ended before the round, or that was retracted since. Its row may be another's by now.
         """
         if self.verifying:
             self.verifying.popleft()
         if kept is None:
-            kept = [run[:count] for run, count in zip(found["tokens"], found["accept_lens"], strict=True)]
+            kept = [run[:count] for run, count in zip(results["tokens"], results["accept_lens"], strict=True)]
         tokens = [list(run) for run in kept]
-        self.ranks.note(found["starts"], found["widths"], found["faults"], tokens)
+        self.ranks.note(results["starts"], results["widths"], results["faults"], tokens)
         costs = self.controller.costs
-        priced = costs.knows_plain and any(state.recording for state in plan.states)
-        prices = round_prices(costs, plan.routes, sum(found["widths"])) if priced else None
-        own_strands: dict[int, list[tuple[Strand, int]]] = defaultdict(list)
-        for strand, right in strands:
-            own_strands[strand.owner].append((strand, right))
-        chosen_on_device = "wanted" in found
-        for i, state in enumerate(plan.states):
+        priced = costs.knows_plain and any(state.recording for state in round.states)
+        prices = round_prices(costs, round.routes, sum(results["widths"])) if priced else None
+        strands_of: dict[int, list[tuple[Strand, int]]] = defaultdict(list)
+        for strand, right in round.accepted:
+            strands_of[strand.owner].append((strand, right))
+        chosen_on_device = "wanted" in results
+        for i, state in enumerate(round.states):
             state.under_way.pop(0)
-            chain = parts[i] if parts is not None else ()
-            paths = _paths(() if chosen_on_device else chain, own_strands[i])
-            arm, own = self._whose(plan, found, i, paths[0])
+            chain = round.parts[i] if round.parts is not None else ()
+            paths = _paths(() if chosen_on_device else chain, strands_of[i])
+            arm, drafted = self._first_arm(round, results, i, paths[0])
             if chosen_on_device and state.recording is not None:
-                paths = _chosen_parts(plan, found, i, chain), ()
+                paths = _chosen_parts(round, results, i, chain), ()
             if tokens[i] and self.ranks.leads:
-                self._learn(plan, found, i, arm, own, tokens[i], prices, paths, own_strands[i])
+                self._learn(round, results, i, arm, drafted, tokens[i], prices, paths, strands_of[i])
         self.clock.learned(sum(map(len, tokens)))
         return tokens
 
-    def _whose(
-        self, plan: Plan, found: Mapping[str, list[Any]], i: int, path: Sequence[Part]
-    ) -> tuple[str, int]:
-        """The arm whose drafts a request verified first, and how many were its own; the quarantine hears of it."""
-        rid, arm, voice, own = plan.states[i].rid, plan.routes[i], found["voice"][i], found["own"][i]
-        if plan.limits[i]:
-            self.quarantine.judge(arm, rid, faulty=bool(found["faults"][i]))
-        if voice:
-            arm, own = plan.speakers[max(voice - 1, -1)], found["widths"][i] - 1  # the device's is the last
+    def _first_arm(self, round: Round, results: Results, i: int, path: Sequence[Part]) -> tuple[str, int]:
+        """The arm whose drafts a request verified first, and how many were this arm's; the quarantine judges it."""
+        rid, arm, source, drafted = (
+            round.states[i].rid,
+            round.routes[i],
+            results["source"][i],
+            results["first_drafts"][i],
+        )
+        if round.limits[i]:
+            self.quarantine.judge(arm, rid, faulty=bool(results["faults"][i]))
+        if source:
+            # The device's is the last.
+            arm, drafted = round.proposers[max(source - 1, -1)], results["widths"][i] - 1
         elif path:
-            source = path[0].source
-            arm = next((arm for arm, own in self.drafters.items() if source in own.sources), source)
-        if arm != plan.routes[i]:
+            first = path[0].source
+            arm = next((arm for arm, drafter in self.drafters.items() if first in drafter.sources), first)
+        if arm != round.routes[i]:
             self.quarantine.judge(arm, rid, faulty=False)
-        return arm, own
+        return arm, drafted
 
     def _learn(
         self,
-        plan: Plan,
-        found: Mapping[str, list[Any]],
+        round: Round,
+        results: Results,
         i: int,
         arm: str,
-        own: int,
+        first_drafts: int,
         tokens: Sequence[int],
         prices: tuple[float, float] | None,
         paths: tuple[Sequence[Part], Sequence[Part]],
@@ -130,27 +131,31 @@ class Learner:
         """What the i-th request's round teaches, in which `tokens` were committed.
 
         Args:
-            arm, own: as of `_whose`. prices: `round_prices`, where they are wanted. paths: `_paths`. strands: its own.
+            arm, first_drafts: as of `_first_arm`. prices: `round_prices`, where they are wanted. paths: `_paths`.
+            strands: the request's.
         """
-        state, decision, route, width = plan.states[i], plan.decisions[i], plan.routes[i], found["widths"][i]
-        if "wanted" in found:
-            self.controller.costs.wanted(plan.reckoned[i], found["wanted"][i])
+        state, decision, route = round.states[i], round.decisions[i], round.routes[i]
+        width = results["widths"][i]
+        if "wanted" in results:
+            self.controller.costs.wanted(round.reckoned[i], results["wanted"][i])
         won = next((strand for strand, rows in strands if rows), None)
         right = len(tokens) - 1 if won is None else min(won.fork, len(tokens) - 1)
         beside = sum(len(strand.tokens) for strand, _ in strands)
-        drafts = found["drafts"][i][: found["drafted"][i]]
-        agreed = agreement(drafts, tokens)
+        drafts = results["drafts"][i][: results["drafted"][i]]
+        agreed = common_prefix(drafts, tokens)
         lengths = {arm: len(tokens)}
-        if (won is not None or arm != route) and found["drafted"][i]:
+        if (won is not None or arm != route) and results["drafted"][i]:
             lengths[route] = agreed + 1  # what its drafts alone would have brought, or at least that
-        evidence = self.controller.committed(state, decision, arm, tokens, width, found["starts"][i], lengths)
+        evidence = self.controller.committed(
+            state, decision, arm, tokens, width, results["starts"][i], lengths
+        )
         self.tally.committed(
             state.counts,
             arm,
             decision.reason,
             tokens=len(tokens),
             proposed=width - 1,
-            own=own,
+            first=first_drafts,
             right=right,
             beside=beside,
         )
@@ -160,37 +165,34 @@ class Learner:
         if evidence and route in self.drafters and keeps:
             known = min(len(drafts), len(tokens))
             with self.quarantine.guard(route, state.rid):
-                self.drafters[route].observe(state.row, known, agreed, found["confidences"][i][:known])
-        if "copies" in found and keeps:
-            self._copied(plan.speakers[-1], state, found, i, tokens)
-        if "entropy" in found:
-            state.entropy = found["entropy"][i]
-        if "outputs" in found:
-            note(state, found["outputs"][i])
+                self.drafters[route].observe(state.row, known, agreed, results["confidences"][i][:known])
+        if "copies" in results and keeps:
+            self._copied(round.proposers[-1], state, results, i, tokens)
+        if "entropy" in results:
+            state.entropy = results["entropy"][i]
+        if "outputs" in results:
+            note(state, results["outputs"][i])
 
-    def _copied(
-        self, arm: str, state: RequestState, found: Mapping[str, list[Any]], i: int, tokens: Sequence[int]
-    ) -> None:
+    def _copied(self, arm: str, state: RequestState, results: Results, i: int, tokens: Sequence[int]) -> None:
         """The device copied for `arm`, whoever's drafts the round verified."""
-        drafter, count = self.drafters[arm], found["copied"][i]
+        drafter, count = self.drafters[arm], results["copied"][i]
         assert isinstance(drafter, TextDrafter)
-        copied, alive = found["copies"][i][:count], found["copy_alive"][i][:count]
-        matched, agreements = found["copy_matched"][i], found["copy_agreements"][i]
+        copied, alive = results["copies"][i][:count], results["copy_alive"][i][:count]
+        matched, agreements = results["copy_matched"][i], results["copy_agreements"][i]
+        copy = Candidate(copied, alive, [Part(CONTEXT, count)], 0, matched, agreements)
         with self.quarantine.guard(arm, state.rid):
-            drafter.copied(state.row, Copy(copied, alive, CONTEXT, matched, agreements), tokens)
+            drafter.copied(state.row, copy, tokens)
 
 
-def _chosen_parts(
-    plan: Plan, found: Mapping[str, list[Any]], i: int, chain: Sequence[Part]
-) -> Sequence[Part]:
-    """The sources of the drafts that the device chose for a request. chain: those of the laid drafts, if known."""
-    drafts, voice, own = found["widths"][i] - 1, found["voice"][i], found["own"][i]
-    if voice > 0:
-        said = plan.voices[i][plan.speakers[voice - 1]]
-        chain = list(behind(said.parts, found["starts"][i] + 1 - said.at))
-    elif voice < 0 or not chain:
-        own = 0 if voice else own
-        chain = [Part(plan.routes[i], own), Part(CONTEXT, drafts - own)]
+def _chosen_parts(round: Round, results: Results, i: int, chain: Sequence[Part]) -> Sequence[Part]:
+    """The sources of the drafts that the device chose for a request. chain: those of the first chain, if known."""
+    drafts, source, first_drafts = results["widths"][i] - 1, results["source"][i], results["first_drafts"][i]
+    if source > 0:
+        candidate = round.candidates[i][round.proposers[source - 1]]
+        chain = list(behind(candidate.parts, results["starts"][i] + 1 - candidate.at))
+    elif source < 0 or not chain:
+        first_drafts = 0 if source else first_drafts
+        chain = [Part(round.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
     return [part for part in first_of(chain, drafts) if part.drafts]
 
 
@@ -229,32 +231,32 @@ def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float,
     return drafting + costs.verify(rows, requests), costs.verify(requests, requests)
 
 
-def results_of(
-    proposal: Proposal, starts: torch.Tensor, committed: Committed, signals: Mapping[str, torch.Tensor]
-) -> Download:
+def results_of(round: Round, committed: Committed, signals: Mapping[str, torch.Tensor]) -> Download:
     """All that `Learner.learn` and the scheduler read of a round of B requests.
 
-    `starts`, `widths`, `own` [B]; `drafts` [B, W] of the own arms, of which `drafted` [B] count, whether or not they
-    were verified, and their `confidences` [B, C]; `bonus`, `seq_lens` [B] and `tokens` [B, W], of which `accept_lens`
-    [B] count, as of `Committed`; `faults` [B], 1 where the own arm's drafts were none; `voice` [B], as of `Chosen`;
-    `wanted` [B], drafts before the bound on rows was kept to, where there is one; `copies` [B, L] and what is known of
-    them, as of `Copies`, where the device copies; `signals`, as of `Epilogue.signals`.
+    `starts`, `widths`, `first_drafts` [B], how many of the verified drafts are the first arm's; `drafts` [B, W] of the
+    passes, of which `drafted` [B] count, whether or not they were verified, and their `confidences` [B, C]; `bonus`,
+    `seq_lens` [B] and `tokens` [B, W], of which `accept_lens` [B] count, as of `Committed`; `faults` [B], 1 where a
+    pass's drafts were none; `source` [B], whose drafts are verified, as of
+    `Chosen.voice`; `wanted` [B], drafts before the bound on rows was kept
+    to, where there is one; `copies` [B, L] and what is known of them, as of `Copies`, where the device copies;
+    `signals`, as of `Epilogue.signals`.
     """
-    chosen, drafts = proposal.chosen, proposal.drafts
+    chosen, drafts = round.chosen, round.drafts
     assert drafts.confidences is not None
     assert drafts.faults is not None
-    more = {"wanted": chosen.wanted} if proposal.bounded else {}
-    if proposal.copies is not None:
-        tokens, alive, widths, _, matched, agreements = proposal.copies
+    more = {"wanted": chosen.wanted} if round.bounded else {}
+    if round.copies is not None:
+        tokens, alive, widths, _, matched, agreements = round.copies
         more |= {"copies": tokens, "copied": widths, "copy_alive": alive}
         more |= {"copy_matched": matched, "copy_agreements": agreements}
     return Download(
-        starts=starts,
-        widths=proposal.rows_each,
-        own=chosen.own,
+        starts=round.starts,
+        widths=round.rows_each,
+        first_drafts=chosen.own,
         drafts=drafts.tokens,
         drafted=drafts.counts,
-        voice=chosen.voice,
+        source=chosen.voice,
         bonus=committed.bonus,
         seq_lens=committed.seq_lens,
         tokens=committed.tokens,

@@ -3,23 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from whiflash_kernels import HostDrafts
 
 from whiflash_sglang import arms
-from whiflash_sglang.cache.backlog import Due
-from whiflash_sglang.core import SILENCE, RoundBatch, Voice
+from whiflash_sglang.candidates import NOTHING, Candidate, Forecast
+from whiflash_sglang.core import DECIDED, LIMITS, Round
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import Floats, HostView, Upload
-from whiflash_sglang.drafters.base import Drafter, laid, of_text, widest_of
+from whiflash_sglang.drafters.base import Drafter, of_text, side_by_side, widest_of
 from whiflash_sglang.round.catch_up import DraftSync
-from whiflash_sglang.round.plan import Decided, OnDevice, Plan
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.round.voices import Voices
+from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.routing.controller import Controller
-from whiflash_sglang.routing.costs import Worth
-from whiflash_sglang.routing.request_state import RequestState
-from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.telemetry.round_clock import RoundClock
 
 
@@ -32,215 +29,209 @@ class Planner:
     controller: Controller
     clock: RoundClock
     quarantine: Quarantine
-    voices: Voices
+    sources: DraftSources
     host: HostView
     ranks: Ranks = field(default_factory=Ranks)
 
-    def plan(self, requests: RoundBatch) -> Plan:
-        """Route every request, and say what the round takes for it; what catches up counts as done from now on."""
+    def plan(self, round: Round) -> None:
+        """Route every request, and decide what the round takes for it; what catches up counts as done from now on."""
         self.quarantine.tick()
-        self.ranks.note(requests.names, requests.lengths)
-        states = [self.controller.state(*name) for name in requests.names]
-        self.voices.spending.begin([rid for _, rid in requests.names])
-        decided = self.ranks.broadcast(lambda: self._decide(requests, states))
-        requests.take_single(decided.single)
-        if not self.ranks.leads:  # what drafters find while they are asked is what they draft later
-            for index, names in enumerate(decided.asked):
-                self._said(requests, index, names, decided.worth)
-        routes, widths = decided.routes, [1 + room for room in decided.rooms]
-        members = {arm: [i for i, route in enumerate(routes) if route == arm] for arm in self.drafters}
-        members = {arm: own for arm, own in members.items() if own}
-        due = self.sync.due(requests.row_ids, requests.lengths, routes, widths)
-        for state, width in zip(states, widths, strict=True):
+        self.ranks.note(round.names, round.least, round.most)
+        round.states = [self.controller.state(*name) for name in round.names]
+        self.sources.spending.begin([rid for _, rid in round.names])
+        decided = self.ranks.broadcast(lambda: self._decide(round))
+        for name, value in zip(DECIDED, decided, strict=True):
+            setattr(round, name, value)
+        round.take_single(round.single)
+        if not self.ranks.leads:  # what drafters note while they are asked is what they draft later
+            for index, names in enumerate(round.asked):
+                self._proposed(round, index, names)
+        widths = [1 + room for room in round.rooms]
+        members = {arm: [i for i, route in enumerate(round.routes) if route == arm] for arm in self.drafters}
+        round.members = {arm: indices for arm, indices in members.items() if indices}
+        round.due = self.sync.due(round.row_ids, round.least, round.most, round.routes, widths)
+        for state, width in zip(round.states, widths, strict=True):
             state.under_way.append(width)
-        self.ranks.note(due)
-        speakers = list(self.voices.speaking)
-        return Plan(
-            **vars(decided),
-            states=states,
-            decisions=[state.decision for state in states],
-            members=members,
-            due=due,
-            speakers=[*speakers, *self.voices.on_device],
-            on_device=self._upload(requests, members, due, decided, speakers),
-        )
+        self.ranks.note(round.due)
+        round.decisions = [state.decision for state in round.states]
+        round.proposers = [*self.sources.proposing, *self.sources.on_device]
+        self._upload(round)
 
     def under_way(self, row: int) -> int:
         """Rows that are being verified for the request in `row`, at most."""
         state = self.controller.states.get(row)
         return 0 if state is None else sum(state.under_way)
 
-    def _decide(self, requests: RoundBatch, states: Sequence[RequestState]) -> Decided:
-        single = [i for i, (_, rid) in enumerate(requests.names) if self.voices.spending.is_dear(rid)]
-        requests.take_single(single)
-        asked = [self._askable(requests, i) for i in range(len(requests.row_ids))]
-        worth = {arm: self.controller.worth(arm) for arm in self.drafters}
-        routes, voices = self._route(requests, asked, worth)
+    def _decide(self, round: Round) -> list[Any]:
+        """The fields of `DECIDED`."""
+        states = round.states
+        round.single = [i for i, (_, rid) in enumerate(round.names) if self.sources.spending.is_dear(rid)]
+        round.take_single(round.single)
+        round.asked = [self._askable(round, i) for i in range(len(round))]
+        round.worth = {arm: self.controller.worth(arm) for arm in self.drafters}
+        round.routes, proposed = self._route(round)
         for i, state in enumerate(states):
-            if self.host.exact and routes[i] == arms.NONE and not state.decision.promised:
-                voices[i] = {}  # its rows would not pay
-        voices = [self._heard(requests, i, own, worth) if own else own for i, own in enumerate(voices)]
-        most = {arm: rows_of(self.drafters, arm) for arm in set(routes)}
-        limits = [min(most[arm], budget) - 1 for arm, budget in zip(routes, requests.budgets, strict=True)]
-        beside = [
-            self._beside(requests, i, *own) for i, own in enumerate(zip(routes, limits, voices, strict=True))
+            if self.host.exact and round.routes[i] == arms.NONE and not state.decision.promised:
+                proposed[i] = {}  # its rows would not pay
+        round.candidates = [self._verifiable(round, i, by_arm) for i, by_arm in enumerate(proposed)]
+        most = {arm: rows_of(self.drafters, arm) for arm in set(round.routes)}
+        round.limits = [
+            min(most[arm], budget) - 1 for arm, budget in zip(round.routes, round.budgets, strict=True)
         ]
-        joined, copying, rooms = map(list, zip(*beside, strict=True))
-        reckoned = [
+        beside = [self._beside(round, i) for i in range(len(round))]
+        round.joined, round.copying, round.rooms = map(list, zip(*beside, strict=True))
+        round.reckoned = [
             arms.PROMISED if arm == arms.NONE and state.decision.promised else arm
-            for arm, state in zip(routes, states, strict=True)
+            for arm, state in zip(round.routes, states, strict=True)
         ]
-        made = [self.controller.costs.room(own) for own in reckoned]
-        judged = self._calibrations(requests.row_ids, routes)
-        return Decided(
-            single, routes, asked, limits, joined, copying, rooms, reckoned, made, voices, worth, judged
-        )
+        round.made_room = [self.controller.costs.room(arm) for arm in round.reckoned]
+        round.calibration = self._calibrations(round)
+        return [getattr(round, name) for name in DECIDED]
 
-    def _heard(
-        self, requests: RoundBatch, index: int, voices: Mapping[str, Voice], worth: Mapping[str, Worth]
-    ) -> dict[str, Voice]:
-        """What may be verified of what is said of a request; where texts are known late, with what others know to
-        follow it.
-        """
-        name = row, _ = requests.names[index]
-        heard = {arm: voice for arm, voice in voices.items() if self.controller.hears(row, arm)}
+    def _verifiable(
+        self, round: Round, index: int, proposed: Mapping[str, Candidate]
+    ) -> dict[str, Candidate]:
+        """Candidates of a request that may be verified; where texts are known late, with what others know to follow."""
+        if not proposed:
+            return {}
+        row, _ = round.names[index]
+        usable = {arm: each for arm, each in proposed.items() if self.controller.may_use(row, arm)}
         if self.host.exact:
-            return heard
+            return usable
         if self.controller.may_join(row):
             room = widest_of(self.drafters) + self.under_way(row)
-            heard = {
-                arm: self.voices.extended(name, arm, voice, room, worth)[0] for arm, voice in heard.items()
+            usable = {
+                arm: self.sources.extended(round, index, arm, each, room)[0] for arm, each in usable.items()
             }
-        return {arm: voice for arm, voice in heard.items() if not self.voices.found_on_device(arm, voice)}
+        return {arm: each for arm, each in usable.items() if not self.sources.copies_itself(arm, each)}
 
-    def _beside(
-        self, requests: RoundBatch, index: int, route: str, limit: int, voices: Mapping[str, Voice]
-    ) -> tuple[int, int, int]:
+    def _beside(self, round: Round, index: int) -> tuple[int, int, int]:
         """Drafts of a request at most if other arms may extend them, else 0; copies at most that the device may put in
         their place; and drafts at most, whoever's.
         """
-        (row, rid), most, controller = requests.names[index], requests.budgets[index] - 1, self.controller
+        (row, rid), most, controller = round.names[index], round.budgets[index] - 1, self.controller
+        limit, candidates = round.limits[index], round.candidates[index]
         if not controller.holds(row, rid):
             return 0, 0, 0
         longest = copying = 0
-        joins = (limit or (self.host.exact and voices)) and controller.may_join(row)
-        for arm in self.quarantine.serving(self.voices.of_text, rid):
-            drafter = self.voices.of_text[arm]
+        joins = (limit or (self.host.exact and candidates)) and controller.may_join(row)
+        for arm in self.quarantine.serving(self.sources.of_text, rid):
+            drafter = self.sources.of_text[arm]
             if not drafter.serves(row):
                 continue
-            if joins and arm in self.voices.speaking:
+            if joins and arm in self.sources.proposing:
                 longest = max(longest, drafter.max_drafts, limit)
-            if arm in self.voices.on_device and controller.hears(row, arm):
+            if arm in self.sources.on_device and controller.may_use(row, arm):
                 copying = min(drafter.max_drafts, most)
         room = max(limit, longest, copying)
-        if voices:
-            said = max(len(voice.tokens) for voice in voices.values())
-            room = max(room, min(said, widest_of(self.drafters)))
+        if candidates:
+            most_tokens = max(len(candidate.tokens) for candidate in candidates.values())
+            room = max(room, min(most_tokens, widest_of(self.drafters)))
         return min(longest, most), copying, min(room, most)
 
-    def _calibrations(self, row_ids: Sequence[int], routes: Sequence[str]) -> dict[str, Floats]:
+    def _calibrations(self, round: Round) -> dict[str, Floats]:
         """What drafts of the round are judged by, of every arm that may make some."""
-        found = {}
+        by_arm = {}
         for arm, drafter in self.drafters.items():
-            if (arm in routes or arm in self.voices.on_device) and arm not in self.quarantine:
+            if (arm in round.routes or arm in self.sources.on_device) and arm not in self.quarantine:
                 with self.quarantine.guard(arm):
-                    found[arm] = drafter.calibration(row_ids)
-        return found
+                    by_arm[arm] = drafter.calibration(round.row_ids)
+        return by_arm
 
-    def _askable(self, requests: RoundBatch, index: int) -> list[str]:
+    def _askable(self, round: Round, index: int) -> list[str]:
         """Arms that may draft for a request, if they have anything to propose; none for one that has ended."""
         # The last token a request may commit needs no draft: it is the bonus token.
-        if requests.budgets[index] <= 1 or not self.controller.holds(*requests.names[index]):
+        if round.budgets[index] <= 1 or not self.controller.holds(*round.names[index]):
             return []
-        row, rid = requests.names[index]
+        row, rid = round.names[index]
         serving = self.quarantine.serving(self.drafters, rid)
         return [arm for arm in serving if self.controller.may_name(row, arm)]
 
-    def _said(
-        self, requests: RoundBatch, index: int, asked: Sequence[str], worth: Mapping[str, Worth]
-    ) -> tuple[dict[str, Voice], dict[str, Forecast | None]]:
-        """What those of `asked` say that may draft; and what each of these promises, None where it does not speak."""
-        (row, rid), n = requests.names[index], requests.lengths.most[index]
-        voices: dict[str, Voice] = {}
-        promises: dict[str, Forecast | None] = {}
+    def _proposed(
+        self, round: Round, index: int, asked: Sequence[str]
+    ) -> tuple[dict[str, Candidate], dict[str, Forecast | None]]:
+        """Candidates of those of `asked` that may draft; and what each of these expects, None where it proposes nothing
+        before a pass.
+        """
+        (row, rid), n = round.names[index], round.most[index]
+        candidates: dict[str, Candidate] = {}
+        forecasts: dict[str, Forecast | None] = {}
         for arm in asked:
             if arm in self.quarantine:
                 continue  # since an earlier request of the batch was asked
-            drafter, voice = self.voices.of_text.get(arm), None
+            drafter, candidate = self.sources.of_text.get(arm), None
             promised = None if drafter is None else drafter.promised(row)
             if promised is not None and self.controller.policy.joins_arms:
                 if promised.length > 1:
-                    promises[arm] = promised
+                    forecasts[arm] = promised
                 continue
             if drafter is not None and drafter.serves(row):
-                history = partial(requests.history, index)
-                say = partial(drafter.speak, row, n, history, worth[arm], self.under_way(row))
-                voice = self.voices.heard(arm, rid, say)
-            if voice and voice.tokens:
-                voices[arm], promises[arm] = voice, voice.outlook(self.drafters[arm].max_drafts)
-            elif arm not in self.voices.speaking and self.quarantine.serves(arm, rid):
-                promises[arm] = None
-        return voices, promises
+                history, worth = partial(round.history, index), round.worth[arm]
+                propose = partial(drafter.propose, row, n, history, worth, self.under_way(row))
+                candidate = self.sources.checked(arm, rid, propose)
+            if candidate and candidate.tokens:
+                candidates[arm] = candidate
+                forecasts[arm] = candidate.outlook(self.drafters[arm].max_drafts)
+            elif arm not in self.sources.proposing and self.quarantine.serves(arm, rid):
+                forecasts[arm] = None
+        return candidates, forecasts
 
-    def _route(
-        self, requests: RoundBatch, asked: Sequence[Sequence[str]], worth: Mapping[str, Worth]
-    ) -> tuple[list[str], list[dict[str, Voice]]]:
-        """A pass for each request, or none, and what is said of it; nothing of one that ended after the scheduler had
-        put it into the batch.
+    def _route(self, round: Round) -> tuple[list[str], list[dict[str, Candidate]]]:
+        """A pass for each request, or none, and its candidates; nothing of one that ended after the scheduler had put
+        it into the batch.
         """
-        running = [i for i, name in enumerate(requests.names) if self.controller.holds(*name)]
-        rows, lengths = requests.row_ids, requests.lengths.most
+        running = [i for i, name in enumerate(round.names) if self.controller.holds(*name)]
+        rows = round.row_ids
         before = [self.controller.states[rows[i]].previous for i in running]
         routes = [arms.NONE] * len(rows)
-        voices: list[dict[str, Voice]] = [{} for _ in rows]
-        self.controller.costs.set_contexts(lengths)
+        candidates: list[dict[str, Candidate]] = [{} for _ in rows]
+        self.controller.costs.set_contexts(round.most)
         forecasts = []
         for i in running:
             state = self.controller.states[rows[i]]
             if state.tracker is not None:
-                state.begin(partial(requests.answer, i))
-            voices[i], promises = self._said(requests, i, asked[i], worth)
-            forecasts.append(promises)
-        found = self.controller.route([rows[i] for i in running], forecasts) if running else []
-        for i, old, new in zip(running, before, found, strict=True):
+                state.begin(partial(round.answer, i))
+            candidates[i], expected = self._proposed(round, i, round.asked[i])
+            forecasts.append(expected)
+        chosen = self.controller.route([rows[i] for i in running], forecasts) if running else []
+        for i, old, new in zip(running, before, chosen, strict=True):
             routes[i] = new
             # Before its last token a request has nothing to switch to.
-            self.clock.switches += requests.budgets[i] > 1 and old not in (None, new)
-        return routes, voices
+            self.clock.switches += round.budgets[i] > 1 and old not in (None, new)
+        return routes, candidates
 
-    def _upload(
-        self,
-        requests: RoundBatch,
-        members: Mapping[str, Sequence[int]],
-        due: Mapping[str, Due],
-        decided: Decided,
-        speakers: Sequence[str],
-    ) -> OnDevice:
-        if not due and not any(decided.rooms):
-            nothing = requests.rows.new_empty(0)
-            return OnDevice({}, nothing, nothing, nothing, nothing, nothing, {}, None)
+    def _upload(self, round: Round) -> None:
+        """Send what the device needs of the plan, in one transfer."""
+        round.bounds, round.indices, round.calibrations, round.host_drafts = {}, {}, {}, None
+        if not round.due and not any(round.rooms):
+            round.due_flags = round.rows.new_empty(0)
+            return
         upload = Upload()
-        most = decided.limits, decided.joined, decided.copying, decided.rooms
-        most_at = [upload.ints(own) for own in most]
-        members_at = {arm: upload.ints(indices) for arm, indices in members.items()}
-        due_at = upload.ints(self.sync.flags(due, len(requests.row_ids)))
-        calibration_at = {arm: upload.floats(own) for arm, own in decided.calibration.items()}
-        any_voice, width = not self.host.exact and any(decided.voices), self.voices.width
-        if any_voice:
-            lines = [own.get(arm, SILENCE) for own in decided.voices for arm in speakers]
-            ids, counts, chances = laid(lines, width)
-            host_at = [upload.ints(own) for own in (ids.ravel(), counts, [line.at for line in lines])]
-            alive_at = upload.floats(chances.ravel())
-        ints, floats = upload.send(requests.rows.device)
-        limits, joined, copying, rooms = (ints[at] for at in most_at)
-        drafting = {arm: ints[at] for arm, at in members_at.items()}
-        judged = {arm: floats[at] for arm, at in calibration_at.items()}
-        said = None
-        if any_voice:
-            shape = len(decided.voices), len(speakers)
-            tokens, alive = ints[host_at[0]].view(*shape, width), floats[alive_at].view(*shape, width)
-            said = HostDrafts(tokens, alive, *(ints[at].view(shape) for at in host_at[1:]))
-        return OnDevice(drafting, ints[due_at], limits, joined, copying, rooms, judged, said)
+        bounds = {name: upload.ints(getattr(round, name)) for name in LIMITS}
+        indices = {arm: upload.ints(members) for arm, members in round.members.items()}
+        due = upload.ints(self.sync.flags(round.due, len(round)))
+        calibrations = {arm: upload.floats(values) for arm, values in round.calibration.items()}
+        proposing, width = self.sources.proposing, self.sources.width
+        from_host = not self.host.exact and any(round.candidates)
+        if from_host:
+            lines = [by_arm.get(arm, NOTHING) for by_arm in round.candidates for arm in proposing]
+            ids, counts, chances = side_by_side(lines, width)
+            host = [upload.ints(values) for values in (ids.ravel(), counts, [line.at for line in lines])]
+            alive = upload.floats(chances.ravel())
+        ints, floats = upload.send(round.rows.device)
+        round.bounds = {name: ints[at] for name, at in bounds.items()}
+        round.indices = {arm: ints[at] for arm, at in indices.items()}
+        round.due_flags = ints[due]
+        round.calibrations = {arm: floats[at] for arm, at in calibrations.items()}
+        if from_host:
+            shape = len(round), len(proposing)
+            tokens, counts_at, places = (ints[at] for at in host)
+            round.host_drafts = HostDrafts(
+                tokens.view(*shape, width),
+                floats[alive].view(*shape, width),
+                counts_at.view(shape),
+                places.view(shape),
+            )
 
 
 def rows_of(drafters: Mapping[str, Drafter], arm: str) -> int:

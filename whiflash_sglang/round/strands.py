@@ -13,38 +13,39 @@ from typing import NamedTuple
 import torch
 from whiflash_kernels import MixedBlock
 
-from whiflash_sglang.core import Strand, Verified, Voice, agreement
+from whiflash_sglang.candidates import Candidate, common_prefix
+from whiflash_sglang.core import Strand, Verified
 
 
-def strand_of(owner: int, chain: Voice, voice: Voice, room: int, worth: float) -> Strand | None:
-    """What `voice` adds to a request's first chain: the tokens behind the longest common prefix that are worth a row.
+def strand_of(owner: int, chain: Candidate, other: Candidate, room: int, worth: float) -> Strand | None:
+    """What `other` adds to a request's first chain: the tokens behind the longest common prefix that are worth a row.
 
-    Two voices that disagree cannot both be right. With a and c, the chances of the two tokens at the fork given the
-    path to it, the voice's is right with c (1 - a) / (1 - a c): the chance that c alone is, given that not both are.
+    Two candidates that disagree cannot both be right. With a and c, the chances of the two tokens at the fork given the
+    path to it, the other's is right with c (1 - a) / (1 - a c): the chance that c alone is, given that not both are.
 
     Args:
         room: rows that are left for the request. worth: chance below which a token is not verified.
 
     Returns:
-        None where the voice says what the chain says, or nothing that is worth its row.
+        None where it says what the chain says, or nothing that is worth its row.
     """
-    fork = agreement(chain.tokens, voice.tokens)
-    if fork == min(len(chain.tokens), len(voice.tokens)):
+    fork = common_prefix(chain.tokens, other.tokens)
+    if fork == min(len(chain.tokens), len(other.tokens)):
         return None
-    before = voice.alive[fork - 1] if fork else 1.0
+    before = other.alive[fork - 1] if fork else 1.0
     path = chain.alive[fork - 1] if fork else 1.0
     if not before or not path:
         return None
-    ours, theirs = voice.alive[fork] / before, chain.alive[fork] / path
-    contested = path * ours * (1 - theirs) / max(1 - ours * theirs, 1e-6)
-    scale = contested / voice.alive[fork] if voice.alive[fork] else 0.0
-    paying = takewhile(lambda i: voice.alive[i] * scale >= worth, range(fork, len(voice.tokens)))
-    kept = [voice.tokens[i] for i in paying][:room]
-    return Strand(owner, fork, kept, 0, contested, voice.parts[0].source) if kept else None
+    here, chains = other.alive[fork] / before, chain.alive[fork] / path
+    contested = path * here * (1 - chains) / max(1 - here * chains, 1e-6)
+    scale = contested / other.alive[fork] if other.alive[fork] else 0.0
+    paying = takewhile(lambda i: other.alive[i] * scale >= worth, range(fork, len(other.tokens)))
+    kept = [other.tokens[i] for i in paying][:room]
+    return Strand(owner, fork, kept, 0, contested, other.parts[0].source) if kept else None
 
 
 def chosen_strands(
-    found: Sequence[Strand], widths: Sequence[int], rooms: Sequence[int], most: int, spare: int
+    possible: Sequence[Strand], widths: Sequence[int], rooms: Sequence[int], most: int, spare: int
 ) -> list[Strand]:
     """The likeliest strands, in the order of their requests: at most `most` of a request, and `spare` of the batch.
 
@@ -52,22 +53,22 @@ def chosen_strands(
         widths: rows of each request's first chain. rooms: rows that each request may verify.
     """
     taken: list[list[Strand]] = [[] for _ in widths]
-    for strand in sorted(found, key=lambda strand: -strand.chance):
-        own = taken[strand.owner]
-        first_row = widths[strand.owner] + sum(len(other.tokens) for other in own)
+    for strand in sorted(possible, key=lambda strand: -strand.chance):
+        siblings = taken[strand.owner]
+        first_row = widths[strand.owner] + sum(len(other.tokens) for other in siblings)
         tokens = strand.tokens[: rooms[strand.owner] - first_row]
-        same = any((other.fork, other.tokens[0]) == (strand.fork, strand.tokens[0]) for other in own)
-        if tokens and not same and len(own) < most and spare:
-            own.append(strand._replace(tokens=tokens, first_row=first_row))
+        same = any((other.fork, other.tokens[0]) == (strand.fork, strand.tokens[0]) for other in siblings)
+        if tokens and not same and len(siblings) < most and spare:
+            siblings.append(strand._replace(tokens=tokens, first_row=first_row))
             spare -= 1
-    return [strand for own in taken for strand in own]
+    return [strand for siblings in taken for strand in siblings]
 
 
 class Packed(NamedTuple):
-    """The requests of a forward with strands: those of the batch, then a strand each.
+    """The requests that a forward verifies: those of the batch, then a strand each.
 
     bonus: [R] int64. drafts: [R, W] int64. widths: [R] int32. starts: [R] int64. rows: [R] int64, rows of the slot
-    table. owners: [R] int64, the request of each.
+    table. owners: [R] int64, the request of each; None: each its own.
     """
 
     bonus: torch.Tensor
@@ -75,7 +76,7 @@ class Packed(NamedTuple):
     widths: torch.Tensor
     starts: torch.Tensor
     rows: torch.Tensor
-    owners: torch.Tensor
+    owners: torch.Tensor | None = None
 
 
 def pack(
@@ -87,7 +88,7 @@ def pack(
 ) -> Packed:
     """`batch`, of B requests, with its strands behind them; their rows of the slot table are written.
 
-    A strand's own KV slots are its request's, from `first_row` behind n: the scheduler keeps slots for the widest block
+    A strand's KV slots are its request's, from `first_row` behind n: the scheduler keeps slots for the widest block
     there.
 
     Args:
@@ -99,8 +100,8 @@ def pack(
         n = lengths[strand.owner]
         begin, slots = n + 1 + strand.fork, slot_table[batch.rows[strand.owner]]
         slot_table[row, :begin] = slots[:begin]
-        own = slots[n + strand.first_row : n + strand.first_row + len(strand.tokens)]
-        slot_table[row, begin : begin + len(strand.tokens)] = own
+        free = slots[n + strand.first_row : n + strand.first_row + len(strand.tokens)]
+        slot_table[row, begin : begin + len(strand.tokens)] = free
         starts.append(begin)
     width = max(batch.drafts.shape[1], *(len(strand.tokens) - 1 for strand in strands))
     drafts = batch.drafts.new_zeros((len(batch.rows) + len(strands), width))
@@ -108,8 +109,8 @@ def pack(
     for index, strand in enumerate(strands, len(batch.rows)):
         drafts[index, : len(strand.tokens) - 1] = torch.tensor(strand.tokens[1:], dtype=torch.int64)
 
-    def behind(own: torch.Tensor, more: Sequence[int]) -> torch.Tensor:
-        return torch.cat([own, torch.tensor(more, dtype=own.dtype, device=own.device)])
+    def behind(first: torch.Tensor, more: Sequence[int]) -> torch.Tensor:
+        return torch.cat([first, torch.tensor(more, dtype=first.dtype, device=first.device)])
 
     return Packed(
         behind(batch.bonus, [strand.tokens[0] for strand in strands]),
@@ -117,14 +118,14 @@ def pack(
         behind(batch.widths, [len(strand.tokens) for strand in strands]),
         behind(batch.starts, starts),
         behind(batch.rows, rows),
-        behind(batch.owners, [strand.owner for strand in strands]),
+        behind(torch.arange(len(batch.rows)).to(batch.rows.device), [strand.owner for strand in strands]),
     )
 
 
 class Folded(NamedTuple):
     """The path of every request that was accepted furthest.
 
-    kept: [T'] int64, its packed rows, request after request; None: the batch's own rows. indptr: [B + 1] int32.
+    kept: [T'] int64, its packed rows, request after request; None: those of the first chains. indptr: [B + 1] int32.
     strands: each, with how many of its tokens were right: 0 where it lost.
     """
 
@@ -144,25 +145,25 @@ def fold(block: MixedBlock, predictions: torch.Tensor, size: int, strands: Seque
     Args:
         predictions: [T] int64, the target's token at each row of `block`.
     """
-    ends, ids, said = block.qo_indptr.tolist(), block.input_ids.tolist(), predictions.tolist()
+    ends, ids, expected = block.qo_indptr.tolist(), block.input_ids.tolist(), predictions.tolist()
 
     def right(first: int, end: int) -> int:
-        """Rows behind `first` that hold what the target said before them."""
+        """Rows behind `first` that hold what the target predicted before them."""
         row = first
-        while row + 1 < end and ids[row + 1] == said[row]:
+        while row + 1 < end and ids[row + 1] == expected[row]:
             row += 1
         return row - first
 
     paths: list[Sequence[int]] = [range(*pair) for pair in pairwise(ends[: size + 1])]
     first, judged = [right(path[0], path[-1] + 1) for path in paths], []
     for strand, (begin, end) in zip(strands, pairwise(ends[size:]), strict=True):
-        path, own = paths[strand.owner], 0
-        if first[strand.owner] == strand.fork and said[path[strand.fork]] == ids[begin]:
-            own = 1 + right(begin, end)
+        path, count = paths[strand.owner], 0
+        if first[strand.owner] == strand.fork and expected[path[strand.fork]] == ids[begin]:
+            count = 1 + right(begin, end)
             paths[strand.owner] = [*path[: strand.fork + 1], *range(begin, end)]
-        judged.append((strand, own))
+        judged.append((strand, count))
     indptr = block.qo_indptr[: size + 1]
-    if not any(own for _, own in judged):
+    if not any(count for _, count in judged):
         return Folded(None, indptr, judged)
     indptr = torch.tensor(
         list(accumulate(map(len, paths), initial=0)), dtype=indptr.dtype, device=indptr.device
@@ -199,5 +200,4 @@ def accepted_rows(verified: Verified, folded: Folded) -> Verified:
         input_ids=verified.input_ids[index],
         indptr=folded.indptr,
         predictions=predictions[index],
-        strands=folded.strands,
     )

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from whiflash_sglang import arms
-from whiflash_sglang.routing.signals import Forecast
+from whiflash_sglang.candidates import Forecast
 
 Scores = Mapping[str, float]
 
@@ -110,12 +110,12 @@ class _Batch:
     @classmethod
     def of(cls, scores: Sequence[Scores], costs: Costs, free: Sequence[Forecast]) -> "_Batch":
         """A request without scores decodes plainly, and adds nothing to what is expected."""
-        names = [*sorted({arm for own in scores for arm in own} - {arms.NONE}), arms.NONE]
+        names = [*sorted({arm for each in scores for arm in each} - {arms.NONE}), arms.NONE]
         widths = [PLAIN.rows if arm in WITHOUT_A_PASS else costs.width(arm) for arm in names]
         rows = np.tile(np.array(widths, dtype=float), (len(scores), 1))
         if arms.PROMISED in names:
-            rows[:, names.index(arms.PROMISED)] = [own.rows for own in free]
-        known = [[own.get(arm, -math.inf) for arm in names] if own else _plain(names) for own in scores]
+            rows[:, names.index(arms.PROMISED)] = [forecast.rows for forecast in free]
+        known = [[each.get(arm, -math.inf) for arm in names] if each else _plain(names) for each in scores]
         return cls(names, np.array(known), rows, costs)
 
     def best_choices(self) -> npt.NDArray[np.intp]:
@@ -141,10 +141,10 @@ class _Batch:
             verify(width, len(requests))
             + sum(
                 draft(arm, n)
-                for arm, n in zip(self.arms, own, strict=False)
+                for arm, n in zip(self.arms, drafted, strict=False)
                 if n and arm not in WITHOUT_A_PASS
             )
-            for width, own in zip(rows, counts, strict=True)
+            for width, drafted in zip(rows, counts, strict=True)
         ]
         rates: npt.NDArray[np.float64] = self.scores[requests, choices].sum(-1) / np.array(seconds)
         return rates

@@ -4,17 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 
 from whiflash_sglang import arms
+from whiflash_sglang.candidates import Forecast
 from whiflash_sglang.routing.assign import PLAIN, Costs, Dwell, assign
 from whiflash_sglang.routing.costs import FULL_LENGTH, WorkerCosts, Worth
 from whiflash_sglang.routing.policies import PROBE_ROUNDS, Policy, Scores
 from whiflash_sglang.routing.request_state import Decision, RequestState
-from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.telemetry.trace import Recording
 
 Forecasts = Mapping[str, Forecast | None]
-"""Arms that may draft for a request, with what those say of the round that look before they draft."""
+"""Arms that may draft for a request, with what those expect of the round that look before they draft."""
 
 
 class Controller:
@@ -76,8 +76,8 @@ class Controller:
         """Whether drafts of the request in `row` may be prolonged by other arms."""
         return self.states[row].decision.only is None
 
-    def hears(self, row: int, arm: str) -> bool:
-        """Whether what `arm` says of the request in `row` may be verified."""
+    def may_use(self, row: int, arm: str) -> bool:
+        """Whether candidates of `arm` for the request in `row` may be verified."""
         return self.states[row].decision.only in (None, arm) and self.may_name(row, arm)
 
     def worth(self, arm: str) -> Worth:
@@ -105,8 +105,8 @@ class Controller:
         """
         lengths = {arm: len(tokens)} if lengths is None else lengths
         if decision.free:
-            for own, length in lengths.items():
-                self.policy.observe(own, decision.signals, length)
+            for each, length in lengths.items():
+                self.policy.observe(each, decision.signals, length)
             self.costs.widened(arm, width)
         state.committed(arm, tokens, width - 1, start=start, reason=decision.reason, lengths=lengths)
         return decision.free
@@ -126,13 +126,13 @@ def route(
     previous = [state.decision.keeps for state in states]
     scores, best, free, teachers = [], [], [], []
     for state, forecast, before in zip(states, forecasts, previous, strict=True):
-        own, decision = state.score(policy, forecast), state.decision
-        own, voice = _of_passes(own, decision.signals.expected, priced=policy.prices_batches)
-        promised = decision.signals.expected.get(voice, PLAIN)
+        scored, decision = state.score(policy, forecast), state.decision
+        scored, source = _of_passes(scored, decision.signals.expected, priced=policy.prices_batches)
+        promised = decision.signals.expected.get(source, PLAIN)
         if decision.reason == "span" and not decision.free:
-            own = _ordered(state, own, voice, costs, before, promised)
-        scores.append(own)
-        best.append(voice)
+            scored = _ordered(state, scored, source, costs, before, promised)
+        scores.append(scored)
+        best.append(source)
         free.append(promised)
         teachers.append(decision.signals if decision.free else None)
     probes = policy.probe(teachers, costs.timings if costs else lambda _: PROBE_ROUNDS)
@@ -140,9 +140,9 @@ def route(
         scores[index] = {arm: scores[index][arm]}
     chosen = assign(scores, costs, previous, Dwell(), free) if policy.prices_batches else assign(scores)
     routes = [arms.NONE if arm == arms.PROMISED else arm for arm in chosen]
-    for index, (state, arm, voice) in enumerate(zip(states, chosen, best, strict=True)):
+    for index, (state, arm, source) in enumerate(zip(states, chosen, best, strict=True)):
         keeps = None if index in probes else arm
-        state.decision = _heard(policy, state.decision, arm, voice)._replace(keeps=keeps)
+        state.decision = _usable(policy, state.decision, arm, source)._replace(keeps=keeps)
         state.chose(routes[index], scores[index].get(arm, 1.0))
     return routes
 
@@ -164,8 +164,8 @@ def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool
     return {**passes, arms.PROMISED: top, **plain}, best
 
 
-def _heard(policy: Policy, decision: Decision, chosen: str, best: str) -> Decision:
-    """`decision` with whom the round is to hear; best: of what needs no pass, as of `_of_passes`."""
+def _usable(policy: Policy, decision: Decision, chosen: str, best: str) -> Decision:
+    """`decision` with the draft source that the round may use; best: of what needs no pass, as of `_of_passes`."""
     only: str | None = best if chosen == arms.PROMISED else arms.NONE
     # Where rows are dear, a device that knows more of the text than the host weighs what is promised again.
     weighed = decision.free and policy.prices_batches

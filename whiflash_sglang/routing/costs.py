@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from whiflash_sglang.routing.fits import LIMIT, MEMORY, WINDOW, Line, Plane, median
 from whiflash_sglang.routing.signals import Mean
-from whiflash_sglang.telemetry.round_clock import DraftTime, PreviousRound
+from whiflash_sglang.telemetry.round_clock import DraftTime, RoundTime
 
 DRAFTS_MEMORY = 32.0
 """Requests' rounds after which a number of drafts counts for little: text that is copied begins and ends."""
@@ -97,7 +97,7 @@ class WorkerCosts(ABC):
         """
 
     @abstractmethod
-    def observe(self, previous: PreviousRound) -> None:
+    def observe(self, previous: RoundTime) -> None:
         """A round and the pause after it were timed: the only way in which rounds teach what work takes."""
 
     def set_contexts(self, contexts: Sequence[int]) -> None:
@@ -182,10 +182,10 @@ class MeasuredCosts(WorkerCosts):
     def timings(self, arm: str) -> int:
         return self._timings.get(arm, 0)
 
-    def observe(self, previous: PreviousRound) -> None:
+    def observe(self, previous: RoundTime) -> None:
         for draft in previous.drafts:
             self.drafted(draft)
-        self.verified(previous.work.rows, previous.work.requests, previous.rest)
+        self.verified(previous.rows, previous.requests, previous.rest)
         self.committed(previous.tokens, previous.seconds, previous.gap)
 
     def verified(self, rows: int, requests: int, seconds: float) -> None:

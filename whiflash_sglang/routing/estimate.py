@@ -5,7 +5,7 @@ A context is the target's entropy at the last verified position, where it is com
 span. A request's own recent rounds outweigh the shared means the more of them there are.
 
 Whose rounds teach the shared means: every request's whose caller left the route to the policy (`Decision.free`), and a
-request's later rounds with an arm ever less (`REQUEST_ROUNDS`), so that one that never ends does not speak for all.
+request's later rounds with an arm ever less (`REQUEST_ROUNDS`), so that one that never ends does not decide for all.
 """
 
 import math

@@ -7,7 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from whiflash_sdk.hints import Span
 
@@ -44,7 +44,7 @@ class Probes:
     takes hardly longer for several requests, and the length of one round says little: `whiflash simulate` showed
     batches of 8 and 16 that kept the worse drafter for their whole run after a few unlucky probes of one request each.
 
-    A free voice says what it expects (`Forecast`) and is never probed: it learns from every round.
+    A draft source expects something (`Forecast`) and is never probed: it learns from every round.
     """
 
     def __init__(self, estimator: AcceptanceEstimator) -> None:
@@ -61,7 +61,7 @@ class Probes:
         able: defaultdict[str, dict[int, Signals]] = defaultdict(dict)
         for index, signals in enumerate(free):
             if signals is not None:
-                for arm in signals.untold:
+                for arm in signals.unforeseen:
                     able[arm][index] = signals
         for arm in self._since:
             self._since[arm] += 1
@@ -121,7 +121,7 @@ class Policy(Protocol):
 
     @property
     def joins_arms(self) -> bool:
-        """Whether free voices are heard beside a pass, and drafts prolonged by what others know to follow them."""
+        """Whether candidates are verified beside a pass, and drafts prolonged by what others know to follow them."""
         ...
 
     def score(self, signals: Signals) -> Scores:
@@ -254,13 +254,6 @@ RANKS = 1.5
 """The same where a policy measures nothing and only orders its arms: one rank up, and past a tie."""
 
 
-class Hinted(NamedTuple):
-    """Scores after the hints, and what decided, one of `telemetry.tally.REASONS` (docs/reference/hints.md)."""
-
-    scores: Mapping[str, float]
-    reason: str
-
-
 def apply_hints(
     scores: Mapping[str, float],
     span: Span | None,
@@ -268,8 +261,8 @@ def apply_hints(
     *,
     off: bool,
     measured: Mapping[str, Mean] | None = None,
-) -> Hinted:
-    """Apply the open span's wishes to a policy's scores.
+) -> tuple[Scores, str]:
+    """A policy's scores with the open span's wishes, and what decided: one of `telemetry.tally.REASONS`.
 
     A pin routes to its arm whatever the policy says. A bias is added as it is. A preference is a belief: what the
     request measures overrules it. Preference and bias move scores of arms that the policy offers; an arm that may
@@ -278,18 +271,18 @@ def apply_hints(
     measured: the request's own rounds in this kind of span, by arm; None if the policy reads no measurement.
     """
     if off:
-        return Hinted({arms.NONE: 1.0}, "off")
-    unmoved = Hinted(scores, "policy" if measured is None else "score")
+        return {arms.NONE: 1.0}, "off"
+    unmoved = scores, "policy" if measured is None else "score"
     if span is None:
         return unmoved
     if span.pin and (span.prefer in allowed or span.prefer == arms.NONE):
-        return Hinted({str(span.prefer): scores.get(str(span.prefer), 1.0)}, "pin")
+        return {str(span.prefer): scores.get(str(span.prefer), 1.0)}, "pin"
     wishes = {str(arm): added for arm, added in span.bias.items()}
     if span.prefer is not None:
         wishes[span.prefer] = wishes.get(span.prefer, 0.0) + _preference(span.prefer, measured)
     if not wishes.keys() & scores.keys():
         return unmoved
-    return Hinted({arm: score + wishes.get(arm, 0.0) for arm, score in scores.items()}, "span")
+    return {arm: score + wishes.get(arm, 0.0) for arm, score in scores.items()}, "span"
 
 
 def _preference(arm: str, measured: Mapping[str, Mean] | None) -> float:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from whiflash_sdk.hints import Span
 
+from whiflash_sglang.candidates import Forecast
 from whiflash_sglang.routing.policies import Policy, Scores, apply_hints
-from whiflash_sglang.routing.signals import Forecast, Mean, Signals
+from whiflash_sglang.routing.signals import Mean, Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.telemetry.tally import ArmCounts
@@ -22,9 +23,9 @@ RECENT_ROUNDS = 8.0
 class Decision(NamedTuple):
     """The grounds on which a round of a request was decided.
 
-    reason: why it was routed as it was (`Hinted`). only: the one free voice that is heard, or `none` of them; None: all
-    are. promised: whether a round without a pass is expected to verify one of them. keeps: the choice that the margin
-    of the next round favours; None after a probe, and before the first round.
+    reason: why it was routed as it was (`apply_hints`). only: the one draft source whose candidates may be
+    verified, or `none`; None: all. promised: whether a round without a pass is expected to verify one of them. keeps:
+    the choice that the margin of the next round favours; None after a probe, and before the first round.
     """
 
     signals: Signals = Signals(frozenset())
@@ -106,15 +107,15 @@ class RequestState:
     def score(self, policy: Policy, forecast: Mapping[str, Forecast | None]) -> Scores:
         """The policy's scores with this request's hints applied; remembers what decided."""
         signals = self.signals(forecast)
-        hinted = apply_hints(
+        scores, reason = apply_hints(
             policy.score(signals),
             signals.span,
             signals.allowed,
             off=self.hints.off,
             measured=signals.recent if policy.prices_batches else None,
         )
-        self.decision = Decision(signals, hinted.reason)
-        return hinted.scores
+        self.decision = Decision(signals, reason)
+        return scores
 
     def begin(self, answer: Callable[[int], Sequence[int]]) -> None:
         """Before a round: a marker may begin with the token that the prefill sampled.
@@ -155,8 +156,8 @@ class RequestState:
         span = self.span
         kind = span.kind if span else None
         recent = self.recent_by_kind[kind]
-        for own, length in (lengths or {arm: len(tokens)}).items():
-            recent[own].add(length, RECENT_ROUNDS)
+        for each, length in (lengths or {arm: len(tokens)}).items():
+            recent[each].add(length, RECENT_ROUNDS)
         if self.recording is not None:
             self.recording.add(start, arm, len(tokens), proposed=proposed, reason=reason, span=kind)
         if self.tracker is not None:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from whiflash_sdk.hints import Span
 
+from whiflash_sglang.candidates import Forecast
+
 
 @dataclass(slots=True)
 class Mean:
@@ -31,16 +33,6 @@ class Mean:
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-class Forecast(NamedTuple):
-    """What an arm that looks before it drafts says of its next round, in every round, whoever drafts it then.
-
-    length: expected acceptance length, bonus token included; 1: it has nothing to propose. rows: that it would verify.
-    """
-
-    length: float
-    rows: int
-
-
 class Signals(NamedTuple):
     """Per-request signals. Host-side ones may lag one round (overlap scheduling).
 
@@ -48,7 +40,7 @@ class Signals(NamedTuple):
         verified position, where nothing is drafted of up to seven rounds before; NaN when it was not measured.
     recent: arm → decayed mean of the request's own acceptance lengths with that arm in the open span's kind, or
         outside spans (bonus token included).
-    expected: what arms that look before they draft say of the next round. predicted: arm → its acceptance length, if
+    expected: what arms that look before they draft expect of the next round. predicted: arm → its acceptance length, if
         a router's heads predict it.
     delta: the router's ΔAL = AL(EAGLE-3) − AL(DFlash), NaN without one.
     span: the innermost open one at the end of the committed text.
@@ -72,8 +64,8 @@ class Signals(NamedTuple):
     dwell: int = 0
 
     @property
-    def untold(self) -> frozenset[str]:
-        """Allowed arms that only a round of theirs says anything of."""
+    def unforeseen(self) -> frozenset[str]:
+        """Allowed arms that expect nothing before a round of theirs."""
         return self.allowed - self.expected.keys()
 
     def without(self, arm: str) -> float:

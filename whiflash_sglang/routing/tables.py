@@ -15,7 +15,7 @@ prices (:mod:`.tables`), from whole rounds as the device's events time them.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -23,7 +23,7 @@ from whiflash_sglang.routing.costs import FULL_LENGTH, WorkerCosts, Worth
 from whiflash_sglang.routing.fits import MEMORY, DriftDetector, within
 from whiflash_sglang.routing.policies import PROBE_ROUNDS
 from whiflash_sglang.routing.signals import Mean
-from whiflash_sglang.telemetry.round_clock import PreviousRound
+from whiflash_sglang.telemetry.round_clock import RoundTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,20 +136,12 @@ class CostTables:
             return self.verify(upper, context) / upper
         return (self.verify(upper, context) - self.verify(lower, context)) / (upper - lower)
 
-    def took(
-        self,
-        seconds: float,
-        *,
-        rows: float,
-        context: float,
-        drafted: Mapping[str, int],
-        caught_up: Mapping[str, int],
-    ) -> None:
-        """A whole round: what it verified, how many requests each arm drafted for, rows that each caught up."""
-        expected = self.verifications.at(rows, context)
-        expected += sum(self._drafts(arm, requests) for arm, requests in drafted.items())
-        expected += sum(self._catch(arm, tokens) for arm, tokens in caught_up.items())
-        self.correction.add(expected, seconds)
+    def took(self, time: RoundTime) -> None:
+        """Correct the prices by a whole round."""
+        expected = self.verifications.at(time.rows, time.context)
+        expected += sum(self._drafts(arm, requests) for arm, requests in time.drafted.items())
+        expected += sum(self._catch(arm, tokens) for arm, tokens in time.caught_up.items())
+        self.correction.add(expected, time.seconds)
 
     def _drafts(self, arm: str, requests: int) -> float:
         return self.drafts[arm].at(requests) if requests and arm in self.drafts else 0.0
@@ -172,20 +164,13 @@ class LookedUpCosts(WorkerCosts):
         self._verified = 0
         self._behind: dict[str, Mean] = {}
 
-    def observe(self, previous: PreviousRound) -> None:
-        work, seconds = previous.work, previous.seconds
-        self._verified = work.rows
-        for arm, requests in work.drafted.items():
-            self._behind.setdefault(arm, Mean()).add(work.caught_up.get(arm, 0) / requests, MEMORY)
-        self.committed(previous.tokens, seconds, previous.gap)
-        if seconds > 0.0:
-            self.tables.took(
-                seconds,
-                rows=work.rows,
-                context=work.context,
-                drafted=work.drafted,
-                caught_up=work.caught_up,
-            )
+    def observe(self, previous: RoundTime) -> None:
+        self._verified = previous.rows
+        for arm, requests in previous.drafted.items():
+            self._behind.setdefault(arm, Mean()).add(previous.caught_up.get(arm, 0) / requests, MEMORY)
+        self.committed(previous.tokens, previous.seconds, previous.gap)
+        if previous.seconds > 0.0:
+            self.tables.took(previous)
 
     def timings(self, arm: str) -> int:
         """Every price was measured, and what is corrected is all of them at once: no arm is tried for its own."""

@@ -17,20 +17,6 @@ from whiflash_sglang.device.clock import Clock, HostClock
 STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 
 
-class RoundWork(NamedTuple):
-    """What a round did: it verified `rows` rows of `requests` requests.
-
-    context: tokens that these have together, at most. drafted: arm → requests that it drafted for. caught_up: arm →
-    tokens that it ingested, at most.
-    """
-
-    rows: int
-    requests: int
-    context: int = 0
-    drafted: Mapping[str, int] = {}
-    caught_up: Mapping[str, int] = {}
-
-
 class DraftTime(NamedTuple):
     """An arm drafted for so many requests in `passes` passes of its model. Host seconds, and those of its catch-up."""
 
@@ -41,37 +27,33 @@ class DraftTime(NamedTuple):
     catch_up: float = 0.0
 
 
-class PreviousRound(NamedTuple):
-    """A round that was timed.
+@dataclass(slots=True)
+class RoundTime:
+    """A round that verified `rows` rows of `requests` requests, and what it took."""
 
-    tokens: that were found committed since the round before it began. seconds: from its start to its end; drafting:
-    part of them, on the host's clock, and `drafts` what of that was an arm's. gap: from its end to the next round's
-    start, at most as long as itself: a longer one was a pause.
-    """
+    # Filled by `Round.timed`.
+    rows: int
+    requests: int
+    context: int = 0  # tokens that the requests have together, at most
+    drafted: Mapping[str, int] = field(default_factory=dict)  # arm → requests that it drafted for
+    caught_up: Mapping[str, int] = field(default_factory=dict)  # arm → tokens that it ingested, at most
 
-    work: RoundWork
-    tokens: int
-    seconds: float
-    drafting: float
-    gap: float
-    drafts: Sequence[DraftTime] = ()
+    # Filled by `RoundClock.end`: marks of the timer, and host seconds.
+    begin: Any = None
+    end: Any = None
+    drafting: float = 0.0
+    drafts: Sequence[DraftTime] = ()  # what of `drafting` was an arm's
+
+    # Filled by `RoundClock.begin` of later rounds.
+    next_begin: Any = None
+    tokens: int = 0  # that were known to be committed since the round before it began
+    seconds: float = 0.0  # from its begin to its end
+    gap: float = 0.0  # from its end to the next round's begin, at most as long as itself: a longer one was a pause
 
     @property
     def rest(self) -> float:
         """Seconds that were no drafting."""
         return max(self.seconds - self.drafting, 1e-6)
-
-
-class _Marks(NamedTuple):
-    """A round that has ended on the host, by marks of the timer: its begin, its end, and the next round's begin."""
-
-    work: RoundWork
-    tokens: int
-    drafting: float
-    drafts: Sequence[DraftTime]
-    begin: Any
-    end: Any
-    next_begin: Any
 
 
 @dataclass(slots=True)
@@ -96,26 +78,25 @@ class RoundClock:
     _drafting: float = 0.0
     _drafts: list[DraftTime] = field(default_factory=list)
     _learned: int = 0
-    _ended: _Marks | None = None
-    _coming: deque[_Marks] = field(default_factory=deque)
+    _ended: RoundTime | None = None
+    _coming: deque[RoundTime] = field(default_factory=deque)
 
-    def begin(self) -> list[PreviousRound]:
+    def begin(self) -> list[RoundTime]:
         """A round starts. Returns the rounds before it that are timed by now, if each came just before its next."""
         self._began, self._begin = self.now(), self.timer.record()
         self._drafting, self._drafts = 0.0, []
         ended, self._ended = self._ended, None
         tokens, self._learned = self._learned, 0
         if ended is not None:
-            self._coming.append(ended._replace(tokens=tokens, next_begin=self._begin))
+            ended.tokens, ended.next_begin = tokens, self._begin
+            self._coming.append(ended)
         timed = []
         while self._coming and self.timer.passed(self._coming[0].next_begin):
-            timed.append(self._timed(self._coming.popleft()))
+            done = self._coming.popleft()
+            done.seconds = self.timer.elapsed(done.begin, done.end)
+            done.gap = min(self.timer.elapsed(done.end, done.next_begin), done.seconds)
+            timed.append(done)
         return timed
-
-    def _timed(self, marks: _Marks) -> PreviousRound:
-        seconds = self.timer.elapsed(marks.begin, marks.end)
-        gap = min(self.timer.elapsed(marks.end, marks.next_begin), seconds)
-        return PreviousRound(marks.work, marks.tokens, seconds, marks.drafting, gap, marks.drafts)
 
     def interrupt(self) -> None:
         """Something other than a round ran: the time until the next round says nothing about rounds."""
@@ -148,13 +129,15 @@ class RoundClock:
         self.tokens += tokens
         self._learned += tokens
 
-    def end(self, work: RoundWork) -> float:
+    def end(self, time: RoundTime) -> float:
         """The round has issued everything. Returns its seconds on the host's clock."""
         self.rounds += 1
-        self.rows += work.rows
+        self.rows += time.rows
         seconds = self.now() - self._began
         self.round_seconds += seconds
-        self._ended = _Marks(work, 0, self._drafting, self._drafts, self._begin, self.timer.record(), None)
+        time.drafting, time.drafts = self._drafting, self._drafts
+        time.begin, time.end = self._begin, self.timer.record()
+        self._ended = time
         return seconds
 
     def snapshot(self) -> dict[str, float | int]:

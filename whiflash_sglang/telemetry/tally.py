@@ -34,17 +34,17 @@ class ArmCounts:
     joined: int = 0
     joined_accepted: int = 0
 
-    def add(self, tokens: int, proposed: int, own: int, right: int, beside: int = 0) -> None:
-        """A round committed `tokens`, of `proposed` drafts, of which `own` were the arm's own.
+    def add(self, tokens: int, proposed: int, first: int, right: int, beside: int = 0) -> None:
+        """A round committed `tokens`, of `proposed` drafts, of which the `first` ones were the arm's.
 
-        right: drafts of the chain that its own began which were right. beside: drafts of further chains.
+        right: drafts of the chain that these began which were right. beside: drafts of further chains.
         """
         self.rounds += 1
         self.tokens += tokens
         self.proposed += proposed
         self.accepted += tokens - 1
-        self.joined += proposed - beside - own
-        self.joined_accepted += right - min(own, right)
+        self.joined += proposed - beside - first
+        self.joined_accepted += right - min(first, right)
 
     def merge(self, other: "ArmCounts") -> None:
         """Add the figures of `other`."""
@@ -91,15 +91,15 @@ class Tally:
         *,
         tokens: int,
         proposed: int,
-        own: int,
+        first: int,
         right: int,
         beside: int = 0,
     ) -> None:
-        """A round of `arm` committed `tokens` of a request, whose own counts are `request` (`ArmCounts.add`)."""
+        """A round of `arm` committed `tokens` of a request, whose counts are `request` (`ArmCounts.add`)."""
         if arm not in request:
             request[arm] = ArmCounts()
         for counts in (self.by_arm[arm], request[arm]):
-            counts.add(tokens, proposed, own, right, beside)
+            counts.add(tokens, proposed, first, right, beside)
         self.reasons[reason] += 1
 
     def timed(self, seconds: float, plain_seconds: float) -> None:

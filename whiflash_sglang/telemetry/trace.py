@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 from whiflash_sdk.hints import WIRE_VERSION, TraceLevel
 
+from whiflash_sglang.candidates import Part, first_of
 from whiflash_sglang.errors import ConfigError
 
 SAVED_DIGITS = 4
@@ -43,29 +44,6 @@ class Stretch:
 
     def __post_init__(self) -> None:
         self.end = self.start + sum(self.tokens)  # kept, since every round asks for it
-
-
-class Part(NamedTuple):
-    """Successive drafts that were taken from one source."""
-
-    source: str
-    drafts: int
-
-
-def first_of(parts: Iterable[Part], count: int) -> Iterator[Part]:
-    """The first `count` drafts of them."""
-    for part in parts:
-        if count > 0:
-            yield Part(part.source, min(part.drafts, count))
-        count -= part.drafts
-
-
-def behind(parts: Iterable[Part], count: int) -> Iterator[Part]:
-    """The drafts of them that come after the first `count`."""
-    for part in parts:
-        if part.drafts > count:
-            yield Part(part.source, part.drafts - max(count, 0))
-        count -= part.drafts
 
 
 @dataclass(slots=True)

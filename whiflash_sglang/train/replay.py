@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whiflash_sglang import arms
+from whiflash_sglang.candidates import NOTHING
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import PARTS, Lookup, load_manifest, lookup_of
 from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.jsonl import lines_of, read_json, write_whole
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
-from whiflash_sglang.lookup.copier import Copier, Proposal
+from whiflash_sglang.lookup.copier import Copier
 from whiflash_sglang.models.choice import Choice, DraftHead, choose
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
@@ -187,7 +188,7 @@ def replay_lookup(
         for arm, chains in drafted.items():
             own, sure = chains[position]
             room = min(widest, positions - position) - len(own)
-            beyond = copier.look_beyond(own, sure[-1], room, WORTH) if own and room > 0 else Proposal()
+            beyond = copier.look_beyond(own, sure[-1], room, WORTH) if own and room > 0 else NOTHING
             copied.behind[arm].append(Chain(list(beyond.tokens), list(beyond.alive)))
         proposed[position] = len(drafts)
         accepted[position] = agreed(drafts, tokens[known : known + len(drafts)])

@@ -19,7 +19,7 @@ from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.compat.forward.masks import Masks
 from whiflash_sglang.compat.forward.penalties import PenalisedBatch, PenaltyRequest
-from whiflash_sglang.core import RoundBatch
+from whiflash_sglang.core import Round
 from whiflash_sglang.device.transfers import sent
 
 SAMPLED_ROWS = 128
@@ -63,8 +63,7 @@ def sample_rows(
     batch: Any,
     output: Any,
     block: MixedBlock,
-    requests: RoundBatch,
-    widest: int,
+    round: Round,
     masks: Masks | None,
     tokens: torch.Tensor,
 ) -> torch.Tensor:
@@ -77,14 +76,14 @@ def sample_rows(
     Args:
         runner: the target's model runner (its sampler is used).
         output: SGLang's logits output of the verification.
-        widest: most rows of a request.
+        round: the lengths, rows and stride of the batch, for penalties.
         masks: of a batch with grammars.
         tokens: token table with this round's drafts written, for penalties.
     """
     owner, logits, vocabulary = block.request_of_row, output.next_token_logits, batch.sampling_info.vocab_size
     penalised = None
-    if members := _penalised(batch.reqs, requests.lengths.most):
-        penalised = PenalisedBatch(members, requests.rows, requests.starts, tokens, widest, vocabulary)
+    if members := _penalised(batch.reqs, round.most):
+        penalised = PenalisedBatch(members, round.rows, round.starts, tokens, round.stride, vocabulary)
     whole = batch.return_logprob or batch.sampling_info.has_custom_logit_processor
     records: tuple[bool, list[Any], list[Any]] = (False, [], [])
     if batch.return_logprob:

@@ -19,14 +19,14 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from sglang.srt.state_capturer.indexer_topk import get_global_indexer_capturer
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
-from whiflash_kernels import MixedBlock
+from whiflash_kernels import Committed, MixedBlock
 
 from whiflash_sglang.compat.forward import graphs, recurrent
 from whiflash_sglang.compat.forward.captured import Captured, LoadedTarget
 from whiflash_sglang.compat.forward.recurrent import rows_counted
 from whiflash_sglang.compat.forward.sampling import count_earlier_output
 from whiflash_sglang.compat.patching import around, replace
-from whiflash_sglang.core import Outcome, Verified
+from whiflash_sglang.core import Verified
 from whiflash_sglang.device.transfers import sent
 
 
@@ -35,7 +35,7 @@ class GraphEnd(Protocol):
 
     def capture(self, graph: Hashable, rows: Verified) -> None: ...
 
-    def outcome(self, graph: Hashable, requests: int) -> Outcome | None: ...
+    def outcome(self, graph: Hashable, requests: int) -> tuple[Committed, dict[str, torch.Tensor]] | None: ...
 
 
 class Target(LoadedTarget):
@@ -123,11 +123,13 @@ class Target(LoadedTarget):
 
         self.runner.capture_tail_hooks.append(end)
 
-    def _outcome(self, rows: int, requests: int) -> Outcome | None:
-        """Of the graph of so many rows, which was just replayed."""
+    def _with_outcome(self, verified: Verified, rows: int, requests: int) -> Verified:
+        """With what the graph of so many rows, which was just replayed, committed."""
         if self._epilogue is None:
-            return None
-        return self._epilogue.outcome((id(self.runner.decode_cuda_graph_runner), rows), requests)
+            return verified
+        graph = id(self.runner.decode_cuda_graph_runner), rows
+        outcome = self._epilogue.outcome(graph, requests)
+        return verified if outcome is None else verified._replace(committed=outcome[0], signals=outcome[1])
 
     def verify(
         self,
@@ -151,7 +153,7 @@ class Target(LoadedTarget):
         output, total = result.logits_output, None if widths is None else sum(widths)
         features, final_hidden = self._captured.take(output)
         output.next_token_logits = output.next_token_logits[:total]
-        return Verified(
+        verified = Verified(
             output.next_token_logits,
             features[:total],
             None if final_hidden is None else final_hidden[:total],
@@ -159,11 +161,11 @@ class Target(LoadedTarget):
             block.qo_indptr,
             batch.seq_lens,
             batch.req_pool_indices,
-            outcome=self._outcome(len(block.input_ids), len(verify_lens))
-            if result.can_run_cuda_graph
-            else None,
             forward=result,
         )
+        if not result.can_run_cuda_graph:
+            return verified
+        return self._with_outcome(verified, len(block.input_ids), len(verify_lens))
 
     def move(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
         """Slots take what was verified in others: KV, and the records that SGLang keeps of a slot for answers."""

@@ -1,12 +1,11 @@
 """Under overlap scheduling: results that come when the next round runs, and work between two forwards."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from sglang.srt.managers.auxiliary_output import CommittedTokens, append_auxiliary_output
+from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 from sglang.srt.runtime_context import get_schedule
 
 from whiflash_sglang.compat.forward.sampling import cut_likeliest, keep_rows
@@ -18,48 +17,20 @@ class Learn(Protocol):
     """Takes a round's results and, where the scheduler has kept tokens already, those of each request."""
 
     def __call__(
-        self, found: dict[str, list[Any]], kept: Sequence[Sequence[int]] | None = None, /
+        self, results: dict[str, list[Any]], kept: Sequence[Sequence[int]] | None = None, /
     ) -> list[list[int]]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class OnDevice:
-    """A round's results beside SGLang's own, which the scheduler copies together (`DeviceAuxiliaryOutput`).
-
-    What is packed is a tensor of its own: no later round writes to it, captured or not.
-    """
-
-    results: Download
-    learn: Learn
-
-    def copy_to_host(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> "OnHost":
-        return OnHost(self, copy(self.results.packed))
-
-
-@dataclass(frozen=True, slots=True)
-class OnHost:
-    """The same when the copies have come (`HostAuxiliaryOutput`)."""
-
-    sent: OnDevice
-    packed: torch.Tensor
-
-    def consume(self, batch: Any, commits: Sequence[CommittedTokens | None]) -> None:
-        """Called when the tokens are in the requests, before they are streamed."""
-        kept = [() if commit is None else commit.token_ids for commit in commits]
-        self.sent.learn(self.sent.results.read(self.packed), kept)
-
-
 def learned(output: Any, results: Download, learn: Learn, *, later: bool) -> list[list[int]]:
-    """`learn` from `results` now, and what it says was committed; or `later`, and nothing is known yet.
+    """`learn` from `results` now, and what it returns was committed; or `later`, and nothing is known yet.
 
     Args:
         output: SGLang's record of the forward, with which the results travel until the scheduler processes it.
     """
     if not later:
         return learn(results.read())
-    output.auxiliary_device_output = append_auxiliary_output(
-        output.auxiliary_device_output, OnDevice(results, learn)
-    )
+    results.learn = learn
+    output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, results)
     return []
 
 

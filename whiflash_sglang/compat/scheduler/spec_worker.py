@@ -15,7 +15,7 @@ from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 from sglang.srt.state_capturer.base import TopkCaptureOutput
 
 from whiflash_sglang.compat.forward import recurrent, sampling
-from whiflash_sglang.core import Lengths, RoundBatch, Verified
+from whiflash_sglang.core import Round, Verified
 from whiflash_sglang.device.transfers import Download, Upload
 
 logger = logging.getLogger("whiflash_sglang")
@@ -72,27 +72,26 @@ class DraftInput(SpecInput):  # type: ignore[misc]
         self.new_seq_lens = torch.cat([self.new_seq_lens, other.new_seq_lens])
 
 
-def round_batch(
-    batch: Any, context_len: int, under_way: Callable[[int], int], branches: int = 1
-) -> RoundBatch:
-    """A decode batch of SGLang's.
+def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int], branches: int = 1) -> Round:
+    """A round of a decode batch of SGLang's.
 
     Args:
         under_way: rows that earlier rounds verify for the request in a row. branches: chains of a request at most.
     """
     row_ids = row_ids_of(batch)
-    lengths = _lengths(batch, row_ids, under_way)
+    least, most = _lengths(batch, row_ids, under_way)
     budgets = [
         1
         if sampling.takes_single_tokens(r)
         else min(r.sampling_params.max_new_tokens - len(r.output_ids), context_len - 1 - n)
-        for r, n in zip(batch.reqs, lengths.most, strict=True)
+        for r, n in zip(batch.reqs, most, strict=True)
     ]
-    return RoundBatch(
+    return Round(
         batch.req_pool_indices.to(torch.int64),
         row_ids,
         batch.seq_lens.to(torch.int64),
-        lengths,
+        least,
+        most,
         batch.spec_info.bonus_tokens.to(torch.int64),
         list(batch.reqs),
         [max(budget, 1) for budget in budgets],
@@ -116,7 +115,7 @@ def branches_of(wanted: int, pool: Any, *, ranks: int, exact: bool, pinned: bool
         "the target keeps states beside KV": isinstance(pool, HybridReqToTokenPool),
         "SGLANG_SIMULATE_ACC_LEN pins acceptance": pinned,
     }
-    reason = next((said for said, holds in reasons.items() if holds), None)
+    reason = next((why for why, holds in reasons.items() if holds), None)
     if wanted > 1 and reason is not None:
         logger.warning("WHIFLASH: --whiflash-branches %d is served as 1, since %s.", wanted, reason)
         return 1
@@ -133,73 +132,69 @@ def _spare_rows(batch: Any) -> list[int]:
     return list(batch.req_to_token_pool.free_slots[-room:]) if room > 0 else []
 
 
-def next_round(
-    batch: Any, requests: RoundBatch, done: GenerationBatchResult, tokens: Sequence[list[int]]
-) -> RoundBatch:
+def next_round(batch: Any, round: Round, done: GenerationBatchResult, tokens: Sequence[list[int]]) -> Round:
     """The same requests a round later, in the same step of the scheduler; `batch` follows.
 
     done: `round_result` of a round that drafted nothing. tokens: that it committed, per request, on the host.
     """
-    lengths = [n + len(own) for n, own in zip(requests.lengths.most, tokens, strict=True)]
+    lengths = [n + len(run) for n, run in zip(round.most, tokens, strict=True)]
     starts = done.new_seq_lens
     # Both stay where they are.
     batch.seq_lens, batch.seq_lens_cpu = starts, torch.from_numpy(np.array(lengths))
     batch.seq_lens_sum = sum(lengths)
-    for req in requests.reqs:
+    for req in round.reqs:
         # Upstream counts the last forward of a step; this one is not the last, and drafted nothing.
         req.spec_verify_ct += 1
         req.update_spec_correct_drafts_histogram(0)
         req.spec_num_cap_tokens += 1
         req.update_spec_cap_lens_histogram(1)
     return replace(
-        requests,
+        round,
         starts=starts,
-        lengths=Lengths(lengths, lengths),
+        least=lengths,
+        most=lengths,
         bonus=done.next_draft_input.bonus_tokens,
-        budgets=[left - len(own) for left, own in zip(requests.budgets, tokens, strict=True)],
-        ahead=[known + own for known, own in zip(requests.ahead, tokens, strict=True)],
+        budgets=[left - len(run) for left, run in zip(round.budgets, tokens, strict=True)],
+        ahead=[known + run for known, run in zip(round.ahead, tokens, strict=True)],
     )
 
 
-def any_ended(requests: RoundBatch, tokens: Sequence[list[int]]) -> bool:
+def any_ended(round: Round, tokens: Sequence[list[int]]) -> bool:
     """Whether a request may end with the `tokens` of a round: no budget is left, or its last token stops it."""
     return any(
-        left <= len(own) or own[-1] in sampling.ending_ids(req)
-        for req, left, own in zip(requests.reqs, requests.budgets, tokens, strict=True)
+        left <= len(run) or run[-1] in sampling.ending_ids(req)
+        for req, left, run in zip(round.reqs, round.budgets, tokens, strict=True)
     )
 
 
-def any_tracked(batch: Any, requests: RoundBatch, tokens: Sequence[list[int]]) -> bool:
+def any_tracked(batch: Any, round: Round, tokens: Sequence[list[int]]) -> bool:
     """Whether the round of these `tokens` kept a state for the tree: the scheduler looks for that at the end of a
     step's last round.
     """
     every = recurrent.tracks_every(batch)
     return every is not None and any(
-        n // every != (n + len(own)) // every for n, own in zip(requests.lengths.most, tokens, strict=True)
+        n // every != (n + len(run)) // every for n, run in zip(round.most, tokens, strict=True)
     )
 
 
-def _lengths(batch: Any, row_ids: Sequence[int], under_way: Callable[[int], int]) -> Lengths:
-    """n per request: exactly where the attention backend has asked for it, else from what has been processed."""
+def _lengths(
+    batch: Any, row_ids: Sequence[int], under_way: Callable[[int], int]
+) -> tuple[list[int], list[int]]:
+    """n per request, at least and at most: the same if the attention backend asked for it."""
     if batch.seq_lens_cpu is not None:
         exact = batch.seq_lens_cpu.tolist()
-        return Lengths(exact, exact)
+        return exact, exact
     known = [req.kv.kv_committed_len for req in batch.reqs]
     rows = [under_way(row) for row in row_ids]
-    return Lengths(
-        [n + min(more, 1) for n, more in zip(known, rows, strict=True)],
-        [n + more for n, more in zip(known, rows, strict=True)],
-    )
+    least = [n + min(more, 1) for n, more in zip(known, rows, strict=True)]
+    return least, [n + more for n, more in zip(known, rows, strict=True)]
 
 
 def row_ids_of(batch: Any) -> list[int]:
     """The requests' rows of the request table."""
-    found: list[int]
-    if batch.req_pool_indices_cpu is None:
-        found = batch.req_pool_indices.tolist()
-    else:
-        found = batch.req_pool_indices_cpu.tolist()
-    return found
+    indices = batch.req_pool_indices if batch.req_pool_indices_cpu is None else batch.req_pool_indices_cpu
+    rows: list[int] = indices.tolist()
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,15 +220,15 @@ def prefill_rows(
 ) -> PrefillRows:
     """Describe an extend batch. What the device does not know of it goes there with `upload`, which is sent.
 
-    At a chunk's end the next token is the request's own, not the sampled one, which SGLang throws away; it is one of
+    At a chunk's end the next token is the prompt's, not the sampled one, which SGLang throws away; it is one of
     the output where a request begins again after a retraction.
     """
     lens, prefixes = list(batch.extend_lens), list(batch.prefix_lens)
     lengths = [prefix + length for prefix, length in zip(prefixes, lens, strict=True)]
     texts = [req.full_untruncated_fill_ids for req in batch.reqs]
-    own = [text[n] if n < len(text) else -1 for text, n in zip(texts, lengths, strict=True)]
+    following = [text[n] if n < len(text) else -1 for text, n in zip(texts, lengths, strict=True)]
     places = np.concatenate([np.arange(n - length, n) for n, length in zip(lengths, lens, strict=True)])
-    at = [upload.ints(values) for values in (np.cumsum(lens) - 1, own, places)]
+    at = [upload.ints(values) for values in (np.cumsum(lens) - 1, following, places)]
     ints, _ = upload.send(input_ids.device)
     last_rows, known, positions = (ints[i] for i in at)
     next_tokens = torch.empty_like(input_ids, dtype=torch.int64)
@@ -279,7 +274,7 @@ def step_result(rounds: Sequence[GenerationBatchResult]) -> GenerationBatchResul
     if len(rounds) == 1:
         return last
     columns = [done.next_token_ids.view(size, -1) for done in rounds]
-    tokens = torch.cat([*(own[:, :1] for own in columns[:-1]), columns[-1]], dim=1)
+    tokens = torch.cat([*(each[:, :1] for each in columns[:-1]), columns[-1]], dim=1)
     return replace(
         last,
         next_token_ids=tokens.reshape(-1),
@@ -294,13 +289,13 @@ def step_result(rounds: Sequence[GenerationBatchResult]) -> GenerationBatchResul
 
 def _joined(records: Sequence[TopkCaptureOutput | None]) -> TopkCaptureOutput | None:
     """One record of those that forwards left for the host to keep, if they left any."""
-    found = [record for record in records if record is not None]
-    if not found:
+    left = [record for record in records if record is not None]
+    if not left:
         return None
     return replace(
-        found[-1],
-        out_cache_loc=torch.cat([record.out_cache_loc for record in found]),
-        topk=torch.cat([record.topk for record in found]),
+        left[-1],
+        out_cache_loc=torch.cat([record.out_cache_loc for record in left]),
+        topk=torch.cat([record.topk for record in left]),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from rich.table import Table
 
 from whiflash_sglang import arms
+from whiflash_sglang.candidates import Forecast
 from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import load_manifest
@@ -20,7 +21,6 @@ from whiflash_sglang.routing.controller import route
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import PROBE_ROUNDS, AutoPolicy
 from whiflash_sglang.routing.request_state import RequestState
-from whiflash_sglang.routing.signals import Forecast
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.train.answers.data import LoadedTarget, answer_rows, is_embedded, load_target
 from whiflash_sglang.train.answers.prompts import balanced, read_rows

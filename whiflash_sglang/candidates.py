@@ -1,0 +1,93 @@
+"""Candidates: drafts that a draft source proposes without a pass of a model, and what they were taken from."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """Successive drafts that were taken from one source."""
+
+    source: str
+    drafts: int
+
+
+def first_of(parts: Iterable[Part], count: int) -> Iterator[Part]:
+    """The first `count` drafts of them."""
+    for part in parts:
+        if count > 0:
+            yield Part(part.source, min(part.drafts, count))
+        count -= part.drafts
+
+
+def behind(parts: Iterable[Part], count: int) -> Iterator[Part]:
+    """The drafts of them that come after the first `count`."""
+    for part in parts:
+        if part.drafts > count:
+            yield Part(part.source, part.drafts - max(count, 0))
+        count -= part.drafts
+
+
+class Forecast(NamedTuple):
+    """What an arm that looks before it drafts expects of its next round, in every round, whoever drafts it then.
+
+    length: expected acceptance length, bonus token included; 1: it has nothing to propose. rows: that it would verify.
+    """
+
+    length: float
+    rows: int
+
+
+class Candidate(NamedTuple):
+    """What may follow a request's text. alive: for each token, the chance that it and all before it are accepted; never
+    increasing. parts: what they were taken from. at: the position of the first, where a text was as far as it was
+    known. matched, agreements: of a copy, tokens before it that match, and how the places judge each of its own.
+    """
+
+    tokens: Sequence[int] = ()
+    alive: Sequence[float] = ()
+    parts: Sequence[Part] = ()
+    at: int = 0
+    matched: int = 0
+    agreements: Sequence[int] = ()
+
+    def first(self, count: int) -> "Candidate":
+        """Its first `count` tokens."""
+        parts = list(first_of(self.parts, count))
+        return Candidate(self.tokens[:count], self.alive[:count], parts, self.at)
+
+    def followed_by(self, tokens: Sequence[int], alive: Sequence[float], source: str) -> "Candidate":
+        """With these tokens behind it, taken from `source`."""
+        if not tokens:
+            return self
+        parts = [*self.parts, Part(source, len(tokens))]
+        return Candidate([*self.tokens, *tokens], [*self.alive, *alive], parts, self.at)
+
+    def valid(self, vocabulary: int) -> "Candidate":
+        """Its first tokens, as far as each is one of `vocabulary` ids and has a chance that is a number."""
+        if not self.tokens or (
+            min(self.tokens) >= 0 and max(self.tokens) < vocabulary and sum(self.alive) >= 0
+        ):
+            return self
+        pairs = zip(self.tokens, self.alive, strict=True)
+        bad = (i for i, (token, alive) in enumerate(pairs) if not 0 <= token < vocabulary or alive != alive)
+        return self.first(next(bad, len(self.tokens)))
+
+    def gain(self, worth: float) -> float:
+        """What verifying it is expected to bring, if a row must bring `worth`."""
+        return sum(self.alive) - worth * len(self.alive)
+
+    def outlook(self, most: int | None = None) -> Forecast:
+        """What verifying it, or its first `most` tokens, promises."""
+        alive = self.alive[:most]
+        return Forecast(1 + sum(alive), 1 + len(alive))
+
+
+NOTHING = Candidate()
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    for number, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return number
+    return min(len(first), len(second))
