@@ -88,14 +88,12 @@ class VerifyStage:
     def _folded(self, round: Round, block: MixedBlock, verified: Verified) -> Verified:
         """The accepted path of every request as a chain; what was right of a strand moves behind its fork."""
         assert verified.predictions is not None  # no graph commits for strands
-        folded = fold(block, verified.predictions, len(round), round.strands)
-        round.accepted = folded.strands
-        if folded.won:
-            targets, sources = moves(folded, round.row_ids, round.most, self._target.slot_table)
-            self._target.move(targets, sources)
-        if folded.kept is not None:  # else those of the first chains are the first of all
-            sampling.keep_rows(verified.output, folded.kept)
-        return accepted_rows(verified, folded)
+        kept, indptr, round.accepted = fold(block, verified.predictions, len(round), round.strands)
+        if any(right for _, right in round.accepted):
+            self._target.move(*moves(round.accepted, round.row_ids, round.most, self._target.slot_table))
+        if kept is not None:  # else those of the first chains are the first of all
+            sampling.keep_rows(verified.output, kept)
+        return accepted_rows(verified, kept, indptr)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang.candidates import Candidate
 from whiflash_sglang.core import Strand
-from whiflash_sglang.round.strands import Folded, Packed, chosen_strands, fold, moves, pack, strand_of
+from whiflash_sglang.round.strands import Accepted, Packed, chosen_strands, fold, moves, pack, strand_of
 
 CHAIN = Candidate().followed_by([5, 6, 7], [0.8, 0.4, 0.2], "chain")
 
@@ -131,18 +131,18 @@ def test_folding_finds_the_longest_path(
         if (skipped := n - lengths[owner]) > 0:
             rows[skipped - 1 :] = range(begin, begin + len(path) - skipped + 1)
         path[:] = block.input_ids[rows].tolist()
-    folded = fold(block, said, size, taken)
-    indptr = folded.indptr.tolist()
-    kept = torch.arange(indptr[-1]) if folded.kept is None else folded.kept
+    rows, bounds, accepted = fold(block, said, size, taken)
+    indptr = bounds.tolist()
+    kept = torch.arange(indptr[-1]) if rows is None else rows
     for owner in range(size):
         ids = block.input_ids[kept[indptr[owner] : indptr[owner + 1]]].tolist()[1:]
         own = [path for path, belongs in zip(paths, packed.owners.tolist(), strict=True) if belongs == owner]
         best = max(agreement(path, truth) for path in own)
         assert agreement(ids, truth) == best
-    for path, (one, right) in zip(paths[size:], folded.strands, strict=True):
+    for path, (one, right) in zip(paths[size:], accepted, strict=True):
         assert not right or one.fork + right <= agreement(path, truth)
-    if folded.won:
-        check_moves(folded, lengths, table)
+    if any(right for _, right in accepted):
+        check_moves(accepted, lengths, table)
 
 
 def agreement(path: list[int], truth: list[int]) -> int:
@@ -159,9 +159,9 @@ def check_rows(packed: Packed, taken: list[Strand], lengths: list[int], table: t
         assert table[rows[index], : begin + len(own)].tolist() == [*slots[:begin], *own]
 
 
-def check_moves(folded: Folded, lengths: list[int], table: torch.Tensor) -> None:
+def check_moves(accepted: Accepted, lengths: list[int], table: torch.Tensor) -> None:
     """Each accepted token's slot is its request's own, behind the fork; it comes from the strand's."""
-    targets, sources = moves(folded, range(len(lengths)), lengths, table)
-    places = [(one, lengths[one.owner] + i) for one, right in folded.won for i in range(right)]
+    targets, sources = moves(accepted, range(len(lengths)), lengths, table)
+    places = [(one, lengths[one.owner] + i) for one, right in accepted for i in range(right)]
     assert targets.tolist() == [int(table[one.owner, n + 1 + one.fork]) for one, n in places]
     assert sources.tolist() == [int(table[one.owner, n + one.first_row]) for one, n in places]

@@ -29,7 +29,6 @@ from whiflash_sglang import verify
 from whiflash_sglang.candidates import Candidate, Part
 from whiflash_sglang.compat.scheduler.spec_worker import branches_of
 from whiflash_sglang.core import DraftBatch, History
-from whiflash_sglang.round.strands import Folded
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.policies import RandomPolicy, Scores
 from whiflash_sglang.routing.signals import Signals
@@ -91,12 +90,13 @@ class Seen:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     found, fold = Seen(), verify.fold
 
-    def recorded(*args: Any) -> Folded:
-        folded = fold(*args)
+    def recorded(*args: Any) -> Any:
+        kept, indptr, accepted = fold(*args)
+        won = [strand for strand, right in accepted if right]
         found.strands += len(args[3])
-        found.won += len(folded.won)
-        found.forks |= {strand.fork for strand, _ in folded.won}
-        return folded
+        found.won += len(won)
+        found.forks |= {strand.fork for strand in won}
+        return kept, indptr, accepted
 
     monkeypatch.setattr(verify, "fold", recorded)
     return found

@@ -122,28 +122,21 @@ def pack(
     )
 
 
-class Folded(NamedTuple):
-    """The path of every request that was accepted furthest.
-
-    kept: [T'] int64, its packed rows, request after request; None: those of the first chains. indptr: [B + 1] int32.
-    strands: each, with how many of its tokens were right: 0 where it lost.
-    """
-
-    kept: torch.Tensor | None
-    indptr: torch.Tensor
-    strands: Sequence[tuple[Strand, int]]
-
-    @property
-    def won(self) -> list[tuple[Strand, int]]:
-        """Those that won."""
-        return [(strand, right) for strand, right in self.strands if right]
+Accepted = Sequence[tuple[Strand, int]]
+"""Strands, each with how many of its tokens were right: 0 where it lost."""
 
 
-def fold(block: MixedBlock, predictions: torch.Tensor, size: int, strands: Sequence[Strand]) -> Folded:
-    """Fold a verification of `size` requests and their strands to one chain a request.
+def fold(
+    block: MixedBlock, predictions: torch.Tensor, size: int, strands: Sequence[Strand]
+) -> tuple[torch.Tensor | None, torch.Tensor, Accepted]:
+    """Fold a verification of `size` requests and their strands to one chain a request, which was accepted furthest.
 
     Args:
         predictions: [T] int64, the target's token at each row of `block`.
+
+    Returns:
+        [T'] int64, the packed rows of the chains, request after request; None: those of the first chains. [B + 1]
+        int32, where each begins. And what was right of every strand.
     """
     ends, ids, expected = block.qo_indptr.tolist(), block.input_ids.tolist(), predictions.tolist()
 
@@ -164,16 +157,16 @@ def fold(block: MixedBlock, predictions: torch.Tensor, size: int, strands: Seque
         judged.append((strand, count))
     indptr = block.qo_indptr[: size + 1]
     if not any(count for _, count in judged):
-        return Folded(None, indptr, judged)
+        return None, indptr, judged
     indptr = torch.tensor(
         list(accumulate(map(len, paths), initial=0)), dtype=indptr.dtype, device=indptr.device
     )
     kept = torch.tensor(list(chain.from_iterable(paths)), device=indptr.device)
-    return Folded(kept, indptr, judged)
+    return kept, indptr, judged
 
 
 def moves(
-    folded: Folded, row_ids: Sequence[int], lengths: Sequence[int], slot_table: torch.Tensor
+    accepted: Accepted, row_ids: Sequence[int], lengths: Sequence[int], slot_table: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KV slots to copy to and from, [M] int64 each: what was right of a strand that won goes behind its fork.
 
@@ -181,16 +174,16 @@ def moves(
         row_ids: of each request in `slot_table`. lengths: n of each.
     """
     targets, sources = [], []
-    for strand, right in folded.won:
+    for strand, right in accepted:
         slots, n = slot_table[row_ids[strand.owner]].to(torch.int64), lengths[strand.owner]
         targets.append(slots[n + 1 + strand.fork :][:right])
         sources.append(slots[n + strand.first_row :][:right])
     return torch.cat(targets), torch.cat(sources)
 
 
-def accepted_rows(verified: Verified, folded: Folded) -> Verified:
-    """`verified` of the accepted paths alone; SGLang's record is left as it is."""
-    index = slice(int(folded.indptr[-1])) if folded.kept is None else folded.kept
+def accepted_rows(verified: Verified, kept: torch.Tensor | None, indptr: torch.Tensor) -> Verified:
+    """`verified` of the accepted paths alone, as of `fold`; SGLang's record is left as it is."""
+    index = slice(int(indptr[-1])) if kept is None else kept
     final, predictions = verified.final_hidden, verified.predictions
     assert predictions is not None
     return verified._replace(
@@ -198,6 +191,6 @@ def accepted_rows(verified: Verified, folded: Folded) -> Verified:
         features=verified.features[index],
         final_hidden=None if final is None else final[index],
         input_ids=verified.input_ids[index],
-        indptr=folded.indptr,
+        indptr=indptr,
         predictions=predictions[index],
     )
