@@ -7,11 +7,12 @@ rounds is believed at once (`fits.DriftDetector`).
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.fits import LIMIT, MEMORY, WINDOW, Line, Plane, median
 from whiflash_sglang.routing.signals import Mean
 from whiflash_sglang.telemetry.round_clock import DraftTime, RoundTime
@@ -52,7 +53,7 @@ FULL_LENGTH = Worth(0.0, 0.0)
 """Every draft is worth it: drafts are as long as they may be."""
 
 
-class WorkerCosts(ABC):
+class WorkerCosts(Costs):
     """What routes are priced by, and what every way to price learns from rounds: widths, and the server's rate.
 
     Args:
@@ -72,18 +73,6 @@ class WorkerCosts(ABC):
     @abstractmethod
     def knows_plain(self) -> bool:
         """Whether it is known what a round without drafts costs."""
-
-    @abstractmethod
-    def draft(self, arm: str, requests: int) -> float:
-        """`assign.Costs.draft`."""
-
-    @abstractmethod
-    def verify(self, rows: float, requests: int) -> float:
-        """`assign.Costs.verify`."""
-
-    @abstractmethod
-    def timings(self, arm: str) -> int:
-        """`assign.Costs.timings`."""
 
     @abstractmethod
     def worth(self, arm: str) -> Worth:
@@ -136,7 +125,6 @@ class WorkerCosts(ABC):
         return drafts.value + math.sqrt(variance / max(self._requests, 1))
 
     def width(self, arm: str) -> float:
-        """`assign.Costs.width`."""
         rows = self._rows.get(arm)
         return rows.value if rows else self._widest(arm)
 
