@@ -77,10 +77,10 @@ class StopTable:
             with torch.inference_mode(False):  # else it could not be written outside of it
                 self.data = torch.nn.functional.pad(self.data, (0, missing), value=NO_TOKEN)
 
-        def put(own: torch.Tensor) -> None:
+        def put(sent: torch.Tensor) -> None:
             for table in (self.data,) if self.data is self.few else (self.data, self.few):
                 table[row].fill_(NO_TOKEN)
-                table[row, : len(own)] = own[: table.shape[1]]
+                table[row, : len(sent)] = sent[: table.shape[1]]
 
         upload.then(stops, put)
         if len(stops) > FEW:

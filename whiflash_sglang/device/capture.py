@@ -54,10 +54,10 @@ class StaticInput:
     def copies(self, live: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Where to copy what, so that its first requests are those of `live`, the others padding."""
         count = len(live)
-        found = [(self.tensor[:count], live)]
+        copies = [(self.tensor[:count], live)]
         if self.padding is not None and count < len(self.tensor):
-            found.append((self.tensor[count:], self.padding[count:]))
-        return found
+            copies.append((self.tensor[count:], self.padding[count:]))
+        return copies
 
 
 def load(inputs: Sequence[StaticInput], live: Sequence[torch.Tensor]) -> None:
@@ -131,7 +131,7 @@ class CapturedPass(Generic[T]):
         What it returns is as large as what was captured, and good until the next replay.
         """
         chosen = next(captured for captured in self.sizes if captured >= size)
-        again, found = self._captured[chosen]
+        again, result = self._captured[chosen]
         load(self._inputs, live)
         again()
-        return found
+        return result

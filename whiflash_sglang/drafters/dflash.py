@@ -52,8 +52,8 @@ class DFlashArm(PagedArm):
         self._vocabulary = vocabulary
         self._head = self._chosen()
         # Not the target's, which is packed with the target, and again when its weights are updated.
-        own = [part for part in (self._head.weight, self._head.matrix) if part is not model.target_lm_head]
-        pack(part for part in own if isinstance(part, torch.Tensor))
+        parts = [part for part in (self._head.weight, self._head.matrix) if part is not model.target_lm_head]
+        pack(part for part in parts if isinstance(part, torch.Tensor))
         self.features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def _chosen(self) -> DraftHead:

@@ -42,8 +42,8 @@ class Forcing(SampleHook):
         for req, end in zip(reqs, ends, strict=True):
             index, tokens = end - len(req.origin_input_ids), self._tokens(req)
             forced.append(tokens[index] if 0 <= index < len(tokens) else FREE)
-        found = sent(forced, sampled.device).to(sampled.dtype)
-        return torch.where(found != FREE, found, sampled)
+        there = sent(forced, sampled.device).to(sampled.dtype)
+        return torch.where(there != FREE, there, sampled)
 
     def verified(self, verified: Verified, block: MixedBlock) -> Verified:
         predictions, rows = verified.predictions, verified.request_rows

@@ -172,9 +172,9 @@ class Quarantine:
         """
         self._reraise(arm, error, rid)
         if rid is None:
-            self._quarantine(arm, _said(error), error)
+            self._quarantine(arm, _describe(error), error)
         else:
-            self._leave_out(arm, rid, _said(error), error)
+            self._leave_out(arm, rid, _describe(error), error)
 
     def guard(self, arm: str, rid: str | None = None) -> "_Guard":
         """What `arm` raises in here is `raised`."""
@@ -188,7 +188,7 @@ class Quarantine:
         except Exception as error:
             self._reraise(arm, error)
             self._without_kv.add(arm)
-            self._quarantine(arm, f"{_said(error)} while it ingested", error)
+            self._quarantine(arm, f"{_describe(error)} while it ingested", error)
 
     def attempt(
         self, arm: str, rids: Sequence[str], call: Callable[[Sequence[int]], ResultT]
@@ -207,7 +207,7 @@ class Quarantine:
             raised = error
         sound = [i for i in everyone if arm not in self.reasons and self._succeeds(arm, rids[i], call, i)]
         if len(sound) == len(rids):  # no request to leave out, and it may raise every round
-            self._quarantine(arm, f"{_said(raised)} for a batch and for no request of it", raised)
+            self._quarantine(arm, f"{_describe(raised)} for a batch and for no request of it", raised)
         if not sound or arm in self.reasons:
             return (), None
         with self.guard(arm):
@@ -272,7 +272,7 @@ class Quarantine:
         )
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"raised {type(error).__name__}"
 
 

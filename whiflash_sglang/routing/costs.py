@@ -130,13 +130,13 @@ class WorkerCosts(Costs):
 
     def snapshot(self, arms: Iterable[str]) -> dict[str, Any]:
         """`fitted` as `GET /whiflash/state` has it: by kind of work, and below that by arm where it is an arm's."""
-        found: dict[str, Any] = {}
+        prices: dict[str, Any] = {}
         for (work, arm), seconds in self.fitted(arms).items():
             if arm:
-                found.setdefault(work, {})[arm] = seconds
+                prices.setdefault(work, {})[arm] = seconds
             else:
-                found[work] = seconds
-        return found
+                prices[work] = seconds
+        return prices
 
 
 class MeasuredCosts(WorkerCosts):
@@ -194,7 +194,7 @@ class MeasuredCosts(WorkerCosts):
 
     def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
         draft, request = self._verify.slopes
-        found = {
+        prices = {
             ("verify", ""): self._verify.at(0, 1),
             ("verify_draft", ""): draft,
             ("verify_request", ""): request,
@@ -202,9 +202,9 @@ class MeasuredCosts(WorkerCosts):
         }
         for arm in arms:
             line = self._draft.get(arm)
-            found["draft", arm] = self.draft(arm, 1)
-            found["draft_request", arm] = line.slope if line else 0.0
-        return found
+            prices["draft", arm] = self.draft(arm, 1)
+            prices["draft_request", arm] = line.slope if line else 0.0
+        return prices
 
     def draft(self, arm: str, requests: int) -> float:
         line = self._draft.get(arm)

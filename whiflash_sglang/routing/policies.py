@@ -72,10 +72,10 @@ class Probes:
                 continue
             waited = {index: signals.without(arm) for index, signals in able[arm].items()}
             longest = sorted(waited, key=waited.__getitem__, reverse=True)[:together]
-            found = {index: arm for index in longest if waited[index] >= patience}
-            if found:
+            probes = {index: arm for index in longest if waited[index] >= patience}
+            if probes:
                 self._since[arm] = -1
-                return found  # another arm waits for the next round
+                return probes  # another arm waits for the next round
         return {}
 
     def _patience(self, arm: str, timings: int, together: int) -> float:
@@ -288,8 +288,8 @@ def apply_hints(
 def _preference(arm: str, measured: Mapping[str, Mean] | None) -> float:
     if measured is None:
         return RANKS
-    own = measured.get(arm)
-    return PREFERENCE / (1.0 + (own.weight if own else 0.0))
+    mean = measured.get(arm)
+    return PREFERENCE / (1.0 + (mean.weight if mean else 0.0))
 
 
 class RandomPolicy(Blind):

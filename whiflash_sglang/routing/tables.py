@@ -195,7 +195,7 @@ class LookedUpCosts(WorkerCosts):
 
     def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
         row = self.tables.row(1, self._context)
-        found = {
+        prices = {
             ("verify", ""): self.tables.verify(1, self._context),
             ("verify_draft", ""): row,
             ("verify_request", ""): row,
@@ -203,5 +203,5 @@ class LookedUpCosts(WorkerCosts):
         }
         for arm in arms:
             alone = self.draft(arm, 1)
-            found["draft", arm], found["draft_request", arm] = alone, self.draft(arm, 2) - alone
-        return found
+            prices["draft", arm], prices["draft_request", arm] = alone, self.draft(arm, 2) - alone
+        return prices

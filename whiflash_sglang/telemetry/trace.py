@@ -129,11 +129,11 @@ class Recording:
         for number, part in enumerate(path):
             right[number] = min(part.drafts, accepted - sum(right))
         whole = accepted or sum(part.drafts for part in verified)
-        for part, own in zip(verified, right, strict=True):
+        for part, accepted_here in zip(verified, right, strict=True):
             brought = self.sources.setdefault(part.source, Brought())
             brought.proposed += part.drafts
-            brought.accepted += own
-            brought.saved += saved * (own if accepted else part.drafts) / whole
+            brought.accepted += accepted_here
+            brought.saved += saved * (accepted_here if accepted else part.drafts) / whole
 
     def until(self, completion_tokens: int) -> Iterator[Stretch]:
         """Its stretches without what was committed beyond a stop."""
@@ -177,7 +177,8 @@ def build_trace(recording: Recording, policy: str, completion_tokens: int) -> di
             counts["saved"] = round(recording.saved.get(name, 0.0), SAVED_DIGITS)
     if recording.sources:
         trace["sources"] = {
-            name: _told(brought, priced=bool(recording.spent)) for name, brought in recording.sources.items()
+            name: _figures(brought, priced=bool(recording.spent))
+            for name, brought in recording.sources.items()
         }
     if recording.cached:
         trace["cached"] = recording.cached
@@ -191,12 +192,12 @@ def span_attributes(
 ) -> dict[str, str | int | float]:
     """Sums of the trace as attributes of an OpenTelemetry span, which are flat: `whiflash.arm.ar.accepted`."""
     trace = build_trace(replace(recording, level="summary"), policy, completion_tokens)
-    told: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         name: trace[name] for name in ("policy", "rounds", "switches", "gain") if name in trace
     }
     for arm, counts in trace["arms"].items():
-        told |= {f"arm.{arm}.{name}": count for name, count in counts.items()}
-    return {f"whiflash.{name}": value for name, value in told.items()}
+        attributes |= {f"arm.{arm}.{name}": count for name, count in counts.items()}
+    return {f"whiflash.{name}": value for name, value in attributes.items()}
 
 
 def _counts(stretch: Stretch) -> dict[str, int]:
@@ -204,9 +205,9 @@ def _counts(stretch: Stretch) -> dict[str, int]:
     return {"rounds": rounds, "tokens": tokens, "proposed": stretch.proposed, "accepted": tokens - rounds}
 
 
-def _told(brought: Brought, *, priced: bool) -> dict[str, Any]:
-    told: dict[str, Any] = {"proposed": brought.proposed, "accepted": brought.accepted}
-    return {**told, "saved": round(brought.saved, SAVED_DIGITS)} if priced else told
+def _figures(brought: Brought, *, priced: bool) -> dict[str, Any]:
+    figures: dict[str, Any] = {"proposed": brought.proposed, "accepted": brought.accepted}
+    return {**figures, "saved": round(brought.saved, SAVED_DIGITS)} if priced else figures
 
 
 def _described(stretch: Stretch) -> dict[str, Any]:

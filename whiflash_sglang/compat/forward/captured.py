@@ -45,19 +45,19 @@ def _has_setter(name: str) -> bool | None:
     bases, body = _classes()[name]
     # MiniCPM-V's classes hand them on to another one, which they choose by version.
     setters = SETTERS if name in _DSPARK_ALONE else (*SETTERS[:2], "__getattr__")
-    own = any(f"def {setter}(" in body for setter in setters)
-    return own or any(_has_setter(base) for base in re.findall(r"\w+", bases) if base != name)
+    has = any(f"def {setter}(" in body for setter in setters)
+    return has or any(_has_setter(base) for base in re.findall(r"\w+", bases) if base != name)
 
 
 @cache
 def _classes() -> dict[str, tuple[str, str]]:
     """Bases and body of every class in the modules of SGLang's models."""
-    found: dict[str, tuple[str, str]] = {}
+    classes: dict[str, tuple[str, str]] = {}
     for file in (Path(str(files("sglang"))) / "srt" / "models").rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         for one in re.finditer(r"^class (\w+)(?:\(([^)]*)\))?:\n((?:[ \t].*\n|\n)*)", text, re.MULTILINE):
-            found[one[1]] = one[2] or "", one[3]
-    return found
+            classes[one[1]] = one[2] or "", one[3]
+    return classes
 
 
 class Captured:
@@ -89,9 +89,9 @@ class Captured:
 
     def take(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`states` of a forward, which SGLang's record then has no longer."""
-        found = self.states(output)
+        states = self.states(output)
         output.hidden_states = output.last_hidden_states = None
-        return found
+        return states
 
     def states(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Features [T, F] and final states [T, H] of a forward. F is 0 if no drafter reads any."""

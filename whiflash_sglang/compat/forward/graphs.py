@@ -68,13 +68,13 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         pool = get_or_create_global_graph_memory_pool(torch.cuda)
         with graph_pool_capture_scope(), torch.cuda.graph(graph, pool=pool, stream=stream):
-            found = body()
+            result = body()
 
         def again() -> None:
             with graph_pool_replay_scope():
                 graph.replay()
 
-        return again, found
+        return again, result
 
 
 def enabled(device: torch.device) -> bool:

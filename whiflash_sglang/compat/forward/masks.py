@@ -50,13 +50,13 @@ def grammar_chains(
     places = [torch.arange(width) for width in widths]
     for strand in strands:
         first, count = behind + strand.first_row, len(strand.tokens)
-        own = next_token[strand.owner]
-        own[first : first + count - 1] = torch.arange(first + 1, first + count)
+        chain = next_token[strand.owner]
+        chain[first : first + count - 1] = torch.arange(first + 1, first + count)
         parent = behind + strand.fork
-        if own[parent] < 0:
-            own[parent] = first
+        if chain[parent] < 0:
+            chain[parent] = first
         else:
-            _last_sibling(sibling[strand.owner], int(own[parent]), first)
+            _last_sibling(sibling[strand.owner], int(chain[parent]), first)
         places.append(torch.arange(strand.first_row, strand.first_row + count))
     ids = torch.zeros((size, widest), dtype=torch.int64, device=device)
     ids[:, 1 : behind + 1] = torch.tensor(ahead, dtype=torch.int64, device=device).view(size, behind)
@@ -109,8 +109,7 @@ def build_masks(batch: Any, chains: Chains, spending: Spending) -> Masks | None:
     cut: list[int] = []
     for i, grammar in grammars.items():
         walk = _Walk(grammar, next_token[i], sibling[i], ids[i], vocabulary, chains.behind, spending)
-        own = bits[i * widest : (i + 1) * widest]
-        spending.on(reqs[i].rid, partial(walk.fill, own))
+        spending.on(reqs[i].rid, partial(walk.fill, bits[i * widest : (i + 1) * widest]))
         cut += [i * widest + node for node in walk.cut]
     places = chains.rows.tolist() if cut else []
     device = chains.rows.device

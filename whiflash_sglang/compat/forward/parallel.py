@@ -30,12 +30,12 @@ def ranks_of_model() -> Ranks:
         return Ranks()
 
     def send(message: Message | None) -> Any:
-        heard = broadcast_pyobj([message], group.rank, group.cpu_group, src=group.ranks[0])
-        return heard[0] if len(heard) == 1 else heard
+        received = broadcast_pyobj([message], group.rank, group.cpu_group, src=group.ranks[0])
+        return received[0] if len(received) == 1 else received
 
-    def gather(own: str | None) -> list[str | None]:
+    def gather(reason: str | None) -> list[str | None]:
         every: list[str | None] = [None] * group.world_size
-        torch.distributed.all_gather_object(every, own, group=group.cpu_group)
+        torch.distributed.all_gather_object(every, reason, group=group.cpu_group)
         return every
 
     return Ranks(group.rank_in_group, group.world_size, send, gather)
@@ -95,11 +95,11 @@ def rows_here(module: Any, size: int) -> int:
     return int(module.shard_indices.num_org_elements)
 
 
-def _gather(own: torch.Tensor) -> torch.Tensor:
+def _gather(part: torch.Tensor) -> torch.Tensor:
     """[N, C] of every process → [P, N, C]."""
     group = get_parallel().tp_group
-    found: torch.Tensor = group.all_gather(own, dim=0)
-    return found.view(group.world_size, *own.shape)
+    parts: torch.Tensor = group.all_gather(part, dim=0)
+    return parts.view(group.world_size, *part.shape)
 
 
 @around

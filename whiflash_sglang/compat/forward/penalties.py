@@ -127,5 +127,5 @@ class PenalisedBatch:
         self, counts: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, last: torch.Tensor
     ) -> None:
         """Add to counts [N, V] what table rows [N] have at places [N, L], up to last [N]."""
-        found = self._tokens[rows[:, None], places.clamp(max=self._tokens.shape[1] - 1)]
-        counts.scatter_add_(1, found, (places <= last[:, None]).to(torch.float32))
+        tokens = self._tokens[rows[:, None], places.clamp(max=self._tokens.shape[1] - 1)]
+        counts.scatter_add_(1, tokens, (places <= last[:, None]).to(torch.float32))

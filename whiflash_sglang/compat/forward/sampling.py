@@ -88,7 +88,7 @@ def sample_rows(
     records: tuple[bool, list[Any], list[Any]] = (False, [], [])
     if batch.return_logprob:
         records = True, [max(batch.top_logprobs_nums)] * len(owner), _asked_ids(batch, owner)
-    found, step = [], len(owner) if whole else SAMPLED_ROWS
+    sampled, step = [], len(owner) if whole else SAMPLED_ROWS
     for begin in range(0, len(owner), step):
         rows = slice(begin, begin + step)
         info = _expand(batch.sampling_info, batch.reqs, owner[rows])
@@ -103,8 +103,8 @@ def sample_rows(
         info.apply_logits_bias(part.next_token_logits)
         # They are in the logits: their memory is the sampler's.
         info.acc_additive_penalties = info.acc_scaling_penalties = None
-        found.append(runner.sampler(part, info, *records, block.positions[rows]))
-    return torch.cat(found).to(torch.int64)
+        sampled.append(runner.sampler(part, info, *records, block.positions[rows]))
+    return torch.cat(sampled).to(torch.int64)
 
 
 def simulated_acceptance(widest: int) -> tuple[Callable[[], int], bool] | None:

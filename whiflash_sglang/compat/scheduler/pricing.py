@@ -131,21 +131,21 @@ def _spread_slots(target: Target, requests: int, columns: int) -> Iterator[None]
     """
     pool = target.runner.token_to_kv_pool
     page = int(pool.page_size)
-    own = target.slot_table[1 : requests + 1, :columns]
-    columns = int(own.shape[1])
-    position = torch.arange(columns, device=own.device)
-    first = torch.arange(requests, device=own.device)[:, None] * -(-columns // page)
+    slots = target.slot_table[1 : requests + 1, :columns]
+    columns = int(slots.shape[1])
+    position = torch.arange(columns, device=slots.device)
+    first = torch.arange(requests, device=slots.device)[:, None] * -(-columns // page)
     pages = (first + position // page) % (target.kv_slots // page - 1) + 1  # page 0 is padding
-    own.copy_(pages * page + position % page)
+    slots.copy_(pages * page + position % page)
     windowed = getattr(pool, "full_to_swa_index_mapping", None)
     if windowed is not None:
-        windowed[own.long()] = ((pages - 1) % (pool.size_swa // page) + 1) * page + position % page
+        windowed[slots.long()] = ((pages - 1) % (pool.size_swa // page) + 1) * page + position % page
     try:
         yield
     finally:
         if windowed is not None:
-            windowed[own.long()] = 0
-        own.zero_()
+            windowed[slots.long()] = 0
+        slots.zero_()
 
 
 def _verification(target: Target, host: HostView, rows: int, context: int, requests: int) -> Body:
