@@ -55,9 +55,9 @@ class VerifyStage:
         block = padded if host_widths is None else packed(padded, sum(host_widths))
         if group.owners is not None:
             block = block._replace(request_of_row=group.owners[block.request_of_row])
-        chains = None
+        allowed = None
         if host_widths is not None and batch.has_grammar:
-            chains = masks.grammar_chains(block, host_widths[: len(round)], round.ahead, strands)
+            allowed = masks.grammar_trees(block, host_widths[: len(round)], round.ahead, strands)
         greedy = not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar)
         # What the end of a graph commits is the rows as they are packed: strands must be folded before.
         self._epilogue.let_graphs_commit(greedy and not strands, round.row_ids)
@@ -68,7 +68,7 @@ class VerifyStage:
             predictions = verified.logits.argmax(-1)
         elif not greedy:
             text, output = self._tokens.data, verified.output
-            allowed = None if chains is None else self._masks(batch, chains, barrier)
+            allowed = None if allowed is None else self._built(batch, allowed, barrier)
             predictions = sampling.sample_rows(
                 self._target.runner, batch, output, block, round, allowed, text
             )
@@ -80,10 +80,10 @@ class VerifyStage:
             verified = hook.verified(verified, block)
         return self._folded(round, block, verified) if strands else verified
 
-    def _masks(self, batch: Any, chains: masks.Chains, barrier: Any) -> masks.Masks | None:
+    def _built(self, batch: Any, allowed: masks.Masks, barrier: Any) -> masks.Masks | None:
         if barrier is not None:
             barrier()
-        return masks.build_masks(batch, chains, self._spending)
+        return allowed if allowed.build(batch, self._spending) else None
 
     def _folded(self, round: Round, block: MixedBlock, verified: Verified) -> Verified:
         """The accepted path of every request as a chain; what was right of a strand moves behind its fork."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.cache.backlog import FeatureRows, Owners
+from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.checkpoints.fit import target_layers
 from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.device.capture import Recorder
@@ -42,8 +42,8 @@ class Arms:
         """KV of positions 0..n-1 in one go: per arm k and v [layers, n, Hkv, D]. tokens: [n + 1]."""
         n = len(features)
         slots = torch.arange(n)
-        owners = Owners(torch.zeros_like(slots), slots[None].int(), [n])
-        rows = FeatureRows(features, slots, slots, tokens[1 : n + 1], owners)
+        requests = torch.zeros_like(slots)
+        rows = FeatureRows(features, slots, slots, tokens[1 : n + 1], requests, slots[None].int(), [n])
         found = {}
         for name, arm in self.by_name.items():
             kept = arm.kv

@@ -11,7 +11,7 @@ from replay import ROWS, Arms, Replay, load_arms
 from test_backlog import History, live, rounds
 
 from whiflash_sglang.cache import backlog
-from whiflash_sglang.cache.backlog import Owners
+from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.drafters import paged
 from whiflash_sglang.drafters.paged import MOST_ROWS, blocks_of
@@ -87,10 +87,11 @@ def test_blocks_hold_every_row_once_and_no_two_requests(runs: list[int] | None) 
 
 
 def gives_rows_to_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mixed_up(requests: torch.Tensor, *rest: Any) -> Owners:
-        return Owners(requests % ROWS + 1, *rest)
+    def mixed_up(*rows: Any) -> FeatureRows:
+        *rest, requests, table = rows
+        return FeatureRows(*rest, requests % ROWS + 1, table)
 
-    monkeypatch.setattr(backlog, "Owners", mixed_up)
+    monkeypatch.setattr(backlog, "FeatureRows", mixed_up)
 
 
 def does_not_see_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from test_passes import prepared, requests
 from test_radix import assert_tree_is_true
 from traffic import play
 
-from whiflash_sglang.cache.backlog import FeatureRows, Owners
+from whiflash_sglang.cache.backlog import FeatureRows
 
 __all__ = ["captured", "plain", "prepared"]
 
@@ -39,7 +39,7 @@ def test_nothing_is_read_and_nothing_uploaded(arms: Arms) -> None:
     slots = given.slot_table[owners, positions].long()
     slots[-2:] = -1
     following = torch.zeros(count, dtype=torch.int64)
-    rows = FeatureRows(features, positions, slots, following, Owners(owners, given.slot_table))
+    rows = FeatureRows(features, positions, slots, following, owners, given.slot_table)
     with HostReads() as seen:
         arm.whole(given, arm.max_drafts)
         arm.catch_up(rows.of(arm.features))

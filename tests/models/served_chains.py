@@ -9,7 +9,7 @@ from torch import Tensor
 
 from whiflash_sglang import arms
 from whiflash_sglang.assemble import chain_arm
-from whiflash_sglang.cache.backlog import FeatureRows, Owners
+from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
 from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.models.formats import read_draft
@@ -40,16 +40,16 @@ def serve(path: Path) -> tuple[list[list[int]], list[Tensor], list[list[int]]]:
     for parts, known in (([(0, n // 2) for n in LENGTHS], True), ([(n // 2, n - 1) for n in LENGTHS], False)):
         spans = list(zip(features, tokens, table, parts, strict=True))
         runs = [end - begin for begin, end in parts]
-        owners = Owners(
-            torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(runs)), table, runs if known else None
-        )
+        requests = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(runs))
         arm.catch_up(
             FeatureRows(
                 torch.cat([rows[begin:end] for rows, _, _, (begin, end) in spans]),
                 torch.cat([torch.arange(*part) for part in parts]),
                 torch.cat([slots[begin:end].long() for _, _, slots, (begin, end) in spans]),
                 torch.cat([torch.tensor(ids[begin:end]) for _, ids, _, (begin, end) in spans]),
-                owners,
+                requests,
+                table,
+                runs if known else None,
             )
         )
     drafts = arm.draft(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whiflash_sglang.candidates import Forecast
-from whiflash_sglang.routing.assign import Dwell, assign
+from whiflash_sglang.routing.assign import MARGIN, assign
 
 ARMS = ("ar", "diffusion", "lookup")
 
@@ -77,26 +77,26 @@ def test_margin_keeps_the_previous_routes() -> None:
         draft_seconds={"ar": 0.006, "diffusion": 0.006}, widths={"ar": 8, "diffusion": 8, "none": 1}
     )
     assert assign(scores, costs) == ["ar"]
-    assert assign(scores, costs, previous=["diffusion"], dwell=Dwell(margin=0.2)) == ["diffusion"]
-    assert assign(scores, costs, previous=["diffusion"], dwell=Dwell(margin=0.05)) == ["ar"]
+    assert assign(scores, costs, previous=["diffusion"], margin=0.2) == ["diffusion"]
+    assert assign(scores, costs, previous=["diffusion"], margin=0.05) == ["ar"]
 
 
 def test_a_margin_reckons_with_promised_rows_too() -> None:
     scores, free = [{"ar": 2.41, "promised": 1.5, "none": 1.0}], [Forecast(1.5, 2)]
     assert assign(scores, FixedCosts(), free=free) == ["ar"]
-    assert assign(scores, FixedCosts(), ["promised"], Dwell(), free) == ["promised"]
+    assert assign(scores, FixedCosts(), ["promised"], MARGIN, free) == ["promised"]
 
 
 def test_previous_arm_that_may_no_longer_draft_is_replaced() -> None:
     scores = [{"ar": 2.0, "none": 1.0}]
-    assert assign(scores, FixedCosts(), previous=["lookup"], dwell=Dwell(margin=10.0)) == ["ar"]
+    assert assign(scores, FixedCosts(), previous=["lookup"], margin=10.0) == ["ar"]
 
 
 def test_pinned_requests_keep_their_arm_beside_free_ones() -> None:
     scores = [{"ar": 1.0}, {"none": 1.0}, {"ar": 1.01, "diffusion": 9.0, "none": 1.0}, {}]
     assert assign(scores, FixedCosts()) == ["ar", "none", "diffusion", "none"]
-    assert assign([{"lookup": 1.0}], FixedCosts(), previous=["ar"], dwell=Dwell()) == ["lookup"]
-    assert assign([{}], FixedCosts(), previous=[None], dwell=Dwell()) == ["none"]
+    assert assign([{"lookup": 1.0}], FixedCosts(), previous=["ar"], margin=MARGIN) == ["lookup"]
+    assert assign([{}], FixedCosts(), previous=[None], margin=MARGIN) == ["none"]
 
 
 def test_empty_batch() -> None:

@@ -140,32 +140,18 @@ class Watermarks:
 
 
 @dataclass(frozen=True, slots=True)
-class Owners:
-    """Whose packed rows are. Those of a request are adjacent, in the order of their positions.
-
-    requests: [N] int64, each row's request row; anything of padding. slot_table: [request rows, ctx] int32, request row
-    and position → KV slot. runs: rows of each request, on the host; None: the device alone knows.
-    """
-
-    requests: torch.Tensor
-    slot_table: torch.Tensor
-    runs: Sequence[int] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class FeatureRows:
-    """Packed features of committed tokens on their way into a drafter's KV.
+    """Packed features of N committed tokens on their way into a drafter's KV."""
 
-    features: [N, F] as captured, or the columns of one drafter. positions: [N] int64. slots: [N] int64 KV slots, -1 of
-    padding. next_tokens: [N] int64, the token at position + 1. owners: for drafters that attend over the text while
-    they ingest; None for others.
-    """
+    features: torch.Tensor  # [N, F] as captured, or the columns of one drafter
+    positions: torch.Tensor  # [N] int64
+    slots: torch.Tensor  # [N] int64 KV slots, -1 of padding
+    next_tokens: torch.Tensor  # [N] int64, the token at position + 1
 
-    features: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    next_tokens: torch.Tensor
-    owners: Owners | None = None
+    # For drafters that attend over the text while they ingest. Rows of a request are adjacent and ordered.
+    requests: torch.Tensor | None = None  # [N] int64, each row's request row; anything of padding
+    slot_table: torch.Tensor | None = None  # [request rows, ctx] int32, request row and position → KV slot
+    runs: Sequence[int] | None = None  # rows of each request, on the host; None: the device alone knows
 
     def __len__(self) -> int:
         return int(self.positions.shape[0])
@@ -232,14 +218,16 @@ class FeatureRings:
 
         Args:
             request_rows, begins, ends: [B] int64. slot_table: [rows, ctx] int32, request row and position → KV slot.
-            wanted: a drafter's columns; None: all. owned: with their `owners`.
+            wanted: a drafter's columns; None: all. owned: with their requests.
         """
         chunks, width = columns_of(wanted)
         packed = unpark(
             self.rings, request_rows, begins, ends, slot_table, rows=rows, chunks=chunks, chunk_width=width
         )
-        owners = Owners(request_rows[packed.request_of_row.clamp(min=0)], slot_table) if owned else None
-        return FeatureRows(packed.features, packed.positions, packed.cache_slots, packed.next_tokens, owners)
+        rows_of = packed.features, packed.positions, packed.cache_slots, packed.next_tokens
+        if not owned:
+            return FeatureRows(*rows_of)
+        return FeatureRows(*rows_of, request_rows[packed.request_of_row.clamp(min=0)], slot_table)
 
     def inputs(
         self,

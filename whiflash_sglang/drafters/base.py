@@ -88,7 +88,7 @@ class KVDrafter(Drafter):
     def catch_up(self, rows: FeatureRows) -> None:
         """Ingest features KV-only: K and V are written, nothing is drafted (KV-only Prefill, arXiv 2606.07710).
 
-        rows: with the columns of `features` only, and with their owners where it `attends_text`.
+        rows: with the columns of `features` only, and with their requests where it `attends_text`.
         """
         raise NotImplementedError
 

@@ -138,11 +138,12 @@ class PagedArm(KVDrafter):
 
         A padding row writes to slot 0, which is nobody's, and sees nothing.
         """
-        owners = rows.owners
-        assert owners is not None
+        requests, table = rows.requests, rows.slot_table
+        assert requests is not None
+        assert table is not None
         scale, slots = self._shape.head_dim**-0.5, rows.slots.clamp(min=0)
         ends = (rows.positions + 1).masked_fill(rows.slots < 0, 0)
-        blocks = list(blocks_of(len(rows), owners.runs))
+        blocks = list(blocks_of(len(rows), rows.runs))
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             self.kv.write(layer, slots, k, v)
@@ -154,8 +155,8 @@ class PagedArm(KVDrafter):
                         q[begin:end],
                         self.kv.k[layer],
                         self.kv.v[layer],
-                        owners.slot_table,
-                        owners.requests[last],
+                        table,
+                        requests[last],
                         ends[last],
                         extra=0,
                         width=width,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from whiflash_kernels import DraftInputs
 
-from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows, Owners, Watermarks
+from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows, Watermarks
 from whiflash_sglang.core import Due
 from whiflash_sglang.device.capture import CapturedPass, Recorder, StaticInput, doubling
 from whiflash_sglang.device.transfers import Ints, Upload
@@ -105,8 +105,8 @@ class DraftSync:
         """
         if any(drafter.attends_text for drafter in self._drafters.values()):
             packed = torch.arange(len(prompt), device=rows.device)
-            owners = Owners(rows[torch.searchsorted(last_rows, packed)], self._slot_table, runs)
-            prompt = replace(prompt, owners=owners)
+            requests = rows[torch.searchsorted(last_rows, packed)]
+            prompt = replace(prompt, requests=requests, slot_table=self._slot_table, runs=runs)
         for arm, drafter in self._drafters.items():
             if self._quarantine.ingests(arm):
                 with self._quarantine.guard_ingestion(arm):

@@ -52,11 +52,8 @@ class Costs(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Dwell:
-    """Keeps routes from thrashing: a switch must promise `margin` (relative) more tokens per second."""
-
-    margin: float = 0.05
+MARGIN = 0.05
+"""Keeps routes from thrashing: a switch must promise so much more tokens per second, relatively."""
 
 
 def best_each(scores: Sequence[Scores]) -> list[str]:
@@ -68,7 +65,7 @@ def assign(
     scores: Sequence[Scores],
     costs: Costs | None = None,
     previous: Sequence[str | None] = (),
-    dwell: Dwell | None = None,
+    margin: float | None = None,
     free: Sequence[Forecast] = (),
 ) -> list[str]:
     """One pass per request, or none, with what is promised without one (`arms.PROMISED`) or plainly.
@@ -77,7 +74,7 @@ def assign(
         scores: arm → expected accepted tokens, per request.
         costs: measured latencies; None: every request takes its best arm (the paper's per-request routing).
         previous: the arms of the last round, for the margin; empty: no margin.
-        dwell: margin against thrashing.
+        margin: by how much a switch must be better (`MARGIN`); None: it need not be.
         free: what each request's round promises without a pass, if it scores `arms.PROMISED`.
 
     Returns:
@@ -93,9 +90,9 @@ def assign(
         best, best_rate = best_each(scores), 0.0  # of scores that only order arms
     else:
         best, best_rate = batch.arms_of(choices[first]), float(rates[first])
-    if dwell is not None and len(previous) == len(scores):
+    if margin is not None and len(previous) == len(scores):
         kept = [str(p) if p in s else b for p, s, b in zip(previous, scores, best, strict=True)]
-        if kept == best or batch.rate(kept) * (1 + dwell.margin) >= best_rate:
+        if kept == best or batch.rate(kept) * (1 + margin) >= best_rate:
             return kept
     return best
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import Forecast
-from whiflash_sglang.routing.assign import PLAIN, Costs, Dwell, assign
+from whiflash_sglang.routing.assign import MARGIN, PLAIN, Costs, assign
 from whiflash_sglang.routing.costs import FULL_LENGTH, WorkerCosts, Worth
 from whiflash_sglang.routing.policies import PROBE_ROUNDS, Policy, Scores
 from whiflash_sglang.routing.request_state import Decision, RequestState
@@ -138,7 +138,7 @@ def route(
     probes = policy.probe(teachers, costs.timings if costs else lambda _: PROBE_ROUNDS)
     for index, arm in probes.items():
         scores[index] = {arm: scores[index][arm]}
-    chosen = assign(scores, costs, previous, Dwell(), free) if policy.prices_batches else assign(scores)
+    chosen = assign(scores, costs, previous, MARGIN, free) if policy.prices_batches else assign(scores)
     routes = [arms.NONE if arm == arms.PROMISED else arm for arm in chosen]
     for index, (state, arm, source) in enumerate(zip(states, chosen, best, strict=True)):
         keeps = None if index in probes else arm
@@ -183,7 +183,7 @@ def _ordered(
     A bias is worth what its caller says to that request only. Weighed against the tokens of others, sixteen tokens a
     round that nobody gets would make their drafts look dear.
     """
-    (arm,) = assign([scores], costs, [previous], Dwell(), [free])
+    (arm,) = assign([scores], costs, [previous], MARGIN, [free])
     span = state.decision.signals.span
     drafting = best if arm == arms.PROMISED else arm
     bias = (

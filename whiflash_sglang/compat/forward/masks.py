@@ -14,23 +14,57 @@ from whiflash_sglang.core import Strand
 from whiflash_sglang.structure.spending import Spending
 
 
-@dataclass(frozen=True, slots=True)
-class Chains:
-    """The drafts as trees of their requests. rows: [T] int64, the place in the trees of every packed row.
-    behind: nodes before the first of them, of text that the grammars have not seen.
-    """
+@dataclass(slots=True)
+class Masks:
+    """What grammars allow at a round's packed rows; the drafts are trees of their requests."""
 
+    # Filled by `grammar_trees`, before the target's forward.
     tree: GrammarTree
-    rows: torch.Tensor
-    behind: int
+    rows: torch.Tensor  # [T] int64, the place in the trees of every packed row
+    behind: int  # nodes before the first of them, of text that the grammars have not seen
+
+    # Filled by `build`.
+    bits: GrammarMask | None = None
+    rejected: Sequence[
+        int
+    ] = ()  # packed rows of drafts that there was no time to mask, which must not be accepted
+
+    def build(self, batch: Any, spending: Spending) -> bool:
+        """Make what SGLang's `build_grammar_vocab_mask` makes, timed by request. False: no request has a grammar.
+
+        Each request's first row has its mask however long that takes. Drafts that there is no time for are rejected.
+        """
+        batch.sampling_info.grammar_mask = None  # the prefill's
+        reqs, vocabulary = batch.reqs, batch.sampling_info.vocab_size
+        next_token, sibling, ids = (part.tolist() for part in self.tree.resolve())
+        grammars = {i: req.grammar for i, req in enumerate(reqs) if req.grammar is not None}
+        if not grammars:
+            return False
+        *_, last = grammars.values()
+        widest = len(ids[0])
+        bits = last.allocate_vocab_mask(vocab_size=vocabulary, batch_size=len(ids) * widest, device="cpu")
+        cut: list[int] = []
+        for i, grammar in grammars.items():
+            walk = _Walk(grammar, next_token[i], sibling[i], ids[i], vocabulary, self.behind, spending)
+            spending.on(reqs[i].rid, partial(walk.fill, bits[i * widest : (i + 1) * widest]))
+            cut += [i * widest + node for node in walk.cut]
+        places = self.rows.tolist() if cut else []
+        self.bits = GrammarMask(last, bits.to(self.rows.device, non_blocking=True))
+        self.rejected = [places.index(place) for place in cut]
+        return True
+
+    def of(self, rows: slice) -> GrammarMask:
+        """Those of these packed rows."""
+        assert self.bits is not None
+        return GrammarMask(self.bits.grammar, self.bits.vocab_mask[self.rows[rows]])
 
 
-def grammar_chains(
+def grammar_trees(
     block: MixedBlock,
     widths: Sequence[int],
     ahead: Sequence[Sequence[int]],
     strands: Sequence[Strand] = (),
-) -> Chains:
+) -> Masks:
     """One tree a request, padded to the widest; start it before the target forward.
 
     Args:
@@ -67,7 +101,7 @@ def grammar_chains(
     tree = GrammarTree.from_device(next_token, sibling, ids)
     rows = torch.zeros_like(block.request_of_row)
     rows[:total] = owner * widest + column
-    return Chains(tree, rows, behind)
+    return Masks(tree, rows, behind)
 
 
 def _last_sibling(sibling: torch.Tensor, node: int, added: int) -> None:
@@ -75,46 +109,6 @@ def _last_sibling(sibling: torch.Tensor, node: int, added: int) -> None:
     while sibling[node] >= 0:
         node = int(sibling[node])
     sibling[node] = added
-
-
-@dataclass(frozen=True, slots=True)
-class Masks:
-    """Of a round's packed rows. rows: of `Chains`. rejected: packed rows whose draft must not be accepted, since there
-    was no time for the mask behind it.
-    """
-
-    bits: GrammarMask
-    rows: torch.Tensor
-    rejected: Sequence[int]
-
-    def of(self, rows: slice) -> GrammarMask:
-        """Those of these packed rows."""
-        return GrammarMask(self.bits.grammar, self.bits.vocab_mask[self.rows[rows]])
-
-
-def build_masks(batch: Any, chains: Chains, spending: Spending) -> Masks | None:
-    """What SGLang's `build_grammar_vocab_mask` makes, timed by request; None: no request has a grammar.
-
-    Each request's first row has its mask however long that takes. Drafts that there is no time for are rejected.
-    """
-    batch.sampling_info.grammar_mask = None  # the prefill's
-    reqs, vocabulary = batch.reqs, batch.sampling_info.vocab_size
-    next_token, sibling, ids = (part.tolist() for part in chains.tree.resolve())
-    grammars = {i: req.grammar for i, req in enumerate(reqs) if req.grammar is not None}
-    if not grammars:
-        return None
-    *_, last = grammars.values()
-    widest = len(ids[0])
-    bits = last.allocate_vocab_mask(vocab_size=vocabulary, batch_size=len(ids) * widest, device="cpu")
-    cut: list[int] = []
-    for i, grammar in grammars.items():
-        walk = _Walk(grammar, next_token[i], sibling[i], ids[i], vocabulary, chains.behind, spending)
-        spending.on(reqs[i].rid, partial(walk.fill, bits[i * widest : (i + 1) * widest]))
-        cut += [i * widest + node for node in walk.cut]
-    places = chains.rows.tolist() if cut else []
-    device = chains.rows.device
-    mask = GrammarMask(last, bits.to(device, non_blocking=True))
-    return Masks(mask, chains.rows, [places.index(place) for place in cut])
 
 
 class _Walk:
