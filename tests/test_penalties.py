@@ -6,7 +6,7 @@ from host_reads import HostReads, Launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.compat.forward.penalties import PenalisedBatch, Penalties, PenaltyRequest
+from whiflash_sglang.compat.forward.penalties import PenalisedBatch, PenaltyRequest
 
 VOCAB = 11
 
@@ -61,23 +61,23 @@ def test_every_row_counts_its_own_drafts(data: st.DataObject) -> None:
     owner = torch.tensor([member for member, _ in places] + [-1])
     positions = torch.tensor([starts[member] + row for member, row in places] + [0])
     batch = PenalisedBatch(requests, torch.tensor(rows), torch.tensor(starts), table, max(widths), VOCAB)
-    found = batch.at(owner, positions)
-    scaling = torch.ones_like(found.additive) if found.scaling is None else found.scaling
+    added, factors = batch.at(owner, positions)
+    scaling = torch.ones_like(added) if factors is None else factors
     penalised = {request.member: request for request in requests}
     for i, (member, row) in enumerate(places):
         if member in penalised:
             own = table[rows[member]].tolist()
             additive, factor = by_hand(penalised[member], starts[member], own, row)
-            assert torch.allclose(found.additive[i], additive, atol=1e-5)
+            assert torch.allclose(added[i], additive, atol=1e-5)
             assert torch.allclose(scaling[i], factor)
         else:
-            assert not found.additive[i].any()
+            assert not added[i].any()
             assert scaling[i].eq(1).all()
 
 
 def one_request(
     minimum: int, width: int, *, frequency: float = 0.0, members: int = 1
-) -> tuple[Penalties, Launches]:
+) -> tuple[torch.Tensor, Launches]:
     """Of so many equal members, and what is launched for them."""
     requests = [
         PenaltyRequest(i, 2, 2, frequency, 0.0, 1.0 + frequency, minimum, (5,)) for i in range(members)
@@ -86,16 +86,16 @@ def one_request(
     owner, offset = rows.repeat_interleave(width), torch.arange(width).repeat(members)
     table = torch.zeros((members, 16), dtype=torch.int64)
     with Launches() as launches, HostReads() as seen:
-        found = PenalisedBatch(requests, rows, starts, table, width, VOCAB).at(owner, offset + 2)
+        added, _ = PenalisedBatch(requests, rows, starts, table, width, VOCAB).at(owner, offset + 2)
     assert not seen.reads
     assert not seen.pageable
-    return found, launches
+    return added, launches
 
 
 @pytest.mark.parametrize("minimum", [0, 1, 3, 9])
 def test_min_new_tokens_forbids_stop_tokens_only_while_short(minimum: int) -> None:
-    found, _ = one_request(minimum, 4)
-    forbidden = [bool(torch.isinf(found.additive[row, 5])) for row in range(4)]
+    added, _ = one_request(minimum, 4)
+    forbidden = [bool(torch.isinf(added[row, 5])) for row in range(4)]
     # Row i decides output token i + 2: the bonus token is the first.
     assert forbidden == [row + 1 < minimum for row in range(4)]
 

@@ -49,16 +49,16 @@ class Due(NamedTuple):
     rows: int
 
 
-LIMITS = ("limits", "joined", "copying", "rooms")
+LIMITS = ("pass_limits", "joined_limits", "copy_limits", "draft_limits")
 """Fields of a `Round` that bound drafts, and that the device needs too."""
 
 DECIDED = (
     *LIMITS,
-    "single",
+    "undrafted",
     "routes",
     "asked",
-    "reckoned",
-    "made_room",
+    "priced_as",
+    "row_estimates",
     "candidates",
     "worth",
     "calibration",
@@ -90,20 +90,16 @@ class Round:
     # Filled by route (round/planning.py), a value a request.
     states: list[RequestState] = field(init=False)  # the controller's; a later request in the row has another
     decisions: list[Decision] = field(init=False)  # on what each was decided
-    single: list[int] = field(init=False)  # indices of those whose grammar is too dear for drafts
+    undrafted: list[int] = field(init=False)  # indices of those whose grammar is too dear for drafts
     routes: list[str] = field(init=False)  # neural pass of each, or `none`
     asked: list[list[str]] = field(init=False)  # arms that were asked what they propose
-    candidates: list[dict[str, Candidate]] = field(
-        init=False
-    )  # without a pass, as far as they may be verified
-    limits: list[int] = field(init=False)  # drafts of the pass at most, 0 without one
-    joined: list[int] = field(
-        init=False
-    )  # at most with those that other arms may put behind them, 0: none may
-    copying: list[int] = field(init=False)  # drafts that the device may copy in their place at most
-    rooms: list[int] = field(init=False)  # drafts at most, whoever's
-    reckoned: list[str] = field(init=False)  # what drafts are learned by: the route, or `promised`
-    made_room: list[float] = field(init=False)  # drafts that rows are there for (`WorkerCosts.room`)
+    candidates: list[dict[str, Candidate]] = field(init=False)  # that may be verified without a pass
+    pass_limits: list[int] = field(init=False)  # drafts of the pass at most, 0 without one
+    joined_limits: list[int] = field(init=False)  # with those that other arms put behind, 0: none may
+    copy_limits: list[int] = field(init=False)  # drafts that the device may copy in their place at most
+    draft_limits: list[int] = field(init=False)  # drafts at most, whoever's
+    priced_as: list[str] = field(init=False)  # what drafts are learned by: the route, or `promised`
+    row_estimates: list[float] = field(init=False)  # drafts that rows are there for (`WorkerCosts.room`)
 
     # Filled by route, a value an arm.
     worth: dict[str, Worth] = field(init=False)  # what a further draft must bring
@@ -125,9 +121,7 @@ class Round:
     packed_rows: int = field(init=False)  # rows of the verification, with those of strands,
     stride: int = field(init=False)  # and of its widest request: bounds, if the host may not count the widths
     bounded: bool = field(default=False, init=False)  # whether they are, and the requests competed for rows
-    parts: Sequence[Sequence[Part]] | None = field(
-        default=None, init=False
-    )  # of first chains, if the host knows
+    parts: Sequence[Sequence[Part]] | None = field(default=None, init=False)  # of first chains, if known
     strands: Sequence[Strand] = field(default=(), init=False)  # further chains of requests
     copies: Copies | None = field(default=None, init=False)  # by the device, whether or not they are verified
 
@@ -165,7 +159,7 @@ class Round:
     @property
     def speculates(self) -> bool:
         """Whether anything was promised, or a model drafts."""
-        return any(arm != arms.NONE for arm in self.reckoned)
+        return any(arm != arms.NONE for arm in self.priced_as)
 
     @property
     def row_worth(self) -> float:
@@ -175,7 +169,7 @@ class Round:
     @property
     def usual_drafts(self) -> int:
         """Drafts that the round has rows for, where the host may not count them."""
-        return math.ceil(sum(map(min, self.rooms, self.made_room)))
+        return math.ceil(sum(map(min, self.draft_limits, self.row_estimates)))
 
     def draft_nothing(self) -> None:
         """Every request verifies its bonus token."""

@@ -223,10 +223,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             stages.epilogue.park(verified, committed)
             signals = stages.epilogue.signals(verified, committed, stages.learner.needs(round))
             results = results_of(round, committed, signals)
-            if on_publish is not None:
+            if on_publish is None:
+                tokens = stages.learner.learn(round, results.read())
+            else:
                 on_publish(results["seq_lens"])
-            learn = partial(stages.learner.learn, round)
-            tokens = overlap.learned(verified.output, results, learn, later=on_publish is not None)
+                tokens = overlap.carry(verified.output, results, partial(stages.learner.learn, round))
         self.tally.round_seconds.append(clock.end(round.timed()))
         return round_result(verified, results), [] if round.stride > 1 else tokens
 

@@ -184,12 +184,13 @@ class Replay:
         rows = torch.tensor(members) + 1
         starts = torch.tensor([self.lengths[row] for row in members])
         limits = [self.random.randint(1, arm.max_drafts) for _ in members]
-        bonus, caps = self.tokens[rows - 1, starts], torch.tensor(limits)
+        bonus, caps, reads = self.tokens[rows - 1, starts], torch.tensor(limits), arm.tail_width > 0
+        tail = self.sync.rings.inputs(None, rows, starts, bonus, caps, arm.features, tail=reads).tail
         return DraftBatch(
             rows,
             starts,
             bonus,
-            self.sync.inputs(arm.arm, None, rows, starts, bonus, caps).tail,
+            tail,
             self.table,
             int(starts.max()),
             caps,

@@ -33,7 +33,7 @@ def test_what_the_device_copies_itself_is_not_sent(plans: list[Round]) -> None:
     for _ in range(ROUNDS):
         batch.round()
     for plan in plans:
-        assert all(plan.copying)
+        assert all(plan.copy_limits)
         assert not any(plan.candidates)
         assert plan.host_drafts is None
     assert batch.drafters[arms.LOOKUP].host_bytes()["index"] == 0, "no text is indexed on the host"

@@ -470,7 +470,7 @@ def test_drafts_that_the_device_took_were_sound() -> None:
         routes=["none"] * 2,
         states=[RequestState(rid, under_way=[3]) for rid in ("sound", "gone")],
         decisions=[None] * 2,
-        limits=[0] * 2,
+        pass_limits=[0] * 2,
         proposers=["structure", "lookup", "lookup"],
     )
     failing(held, "one", "one", arm="lookup")

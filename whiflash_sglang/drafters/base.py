@@ -23,12 +23,15 @@ class Drafter:
     """Every arm.
 
     arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token). sources:
-    what it says that its drafts were taken from, if that is not its name.
+    what its drafts are taken from, if that is not its name. features: which of the target's captured layers it reads,
+    None: all. tail_width: columns of feature n-1 that a draft begins with, 0 if it reads none.
     """
 
     arm: str
     max_drafts: int
     sources: tuple[str, ...] = ()
+    features: FeatureSlice | None = None
+    tail_width: int = 0
 
     def draft(self, batch: DraftBatch) -> Drafts:
         """Propose tokens. KV writes at positions >= n are provisional."""
@@ -51,16 +54,12 @@ class KVDrafter(Drafter):
     Lifecycle: `allocate` once → per request `catch_up` with the prompt's rows, then rounds of `catch_up` and
     `draft` in any order with other arms' rounds between them.
 
-    captured_layers: target layers whose *outputs* it reads. features: where these are in what the target captures,
-    None: they are all of it. tail_width: columns of feature n-1 that a draft begins with, 0 where it reads none.
-    attends_text: whether it attends over a request's text while it ingests: then rows must say whose they are. kv:
-    of all slots, once they are allocated.
+    captured_layers: target layers whose *outputs* it reads. attends_text: whether it attends over a request's text
+    while it ingests: then rows have `requests`. kv: of all slots, once they are allocated.
     """
 
     kv: DraftKV
     captured_layers: tuple[int, ...] = ()
-    features: FeatureSlice | None = None
-    tail_width: int = 0
     attends_text: bool = False
 
     def kv_bytes_per_token(self) -> int:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from whiflash_kernels import DraftInputs
 
 from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows, Watermarks
 from whiflash_sglang.core import Due
@@ -170,24 +169,6 @@ class DraftSync:
             self._ingest(arm, rows, begins, ends, most)
             self.seconds[arm] = time.perf_counter() - began
             began = time.perf_counter()
-
-    def inputs(
-        self,
-        arm: str,
-        members: torch.Tensor | None,
-        rows: torch.Tensor,
-        starts: torch.Tensor,
-        bonus: torch.Tensor,
-        limits: torch.Tensor,
-    ) -> DraftInputs:
-        """What `arm` needs of the requests `members` [M] int64; None: of all.
-
-        Args:
-            rows, starts, bonus, limits: [B] int64 each, of the whole batch.
-        """
-        drafter = self._drafters.get(arm)
-        features, tail = (None, False) if drafter is None else (drafter.features, drafter.tail_width > 0)
-        return self.rings.inputs(members, rows, starts, bonus, limits, features, tail=tail)
 
     def beyond_usual(self, due: Mapping[str, Due], row_ids: Sequence[int], routes: Sequence[str]) -> float:
         """Host seconds of the last `catch_up` beyond what drafters used in every round spend on it, by tokens.

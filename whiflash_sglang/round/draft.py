@@ -82,7 +82,7 @@ class DraftStage:
 
     def draft(self, round: Round) -> None:
         """Each arm drafts for its own requests; the results are laid side by side."""
-        if not any(round.rooms):
+        if not any(round.draft_limits):
             round.draft_nothing()
             return
         parts = []
@@ -119,21 +119,21 @@ class DraftStage:
 
     def _choose(self, round: Round, parts: Sequence[tuple[torch.Tensor, Drafts]]) -> None:
         """What is verified: all drafts, or where the host may not count them as many as fit, the likeliest first."""
-        size, widest, most = len(round), max(round.rooms), sum(round.rooms)
+        size, widest, most = len(round), max(round.draft_limits), sum(round.draft_limits)
         # The device looks up what follows drafts behind the text.
-        text = self.text if any(round.joined) and not self.host.exact else None
+        text = self.text if any(round.joined_limits) and not self.host.exact else None
         drafts = round.drafts = lay_drafts(
             parts,
             round.rows,
             round.starts,
             width=widest,
-            confidences=max(round.limits),
+            confidences=max(round.pass_limits),
             vocabulary=self.sources.vocabulary,
             text=text,
         )
         extended, counts = drafts, drafts.counts
         appended = None if text is None else _drafts(self._copies(round, drafts))
-        copies = round.copies = self._copies(round) if any(round.copying) else None
+        copies = round.copies = self._copies(round) if any(round.copy_limits) else None
         chains: list[Candidate] = []
         if self.host.exact or any(self._extends(round, i) for i in range(size)):
             chains, left, others = self._chains(round, drafts, appended)
@@ -150,7 +150,7 @@ class DraftStage:
             appended=appended,
             from_host=round.host_drafts,
             copies=_drafts(copies),
-            rooms=round.bounds["rooms"],
+            rooms=round.bounds["draft_limits"],
             worth=round.row_worth,
             room=None if self.host.exact else most,
         )
@@ -169,7 +169,7 @@ class DraftStage:
         """Whether drafts of a request are extended on the host."""
         row = round.row_ids[index]
         reads = self.host.exact or any(drafter.reads(row) for drafter in self.sources.proposing.values())
-        return reads and round.joined[index] > 0
+        return reads and round.joined_limits[index] > 0
 
     def _chains(
         self, round: Round, drafts: Drafts, appended: Drafts | None
@@ -182,14 +182,16 @@ class DraftStage:
         for i, (drafted, route) in enumerate(zip(_rows(drafts), round.routes, strict=True)):
             candidates = {route: NOTHING.followed_by(*drafted, route)}
             if self.host.exact:
-                candidates |= {arm: each.first(round.rooms[i]) for arm, each in round.candidates[i].items()}
+                candidates |= {
+                    arm: each.first(round.draft_limits[i]) for arm, each in round.candidates[i].items()
+                }
             if route == arms.NONE:
                 candidates = dict(sorted(candidates.items(), key=lambda one: -one[1].gain(round.row_worth)))
             (first, chain), *rest = candidates.items()
             kept = len(chain.tokens)
             chain = chain.followed_by(*copied[i], CONTEXT)
             if self._extends(round, i):
-                chain, valid = self.sources.extended(round, i, first, chain, round.joined[i])
+                chain, valid = self.sources.extended(round, i, first, chain, round.joined_limits[i])
                 kept = min(kept, valid)
             chains.append(chain)
             left.append(kept)
@@ -205,7 +207,10 @@ class DraftStage:
         widths, possible = [1 + len(chain.tokens) for chain in chains], []
         for i, chain in enumerate(chains):
             room = rooms[i] - widths[i]
-            if not (round.spare and round.joined[i] and chain.tokens and room > 0) or round.chain_only[i]:
+            if (
+                not (round.spare and round.joined_limits[i] and chain.tokens and room > 0)
+                or round.chain_only[i]
+            ):
                 continue
             least = round.row_worth or LEAST_CHANCE
             strands = (strand_of(i, chain, candidate, room, least) for candidate in others[i])
@@ -222,13 +227,15 @@ class DraftStage:
 
     def _batch(self, round: Round, arm: str, members: Sequence[int], index: torch.Tensor) -> DraftBatch:
         """The requests that `arm` drafts for: `members` of the batch, and the same on the device."""
-        rows, starts, bonus, caps, tail = self.sync.inputs(
-            arm,
+        drafter, caps = self.drafters[arm], round.bounds["pass_limits"]
+        rows, starts, bonus, caps, tail = self.sync.rings.inputs(
             index if len(members) < len(round) else None,
             round.rows,
             round.starts,
             round.bonus,
-            round.bounds["limits"],
+            caps,
+            drafter.features,
+            tail=drafter.tail_width > 0,
         )
         return DraftBatch(
             rows,
@@ -238,7 +245,7 @@ class DraftStage:
             self.slot_table,
             longest=max(round.most[i] for i in members),
             caps=caps,
-            limits=[round.limits[i] for i in members],
+            limits=[round.pass_limits[i] for i in members],
             row_ids=[round.row_ids[i] for i in members],
             calibration=round.calibrations[arm],
             worth=round.worth[arm],
@@ -254,7 +261,7 @@ class DraftStage:
             round.bonus.new_empty((len(round), 0)),
             self.slot_table,
             longest=max(round.most),
-            caps=round.bounds["joined" if behind else "copying"],
+            caps=round.bounds["joined_limits" if behind else "copy_limits"],
             calibration=round.calibrations[arm],
             worth=round.worth[arm],
             host=self.host,

@@ -49,11 +49,9 @@ class Learner:
 
     def timed(self, previous: RoundTime) -> None:
         """What an earlier round took."""
-        costs = self.controller.costs
+        costs, requests = self.controller.costs, previous.requests
         costs.observe(previous)
-        plain_seconds = (
-            previous.tokens / previous.requests * costs.verify(previous.requests, previous.requests)
-        )
+        plain_seconds = previous.tokens / requests * costs.verify(requests, requests)
         self.tally.timed(previous.seconds + previous.gap, plain_seconds)
 
     def needs(self, round: Round) -> Collection[str]:
@@ -98,13 +96,9 @@ class Learner:
 
     def _first_arm(self, round: Round, results: Results, i: int, path: Sequence[Part]) -> tuple[str, int]:
         """The arm whose drafts a request verified first, and how many were this arm's; the quarantine judges it."""
-        rid, arm, source, drafted = (
-            round.states[i].rid,
-            round.routes[i],
-            results["source"][i],
-            results["first_drafts"][i],
-        )
-        if round.limits[i]:
+        rid, arm = round.states[i].rid, round.routes[i]
+        source, drafted = results["source"][i], results["first_drafts"][i]
+        if round.pass_limits[i]:
             self.quarantine.judge(arm, rid, faulty=bool(results["faults"][i]))
         if source:
             # The device's is the last.
@@ -137,7 +131,7 @@ class Learner:
         state, decision, route = round.states[i], round.decisions[i], round.routes[i]
         width = results["widths"][i]
         if "wanted" in results:
-            self.controller.costs.wanted(round.reckoned[i], results["wanted"][i])
+            self.controller.costs.wanted(round.priced_as[i], results["wanted"][i])
         won = next((strand for strand, rows in strands if rows), None)
         right = len(tokens) - 1 if won is None else min(won.fork, len(tokens) - 1)
         beside = sum(len(strand.tokens) for strand, _ in strands)

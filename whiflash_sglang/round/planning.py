@@ -42,11 +42,11 @@ class Planner:
         decided = self.ranks.broadcast(lambda: self._decide(round))
         for name, value in zip(DECIDED, decided, strict=True):
             setattr(round, name, value)
-        round.take_single(round.single)
+        round.take_single(round.undrafted)
         if not self.ranks.leads:  # what drafters note while they are asked is what they draft later
             for index, names in enumerate(round.asked):
                 self._proposed(round, index, names)
-        widths = [1 + room for room in round.rooms]
+        widths = [1 + room for room in round.draft_limits]
         members = {arm: [i for i, route in enumerate(round.routes) if route == arm] for arm in self.drafters}
         round.members = {arm: indices for arm, indices in members.items() if indices}
         round.due = self.sync.due(round.row_ids, round.least, round.most, round.routes, widths)
@@ -65,8 +65,8 @@ class Planner:
     def _decide(self, round: Round) -> list[Any]:
         """The fields of `DECIDED`."""
         states = round.states
-        round.single = [i for i, (_, rid) in enumerate(round.names) if self.sources.spending.is_dear(rid)]
-        round.take_single(round.single)
+        round.undrafted = [i for i, (_, rid) in enumerate(round.names) if self.sources.spending.is_dear(rid)]
+        round.take_single(round.undrafted)
         round.asked = [self._askable(round, i) for i in range(len(round))]
         round.worth = {arm: self.controller.worth(arm) for arm in self.drafters}
         round.routes, proposed = self._route(round)
@@ -75,16 +75,16 @@ class Planner:
                 proposed[i] = {}  # its rows would not pay
         round.candidates = [self._verifiable(round, i, by_arm) for i, by_arm in enumerate(proposed)]
         most = {arm: rows_of(self.drafters, arm) for arm in set(round.routes)}
-        round.limits = [
+        round.pass_limits = [
             min(most[arm], budget) - 1 for arm, budget in zip(round.routes, round.budgets, strict=True)
         ]
         beside = [self._beside(round, i) for i in range(len(round))]
-        round.joined, round.copying, round.rooms = map(list, zip(*beside, strict=True))
-        round.reckoned = [
+        round.joined_limits, round.copy_limits, round.draft_limits = map(list, zip(*beside, strict=True))
+        round.priced_as = [
             arms.PROMISED if arm == arms.NONE and state.decision.promised else arm
             for arm, state in zip(round.routes, states, strict=True)
         ]
-        round.made_room = [self.controller.costs.room(arm) for arm in round.reckoned]
+        round.row_estimates = [self.controller.costs.room(arm) for arm in round.priced_as]
         round.calibration = self._calibrations(round)
         return [getattr(round, name) for name in DECIDED]
 
@@ -110,7 +110,7 @@ class Planner:
         their place; and drafts at most, whoever's.
         """
         (row, rid), most, controller = round.names[index], round.budgets[index] - 1, self.controller
-        limit, candidates = round.limits[index], round.candidates[index]
+        limit, candidates = round.pass_limits[index], round.candidates[index]
         if not controller.holds(row, rid):
             return 0, 0, 0
         longest = copying = 0
@@ -203,7 +203,7 @@ class Planner:
     def _upload(self, round: Round) -> None:
         """Send what the device needs of the plan, in one transfer."""
         round.bounds, round.indices, round.calibrations, round.host_drafts = {}, {}, {}, None
-        if not round.due and not any(round.rooms):
+        if not round.due and not any(round.draft_limits):
             round.due_flags = round.rows.new_empty(0)
             return
         upload = Upload()

@@ -8,7 +8,6 @@ widths are the device's alone: nothing is read from it, and operators do not gro
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import NamedTuple
 
 import torch
 
@@ -39,13 +38,6 @@ class PenaltyRequest:
     def counts(self) -> bool:
         """Whether it matters which tokens were generated, and not only how many."""
         return bool(self.frequency or self.presence or self.repetition != 1.0)
-
-
-class Penalties(NamedTuple):
-    """additive: [T, V] float32 to add to the logits. scaling: [T, V] float32 repetition factors, or None."""
-
-    additive: torch.Tensor
-    scaling: torch.Tensor | None
 
 
 class PenalisedBatch:
@@ -97,8 +89,10 @@ class PenalisedBatch:
             places = prompts[:, None] + torch.arange(longest, device=tokens.device)
             self._count(self._counted, self._of[0], places, self._of[1])
 
-    def at(self, owner: torch.Tensor, positions: torch.Tensor) -> Penalties:
-        """Of packed rows: those of requests that are not penalised are neutral.
+    def at(self, owner: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[T, V] float32 each: what is added to logits of packed rows, and repetition factors, if any.
+
+        Rows of requests that are not penalised are neutral.
 
         A row at position p has generated positions prompt..p: the committed tokens and its own drafts.
 
@@ -121,7 +115,7 @@ class PenalisedBatch:
         if self._forbids:
             short = positions + 1 < enough
             additive.scatter_add_(1, self._stops[place], self._forbidden[place].where(short[:, None], 0.0))
-        return Penalties(additive, scaling)
+        return additive, scaling
 
     def _count(
         self, counts: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, last: torch.Tensor

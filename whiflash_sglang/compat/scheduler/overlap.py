@@ -1,8 +1,8 @@
 """Under overlap scheduling: results that come when the next round runs, and work between two forwards."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from sglang.srt.managers.auxiliary_output import append_auxiliary_output
@@ -13,22 +13,10 @@ from whiflash_sglang.core import Verified
 from whiflash_sglang.device.transfers import Download
 
 
-class Learn(Protocol):
-    """Takes a round's results and, where the scheduler has kept tokens already, those of each request."""
-
-    def __call__(
-        self, results: dict[str, list[Any]], kept: Sequence[Sequence[int]] | None = None, /
-    ) -> list[list[int]]: ...
-
-
-def learned(output: Any, results: Download, learn: Learn, *, later: bool) -> list[list[int]]:
-    """`learn` from `results` now, and what it returns was committed; or `later`, and nothing is known yet.
-
-    Args:
-        output: SGLang's record of the forward, with which the results travel until the scheduler processes it.
+def carry(output: Any, results: Download, learn: Callable[..., object]) -> list[list[int]]:
+    """Have the results travel with `output`, SGLang's record of the forward, until the scheduler processes it and
+    `learn` takes them. Returns what is known of the round's tokens: nothing.
     """
-    if not later:
-        return learn(results.read())
     results.learn = learn
     output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, results)
     return []
