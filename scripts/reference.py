@@ -144,7 +144,6 @@ def training_keys() -> str:
         ("The file", config.TrainConfig, none),
         ("hardware", config.Hardware, none),
         ("data", config.Data, none),
-        ("data.slots", config.Slots, none),
         ("draft_layers", config.DraftLayers, none),
         ("eagle3", config.Eagle3, none),
         ("dflash and dspark", config.DFlash, none),

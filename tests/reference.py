@@ -35,16 +35,13 @@ class ReferenceTarget:
     def __init__(self, path: Path) -> None:
         self.model = TargetModel(path, device=CPU, dtype=torch.float32)
 
-    @torch.inference_mode()
     def forward(self, tokens: Sequence[int], capture: Sequence[int] = ()) -> TargetOutput:
         """Outputs at every position of `tokens`, full causal attention."""
-
-        ids = torch.tensor(list(tokens))
-        return self.model.forward(ids, torch.arange(len(ids)), attend_whole, capture)
+        return self.model.forward(tokens, capture)
 
     def next_logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """[V]: logits of the token after `tokens`."""
-        return self.model.logits(self.forward(tokens).final[-1])
+        return self.model.next_logits(tokens)
 
     def lead(self, tokens: Sequence[int], first: int, second: int) -> float:
         """How far the logit of `first` is ahead of that of `second` after `tokens`.

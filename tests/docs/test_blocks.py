@@ -61,7 +61,7 @@ def test_training_configurations_are_what_they_are_for(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(merged), encoding="utf-8")
     experts = load_config(tmp_path / "my.yaml")
     assert (dense.target, experts.target) == ("Qwen/Qwen3-8B", "Qwen/Qwen3-30B-A3B")
-    assert experts.data.source == "sglang"
+    assert experts.data.engine == {"tp_size": 2}
 
 
 def test_the_least_manifest_is_one() -> None:

@@ -158,12 +158,10 @@ def best_logit(served: Served, tokens: Sequence[int]) -> float:
     if served.model:
         return float(served.model.logits(tokens).max())
 
-    from whiflash_sglang.models.target import TargetModel, causal_attention
+    from whiflash_sglang.models.target import TargetModel
 
     model = TargetModel(served.target, device=torch.device("cpu"), dtype=getattr(torch, served.dtype))
-    attend = causal_attention(len(tokens), model.device, model.dtype)
-    final = model.forward(torch.tensor(tokens), torch.arange(len(tokens)), attend, ()).final
-    return float(model.logits(final[-1]).max())
+    return float(model.next_logits(tokens).max())
 
 
 def waits(case: Case, e: Any, figures: dict[str, Any]) -> None:

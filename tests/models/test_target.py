@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -16,7 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.models.target import TargetModel, causal_attention
 
 SIZES = {
     "vocab_size": 90,
@@ -50,15 +48,6 @@ CONFIGS = {
 }
 
 
-def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    share = q.shape[1] // k.shape[1]
-    q, k, v = (
-        part.transpose(0, 1)[None]
-        for part in (q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1))
-    )
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
-
-
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_layer_outputs_and_logits_match(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -68,7 +57,7 @@ def test_layer_outputs_and_logits_match(kind: str, tmp_path: Path) -> None:
     tokens = torch.randint(0, 90, (50,))
     with torch.no_grad():
         expected = theirs(tokens[None], output_hidden_states=True)
-    output = ours.forward(tokens, torch.arange(50), causal, capture=[0, 1])
+    output = ours.forward(tokens, capture=[0, 1])
     for index, layer in enumerate([0, 1]):
         torch.testing.assert_close(
             output.features[:, index], expected.hidden_states[layer + 1][0], rtol=1e-4, atol=1e-5
@@ -81,3 +70,18 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
     with pytest.raises(ValueError, match="is a GPT2LMHeadModel"):
         TargetModel(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("length", [1, 7, 65])
+def test_either_attention_of_a_whole_sequence_is_causal(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CPU has matrix units torch's fused one, elsewhere products of matrices: the same as far as bf16 tells."""
+    torch.manual_seed(length)
+    q, k, v = (torch.randn(length, heads, 16).bfloat16() for heads in (6, 2, 2))
+    scores = torch.einsum("ihd,jhd->hij", q.double(), k.repeat_interleave(3, 1).double()) / 4
+    unseen = torch.ones(length, length, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
+    wanted = torch.einsum("hij,jhd->ihd", weights, v.repeat_interleave(3, 1).double())
+    for units in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda units=units: units)
+        found = causal_attention(length, q.device, q.dtype)(0, q, k, v)
+        torch.testing.assert_close(found.double(), wanted, rtol=2**-6, atol=2**-6)

@@ -34,7 +34,7 @@ from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
-from whiflash_sglang.models.target import TargetModel, causal_attention
+from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.round.epilogue import Epilogue
@@ -69,9 +69,7 @@ class Target(NamedTuple):
 
     def forward(self, text: Sequence[int], captured: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [T, V] and features [T, F] of a text, on the host."""
-        tokens = torch.tensor(text)
-        attend = causal_attention(len(text), tokens.device, torch.float32)
-        found = self.model.forward(tokens, torch.arange(len(text)), attend, captured)
+        found = self.model.forward(text, captured)
         return self.model.logits(found.final), found.features.flatten(1)
 
     def likeliest(self, prompt: Sequence[int], text: Sequence[int]) -> list[int]:

@@ -19,11 +19,10 @@ from whiflash_sglang.compat.training.recorder import WANTED, Recorder
 from whiflash_sglang.drafters.base import with_kv
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.origin import ORIGIN, ServedOrigin, vocabulary_file
-from whiflash_sglang.train.answers.data import Teacher, load_target
-from whiflash_sglang.train.answers.generate import Answer
+from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.answers.prompts import GrammarSpec, PromptRow, tool_call_grammar
-from whiflash_sglang.train.answers.served import ServedTarget
-from whiflash_sglang.train.config import Data, Hardware, Slots
+from whiflash_sglang.train.answers.served import Answer, ServedTarget
+from whiflash_sglang.train.config import Data
 
 CAPTURE = [0, 1, 2, 3, 4]
 """All that the tiny drafters read."""
@@ -144,46 +143,63 @@ class Taught(NamedTuple):
     skipped: list[str]
 
     @classmethod
-    def by(cls, teacher: Teacher, data: Data, prompts: list[PromptRow], keep_loops: bool) -> "Taught":
+    def by(cls, teacher: ServedTarget, prompts: list[PromptRow], keep_loops: bool) -> "Taught":
         skipped: list[str] = []
-        generator = teacher.generator(data, seed=0, keep_loops=keep_loops)
-        found = generator.run(iter(prompts), lambda row, why: skipped.append(f"{row.id}: {why}"))
+        found = teacher.answers(
+            prompts, lambda row, why: skipped.append(f"{row.id}: {why}"), keep_loops=keep_loops
+        )
         return cls({answer.prompt.id: answer for answer in found}, skipped)
 
 
-def test_a_served_target_teaches_what_the_own_generator_does(tmp_path: Path) -> None:
-    """Answers, looped and constrained ones too, and features of a target that both know."""
+def test_answers_and_features_are_the_targets(tmp_path: Path) -> None:
+    """Looped and constrained answers, too; SGLang's refusals are reported."""
     path = tiny_target(tmp_path / "target", peaked=True)
-    own = load_target(str(path), None, CAPTURE, Hardware(dtype="float32"))
-    slots = [Slots(rows=3, capacity=140)]
-    data = Data(prompts=[], max_new_tokens=60, slots=slots)
+    target = TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
     schema = '{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}'
-    grammar = GrammarSpec("json", schema), tool_call_grammar([{"function": {"name": "f", "parameters": {}}}])
-    prompts = [PromptRow(f"p{i}", "chat", text, None) for i, text in enumerate(TEXTS)]
-    prompts += [PromptRow(f"g{i}", "json", TEXTS[1], spec) for i, spec in enumerate(grammar)]
-    prompts.append(PromptRow("long", "chat", [65] * 81, None))
+    grammars = {
+        "{": GrammarSpec("json", schema),
+        "<tool_call>": tool_call_grammar([{"function": {"name": "f", "parameters": {}}}]),
+    }
+    free = [PromptRow(f"p{i}", "chat", text, None) for i, text in enumerate(TEXTS)]
+    constrained = [PromptRow(begins, "json", TEXTS[1], spec) for begins, spec in grammars.items()]
+    broken = PromptRow("broken", "json", [65] * 5, GrammarSpec("json", '{"type": "nonsense"}'))
+    long = PromptRow("long", "chat", [65] * target.max_positions, None)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     with engine(path, skip_tokenizer_init=False, **OPTIONS) as e:
         inside = InProcess(e, tmp_path / "states")
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        served = ServedTarget(inside, tokenizer, None, CAPTURE, own.hidden_size, torch.float32, slots)
-        for keep_loops in (False, True):
-            mine, theirs = (Taught.by(teacher, data, prompts, keep_loops) for teacher in (own, served))
-            assert mine.skipped == theirs.skipped == ["long: 81 prompt tokens leave no room for 60 new ones"]
-            assert mine.answers.keys() == theirs.answers.keys() == {"p0", "p1", "p2", "g0", "g1"}
-            for name, answer in theirs.answers.items():
-                assert answer._replace(states=None) == mine.answers[name]._replace(states=None)
-                torch.testing.assert_close(answer.states, mine.answers[name].states, rtol=1e-4, atol=1e-4)
-            assert any(answer.looped for answer in theirs.answers.values())
-        texts = list(enumerate(TEXTS))
-        for (key, wanted), (other, found) in zip(own.states(texts), served.states(texts), strict=True):
-            assert key == other
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        data = Data(prompts=[], max_new_tokens=50, at_once=3)
+        served = ServedTarget(inside, tokenizer, None, CAPTURE, target.hidden_size, torch.float32, data)
+        kept, cut = (
+            Taught.by(served, [*free, *constrained, broken, long], keep_loops) for keep_loops in (True, False)
+        )
+        for key, states in served.states(enumerate(TEXTS)):
+            torch.testing.assert_close(states, target.states(TEXTS[key], CAPTURE), rtol=1e-4, atol=1e-4)
         inside.recorder.tell(tmp_path / "origin", "tiny")
-    told = ServedOrigin.read(path, "tiny", tmp_path / "origin", {}, own.model.final_norm, torch.float32)
+    for taught in (kept, cut):
+        assert [line.split(":")[0] for line in taught.skipped] == ["broken", "long"]
+        assert taught.answers.keys() == {"p0", "p1", "p2", *grammars}
+        for answer in taught.answers.values():
+            wanted = target.states(answer.tokens[:-1], CAPTURE)
+            torch.testing.assert_close(answer.states, wanted, rtol=1e-4, atol=1e-4)
+    for prompt in free:
+        answer, start = kept.answers[prompt.id], len(prompt.tokens)
+        logits = target.logits(target.forward(answer.tokens[:-1]).final[start - 1 :])
+        assert logits.argmax(-1).tolist() == answer.tokens[start:]
+    for begins in grammars:
+        assert tokenizer.decode(kept.answers[begins].tokens[len(TEXTS[1]) :]).startswith(begins)
+    looped = [name for name, answer in cut.answers.items() if answer.looped]
+    assert looped
+    for name, answer in cut.answers.items():
+        whole = kept.answers[name].tokens
+        assert (answer.tokens == whole[: len(answer.tokens)], answer.tokens != whole) == (
+            True,
+            name in looped,
+        )
+    origin = ServedOrigin.read(path, "tiny", tmp_path / "origin", {}, target.final_norm, torch.float32)
     for name in ("embedding", "head"):
-        assert torch.equal(getattr(told, name), getattr(own.model, name))
+        assert torch.equal(getattr(origin, name), getattr(target, name))
     for name in ("attention_shape", "intermediate_size", "rope", "max_positions", "eps", "num_layers"):
-        assert getattr(told, name) == getattr(own.model, name)
+        assert getattr(origin, name) == getattr(target, name)
 
 
 def test_another_targets_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -1,9 +1,16 @@
-"""Tiny models: one thread each. Two threads on two busy cores make these tests ten times slower."""
+"""Tiny models, without SGLang: one thread each. Two threads on two busy cores make these tests ten times slower."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+from plain_engine import plain_engine
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plain_engine() -> Iterator[None]:
+    with plain_engine():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""The masks of data generation are the server's: same structural tag, same allowed tokens."""
+"""The grammars of prompts are the server's: same structural tag, same allowed tokens."""
 
 import json
 
@@ -8,8 +8,12 @@ import xgrammar
 from tiny_models import tiny_target
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from whiflash_sglang.train.answers.generate import GrammarMasks
-from whiflash_sglang.train.answers.prompts import GrammarSpec, response_format_grammar, tool_call_grammar
+from whiflash_sglang.train.answers.prompts import (
+    GrammarSpec,
+    response_format_grammar,
+    server_parameter,
+    tool_call_grammar,
+)
 
 TOOLS = [
     {
@@ -43,18 +47,14 @@ def allowed(matcher: xgrammar.GrammarMatcher) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("spec", "text"),
+    "text",
     [
-        (
-            tool_call_grammar(TOOLS),
-            '<tool_call>{"name":"get_weather", "arguments":{"any": [1]}}</tool_call> and more',
-        ),
-        (tool_call_grammar(TOOLS), '<tool_call>{"name":"stop", "arguments":{}}</tool_call>'),
-        (GrammarSpec("json", json.dumps(SCHEMA)), '{\n  "n": 42 }'),
+        '<tool_call>{"name":"get_weather", "arguments":{"any": [1]}}</tool_call> and more',
+        '<tool_call>{"name":"stop", "arguments":{}}</tool_call>',
     ],
 )
-def test_masks_equal_those_of_the_servers_backend(
-    tokenizer: PreTrainedTokenizerBase, spec: GrammarSpec, text: str
+def test_tool_calls_are_constrained_as_the_servers_parser_asks(
+    tokenizer: PreTrainedTokenizerBase, text: str
 ) -> None:
     from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
     from sglang.srt.entrypoints.openai.protocol import Tool
@@ -63,27 +63,19 @@ def test_masks_equal_those_of_the_servers_backend(
     backend = XGrammarGrammarBackend(
         tokenizer, vocab_size=VOCABULARY, model_eos_token_ids=[tokenizer.eos_token_id]
     )
-    if spec.kind == "json":
-        theirs = backend.dispatch_json(spec.text)
-    else:
-        parser = FunctionCallParser([Tool(**tool) for tool in TOOLS], "hermes")
-        kind, tag = parser.get_structure_constraint("required")
-        assert kind == "structural_tag"
-        theirs = backend.dispatch_structural_tag(json.dumps(tag.model_dump(by_alias=True)))
-    ours = GrammarMasks(tokenizer, VOCABULARY, tokenizer.eos_token_id).matcher(spec)
+    parser = FunctionCallParser([Tool(**tool) for tool in TOOLS], "hermes")
+    kind, tag = parser.get_structure_constraint("required")
+    asked = server_parameter(tool_call_grammar(TOOLS))
+    assert [kind] == list(asked) == ["structural_tag"]
+    ours, theirs = (
+        backend.dispatch_structural_tag(text).matcher
+        for text in (asked[kind], json.dumps(tag.model_dump(by_alias=True)))
+    )
     for token in tokenizer.encode(text, add_special_tokens=False):
-        assert torch.equal(allowed(ours), allowed(theirs.matcher))
+        assert torch.equal(allowed(ours), allowed(theirs))
         assert ours.accept_token(token)
-        assert theirs.matcher.accept_token(token)
-    assert torch.equal(allowed(ours), allowed(theirs.matcher))
-
-
-def test_apply_masks_only_constrained_rows(tokenizer: PreTrainedTokenizerBase) -> None:
-    masks = GrammarMasks(tokenizer, VOCABULARY, tokenizer.eos_token_id)
-    logits = torch.zeros(3, VOCABULARY, dtype=torch.bfloat16)
-    masks.apply(logits, [None, masks.matcher(GrammarSpec("json", json.dumps(SCHEMA))), None])
-    assert (logits[[0, 2]] == 0).all()
-    assert torch.isneginf(logits[1]).sum() > VOCABULARY // 2
+        assert theirs.accept_token(token)
+    assert torch.equal(allowed(ours), allowed(theirs))
 
 
 def test_response_formats() -> None:

@@ -25,11 +25,12 @@ from whiflash_sglang.lab.judging.evaluation import (
     figures_table,
     write_picture,
 )
+from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.answers import store
-from whiflash_sglang.train.answers.data import generate_data, load_target
+from whiflash_sglang.train.answers.data import generate_data, teacher_of
 from whiflash_sglang.train.answers.provenance import digest_of
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, open_stores
-from whiflash_sglang.train.answers.tokens import Exported, export_tokens, next_logits, rebuild_features
+from whiflash_sglang.train.answers.tokens import Exported, export_tokens, rebuild_features
 from whiflash_sglang.train.config import TrainConfig, load_config
 from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
 from whiflash_sglang.train.drafters.runner import train_dflash, train_dspark, train_eagle3
@@ -231,12 +232,12 @@ def test_a_prompt_that_was_answered_twice_is_learned_from_once(
     columns = dict(np.load(tmp_path / "tokens.npz"))
     double = {name: np.concatenate([column, column]) for name, column in columns.items()}
     np.savez_compressed(tmp_path / "double.npz", **double)
-    target = load_target(config.target, None, config.capture, config.hardware)
     store = FeatureStore(
-        tmp_path / "again", vectors=len(config.capture) + 1, hidden=target.hidden_size, layers=config.capture
+        tmp_path / "again", vectors=len(config.capture) + 1, hidden=stores[0].hidden, layers=config.capture
     )
-    assert rebuild_features(tmp_path / "double.npz", target, store) == 24
-    assert rebuild_features(tmp_path / "double.npz", target, store) == 0
+    with teacher_of(config, "again") as target:
+        assert rebuild_features(tmp_path / "double.npz", target, store) == 24
+        assert rebuild_features(tmp_path / "double.npz", target, store) == 0
     assert [record.id for record in store.records] == Exported(tmp_path / "tokens.npz").ids
 
 
@@ -262,10 +263,10 @@ def test_where_answers_part_is_counted_and_judged(root: Path, config: TrainConfi
     export_tokens(open_stores(config), tmp_path / "tokens.npz")
     columns = dict(np.load(tmp_path / "tokens.npz"))
     exported = Exported(tmp_path / "tokens.npz")
-    target = load_target(config.target, None, config.capture, config.hardware).model
+    target = TargetModel(Path(config.target), **config.hardware.place)
     at = int(columns["prompt_lengths"][1]) + 1
     copies = [exported.tokens(index) for index in range(3)]
-    copies[1][at] = next_logits(target, copies[1][:at]).argmin()
+    copies[1][at] = target.next_logits(copies[1][:at]).argmin()
     copies[2] = copies[2][:-1]
     double = {name: np.concatenate([column, column[:3]]) for name, column in columns.items()}
     double["tokens"] = np.concatenate([columns["tokens"], *(copy.numpy() for copy in copies)])
@@ -445,7 +446,7 @@ def test_a_full_disk_loses_no_answer(
 
 
 def test_prompts_longer_than_the_context_say_so(root: Path, config: TrainConfig, tmp_path: Path) -> None:
-    row = {"id": "long", "messages": [{"role": "user", "content": "word " * 200}]}
+    row = {"id": "long", "messages": [{"role": "user", "content": "word " * 2000}]}
     (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
     data = settings(root)["data"] | {"prompts": [str(tmp_path / "long.jsonl")]}
     (tmp_path / "long.yaml").write_text(
@@ -453,8 +454,8 @@ def test_prompts_longer_than_the_context_say_so(root: Path, config: TrainConfig,
     )
     result = CliRunner().invoke(train_app, ["data", "--config", str(tmp_path / "long.yaml")])
     assert result.exit_code == 1
-    assert "leave no room for 24 new ones" in result.output
-    assert "data.slots of a larger capacity" in str(result.exception)
+    assert "and 24 tokens exceed the context" in result.output
+    assert "none of 1 prompts gave an answer" in str(result.exception)
 
 
 def test_no_prompts_at_all(root: Path, tmp_path: Path) -> None:

@@ -132,8 +132,7 @@ def data_command(
 ) -> None:
     """Answer the prompts with the target and store tokens and features.
 
-    This package's generator runs dense Llama, Qwen2 and Qwen3, SGLang's offline engine other targets. `data.source` of
-    the configuration overrides that.
+    The target runs in SGLang's offline engine, for which `data.engine` of the configuration has further arguments.
 
     \b
     Example:
@@ -164,8 +163,6 @@ def features_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Recompute the features of stored answers instead of generating answers.
-
-    `data.source` chooses the target's engine, as for `whiflash train data`.
 
     \b
     Example:

@@ -195,15 +195,12 @@ def _top_two(reference: Any, model: Path) -> Callable[[int], TopTwo]:
     def at(position: int) -> TopTwo:
         import torch
 
-        from whiflash_sglang.models.target import TargetModel, causal_attention
+        from whiflash_sglang.models.target import TargetModel
 
         first, second = reference.choices[0].logprobs.content[position].top_logprobs[:2]
         tokens = [*reference.sglext["input_ids"], *_output_ids(reference)[:position]]
         target = TargetModel(model, device=torch.device("cpu"), dtype=torch.bfloat16)
-        ids, positions = torch.tensor(tokens), torch.arange(len(tokens))
-        attend = causal_attention(len(ids), target.device, target.dtype)
-        final = target.forward(ids, positions, attend, ()).final
-        return TopTwo(float(target.logits(final[-1]).max()), first.logprob - second.logprob)
+        return TopTwo(float(target.next_logits(tokens).max()), first.logprob - second.logprob)
 
     return at
 

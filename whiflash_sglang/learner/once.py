@@ -41,8 +41,9 @@ from whiflash_sglang.models.checkpoint import integer
 from whiflash_sglang.models.config_json import read_json_config
 from whiflash_sglang.models.dspark import DSparkDrafter
 from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.progress import tracked
-from whiflash_sglang.train.answers.data import LoadedTarget, is_embedded, load_target, target_path
+from whiflash_sglang.train.answers.data import is_embedded, target_path
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.answers.tokens import Exported
 from whiflash_sglang.train.config import TrainConfig
@@ -131,16 +132,14 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         config = config_of(learning.config, checkpoints, work, learning.rate)
         if config.hardware.threads:
             torch.set_num_threads(config.hardware.threads)
-        target = load_target(config.target, None, config.capture, config.hardware)
+        target = TargetModel(target_path(config.target), **config.hardware.place)
         tokens = answer_tokens(chosen.learned)
         more = [] if learning.replay is None else replayed(learning.replay, tokens, config.seed)
-        _store(work / "data" / "shard0", target, [*chosen.learned, *more], pace)
-        store = _store(work / "judges", target, chosen.judged, pace)
+        _store(work / "data" / "shard0", target, config.capture, [*chosen.learned, *more], pace)
+        store = _store(work / "judges", target, config.capture, chosen.judged, pace)
         trained = {arm: train_arm(config, arm, path, pace) for arm, path in checkpoints.items()}
 
-        pairs = [
-            Pair.load(parts_of(manifest, paths, config), target.model) for paths in (checkpoints, trained)
-        ]
+        pairs = [Pair.load(parts_of(manifest, paths, config), target) for paths in (checkpoints, trained)]
         for arm in checkpoints:
             before, after = (_model(pair, arm) for pair in pairs)
             check_fits(f"what was learned for {PARTS[arm]}", before, after)
@@ -343,23 +342,27 @@ def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, 
     )
 
 
-def _store(path: Path, target: LoadedTarget, texts: Iterable[Text], pace: Pace) -> FeatureStore:
-    """The texts with their features, of which the target computes those that are not there yet."""
-    store = FeatureStore(
-        path, vectors=len(target.capture) + 1, hidden=target.hidden_size, layers=target.capture
-    )
+def _store(
+    path: Path, target: TargetModel, capture: list[int], texts: Iterable[Text], pace: Pace
+) -> FeatureStore:
+    """The texts with their features, of which the target computes those that are not there yet.
+
+    Args:
+        capture: layers whose outputs are the features, ascending.
+    """
+    store = FeatureStore(path, vectors=len(capture) + 1, hidden=target.hidden_size, layers=capture)
     store.truncate_to_index()
     known = {record.id for record in store.records}
     left = [text for text in texts if text.name not in known]
     order = tracked(range(len(left)), "reading samples")
-    for at, states in target.states(
-        (at, [*left[at].prompt, *left[at].answer][:-1]) for at in pace.each(order)
-    ):
+    eos = target.config["eos_token_id"]
+    ends = set(eos) if isinstance(eos, list) else {eos}
+    for at in pace.each(order):
         text = left[at]
         tokens = [*text.prompt, *text.answer]
-        finished = text.answer[-1] == target.eos_id
+        finished = text.answer[-1] in ends
         record = SequenceRecord(text.name, "served", len(text.prompt), len(tokens), False, finished, 0, 0)
-        store.append(record, tokens, states)
+        store.append(record, tokens, target.states(tokens[:-1], capture))
     return store
 
 

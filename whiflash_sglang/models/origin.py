@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -24,6 +24,43 @@ ORIGIN = "target.json"
 def vocabulary_file(directory: Path, rank: int) -> Path:
     """Rows of embedding and head that one of SGLang's processes had."""
     return directory / f"vocabulary-{rank}.safetensors"
+
+
+class Vocabulary(NamedTuple):
+    """embedding, head: [V, H]. embedding_scale: what the target multiplies rows of its embedding by."""
+
+    embedding: Tensor
+    head: Tensor
+    embedding_scale: float
+
+    @classmethod
+    def read(cls, directory: Path, name: str, dtype: torch.dtype) -> "Vocabulary":
+        """What SGLang wrote of the target of that name: the rows of all processes together.
+
+        Raises:
+            CheckpointError: it wrote nothing yet, or of another target.
+        """
+        try:
+            facts = read_json_file(directory / ORIGIN)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{directory} is missing: run `whiflash train data`, or `train features`, first"
+            ) from None
+        if facts["target"] != name:
+            raise CheckpointError(
+                f"{directory} holds what drafters for {facts['target']} begin with, not for {name}: run `whiflash "
+                "train data` for it, with a `work` of its own"
+            )
+        parts: dict[str, list[Tensor]] = {"embedding": [], "head": []}
+        for rank in range(facts["ranks"]):
+            with safe_open(vocabulary_file(directory, rank), framework="pt") as file:
+                for part, rows in parts.items():
+                    rows.append(file.get_tensor(part).to(dtype))
+        return cls(torch.cat(parts["embedding"]), torch.cat(parts["head"]), float(facts["embedding_scale"]))
+
+    def to(self, device: torch.device) -> "Vocabulary":
+        """The same with its tensors there."""
+        return self._replace(embedding=self.embedding.to(device), head=self.head.to(device))
 
 
 @dataclass
@@ -73,7 +110,7 @@ class ServedOrigin:
             CheckpointError: something is missing, or does not fit the target.
         """
         config = {**merged(target, read_json_config(target), "text_config"), **layers}
-        embedding, head, scale = _vocabulary(told, name, dtype)
+        embedding, head, scale = Vocabulary.read(told, name, dtype)
         hidden, vocab = (integer(config, key, target) for key in ("hidden_size", "vocab_size"))
         for part, matrix in (("embedding", embedding), ("head", head)):
             if matrix.shape != (vocab, hidden):
@@ -115,24 +152,3 @@ class ServedOrigin:
 
 Origin = TargetModel | ServedOrigin
 """A target, as drafters begin from it."""
-
-
-def _vocabulary(told: Path, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """Embedding and head [V, H], the rows of all processes together, and the embedding's scale."""
-    try:
-        said = read_json_file(told / ORIGIN)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{told} is missing: run `whiflash train data`, or `train features`, first"
-        ) from None
-    if said["target"] != name:
-        raise CheckpointError(
-            f"{told} holds what drafters for {said['target']} begin with, not for {name}: run `whiflash train data` "
-            "for it, with a `work` of its own"
-        )
-    parts: dict[str, list[Tensor]] = {"embedding": [], "head": []}
-    for rank in range(said["ranks"]):
-        with safe_open(vocabulary_file(told, rank), framework="pt") as file:
-            for name, rows in parts.items():
-                rows.append(file.get_tensor(name).to(dtype))
-    return torch.cat(parts["embedding"]), torch.cat(parts["head"]), float(said["embedding_scale"])

@@ -1,7 +1,7 @@
-"""A decoder-only target with its layer outputs exposed, for data generation and offline evaluation.
+"""A dense decoder-only target in torch, which drafters begin as, learners read and ties are judged by.
 
-One forward over packed rows; the caller owns the KV cache and hands in `attend`, as for the drafters. Covers
-Llama, Qwen2 and Qwen3 checkpoints (optional QKV bias, optional per-head query/key norm).
+One forward over a whole text, without a cache. Covers Llama, Qwen2 and Qwen3 checkpoints (optional QKV bias, optional
+per-head query/key norm).
 """
 
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ class TargetModel:
         self.config: dict[str, Any] = read_json_file(path / "config.json", finite=False)
         architecture = (self.config.get("architectures") or ["?"])[0]
         if architecture not in _SUPPORTED:
-            raise ValueError(f"{path} is a {architecture}; data generation supports {', '.join(_SUPPORTED)}")
+            raise ValueError(f"{path} is a {architecture}, and not one of {', '.join(_SUPPORTED)}")
         self.hidden_size = int(self.config["hidden_size"])
         self.num_layers = int(self.config["num_hidden_layers"])
         self.num_heads = int(self.config["num_attention_heads"])
@@ -110,12 +110,12 @@ class TargetModel:
         )
 
     @torch.inference_mode()
-    def forward(
-        self, tokens: Tensor, positions: Tensor, attend: Attend, capture: Sequence[int]
-    ) -> TargetOutput:
-        """`tokens`, `positions` [T] int64 → outputs of the layers in `capture` and final states."""
+    def forward(self, text: Sequence[int] | Tensor, capture: Sequence[int] = ()) -> TargetOutput:
+        """Outputs of the layers in `capture` and final states of a text [T], with causal attention."""
+        tokens = torch.as_tensor(text, device=self.device)
+        attend = causal_attention(len(tokens), self.device, self.dtype)
         hidden = F.embedding(tokens, self.embedding)
-        angles = self.rotary.angles(positions)
+        angles = self.rotary.angles(torch.arange(len(tokens), device=self.device))
         wanted = set(capture)
         captured: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
@@ -128,9 +128,19 @@ class TargetModel:
         empty = hidden.new_empty(len(tokens), 0, self.hidden_size)
         return TargetOutput(torch.stack(features, dim=1) if features else empty, final)
 
+    def states(self, text: Sequence[int], capture: Sequence[int]) -> Tensor:
+        """As training stores them: [T, captured + 1, H], the final states last."""
+        output = self.forward(text, capture)
+        return torch.cat([output.features, output.final[:, None]], dim=1)
+
     def logits(self, final: Tensor) -> Tensor:
         """`final` [..., H] → [..., V] in the model's dtype."""
         return linear(final, self.head)
+
+    @torch.inference_mode()
+    def next_logits(self, text: Sequence[int] | Tensor) -> Tensor:
+        """[V] float32, of the token after a text."""
+        return self.logits(self.forward(text).final[-1:])[0].float()
 
     def _attention(self, index: int, layer: _Layer, hidden: Tensor, angles: Angles, attend: Attend) -> Tensor:
         normed = F.rms_norm(hidden, (self.hidden_size,), layer.input_norm, self.eps)

@@ -34,12 +34,12 @@ class Hardware(_Strict):
 
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """`device` and `dtype` of a model."""
+        import torch
 
-class Slots(_Strict):
-    """rows: sequences generated at once. capacity: most tokens of each, prompt and answer together."""
-
-    rows: Positive
-    capacity: Positive
+        return {"device": torch.device(self.device), "dtype": self.torch_dtype}
 
 
 class Data(_Strict):
@@ -47,13 +47,11 @@ class Data(_Strict):
 
     Attributes:
         prompts: JSONL files, or `hf:NAME` for a Hugging Face data set with a `messages` column.
-        source: the target's engine. `own`: this package's generator, for dense Llama, Qwen2 and Qwen3; `sglang`:
-            SGLang's; `auto`: `own` if it knows the target.
         engine: further arguments of SGLang's engine, e.g. {tp_size: 8, mem_fraction_static: 0.8}.
         category_weights: relative frequency of a category; 1 if not named.
         tool_choice_required: share of the rows with tools that must call one.
         max_new_tokens: longest answer.
-        slots: groups of sequences generated at once; by default 48 of 512 tokens.
+        at_once: prompts that are answered at once.
         temperature: 0 is greedy.
         shard: [index, count]; this process answers rows index, index + count, …
         limit: most prompts.
@@ -61,12 +59,11 @@ class Data(_Strict):
     """
 
     prompts: list[str]
-    source: Literal["auto", "own", "sglang"] = "auto"
     engine: dict[str, Any] = {}
     category_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     tool_choice_required: Share = 0.85
     max_new_tokens: Positive = 256
-    slots: list[Slots] = [Slots(rows=48, capacity=512)]
+    at_once: Positive = 48
     temperature: Annotated[float, Field(ge=0)] = 0.0
     shard: tuple[int, int] = (0, 1)
     limit: Positive | None = None

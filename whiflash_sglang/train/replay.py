@@ -28,7 +28,7 @@ from whiflash_sglang.models.choice import Choice, DraftHead, choose
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
-from whiflash_sglang.models.origin import Origin
+from whiflash_sglang.models.origin import Origin, Vocabulary
 from whiflash_sglang.progress import tracked
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.answers.store import Sequence as Stored
@@ -98,15 +98,15 @@ class Pair(NamedTuple):
     lookup: Lookup
 
     @classmethod
-    def load(cls, parts: Parts, target: Origin) -> "Pair":
+    def load(cls, parts: Parts, target: Vocabulary | Origin) -> "Pair":
         """Read the checkpoints. Raises `CheckpointError` where one does not fit the target."""
         digest = hashlib.sha256(json.dumps([parts.eagle_steps, parts.dflash_vocabulary]).encode())
         for path in parts.checkpoints:
             for file in (path / "config.json", *sorted(path.glob("*.safetensors"))):
                 digest.update(file.read_bytes())
         options: dict[str, Any] = {
-            "device": target.device,
-            "dtype": target.dtype,
+            "device": target.head.device,
+            "dtype": target.head.dtype,
             "target_embedding": target.embedding,
             "target_lm_head": target.head,
         }
@@ -118,7 +118,7 @@ class Pair(NamedTuple):
             dflash.embedding_scale = target.embedding_scale
         head = None if dflash is None else dflash.head
         if head is not None and eagle3 is not None and parts.dflash_vocabulary == "eagle3":
-            rows = torch.arange(eagle3.draft_vocab_size, device=target.device)
+            rows = torch.arange(eagle3.draft_vocab_size, device=target.head.device)
             head = head.within(eagle3.target_ids(rows))
         return cls(eagle3, dflash, parts.eagle_steps, head, digest.hexdigest()[:16], parts.lookup)
 

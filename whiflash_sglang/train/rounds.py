@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from operator import eq
-from typing import NamedTuple
 
 
 @dataclass
@@ -67,25 +66,4 @@ def loop_start(tokens: Sequence[int]) -> int | None:
         span = length - start
         if span >= max(MIN_SPAN, MIN_REPEATS * period):
             return start + period
-    return None
-
-
-class Loop(NamedTuple):
-    """Of an answer. seen: its length when the loop was noticed. start: where its second repetition begins."""
-
-    seen: int
-    start: int
-
-
-def first_loop(answer: Sequence[int], every: int, *, ended: bool) -> Loop | None:
-    """The loop at which a generator stops that looks for one every so many tokens, and at the end.
-
-    Args:
-        answer: all of it. ended: by its last token, which is no part of a loop.
-    """
-    whole = len(answer)
-    for seen in [*range(every, whole, every), whole]:
-        start = loop_start(answer[: seen - (ended and seen == whole)])
-        if start is not None:
-            return Loop(seen, start)
     return None

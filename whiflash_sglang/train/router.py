@@ -333,9 +333,7 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
     stores = open_stores(config)
-    target = origin_of(
-        config, target_path, stores, device=config.hardware.device, dtype=config.hardware.torch_dtype
-    )
+    target = origin_of(config, target_path, stores, **config.hardware.place)
     provenance = Provenance.start(config, stores)
     pair = Pair.load(drafters, target)
     sources = choose_answers(stores, drafters.checkpoints, settings.answers)

@@ -19,8 +19,10 @@ from sglang.srt.model_executor.cuda_graph_config import Backend
 from torch import Tensor
 
 from whiflash_sglang.compat import patching
+from whiflash_sglang.compat.forward.captured import may_capture
 from whiflash_sglang.compat.training import recorder
 from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.models.config_json import read_json_config
 
 R = TypeVar("R")
 TERMINATED = 143
@@ -60,10 +62,17 @@ class OfflineEngine:
             arguments: the user's, of SGLang's. chosen: those that the caller decides.
 
         Raises:
-            ConfigError: the user's arguments are not SGLang's, or not for him to choose here.
+            ConfigError: the model's layers cannot be captured; the user's arguments are not SGLang's, or not for him
+                to choose here.
             IncompatibleEngineError: this is another release.
         """
         patching.require_version()
+        architecture = (read_json_config(model).get("architectures") or ["?"])[0]
+        if not may_capture(architecture):
+            raise ConfigError(
+                f"{model} is a {architecture}, whose layers' outputs SGLang cannot capture: no drafter can be trained "
+                "for it"
+            )
         options = {
             "model_path": str(model),
             "disable_radix_cache": True,

@@ -143,12 +143,10 @@ class BestLogit:
     def _forward(self, reference: Reference, position: int) -> float:
         import torch
 
-        from whiflash_sglang.models.target import TargetModel, causal_attention
+        from whiflash_sglang.models.target import TargetModel
 
         if self._model is None:
             dtype = getattr(torch, self._dtype)
             self._model = TargetModel(self._target, device=torch.device("cpu"), dtype=dtype)
-        tokens = torch.tensor([*reference.input_ids, *reference.tokens[:position]])
-        attend = causal_attention(len(tokens), self._model.device, self._model.dtype)
-        final = self._model.forward(tokens, torch.arange(len(tokens)), attend, ()).final
-        return float(self._model.logits(final[-1])[reference.tokens[position]])
+        text = [*reference.input_ids, *reference.tokens[:position]]
+        return float(self._model.next_logits(text)[reference.tokens[position]])

@@ -26,12 +26,14 @@ from whiflash_sglang.lab.judging.evaluation import (
     answer_and_replay,
     load_router,
 )
+from whiflash_sglang.models.origin import Origin, Vocabulary
 from whiflash_sglang.progress import progress
-from whiflash_sglang.train.answers.data import LoadedTarget, load_target, target_path
+from whiflash_sglang.train.answers.data import target_path
 from whiflash_sglang.train.answers.prompts import read_rows
 from whiflash_sglang.train.answers.store import open_stores
 from whiflash_sglang.train.bundle import update_manifest
 from whiflash_sglang.train.config import TrainConfig
+from whiflash_sglang.train.drafters.initialisation import origin_of
 from whiflash_sglang.train.replay import ARMS, Pair, Parts, Replay, ReplayLog, replay_answers, replay_name
 from whiflash_sglang.train.rounds import Tally
 from whiflash_sglang.train.router import choose_answers, entropy_of, is_held_out, plot_thresholds
@@ -140,8 +142,9 @@ def calibrate(bundle: Path, settings: CalibrationSettings) -> dict[str, Any]:
         config, hardware = settings.config, settings.config.hardware
         if hardware.threads:
             torch.set_num_threads(hardware.threads)
-        template = None if manifest.chat_template is None else bundle / manifest.chat_template
-        target = load_target(manifest.target, template, config.capture, hardware)
+        target: Vocabulary | Origin = origin_of(
+            config, target_path(manifest.target), open_stores(config), **hardware.place
+        )
         answers = stored_answers(config, bundle, target, settings.per_category)
     else:
         rows = _per_category(read_rows(settings.prompts or Path()), settings.per_category)
@@ -168,14 +171,14 @@ def _per_category(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, 
 
 
 def stored_answers(
-    config: TrainConfig, bundle: Path, target: LoadedTarget, per_category: int
+    config: TrainConfig, bundle: Path, target: Vocabulary | Origin, per_category: int
 ) -> list[Replay]:
     """Replays of stored answers that the router was not trained on, at most `per_category` each.
 
     Replays that `whiflash train router` made are used again.
     """
     parts = Parts.of_bundle(bundle, config.router.eagle_steps)
-    pair = Pair.load(parts, target.model)
+    pair = Pair.load(parts, target)
     log = ReplayLog(config.work / "router", pair)
     stores = open_stores(config)
     held_out = [
@@ -195,7 +198,7 @@ def stored_answers(
 def calibrate_bundle(
     bundle: Path,
     answers: Sequence[Replay],
-    target: LoadedTarget,
+    target: Vocabulary | Origin,
     seconds: RoundSeconds,
     picture: Path | None,
 ) -> dict[str, Any]:
@@ -206,8 +209,7 @@ def calibrate_bundle(
         choice.
     """
     manifest = load_manifest(bundle)
-    head = target.model.head
-    entropy = [entropy_of(answer.final, head).double().clamp(min=0).numpy() for answer in answers]
+    entropy = [entropy_of(answer.final, target.head).double().clamp(min=0).numpy() for answer in answers]
     dwell = manifest.entropy.min_dwell
     curves = {"entropy": sweep(answers, entropy, seconds, lowest=0.0, min_dwell=dwell)}
     changes: dict[str, Any] = {"entropy": {"tau": round(curves["entropy"].chosen, 4), "min_dwell": dwell}}

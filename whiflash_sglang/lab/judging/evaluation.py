@@ -15,6 +15,7 @@ from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.origin import Origin, Vocabulary
 from whiflash_sglang.models.router import Router
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import route
@@ -22,10 +23,11 @@ from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import PROBE_ROUNDS, AutoPolicy
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.train.answers.data import LoadedTarget, answer_rows, is_embedded, load_target
+from whiflash_sglang.train.answers.data import answer_rows, is_embedded, target_path
 from whiflash_sglang.train.answers.prompts import balanced, read_rows
+from whiflash_sglang.train.answers.served import serve
 from whiflash_sglang.train.answers.store import FeatureStore
-from whiflash_sglang.train.config import Data, Hardware, Slots
+from whiflash_sglang.train.config import Data, Hardware
 from whiflash_sglang.train.replay import (
     ARMS,
     JOINED,
@@ -176,14 +178,11 @@ class EvaluationSettings:
     hardware: Hardware = field(default_factory=Hardware)
 
 
-SLOTS = (Slots(rows=24, capacity=512), Slots(rows=6, capacity=1152), Slots(rows=3, capacity=4096))
-
-
 @dataclass(frozen=True)
 class AnsweredBundle:
     """A bundle's replays over the target's own answers to some prompts."""
 
-    target: LoadedTarget
+    target: Vocabulary
     answers: list[Replay]
     prompts: int
     skipped: int
@@ -214,30 +213,36 @@ def answer_and_replay(
     template = None if manifest.chat_template is None else bundle / manifest.chat_template
     if settings.hardware.threads:
         torch.set_num_threads(settings.hardware.threads)
-    target = load_target(manifest.target, template, capture, settings.hardware)
+    data = Data(prompts=[], tool_choice_required=1.0, max_new_tokens=settings.max_new_tokens)
     chosen = list(balanced(rows, {}, settings.seed))[: settings.limit]
     with tempfile.TemporaryDirectory() as scratch:
         work = settings.work or Path(scratch)
-        store = FeatureStore(
-            work / "answers", vectors=len(capture) + 1, hidden=target.model.hidden_size, layers=capture
-        )
-        store.truncate_to_index()
-        data = Data(
-            prompts=[],
-            tool_choice_required=1.0,
-            max_new_tokens=settings.max_new_tokens,
-            slots=list(SLOTS),
-        )
-        summary = answer_rows(chosen, target, data, store, keep_loops=True)
+        with serve(
+            target_path(manifest.target),
+            manifest.target,
+            capture,
+            data,
+            settings.hardware,
+            work=work,
+            template=template,
+            seed=settings.seed,
+        ) as served:
+            store = FeatureStore(
+                work / "answers", vectors=len(capture) + 1, hidden=served.hidden_size, layers=capture
+            )
+            store.truncate_to_index()
+            summary = answer_rows(chosen, served, store, keep_loops=True)
+        target = Vocabulary.read(work / "target", manifest.target, settings.hardware.torch_dtype)
+        target = target.to(torch.device(settings.hardware.device))
         wanted = {row["id"] for row in chosen}
-        pair = Pair.load(Parts.of_bundle(bundle, settings.eagle_steps), target.model)
+        pair = Pair.load(Parts.of_bundle(bundle, settings.eagle_steps), target)
         sources = [Source(store, record) for record in store.records if record.id in wanted]
         answers = replay_answers(pair, sources, ReplayLog(work / "replays", pair))
     return AnsweredBundle(target, answers, len(chosen), summary.skipped)
 
 
 def routers_of(
-    bundle: Path, answers: Sequence[Replay], target: LoadedTarget, eagle_steps: int
+    bundle: Path, answers: Sequence[Replay], target: Vocabulary, eagle_steps: int
 ) -> dict[str, RouterWalk]:
     """The bundle's routers at its own thresholds, and `auto`: unpriced, and for the
     embedded target, whose prices are known, priced. Beside one drafter alone there are no routers that
@@ -245,7 +250,7 @@ def routers_of(
     """
     manifest = load_manifest(bundle)
     tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
-    nats = [entropy_of(answer.final, target.model.head).tolist() for answer in answers]
+    nats = [entropy_of(answer.final, target.head).tolist() for answer in answers]
     walks = {}
     if len(manifest.drafters) == 2:
         walks["entropy"] = RouterWalk([choices_above(one, tau) for one in nats], dwell)
@@ -264,15 +269,15 @@ def routers_of(
     return walks
 
 
-def load_router(bundle: Path, target: LoadedTarget) -> Router:
+def load_router(bundle: Path, target: Vocabulary | Origin) -> Router:
     """The bundle's router in fp32. Raises `CheckpointError` where it cannot be used, and where it has none."""
     manifest = load_manifest(bundle)
     if manifest.router is None:
         raise CheckpointError(f"{bundle} has no router: run `whiflash train router --bundle {bundle}` first")
     return Router.load(
         bundle / manifest.router.path,
-        hidden_size=target.model.hidden_size,
-        device=target.model.device,
+        hidden_size=target.head.shape[1],
+        device=target.head.device,
         dtype=torch.float32,
         delta_sign=manifest.router.delta_sign,
     )

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from whiflash_sglang.equality import TopTwo, bf16_ulp, is_tie
-from whiflash_sglang.models.target import TargetModel, causal_attention
+from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.progress import progress, tracked
-from whiflash_sglang.train.answers.data import Teacher
+from whiflash_sglang.train.answers.served import ServedTarget
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, unique_answers
 
 _SMALL_VOCABULARY = 2**16
@@ -75,7 +75,7 @@ class Exported:
 
 
 def rebuild_features(
-    path: Path, target: Teacher, store: FeatureStore, prompts: Collection[str] | None = None
+    path: Path, target: ServedTarget, store: FeatureStore, prompts: Collection[str] | None = None
 ) -> int:
     """Run the target over the sequences of an `export_tokens` file and append what `store` lacks; returns how many.
 
@@ -167,7 +167,7 @@ def judge(exported: Exported, copies: Copies, target: TargetModel) -> dict[str, 
         if parting.position is None:
             continue
         one, other = (exported.tokens(i) for i in (parting.first, parting.second))
-        logits = next_logits(target, one[: parting.position])
+        logits = target.next_logits(one[: parting.position])
         a, b = (float(logits[tokens[parting.position]]) for tokens in (one, other))
         two = TopTwo(max(a, b), abs(a - b))
         ties += is_tie(two, dtype)
@@ -180,12 +180,3 @@ def judge(exported: Exported, copies: Copies, target: TargetModel) -> dict[str, 
         if gaps
         else None,
     }
-
-
-@torch.inference_mode()
-def next_logits(target: TargetModel, tokens: Tensor) -> Tensor:
-    """The target's logits [V] fp32 behind `tokens` [T]."""
-    tokens = tokens.to(target.device)
-    attend = causal_attention(len(tokens), target.device, target.dtype)
-    output = target.forward(tokens, torch.arange(len(tokens), device=tokens.device), attend, ())
-    return target.logits(output.final[-1:])[0].float()

@@ -23,7 +23,7 @@ def origin_of(
     path: Path,
     stores: Sequence[FeatureStore],
     *,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Origin:
     """The target at `path` as drafters begin from it: read whole where this package knows its layers, else what SGLang
