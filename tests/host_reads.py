@@ -42,7 +42,7 @@ UPLOADS = frozenset({"tensor", "as_tensor", "from_numpy", "asarray"})
 
 
 STAND_INS = (
-    "whiflash_kernels/reference/",
+    "whiflash_kernels/",
     "whiflash_sglang/platform/",
     "whiflash_sglang/models/recurrent.py",
 )

@@ -12,25 +12,12 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from cases import (
-    Bench,
-    Case,
-    attention_cases,
-    backlog_cases,
-    block_cases,
-    catch_up_cases,
-    router_cases,
-    routing_cases,
-    switch_call,
-)
-from draft_cases import copy_cases, draft_cases, pass_cases
-from layer_cases import layer_cases
+from cases import KERNELS, Bench, Case, backlog_cases, catch_up_cases, layer_cases, routing_cases, switch_call
 from measure import Call, Ceilings, Timing, as_graph, ceilings, forced, time_call
 from provenance import cpu_name, provenance
 from shapes import SHAPES
@@ -89,18 +76,9 @@ def measure(
 def all_cases(bench: Bench) -> Iterator[Case]:
     """Every op; on a GPU also at sizes that fill the chip."""
     on_gpu = bench.device.type == "cuda"
-    return chain(
-        routing_cases(bench, fill=1024 if on_gpu else None),
-        backlog_cases(bench, fill=bench.slots - 1 if on_gpu else None),
-        catch_up_cases(bench),
-        attention_cases(bench),
-        block_cases(bench),
-        pass_cases(bench),
-        draft_cases(bench),
-        copy_cases(bench),
-        router_cases(bench),
-        layer_cases(bench),
-    )
+    fill = {routing_cases: 1024, backlog_cases: bench.slots - 1} if on_gpu else {}
+    for family in (*KERNELS, catch_up_cases, layer_cases):
+        yield from family(bench, fill[family]) if family in fill else family(bench)
 
 
 def switch_rows(bench: Bench, budget_ms: int) -> Iterator[Row]:

@@ -11,25 +11,33 @@ from torch.nn.functional import scaled_dot_product_attention
 from whiflash_kernels import (
     BacklogRings,
     DFlashWeights,
+    Drafts,
     Eagle3Weights,
     KVPools,
     accept_and_commit,
+    choose_drafts,
+    claim_backlogs,
+    cut_drafts,
     dflash_catch_up,
     draft_attention,
+    draft_inputs,
     eagle3_catch_up,
+    lay_drafts,
     park,
+    pass_rows,
     prepare_mixed_block,
+    propose_copies,
     router_mlp,
     routing_stats,
     unpark,
 )
-from whiflash_kernels.reference import attention as reference
+from whiflash_kernels.layers import rms_norm, silu_and_mul
+from whiflash_kernels.reference import attention
 
-CONTEXT = 2048
-BATCHES = (1, 8, 32)
-BACKLOGS = (1, 16, 64)
 CAPACITY = 64
-CATCH_UP_ROWS = (1, 16, 64, 512)
+COPIED = 24
+"""Tokens of a copy."""
+BINS = 11
 
 
 @dataclass(frozen=True)
@@ -49,38 +57,55 @@ class Case:
     """The reference for torch.compile, where the op hides it behind an operator of torch; None: ``call``."""
 
 
-class Bench:
-    """Random tensors of one model on one device."""
+@dataclass(frozen=True)
+class Sizes:
+    """Requests of a batch, parked rows and ingested rows that are measured, and positions of a request."""
 
-    def __init__(self, shape: ModelShape, device: torch.device, largest_batch: int) -> None:
-        self.shape, self.device, self.slots = shape, device, largest_batch + 1
-        self.generator = torch.Generator(device=device).manual_seed(0)
-        table = torch.randperm(self.slots * CONTEXT, device=device, generator=self.generator)
-        self.table = table.view(self.slots, CONTEXT).int()
+    batches: tuple[int, ...] = (1, 8, 32)
+    backlogs: tuple[int, ...] = (1, 16, 64)
+    rows: tuple[int, ...] = (1, 16, 64, 512)
+    context: int = 2048
+
+
+class Bench:
+    """Random tensors of one model on one device; on `meta` tensors without numbers."""
+
+    def __init__(
+        self, shape: ModelShape, device: torch.device, largest_batch: int, sizes: Sizes = Sizes()
+    ) -> None:
+        self.shape, self.device, self.slots, self.sizes = shape, device, largest_batch + 1, sizes
+        self.generator = None if device.type == "meta" else torch.Generator(device=device).manual_seed(0)
+        self.table = self.order(self.slots * sizes.context).view(self.slots, sizes.context).int()
         self.rings = BacklogRings(
             self.random(self.slots, CAPACITY, shape.captured * shape.hidden),
             self.below(shape.vocab, self.slots, CAPACITY),
         )
-        self.text = torch.zeros(self.slots, CONTEXT, dtype=torch.int64, device=device)
-        self.rope = torch.rand(CONTEXT, shape.dim, device=device, generator=self.generator) * 2 - 1
+        self.text = torch.zeros(self.slots, sizes.context, dtype=torch.int64, device=device)
+        self.rope = self.chances(sizes.context, shape.dim) * 2 - 1
 
     def random(self, *size: int) -> torch.Tensor:
         scale = size[-1] ** -0.5 if len(size) > 1 else 1.0
         values = torch.randn(size, device=self.device, generator=self.generator, dtype=self.shape.dtype)
         return values.mul_(scale)
 
+    def chances(self, *size: int) -> torch.Tensor:
+        return torch.rand(size, device=self.device, generator=self.generator)
+
+    def order(self, count: int) -> torch.Tensor:
+        return torch.randperm(count, device=self.device, generator=self.generator)
+
     def below(self, limit: int, *size: int) -> torch.Tensor:
         return torch.randint(0, limit, size, device=self.device, generator=self.generator)
 
     def pools(self, layers: int) -> KVPools:
-        size = (self.slots * CONTEXT, self.shape.kv_heads, self.shape.dim)
+        size = (self.slots * self.sizes.context, self.shape.kv_heads, self.shape.dim)
         return KVPools(
             tuple(self.random(*size) for _ in range(layers)),
             tuple(self.random(*size) for _ in range(layers)),
         )
 
     def request_slots(self, batch: int) -> torch.Tensor:
-        return torch.randperm(self.slots, device=self.device, generator=self.generator)[:batch]
+        return self.order(self.slots)[:batch]
 
     def dflash_weights(self) -> DFlashWeights:
         s = self.shape
@@ -104,8 +129,8 @@ class Bench:
         )
 
 
-def routing_cases(bench: Bench, fill: int | None) -> Iterator[Case]:
-    for rows in (*BATCHES, *([] if fill is None else [fill])):
+def routing_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
+    for rows in (*bench.sizes.batches, *([] if fill is None else [fill])):
         logits = bench.random(rows, bench.shape.vocab).mul_(bench.shape.vocab**0.5 * 3)
         label = f"{rows} x {bench.shape.vocab}"
         yield Case(
@@ -113,14 +138,14 @@ def routing_cases(bench: Bench, fill: int | None) -> Iterator[Case]:
         )
 
 
-def backlog_cases(bench: Bench, fill: int | None) -> Iterator[Case]:
+def backlog_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
     """park: a verification's 16 rows for each request; unpark: the DFlash drafter's columns."""
     s = bench.shape
     width = s.captured * s.hidden
     largest = [] if fill is None else [(fill, CAPACITY)]
-    for batch, length in [(b, s.block) for b in BATCHES] + largest:
+    for batch, length in [(b, s.block) for b in bench.sizes.batches] + largest:
         features, tokens = bench.random(batch * length, width), bench.below(s.vocab, batch * length)
-        slots, begins = bench.request_slots(batch), bench.below(CONTEXT - CAPACITY, batch)
+        slots, begins = bench.request_slots(batch), bench.below(bench.sizes.context - CAPACITY, batch)
         lengths = torch.full_like(begins, length)
         starts = torch.arange(0, batch * length, length, device=bench.device)
         arguments = (bench.rings, features, tokens, slots, begins, lengths, starts)
@@ -129,8 +154,8 @@ def backlog_cases(bench: Bench, fill: int | None) -> Iterator[Case]:
             "park", f"{batch} x {length} rows", call, 2 * features.nbytes, fills_the_chip=batch == fill
         )
     taken = len(s.dflash_chunks) * s.hidden * bench.rings.features.element_size()
-    for batch, length in [(b, n) for b in BATCHES for n in BACKLOGS] + largest:
-        slots, begins = bench.request_slots(batch), bench.below(CONTEXT - CAPACITY, batch)
+    for batch, length in [(b, n) for b in bench.sizes.batches for n in bench.sizes.backlogs] + largest:
+        slots, begins = bench.request_slots(batch), bench.below(bench.sizes.context - CAPACITY, batch)
         arguments = (bench.rings, slots, begins, begins + length, bench.table)
         options = {"rows": batch * length, "chunks": s.dflash_chunks, "chunk_width": s.hidden}
         call = partial(unpark, *arguments, **options)
@@ -142,9 +167,9 @@ def catch_up_cases(bench: Bench) -> Iterator[Case]:
     s = bench.shape
     dflash, eagle3 = bench.dflash_weights(), bench.eagle3_weights()
     dflash_pools, eagle3_pools = bench.pools(s.dflash_layers), bench.pools(1)
-    for rows in CATCH_UP_ROWS:
-        slots = torch.randperm(bench.slots * CONTEXT, device=bench.device, generator=bench.generator)[:rows]
-        positions, tokens = bench.below(CONTEXT, rows), bench.below(s.vocab, rows)
+    for rows in bench.sizes.rows:
+        slots = bench.order(bench.slots * bench.sizes.context)[:rows]
+        positions, tokens = bench.below(bench.sizes.context, rows), bench.below(s.vocab, rows)
         features = bench.random(rows, dflash.fc.shape[1])
         arguments = (features, positions, slots, dflash, bench.rope, dflash_pools)
         written = rows * dflash.kv.shape[0] * features.element_size()
@@ -182,11 +207,11 @@ def upstream_dflash(bench: Bench, arguments: tuple) -> dict[str, Call]:
 
 def block_cases(bench: Bench) -> Iterator[Case]:
     s = bench.shape
-    for batch in BATCHES:
-        widths = torch.tensor([(1, 4, s.block)[b % 3] for b in range(batch)], device=bench.device)
-        rows = int(widths.sum())
+    for batch in bench.sizes.batches:
+        each = [(1, 4, s.block)[b % 3] for b in range(batch)]
+        widths, rows = torch.tensor(each, device=bench.device), sum(each)
         bonus, drafts = bench.below(s.vocab, batch), bench.below(s.vocab, batch, s.block - 1)
-        lengths, slots = bench.below(CONTEXT - s.block, batch), bench.request_slots(batch)
+        lengths, slots = bench.below(bench.sizes.context - s.block, batch), bench.request_slots(batch)
         arguments = (bonus, drafts, widths, lengths, slots, bench.table)
         block = prepare_mixed_block(*arguments, rows=rows)
         predictions = block.input_ids.roll(-1)
@@ -208,24 +233,27 @@ def block_cases(bench: Bench) -> Iterator[Case]:
 
 
 def attention_cases(bench: Bench) -> Iterator[Case]:
-    """A chain step and a block over nearly the whole context."""
-    s = bench.shape
-    for batch in BATCHES:
+    """A chain step and a block over the whole context."""
+    s, context = bench.shape, bench.sizes.context
+    for batch in bench.sizes.batches:
         for width in (1, s.block):
             q, pool = bench.random(batch * width, s.heads, s.dim), bench.pools(1)
-            slots, lengths = bench.request_slots(batch), bench.below(64, batch) + CONTEXT - 64 - width
+            slots, lengths = (
+                bench.request_slots(batch),
+                torch.full((batch,), context - width, device=bench.device),
+            )
             arguments = (q, pool.k[0], pool.v[0], bench.table, slots, lengths)
             options = {"extra": width, "width": width, "causal": width == 1, "scale": s.dim**-0.5}
-            entries = int(lengths.sum()) + batch * width
+            entries = batch * context
             yield Case(
                 "draft_attention",
-                f"{batch} x {width} rows over {CONTEXT - 64} or more",
+                f"{batch} x {width} rows over {context}",
                 partial(draft_attention, *arguments, **options),
                 2 * entries * s.kv_heads * s.dim * q.element_size() + 2 * q.nbytes,
                 4 * entries * width * s.heads * s.dim,
                 others={"torch, K and V contiguous": contiguous_attention(bench, q, batch, width)},
                 compilable=partial(
-                    reference.draft_attention, *arguments, **options, window=None, longest=CONTEXT
+                    attention.draft_attention, *arguments, **options, window=None, longest=context
                 ),
             )
 
@@ -234,7 +262,7 @@ def contiguous_attention(bench: Bench, q: torch.Tensor, batch: int, width: int) 
     """torch's fused attention where nothing is paged and all contexts are equally long: what it does at best."""
     s = bench.shape
     by_head = q.view(batch, width, s.heads, s.dim).transpose(1, 2)
-    keys, values = (bench.random(batch, s.kv_heads, CONTEXT, s.dim) for _ in range(2))
+    keys, values = (bench.random(batch, s.kv_heads, bench.sizes.context, s.dim) for _ in range(2))
     return partial(scaled_dot_product_attention, by_head, keys, values, enable_gqa=True)
 
 
@@ -246,7 +274,7 @@ def router_cases(bench: Bench) -> Iterator[Case]:
         bench.random(1, s.router_units),
         bench.random(1),
     )
-    for batch in BATCHES:
+    for batch in bench.sizes.batches:
         hidden = bench.random(batch, s.hidden)
         yield Case(
             "router_mlp",
@@ -257,10 +285,146 @@ def router_cases(bench: Bench) -> Iterator[Case]:
         )
 
 
+def pass_cases(bench: Bench) -> Iterator[Case]:
+    """What a round reads before its drafts: backlogs of two drafters, a chain's inputs, a block's rows."""
+    s = bench.shape
+    width = len(s.eagle3_chunks) * s.hidden * bench.rings.features.element_size()
+    for batch in bench.sizes.batches:
+        slots, lengths = bench.request_slots(batch), bench.below(bench.sizes.context - s.block, batch) + 1
+        marks = torch.zeros(2, bench.slots, dtype=torch.int64, device=bench.device)
+        due = torch.ones(2, batch, dtype=torch.int64, device=bench.device)
+        yield Case(
+            "claim_backlogs",
+            f"2 drafters, {batch} requests",
+            partial(claim_backlogs, marks, slots, lengths, due),
+            8 * (2 * batch + 5 * 2 * batch),
+        )
+        members, bonus = torch.arange(batch, device=bench.device), bench.below(s.vocab, batch)
+        chunks = {"chunks": s.eagle3_chunks, "chunk_width": s.hidden}
+        yield Case(
+            "draft_inputs",
+            f"{batch} requests",
+            partial(draft_inputs, bench.rings, members, slots, lengths, bonus, bonus, **chunks),
+            batch * (9 * 8 + 2 * width),
+        )
+        yield Case(
+            "pass_rows",
+            f"{batch} x {s.block} rows",
+            partial(pass_rows, bench.table, slots, lengths, bonus, offset=0, width=s.block, fill=0),
+            batch * (3 * 8 + s.block * (4 + 3 * 8)),
+        )
+
+
+def draft_cases(bench: Bench) -> Iterator[Case]:
+    """Half of a batch drafted by a chain of 7, half by a block; copies behind them, and in their place."""
+    s = bench.shape
+    edges = torch.linspace(0.1, 0.97, BINS - 1, device=bench.device)
+    calibration = torch.linspace(0.05, 0.99, BINS + 1, device=bench.device)
+    for batch in bench.sizes.batches:
+        slots, lengths = bench.request_slots(batch), bench.below(bench.sizes.context - 2 * COPIED, batch)
+        order = bench.order(batch)
+        parts = []
+        for members, width in ((order[: batch // 2], 7), (order[batch // 2 :], s.block - 1)):
+            sure = bench.chances(len(members), width)
+            limits = torch.full_like(members, width)
+            call = partial(cut_drafts, sure, calibration, edges, limits, worth=0.1)
+            if width == s.block - 1:
+                yield Case(
+                    "cut_drafts", f"{len(members)} x {width}", call, 8 * sure.numel() + 16 * len(members)
+                )
+            counts, alive = call()
+            tokens = bench.below(s.vocab, len(members), width)
+            parts.append((members, Drafts(tokens, counts, alive, sure)))
+        lay = partial(
+            lay_drafts,
+            [part for part in parts if len(part[0])],
+            slots,
+            lengths,
+            width=COPIED,
+            confidences=s.block - 1,
+            vocabulary=s.vocab,
+            text=bench.text,
+        )
+        read = sum(16 * own.tokens.numel() + 16 * len(members) for members, own in parts)
+        yield Case("lay_drafts", f"{batch} requests", lay, read + batch * (8 + 20 * COPIED + 4 * s.block))
+        chances = bench.chances(batch, COPIED).cumprod(1)
+        copies = Drafts(
+            bench.below(s.vocab, batch, COPIED), torch.full((batch,), 4, device=bench.device), chances
+        )
+        choose = partial(
+            choose_drafts,
+            lay(),
+            slots,
+            lengths,
+            bench.text,
+            appended=copies,
+            copies=copies,
+            worth=0.1,
+            room=4 * batch,
+        )
+        # The batch's drafts, those behind and the copies; tokens out twice, chances out and in.
+        moved = batch * COPIED * (3 * 12 + 2 * 8 + 2 * 4)
+        yield Case("choose_drafts", f"{batch} requests", choose, moved)
+
+
+def copy_cases(bench: Bench) -> Iterator[Case]:
+    """Texts that hold nothing to copy: each is walked to its beginning."""
+    context = bench.sizes.context
+    texts = torch.arange(bench.slots * context, device=bench.device).view(bench.slots, context)
+    boundaries = torch.tensor([1, 2, 3, 4, 6, 9, 14, 22], dtype=torch.int32, device=bench.device)
+    back = torch.zeros(bench.slots, dtype=torch.int64, device=bench.device)
+    for batch in bench.sizes.batches:
+        lengths = torch.full((batch,), context - 1, device=bench.device)
+        limits = torch.full_like(lengths, COPIED)
+        ones = torch.ones(batch, device=bench.device)
+        chances = torch.full((batch, 8, 4), 0.5, device=bench.device)
+        arguments = (texts, bench.request_slots(batch), lengths, back, limits, ones, chances, boundaries)
+        call = partial(propose_copies, *arguments, width=COPIED, worth=0.1)
+        yield Case("propose_copies", f"{batch} x {context} tokens", call, 8 * batch * context)
+
+
+def layer_cases(bench: Bench) -> Iterator[Case]:
+    s = bench.shape
+    for rows in sorted({size for batch in bench.sizes.batches for size in (batch, batch * s.block)}):
+        x, weight = bench.random(rows, s.hidden), bench.random(s.hidden)
+        yield Case(
+            "rms_norm",
+            f"{rows} x {s.hidden}",
+            without_gradients(partial(rms_norm, x, weight, 1e-6)),
+            2 * x.nbytes + weight.nbytes,
+        )
+        gate_up = bench.random(rows, 2 * s.intermediate)
+        yield Case(
+            "silu_and_mul",
+            f"{rows} x {s.intermediate}",
+            without_gradients(partial(silu_and_mul, gate_up)),
+            gate_up.nbytes * 3 // 2,
+        )
+
+
+def without_gradients(call: Call) -> Call:
+    """As a server calls it: what records gradients runs torch."""
+    guarded: Call = torch.no_grad()(call)
+    return guarded
+
+
+KERNELS = (
+    routing_cases,
+    backlog_cases,
+    attention_cases,
+    block_cases,
+    pass_cases,
+    draft_cases,
+    copy_cases,
+    router_cases,
+)
+"""Makers of cases that launch kernels of ours and no product of a library."""
+
+
 def switch_call(bench: Bench, arm: str, tokens: int = 16) -> Call:
     """A whole switch at batch 1: unpark, catch-up of ``tokens`` positions, routing statistics of one row."""
     s = bench.shape
-    slots, begins = bench.request_slots(1), bench.below(CONTEXT - tokens, 1)
+    slots, begins = bench.request_slots(1), bench.below(bench.sizes.context - tokens, 1)
     logits = bench.random(1, s.vocab)
     chunks = s.dflash_chunks if arm == "diffusion" else s.eagle3_chunks
     pools = bench.pools(s.dflash_layers if arm == "diffusion" else 1)

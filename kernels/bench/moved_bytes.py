@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,25 +22,12 @@ if __name__ == "__main__":  # before Triton is imported
     os.environ |= {"TRITON_INTERPRET": "1", "WHIFLASH_KERNELS": "triton"}
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cases
-import draft_cases
 import numpy as np
 import torch
-from cases import Bench, Case
+from cases import KERNELS, Bench, Case, Sizes
 from shapes import SHAPES
 
 SECTOR = 32
-FAMILIES = (
-    partial(cases.routing_cases, fill=None),
-    partial(cases.backlog_cases, fill=None),
-    cases.attention_cases,
-    cases.block_cases,
-    draft_cases.pass_cases,
-    draft_cases.draft_cases,
-    draft_cases.copy_cases,
-    cases.router_cases,
-)
-"""Makers of cases that launch kernels of ours and no product of a library."""
 
 
 @dataclass
@@ -107,16 +93,13 @@ def counted_traffic() -> Iterator[Traffic]:
         yield found
 
 
-def counted(
-    bench: Bench, batches: tuple[int, ...], only: str | None = None
-) -> Iterator[tuple[Case, Traffic]]:
+def counted(bench: Bench, only: str | None = None) -> Iterator[tuple[Case, Traffic]]:
     """Cases of the bench that launch kernels of ours and no product of a library, and what they moved."""
-    with mock.patch.object(cases, "BATCHES", batches), mock.patch.object(draft_cases, "BATCHES", batches):
-        for case in (case for family in FAMILIES for case in family(bench)):
-            if only in (None, case.op):
-                with counted_traffic() as found:
-                    case.call()
-                yield case, found
+    for case in (case for family in KERNELS for case in family(bench)):
+        if only in (None, case.op):
+            with counted_traffic() as found:
+                case.call()
+            yield case, found
 
 
 def main() -> int:
@@ -125,11 +108,11 @@ def main() -> int:
     parser.add_argument("--only", help="cases of this op alone")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(SHAPES[arguments.shape], torch.device("cpu"), largest_batch=8)
+    bench = Bench(SHAPES[arguments.shape], torch.device("cpu"), 8, Sizes(batches=(2, 8)))
     print(
         "| op | case | programs | moved, KB | of the minimum | most of one, KB |\n|---|---|---:|---:|---:|---:|"
     )
-    for case, found in counted(bench, (2, 8), arguments.only):
+    for case, found in counted(bench, arguments.only):
         sizes = f"{found.moved / 1e3:.0f} | {found.moved / case.moved_bytes:.2f} | {found.most / 1e3:.1f}"
         print(f"| {case.op} | {case.label} | {len(found.by_program)} | {sizes} |", flush=True)
     return 0

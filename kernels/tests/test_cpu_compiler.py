@@ -180,5 +180,30 @@ def test_a_kernel_that_computes_something_else(monkeypatch: pytest.MonkeyPatch, 
     assert "position + 1 :" in source
     other.write_text(source.replace("position + 1 :", "position + 2 :"))
     monkeypatch.setattr(module, "_SOURCE", other)
-    with pytest.raises(OSError, match="computes something else"):
+    with pytest.raises(OSError, match="compute something else"):
         compiled_attention(tmp_path / "compiled")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "avx2", "said"),
+    [
+        ("torch", True, None),
+        ("auto", False, "attention in torch: this processor has no AVX2, which the compiled kernels are for"),
+        ("auto", True, "there is no C++ compiler (c++, g++ or clang++) on the PATH"),
+    ],
+)
+def test_torch_runs_where_a_kernel_cannot_be_had(
+    kernels: str,
+    avx2: bool,
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setenv("WHIFLASH_KERNELS", kernels)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(compiler, "has_avx2", lambda: avx2)
+    assert compiler.available("attention", compiled_attention, tmp_path) is None
+    assert [record.getMessage().endswith(said or "") for record in caplog.records] == [True] * bool(said)
+    assert list(tmp_path.iterdir()) == []

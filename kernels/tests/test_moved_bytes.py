@@ -39,20 +39,15 @@ def bench() -> Iterator[None]:
 
 @pytest.mark.skipif("triton" not in BACKENDS or torch.cuda.is_available(), reason="needs the interpreter")
 @pytest.mark.usefixtures("bench")
-def test_triton_programs_move_little_beside_what_they_must(monkeypatch: pytest.MonkeyPatch) -> None:
-    import cases
-    import draft_cases
+def test_triton_programs_move_little_beside_what_they_must() -> None:
     import moved_bytes
-
-    for module in (cases, draft_cases):
-        monkeypatch.setattr(module, "CONTEXT", 256)
-    monkeypatch.setattr(cases, "BACKLOGS", (4,))
 
     sizes = {"hidden": 256, "heads": 8, "kv_heads": 2, "dim": 64, "vocab": 4096, "router_units": 32}
     shape = replace(moved_bytes.SHAPES["smollm2-135m"], **sizes)
     found: dict[str, float] = {}
     with running("triton"):
-        for case, moved in moved_bytes.counted(moved_bytes.Bench(shape, torch.device("cpu"), 4), (2, 4)):
+        few = moved_bytes.Sizes(batches=(2, 4), backlogs=(4,), context=256)
+        for case, moved in moved_bytes.counted(moved_bytes.Bench(shape, torch.device("cpu"), 4, few)):
             found[case.op] = max(found.get(case.op, 0.0), moved.moved / case.moved_bytes)
     print({op: round(ratio, 2) for op, ratio in sorted(found.items())})
     assert found.keys() == MOST.keys()

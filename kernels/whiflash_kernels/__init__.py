@@ -1,6 +1,6 @@
 """Cache-switch kernels of WhiFlash: the device side of switching between speculative drafters.
 
-Every public op dispatches by device: Triton on CUDA, plain torch elsewhere. The environment variable
+Every public op is its torch reference; `dispatch.op` runs Triton instead on CUDA. The environment variable
 ``WHIFLASH_KERNELS`` (``auto``, ``torch`` or ``triton``) forces either; ``triton`` on CPU tensors works only
 under Triton's interpreter (``TRITON_INTERPRET=1``).
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from whiflash_kernels.cpu.paged_attention import CompiledAttention, fits
-from whiflash_kernels.dispatch import implementation
+from whiflash_kernels.reference import attention as reference
 
 _compiled: CompiledAttention | None = None
 
@@ -111,8 +111,9 @@ def _draft_attention(
         return _compiled.draft(
             q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window
         )
-    arguments = (q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window, longest)
-    return implementation(q, "attention").draft_attention(*arguments)
+    return reference.draft_attention(
+        q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window, longest
+    )
 
 
 # `torch.library.custom_op` would do the same and take five times as long a call.

@@ -1,13 +1,28 @@
 """Parking committed features in per-request rings, claiming ragged backlogs and packing them out of there."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from whiflash_kernels.dispatch import implementation
-from whiflash_kernels.structs import BacklogRings, Unparked
+from whiflash_kernels.dispatch import op
+from whiflash_kernels.structs import PAD_ROW, BacklogRings, Unparked
 
 
+def _check_features(rings: BacklogRings, features: Tensor, *_: Any, **__: Any) -> None:
+    if (
+        features.ndim != 2
+        or features.shape[1] != rings.features.shape[2]
+        or features.dtype != rings.features.dtype
+    ):
+        raise ValueError(
+            f"features must be [T, {rings.features.shape[2]}] {rings.features.dtype} to fit the rings, "
+            f"got {tuple(features.shape)} {features.dtype}"
+        )
+
+
+@op(_check_features)
 def park(
     rings: BacklogRings,
     features: Tensor,
@@ -49,20 +64,29 @@ def park(
     parks nothing and appends to the draft's KV in every round.
     Source: Lazy Catch-up, WhiFlash, arXiv 2606.07710.
     """
-    if (
-        features.ndim != 2
-        or features.shape[1] != rings.features.shape[2]
-        or features.dtype != rings.features.dtype
+    if all(length == 1 for length in lengths.tolist()):
+        # What a round without drafts leaves; see block.py.
+        source, ring_rows = row_starts, request_slots.long() * rings.capacity + begins % rings.capacity
+    else:
+        source, ring_rows = _ragged(rings.capacity, request_slots, begins, lengths, row_starts)
+    rings.features.flatten(0, 1).index_copy_(0, ring_rows, features.index_select(0, source))
+    rings.next_tokens.view(-1).index_copy_(0, ring_rows, next_tokens.index_select(0, source))
+
+
+def check_chunks(
+    rings: BacklogRings, *_: Any, chunks: Sequence[int] | None = None, chunk_width: int = 0, **__: Any
+) -> None:
+    """Raise ValueError for column groups outside of the features."""
+    width = rings.features.shape[2]
+    if chunks and not (
+        chunk_width > 0 and width % chunk_width == 0 and all(0 <= c < width // chunk_width for c in chunks)
     ):
         raise ValueError(
-            f"features must be [T, {rings.features.shape[2]}] {rings.features.dtype} to fit the rings, "
-            f"got {tuple(features.shape)} {features.dtype}"
+            f"chunks {tuple(chunks)} of {chunk_width} columns do not fit features of width {width}"
         )
-    bound = features.shape[0] if max_length is None else max_length
-    arguments = (rings, features, next_tokens, request_slots, begins, lengths, row_starts, bound)
-    implementation(features, "backlog").park(*arguments)
 
 
+@op(check_chunks)
 def unpark(
     rings: BacklogRings,
     request_slots: Tensor,
@@ -106,17 +130,39 @@ def unpark(
     ``append_paged_kv_cache`` goes the other way, from packed to paged.
     Source: Lazy Catch-up, WhiFlash, arXiv 2606.07710.
     """
-    width = rings.features.shape[2]
-    if chunks is not None and not (
-        chunk_width > 0 and width % chunk_width == 0 and all(0 <= c < width // chunk_width for c in chunks)
-    ):
+    lengths = (ends - begins).clamp_min(0).long()
+    owner = torch.repeat_interleave(lengths)
+    inside = torch.arange(owner.numel(), device=owner.device) - (lengths.cumsum(0) - lengths)[owner]
+    positions = begins[owner] + inside
+    slots = request_slots[owner].long()
+    ring_rows = slots * rings.capacity + positions % rings.capacity
+    table = rings.features.flatten(0, 1)
+    if chunks is None:
+        features = table[ring_rows]
+    else:
+        picked = torch.tensor(chunks, device=owner.device)
+        features = table.view(table.shape[0], -1, chunk_width)[ring_rows[:, None], picked].flatten(1)
+    packed = Unparked(
+        features=features,
+        next_tokens=rings.next_tokens.view(-1)[ring_rows],
+        positions=positions,
+        cache_slots=req_to_token[slots, positions].long(),
+        request_of_row=owner,
+        total=torch.tensor(owner.numel(), device=owner.device),
+    )
+    return packed if rows is None else _pad(packed, rows)
+
+
+def _check_claim(watermarks: Tensor, request_slots: Tensor, _: Tensor, due: Tensor) -> None:
+    if due.shape != (watermarks.shape[0], request_slots.shape[0]):
         raise ValueError(
-            f"chunks {tuple(chunks)} of {chunk_width} columns do not fit features of width {width}"
+            f"due must be {(watermarks.shape[0], request_slots.shape[0])}, got {tuple(due.shape)}"
         )
-    arguments = (rings, request_slots, begins, ends, req_to_token, rows, chunks, chunk_width)
-    return implementation(rings.features, "backlog").unpark(*arguments)
+    if not watermarks.is_contiguous():
+        raise ValueError("watermarks must be contiguous")
 
 
+@op(_check_claim)
 def claim_backlogs(
     watermarks: Tensor, request_slots: Tensor, seq_lens: Tensor, due: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -142,10 +188,43 @@ def claim_backlogs(
     Fallback: torch.
     Source: Lazy Catch-up, WhiFlash, arXiv 2606.07710.
     """
-    if due.shape != (watermarks.shape[0], request_slots.shape[0]):
+    slots = request_slots.long()
+    begins = watermarks[:, slots]
+    # No watermark is below 0, so what is not due stays.
+    ends = torch.maximum(begins, seq_lens * due)
+    watermarks.index_copy_(1, slots, ends)
+    return begins, ends
+
+
+def _ragged(
+    capacity: int, request_slots: Tensor, begins: Tensor, lengths: Tensor, row_starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Source row and ring row of everything that is parked."""
+    kept = lengths.clamp_max(capacity).long()
+    owner = torch.repeat_interleave(kept)
+    # Index inside the request's run of rows; a run longer than the ring keeps its last `capacity` rows.
+    inside = (
+        torch.arange(owner.numel(), device=owner.device) - (kept.cumsum(0) - kept - lengths + kept)[owner]
+    )
+    ring_rows = request_slots[owner].long() * capacity + (begins[owner] + inside) % capacity
+    return row_starts[owner] + inside, ring_rows
+
+
+def _pad(packed: Unparked, rows: int) -> Unparked:
+    missing = rows - packed.positions.numel()
+    if missing < 0:
         raise ValueError(
-            f"due must be {(watermarks.shape[0], request_slots.shape[0])}, got {tuple(due.shape)}"
+            f"the backlog holds {packed.positions.numel()} rows, more than rows={rows}: raise rows"
         )
-    if not watermarks.is_contiguous():
-        raise ValueError("watermarks must be contiguous")
-    return implementation(watermarks, "backlog").claim_backlogs(watermarks, request_slots, seq_lens, due)
+
+    def extend(tensor: Tensor, value: int) -> Tensor:
+        return torch.cat([tensor, tensor.new_full((missing, *tensor.shape[1:]), value)])
+
+    return Unparked(
+        features=extend(packed.features, 0),
+        next_tokens=extend(packed.next_tokens, 0),
+        positions=extend(packed.positions, 0),
+        cache_slots=extend(packed.cache_slots, PAD_ROW),
+        request_of_row=extend(packed.request_of_row, PAD_ROW),
+        total=packed.total,
+    )

@@ -1,11 +1,24 @@
 """Copying on the device: what followed the earlier occurrences of a text's end, and how far to trust it."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from whiflash_kernels.dispatch import implementation
-from whiflash_kernels.structs import Copies
+from whiflash_kernels.dispatch import op
+from whiflash_kernels.structs import MOST_MATCHED, PLACES, SURE, Copies
 
 
+def _check(tokens: Tensor, request_slots: Tensor, *rest: Tensor, width: int, **_: Any) -> None:
+    chances, boundaries = rest[-2:]
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+    expected = (request_slots.shape[0], boundaries.shape[0], 4)
+    if chances.shape != expected:
+        raise ValueError(f"chances must be {expected}, got {tuple(chances.shape)}")
+
+
+@op(_check)
 def propose_copies(
     tokens: Tensor,
     request_slots: Tensor,
@@ -65,10 +78,79 @@ def propose_copies(
     previous one's tokens on the host.
     Source: prompt lookup decoding; the bucketed chances are `whiflash_sglang.lookup.calibration`'s.
     """
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
-    expected = (request_slots.shape[0], boundaries.shape[0], 4)
-    if chances.shape != expected:
-        raise ValueError(f"chances must be {expected}, got {tuple(chances.shape)}")
-    arguments = (tokens, request_slots, seq_lens, back, limits, factors, chances, boundaries)
-    return implementation(tokens, "copies").propose_copies(*arguments, width, worth, min_match, behind)
+    slots, lengths = request_slots.long(), seq_lens.long() + 1
+    chance = torch.ones_like(lengths, dtype=torch.float32)
+    if behind is not None:
+        counts, alive = behind
+        lengths = lengths + counts
+        limits = torch.where(counts > 0, limits - counts, 0)
+        chance = alive.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+    last = back[slots]
+    sources = torch.where(last > 0, lengths - last, 0)
+    places = _places(tokens, slots, lengths, sources)
+    matched = _matched(tokens, slots, lengths, places)
+    matched = torch.where(matched < min_match, 0, matched)
+    # The first place given is the one to go on with: a later one of the same place adds nothing.
+    matched[:, 1:].masked_fill_(places[:, 1:] == places[:, :1], 0)
+    best = matched.argmax(1)  # the first of equals: places come newest first
+    length, source = (t.gather(1, best[:, None])[:, 0] for t in (matched, places))
+    source = torch.where(length > 0, source, 0)
+
+    following = matched > 0
+    out = torch.zeros(len(slots), width, dtype=torch.int64, device=tokens.device)
+    lives = torch.zeros(len(slots), width, dtype=torch.float32, device=tokens.device)
+    agreements = torch.zeros(len(slots), width, dtype=torch.int32, device=tokens.device)
+    widths = torch.zeros_like(lengths)
+    going = length > 0
+    period = (lengths[:, None] - places).clamp(min=1)
+    row = torch.arange(len(slots), device=tokens.device)
+    for depth in range(width):
+        said = tokens[slots[:, None], places + depth % period]
+        token = said.gather(1, best[:, None])[:, 0]
+        same = following & (said == token[:, None])
+        with_it = torch.where(same, matched, 0).amax(1)
+        without = torch.where(following & ~same, matched, 0).amax(1)
+        agreement = torch.where(without == 0, 1, torch.where(with_it > without, 2, 3))
+        agreement = torch.where(following.sum(1) == 1, 0, agreement)
+        bucket = (boundaries[None] <= (length + depth)[:, None]).sum(1) - 1
+        known = chances[row, bucket.clamp(min=0), agreement]
+        chance = chance * (known * factors if depth == 0 else known).clamp(max=SURE)
+        going = going & (depth < limits)
+        if depth > 0 or behind is not None:
+            going = going & (chance >= worth)
+        out[:, depth] = torch.where(going, token, 0)
+        lives[:, depth] = torch.where(going, chance, 0.0)
+        agreements[:, depth] = torch.where(going, agreement, 0)
+        widths += going
+        following = same
+    if behind is None:
+        back.index_copy_(0, slots, torch.where(length > 0, lengths - source, last))
+    return Copies(out, lives, widths, source, length, agreements)
+
+
+def _places(tokens: Tensor, slots: Tensor, lengths: Tensor, sources: Tensor) -> Tensor:
+    """[B, 1 + PLACES]: where the last copy goes on, then the newest places that match, 0 where there are fewer."""
+    longest = max(int(lengths.max()), 1) if len(lengths) else 1
+    place = torch.arange(longest, device=tokens.device)
+    text = tokens[slots, :longest]
+    end = (lengths - 1).clamp(min=0)[:, None]
+    before = torch.nn.functional.pad(text, (1, 0))[:, :longest]  # the token before place s, at s
+    one = (place > 0) & (place < lengths[:, None]) & (before == text.gather(1, end))
+    earlier = torch.nn.functional.pad(before, (1, 0))[:, :longest]
+    two = one & (place > 1) & (earlier == text.gather(1, (end - 1).clamp(min=0)))
+    wanted = torch.where(two.any(1, keepdim=True), two, one)
+    found = torch.where(wanted, place, 0)
+    found = torch.nn.functional.pad(found, (0, PLACES)).topk(PLACES, dim=1).values
+    usable = torch.where((sources > 0) & (sources < lengths), sources, 0)
+    return torch.cat([usable[:, None], found], dim=1)
+
+
+def _matched(tokens: Tensor, slots: Tensor, lengths: Tensor, places: Tensor) -> Tensor:
+    """[B, P]: tokens before each place that equal the text's end."""
+    back = torch.arange(1, MOST_MATCHED + 1, device=tokens.device)
+    at_place = places[:, :, None] - back
+    at_end = (lengths[:, None] - back)[:, None]
+    same = (at_place >= 0) & (at_end >= 0)
+    here = tokens[slots[:, None, None], at_place.clamp(min=0)]
+    same &= here == tokens[slots[:, None, None], at_end.clamp(min=0)]
+    return same.cumprod(2).sum(2)

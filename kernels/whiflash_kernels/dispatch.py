@@ -1,18 +1,21 @@
-"""Which implementation runs: Triton on CUDA tensors, the torch reference elsewhere."""
+"""The implementation that runs: Triton on CUDA tensors, the torch reference elsewhere."""
 
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
-import torch
+from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Backend = Literal["torch", "triton"]
 
 _CHOICES = ("auto", "torch", "triton")
 
 
-def backend_for(tensor: torch.Tensor) -> Backend:
+def backend_for(tensor: Tensor) -> Backend:
     """Return the implementation that serves ``tensor``'s device.
 
     ``WHIFLASH_KERNELS`` is read on every call, so it can be changed at run time: ``auto`` (default) picks
@@ -37,17 +40,38 @@ def backend_for(tensor: torch.Tensor) -> Backend:
     return "triton"
 
 
-def implementation(tensor: torch.Tensor, module: str) -> Any:
-    """The module of that name of the implementation that serves ``tensor``'s device; Triton is imported when needed.
+def op(check: Callable[..., None] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """The decorator of an op, whose body is its torch reference.
 
-    Functions of both have one signature: an op calls either with its own arguments in their order.
+    ``check`` sees the arguments first, and raises for those that do not fit. Then `implementation` runs.
+    """
+
+    def decorate(reference: Callable[P, R]) -> Callable[P, R]:
+        @wraps(reference)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if check is not None:
+                check(*args, **kwargs)
+            return implementation(reference, args)(*args, **kwargs)
+
+        return run
+
+    return decorate
+
+
+def implementation(reference: Callable[P, R], arguments: tuple[Any, ...]) -> Callable[P, R]:
+    """The function that serves the first tensor of ``arguments``: a reference, or the one of its name in Triton's
+    module of its module's name, which has the same signature. Triton is imported when needed.
 
     Raises:
         ValueError, RuntimeError: as `backend_for`.
     """
-    return _module("triton_kernels" if backend_for(tensor) == "triton" else "reference", module)
+    tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
+    if backend_for(tensor) == "torch":
+        return reference
+    found: Callable[P, R] = getattr(_kernels(reference.__module__.rpartition(".")[2]), reference.__name__)
+    return found
 
 
 @cache
-def _module(package: str, name: str) -> Any:
-    return import_module(f"whiflash_kernels.{package}.{name}")
+def _kernels(module: str) -> Any:
+    return import_module(f"whiflash_kernels.triton_kernels.{module}")

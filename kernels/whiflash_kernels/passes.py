@@ -1,13 +1,17 @@
 """The inputs of a drafter's pass, and the rows that it writes."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from whiflash_kernels.dispatch import implementation
+from whiflash_kernels.backlog import check_chunks
+from whiflash_kernels.dispatch import op
 from whiflash_kernels.structs import BacklogRings, DraftInputs, PassRows
 
 
+@op(check_chunks)
 def draft_inputs(
     rings: BacklogRings,
     members: Tensor | None,
@@ -43,17 +47,28 @@ def draft_inputs(
     Fallback: torch (one gather for each).
     Source: batched gathers; the chain's start is EAGLE-3's, arXiv 2503.01840.
     """
-    width = rings.features.shape[2]
-    if chunks and not (
-        chunk_width > 0 and width % chunk_width == 0 and all(0 <= c < width // chunk_width for c in chunks)
-    ):
-        raise ValueError(
-            f"chunks {tuple(chunks)} of {chunk_width} columns do not fit features of width {width}"
-        )
-    arguments = (rings, members, request_slots, seq_lens, bonus, limits, chunks, chunk_width)
-    return implementation(rings.features, "passes").draft_inputs(*arguments)
+    batch = (request_slots, seq_lens, bonus, limits)
+    slots, lengths, token, most = (t.long() if members is None else t[members].long() for t in batch)
+    features = rings.features
+    if chunks is not None and not chunks:
+        tail = features.new_empty(len(slots), 0)
+    else:
+        place = (lengths - 1) % rings.capacity
+        if chunks is None:
+            tail = features[slots, place]
+        else:
+            picked = torch.tensor(chunks, device=slots.device)
+            grid = features.view(*features.shape[:2], -1, chunk_width)
+            tail = grid[slots[:, None], place[:, None], picked].flatten(1)
+    return DraftInputs(slots, lengths, token, most, tail)
 
 
+def _check_width(*_: Any, width: int, **__: Any) -> None:
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+
+
+@op(_check_width)
 def pass_rows(
     req_to_token: Tensor,
     request_slots: Tensor,
@@ -86,7 +101,11 @@ def pass_rows(
     Fallback: torch.
     Source: DFlash's block layout, arXiv 2602.06036; EAGLE-3's chain, arXiv 2503.01840.
     """
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
-    arguments = (req_to_token, request_slots, seq_lens, bonus, offset, width, fill)
-    return implementation(req_to_token, "passes").pass_rows(*arguments)
+    positions = seq_lens[:, None] + torch.arange(offset, offset + width, device=seq_lens.device)
+    slots = req_to_token[request_slots[:, None], positions.clamp(min=0)]
+    slots = slots.to(torch.int64).masked_fill_(positions < 0, 0)
+    ids = None
+    if fill is not None:
+        ids = torch.full_like(positions, fill)
+        ids[:, 0] = bonus
+    return PassRows(positions, slots, ids)

@@ -1,10 +1,20 @@
 """The neural router: the target's final hidden state to predicted gains."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from whiflash_kernels.dispatch import implementation
+from whiflash_kernels.dispatch import op
 
 
+def _check(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
+    if w1.shape != (b1.shape[0], hidden.shape[1]) or w2.shape != (b2.shape[0], w1.shape[0]):
+        raise ValueError(
+            f"router layers {tuple(w1.shape)} + {tuple(b1.shape)} and {tuple(w2.shape)} + {tuple(b2.shape)} "
+            f"do not fit each other and hidden states of size {hidden.shape[1]}"
+        )
+
+
+@op(_check)
 def router_mlp(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """Two linear layers with an exact (erf) GELU between them.
 
@@ -31,9 +41,10 @@ def router_mlp(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -
     are gated and for training; FlashInfer has none.
     Source: WhiFlash, arXiv 2606.07710 (neural router).
     """
-    if w1.shape != (b1.shape[0], hidden.shape[1]) or w2.shape != (b2.shape[0], w1.shape[0]):
-        raise ValueError(
-            f"router layers {tuple(w1.shape)} + {tuple(b1.shape)} and {tuple(w2.shape)} + {tuple(b2.shape)} "
-            f"do not fit each other and hidden states of size {hidden.shape[1]}"
-        )
-    return implementation(hidden, "router").router_mlp(hidden, w1, b1, w2, b2)
+    return in_torch(hidden, w1, b1, w2, b2)
+
+
+def in_torch(hidden: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """The fallback."""
+    inner = F.gelu(F.linear(hidden.to(w1.dtype), w1, b1))
+    return F.linear(inner, w2, b2).float()

@@ -8,6 +8,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -71,25 +72,15 @@ class Launches:
 def kernels_taken(world: Streams) -> Iterator[Launches]:
     """Our kernels are taken by their references."""
     launches = Launches(world)
-    find = dispatch._module
 
-    def module(package: str, name: str) -> Any:
-        reference = find("reference", name)
-        return reference if package == "reference" else _Kernels(reference, launches)
+    def taken(reference: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        tensor = next(argument for argument in arguments if isinstance(argument, torch.Tensor))
+        if dispatch.backend_for(tensor) == "torch":
+            return reference
+        return partial(launches.of, reference.__name__, reference)
 
-    with patch.object(dispatch, "_module", module):
+    with patch.object(dispatch, "implementation", taken):
         yield launches
-
-
-class _Kernels:
-    """A module of `triton_kernels`."""
-
-    def __init__(self, reference: Any, launches: Launches) -> None:
-        self._reference, self._launches = reference, launches
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        op = getattr(self._reference, name)
-        return lambda *args: self._launches.of(name, op, *args)
 
 
 def _mapped(tree: Any, of_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Any:

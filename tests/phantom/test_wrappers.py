@@ -49,7 +49,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.syspath_prepend(BENCH)
     yield found
-    for name in ("cases", "draft_cases", "moved_bytes", "shapes"):
+    for name in ("cases", "shapes"):
         sys.modules.pop(name, None)
 
 
@@ -57,22 +57,18 @@ def test_launching_waits_for_nothing(
     world: Streams, launches: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import cases
-    import draft_cases
-    import moved_bytes
     from shapes import SHAPES
 
-    for module in (cases, draft_cases):
-        monkeypatch.setattr(module, "CONTEXT", 256)
-        monkeypatch.setattr(module, "BATCHES", (2, 4))
+    few = cases.Sizes(batches=(2, 4), context=256)
     sizes = {"hidden": 256, "heads": 16, "kv_heads": 2, "dim": 128, "vocab": 32768, "router_units": 32}
     monkeypatch.setattr(cases, "torch", HostsNumbers())
     monkeypatch.setattr(
         cases, "upstream_dflash", lambda *_: {}
     )  # imports SGLang, which would take this for a card
-    bench = cases.Bench(replace(SHAPES["smollm2-135m"], **sizes), torch.device("cuda", 0), 4)
+    bench = cases.Bench(replace(SHAPES["smollm2-135m"], **sizes), torch.device("cuda", 0), 4, few)
     multiprocessors.cache_clear()
     with reached(places_for_cards()) as places:
-        families = (*moved_bytes.FAMILIES, cases.catch_up_cases)
+        families = (*cases.KERNELS, cases.catch_up_cases)
         for case in chain.from_iterable(family(bench) for family in families):
             case.call()  # tables of addresses are made once
             for noted in (world.stalls, world.pageable):

@@ -1,8 +1,6 @@
 """The attention backend's lengths and masks in every forward mode, against the paged attention itself."""
 
-from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +10,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
+from whiflash_kernels.cpu import compiler
 from whiflash_kernels.cpu.paged_attention import CompiledAttention, CompiledPlan
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
@@ -73,7 +72,7 @@ class TwoPools(Pool, SWAKVPool):
 def ensured_kernel() -> CompiledAttention | None:
     """The compiled kernel, also without AVX2; None without a compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "has_avx2", lambda: True)
+        patch.setattr(compiler, "has_avx2", lambda: True)
         return attention_kernel.__wrapped__()
 
 
@@ -255,36 +254,3 @@ def test_what_it_does_not_serve_is_refused(runner: Any, changes: dict[str, Any],
 def test_trees_are_refused(runner: Any) -> None:
     with pytest.raises(ValueError, match="speculative-eagle-topk 1"):
         CpuMultiStepDraftBackend(runner, 2, 4)
-
-
-@pytest.fixture
-def asked_anew() -> Iterator[None]:
-    attention_kernel.cache_clear()
-    yield
-    attention_kernel.cache_clear()
-
-
-def test_torch_can_be_forced(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WHIFLASH_KERNELS", "torch")
-    assert attention_kernel() is None
-
-
-def test_torch_is_chosen_without_avx2(
-    asked_anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(attention, "has_avx2", lambda: False)
-    monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path))
-    assert attention_kernel() is None
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_a_compiler_torch_goes_on(
-    asked_anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(attention, "has_avx2", lambda: True)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path))
-    assert attention_kernel() is None
-    assert attention_kernel() is None
-    (record,) = caplog.records  # Said once, with the cause.
-    assert record.getMessage().endswith("there is no C++ compiler (c++, g++ or clang++) on the PATH")

@@ -1,7 +1,6 @@
 """SGLang's layers on the CPU: what is compiled agrees with their torch code, and what is not taken goes there."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,26 +82,6 @@ def test_what_is_not_taken_goes_to_torch(compiled: None) -> None:
     found = layers.rotate(rope(), torch.arange(3), q, k, offsets)
     for one, other in zip(found, rope().forward_native(torch.arange(3), q, k, offsets), strict=True):
         assert torch.equal(one, other)
-
-
-def test_torch_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_compiled", None)
-    monkeypatch.setenv("WHIFLASH_KERNELS", "torch")
-    layers.use_compiled_layers()
-    assert kernels._compiled is None
-
-
-def test_without_a_compiler_torch_goes_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(kernels, "_compiled", None)
-    monkeypatch.setattr(layers, "has_avx2", lambda: True)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path))
-    layers.use_compiled_layers()
-    assert kernels._compiled is None
-    (record,) = caplog.records
-    assert record.getMessage().endswith("there is no C++ compiler (c++, g++ or clang++) on the PATH")
 
 
 def test_the_short_way_through_a_layer_is_the_same(

@@ -9,8 +9,6 @@ mixes causal, non-causal and sliding-window layers gets one plan per kind. Windo
 (`--swa-full-tokens-ratio`), whose slots the request table's are mapped to.
 """
 
-import logging
-import os
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -22,15 +20,13 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from whiflash_kernels.cpu.compiler import available
 from whiflash_kernels.cpu.paged_attention import CompiledAttention, CompiledPlan, compiled_attention, fits
 from whiflash_kernels.layers import write_rows
-from whiflash_kernels.processor import has_avx2
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 from whiflash_sglang.embedded import cache_root
-
-logger = logging.getLogger(__name__)
 
 
 class CpuAttentionBackend(AttentionBackend):
@@ -157,20 +153,8 @@ class CpuAttentionBackend(AttentionBackend):
 
 @cache
 def attention_kernel() -> CompiledAttention | None:
-    """The compiled kernel. None: with ``WHIFLASH_KERNELS=torch``; and, as a log line says, if it cannot be had.
-
-    Its loops are written for AVX2 and AVX-512; without either torch runs.
-    """
-    if os.environ.get("WHIFLASH_KERNELS") == "torch":
-        return None
-    if not has_avx2():
-        logger.info("attention runs in torch: this processor has no AVX2, which the compiled kernel is for")
-        return None
-    try:
-        return compiled_attention(cache_root() / "compiled")
-    except OSError as error:
-        logger.warning("compiled CPU attention is unavailable, torch's is used: %s", error)
-        return None
+    """The compiled kernel; None where torch runs."""
+    return available("CPU attention", compiled_attention, cache_root() / "compiled")
 
 
 class CpuMultiStepDraftBackend:

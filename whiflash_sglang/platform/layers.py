@@ -5,8 +5,6 @@ Registered for exact classes, as SGLang wants it of a platform; what the kernels
 torch code, and all of it does where they cannot be compiled.
 """
 
-import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,30 +12,20 @@ import torch
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from torch import Tensor, nn
 from whiflash_kernels import layers
+from whiflash_kernels.cpu.compiler import available
 from whiflash_kernels.cpu.layers import compiled_layers
 from whiflash_kernels.packed import linear
-from whiflash_kernels.processor import has_avx2
 
 from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.platform.attention import CpuAttentionBackend
 
-logger = logging.getLogger(__name__)
-
 
 def use_compiled_layers() -> None:
-    """Compute norms, activations and rotations of targets and drafters by compiled functions.
-
-    ``WHIFLASH_KERNELS=torch`` leaves torch's. A log line says if they cannot be had.
-    """
-    if os.environ.get("WHIFLASH_KERNELS") == "torch" or not has_avx2():
-        return
-    try:
-        layers.use(compiled_layers(cache_root() / "compiled"))
-    except OSError as error:
-        logger.warning("compiled CPU layers are unavailable, torch's are used: %s", error)
-        return
-    _register()
+    """Compute norms, activations and rotations of targets and drafters by compiled functions, where they can be had."""
+    if compiled := available("CPU arithmetic of layers", compiled_layers, cache_root() / "compiled"):
+        layers.use(compiled)
+        _register()
 
 
 def _register() -> None:

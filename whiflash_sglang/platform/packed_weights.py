@@ -6,16 +6,16 @@ again whenever its weights are updated; what other code does with a layer's weig
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from whiflash_kernels.cpu.compiler import available
 from whiflash_kernels.cpu.products import compiled_products
 from whiflash_kernels.packed import has_kernel, is_packed, linear, packable, unpack, use
-from whiflash_kernels.processor import has_avx2, onednn_has_bfloat16
+from whiflash_kernels.processor import onednn_has_bfloat16
 
 from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.models import packed
@@ -27,18 +27,9 @@ _had_room: WeakSet[nn.Module] = WeakSet()
 
 
 def use_compiled_products() -> None:
-    """Multiply bfloat16 by a compiled kernel where oneDNN cannot: with AVX2 alone torch takes 4 to 7 times as long.
-
-    ``WHIFLASH_KERNELS=torch`` leaves torch's. A log line says if the kernel cannot be had.
-    """
-    if os.environ.get("WHIFLASH_KERNELS") == "torch" or onednn_has_bfloat16() or not has_avx2():
-        return
-    try:
-        use(compiled_products(cache_root() / "compiled"))
-    except OSError as error:
-        logger.warning(
-            "compiled CPU products are unavailable, torch's are used, which are slow here: %s", error
-        )
+    """Multiply bfloat16 by a compiled kernel where oneDNN cannot: with AVX2 alone torch takes 4 to 7 times as long."""
+    if not onednn_has_bfloat16():
+        use(available("CPU multiplication", compiled_products, cache_root() / "compiled"))
 
 
 def pack_model(model: nn.Module) -> None:

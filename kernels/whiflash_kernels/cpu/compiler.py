@@ -1,20 +1,27 @@
-"""C++ sources, compiled for this machine's processor the first time that they are wanted."""
+"""C++ sources, compiled for this machine's processor the first time that they are wanted.
+
+`available` is the one place for the fallback to torch, `checked` for the comparison with it.
+"""
 
 import ctypes
 import hashlib
+import logging
 import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from whiflash_kernels.processor import instructions
+from whiflash_kernels.processor import has_avx2, instructions
+
+logger = logging.getLogger("whiflash_kernels")
+K = TypeVar("K")
 
 _PATIENCE = 120
 """Seconds after which a compiler is given up. It takes two."""
@@ -27,6 +34,37 @@ def profiled(name: str) -> Any:
     """A context that torch's profiler records as the operator `whiflash::NAME`, as it does torch's own; half a
     microsecond."""
     return torch._C._profiler._RecordFunctionFast(f"whiflash::{name}")
+
+
+def available(what: str, compiled: Callable[[Path], K], directory: Path) -> K | None:
+    """``compiled(directory)``, where it can be had; a log line says why it cannot, and torch runs.
+
+    The kernels' loops are written for AVX2 and AVX-512. ``WHIFLASH_KERNELS=torch`` leaves torch's.
+    """
+    if os.environ.get("WHIFLASH_KERNELS") == "torch":
+        return None
+    if not has_avx2():
+        logger.info("%s in torch: this processor has no AVX2, which the compiled kernels are for", what)
+        return None
+    try:
+        return compiled(directory)
+    except OSError as error:
+        logger.warning("compiled %s is unavailable, torch's is used, which is slower: %s", what, error)
+        return None
+
+
+def checked(library: ctypes.CDLL, kernel: K, agrees: Callable[[K], bool]) -> K:
+    """``kernel`` of a library, if it may run in this process.
+
+    Raises:
+        OSError: the library does not share torch's threads, or computes something else than torch.
+    """
+    # Torch is asked first: its answer sets how many threads a thread of Python's uses.
+    if torch.get_num_threads() != library.whiflash_threads():
+        raise OSError("the compiled functions do not run on torch's threads")
+    if not agrees(kernel):
+        raise OSError("the compiled functions compute something else than torch on this processor")
+    return kernel
 
 
 def load(source: Path, directory: Path, flags: Sequence[str] = ()) -> ctypes.CDLL:

@@ -180,13 +180,7 @@ def compiled_layers(directory: Path) -> CompiledLayers:
     library.whiflash_keep.argtypes = (*pool, *pool, pointer, number, long)
     for function in (library.whiflash_norm, library.whiflash_activate):
         function.restype = None
-    # Torch is asked first: its answer sets how many threads a thread of Python's uses.
-    if torch.get_num_threads() != library.whiflash_threads():
-        raise OSError("the compiled functions do not run on torch's threads")
-    layers = CompiledLayers(library)
-    if not _agrees(layers):
-        raise OSError("the compiled functions compute something else than torch on this processor")
-    return layers
+    return compiler.checked(library, CompiledLayers(library), _agrees)
 
 
 def _agrees(layers: CompiledLayers) -> bool:

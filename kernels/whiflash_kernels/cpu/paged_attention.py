@@ -193,13 +193,7 @@ def compiled_attention(directory: Path) -> CompiledAttention:
     """
     library = compiler.load(_SOURCE, directory, ["-fopenmp"])
     library.whiflash_paged_attention.restype = None
-    # Torch is asked first: its answer sets how many threads a thread of Python's uses.
-    if torch.get_num_threads() != library.whiflash_threads():
-        raise OSError("the compiled kernel does not run on torch's threads")
-    attention = CompiledAttention(library)
-    if not _agrees(attention):
-        raise OSError("the compiled kernel computes something else than torch on this processor")
-    return attention
+    return compiler.checked(library, CompiledAttention(library), _agrees)
 
 
 def _agrees(attention: CompiledAttention) -> bool:

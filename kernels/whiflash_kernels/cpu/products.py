@@ -72,13 +72,7 @@ def compiled_products(directory: Path) -> CompiledProducts:
     pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.whiflash_product.argtypes = (pointer, long, *[pointer] * 3, *[number] * 3)
     library.whiflash_product.restype = None
-    # Torch is asked first: its answer sets how many threads a thread of Python's uses.
-    if torch.get_num_threads() != library.whiflash_threads():
-        raise OSError("the compiled kernel does not run on torch's threads")
-    products = CompiledProducts(library)
-    if not _agrees(products):
-        raise OSError("the compiled kernel computes something else than torch on this processor")
-    return products
+    return compiler.checked(library, CompiledProducts(library), _agrees)
 
 
 def _agrees(products: CompiledProducts) -> bool:

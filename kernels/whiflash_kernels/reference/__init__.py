@@ -1,1 +1,1 @@
-"""Plain-torch implementations: the meaning of every op, and its CPU path."""
+"""Attention in plain torch: of drafters, and of whole batches over paged KV."""

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
+from whiflash_kernels.dispatch import op
 from whiflash_kernels.reference.grouping import group
 
 
+@op()
 def draft_attention(
     q: Tensor,
     k: Tensor,

@@ -60,13 +60,14 @@ def park(
     begins: Tensor,
     lengths: Tensor,
     row_starts: Tensor,
-    max_length: int,
     *,
+    max_length: int | None = None,
     columns: int = COLUMNS,
     warps: int = WARPS,
 ) -> None:
     """See `whiflash_kernels.backlog.park`."""
     requests, width = request_slots.shape[0], features.shape[1]
+    max_length = features.shape[0] if max_length is None else max_length
     if requests == 0 or max_length == 0:
         return
     features = features if features.stride(1) == 1 else features.contiguous()
@@ -171,10 +172,10 @@ def unpark(
     begins: Tensor,
     ends: Tensor,
     req_to_token: Tensor,
-    rows: int | None,
-    chunks: Sequence[int] | None,
-    chunk_width: int,
     *,
+    rows: int | None = None,
+    chunks: Sequence[int] | None = None,
+    chunk_width: int = 0,
     columns: int = COLUMNS,
     warps: int = WARPS,
 ) -> Unparked:

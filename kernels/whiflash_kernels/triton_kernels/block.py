@@ -71,8 +71,9 @@ def prepare_mixed_block(
     seq_lens: Tensor,
     request_slots: Tensor,
     req_to_token: Tensor,
-    rows: int | None,
-    pad_slot: int,
+    *,
+    rows: int | None = None,
+    pad_slot: int = 0,
 ) -> MixedBlock:
     """See `whiflash_kernels.block.prepare_mixed_block`."""
     requests, device = bonus.shape[0], bonus.device
@@ -164,11 +165,12 @@ def accept_and_commit(
     input_ids: Tensor,
     qo_indptr: Tensor,
     seq_lens: Tensor,
+    *,
     stride: int,
-    pad_token: int,
-    request_slots: Tensor | None,
-    stops: Tensor | None,
-    text: Tensor | None,
+    pad_token: int = 0,
+    request_slots: Tensor | None = None,
+    stops: Tensor | None = None,
+    text: Tensor | None = None,
 ) -> Committed:
     """See `whiflash_kernels.block.accept_and_commit`."""
     requests, device = qo_indptr.shape[0] - 1, predictions.device

@@ -176,10 +176,11 @@ def propose_copies(
     factors: Tensor,
     chances: Tensor,
     boundaries: Tensor,
+    *,
     width: int,
     worth: float,
-    min_match: int,
-    behind: tuple[Tensor, Tensor] | None,
+    min_match: int = 1,
+    behind: tuple[Tensor, Tensor] | None = None,
 ) -> Copies:
     """See `whiflash_kernels.copies.propose_copies`."""
     requests, device = request_slots.shape[0], tokens.device

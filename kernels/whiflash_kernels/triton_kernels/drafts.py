@@ -50,7 +50,7 @@ def _cut_kernel(
 
 
 def cut_drafts(
-    confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor, worth: float
+    confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor, *, worth: float
 ) -> tuple[Tensor, Tensor]:
     """See `whiflash_kernels.drafts.cut_drafts`."""
     members, width = confidences.shape
@@ -157,10 +157,11 @@ def lay_drafts(
     parts: Sequence[tuple[Tensor, Drafts]],
     request_slots: Tensor,
     seq_lens: Tensor,
+    *,
     width: int,
     confidences: int,
     vocabulary: int,
-    text: Tensor | None,
+    text: Tensor | None = None,
 ) -> Drafts:
     """See `whiflash_kernels.drafts.lay_drafts`."""
     size, device = request_slots.shape[0], request_slots.device
@@ -348,13 +349,14 @@ def choose_drafts(
     request_slots: Tensor,
     seq_lens: Tensor,
     text: Tensor,
-    own: Tensor | None,
-    appended: Drafts | None,
-    from_host: HostDrafts | None,
-    copies: Drafts | None,
-    rooms: Tensor | None,
-    worth: float,
-    room: int | None,
+    *,
+    own: Tensor | None = None,
+    appended: Drafts | None = None,
+    from_host: HostDrafts | None = None,
+    copies: Drafts | None = None,
+    rooms: Tensor | None = None,
+    worth: float = 0.0,
+    room: int | None = None,
 ) -> Chosen:
     """See `whiflash_kernels.drafts.choose_drafts`."""
     (size, width), device = drafts.tokens.shape, text.device

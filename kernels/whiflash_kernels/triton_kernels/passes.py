@@ -65,8 +65,9 @@ def draft_inputs(
     seq_lens: Tensor,
     bonus: Tensor,
     limits: Tensor,
-    chunks: Sequence[int] | None,
-    chunk_width: int,
+    *,
+    chunks: Sequence[int] | None = None,
+    chunk_width: int = 0,
 ) -> DraftInputs:
     """See `whiflash_kernels.passes.draft_inputs`."""
     if chunks is None:
@@ -137,9 +138,10 @@ def pass_rows(
     request_slots: Tensor,
     seq_lens: Tensor,
     bonus: Tensor,
+    *,
     offset: int,
     width: int,
-    fill: int | None,
+    fill: int | None = None,
 ) -> PassRows:
     """See `whiflash_kernels.passes.pass_rows`."""
     requests, device = request_slots.shape[0], request_slots.device

@@ -150,7 +150,7 @@ def _merge_kernel(entropy, top1, margin, argmax, sums, indices, splits, SPLITS: 
 
 
 def routing_stats(
-    logits: Tensor, rows: Tensor | None, *, lanes: int = LANES, warps: int = WARPS
+    logits: Tensor, rows: Tensor | None = None, *, lanes: int = LANES, warps: int = WARPS
 ) -> RoutingStats:
     """See `whiflash_kernels.routing.routing_stats`; ``lanes`` and ``warps`` shape the tile."""
     count, vocab = logits.shape[0] if rows is None else rows.shape[0], logits.shape[1]
