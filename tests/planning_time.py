@@ -19,7 +19,7 @@ from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.core import Round
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter, KVDrafter, of_text
-from whiflash_sglang.drafters.length import Chances
+from whiflash_sglang.drafters.length import DraftLength
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import Agreement
 from whiflash_sglang.round.catch_up import DraftSync
@@ -43,14 +43,13 @@ class Silent(KVDrafter):
 
     def __init__(self, arm: str, most: int) -> None:
         self.arm, self.max_drafts = arm, most
-        self.chances = Chances()
+        self.length = DraftLength()
 
     def calibration(self, row_ids: Any) -> list[float]:
-        return [*self.chances.of_bins, self.chances.mean]
+        return self.length.calibration()
 
     def observe(self, row: int, proposed: int, accepted: int, confidences: Any) -> None:
-        for depth, confidence in enumerate(confidences[: min(accepted + 1, proposed)]):
-            self.chances.observe(confidence, depth < accepted)
+        self.length.observe(proposed=proposed, accepted=accepted, confidences=confidences)
 
 
 class Batch:

@@ -1,6 +1,7 @@
 """Drafts as long as one more token is expected to pay for itself."""
 
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.drafters.length import EDGES, Chances, DraftLength
+from whiflash_sglang.drafters.length import EDGES, DraftLength, chances
 from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts, Worth
 from whiflash_sglang.telemetry.round_clock import DraftTime
 
@@ -67,21 +68,21 @@ def test_the_first_token_is_always_verified() -> None:
 
 
 def test_chances_follow_what_is_accepted() -> None:
-    rng, chances = random.Random(0), Chances()
-    assert chances.of(0.95) == pytest.approx(0.935)
+    rng, rates = random.Random(0), chances()
+    assert rates.of(9) == pytest.approx(0.935)
     for _ in range(2000):
-        chances.observe(0.95, rng.random() < 0.4)
-    assert chances.of(0.95) == pytest.approx(0.4, abs=0.05)
-    assert chances.of(0.05) == pytest.approx(0.05)
+        rates.observe(9, rng.random() < 0.4)
+    assert rates.of(9) == pytest.approx(0.4, abs=0.05)
+    assert rates.of(0) == pytest.approx(0.05)
 
 
 def test_only_tokens_with_a_verdict_count() -> None:
     length = DraftLength()
     length.observe(proposed=4, accepted=1, confidences=(0.95, 0.85, 0.75, 0.65))
-    fresh = Chances()
-    assert length.chances.of(0.95) > fresh.of(0.95)
-    assert length.chances.of(0.85) < fresh.of(0.85)
-    assert length.chances.of(0.75) == fresh.of(0.75)
+    fresh = chances()
+    assert length.chances.of(9) > fresh.of(9)
+    assert length.chances.of(8) < fresh.of(8)
+    assert length.chances.of(7) == fresh.of(7)
 
 
 def test_one_request_does_not_shorten_anothers_draft() -> None:
@@ -109,7 +110,7 @@ def test_counts_stay_within_the_limits(
     ):
         alive, kept = 1.0, 0
         for confidence in confidences[:limit]:
-            alive *= length.chances.of(confidence)
+            alive *= length.chances.of(bisect_right(EDGES, confidence))
             if kept and alive < row:
                 break
             kept += 1
@@ -129,15 +130,15 @@ def test_a_slow_drafter_must_bring_more() -> None:
 
 
 def test_bins_cover_every_confidence() -> None:
-    chances = Chances()
+    rates = chances()
     for confidence in (0.0, *EDGES, 1.0):
-        assert 0 <= chances.of(confidence) <= 1
+        assert 0 <= rates.of(bisect_right(EDGES, confidence)) <= 1
 
 
 def test_the_chance_that_a_whole_draft_is_accepted() -> None:
     length = DraftLength()
     batch = asked(length, [8, 2], Worth(row=0.2, draft=0.0))
     counts, alive = chain(length, batch, [[0.85, 0.75, 0.05, 0.05]] * 2)
-    both = length.chances.of(0.85) * length.chances.of(0.75)
+    both = length.chances.of(8) * length.chances.of(7)
     assert counts.tolist() == [2, 2], "one ended where more did not pay, the other at its limit"
     assert alive[:, 1].tolist() == pytest.approx([both, both])

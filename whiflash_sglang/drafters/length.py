@@ -13,6 +13,7 @@ import torch
 from whiflash_kernels import cut_drafts
 
 from whiflash_sglang.core import DraftBatch
+from whiflash_sglang.rates import Rates
 
 EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Top-1 probabilities that separate the bins of confidence."""
@@ -24,47 +25,21 @@ DECAY = 0.998
 """Of earlier observations of a bin, at every new one."""
 
 
-class Chances:
-    """Chance of acceptance per bin of confidence: decayed counts with the confidence itself as the prior."""
-
-    def __init__(self) -> None:
-        bounds = (0.0, *EDGES, 1.0)
-        centres = [(low + high) / 2 for low, high in pairwise(bounds)]
-        self._right = [PRIOR_WEIGHT * centre for centre in centres]
-        self._seen = [PRIOR_WEIGHT] * len(centres)
-
-    def of(self, confidence: float) -> float:
-        """Chance that a draft of this `confidence` is accepted, given that all before it were."""
-        i = bisect_right(EDGES, confidence)
-        return self._right[i] / self._seen[i]
-
-    @property
-    def of_bins(self) -> list[float]:
-        """The same for every bin, by rising confidence."""
-        return [right / seen for right, seen in zip(self._right, self._seen, strict=True)]
-
-    @property
-    def mean(self) -> float:
-        """Chance of a draft whose confidence is not known yet."""
-        return sum(self._right) / sum(self._seen)
-
-    def observe(self, confidence: float, accepted: bool) -> None:
-        """A draft of this `confidence`, with everything before it accepted, was `accepted` or not."""
-        i = bisect_right(EDGES, confidence)
-        self._right[i] = self._right[i] * DECAY + accepted
-        self._seen[i] = self._seen[i] * DECAY + 1.0
+def chances() -> Rates:
+    """Chance of acceptance per bin of confidence, given that all before it were; the confidence itself is the prior."""
+    return Rates(((low + high) / 2 for low, high in pairwise((0.0, *EDGES, 1.0))), PRIOR_WEIGHT, DECAY)
 
 
 class DraftLength:
     """One drafter's chances, learned on the host; what they say of a round's drafts is worked out on the device."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.chances = Chances()
+        self.chances = chances()
         self._edges = torch.tensor(EDGES, device=device)
 
     def calibration(self) -> list[float]:
         """Chance of every bin of confidence, then their mean: what a round's plan uploads."""
-        return [*self.chances.of_bins, self.chances.mean]
+        return [*self.chances.all, self.chances.mean]
 
     def cut(self, confidences: torch.Tensor, batch: DraftBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """How many drafts are worth their rows, of those with `confidences` [B, W] float32: counts [B] int64, and the
@@ -89,4 +64,4 @@ class DraftLength:
     def observe(self, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
         """The first `accepted` of the `proposed` drafts with these `confidences` were right, the next one was not."""
         for depth, confidence in enumerate(confidences[: min(accepted + 1, proposed)]):
-            self.chances.observe(confidence, depth < accepted)
+            self.chances.observe(bisect_right(EDGES, confidence), depth < accepted)

@@ -8,9 +8,11 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from itertools import chain
 from typing import Generic, TypeVar
 
 from whiflash_sglang.lookup.memory import Tenant, handle_of
+from whiflash_sglang.rates import Rates
 
 BUCKETS = (1, 2, 3, 4, 6, 9, 14, 22)
 """Smallest match length of each bucket."""
@@ -65,8 +67,7 @@ class MatchCalibration:
                 f"the lookup seed needs {len(BUCKETS)} rows (match lengths {', '.join(map(str, BUCKETS))}) of "
                 f"{len(Agreement)} chances ({', '.join(a.name.lower() for a in Agreement)})"
             )
-        self._right = [[chance * SEED_WEIGHT for chance in row] for row in seed]
-        self._seen = [[SEED_WEIGHT] * len(Agreement) for _ in BUCKETS]
+        self._rates = Rates(chain.from_iterable(seed), SEED_WEIGHT, DECAY)
 
     @staticmethod
     def bucket(length: int) -> int:
@@ -75,8 +76,7 @@ class MatchCalibration:
 
     def chance(self, length: int, agreement: int) -> float:
         """Chance that the token copied after a match of `length` is right."""
-        bucket = self.bucket(length)
-        return self._right[bucket][agreement] / self._seen[bucket][agreement]
+        return self._rates.of(self.bucket(length) * len(Agreement) + agreement)
 
     def along(self, length: int, agreement: int, count: int) -> list[float]:
         """Chances of `count` tokens of a copy that goes on after a match of `length`, none above `SURE`."""
@@ -91,14 +91,11 @@ class MatchCalibration:
     @property
     def chances(self) -> list[float]:
         """Chance of every bucket and agreement, bucket by bucket."""
-        cells = (zip(*rows, strict=True) for rows in zip(self._right, self._seen, strict=True))
-        return [right / seen for row in cells for right, seen in row]
+        return self._rates.all
 
     def observe(self, length: int, agreement: int, right: bool) -> None:
         """A token copied after a match of `length`, with all before it accepted, was `right` or not."""
-        bucket = self.bucket(length)
-        self._right[bucket][agreement] = self._right[bucket][agreement] * DECAY + right
-        self._seen[bucket][agreement] = self._seen[bucket][agreement] * DECAY + 1.0
+        self._rates.observe(self.bucket(length) * len(Agreement) + agreement, right)
 
 
 Table = TypeVar("Table")

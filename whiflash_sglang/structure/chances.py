@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from whiflash_sglang.lookup.calibration import SURE
+from whiflash_sglang.rates import Rates
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind
 from whiflash_sglang.structure.layout import Habit
 
@@ -121,19 +122,17 @@ class StructureChances:
     """
 
     def __init__(self) -> None:
-        self._right = [chance * SEED_WEIGHT for chance in SEED]
-        self._seen = [SEED_WEIGHT] * len(SEED)
+        self._rates = Rates(SEED, SEED_WEIGHT, DECAY)
         self.cuts = Cuts()
         self.habits: dict[bool, Habit] = {}
 
     def of(self, kind: Kind) -> float:
         """Chance that a token of this kind is right."""
-        return min(self._right[kind] / self._seen[kind], SURE)
+        return min(self._rates.of(kind), SURE)
 
     def observe(self, kind: Kind, right: bool) -> None:
         """A token of this kind, with all before it right, was `right` or not."""
-        self._right[kind] = self._right[kind] * DECAY + right
-        self._seen[kind] = self._seen[kind] * DECAY + 1.0
+        self._rates.observe(kind, right)
 
 
 class Piece(NamedTuple):

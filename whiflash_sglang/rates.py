@@ -1,0 +1,36 @@
+"""Decayed chances with a prior, learned while serving. Imports no torch."""
+
+from collections.abc import Iterable
+
+
+class Rates:
+    """By kind, a number from 0: how often what was observed was right, begun as if its prior had been seen.
+
+    Args:
+        priors: chance of each kind before anything was observed. weight: observations that a prior counts for.
+        decay: factor on earlier observations at every new one of the same kind.
+    """
+
+    def __init__(self, priors: Iterable[float], weight: float, decay: float) -> None:
+        self._decay = decay
+        self._right = [prior * weight for prior in priors]
+        self._seen = [weight] * len(self._right)
+
+    def of(self, kind: int) -> float:
+        """Chance of a kind."""
+        return self._right[kind] / self._seen[kind]
+
+    @property
+    def all(self) -> list[float]:
+        """Chance of every kind, in their order."""
+        return [right / seen for right, seen in zip(self._right, self._seen, strict=True)]
+
+    @property
+    def mean(self) -> float:
+        """Chance of any kind, each as often as it was observed."""
+        return sum(self._right) / sum(self._seen)
+
+    def observe(self, kind: int, right: bool) -> None:
+        """Something of a kind was `right` or not."""
+        self._right[kind] = self._right[kind] * self._decay + right
+        self._seen[kind] = self._seen[kind] * self._decay + 1.0
