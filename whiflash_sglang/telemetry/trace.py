@@ -2,7 +2,6 @@
 
 import codecs
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -10,12 +9,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 from whiflash_sdk.hints import WIRE_VERSION, TraceLevel
 
@@ -309,7 +308,7 @@ class SampleFiles:
         """Write `line`, all of it or nothing. Raises OSError."""
         if len(line) > self._part > 0:
             raise OSError(errno.EFBIG, f"a sample of {len(line)} bytes is longer than a file may be")
-        with self._locked():
+        with FileLock(self._directory / ".lock", mode=0o600):
             handle = self._open()
             try:
                 size = _mended(handle)
@@ -339,17 +338,6 @@ class SampleFiles:
         for newer, older in reversed(list(pairwise(names))):
             if (self._directory / newer).exists():
                 os.replace(self._directory / newer, self._directory / older)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        handle = os.open(
-            self._directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-        )
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
 
 
 def _mended(handle: int) -> int:
