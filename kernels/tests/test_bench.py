@@ -17,44 +17,18 @@ bench.SHAPES["tiny"] = dataclasses.replace(bench.SHAPES["smollm2-135m"], name="T
 sys.exit(bench.main())
 """
 
-OPS = {
-    "accept_and_commit",
-    "choose_drafts",
-    "claim_backlogs",
-    "cut_drafts",
-    "dflash_catch_up",
-    "draft_attention",
-    "draft_inputs",
-    "eagle3_catch_up",
-    "lay_drafts",
-    "park",
-    "pass_rows",
-    "prepare_mixed_block",
-    "propose_copies",
-    "rms_norm",
-    "router_mlp",
-    "routing_stats",
-    "silu_and_mul",
-    "switch",
-    "unpark",
-    "verify round",
-}
+NAMES = (
+    "accept_and_commit choose_drafts claim_backlogs cut_drafts dflash_catch_up draft_attention draft_inputs "
+    "eagle3_catch_up lay_drafts park pass_rows prepare_mixed_block propose_copies rms_norm router_mlp routing_stats "
+    "silu_and_mul switch unpark"
+)
+OPS = {*NAMES.split(), "verify round"}
 
 
 def test_every_op_is_measured_and_the_results_are_kept(tmp_path: Path) -> None:
-    options = [
-        "--device",
-        "cpu",
-        "--shape",
-        "tiny",
-        "--no-compile",
-        "--budget-ms",
-        "5",
-        "--output",
-        str(tmp_path),
-    ]
+    options = ["--device", "cpu", "--shape", "tiny", "--no-compile", "--budget-ms", "5", "--output"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", TINY, str(BENCH), *options]
+    command = [sys.executable, "-c", TINY, str(BENCH), *options, str(tmp_path)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     (kept,) = tmp_path.glob("tiny-*.json")
