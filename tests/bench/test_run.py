@@ -23,7 +23,7 @@ from whiflash_sglang.lab.bench.subject import build_subject
 
 pytestmark = pytest.mark.server
 
-ARMS = ["none", "EAGLE3", "auto", "auto-no-hints", "ar", "diffusion"]
+ARMS = ["none", "EAGLE3", "auto", "ar", "diffusion"]
 LOADS = (Load(kind="closed", value=1), Load(kind="closed", value=3), Load(kind="open", value=20))
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 

@@ -1,4 +1,4 @@
-"""`whiflash bundle create` and `whiflash check --draft`, as processes, from directories and from a hub."""
+"""`whiflash bundle create` and `whiflash check --draft`, from directories and, as processes, from a hub."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import whiflash
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.checkpoints.fit import Parts, create, judge, read_target
@@ -139,9 +140,9 @@ def models(tmp_path: Path) -> dict[str, Path]:
     return {"target": target, **drafters}
 
 
-def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [WHIFLASH, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}
+        [WHIFLASH, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **env}
     )
 
 
@@ -160,7 +161,7 @@ def test_directories_become_a_bundle_that_is_served_from_itself(
 ) -> None:
     out = tmp_path / "bundle"
     said = [f"--{name}={models[part]}" for name, part in (("eagle3", "eagle3"), ("diffusion", "dflash"))]
-    done = run("bundle", "create", f"--target={models['target']}", *said, f"--out={out}", "--json")
+    done = whiflash("bundle", "create", f"--target={models['target']}", *said, f"--out={out}", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == json.loads((out / "whiflash.json").read_text())
     manifest = load_manifest(out)
@@ -168,7 +169,7 @@ def test_directories_become_a_bundle_that_is_served_from_itself(
     assert manifest.sources["dflash"].files[weights.name] == sha256(weights)
     settings = resolve(Flags(), out)
     assert (settings.eagle3, settings.dflash) == (out / "eagle3", out / "dflash")
-    checked = run("check", "--model-path", str(models["target"]), "--draft", str(out))
+    checked = whiflash("check", "--model-path", str(models["target"]), "--draft", str(out))
     assert checked.returncode == 0, checked.stderr
     lines = checked.stdout.splitlines()
     assert (
@@ -179,7 +180,7 @@ def test_directories_become_a_bundle_that_is_served_from_itself(
         in lines[1]
     )
     (out / "dflash" / "model.safetensors").write_bytes(b"other")
-    spoilt = run("check", "--draft", str(out))
+    spoilt = whiflash("check", "--draft", str(out))
     assert spoilt.returncode == 1
     assert "dflash/model.safetensors is not the file that" in spoilt.stdout
 
@@ -237,7 +238,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(models: dict[str, Path
     edit(models["dflash"], lambda config: config.update(vocab_size=1000))
     out = tmp_path / "bundle"
     said = [f"--{name}={models[part]}" for name, part in (("eagle3", "eagle3"), ("diffusion", "dflash"))]
-    done = run("bundle", "create", f"--target={models['target']}", *said, f"--out={out}")
+    done = whiflash("bundle", "create", f"--target={models['target']}", *said, f"--out={out}")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         f"whiflash: error: the DFlash checkpoint {models['dflash']} is for a vocabulary of 1000, this target has 320\n"

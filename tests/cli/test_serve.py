@@ -1,31 +1,20 @@
 """`whiflash serve`: what is asked for is served; only what is left open is filled in."""
 
-import io
 import shlex
 import subprocess
 import sys
-from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from unittest import mock
 
 import pytest
-
-from whiflash_sglang.cli import main
+from in_process import whiflash
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
 LAUNCHER = [str(Path(sys.executable).with_name("sglang")), "serve"]
 
 
 def printed(*arguments: str) -> list[str]:
-    """The words of `whiflash serve … --print-command`, in this process."""
-    out = io.StringIO()
-    with (
-        redirect_stdout(out),
-        mock.patch.object(sys, "argv", ["whiflash", "serve", *arguments, "--print-command"]),
-        suppress(SystemExit),
-    ):
-        main()
-    return shlex.split(out.getvalue())
+    """The words of `whiflash serve … --print-command`."""
+    return shlex.split(whiflash("serve", *arguments, "--print-command").stdout)
 
 
 def given_model(words: list[str]) -> str:
@@ -67,8 +56,7 @@ def test_a_configuration_file_that_cannot_be_read_is_named(tmp_path: Path) -> No
     for name, content in (("gone.yaml", None), ("list.yaml", "- a\n"), ("broken.yaml", "a: [\n")):
         if content is not None:
             (tmp_path / name).write_text(content)
-        command = [WHIFLASH, "serve", "--config", str(tmp_path / name), "--print-command"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = whiflash("serve", "--config", str(tmp_path / name), "--print-command")
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
         assert name in done.stderr
 
