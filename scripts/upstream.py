@@ -27,10 +27,14 @@ ROOT = Path(__file__).parents[1]
 
 def our_names() -> list[str]:
     """Every name of SGLang's that we import, call or replace. Imports torch, and SGLang where it is installed."""
+    from whiflash_sglang.compat import hooks
     from whiflash_sglang.compat.names import PRIVATE_NAMES
+    from whiflash_sglang.compat.patching import PATCHES
     from whiflash_sglang.platform import seam_tables as seams
 
-    names = [name.path for name in PRIVATE_NAMES]
+    if missing := hooks.missing():
+        raise ValueError(f"{missing[0].name}: {missing[0].detail}")
+    names = [*(name.path for name in PRIVATE_NAMES), *(path.removesuffix(".__new__") for path in PATCHES)]
     plain = (*seams.EARLY_SEAMS, *seams.SEAMS, *seams.MODULE_SEAMS)
     names += [f"{seam.module}:{seam.name}" for seam in plain]
     names += [f"{seam.module}:{seam.owner}.{seam.name}" for seam in seams.METHOD_SEAMS]
@@ -129,9 +133,10 @@ def sources(said: str | None) -> Iterator[Path]:
 def imported(place: Path) -> list[str]:
     """What the server's own check of names and seams says of these sources, beside all else that is installed."""
     code = (
-        "import json; from whiflash_sglang.compat.patching import verify_names\n"
+        "import json; from whiflash_sglang.compat.hooks import missing\n"
+        "from whiflash_sglang.compat.patching import verify_names\n"
         "from whiflash_sglang.platform.seams import verify_seams\n"
-        "found = [*verify_names()[1:], *verify_seams()]\n"
+        "found = [*missing(), *verify_names()[1:], *verify_seams()]\n"
         "print(json.dumps([f'{one.name}: {one.detail}' for one in found if not one.ok]))"
     )
     paths = [str(place), *(str(ROOT / part) for part in ("", "kernels", "sdk"))]

@@ -19,6 +19,7 @@ from sglang.kernels.ops.mamba.mamba_state_scatter_triton import scatter_mamba_st
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
 from sglang.srt.mem_cache.memory_pool import MambaPool
 
+from whiflash_sglang.compat import patching
 from whiflash_sglang.compat.forward.recurrent import tracked_rows
 from whiflash_sglang.compat.forward.untried import recurrent as ragged_recurrent
 from whiflash_sglang.compat.forward.untried.recurrent import (
@@ -164,7 +165,7 @@ def test_attention_is_ours_in_a_server_of_ours_alone(
 ) -> None:
     """A process may serve another one afterwards; SGLang asks of both what they are instances of."""
     upstreams = ours.__bases__[-1]
-    ragged_recurrent.install()
+    patching.install(ragged_recurrent)
     monkeypatch.setattr(upstreams, "__init__", lambda self, runner: setattr(self, "runner", runner))
     monkeypatch.setattr(ragged_recurrent, "serves_ours", lambda: serves_ours)
     made = upstreams("a runner")

@@ -12,6 +12,7 @@ from sglang.srt.entrypoints import elastic_ep, engine, http_server, v1_loads
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.auth import add_api_key_middleware
 
+from whiflash_sglang.compat import patching
 from whiflash_sglang.compat.http import routes as http_routes
 from whiflash_sglang.compat.launch import keys
 
@@ -141,14 +142,14 @@ def serving(monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
 
 
 def test_the_answer_of_server_info_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys.install()
+    patching.install(keys)
     serving(monkeypatch)
     assert http_server.redact_watermark_secrets({"api_key": "user-key"}) == {"api_key": "<redacted>"}
 
 
 def test_sglangs_log_would_tell_them() -> None:
     """Else there is nothing to cut out any more, and `compat/launch/keys.py` can go."""
-    keys.install()
+    patching.install(keys)
     given = ServerArgs(model_path="unused", api_key="user-key", admin_api_key="boss-user-key")
     assert "user-key" in str(engine._server_args_for_logging.__wrapped__(given))
     assert "user-key" in str(engine._server_args_for_logging(given)), "not our server"

@@ -48,12 +48,11 @@ class Worker:
         return {"rounds": 1}
 
 
-def send(worker: Worker, message: Any, name: str = "WHIFLASH") -> bool:
+def send(worker: Worker, message: Any) -> bool:
     """Whether a scheduler with `worker` takes the message."""
-    control.install()
-    algorithm = SimpleNamespace(name=name, is_none=lambda: False)
+    algorithm = SimpleNamespace(is_none=lambda: False)
     scheduler = SimpleNamespace(spec_algorithm=algorithm, draft_worker=worker)
-    controller = SchedulerInternalStateController(scheduler, False)
+    controller = control.InternalState(scheduler, False)
     return bool(controller.set_internal_state(SetInternalStateReq(server_args=message)).updated)
 
 
@@ -130,22 +129,15 @@ def test_everybody_is_nobodys_handle() -> None:
     assert control.encode_forget(None)[control.FORGET] not in range(HANDLES)
 
 
-def test_another_algorithm_knows_no_key_of_ours() -> None:
-    assert not send(Worker(), {"whiflash.router": 0}, name="EAGLE")
-
-
 def test_only_who_asks_for_it_is_told_our_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang answers `GET /server_info` from the same state, to whom it does not ask for a key."""
     monkeypatch.setattr(
         SchedulerInternalStateController,
         "get_internal_state",
-        control.reporting(lambda self, request: GetInternalStateReqOutput(internal_state={})),
+        lambda self, request: GetInternalStateReqOutput(internal_state={}),
     )
     monkeypatch.setattr(control, "get_parallel", lambda: SimpleNamespace(dp_rank=1))
-    algorithm = SimpleNamespace(name="WHIFLASH")
-    controller = SchedulerInternalStateController(
-        SimpleNamespace(spec_algorithm=algorithm, draft_worker=Worker()), False
-    )
+    controller = control.InternalState(SimpleNamespace(draft_worker=Worker()), False)
     assert controller.get_internal_state(control.GetInternalStateReq()).internal_state == {}
     question = control.state_request()
     assert controller.get_internal_state(question).internal_state == {

@@ -72,13 +72,13 @@ def converted(body: dict[str, Any]) -> Any:
     )
 
     async def handle(_serving: Any, request: Any, _raw: Any) -> Any:
-        return _carrying_on(lambda *_: plain)(serving, request)
+        return _carrying_on(lambda *_: plain, serving, request)
 
     async def sent() -> dict[str, Any]:
         return body
 
     request = AnthropicMessagesRequest.model_validate(body)
-    return asyncio.run(_reading_messages(handle)(serving, request, SimpleNamespace(json=sent)))
+    return asyncio.run(_reading_messages(handle, serving, request, SimpleNamespace(json=sent)))
 
 
 def test_a_message_carries_hints_and_salts() -> None:

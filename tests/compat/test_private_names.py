@@ -4,11 +4,13 @@ import ast
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from loaded_scripts import load_script
 
 import whiflash_sglang
-from whiflash_sglang.compat import patching
+from whiflash_sglang.compat import hooks, patching
 from whiflash_sglang.compat.names import PRIVATE_NAMES, PrivateName
 from whiflash_sglang.platform import seams
 
@@ -49,8 +51,49 @@ def test_every_import_of_compat_is_on_the_list(path: Path) -> None:
 
 
 def test_every_name_exists_with_the_expected_parameters() -> None:
+    assert hooks.missing() == []
     wrong = [finding for finding in patching.verify_names() if not finding.ok]
     assert wrong == []
+
+
+def test_the_table_of_patches_is_what_the_sources_decorate() -> None:
+    """A module that replaces something and is not listed would be checked only where it is installed."""
+    hooks.missing()
+    reference = load_script("reference")
+    decorated = {row[0] for path in reference.COMPAT.rglob("*.py") for row in reference._replaced(path)}
+    assert decorated == patching.PATCHES.keys()
+    assert len(decorated) < 30
+
+
+def test_nothing_is_replaced_where_one_name_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("sglang_stand_in")
+    module.there = lambda a: a  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sglang_stand_in", module)
+    monkeypatch.setattr(patching, "PATCHES", {})
+    monkeypatch.setattr(patching, "_replaced", {})
+    ours = ModuleType(__name__)
+    around = patching.around("sglang_stand_in:there", params=("a",), why="w", until="u")
+
+    @around
+    def doubled(original: Any, a: int) -> int:
+        """Twice. More."""
+        return 2 * int(original(a))
+
+    @patching.around("sglang_stand_in:gone", why="w", until="u")
+    def gone(original: Any) -> None:
+        """Never."""
+
+    with pytest.raises(patching.IncompatibleEngineError, match="sglang_stand_in:gone: missing"):
+        patching.install(ours)
+    assert module.there(1) == 1
+    patching.PATCHES.pop("sglang_stand_in:gone")
+    patching.install(ours)
+    patching.install(ours)
+    assert module.there(1) == 2
+    assert patching.PATCHES["sglang_stand_in:there"].does == "Twice"
+    assert [finding.ok for finding in patching.verify_names()[-1:]] == [True]
+    with pytest.raises(ValueError, match="has no docstring"):
+        around(lambda original, a: a)
 
 
 def test_a_lost_name_or_parameter_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

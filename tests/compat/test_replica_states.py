@@ -32,12 +32,15 @@ class Server:
     def answers(self, replica: int) -> None:
         """A replica answers its oldest question, as soon as the one who asks waits."""
         worker = SimpleNamespace(snapshot=lambda: {"rounds": 7})
-        scheduler = SimpleNamespace(spec_algorithm=SimpleNamespace(name="WHIFLASH"), draft_worker=worker)
-        controller = SchedulerInternalStateController(scheduler, False)
-        answer = control.reporting(lambda self, request: GetInternalStateReqOutput(internal_state={}))
+        controller = control.InternalState(SimpleNamespace(draft_worker=worker), False)
         with self._patch.context() as patch:
+            patch.setattr(
+                SchedulerInternalStateController,
+                "get_internal_state",
+                lambda self, request: GetInternalStateReqOutput(internal_state={}),
+            )
             patch.setattr(control, "get_parallel", lambda: SimpleNamespace(dp_rank=replica))
-            answered = answer(controller, self.mail[replica].pop(0))
+            answered = controller.get_internal_state(self.mail[replica].pop(0))
         asyncio.get_running_loop().call_soon(self.get_internal_state_communicator.handle_recv, answered)
 
     def _asked(self, question: GetInternalStateReq) -> None:

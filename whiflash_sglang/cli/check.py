@@ -27,6 +27,7 @@ def findings() -> list[Finding]:
     """Versions, the plugin's registration, the platform, every private name and every seam."""
     import platform
 
+    from whiflash_sglang.compat import hooks
     from whiflash_sglang.compat.patching import check_registration, replaced_names, verify_names
 
     found = [Finding("python", True, platform.python_version())]
@@ -35,6 +36,7 @@ def findings() -> list[Finding]:
             found.append(Finding(package, True, version(package)))
         except PackageNotFoundError:
             found.append(Finding(package, False, "not installed"))
+    found += hooks.missing()
     found += verify_names()
     found.append(check_registration())
     found += [Finding(name, True, "replaced by this package") for name in replaced_names()]

@@ -1,5 +1,5 @@
 """Everything that touches SGLang's private names, for `sglang==0.5.23`. Nothing else imports them.
 
-`names.PRIVATE_NAMES` lists each of them with the parameters this package relies on; the plugin checks the
-list at every start and a test checks it in CI.
+What is replaced is in the table of `compat/patching.py`, what else is used in `names.PRIVATE_NAMES`, each with the
+parameters that this package relies on. Both are checked at every start, and by a test.
 """

@@ -4,42 +4,40 @@ The values ride on `server_args._whiflash`: SGLang pickles underscore attributes
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.entrypoints.engine import Engine
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang.srt.server_args import ServerArgs
-
 from whiflash_sglang.checkpoints import hub
 from whiflash_sglang.compat import hooks, patching
 from whiflash_sglang.compat.carried import ALGORITHM
+from whiflash_sglang.compat.patching import around
 from whiflash_sglang.config import Flags, flag_of, parse_flags, resolve
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.flags import flags
-
-_SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 
 
 def offer() -> None:
     """Add the flags to every launcher. Idempotent.
 
-    SGLang has to know them before it can see whether WHIFLASH is asked for; without it they change nothing. The
-    command line has SGLang's own hooks for plugins, `Engine` a class attribute that is there to be overridden.
+    SGLang has to know them before it can see whether WHIFLASH is asked for; without it they change nothing.
     """
-    if Engine.server_args_class is not ServerArgs:
-        return
-    HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_flags, HookType.AROUND)
-    HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _read_flags, HookType.AROUND)
-    patching.replace(Engine, "server_args_class", _engine_arguments)
+    patching.install(sys.modules[__name__])
 
 
 def _dest(field: str) -> str:
     return flag_of(field)[2:].replace("-", "_")
 
 
+@around(
+    "sglang.srt.server_args:ServerArgs.add_cli_args",
+    params=("parser",),
+    why="plugins cannot add flags",
+    until="SGLang asks an algorithm for its flags",
+)
 def _add_flags(original: Any, parser: argparse.ArgumentParser) -> None:
+    """Command lines have our flags."""
     original(parser)
     group = parser.add_argument_group(
         "WhiFlash",
@@ -51,7 +49,14 @@ def _add_flags(original: Any, parser: argparse.ArgumentParser) -> None:
         )
 
 
+@around(
+    "sglang.srt.server_args:ServerArgs.from_cli_args",
+    params=("args",),
+    why="plugins cannot add flags",
+    until="SGLang asks an algorithm for its flags",
+)
 def _read_flags(original: Any, cls: Any, args: argparse.Namespace) -> Any:
+    """Our flags are read where the algorithm is ours."""
     server_args = original(cls, args)
     given = {field: getattr(args, _dest(field), None) for field in Flags.model_fields}
     try:
@@ -66,7 +71,15 @@ def _read_flags(original: Any, cls: Any, args: argparse.Namespace) -> Any:
     return server_args
 
 
+@around(
+    "sglang.srt.entrypoints.engine:Engine.server_args_class",
+    why="plugins cannot add keywords",
+    until="SGLang asks an algorithm for its flags",
+    makes=True,
+)
 def _engine_arguments(original: Any) -> Any:
+    """`Engine` has our flags as keywords."""
+
     def build(**kwargs: Any) -> Any:
         given = {field: kwargs.pop(_dest(field), None) for field in Flags.model_fields}
         server_args = original(**kwargs)

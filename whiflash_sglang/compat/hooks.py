@@ -8,6 +8,7 @@ that it is called for is ours.
 """
 
 import os
+from importlib import import_module
 from typing import Any
 
 from whiflash_sglang.compat import patching
@@ -18,12 +19,10 @@ def in_launcher(server_args: Any) -> None:
     """Validation, traces and routes, in the process that serves HTTP, which keeps its keys to itself; the controller's
     watch. Idempotent. Several tokenizer workers serve HTTP from processes that SGLang starts with our module.
     """
-    from whiflash_sglang.compat.http import admission, routes
+    from whiflash_sglang.compat.http import routes
     from whiflash_sglang.compat.launch import keys, replicas
 
-    replicas.install()
-    keys.install()
-    admission.install()
+    patching.install(replicas, keys)
     routes.install()
     if server_args.tokenizer_worker_num > 1:
         os.environ.setdefault(APP_PATH, WORKER_APP)
@@ -35,10 +34,7 @@ def in_engine() -> None:
     from whiflash_sglang.compat.http import admission, figures, streamer
     from whiflash_sglang.compat.launch import replicas
 
-    replicas.install()
-    admission.install()
-    figures.install_answers()
-    streamer.install_answers()
+    patching.install(replicas, admission, figures, streamer)
 
 
 def in_scheduler() -> None:
@@ -48,34 +44,31 @@ def in_scheduler() -> None:
         IncompatibleEngineError: a private name is missing or has changed.
     """
     patching.require_names()
-    from whiflash_sglang.compat.forward import parallel, target, triton_backend
-    from whiflash_sglang.compat.http import control, figures, streamer
-    from whiflash_sglang.compat.scheduler import (
-        hicache,
-        memory,
-        prometheus,
-        radix,
-        releases,
-        scores,
-        step,
-        stops,
-    )
+    from whiflash_sglang.compat.forward import target, triton_backend
+    from whiflash_sglang.compat.scheduler import hicache, memory, radix, releases, scores, stops, subclass
 
-    parts = (
-        memory,
-        parallel,
-        target,
-        radix,
-        releases,
-        hicache,
-        scores,
-        step,
-        stops,
-        figures,
-        streamer,
-        control,
-        prometheus,
-        triton_backend,
-    )
-    for part in parts:
-        part.install()
+    patching.install(hicache, memory, radix, releases, scores, stops, subclass, target)
+    triton_backend.install()
+
+
+REPLACING = (
+    *("flags", "forward.recurrent", "forward.target", "forward.untried.recurrent"),
+    *("http.admission", "http.answers", "http.converted", "http.figures", "http.pieces", "http.requests"),
+    *("http.routes", "http.streamer", "http.traces", "launch.keys", "launch.replicas", "scheduler.hicache"),
+    *("scheduler.memory", "scheduler.radix", "scheduler.releases", "scheduler.scores", "scheduler.stops"),
+    *("scheduler.subclass", "training.recorder"),
+)
+"""Our modules that replace something."""
+
+
+def missing() -> list[patching.Finding]:
+    """Import all that replaces something, so that it is in the table; one finding for each that cannot be imported."""
+    found = []
+    for name in REPLACING:
+        try:
+            import_module(f"whiflash_sglang.compat.{name}")
+        except Exception as error:  # an import may fail in any way; all of them mean "does not fit"
+            found.append(
+                patching.Finding(f"whiflash_sglang.compat.{name}", False, f"does not import ({error})")
+            )
+    return found

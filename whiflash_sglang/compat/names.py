@@ -1,4 +1,6 @@
-"""SGLang's private names that are used: every one is checked before anything is replaced (`compat/patching.py`)."""
+"""SGLang's private names that are used and not replaced: every one is checked before anything is replaced. What is
+replaced is in a table of its own (`compat/patching.py`).
+"""
 
 from dataclasses import dataclass
 
@@ -23,18 +25,10 @@ _WORKERS = "sglang.srt.managers.multi_tokenizer_mixin"
 
 PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.plugins:load_plugins"),
-    PrivateName("sglang.srt.plugins.hook_registry:HookRegistry.register", ("target", "hook", "hook_type")),
-    PrivateName("sglang.srt.plugins.hook_registry:HookType.AROUND"),
-    # flags
-    PrivateName("sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",)),
-    PrivateName("sglang.srt.server_args:ServerArgs.from_cli_args", ("args",)),
-    PrivateName("sglang.srt.entrypoints.engine:Engine.server_args_class"),
     # algorithm and worker
     PrivateName("sglang.srt.mem_cache.memory_pool:HybridReqToTokenPool"),
     PrivateName("sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.move_kv_cache", ("tgt_loc", "src_loc")),
     PrivateName("sglang.srt.mem_cache.memory_pool:MLATokenToKVPool.move_kv_cache", ("tgt_loc", "src_loc")),
-    PrivateName("sglang.srt.managers.schedule_batch:Req.is_prefill_only"),
-    PrivateName("sglang.srt.state_capturer.base:BaseTopkCapturer.__init__", ("max_batch_size",)),
     PrivateName("sglang.srt.state_capturer.base:TopkCaptureOutput", ("out_cache_loc", "topk", "host_cache")),
     PrivateName("sglang.srt.state_capturer.indexer_topk:get_global_indexer_capturer"),
     PrivateName("sglang.srt.state_capturer.routed_experts:get_global_experts_capturer"),
@@ -152,7 +146,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         f"{_COMPONENTS}.request_receiver:SchedulerRequestReceiver", ("recv_from_tokenizer", "recv_from_rpc")
     ),
-    PrivateName(f"{_COMPONENTS}.request_receiver:SchedulerRequestReceiver._pull_raw_reqs"),
     PrivateName("sglang.srt.constrained.grammar_manager:GrammarManager.has_waiting_grammars"),
     # several processes of one model
     PrivateName("sglang.srt.runtime_context:get_parallel"),
@@ -167,8 +160,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "sglang.srt.layers.logits_processor:should_apply_lm_head_quant_method", ("lm_head", "quant_method")
     ),
     # replicas
-    PrivateName("sglang.srt.entrypoints.engine:run_data_parallel_controller_process", ("server_args",)),
-    PrivateName("sglang.srt.managers.data_parallel_controller:DataParallelController.event_loop"),
     PrivateName("sglang.srt.utils.watchdog:SubprocessWatchdog", ("processes", "process_names")),
     PrivateName("sglang.srt.managers.communicator:FanOutCommunicator.queueing_call", ("obj",)),
     # figures of speculation
@@ -179,12 +170,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_COMPONENTS}.metrics_reporter:SchedulerMetricsReporter.report_decode_stats"),
     PrivateName("sglang.srt.managers.schedule_batch:Req.update_spec_correct_drafts_histogram"),
     PrivateName("sglang.srt.managers.schedule_batch:Req.update_spec_cap_lens_histogram"),
-    PrivateName(
-        "sglang.srt.managers.tokenizer_manager:TokenizerManager._calculate_spec_decoding_metrics",
-        ("meta_info", "recv_obj", "i"),
-    ),
     # metrics
-    PrivateName("sglang.srt.managers.scheduler:Scheduler.emit_metrics_constants"),
     PrivateName(
         "sglang.srt.observability.metrics_collector:SchedulerMetricsCollector", ("labels", "server_args")
     ),
@@ -192,7 +178,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.observability.metrics_collector:SchedulerMetricsCollector._gauge_cls"),
     PrivateName("sglang.srt.observability.metrics_collector:SchedulerMetricsCollector._histogram_cls"),
     # a request's tenant, output and stops
-    PrivateName("sglang.srt.managers.schedule_batch:Req.update_finish_state", ("new_accepted_len",)),
     PrivateName("sglang.srt.managers.schedule_batch:Req._stop_match_tail_len", ("new_accepted_len",)),
     PrivateName(
         f"{_COMPONENTS}.batch_result_processor:SchedulerBatchResultProcessor._resolve_spec_v2_tokens",
@@ -276,10 +261,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_FLASHINFER_MLA}.init_cuda_graph_state", ("max_bs", "max_num_tokens", "kv_indices_buf")),
     PrivateName("sglang.srt.model_executor.forward_batch_info:CaptureHiddenMode.FULL"),
     PrivateName("sglang.srt.model_executor.forward_batch_info:ForwardMode.DECODE"),
-    PrivateName(
-        "sglang.srt.model_executor.forward_batch_info:ForwardBatch.compute_spec_mrope_positions",
-        ("model_runner", "batch"),
-    ),
     PrivateName("sglang.srt.model_executor.forward_batch_info:get_server_return_hidden_states_mode"),
     # sampling
     PrivateName("sglang.srt.constrained.base_grammar_backend:GrammarMask.apply", ("logits",)),
@@ -313,16 +294,22 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.constrained.llguidance_backend:GuidanceGrammar", ("ll_matcher",)),
     PrivateName("sglang.srt.constrained.reasoner_grammar_backend:ReasonerGrammarObject._grammar_active"),
     # memory and radix keys
-    PrivateName("sglang.srt.model_executor.pool_configurator:create_memory_pool_configurator", ("kvc",)),
     PrivateName("sglang.srt.model_executor.pool_configurator:DefaultPoolConfigurator"),
     PrivateName("sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator._recompute_cell_size"),
-    PrivateName("sglang.srt.mem_cache.kv_cache_configurator:get_req_to_token_extra_context_len"),
     PrivateName("sglang.srt.mem_cache.allocation_sizing:get_alloc_reserve_per_decode"),
-    PrivateName("sglang.srt.mem_cache.kv_cache_builder:CacheInitParams", ("is_eagle",)),
+    # a scheduler of our own
+    *(
+        PrivateName(f"sglang.srt.managers.scheduler:Scheduler.{name}")
+        for name in (
+            "init_metrics_reporter",
+            "init_request_receiver",
+            "get_output_streamer_class",
+            "init_batch_result_processor",
+            "init_internal_state",
+        )
+    ),
     PrivateName("sglang.srt.managers.scheduler:Scheduler.process_batch_result", ("batch", "result")),
     PrivateName("sglang.srt.managers.scheduler:Scheduler._create_generation_req", ("recv_req",)),
-    PrivateName("sglang.srt.mem_cache.common:release_kv_cache", ("req", "tree_cache", "checkpoint")),
-    PrivateName("sglang.srt.session.streaming_session:StreamingSession.try_cache_finished_req", ("req",)),
     # draft KV in host memory
     PrivateName(
         "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
@@ -344,11 +331,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.speculative.base_spec_worker:BaseSpecWorker.init_hicache_draft_plan"),
     PrivateName("sglang.srt.speculative.base_spec_worker:HiCacheDraftMode.SIDECAR"),
     PrivateName("sglang.srt.speculative.base_spec_worker:HiCacheDraftPlan", ("mode", "device_pools")),
-    PrivateName("sglang.srt.managers.cache_controller:HiCacheController.start_writing"),
-    PrivateName("sglang.srt.managers.cache_controller:storage_model_name", ("model_name", "host_pool")),
-    PrivateName(
-        "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.write_backup_storage", ("node_id",)
-    ),
     PrivateName("sglang.srt.runtime_context:get_memory"),
     # the trace, out of the scheduler and into responses
     PrivateName(f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.has_additional_customized_info"),
@@ -358,17 +340,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_SERVING}.protocol:SglExt.model_rebuild"),
     PrivateName(f"{_SERVING}.protocol:CompletionTokensDetails.model_rebuild"),
     PrivateName(f"{_SERVING}.serving_base:OpenAIServingBase.handle_request", ("request", "raw_request")),
-    PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._build_chat_response", ("request", "ret")),
-    PrivateName(
-        f"{_SERVING}.serving_chat:OpenAIServingChat._generate_chat_stream", ("adapted_request", "request")
-    ),
-    PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._validate_request", ("request",)),
     # streams, cut for those that read them token by token
-    PrivateName("sglang.srt.entrypoints.http_server:serve_generate_request", ("obj", "request")),
-    PrivateName(
-        f"{_SERVING}.serving_completions:OpenAIServingCompletion._convert_to_internal_request", ("request",)
-    ),
-    PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._convert_to_internal_request", ("request",)),
     PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._tool_call_parsing_active", ("request",)),
     PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._encoding_output"),
     PrivateName(
@@ -378,29 +350,10 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.managers.schedule_batch:Req.check_match_stop_str_prefix"),
     PrivateName("sglang.srt.managers.tokenizer_manager:_INCREMENTAL_STREAMING_META_INFO_KEYS"),
     PrivateName(
-        f"{_SERVING}.serving_completions:OpenAIServingCompletion._build_completion_response", ("ret",)
-    ),
-    PrivateName(
-        f"{_SERVING}.serving_completions:OpenAIServingCompletion._generate_completion_stream", ("request",)
-    ),
-    PrivateName(f"{_SERVING}.serving_completions:OpenAIServingCompletion._validate_request", ("request",)),
-    PrivateName(
-        f"{_SERVING}.serving_responses:OpenAIServingResponses.create_responses", ("request", "raw_request")
-    ),
-    PrivateName(
         f"{_SERVING}.serving_responses:OpenAIServingResponses._response_tools_to_chat_tools", ("request",)
     ),
-    PrivateName(f"{_SERVING}.protocol:ResponsesRequest.to_sampling_params"),
     PrivateName(f"{_SERVING}.protocol:ResponsesRequest.effective_tool_choice"),
-    PrivateName(f"{_MESSAGES}:AnthropicServing.handle_messages", ("request", "raw_request")),
-    PrivateName(f"{_MESSAGES}:AnthropicServing._convert_to_chat_completion_request", ("anthropic_request",)),
     PrivateName(f"{_MESSAGES}:AnthropicServing._error_response", ("status_code", "error_type", "message")),
-    PrivateName(f"{_MESSAGES}:AnthropicServing._convert_response", ("response",)),
-    PrivateName(f"{_MESSAGES}:AnthropicServing._generate_anthropic_stream", ("adapted_request",)),
-    PrivateName(
-        f"{_SERVING}.serving_responses:OpenAIServingResponses._generate_with_builtin_tools",
-        ("request_id", "request_prompt", "adapted_request"),
-    ),
     *(
         PrivateName(
             f"{_SERVING}.serving_responses:OpenAIServingResponses.{name}",
@@ -415,16 +368,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_SERVING}.protocol:ResponsesResponse.model_rebuild"),
     PrivateName("sglang.srt.entrypoints.anthropic.protocol:AnthropicMessagesResponse.model_rebuild"),
     PrivateName("sglang.srt.entrypoints.http_server:app.routes"),
-    PrivateName("sglang.srt.entrypoints.http_server:redact_watermark_secrets"),
-    PrivateName("sglang.srt.entrypoints.engine:_server_args_for_logging", ("server_args",)),
     PrivateName("sglang.srt.entrypoints.http_server:auth_level"),
     PrivateName("sglang.srt.entrypoints.http_server:AuthLevel.ADMIN_OPTIONAL"),
-    PrivateName(
-        "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request", ("obj", "request")
-    ),
-    PrivateName(
-        "sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request", ("obj", "input_ids")
-    ),
     PrivateName(
         "sglang.srt.managers.io_struct:GenerateReqInput",
         (
@@ -441,10 +386,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("sglang.srt.managers.tokenizer_manager:ServerStatus.Starting"),
     PrivateName("sglang.srt.constants:HEALTH_CHECK_RID_PREFIX"),
     PrivateName("sglang.srt.managers.tokenizer_manager:ReqState.get_text"),
-    PrivateName(
-        "sglang.srt.managers.tokenizer_manager:TokenizerManager.update_request_meta_info",
-        ("meta_info", "state", "customized_info", "index", "finish_reason"),
-    ),
     # state and control
     PrivateName("sglang.srt.managers.io_struct:SetInternalStateReq", ("server_args",)),
     PrivateName("sglang.srt.managers.io_struct:GetInternalStateReq", ("rid",)),

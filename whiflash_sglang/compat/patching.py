@@ -1,22 +1,25 @@
-"""Whether SGLang's private names are those that are used (`compat/names.py`), and the one way to replace one.
+"""The table of SGLang's names that are replaced, made by one decorator, and the check that all names are as expected.
 
 Upstream's plugin loading swallows exceptions, so nothing here relies on it: the version is checked when the plugin is
-loaded, every name when WHIFLASH is asked for, and findings stop the start.
+loaded, every name that is used (`compat/names.py`) when WHIFLASH is asked for, and what is replaced before the first of
+it is. Findings stop the start. `docs/dev/patches.md` shows the table.
 """
 
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import Any
 
 from whiflash_sglang.compat.names import HEAVY, PRIVATE_NAMES, PrivateName
 from whiflash_sglang.errors import IncompatibleEngineError
 
 SGLANG_VERSION = "0.5.23"
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +31,122 @@ class Finding:
     detail: str
 
 
-_replaced: dict[str, Any] = {}
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One name of SGLang's that is replaced.
 
-
-def replace(owner: Any, attribute: str, build: Callable[[Any], Any]) -> None:
-    """Set `owner.attribute` to `build(original)`, once; a second call with the same target changes nothing.
-
-    A process may start one server after another.
+    name: with the parameters that the replacement relies on. why, until: the reason, and when it may go. module: ours,
+    which `install` is called for. replaced: makes the replacement of SGLang's own. everywhere: modules that imported
+    the name by `from` get it, too. optional: not where its module cannot be imported.
     """
-    key = f"{getattr(owner, '__module__', '')}.{getattr(owner, '__qualname__', owner.__name__)}.{attribute}"
-    if key in _replaced:
-        return
-    original = inspect.getattr_static(owner, attribute)
-    _replaced[key] = original
-    setattr(owner, attribute, build(original))
+
+    name: PrivateName
+    does: str
+    why: str
+    until: str
+    module: str
+    replaced: Callable[[Any], Any]
+    everywhere: bool = False
+    optional: bool = False
+
+    def find(self) -> tuple[Any, str]:
+        """What has the name, and its last part."""
+        module, _, path = self.name.path.partition(":")
+        *owners, attribute = path.split(".")
+        found: Any = importlib.import_module(module)
+        for owner in owners:
+            found = getattr(found, owner)
+        return found, attribute
+
+
+PATCHES: dict[str, Patch] = {}
+"""By the paths of the names."""
+
+_replaced: dict[str, Any] = {}
+"""SGLang's own, by the paths of names that are replaced in this process."""
+
+
+def around(
+    *paths: str,
+    params: tuple[str, ...] = (),
+    why: str,
+    until: str,
+    makes: bool = False,
+    everywhere: bool = False,
+    optional: bool = False,
+) -> Callable[[Function], Function]:
+    """Enter `function(original, ...)` into the table: it is called with what it replaces, and the call's arguments.
+
+    Args:
+        paths: `module:owner.name`. params: that each must take. makes: the function is called once, with the original,
+            and returns what takes its place. Its docstring's first sentence says what the replacement does.
+    """
+
+    def enter(function: Function) -> Function:
+        does = " ".join((function.__doc__ or "").split()).partition(". ")[0].rstrip(".")
+        if not does:
+            raise ValueError(f"{function.__qualname__}: has no docstring, which the table of patches shows")
+        for path in paths:
+            if path in PATCHES and PATCHES[path].module != function.__module__:
+                raise ValueError(f"{path}: is replaced by {PATCHES[path].module} already")
+            PATCHES[path] = Patch(
+                PrivateName(path, params),
+                does,
+                why,
+                until,
+                function.__module__,
+                function if makes else _wrapping(function),
+                everywhere,
+                optional,
+            )
+        return function
+
+    return enter
+
+
+def _wrapping(function: Function) -> Callable[[Any], Any]:
+    def replaced(original: Any) -> Any:
+        bound = isinstance(original, classmethod | staticmethod)
+        inner = original.__func__ if bound else original
+
+        @wraps(inner)
+        def call(*args: Any, **named: Any) -> Any:
+            return function(inner, *args, **named)
+
+        return type(original)(call) if bound else call
+
+    return replaced
+
+
+def install(*modules: ModuleType) -> None:
+    """Replace what these modules of ours have in the table. Idempotent: a process may start one server after another.
+
+    Raises:
+        IncompatibleEngineError: a name is missing or has changed; nothing is replaced then.
+    """
+    names = {module.__name__ for module in modules}
+    patches = [patch for path, patch in PATCHES.items() if patch.module in names and path not in _replaced]
+    patches = [patch for patch in patches if not (patch.optional and _is_absent(patch))]
+    for patch in patches:
+        _require(_check_name(patch.name))
+    for patch in patches:
+        owner, attribute = patch.find()
+        original = inspect.getattr_static(owner, attribute)
+        replacement = patch.replaced(original)
+        _replaced[patch.name.path] = original
+        setattr(owner, attribute, replacement)
+        if patch.everywhere:
+            for name, module in list(sys.modules.items()):
+                if name.startswith("sglang.") and vars(module).get(attribute) is original:
+                    setattr(module, attribute, replacement)
+
+
+def _is_absent(patch: Patch) -> bool:
+    try:
+        patch.find()
+    except ImportError:
+        return True
+    return False
 
 
 def allow_extra(*models: Any, within: tuple[Any, ...] = ()) -> None:
@@ -54,28 +159,21 @@ def allow_extra(*models: Any, within: tuple[Any, ...] = ()) -> None:
         model.model_rebuild(force=True)
 
 
-def around(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    """For `replace`: `function(original, ...)` is called with what it replaces, and with the call's arguments."""
-
-    def build(original: Any) -> Any:
-        @wraps(original)
-        def replaced(*args: Any, **named: Any) -> Any:
-            return function(original, *args, **named)
-
-        return replaced
-
-    return build
-
-
 def replaced_names() -> tuple[str, ...]:
     """The upstream names that this process runs with a replacement of ours."""
     return tuple(sorted(_replaced))
 
 
 def verify_names(*, heavy: bool = True) -> list[Finding]:
-    """Check SGLang's version and every private name, those of the HTTP process if `heavy`; never raises."""
-    names = [name for name in PRIVATE_NAMES if heavy or not name.path.startswith(HEAVY)]
-    return [_check_version(), *(_check_name(name) for name in names)]
+    """Check SGLang's version, every name that is used, those of the HTTP process if `heavy`, and what is in the table
+    of patches so far (`hooks.load` enters all); never raises."""
+    names: Iterable[PrivateName] = PRIVATE_NAMES
+    if heavy:
+        names = (*PRIVATE_NAMES, *(patch.name for patch in PATCHES.values()))
+    return [
+        _check_version(),
+        *(_check_name(name) for name in names if heavy or not name.path.startswith(HEAVY)),
+    ]
 
 
 def check_registration() -> Finding:
@@ -119,15 +217,17 @@ def _check_version() -> Finding:
 
 def _check_name(name: PrivateName) -> Finding:
     module_name, _, attribute = name.path.partition(":")
-    # If the CPU platform replaces a name, SGLang's own is looked up.
+    # If a name is replaced, by us or by the CPU platform, SGLang's own is looked up.
     seams = sys.modules.get("whiflash_sglang.platform.seams")
     originals: Mapping[str, Any] = {} if seams is None else seams.originals()
+    originals = {**originals, **{path.replace(":", "."): original for path, original in _replaced.items()}}
     try:
         value: Any = importlib.import_module(module_name)
         full_name = module_name
         for part in attribute.split("."):
             full_name = f"{full_name}.{part}"
             value = originals[full_name] if full_name in originals else getattr(value, part)
+        value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
     except Exception as error:  # an import may fail in any way; all of them mean "does not fit"
         return Finding(name.path, False, f"missing ({error})")
     if name.parameters:

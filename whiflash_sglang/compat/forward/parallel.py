@@ -9,14 +9,8 @@ from sglang.srt.managers.scheduler_components.request_receiver import SchedulerR
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import broadcast_pyobj
 
-from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.device.ranks import DivergedError, Message, Ranks
 from whiflash_sglang.models.choice import Projection, Shard, SharedVocabulary
-
-
-def install() -> None:
-    """Idempotent."""
-    replace(SchedulerRequestReceiver, "_broadcast_reqs_across_ranks", _expecting_requests)
 
 
 def ranks_of_model() -> Ranks:
@@ -102,12 +96,17 @@ def _gather(part: torch.Tensor) -> torch.Tensor:
     return parts.view(group.world_size, *part.shape)
 
 
-@around
-def _expecting_requests(original: Any, self: SchedulerRequestReceiver, *args: Any, **kwargs: Any) -> Any:
-    received = original(self, *args, **kwargs)
-    if any(isinstance(item, Message) for item in received or ()):
-        raise DivergedError(
-            f"rank {get_parallel().tp_rank} of {get_parallel().tp_size} has no request that runs, rank 0 plans a "
-            "round: they do not serve the same requests any more"
-        )
-    return received
+class RequestReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
+    """SGLang's, of a scheduler of ours."""
+
+    __slots__ = ()
+
+    def _broadcast_reqs_across_ranks(self, *args: Any, **named: Any) -> Any:
+        """Raises DivergedError where a rank hears of a round in place of requests."""
+        received = super()._broadcast_reqs_across_ranks(*args, **named)
+        if any(isinstance(item, Message) for item in received or ()):
+            raise DivergedError(
+                f"rank {get_parallel().tp_rank} of {get_parallel().tp_size} has no request that runs, rank 0 plans a "
+                "round: they do not serve the same requests any more"
+            )
+        return received

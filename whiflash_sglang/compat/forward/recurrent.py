@@ -27,7 +27,8 @@ from sglang.srt.configs.qwen3_5 import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig
 from sglang.srt.runtime_context import get_spec, mamba_track_grid
 
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat import patching
+from whiflash_sglang.compat.patching import around
 from whiflash_sglang.models.recurrent import Rows, packed_verification
 
 KNOWN = (
@@ -41,8 +42,6 @@ KNOWN = (
     NemotronHConfig,
 )
 """Not what inherits from them: that has states of its own beside (Qwen4-Exp)."""
-VERIFY = "shortconv_target_verify"
-"""What modules of models with short convolutions call in a verification."""
 
 
 def has_state(model_config: Any) -> bool:
@@ -57,18 +56,17 @@ def is_known(model_config: Any) -> bool:
     return type(mambaish_config(model_config)) in KNOWN
 
 
-def install(model: Any, model_config: Any, device: torch.device) -> None:
-    """Let the recurrent layers of a loaded `model` of SGLang's verify packed rows, if it has some. Idempotent.
+def install(model_config: Any, device: torch.device) -> None:
+    """Let the recurrent layers of a loaded model of SGLang's verify packed rows, if it has some. Idempotent.
 
     Called before SGLang makes the target's attention. The CPU platform has made its own of those with a matrix.
     """
     if device.type == "cuda" and has_state(model_config):
         from whiflash_sglang.compat.forward.untried import recurrent as untried
 
-        untried.install()
-    for name in {type(part).__module__ for part in model.modules()}:
-        if hasattr(sys.modules[name], VERIFY):
-            replace(sys.modules[name], VERIFY, lambda _: verify_packed)
+        patching.install(untried)
+    if has_state(model_config) and "sglang.srt.models.lfm2" in sys.modules:
+        patching.install(sys.modules[__name__])
 
 
 def commit(attention: Any, model: Any, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
@@ -109,6 +107,19 @@ def tracked_rows(starts: torch.Tensor, accept_lens: torch.Tensor, every: int) ->
     before = starts.long()
     reached = (before + accept_lens) // every * every
     return torch.where(reached > before, reached - before - 1, -1)
+
+
+@around(
+    "sglang.srt.models.lfm2:shortconv_target_verify",
+    params=("conv", "x", "meta", "draft_token_num", "arch"),
+    why="SGLang verifies blocks of one width",
+    until="its short convolutions read a ragged layout",
+    makes=True,
+    everywhere=True,
+)
+def _packed(original: Any) -> Any:
+    """Short convolutions verify packed rows."""
+    return verify_packed
 
 
 def verify_packed(conv: Any, x: torch.Tensor, meta: Any, draft_token_num: int, arch: str) -> torch.Tensor:

@@ -25,7 +25,7 @@ from whiflash_sglang.compat.forward import graphs, recurrent
 from whiflash_sglang.compat.forward.captured import Captured, LoadedTarget
 from whiflash_sglang.compat.forward.recurrent import rows_counted
 from whiflash_sglang.compat.forward.sampling import count_earlier_output
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import around
 from whiflash_sglang.core import Verified
 from whiflash_sglang.device.transfers import sent
 
@@ -46,7 +46,7 @@ class Target(LoadedTarget):
         self.context_len = int(target_worker.model_config.context_len)
         self.tokenizer: Any = target_worker.tokenizer
         self._epilogue: GraphEnd | None = None
-        recurrent.install(self._text, target_worker.model_config, self.device)
+        recurrent.install(target_worker.model_config, self.device)
 
     @property
     def slot_table(self) -> torch.Tensor:
@@ -216,16 +216,19 @@ def verify_input(
     )
 
 
-def install() -> None:
-    """Idempotent."""
-    replace(ForwardBatch, "compute_spec_mrope_positions", _of_packed_rows)
-
-
-@around
+@around(
+    "sglang.srt.model_executor.forward_batch_info:ForwardBatch.compute_spec_mrope_positions",
+    params=("model_runner", "batch"),
+    why="SGLang lays positions out for one width",
+    until="it asks the layout",
+)
 def _of_packed_rows(
     original: Any, self: ForwardBatch, model_runner: Any, batch: Any, *args: Any, **named: Any
 ) -> None:
-    """`mrope_positions` [3, T] int64 of T rows, packed by a layout of any widths and padded behind."""
+    """Positions follow packed rows.
+
+    `mrope_positions` [3, T] int64 of T rows, packed by a layout of any widths and padded behind.
+    """
     if getattr(batch.spec_info, "ragged_verify_layout", None) is None:
         original(self, model_runner, batch, *args, **named)
         return

@@ -13,23 +13,22 @@ from typing import Any
 
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from whiflash_sglang.compat.carried import asks_for_ours
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import around
 
 INT32_MAX = 2**31 - 1
 SESSION_FIELDS: dict[str, type] = {"id": str, "rid": str, "offset": int}
 
 
-def install() -> None:
-    """Idempotent. In the process that takes requests."""
-    replace(TokenizerManager, "_validate_one_request", _refusing)
-
-
-@around
+@around(
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
+    params=("obj", "input_ids"),
+    why="SGLang's scheduler ends on numbers that no check of its own looks at",
+    until="SGLang checks token ids and ranges before it schedules",
+)
 def _refusing(original: Any, self: Any, obj: Any, input_ids: Any) -> None:
-    """Raises ValueError, which SGLang answers with 400."""
+    """Refuse what would end the scheduler, and images and sound. Raises ValueError, which SGLang answers with 400."""
     ours = asks_for_ours(self.server_args)
     if ours and obj.contains_mm_input():
         raise ValueError(

@@ -10,33 +10,23 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesResponse
-from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
 
 from whiflash_sglang.compat.carried import META_KEY
 from whiflash_sglang.compat.http import predictions, traces
-from whiflash_sglang.compat.http.converted import serving_of_responses
-from whiflash_sglang.compat.patching import allow_extra, around, replace
+from whiflash_sglang.compat.patching import allow_extra, around
 
 EXTENSION = "sglext"
 PREDICTION = "prediction"
 
-_ENDED = ("response.completed", "response.incomplete", "response.failed")
-"""Types of a Responses stream's last event."""
 
-
-def install() -> None:
+def allow_extensions() -> None:
     """Idempotent."""
     allow_extra(AnthropicMessagesResponse, ResponsesResponse)
-    replace(AnthropicServing, "_convert_response", _with_extension)
-    replace(AnthropicServing, "_generate_anthropic_stream", _extending_messages)
-    serving = serving_of_responses()
-    if serving is None:
-        return
-    replace(serving, "_generate_with_builtin_tools", _naming_request)
-    replace(serving, "responses_full_generator", _extending_response)
-    for stream in ("responses_stream_generator", "responses_stream_generator_non_harmony"):
-        replace(serving, stream, _extending_responses)
+
+
+_ENDED = ("response.completed", "response.incomplete", "response.failed")
+"""Types of a Responses stream's last event."""
 
 
 def extension_of(obj: Any) -> dict[str, Any]:
@@ -49,8 +39,14 @@ def extension_of(obj: Any) -> dict[str, Any]:
     return {**found, PREDICTION: counts} if counts else found
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.anthropic.serving:AnthropicServing._convert_response",
+    params=("response",),
+    why="Messages has no place for extensions",
+    until="SGLang carries `sglext` over",
+)
 def _with_extension(original: Any, self: Any, response: Any) -> Any:
+    """An answer to Messages has traces and what of predictions appeared."""
     converted = original(self, response)
     found: dict[str, Any] = {}
     trace = getattr(response.sglext, META_KEY, None)
@@ -66,10 +62,16 @@ def _with_extension(original: Any, self: Any, response: Any) -> Any:
     return converted
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.anthropic.serving:AnthropicServing._generate_anthropic_stream",
+    params=("adapted_request",),
+    why="Messages has no place for extensions",
+    until="SGLang carries `sglext` over",
+)
 async def _extending_messages(
     original: Any, self: Any, adapted: Any, *rest: Any, **named: Any
 ) -> AsyncIterator[str]:
+    """The same of a stream of Messages."""
     async for event in original(self, adapted, *rest, **named):
         yield _extended(event, adapted, lambda data: data if data["type"] == "message_delta" else None)
 
@@ -84,17 +86,31 @@ class _Named:
         return self._outputs
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses._generate_with_builtin_tools",
+    params=("request_id", "request_prompt", "adapted_request"),
+    why="the writer of a Responses answer does not know its request",
+    until="it does",
+    optional=True,
+)
 def _naming_request(
     original: Any, self: Any, request_id: Any, prompt: Any, adapted: Any, *rest: Any, **named: Any
 ) -> _Named:
+    """The outputs of a Responses request know their request."""
     return _Named(original(self, request_id, prompt, adapted, *rest, **named), adapted)
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses.responses_full_generator",
+    params=("request", "sampling_params", "result_generator"),
+    why="Responses has no place for extensions, and its store keeps answers",
+    until="SGLang carries `sglext` over",
+    optional=True,
+)
 async def _extending_response(
     original: Any, self: Any, request: Any, sampling_params: Any, outputs: Any, *rest: Any, **named: Any
 ) -> Any:
+    """An answer of Responses has traces and what of predictions appeared."""
     response = await original(self, request, sampling_params, outputs, *rest, **named)
     found = extension_of(getattr(outputs, "obj", None))
     if found and isinstance(response, ResponsesResponse):
@@ -102,10 +118,18 @@ async def _extending_response(
     return response
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses.responses_stream_generator",
+    "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses.responses_stream_generator_non_harmony",
+    params=("request", "sampling_params", "result_generator"),
+    why="Responses has no place for extensions",
+    until="SGLang carries `sglext` over",
+    optional=True,
+)
 async def _extending_responses(
     original: Any, self: Any, request: Any, sampling_params: Any, outputs: Any, *rest: Any, **named: Any
 ) -> AsyncIterator[str]:
+    """The same of a stream of Responses."""
     obj = getattr(outputs, "obj", None)
     async for event in original(self, request, sampling_params, outputs, *rest, **named):
         yield _extended(event, obj, lambda data: data["response"] if data["type"] in _ENDED else None)

@@ -10,8 +10,6 @@ from sglang.srt.managers.scheduler_components import internal_state
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 from sglang.srt.runtime_context import get_parallel
 
-from whiflash_sglang.compat.carried import is_ours
-from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.learn.versions import MOST
@@ -30,12 +28,6 @@ FIRST_PAUSE = 0.01
 
 _questions = itertools.count()
 """Answers carry their question's process and number: one that comes too late is not taken for another's."""
-
-
-def install() -> None:
-    """Idempotent."""
-    replace(SchedulerInternalStateController, "get_internal_state", reporting)
-    replace(SchedulerInternalStateController, "_update_handlers", _updating)
 
 
 async def states_of(manager: Any, seconds: float) -> list[dict[str, Any]]:
@@ -75,16 +67,20 @@ def state_request() -> GetInternalStateReq:
     return GetInternalStateReq(rid=f"{KEY}.{os.getpid()}.{next(_questions)}")
 
 
-@around
-def reporting(original: Any, self: Any, request: Any) -> Any:
-    answer = original(self, request)
-    if is_ours(self.scheduler):
+class InternalState(SchedulerInternalStateController):  # type: ignore[misc]
+    """SGLang's, of a scheduler of ours: our questions are answered, and policy, tenants and versions can be changed."""
+
+    def get_internal_state(self, recv_req: GetInternalStateReq) -> Any:
+        answer = super().get_internal_state(recv_req)
         replica = get_parallel().dp_rank
         answer.rid = str(replica or 0)
-        if str(request.rid).startswith(f"{KEY}."):
-            own = self.scheduler.draft_worker.snapshot()
-            answer.internal_state[KEY] = {**own, "replica": replica, "question": request.rid}
-    return answer
+        if str(recv_req.rid).startswith(f"{KEY}."):
+            state = self.scheduler.draft_worker.snapshot()
+            answer.internal_state[KEY] = {**state, "replica": replica, "question": recv_req.rid}
+        return answer
+
+    def _update_handlers(self) -> dict[str, Any]:
+        return super()._update_handlers() | _handlers(self.scheduler.draft_worker)
 
 
 def encode(change: dict[str, Any]) -> dict[str, float]:
@@ -112,44 +108,38 @@ def encode_forget(handle: int | None) -> dict[str, int]:
     return {FORGET: EVERYBODY if handle is None else handle}
 
 
-@around
-def _updating(original: Any, self: Any) -> dict[str, Any]:
-    found: dict[str, Any] = original(self)
-    if is_ours(self.scheduler):
-        worker = self.scheduler.draft_worker
+def _handlers(worker: Any) -> dict[str, Any]:
+    def validate(key: str, value: Any) -> None:
+        try:
+            worker.settings_with(_decoded(key, value))
+        except ConfigError as error:
+            raise internal_state.UpdateRejected(f"{key}: {error}") from None
 
-        def validate(key: str, value: Any) -> None:
-            try:
-                worker.settings_with(_decoded(key, value))
-            except ConfigError as error:
-                raise internal_state.UpdateRejected(f"{key}: {error}") from None
+    def apply(key: str, value: Any) -> None:
+        worker.reconfigure(_decoded(key, value))
 
-        def apply(key: str, value: Any) -> None:
-            worker.reconfigure(_decoded(key, value))
+    def forget(key: str, value: Any) -> None:
+        worker.forget(None if value == EVERYBODY else value)
 
-        def forget(key: str, value: Any) -> None:
-            worker.forget(None if value == EVERYBODY else value)
+    def prepare(key: str, value: Any) -> None:
+        if type(value) is not int or not 0 <= value < MOST:
+            raise internal_state.UpdateRejected(f"{key}: a version's number is needed (got {value!r})")
+        if worker.weights is None:
+            raise internal_state.UpdateRejected(f"{key}: the server was started without versions")
+        try:
+            worker.weights.prepare(value)
+        except ConfigError as error:
+            raise internal_state.UpdateRejected(f"{key}: {error}") from None
 
-        handler = internal_state._UpdateHandler(validate, apply)
-        found |= {f"{KEY}.{field}": handler for field in PolicyChange.model_fields}
-        found[FORGET] = internal_state._UpdateHandler(_is_handle, forget)
+    def use(key: str, value: Any) -> None:
+        worker.weights.use(value)
+        worker.publisher.flush()
 
-        def prepare(key: str, value: Any) -> None:
-            if type(value) is not int or not 0 <= value < MOST:
-                raise internal_state.UpdateRejected(f"{key}: a version's number is needed (got {value!r})")
-            if worker.weights is None:
-                raise internal_state.UpdateRejected(f"{key}: the server was started without versions")
-            try:
-                worker.weights.prepare(value)
-            except ConfigError as error:
-                raise internal_state.UpdateRejected(f"{key}: {error}") from None
-
-        def use(key: str, value: Any) -> None:
-            worker.weights.use(value)
-            worker.publisher.flush()
-
-        found[VERSION] = internal_state._UpdateHandler(prepare, use)
-    return found
+    policy = internal_state._UpdateHandler(validate, apply)
+    return {f"{KEY}.{field}": policy for field in PolicyChange.model_fields} | {
+        FORGET: internal_state._UpdateHandler(_is_handle, forget),
+        VERSION: internal_state._UpdateHandler(prepare, use),
+    }
 
 
 def _is_handle(key: str, value: Any) -> None:

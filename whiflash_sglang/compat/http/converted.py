@@ -11,36 +11,14 @@ from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
-from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
-from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
-
 from whiflash_sglang.compat.carried import asks_for_ours
 from whiflash_sglang.compat.http.requests import completed, from_body
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import around
 from whiflash_sglang.spans.hints import HintError
 
 _SAID: ContextVar[dict[str, Any] | None] = ContextVar("whiflash_said", default=None)
 """Fields of chat completions that the request has which is being converted; no entry for those that say nothing."""
 _KEYS = ("cache_salt", "extra_key")
-
-
-def install() -> None:
-    """Idempotent."""
-    replace(AnthropicServing, "handle_messages", _reading_messages)
-    replace(AnthropicServing, "_convert_to_chat_completion_request", _carrying_on)
-    replace(ResponsesRequest, "to_sampling_params", _sampling)
-    serving = serving_of_responses()
-    if serving is not None:
-        replace(serving, "create_responses", _reading_responses)
-
-
-def serving_of_responses() -> Any:
-    """SGLang's `OpenAIServingResponses`; None where it serves none, for want of what that imports."""
-    try:
-        from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
-    except ImportError:
-        return None
-    return OpenAIServingResponses
 
 
 def routes(state: Any) -> tuple[str, ...]:
@@ -79,8 +57,14 @@ def _fields(params: dict[str, Any] | None) -> dict[str, Any]:
     return {} if params is None else {"custom_params": params}
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.anthropic.serving:AnthropicServing.handle_messages",
+    params=("request", "raw_request"),
+    why="Messages drops fields that it does not know",
+    until="SGLang keeps them",
+)
 async def _reading_messages(original: Any, self: Any, request: Any, raw_request: Any) -> Any:
+    """Hints are read from the body of Messages."""
     if not asks_for_ours(self.openai_serving_chat.tokenizer_manager.server_args):
         return await original(self, request, raw_request)
     body = await raw_request.json()
@@ -92,7 +76,12 @@ async def _reading_messages(original: Any, self: Any, request: Any, raw_request:
         return await original(self, request, raw_request)
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.anthropic.serving:AnthropicServing._convert_to_chat_completion_request",
+    params=("anthropic_request",),
+    why="Messages has no `custom_params`",
+    until="SGLang carries them over",
+)
 def _carrying_on(original: Any, self: Any, anthropic_request: Any) -> Any:
     """What was said goes with the chat request that a message becomes, which is validated as every chat request is."""
     chat_request = original(self, anthropic_request)
@@ -101,8 +90,15 @@ def _carrying_on(original: Any, self: Any, anthropic_request: Any) -> Any:
     return chat_request
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses.create_responses",
+    params=("request", "raw_request"),
+    why="Responses drops fields that it does not know",
+    until="SGLang keeps them",
+    optional=True,
+)
 async def _reading_responses(original: Any, self: Any, request: Any, raw_request: Any = None) -> Any:
+    """Hints are read from the body of Responses."""
     manager = self.tokenizer_manager
     if raw_request is None or not manager or not asks_for_ours(manager.server_args):
         return await original(self, request, raw_request)
@@ -130,7 +126,12 @@ def _as_chat(serving: Any, request: Any) -> SimpleNamespace:
     )
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.openai.protocol:ResponsesRequest.to_sampling_params",
+    why="Responses has no `custom_params`",
+    until="SGLang carries them over",
+)
 def _sampling(original: Any, self: Any, *args: Any, **named: Any) -> Any:
+    """Hints go with the sampling parameters of Responses."""
     params = original(self, *args, **named)
     return {**params, **(_SAID.get() or {})}

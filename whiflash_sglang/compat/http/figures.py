@@ -15,21 +15,8 @@ from typing import Any
 from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 from sglang.srt.runtime_context import get_spec
 
-from whiflash_sglang.compat.carried import asks_for_ours, is_ours
-from whiflash_sglang.compat.patching import around, replace
-
-
-def install() -> None:
-    """In the scheduler: counts, log lines, Prometheus. Idempotent."""
-    replace(SchedulerMetricsReporter, "update_spec_metrics", _counting_forwards)
-    replace(SchedulerMetricsReporter, "report_decode_stats", _rating_proposals)
-
-
-def install_answers() -> None:
-    """In the process that serves HTTP or holds an `Engine`: figures of an answer. Idempotent."""
-    from sglang.srt.managers.tokenizer_manager import TokenizerManager
-
-    replace(TokenizerManager, "_calculate_spec_decoding_metrics", _of_an_answer)
+from whiflash_sglang.compat.carried import asks_for_ours
+from whiflash_sglang.compat.patching import around
 
 
 def accept_rate(accepted: int, proposed: int) -> float:
@@ -37,46 +24,48 @@ def accept_rate(accepted: int, proposed: int) -> float:
     return accepted / proposed if proposed else 0.0
 
 
-@around
-def _counting_forwards(
-    original: Any,
-    self: SchedulerMetricsReporter,
-    bs: int,
-    num_correct_drafts: int,
-    num_accept_tokens: int,
-    *args: Any,
-    num_cap_tokens: int = 0,
-    **named: Any,
-) -> None:
-    """Upstream counts one forward of every request a step; each forward commits one token that is no draft.
+class MetricsReporter(SchedulerMetricsReporter):  # type: ignore[misc]
+    """SGLang's, of a scheduler of ours: counts, log lines, Prometheus."""
 
-    All but the last of a step verify one row of every request.
-    """
-    if is_ours(self.scheduler):
+    def update_spec_metrics(
+        self,
+        bs: int,
+        num_correct_drafts: int,
+        num_accept_tokens: int,
+        *args: Any,
+        num_cap_tokens: int = 0,
+        **named: Any,
+    ) -> None:
+        """Upstream counts one forward of every request a step; each forward commits one token that is no draft.
+
+        All but the last of a step verify one row of every request.
+        """
         forwards = num_accept_tokens - num_correct_drafts
         num_cap_tokens += forwards - bs
-        bs = forwards
-    original(self, bs, num_correct_drafts, num_accept_tokens, *args, num_cap_tokens=num_cap_tokens, **named)
+        super().update_spec_metrics(
+            forwards, num_correct_drafts, num_accept_tokens, *args, num_cap_tokens=num_cap_tokens, **named
+        )
+
+    def report_decode_stats(self, *args: Any, **named: Any) -> None:
+        """Upstream divides accepted drafts by forwards times the widest block, in the middle of its report: the
+        dividend is scaled for as long as it takes, so that the quotient is the rate.
+        """
+        accepted, forwards = self.spec_num_correct_drafts, self.spec_num_forward_ct
+        rate = accept_rate(accepted, self.spec_num_cap_tokens - forwards)
+        self.spec_num_correct_drafts = rate * forwards * (get_spec().speculative_num_draft_tokens - 1)
+        super().report_decode_stats(*args, **named)
+        if self.spec_num_forward_ct:  # it was not time to report, and counting goes on
+            self.spec_num_correct_drafts = accepted
 
 
-@around
-def _rating_proposals(original: Any, self: SchedulerMetricsReporter, *args: Any, **named: Any) -> None:
-    """Upstream divides accepted drafts by forwards times the widest block, in the middle of its report: the dividend
-    is scaled for as long as it takes, so that the quotient is the rate.
-    """
-    if not is_ours(self.scheduler):
-        original(self, *args, **named)
-        return
-    accepted, forwards = self.spec_num_correct_drafts, self.spec_num_forward_ct
-    rate = accept_rate(accepted, self.spec_num_cap_tokens - forwards)
-    self.spec_num_correct_drafts = rate * forwards * (get_spec().speculative_num_draft_tokens - 1)
-    original(self, *args, **named)
-    if self.spec_num_forward_ct:  # it was not time to report, and counting goes on
-        self.spec_num_correct_drafts = accepted
-
-
-@around
+@around(
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager._calculate_spec_decoding_metrics",
+    params=("meta_info", "recv_obj", "i"),
+    why="SGLang takes the widest block for what was proposed",
+    until="it rates by its own `cap` figures",
+)
 def _of_an_answer(original: Any, self: Any, meta_info: dict[str, Any], recv_obj: Any, i: int) -> None:
+    """Figures of an answer count the drafts that were proposed."""
     original(self, meta_info, recv_obj, i)
     if asks_for_ours(self.server_args) and "spec_num_proposed_drafts" in meta_info:
         proposed = recv_obj.spec_num_cap_tokens[i] - recv_obj.spec_verify_ct[i]

@@ -14,9 +14,6 @@ from itertools import islice, takewhile
 from types import SimpleNamespace
 from typing import Any
 
-from sglang.srt.entrypoints import http_server
-from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
-from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 from sglang.srt.managers.detokenizer_manager import DetokenizerManager
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.tokenizer_manager import _INCREMENTAL_STREAMING_META_INFO_KEYS
@@ -24,7 +21,7 @@ from sglang.srt.runtime_context import get_serving
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from whiflash_sglang.compat.http import predictions
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import around
 
 _ADDED_UP = "_whiflash_added_up"
 _CONTEXT_TOKENS, _CONTEXT_CHARACTERS = 5, 32
@@ -37,28 +34,37 @@ _COUNTS = (
 """Numbers of `meta_info` that grow by at most one a token."""
 
 
-def install() -> None:
-    """Idempotent."""
-    replace(http_server, "serve_generate_request", _adding_up)
-    replace(OpenAIServingCompletion, "_convert_to_internal_request", _adding_up_text)
-    replace(OpenAIServingChat, "_convert_to_internal_request", _adding_up_unless_parsed)
-
-
-@around
+@around(
+    "sglang.srt.entrypoints.http_server:serve_generate_request",
+    params=("obj", "request"),
+    why="cut for who reads streams token by token",
+    until="with `generate_request`",
+)
 async def _adding_up(original: Any, obj: Any, request: Any) -> Any:
     """The native route: outputs go out as they are."""
     setattr(obj, _ADDED_UP, True)
     return await original(obj, request)
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion._convert_to_internal_request",
+    params=("request",),
+    why="cut for who reads streams token by token",
+    until="with `generate_request`",
+)
 def _adding_up_text(original: Any, self: Any, request: Any, *rest: Any, **named: Any) -> Any:
+    """Completions add outputs up."""
     adapted, request = original(self, request, *rest, **named)
     setattr(adapted, _ADDED_UP, True)
     return adapted, request
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._convert_to_internal_request",
+    params=("request",),
+    why="cut for who reads streams token by token",
+    until="with `generate_request`",
+)
 def _adding_up_unless_parsed(original: Any, self: Any, request: Any, *rest: Any, **named: Any) -> Any:
     """Chat completions, and Anthropic's Messages, which SGLang serves as chat completions."""
     adapted, request = original(self, request, *rest, **named)

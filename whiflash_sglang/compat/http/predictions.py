@@ -31,7 +31,7 @@ _CARRIERS = (
 )
 
 
-def install() -> None:
+def allow_extensions() -> None:
     """Idempotent."""
     carriers = tuple(getattr(protocol, name) for name in _CARRIERS)
     allow_extra(protocol.CompletionTokensDetails, within=carriers)

@@ -5,26 +5,17 @@ they imply. In the process that serves HTTP.
 from typing import Any
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
-from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
-from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from whiflash_sdk.hints import INFERRED_KEY, WIRE_KEY, Span
 from whiflash_sdk.presets import likely_spans
 
 from whiflash_sglang.compat.carried import asks_for_ours, settings_of
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import around
 from whiflash_sglang.spans.carrier import Own, add_hints, as_carried, validate_custom_params
 from whiflash_sglang.spans.forced import check_forced
 from whiflash_sglang.spans.hints import TOOLS_KEY, HintError
 from whiflash_sglang.spans.prediction import FIELD, add_body_prediction, carried_prediction
 from whiflash_sglang.structure.tools import carried_tools
-
-
-def install() -> None:
-    """Idempotent."""
-    for serving in (OpenAIServingChat, OpenAIServingCompletion):
-        replace(serving, "handle_request", _reading_body)
-        replace(serving, "_validate_request", _validating)
 
 
 def check_native(manager: Any, obj: Any) -> None:
@@ -71,7 +62,13 @@ def _carried(manager: Any, params: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat.handle_request",
+    "sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion.handle_request",
+    params=("request", "raw_request"),
+    why="SGLang's models drop fields that they do not know",
+    until="SGLang keeps them",
+)
 async def _reading_body(original: Any, self: Any, request: Any, raw_request: Any) -> Any:
     """SGLang's models drop fields that they do not know: ours are read from the body, which is parsed already."""
     if asks_for_ours(self.tokenizer_manager.server_args):
@@ -92,8 +89,15 @@ def from_body(custom_params: dict[str, Any] | None, body: object) -> dict[str, A
     return add_body_prediction(custom_params, body)
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._validate_request",
+    "sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion._validate_request",
+    params=("request",),
+    why="SGLang checks nothing in `custom_params`",
+    until="SGLang lets algorithms validate requests",
+)
 def _validating(original: Any, self: Any, request: Any) -> str | None:
+    """Hints are checked, and completed by what a request implies."""
     if asks_for_ours(self.tokenizer_manager.server_args):
         try:
             request.custom_params = completed(self.tokenizer_manager, request, request.custom_params)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
@@ -10,11 +11,12 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import SetInternalStateReq
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from whiflash_sglang import __version__
+from whiflash_sglang.compat import patching
 from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, settings_of
 from whiflash_sglang.compat.http import (
+    admission,
     answers,
     converted,
     figures,
@@ -25,7 +27,7 @@ from whiflash_sglang.compat.http import (
     traces,
 )
 from whiflash_sglang.compat.http.control import VERSION, encode, encode_forget, states_of
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import around
 from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.learn.samples import forget_samples
@@ -38,15 +40,11 @@ from whiflash_sglang.spans.capabilities import capabilities
 
 def install() -> None:
     """Idempotent. Called in the processes that serve HTTP: the launcher's, or each tokenizer worker's."""
-    traces.install()
-    predictions.install()
-    figures.install_answers()
-    streamer.install_answers()
-    replace(TokenizerManager, "generate_request", _accepting)
-    requests.install()
-    converted.install()
-    answers.install()
-    pieces.install()
+    for part in (traces, predictions, answers):
+        part.allow_extensions()
+    patching.install(
+        admission, answers, converted, figures, pieces, requests, streamer, traces, sys.modules[__name__]
+    )
     known = {getattr(route, "path", None) for route in http_server.app.routes}
     if "/whiflash/capabilities" not in known:
         http_server.app.get("/whiflash/capabilities")(_capabilities)
@@ -59,7 +57,12 @@ def install() -> None:
         http_server.app.post("/whiflash/drafters")(admin_only(_use_version))
 
 
-@around
+@around(
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request",
+    params=("obj", "request"),
+    why="all requests and outputs pass here; readers of streams want one token an output (sglang #31915, #37634)",
+    until="SGLang lets algorithms see requests, and its parsers read outputs of several tokens",
+)
 async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
     """Refuse malformed hints of the native route, follow answers for full traces, and cut streams as plain ones."""
     outputs = original(self, obj, request)

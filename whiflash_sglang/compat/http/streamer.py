@@ -12,26 +12,12 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from whiflash_sdk.hints import TraceLevel
 
 from whiflash_sglang.compat.carried import META_KEY, settings_of
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import around
 from whiflash_sglang.telemetry.tally import CACHED
 from whiflash_sglang.telemetry.trace import Recording, build_trace, span_attributes
 
 _RECORDING = "_whiflash_recording"
 _ATTRIBUTES = "_whiflash_attributes"
-
-
-def install() -> None:
-    """In the scheduler. Idempotent."""
-    replace(SchedulerOutputStreamer, "has_additional_customized_info", lambda _: True)
-    replace(SchedulerOutputStreamer, "build_additional_customized_info", lambda _: _ended)
-
-
-def install_answers() -> None:
-    """In the process that serves HTTP or holds an `Engine`. Idempotent."""
-    from sglang.srt.managers.tokenizer_manager import TokenizerManager
-
-    replace(TokenizerManager, "update_request_meta_info", _taking_recordings)
-    replace(TokenizerManager, "convert_to_span_attrs", _telling_spans)
 
 
 def recording_of(req: Any, level: TraceLevel | None, rate: float = 0.0) -> Recording | None:
@@ -55,20 +41,30 @@ def cached_of(req: Any) -> dict[str, int]:
     return {place: tokens for place, tokens in places.items() if tokens}
 
 
-def _ended(self: SchedulerOutputStreamer, reqs: list[Any]) -> dict[str, list[Any]]:
-    """Recordings of the requests that end with this output, a list of at most one for each of `reqs`."""
-    recordings = [getattr(req, _RECORDING, None) if req.finished() else None for req in reqs]
-    if not any(recordings):
-        return {}
-    for recording in filter(None, recordings):
-        recording.policy = settings_of(self.server_args).router
-    for req, found in zip(reqs, recordings, strict=True):
-        if found is not None:
-            found.cached = cached_of(req)
-    return {META_KEY: [[] if recording is None else [recording] for recording in recordings]}
+class OutputStreamer(SchedulerOutputStreamer):  # type: ignore[misc]
+    """SGLang's, of a scheduler of ours: a request's recording leaves with its last output."""
+
+    __slots__ = ()
+    has_additional_customized_info = True
+
+    def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
+        """A list of at most one recording for each of `reqs`, where one that ends has any."""
+        recordings = [getattr(req, _RECORDING, None) if req.finished() else None for req in reqs]
+        if not any(recordings):
+            return {}
+        for req, recording in zip(reqs, recordings, strict=True):
+            if recording is not None:
+                recording.policy = settings_of(self.server_args).router
+                recording.cached = cached_of(req)
+        return {META_KEY: [[] if recording is None else [recording] for recording in recordings]}
 
 
-@around
+@around(
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager.update_request_meta_info",
+    params=("meta_info", "state", "customized_info", "index", "finish_reason"),
+    why="SGLang cuts records by token offsets and repeats them with every output",
+    until="it has records of a whole request",
+)
 def _taking_recordings(
     original: Any, self: Any, meta_info: Any, state: Any, customized_info: Any, index: int, finish_reason: Any
 ) -> None:
@@ -87,7 +83,12 @@ def _taking_recordings(
             setattr(state, _ATTRIBUTES, attributes)
 
 
-@around
+@around(
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager.convert_to_span_attrs",
+    params=("state",),
+    why="algorithms cannot add to spans",
+    until="they can",
+)
 def _telling_spans(original: Any, self: Any, state: Any, *args: Any) -> dict[str, Any]:
     """The span of a request (`--enable-trace`) says who drafted it."""
     return {**original(self, state, *args), **getattr(state, _ATTRIBUTES, {})}

@@ -8,12 +8,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from sglang.srt.entrypoints.openai import protocol
-from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
-from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 
 from whiflash_sglang.compat.carried import META_KEY
 from whiflash_sglang.compat.http import figures, predictions
-from whiflash_sglang.compat.patching import allow_extra, around, replace
+from whiflash_sglang.compat.patching import allow_extra, around
 from whiflash_sglang.spans.hints import HintError, parse_hints
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.telemetry.trace import pieces_of, place
@@ -27,16 +25,10 @@ _RESPONSES = (
 _FOUND = "_whiflash_traces"
 
 
-def install() -> None:
+def allow_extensions() -> None:
     """Idempotent."""
     # The responses are rebuilt since they embed the schema of `sglext`.
     allow_extra(protocol.SglExt, *(getattr(protocol, name) for name in _RESPONSES))
-    for serving, build, stream in (
-        (OpenAIServingChat, "_build_chat_response", "_generate_chat_stream"),
-        (OpenAIServingCompletion, "_build_completion_response", "_generate_completion_stream"),
-    ):
-        replace(serving, build, _with_trace)
-        replace(serving, stream, _with_trace_chunk)
 
 
 async def followed(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -128,10 +120,17 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._build_chat_response",
+    "sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion._build_completion_response",
+    params=("request", "ret"),
+    why="answers have no place for extensions",
+    until="SGLang carries `meta_info` of algorithms into `sglext`",
+)
 def _with_trace(
     original: Any, self: Any, request: Any, ret: list[dict[str, Any]], *rest: Any, **named: Any
 ) -> Any:
+    """Answers have traces, what of predictions appeared, and vLLM's figures of acceptance."""
     # Taken out first: with `return_meta_info` the response would carry it twice.
     traces = [item["meta_info"].pop(META_KEY, None) for item in ret]
     response = original(self, request, ret, *rest, **named)
@@ -150,10 +149,17 @@ def _with_trace(
     return response
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._generate_chat_stream",
+    "sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion._generate_completion_stream",
+    params=("adapted_request", "request"),
+    why="streams have no place for extensions",
+    until="SGLang carries `meta_info` of algorithms into `sglext`",
+)
 async def _with_trace_chunk(
     original: Any, self: Any, adapted: Any, request: Any, *rest: Any, **named: Any
 ) -> AsyncIterator[str]:
+    """The same of streams."""
     shown: dict[int, str] | None = {} if asks_text(adapted) else None
     async for line in original(self, adapted, request, *rest, **named):
         if shown is not None:

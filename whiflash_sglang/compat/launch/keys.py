@@ -6,28 +6,32 @@ the key that opens the steering routes.
 
 from typing import Any
 
-from sglang.srt.entrypoints import engine, http_server
+from sglang.srt.entrypoints import http_server
 
 from whiflash_sglang.compat.carried import asks_for_ours
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import around
 
 CUT_OUT = "<redacted>"
 
 
-def install() -> None:
-    """In the launcher's process. Idempotent."""
-    replace(engine, "_server_args_for_logging", _logged)
-    replace(http_server, "redact_watermark_secrets", _answered)
-
-
-@around
+@around(
+    "sglang.srt.entrypoints.engine:_server_args_for_logging",
+    params=("server_args",),
+    why="SGLang writes a server's keys to its log",
+    until="SGLang redacts them",
+)
 def _logged(original: Any, server_args: Any) -> Any:
+    """The log of arguments shows no keys."""
     return without_keys(original(server_args), server_args)
 
 
-@around
+@around(
+    "sglang.srt.entrypoints.http_server:redact_watermark_secrets",
+    why="SGLang shows a server's keys to every client",
+    until="SGLang redacts them",
+)
 def _answered(original: Any, value: Any, **options: Any) -> Any:
-    """Upstream's module calls it for the answer of `/server_info` only."""
+    """`GET /server_info` shows no keys. Upstream's module calls it for this answer only."""
     return without_keys(original(value, **options), http_server._global_state.tokenizer_manager.server_args)
 
 

@@ -8,34 +8,45 @@ and signals the HTTP process, which ends the server.
 
 import re
 import signal
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import psutil
-from sglang.srt.entrypoints import engine
 from sglang.srt.managers import data_parallel_controller
-from sglang.srt.managers.data_parallel_controller import DataParallelController
 from sglang.srt.utils.watchdog import SubprocessWatchdog
 
 from whiflash_sglang.compat.carried import asks_for_ours
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import around, install
 from whiflash_sglang.serving import Ended, ReplicaDiedError
 
 
-def install() -> None:
-    """In the process that starts the controller. Idempotent."""
-    replace(engine, "run_data_parallel_controller_process", lambda _: run)
+@around(
+    "sglang.srt.entrypoints.engine:run_data_parallel_controller_process",
+    params=("server_args",),
+    why="no plugin of ours is asked in the controller's process",
+    until="SGLang's controller watches its replicas",
+    makes=True,
+)
+def _controller(original: Any) -> Any:
+    """The controller's process installs its watch."""
+    return run
 
 
 def run(server_args: Any, **others: Any) -> None:
     """The controller's process, as SGLang starts it."""
     if asks_for_ours(server_args):
-        replace(DataParallelController, "event_loop", _watching)
+        install(sys.modules[__name__])
     data_parallel_controller.run_data_parallel_controller_process(server_args, **others)
 
 
-@around
+@around(
+    "sglang.srt.managers.data_parallel_controller:DataParallelController.event_loop",
+    why="requests of a replica that was killed wait for ever",
+    until="SGLang's controller watches its replicas",
+)
 def _watching(original: Any, self: Any) -> None:
+    """The server ends where a replica ends."""
     processes = list(self.scheduler_procs)
     titles = [_title(process.pid) for process in processes]
 

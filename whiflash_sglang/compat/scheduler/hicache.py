@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from sglang.srt.managers import cache_controller
 from sglang.srt.managers.cache_controller import HiCacheController
 from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -19,7 +18,7 @@ from sglang.srt.speculative.base_spec_worker import HiCacheDraftMode, HiCacheDra
 from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.launch.refusals import has_windows
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import around
 from whiflash_sglang.compat.scheduler import releases
 from whiflash_sglang.drafters.base import KVDrafter
 from whiflash_sglang.errors import ConfigError
@@ -106,14 +105,11 @@ def _all_ingest(arms: Sequence[str], ingests: Callable[[str], bool]) -> bool:
     return all(map(ingests, arms))
 
 
-def install() -> None:
-    """Idempotent."""
-    replace(HiCacheController, "start_writing", _flushing_first)
-    replace(cache_controller, "storage_model_name", _of_these_drafters)
-    replace(UnifiedRadixCache, "write_backup_storage", _while_whole)
-
-
-@around
+@around(
+    "sglang.srt.managers.cache_controller:HiCacheController.start_writing",
+    why="SGLang submits copies of slots whose drafters' KV is not whole yet",
+    until="SGLang tells its worker before it copies",
+)
 def _flushing_first(original: Any, self: HiCacheController) -> None:
     """All copies to the host are submitted here, also those of slots that were released a moment ago: what is parked
     of these is ingested first.
@@ -123,10 +119,17 @@ def _flushing_first(original: Any, self: HiCacheController) -> None:
     original(self)
 
 
-@around
+@around(
+    "sglang.srt.managers.cache_controller:storage_model_name",
+    params=("model_name", "host_pool"),
+    why="storage is keyed by the target alone",
+    until="a sidecar names what its pages depend on",
+)
 def _of_these_drafters(original: Any, model_name: str | None, host_pool: Any) -> str | None:
-    """Storage outlives the server. Another pair would read this one's draft KV, a server without drafters has keys of
-    another kind, and one whose windowed layers have a pool of their own other pages.
+    """Storage is keyed by the drafters, too.
+
+    It outlives the server. Another pair would read this one's draft KV, a server without drafters has keys of another
+    kind, and one whose windowed layers have a pool of their own other pages.
     """
     name: str | None = original(model_name, host_pool)
     if _namespace is None or not serves_ours():
@@ -134,7 +137,12 @@ def _of_these_drafters(original: Any, model_name: str | None, host_pool: Any) ->
     return f"{name}-{_namespace}" if name else _namespace
 
 
-@around
+@around(
+    "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.write_backup_storage",
+    params=("node_id",),
+    why="SGLang stores every page",
+    until="a sidecar may decline a page",
+)
 def _while_whole(original: Any, self: UnifiedRadixCache, node_id: Any) -> None:
     """Nothing is stored once a drafter's KV has holes: here it drafts no more, but the next server's would."""
     if _whole is None or not serves_ours() or _whole():

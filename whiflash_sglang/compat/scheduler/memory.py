@@ -26,13 +26,12 @@ from sglang.srt.mem_cache import kv_cache_configurator
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.model_executor import pool_configurator
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.srt.state_capturer.base import BaseTopkCapturer
 
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.forward import graphs, sampling, triton_backend
 from whiflash_sglang.compat.launch import refusals
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import around
 from whiflash_sglang.compat.scheduler import memory
 from whiflash_sglang.errors import ConfigError
 
@@ -149,29 +148,37 @@ def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dic
     return {"tables": table, "graphs": kept, "sampling": sampled}
 
 
-def install() -> None:
-    """Account for both wherever SGLang sizes its pools. Idempotent."""
-    replace(pool_configurator, "create_memory_pool_configurator", _accounting)
-    replace(kv_cache_configurator, "get_req_to_token_extra_context_len", _holding_the_reserve)
-    replace(BaseTopkCapturer, "__init__", _holding_verified_rows)
-
-
-@around
+@around(
+    "sglang.srt.state_capturer.base:BaseTopkCapturer.__init__",
+    params=("max_batch_size",),
+    why="SGLang sizes records of a forward by prefills and requests",
+    until="it sizes them by verified rows",
+)
 def _holding_verified_rows(original: Any, self: Any, *args: Any, max_batch_size: int, **named: Any) -> None:
     """Records of a forward (routed experts, an indexer's choices), which SGLang sizes by prefills and requests."""
     rows = _reservation.rows if serves_ours() else 0
     original(self, *args, max_batch_size=max(max_batch_size, rows), **named)
 
 
-@around
+@around(
+    "sglang.srt.mem_cache.kv_cache_configurator:get_req_to_token_extra_context_len",
+    why="near the context's end two blocks are reserved and one has room",
+    until="SGLang makes rows as long as it reserves",
+)
 def _holding_the_reserve(original: Any) -> int:
-    """Columns of a request's row beyond the context."""
+    """Rows of the request table have room for what is reserved. Columns of a request's row beyond the context."""
     reserve = get_alloc_reserve_per_decode() if serves_ours() else 0
     return max(int(original()), reserve)
 
 
-@around
+@around(
+    "sglang.srt.model_executor.pool_configurator:create_memory_pool_configurator",
+    params=("kvc",),
+    why="SGLang sizes pools for its own drafters only",
+    until="a worker may reserve bytes",
+)
 def _accounting(original: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
+    """Pools leave room for draft KV and rings."""
     configurator = original(kvc, *args, **kwargs)
     if not serves_ours() or kvc.is_draft_worker:
         return configurator

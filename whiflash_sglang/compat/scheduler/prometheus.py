@@ -2,24 +2,7 @@
 
 from typing import Any
 
-from sglang.srt.managers.scheduler import Scheduler
-
-from whiflash_sglang.compat.carried import is_ours
-from whiflash_sglang.compat.patching import around, replace
 from whiflash_sglang.metrics import SERIES, Labels, Series
-
-
-def install() -> None:
-    """In the scheduler. Idempotent."""
-    replace(Scheduler, "emit_metrics_constants", _publishing)
-
-
-@around
-def _publishing(original: Any, self: Any) -> None:
-    """Upstream calls it once, when its collector has its labels and the worker its memory."""
-    original(self)
-    if self.metrics_collector is not None and is_ours(self):
-        self.draft_worker.publish_to(Prometheus(self.metrics_collector))
 
 
 class Prometheus:

@@ -8,19 +8,22 @@ WHIFLASH with an autoregressive drafter, without claiming to be EAGLE anywhere e
 from functools import wraps
 from typing import Any
 
-from sglang.srt.mem_cache import kv_cache_builder
 from sglang.srt.runtime_context import get_server_args
 
 from whiflash_sglang.compat.carried import serves_ours, settings_of
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around
 
 
-def install() -> None:
-    """Idempotent."""
-    replace(kv_cache_builder, "CacheInitParams", _with_bigrams)
-
-
+@around(
+    "sglang.srt.mem_cache.kv_cache_builder:CacheInitParams",
+    params=("is_eagle",),
+    why="SGLang has bigram keys for `is_eagle()` only",
+    until="an algorithm may ask for them",
+    makes=True,
+)
 def _with_bigrams(original: Any) -> Any:
+    """The tree has bigram keys where EAGLE-3 drafts."""
+
     @wraps(original, updated=())
     def build(*args: Any, **kwargs: Any) -> Any:
         if serves_ours() and settings_of(get_server_args()).eagle3 is not None:

@@ -4,16 +4,15 @@ worker.
 Its own hook covers finished requests only; `release_kv_cache` is the one function they all go through.
 """
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
-from sglang.srt.managers.scheduler import Scheduler
-from sglang.srt.mem_cache import common
 from sglang.srt.session.streaming_session import StreamingSession
 
 from whiflash_sglang.compat.carried import serves_ours
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import around
 from whiflash_sglang.compat.scheduler.overlap import behind_forward
 
 
@@ -42,21 +41,15 @@ def notify(owner: Owner, runner: Any) -> None:
     _owner, _runner = ref(owner), ref(runner)
 
 
-def install() -> None:
-    """Idempotent."""
-    replace(StreamingSession, "try_cache_finished_req", _keeping_what_was_computed)
-    replace(Scheduler, "process_batch_result", _releasing_together)
-    replace(Scheduler, "_create_generation_req", _arriving)
-    original = common.release_kv_cache
-    replace(common, "release_kv_cache", _noting)
-    for name, module in list(sys.modules.items()):
-        # Modules that imported the function by name hold the original.
-        if name.startswith("sglang.srt") and getattr(module, "release_kv_cache", None) is original:
-            module.release_kv_cache = common.release_kv_cache  # type: ignore[attr-defined]
-
-
-@around
+@around(
+    "sglang.srt.mem_cache.common:release_kv_cache",
+    params=("req", "tree_cache", "checkpoint"),
+    why="SGLang tells its worker of finished requests only",
+    until="it tells of every release",
+    everywhere=True,
+)
 def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
+    """The worker hears of every end of a request's KV."""
     owner = _owner() if _owner is not None else None
     if owner is not None and serves_ours():
         # A session keeps the slots of a turn that is retracted, too.
@@ -67,21 +60,20 @@ def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> No
     original(req, tree_cache, checkpoint=checkpoint)
 
 
-@around
-def _arriving(original: Any, self: Scheduler, recv_req: Any, *args: Any, **named: Any) -> Any:
-    req = original(self, recv_req, *args, **named)
+def arrived(req: Any) -> None:
+    """A request has arrived."""
     owner = _owner() if _owner is not None else None
-    if owner is not None and serves_ours():
+    if owner is not None:
         owner.arrived(req)
-    return req
 
 
-@around
-def _releasing_together(original: Any, self: Scheduler, batch: Any, result: Any) -> None:
+@contextmanager
+def together() -> Iterator[None]:
+    """What is released in the block is flushed at its end."""
     global _together
     _together = True
     try:
-        original(self, batch, result)
+        yield
     finally:
         _together = False
         flush()
@@ -96,7 +88,12 @@ def flush() -> None:
             owner.flush()
 
 
-@around
+@around(
+    "sglang.srt.session.streaming_session:StreamingSession.try_cache_finished_req",
+    params=("req",),
+    why="SGLang takes what is allocated for computed",
+    until="a session keeps what was computed",
+)
 def _keeping_what_was_computed(original: Any, self: StreamingSession, req: Any) -> bool:
     """A session keeps a turn's slots up to its last token, which no forward has seen.
 

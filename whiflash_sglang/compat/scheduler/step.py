@@ -5,29 +5,33 @@ decoding pays less for that than a speculative round does, so rounds that draft 
 """
 
 from typing import Any
-
-from sglang.srt.constrained.grammar_manager import GrammarManager
-from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
+from weakref import ReferenceType, ref
 
 from whiflash_sglang.compat.forward import sampling
-from whiflash_sglang.compat.patching import around, replace
 
-_sockets: tuple[Any, ...] = ()
-"""Where this process's scheduler gets its mail, known from its first look; empty without a scheduler's loop."""
-
-_compiling = False
-"""Whether requests waited for their grammars when the scheduler looked last: it alone notices that one is ready."""
+_scheduler: ReferenceType[Any] | None = None
 
 
-def install() -> None:
-    """Idempotent."""
-    replace(SchedulerRequestReceiver, "_pull_raw_reqs", _noting_sockets)
-    replace(GrammarManager, "has_waiting_grammars", _noting_grammars)
+def notice(scheduler: Any) -> None:
+    """Ask this scheduler for mail from now on; it is not kept alive."""
+    global _scheduler
+    _scheduler = ref(scheduler)
 
 
 def has_mail() -> bool:
-    """Whether requests, aborts or messages wait for the scheduler. True where its mailbox cannot be asked."""
-    return _compiling or any(not hasattr(socket, "poll") or socket.poll(0) for socket in _sockets)
+    """Whether requests, aborts or messages wait for the scheduler, or requests whose grammars are compiled, of which it
+    alone notices that one is ready. True where its mailbox cannot be asked.
+    """
+    scheduler = None if _scheduler is None else _scheduler()
+    if scheduler is None:
+        return False
+    receiver = scheduler.request_receiver
+    sockets = [
+        socket for socket in (receiver.recv_from_tokenizer, receiver.recv_from_rpc) if socket is not None
+    ]
+    return bool(scheduler.grammar_manager.has_waiting_grammars()) or any(
+        not hasattr(socket, "poll") or socket.poll(0) for socket in sockets
+    )
 
 
 def needs_scheduler(batch: Any) -> bool:
@@ -47,17 +51,3 @@ def needs_scheduler(batch: Any) -> bool:
 def _may_end_anywhere(req: Any) -> bool:
     params = req.sampling_params
     return bool(params.stop_strs or params.stop_regex_strs) or req.to_finish is not None
-
-
-@around
-def _noting_sockets(original: Any, self: SchedulerRequestReceiver) -> Any:
-    global _sockets
-    _sockets = tuple(s for s in (self.recv_from_tokenizer, self.recv_from_rpc) if s is not None)
-    return original(self)
-
-
-@around
-def _noting_grammars(original: Any, self: GrammarManager) -> bool:
-    global _compiling
-    _compiling = bool(original(self))
-    return _compiling

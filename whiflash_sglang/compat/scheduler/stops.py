@@ -14,31 +14,28 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
 
 from whiflash_sglang.compat.carried import serves_ours
-from whiflash_sglang.compat.patching import around, replace
+from whiflash_sglang.compat.patching import around
 
 
-def install() -> None:
-    """Idempotent."""
-    replace(SchedulerBatchResultProcessor, "_resolve_spec_v2_tokens", _cutting)
-    replace(Req, "update_finish_state", _by_the_last_token)
+class BatchResultProcessor(SchedulerBatchResultProcessor):  # type: ignore[misc]
+    """SGLang's, of a scheduler of ours."""
 
+    __slots__ = ()
 
-@around
-def _cutting(original: Any, self: Any, result: Any, batch: Any) -> list[list[int]]:
-    runs: list[list[int]] = original(self, result, batch)
-    if not serves_ours():
+    def _resolve_spec_v2_tokens(self, result: Any, batch: Any) -> list[list[int]]:
+        """Committed tokens by request: a run ends at the token that ends the request."""
+        runs: list[list[int]] = super()._resolve_spec_v2_tokens(result, batch)
+        for i, req in enumerate(batch.reqs):
+            if req.is_retracted or req.finished() or req.to_finish:
+                continue
+            kept = _kept(req, runs[i])
+            if kept < len(runs[i]):
+                req.kv.kv_committed_len -= len(runs[i]) - kept
+                runs[i] = runs[i][:kept]
+                # SGLang reads here that a recurrent state is ahead of the tokens.
+                result.grammar_retained_tokens = result.grammar_retained_tokens or [None] * len(runs)
+                result.grammar_retained_tokens[i] = runs[i]
         return runs
-    for i, req in enumerate(batch.reqs):
-        if req.is_retracted or req.finished() or req.to_finish:
-            continue
-        kept = _kept(req, runs[i])
-        if kept < len(runs[i]):
-            req.kv.kv_committed_len -= len(runs[i]) - kept
-            runs[i] = runs[i][:kept]
-            # SGLang reads here that a recurrent state is ahead of the tokens.
-            result.grammar_retained_tokens = result.grammar_retained_tokens or [None] * len(runs)
-            result.grammar_retained_tokens[i] = runs[i]
-    return runs
 
 
 def _kept(req: Req, run: list[int]) -> int:
@@ -61,8 +58,14 @@ def _ends_in_text(req: Req) -> bool:
     return bool(req.sampling_params.stop_strs or req.sampling_params.stop_regex_strs)
 
 
-@around
+@around(
+    "sglang.srt.managers.schedule_batch:Req.update_finish_state",
+    params=("new_accepted_len",),
+    why="SGLang looks for stop strings in a run as a whole",
+    until="it finds the first stop of a run",
+)
 def _by_the_last_token(original: Any, self: Req, new_accepted_len: int = 1) -> None:
+    """Only the last token of a run ends a request by its text."""
     if new_accepted_len > 1 and _ends_in_text(self) and serves_ours():
         new_accepted_len = 1
     original(self, new_accepted_len)

@@ -7,20 +7,19 @@ scheduler hears of the result. Other requests run as they would without this, by
 
 import json
 import os
+import sys
 from collections.abc import Sequence
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from sglang.srt.managers import scheduler
-from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.runtime_context import get_parallel
 
 from whiflash_sglang.compat.forward.captured import Captured, LoadedTarget
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around, install
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.origin import ORIGIN, vocabulary_file
 
@@ -28,21 +27,32 @@ WANTED = "whiflash-features-"
 """What the names of such requests begin with."""
 
 
+_wanted: tuple[Sequence[int], str, Path, Path] | None = None
+"""Layers, the target's name, and the directories of the scheduler that this process makes."""
+
+
 def run(
     layers: Sequence[int], name: str, origin: Path, states: Path, *arguments: Any, **options: Any
 ) -> None:
     """A scheduler's process, as SGLang starts it, with a `Recorder`. The rest are SGLang's own arguments."""
-
-    def recorded(original: Any) -> Any:
-        @wraps(original)
-        def init(self: Any, *given: Any, **named: Any) -> None:
-            original(self, *given, **named)
-            Recorder(self.tp_worker, layers, states).tell(origin, name)
-
-        return init
-
-    replace(Scheduler, "__init__", recorded)
+    global _wanted
+    _wanted = layers, name, origin, states
+    install(sys.modules[__name__])
     scheduler.run_scheduler_process(*arguments, **options)
+
+
+@around(
+    "sglang.srt.managers.scheduler:Scheduler.__init__",
+    params=("server_args", "port_args"),
+    why="SGLang returns no layer's output of a prompt",
+    until="it returns features of chosen layers",
+)
+def _recorded(original: Any, self: Any, *arguments: Any, **options: Any) -> None:
+    """The scheduler of an engine for training data writes features of prompts."""
+    original(self, *arguments, **options)
+    if _wanted is not None:
+        layers, name, origin, states = _wanted
+        Recorder(self.tp_worker, layers, states).tell(origin, name)
 
 
 class Recorder:

@@ -23,7 +23,7 @@ from sglang.srt.layers.attention.linear.kda_backend import KDAAttnBackend
 from sglang.srt.layers.attention.linear.short_conv_backend import ShortConvAttnBackend
 
 from whiflash_sglang.compat.carried import serves_ours
-from whiflash_sglang.compat.patching import replace
+from whiflash_sglang.compat.patching import around
 from whiflash_sglang.models.recurrent import (
     PAD_SLOT,
     Rows,
@@ -36,22 +36,17 @@ from whiflash_sglang.models.recurrent import (
 )
 
 
-def install() -> None:
-    """Let the target's attention be made with these in a server of ours. Idempotent."""
-    for upstreams, ours in (
-        (ShortConvAttnBackend, RaggedConvBackend),
-        (GDNAttnBackend, RaggedDeltaBackend),
-        (KDAAttnBackend, RaggedChannelDeltaBackend),
-        (Mamba2AttnBackend, RaggedMamba2Backend),
-    ):
-        replace(upstreams, "__new__", partial(_chosen, upstreams, ours))
+@around(
+    "sglang.srt.layers.attention.hybrid_linear_attn_backend:MambaAttnBackendBase.__new__",
+    why="SGLang's recurrent layers verify blocks of one width, and their backends are in no registry",
+    until="they read a ragged layout",
+    makes=True,
+)
+def _chosen(original: Any) -> Any:
+    """Recurrent layers get our backends. Upstream's names stay classes: SGLang asks what is an instance of them."""
 
-
-def _chosen(upstreams: Any, ours: Any, _: Any) -> Any:
-    """Makes ours where upstream's is asked for, whose name stays a class: SGLang asks what is an instance of it."""
-
-    def new(kind: Any, model_runner: Any) -> Any:
-        return object.__new__(ours if kind is upstreams and serves_ours() else kind)
+    def new(kind: Any, *_: Any, **__: Any) -> Any:
+        return object.__new__(OURS.get(kind, kind) if serves_ours() else kind)
 
     return staticmethod(new)
 
@@ -206,3 +201,12 @@ class RaggedMamba2(_Ragged):
 
 class RaggedMamba2Backend(RaggedMamba2, Mamba2AttnBackend):  # type: ignore[misc]
     """`Mamba2AttnBackend`, with the rows of a verification packed."""
+
+
+OURS = {
+    ShortConvAttnBackend: RaggedConvBackend,
+    GDNAttnBackend: RaggedDeltaBackend,
+    KDAAttnBackend: RaggedChannelDeltaBackend,
+    Mamba2AttnBackend: RaggedMamba2Backend,
+}
+"""By upstream's, for which they are made."""

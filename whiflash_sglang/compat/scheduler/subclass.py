@@ -1,0 +1,77 @@
+"""SGLang's scheduler in a server of ours: a class of its own, with SGLang's override points.
+
+Nobody can choose a scheduler's class where a server starts, so the instance becomes one while it is made: when its
+worker and its caches are there, and before it makes the parts that are ours.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+
+from whiflash_sglang.compat.carried import is_ours
+from whiflash_sglang.compat.forward.parallel import RequestReceiver
+from whiflash_sglang.compat.http.control import InternalState
+from whiflash_sglang.compat.http.figures import MetricsReporter
+from whiflash_sglang.compat.http.streamer import OutputStreamer
+from whiflash_sglang.compat.patching import around
+from whiflash_sglang.compat.scheduler import releases, step
+from whiflash_sglang.compat.scheduler.prometheus import Prometheus
+from whiflash_sglang.compat.scheduler.stops import BatchResultProcessor
+
+
+@around(
+    "sglang.srt.managers.scheduler:Scheduler.emit_metrics_constants",
+    why="a server that speculates with a plugin's algorithm cannot choose its scheduler's class",
+    until="an algorithm may name a subclass of `Scheduler`",
+)
+def _becoming(original: Any, self: Any) -> None:
+    """A scheduler of ours becomes a `WhiflashScheduler`. SGLang calls this once, when its collector has its labels and
+    the worker its memory.
+    """
+    original(self)
+    if not is_ours(self):
+        return
+    self.__class__ = type("WhiflashScheduler", (WhiflashScheduler, type(self)), {})
+    step.notice(self)
+    if self.metrics_collector is not None:
+        self.draft_worker.publish_to(Prometheus(self.metrics_collector))
+
+
+class WhiflashScheduler:
+    """What a scheduler of ours does beside SGLang's, before which it comes among the bases."""
+
+    def init_metrics_reporter(self) -> None:
+        super().init_metrics_reporter()  # type: ignore[misc]
+        self.metrics_reporter: Any
+        self.metrics_reporter.__class__ = MetricsReporter
+
+    def init_request_receiver(self) -> None:
+        super().init_request_receiver()  # type: ignore[misc]
+        self.request_receiver = _as(RequestReceiver, self.request_receiver)
+
+    def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
+        return OutputStreamer
+
+    def init_batch_result_processor(self) -> None:
+        super().init_batch_result_processor()  # type: ignore[misc]
+        self.batch_result_processor = _as(BatchResultProcessor, self.batch_result_processor)
+
+    def init_internal_state(self) -> None:
+        super().init_internal_state()  # type: ignore[misc]
+        self.internal_state: Any
+        self.internal_state = InternalState(self, self.internal_state.record_step_time)
+
+    def _create_generation_req(self, *args: Any, **named: Any) -> Any:
+        req = super()._create_generation_req(*args, **named)  # type: ignore[misc]
+        releases.arrived(req)
+        return req
+
+    def process_batch_result(self, *args: Any, **named: Any) -> None:
+        with releases.together():
+            super().process_batch_result(*args, **named)  # type: ignore[misc]
+
+
+def _as(kind: type, made: Any) -> Any:
+    """A dataclass's instance as one of its subclass `kind`."""
+    return kind(**{field.name: getattr(made, field.name) for field in fields(made)})
