@@ -135,18 +135,6 @@ def test_keys_are_cut_out_wherever_they_stand() -> None:
     assert keys.without_keys(told, arguments(_whiflash=object(), api_key=None, admin_api_key=None)) is told
 
 
-def serving(monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
-    """A server of ours with these keys is what serves HTTP here."""
-    manager = SimpleNamespace(server_args=arguments(_whiflash=object(), **given))
-    monkeypatch.setattr(http_server, "_global_state", SimpleNamespace(tokenizer_manager=manager))
-
-
-def test_the_answer_of_server_info_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    patching.install(keys)
-    serving(monkeypatch)
-    assert http_server.redact_watermark_secrets({"api_key": "user-key"}) == {"api_key": "<redacted>"}
-
-
 def test_sglangs_log_would_tell_them() -> None:
     """Else there is nothing to cut out any more, and `compat/launch/keys.py` can go."""
     patching.install(keys)

@@ -53,10 +53,9 @@ def in_scheduler() -> None:
 
 REPLACING = (
     *("flags", "forward.recurrent", "forward.target", "forward.untried.recurrent"),
-    *("http.admission", "http.answers", "http.converted", "http.figures", "http.pieces", "http.requests"),
-    *("http.routes", "http.streamer", "http.traces", "launch.keys", "launch.replicas", "scheduler.hicache"),
-    *("scheduler.memory", "scheduler.radix", "scheduler.releases", "scheduler.scores", "scheduler.stops"),
-    *("scheduler.subclass", "training.recorder"),
+    *("http.admission", "http.answers", "http.figures", "http.routes", "http.streamer"),
+    *("launch.keys", "launch.replicas", "scheduler.hicache", "scheduler.memory", "scheduler.radix"),
+    *("scheduler.releases", "scheduler.scores", "scheduler.stops", "scheduler.subclass", "training.recorder"),
 )
 """Our modules that replace something."""
 

@@ -337,9 +337,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.build_additional_customized_info", ("reqs",)
     ),
-    PrivateName(f"{_SERVING}.protocol:SglExt.model_rebuild"),
-    PrivateName(f"{_SERVING}.protocol:CompletionTokensDetails.model_rebuild"),
-    PrivateName(f"{_SERVING}.serving_base:OpenAIServingBase.handle_request", ("request", "raw_request")),
     # streams, cut for those that read them token by token
     PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._tool_call_parsing_active", ("request",)),
     PrivateName(f"{_SERVING}.serving_chat:OpenAIServingChat._encoding_output"),
@@ -349,25 +346,9 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName("sglang.srt.managers.schedule_batch:Req.check_match_stop_str_prefix"),
     PrivateName("sglang.srt.managers.tokenizer_manager:_INCREMENTAL_STREAMING_META_INFO_KEYS"),
-    PrivateName(
-        f"{_SERVING}.serving_responses:OpenAIServingResponses._response_tools_to_chat_tools", ("request",)
-    ),
-    PrivateName(f"{_SERVING}.protocol:ResponsesRequest.effective_tool_choice"),
     PrivateName(f"{_MESSAGES}:AnthropicServing._error_response", ("status_code", "error_type", "message")),
-    *(
-        PrivateName(
-            f"{_SERVING}.serving_responses:OpenAIServingResponses.{name}",
-            ("request", "sampling_params", "result_generator"),
-        )
-        for name in (
-            "responses_full_generator",
-            "responses_stream_generator",
-            "responses_stream_generator_non_harmony",
-        )
-    ),
-    PrivateName(f"{_SERVING}.protocol:ResponsesResponse.model_rebuild"),
-    PrivateName("sglang.srt.entrypoints.anthropic.protocol:AnthropicMessagesResponse.model_rebuild"),
     PrivateName("sglang.srt.entrypoints.http_server:app.routes"),
+    PrivateName("sglang.srt.entrypoints.http_server:app.user_middleware"),
     PrivateName("sglang.srt.entrypoints.http_server:auth_level"),
     PrivateName("sglang.srt.entrypoints.http_server:AuthLevel.ADMIN_OPTIONAL"),
     PrivateName(

@@ -149,16 +149,6 @@ def _is_absent(patch: Patch) -> bool:
     return False
 
 
-def allow_extra(*models: Any, within: tuple[Any, ...] = ()) -> None:
-    """Let SGLang's models of answers carry fields of ours. within: models that embed their schema. Idempotent."""
-    if models[0].model_config.get("extra") == "allow":
-        return
-    for model in models:
-        model.model_config["extra"] = "allow"
-    for model in (*models, *within):
-        model.model_rebuild(force=True)
-
-
 def replaced_names() -> tuple[str, ...]:
     """The upstream names that this process runs with a replacement of ours."""
     return tuple(sorted(_replaced))

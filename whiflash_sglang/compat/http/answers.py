@@ -1,149 +1,232 @@
-"""Traces, and what of predictions appeared, in answers that SGLang converts: OpenAI's Responses, Anthropic's Messages.
+"""Traces, what of predictions appeared, and vLLM's figures of acceptance, in what routes send.
 
-Neither has a place for them, and the usage of both is closed, so both go into `sglext`, as chat completions have it: of
-an answer, of the `response` in a stream's last event, or of the event `message_delta`. Answers to who asked for neither
-are SGLang's own. In the process that serves HTTP.
+OpenAI's chat and text completions have traces in SGLang's extension `sglext`, of a stream in a last chunk of its own;
+what of predictions appeared is in their usage. Responses and Messages have no place for either, so both go into
+`sglext`: of an answer, of the `response` in a stream's last event, or of the event `message_delta`.
 """
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
-from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesResponse
 from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
 
 from whiflash_sglang.compat.carried import META_KEY
-from whiflash_sglang.compat.http import predictions, traces
-from whiflash_sglang.compat.patching import allow_extra, around
+from whiflash_sglang.compat.http import figures, traces
+from whiflash_sglang.compat.http.call import CURRENT, Call
+from whiflash_sglang.compat.http.predictions import summed
+from whiflash_sglang.compat.patching import around
 
-EXTENSION = "sglext"
-PREDICTION = "prediction"
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+Change = Callable[[dict[str, Any]], dict[str, Any]]
 
-
-def allow_extensions() -> None:
-    """Idempotent."""
-    allow_extra(AnthropicMessagesResponse, ResponsesResponse)
-
-
+EXTENSION, PREDICTION = "sglext", "prediction"
+_DETAILS = "completion_tokens_details"
 _ENDED = ("response.completed", "response.incomplete", "response.failed")
 """Types of a Responses stream's last event."""
 
 
-def extension_of(obj: Any) -> dict[str, Any]:
-    """The extension of an answer to an internal request; empty if its request asked for nothing."""
-    found: dict[str, Any] = {}
-    told = traces.completed_of(obj)
-    if told:
-        found[META_KEY] = told[0] if len(told) == 1 else told
-    counts = predictions.counts_of(obj)
-    return {**found, PREDICTION: counts} if counts else found
+def extending(call: Call, send: Send) -> Send:
+    """`send` for an answer to this call: SGLang's own where nothing of ours was asked for."""
+    figures_too = bool(call.body.get("return_spec_tokens_details"))
+    if call.params is None and not figures_too:
+        return send
+
+    def holds() -> bool:  # what SGLang keeps of Responses has its extension already
+        return call.form != "responses" and bool(call.traces or call.counts or figures_too)
+
+    return _Sent(send, partial(extended, call), holds, _Events(call)).send
 
 
-@around(
-    "sglang.srt.entrypoints.anthropic.serving:AnthropicServing._convert_response",
-    params=("response",),
-    why="Messages has no place for extensions",
-    until="SGLang carries `sglext` over",
-)
-def _with_extension(original: Any, self: Any, response: Any) -> Any:
-    """An answer to Messages has traces and what of predictions appeared."""
-    converted = original(self, response)
-    found: dict[str, Any] = {}
-    trace = getattr(response.sglext, META_KEY, None)
-    if trace is not None:
-        shown = response.choices[0].message.content or ""
-        found[META_KEY] = {"text": shown, **trace} if "stretches" in trace else trace
-    details = getattr(response.usage, "completion_tokens_details", None)
-    counts = predictions.counts_in(details)
-    if counts:
-        found[PREDICTION] = counts
-    if found:
-        setattr(converted, EXTENSION, found)
-    return converted
+def rewriting(send: Send, change: Change) -> Send:
+    """`send` for an answer in JSON, which `change` gets."""
+    return _Sent(send, change, lambda: True, None).send
 
 
-@around(
-    "sglang.srt.entrypoints.anthropic.serving:AnthropicServing._generate_anthropic_stream",
-    params=("adapted_request",),
-    why="Messages has no place for extensions",
-    until="SGLang carries `sglext` over",
-)
-async def _extending_messages(
-    original: Any, self: Any, adapted: Any, *rest: Any, **named: Any
-) -> AsyncIterator[str]:
-    """The same of a stream of Messages."""
-    async for event in original(self, adapted, *rest, **named):
-        yield _extended(event, adapted, lambda data: data if data["type"] == "message_delta" else None)
+class _Sent:
+    """What a route sends, changed on its way: an answer in JSON as a whole, a stream event by event.
+
+    holds: asked when an answer begins, whether `change` has something for it. events: None where streams stay.
+    """
+
+    def __init__(
+        self, send: Send, change: Change, holds: Callable[[], bool], events: "_Events | None"
+    ) -> None:
+        self._send, self._change, self._holds, self._events = send, change, holds, events
+        self._start: Message | None = None
+        """The beginning of an answer in JSON, whose length is not known yet."""
+        self._body = b""
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif message["type"] != "http.response.body":
+            await self._send(message)
+        elif self._start is not None:
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._whole(self._start)
+        elif self._events is not None:
+            more = message.get("more_body", False)
+            body = self._events.take(message.get("body", b""), ends=not more)
+            if body or not more:
+                await self._send({**message, "body": body})
+        else:
+            await self._send(message)
+
+    async def _begin(self, message: Message) -> None:
+        kind = dict(message.get("headers", ())).get(b"content-type", b"") if message["status"] == 200 else b""
+        if not kind.startswith(b"text/event-stream"):
+            self._events = None
+        if kind.startswith(b"application/json") and self._holds():
+            self._start = message
+        else:
+            await self._send(message)
+
+    async def _whole(self, start: Message) -> None:
+        answer = json.loads(self._body)  # noqa: TID251  (this server wrote it)
+        changed = self._change(answer) if isinstance(answer, dict) else answer
+        body = self._body if changed is answer else _json(changed).encode()
+        headers = [pair for pair in start.get("headers", ()) if pair[0] != b"content-length"]
+        await self._send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+        await self._send({"type": "http.response.body", "body": body})
 
 
-class _Named:
-    """The outputs of a request, which say whose they are."""
+def extended(call: Call, answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer in JSON with what this call asked for; the same object where there is nothing."""
+    if call.form == "messages":
+        extension = extension_of(call)
+        return {**answer, EXTENSION: extension} if extension else answer
+    answer = _with_figures(call, answer)
+    if call.traces and "choices" in answer:
+        shown = {
+            c["index"]: (c["message"]["content"] if "message" in c else c["text"]) for c in answer["choices"]
+        }
+        answer = {**answer, EXTENSION: {**(answer.get(EXTENSION) or {}), META_KEY: _traces(call, shown)}}
+    return answer
 
-    def __init__(self, outputs: AsyncIterator[Any], obj: Any) -> None:
-        self._outputs, self.obj = outputs, obj
 
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self._outputs
+def extension_of(call: Call) -> dict[str, Any]:
+    """Of Responses and Messages; empty if their request asked for nothing."""
+    extension: dict[str, Any] = {META_KEY: _traces(call, {})} if call.traces else {}
+    return {**extension, PREDICTION: summed(call.counts)} if call.counts else extension
 
 
-@around(
-    "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses._generate_with_builtin_tools",
-    params=("request_id", "request_prompt", "adapted_request"),
-    why="the writer of a Responses answer does not know its request",
-    until="it does",
-    optional=True,
-)
-def _naming_request(
-    original: Any, self: Any, request_id: Any, prompt: Any, adapted: Any, *rest: Any, **named: Any
-) -> _Named:
-    """The outputs of a Responses request know their request."""
-    return _Named(original(self, request_id, prompt, adapted, *rest, **named), adapted)
+def _traces(call: Call, shown: Mapping[int, str | None]) -> Any:
+    """shown: what clients see of a choice's text, which the trace brings where it is another one."""
+    made = [
+        traces.with_text(trace, text, shown.get(trace["choice"]))
+        for trace, text in sorted(call.traces, key=lambda entry: int(entry[0]["choice"]))
+    ]
+    return made[0] if len(made) == 1 else made
+
+
+def _with_figures(call: Call, answer: dict[str, Any], *, usage_too: bool = True) -> dict[str, Any]:
+    """An answer or a chunk of OpenAI's, with what of predictions appeared in its usage, and vLLM's `metrics`."""
+    usage = answer.get("usage")
+    if usage_too and usage and call.counts:
+        details = usage.get(_DETAILS) or {"reasoning_tokens": usage.get("reasoning_tokens") or 0}
+        answer = {**answer, "usage": {**usage, _DETAILS: {**details, **summed(call.counts)}}}
+    acceptance = figures.acceptance_in(answer)
+    return answer if acceptance is None else {**answer, figures.METRICS: acceptance}
+
+
+class _Events:
+    """The events of a stream."""
+
+    def __init__(self, call: Call) -> None:
+        self._call, self._rest, self._last = call, b"", b""
+        self._change = self._converted if call.form in ("responses", "messages") else self._openai
+        whole = call.form in ("chat", "completion") and traces.asks_text([{"custom_params": call.params}])
+        self._shown: dict[int, str] | None = {} if whole else None
+
+    def take(self, data: bytes, *, ends: bool) -> bytes:
+        """What to send when `data` has come: whole events, however SGLang cut them."""
+        *events, self._rest = (self._rest + data).split(b"\n\n")
+        sent = b"".join(self._change(event) + b"\n\n" for event in events)
+        if ends:
+            sent, self._rest = sent + self._rest, b""
+        return sent
+
+    def _openai(self, event: bytes) -> bytes:
+        if event.startswith(b"data: [DONE]"):
+            return (self._trace_chunk() + b"\n\n" if self._call.traces else b"") + event
+        if not event.startswith(b"data: {"):
+            return event
+        self._last = event
+        counted = self._call.counts and b'"usage":{' in event
+        if self._shown is None and not counted and figures.DETAILS.encode() not in event:
+            return event
+        chunk = _data(event.removeprefix(b"data: "))
+        self._note(chunk)
+        changed = _with_figures(self._call, chunk, usage_too=not chunk.get("choices"))
+        return event if changed is chunk else b"data: " + _json(changed).encode()
+
+    def _note(self, chunk: dict[str, Any]) -> None:
+        """What a chunk puts into the text of each choice."""
+        for choice in chunk.get("choices") or () if self._shown is not None else ():
+            text = (choice.get("delta") or {}).get("content") or choice.get("text") or ""
+            self._shown = self._shown or {}
+            self._shown[choice["index"]] = self._shown.get(choice["index"], "") + text
+
+    def _trace_chunk(self) -> bytes:
+        """A last chunk without choices, as SGLang's own extension chunks are."""
+        last = _data(self._last.removeprefix(b"data: ")) if self._last else {}
+        chunk = {
+            "id": "whiflash-trace",
+            "object": "chat.completion.chunk" if self._call.form == "chat" else "text_completion",
+            "created": 0,
+            "model": last.get("model") or self._call.body.get("model"),
+            "choices": [],
+            EXTENSION: {META_KEY: _traces(self._call, self._shown or {})},
+        }
+        return f"data: {json.dumps(chunk)}".encode()
+
+    def _converted(self, event: bytes) -> bytes:
+        name, mark, text = event.partition(b"\ndata: ")
+        extension = extension_of(self._call) if mark else {}
+        if not extension:
+            return event
+        data = _data(text)
+        if data["type"] == "message_delta":
+            data[EXTENSION] = extension
+        elif data["type"] in _ENDED:
+            data["response"][EXTENSION] = extension
+        else:
+            return event
+        return name + mark + _json(data).encode()
+
+
+def _data(text: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(text)  # noqa: TID251  (this server wrote it)
+    return found
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 @around(
     "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses.responses_full_generator",
     params=("request", "sampling_params", "result_generator"),
-    why="Responses has no place for extensions, and its store keeps answers",
-    until="SGLang carries `sglext` over",
+    why="SGLang keeps answers of Responses and returns them again, also those that ran in the background",
+    until="SGLang carries `meta_info` of algorithms over",
     optional=True,
 )
-async def _extending_response(
-    original: Any, self: Any, request: Any, sampling_params: Any, outputs: Any, *rest: Any, **named: Any
-) -> Any:
+async def _extending_response(original: Any, self: Any, *args: Any, **named: Any) -> Any:
     """An answer of Responses has traces and what of predictions appeared."""
-    response = await original(self, request, sampling_params, outputs, *rest, **named)
-    found = extension_of(getattr(outputs, "obj", None))
-    if found and isinstance(response, ResponsesResponse):
-        setattr(response, EXTENSION, found)
+    response = await original(self, *args, **named)
+    call = CURRENT.get()
+    extension = extension_of(call) if call is not None else {}
+    if extension and isinstance(response, ResponsesResponse):
+        setattr(response, EXTENSION, extension)
     return response
 
 
-@around(
-    "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses.responses_stream_generator",
-    "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses.responses_stream_generator_non_harmony",
-    params=("request", "sampling_params", "result_generator"),
-    why="Responses has no place for extensions",
-    until="SGLang carries `sglext` over",
-    optional=True,
-)
-async def _extending_responses(
-    original: Any, self: Any, request: Any, sampling_params: Any, outputs: Any, *rest: Any, **named: Any
-) -> AsyncIterator[str]:
-    """The same of a stream of Responses."""
-    obj = getattr(outputs, "obj", None)
-    async for event in original(self, request, sampling_params, outputs, *rest, **named):
-        yield _extended(event, obj, lambda data: data["response"] if data["type"] in _ENDED else None)
-
-
-def _extended(event: str, obj: Any, place: Callable[[dict[str, Any]], dict[str, Any] | None]) -> str:
-    """An event of a stream; where it has a `place` for an extension, and there is one, with that in it."""
-    name, mark, text = event.partition("\ndata: ")
-    found = extension_of(obj) if mark else {}
-    if not found:
-        return event
-    data = json.loads(text)  # noqa: TID251  (this server wrote it)
-    holder = place(data)
-    if holder is None:
-        return event
-    holder[EXTENSION] = found
-    return f"{name}{mark}{json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def allow_extensions() -> None:
+    """Let answers of Responses carry a field of ours. Idempotent."""
+    if ResponsesResponse.model_config.get("extra") != "allow":
+        ResponsesResponse.model_config["extra"] = "allow"
+        ResponsesResponse.model_rebuild(force=True)

@@ -8,7 +8,6 @@ Rows less forwards are the drafts, and the acceptance rates are put on them.
 Who asks an OpenAI route for them (`return_spec_tokens_details`) gets them in vLLM's shape, too, which harnesses read.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,7 +73,7 @@ def _of_an_answer(original: Any, self: Any, meta_info: dict[str, Any], recv_obj:
 
 
 METRICS = "metrics"
-_DETAILS = "spec_tokens_details"
+DETAILS = "spec_tokens_details"
 
 
 def acceptance_of(details: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,20 +98,7 @@ def acceptance_of(details: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def add_acceptance(response: Any) -> None:
-    """Give an OpenAI response with SGLang's details vLLM's `metrics`; without, or of several choices, it stays."""
-    details: Any = getattr(getattr(response, "sglext", None), _DETAILS, None)
-    if details is not None and not isinstance(details, list):
-        setattr(response, METRICS, acceptance_of(details.model_dump()))
-
-
-def with_acceptance(line: str) -> str:
-    """A line of a stream; the one with SGLang's details has vLLM's `metrics` beside them."""
-    if _DETAILS not in line or not line.startswith("data: {"):
-        return line
-    chunk = json.loads(line.removeprefix("data: "))  # noqa: TID251  (this server wrote it)
-    details = (chunk.get("sglext") or {}).get(_DETAILS)
-    if not isinstance(details, dict):
-        return line
-    chunk[METRICS] = acceptance_of(details)
-    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def acceptance_in(answer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """vLLM's `metrics` of an answer or a chunk with SGLang's details; None without, or of several choices."""
+    details = (answer.get("sglext") or {}).get(DETAILS)
+    return acceptance_of(details) if isinstance(details, dict) else None

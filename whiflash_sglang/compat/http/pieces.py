@@ -14,6 +14,7 @@ from itertools import islice, takewhile
 from types import SimpleNamespace
 from typing import Any
 
+from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.detokenizer_manager import DetokenizerManager
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.tokenizer_manager import _INCREMENTAL_STREAMING_META_INFO_KEYS
@@ -21,9 +22,9 @@ from sglang.srt.runtime_context import get_serving
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from whiflash_sglang.compat.http import predictions
-from whiflash_sglang.compat.patching import around
+from whiflash_sglang.compat.http.call import Call
+from whiflash_sglang.compat.http.requests import as_chat
 
-_ADDED_UP = "_whiflash_added_up"
 _CONTEXT_TOKENS, _CONTEXT_CHARACTERS = 5, 32
 _COUNTS = (
     "completion_tokens",
@@ -34,62 +35,36 @@ _COUNTS = (
 """Numbers of `meta_info` that grow by at most one a token."""
 
 
-@around(
-    "sglang.srt.entrypoints.http_server:serve_generate_request",
-    params=("obj", "request"),
-    why="cut for who reads streams token by token",
-    until="with `generate_request`",
-)
-async def _adding_up(original: Any, obj: Any, request: Any) -> Any:
-    """The native route: outputs go out as they are."""
-    setattr(obj, _ADDED_UP, True)
-    return await original(obj, request)
+def are_read_one_by_one(manager: Any, obj: Any, call: Call | None) -> bool:
+    """Whether outputs are a stream that is read by somebody who does not only add them up.
 
-
-@around(
-    "sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion._convert_to_internal_request",
-    params=("request",),
-    why="cut for who reads streams token by token",
-    until="with `generate_request`",
-)
-def _adding_up_text(original: Any, self: Any, request: Any, *rest: Any, **named: Any) -> Any:
-    """Completions add outputs up."""
-    adapted, request = original(self, request, *rest, **named)
-    setattr(adapted, _ADDED_UP, True)
-    return adapted, request
-
-
-@around(
-    "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._convert_to_internal_request",
-    params=("request",),
-    why="cut for who reads streams token by token",
-    until="with `generate_request`",
-)
-def _adding_up_unless_parsed(original: Any, self: Any, request: Any, *rest: Any, **named: Any) -> Any:
-    """Chat completions, and Anthropic's Messages, which SGLang serves as chat completions."""
-    adapted, request = original(self, request, *rest, **named)
-    parsed = (
-        self._tool_call_parsing_active(request)
-        or (self.reasoning_parser and request.separate_reasoning)
-        or self._encoding_output() is not None
+    manager: SGLang's TokenizerManager. obj: the internal request. Chat completions, and Anthropic's Messages, which
+    SGLang serves as chat completions, are read where something parses them.
+    """
+    if not getattr(obj, "stream", False) or manager.tokenizer is None:
+        return False
+    if call is None or call.form == "responses":
+        return True
+    if call.form in ("native", "completion"):
+        return False
+    chat, body, is_chat = http_server.app.state.openai_serving_chat, call.body, call.form == "chat"
+    return bool(
+        (is_chat and body.get("logprobs"))
+        or (chat.reasoning_parser and (not is_chat or body.get("separate_reasoning", True)))
+        or any(isinstance(message, dict) and message.get("tools") for message in body.get("messages") or ())
+        or chat._tool_call_parsing_active(as_chat(call))
+        or chat._encoding_output() is not None
     )
-    setattr(adapted, _ADDED_UP, not parsed and not request.logprobs)
-    return adapted, request
 
 
 async def as_plain(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The outputs of a stream as plain decoding sends them; those that are only added up stay as they are.
+    """The outputs of a stream as plain decoding sends them.
 
-    manager: SGLang's TokenizerManager. obj: the internal request, before SGLang expands it to its choices.
+    manager: SGLang's TokenizerManager, with a tokenizer. obj: the internal request, before SGLang expands it to its
+    choices.
     """
-    cut = (
-        getattr(obj, "stream", False) and manager.tokenizer is not None and not getattr(obj, _ADDED_UP, False)
-    )
     choices: dict[int, Cutter] = {}
     async for output in outputs:
-        if not cut:
-            yield output
-            continue
         choice = output.get("index", 0)
         if choice not in choices:
             own = predictions.of_choice(predictions.parameters_of(obj), obj, choice) or {}

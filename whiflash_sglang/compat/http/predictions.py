@@ -5,36 +5,19 @@ requests without a prediction are SGLang's own.
 """
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sglang.srt.entrypoints.openai import protocol
-
 from whiflash_sglang.compat.carried import settings_of
-from whiflash_sglang.compat.patching import allow_extra
+from whiflash_sglang.compat.http.call import Call
 from whiflash_sglang.lookup.prediction import Prediction
 from whiflash_sglang.spans.hints import CARRIED_PREDICTION, HintError
 from whiflash_sglang.spans.prediction import prediction_reader
 
 T = TypeVar("T")
 ACCEPTED, REJECTED = "accepted_prediction_tokens", "rejected_prediction_tokens"
-_COUNTS = "_whiflash_predicted"
 _NOTES = "_whiflash_prediction_notes"
 _FLAG = "--whiflash-lookup-prediction-tokens"
-_CARRIERS = (
-    "UsageInfo",
-    "ChatCompletionResponse",
-    "ChatCompletionStreamResponse",
-    "CompletionResponse",
-    "CompletionStreamResponse",
-)
-
-
-def allow_extensions() -> None:
-    """Idempotent."""
-    carriers = tuple(getattr(protocol, name) for name in _CARRIERS)
-    allow_extra(protocol.CompletionTokensDetails, within=carriers)
 
 
 async def encoded(manager: Any, obj: Any) -> None:
@@ -94,7 +77,9 @@ async def _encoded(manager: Any, parameters: Any) -> tuple[Any, list[str]]:
     return {**parameters, "custom_params": {**params, CARRIED_PREDICTION: found.tokens}}, notes
 
 
-async def followed(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def followed(
+    manager: Any, obj: Any, call: Call | None, outputs: AsyncIterator[Any]
+) -> AsyncIterator[Any]:
     """The outputs of a request; of one with a prediction the last ones say in `meta_info` what of it appeared."""
     predicted = [_tokens(one) for one in parameters_of(obj)]
     if all(tokens is None for tokens in predicted):
@@ -110,7 +95,10 @@ async def followed(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> Async
                 answer = item.get("output_ids") or []
                 written[choice] = written.get(choice, []) + answer if increments else answer
                 if item["meta_info"].get("finish_reason"):
-                    await _count(obj, item["meta_info"], choice, tokens, written.pop(choice))
+                    counts = await _counted(tokens, written.pop(choice))
+                    item["meta_info"].update(counts)
+                    if call is not None:
+                        call.counts[choice] = counts
         yield output
 
 
@@ -119,50 +107,12 @@ def _tokens(parameters: Any) -> list[int] | None:
     return params.get(CARRIED_PREDICTION) if isinstance(params, dict) else None
 
 
-async def _count(obj: Any, meta_info: Any, choice: int, tokens: Sequence[int], answer: Sequence[int]) -> None:
+async def _counted(tokens: Sequence[int], answer: Sequence[int]) -> dict[str, int]:
     prediction = Prediction(tokens)
     await asyncio.get_running_loop().run_in_executor(None, prediction.follow, answer)
-    counts = {ACCEPTED: prediction.accepted, REJECTED: prediction.rejected}
-    meta_info.update(counts)
-    obj.__dict__.setdefault(_COUNTS, {})[choice] = counts
+    return {ACCEPTED: prediction.accepted, REJECTED: prediction.rejected}
 
 
-def add_to_usage(response: Any, answers: Sequence[Any]) -> None:
-    """Put what of the predictions appeared into the usage of an OpenAI response made from `answers`."""
-    counts = [item["meta_info"] for item in answers if ACCEPTED in item["meta_info"]]
-    usage = getattr(response, "usage", None)
-    if counts and usage is not None:
-        details = {"reasoning_tokens": usage.reasoning_tokens or 0, **_summed(counts)}
-        usage.completion_tokens_details = protocol.CompletionTokensDetails(**details)
-
-
-def with_usage(obj: Any, line: str) -> str:
-    """A line of a stream; the one with the usage of all choices says what of their predictions appeared."""
-    counts = getattr(obj, _COUNTS, None)
-    if not counts or not line.startswith("data: {"):
-        return line
-    chunk = json.loads(line.removeprefix("data: "))  # noqa: TID251  (this server wrote it)
-    usage = chunk.get("usage")
-    if chunk.get("choices") or not usage:
-        return line
-    details = usage.get("completion_tokens_details") or {
-        "reasoning_tokens": usage.get("reasoning_tokens") or 0
-    }
-    usage["completion_tokens_details"] = {**details, **_summed(list(counts.values()))}
-    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def counts_of(obj: Any) -> dict[str, int]:
-    """What of the predictions of an internal request appeared in all its choices; empty where it has none."""
-    counts = getattr(obj, _COUNTS, None)
-    return _summed(list(counts.values())) if counts else {}
-
-
-def counts_in(details: Any) -> dict[str, int]:
-    """The same, of the details of an OpenAI answer's usage."""
-    found = {name: getattr(details, name, None) for name in (ACCEPTED, REJECTED)}
-    return {name: count for name, count in found.items() if count is not None}
-
-
-def _summed(counts: Sequence[Any]) -> dict[str, int]:
-    return {name: sum(own[name] for own in counts) for name in (ACCEPTED, REJECTED)}
+def summed(counts: Mapping[int, Mapping[str, int]]) -> dict[str, int]:
+    """What of the predictions of a request appeared in all its choices."""
+    return {name: sum(one[name] for one in counts.values()) for name in (ACCEPTED, REJECTED)}

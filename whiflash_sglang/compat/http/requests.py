@@ -2,6 +2,8 @@
 they imply. In the process that serves HTTP.
 """
 
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
@@ -9,11 +11,11 @@ from sglang.srt.managers.tokenizer_manager import ServerStatus
 from whiflash_sdk.hints import INFERRED_KEY, WIRE_KEY, Span
 from whiflash_sdk.presets import likely_spans
 
-from whiflash_sglang.compat.carried import asks_for_ours, settings_of
-from whiflash_sglang.compat.patching import around
+from whiflash_sglang.compat.carried import settings_of
+from whiflash_sglang.compat.http.call import Call, Form
 from whiflash_sglang.spans.carrier import Own, add_hints, as_carried, validate_custom_params
 from whiflash_sglang.spans.forced import check_forced
-from whiflash_sglang.spans.hints import TOOLS_KEY, HintError
+from whiflash_sglang.spans.hints import TOOLS_KEY, HintError, parse_hints
 from whiflash_sglang.spans.prediction import FIELD, add_body_prediction, carried_prediction
 from whiflash_sglang.structure.tools import carried_tools
 
@@ -62,58 +64,96 @@ def _carried(manager: Any, params: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
-@around(
-    "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat.handle_request",
-    "sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion.handle_request",
-    params=("request", "raw_request"),
-    why="SGLang's models drop fields that they do not know",
-    until="SGLang keeps them",
-)
-async def _reading_body(original: Any, self: Any, request: Any, raw_request: Any) -> Any:
-    """SGLang's models drop fields that they do not know: ours are read from the body, which is parsed already."""
-    if asks_for_ours(self.tokenizer_manager.server_args):
-        try:
-            request.custom_params = from_body(request.custom_params, await _body_of(raw_request))
-        except HintError as error:
-            return self.create_error_response(str(error), param=error.field)
-    return await original(self, request, raw_request)
+def read(form: Form, body: object, manager: Any) -> Call:
+    """A request of a route that SGLang converts, by its body.
 
-
-async def _body_of(raw_request: Any) -> object:
-    """The parsed body of a request; none of what came over gRPC, which hands on SGLang's own fields only."""
-    return await raw_request.json() if hasattr(raw_request, "json") else {}
-
-
-def from_body(custom_params: dict[str, Any] | None, body: object) -> dict[str, Any] | None:
-    """`custom_params` with what the fields of a request's body say. Raises HintError."""
-    return add_body_prediction(custom_params, body)
-
-
-@around(
-    "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._validate_request",
-    "sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion._validate_request",
-    params=("request",),
-    why="SGLang checks nothing in `custom_params`",
-    until="SGLang lets algorithms validate requests",
-)
-def _validating(original: Any, self: Any, request: Any) -> str | None:
-    """Hints are checked, and completed by what a request implies."""
-    if asks_for_ours(self.tokenizer_manager.server_args):
-        try:
-            request.custom_params = completed(self.tokenizer_manager, request, request.custom_params)
-        except HintError as error:
-            return str(error)
-    result: str | None = original(self, request)
-    return result
-
-
-def completed(manager: Any, request: Any, custom_params: Any) -> Any:
-    """`custom_params` with the spans and the tools that the request implies; `request`: in the form of a chat's.
-
-    Raises: HintError where they are malformed.
+    Raises:
+        HintError: naming the field that is wrong.
     """
-    hints = validate_custom_params(custom_params)
-    _check_long(manager, custom_params)
+    if not isinstance(body, dict):  # SGLang refuses it
+        return Call(form)
+    params = body.get("custom_params")
+    if params is not None and not isinstance(params, dict):
+        raise HintError("custom_params", "must be an object")
+    params = add_body_prediction(params, body)
+    validate_custom_params(params)
+    _check_long(manager, params)
+    return Call(form, body, params, _keys(body) if form == "messages" else {})
+
+
+def _keys(body: Mapping[str, Any]) -> dict[str, str]:
+    keys = {name: body[name] for name in ("cache_salt", "extra_key") if body.get(name) is not None}
+    for name, value in keys.items():
+        if not isinstance(value, str):
+            raise HintError(name, "must be text")
+    return keys
+
+
+def fill(manager: Any, obj: Any, call: Call) -> None:
+    """Put what a call carries, and what it implies, into the internal request that SGLang has made of it."""
+    params = implied(manager, as_chat(call), call.params)
+    if params is not None:
+        obj.sampling_params = {**obj.sampling_params, "custom_params": params}
+    for name, value in call.keys.items():
+        setattr(obj, name, value)
+
+
+def as_chat(call: Call) -> SimpleNamespace:
+    """What of a request that SGLang has accepted implies spans and calls, in the form of its chat requests."""
+    body, choice = call.body, call.body.get("tool_choice")
+    tools: list[tuple[str, Any]] = []
+    expected = body.get("response_format")
+    if call.form == "responses":
+        tools = [(t["name"], t.get("parameters")) for t in _tools_of(body, "name") if t["type"] in _CALLED]
+        if isinstance(choice, dict):
+            name = choice.get("name") or (choice.get("function") or {}).get("name")
+            choice = _named(name) if choice.get("type") in _CALLED and name else "auto"
+        choice = choice if tools else "none"
+        expected = (body.get("text") or {}).get("format")
+    elif call.form == "messages":
+        tools = [(tool["name"], tool["input_schema"]) for tool in _tools_of(body, "input_schema")]
+        if choice is not None:
+            wanted = choice["type"]
+            choice = _named(choice["name"]) if wanted == "tool" else {"any": "required"}.get(wanted, wanted)
+        expected = (body.get("output_config") or {}).get("format") and {"type": "json_schema"}
+    elif call.form == "chat":
+        functions = [tool["function"] for tool in _tools_of(body, "function")]
+        tools = [(function["name"], function.get("parameters")) for function in functions]
+        choice = _named(choice["function"]["name"]) if isinstance(choice, dict) else choice
+    goes_on = call.form == "chat" and body.get("continue_final_message")
+    return SimpleNamespace(
+        tools=[SimpleNamespace(function=SimpleNamespace(name=name, parameters=p)) for name, p in tools],
+        tool_choice=choice,
+        response_format=SimpleNamespace(type=expected.get("type")) if isinstance(expected, dict) else None,
+        continue_final_message=goes_on,
+        messages=[
+            SimpleNamespace(role=m.get("role"), content=m.get("content")) for m in body["messages"][-1:]
+        ]
+        if goes_on
+        else [],
+        _response_parser_json_response_format=False,
+    )
+
+
+_CALLED = ("function", "custom")
+"""Types of Responses' tools that a model calls; SGLang has others."""
+
+
+def _tools_of(body: Mapping[str, Any], part: str) -> list[Any]:
+    """Tools that have this part."""
+    return [tool for tool in body.get("tools") or () if isinstance(tool, dict) and tool.get(part) is not None]
+
+
+def _named(name: str) -> SimpleNamespace:
+    return SimpleNamespace(function=SimpleNamespace(name=name))
+
+
+def implied(manager: Any, request: Any, custom_params: Any) -> Any:
+    """`custom_params`, which are valid, with the spans and the tools that the request implies.
+
+    request: in the form of a chat's.
+    """
+    hints = parse_hints(custom_params)
     if not hints.infer:
         return custom_params
     if not hints.spans and (spans := _inferred(manager, request)):

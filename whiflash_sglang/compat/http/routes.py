@@ -18,14 +18,15 @@ from whiflash_sglang.compat.carried import asks_for_ours, replace_settings, sett
 from whiflash_sglang.compat.http import (
     admission,
     answers,
-    converted,
     figures,
+    middleware,
     pieces,
     predictions,
     requests,
     streamer,
     traces,
 )
+from whiflash_sglang.compat.http.call import CURRENT
 from whiflash_sglang.compat.http.control import VERSION, encode, encode_forget, states_of
 from whiflash_sglang.compat.patching import around
 from whiflash_sglang.config import changed
@@ -40,11 +41,9 @@ from whiflash_sglang.spans.capabilities import capabilities
 
 def install() -> None:
     """Idempotent. Called in the processes that serve HTTP: the launcher's, or each tokenizer worker's."""
-    for part in (traces, predictions, answers):
-        part.allow_extensions()
-    patching.install(
-        admission, answers, converted, figures, pieces, requests, streamer, traces, sys.modules[__name__]
-    )
+    answers.allow_extensions()
+    patching.install(admission, answers, figures, streamer, sys.modules[__name__])
+    middleware.install()
     known = {getattr(route, "path", None) for route in http_server.app.routes}
     if "/whiflash/capabilities" not in known:
         http_server.app.get("/whiflash/capabilities")(_capabilities)
@@ -64,14 +63,19 @@ def install() -> None:
     until="SGLang lets algorithms see requests, and its parsers read outputs of several tokens",
 )
 async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
-    """Refuse malformed hints of the native route, follow answers for full traces, and cut streams as plain ones."""
-    outputs = original(self, obj, request)
+    """Hints are taken up and checked, answers are followed for traces, and streams are cut as plain ones."""
+    outputs, call = original(self, obj, request), CURRENT.get()
     if asks_for_ours(self.server_args):
+        if call is not None and call.form != "native":
+            requests.fill(self, obj, call)
         requests.check_native(self, obj)
         requests.keep_from_learning(self, obj)
         await predictions.encoded(self, obj)
-        outputs = predictions.followed(self, obj, outputs)
-    async for output in pieces.as_plain(self, obj, traces.followed(self, obj, outputs)):
+        outputs = predictions.followed(self, obj, call, outputs)
+        outputs = traces.followed(self, obj, call, outputs)
+        if pieces.are_read_one_by_one(self, obj, call):
+            outputs = pieces.as_plain(self, obj, outputs)
+    async for output in outputs:
         yield output
 
 
@@ -89,7 +93,7 @@ async def _capabilities() -> dict[str, object]:
             *(("lookup",) if settings.lookup.enabled else ()),
             "none",
         ),
-        routes=converted.routes(http_server.app.state),
+        routes=middleware.routes(),
         prediction_tokens=settings.lookup.prediction_tokens if settings.lookup.enabled else 0,
         tool_call_parser=manager.config_value("tool_call_parser"),
         reasoning_parser=manager.config_value("reasoning_parser"),

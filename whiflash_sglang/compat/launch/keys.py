@@ -6,8 +6,6 @@ the key that opens the steering routes.
 
 from typing import Any
 
-from sglang.srt.entrypoints import http_server
-
 from whiflash_sglang.compat.carried import asks_for_ours
 from whiflash_sglang.compat.patching import around
 
@@ -23,16 +21,6 @@ CUT_OUT = "<redacted>"
 def _logged(original: Any, server_args: Any) -> Any:
     """The log of arguments shows no keys."""
     return without_keys(original(server_args), server_args)
-
-
-@around(
-    "sglang.srt.entrypoints.http_server:redact_watermark_secrets",
-    why="SGLang shows a server's keys to every client",
-    until="SGLang redacts them",
-)
-def _answered(original: Any, value: Any, **options: Any) -> Any:
-    """`GET /server_info` shows no keys. Upstream's module calls it for this answer only."""
-    return without_keys(original(value, **options), http_server._global_state.tokenizer_manager.server_args)
 
 
 def without_keys(value: Any, server_args: Any) -> Any:

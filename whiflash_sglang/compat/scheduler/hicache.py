@@ -108,7 +108,7 @@ def _all_ingest(arms: Sequence[str], ingests: Callable[[str], bool]) -> bool:
 @around(
     "sglang.srt.managers.cache_controller:HiCacheController.start_writing",
     why="SGLang submits copies of slots whose drafters' KV is not whole yet",
-    until="SGLang tells its worker before it copies",
+    until="SGLang asks its worker before it copies",
 )
 def _flushing_first(original: Any, self: HiCacheController) -> None:
     """All copies to the host are submitted here, also those of slots that were released a moment ago: what is parked

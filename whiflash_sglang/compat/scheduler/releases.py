@@ -44,8 +44,8 @@ def notify(owner: Owner, runner: Any) -> None:
 @around(
     "sglang.srt.mem_cache.common:release_kv_cache",
     params=("req", "tree_cache", "checkpoint"),
-    why="SGLang tells its worker of finished requests only",
-    until="it tells of every release",
+    why="a worker learns of finished requests only",
+    until="it learns of every release",
     everywhere=True,
 )
 def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> None:

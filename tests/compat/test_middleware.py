@@ -1,0 +1,484 @@
+"""Fields of ours in requests and answers of SGLang's routes: one middleware, tried on routes of a stand-in."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import ORJSONResponse, StreamingResponse
+from fastapi.testclient import TestClient
+from sglang.srt.entrypoints import http_server
+from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
+from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
+from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
+
+from whiflash_sglang.compat.http import answers, middleware, pieces
+from whiflash_sglang.compat.http.call import CURRENT, Call, Form
+from whiflash_sglang.compat.http.requests import as_chat, fill, implied
+from whiflash_sglang.spans.hints import TOOLS_KEY, parse_hints
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+FULL = {"whiflash": '{"trace":"full"}'}
+ROUTES: dict[str, Form] = {
+    "/v1/chat/completions": "chat",
+    "/invocations": "chat",
+    "/v1/completions": "completion",
+    "/v1/responses": "responses",
+    "/v1/messages": "messages",
+}
+
+
+def manager(**more: Any) -> Any:
+    """SGLang's manager of a server of ours."""
+    settings = SimpleNamespace(structure=SimpleNamespace(enabled=True), force_recorded=False)
+    return SimpleNamespace(
+        config_value=lambda name: "hermes" if name == "tool_call_parser" else None,
+        server_args=SimpleNamespace(_whiflash=settings, api_key="user", admin_api_key="boss", **more),
+        model_config=SimpleNamespace(vocab_size=8),
+        tokenizer=object(),
+    )
+
+
+def tools_of(form: Form, *names: str) -> list[dict[str, Any]]:
+    if form == "messages":
+        return [{"name": name, "input_schema": SCHEMA} for name in names]
+    if form == "responses":
+        return [{"type": "function", "name": name, "parameters": SCHEMA} for name in names]
+    return [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in names]
+
+
+CHOICES: dict[Form, dict[str, Any]] = {
+    "chat": {
+        "none": "none",
+        "required": "required",
+        "f": {"type": "function", "function": {"name": "f"}},
+        "g": {"type": "function", "function": {"name": "g"}},
+    },
+    "responses": {
+        "none": "none",
+        "required": "required",
+        "f": {"type": "function", "name": "f"},
+        "g": {"type": "function", "function": {"name": "g"}},
+    },
+    "messages": {
+        "none": {"type": "none"},
+        "required": {"type": "any"},
+        "f": {"type": "tool", "name": "f"},
+        "g": {"type": "tool", "name": "g"},
+    },
+}
+FORMATS: dict[Form, dict[str, Any]] = {
+    "chat": {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+    "responses": {"text": {"format": {"type": "json_schema", "name": "s", "schema": SCHEMA}}},
+    "messages": {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+}
+BUILT_IN: dict[Form, dict[str, Any]] = {
+    "responses": {"type": "web_search"},
+    "messages": {"type": "web_search_20250305", "name": "web_search"},
+}
+
+
+def implied_by(form: Form, **body: Any) -> tuple[list[tuple[str, bool]], str | None]:
+    """Spans by kind, and whether they are open; and what is carried of the tools."""
+    params = implied(manager(), as_chat(Call(form, body)), None)
+    return [(span.kind, span.open) for span in parse_hints(params).spans], params.get(TOOLS_KEY)
+
+
+@pytest.mark.parametrize("form", CHOICES)
+def test_tools_and_formats_imply_spans_and_calls(form: Form) -> None:
+    fences = [("json", False), ("code", False)]
+    assert implied_by(form) == (fences, None)
+    spans, tools = implied_by(form, tools=tools_of(form, "f", "g"))
+    assert spans == [("tool_call", False), *fences]
+    assert tools is not None
+    assert '"f"' in tools
+    assert '"g"' in tools
+    one, choices = tools_of(form, "f"), CHOICES[form]
+    assert implied_by(form, tools=one, tool_choice=choices["none"]) == (fences, None)
+    assert implied_by(form, tools=one, tool_choice=choices["required"])[0] == [("tool_call", True)]
+    assert implied_by(form, **FORMATS[form])[0] == [("json", True)]
+    if form in BUILT_IN:
+        assert implied_by(form, tools=[BUILT_IN[form]]) == (fences, None)
+
+
+@pytest.mark.parametrize("named", ["f", "g"])
+@pytest.mark.parametrize("form", CHOICES)
+def test_a_named_tool_is_the_only_one_that_is_carried(form: Form, named: str) -> None:
+    spans, tools = implied_by(form, tools=tools_of(form, "f", "g"), tool_choice=CHOICES[form][named])
+    assert spans == [("tool_call", True)]
+    assert tools is not None
+    assert [name for name in ("f", "g") if f'"{name}"' in tools] == [named]
+
+
+def test_an_internal_request_gets_hints_and_salts() -> None:
+    obj = SimpleNamespace(sampling_params={"temperature": 0}, cache_salt=None, extra_key=None)
+    call = Call("messages", {}, {"whiflash": '{"infer":false}'}, {"cache_salt": "acme"})
+    fill(manager(), obj, call)
+    assert obj.sampling_params == {"temperature": 0, "custom_params": call.params}
+    assert (obj.cache_salt, obj.extra_key) == ("acme", None)
+
+
+class Serving(OpenAIServingBase):
+    def __init__(self) -> None: ...
+
+    def _request_id_prefix(self) -> str:
+        return ""
+
+    def _convert_to_internal_request(self, *_: Any) -> Any: ...
+
+
+class App:
+    """An application whose routes answer what `answer` says, behind the middleware. seen: bodies and calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Any, ours: Any = None) -> None:
+        self.seen: list[tuple[Any, Call | None]] = []
+        self.app = FastAPI()
+        self.app.state.openai_serving_chat = Serving()
+        self.app.state.openai_serving_responses = OpenAIServingResponses.__new__(OpenAIServingResponses)
+        self.app.state.anthropic_serving = AnthropicServing.__new__(AnthropicServing)
+        state = SimpleNamespace(tokenizer_manager=ours or manager())
+        monkeypatch.setattr(http_server, "_global_state", state)
+        monkeypatch.setattr(http_server, "app", self.app)
+        middleware.install()
+        middleware.install()
+
+        async def route(request: Request) -> Any:
+            call = CURRENT.get()
+            self.seen.append((await request.body(), call))
+            return answer(call)
+
+        for path in (*ROUTES, "/generate", "/v1/embeddings"):
+            self.app.post(path)(route)
+        self.app.get("/server_info")(route)
+        self.client = TestClient(self.app)
+
+
+def plain(call: Call | None) -> Any:
+    return {"answer": 1}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_route_gets_its_body_and_its_call(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    app = App(monkeypatch, plain)
+    body = json.dumps({"custom_params": FULL, "prediction": {"type": "content", "content": "abc"}})
+    assert app.client.post(path, content=body).json() == {"answer": 1}
+    assert app.client.post(path, content=b"[1").json() == {"answer": 1}, "SGLang refuses it"
+    assert app.client.post(path, content=b"[1]").json() == {"answer": 1}
+    (first, call), (second, nothing), _ = app.seen
+    assert (first.decode(), second) == (body, b"[1")
+    assert call is not None
+    assert nothing is not None
+    assert (call.form, call.params) == (ROUTES[path], {**FULL, "whiflash_prediction": "abc"})
+    assert (nothing.body, nothing.params) == ({}, None)
+    assert CURRENT.get() is None
+
+
+def test_other_routes_and_servers_without_us_have_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App(monkeypatch, plain)
+    app.client.post("/v1/embeddings", json={"custom_params": 7})
+    app.client.post("/generate", json={"custom_params": 7})
+    (_, other), (_, native) = app.seen
+    assert other is None
+    assert native == Call("native")
+    stock = SimpleNamespace(server_args=SimpleNamespace())
+    app = App(monkeypatch, plain, stock)
+    assert app.client.post("/v1/completions", json={"custom_params": 7}).status_code == 200
+    assert [call for _, call in app.seen] == [None]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize(
+    ("body", "field", "why"),
+    [
+        ({"custom_params": 7}, "custom_params", "must be an object"),
+        ({"custom_params": {"whiflash": '{"off":1}'}}, "custom_params.whiflash.off", "must be true or false"),
+        ({"prediction": {"type": "diff"}}, "prediction.type", "must be content"),
+        ({"custom_params": {"whiflash_forced": [1]}}, "custom_params.whiflash_forced", "without --whiflash"),
+        ({"custom_params": {TOOLS_KEY: "[]"}}, f"custom_params.{TOOLS_KEY}", "by the server only"),
+    ],
+)
+def test_a_malformed_field_is_a_400_in_the_routes_form(
+    monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], field: str, why: str
+) -> None:
+    app = App(monkeypatch, plain)
+    answer = app.client.post(path, json=body)
+    assert answer.status_code == 400
+    assert app.seen == []
+    error = answer.json()
+    if ROUTES[path] in ("messages", "responses"):
+        error = error["error"]
+        assert error["type"] == "invalid_request_error"
+    if ROUTES[path] != "messages":
+        assert (error["param"], error["code"]) == (field, 400)
+    assert error["message"].startswith(field)
+    assert why in error["message"]
+
+
+def test_a_salt_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App(monkeypatch, plain)
+    answer = app.client.post("/v1/messages", json={"cache_salt": ["a"]})
+    assert answer.json()["error"]["message"] == "cache_salt: must be text"
+    assert app.client.post("/v1/messages", json={"extra_key": "k"}).status_code == 200
+    assert app.seen[0][1] is not None
+    assert app.seen[0][1].keys == {"extra_key": "k"}
+
+
+def test_the_answer_of_server_info_has_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App(monkeypatch, lambda _: {"args": ["--api-key=user", "--admin-api-key", "boss"], "n": 1.5})
+    answer = app.client.get("/server_info")
+    assert answer.json() == {"args": ["--api-key=<redacted>", "--admin-api-key", "<redacted>"], "n": 1.5}
+    assert int(answer.headers["content-length"]) == len(answer.content)
+
+
+def test_who_leaves_in_the_middle_of_a_body_is_gone_for_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend([await receive(), await receive()])
+
+    async def run() -> None:
+        parts = [
+            {"type": "http.request", "body": b"{", "more_body": True},
+            {"type": "http.disconnect"},
+            {"type": "http.disconnect"},
+        ]
+
+        async def receive() -> Any:
+            return parts.pop(0)
+
+        monkeypatch.setattr(http_server, "_global_state", SimpleNamespace(tokenizer_manager=manager()))
+        scope = {"type": "http", "method": "POST", "path": "/x/v1/completions", "root_path": "/x"}
+        await middleware.OurFields(app)(scope, receive, receive)
+
+    asyncio.run(run())
+    assert seen == [{"type": "http.disconnect"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("form", "body", "parsers", "read"),
+    [
+        (None, {}, {}, True),  # Ollama's, and over gRPC
+        ("native", {}, {}, False),
+        ("completion", {"logprobs": 2}, {}, False),
+        ("responses", {}, {}, True),
+        ("chat", {}, {}, False),
+        ("chat", {"logprobs": True}, {}, True),
+        ("chat", {}, {"reasoning_parser": "qwen3"}, True),
+        ("chat", {"separate_reasoning": False}, {"reasoning_parser": "qwen3"}, False),
+        ("messages", {"separate_reasoning": False}, {"reasoning_parser": "qwen3"}, True),
+        ("chat", {}, {"tool_call_parser": "hermes"}, False),
+        ("chat", {"tools": tools_of("chat", "f")}, {"tool_call_parser": "hermes"}, True),
+        (
+            "chat",
+            {"tools": tools_of("chat", "f"), "tool_choice": "none"},
+            {"tool_call_parser": "hermes"},
+            False,
+        ),
+        ("chat", {"messages": [{"tools": tools_of("chat", "f")}]}, {"tool_call_parser": "hermes"}, True),
+        ("messages", {"tools": tools_of("messages", "f")}, {"tool_call_parser": "hermes"}, True),
+    ],
+)
+def test_a_stream_is_cut_for_who_does_not_only_add_it_up(
+    monkeypatch: pytest.MonkeyPatch, form: Form | None, body: Any, parsers: Any, read: bool
+) -> None:
+    chat = OpenAIServingChat.__new__(OpenAIServingChat)
+    chat.tool_call_parser = chat.reasoning_parser = chat._encoding_adapter = None
+    vars(chat).update(parsers)
+    monkeypatch.setattr(http_server.app.state, "openai_serving_chat", chat, raising=False)
+    call = None if form is None else Call(form, body)
+    for stream in (True, False):
+        obj = SimpleNamespace(stream=stream)
+        assert pieces.are_read_one_by_one(manager(), obj, call) == (read and stream)
+    assert not pieces.are_read_one_by_one(SimpleNamespace(tokenizer=None), SimpleNamespace(stream=True), call)
+
+
+TRACE: dict[str, Any] = {"choice": 0, "rounds": 3, "stretches": []}
+COUNTS = {"accepted_prediction_tokens": 2, "rejected_prediction_tokens": 1}
+USAGE = {"prompt_tokens": 1, "reasoning_tokens": 0, "completion_tokens_details": None}
+SPEC = {
+    "spec_verify_ct": 4,
+    "spec_num_correct_drafts": 6,
+    "spec_correct_drafts_histogram": [1, 3],
+    "spec_accept_rate": 0.5,
+    "spec_num_proposed_drafts": 12,
+}
+
+
+def ended(call: Call | None, text: str = "Köln", choice: int = 0) -> None:
+    """What `generate_request` leaves on a call."""
+    assert call is not None
+    call.traces.append(({**TRACE, "choice": choice}, text))
+    call.counts[choice] = dict(COUNTS)
+
+
+def chat_answer(*texts: str) -> dict[str, Any]:
+    choices = [{"index": i, "message": {"content": text}} for i, text in enumerate(texts)]
+    return {"choices": choices, "usage": dict(USAGE), "sglext": None}
+
+
+def test_a_chats_answer_has_trace_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(call: Call | None) -> Any:
+        ended(call, choice=1)
+        ended(call, "other")
+        return ORJSONResponse(chat_answer("Köln", "Köln"))
+
+    found = App(monkeypatch, answer).client.post("/v1/chat/completions", json={"custom_params": FULL})
+    assert int(found.headers["content-length"]) == len(found.content)
+    body = found.json()
+    assert body["sglext"]["whiflash"] == [{**TRACE, "text": "other"}, {**TRACE, "choice": 1}]
+    assert body["usage"]["completion_tokens_details"] == {
+        "reasoning_tokens": 0,
+        "accepted_prediction_tokens": 4,
+        "rejected_prediction_tokens": 2,
+    }
+
+
+def test_what_asked_for_nothing_is_sent_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = b'{ "choices" : [] , "n": 1e3}'
+    app = App(
+        monkeypatch, lambda _: StreamingResponse(iter([sent[:5], sent[5:]]), media_type="application/json")
+    )
+    for body in ({}, {"custom_params": FULL}):
+        assert app.client.post("/v1/completions", json=body).content == sent
+
+
+def event(name: str, **data: Any) -> str:
+    text = json.dumps({"type": name, **data}, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {name}\ndata: {text}\n\n"
+
+
+def chunk(**data: Any) -> str:
+    return f"data: {json.dumps({'model': 'm', **data}, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+STREAMS: dict[str, list[str]] = {
+    "/v1/chat/completions": [
+        chunk(choices=[{"index": 0, "delta": {"content": "Kö"}}]),
+        chunk(choices=[{"index": 0, "delta": {"content": "ln"}}], usage={**USAGE}),
+        chunk(choices=[], sglext={"spec_tokens_details": SPEC}),
+        "event: sglext_ids\n" + chunk(choices=[], sglext={"input_ids": [1]}),
+        chunk(choices=[], usage={**USAGE}),
+        "data: [DONE]\n\n",
+    ],
+    "/v1/completions": [
+        chunk(choices=[{"index": 0, "text": "Köln"}]),
+        chunk(choices=[], usage={**USAGE}),
+        "data: [DONE]\n\n",
+    ],
+    "/v1/messages": [
+        event("message_start", message={}),
+        event("content_block_delta", delta={"text": "Köln"}),
+        event("message_delta", usage={}),
+        event("message_stop"),
+    ],
+    "/v1/responses": [
+        event("response.created", response={}),
+        event("response.output_text.delta", delta="Köln"),
+        event("response.incomplete", response={"id": "r"}),
+    ],
+}
+
+
+async def sent(path: str, body: dict[str, Any], parts: list[bytes], text: str = "Köln") -> list[bytes]:
+    """Bodies that a client gets of a stream that a route sends in these parts."""
+    form = ROUTES[path]
+    call = Call(form, body, body.get("custom_params"))
+    found: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            found.append(message["body"])
+
+    out = answers.extending(call, send)
+    await out(
+        {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+    )
+    ended(call, text)
+    for part in parts:
+        await out({"type": "http.response.body", "body": part, "more_body": True})
+    await out({"type": "http.response.body", "body": b"", "more_body": False})
+    return found
+
+
+@pytest.fixture(autouse=True)
+def widest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from whiflash_sglang.compat.http import figures
+
+    monkeypatch.setattr(figures, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=4))
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_a_stream_is_the_same_however_it_is_cut(path: str) -> None:
+    """SGLang sends an event a part; what a server or another plugin joins or cuts must not matter."""
+    whole = "".join(STREAMS[path]).encode()
+    body = {"custom_params": FULL, "return_spec_tokens_details": True}
+    expected = b"".join(asyncio.run(sent(path, body, [part.encode() for part in STREAMS[path]])))
+    assert expected != whole
+    for at in range(len(whole)):
+        assert b"".join(asyncio.run(sent(path, body, [whole[:at], whole[at:]]))) == expected
+    assert b"".join(asyncio.run(sent(path, {}, [whole]))) == whole
+
+
+def datas(parts: list[bytes]) -> list[dict[str, Any]]:
+    lines = b"".join(parts).decode().split("\n")
+    return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+
+
+def test_events_pass_as_they_come() -> None:
+    parts = [part.encode() for part in STREAMS["/v1/chat/completions"]]
+    found = asyncio.run(sent("/v1/chat/completions", {"custom_params": FULL}, parts))
+    assert found[:2] == parts[:2]
+    assert len(found) == len(parts) + 1
+    assert found[-2].endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(("text", "shown"), [("Köln", False), ("<think>Köln", True)])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_completions_stream_ends_with_its_trace(path: str, text: str, shown: bool) -> None:
+    parts = [part.encode() for part in STREAMS[path]]
+    *_, usage, trace = datas(asyncio.run(sent(path, {"custom_params": FULL}, parts, text)))
+    assert usage["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0, **COUNTS}
+    assert (trace["id"], trace["model"], trace["choices"]) == ("whiflash-trace", "m", [])
+    assert trace["sglext"]["whiflash"] == ({**TRACE, "text": text} if shown else TRACE)
+
+
+def test_a_chunk_with_details_has_figures_too() -> None:
+    parts = [part.encode() for part in STREAMS["/v1/chat/completions"]]
+    found = datas(asyncio.run(sent("/v1/chat/completions", {"return_spec_tokens_details": True}, parts)))
+    (figures,) = [part["metrics"] for part in found if "metrics" in part]
+    assert figures["speculative_decoding"]["mean_acceptance_length"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("path", "place"), [("/v1/messages", "message_delta"), ("/v1/responses", "response")]
+)
+def test_a_converted_stream_has_both_in_one_event(path: str, place: str) -> None:
+    parts = [part.encode() for part in STREAMS[path]]
+    found = datas(asyncio.run(sent(path, {"custom_params": FULL}, parts)))
+    holders = [part if place == "message_delta" else part.get("response", {}) for part in found]
+    (extension,) = [holder["sglext"] for holder in holders if "sglext" in holder]
+    assert extension == {"whiflash": {**TRACE, "text": "Köln"}, "prediction": COUNTS}
+
+
+def test_an_error_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(call: Call | None) -> Any:
+        ended(call)
+        return ORJSONResponse({"message": "no"}, status_code=400)
+
+    app = App(monkeypatch, refuse)
+    assert app.client.post("/v1/completions", json={"custom_params": FULL}).json() == {"message": "no"}
+
+
+def test_a_stream_whose_route_fails_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken() -> AsyncIterator[str]:
+        yield STREAMS["/v1/completions"][0]
+        raise RuntimeError("broken")
+
+    app = App(monkeypatch, lambda _: StreamingResponse(broken(), media_type="text/event-stream"))
+    with pytest.raises(RuntimeError, match="broken"):
+        app.client.post("/v1/completions", json={"custom_params": FULL})
+    assert CURRENT.get() is None
