@@ -343,7 +343,10 @@ def patches_list() -> str:
         f"- `{name}`: {does}. Reason: {why}. Until {until}. (`compat/{path.relative_to(COMPAT)}`)"
         for name, does, why, until, path in rows
     ]
-    return f"{len(rows)} names are replaced, {len(PRIVATE_NAMES)} more are used.\n\n" + "\n".join(shown)
+    return (
+        f"{len(rows)} names are replaced, {len(PRIVATE_NAMES)} members and signatures more are used.\n\n"
+        + "\n".join(shown)
+    )
 
 
 def _replaced(path: Path) -> Iterator[tuple[str, str, str, str, Path]]:

@@ -6,6 +6,7 @@ which import the installed SGLang. What each finding asks for: docs/reference/ve
 """
 
 import argparse
+import ast
 import difflib
 import importlib.util
 import json
@@ -25,6 +26,17 @@ from sglang_sources import Function, Tree, Walker
 ROOT = Path(__file__).parents[1]
 
 
+def imported_names() -> Iterator[str]:
+    """What our modules import from SGLang's, read off their sources."""
+    for path in (ROOT / "whiflash_sglang" / "compat").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            module = getattr(node, "module", None) or ""
+            if isinstance(node, ast.ImportFrom) and module.startswith("sglang"):
+                place = installed().joinpath(*module.split("."))
+                names = [alias.name for alias in node.names]
+                yield from (f"{module}:{name}" for name in names if not (place / f"{name}.py").exists())
+
+
 def our_names() -> list[str]:
     """Every name of SGLang's that we import, call or replace. Imports torch, and SGLang where it is installed."""
     from whiflash_sglang.compat import hooks
@@ -34,7 +46,11 @@ def our_names() -> list[str]:
 
     if missing := hooks.missing():
         raise ValueError(f"{missing[0].name}: {missing[0].detail}")
-    names = [*(name.path for name in PRIVATE_NAMES), *(path.removesuffix(".__new__") for path in PATCHES)]
+    names = [
+        *imported_names(),
+        *PRIVATE_NAMES,
+        *(path.removesuffix(".__new__") for path in PATCHES),
+    ]
     plain = (*seams.EARLY_SEAMS, *seams.SEAMS, *seams.MODULE_SEAMS)
     names += [f"{seam.module}:{seam.name}" for seam in plain]
     names += [f"{seam.module}:{seam.owner}.{seam.name}" for seam in seams.METHOD_SEAMS]

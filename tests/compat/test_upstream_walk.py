@@ -64,9 +64,10 @@ def test_every_name_of_ours_is_found_and_takes_what_python_sees(known: Any) -> N
     assert [path for path, said in known.names.items() if said is None] == []
     unclear = [path for path, said in known.names.items() if said["kind"] == "unclear"]
     assert len(unclear) <= 0.1 * len(known.names), unclear
-    for name in (*PRIVATE_NAMES, *(patch.name for patch in PATCHES.values())):
-        said = known.names[name.path.removesuffix(".__new__")]
-        assert said["kind"] == "unclear" or set(name.parameters) <= set(said.get("parameters", ())), name.path
+    used = [*PRIVATE_NAMES.items(), *((patch.path, patch.params) for patch in PATCHES.values())]
+    for path, parameters in used:
+        said = known.names[path.removesuffix(".__new__")]
+        assert said["kind"] == "unclear" or set(parameters) <= set(said.get("parameters", ())), path
 
 
 def test_nothing_is_found_in_the_release_that_was_recorded(

@@ -58,8 +58,7 @@ def _platform() -> list[Finding]:
         return [Finding("platform", True, "an accelerator is there: SGLang's own platform serves it")]
     from whiflash_sglang.platform.seams import verify_seams
 
-    seams = [Finding(check.name, check.ok, check.detail) for check in verify_seams()]
-    return [Finding("platform", True, "no accelerator: this package's CPU platform"), *seams]
+    return [Finding("platform", True, "no accelerator: this package's CPU platform"), *verify_seams()]
 
 
 def check(

@@ -9,8 +9,10 @@ that it is called for is ours.
 
 import os
 from importlib import import_module
+from pkgutil import walk_packages
 from typing import Any
 
+from whiflash_sglang import compat
 from whiflash_sglang.compat import patching
 from whiflash_sglang.compat.carried import APP_PATH, WORKER_APP
 
@@ -51,23 +53,15 @@ def in_scheduler() -> None:
     triton_backend.install()
 
 
-REPLACING = (
-    *("flags", "forward.recurrent", "forward.target", "forward.untried.recurrent"),
-    *("http.admission", "http.answers", "http.figures", "http.routes", "http.streamer"),
-    *("launch.keys", "launch.replicas", "scheduler.hicache", "scheduler.memory", "scheduler.radix"),
-    *("scheduler.releases", "scheduler.scores", "scheduler.stops", "scheduler.subclass", "training.recorder"),
-)
-"""Our modules that replace something."""
-
-
 def missing() -> list[patching.Finding]:
-    """Import all that replaces something, so that it is in the table; one finding for each that cannot be imported."""
+    """Import all modules of this package, so that what they replace is in the table; one finding for each that cannot
+    be imported."""
     found = []
-    for name in REPLACING:
+    for module in walk_packages(compat.__path__, f"{compat.__name__}."):
+        if module.name.endswith(".http_worker"):  # it is an application
+            continue
         try:
-            import_module(f"whiflash_sglang.compat.{name}")
+            import_module(module.name)
         except Exception as error:  # an import may fail in any way; all of them mean "does not fit"
-            found.append(
-                patching.Finding(f"whiflash_sglang.compat.{name}", False, f"does not import ({error})")
-            )
+            found.append(patching.Finding(module.name, False, f"does not import ({error})"))
     return found

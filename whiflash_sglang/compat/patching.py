@@ -8,14 +8,14 @@ it is. Findings stop the start. `docs/dev/patches.md` shows the table.
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
-from whiflash_sglang.compat.names import HEAVY, PRIVATE_NAMES, PrivateName
+from whiflash_sglang.compat.names import HEAVY, PRIVATE_NAMES
 from whiflash_sglang.errors import IncompatibleEngineError
 
 SGLANG_VERSION = "0.5.23"
@@ -35,12 +35,13 @@ class Finding:
 class Patch:
     """One name of SGLang's that is replaced.
 
-    name: with the parameters that the replacement relies on. why, until: the reason, and when it may go. module: ours,
-    which `install` is called for. replaced: makes the replacement of SGLang's own. everywhere: modules that imported
-    the name by `from` get it, too. optional: not where its module cannot be imported.
+    path: `module:owner.name`. params: those that the replacement relies on. why, until: the reason, and when it may go.
+    module: ours, which `install` is called for. replaced: makes the replacement of SGLang's own. everywhere: modules
+    that imported the name by `from` get it, too. optional: not where its module cannot be imported.
     """
 
-    name: PrivateName
+    path: str
+    params: tuple[str, ...]
     does: str
     why: str
     until: str
@@ -51,7 +52,7 @@ class Patch:
 
     def find(self) -> tuple[Any, str]:
         """What has the name, and its last part."""
-        module, _, path = self.name.path.partition(":")
+        module, _, path = self.path.partition(":")
         *owners, attribute = path.split(".")
         found: Any = importlib.import_module(module)
         for owner in owners:
@@ -90,7 +91,8 @@ def around(
             if path in PATCHES and PATCHES[path].module != function.__module__:
                 raise ValueError(f"{path}: is replaced by {PATCHES[path].module} already")
             PATCHES[path] = Patch(
-                PrivateName(path, params),
+                path,
+                params,
                 does,
                 why,
                 until,
@@ -128,12 +130,12 @@ def install(*modules: ModuleType) -> None:
     patches = [patch for path, patch in PATCHES.items() if patch.module in names and path not in _replaced]
     patches = [patch for patch in patches if not (patch.optional and _is_absent(patch))]
     for patch in patches:
-        _require(_check_name(patch.name))
+        _require(_check_name(patch.path, patch.params))
     for patch in patches:
         owner, attribute = patch.find()
         original = inspect.getattr_static(owner, attribute)
         replacement = patch.replaced(original)
-        _replaced[patch.name.path] = original
+        _replaced[patch.path] = original
         setattr(owner, attribute, replacement)
         if patch.everywhere:
             for name, module in list(sys.modules.items()):
@@ -157,12 +159,12 @@ def replaced_names() -> tuple[str, ...]:
 def verify_names(*, heavy: bool = True) -> list[Finding]:
     """Check SGLang's version, every name that is used, those of the HTTP process if `heavy`, and what is in the table
     of patches so far (`hooks.load` enters all); never raises."""
-    names: Iterable[PrivateName] = PRIVATE_NAMES
+    names = dict(PRIVATE_NAMES)
     if heavy:
-        names = (*PRIVATE_NAMES, *(patch.name for patch in PATCHES.values()))
+        names |= {patch.path: patch.params for patch in PATCHES.values()}
     return [
         _check_version(),
-        *(_check_name(name) for name in names if heavy or not name.path.startswith(HEAVY)),
+        *(_check_name(*name) for name in names.items() if heavy or not name[0].startswith(HEAVY)),
     ]
 
 
@@ -205,12 +207,12 @@ def _check_version() -> Finding:
     return Finding("sglang", found == SGLANG_VERSION, f"{found} installed, {SGLANG_VERSION} expected")
 
 
-def _check_name(name: PrivateName) -> Finding:
-    module_name, _, attribute = name.path.partition(":")
+def _check_name(path: str, params: tuple[str, ...]) -> Finding:
+    module_name, _, attribute = path.partition(":")
     # If a name is replaced, by us or by the CPU platform, SGLang's own is looked up.
     seams = sys.modules.get("whiflash_sglang.platform.seams")
     originals: Mapping[str, Any] = {} if seams is None else seams.originals()
-    originals = {**originals, **{path.replace(":", "."): original for path, original in _replaced.items()}}
+    originals = {**originals, **{name.replace(":", "."): original for name, original in _replaced.items()}}
     try:
         value: Any = importlib.import_module(module_name)
         full_name = module_name
@@ -219,13 +221,13 @@ def _check_name(name: PrivateName) -> Finding:
             value = originals[full_name] if full_name in originals else getattr(value, part)
         value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
     except Exception as error:  # an import may fail in any way; all of them mean "does not fit"
-        return Finding(name.path, False, f"missing ({error})")
-    if name.parameters:
+        return Finding(path, False, f"missing ({error})")
+    if params:
         try:
             known = inspect.signature(inspect.unwrap(value)).parameters
         except (TypeError, ValueError) as error:
-            return Finding(name.path, False, f"has no signature ({error})")
-        lost = [parameter for parameter in name.parameters if parameter not in known]
+            return Finding(path, False, f"has no signature ({error})")
+        lost = [parameter for parameter in params if parameter not in known]
         if lost:
-            return Finding(name.path, False, f"lost its parameters {lost}")
-    return Finding(name.path, True, "as expected")
+            return Finding(path, False, f"lost its parameters {lost}")
+    return Finding(path, True, "as expected")

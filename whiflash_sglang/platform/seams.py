@@ -22,10 +22,11 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from whiflash_sglang.compat.patching import Finding
 from whiflash_sglang.platform.seam_tables import (
     EARLY_SEAMS,
     METHOD_SEAMS,
@@ -36,15 +37,6 @@ from whiflash_sglang.platform.seam_tables import (
     ModuleSeam,
     Seam,
 )
-
-
-class SeamCheck(NamedTuple):
-    """What :func:`verify_seams` found about one name."""
-
-    name: str
-    ok: bool
-    detail: str
-
 
 _originals: dict[str, Any] = {}
 """What each installed seam replaced; empty before :func:`install_seams`."""
@@ -106,7 +98,7 @@ def install_model_seams(layers: Collection[str]) -> None:
             _install(seams, methods)
 
 
-def _require(checks: list[SeamCheck]) -> None:
+def _require(checks: list[Finding]) -> None:
     broken = [check for check in checks if not check.ok]
     if broken:
         listed = "; ".join(f"{check.name}: {check.detail}" for check in broken)
@@ -131,7 +123,7 @@ def _install(seams: Sequence[Seam], methods: Sequence[MethodSeam]) -> None:
         setattr(owner, method.name, method.wrap(_originals[method.label]))
 
 
-def verify_seams() -> list[SeamCheck]:
+def verify_seams() -> list[Finding]:
     """Check that every name exists with the parameters of its replacement. Imports SGLang; changes nothing."""
     return [
         *(_check(seam) for seam in (*EARLY_SEAMS, *SEAMS)),
@@ -140,7 +132,7 @@ def verify_seams() -> list[SeamCheck]:
     ]
 
 
-def _check(seam: Seam) -> SeamCheck:
+def _check(seam: Seam) -> Finding:
     try:
         module = importlib.import_module(seam.module)
         # Imported for accelerators alone, it is in the module's source.
@@ -148,23 +140,23 @@ def _check(seam: Seam) -> SeamCheck:
         found = None if skipped else getattr(module, seam.name)
         upstream = _originals.get(seam.label, _early.get(seam.label, found))
     except (ImportError, AttributeError) as error:
-        return SeamCheck(seam.label, False, f"missing: {error}")
+        return Finding(seam.label, False, f"missing: {error}")
     if seam.absent:
         if upstream in (None, False):
-            return SeamCheck(seam.label, True, "no operator upstream; torch version in place of it")
-        return SeamCheck(seam.label, False, f"expected no operator on this platform, found {upstream!r}")
+            return Finding(seam.label, True, "no operator upstream; torch version in place of it")
+        return Finding(seam.label, False, f"expected no operator on this platform, found {upstream!r}")
     return _compare(seam.label, upstream, seam.replacement)
 
 
-def _check_method(seam: MethodSeam) -> SeamCheck:
+def _check_method(seam: MethodSeam) -> Finding:
     try:
         upstream = _originals.get(seam.label, getattr(seam.find(), seam.name))
     except (ImportError, AttributeError) as error:
-        return SeamCheck(seam.label, False, f"missing: {error}")
+        return Finding(seam.label, False, f"missing: {error}")
     return _compare(seam.label, upstream, seam.wrap(upstream))
 
 
-def _check_module(seam: ModuleSeam) -> SeamCheck:
+def _check_module(seam: ModuleSeam) -> Finding:
     """The module's source says what the function takes; importing it is what fails."""
     parent, _, name = seam.module.rpartition(".")
     source = Path(str(importlib.import_module(parent).__file__)).parent / f"{name}.py"
@@ -173,21 +165,21 @@ def _check_module(seam: ModuleSeam) -> SeamCheck:
         if isinstance(function, ast.FunctionDef) and function.name == seam.name:
             found = [argument.arg for argument in function.args.args]
             return _compare_parameters(seam.label, found, seam.replacement)
-    return SeamCheck(seam.label, False, "missing")
+    return Finding(seam.label, False, "missing")
 
 
-def _compare(label: str, upstream: Any, replacement: Any) -> SeamCheck:
+def _compare(label: str, upstream: Any, replacement: Any) -> Finding:
     """Whether upstream's function takes exactly the parameters of its replacement."""
     if not callable(upstream):
-        return SeamCheck(label, False, f"expected a function, found {upstream!r}")
+        return Finding(label, False, f"expected a function, found {upstream!r}")
     return _compare_parameters(label, list(inspect.signature(upstream).parameters), replacement)
 
 
-def _compare_parameters(label: str, found: list[str], replacement: Callable[..., Any]) -> SeamCheck:
+def _compare_parameters(label: str, found: list[str], replacement: Callable[..., Any]) -> Finding:
     expected = list(inspect.signature(replacement).parameters)
     if found != expected:
-        return SeamCheck(label, False, f"parameters are {found}, expected {expected}")
-    return SeamCheck(label, True, f"{len(found)} parameters as expected")
+        return Finding(label, False, f"parameters are {found}, expected {expected}")
+    return Finding(label, True, f"{len(found)} parameters as expected")
 
 
 def _rebind(name: str, original: Any, replacement: Any) -> None:

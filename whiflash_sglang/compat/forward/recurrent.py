@@ -111,7 +111,7 @@ def tracked_rows(starts: torch.Tensor, accept_lens: torch.Tensor, every: int) ->
 
 @around(
     "sglang.srt.models.lfm2:shortconv_target_verify",
-    params=("conv", "x", "meta", "draft_token_num", "arch"),
+    params=("conv", "meta", "draft_token_num", "arch"),
     why="SGLang verifies blocks of one width",
     until="its short convolutions read a ragged layout",
     makes=True,

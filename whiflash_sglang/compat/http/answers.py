@@ -174,7 +174,7 @@ class _Events:
     def _trace_chunk(self) -> bytes:
         """A last chunk without choices, as SGLang's own extension chunks are."""
         last = _data(self._last.removeprefix(b"data: ")) if self._last else {}
-        chunk = {
+        chunk: dict[str, Any] = {
             "id": "whiflash-trace",
             "object": "chat.completion.chunk" if self._call.form == "chat" else "text_completion",
             "created": 0,

@@ -11,7 +11,7 @@ Form = Literal["chat", "completion", "responses", "messages", "native"]
 
 @dataclass(slots=True)
 class Call:
-    """body: parsed, as SGLang parses it; empty of a native one, and where SGLang will refuse it. params: its
+    """body: as SGLang parses it, without its texts; empty of a native one, and where SGLang will refuse it. params: its
     `custom_params`, with what other fields say. keys: whose text it is, where SGLang's model has no field for it.
     """
 

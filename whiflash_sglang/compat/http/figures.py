@@ -26,6 +26,8 @@ def accept_rate(accepted: int, proposed: int) -> float:
 class MetricsReporter(SchedulerMetricsReporter):  # type: ignore[misc]
     """SGLang's, of a scheduler of ours: counts, log lines, Prometheus."""
 
+    spec_num_correct_drafts: float
+
     def update_spec_metrics(
         self,
         bs: int,

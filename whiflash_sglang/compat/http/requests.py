@@ -78,7 +78,19 @@ def read(form: Form, body: object, manager: Any) -> Call:
     params = add_body_prediction(params, body)
     validate_custom_params(params)
     _check_long(manager, params)
-    return Call(form, body, params, _keys(body) if form == "messages" else {})
+    return Call(form, _without_texts(body), params, _keys(body) if form == "messages" else {})
+
+
+def _without_texts(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked for later: SGLang has prompts of its own, and those of many requests are long."""
+    kept = {name: value for name, value in body.items() if name not in _TEXTS}
+    messages = kept.get("messages")
+    if isinstance(messages, list):
+        with_tools = [
+            message for message in messages[:-1] if isinstance(message, dict) and message.get("tools")
+        ]
+        kept["messages"] = [*with_tools, *messages[-1:]]
+    return kept
 
 
 def _keys(body: Mapping[str, Any]) -> dict[str, str]:
@@ -104,37 +116,37 @@ def as_chat(call: Call) -> SimpleNamespace:
     tools: list[tuple[str, Any]] = []
     expected = body.get("response_format")
     if call.form == "responses":
-        tools = [(t["name"], t.get("parameters")) for t in _tools_of(body, "name") if t["type"] in _CALLED]
+        tools = [
+            (t["name"], t.get("parameters")) for t in _tools_of(body, "name") if t.get("type") in _CALLED
+        ]
         if isinstance(choice, dict):
-            name = choice.get("name") or (choice.get("function") or {}).get("name")
-            choice = _named(name) if choice.get("type") in _CALLED and name else "auto"
+            choice = _named(choice) if choice.get("type") in _CALLED else "auto"
         choice = choice if tools else "none"
         expected = (body.get("text") or {}).get("format")
     elif call.form == "messages":
         tools = [(tool["name"], tool["input_schema"]) for tool in _tools_of(body, "input_schema")]
-        if choice is not None:
-            wanted = choice["type"]
-            choice = _named(choice["name"]) if wanted == "tool" else {"any": "required"}.get(wanted, wanted)
+        if isinstance(choice, dict):
+            wanted = str(choice.get("type"))
+            choice = _named(choice) if wanted == "tool" else {"any": "required"}.get(wanted, wanted)
         expected = (body.get("output_config") or {}).get("format") and {"type": "json_schema"}
     elif call.form == "chat":
         functions = [tool["function"] for tool in _tools_of(body, "function")]
         tools = [(function["name"], function.get("parameters")) for function in functions]
-        choice = _named(choice["function"]["name"]) if isinstance(choice, dict) else choice
-    goes_on = call.form == "chat" and body.get("continue_final_message")
+        choice = _named(choice) if isinstance(choice, dict) else choice
+    last = body["messages"][-1:] if call.form == "chat" and body.get("continue_final_message") else []
     return SimpleNamespace(
         tools=[SimpleNamespace(function=SimpleNamespace(name=name, parameters=p)) for name, p in tools],
         tool_choice=choice,
         response_format=SimpleNamespace(type=expected.get("type")) if isinstance(expected, dict) else None,
-        continue_final_message=goes_on,
+        continue_final_message=bool(last),
         messages=[
-            SimpleNamespace(role=m.get("role"), content=m.get("content")) for m in body["messages"][-1:]
-        ]
-        if goes_on
-        else [],
+            SimpleNamespace(role=message.get("role"), content=message.get("content")) for message in last
+        ],
         _response_parser_json_response_format=False,
     )
 
 
+_TEXTS = ("prompt", "input", "instructions", "system", "prediction")
 _CALLED = ("function", "custom")
 """Types of Responses' tools that a model calls; SGLang has others."""
 
@@ -144,8 +156,10 @@ def _tools_of(body: Mapping[str, Any], part: str) -> list[Any]:
     return [tool for tool in body.get("tools") or () if isinstance(tool, dict) and tool.get(part) is not None]
 
 
-def _named(name: str) -> SimpleNamespace:
-    return SimpleNamespace(function=SimpleNamespace(name=name))
+def _named(choice: Mapping[str, Any]) -> Any:
+    """A choice of one tool."""
+    name = choice.get("name") or (choice.get("function") or {}).get("name")
+    return SimpleNamespace(function=SimpleNamespace(name=name)) if name else "auto"
 
 
 def implied(manager: Any, request: Any, custom_params: Any) -> Any:

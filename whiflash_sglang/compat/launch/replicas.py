@@ -47,6 +47,9 @@ def run(server_args: Any, **others: Any) -> None:
 )
 def _watching(original: Any, self: Any) -> None:
     """The server ends where a replica ends."""
+    if not asks_for_ours(self.server_args):
+        original(self)
+        return
     processes = list(self.scheduler_procs)
     titles = [_title(process.pid) for process in processes]
 

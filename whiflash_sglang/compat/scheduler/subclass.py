@@ -41,9 +41,13 @@ def _becoming(original: Any, self: Any) -> None:
 class WhiflashScheduler:
     """What a scheduler of ours does beside SGLang's, before which it comes among the bases."""
 
+    metrics_reporter: Any
+    request_receiver: Any
+    batch_result_processor: Any
+    internal_state: Any
+
     def init_metrics_reporter(self) -> None:
         super().init_metrics_reporter()  # type: ignore[misc]
-        self.metrics_reporter: Any
         self.metrics_reporter.__class__ = MetricsReporter
 
     def init_request_receiver(self) -> None:
@@ -59,7 +63,6 @@ class WhiflashScheduler:
 
     def init_internal_state(self) -> None:
         super().init_internal_state()  # type: ignore[misc]
-        self.internal_state: Any
         self.internal_state = InternalState(self, self.internal_state.record_step_time)
 
     def _create_generation_req(self, *args: Any, **named: Any) -> Any:
