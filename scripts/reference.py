@@ -4,7 +4,6 @@ A page holds `<!-- NAME: written by make docs -->` and `<!-- end of NAME -->`; t
 table. Nothing here imports SGLang; only the table of draft formats imports torch.
 """
 
-import ast
 import json
 import re
 import runpy
@@ -35,6 +34,7 @@ from whiflash_sglang.checkpoints.manifest import (
 )
 from whiflash_sglang.cli import app
 from whiflash_sglang.compat.names import PRIVATE_NAMES
+from whiflash_sglang.compat.sources import replaced
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.flags import flags
 from whiflash_sglang.lab.bench.prompts import SUITES
@@ -44,7 +44,6 @@ from whiflash_sglang.telemetry.tally import Tally
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-COMPAT = ROOT / "whiflash_sglang" / "compat"
 MARKED = re.compile(r"(<!-- (\w+): written by `make docs` -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
 STATE = {
@@ -337,27 +336,10 @@ def gpu_list(records: Path = ROOT / "results" / "gpu") -> str:
 
 
 def patches_list() -> str:
-    """What is replaced of SGLang's, by the decorator `around`, read off the sources: no SGLang is imported."""
-    rows = [row for path in sorted(COMPAT.rglob("*.py")) for row in _replaced(path)]
-    shown = [
-        f"- `{name}`: {does}. Reason: {why}. Until {until}. (`compat/{path.relative_to(COMPAT)}`)"
-        for name, does, why, until, path in rows
-    ]
-    return (
-        f"{len(rows)} names are replaced, {len(PRIVATE_NAMES)} members and signatures more are used.\n\n"
-        + "\n".join(shown)
-    )
-
-
-def _replaced(path: Path) -> Iterator[tuple[str, str, str, str, Path]]:
-    """Of a module: name, what its replacement does, why, until when, and the module."""
-    for function in ast.walk(ast.parse(path.read_text("utf-8"))):
-        for call in getattr(function, "decorator_list", ()):
-            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "around":
-                given = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
-                does = " ".join(ast.get_docstring(function).split()).partition(". ")[0].rstrip(".")
-                for name in map(ast.literal_eval, call.args):
-                    yield name, does, given["why"], given["until"], path
+    """What is replaced of SGLang's."""
+    rows = [f"- {one.sentence}" for one in replaced()]
+    counts = f"{len(rows)} names are replaced, {len(PRIVATE_NAMES)} members and signatures more are used."
+    return "\n".join([counts, "", *rows])
 
 
 def suites_list() -> str:

@@ -6,7 +6,6 @@ which import the installed SGLang. What each finding asks for: docs/reference/ve
 """
 
 import argparse
-import ast
 import difflib
 import importlib.util
 import json
@@ -26,31 +25,15 @@ from sglang_sources import Function, Tree, Walker
 ROOT = Path(__file__).parents[1]
 
 
-def imported_names() -> Iterator[str]:
-    """What our modules import from SGLang's, read off their sources."""
-    for path in (ROOT / "whiflash_sglang" / "compat").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            module = getattr(node, "module", None) or ""
-            if isinstance(node, ast.ImportFrom) and module.startswith("sglang"):
-                place = installed().joinpath(*module.split("."))
-                names = [alias.name for alias in node.names]
-                yield from (f"{module}:{name}" for name in names if not (place / f"{name}.py").exists())
-
-
 def our_names() -> list[str]:
     """Every name of SGLang's that we import, call or replace. Imports torch, and SGLang where it is installed."""
-    from whiflash_sglang.compat import hooks
+    from whiflash_sglang.compat import sources
     from whiflash_sglang.compat.names import PRIVATE_NAMES
-    from whiflash_sglang.compat.patching import PATCHES
     from whiflash_sglang.platform import seam_tables as seams
 
-    if missing := hooks.missing():
-        raise ValueError(f"{missing[0].name}: {missing[0].detail}")
-    names = [
-        *imported_names(),
-        *PRIVATE_NAMES,
-        *(path.removesuffix(".__new__") for path in PATCHES),
-    ]
+    modules = set(Tree(installed()).modules())
+    names = [name for name in sources.imported() if name.replace(":", ".") not in modules]
+    names += [*PRIVATE_NAMES, *(one.path.removesuffix(".__new__") for one in sources.replaced())]
     plain = (*seams.EARLY_SEAMS, *seams.SEAMS, *seams.MODULE_SEAMS)
     names += [f"{seam.module}:{seam.name}" for seam in plain]
     names += [f"{seam.module}:{seam.owner}.{seam.name}" for seam in seams.METHOD_SEAMS]
@@ -149,10 +132,9 @@ def sources(said: str | None) -> Iterator[Path]:
 def imported(place: Path) -> list[str]:
     """What the server's own check of names and seams says of these sources, beside all else that is installed."""
     code = (
-        "import json; from whiflash_sglang.compat.hooks import missing\n"
-        "from whiflash_sglang.compat.patching import verify_names\n"
+        "import json; from whiflash_sglang.compat import hooks, patching\n"
         "from whiflash_sglang.platform.seams import verify_seams\n"
-        "found = [*missing(), *verify_names()[1:], *verify_seams()]\n"
+        "found = [*hooks.missing(), *patching.verify_names()[1:], *verify_seams()]\n"
         "print(json.dumps([f'{one.name}: {one.detail}' for one in found if not one.ok]))"
     )
     paths = [str(place), *(str(ROOT / part) for part in ("", "kernels", "sdk"))]

@@ -7,10 +7,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from loaded_scripts import load_script
 
 import whiflash_sglang
-from whiflash_sglang.compat import hooks, patching
+from whiflash_sglang.compat import hooks, patching, sources
 from whiflash_sglang.platform import seams
 
 PACKAGE = Path(whiflash_sglang.__file__).parent
@@ -46,8 +45,7 @@ def test_every_name_exists_with_the_expected_parameters() -> None:
 def test_the_table_of_patches_is_what_the_sources_decorate() -> None:
     """A module that replaces something and is not listed would be checked only where it is installed."""
     hooks.missing()
-    reference = load_script("reference")
-    decorated = {row[0] for path in reference.COMPAT.rglob("*.py") for row in reference._replaced(path)}
+    decorated = {one.path for one in sources.replaced()}
     assert decorated == patching.PATCHES.keys()
     assert len(decorated) < 30
 

@@ -26,7 +26,7 @@ def accept_rate(accepted: int, proposed: int) -> float:
 class MetricsReporter(SchedulerMetricsReporter):  # type: ignore[misc]
     """SGLang's, of a scheduler of ours: counts, log lines, Prometheus."""
 
-    spec_num_correct_drafts: float
+    spec_num_correct_drafts: Any
 
     def update_spec_metrics(
         self,

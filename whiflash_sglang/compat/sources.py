@@ -1,0 +1,54 @@
+"""What our sources replace and import of SGLang's, read off them: nothing is imported, so a page and a comparison of
+releases need no SGLang."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent
+
+
+class Replaced(NamedTuple):
+    """An entry of the table of patches: a name with the parameters that are relied on, what the replacement does, why,
+    until when, and our file."""
+
+    path: str
+    params: tuple[str, ...]
+    does: str
+    why: str
+    until: str
+    file: str
+
+    @property
+    def sentence(self) -> str:
+        """As the page of patches has it."""
+        return f"`{self.path}`: {self.does}. Reason: {self.why}. Until {self.until}. (`compat/{self.file}`)"
+
+
+def replaced() -> Iterator[Replaced]:
+    """What `around` decorates."""
+    for file, tree in _trees():
+        functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+        for function in functions:
+            for call in function.decorator_list:
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "around":
+                    told = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+                    does = (
+                        " ".join((ast.get_docstring(function) or "").split()).partition(". ")[0].rstrip(".")
+                    )
+                    for path in map(ast.literal_eval, call.args):
+                        yield Replaced(path, told.get("params", ()), does, told["why"], told["until"], file)
+
+
+def imported() -> Iterator[str]:
+    """`module:name` of every import from SGLang; a name may be a module."""
+    for _, tree in _trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang"):
+                yield from (f"{node.module}:{alias.name}" for alias in node.names)
+
+
+def _trees() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(ROOT.rglob("*.py")):
+        yield str(path.relative_to(ROOT)), ast.parse(path.read_text("utf-8"))
