@@ -65,11 +65,13 @@ def test_the_three_carry_one_version_and_ask_for_each_other(wheels: Mapping[str,
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_a_wheel_has_its_licence_its_types_and_nothing_of_the_tests(
-    wheels: Mapping[str, Path], name: str
-) -> None:
+def test_a_wheel_says_what_it_is_and_has_nothing_of_the_tests(wheels: Mapping[str, Path], name: str) -> None:
     fields, names = metadata(wheels[name])
     assert fields["License-Expression"] == "Apache-2.0"
+    assert fields.get_payload().startswith("# "), "it has no README"  # type: ignore[attr-defined]
+    assert fields["Summary"]
+    assert ">=3." in fields["Requires-Python"]
+    assert "Typing :: Typed" in fields.get_all("Classifier")  # type: ignore[attr-defined]
     assert any(entry.endswith("/licenses/LICENSE") for entry in names)
     assert f"{name}/py.typed" in names
     assert all(entry.startswith((f"{name}/", f"{name}-")) for entry in names)
@@ -90,16 +92,6 @@ def test_a_wheel_names_what_the_shell_and_sglang_call(wheels: Mapping[str, Path]
         path = module.replace(".", "/")
         assert f"{path}.py" in files or f"{path}/__init__.py" in files, target
         assert callable(getattr(importlib.import_module(module), function)), target
-
-
-def test_every_distribution_says_what_it_is(wheels: Mapping[str, Path]) -> None:
-    for name, wheel in wheels.items():
-        fields, _ = metadata(wheel)
-        described = fields.get_payload()  # type: ignore[attr-defined]
-        assert described.startswith("# "), f"{name} has no README"
-        assert fields["Summary"], name
-        assert ">=3." in fields["Requires-Python"], name
-        assert "Typing :: Typed" in fields.get_all("Classifier"), name  # type: ignore[attr-defined]
 
 
 def test_installed_into_an_empty_directory_the_command_finds_its_bundle(
