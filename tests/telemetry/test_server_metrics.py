@@ -1,4 +1,4 @@
-"""What a real server publishes, by its answers; what a real Prometheus makes of it; and the kill switch."""
+"""What a real server publishes, by its answers and by the arm; what a real Prometheus makes of it; the kill switch."""
 
 import json
 import math
@@ -21,7 +21,12 @@ from server_host import Server, ServerHost
 from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang import __version__
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.lab.bench.load import RequestError
+from whiflash_sglang.lab.bench.prompts import Prompt
+from whiflash_sglang.lab.judging.calibration import measure_rounds
 from whiflash_sglang.metrics import PREFIX, SERIES
+from whiflash_sglang.models.router import Router
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
@@ -84,17 +89,20 @@ def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterat
     target = tiny_target(root / "target", peaked=True)
     template = root / "template.jinja"
     template.write_text(CHAT_TEMPLATE)
+    bundle = root / "bundle"
+    tiny_eagle3(bundle / "eagle3", target)
+    tiny_dflash(bundle / "dflash", target)
+    (bundle / "router").mkdir()
+    Router(64, 8, heads=True).save(bundle / "router" / "router.safetensors")
+    manifest = {"schema_version": 1, "name": "tiny", "target": "tiny", "eagle3": "eagle3", "dflash": "dflash"}
+    router = {"router": {"path": "router", "threshold": 0.25}}
+    (bundle / "whiflash.json").write_text(json.dumps(manifest | router))
     arguments = [
         *("--model-path", target, "--served-model-name", "tiny", "--dtype", "float32", "--enable-metrics"),
-        *(
-            "--speculative-algorithm",
-            "WHIFLASH",
-            "--speculative-draft-model-path",
-            tiny_dflash(root / "d", target),
-        ),
-        *("--whiflash-eagle-draft", tiny_eagle3(root / "e", target), "--whiflash-router", "random"),
-        *("--tool-call-parser", "hermes", "--chat-template", template, "--whiflash-lookup-memory-mib", "1"),
-        *("--decode-log-interval", "5", "--enable-cache-report", "--whiflash-learn", root / "learning"),
+        *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", bundle),
+        *("--whiflash-router", "random", "--tool-call-parser", "hermes", "--chat-template", template),
+        *("--whiflash-lookup-memory-mib", "1", "--decode-log-interval", "1", "--enable-cache-report"),
+        *("--whiflash-learn", root / "learning"),
     ]
     with host.running(*map(str, arguments)) as running:
         yield running
@@ -132,7 +140,7 @@ def test_every_series_is_there_with_sglangs_labels(load: Load) -> None:
             assert labels.keys() == OURS | set(series.labels)
             assert (labels["model_name"], labels["tp_rank"]) == ("tiny", "0")
     assert values(load.after, "arm") == {"ar", "diffusion", "lookup", "structure", "none", ""}
-    assert total(load.after, "info", version=__version__, bundle="") == 1
+    assert total(load.after, "info", version=__version__, bundle="tiny") == 1
     assert total(load.after, "policy") == total(load.after, "policy", policy="random") == 1
 
 
@@ -325,3 +333,114 @@ def test_the_kill_switch(load: Load) -> None:
     assert plain == total(last, "rounds_total") - total(behind, "rounds_total") == 4 * (LONG - 1)
     assert policy(server) == f"{server.url}: none"
     assert policy(server, "random") == f"{server.url}: random"
+
+
+# ---------------------------------------------------------------- rounds by arm
+
+
+MEASURED = [Prompt(f"p{i}", "chat", ({"role": "user", "content": "abc " * (i + 1)},)) for i in range(3)]
+
+
+def test_both_drafters_are_timed_and_the_policy_is_put_back(server: Server) -> None:
+    seconds = measure_rounds(server.url, MEASURED)
+    assert seconds.keys() == {"eagle3", "dflash"}
+    assert all(value > 0 for value in seconds.values())
+    assert server.get("/whiflash/state")["policy"] == "random"
+
+
+def test_the_policy_is_put_back_after_an_error(server: Server) -> None:
+    too_long = Prompt("long", "chat", ({"role": "user", "content": "abc " * 4000},))
+    with pytest.raises(RequestError, match="prompt long"):
+        measure_rounds(server.url, [too_long])
+    assert server.get("/whiflash/state")["policy"] == "random"
+
+
+def test_the_neural_policy_over_http(server: Server) -> None:
+    change = {"router": "neural", "neural_router_threshold": -0.5, "min_dwell": 2}
+    assert server.post("/whiflash/policy", change)["policy"] == "neural"
+    assert server.get("/whiflash/capabilities")["policy"] == "neural", (
+        "what is in force, not what it started with"
+    )
+    messages = [{"role": "user", "content": "abc"}]
+    body = {"model": "m", "temperature": 0, "max_tokens": 24, "messages": messages}
+    neural = server.post("/v1/chat/completions", body)["choices"][0]["message"]
+    server.post("/whiflash/policy", {"router": "none"})
+    assert server.post("/v1/chat/completions", body)["choices"][0]["message"] == neural
+    server.post("/whiflash/policy", {"router": "random"})
+
+
+def test_an_address_without_a_server_is_named() -> None:
+    with pytest.raises(WhiflashError, match=r"127\.0\.0\.1:9.*/whiflash/state cannot be read"):
+        measure_rounds("http://127.0.0.1:9", MEASURED)
+
+
+LOGGED = re.compile(r"accept len: ([\d.]+), accept rate: ([\d.]+), (?:cap len: ([\d.]+), )?")
+
+
+@pytest.mark.parametrize("router", ["diffusion", "ar", "none", "random"])
+def test_sglangs_own_figures_are_of_what_was_proposed(server: Server, router: str) -> None:
+    """An answer's figures, its log lines and the gauges against the worker's own clock."""
+    before = server.post("/whiflash/policy", {"router": router})
+    logged = len(server.log.read_text())
+    body = {
+        "model": "m",
+        "temperature": 0,
+        "max_tokens": 24,
+        "messages": [{"role": "user", "content": "abc"}],
+    }
+    asked = body | {"ignore_eos": True, "return_spec_tokens_details": True}
+    answer = server.post("/v1/chat/completions", asked)
+    found, told = answer["sglext"]["spec_tokens_details"], answer["metrics"]["speculative_decoding"]
+    after = server.post("/whiflash/policy", {"router": "random"})
+    rounds, rows, tokens = (after[name] - before[name] for name in ("rounds", "rows", "tokens"))
+    proposed = rows - rounds
+
+    assert found["spec_verify_ct"] == rounds
+    assert found["spec_num_proposed_drafts"] == proposed
+    assert (proposed == 0) == (router == "none")
+    assert (
+        sum(n * drafts for drafts, n in enumerate(found["spec_correct_drafts_histogram"])) == tokens - rounds
+    )
+    assert found["spec_num_correct_drafts"] == tokens - rounds
+    assert found["spec_accept_rate"] == ((tokens - rounds) / proposed if proposed else 0)
+    assert found["spec_cap_length"] == rows / rounds
+    assert sum(found["spec_cap_lens_histogram"]) == rounds
+    histogram, widest = told.pop("acceptance_histogram"), told.pop("num_spec_tokens")
+    assert len(histogram) == widest + 1
+    assert sum(histogram) == rounds
+    assert sum(n * drafts for drafts, n in enumerate(histogram)) == tokens - rounds
+    assert told == {
+        "mean_acceptance_length": pytest.approx(tokens / rounds),
+        "draft_acceptance_rate": found["spec_accept_rate"],
+        "num_spec_steps": rounds,
+        "num_accepted_draft_tokens": tokens - rounds,
+        "num_draft_tokens": proposed,
+    }
+
+    lines = LOGGED.findall(server.log.read_text()[logged:])
+    assert lines
+    for length, rate, cap in lines:
+        drafts = float(cap) - 1
+        assert float(rate) == pytest.approx((float(length) - 1) / drafts if drafts else 0, abs=0.006)
+    gauges = httpx.get(f"{server.url}/metrics", timeout=None).text
+    [gauge] = re.findall(r"^sglang:spec_accept_rate\{.*\} (.*)$", gauges, re.MULTILINE)
+    assert float(gauge) == pytest.approx(float(lines[-1][1]), abs=0.006)
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_acceptance_is_told_as_vllm_tells_it(server: Server, route: str) -> None:
+    """At the root of an answer, and of a stream's chunk without choices; of who asked, and of one choice."""
+    server.post("/whiflash/policy", {"router": "diffusion"})
+    said = {"messages": [{"role": "user", "content": "abc"}]} if "chat" in route else {"prompt": "abc"}
+    body = {"model": "m", "temperature": 0, "max_tokens": 24, "ignore_eos": True, **said}
+    asked = body | {"return_spec_tokens_details": True}
+    told = server.post(route, asked)["metrics"]["speculative_decoding"]
+    assert told["num_draft_tokens"] > 0
+    streamed = httpx.post(f"{server.url}{route}", json=asked | {"stream": True}, timeout=None).text
+    lines = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: {")]
+    (chunk,) = [found for found in map(json.loads, lines) if "metrics" in found]
+    assert chunk["choices"] == []
+    assert set(chunk["metrics"]["speculative_decoding"]) == set(told)
+    assert "metrics" not in server.post(route, body)
+    assert "metrics" not in server.post(route, asked | {"n": 2})
+    server.post("/whiflash/policy", {"router": "random"})
