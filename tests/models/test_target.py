@@ -14,7 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from whiflash_sglang.models.target import TargetModel, causal_attention
+from whiflash_sglang.models.target import TargetModel
 
 SIZES = {
     "vocab_size": 90,
@@ -70,18 +70,3 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
     with pytest.raises(ValueError, match="is a GPT2LMHeadModel"):
         TargetModel(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
-
-
-@pytest.mark.parametrize("length", [1, 7, 65])
-def test_either_attention_of_a_whole_sequence_is_causal(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a CPU has matrix units torch's fused one, elsewhere products of matrices: the same as far as bf16 tells."""
-    torch.manual_seed(length)
-    q, k, v = (torch.randn(length, heads, 16).bfloat16() for heads in (6, 2, 2))
-    scores = torch.einsum("ihd,jhd->hij", q.double(), k.repeat_interleave(3, 1).double()) / 4
-    unseen = torch.ones(length, length, dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
-    wanted = torch.einsum("hij,jhd->ihd", weights, v.repeat_interleave(3, 1).double())
-    for units in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda units=units: units)
-        found = causal_attention(length, q.device, q.dtype)(0, q, k, v)
-        torch.testing.assert_close(found.double(), wanted, rtol=2**-6, atol=2**-6)

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 from whiflash_kernels.packed import linear
-from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 from whiflash_sglang.jsonl import read_json_file
-from whiflash_sglang.models.layers import Angles, Attend, AttentionShape, Rotary, rope_parameters, rotate
+from whiflash_sglang.models.layers import Angles, AttentionShape, Rotary, rope_parameters, rotate
 from whiflash_sglang.models.packed import pack
 
 _SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -113,13 +112,12 @@ class TargetModel:
     def forward(self, text: Sequence[int] | Tensor, capture: Sequence[int] = ()) -> TargetOutput:
         """Outputs of the layers in `capture` and final states of a text [T], with causal attention."""
         tokens = torch.as_tensor(text, device=self.device)
-        attend = causal_attention(len(tokens), self.device, self.dtype)
         hidden = F.embedding(tokens, self.embedding)
         angles = self.rotary.angles(torch.arange(len(tokens), device=self.device))
         wanted = set(capture)
         captured: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
-            hidden = hidden + self._attention(index, layer, hidden, angles, attend)
+            hidden = hidden + self._attention(layer, hidden, angles)
             hidden = hidden + self._mlp(layer, hidden)
             if index in wanted:
                 captured[index] = hidden
@@ -142,7 +140,7 @@ class TargetModel:
         """[V] float32, of the token after a text."""
         return self.logits(self.forward(text).final[-1:])[0].float()
 
-    def _attention(self, index: int, layer: _Layer, hidden: Tensor, angles: Angles, attend: Attend) -> Tensor:
+    def _attention(self, layer: _Layer, hidden: Tensor, angles: Angles) -> Tensor:
         normed = F.rms_norm(hidden, (self.hidden_size,), layer.input_norm, self.eps)
         qkv = linear(normed, layer.qkv, layer.qkv_bias).view(len(hidden), -1, self.head_dim)
         q, k, v = torch.split(qkv, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
@@ -150,8 +148,10 @@ class TargetModel:
             q = F.rms_norm(q, (self.head_dim,), layer.q_norm, self.eps)
             k = F.rms_norm(k, (self.head_dim,), layer.k_norm, self.eps)
         rotated = rotate(torch.cat([q, k], dim=1), angles)
-        mixed = attend(index, rotated[:, : self.num_heads], rotated[:, self.num_heads :], v)
-        return linear(mixed.reshape(len(hidden), -1), layer.out)
+        heads = (rotated[:, : self.num_heads], rotated[:, self.num_heads :], v)
+        query, key, value = (x.transpose(0, 1)[None] for x in heads)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return linear(mixed[0].transpose(0, 1).reshape(len(hidden), -1), layer.out)
 
     def _mlp(self, layer: _Layer, hidden: Tensor) -> Tensor:
         normed = F.rms_norm(hidden, (self.hidden_size,), layer.post_norm, self.eps)
@@ -169,20 +169,3 @@ def _read_weights(path: Path, device: torch.device, dtype: torch.dtype) -> dict[
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 weights[name] = handle.get_tensor(name).to(device=device, dtype=dtype)
     return weights
-
-
-def causal_attention(length: int, device: torch.device, dtype: torch.dtype) -> Attend:
-    """An `attend` without a cache: over one whole sequence of `length` tokens, planned once for all layers."""
-    # Torch's fused attention is faster than products of matrices (`WideRequest`) where a CPU has matrix units alone.
-    matrix_units = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    if device.type == "cpu" and not matrix_units:
-        slots = torch.arange(length, device=device)[None]
-        plan = PagedAttentionPlan.build(slots, [length], [length], causal=True, dtype=dtype)
-        return lambda _, q, k, v: plan.run(q, k.contiguous(), v.contiguous(), q.shape[-1] ** -0.5)
-
-    def fused(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        return mixed[0].transpose(0, 1)
-
-    return fused
