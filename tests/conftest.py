@@ -1,4 +1,4 @@
-"""What all tests share: the host that real servers are forked from, the limits on time, the option for evidence."""
+"""What all tests share: tiny models, the host that real servers are forked from, limits on time, options."""
 
 import signal
 import subprocess
@@ -8,7 +8,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -17,6 +17,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from patience import at_start, pytest_report_header, pytest_timeout_set_timer  # noqa: F401  (hooks)
 from server_host import ServerHost
+
+WITH_HELPERS = (
+    *("cache", "graphs", "learn", "lookup", "models", "parallel"),
+    *("phantom", "recorded", "structure", "targets", "telemetry", "worker"),
+)
+"""Folders whose modules tests import by name."""
+sys.path[1:1] = [str(Path(__file__).parent / name) for name in WITH_HELPERS]
+
+if TYPE_CHECKING:
+    from model_set import Models
+    from replay import Arms
 
 if threading.current_thread() is threading.main_thread():
     # What a script starts in its background ignores Ctrl-C, and hands that on to every command under test.
@@ -28,12 +39,10 @@ LONGEST = (
     "tests/phantom/test_server.py",
     "tests/bench/test_run.py",
     "tests/learn/test_learner.py",
-    "tests/worker/test_radix.py",
-    "tests/worker/test_logprobs.py",
+    "tests/worker/test_plain_text.py",
     "tests/worker/test_hicache.py",
-    "tests/worker/test_losslessness.py",
+    "tests/worker/test_radix.py",
     "tests/agents/test_traces.py",
-    "tests/worker/test_constrained.py",
     "tests/targets/test_targets.py",
     "tests/worker/test_quarantine.py",
     "tests/worker/test_overlap.py",
@@ -41,7 +50,6 @@ LONGEST = (
     "tests/worker/test_sampling.py",
     "tests/worker/test_strands.py",
     "tests/worker/test_interpreted_rounds.py",
-    "tests/worker/test_overlap_features.py",
     "tests/agents/test_http.py",
 )
 """Files of more than half a minute, longest first. They are begun first: a file is one worker's, and one that is begun
@@ -54,11 +62,13 @@ NIGHTLY = (
     "kernels/tests/test_interpreter.py",
     "tests/agents/test_examples.py",
     "tests/gpu/test_serving_part.py",
+    "tests/gpu/test_shaped_part.py",
     "tests/parallel/test_data_parallel.py",
     "tests/parallel/test_router.py",
     "tests/parallel/test_tensor_parallel.py",
     "tests/parallel/test_tensor_parallel_server.py",
     "tests/targets/test_trained.py",
+    "tests/worker/test_upstream_sampling.py",
 )
 """Minutes each, and seldom red where the rest is green: `make evidence` runs them."""
 
@@ -87,6 +97,22 @@ def host(request: pytest.FixtureRequest) -> Iterator[ServerHost]:
         pytest.skip("starts a server")
     with ServerHost() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> "Models":
+    """A tiny target and its two drafters."""
+    from model_set import build_models
+
+    return build_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def arms(tmp_path_factory: pytest.TempPathFactory) -> "Arms":
+    """Both arms on tiny random checkpoints, without an engine."""
+    from replay import load_arms
+
+    return load_arms(tmp_path_factory.mktemp("arms"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

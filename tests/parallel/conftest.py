@@ -1,17 +1,8 @@
 """Tiny checkpoints for the tests of several processes, and what plain decoding answers with two ranks."""
 
-import sys
-from pathlib import Path
-
 import pytest
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(1, str(Path(__file__).parents[1] / "worker"))
-sys.path.insert(2, str(Path(__file__).parents[1] / "learn"))
-sys.path.insert(3, str(Path(__file__).parents[1] / "targets"))
-
 from tensor_parallel import SAMPLE, Checkpoints, Outputs, plainly
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,7 @@
 """A tokenizer of its own and grammars over it."""
 
-import sys
-from pathlib import Path
-
 import llguidance.hf
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from structure_grammars import Grammars, small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
