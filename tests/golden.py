@@ -52,9 +52,8 @@ from oracle_arm import OracleArm
 from overlap import overlapped
 from planning_time import Batch
 from pydantic import BaseModel
-from test_constrained import OPTIONS
+from request_sets import GRAMMARS, OPTIONS
 from test_sampling import BASE, PARAMETERS, PROMPT, WINDOW, sample, sampling_engine
-from test_structure import GRAMMARS
 from traffic import Arrival, play
 from whiflash_sdk.capabilities import Capabilities
 from whiflash_sdk.hints import Hints

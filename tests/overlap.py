@@ -5,7 +5,7 @@ between a forward's reads and the next batch's writes, its private stream for le
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -36,6 +36,18 @@ class OverlappedEngine(OverlapLoop):
 
     def watched(self) -> contextlib.AbstractContextManager[None]:
         return watching(self.streams)
+
+
+def publishing(verify: Callable[..., Any]) -> Callable[..., Any]:
+    """`Target.verify`, captured: the next batch may write to the slot table when it has read it, as early as it can."""
+
+    def published(target: Any, *args: Any) -> Any:
+        verified = verify(target, *args)
+        target.runner.shared_read_done_event = torch.cpu.Event()
+        target.runner.shared_read_done_event.record()
+        return verified
+
+    return published
 
 
 @contextlib.contextmanager

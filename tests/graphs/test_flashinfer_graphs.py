@@ -16,7 +16,7 @@ from flashinfer_on_tape import FlashInferOnTape
 from matrix import sampled
 from model_set import Models
 from overlap import overlapped
-from test_losslessness import compare
+from plain import compare, plain_texts
 from test_replayed_text import SMALL
 from test_verify_graphs import REQUESTS, WIDEST, Stopped, bench, decoding, layouts
 from traffic import mixed, play
@@ -26,21 +26,14 @@ from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
 
 ARRIVALS = mixed(23, 5, shared=12, longest=30, stops=0.3)
 
-Outputs = dict[str, list[int]]
-
-
-@pytest.fixture(scope="module")
-def plain(models: Models) -> Outputs:
-    with engine(models.target, **SMALL) as e:
-        return play(e, ARRIVALS)
-
 
 @pytest.mark.parametrize("lag", sampled([0, 1], 0))
 def test_text_is_plain_decodings_in_whole_rounds(
-    models: Models, plain: Outputs, monkeypatch: pytest.MonkeyPatch, lag: int
+    models: Models, monkeypatch: pytest.MonkeyPatch, lag: int
 ) -> None:
     """All arms, routed at random; with a lag in SGLang's overlap loop, where the host knows no width beforehand."""
     monkeypatch.setattr(MeasuredCosts, "worth", lambda self, arm: FULL_LENGTH)
+    plain = plain_texts(models.target, ARRIVALS, **SMALL)
     options: dict[str, Any] = {"whiflash": models.whiflash("random"), **SMALL}
     if lag:
         monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
@@ -48,7 +41,7 @@ def test_text_is_plain_decodings_in_whole_rounds(
     else:
         started = engine(models.target, **options)
     with started as e, emulated_graphs(e, FlashInferOnTape) as graphs:
-        compare(models, ARRIVALS, plain, play(e, ARRIVALS))
+        compare(models.reference.target, ARRIVALS, plain, play(e, ARRIVALS))
         replayed, rounds = graphs.backend.replayed, e.worker.clock.rounds
         assert len(replayed) == rounds > 0
         assert len(set(replayed)) > 5

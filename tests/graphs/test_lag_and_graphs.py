@@ -16,17 +16,15 @@ from matrix import sampled
 from model_set import Models
 from oracle_arm import OracleArm
 from overlap import overlapped
-from test_losslessness import compare
-from test_radix import assert_tree_is_true
+from plain import compare, plain_texts
 from test_sampling import PARAMETERS, judge, sample
 from traffic import mixed, play
+from trees import assert_tree_is_true
 
 from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
 
 SMALL: dict[str, Any] = {"max_running_requests": 5, "context_length": 96, "max_total_tokens": 2048}
 ARRIVALS = mixed(17, 6, shared=12, longest=30, stops=0.3, tokens=24)
-
-Outputs = dict[str, list[int]]
 
 
 @contextmanager
@@ -54,21 +52,16 @@ def serving(
             assert set(captured.committed) == {True, False}, "what is sampled is committed behind the graph"
 
 
-@pytest.fixture(scope="module")
-def plain(models: Models) -> Outputs:
-    with engine(models.target, **SMALL) as e:
-        return play(e, ARRIVALS)
-
-
 @pytest.mark.parametrize(
     ("graphs", "lag"), sampled([(False, 0), (False, 1), (True, 0), (True, 1)], (True, 1))
 )
 def test_what_is_promised_holds(
-    models: Models, plain: Outputs, monkeypatch: pytest.MonkeyPatch, lag: int, graphs: bool
+    models: Models, monkeypatch: pytest.MonkeyPatch, lag: int, graphs: bool
 ) -> None:
     torch.manual_seed(0)
+    plain = plain_texts(models.target, ARRIVALS, **SMALL)
     with serving(models, lag, graphs, monkeypatch) as (e, oracle):
-        compare(models, ARRIVALS, plain, play(e, ARRIVALS))
+        compare(models.reference.target, ARRIVALS, plain, play(e, ARRIVALS))
         assert assert_tree_is_true(e, models) > 50
         e.requests.clear()
         found = sample(e, oracle, {"top-k": PARAMETERS["top-k"]}, each=56, tokens=5)

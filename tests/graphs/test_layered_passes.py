@@ -7,18 +7,18 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from matrix import sampled
 from model_set import Models, build_models
+from plain import compare, plain_texts
 from replay import Arms, load_arms
 from test_backlog import History, rounds
 from test_draft_graphs import LONGEST, MOST, Captured, captured
-from test_lag_and_graphs import ARRIVALS, Outputs, plain, serving
-from test_losslessness import compare
+from test_lag_and_graphs import ARRIVALS, SMALL, serving
 from test_passes import prepared, requests
-from test_radix import assert_tree_is_true
 from traffic import play
+from trees import assert_tree_is_true
 
 from whiflash_sglang.cache.backlog import FeatureRows
 
-__all__ = ["captured", "plain", "prepared"]
+__all__ = ["captured", "prepared"]
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +72,14 @@ def test_any_history_equals_one_pass(captured: Captured, seed: int, history: His
 
 @pytest.mark.parametrize("lag", sampled([0, 1], 0))
 def test_replayed_rounds_leave_the_kv_of_one_pass(
-    models: Models, plain: Outputs, monkeypatch: pytest.MonkeyPatch, lag: int
+    models: Models, monkeypatch: pytest.MonkeyPatch, lag: int
 ) -> None:
     """All arms at random, results at once or a round late, where catch-ups are padded."""
+    plain = plain_texts(models.target, ARRIVALS, **SMALL)
     with serving(models, lag, True, monkeypatch) as (e, oracle):
         for arrival in ARRIVALS:
             oracle.learn(arrival.prompt, plain[arrival.rid])
-        compare(models, ARRIVALS, plain, play(e, ARRIVALS))
+        compare(models.reference.target, ARRIVALS, plain, play(e, ARRIVALS))
         e.generate([list(ARRIVALS[0].prompt)], max_new_tokens=12, temperature=1.0)
         assert assert_tree_is_true(e, models) > 50
         assert not lag or not e.streams.races

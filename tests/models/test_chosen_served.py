@@ -9,9 +9,10 @@ import pytest
 from chosen_formats import DFLASH2, DOMINO, dflash2_tensors, domino_tensors
 from engine import engine
 from matrix import sampled
-from model_set import Models, build_models
+from model_set import Models
 from oracle_arm import ARM, OracleArm
 from parity import compare
+from plain import plain_texts
 from published import write
 from reference import Comparison
 from tiny_models import MASK_TOKEN
@@ -43,24 +44,11 @@ def drafter(path: Path, name: str) -> Path:
     return write(path, {**config, **changes}, tensors())
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return build_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def plain(models: Models) -> dict[str, list[int]]:
-    with engine(models.target) as e:
-        return play(e, ARRIVALS)
-
-
 @pytest.mark.parametrize("name", sampled(FORMATS, "DFlash2"))
-def test_text_is_plain_decodings(
-    models: Models, plain: dict[str, list[int]], tmp_path: Path, name: str
-) -> None:
+def test_text_is_plain_decodings(models: Models, tmp_path: Path, name: str) -> None:
     """Under random routing beside EAGLE-3 and an arm that is mostly right; then under the policies that draft with it.
     Prompts are chunked, and some share a prefix."""
-    oracle = OracleArm(0.95, seed=3)
+    plain, oracle = plain_texts(models.target, ARRIVALS), OracleArm(0.95, seed=3)
     for a in ARRIVALS:
         oracle.learn(a.prompt, plain[a.rid])
     flags = {**models.whiflash("random"), "draft": drafter(tmp_path / "drafter", name)}

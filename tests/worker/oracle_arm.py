@@ -50,6 +50,12 @@ class OracleArm(TextDrafter):
         """`output` may follow `prompt`; where several texts do, one of them is drafted."""
         self._texts.append([*prompt, *output])
 
+    def unlearn(self) -> None:
+        """Everything but the seed."""
+        self._texts.clear()
+        self.accepted.clear()
+        self.rejected = 0
+
     def propose(
         self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
     ) -> Candidate | None:

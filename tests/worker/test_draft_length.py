@@ -1,4 +1,4 @@
-"""What the arms propose: no longer than pays, from the vocabulary that was asked for."""
+"""What the arms propose: no longer than pays, as long as they may, from the vocabulary that was asked for."""
 
 import random
 from pathlib import Path
@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from engine import Engine, engine
 from model_set import Models
+from oracle_arm import ARM, OracleArm
 from tiny_models import tiny_eagle3
 
 from whiflash_sglang.routing.costs import Worth
+from whiflash_sglang.routing.policies import Pinned
 
 PROMPTS = [random.Random(seed).choices(range(256), k=30) for seed in range(4)]
 
@@ -45,6 +47,22 @@ def test_dear_tokens_make_short_drafts(models: Models, arm: str, monkeypatch: py
     assert texts[0] == texts[1] == texts[2]
     assert full >= widths[0] > widths[1] > widths[2] == 1.0
     assert passes == ([full, passes[1], 1] if arm == "ar" else [1, 1, 1])
+
+
+def test_an_arm_that_is_always_right_has_the_longest_rounds(models: Models) -> None:
+    """Pinned to an arm that the worker has never heard of."""
+    prompt, oracle = PROMPTS[0], OracleArm(1.0, ragged=False)
+    with engine(models.target, whiflash=models.whiflash("none"), arms=[oracle]) as e:
+        [text] = e.generate([prompt], max_new_tokens=41)
+        oracle.learn(prompt, text)
+        e.start_over("none")
+        e.worker.controller.policy = Pinned(ARM)
+        e.submit("only", prompt, max_new_tokens=41)
+        e.run()
+        assert e.output("only") == text
+        # The first token comes from the prefill; each of the other 40 is one of 7 drafts or the token behind them.
+        assert e.rounds("only") == (5, 35)
+    assert oracle.accepted == [7] * 5
 
 
 def test_a_block_from_the_reduced_vocabulary(models: Models, tmp_path: Path) -> None:

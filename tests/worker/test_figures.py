@@ -2,7 +2,6 @@
 
 import logging
 import random
-from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,38 +12,6 @@ from model_set import Models
 from whiflash_sglang.compat.http import figures
 
 PROMPTS = [random.Random(i).choices(range(256), k=12 + 5 * i) for i in range(4)]
-
-
-@pytest.mark.parametrize("router", ["none", "ar", "diffusion", "random"])
-def test_the_engines_counts_are_the_workers(
-    models: Models, router: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of several requests, whose rounds share steps, against rows and tokens as the worker committed them."""
-    with engine(models.target, whiflash=models.whiflash(router), log_level="info") as e:
-        own: Counter[str] = Counter()
-        run = e.worker._round
-
-        def counted(batch: Any, requests: Any, *rest: Any) -> Any:
-            done, tokens = run(batch, requests, *rest)
-            widths = done.cap_lens.tolist()
-            own.update(forwards=len(widths), rows=sum(widths), tokens=int(done.accept_lens.sum()))
-            return done, tokens
-
-        monkeypatch.setattr(e.worker, "_round", counted)
-        e.generate(PROMPTS, max_new_tokens=17)
-        reporter = e.scheduler.metrics_reporter
-        counts = (reporter.spec_num_forward_ct, reporter.spec_num_cap_tokens, reporter.spec_num_accept_tokens)
-        assert counts == (own["forwards"], own["rows"], own["tokens"])
-        requests = e.requests.values()
-        assert sum(r.spec_verify_ct for r in requests) == own["forwards"]
-        assert sum(r.spec_num_cap_tokens for r in requests) == own["rows"]
-        for req in requests:
-            by_width = enumerate(req.spec_cap_lens_histogram)
-            assert sum(rows * n for rows, n in by_width) == req.spec_num_cap_tokens
-            assert sum(req.spec_cap_lens_histogram) == req.spec_verify_ct
-        if router == "none":
-            assert own["rows"] == own["forwards"]
-            assert max(steps) > 1
 
 
 def test_the_logged_rate_is_of_what_was_proposed(models: Models, caplog: pytest.LogCaptureFixture) -> None:

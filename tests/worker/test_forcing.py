@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from engine import Engine, engine
 from model_set import Models
+from plain import plain_texts
+from traffic import Arrival
 
 RNG = random.Random(8)
 PROMPTS = [RNG.choices(range(256), k=n) for n in (5, 40, 19)]
@@ -25,10 +27,9 @@ def ask(e: Engine, router: str, name: str, **more: Any) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("case", [{}, {"chunked_prefill_size": 16}, {"max_total_tokens": 160}])
+@pytest.mark.parametrize("case", [{"chunked_prefill_size": 16}, {"max_total_tokens": 160}])
 def test_answers_are_the_recorded_ones(models: Models, case: dict[str, Any]) -> None:
-    with engine(models.target) as e:
-        free = e.generate([PROMPTS[1]], max_new_tokens=40)[0]
+    free = plain_texts(models.target, [Arrival("free", 0, tuple(PROMPTS[1]), {"max_new_tokens": 40})])["free"]
     flags = models.whiflash("random", whiflash_force_recorded="on")
     with engine(models.target, whiflash=flags, **case) as e:
         for router in ("random", "none", "ar"):

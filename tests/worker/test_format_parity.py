@@ -40,7 +40,6 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]
         },
         dict,
     ),
-    "fc_norm": ("ar", {"fc_norm": True}, lambda: norms(3)),
     "two layers": ("ar", {"num_hidden_layers": 2}, upper_norms),
     "EAGLE 3.1": ("ar", {"fc_norm": True, "norm_output": True}, lambda: norms(3)),
 }

@@ -1,7 +1,7 @@
 """Draft KV follows the target's into host memory, and comes back with it.
 
 A prompt whose KV was evicted is loaded from the host: no feature comes with it, so drafters' KV at its slots must be
-what one pass over the text gives, as in `test_radix.py`, and texts are plain decoding's under the same flags.
+what one pass over the text gives, as in `trees.py`, and texts are plain decoding's under the same flags.
 """
 
 import json
@@ -18,9 +18,9 @@ from engine import Engine, engine
 from matrix import sampled
 from model_set import Models
 from swapping import serving, swap
-from test_radix import TOLERANCE, assert_tree_is_true, matched_slots, sequences
 from tiny_models import tiny_eagle3
 from traffic import mixed, play
+from trees import TOLERANCE, assert_tree_is_true, matched_slots, sequences
 from versioned import trained, version
 
 from whiflash_sglang.cache.tokens import DraftKV
@@ -60,7 +60,7 @@ def talk(e: Engine, name: str = "talk", *, seed: int = 1, between: Callable[[], 
         f"{name}-again", [*prompt, *first, 1], max_new_tokens=1
     )  # write-through-selective takes what is hit
     e.run()
-    for other in range(12):
+    for other in range(8):
         e.submit(f"{name}-other{other:02d}", rng.choices(range(256), k=60), max_new_tokens=40)
         e.run()
     between()
@@ -195,7 +195,7 @@ def load_other_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MHATokenToKVPoolHost, "load_to_device_per_layer", loaded)
 
 
-@pytest.mark.parametrize("fault", [flush_late, load_other_pages])
+@pytest.mark.parametrize("fault", sampled([flush_late, load_other_pages], flush_late))
 def test_these_tests_see_a_fault(
     models: Models, fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +336,7 @@ def test_storage_is_the_pair_s_own(models: Models, tmp_path: Path, monkeypatch: 
         assert len(list(pages.iterdir())) == before
 
 
+@pytest.mark.evidence
 def test_another_pair_s_storage_would_be_seen(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

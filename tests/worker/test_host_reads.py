@@ -114,18 +114,6 @@ def test_a_steady_round_reads_nothing_before_its_end(models: Models, monkeypatch
     assert 0 < between.total() <= MOST_BETWEEN
 
 
-def test_penalties_wait_for_nothing(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the round's own upload, one of what is penalised; lengths and widths stay where they are."""
-    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
-    with engine(models.target, whiflash=models.whiflash("auto")) as e:
-        watched = steady(e, monkeypatch)
-        serve(e, frequency_penalty=0.4, repetition_penalty=1.1)
-    assert watched.kernels["accept_and_commit"]
-    for found, most in ((watched.reads.reads, 1), (watched.reads.uploads, 2), (watched.reads.pageable, 0)):
-        ours = [site.split(":")[0] for site in found.elements() if site.startswith("whiflash")]
-        assert ours == ["whiflash_sglang/device/transfers.py"] * most, found
-
-
 def test_where_reading_is_free_the_plan_is_one_buffer_too(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:

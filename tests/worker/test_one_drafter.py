@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from engine import engine
 from model_set import Models
-from reference import Comparison
+from plain import compare, plain_texts
 from traffic import mixed, play
 
 from whiflash_sglang.checkpoints.fit import Parts, create
@@ -23,8 +23,7 @@ def test_the_drafter_that_is_there_drafts(models: Models, tmp_path: Path, arm: s
         flags["draft"] = tmp_path / "bundle"
     arms = {arm, "lookup"} - {None}
     arrivals = mixed(seed=3, count=8, shared=40, aborts=0.1, stops=0.3)
-    with engine(models.target) as e:
-        expected = play(e, arrivals)
+    expected = plain_texts(models.target, arrivals)
     used: set[str | None] = set()
     with engine(models.target, whiflash=flags, chunked_prefill_size=32, max_running_requests=4) as e:
         found = play(e, arrivals, lambda: used.update(*(state.counts for state in e.states.values())))
@@ -37,8 +36,4 @@ def test_the_drafter_that_is_there_drafts(models: Models, tmp_path: Path, arm: s
         with pytest.raises(ConfigError, match=r"'entropy' needs EAGLE-3 and DFlash; the drafters here are: "):
             e.worker.reconfigure({"router": "entropy"})
     assert used - {None} == arms | {"none"}
-    comparison = Comparison(models.reference.target)
-    for a in arrivals:
-        whole = expected[a.rid][: len(found[a.rid])] if a.abort_after else expected[a.rid]
-        comparison.check(a.prompt, whole, found[a.rid], a.rid)
-    print(comparison.summary())
+    compare(models.reference.target, arrivals, expected, found)

@@ -54,7 +54,7 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
     def counted(batch: Any, round: Any, *rest: Any) -> Any:
         done, tokens = run(batch, round, *rest)
         widths = done.cap_lens.tolist()
-        own.update(rounds=len(widths), rows=sum(widths), batches=1)
+        own.update(rounds=len(widths), rows=sum(widths), batches=1, accepted=int(done.accept_lens.sum()))
         with reads:
             e.worker.publisher.flush()
         return done, tokens
@@ -78,13 +78,22 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
     ("router", "resident"), [("random", False), ("random", True), ("auto", False), ("none", False)]
 )
 def test_figures_are_those_of_the_rounds(
-    models: Models, router: str, resident: bool, monkeypatch: pytest.MonkeyPatch, full_drafts: None
+    models: Models,
+    router: str,
+    resident: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    full_drafts: None,
+    steps: list[int],
 ) -> None:
     if resident:
         monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
-    with engine(models.target, whiflash=models.whiflash(router)) as e:
+    flags = models.whiflash(router)
+    with engine(models.target, whiflash=flags, log_level="info", decode_log_interval=10_000) as e:
         found, own, reads = serve(e, monkeypatch)
         clock = e.worker.clock
+        if not resident:
+            check_upstreams(e, own)
+    assert router != "none" or max(steps) > 1
     assert reads.reads.total() == reads.uploads.total() == 0
     assert found.total("rounds_total") == found.total("routes_total") == own["rounds"]
     assert found.total("tokens_total") == own["tokens"]
@@ -117,6 +126,19 @@ def test_figures_are_those_of_the_rounds(
     assert found.total("backlog_tokens") == 0, "nobody runs any more"
     assert found.total("decode_seconds_total") > 0
     assert found.total("plain_decode_seconds_total") > 0
+
+
+def check_upstreams(e: Engine, own: Counter[str]) -> None:
+    """SGLang's own figures, of several requests whose rounds share steps, are the worker's."""
+    reporter, requests = e.scheduler.metrics_reporter, e.requests.values()
+    counts = (reporter.spec_num_forward_ct, reporter.spec_num_cap_tokens, reporter.spec_num_accept_tokens)
+    assert counts == (own["rounds"], own["rows"], own["accepted"])
+    assert sum(r.spec_verify_ct for r in requests) == own["rounds"]
+    assert sum(r.spec_num_cap_tokens for r in requests) == own["rows"]
+    for req in requests:
+        by_width = enumerate(req.spec_cap_lens_histogram)
+        assert sum(rows * n for rows, n in by_width) == req.spec_num_cap_tokens
+        assert sum(req.spec_cap_lens_histogram) == req.spec_verify_ct
 
 
 def test_the_backlog_is_what_idle_drafters_have_missed(

@@ -3,7 +3,7 @@
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -182,6 +182,21 @@ def rounds_of(e: Engine) -> dict[str, int]:
     return {arm: counts.rounds for arm, counts in counted if arm != "structure"}
 
 
+@pytest.fixture(scope="module")
+def shared(models: Models, plain: list[list[int]]) -> Iterator[Engine]:
+    with engine(models.target, whiflash=models.whiflash("random")) as e:
+        yield e
+
+
+@pytest.fixture
+def running(shared: Engine) -> Engine:
+    """For the tests below, since no other engine may run beside it."""
+    shared.worker.quarantine.__init__(shared.worker.drafters)  # type: ignore[misc]
+    shared.start_over("random")
+    shared.requests.clear()
+    return shared
+
+
 @pytest.mark.parametrize(
     ("arm", "method"),
     [
@@ -194,7 +209,7 @@ def rounds_of(e: Engine) -> dict[str, int]:
     ],
 )
 def test_an_error_of_one_request_takes_the_arm_from_nobody(
-    models: Models,
+    running: Engine,
     plain: list[list[int]],
     arm: str,
     method: str,
@@ -202,22 +217,21 @@ def test_an_error_of_one_request_takes_the_arm_from_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One error is enough: what the arm keeps of the request may be half written."""
-    with engine(models.target, whiflash=models.whiflash("random")) as e:
-        raised = plant(e, monkeypatch, arm, method, "poison")
-        for i, prompt in enumerate(PROMPTS):
-            e.submit("poison" if i == 1 else f"g{i}", prompt, max_new_tokens=TOKENS)
-        e.run()
-        assert [e.output("poison" if i == 1 else f"g{i}") for i in range(4)] == plain
-        found = e.worker.quarantine
-        assert raised
-        assert found.left_out == {name: int(name == arm) for name in e.worker.drafters}
-        assert not found.reasons
-        (line,) = [r for r in caplog.records if "is left out" in r.getMessage()]
-        assert f"drafter {arm!r} is left out for request poison: raised RuntimeError" in line.getMessage()
-        assert line.exc_info is not None
-        used = rounds_of(e)
-        e.generate(PROMPTS, max_new_tokens=TOKENS)
-        assert rounds_of(e)[arm] > used[arm]
+    e, quarantine = running, running.worker.quarantine
+    raised = plant(e, monkeypatch, arm, method, "poison")
+    for i, prompt in enumerate(PROMPTS):
+        e.submit("poison" if i == 1 else f"g{i}", prompt, max_new_tokens=TOKENS)
+    e.run()
+    assert [e.output("poison" if i == 1 else f"g{i}") for i in range(4)] == plain
+    assert raised
+    assert quarantine.left_out == {name: int(name == arm) for name in e.worker.drafters}
+    assert not quarantine.reasons
+    (line,) = [r for r in caplog.records if "is left out" in r.getMessage()]
+    assert f"drafter {arm!r} is left out for request poison: raised RuntimeError" in line.getMessage()
+    assert line.exc_info is not None
+    used = rounds_of(e)
+    e.generate(PROMPTS, max_new_tokens=TOKENS)
+    assert rounds_of(e)[arm] > used[arm]
 
 
 def plant(e: Engine, monkeypatch: pytest.MonkeyPatch, arm: str, method: str, name: str) -> list[str]:
@@ -247,28 +261,28 @@ def plant(e: Engine, monkeypatch: pytest.MonkeyPatch, arm: str, method: str, nam
 
 
 def test_faulty_drafts_of_one_request_take_the_arm_from_nobody(
-    models: Models, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are left out each time, and then the arm is left out for the request."""
-    with engine(models.target, whiflash=models.whiflash("ar")) as e:
-        drafter = e.worker.drafters["ar"]
-        original = drafter.draft
+    e, drafter = running, running.worker.drafters["ar"]
+    e.start_over("ar")
+    original = drafter.draft
 
-        def spoiled(batch: Any) -> Any:
-            drafts = original(batch)
-            drafts.tokens[[e.states[row].rid == "spoiled" for row in batch.row_ids]] = 1 << 40
-            return drafts
+    def spoiled(batch: Any) -> Any:
+        drafts = original(batch)
+        drafts.tokens[[e.states[row].rid == "spoiled" for row in batch.row_ids]] = 1 << 40
+        return drafts
 
-        monkeypatch.setattr(drafter, "draft", spoiled)
-        for i, prompt in enumerate(PROMPTS):
-            e.submit("spoiled" if i == 1 else f"g{i}", prompt, max_new_tokens=8 if i == 1 else TOKENS)
-        e.run()
-        assert e.output("spoiled") == plain[1][:8]
-        assert e.rounds("spoiled")[1] == 0
-        assert [e.output(f"g{i}") for i in (0, 2, 3)] == [plain[0], plain[2], plain[3]]
-        assert e.worker.quarantine.faults["ar"] == MOST_FAULTS
-        assert e.worker.quarantine.left_out["ar"] == 1
-        assert not e.worker.quarantine.reasons
+    monkeypatch.setattr(drafter, "draft", spoiled)
+    for i, prompt in enumerate(PROMPTS):
+        e.submit("spoiled" if i == 1 else f"g{i}", prompt, max_new_tokens=8 if i == 1 else TOKENS)
+    e.run()
+    assert e.output("spoiled") == plain[1][:8]
+    assert e.rounds("spoiled")[1] == 0
+    assert [e.output(f"g{i}") for i in (0, 2, 3)] == [plain[0], plain[2], plain[3]]
+    assert e.worker.quarantine.faults["ar"] == MOST_FAULTS
+    assert e.worker.quarantine.left_out["ar"] == 1
+    assert not e.worker.quarantine.reasons
 
 
 def test_an_arm_is_out_for_everybody_behind_several_requests_of_several_callers() -> None:

@@ -14,7 +14,9 @@ from engine import Engine, engine
 from expected import ChiSquare, goodness_of_fit, joint
 from model_set import Models
 from oracle_arm import OracleArm
-from traffic import Arrival, play
+from plain import adding_first, plain_texts
+from request_sets import PENALISED, penalised
+from traffic import play
 
 from whiflash_sglang.platform.seams import install_seams
 
@@ -128,94 +130,33 @@ def test_the_test_can_fail(models: Models) -> None:
         assert goodness_of_fit(found[name], leaves).p_value < 1e-6, name
 
 
-GREEDY = {
-    "frequency": {"frequency_penalty": 0.8},
-    "presence": {"presence_penalty": 1.1},
-    "repetition": {"repetition_penalty": 1.4},
-    "three": {"frequency_penalty": 0.6, "presence_penalty": 0.3, "repetition_penalty": 1.3},
-    "min-new-tokens": {"min_new_tokens": 12, "stop_token_ids": [69, 70, 75, 80]},
-    "logit-bias": {"logit_bias": {"70": 2.0, "80": -3.0}},
-    "plain": {},
-    "sampled": {"temperature": 1.0},
-}
-
-
-def greedy_requests() -> list[Arrival]:
-    """Requests with different parameters in one batch, arriving at different times; one of them samples."""
-    import random
-
-    rng = random.Random(3)
-    return [
-        Arrival(
-            f"{name}/{i}",
-            rng.randint(0, 12),
-            tuple(rng.choices(range(256), k=rng.randint(4, 30))),
-            {"max_new_tokens": 30, **params},
-        )
-        for i in range(3)
-        for name, params in GREEDY.items()
-    ]
-
-
-def adding_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain decoding subtracts before it scales, as under overlap scheduling. Without that it applies its penalties in
-    the order of a set of classes, which is another one in every process.
-    """
-    from sglang.srt.sampling import penaltylib
-
-    made = penaltylib.BatchedPenalizerOrchestrator
-
-    def ordered(vocab_size: int, batch: Any, penalizers: set[Any]) -> Any:
-        return made(vocab_size, batch, sorted(penalizers, key=lambda kind: kind.is_multiplicative))
-
-    monkeypatch.setattr(penaltylib, "BatchedPenalizerOrchestrator", ordered)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(models: Models) -> dict[str, list[int]]:
-    """Plain decoding's answers to `greedy_requests` that are greedy; nobody was retracted."""
-    with pytest.MonkeyPatch.context() as m:
-        adding_first(m)
-        with engine(models.target, skip_tokenizer_init=False) as e:
-            return greedy_answers(e)
-
-
-def greedy_answers(e: Engine) -> dict[str, list[int]]:
-    answers = play(e, greedy_requests())
-    return {rid: answer for rid, answer in answers.items() if not rid.startswith("sampled")}
+    """Plain decoding's answers to those of `penalised` that are greedy; nobody was retracted."""
+    texts = plain_texts(models.target, penalised(), skip_tokenizer_init=False)
+    return {rid: text for rid, text in texts.items() if not rid.startswith("sampled")}
 
 
 def retracted_answers(e: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """`greedy_answers`, each kind of request among its own, of which SGLang's own switch retracts one every third
+    """Each kind of request among its own, of which SGLang's own switch retracts one every third
     step: always the one with the fewest tokens.
     """
     from sglang.srt.managers import scheduler
 
     monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
     answers: dict[str, list[int]] = {}
-    for kind in GREEDY.keys() - {"sampled"}:
-        answers |= play(e, [a for a in greedy_requests() if a.rid.startswith(f"{kind}/")])
+    for kind in PENALISED.keys() - {"sampled"}:
+        answers |= play(e, [a for a in penalised() if a.rid.startswith(f"{kind}/")])
         assert any(e.requests[f"{kind}/{i}"].retraction_count for i in range(3)), kind
     return answers
 
 
 def knowing(answers: Mapping[str, list[int]]) -> OracleArm:
     oracle = OracleArm(0.9)
-    for a in greedy_requests():
+    for a in penalised():
         if a.rid in answers:
             oracle.learn(a.prompt, answers[a.rid])
     return oracle
-
-
-@pytest.mark.parametrize("router", ["ar", "diffusion", "random"])
-def test_penalties_are_those_of_plain_decoding(
-    models: Models, router: str, uninterrupted: dict[str, list[int]]
-) -> None:
-    """Greedy output under penalties depends on every token before it, so one stale penalty changes the text."""
-    oracle = knowing(uninterrupted)
-    with sampling_engine(models, router, oracle if router == "random" else None) as e:
-        assert greedy_answers(e) == uninterrupted
-    assert router != "random" or max(oracle.accepted) == oracle.max_drafts
 
 
 def test_penalties_count_the_whole_answer_after_a_retraction(
@@ -229,41 +170,11 @@ def test_upstreams_own_penalties_begin_anew_after_a_retraction(
     models: Models, uninterrupted: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Why they are not compared with. Where this fails, tests/README.md says what was."""
-    adding_first(monkeypatch)
-    with engine(models.target, skip_tokenizer_init=False) as e:
+    with adding_first(), engine(models.target, skip_tokenizer_init=False) as e:
         answers = retracted_answers(e, monkeypatch)
     others = {rid.split("/")[0] for rid, answer in answers.items() if answer != uninterrupted[rid]}
     assert others >= {"frequency", "presence", "repetition"}
     assert not others & {"plain", "logit-bias"}
-
-
-SEEDED = {
-    "temperature": {"temperature": 1.0},
-    "top-p": {"temperature": 1.0, "top_p": 0.8},
-    "top-k": {"temperature": 1.2, "top_k": 5},
-    "frequency": {"temperature": 1.0, "frequency_penalty": 0.6},
-}
-
-
-@pytest.mark.parametrize("router", ["ar", "diffusion", "random"])
-def test_seeds_give_the_tokens_of_plain_decoding(models: Models, router: str) -> None:
-    """Noise is keyed by seed and absolute position, so the draft's width does not matter."""
-    arrivals = [
-        Arrival(
-            f"{name}/{seed}", seed, PROMPT[seed:], {"max_new_tokens": 32, "sampling_seed": seed, **params}
-        )
-        for seed in range(4)
-        for name, params in SEEDED.items()
-    ]
-    with engine(models.target, enable_deterministic_inference=True) as e:
-        expected = play(e, arrivals)
-    assert len({tuple(tokens) for tokens in expected.values()}) == len(arrivals), "the seeds do nothing"
-    oracle = OracleArm(0.9)
-    for a in arrivals:
-        oracle.learn(a.prompt, expected[a.rid])
-    arms = oracle if router == "random" else None
-    with sampling_engine(models, router, arms, enable_deterministic_inference=True) as e:
-        assert play(e, arrivals) == expected
 
 
 def test_a_seeds_tokens_depend_on_the_neighbours() -> None:

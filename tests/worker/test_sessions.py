@@ -9,7 +9,10 @@ import pytest
 from engine import Engine, engine
 from model_set import Models
 from oracle_arm import OracleArm
-from test_radix import close
+from overlap import overlapped
+from trees import close
+
+from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
 
 OPTIONS: dict[str, Any] = {
     "max_running_requests": 16,  # between its turns a streaming session keeps its place
@@ -105,29 +108,8 @@ def oracle(plain_and_beyond: tuple[Texts, Beyond]) -> OracleArm:
     return arm
 
 
-@pytest.mark.parametrize("router", ["ar", "diffusion", "lookup", "auto", "random", "none"])
-def test_turns(models: Models, plain: Texts, oracle: OracleArm, router: str) -> None:
-    arms = [oracle] if router == "random" else []
-    with engine(models.target, whiflash=models.whiflash(router), arms=arms, **OPTIONS) as e:
-        assert converse(e, sessions()) == plain
-        assert not e.states
-    assert router != "random" or max(oracle.accepted) == oracle.max_drafts
-
-
-@pytest.mark.parametrize(
-    "case", [{"page_size": 16}, {"chunked_prefill_size": 16}, {"max_total_tokens": 480}], ids=str
-)
-def test_turns_in_pages_chunks_and_a_full_pool(
-    models: Models, plain: Texts, oracle: OracleArm, case: dict[str, int]
-) -> None:
-    flags = models.whiflash("random")
-    with engine(models.target, whiflash=flags, arms=[oracle], **{**OPTIONS, **case}) as e:
-        talks = sessions() if "max_total_tokens" not in case else sessions()[:3]
-        assert converse(e, talks) == {talk.name: plain[talk.name] for talk in talks}
-
-
-def test_what_a_streaming_session_keeps(models: Models, oracle: OracleArm) -> None:
-    """Every slot that a session keeps between turns has both drafters' KV, as one pass would leave it."""
+def test_turns_under_every_policy(models: Models, plain: Texts, oracle: OracleArm) -> None:
+    """And what a streaming session keeps: at every slot both drafters' KV is that of one pass."""
     checked: list[int] = []
 
     def check(e: Engine) -> None:
@@ -143,7 +125,37 @@ def test_what_a_streaming_session_keeps(models: Models, oracle: OracleArm) -> No
                 close(kv.v[:, slots], expected.v[:, :kept], f"v of {arm} in {name}")
             checked.append(kept)
 
-    flags = models.whiflash("random")
-    with engine(models.target, whiflash=flags, arms=[oracle], **OPTIONS) as e:
-        converse(e, [talk for talk in sessions() if talk.streaming], check)
+    with engine(models.target, whiflash=models.whiflash("none"), arms=[oracle], **OPTIONS) as e:
+        for router in ("ar", "diffusion", "lookup", "auto", "none", "random"):
+            e.start_over(router)
+            e.requests.clear()
+            assert converse(e, sessions(), check if router == "random" else lambda _: None) == plain
+            assert not e.states
+    assert max(oracle.accepted) == oracle.max_drafts
     assert len(checked) == TURNS * sum(talk.streaming for talk in sessions())
+
+
+def test_turns_under_overlap(
+    models: Models, plain: Texts, oracle: OracleArm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    monkeypatch.setattr(MeasuredCosts, "worth", lambda self, arm: FULL_LENGTH)
+    talks = sessions()[: 2 * len(ENDS)]
+    options = {"whiflash": models.whiflash("random"), "arms": [oracle], "host_lengths": False, **OPTIONS}
+    with overlapped(models.target, **options) as e:
+        assert converse(e, talks) == {talk.name: plain[talk.name] for talk in talks}
+        assert not e.streams.races
+        assert not e.states
+    assert max(oracle.accepted) == oracle.max_drafts
+
+
+@pytest.mark.parametrize(
+    "case", [{"page_size": 16, "chunked_prefill_size": 16}, {"max_total_tokens": 480}], ids=str
+)
+def test_turns_in_pages_chunks_and_a_full_pool(
+    models: Models, plain: Texts, oracle: OracleArm, case: dict[str, int]
+) -> None:
+    flags = models.whiflash("random")
+    with engine(models.target, whiflash=flags, arms=[oracle], **{**OPTIONS, **case}) as e:
+        talks = sessions() if "max_total_tokens" not in case else sessions()[:3]
+        assert converse(e, talks) == {talk.name: plain[talk.name] for talk in talks}

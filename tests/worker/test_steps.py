@@ -1,7 +1,6 @@
 """Several rounds in one step of the scheduler: what ends a step, and what the records of a step say.
 
-That the text stays what it was, `test_losslessness.py` and `test_sampling.py` show, whose steps have several rounds
-too.
+That the text stays what it was, `test_plain_text.py` shows, whose steps have several rounds too.
 """
 
 import dataclasses

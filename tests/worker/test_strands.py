@@ -11,18 +11,15 @@ from typing import Any
 import pytest
 import torch
 from engine import engine
+from matrix import sampled
 from model_set import Models
 from oracle_arm import OracleArm
-from records import all_logprobs, assert_same_logprobs
+from plain import check, compare, plain, plain_texts, read
+from request_sets import CASES, OPTIONS, RATED, SAMPLED, SHORT_SCHEMA, rated
 from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
-from test_constrained import SCHEMA
-from test_logprobs import CASES as LOGPROB_CASES
-from test_logprobs import OPTIONS as LOGPROB_OPTIONS
-from test_logprobs import requests as logprob_requests
-from test_losslessness import CASES, Plain, compare, plain
-from test_radix import assert_tree_is_true
 from test_sampling import PARAMETERS, judge, sample
 from traffic import Arrival, mixed, play, without_a_pass
+from trees import assert_tree_is_true
 from whiflash_kernels import Drafts
 
 from whiflash_sglang import verify
@@ -32,8 +29,6 @@ from whiflash_sglang.core import DraftBatch, History
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.routing.policies import RandomPolicy, Scores
 from whiflash_sglang.routing.signals import Signals
-
-__all__ = ["plain"]
 
 
 class Chain(OracleArm):
@@ -110,10 +105,12 @@ def with_sources(arrivals: Sequence[Arrival], expected: dict[str, list[int]]) ->
     return arms
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "alone"])
-def test_text_is_plain_decodings(models: Models, plain: Plain, seen: Seen, case: str) -> None:
+@pytest.mark.parametrize(
+    "case", sampled([case for case in CASES if case != "one request"], "full pool", "chunks in pages")
+)
+def test_text_is_plain_decodings(models: Models, seen: Seen, case: str) -> None:
     arrivals = mixed(seed=2, count=24, shared=40, aborts=0.15, stops=0.1, tokens=80)
-    expected = plain(arrivals)
+    expected = plain_texts(models.target, arrivals)
     flags = models.whiflash("random", whiflash_branches=3)
     with engine(
         models.target,
@@ -123,19 +120,19 @@ def test_text_is_plain_decodings(models: Models, plain: Plain, seen: Seen, case:
     ) as e:
         e.worker.controller.policy = ChainFirst()
         found = play(e, arrivals)
-        assert case not in ("batch", "full-pool") or assert_tree_is_true(e, models) > 100
-    compare(models, arrivals, expected, found)
+        assert case not in ("batch", "full pool") or assert_tree_is_true(e, models) > 100
+    compare(models.reference.target, arrivals, expected, found)
     print(seen)
     assert seen.strands > seen.won > 6, "hardly any strand won, so nothing was tried"
     assert len(seen.forks) > 1
 
 
 def test_without_a_pass_the_likeliest_candidate_is_verified(
-    models: Models, plain: Plain, monkeypatch: pytest.MonkeyPatch
+    models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever comes first of two that are as often right, the round is counted for who says that it is."""
     arrivals = mixed(seed=2, count=8, shared=40, tokens=60)
-    expected = plain(arrivals)
+    expected = plain_texts(models.target, arrivals)
     arms, propose = with_sources(arrivals, expected), Free.propose
 
     def unsure(arm: Free, *asked: Any) -> Candidate | None:
@@ -147,7 +144,7 @@ def test_without_a_pass_the_likeliest_candidate_is_verified(
     monkeypatch.setattr(Free, "propose", unsure)
     with engine(models.target, whiflash=models.whiflash("random"), arms=arms) as e:
         monkeypatch.setattr(e.worker.controller, "route", partial(without_a_pass, e.worker.controller))
-        compare(models, arrivals, expected, play(e, arrivals))
+        compare(models.reference.target, arrivals, expected, play(e, arrivals))
         rounds = {arm: counts.rounds for arm, counts in e.worker.tally.by_arm.items()}
     assert rounds["freer"] > 20
     assert rounds["chain"] == rounds["free"] == 0
@@ -159,8 +156,7 @@ def test_a_candidate_that_could_be_no_draft_is_left_out(
 ) -> None:
     """It would end the server: no embedding has its ids."""
     arrivals = mixed(seed=2, count=3, shared=12, tokens=40)
-    with engine(models.target) as e:
-        expected = play(e, arrivals)
+    expected = plain_texts(models.target, arrivals)
     arms, propose = with_sources(arrivals, expected), Free.propose
 
     def spoil(arm: Free, *asked: Any) -> Candidate | None:
@@ -174,33 +170,29 @@ def test_a_candidate_that_could_be_no_draft_is_left_out(
     monkeypatch.setattr(Free, "propose", spoil)
     with engine(models.target, whiflash=models.whiflash("random", whiflash_branches=3), arms=arms) as e:
         e.worker.controller.policy = ChainFirst()
-        compare(models, arrivals, expected, play(e, arrivals))
+        compare(models.reference.target, arrivals, expected, play(e, arrivals))
         faults = e.worker.quarantine.faults
         assert faults.pop("free")
         assert not any(faults.values())
 
 
-@pytest.mark.parametrize("case", ["greedy", "sampled"])
-def test_records_are_plain_decodings(models: Models, seen: Seen, case: str) -> None:
+@pytest.mark.parametrize("kinds", [RATED, SAMPLED], ids=["greedy", "sampled"])
+def test_records_are_plain_decodings(models: Models, seen: Seen, kinds: dict[str, Any]) -> None:
     """Log-probabilities, grammars with branches, stop strings; seeds by position where it is sampled."""
-    kinds, options, _ = LOGPROB_CASES[case]
-    schema = {"json_schema": SCHEMA, "ignore_eos": False, "max_new_tokens": 60}
-    if case == "sampled":
+    schema = {"json_schema": SHORT_SCHEMA, "ignore_eos": False, "max_new_tokens": 60}
+    options: dict[str, Any] = {**OPTIONS, "max_running_requests": 16, "enable_custom_logit_processor": True}
+    if kinds is SAMPLED:
         schema["temperature"] = 0.8  # SGLang draws otherwise where a request of the batch is greedy
-    kinds = {**kinds, "schema": schema}
-    options = {**LOGPROB_OPTIONS, **options, "constrained_json_disable_any_whitespace": True}
-    arrivals = [replace(a, step=3 * a.step) for a in logprob_requests(kinds)]
-    compared = [a.rid for a in arrivals if a.params["return_logprob"]]
-    with engine(models.target, **options) as e:
-        expected = play(e, arrivals)
-        wanted = all_logprobs(e, compared)
-    flags, arms = models.whiflash("random", whiflash_branches=4), with_sources(arrivals, expected)
+        options["enable_deterministic_inference"] = True
+    arrivals = [replace(a, step=3 * a.step) for a in rated({**kinds, "schema": schema})]
+    expected = plain(models.target, arrivals, **options)
+    arms = with_sources(arrivals, {rid: answer.tokens for rid, answer in expected.items()})
+    flags = models.whiflash("random", whiflash_branches=4)
     with engine(models.target, whiflash=flags, arms=arms, **options) as e:
         e.worker.controller.policy = ChainFirst()
-        assert play(e, arrivals) == expected
-        found = all_logprobs(e, compared)
-    for rid in compared:
-        assert_same_logprobs(found[rid], wanted[rid], rid)
+        play(e, arrivals)
+        answers = read(e, arrivals)
+    check(models.reference.target, arrivals, expected, answers)
     assert seen.won > 10
 
 

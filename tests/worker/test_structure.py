@@ -2,9 +2,8 @@
 
 import itertools
 import json
-import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,8 +12,9 @@ import pytest
 from engine import Engine, engine
 from model_set import Models
 from oracle_arm import OracleArm
-from test_constrained import OPTIONS
-from traffic import Arrival, play, without_a_pass
+from plain import plain_texts
+from request_sets import GRAMMARS, OPTIONS, SCHEMA, structured
+from traffic import play, without_a_pass
 
 from whiflash_sglang import lifecycle
 from whiflash_sglang.compat.http.streamer import recording_of
@@ -30,69 +30,10 @@ from whiflash_sglang.telemetry.trace import build_trace
 WIDTH = 16
 """Tokens that the arm proposes at most."""
 
-SCHEMA = json.dumps(
-    {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "maxLength": 12},
-            "kind": {"enum": ["alpha", "beta", "gamma"]},
-            "where": {"const": "at home, as ever"},
-            "count": {"type": "integer", "minimum": 0, "maximum": 999},
-        },
-        "required": ["name", "kind", "where", "count"],
-        "additionalProperties": False,
-    }
-)
-COMPACT = {"type": "json_schema", "json_schema": json.loads(SCHEMA), "max_whitespace_cnt": 1}
-TAG = json.dumps(
-    {
-        "type": "structural_tag",
-        "format": {
-            "type": "triggered_tags",
-            "tags": [
-                {
-                    "type": "tag",
-                    "begin": f'<call>{{"name":"{name}", "arguments":',
-                    "content": COMPACT,
-                    "end": "}</call>",
-                }
-                for name in ("look_up", "look_out")
-            ],
-            "triggers": ["<call>"],
-            "at_least_one": True,
-        },
-    }
-)
-GRAMMARS: dict[str, dict[str, Any]] = {
-    "schema": {"json_schema": SCHEMA},
-    "tag": {"structural_tag": TAG},
-    "regex": {"regex": "(red|green|blue), and once more: (red|green|blue)(; never again){2}"},
-    "ebnf": {"ebnf": 'root ::= "begin " word " then " word " end"\nword ::= [a-z]{2,9}'},
-}
-
-
-def requests() -> list[Arrival]:
-    rng = random.Random(6)
-    return [
-        Arrival(
-            f"{kind}/{i}",
-            rng.randint(0, 15),
-            tuple(rng.choices(range(32, 127), k=rng.randint(4, 30))),
-            {"ignore_eos": False, "max_new_tokens": 150, **params},
-        )
-        for i in range(2)
-        for kind, params in {**GRAMMARS, "free": {"max_new_tokens": 40}}.items()
-    ]
-
 
 @pytest.fixture(scope="module")
 def expected(models: Models) -> dict[str, list[int]]:
-    with engine(models.target, **OPTIONS) as e:
-        return play(e, requests())
-
-
-def rounds(e: Engine) -> dict[str, int]:
-    return {rid: e.rounds(rid)[0] for rid in e.requests}
+    return plain_texts(models.target, structured(), **OPTIONS)
 
 
 def forbidden(e: Engine, round: Round) -> int:
@@ -117,9 +58,10 @@ def test_joined_with_every_other_arm(models: Models, backend: str, monkeypatch: 
     """A random route every round, and an arm that knows most of the answer: drafts of all kinds meet, and none is
     verified that a grammar forbids.
     """
-    arrivals = [a for a in requests() if backend == "xgrammar" or a.params.keys() & {"json_schema", "regex"}]
-    with engine(models.target, grammar_backend=backend, **OPTIONS) as e:
-        plain = play(e, arrivals)
+    arrivals = [
+        a for a in structured() if backend == "xgrammar" or a.params.keys() & {"json_schema", "regex"}
+    ]
+    plain = plain_texts(models.target, arrivals, grammar_backend=backend, **OPTIONS)
     oracle = OracleArm(0.9, alphabet=range(32, 127))
     for a in arrivals:
         oracle.learn(a.prompt, plain[a.rid])
@@ -147,79 +89,12 @@ def use_only(arm: str, controller: Any, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(controller, "may_join", lambda _: False)
 
 
-def test_what_is_forced_is_accepted_at_once(
-    models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every draft is right but the ends of tokens, and a forced stretch takes the rounds that its width takes."""
-    with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
-        use_only("structure", e.worker.controller, monkeypatch)
-        assert play(e, requests()) == expected
-        for rid, output in expected.items():
-            verified, accepted = e.rounds(rid)
-            assert verified + accepted == len(output) - 1
-            if rid.startswith("free"):
-                assert accepted == 0
-            else:
-                assert accepted > len(output) // 3, rid
-
-
-def test_behind_rounds_that_share_a_step(
-    models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, steps: list[int]
-) -> None:
-    """The grammar has not been told what they committed; what it forces behind that is what is proposed."""
-    turns = itertools.cycle(["none", "structure"])
-    with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
-        controller = e.worker.controller
-
-        def route(rows: Any, forecasts: Any) -> list[str]:
-            use_only(next(turns), controller, monkeypatch)
-            monkeypatch.setattr(controller, "route", route)
-            return without_a_pass(controller, rows, forecasts)
-
-        monkeypatch.setattr(controller, "route", route)
-        assert play(e, requests()) == expected
-        accepted = {rid: e.rounds(rid)[1] for rid in expected}
-    assert max(steps) > 1
-    assert all((count > 0) != rid.startswith("free") for rid, count in accepted.items())
-
-
-@pytest.mark.parametrize("routes", ["structure", "random"])
-def test_wherever_a_forced_draft_is_rejected(
-    models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, routes: str
-) -> None:
-    """Look by look another one of its tokens is wrong: what is before it stays, and the grammar goes on from there.
-
-    With random routes that is so behind every arm's drafts too.
-    """
-    look = structure.StructureArm._sketch
-    wrong: Counter[int] = Counter()
-    spoilt: list[Any] = []
-
-    def spoil(arm: Any, request: Any, drafts: Sequence[int], limit: int) -> Any:
-        tokens, allowed = look(arm, request, drafts, limit)
-        tokens = list(tokens)
-        if tokens:
-            at = min(reversed(range(len(tokens))), key=wrong.__getitem__)
-            tokens[at] = Token(ord("~"), Kind.FORCED)
-            wrong[at] += 1
-            spoilt.append(request)
-        return tokens, allowed
-
-    monkeypatch.setattr(structure.StructureArm, "_sketch", spoil)
-    with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
-        if routes == "structure":
-            use_only("structure", e.worker.controller, monkeypatch)
-        assert play(e, requests()) == expected
-    assert set(wrong) == set(range(WIDTH)), "every position"
-    assert len(set(map(id, spoilt))) == 2 * len(GRAMMARS), "every request that has a grammar"
-
-
 def test_a_draft_that_the_grammar_forbids_makes_room_for_what_it_forces(
     models: Models, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another arm's nonsense is not verified; the forced text is, in its place. A trace says whose each is."""
     traced = {"custom_params": {"whiflash": '{"trace": "full"}'}}
-    arrivals = [replace(a, params={**a.params, **traced}) for a in requests()]
+    arrivals = [replace(a, params={**a.params, **traced}) for a in structured()]
     nonsense = OracleArm(0.0, alphabet=[ord("~")], ragged=False)
 
     def to_the_oracle(_: Any, forecasts: Sequence[Any]) -> list[str]:
@@ -251,7 +126,7 @@ def test_tools_without_a_grammar(
     ]
     spans = {"spans": [{"kind": "tool_call", "begin": "<call>", "end": "</call>"}]}
     carried = {"whiflash": json.dumps(spans), TOOLS_KEY: carried_tools(functions, "hermes")}
-    arrivals = [replace(a, params={**a.params, "custom_params": carried}) for a in requests()]
+    arrivals = [replace(a, params={**a.params, "custom_params": carried}) for a in structured()]
     monkeypatch.setattr(lifecycle, "grammar_of", lambda req: None)
     for router, resident in (("random", "0"), ("auto", "1"), ("auto", "0")):
         monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", resident)
@@ -270,4 +145,85 @@ def test_switched_off(models: Models, expected: dict[str, list[int]]) -> None:
     flags = models.whiflash("random", whiflash_structure="off")
     with engine(models.target, whiflash=flags, **OPTIONS) as e:
         assert "structure" not in e.worker.drafters
-        assert play(e, requests()) == expected
+        assert play(e, structured()) == expected
+
+
+@pytest.fixture(scope="module")
+def shared(models: Models, expected: dict[str, list[int]]) -> Iterator[Engine]:
+    with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
+        yield e
+
+
+@pytest.fixture
+def running(shared: Engine) -> Engine:
+    """No other engine may run beside it, so these tests come last."""
+    shared.start_over("random")
+    shared.requests.clear()
+    return shared
+
+
+def test_what_is_forced_is_accepted_at_once(
+    running: Engine, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every draft is right but the ends of tokens, and a forced stretch takes the rounds that its width takes."""
+    e = running
+    use_only("structure", e.worker.controller, monkeypatch)
+    assert play(e, structured()) == expected
+    for rid, output in expected.items():
+        verified, accepted = e.rounds(rid)
+        assert verified + accepted == len(output) - 1
+        if rid.startswith("free"):
+            assert accepted == 0
+        else:
+            assert accepted > len(output) // 3, rid
+
+
+def test_behind_rounds_that_share_a_step(
+    running: Engine, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, steps: list[int]
+) -> None:
+    """The grammar has not been told what they committed; what it forces behind that is what is proposed."""
+    turns = itertools.cycle(["none", "structure"])
+    e = running
+    controller = e.worker.controller
+
+    def route(rows: Any, forecasts: Any) -> list[str]:
+        use_only(next(turns), controller, monkeypatch)
+        monkeypatch.setattr(controller, "route", route)
+        return without_a_pass(controller, rows, forecasts)
+
+    monkeypatch.setattr(controller, "route", route)
+    assert play(e, structured()) == expected
+    accepted = {rid: e.rounds(rid)[1] for rid in expected}
+    assert max(steps) > 1
+    assert all((count > 0) != rid.startswith("free") for rid, count in accepted.items())
+
+
+@pytest.mark.parametrize("routes", ["structure", "random"])
+def test_wherever_a_forced_draft_is_rejected(
+    running: Engine, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, routes: str
+) -> None:
+    """Look by look another one of its tokens is wrong: what is before it stays, and the grammar goes on from there.
+
+    With random routes that is so behind every arm's drafts too.
+    """
+    look = structure.StructureArm._sketch
+    wrong: Counter[int] = Counter()
+    spoilt: list[Any] = []
+
+    def spoil(arm: Any, request: Any, drafts: Sequence[int], limit: int) -> Any:
+        tokens, allowed = look(arm, request, drafts, limit)
+        tokens = list(tokens)
+        if tokens:
+            at = min(reversed(range(len(tokens))), key=wrong.__getitem__)
+            tokens[at] = Token(ord("~"), Kind.FORCED)
+            wrong[at] += 1
+            spoilt.append(request)
+        return tokens, allowed
+
+    monkeypatch.setattr(structure.StructureArm, "_sketch", spoil)
+    e = running
+    if routes == "structure":
+        use_only("structure", e.worker.controller, monkeypatch)
+    assert play(e, structured()) == expected
+    assert set(wrong) == set(range(WIDTH)), "every position"
+    assert len(set(map(id, spoilt))) == 2 * len(GRAMMARS), "every request that has a grammar"

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from engine import engine
 from model_set import Models
+from plain import plain_texts
+from request_sets import penalised
 from test_parity import UPSTREAM
-from test_sampling import PROMPT, greedy_requests
+from test_sampling import PROMPT
 from traffic import Arrival, play
 
 
@@ -21,9 +23,8 @@ def upstream_options(models: Models, arm: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("arm", UPSTREAM)
 def test_penalties_change_upstream_output(models: Models, arm: str) -> None:
-    arrivals = [a for a in greedy_requests() if a.rid.startswith(("frequency", "presence", "repetition"))]
-    with engine(models.target, skip_tokenizer_init=False) as e:
-        expected = play(e, arrivals)
+    arrivals = [a for a in penalised() if a.rid.startswith(("frequency", "presence", "repetition"))]
+    expected = plain_texts(models.target, arrivals, skip_tokenizer_init=False)
     with engine(models.target, **upstream_options(models, arm)) as e:
         found = play(e, arrivals)
     wrong = [rid for rid in expected if found[rid] != expected[rid]]
@@ -35,8 +36,7 @@ def test_penalties_change_upstream_output(models: Models, arm: str) -> None:
 def test_seeds_mean_something_else_upstream(models: Models, arm: str) -> None:
     params = {"max_new_tokens": 32, "temperature": 1.0}
     arrivals = [Arrival(f"s{seed}", 0, PROMPT, {**params, "sampling_seed": seed}) for seed in range(6)]
-    with engine(models.target, enable_deterministic_inference=True) as e:
-        expected = play(e, arrivals)
+    expected = plain_texts(models.target, arrivals, enable_deterministic_inference=True)
     with engine(models.target, enable_deterministic_inference=True, **upstream_options(models, arm)) as e:
         found = play(e, arrivals)
     wrong = [rid for rid in expected if found[rid] != expected[rid]]
