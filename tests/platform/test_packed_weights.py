@@ -84,84 +84,6 @@ def test_no_room_is_said_and_nothing_is_packed(
     assert "weights are not laid out for this CPU's matrix kernels" in caplog.text
 
 
-def test_texts_before_and_after_every_kind_of_update(
-    checkpoints: Checkpoints,
-    other: Path,
-    plain: tuple[Texts, Texts],
-) -> None:
-    first, second = plain
-    assert first != second
-    with started(checkpoints.target) as e:
-        layer = model_of(e).model.layers[0]
-        held = [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
-        for module in (*held, model_of(e).lm_head):
-            assert is_packed(module.weight), module
-        assert texts(e) == first
-        updater = e.scheduler.tp_worker.model_runner.weight_updater
-        assert updater.update_weights_from_disk(str(other), "auto")[0]
-        assert texts(e) == second
-        assert updater.update_weights_from_tensor(tensors_of(checkpoints.target))[0]
-        assert texts(e) == first
-        updater.begin_weight_update()
-        assert updater.load_weights_from_distributed(tensors_of(other))[0]
-        assert stale(e) == []
-        updater.end_weight_update(run_post_load=True)
-        assert texts(e) == second
-        assert is_packed(held[0].weight)
-
-
-def tensors_of(target: Path) -> list[tuple[str, torch.Tensor]]:
-    return [(name, tensor.bfloat16()) for name, tensor in load_file(target / "model.safetensors").items()]
-
-
-def test_weights_that_are_checked_by_overwriting_them(
-    checkpoints: Checkpoints, plain: tuple[Texts, Texts]
-) -> None:
-    """SGLang's `/weights_checker` writes random numbers over them, and an update brings them back."""
-    from sglang.srt.utils.weight_checker import WeightChecker
-
-    with started(checkpoints.target) as e:
-        WeightChecker(get_model=lambda: model_of(e)).handle("reset_tensors", role="target")
-        assert texts(e) != plain[0]
-        assert stale(e) == []
-        updater = e.scheduler.tp_worker.model_runner.weight_updater
-        assert updater.update_weights_from_disk(str(checkpoints.target), "auto")[0]
-        assert texts(e) == plain[0]
-
-
-def test_a_session_of_updates_packs_at_its_end_alone(
-    checkpoints: Checkpoints, other: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights come in many parts, or are written from outside (RDMA): no copy is right before the end."""
-    with started(checkpoints.target) as e:
-        updater = e.scheduler.tp_worker.model_runner.weight_updater
-        packings: list[Any] = []
-        pack = packed_weights.pack_model
-        monkeypatch.setattr(packed_weights, "pack_model", lambda model: (packings.append(model), pack(model)))
-        updater.begin_weight_update()
-        assert not any(is_packed(weight) for weight in model_of(e).parameters())
-        for name, tensor in tensors_of(other):
-            assert updater.load_weights_from_distributed([(name, tensor)])[0]
-        assert packings == []
-        updater.end_weight_update(run_post_load=True)
-        assert packings == [model_of(e)]
-        assert is_packed(model_of(e).lm_head.weight)
-        assert stale(e) == []
-
-
-def test_copies_are_made_anew_though_memory_went_elsewhere_since(
-    checkpoints: Checkpoints, other: Path
-) -> None:
-    """To the KV pool, say: what the copies took is given back before an update, so they have room behind it."""
-    with started(checkpoints.target) as e, without_copies():
-        updater = e.scheduler.tp_worker.model_runner.weight_updater
-        assert updater.update_weights_from_disk(str(other), "auto")[0]
-        assert is_packed(model_of(e).lm_head.weight)
-        updater.begin_weight_update()
-        updater.end_weight_update(run_post_load=True)
-        assert is_packed(model_of(e).lm_head.weight)
-
-
 def test_layers_in_the_layout_of_other_kernels_are_left() -> None:
     """SGLang's own AMX kernels keep a layer's weight in blocks of theirs, under the shape of rows."""
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
@@ -192,34 +114,11 @@ def test_what_the_log_says_is_of_weights_without_a_copy(caplog: pytest.LogCaptur
     assert caplog.text == ""
 
 
-def test_a_head_that_drafters_borrow_is_the_targets_after_an_update(
-    checkpoints: Checkpoints, other: Path
+def test_drafters_are_packed_and_a_head_that_they_borrow_is_the_targets(
+    checkpoints: Checkpoints, other: Path, plain: tuple[Texts, Texts]
 ) -> None:
-    flags = {"draft": checkpoints.dflash, "whiflash_router": "diffusion", "whiflash_lookup": "off"}
-    with engine(checkpoints.target, dtype="bfloat16", whiflash=flags) as e:
-        own = model_of(e).lm_head.weight
-        head = e.worker.drafters["diffusion"].model.head
-        x = torch.ones(2, own.shape[1], dtype=torch.bfloat16)
-        before = head.logits(x)
-        assert e.scheduler.tp_worker.model_runner.weight_updater.update_weights_from_disk(str(other), "auto")[
-            0
-        ]
-        assert not torch.equal(head.logits(x), before)
-        assert torch.equal(head.logits(x), F.linear(x, own)[:, : before.shape[1]])
-
-
-@pytest.mark.parametrize("router", ["ar", "diffusion"])
-def test_drafters_are_packed_and_the_text_is_plain_decodings(
-    checkpoints: Checkpoints,
-    router: str,
-    plain: tuple[Texts, Texts],
-) -> None:
-    flags = {
-        "draft": checkpoints.dflash,
-        "whiflash_eagle_draft": str(checkpoints.eagle3),
-        "whiflash_router": router,
-        "whiflash_lookup": "off",
-    }
+    flags = {"draft": checkpoints.dflash, "whiflash_eagle_draft": str(checkpoints.eagle3)}
+    flags |= {"whiflash_router": "ar", "whiflash_lookup": "off"}
     with engine(checkpoints.target, dtype="bfloat16", whiflash=flags) as e:
         for arm in ("ar", "diffusion"):
             modules = e.worker.drafters[arm].model.modules()
@@ -229,4 +128,96 @@ def test_drafters_are_packed_and_the_text_is_plain_decodings(
         for read, arm in ((dflash_weights, "diffusion"), (eagle3_weights, "ar")):
             model = e.worker.drafters[arm].model
             assert read(model).fc is model.fc.weight, "a second copy of one matrix"
-        assert texts(e) == plain[0]
+            e.start_over(arm)
+            assert texts(e) == plain[0]
+        head, weight = e.worker.drafters["diffusion"].model.head, model_of(e).lm_head.weight
+        x = torch.ones(2, weight.shape[1], dtype=torch.bfloat16)
+        before = head.logits(x)
+        assert updater_of(e).update_weights_from_disk(str(other), "auto")[0]
+        assert not torch.equal(head.logits(x), before)
+        assert torch.equal(head.logits(x), F.linear(x, weight)[:, : before.shape[1]])
+
+
+@pytest.fixture(scope="module")
+def shared(checkpoints: Checkpoints, plain: tuple[Texts, Texts]) -> Iterator[Engine]:
+    with started(checkpoints.target) as e:
+        yield e
+
+
+@pytest.fixture
+def running(shared: Engine, checkpoints: Checkpoints) -> Engine:
+    """With the first target's weights. No other engine may run beside it, so these tests come last."""
+    assert updater_of(shared).update_weights_from_disk(str(checkpoints.target), "auto")[0]
+    return shared
+
+
+def updater_of(e: Engine) -> Any:
+    return e.scheduler.tp_worker.model_runner.weight_updater
+
+
+def tensors_of(target: Path) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor.bfloat16()) for name, tensor in load_file(target / "model.safetensors").items()]
+
+
+def test_texts_before_and_after_every_kind_of_update(
+    running: Engine, checkpoints: Checkpoints, other: Path, plain: tuple[Texts, Texts]
+) -> None:
+    first, second = plain
+    assert first != second
+    layer, updater = model_of(running).model.layers[0], updater_of(running)
+    held = [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
+    for module in (*held, model_of(running).lm_head):
+        assert is_packed(module.weight), module
+    assert texts(running) == first
+    assert updater.update_weights_from_disk(str(other), "auto")[0]
+    assert texts(running) == second
+    assert updater.update_weights_from_tensor(tensors_of(checkpoints.target))[0]
+    assert texts(running) == first
+    updater.begin_weight_update()
+    assert updater.load_weights_from_distributed(tensors_of(other))[0]
+    assert stale(running) == []
+    updater.end_weight_update(run_post_load=True)
+    assert texts(running) == second
+    assert is_packed(held[0].weight)
+
+
+def test_weights_that_are_checked_by_overwriting_them(
+    running: Engine, checkpoints: Checkpoints, plain: tuple[Texts, Texts]
+) -> None:
+    """SGLang's `/weights_checker` writes random numbers over them, and an update brings them back."""
+    from sglang.srt.utils.weight_checker import WeightChecker
+
+    WeightChecker(get_model=lambda: model_of(running)).handle("reset_tensors", role="target")
+    assert texts(running) != plain[0]
+    assert stale(running) == []
+    assert updater_of(running).update_weights_from_disk(str(checkpoints.target), "auto")[0]
+    assert texts(running) == plain[0]
+
+
+def test_a_session_of_updates_packs_at_its_end_alone(
+    running: Engine, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights come in many parts, or are written from outside (RDMA): no copy is right before the end."""
+    updater, packings = updater_of(running), list[Any]()
+    pack = packed_weights.pack_model
+    monkeypatch.setattr(packed_weights, "pack_model", lambda model: (packings.append(model), pack(model)))
+    updater.begin_weight_update()
+    assert not any(is_packed(weight) for weight in model_of(running).parameters())
+    for name, tensor in tensors_of(other):
+        assert updater.load_weights_from_distributed([(name, tensor)])[0]
+    assert packings == []
+    updater.end_weight_update(run_post_load=True)
+    assert packings == [model_of(running)]
+    assert is_packed(model_of(running).lm_head.weight)
+    assert stale(running) == []
+
+
+def test_copies_are_made_anew_though_memory_went_elsewhere_since(running: Engine, other: Path) -> None:
+    """To the KV pool, say: what the copies took is given back before an update, so they have room behind it."""
+    updater = updater_of(running)
+    with without_copies():
+        assert updater.update_weights_from_disk(str(other), "auto")[0]
+        assert is_packed(model_of(running).lm_head.weight)
+        updater.begin_weight_update()
+        updater.end_weight_update(run_post_load=True)
+        assert is_packed(model_of(running).lm_head.weight)
