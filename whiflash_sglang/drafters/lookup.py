@@ -2,6 +2,9 @@
 
 While it drafts, both neural drafters do nothing at all; what they missed waits in the rings and is ingested in one
 batch when one of them is chosen again.
+
+Where the host would know a text a round late the device copies from it (`propose_copies`). Then the host's index learns
+how far copies can be trusted, and keeps what tenants share.
 """
 
 import time
@@ -11,17 +14,19 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from whiflash_kernels import Copies, Drafts
+import torch
+from whiflash_kernels import Copies, Drafts, propose_copies
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import Candidate, Forecast
 from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.core import DraftBatch, History
-from whiflash_sglang.device.transfers import EXACT, Floats, HostView
+from whiflash_sglang.device.transfers import EXACT, Floats, HostView, sent
 from whiflash_sglang.drafters.base import TextDrafter
-from whiflash_sglang.drafters.copying import DeviceCopies
 from whiflash_sglang.lookup.calibration import (
+    BUCKETS,
     EVEN_ODDS,
+    Agreement,
     MatchCalibration,
     PerTenant,
     RequestCalibration,
@@ -77,7 +82,6 @@ class LookupArm(TextDrafter):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.on_device, self._late = not host.exact, host.late
-        self._device_copies = DeviceCopies(settings.min_match, settings.max_width)
         self.max_drafts = settings.max_width
         self._calibrations = PerTenant(partial(MatchCalibration, settings.seed or EVEN_ODDS))
         self._unlearned = self._calibrations.fresh()
@@ -86,9 +90,13 @@ class LookupArm(TextDrafter):
             self.memory = TenantMemory(settings.memory_mib << 20, settings.memory_minutes * 60.0, clock)
         self._min_match = settings.min_match
         self._requests: dict[int, _Request] = {}
+        self._back: torch.Tensor | None = None
+        """[request rows] int64: tokens from where a request copies to its text's end; 0 where it has not copied."""
+        self._buckets: torch.Tensor | None = None
 
     def bytes_for(self, rows: int) -> int:
-        return DeviceCopies.bytes_for(rows) if self.on_device else 0
+        size = rows * torch.int64.itemsize + len(BUCKETS) * torch.int32.itemsize
+        return size if self.on_device else 0
 
     def begin(
         self,
@@ -101,7 +109,8 @@ class LookupArm(TextDrafter):
     ) -> None:
         """A request begins in `row`, or begins again; `hints.lookup` says what it wants copied."""
         self.release(row)
-        self._device_copies.begin(row)
+        if self._back is not None:
+            self._back[row].fill_(0)  # assigning a number copies it, for which the host would wait
         if hints.lookup == "off":
             return
         if hints.lookup == "context":
@@ -162,7 +171,30 @@ class LookupArm(TextDrafter):
         return values
 
     def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Copies:
-        return self._device_copies.propose(batch, batch.worth.row or WORTH, drafts)
+        behind = None
+        if drafts is not None:
+            assert drafts.alive is not None
+            behind = drafts.counts, drafts.alive
+        assert batch.text is not None
+        if self._back is None or self._buckets is None:
+            with torch.inference_mode(False):  # else it could not be written outside of it
+                self._back = torch.zeros(len(batch.text), dtype=torch.int64, device=batch.caps.device)
+                self._buckets = sent(BUCKETS, batch.caps.device).to(torch.int32)
+        size = len(batch)
+        return propose_copies(
+            batch.text,
+            batch.rows,
+            batch.starts,
+            self._back,
+            batch.caps,
+            batch.calibration[:size],
+            batch.calibration[size:].view(size, len(BUCKETS), len(Agreement)),
+            self._buckets,
+            width=self.max_drafts,
+            worth=batch.worth.row or WORTH,
+            min_match=self._min_match,
+            behind=behind,
+        )
 
     def promised(self, row: int) -> Forecast | None:
         request = self._requests.get(row)
