@@ -35,6 +35,7 @@ if threading.current_thread() is threading.main_thread():
 
 LONGEST = (
     "tests/platform/test_servers.py",
+    "tests/agents/test_traces.py",
     "tests/agents/test_parsed_streams.py",
     "tests/phantom/test_server.py",
     "tests/bench/test_run.py",
@@ -42,7 +43,6 @@ LONGEST = (
     "tests/worker/test_plain_text.py",
     "tests/worker/test_hicache.py",
     "tests/worker/test_radix.py",
-    "tests/agents/test_traces.py",
     "tests/targets/test_targets.py",
     "tests/worker/test_quarantine.py",
     "tests/worker/test_overlap.py",
@@ -50,10 +50,9 @@ LONGEST = (
     "tests/worker/test_sampling.py",
     "tests/worker/test_strands.py",
     "tests/worker/test_interpreted_rounds.py",
-    "tests/agents/test_http.py",
 )
-"""Files of more than half a minute, longest first. They are begun first: a file is one worker's, and one that is begun
-last is waited for by all others. Only the time of a whole run depends on this list."""
+"""Files of more than half a minute, longest first; of `PAIRED`, one. They are begun first: a file is one worker's, and
+one that is begun last is waited for by all others. Only the time of a whole run depends on this list."""
 
 PAIRED = ("tests/agents/test_features.py", "tests/agents/test_http.py", "tests/agents/test_traces.py")
 """Files that share a pair of servers, so one worker's. Every other file is one worker's by itself."""
