@@ -34,7 +34,6 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
-    "tests/platform/test_servers.py",
     "tests/agents/test_traces.py",
     "tests/agents/test_parsed_streams.py",
     "tests/phantom/test_server.py",

@@ -13,17 +13,10 @@ class Checkpoints:
     eagle3: Path
     dflash: Path
 
-    def arguments(self, algorithm: str) -> list[str]:
-        """Command line of a float32 server for ``none``, ``EAGLE3``, ``DFLASH`` or ``NGRAM``."""
-        common = ["--model-path", str(self.target), "--dtype", "float32"]
-        if algorithm == "EAGLE3":
-            drafter = ["--speculative-draft-model-path", str(self.eagle3)]
-            chain = ["--speculative-num-steps", "4", "--speculative-eagle-topk", "1"]
-            return [*common, "--speculative-algorithm", "EAGLE3", *drafter, *chain]
-        if algorithm == "DFLASH":
-            drafter = ["--speculative-draft-model-path", str(self.dflash)]
-            return [*common, "--speculative-algorithm", "DFLASH", *drafter]
-        return [*common, "--speculative-algorithm", algorithm] if algorithm == "NGRAM" else common
+    @property
+    def arguments(self) -> list[str]:
+        """Command line of a float32 server."""
+        return ["--model-path", str(self.target), "--dtype", "float32"]
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ def test_another_server_on_the_port_is_not_ours(
         monkeypatch.setattr(server_host, "free_port", lambda: other.server_port)
         assert answers(f"http://127.0.0.1:{other.server_port}/health")
         with pytest.raises(RuntimeError, match="did not start"):
-            host.start(*checkpoints.arguments("none"))
+            host.start(*checkpoints.arguments)
         other.shutdown()
 
 

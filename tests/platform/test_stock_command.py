@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from patience import wait_until
-from server_host import Server, free_port, runs
+from server_host import Server, ServerHost, free_port, runs
 
 from whiflash_sglang.device.cpu import DEFAULT_KV_TOKENS
 
@@ -78,3 +78,10 @@ def test_the_bare_command_serves_and_leaves_no_process(checkpoints: Checkpoints,
         wait_until(lambda: not any(runs(child.pid) for child in family))
     finally:
         server.stop()
+
+
+def test_sglangs_rust_server_starts(host: ServerHost, checkpoints: Checkpoints) -> None:
+    """It refuses to where a scheduler sends anything beside tokens, as one of ours does."""
+    with host.running(*checkpoints.arguments, env={"SGLANG_RUST_SERVER": "1"}) as server:
+        answer = server.generate(text="Hello", sampling_params={"max_new_tokens": 8})
+    assert answer["meta_info"]["completion_tokens"] == 8
