@@ -4,18 +4,20 @@ That the text stays what it was, `test_plain_text.py` shows, whose steps have se
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 import zmq
-from engine import engine
+from engine import Engine, engine
 from model_set import Models
+from plain import plain_texts
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.state_capturer.base import TopkCaptureOutput
+from traffic import Arrival
 
 from whiflash_sglang import worker
 from whiflash_sglang.compat.scheduler import step
@@ -27,40 +29,57 @@ from whiflash_sglang.drafters.base import widest_of
 PROMPT, TOKENS = [1, 2, 3], 30
 
 
-def test_rounds_without_drafts_share_steps(models: Models, steps: list[int]) -> None:
-    with engine(models.target) as e:
-        [plain] = e.generate([PROMPT], max_new_tokens=TOKENS)
+@pytest.fixture(scope="module")
+def text(models: Models) -> list[int]:
+    return plain_texts(models.target, [Arrival("a", 0, tuple(PROMPT), {"max_new_tokens": TOKENS})])["a"]
+
+
+@pytest.fixture(scope="module")
+def shared(models: Models, text: list[int]) -> Iterator[Engine]:
     with engine(models.target, whiflash=models.whiflash("none")) as e:
-        e.submit("a", PROMPT, max_new_tokens=TOKENS)
-        e.run()
-        assert e.output("a") == plain
-        assert e.rounds("a") == (TOKENS - 1, 0) == (sum(steps), 0)
-        assert max(steps) == worker.STEP_ROUNDS
-        reporter = e.scheduler.metrics_reporter
-        assert reporter.spec_num_accept_tokens == reporter.spec_num_forward_ct == TOKENS - 1
-        assert e.requests["a"].spec_correct_drafts_histogram == [TOKENS - 1]
-        e.check_leaks()
+        yield e
 
 
-def test_drafts_end_a_step(models: Models, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def running(shared: Engine) -> Engine:
+    shared.start_over("none")
+    shared.requests.clear()
+    return shared
+
+
+def test_rounds_without_drafts_share_steps(running: Engine, text: list[int], steps: list[int]) -> None:
+    reporter = running.scheduler.metrics_reporter
+    before = reporter.spec_num_accept_tokens, reporter.spec_num_forward_ct
+    running.submit("a", PROMPT, max_new_tokens=TOKENS)
+    running.run()
+    assert running.output("a") == text
+    assert running.rounds("a") == (TOKENS - 1, 0) == (sum(steps), 0)
+    assert max(steps) == worker.STEP_ROUNDS
+    after = reporter.spec_num_accept_tokens, reporter.spec_num_forward_ct
+    assert [now - then for now, then in zip(after, before, strict=True)] == [TOKENS - 1] * 2
+    assert running.requests["a"].spec_correct_drafts_histogram == [TOKENS - 1]
+    running.check_leaks()
+
+
+def test_drafts_end_a_step(
+    running: Engine, text: list[int], steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A drafted round is the last of its step, behind a full step of plain ones too: its slots are there."""
-    with engine(models.target) as e:
-        [plain] = e.generate([PROMPT], max_new_tokens=TOKENS)
-    with engine(models.target, whiflash=models.whiflash("random")) as e:
-        plain_rounds = widest_of(e.worker.drafters)
-        monkeypatch.setattr(worker, "STEP_ROUNDS", plain_rounds + 1)
+    running.start_over("random")
+    plain_rounds, before = widest_of(running.worker.drafters), running.worker.clock.rounds
+    monkeypatch.setattr(worker, "STEP_ROUNDS", plain_rounds + 1)
 
-        def route(rows: Any, forecasts: Sequence[Any]) -> list[str]:
-            drafts = e.worker.clock.rounds % (plain_rounds + 1) == plain_rounds
-            return ["diffusion" if drafts and forecast else "none" for forecast in forecasts]
+    def route(rows: Any, forecasts: Sequence[Any]) -> list[str]:
+        drafts = (running.worker.clock.rounds - before) % (plain_rounds + 1) == plain_rounds
+        return ["diffusion" if drafts and forecast else "none" for forecast in forecasts]
 
-        monkeypatch.setattr(e.worker.controller, "route", route)
-        monkeypatch.setattr(e.worker.controller, "may_use", lambda *_: False)
-        e.submit("a", PROMPT, max_new_tokens=TOKENS)
-        e.run()
-        assert e.output("a") == plain
-        assert steps[0] == plain_rounds + 1
-        assert e.rounds("a")[0] == sum(steps)
+    monkeypatch.setattr(running.worker.controller, "route", route)
+    monkeypatch.setattr(running.worker.controller, "may_use", lambda *_: False)
+    running.submit("a", PROMPT, max_new_tokens=TOKENS)
+    running.run()
+    assert running.output("a") == text
+    assert steps[0] == plain_rounds + 1
+    assert running.rounds("a")[0] == sum(steps)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +87,8 @@ def test_drafts_end_a_step(models: Models, steps: list[int], monkeypatch: pytest
     [{"frequency_penalty": 0.5}, {"presence_penalty": 0.5}, {"repetition_penalty": 1.2}],
     ids=lambda p: next(iter(p)),
 )
-def test_penalties_take_a_round_a_step(models: Models, steps: list[int], params: dict[str, Any]) -> None:
-    with engine(models.target, whiflash=models.whiflash("none")) as e:
-        e.generate([PROMPT], max_new_tokens=TOKENS, **params)
+def test_penalties_take_a_round_a_step(running: Engine, steps: list[int], params: dict[str, Any]) -> None:
+    running.generate([PROMPT], max_new_tokens=TOKENS, **params)
     assert set(steps) == {1}
 
 
@@ -96,37 +114,23 @@ def test_stops_in_the_text_need_it(stops: dict[str, Any]) -> None:
     assert step.needs_scheduler(batch) == bool(stops)
 
 
-def test_an_aborted_request_gets_one_more_round(models: Models, steps: list[int]) -> None:
+def test_an_aborted_request_gets_one_more_round(running: Engine, steps: list[int]) -> None:
     """Upstream ends it after its next forward; a step of several would add to its text."""
-    with engine(models.target, whiflash=models.whiflash("none")) as e:
-        e.submit("a", PROMPT, max_new_tokens=TOKENS)
-        e.step()
-        e.step()
-        steps.clear()
-        e.abort("a")
-        e.run()
-        assert steps == [1]
+    running.submit("a", PROMPT, max_new_tokens=TOKENS)
+    running.step()
+    running.step()
+    steps.clear()
+    running.abort("a")
+    running.run()
+    assert steps == [1]
 
 
-def test_requests_whose_grammar_compiles_are_mail(models: Models) -> None:
-    """Only the scheduler's next look shows that one is ready."""
-    with engine(models.target, whiflash=models.whiflash("none")) as e:
-        manager = e.scheduler.grammar_manager
-        manager.grammar_queue.append(object())
-        assert step.has_mail()
-        manager.grammar_queue.clear()
-        assert not step.has_mail()
-
-
-def test_a_token_that_stops_ends_a_step(models: Models, steps: list[int]) -> None:
-    with engine(models.target, whiflash=models.whiflash("none")) as e:
-        [plain] = e.generate([PROMPT], max_new_tokens=TOKENS)
-        last = next(i for i, token in enumerate(plain) if token not in plain[:i] and i > 5)
-        steps.clear()
-        e.submit("b", PROMPT, max_new_tokens=TOKENS, stop_token_ids=[plain[last]], ignore_eos=False)
-        e.run()
-        assert e.output("b") == plain[: last + 1]
-        assert sum(steps) == last  # the first token is the prefill's
+def test_a_token_that_stops_ends_a_step(running: Engine, text: list[int], steps: list[int]) -> None:
+    last = next(i for i, token in enumerate(text) if token not in text[:i] and i > 5)
+    running.submit("b", PROMPT, max_new_tokens=TOKENS, stop_token_ids=[text[last]], ignore_eos=False)
+    running.run()
+    assert running.output("b") == text[: last + 1]
+    assert sum(steps) == last  # the first token is the prefill's
 
 
 class Mailbox:
@@ -143,34 +147,39 @@ class Mailbox:
     [(Mailbox(True), 1), (object(), 1), (Mailbox(False), None)],
     ids=["mail", "unknown", "none"],
 )
-def test_mail_ends_a_step(models: Models, steps: list[int], socket: Any, rounds: int | None) -> None:
-    with engine(models.target, whiflash=models.whiflash("none")) as e:
-        receiver = SimpleNamespace(recv_from_tokenizer=Mailbox(False), recv_from_rpc=socket)
-        e.scheduler.request_receiver = receiver
-        e.generate([PROMPT], max_new_tokens=TOKENS)
+def test_mail_ends_a_step(
+    running: Engine, steps: list[int], socket: Any, rounds: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver = SimpleNamespace(recv_from_tokenizer=Mailbox(False), recv_from_rpc=socket)
+    monkeypatch.setattr(running.scheduler, "request_receiver", receiver)
+    running.generate([PROMPT], max_new_tokens=TOKENS)
     assert max(steps) == rounds or (rounds is None and max(steps) > 1)
 
 
-def test_a_long_step_ends(models: Models, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_step_ends(running: Engine, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "STEP_SECONDS", 0.0)
-    with engine(models.target, whiflash=models.whiflash("none")) as e:
-        e.generate([PROMPT], max_new_tokens=TOKENS)
+    running.generate([PROMPT], max_new_tokens=TOKENS)
     assert set(steps) == {1}
 
 
-def test_the_mailbox_is_the_schedulers(models: Models) -> None:
-    """A message that was sent and not read yet is seen."""
-    with engine(models.target, whiflash=models.whiflash("none")) as e:
-        receiver = e.scheduler.request_receiver
-        assert receiver.recv_requests() == []
+def test_the_mailbox_is_the_schedulers(running: Engine) -> None:
+    """A message that was sent and not read yet is seen. So is a request whose grammar compiles: only the scheduler's
+    next look shows that it is ready.
+    """
+    receiver, manager = running.scheduler.request_receiver, running.scheduler.grammar_manager
+    assert receiver.recv_requests() == []
+    assert not step.has_mail()
+    with zmq.Context() as context, context.socket(zmq.PUSH) as sender:
+        sender.bind(receiver.recv_from_tokenizer.getsockopt_string(zmq.LAST_ENDPOINT))
+        sender.send(b"a request")
+        assert receiver.recv_from_tokenizer.poll()
+        assert step.has_mail()
+        receiver.recv_from_tokenizer.recv()
         assert not step.has_mail()
-        with zmq.Context() as context, context.socket(zmq.PUSH) as sender:
-            sender.bind(receiver.recv_from_tokenizer.getsockopt_string(zmq.LAST_ENDPOINT))
-            sender.send(b"a request")
-            assert receiver.recv_from_tokenizer.poll()
-            assert step.has_mail()
-            receiver.recv_from_tokenizer.recv()
-            assert not step.has_mail()
+    manager.grammar_queue.append(object())
+    assert step.has_mail()
+    manager.grammar_queue.clear()
+    assert not step.has_mail()
 
 
 def test_every_field_of_a_result_is_handed_on() -> None:
