@@ -21,23 +21,6 @@ LEFT_OUT = ("platform", "train", "cpu", "reference")
 Place = tuple[str, int]
 """A file below its root, and a line."""
 
-ELSEWHERE = {
-    "whiflash_kernels/dispatch.py": (1, "nobody"),  # Triton is forced on a CPU
-    "whiflash_kernels/triton_kernels/attention.py": (1, "wrappers"),
-    "whiflash_kernels/triton_kernels/launch.py": (2, "wrappers"),
-    "whiflash_sglang/compat/forward/graphs.py": (1, "server"),
-    "whiflash_sglang/compat/forward/recurrent.py": (1, "server"),
-    "whiflash_sglang/compat/scheduler/memory.py": (2, "server"),
-    "whiflash_sglang/compat/scheduler/pricing.py": (1, "server"),
-    "whiflash_sglang/worker.py": (1, "server"),
-}
-"""Places that ask for a card and that `test_rounds.py` does not reach: how many of a file, and which test does."""
-
-
-def missed_by_rounds(reached_by: str | None = None) -> dict[str, int]:
-    """How many places of each file; only those that one test reaches, if it is named."""
-    return {path: count for path, (count, by) in ELSEWHERE.items() if reached_by in (None, by)}
-
 
 def places_for_cards() -> set[Place]:
     """Lines that compare a device's type with `cuda`, or ask a tensor for `is_cuda`."""

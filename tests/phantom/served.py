@@ -8,10 +8,12 @@ import os
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS), *(str(TESTS / part) for part in ("phantom", "worker", "graphs", "learn"))]
@@ -22,6 +24,9 @@ os.environ |= ENVIRONMENT
 
 from card import phantom  # noqa: E402
 from streams import Streams  # noqa: E402
+
+SEEN = ("stalls", "pageable", "waits_of_host", "races")
+"""What is noted of the world."""
 
 OPTIONS: dict[str, Any] = {
     "device": "cuda",
@@ -80,7 +85,7 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, 
         with reached(places_for_cards()) as places:
             started = running.enter_context(engine(target, whiflash=whiflash, **OPTIONS))
         torch.cuda.synchronize()
-        for seen in (world.stalls, world.pageable, world.waits_of_host, world.races, launches.counts):
+        for seen in (*(getattr(world, name) for name in SEEN), launches.counts):
             seen.clear()
         scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = True, 5
         loop, captured = OverlapLoop(started.scheduler), torch.cuda.CUDAGraph.replays
@@ -94,18 +99,65 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, 
 
         loop.scheduler.ingest_requests = ingesting
         texts = play(loop, arrivals)
+        noted = {name: dict(getattr(world, name)) for name in SEEN}
+        counts, replays = dict(launches.counts), torch.cuda.CUDAGraph.replays - captured
+        switches = loop.worker.weights.swaps["taken"] if loop.worker.weights else 0
+        rounds = {arm: each.rounds for arm, each in loop.worker.tally.by_arm.items()}
+        loop.scheduler.ingest_requests = ingest
+        scheduler.TEST_RETRACT = False
+        with reached(places_for_cards()) as late:
+            play(loop, mixed(seed=32, count=2, tokens=8))
         return {
             "texts": {rid: text for rid, text in texts.items() if rid not in NOT_GREEDY},
             "prompts": {arrival.rid: arrival.prompt for arrival in arrivals},
             "retracted": sum(req.retraction_count for req in loop.requests.values()),
             "attention": started.scheduler.server_args.attention_backend,
-            "switches": loop.worker.weights.swaps["taken"] if loop.worker.weights else 0,
-            "replays": torch.cuda.CUDAGraph.replays - captured,
-            "rounds": {arm: counts.rounds for arm, counts in loop.worker.tally.by_arm.items()},
-            "launches": dict(launches.counts),
-            "places": dict(Counter(path for path, _ in places)),
-            **{name: dict(getattr(world, name)) for name in ("stalls", "pageable", "waits_of_host", "races")},
+            "switches": switches,
+            "replays": replays,
+            "rounds": rounds,
+            "launches": counts,
+            "missed": dict(Counter(path for path, _ in places_for_cards() - places - late)),
+            "planted": {name: planted(world, loop, name, fault) for name, fault in FAULTS.items()},
+            **noted,
         }
+
+
+def reads(rows: Any) -> None:
+    rows.indptr.tolist()
+
+
+def uploads(rows: Any) -> None:
+    import torch
+
+    torch.tensor([1], device=rows.indptr.device)
+
+
+def races(rows: Any) -> None:
+    import torch
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        rows.indptr.add_(0)
+
+
+FAULTS: dict[str, Callable[[Any], None]] = {"stalls": reads, "pageable": uploads, "races": races}
+"""What shows where a round does it behind its verification."""
+
+
+def planted(world: Streams, loop: Any, name: str, fault: Callable[[Any], None]) -> int:
+    """How often the fault is seen in a few rounds."""
+    from whiflash_sglang.round.epilogue import Epilogue
+
+    commit, seen = Epilogue.commit, getattr(world, name)
+
+    def spoilt(self: Any, verified: Any, *rest: Any) -> Any:
+        fault(verified)
+        return commit(self, verified, *rest)
+
+    seen.clear()
+    with patch.object(Epilogue, "commit", spoilt):
+        loop.submit(name, list(range(20)), max_new_tokens=4)
+        loop.run()
+    return sum(seen.values())
 
 
 if __name__ == "__main__":
