@@ -13,5 +13,10 @@ def sampled(values: Iterable[Any], *sample: Any) -> list[Any]:
     return [value if value in sample else _left_out(value) for value in rows]
 
 
+def chosen(config: pytest.Config, values: tuple[Any, ...], *sample: Any) -> tuple[Any, ...]:
+    """The same of what one test asks in turn."""
+    return values if config.getoption("--evidence") else sample
+
+
 def _left_out(value: Any) -> Any:
     return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.evidence)

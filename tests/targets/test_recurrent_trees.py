@@ -15,7 +15,7 @@ import pytest
 import torch
 from engine import Engine, engine
 from families import FAMILIES, Family, HuggingFace, tiny_family
-from matrix import sampled
+from matrix import chosen, sampled
 from oracle_arm import OracleArm
 from reference import Comparison
 from tiny_models import tiny_dflash, tiny_eagle3
@@ -172,7 +172,7 @@ def kept_of(s: Served, rid: str) -> int:
 
 
 @pytest.mark.parametrize("case", sampled(CASES, "delta rule, intervals"))
-def test_turns_go_on_from_kept_states(case: str, tmp_path: Path) -> None:
+def test_turns_go_on_from_kept_states(case: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """Under random routing, then under every policy; each turn that continues another one finds its state."""
     with serving(case, tmp_path) as s:
         e = s.engine
@@ -186,7 +186,7 @@ def test_turns_go_on_from_kept_states(case: str, tmp_path: Path) -> None:
         assert max(s.oracle.accepted) == s.oracle.max_drafts, "no full block was accepted"
         assert s.oracle.rejected > 0, "nothing was rejected"
         assert check_states(e, s.model) > 20
-        for policy in POLICIES:
+        for policy in chosen(pytestconfig, POLICIES, "auto"):
             e.start_over(policy)
             for arrivals in s.turns:
                 turn(s, arrivals[1:3], f"{policy} ")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engine import Engine, engine
 from families import FAMILIES, Family, HuggingFace, tiny_family
-from matrix import sampled
+from matrix import chosen, sampled
 from oracle_arm import ARM, OracleArm
 from overlap import overlapped
 from policy_checks import check_policies
@@ -76,13 +76,14 @@ def serving(name: str, root: Path, *, drafters: bool = True) -> Iterator[Served]
 
 
 @pytest.mark.parametrize("name", sampled(FAMILIES, *SAMPLE))
-def test_text_is_plain_decodings(name: str, tmp_path: Path) -> None:
+def test_text_is_plain_decodings(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """Under random routing, then under every policy."""
+    policies = chosen(pytestconfig, POLICIES, "auto")
     with serving(name, tmp_path) as s:
         if s.family.captured:
             check_features(s.engine, s.model, s.family.tolerance)
         comparison = Comparison(s.model)
-        used = check_policies(s.engine, comparison, s.arrivals, s.expected, POLICIES)
+        used = check_policies(s.engine, comparison, s.arrivals, s.expected, policies)
     print(comparison.summary())
     assert used - {None} == {"ar", "diffusion", "lookup", "none", ARM}
     assert max(s.oracle.accepted) == s.oracle.max_drafts, "no full block was accepted"
@@ -133,7 +134,7 @@ def check_features(e: Engine, model: HuggingFace, tolerance: float) -> None:
     )
 
 
-@pytest.mark.parametrize("loop", ["chains", "strands", "overlap"])
+@pytest.mark.parametrize("loop", sampled(["chains", "strands", "overlap"], "strands", "overlap"))
 def test_routed_experts_are_plain_decodings(loop: str, tmp_path: Path, seen: Seen) -> None:
     """In small chunks, so that a verification has more rows than any prefill."""
     target, start = tmp_path / "target", overlapped if loop == "overlap" else engine
