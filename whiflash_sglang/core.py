@@ -66,22 +66,22 @@ DECIDED = (
 """Fields of a `Round` that the first rank decides from what it alone looks at; the others take them over."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # a repr would read what no stage has filled, and wait for the device
 class Round:
-    """One round of a decode batch of B requests. Each stage fills its part of it; a part that no stage has filled yet
-    cannot be read.
+    """One round of a decode batch of B requests. Each stage fills its part of it. A part that no stage has filled yet
+    cannot be read, but for the last of draft and verify, which most rounds leave out.
     """
 
     # Filled by `round_batch` or `next_round` (compat/scheduler/spec_worker.py), of SGLang's batch.
     rows: torch.Tensor  # [B] int64, rows of the request table
     row_ids: list[int]  # the same on the host
     starts: torch.Tensor  # [B] int64, n
-    least: Sequence[int]  # what the host knows of n: at least,
-    most: Sequence[int]  # and at most; the same if nothing is under way
+    least: Sequence[int]  # the lowest that n may be, as far as the host knows
+    most: Sequence[int]  # the highest; the same number if nothing is under way
     bonus: torch.Tensor  # [B] int64, token n
     reqs: list[Any]  # SGLang's requests, for host-side history
     # Tokens that each may commit: what is left of its max_new_tokens and of the context, and one if its next token
-    # cannot be judged before the scheduler has seen this one.
+    # cannot be judged before the scheduler has seen this one. Route lowers some (`take_single`).
     budgets: list[int]
     ahead: list[list[int]]  # tokens that each committed in earlier rounds of this step
     spare: Sequence[int] = ()  # rows of the request table that nobody has, for strands
@@ -249,7 +249,7 @@ class DraftBatch:
         rows = torch.zeros(requests, dtype=torch.int64, device=slot_table.device)
         starts, tails = torch.full_like(rows, PADDING), tail.new_zeros((requests, tail.shape[-1]))
         longest = int(slot_table.shape[1])
-        return cls(rows, starts, torch.zeros_like(rows), tails, slot_table, longest, caps=rows)
+        return cls(rows, starts, torch.zeros_like(rows), tails, slot_table, longest, caps=rows[:0])
 
     @property
     def static(self) -> list[StaticInput]:

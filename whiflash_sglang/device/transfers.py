@@ -116,9 +116,10 @@ class Download:
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
         """Called by SGLang when the copy has come and the tokens are in the requests, before they are streamed."""
-        assert self.learn is not None
+        learn, self.learn = self.learn, None  # it holds the round's tensors
+        assert learn is not None
         kept = [() if commit is None else commit.token_ids for commit in commits]
-        self.learn(self.read(), kept)
+        learn(self.read(), kept)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         place, dtype, shape = self._fields[name]
