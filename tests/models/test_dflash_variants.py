@@ -100,6 +100,10 @@ def compare(path: Path, served: Served) -> None:
         for row, length in enumerate(LENGTHS):
             context = upstream.keys_values(served.features[row], torch.arange(length))
             torch.testing.assert_close(served.context[row], turned(config, context), rtol=1e-4, atol=1e-4)
+            # What training computes it by.
+            fused, places = served.arm.model.fuse(served.features[row]), torch.arange(length)
+            trained = served.arm.model.keys_values(fused, places)
+            torch.testing.assert_close(trained, served.context[row], rtol=1e-4, atol=1e-4)
             states = upstream.states(inputs[row], context)
             torch.testing.assert_close(served.states[row], states, rtol=1e-4, atol=1e-4)
             logits = states[1:] @ target_tensors()[1].T
