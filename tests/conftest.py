@@ -33,8 +33,12 @@ if threading.current_thread() is threading.main_thread():
     # What a script starts in its background ignores Ctrl-C, and hands that on to every command under test.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+PAIRED = ("tests/agents/test_http.py", "tests/agents/test_traces.py", "tests/agents/test_features.py")
+"""Files that share a pair of servers, so one worker's. Every other file is one worker's by itself. The last updates the
+servers' weights, after which SGLang serves under the path of the checkpoint instead of its name."""
+
 LONGEST = (
-    "tests/agents/test_traces.py",
+    *PAIRED,
     "tests/agents/test_parsed_streams.py",
     "tests/phantom/test_server.py",
     "tests/bench/test_run.py",
@@ -50,11 +54,8 @@ LONGEST = (
     "tests/worker/test_strands.py",
     "tests/worker/test_interpreted_rounds.py",
 )
-"""Files of more than half a minute, longest first; of `PAIRED`, one. They are begun first: a file is one worker's, and
+"""Files of more than half a minute, longest first. They are begun first: a file is one worker's, and
 one that is begun last is waited for by all others. Only the time of a whole run depends on this list."""
-
-PAIRED = ("tests/agents/test_features.py", "tests/agents/test_http.py", "tests/agents/test_traces.py")
-"""Files that share a pair of servers, so one worker's. Every other file is one worker's by itself."""
 
 NIGHTLY = (
     "kernels/tests/test_interpreter.py",
