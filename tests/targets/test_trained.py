@@ -43,11 +43,13 @@ def settings(root: Path) -> dict[str, Any]:
 
 
 COMMANDS = """
-import json, sys
+import json, signal, sys
 from whiflash_sglang.cli.train import train_app
 from whiflash_sglang.compat.training import offline
 
 if __name__ == "__main__":
+    TAKEN = lambda *_: sys.exit(143)
+    signal.signal(signal.SIGTERM, TAKEN)
     started, start = [], offline.OfflineEngine
     offline.OfflineEngine = lambda *given, **named: started[0] if started else started.append(
         start(*given, **named)
@@ -55,7 +57,9 @@ if __name__ == "__main__":
     close, start.close = start.close, lambda engine: None
     for command in json.loads(sys.argv[1]):
         train_app(command, standalone_mode=False)
+    assert signal.getsignal(signal.SIGTERM) is not TAKEN, "SGLang takes it once requests have run"
     close(started[0])
+    assert signal.getsignal(signal.SIGTERM) is TAKEN
 """
 """Commands of `whiflash train` in one process, with one engine: each start takes SGLang a minute."""
 

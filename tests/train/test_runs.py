@@ -340,6 +340,7 @@ def test_a_bundle_is_evaluated(root: Path, config: TrainConfig, tmp_path: Path) 
     ("change", "message"),
     [
         ({"colour": 1}, "colour: Extra inputs"),
+        ({"data": {"prompts": [], "slots": {}}}, r"data\.slots: give data\.at_once"),
         ({"capture": [1, 0]}, "ascending"),
         ({"capture": [0, 1, 2]}, "not in capture"),
         ({"hardware": {"device": "abacus"}}, "hardware.device"),

@@ -62,7 +62,7 @@ def evaluate_command(
         )
         from whiflash_sglang.train.config import Hardware
 
-        hardware = Hardware.model_validate({"dtype": dtype, "threads": threads})
+        hardware = Hardware.model_validate({"dtype": dtype, "threads": threads, "device": _device()})
         settings = EvaluationSettings(
             limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware
         )
@@ -112,7 +112,7 @@ def calibrate_command(
         from whiflash_sglang.lab.judging.evaluation import EvaluationSettings
         from whiflash_sglang.train.config import Hardware
 
-        hardware = Hardware.model_validate({"dtype": dtype, "threads": threads})
+        hardware = Hardware.model_validate({"dtype": dtype, "threads": threads, "device": _device()})
         settings = CalibrationSettings(
             config=None if config is None else resolve_config(config),
             prompts=prompts,
@@ -136,3 +136,10 @@ def calibrate_command(
 def register(app: typer.Typer) -> None:
     app.command("calibrate")(calibrate_command)
     app.command("evaluate")(evaluate_command)
+
+
+def _device() -> str:
+    """Where SGLang computes on this machine."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

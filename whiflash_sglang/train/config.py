@@ -285,6 +285,13 @@ class TrainConfig(_Strict):
         return self.dspark
 
 
+GONE = {
+    "data.source": "SGLang's engine answers for every target; remove the key",
+    "data.slots": "give data.at_once instead, and data.engine: {context_length: N} to bound prompt and answer",
+}
+"""Keys of older files."""
+
+
 def load_config(path: Path) -> TrainConfig:
     """Read a .yaml, .yml or .toml file. Raises `ConfigError` naming the key that is wrong."""
     try:
@@ -299,7 +306,8 @@ def load_config(path: Path) -> TrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ConfigError(f"{path}: {place}: {first['msg']} ({error.error_count()} problem(s))") from None
+        reason = GONE.get(place, first["msg"])
+        raise ConfigError(f"{path}: {place}: {reason} ({error.error_count()} problem(s))") from None
     if config.capture != sorted(set(config.capture)):
         raise ConfigError(f"{path}: capture must be ascending and without repetition, got {config.capture}")
     for name in ("eagle3", "dflash", "dspark"):

@@ -5,6 +5,7 @@ prefill computes nothing is left out: prefixes are not cached, and prompts run w
 """
 
 import asyncio
+import signal
 from collections.abc import Coroutine, Iterator, Mapping
 from functools import partial
 from itertools import count
@@ -95,6 +96,8 @@ class OfflineEngine:
             directory.mkdir(parents=True, exist_ok=True)
         self._states, self._names = place.states, count()
         self._clear()
+        # SGLang takes signals for the loop that it runs requests in, which nobody runs after the last of them.
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGQUIT)}
         # SGLang's own way of giving an engine another scheduler.
         started = partial(recorder.run, layers, *place)
         kind = type("RecordingEngine", (Engine,), {"run_scheduler_process_func": staticmethod(started)})
@@ -155,7 +158,10 @@ class OfflineEngine:
                 task.cancel()
 
     def close(self) -> None:
-        """End SGLang's processes. Features that nobody waited for any more are removed."""
+        """End SGLang's processes, and take signals as before. Features that nobody waited for any more are removed."""
+        for number, handler in self._handlers.items():
+            if self._engine.loop.remove_signal_handler(number):
+                signal.signal(number, handler)
         self._engine.shutdown()
         self._clear()
 

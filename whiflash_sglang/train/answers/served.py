@@ -1,5 +1,6 @@
 """Answers and features of a target that SGLang's offline engine runs and captures."""
 
+import os
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,15 +138,21 @@ def serve(
         raise ConfigError(
             f"capture {capture}: the layers that can be captured are 0 to {shape.num_layers - 2}"
         )
-    engine = OfflineEngine(
-        path,
-        capture,
-        Place(name, work / "target", work / "passing" / shard),
-        data.engine,
-        dtype=hardware.dtype,
-        device=hardware.device,
-        random_seed=seed,
-    )
+    if hardware.device == "cpu" and torch.cuda.is_available():
+        raise ConfigError(
+            "hardware.device 'cpu': this machine has a GPU, and SGLang computes there; give 'cuda', or hide the GPU "
+            "(CUDA_VISIBLE_DEVICES=)"
+        )
+    with _threads(hardware.threads):
+        engine = OfflineEngine(
+            path,
+            capture,
+            Place(name, work / "target", work / "passing" / shard),
+            data.engine,
+            dtype=hardware.dtype,
+            device=hardware.device,
+            random_seed=seed,
+        )
     try:
         remote = bool(data.engine.get("trust_remote_code"))
         yield ServedTarget(
@@ -159,3 +166,18 @@ def serve(
         )
     finally:
         engine.close()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads in the processes that are started in here; 0: as many as there are cores."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    if count:
+        os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield
+    finally:
+        if count and before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        elif count and before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
