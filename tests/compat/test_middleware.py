@@ -78,7 +78,7 @@ FORMATS: dict[Form, dict[str, Any]] = {
 }
 BUILT_IN: dict[Form, dict[str, Any]] = {
     "responses": {"type": "web_search"},
-    "messages": {"type": "web_search_20250305", "name": "web_search"},
+    "messages": {"type": "bash_20250124", "input_schema": {}},
 }
 
 
@@ -103,6 +103,8 @@ def test_tools_and_formats_imply_spans_and_calls(form: Form) -> None:
     assert implied_by(form, **FORMATS[form])[0] == [("json", True)]
     if form in BUILT_IN:
         assert implied_by(form, tools=[BUILT_IN[form]]) == (fences, None)
+    if form == "responses":  # SGLang gives a tool of free text one argument
+        assert '"input"' in str(implied_by(form, tools=[{"type": "custom", "name": "f"}])[1])
 
 
 @pytest.mark.parametrize("named", ["f", "g"])
@@ -115,10 +117,11 @@ def test_a_named_tool_is_the_only_one_that_is_carried(form: Form, named: str) ->
 
 
 def test_an_internal_request_gets_hints_and_salts() -> None:
-    obj = SimpleNamespace(sampling_params={"temperature": 0}, cache_salt=None, extra_key=None)
+    sglangs = {"__sglang_reasoning_in_grammar": True}
+    obj = SimpleNamespace(sampling_params={"custom_params": sglangs}, cache_salt=None, extra_key=None)
     call = Call("messages", {}, {"whiflash": '{"infer":false}'}, {"cache_salt": "acme"})
     fill(manager(), obj, call)
-    assert obj.sampling_params == {"temperature": 0, "custom_params": call.params}
+    assert obj.sampling_params == {"custom_params": {**sglangs, **(call.params or {})}}
     assert (obj.cache_salt, obj.extra_key) == ("acme", None)
 
 
@@ -179,7 +182,11 @@ def test_a_route_gets_its_body_and_its_call(monkeypatch: pytest.MonkeyPatch, pat
 
 def test_other_routes_and_servers_without_us_have_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
     app = App(monkeypatch, plain)
+    earlier = CURRENT.set(
+        Call("chat")
+    )  # of a connection's last request, whose context the next one starts with
     app.client.post("/v1/embeddings", json={"custom_params": 7})
+    CURRENT.reset(earlier)
     app.client.post("/generate", json={"custom_params": 7})
     (_, other), (_, native) = app.seen
     assert other is None

@@ -27,13 +27,13 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 FORMS: Mapping[str, Form] = {
+    os.environ.get("AIP_PREDICT_ROUTE", "/vertex_generate"): "native",  # SGLang's other routes come before it
     "/v1/chat/completions": "chat",
     "/invocations": "chat",
     "/v1/completions": "completion",
     "/v1/responses": "responses",
     "/v1/messages": "messages",
     "/generate": "native",
-    os.environ.get("AIP_PREDICT_ROUTE", "/vertex_generate"): "native",
 }
 INFO = ("/server_info", "/get_server_info")
 """Routes whose answers show SGLang's arguments."""
@@ -57,7 +57,7 @@ class OurFields:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         form = FORMS.get(path) if scope.get("method") in ("POST", "PUT") else None
         if form is None and path not in INFO:
-            await self._app(scope, receive, send)
+            await self._serve(None, scope, receive, send)
             return
         manager = http_server._global_state.tokenizer_manager
         if not asks_for_ours(manager.server_args):
@@ -71,12 +71,14 @@ class OurFields:
             body, receive = await _parsed(receive)
             try:
                 call = read(form, body, manager)
+                del body  # the call keeps what is needed of it while the answer is written
             except HintError as error:
                 await _refusal(form, error)(scope, receive, send)
                 return
             await self._serve(call, scope, receive, answers.extending(call, send))
 
-    async def _serve(self, call: Call, scope: Message, receive: Receive, send: Send) -> None:
+    async def _serve(self, call: Call | None, scope: Message, receive: Receive, send: Send) -> None:
+        # A request that was sent before the last one was answered starts with that one's context.
         token = CURRENT.set(call)
         try:
             await self._app(scope, receive, send)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.entrypoints.openai.responses_adapters import custom_tool_parameters
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from whiflash_sdk.hints import INFERRED_KEY, WIRE_KEY, Span
 from whiflash_sdk.presets import likely_spans
@@ -104,8 +105,9 @@ def _keys(body: Mapping[str, Any]) -> dict[str, str]:
 def fill(manager: Any, obj: Any, call: Call) -> None:
     """Put what a call carries, and what it implies, into the internal request that SGLang has made of it."""
     params = implied(manager, as_chat(call), call.params)
-    if params is not None:
-        obj.sampling_params = {**obj.sampling_params, "custom_params": params}
+    if params is not None:  # SGLang may have put keys of its own there while it converted the request
+        known = obj.sampling_params.get("custom_params") or {}
+        obj.sampling_params = {**obj.sampling_params, "custom_params": {**known, **params}}
     for name, value in call.keys.items():
         setattr(obj, name, value)
 
@@ -117,14 +119,20 @@ def as_chat(call: Call) -> SimpleNamespace:
     expected = body.get("response_format")
     if call.form == "responses":
         tools = [
-            (t["name"], t.get("parameters")) for t in _tools_of(body, "name") if t.get("type") in _CALLED
+            (tool["name"], custom_tool_parameters() if tool["type"] == "custom" else tool.get("parameters"))
+            for tool in _tools_of(body, "name")
+            if tool.get("type") in _CALLED
         ]
         if isinstance(choice, dict):
             choice = _named(choice) if choice.get("type") in _CALLED else "auto"
         choice = choice if tools else "none"
         expected = (body.get("text") or {}).get("format")
     elif call.form == "messages":
-        tools = [(tool["name"], tool["input_schema"]) for tool in _tools_of(body, "input_schema")]
+        tools = [
+            (tool["name"], tool["input_schema"])
+            for tool in _tools_of(body, "input_schema")
+            if tool.get("type") in (None, "custom") and tool.get("name")
+        ]
         if isinstance(choice, dict):
             wanted = str(choice.get("type"))
             choice = _named(choice) if wanted == "tool" else {"any": "required"}.get(wanted, wanted)
