@@ -160,8 +160,8 @@ class OfflineEngine:
     def close(self) -> None:
         """End SGLang's processes, and take signals as before. Features that nobody waited for any more are removed."""
         for number, handler in self._handlers.items():
-            if self._engine.loop.remove_signal_handler(number):
-                signal.signal(number, handler)
+            self._engine.loop.remove_signal_handler(number)
+            signal.signal(number, handler)
         self._engine.shutdown()
         self._clear()
 
