@@ -5,41 +5,15 @@ batch shape, so bit for bit cannot be asked).
 """
 
 import random
-from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
+from histories import WIDEST, History, live, rounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import CONTEXT, RING, ROWS, Arms, Replay
 
 from whiflash_sglang.cache.backlog import Due, Watermarks
-
-WIDEST = 8
-EVENTS = ("finish", "abort", "retract", "remap")
-
-route = st.sampled_from(["ar", "diffusion", "none"])
-event = st.none() | st.tuples(st.sampled_from(EVENTS), st.integers(0, ROWS - 1))
-rounds = st.tuples(
-    st.tuples(*[route] * ROWS), st.tuples(*[st.integers(1, WIDEST)] * ROWS), event, st.integers(1, 6)
-)
-"""Routes, accepted lengths (bonus included), what happens after it, and how often the round is repeated."""
-
-
-History = Sequence[tuple[Sequence[str], Sequence[int], tuple[str, int] | None, int]]
-
-
-def live(replay: Replay, history: History) -> None:
-    """Play the history, then compare every row with one full pass."""
-    for routes, accepts, after, times in history:
-        for _ in range(times):
-            if max(replay.lengths) > CONTEXT - 2 * WIDEST:
-                break
-            replay.round(routes, accepts)
-        if after is not None:
-            getattr(replay, after[0])(after[1])
-    for row in range(ROWS):
-        replay.check(row)
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)

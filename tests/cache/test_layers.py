@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from histories import History, live, rounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import ROWS, Arms, Replay, load_arms
-from test_backlog import History, live, rounds
 
 from whiflash_sglang.cache import backlog
 from whiflash_sglang.cache.backlog import FeatureRows

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from histories import History, live, rounds
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from op_tape import TapeRecorder
 from replay import CONTEXT, VOCAB, Arms, Replay
-from test_backlog import History, live, rounds
 from test_passes import ARMS, prepared, requests
 
 from whiflash_sglang.core import PADDING, DraftBatch

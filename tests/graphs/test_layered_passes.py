@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from histories import History, rounds
 from host_reads import HostReads
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -9,7 +10,6 @@ from matrix import sampled
 from model_set import Models, build_models
 from plain import compare, plain_texts
 from replay import Arms, load_arms
-from test_backlog import History, rounds
 from test_draft_graphs import LONGEST, MOST, Captured, captured
 from test_lag_and_graphs import ARRIVALS, SMALL, serving
 from test_passes import prepared, requests

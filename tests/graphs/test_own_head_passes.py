@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from histories import History, rounds
 from host_reads import HostReads
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from replay import SLOTS, Arms
-from test_backlog import History, rounds
 from test_draft_graphs import LONGEST, MOST, Captured, captured
 from test_passes import prepared, requests
 from tiny_models import tiny_dflash, tiny_target

@@ -272,6 +272,9 @@ def test_a_session_s_turns_come_back(models: Models) -> None:
 
 
 def stored(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    from sglang.srt.mem_cache.cpp_utils import native_hash
+
+    native_hash._load_native_hash_module()  # else a thread compiles it while the scheduler polls for what it hashes
     monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(directory))
     return HOST | {
         "hicache_write_policy": "write_through",
