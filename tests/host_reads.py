@@ -4,14 +4,13 @@
 waits for the device on a GPU counts as a read: values that become Python's, and shapes that depend on values.
 """
 
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
+from sites import in_reference, site
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,11 +41,11 @@ UPLOADS = frozenset({"tensor", "as_tensor", "from_numpy", "asarray"})
 
 
 STAND_INS = (
-    "whiflash_kernels/",
+    "whiflash_kernels/reference/",
     "whiflash_sglang/platform/",
     "whiflash_sglang/models/recurrent.py",
 )
-"""Where a CPU does what kernels do on a GPU: what these read of their own arguments no host would wait for."""
+"""Where a CPU does what kernels do on a GPU, as in the bodies of our ops: nobody would wait for what these read."""
 
 
 PACKAGES = ("whiflash_sglang/", "whiflash_kernels/", "sglang/srt/")
@@ -80,9 +79,9 @@ class HostReads(TorchFunctionMode):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         found = self._kind(name, args)
         if found is not None:
-            site = _site(name)
-            found = self.of_kernels if site.startswith(STAND_INS) else found
-            found[site] += 1
+            asking = f"{site()} {name}"
+            found = self.of_kernels if asking.startswith(STAND_INS) or in_reference() else found
+            found[asking] += 1
         result = func(*args, **kwargs)
         if "pin_memory" in kwargs:
             self._pinned[result.data_ptr()] = result
@@ -121,8 +120,8 @@ class Launches(TorchDispatchMode):
         may_be_none = func.is_view or name.startswith(("empty", "new_empty", "detach", *self.FREE))
         if not may_be_none or _copied(result, args):
             self.count += 1
-            if not _within(GRAPHS):
-                self.between[_site(name)] += 1
+            if not (_within(GRAPHS) or in_reference()):
+                self.between[f"{site()} {name}"] += 1
         return result
 
 
@@ -160,17 +159,6 @@ def _says_host() -> bool:
 
 
 def _within(places: Sequence[str]) -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if any(place in frame.f_code.co_filename for place in places):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _site(name: str) -> str:
-    for frame in reversed(traceback.extract_stack()):
-        for package in PACKAGES:
-            if package in frame.filename:
-                return f"{package}{frame.filename.split(package)[-1]}:{frame.lineno} {name}"
-    return name
+    return any(
+        place in frame.f_code.co_filename for frame, _ in traceback.walk_stack(None) for place in places
+    )

@@ -1,10 +1,11 @@
 """Whose line it was: of what runs on a model of the device, which line of ours or of SGLang's asked for it."""
 
 import sys
+from traceback import walk_stack
 from typing import Any
 
 PACKAGES = ("whiflash_sglang/", "whiflash_kernels/", "sglang/srt/", "sglang/kernels/")
-OWN = ("sites.py", "streams.py", "watching.py", "card.py")
+OWN = ("sites.py", "streams.py", "host_reads.py", "watching.py", "card.py")
 
 
 def site() -> str:
@@ -13,6 +14,16 @@ def site() -> str:
     name = frame.f_code.co_filename
     package = next((p for p in PACKAGES if p in name), "/")
     return f"{package.lstrip('/')}{name.rsplit(package, 1)[-1]}:{frame.f_lineno}"
+
+
+def in_reference() -> bool:
+    """Whether this is the body of an op of ours, for which a GPU has a kernel. The op's check, and what launches the
+    kernel, run on a GPU's host, too.
+    """
+    frames = [frame for frame, _ in walk_stack(None)]
+    ops = [f for f in frames if f.f_code.co_filename.endswith("whiflash_kernels/dispatch.py")]
+    bodies = {f.f_locals["reference"].__code__ for f in ops if "reference" in f.f_locals}
+    return any(f.f_code in bodies for f in frames)
 
 
 def calling_frame() -> Any:

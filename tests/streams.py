@@ -36,13 +36,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from sites import site
+from sites import in_reference, site
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
 HOST, PINNED = "host", "pinned"
-KERNELS = ("whiflash_sglang/platform/", "whiflash_kernels/", "sglang/srt/mem_cache/memory_pool.py")
-"""Where the CPU has Python in place of a kernel; the last for `commit_lens`, which CUDA has a kernel for."""
+KERNELS = ("whiflash_sglang/platform/", "whiflash_kernels/reference/", "sglang/srt/mem_cache/memory_pool.py")
+"""Where the CPU has Python in place of a kernel, as in the bodies of our ops; the last for `commit_lens`."""
 
 D2H = (
     ("sglang.srt.utils.common", "async_d2h"),
@@ -278,14 +278,14 @@ class Streams:
 
     def made_by_host(self, tensor: torch.Tensor, place: str) -> None:
         """What the operators of a factory did was done at once."""
-        if not site().startswith(KERNELS):
+        if not _stands_in(site()):
             cell = self.cell(tensor)
             cell.place, cell.written, cell.read = place, None, {}
 
     def sent_pageable(self) -> None:
         """Host memory that is not pinned goes to the device."""
         sender = site()
-        if not sender.startswith(KERNELS):
+        if not _stands_in(sender):
             self.pageable[sender] += 1
 
     def read_by_host(self, tensor: torch.Tensor, reader: str) -> None:
@@ -294,7 +294,7 @@ class Streams:
             self.on_host([tensor], ())
             return
         self.on_stream([tensor], ())
-        if not reader.startswith(KERNELS):
+        if not _stands_in(reader):
             self.stalls[reader] += 1
             self.host_waits(self.clock_of(torch.cpu.current_stream()))
 
@@ -337,6 +337,11 @@ class Streams:
             self.races[
                 f"{now.agent} {does} {earlier.agent} {did}, without a wait: {now.site} after {earlier.site}"
             ] += 1
+
+
+def _stands_in(line: str) -> bool:
+    """Whether `line`, which runs now, is a kernel on a GPU."""
+    return line.startswith(KERNELS) or in_reference()
 
 
 def _nonsense(dtype: torch.dtype) -> Any:
