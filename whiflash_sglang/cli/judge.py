@@ -139,7 +139,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _device() -> str:
-    """Where SGLang computes on this machine."""
+    """The device that SGLang computes on here."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -51,7 +51,7 @@ class Patch:
     optional: bool = False
 
     def find(self) -> tuple[Any, str]:
-        """What has the name, and its last part."""
+        """The owner of the name, and its last part."""
         module, _, path = self.path.partition(":")
         *owners, attribute = path.split(".")
         found: Any = importlib.import_module(module)
@@ -84,26 +84,23 @@ def around(
     """
 
     def enter(function: Function) -> Function:
-        does = " ".join((function.__doc__ or "").split()).partition(". ")[0].rstrip(".")
+        does = first_sentence(function.__doc__)
         if not does:
             raise ValueError(f"{function.__qualname__}: has no docstring, which the table of patches shows")
+        made = function if makes else _wrapping(function)
         for path in paths:
             if path in PATCHES and PATCHES[path].module != function.__module__:
                 raise ValueError(f"{path}: is replaced by {PATCHES[path].module} already")
-            PATCHES[path] = Patch(
-                path,
-                params,
-                does,
-                why,
-                until,
-                function.__module__,
-                function if makes else _wrapping(function),
-                everywhere,
-                optional,
-            )
+            entry = (path, params, does, why, until, function.__module__, made, everywhere, optional)
+            PATCHES[path] = Patch(*entry)
         return function
 
     return enter
+
+
+def first_sentence(docstring: str | None) -> str:
+    """On one line, without its full stop; empty without a docstring."""
+    return " ".join((docstring or "").split()).partition(". ")[0].rstrip(".")
 
 
 def _wrapping(function: Function) -> Callable[[Any], Any]:
@@ -145,7 +142,7 @@ def install(*modules: ModuleType) -> None:
 
 def _is_absent(patch: Patch) -> bool:
     try:
-        patch.find()
+        importlib.import_module(patch.path.partition(":")[0])
     except ImportError:
         return True
     return False
@@ -158,7 +155,7 @@ def replaced_names() -> tuple[str, ...]:
 
 def verify_names(*, heavy: bool = True) -> list[Finding]:
     """Check SGLang's version, every name that is used, those of the HTTP process if `heavy`, and what is in the table
-    of patches so far (`hooks.load` enters all); never raises."""
+    of patches so far (`hooks.missing` enters all); never raises."""
     names = dict(PRIVATE_NAMES)
     if heavy:
         names |= {patch.path: patch.params for patch in PATCHES.values()}

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from whiflash_sglang.compat.patching import first_sentence
+
 ROOT = Path(__file__).parent
 
 
@@ -34,9 +36,7 @@ def replaced() -> Iterator[Replaced]:
             for call in function.decorator_list:
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "around":
                     told = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
-                    does = (
-                        " ".join((ast.get_docstring(function) or "").split()).partition(". ")[0].rstrip(".")
-                    )
+                    does = first_sentence(ast.get_docstring(function))
                     for path in map(ast.literal_eval, call.args):
                         yield Replaced(path, told.get("params", ()), does, told["why"], told["until"], file)
 

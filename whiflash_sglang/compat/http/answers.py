@@ -1,4 +1,4 @@
-"""Traces, what of predictions appeared, and vLLM's figures of acceptance, in what routes send.
+"""Traces, the parts of predictions that appeared, and vLLM's figures of acceptance, in what routes send.
 
 OpenAI's chat and text completions have traces in SGLang's extension `sglext`, of a stream in a last chunk of its own;
 what of predictions appeared is in their usage. Responses and Messages have no place for either, so both go into
@@ -46,7 +46,7 @@ def rewriting(send: Send, change: Change) -> Send:
 
 
 class _Sent:
-    """What a route sends, changed on its way: an answer in JSON as a whole, a stream event by event.
+    """An answer that is changed on its way: an answer in JSON as a whole, a stream event by event.
 
     holds: asked when an answer begins, whether `change` has something for it. events: None where streams stay.
     """
@@ -109,7 +109,7 @@ def extended(call: Call, answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def extension_of(call: Call) -> dict[str, Any]:
-    """Of Responses and Messages; empty if their request asked for nothing."""
+    """The extension of Responses and Messages; empty if their request asked for nothing."""
     extension: dict[str, Any] = {META_KEY: _traces(call, {})} if call.traces else {}
     return {**extension, PREDICTION: summed(call.counts)} if call.counts else extension
 
@@ -143,7 +143,7 @@ class _Events:
         self._shown: dict[int, str] | None = {} if whole else None
 
     def take(self, data: bytes, *, ends: bool) -> bytes:
-        """What to send when `data` has come: whole events, however SGLang cut them."""
+        """Bytes to send when `data` has come: whole events, however SGLang cut them."""
         *events, self._rest = (self._rest + data).split(b"\n\n")
         sent = b"".join(self._change(event) + b"\n\n" for event in events)
         if ends:
@@ -165,7 +165,7 @@ class _Events:
         return event if changed is chunk else b"data: " + _json(changed).encode()
 
     def _note(self, chunk: dict[str, Any]) -> None:
-        """What a chunk puts into the text of each choice."""
+        """Add a chunk to the text of each choice."""
         for choice in chunk.get("choices") or () if self._shown is not None else ():
             text = (choice.get("delta") or {}).get("content") or choice.get("text") or ""
             self._shown = self._shown or {}

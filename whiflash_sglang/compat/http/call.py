@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Form = Literal["chat", "completion", "responses", "messages", "native"]
-"""Of a request. A native one has `sampling_params`, which carry hints."""
+"""The form of a request. A native one has `sampling_params`, which carry hints."""
 
 
 @dataclass(slots=True)
@@ -21,9 +21,9 @@ class Call:
     keys: Mapping[str, str] = field(default_factory=dict)
     # Filled by `generate_request` while outputs pass:
     traces: list[tuple[dict[str, Any], str | None]] = field(default_factory=list)
-    """Of choices that have ended, with the texts that those with offsets count in."""
+    """Traces of choices that have ended, with the texts that those with offsets count in."""
     counts: dict[int, dict[str, int]] = field(default_factory=dict)
-    """What of its predictions appeared, by choice."""
+    """Tokens of its predictions that appeared, by choice."""
 
 
 CURRENT: ContextVar[Call | None] = ContextVar("whiflash_call", default=None)

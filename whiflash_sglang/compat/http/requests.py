@@ -83,7 +83,7 @@ def read(form: Form, body: object, manager: Any) -> Call:
 
 
 def _without_texts(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked for later: SGLang has prompts of its own, and those of many requests are long."""
+    """The fields that are asked for later: SGLang has prompts of its own, and those of many requests are long."""
     kept = {name: value for name, value in body.items() if name not in _TEXTS}
     messages = kept.get("messages")
     if isinstance(messages, list):
@@ -113,7 +113,7 @@ def fill(manager: Any, obj: Any, call: Call) -> None:
 
 
 def as_chat(call: Call) -> SimpleNamespace:
-    """What of a request that SGLang has accepted implies spans and calls, in the form of its chat requests."""
+    """The parts of an accepted request that imply spans and calls, in the form of SGLang's chat requests."""
     body, choice = call.body, call.body.get("tool_choice")
     tools: list[tuple[str, Any]] = []
     expected = body.get("response_format")
