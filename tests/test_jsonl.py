@@ -60,7 +60,7 @@ def test_prompts_are_read_whole(tmp_path: Path) -> None:
 def test_a_journal_is_read_whole(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "cells.jsonl", f"plan {TEXT}")
     answer = Answer(prompt=TEXT, seconds=1, ttft=1, tokens=(1,), forwards=0)
-    cell = Cell(load=Load(kind="closed", value=1), arm="auto", repetition=0, seconds=1, answers=(answer,))
+    cell = Cell(load=Load(value=1), arm="auto", repetition=0, seconds=1, answers=(answer,))
     journal.begin([cell])
     journal.append(cell)
     assert journal.read() == [cell, cell]

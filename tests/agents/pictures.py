@@ -7,7 +7,9 @@ in light and dark colours (trace-light.png, trace-dark.png). Then more prompts a
 a look at them.
 """
 
+import io
 import json
+import re
 import sys
 import tempfile
 import time
@@ -21,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "sdk" / "tests"))
 
 from browser import browser
+from rich.console import Console
 from server_host import Server, ServerHost
 from whiflash_sdk.render import Turn, conversation_html
 from whiflash_sdk.trace import routing
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.embedded import COMPACT_JSON, STRICT_TOOLS, TARGET_NAME, ensure_target
-from whiflash_sglang.lab.demo import recording, write_recorded
 from whiflash_sglang.lab.top import LiveView, WatchedServer, screen
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
@@ -46,6 +48,7 @@ TOOL = {
         "required": ["origin", "destination", "date", "passengers"],
     },
 }
+FONTS = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 WITHOUT_TABLES = """
 document.querySelectorAll('section .table, section details').forEach(e => e.remove());
 document.querySelector('main').style.paddingBottom = '1rem'
@@ -89,11 +92,16 @@ def look(server: Server, path: Path) -> None:
         answers[3].result()
         view.look()
         time.sleep(3)
-        console = recording(112)
+        console = Console(
+            file=io.StringIO(), record=True, width=112, force_terminal=True, color_system="truecolor"
+        )
         console.print(screen(view.look()))
         for answer in answers:
             answer.cancel()
-    write_recorded(console, "top", path)
+    drawn = console.export_svg(title="whiflash top", unique_id="top")
+    # Rich names a font from the web, which pages that show pictures do not let them load.
+    drawn = re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL)
+    path.write_text(drawn.replace("Fira Code, monospace", FONTS), encoding="utf-8")
 
 
 def main() -> None:

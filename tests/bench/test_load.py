@@ -97,29 +97,12 @@ def run(server: Held, load: Load, prompts: list[Prompt]) -> list[tuple[str, tupl
 def test_closed_loop_keeps_as_many_in_flight(concurrency: int) -> None:
     most = min(concurrency, len(PROMPTS))
     server = Held(most)
-    answers = run(server, Load(kind="closed", value=concurrency), PROMPTS)
+    answers = run(server, Load(value=concurrency), PROMPTS)
     assert answers == [(f"p{i}", (i, 0)) for i in range(6)], "in the prompts' order"
     assert server.most == most
-
-
-def test_open_loop_keeps_its_rate_whatever_the_server_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, pause = 0.0, asyncio.sleep
-
-    async def sleep(seconds: float) -> None:
-        nonlocal now
-        for _ in range(10):
-            await pause(0)  # what was asked before reaches the server
-        now += seconds
-
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    server = Held(len(PROMPTS), lambda: now)
-    answers = run(server, Load(kind="open", value=50), PROMPTS)
-    assert [prompt for prompt, _ in answers] == [p.id for p in PROMPTS], "no arrival waits for an answer"
-    assert server.came == pytest.approx([i / 50 for i in range(6)])
 
 
 def test_a_refused_request_names_its_prompt() -> None:
     refused = Prompt("bad", "chat", ({"role": "user", "content": "refused"},))
     with pytest.raises(RequestError, match="prompt bad: too long"):
-        run(Held(1), Load(kind="closed", value=2), [*PROMPTS, refused])
+        run(Held(1), Load(value=2), [*PROMPTS, refused])

@@ -17,7 +17,7 @@ from whiflash_sglang.lab.bench.load import RefusedError
 from whiflash_sglang.lab.bench.prompts import Prompt
 from whiflash_sglang.lab.bench.reference import Reference, differences, plain_of
 
-ALONE = Load(kind="closed", value=1)
+ALONE = Load(value=1)
 
 
 def test_ranks_are_compared_with_plain_decoding_on_as_many() -> None:

@@ -106,19 +106,6 @@ def test_conversations_become_tasks(
     assert [talk.id for talk in twice] == ["t0", "t0-2"], "each is played and has figures of its own"
 
 
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [
-        (["EAGLE3"], "'EAGLE3' is not one of auto, neural"),
-        (["auto+guess"], r"'auto\+guess' is not one of"),
-        (["auto", "auto"], "twice"),
-    ],
-)
-def test_wrong_arms_are_named(talks: list[Talk], subject: Subject, names: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        recorded_arms(names, subject, talks)
-
-
 def test_predictions_must_have_been_recorded(subject: Subject) -> None:
     with pytest.raises(ConfigError, match="no record has a prediction"):
         recorded_arms(["auto+prediction"], subject, [])
@@ -143,7 +130,7 @@ def test_the_shipped_edits_can_be_read(file: str) -> None:
         assert 0.8 < kept < 0.98
 
 
-LOADS = [Load(kind="closed", value=value) for value in (1, 2)]
+LOADS = [Load(value=value) for value in (1, 2)]
 
 
 def played(arm: str, talk: Talk, repetition: int, seconds: float, rounds: int) -> Cell:

@@ -14,7 +14,7 @@ from whiflash_sglang.lab.bench.prompts import Prompt
 from whiflash_sglang.lab.bench.reference import Difference, Reference, differences
 from whiflash_sglang.lab.bench.report import Report, build_report
 
-ALONE, FOUR = Load(kind="closed", value=1), Load(kind="closed", value=4)
+ALONE, FOUR = Load(value=1), Load(value=4)
 GROUPS = {"c1": "chat", "c2": "chat", "t1": "tool_call", "l1": "loops"}
 TOKENS = {"c1": 13, "c2": 21, "t1": 41, "l1": 101}
 SPEED = {"none": 10.0, "EAGLE3": 15.0, "DFLASH": 12.0, "auto": 24.0}
@@ -199,12 +199,6 @@ def test_every_arm_is_compared_with_the_one_that_was_asked_for() -> None:
     auto = compared.ratios["auto"]
     assert {name: i.ratio for name, i in auto.over.items()} == pytest.approx(dict.fromkeys(auto.none, 1.5))
     assert (auto.static, compared.ratios["auto@beside"].over) == ({}, {})
-    page = render(compared)
-    assert "| auto | 24.0 | 2.40 [2.40, 2.40] | 1.50 [1.50, 1.50] |" in page
-    assert "| auto | 1.50" not in page, "one prompt is no category"
-    several = compared.model_copy(update={"categories": {"chat": 2, "tool_call": 2}})
-    assert render(several).count("| auto | 1.50 ") == 1
-    assert "over `" not in render(build_report(cells, GROUPS, [], PROVENANCE, {}))
 
 
 def test_under_load_only_the_whole_mix_has_a_rate(report: Report) -> None:
@@ -222,26 +216,19 @@ def test_the_schema_reads_back_and_refuses_what_it_does_not_know(report: Report)
         Report.model_validate_json(text.replace('"schema_version":1', '"schema_version":2'))
 
 
-def test_the_page_says_everything(report: Report) -> None:
-    page = render(report)
-    assert "| auto | 24.0 | 2.40" in page
-    assert "Closed loop, concurrency 4" in page
-    assert "| DFLASH | closed-1 | t1 | 5 | 3.0000 |" in page
-    assert "| auto | closed-4 | t1 | 5 |  |" in page
-    assert "Ties: 1, listed in the JSON. Plain decoding's widest gap at one is 0.0100." in page
-    assert "| c1 |" not in page, "ties are listed in the JSON only"
+def test_the_page_names_arms_that_are_missing_and_each_server_s_environment(report: Report) -> None:
+    """No kept page has any. What all servers share is printed once, and no flag is parted from its value."""
+    shared = ["--dtype", "bfloat16", "--tp-size"]
+    ranks = {"OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    servers = {
+        "none": {"arguments": [*shared, "1"], "attention_backend": "a"},
+        "none@tp2": {"arguments": [*shared, "2"], "attention_backend": "a", "environment": ranks},
+    }
+    page = render(report.model_copy(update={"provenance": {**report.provenance, "servers": servers}}))
     assert "NGRAM: the server did not start: no kernel" in page
     assert "`OMP_NUM_THREADS=2 python -m sglang.launch_server --dtype bfloat16`" in page
-    assert "- none: nothing" in page
-    tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
-    assert all(len({line.count("|") for line in table}) == 1 for table in tables)
-
-
-def test_a_column_without_a_figure_is_left_out(report: Report) -> None:
-    lost = report.loads[0].model_copy(update={"arms": {"none": report.loads[0].arms["none"]}, "ratios": {}})
-    page = render(report.model_copy(update={"loads": [lost]}))
-    assert "| arm | tokens/s | acceptance length | TTFT" in page
-    assert "over faster static" in render(report)
+    assert "- none: `--tp-size 1`" in page
+    assert "- none@tp2: `OMP_NUM_THREADS=1 SGLANG_CPU_OMP_THREADS_BIND='0|1' --tp-size 2`" in page
 
 
 def test_kept_pages_are_those_of_their_reports() -> None:
@@ -311,35 +298,12 @@ def test_differences_follow_the_tie_rule() -> None:
     ]
 
 
-def test_every_server_is_started_again_with_its_own_environment(report: Report) -> None:
-    """What all share is printed once, and no flag is parted from its value."""
-    servers = {
-        "none": {
-            "arguments": ["--dtype", "bfloat16", "--tp-size", "1"],
-            "attention_backend": "whiflash_cpu",
-        },
-        "none@tp2": {
-            "arguments": ["--dtype", "bfloat16", "--tp-size", "2"],
-            "attention_backend": "whiflash_cpu",
-            "environment": {"OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
-        },
-    }
-    page = render(report.model_copy(update={"provenance": {**report.provenance, "servers": servers}}))
-    assert "`OMP_NUM_THREADS=2 python -m sglang.launch_server --dtype bfloat16`" in page
-    assert "- none: `--tp-size 1`" in page
-    assert "- none@tp2: `OMP_NUM_THREADS=1 SGLANG_CPU_OMP_THREADS_BIND='0|1' --tp-size 2`" in page
-
-
 def test_suites_are_reported_as_papers_do(report: Report) -> None:
-    """By set: speed-up and acceptance length, and their plain means; no set is weighed by its tokens."""
-    assert "mean of sets" not in render(report)
+    """Plain means of the sets: none is weighed by its tokens."""
     told = {"suites": {"gsm8k": "a folder (MIT)"}, "left_out": {"p": "too long"}}
     page = render(report.model_copy(update={"provenance": PROVENANCE | told}))
-    assert "Sets: gsm8k from a folder (MIT)." in page
     assert "did not take them: 1 prompts" in page
-    assert "| arm | chat | tool_call | mean of sets |" in page
     auto, figures = report.ratios["auto"].none, report.arms["auto"]
     ratio = (auto["chat"].ratio + auto["tool_call"].ratio) / 2
     length = (figures["chat"].acceptance_length + figures["tool_call"].acceptance_length) / 2
     assert f" {ratio:.2f}; {length:.2f} |" in page
-    assert "| none | 1.00; " not in page, "plain decoding is the baseline"

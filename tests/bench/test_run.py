@@ -24,7 +24,7 @@ from whiflash_sglang.lab.bench.subject import build_subject
 pytestmark = pytest.mark.server
 
 ARMS = ["none", "EAGLE3", "auto", "ar", "diffusion"]
-LOADS = (Load(kind="closed", value=1), Load(kind="closed", value=3), Load(kind="open", value=20))
+LOADS = (Load(value=1), Load(value=3))
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 
 

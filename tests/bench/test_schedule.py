@@ -8,7 +8,7 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.bench.cells import Answer, Cell, Journal, Load
 from whiflash_sglang.lab.bench.runner import Step, in_turn, remaining, sweep
 
-ALONE, FOUR = Load(kind="closed", value=1), Load(kind="closed", value=4)
+ALONE, FOUR = Load(value=1), Load(value=4)
 
 
 def cell_of(step: Step) -> Cell:

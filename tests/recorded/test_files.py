@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from whiflash_sglang.lab.recorded import conversation as bounds
 from whiflash_sglang.lab.recorded import files
-from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError, dag_lines
+from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError
 from whiflash_sglang.lab.recorded.files import read_recorded
 
 ASK = {"role": "user", "content": "Which flights do I have?"}
@@ -272,19 +272,3 @@ def test_damage_is_read_or_named(tmp_path_factory: pytest.TempPathFactory, data:
             assert all(
                 isinstance(call["function"]["arguments"], str) for call in message.get("tool_calls", [])
             )
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_written_for_other_harnesses(write: Write, name: str) -> None:
-    """A turn for every answer that was asked for, with all that was recorded before it; what is written is read."""
-    talks = read_recorded(write(json.dumps([FORMATS[name]] * 2)))
-    sessions = [json.loads(line) for line in dag_lines(talks)]
-    assert len({session["session_id"] for session in sessions}) == 2
-    for session in sessions:
-        assert session["context_mode"] == "message_array_with_responses"
-        first, second = session["turns"]
-        assert ("tools" in first) == (name in ("log", "request"))
-        assert [message["role"] for message in first["messages"]][-1] == "user"
-        call, result = second["messages"][-2:]
-        assert call["tool_calls"][0]["id"] == result["tool_call_id"] == "call_0"
-        assert said(read_recorded(write(json.dumps({"messages": [*second["messages"], ANSWER]})))[0]) == SAID

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from whiflash_sglang.lab.simulate import Check, Result
+    from whiflash_sglang.lab.simulate import Result
 
 
 def bench(
@@ -32,7 +32,6 @@ def bench(
     per_category: Annotated[int | None, typer.Option(min=1, help="Prompts of each category.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest answer, in tokens.")] = None,
     concurrency: Annotated[str, typer.Option(help="Requests in flight; comma-separated.")] = "1",
-    rates: Annotated[str, typer.Option(help="Arrivals a second; comma-separated.")] = "",
     repetitions: Annotated[int, typer.Option(min=1, help="Most repetitions of the full set.")] = 3,
     minutes: Annotated[float | None, typer.Option(help="Start no repetition that would end later.")] = None,
     interleave: Annotated[bool, typer.Option(help="Run all servers at once and ask prompts in turn.")] = True,
@@ -53,10 +52,6 @@ def bench(
     recorded: Annotated[
         list[Path] | None,
         typer.Option(help="Replay recorded conversations instead of prompts."),
-    ] = None,
-    dag_jsonl: Annotated[
-        Path | None,
-        typer.Option(help="Write the --recorded conversations to this file for AIPerf; measure nothing."),
     ] = None,
     over: Annotated[str | None, typer.Option(help="Also compare every arm with this one.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Keep the servers' logs in this directory.")] = None,
@@ -79,31 +74,17 @@ def bench(
     from whiflash_sglang.lab.bench.prompts import load_prompts, read_suites, sample, shipped, suites_of
     from whiflash_sglang.lab.bench.runner import Plan
 
-    loads = loads_of(concurrency, rates)
+    loads = loads_of(concurrency)
     names = [name.strip() for name in (arms or "").split(",") if name.strip()]
     check_names(names, recorded=bool(recorded))
     if resume and out is None:
         raise UsageError("--resume continues the run that wrote --out FILE: give --out, too")
-    if dag_jsonl is not None:
-        if not recorded:
-            raise UsageError(
-                f"--dag-jsonl {dag_jsonl} needs recorded conversations: give them with --recorded"
-            )
-        from whiflash_sglang.jsonl import write_whole
-        from whiflash_sglang.lab.recorded.conversation import dag_lines
-        from whiflash_sglang.lab.recorded.files import read_recorded
-
-        lines = list(dag_lines(talk for path in recorded for talk in read_recorded(path)))
-        write_whole(dag_jsonl, "".join(f"{line}\n" for line in lines))
-        typer.echo(f"{dag_jsonl}: {len(lines)} conversations")
-        return
     if recorded:
         others = {
             "--quick": quick,
             "--prompts": prompts,
             "--suite": suite,
             "--per-category": per_category,
-            "--rates": rates,
             "--no-interleave": not interleave,
             "--restart": restart,
             "--plots": plots,
@@ -178,17 +159,6 @@ def bench(
     judge(report)
 
 
-def _checked(tried: "Sequence[Check]") -> "Table":
-    from rich.table import Table
-
-    shown = Table("published figures", "a price was fitted to them", title="Errors of the simulator")
-    for column in ("cells", "mean error", "worst error"):
-        shown.add_column(column, justify="right")
-    for one in tried:
-        shown.add_row(one.name, one.fitted, str(one.cells), f"{one.mean:.1%}", f"{one.worst:.1%}")
-    return shown
-
-
 def _rates(results: "Sequence[Result]") -> "Table":
     """Tokens a second: a line for every number of requests, a column for every method."""
     from rich.table import Table
@@ -207,25 +177,19 @@ def simulate(
     requests: Annotated[
         str, typer.Option(help="Requests at once, with commas between them.")
     ] = "1,2,4,8,16,32,64,128,256",
-    rate: Annotated[
-        float | None,
-        typer.Option(min=1e-3, help="Arrivals a second. Without it, the next request follows the last."),
-    ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
     answer: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the acceptance that is drawn.")] = 1,
     as_json: JsonFlag = False,
 ) -> None:
     """Simulate tokens a second of Qwen3-8B on an H100: an estimate, no measurement.
 
-    Prices and acceptance lengths are published ones. The first line names what is assumed; the first table shows
-    how far the simulator is from published figures.
+    Prices and acceptance lengths are published ones. The first line names what is assumed.
 
     \b
     Example:
     whiflash simulate --requests 1,8,64 --answer 256
     """
-    from whiflash_sglang.lab.simulate import H100, Load, assumed, checks, table
+    from whiflash_sglang.lab.simulate import H100, Load, assumed, table
 
     try:
         sizes = [int(size) for size in requests.split(",")]
@@ -233,16 +197,14 @@ def simulate(
         sizes = []
     if not sizes or min(sizes) < 1:
         raise UsageError(f"--requests takes numbers from 1 on, such as 1,8,64; got {requests!r}")
-    load = Load(1, rate=rate, prompt=prompt, answer=answer)
-    line, tried, results = assumed(H100, load), checks(), table(H100, sizes, load, seed)
+    load = Load(1, prompt=prompt, answer=answer)
+    line, results = assumed(H100, load), table(H100, sizes, load)
     if as_json:
-        found = [one._asdict() for one in tried]
         rates = [{"requests": r.requests, "method": r.method, "simulated": r.rate} for r in results]
-        typer.echo(json.dumps({"assumed": line, "checks": found, "tokens_per_second": rates}))
+        typer.echo(json.dumps({"assumed": line, "tokens_per_second": rates}))
         return
     typer.echo(line)
-    for shown in (_checked(tried), _rates(results)):
-        for_tables().print(shown)
+    for_tables().print(_rates(results))
 
 
 def register(app: typer.Typer) -> None:

@@ -183,7 +183,6 @@ def serve(
 def demo(
     as_json: JsonFlag = False,
     router: Annotated[RouterName, typer.Option(help="Policy to show.")] = "auto",
-    svg: Annotated[Path | None, typer.Option(help="Also write the output to this file, in colour.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Keep the servers' logs in this directory.")] = None,
 ) -> None:
     """Start a server on the embedded model, ask it a chat question and a tool call, and show who drafted what.
@@ -196,7 +195,7 @@ def demo(
     """
     from rich.console import Console
 
-    from whiflash_sglang.lab.demo import judge, run, show, write_picture
+    from whiflash_sglang.lab.demo import judge, run, show
     from whiflash_sglang.progress import progress
 
     with progress() as bar:
@@ -205,8 +204,6 @@ def demo(
         typer.echo(json.dumps([answer.as_json() for answer in answers], indent=2))
     else:
         show(answers, Console())
-    if svg is not None:
-        write_picture(answers, svg)
     judge(answers)
 
 
@@ -214,13 +211,9 @@ def proxy(
     upstream: Annotated[str, typer.Option(help="Root URL of the server, without /v1.")] = DEFAULT_URL,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 30080,
-    tenant: Annotated[
-        str | None, typer.Option(help="Tenant of requests without one.", show_default=False)
-    ] = None,
     agent: Annotated[
         str | None, typer.Option(help="Agent of requests without one.", show_default=False)
     ] = None,
-    mib: Annotated[int, typer.Option("--longest-mib", min=1, help="Longest request, in MiB.")] = 64,
 ) -> None:
     """Add hints to requests on their way to a server, for agents in other languages.
 
@@ -236,7 +229,7 @@ def proxy(
     from whiflash_sdk.proxy import Proxy, without_password
 
     try:
-        application = Proxy(upstream, longest_body=mib * 2**20, tenant=tenant, agent=agent)
+        application = Proxy(upstream, agent=agent)
     except ValueError as error:
         raise UsageError(f"whiflash proxy: {error}") from None
     typer.echo(f"http://{host}:{port} passes requests on to {without_password(upstream)}", err=True)

@@ -1,7 +1,5 @@
 """Two real questions to the embedded target: who drafted what, and how fast that was against plain decoding."""
 
-import io
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -215,11 +213,6 @@ def judge(answers: list[Answer]) -> None:
         )
 
 
-PICTURE_WIDTH = 100
-"""Columns."""
-_FONTS = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
-
-
 def show(answers: Sequence[Answer], console: Console) -> None:
     """Answers and tables; if `console` has no colours, drafters' names precede their text."""
     console.print(f"Target: {TARGET}")
@@ -230,29 +223,6 @@ def show(answers: Sequence[Answer], console: Console) -> None:
     console.print(
         f"{len(answers)} answers compared with plain decoding, {ties} ties (rounding decided between two tokens)."
     )
-
-
-def write_picture(answers: Sequence[Answer], path: Path) -> None:
-    """The answers and their speeds, as an SVG file that loads nothing."""
-    console = recording(PICTURE_WIDTH)
-    _show_answers(answers, console)
-    console.print(_speeds(answers))
-    write_recorded(console, "demo", path)
-
-
-def recording(width: int) -> Console:
-    """A terminal of so many columns that nobody sees, for `write_recorded`."""
-    return Console(
-        file=io.StringIO(), record=True, width=width, force_terminal=True, color_system="truecolor"
-    )
-
-
-def write_recorded(console: Console, command: str, path: Path) -> None:
-    """What was printed, as an SVG file that loads nothing, titled `whiflash COMMAND`."""
-    drawn = console.export_svg(title=f"whiflash {command}", unique_id=command)
-    # Rich names a font from the web, which pages that show pictures do not let them load.
-    drawn = re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL)
-    path.write_text(drawn.replace("Fira Code, monospace", _FONTS), encoding="utf-8")
 
 
 def _show_answers(answers: Sequence[Answer], console: Console) -> None:

@@ -13,19 +13,19 @@ from whiflash_sglang.telemetry.round_clock import STAGES
 
 
 class Load(BaseModel, frozen=True, extra="forbid"):
-    """How requests arrive. closed: `value` in flight at any time; open: `value` arrivals per second."""
+    """`value` requests in flight at any time."""
 
-    kind: Literal["closed", "open"]
-    value: float
+    kind: Literal["closed"] = "closed"
+    value: int
 
     @property
     def label(self) -> str:
-        return f"{self.kind}-{self.value:g}"
+        return f"{self.kind}-{self.value}"
 
     @property
     def is_alone(self) -> bool:
         """One request at a time: prompts can be interleaved between the arms one by one."""
-        return self.kind == "closed" and self.value == 1
+        return self.value == 1
 
 
 class Answer(BaseModel, frozen=True, extra="forbid"):

@@ -51,25 +51,15 @@ def scale_of(
     return Scale(names or everything, per_category, max_tokens or 160, minutes)
 
 
-def loads_of(concurrency: str, rates: str) -> list[Load]:
-    """Raises UsageError naming the option that is wrong."""
-    loads = [Load(kind="closed", value=value) for value in _numbers("--concurrency", concurrency)]
-    if any(load.value != int(load.value) for load in loads):
-        raise UsageError(f"--concurrency {concurrency}: requests in flight are whole numbers, such as 1,4,8")
-    loads += [Load(kind="open", value=value) for value in _numbers("--rates", rates)]
-    if not loads:
-        raise UsageError("nothing to measure: give --concurrency or --rates")
-    return loads
-
-
-def _numbers(option: str, text: str) -> list[float]:
+def loads_of(concurrency: str) -> list[Load]:
+    """Raises UsageError where the option is wrong."""
     try:
-        values = [float(part) for part in text.split(",") if part.strip()]
+        values = [int(part) for part in concurrency.split(",") if part.strip()]
     except ValueError:
-        raise UsageError(f"{option} {text}: takes numbers with commas between them, such as 1,4,8") from None
-    if any(not 0 < value < float("inf") for value in values):
-        raise UsageError(f"{option} {text}: every number must be above zero")
-    return values
+        values = []
+    if not values or min(values) < 1:
+        raise UsageError(f"--concurrency {concurrency}: takes whole numbers above zero, such as 1,4,8")
+    return [Load(value=value) for value in values]
 
 
 @dataclass(frozen=True, slots=True)

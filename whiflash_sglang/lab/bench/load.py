@@ -1,7 +1,6 @@
-"""Asking a server and timing it: closed loop and open loop, streamed as a user would."""
+"""Asking a server and timing it: a closed loop, streamed as a user would."""
 
 import asyncio
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,9 +70,7 @@ class Asker:
     async def run(self, load: Load, prompts: Sequence[Prompt]) -> list[Answer]:
         """Answers in the order of `prompts`, asked under `load`. Raises RequestError for the first that failed."""
         try:
-            if load.kind == "open":
-                return await self._open_loop(prompts, load.value)
-            return await self._closed_loop(prompts, int(load.value))
+            return await self._closed_loop(prompts, load.value)
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
 
@@ -89,15 +86,6 @@ class Asker:
             for _ in range(min(concurrency, len(prompts))):
                 users.create_task(user())
         return [answers[index] for index in range(len(prompts))]
-
-    async def _open_loop(self, prompts: Sequence[Prompt], rate: float) -> list[Answer]:
-        began = time.perf_counter()
-        async with asyncio.TaskGroup() as arrivals:
-            tasks = []
-            for prompt, due in zip(prompts, itertools.count(0.0, 1 / rate), strict=False):
-                await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
-                tasks.append(arrivals.create_task(self.ask(prompt)))
-        return [task.result() for task in tasks]
 
 
 def parse_stream(prompt: str, arrived: Sequence[tuple[float, str]]) -> Answer:

@@ -65,9 +65,7 @@ def _taken_from(provenance: Mapping[str, Any]) -> str:
 
 
 def _title(load: LoadReport) -> str:
-    if load.load.kind == "open":
-        return f"Open loop, {load.load.value:g} arrivals per second"
-    return f"Closed loop, concurrency {load.load.value:g}"
+    return f"Closed loop, concurrency {load.load.value}"
 
 
 def _overview(load: LoadReport, over: str | None) -> str:

@@ -164,7 +164,7 @@ def figures(talks: Sequence[Talk], cells: Sequence[Cell]) -> dict[str, dict[str,
     prefills = {talk.id: len(talk.tasks) for talk in talks}
     by_load: dict[str, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
-        by_load[f"{cell.load.value:g}"][cell.arm].append(cell)
+        by_load[f"{cell.load.value}"][cell.arm].append(cell)
     found: dict[str, dict[str, Any]] = {}
     for at_once, by_arm in by_load.items():
         found[at_once] = {}
@@ -244,7 +244,7 @@ def run_recorded(run: RecordedRun, outputs: Outputs, *, resume: bool) -> None:
             resumed was another run.
         WhiflashError: a server did not start, or did not answer as recorded.
     """
-    loads = loads_of(run.concurrency, "")
+    loads = loads_of(run.concurrency)
     outputs.prepare()
     if run.log_dir is not None:
         run.log_dir.mkdir(parents=True, exist_ok=True)
@@ -257,7 +257,7 @@ def run_recorded(run: RecordedRun, outputs: Outputs, *, resume: bool) -> None:
             recorded,
             renderer_of(subject.target, subject.bundle),
             max_tokens=run.max_tokens or context,
-            room=min(context, CPU_KV_TOKENS // int(max(load.value for load in loads))) - MARGIN,
+            room=min(context, CPU_KV_TOKENS // max(load.value for load in loads)) - MARGIN,
         )
         if not talks:
             raise ConfigError(f"no recorded answer fits a context of {context} tokens")
@@ -337,7 +337,7 @@ def measure(
         for step in remaining(steps, cells):
             arm, chosen = by_name[step.arm], [by_id[name] for name in step.prompts]
             flush(fleet.clients[arm.server])
-            seconds, answers = asyncio.run(play(fleet.url(arm.server), arm, chosen, int(step.load.value)))
+            seconds, answers = asyncio.run(play(fleet.url(arm.server), arm, chosen, step.load.value))
             cell = Cell(
                 load=step.load,
                 arm=step.arm,

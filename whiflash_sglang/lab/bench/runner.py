@@ -96,7 +96,7 @@ def _rotated(arms: Sequence[str], turn: int) -> list[str]:
 
 
 WARM_UP_PROMPTS = 3
-CLOSED_ALONE = Load(kind="closed", value=1)
+CLOSED_ALONE = Load(value=1)
 
 
 @dataclass(frozen=True, slots=True)

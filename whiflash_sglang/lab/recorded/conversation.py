@@ -1,9 +1,8 @@
 """A recorded conversation in OpenAI's form, the checks that every reader's result passes, and what a server would see
 of it: for every answer the prompt, and the tokens that were written."""
 
-import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -146,43 +145,6 @@ def _call(where: str, raw: object) -> Message:
     if isinstance(arguments, dict):
         arguments = json.dumps(arguments, ensure_ascii=False)
     return call(name, text_of(f"{where}.function.arguments", arguments) or "{}")
-
-
-def dag_lines(talks: Iterable[Conversation]) -> Iterator[str]:
-    """Conversations as `dag_jsonl`, which AIPerf replays against any OpenAI endpoint; equal names are made distinct.
-
-        {"session_id": "…", "context_mode": "message_array_with_responses",
-         "turns": [{"messages": [...], "tools": [...]}, ...]}
-
-    A session is a conversation, a turn the request for one recorded answer: all messages before it, as recorded, so
-    every server is sent the same prompts whatever it answered. Source: aiperf 0.13.0,
-    `dataset/loader/dag_jsonl_models.py`.
-    """
-    for number, talk in enumerate(talks):
-        messages = list(_with_ids(talk.messages))
-        tools = {"tools": list(talk.tools)} if talk.tools else {}
-        turns = [
-            {"messages": messages[:place], **tools}
-            for place, message in enumerate(messages)
-            if place and message["role"] == "assistant"
-        ]
-        if turns:
-            mode = "message_array_with_responses"
-            yield json.dumps({"session_id": f"{talk.id}-{number}", "context_mode": mode, "turns": turns})
-
-
-def _with_ids(messages: Iterable[Message]) -> Iterator[dict[str, Any]]:
-    """`messages` as servers take them: every call has an id, and results name theirs, in the order of the calls."""
-    numbers, open_calls = itertools.count(), list[str]()
-    for message in messages:
-        if calls := message.get("tool_calls"):
-            open_calls = [f"call_{next(numbers)}" for _ in calls]
-            named = [{"id": name, **call} for name, call in zip(open_calls, calls, strict=True)]
-            yield {**message, "tool_calls": named}
-        elif message["role"] == "tool" and open_calls:
-            yield {**message, "tool_call_id": open_calls.pop(0)}
-        else:
-            yield message
 
 
 class Tokenizer(Protocol):
