@@ -30,7 +30,7 @@ from whiflash_sglang.train.answers.store import SequenceRecord
 from whiflash_sglang.train.bundle import assemble
 from whiflash_sglang.train.config import DSpark, TrainConfig, load_config
 from whiflash_sglang.train.drafters.batches import Batch, unpack
-from whiflash_sglang.train.drafters.dspark import DSparkTraining, dynamic_weights, go_on_from, initialise
+from whiflash_sglang.train.drafters.dspark import DSparkTraining, go_on_from, initialise
 from whiflash_sglang.train.drafters.runner import train_dspark, train_eagle3
 from whiflash_sglang.train.replay import Pair, Parts, replay_drafters
 
@@ -109,43 +109,25 @@ def plain_loss(trained: DSparkTraining, batch: Batch, ids: list[int]) -> tuple[T
             sure = 1 / (1 + torch.exp(-(confidence(torch.cat([row, w1[before]]))[0])))
             bce = -(right * sure.log() + (1 - right) * (1 - sure).log())
             terms = {"cross_entropy": -(wanted * own.log()).sum(), "distance": distance, "confidence": bce}
-            drafts.append((terms, own[emitted].detach()))
+            drafts.append(terms)
         for k, draft in enumerate(drafts):
             if draft is None:
                 continue
             w = torch.exp(torch.tensor(-k / settings.gamma))
-            if settings.weights == "dpace":
-                w = pathways(
-                    [None if one is None else float(one[1]) for one in drafts], k, settings.smoothing
-                )
             weight = weight + w
-            total = {name: value + w * draft[0][name] for name, value in total.items()}
+            total = {name: value + w * draft[name] for name, value in total.items()}
     parts = {name: value / weight for name, value in total.items()}
     return sum(getattr(settings, name) * value for name, value in parts.items()), parts
-
-
-def pathways(chances: list[float | None], k: int, smoothing: float) -> float:
-    """What drafts are expected beyond position k and with it, chance by chance."""
-    expected = 0.0
-    for j in range(k, len(chances)):
-        if chances[j] is None:
-            continue
-        product = 1.0
-        for one in chances[: j + 1]:
-            product *= 1.0 if one is None else (1 - smoothing) * one + smoothing
-        expected += product
-    return expected
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        {"weights": "dpace"},
-        {"weights": "dpace", "smoothing": 0.2, "confidence_of": "choice"},
+        {"confidence_of": "choice"},
         {"sample_from_anchor": False, "cross_entropy": 1.0, "distance": 0.0, "confidence": 0.3},
     ],
-    ids=["published", "D-PACE", "D-PACE of choices", "cross-entropy"],
+    ids=["published", "of choices", "cross-entropy"],
 )
 def test_the_loss_is_its_formula(target: TargetModel, batch: Batch, changes: dict[str, Any]) -> None:
     settings = SETTINGS.model_copy(update=changes)
@@ -182,23 +164,6 @@ def test_a_drafts_label_and_predecessor_are_the_texts(target: TargetModel, batch
                     assert int(examples.ids[label]) == text[anchor + k + 1]
             row += 1
     assert row == len(examples.rows)
-
-
-def test_dynamic_weights_are_what_the_expectation_says() -> None:
-    """The derivative of the expected number of accepted drafts by the logarithm of each chance."""
-    chances = torch.rand(6, 5, generator=torch.Generator().manual_seed(2))
-    counted = torch.ones(6, 5, dtype=torch.bool)
-    counted[1, 3:] = counted[2, 1] = False
-    smooth = (0.5 * chances + 0.5).log().requires_grad_()
-    expected = torch.zeros(())
-    for row in range(6):
-        reached = torch.ones(())
-        for k in range(5):
-            if counted[row, k]:
-                reached = reached * smooth[row, k].exp()
-                expected = expected + reached
-    (slopes,) = torch.autograd.grad(expected, smooth)
-    torch.testing.assert_close(dynamic_weights(chances, counted, 0.5), slopes)
 
 
 @torch.no_grad()

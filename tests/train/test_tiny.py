@@ -57,18 +57,7 @@ def test_from_prompts_to_figures(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     check_router(root / "bundle" / "router")
 
     given = ("--round-ms", "eagle3=30,dflash=28", "--per-category", "32")
-    run(
-        "calibrate",
-        "--bundle",
-        "bundle",
-        "--config",
-        "tiny",
-        *given,
-        "--out",
-        "c.json",
-        "--picture",
-        "c.png",
-    )
+    run("calibrate", "--bundle", "bundle", "--config", "tiny", *given, "--out", "c.json")
     manifest, curves = load_manifest(Path("bundle")), json.loads(Path("c.json").read_text())
     assert manifest.router is not None
     assert manifest.router.threshold == pytest.approx(curves["routers"]["neural"]["threshold"], abs=1e-4)
@@ -76,7 +65,6 @@ def test_from_prompts_to_figures(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     rates = curves["tokens_per_second"]
     assert rates.keys() == {"eagle3", "dflash"}
     assert min(rates.values()) > 0
-    assert Path("c.png").stat().st_size > 1000
 
     held_out = (
         "--prompts",
@@ -88,7 +76,7 @@ def test_from_prompts_to_figures(root: Path, monkeypatch: pytest.MonkeyPatch) ->
         "--work",
         "kept",
     )
-    run("evaluate", "--bundle", "bundle", *held_out, "--out", "e.json", "--picture", "e.png")
+    run("evaluate", "--bundle", "bundle", *held_out, "--out", "e.json")
     figures = json.loads(Path("e.json").read_text())
     lengths = figures["overall"]["acceptance_length"]
     arms, routers = (
@@ -100,10 +88,8 @@ def test_from_prompts_to_figures(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert set(figures["overall"]["rounds_won"]) == {"eagle3", "dflash"}
     assert max(lengths[arm] for arm in arms) <= lengths["oracle-of-three"] + 1e-9
     assert set(figures["categories"]) <= {"chat", "code", "tool_call"}
-    assert Path("e.png").stat().st_size > 1000
 
-    # Calibrating on prompts of one's own, and a router trained into an existing bundle.
-    run("calibrate", "--bundle", "bundle", *held_out, *given)
+    # A router trained into an existing bundle.
     assert answer_of(run("train", "router", *config, "--bundle", "bundle"))["router"]
     router = load_manifest(Path("bundle")).router
     assert router is not None
@@ -114,7 +100,6 @@ def check_router(directory: Path) -> None:
     provenance = json.loads((directory / "provenance.json").read_text())
     assert provenance["config"]["router"]["epochs"] == 3
     assert provenance["data"][0]["sequences"] == 24
-    assert (directory / "calibration.png").stat().st_size > 1000
     assert json.loads((directory / "report.json").read_text())["positions"]["learn"] > 0
     with safe_open(directory / "router.safetensors", framework="pt") as file:
         assert file.metadata()["delta_sign"] == "ar-minus-diffusion"
@@ -122,20 +107,20 @@ def check_router(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("round_ms", "message"),
     [
-        (("--config", "tiny", "--prompts", "held-out.jsonl"), "give either --config"),
-        ((), "give either --config"),
-        (("--config", "tiny", "--round-ms", "eagle3=30"), "milliseconds of a round of both drafters"),
-        (("--config", "tiny", "--round-ms", "eagle3=fast,dflash=2"), "eagle3=31.0,dflash=28.5"),
+        ("eagle3=30", "milliseconds of a round of both drafters"),
+        ("eagle3=fast,dflash=2", "eagle3=31.0,dflash=28.5"),
     ],
 )
 def test_calibrate_says_what_it_needs(
-    root: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+    root: Path, monkeypatch: pytest.MonkeyPatch, round_ms: str, message: str
 ) -> None:
     monkeypatch.chdir(root)
     before = (root / "given/whiflash.json").read_text()
-    result = CliRunner().invoke(app, ["calibrate", "--bundle", "given", *arguments])
+    result = CliRunner().invoke(
+        app, ["calibrate", "--bundle", "given", "--config", "tiny", "--round-ms", round_ms]
+    )
     assert result.exit_code == 1
     assert message in str(result.exception)
     assert (root / "given/whiflash.json").read_text() == before

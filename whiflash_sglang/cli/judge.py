@@ -11,15 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, for_tables
-from whiflash_sglang.cli.train import readable_errors, resolve_config
+from whiflash_sglang.cli.train import ConfigOption, readable_errors, resolve_config
 from whiflash_sglang.jsonl import write_whole
 
 BundleOption = Annotated[Path, typer.Option(help="Bundle directory.")]
-PictureOption = Annotated[Path | None, typer.Option(help="Write a picture to this file (.png).")]
-TokensOption = Annotated[int, typer.Option(min=3, help="Answer tokens per prompt.")]
-WorkOption = Annotated[Path | None, typer.Option(help="Keep answers and replays in this directory.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Number format of target and drafters.")]
-ThreadsOption = Annotated[int, typer.Option(help="CPU threads; 0 is torch's choice.")]
 
 
 def keep(result: Mapping[str, Any], out: Path | None) -> None:
@@ -35,14 +30,13 @@ def evaluate_command(
     ],
     as_json: JsonFlag = False,
     out: OutOption = None,
-    picture: PictureOption = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Most prompts, balanced over the categories.")
     ] = None,
-    max_new_tokens: TokensOption = 160,
-    work: WorkOption = None,
-    dtype: DtypeOption = "bfloat16",
-    threads: ThreadsOption = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=3, help="Answer tokens per prompt.")] = 160,
+    work: Annotated[Path | None, typer.Option(help="Keep answers and replays in this directory.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Number format of target and drafters.")] = "bfloat16",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 is torch's choice.")] = 0,
 ) -> None:
     """Measure acceptance lengths of a bundle's arms and routers on held-out prompts, without a server.
 
@@ -54,22 +48,23 @@ def evaluate_command(
 
     with readable_errors():
         load_manifest(bundle)
+        import torch
+
         from whiflash_sglang.lab.judging.evaluation import (
             EvaluationSettings,
             evaluate_bundle,
             figures_table,
-            write_picture,
         )
         from whiflash_sglang.train.config import Hardware
 
-        hardware = Hardware.model_validate({"dtype": dtype, "threads": threads, "device": _device()})
+        # The device that SGLang computes on here.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        hardware = Hardware.model_validate({"dtype": dtype, "threads": threads, "device": device})
         settings = EvaluationSettings(
             limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware
         )
         result = evaluate_bundle(bundle, prompts, settings)
         keep(result, out)
-        if picture is not None:
-            write_picture(result, picture)
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -78,50 +73,30 @@ def evaluate_command(
 
 def calibrate_command(
     bundle: BundleOption,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="Training configuration whose answers, unseen by the router, are used."),
-    ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts to answer instead (JSONL).")] = None,
+    config: ConfigOption,
     per_category: Annotated[int, typer.Option(min=1, help="Most answers of each category.")] = 48,
-    server: Annotated[
-        str | None, typer.Option(help="URL of a running server of this bundle; by default one is started.")
-    ] = None,
     round_ms: Annotated[
-        str | None, typer.Option(help="Round times in ms instead of measuring: eagle3=31.0,dflash=28.5")
+        str | None,
+        typer.Option(help="Round times in ms instead of a server's: eagle3=31.0,dflash=28.5"),
     ] = None,
     as_json: JsonFlag = False,
     out: OutOption = None,
-    picture: PictureOption = None,
-    max_new_tokens: TokensOption = 160,
-    work: WorkOption = None,
-    dtype: DtypeOption = "bfloat16",
-    threads: ThreadsOption = 0,
 ) -> None:
     """Choose the routers' thresholds for the most tokens a second and write them to the bundle.
 
+    It takes the training's stored answers that the router has not seen.
+
     \b
     Example:
-    whiflash calibrate --bundle my-bundle --config smollm2-135m-instruct --picture thresholds.png
+    whiflash calibrate --bundle my-bundle --config smollm2-135m-instruct
     """
     from whiflash_sglang.checkpoints.manifest import load_manifest
 
     with readable_errors():
         load_manifest(bundle)
         from whiflash_sglang.lab.judging.calibration import CalibrationSettings, calibrate
-        from whiflash_sglang.lab.judging.evaluation import EvaluationSettings
-        from whiflash_sglang.train.config import Hardware
 
-        hardware = Hardware.model_validate({"dtype": dtype, "threads": threads, "device": _device()})
-        settings = CalibrationSettings(
-            config=None if config is None else resolve_config(config),
-            prompts=prompts,
-            per_category=per_category,
-            server=server,
-            round_ms=round_ms,
-            picture=picture,
-            evaluation=EvaluationSettings(max_new_tokens=max_new_tokens, work=work, hardware=hardware),
-        )
+        settings = CalibrationSettings(resolve_config(config), per_category, round_ms)
         result = calibrate(bundle, settings)
         keep(result, out)
     if as_json:
@@ -136,10 +111,3 @@ def calibrate_command(
 def register(app: typer.Typer) -> None:
     app.command("calibrate")(calibrate_command)
     app.command("evaluate")(evaluate_command)
-
-
-def _device() -> str:
-    """The device that SGLang computes on here."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -79,51 +79,6 @@ def split_command(
     )
 
 
-@train_app.command("audit")
-def audit_command(
-    tokens: Annotated[Path, typer.Argument(help="Token ids (.npz), as `whiflash train export` writes them.")],
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Prompts (JSON lines) to keep, as from `split`; answers to others are counted."),
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(help="Target (embedded, a directory or hub id) whose logits judge the differences."),
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Count prompts that were answered more than once, and show the first differences.
-
-    \b
-    Example:
-    whiflash train audit training_data/smollm2-135m-instruct/tokens.npz --target embedded
-    """
-    import torch
-
-    from whiflash_sglang.models.target import TargetModel
-    from whiflash_sglang.train.answers.data import target_path
-    from whiflash_sglang.train.answers.prompts import read_rows
-    from whiflash_sglang.train.answers.tokens import Exported, compare_copies, judge
-
-    exported = Exported(tokens)
-    found = compare_copies(exported)
-    result: dict[str, object] = {
-        "sequences": len(exported.ids),
-        "prompts": len(set(exported.ids)),
-        **found.counts(),
-    }
-    if target is not None:
-        result |= judge(
-            exported,
-            found,
-            TargetModel(target_path(target), device=torch.device("cpu"), dtype=torch.bfloat16),
-        )
-    if prompts is not None:
-        wanted = {row["id"] for row in read_rows(prompts)}
-        result["answers to other prompts"] = sum(name not in wanted for name in exported.ids)
-    report(result, as_json)
-
-
 @train_app.command("data")
 def data_command(
     config: ConfigOption,

@@ -181,8 +181,6 @@ class DSpark(_Block):
         markov_head: its published type.
         confidence_head: whether it has one.
         confidence_of: it learns whether sampling (`overlap`) or greedy decoding (`choice`) accepts.
-        weights: of a block's positions: `exponential` by gamma, or `dpace` (arXiv 2605.18810).
-        smoothing: of the chances that `dpace` weighs by.
         cross_entropy: weight of the cross-entropy with the target's distribution.
         distance: weight of the L1 distance of the distributions.
         confidence: weight of the confidence head's error.
@@ -194,8 +192,6 @@ class DSpark(_Block):
     markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
     confidence_head: bool = True
     confidence_of: Literal["overlap", "choice"] = "overlap"
-    weights: Literal["exponential", "dpace"] = "exponential"
-    smoothing: Share = 0.5
     cross_entropy: Annotated[float, Field(ge=0)] = 0.1
     distance: Annotated[float, Field(ge=0)] = 0.9
     confidence: Annotated[float, Field(ge=0)] = 1.0
@@ -285,13 +281,6 @@ class TrainConfig(_Strict):
         return self.dspark
 
 
-GONE = {
-    "data.source": "SGLang's engine answers for every target; remove the key",
-    "data.slots": "give data.at_once instead, and data.engine: {context_length: N} to bound prompt and answer",
-}
-"""Keys of older files."""
-
-
 def load_config(path: Path) -> TrainConfig:
     """Read a .yaml, .yml or .toml file. Raises `ConfigError` naming the key that is wrong."""
     try:
@@ -306,8 +295,7 @@ def load_config(path: Path) -> TrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file"
-        reason = GONE.get(place, first["msg"])
-        raise ConfigError(f"{path}: {place}: {reason} ({error.error_count()} problem(s))") from None
+        raise ConfigError(f"{path}: {place}: {first['msg']} ({error.error_count()} problem(s))") from None
     if config.capture != sorted(set(config.capture)):
         raise ConfigError(f"{path}: capture must be ascending and without repetition, got {config.capture}")
     for name in ("eagle3", "dflash", "dspark"):

@@ -233,71 +233,13 @@ def calibration_bins(router: Router, data: RouterData) -> list[Bin]:
     return [Bin(predicted[part].mean().item(), data.delta[part].mean().item()) for part in parts]
 
 
-def plot_calibration(bins: Sequence[Bin], path: Path) -> None:
-    """Predicted against measured ΔAL, the mean of each tenth of the predictions."""
-    figure, axes = pyplot().subplots(figsize=(4, 4))
-    axes.plot([part.predicted for part in bins], [part.measured for part in bins], "o-")
-    axes.axline((0, 0), slope=1, linestyle="dotted", color="black")
-    axes.set_xlabel("predicted ΔAL (EAGLE-3 - DFlash)")
-    axes.set_ylabel("measured ΔAL")
-    save_picture(figure, path)
-
-
-def plot_thresholds(
-    curves: Mapping[str, Mapping[float, float]],
-    chosen: Mapping[str, float],
-    frame: Mapping[str, float],
-    path: Path,
-) -> None:
-    """Tokens per second against each router's threshold.
-
-    Args:
-        curves: router → threshold → tokens per second. chosen: router → threshold.
-        frame: name → tokens per second of what does not depend on a threshold.
-    """
-    figure, rows = pyplot().subplots(1, len(curves), figsize=(5 * len(curves), 4), sharey=True, squeeze=False)
-    for axes, (name, curve) in zip(rows[0], curves.items(), strict=True):
-        axes.plot(list(curve), list(curve.values()), ".-", label=name)
-        axes.axvline(chosen[name], color="tab:green", label=f"chosen: {chosen[name]:.3g}")
-        for style, (level, value) in zip(
-            ("dotted", "dashed", "dashdot", (0, (1, 6))), frame.items(), strict=False
-        ):
-            axes.axhline(value, linestyle=style, color="black", linewidth=1, label=level)
-        axes.set_xlabel(
-            "entropy threshold (nats)" if name == "entropy" else "threshold on predicted ΔAL (tokens)"
-        )
-        axes.legend(fontsize="small")
-    rows[0][0].set_ylabel("tokens per second")
-    save_picture(figure, path)
-
-
-def pyplot() -> Any:
-    """matplotlib without a display; imported when a picture is drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as drawn
-
-    return drawn
-
-
-def save_picture(figure: Any, path: Path) -> None:
-    """Write a figure whole, in the format that the file's name ends with, and close it."""
-    figure.tight_layout()
-    staged = path.with_name(f".{path.name}")
-    figure.savefig(staged, dpi=120, format=path.suffix.lstrip(".") or "png")
-    staged.replace(path)
-    pyplot().close(figure)
-
-
 REPORT = "report.json"
-PLOT = "calibration.png"
 _HEAD_ROWS = 2048
 
 
 @dataclass(frozen=True)
 class TrainedRouter:
-    """`directory` holds the router file, its report, its plot and its provenance."""
+    """`directory` holds the router file, its report and its provenance."""
 
     directory: Path
     report: dict[str, Any]
@@ -353,7 +295,6 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
     out.mkdir(parents=True, exist_ok=True)
     router.save(out / ROUTER_FILE)
     (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-    plot_calibration(calibration_bins(router, held_out), out / PLOT)
     log = read_json_file(run / "log.json", finite=False)
     provenance.finish(out, {"log": log, "drafters": pair.digest})
     return TrainedRouter(out, report)

@@ -22,14 +22,12 @@ class RouterWalk(NamedTuple):
     """A router's wishes: for each answer the arm of every position.
 
     min_dwell: rounds that an arm is kept before the next switch. copies: whether the lookup arm is among its arms,
-    so that it is measured against the oracle of three. priced: it seeks speed instead of acceptance length, so that
-    it has no share in an oracle's gain.
+    so that it is measured against the oracle of three.
     """
 
     choices: Sequence[Choices]
     min_dwell: int = 0
     copies: bool = False
-    priced: bool = False
 
 
 def walk(
@@ -139,8 +137,6 @@ def _figures(
 def _gain_shares(lengths: Mapping[str, float], routers: Mapping[str, RouterWalk]) -> dict[str, float]:
     shares = {}
     for name, router in routers.items():
-        if router.priced:
-            continue
         among = ALL_ARMS if router.copies else ARMS
         static = max(lengths[arm] for arm in among if arm in lengths)
         gain = lengths[ORACLE_OF_THREE if router.copies else ORACLE] - static

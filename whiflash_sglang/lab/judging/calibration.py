@@ -1,10 +1,10 @@
-"""`whiflash calibrate`: a bundle, answers and the cost of a round in; thresholds, curves and a picture out."""
+"""`whiflash calibrate`: a bundle, answers and the cost of a round in; thresholds and curves out."""
 
 import asyncio
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,22 +21,17 @@ from whiflash_sglang.lab.bench.fleet import launcher
 from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, Asker
 from whiflash_sglang.lab.bench.prompts import Prompt, load_prompts, sample, shipped
 from whiflash_sglang.lab.bench.subject import build_subject
-from whiflash_sglang.lab.judging.evaluation import (
-    EvaluationSettings,
-    answer_and_replay,
-    load_router,
-)
-from whiflash_sglang.models.origin import Origin, Vocabulary
+from whiflash_sglang.lab.judging.evaluation import load_router
+from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.progress import progress
 from whiflash_sglang.train.answers.data import target_path
-from whiflash_sglang.train.answers.prompts import read_rows
 from whiflash_sglang.train.answers.store import open_stores
 from whiflash_sglang.train.bundle import update_manifest
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.drafters.initialisation import origin_of
 from whiflash_sglang.train.replay import ARMS, Pair, Parts, Replay, ReplayLog, replay_answers, replay_name
 from whiflash_sglang.train.rounds import Tally
-from whiflash_sglang.train.router import choose_answers, entropy_of, is_held_out, plot_thresholds
+from whiflash_sglang.train.router import choose_answers, entropy_of, is_held_out
 from whiflash_sglang.train.walk import Choices, choices_above, walk
 
 GRID = 41
@@ -111,68 +106,39 @@ class CalibrationSettings:
     """What to calibrate on.
 
     Attributes:
-        config: take stored answers that the router was not trained on. prompts: answer these instead.
+        config: of the training whose stored answers are taken, those that the router was not trained on.
         per_category: answers of each category, at most.
-        server: a running server of the bundle. round_ms: a round's milliseconds instead (`parse_round_costs`). With
-            neither, a server is started for the measurement.
-        evaluation: how `prompts` are answered, and on what.
+        round_ms: a round's milliseconds (`parse_round_costs`). None: a server is started to measure them.
     """
 
-    config: TrainConfig | None = None
-    prompts: Path | None = None
+    config: TrainConfig
     per_category: int = 48
-    server: str | None = None
     round_ms: str | None = None
-    picture: Path | None = None
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
 
 def calibrate(bundle: Path, settings: CalibrationSettings) -> dict[str, Any]:
     """Replay, measure rounds, choose thresholds; the result of `calibrate_bundle`.
 
     Raises:
-        WhiflashError: the bundle, the server or an option cannot be used. ValueError: prompts cannot.
+        WhiflashError: the bundle, the server or an option cannot be used.
     """
     manifest = load_manifest(bundle)
     check_arms("calibration of the routers between two drafters", NAMES, manifest.drafters)
-    if (settings.config is None) == (settings.prompts is None):
-        raise ConfigError("give either --config (stored answers) or --prompts (answered now)")
     seconds = None if settings.round_ms is None else parse_round_costs(settings.round_ms)
-    if settings.config is not None:
-        config, hardware = settings.config, settings.config.hardware
-        if hardware.threads:
-            torch.set_num_threads(hardware.threads)
-        target: Vocabulary | Origin = origin_of(
-            config, target_path(manifest.target), open_stores(config), **hardware.place
-        )
-        answers = stored_answers(config, bundle, target, settings.per_category)
-    else:
-        rows = _per_category(read_rows(settings.prompts or Path()), settings.per_category)
-        done = answer_and_replay(bundle, rows, settings.evaluation)
-        target, answers = done.target, done.answers
-    if seconds is None and settings.server is not None:
-        seconds = measure_rounds(settings.server, sample_prompts())
-    elif seconds is None:
-        dtype = settings.evaluation.hardware.dtype
-        seconds = measure_with_own_server(bundle, target_path(manifest.target), dtype)
+    config, hardware = settings.config, settings.config.hardware
+    if hardware.threads:
+        torch.set_num_threads(hardware.threads)
+    path = target_path(manifest.target)
+    target = origin_of(config, path, open_stores(config), **hardware.place)
+    answers = stored_answers(config, bundle, target, settings.per_category)
+    if seconds is None:
+        seconds = measure_rounds(bundle, path, hardware.dtype)
     said = ",".join(f"{arm}={1000 * value:.2f}" for arm, value in seconds.items())
     Console(stderr=True).print(f"rounds in milliseconds, for --round-ms: {said}", highlight=False)
-    return calibrate_bundle(bundle, answers, target, seconds, settings.picture)
+    return calibrate_bundle(bundle, answers, target, seconds)
 
 
-def _per_category(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    taken: Counter[str] = Counter()
-    chosen = []
-    for row in rows:
-        taken[row["category"]] += 1
-        if taken[row["category"]] <= count:
-            chosen.append(row)
-    return chosen
-
-
-def stored_answers(
-    config: TrainConfig, bundle: Path, target: Vocabulary | Origin, per_category: int
-) -> list[Replay]:
+def stored_answers(config: TrainConfig, bundle: Path, target: Origin, per_category: int) -> list[Replay]:
     """Replays of stored answers that the router was not trained on, at most `per_category` each.
 
     Replays that `whiflash train router` made are used again.
@@ -198,9 +164,8 @@ def stored_answers(
 def calibrate_bundle(
     bundle: Path,
     answers: Sequence[Replay],
-    target: Vocabulary | Origin,
+    target: Origin,
     seconds: RoundSeconds,
-    picture: Path | None,
 ) -> dict[str, Any]:
     """Choose the thresholds of the bundle's routers and write them into its `whiflash.json`.
 
@@ -225,9 +190,6 @@ def calibrate_bundle(
         }
     alone = {arm: _rate(answers, [arm] * len(answers), seconds) for arm in ARMS}
     update_manifest(bundle, changes)
-    if picture is not None:
-        chosen = {name: curve.chosen for name, curve in curves.items()}
-        plot_thresholds({n: c.rates for n, c in curves.items()}, chosen, alone, picture)
     return {
         "bundle": manifest.name,
         "answers": dict(Counter(answer.category for answer in answers)),
@@ -264,8 +226,17 @@ def parse_round_costs(text: str) -> dict[str, float]:
     return costs
 
 
-def measure_with_own_server(bundle: Path, model_path: Path, dtype: str) -> dict[str, float]:
-    """Start a server of the bundle, measure, stop it. Raises `ServerError` where it does not start."""
+def measure_rounds(bundle: Path, model_path: Path, dtype: str) -> dict[str, float]:
+    """Seconds of a round of each drafter at a server of the bundle, which is started and ended here.
+
+    The server is pinned to one drafter after the other with every prompt, so that the machine's drift hits both alike.
+    A round's seconds are the time from an answer's first event to its last, over its verifications: drafting,
+    verifying, the engine and HTTP.
+
+    Raises:
+        WhiflashError: the server does not start, or refuses.
+    """
+    prompts = sample(load_prompts(str(shipped())), PROMPTS_PER_CATEGORY)
     with tempfile.TemporaryDirectory() as scratch:
         subject = build_subject(str(model_path), str(bundle), dtype, (), Path(scratch), ())
         arguments = [
@@ -273,57 +244,24 @@ def measure_with_own_server(bundle: Path, model_path: Path, dtype: str) -> dict[
             *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(bundle)),
         ]
         with launcher(arguments, None) as server:
-            return measure_rounds(server.base_url, sample_prompts())
-
-
-def sample_prompts() -> list[Prompt]:
-    """A few prompts of every category of the benchmark's sample."""
-    return sample(load_prompts(str(shipped())), PROMPTS_PER_CATEGORY)
-
-
-def measure_rounds(url: str, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Seconds of a round of each drafter at a running server of the bundle, whose router is changed and put back.
-
-    The server is pinned to one drafter after the other with every prompt, so that the machine's drift hits both alike.
-    A round's seconds are the time from an answer's first event to its last, over its verifications: drafting,
-    verifying, the engine and HTTP.
-
-    Raises:
-        WhiflashError: the server is none of ours, or refuses.
-    """
-    return asyncio.run(_measure(url, prompts))
+            return asyncio.run(_measure(server.base_url, prompts))
 
 
 async def _measure(url: str, prompts: Sequence[Prompt]) -> dict[str, float]:
     seconds, rounds = dict.fromkeys(ARMS, 0.0), dict.fromkeys(ARMS, 0)
     async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS) as client:
-        before = await _policy(client)
         asker = Asker(client, TOKENS)
-        try:
-            with progress() as bar:
-                task = bar.add_task("measuring rounds", total=(len(prompts) + 1) * len(ARMS))
-                for index, prompt in enumerate([prompts[0], *prompts]):
-                    for arm in ARMS:
-                        await _pin(client, SERVER_NAMES[arm])
-                        answer = await asker.ask(prompt)
-                        bar.advance(task)
-                        if index:  # the first prompt warms up
-                            seconds[arm] += answer.seconds - answer.ttft
-                            rounds[arm] += answer.forwards
-        finally:
-            await _pin(client, before)
+        with progress() as bar:
+            task = bar.add_task("measuring rounds", total=(len(prompts) + 1) * len(ARMS))
+            for index, prompt in enumerate([prompts[0], *prompts]):
+                for arm in ARMS:
+                    await _pin(client, SERVER_NAMES[arm])
+                    answer = await asker.ask(prompt)
+                    bar.advance(task)
+                    if index:  # the first prompt warms up
+                        seconds[arm] += answer.seconds - answer.ttft
+                        rounds[arm] += answer.forwards
     return {arm: seconds[arm] / rounds[arm] for arm in ARMS}
-
-
-async def _policy(client: httpx.AsyncClient) -> str:
-    try:
-        answer = await client.get("/whiflash/state")
-        return str(answer.raise_for_status().json()["policy"])
-    except (httpx.HTTPError, KeyError, ValueError) as error:
-        raise WhiflashError(
-            f"{client.base_url}/whiflash/state cannot be read ({error}): give --server a server that was started with "
-            "--speculative-algorithm WHIFLASH"
-        ) from None
 
 
 async def _pin(client: httpx.AsyncClient, router: str) -> None:

@@ -1,4 +1,4 @@
-"""`whiflash evaluate`: a bundle against held-out prompts; answers in, table, picture and JSON out."""
+"""`whiflash evaluate`: a bundle against held-out prompts; answers in, table and JSON out."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,16 @@ from rich.table import Table
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import Forecast
-from whiflash_sglang.checkpoints.fit import block_size_of
-from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.origin import Origin, Vocabulary
 from whiflash_sglang.models.router import Router
-from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import route
 from whiflash_sglang.routing.neural import note
-from whiflash_sglang.routing.policies import PROBE_ROUNDS, AutoPolicy
+from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.train.answers.data import answer_rows, is_embedded, target_path
+from whiflash_sglang.train.answers.data import answer_rows, target_path
 from whiflash_sglang.train.answers.prompts import balanced, read_rows
 from whiflash_sglang.train.answers.served import serve
 from whiflash_sglang.train.answers.store import FeatureStore
@@ -40,11 +37,9 @@ from whiflash_sglang.train.replay import (
     replay_answers,
 )
 from whiflash_sglang.train.rounds import Tally
-from whiflash_sglang.train.router import entropy_of, pyplot, save_picture
+from whiflash_sglang.train.router import entropy_of
 from whiflash_sglang.train.walk import (
     LOOP,
-    ORACLE,
-    ORACLE_OF_THREE,
     Choices,
     RouterWalk,
     choices_above,
@@ -61,39 +56,6 @@ REPLAYED = {
 """The controller's names of the arms → the replays'."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """What a round costs, in verifications of one row; `Costs` for one request alone.
-
-    drafts: arm → its draft stage. rows: arm → rows that it verifies, where it does not say itself. row: one more row
-    of a verification.
-    """
-
-    drafts: Mapping[str, float]
-    rows: Mapping[str, float]
-    row: float
-
-    @classmethod
-    def of_two_cores(cls, eagle_steps: int, block_size: int) -> "Prices":
-        """The embedded target's on two cores, rounded: verification 34 ms, five EAGLE-3 passes 7 ms, a DFlash block
-        6 ms, a further row 0.7 ms. Measured in bfloat16 on an AMD EPYC, SGLang 0.5.23, torch 2.14.1.
-        """
-        rows = {arms.AR: eagle_steps + 1, arms.DIFFUSION: block_size}
-        return cls({arms.AR: 0.04 * eagle_steps, arms.DIFFUSION: 0.17}, rows, 0.02)
-
-    def draft(self, arm: str, requests: int) -> float:
-        return self.drafts.get(arm, 0.0)
-
-    def verify(self, rows: float, requests: int) -> float:
-        return 1.0 + self.row * (rows - 1)
-
-    def width(self, arm: str) -> float:
-        return self.rows.get(arm, 1)
-
-    def timings(self, arm: str) -> int:
-        return PROBE_ROUNDS
-
-
 class Known(NamedTuple):
     """What the controller may know at every position of an answer: the target's entropy in nats [P], and the router's
     outputs [P][3] (ΔAL, accepted drafts of EAGLE-3, of DFlash), empty without heads."""
@@ -102,17 +64,17 @@ class Known(NamedTuple):
     predicted: Sequence[Sequence[float]]
 
 
-def auto_choices(answers: Sequence[Replay], known: Sequence[Known], costs: Costs | None) -> list[Choices]:
+def auto_choices(answers: Sequence[Replay], known: Sequence[Known]) -> list[Choices]:
     """The arm of every round that `auto` comes to, answer by answer; it learns as it goes, as one server does.
 
-    Drafts have their full length. costs: None: nothing costs, so that `auto` seeks acceptance length alone.
+    Drafts have their full length. Nothing costs anything, so `auto` seeks acceptance length alone.
     """
     policy = AutoPolicy(heads=any(one.predicted for one in known))
     chosen: list[Choices] = []
     for answer, one in zip(answers, known, strict=True):
         choices: dict[int, str] = {}
         for begin, end in ((0, answer.loop_from), (answer.loop_from, answer.positions)):
-            run = _AutoRun(policy, costs, answer, one, choices)
+            run = _AutoRun(policy, answer, one, choices)
             walk(answer, run.choose, begin, end, Tally(), learn=run.learn)
         chosen.append(choices)
     return chosen
@@ -124,12 +86,11 @@ class _AutoRun:
     def __init__(
         self,
         policy: AutoPolicy,
-        costs: Costs | None,
         answer: Replay,
         known: Known,
         choices: dict[int, str],
     ) -> None:
-        self._policy, self._costs, self._answer, self._known = policy, costs, answer, known
+        self._policy, self._answer, self._known = policy, answer, known
         self._state, self._choices = RequestState(answer.id, RequestHints()), choices
 
     def choose(self, position: int) -> str:
@@ -143,7 +104,7 @@ class _AutoRun:
             forecast[arms.LOOKUP] = Forecast(
                 1 + float(answer.copies[position]), 1 + int(answer.proposed[position])
             )
-        (arm,) = route(self._policy, [state], [forecast], self._costs)
+        (arm,) = route(self._policy, [state], [forecast], None)
         if arm == arms.NONE and state.decision.promised:
             arm = arms.LOOKUP
         self._choices[position] = REPLAYED[arm]
@@ -200,7 +161,7 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
         "skipped": done.skipped,
         "max_new_tokens": settings.max_new_tokens,
         "dtype": settings.hardware.dtype,
-        **tabulate(done.answers, routers_of(bundle, done.answers, done.target, settings.eagle_steps)),
+        **tabulate(done.answers, routers_of(bundle, done.answers, done.target)),
     }
 
 
@@ -241,12 +202,9 @@ def answer_and_replay(
     return AnsweredBundle(target, answers, len(chosen), summary.skipped)
 
 
-def routers_of(
-    bundle: Path, answers: Sequence[Replay], target: Vocabulary, eagle_steps: int
-) -> dict[str, RouterWalk]:
-    """The bundle's routers at its own thresholds, and `auto`: unpriced, and for the
-    embedded target, whose prices are known, priced. Beside one drafter alone there are no routers that
-    choose between two.
+def routers_of(bundle: Path, answers: Sequence[Replay], target: Vocabulary) -> dict[str, RouterWalk]:
+    """The bundle's routers at its own thresholds, and `auto`, to which nothing costs anything. Beside one drafter alone
+    there are no routers that choose between two.
     """
     manifest = load_manifest(bundle)
     tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
@@ -261,11 +219,7 @@ def routers_of(
         deltas = deltas_of(router, answers)
         walks["neural"] = RouterWalk([choices_above(one, threshold) for one in deltas], dwell)
     known = [Known(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)]
-    walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known, None), copies=True)
-    if is_embedded(manifest.target):
-        block_size = block_size_of(member(bundle, manifest, "dflash"), None) if manifest.dflash else 1
-        prices = Prices.of_two_cores(eagle_steps, block_size)
-        walks["auto"] = RouterWalk(auto_choices(answers, known, prices), copies=True, priced=True)
+    walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known), copies=True)
     return walks
 
 
@@ -317,24 +271,3 @@ def figures_table(result: Mapping[str, Any]) -> Table:
         shares = [f"{figures['rounds_won'][arm]:.0%}" for arm in compared]
         table.add_row(category, *lengths, *shares)
     return table
-
-
-def write_picture(result: Mapping[str, Any], path: Path) -> None:
-    """Grouped bars of the acceptance lengths."""
-    groups = {**result["categories"], "overall": result["overall"]}
-    oracles = {ORACLE: "dotted", ORACLE_OF_THREE: "dashed"}
-    names = [name for name in result["overall"]["acceptance_length"] if name not in oracles]
-    figure, axes = pyplot().subplots(figsize=(1.4 * len(groups) + 2, 4))
-    width = 0.8 / len(names)
-    for index, name in enumerate(names):
-        values = [group["acceptance_length"][name] for group in groups.values()]
-        axes.bar([place + index * width for place in range(len(groups))], values, width, label=name)
-    for place, group in enumerate(groups.values()):
-        for oracle, style in oracles.items():
-            level = group["acceptance_length"][oracle]
-            axes.hlines(level, place - width / 2, place + 0.8 - width / 2, colors="black", linestyles=style)
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], list(groups))
-    axes.set_ylabel("tokens per round (dotted: oracle of two, dashed: of three)")
-    axes.set_ylim(bottom=1)
-    axes.legend()
-    save_picture(figure, path)

@@ -1,8 +1,7 @@
 """DSpark training (arXiv 2607.05147): DFlash's blocks, a Markov head fed the text's own tokens, a confidence head.
 
 The loss of a draft is `cross_entropy` · CE + `distance` · L1 of the target's and the drafter's distributions +
-`confidence` · BCE of the confidence head, as DeepSpec combines them; positions are weighted by a falling exponential
-or, after D-PACE (arXiv 2605.18810), by what getting them right is worth while the run lasts.
+`confidence` · BCE of the confidence head, as DeepSpec combines them; positions are weighted by a falling exponential.
 """
 
 from dataclasses import fields
@@ -53,8 +52,6 @@ class DSparkTraining(BlockTraining):
         logits = self.corrected(examples)
         terms = self.terms(examples, logits)
         weights = self.falling * examples.counted
-        if settings.weights == "dpace":
-            weights = dynamic_weights(self.chances(examples, logits), examples.counted, settings.smoothing)
         loss = settings.cross_entropy * weighted_mean(terms.cross_entropy, weights)
         loss = loss + settings.distance * weighted_mean(terms.distance, weights)
         self.metrics = {"acceptance_length": examples.acceptance_length(logits)}
@@ -86,26 +83,6 @@ class DSparkTraining(BlockTraining):
             found = self.drafter.confidence_logits(examples.rows, examples.before)
             confidence = F.binary_cross_entropy_with_logits(found.float(), right, reduction="none")
         return Terms(cross_entropy(logits, wanted).view(shape), distance, confidence)
-
-    @torch.no_grad()
-    def chances(self, examples: Examples, logits: Tensor) -> Tensor:
-        """[A, D] float32: the drafter's probability of the text's token; of one without a label meaningless."""
-        chosen = logits.gather(-1, examples.labels.ids.clamp(min=0)[:, None])[:, 0].float()
-        return (chosen - logits.float().logsumexp(-1)).exp().view(examples.valid.shape)
-
-
-def dynamic_weights(chances: Tensor, counted: Tensor, smoothing: float) -> Tensor:
-    """D-PACE's weights of a block's positions, [A, D] float32, without gradients.
-
-    With s_i = (1 - smoothing) · chance_i + smoothing, Σ_j Π_{i≤j} s_i drafts are expected to be accepted; what of them
-    goes through position k, and so is its weight, is Σ_{j≥k} Π_{i≤j} s_i.
-
-    Args:
-        chances: [A, D] that a draft is right. counted: [A, D] bool; others weigh nothing and stop nobody.
-    """
-    smooth = torch.where(counted, (1 - smoothing) * chances + smoothing, 1.0)
-    reached = smooth.cumprod(-1) * counted
-    return reached.flip(-1).cumsum(-1).flip(-1) * counted
 
 
 def initialise(target: Origin, settings: DSpark) -> DSparkDrafter:
