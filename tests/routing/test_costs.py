@@ -51,13 +51,13 @@ def busy_server(rounds: int, requests: list[int], seed: int = 0) -> Plane:
 
 def test_a_draft_is_not_charged_for_the_requests_beside_it() -> None:
     plane = busy_server(600, [1, 2, 4, 8])
-    assert plane.slopes == pytest.approx((0.002, 0.004), rel=0.15)
+    assert plane.slopes[:2] == pytest.approx((0.002, 0.004), rel=0.15)
     assert plane.at(0, 8) == pytest.approx(0.062, rel=0.05)
     assert plane.at(24, 8) == pytest.approx(0.110, rel=0.05)
 
 
 def test_what_never_differed_keeps_its_prior() -> None:
-    draft, request = busy_server(600, [1]).slopes
+    draft, request, _ = busy_server(600, [1]).slopes
     assert draft == pytest.approx(0.002, rel=0.15)
     assert request == pytest.approx(PRIOR_SHARE * 0.0375, rel=0.1)
 
@@ -77,9 +77,25 @@ def test_a_busy_server_that_drafts_less_does_not_make_drafts_free() -> None:
     plane = Plane(0.02, PRIOR_SHARE)
     for drafts, requests, seconds in ((0, 8, 0.040), (20, 1, 0.060), (20, 8, 0.035)) * 100:
         plane.add(drafts, requests, seconds)
-    draft, request = plane.slopes
+    draft, request, _ = plane.slopes
     assert draft == pytest.approx(0.00037, abs=0.0001)
     assert request == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_second_row_may_cost_more_than_all_behind_it(seed: int) -> None:
+    """In float32 on two cores a round of one row took 77 ms, one of two to eight rows some 125. On one line through
+    both a draft cost 5 ms, so copies of which one in twelve was right looked worth it.
+    """
+    rng, plane = random.Random(seed), Plane(0.02, PRIOR_SHARE)
+    for _ in range(60):
+        drafts = rng.choice([0, 0, 0, 1, 2, 4, 8])
+        plane.add(drafts, 1, (0.077 if not drafts else 0.124 + 0.001 * drafts) * rng.lognormvariate(0, 0.08))
+    assert plane.at(0, 1) == pytest.approx(0.077, rel=0.06)
+    assert plane.at(1, 1) == pytest.approx(0.125, rel=0.08)
+    for _ in range(1000):  # what was seen long ago is forgotten, so that drafts are tried again
+        plane.add(0, 1, 0.077)
+    assert plane.at(1, 1) < 0.095
 
 
 def test_a_plane_before_and_after_its_first_round() -> None:

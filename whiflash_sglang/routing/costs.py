@@ -193,11 +193,12 @@ class MeasuredCosts(WorkerCosts):
         return Worth(self._rate * self._verify.slopes[0], self._rate * median(passes) if passes else 0.0)
 
     def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
-        draft, request = self._verify.slopes
+        draft, request, step = self._verify.slopes
         prices = {
             ("verify", ""): self._verify.at(0, 1),
             ("verify_draft", ""): draft,
             ("verify_request", ""): request,
+            ("verify_several", ""): step,
             ("between", ""): self._gap,
         }
         for arm in arms:
