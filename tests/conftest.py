@@ -47,12 +47,17 @@ LONGEST = (
     "tests/worker/test_hicache.py",
     "tests/worker/test_radix.py",
     "tests/targets/test_targets.py",
+    "tests/targets/test_window_pool.py",
     "tests/worker/test_quarantine.py",
-    "tests/worker/test_overlap.py",
     "tests/targets/test_recurrent_trees.py",
     "tests/worker/test_sampling.py",
-    "tests/worker/test_strands.py",
-    "tests/worker/test_interpreted_rounds.py",
+    "tests/worker/test_structure.py",
+    "tests/worker/test_sessions.py",
+    "tests/worker/test_steps.py",
+    "tests/worker/test_embedded.py",
+    "tests/platform/test_stock_command.py",
+    "tests/graphs/test_verify_graphs.py",
+    "tests/telemetry/test_server_metrics.py",
 )
 """Files of more than half a minute, longest first. They are begun first: a file is one worker's, and
 one that is begun last is waited for by all others. Only the time of a whole run depends on this list."""
@@ -67,6 +72,8 @@ NIGHTLY = (
     "tests/parallel/test_tensor_parallel.py",
     "tests/parallel/test_tensor_parallel_server.py",
     "tests/targets/test_trained.py",
+    "tests/worker/test_interpreted_rounds.py",
+    "tests/worker/test_layers.py",
     "tests/worker/test_upstream_sampling.py",
 )
 """Minutes each, and seldom red where the rest is green: `make evidence` runs them."""

@@ -3,7 +3,7 @@
 A server's processes take half a minute to import; white-box tests of the tree, the pools and the worker need
 neither HTTP nor tokenising. Requests go in as token ids; what comes out is the scheduler's own record of them.
 One engine at a time: SGLang's runtime context is process-wide. What an engine holds (threads, sockets, weights, KV
-pools) goes with it, `worker/test_engine.py` asserts it.
+pools) goes with it.
 """
 
 import contextlib

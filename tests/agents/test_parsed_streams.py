@@ -111,7 +111,7 @@ OF_INTERVAL = ("generate-logprobs", "completion-n", "chat-n", "responses", "mess
 """Whose tokens come several at a time: one of each route, as the others differ in what precedes that."""
 
 
-@pytest.fixture(scope="module", params=sampled([*ANSWERS, *VARIANTS], "hermes", "hermes-interval"))
+@pytest.fixture(scope="module", params=sampled([*ANSWERS, *VARIANTS], "hermes"))
 def servers(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, host: ServerHost
 ) -> Iterator[tuple[Server, Server, list[int]]]:

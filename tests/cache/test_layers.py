@@ -1,7 +1,6 @@
 """EAGLE-3 of several layers: what is ingested attends over its own request's text, whatever was drafted in between."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,10 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import ROWS, Arms, Replay, load_arms
 
-from whiflash_sglang.cache import backlog
-from whiflash_sglang.cache.backlog import FeatureRows
-from whiflash_sglang.cache.tokens import DraftKV
-from whiflash_sglang.drafters import paged
 from whiflash_sglang.drafters.paged import MOST_ROWS, blocks_of
 from whiflash_sglang.models.choice import Choice
 
@@ -81,83 +76,3 @@ def test_blocks_hold_every_row_once_and_no_two_requests(runs: list[int] | None) 
         for first in range(begin, end, width):
             assert len(set(owner[first : first + width])) == 1
     assert {width for _, _, width in blocks} <= ({1} if runs is None else {1 << i for i in range(8)})
-
-
-# ------------------------------------------------------------------ faults
-
-
-def gives_rows_to_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mixed_up(*rows: Any) -> FeatureRows:
-        if len(rows) < 6:  # of a drafter that does not ask whose they are
-            return FeatureRows(*rows)
-        *rest, requests, table = rows
-        return FeatureRows(*rest, requests % ROWS + 1, table)
-
-    monkeypatch.setattr(backlog, "FeatureRows", mixed_up)
-
-
-def does_not_see_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = paged.draft_attention
-
-    def short(q: Any, k: Any, v: Any, table: Any, requests: Any, ends: torch.Tensor, **given: Any) -> Any:
-        return attend(q, k, v, table, requests, ends - 1, **given)
-
-    monkeypatch.setattr(paged, "draft_attention", short)
-
-
-def attends_before_it_has_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is ingested together does not see each other: the slots hold what rejected drafts have left there."""
-    attend, write = paged.draft_attention, DraftKV.write
-    kept: list[Any] = []
-
-    def late(*args: Any, **given: Any) -> torch.Tensor:
-        found = attend(*args, **given)
-        while kept:
-            write(*kept.pop())
-        return found
-
-    def later(self: DraftKV, layer: int, *rest: Any) -> None:
-        if layer < LAYERS - 1:
-            kept.append((self, layer, *rest))
-        else:  # nothing attends there
-            write(self, layer, *rest)
-
-    monkeypatch.setattr(paged, "draft_attention", late)
-    monkeypatch.setattr(DraftKV, "write", later)
-
-
-def leaves_the_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = DraftKV.write
-
-    def lower(self: DraftKV, layer: int, *rest: Any) -> None:
-        if layer < LAYERS - 1:
-            write(self, layer, *rest)
-
-    monkeypatch.setattr(DraftKV, "write", lower)
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        gives_rows_to_another_request,
-        does_not_see_itself,
-        attends_before_it_has_written,
-        leaves_the_last_layer,
-    ],
-)
-def test_a_catch_up_that_is_not_exact_is_found(
-    arms: Arms, fault: Callable[[pytest.MonkeyPatch], None]
-) -> None:
-    replay = Replay(arms, seed=1)
-    for _ in range(4):
-        replay.round(["diffusion", "none", "ar"], [4, 1, 2])
-    with pytest.MonkeyPatch.context() as patch:
-        fault(patch)
-        ingest(replay)
-    with pytest.raises(AssertionError, match="KV of ar is off"):
-        check(replay)
-
-
-def check(replay: Replay) -> None:
-    for row in range(ROWS):
-        replay.check(row)

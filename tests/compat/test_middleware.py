@@ -489,3 +489,12 @@ def test_a_stream_whose_route_fails_fails(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RuntimeError, match="broken"):
         app.client.post("/v1/completions", json={"custom_params": FULL})
     assert CURRENT.get() is None
+
+
+def test_another_algorithms_figures_stay() -> None:
+    from whiflash_sglang.compat.http import figures
+
+    answer = {"spec_num_proposed_drafts": 7, "spec_accept_rate": 0.5}
+    manager = SimpleNamespace(server_args=SimpleNamespace())
+    figures._of_an_answer(lambda *_: None, manager, answer, None, 0)
+    assert answer == {"spec_num_proposed_drafts": 7, "spec_accept_rate": 0.5}

@@ -81,22 +81,6 @@ def test_what_is_done_is_not_done_again_unless_the_code_changed(
     assert capsys.readouterr().out.count("done before") == 0
 
 
-def test_a_failure_is_the_commands_and_is_tried_again(records: Path) -> None:
-    arguments = ["--device", "cpu", "--records", str(records), "--only", "bad"]
-    assert run.main(arguments) == run.main(arguments) == 1
-
-
-def test_evidence_takes_what_is_long_too(records: Path) -> None:
-    assert status(records, "--only", "long") == {}
-    assert status(records, "--only", "long", "--evidence") == {"long": "passed"}
-
-
-def test_without_a_gpu_the_rehearsal_is_named(records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(records))
-    with pytest.raises(SystemExit, match="--device cpu"):
-        run.main(["--records", str(records)])
-
-
 def test_parts_name_files_that_exist() -> None:
     import importlib
 

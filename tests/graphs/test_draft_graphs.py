@@ -1,6 +1,6 @@
 """Captured passes of drafters give what the same passes give eagerly, whatever they were captured with."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,16 +10,14 @@ from histories import History, live, rounds
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from op_tape import TapeRecorder
-from replay import CONTEXT, VOCAB, Arms, Replay
+from replay import CONTEXT, Arms, Replay
 from test_passes import ARMS, prepared, requests
 
-from whiflash_sglang.core import PADDING, DraftBatch
-from whiflash_sglang.device.capture import StaticInput, doubling
-from whiflash_sglang.drafters.chain import Eagle3Arm
+from whiflash_sglang.core import DraftBatch
+from whiflash_sglang.device.capture import doubling
 from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models import choice as choices
-from whiflash_sglang.round.catch_up import DraftSync
 
 __all__ = ["prepared"]
 
@@ -147,97 +145,6 @@ def test_any_history_of_replayed_passes_equals_one_pass(
 ) -> None:
     """As in `tests/cache/test_backlog.py`: whatever requests do, catch-ups leave the KV of one full pass."""
     captured.check_history(seed, history, late)
-
-
-# ------------------------------------------------------------------ faults that a capture would hide
-
-
-def keeps_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What depends on the lengths is made once for a size and kept, as a plan would be."""
-    rows_from, kept = DraftBatch.rows_from, {}
-
-    def once(self: DraftBatch, offset: int, width: int, fill: int | None = None) -> Any:
-        return kept.setdefault((len(self.rows), offset, width), rows_from(self, offset, width, fill))
-
-    monkeypatch.setattr(DraftBatch, "rows_from", once)
-
-
-def loads_no_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies = StaticInput.copies
-
-    def without_lengths(self: StaticInput, live: torch.Tensor) -> Any:
-        lengths = self.padding is not None and (self.padding == PADDING).all()
-        return [] if lengths else copies(self, live)
-
-    monkeypatch.setattr(StaticInput, "copies", without_lengths)
-
-
-def leaves_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies behind the group is the last group's."""
-    monkeypatch.setattr(StaticInput, "copies", lambda self, live: [(self.tensor[: len(live)], live)])
-
-
-def adds_to_what_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relies on memory that was zero when it was allocated."""
-    choose = choices.choose
-
-    def adding(*args: Any) -> Any:
-        choice = choose(*args)
-        scratch = torch.empty_like(choice.confidence).add_(choice.confidence)
-        return choice._replace(confidence=choice.confidence + scratch.clamp(0, 0))
-
-    monkeypatch.setattr(choices, "choose", adding)
-
-
-def goes_by_a_number_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The longest request's length is Python's, and a replay does not ask for it again."""
-    chain = Eagle3Arm.chain
-
-    def counting(self: Any, given: DraftBatch, steps: int) -> Any:
-        return chain(self, replace(given, bonus=(given.bonus + given.longest) % VOCAB), steps)
-
-    monkeypatch.setattr(Eagle3Arm, "chain", counting)
-
-
-@pytest.mark.parametrize(
-    ("fault", "stays"),
-    [
-        (keeps_its_positions, False),
-        (adds_to_what_it_finds, False),
-        (goes_by_a_number_of_the_host, True),
-        (loads_no_lengths, True),
-        (leaves_no_padding, True),
-    ],
-)
-def test_a_pass_that_keeps_what_it_was_captured_with_is_found(
-    captured: Captured, fault: Callable[[pytest.MonkeyPatch], None], stays: bool
-) -> None:
-    """stays: the fault is in the replay, not in the capture."""
-    with pytest.MonkeyPatch.context() as patch:
-        fault(patch)
-        captured.capture()
-        if not stays:
-            patch.undo()
-        captured.drafted("ar", captured.group("ar", [40, 50, 60, 70]), 5, eager=False)
-        with pytest.raises(AssertionError):
-            captured.compare("ar", [20, 7, 30])
-
-
-def test_a_catch_up_that_keeps_its_watermarks_is_found(
-    captured: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Replays begin where the captured one did: too early, or they overrun their size."""
-    ingest = DraftSync._pass
-
-    def keeping(self: DraftSync, arm: str, rows: Any, begins: torch.Tensor, ends: Any, most: int) -> None:
-        ingest(self, arm, rows, torch.zeros_like(begins), ends, most)
-
-    replay = Replay(captured.arms, seed=1)
-    monkeypatch.setattr(DraftSync, "_pass", keeping)
-    replay.capture(TapeRecorder())
-    monkeypatch.undo()
-    with pytest.raises((AssertionError, ValueError)):
-        live(replay, [(["ar", "diffusion", "none"], [3, 2, 1], None, 4)])
 
 
 def test_a_pass_that_reads_the_device_is_no_pass_to_capture(

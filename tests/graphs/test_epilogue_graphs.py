@@ -1,13 +1,12 @@
 """The end of a verification's graph commits what the same functions commit behind it, or nothing where it may not."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from emulated import emulated_graphs
-from matrix import sampled
 from model_set import Models
 from op_tape import NotCapturableError
 from test_verify_graphs import REQUESTS, WIDEST, Bench, Stopped, decoding, layouts
@@ -188,90 +187,7 @@ def test_a_block_ends_at_a_stop_in_a_graph_too(stopped: Stopped, right: torch.Te
                 b.stop(row, [])
 
 
-# ------------------------------------------------------------------ faults that a capture would hide
-
 CAPTURE = Epilogue.capture
-
-
-def keeps_its_widths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where each request's rows begin is made once, when the graph is captured."""
-    made: dict[Any, torch.Tensor] = {}
-
-    def keeping(self: Epilogue, graph: Any, rows: Verified) -> None:
-        if graph not in made:
-            made[graph] = rows.indptr.clone()
-        CAPTURE(self, graph, rows._replace(indptr=made[graph]))
-
-    monkeypatch.setattr(Epilogue, "capture", keeping)
-
-
-def is_never_let(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host goes by what it wanted, and the device was not told."""
-
-    def only_noted(self: Epilogue, greedy: bool, row_ids: Sequence[int]) -> None:
-        self._committing = greedy
-
-    monkeypatch.setattr(Epilogue, "let_graphs_commit", only_noted)
-
-
-def hands_on_the_first_replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a graph brought is copied once."""
-    outcome, kept = Epilogue.outcome, dict[Any, Any]()
-
-    def once(self: Epilogue, graph: Any, requests: int) -> Any:
-        found = outcome(self, graph, requests)
-        if found is None:
-            return None
-        committed = type(found[0])(*(field.clone() for field in found[0]))
-        signals = {name: signal.clone() for name, signal in found[1].items()}
-        return kept.setdefault((graph, requests), (committed, signals))
-
-    monkeypatch.setattr(Epilogue, "outcome", once)
-
-
-@pytest.mark.parametrize(
-    "fault", sampled([keeps_its_widths, is_never_let, hands_on_the_first_replays], keeps_its_widths)
-)
-def test_an_epilogue_that_keeps_what_it_was_captured_with_is_found(
-    stopped: Stopped, right: torch.Tensor, fault: Callable[[pytest.MonkeyPatch], None]
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        fault(patch)
-        with commits(stopped, right) as b:
-            b.committed([1, 4, 4], in_graph=True)
-            with pytest.raises(AssertionError, match="not"):
-                b.compare([3, 1, 5])
-
-
-@pytest.mark.parametrize("slot", sampled(["seq_lens", "req_pool_indices"], "seq_lens"))
-def test_an_input_that_is_not_refreshed_is_found(stopped: Stopped, right: torch.Tensor, slot: str) -> None:
-    with commits(stopped, right) as b:
-        b.compare([1, 4, 4])
-        b.graphs.buffer_registry.get_slot(slot).copy_from_fb = False
-        b._batch.req_pool_indices = b._batch.req_pool_indices.flip(0)
-        b._batch.seq_lens = b._batch.seq_lens.flip(0)
-        try:
-            with pytest.raises(AssertionError, match="not"):
-                b.compare([3, 1, 5])
-        finally:
-            b._batch.req_pool_indices = b._batch.req_pool_indices.flip(0)
-            b._batch.seq_lens = b._batch.seq_lens.flip(0)
-
-
-def test_a_graph_that_commits_unasked_is_found(
-    stopped: Stopped, right: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unasked(self: Epilogue, graph: Any, rows: Verified) -> None:
-        self._commits = torch.ones_like(self._commits)
-        CAPTURE(self, graph, rows)
-
-    gate = stopped[0].worker.stages.epilogue._commits
-    monkeypatch.setattr(Epilogue, "capture", unasked)
-    try:
-        with pytest.raises(AssertionError):
-            test_a_graph_that_may_not_commit_leaves_everything_as_it_was(stopped, right)
-    finally:
-        stopped[0].worker.stages.epilogue._commits = gate
 
 
 def test_an_epilogue_that_reads_the_device_is_no_end_of_a_graph(

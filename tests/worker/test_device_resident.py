@@ -80,12 +80,6 @@ def test_traces_name_the_sources_of_drafts(running: Engine) -> None:
     assert set(found) <= {"context", "ar", "diffusion", "oracle"}
 
 
-def test_sampled_texts_end_where_they_should(running: Engine) -> None:
-    running.worker.reconfigure({"router": "random"})
-    texts = running.generate(PROMPTS, max_new_tokens=TOKENS, temperature=1.0, sampling_seed=3, top_p=0.9)
-    assert [len(text) for text in texts] == [TOKENS] * len(PROMPTS)
-
-
 def test_few_rows_are_sampled_at_a_time(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under each request's own parameters, whichever rows are sampled with its own; each leaves one token to draw."""
     from whiflash_sglang.compat.forward import sampling

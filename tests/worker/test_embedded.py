@@ -60,8 +60,8 @@ def per_kind(target: Path, count: int) -> list[Prompt]:
 
 
 def test_a_sample(target: Path) -> None:
-    """One prompt of each kind, 32 tokens, a policy that switches at random every round."""
-    requests = arrivals(per_kind(target, 1), 32)
+    """One prompt of each kind, 20 tokens, a policy that switches at random every round."""
+    requests = arrivals(per_kind(target, 1), 20)
     with embedded_engine(target, None, 5) as e:
         expected = play(e, requests)
     with embedded_engine(target, "random", 5) as e:

@@ -4,6 +4,7 @@ import random
 from contextlib import nullcontext
 
 import pytest
+from matrix import sampled
 from model_set import Models
 from overlap import overlapped, publishing
 from traffic import Arrival, play
@@ -31,7 +32,7 @@ def test_a_flush_that_does_not_follow_the_forward_is_found(
     assert any("schedule reads what forward wrote" in race and "backlog" in race for race in races), races
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", sampled([0.0, 1.0], 1.0))
 def test_the_host_waits_for_nothing(
     models: Models, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,15 +7,17 @@ import random
 
 import pytest
 from engine import engine
+from matrix import sampled
 from model_set import Models
 from parity import UPSTREAM, compare
 
 
-@pytest.mark.parametrize("arm", UPSTREAM)
+@pytest.mark.parametrize("arm", sampled(UPSTREAM, "ar"))
 def test_accepted_tokens_per_round(models: Models, arm: str) -> None:
     compare(models.target, arm, models.eagle3 if arm == "ar" else models.dflash)
 
 
+@pytest.mark.evidence
 def test_upstream_adapts_its_steps_on_the_cpu(models: Models) -> None:
     """A drafter that is never right loses its steps; answers stay plain decoding's."""
     rng = random.Random(35)

@@ -203,11 +203,3 @@ def test_memory_is_what_was_allocated(models: Models, monkeypatch: pytest.Monkey
         assert published["backlog"] == rings.features.nbytes + rings.next_tokens.nbytes + watermarks
         assert published["text"] == e.worker.tokens.data.nbytes
         assert published["lookup_index"] == published["lookup_memory"] == 0
-
-
-def test_a_change_of_policy_is_seen_at_once(models: Models) -> None:
-    with engine(models.target, whiflash=models.whiflash("auto")) as e:
-        found = Recorded()
-        e.worker.publish_to(found)
-        e.worker.reconfigure({"router": "none"})
-        assert (found.values["policy", ("auto",)], found.values["policy", ("none",)]) == (0, 1)

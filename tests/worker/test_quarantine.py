@@ -260,31 +260,6 @@ def plant(e: Engine, monkeypatch: pytest.MonkeyPatch, arm: str, method: str, nam
     return raised
 
 
-def test_faulty_drafts_of_one_request_take_the_arm_from_nobody(
-    running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are left out each time, and then the arm is left out for the request."""
-    e, drafter = running, running.worker.drafters["ar"]
-    e.start_over("ar")
-    original = drafter.draft
-
-    def spoiled(batch: Any) -> Any:
-        drafts = original(batch)
-        drafts.tokens[[e.states[row].rid == "spoiled" for row in batch.row_ids]] = 1 << 40
-        return drafts
-
-    monkeypatch.setattr(drafter, "draft", spoiled)
-    for i, prompt in enumerate(PROMPTS):
-        e.submit("spoiled" if i == 1 else f"g{i}", prompt, max_new_tokens=8 if i == 1 else TOKENS)
-    e.run()
-    assert e.output("spoiled") == plain[1][:8]
-    assert e.rounds("spoiled")[1] == 0
-    assert [e.output(f"g{i}") for i in (0, 2, 3)] == [plain[0], plain[2], plain[3]]
-    assert e.worker.quarantine.faults["ar"] == MOST_FAULTS
-    assert e.worker.quarantine.left_out["ar"] == 1
-    assert not e.worker.quarantine.reasons
-
-
 def test_an_arm_is_out_for_everybody_behind_several_requests_of_several_callers() -> None:
     now = [0.0]
     held = Quarantine(["ar", "diffusion"], clock=lambda: now[0])

@@ -23,7 +23,7 @@ from whiflash_sglang.spans.hints import CARRIED_PREDICTION, TOOLS_KEY
 from whiflash_sglang.structure.tools import carried_tools
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("page_size", sampled([1, 16], 16))
 def test_prompts_that_diverge_inside_a_cached_prefix(models: Models, page_size: int) -> None:
     rng = random.Random(page_size)
     stem = rng.choices(range(256), k=50)

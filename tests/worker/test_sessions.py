@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from engine import Engine, engine
+from matrix import chosen
 from model_set import Models
 from oracle_arm import OracleArm
 from overlap import overlapped
@@ -108,7 +109,9 @@ def oracle(plain_and_beyond: tuple[Texts, Beyond]) -> OracleArm:
     return arm
 
 
-def test_turns_under_every_policy(models: Models, plain: Texts, oracle: OracleArm) -> None:
+def test_turns_under_every_policy(
+    models: Models, plain: Texts, oracle: OracleArm, request: pytest.FixtureRequest
+) -> None:
     """And what a streaming session keeps: at every slot both drafters' KV is that of one pass."""
     checked: list[int] = []
 
@@ -126,7 +129,8 @@ def test_turns_under_every_policy(models: Models, plain: Texts, oracle: OracleAr
             checked.append(kept)
 
     with engine(models.target, whiflash=models.whiflash("none"), arms=[oracle], **OPTIONS) as e:
-        for router in ("ar", "diffusion", "lookup", "auto", "none", "random"):
+        every = ("ar", "diffusion", "lookup", "auto", "none", "random")
+        for router in chosen(request.config, every, "auto", "random"):
             e.start_over(router)
             e.requests.clear()
             assert converse(e, sessions(), check if router == "random" else lambda _: None) == plain

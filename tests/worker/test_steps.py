@@ -82,13 +82,8 @@ def test_drafts_end_a_step(
     assert running.rounds("a")[0] == sum(steps)
 
 
-@pytest.mark.parametrize(
-    "params",
-    [{"frequency_penalty": 0.5}, {"presence_penalty": 0.5}, {"repetition_penalty": 1.2}],
-    ids=lambda p: next(iter(p)),
-)
-def test_penalties_take_a_round_a_step(running: Engine, steps: list[int], params: dict[str, Any]) -> None:
-    running.generate([PROMPT], max_new_tokens=TOKENS, **params)
+def test_penalties_take_a_round_a_step(running: Engine, steps: list[int]) -> None:
+    running.generate([PROMPT], max_new_tokens=TOKENS, repetition_penalty=1.2)
     assert set(steps) == {1}
 
 

@@ -1,6 +1,5 @@
 """Strands: texts are plain decoding's whichever path of a request wins (fp32), in the real scheduler."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -148,32 +147,6 @@ def test_without_a_pass_the_likeliest_candidate_is_verified(
         rounds = {arm: counts.rounds for arm, counts in e.worker.tally.by_arm.items()}
     assert rounds["freer"] > 20
     assert rounds["chain"] == rounds["free"] == 0
-
-
-@pytest.mark.parametrize("spoilt", ["ids", "chances"])
-def test_a_candidate_that_could_be_no_draft_is_left_out(
-    models: Models, spoilt: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It would end the server: no embedding has its ids."""
-    arrivals = mixed(seed=2, count=3, shared=12, tokens=40)
-    expected = plain_texts(models.target, arrivals)
-    arms, propose = with_sources(arrivals, expected), Free.propose
-
-    def spoil(arm: Free, *asked: Any) -> Candidate | None:
-        candidate = propose(arm, *asked)
-        if candidate is None or arm.arm == "freer":
-            return candidate
-        if spoilt == "ids":
-            return candidate._replace(tokens=[1 << 40 for _ in candidate.tokens])
-        return candidate._replace(alive=[math.nan for _ in candidate.alive])
-
-    monkeypatch.setattr(Free, "propose", spoil)
-    with engine(models.target, whiflash=models.whiflash("random", whiflash_branches=3), arms=arms) as e:
-        e.worker.controller.policy = ChainFirst()
-        compare(models.reference.target, arrivals, expected, play(e, arrivals))
-        faults = e.worker.quarantine.faults
-        assert faults.pop("free")
-        assert not any(faults.values())
 
 
 @pytest.mark.parametrize("kinds", [RATED, SAMPLED], ids=["greedy", "sampled"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from engine import Engine, engine
+from matrix import sampled
 from model_set import Models
 from oracle_arm import OracleArm
 from plain import plain_texts
@@ -53,7 +54,7 @@ def forbidden(e: Engine, round: Round) -> int:
     return found
 
 
-@pytest.mark.parametrize("backend", ["xgrammar", "llguidance"])
+@pytest.mark.parametrize("backend", sampled(["xgrammar", "llguidance"], "xgrammar"))
 def test_joined_with_every_other_arm(models: Models, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A random route every round, and an arm that knows most of the answer: drafts of all kinds meet, and none is
     verified that a grammar forbids.
