@@ -118,7 +118,7 @@ class Plane:
 
     def __init__(self, first: float, share: float) -> None:
         self._first, self._share = first, share
-        self._w = self._y = 0.0
+        self._w, self._y = 0.0, 0.0
         self._x, self._xy, self._xx = np.zeros(3), np.zeros(3), np.zeros((3, 3))
         self._watch = DriftDetector()
         self.slopes = first * share, first * share, 0.0
@@ -149,7 +149,7 @@ class Plane:
                 break
             slopes[lowest] = 0.0
             free.remove(lowest)
-        draft, request, step = slopes.tolist()
+        draft, request, step = map(float, slopes)
         return draft, request, step
 
     def at(self, drafts: float, requests: float) -> float:
@@ -160,4 +160,5 @@ class Plane:
         mean = self._y / self._w
         mean_drafts, mean_requests, mean_step = (self._x / self._w).tolist()
         added = draft * (drafts - mean_drafts) + request * (requests - mean_requests)
-        return max(mean + added + step * ((drafts + requests > 1) - mean_step), 0.1 * mean)
+        seconds: float = mean + added + step * ((drafts + requests > 1) - mean_step)
+        return max(seconds, 0.1 * mean)
