@@ -28,7 +28,6 @@ from whiflash_sglang.lab.bench.recorded import (
     measure,
     play,
     recorded_arms,
-    recorded_page,
     start,
     talks_of,
 )
@@ -202,21 +201,3 @@ def test_options_of_other_runs_are_not_passed_over() -> None:
     said = CliRunner().invoke(app, command)
     assert isinstance(said.exception, ConfigError)
     assert "takes no --plots, --over" in str(said.exception)
-
-
-def test_a_page_has_every_table(talks: list[Talk]) -> None:
-    cells = [played(arm, talk, 0, 1.0, 1) for talk in talks for arm in ("pinned-none", "auto")]
-    made = {
-        "hardware": {"cpu": "a CPU", "cores": 2},
-        "command": ["whiflash", "bench", "--recorded", "log.jsonl"],
-        "threads": 2,
-        "dtype": "float32",
-        "packages": {"sglang": "0", "torch": "0"},
-        "busy_before": {"load_1min": 0.0},
-        "busy_after": {"load_1min": 0.0},
-    }
-    counts = {"talks": 3, "answers": 6, "tokens": 60, "repetitions": 1}
-    result = {"files": ["log.jsonl"], "concurrency": figures(talks, cells), "provenance": made, **counts}
-    page = recorded_page(result)
-    assert "| arm | tokens/s | acceptance length | over pinned-none | over auto |" in page
-    assert page.rstrip().endswith("`whiflash bench --recorded log.jsonl`")

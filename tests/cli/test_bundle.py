@@ -1,15 +1,7 @@
-"""`whiflash bundle create` and `whiflash check --draft`, from directories and, as processes, from a hub."""
+"""`whiflash bundle create` and `whiflash check --draft`, from directories and from a hub."""
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,112 +16,6 @@ from whiflash_sglang.config import Flags, resolve
 from whiflash_sglang.errors import WhiflashError
 
 
-@dataclass
-class Hub:
-    """`commits` by repository: the commit that its main branch is at, and every commit's directory. `asked`: the files
-    whose content was sent.
-    """
-
-    commits: dict[str, dict[str, Path]] = field(default_factory=dict)
-    main: dict[str, str] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
-    endpoint: str = ""
-
-    def push(self, repository: str, directory: Path) -> str:
-        """A new commit of `repository` with the files of `directory`, on its main branch."""
-        commit = hashlib.sha1(f"{repository}{len(self.commits.get(repository, ()))}".encode()).hexdigest()
-        self.commits.setdefault(repository, {})[commit] = directory
-        self.main[repository] = commit
-        return commit
-
-    def find(self, repository: str, revision: str) -> tuple[str, Path] | None:
-        commit = self.main.get(repository) if revision == "main" else revision
-        directory = self.commits.get(repository, {}).get(commit or "")
-        return None if directory is None or commit is None else (commit, directory)
-
-
-@contextmanager
-def hub() -> Iterator[Hub]:
-    """Serves until the block ends."""
-    served = Hub()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self._answer(body=False)
-
-        def do_GET(self) -> None:
-            self._answer(body=True)
-
-        def _answer(self, *, body: bool) -> None:
-            parts = self.path.partition("?")[0].strip("/").split("/")
-            if parts[:2] == ["api", "models"] and parts[4:5] == ["tree"]:
-                self._tree("/".join(parts[2:4]), parts[5])
-            elif parts[:2] == ["api", "models"]:
-                self._model("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
-            elif "resolve" in parts:
-                self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), body)
-            else:
-                self._send(404, b"{}", {})
-
-        def _model(self, repository: str, revision: str) -> None:
-            found = served.find(repository, revision)
-            if found is None:
-                return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-            siblings = [{"rfilename": file.name} for file in sorted(found[1].iterdir())]
-            about = {"id": repository, "sha": found[0], "siblings": siblings, "private": False, "tags": []}
-            return self._send(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
-
-        def _tree(self, repository: str, revision: str) -> None:
-            found = served.find(repository, revision)
-            files = sorted(found[1].iterdir()) if found else []
-            listed = [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": _oid(file)}
-                for file in files
-            ]
-            self._send(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
-
-        def _file(self, repository: str, revision: str, name: str, body: bool) -> None:
-            found = served.find(repository, revision)
-            if found is None:
-                return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
-            file = found[1] / name
-            if not file.is_file():
-                return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": found[0]})
-            content = file.read_bytes()
-            if body:
-                served.asked.append(f"{repository}/{name}")
-            return self._send(200, content, {"X-Repo-Commit": found[0], "ETag": f'"{_oid(file)}"'}, body)
-
-        def _send(self, code: int, content: bytes, headers: dict[str, str], body: bool = True) -> None:
-            self.send_response(code)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if body:
-                self.wfile.write(content)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield served
-    finally:
-        server.shutdown()
-        thread.join()
-
-
-def _oid(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes()).hexdigest()
-
-
-WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
-
-
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Path]:
     target = tiny_target(tmp_path / "target")
@@ -138,12 +24,6 @@ def models(tmp_path: Path) -> dict[str, Path]:
         "dflash": tiny_dflash(tmp_path / "df", target),
     }
     return {"target": target, **drafters}
-
-
-def run(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [WHIFLASH, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **env}
-    )
 
 
 def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -295,64 +175,43 @@ def test_a_bundle_is_not_written_over_another(models: dict[str, Path], tmp_path:
         create(parts(models), tmp_path)
 
 
-def test_ids_stay_ids_at_the_commit_they_were_at(models: dict[str, Path], tmp_path: Path) -> None:
+def test_ids_stay_ids_at_the_commit_they_were_at(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only configurations are fetched to make the bundle; serving it fetches what was pinned, not what is newest."""
-    with hub() as served:
-        commits = {part: served.push(f"owner/{part}", directory) for part, directory in models.items()}
-        env = {"HF_ENDPOINT": served.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-        out = tmp_path / "bundle"
-        pinned = f"owner/eagle3@{commits['eagle3']}"
-        arguments = [
-            "--target=owner/target",
-            f"--eagle3={pinned}",
-            "--diffusion=owner/dflash",
-            f"--out={out}",
-        ]
-        done = run("bundle", "create", *arguments, env=env)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert served.asked == [f"owner/{part}/config.json" for part in ("target", "eagle3", "dflash")]
-        manifest = load_manifest(out)
-        assert (manifest.target, manifest.eagle3, manifest.dflash) == (
-            "owner/target",
-            "hub:owner/eagle3",
-            "hub:owner/dflash",
-        )
-        assert {part: source.revision for part, source in manifest.sources.items()} == commits
-        other = tiny_dflash(tmp_path / "newer", models["target"], num_layers=1)
-        served.push("owner/dflash", other)
-        resolved = subprocess.run(
-            [sys.executable, "-c", RESOLVE, str(out)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, **env},
-        )
-        assert resolved.returncode == 0, resolved.stderr
-        eagle3, dflash = (Path(line) for line in resolved.stdout.splitlines())
-        assert (eagle3.name, dflash.name) == (commits["eagle3"], commits["dflash"])
-        assert (dflash / "model.safetensors").read_bytes() == (
-            models["dflash"] / "model.safetensors"
-        ).read_bytes()
-        missing = run(
-            "bundle",
-            "create",
-            "--target=owner/target",
-            f"--eagle3={pinned}",
-            "--diffusion=owner/none",
-            f"--out={tmp_path / 'second'}",
-            env=env,
-        )
-        assert missing.returncode == 1
-        assert missing.stderr.startswith(
-            "whiflash: error: owner/none: not a directory here, and the hub gave nothing"
-        )
+    commits = {part: str(number) * 40 for number, part in enumerate(models, 1)}
+    for part, directory in models.items():
+        cached = tmp_path / "hub" / part
+        cached.mkdir(parents=True)
+        (cached / commits[part]).symlink_to(directory)
+    asked: list[tuple[str, str | None]] = []
 
+    def config(name: str, file: str, revision: str | None) -> str:
+        assert file == "config.json"
+        asked.append((name, revision))
+        part = name.removeprefix("owner/")
+        if part not in models:
+            raise OSError("404: no such repository")
+        return str(tmp_path / "hub" / part / (revision or commits[part]) / file)
 
-RESOLVE = """
-import sys
-from pathlib import Path
-from whiflash_sglang.config import Flags, resolve
-settings = resolve(Flags(), Path(sys.argv[1]))
-print(settings.eagle3)
-print(settings.dflash)
-"""
+    def snapshot(name: str, revision: str | None, cache_dir: str | None) -> str:
+        asked.append((name, revision))
+        return str(tmp_path / "hub" / name.removeprefix("owner/") / str(revision))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", config)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    out, pinned = tmp_path / "bundle", f"owner/eagle3@{commits['eagle3']}"
+    create(Parts("owner/target", pinned, "owner/dflash"), out)
+    assert asked == [("owner/target", None), ("owner/eagle3", commits["eagle3"]), ("owner/dflash", None)]
+    manifest = load_manifest(out)
+    named = (manifest.target, manifest.eagle3, manifest.dflash)
+    assert named == ("owner/target", "hub:owner/eagle3", "hub:owner/dflash")
+    assert {part: source.revision for part, source in manifest.sources.items()} == commits
+    asked.clear()
+    assert {path.name for path in resolve(Flags(), out).drafters.values()} == {
+        commits["eagle3"],
+        commits["dflash"],
+    }
+    assert asked == [(f"owner/{part}", commits[part]) for part in ("eagle3", "dflash")]
+    with pytest.raises(WhiflashError, match=r"^owner/none: not a directory here, and the hub gave nothing"):
+        create(Parts("owner/target", pinned, "owner/none"), tmp_path / "second")

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def said_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-WRONG = [
+WRONG: list[tuple[Any, ...]] = [
     (("bench", "--quik"), "--quik"),
     (("bnech",), "'bnech'"),
     (("trace",), "'file'"),
@@ -37,9 +38,9 @@ WRONG = [
     (("bench", "--repetitions", "many"), "--repetitions"),
     (("train", "export", "--config", "tiny"), "'out'"),
     (("train", "dta"), "'dta'"),
-    (("policy", "nonee"), "'nonee'"),
-    (("demo", "--router", "atuo"), "'atuo'"),
-    (("bench", "--arms", "autoo"), "'autoo'"),
+    (("policy", "nonee"), "'nonee'", "none"),
+    (("demo", "--router", "atuo"), "'atuo'", "auto"),
+    (("bench", "--arms", "none,autoo"), "'autoo'", "auto"),
     (("bench", "--arms", "auto@tpp2"), "'auto@tpp2'"),
     (("bench", "--arms", "auto,auto"), "--arms"),
     (("bench", "--recorded", "log.jsonl", "--arms", "atuo"), "'atuo'"),
@@ -52,12 +53,13 @@ WRONG = [
     (("bench", "--resume"), "--resume"),
     (("evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"), "'float3'"),
     (("train", "data", "--config", "tiny", "--shard", "2/2"), "--shard"),
-    (("serve", "--whiflash-router", "atuo"), "'atuo'"),
+    (("serve", "--whiflash-router", "atuo"), "'atuo'", "auto"),
     (("serve", "--whiflash-router=atuo"), "'atuo'"),
-    (("serve", "--whiflash-routr", "auto"), "'--whiflash-routr'"),
+    (("serve", "--whiflash-routr", "auto"), "'--whiflash-routr'", "--whiflash-router"),
     (("serve", "--whiflash-block-size", "1"), "--whiflash-block-size"),
     (("serve", "--whiflash-router"), "--whiflash-router"),
 ]
+"""A command line, what its one line names, and what was meant where that is named, too."""
 FAILING = [
     (("train", "data", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
     (("train", "export", "out.npz", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
@@ -68,17 +70,9 @@ FAILING = [
     (("serve", "/nowhere/target"), "/nowhere/target: no such directory"),
     (("serve", "--model-path=/nowhere/target"), "/nowhere/target: no such directory"),
 ]
-MISSPELT = [
-    (("policy", "nonee"), "none"),
-    (("demo", "--router", "atuo"), "auto"),
-    (("bench", "--arms", "none,autoo"), "auto"),
-    (("serve", "--whiflash-router", "atuo"), "auto"),
-    (("serve", "--whiflash-routr", "auto"), "--whiflash-router"),
-]
-
 
 ALL_IN_ONE = """
-import contextlib, json, os, sys, tempfile
+import json, os, sys, tempfile
 from whiflash_sglang.cli import main
 
 def outcome(line):
@@ -104,7 +98,7 @@ Outcomes = dict[tuple[str, ...], subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="module")
 def outcomes() -> Outcomes:
     """Of all command lines that fail, in one process: what a process of its own shows is shown by others below."""
-    lines = list(dict.fromkeys(arguments for arguments, _ in WRONG + FAILING + MISSPELT))
+    lines = list(dict.fromkeys(arguments for arguments, *_ in WRONG + FAILING))
     done = subprocess.run(
         [sys.executable, "-c", ALL_IN_ONE],
         input=json.dumps(lines),
@@ -119,13 +113,15 @@ def outcomes() -> Outcomes:
     }
 
 
-@pytest.mark.parametrize(("arguments", "named"), WRONG)
-def test_a_wrong_command_line_ends_with_2(outcomes: Outcomes, arguments: tuple[str, ...], named: str) -> None:
+@pytest.mark.parametrize("row", WRONG, ids=lambda row: " ".join(row[0]))
+def test_a_wrong_command_line_ends_with_2(outcomes: Outcomes, row: tuple[Any, ...]) -> None:
+    arguments, named, *meant = row
     done = outcomes[arguments]
     line = said_in_one_line(done)
     assert done.returncode == 2
     assert named in line
     assert "--help" in line, "says where to read on"
+    assert all(f"did you mean {word}?" in line for word in meant)
 
 
 @pytest.mark.parametrize(("arguments", "named"), FAILING)
@@ -137,15 +133,8 @@ def test_a_failure_ends_with_1_and_names_the_thing(
     assert named in said_in_one_line(done)
 
 
-@pytest.mark.parametrize(("arguments", "meant"), MISSPELT)
-def test_a_misspelt_value_comes_with_the_one_that_is_meant(
-    outcomes: Outcomes, arguments: tuple[str, ...], meant: str
-) -> None:
-    assert f"did you mean {meant}?" in said_in_one_line(outcomes[arguments])
-
-
 def test_a_process_ends_as_its_command_does() -> None:
-    (wrong, _), (failing, _) = WRONG[0], FAILING[3]
+    wrong, failing = WRONG[0][0], FAILING[3][0]
     for arguments, code in ((wrong, 2), (failing, 1)):
         done = whiflash(*arguments)
         assert done.returncode == code
@@ -218,40 +207,37 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     assert "Exception" not in done.stderr
 
 
-COMMANDS = """
-import sys
+LIGHT = f"""
+import contextlib, io, json, sys
 from typer.main import get_command
-from whiflash_sglang.cli import app
+from whiflash_sglang.cli import app, main
 
 def commands(command, path=()):
     yield path, command
-    for name, inner in getattr(command, "commands", {}).items():
+    for name, inner in getattr(command, "commands", {{}}).items():
         yield from commands(inner, (*path, name))
-"""
-"""A program's beginning: every command and group of `whiflash`, with the words that lead to it."""
 
-
-def test_help_imports_nothing_heavy() -> None:
-    """Of every command, in one process."""
-    script = f"""{COMMANDS}
-from whiflash_sglang.cli import main
-found = list(commands(get_command(app)))
-for path, _ in found:
-    for asked in ("--help", "-h"):
-        sys.argv = ["whiflash", *path, asked]
-        try:
+def run(*line):
+    sys.argv, shown = ["whiflash", *line], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):
             main()
-        except SystemExit as left:
-            assert left.code == 0, (path, asked)
-assert len(found) > 15
-print("loaded:", [name for name in {HEAVY!r} if name in sys.modules])
+    except SystemExit as left:
+        return left.code, shown.getvalue()
+
+found = list(commands(get_command(app)))
+helps = {{" ".join(path): [run(*path, asked) for asked in ("--help", "-h")] for path, _ in found}}
+flags = {{" ".join(path): [(o.is_flag, o.help) for o in c.params if "--json" in o.opts] for path, c in found}}
+loaded = [name for name in {HEAVY!r} if name in sys.modules]
+wrong = [run(*line)[0] for line in json.load(sys.stdin)]
+loaded += [name for name in {HEAVY[:3]!r} if name in sys.modules]
+print(json.dumps([helps, flags, wrong, loaded]))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout.endswith("loaded: []\n"), done.stdout[-500:] + done.stderr[-2000:]
+"""Help of every command, then values that no option takes, in one process."""
 
 
-def test_nothing_heavy_is_imported_for_a_value_that_no_option_takes() -> None:
-    lines = (
+def test_help_and_wrong_values_import_nothing_heavy() -> None:
+    lines = [
         ("policy", "nonee"),
         ("demo", "--router", "atuo"),
         ("bench", "--arms", "autoo"),
@@ -259,44 +245,29 @@ def test_nothing_heavy_is_imported_for_a_value_that_no_option_takes() -> None:
         ("bench", "--concurrency", "0"),
         ("evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"),
         ("serve", "--whiflash-router", "atuo"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT],
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "200", "TERM": "dumb"},
     )
-    script = f"""
-import sys
-from whiflash_sglang.cli import main
-for line in {lines!r}:
-    sys.argv = ["whiflash", *line]
-    try:
-        main()
-    except SystemExit as left:
-        assert left.code == 2, line
-    print(line[0], [name for name in ("torch", "sglang", "transformers") if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [f"{line[0]} []" for line in lines]
-
-
-def test_examples_are_one_a_line() -> None:
-    """A reader copies a line into a shell, where a bar would be a pipe."""
-    done = whiflash("bench", "--help", env={"COLUMNS": "200", "TERM": "dumb"})
-    lines = [line.strip() for line in done.stdout.splitlines()]
-    assert "whiflash bench --quick" in lines
-    assert not [line for line in lines if "whiflash" in line and "|" in line]
-
-
-def test_json_means_one_thing_everywhere() -> None:
-    """A switch, and the result on stdout; files are written with `--out`."""
-    script = f"""{COMMANDS}
-import json
-found = {{}}
-for path, command in commands(get_command(app)):
-    found |= {{" ".join(path): (o.is_flag, o.help) for o in command.params if "--json" in o.opts}}
-print(json.dumps(found))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    assert len(found) > 10
-    said = [True, "Print only the result, as JSON."]
-    assert found == dict.fromkeys(found, said)
+    helps, flags, wrong, loaded = json.loads(done.stdout)
+    assert (wrong, loaded) == ([2] * len(lines), [])
+    assert len(helps) > 15
+    assert {code for shown in helps.values() for code, _ in shown} == {0}
+    for command, ((_, shown), _) in helps.items():
+        # A reader copies an example into a shell, where a bar would be a pipe.
+        examples = [line.strip() for line in shown.splitlines() if line.strip().startswith("whiflash ")]
+        assert not [line for line in examples if "|" in line]
+        group = f"{command} " in " ".join([*helps, ""]) and "Commands" in shown
+        assert group or any(line.startswith(f"whiflash {command}") for line in examples), command
+    # A switch, and the result on stdout; files are written with `--out`.
+    switches = [flag for flag in flags.values() if flag]
+    assert len(switches) > 9
+    assert switches == [[[True, "Print only the result, as JSON."]]] * len(switches)
 
 
 def checked(findings: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -316,22 +287,14 @@ ONE_WRONG = "[Finding('python', True, '3.11'), Finding('x:y', False, 'missing'),
 ALL_RIGHT = "[Finding('python', True, '3.11'), Finding('x:y', True, 'there')]"
 
 
-def test_check_shows_failures_and_a_summary() -> None:
-    done = checked(ONE_WRONG)
-    assert done.returncode == 1
-    assert done.stdout.splitlines() == ["FAIL x:y: missing", "1 of 3 failed"]
-    done = checked(ALL_RIGHT)
-    assert (done.returncode, done.stdout) == (0, "2 of 2 right\n")
-
-
-def test_check_shows_all_when_asked() -> None:
-    done = checked(ONE_WRONG, "-v")
-    assert done.returncode == 1
+def test_check_shows_failures_all_or_json() -> None:
     lines = ["ok   python: 3.11", "FAIL x:y: missing", "ok   z: there", "1 of 3 failed"]
-    assert done.stdout.splitlines() == lines
-
-
-def test_check_as_json() -> None:
+    done = checked(ONE_WRONG)
+    assert (done.returncode, done.stdout.splitlines()) == (1, [lines[1], lines[3]])
+    done = checked(ONE_WRONG, "-v")
+    assert (done.returncode, done.stdout.splitlines()) == (1, lines)
     done = checked(ONE_WRONG, "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)[1] == {"name": "x:y", "ok": False, "detail": "missing"}
+    done = checked(ALL_RIGHT)
+    assert (done.returncode, done.stdout) == (0, "2 of 2 right\n")

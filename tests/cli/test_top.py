@@ -123,12 +123,6 @@ def test_figures_are_of_what_happened_in_between() -> None:
     assert found["reasons"] == {"score": 0.75, "pin": 0.25, "off": 0.0}
 
 
-def test_who_is_quarantined_is_said() -> None:
-    out = {**state(1), "quarantined": {"diffusion": "raised IndexError"}}
-    page = shown({"url": "http://a", "model": "tiny", "state": out, "now": None, "total": figures(out, 1.0)})
-    assert "diffusion is quarantined: raised IndexError" in page
-
-
 def test_a_server_that_began_anew_has_no_past() -> None:
     assert since(Reading(10.0, state(3)), Reading(12.0, state(1))) is None
     assert since(None, Reading(12.0, state(1))) is None
@@ -141,83 +135,49 @@ def test_an_idle_server_has_no_rates_of_rounds() -> None:
     assert found["arms"]["ar"] == {"share": None, "acceptance_length": None, "drafts_accepted": None}
 
 
+SCREEN = """\
+╭─ tiny http://a ──────────────────────────────────────────────────────────────────────────────────────────────────────╮
+│ policy   running   tokens a second   tokens a round   gain            switches a second   tokens                     │
+│ auto     3         50.0 (100.0)      2.50 (2.50)      1.50× (1.50×)   4.0 (8.0)           150                        │
+│                                                                                                                      │
+│ drafter       share                      tokens a round   drafts accepted   a draft costs                            │
+│ ar        80% (80%)   ████████████████      4.00 (4.00)         50% (50%)         3.10 ms                            │
+│ none      20% (20%)   ████                  1.00 (1.00)                 –                                            │
+│                                                                                                                      │
+│ out      diffusion is quarantined: raised IndexError                                                                 │
+│ reasons  score 75% · pin 25%                                                                                         │
+│ costs    20.00 ms a plain round of one request · 0.50 ms one more draft verified                                     │
+│ memory   draft kv 3.0 GiB · lookup index 2 KiB                                                                       │
+│ replicas 0: 1 running, 20 tokens · ␛]0;owned␇[red]x: 2 running, 30 tokens                                            │
+╰──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────╯
+╭─ ␛]0;owned␇[red]x http://b ──────────────────────────────────────────────────────────────────────────────────────────╮
+│ policy   running   tokens a second   tokens a round   gain   switches a second   tokens                              │
+│ auto     3         –                 –                –      –                   50                                  │
+╰──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────╯
+╭─ http://c ───────────────────────────────────────────────────────────────────────────────────────────────────────────╮
+│ http://c does not answer: gone                                                                                       │
+╰──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────╯
+"""
+
+
 def test_a_screen_has_every_figure() -> None:
-    before, after = Reading(10.0, state(1)), Reading(12.0, state(3))
-    total = figures(after.state, after.state["round_seconds"])
-    page = shown(
-        {
-            "url": "http://a",
-            "model": "tiny",
-            "state": after.state,
-            "now": since(before, after),
-            "total": total,
-        },
-        {"url": "http://b", "error": "http://b does not answer: gone"},
-    )
-    for words in (
-        "tiny http://a",
-        "50.0 (100.0)",
-        "2.50 (2.50)",
-        "1.50× (1.50×)",
-        "80% (80%)",
-        "3.10 ms",
-        "score 75% · pin 25%",
-        "20.00 ms a plain round of one request · 0.50 ms one more draft verified",
-        "draft kv 3.0 GiB · lookup index 2 KiB",
-        "http://b does not answer: gone",
-    ):
-        assert words in page, words
-    assert "off" not in page
-    assert all(len(line) <= 60 for line in shown(*[{"url": "u", "error": "e"}], width=60).splitlines())
-
-
-def test_a_server_of_before_shows_what_it_tells() -> None:
-    told = {
-        name: value for name, value in state().items() if name not in ("by_arm", "reasons", "costs", "memory")
-    }
-    del told["plain_seconds"]
-    page = shown({"url": "u", "model": "m", "state": told, "now": None, "total": figures(told, 0.5)})
-    assert "– (100.0)" in page
-    assert "drafter" not in page
-
-
-def test_what_a_server_says_is_no_command(recorded: Recorded) -> None:
+    """Of a server with all of them, one without the figures of rounds, and one that does not answer; what a server says
+    is no command to the terminal."""
     hostile = "\x1b]0;owned\x07[red]x"
-    told = {"policy": hostile, "replicas": [{"replica": hostile, "requests": hostile, "tokens": hostile}]}
-    page = shown({"url": "u", "model": hostile, "state": told, "now": None, "total": {}})
-    assert "\x1b" not in page
-    assert "\x07" not in page
-    assert "[red]x" in page
-
-
-def test_replicas_are_told_apart() -> None:
-    one = {
-        **state(),
+    after = state(3) | {
+        "quarantined": {"diffusion": "raised IndexError"},
         "replicas": [
             {"replica": 0, "requests": 1, "tokens": 20},
-            {"replica": 1, "requests": 2, "tokens": 30},
+            {"replica": hostile, "requests": 2, "tokens": 30},
         ],
     }
-    page = shown({"url": "u", "model": "m", "state": one, "now": None, "total": figures(one, 1.0)})
-    assert "0: 1 running, 20 tokens · 1: 2 running, 30 tokens" in page
-
-
-def test_once_shows_one_reading(
-    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert top("--once", "--url", f"{recorded.url}/v1/", monkeypatch=monkeypatch) == 0
-    assert "– (100.0)" in capsys.readouterr().out
-    assert recorded.times == 1
-
-
-def test_json_has_state_and_figures(
-    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert top("--once", "--json", "--url", recorded.url, monkeypatch=monkeypatch) == 0
-    (found,) = json.loads(capsys.readouterr().out)
-    assert (found["url"], found["model"], found["state"]) == (recorded.url, "tiny", state())
-    assert found["now"] is None
-    assert found["total"]["tokens_per_second"] == 100.0
+    told = {name: value for name, value in state().items() if name in ("policy", "requests", "tokens")}
+    now = since(Reading(10.0, state(1)), Reading(12.0, after))
+    whole = {"url": "http://a", "model": "tiny", "state": after, "now": now, "total": figures(after, 1.5)}
+    bare = {"url": "http://b", "model": hostile, "state": told, "now": None, "total": {}}
+    page = shown(whole, bare, {"url": "http://c", "error": "http://c does not answer: gone"})
+    assert [line.rstrip() for line in page.splitlines()] == SCREEN.splitlines()
+    assert all(len(line) <= 60 for line in shown(*[{"url": "u", "error": "e"}], width=60).splitlines())
 
 
 DEAD = "http://127.0.0.1:1"
@@ -256,7 +216,7 @@ def test_what_is_no_whiflash_server_is_named(
 def test_a_dead_server_does_not_hide_another(
     recorded: Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert top("--once", "--url", recorded.url, "--url", DEAD, monkeypatch=monkeypatch) == 1
+    assert top("--once", "--url", f"{recorded.url}/v1/", "--url", DEAD, monkeypatch=monkeypatch) == 1
     said = capsys.readouterr()
     assert "100.0" in said.out
     assert f"error: {DEAD} does not answer" in said.err

@@ -27,7 +27,7 @@ from whiflash_sglang.lab.judging.evaluation import (
 from whiflash_sglang.train.answers import store
 from whiflash_sglang.train.answers.data import generate_data, teacher_of
 from whiflash_sglang.train.answers.provenance import digest_of
-from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, open_stores
+from whiflash_sglang.train.answers.store import FeatureStore, open_stores
 from whiflash_sglang.train.answers.tokens import Exported, export_tokens, rebuild_features
 from whiflash_sglang.train.config import TrainConfig, load_config
 from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
@@ -140,36 +140,36 @@ def copied(begun: TrainConfig, work: Path) -> TrainConfig:
     return begun.model_copy(update={"work": work})
 
 
-def test_a_run_does_not_go_on_with_other_data(root: Path, killed: TrainConfig, tmp_path: Path) -> None:
-    other = copied(killed, tmp_path / "work")
+def _other_data(other: TrainConfig) -> TrainConfig:
     [shard] = open_stores(other)
     record = shard.records[0]
-    shard.append(record._replace(id="new"), shard.read_tokens(record).tolist(), _states_of(shard, record))
-    with pytest.raises(
-        ConfigError, match=r"eagle3/trainer holds a run with other arguments: data\.shard0of1 was"
-    ):
-        train_eagle3(other, root / "target")
+    sequence = shard.read(record)
+    states = torch.cat([sequence.features, sequence.final[:, None]], 1)
+    shard.append(record._replace(id="new"), sequence.tokens.tolist(), states)
+    return other
 
 
-def test_a_run_does_not_go_on_with_another_configuration(
-    root: Path, killed: TrainConfig, tmp_path: Path
-) -> None:
-    loop = killed.eagle3.loop.model_copy(update={"epochs": 9.0})
-    other = copied(killed, tmp_path / "work").model_copy(
-        update={"eagle3": killed.eagle3.model_copy(update={"loop": loop})}
-    )
-    with pytest.raises(
-        ConfigError, match=r"configuration\.eagle3\.loop\.epochs was .* and is 9\.0\. .* remove"
-    ):
-        train_eagle3(other, root / "target")
+def _another_configuration(other: TrainConfig) -> TrainConfig:
+    loop = other.eagle3.loop.model_copy(update={"epochs": 9.0})
+    return other.model_copy(update={"eagle3": other.eagle3.model_copy(update={"loop": loop})})
 
 
-def test_a_run_does_not_go_on_from_another_checkpoint(
-    root: Path, killed: TrainConfig, config: TrainConfig, tmp_path: Path
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_data, r"eagle3/trainer holds a run with other arguments: data\.shard0of1 was"),
+        (_another_configuration, r"configuration\.eagle3\.loop\.epochs was .* and is 9\.0\. .* remove"),
+        (None, "--start-from was None and is '"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another(
+    root: Path, killed: TrainConfig, config: TrainConfig, tmp_path: Path, change: Any, message: str
 ) -> None:
     other = copied(killed, tmp_path / "work")
-    start = train_eagle3(config, root / "target")
-    with pytest.raises(ConfigError, match="--start-from was None and is '"):
+    start = None if change else train_eagle3(config, root / "target")
+    if change:
+        other = change(other)
+    with pytest.raises(ConfigError, match=message):
         train_eagle3(other, root / "target", start)
 
 
@@ -256,41 +256,20 @@ def test_categories_are_held_as_often_as_they_weigh(config: TrainConfig) -> None
     assert SequenceBatches(stores, 256, 0, 0, {}).batches == SequenceBatches(stores, 256, 0, 0).batches
 
 
-def _states_of(shard: FeatureStore, record: SequenceRecord) -> torch.Tensor:
-    sequence = shard.read(record)
-    return torch.cat([sequence.features, sequence.final[:, None]], 1)
-
-
-def test_a_bundle_is_evaluated(root: Path, config: TrainConfig, tmp_path: Path) -> None:
-    eagle3 = train_eagle3(config, root / "target")
-    dflash = train_dflash(config, root / "target")
-    assert json.loads((eagle3 / "provenance.json").read_text())["config"]["eagle3"]["steps"] == 3
+@pytest.mark.parametrize(("part", "train"), [("eagle3", train_eagle3), ("dflash", train_dflash)])
+def test_a_bundle_of_one_drafter_is_evaluated(
+    root: Path, config: TrainConfig, tmp_path: Path, part: str, train: Any
+) -> None:
+    """`tests/train/test_tiny.py` evaluates both drafters."""
     bundle = tmp_path / "bundle"
-    shutil.copytree(eagle3, bundle / "eagle3")
-    shutil.copytree(dflash, bundle / "dflash")
-    manifest = {
-        "schema_version": 1,
-        "name": "tiny",
-        "target": str(root / "target"),
-        "eagle3": "eagle3",
-        "dflash": "dflash",
-    }
+    shutil.copytree(train(config, root / "target"), bundle / part)
+    manifest = {"schema_version": 1, "name": "tiny", "target": str(root / "target"), part: part}
     (bundle / "whiflash.json").write_text(json.dumps(manifest))
-    options = EvaluationSettings(
-        max_new_tokens=24, work=tmp_path / "work", hardware=Hardware(dtype="float32")
-    )
+    options = EvaluationSettings(max_new_tokens=8, limit=4, hardware=Hardware(dtype="float32"))
     result = evaluate_bundle(bundle, root / "prompts.jsonl", options)
-    assert set(result["categories"]) <= {"chat", "code"}
-    lengths = result["overall"]["acceptance_length"]
-    assert 1 <= max(lengths["eagle3"], lengths["dflash"]) <= lengths["oracle"] + 1e-9
-    for part, other in (("eagle3", "dflash"), ("dflash", "eagle3")):
-        alone = {key: value for key, value in manifest.items() if key != other}
-        (bundle / "whiflash.json").write_text(json.dumps(alone))
-        options = EvaluationSettings(max_new_tokens=8, limit=4, hardware=Hardware(dtype="float32"))
-        result = evaluate_bundle(bundle, root / "prompts.jsonl", options)
-        names = {part, "lookup", "auto-unpriced", "oracle", "oracle-of-three"}
-        assert set(result["overall"]["acceptance_length"]) == names
-        figures_table(result)
+    names = {part, "lookup", "auto-unpriced", "oracle", "oracle-of-three"}
+    assert set(result["overall"]["acceptance_length"]) == names
+    figures_table(result)
 
 
 @pytest.mark.parametrize(
@@ -309,9 +288,28 @@ def test_a_wrong_configuration_names_the_key(root: Path, tmp_path: Path, change:
         load_config(file)
 
 
-def test_capturing_the_last_layer_is_refused(root: Path, config: TrainConfig) -> None:
-    with pytest.raises(ConfigError, match="can be captured are 0 to 4"):
-        generate_data(config.model_copy(update={"capture": [0, 5]}))
+def _no_prompts(config: TrainConfig, work: Path) -> object:
+    empty = work / "empty.jsonl"
+    empty.write_text("\n")
+    return generate_data(
+        config.model_copy(update={"data": config.data.model_copy(update={"prompts": [str(empty)]})})
+    )
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda c, _: generate_data(c.model_copy(update={"capture": [0, 5]})), "can be captured are 0 to 4"),
+        (
+            lambda c, work: train_eagle3(c.model_copy(update={"work": work}), Path(c.target)),
+            "run `whiflash train data` first",
+        ),
+        (_no_prompts, r"empty\.jsonl holds no prompts"),
+    ],
+)
+def test_what_a_step_lacks_is_named(config: TrainConfig, tmp_path: Path, run: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(config, tmp_path)
 
 
 def test_the_disk_bound_stops_the_run_and_keeps_the_data(config: TrainConfig, tmp_path: Path) -> None:
@@ -320,11 +318,6 @@ def test_the_disk_bound_stops_the_run_and_keeps_the_data(config: TrainConfig, tm
     assert summary.stopped is not None
     assert "max_disk_gb" in summary.stopped
     assert 0 < summary.sequences < 24
-
-
-def test_training_without_data_says_what_to_run(root: Path, config: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="run `whiflash train data` first"):
-        train_eagle3(config.model_copy(update={"work": tmp_path}), root / "target")
 
 
 def test_recomputed_features_equal_the_kept_ones(root: Path, config: TrainConfig, tmp_path: Path) -> None:
@@ -413,15 +406,6 @@ def test_prompts_longer_than_the_context_say_so(root: Path, config: TrainConfig,
     assert result.exit_code == 1
     assert "and 24 tokens exceed the context" in result.output
     assert "none of 1 prompts gave an answer" in str(result.exception)
-
-
-def test_no_prompts_at_all(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").write_text("\n")
-    data = settings(root)["data"] | {"prompts": [str(tmp_path / "empty.jsonl")]}
-    (tmp_path / "empty.yaml").write_text(yaml.safe_dump(settings(root) | {"data": data}))
-    result = CliRunner().invoke(train_app, ["data", "--config", str(tmp_path / "empty.yaml")])
-    assert result.exit_code == 1
-    assert "empty.jsonl holds no prompts" in str(result.exception)
 
 
 def test_answers_that_no_drafter_saw_come_first(root: Path, config: TrainConfig, tmp_path: Path) -> None:
