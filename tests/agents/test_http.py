@@ -3,7 +3,6 @@
 import ast
 import asyncio
 import json
-import random
 import re
 import sys
 from collections.abc import Iterator
@@ -233,48 +232,15 @@ OUTSIDE = 320
 """The first id that is none of the tiny target's."""
 COMPLETION: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4}
 FATAL: list[tuple[str, dict[str, Any], str]] = [
-    ("/generate", {"input_ids": [1, OUTSIDE]}, "input_ids"),
     ("/generate", {"input_ids": [[1, 2], [3, -1]]}, "input_ids"),
     ("/generate", {"input_ids": [1, OUTSIDE], "stream": True}, "input_ids"),
-    ("/generate", {"input_ids": [[1, OUTSIDE], [1]], "stream": True}, "input_ids"),
-    ("/generate", {"input_ids": [OUTSIDE], "sampling_params": {"n": 3}}, "input_ids"),
     ("/generate", {"text": ""}, "text"),
-    ("/generate", {"text": "", "stream": True}, "text"),
-    ("/generate", {"text": "", "session_params": {"offset": 0}}, "text"),
     ("/generate", {"text": "", "session_params": {"id": None}}, "text"),
-    ("/generate", {"text": ["a", ""]}, "text"),
-    ("/generate", {"text": "", "sampling_params": {"n": 2}}, "text"),
-    ("/generate", {"input_ids": []}, "input_ids"),
-    ("/generate", {"input_ids": [[1], []]}, "input_ids"),
-    ("/v1/completions", {**COMPLETION, "prompt": ""}, "empty"),
-    ("/v1/completions", {**COMPLETION, "prompt": ["a", ""]}, "empty"),
-    ("/v1/completions", {**COMPLETION, "prompt": "", "stream": True}, "empty"),
-    ("/v1/completions", {**COMPLETION, "prompt": []}, "empty"),
-    (
-        "/generate",
-        {"text": PROMPT, "return_logprob": True, "top_logprobs_num": OUTSIDE + 1},
-        "top_logprobs_num",
-    ),
     ("/generate", {"text": PROMPT, "top_logprobs_num": OUTSIDE + 1}, "top_logprobs_num"),
-    (
-        "/generate",
-        {"text": ["a", "b"], "return_logprob": True, "top_logprobs_num": [1, 400]},
-        "top_logprobs_num",
-    ),
     ("/generate", {"text": PROMPT, "return_logprob": True, "logprob_start_len": -5}, "logprob_start_len"),
-    ("/generate", {"text": PROMPT, "sampling_params": {"top_k": 2**31}}, "top_k"),
-    ("/generate", {"text": PROMPT, "session_params": {"id": [1]}}, "session_params.id"),
     ("/generate", {"text": PROMPT, "positional_embed_overrides": {"a": 1}}, "positional_embed_overrides"),
-    (
-        "/generate",
-        {"text": PROMPT, "sampling_params": {"stop_token_ids": [OUTSIDE], "min_new_tokens": 2}},
-        "stop_token_ids",
-    ),
-    ("/v1/completions", {**COMPLETION, "prompt": [1, OUTSIDE]}, "prompt"),
-    ("/v1/completions", {**COMPLETION, "prompt": [[1], [-1, 1]]}, "prompt"),
+    ("/v1/completions", {**COMPLETION, "prompt": ["a", ""]}, "empty"),
     ("/v1/completions", {**COMPLETION, "prompt": [1, OUTSIDE], "stream": True}, "prompt"),
-    ("/v1/completions", {**COMPLETION, "logprobs": OUTSIDE + 1}, "logprobs"),
-    ("/v1/completions", {**COMPLETION, "top_k": 2**40}, "top_k"),
     ("/v1/completions", {**COMPLETION, "stop_token_ids": [-1], "min_tokens": 2}, "stop_token_ids"),
     (
         "/v1/chat/completions",
@@ -308,46 +274,22 @@ def test_requests_that_would_end_the_server_are_400s_and_a_neighbour_streams_on(
     assert streamed == alone
 
 
-def payload(rng: random.Random) -> bytes:
-    """Custom parameters as JSON text, much of it wrong: types, depth, size, surrogates, controls, NaN."""
-    span = {
-        "kind": rng.choice(["json", "poem", 3]),
-        "begin": rng.choice(["<a>", "", "x" * 65, 7, "\x01", "é🙂"]),
-    }
-    inner: Any = {"spans": [span] * rng.choice([1, 2, 17]), "trace": rng.choice([True, 1, None])}
-    text = rng.choice(
-        [json.dumps(inner), "[" * 5000, '{"off":NaN}', '{"off":true}', "{", "\u0000", '{"version":1e999}']
-    )
-    value = rng.choice(
-        [text, text, text, inner, None, 5, [text], [[1]], {"a": {"b": {"c": 1}}}, "x" * 300_000]
-    )
-    body = json.dumps({rng.choice(["whiflash", "whiflash", "other"]): value})
-    return rng.choice(
-        [body, body, body, body.replace('"', '"\\ud800', 1), '{"whiflash": NaN}', "[" * 2000]
-    ).encode()
-
-
-def test_a_thousand_fuzzed_hints_are_refused_or_served(server: Server) -> None:
-    rng = random.Random(7)
-    cases = []
-    for _ in range(1000):
-        route = rng.choice(ROUTES)
-        body = json.dumps(request(route, "@")).encode().replace(b'"@"', payload(rng))
-        cases.append((route, body))
-
-    with httpx.Client(base_url=server.url, timeout=None) as http, ThreadPoolExecutor(4) as pool:
-
-        def post(case: tuple[str, bytes]) -> int:
-            return http.post(
-                case[0], content=case[1], headers={"Content-Type": "application/json"}
-            ).status_code
-
-        statuses = list(pool.map(post, cases))
-        assert set(statuses) == {200, 400}, {status: statuses.count(status) for status in set(statuses)}
-        assert statuses.count(200) > 100
-        assert statuses.count(400) > 100
-        assert http.get("/health").status_code == 200
-        assert http.post("/generate", json=request("/generate", None)).status_code == 200
+@pytest.mark.parametrize(
+    "params",
+    [
+        b'{"whiflash": NaN}',
+        b"[" * 2000,
+        b'{"whiflash": "\\ud800"}',
+        b'{"whiflash": "' + b"x" * 300_000 + b'"}',
+    ],
+)
+@pytest.mark.parametrize("route", ROUTES)
+def test_hints_that_no_client_would_write_are_400s(server: Server, route: str, params: bytes) -> None:
+    body = json.dumps(request(route, "@")).encode().replace(b'"@"', params)
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(server.url + route, content=body, headers=headers, timeout=None)
+    assert answer.status_code == 400, answer.text
+    assert httpx.post(f"{server.url}/generate", json=request("/generate", None), timeout=None).is_success
 
 
 def predict(text: object, kind: str = "content") -> dict[str, Any]:
@@ -561,6 +503,9 @@ def test_a_converted_answer_tells_who_wrote_it_and_what_of_its_prediction_appear
     asked = {**Hints(trace="full").extra_body(), "prediction": predict(plain)}
     text, extension = told(route, post(server, route, converted(route, stream=stream, **asked)), stream)
     assert text == plain
+    for wrong in (plain[:9] + "~", "~"):
+        partly = converted(route, stream=stream, prediction=predict(wrong))
+        assert told(route, post(server, route, partly), stream)[0] == plain
     trace, counts = extension["whiflash"], extension["prediction"]
     assert trace["text"] == plain
     tokens = sum(arm["tokens"] for arm in trace["arms"].values())
@@ -632,67 +577,30 @@ def test_the_agents_sdks_default_route_is_collected(server: Server) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("route", CONVERTED)
-def test_a_prediction_of_a_converted_request_leaves_its_text(server: Server, route: str) -> None:
-    def text_of(**more: Any) -> str:
-        body = post(server, route, converted(route, **more)).json()
-        parts = body["content"] if route == "/v1/messages" else body["output"][0]["content"]
-        return str(parts[0]["text"])
-
-    plain = text_of()
-    for predicted in (plain, plain[:9] + "~", "~"):
-        assert text_of(prediction=predict(predicted)) == plain
-
-
 def with_params(route: str, params: object) -> dict[str, Any]:
     """A request of any route with these custom parameters."""
     return request(route, params) if route in ROUTES else converted(route, custom_params=params)
 
 
-BEGINS_WITH_NOTHING = json.dumps({"spans": [{"kind": "json", "open": True}, {"kind": "json", "begin": ""}]})
-OF_THE_SERVER = {"whiflash_tools": "is written by the server only", "whiflash_inferred": "must be true"}
 WRITTEN_BY_A_CLIENT = json.dumps(["arguments", [["\ud800", None]]])
-WRONG_PREDICTIONS: list[tuple[Any, str]] = [
-    ("text", "prediction: must be an object"),
-    ({"type": "diff", "content": "a"}, "prediction.type: must be content"),
-    ({"type": "content"}, "prediction.content: must be a string or a list"),
-    (predict([{"type": "text", "text": "a"}, {"type": "image_url"}]), "prediction.content[1].type"),
-    (predict([{"type": "text", "text": 3}]), "prediction.content[0].text"),
-]
-WRONG_PARAMS: list[tuple[Any, str]] = [
-    (7, "custom_params: must be an object"),
-    ({"whiflash": '{"off":1}'}, "custom_params.whiflash.off: must be true or false"),
-    ({"whiflash": '{"structure":[["x"]]}'}, "structure[0]: must be a list of two"),
-]
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     *(
-        (r, request(r, {"whiflash": BEGINS_WITH_NOTHING}), "whiflash.spans[1].begin: is empty")
-        for r in ROUTES
-    ),
-    *(
-        (route, with_params(route, {key: WRITTEN_BY_A_CLIENT}), f"custom_params.{key}: {why}")
+        (
+            route,
+            with_params(route, {"whiflash_tools": WRITTEN_BY_A_CLIENT}),
+            "whiflash_tools: is written by the server only",
+        )
         for route in (*ROUTES, *CONVERTED)
-        for key, why in OF_THE_SERVER.items()
-    ),
-    *(
-        (route, with_params(route, {"whiflash_forced": [1]}), "started without --whiflash-force-recorded on")
-        for route in (*ROUTES, *CONVERTED)
-    ),
-    *(
-        (r, converted(r, custom_params=params), message)
-        for r in CONVERTED
-        for params, message in WRONG_PARAMS
     ),
     *((r, converted(r, prediction={"type": "diff"}), "prediction.type: must be content") for r in CONVERTED),
     *(
-        (ROUTES[0], {"model": "tiny", "messages": MESSAGES, "prediction": wrong, "stream": stream}, message)
-        for wrong, message in WRONG_PREDICTIONS
+        (
+            ROUTES[0],
+            {"model": "tiny", "messages": MESSAGES, "prediction": predict([{"type": "text", "text": 3}])}
+            | {"stream": stream},
+            "prediction.content[0].text",
+        )
         for stream in (False, True)
-    ),
-    (
-        ROUTES[0],
-        {**asked_of(ROUTES[0], "abc"), "custom_params": {"whiflash_prediction": "abd"}},
-        "give one of them",
     ),
     *(
         ("/generate", asked_of("/generate", wrong), "custom_params.whiflash_prediction")

@@ -17,7 +17,7 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.memory import HANDLES
 from whiflash_sglang.worker import WhiFlashWorker
 
-KEYS = [*(f"{control.KEY}.{field}" for field in PolicyChange.model_fields), control.FORGET]
+KEYS = [*(f"{control.KEY}.{field}" for field in PolicyChange.model_fields), control.FORGET, control.VERSION]
 NUMBERS = st.one_of(
     st.floats(), st.integers(), st.integers(-(10**400), 10**400), st.integers(-3, 20), st.booleans()
 )

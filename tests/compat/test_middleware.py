@@ -203,7 +203,25 @@ def test_other_routes_and_servers_without_us_have_no_call(monkeypatch: pytest.Mo
     [
         ({"custom_params": 7}, "custom_params", "must be an object"),
         ({"custom_params": {"whiflash": '{"off":1}'}}, "custom_params.whiflash.off", "must be true or false"),
+        (
+            {"custom_params": {"whiflash": '{"spans":[{"kind":"json","begin":""}]}'}},
+            "custom_params.whiflash.spans[0].begin",
+            "is empty",
+        ),
+        ({"custom_params": {"whiflash_inferred": "x"}}, "custom_params.whiflash_inferred", "must be true"),
         ({"prediction": {"type": "diff"}}, "prediction.type", "must be content"),
+        ({"prediction": "text"}, "prediction", "must be an object"),
+        ({"prediction": {"type": "content"}}, "prediction.content", "must be a string or a list"),
+        (
+            {
+                "prediction": {
+                    "type": "content",
+                    "content": [{"type": "text", "text": "a"}, {"type": "image_url"}],
+                }
+            },
+            "prediction.content[1].type",
+            "",
+        ),
         ({"custom_params": {"whiflash_forced": [1]}}, "custom_params.whiflash_forced", "without --whiflash"),
         ({"custom_params": {TOOLS_KEY: "[]"}}, f"custom_params.{TOOLS_KEY}", "by the server only"),
     ],

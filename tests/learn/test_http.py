@@ -5,7 +5,6 @@ texts of tenants, whom SGLang's own fields name.
 import json
 import random
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from click.testing import Result
 from model_set import Models
 from patience import wait_until
 from server_host import Server, ServerHost
-from swapping import PROMPTS
 from typer.testing import CliRunner
 from versioned import trained, version
 
@@ -76,11 +74,6 @@ def ask(server: Server, **keys: str) -> None:
     server.generate(input_ids=PROMPT, sampling_params={"max_new_tokens": 40}, **keys)
 
 
-def answers(server: Server) -> list[list[int]]:
-    bodies = [{"input_ids": prompt, "sampling_params": {"max_new_tokens": 60}} for prompt in PROMPTS]
-    return [answer["output_ids"] for answer in server.generate_all(bodies, concurrency=3)]
-
-
 def test_the_servers_own_requests_are_no_samples(server: Server) -> None:
     """Its warm-up, and health checks, with which whoever started it has waited for it."""
 
@@ -106,32 +99,6 @@ def test_commands_switch_a_server_and_back(server: Server, learning: Path) -> No
         assert [line for line in listed.stdout.splitlines() if line.startswith("*")] == [f"* {now}"]
 
 
-def test_text_stays_while_a_server_switches(server: Server) -> None:
-    order = random.Random(5)
-    use(server, {"version": 0})
-    plain = answers(server)
-    with ThreadPoolExecutor(1) as pool:
-        later = [pool.submit(answers, server) for _ in range(3)]
-        switches = 0
-        while not all(future.done() for future in later):
-            assert use(server, {"version": order.randrange(TORN)}).status_code == 200
-            switches += 1
-    assert [future.result() for future in later] == [plain] * 3
-    assert switches >= 10
-
-
-def test_a_torn_version_is_refused_by_name(server: Server) -> None:
-    use(server, {"version": 1})
-    answer = use(server, {"version": TORN})
-    assert answer.status_code == 400
-    assert "dflash/model.safetensors is not the file" in answer.json()["error"]["message"]
-    assert drafters(server)["version"] == 1
-    ran = command("use", str(TORN), "--url", server.url)
-    assert ran.exit_code == 1
-    assert "is not the file that its bundle was made with" in str(ran.exception)
-    assert answers(server)
-
-
 def test_a_version_is_refused_by_its_askers_sums(server: Server, learning: Path) -> None:
     """Before anything is loaded, and without another answer than 400."""
     use(server, {"version": 1})
@@ -144,19 +111,6 @@ def test_a_version_is_refused_by_its_askers_sums(server: Server, learning: Path)
         assert (answer.status_code, why in answer.json()["error"]["message"]) == (400, True)
     assert drafters(server)["version"] == 1
     assert use(server, {"version": 2, **said}).json()["drafters"]["version"] == 2
-
-
-def test_notes_of_anything_are_no_reason_to_fail(server: Server, learning: Path) -> None:
-    notes = path_of(versions_of(learning), 2) / "notes.json"
-    before = notes.read_text()
-    for text in ('{"dflash": NaN}', '{"dflash": 1e999}', f'{{"dflash": 1{"0" * 400}}}', "[" * 100_000):
-        use(server, {"version": 1})
-        notes.write_text(text)
-        assert use(server, {"version": 2}).status_code == 200
-        assert command("rollback", "--url", server.url).exit_code == 0
-        assert command("list", str(versions_of(learning))).exit_code == 0
-    notes.write_text(before)
-    assert drafters(server)["version"] == 1
 
 
 def test_what_was_learned_is_offered(server: Server, learning: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,50 +181,11 @@ def test_what_accepts_less_of_live_traffic_is_left(
     ]
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        {},
-        {"version": "1"},
-        {"version": -1},
-        {"version": True},
-        {"version": 1, "x": 2},
-        {"version": 1, "target": 2},
-        {"version": 1, "files": ["a"]},
-    ],
-)
+@pytest.mark.parametrize("body", [{"version": "1"}, {"version": 1, "files": ["a"]}])
 def test_a_malformed_body_is_a_400(server: Server, body: dict[str, Any]) -> None:
     answer = use(server, body)
     assert answer.status_code == 400
     assert "give the number of a version" in answer.json()["error"]["message"]
-
-
-EVER_WRONG = ("NaN", '"NaN"', '"inf"', '"-inf"', "[1]", '"a"', "null")
-WRONG = {
-    "router": (*EVER_WRONG, "-1", "-2", "1.5", "99", f"1{'0' * 30}"),
-    "min_dwell": (*EVER_WRONG, "-1", "1.5", "4294967296", f"1{'0' * 30}"),
-    "entropy_threshold": (*EVER_WRONG, "-1"),
-    "neural_router_threshold": EVER_WRONG,
-    "forget": (*EVER_WRONG, "-2", "1.5", f"{2**63}", f"1{'0' * 30}"),
-    "version": (*EVER_WRONG, "-1", "1.5", f"1{'0' * 30}"),
-}
-"""JSON. SGLang's route reads a number out of a string too, and so NaN and infinities."""
-
-
-@pytest.mark.parametrize("key", WRONG)
-def test_a_wrong_value_in_sglangs_own_message_harms_nobody(server: Server, key: str) -> None:
-    """A scheduler that raises serves nobody any more."""
-    before = drafters(server)["version"]
-    for value in WRONG[key]:
-        answer = httpx.put(
-            f"{server.url}/set_internal_state",
-            content=f'{{"server_args": {{"whiflash.{key}": {value}}}}}',
-            headers=ADMIN | {"Content-Type": "application/json"},
-            timeout=None,
-        )
-        assert answer.status_code >= 400 or answer.json() == [False], value
-        server.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 4})
-    assert drafters(server)["version"] == before
 
 
 def test_forgetting_reaches_samples_on_disk(server: Server, learning: Path) -> None:

@@ -121,6 +121,7 @@ class Row:
     predicted: bool = False
     retracted: int = 0
     evidence: bool = False
+    """Of `make evidence` alone: one policy where `random`, which takes each arm in turn, has a row with the same."""
 
     def __str__(self) -> str:
         more = [name for name in ("predicted", "retracted") if getattr(self, name)]
@@ -139,19 +140,24 @@ ROWS = [
     row("batch", "random", "traffic", *ALL, *KNOWING),
     row("batch", "random", "traffic", predicted=True),
     row("batch", "random", "counted", "retractions", retracted=3),
-    *(row("batch", router, "constrained", router) for router in ("ar", "diffusion")),
+    *(row("batch", router, "constrained", router, evidence=True) for router in ("ar", "diffusion")),
     row("batch", "random", "constrained", "structure", *KNOWING),
     row("batch", "none", "structured", "shared steps"),
     row("batch", "oracle", "stops", "runs"),
     row("batch", "random", "calls", "structure"),
-    *(row("batch", router, "penalised", router) for router in ("ar", "diffusion")),
+    *(row("batch", router, "penalised", router, evidence=True) for router in ("ar", "diffusion")),
     row("batch", "random", "penalised", *KNOWING),
-    *(row("batch", router, "rated") for router in ("ar", "diffusion", "auto", "none")),
+    *(row("batch", router, "rated", evidence=True) for router in ("ar", "diffusion", "none")),
+    row("batch", "auto", "rated"),
     row("batch", "random", "rated", "runs"),
     row("batch", "random", "rated beside samples", "runs"),
-    *(row("batch", router, "states") for router in ("ar", "none")),
+    *(row("batch", router, "states", evidence=True) for router in ("ar", "none")),
     row("batch", "random", "states", *KNOWING),
-    *(row("whole prompts", router, "processed") for router in ("ar", "diffusion", "lookup", "auto", "none")),
+    *(
+        row("whole prompts", router, "processed", evidence=True)
+        for router in ("ar", "diffusion", "lookup", "none")
+    ),
+    row("whole prompts", "auto", "processed"),
     row("whole prompts", "random", "processed", "oracle"),
     row("whole prompts", "none", "unprocessed"),
     row("one request", "random", "traffic", *KNOWING),
@@ -178,16 +184,17 @@ ROWS = [
         for seed in range(12)
     ),
     row("thinking", "random", "thinking", *KNOWING),
-    *(row("seeded", router, "seeds", router) for router in ("ar", "diffusion")),
+    *(row("seeded", router, "seeds", router, evidence=True) for router in ("ar", "diffusion")),
     row("seeded", "random", "seeds", *KNOWING),
     *(
         row("seeded", "random", requests, "runs")
         for requests in ("rated seeds", "rated seeds, original", "filtered seeds")
     ),
-    *(row("two layers", router, "traffic", "ar") for router in ("ar", "auto")),
+    row("two layers", "ar", "traffic", "ar", evidence=True),
+    row("two layers", "auto", "traffic", "ar"),
     row("two layers", "random", "traffic", *KNOWING),
     row("two layers, full pool", "random", "traffic", "retractions"),
-    *(row("resident", router, "traffic", router) for router in ("ar", "diffusion", "lookup")),
+    *(row("resident", router, "traffic", router, evidence=True) for router in ("ar", "diffusion", "lookup")),
     row("resident", "auto", "traffic"),
     row("resident", "random", "traffic", *ALL, *KNOWING),
     row("resident", "random", "traffic", predicted=True),
