@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from openai import OpenAI
+import httpx
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -20,6 +20,9 @@ from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.embedded import STRICT_TOOLS, TARGET_NAME, embedded_arguments, ensure_target
 from whiflash_sglang.equality import Comparison, TopTwo, Verdict, compare
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.lab.bench.load import ANSWER_SECONDS
+from whiflash_sglang.lab.bench.prompts import Prompt
+from whiflash_sglang.lab.bench.reference import BestLogit, ask_reference
 from whiflash_sglang.serving import Server, ServerHost, shares_imports
 
 TARGET = "SmolLM2-135M-Instruct, dequantised from Q4_1 to bfloat16"
@@ -149,58 +152,53 @@ def ask(
 ) -> Answer:
     """Warm up, compare, then time both servers in turn."""
     request = {"model": TARGET_NAME, "temperature": 0, "max_tokens": MAX_TOKENS, **question}
-    clients = {
-        server: OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
-        for server in (plain, ours)
-    }
-    asked = {"return_output_ids_in_sglext": True, "return_input_ids_in_sglext": True, "no_stop_trim": True}
-    reference = clients[plain].chat.completions.create(
-        **request, logprobs=True, top_logprobs=2, extra_body=asked
+    plainly, here = (
+        httpx.Client(base_url=server.base_url, timeout=ANSWER_SECONDS) for server in (plain, ours)
     )
-    answer = clients[ours].chat.completions.create(
-        **request, extra_body={**asked, **Hints(trace="full").extra_body()}
-    )
-    trace = routing(answer)
-    if trace is None:
-        raise WhiflashError(
-            f"{name}: the answer has no trace, so its drafters are unknown: the server's log has the reason "
-            "(--log-dir keeps it)"
+    prompt = Prompt(name, name, tuple(question["messages"]))
+    with plainly, here:
+        reference = ask_reference(plainly, prompt, MAX_TOKENS, {**request, "no_stop_trim": True})
+        answer = _ask(
+            here,
+            {
+                **request,
+                **Hints(trace="full").extra_body(),
+                "return_output_ids_in_sglext": True,
+                "no_stop_trim": True,
+            },
         )
-    plain_ids, our_ids = _output_ids(reference), _output_ids(answer)
-    comparison = compare(plain_ids, our_ids, _top_two(reference, model), "bfloat16")
-    on_step()
-    seconds: dict[Server, list[float]] = {plain: [], ours: []}
-    for _ in range(REPEATS):
-        for server in (plain, ours):
-            began = time.perf_counter()
-            clients[server].chat.completions.create(**request)
-            seconds[server].append(time.perf_counter() - began)
+        trace = routing(answer)
+        if trace is None:
+            raise WhiflashError(
+                f"{name}: the answer has no trace, so its drafters are unknown: the server's log has the reason "
+                "(--log-dir keeps it)"
+            )
+        tokens = answer["sglext"]["output_ids"][0]
+        best = BestLogit(model, "bfloat16")
+        comparison = compare(
+            reference.tokens, tokens, lambda at: TopTwo(best(reference, at), reference.gaps[at]), "bfloat16"
+        )
         on_step()
-    speeds = [len(plain_ids) / sorted(seconds[server])[REPEATS // 2] for server in (plain, ours)]
-    message = answer.choices[0].message
-    calls = [f"{call.function.name}({call.function.arguments})" for call in message.tool_calls or ()]
-    return Answer(name, message.content or "", calls, trace, speeds[0], speeds[1], comparison)
+        seconds: dict[httpx.Client, list[float]] = {plainly: [], here: []}
+        for _ in range(REPEATS):
+            for client in (plainly, here):
+                began = time.perf_counter()
+                _ask(client, request)
+                seconds[client].append(time.perf_counter() - began)
+            on_step()
+    speeds = [len(reference.tokens) / sorted(seconds[client])[REPEATS // 2] for client in (plainly, here)]
+    message = answer["choices"][0]["message"]
+    called = [call["function"] for call in message.get("tool_calls") or ()]
+    calls = [f"{call['name']}({call['arguments']})" for call in called]
+    return Answer(name, message.get("content") or "", calls, trace, speeds[0], speeds[1], comparison)
 
 
-def _output_ids(response: Any) -> list[int]:
-    return list(response.sglext["output_ids"][0])
-
-
-def _top_two(reference: Any, model: Path) -> Callable[[int], TopTwo]:
-    """Plain decoding's own gap from its log-probabilities; the logit's size, which a log-probability lacks, from a
-    forward of the same weights."""
-
-    def at(position: int) -> TopTwo:
-        import torch
-
-        from whiflash_sglang.models.target import TargetModel
-
-        first, second = reference.choices[0].logprobs.content[position].top_logprobs[:2]
-        tokens = [*reference.sglext["input_ids"], *_output_ids(reference)[:position]]
-        target = TargetModel(model, device=torch.device("cpu"), dtype=torch.bfloat16)
-        return TopTwo(float(target.next_logits(tokens).max()), first.logprob - second.logprob)
-
-    return at
+def _ask(client: httpx.Client, request: Mapping[str, Any]) -> dict[str, Any]:
+    response = client.post("/v1/chat/completions", json=request)
+    if response.status_code != 200:
+        raise WhiflashError(f"{client.base_url} did not answer: {response.text[:500]}")
+    found: dict[str, Any] = response.json()
+    return found
 
 
 def judge(answers: list[Answer]) -> None:

@@ -41,7 +41,7 @@ from whiflash_sglang.models.checkpoint import integer
 from whiflash_sglang.models.config_json import read_json_config
 from whiflash_sglang.models.dspark import DSparkDrafter
 from whiflash_sglang.models.formats import read_draft
-from whiflash_sglang.models.target import TargetModel
+from whiflash_sglang.models.target import TargetModel, unknown
 from whiflash_sglang.progress import tracked
 from whiflash_sglang.train.answers.data import is_embedded, target_path
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
@@ -132,7 +132,10 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         config = config_of(learning.config, checkpoints, work, learning.rate)
         if config.hardware.threads:
             torch.set_num_threads(config.hardware.threads)
-        target = TargetModel(target_path(config.target), **config.hardware.place)
+        path = target_path(config.target)
+        if reason := unknown(path):
+            raise ConfigError(f"{path}: drafters cannot go on training here, since {reason}")
+        target = TargetModel(path, **config.hardware.place)
         tokens = answer_tokens(chosen.learned)
         more = [] if learning.replay is None else replayed(learning.replay, tokens, config.seed)
         _store(work / "data" / "shard0", target, config.capture, [*chosen.learned, *more], pace)

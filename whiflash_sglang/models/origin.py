@@ -141,12 +141,12 @@ class ServedOrigin:
 
     @property
     def device(self) -> torch.device:
-        """The directory of its tensors."""
+        """Where its tensors are."""
         return self.embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Names of its tensors."""
+        """The type of its tensors."""
         return self.embedding.dtype
 
 

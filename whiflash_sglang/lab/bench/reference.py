@@ -3,9 +3,12 @@
 Ranks round otherwise than one device does, so an arm on several of them is compared with plain decoding on as many.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -16,6 +19,8 @@ from whiflash_sglang.lab.bench.cells import Cell
 from whiflash_sglang.lab.bench.load import MODEL, RefusedError, RequestError
 from whiflash_sglang.lab.bench.prompts import Prompt
 from whiflash_sglang.train.rounds import loop_start
+
+logger = logging.getLogger("whiflash_sglang")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +44,10 @@ class Reference:
         return loop_start(self.tokens) is not None
 
 
-def ask_reference(client: httpx.Client, prompt: Prompt, max_tokens: int) -> Reference:
-    """Plain decoding's answer with the gaps between its two best tokens.
+def ask_reference(
+    client: httpx.Client, prompt: Prompt, max_tokens: int, request: Mapping[str, Any] = MappingProxyType({})
+) -> Reference:
+    """Plain decoding's answer with the gaps between its two best tokens. request: further fields.
 
     Raises:
         RefusedError: the server does not take the request. RequestError: it could not answer it.
@@ -54,6 +61,7 @@ def ask_reference(client: httpx.Client, prompt: Prompt, max_tokens: int) -> Refe
         "return_output_ids_in_sglext": True,
         "return_input_ids_in_sglext": True,
         **prompt.request(),
+        **request,
     }
     response = client.post("/v1/chat/completions", json=body)
     if response.status_code != 200:
@@ -131,7 +139,6 @@ class BestLogit:
 
     def __init__(self, target: Path, dtype: str) -> None:
         self._target, self._dtype = target, dtype
-        self._model: Any = None
         self._known: dict[tuple[str, tuple[int, ...]], float] = {}
 
     def __call__(self, reference: Reference, position: int) -> float:
@@ -141,12 +148,21 @@ class BestLogit:
         return self._known[key]
 
     def _forward(self, reference: Reference, position: int) -> float:
+        if self._model is None:
+            return 0.0
+        text = [*reference.input_ids, *reference.tokens[:position]]
+        return float(self._model.next_logits(text)[reference.tokens[position]])
+
+    @cached_property
+    def _model(self) -> Any:
+        """None where transformers cannot load the target. No bfloat16 gap is then a tie: answers count as different."""
         import torch
 
         from whiflash_sglang.models.target import TargetModel
 
-        if self._model is None:
-            dtype = getattr(torch, self._dtype)
-            self._model = TargetModel(self._target, device=torch.device("cpu"), dtype=dtype)
-        text = [*reference.input_ids, *reference.tokens[:position]]
-        return float(self._model.next_logits(text)[reference.tokens[position]])
+        dtype = getattr(torch, self._dtype)
+        try:
+            return TargetModel(self._target, device=torch.device("cpu"), dtype=dtype)
+        except (ValueError, ImportError, OSError) as error:
+            logger.warning("transformers cannot load %s, so no difference is a tie: %s", self._target, error)
+            return None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,18 @@ def blank(layer: Any) -> None:
         nn.init.zeros_(weight)
 
 
-def source_layer(target: Origin, index: int, key: str) -> Any:
+class SourceLayer(NamedTuple):
+    """Weights of a target's layer, joined as a drafter's modules hold them."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    out: Tensor
+    post_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+def source_layer(target: Origin, index: int, key: str) -> SourceLayer:
     """A layer of the target. Raises ConfigError naming `key` of the configuration where there is none to begin as."""
     if not target.layers:
         raise ConfigError(
@@ -78,7 +89,17 @@ def source_layer(target: Origin, index: int, key: str) -> Any:
         )
     if not 0 <= index < len(target.layers):
         raise ConfigError(f"{key} {index}: the target has layers 0 to {len(target.layers) - 1}")
-    return target.layers[index]
+    layer = target.layers[index]
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    return SourceLayer(
+        layer.input_layernorm.weight,
+        torch.cat(qkv),
+        attention.o_proj.weight,
+        layer.post_attention_layernorm.weight,
+        torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+        mlp.down_proj.weight,
+    )
 
 
 def go_on_from(path: Path, target: Origin, settings: Eagle3, frequencies: Tensor) -> Eagle3Drafter:
