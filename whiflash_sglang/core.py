@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from whiflash_kernels import Chosen, Committed, Copies, Drafts, HostDrafts, MixedBlock, PassRows, pass_rows
+from whiflash_kernels import Chosen, Committed, Copies, Drafts, HostDrafts, MixedBlock, pass_rows
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import Candidate, Part
@@ -38,16 +38,10 @@ class Strand(NamedTuple):
     source: str
 
 
-class Due(NamedTuple):
-    """Requests of a batch that an arm has to catch up before a round.
-
-    members: their indices in the batch. rows: most tokens that they have to ingest together, never 0; exactly those
-    where n is known.
-    """
-
-    members: list[int]
-    rows: int
-
+Due = Mapping[str, tuple[list[int], int]]
+"""By arm, which requests of a batch it has to catch up before a round: their indices, and most tokens that they have to
+ingest together, never 0; exactly those if n is known.
+"""
 
 LIMITS = ("pass_limits", "joined_limits", "copy_limits", "draft_limits")
 """Fields of a `Round` that bound drafts, and that the device needs too."""
@@ -105,7 +99,7 @@ class Round:
     worth: dict[str, Worth] = field(init=False)  # what a further draft must bring
     calibration: dict[str, Floats] = field(init=False)  # `Drafter.calibration` of all that draft
     members: dict[str, list[int]] = field(init=False)  # indices of the requests that it drafts for
-    due: dict[str, Due] = field(init=False)  # which requests it catches up
+    due: Due = field(init=False)  # which requests it catches up
     proposers: Sequence[str] = field(init=False)  # arms of `host_drafts` in its order, and last the device's
 
     # Filled by route, on the device; nothing if nobody drafts and nobody catches up.
@@ -197,7 +191,7 @@ class Round:
             len(self),
             sum(self.most),
             {arm: len(members) for arm, members in self.members.items()},
-            {arm: due.rows for arm, due in self.due.items()},
+            {arm: tokens for arm, (_, tokens) in self.due.items()},
         )
 
 
@@ -268,7 +262,9 @@ class DraftBatch:
         )
         return replace(self, rows=rows, starts=starts, bonus=bonus, tail=tail)
 
-    def rows_from(self, offset: int, width: int, fill: int | None = None) -> PassRows:
+    def rows_from(
+        self, offset: int, width: int, fill: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Rows at n+offset … n+offset+width-1 of every request: positions and KV slots; ids where there is a `fill`."""
         return pass_rows(
             self.slot_table, self.rows, self.starts, self.bonus, offset=offset, width=width, fill=fill

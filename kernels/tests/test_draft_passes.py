@@ -67,7 +67,7 @@ def test_any_members(backend: str, data: st.DataObject, requests: int, seed: int
     chunks = data.draw(st.sampled_from([None, (), (2, 0), (1,)]))
     columns = list(range(24)) if chunks is None else [c * 8 + i for c in chunks for i in range(8)]
     with running(backend), guarded_outputs():
-        found = draft_inputs(
+        *found, tails = draft_inputs(
             rings,
             None if members is None else integers(members, dtype),
             *(integers(values, dtype) for values in (slots, lengths, bonus, limits)),
@@ -76,10 +76,10 @@ def test_any_members(backend: str, data: st.DataObject, requests: int, seed: int
         )
     chosen = range(requests) if members is None else members
     numbers = [[values[b] for b in chosen] for values in (slots, lengths, bonus, limits)]
-    assert [t.tolist() for t in found[:4]] == numbers
-    assert all(t.dtype == torch.int64 for t in found[:4])
-    assert found.tail.shape == (len(chosen), len(columns))
-    for tail, b in zip(found.tail, chosen, strict=True):
+    assert [t.tolist() for t in found] == numbers
+    assert all(t.dtype == torch.int64 for t in found)
+    assert tails.shape == (len(chosen), len(columns))
+    for tail, b in zip(tails, chosen, strict=True):
         assert torch.equal(tail, features[slots[b], (lengths[b] - 1) % CAPACITY][columns])
 
 
@@ -89,10 +89,10 @@ def test_a_wide_feature_is_whole(backend: str) -> None:
     rings = BacklogRings(features, torch.zeros(2, 3, dtype=torch.int64, device=DEVICE))
     one = integers([1])
     with running(backend), guarded_outputs():
-        whole = draft_inputs(rings, one * 0, one, one * 5, one, one)
-        half = draft_inputs(rings, None, one, one * 5, one, one, chunks=(1,), chunk_width=2500)
-    assert torch.equal(whole.tail[0], features[1, 1])
-    assert torch.equal(half.tail[0], features[1, 1, 2500:])
+        *_, whole = draft_inputs(rings, one * 0, one, one * 5, one, one)
+        *_, half = draft_inputs(rings, None, one, one * 5, one, one, chunks=(1,), chunk_width=2500)
+    assert torch.equal(whole[0], features[1, 1])
+    assert torch.equal(half[0], features[1, 1, 2500:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -111,7 +111,7 @@ def test_any_pass(
     table = order.view(SLOTS, CONTEXT).int()
     slots = list(range(len(lengths), 0, -1))
     with running(backend), guarded_outputs():
-        rows = pass_rows(
+        places, cache_slots, ids = pass_rows(
             table.to(DEVICE),
             integers(slots, dtype),
             integers(lengths),
@@ -121,16 +121,16 @@ def test_any_pass(
             fill=fill,
         )
     positions = [[n + offset + i for i in range(width)] for n in lengths]
-    assert rows.positions.tolist() == positions
-    assert rows.cache_slots.tolist() == [
+    assert places.tolist() == positions
+    assert cache_slots.tolist() == [
         [int(table[slot, p]) if p >= 0 else 0 for p in own]
         for slot, own in zip(slots, positions, strict=True)
     ]
     if fill is None:
-        assert rows.input_ids is None
+        assert ids is None
     else:
-        assert rows.input_ids is not None
-        assert rows.input_ids.tolist() == [[100 + n, *[fill] * (width - 1)] for n in lengths]
+        assert ids is not None
+        assert ids.tolist() == [[100 + n, *[fill] * (width - 1)] for n in lengths]
 
 
 def test_rejects_what_does_not_fit_a_pass() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from whiflash_kernels.backlog import check_chunks
 from whiflash_kernels.dispatch import op
-from whiflash_kernels.structs import BacklogRings, DraftInputs, PassRows
+from whiflash_kernels.structs import BacklogRings
 
 
 @op(check_chunks)
@@ -22,7 +22,7 @@ def draft_inputs(
     *,
     chunks: Sequence[int] | None = None,
     chunk_width: int = 0,
-) -> DraftInputs:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gather the requests that one drafter drafts for out of a batch, with the feature that a chain starts from.
 
     For member m, b = members[m] and s = request_slots[b]: the four numbers of request b, and
@@ -37,7 +37,8 @@ def draft_inputs(
         chunk_width: columns of one group; needed with ``chunks``.
 
     Returns:
-        `DraftInputs`, new and contiguous; where ``members`` is None the four numbers may be the arguments themselves.
+        slots, lengths, bonus tokens and limits, [M] int64 each, and tail [M, columns]; new and contiguous, but where
+        ``members`` is None the four numbers may be the arguments themselves.
 
     Raises:
         ValueError: a chunk is outside the features.
@@ -60,7 +61,7 @@ def draft_inputs(
             picked = torch.tensor(chunks, device=slots.device)
             grid = features.view(*features.shape[:2], -1, chunk_width)
             tail = grid[slots[:, None], place[:, None], picked].flatten(1)
-    return DraftInputs(slots, lengths, token, most, tail)
+    return slots, lengths, token, most, tail
 
 
 def _check_width(*_: Any, width: int, **__: Any) -> None:
@@ -78,7 +79,7 @@ def pass_rows(
     offset: int,
     width: int,
     fill: int | None = None,
-) -> PassRows:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Positions, KV slots and token ids of a draft pass, ``width`` rows of every request.
 
     Row i of request g is at p = seq_lens[g] + offset + i; its KV goes to req_to_token[request_slots[g], p], or to
@@ -91,7 +92,7 @@ def pass_rows(
         fill: id behind the bonus token, a block's mask token; None: no ids, as a chain has them step by step.
 
     Returns:
-        `PassRows`.
+        positions, KV slots and ids, [G, W] int64 each; no ids without ``fill``.
 
     Raises:
         ValueError: ``width`` is below 1.
@@ -108,4 +109,4 @@ def pass_rows(
     if fill is not None:
         ids = torch.full_like(positions, fill)
         ids[:, 0] = bonus
-    return PassRows(positions, slots, ids)
+    return positions, slots, ids

@@ -77,32 +77,6 @@ class Unparked(NamedTuple):
     """[] int64, sum of the backlogs' lengths: the number of rows in use."""
 
 
-class DraftInputs(NamedTuple):
-    """The inputs of a drafter's pass, of the requests that it drafts for."""
-
-    request_slots: Tensor
-    """[M] int64."""
-    seq_lens: Tensor
-    """[M] int64."""
-    bonus: Tensor
-    """[M] int64."""
-    limits: Tensor
-    """[M] int64."""
-    tail: Tensor
-    """[M, width], or [M, len(chunks) * chunk_width] when chunks were chosen: the feature of the last position."""
-
-
-class PassRows(NamedTuple):
-    """The rows of a draft pass, W of every request."""
-
-    positions: Tensor
-    """[G, W] int64."""
-    cache_slots: Tensor
-    """[G, W] int64; 0 before position 0."""
-    input_ids: Tensor | None
-    """[G, W] int64: the bonus token, then the fill; None where no fill was given."""
-
-
 PLACES = 8
 """Earlier occurrences that are compared, the newest of them."""
 MOST_MATCHED = 32

@@ -150,8 +150,8 @@ class Replay:
         for row, n in enumerate(self.lengths):
             assert self.sync.watermarks.backlog(row + 1, n) <= self.sync.watermarks.capacity - widths[row]
             one, at = torch.tensor([row + 1]), torch.tensor([n])
-            tail = self.sync.rings.inputs(None, one, at, one, one, None, tail=True).tail[0]
-            assert torch.equal(tail, self.features[row, n - 1]), "feature n-1 did not survive"
+            *_, tail = self.sync.rings.inputs(None, one, at, one, one, None, tail=True)
+            assert torch.equal(tail[0], self.features[row, n - 1]), "feature n-1 did not survive"
         for name, arm in arms.items():
             members = [row for row in range(ROWS) if routes[row] == name]
             if members:
@@ -185,7 +185,7 @@ class Replay:
         starts = torch.tensor([self.lengths[row] for row in members])
         limits = [self.random.randint(1, arm.max_drafts) for _ in members]
         bonus, caps, reads = self.tokens[rows - 1, starts], torch.tensor(limits), arm.tail_width > 0
-        tail = self.sync.rings.inputs(None, rows, starts, bonus, caps, arm.features, tail=reads).tail
+        *_, tail = self.sync.rings.inputs(None, rows, starts, bonus, caps, arm.features, tail=reads)
         return DraftBatch(
             rows,
             starts,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import CONTEXT, RING, ROWS, Arms, Replay
 
-from whiflash_sglang.cache.backlog import Due, Watermarks
+from whiflash_sglang.cache.backlog import Watermarks
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -79,7 +79,7 @@ def test_what_is_paid_in_every_round_is_not_extra(arms: Arms) -> None:
         replay.round(["ar"] * ROWS, [1, 3, 2])
     routes, known = ["diffusion"] * ROWS, replay.lengths
     due = replay.sync.due(range(1, ROWS + 1), known, known, routes, [1] * ROWS)
-    replay.sync.seconds = {"diffusion": 2.0 * due["diffusion"].rows}
+    replay.sync.seconds = {"diffusion": 2.0 * due["diffusion"][1]}
     extra = replay.sync.beyond_usual(due, range(1, ROWS + 1), routes)
     assert extra == pytest.approx(2.0 * 3 * (1 + 3 + 2))
 
@@ -103,10 +103,10 @@ def test_no_more_is_due_than_rounds_under_way_verify() -> None:
     for row in rows:
         marks.reset(row, 100)
     known = [101] * 32, [117] * 32
-    assert marks.due("ar", rows, *known, [True] * 32, [17] * 32, 96) == Due(list(rows), 32 + 96)
+    assert marks.due("ar", rows, *known, [True] * 32, [17] * 32, 96) == (list(rows), 32 + 96)
     for row in rows:
         marks.reset(row, 100)
-    assert marks.due("ar", rows, *known, [True] * 32, [17] * 32, 600) == Due(list(rows), 32 * 17)
+    assert marks.due("ar", rows, *known, [True] * 32, [17] * 32, 600) == (list(rows), 32 * 17)
 
 
 def test_what_is_due_follows_choice_and_room() -> None:
@@ -119,6 +119,6 @@ def test_what_is_due_follows_choice_and_room() -> None:
         parked = max(lag, 1)  # feature n-1 stays parked for the next chain
         wanted = lag > 0 and (chosen or parked + width > 16)
         assert marks.due("ar", [0], [length], [length], [chosen], [width]) == (
-            Due([0], lag) if wanted else Due([], 0)
+            ([0], lag) if wanted else ([], 0)
         )
         assert marks.synced(0, "ar") == (length if wanted else length - lag)

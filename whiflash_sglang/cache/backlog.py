@@ -8,9 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from whiflash_kernels import BacklogRings, DraftInputs, claim_backlogs, draft_inputs, park, unpark
-
-from whiflash_sglang.core import Due
+from whiflash_kernels import BacklogRings, claim_backlogs, draft_inputs, park, unpark
 
 
 class FeatureSlice:
@@ -113,8 +111,9 @@ class Watermarks:
         chosen: Sequence[bool],
         widths: Sequence[int],
         verifying: int | None = None,
-    ) -> Due:
-        """What `arm` has to ingest before this round; from now on it counts as done.
+    ) -> tuple[list[int], int]:
+        """Which requests `arm` has to catch up before this round, by their indices, and most tokens that they ingest
+        together: exactly those if n is known. From now on it counts as done.
 
         Requests that chose the arm catch up to n. Another request catches up only when its ring could
         overflow after this round's verification commits up to `width` more tokens: flushed, never dropped.
@@ -132,7 +131,7 @@ class Watermarks:
                 total += min(high - begin, self.capacity)
                 known += min(max(low - begin, 0), self.capacity)
                 self._lower[row][arm] = max(begin, low)
-        return Due(members, total if verifying is None else min(total, known + verifying))
+        return members, total if verifying is None else min(total, known + verifying)
 
     def backlog(self, row: int, length: int) -> int:
         """Tokens parked for the drafter that lags most."""
@@ -239,8 +238,9 @@ class FeatureRings:
         wanted: FeatureSlice | None,
         *,
         tail: bool,
-    ) -> DraftInputs:
-        """What a drafter needs of the requests `members` [M] int64 of a batch; None takes all, without a copy.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`rows`, `lengths`, `bonus`, `limits` and feature n-1 of the requests `members` [M] int64 of a batch; None
+        takes all, without a copy.
 
         Args:
             rows, lengths, bonus, limits: [B] int64 each, of the whole batch. wanted: the drafter's columns; None: all.

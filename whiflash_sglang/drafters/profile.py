@@ -62,7 +62,7 @@ def idle_batch(
     starts, caps = torch.full_like(rows, CONTEXT), torch.full_like(rows, drafter.max_drafts)
     bonus = torch.zeros_like(rows)
     reads_tail = drafter.tail_width > 0
-    tail = rings.inputs(None, rows, starts, bonus, caps, drafter.features, tail=reads_tail).tail
+    *_, tail = rings.inputs(None, rows, starts, bonus, caps, drafter.features, tail=reads_tail)
     return DraftBatch(
         rows,
         starts,

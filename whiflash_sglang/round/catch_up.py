@@ -125,7 +125,7 @@ class DraftSync:
         most: Sequence[int],
         routes: Sequence[str],
         widths: Sequence[int],
-    ) -> dict[str, Due]:
+    ) -> Due:
         """Who has to catch up with which arm before a round: those routed to it, and whose ring could overflow.
 
         It counts as done from now on, so `catch_up` must follow.
@@ -139,22 +139,20 @@ class DraftSync:
         by_arm = {}
         for arm in self.arms:
             chosen, verifying = [arm == route for route in routes], sum(self.verifying) or None
-            due = self.watermarks.due(arm, row_ids, least, most, chosen, widths, verifying)
-            if due.rows:
-                by_arm[arm] = due
+            members, tokens = self.watermarks.due(arm, row_ids, least, most, chosen, widths, verifying)
+            if tokens:
+                by_arm[arm] = members, tokens
         return by_arm
 
-    def flags(self, due: Mapping[str, Due], size: int) -> Ints:
+    def flags(self, due: Due, size: int) -> Ints:
         """`due` of `size` requests as the device takes it: [arms * B], 1 where an arm catches up."""
         flags = np.zeros((len(self.arms), size), dtype=np.int64)
         for number, arm in enumerate(self.arms):
             if arm in due:
-                flags[number, due[arm].members] = 1
+                flags[number, due[arm][0]] = 1
         return flags.ravel()
 
-    def catch_up(
-        self, due: Mapping[str, Due], flags: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor
-    ) -> None:
+    def catch_up(self, due: Due, flags: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor) -> None:
         """One KV-only batch per drafter that is due.
 
         Args:
@@ -170,7 +168,7 @@ class DraftSync:
             self.seconds[arm] = time.perf_counter() - began
             began = time.perf_counter()
 
-    def beyond_usual(self, due: Mapping[str, Due], row_ids: Sequence[int], routes: Sequence[str]) -> float:
+    def beyond_usual(self, due: Due, row_ids: Sequence[int], routes: Sequence[str]) -> float:
         """Host seconds of the last `catch_up` beyond what drafters used in every round spend on it, by tokens.
 
         That overstates it: a pass costs little more for more tokens.
@@ -200,7 +198,7 @@ class DraftSync:
         for arm in self.arms:
             members = [i for i, each in enumerate(leaving) if arm in each.missing]
             if members:
-                due[arm] = Due(members, sum(leaving[i].missing[arm] for i in members))
+                due[arm] = members, sum(leaving[i].missing[arm] for i in members)
         upload = Upload()
         at = [upload.ints([each.row for each in leaving]), upload.ints([each.end for each in leaving])]
         flags_at = upload.ints(self.flags(due, len(leaving)))

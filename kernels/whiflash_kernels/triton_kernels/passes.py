@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.structs import BacklogRings, DraftInputs, PassRows
+from whiflash_kernels.structs import BacklogRings
 from whiflash_kernels.triton_kernels.launch import power_of_two
 
 COLUMNS = 2048
@@ -68,7 +68,7 @@ def draft_inputs(
     *,
     chunks: Sequence[int] | None = None,
     chunk_width: int = 0,
-) -> DraftInputs:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `whiflash_kernels.passes.draft_inputs`."""
     if chunks is None:
         chunks, chunk_width = (0,), rings.features.shape[2]
@@ -98,7 +98,7 @@ def draft_inputs(
             num_warps=4,
         )
     slots, lengths, token, most = numbers
-    return DraftInputs(slots, lengths, token, most, tail)
+    return slots, lengths, token, most, tail
 
 
 @triton.jit(do_not_specialize=["offset", "width", "fill"])
@@ -142,7 +142,7 @@ def pass_rows(
     offset: int,
     width: int,
     fill: int | None = None,
-) -> PassRows:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `whiflash_kernels.passes.pass_rows`."""
     requests, device = request_slots.shape[0], request_slots.device
     positions = torch.empty(requests, width, dtype=torch.int64, device=device)
@@ -165,4 +165,4 @@ def pass_rows(
             HAS_IDS=fill is not None,
             num_warps=1,
         )
-    return PassRows(positions, slots, ids)
+    return positions, slots, ids
