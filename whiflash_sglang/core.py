@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from whiflash_kernels import Chosen, Committed, Copies, Drafts, HostDrafts, MixedBlock, pass_rows
+from whiflash_kernels import Chosen, Committed, Drafts, MixedBlock, pass_rows
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import Candidate, Part
@@ -107,17 +107,20 @@ class Round:
     indices: Mapping[str, torch.Tensor] = field(init=False)  # [M] int64 per arm, its `members`
     due_flags: torch.Tensor = field(init=False)  # [arms * B] int64, `DraftSync.flags`
     calibrations: Mapping[str, torch.Tensor] = field(init=False)  # float32 per arm
-    host_drafts: HostDrafts | None = field(init=False)  # `candidates`, unless the host places them itself
+    host_drafts: Drafts | None = field(init=False)  # `candidates`, unless the host places them itself
+    host_drafts_at: torch.Tensor | None = field(init=False)  # [B, K] int64, positions of their first tokens
 
     # Filled by draft (round/draft.py).
     drafts: Drafts = field(init=False)  # of the passes, whether or not they are verified
-    chosen: Chosen = field(init=False)  # what is verified; its `own` counts those of each request's first arm
+    chosen: Chosen = field(
+        init=False
+    )  # what is verified; its `first_drafts` are those of each request's first arm
     packed_rows: int = field(init=False)  # rows of the verification, with those of strands,
     stride: int = field(init=False)  # and of its widest request: bounds, if the host may not count the widths
     bounded: bool = field(default=False, init=False)  # whether they are, and the requests competed for rows
     parts: Sequence[Sequence[Part]] | None = field(default=None, init=False)  # of first chains, if known
     strands: Sequence[Strand] = field(default=(), init=False)  # further chains of requests
-    copies: Copies | None = field(default=None, init=False)  # by the device, whether or not they are verified
+    copies: Drafts | None = field(default=None, init=False)  # by the device, whether or not they are verified
 
     # Filled by verify (verify.py): each strand, with how many of its tokens were right, 0 where it lost.
     accepted: Sequence[tuple[Strand, int]] = field(default=(), init=False)

@@ -42,7 +42,6 @@ from whiflash_kernels import (
     BacklogRings,
     Chosen,
     Drafts,
-    HostDrafts,
     accept_and_commit,
     choose_drafts,
     claim_backlogs,
@@ -176,7 +175,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     arguments = (q, pool, pool, table, slots, slots, 16, 16, False, 128**-0.5, 4096, 40_960)
     yield "draft_attention, 32 x 16 rows in a window, Qwen3-8B", lambda: attention.draft_attention(*arguments)
     yield (
-        "choose_drafts, 32 requests, the host's voices",
+        "choose_drafts, 32 requests, the host's candidates",
         lambda: choose(32, 24, host_drafts(32, 49), None, None, 128),
     )
     yield "propose_copies, 32 requests, behind drafts", lambda: copy(32, behind=True)
@@ -205,7 +204,7 @@ DRAFTERS = (((0, 2, 4), 4096, True), ((0, 1, 2, 3, 5), 4096, False))
 """Chunks of two drafters, their width, and whether they start from a feature."""
 RINGS = BacklogRings(meta(257, 64, 6 * 4096), index(257, 64))
 TEXT, TABLE, STOPS = index(257, 40_960), meta(257, 40_960, dtype=torch.int32), index(257, 8)
-VOICES = 2
+CANDIDATES = 2
 
 
 def drafted(requests: int, width: int) -> Drafts:
@@ -213,23 +212,24 @@ def drafted(requests: int, width: int) -> Drafts:
     return Drafts(index(requests, width), index(requests), lives, lives)
 
 
-def host_drafts(requests: int, columns: int) -> HostDrafts:
-    silent = index(requests, VOICES)
-    return HostDrafts(index(requests, VOICES, columns), chances(requests, VOICES, columns), silent, silent)
+def host_drafts(requests: int, columns: int) -> Drafts:
+    shape = requests, CANDIDATES
+    return Drafts(index(*shape, columns), index(*shape), chances(*shape, columns))
 
 
 def choose(
     requests: int,
     width: int | Drafts,
-    from_host: HostDrafts | None,
+    from_host: Drafts | None,
     appended: Drafts | None,
     copies: Drafts | None,
-    room: int,
+    most: int,
 ) -> Chosen:
     laid = drafted(requests, width) if isinstance(width, int) else width
     slots = index(requests)
-    beside = {"appended": appended, "from_host": from_host, "copies": copies, "rooms": slots}
-    return choose_drafts(laid, slots, slots, TEXT, **beside, worth=0.1, room=room)
+    beside = {"appended": appended, "from_host": from_host, "at": index(requests, CANDIDATES)}
+    beside |= {"copies": copies, "limits": slots}
+    return choose_drafts(laid, slots, slots, TEXT, **beside, worth=0.1, most_drafts=most)
 
 
 def copy(requests: int, *, behind: bool) -> None:
@@ -286,7 +286,7 @@ def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> di
         index(2, 257),
         most_requests,
         widths={7, widest},
-        voices=(VOICES, 2 * widest + 1),
+        candidates=(CANDIDATES, 2 * widest + 1),
         vocabulary=1 << 17,
         bins=11,
         columns=DRAFTERS,

@@ -360,7 +360,7 @@ def draft_cases(bench: Bench) -> Iterator[Case]:
             appended=copies,
             copies=copies,
             worth=0.1,
-            room=4 * batch,
+            most_drafts=4 * batch,
         )
         # The batch's drafts, those behind and the copies; tokens out twice, chances out and in.
         moved = batch * COPIED * (3 * 12 + 2 * 8 + 2 * 4)
@@ -431,7 +431,7 @@ def switch_call(bench: Bench, arm: str, tokens: int = 16) -> Call:
     dflash, eagle3 = bench.dflash_weights(), bench.eagle3_weights()
 
     def call() -> None:
-        packed = unpark(
+        features, tokens_after, *places, _ = unpark(
             bench.rings,
             slots,
             begins,
@@ -441,11 +441,10 @@ def switch_call(bench: Bench, arm: str, tokens: int = 16) -> Call:
             chunks=chunks,
             chunk_width=s.hidden,
         )
-        places = (packed.positions, packed.cache_slots)
         if arm == "diffusion":
-            dflash_catch_up(packed.features, *places, dflash, bench.rope, pools)
+            dflash_catch_up(features, *places, dflash, bench.rope, pools)
         else:
-            eagle3_catch_up(packed.features, packed.next_tokens, *places, eagle3, bench.rope, pools)
+            eagle3_catch_up(features, tokens_after, *places, eagle3, bench.rope, pools)
         routing_stats(logits)
 
     return call

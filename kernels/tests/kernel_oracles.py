@@ -235,32 +235,32 @@ def cut(confidences, calibration, edges, limit, worth):
     return min(kept, limit), alive
 
 
-def choose(requests, worth, room):
-    """Drafts that are verified of every request, whose they are, how many are its own; and all drafts.
+def choose(requests, worth, most):
+    """Drafts that are verified of every request, their sources, how many are the first ones; and all drafts.
 
-    A request is its own drafts, those behind them, its voices and its copies, each a list of (token, chance); a voice
+    A request is its own drafts, those behind them, candidates and copies, each a list of (token, chance); a candidate
     is one with how many of its first tokens were committed since, whether these are the text's, and the most of it.
-    There are no copies if the rest of the first voice pays its rows.
+    There are no copies if the rest of the first candidate pays its rows.
     """
-    merged, whose, own = [], [], []
-    for laid, behind, voices, copies in requests:
-        best, by = laid + behind, 0
-        heard = [(k, follow(*voice)) for k, voice in enumerate(voices, 1)]
-        found = [] if heard and gain(heard[0][1], worth) > 0 else copies
-        for number, drafts in (*heard, (-1, found)):
+    merged, sources, first = [], [], []
+    for laid, behind, candidates, copies in requests:
+        best, source = laid + behind, 0
+        left = [(k, follow(*candidate)) for k, candidate in enumerate(candidates, 1)]
+        copied = [] if left and gain(left[0][1], worth) > 0 else copies
+        for number, drafts in (*left, (-1, copied)):
             if drafts and gain(drafts, worth) > gain(best, worth):
-                best, by = drafts, number
+                best, source = drafts, number
         merged.append(best)
-        whose.append(by)
-        own.append(len(laid))
+        sources.append(source)
+        first.append(len(laid))
     wanted = [len(drafts) for drafts in merged]
-    if room is not None:
+    if most is not None:
         ranked = sorted(
             (-chance, depth, b) for b, drafts in enumerate(merged) for depth, (_, chance) in enumerate(drafts)
         )
-        kept = [b for _, _, b in ranked[:room]]
+        kept = [b for _, _, b in ranked[:most]]
         merged = [drafts[: kept.count(b)] for b, drafts in enumerate(merged)]
-    return merged, whose, [min(n, len(drafts)) for n, drafts in zip(own, merged, strict=True)], wanted
+    return merged, sources, [min(n, len(drafts)) for n, drafts in zip(first, merged, strict=True)], wanted
 
 
 def gain(drafts, worth):
@@ -269,7 +269,7 @@ def gain(drafts, worth):
 
 
 def follow(drafts, passed, agrees, most):
-    """What is left of a voice when its first `passed` tokens were committed, or others."""
+    """What is left of a candidate when its first `passed` tokens were committed, or others."""
     if not agrees or not 0 <= passed < len(drafts):
         return []
     before = drafts[passed - 1][1] if passed else 1.0

@@ -120,11 +120,11 @@ def test_rings_that_are_a_part_of_wider_ones(backend: str) -> None:
     one, table = integers([1]), torch.arange(32, dtype=torch.int32, device=DEVICE).view(2, 16)
     with running(backend):
         park(rings, features, integers([1, 2, 3]), one, integers([6]), integers([3]), integers([0]))
-        packed = unpark(rings, one, integers([6]), integers([9]), table)
+        features, *_ = unpark(rings, one, integers([6]), integers([9]), table)
     assert torch.equal(wide[1, [6, 7, 0], 8:32], features)
     assert (wide[..., :8] == SENTINEL).all()
     assert (wide[..., 32:] == SENTINEL).all()
-    assert torch.equal(packed.features, features)
+    assert torch.equal(features, features)
 
 
 def test_park_rejects_features_that_do_not_fit() -> None:
@@ -148,7 +148,7 @@ def check_unpark(
             rings.features.cpu(), rings.next_tokens, batch.slots, batch.begins, ends, req_to_token, picked
         )
         with running(backend), guarded_outputs():
-            packed = unpark(
+            features, tokens, positions, cache_slots, request_of_row = unpark(
                 rings,
                 integers(batch.slots, index),
                 integers(batch.begins, index),
@@ -158,16 +158,15 @@ def check_unpark(
                 chunks=chosen,
                 chunk_width=8,
             )
-        assert int(packed.total) == len(rows)
         pad = padding or 0
-        assert packed.next_tokens.tolist() == [r[1] for r in rows] + [0] * pad
-        assert packed.positions.tolist() == [r[2] for r in rows] + [0] * pad
-        assert packed.cache_slots.tolist() == [r[3] for r in rows] + [-1] * pad
-        assert packed.request_of_row.tolist() == [r[4] for r in rows] + [-1] * pad
+        assert tokens.tolist() == [r[1] for r in rows] + [0] * pad
+        assert positions.tolist() == [r[2] for r in rows] + [0] * pad
+        assert cache_slots.tolist() == [r[3] for r in rows] + [-1] * pad
+        assert request_of_row.tolist() == [r[4] for r in rows] + [-1] * pad
         expected = torch.zeros(len(rows) + pad, len(picked), dtype=torch.bfloat16)
         for i, row in enumerate(rows):
             expected[i] = row[0]
-        assert torch.equal(packed.features.cpu(), expected)
+        assert torch.equal(features.cpu(), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -192,22 +191,23 @@ def test_unpark_256_requests(backend: str) -> None:
     begins = torch.full((256,), 9, dtype=torch.int32, device=DEVICE)
     req_to_token = torch.arange(256 * 16, dtype=torch.int32, device=DEVICE).view(256, 16)
     with running(backend), guarded_outputs():
-        packed = unpark(rings, slots, begins, begins + lengths, req_to_token)
+        features, _, positions, cache_slots, request_of_row = unpark(
+            rings, slots, begins, begins + lengths, req_to_token
+        )
     owner = torch.repeat_interleave(lengths.long())
-    assert torch.equal(packed.request_of_row, owner)
-    assert torch.equal(packed.cache_slots, slots[owner] * 16 + packed.positions)
-    assert torch.equal(packed.features, rings.features[slots[owner], packed.positions % 4])
+    assert torch.equal(request_of_row, owner)
+    assert torch.equal(cache_slots, slots[owner] * 16 + positions)
+    assert torch.equal(features, rings.features[slots[owner], positions % 4])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_begin_past_the_end_is_an_empty_backlog(backend: str) -> None:
     table = torch.arange(64, dtype=torch.int32, device=DEVICE).view(4, 16)
     with running(backend):
-        packed = unpark(
+        *_, request_of_row = unpark(
             filled_rings(4, 8, 8), integers([1, 2]), integers([9, 3]), integers([5, 4]), table, rows=2
         )
-    assert packed.request_of_row.tolist() == [1, -1]
-    assert int(packed.total) == 1
+    assert request_of_row.tolist() == [1, -1]
 
 
 def test_unpark_rejects_chunks_outside_the_features() -> None:
@@ -220,12 +220,13 @@ def test_unpark_rejects_chunks_outside_the_features() -> None:
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
 @pytest.mark.parametrize("backend", ["triton"])
-def test_more_rows_than_asked_for_are_counted(backend: str) -> None:
+def test_more_rows_than_asked_for_are_left_out(backend: str) -> None:
     table = torch.zeros(2, 8, dtype=torch.int32, device=DEVICE)
     with running(backend), guarded_outputs():
-        packed = unpark(filled_rings(2, 4, 8), integers([1]), integers([0]), integers([3]), table, rows=2)
-    assert int(packed.total) == 3
-    assert packed.positions.tolist() == [0, 1]
+        _, _, positions, *_ = unpark(
+            filled_rings(2, 4, 8), integers([1]), integers([0]), integers([3]), table, rows=2
+        )
+    assert positions.tolist() == [0, 1]
 
 
 def test_torch_rejects_more_rows_than_asked_for() -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
-from whiflash_kernels import Drafts, HostDrafts, choose_drafts, cut_drafts, lay_drafts
+from whiflash_kernels import Drafts, choose_drafts, cut_drafts, lay_drafts
 
 SLOTS, CONTEXT = 12, 40
 
@@ -140,13 +140,13 @@ def padded(rows: list[list[Draft]], width: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @st.composite
-def voices(draw: st.DrawFn, most: int, tokens: int) -> tuple[list[Draft], int, bool, int]:
+def host_candidates(draw: st.DrawFn, most: int, tokens: int) -> tuple[list[Draft], int, bool, int]:
     """Drafts, how many of them were committed since or would have to be forgotten, whether they are the text's, and how
     many are verified at most. Chances are powers of two: their quotients are exact.
     """
     chances = draw(st.lists(st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0]), max_size=most))
-    said = [(tokens + i, chance) for i, chance in enumerate(sorted(chances, reverse=True))]
-    return said, draw(st.integers(-1, 3)), draw(st.booleans()), draw(st.integers(0, 8))
+    proposed = [(tokens + i, chance) for i, chance in enumerate(sorted(chances, reverse=True))]
+    return proposed, draw(st.integers(-1, 3)), draw(st.booleans()), draw(st.integers(0, 8))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -162,10 +162,12 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
         least = laid[-1][1] if laid else 1.0
         most = min(extra, width - len(laid)) if has_behind and laid else 0
         behind = [(token, min(chance, least)) for token, chance in data.draw(drafts(most, 100 * b + 20))]
-        said = [data.draw(voices(longest, 100 * b + 60 + 10 * k)) for k in range(count)]
+        proposed = [data.draw(host_candidates(longest, 100 * b + 60 + 10 * k)) for k in range(count)]
         copies = data.draw(drafts(min(width, columns), 100 * b + 40)) if has_copies else []
-        rooms = min([voice[3] for voice in said], default=0)
-        requests.append((laid, behind, [(*voice[:3], min(rooms, width)) for voice in said], copies))
+        limit = min([candidate[3] for candidate in proposed], default=0)
+        requests.append(
+            (laid, behind, [(*candidate[:3], min(limit, width)) for candidate in proposed], copies)
+        )
     own, more, copied = (
         padded([r[i] for r in requests], w) for i, w in ((0, width), (1, extra), (3, columns))
     )
@@ -173,29 +175,29 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
     starts = [6 + b for b in range(size)]
     text = torch.full((SLOTS + 1, CONTEXT), -5, dtype=torch.int64, device=DEVICE)
     lines, at = [], []
-    for start, (_, _, said, _) in zip(starts, requests, strict=True):
-        for tokens, passed, agrees, _ in said:
+    for start, (_, _, proposed, _) in zip(starts, requests, strict=True):
+        for tokens, passed, agrees, _ in proposed:
             line = [(-5, chance) for _, chance in tokens[: max(passed, 0)]] + tokens[max(passed, 0) :]
             if not agrees and passed > 0 and tokens:
                 line[min(passed, len(tokens)) - 1] = (-6, 1.0)
             lines.append(line)
             at.append(start + 1 - passed)
-    # Of a voice nothing of which was committed since nothing can disagree.
+    # Of a candidate nothing of which was committed since nothing can disagree.
     requests = [
         (
             laid,
             behind,
-            [(said, passed, agrees or passed <= 0, most) for said, passed, agrees, most in own_voices],
+            [
+                (proposed, passed, agrees or passed <= 0, most)
+                for proposed, passed, agrees, most in own_candidates
+            ],
             copies,
         )
-        for laid, behind, own_voices, copies in requests
+        for laid, behind, own_candidates, copies in requests
     ]
-    said, counts, chances = padded(lines, longest)
-    from_host = HostDrafts(
-        said.view(size, count, longest),
-        chances.view(size, count, longest),
-        counts.view(size, count),
-        integers(at).view(size, count),
+    proposed, counts, chances = padded(lines, longest)
+    from_host = Drafts(
+        proposed.view(size, count, longest), counts.view(size, count), chances.view(size, count, longest)
     )
     with running(backend), guarded_outputs():
         chosen = choose_drafts(
@@ -205,15 +207,16 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
             text,
             appended=Drafts(*more) if has_behind else None,
             from_host=from_host if count else None,
+            at=integers(at).view(size, count),
             copies=Drafts(*copied) if has_copies else None,
-            rooms=integers([min([voice[3] for voice in r[2]], default=0) for r in requests]),
+            limits=integers([min([candidate[3] for candidate in r[2]], default=0) for r in requests]),
             worth=worth,
-            room=room,
+            most_drafts=room,
         )
-    expected, whose, kept, wanted = oracles.choose(requests, worth, room)
+    expected, sources, kept, wanted = oracles.choose(requests, worth, room)
     assert chosen.widths.tolist() == [len(own) + 1 for own in expected]
-    assert chosen.voice.tolist() == whose
-    assert chosen.own.tolist() == kept
+    assert chosen.source.tolist() == sources
+    assert chosen.first_drafts.tolist() == kept
     assert chosen.wanted.tolist() == wanted
     assert [t.dtype for t in chosen] == [torch.int64] + [torch.int32] * 4
     for b, drafted in enumerate(expected):
@@ -240,7 +243,7 @@ def test_many_requests_compete(backend: str) -> None:
     at = torch.arange(70, device=DEVICE)
     for room in (0, 1, 69, 100, 489, 490):
         with running(backend), guarded_outputs():
-            widths = choose_drafts(laid, at, at * 0, text, room=room).widths
+            widths = choose_drafts(laid, at, at * 0, text, most_drafts=room).widths
         expected, *_ = oracles.choose(requests, 0.0, room)
         assert widths.tolist() == [len(own) + 1 for own in expected]
 
@@ -251,7 +254,7 @@ def test_drafts_without_a_chance_are_verified_where_there_is_room(backend: str) 
     laid = Drafts(integers([[1, 2], [3, 4]]), integers([2, 1]), chances)
     text = torch.zeros(2, 9, dtype=torch.int64, device=DEVICE)
     with running(backend), guarded_outputs():
-        chosen = choose_drafts(laid, integers([0, 1]), none, text, room=3)
+        chosen = choose_drafts(laid, integers([0, 1]), none, text, most_drafts=3)
     assert chosen.widths.tolist() == [3, 2]
 
 
@@ -264,49 +267,48 @@ def test_a_copy_must_promise_more_when_its_rows_are_paid(backend: str) -> None:
     text = torch.zeros(2, 9, dtype=torch.int64, device=DEVICE)
     with running(backend), guarded_outputs():
         chosen = choose_drafts(laid, integers([0, 1]), none, text, copies=copies, worth=0.125)
-    assert chosen.voice.tolist() == [0, -1]
+    assert chosen.source.tolist() == [0, -1]
     assert chosen.tokens.tolist() == [[1], [4]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_voice_counts_from_where_the_text_is(backend: str) -> None:
-    """It was said two tokens ago: where these are its own the rest is left, at the chances that are left. One that
+def test_a_candidate_counts_from_where_the_text_is(backend: str) -> None:
+    """It was proposed two tokens ago: where these are its own the rest is left, at the chances that are left. One that
     promises no more than the drafts leaves them.
     """
     at, three = integers([0, 1, 2]), [[9, 9]] * 3
     text = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 0, 0]] * 3, device=DEVICE)
     laid = Drafts(integers(three), integers([1] * 3), floats([[0.5, 0.0]] * 3))
-    from_host = HostDrafts(
+    from_host = Drafts(
         integers([[[3, 4, 5, 6]], [[3, 7, 5, 6]], [[3, 4, 5, 6]]]),
-        floats([[[1.0, 0.5, 0.5, 0.25]]] * 2 + [[[1.0, 1.0, 0.5, 0.25]]]),
         integers([[4], [4], [3]]),
-        integers([[3]] * 3),
+        floats([[[1.0, 0.5, 0.5, 0.25]]] * 2 + [[[1.0, 1.0, 0.5, 0.25]]]),
     )
-    starts, rooms = integers([4] * 3), integers([2] * 3)
+    host = {"from_host": from_host, "at": integers([[3]] * 3)}
+    starts, limits = integers([4] * 3), integers([2] * 3)
     with running(backend), guarded_outputs():
-        chosen = choose_drafts(laid, at, starts, text, from_host=from_host, rooms=rooms, worth=0.125)
-    assert (chosen.voice.tolist(), chosen.widths.tolist()) == ([1, 0, 0], [3, 2, 2])
+        chosen = choose_drafts(laid, at, starts, text, **host, limits=limits, worth=0.125)
+    assert (chosen.source.tolist(), chosen.widths.tolist()) == ([1, 0, 0], [3, 2, 2])
     assert chosen.tokens.tolist() == [[5, 6], [9, 9], [9, 9]]
-    with pytest.raises(ValueError, match="rooms"):
-        choose_drafts(laid, at, starts, text, from_host=from_host)
+    with pytest.raises(ValueError, match="limits"):
+        choose_drafts(laid, at, starts, text, **host)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_copy_is_silent_where_the_copying_arm_spoke(backend: str) -> None:
-    """Its voice may promise less than the copy. The copy counts if the text has left it, or it does not pay."""
+def test_a_copy_does_not_count_if_the_copying_arms_candidate_pays(backend: str) -> None:
+    """It may promise less than the copy. The copy counts if the text has left it, or it does not pay."""
     at, none = integers([0, 1, 2, 3]), integers([0] * 4)
     text = torch.tensor([[0, 1, 2, 0, 0]] * 4, device=DEVICE)
     laid = Drafts(integers([[9]] * 4), none, floats([[0.0]] * 4))
-    said = integers([[[2, 5], [2, 6]], [[7, 5], [2, 6]], [[7, 5], [7, 6]], [[2, 5], [7, 6]]])
+    proposed = integers([[[2, 5], [2, 6]], [[7, 5], [2, 6]], [[7, 5], [7, 6]], [[2, 5], [7, 6]]])
     chances = floats([*[[[1.0, 0.25]] * 2] * 3, [[1.0, 0.125]] * 2])
-    from_host = HostDrafts(said, chances, integers([[2, 2]] * 4), integers([[2, 2]] * 4))
+    twos = integers([[2, 2]] * 4)
+    host = {"from_host": Drafts(proposed, twos, chances), "at": twos}
     copies = Drafts(integers([[8]] * 4), integers([1] * 4), floats([[0.5]] * 4))
-    starts, rooms = integers([2] * 4), integers([1] * 4)
+    starts, limits = integers([2] * 4), integers([1] * 4)
     with running(backend), guarded_outputs():
-        chosen = choose_drafts(
-            laid, at, starts, text, from_host=from_host, rooms=rooms, copies=copies, worth=0.125
-        )
-    assert chosen.voice.tolist() == [1, -1, -1, -1]
+        chosen = choose_drafts(laid, at, starts, text, **host, limits=limits, copies=copies, worth=0.125)
+    assert chosen.source.tolist() == [1, -1, -1, -1]
     assert chosen.tokens.tolist() == [[5], [8], [8], [8]]
 
 

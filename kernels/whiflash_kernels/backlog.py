@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from whiflash_kernels.dispatch import op
-from whiflash_kernels.structs import PAD_ROW, BacklogRings, Unparked
+from whiflash_kernels.structs import PAD_ROW, BacklogRings
 
 
 def _check_features(rings: BacklogRings, features: Tensor, *_: Any, **__: Any) -> None:
@@ -97,7 +97,7 @@ def unpark(
     rows: int | None = None,
     chunks: Sequence[int] | None = None,
     chunk_width: int = 0,
-) -> Unparked:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gather ragged backlogs into one packed batch with positions and KV slots.
 
     Request b contributes positions begins[b] .. ends[b] - 1 in order; for position p of slot s:
@@ -117,11 +117,13 @@ def unpark(
         chunk_width: columns of one group; needed with ``chunks``.
 
     Returns:
-        `Unparked`, packed by request. Padding rows: features, next tokens, positions 0; slots, owner -1.
+        Packed by request, in the order of their positions: features [N, columns], and next tokens, positions, KV slots
+        and the request of each row, an index of the batch, [N] int64. Padding rows: features, next tokens, positions 0;
+        slots, which catch-up skips, and requests -1.
 
     Raises:
         ValueError: a chunk is outside the features, or (torch) the backlogs exceed ``rows``; on a GPU what
-            exceeds is left out, and ``total`` is the full sum.
+            exceeds is left out.
 
     Grid: (rows, columns / block), each program finds its request by counting cumulative lengths in registers.
     Numerics: a copy.
@@ -142,15 +144,23 @@ def unpark(
     else:
         picked = torch.tensor(chunks, device=owner.device)
         features = table.view(table.shape[0], -1, chunk_width)[ring_rows[:, None], picked].flatten(1)
-    packed = Unparked(
-        features=features,
-        next_tokens=rings.next_tokens.view(-1)[ring_rows],
-        positions=positions,
-        cache_slots=req_to_token[slots, positions].long(),
-        request_of_row=owner,
-        total=torch.tensor(owner.numel(), device=owner.device),
+    tokens, cache_slots = rings.next_tokens.view(-1)[ring_rows], req_to_token[slots, positions].long()
+    missing = 0 if rows is None else rows - positions.numel()
+    if missing < 0:
+        raise ValueError(f"the backlog holds {positions.numel()} rows, more than rows={rows}: raise rows")
+
+    def padded(tensor: Tensor, value: int = 0) -> Tensor:
+        if not missing:
+            return tensor
+        return torch.cat([tensor, tensor.new_full((missing, *tensor.shape[1:]), value)])
+
+    return (
+        padded(features),
+        padded(tokens),
+        padded(positions),
+        padded(cache_slots, PAD_ROW),
+        padded(owner, PAD_ROW),
     )
-    return packed if rows is None else _pad(packed, rows)
 
 
 def _check_claim(watermarks: Tensor, request_slots: Tensor, _: Tensor, due: Tensor) -> None:
@@ -208,23 +218,3 @@ def _ragged(
     )
     ring_rows = request_slots[owner].long() * capacity + (begins[owner] + inside) % capacity
     return row_starts[owner] + inside, ring_rows
-
-
-def _pad(packed: Unparked, rows: int) -> Unparked:
-    missing = rows - packed.positions.numel()
-    if missing < 0:
-        raise ValueError(
-            f"the backlog holds {packed.positions.numel()} rows, more than rows={rows}: raise rows"
-        )
-
-    def extend(tensor: Tensor, value: int) -> Tensor:
-        return torch.cat([tensor, tensor.new_full((missing, *tensor.shape[1:]), value)])
-
-    return Unparked(
-        features=extend(packed.features, 0),
-        next_tokens=extend(packed.next_tokens, 0),
-        positions=extend(packed.positions, 0),
-        cache_slots=extend(packed.cache_slots, PAD_ROW),
-        request_of_row=extend(packed.request_of_row, PAD_ROW),
-        total=packed.total,
-    )

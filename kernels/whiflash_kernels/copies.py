@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from whiflash_kernels.dispatch import op
-from whiflash_kernels.structs import MOST_MATCHED, PLACES, SURE, Copies
+from whiflash_kernels.structs import MOST_MATCHED, PLACES, SURE, Drafts
 
 
 def _check(tokens: Tensor, request_slots: Tensor, *rest: Tensor, width: int, **_: Any) -> None:
@@ -33,7 +33,7 @@ def propose_copies(
     worth: float,
     min_match: int = 1,
     behind: tuple[Tensor, Tensor] | None = None,
-) -> Copies:
+) -> Drafts:
     """Propose for every request what followed an earlier occurrence of its text's end.
 
     Request b's text is t = tokens[request_slots[b], :L], L = seq_lens[b] + 1: the bonus token is known. With
@@ -65,7 +65,8 @@ def propose_copies(
             before it, D at least 1.
 
     Returns:
-        `Copies`.
+        `Drafts` of no pass with chances, `Drafts.matched` and `Drafts.agreements`; tokens and chances are 0 past the
+        counts.
 
     Raises:
         ValueError: ``width`` below 1, or ``chances`` does not fit ``boundaries`` and the batch.
@@ -81,10 +82,10 @@ def propose_copies(
     slots, lengths = request_slots.long(), seq_lens.long() + 1
     chance = torch.ones_like(lengths, dtype=torch.float32)
     if behind is not None:
-        counts, alive = behind
-        lengths = lengths + counts
-        limits = torch.where(counts > 0, limits - counts, 0)
-        chance = alive.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+        drafted, drafted_alive = behind
+        lengths = lengths + drafted
+        limits = torch.where(drafted > 0, limits - drafted, 0)
+        chance = drafted_alive.gather(1, (drafted - 1).clamp(min=0)[:, None])[:, 0]
     last = back[slots]
     sources = torch.where(last > 0, lengths - last, 0)
     places = _places(tokens, slots, lengths, sources)
@@ -98,16 +99,16 @@ def propose_copies(
 
     following = matched > 0
     out = torch.zeros(len(slots), width, dtype=torch.int64, device=tokens.device)
-    lives = torch.zeros(len(slots), width, dtype=torch.float32, device=tokens.device)
+    alive = torch.zeros(len(slots), width, dtype=torch.float32, device=tokens.device)
     agreements = torch.zeros(len(slots), width, dtype=torch.int32, device=tokens.device)
-    widths = torch.zeros_like(lengths)
+    counts = torch.zeros_like(lengths)
     going = length > 0
     period = (lengths[:, None] - places).clamp(min=1)
     row = torch.arange(len(slots), device=tokens.device)
     for depth in range(width):
-        said = tokens[slots[:, None], places + depth % period]
-        token = said.gather(1, best[:, None])[:, 0]
-        same = following & (said == token[:, None])
+        proposed = tokens[slots[:, None], places + depth % period]
+        token = proposed.gather(1, best[:, None])[:, 0]
+        same = following & (proposed == token[:, None])
         with_it = torch.where(same, matched, 0).amax(1)
         without = torch.where(following & ~same, matched, 0).amax(1)
         agreement = torch.where(without == 0, 1, torch.where(with_it > without, 2, 3))
@@ -119,13 +120,13 @@ def propose_copies(
         if depth > 0 or behind is not None:
             going = going & (chance >= worth)
         out[:, depth] = torch.where(going, token, 0)
-        lives[:, depth] = torch.where(going, chance, 0.0)
+        alive[:, depth] = torch.where(going, chance, 0.0)
         agreements[:, depth] = torch.where(going, agreement, 0)
-        widths += going
+        counts += going
         following = same
     if behind is None:
         back.index_copy_(0, slots, torch.where(length > 0, lengths - source, last))
-    return Copies(out, lives, widths, source, length, agreements)
+    return Drafts(out, counts, alive, passes=0, matched=length, agreements=agreements)
 
 
 def _places(tokens: Tensor, slots: Tensor, lengths: Tensor, sources: Tensor) -> Tensor:
@@ -139,10 +140,10 @@ def _places(tokens: Tensor, slots: Tensor, lengths: Tensor, sources: Tensor) -> 
     earlier = torch.nn.functional.pad(before, (1, 0))[:, :longest]
     two = one & (place > 1) & (earlier == text.gather(1, (end - 1).clamp(min=0)))
     wanted = torch.where(two.any(1, keepdim=True), two, one)
-    found = torch.where(wanted, place, 0)
-    found = torch.nn.functional.pad(found, (0, PLACES)).topk(PLACES, dim=1).values
+    newest = torch.where(wanted, place, 0)
+    newest = torch.nn.functional.pad(newest, (0, PLACES)).topk(PLACES, dim=1).values
     usable = torch.where((sources > 0) & (sources < lengths), sources, 0)
-    return torch.cat([usable[:, None], found], dim=1)
+    return torch.cat([usable[:, None], newest], dim=1)
 
 
 def _matched(tokens: Tensor, slots: Tensor, lengths: Tensor, places: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whiflash_kernels.dispatch import op
-from whiflash_kernels.structs import Chosen, Drafts, HostDrafts
+from whiflash_kernels.structs import Chosen, Drafts
 
 
 def _check_cut(confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor, **_: Any) -> None:
@@ -101,17 +101,17 @@ def lay_drafts(
     alive = torch.ones((size, width), device=device)
     sure = torch.zeros((size, confidences), device=device)
     faults = torch.zeros(size, dtype=torch.int32, device=device)
-    for members, own in parts:
-        _lay(tokens, members, own.tokens)
-        counts.index_copy_(0, members, own.counts)
-        if own.alive is not None:
-            _lay(alive, members, own.alive)
-        if own.confidences is not None:
-            _lay(sure, members, own.confidences)
+    for members, part in parts:
+        _lay(tokens, members, part.tokens)
+        counts.index_copy_(0, members, part.counts)
+        if part.alive is not None:
+            _lay(alive, members, part.alive)
+        if part.confidences is not None:
+            _lay(sure, members, part.confidences)
     if parts:
-        given, proposed = tokens, counts
-        tokens = given.clamp(0, vocabulary - 1)
-        counts = torch.minimum(proposed.clamp(min=0), _sound(tokens, given, alive, sure))
+        drafted, proposed = tokens, counts
+        tokens = drafted.clamp(0, vocabulary - 1)
+        counts = torch.minimum(proposed.clamp(min=0), _sound(tokens, drafted, alive, sure))
         faults = (counts != proposed).to(torch.int32)
     if text is not None:
         for members, _ in parts:
@@ -122,15 +122,16 @@ def lay_drafts(
 def _check_chosen(
     drafts: Drafts,
     *_: Any,
-    from_host: HostDrafts | None = None,
+    from_host: Drafts | None = None,
+    at: Tensor | None = None,
     copies: Drafts | None = None,
-    rooms: Tensor | None = None,
+    limits: Tensor | None = None,
     **__: Any,
 ) -> None:
-    if from_host is not None and rooms is None:
-        raise ValueError("the host's voices need rooms")
-    if drafts.alive is None or (copies is not None and copies.alive is None):
-        raise ValueError("drafts and copies need chances")
+    if from_host is not None and (at is None or limits is None):
+        raise ValueError("the host's candidates need their positions and limits")
+    if any(part is not None and part.alive is None for part in (drafts, from_host, copies)):
+        raise ValueError("drafts, candidates and copies need chances")
 
 
 @op(_check_chosen)
@@ -140,25 +141,26 @@ def choose_drafts(
     seq_lens: Tensor,
     text: Tensor,
     *,
-    own: Tensor | None = None,
+    first_counts: Tensor | None = None,
     appended: Drafts | None = None,
-    from_host: HostDrafts | None = None,
+    from_host: Drafts | None = None,
+    at: Tensor | None = None,
     copies: Drafts | None = None,
-    rooms: Tensor | None = None,
+    limits: Tensor | None = None,
     worth: float = 0.0,
-    room: int | None = None,
+    most_drafts: int | None = None,
 ) -> Chosen:
     """Which drafts are verified: what goes behind them, what takes their place, and as many as there are rows for.
 
-    Behind request b's counts[b] drafts come its appended.counts[b]. These are voice 0. The host's k-th counts as far as
-    the text agrees: with a = seq_lens[b] + 1 - at[b, k], the tokens that were committed since it was said,
+    Behind request b's counts[b] drafts come its appended.counts[b]. These are candidate 0. The host's k-th counts as
+    far as the text agrees: with a = seq_lens[b] + 1 - at[b, k], the tokens that were committed since it was made,
     tokens[b, k, :a] must be text[request_slots[b], at[b, k] : seq_lens[b] + 1]. Then its tokens from a on are drafts,
-    ``rooms[b]`` at most, each with the chance alive[b, k, i] / alive[b, k, a - 1]. The copies are the last voice. They
-    do not count if the host's first voice pays its rows: it is the copying arm's, which chose among more places. The
-    voice with the largest sum of (chance - ``worth``) is verified, the first of equals, voice 0 if no other's sum is
-    more than its own. Last, with ``room``, requests compete. The ``room`` drafts with the largest ``alive`` of the
-    batch are kept. Equals go to the earlier place in a request, then to the earlier request. A draft is never likelier
-    than those before it, so each request keeps its first ones.
+    ``limits[b]`` at most, each with the chance alive[b, k, i] / alive[b, k, a - 1]. The copies are the last candidate.
+    They do not count if the host's first one pays its rows: it is the copying arm's, which chose among more places. The
+    candidate with the largest sum of (chance - ``worth``) is verified, the first of equals, candidate 0 if no other's
+    sum is larger. Last, with ``most_drafts``, requests compete. So many drafts with the largest ``alive`` of the batch
+    are kept. Equals go to the earlier place in a request, then to the earlier request. A draft is never likelier than
+    those before it, so each request keeps its first ones.
 
     Args:
         drafts: `lay_drafts`'.
@@ -166,18 +168,20 @@ def choose_drafts(
         text: [slots, context] int64, last dimension contiguous, with W columns behind the longest length, the token at
             every position up to seq_lens[b]; written in place: text[request_slots[b], seq_lens[b] + 1 + i] =
             tokens[b, i] for all i < W.
-        own: [B] int64, how many of the first drafts are the requests' own arms'; None: all that were laid.
+        first_counts: [B] int64, how many of the drafts are those of the requests' first arms; None: all that were laid.
         appended: tokens [B, E], counts [B], alive [B, E] or None (0 then). They fit in.
-        from_host: contiguous. rooms: [B] int64, needed with it.
+        from_host: K candidates a request of a host that may know the text late: tokens and alive [B, K, L], counts
+            [B, K], contiguous. at: [B, K] int64, contiguous, the position of each one's first token; limits: [B] int64;
+            both needed with it.
         copies: tokens [B, L], counts [B] of at most W, alive [B, L], all contiguous.
         worth: what a row must bring.
-        room: drafts of the batch at most; None: all.
+        most_drafts: of the batch; None: all.
 
     Returns:
         `Chosen`, new.
 
     Raises:
-        ValueError: ``from_host`` without ``rooms``, or ``drafts`` or ``copies`` without chances.
+        ValueError: ``from_host`` without ``at`` or ``limits``, or any of the three without chances.
 
     Grid: (B), a second launch where requests compete; graph-capturable.
     Numerics: chances are compared and their sum taken in float32.
@@ -191,43 +195,43 @@ def choose_drafts(
     if appended is not None:
         tokens, counts, alive = _joined(tokens, counts, alive, appended)
     width, best = tokens.shape[1], _gain(counts, alive, worth)
-    voice = torch.zeros_like(counts)
-    others: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
-    if from_host is not None and rooms is not None:
-        for number in range(from_host.counts.shape[1]):
-            one = HostDrafts(*(values[:, number] for values in from_host))
-            others.append((number + 1, _aligned(one, request_slots, seq_lens, text, rooms.clamp(max=width))))
+    source = torch.zeros_like(counts)
+    candidates: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
+    if from_host is not None and from_host.alive is not None and at is not None and limits is not None:
+        for k in range(at.shape[1]):
+            one = (from_host.tokens[:, k], from_host.counts[:, k], from_host.alive[:, k], at[:, k])
+            candidates.append((k + 1, _aligned(*one, request_slots, seq_lens, text, limits.clamp(max=width))))
     if copies is not None and copies.alive is not None:
-        found = copies.counts
-        if others:  # the copying arm's own voice
-            _, said, lives = others[0][1]
-            found = found.masked_fill(_gain(said, lives, worth) > 0, 0)
-        others.append((-1, (copies.tokens, found, copies.alive)))
-    for number, (theirs, count, lives) in others:
-        gain = _gain(count, lives, worth)
+        copied = copies.counts
+        if candidates:  # the copying arm's own
+            _, first_count, first_alive = candidates[0][1]
+            copied = copied.masked_fill(_gain(first_count, first_alive, worth) > 0, 0)
+        candidates.append((-1, (copies.tokens, copied, copies.alive)))
+    for number, (ids, count, chances) in candidates:
+        gain = _gain(count, chances, worth)
         wins = (count > 0) & (gain > best)
-        theirs, lives = (F.pad(t, (0, max(width - t.shape[1], 0)))[:, :width] for t in (theirs, lives))
-        tokens = torch.where(wins[:, None], theirs, tokens)
-        alive = torch.where(wins[:, None], lives, alive)
+        ids, chances = (F.pad(t, (0, max(width - t.shape[1], 0)))[:, :width] for t in (ids, chances))
+        tokens = torch.where(wins[:, None], ids, tokens)
+        alive = torch.where(wins[:, None], chances, alive)
         counts, best = torch.where(wins, count, counts), torch.where(wins, gain, best)
-        voice = torch.where(wins, number, voice)
+        source = torch.where(wins, number, source)
     wanted = kept = counts.to(torch.int32)
-    if room is not None:
-        kept = _likeliest(alive, kept, room)
+    if most_drafts is not None:
+        kept = _likeliest(alive, kept, most_drafts)
     put_block(text, request_slots, seq_lens, tokens)
     return Chosen(
         tokens=tokens,
         widths=kept + 1,
-        own=torch.minimum(kept, drafts.counts if own is None else own).to(torch.int32),
-        voice=voice.to(torch.int32),
+        first_drafts=torch.minimum(kept, drafts.counts if first_counts is None else first_counts).int(),
+        source=source.to(torch.int32),
         wanted=wanted,
     )
 
 
-def _sound(tokens: Tensor, given: Tensor, alive: Tensor, confidences: Tensor) -> Tensor:
-    """[B]: how many of the first tokens can be drafts: `given` as they are, with numbers for chances."""
+def _sound(tokens: Tensor, drafted: Tensor, alive: Tensor, confidences: Tensor) -> Tensor:
+    """[B]: how many of the first tokens can be drafts: `drafted` as they are, with numbers for chances."""
     # NaN is what does not equal itself.
-    sound = (tokens == given) & (alive == alive)
+    sound = (tokens == drafted) & (alive == alive)
     columns = min(confidences.shape[1], tokens.shape[1])
     sure = confidences[:, :columns]
     sound[:, :columns] &= sure == sure
@@ -246,20 +250,27 @@ def put_block(text: Tensor, request_slots: Tensor, seq_lens: Tensor, tokens: Ten
 
 
 def _aligned(
-    from_host: HostDrafts, request_slots: Tensor, seq_lens: Tensor, text: Tensor, rooms: Tensor
+    tokens: Tensor,
+    counts: Tensor,
+    alive: Tensor,
+    at: Tensor,
+    request_slots: Tensor,
+    seq_lens: Tensor,
+    text: Tensor,
+    limits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, counts and chances of one voice a request behind the text as it is."""
-    columns = from_host.tokens.shape[1]
+    """Tokens, counts and chances of one candidate a request behind the text as it is."""
+    columns = tokens.shape[1]
     column = torch.arange(columns, device=seq_lens.device)
-    passed = seq_lens + 1 - from_host.at
-    place = (from_host.at[:, None] + column).clamp(0, text.shape[1] - 1)
-    same = (text[request_slots[:, None], place] == from_host.tokens) | (column >= passed[:, None])
-    before = from_host.alive.gather(1, (passed - 1).clamp(0, columns - 1)[:, None])
+    passed = seq_lens + 1 - at
+    place = (at[:, None] + column).clamp(0, text.shape[1] - 1)
+    same = (text[request_slots[:, None], place] == tokens) | (column >= passed[:, None])
+    before = alive.gather(1, (passed - 1).clamp(0, columns - 1)[:, None])
     before = torch.where(passed[:, None] > 0, before, 1.0)
-    fits = same.all(1) & (passed >= 0) & (passed < from_host.counts) & (before[:, 0] > 0)
-    counts = torch.where(fits, torch.minimum(from_host.counts - passed, rooms), 0)
+    fits = same.all(1) & (passed >= 0) & (passed < counts) & (before[:, 0] > 0)
+    left = torch.where(fits, torch.minimum(counts - passed, limits), 0)
     index = (passed[:, None] + column).clamp(0, columns - 1)
-    return from_host.tokens.gather(1, index), counts, from_host.alive.gather(1, index) / before
+    return tokens.gather(1, index), left, alive.gather(1, index) / before
 
 
 def _joined(tokens: Tensor, counts: Tensor, alive: Tensor, appended: Drafts) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,10 +278,10 @@ def _joined(tokens: Tensor, counts: Tensor, alive: Tensor, appended: Drafts) -> 
     width, extra = tokens.shape[1], appended.tokens.shape[1]
     column = counts[:, None] + torch.arange(extra, device=counts.device)
     tokens = F.pad(tokens, (0, extra)).scatter_(1, column, appended.tokens)[:, :width]
-    theirs = (
-        torch.zeros_like(appended.tokens, dtype=alive.dtype) if appended.alive is None else appended.alive
-    )
-    alive = F.pad(alive, (0, extra)).scatter_(1, column, theirs)[:, :width]
+    chances = appended.alive
+    if chances is None:
+        chances = torch.zeros_like(appended.tokens, dtype=alive.dtype)
+    alive = F.pad(alive, (0, extra)).scatter_(1, column, chances)[:, :width]
     return tokens, counts + appended.counts, alive
 
 
@@ -280,14 +291,14 @@ def _gain(counts: Tensor, alive: Tensor, worth: float) -> Tensor:
     return torch.where(column < counts[:, None], alive - worth, 0.0).sum(1)
 
 
-def _likeliest(alive: Tensor, counts: Tensor, room: int) -> Tensor:
-    """[B]: how many drafts of each request are among the `room` likeliest of the batch."""
+def _likeliest(alive: Tensor, counts: Tensor, most: int) -> Tensor:
+    """[B]: how many drafts of each request are among the `most` likeliest of the batch."""
     size, width = alive.shape
-    if size * width <= room:
+    if size * width <= most:
         return counts
     column = torch.arange(width, device=counts.device)
     real = torch.where(column < counts[:, None], alive, -1.0)
     # Depth by depth, so that of equals the earlier one stays.
-    order = real.T.reshape(-1).argsort(descending=True, stable=True)[:room]
+    order = real.T.reshape(-1).argsort(descending=True, stable=True)[:most]
     kept = torch.zeros(width * size, dtype=torch.int32, device=order.device).index_fill_(0, order, 1)
     return torch.minimum(kept.view(width, size).sum(0, dtype=torch.int32), counts)

@@ -60,23 +60,6 @@ class BacklogRings:
         return self.features.shape[1]
 
 
-class Unparked(NamedTuple):
-    """A packed backlog, by request in the order given, by position inside a request."""
-
-    features: Tensor
-    """[N, width], or [N, len(chunks) * chunk_width] when chunks were chosen; padding rows are zero."""
-    next_tokens: Tensor
-    """[N] int64; 0 on padding rows."""
-    positions: Tensor
-    """[N] int64; 0 on padding rows."""
-    cache_slots: Tensor
-    """[N] int64, the KV slot of each position; -1 on padding rows, which catch-up skips."""
-    request_of_row: Tensor
-    """[N] int64, index into the batch; -1 on padding rows."""
-    total: Tensor
-    """[] int64, sum of the backlogs' lengths: the number of rows in use."""
-
-
 PLACES = 8
 """Earlier occurrences that are compared, the newest of them."""
 MOST_MATCHED = 32
@@ -85,25 +68,8 @@ SURE = 0.995
 """No token's chance is higher: even a long run ends."""
 
 
-class Copies(NamedTuple):
-    """Proposed copies, one row a request."""
-
-    tokens: Tensor
-    """[B, width] int64; 0 past ``widths``."""
-    alive: Tensor
-    """[B, width] float32: the chance that a token and all before it are accepted; 0 past ``widths``."""
-    widths: Tensor
-    """[B] int64: tokens proposed."""
-    sources: Tensor
-    """[B] int64: the place copied from, 0 where nothing matches."""
-    matched: Tensor
-    """[B] int64: tokens before the place that match the text's end, at most 32."""
-    agreements: Tensor
-    """[B, width] int32: how the places judge each token; 0 past ``widths``."""
-
-
 class Drafts(NamedTuple):
-    """Drafts of some requests, one row a request: of one drafter, or of a whole batch after `lay_drafts`."""
+    """Drafts of some requests, one row a request: of one drafter, copies, or of a whole batch after `lay_drafts`."""
 
     tokens: Tensor
     """[M, W] int64, for the positions behind each text; anything past ``counts``."""
@@ -117,19 +83,10 @@ class Drafts(NamedTuple):
     """[M] int32, 1 where a drafter's tokens could not be drafts and were left out; None before that is known."""
     passes: int = 1
     """Forward passes of the drafter's model that they took; 0: there is no model, and no price but that of rows."""
-
-
-class HostDrafts(NamedTuple):
-    """What the host says may follow the texts of a batch: K voices a request. It may know a text late."""
-
-    tokens: Tensor
-    """[B, K, L] int64, for positions from ``at`` on; anything past ``counts``."""
-    alive: Tensor
-    """[B, K, L] float32: the chance that a token and all before it are accepted."""
-    counts: Tensor
-    """[B, K] int64, 0 where a voice is silent."""
-    at: Tensor
-    """[B, K] int64."""
+    matched: Tensor | None = None
+    """[M] int64, of copies: tokens before the place copied from that match the text's end, at most 32."""
+    agreements: Tensor | None = None
+    """[M, W] int32, of copies: how the places judge each token; 0 past ``counts``."""
 
 
 class Chosen(NamedTuple):
@@ -139,12 +96,12 @@ class Chosen(NamedTuple):
     """[B, W] int64; anything from column ``widths`` - 1."""
     widths: Tensor
     """[B] int32, rows that each request verifies: its drafts and one."""
-    own: Tensor
+    first_drafts: Tensor
     """[B] int32: how many of the drafts that were laid are as far to the front as those that are verified."""
-    voice: Tensor
-    """[B] int32, whose drafts they are: 0 those that were laid, k the host's k-th, -1 the copies."""
+    source: Tensor
+    """[B] int32, where they are from: 0 the drafts that were laid, k the host's k-th candidate, -1 the copies."""
     wanted: Tensor
-    """[B] int32: drafts before requests competed for the room."""
+    """[B] int32: drafts before requests competed for rows."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from whiflash_kernels.copies import propose_copies
 from whiflash_kernels.dispatch import backend_for
 from whiflash_kernels.drafts import choose_drafts, cut_drafts, lay_drafts
 from whiflash_kernels.passes import draft_inputs
-from whiflash_kernels.structs import BacklogRings, Drafts, HostDrafts
+from whiflash_kernels.structs import BacklogRings, Drafts
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Served:
         text: [request rows, positions] int64; row 0 is nobody's, and is written to. req_to_token: [request rows,
             positions] int32. stops: [request rows, S] int64. rings: of parked features. watermarks: [drafters, request
             rows] int64, of which row 0 may be claimed.
-        requests: of the largest batch. widths: drafts that arms make at most. voices: of each request, and tokens of
-            each at most, as of `HostDrafts`. vocabulary: ids that the target has. bins: of confidence.
+        requests: of the largest batch. widths: drafts that arms make at most. candidates: of each request from
+            the host, and tokens of each at most. vocabulary: ids that the target has. bins: of confidence.
         columns: of each drafter with KV its chunks and their width, as `unpark` takes them, and whether it starts from
             a feature. copied: most tokens of a copy and buckets of its chances, None where the device copies nothing.
     """
@@ -37,7 +37,7 @@ class Served:
     watermarks: Tensor
     requests: int
     widths: set[int]
-    voices: tuple[int, int]
+    candidates: tuple[int, int]
     vocabulary: int
     bins: int
     columns: Sequence[tuple[Sequence[int] | None, int, bool]]
@@ -77,9 +77,9 @@ def _of_one_request(served: Served) -> None:
             chunks=chunks,
             chunk_width=width,
         )
-        own = chunks if starts else ()
+        read = chunks if starts else ()
         for members in (None, zeros):
-            draft_inputs(served.rings, members, zeros, ones, zeros, zeros, chunks=own, chunk_width=width)
+            draft_inputs(served.rings, members, zeros, ones, zeros, zeros, chunks=read, chunk_width=width)
     edges = torch.ones(served.bins - 1, dtype=torch.float32, device=device)
     calibration = torch.ones(served.bins + 1, dtype=torch.float32, device=device)
     for width in served.widths:
@@ -116,19 +116,19 @@ def _of_batches(served: Served) -> None:
     device, size = text.device, 1
     while True:
         zeros = torch.zeros(size, dtype=torch.int64, device=device)
-        count, columns = served.voices
-        silent = torch.zeros(size, count, dtype=torch.int64, device=device)
+        count, columns = served.candidates
+        nothing = torch.zeros(size, count, dtype=torch.int64, device=device)
         unlikely = torch.zeros(size, count, columns, dtype=torch.float32, device=device)
-        # A server whose arms do not speak has none to choose among.
-        said = (None, HostDrafts(unlikely.long(), unlikely, silent, silent)) if count else (None,)
+        # A server whose arms propose nothing has no candidates to choose among.
+        candidates = (None, Drafts(unlikely.long(), nothing, unlikely)) if count else (None,)
         for width, (has_alive, has_sure) in product(sorted(served.widths), product((True, False), repeat=2)):
             chances = torch.zeros(size, width, dtype=torch.float32, device=device)
             tokens = torch.zeros(size, width, dtype=torch.int64, device=device)
             alive, sure = (chances if has else None for has in (has_alive, has_sure))
-            own = Drafts(tokens, zeros, alive, sure)
+            drafts = Drafts(tokens, zeros, alive, sure)
             for put in (text, None):
                 laid = lay_drafts(
-                    [(zeros, own)] * 2,
+                    [(zeros, drafts)] * 2,
                     zeros,
                     zeros,
                     width=width,
@@ -136,18 +136,21 @@ def _of_batches(served: Served) -> None:
                     vocabulary=served.vocabulary,
                     text=put,
                 )
-            copied = own._replace(alive=chances)
-            for appended, heard, copies, room in product((None, own), said, (None, copied), (None, 0)):
+            copied = drafts._replace(alive=chances)
+            for appended, from_host, copies, most in product(
+                (None, drafts), candidates, (None, copied), (None, 0)
+            ):
                 chosen = choose_drafts(
                     laid,
                     zeros,
                     zeros,
                     text,
                     appended=appended,
-                    from_host=heard,
+                    from_host=from_host,
+                    at=nothing,
                     copies=copies,
-                    rooms=zeros,
-                    room=room,
+                    limits=zeros,
+                    most_drafts=most,
                 )
             block = prepare_mixed_block(
                 zeros, chosen.tokens, chosen.widths, zeros, zeros, served.req_to_token, rows=size

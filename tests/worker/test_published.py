@@ -65,8 +65,8 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
     def noted(self: DraftStage, round: Any) -> None:
         draft(self, round)
         chosen = round.chosen
-        joined = chosen.widths - 1 - chosen.own
-        own.update(joined=int(joined[chosen.voice == 0].sum()))
+        joined = chosen.widths - 1 - chosen.first_drafts
+        own.update(joined=int(joined[chosen.source == 0].sum()))
 
     monkeypatch.setattr(DraftStage, "draft", noted)
     e.generate(PROMPTS, max_new_tokens=90)

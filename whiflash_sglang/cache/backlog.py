@@ -220,13 +220,14 @@ class FeatureRings:
             wanted: a drafter's columns; None: all. owned: with their requests.
         """
         chunks, width = columns_of(wanted)
-        packed = unpark(
+        features, tokens, positions, slots, request_of_row = unpark(
             self.rings, request_rows, begins, ends, slot_table, rows=rows, chunks=chunks, chunk_width=width
         )
-        rows_of = packed.features, packed.positions, packed.cache_slots, packed.next_tokens
-        if not owned:
-            return FeatureRows(*rows_of)
-        return FeatureRows(*rows_of, request_rows[packed.request_of_row.clamp(min=0)], slot_table)
+        packed = FeatureRows(features, positions, slots, tokens)
+        if owned:
+            requests = request_rows[request_of_row.clamp(min=0)]
+            packed = replace(packed, requests=requests, slot_table=slot_table)
+        return packed
 
     def inputs(
         self,

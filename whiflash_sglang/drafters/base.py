@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from whiflash_kernels import Copies, Drafts
+from whiflash_kernels import Drafts
 
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.cache.tokens import DraftKV
@@ -163,8 +163,9 @@ class TextDrafter(Drafter):
         """
         return drafts
 
-    def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Copies:
-        """Copies that follow every request's text, or the `drafts` after it; called if it drafts `on_device`.
+    def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Drafts:
+        """What `propose_copies` makes of every request's text, or of its text and the `drafts` after it; called if it
+        drafts `on_device`.
 
         `batch.caps` are tokens at most, `drafts` among them.
         """

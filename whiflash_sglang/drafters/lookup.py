@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from whiflash_kernels import Copies, Drafts, propose_copies
+from whiflash_kernels import Drafts, propose_copies
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import Candidate, Forecast
@@ -170,7 +170,7 @@ class LookupArm(TextDrafter):
         )
         return values
 
-    def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Copies:
+    def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Drafts:
         behind = None
         if drafts is not None:
             assert drafts.alive is not None

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from whiflash_kernels import Copies, Drafts, choose_drafts, lay_drafts
+from whiflash_kernels import Drafts, choose_drafts, lay_drafts
 from whiflash_kernels.warm import Served, warm_up
 
 from whiflash_sglang import arms
@@ -66,7 +66,7 @@ class DraftStage:
                 self.sync.watermarks.device,
                 requests,
                 widths={max(drafter.max_drafts, 1) for drafter in self.drafters.values()},
-                voices=(len(self.sources.proposing), self.sources.width),
+                candidates=(len(self.sources.proposing), self.sources.width),
                 vocabulary=self.sources.vocabulary,
                 bins=len(EDGES) + 1,
                 columns=[(*columns_of(drafter.features), drafter.tail_width > 0) for drafter in kv],
@@ -132,7 +132,7 @@ class DraftStage:
             text=text,
         )
         extended, counts = drafts, drafts.counts
-        appended = None if text is None else _drafts(self._copies(round, drafts))
+        appended = None if text is None else self._copies(round, drafts)
         copies = round.copies = self._copies(round) if any(round.copy_limits) else None
         chains: list[Candidate] = []
         if self.host.exact or any(self._extends(round, i) for i in range(size)):
@@ -146,13 +146,14 @@ class DraftStage:
             round.rows,
             round.starts,
             self.text,
-            own=counts,
+            first_counts=counts,
             appended=appended,
             from_host=round.host_drafts,
-            copies=_drafts(copies),
-            rooms=round.bounds["draft_limits"],
+            at=round.host_drafts_at,
+            copies=copies,
+            limits=round.bounds["draft_limits"],
             worth=round.row_worth,
-            room=None if self.host.exact else most,
+            most_drafts=None if self.host.exact else most,
         )
         if chains:
             round.parts = [chain.parts for chain in chains]
@@ -217,7 +218,7 @@ class DraftStage:
             possible += [strand for strand in strands if strand is not None]
         return chosen_strands(possible, widths, rooms, self.branches - 1, len(round.spare))
 
-    def _copies(self, round: Round, drafts: Drafts | None = None) -> Copies | None:
+    def _copies(self, round: Round, drafts: Drafts | None = None) -> Drafts | None:
         """Copies that the device drafts for all requests: after their text, or after the `drafts` that follow it."""
         for arm, drafter in self.sources.on_device.items():
             if arm not in self.quarantine:
@@ -267,10 +268,6 @@ class DraftStage:
             host=self.host,
             text=self.text,
         )
-
-
-def _drafts(copies: Copies | None) -> Drafts | None:
-    return None if copies is None else Drafts(copies.tokens, copies.widths, copies.alive, passes=0)
 
 
 def _rows(drafts: Drafts) -> list[tuple[list[int], list[float]]]:

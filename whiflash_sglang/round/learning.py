@@ -231,26 +231,27 @@ def results_of(round: Round, committed: Committed, signals: Mapping[str, torch.T
     `starts`, `widths`, `first_drafts` [B], how many of the verified drafts are the first arm's; `drafts` [B, W] of the
     passes, of which `drafted` [B] count, whether or not they were verified, and their `confidences` [B, C]; `bonus`,
     `seq_lens` [B] and `tokens` [B, W], of which `accept_lens` [B] count, as of `Committed`; `faults` [B], 1 where a
-    pass's drafts were none; `source` [B], whose drafts are verified, as of
-    `Chosen.voice`; `wanted` [B], drafts before the bound on rows was kept
-    to, where there is one; `copies` [B, L] and what is known of them, as of `Copies`, where the device copies;
+    pass's drafts were none; `source` [B], as of `Chosen`; `wanted` [B], drafts before the bound on rows was kept to,
+    where there is one; `copies` [B, L] and what is known of them, as of `propose_copies`, where the device copies;
     `signals`, as of `Epilogue.signals`.
     """
     chosen, drafts = round.chosen, round.drafts
     assert drafts.confidences is not None
     assert drafts.faults is not None
     more = {"wanted": chosen.wanted} if round.bounded else {}
-    if round.copies is not None:
-        tokens, alive, widths, _, matched, agreements = round.copies
-        more |= {"copies": tokens, "copied": widths, "copy_alive": alive}
-        more |= {"copy_matched": matched, "copy_agreements": agreements}
+    if (copies := round.copies) is not None:
+        assert copies.alive is not None
+        assert copies.matched is not None
+        assert copies.agreements is not None
+        more |= {"copies": copies.tokens, "copied": copies.counts, "copy_alive": copies.alive}
+        more |= {"copy_matched": copies.matched, "copy_agreements": copies.agreements}
     return Download(
         starts=round.starts,
         widths=round.rows_each,
-        first_drafts=chosen.own,
+        first_drafts=chosen.first_drafts,
         drafts=drafts.tokens,
         drafted=drafts.counts,
-        source=chosen.voice,
+        source=chosen.source,
         bonus=committed.bonus,
         seq_lens=committed.seq_lens,
         tokens=committed.tokens,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from whiflash_kernels import HostDrafts
+from whiflash_kernels import Drafts
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import NOTHING, Candidate, Forecast
@@ -202,7 +202,8 @@ class Planner:
 
     def _upload(self, round: Round) -> None:
         """Send what the device needs of the plan, in one transfer."""
-        round.bounds, round.indices, round.calibrations, round.host_drafts = {}, {}, {}, None
+        round.bounds, round.indices, round.calibrations = {}, {}, {}
+        round.host_drafts = round.host_drafts_at = None
         if not round.due and not any(round.draft_limits):
             round.due_flags = round.rows.new_empty(0)
             return
@@ -226,12 +227,10 @@ class Planner:
         if from_host:
             shape = len(round), len(proposing)
             tokens, counts_at, places = (ints[at] for at in host)
-            round.host_drafts = HostDrafts(
-                tokens.view(*shape, width),
-                floats[alive].view(*shape, width),
-                counts_at.view(shape),
-                places.view(shape),
+            round.host_drafts = Drafts(
+                tokens.view(*shape, width), counts_at.view(shape), floats[alive].view(*shape, width)
             )
+            round.host_drafts_at = places.view(shape)
 
 
 def rows_of(drafters: Mapping[str, Drafter], arm: str) -> int:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.structs import BacklogRings, Unparked
+from whiflash_kernels.structs import BacklogRings
 from whiflash_kernels.triton_kernels.launch import FEWEST_LANES, power_of_two
 
 COLUMNS = 2048
@@ -93,8 +93,7 @@ def park(
 
 
 @triton.jit(
-    do_not_specialize=["requests", "rows"],
-    do_not_specialize_on_alignment=["request_slots", "begins", "ends"],
+    do_not_specialize=["requests"], do_not_specialize_on_alignment=["request_slots", "begins", "ends"]
 )
 def _unpark_kernel(
     ring,
@@ -108,9 +107,7 @@ def _unpark_kernel(
     positions,
     cache_slots,
     request_of_row,
-    total_rows,
     requests,
-    rows,
     capacity,
     chunk_width,
     blocks_per_chunk,
@@ -148,22 +145,19 @@ def _unpark_kernel(
     source_chunk = chunk
     for i in tl.static_range(len(CHUNKS)):
         source_chunk = tl.where(chunk == i, CHUNKS[i], source_chunk)
-    inside_chunk = (column < chunk_width) & (row < rows)
+    inside_chunk = column < chunk_width
     source = ring + slot * slot_stride + place * position_stride + source_chunk * chunk_width + column
     values = tl.load(source, mask=inside_chunk & used, other=0.0)
     out_width = tl.num_programs(1) // blocks_per_chunk * chunk_width
     target = features + row.to(tl.int64) * out_width + chunk * chunk_width + column
     tl.store(target, values, mask=inside_chunk)
     if tl.program_id(1) == 0:
-        if row == 0:
-            tl.store(total_rows, total.to(tl.int64))
-        if row < rows:
-            token = tl.load(ring_tokens + slot * capacity + place, mask=used, other=0)
-            cache_slot = tl.load(req_to_token + slot * table_stride + position, mask=used, other=-1)
-            tl.store(next_tokens + row, token)
-            tl.store(positions + row, position)
-            tl.store(cache_slots + row, cache_slot.to(tl.int64))
-            tl.store(request_of_row + row, tl.where(used, owner, -1).to(tl.int64))
+        token = tl.load(ring_tokens + slot * capacity + place, mask=used, other=0)
+        cache_slot = tl.load(req_to_token + slot * table_stride + position, mask=used, other=-1)
+        tl.store(next_tokens + row, token)
+        tl.store(positions + row, position)
+        tl.store(cache_slots + row, cache_slot.to(tl.int64))
+        tl.store(request_of_row + row, tl.where(used, owner, -1).to(tl.int64))
 
 
 def unpark(
@@ -178,25 +172,23 @@ def unpark(
     chunk_width: int = 0,
     columns: int = COLUMNS,
     warps: int = WARPS,
-) -> Unparked:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `whiflash_kernels.backlog.unpark`."""
     if rows is None:
         rows = int((ends - begins).clamp_min(0).sum())
     if chunks is None:
         chunks, chunk_width = (0,), rings.features.shape[2]
     device, requests = rings.features.device, request_slots.shape[0]
-    packed = Unparked(
-        features=torch.empty(rows, len(chunks) * chunk_width, dtype=rings.features.dtype, device=device),
-        next_tokens=torch.empty(rows, dtype=torch.int64, device=device),
-        positions=torch.empty(rows, dtype=torch.int64, device=device),
-        cache_slots=torch.empty(rows, dtype=torch.int64, device=device),
-        request_of_row=torch.empty(rows, dtype=torch.int64, device=device),
-        total=torch.empty((), dtype=torch.int64, device=device),
+    features = torch.empty(rows, len(chunks) * chunk_width, dtype=rings.features.dtype, device=device)
+    tokens, positions, cache_slots, request_of_row = (
+        torch.empty(rows, dtype=torch.int64, device=device) for _ in range(4)
     )
+    packed = features, tokens, positions, cache_slots, request_of_row
+    if not rows:
+        return packed
     columns = min(columns, power_of_two(chunk_width))
     blocks_per_chunk = triton.cdiv(chunk_width, columns)
-    # One row at least, so that the total is written even when no row is.
-    _unpark_kernel[(max(rows, 1), len(chunks) * blocks_per_chunk)](
+    _unpark_kernel[(rows, len(chunks) * blocks_per_chunk)](
         rings.features,
         rings.next_tokens,
         request_slots.contiguous(),
@@ -205,7 +197,6 @@ def unpark(
         req_to_token,
         *packed,
         requests,
-        rows,
         rings.capacity,
         chunk_width,
         blocks_per_chunk,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.structs import MOST_MATCHED, PLACES, SURE, Copies
+from whiflash_kernels.structs import MOST_MATCHED, PLACES, SURE, Drafts
 from whiflash_kernels.triton_kernels.launch import power_of_two
 
 TILE = 1024
@@ -79,9 +79,8 @@ def _judge_places_kernel(
     twos,
     ones,
     out,
-    lives,
-    widths,
-    out_sources,
+    out_alive,
+    copied,
     out_matched,
     out_agreements,
     worth,
@@ -139,9 +138,9 @@ def _judge_places_kernel(
     bucket_index = tl.arange(0, PADDED_BUCKETS)
     boundary = tl.load(boundaries + bucket_index, mask=bucket_index < BUCKETS, other=2147483647)
     for depth in range(WIDTH):
-        said = tl.load(text + place + depth % period, mask=following, other=-1)
-        token = tl.sum(tl.where(index == best, said, 0), axis=0)
-        same = following & (said == token)
+        proposed = tl.load(text + place + depth % period, mask=following, other=-1)
+        token = tl.sum(tl.where(index == best, proposed, 0), axis=0)
+        same = following & (proposed == token)
         with_it = tl.max(tl.where(same, matched, 0), axis=0)
         without = tl.max(tl.where(following & (same == 0), matched, 0), axis=0)
         alone = tl.sum(following.to(tl.int32), axis=0) == 1
@@ -156,12 +155,11 @@ def _judge_places_kernel(
             worthy = worthy | (depth == 0)
         going = going & (depth < limit) & worthy
         tl.store(out + request * WIDTH + depth, tl.where(going, token, 0))
-        tl.store(lives + request * WIDTH + depth, tl.where(going, chance, 0.0))
+        tl.store(out_alive + request * WIDTH + depth, tl.where(going, chance, 0.0))
         tl.store(out_agreements + request * WIDTH + depth, tl.where(going, agreement, 0))
         count += going.to(tl.int32)
         following = same
-    tl.store(widths + request, count)
-    tl.store(out_sources + request, tl.where(longest > 0, chosen, 0))
+    tl.store(copied + request, count)
     tl.store(out_matched + request, longest.to(tl.int64))
     if not BEHIND:
         tl.store(back + slot, tl.where(longest > 0, length - chosen, last))
@@ -181,23 +179,22 @@ def propose_copies(
     worth: float,
     min_match: int = 1,
     behind: tuple[Tensor, Tensor] | None = None,
-) -> Copies:
+) -> Drafts:
     """See `whiflash_kernels.copies.propose_copies`."""
     requests, device = request_slots.shape[0], tokens.device
     integers = [
         (requests, width),
         (requests,),
         (requests,),
-        (requests,),
         (requests, PLACES),
         (requests, PLACES),
     ]
-    out, widths, places, matched, twos, ones = (
+    out, copied, matched, twos, ones = (
         torch.empty(*size, dtype=torch.int64, device=device) for size in integers
     )
-    lives = torch.empty(requests, width, dtype=torch.float32, device=device)
+    out_alive = torch.empty(requests, width, dtype=torch.float32, device=device)
     agreements = torch.empty(requests, width, dtype=torch.int32, device=device)
-    copies = Copies(out, lives, widths, places, matched, agreements)
+    copies = Drafts(out, copied, out_alive, passes=0, matched=matched, agreements=agreements)
     if requests == 0:
         return copies
     slots, lengths = request_slots.contiguous(), seq_lens.contiguous()
@@ -231,9 +228,8 @@ def propose_copies(
         twos,
         ones,
         out,
-        lives,
-        widths,
-        places,
+        out_alive,
+        copied,
         matched,
         agreements,
         worth,

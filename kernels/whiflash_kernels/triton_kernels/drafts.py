@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.structs import Chosen, Drafts, HostDrafts
+from whiflash_kernels.structs import Chosen, Drafts
 from whiflash_kernels.triton_kernels.launch import draft_columns, lanes
 
 RIVALS = 128
@@ -81,8 +81,8 @@ def cut_drafts(
         "width",
         "columns",
         "vocabulary",
-        "own_width",
-        "own_columns",
+        "part_width",
+        "part_columns",
         "tokens_row",
         "alive_row",
         "confidences_row",
@@ -106,8 +106,8 @@ def _lay_kernel(
     width,
     columns,
     vocabulary,
-    own_width,
-    own_columns,
+    part_width,
+    part_columns,
     tokens_row,
     alive_row,
     confidences_row,
@@ -122,14 +122,14 @@ def _lay_kernel(
     request = tl.program_id(0).to(tl.int64)
     member = tl.arange(0, MEMBERS)
     owner = tl.load(index + member, mask=member < members, other=-1)
-    own = (owner == request).to(tl.int32)
-    drafts = tl.sum(own, axis=0) > 0
-    row = tl.sum(own * member, axis=0).to(tl.int64)
+    here = (owner == request).to(tl.int32)
+    drafts = tl.sum(here, axis=0) > 0
+    row = tl.sum(here * member, axis=0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
-    known = drafts & (column < own_width)
+    known = drafts & (column < part_width)
     if FIRST or drafts:
-        given = tl.load(tokens + row * tokens_row + column, mask=known, other=0)
-        token = tl.minimum(tl.maximum(given, 0), vocabulary - 1)
+        drafted = tl.load(tokens + row * tokens_row + column, mask=known, other=0)
+        token = tl.minimum(tl.maximum(drafted, 0), vocabulary - 1)
         tl.store(out_tokens + request * width + column, token, mask=column < width)
         chance = tl.full([COLUMNS], 1.0, tl.float32)
         if HAS_ALIVE:
@@ -137,16 +137,16 @@ def _lay_kernel(
         tl.store(out_alive + request * width + column, chance, mask=column < width)
         sure = tl.zeros([COLUMNS], tl.float32)
         if HAS_CONFIDENCES:
-            judged = drafts & (column < own_columns) & (column < columns)
+            judged = drafts & (column < part_columns) & (column < columns)
             sure = tl.load(confidences + row * confidences_row + column, mask=judged, other=0.0)
         tl.store(out_confidences + request * columns + column, sure, mask=column < columns)
         # NaN is what does not equal itself.
-        sound = (token == given) & (chance == chance) & (sure == sure)
+        sound = (token == drafted) & (chance == chance) & (sure == sure)
         first = tl.min(tl.where(sound & (column < width), width, tl.minimum(column, width)), axis=0)
-        said = tl.load(counts + row, mask=drafts, other=0)
-        count = tl.minimum(tl.maximum(said, 0), first)
+        proposed = tl.load(counts + row, mask=drafts, other=0)
+        count = tl.minimum(tl.maximum(proposed, 0), first)
         tl.store(out_counts + request, count)
-        tl.store(out_faults + request, (count != said).to(tl.int32))
+        tl.store(out_faults + request, (count != proposed).to(tl.int32))
         if HAS_TEXT:
             begin = tl.load(request_slots + request).to(tl.int64) * text_row
             begin += tl.load(seq_lens + request).to(tl.int64) + 1
@@ -166,7 +166,7 @@ def lay_drafts(
     """See `whiflash_kernels.drafts.lay_drafts`."""
     size, device = request_slots.shape[0], request_slots.device
     make = torch.empty if parts else torch.zeros
-    found = (
+    laid = (
         make(size, width, dtype=torch.int64, device=device),
         make(size, dtype=torch.int64, device=device),
         make(size, width, dtype=torch.float32, device=device),
@@ -174,22 +174,22 @@ def lay_drafts(
         make(size, dtype=torch.int32, device=device),
     )
     if not size:
-        return Drafts(*found)
+        return Drafts(*laid)
     slots, lengths = request_slots.contiguous(), seq_lens.contiguous()
-    for i, (members, own) in enumerate(parts):
-        tokens, alive, sure = (_rows(t) for t in (own.tokens, own.alive, own.confidences))
+    for i, (members, part) in enumerate(parts):
+        tokens, alive, sure = (_rows(t) for t in (part.tokens, part.alive, part.confidences))
         assert tokens is not None
         # Without them any pointer will do: the kernel does not read it.
         _lay_kernel[(size,)](
             members.contiguous(),
             tokens,
-            own.counts.contiguous(),
-            found[2] if alive is None else alive,
-            found[3] if sure is None else sure,
+            part.counts.contiguous(),
+            laid[2] if alive is None else alive,
+            laid[3] if sure is None else sure,
             slots,
             lengths,
             tokens if text is None else text,
-            *found,
+            *laid,
             members.shape[0],
             width,
             confidences,
@@ -208,7 +208,7 @@ def lay_drafts(
             HAS_TEXT=text is not None,
             num_warps=1,
         )
-    return Drafts(*found)
+    return Drafts(*laid)
 
 
 def _rows(values: Tensor | None) -> Tensor | None:
@@ -219,16 +219,16 @@ def _rows(values: Tensor | None) -> Tensor | None:
 def _merge_drafts_kernel(
     tokens,
     counts,
-    own_counts,
+    first_counts,
     alive,
     more_tokens,
     more_counts,
     more_alive,
     host_tokens,
-    host_alive,
     host_counts,
+    host_alive,
     host_at,
-    rooms,
+    limits,
     copies,
     copies_alive,
     copies_counts,
@@ -237,8 +237,8 @@ def _merge_drafts_kernel(
     text,
     out,
     widths,
-    own,
-    voice,
+    first_drafts,
+    source,
     wanted,
     chances,
     worth,
@@ -250,7 +250,7 @@ def _merge_drafts_kernel(
     text_row,
     COLUMNS: tl.constexpr,
     HOST_COLUMNS: tl.constexpr,
-    VOICES: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     HAS_MORE: tl.constexpr,
     HAS_MORE_ALIVE: tl.constexpr,
     HAS_COPIES: tl.constexpr,
@@ -260,7 +260,7 @@ def _merge_drafts_kernel(
     column = tl.arange(0, COLUMNS)
     inside = column < width
     count = tl.load(counts + request)
-    laid = tl.load(own_counts + request)
+    first_count = tl.load(first_counts + request)
     token = tl.load(tokens + request * width + column, mask=inside, other=0)
     chance = tl.load(alive + request * width + column, mask=inside, other=0.0)
     if HAS_MORE:
@@ -268,66 +268,68 @@ def _merge_drafts_kernel(
         joins = inside & (column >= count) & (column < count + extra)
         place = column - count
         token = tl.where(joins, tl.load(more_tokens + request * more_row + place, mask=joins, other=0), token)
-        their = tl.zeros([COLUMNS], tl.float32)
+        more_chance = tl.zeros([COLUMNS], tl.float32)
         if HAS_MORE_ALIVE:
-            their = tl.load(more_alive + request * more_alive_row + place, mask=joins, other=0.0)
-        chance = tl.where(joins, their, chance)
+            more_chance = tl.load(more_alive + request * more_alive_row + place, mask=joins, other=0.0)
+        chance = tl.where(joins, more_chance, chance)
         count += extra
     length = tl.load(seq_lens + request).to(tl.int64)
     line = text + tl.load(request_slots + request).to(tl.int64) * text_row
     best = tl.sum(tl.where(inside & (column < count), chance - worth, 0.0), axis=0)
-    whose = 0
-    heard = count < 0
-    for number in tl.static_range(VOICES):
-        row = request * VOICES + number
-        found = tl.load(host_counts + row)
+    winner = 0
+    first_pays = count < 0
+    for number in tl.static_range(CANDIDATES):
+        row = request * CANDIDATES + number
+        proposed = tl.load(host_counts + row)
         begin = tl.load(host_at + row)
         passed = length + 1 - begin
         place = tl.arange(0, HOST_COLUMNS)
-        written = (place < passed) & (place < host_width) & (passed < found)
-        known = tl.load(line + begin + place, mask=written, other=0)
-        said = tl.load(host_tokens + row * host_width + place, mask=written, other=0)
-        fits = (passed >= 0) & (passed < found)
-        fits &= tl.sum((written & (known != said)).to(tl.int32), axis=0) == 0
+        written = (place < passed) & (place < host_width) & (passed < proposed)
+        committed = tl.load(line + begin + place, mask=written, other=0)
+        expected = tl.load(host_tokens + row * host_width + place, mask=written, other=0)
+        fits = (passed >= 0) & (passed < proposed)
+        fits &= tl.sum((written & (committed != expected)).to(tl.int32), axis=0) == 0
         first = row * host_width + tl.where(fits, passed, 0)
         sure = tl.load(host_alive + first - 1, mask=fits & (passed > 0), other=1.0)
-        most = tl.minimum(found - passed, tl.minimum(tl.load(rooms + request), width))
+        most = tl.minimum(proposed - passed, tl.minimum(tl.load(limits + request), width))
         most = tl.where(fits & (sure > 0.0), most, 0)
         there = inside & (column < most)
         lives = tl.div_rn(tl.load(host_alive + first + column, mask=there, other=0.0), sure)
         gain = tl.sum(tl.where(there, lives - worth, 0.0), axis=0)
         if number == 0:
-            heard = gain > 0.0
+            first_pays = gain > 0.0
         wins = (most > 0) & (gain > best)
-        theirs = tl.load(host_tokens + first + column, mask=there, other=0)
-        token = tl.where(wins, theirs, token)
+        candidate = tl.load(host_tokens + first + column, mask=there, other=0)
+        token = tl.where(wins, candidate, token)
         chance = tl.where(wins, lives, chance)
         count = tl.where(wins, most, count)
         best = tl.where(wins, gain, best)
-        whose = tl.where(wins, number + 1, whose)
+        winner = tl.where(wins, number + 1, winner)
     if HAS_COPIES:
-        found = tl.load(copies_counts + request)
-        there = inside & (column < found) & (column < copies_width)
+        copied = tl.load(copies_counts + request)
+        there = inside & (column < copied) & (column < copies_width)
         lives = tl.load(copies_alive + request * copies_width + column, mask=there, other=0.0)
         gain = tl.sum(tl.where(there, lives - worth, 0.0), axis=0)
-        wins = (found > 0) & (heard == 0) & (gain > best)
-        theirs = tl.load(copies + request * copies_width + column, mask=there, other=0)
-        token = tl.where(wins, theirs, token)
+        wins = (copied > 0) & (first_pays == 0) & (gain > best)
+        copy = tl.load(copies + request * copies_width + column, mask=there, other=0)
+        token = tl.where(wins, copy, token)
         chance = tl.where(wins, lives, chance)
-        count = tl.where(wins, found, count)
-        whose = tl.where(wins, -1, whose)
-    tl.store(voice + request, whose)
+        count = tl.where(wins, copied, count)
+        winner = tl.where(wins, -1, winner)
+    tl.store(source + request, winner)
     tl.store(out + request * width + column, token, mask=inside)
     tl.store(line + length + 1 + column, token, mask=inside)
     tl.store(widths + request, (count + 1).to(tl.int32))
-    tl.store(own + request, tl.minimum(count, laid).to(tl.int32))
+    tl.store(first_drafts + request, tl.minimum(count, first_count).to(tl.int32))
     tl.store(wanted + request, count.to(tl.int32))
     if COMPETE:
         tl.store(chances + request * width + column, tl.where(column < count, chance, -1.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["requests", "width", "room"])
-def _compete_kernel(chances, widths, own, requests, width, room, COLUMNS: tl.constexpr, RIVALS: tl.constexpr):
+@triton.jit(do_not_specialize=["requests", "width", "most_drafts"])
+def _compete_kernel(
+    chances, widths, first_drafts, requests, width, most_drafts, COLUMNS: tl.constexpr, RIVALS: tl.constexpr
+):
     request = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     mine = tl.load(chances + request.to(tl.int64) * width + column, mask=column < width, other=-1.0)
@@ -335,13 +337,13 @@ def _compete_kernel(chances, widths, own, requests, width, room, COLUMNS: tl.con
     ahead = tl.zeros([COLUMNS], tl.int32)
     for begin in range(0, requests * width, RIVALS):
         rival = begin + tl.arange(0, RIVALS)
-        theirs = tl.load(chances + rival, mask=rival < requests * width, other=-2.0)
-        their_order = rival % width * requests + rival // width
-        earlier = (theirs[None, :] == mine[:, None]) & (their_order[None, :] < order[:, None])
-        ahead += tl.sum(((theirs[None, :] > mine[:, None]) | earlier).to(tl.int32), axis=1)
-    kept = tl.sum(((mine >= 0.0) & (ahead < room)).to(tl.int32), axis=0)
+        other = tl.load(chances + rival, mask=rival < requests * width, other=-2.0)
+        rival_order = rival % width * requests + rival // width
+        earlier = (other[None, :] == mine[:, None]) & (rival_order[None, :] < order[:, None])
+        ahead += tl.sum(((other[None, :] > mine[:, None]) | earlier).to(tl.int32), axis=1)
+    kept = tl.sum(((mine >= 0.0) & (ahead < most_drafts)).to(tl.int32), axis=0)
     tl.store(widths + request, kept + 1)
-    tl.store(own + request, tl.minimum(tl.load(own + request), kept))
+    tl.store(first_drafts + request, tl.minimum(tl.load(first_drafts + request), kept))
 
 
 def choose_drafts(
@@ -350,13 +352,14 @@ def choose_drafts(
     seq_lens: Tensor,
     text: Tensor,
     *,
-    own: Tensor | None = None,
+    first_counts: Tensor | None = None,
     appended: Drafts | None = None,
-    from_host: HostDrafts | None = None,
+    from_host: Drafts | None = None,
+    at: Tensor | None = None,
     copies: Drafts | None = None,
-    rooms: Tensor | None = None,
+    limits: Tensor | None = None,
     worth: float = 0.0,
-    room: int | None = None,
+    most_drafts: int | None = None,
 ) -> Chosen:
     """See `whiflash_kernels.drafts.choose_drafts`."""
     (size, width), device = drafts.tokens.shape, text.device
@@ -369,11 +372,15 @@ def choose_drafts(
         return chosen
     # What was joined may be a part of wider rows.
     tokens, counts, alive = (t.contiguous() for t in (drafts.tokens, drafts.counts, drafts.alive))
-    compete = room is not None and room < size * width
+    compete = most_drafts is not None and most_drafts < size * width
     chances = torch.empty(size, width, dtype=torch.float32, device=device) if compete else alive
     columns = draft_columns(width)
     # Without them any pointer will do: the kernel does not read it.
-    heard = HostDrafts(tokens, alive, counts, counts) if from_host is None else from_host
+    candidates = (tokens, counts, alive, counts)
+    if from_host is not None:
+        assert from_host.alive is not None
+        assert at is not None
+        candidates = from_host.tokens, from_host.counts, from_host.alive, at
     copied = (tokens, alive, counts)
     if copies is not None:
         assert copies.alive is not None
@@ -384,13 +391,13 @@ def choose_drafts(
     _merge_drafts_kernel[(size,)](
         tokens,
         counts,
-        counts if own is None else own.contiguous(),
+        counts if first_counts is None else first_counts.contiguous(),
         alive,
         tokens if more_tokens is None else more_tokens,
         counts if appended is None else appended.counts.contiguous(),
         alive if more_alive is None else more_alive,
-        *heard,
-        counts if rooms is None else rooms.contiguous(),
+        *candidates,
+        counts if limits is None else limits.contiguous(),
         *copied,
         request_slots.contiguous(),
         seq_lens.contiguous(),
@@ -399,14 +406,14 @@ def choose_drafts(
         chances,
         float(worth),
         width,
-        heard.tokens.shape[-1],
+        candidates[0].shape[-1],
         copied[0].shape[1],
         0 if more_tokens is None else more_tokens.stride(0),
         0 if more_alive is None else more_alive.stride(0),
         text.stride(0),
         COLUMNS=columns,
-        HOST_COLUMNS=1 if from_host is None else draft_columns(heard.tokens.shape[2]),
-        VOICES=0 if from_host is None else heard.counts.shape[1],
+        HOST_COLUMNS=1 if from_host is None else draft_columns(from_host.tokens.shape[2]),
+        CANDIDATES=0 if from_host is None else from_host.counts.shape[1],
         HAS_MORE=appended is not None,
         HAS_MORE_ALIVE=more_alive is not None,
         HAS_COPIES=copies is not None,
@@ -417,10 +424,10 @@ def choose_drafts(
         _compete_kernel[(size,)](
             chances,
             chosen.widths,
-            chosen.own,
+            chosen.first_drafts,
             size,
             width,
-            room,
+            most_drafts,
             COLUMNS=columns,
             RIVALS=RIVALS,
             num_warps=4,
