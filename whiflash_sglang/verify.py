@@ -8,12 +8,13 @@ import torch
 from whiflash_kernels import MixedBlock, prepare_mixed_block
 
 from whiflash_sglang.cache.tokens import NO_TOKEN, TokenTable
-from whiflash_sglang.compat.forward import masks, sampling
+from whiflash_sglang.compat.forward import sampling
+from whiflash_sglang.compat.forward.masks import Masks, grammar_trees
 from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.core import Round, SampleHook, Verified
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.round.epilogue import Epilogue
-from whiflash_sglang.round.strands import Packed, accepted_rows, fold, moves, pack
+from whiflash_sglang.round.strands import accepted_rows, fold, moves, pack
 from whiflash_sglang.structure.spending import Spending
 
 
@@ -45,45 +46,46 @@ class VerifyStage:
             barrier: of SGLang: what a grammar needs before its masks are made.
         """
         strands, table, chosen = round.strands, self._target.slot_table, round.chosen
-        group = Packed(round.bonus, chosen.tokens, chosen.widths, round.starts, round.rows)
+        requests, owners = (round.bonus, chosen.tokens, chosen.widths, round.starts, round.rows), None
         if strands:
-            group = pack(group, round.most, strands, round.spare, table)
-        row_count = self._target.rows_for(round.packed_rows, len(group.rows))
-        padded = prepare_mixed_block(*group[:5], table, rows=row_count)
+            requests, owners = pack(requests, round.most, strands, round.spare, table)
+        *_, widths, starts, rows = requests
+        padded = prepare_mixed_block(
+            *requests, table, rows=self._target.rows_for(round.packed_rows, len(rows))
+        )
         # Grammars go by the requests one by one: for their batches the host waits for the widths.
-        host_widths = group.widths.tolist() if self._host.exact or batch.has_grammar else None
+        host_widths = widths.tolist() if self._host.exact or batch.has_grammar else None
         block = padded if host_widths is None else packed(padded, sum(host_widths))
-        if group.owners is not None:
-            block = block._replace(request_of_row=group.owners[block.request_of_row])
-        allowed = None
+        if owners is not None:
+            block = block._replace(request_of_row=owners[block.request_of_row])
+        masks = None
         if host_widths is not None and batch.has_grammar:
-            allowed = masks.grammar_trees(block, host_widths[: len(round)], round.ahead, strands)
+            masks = grammar_trees(block, host_widths[: len(round)], round.ahead, strands)
         greedy = not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar)
         # What the end of a graph commits is the rows as they are packed: strands must be folded before.
         self._epilogue.let_graphs_commit(greedy and not strands, round.row_ids)
-        with _strands_as_requests(batch, group) if strands else nullcontext():
-            verified = self._target.verify(batch, padded, group.widths, host_widths, round.stride)
+        with _strands_as_requests(batch, starts, rows) if strands else nullcontext():
+            verified = self._target.verify(batch, padded, widths, host_widths, round.stride)
         predictions = None
         if greedy and verified.committed is None:
             predictions = verified.logits.argmax(-1)
         elif not greedy:
             text, output = self._tokens.data, verified.output
-            allowed = None if allowed is None else self._built(batch, allowed, barrier)
-            predictions = sampling.sample_rows(
-                self._target.runner, batch, output, block, round, allowed, text
-            )
-            if allowed is not None and allowed.rejected:
-                block = _rejecting(block, allowed.rejected)
+            masks = self._built(batch, masks, barrier)
+            predictions = sampling.sample_rows(self._target.runner, batch, output, block, round, masks, text)
+            if masks is not None and masks.rejected:
+                block = _rejecting(block, masks.rejected)
                 verified = verified._replace(input_ids=block.input_ids)
         verified = verified._replace(starts=round.starts, request_rows=round.rows, predictions=predictions)
         for hook in self._hooks:
             verified = hook.verified(verified, block)
         return self._folded(round, block, verified) if strands else verified
 
-    def _built(self, batch: Any, allowed: masks.Masks, barrier: Any) -> masks.Masks | None:
-        if barrier is not None:
+    def _built(self, batch: Any, masks: Masks | None, barrier: Any) -> Masks | None:
+        """`masks` when their bits are made; None if no request has a grammar."""
+        if masks is not None and barrier is not None:
             barrier()
-        return allowed if allowed.build(batch, self._spending) else None
+        return masks if masks is not None and masks.build(batch, self._spending) else None
 
     def _folded(self, round: Round, block: MixedBlock, verified: Verified) -> Verified:
         """The accepted path of every request as a chain; what was right of a strand moves behind its fork."""
@@ -97,13 +99,13 @@ class VerifyStage:
 
 
 @contextmanager
-def _strands_as_requests(batch: Any, packed_up: Packed) -> Iterator[None]:
-    """`batch` as a forward with strands takes it, for whom each is one more request."""
-    lengths = packed_up.starts.tolist()
+def _strands_as_requests(batch: Any, starts: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
+    """`batch` as a forward with strands takes it, for whom each is one more request. starts, rows: of all."""
+    lengths = starts.tolist()
     known = {name: getattr(batch, name) for name in _PER_REQUEST}
-    batch.seq_lens = batch.orig_seq_lens = packed_up.starts
+    batch.seq_lens = batch.orig_seq_lens = starts
     batch.seq_lens_cpu, batch.seq_lens_sum = torch.tensor(lengths), sum(lengths)
-    batch.req_pool_indices = packed_up.rows
+    batch.req_pool_indices = rows
     try:
         yield
     finally:

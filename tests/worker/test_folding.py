@@ -10,7 +10,7 @@ from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang.candidates import Candidate
 from whiflash_sglang.core import Strand
-from whiflash_sglang.round.strands import Accepted, Packed, chosen_strands, fold, moves, pack, strand_of
+from whiflash_sglang.round.strands import Accepted, chosen_strands, fold, moves, pack, strand_of
 
 CHAIN = Candidate().followed_by([5, 6, 7], [0.8, 0.4, 0.2], "chain")
 
@@ -102,20 +102,20 @@ def test_folding_finds_the_longest_path(
     for row, chain_ids in zip(tokens, chains, strict=True):
         row[: len(chain_ids)] = torch.tensor(chain_ids)
     every = torch.arange(size)
-    packed = Packed(
-        every + 50, tokens, torch.tensor(widths, dtype=torch.int32), torch.tensor(lengths), every, every
-    )
+    counts = torch.tensor(widths, dtype=torch.int32)
+    packed, belongs = (every + 50, tokens, counts, torch.tensor(lengths), every), every
     if taken:
-        packed = pack(packed, lengths, taken, range(10, 19), table)
-        check_rows(packed, taken, lengths, table)
-    block = prepare_mixed_block(packed.bonus, packed.drafts, packed.widths, packed.starts, packed.rows, table)
+        packed, belongs = pack(packed, lengths, taken, range(10, 19), table)
+    starts, owners = packed[3].tolist(), belongs.tolist()
+    check_rows(packed[4].tolist(), starts, taken, lengths, table)
+    block = prepare_mixed_block(*packed, table)
     paths = [list(chain_ids) for chain_ids in chains] + [
         [*chains[one.owner][: one.fork], *one.tokens] for one in taken
     ]
     ends = block.qo_indptr.tolist()
     said = torch.full_like(block.input_ids, 99)
-    for path, (begin, end), n in zip(paths, pairwise(ends), packed.starts.tolist(), strict=True):
-        owner = int(packed.owners[ends.index(begin)])
+    for path, (begin, end), n in zip(paths, pairwise(ends), starts, strict=True):
+        owner = owners[ends.index(begin)]
         skipped = n - lengths[owner]  # rows of the path that lie in the first chain
         for row in range(begin, end):
             known = skipped + row - begin
@@ -124,9 +124,7 @@ def test_folding_finds_the_longest_path(
     for index in rejected - set(ends[:size]):
         if index < ends[-1]:
             block.input_ids[index] = -1
-    for path, begin, n, owner in zip(
-        paths, ends, packed.starts.tolist(), packed.owners.tolist(), strict=False
-    ):
+    for path, begin, n, owner in zip(paths, ends, starts, owners, strict=False):
         rows = [ends[owner] + 1 + i for i in range(len(path))]
         if (skipped := n - lengths[owner]) > 0:
             rows[skipped - 1 :] = range(begin, begin + len(path) - skipped + 1)
@@ -136,8 +134,7 @@ def test_folding_finds_the_longest_path(
     kept = torch.arange(indptr[-1]) if rows is None else rows
     for owner in range(size):
         ids = block.input_ids[kept[indptr[owner] : indptr[owner + 1]]].tolist()[1:]
-        own = [path for path, belongs in zip(paths, packed.owners.tolist(), strict=True) if belongs == owner]
-        best = max(agreement(path, truth) for path in own)
+        best = max(agreement(path, truth) for path, i in zip(paths, owners, strict=True) if i == owner)
         assert agreement(ids, truth) == best
     for path, (one, right) in zip(paths[size:], accepted, strict=True):
         assert not right or one.fork + right <= agreement(path, truth)
@@ -149,9 +146,10 @@ def agreement(path: list[int], truth: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(path, truth, strict=False)) if a != b), len(path))
 
 
-def check_rows(packed: Packed, taken: list[Strand], lengths: list[int], table: torch.Tensor) -> None:
+def check_rows(
+    rows: list[int], starts: list[int], taken: list[Strand], lengths: list[int], table: torch.Tensor
+) -> None:
     """A strand sees the slots of the path to its fork, then its own ones, which are its request's."""
-    rows, starts = packed.rows.tolist(), packed.starts.tolist()
     for index, one in enumerate(taken, len(lengths)):
         slots, n, begin = table[one.owner].tolist(), lengths[one.owner], starts[index]
         assert begin == n + 1 + one.fork

@@ -11,7 +11,7 @@ from whiflash_kernels.cpu.paged_attention import CompiledAttention
 
 from whiflash_sglang.core import Strand
 from whiflash_sglang.platform.attention import attention_kernel
-from whiflash_sglang.round.strands import Packed, pack
+from whiflash_sglang.round.strands import pack
 
 HEADS, KV_HEADS, DIM, CONTEXT, ROWS = 4, 2, 16, 64, 8
 SPARE = (6, 1, 7, 4, 5)
@@ -69,11 +69,11 @@ class Case:
         drafts = torch.zeros((3, max(map(len, self.chains)) - 1), dtype=torch.int64)
         widths = torch.tensor([len(chain) for chain in self.chains], dtype=torch.int32)
         rows, starts = torch.tensor(self.rows), torch.tensor(self.lengths)
-        own = Packed(torch.zeros(3, dtype=torch.int64), drafts, widths, starts, rows, torch.arange(3))
+        requests = (torch.zeros(3, dtype=torch.int64), drafts, widths, starts, rows)
         strands = [strand for strand, _ in self.strands]
-        whole = pack(own, self.lengths, strands, SPARE, self.table)
+        (*_, starts, rows), _ = pack(requests, self.lengths, strands, SPARE, self.table)
         entries = [*self.chains, *(own for _, own in self.strands)]
-        return list(zip(whole.rows.tolist(), whole.starts.tolist(), entries, strict=True))
+        return list(zip(rows.tolist(), starts.tolist(), entries, strict=True))
 
 
 @pytest.mark.parametrize("window", [None, 8])

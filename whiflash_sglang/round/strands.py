@@ -8,7 +8,6 @@ own token, so at most one path of a request is accepted; `fold` hands that path 
 
 from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise, takewhile
-from typing import NamedTuple
 
 import torch
 from whiflash_kernels import MixedBlock
@@ -64,29 +63,21 @@ def chosen_strands(
     return [strand for siblings in taken for strand in siblings]
 
 
-class Packed(NamedTuple):
-    """The requests that a forward verifies: those of the batch, then a strand each.
-
-    bonus: [R] int64. drafts: [R, W] int64. widths: [R] int32. starts: [R] int64. rows: [R] int64, rows of the slot
-    table. owners: [R] int64, the request of each; None: each its own.
-    """
-
-    bonus: torch.Tensor
-    drafts: torch.Tensor
-    widths: torch.Tensor
-    starts: torch.Tensor
-    rows: torch.Tensor
-    owners: torch.Tensor | None = None
+Requests = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""The R requests that a forward verifies, as `prepare_mixed_block` takes them: bonus tokens [R] int64, drafts [R, W]
+int64, widths [R] int32, starts [R] int64, rows of the slot table [R] int64.
+"""
 
 
 def pack(
-    batch: Packed,
+    requests: Requests,
     lengths: Sequence[int],
     strands: Sequence[Strand],
     spare: Sequence[int],
     slot_table: torch.Tensor,
-) -> Packed:
-    """`batch`, of B requests, with its strands behind them; their rows of the slot table are written.
+) -> tuple[Requests, torch.Tensor]:
+    """The B `requests` of a batch with its strands behind them, whose rows of the slot table are written; and the
+    request of each, [R] int64.
 
     A strand's KV slots are its request's, from `first_row` behind n: the scheduler keeps slots for the widest block
     there.
@@ -94,32 +85,32 @@ def pack(
     Args:
         lengths: n of each request, on the host. spare: rows of `slot_table` [rows, ctx] int32 that nobody has.
     """
-    rows = list(spare[: len(strands)])
-    starts = []
-    for strand, row in zip(strands, rows, strict=True):
+    bonus, drafts, widths, starts, rows = requests
+    spare, begins = list(spare[: len(strands)]), []
+    for strand, row in zip(strands, spare, strict=True):
         n = lengths[strand.owner]
-        begin, slots = n + 1 + strand.fork, slot_table[batch.rows[strand.owner]]
+        begin, slots = n + 1 + strand.fork, slot_table[rows[strand.owner]]
         slot_table[row, :begin] = slots[:begin]
         free = slots[n + strand.first_row : n + strand.first_row + len(strand.tokens)]
         slot_table[row, begin : begin + len(strand.tokens)] = free
-        starts.append(begin)
-    width = max(batch.drafts.shape[1], *(len(strand.tokens) - 1 for strand in strands))
-    drafts = batch.drafts.new_zeros((len(batch.rows) + len(strands), width))
-    drafts[: len(batch.rows), : batch.drafts.shape[1]] = batch.drafts
-    for index, strand in enumerate(strands, len(batch.rows)):
-        drafts[index, : len(strand.tokens) - 1] = torch.tensor(strand.tokens[1:], dtype=torch.int64)
+        begins.append(begin)
+    width = max(drafts.shape[1], *(len(strand.tokens) - 1 for strand in strands))
+    wide = drafts.new_zeros((len(rows) + len(strands), width))
+    wide[: len(rows), : drafts.shape[1]] = drafts
+    for index, strand in enumerate(strands, len(rows)):
+        wide[index, : len(strand.tokens) - 1] = torch.tensor(strand.tokens[1:], dtype=torch.int64)
 
     def behind(first: torch.Tensor, more: Sequence[int]) -> torch.Tensor:
         return torch.cat([first, torch.tensor(more, dtype=first.dtype, device=first.device)])
 
-    return Packed(
-        behind(batch.bonus, [strand.tokens[0] for strand in strands]),
-        drafts,
-        behind(batch.widths, [len(strand.tokens) for strand in strands]),
-        behind(batch.starts, starts),
-        behind(batch.rows, rows),
-        behind(torch.arange(len(batch.rows)).to(batch.rows.device), [strand.owner for strand in strands]),
+    whole = (
+        behind(bonus, [strand.tokens[0] for strand in strands]),
+        wide,
+        behind(widths, [len(strand.tokens) for strand in strands]),
+        behind(starts, begins),
+        behind(rows, spare),
     )
+    return whole, behind(torch.arange(len(rows), device=rows.device), [strand.owner for strand in strands])
 
 
 Accepted = Sequence[tuple[Strand, int]]
