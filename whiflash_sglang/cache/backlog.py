@@ -223,11 +223,10 @@ class FeatureRings:
         features, tokens, positions, slots, request_of_row = unpark(
             self.rings, request_rows, begins, ends, slot_table, rows=rows, chunks=chunks, chunk_width=width
         )
-        packed = FeatureRows(features, positions, slots, tokens)
-        if owned:
-            requests = request_rows[request_of_row.clamp(min=0)]
-            packed = replace(packed, requests=requests, slot_table=slot_table)
-        return packed
+        if not owned:
+            return FeatureRows(features, positions, slots, tokens)
+        requests = request_rows[request_of_row.clamp(min=0)]
+        return FeatureRows(features, positions, slots, tokens, requests, slot_table)
 
     def inputs(
         self,
