@@ -72,7 +72,9 @@ class Batch:
         controller, clock = Controller(AutoPolicy(), costs, ()), RoundClock()
         sources = DraftSources(self.drafters, held, VOCABULARY)
         self.planner = Planner(self.drafters, sync, controller, clock, held, sources, host)
-        self.learner = Learner(self.drafters, controller, clock, Tally.of(self.drafters), held)
+        self.learner = Learner(
+            self.drafters, controller, clock, Tally.of(self.drafters), held, sources.proposers
+        )
         self.requests = []
         for row in range(1, size + 1):
             text = self.random.choices(range(VOCABULARY), k=PROMPT) * 2
@@ -100,6 +102,7 @@ class Batch:
         began = time.process_time()
         self.planner.plan(round)
         spent = time.process_time() - began
+        round.bounded = True
         results = self._results(lengths)
         began = time.process_time()
         tokens = self.learner.learn(round, results)

@@ -302,6 +302,7 @@ def build_stages(parts: Parts) -> Stages:
             clock=parts.clock,
             tally=parts.tally,
             quarantine=parts.quarantine,
+            proposers=sources.proposers,
             ranks=parts.ranks,
             verifying=parts.sync.verifying,
         ),

@@ -43,11 +43,8 @@ Due = Mapping[str, tuple[list[int], int]]
 ingest together, never 0; exactly those if n is known.
 """
 
-LIMITS = ("pass_limits", "joined_limits", "copy_limits", "draft_limits")
-"""Fields of a `Round` that bound drafts, and that the device needs too."""
-
 DECIDED = (
-    *LIMITS,
+    "limits",
     "undrafted",
     "routes",
     "asked",
@@ -88,10 +85,9 @@ class Round:
     routes: list[str] = field(init=False)  # neural pass of each, or `none`
     asked: list[list[str]] = field(init=False)  # arms that were asked what they propose
     candidates: list[dict[str, Candidate]] = field(init=False)  # that may be verified without a pass
-    pass_limits: list[int] = field(init=False)  # drafts of the pass at most, 0 without one
-    joined_limits: list[int] = field(init=False)  # with those that other arms put behind, 0: none may
-    copy_limits: list[int] = field(init=False)  # drafts that the device may copy in their place at most
-    draft_limits: list[int] = field(init=False)  # drafts at most, whoever's
+    # Drafts at most. `pass`: of the pass, 0 without one. `joined`: with those that other arms put behind, 0 if none
+    # may. `copied`: that the device may copy in their place. `all`: of whatever source.
+    limits: dict[str, list[int]] = field(init=False)
     priced_as: list[str] = field(init=False)  # what drafts are learned by: the route, or `promised`
     row_estimates: list[float] = field(init=False)  # drafts that rows are there for (`WorkerCosts.room`)
 
@@ -100,15 +96,13 @@ class Round:
     calibration: dict[str, Floats] = field(init=False)  # `Drafter.calibration` of all that draft
     members: dict[str, list[int]] = field(init=False)  # indices of the requests that it drafts for
     due: Due = field(init=False)  # which requests it catches up
-    proposers: Sequence[str] = field(init=False)  # arms of `host_drafts` in its order, and last the device's
 
-    # Filled by route, on the device; nothing if nobody drafts and nobody catches up.
-    bounds: Mapping[str, torch.Tensor] = field(init=False)  # [B] int64 of each of `LIMITS`
-    indices: Mapping[str, torch.Tensor] = field(init=False)  # [M] int64 per arm, its `members`
-    due_flags: torch.Tensor = field(init=False)  # [arms * B] int64, `DraftSync.flags`
-    calibrations: Mapping[str, torch.Tensor] = field(init=False)  # float32 per arm
-    host_drafts: Drafts | None = field(init=False)  # `candidates`, unless the host places them itself
-    host_drafts_at: torch.Tensor | None = field(init=False)  # [B, K] int64, positions of their first tokens
+    # Filled by route, on the device; nothing but `due` if nobody drafts and nobody catches up. ("limit", name): [B]
+    # int64 of each of `limits`. ("members", arm): [M] int64. ("calibration", arm): float32. ("due", ""): [arms * B]
+    # int64, `DraftSync.flags`.
+    on_device: dict[tuple[str, str], torch.Tensor] = field(init=False)
+    # `candidates`, and positions of their first tokens, [B, K] int64; None if the host places them itself.
+    host_drafts: tuple[Drafts, torch.Tensor] | None = field(init=False)
 
     # Filled by draft (round/draft.py).
     drafts: Drafts = field(init=False)  # of the passes, whether or not they are verified
@@ -166,7 +160,7 @@ class Round:
     @property
     def usual_drafts(self) -> int:
         """Drafts that the round has rows for, where the host may not count them."""
-        return math.ceil(sum(map(min, self.draft_limits, self.row_estimates)))
+        return math.ceil(sum(map(min, self.limits["all"], self.row_estimates)))
 
     def draft_nothing(self) -> None:
         """Every request verifies its bonus token."""

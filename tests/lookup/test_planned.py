@@ -33,7 +33,7 @@ def test_what_the_device_copies_itself_is_not_sent(plans: list[Round]) -> None:
     for _ in range(ROUNDS):
         batch.round()
     for plan in plans:
-        assert all(plan.copy_limits)
+        assert all(plan.limits["copied"])
         assert not any(plan.candidates)
         assert plan.host_drafts is None
     assert batch.drafters[arms.LOOKUP].host_bytes()["index"] == 0, "no text is indexed on the host"
@@ -87,9 +87,10 @@ def test_what_the_device_cannot_find_is_sent(plans: list[Round]) -> None:
     batch.round()
     (plan,) = plans
     assert [list(by_arm) for by_arm in plan.candidates] == [[], [arms.LOOKUP], []]
-    candidate, sent = plan.candidates[1][arms.LOOKUP], plan.host_drafts
+    candidate = plan.candidates[1][arms.LOOKUP]
     assert {part.source for part in candidate.parts} == {"prediction"}
-    assert sent is not None
+    assert plan.host_drafts is not None
+    sent, _ = plan.host_drafts
     count = len(candidate.tokens)
     assert sent.counts.flatten().tolist() == [0, count, 0]
     assert sent.tokens[1, 0, :count].tolist() == list(candidate.tokens) == predicted[1 : 1 + count]

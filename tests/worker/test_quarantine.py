@@ -381,8 +381,8 @@ def test_faults_in_a_row_are_what_counts() -> None:
 
 def test_a_batch_that_raises_is_asked_request_by_request() -> None:
     held = Quarantine(["ar"])
-    rids = ["a", "b", "c"]
-    for rid in rids:
+    rids = {4: "a", 1: "b", 7: "c"}
+    for rid in rids.values():
         held.begin(rid, rid)
     calls: list[list[int]] = []
 
@@ -392,10 +392,10 @@ def test_a_batch_that_raises_is_asked_request_by_request() -> None:
             raise RuntimeError("planted")
         return [10 * i for i in chosen]
 
-    assert held.attempt("ar", rids, call) == ([0, 2], [0, 20])
-    assert calls == [[0, 1, 2], [0], [1], [2], [0, 2]]
-    assert [held.serves("ar", rid) for rid in rids] == [True, False, True]
-    assert held.attempt("ar", ["b"], lambda _: fails(None)) == ((), None)
+    assert held.attempt("ar", rids, call) == ([4, 7], [40, 70])
+    assert calls == [[4, 1, 7], [4], [1], [7], [4, 7]]
+    assert [held.serves("ar", rid) for rid in rids.values()] == [True, False, True]
+    assert held.attempt("ar", {1: "b"}, lambda _: fails(None)) == ((), None)
 
     def together(chosen: Any) -> None:
         if len(chosen) > 1:
@@ -407,8 +407,8 @@ def test_a_batch_that_raises_is_asked_request_by_request() -> None:
 
 def test_nobody_is_asked_behind_the_request_that_decided() -> None:
     held = Quarantine(["ar"])
-    rids = [f"r{i}" for i in range(64)]
-    for rid in rids:
+    rids = {i: f"r{i}" for i in range(64)}
+    for rid in rids.values():
         held.begin(rid, rid)
     calls: list[Any] = []
 
@@ -452,15 +452,16 @@ def test_drafts_that_the_device_took_were_sound() -> None:
     """No plan names whose they are, so only the device's results show that it serves well."""
     held = Quarantine(["ar", "lookup"])
     held.begin("sound", None)
-    learner = Learner({}, MagicMock(), MagicMock(), MagicMock(), held)
+    proposers = ("", "structure", "lookup", "lookup")
+    learner = Learner({}, MagicMock(), MagicMock(), MagicMock(), held, proposers)
     round: Any = SimpleNamespace(
         parts=None,
         accepted=(),
         routes=["none"] * 2,
         states=[RequestState(rid, under_way=[3]) for rid in ("sound", "gone")],
         decisions=[None] * 2,
-        pass_limits=[0] * 2,
-        proposers=["structure", "lookup", "lookup"],
+        limits={"pass": [0] * 2},
+        bounded=True,
     )
     failing(held, "one", "one", arm="lookup")
     results = {name: [count] * 2 for name, count in {"starts": 9, "widths": 3, "faults": 0}.items()}
@@ -492,7 +493,7 @@ def test_what_the_machine_raises_is_no_arms(error: Exception) -> None:
     def fails_too(_: Any) -> None:
         raise error
 
-    for rids in (["r"], ["r", "s"]):
+    for rids in ({0: "r"}, {0: "r", 1: "s"}):
         with pytest.raises(type(error)):
             held.attempt("ar", rids, fails_too)
     assert held.serves("ar", "r")
@@ -511,7 +512,7 @@ def test_several_ranks_agree() -> None:
     with pytest.raises(RuntimeError, match="planted"), held.guard("ar", "r"):
         fails(None)
     with pytest.raises(RuntimeError, match="planted"):
-        held.attempt("ar", ["r", "s"], lambda _: fails(None))
+        held.attempt("ar", {0: "r", 1: "s"}, lambda _: fails(None))
     assert not held.left_out["ar"]
     for rid in "abc":
         held.begin(rid, rid)

@@ -82,7 +82,7 @@ class DraftStage:
 
     def draft(self, round: Round) -> None:
         """Each arm drafts for its own requests; the results are laid side by side."""
-        if not any(round.draft_limits):
+        if not any(round.limits["all"]):
             round.draft_nothing()
             return
         parts = []
@@ -94,7 +94,7 @@ class DraftStage:
             if drafts.passes:  # what is left is the round's, whoever drafts
                 seconds, catch_up = self.clock.now() - began, self.sync.seconds.get(arm, 0.0)
                 self.clock.drafted(DraftTime(arm, len(drafted_for), drafts.passes, seconds, catch_up))
-            index = round.indices[arm]
+            index = round.on_device["members", arm]
             if len(drafted_for) < len(members):
                 index = sent(drafted_for, round.rows.device)
             parts.append((index, drafts))
@@ -106,71 +106,87 @@ class DraftStage:
         """What `arm` drafts for `members` of the batch, and for which of them."""
         if arm in self.quarantine:
             return (), None
-        drafter, all_of_them = self.drafters[arm], round.indices[arm]
 
-        def draft(places: Sequence[int]) -> Drafts:
-            some = [members[i] for i in places]
-            index = all_of_them if len(some) == len(members) else sent(some, all_of_them.device)
-            return drafter.draft(self._batch(round, arm, some, index))
+        def draft(some: Sequence[int]) -> Drafts:
+            every = round.on_device["members", arm]
+            index = every if len(some) == len(members) else sent(some, every.device)
+            return self.drafters[arm].draft(self._batch(round, arm, some, index))
 
-        rids = [round.reqs[i].rid for i in members]
-        places, drafts = self.quarantine.attempt(arm, rids, draft)
-        return [members[i] for i in places], drafts
+        return self.quarantine.attempt(arm, {i: round.reqs[i].rid for i in members}, draft)
 
     def _choose(self, round: Round, parts: Sequence[tuple[torch.Tensor, Drafts]]) -> None:
-        """What is verified: all drafts, or where the host may not count them as many as fit, the likeliest first."""
-        size, widest, most = len(round), max(round.draft_limits), sum(round.draft_limits)
+        """What is verified, of the drafts of all passes and of what the draft sources know."""
         # The device looks up what follows drafts behind the text.
-        text = self.text if any(round.joined_limits) and not self.host.exact else None
-        drafts = round.drafts = lay_drafts(
+        behind = any(round.limits["joined"]) and not self.host.exact
+        round.drafts = lay_drafts(
             parts,
             round.rows,
             round.starts,
-            width=widest,
-            confidences=max(round.pass_limits),
+            width=max(round.limits["all"]),
+            confidences=max(round.limits["pass"]),
             vocabulary=self.sources.vocabulary,
-            text=text,
+            text=self.text if behind else None,
         )
-        extended, counts = drafts, drafts.counts
-        appended = None if text is None else self._copies(round, drafts)
-        copies = round.copies = self._copies(round) if any(round.copy_limits) else None
-        chains: list[Candidate] = []
-        if self.host.exact or any(self._extends(round, i) for i in range(size)):
-            chains, left, others = self._chains(round, drafts, appended)
-            counts = sent(left, drafts.counts.device)
-            extended, appended = padded(chains, self.text.device, widest), None
-        if not self.host.exact:
-            most = self.rows_for(size + min(round.usual_drafts, most, MOST_DRAFTS), size) - size
-        chosen = round.chosen = choose_drafts(
-            extended,
+        if self.host.exact:
+            self._choose_known(round)
+        else:
+            self._choose_unread(round, behind)
+
+    def _choose_known(self, round: Round) -> None:
+        """The host reads all drafts: a chain of each request is verified whole, and strands beside it."""
+        chains, left, others = self._chains(round, round.drafts, None)
+        round.parts = [chain.parts for chain in chains]
+        strands = round.strands = self._strands(round, chains, others)
+        widths = [1 + len(chain.tokens) for chain in chains]
+        round.packed_rows = sum(widths) + sum(len(strand.tokens) for strand in strands)
+        round.stride = max([*widths, *(strand.fork + 1 + len(strand.tokens) for strand in strands)])
+        round.chosen = choose_drafts(
+            padded(chains, self.text.device, round.stride - 1),
             round.rows,
             round.starts,
             self.text,
-            first_counts=counts,
-            appended=appended,
-            from_host=round.host_drafts,
-            at=round.host_drafts_at,
-            copies=copies,
-            limits=round.bounds["draft_limits"],
-            worth=round.row_worth,
-            most_drafts=None if self.host.exact else most,
+            first_counts=sent(left, self.text.device),
         )
-        if chains:
+
+    def _choose_unread(self, round: Round, behind: bool) -> None:
+        """The device chooses among drafts, the host's candidates and its own copies, as many as there are rows for, the
+        likeliest first.
+
+        behind: whether it copies after the drafts.
+        """
+        size, width = len(round), max(round.limits["all"])
+        drafts, first_counts = round.drafts, round.drafts.counts
+        appended = self._copies(round, drafts) if behind else None
+        copies = round.copies = self._copies(round) if any(round.limits["copied"]) else None
+        if any(self._extends(round, i) for i in range(size)):
+            chains, left, _ = self._chains(round, drafts, appended)
             round.parts = [chain.parts for chain in chains]
-        if not self.host.exact:
-            round.packed_rows, round.stride, round.bounded = size + most, widest + 1, True
-            return
-        strands = round.strands = self._strands(round, chains, others)
-        widths = [1 + len(chain.tokens) for chain in chains]
-        round.stride = max([*widths, *(strand.fork + 1 + len(strand.tokens) for strand in strands)])
-        round.packed_rows = sum(widths) + sum(len(strand.tokens) for strand in strands)
-        round.chosen = chosen._replace(tokens=chosen.tokens[:, : round.stride - 1])
+            first_counts = sent(left, self.text.device)
+            drafts, appended = padded(chains, self.text.device, width), None
+        most = min(round.usual_drafts, sum(round.limits["all"]), MOST_DRAFTS)
+        most = self.rows_for(size + most, size) - size
+        from_host, at = round.host_drafts or (None, None)
+        round.chosen = choose_drafts(
+            drafts,
+            round.rows,
+            round.starts,
+            self.text,
+            first_counts=first_counts,
+            appended=appended,
+            from_host=from_host,
+            at=at,
+            copies=copies,
+            limits=round.on_device["limit", "all"],
+            worth=round.row_worth,
+            most_drafts=most,
+        )
+        round.packed_rows, round.stride, round.bounded = size + most, width + 1, True
 
     def _extends(self, round: Round, index: int) -> bool:
         """Whether drafts of a request are extended on the host."""
         row = round.row_ids[index]
         reads = self.host.exact or any(drafter.reads(row) for drafter in self.sources.proposing.values())
-        return reads and round.joined_limits[index] > 0
+        return reads and round.limits["joined"][index] > 0
 
     def _chains(
         self, round: Round, drafts: Drafts, appended: Drafts | None
@@ -184,7 +200,7 @@ class DraftStage:
             candidates = {route: NOTHING.followed_by(*drafted, route)}
             if self.host.exact:
                 candidates |= {
-                    arm: each.first(round.draft_limits[i]) for arm, each in round.candidates[i].items()
+                    arm: each.first(round.limits["all"][i]) for arm, each in round.candidates[i].items()
                 }
             if route == arms.NONE:
                 candidates = dict(sorted(candidates.items(), key=lambda one: -one[1].gain(round.row_worth)))
@@ -192,7 +208,7 @@ class DraftStage:
             kept = len(chain.tokens)
             chain = chain.followed_by(*copied[i], CONTEXT)
             if self._extends(round, i):
-                chain, valid = self.sources.extended(round, i, first, chain, round.joined_limits[i])
+                chain, valid = self.sources.extended(round, i, first, chain, round.limits["joined"][i])
                 kept = min(kept, valid)
             chains.append(chain)
             left.append(kept)
@@ -209,7 +225,7 @@ class DraftStage:
         for i, chain in enumerate(chains):
             room = rooms[i] - widths[i]
             if (
-                not (round.spare and round.joined_limits[i] and chain.tokens and room > 0)
+                not (round.spare and round.limits["joined"][i] and chain.tokens and room > 0)
                 or round.chain_only[i]
             ):
                 continue
@@ -228,7 +244,7 @@ class DraftStage:
 
     def _batch(self, round: Round, arm: str, members: Sequence[int], index: torch.Tensor) -> DraftBatch:
         """The requests that `arm` drafts for: `members` of the batch, and the same on the device."""
-        drafter, caps = self.drafters[arm], round.bounds["pass_limits"]
+        drafter, caps = self.drafters[arm], round.on_device["limit", "pass"]
         rows, starts, bonus, caps, tail = self.sync.rings.inputs(
             index if len(members) < len(round) else None,
             round.rows,
@@ -246,9 +262,9 @@ class DraftStage:
             self.slot_table,
             longest=max(round.most[i] for i in members),
             caps=caps,
-            limits=[round.pass_limits[i] for i in members],
+            limits=[round.limits["pass"][i] for i in members],
             row_ids=[round.row_ids[i] for i in members],
-            calibration=round.calibrations[arm],
+            calibration=round.on_device["calibration", arm],
             worth=round.worth[arm],
             host=self.host,
         )
@@ -262,8 +278,8 @@ class DraftStage:
             round.bonus.new_empty((len(round), 0)),
             self.slot_table,
             longest=max(round.most),
-            caps=round.bounds["joined_limits" if behind else "copy_limits"],
-            calibration=round.calibrations[arm],
+            caps=round.on_device["limit", "joined" if behind else "copied"],
+            calibration=round.on_device["calibration", arm],
             worth=round.worth[arm],
             host=self.host,
             text=self.text,

@@ -35,8 +35,8 @@ PLAIN_ENTROPY_ROUNDS = 8
 class Learner:
     """Passes what rounds committed to the controller and the drafters; the first rank's, since only it decides by it.
 
-    Arms with invalid drafts are reported to the quarantine in every rank. verifying: rows of each round that is not
-    learned yet.
+    Arms with invalid drafts are reported to the quarantine in every rank. proposers: as of `DraftSources`. verifying:
+    rows of each round that is not learned yet.
     """
 
     drafters: Mapping[str, Drafter]
@@ -44,6 +44,7 @@ class Learner:
     clock: RoundClock
     tally: Tally
     quarantine: Quarantine
+    proposers: Sequence[str]
     ranks: Ranks = field(default_factory=Ranks)
     verifying: deque[int] = field(default_factory=deque)
 
@@ -81,14 +82,16 @@ class Learner:
         strands_of: dict[int, list[tuple[Strand, int]]] = defaultdict(list)
         for strand, right in round.accepted:
             strands_of[strand.owner].append((strand, right))
-        chosen_on_device = "wanted" in results
         for i, state in enumerate(round.states):
             state.under_way.pop(0)
             chain = round.parts[i] if round.parts is not None else ()
-            paths = _paths(() if chosen_on_device else chain, strands_of[i])
+            if not round.bounded:
+                paths = _paths(chain, strands_of[i])
+            elif state.recording is None:
+                paths = (), ()
+            else:
+                paths = self._chosen_parts(round, results, i, chain), ()
             arm, drafted = self._first_arm(round, results, i, paths[0])
-            if chosen_on_device and state.recording is not None:
-                paths = _chosen_parts(round, results, i, chain), ()
             if tokens[i] and self.ranks.leads:
                 self._learn(round, results, i, arm, drafted, tokens[i], prices, paths, strands_of[i])
         self.clock.learned(sum(map(len, tokens)))
@@ -98,12 +101,11 @@ class Learner:
         """The arm whose drafts a request verified first, and how many were this arm's; the quarantine judges it."""
         rid, arm = round.states[i].rid, round.routes[i]
         source, drafted = results["source"][i], results["first_drafts"][i]
-        if round.pass_limits[i]:
+        if round.limits["pass"][i]:
             self.quarantine.judge(arm, rid, faulty=bool(results["faults"][i]))
         if source:
-            # The device's is the last.
-            arm, drafted = round.proposers[max(source - 1, -1)], results["widths"][i] - 1
-        elif path:
+            arm, drafted = self.proposers[source], results["widths"][i] - 1
+        elif path and not round.bounded:
             first = path[0].source
             arm = next((arm for arm, drafter in self.drafters.items() if first in drafter.sources), first)
         if arm != round.routes[i]:
@@ -130,7 +132,7 @@ class Learner:
         """
         state, decision, route = round.states[i], round.decisions[i], round.routes[i]
         width = results["widths"][i]
-        if "wanted" in results:
+        if round.bounded:
             self.controller.costs.wanted(round.priced_as[i], results["wanted"][i])
         won = next((strand for strand, rows in strands if rows), None)
         right = len(tokens) - 1 if won is None else min(won.fork, len(tokens) - 1)
@@ -161,7 +163,7 @@ class Learner:
             with self.quarantine.guard(route, state.rid):
                 self.drafters[route].observe(state.row, known, agreed, results["confidences"][i][:known])
         if "copies" in results and keeps:
-            self._copied(round.proposers[-1], state, results, i, tokens)
+            self._copied(self.proposers[-1], state, results, i, tokens)
         if "entropy" in results:
             state.entropy = results["entropy"][i]
         if "outputs" in results:
@@ -177,17 +179,20 @@ class Learner:
         with self.quarantine.guard(arm, state.rid):
             drafter.copied(state.row, copy, tokens)
 
-
-def _chosen_parts(round: Round, results: Results, i: int, chain: Sequence[Part]) -> Sequence[Part]:
-    """The sources of the drafts that the device chose for a request. chain: those of the first chain, if known."""
-    drafts, source, first_drafts = results["widths"][i] - 1, results["source"][i], results["first_drafts"][i]
-    if source > 0:
-        candidate = round.candidates[i][round.proposers[source - 1]]
-        chain = list(behind(candidate.parts, results["starts"][i] + 1 - candidate.at))
-    elif source < 0 or not chain:
-        first_drafts = 0 if source else first_drafts
-        chain = [Part(round.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
-    return [part for part in first_of(chain, drafts) if part.drafts]
+    def _chosen_parts(self, round: Round, results: Results, i: int, chain: Sequence[Part]) -> Sequence[Part]:
+        """The sources of the drafts that the device chose for a request. chain: those of the first chain, if known."""
+        drafts, source, first_drafts = (
+            results["widths"][i] - 1,
+            results["source"][i],
+            results["first_drafts"][i],
+        )
+        if source > 0:
+            candidate = round.candidates[i][self.proposers[source]]
+            chain = list(behind(candidate.parts, results["starts"][i] + 1 - candidate.at))
+        elif source < 0 or not chain:
+            first_drafts = 0 if source else first_drafts
+            chain = [Part(round.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
+        return [part for part in first_of(chain, drafts) if part.drafts]
 
 
 def _paths(

@@ -9,7 +9,7 @@ from whiflash_kernels import Drafts
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import NOTHING, Candidate, Forecast
-from whiflash_sglang.core import DECIDED, LIMITS, Round
+from whiflash_sglang.core import DECIDED, Round
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import Floats, HostView, Upload
 from whiflash_sglang.drafters.base import Drafter, of_text, side_by_side, widest_of
@@ -40,13 +40,13 @@ class Planner:
         round.states = [self.controller.state(*name) for name in round.names]
         self.sources.spending.begin([rid for _, rid in round.names])
         decided = self.ranks.broadcast(lambda: self._decide(round))
-        for name, value in zip(DECIDED, decided, strict=True):
-            setattr(round, name, value)
-        round.take_single(round.undrafted)
-        if not self.ranks.leads:  # what drafters note while they are asked is what they draft later
-            for index, names in enumerate(round.asked):
+        if not self.ranks.leads:
+            for name, value in zip(DECIDED, decided, strict=True):
+                setattr(round, name, value)
+            round.take_single(round.undrafted)
+            for index, names in enumerate(round.asked):  # what drafters note here is what they draft later
                 self._proposed(round, index, names)
-        widths = [1 + room for room in round.draft_limits]
+        widths = [1 + most for most in round.limits["all"]]
         members = {arm: [i for i, route in enumerate(round.routes) if route == arm] for arm in self.drafters}
         round.members = {arm: indices for arm, indices in members.items() if indices}
         round.due = self.sync.due(round.row_ids, round.least, round.most, round.routes, widths)
@@ -54,7 +54,6 @@ class Planner:
             state.under_way.append(width)
         self.ranks.note(round.due)
         round.decisions = [state.decision for state in round.states]
-        round.proposers = [*self.sources.proposing, *self.sources.on_device]
         self._upload(round)
 
     def under_way(self, row: int) -> int:
@@ -63,7 +62,7 @@ class Planner:
         return 0 if state is None else sum(state.under_way)
 
     def _decide(self, round: Round) -> list[Any]:
-        """The fields of `DECIDED`."""
+        """Fill the fields of `DECIDED`, and return them for other ranks."""
         states = round.states
         round.undrafted = [i for i, (_, rid) in enumerate(round.names) if self.sources.spending.is_dear(rid)]
         round.take_single(round.undrafted)
@@ -75,11 +74,10 @@ class Planner:
                 proposed[i] = {}  # its rows would not pay
         round.candidates = [self._verifiable(round, i, by_arm) for i, by_arm in enumerate(proposed)]
         most = {arm: rows_of(self.drafters, arm) for arm in set(round.routes)}
-        round.pass_limits = [
-            min(most[arm], budget) - 1 for arm, budget in zip(round.routes, round.budgets, strict=True)
-        ]
-        beside = [self._beside(round, i) for i in range(len(round))]
-        round.joined_limits, round.copy_limits, round.draft_limits = map(list, zip(*beside, strict=True))
+        round.limits = {"pass": [], "joined": [], "copied": [], "all": []}
+        for i, (arm, budget) in enumerate(zip(round.routes, round.budgets, strict=True)):
+            for name, limit in self._limits(round, i, min(most[arm], budget) - 1).items():
+                round.limits[name].append(limit)
         round.priced_as = [
             arms.PROMISED if arm == arms.NONE and state.decision.promised else arm
             for arm, state in zip(round.routes, states, strict=True)
@@ -105,14 +103,12 @@ class Planner:
             }
         return {arm: each for arm, each in usable.items() if not self.sources.copies_itself(arm, each)}
 
-    def _beside(self, round: Round, index: int) -> tuple[int, int, int]:
-        """Drafts of a request at most if other arms may extend them, else 0; copies at most that the device may put in
-        their place; and drafts at most, whoever's.
-        """
+    def _limits(self, round: Round, index: int, limit: int) -> dict[str, int]:
+        """`Round.limits` of a request. limit: that of its pass."""
         (row, rid), most, controller = round.names[index], round.budgets[index] - 1, self.controller
-        limit, candidates = round.pass_limits[index], round.candidates[index]
+        candidates = round.candidates[index]
         if not controller.holds(row, rid):
-            return 0, 0, 0
+            return {"pass": limit, "joined": 0, "copied": 0, "all": 0}
         longest = copying = 0
         joins = (limit or (self.host.exact and candidates)) and controller.may_join(row)
         for arm in self.quarantine.serving(self.sources.of_text, rid):
@@ -127,7 +123,7 @@ class Planner:
         if candidates:
             most_tokens = max(len(candidate.tokens) for candidate in candidates.values())
             room = max(room, min(most_tokens, widest_of(self.drafters)))
-        return min(longest, most), copying, min(room, most)
+        return {"pass": limit, "joined": min(longest, most), "copied": copying, "all": min(room, most)}
 
     def _calibrations(self, round: Round) -> dict[str, Floats]:
         """What drafts of the round are judged by, of every arm that may make some."""
@@ -202,35 +198,32 @@ class Planner:
 
     def _upload(self, round: Round) -> None:
         """Send what the device needs of the plan, in one transfer."""
-        round.bounds, round.indices, round.calibrations = {}, {}, {}
-        round.host_drafts = round.host_drafts_at = None
-        if not round.due and not any(round.draft_limits):
-            round.due_flags = round.rows.new_empty(0)
+        round.on_device, round.host_drafts = {("due", ""): round.rows.new_empty(0)}, None
+        if not round.due and not any(round.limits["all"]):
             return
         upload = Upload()
-        bounds = {name: upload.ints(getattr(round, name)) for name in LIMITS}
-        indices = {arm: upload.ints(members) for arm, members in round.members.items()}
-        due = upload.ints(self.sync.flags(round.due, len(round)))
-        calibrations = {arm: upload.floats(values) for arm, values in round.calibration.items()}
+        ints = {("limit", name): upload.ints(values) for name, values in round.limits.items()}
+        ints |= {("members", arm): upload.ints(members) for arm, members in round.members.items()}
+        ints["due", ""] = upload.ints(self.sync.flags(round.due, len(round)))
+        floats = {("calibration", arm): upload.floats(values) for arm, values in round.calibration.items()}
         proposing, width = self.sources.proposing, self.sources.width
         from_host = not self.host.exact and any(round.candidates)
         if from_host:
-            lines = [by_arm.get(arm, NOTHING) for by_arm in round.candidates for arm in proposing]
-            ids, counts, chances = side_by_side(lines, width)
-            host = [upload.ints(values) for values in (ids.ravel(), counts, [line.at for line in lines])]
-            alive = upload.floats(chances.ravel())
-        ints, floats = upload.send(round.rows.device)
-        round.bounds = {name: ints[at] for name, at in bounds.items()}
-        round.indices = {arm: ints[at] for arm, at in indices.items()}
-        round.due_flags = ints[due]
-        round.calibrations = {arm: floats[at] for arm, at in calibrations.items()}
+            candidates = [by_arm.get(arm, NOTHING) for by_arm in round.candidates for arm in proposing]
+            tokens, counts, alive = side_by_side(candidates, width)
+            at = [
+                upload.ints(values) for values in (tokens.ravel(), counts, [each.at for each in candidates])
+            ]
+            alive_at = upload.floats(alive.ravel())
+        sent_ints, sent_floats = upload.send(round.rows.device)
+        round.on_device |= {name: sent_ints[place] for name, place in ints.items()}
+        round.on_device |= {name: sent_floats[place] for name, place in floats.items()}
         if from_host:
             shape = len(round), len(proposing)
-            tokens, counts_at, places = (ints[at] for at in host)
-            round.host_drafts = Drafts(
-                tokens.view(*shape, width), counts_at.view(shape), floats[alive].view(*shape, width)
-            )
-            round.host_drafts_at = places.view(shape)
+            ids, most, places = (sent_ints[place] for place in at)
+            chances = sent_floats[alive_at].view(*shape, width)
+            drafts = Drafts(ids.view(*shape, width), most.view(shape), chances)
+            round.host_drafts = drafts, places.view(shape)
 
 
 def rows_of(drafters: Mapping[str, Drafter], arm: str) -> int:

@@ -11,7 +11,7 @@ or for many of one, and served none well in between, or if it raised for a batch
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -191,22 +191,23 @@ class Quarantine:
             self._quarantine(arm, f"{_describe(error)} while it ingested", error)
 
     def attempt(
-        self, arm: str, rids: Sequence[str], call: Callable[[Sequence[int]], ResultT]
+        self, arm: str, rids: Mapping[int, str], call: Callable[[Sequence[int]], ResultT]
     ) -> tuple[Sequence[int], ResultT | None]:
-        """What `call` returns for the requests of these indices into `rids`, and which they are: all; if that raises,
-        those for which `arm` does not raise alone. None: it returns nothing for any of them.
+        """What `call` returns for indices of requests, and for which: all of `rids`; if that raises, those for which
+        `arm` does not raise alone. None: it returns nothing for any of them.
         """
-        everyone = range(len(rids))
+        members = list(rids)
         try:
-            return everyone, call(everyone)
+            return members, call(members)
         except Exception as error:
-            if len(rids) == 1:
-                self.raised(arm, error, rids[0])
+            first = rids[members[0]]
+            if len(members) == 1:
+                self.raised(arm, error, first)
                 return (), None
-            self._reraise(arm, error, rids[0])
+            self._reraise(arm, error, first)
             raised = error
-        sound = [i for i in everyone if arm not in self.reasons and self._succeeds(arm, rids[i], call, i)]
-        if len(sound) == len(rids):  # no request to leave out, and it may raise every round
+        sound = [i for i in members if arm not in self.reasons and self._succeeds(arm, rids[i], call, i)]
+        if len(sound) == len(members):  # no request to leave out, and it may raise every round
             self._quarantine(arm, f"{_describe(raised)} for a batch and for no request of it", raised)
         if not sound or arm in self.reasons:
             return (), None
