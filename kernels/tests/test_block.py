@@ -11,7 +11,9 @@ from whiflash_kernels import MixedBlock, accept_and_commit, prepare_mixed_block
 SLOTS, CONTEXT = 300, 96
 
 
-def integers(values: list[int] | torch.Tensor, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+def integers(
+    values: list[int] | list[list[int]] | torch.Tensor, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
     return torch.as_tensor(values, dtype=dtype).to(DEVICE)
 
 
@@ -31,7 +33,7 @@ def check_round(
 ) -> MixedBlock:
     """Build a block, verify it with predictions that agree with about three drafts in four, commit it.
 
-    `stops`: tokens that end each request, as many each; with them the text is kept too.
+    `stops`: tokens that end each request, as many each.
     """
     generator = torch.Generator().manual_seed(seed)
     requests, most = len(widths), max([*widths, 1])
@@ -66,13 +68,11 @@ def check_round(
     following = block.input_ids.cpu().roll(-1)
     predictions = torch.where(agree, following, predictions)
     committed_tokens = oracles.commit(predictions.tolist(), block.input_ids.tolist(), indptr, most, stops)
-    kept = {}
     text = torch.full((SLOTS, CONTEXT + most), -5, dtype=torch.int64, device=DEVICE)
+    of_slots = torch.full((SLOTS, len(stops[0]) if stops else 2), -1, dtype=torch.int64)
     if stops is not None:
-        of_slots = torch.full((SLOTS, len(stops[0]) if stops else 2), -1, dtype=torch.int64)
-        for slot, own in zip(slots, stops, strict=True):
-            of_slots[slot] = torch.tensor(own, dtype=torch.int64)
-        kept = {"request_slots": integers(slots, dtype), "stops": of_slots.to(DEVICE), "text": text}
+        for slot, ends in zip(slots, stops, strict=True):
+            of_slots[slot] = torch.tensor(ends, dtype=torch.int64)
     with running(backend), guarded_outputs():
         committed = accept_and_commit(
             predictions.to(DEVICE),
@@ -80,23 +80,23 @@ def check_round(
             block.qo_indptr,
             integers(seq_lens, dtype),
             stride=most,
-            pad_token=-9,
-            **kept,
+            request_slots=integers(slots, dtype),
+            stops=of_slots.to(DEVICE),
+            text=text,
         )
     lengths = [len(tokens) for tokens in committed_tokens]
-    padded = [t + [-9] * (most - len(t)) for t in committed_tokens]
+    padded = [t + [0] * (most - len(t)) for t in committed_tokens]
     assert committed.accept_lens.tolist() == lengths
     assert committed.tokens.tolist() == padded
-    assert committed.bonus.tolist() == [t[-1] if t else -9 for t in committed_tokens]
+    assert committed.bonus.tolist() == [t[-1] if t else 0 for t in committed_tokens]
     assert committed.seq_lens.tolist() == [n + k for n, k in zip(seq_lens, lengths, strict=True)]
     assert committed.last_rows.tolist() == [s + max(k - 1, 0) for s, k in zip(indptr, lengths, strict=False)]
     int64, int32 = torch.int64, torch.int32
     assert [t.dtype for t in committed] == [int32, int64, int64, dtype, int64]
-    if stops is not None:
-        expected = torch.full_like(text, -5)
-        for slot, n, tokens in zip(slots, seq_lens, padded, strict=True):
-            expected[slot, n + 1 : n + 1 + most] = integers(tokens)
-        assert torch.equal(text, expected)
+    expected = torch.full_like(text, -5)
+    for slot, n, tokens in zip(slots, seq_lens, padded, strict=True):
+        expected[slot, n + 1 : n + 1 + most] = integers(tokens)
+    assert torch.equal(text, expected)
     return block
 
 
@@ -165,7 +165,14 @@ def test_commit_stops_at_the_stride(backend: str) -> None:
     ids = integers([9, 1, 2, 3, 4])
     with running(backend):
         committed = accept_and_commit(
-            integers([1, 2, 3, 4, 5]), ids, integers([0, 5], torch.int32), integers([10]), stride=3
+            integers([1, 2, 3, 4, 5]),
+            ids,
+            integers([0, 5], torch.int32),
+            integers([10]),
+            stride=3,
+            request_slots=integers([0]),
+            stops=integers([[-1]]),
+            text=integers([[0] * 14]),
         )
     assert committed.tokens.tolist() == [[1, 2, 3]]
     assert committed.accept_lens.tolist() == [3]
@@ -183,9 +190,8 @@ def test_rejects_what_does_not_match() -> None:
     one, table = integers([1]), slot_table().to(DEVICE)
     with pytest.raises(ValueError, match=r"drafts must be \[1, D\]"):
         prepare_mixed_block(one, integers([[1], [2]]), one, one, one, table)
+    kept = {"request_slots": one, "stops": one[:, None], "text": table}
     with pytest.raises(ValueError, match="must match"):
-        accept_and_commit(one, integers([1, 2]), integers([0, 1]), one, stride=1)
+        accept_and_commit(one, integers([1, 2]), integers([0, 1]), one, stride=1, **kept)
     with pytest.raises(ValueError, match="stride must be at least 1"):
-        accept_and_commit(one, one, integers([0, 1]), one, stride=0)
-    with pytest.raises(ValueError, match="need request_slots"):
-        accept_and_commit(one, one, integers([0, 1]), one, stride=1, text=table)
+        accept_and_commit(one, one, integers([0, 1]), one, stride=0, **kept)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from whiflash_kernels.dispatch import op
+from whiflash_kernels.drafts import put_block
 from whiflash_kernels.structs import PAD_ROW, Committed, MixedBlock
 
 
@@ -78,16 +79,7 @@ def prepare_mixed_block(
     return _pad(block, rows, pad_slot)
 
 
-def _check_rows(
-    predictions: Tensor,
-    input_ids: Tensor,
-    *_: Any,
-    stride: int,
-    request_slots: Tensor | None = None,
-    stops: Tensor | None = None,
-    text: Tensor | None = None,
-    **__: Any,
-) -> None:
+def _check_rows(predictions: Tensor, input_ids: Tensor, *_: Any, stride: int, **__: Any) -> None:
     if predictions.shape != input_ids.shape:
         raise ValueError(
             "predictions and input_ids must match, "
@@ -95,8 +87,6 @@ def _check_rows(
         )
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
-    if request_slots is None and (stops is not None or text is not None):
-        raise ValueError("stops and text need request_slots")
 
 
 @op(_check_rows)
@@ -107,17 +97,16 @@ def accept_and_commit(
     seq_lens: Tensor,
     *,
     stride: int,
-    pad_token: int = 0,
-    request_slots: Tensor | None = None,
-    stops: Tensor | None = None,
-    text: Tensor | None = None,
+    request_slots: Tensor,
+    stops: Tensor,
+    text: Tensor,
 ) -> Committed:
     """Longest accepted prefix of each request up to a token that ends it, its bonus token and its new length.
 
     With s = qo_indptr[b] and w = min(qo_indptr[b + 1] - s, stride): accepted = the number of leading
     i < w - 1 with predictions[s + i] == input_ids[s + i + 1]; accept_lens = accepted + 1 (0 when w = 0);
     tokens[b, :accept_lens] = predictions[s : s + accept_lens], whose last is the new bonus token.
-    With ``stops`` accept_lens ends behind the first i with predictions[s + i] in stops[request_slots[b]]. With ``text``
+    accept_lens ends behind the first i with predictions[s + i] in stops[request_slots[b]].
     text[request_slots[b], seq_lens[b] + 1 + i] = tokens[b, i] for i < stride: tokens past the committed ones are
     overwritten by later rounds.
     Lossless for deterministic drafts: greedy predictions give greedy decoding's tokens, predictions sampled
@@ -129,8 +118,7 @@ def accept_and_commit(
         qo_indptr: [B + 1] int32 (or int64).
         seq_lens: [B] int64 or int32.
         stride: columns of ``tokens``; a request commits at most this many, so give the widest width.
-        pad_token: fills ``tokens`` past the committed ones.
-        request_slots: [B] int64 or int32, pairwise different; needed with ``stops`` or ``text``.
+        request_slots: [B] int64 or int32, pairwise different.
         stops: [slots, S] int64, contiguous: tokens that end each request, -1 where it has fewer.
         text: [slots, context] int64, last dimension contiguous, with ``stride`` columns behind the longest length;
             written in place.
@@ -139,8 +127,7 @@ def accept_and_commit(
         `Committed`.
 
     Raises:
-        ValueError: ``predictions`` and ``input_ids`` differ in length, ``stride`` is below 1, or ``stops`` or ``text``
-            come without ``request_slots``.
+        ValueError: ``predictions`` and ``input_ids`` differ in length, or ``stride`` is below 1.
 
     Grid: (B), one launch, graph-capturable.
     Numerics: integers.
@@ -155,16 +142,12 @@ def accept_and_commit(
         accept_lens, tokens, last = torch.ones_like(bonus, dtype=torch.int32), bonus[:, None].clone(), None
     elif predictions.numel() == 0 or seq_lens.numel() == 0:
         accept_lens = torch.zeros_like(seq_lens, dtype=torch.int32)
-        tokens = predictions.new_full((seq_lens.numel(), stride), pad_token)
-        bonus, last = predictions.new_full((seq_lens.numel(),), pad_token), None
+        tokens = predictions.new_zeros((seq_lens.numel(), stride))
+        bonus, last = predictions.new_zeros((seq_lens.numel(),)), None
     else:
-        ends = None if stops is None or request_slots is None else stops[request_slots]
-        accept_lens, tokens, bonus, last = _accepted(
-            predictions, input_ids, qo_indptr, ends, stride, pad_token
-        )
-    if text is not None and request_slots is not None:
-        column = torch.arange(1, stride + 1, device=tokens.device)
-        text[request_slots[:, None], seq_lens[:, None] + column] = tokens
+        ends = stops[request_slots]
+        accept_lens, tokens, bonus, last = _accepted(predictions, input_ids, qo_indptr, ends, stride)
+    put_block(text, request_slots, seq_lens, tokens)
     return Committed(
         accept_lens=accept_lens,
         tokens=tokens,
@@ -207,12 +190,7 @@ def _pad(block: MixedBlock, rows: int | None, pad_slot: int) -> MixedBlock:
 
 
 def _accepted(
-    predictions: Tensor,
-    input_ids: Tensor,
-    qo_indptr: Tensor,
-    stops: Tensor | None,
-    stride: int,
-    pad_token: int,
+    predictions: Tensor, input_ids: Tensor, qo_indptr: Tensor, stops: Tensor, stride: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`accept_lens`, `tokens`, `bonus` and `last_rows`. stops: [B, S]."""
     starts, widths = qo_indptr[:-1].long(), qo_indptr.diff().clamp_max_(stride)
@@ -222,10 +200,9 @@ def _accepted(
     predicted = predictions[row]
     drafted = input_ids[(row + 1).clamp_max_(predictions.numel() - 1)]
     goes_on = (predicted == drafted) & (column < widths[:, None] - 1)
-    if stops is not None:
-        goes_on &= (predicted[:, :, None] != stops[:, None, :]).all(2)
+    goes_on &= (predicted[:, :, None] != stops[:, None, :]).all(2)
     accept_lens = goes_on.cumprod(dim=1).sum(dim=1, dtype=torch.int32).add_(1).minimum(widths)
     index = (accept_lens - 1).clamp_min_(0).long()
-    bonus = predicted.gather(1, index[:, None]).squeeze(1).masked_fill_(accept_lens == 0, pad_token)
-    tokens = predicted.masked_fill_(column >= accept_lens[:, None], pad_token)
+    bonus = predicted.gather(1, index[:, None]).squeeze(1).masked_fill_(accept_lens == 0, 0)
+    tokens = predicted.masked_fill_(column >= accept_lens[:, None], 0)
     return accept_lens.to(torch.int32), tokens, bonus, starts + index

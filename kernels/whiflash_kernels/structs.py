@@ -212,9 +212,9 @@ class Committed(NamedTuple):
     accept_lens: Tensor
     """[B] int32, accepted drafts plus the bonus token; 0 for a request without rows."""
     tokens: Tensor
-    """[B, stride] int64: the committed tokens, then ``pad_token``."""
+    """[B, stride] int64: the committed tokens, then 0."""
     bonus: Tensor
-    """[B] int64, the last committed token, which starts the next block; ``pad_token`` without rows."""
+    """[B] int64, the last committed token, which starts the next block; 0 without rows."""
     seq_lens: Tensor
     """[B], ``seq_lens + accept_lens`` in the dtype of ``seq_lens``."""
     last_rows: Tensor

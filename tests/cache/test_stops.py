@@ -28,6 +28,7 @@ def commit(table: StopTable, texts: list[list[int]], rows: list[int]) -> Committ
         stride=max(map(len, texts)),
         request_slots=torch.tensor(rows),
         stops=table.data,
+        text=torch.zeros((8, 10 * len(texts) + 8), dtype=torch.int64),
     )
 
 

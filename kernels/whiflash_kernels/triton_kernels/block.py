@@ -112,7 +112,7 @@ def prepare_mixed_block(
     return block
 
 
-@triton.jit(do_not_specialize=["stride", "pad_token", "stop_columns"])
+@triton.jit(do_not_specialize=["stride", "stop_columns"])
 def _accept_kernel(
     predictions,
     input_ids,
@@ -127,37 +127,31 @@ def _accept_kernel(
     stops,
     text,
     stride,
-    pad_token,
     stop_columns,
     text_row,
     COLUMNS: tl.constexpr,
-    HAS_STOPS: tl.constexpr,
-    HAS_TEXT: tl.constexpr,
 ):
     request = tl.program_id(0)
     start = tl.load(qo_indptr + request).to(tl.int64)
     width = tl.minimum((tl.load(qo_indptr + request + 1) - start).to(tl.int32), stride)
     column = tl.arange(0, COLUMNS)
-    predicted = tl.load(predictions + start + column, mask=column < width, other=pad_token)
+    predicted = tl.load(predictions + start + column, mask=column < width, other=0)
     drafted = tl.load(input_ids + start + column + 1, mask=column < width - 1, other=0)
     goes_on = (predicted == drafted) & (column < width - 1)
-    if HAS_STOPS:
-        slot = tl.load(request_slots + request).to(tl.int64)
-        for i in range(stop_columns):
-            goes_on = goes_on & (predicted != tl.load(stops + slot * stop_columns + i))
+    slot = tl.load(request_slots + request).to(tl.int64)
+    for i in range(stop_columns):
+        goes_on = goes_on & (predicted != tl.load(stops + slot * stop_columns + i))
     accepted = tl.min(tl.where(goes_on, COLUMNS, column), axis=0)
     length = tl.where(width > 0, accepted + 1, 0)
-    kept = tl.where(column < length, predicted, pad_token)
+    kept = tl.where(column < length, predicted, 0)
     inside = column < stride
     before = tl.load(seq_lens + request)
     tl.store(accept_lens + request, length)
     tl.store(tokens + request.to(tl.int64) * stride + column, kept, mask=inside)
-    tl.store(bonus + request, tl.load(predictions + start + accepted, mask=width > 0, other=pad_token))
+    tl.store(bonus + request, tl.load(predictions + start + accepted, mask=width > 0, other=0))
     tl.store(new_seq_lens + request, before + length)
     tl.store(last_rows + request, start + tl.maximum(length - 1, 0))
-    if HAS_TEXT:
-        own = text + tl.load(request_slots + request).to(tl.int64) * text_row
-        tl.store(own + before.to(tl.int64) + 1 + column, kept, mask=inside)
+    tl.store(text + slot * text_row + before.to(tl.int64) + 1 + column, kept, mask=inside)
 
 
 def accept_and_commit(
@@ -167,10 +161,9 @@ def accept_and_commit(
     seq_lens: Tensor,
     *,
     stride: int,
-    pad_token: int = 0,
-    request_slots: Tensor | None = None,
-    stops: Tensor | None = None,
-    text: Tensor | None = None,
+    request_slots: Tensor,
+    stops: Tensor,
+    text: Tensor,
 ) -> Committed:
     """See `whiflash_kernels.block.accept_and_commit`."""
     requests, device = qo_indptr.shape[0] - 1, predictions.device
@@ -182,23 +175,19 @@ def accept_and_commit(
         last_rows=torch.empty(requests, dtype=torch.int64, device=device),
     )
     if requests:
-        # Without them any pointer will do: the kernel does not read it.
         _accept_kernel[(requests,)](
             predictions.contiguous(),
             input_ids.contiguous(),
             qo_indptr.contiguous(),
             seq_lens.contiguous(),
             *committed,
-            qo_indptr if request_slots is None else request_slots.contiguous(),
-            predictions if stops is None else stops,
-            predictions if text is None else text,
+            request_slots.contiguous(),
+            stops,
+            text,
             stride,
-            pad_token,
-            0 if stops is None else stops.shape[1],
-            0 if text is None else text.stride(0),
+            stops.shape[1],
+            text.stride(0),
             COLUMNS=draft_columns(stride),
-            HAS_STOPS=stops is not None,
-            HAS_TEXT=text is not None,
             num_warps=1,
         )
     return committed
