@@ -31,6 +31,7 @@ from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.structure.spending import Spending
 from whiflash_sglang.telemetry.round_clock import RoundClock, RoundTime
 from whiflash_sglang.telemetry.tally import Tally
 
@@ -70,7 +71,7 @@ class Batch:
         drafts = {arm: Sizes((1, 4096), (0.001, 0.002)) for arm in (arms.AR, arms.DIFFUSION)}
         costs.tables = CostTables(Verifications(0, 1, seconds, seconds), drafts, {})
         controller, clock = Controller(AutoPolicy(), costs, ()), RoundClock()
-        sources = DraftSources(self.drafters, held, VOCABULARY)
+        sources = DraftSources(self.drafters, held, VOCABULARY, Spending())
         self.planner = Planner(self.drafters, sync, controller, clock, held, sources, host)
         self.learner = Learner(
             self.drafters, controller, clock, Tally.of(self.drafters), held, sources.proposers

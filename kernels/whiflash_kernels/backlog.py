@@ -94,7 +94,7 @@ def unpark(
     ends: Tensor,
     req_to_token: Tensor,
     *,
-    rows: int | None = None,
+    rows: int,
     chunks: Sequence[int] | None = None,
     chunk_width: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -110,8 +110,7 @@ def unpark(
         begins: [B] int64 or int32, the chosen drafter's watermark.
         ends: [B] int64 or int32; ``ends - begins`` is at most the rings' capacity; at or below 0 is empty.
         req_to_token: [slots, context] int32 (or int64), last dimension contiguous.
-        rows: None packs exactly the sum of the lengths, which on a GPU reads that sum back to the host;
-            a number fixes the output's rows, pads, and is graph-capturable.
+        rows: of the output, at least the sum of the lengths; what it has more is padding.
         chunks: which column groups of the features to take, in this order: a drafter's layers among the
             captured union. None takes all columns.
         chunk_width: columns of one group; needed with ``chunks``.
@@ -145,13 +144,11 @@ def unpark(
         picked = torch.tensor(chunks, device=owner.device)
         features = table.view(table.shape[0], -1, chunk_width)[ring_rows[:, None], picked].flatten(1)
     tokens, cache_slots = rings.next_tokens.view(-1)[ring_rows], req_to_token[slots, positions].long()
-    missing = 0 if rows is None else rows - positions.numel()
+    missing = rows - positions.numel()
     if missing < 0:
         raise ValueError(f"the backlog holds {positions.numel()} rows, more than rows={rows}: raise rows")
 
     def padded(tensor: Tensor, value: int = 0) -> Tensor:
-        if not missing:
-            return tensor
         return torch.cat([tensor, tensor.new_full((missing, *tensor.shape[1:]), value)])
 
     return (

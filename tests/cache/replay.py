@@ -21,6 +21,7 @@ from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.round.catch_up import DraftSync
+from whiflash_sglang.round.quarantine import Quarantine
 
 torch.set_num_threads(1)
 
@@ -89,7 +90,9 @@ class Replay:
         self.arms, self.late = arms, late
         self.random = random.Random(seed)
         self._generator = torch.Generator().manual_seed(seed)
-        self.sync = DraftSync(arms.by_name, capacity, arms.width, torch.float32)
+        self.sync = DraftSync(
+            arms.by_name, capacity, arms.width, torch.float32, Quarantine(arms.by_name, alone=False)
+        )
         for arm in arms.by_name.values():
             arm.kv.k.fill_(torch.nan)  # whatever is read without having been written shows
             arm.kv.v.fill_(torch.nan)

@@ -31,6 +31,7 @@ from whiflash_sglang.round.quarantine import (
 from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.routing.request_state import RequestState
+from whiflash_sglang.structure.spending import Spending
 
 PROMPTS = [random.Random(i).choices(range(256), k=12 + 5 * i) * 2 for i in range(4)]
 TOKENS = 40
@@ -435,7 +436,8 @@ def test_the_rest_of_a_batch_is_not_asked() -> None:
     drafters: Any = {"lookup": Failing()}
     nothing: Any = None
     controller: Any = SimpleNamespace(states={})
-    planner = Planner(drafters, nothing, controller, nothing, held, DraftSources(drafters, held, 99), EXACT)
+    sources = DraftSources(drafters, held, 99, Spending())
+    planner = Planner(drafters, nothing, controller, nothing, held, sources, EXACT)
     round: Any = SimpleNamespace(
         names=list(enumerate(rids)),
         most=[9] * 64,

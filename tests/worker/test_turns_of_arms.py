@@ -11,6 +11,7 @@ from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.routing.costs import FULL_LENGTH
+from whiflash_sglang.structure.spending import Spending
 
 ROOM = 12
 FORBIDDEN = 66
@@ -50,7 +51,7 @@ class Copy(TextDrafter):
 def verified(drafters: Sequence[Any], first: Sequence[int], route: str) -> tuple[list[int], int]:
     """What is verified of one request whose own arm drafted `first`, and how many of these are left."""
     by_arm = {drafter.arm: drafter for drafter in drafters}
-    sources = DraftSources(by_arm, Quarantine(["ar", *by_arm]), vocabulary=100)
+    sources = DraftSources(by_arm, Quarantine(["ar", *by_arm]), 100, Spending())
     round: Any = SimpleNamespace(names=[(0, "r")], worth=dict.fromkeys(by_arm, FULL_LENGTH))
     drafts = Candidate().followed_by(first, [0.9] * len(first), route)
     chain, left = sources.extended(round, 0, route, drafts, ROOM)

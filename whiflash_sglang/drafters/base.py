@@ -230,10 +230,9 @@ def side_by_side(
     return tokens, counts, alive
 
 
-def padded(candidates: Sequence[Candidate], device: torch.device, width: int = 0) -> Drafts:
-    """The same on the device, one a request, in `width` columns at least."""
-    widest = max([width, *(len(candidate.tokens) for candidate in candidates)])
-    tokens, counts, alive = side_by_side(candidates, widest)
+def padded(candidates: Sequence[Candidate], device: torch.device, width: int) -> Drafts:
+    """The same on the device, one a request."""
+    tokens, counts, alive = side_by_side(candidates, width)
     upload = Upload()
     tokens_at, counts_at = upload.ints(tokens.ravel()), upload.ints(counts)
     alive_at = upload.floats(alive.ravel())

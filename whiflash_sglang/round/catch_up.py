@@ -40,7 +40,7 @@ class DraftSync:
     Args:
         drafters: by arm; those that keep KV are synchronised.
         capacity: tokens of a ring. width: columns of one captured row. dtype: of the captured features.
-        quarantine: knows whose KV has holes, who ingests nothing any more. Default: nobody's ever has.
+        quarantine: knows whose KV has holes, who ingests nothing any more.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class DraftSync:
         capacity: int,
         width: int,
         dtype: torch.dtype,
-        quarantine: Quarantine | None = None,
+        quarantine: Quarantine,
     ) -> None:
         self._drafters = with_kv(drafters)
-        self._quarantine = quarantine or Quarantine(drafters, alone=False)
+        self._quarantine = quarantine
         self.arms = tuple(self._drafters)
         self._capacity, self._width, self._dtype = capacity if self.arms else 1, width, dtype
         self.seconds: dict[str, float] = {}

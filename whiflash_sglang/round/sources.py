@@ -31,10 +31,9 @@ class DraftSources:
         drafters: Mapping[str, Drafter],
         quarantine: Quarantine,
         vocabulary: int,
-        spending: Spending | None = None,
+        spending: Spending,
     ) -> None:
-        self._quarantine, self.vocabulary = quarantine, vocabulary
-        self.spending = spending or Spending()
+        self._quarantine, self.vocabulary, self.spending = quarantine, vocabulary, spending
         self.of_text = of_text(drafters)
         self.on_device = {arm: drafter for arm, drafter in self.of_text.items() if drafter.on_device}
         proposing = {arm: drafter for arm, drafter in self.of_text.items() if drafter.proposes}

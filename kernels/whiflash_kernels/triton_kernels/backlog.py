@@ -167,15 +167,13 @@ def unpark(
     ends: Tensor,
     req_to_token: Tensor,
     *,
-    rows: int | None = None,
+    rows: int,
     chunks: Sequence[int] | None = None,
     chunk_width: int = 0,
     columns: int = COLUMNS,
     warps: int = WARPS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `whiflash_kernels.backlog.unpark`."""
-    if rows is None:
-        rows = int((ends - begins).clamp_min(0).sum())
     if chunks is None:
         chunks, chunk_width = (0,), rings.features.shape[2]
     device, requests = rings.features.device, request_slots.shape[0]
