@@ -106,9 +106,7 @@ class Round:
 
     # Filled by draft (round/draft.py).
     drafts: Drafts = field(init=False)  # of the passes, whether or not they are verified
-    chosen: Chosen = field(
-        init=False
-    )  # what is verified; its `first_drafts` are those of each request's first arm
+    chosen: Chosen = field(init=False)  # what is verified; `first_drafts` are of each request's first arm
     packed_rows: int = field(init=False)  # rows of the verification, with those of strands,
     stride: int = field(init=False)  # and of its widest request: bounds, if the host may not count the widths
     bounded: bool = field(default=False, init=False)  # whether they are, and the requests competed for rows

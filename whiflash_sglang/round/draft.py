@@ -94,10 +94,7 @@ class DraftStage:
             if drafts.passes:  # what is left is the round's, whoever drafts
                 seconds, catch_up = self.clock.now() - began, self.sync.seconds.get(arm, 0.0)
                 self.clock.drafted(DraftTime(arm, len(drafted_for), drafts.passes, seconds, catch_up))
-            index = round.on_device["members", arm]
-            if len(drafted_for) < len(members):
-                index = sent(drafted_for, round.rows.device)
-            parts.append((index, drafts))
+            parts.append((_index(round, arm, drafted_for), drafts))
         began = self.clock.now()
         self._choose(round, parts)
         self.clock.proposed(self.clock.now() - began)
@@ -108,9 +105,7 @@ class DraftStage:
             return (), None
 
         def draft(some: Sequence[int]) -> Drafts:
-            every = round.on_device["members", arm]
-            index = every if len(some) == len(members) else sent(some, every.device)
-            return self.drafters[arm].draft(self._batch(round, arm, some, index))
+            return self.drafters[arm].draft(self._batch(round, arm, some))
 
         return self.quarantine.attempt(arm, {i: round.reqs[i].rid for i in members}, draft)
 
@@ -242,11 +237,11 @@ class DraftStage:
                     return drafter.copy(self._whole_batch(round, arm, drafts is not None), drafts)
         return None
 
-    def _batch(self, round: Round, arm: str, members: Sequence[int], index: torch.Tensor) -> DraftBatch:
-        """The requests that `arm` drafts for: `members` of the batch, and the same on the device."""
+    def _batch(self, round: Round, arm: str, members: Sequence[int]) -> DraftBatch:
+        """The requests that `arm` drafts for: `members` of the batch."""
         drafter, caps = self.drafters[arm], round.on_device["limit", "pass"]
         rows, starts, bonus, caps, tail = self.sync.rings.inputs(
-            index if len(members) < len(round) else None,
+            _index(round, arm, members) if len(members) < len(round) else None,
             round.rows,
             round.starts,
             round.bonus,
@@ -284,6 +279,12 @@ class DraftStage:
             host=self.host,
             text=self.text,
         )
+
+
+def _index(round: Round, arm: str, members: Sequence[int]) -> torch.Tensor:
+    """Some or all of the members of `arm` on the device."""
+    every = round.on_device["members", arm]
+    return every if len(members) == len(every) else sent(members, every.device)
 
 
 def _rows(drafts: Drafts) -> list[tuple[list[int], list[float]]]:
