@@ -70,7 +70,7 @@ def build_drafters(
     verify(settings.checksums)
     drafts = {arm: read_draft(path, arm) for arm, path in settings.drafters.items()}
     layers = {arm: target_layers(draft, target.shape.num_layers) for arm, draft in drafts.items()}
-    captured = tuple(sorted({layer for own in layers.values() for layer in own}))
+    captured = tuple(sorted({layer for wanted in layers.values() for layer in wanted}))
     models = {
         arm: draft.load(
             device=target.device,
@@ -94,10 +94,10 @@ def build_drafters(
         if settings.dflash_vocabulary == "eagle3":
             ids = torch.arange(models[arms.AR].draft_vocab_size, device=target.device)
             vocabulary = models[arms.AR].target_ids(ids)
-        own = layers[arms.DIFFUSION]
+        wanted = layers[arms.DIFFUSION]
         # A block starts from the target's embedding module, as SGLang's; EAGLE-3 norms rows of its matrix.
         models[arms.DIFFUSION].embedding_scale = target.embedding_scale
-        drafters.append(DFlashArm(models[arms.DIFFUSION], captured, own, block, positions, vocabulary))
+        drafters.append(DFlashArm(models[arms.DIFFUSION], captured, wanted, block, positions, vocabulary))
     if settings.structure.enabled and target.tokenizer is not None:
         words = vocabulary_of(target.tokenizer)
         drafters.append(StructureArm(settings.structure, words, spending.exhausted))

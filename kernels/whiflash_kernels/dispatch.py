@@ -68,8 +68,8 @@ def implementation(reference: Callable[P, R], arguments: tuple[Any, ...]) -> Cal
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
     if backend_for(tensor) == "torch":
         return reference
-    found: Callable[P, R] = getattr(_kernels(reference.__module__.rpartition(".")[2]), reference.__name__)
-    return found
+    kernel: Callable[P, R] = getattr(_kernels(reference.__module__.rpartition(".")[2]), reference.__name__)
+    return kernel
 
 
 @cache

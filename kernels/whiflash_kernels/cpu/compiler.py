@@ -119,11 +119,11 @@ def _own_directory(directory: Path) -> Path:
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    found = os.fstat(descriptor)
-    if not _is_private(found):
+    status = os.fstat(descriptor)
+    if not _is_private(status):
         os.close(descriptor)
         raise OSError(
-            f"{directory} belongs to user {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}: another user "
+            f"{directory} belongs to user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):04o}: another user "
             "could put a library there; remove it, or make it yours alone (chmod 700)"
         )
     return Path(f"/proc/{os.getpid()}/fd/{descriptor}")

@@ -121,14 +121,14 @@ def _layout(
     live = [i for i, end in enumerate(lengths) if end > 0]
     parts = []
     for members in group(live, [width] * len(lengths), lengths):
-        own = torch.tensor([lengths[i] for i in members])
+        ends = torch.tensor([lengths[i] for i in members])
         index = rows = None
         if len(members) < len(lengths):
             index = torch.tensor(members)
             rows = (index[:, None] * width + torch.arange(width)).flatten()
-        ragged = int(own.min()) < int(own.max())
+        ragged = int(ends.min()) < int(ends.max())
         parts.append(
-            _Group(int(own.max()), index, rows, *_hidden(own, ragged, width, causal, window, groups, dtype))
+            _Group(int(ends.max()), index, rows, *_hidden(ends, ragged, width, causal, window, groups, dtype))
         )
     return parts
 

@@ -221,13 +221,13 @@ def _plan_wide(
     prefix = kv_len - q_len
     kv_base = 0 if window is None else max(0, prefix - window)
     widest = min(q_len, WIDE_ROWS)
-    own = _additive_mask(widest, 0, 0, widest, None, torch.float32, table_row.device) if causal else None
+    square = _additive_mask(widest, 0, 0, widest, None, torch.float32, table_row.device) if causal else None
     blocks = []
     for first in range(0, q_len, WIDE_ROWS):
         last = min(first + WIDE_ROWS, q_len)
         rows = last - first
         kv_start, kv_end = 0, prefix + last if causal else kv_len
-        mask = None if own is None else own[:rows, :rows]
+        mask = None if square is None else square[:rows, :rows]
         if window is not None:
             kv_start = max(0, prefix + first - window)
             entries = kv_end - kv_start

@@ -27,12 +27,12 @@ class NarrowGroup:
         """The mask of shape ``[bs, 1, groups * width, kv_width]``, kept for the next layer."""
         if self.mask is None:
             return None
-        found = self.row_masks.get(groups)
-        if found is None:
+        mask = self.row_masks.get(groups)
+        if mask is None:
             shape = (self.bs, 1, groups, self.width, self.kv_width)
-            found = self.mask.expand(shape).reshape(self.bs, 1, groups * self.width, self.kv_width)
-            self.row_masks[groups] = found
-        return found
+            mask = self.mask.expand(shape).reshape(self.bs, 1, groups * self.width, self.kv_width)
+            self.row_masks[groups] = mask
+        return mask
 
     def run(
         self,

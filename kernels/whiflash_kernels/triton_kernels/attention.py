@@ -193,13 +193,13 @@ def _merge_shares_kernel(
         return
     request, place = tl.load(merges + 1 + 3 * which), tl.load(merges + 2 + 3 * which)
     count = tl.load(merges + 3 + 3 * which)
-    own, column = tl.program_id(0), tl.arange(0, COLUMNS)
+    program, column = tl.program_id(0), tl.arange(0, COLUMNS)
     peak, whole = tl.full([], _MASKED, tl.float32), tl.full([], 0.0, tl.float32)
     sums = tl.zeros([COLUMNS], tl.float32)
     for begin in range(0, count, SHARES):
         share = begin + tl.arange(0, SHARES)
         there = share < count
-        kept = (place + share).to(tl.int64) * (KV_HEADS * WIDTH * GROUPS) + own
+        kept = (place + share).to(tl.int64) * (KV_HEADS * WIDTH * GROUPS) + program
         peaks_here = tl.load(peaks + kept * 2, mask=there, other=_MASKED)
         totals = tl.load(peaks + kept * 2 + 1, mask=there, other=0.0)
         inside = there[:, None] & (column < DIM)[None, :]
@@ -209,7 +209,7 @@ def _merge_shares_kernel(
         whole = whole * fade + tl.sum(totals * weights, axis=0)
         sums = sums * fade + tl.sum(parts * weights[:, None], axis=0)
         peak = new_peak
-    row, kv_head = own % (WIDTH * GROUPS), own // (WIDTH * GROUPS)
+    row, kv_head = program % (WIDTH * GROUPS), program // (WIDTH * GROUPS)
     packed = (request * WIDTH + row // GROUPS).to(tl.int64)
     result = packed * (KV_HEADS * GROUPS) + kv_head * GROUPS + row % GROUPS
     mean = sums / tl.where(whole > 0, whole, 1.0)
