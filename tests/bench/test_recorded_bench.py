@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from rich.console import Console
 from rich.progress import Progress
@@ -18,19 +17,15 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from whiflash_sglang.cli import app
-from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.bench.arms import Subject
 from whiflash_sglang.lab.bench.cells import Answer, Cell, Journal, Load
 from whiflash_sglang.lab.bench.fleet import Fleet
-from whiflash_sglang.lab.bench.recorded import (
-    Talk,
-    figures,
-    measure,
-    play,
-    recorded_arms,
-    start,
-    talks_of,
-)
+from whiflash_sglang.lab.bench.load import RequestError
+from whiflash_sglang.lab.bench.pages import render
+from whiflash_sglang.lab.bench.recorded import BASE, Player, Replayer, Talk, recorded_arms, talks_of
+from whiflash_sglang.lab.bench.report import Report, build_report
+from whiflash_sglang.lab.bench.runner import Plan
 from whiflash_sglang.lab.bench.subject import build_subject
 from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError, renderer_of
 from whiflash_sglang.lab.recorded.files import read_recorded
@@ -99,7 +94,7 @@ def test_conversations_become_tasks(
     assert text(last.predictions["prediction"]) == TEXTS[0]
     assert text(last.predictions["useless"]) in TEXTS[1:]
     cut, left_out = talks_of(recorded, renderer, max_tokens=5, room=60)
-    assert left_out == 3
+    assert list(left_out) == ["t0, answer 1", "t1, answer 1", "t2, answer 1"]
     assert [[len(task.answer) for task in talk.tasks] for talk in cut] == [[5]] * 3
     twice, _ = talks_of([recorded[0]] * 2, renderer, max_tokens=5, room=600)
     assert [talk.id for talk in twice] == ["t0", "t0-2"], "each is played and has figures of its own"
@@ -129,29 +124,38 @@ def test_the_shipped_edits_can_be_read(file: str) -> None:
         assert 0.8 < kept < 0.98
 
 
-LOADS = [Load(value=value) for value in (1, 2)]
-
-
-def played(arm: str, talk: Talk, repetition: int, seconds: float, rounds: int) -> Cell:
-    tokens = tuple(token for task in talk.tasks for token in task.answer)
-    answer = Answer(prompt=talk.id, seconds=seconds, ttft=0, tokens=tokens, forwards=rounds)
-    return Cell(load=LOADS[0], arm=arm, repetition=repetition, seconds=seconds, answers=(answer,))
-
-
-def test_figures_are_of_what_was_timed(talks: list[Talk]) -> None:
+def test_a_conversation_s_answers_are_figures_of_one_prompt(talks: list[Talk]) -> None:
+    """Each answer's first token is a prefill's; nothing is streamed, so there is no first token's time."""
     tokens = {talk.id: sum(len(task.answer) for task in talk.tasks) for talk in talks}
     cells = [
-        played(arm, talk, repetition, seconds, (tokens[talk.id] - 2) // fewer)
+        Cell(
+            load=Load(value=1),
+            arm=arm,
+            repetition=repetition,
+            seconds=seconds,
+            answers=(
+                Answer(
+                    prompt=talk.id,
+                    seconds=seconds,
+                    ttft=None,
+                    tokens=tuple(range(tokens[talk.id])),
+                    forwards=(tokens[talk.id] - 2) // fewer,
+                    prefills=2,
+                ),
+            ),
+        )
         for repetition in range(2)
         for talk in talks
-        for arm, seconds, fewer in (("auto", 1.0, 2), ("pinned-none", 2.0, 1))
+        for arm, seconds, fewer in ((BASE, 2.0, 1), ("auto", 1.0, 2))
     ]
-    found = figures(talks, cells)["1"]
+    report = build_report(cells, dict.fromkeys(tokens, "edit"), [], {}, {}, base=BASE)
+    auto, plain = report.arms["auto"]["overall"], report.arms[BASE]["overall"]
+    assert plain.acceptance_length == 1.0
     rounds = sum((own - 2) // 2 for own in tokens.values())
-    assert found["auto"]["output_tokens_per_s"] == pytest.approx(sum(tokens.values()) / 3)
-    assert found["auto"]["acceptance_length"] == pytest.approx((sum(tokens.values()) - 6) / rounds)
-    assert found["auto"]["over"]["pinned-none"]["ratio"] == pytest.approx(2.0)
-    assert np.isclose(found["pinned-none"]["over"]["auto"]["ratio"], 0.5)
+    assert auto.acceptance_length == pytest.approx((sum(tokens.values()) - 6) / rounds)
+    assert auto.output_tokens_per_s == pytest.approx(sum(tokens.values()) / 3)
+    assert (auto.ttft_ms, auto.tpot_ms) == (None, None)
+    assert report.ratios["auto"].none["overall"].ratio == pytest.approx(2.0)
 
 
 @pytest.fixture(scope="module")
@@ -162,27 +166,47 @@ def fleet(host: ServerHost) -> Iterator[Fleet]:
 
 @pytest.mark.server
 def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet, tmp_path: Path) -> None:
+    """No time for a second repetition; what was measured is not played again."""
     arms = recorded_arms(["lookup+prediction", "lookup+useless"], subject, talks)
-    journal = Journal(tmp_path / "cells.jsonl", "plan")
-    journal.begin()
-    quiet = Progress(console=Console(file=io.StringIO()))
-    start(arms, talks, fleet, quiet)
-    cells = measure(arms, talks, LOADS, 2, fleet, quiet, journal, minutes=0)
-    assert {cell.repetition for cell in cells} == {0}, "no time for a second one"
-    assert journal.read() == cells
+    loads = (Load(value=1), Load(value=2))
+    plan = Plan(
+        subject,
+        tuple(arms),
+        tuple(talks),
+        loads,
+        repetitions=2,
+        minutes=0,
+        over="lookup+useless",
+        recorded=("log",),
+    )
+    journal = Journal(tmp_path / "cells.jsonl", plan.fingerprint)
 
-    known = cells[1:]
-    journal.begin(known)
-    found = figures(talks, measure(arms, talks, LOADS, 1, fleet, quiet, journal))
+    def run(*, resume: bool) -> Report:
+        return Replayer(plan, fleet, journal, Progress(console=Console(file=io.StringIO()))).run(
+            resume=resume
+        )
+
+    report = run(resume=False)
+    measured = journal.read()
+    assert {cell.repetition for cell in measured} == {0}
+    journal.begin(measured[1:])
+    assert run(resume=True).loads[0].arms.keys() == report.arms.keys()
     again = journal.read()
-    assert again[:-1] == known, "what was known is not played again"
-    assert again[-1].key == cells[0].key
-    for by_arm in found.values():
-        assert set(by_arm) == {"pinned-none", "lookup+prediction", "lookup+useless"}
-        assert by_arm["pinned-none"]["acceptance_length"] == 1.0
-        lengths = {name: own["acceptance_length"] for name, own in by_arm.items()}
+    assert (again[:-1], again[-1].key) == (measured[1:], measured[0].key)
+    assert (report.unavailable, report.differences) == ({}, [])
+    for load in report.loads:
+        lengths = {arm: figures["overall"].acceptance_length for arm, figures in load.arms.items()}
+        assert set(lengths) == {BASE, "lookup+prediction", "lookup+useless"}
+        assert lengths[BASE] == 1.0
         assert lengths["lookup+prediction"] > 1.2 * lengths["lookup+useless"]
-    assert list(found) == ["1", "2"]
+        assert set(load.ratios["lookup+prediction"].over) == {
+            "overall",
+            *(["edit"] if load.load.is_alone else []),
+        }
+    page = render(report)
+    assert "Forced along the recorded text of log." in page
+    assert f"| arm | tokens/s | over {BASE} | over `lookup+useless` |" in page
+    assert "Every answer is the recorded one" in page
 
     url = fleet.url("lookup+prediction")
     task = talks[0].tasks[0]
@@ -191,13 +215,18 @@ def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet, tmp_p
     refused = httpx.post(f"{url}/generate", json=body, timeout=None)
     assert refused.status_code == 400
     assert "whiflash_forced[1]: must be a token id below" in refused.text
-    impossible = Talk("t", "edit", (type(task)(task.prompt, [*task.answer, 100_000]),))
-    with pytest.raises(WhiflashError, match="must be a token id"):
-        asyncio.run(play(url, arms[1], [impossible], 1))
+    impossible = Talk("t", "edit", (), tasks=(type(task)(task.prompt, [*task.answer, 100_000]),))
+
+    async def played() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=None) as client:
+            await Player(client, 8, arms[1].request).ask(impossible)
+
+    with pytest.raises(RequestError, match="must be a token id"):
+        asyncio.run(played())
 
 
 def test_options_of_other_runs_are_not_passed_over() -> None:
-    command = ["bench", "--recorded", "log.jsonl", "--over", "auto", "--plots", "pictures"]
+    command = ["bench", "--recorded", "log.jsonl", "--quick", "--suite", "gsm8k"]
     said = CliRunner().invoke(app, command)
     assert isinstance(said.exception, ConfigError)
-    assert "takes no --plots, --over" in str(said.exception)
+    assert "takes no --quick, --suite" in str(said.exception)

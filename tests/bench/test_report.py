@@ -123,6 +123,7 @@ def test_acceptance_counts_tokens_per_target_forward(report: Report) -> None:
 
 def test_latencies(report: Report) -> None:
     chat = report.arms["none"]["chat"]
+    assert chat.ttft_ms is not None
     assert chat.ttft_ms.p50 == pytest.approx(100)
     assert chat.tpot_ms is not None
     assert chat.tpot_ms.p99 == pytest.approx(100, rel=0.05)

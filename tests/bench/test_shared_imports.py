@@ -87,7 +87,7 @@ def test_a_benchmarks(hosts: list[Host], tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(command, "Runner", Runner)
     monkeypatch.setattr(command, "progress", lambda: Lines(Console(file=out, width=200)))
-    plan: Any = SimpleNamespace(fingerprint="")
+    plan: Any = SimpleNamespace(fingerprint="", recorded=())
     failed: Any = command.run(plan, tmp_path / "cells.jsonl", tmp_path, resume=False)
     assert failed == {}
     check(hosts, out.getvalue())

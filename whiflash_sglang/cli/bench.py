@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from whiflash_sglang.lab.bench.prompts import Prompt
     from whiflash_sglang.lab.simulate import Result
 
 
@@ -79,43 +80,10 @@ def bench(
     check_names(names, recorded=bool(recorded))
     if resume and out is None:
         raise UsageError("--resume continues the run that wrote --out FILE: give --out, too")
-    if recorded:
-        others = {
-            "--quick": quick,
-            "--prompts": prompts,
-            "--suite": suite,
-            "--per-category": per_category,
-            "--no-interleave": not interleave,
-            "--restart": restart,
-            "--plots": plots,
-            "--beside": beside,
-            "--over": over,
-        }
-        given = [name for name, value in others.items() if value]
-        if given:
-            raise UsageError(
-                f"--recorded compares every arm with every other and takes no {', '.join(given)}: remove it"
-            )
-        from whiflash_sglang.lab.bench.recorded import RecordedRun, run_recorded
-
-        run_recorded(
-            RecordedRun(
-                paths=tuple(recorded),
-                arms=tuple(names),
-                concurrency=concurrency,
-                repetitions=repetitions,
-                max_tokens=max_tokens,
-                model_path=model_path,
-                bundle=bundle,
-                dtype=dtype,
-                minutes=minutes,
-                server_args=tuple(shlex.split(server_args)),
-                log_dir=log_dir,
-            ),
-            Outputs(as_json, out, markdown, plots=None),
-            resume=resume,
-        )
-        return
+    others = {"--quick": quick, "--prompts": prompts, "--suite": suite, "--per-category": per_category}
+    given = [name for name, value in others.items() if value]
+    if recorded and given:
+        raise UsageError(f"--recorded plays whole files and takes no {', '.join(given)}: remove it")
     scale = scale_of(quick, arms, per_category, max_tokens, minutes)
     if plots is not None and not any(load.is_alone for load in loads):
         raise UsageError(
@@ -123,34 +91,47 @@ def bench(
         )
     if restart and not interleave:
         raise UsageError("--restart needs all servers at once: remove --no-interleave, or --restart")
-    from whiflash_sglang.lab.bench.subject import build_subject
-
     if suite and prompts:
         raise UsageError(f"--suite {suite} and --prompts {prompts} both name the prompts: remove one of them")
     suites = suites_of(suite or "")
-    asked = read_suites(suites, suite_dir) if suites else load_prompts(prompts or str(shipped()))
-    chosen = sample(asked, scale.per_category)
+    chosen: list[Prompt] = []
+    if not recorded:
+        asked = read_suites(suites, suite_dir) if suites else load_prompts(prompts or str(shipped()))
+        chosen = sample(asked, scale.per_category)
+    from whiflash_sglang.lab.bench.recorded import DEFAULT, read_talks, recorded_arms
+    from whiflash_sglang.lab.bench.subject import build_subject
+
     outputs = Outputs(as_json, out, markdown, plots)
     outputs.prepare()
     if log_dir is not None:
         log_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="whiflash-bench-") as scratch:
         extra = shlex.split(server_args)
-        subject = build_subject(model_path, bundle, dtype, extra, Path(scratch), scale.arms, beside)
-        wanted = scale.arms if arms else those_with_drafters(scale.arms, subject)
+        served = [name.partition("+")[0] for name in names] if recorded else scale.arms
+        subject = build_subject(model_path, bundle, dtype, extra, Path(scratch), served, beside)
+        if recorded:
+            talks, left_out = read_talks(recorded, subject, max_tokens, max(load.value for load in loads))
+            chosen, measured = list(talks), recorded_arms(names or DEFAULT, subject, talks)
+            longest = max(len(task.answer) for talk in talks for task in talk.tasks)
+        else:
+            left_out, longest = {}, scale.max_tokens
+            measured = build_arms(scale.arms if arms else those_with_drafters(scale.arms, subject), subject)
+        wanted = [arm.name for arm in measured]
         if over is not None and over not in wanted:
             raise UsageError(f"--over {over} is not measured, only {', '.join(wanted)} are: add it to --arms")
         plan = Plan(
             subject=subject,
-            arms=tuple(build_arms(wanted, subject)),
+            arms=tuple(measured),
             prompts=tuple(chosen),
             loads=tuple(loads),
             repetitions=repetitions,
-            max_tokens=scale.max_tokens,
+            max_tokens=longest,
             interleave=interleave,
             restart=restart,
             minutes=scale.minutes,
             over=over,
+            recorded=tuple(path.name for path in recorded or ()),
+            left_out=left_out,
             suites={name: f"{SUITES[name].source} ({SUITES[name].licence})" for name in suites},
         )
         cells = (out or Path(scratch) / "report.json").with_suffix(".cells.jsonl")

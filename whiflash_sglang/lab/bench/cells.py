@@ -29,22 +29,25 @@ class Load(BaseModel, frozen=True, extra="forbid"):
 
 
 class Answer(BaseModel, frozen=True, extra="forbid"):
-    """One timed answer.
+    """One timed answer, or a conversation's together.
 
-    seconds: from the request to its last token. ttft: to its first, seconds. tokens: output ids.
-    forwards: target forwards after the prefill.
+    seconds: from the request to its last token. ttft: to its first, seconds, if it was streamed. tokens: output ids.
+    forwards: target forwards after prefills, each of which gave a token.
     """
 
     prompt: str
     seconds: float
-    ttft: float
+    ttft: float | None
     tokens: tuple[int, ...]
     forwards: int
+    prefills: int = 1
 
     @property
     def tpot(self) -> float | None:
         """Seconds per output token after the first."""
-        return (self.seconds - self.ttft) / (len(self.tokens) - 1) if len(self.tokens) > 1 else None
+        if self.ttft is None or len(self.tokens) < 2:
+            return None
+        return (self.seconds - self.ttft) / (len(self.tokens) - 1)
 
 
 class Cell(BaseModel, frozen=True, extra="forbid"):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import Progress
 
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
 from whiflash_sglang.jsonl import write_whole
@@ -80,13 +79,10 @@ class Outputs:
                 file.parent.mkdir(parents=True, exist_ok=True)
 
     def publish(self, report: Report) -> None:
-        """Show it and write it."""
-        self.show(render(report), report.model_dump_json(indent=1))
+        """Print one of its forms, and write those that are wanted, each file whole or not at all."""
+        text, as_json = render(report), report.model_dump_json(indent=1)
         if self.plots is not None:
             draw(report, self.plots)
-
-    def show(self, text: str, as_json: str) -> None:
-        """Print one of the two, and write both where wanted, each file whole or not at all."""
         if self.as_json:
             print(as_json)
         else:
@@ -99,23 +95,25 @@ class Outputs:
             write_whole(self.markdown, text)
 
 
-def open_fleet(stack: ExitStack, bar: Progress, log_dir: Path | None) -> Fleet:
-    """Where servers are started, from one process that has imported SGLang if they can share it; `stack` ends them."""
-    host = None
-    if shares_imports():
-        importing = bar.add_task("importing SGLang, once for all servers", total=None)
-        host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": str(threads())}))
-        host.wait()
-        bar.remove_task(importing)
-    return stack.enter_context(Fleet(partial(launcher, host=host), log_dir))
-
-
 def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> Report:
-    """Carry out `plan` and show how far it is; the servers end with it."""
+    """Carry out `plan` and show how far it is; the servers end with it.
+
+    They are forked from one process that has imported SGLang, if they can share it.
+    """
+    from whiflash_sglang.lab.bench.recorded import (
+        Replayer,
+    )  # with torch behind it, which wrong options do not need
+
     with ExitStack() as stack:
-        bar = stack.enter_context(progress())
-        fleet = open_fleet(stack, bar, log_dir)
-        return Runner(plan, fleet, Journal(cells, plan.fingerprint), bar).run(resume=resume)
+        bar, host = stack.enter_context(progress()), None
+        if shares_imports():
+            importing = bar.add_task("importing SGLang, once for all servers", total=None)
+            host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": str(threads())}))
+            host.wait()
+            bar.remove_task(importing)
+        fleet = stack.enter_context(Fleet(partial(launcher, host=host), log_dir))
+        runner = Replayer if plan.recorded else Runner
+        return runner(plan, fleet, Journal(cells, plan.fingerprint), bar).run(resume=resume)
 
 
 def judge(report: Report) -> None:

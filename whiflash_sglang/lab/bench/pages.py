@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from whiflash_sglang.equality import Verdict
+from whiflash_sglang.lab.bench.arms import NONE
 from whiflash_sglang.lab.bench.cells import RoundMs
 from whiflash_sglang.lab.bench.report import (
     LOOPS,
@@ -60,6 +61,8 @@ def _taken_from(provenance: Mapping[str, Any]) -> str:
         by_source.setdefault(source, []).append(name)
     sources = [f"{', '.join(names)} from {source}" for source, names in by_source.items()]
     said = f" Sets: {'; '.join(sources)}." if sources else ""
+    if recorded := provenance.get("recorded"):
+        said += f" Forced along the recorded text of {', '.join(recorded)}."
     left_out = len(provenance.get("left_out", ()))
     return said + (f" Left out, since the server did not take them: {left_out} prompts." if left_out else "")
 
@@ -70,7 +73,8 @@ def _title(load: LoadReport) -> str:
 
 def _overview(load: LoadReport, over: str | None) -> str:
     """A row per arm. A column that no arm fills is left out; the JSON has more of each."""
-    header = ["arm", "tokens/s", "over none", f"over `{over}`", "over faster static", "acceptance length"]
+    base = NONE if NONE in load.arms else next(iter(load.arms))
+    header = ["arm", "tokens/s", f"over {base}", f"over `{over}`", "over faster static", "acceptance length"]
     header += ["TTFT ms p50/p95", "TPOT ms p50/p95", "switches/100", "mismatches"]
     rows = []
     for arm, groups in load.arms.items():
@@ -153,6 +157,8 @@ def _rounds(report: Report) -> str:
 
 def _differences(report: Report) -> str:
     """Mismatches one by one, ties counted; the JSON lists both."""
+    if report.provenance.get("recorded"):
+        return "Every answer is the recorded one, token for token."
     if not report.differences:
         return "Every answer of every arm equals plain decoding's, token for token."
     ties = [d for d in report.differences if d["verdict"] == Verdict.TIE]

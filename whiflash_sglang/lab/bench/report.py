@@ -83,7 +83,7 @@ class Figures(BaseModel, frozen=True, extra="forbid"):
     target_forwards: int
     output_tokens_per_s: float | None
     acceptance_length: float
-    ttft_ms: Percentiles
+    ttft_ms: Percentiles | None
     tpot_ms: Percentiles | None
     switches_per_100_tokens: float | None
     mismatches: int
@@ -93,7 +93,7 @@ class Figures(BaseModel, frozen=True, extra="forbid"):
 
 
 class Ratios(BaseModel, frozen=True, extra="forbid"):
-    """Rates over those of another arm, by category. static: the fastest arm of one drafter there,
+    """Rates over those of another arm, by category. none: plain decoding. static: the fastest arm of one drafter there,
     upstream's EAGLE3 and DFLASH or WHIFLASH pinned to it.
 
     over: rates over those of the arm that was asked for (`Report.over`).
@@ -138,17 +138,19 @@ def build_report(
     provenance: dict[str, Any],
     unavailable: Mapping[str, str],
     over: str | None = None,
+    base: str = NONE,
 ) -> Report:
     """The report of all cells.
 
     Args:
         groups: prompt id → category, or `loops` for prompts whose plain answer ends in a loop.
+        base: the arm of plain decoding.
         over: an arm to compare all others with, besides plain decoding and the static drafters.
     """
     by_load: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         by_load[cell.load.label].append(cell)
-    loads = [_load_report(own, groups, found, over) for own in by_load.values()]
+    loads = [_load_report(own, groups, found, over, base) for own in by_load.values()]
     counts: dict[str, int] = defaultdict(int)
     for group in groups.values():
         counts[group] += 1
@@ -173,6 +175,7 @@ def _load_report(
     groups: Mapping[str, str],
     found: Sequence[Difference],
     over: str | None,
+    base: str,
 ) -> LoadReport:
     load = cells[0].load
     arms: dict[str, dict[str, Figures]] = {}
@@ -186,7 +189,7 @@ def _load_report(
             name: _figures(mine, belongs, [d for d in mismatched if belongs(d.prompt)], load, name)
             for name, belongs in selections(mine, groups)
         }
-    ratios = {arm: _ratios(arm, own, groups, load, over) for arm in own if NONE in own and arm != NONE}
+    ratios = {arm: _ratios(arm, own, groups, load, over, base) for arm in own if base in own and arm != base}
     return LoadReport(load=load, arms=arms, ratios=ratios)
 
 
@@ -200,7 +203,7 @@ def _figures(
     answers = [answer for cell in cells for answer in cell.answers if belongs(answer.prompt)]
     repetitions = len({cell.repetition for cell in cells})
     forwards = sum(answer.forwards for answer in answers)
-    drafted = sum(len(answer.tokens) - 1 for answer in answers)
+    drafted = sum(len(answer.tokens) - answer.prefills for answer in answers)
     whole = [cell for cell in cells if all(belongs(answer.prompt) for answer in cell.answers)]
     rounds = _rounds(whole)
     tokens = sum(len(answer.tokens) for cell in whole for answer in cell.answers)
@@ -213,7 +216,7 @@ def _figures(
         target_forwards=forwards // repetitions,
         output_tokens_per_s=per_second,
         acceptance_length=drafted / forwards if forwards else 1.0,
-        ttft_ms=percentiles_ms([a.ttft for a in answers]) or Percentiles(p50=0, p95=0, p99=0),
+        ttft_ms=percentiles_ms([a.ttft for a in answers if a.ttft is not None]),
         tpot_ms=percentiles_ms([a.tpot for a in answers if a.tpot is not None]),
         switches_per_100_tokens=100 * rounds["switches"] / tokens if rounds else None,
         mismatches=sum(d.verdict is Verdict.DIFFERENT for d in differing),
@@ -238,6 +241,7 @@ def _ratios(
     groups: Mapping[str, str],
     load: Load,
     over: str | None,
+    base: str,
 ) -> Ratios:
     against_none: dict[str, Interval] = {}
     against_static: dict[str, Interval] = {}
@@ -250,7 +254,7 @@ def _ratios(
         if not load.is_alone and name != OVERALL:
             continue
         chosen = {key: within(own, belongs) for key, own in cells.items()}
-        against_none[name] = paired(chosen[arm], chosen[NONE], groups)
+        against_none[name] = paired(chosen[arm], chosen[base], groups)
         if over is not None and over in cells and over != arm:
             against_asked[name] = paired(chosen[arm], chosen[over], groups)
         if statics and arm not in statics:

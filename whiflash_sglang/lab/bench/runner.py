@@ -106,7 +106,8 @@ class Plan:
     repetitions: at most; minutes: stop before a repetition that would end later than that after the start.
     over: the arm that all others are compared with, besides plain decoding.
     interleave: all servers up at once, each prompt asked of each arm in turn; otherwise one server at a time.
-    suites: where prompts of named sets come from, with their licences, by name.
+    suites: where prompts of named sets come from, with their licences, by name. recorded: files of conversations, if
+        those are the prompts. left_out: what is not asked, by name, and why.
     restart: restart the servers for every repetition (interleaved runs only). Two processes that do the same may
         differ by 1 % for as long as they live; without new ones that is taken for the arms'.
     """
@@ -122,6 +123,8 @@ class Plan:
     minutes: float | None = None
     over: str | None = None
     suites: Mapping[str, str] = field(default_factory=dict)
+    recorded: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -145,6 +148,10 @@ class Runner:
         progress: shows what is going on and how long it will take.
     """
 
+    base = NONE
+    """The arm of plain decoding."""
+    asker: type[Asker] = Asker
+
     def __init__(self, plan: Plan, fleet: Fleet, journal: Journal, progress: Progress) -> None:
         self._plan, self._fleet, self._journal, self._progress = plan, fleet, journal, progress
         self._arms = {arm.name: arm for arm in plan.arms}
@@ -153,7 +160,7 @@ class Runner:
         self._routers: dict[str, str] = {}
         self._servers: dict[str, dict[str, Any]] = {}
         self.unavailable: dict[str, str] = {}
-        self.left_out: dict[str, str] = {}
+        self.left_out = dict(plan.left_out)
         self.cells: list[Cell] = []
         self._began = time.monotonic()
 
@@ -177,7 +184,9 @@ class Runner:
         found = differences(cells, references, best, self._plan.subject.dtype)
         self._progress.remove_task(judging)
         record |= self._provenance(cells)
-        return build_report(cells, self._groups(), found, record, self.unavailable, self._plan.over)
+        return build_report(
+            cells, self._groups(), found, record, self.unavailable, self._plan.over, self.base
+        )
 
     # ---------------------------------------------------------------- the two orders
 
@@ -221,7 +230,7 @@ class Runner:
         return min(self._plan.repetitions, done + max(0, int(left / seconds_each)))
 
     def _in_turn(self) -> None:
-        plain = [arm for arm in self._plan.arms if arm.name == NONE]
+        plain = [arm for arm in self._plan.arms if arm.name == self.base]
         for server in dict.fromkeys(arm.server for arm in (*plain, *self._plan.arms)):
             group = [arm for arm in self._plan.arms if arm.server == server]
             self._start(group)
@@ -268,8 +277,8 @@ class Runner:
                     **({} if arm.checkout is None else provenance.checkout(arm.checkout)),
                     **{key: info.get(key) for key in ("dtype", "attention_backend", "sampling_backend")},
                 }
-        if NONE in self.unavailable:
-            raise WhiflashError(f"plain decoding: {self.unavailable[NONE]}")
+        if self.base in self.unavailable:
+            raise WhiflashError(f"plain decoding: {self.unavailable[self.base]}")
 
     def _lose(self, name: str, reason: str) -> None:
         """Go on without an arm, and say so at once: the run may last for hours."""
@@ -350,10 +359,10 @@ class Runner:
                     continue
                 arm = self._arms[step.arm]
                 try:
-                    asker = Asker(clients[arm.server], self._plan.max_tokens, arm.request)
+                    asker = self.asker(clients[arm.server], self._plan.max_tokens, arm.request)
                     cell = await self._cell(step, asker)
                 except RequestError as error:
-                    if step.arm == NONE:
+                    if step.arm == self.base:
                         raise
                     self._lose(step.arm, f"a request failed: {error}")
                     continue
@@ -403,6 +412,7 @@ class Runner:
             "max_tokens": plan.max_tokens,
             "prompts_sha256": digest_of(plan.prompts),
             "left_out": self.left_out,
+            "recorded": list(plan.recorded),
             "suites": plan.suites,
             "servers": self._servers,
         }

@@ -259,7 +259,7 @@ async def _measure(url: str, prompts: Sequence[Prompt]) -> dict[str, float]:
                     answer = await asker.ask(prompt)
                     bar.advance(task)
                     if index:  # the first prompt warms up
-                        seconds[arm] += answer.seconds - answer.ttft
+                        seconds[arm] += answer.seconds - (answer.ttft or 0.0)
                         rounds[arm] += answer.forwards
     return {arm: seconds[arm] / rounds[arm] for arm in ARMS}
 
