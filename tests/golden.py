@@ -117,7 +117,7 @@ REQUEST_KINDS: dict[str, dict[str, Any]] = {
     **{f"pinned to {arm}": span(open=True, prefer=arm, pin=True) for arm in ("ar", "diffusion", "lookup")},
     "bias": span(open=True, bias={"diffusion": 4.0}),
     "spans": span(begin="E", end="J", prefer="lookup"),
-    "agent": hinted(agent="a", query=1, structure=[["F", "H"]]),
+    "agent": hinted(agent="a"),
     "off": hinted(off=True),
     **{name: {"ignore_eos": False, **grammar} for name, grammar in GRAMMARS.items()},
     "frequency": {"frequency_penalty": 0.8},

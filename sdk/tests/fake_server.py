@@ -48,8 +48,6 @@ CAPABILITIES: dict[str, Any] = {
     "model": "tiny",
     "policy": "auto",
     "arms": ["ar", "diffusion", "lookup", "none"],
-    "traces": ["summary", "full"],
-    "scopes": ["agent", "query", "structure"],
     "prediction_tokens": 16384,
     "tool_call_parser": "hermes",
     "reasoning_parser": None,

@@ -10,7 +10,7 @@ import pytest
 from fake_server import ASKED, FakeServer
 from openai import AsyncOpenAI
 
-from whiflash_sdk import Hints, Session, agent, collect, hinted, predict, spans, wrap
+from whiflash_sdk import Hints, Session, Span, agent, collect, hinted, predict, spans, wrap
 from whiflash_sdk.prediction import predicted_text
 
 BLOCKS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -85,7 +85,11 @@ def test_tasks_at_the_same_time_keep_their_own(
 ) -> None:
     """Also where two of them are inside the same session."""
     sessions = {name: Session(agent=name) for name in "ab"}
-    of_all = (lambda name: sessions[name], predict, lambda name: hinted(Hints(query=name)))
+    of_all = (
+        lambda name: sessions[name],
+        predict,
+        lambda name: hinted(Hints(spans=(Span(kind="code", begin=name),))),
+    )
 
     async def ask(name: str) -> None:
         with ExitStack() as blocks:
@@ -100,8 +104,8 @@ def test_tasks_at_the_same_time_keep_their_own(
 
     ran(main())
     for index, body in enumerate(server.bodies):
-        said = [server.wire(index).get("agent"), server.wire(index).get("query")]
-        said.append(body.get("prediction", {}).get("content"))
+        (begin,) = [span["begin"] for span in server.wire(index).get("spans", ())] or [None]
+        said = [server.wire(index).get("agent"), begin, body.get("prediction", {}).get("content")]
         assert said == [None if body["model"] == "none" else body["model"]] * 3
 
 

@@ -241,32 +241,17 @@ def test_a_fork_does_not_wait_for_its_parents_probe(client: OpenAI, server: Fake
     process.join()
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("ASSUME", "1", {"trace": True}),
-        ("DISABLE", "1", None),
-        ("DISABLE", "off", {"trace": True}),
-        ("TRACE", "0", {}),
-    ],
-)
-def test_the_environment_sets_what_the_code_does_not(
-    client: OpenAI, server: FakeServer, monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: Any
+@pytest.mark.parametrize(("value", "is_hinted"), [("1", False), ("off", True)])
+def test_the_environment_is_above_the_code(
+    client: OpenAI, server: FakeServer, monkeypatch: pytest.MonkeyPatch, value: str, is_hinted: bool
 ) -> None:
-    monkeypatch.setenv(f"WHIFLASH_SDK_{name}", value)
-    ask(wrap(client, hints=whiflash_sdk.Hints(infer=False)))
-    assert server.routed() == [expected is not None]
-    if expected is not None:
-        assert server.hints() == {"infer": False, **expected}
-    assert (ROUTE in server.paths) == (name == "TRACE" or value == "off")
-    ask(wrap(client.with_options(), trace=True, capabilities=Capabilities(version=1)))
-    assert server.routed()[1] == (expected is not None)  # DISABLE is the operator's: above the code
-    assert expected is None or server.hints(1)["trace"]
-
-
-def test_a_variable_that_says_nothing_is_named(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WHIFLASH_SDK_ASSUME", "maybe")
-    with pytest.raises(ValueError, match=r"WHIFLASH_SDK_ASSUME.*maybe"):
+    monkeypatch.setenv("WHIFLASH_SDK_DISABLE", value)
+    ask(wrap(client))
+    assert (ROUTE in server.paths) == is_hinted
+    ask(wrap(client.with_options(), capabilities=Capabilities(version=1)))
+    assert server.routed() == [is_hinted] * 2
+    monkeypatch.setenv("WHIFLASH_SDK_DISABLE", "maybe")
+    with pytest.raises(ValueError, match=r"WHIFLASH_SDK_DISABLE.*maybe"):
         wrap(client)
 
 

@@ -1,6 +1,5 @@
 """The models: bounds, encoding, levels; and the presets that say what formats look like."""
 
-import json
 from typing import Any
 
 import pytest
@@ -16,9 +15,8 @@ def test_what_the_server_would_refuse_is_refused() -> None:
     for fields in ({"kind": "poem"}, {"begin": ""}, {"bias": {"ar": 17}}, {"colour": "red"}):
         with pytest.raises(ValidationError):
             Span(**{"kind": "json", "begin": "x", **fields})
-    for hints in ({"agent": ""}, {"query": -1}, {"structure": [("a",)]}):
-        with pytest.raises(ValidationError):
-            Hints(**hints)
+    with pytest.raises(ValidationError):
+        Hints(agent="")
 
 
 def test_encoding_is_short_and_comes_back() -> None:
@@ -32,10 +30,8 @@ def test_encoding_is_short_and_comes_back() -> None:
     )
     assert decode(text) == hints
     assert hints.extra_body() == {"custom_params": {"whiflash": text}}
-    hints = Hints(agent="a", query=3, structure=[["<x>", None]])  # type: ignore[list-item,arg-type]
-    assert json.loads(hints.encode()) == {"agent": "a", "query": 3, "structure": [["<x>", None]]}
-    assert decode(hints.encode()) == hints
-    assert hints.without(["query", "spans"]) == Hints(agent="a", structure=(("<x>", None),))
+    hints = Hints(agent="a", lookup="context")
+    assert hints.without(["agent", "spans"]) == Hints(lookup="context")
     assert hints.without(["spans"]) is hints
 
 

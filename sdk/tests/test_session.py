@@ -1,4 +1,4 @@
-"""`Session`: salt, agent and turn of every request, and the file that an edit is likely to write."""
+"""`Session`: salt and agent of every request, and the file that an edit is likely to write."""
 
 import json
 from typing import Any
@@ -83,27 +83,21 @@ def wrapped(client: OpenAI, server: FakeServer) -> OpenAI:
     return wrap(client, agent="client", tenant="client")
 
 
-def test_every_request_carries_who_asks_and_its_turn(wrapped: OpenAI, server: FakeServer) -> None:
+def test_every_request_carries_who_asks(wrapped: OpenAI, server: FakeServer) -> None:
     with pytest.raises(ValueError, match="tenant"):
         Session(tenant="")
     create = wrapped.chat.completions.create
     with Session(tenant="acme", agent="coder"):
         create(model="m", messages=[user()])
-        create(model="m", messages=[*CHAT, user("And now?")])
-        with agent("inner", query="q"), Session():
+        with agent("inner"), Session():
             create(model="m", messages=CHAT)
         wrapped.completions.create(model="m", prompt="x", extra_body={"cache_salt": "own"})
     create(model="m", messages=CHAT)
-    found = [
-        (body["cache_salt"], server.wire(n)["agent"], server.wire(n).get("query"))
-        for n, body in enumerate(server.bodies)
-    ]
-    assert found == [
-        ("acme", "coder", 1),
-        ("acme", "coder", 2),
-        ("client", "inner", "q"),
-        ("own", "coder", None),
-        ("client", "client", None),
+    assert [(body["cache_salt"], server.wire(n)["agent"]) for n, body in enumerate(server.bodies)] == [
+        ("acme", "coder"),
+        ("client", "inner"),
+        ("own", "coder"),
+        ("client", "client"),
     ]
 
 

@@ -55,33 +55,16 @@ def test_raw_responses_completions_and_json_carry_it_too(client: OpenAI) -> None
     assert full.text == "x" * 20
 
 
-@pytest.mark.parametrize(
-    ("given", "sent"), [(True, True), ("summary", True), ("full", "full"), (False, False)]
-)
-def test_the_level_goes_out_as_every_server_reads_it(
-    client: OpenAI, server: FakeServer, given: Any, sent: Any
-) -> None:
+@pytest.mark.parametrize(("given", "sent"), [(True, True), ("full", "full"), (False, False)])
+def test_the_level_goes_out(client: OpenAI, server: FakeServer, given: Any, sent: Any) -> None:
     wrap(client, trace=given).chat.completions.create(**ASKED)
     asked = {**ASKED, "extra_body": Hints(trace=given).extra_body()}
     wrap(client.with_options(), trace=False).chat.completions.create(**asked)
     assert [server.wire(index)["trace"] for index in range(2)] == [sent, sent]
 
 
-def test_a_server_of_before_is_asked_for_the_level_it_has(client: OpenAI, server: FakeServer) -> None:
-    server.capabilities = {key: value for key, value in CAPABILITIES.items() if key != "traces"}
-    stretches = [{n: v for n, v in s.items() if n not in ("chars", "proposed")} for s in STRETCHES]
-    arms = {"ar": {"rounds": 2, "tokens": 6}, "lookup": {"rounds": 1, "tokens": 8}}
-    server.trace = {**TRACE, "arms": arms, "stretches": stretches}
-    del server.trace["reasons"]
-    trace = routing(wrap(client, trace="full").chat.completions.create(**ASKED))
-    assert server.wire()["trace"] is True
-    assert trace is not None
-    assert (trace.reasons, trace.arms["ar"].proposed, len(trace.stretches)) == ({}, None, 2)
-    assert trace.text is None
-
-
 def test_fields_of_a_later_server_are_ignored(client: OpenAI, server: FakeServer) -> None:
-    server.capabilities = {**CAPABILITIES, "traces": ["summary", "full", "live"]}
+    server.capabilities = {**CAPABILITIES, "policy": "later"}
     server.trace = {**FULL, "new": 1, "stretches": [{**STRETCHES[0], "new": {}}]}
     trace = routing(wrap(client, trace="full").chat.completions.create(**ASKED))
     assert trace is not None

@@ -48,7 +48,7 @@ def talk(client: OpenAI) -> Iterator[Any]:
     yield create(**ASKED, tools=[TOOL])
     yield create(**ASKED, extra_body=Hints(agent="own", off=True).extra_body({"top_k": 3}))
     yield create(**ASKED, extra_body={"custom_params": {"a": 1}, "cache_salt": "own"})
-    with agent("planner", query=2), predict("text"), spans.json():
+    with agent("planner"), predict("text"), spans.json():
         yield create(**ASKED)
         yield client.completions.create(model="m", prompt="x")
         yield client.responses.create(model="m", input="x")

@@ -6,7 +6,7 @@ from typing import Any
 
 import openai
 import pytest
-from fake_server import ASKED, CAPABILITIES, EXPECTED, ROUTE, FakeServer
+from fake_server import ASKED, EXPECTED, ROUTE, FakeServer
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
@@ -32,7 +32,6 @@ NAMED = {"type": "function", "function": {"name": "calculate"}}
 HERMES = {"kind": "tool_call", "begin": "<tool_call>", "end": "</tool_call>"}
 CODE = [{"kind": "code", "begin": "<code>"}]
 OWN = Hints(spans=(Span(kind="code", begin="<code>"),))
-SCOPE = {"agent", "query", "structure"}
 
 
 class City(BaseModel):
@@ -249,7 +248,7 @@ def test_a_server_that_does_not_route_gets_what_the_call_says(
     server.capabilities_status, server.capabilities, server.trace = status, document, None
     wrap(client, agent=lambda: "framework", tenant="acme")
     own: Any = {"type": "content", "content": "mine"}
-    with agent("planner", query=1), predict("block"):
+    with agent("planner"), predict("block"):
         with pytest.warns(UnsupportedServerWarning, match="whiflash/capabilities"):
             response = ask(client, tools=[TOOL], extra_body=OWN.extra_body(), prediction=own)
         with warnings.catch_warnings():
@@ -350,20 +349,6 @@ def test_what_is_nearer_to_the_call_says_who_asks(client: OpenAI, server: FakeSe
     assert server.said("agent") == ["client", "outer", "inner", "call", None, "inner", "of the hints"]
 
 
-def test_a_block_says_the_query_and_the_structure_too(client: OpenAI, server: FakeServer) -> None:
-    wrap(client, agent="client")
-    with agent("planner", query=0, structure=[("<plan>", "</plan>"), ("Answer:", None)]):
-        ask(client)
-        with agent("other"):
-            ask(client, extra_body=Hints(query="second", trace=False).extra_body({"top_k": 1}))
-    pairs = [["<plan>", "</plan>"], ["Answer:", None]]
-    assert [{name: server.wire(i).get(name) for name in SCOPE} for i in range(2)] == [
-        {"agent": "planner", "query": 0, "structure": pairs},
-        {"agent": "other", "query": "second", "structure": pairs},
-    ]
-    assert server.bodies[1]["top_k"] == 1
-
-
 def test_a_function_is_asked_at_every_call(client: OpenAI, server: FakeServer) -> None:
     long = "path/" * 20 + "end"
     names = iter(["one", None, long, "never"])
@@ -381,28 +366,13 @@ def test_a_call_that_names_its_agent_in_the_body_is_given_no_other(
     client: OpenAI, server: FakeServer
 ) -> None:
     """AgentSpec's field and the hint name the same thing, and a server refuses a request with both."""
-    wrap(client, agent=lambda: "framework", hints=Hints(query=1, structure=[("a", "b")]))
+    wrap(client, agent=lambda: "framework", hints=Hints(agent="of the hints"))
     ask(client, extra_body={"agent-id": "own", "query-id": 2})
     with agent("block"):
         ask(client, extra_body={"agent-id": "own"})
     ask(client, extra_body=Hints(agent="call").extra_body())
-    assert not any(SCOPE & set(server.wire(index)) for index in range(2))
+    assert not any("agent" in server.wire(index) for index in range(2))
     assert server.wire(2)["agent"] == "call"
-
-
-def test_servers_of_before_get_nothing_that_they_refuse(client: OpenAI, server: FakeServer) -> None:
-    """Such a server refuses fields that it does not know; one that is assumed to route gets all of them."""
-    later = ("scopes", "prediction_tokens")
-    server.capabilities = {key: value for key, value in CAPABILITIES.items() if key not in later}
-    wrap(client, agent="client")
-    with agent("planner", query=1, structure=[("a", "b")]), predict("text"):
-        ask(client)
-        ask(client, extra_body=Hints(agent="call", off=True).extra_body())
-        ask(wrap(client.with_options(), capabilities=True))
-    assert not any(SCOPE & set(server.wire(index)) for index in range(2))
-    assert server.hints(1)["off"] is True
-    assert set(server.wire(2)) > SCOPE
-    assert ["prediction" in body for body in server.bodies] == [False, False, True]
 
 
 def test_a_block_predicts_for_every_route(client: OpenAI, server: FakeServer) -> None:
@@ -426,12 +396,12 @@ def test_a_block_predicts_for_every_route(client: OpenAI, server: FakeServer) ->
 
 
 def test_what_is_assumed_needs_no_more_than_what_differs(client: OpenAI, server: FakeServer) -> None:
-    """Names and predictions go out as they do to a server that answers; fields that are set hold."""
-    known = Capabilities(version=1, scopes=(), prediction_tokens=0)
+    """Predictions go out as they do to a server that answers; fields that are set hold."""
+    known = Capabilities(version=1, prediction_tokens=0)
     for given in (True, Capabilities(version=1, tool_call_parser="hermes"), known):
         with predict("text"):
             ask(wrap(client.with_options(), agent=lambda: "mine", capabilities=given))
-    assert server.said("agent") == ["mine", "mine", None]
+    assert server.said("agent") == ["mine"] * 3
     assert ["prediction" in body for body in server.bodies] == [True, True, False]
     wrap(client, capabilities=Capabilities(version=1)).responses.create(model="m", input="x")
     assert server.routed()[-1]

@@ -20,10 +20,7 @@ class Mine(OpenAI):
 
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Where?"}]
-HINTS = Hints(
-    spans=[Span(kind="json", begin="<answer>", end="</answer>", bias={"structure": 1.5})],
-    structure=[("<a>", None)],
-)
+HINTS = Hints(spans=[Span(kind="json", begin="<answer>", end="</answer>", bias={"structure": 1.5})])
 
 
 def mean(trace: Trace | None) -> float:

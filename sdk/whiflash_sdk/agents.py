@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 from whiflash_sdk.hints import MAX_NAME_CHARS, Hints
 from whiflash_sdk.spans import hinted
@@ -13,23 +12,16 @@ Agent = str | Callable[[], "str | None"]
 """A name, or a function that returns it at every call; None: no name."""
 
 
-def agent(
-    name: str, *, query: str | int | None = None, structure: Sequence[tuple[str, str | None]] = ()
-) -> AbstractContextManager[Hints]:
+def agent(name: str) -> AbstractContextManager[Hints]:
     """Calls inside the block are this agent's, in this thread or task, over what a framework says and the client.
 
     Traces and reports name the agent; drafts do not depend on it.
 
-    name: of 1 to 64 characters. query, structure: as of `Hints`. What is not given is left as it is outside.
+    name: of 1 to 64 characters.
 
     Raises: pydantic's ValidationError for what the server would refuse.
     """
-    said: dict[str, Any] = {"agent": name}
-    if query is not None:
-        said["query"] = query
-    if structure:
-        said["structure"] = tuple(structure)
-    return hinted(Hints(**said))
+    return hinted(Hints(agent=name))
 
 
 def name_of(agent: Agent | None) -> str | None:

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from math import inf
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from whiflash_sdk.errors import UnsupportedServerError, warn_unsupported
 from whiflash_sdk.flow import Flow, run, run_async
-from whiflash_sdk.hints import TraceLevel
 from whiflash_sdk.identity import Asker, OfClient
 from whiflash_sdk.otel import untraced
 
@@ -57,8 +56,6 @@ class Capabilities(BaseModel):
     model: its served name.
     policy: the routing policy in force.
     arms: loaded drafters, and `none`.
-    traces: levels that a request may ask for.
-    scopes: supported ones of the hints agent, query and structure; the last two by older servers.
     routes: routes below `/v1` that read hints.
     prediction_tokens: most tokens of a prediction; the rest is cut. 0: predictions are ignored.
     tool_call_parser, reasoning_parser: SGLang's parser in force, if any.
@@ -71,8 +68,6 @@ class Capabilities(BaseModel):
     model: str = ""
     policy: str = ""
     arms: tuple[str, ...] = ()
-    traces: tuple[str, ...] = ()
-    scopes: tuple[str, ...] = ()
     routes: tuple[str, ...] = ("chat/completions", "completions")
     prediction_tokens: int = 0
     tool_call_parser: str | None = None
@@ -80,12 +75,7 @@ class Capabilities(BaseModel):
 
     def assumed(self) -> Capabilities:
         """Capabilities that a caller wrote: what they leave open, a server of this release understands."""
-        latest = {
-            "traces": get_args(TraceLevel),
-            "scopes": ("agent",),
-            "routes": ROUTES,
-            "prediction_tokens": PREDICTION_TOKENS,
-        }
+        latest = {"routes": ROUTES, "prediction_tokens": PREDICTION_TOKENS}
         return self.model_copy(update={k: v for k, v in latest.items() if k not in self.model_fields_set})
 
 

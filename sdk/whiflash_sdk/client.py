@@ -63,8 +63,7 @@ def wrap(client: ClientT, **settings: Unpack[Settings]) -> ClientT:
         routes. Cached prompts and, where the server keeps outputs to copy from, these are shared under one salt alone;
         without one no output is kept.
 
-    Environment, read here: `WHIFLASH_SDK_TRACE` (0, 1 or a level) and `WHIFLASH_SDK_ASSUME` (1: `capabilities=True`)
-    where the argument is not given; `WHIFLASH_SDK_DISABLE` (1: `capabilities=False`) in any case.
+    `WHIFLASH_SDK_DISABLE=1` in the environment, read here, is `capabilities=False` in any case.
 
     Raises: TypeError if `client` is something else; ValueError for a client that was wrapped with other settings, for
     an empty tenant, which would be no salt, and for a variable that says neither yes nor no.

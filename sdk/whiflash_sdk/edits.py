@@ -1,4 +1,4 @@
-"""What a request's conversation shows of files, and which turn it is: read from its body, of any route."""
+"""What a request's conversation shows of files: read from its body, of any route."""
 
 from __future__ import annotations
 
@@ -17,13 +17,6 @@ _OLD: Final = ("old_string", "old_str", "old_text", "search")
 _NEW: Final = ("new_string", "new_str", "new_text", "replace")
 _EDITS: Final = re.compile(r"edit|write|patch|replace|update", re.IGNORECASE)
 _SEARCHES: Final = ("pattern", "query", "regex", "glob")
-
-
-def turn_of(body: Mapping[str, Any]) -> int | None:
-    """How many prompts of a user the conversation has; None: it is no conversation."""
-    messages = _messages(body)
-    prompts = [message for message in messages if message.get("role") == "user" and not _results(message)]
-    return len(prompts) or None
 
 
 def file_to_edit(body: Mapping[str, Any], parser: str | None) -> str | None:

@@ -44,21 +44,10 @@ MAX_MARKER_CHARS: Final = 64
 MAX_BYTES: Final = 8192
 MAX_BIAS: Final = 16.0
 MAX_NAME_CHARS: Final = 64
-MAX_BLOCKS: Final = 16
-MAX_QUERY: Final = 2**31 - 1
-SCOPES: Final = ("agent", "query", "structure")
-"""Hints that say where in an agent's work a text belongs: older servers know none of them."""
-
-_OR_LEFT_OUT: Final = BeforeValidator(lambda value: () if value is None else value)
 
 Marker = Annotated[str, Field(min_length=1, max_length=MAX_MARKER_CHARS)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
-QueryNumber = Annotated[int, Field(ge=0, le=MAX_QUERY)]
 BiasAmount = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]
-
-
-Block = Annotated[tuple[Marker, Marker | None], Field(strict=False)]
-"""Begin marker and end marker; None: it lasts to the end of the answer."""
 
 
 class Span(BaseModel):
@@ -107,9 +96,6 @@ class Hints(BaseModel):
     lookup: sources of copies: `memory` (the request's context, and recent outputs of the same cache salt if the server
         keeps them), `context` (the request's context; nothing is kept), `off`.
     agent: name of the agent, 1 to 64 characters, by which reports count.
-    query: name (1 to 64 characters) or number of the agent's prompt; no server reads it.
-    structure: blocks of the agent's answers, at most 16, each a begin marker and an end marker or null; no server reads
-        them.
     learn: false keeps the request from a server that trains its drafters on what it serves.
     """
 
@@ -124,10 +110,6 @@ class Hints(BaseModel):
         "memory"
     )
     agent: Name | None = None
-    query: Name | QueryNumber | None = None
-    structure: Annotated[
-        Sequence[Block], Field(max_length=MAX_BLOCKS), AfterValidator(tuple), _OR_LEFT_OUT
-    ] = ()
     learn: bool = True
 
     def encode(self) -> str:
@@ -138,8 +120,6 @@ class Hints(BaseModel):
         fields = {name: value for name, value in self if name in self.model_fields_set}
         if "spans" in fields:
             fields["spans"] = [span.model_dump(exclude_defaults=True) for span in self.spans]
-        if fields.get("trace") == "summary":
-            fields["trace"] = True  # what older servers understand too
         text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
         if len(text.encode()) > MAX_BYTES:
             raise HintError(f"hints take {len(text.encode())} bytes; at most {MAX_BYTES} are allowed")
@@ -192,12 +172,6 @@ def first_fault(error: ValidationError) -> tuple[str, str]:
     if kind == "extra_forbidden":
         known = Span.model_fields if len(path) > 1 else Hints.model_fields
         return _path(path), f"is unknown; known are {', '.join(sorted(known))}"
-    if (
-        kind in ("missing", "too_short", "too_long", "tuple_type")
-        and len(path) > 1
-        and path[0] == "structure"
-    ):
-        return _path(path[:2]), "must be a list of two: the begin marker, and the end marker or null"
     if path[-1:] == ["[key]"]:
         return _path(path[:-1]), f"is unknown; known are {_words(first)}"
     if path and path[0] in _REASONS:
@@ -216,7 +190,6 @@ def first_fault(error: ValidationError) -> tuple[str, str]:
 _REASONS: Final = {
     "version": f"this server understands version {WIRE_VERSION}",
     "trace": "must be true, false, summary or full",
-    "query": f"must be a name of 1 to {MAX_NAME_CHARS} characters, or a whole number of at most {MAX_QUERY}",
     "missing": "is missing",
     "literal_error": "must be one of {words}",
     "bool_type": "must be true or false",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypedDict, get_args
+from typing import Any, Final, TypedDict
 
 from whiflash_sdk.agents import Agent, name_of
 from whiflash_sdk.capabilities import Capabilities, Server
@@ -13,7 +13,7 @@ from whiflash_sdk.collecting import start
 from whiflash_sdk.derive import derive_spans, open_first
 from whiflash_sdk.errors import warn_unsupported
 from whiflash_sdk.flow import Flow, ResultT
-from whiflash_sdk.hints import AGENT_FIELD, SCOPES, WIRE_KEY, Hints, Span, TraceLevel, decode
+from whiflash_sdk.hints import AGENT_FIELD, WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.prediction import predicted_text
 from whiflash_sdk.reading import json_or_none, text_or_none
 from whiflash_sdk.session import Session, session
@@ -30,7 +30,6 @@ _INSIDE: Final = (f"custom_params.{WIRE_KEY}", "prediction.content")
 _FLAGS: Final = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
     ("", "0", "false", "no", "off"), False
 )
-_LEVELS: Final[dict[str, TraceLevel]] = {level: level for level in get_args(TraceLevel)}
 
 
 class Settings(TypedDict, total=False):
@@ -65,33 +64,23 @@ class Told:
         agent: Agent | None = None,
         tenant: str | None = None,
     ) -> Told:
-        """The settings of `wrap`, completed by the environment.
+        """The settings of `wrap`, completed.
 
         Raises: ValueError for an empty tenant, and for a variable that says neither yes nor no.
         """
         if tenant == "":
             raise ValueError("tenant: give a name, or None where no text is to be shared")
-        if trace is None:
-            level = os.environ.get("WHIFLASH_SDK_TRACE", "").lower()
-            trace = _LEVELS[level] if level in _LEVELS else _environment("TRACE", default=True)
-        if _environment("DISABLE", default=False):
+        disabled = os.environ.get("WHIFLASH_SDK_DISABLE", "")
+        if disabled.lower() not in _FLAGS:
+            raise ValueError(f"WHIFLASH_SDK_DISABLE: give 1 or 0, not {disabled!r}")
+        if _FLAGS[disabled.lower()]:
             capabilities = False
-        elif capabilities is None and _environment("ASSUME", default=False):
-            capabilities = True
         elif isinstance(capabilities, Capabilities):
             capabilities = capabilities.assumed()
-        trace = True if trace == "summary" else trace  # one level, so that two wraps with it are alike
+        trace = (
+            True if trace in (None, "summary") else trace
+        )  # one level, so that two wraps with it are alike
         return cls((hints or Hints()).over(Hints(trace=trace)), strict, capabilities, agent, tenant)
-
-
-def _environment(name: str, *, default: bool) -> bool:
-    variable = f"WHIFLASH_SDK_{name}"
-    text = os.environ.get(variable)
-    if text is None:
-        return default
-    if text.lower() not in _FLAGS:
-        raise ValueError(f"{variable}: give 1 or 0, not {text!r}")
-    return _FLAGS[text.lower()]
 
 
 def route_of(path: str) -> str | None:
@@ -124,7 +113,7 @@ class Outgoing:
         self.agent: str | None = text_or_none(said.get("agent")) or text_or_none(self.body.get(AGENT_FIELD))
         """The name that goes out."""
         self.traced = bool(said.get("trace"))
-        self.whole_text = said.get("trace") == "full" or not _knows_summaries(found)
+        self.whole_text = said.get("trace") == "full"
         """Whether the trace may count in the answer's text."""
 
     def refused(self, status: int, text: str) -> str | None:
@@ -219,10 +208,6 @@ def _said(body: Mapping[str, Any]) -> Mapping[str, Any]:
     return said if isinstance(said, Mapping) else {}
 
 
-def _knows_summaries(found: Capabilities | bool | None) -> bool:
-    return not isinstance(found, Capabilities) or "summary" in found.traces
-
-
 def _with_hints(
     body: Mapping[str, Any], route: str, told: Told, found: Capabilities | bool | None
 ) -> Mapping[str, Any]:
@@ -241,14 +226,11 @@ def _with_hints(
         hints = block_hints().over(inside.hints() if inside else Hints()).over(told.hints)
         names_agent = AGENT_FIELD in body  # a server takes the name once: in the body or in the hints
         if names_agent:
-            hints = hints.without(SCOPES)
+            hints = hints.without(("agent",))
         if carried is not None:
             hints = decode(carried).over(hints)
         if not names_agent:
             hints = _named(hints, told.agent)
-            hints = inside.counted(hints, body) if inside else hints
-        if isinstance(found, Capabilities):
-            hints = _understood(hints, found)
         if opened := opened_span():
             others = hints.spans or _derived(rest, route, hints, found)
             hints = hints.model_copy(update={"spans": open_first(tuple(others), opened)})
@@ -270,13 +252,6 @@ def _named(hints: Hints, agent: Agent | None) -> Hints:
     """The hints, with the name of who asks where they say nothing of it."""
     name = None if "agent" in hints.model_fields_set else name_of(agent)
     return hints if name is None else Hints(agent=name).over(hints)
-
-
-def _understood(hints: Hints, found: Capabilities) -> Hints:
-    """The hints, without what an older server would refuse."""
-    if hints.trace not in (False, *found.traces):  # those have one level, the full one
-        hints = hints.model_copy(update={"trace": True})
-    return hints.without(name for name in SCOPES if name not in found.scopes)
 
 
 def _salted(inside: Session | None, told: Told) -> dict[str, Any]:

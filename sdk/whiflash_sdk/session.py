@@ -9,17 +9,16 @@ from typing import Any
 from typing_extensions import Self
 
 from whiflash_sdk.blocks import BlockValue
-from whiflash_sdk.edits import file_to_edit, turn_of
+from whiflash_sdk.edits import file_to_edit
 from whiflash_sdk.hints import MAX_NAME_CHARS, Hints
 
 
 @dataclass(frozen=True)
 class Session:
-    """Calls inside the block are of this tenant and agent, in this thread or task. Their turn is read from them.
+    """Calls inside the block are of this tenant and agent, in this thread or task.
 
-    The turn is the number of the user's prompts in the conversation. Older servers get it as the hint `query`, if an
-    agent is named, here or by the client. If a request offers a tool that edits files, the file that the conversation
-    read or wrote last is sent as its prediction. What a call, an inner block or `predict` says wins.
+    If a request offers a tool that edits files, the file that the conversation read or wrote last is sent as its
+    prediction. What a call, an inner block or `predict` says wins.
 
     tenant: whose text the answers are, as `wrap(tenant=)` has it.
     agent: who asks.
@@ -46,11 +45,6 @@ class Session:
     def hints(self) -> Hints:
         """Who asks."""
         return Hints(agent=self.agent[-MAX_NAME_CHARS:]) if self.agent else Hints()
-
-    def counted(self, hints: Hints, body: Mapping[str, Any]) -> Hints:
-        """The hints with the request's turn, if they name an agent and no query."""
-        turn = turn_of(body) if hints.agent and "query" not in hints.model_fields_set else None
-        return hints if turn is None else Hints(query=turn).over(hints)
 
     def prediction(self, body: Mapping[str, Any], parser: str | None) -> str | None:
         """The file that this request may edit. parser: the server's, of tool calls."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 from whiflash_sdk.blocks import BlockValue
 from whiflash_sdk.hints import Arm, Hints, Kind, Span
@@ -35,43 +36,33 @@ def hinted(hints: Hints) -> Iterator[Hints]:
         yield merged
 
 
-@contextmanager
-def _opened(kind: Kind, prefer: Arm | None, pin: bool, bias: Mapping[Arm, float] | None) -> Iterator[Span]:
-    span = Span(kind=kind, open=True, prefer=prefer, pin=pin, bias=dict(bias or {}))
-    with _OPENED.holding(span):
-        yield span
+class Opening(Protocol):
+    """`with spans.code(): …`. Keywords: as of `Span`."""
+
+    def __call__(
+        self, *, prefer: Arm | None = None, pin: bool = False, bias: Mapping[Arm, float] | None = None
+    ) -> AbstractContextManager[Span]: ...
 
 
-def tool_call(
-    *, prefer: Arm | None = None, pin: bool = False, bias: Mapping[Arm, float] | None = None
-) -> AbstractContextManager[Span]:
-    """The output starts as a tool call."""
-    return _opened("tool_call", prefer, pin, bias)
+def _opening(kind: Kind) -> Opening:
+    @contextmanager
+    def opened(
+        *, prefer: Arm | None = None, pin: bool = False, bias: Mapping[Arm, float] | None = None
+    ) -> Iterator[Span]:
+        span = Span(kind=kind, open=True, prefer=prefer, pin=pin, bias=dict(bias or {}))
+        with _OPENED.holding(span):
+            yield span
+
+    return opened
 
 
-def json(
-    *, prefer: Arm | None = None, pin: bool = False, bias: Mapping[Arm, float] | None = None
-) -> AbstractContextManager[Span]:
-    """The output starts as JSON."""
-    return _opened("json", prefer, pin, bias)
-
-
-def code(
-    *, prefer: Arm | None = None, pin: bool = False, bias: Mapping[Arm, float] | None = None
-) -> AbstractContextManager[Span]:
-    """The output starts as code."""
-    return _opened("code", prefer, pin, bias)
-
-
-def reasoning(
-    *, prefer: Arm | None = None, pin: bool = False, bias: Mapping[Arm, float] | None = None
-) -> AbstractContextManager[Span]:
-    """The output starts as reasoning."""
-    return _opened("reasoning", prefer, pin, bias)
-
-
-def prose(
-    *, prefer: Arm | None = None, pin: bool = False, bias: Mapping[Arm, float] | None = None
-) -> AbstractContextManager[Span]:
-    """The output starts as prose."""
-    return _opened("prose", prefer, pin, bias)
+tool_call = _opening("tool_call")
+"""The output starts as a tool call."""
+json = _opening("json")
+"""The output starts as JSON."""
+code = _opening("code")
+"""The output starts as code."""
+reasoning = _opening("reasoning")
+"""The output starts as reasoning."""
+prose = _opening("prose")
+"""The output starts as prose."""

@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from whiflash_sdk.hints import MAX_BLOCKS, MAX_BYTES, MAX_MARKER_CHARS, MAX_NAME_CHARS, MAX_SPANS, Hints, Span
+from whiflash_sdk.hints import MAX_BYTES, MAX_MARKER_CHARS, MAX_NAME_CHARS, MAX_SPANS, Hints, Span
 from work import lines_run
 
 from whiflash_sglang.spans import hints
@@ -32,9 +32,7 @@ def test_full_hint_is_read() -> None:
 
 
 def test_names_that_no_draft_depends_on_are_checked() -> None:
-    named = carried(agent="é" * MAX_NAME_CHARS, query=2**31 - 1, structure=[["<", ">" * 64]] * MAX_BLOCKS)
-    hints = parse_hints(named)
-    assert (hints.source, len(hints.structure)) == ("none", MAX_BLOCKS)
+    assert parse_hints(carried(agent="é" * MAX_NAME_CHARS)).source == "none"
 
 
 def test_hints_are_added_to_what_is_said_already() -> None:
@@ -80,17 +78,9 @@ MALFORMED: list[tuple[object, str]] = [
     *((carried(version=value), ".whiflash.version") for value in (2, True)),
     *((carried(lookup=value), ".whiflash.lookup") for value in ("none", False)),
     *((carried(agent=value), ".whiflash.agent") for value in (7, "", "x" * 65, "\ud800")),
-    *((carried(query=value), ".whiflash.query") for value in (True, -1, 2**31, 1.5, "x" * 65)),
     (carried(off=1), ".whiflash.off"),
     (carried(trace="yes"), ".whiflash.trace"),
     (carried(sapns=[]), ".whiflash.sapns"),
-    (carried(structure={}), ".whiflash.structure"),
-    (carried(structure=[["a", "b"]] * 17), ".whiflash.structure"),
-    (carried(structure=[["a", "b"], "ab"]), ".whiflash.structure[1]"),
-    (carried(structure=[["a"]]), ".whiflash.structure[0]"),
-    (carried(structure=[[None, "b"]]), ".whiflash.structure[0][0]"),
-    (carried(structure=[["a", ""]]), ".whiflash.structure[0][1]"),
-    (carried(structure=[["x" * 65, "b"]]), ".whiflash.structure[0][0]"),
     (carried(spans={}), ".whiflash.spans"),
     (carried(spans=[OPEN] * (MAX_SPANS + 1)), ".whiflash.spans"),
     (carried(spans=[3]), ".whiflash.spans[0]"),
@@ -136,7 +126,7 @@ def test_a_text_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             {"sapns": []},
-            "is unknown; known are agent, infer, learn, lookup, off, query, spans, structure, trace, version",
+            "is unknown; known are agent, infer, learn, lookup, off, spans, trace, version",
         ),
         ({"agent": ""}, "is empty; leave it out instead"),
         ({"agent": "x" * 65}, "is 65 characters long; at most 64 are allowed"),
@@ -150,7 +140,6 @@ def test_a_text_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"spans": [{"begin": "x"}]}, "is missing"),
         ({"spans": [{"kind": "json"}]}, "is missing; give a marker, or set open to start inside the span"),
         ({"spans": [{"kind": "json", "open": True, "bias": {"ar": "1"}}]}, "must be a number"),
-        ({"structure": [["a"]]}, "must be a list of two: the begin marker, and the end marker or null"),
     ],
 )
 def test_a_refusal_says_what_to_change(fields: dict[str, object], reason: str) -> None:
@@ -159,7 +148,7 @@ def test_a_refusal_says_what_to_change(fields: dict[str, object], reason: str) -
     assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("name", ["lookup", "structure", "agent", "query"])
+@pytest.mark.parametrize("name", ["lookup", "agent"])
 def test_null_is_as_left_out(name: str) -> None:
     assert parse_hints(carried(**{name: None})) == RequestHints()
 
@@ -272,14 +261,14 @@ def test_capabilities_are_json() -> None:
         reasoning_parser=None,
     )
     read = json.loads(json.dumps(document))
-    limits = {"spans": 16, "marker_chars": 64, "name_chars": 64, "blocks": 16, "bytes": 8192}
+    limits = {"spans": 16, "marker_chars": 64, "name_chars": 64, "bytes": 8192}
     assert read["routes"] == ["completions", "messages"]
-    assert (read["limits"], read["scopes"]) == (limits, ["agent"])
+    assert read["limits"] == limits
 
 
 _SCALARS = [None, True, 0, -1, 2**70, 1e308, math.nan, -math.inf, "", "ar", "json", "\x00", "\ud800"]
 _SCALARS += ["é" * 70, "x" * 9000]
-_WORDS = "version off infer trace lookup agent query structure spans kind begin end open prefer pin bias ar ?"
+_WORDS = "version off infer trace lookup agent spans kind begin end open prefer pin bias ar ?"
 _NAMES = _WORDS.split()
 
 

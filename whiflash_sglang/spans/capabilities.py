@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from whiflash_sdk.hints import (
-    MAX_BLOCKS,
     MAX_BYTES,
     MAX_MARKER_CHARS,
     MAX_NAME_CHARS,
@@ -11,7 +10,7 @@ from whiflash_sdk.hints import (
     WIRE_VERSION,
 )
 
-from whiflash_sglang.spans.hints import KINDS, TRACE_LEVELS
+from whiflash_sglang.spans.hints import KINDS
 
 
 def capabilities(
@@ -33,8 +32,6 @@ def capabilities(
         "policy": policy,
         "arms": list(arms),
         "kinds": list(KINDS),
-        "traces": list(TRACE_LEVELS),
-        "scopes": ["agent"],  # that clients report by; no draft depends on it
         "routes": list(routes),
         "prediction_tokens": prediction_tokens,
         "tool_call_parser": tool_call_parser,
@@ -43,7 +40,6 @@ def capabilities(
             "spans": MAX_SPANS,
             "marker_chars": MAX_MARKER_CHARS,
             "name_chars": MAX_NAME_CHARS,
-            "blocks": MAX_BLOCKS,
             "bytes": MAX_BYTES,
         },
     }

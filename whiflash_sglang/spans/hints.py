@@ -71,8 +71,6 @@ CARRIED_FORCED: Final = "whiflash_forced"
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 ARMS: Final[tuple[Arm, ...]] = get_args(Arm)
 
-TRACE_LEVELS: Final[tuple[TraceLevel, ...]] = get_args(TraceLevel)
-
 HintSource = Literal["request", "inferred", "none", "malformed"]
 """The source of a request's hints."""
 HINT_SOURCES: Final[tuple[HintSource, ...]] = get_args(HintSource)
