@@ -35,13 +35,13 @@ untested | dense | | InternLM3ForCausalLM IQuestCoderForCausalLM NanbeigeForCaus
 tested | mixture of experts | | Qwen2MoeForCausalLM Qwen3MoeForCausalLM Glm4MoeForCausalLM
 untested | mixture of experts | | BailingMoEForCausalLM BailingMoeForCausalLM BailingMoeV2ForCausalLM
     MellumForCausalLM MiniMaxM2ForCausalLM SarvamMoEForCausalLM
-tested | sliding windows, scaled embedding, tied head | not with `flashinfer` | Gemma3ForCausalLM
-tested | sliding windows, scaled embedding, tied head | not with `flashinfer`; published checkpoints need
+tested | sliding windows, scaled embedding, tied head | | Gemma3ForCausalLM
+tested | sliding windows, scaled embedding, tied head | published checkpoints need
     `--swa-full-tokens-ratio`: their windowed layers have other KV heads | Gemma4ForCausalLM
-tested | mixture of experts, sliding windows | not with `flashinfer` | LagunaForCausalLM
-tested | mixture of experts, sliding windows, attention sinks | not with `flashinfer` | GptOssForCausalLM
-untested | mixture of experts, sliding windows | not with `flashinfer` | ExaoneMoEForCausalLM ExaoneMoeForCausalLM
-untested | mixture of experts, sliding windows | not with `flashinfer`; published checkpoints need
+tested | mixture of experts, sliding windows | | LagunaForCausalLM
+tested | mixture of experts, sliding windows, attention sinks | | GptOssForCausalLM
+untested | mixture of experts, sliding windows | | ExaoneMoEForCausalLM ExaoneMoeForCausalLM
+untested | mixture of experts, sliding windows | published checkpoints need
     `--swa-full-tokens-ratio`: their windowed layers have other KV heads | MiMoV2ForCausalLM MiMoV2FlashForCausalLM
 tested | mixture of experts, latent attention (MLA) | | DeepseekV2ForCausalLM DeepseekV3ForCausalLM
     Glm4MoeLiteForCausalLM
@@ -56,12 +56,12 @@ tested | gated delta rule | text only | Qwen3NextForCausalLM Qwen3_5ForCausalLM 
     Qwen3_5ForConditionalGeneration
 untested | gated delta rule, images or sound | text only | Qwen3_5MoeForConditionalGeneration
     MiniCPMV4_6ForConditionalGeneration MiniCPMV4_7ForConditionalGeneration
-untested | sliding windows | not with `flashinfer` | MuseGlimmerForCausalLM
+untested | sliding windows | | MuseGlimmerForCausalLM
 refused | attention within chunks | | Llama4ForCausalLM Llama4ForConditionalGeneration
 tested | positions in three dimensions (M-RoPE), images or sound | text only | Qwen2_5_VLForConditionalGeneration
     Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration
-tested | sliding windows, images or sound | text only, not with `flashinfer` | Gemma3ForConditionalGeneration
-tested | sliding windows, images or sound | text only, not with `flashinfer`; published checkpoints need
+tested | sliding windows, images or sound | text only | Gemma3ForConditionalGeneration
+tested | sliding windows, images or sound | text only; published checkpoints need
     `--swa-full-tokens-ratio`: their windowed layers have other KV heads | Gemma4ForConditionalGeneration
 untested | images or sound | text only | Cosmos3ForConditionalGeneration Gemma4UnifiedForConditionalGeneration
     InternS1ProForConditionalGeneration KimiK25ForConditionalGeneration MiniMaxM3SparseForConditionalGeneration

@@ -55,7 +55,7 @@ def overlapped(model: Path, *, host_lengths: bool = True, **arguments: Any) -> I
     """Start an engine with overlap scheduling.
 
     Args:
-        host_lengths: whether the attention backend asks for lengths on the host, as FlashInfer does; FA3 and Triton
+        host_lengths: whether the attention backend asks for lengths on the host, as TRT-LLM's does; FA3 and Triton
             do not, and `batch.seq_lens_cpu` is None there.
         arguments: as of `engine`.
     """

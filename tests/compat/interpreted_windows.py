@@ -24,12 +24,12 @@ from interpreted_attention import (
     Verification,
     captured,
     fa3_backend,
-    flashinfer_backend_of,
     triton_backend,
     trtllm_mha_backend,
 )
-from paged_wrapper import PagedWrapper
 from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from sglang.srt.layers.attention.trtllm_mha_backend import TRTLLMHAAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -136,9 +136,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     decode = SimpleNamespace(trtllm_batch_decode_with_kv_cache=trtllm_decode)
     given = SimpleNamespace(decode=decode)
     monkeypatch.setattr(f"{SGLANG}.trtllm_mha_backend.flashinfer", given, raising=False)
-    monkeypatch.setattr(
-        f"{SGLANG}.flashinfer_backend.BatchPrefillWithPagedKVCacheWrapper", PagedWrapper, raising=False
-    )
 
 
 def with_pool(backend: Any, case: Any) -> Any:
@@ -311,29 +308,19 @@ def test_there_is_room_for_the_servers_requests_and_a_graphs_slots(slots: int) -
     assert [len(each) for each in offsets] == [max(slots, REQUESTS) + 1] * 4
 
 
-class Told:
-    """FlashInfer's wrapper, which keeps what it is told to plan."""
+def test_what_is_refused_plans_other_rows() -> None:
+    """Upstream's own Triton gives every request the widest one's rows, and its graphs no room to spare requests."""
+    case = Verification(WIDTHS["ragged"])
+    upstreams = triton_backend(case, TritonAttnBackend)
+    upstreams.init_forward_metadata(case.batch)
+    assert upstreams.forward_metadata.qo_indptr.tolist() != case.offsets
+    padded = Verification(WIDTHS["ragged"], 16)
+    with pytest.raises(RuntimeError, match="size"):
+        captured(padded, triton_backend(padded, TritonAttnBackend))
+    # XQA (Hopper, SM120) takes no layout at all, of whatever widths.
+    with pytest.raises(NotImplementedError, match="xqa"):
+        case.backend(TRTLLMHAAttnBackend, is_xqa_impl=True).init_forward_metadata(case.batch)
 
-    is_cuda_graph_enabled = False
 
-    def begin_forward(self, rows: Any, indptr: Any, indices: Any, *_: Any, **named: Any) -> None:
-        self.keys, self.named = indptr.diff().tolist(), named
-
-
-def test_flashinfer_plans_no_window_for_rows_behind_the_first() -> None:
-    """It clips a request's keys to its first row's window, and asks for the kernel that masks none."""
-    case = Verification(WIDTHS["ragged"], starts=STARTS)
-    made = flashinfer_backend_of(case)
-    made.prefill_wrappers_verify = [Told(), Told()]
-    updater = made.indices_updater_prefill
-    updater.kv_indptr, updater.qo_indptr = [None, None], [None, None]
-    updater.sliding_window_size, updater._swa_kv_pool = 7, None
-    updater.update = updater.update_sliding_window
-    made.init_forward_metadata(case.batch)
-    windowed, whole = made.prefill_wrappers_verify
-    assert windowed.keys == [min(n, 7) + m for n, m in zip(case.starts, case.widths, strict=True)]
-    assert whole.keys == case.ends
-    assert windowed.named.get("window_left", -1) == -1
-    assert windowed.named["custom_mask"] is None
-    assert "flashinfer" not in refusals.ATTENTIONS
+def test_every_backend_that_is_allowed_is_asked() -> None:
     assert set(BACKENDS) == set(refusals.ATTENTIONS)

@@ -1,6 +1,5 @@
 """What the algorithm fixes before the server starts."""
 
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -46,7 +45,7 @@ def test_a_ring_that_one_round_could_overflow_is_refused(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_lengths_come_to_the_host_where_the_attention_asks_for_them(asked: bool) -> None:
-    """FlashInfer does; fa3 and Triton do without, and a plan does with bounds (`tests/worker/test_overlap.py`)."""
+    """TRT-LLM's does; fa3 and Triton do without, and a plan does with bounds (`tests/worker/test_overlap.py`)."""
     ours = algorithm.WhiflashAlgorithm("WHIFLASH", lambda _: object, supports_overlap=True)
     pool = SimpleNamespace(req_to_token=torch.zeros(3, 8, dtype=torch.int32))
     future_map = ours.create_future_map("cpu", pool, needs_cpu_seq_lens=asked)
@@ -59,15 +58,14 @@ def test_lengths_come_to_the_host_where_the_attention_asks_for_them(asked: bool)
 
 
 @pytest.mark.parametrize("algorithm_served", ["WHIFLASH", "EAGLE3", None])
-@pytest.mark.parametrize("name", triton_backend.OURS)
 def test_attention_is_ours_in_a_server_of_ours(
-    monkeypatch: pytest.MonkeyPatch, name: str, algorithm_served: str | None
+    monkeypatch: pytest.MonkeyPatch, algorithm_served: str | None
 ) -> None:
-    monkeypatch.setitem(triton_backend.ATTENTION_BACKENDS, name, None)
+    monkeypatch.setitem(triton_backend.ATTENTION_BACKENDS, "triton", None)
     served = SimpleNamespace(speculative_algorithm=algorithm_served)
     monkeypatch.setattr(carried, "get_spec", lambda: served)
-    monkeypatch.setattr(import_module(triton_backend.OURS[name]), "backend_of", lambda _: "ours")
-    monkeypatch.setitem(triton_backend._upstreams, name, lambda _: "upstream's")
+    monkeypatch.setattr(triton_backend, "RaggedTritonBackend", lambda _: "ours")
+    monkeypatch.setattr(triton_backend, "_upstreams", lambda _: "upstream's")
     triton_backend.install()
-    made = triton_backend.ATTENTION_BACKENDS[name](object())
+    made = triton_backend.ATTENTION_BACKENDS["triton"](object())
     assert made == ("ours" if algorithm_served == "WHIFLASH" else "upstream's")

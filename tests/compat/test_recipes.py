@@ -39,6 +39,10 @@ def test_recipes_that_others_published() -> None:
     for recipe, obstacles in zip(published(), found, strict=True):
         assert obstacles == recipe["obstacles"], recipe["recipe"]
     assert len(found) == 52
+    replaced = [sentence for verdict in verdicts for sentence in verdict.replaced if "flashinfer" in sentence]
+    assert [sentence.split(",")[0] for sentence in replaced] == [
+        "--attention-backend flashinfer is replaced by triton"
+    ] * 2
     assert sum(not obstacles for obstacles in found) == STARTING
     assert sum(not verdict.without_drafters for verdict in verdicts) == WITHOUT_DRAFTERS
 

@@ -15,7 +15,7 @@ from sglang.srt.server_args import ServerArgs
 
 from whiflash_sglang.compat.launch import arguments as launches
 from whiflash_sglang.compat.launch.arguments import Launch, choose_for_cuda
-from whiflash_sglang.compat.launch.refusals import REFUSALS, refusal_of
+from whiflash_sglang.compat.launch.refusals import REFUSALS, refusal_of, refusals_of
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -48,16 +48,6 @@ TARGETS: dict[str, dict[str, Any]] = {
     "encoder": {"architectures": ["LlamaForSequenceClassification"]},
 }
 """By row: what differs from a Llama."""
-
-
-RECURRENT = {
-    "Qwen3_5ForConditionalGeneration": "qwen3_5",
-    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
-    "MiniCPMV4_6ForConditionalGeneration": "minicpmv4_6",
-    "MiniCPMV4_7ForConditionalGeneration": "minicpmv4_7",
-    "Glm5NextForConditionalGeneration": "glm5_next",
-}
-"""Kinds of targets that take images and whose text model has recurrent layers."""
 
 
 def target(
@@ -96,7 +86,7 @@ def with_arguments(launch: Launch, **changes: Any) -> Launch:
 
 
 def on_cuda(launch: Launch) -> Launch:
-    return replace(with_arguments(launch, attention_backend="flashinfer"), device="cuda", own_platform=False)
+    return replace(with_arguments(launch, attention_backend="trtllm_mla"), device="cuda", own_platform=False)
 
 
 def sentence(launch: Launch) -> str:
@@ -113,7 +103,7 @@ def sentence(launch: Launch) -> str:
 def test_what_is_fine_is_taken(taken: Launch) -> None:
     assert refusal_of(taken) is None
     assert refusal_of(with_arguments(taken, tp_size=2, dp_size=2)) is None
-    for backend in ("flashinfer", "fa3", "fa4", "triton", "trtllm_mha", "trtllm_mla"):
+    for backend in ("fa3", "fa4", "triton", "trtllm_mha", "trtllm_mla"):
         assert refusal_of(with_arguments(on_cuda(taken), attention_backend=backend)) is None
         graphs = with_arguments(on_cuda(taken), attention_backend=backend, cuda_graph_config=_DECODE)
         assert refusal_of(graphs) is None
@@ -127,60 +117,65 @@ def test_targets(taken: Launch, tmp_path: Path, row: str) -> None:
     assert found == refusal.sentence.format(model.hf_config.architectures[0])
 
 
-@pytest.mark.parametrize("architecture", RECURRENT)
-def test_what_takes_images_too_is_still_recurrent(taken: Launch, tmp_path: Path, architecture: str) -> None:
-    """Of a kind whose state is committed or not: a session's is refused."""
-    kind = {"architectures": [architecture], "model_type": RECURRENT[architecture]}
-    model = target(tmp_path / "model", {"torch_dtype": "bfloat16"}, text_alone=True, **kind)
-    sessions = with_arguments(taken, enable_streaming_session=True)
-    assert f"{architecture} keeps a recurrent state" in sentence(replace(sessions, model=model))
+KDA = {
+    "linear_attn_config": {"kda_layers": [1, 2, 4], "full_attn_layers": [3], "head_dim": 16, "num_heads": 2},
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+BLOCKS = {"layers_block_type": ["mamba", "attention"]}
+UNLIKE = {**BLOCKS, "block_configs": [{"block_type": "mamba"}, {"block_type": "attention"}]}
+"""Of the variant whose layers differ among themselves."""
+OWN_STATE = {"cpu": None, "triton": None, "sessions": "recurrent_sessions"}
+KINDS: list[tuple[str, str, dict[str, Any], dict[str, str | None]]] = [
+    # Take images too: of a kind whose state is committed or not, a session's is refused.
+    ("Qwen3_5ForConditionalGeneration", "qwen3_5", {}, {"sessions": "recurrent_sessions"}),
+    ("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", {}, {"sessions": "recurrent_sessions"}),
+    ("MiniCPMV4_6ForConditionalGeneration", "minicpmv4_6", {}, {"sessions": "recurrent_sessions"}),
+    ("MiniCPMV4_7ForConditionalGeneration", "minicpmv4_7", {}, {"sessions": "recurrent_sessions"}),
+    ("Glm5NextForConditionalGeneration", "glm5_next", {}, {"sessions": "recurrent"}),
+    ("Lfm2ForCausalLM", "lfm2", {"full_attn_idxs": [1, 3]}, OWN_STATE),
+    ("Qwen3NextForCausalLM", "qwen3_next", {}, OWN_STATE),
+    ("NemotronHForCausalLM", "nemotron_h", BLOCKS, OWN_STATE),
+    ("NemotronHPuzzleForCausalLM", "nemotron_h_puzzle", UNLIKE, {"cpu": "recurrent", "triton": "recurrent"}),
+    ("KimiLinearForCausalLM", "kimi_linear", KDA, OWN_STATE),
+    ("KimiK3LinearForCausalLM", "kimi_linear", KDA, {"cpu": "recurrent", "triton": "recurrent"}),
+    # SGLang does not call these hybrid; their layers have windows all the same.
+    ("Gemma2ForCausalLM", "gemma2", {"head_dim": 16}, {"cpu": None, "trtllm_mla": "windows"}),
+    ("Gemma3ForCausalLM", "gemma3_text", {"head_dim": 16}, {"cpu": None, "trtllm_mla": "windows"}),
+    ("Olmo3ForCausalLM", "olmo3", {"head_dim": 16}, {"cpu": None, "trtllm_mla": "windows"}),
+    # A window that SGLang's class does not read.
+    ("MistralForCausalLM", "mistral", {"sliding_window": 32}, {"cpu": None}),
+    ("Qwen3ForCausalLM", "qwen3", {"sliding_window": 32}, {"cpu": None}),
+    ("DeepseekV2ForCausalLM", "deepseek_v2", {}, {"cpu": None, "trtllm_mla": None}),
+    ("LlamaForCausalLM", "llama", {"quantization_config": PACKED}, {"cpu": None}),
+]
+"""Architecture, model type, what else differs from a Llama, and what refuses it by launch; None: it is taken."""
 
 
-@pytest.mark.parametrize(
-    ("model_type", "architecture"), [("lfm2", "Lfm2ForCausalLM"), ("qwen3_next", "Qwen3NextForCausalLM")]
-)
-def test_known_states_are_committed(
-    taken: Launch, tmp_path: Path, model_type: str, architecture: str
+@pytest.mark.parametrize(("architecture", "model_type", "changes", "rows"), KINDS)
+def test_kinds_of_targets(
+    taken: Launch,
+    tmp_path: Path,
+    architecture: str,
+    model_type: str,
+    changes: dict[str, Any],
+    rows: dict[str, str | None],
 ) -> None:
-    kind = {"architectures": [architecture], "model_type": model_type, "full_attn_idxs": [1, 3]}
-    model = target(tmp_path / "model", **kind)
-    assert refusal_of(replace(taken, model=model)) is None
-    sessions = with_arguments(taken, enable_streaming_session=True)
-    assert "remove --enable-streaming-session" in sentence(replace(sessions, model=model))
-    on_gpu = with_arguments(on_cuda(taken), attention_backend="triton")
-    assert refusal_of(replace(on_gpu, model=model)) is None
-
-
-@pytest.mark.parametrize("puzzle", [False, True])
-def test_mamba_2_is_committed(taken: Launch, tmp_path: Path, puzzle: bool) -> None:
-    """Not of the variant whose layers differ among themselves."""
-    blocks: dict[str, Any] = {"layers_block_type": ["mamba", "attention"]}
-    if puzzle:
-        blocks["block_configs"] = [{"block_type": kind} for kind in blocks["layers_block_type"]]
-    architecture = f"NemotronH{'Puzzle' * puzzle}ForCausalLM"
-    kind = {"architectures": [architecture], "model_type": f"nemotron_h{'_puzzle' * puzzle}"}
-    model = target(tmp_path / "model", **kind, **blocks)
-    for launch in (taken, with_arguments(on_cuda(taken), attention_backend="triton")):
-        here = replace(launch, model=model)
-        if puzzle:
-            assert f"{architecture} keeps a recurrent state" in sentence(here)
-        else:
-            assert refusal_of(here) is None
-
-
-@pytest.mark.parametrize("architecture", ["KimiLinearForCausalLM", "KimiK3LinearForCausalLM"])
-def test_the_delta_rule_by_channel_is_committed(taken: Launch, tmp_path: Path, architecture: str) -> None:
-    """Not Kimi K3's, whose configuration is Kimi Linear's."""
-    layers = {"kda_layers": [1, 2, 4], "full_attn_layers": [3], "head_dim": 16, "num_heads": 2}
-    latent = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
-    kind = {"architectures": [architecture], "model_type": "kimi_linear", "linear_attn_config": layers}
-    model = target(tmp_path / "model", **kind, **latent)
-    for launch in (taken, with_arguments(on_cuda(taken), attention_backend="triton")):
-        here = replace(launch, model=model)
-        if architecture == "KimiLinearForCausalLM":
-            assert refusal_of(here) is None
-        else:
-            assert f"{architecture} keeps a recurrent state" in sentence(here)
+    of_images = architecture.endswith("ForConditionalGeneration")
+    base = {"torch_dtype": "bfloat16"} if of_images else LLAMA
+    kind = {"architectures": [architecture], "model_type": model_type, **changes}
+    launch = replace(taken, model=target(tmp_path / "model", base, text_alone=of_images, **kind))
+    for where, row in rows.items():
+        here = launch
+        if where == "sessions":
+            here = with_arguments(launch, enable_streaming_session=True)
+        elif where != "cpu":
+            here = with_arguments(on_cuda(launch), attention_backend=where)
+        assert next((name for name, _ in refusals_of(here)), None) == row, where
+        if row is not None:
+            sentence(here)
 
 
 def test_the_text_of_what_takes_images_is_served(taken: Launch, tmp_path: Path) -> None:
@@ -201,34 +196,9 @@ def test_the_text_of_what_takes_images_is_served(taken: Launch, tmp_path: Path) 
     assert arguments.enable_multimodal is True
 
 
-@pytest.mark.parametrize(
-    ("model_type", "architecture"),
-    [("gemma2", "Gemma2ForCausalLM"), ("gemma3_text", "Gemma3ForCausalLM"), ("olmo3", "Olmo3ForCausalLM")],
-)
-def test_windows_whose_kv_is_kept_whole(
-    taken: Launch, tmp_path: Path, model_type: str, architecture: str
-) -> None:
-    """SGLang does not call these hybrid; their layers have windows all the same."""
-    model = target(tmp_path / "model", architectures=[architecture], model_type=model_type, head_dim=16)
-    assert not model.is_hybrid_swa
-    assert refusal_of(replace(taken, model=model)) is None
-    assert "sliding window, whose rows" in sentence(replace(on_cuda(taken), model=model))
-
-
-def test_a_window_that_no_layer_has_stops_nothing(taken: Launch, tmp_path: Path) -> None:
-    """SGLang's Mistral and Qwen do not read it."""
-    for model_type, architecture in (("mistral", "MistralForCausalLM"), ("qwen3", "Qwen3ForCausalLM")):
-        window = {"architectures": [architecture], "model_type": model_type, "sliding_window": 32}
-        assert refusal_of(replace(taken, model=target(tmp_path / model_type, **window))) is None
-
-
 def test_a_gguf_target(taken: Launch, llama: ModelConfig) -> None:
     model = SimpleNamespace(**vars(llama) | {"quantization": "gguf"})
     assert "the target is a gguf file" in sentence(replace(taken, model=model))
-
-
-def test_a_quantised_head_is_taken(taken: Launch, tmp_path: Path) -> None:
-    assert refusal_of(replace(taken, model=target(tmp_path / "model", quantization_config=PACKED))) is None
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -243,15 +213,13 @@ def test_windows_are_verified_where_every_row_has_its_own(taken: Launch, tmp_pat
     for attention in ("triton", "fa3", "fa4", "trtllm_mha"):
         on_gpu = with_arguments(on_cuda(taken), attention_backend=attention)
         assert refusal_of(replace(on_gpu, model=model)) is None
-    for attention in ("flashinfer", "trtllm_mla"):
-        on_gpu = with_arguments(on_cuda(taken), attention_backend=attention)
-        found = sentence(replace(on_gpu, model=model))
-        assert f"{attention} is not known to mask" in found
-        assert "give --attention-backend triton, fa3, fa4 or trtllm_mha" in found
+    found = sentence(replace(on_cuda(taken), model=model))
+    assert "trtllm_mla is not known to mask" in found
+    assert "give --attention-backend triton, fa3, fa4 or trtllm_mha" in found
     prefilled = with_arguments(
-        on_cuda(taken), attention_backend="triton", prefill_attention_backend="flashinfer"
+        on_cuda(taken), attention_backend="triton", prefill_attention_backend="trtllm_mla"
     )
-    assert "flashinfer is not known to mask" in sentence(replace(prefilled, model=model))
+    assert "trtllm_mla is not known to mask" in sentence(replace(prefilled, model=model))
 
 
 def test_windowed_layers_have_a_pool_of_their_own_if_it_is_sized(taken: Launch, tmp_path: Path) -> None:
@@ -292,47 +260,26 @@ def test_windowed_layers_with_heads_of_their_own_are_refused(
     assert "heads of another shape" in str(refusals[1])
 
 
-def test_latent_attention_is_taken(taken: Launch, tmp_path: Path) -> None:
-    changes = {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"}
-    model = target(tmp_path / "mla", **changes)
-    assert refusal_of(replace(taken, model=model)) is None
-    assert refusal_of(replace(on_cuda(taken), model=model)) is None
-
-
+SWITCHES = """
+enable_attn_tp_input_scattered enable_layernorm_sp smg_grpc_mode grpc_mode use_ray encoder_only
+enable_lmcache enable_flexkv enable_unified_cache_external_linker enable_hisparse enable_unified_memory
+enable_page_major_kv_layout enable_memory_saver enable_linear_replayssm enable_linear_replayssm_spec
+enable_int8_mamba_checkpoint enable_watermark enable_mis enable_eplb enable_two_batch_overlap
+enable_single_batch_overlap enable_pdmux
+"""
 ARGUMENTS: dict[str, tuple[Any, str]] = {
+    **{switch: (True, f"--{switch.replace('_', '-')}(?!-)") for switch in SWITCHES.split()},
     **{size: (2, "--" + size.replace("_", "-")) for size in ("pp_size", "attn_dp_size", "dwdp_size")},
     **{size: (2, "--" + size.replace("_", "-")) for size in ("attn_cp_size", "dcp_size")},
     "moe_a2a_backend": ("deepep", "--moe-a2a-backend deepep .* --ep-size works without it"),
-    "enable_attn_tp_input_scattered": (True, "--enable-attn-tp-input-scattered"),
-    "enable_layernorm_sp": (True, "--enable-layernorm-sp"),
-    "smg_grpc_mode": (True, "--smg-grpc-mode"),
-    "grpc_mode": (True, "--grpc-mode"),
-    "use_ray": (True, "--use-ray"),
-    "encoder_only": (True, "--encoder-only"),
     "disaggregation_mode": ("decode", "--disaggregation-mode"),
     "decoupled_spec_role": ("verifier", "--decoupled-spec-role"),
     "hicache_storage_backend": ("mooncake", "--hicache-storage-backend mooncake .* give file"),
     "hicache_host_memory_mode": ("buffer_only", "--hicache-host-memory-mode buffer_only"),
-    "enable_lmcache": (True, "--enable-lmcache"),
-    "enable_flexkv": (True, "--enable-flexkv"),
-    "enable_unified_cache_external_linker": (True, "--enable-unified-cache-external-linker"),
-    "enable_hisparse": (True, "--enable-hisparse"),
-    "enable_unified_memory": (True, "--enable-unified-memory"),
-    "enable_page_major_kv_layout": (True, "--enable-page-major-kv-layout"),
-    "enable_memory_saver": (True, "--enable-memory-saver"),
-    "enable_linear_replayssm": (True, "--enable-linear-replayssm "),
-    "enable_linear_replayssm_spec": (True, "--enable-linear-replayssm-spec "),
-    "enable_int8_mamba_checkpoint": (True, "--enable-int8-mamba-checkpoint"),
     "mamba_radix_cache_strategy": ("extra_buffer_lazy", "extra_buffer_lazy .* use extra_buffer"),
     "radix_cache_backend": ("mine", "--radix-cache-backend mine"),
     "lora": (True, "--lora-paths"),
-    "enable_watermark": (True, "--enable-watermark"),
-    "enable_mis": (True, "--enable-mis"),
-    "enable_eplb": (True, "--enable-eplb"),
     "enable_return_routed_experts": (True, "LlamaForCausalLM has no experts"),
-    "enable_two_batch_overlap": (True, "--enable-two-batch-overlap"),
-    "enable_single_batch_overlap": (True, "--enable-single-batch-overlap"),
-    "enable_pdmux": (True, "--enable-pdmux"),
     "dllm_algorithm": ("LowConfidence", "--dllm-algorithm"),
     "grammar_backend": ("outlines", "--grammar-backend outlines .* use xgrammar or llguidance"),
     "cpu_attention": ("intel_amx", "needs --attention-backend whiflash_cpu, .* not intel_amx"),
@@ -377,7 +324,7 @@ _PREFILL.prefill.backend = Backend.FULL
 CUDA: dict[str, tuple[dict[str, Any], str]] = {
     "cuda_attention": (
         {"decode_attention_backend": "flashmla"},
-        "triton, fa3, fa4, trtllm_mha, trtllm_mla, flashinfer, not flashmla",
+        "triton, fa3, fa4, trtllm_mha, trtllm_mla, not flashmla",
     ),
     "cuda_prefill_graphs": (
         {"cuda_graph_config": _PREFILL, "attention_backend": "triton"},
@@ -394,7 +341,7 @@ CUDA: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("row", CUDA)
 def test_what_has_not_been_shown_on_cuda(taken: Launch, row: str) -> None:
     changes, named = CUDA[row]
-    given = {"attention_backend": "flashinfer", **changes}
+    given = {"attention_backend": "trtllm_mha", **changes}
     assert re.search(named, sentence(replace(with_arguments(taken, **given), device="cuda")))
 
 
@@ -454,15 +401,33 @@ def test_on_cuda_what_was_left_open_is_what_works(monkeypatch: pytest.MonkeyPatc
         choose_for_cuda(args)
         assert (args.attention_backend, args.disable_overlap_schedule) == (attention, False)
         assert (args.cuda_graph_backend_decode, args.cuda_graph_backend_prefill) == (None, "disabled")
-    for attention, decode in (("flashinfer", None), ("trtllm_mha", "disabled")):
-        chosen = ServerArgs(
-            model_path="unused", attention_backend=attention, cuda_graph_backend_decode=decode
-        )
-        choose_for_cuda(chosen)
-        assert (chosen.attention_backend, chosen.cuda_graph_backend_decode) == (attention, decode)
+    chosen = ServerArgs(
+        model_path="unused", attention_backend="trtllm_mha", cuda_graph_backend_decode="disabled"
+    )
+    assert not choose_for_cuda(chosen)
+    assert (chosen.attention_backend, chosen.cuda_graph_backend_decode) == ("trtllm_mha", "disabled")
     several = ServerArgs(model_path="unused", tp_size=2)
     choose_for_cuda(several)
     assert several.disable_overlap_schedule
     elsewhere = ServerArgs(model_path="unused", device="cpu")
     launches.choose(elsewhere)
     assert elsewhere.attention_backend is None
+
+
+@pytest.mark.parametrize(("hopper", "attention"), [(True, "fa3"), (False, "triton")])
+def test_a_backend_that_plans_on_the_host_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, hopper: bool, attention: str
+) -> None:
+    monkeypatch.setattr(launches.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launches, "get_platform", lambda: SimpleNamespace(is_sm90=hopper))
+    args = ServerArgs(
+        model_path="unused", attention_backend="flashinfer", decode_attention_backend="flashinfer"
+    )
+    launches.choose(args)
+    chosen = (args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend)
+    assert chosen == (attention, None, attention)
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        f"--attention-backend flashinfer is replaced by {attention}",
+        f"--decode-attention-backend flashinfer is replaced by {attention}",
+    ]
+    assert "every round would wait" in caplog.text

@@ -65,8 +65,6 @@ def serving(attention: str, rehearsed: bool) -> Part:
     shows = f"`serving-triton`, with {attention}"
     if attention == "triton":
         shows = "answers are plain decoding's, the host waits for nothing, memory is kept to; a trace"
-    elif attention == "flashinfer":
-        shows += ", which waits for its plans"
     command = ("tests/gpu/serving.py", "--attention", attention, "--device", "{device}", "--out", "{out}")
     rehearsal = () if rehearsed else None
     return Part(f"serving-{attention}", shows, command, SERVER, rehearsal=rehearsal, serves=True)
@@ -118,11 +116,8 @@ PARTS: tuple[Part, ...] = (
         ("torch", "triton"),
         rehearsal=None,
     ),
-    *(
-        serving(attention, attention == "triton")
-        for attention in ("triton", "fa3", "fa4", "flashinfer", "trtllm_mha")
-    ),
-    *(overlap(attention, attention == "triton") for attention in ("triton", "fa3", "flashinfer")),
+    *(serving(attention, attention == "triton") for attention in ("triton", "fa3", "fa4", "trtllm_mha")),
+    *(overlap(attention, attention == "triton") for attention in ("triton", "fa3")),
     family("convolutions", "Lfm2ForCausalLM", "short convolutions (LFM2)"),
     family("delta-rule", "Qwen3_5ForCausalLM", "the gated delta rule (Qwen3.5)"),
     family("kda", "KimiLinearForCausalLM", "the rule by channel (Kimi Linear)"),

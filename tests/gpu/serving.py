@@ -16,7 +16,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def waits(case: Case, e: Any, figures: dict[str, Any]) -> None:
     """The scheduler's loop reads results, and waits for nothing else. Raises AssertionError where it does.
 
     Requests come and go at different times, and one is aborted, so every pass may prefill, verify and release. What has
-    to be compiled, or made once, has been by then. FlashInfer plans on the host, for which it reads widths and lengths.
+    to be compiled, or made once, has been by then.
     """
     seen = Waits(case.device)
     with watching(e.worker) as rounds, stepping(e, seen):
@@ -181,16 +181,10 @@ def waits(case: Case, e: Any, figures: dict[str, Any]) -> None:
         e.abort("aborted")
         e.run()
     figures |= {**rounds.figures(), "waits": dict(seen.found)}
-    results, others = told_apart(seen.found, plans="flashinfer/" if case.attention == "flashinfer" else None)
+    results = sum(n for site, n in seen.found.items() if "transfers.py" in site)
+    others = {site: n for site, n in seen.found.items() if "transfers.py" not in site}
     assert not others, f"the scheduler's loop waits at {others}"
     assert results <= rounds.seen, "more than one wait a round"
-
-
-def told_apart(waits: Mapping[str, int], plans: str | None) -> tuple[int, dict[str, int]]:
-    """How often results were waited for, and what else was, by its place in the code; but for places under `plans`."""
-    results = sum(n for site, n in waits.items() if "transfers.py" in site)
-    expected = ("transfers.py",) if plans is None else ("transfers.py", plans)
-    return results, {site: n for site, n in waits.items() if not any(name in site for name in expected)}
 
 
 def memory(case: Case, e: Any, figures: dict[str, Any]) -> None:

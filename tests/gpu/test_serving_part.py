@@ -95,14 +95,6 @@ def test_waits_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.M
     assert "differ" in failed["equality"]
 
 
-def test_a_plan_on_the_host_may_wait_and_nothing_else() -> None:
-    found = {"device/transfers.py:4": 3, "flashinfer/prefill.py:9": 6}
-    assert serving.told_apart(found, "flashinfer/") == (3, {})
-    assert serving.told_apart(found, None) == (3, {"flashinfer/prefill.py:9": 6})
-    planted = found | {"whiflash_sglang/worker.py:1": 3}
-    assert serving.told_apart(planted, "flashinfer/") == (3, {"whiflash_sglang/worker.py:1": 3})
-
-
 def test_what_whiflash_refuses_is_left_out_and_what_fails_to_start_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

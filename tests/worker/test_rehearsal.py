@@ -14,7 +14,7 @@ from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_gr
 from whiflash_sglang.assemble import reserve
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.cache.tokens import FEW
-from whiflash_sglang.compat.forward import graphs, triton_backend
+from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.sampling import SAMPLED_ROWS
 from whiflash_sglang.compat.scheduler import memory
 from whiflash_sglang.device.capture import CapturedPass
@@ -65,15 +65,9 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(graphs, "get_exec", lambda: execution)
     monkeypatch.setattr(memory.kv_cache_configurator, "get_req_to_token_extra_context_len", lambda: 6)
 
-    monkeypatch.setattr(triton_backend, "resolved_view", lambda args: args)
-
-    def reserved(device: str, backend: str = "fa3", latent: bool = False) -> int:
-        shape, runner = SimpleNamespace(vocab_size=1000), SimpleNamespace(use_mla_backend=latent)
-        runner.server_args = SimpleNamespace(
-            attention_backend=backend, prefill_attention_backend=None, decode_attention_backend=None
-        )
+    def reserved(device: str) -> int:
+        shape = SimpleNamespace(vocab_size=1000)
         target = SimpleNamespace(device=torch.device(device), shape=shape, context_len=90, row_bytes=10)
-        target.runner = runner
         return sum(memory.for_requests(target, 2, 4, Epilogue.bytes_for(4)).values())
 
     table = 3 * (90 + 6 + 4) * 8 + 3 * FEW * 8
@@ -82,9 +76,6 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
     row = 10 + Epilogue.bytes_for(4)
     captured = table + sampled + 8 * 1000 * 4 + (1 + 2 + 3 + 4 + 6 + 8) * row
     assert reserved("cuda") == captured
-    slots = 4 * 90 * 4  # of the two requests, and of the rows that are nobody's
-    assert reserved("cuda", "flashinfer") == captured + triton_backend.PLAN + slots
-    assert reserved("cuda", "flashinfer", latent=True) == captured + 6 * triton_backend.PLAN + slots
     config.decode.backend = Backend.DISABLED
     assert reserved("cuda") == table + sampled
 
@@ -97,10 +88,9 @@ def test_a_large_batch_leaves_memory_to_kv(
     execution = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=default_cuda_graph_config()))
     monkeypatch.setattr(graphs, "get_exec", lambda: execution)
     monkeypatch.setattr(memory.kv_cache_configurator, "get_req_to_token_extra_context_len", lambda: 34)
-    monkeypatch.setattr(triton_backend, "bytes_for", lambda *_: 0)
     shape, captured = SimpleNamespace(vocab_size=151_936), 8 * 4096
     target = SimpleNamespace(device=torch.device("cuda"), shape=shape, context_len=40_960)
-    target.row_bytes, target.runner = captured * 2, None
+    target.row_bytes = captured * 2
     parts = memory.for_requests(target, requests, 17, Epilogue.bytes_for(17))
     parts["rings"] = FeatureRings.bytes_for(requests + 1, 64, captured, torch.bfloat16)
     parts["drafters"] = int(requests * 16 * shape.vocab_size * LOGIT_BYTES)

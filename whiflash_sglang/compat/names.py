@@ -57,15 +57,6 @@ sglang.srt.entrypoints.openai.serving_chat
     OpenAIServingChat._tool_call_parsing_active(request)
 sglang.srt.layers.attention.attention_registry
     register_attention_backend(name)
-sglang.srt.layers.attention.flashinfer_backend
-    FlashInferAttnBackend(model_runner, init_new_workspace)
-    FlashInferAttnBackend._create_prefill_wrappers(bs)
-    FlashInferAttnBackend.init_forward_metadata_out_graph(forward_batch, in_capture)
-    FlashInferIndicesUpdaterPrefill.update_single_wrapper(prefix_lens, prefill_wrappers, use_ragged, encoder_lens)
-    FlashInferIndicesUpdaterPrefill.update_single_wrapper(spec_info, plan)
-    PrefillMetadata(prefill_wrappers, use_ragged, extend_no_prefix)
-sglang.srt.layers.attention.flashinfer_mla_backend
-    FlashInferMLAAttnBackend.init_cuda_graph_state(max_bs, max_num_tokens, kv_indices_buf)
 sglang.srt.layers.attention.hybrid_linear_attn_backend
     HybridLinearAttnBackend.update_mamba_state_after_mtp_verify(last_correct_step_indices, mamba_track_indices)
     HybridLinearAttnBackend.update_mamba_state_after_mtp_verify(mamba_steps_to_track, model)
@@ -257,8 +248,7 @@ HEAVY = (
     "sglang.srt.models.",
     "sglang.kernels.ops.attention.linear.",
     "sglang.kernels.ops.mamba.",
-    "sglang.srt.layers.attention.flashinfer",
     "sglang.srt.layers.attention.linear.",
 )
-"""Modules of a launcher, of one attention or of recurrent targets: checked by `whiflash check` and the tests, not at
+"""Modules of a launcher or of recurrent targets: checked by `whiflash check` and the tests, not at
 every start."""

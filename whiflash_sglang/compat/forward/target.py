@@ -193,8 +193,8 @@ def verify_input(
     """A verification as SGLang's attention backends read it: packed rows, and how many of them each request has.
 
     verify_lens: [B] int32, what `block` was packed by; widths: the same on the host. The layout goes with equal widths
-    too: without one a backend may take the widest block that the server was configured for (fa3 does). FlashInfer sizes
-    its indices by the host's widths, and fa3 reads the widest of them; None where the host may not know them, then all
+    too: without one a backend may take the widest block that the server was configured for (fa3 does). fa3
+    reads the widest of the host's widths; None where the host may not know them, then all
     rows of the block are planned for. stride: of the widest request, at least. A graph is chosen by the rows of
     `block`, its padding included. mode: hidden states that the forward keeps.
     """

@@ -16,9 +16,10 @@ from whiflash_sglang.compat.carried import settings_of
 
 logger = logging.getLogger(__name__)
 
-CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla", "flashinfer")
+CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla")
 """Backends that plan a verification of several widths rightly, eagerly and for a captured graph (shown on CPU tensors;
-no GPU has run any of them). `triton` and `flashinfer` have replacements in `compat/forward/`."""
+no GPU has run any of them). `triton` has a replacement in `compat/forward/`."""
+ATTENTION_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,7 @@ class Launch:
     @property
     def attention_backends(self) -> set[str]:
         """Every attention backend that these arguments name."""
-        fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-        return {name for f in fields if (name := getattr(self.args, f))}
+        return {name for f in ATTENTION_FIELDS if (name := getattr(self.args, f))}
 
     @property
     def architecture(self) -> str:
@@ -79,15 +79,23 @@ def choose(server_args: Any) -> None:
         )
         server_args.enable_mixed_chunk = False
     if torch.cuda.is_available() and not torch.version.hip and server_args.device in (None, "cuda"):
-        choose_for_cuda(server_args)
+        for sentence in choose_for_cuda(server_args):
+            logger.warning("%s", sentence)
 
 
-def choose_for_cuda(server_args: Any) -> None:
+def choose_for_cuda(server_args: Any) -> list[str]:
     """Fill in what works on CUDA where the user left the choice open; what the user chose is judged by
-    :mod:`whiflash_sglang.compat.launch.refusals`."""
+    :mod:`whiflash_sglang.compat.launch.refusals`.
+
+    Returns: a sentence on each choice of the user's that is replaced.
+    """
+    # Upstream's own choice on Hopper; elsewhere it would be FlashInfer, for which every round would wait.
+    attention = "fa3" if get_platform().is_sm90 else "triton"
+    replaced = [name for name in ATTENTION_FIELDS if getattr(server_args, name) == "flashinfer"]
+    for name in replaced:
+        setattr(server_args, name, attention)
     if server_args.attention_backend is None:
-        # Upstream's own choice on Hopper; elsewhere it would be FlashInfer, for which every round waits.
-        server_args.attention_backend = "fa3" if get_platform().is_sm90 else "triton"
+        server_args.attention_backend = attention
     if server_args.cuda_graph_config is None and server_args.cuda_graph_backend_prefill is None:
         server_args.cuda_graph_backend_prefill = Backend.DISABLED
     # Its dummy forward is a verification without a layout.
@@ -95,3 +103,9 @@ def choose_for_cuda(server_args: Any) -> None:
     if server_args.tp_size > 1:
         # Plans go from rank to rank in the middle of a round; the two were never tried together.
         server_args.disable_overlap_schedule = True
+    return [
+        f"--{name.replace('_', '-')} flashinfer is replaced by {attention}, WHIFLASH's default on this card (fa3 on "
+        "Hopper, triton on others): FlashInfer plans a verification on the host, so every round would wait for its "
+        "drafts. The text stays the target's own; only another kernel computes attention"
+        for name in replaced
+    ]

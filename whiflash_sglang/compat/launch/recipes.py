@@ -97,10 +97,11 @@ def judge(
             target = named
     if target is None:
         read.unread.append("the target's layers: give --model-path")
-    launch = replace(_launch(read.fields, environment or {}, target), draft_kv=read.drafters)
+    launch, chosen = _launch(read.fields, environment or {}, target)
+    launch = replace(launch, draft_kv=read.drafters)
     obstacles = read.wrong | _obstacles(launch)
     without = read.wrong | _obstacles(replace(launch, draft_kv=False))
-    return Verdict(obstacles, without, replaced, read.unread)
+    return Verdict(obstacles, without, [*replaced, *chosen], read.unread)
 
 
 def _obstacles(launch: Launch) -> dict[str, str]:
@@ -195,19 +196,20 @@ def _replace(fields: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _launch(fields: Mapping[str, Any], environment: Mapping[str, str], target: Path | None) -> Launch:
-    """What a start would see. Recipes that name no device are for GPUs."""
+def _launch(
+    fields: Mapping[str, Any], environment: Mapping[str, str], target: Path | None
+) -> tuple[Launch, list[str]]:
+    """What a start would see, and a sentence on each flag that it replaces. Recipes that name no device are for
+    GPUs."""
     arguments = ServerArgs(**{"model_path": str(target), "device": "cuda", **fields})
     device = arguments.device.partition(":")[0]
+    replaced = choose_for_cuda(arguments) if device == "cuda" else []
     choose(arguments)
-    if device == "cuda":
-        choose_for_cuda(arguments)
     handle_deprecated_dp_attention(arguments)
     parse_cuda_graph_config(arguments)
     model = None if target is None else _model(arguments, target)
-    return Launch(
-        resolving_view(arguments), fields, model, device, own_platform=True, environment=environment
-    )
+    view = resolving_view(arguments)
+    return Launch(view, fields, model, device, own_platform=True, environment=environment), replaced
 
 
 def _model(arguments: Any, target: Path) -> Any:

@@ -18,14 +18,12 @@ from typing import Any
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
 
 from whiflash_sglang.compat.carried import APP_PATH, WORKER_APP
-from whiflash_sglang.compat.launch import refusals
 from whiflash_sglang.compat.launch.arguments import CUDA_ATTENTIONS, Launch
 from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 
 ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha")
 """Of those that CUDA may have. `triton` runs under Triton's interpreter as a formula says; the others are handed what
-their documentation asks for (`tests/compat/interpreted_windows.py`; no GPU has run any). `flashinfer` clips a request's
-keys to the window of its first row, plans no mask for the others, and takes no sinks."""
+their documentation asks for (`tests/compat/interpreted_windows.py`; no GPU has run any)."""
 
 
 def has_windows(model: Any) -> bool:
@@ -116,9 +114,9 @@ def _captures(launch: Launch, phase: str) -> bool:
 
 
 def _foreign_windowed_attention(launch: Launch) -> str | None:
-    if launch.device != "cuda" or launch.model is None or not refusals.has_windows(launch.model):
+    if launch.device != "cuda" or launch.model is None or not has_windows(launch.model):
         return None
-    return next(iter(sorted(launch.attention_backends.difference(refusals.ATTENTIONS))), None)
+    return next(iter(sorted(launch.attention_backends.difference(ATTENTIONS))), None)
 
 
 def _is_compressed(launch: Launch) -> bool:
@@ -279,11 +277,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "windows",
         _foreign_windowed_attention,
         "the target has layers with a sliding window, whose rows {} is not known to mask one by one; "
-        f"give --attention-backend {', '.join(refusals.ATTENTIONS[:-1])} or {refusals.ATTENTIONS[-1]}",
+        f"give --attention-backend {', '.join(ATTENTIONS[:-1])} or {ATTENTIONS[-1]}",
     ),
     Refusal(
         "window_heads",
-        _architecture(lambda x: not x.model.is_hybrid_swa and refusals.has_heads_of_two_shapes(x.model)),
+        _architecture(lambda x: not x.model.is_hybrid_swa and has_heads_of_two_shapes(x.model)),
         "{} has windowed layers with KV heads of another shape than its other layers, which one pool cannot hold; "
         "give --swa-full-tokens-ratio (SGLang's default is 0.8), without --disable-hybrid-swa-memory",
     ),

@@ -29,10 +29,9 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from whiflash_sglang.cache.tokens import StopTable, TokenTable
 from whiflash_sglang.compat.carried import serves_ours
-from whiflash_sglang.compat.forward import graphs, sampling, triton_backend
+from whiflash_sglang.compat.forward import graphs, sampling
 from whiflash_sglang.compat.launch import refusals
 from whiflash_sglang.compat.patching import around
-from whiflash_sglang.compat.scheduler import memory
 from whiflash_sglang.errors import ConfigError
 
 LOGIT_BYTES = 26
@@ -126,7 +125,7 @@ def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dic
     """Bytes for so many requests beside their rings: tables of text and of stops, and what verifying them takes.
 
     Upstream sizes its reserve for graphs and activations by requests and by the prefill's chunk. It does not know of
-    verified rows: their logits in 32 bits, each graph's features and plans, and what sampling all of them takes. On a
+    verified rows: their logits in 32 bits, each graph's features, and what sampling all of them takes. On a
     CPU nothing is sized by what is left, so that part is left out there.
 
     Args:
@@ -140,11 +139,9 @@ def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dic
     vocabulary, kept = target.shape.vocab_size, 0
     if graphs.enabled(target.device):
         row_bytes = target.row_bytes + end_bytes
+        # Tables of attention are in SGLang's own reserve for graphs.
         kept = graphs.bytes_for(requests, widest, vocabulary=vocabulary, row_bytes=row_bytes)
-        sizes = graphs.row_buckets(graphs.most_rows(requests, widest))
-        slots = requests + graphs.spare_slots(requests, widest)
-        kept += triton_backend.bytes_for(target.runner, len(sizes), slots, target.context_len)
-    sampled = memory.sampling_bytes(graphs.most_rows(requests, widest), vocabulary)
+    sampled = sampling_bytes(graphs.most_rows(requests, widest), vocabulary)
     return {"tables": table, "graphs": kept, "sampling": sampled}
 
 
