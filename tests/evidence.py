@@ -33,7 +33,6 @@ AREAS = {
     "greedy-tiny": "Greedy losslessness, tiny target, fp32",
     "sampling": "Sampling, joint distribution of four tokens: p-values of χ² tests",
     "plain-embedded": "Plain decoding, embedded target, fp32: the reference of its cells",
-    "streamed-parsers": "Streams by SGLang's parser: cases whose deltas add up to another answer",
 }
 """Directories of `records/`, and their titles in the summary, in its order."""
 
@@ -130,7 +129,7 @@ def write_summary() -> None:
 def summary() -> str:
     """`results/evidence/README.md`: a table per area, and the commits and machines of its records.
 
-    Sampling shows each parameter's p-value. Parsers whose streams all add up share one line.
+    Sampling shows each parameter's p-value.
     """
     areas = {
         area: [json.loads(p.read_text()) for p in sorted((RESULTS / area).glob("*.json"))] for area in AREAS
@@ -142,40 +141,14 @@ def summary() -> str:
         "versions and hardware. A cell is measured again if that code changes.",
     ]
     for area, records in areas.items():
-        table = _table_of_parsers if area == "streamed-parsers" else _table_of_cells
         commits = sorted({r["commit"][:9] + ("" if r["clean"] else " + changes") for r in records})
-        lines += ["", f"## {AREAS[area]}", "", *table(records), "", f"Commits: {', '.join(commits)}."]
+        table = _table({r["cell"]: r["result"] for r in records})
+        lines += ["", f"## {AREAS[area]}", "", *table, "", f"Commits: {', '.join(commits)}."]
     made = {(r["hardware"], r["python"], *sorted(r["versions"].items())) for rs in areas.values() for r in rs}
     lines += ["", "## Made on", ""]
     for hardware, python, *versions in sorted(made):
         lines.append(f"- {hardware}; Python {python}; " + ", ".join(f"{name} {v}" for name, v in versions))
     return "\n".join(lines) + "\n"
-
-
-def _table_of_cells(records: Iterable[Result]) -> Iterator[str]:
-    """A row per cell, a column per figure."""
-    yield from _table({r["cell"]: r["result"] for r in records})
-
-
-def _table_of_parsers(records: Iterable[Result]) -> Iterator[str]:
-    """A row per parser with a case that adds up to another answer: of equal steps the worst, and the other figures."""
-    results = {r["cell"]: r["result"] for r in records}
-    differing = {name: r for name, r in results.items() if any(r[key] for key in r if key != "cases")}
-    cases = sum(result["cases"] for result in results.values())
-    yield f"{len(results) - len(differing)} of {len(results)} cells differ in no case; {cases} cases in all."
-    yield ""
-    yield from _table({name: _by_worst_step(result) for name, result in differing.items()})
-
-
-def _by_worst_step(result: Result) -> Result:
-    steps = [key for key in result if key.startswith("steps of ")]
-    sizes = [key.removeprefix("steps of ") for key in steps]
-    worst = {f"steps of {sizes[0]} to {sizes[-1]}, at most": max(result[key] for key in steps)}
-    return {
-        "cases": result["cases"],
-        **worst,
-        **{k: v for k, v in result.items() if k not in ("cases", *steps)},
-    }
 
 
 def _table(results: Mapping[str, Result]) -> Iterator[str]:

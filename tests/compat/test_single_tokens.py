@@ -1,6 +1,7 @@
-"""Every parser of SGLang reads a stream as if each token came alone, however many tokens a step brought."""
+"""A step's tokens reach SGLang's parsers as if each came alone, however many tokens a step brought.
 
-import json
+So whatever a parser makes of single tokens, it makes of cut steps: none is asked here."""
+
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -11,36 +12,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from evidence import Result, cell
-from parsed_texts import TOOL_FORMATS, reasoning_texts, tool_texts
-from sglang.srt.entrypoints.openai.protocol import Tool
-from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
-from sglang.srt.function_call.function_call_parser import FunctionCallParser
-from sglang.srt.function_call.json_array_parser import JsonArrayParser
-from sglang.srt.parser.beam import BEAM_RESPONSE_TEMPLATE
-from sglang.srt.parser.reasoning_parser import ReasoningParser
 from tiny_models import save_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from whiflash_sglang.compat.http.pieces import Cutter, Detokenizer
 
-PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
-TOOLS = [Tool(type="function", function={"name": "get_weather", "parameters": PARAMETERS})]
-TEMPLATED = SimpleNamespace(response_template=BEAM_RESPONSE_TEMPLATE)
-PARSERS = [
-    *(f"tool {name}" for name in FunctionCallParser.ToolCallParserEnum),
-    "tool choice required",
-    *(f"reasoning {name}" for name in ReasoningParser.DetectorMap),
-]
-SOME = ("hermes", "qwen25", "llama3", "glm45", "mistral", "deepseekv3", "choice required", "qwen3")
-
-
-def texts_of(parser: str) -> list[str]:
-    kind, _, name = parser.partition(" ")
-    if name == "choice required":
-        calls = [{"name": "get_weather", "parameters": {"city": c, "days": 3}} for c in ("Köln 東京", "Rom")]
-        return [json.dumps(calls[:1], ensure_ascii=False), json.dumps(calls, ensure_ascii=False)]
-    return tool_texts(name) if kind == "tool" else reasoning_texts(name)
+HERMES = (
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln 東京", "days": 3}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "São Paulo", "days": 14}}\n</tool_call>'
+)
+TEXTS = {
+    "hermes": HERMES,
+    "characters in parts": "Wetter: 東京 Köln 東京, São Paulo und Kraków 🌦 ☂ 🌧 – Übersicht für 東京 и Москва "
+    * 2,
+    "reasoning": "<think>\nThe user asks for the weather; I call no tool.\n</think>\n\nIt rains in 東京.\n\n\n",
+}
 
 
 def pieces_of(text: str) -> list[bytes]:
@@ -55,7 +41,7 @@ def pieces_of(text: str) -> list[bytes]:
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    known = {piece for parser in PARSERS for text in texts_of(parser) for piece in pieces_of(text)}
+    known = {piece for text in TEXTS.values() for piece in pieces_of(text)}
     with TemporaryDirectory() as directory:
         save_tokenizer(Path(directory), sorted(piece for piece in known if len(piece) > 1))
         return PreTrainedTokenizerFast.from_pretrained(directory)
@@ -99,60 +85,6 @@ def outputs(tokens: Sequence[int], sizes: Iterator[int], *, increments: bool) ->
         }
 
 
-def parsed(parser: str, stream: Iterator[dict[str, Any]], *, increments: bool) -> Any:
-    """Sums of the deltas of a stream, as chat completions send them: text, calls, reasoning."""
-    kind, _, name = parser.partition(" ")
-    tokens = TEMPLATED if name == "response_template" else None
-    reader: Any = JsonArrayParser()
-    if kind == "reasoning":
-        reader = ReasoningParser(name, tokenizer=tokens)
-    elif name != "choice required":
-        reader = FunctionCallParser(TOOLS, name, tokenizer=tokens)
-    content, thought, shown = "", "", 0
-    calls: dict[int, list[str]] = {}
-    for output in stream:
-        delta = output["text"][0 if increments else shown :]
-        shown = len(output["text"])
-        ends = output["meta_info"]["finish_reason"] is not None
-        for text, found in (step(reader, delta), *((end(reader),) if ends else ())):
-            if kind == "reasoning":
-                thought, content = thought + (text or ""), content + (found or "")
-                continue
-            content += text or ""
-            for call in found:
-                parts = calls.setdefault(call.tool_index, ["", ""])
-                parts[0] += call.name or ""
-                parts[1] += call.parameters or ""
-    if kind == "tool":
-        content += unsent(reader)
-    return content, calls, thought
-
-
-def step(reader: Any, delta: str) -> Any:
-    if isinstance(reader, JsonArrayParser):
-        result = reader.parse_streaming_increment(delta, TOOLS)
-        return result.normal_text, result.calls
-    return reader.parse_stream_chunk(delta)
-
-
-def end(reader: Any) -> Any:
-    if isinstance(reader, JsonArrayParser):
-        result = reader.finish(TOOLS)
-        return result.normal_text, result.calls
-    return reader.parse_stream_end()
-
-
-def unsent(reader: Any) -> str:
-    """Arguments that the route sends beside the parser's when an answer ends."""
-    asked = SimpleNamespace(model="m")
-    return (
-        OpenAIServingChat._check_for_unstreamed_tool_args(
-            None, reader, {"meta_info": {"id": "0"}}, asked, 0, 0
-        )
-        or ""
-    )
-
-
 def chunkings() -> Iterator[tuple[str, Iterator[int]]]:
     """Names and sizes of steps."""
     for size in (2, 3, 4, 5, 7, 8, 16, 1000):
@@ -160,30 +92,6 @@ def chunkings() -> Iterator[tuple[str, Iterator[int]]]:
     for seed in range(8):
         rng = Random(seed)
         yield f"random {seed}", iter(lambda rng=rng: rng.randint(1, 9), None)
-
-
-def one_by_one() -> Iterator[int]:
-    return iter(lambda: 1, None)
-
-
-def compared(parser: str, *, increments: bool) -> Result:
-    """Texts and chunkings whose sum is not that of single tokens: by SGLang's steps of each size, and cut."""
-    before: dict[str, int] = {}
-    after = cases = 0
-    for text in texts_of(parser):
-        tokens = tokens_of(text)
-        expected = parsed(parser, outputs(tokens, one_by_one(), increments=increments), increments=increments)
-        for name, sizes in chunkings():
-            steps = list(outputs(tokens, sizes, increments=increments))
-            cutter = Cutter(decoder(), increments=increments)
-            cut = [piece for output in steps for piece in cutter.cut(output)]
-            assert len(cut) == len(tokens)
-            cases += 1
-            differs = parsed(parser, iter(steps), increments=increments) != expected
-            size = "random steps" if name.startswith("random") else f"steps of {name}"
-            before[size] = before.get(size, 0) + differs
-            after += parsed(parser, iter(cut), increments=increments) != expected
-    return {"cases": cases, **before, "differ token by token": after}
 
 
 def with_records(steps: Iterator[dict[str, Any]], *, increments: bool) -> Iterator[dict[str, Any]]:
@@ -198,9 +106,10 @@ def with_records(steps: Iterator[dict[str, Any]], *, increments: bool) -> Iterat
 
 @pytest.mark.parametrize("increments", [False, True])
 @pytest.mark.parametrize("every", [1, 3, 8])
-def test_pieces_have_the_records_and_counts_of_their_tokens(every: int, increments: bool) -> None:
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_pieces_are_those_of_their_tokens(text: str, every: int, increments: bool) -> None:
     """As if steps had brought one token, which SGLang sends at its stream interval."""
-    tokens = tokens_of(texts_of("tool hermes")[0])
+    tokens = tokens_of(text)
 
     def as_sent(sizes: Iterator[int]) -> Iterator[dict[str, Any]]:
         return with_records(outputs(tokens, sizes, increments=increments), increments=increments)
@@ -220,36 +129,10 @@ def test_pieces_have_the_records_and_counts_of_their_tokens(every: int, incremen
 
 def test_what_may_become_a_stop_string_waits() -> None:
     """As in SGLang's scheduler: it is sent with the token that decides."""
-    tokens = tokens_of(text := texts_of("tool hermes")[0])
-    stop = text[: len(text) // 2][-9:] + "§"
+    tokens = tokens_of(HERMES)
+    stop = HERMES[: len(HERMES) // 2][-9:] + "§"
     cutter = Cutter(decoder(stop=[stop]), increments=True)
     (whole,) = outputs(tokens, iter([len(tokens)]), increments=True)
     sizes = [len(piece["output_ids"]) for piece in cutter.cut(whole)]
     assert sum(sizes) == len(tokens) > len(sizes)
     assert max(sizes) > 1
-
-
-def test_every_parser_has_its_texts() -> None:
-    assert TOOL_FORMATS.keys() == FunctionCallParser.ToolCallParserEnum.keys()
-
-
-@pytest.mark.parametrize("parser", FunctionCallParser.ToolCallParserEnum)
-def test_single_tokens_are_read_as_calls(parser: str) -> None:
-    """Else there would be nothing to lose."""
-    tokens = tokens_of(tool_texts(parser)[0])
-    _, calls, _ = parsed(f"tool {parser}", outputs(tokens, one_by_one(), increments=True), increments=True)
-    ((name, arguments),) = calls.values()
-    assert (name, json.loads(arguments)) == ("get_weather", {"city": "Köln 東京", "days": 3})
-
-
-@pytest.mark.parametrize("increments", [False, True])
-@pytest.mark.parametrize("parser", [name for name in PARSERS if name.partition(" ")[2] in SOME])
-def test_sums_are_those_of_single_tokens(parser: str, increments: bool) -> None:
-    assert compared(parser, increments=increments)["differ token by token"] == 0
-
-
-@pytest.mark.evidence
-@pytest.mark.parametrize("parser", PARSERS)
-def test_every_parser(parser: str) -> None:
-    found = cell("streamed-parsers", parser.replace(" ", "-"), lambda: compared(parser, increments=False))
-    assert found["differ token by token"] == 0
