@@ -81,7 +81,7 @@ def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Servers:
 
     monkeypatch.setattr(script, "within", within)
     monkeypatch.setattr(script, "_class_of", class_of)
-    monkeypatch.setattr(script, "KITS", {"some:Kit": (), "other:Short": ("--context-length", "512")})
+    monkeypatch.setattr(script, "KITS", {"some:Kit": ()})
     return Servers()
 
 
@@ -102,38 +102,3 @@ def test_what_became_of_each(servers: Servers, capfd: pytest.CaptureFixture[str]
     assert servers.started == [(), ()]
     assert saved == [1, 2, 3, 4, 5]
     assert "in test_a_never_ends" in capfd.readouterr().err  # where it stood
-
-
-def test_what_is_known_is_not_run_again(servers: Servers) -> None:
-    found = {f"Kit.{name}": "known" for name in EXPECTED}
-    found |= {f"Short.{name}": "known" for name in EXPECTED if "passes" not in name}
-    script.run(servers, "tiny", list(script.KITS), found, lambda: None)
-    assert servers.started == [("--context-length", "512")]
-    assert [name for name, became in found.items() if became != "known"] == ["Short.test_b_passes"]
-
-
-def test_a_server_that_ended_is_told(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: dict[str, str] = {}
-    judge = script.outcome_of
-
-    def ending(test: unittest.TestCase, seconds: float) -> Any:
-        told = judge(test, seconds)
-        servers.close()
-        return told
-
-    monkeypatch.setattr(script, "outcome_of", ending)
-    script.run(servers, "tiny", ["some:Kit"], found, lambda: None)
-    assert found["Kit.test_b_passes"] == "passed (and the server ended)"
-    assert len(servers.started) == len(EXPECTED)
-
-
-def test_the_table_holds_what_does_not_pass_on_both_sides() -> None:
-    long = f"failed: AssertionError: {'e' * 140}"
-    plain = {"Kit.test_a": "passed", "Kit.test_b": long + script.ENDED, "Kit.test_c": long}
-    ours = {"Kit.test_a": "passed", "Kit.test_b": "passed", "Kit.test_c": long}
-    table = script.table(plain, ours)
-    shown = f"{long[: script.SHOWN]}…"
-    assert table.startswith("1 tests pass on both sides.")
-    assert "Kit.test_a" not in table
-    assert f"| `Kit.test_b` | {shown}{script.ENDED} | passed |" in table
-    assert f"| `Kit.test_c` | {shown} | the same |" in table

@@ -10,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import pytest
 from sglang.srt.plugins import load_plugins
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
@@ -152,25 +151,3 @@ def test_every_condition_is_decided() -> None:
     assert listed == found
     assert {row[3] for row in rows()} == DECISIONS
     assert all(row[4] for row in rows())
-
-
-@pytest.mark.parametrize(
-    ("source", "times"),
-    [
-        ("if self.spec_algorithm.is_none(): pass", 1),
-        ("a = b.is_speculative() and c", 1),
-        ("get_moe_a2a_backend().is_none()", 0),
-        ("if cfg.speculative_algorithm: pass", 1),
-        ("x = 1 if cfg.speculative_algorithm else 2", 1),
-        ("cfg.speculative_algorithm not in (None, 'NGRAM')", 1),
-        ("cfg.speculative_algorithm in ('EAGLE', 'DFLASH')", 0),
-        ("cfg.speculative_algorithm.upper() != 'EAGLE'", 0),
-        ("spec = get_spec().speculative_algorithm\nreturned = a and spec is None", 1),
-        ("name = (cfg.speculative_algorithm or '').upper()\nif name == 'DSPARK': pass", 0),
-        ("name = (cfg.speculative_algorithm or '').upper()\nif name in known: pass", 1),
-    ],
-)
-def test_a_condition_is_found_if_its_answer_differs(source: str, times: int) -> None:
-    conditions = Conditions({"is_none", "is_speculative"})
-    conditions.visit(ast.parse(source))
-    assert conditions.found.total() == times

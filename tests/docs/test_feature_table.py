@@ -24,10 +24,3 @@ def test_every_row_names_tests_that_exist() -> None:
     assert len(rows) > 60
     assert [row for row in rows if not NAMED.search(row)] == []
     assert missing(page) == []
-
-
-def test_a_test_that_is_gone_is_seen() -> None:
-    here = "tests/docs/test_feature_table.py"
-    assert missing(f"`{here}::test_a_test_that_is_gone_is_seen`") == []
-    for gone in (f"`{here}::test_gone`", "`tests/docs/gone.py`", f"`{here}::missing[gone-case]`"):
-        assert missing(gone), gone
