@@ -6,9 +6,9 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from fake_server import TRACE
 
-from whiflash_sdk import Stretch, Trace, routing, wrap
+from whiflash_sdk import Stretch, Trace
 from whiflash_sdk.render import Turn, conversation_html, html, terminal
 from whiflash_sdk.render.timeline import zooms
 
@@ -117,17 +117,61 @@ def test_no_count_makes_a_page_long() -> None:
     assert len(html(found)) < 100_000
 
 
-def test_the_header_has_what_is_known_and_nothing_else() -> None:
-    words = ("estimated gain over plain decoding", "tokens a second", "drafts accepted", "SmolLM")
-    told = trace().model_copy(update={"seconds": 3.0, "gain": 1.25})
-    whole = Elements(html(told, TEXT, model="SmolLM")).text
-    header = whole[whole.index("1. Response") : whole.index("Timeline")]
-    for word in (*words[:2], words[3], "1.25×", "9.0", "5.40", "tokens in 5 rounds"):
-        assert word in header
-    assert "drafts accepted" not in header
-    whole = Elements(html(trace(), TEXT)).text
-    assert not any(word in whole[: whole.index("Timeline")] for word in words)
-    assert "9.0 tokens a second · estimated gain 1.25×" in str(told)
+SUMMARY = Trace.model_validate(
+    {
+        "version": 1,
+        "policy": "auto",
+        "rounds": 2,
+        "tokens": 8,
+        "arms": {"ar": {"rounds": 2, "tokens": 8, "proposed": 10, "accepted": 6}},
+        "reasons": {"score": 1, HOSTILE: 1},
+    }
+)
+EMPTY = Trace.model_validate({"version": 1, "policy": "none", "rounds": 0, "tokens": 0})
+ESTIMATES = ("estimated gain over plain decoding", "tokens a second")
+MEANINGS = ("without a drafter it is 1", "DFlash: a block of tokens at once", "a hint demanded it")
+SHOWN: dict[str, tuple[Trace, tuple[str, ...], tuple[str, ...]]] = {
+    "timed": (
+        trace().model_copy(update={"seconds": 3.0, "gain": 1.25}),
+        (*ESTIMATES, "1.25×", "9.0", "5.40", "tokens in 5 rounds"),
+        ("Responses",),
+    ),
+    "full": (trace(), MEANINGS, (*ESTIMATES, "plain decoding", "Responses")),
+    "summary": (SUMMARY, ("the text", 'trace="full"', "6 of 10", "1 round by score", "EAGLE-3", HOSTILE), ()),
+    "empty": (EMPTY, ("0.00",), ESTIMATES),
+}
+"""What a trace shows on its page, and what it does not: what is unknown or was not used needs no word."""
+
+
+@pytest.mark.parametrize("case", SHOWN)
+def test_a_page_has_what_is_known_and_nothing_else(case: str) -> None:
+    found, shown, not_shown = SHOWN[case]
+    page = Elements(html(found, "the text"))
+    assert [word for word in shown if word not in page.text] == []
+    assert [word for word in not_shown if word in page.text] == []
+    assert not page.named("script")
+
+
+def test_turns_have_places() -> None:
+    two = Elements(conversation_html([Turn("First", TEXT, trace()), Turn("Second", TEXT, trace())]))
+    assert [link["href"] for link in two.named("a")][:2] == ["#turn-1", "#turn-2"]
+
+
+def test_a_trace_prints_as_a_few_lines() -> None:
+    assert "9.0 tokens a second · estimated gain 1.25×" in str(SHOWN["timed"][0])
+    for words in ("the text", "1 round by score", "6 of 10"):
+        assert words in terminal(SUMMARY, "the text", colour=False)
+    assert "acceptance length 0.00" in terminal(EMPTY, "")
+    assert str(Trace.model_validate(TRACE)) == (
+        "policy auto · 14 tokens · 3 rounds · acceptance length 4.67 · 1 switch\n"
+        "2 rounds by score · 1 round by span\n"
+        "drafter       rounds  tokens  acceptance length   drafts accepted\n"
+        "ar                 2       6               3.00            4 of 8\n"
+        "lookup             1       8               8.00            7 of 9\n"
+        "all                3      14               4.67          11 of 17"
+    )
+    assert "\x1b" not in str(trace())
+    assert repr(trace()).startswith("Trace(version=1"), "all of it, for who debugs"
 
 
 def test_what_no_round_wrote_between_two_stretches_is_shown() -> None:
@@ -139,19 +183,6 @@ def test_what_no_round_wrote_between_two_stretches_is_shown() -> None:
 
 def test_offsets_that_lie_beyond_the_text_colour_nothing() -> None:
     assert "not coloured" in Elements(html(trace(), TEXT[:20])).text
-
-
-def test_a_summary_shows_its_sums_and_says_what_it_is() -> None:
-    arms = {"ar": {"rounds": 2, "tokens": 8, "proposed": 10, "accepted": 6}}
-    totals = {"rounds": 2, "tokens": 8, "arms": arms, "reasons": {"score": 1, HOSTILE: 1}}
-    found = Trace.model_validate({"version": 1, "policy": "auto", **totals})
-    elements = Elements(html(found, "the text"))
-    for words in ("the text", 'trace="full"', "6 of 10", "1 round by score", "EAGLE-3", HOSTILE):
-        assert words in elements.text
-    assert not elements.named("script")
-    shown = terminal(found, "the text", colour=False)
-    for words in ("the text", "1 round by score", "6 of 10"):
-        assert words in shown
 
 
 SOURCES = {
@@ -183,20 +214,6 @@ def test_what_each_hint_brought_is_shown_and_called_an_estimate() -> None:
     shown = html(Trace.model_validate({**given, "arms": {}, "sources": unpriced}))
     assert "38 of 40" in shown
     assert "stimated" not in shown
-
-
-def test_a_trace_prints_as_a_few_lines(client: OpenAI) -> None:
-    answer = wrap(client).completions.create(model="m", prompt="x")
-    assert f"{routing(answer)}" == (
-        "policy auto · 14 tokens · 3 rounds · acceptance length 4.67 · 1 switch\n"
-        "2 rounds by score · 1 round by span\n"
-        "drafter       rounds  tokens  acceptance length   drafts accepted\n"
-        "ar                 2       6               3.00            4 of 8\n"
-        "lookup             1       8               8.00            7 of 9\n"
-        "all                3      14               4.67          11 of 17"
-    )
-    assert "\x1b" not in str(trace())
-    assert repr(trace()).startswith("Trace(version=1"), "all of it, for who debugs"
 
 
 def test_a_notebook_shows_what_the_page_does_and_obeys_nothing() -> None:
@@ -238,16 +255,6 @@ def test_the_style_is_of_what_is_ours_alone() -> None:
     assert {rule for rule in outermost if not rule.startswith("@")} == {".whiflash"}
 
 
-def test_a_newcomer_is_told_what_the_words_mean() -> None:
-    elements = Elements(html(trace(), TEXT))
-    for words in ("without a drafter it is 1", "DFlash: a block of tokens at once", "a hint demanded it"):
-        assert words in elements.text
-    assert "plain decoding" not in elements.text, "what was not used needs no explanation"
-    assert "Responses" not in str(elements.named("nav"))
-    two = Elements(conversation_html([Turn("First", TEXT, trace()), Turn("Second", TEXT, trace())]))
-    assert [link["href"] for link in two.named("a")][:2] == ["#turn-1", "#turn-2"]
-
-
 def test_the_prefills_token_is_part_of_the_text_and_of_its_span() -> None:
     stretch = {**STRETCHES[1], "start": 1, "span": "tool_call", "chars": [1, 18]}
     totals = {"rounds": 1, "tokens": 16, "arms": {"lookup": {"rounds": 1, "tokens": 16}}}
@@ -268,12 +275,6 @@ def test_text_that_could_not_be_cut_is_shown_whole() -> None:
 def test_parsed_text_gives_way_to_what_was_generated() -> None:
     assert html(trace(TEXT), "something else") == html(trace(TEXT), TEXT)
     assert "something else" not in terminal(trace(TEXT), "something else")
-
-
-def test_an_empty_trace_is_a_page() -> None:
-    empty = Trace.model_validate({"version": 1, "policy": "none", "rounds": 0, "tokens": 0})
-    assert "<dd>0.00</dd>" in html(empty, "")
-    assert "acceptance length 0.00" in terminal(empty, "")
 
 
 @pytest.mark.parametrize("colour", [True, False])
