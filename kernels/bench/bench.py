@@ -17,14 +17,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from cases import KERNELS, Bench, Case, backlog_cases, catch_up_cases, layer_cases, routing_cases, switch_call
+from cases import (
+    KERNELS,
+    Bench,
+    Case,
+    backlog_cases,
+    catch_up_cases,
+    layer_cases,
+    routing_cases,
+    switch_call,
+    verify_round,
+)
 from measure import Call, Ceilings, Timing, as_graph, ceilings, forced, time_call
 from provenance import cpu_name, provenance
 from shapes import SHAPES
-from verify_round import verify_round
 
 RESULTS = Path(__file__).parent / "results"
-COPY_SHARE, SWITCH_SHARE = 0.8, 0.03
 
 
 @dataclass(frozen=True)
@@ -40,30 +48,18 @@ class Row:
     share_of_copy_bandwidth: float | None
 
 
-@dataclass(frozen=True)
-class Target:
-    """A goal, what was measured, and whether it was met."""
-
-    goal: str
-    measured: float
-    met: bool
-
-
-def variants(case: Case, device: torch.device, compiled: bool) -> Iterator[tuple[str, Call]]:
+def variants(case: Case, device: torch.device) -> Iterator[tuple[str, Call]]:
     """The implementations of a case, by name."""
     if device.type == "cuda":
         yield "triton", case.call
     yield "torch", case.call
-    if compiled:
-        torch.compiler.reset()  # or the cases of one op would share its limit of recompilations
-        yield "torch.compile", torch.compile(case.compilable or case.call, dynamic=False)
+    torch.compiler.reset()  # or the cases of one op would share its limit of recompilations
+    yield "torch.compile", torch.compile(case.compilable or case.call, dynamic=False)
     yield from case.others.items()
 
 
-def measure(
-    case: Case, device: torch.device, limits: Ceilings | None, *, compiled: bool, budget_ms: int
-) -> Iterator[Row]:
-    for name, call in variants(case, device, compiled):
+def measure(case: Case, device: torch.device, limits: Ceilings | None, budget_ms: int) -> Iterator[Row]:
+    for name, call in variants(case, device):
         with forced("triton" if name == "triton" else "torch"):
             timing = time_call(call, device, budget_ms)
         floor = share = None
@@ -93,31 +89,7 @@ def switch_rows(bench: Bench, budget_ms: int) -> Iterator[Row]:
         yield Row("switch", f"batch 1, 16 tokens, to {arm}", "auto", timing, None, None)
 
 
-def targets(rows: list[Row], full: set[tuple[str, str]], device: torch.device) -> list[Target]:
-    """The goals of the project; the shares of bandwidth are goals for a GPU only."""
-    ours = "triton" if device.type == "cuda" else "torch"
-    found = []
-    if device.type == "cuda":
-        for row in rows:
-            if (row.op, row.case) in full and row.variant == ours:
-                share = row.share_of_copy_bandwidth
-                goal = f"{row.op}, {row.case}: at least {COPY_SHARE:.0%} of copy bandwidth"
-                found.append(Target(goal, share, share >= COPY_SHARE))
-    by_case = {(row.op, row.case, row.variant): row.timing.median_us for row in rows}
-    for (op, case, variant), time_us in by_case.items():
-        if variant == "sglang":
-            share = by_case[op, case, ours] / time_us
-            found.append(Target(f"{op}, {case}: no slower than SGLang's", share, share <= 1.0))
-    verification = next(row.timing.median_us for row in rows if row.op == "verify round")
-    for row in rows:
-        if row.op == "switch":
-            share = row.timing.median_us / verification
-            goal = f"{row.op}, {row.case}: under {SWITCH_SHARE:.0%} of a verify round"
-            found.append(Target(goal, share, share < SWITCH_SHARE))
-    return found
-
-
-def markdown(document: dict, rows: list[Row], goals: list[Target]) -> str:
+def markdown(document: dict, rows: list[Row]) -> str:
     lines = [f"# Ops at the shapes of {document['shape']} on {document['device']}", ""]
     lines += [f"- {key}: {value}" for key, value in document["provenance"].items()]
     limits = document["ceilings"]
@@ -138,8 +110,6 @@ def markdown(document: dict, rows: list[Row], goals: list[Target]) -> str:
         floor = "" if row.floor_us is None else f"{row.floor_us:.1f}"
         times = f"{t.median_us:.1f} | {t.p10_us:.1f} | {t.p90_us:.1f}"
         lines.append(f"| {row.op} | {row.case} | {row.variant} | {times} | {floor} | {share} |")
-    lines += ["", "| goal | measured | met |", "|---|---:|---|"]
-    lines += [f"| {goal.goal} | {goal.measured:.1%} | {'yes' if goal.met else 'no'} |" for goal in goals]
     return "\n".join(lines) + "\n"
 
 
@@ -148,7 +118,6 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3-8b")
     parser.add_argument("--budget-ms", type=int, default=200, help="how long each call is repeated")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the references")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     arguments = parser.parse_args()
@@ -163,17 +132,11 @@ def main() -> int:
     limits = ceilings(device) if device.type == "cuda" else None
     bench = Bench(shape, device, largest_batch=256 if device.type == "cuda" else 32)
     rows: list[Row] = []
-    full: set[tuple[str, str]] = set()
     for case in all_cases(bench):
         print(f"{case.op}, {case.label}", file=sys.stderr, flush=True)
-        if case.fills_the_chip:
-            full.add((case.op, case.label))
-        rows += measure(
-            case, device, limits, compiled=not arguments.no_compile, budget_ms=arguments.budget_ms
-        )
+        rows += measure(case, device, limits, arguments.budget_ms)
     print("verify round and switch", file=sys.stderr, flush=True)
     rows += switch_rows(bench, arguments.budget_ms)
-    goals = targets(rows, full, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     document = {
         "shape": shape.name,
@@ -181,9 +144,8 @@ def main() -> int:
         "provenance": origin,
         "ceilings": None if limits is None else asdict(limits),
         "rows": [asdict(row) for row in rows],
-        "targets": [asdict(goal) for goal in goals],
     }
-    text, table = json.dumps(document, indent=1) + "\n", markdown(document, rows, goals)
+    text, table = json.dumps(document, indent=1) + "\n", markdown(document, rows)
     slug = re.sub(r"[^a-z0-9]+", "-", f"{arguments.shape} {name}".lower()).strip("-")
     (arguments.output / f"{slug}.json").write_text(text)
     (arguments.output / f"{slug}.md").write_text(table)

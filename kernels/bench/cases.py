@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from measure import Call
 from shapes import ModelShape
-from torch.nn.functional import scaled_dot_product_attention
 from whiflash_kernels import (
     BacklogRings,
     DFlashWeights,
@@ -50,7 +50,6 @@ class Case:
     moved_bytes: int
     """Each input read once, each output written once."""
     flops: int = 0
-    fills_the_chip: bool = False
     others: dict[str, Call] = field(default_factory=dict)
     """Other people's implementations, by name."""
     compilable: Call | None = None
@@ -133,9 +132,7 @@ def routing_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
     for rows in (*bench.sizes.batches, *([] if fill is None else [fill])):
         logits = bench.random(rows, bench.shape.vocab).mul_(bench.shape.vocab**0.5 * 3)
         label = f"{rows} x {bench.shape.vocab}"
-        yield Case(
-            "routing_stats", label, partial(routing_stats, logits), logits.nbytes, fills_the_chip=rows == fill
-        )
+        yield Case("routing_stats", label, partial(routing_stats, logits), logits.nbytes)
 
 
 def backlog_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
@@ -150,9 +147,7 @@ def backlog_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
         starts = torch.arange(0, batch * length, length, device=bench.device)
         arguments = (bench.rings, features, tokens, slots, begins, lengths, starts)
         call = partial(park, *arguments, max_length=length)
-        yield Case(
-            "park", f"{batch} x {length} rows", call, 2 * features.nbytes, fills_the_chip=batch == fill
-        )
+        yield Case("park", f"{batch} x {length} rows", call, 2 * features.nbytes)
     taken = len(s.dflash_chunks) * s.hidden * bench.rings.features.element_size()
     for batch, length in [(b, n) for b in bench.sizes.batches for n in bench.sizes.backlogs] + largest:
         slots, begins = bench.request_slots(batch), bench.below(bench.sizes.context - CAPACITY, batch)
@@ -160,7 +155,7 @@ def backlog_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
         options = {"rows": batch * length, "chunks": s.dflash_chunks, "chunk_width": s.hidden}
         call = partial(unpark, *arguments, **options)
         moved = 2 * batch * length * taken
-        yield Case("unpark", f"{batch} x {length} rows", call, moved, fills_the_chip=batch == fill)
+        yield Case("unpark", f"{batch} x {length} rows", call, moved)
 
 
 def catch_up_cases(bench: Bench) -> Iterator[Case]:
@@ -263,7 +258,7 @@ def contiguous_attention(bench: Bench, q: torch.Tensor, batch: int, width: int) 
     s = bench.shape
     by_head = q.view(batch, width, s.heads, s.dim).transpose(1, 2)
     keys, values = (bench.random(batch, s.kv_heads, bench.sizes.context, s.dim) for _ in range(2))
-    return partial(scaled_dot_product_attention, by_head, keys, values, enable_gqa=True)
+    return partial(F.scaled_dot_product_attention, by_head, keys, values, enable_gqa=True)
 
 
 def router_cases(bench: Bench) -> Iterator[Case]:
@@ -446,5 +441,51 @@ def switch_call(bench: Bench, arm: str, tokens: int = 16) -> Call:
         else:
             eagle3_catch_up(features, tokens_after, *places, eagle3, bench.rope, pools)
         routing_stats(logits)
+
+    return call
+
+
+def verify_round(shape: ModelShape, device: torch.device, rows: int, context: int) -> Call:
+    """A target's verification round with random weights, which a switch is compared with.
+
+    One request's target forward over ``rows`` tokens after ``context`` cached ones.
+
+    All matrix products, norms, attention over the cache and the head, each layer with weights of its own; no
+    rotation, no cache writes and no sampling, so a real round takes longer and the shares reported against this
+    one are upper bounds.
+    """
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        values = torch.randn(size, device=device, generator=generator, dtype=shape.dtype)
+        return values.mul_(size[-1] ** -0.5)
+
+    q_size, kv_size = shape.heads * shape.dim, shape.kv_heads * shape.dim
+    layers = [
+        (
+            random(q_size + 2 * kv_size, shape.hidden),
+            random(shape.hidden, q_size),
+            random(2 * shape.intermediate, shape.hidden),
+            random(shape.hidden, shape.intermediate),
+            random(1, shape.kv_heads, context + rows, shape.dim),
+            random(1, shape.kv_heads, context + rows, shape.dim),
+        )
+        for _ in range(shape.layers)
+    ]
+    head, x0 = random(shape.vocab, shape.hidden), random(rows, shape.hidden)
+    mask = torch.ones(rows, context + rows, dtype=torch.bool, device=device).tril(context)
+    size = (shape.hidden,)
+
+    def call() -> None:
+        x = x0
+        for qkv, out, up, down, k, v in layers:
+            q = F.linear(F.rms_norm(x, size), qkv)[:, :q_size].view(1, rows, shape.heads, shape.dim)
+            attended = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True
+            )
+            x = x + F.linear(attended.transpose(1, 2).reshape(rows, q_size), out)
+            gate, value = F.linear(F.rms_norm(x, size), up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * value, down)
+        F.linear(F.rms_norm(x, size), head)
 
     return call

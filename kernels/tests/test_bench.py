@@ -26,7 +26,7 @@ OPS = {*NAMES.split(), "verify round"}
 
 
 def test_every_op_is_measured_and_the_results_are_kept(tmp_path: Path) -> None:
-    options = ["--device", "cpu", "--shape", "tiny", "--no-compile", "--budget-ms", "5", "--output"]
+    options = ["--device", "cpu", "--shape", "tiny", "--budget-ms", "5", "--output"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", TINY, str(BENCH), *options, str(tmp_path)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -37,9 +37,6 @@ def test_every_op_is_measured_and_the_results_are_kept(tmp_path: Path) -> None:
     for row in document["rows"]:
         assert 0 < row["timing"]["p10_us"] <= row["timing"]["median_us"] <= row["timing"]["p90_us"]
     assert {"revision", "torch", "triton", "gpu", "cpu", "command"} <= document["provenance"].keys()
-    assert [goal["goal"] for goal in document["targets"]] == [
-        f"switch, batch 1, 16 tokens, to {arm}: under 3% of a verify round" for arm in ("diffusion", "ar")
-    ]
     assert kept.with_suffix(".md").read_text() in result.stdout
 
 
