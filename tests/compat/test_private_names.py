@@ -10,7 +10,6 @@ import pytest
 
 import whiflash_sglang
 from whiflash_sglang.compat import hooks, patching, sources
-from whiflash_sglang.platform import seams
 
 PACKAGE = Path(whiflash_sglang.__file__).parent
 
@@ -111,7 +110,7 @@ def test_a_name_is_looked_for_behind_what_stands_in_for_it(monkeypatch: pytest.M
 
     module.Backend = Replacement  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sglang_stand_in", module)
-    monkeypatch.setitem(seams._originals, "sglang_stand_in.Backend", Own)
+    monkeypatch.setitem(patching._replaced, "sglang_stand_in:Backend", Own)
     names = ("Backend.asked", "Backend.ours", "Backend")
     monkeypatch.setattr(patching, "PATCHES", {})
     monkeypatch.setattr(patching, "PRIVATE_NAMES", {f"sglang_stand_in:{name}": () for name in names})

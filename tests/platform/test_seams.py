@@ -6,28 +6,22 @@ from typing import Any
 
 import pytest
 
+from whiflash_sglang.compat import patching
 from whiflash_sglang.platform import activate, seams
 from whiflash_sglang.platform.cpu import CpuPlatform
-from whiflash_sglang.platform.seam_tables import (
-    EARLY_SEAMS,
-    METHOD_SEAMS,
-    MODEL_SEAMS,
-    MODULE_SEAMS,
-    SEAMS,
-    Seam,
-)
+from whiflash_sglang.platform.seam_tables import EARLY_SEAMS, MODEL_SEAMS, MODULE_SEAMS, SEAMS, Seam
 
 
 def test_every_seam_fits_the_installed_sglang() -> None:
     checks = seams.verify_seams()
-    assert len(checks) == len(EARLY_SEAMS) + len(SEAMS) + len(METHOD_SEAMS) + len(MODULE_SEAMS)
+    assert len(checks) == len({seam.path for seam in (*EARLY_SEAMS, *SEAMS, *MODULE_SEAMS)})
     assert [check for check in checks if not check.ok] == []
 
 
 @pytest.mark.parametrize("layer", MODEL_SEAMS)
 def test_the_seams_of_some_layers_fit_too(layer: str) -> None:
-    names, methods = MODEL_SEAMS[layer]()
-    checks = [*map(seams._check, names), *map(seams._check_method, methods)]
+    checks = [seams._check(seam) for seam in MODEL_SEAMS[layer]()]
+    assert checks
     assert [check for check in checks if not check.ok] == []
 
 
@@ -69,11 +63,11 @@ def test_a_changed_name_is_reported(
 
 
 def test_a_missing_name_stops_the_start(stranger: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seams, "_originals", {})
+    monkeypatch.setattr(patching, "_replaced", {})
     monkeypatch.setattr(seams, "SEAMS", (Seam(stranger.__name__, "gone", expected_here),))
-    with pytest.raises(RuntimeError, match=r"sglang\.stranger\.gone: missing"):
-        seams.install_seams()
-    assert seams._originals == {}
+    with pytest.raises(RuntimeError, match=r"sglang\.stranger:gone: missing"):
+        seams.install_seams.__wrapped__()
+    assert patching._replaced == {}
 
 
 def test_installing_follows_earlier_imports(stranger: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,11 +77,10 @@ def test_installing_follows_earlier_imports(stranger: ModuleType, monkeypatch: p
     importer = ModuleType("sglang.importer")
     monkeypatch.setitem(sys.modules, "sglang.importer", importer)
     stranger.name = importer.name = upstream  # type: ignore[attr-defined]
-    monkeypatch.setattr(seams, "_originals", {})
+    monkeypatch.setattr(patching, "_replaced", {})
     monkeypatch.setattr(seams, "SEAMS", (Seam(stranger.__name__, "name", expected_here),))
-    monkeypatch.setattr(seams, "METHOD_SEAMS", ())
     monkeypatch.setattr(seams, "EARLY_SEAMS", ())
-    seams.install_seams()
+    seams.install_seams.__wrapped__()
     assert stranger.name is expected_here
     assert importer.name is expected_here
     assert seams.verify_seams()[0].ok, "a check after the installation still looks at upstream's value"

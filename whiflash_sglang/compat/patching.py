@@ -8,7 +8,7 @@ it is. Findings stop the start. `docs/dev/patches.md` shows the table.
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -50,21 +50,12 @@ class Patch:
     everywhere: bool = False
     optional: bool = False
 
-    def find(self) -> tuple[Any, str]:
-        """The owner of the name, and its last part."""
-        module, _, path = self.path.partition(":")
-        *owners, attribute = path.split(".")
-        found: Any = importlib.import_module(module)
-        for owner in owners:
-            found = getattr(found, owner)
-        return found, attribute
-
 
 PATCHES: dict[str, Patch] = {}
 """By the paths of the names."""
 
 _replaced: dict[str, Any] = {}
-"""SGLang's own, by the paths of names that are replaced in this process."""
+"""SGLang's own, by the paths of names that are replaced in this process, by the CPU platform too."""
 
 
 def around(
@@ -129,15 +120,40 @@ def install(*modules: ModuleType) -> None:
     for patch in patches:
         _require(_check_name(patch.path, patch.params))
     for patch in patches:
-        owner, attribute = patch.find()
-        original = inspect.getattr_static(owner, attribute)
-        replacement = patch.replaced(original)
-        _replaced[patch.path] = original
-        setattr(owner, attribute, replacement)
-        if patch.everywhere:
-            for name, module in list(sys.modules.items()):
-                if name.startswith("sglang.") and vars(module).get(attribute) is original:
-                    setattr(module, attribute, replacement)
+        replace(patch.path, patch.replaced, everywhere=patch.everywhere)
+
+
+def replace(path: str, made: Callable[[Any], Any], *, everywhere: bool = False) -> None:
+    """Put what is `made` of SGLang's own in its place, once in a process. Arguments: as of `Patch`; a name that is not
+    there is made of None."""
+    if path in _replaced:
+        return
+    owner, attribute = owner_of(path)
+    original = inspect.getattr_static(owner, attribute, None)
+    replacement = made(original)
+    _replaced[path] = original
+    setattr(owner, attribute, replacement)
+    if everywhere:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("sglang.") and vars(module).get(attribute) is original:
+                setattr(module, attribute, replacement)
+
+
+def owner_of(path: str) -> tuple[Any, str]:
+    """The owner of a name, and its last part."""
+    module, _, names = path.partition(":")
+    *owners, attribute = names.split(".")
+    found: Any = importlib.import_module(module)
+    for owner in owners:
+        found = getattr(found, owner)
+    return found, attribute
+
+
+def upstreams(path: str) -> Any:
+    """SGLang's own value of a name, whether this process has replaced it or not."""
+    owner, attribute = (None, "") if path in _replaced else owner_of(path)
+    value = _replaced[path] if owner is None else getattr(owner, attribute)
+    return value.__func__ if isinstance(value, classmethod | staticmethod) else value
 
 
 def _is_absent(patch: Patch) -> bool:
@@ -205,17 +221,15 @@ def _check_version() -> Finding:
 
 
 def _check_name(path: str, params: tuple[str, ...]) -> Finding:
-    module_name, _, attribute = path.partition(":")
-    # If a name is replaced, by us or by the CPU platform, SGLang's own is looked up.
-    seams = sys.modules.get("whiflash_sglang.platform.seams")
-    originals: Mapping[str, Any] = {} if seams is None else seams.originals()
-    originals = {**originals, **{name.replace(":", "."): original for name, original in _replaced.items()}}
+    module, _, attribute = path.partition(":")
     try:
-        value: Any = importlib.import_module(module_name)
-        full_name = module_name
+        value: Any = importlib.import_module(module)
+        name = f"{module}:"
         for part in attribute.split("."):
-            full_name = f"{full_name}.{part}"
-            value = originals[full_name] if full_name in originals else getattr(value, part)
+            name += part
+            # If it is replaced, by us or by the CPU platform, SGLang's own is looked up.
+            value = _replaced[name] if name in _replaced else getattr(value, part)
+            name += "."
         value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
     except Exception as error:  # an import may fail in any way; all of them mean "does not fit"
         return Finding(path, False, f"missing ({error})")

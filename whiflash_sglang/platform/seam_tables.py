@@ -1,6 +1,5 @@
 """Every private SGLang name that the CPU platform replaces, in one table; `platform/seams.py` puts them in place."""
 
-import importlib
 import time
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -25,7 +24,7 @@ _CONV = "sglang.srt.layers.attention.mamba.causal_conv1d"
 
 
 class Seam(NamedTuple):
-    """One replaced name."""
+    """One replaced name: `name` or `Owner.name` of a module."""
 
     module: str
     name: str
@@ -33,40 +32,22 @@ class Seam(NamedTuple):
     """A function with the parameters of the original, or a value."""
     absent: bool = False
     """Upstream's value on this platform is None or False, or its module skips the import: no operator exists."""
+    wraps: bool = False
+    """The replacement is made by calling `replacement` with the original."""
 
     @property
-    def label(self) -> str:
-        return f"{self.module}.{self.name}"
+    def path(self) -> str:
+        return f"{self.module}:{self.name}"
+
+    def made(self, original: Any) -> Any:
+        """What takes the place of SGLang's own."""
+        if not self.wraps:
+            return self.replacement
+        return self.replacement(original.__func__ if isinstance(original, staticmethod) else original)
 
 
-class MethodSeam(NamedTuple):
-    """One wrapped method."""
-
-    module: str
-    owner: str
-    name: str
-    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-
-    @property
-    def label(self) -> str:
-        return f"{self.module}.{self.owner}.{self.name}"
-
-    def find(self) -> Any:
-        """The class that owns the method."""
-        return getattr(importlib.import_module(self.module), self.owner)
-
-
-class ModuleSeam(NamedTuple):
-    """One module that cannot be imported here, because it imports operators that no published wheel has."""
-
-    module: str
-    name: str
-    replacement: Callable[..., Any]
-    """The function that is wanted of it, with the parameters of the original."""
-
-    @property
-    def label(self) -> str:
-        return f"{self.module}.{self.name}"
+def _wrapped(module: str, owner: str, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> Seam:
+    return Seam(module, f"{owner}.{name}", wrap, wraps=True)
 
 
 def _tree_mask_mode() -> Any:
@@ -85,7 +66,7 @@ EARLY_SEAMS: tuple[Seam, ...] = (
 """What is asked while the arguments are read, in the launcher's process too; put in place by
 :func:`install_early_seams`."""
 
-SEAMS: tuple[Seam, ...] = (
+_NAMES: tuple[Seam, ...] = (
     Seam(_CONV, "causal_conv1d_fn", recurrent.causal_conv1d_fn),
     Seam(_CONV, "causal_conv1d_update", recurrent.causal_conv1d_update),
     Seam(
@@ -241,55 +222,55 @@ def _unpinned(upstream: Callable[..., Any]) -> Callable[..., Any]:
     return initialise
 
 
-METHOD_SEAMS: tuple[MethodSeam, ...] = (
-    MethodSeam("sglang.srt.mem_cache.pool_host.base", "HostKVCache", "__init__", _unpinned),
-    MethodSeam(
+_METHODS: tuple[Seam, ...] = (
+    _wrapped("sglang.srt.mem_cache.pool_host.base", "HostKVCache", "__init__", _unpinned),
+    _wrapped(
         "sglang.srt.mem_cache.kv_cache_configurator",
         "KVCacheConfigurator",
         "_hybrid_full_attention_pool_class",
         _hybrid_pool,
     ),
-    MethodSeam(
+    _wrapped(
         "sglang.srt.speculative.draft_utils", "DraftBackendFactory", "_create_backend", _create_draft_backend
     ),
-    MethodSeam(
+    _wrapped(
         "sglang.srt.model_executor.model_runner",
         "ModelRunner",
         "_extend_forward_kwargs",
         _keep_embedding_dtype,
     ),
-    MethodSeam("sglang.srt.utils.device_timer", "_TimingInterval", "create", _begin_on_host),
-    MethodSeam("sglang.srt.utils.device_timer", "_TimingInterval", "end", _end_on_host),
-    MethodSeam(
+    _wrapped("sglang.srt.utils.device_timer", "_TimingInterval", "create", _begin_on_host),
+    _wrapped("sglang.srt.utils.device_timer", "_TimingInterval", "end", _end_on_host),
+    _wrapped(
         "sglang.srt.constrained.xgrammar_backend", "XGrammarGrammarBackend", "apply_vocab_mask", _mask_on_host
     ),
-    MethodSeam(
+    _wrapped(
         "sglang.srt.layers.quantization.unquant", "UnquantizedLinearMethod", "apply", packed_weights.apply
     ),
-    MethodSeam(
+    _wrapped(
         "sglang.srt.layers.quantization.unquant",
         "UnquantizedFusedMoEMethod",
         "forward_native",
         layers.of_own_experts,
     ),
-    MethodSeam(
+    _wrapped(
         "sglang.srt.layers.logits_processor",
         "LogitsProcessor",
         "_compute_lm_head",
         packed_weights.compute_lm_head,
     ),
     *(
-        MethodSeam(_WEIGHT_UPDATER, "WeightUpdater", name, packed_weights.before_updates)
+        _wrapped(_WEIGHT_UPDATER, "WeightUpdater", name, packed_weights.before_updates)
         for name in ("begin_weight_update", "update_weights_from_tensor", "load_weights_from_distributed")
     ),
     *(
-        MethodSeam(_WEIGHT_UPDATER, "WeightUpdater", name, packed_weights.around_updates)
+        _wrapped(_WEIGHT_UPDATER, "WeightUpdater", name, packed_weights.around_updates)
         for name in ("update_weights_from_disk", "update_weights_from_ipc", "end_weight_update")
     ),
-    MethodSeam(
+    _wrapped(
         "sglang.srt.utils.weight_checker", "WeightChecker", "_reset_tensors", packed_weights.around_updates
     ),
-    MethodSeam(
+    _wrapped(
         "sglang.srt.model_executor.model_runner",
         "ModelRunner",
         "finalize_startup_weight_load",
@@ -298,21 +279,26 @@ METHOD_SEAMS: tuple[MethodSeam, ...] = (
 )
 
 
-MODULE_SEAMS: tuple[ModuleSeam, ...] = (
-    ModuleSeam(
+MODULE_SEAMS: tuple[Seam, ...] = (
+    Seam(
         "sglang.kernels.ops.speculative.reconstruct_tree",
         "reconstruct_indices_from_tree_mask_func",
         spec_ops.reconstruct_indices_from_tree_mask_func,
     ),
 )
+"""Functions that are wanted of modules that cannot be imported here, because they import operators that no published
+wheel has."""
+
+SEAMS = (*_NAMES, *_METHODS)
 
 
-def delta_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
+def delta_seams() -> tuple[Seam, ...]:
     """What models with a gated delta rule use, by head or by channel: names and methods. Imported for them alone."""
     from whiflash_sglang.platform import recurrent_backends
 
     linear = "sglang.srt.layers.attention.linear"
-    names = (
+    fla = "sglang.kernels.ops.attention.fla"
+    return (
         Seam(f"{linear}.gdn_backend", "GDNAttnBackend", recurrent_backends.CpuDeltaBackend),
         Seam(f"{linear}.kda_backend", "KDAAttnBackend", recurrent_backends.CpuChannelDeltaBackend),
         *(
@@ -322,42 +308,39 @@ def delta_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
             for name in ("fused_qkvzba_split_reshape_cat", "fused_qkvzba_split_reshape_cat_contiguous")
         ),
         Seam(_ELEMENTWISE, "fused_sigmoid_mul", recurrent_backends.fused_sigmoid_mul),
-    )
-    fla = "sglang.kernels.ops.attention.fla"
-    return names, (
-        MethodSeam(
+        _wrapped(
             f"{fla}.fused_norm_gate", "FusedRMSNormGated", "forward", lambda _: recurrent_backends.gated_norm
         ),
-        MethodSeam(f"{fla}.layernorm_gated", "RMSNorm", "forward", lambda _: recurrent_backends.norm_gated),
+        _wrapped(f"{fla}.layernorm_gated", "RMSNorm", "forward", lambda _: recurrent_backends.norm_gated),
     )
 
 
-def mamba2_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
+def mamba2_seams() -> tuple[Seam, ...]:
     """What models with Mamba 2's mixer use."""
     from whiflash_sglang.platform.recurrent_backends import CpuMamba2Backend
 
     module = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
-    return (Seam(module, "Mamba2AttnBackend", CpuMamba2Backend),), ()
+    return (Seam(module, "Mamba2AttnBackend", CpuMamba2Backend),)
 
 
-def kimi_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
+def kimi_seams() -> tuple[Seam, ...]:
     """What Kimi Linear's experts use."""
-    return (), (
-        MethodSeam("sglang.srt.models.kimi_linear", "KimiMoE", "forward", lambda _: layers.experts_of_kimi),
+    return (
+        _wrapped("sglang.srt.models.kimi_linear", "KimiMoE", "forward", lambda _: layers.experts_of_kimi),
     )
 
 
-def llama_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
+def llama_seams() -> tuple[Seam, ...]:
     """Decoder layers of Llama's shape."""
-    return (), (MethodSeam("sglang.srt.models.llama", "LlamaDecoderLayer", "forward", layers.forward),)
+    return (_wrapped("sglang.srt.models.llama", "LlamaDecoderLayer", "forward", layers.forward),)
 
 
-def qwen2_seams() -> tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]:
+def qwen2_seams() -> tuple[Seam, ...]:
     """Decoder layers of Qwen2's, which are the same."""
-    return (), (MethodSeam("sglang.srt.models.qwen2", "Qwen2DecoderLayer", "forward", layers.forward),)
+    return (_wrapped("sglang.srt.models.qwen2", "Qwen2DecoderLayer", "forward", layers.forward),)
 
 
-MODEL_SEAMS: Mapping[str, Callable[[], tuple[tuple[Seam, ...], tuple[MethodSeam, ...]]]] = {
+MODEL_SEAMS: Mapping[str, Callable[[], tuple[Seam, ...]]] = {
     "RadixLinearAttention": delta_seams,
     "MambaMixer2": mamba2_seams,
     "KimiMoE": kimi_seams,

@@ -19,34 +19,16 @@ import ast
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from whiflash_sglang.compat.patching import Finding
-from whiflash_sglang.platform.seam_tables import (
-    EARLY_SEAMS,
-    METHOD_SEAMS,
-    MODEL_SEAMS,
-    MODULE_SEAMS,
-    SEAMS,
-    MethodSeam,
-    ModuleSeam,
-    Seam,
-)
-
-_originals: dict[str, Any] = {}
-"""What each installed seam replaced; empty before :func:`install_seams`."""
-_early: dict[str, Any] = {}
-"""The same of :func:`install_early_seams`."""
-
-
-def originals() -> Mapping[str, Any]:
-    """SGLang's own values of the names that are replaced in this process, by their full names."""
-    return {**_early, **_originals}
+from whiflash_sglang.compat.patching import Finding, replace, upstreams
+from whiflash_sglang.platform.seam_tables import EARLY_SEAMS, MODEL_SEAMS, MODULE_SEAMS, SEAMS, Seam
 
 
 def install_early_seams() -> None:
@@ -55,29 +37,23 @@ def install_early_seams() -> None:
     Raises:
         RuntimeError: a name is missing or has other parameters than its replacement.
     """
+    _require(map(_check, EARLY_SEAMS))
     for seam in EARLY_SEAMS:
-        if seam.label not in _early:
-            check = _check(seam)
-            if not check.ok:
-                raise RuntimeError(_another_sglang(str(check)))
-            module = importlib.import_module(seam.module)
-            _early[seam.label] = getattr(module, seam.name)
-            setattr(module, seam.name, seam.replacement)
+        replace(seam.path, seam.made)
 
 
+@cache
 def install_seams() -> None:
     """Replace every name of :data:`SEAMS`, wherever SGLang has already imported it. Idempotent.
 
     Raises:
         RuntimeError: a name is missing or has other parameters than its replacement.
     """
-    if _originals:
-        return
     _require(verify_seams())
     for absent in MODULE_SEAMS:
         sys.modules[absent.module] = stand_in = ModuleType(absent.module)
         setattr(stand_in, absent.name, absent.replacement)
-    _install(SEAMS, METHOD_SEAMS)
+    _install(SEAMS)
     _install_record_stream()
     _install_pin_memory()
 
@@ -88,48 +64,30 @@ def install_model_seams(layers: Collection[str]) -> None:
     Raises:
         RuntimeError: a name is missing or has other parameters than its replacement.
     """
-    for layer, seams_of in MODEL_SEAMS.items():
-        if layer not in layers:
-            continue
-        seams, methods = seams_of()
-        labels = {seam.label for seam in seams} | {method.label for method in methods}
-        if not labels <= _originals.keys():
-            _require([*map(_check, seams), *map(_check_method, methods)])
-            _install(seams, methods)
+    for seams_of in (MODEL_SEAMS[layer] for layer in MODEL_SEAMS if layer in layers):
+        seams = seams_of()
+        _require(map(_check, seams))
+        _install(seams)
 
 
-def _require(checks: list[Finding]) -> None:
+def _install(seams: Iterable[Seam]) -> None:
+    for seam in seams:
+        replace(seam.path, seam.made, everywhere=not (seam.wraps or seam.absent))
+
+
+def _require(checks: Iterable[Finding]) -> None:
     broken = [check for check in checks if not check.ok]
     if broken:
         listed = "; ".join(f"{check.name}: {check.detail}" for check in broken)
-        raise RuntimeError(_another_sglang(listed))
-
-
-def _another_sglang(found: str) -> str:
-    return f"the CPU platform was written for another SGLang ({found}): install the release that `whiflash check` names"
-
-
-def _install(seams: Sequence[Seam], methods: Sequence[MethodSeam]) -> None:
-    for seam in seams:
-        module = importlib.import_module(seam.module)
-        original = getattr(module, seam.name, None) if seam.absent else getattr(module, seam.name)
-        _originals[seam.label] = original
-        setattr(module, seam.name, seam.replacement)
-        if not seam.absent:
-            _rebind(seam.name, original, seam.replacement)
-    for method in methods:
-        owner = method.find()
-        _originals[method.label] = getattr(owner, method.name)
-        setattr(owner, method.name, method.wrap(_originals[method.label]))
+        raise RuntimeError(
+            f"the CPU platform was written for another SGLang ({listed}): install the release that `whiflash check` "
+            "names"
+        )
 
 
 def verify_seams() -> list[Finding]:
     """Check that every name exists with the parameters of its replacement. Imports SGLang; changes nothing."""
-    return [
-        *(_check(seam) for seam in (*EARLY_SEAMS, *SEAMS)),
-        *(_check_method(seam) for seam in METHOD_SEAMS),
-        *(_check_module(seam) for seam in MODULE_SEAMS),
-    ]
+    return [*map(_check, (*EARLY_SEAMS, *SEAMS)), *map(_check_module, MODULE_SEAMS)]
 
 
 def _check(seam: Seam) -> Finding:
@@ -137,26 +95,19 @@ def _check(seam: Seam) -> Finding:
         module = importlib.import_module(seam.module)
         # Imported for accelerators alone, it is in the module's source.
         skipped = seam.absent and not hasattr(module, seam.name) and seam.name in inspect.getsource(module)
-        found = None if skipped else getattr(module, seam.name)
-        upstream = _originals.get(seam.label, _early.get(seam.label, found))
+        upstream = None if skipped else upstreams(seam.path)
     except (ImportError, AttributeError) as error:
-        return Finding(seam.label, False, f"missing: {error}")
+        return Finding(seam.path, False, f"missing: {error}")
     if seam.absent:
         if upstream in (None, False):
-            return Finding(seam.label, True, "no operator upstream; torch version in place of it")
-        return Finding(seam.label, False, f"expected no operator on this platform, found {upstream!r}")
-    return _compare(seam.label, upstream, seam.replacement)
+            return Finding(seam.path, True, "no operator upstream; torch version in place of it")
+        return Finding(seam.path, False, f"expected no operator on this platform, found {upstream!r}")
+    if not callable(upstream):
+        return Finding(seam.path, False, f"expected a function, found {upstream!r}")
+    return _compare(seam.path, list(inspect.signature(upstream).parameters), seam.made(upstream))
 
 
-def _check_method(seam: MethodSeam) -> Finding:
-    try:
-        upstream = _originals.get(seam.label, getattr(seam.find(), seam.name))
-    except (ImportError, AttributeError) as error:
-        return Finding(seam.label, False, f"missing: {error}")
-    return _compare(seam.label, upstream, seam.wrap(upstream))
-
-
-def _check_module(seam: ModuleSeam) -> Finding:
+def _check_module(seam: Seam) -> Finding:
     """The module's source says what the function takes; importing it is what fails."""
     parent, _, name = seam.module.rpartition(".")
     source = Path(str(importlib.import_module(parent).__file__)).parent / f"{name}.py"
@@ -164,29 +115,16 @@ def _check_module(seam: ModuleSeam) -> Finding:
     for function in functions:
         if isinstance(function, ast.FunctionDef) and function.name == seam.name:
             found = [argument.arg for argument in function.args.args]
-            return _compare_parameters(seam.label, found, seam.replacement)
-    return Finding(seam.label, False, "missing")
+            return _compare(seam.path, found, seam.replacement)
+    return Finding(seam.path, False, "missing")
 
 
-def _compare(label: str, upstream: Any, replacement: Any) -> Finding:
+def _compare(label: str, found: list[str], replacement: Callable[..., Any]) -> Finding:
     """Whether upstream's function takes exactly the parameters of its replacement."""
-    if not callable(upstream):
-        return Finding(label, False, f"expected a function, found {upstream!r}")
-    return _compare_parameters(label, list(inspect.signature(upstream).parameters), replacement)
-
-
-def _compare_parameters(label: str, found: list[str], replacement: Callable[..., Any]) -> Finding:
     expected = list(inspect.signature(replacement).parameters)
     if found != expected:
         return Finding(label, False, f"parameters are {found}, expected {expected}")
     return Finding(label, True, f"{len(found)} parameters as expected")
-
-
-def _rebind(name: str, original: Any, replacement: Any) -> None:
-    """Follow ``from module import name`` into every SGLang module that has already run it."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("sglang.") and vars(module).get(name) is original:
-            setattr(module, name, replacement)
 
 
 def _install_record_stream() -> None:
