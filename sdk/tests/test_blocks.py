@@ -11,7 +11,7 @@ from fake_server import ASKED, FakeServer
 from openai import AsyncOpenAI
 
 from whiflash_sdk import Hints, Session, Span, agent, collect, hinted, predict, spans, wrap
-from whiflash_sdk.prediction import predicted_text
+from whiflash_sdk.blocks import predicted_text
 
 BLOCKS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "hinted": lambda: hinted(Hints(off=True)),

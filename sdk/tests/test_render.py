@@ -10,7 +10,7 @@ from fake_server import TRACE
 
 from whiflash_sdk import Stretch, Trace
 from whiflash_sdk.render import Turn, conversation_html, html, terminal
-from whiflash_sdk.render.timeline import zooms
+from whiflash_sdk.render.page import zooms
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;'\""
 STRETCHES: list[dict[str, Any]] = [

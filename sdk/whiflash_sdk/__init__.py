@@ -4,6 +4,7 @@ import logging
 
 from whiflash_sdk import presets, spans
 from whiflash_sdk.agents import agent
+from whiflash_sdk.blocks import predict
 from whiflash_sdk.capabilities import Capabilities, async_capabilities, capabilities
 from whiflash_sdk.client import wrap
 from whiflash_sdk.collecting import Collected, collect
@@ -16,7 +17,6 @@ from whiflash_sdk.errors import (
     WhiFlashError,
 )
 from whiflash_sdk.hints import Arm, Hints, Kind, Span, TraceLevel
-from whiflash_sdk.prediction import predict
 from whiflash_sdk.report import Report, Share
 from whiflash_sdk.session import Session
 from whiflash_sdk.spans import hinted

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Final, TypedDict
 
 from whiflash_sdk.agents import Agent, name_of
+from whiflash_sdk.blocks import predicted_text
 from whiflash_sdk.capabilities import Capabilities, Server
 from whiflash_sdk.collecting import start
 from whiflash_sdk.derive import derive_spans, open_first
 from whiflash_sdk.errors import warn_unsupported
 from whiflash_sdk.flow import Flow, ResultT
 from whiflash_sdk.hints import AGENT_FIELD, WIRE_KEY, Hints, Span, TraceLevel, decode
-from whiflash_sdk.prediction import predicted_text
 from whiflash_sdk.reading import json_or_none, text_or_none
 from whiflash_sdk.session import Session, session
 from whiflash_sdk.spans import block_hints, opened_span

@@ -15,10 +15,9 @@ from whiflash_sdk.presets import LLAMA3
 from whiflash_sglang.spans.carrier import Own, validate_custom_params
 from whiflash_sglang.spans.hints import MAX_TOOLS_CHARS, TOOLS_KEY, parse_hints
 from whiflash_sglang.spans.vocabulary import Vocabulary
-from whiflash_sglang.structure.calls import Calls
+from whiflash_sglang.structure.calls import Calls, compiled
 from whiflash_sglang.structure.chances import SEED, Kind, StructureChances
 from whiflash_sglang.structure.guesses import Guesses
-from whiflash_sglang.structure.json_calls import compiled
 from whiflash_sglang.structure.schemas import MOST_NAMED_CHARS, MOST_NODES, Essence
 from whiflash_sglang.structure.sketch import sketch, text_of
 from whiflash_sglang.structure.tools import KEPT, MOST_FUNCTIONS, carried_tools, words_of_tools
