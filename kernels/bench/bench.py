@@ -48,18 +48,21 @@ class Row:
     share_of_copy_bandwidth: float | None
 
 
-def variants(case: Case, device: torch.device) -> Iterator[tuple[str, Call]]:
+def variants(case: Case, device: torch.device, compiled: bool) -> Iterator[tuple[str, Call]]:
     """The implementations of a case, by name."""
     if device.type == "cuda":
         yield "triton", case.call
     yield "torch", case.call
-    torch.compiler.reset()  # or the cases of one op would share its limit of recompilations
-    yield "torch.compile", torch.compile(case.compilable or case.call, dynamic=False)
+    if compiled:
+        torch.compiler.reset()  # or the cases of one op would share its limit of recompilations
+        yield "torch.compile", torch.compile(case.compilable or case.call, dynamic=False)
     yield from case.others.items()
 
 
-def measure(case: Case, device: torch.device, limits: Ceilings | None, budget_ms: int) -> Iterator[Row]:
-    for name, call in variants(case, device):
+def measure(
+    case: Case, device: torch.device, limits: Ceilings | None, *, compiled: bool, budget_ms: int
+) -> Iterator[Row]:
+    for name, call in variants(case, device, compiled):
         with forced("triton" if name == "triton" else "torch"):
             timing = time_call(call, device, budget_ms)
         floor = share = None
@@ -118,6 +121,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3-8b")
     parser.add_argument("--budget-ms", type=int, default=200, help="how long each call is repeated")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the references")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     arguments = parser.parse_args()
@@ -134,7 +138,9 @@ def main() -> int:
     rows: list[Row] = []
     for case in all_cases(bench):
         print(f"{case.op}, {case.label}", file=sys.stderr, flush=True)
-        rows += measure(case, device, limits, arguments.budget_ms)
+        rows += measure(
+            case, device, limits, compiled=not arguments.no_compile, budget_ms=arguments.budget_ms
+        )
     print("verify round and switch", file=sys.stderr, flush=True)
     rows += switch_rows(bench, arguments.budget_ms)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()

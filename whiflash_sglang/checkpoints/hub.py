@@ -74,26 +74,24 @@ def look_up(said: str, *, config: bool = True) -> Found:
 
 
 def _config_from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     if _uses_modelscope():
         return fetch(name, revision=revision) / "config.json"
-    try:
-        return Path(hf_hub_download(name, "config.json", revision=revision))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise _gave_nothing(name, revision, error) from None
+    return Path(_from_hugging_face(name, revision, file="config.json"))
 
 
 def _uses_modelscope() -> bool:
     return os.environ.get("SGLANG_USE_MODELSCOPE", "").lower() in ("1", "true", "yes", "y", "t", "on")
 
 
-def _from_hugging_face(path: str, revision: str | None, download_dir: str | None) -> str:
-    from huggingface_hub import snapshot_download
+def _from_hugging_face(
+    path: str, revision: str | None, download_dir: str | None = None, file: str | None = None
+) -> str:
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        if file is not None:
+            return str(hf_hub_download(path, file, revision=revision))
         return str(snapshot_download(path, revision=revision, cache_dir=download_dir))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise _gave_nothing(path, revision, error) from None

@@ -1,6 +1,6 @@
 """A published draft format: its name, how its files are read, which model they fill."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,17 +58,6 @@ def format_key(path: Path, config: Json) -> str | None:
     if projector not in (None, "dflash", "dspark"):
         return f"projector/{projector}"
     return next(iter(config.get("architectures") or ()), None)
-
-
-def by_key(formats: Iterable[DraftFormat]) -> dict[str, DraftFormat]:
-    """Every key with its format. Raises ValueError where two formats claim one key."""
-    found: dict[str, DraftFormat] = {}
-    for draft_format in formats:
-        for key in draft_format.keys:
-            if key in found:
-                raise ValueError(f"{key} is claimed by {found[key].name} and by {draft_format.name}")
-            found[key] = draft_format
-    return found
 
 
 def pick(formats: Mapping[str, DraftFormat], config: Json, path: Path) -> DraftFormat:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from whiflash_sglang.models import dflash, dflash2, domino, dspark, eagle3, mtp, speculators
 from whiflash_sglang.models.config_json import read_json_config
-from whiflash_sglang.models.draft_format import DraftFormat, by_key, pick
+from whiflash_sglang.models.draft_format import DraftFormat, pick
 
 FORMATS: tuple[DraftFormat, ...] = (
     dflash.FORMAT,
@@ -17,7 +17,7 @@ FORMATS: tuple[DraftFormat, ...] = (
     *speculators.FORMATS,
     *mtp.FORMATS,
 )
-_BY_KEY = by_key(FORMATS)
+_BY_KEY = {key: draft_format for draft_format in FORMATS for key in draft_format.keys}
 
 
 class Draft(NamedTuple):
