@@ -80,6 +80,7 @@ def test_the_command_measures_and_keeps_what_the_bundle_says(tmp_path: Path) -> 
         tokens=np.concatenate([answer.tokens for answer in answers]).astype(np.uint16),
         lengths=[len(answer.tokens) for answer in answers],
         prompt_lengths=[answer.prompt_length for answer in answers],
+        ids=list("abc"),
     )
     bundle = tmp_path / "bundle"
     bundle.mkdir()

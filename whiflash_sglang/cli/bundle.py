@@ -2,20 +2,15 @@
 
 `whiflash lookup-seed`: what a bundle's copying arm believes before it has seen anything."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from whiflash_sglang.cli.options import JsonFlag, for_tables, report
-from whiflash_sglang.errors import WhiflashError
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from whiflash_sglang.lookup.seed import Answer
-
 
 _ID = "hub id or directory"
 
@@ -79,34 +74,6 @@ def _place(manifest: dict[str, object], part: str) -> str:
     return f"{manifest[part]}{' at ' + revision if revision else ''}"
 
 
-class TokenFileError(WhiflashError):
-    """A file of token ids cannot be used."""
-
-
-def read_answers(path: Path) -> "Iterator[Answer]":
-    """Sequences of a file that `whiflash train export` wrote, with their progress.
-
-    Raises:
-        TokenFileError: the file is missing or is not such a file.
-    """
-    import numpy as np
-
-    from whiflash_sglang.lookup.seed import Answer
-    from whiflash_sglang.progress import tracked
-
-    try:
-        with np.load(path) as file:
-            tokens, lengths, prompts = (file[name] for name in ("tokens", "lengths", "prompt_lengths"))
-    except (OSError, ValueError, KeyError) as error:
-        raise TokenFileError(
-            f"{path} holds no answers' token ids ({error}): give a file that `whiflash train export` wrote"
-        ) from None
-    ends = np.cumsum(lengths)
-    columns = list(zip(ends.tolist(), lengths.tolist(), prompts.tolist(), strict=True))
-    for end, length, prompt in tracked(columns, "copying from answers"):
-        yield Answer(tokens[end - length : end].tolist(), prompt)
-
-
 def _table(seed: tuple[tuple[float, ...], ...]) -> "Table":
     from rich.table import Table
 
@@ -135,10 +102,15 @@ def lookup_seed(
     import json
 
     from whiflash_sglang.checkpoints.manifest import Lookup, load_manifest
-    from whiflash_sglang.lookup.seed import measure_seed
+    from whiflash_sglang.lookup.seed import Answer, measure_seed
+    from whiflash_sglang.progress import tracked
+    from whiflash_sglang.train.answers.tokens import Exported
 
     settings = (load_manifest(bundle).lookup if bundle is not None else None) or Lookup()
-    seed = measure_seed(read_answers(tokens), settings.max_width)
+    exported = Exported(tokens)
+    order = tracked(range(len(exported.ids)), "copying from answers")
+    answers = (Answer(exported.tokens(i).tolist(), int(exported.columns["prompt_lengths"][i])) for i in order)
+    seed = measure_seed(answers, settings.max_width)
     if bundle is not None:
         from whiflash_sglang.train.bundle import update_manifest
 

@@ -178,10 +178,9 @@ def _drafter_command(name: str) -> Callable[[Path, Path | None, bool], None]:
         with readable_errors():
             settings = resolve_config(config)
             from whiflash_sglang.train.answers.data import target_path
-            from whiflash_sglang.train.drafters.runner import train_dflash, train_dspark, train_eagle3
+            from whiflash_sglang.train.drafters.runner import train_drafter
 
-            train = {"eagle3": train_eagle3, "dflash": train_dflash, "dspark": train_dspark}[name]
-            out = train(settings, target_path(settings.target), start_from)
+            out = train_drafter(name, settings, target_path(settings.target), start_from)
         report({"checkpoint": str(out)}, as_json)
 
     return command

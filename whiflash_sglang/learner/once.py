@@ -47,7 +47,7 @@ from whiflash_sglang.train.answers.data import is_embedded, target_path
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.answers.tokens import Exported
 from whiflash_sglang.train.config import TrainConfig
-from whiflash_sglang.train.drafters.runner import train_dflash, train_dspark, train_eagle3
+from whiflash_sglang.train.drafters.runner import train_drafter
 from whiflash_sglang.train.replay import Pair, Parts, ReplayLog
 
 SAVE_STEPS = 25
@@ -387,11 +387,11 @@ def replayed(file: Path, tokens: int, seed: int) -> list[Text]:
 
 def train_arm(config: TrainConfig, arm: str, checkpoint: Path, pace: Pace) -> Path:
     """Train the arm's drafter on from the checkpoint, or go on with that; returns where the result is."""
-    if arm == arms.AR:
-        train = train_eagle3
-    else:
-        train = train_dspark if read_draft(checkpoint, arm).format.model is DSparkDrafter else train_dflash
-    return train(config, target_path(config.target), checkpoint, held=True, after_step=pace.rest)
+    name = PARTS[arm]
+    if arm == arms.DIFFUSION and read_draft(checkpoint, arm).format.model is DSparkDrafter:
+        name = "dspark"
+    target = target_path(config.target)
+    return train_drafter(name, config, target, checkpoint, held=True, after_step=pace.rest)
 
 
 def parts_of(manifest: Manifest, checkpoints: Mapping[str, Path], config: TrainConfig) -> Parts:

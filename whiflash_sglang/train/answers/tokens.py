@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.progress import progress
 from whiflash_sglang.train.answers.served import ServedTarget
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, unique_answers
@@ -47,12 +48,20 @@ def export_tokens(stores: Sequence[FeatureStore], path: Path) -> int:
 
 
 class Exported:
-    """An `export_tokens` file: entry i of `columns` ("tokens" apart) and `tokens(i)` [N] int64 are a sequence."""
+    """An `export_tokens` file: entry i of `columns` ("tokens" apart) and `tokens(i)` [N] int64 are a sequence.
+
+    Raises ConfigError where the file is missing or is no such file.
+    """
 
     def __init__(self, path: Path) -> None:
-        with np.load(path) as file:
-            self.columns = {name: file[name] for name in file.files}
-        self.ids: list[str] = self.columns["ids"].tolist()
+        try:
+            with np.load(path) as file:
+                self.columns = {name: file[name] for name in file.files}
+            self.ids: list[str] = self.columns["ids"].tolist()
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"{path} holds no answers' token ids ({error}): give a file that `whiflash train export` wrote"
+            ) from None
         self._ends = np.cumsum(self.columns["lengths"], dtype=np.int64)
 
     def tokens(self, index: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from whiflash_sglang.train.answers.provenance import (
     data_digest,
 )
 from whiflash_sglang.train.answers.store import FeatureStore, open_stores
-from whiflash_sglang.train.config import DFlash, DSpark, Loop, TrainConfig
+from whiflash_sglang.train.config import DFlash, DSpark, Eagle3, Loop, TrainConfig
 from whiflash_sglang.train.drafters import dflash as dflash_training
 from whiflash_sglang.train.drafters import dspark as dspark_training
 from whiflash_sglang.train.drafters import eagle3 as eagle3_training
@@ -53,7 +54,8 @@ class _LoggingTrainer(Trainer):  # type: ignore[misc]
         super().log({**logs, **model.metrics}, *args, **kwargs)
 
 
-def train_eagle3(
+def train_drafter(
+    name: str,
     config: TrainConfig,
     target_path: Path,
     start_from: Path | None = None,
@@ -61,98 +63,77 @@ def train_eagle3(
     held: bool = False,
     after_step: AfterStep | None = None,
 ) -> Path:
-    """Train the EAGLE-3 drafter on the data so far; returns the directory of the checkpoint in SGLang's
-    format.
+    """Train a drafter on the data so far; returns the directory of its checkpoint, in SGLang's format.
 
     Args:
+        name: of `BUILDERS`, and of its section of the configuration.
         held: keep what draft KV is made with as it is in `start_from`, so that a server can switch to the result.
         after_step: called after every step.
 
     Raises:
-        ConfigError: `start_from` is not of the configuration's shape.
+        ConfigError: there is no such section, or `start_from` is not of its shape.
     """
-    settings = config.eagle3
+    settings = config.dspark_section() if name == "dspark" else getattr(config, name)
     stores = open_stores(config)
     target = origin_of(config, target_path, stores)
+    build = partial(BUILDERS[name], config, settings, target, stores, start_from)
+    return _train(name, config, settings.loop, stores, build, start_from, held, after_step)
+
+
+train_eagle3 = partial(train_drafter, "eagle3")
+train_dflash = partial(train_drafter, "dflash")
+train_dspark = partial(train_drafter, "dspark")
+
+
+def _eagle3(
+    config: TrainConfig, settings: Eagle3, target: Origin, stores: list[FeatureStore], start: Path | None
+) -> nn.Module:
+    frequencies = token_frequencies(stores, target.vocab_size)
+    if start is None:
+        chosen = choose_draft_vocabulary(frequencies, settings.draft_vocab_size)
+        drafter = eagle3_training.initialise(target, settings, chosen)
+    else:
+        drafter = go_on_from(start, target, settings, frequencies)
     columns = [config.capture.index(layer) for layer in settings.target_layers]
+    return eagle3_training.Eagle3Training(
+        drafter, target.head, columns=columns, steps=settings.steps, decay=settings.decay
+    )
 
-    def build() -> eagle3_training.Eagle3Training:
-        frequencies = token_frequencies(stores, target.vocab_size)
-        if start_from is None:
-            chosen = choose_draft_vocabulary(frequencies, settings.draft_vocab_size)
-            drafter = eagle3_training.initialise(target, settings, chosen)
-        else:
-            drafter = go_on_from(start_from, target, settings, frequencies)
-        return eagle3_training.Eagle3Training(
-            drafter, target.head, columns=columns, steps=settings.steps, decay=settings.decay
+
+def _dflash(
+    config: TrainConfig, settings: DFlash, target: Origin, stores: list[FeatureStore], start: Path | None
+) -> nn.Module:
+    if start is None:
+        drafter = dflash_training.initialise(
+            target, settings, block_size=settings.block_size, section="dflash"
         )
-
-    return _train("eagle3", config, settings.loop, stores, build, start_from, held, after_step)
-
-
-def train_dflash(
-    config: TrainConfig,
-    target_path: Path,
-    start_from: Path | None = None,
-    *,
-    held: bool = False,
-    after_step: AfterStep | None = None,
-) -> Path:
-    """Train the DFlash drafter on the data so far; returns the directory of the `DFlashDraftModel`
-    checkpoint. held, after_step: as of `train_eagle3`.
-    """
-    settings = config.dflash
-    stores = open_stores(config)
-    target = origin_of(config, target_path, stores)
-
-    def build() -> dflash_training.DFlashTraining:
-        if start_from is None:
-            drafter = dflash_training.initialise(
-                target, settings, block_size=settings.block_size, section="dflash"
-            )
-        else:
-            drafter = DFlashDrafter.load(
-                start_from,
-                device=torch.device("cpu"),
-                dtype=torch.float32,
-                target_embedding=target.embedding,
-                target_lm_head=target.head,
-            )
-        drafter.embedding_scale = target.embedding_scale
-        given = _block_options(config, settings, stores, target)
-        return dflash_training.DFlashTraining(drafter, gamma=settings.gamma, **given)
-
-    return _train("dflash", config, settings.loop, stores, build, start_from, held, after_step)
+    else:
+        drafter = DFlashDrafter.load(
+            start,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            target_embedding=target.embedding,
+            target_lm_head=target.head,
+        )
+    drafter.embedding_scale = target.embedding_scale
+    given = _block_options(config, settings, stores, target)
+    return dflash_training.DFlashTraining(drafter, gamma=settings.gamma, **given)
 
 
-def train_dspark(
-    config: TrainConfig,
-    target_path: Path,
-    start_from: Path | None = None,
-    *,
-    held: bool = False,
-    after_step: AfterStep | None = None,
-) -> Path:
-    """Train the DSpark drafter on the data so far; returns the directory of the `Qwen3DSparkModel` checkpoint.
-    held, after_step: as of `train_eagle3`.
+def _dspark(
+    config: TrainConfig, settings: DSpark, target: Origin, stores: list[FeatureStore], start: Path | None
+) -> nn.Module:
+    if start is None:
+        drafter = dspark_training.initialise(target, settings)
+    else:
+        drafter = dspark_training.go_on_from(start, target, settings)
+    drafter.embedding_scale = target.embedding_scale
+    given = _block_options(config, settings, stores, target)
+    return dspark_training.DSparkTraining(drafter, settings, **given)
 
-    Raises:
-        ConfigError: there is no section `dspark`, or `start_from` is not of its shape.
-    """
-    settings = config.dspark_section()
-    stores = open_stores(config)
-    target = origin_of(config, target_path, stores)
 
-    def build() -> dspark_training.DSparkTraining:
-        if start_from is None:
-            drafter = dspark_training.initialise(target, settings)
-        else:
-            drafter = dspark_training.go_on_from(start_from, target, settings)
-        drafter.embedding_scale = target.embedding_scale
-        given = _block_options(config, settings, stores, target)
-        return dspark_training.DSparkTraining(drafter, settings, **given)
-
-    return _train("dspark", config, settings.loop, stores, build, start_from, held, after_step)
+BUILDERS: Mapping[str, Callable[..., nn.Module]] = {"eagle3": _eagle3, "dflash": _dflash, "dspark": _dspark}
+"""Drafter → what makes it, with its loss, as its training begins."""
 
 
 def _block_options(
