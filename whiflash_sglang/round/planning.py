@@ -74,10 +74,9 @@ class Planner:
                 proposed[i] = {}  # its rows would not pay
         round.candidates = [self._verifiable(round, i, by_arm) for i, by_arm in enumerate(proposed)]
         most = {arm: rows_of(self.drafters, arm) for arm in set(round.routes)}
-        round.limits = {"pass": [], "joined": [], "copied": [], "all": []}
-        for i, (arm, budget) in enumerate(zip(round.routes, round.budgets, strict=True)):
-            for name, limit in self._limits(round, i, min(most[arm], budget) - 1).items():
-                round.limits[name].append(limit)
+        limits = [self._limits(round, i, most[arm]) for i, arm in enumerate(round.routes)]
+        names = "pass", "joined", "copied", "all"
+        round.limits = dict(zip(names, map(list, zip(*limits, strict=True)), strict=True))
         round.priced_as = [
             arms.PROMISED if arm == arms.NONE and state.decision.promised else arm
             for arm, state in zip(round.routes, states, strict=True)
@@ -103,12 +102,12 @@ class Planner:
             }
         return {arm: each for arm, each in usable.items() if not self.sources.copies_itself(arm, each)}
 
-    def _limits(self, round: Round, index: int, limit: int) -> dict[str, int]:
-        """`Round.limits` of a request. limit: that of its pass."""
+    def _limits(self, round: Round, index: int, widest: int) -> tuple[int, int, int, int]:
+        """`Round.limits` of a request, in their order. widest: rows of its pass."""
         (row, rid), most, controller = round.names[index], round.budgets[index] - 1, self.controller
-        candidates = round.candidates[index]
+        limit, candidates = min(widest - 1, most), round.candidates[index]
         if not controller.holds(row, rid):
-            return {"pass": limit, "joined": 0, "copied": 0, "all": 0}
+            return limit, 0, 0, 0
         longest = copying = 0
         joins = (limit or (self.host.exact and candidates)) and controller.may_join(row)
         for arm in self.quarantine.serving(self.sources.of_text, rid):
@@ -123,7 +122,7 @@ class Planner:
         if candidates:
             most_tokens = max(len(candidate.tokens) for candidate in candidates.values())
             room = max(room, min(most_tokens, widest_of(self.drafters)))
-        return {"pass": limit, "joined": min(longest, most), "copied": copying, "all": min(room, most)}
+        return limit, min(longest, most), copying, min(room, most)
 
     def _calibrations(self, round: Round) -> dict[str, Floats]:
         """What drafts of the round are judged by, of every arm that may make some."""
