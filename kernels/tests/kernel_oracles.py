@@ -7,17 +7,15 @@ import torch
 from torch import Tensor
 
 
-def routing_stats(row: Tensor) -> tuple[float, float, float, int]:
-    """Entropy, top-1, margin and first argmax of one row, in float64."""
+def routing_stats(row: Tensor) -> tuple[float, float, int]:
+    """Entropy, top-1 and first argmax of one row, in float64."""
     logits = row.double().cpu()
     if bool((logits <= -1e30).all()):
-        return 0.0, 0.0, 0.0, 0
+        return 0.0, 0.0, 0
     probabilities = torch.softmax(logits, dim=0)
     entropy = -sum(p * math.log(p) for p in probabilities.tolist() if p > 0)
-    ordered = sorted(probabilities.tolist(), reverse=True)
-    margin = ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0)
     values = logits.tolist()
-    return entropy, ordered[0], margin, values.index(max(values))
+    return entropy, max(probabilities.tolist()), values.index(max(values))
 
 
 def park(ring, ring_tokens, features, next_tokens, slots, begins, lengths, starts) -> None:

@@ -25,10 +25,10 @@ def _check(logits: Tensor, rows: Tensor | None = None) -> None:
 
 @op(_check)
 def routing_stats(logits: Tensor, rows: Tensor | None = None) -> RoutingStats:
-    """Entropy, top-1 probability, top-1/top-2 margin and argmax of each row's softmax.
+    """Entropy, top-1 probability and argmax of each row's softmax.
 
-    With m = max x, z = sum exp(x - m): entropy = ln z - sum (x - m) exp(x - m) / z, top1 = 1 / z,
-    margin = (1 - exp(second - m)) / z, argmax = the first index of m.
+    With m = max x, z = sum exp(x - m): entropy = ln z - sum (x - m) exp(x - m) / z, top1 = 1 / z, argmax = the
+    first index of m.
 
     Args:
         logits: [M, V] bf16, fp16 or fp32, last dimension contiguous; read only. Entries at or below -1e30
@@ -37,8 +37,8 @@ def routing_stats(logits: Tensor, rows: Tensor | None = None) -> RoutingStats:
             without copying it out first; None reads all M.
 
     Returns:
-        Four [R] tensors. A fully masked row has entropy, top1 and margin 0 and argmax 0: top1 = 0 occurs
-        nowhere else and marks it. Rows holding NaN or +inf have no distribution: theirs are unspecified.
+        Three [R] tensors. A fully masked row has entropy, top1 and argmax 0: top1 = 0 occurs nowhere else
+        and marks it. Rows holding NaN or +inf have no distribution: theirs are unspecified.
 
     Raises:
         ValueError: ``logits`` is not two-dimensional, is not contiguous along the vocabulary, or V is 0.
@@ -46,10 +46,10 @@ def routing_stats(logits: Tensor, rows: Tensor | None = None) -> RoutingStats:
     Grid: (R, splits), each program reads one slice of a row once; a second launch merges the slices when a
     row is split to fill the chip.
     Numerics: float32 throughout; base-2 exponentials relative to each thread's running maximum.
-    Fallback: torch (max, top-k, exp, sum, dot over a float32 copy).
-    Compared: torch needs five reads of the logits or their float32 copy; FlashInfer's softmax and top-k write
+    Fallback: torch (max, exp, sum, dot over a float32 copy).
+    Compared: torch needs four reads of the logits or their float32 copy; FlashInfer's softmax and top-k write
     the distribution out; SGLang has an argmax kernel (``row_argmax.py``) and no entropy. Liger-Kernel's fused
-    cross-entropy keeps the same online maximum and sum. None gives the four in one read.
+    cross-entropy keeps the same online maximum and sum. None gives the three in one read.
     Source: WhiFlash, arXiv 2606.07710 (entropy router); online softmax, arXiv 1805.02867.
     """
     if rows is not None:
@@ -72,11 +72,8 @@ def _stats(logits: Tensor) -> RoutingStats:
     weights = relative.exp()
     total = weights.sum(dim=-1, keepdim=True).clamp_min_(1.0)  # below 1 only where all is masked
     mean = relative.mul_(weights).sum(dim=-1, keepdim=True) / total
-    # With the first maximum struck out, the largest of the rest is the runner-up, ties included.
-    runner_up = weights.scatter_(1, argmax, 0.0).amax(dim=-1, keepdim=True)
     return RoutingStats(
         entropy=(live * (total.log() - mean).clamp_min_(0.0)).squeeze(1),
         top1=(live / total).squeeze(1),
-        margin=(live * (1.0 - runner_up) / total).squeeze(1),
         argmax=(argmax * live.long()).squeeze(1),
     )

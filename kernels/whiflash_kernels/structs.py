@@ -18,8 +18,6 @@ class RoutingStats(NamedTuple):
     """[R] float32, nats."""
     top1: Tensor
     """[R] float32, probability of the most likely token; 0 marks a fully masked row."""
-    margin: Tensor
-    """[R] float32, top-1 minus top-2 probability."""
     argmax: Tensor
     """[R] int64, the first index of the largest logit."""
 

@@ -3,9 +3,9 @@
 """Routing statistics in one read of the logits.
 
 Each thread owns whole groups of ``WIDE`` neighbouring logits (one 16-byte load), and keeps one state for each
-lane of groups: the running maximum, the sums relative to it, the largest value outside the group that holds
-the maximum, and that group itself. Keeping the group costs one select per logit; the index of the maximum and
-the runner-up inside the group are worked out once, after the loop, instead of being tracked for each logit.
+lane of groups: the running maximum, the sums relative to it, and the group that holds the maximum. Keeping the
+group costs one select per logit; the index of the maximum inside the group is worked out once, after the loop,
+instead of being tracked for each logit.
 """
 
 import torch
@@ -28,7 +28,7 @@ _FAR = tl.constexpr(-200.0)
 
 
 @triton.jit
-def _absorb(x, start, lane, peak, total, moment, second, group, group_start, WIDE: tl.constexpr):
+def _absorb(x, start, lane, peak, total, moment, group, group_start, WIDE: tl.constexpr):
     """Add a tile of logits to the lanes' states; the sums are in base-2 units relative to ``peak``."""
     tile_peak = tl.max(x, axis=1)
     new_peak = tl.maximum(peak, tile_peak)
@@ -38,15 +38,14 @@ def _absorb(x, start, lane, peak, total, moment, second, group, group_start, WID
     scale = tl.exp2(shift)
     moment = scale * (moment + total * shift) + tl.sum(weight * exponent, axis=1)
     total = scale * total + tl.sum(weight, axis=1)
-    second = tl.maximum(second, tl.minimum(peak, tile_peak))
     better = tile_peak > peak
     group = tl.where(better[:, None], x, group)
     group_start = tl.where(better, start + lane * WIDE, group_start)
-    return new_peak, total, moment, second, group, group_start
+    return new_peak, total, moment, group, group_start
 
 
 @triton.jit
-def _merge(peak, total, moment, second, index):
+def _merge(peak, total, moment, index):
     """Merge a vector of states into one; the first index of the overall maximum wins."""
     overall = tl.max(peak, axis=0)
     shift = (peak - overall) * _LOG2E
@@ -54,19 +53,16 @@ def _merge(peak, total, moment, second, index):
     merged_moment = tl.sum(scale * (moment + total * shift), axis=0)
     merged_total = tl.sum(scale * total, axis=0)
     winner = tl.min(tl.where(peak == overall, index, 2147483647), axis=0)
-    is_winner = (peak == overall) & (index == winner)
-    merged_second = tl.max(tl.where(is_winner, second, peak), axis=0)
-    return overall, merged_total, merged_moment, merged_second, winner
+    return overall, merged_total, merged_moment, winner
 
 
 @triton.jit
-def _store_stats(row, peak, total, moment, second, index, entropy, top1, margin, argmax):
+def _store_stats(row, peak, total, moment, index, entropy, top1, argmax):
     live = peak > _MASKED
     total = tl.where(live, total, 1.0)
     result = tl.log2(total) * _LN2 - _LN2 * moment / total
     tl.store(entropy + row, tl.where(live, tl.maximum(result, 0.0), 0.0))
     tl.store(top1 + row, tl.where(live, 1.0 / total, 0.0))
-    tl.store(margin + row, tl.where(live, (1.0 - tl.exp2((second - peak) * _LOG2E)) / total, 0.0))
     tl.store(argmax + row, tl.where(live, index, 0).to(tl.int64))
 
 
@@ -76,7 +72,6 @@ def _stats_kernel(
     rows,
     entropy,
     top1,
-    margin,
     argmax,
     sums,
     indices,
@@ -103,50 +98,44 @@ def _stats_kernel(
     peak = tl.full([LANES], _MASKED, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     moment = tl.zeros([LANES], tl.float32)
-    second = tl.full([LANES], float("-inf"), tl.float32)
     group = tl.full([LANES, WIDE], float("-inf"), tl.float32)
     group_start = tl.zeros([LANES], tl.int32)
     # Whole tiles need no mask, and a mask that does not align with the loads would break them up.
     for start in range(begin, whole, LANES * WIDE):
         x = tl.load(base + start + offset).to(tl.float32)
-        peak, total, moment, second, group, group_start = _absorb(
-            x, start, lane, peak, total, moment, second, group, group_start, WIDE
+        peak, total, moment, group, group_start = _absorb(
+            x, start, lane, peak, total, moment, group, group_start, WIDE
         )
     if whole < end:
         x = tl.load(base + whole + offset, mask=whole + offset < end, other=float("-inf")).to(tl.float32)
-        peak, total, moment, second, group, group_start = _absorb(
-            x, whole, lane, peak, total, moment, second, group, group_start, WIDE
+        peak, total, moment, group, group_start = _absorb(
+            x, whole, lane, peak, total, moment, group, group_start, WIDE
         )
 
     first = tl.min(tl.where(group == peak[:, None], item[None, :], WIDE), axis=1)
-    beside = tl.max(tl.where(item[None, :] == first[:, None], float("-inf"), group), axis=1)
-    peak, total, moment, second, index = _merge(
-        peak, total, moment, tl.maximum(second, beside), group_start + first
-    )
+    peak, total, moment, index = _merge(peak, total, moment, group_start + first)
     if SPLIT:
         partial = row * splits + split
-        tl.store(sums + partial * 4, peak)
-        tl.store(sums + partial * 4 + 1, total)
-        tl.store(sums + partial * 4 + 2, moment)
-        tl.store(sums + partial * 4 + 3, second)
+        tl.store(sums + partial * 3, peak)
+        tl.store(sums + partial * 3 + 1, total)
+        tl.store(sums + partial * 3 + 2, moment)
         tl.store(indices + partial, index)
     else:
-        _store_stats(row, peak, total, moment, second, index, entropy, top1, margin, argmax)
+        _store_stats(row, peak, total, moment, index, entropy, top1, argmax)
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _merge_kernel(entropy, top1, margin, argmax, sums, indices, splits, SPLITS: tl.constexpr):
+def _merge_kernel(entropy, top1, argmax, sums, indices, splits, SPLITS: tl.constexpr):
     row = tl.program_id(0)
     split = tl.arange(0, SPLITS)
     used = split < splits
     partial = row * splits + split
-    peak = tl.load(sums + partial * 4, mask=used, other=_MASKED)
-    total = tl.load(sums + partial * 4 + 1, mask=used, other=0.0)
-    moment = tl.load(sums + partial * 4 + 2, mask=used, other=0.0)
-    second = tl.load(sums + partial * 4 + 3, mask=used, other=float("-inf"))
+    peak = tl.load(sums + partial * 3, mask=used, other=_MASKED)
+    total = tl.load(sums + partial * 3 + 1, mask=used, other=0.0)
+    moment = tl.load(sums + partial * 3 + 2, mask=used, other=0.0)
     index = tl.load(indices + partial, mask=used, other=2147483647)
-    peak, total, moment, second, index = _merge(peak, total, moment, second, index)
-    _store_stats(row, peak, total, moment, second, index, entropy, top1, margin, argmax)
+    peak, total, moment, index = _merge(peak, total, moment, index)
+    _store_stats(row, peak, total, moment, index, entropy, top1, argmax)
 
 
 def routing_stats(
@@ -158,7 +147,6 @@ def routing_stats(
     stats = RoutingStats(
         entropy=torch.empty(count, dtype=torch.float32, device=device),
         top1=torch.empty(count, dtype=torch.float32, device=device),
-        margin=torch.empty(count, dtype=torch.float32, device=device),
         argmax=torch.empty(count, dtype=torch.int64, device=device),
     )
     if count == 0:
@@ -170,7 +158,7 @@ def routing_stats(
     wanted = triton.cdiv(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR, count)
     slice_length = triton.cdiv(tiles, min(tiles, wanted)) * lanes * wide
     splits = triton.cdiv(vocab, slice_length)
-    sums = torch.empty(count, splits, 4, dtype=torch.float32, device=device) if splits > 1 else None
+    sums = torch.empty(count, splits, 3, dtype=torch.float32, device=device) if splits > 1 else None
     indices = torch.empty(count, splits, dtype=torch.int32, device=device) if splits > 1 else None
     _stats_kernel[(count, splits)](
         logits,
