@@ -274,8 +274,7 @@ def plain(route: str, stream: bool, n: int) -> dict[str, Any]:
     return {**asked, "messages": MESSAGES} if "chat" in route else {**asked, "prompt": PROMPT}
 
 
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("stream", "n"), [(False, 1), (True, 2)])
 @pytest.mark.parametrize("route", ROUTES)
 def test_who_did_not_ask_gets_what_a_plain_server_sends(
     server: Server, stock: Server, route: str, stream: bool, n: int
