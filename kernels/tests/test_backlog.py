@@ -120,11 +120,11 @@ def test_rings_that_are_a_part_of_wider_ones(backend: str) -> None:
     one, table = integers([1]), torch.arange(32, dtype=torch.int32, device=DEVICE).view(2, 16)
     with running(backend):
         park(rings, features, integers([1, 2, 3]), one, integers([6]), integers([3]), integers([0]))
-        features, *_ = unpark(rings, one, integers([6]), integers([9]), table, rows=3)
+        unparked, *_ = unpark(rings, one, integers([6]), integers([9]), table, rows=3)
     assert torch.equal(wide[1, [6, 7, 0], 8:32], features)
     assert (wide[..., :8] == SENTINEL).all()
     assert (wide[..., 32:] == SENTINEL).all()
-    assert torch.equal(features, features)
+    assert torch.equal(unparked, features)
 
 
 def test_park_rejects_features_that_do_not_fit() -> None:
