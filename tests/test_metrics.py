@@ -3,7 +3,7 @@
 import pytest
 
 from whiflash_sglang.device import clock as clocks
-from whiflash_sglang.telemetry.round_clock import DraftTime, RoundClock, RoundTime
+from whiflash_sglang.telemetry.round_clock import RoundClock, RoundTime
 
 
 class Events:
@@ -35,7 +35,7 @@ def test_the_gap_between_two_rounds_is_no_pause(
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
     clock = RoundClock()
     assert clock.begin() == []
-    clock.drafted(DraftTime("ar", 2, 5, 0.003, 0.001))
+    clock.drafted("ar", 2, 5, 0.003, 0.001)
     clock.proposed(0.001)
     now[0] += 0.030
     clock.learned(2)
@@ -44,7 +44,7 @@ def test_the_gap_between_two_rounds_is_no_pause(
     (previous,) = clock.begin()
     assert (previous.rows, previous.tokens) == (4, 2)
     assert (previous.seconds, previous.drafting, previous.gap) == pytest.approx((0.030, 0.005, gap))
-    assert [draft.arm for draft in previous.drafts] == ["ar"]
+    assert [arm for arm, *_ in previous.drafts] == ["ar"]
     assert clock._drafts == [], "the next round's are its own"
 
 

@@ -65,9 +65,7 @@ def brought(*rounds: tuple[list[tuple[str, int]], int, int, float]) -> dict[str,
 def test_drafts_are_credited_to_what_they_were_taken_from() -> None:
     joined = [("ar", 3), ("grammar", 2), ("context", 4)]
     assert brought((joined, 9, 4, 0.8)) == {"ar": (3, 3, 0.6), "grammar": (2, 1, 0.2), "context": (4, 0, 0.0)}
-    assert brought((joined, 4, 4, 0.8)) == {"ar": (3, 3, 0.6), "grammar": (1, 1, 0.2)}, (
-        "the rest was not verified"
-    )
+    assert brought((joined, 4, 4, 0.8)) == {"ar": (3, 3, 0.6), "grammar": (1, 1, 0.2)}, "the rest verified"
     assert brought((joined, 6, 0, -0.6)) == {
         "ar": (3, 0, -0.3),
         "grammar": (2, 0, -0.2),

@@ -37,6 +37,10 @@ class Forecast(NamedTuple):
     rows: int
 
 
+PLAIN = Forecast(1.0, 1)
+"""A round without drafts."""
+
+
 class Candidate(NamedTuple):
     """What may follow a request's text. alive: for each token, the chance that it and all before it are accepted; never
     increasing. parts: what they were taken from. at: the position of the first, where a text was as far as it was
@@ -85,8 +89,8 @@ class Candidate(NamedTuple):
 NOTHING = Candidate()
 
 
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens that both begin with."""
+def common_prefix(first: Sequence[object], second: Sequence[object]) -> int:
+    """Tokens, or characters, that both begin with."""
     for number, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return number

@@ -140,6 +140,10 @@ class Replay:
                 self.sync.prefill(rows, [row + 1], [end], [end - begin], torch.tensor([row + 1]), last)
         self.lengths[row] = length
 
+    def lag(self, row: int) -> int:
+        """Tokens of a row that are parked for the drafter that lags most."""
+        return self.lengths[row] - min(self.sync.watermarks.synced(row + 1, arm) for arm in self.arms.by_name)
+
     def round(self, routes: Sequence[str], accepts: Sequence[int]) -> None:
         """One round of all rows: catch up, draft for real (provisional writes included), commit and park."""
         arms = self.arms.by_name
@@ -151,7 +155,7 @@ class Replay:
         flags = torch.tensor(self.sync.flags(due, ROWS))
         self.sync.catch_up(due, flags, torch.tensor(rows), torch.tensor(self.lengths))
         for row, n in enumerate(self.lengths):
-            assert self.sync.watermarks.backlog(row + 1, n) <= self.sync.watermarks.capacity - widths[row]
+            assert self.lag(row) <= self.sync.watermarks.capacity - widths[row]
             one, at = torch.tensor([row + 1]), torch.tensor([n])
             *_, tail = self.sync.rings.inputs(None, one, at, one, one, None, tail=True)
             assert torch.equal(tail[0], self.features[row, n - 1]), "feature n-1 did not survive"

@@ -31,7 +31,7 @@ def test_a_full_ring_is_flushed_and_not_before(arms: Arms, pinned: str) -> None:
     lags = []
     while max(replay.lengths) < CONTEXT - WIDEST:
         replay.round([pinned] * ROWS, [3, 2, 1])
-        lags.append(replay.sync.watermarks.backlog(1, replay.lengths[0]))
+        lags.append(replay.lag(0))
     assert RING - WIDEST - 3 <= max(lags) <= RING, "flushed too early, or too late"
     flushes = sum(after < before for before, after in pairwise(lags))
     committed = replay.lengths[0] - start[0]
@@ -91,7 +91,6 @@ def test_watermarks_never_go_back() -> None:
     with pytest.raises(ValueError, match="'ar' cannot go back from 12 to 11"):
         marks.flushed(4, "ar", 11)
     assert (marks.synced(4, "ar"), marks.synced(4, "diffusion")) == (12, 10)
-    assert marks.backlog(4, 13) == 3
     marks.forget(4)
     marks.forget(4)
     assert not marks.known(4)

@@ -54,7 +54,7 @@ def test_other_texts(texts: list[list[int]], suffix: list[int]) -> None:
     found = index.places_of(suffix)
     assert [place[:2] for place in found] == newest(occurrences(joined, suffix, own=False))
     for place in found:
-        ahead = list(place.continuation(8))
+        ahead = list(index.continuation(place.source, 8))
         assert GAP not in ahead
         assert ahead == joined[place.source : place.source + len(ahead)]
         assert len(ahead) == 8 or joined[place.source + len(ahead)] == GAP
@@ -66,12 +66,12 @@ def test_large_ids_and_growth_beyond_the_first_tables() -> None:
     text += text[100:130]
     place = SuffixIndex(text).places()[0]
     assert (place.length, place.source) == (30, 130)
-    assert list(place.continuation(3)) == text[130:133]
+    assert list(place.text.continuation(place.source, 3)) == text[130:133]
 
 
 def test_a_repeated_unit_continues_itself() -> None:
     place = SuffixIndex([5, 6, 7] * 4).places()[0]
-    assert list(place.continuation(7)) == [5, 6, 7, 5, 6, 7, 5]
+    assert list(place.text.continuation(place.source, 7)) == [5, 6, 7, 5, 6, 7, 5]
 
 
 def test_nothing_to_copy() -> None:

@@ -1,12 +1,14 @@
 """Whom the controller asks before it routes."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import Forecast
+from whiflash_sglang.routing import controller as routes
 from whiflash_sglang.routing.controller import Controller, _of_passes
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy, RandomPolicy
@@ -106,8 +108,9 @@ def test_whose_candidates_may_be_verified_without_a_pass(
 
 def test_a_request_without_a_pass_is_worth_its_best_candidate() -> None:
     controller = opened(AutoPolicy(), RequestHints())
-    controller.route([ROW], [EXPECTED])
-    assert controller.states[ROW].expected == LONG.length
+    with patch.object(routes, "assign", wraps=routes.assign) as priced:
+        assert controller.route([ROW], [EXPECTED]) == [arms.NONE]
+    assert priced.call_args.args[0][0][arms.PROMISED] == LONG.length
     short = {**EXPECTED, arms.LOOKUP: Forecast(1.1, 2), arms.STRUCTURE: Forecast(1.05, 2)}
     assert controller.route([ROW], [short]) == [arms.AR]
     assert controller.may_join(ROW)
@@ -121,9 +124,12 @@ def test_a_bias_is_no_token_that_a_round_promises(arm: str) -> None:
     sources = {arms.LOOKUP: Forecast(3.0, 3), arms.STRUCTURE: Forecast(2.0, 2)}
     asked = {arms.AR: None, **sources}
     plain = AutoPolicy().score(RequestState("r").signals(asked))
-    assert controller.route([ROW], [asked]) == [arms.AR if arm == arms.AR else arms.NONE]
+    with patch.object(routes, "assign", wraps=routes.assign) as priced:
+        assert controller.route([ROW], [asked]) == [arms.AR if arm == arms.AR else arms.NONE]
     expected = sources[arm].length if arm in sources else plain[arm]
-    assert controller.states[ROW].expected == pytest.approx(expected)
+    assert priced.call_args.args[0] == [
+        {arms.AR if arm == arms.AR else arms.PROMISED: pytest.approx(expected)}
+    ]
 
 
 def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> None:

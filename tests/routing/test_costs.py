@@ -9,7 +9,7 @@ from whiflash_sglang.routing.costs import PLAIN_ROUNDS, PRIOR_SHARE, MeasuredCos
 from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceEstimator
 from whiflash_sglang.routing.fits import Line, Plane
 from whiflash_sglang.routing.signals import Mean, Signals
-from whiflash_sglang.telemetry.round_clock import DraftTime, RoundTime
+from whiflash_sglang.telemetry.round_clock import RoundTime
 
 BOTH = frozenset({"ar", "diffusion"})
 
@@ -127,17 +127,17 @@ def test_one_observation_teaches_what_its_parts_do() -> None:
         requests, tokens = rng.choice((1, 2, 4)), rng.randrange(1, 9)
         rows, gap = requests + rng.randrange(0, 12), 0.001 * rng.random()
         drafts = [
-            DraftTime(arm, requests, 5, 0.004 + 0.002 * rng.random(), 0.001)
+            (arm, requests, 5, 0.004 + 0.002 * rng.random(), 0.001)
             for arm in ("ar", "diffusion")
             if rng.random() < 0.6
         ]
-        drafting = sum(draft.seconds + draft.catch_up for draft in drafts)
+        drafting = sum(seconds + catch_up for *_, seconds, catch_up in drafts)
         seconds = drafting + 0.02 + 0.0006 * rows
         time = RoundTime(rows, requests, tokens=tokens, seconds=seconds, gap=gap)
         time.drafting, time.drafts = drafting, drafts
         together.observe(time)
         for draft in drafts:
-            apart.drafted(draft)
+            apart.drafted(*draft)
         apart.verified(rows, requests, seconds - drafting)
         apart.committed(tokens, seconds, gap)
         assert together.fitted(("ar", "diffusion")) == apart.fitted(("ar", "diffusion"))
@@ -148,7 +148,7 @@ def test_one_observation_teaches_what_its_parts_do() -> None:
 def test_an_untried_drafter_is_free() -> None:
     costs = MeasuredCosts({"ar": 6}.__getitem__)
     assert costs.draft("ar", 4) == 0.0
-    costs.drafted(DraftTime("ar", 4, 5, 0.007, 0.001))
+    costs.drafted("ar", 4, 5, 0.007, 0.001)
     assert costs.draft("ar", 4) == pytest.approx(0.008)
 
 

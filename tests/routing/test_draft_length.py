@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from whiflash_sglang.drafters.length import EDGES, DraftLength, chances
 from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts, Worth
-from whiflash_sglang.telemetry.round_clock import DraftTime
 
 
 class Request(NamedTuple):
@@ -121,7 +120,7 @@ def test_a_slow_drafter_must_bring_more() -> None:
     costs = MeasuredCosts({"ar": 6}.__getitem__)
     assert costs.worth("ar") == FULL_LENGTH
     for _ in range(20):
-        costs.drafted(DraftTime("ar", 1, 5, 0.010, 0.001))
+        costs.drafted("ar", 1, 5, 0.010, 0.001)
         costs.verified(6, 1, 0.015)
         costs.committed(2, 0.025)
     worth = costs.worth("ar")

@@ -13,7 +13,6 @@ from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.telemetry.round_clock import DraftTime
 
 WIDTHS = {"ar": 6, "diffusion": 8, "none": 1}
 SECONDS = {"ar": 0.007, "diffusion": 0.006}
@@ -57,7 +56,7 @@ class Server:
         """The arm of every row."""
         routes = self.controller.route(rows, [{"ar": None, "diffusion": None}] * len(rows))
         for arm in set(routes) & SECONDS.keys():
-            self.costs.drafted(DraftTime(arm, routes.count(arm), 1, SECONDS[arm], 0.0))
+            self.costs.drafted(arm, routes.count(arm), 1, SECONDS[arm])
         verified = sum(WIDTHS[arm] for arm in routes)
         self.costs.verified(verified, len(rows), 0.03 + 0.0006 * verified)
         self.costs.committed(2 * len(rows), 0.045)

@@ -16,7 +16,6 @@ from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.telemetry.round_clock import DraftTime
 
 WIDTHS = {"ar": 6, "diffusion": 8, "none": 1}
 ACCEPTED = {"ar": 3, "diffusion": 3, "none": 1}
@@ -43,7 +42,7 @@ class Machine:
         for arm, factor in factors.items():
             for requests in (1, 2, 4, 8):
                 seconds = self.seconds[arm] * (1 + 0.1 * (requests - 1)) * factor
-                self.costs.drafted(DraftTime(arm, requests, 5, seconds, 0.0))
+                self.costs.drafted(arm, requests, 5, seconds)
 
     def round(self, stall: str | None = None) -> str:
         """One round; `stall`: the stage that takes ten seconds longer."""
@@ -58,7 +57,7 @@ class Machine:
         if arm in self.seconds:
             drafting = self.took(self.seconds[arm]) + late["draft"]
             catch_up = self.took(0.001) + late["catch_up"]
-            self.costs.drafted(DraftTime(arm, 1, 5, drafting, catch_up))
+            self.costs.drafted(arm, 1, 5, drafting, catch_up)
             drafting += catch_up
         # Who copies looked before, as in every round, whoever drafts: that is no drafting, but the rest of the round.
         copied = self.copies or Forecast(1, 1)

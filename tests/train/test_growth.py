@@ -44,8 +44,8 @@ def drafts(drafter: Eagle3Drafter, width: int) -> tuple[Tensor, Tensor]:
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
-    step = drafter(tokens, fused, torch.arange(7), attend)
-    return step.hidden, drafter.logits(step.logits_hidden)
+    hidden, logits_hidden = drafter(tokens, fused, torch.arange(7), attend)
+    return hidden, drafter.logits(logits_hidden)
 
 
 @settings(max_examples=20, deadline=None)

@@ -83,9 +83,8 @@ def test_every_chain_equals_drafting_it_alone(pair: Pair, own_drafts: bool) -> N
             for step in range(min(steps, span.length - 2 - root)):
                 place = root + step
                 given = drafted if own_drafts else tokens[place + 1 : place + 2]
-                output = pair.eagle3(given, hidden, torch.tensor([place]), attend)
-                hidden = output.hidden
-                expected = pair.eagle3.logits(output.logits_hidden)[0]
+                hidden, logits_hidden = pair.eagle3(given, hidden, torch.tensor([place]), attend)
+                expected = pair.eagle3.logits(logits_hidden)[0]
                 torch.testing.assert_close(packed[step][row], expected, rtol=1e-4, atol=1e-4)
                 drafted = pair.eagle3.target_ids(expected.argmax(-1, keepdim=True))
                 assert pair.batch.tokens[plan.label_tokens[plan.label[row] + step]] == tokens[place + 2]

@@ -121,8 +121,8 @@ def test_second_turns_behind_structure_and_predictions_are_a_fresh_server_s(
         right = {
             name
             for a in first
-            for name, brought in recording_of(e.requests[a.rid], None).sources.items()  # type: ignore[union-attr]
-            if brought.accepted
+            for name, figures in recording_of(e.requests[a.rid], None).sources.items()  # type: ignore[union-attr]
+            if figures["accepted"]
         }
         assert {"grammar", "tools", "prediction"} <= right
         assert_tree_is_true(e, models)

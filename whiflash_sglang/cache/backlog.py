@@ -133,10 +133,6 @@ class Watermarks:
                 self._lower[row][arm] = max(begin, low)
         return members, total if verifying is None else min(total, known + verifying)
 
-    def backlog(self, row: int, length: int) -> int:
-        """Tokens parked for the drafter that lags most."""
-        return length - min(self._lower[row].values(), default=length)
-
 
 @dataclass(frozen=True, slots=True)
 class FeatureRows:

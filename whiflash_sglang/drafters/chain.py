@@ -12,7 +12,7 @@ from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.drafters.paged import PagedArm, eagle3_weights, rope_table
-from whiflash_sglang.models.choice import Choice, DraftStep
+from whiflash_sglang.models.choice import Choice
 from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.layers import Attend, AttentionShape
@@ -27,7 +27,9 @@ class ChainModel(Protocol):
 
     def fuse(self, features: Tensor) -> Tensor: ...
 
-    def __call__(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> DraftStep: ...
+    def __call__(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]: ...
 
     def choose(self, logits_hidden: Tensor) -> Choice: ...
 
@@ -76,9 +78,9 @@ class ChainArm(PagedArm):
         token, hidden = batch.bonus, self._chain.fuse(batch.tail)
         for step in range(steps):
             attend = self.attend_at(slots[:, step], batch, self._spans, extra=step, width=1)
-            out = self._chain(token, hidden, positions[:, step], attend)
-            choice = self._chain.choose(out.logits_hidden)
-            token, hidden = choice.token, out.hidden
+            hidden, logits_hidden = self._chain(token, hidden, positions[:, step], attend)
+            choice = self._chain.choose(logits_hidden)
+            token = choice.token
             yield choice
 
     def whole(self, batch: DraftBatch, wanted: int) -> Choice:
@@ -90,7 +92,7 @@ class ChainArm(PagedArm):
 
     def draft(self, batch: DraftBatch) -> Drafts:
         # Where reading would wait for the device, at every step, or all steps are one launch, running all costs less.
-        if not batch.host.exact or self.captured_for(batch):
+        if not batch.host.exact or self.captured_for(batch) is not None:
             choice = self.choices(batch)
             return self.cut(choice.token, choice.confidence, batch, passes=choice.token.shape[1])
         tokens, confidences = [], []

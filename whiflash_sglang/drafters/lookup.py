@@ -18,7 +18,7 @@ import torch
 from whiflash_kernels import Drafts, propose_copies
 
 from whiflash_sglang import arms
-from whiflash_sglang.candidates import Candidate, Forecast
+from whiflash_sglang.candidates import PLAIN, Candidate, Forecast
 from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.core import DraftBatch, History
 from whiflash_sglang.device.transfers import EXACT, Floats, HostView, sent
@@ -39,11 +39,6 @@ from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.structure.matchers import Grammar
 
-WORTH = 0.1
-"""Chance of being accepted below which one more copied token is not worth verifying, where costs are not priced."""
-
-NOTHING_COPIED = Forecast(1.0, 1)
-
 
 @dataclass(slots=True)
 class _Request:
@@ -61,7 +56,7 @@ class _Request:
     alone: bool = False
     copier: Copier | None = None
     copies: RequestCalibration = field(default_factory=RequestCalibration)
-    promised: Forecast = NOTHING_COPIED
+    promised: Forecast = PLAIN
 
 
 class LookupArm(TextDrafter):
@@ -142,7 +137,7 @@ class LookupArm(TextDrafter):
                 request.copies,
             )
         copier.extend(history(len(copier.text)))
-        copy = copier.look(self.max_drafts + under_way, worth.row or WORTH)
+        copy = copier.look(self.max_drafts + under_way, worth.least_chance)
         return copy._replace(at=len(copier.text), agreements=())
 
     def extends(self, row: int) -> bool:
@@ -153,7 +148,7 @@ class LookupArm(TextDrafter):
         copier, room = self._copier(row), min(room - len(drafts.tokens), self.max_drafts)
         if copier is None or not drafts.tokens or room <= 0:
             return drafts
-        copy = copier.look_beyond(drafts.tokens, drafts.alive[-1], room, worth.row or WORTH)
+        copy = copier.look_beyond(drafts.tokens, drafts.alive[-1], room, worth.least_chance)
         return drafts.followed_by(copy.tokens, copy.alive, copy.parts[0].source) if copy.tokens else drafts
 
     def calibration(self, row_ids: Sequence[int]) -> Floats:
@@ -191,7 +186,7 @@ class LookupArm(TextDrafter):
             batch.calibration[size:].view(size, len(BUCKETS), len(Agreement)),
             self._buckets,
             width=self.max_drafts,
-            worth=batch.worth.row or WORTH,
+            worth=batch.worth.least_chance,
             min_match=self._min_match,
             behind=behind,
         )

@@ -69,16 +69,17 @@ class PagedArm(KVDrafter):
     def captured_bytes(self, requests: int) -> int:
         return int(self.logits_at_once(requests) * LOGIT_BYTES)
 
-    def captured_for(self, batch: DraftBatch) -> bool:
-        """Whether a pass for so many requests was captured."""
-        return self._captured is not None and self._captured.holds(len(batch), len(batch))
+    def captured_for(self, batch: DraftBatch) -> CapturedPass[Choice] | None:
+        """The pass that was captured for so many requests, if one was."""
+        size = len(batch)
+        return self._captured if self._captured is not None and self._captured.holds(size, size) else None
 
     def choices(self, batch: DraftBatch) -> Choice:
         """`whole` for a batch, replayed where it was captured: then it is good until the next replay."""
-        wanted, size = max(batch.limits), len(batch)
-        if self._captured is None or not self._captured.holds(size, size):
+        wanted, size, captured = max(batch.limits), len(batch), self.captured_for(batch)
+        if captured is None:
             return self.whole(batch, wanted)
-        choice = self._captured.replay(size, batch.rows, batch.starts, batch.bonus, batch.tail)
+        choice = captured.replay(size, batch.rows, batch.starts, batch.bonus, batch.tail)
         return Choice(choice.token[:size, :wanted], choice.confidence[:size, :wanted])
 
     def kv_bytes_per_token(self) -> int:

@@ -10,7 +10,6 @@ from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.device.transfers import EXACT, HostView
 from whiflash_sglang.drafters.base import KVDrafter
 from whiflash_sglang.routing.costs import MeasuredCosts
-from whiflash_sglang.telemetry.round_clock import DraftTime
 
 BATCHES = (1, 2, 4, 8)
 CONTEXT = 32
@@ -41,7 +40,7 @@ def profile_drafts(
             batch = idle_batch(size, drafter, rings, slot_table, host)
             drafter.draft(batch)  # The first run allocates.
             seconds, passes = min(_timed(drafter, batch) for _ in range(TIMINGS))
-            costs.drafted(DraftTime(drafter.arm, size, passes, seconds))
+            costs.drafted(drafter.arm, size, passes, seconds)
 
 
 def _timed(drafter: KVDrafter, batch: DraftBatch) -> tuple[float, int]:

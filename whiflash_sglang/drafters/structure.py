@@ -32,9 +32,6 @@ from whiflash_sglang.structure.schemas import frames_of, words_of
 from whiflash_sglang.structure.sketch import TAIL, Token, sketch, text_of
 from whiflash_sglang.structure.tools import all_forced, words_of_tools
 
-WORTH = 0.1
-"""Chance of being accepted below which one more token is not worth verifying, where costs are not priced."""
-
 GRAMMAR, TOOLS = "grammar", "tools"
 """What drafts are taken from: what constrains the request, or only its tools."""
 
@@ -145,7 +142,7 @@ class StructureArm(TextDrafter):
         """`drafts`, and those of `tokens` behind them that are worth their rows."""
         before = drafts.alive[-1] if drafts.tokens else 1.0
         chances = accumulate((request.chances.of(token.kind) for token in tokens), mul, initial=before)
-        least = worth.row or WORTH
+        least = worth.least_chance
         alive = list(takewhile(lambda chance: chance >= least, islice(chances, 1, None)))
         source = TOOLS if request.grammar is None else GRAMMAR
         return drafts.followed_by([token.token for token in tokens[: len(alive)]], alive, source)

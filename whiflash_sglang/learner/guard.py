@@ -5,6 +5,7 @@ that ran across the switch count as later ones.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from whiflash_sglang.checkpoints.manifest import PARTS
 from whiflash_sglang.jsonl import read_json_file, write_whole
-from whiflash_sglang.telemetry.lengths import Change, Lengths, change
+from whiflash_sglang.telemetry.lengths import Lengths
 
 LEAST, MOST = 32, 1024
 """Requests of a drafter on either side of a switch: with fewer nothing is known; after more it has served well."""
@@ -36,6 +37,25 @@ class Watched(NamedTuple):
     version: int
     since: ByArm
     earlier: ByArm
+
+
+class Change(NamedTuple):
+    """A length divided by an earlier one, with the interval's ends."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+QUANTILE = 2.576
+"""Of a 99 % interval: it is looked at again and again, so one of 95 % would be left too often by chance."""
+
+
+def change(before: Lengths, after: Lengths) -> Change:
+    """Of two periods with at least two requests each."""
+    ratio = after.length / before.length
+    margin = math.exp(QUANTILE * math.sqrt(before.variance + after.variance))
+    return Change(ratio, ratio / margin, ratio * margin)
 
 
 class Drop(NamedTuple):

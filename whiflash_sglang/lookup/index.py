@@ -33,10 +33,6 @@ class Place(NamedTuple):
     source: int
     text: "SuffixIndex"
 
-    def continuation(self, count: int, drafts: Sequence[int] = ()) -> Sequence[int]:
-        """Up to `count` tokens that followed; fewer before a gap. drafts: what a growing text goes on with."""
-        return self.text.continuation(self.source, count, drafts)
-
 
 class SuffixIndex:
     """Texts, extended at the end only. A request has one of its own; a tenant's memory holds several texts in one.

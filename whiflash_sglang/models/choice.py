@@ -20,13 +20,6 @@ class Choice(NamedTuple):
     confidence: Tensor
 
 
-class DraftStep(NamedTuple):
-    """`hidden` [T, H]: what a chain's next step feeds back; `logits_hidden` [T, H]: what the head reads."""
-
-    hidden: Tensor
-    logits_hidden: Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class Shard:
     """A process's rows of a head that several processes share.

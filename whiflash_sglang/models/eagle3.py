@@ -27,7 +27,7 @@ from whiflash_sglang.models.checkpoint import (
     read_weights,
     write_checkpoint,
 )
-from whiflash_sglang.models.choice import Choice, DraftHead, DraftStep, SharedVocabulary, borrowed_head
+from whiflash_sglang.models.choice import Choice, DraftHead, SharedVocabulary, borrowed_head
 from whiflash_sglang.models.config_json import read_config_of
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.layers import (
@@ -307,13 +307,18 @@ class Eagle3Drafter(nn.Module):
         keys_values: tuple[Tensor, Tensor] = last.attention.keys_values(entry, angles)
         return keys_values
 
-    def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> DraftStep:
-        """One step: next-token ids [T] int64, fused features or fed-back states [T, H], positions [T]."""
+    def forward(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """One step: next-token ids [T] int64, fused features or fed-back states [T, H], positions [T].
+
+        Returns [T, H] what the chain's next step feeds back, and [T, H] what the head reads.
+        """
         angles = self.rotary.angles(positions)
         residual, entry = self._below_last(tokens, hidden, angles, attend)
         last = self.num_layers - 1
         residual, normed = self.layers[last](residual, entry, angles, last, attend, self.norm)
-        return DraftStep(normed if self.config.norm_output else residual, normed)
+        return normed if self.config.norm_output else residual, normed
 
     @property
     def head(self) -> DraftHead:

@@ -19,7 +19,7 @@ from whiflash_kernels.layers import silu_and_mul
 from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import WeightReader, attention_shape, integer, number, read_weights
-from whiflash_sglang.models.choice import Choice, DraftHead, DraftStep, SharedVocabulary, borrowed_head
+from whiflash_sglang.models.choice import Choice, DraftHead, SharedVocabulary, borrowed_head
 from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.layers import (
     Attend,
@@ -328,14 +328,16 @@ class MTPDrafter(nn.Module):
         entry = self._entry(tokens, hidden, positions)
         return self.attention.keys_values(self.input_norm(entry), self.rotary.angles(positions))
 
-    def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> DraftStep:
-        """One step: next-token ids [T] int64, the target's or fed-back states [T, H], positions [T]."""
+    def forward(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """One step, as of `Eagle3Drafter`: next-token ids, the target's or fed-back states, positions."""
         angles = self.rotary.angles(positions)
         residual = self._entry(tokens, hidden, positions)
         residual = residual + self.attention(self.input_norm(residual), angles, 0, attend)
         residual = residual + self.mlp(self.mlp_norm(residual))
         normed = self.norm(residual)
-        return DraftStep(normed, normed)
+        return normed, normed
 
     def choose(self, logits_hidden: Tensor) -> Choice:
         """[T, H] → the first choice for each, and how sure the head is of it."""

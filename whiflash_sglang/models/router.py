@@ -24,13 +24,6 @@ ROUTER_FILE = "router.safetensors"
 _HEADS = "heads."
 
 
-class Predictions(NamedTuple):
-    """`delta` [B]: ΔAL = AL(EAGLE-3) - AL(DFlash). `accepted` [B, 2]: drafts accepted of EAGLE-3 and of DFlash."""
-
-    delta: Tensor
-    accepted: Tensor
-
-
 class Layers(NamedTuple):
     """The MLP as `whiflash_kernels.router_mlp` takes it; row 0 of the second layer is ΔAL = AL(EAGLE-3) - AL(DFlash),
     rows 1 and 2, where the file has heads, the drafts accepted of EAGLE-3 and of DFlash.
@@ -59,15 +52,18 @@ class Router(nn.Module):
         predicted: Tensor = self.second(self.hidden(final))[:, 0]
         return predicted
 
-    def predict(self, final: Tensor) -> Predictions:
-        """ΔAL and both heads of `final` [B, H]. Raises `CheckpointError` where the router has no heads."""
+    def predict(self, final: Tensor) -> tuple[Tensor, Tensor]:
+        """`read` of `final` [B, H]."""
         return self.read(self.hidden(final))
 
-    def read(self, hidden: Tensor) -> Predictions:
-        """Both outputs of the hidden layer's units [B, M]; for a router with heads."""
+    def read(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the hidden layer's units [B, M]: ΔAL [B], and drafts accepted of EAGLE-3 and of DFlash [B, 2].
+
+        Raises `CheckpointError` if the router has no heads.
+        """
         if self.heads is None:
             raise CheckpointError("this router predicts ΔAL only; it has no heads")
-        return Predictions(self.second(hidden)[:, 0], self.heads(hidden))
+        return self.second(hidden)[:, 0], self.heads(hidden)
 
     def hidden(self, final: Tensor) -> Tensor:
         """`final` [B, H] → the hidden layer's units [B, M]."""

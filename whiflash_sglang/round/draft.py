@@ -21,10 +21,8 @@ from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.round.strands import chosen_strands, strand_of
-from whiflash_sglang.telemetry.round_clock import DraftTime, RoundClock
-
-LEAST_CHANCE = 0.1
-"""Of a strand's token that is verified, where costs are not priced."""
+from whiflash_sglang.routing.costs import LEAST_CHANCE
+from whiflash_sglang.telemetry.round_clock import RoundClock
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ class DraftStage:
                 continue  # its requests verify their bonus tokens
             if drafts.passes:  # what is left is the round's, whoever drafts
                 seconds, catch_up = self.clock.now() - began, self.sync.seconds.get(arm, 0.0)
-                self.clock.drafted(DraftTime(arm, len(drafted_for), drafts.passes, seconds, catch_up))
+                self.clock.drafted(arm, len(drafted_for), drafts.passes, seconds, catch_up)
             parts.append((_index(round, arm, drafted_for), drafts))
         began = self.clock.now()
         self._choose(round, parts)

@@ -7,7 +7,7 @@ per second; with a handful of arms that is at most a few dozen subsets.
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -17,15 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from whiflash_sglang import arms
-from whiflash_sglang.candidates import Forecast
-
-Scores = Mapping[str, float]
+from whiflash_sglang.candidates import PLAIN, Forecast
+from whiflash_sglang.routing.policies import Scores
 
 WITHOUT_A_PASS = (arms.PROMISED, arms.NONE)
 """Choices that run no drafter."""
-
-PLAIN = Forecast(1.0, 1)
-"""What a round without drafts comes to."""
 
 
 class Costs(Protocol):

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from whiflash_sglang import arms
-from whiflash_sglang.candidates import Forecast
-from whiflash_sglang.routing.assign import MARGIN, PLAIN, Costs, assign
+from whiflash_sglang.candidates import PLAIN, Forecast
+from whiflash_sglang.routing.assign import MARGIN, Costs, assign
 from whiflash_sglang.routing.costs import FULL_LENGTH, WorkerCosts, Worth
 from whiflash_sglang.routing.policies import PROBE_ROUNDS, Policy, Scores
 from whiflash_sglang.routing.request_state import Decision, RequestState
@@ -143,7 +143,7 @@ def route(
     for index, (state, arm, source) in enumerate(zip(states, chosen, best, strict=True)):
         keeps = None if index in probes else arm
         state.decision = _usable(policy, state.decision, arm, source)._replace(keeps=keeps)
-        state.chose(routes[index], scores[index].get(arm, 1.0))
+        state.chose(routes[index])
     return routes
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.fits import LIMIT, MEMORY, WINDOW, Line, Plane, median
 from whiflash_sglang.routing.signals import Mean
-from whiflash_sglang.telemetry.round_clock import DraftTime, RoundTime
+from whiflash_sglang.telemetry.round_clock import RoundTime
 
 DRAFTS_MEMORY = 32.0
 """Requests' rounds after which a number of drafts counts for little: text that is copied begins and ends."""
@@ -39,6 +39,10 @@ PRIOR_SHARE = 0.03
 """The price of one more draft or request in a verification, as a share of it, before their number differed."""
 
 
+LEAST_CHANCE = 0.1
+"""Chance of being accepted below which a draft is not worth its row, where rows are not priced."""
+
+
 class Worth(NamedTuple):
     """Expected accepted tokens that a further draft token must bring to pay for itself, at the server's present rate.
 
@@ -47,6 +51,11 @@ class Worth(NamedTuple):
 
     row: float
     draft: float
+
+    @property
+    def least_chance(self) -> float:
+        """Chance of being accepted below which a draft that costs its row alone is not worth it."""
+        return self.row or LEAST_CHANCE
 
 
 FULL_LENGTH = Worth(0.0, 0.0)
@@ -156,9 +165,8 @@ class MeasuredCosts(WorkerCosts):
         self._passes: dict[str, deque[float]] = {}
         self._plain_rounds = 0
 
-    def drafted(self, draft: DraftTime) -> None:
-        """An arm drafted: in a round, or at the start, when every arm is profiled."""
-        arm, requests, passes, seconds, catch_up = draft
+    def drafted(self, arm: str, requests: int, passes: int, seconds: float, catch_up: float = 0.0) -> None:
+        """An arm drafted (`RoundTime.drafts`): in a round, or at the start, when every arm is profiled."""
         seconds = max(seconds, SHORTEST)
         before = self.draft(arm, requests)
         wrong = self._draft.setdefault(arm, Line(FIRST_DRAFT)).add(requests, seconds + catch_up)
@@ -172,7 +180,7 @@ class MeasuredCosts(WorkerCosts):
 
     def observe(self, previous: RoundTime) -> None:
         for draft in previous.drafts:
-            self.drafted(draft)
+            self.drafted(*draft)
         self.verified(previous.rows, previous.requests, previous.rest)
         self.committed(previous.tokens, previous.seconds, previous.gap)
 

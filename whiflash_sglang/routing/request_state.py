@@ -52,9 +52,8 @@ class RequestState:
 
     entropy, delta, predicted: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
     None outside spans, since what an arm accepts in prose says little of tool calls. rounds, tried, last: see
-    `Signals`. expected: acceptance length that the newest round promised; decision: what it was decided on. under_way:
-    rows, at most, of each round whose results are not known yet. recording: of a request that asked for its trace.
-    counts: of its rounds, by the arm that drafted.
+    `Signals`. decision: on what the newest round was decided. under_way: rows, at most, of each round whose results are
+    not known yet. recording: of a request that asked for its trace. counts: of its rounds, by the arm that drafted.
     begun: whether the span tracker has the token that the prefill sampled, which no round commits.
     """
 
@@ -73,7 +72,6 @@ class RequestState:
     recent_by_kind: defaultdict[str | None, defaultdict[str, Mean]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(Mean))
     )
-    expected: float = 1.0
     decision: Decision = field(default_factory=Decision)
     under_way: list[int] = field(default_factory=list)
     recording: Recording | None = None
@@ -128,11 +126,10 @@ class RequestState:
         self.tracker.push(sampled)
         self.begun = bool(sampled)
 
-    def chose(self, arm: str, expected: float = 1.0) -> None:
-        """The controller routed the next round to `arm`, of which it is `expected` to commit so many tokens."""
+    def chose(self, arm: str) -> None:
+        """The controller routed the next round to `arm`."""
         if self.recording is not None:
             self.recording.begin()
-        self.expected = expected
         self.tried[arm] = self.tried.get(arm, 0) + 1
         self.last[arm] = self.rounds
         self.rounds += 1

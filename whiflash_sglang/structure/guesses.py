@@ -6,6 +6,7 @@ Only what a matcher takes is guessed, so nothing here knows schemas: it asks whi
 
 from collections.abc import Callable, Mapping, Sequence
 
+from whiflash_sglang.candidates import common_prefix
 from whiflash_sglang.structure.chances import Kind, Piece
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Matcher
@@ -68,19 +69,13 @@ class Guesses:
 
 def parted(text: str, others: Sequence[str], kind: Kind) -> list[Piece]:
     """`text` in pieces: `kind` are its characters that part it from one of the others, where none does its first."""
-    places = sorted({_shared(text, other) for other in others} - {len(text)}) or [0]
+    places = sorted({common_prefix(text, other) for other in others} - {len(text)}) or [0]
     pieces, done = [], 0
     for place in places:
         pieces += [Piece(text[done:place], Kind.FORCED)] if place > done else []
         pieces.append(Piece(text[place], kind))
         done = place + 1
     return pieces + ([Piece(text[done:], Kind.FORCED)] if done < len(text) else [])
-
-
-def _shared(text: str, other: str) -> int:
-    """Characters that both begin with."""
-    pairs = zip(text, other, strict=False)
-    return next((number for number, (own, its) in enumerate(pairs) if own != its), min(len(text), len(other)))
 
 
 def allows(matcher: Matcher, text: str) -> bool:

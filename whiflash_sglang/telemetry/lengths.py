@@ -3,9 +3,8 @@
 Rounds of one request are alike, so requests are what is independent: the sums hold what an interval over them needs.
 """
 
-import math
 from dataclasses import astuple, dataclass
-from typing import NamedTuple, Self
+from typing import Self
 
 
 @dataclass(slots=True)
@@ -48,22 +47,3 @@ class Lengths:
         """Of the length's logarithm, by the delta method over requests, of which there must be two."""
         squares = self.tokens_squared - 2 * self.length * self.products + self.length**2 * self.rounds_squared
         return self.requests / (self.requests - 1) * max(squares, 0.0) / self.tokens**2
-
-
-class Change(NamedTuple):
-    """A length divided by an earlier one, with the interval's ends."""
-
-    ratio: float
-    low: float
-    high: float
-
-
-QUANTILE = 2.576
-"""Of a 99 % interval: it is looked at again and again, so one of 95 % would be left too often by chance."""
-
-
-def change(before: Lengths, after: Lengths) -> Change:
-    """Of two periods with at least two requests each."""
-    ratio = after.length / before.length
-    margin = math.exp(QUANTILE * math.sqrt(before.variance + after.variance))
-    return Change(ratio, ratio / margin, ratio * margin)

@@ -10,21 +10,15 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from whiflash_sglang.device.clock import Clock, HostClock
 
 STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 
 
-class DraftTime(NamedTuple):
-    """An arm drafted for so many requests in `passes` passes of its model. Host seconds, and those of its catch-up."""
-
-    arm: str
-    requests: int
-    passes: int
-    seconds: float
-    catch_up: float = 0.0
+DraftTime = tuple[str, int, int, float, float]
+"""What `RoundClock.drafted` takes."""
 
 
 @dataclass(slots=True)
@@ -117,10 +111,13 @@ class RoundClock:
         """Seconds on the host's clock."""
         return time.perf_counter()
 
-    def drafted(self, draft: DraftTime) -> None:
-        """An arm's drafts of this round are there."""
-        self._drafts.append(draft)
-        self._drafting += draft.seconds + draft.catch_up
+    def drafted(self, arm: str, requests: int, passes: int, seconds: float, catch_up: float) -> None:
+        """An arm drafted for so many requests, in `passes` passes of its model.
+
+        seconds, catch_up: that its drafts, and its catch-up before, took of the host.
+        """
+        self._drafts.append((arm, requests, passes, seconds, catch_up))
+        self._drafting += seconds + catch_up
 
     def proposed(self, seconds: float) -> None:
         """`seconds` of this round went into joining all arms' drafts and choosing among them."""

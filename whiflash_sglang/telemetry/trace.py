@@ -24,6 +24,9 @@ from whiflash_sglang.errors import ConfigError
 SAVED_DIGITS = 4
 """Digits of a second: estimates are no better known."""
 
+FIGURES = ("proposed", "accepted", "saved")
+"""Of a source: drafts, those that were right, and estimated seconds, less than 0 where they cost more."""
+
 
 @dataclass(slots=True)
 class Stretch:
@@ -46,15 +49,6 @@ class Stretch:
 
 
 @dataclass(slots=True)
-class Brought:
-    """Figures of drafts from one source. saved: estimated seconds, less than 0 where they cost more."""
-
-    proposed: int = 0
-    accepted: int = 0
-    saved: float = 0.0
-
-
-@dataclass(slots=True)
 class Recording:
     """The rounds of one traced request. It belongs to the request: it ends with it, and outlives a retraction.
 
@@ -62,7 +56,7 @@ class Recording:
     begins. sampled: whether the operator has. spanned: whether an OpenTelemetry span is to carry its sums. began,
     ended: of its rounds, in seconds of the host's clock; 0 before they have. spent: what its rounds cost by the
     worker's fitted prices, in seconds; plain: what its tokens would have cost without drafts; saved: the difference by
-    arm. sources: what its drafts were taken from. policy: in force when the request ended.
+    arm. sources: what its drafts were taken from, each with its `FIGURES`. policy: in force when the request ended.
     cached: tokens of its prompt whose KV was kept, by place.
     """
 
@@ -76,7 +70,7 @@ class Recording:
     spent: float = 0.0
     plain: float = 0.0
     saved: dict[str, float] = field(default_factory=dict)
-    sources: dict[str, Brought] = field(default_factory=dict)
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
     policy: str = ""
     cached: dict[str, int] = field(default_factory=dict)
 
@@ -129,10 +123,10 @@ class Recording:
             right[number] = min(part.drafts, accepted - sum(right))
         whole = accepted or sum(part.drafts for part in verified)
         for part, accepted_here in zip(verified, right, strict=True):
-            brought = self.sources.setdefault(part.source, Brought())
-            brought.proposed += part.drafts
-            brought.accepted += accepted_here
-            brought.saved += saved * (accepted_here if accepted else part.drafts) / whole
+            figures = self.sources.setdefault(part.source, dict.fromkeys(FIGURES, 0))
+            figures["proposed"] += part.drafts
+            figures["accepted"] += accepted_here
+            figures["saved"] += saved * (accepted_here if accepted else part.drafts) / whole
 
     def until(self, completion_tokens: int) -> Iterator[Stretch]:
         """Its stretches without what was committed beyond a stop."""
@@ -175,9 +169,10 @@ def build_trace(recording: Recording, policy: str, completion_tokens: int) -> di
         for name, counts in arms.items():
             counts["saved"] = round(recording.saved.get(name, 0.0), SAVED_DIGITS)
     if recording.sources:
+        known = FIGURES if recording.spent else FIGURES[:2]
         trace["sources"] = {
-            name: _figures(brought, priced=bool(recording.spent))
-            for name, brought in recording.sources.items()
+            name: {each: round(figures[each], SAVED_DIGITS) for each in known}
+            for name, figures in recording.sources.items()
         }
     if recording.cached:
         trace["cached"] = recording.cached
@@ -202,11 +197,6 @@ def span_attributes(
 def _counts(stretch: Stretch) -> dict[str, int]:
     rounds, tokens = len(stretch.tokens), sum(stretch.tokens)
     return {"rounds": rounds, "tokens": tokens, "proposed": stretch.proposed, "accepted": tokens - rounds}
-
-
-def _figures(brought: Brought, *, priced: bool) -> dict[str, Any]:
-    figures: dict[str, Any] = {"proposed": brought.proposed, "accepted": brought.accepted}
-    return {**figures, "saved": round(brought.saved, SAVED_DIGITS)} if priced else figures
 
 
 def _described(stretch: Stretch) -> dict[str, Any]:

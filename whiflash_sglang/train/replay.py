@@ -20,7 +20,6 @@ from whiflash_sglang import arms
 from whiflash_sglang.candidates import NOTHING
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import PARTS, Lookup, load_manifest, lookup_of
-from whiflash_sglang.drafters.lookup import WORTH
 from whiflash_sglang.jsonl import lines_of, read_json, write_whole
 from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
 from whiflash_sglang.lookup.copier import Copier
@@ -30,6 +29,7 @@ from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.origin import Origin, Vocabulary
 from whiflash_sglang.progress import tracked
+from whiflash_sglang.routing.costs import LEAST_CHANCE
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.answers.store import Sequence as Stored
 from whiflash_sglang.train.drafters.batches import Batch, unpack
@@ -183,12 +183,12 @@ def replay_lookup(
         known = prompt_length + position + 1  # the bonus token is known, its KV is not
         copier.extend(tokens[known - 1 : known])
         limit = min(settings.max_width, positions - position)
-        proposal = copier.look(limit, WORTH)
+        proposal = copier.look(limit, LEAST_CHANCE)
         drafts, expected[position] = proposal.tokens, sum(proposal.alive)
         for arm, chains in drafted.items():
             own, sure = chains[position]
             room = min(widest, positions - position) - len(own)
-            beyond = copier.look_beyond(own, sure[-1], room, WORTH) if own and room > 0 else NOTHING
+            beyond = copier.look_beyond(own, sure[-1], room, LEAST_CHANCE) if own and room > 0 else NOTHING
             copied.behind[arm].append(Chain(list(beyond.tokens), list(beyond.alive)))
         proposed[position] = len(drafts)
         accepted[position] = agreed(drafts, tokens[known : known + len(drafts)])

@@ -109,9 +109,8 @@ class _Regression(nn.Module):
     def forward(self, states: Tensor, accepted: Tensor) -> dict[str, Tensor]:
         """→ {"loss": scalar}."""
         states = F.dropout((states - self.mean) / self.deviation, self.dropout, self.training)
-        found = self.router.read(F.dropout(self.router.hidden(states), self.dropout, self.training))
-        delta = accepted[:, 0] - accepted[:, 1]
-        return {"loss": F.mse_loss(found.delta, delta) + F.mse_loss(found.accepted, accepted)}
+        delta, drafts = self.router.read(F.dropout(self.router.hidden(states), self.dropout, self.training))
+        return {"loss": F.mse_loss(delta, accepted[:, 0] - accepted[:, 1]) + F.mse_loss(drafts, accepted)}
 
 
 def fit(learn: RouterData, held_out: RouterData, run: Path, settings: RouterTraining, seed: int) -> Router:
@@ -184,17 +183,17 @@ class RouterQuality(NamedTuple):
 @torch.inference_mode()
 def router_quality(router: Router, data: RouterData, entropy: Tensor) -> RouterQuality:
     """`entropy` [N]: the target's, at the same positions."""
-    found = router.predict(data.states)
+    delta, accepted = router.predict(data.states)
     decided = data.delta != 0
     positive = data.delta[decided] > 0
-    correct = (found.delta[decided] > 0) == positive
+    correct = (delta[decided] > 0) == positive
     share = positive.float().mean().item()
     return RouterQuality(
-        _r_squared(found.delta, data.delta),
-        _r_squared(found.accepted[:, 0], data.accepted[:, 0]),
-        _r_squared(found.accepted[:, 1], data.accepted[:, 1]),
+        _r_squared(delta, data.delta),
+        _r_squared(accepted[:, 0], data.accepted[:, 0]),
+        _r_squared(accepted[:, 1], data.accepted[:, 1]),
         correct.float().mean().item(),
-        best_accuracy(found.delta[decided], positive),
+        best_accuracy(delta[decided], positive),
         best_accuracy(entropy[decided], positive),
         max(share, 1 - share),
     )

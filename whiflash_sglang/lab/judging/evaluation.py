@@ -248,8 +248,8 @@ def predictions(router: Router | None, answer: Replay) -> list[list[float]]:
     """ΔAL and both heads at every position [P][3]; empty where there is no router, or one without heads."""
     if router is None or router.heads is None:
         return []
-    found = router.predict(answer.final)
-    rows: list[list[float]] = torch.cat([found.delta[:, None], found.accepted], dim=1).tolist()
+    delta, accepted = router.predict(answer.final)
+    rows: list[list[float]] = torch.cat([delta[:, None], accepted], dim=1).tolist()
     return rows
 
 

@@ -104,9 +104,8 @@ def unroll(
         if step and not own_drafts:
             tokens = batch.tokens[torch.where(plan.steps_left > step, plan.token + step, 0)]
         attend = _chain_attention(batch.spans, context, chain, step)
-        output = drafter(tokens, hidden, plan.position + step, attend)
-        hidden = output.hidden
-        logits = drafter.logits(output.logits_hidden)
+        hidden, logits_hidden = drafter(tokens, hidden, plan.position + step, attend)
+        logits = drafter.logits(logits_hidden)
         if own_drafts:
             tokens = drafter.target_ids(logits.argmax(-1))
         yield logits
