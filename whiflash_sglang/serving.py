@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -329,35 +328,27 @@ class SilentReplicaError(WhiflashError):
         super().__init__(f"{who} not answered in {seconds:g} s")
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A process of a replica that is no more. replica: its number where it is known. code: of its exit, -N after
-    signal N."""
-
-    replica: int | None
-    pid: int
-    code: int
-
-    def __str__(self) -> str:
-        number = "a replica" if self.replica is None else f"replica {self.replica}"
-        if self.code >= 0:
-            return f"{number} (process {self.pid}) has ended with exit code {self.code}"
-        try:
-            by = signal.Signals(-self.code).name
-        except ValueError:
-            by = f"signal {-self.code}"
-        return f"{number} (process {self.pid}) was ended by {by}"
+def ended(replica: int | None, pid: int, code: int) -> str:
+    """How a process of a replica ended. replica: its number, if that is known. code: of its exit, -N after signal N."""
+    name = "a replica" if replica is None else f"replica {replica}"
+    if code >= 0:
+        return f"{name} (process {pid}) has ended with exit code {code}"
+    try:
+        by = signal.Signals(-code).name
+    except ValueError:
+        by = f"signal {-code}"
+    return f"{name} (process {pid}) was ended by {by}"
 
 
 class ReplicaDiedError(WhiflashError):
     """Some replicas will never answer what they were given.
 
     Args:
-        ended: their processes; empty if one has reported an error of its own and not ended yet. size: replicas.
+        processes: how theirs `ended`; empty if one has reported an error of its own and not ended yet. size: replicas.
     """
 
-    def __init__(self, ended: Sequence[Ended], size: int) -> None:
-        what = "; ".join(map(str, ended)) or "a replica failed; its own error is logged above"
+    def __init__(self, processes: Sequence[str], size: int) -> None:
+        what = "; ".join(processes) or "a replica failed; its own error is logged above"
         super().__init__(f"{what} (the server has {size})")
 
 

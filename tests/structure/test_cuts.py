@@ -16,13 +16,14 @@ def test_a_place_is_cut_as_it_was_when_it_was_seen_last(vocabulary: Vocabulary) 
     cuts = Cuts()
     cuts.learn(name, marks, quote)
     found = cuts.applied(vocabulary, -1, usual)
-    assert [own.token for own in found[:3]] == [*usual[:2], quote]
-    assert bytes_of(vocabulary, [own.token for own in found]) == bytes_of(vocabulary, usual)
-    assert [own.usual for own in found if own.token != own.usual] == [marks]
-    assert cuts.applied(vocabulary, name, usual[2:])[0].token == quote
-    assert [own.token for own in cuts.applied(vocabulary, name, usual)] != [own.token for own in found[1:]]
+    tokens = [token for token, _ in found]
+    assert tokens[:3] == [*usual[:2], quote]
+    assert bytes_of(vocabulary, tokens) == bytes_of(vocabulary, usual)
+    assert [before for token, before in found if token != before] == [marks]
+    assert cuts.applied(vocabulary, name, usual[2:])[0][0] == quote
+    assert [token for token, _ in cuts.applied(vocabulary, name, usual)] != tokens[1:]
     cuts.learn(name, marks, marks)
-    assert [own.token for own in cuts.applied(vocabulary, -1, usual)] == usual
+    assert [token for token, _ in cuts.applied(vocabulary, -1, usual)] == usual
 
 
 def test_a_sketch_says_what_it_put_in_the_place_of_what(vocabulary: Vocabulary) -> None:
@@ -67,4 +68,4 @@ def test_text_is_never_changed(
     for before, usual in zip([-1, *tokens], tokens, strict=False):
         cuts.learn(before, usual, vocabulary.encode(text[:1])[0])
     found = cuts.applied(vocabulary, -1, tokens)
-    assert bytes_of(vocabulary, [own.token for own in found]) == bytes_of(vocabulary, tokens)
+    assert bytes_of(vocabulary, [token for token, _ in found]) == bytes_of(vocabulary, tokens)

@@ -40,8 +40,8 @@ def choose(logits: Tensor, shard: Shard | None = None) -> Choice:
     lowest row, as in one process; rows are exact in fp32 up to 2**24.
     """
     if shard is None:
-        top = _top(logits)
-        return Choice(top.row, top.chance)
+        row, chance, _, _ = _top(logits)
+        return Choice(row, chance)
     values, rows, sums = shard.gather(_candidates(logits, shard.rows)).unbind(-1)
     best = values.amax(0)
     token = rows.masked_fill(values < best, math.inf).amin(0)
@@ -53,36 +53,29 @@ def _candidates(logits: Tensor, rows: Tensor) -> Tensor:
     if not len(rows):
         nothing = torch.tensor([-math.inf, math.inf, -math.inf], device=logits.device)
         return nothing.expand(len(logits), 3).contiguous()
-    top = _top(logits)
-    return torch.stack([top.value, rows[top.row].float(), top.total], dim=-1)
+    row, _, value, total = _top(logits)
+    return torch.stack([value, rows[row].float(), total], dim=-1)
 
 
 def _by_kernel(logits: Tensor) -> bool:
     return bool(logits.shape[-1]) and not logits.requires_grad and backend_for(logits) == "triton"
 
 
-class _Top(NamedTuple):
-    """For each row of logits [N, V]: index of its largest, int64; its probability, its value, log-sum-exp, fp32."""
+def _top(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each row of logits [N, V]: index of its largest, int64; its probability, its value, log-sum-exp, fp32.
 
-    row: Tensor
-    chance: Tensor
-    value: Tensor
-    total: Tensor
-
-
-def _top(logits: Tensor) -> _Top:
-    """On a GPU in one read of the logits: torch reads them, and a copy in 32 bits, some 16 times over.
+    On a GPU in one read of the logits: torch reads them, and a copy in 32 bits, some 16 times over.
 
     A row without any probability, as of a drafter that gives NaN, has NaN there.
     """
     if not _by_kernel(logits):
         top = logits.max(-1)
         value, total = top.values.float(), logits.float().logsumexp(-1)
-        return _Top(top.indices, (value - total).exp(), value, total)
+        return top.indices, (value - total).exp(), value, total
     stats = routing_stats(logits)
     chance = stats.top1.masked_fill(stats.top1 == 0, math.nan)
     value = logits.gather(-1, stats.argmax[:, None])[:, 0].float()
-    return _Top(stats.argmax, chance, value, value - chance.log())
+    return stats.argmax, chance, value, value - chance.log()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +150,7 @@ class DraftHead:
 
     def total(self, logits: Tensor) -> Tensor:
         """Log-sum-exp [N] float32 of every row of `logits` [N, K], of all processes' shards together."""
-        sums = _top(logits).total if _by_kernel(logits) else logits.float().logsumexp(-1)
+        sums = _top(logits)[3] if _by_kernel(logits) else logits.float().logsumexp(-1)
         return sums if self.shard is None else self.shard.gather(sums[:, None])[..., 0].logsumexp(0)
 
     def beside(self, matrix: Tensor | None) -> "DraftHead":

@@ -106,18 +106,12 @@ class Router(nn.Module):
         Raises:
             CheckpointError: saying what was found, where the file does not fit or its sign is not known.
         """
-        found = _read(path)
-        parts = _fit(found, hidden_size)
-        sign = _sign(found, delta_sign)
-        router = cls(hidden_size, len(parts.first), heads=parts.heads is not None)
-        with torch.no_grad():
-            router.first.weight.copy_(parts.first)
-            router.first.bias.copy_(parts.first_bias)
-            router.second.weight.copy_(parts.second * sign)
-            router.second.bias.copy_(parts.second_bias * sign)
-            if router.heads is not None and parts.heads is not None:
-                router.heads.weight.copy_(parts.heads)
-                router.heads.bias.copy_(parts.heads_bias)
+        file, tensors, sign = _read(path)
+        weights = _fit(file, tensors, hidden_size)
+        if _sign(file, sign, delta_sign) == DIFFUSION_MINUS_AR:
+            weights |= {name: -weights[name] for name in ("second.weight", "second.bias")}
+        router = cls(hidden_size, len(weights["first.bias"]), heads=_HEADS + "weight" in weights)
+        router.load_state_dict(weights)
         return router.to(device=device, dtype=dtype).eval()
 
     def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -131,22 +125,8 @@ class Router(nn.Module):
         staged.replace(path)
 
 
-class _File(NamedTuple):
-    path: Path
-    tensors: dict[str, Tensor]
-    sign: str | None
-
-
-class _Parts(NamedTuple):
-    first: Tensor
-    first_bias: Tensor
-    second: Tensor
-    second_bias: Tensor
-    heads: Tensor | None
-    heads_bias: Tensor
-
-
-def _read(path: Path) -> _File:
+def _read(path: Path) -> tuple[Path, dict[str, Tensor], str | None]:
+    """The file, its tensors, and what its metadata says of its ΔAL."""
     file = path
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
@@ -165,47 +145,51 @@ def _read(path: Path) -> _File:
         raise CheckpointError(f"the router file {file} is damaged or truncated: {error}") from None
     if sign is not None and sign not in SIGNS:
         raise CheckpointError(f"{file}: delta_sign {sign!r} in the metadata is not one of {', '.join(SIGNS)}")
-    return _File(file, tensors, sign)
+    return file, tensors, sign
 
 
-def _sign(found: _File, given: str | None) -> float:
-    """1 where the file's ΔAL is ours, -1 where it is the other way round."""
-    if found.sign is None and given is None:
+def _sign(file: Path, named: str | None, setting: str | None) -> str:
+    """The meaning of the file's ΔAL: as its metadata or the settings name it."""
+    sign = named or setting
+    if sign is None:
         raise CheckpointError(
-            f"{found.path} does not say which way round its prediction is: give --whiflash-neural-router-sign "
+            f"{file} does not say which way round its prediction is: give --whiflash-neural-router-sign "
             f"(or router.delta_sign in whiflash.json), one of {', '.join(SIGNS)}"
         )
-    if found.sign is not None and given is not None and found.sign != given:
+    if setting is not None and sign != setting:
         raise CheckpointError(
-            f"{found.path} names delta_sign {found.sign}, the settings name {given}: remove "
+            f"{file} names delta_sign {sign}, the settings name {setting}: remove "
             "--whiflash-neural-router-sign, or router.delta_sign from whiflash.json"
         )
-    return -1.0 if (found.sign or given) == DIFFUSION_MINUS_AR else 1.0
+    return sign
 
 
-def _fit(found: _File, hidden_size: int) -> _Parts:
-    plain = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(_HEADS)}
+def _fit(file: Path, tensors: dict[str, Tensor], hidden_size: int) -> dict[str, Tensor]:
+    """The state of a `Router`."""
+    plain = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEADS)}
     matrices = [tensor for tensor in plain.values() if tensor.ndim == 2]
     vectors = [tensor for tensor in plain.values() if tensor.ndim == 1]
     seconds = [tensor for tensor in matrices if len(tensor) == 1]
     firsts = [tensor for tensor in matrices if tensor.shape[1] == hidden_size and len(tensor) > 1]
-    heads = found.tensors.get(_HEADS + "weight")
+    heads = tensors.get(_HEADS + "weight")
     fits = len(matrices) == 2 and len(seconds) == 1 and len(firsts) == 1
-    if not fits or seconds[0].shape[1] != len(firsts[0]) or _misfit(heads, len(firsts[0])):
-        shapes = (
-            ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in found.tensors.items()) or "nothing"
-        )
+    fits = fits and seconds[0].shape[1] == len(firsts[0])
+    if not fits or (heads is not None and heads.shape != (2, len(firsts[0]))):
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()) or "nothing"
         raise CheckpointError(
-            f"{found.path} does not hold two linear layers [M, {hidden_size}] and [1, M]; found {shapes}"
+            f"{file} does not hold two linear layers [M, {hidden_size}] and [1, M]; found {shapes}"
         )
-    width = len(firsts[0])
 
     def bias(size: int) -> Tensor:
         return next((vector for vector in vectors if len(vector) == size), torch.zeros(size))
 
-    heads_bias = found.tensors.get(_HEADS + "bias", torch.zeros(2))
-    return _Parts(firsts[0], bias(width), seconds[0], bias(1), heads, heads_bias)
-
-
-def _misfit(heads: Tensor | None, width: int) -> bool:
-    return heads is not None and heads.shape != (2, width)
+    weights = {
+        "first.weight": firsts[0],
+        "first.bias": bias(len(firsts[0])),
+        "second.weight": seconds[0],
+        "second.bias": bias(1),
+    }
+    if heads is not None:
+        weights[_HEADS + "weight"] = heads
+        weights[_HEADS + "bias"] = tensors.get(_HEADS + "bias", torch.zeros(2))
+    return weights

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,16 +21,6 @@ from whiflash_sglang.round.quarantine import Quarantine
 
 FEWEST_ROWS = 4
 """Of a captured catch-up: a pass over fewer costs what one over so many does."""
-
-
-class Leaving(NamedTuple):
-    """A request that gives its slots up. row: of the request table. end: tokens that keep their slots. missing: most
-    of them that each arm has yet to ingest.
-    """
-
-    row: int
-    end: int
-    missing: Mapping[str, int]
 
 
 class DraftSync:
@@ -59,8 +48,10 @@ class DraftSync:
         """Host seconds of this round's catch-up, per arm."""
         self.caught_up = dict.fromkeys(self.arms, 0)
         """Tokens that each arm has ingested after others had drafted, at most."""
-        self.leaving: list[Leaving] = []
-        """Requests whose slots may be in the tree by now, without what is parked of them."""
+        self.leaving: list[tuple[int, int, Mapping[str, int]]] = []
+        """Requests whose slots may be in the tree by now, without what is parked of them: row of the request table,
+        tokens that keep their slots, and most of them that each arm has yet to ingest.
+        """
         self._captured: dict[str, CapturedPass[None]] = {}
         self.verifying: deque[int] = deque()
         """Rows that each round verifies whose results are not known yet."""
@@ -186,7 +177,7 @@ class DraftSync:
         for arm in missing:
             self.watermarks.flushed(row, arm, end)
         if missing:
-            self.leaving.append(Leaving(row, end, missing))
+            self.leaving.append((row, end, missing))
 
     def flush(self) -> None:
         """Ingest everything parked of requests that leave: one upload, and one batch per drafter, for all of them.
@@ -196,18 +187,18 @@ class DraftSync:
         leaving, self.leaving = self.leaving, []
         due = {}
         for arm in self.arms:
-            members = [i for i, each in enumerate(leaving) if arm in each.missing]
-            if members:
-                due[arm] = members, sum(leaving[i].missing[arm] for i in members)
+            most = {i: missing[arm] for i, (_, _, missing) in enumerate(leaving) if arm in missing}
+            if most:
+                due[arm] = list(most), sum(most.values())
         upload = Upload()
-        at = [upload.ints([each.row for each in leaving]), upload.ints([each.end for each in leaving])]
+        at = [upload.ints([row for row, _, _ in leaving]), upload.ints([end for _, end, _ in leaving])]
         flags_at = upload.ints(self.flags(due, len(leaving)))
         ints, _ = upload.send(self.watermarks.device.device)
         rows, ends = (ints[i] for i in at)
         # A round that was under way when its request ended may have gone further already: then nothing is left.
         begins, ends = self.watermarks.claim(rows, ends, ints[flags_at].view(len(self.arms), -1))
-        for arm, (_, most) in due.items():
-            self._ingest(arm, rows, begins, ends, most)
+        for arm, (_, tokens) in due.items():
+            self._ingest(arm, rows, begins, ends, tokens)
 
     def backlog(self) -> dict[str, int]:
         """Tokens of running requests that each arm has yet to ingest, at most."""

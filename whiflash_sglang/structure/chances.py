@@ -1,6 +1,5 @@
-"""How likely a token is that structure proposes, learned while serving, of every tenant by itself.
-
-How a target cuts text that it was not free to choose, learned while serving, of every tenant by itself.
+"""Learned while serving, of every tenant by itself: how likely a token is that structure proposes, and how a target
+cuts text that it was not free to choose.
 
 A tokenizer cuts `":"get` one way; a target that would have written a blank there, and must not, cuts it another way,
 and does so every time.
@@ -23,13 +22,6 @@ MOST = 4
 """Places of one text that are cut otherwise: after each of them the rest is cut again."""
 
 
-class Cut(NamedTuple):
-    """token: at a place of a text. usual: the one that its tokenizer has there."""
-
-    token: int
-    usual: int
-
-
 class Cuts:
     """By the token before a place and the usual one at it: the one that was written instead, when it was seen last."""
 
@@ -44,9 +36,12 @@ class Cuts:
         if len(self._written) > KEPT:
             self._written.popitem(last=False)
 
-    def applied(self, vocabulary: Vocabulary, before: int, tokens: Sequence[int]) -> list[Cut]:
-        """The text of `tokens`, which follow `before`, as it was cut when it was seen last."""
-        found: list[Cut] = []
+    def applied(self, vocabulary: Vocabulary, before: int, tokens: Sequence[int]) -> list[tuple[int, int]]:
+        """The text of `tokens`, which follow `before`, as it was cut when it was seen last.
+
+        Each with the token that the tokenizer has in its place.
+        """
+        cuts: list[tuple[int, int]] = []
         rest, left = list(tokens), MOST if self._written else 0
         while rest:
             usual = rest.pop(0)
@@ -55,9 +50,9 @@ class Cuts:
                 rest, left = anew, left - 1
             else:
                 written = usual
-            found.append(Cut(written, usual))
+            cuts.append((written, usual))
             before = written
-        return found
+        return cuts
 
 
 def _cut_anew(vocabulary: Vocabulary, first: int, tokens: Sequence[int]) -> list[int] | None:

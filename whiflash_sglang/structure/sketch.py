@@ -120,7 +120,7 @@ def cut(
         return []
     before = tail[-1] if tail else NOTHING
     pairs = (cuts or Cuts()).applied(vocabulary, before, tokens)
-    ends = list(accumulate(len(vocabulary.token_bytes[own.token]) for own in pairs))
+    ends = list(accumulate(len(vocabulary.token_bytes[token]) for token, _ in pairs))
     bounds = list(accumulate(len(piece.text.encode()) for piece in pieces))
     found, piece, begin = [], 0, 0
     for number, ((token, usual), stop) in enumerate(zip(pairs, ends, strict=True)):

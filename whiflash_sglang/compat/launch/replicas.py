@@ -18,7 +18,7 @@ from sglang.srt.utils.watchdog import SubprocessWatchdog
 
 from whiflash_sglang.compat.carried import asks_for_ours
 from whiflash_sglang.compat.patching import around, install
-from whiflash_sglang.serving import Ended, ReplicaDiedError
+from whiflash_sglang.serving import ReplicaDiedError, ended
 
 
 @around(
@@ -53,11 +53,11 @@ def _watching(original: Any, self: Any) -> None:
     processes = list(self.scheduler_procs)
     titles = [_title(process.pid) for process in processes]
 
-    def ended(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise ReplicaDiedError(_crashed(processes, titles), len(self.workers))
 
     # Sent by the watchdog, and by a replica that has raised an error: that one may not have ended yet.
-    signal.signal(signal.SIGQUIT, ended)
+    signal.signal(signal.SIGQUIT, fail)
     SubprocessWatchdog(processes, titles).start()
     original(self)
 
@@ -70,10 +70,10 @@ def _title(pid: int) -> str:
         return ""
 
 
-def _crashed(processes: Sequence[Any], titles: Sequence[str]) -> list[Ended]:
-    ended = []
+def _crashed(processes: Sequence[Any], titles: Sequence[str]) -> list[str]:
+    crashed = []
     for process, title in zip(processes, titles, strict=True):
         if process.exitcode:
             rank = re.search(r"_DP(\d+)", title)
-            ended.append(Ended(int(rank[1]) if rank else None, process.pid, process.exitcode))
-    return ended
+            crashed.append(ended(int(rank[1]) if rank else None, process.pid, process.exitcode))
+    return crashed
