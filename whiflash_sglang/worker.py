@@ -16,7 +16,6 @@ from whiflash_sglang.assemble import (
     reserve,
     spool_of,
 )
-from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat.carried import replace_settings, settings_of
 from whiflash_sglang.compat.forward import graphs
@@ -155,13 +154,12 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             until = [prefix + more for prefix, more in zip(batch.prefix_lens, batch.extend_lens, strict=True)]
             result.next_token_ids = hook.prefilled(batch.reqs, until, result.next_token_ids)
         upload = Upload()
-        for req, row in zip(batch.reqs, row_ids_of(batch), strict=True):
+        row_ids, rows = row_ids_of(batch), batch.req_pool_indices.to(torch.int64)
+        for req, row in zip(batch.reqs, row_ids, strict=True):
             self.stages.lifecycle.begin(row, req, upload)
-        rows = prefill_rows(batch, input_ids, result.next_token_ids, upload)
-        prompt = FeatureRows(features, rows.positions, rows.slots, rows.next_tokens)
-        self.sync.prefill(prompt, rows.row_ids, rows.lengths, rows.runs, rows.rows, rows.last_rows)
-        ends = rows.positions[rows.last_rows] + 1
-        self.tokens.put_block(rows.rows, ends, rows.next_tokens[rows.last_rows][:, None])
+        prompt, lengths, last = prefill_rows(batch, input_ids, features, result.next_token_ids, upload)
+        self.sync.prefill(prompt, row_ids, lengths, rows, last)
+        self.tokens.put_block(rows, prompt.positions[last] + 1, prompt.next_tokens[last][:, None])
         result.next_draft_input = DraftInput(
             result.next_token_ids.to(torch.int64), batch.seq_lens.to(torch.int64)
         )

@@ -135,9 +135,10 @@ class Replay:
                     positions,
                     self.table[row + 1, begin:end].long(),
                     self.tokens[row, begin + 1 : end + 1],
+                    runs=[end - begin],
                 )
                 last = torch.tensor([end - begin - 1])
-                self.sync.prefill(rows, [row + 1], [end], [end - begin], torch.tensor([row + 1]), last)
+                self.sync.prefill(rows, [row + 1], [end], torch.tensor([row + 1]), last)
         self.lengths[row] = length
 
     def lag(self, row: int) -> int:

@@ -83,20 +83,19 @@ class DraftSync:
         prompt: FeatureRows,
         row_ids: Sequence[int],
         lengths: Sequence[int],
-        runs: Sequence[int],
         rows: torch.Tensor,
         last_rows: torch.Tensor,
     ) -> None:
         """Write both drafters' KV of an extend batch now: the radix tree takes the slots next.
 
         Args:
-            prompt: the batch's packed rows. lengths: tokens of each request with it. runs: packed rows of each.
-            rows: [B] request rows. last_rows: [B], the last packed row of each.
+            prompt: the batch's packed rows, with its `runs`. lengths: tokens of each request with it. rows: [B] request
+                rows. last_rows: [B], the last packed row of each.
         """
         if any(drafter.attends_text for drafter in self._drafters.values()):
             packed = torch.arange(len(prompt), device=rows.device)
             requests = rows[torch.searchsorted(last_rows, packed)]
-            prompt = replace(prompt, requests=requests, slot_table=self._slot_table, runs=runs)
+            prompt = replace(prompt, requests=requests, slot_table=self._slot_table)
         for arm, drafter in self._drafters.items():
             if self._quarantine.ingests(arm):
                 with self._quarantine.guard_ingestion(arm):

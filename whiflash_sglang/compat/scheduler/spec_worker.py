@@ -14,6 +14,7 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 from sglang.srt.state_capturer.base import TopkCaptureOutput
 
+from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.compat.forward import recurrent, sampling
 from whiflash_sglang.core import Round, Verified
 from whiflash_sglang.device.transfers import Download, Upload
@@ -197,31 +198,15 @@ def row_ids_of(batch: Any) -> list[int]:
     return rows
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillRows:
-    """An extend batch in this package's terms, T packed prompt tokens of B requests.
-
-    lengths: tokens of each request that have KV behind it, runs: packed rows of each, both on the host. positions,
-    slots, next_tokens: [T] int64. last_rows: [B] int64.
-    """
-
-    row_ids: list[int]
-    lengths: list[int]
-    runs: list[int]
-    rows: torch.Tensor
-    last_rows: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    next_tokens: torch.Tensor
-
-
 def prefill_rows(
-    batch: Any, input_ids: torch.Tensor, next_token_ids: torch.Tensor, upload: Upload
-) -> PrefillRows:
+    batch: Any, input_ids: torch.Tensor, features: torch.Tensor, next_token_ids: torch.Tensor, upload: Upload
+) -> tuple[FeatureRows, list[int], torch.Tensor]:
     """Describe an extend batch. What the device does not know of it goes there with `upload`, which is sent.
 
     At a chunk's end the next token is the prompt's, not the sampled one, which SGLang throws away; it is one of
     the output where a request begins again after a retraction.
+
+    Returns the packed prompt tokens, tokens of each request that have KV behind them, and the last packed row of each.
     """
     lens, prefixes = list(batch.extend_lens), list(batch.prefix_lens)
     lengths = [prefix + length for prefix, length in zip(prefixes, lens, strict=True)]
@@ -234,17 +219,8 @@ def prefill_rows(
     next_tokens = torch.empty_like(input_ids, dtype=torch.int64)
     next_tokens[:-1] = input_ids[1:]
     next_tokens[last_rows] = torch.where(known < 0, next_token_ids.to(torch.int64), known)
-    rows = batch.req_pool_indices.to(torch.int64)
-    return PrefillRows(
-        row_ids_of(batch),
-        lengths,
-        lens,
-        rows,
-        last_rows,
-        positions,
-        batch.out_cache_loc.to(torch.int64),
-        next_tokens,
-    )
+    slots = batch.out_cache_loc.to(torch.int64)
+    return FeatureRows(features, positions, slots, next_tokens, runs=lens), lengths, last_rows
 
 
 def round_result(verified: Verified, results: Download) -> GenerationBatchResult:
