@@ -18,7 +18,8 @@ from whiflash_sglang.candidates import Candidate, Part
 from whiflash_sglang.device.capture import StaticInput
 from whiflash_sglang.device.transfers import EXACT, Floats, HostView, Upload
 from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
-from whiflash_sglang.routing.request_state import Decision, RequestState
+from whiflash_sglang.routing.request_state import RequestState
+from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.telemetry.round_clock import RoundTime
 
 
@@ -80,7 +81,7 @@ class Round:
 
     # Filled by route (round/planning.py), a value a request.
     states: list[RequestState] = field(init=False)  # the controller's; a later request in the row has another
-    decisions: list[Decision] = field(init=False)  # on what each was decided
+    decisions: list[Signals] = field(init=False)  # on what each was decided
     undrafted: list[int] = field(init=False)  # indices of those whose grammar is too dear for drafts
     routes: list[str] = field(init=False)  # neural pass of each, or `none`
     asked: list[list[str]] = field(init=False)  # arms that were asked what they propose

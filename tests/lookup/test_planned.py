@@ -45,7 +45,7 @@ def test_what_the_device_copied_promises_and_teaches(plans: list[Round]) -> None
     before = copies.calibration([1, 2])
     for _ in range(2):
         batch.round()
-    first, second = ([own.signals.expected for own in plan.decisions] for plan in plans)
+    first, second = ([own.expected for own in plan.decisions] for plan in plans)
     assert first == [{}, {}], "nothing was copied yet"
     alive = [0.9**depth for depth in range(1, 25)]
     assert [own[arms.LOOKUP] for own in second] == [(pytest.approx(1 + sum(alive)), 25)] * 2
@@ -65,7 +65,7 @@ def test_where_the_whole_text_is_known_the_host_looks(
     batch = Batch(1)
     batch.round()
     assert batch.drafters[arms.LOOKUP].host_bytes()["index"] > 0
-    assert plans[0].decisions[0].signals.expected[arms.LOOKUP].length > 1
+    assert plans[0].decisions[0].expected[arms.LOOKUP].length > 1
 
 
 def test_where_texts_may_be_shared_the_host_looks(plans: list[Round]) -> None:
@@ -75,7 +75,7 @@ def test_where_texts_may_be_shared_the_host_looks(plans: list[Round]) -> None:
     copies.begin(1, RequestHints(), b"salt")
     batch.round()
     assert copies.host_bytes()["index"] > 0
-    assert plans[0].decisions[0].signals.expected[arms.LOOKUP].length > 1
+    assert plans[0].decisions[0].expected[arms.LOOKUP].length > 1
 
 
 def test_what_the_device_cannot_find_is_sent(plans: list[Round]) -> None:

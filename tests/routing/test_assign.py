@@ -62,13 +62,13 @@ def test_what_is_promised_without_a_pass_is_charged_for_its_rows() -> None:
     """Its rows may not pay at all: then the request decodes plainly."""
     costs = FixedCosts(draft_seconds={"ar": 0.0})
     scores = [{"ar": 2.0, "promised": 2.0, "none": 1.0}] * 2
-    assert assign(scores, costs, free=[Forecast(2.0, 3), Forecast(2.0, 40)]) == ["promised", "ar"]
+    assert assign(scores, costs, promised=[Forecast(2.0, 3), Forecast(2.0, 40)]) == ["promised", "ar"]
     one = [{"ar": 2.0, "promised": 1.9, "none": 1.0}]
-    assert assign(one, costs, free=[Forecast(1.9, 2)]) == ["promised"]
-    assert assign(one, costs, free=[Forecast(1.9, 40)]) == ["ar"]
+    assert assign(one, costs, promised=[Forecast(1.9, 2)]) == ["promised"]
+    assert assign(one, costs, promised=[Forecast(1.9, 40)]) == ["ar"]
     dear = [{"promised": 1.2, "none": 1.0}]
-    assert assign(dear, FixedCosts(), free=[Forecast(1.2, 12)]) == ["none"]
-    assert assign(dear, FixedCosts(), free=[Forecast(1.2, 2)]) == ["promised"]
+    assert assign(dear, FixedCosts(), promised=[Forecast(1.2, 12)]) == ["none"]
+    assert assign(dear, FixedCosts(), promised=[Forecast(1.2, 2)]) == ["promised"]
 
 
 def test_margin_keeps_the_previous_routes() -> None:
@@ -82,9 +82,9 @@ def test_margin_keeps_the_previous_routes() -> None:
 
 
 def test_a_margin_reckons_with_promised_rows_too() -> None:
-    scores, free = [{"ar": 2.41, "promised": 1.5, "none": 1.0}], [Forecast(1.5, 2)]
-    assert assign(scores, FixedCosts(), free=free) == ["ar"]
-    assert assign(scores, FixedCosts(), ["promised"], MARGIN, free) == ["promised"]
+    scores, promised = [{"ar": 2.41, "promised": 1.5, "none": 1.0}], [Forecast(1.5, 2)]
+    assert assign(scores, FixedCosts(), promised=promised) == ["ar"]
+    assert assign(scores, FixedCosts(), ["promised"], MARGIN, promised) == ["promised"]
 
 
 def test_previous_arm_that_may_no_longer_draft_is_replaced() -> None:

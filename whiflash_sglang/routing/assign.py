@@ -62,7 +62,7 @@ def assign(
     costs: Costs | None = None,
     previous: Sequence[str | None] = (),
     margin: float | None = None,
-    free: Sequence[Forecast] = (),
+    promised: Sequence[Forecast] = (),
 ) -> list[str]:
     """One pass per request, or none, with what is promised without one (`arms.PROMISED`) or plainly.
 
@@ -71,14 +71,14 @@ def assign(
         costs: measured latencies; None: every request takes its best arm (the paper's per-request routing).
         previous: the arms of the last round, for the margin; empty: no margin.
         margin: by how much a switch must be better (`MARGIN`); None: it need not be.
-        free: what each request's round promises without a pass, if it scores `arms.PROMISED`.
+        promised: what each request's round promises without a pass, if it scores `arms.PROMISED`.
 
     Returns:
         The routes with the most expected tokens per second, unless keeping the previous ones is within the margin.
     """
     if costs is None or not scores:
         return best_each(scores)
-    batch = _Batch.of(scores, costs, free)
+    batch = _Batch.of(scores, costs, promised)
     choices = batch.best_choices()
     rates = batch.rates(choices)
     first = int(rates.argmax())
@@ -106,13 +106,13 @@ class _Batch:
     costs: Costs
 
     @classmethod
-    def of(cls, scores: Sequence[Scores], costs: Costs, free: Sequence[Forecast]) -> "_Batch":
+    def of(cls, scores: Sequence[Scores], costs: Costs, promised: Sequence[Forecast]) -> "_Batch":
         """A request without scores decodes plainly, and adds nothing to what is expected."""
         names = [*sorted({arm for each in scores for arm in each} - {arms.NONE}), arms.NONE]
         widths = [PLAIN.rows if arm in WITHOUT_A_PASS else costs.width(arm) for arm in names]
         rows = np.tile(np.array(widths, dtype=float), (len(scores), 1))
         if arms.PROMISED in names:
-            rows[:, names.index(arms.PROMISED)] = [forecast.rows for forecast in free]
+            rows[:, names.index(arms.PROMISED)] = [forecast.rows for forecast in promised]
         known = [[each.get(arm, -math.inf) for arm in names] if each else _plain(names) for each in scores]
         return cls(names, np.array(known), rows, costs)
 

@@ -8,7 +8,8 @@ from whiflash_sglang.candidates import PLAIN, Forecast
 from whiflash_sglang.routing.assign import MARGIN, Costs, assign
 from whiflash_sglang.routing.costs import FULL_LENGTH, WorkerCosts, Worth
 from whiflash_sglang.routing.policies import PROBE_ROUNDS, Policy, Scores
-from whiflash_sglang.routing.request_state import Decision, RequestState
+from whiflash_sglang.routing.request_state import RequestState
+from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.telemetry.trace import Recording
@@ -87,7 +88,7 @@ class Controller:
     def committed(
         self,
         state: RequestState,
-        decision: Decision,
+        decision: Signals,
         arm: str,
         tokens: Sequence[int],
         width: int,
@@ -101,12 +102,12 @@ class Controller:
             width: rows that it verified. start: n when it began. lengths: tokens that each arm which drafted would have
                 committed alone; None: `arm` committed these.
 
-        Returns whether the round is evidence for other requests too (`Decision.free`).
+        Returns whether the round is evidence for other requests too (`Signals.free`).
         """
         lengths = {arm: len(tokens)} if lengths is None else lengths
         if decision.free:
             for each, length in lengths.items():
-                self.policy.observe(each, decision.signals, length)
+                self.policy.observe(each, decision, length)
             self.costs.widened(arm, width)
         state.committed(arm, tokens, width - 1, start=start, reason=decision.reason, lengths=lengths)
         return decision.free
@@ -124,25 +125,25 @@ def route(
 ) -> list[str]:
     """One pass per request, or none; every state records its own. costs: None where nothing costs."""
     previous = [state.decision.keeps for state in states]
-    scores, best, free, teachers = [], [], [], []
-    for state, forecast, before in zip(states, forecasts, previous, strict=True):
-        scored, decision = state.score(policy, forecast), state.decision
-        scored, source = _of_passes(scored, decision.signals.expected, priced=policy.prices_batches)
-        promised = decision.signals.expected.get(source, PLAIN)
-        if decision.reason == "span" and not decision.free:
-            scored = _ordered(state, scored, source, costs, before, promised)
+    scores, sources, promised, teachers = [], [], [], []
+    for state, forecast, kept in zip(states, forecasts, previous, strict=True):
+        scored = state.score(policy, forecast)
+        signals = state.decision
+        scored, source = _of_passes(scored, signals.expected, priced=policy.prices_batches)
+        promised.append(signals.expected.get(source, PLAIN))
+        if signals.reason == "span" and not signals.free:
+            scored = _ordered(signals, scored, source, costs, kept, promised[-1])
         scores.append(scored)
-        best.append(source)
-        free.append(promised)
-        teachers.append(decision.signals if decision.free else None)
+        sources.append(source)
+        teachers.append(signals if signals.free else None)
     probes = policy.probe(teachers, costs.timings if costs else lambda _: PROBE_ROUNDS)
     for index, arm in probes.items():
         scores[index] = {arm: scores[index][arm]}
-    chosen = assign(scores, costs, previous, MARGIN, free) if policy.prices_batches else assign(scores)
+    chosen = assign(scores, costs, previous, MARGIN, promised) if policy.prices_batches else assign(scores)
     routes = [arms.NONE if arm == arms.PROMISED else arm for arm in chosen]
-    for index, (state, arm, source) in enumerate(zip(states, chosen, best, strict=True)):
-        keeps = None if index in probes else arm
-        state.decision = _usable(policy, state.decision, arm, source)._replace(keeps=keeps)
+    for index, (state, arm, source) in enumerate(zip(states, chosen, sources, strict=True)):
+        decision = _usable(policy, state.decision, arm, source)
+        state.decision = decision._replace(keeps=None if index in probes else arm)
         state.chose(routes[index])
     return routes
 
@@ -164,29 +165,26 @@ def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool
     return {**passes, arms.PROMISED: top, **plain}, best
 
 
-def _usable(policy: Policy, decision: Decision, chosen: str, best: str) -> Decision:
-    """`decision` with the draft source that the round may use; best: of what needs no pass, as of `_of_passes`."""
-    only: str | None = best if chosen == arms.PROMISED else arms.NONE
+def _usable(policy: Policy, signals: Signals, chosen: str, source: str) -> Signals:
+    """`signals` with the draft source that the round may use; source: of what needs no pass, as of `_of_passes`."""
+    only: str | None = source if chosen == arms.PROMISED else arms.NONE
     # Where rows are dear, a device that knows more of the text than the host weighs what is promised again.
-    weighed = decision.free and policy.prices_batches
-    wished = chosen == arms.NONE and decision.signals.expected and not weighed
-    if policy.joins_arms and decision.reason != "pin" and not wished:
+    weighed = signals.free and policy.prices_batches
+    wished = chosen == arms.NONE and signals.expected and not weighed
+    if policy.joins_arms and signals.reason != "pin" and not wished:
         only = None
-    return Decision(decision.signals, decision.reason, only, chosen == arms.PROMISED)
+    return signals._replace(only=only, promised=chosen == arms.PROMISED)
 
 
 def _ordered(
-    state: RequestState, scores: Scores, best: str, costs: Costs | None, previous: str | None, free: Forecast
+    signals: Signals, scores: Scores, source: str, costs: Costs | None, kept: str | None, promised: Forecast
 ) -> Scores:
     """Of a request with a bias, its choice alone at what the policy expects of it.
 
     A bias is worth what its caller says to that request only. Weighed against the tokens of others, sixteen tokens a
     round that nobody gets would make their drafts look dear.
     """
-    (arm,) = assign([scores], costs, [previous], MARGIN, [free])
-    span = state.decision.signals.span
-    drafting = best if arm == arms.PROMISED else arm
-    bias = (
-        sum(added for biased, added in span.bias.items() if biased == drafting) if span is not None else 0.0
-    )
+    (arm,) = assign([scores], costs, [kept], MARGIN, [promised])
+    drafting, span = source if arm == arms.PROMISED else arm, signals.span
+    bias = sum(added for biased, added in span.bias.items() if biased == drafting) if span else 0.0
     return {arm: max(scores[arm] - bias, 1.0)}

@@ -4,7 +4,7 @@ level of what is accepted.
 A context is the target's entropy at the last verified position, where it is computed, and the kind of the open
 span. A request's own recent rounds outweigh the shared means the more of them there are.
 
-Whose rounds teach the shared means: every request's whose caller left the route to the policy (`Decision.free`), and a
+Whose rounds teach the shared means: every request's whose caller left the route to the policy (`Signals.free`), and a
 request's later rounds with an arm ever less (`REQUEST_ROUNDS`), so that one that never ends does not decide for all.
 """
 

@@ -36,7 +36,7 @@ class Probes:
     An arm is probed at most once in as many rounds of the batch as it is known (`_patience`), by requests that
 
     - are free: a caller's pin, bias or `off` leaves nothing to try, and its rounds are no evidence for others
-      (`Decision.free`);
+      (`Signals.free`);
     - may draft with the arm, and were not routed to it for as many rounds themselves; what other requests use says
       little of it.
 
@@ -52,14 +52,14 @@ class Probes:
         self._since: dict[str, int] = {}
         """Rounds of the batch since an arm was probed, or first allowed."""
 
-    def choose(self, free: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
+    def choose(self, teachers: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
         """Index → arm for this round of the batch, one arm at most.
 
         Args:
-            free: of every request, None for one that is not. timings: see `_patience`.
+            teachers: of every request, None for one that is not free. timings: see `_patience`.
         """
         able: defaultdict[str, dict[int, Signals]] = defaultdict(dict)
-        for index, signals in enumerate(free):
+        for index, signals in enumerate(teachers):
             if signals is not None:
                 for arm in signals.unforeseen:
                     able[arm][index] = signals
@@ -128,10 +128,10 @@ class Policy(Protocol):
         """Expected accepted tokens per allowed arm; `none` is always there, so that a route always exists."""
         ...
 
-    def probe(self, free: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
+    def probe(self, teachers: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
         """A round of the whole batch begins: requests, by their index, that are to try an arm whatever it promises.
 
-        free: of every request, None where its caller ordered the route. timings: how often an arm's price was found
+        teachers: of every request, None where its caller ordered the route. timings: how often an arm's price was found
         right.
         """
         ...
@@ -148,7 +148,7 @@ class Blind:
     prices_batches = False
     joins_arms = False
 
-    def probe(self, free: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
+    def probe(self, teachers: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
         """Nothing to try."""
         return {}
 
@@ -229,8 +229,8 @@ class AutoPolicy:
     def score(self, signals: Signals) -> Scores:
         return {**{arm: self._expect(arm, signals) for arm in sorted(signals.allowed)}, arms.NONE: 1.0}
 
-    def probe(self, free: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
-        return self._probes.choose(free, timings)
+    def probe(self, teachers: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
+        return self._probes.choose(teachers, timings)
 
     def observe(self, arm: str, signals: Signals, length: int) -> None:
         if arm != arms.NONE and arm not in signals.expected:

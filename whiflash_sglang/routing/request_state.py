@@ -4,7 +4,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from whiflash_sdk.hints import Span
 
@@ -20,41 +19,15 @@ RECENT_ROUNDS = 8.0
 """Rounds after which a request's own acceptance with an arm counts for little."""
 
 
-class Decision(NamedTuple):
-    """The grounds on which a round of a request was decided.
-
-    reason: why it was routed as it was (`apply_hints`). only: the one draft source whose candidates may be
-    verified, or `none`; None: all. promised: whether a round without a pass is expected to verify one of them. keeps:
-    the choice that the margin of the next round favours; None after a probe, and before the first round.
-    """
-
-    signals: Signals = Signals(frozenset())
-    reason: str = "score"
-    only: str | None = None
-    promised: bool = False
-    keeps: str | None = None
-
-    @property
-    def free(self) -> bool:
-        """Whether the request's caller left this round to the policy: decoding is not off, nothing pinned or biased.
-
-        Only such a round may be a probe, and only such a round is evidence of what other requests may expect: what its
-        caller ordered was drafted where nothing else would have, and as often as its caller likes. A preference is no
-        order: it counts for one round.
-        """
-        span = self.signals.span
-        return self.reason not in ("pin", "off") and not (span and any(span.bias.values()))
-
-
 @dataclass(slots=True)
 class RequestState:
     """Host-side state of a request, from its prefill to its end. row: of the request table.
 
     entropy, delta, predicted: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
     None outside spans, since what an arm accepts in prose says little of tool calls. rounds, tried, last: see
-    `Signals`. decision: on what the newest round was decided. under_way: rows, at most, of each round whose results are
-    not known yet. recording: of a request that asked for its trace. counts: of its rounds, by the arm that drafted.
-    begun: whether the span tracker has the token that the prefill sampled, which no round commits.
+    `Signals`. decision: signals of the newest round, with what was decided. under_way: rows, at most, of each round
+    whose results are not known yet. recording: of a request that asked for its trace. counts: of its rounds, by the arm
+    that drafted. begun: whether the span tracker has the token that the prefill sampled, which no round commits.
     """
 
     rid: str
@@ -72,7 +45,7 @@ class RequestState:
     recent_by_kind: defaultdict[str | None, defaultdict[str, Mean]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(Mean))
     )
-    decision: Decision = field(default_factory=Decision)
+    decision: Signals = field(default_factory=Signals)
     under_way: list[int] = field(default_factory=list)
     recording: Recording | None = None
     counts: dict[str, ArmCounts] = field(default_factory=dict)
@@ -112,7 +85,7 @@ class RequestState:
             off=self.hints.off,
             measured=signals.recent if policy.prices_batches else None,
         )
-        self.decision = Decision(signals, reason)
+        self.decision = signals._replace(reason=reason)
         return scores
 
     def begin(self, answer: Callable[[int], Sequence[int]]) -> None:

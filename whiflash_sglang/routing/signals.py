@@ -34,7 +34,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Signals(NamedTuple):
-    """Per-request signals. Host-side ones may lag one round (overlap scheduling).
+    """Signals of a request's round, and what was decided on them. Host-side ones may lag a round (overlap scheduling).
 
     entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last
         verified position, where nothing is drafted of up to seven rounds before; NaN when it was not measured.
@@ -48,9 +48,13 @@ class Signals(NamedTuple):
         last one of them; arms that it was never routed to are absent.
     previous: the arm of the request's last round, None before the first. dwell: rounds since it was chosen.
     allowed: arms that may draft for this request.
+
+    Decided: reason: why it was routed as it was (`apply_hints`). only: the one draft source whose candidates may be
+        verified, or `none`; None: all. promised: whether a round without a pass is expected to verify one of them.
+        keeps: the choice that the margin of the next round favours; None after a probe, and before the first round.
     """
 
-    allowed: frozenset[str]
+    allowed: frozenset[str] = frozenset()
     entropy: float = math.nan
     recent: Mapping[str, Mean] = NOTHING
     expected: Mapping[str, Forecast] = NOTHING
@@ -62,6 +66,20 @@ class Signals(NamedTuple):
     last: Mapping[str, int] = NOTHING
     previous: str | None = None
     dwell: int = 0
+    reason: str = "score"
+    only: str | None = None
+    promised: bool = False
+    keeps: str | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether the request's caller left this round to the policy: decoding is not off, nothing pinned or biased.
+
+        Only such a round may be a probe, and only such a round is evidence of what other requests may expect: what its
+        caller ordered was drafted where nothing else would have, and as often as its caller likes. A preference is no
+        order: it counts for one round.
+        """
+        return self.reason not in ("pin", "off") and not (self.span and any(self.span.bias.values()))
 
     @property
     def unforeseen(self) -> frozenset[str]:

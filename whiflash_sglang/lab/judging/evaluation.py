@@ -113,7 +113,7 @@ class _AutoRun:
     def learn(self, ended: int, emitted: int) -> None:
         """What a server knows after a round: what was accepted, and the signals where it ended."""
         state, arm = self._state, self._state.previous or arms.NONE
-        self._policy.observe(arm, state.decision.signals, emitted)
+        self._policy.observe(arm, state.decision, emitted)
         state.committed(arm, [0] * emitted)
         if ended < self._answer.positions:
             if "entropy" in self._policy.needs:
