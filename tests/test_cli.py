@@ -55,7 +55,7 @@ def test_a_wrong_draft_path_stops_the_launcher(launch: Arguments) -> None:
     with pytest.raises(SystemExit, match=r"whiflash: error: .*nowhere: no such directory"):
         launch(draft="/nowhere")
     alone = launch(eagle=None)
-    assert alone._whiflash.eagle3 is None  # type: ignore[attr-defined]
+    assert list(alone._whiflash.drafters) == ["diffusion"]  # type: ignore[attr-defined]
     with pytest.raises(SystemExit, match="whiflash: error: router 'ar' needs EAGLE-3"):
         launch("--whiflash-router", "ar", eagle=None)
 
@@ -63,7 +63,7 @@ def test_a_wrong_draft_path_stops_the_launcher(launch: Arguments) -> None:
 def test_a_right_command_line_is_taken(launch: Arguments, checkpoints: dict[str, Path]) -> None:
     arguments = launch("--whiflash-router", "ar", "--whiflash-block-size", "4")
     settings = arguments._whiflash  # type: ignore[attr-defined]
-    assert (settings.router, settings.block_size, settings.eagle3) == ("ar", 4, checkpoints["eagle3"])
+    assert (settings.router, settings.block_size, settings.drafters["ar"]) == ("ar", 4, checkpoints["eagle3"])
 
 
 def test_hub_ids_are_fetched_as_the_command_line_says(

@@ -127,7 +127,7 @@ def test_one_drafter_is_enough_for_what_needs_no_second(bundle: Path, missing: s
             load_manifest(write(bundle, {**without(missing), key: value}))
     write(bundle, without(missing))
     settings = resolve(parse_flags({}), bundle)
-    assert (settings.eagle3 is None, settings.dflash is None) == (missing == "eagle3", missing == "dflash")
+    assert list(settings.drafters) == ["diffusion" if missing == "eagle3" else "ar"]
     assert settings.router == "auto"
     for router in ("entropy", "neural"):
         with pytest.raises(ConfigError, match=f"router '{router}' {alone}"):
@@ -197,7 +197,7 @@ def test_flags_win_over_the_manifest(bundle: Path) -> None:
     write(bundle, {**MANIFEST, "entropy": {"tau": 0.7, "min_dwell": 3}})
     settings = resolve(parse_flags({"entropy_threshold": "0.2"}), bundle)
     assert (settings.entropy.tau, settings.entropy.min_dwell) == (0.2, 3)
-    assert (settings.eagle3, settings.dflash) == (bundle / "e", bundle / "d")
+    assert settings.drafters == {"ar": bundle / "e", "diffusion": bundle / "d"}
 
 
 def test_the_shipped_bundle_is_valid() -> None:

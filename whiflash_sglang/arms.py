@@ -10,6 +10,9 @@ AR = "ar"
 DIFFUSION = "diffusion"
 """DFlash: one block in one non-causal pass (arXiv 2602.06036)."""
 
+PAIR = (AR, DIFFUSION)
+"""The trained drafters, between which the paper's routers choose; a server may have one of them only."""
+
 LOOKUP = "lookup"
 """Copying from the request's own context; no training, no forward pass."""
 

@@ -83,7 +83,8 @@ def build_drafters(
     }
     for model in models.values():
         pack_modules(model)
-    block = block_size_of(settings.dflash, settings.block_size) if settings.dflash else 0
+    named = settings.drafters.get(arms.DIFFUSION)
+    block = block_size_of(named, settings.block_size) if named else 0
     positions = target.context_len + max(block, settings.eagle_steps)
     drafters: list[Drafter] = []
     if arms.AR in models:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.hub import checksums, member
@@ -41,6 +41,7 @@ from whiflash_sglang.telemetry.trace import TraceSampling, check_directory
 
 RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "none", "random"]
 T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
 NO_ROUTER = "--whiflash-router neural needs --whiflash-neural-router-path or a bundle with a router"
 
 
@@ -81,11 +82,11 @@ class Flags(Strict):
 class Settings(Strict):
     """Everything a worker needs to build itself: resolved paths and values, picklable.
 
-    checksums: SHA-256 by file, as the bundle lists them. target: the model that the bundle names, empty without one.
+    drafters: arm → directory of its checkpoint, of `arms.PAIR` and in its order. checksums: SHA-256 by file, as the
+    bundle lists them. target: the model that the bundle names, empty without one.
     """
 
-    eagle3: Path | None
-    dflash: Path | None
+    drafters: Mapping[str, Path]
     router: RouterName
     entropy: EntropyRouter
     neural: NeuralRouter | None
@@ -105,11 +106,6 @@ class Settings(Strict):
     tool_call_parser: str | None = None
     bundle: str | None = None
     checksums: Mapping[str, str] = {}
-
-    @property
-    def drafters(self) -> Mapping[str, Path]:
-        """Arm → directory of its checkpoint: none of them, one, or both."""
-        return {arm: path for arm, part in PARTS.items() if (path := getattr(self, part))}
 
 
 def parse_flags(given: dict[str, Any]) -> Flags:
@@ -158,25 +154,14 @@ def resolve(
             raise ConfigError(
                 f"the {NAMES[arm]} checkpoint {path} has no config.json: give the directory of a drafter"
             )
-    vocabulary = flags.dflash_vocabulary or (manifest.dflash_vocabulary if manifest else "full")
-    if vocabulary == "eagle3":
-        check_arms("--whiflash-dflash-vocabulary eagle3", NAMES, drafters)
+    vocabulary = _vocabulary(flags, manifest, drafters)
     check_router(flags.router or "auto", drafters)
     if flags.neural_router_path:
         check_arms("--whiflash-neural-router-path", NAMES, drafters)
-    entropy = manifest.entropy if manifest else EntropyRouter()
-    entropy = EntropyRouter(
-        tau=entropy.tau if flags.entropy_threshold is None else flags.entropy_threshold,
-        min_dwell=entropy.min_dwell if flags.min_dwell is None else flags.min_dwell,
-    )
-    template = (
-        draft_path / manifest.chat_template if draft_path and manifest and manifest.chat_template else None
-    )
     return Settings(
-        eagle3=drafters.get(arms.AR),
-        dflash=drafters.get(arms.DIFFUSION),
+        drafters={arm: drafters[arm] for arm in arms.PAIR if arm in drafters},
         router=flags.router or "auto",
-        entropy=entropy,
+        entropy=_entropy(manifest.entropy if manifest else EntropyRouter(), flags),
         neural=_neural(flags, manifest, draft_path, download_dir),
         lookup=_lookup(flags, manifest),
         structure=_structure(flags, manifest),
@@ -190,7 +175,7 @@ def resolve(
         samples=_samples(flags),
         versions=_versions(flags, drafters),
         target=manifest.target if manifest else "",
-        chat_template=template,
+        chat_template=_template(manifest, draft_path),
         tool_call_parser=manifest.tool_call_parser if manifest else None,
         bundle=manifest.name if manifest else None,
         checksums=_checksums(flags, manifest, draft_path),
@@ -263,25 +248,35 @@ def changed(settings: Settings, change: Any) -> Settings:
         wanted = PolicyChange.model_validate(change)
     except ValidationError as error:
         raise ConfigError(first_problem(error, PolicyChange, repr)) from None
-    entropy = EntropyRouter(
-        tau=settings.entropy.tau if wanted.entropy_threshold is None else wanted.entropy_threshold,
-        min_dwell=settings.entropy.min_dwell if wanted.min_dwell is None else wanted.min_dwell,
-    )
     check_router(wanted.router or settings.router, settings.drafters)
     neural = settings.neural
     if neural is None and (wanted.router == "neural" or wanted.neural_router_threshold is not None):
         raise ConfigError(f"this server has no neural router, so its policy stays as it was: {NO_ROUTER}")
     if neural is not None:
-        threshold, dwell = wanted.neural_router_threshold, wanted.min_dwell
-        neural = neural.model_copy(
-            update={
-                "threshold": neural.threshold if threshold is None else threshold,
-                "min_dwell": neural.min_dwell if dwell is None else dwell,
-            }
-        )
-    return settings.model_copy(
-        update={"router": wanted.router or settings.router, "entropy": entropy, "neural": neural}
-    )
+        neural = _updated(neural, threshold=wanted.neural_router_threshold, min_dwell=wanted.min_dwell)
+    entropy = _entropy(settings.entropy, wanted)
+    return _updated(settings, router=wanted.router, entropy=entropy, neural=neural)
+
+
+def _updated(model: Model, **values: Any) -> Model:
+    """`model` with those of the values that are not None."""
+    return model.model_copy(update={name: value for name, value in values.items() if value is not None})
+
+
+def _entropy(base: EntropyRouter, change: Flags | PolicyChange) -> EntropyRouter:
+    return _updated(base, tau=change.entropy_threshold, min_dwell=change.min_dwell)
+
+
+def _vocabulary(flags: Flags, manifest: Manifest | None, drafters: Mapping[str, Path]) -> DraftVocabulary:
+    vocabulary = flags.dflash_vocabulary or (manifest.dflash_vocabulary if manifest else "full")
+    if vocabulary == "eagle3":
+        check_arms("--whiflash-dflash-vocabulary eagle3", NAMES, drafters)
+    return vocabulary
+
+
+def _template(manifest: Manifest | None, bundle: Path | None) -> Path | None:
+    named = manifest.chat_template if manifest else None
+    return bundle / named if bundle and named else None
 
 
 def _neural(
@@ -298,28 +293,26 @@ def _neural(
     else:
         # Another file: the bundle's threshold and sign were made for its own.
         base = NeuralRouter(path=flags.neural_router_path)
-    given = {
-        "threshold": flags.neural_router_threshold,
-        "delta_sign": flags.neural_router_sign,
-        "min_dwell": flags.min_dwell,
-    }
-    return base.model_copy(update={key: value for key, value in given.items() if value is not None})
+    return _updated(
+        base,
+        threshold=flags.neural_router_threshold,
+        delta_sign=flags.neural_router_sign,
+        min_dwell=flags.min_dwell,
+    )
 
 
 def _lookup(flags: Flags, manifest: Manifest | None) -> Lookup:
-    given: dict[str, Any] = {
-        "enabled": None if flags.lookup is None else flags.lookup == "on",
-        "memory_mib": flags.lookup_memory_mib,
-        "prediction_tokens": flags.lookup_prediction_tokens,
-    }
-    return lookup_of(manifest).model_copy(
-        update={k: value for k, value in given.items() if value is not None}
+    return _updated(
+        lookup_of(manifest),
+        enabled=None if flags.lookup is None else flags.lookup == "on",
+        memory_mib=flags.lookup_memory_mib,
+        prediction_tokens=flags.lookup_prediction_tokens,
     )
 
 
 def _structure(flags: Flags, manifest: Manifest | None) -> Structure:
-    said = manifest.structure if manifest else Structure()
-    return said if flags.structure is None else said.model_copy(update={"enabled": flags.structure == "on"})
+    shipped = manifest.structure if manifest else Structure()
+    return _updated(shipped, enabled=None if flags.structure is None else flags.structure == "on")
 
 
 def _traces(flags: Flags) -> TraceSampling:
@@ -337,8 +330,8 @@ def _traces(flags: Flags) -> TraceSampling:
         )
     directory = Path(flags.trace_dir).absolute()
     check_directory(directory)
-    mib = {} if flags.trace_mib is None else {"mib": flags.trace_mib}
-    return TraceSampling(rate=flags.trace_sample, directory=directory, text=flags.trace_text == "on", **mib)
+    traces = TraceSampling(rate=flags.trace_sample, directory=directory, text=flags.trace_text == "on")
+    return _updated(traces, mib=flags.trace_mib)
 
 
 def _samples(flags: Flags) -> Spooling:
@@ -353,8 +346,7 @@ def _samples(flags: Flags) -> Spooling:
         )
     directory = samples_of(Path(flags.learn).absolute())
     check_spool(directory)
-    given = {"mib": flags.learn_mib, "hours": flags.learn_hours}
-    return Spooling(directory=directory, **{key: value for key, value in given.items() if value is not None})
+    return _updated(Spooling(directory=directory), mib=flags.learn_mib, hours=flags.learn_hours)
 
 
 def _versions(flags: Flags, drafters: Mapping[str, Path]) -> Path | None:

@@ -48,7 +48,7 @@ def test_directories_become_a_bundle_that_is_served_from_itself(
     weights = models["dflash"] / "model.safetensors"
     assert manifest.sources["dflash"].files[weights.name] == sha256(weights)
     settings = resolve(Flags(), out)
-    assert (settings.eagle3, settings.dflash) == (out / "eagle3", out / "dflash")
+    assert settings.drafters == {"ar": out / "eagle3", "diffusion": out / "dflash"}
     checked = whiflash("check", "--model-path", str(models["target"]), "--draft", str(out))
     assert checked.returncode == 0, checked.stderr
     lines = checked.stdout.splitlines()

@@ -15,9 +15,7 @@ def widths_of(monkeypatch: pytest.MonkeyPatch, *, backlog_tokens: int, copies: i
     """Draft tokens that the KV reservation is computed from, with blocks of 8 and chains of 5."""
     settings = SimpleNamespace(
         drafters={"ar": "e", "diffusion": "d"},
-        eagle3="e",
         eagle_steps=5,
-        dflash="d",
         block_size=None,
         lookup=Lookup(max_width=copies),
         structure=Structure(max_width=forced),

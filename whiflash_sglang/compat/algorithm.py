@@ -8,6 +8,7 @@ from sglang.srt.managers.overlap_utils import FutureMap
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
+from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.fit import TargetShape, block_size_of, check_drafters, read_layers
 from whiflash_sglang.compat import hooks
 from whiflash_sglang.compat.carried import ALGORITHM, asks_for_ours, settings_of
@@ -59,9 +60,9 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
 
 def widest_block(settings: Settings) -> int:
     """Rows that a verification has at most: the widest arm's drafts and the bonus token."""
-    width = settings.eagle_steps + 1 if settings.eagle3 else 1
-    if settings.dflash:
-        width = max(width, block_size_of(settings.dflash, settings.block_size))
+    width = settings.eagle_steps + 1 if arms.AR in settings.drafters else 1
+    if arms.DIFFUSION in settings.drafters:
+        width = max(width, block_size_of(settings.drafters[arms.DIFFUSION], settings.block_size))
     others = (settings.lookup, settings.structure)
     return max([width, *(arm.max_width + 1 for arm in others if arm.enabled)])
 

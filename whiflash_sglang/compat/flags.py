@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from whiflash_sglang import arms
 from whiflash_sglang.checkpoints import hub
 from whiflash_sglang.compat import hooks, patching
 from whiflash_sglang.compat.carried import ALGORITHM
@@ -135,7 +136,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
     server_args._whiflash = settings
     choose(server_args)
     # SGLang reads the draft path as a checkpoint before any validator of ours runs.
-    draft = settings.dflash or settings.eagle3
+    draft = settings.drafters.get(arms.DIFFUSION) or settings.drafters.get(arms.AR)
     server_args.speculative_draft_model_path = None if draft is None else str(draft)
     if server_args.chat_template is None and settings.chat_template is not None:
         server_args.chat_template = str(settings.chat_template)

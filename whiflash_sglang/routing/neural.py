@@ -9,9 +9,6 @@ from whiflash_sglang.routing.policies import Blind, Scores, order_pair
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Signals
 
-HEAD_ARMS = (arms.AR, arms.DIFFUSION)
-"""Arms of a router's heads, in their order."""
-
 
 @dataclass(frozen=True, slots=True)
 class NeuralPolicy(Blind):
@@ -32,10 +29,10 @@ class NeuralPolicy(Blind):
 
 
 def note(state: RequestState, outputs: Sequence[float]) -> None:
-    """Keep a router's outputs for a request's next round: ΔAL, and the accepted drafts of `HEAD_ARMS` from its heads.
+    """Keep a router's outputs for a request's next round: ΔAL, and the accepted drafts of `arms.PAIR` from its heads.
 
     A router without heads leaves `state.predicted` empty.
     """
     delta, *accepted = outputs
     state.delta = delta
-    state.predicted = {arm: 1.0 + max(drafts, 0.0) for arm, drafts in zip(HEAD_ARMS, accepted, strict=False)}
+    state.predicted = {arm: 1.0 + max(drafts, 0.0) for arm, drafts in zip(arms.PAIR, accepted, strict=False)}

@@ -93,9 +93,6 @@ class Probes:
 Scores = Mapping[str, float]
 """Arm → expected accepted tokens a round, bonus token included. An arm that is absent must not be used."""
 
-PAIR = frozenset({arms.AR, arms.DIFFUSION})
-"""The arms that the paper's routers choose from."""
-
 PREFERRED, SECOND = 2.0, 1.0
 """Scores of policies that order arms without predicting lengths."""
 
@@ -144,7 +141,7 @@ class Policy(Protocol):
 class Blind:
     """The common part of policies that only order arms and learn nothing while serving."""
 
-    candidates: frozenset[str] | None = PAIR
+    candidates: frozenset[str] | None = frozenset(arms.PAIR)
     prices_batches = False
     joins_arms = False
 
@@ -160,7 +157,7 @@ def order_pair(signals: Signals, *, ar_first: bool, min_dwell: int) -> Scores:
     """EAGLE-3 before DFlash or the other way round, plain decoding last; a drafter in use fewer than `min_dwell`
     rounds stays first.
     """
-    order = [arms.AR, arms.DIFFUSION] if ar_first else [arms.DIFFUSION, arms.AR]
+    order = list(arms.PAIR if ar_first else reversed(arms.PAIR))
     if signals.previous in order and signals.dwell < min_dwell:
         order.sort(key=lambda arm: arm != signals.previous)
     return in_order(order, signals)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_server_args
 
+from whiflash_sglang import arms
 from whiflash_sglang.compat.carried import serves_ours, settings_of
 from whiflash_sglang.compat.patching import around
 
@@ -26,7 +27,7 @@ def _with_bigrams(original: Any) -> Any:
 
     @wraps(original, updated=())
     def build(*args: Any, **kwargs: Any) -> Any:
-        if serves_ours() and settings_of(get_server_args()).eagle3 is not None:
+        if serves_ours() and arms.AR in settings_of(get_server_args()).drafters:
             kwargs["is_eagle"] = True
         return original(*args, **kwargs)
 
