@@ -1,8 +1,7 @@
-"""Layers that both drafters share: attention whose context and cache belong to the caller, norm, MLP.
+"""Layers that both drafters share: attention whose context and cache belong to the caller, norm, MLP, rotary positions.
 
-Rotary position embedding from a Hugging Face configuration, NeoX (half-split) layout.
-
-Checkpoints that rotate neighbouring pairs instead are permuted when they are loaded (`half_split`).
+Rotary positions are a Hugging Face configuration's, in NeoX (half-split) layout. Checkpoints that rotate neighbouring
+pairs instead are permuted when they are loaded (`half_split`).
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,7 @@
-"""Prices of captured work: tables measured at the start, and one slow factor from the rounds that follow.
+"""`Costs` where the device works behind the host: tables of captured work that were measured at the start, and one slow
+factor from the rounds that follow.
+
+There the host's clock says how long launching took, so nothing is fitted to it.
 
 A graph costs what it was captured for: 17 rows in a graph of 20 cost 20. So a price is looked up at the smallest size
 that was measured and holds what is asked for, not interpolated between sizes. A verification also reads the context of
@@ -6,12 +9,8 @@ all its requests; it is measured at two sums of them, and sums between or beyond
 
 What the tables cannot know (clocks that drop, a neighbour, the host's own share) is in the rounds: their seconds over
 what the tables said, as one factor for everything. It moves slowly, and at once where most of the last rounds agree
-that it is wrong (:mod:`whiflash_sglang.routing.fits`), as the fitted prices of :mod:`.costs` do.
-
-`Costs` where the device works behind the host: looked up in tables that were measured at the start.
-
-There the host's clock says how long launching took, so nothing is fitted to it. What rounds add is one factor for all
-prices (:mod:`.tables`), from whole rounds as the device's events time them.
+that it is wrong (:mod:`whiflash_sglang.routing.fits`), as the fitted prices of :mod:`.costs` do. Whole rounds are timed
+by the device's events.
 """
 
 from bisect import bisect_left

@@ -1,9 +1,7 @@
 """The target model as the worker sees it: one capture, a prefill, a packed verification.
 
-Positions in three dimensions (M-RoPE) of the rows of a verification.
-
-A target that takes images counts a token's time, height and width. Those of text are equal, and WHIFLASH serves text
-alone (:mod:`whiflash_sglang.compat.http.admission`). SGLang lays them out for drafts of one length.
+A target that takes images counts a token's time, height and width (M-RoPE). Those of text are equal, and WHIFLASH
+serves text only (:mod:`whiflash_sglang.compat.http.admission`). SGLang lays them out for drafts of one length.
 """
 
 from collections.abc import Hashable, Sequence

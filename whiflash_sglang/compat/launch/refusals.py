@@ -3,12 +3,10 @@
 What is refused here starts in SGLang and then serves wrong text, crashes later or silently does something else. Each
 sentence names the flag or the model and says what to do.
 
-Targets whose layers attend through a sliding window: which attention backends verify drafts in them on CUDA.
-
-A verification is a plain causal block at the end of each request, so a backend is right where every row of it, not the
-request as a whole, sees the keys of its window, and where attention sinks (gpt-oss) reach the kernel. Draft KV uses the
-slots of layers that see the whole context. Windowed layers share them, or have a pool of their own
-(`launch.arguments.choose`).
+On CUDA some attention backends do not verify drafts in layers that attend through a sliding window. A verification is a
+plain causal block at the end of each request, so a backend is right where every row of it, not the request as a whole,
+sees the keys of its window, and where attention sinks (gpt-oss) reach the kernel. Draft KV uses the slots of layers
+that see the whole context. Windowed layers share them, or have a pool of their own (`launch.arguments.choose`).
 """
 
 from collections.abc import Callable, Iterator

@@ -1,12 +1,11 @@
-"""The drafters' share of the KV budget, and room for what is reserved beyond a request's text.
+"""The drafters' share of the KV budget, room for what is reserved beyond a request's text, and the largest sampled
+verification, once at the start.
 
 SGLang sizes its KV pool from bytes per token and a fixed overhead. Both drafters keep KV beside every target
 slot, and the rings are allocated up front, so both numbers grow by what the worker reserves.
 
 A decoding request holds slots for two blocks beyond its text, but with pages of one token a row of the request table
 has room for little more than one behind the context's end: near it the write would leave the row.
-
-The largest sampled verification, once at the start.
 
 Greedy verifications need little beside the graph that they replay. A sampled one copies logits, a few rows at a time,
 and sorts probabilities, and it may come first when the KV pool has taken the rest. So the pool leaves it room
