@@ -14,12 +14,12 @@ from whiflash_sglang.train.bundle import install_router, update_manifest
 from whiflash_sglang.train.replay import Replay
 from whiflash_sglang.train.walk import choices_above
 
-SECONDS = {"eagle3": 2.0, "dflash": 1.0}
+SECONDS = {"ar": 2.0, "diffusion": 1.0}
 
 
 def answer(eagle3: list[int], dflash: list[int], category: str = "chat") -> Replay:
     size = len(eagle3)
-    accepted = {"eagle3": np.array(eagle3), "dflash": np.array(dflash), "lookup": np.zeros(size, int)}
+    accepted = {"ar": np.array(eagle3), "diffusion": np.array(dflash), "lookup": np.zeros(size, int)}
     return Replay("a", category, accepted, torch.zeros(size, 2), size, *np.zeros((2, size)))
 
 
@@ -31,13 +31,13 @@ def test_the_best_threshold_reaches_the_oracle() -> None:
     assert curve.rates[curve.chosen] == pytest.approx(8 / 3)
     assert curve.rates[-2.0] == pytest.approx(2.0)  # always EAGLE-3
     assert curve.rates[1.0] == pytest.approx(8 / 5)  # never
-    assert choices_above(signal, curve.chosen) == {i: "eagle3" if i < 4 else "dflash" for i in range(8)}
+    assert choices_above(signal, curve.chosen) == {i: "ar" if i < 4 else "diffusion" for i in range(8)}
 
 
 def test_categories_weigh_the_same() -> None:
     many = [answer([1] * 40, [0] * 40, "code"), answer([0] * 4, [0] * 4, "json")]
     signals = [np.zeros(40), np.zeros(4)]
-    curve = sweep(many, signals, {"eagle3": 1.0, "dflash": 1.0}, lowest=-1.0, min_dwell=0)
+    curve = sweep(many, signals, {"ar": 1.0, "diffusion": 1.0}, lowest=-1.0, min_dwell=0)
     assert curve.rates[-1.0] == pytest.approx(1.5)  # always EAGLE-3
 
 
@@ -48,7 +48,7 @@ def test_round_costs_that_say_nothing(text: str) -> None:
 
 
 def test_round_costs_are_milliseconds() -> None:
-    assert parse_round_costs("dflash=28.5,eagle3=31") == {"dflash": 0.0285, "eagle3": 0.031}
+    assert parse_round_costs("dflash=28.5,eagle3=31") == {"diffusion": 0.0285, "ar": 0.031}
 
 
 @pytest.fixture

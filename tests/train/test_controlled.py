@@ -4,17 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from whiflash_sglang.lab.judging.evaluation import Known, Prices, auto_choices
+from whiflash_sglang.lab.judging.evaluation import Known, auto_choices
 from whiflash_sglang.train.replay import JOINED, Replay
 from whiflash_sglang.train.walk import RouterWalk, tabulate
 
-PRICES = Prices.of_two_cores(eagle_steps=5, block_size=8)
 SIZE = 240
 NOTHING = Known([0.0] * SIZE, [])
 
 
 def answer(eagle3: int, dflash: int, copied: int = 0, loop_from: int = SIZE) -> Replay:
-    drafted = {"eagle3": eagle3, "dflash": dflash}
+    drafted = {"ar": eagle3, "diffusion": dflash}
     lengths = {**drafted, **{JOINED[arm]: length for arm, length in drafted.items()}, "lookup": copied}
     accepted = {arm: np.full(SIZE, length) for arm, length in lengths.items()}
     copies = np.full(SIZE, float(copied))
@@ -28,34 +27,28 @@ def most_used(choices: dict[int, str]) -> str:
 
 @pytest.mark.parametrize(
     ("replay", "arm"),
-    [(answer(4, 1), "eagle3+lookup"), (answer(1, 4), "dflash+lookup"), (answer(1, 1, copied=9), "lookup")],
+    [(answer(4, 1), "ar+lookup"), (answer(1, 4), "diffusion+lookup"), (answer(1, 1, copied=9), "lookup")],
 )
-@pytest.mark.parametrize("costs", [None, PRICES])
-def test_it_comes_to_the_best_arm(replay: Replay, arm: str, costs: Prices | None) -> None:
-    (choices,) = auto_choices([replay], [NOTHING], costs)
+def test_it_comes_to_the_best_arm(replay: Replay, arm: str) -> None:
+    (choices,) = auto_choices([replay], [NOTHING])
     assert most_used(choices) == arm
 
 
-@pytest.mark.parametrize("arm", ["eagle3", "dflash"])
+@pytest.mark.parametrize("arm", ["ar", "diffusion"])
 def test_it_walks_with_one_drafter_alone(arm: str) -> None:
     """And does not come to an arm that was not replayed, whatever that would promise unseen."""
     replay = answer(3, 3)
-    for missing in {"eagle3", "dflash"} - {arm}:
+    for missing in {"ar", "diffusion"} - {arm}:
         del replay.accepted[missing], replay.accepted[JOINED[missing]]
-    (choices,) = auto_choices([replay], [NOTHING], PRICES)
+    (choices,) = auto_choices([replay], [NOTHING])
     assert most_used(choices) == JOINED[arm]
     assert set(choices.values()) <= {JOINED[arm], "lookup", "none"}
-
-
-def test_drafters_that_are_never_right_are_left_alone_where_they_cost() -> None:
-    (choices,) = auto_choices([answer(0, 0)], [NOTHING], PRICES)
-    assert most_used(choices) == "none"
 
 
 def taking_turns() -> tuple[Replay, Known]:
     """The drafters take turns every five tokens, and the heads say so; means over the answer could not know."""
     even = np.arange(SIZE) % 10 < 5
-    drafted = {"eagle3": np.where(even, 4, 0), "dflash": np.where(even, 0, 4)}
+    drafted = {"ar": np.where(even, 4, 0), "diffusion": np.where(even, 0, 4)}
     joined = {JOINED[arm]: lengths for arm, lengths in drafted.items()}
     accepted = {**drafted, **joined, "lookup": np.zeros(SIZE, int)}
     nothing = np.zeros(SIZE)
@@ -65,7 +58,7 @@ def taking_turns() -> tuple[Replay, Known]:
 
 
 def length_with(replay: Replay, known: Known) -> float:
-    walk = RouterWalk(auto_choices([replay], [known], None), copies=True)
+    walk = RouterWalk(auto_choices([replay], [known]), copies=True)
     figures = tabulate([replay], {"auto": walk})["overall"]["acceptance_length"]
     return float(figures["auto"])
 
@@ -77,6 +70,6 @@ def test_heads_decide_the_round_they_speak_of() -> None:
 
 def test_loops_are_walked_on_their_own() -> None:
     replay = answer(4, 1, loop_from=101)
-    walk = RouterWalk(auto_choices([replay], [NOTHING], None), copies=True)
+    walk = RouterWalk(auto_choices([replay], [NOTHING]), copies=True)
     figures = tabulate([replay], {"auto": walk})
     assert figures["loop"]["acceptance_length"]["auto"] > 4

@@ -265,7 +265,9 @@ def test_a_trained_drafter_is_served_and_accepts_what_its_replay_says(trained: T
         rounds = replayed(reference, trained.checkpoint, [*prompt, *found[name]], len(prompt))
         for before, after in pairwise(sorted({n for n in steps[name] if n})):
             if after < 48:
-                assert after - before == int(rounds.accepted["dflash"][before - 1]) + 1, f"{name} at {before}"
+                assert after - before == int(rounds.accepted["diffusion"][before - 1]) + 1, (
+                    f"{name} at {before}"
+                )
                 accepted += after - before - 1
     print(f"{comparison.summary()}; {accepted} drafts accepted, round by round as replayed")
     assert accepted > 5
@@ -276,7 +278,7 @@ def replayed(target: ReferenceTarget, checkpoint: Path, text: list[int], prompt:
     capture = sorted(read_draft(checkpoint).config.target_layer_ids)
     forward = target.forward(text[:-1], capture)
     record = SequenceRecord("a", "chat", prompt, len(text), False, False, 0, 0)
-    pair = Pair.load(Parts(None, checkpoint), target.model)
+    pair = Pair.load(Parts({"diffusion": checkpoint}), target.model)
     return replay_drafters(pair, Stored(record, torch.tensor(text), forward.features, forward.final), capture)
 
 
@@ -290,7 +292,7 @@ def test_a_bundle_with_it_is_evaluated(trained: Trained, tmp_path: Path) -> None
         max_new_tokens=24, work=tmp_path / "work", hardware=Hardware(dtype="float32")
     )
     result = evaluate_bundle(bundle, trained.config.work.parent / "prompts.jsonl", options)
-    assert result["overall"]["acceptance_length"]["dflash"] > 1
+    assert result["overall"]["acceptance_length"]["diffusion"] > 1
     assert "entropy" in result["overall"]["acceptance_length"]
     assert "neural" not in result["overall"]["acceptance_length"], "the bundle has no router"
     again = evaluate_bundle(bundle, trained.config.work.parent / "prompts.jsonl", options)

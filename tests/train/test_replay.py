@@ -143,21 +143,21 @@ def test_a_copy_goes_on_behind_drafts_right_or_wrong() -> None:
 def test_a_drafter_expects_what_its_confidences_come_to() -> None:
     rounds = Rounds({}, {}, {})
     choice = Choice(torch.tensor([[7, 8, 9]]), torch.tensor([[0.5, 0.5, 1.0]]))
-    rounds.add("dflash", torch.tensor([[True, False, True]]), choice)
-    assert rounds.accepted["dflash"].tolist() == [1]
-    assert rounds.chains["dflash"] == [Chain([7, 8, 9], [0.5, 0.25, 0.25])]
+    rounds.add("diffusion", torch.tensor([[True, False, True]]), choice)
+    assert rounds.accepted["diffusion"].tolist() == [1]
+    assert rounds.chains["diffusion"] == [Chain([7, 8, 9], [0.5, 0.25, 0.25])]
 
 
 def test_kept_rounds_are_read_again_and_a_half_written_answer_is_not(tmp_path: Path) -> None:
-    pair = SimpleNamespace(digest="x", longest={"eagle3": 5})
+    pair = SimpleNamespace(digest="x", drafters={"ar": None})
     log = ReplayLog(tmp_path, pair)
     tokens, alive = np.array([[5, 6], [7, 8]], np.int32), np.array([[0.75, 0.5], [0.5, 0.0]], np.float32)
     for name in ("a", "b"):
-        log.add(name, Rounds({"eagle3": np.array([2, 0])}, {"eagle3": tokens}, {"eagle3": alive}))
+        log.add(name, Rounds({"ar": np.array([2, 0])}, {"ar": tokens}, {"ar": alive}))
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-9])
     again = ReplayLog(tmp_path, pair)
     assert list(again.known) == ["a"]
-    assert again.known["a"].accepted["eagle3"].tolist() == [2, 0]
-    assert again.known["a"].alive["eagle3"].sum(1).tolist() == [1.25, 0.5]
+    assert again.known["a"].accepted["ar"].tolist() == [2, 0]
+    assert again.known["a"].alive["ar"].sum(1).tolist() == [1.25, 0.5]
     assert len(file.read_text().splitlines()) == 1

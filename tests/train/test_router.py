@@ -164,8 +164,8 @@ def test_entropys_accuracy_is_its_best_threshold() -> None:
 
 def answer(name: str) -> Replay:
     accepted = {
-        "eagle3": np.array([3, 0, 1, 5]),
-        "dflash": np.array([1, 2, 1, 0]),
+        "ar": np.array([3, 0, 1, 5]),
+        "diffusion": np.array([1, 2, 1, 0]),
         "lookup": np.zeros(4, int),
     }
     return Replay(name, "chat", accepted, torch.randn(4, HIDDEN), 3, *np.zeros((2, 4)))
@@ -179,8 +179,8 @@ def test_data_and_choices_follow_the_replay() -> None:
         router.second.weight.zero_()
         router.second.bias.fill_(0.4)
     (deltas,) = deltas_of(router, [one])
-    assert set(choices_above(deltas, 0.5).values()) == {"dflash"}
-    assert set(choices_above(deltas, 0.3).values()) == {"eagle3"}
+    assert set(choices_above(deltas, 0.5).values()) == {"diffusion"}
+    assert set(choices_above(deltas, 0.3).values()) == {"ar"}
 
 
 def test_held_out_answers_are_whole_and_the_same_every_time() -> None:

@@ -63,7 +63,7 @@ def test_from_prompts_to_figures(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert manifest.router.threshold == pytest.approx(curves["routers"]["neural"]["threshold"], abs=1e-4)
     assert manifest.entropy.tau == pytest.approx(curves["routers"]["entropy"]["threshold"], abs=1e-4)
     rates = curves["tokens_per_second"]
-    assert rates.keys() == {"eagle3", "dflash"}
+    assert rates.keys() == {"ar", "diffusion"}
     assert min(rates.values()) > 0
 
     held_out = (
@@ -80,12 +80,12 @@ def test_from_prompts_to_figures(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     figures = json.loads(Path("e.json").read_text())
     lengths = figures["overall"]["acceptance_length"]
     arms, routers = (
-        {"eagle3", "dflash", "lookup"},
+        {"ar", "diffusion", "lookup"},
         {"entropy", "neural", "auto-unpriced"},
     )
     assert lengths.keys() == arms | routers | {"oracle", "oracle-of-three"}
     assert figures["overall"]["oracle_gain_share"].keys() == routers
-    assert set(figures["overall"]["rounds_won"]) == {"eagle3", "dflash"}
+    assert set(figures["overall"]["rounds_won"]) == {"ar", "diffusion"}
     assert max(lengths[arm] for arm in arms) <= lengths["oracle-of-three"] + 1e-9
     assert set(figures["categories"]) <= {"chat", "code", "tool_call"}
 

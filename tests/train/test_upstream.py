@@ -14,6 +14,7 @@ from reference import ReferenceTarget
 from tiny_models import tiny_target
 from transformers import AutoTokenizer
 
+from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.cli.train import resolve_config
@@ -26,7 +27,7 @@ from whiflash_sglang.train.answers.store import Sequence as Stored
 from whiflash_sglang.train.answers.store import SequenceRecord
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.drafters.runner import train_dflash, train_eagle3
-from whiflash_sglang.train.replay import ARMS, Pair, Parts, Rounds, replay_drafters
+from whiflash_sglang.train.replay import Pair, Parts, Rounds, replay_drafters
 
 STEPS = 5
 
@@ -77,7 +78,7 @@ def embedded() -> Trained:
 
 
 def upstream(trained: Trained, arm: str) -> dict[str, Any]:
-    if arm == "dflash":
+    if arm == arms.DIFFUSION:
         return {
             "speculative_algorithm": "DFLASH",
             "speculative_draft_model_path": str(trained.dflash),
@@ -122,24 +123,24 @@ def replayed(target: ReferenceTarget, trained: Trained, prompt: Sequence[int], o
     tokens = [*prompt, *output]
     forward = target.forward(tokens[:-1], capture)
     record = SequenceRecord("a", "chat", len(prompt), len(tokens), False, False, 0, 0)
-    pair = Pair.load(Parts(trained.eagle3, trained.dflash, STEPS), target.model)
+    pair = Pair.load(Parts({"ar": trained.eagle3, "diffusion": trained.dflash}, STEPS), target.model)
     sequence = Stored(record, torch.tensor(tokens), forward.features, forward.final)
     return replay_drafters(pair, sequence, capture)
 
 
 def upstream_reads(which: str, arm: str) -> bool:
     """SGLang starts DSPARK, which the shipped block drafter needs, on GPUs alone."""
-    if (which, arm) != ("embedded", "dflash"):
+    if (which, arm) != ("embedded", arms.DIFFUSION):
         return True
     bundle = embedded_bundle()
     name = read_draft(bundle / str(load_manifest(bundle).dflash)).format.name
     return block_arm(name, on_cpu=True) == "DFLASH"
 
 
-CASES = [(which, arm) for which in ("tiny", "embedded") for arm in ARMS if upstream_reads(which, arm)]
+CASES = [(which, arm) for which in ("tiny", "embedded") for arm in arms.PAIR if upstream_reads(which, arm)]
 
 
-@pytest.mark.parametrize(("which", "arm"), sampled(CASES, ("tiny", ARMS[0]), ("tiny", ARMS[1])))
+@pytest.mark.parametrize(("which", "arm"), sampled(CASES, ("tiny", arms.PAIR[0]), ("tiny", arms.PAIR[1])))
 def test_upstream_accepts_what_the_replay_says(which: str, arm: str, request: pytest.FixtureRequest) -> None:
     trained: Trained = request.getfixturevalue(which)
     target = ReferenceTarget(trained.target)

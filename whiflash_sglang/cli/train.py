@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from whiflash_sglang import arms
 from whiflash_sglang.cli.options import JsonFlag, report
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
 from whiflash_sglang.jsonl import write_whole
@@ -230,10 +231,9 @@ def router_command(
             router = settings.router.model_copy(update={"answers": limit})
             settings = settings.model_copy(update={"router": router})
         if bundle is None:
-            eagle3, block = (
-                settings.work / part / "checkpoint" for part in ("eagle3", settings.block_drafter)
-            )
-            drafters = Parts(eagle3, block, settings.router.eagle_steps, settings.block.vocabulary)
+            parts = zip(arms.PAIR, ("eagle3", settings.block_drafter), strict=True)
+            trained = {arm: settings.work / part / "checkpoint" for arm, part in parts}
+            drafters = Parts(trained, settings.router.eagle_steps, settings.block.vocabulary)
         else:
             drafters = Parts.of_bundle(bundle, settings.router.eagle_steps)
         done = train_router(settings, target_path(settings.target), drafters)

@@ -28,7 +28,7 @@ class Gain(NamedTuple):
 
 
 Walked = Mapping[str, Sequence[Tally]]
-"""Drafter (`eagle3`, `dflash`) → a tally for each answer."""
+"""Arm → a tally for each answer."""
 
 
 def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) -> Walked:
@@ -36,21 +36,21 @@ def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) ->
 
     log: of the pair, for what was replayed before a killed walk.
     """
-    found: dict[str, list[Tally]] = {name: [] for name in pair.longest}
+    found: dict[str, list[Tally]] = {arm: [] for arm in pair.drafters}
     for record in pace.each(tracked(store.records, "judging")):
         replayed = log.known.get(record.id)
         if replayed is None:
             replayed = replay_drafters(pair, store.read(record), store.layers)
             log.add(record.id, replayed)
-        for name, accepted in replayed.accepted.items():
+        for arm, accepted in replayed.accepted.items():
             walked = rounds(0, len(accepted), lambda at, accepted=accepted: int(accepted[at]))  # type: ignore[misc]
             emitted = [tokens for _, tokens in walked]
-            found[name].append(Tally(len(emitted), sum(emitted)))
+            found[arm].append(Tally(len(emitted), sum(emitted)))
     return found
 
 
 def gains(before: Walked, after: Walked) -> dict[str, Gain]:
-    """By drafter. Answers are drawn together for both, so what is hard for both cancels out."""
+    """By arm. Answers are drawn together for both, so what is hard for both cancels out."""
     return {name: _gain(before[name], after[name]) for name in after}
 
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from filelock import BaseFileLock, FileLock, Timeout
-from torch import nn
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.hub import member
@@ -144,10 +143,10 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
 
         pairs = [Pair.load(parts_of(manifest, paths, config), target) for paths in (checkpoints, trained)]
         for arm in checkpoints:
-            before, after = (_model(pair, arm) for pair in pairs)
+            before, after = (pair.drafters[arm] for pair in pairs)
             check_fits(f"what was learned for {PARTS[arm]}", before, after)
         walks = [walk_answers(pair, store, ReplayLog(work / "rounds", pair), pace) for pair in pairs]
-        found = gains(*walks)
+        found = {PARTS[arm]: gain for arm, gain in gains(*walks).items()}
         better = {arm for arm in checkpoints if found[PARTS[arm]].better}
         tokens += answer_tokens(more)
         counts = len(chosen.learned), len(chosen.judged)
@@ -396,20 +395,7 @@ def train_arm(config: TrainConfig, arm: str, checkpoint: Path, pace: Pace) -> Pa
 
 def parts_of(manifest: Manifest, checkpoints: Mapping[str, Path], config: TrainConfig) -> Parts:
     """The checkpoints, by arm, with what the bundle says of the rest."""
-    return Parts(
-        checkpoints.get(arms.AR),
-        checkpoints.get(arms.DIFFUSION),
-        config.router.eagle_steps,
-        manifest.dflash_vocabulary,
-        lookup_of(manifest),
-    )
-
-
-def _model(pair: Pair, arm: str) -> nn.Module:
-    model = pair.eagle3 if arm == arms.AR else pair.dflash
-    if model is None:
-        raise AssertionError("of a pair that has it")
-    return model
+    return Parts(checkpoints, config.router.eagle_steps, manifest.dflash_vocabulary, lookup_of(manifest))
 
 
 def _bundle(manifest: Manifest, checkpoints: Mapping[str, Path], work: Path) -> Path:

@@ -37,15 +37,13 @@ from whiflash_sglang.train.drafters.dflash import choose_anchors, run_blocks
 from whiflash_sglang.train.drafters.eagle3 import plan_chains, unroll
 from whiflash_sglang.train.rounds import agreed, loop_start
 
-ARMS = ("eagle3", "dflash")
-"""The trained drafters, between which the paper's routers choose; a bundle may have one of them alone."""
-
 
 class Parts(NamedTuple):
-    """What a server drafts with: one or both checkpoints, drafts of a chain, what blocks choose from, copying."""
+    """What a server drafts with: checkpoints by arm, in the order of `arms.PAIR`, drafts of a chain, what blocks choose
+    from, copying.
+    """
 
-    eagle3: Path | None
-    dflash: Path | None
+    checkpoints: Mapping[str, Path]
     eagle_steps: int = 5
     dflash_vocabulary: str = "full"
     lookup: Lookup = Lookup()
@@ -54,44 +52,24 @@ class Parts(NamedTuple):
     def of_bundle(cls, bundle: Path, eagle_steps: int = 5) -> "Parts":
         """As the bundle's manifest says."""
         manifest = load_manifest(bundle)
-        eagle3, dflash = (
-            member(bundle, manifest, part) if getattr(manifest, part) else None for part in ARMS
-        )
-        return cls(
-            eagle3,
-            dflash,
-            eagle_steps,
-            manifest.dflash_vocabulary,
-            lookup_of(manifest),
-        )
-
-    @property
-    def checkpoints(self) -> tuple[Path, ...]:
-        """Directories of those that are there."""
-        return tuple(path for path in (self.eagle3, self.dflash) if path is not None)
-
-    @property
-    def arms(self) -> tuple[str, ...]:
-        """Names that a server has for them."""
-        return tuple(arm for arm, part in PARTS.items() if getattr(self, part))
+        checkpoints = {arm: member(bundle, manifest, PARTS[arm]) for arm in manifest.drafters}
+        return cls(checkpoints, eagle_steps, manifest.dflash_vocabulary, lookup_of(manifest))
 
     @property
     def captured(self) -> list[int]:
         """Target layers that they read, ascending."""
-        return sorted(
-            {layer for path in self.checkpoints for layer in read_draft(path).config.target_layer_ids}
-        )
+        drafts = map(read_draft, self.checkpoints.values())
+        return sorted({layer for draft in drafts for layer in draft.config.target_layer_ids})
 
 
 class Pair(NamedTuple):
-    """The drafters, loaded, one of which may be missing, and the settings of the copying arm.
+    """The drafters by arm, loaded, one of which may be missing, and the settings of the copying arm.
 
     `block_head`: what a block drafter chooses from. `digest`: of everything that decides what they draft; replays are
     kept under it.
     """
 
-    eagle3: Eagle3Drafter | None
-    dflash: DFlashDrafter | None
+    drafters: Mapping[str, Any]
     eagle_steps: int
     block_head: DraftHead | None
     digest: str
@@ -101,7 +79,7 @@ class Pair(NamedTuple):
     def load(cls, parts: Parts, target: Vocabulary | Origin) -> "Pair":
         """Read the checkpoints. Raises `CheckpointError` where one does not fit the target."""
         digest = hashlib.sha256(json.dumps([parts.eagle_steps, parts.dflash_vocabulary]).encode())
-        for path in parts.checkpoints:
+        for path in parts.checkpoints.values():
             for file in (path / "config.json", *sorted(path.glob("*.safetensors"))):
                 digest.update(file.read_bytes())
         options: dict[str, Any] = {
@@ -110,23 +88,15 @@ class Pair(NamedTuple):
             "target_embedding": target.embedding,
             "target_lm_head": target.head,
         }
-        eagle3, dflash = (
-            None if path is None else read_draft(path, arm).load(**options)
-            for arm, path in ((arms.AR, parts.eagle3), (arms.DIFFUSION, parts.dflash))
-        )
-        if dflash is not None:
-            dflash.embedding_scale = target.embedding_scale
-        head = None if dflash is None else dflash.head
-        if head is not None and eagle3 is not None and parts.dflash_vocabulary == "eagle3":
-            rows = torch.arange(eagle3.draft_vocab_size, device=target.head.device)
-            head = head.within(eagle3.target_ids(rows))
-        return cls(eagle3, dflash, parts.eagle_steps, head, digest.hexdigest()[:16], parts.lookup)
-
-    @property
-    def longest(self) -> dict[str, int]:
-        """Drafts of a round of each drafter that is there, at most."""
-        drafts = {} if self.eagle3 is None else {"eagle3": self.eagle_steps}
-        return drafts if self.dflash is None else {**drafts, "dflash": self.dflash.config.max_drafts}
+        drafters = {arm: read_draft(path, arm).load(**options) for arm, path in parts.checkpoints.items()}
+        chain, block = (drafters.get(arm) for arm in arms.PAIR)
+        head = None
+        if block is not None:
+            block.embedding_scale, head = target.embedding_scale, block.head
+        if head is not None and chain is not None and parts.dflash_vocabulary == "eagle3":
+            rows = torch.arange(chain.draft_vocab_size, device=target.head.device)
+            head = head.within(chain.target_ids(rows))
+        return cls(drafters, parts.eagle_steps, head, digest.hexdigest()[:16], parts.lookup)
 
 
 class Chain(NamedTuple):
@@ -195,11 +165,10 @@ def replay_lookup(
     return copied
 
 
-LOOKUP = "lookup"
-JOINED = {arm: f"{arm}+{LOOKUP}" for arm in ARMS}
+JOINED = {arm: f"{arm}+{arms.LOOKUP}" for arm in arms.PAIR}
 """A trained drafter whose drafts are followed by the copy that they lead into, as `auto` serves it."""
 
-ALL_ARMS = (*ARMS, LOOKUP)
+ALL_ARMS = (*arms.PAIR, arms.LOOKUP)
 
 _BLOCKS = 64  # whose drafts are multiplied with the whole vocabulary at once
 
@@ -254,12 +223,12 @@ class Replay(NamedTuple):
     @property
     def positions(self) -> int:
         """P: places where a round can start."""
-        return len(self.accepted[LOOKUP])
+        return len(self.accepted[arms.LOOKUP])
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The trained drafters that were replayed, of `ARMS`."""
-        return tuple(arm for arm in ARMS if arm in self.accepted)
+        """The trained drafters that were replayed."""
+        return tuple(arm for arm in arms.PAIR if arm in self.accepted)
 
     def drafts_accepted(self, arm: str, position: int) -> int:
         """Of a round of `arm` at `position`; an arm that was not replayed drafts nothing."""
@@ -279,9 +248,9 @@ class ReplayLog:
         for line in lines:
             try:
                 row = read_json(line)
-                accepted = {arm: np.array(row["accepted"][arm], dtype=np.int64) for arm in pair.longest}
-                tokens = {arm: np.array(row["tokens"][arm], dtype=np.int32) for arm in pair.longest}
-                alive = {arm: np.array(row["alive"][arm], dtype=np.float32) for arm in pair.longest}
+                accepted = {arm: np.array(row["accepted"][arm], dtype=np.int64) for arm in pair.drafters}
+                tokens = {arm: np.array(row["tokens"][arm], dtype=np.int32) for arm in pair.drafters}
+                alive = {arm: np.array(row["alive"][arm], dtype=np.float32) for arm in pair.drafters}
             except (ValueError, KeyError):
                 break
             self.known[row["id"]] = Rounds(accepted, tokens, alive)
@@ -357,7 +326,7 @@ def _assemble(sequence: Stored, rounds: Rounds, pair: Pair, calibration: MatchCa
     return Replay(
         record.id,
         record.category,
-        {**rounds.accepted, **right, LOOKUP: copied.accepted},
+        {**rounds.accepted, **right, arms.LOOKUP: copied.accepted},
         # A copy: a view would keep the features of the whole sequence in memory.
         sequence.final[record.prompt_length - 1 : record.length - 2].clone(),
         positions if start is None else min(start, positions),
@@ -378,10 +347,10 @@ def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> Rou
         torch.tensor([record.prompt_length]),
     )
     rounds = Rounds({}, {}, {})
-    if pair.eagle3 is not None:
-        rounds.add("eagle3", *_unrolled(pair.eagle3, batch, capture, pair.eagle_steps))
-    if pair.dflash is not None and pair.block_head is not None:
-        rounds.add("dflash", *_blocks(pair.dflash, pair.block_head, batch, capture))
+    if arms.AR in pair.drafters:
+        rounds.add(arms.AR, *_unrolled(pair.drafters[arms.AR], batch, capture, pair.eagle_steps))
+    if pair.block_head is not None:
+        rounds.add(arms.DIFFUSION, *_blocks(pair.drafters[arms.DIFFUSION], pair.block_head, batch, capture))
     return rounds
 
 

@@ -9,7 +9,7 @@ other.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.manifest import NAMES, check_arms
 from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.models.router import ROUTER_FILE, Router
@@ -28,7 +29,7 @@ from whiflash_sglang.train.answers.store import FeatureStore, open_stores
 from whiflash_sglang.train.config import RouterTraining, TrainConfig
 from whiflash_sglang.train.drafters.initialisation import origin_of
 from whiflash_sglang.train.drafters.runner import last_checkpoint
-from whiflash_sglang.train.replay import ARMS, Pair, Parts, Replay, ReplayLog, Source, replay_answers
+from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.walk import RouterWalk, choices_above, tabulate
 
 
@@ -77,7 +78,7 @@ def router_data(answers: Sequence[Replay]) -> RouterData:
     states, accepted = [], []
     for answer in answers:
         states.append(answer.final[: answer.loop_from].float())
-        lengths = [torch.from_numpy(answer.accepted[arm][: answer.loop_from]) for arm in ARMS]
+        lengths = [torch.from_numpy(answer.accepted[arm][: answer.loop_from]) for arm in arms.PAIR]
         accepted.append(torch.stack(lengths, dim=1).float())
     return RouterData(torch.cat(states), torch.cat(accepted))
 
@@ -244,7 +245,7 @@ class TrainedRouter:
     report: dict[str, Any]
 
 
-def choose_answers(stores: Sequence[FeatureStore], checkpoints: Sequence[Path], limit: int) -> list[Source]:
+def choose_answers(stores: Sequence[FeatureStore], checkpoints: Collection[Path], limit: int) -> list[Source]:
     """Stored answers, those first that no checkpoint was trained on: there drafters accept what they will accept
     later, elsewhere a little more. Raises `ValueError` where there are none.
     """
@@ -269,7 +270,7 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
     Raises:
         WhiflashError: a checkpoint does not fit. ValueError: there are too few answers.
     """
-    check_arms("a router", NAMES, drafters.arms)
+    check_arms("a router", NAMES, drafters.checkpoints)
     settings = config.router
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
@@ -277,7 +278,7 @@ def train_router(config: TrainConfig, target_path: Path, drafters: Parts) -> Tra
     target = origin_of(config, target_path, stores, **config.hardware.place)
     provenance = Provenance.start(config, stores)
     pair = Pair.load(drafters, target)
-    sources = choose_answers(stores, drafters.checkpoints, settings.answers)
+    sources = choose_answers(stores, drafters.checkpoints.values(), settings.answers)
     work = config.work / "router"
     answers = replay_answers(pair, sources, ReplayLog(work, pair))
     parts = split(answers, settings.held_out)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from whiflash_sglang.train.replay import ALL_ARMS, ARMS, LOOKUP, Replay
+from whiflash_sglang import arms
+from whiflash_sglang.train.replay import ALL_ARMS, Replay
 from whiflash_sglang.train.rounds import Tally, rounds
 
 LOOP = "loop"
@@ -62,7 +63,7 @@ def walk(
         learn(position + emitted, emitted)
 
 
-def best_arms(answer: Replay, among: Sequence[str] = ARMS) -> dict[int, str]:
+def best_arms(answer: Replay, among: Sequence[str] = arms.PAIR) -> dict[int, str]:
     """The hindsight oracle: at every position the arm that accepts most; the first of `among` on a tie.
 
     What was not replayed is left out.
@@ -74,10 +75,8 @@ def best_arms(answer: Replay, among: Sequence[str] = ARMS) -> dict[int, str]:
 
 def choices_above(values: Sequence[float] | NDArray[np.float64], threshold: float) -> dict[int, str]:
     """EAGLE-3 where the value of a position exceeds the threshold, else DFlash."""
-    eagle3, dflash = ARMS
-    return {
-        i: eagle3 if above else dflash for i, above in enumerate((np.asarray(values) > threshold).tolist())
-    }
+    above = (np.asarray(values) > threshold).tolist()
+    return {position: arms.AR if high else arms.DIFFUSION for position, high in enumerate(above)}
 
 
 def tabulate(answers: Sequence[Replay], routers: Mapping[str, RouterWalk]) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def _figures(
     routers: Mapping[str, RouterWalk],
 ) -> dict[str, Any]:
     trained = answers[0].trained
-    every = (*trained, LOOKUP)
+    every = (*trained, arms.LOOKUP)
     walks = {name: Tally() for name in (*every, *routers, ORACLE, ORACLE_OF_THREE)}
     pair = trained if len(trained) == 2 else ()
     strictly = dict.fromkeys(pair, 0)
@@ -137,7 +136,7 @@ def _figures(
 def _gain_shares(lengths: Mapping[str, float], routers: Mapping[str, RouterWalk]) -> dict[str, float]:
     shares = {}
     for name, router in routers.items():
-        among = ALL_ARMS if router.copies else ARMS
+        among = ALL_ARMS if router.copies else arms.PAIR
         static = max(lengths[arm] for arm in among if arm in lengths)
         gain = lengths[ORACLE_OF_THREE if router.copies else ORACLE] - static
         shares[name] = (lengths[name] - static) / gain if gain > 0 else float("nan")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from whiflash_sglang import arms
-from whiflash_sglang.checkpoints.manifest import NAMES, check_arms, load_manifest
+from whiflash_sglang.checkpoints.manifest import NAMES, PARTS, check_arms, load_manifest
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.lab.bench.fleet import launcher
 from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, Asker
@@ -29,7 +29,7 @@ from whiflash_sglang.train.answers.store import open_stores
 from whiflash_sglang.train.bundle import update_manifest
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.drafters.initialisation import origin_of
-from whiflash_sglang.train.replay import ARMS, Pair, Parts, Replay, ReplayLog, replay_answers, replay_name
+from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, replay_answers, replay_name
 from whiflash_sglang.train.rounds import Tally
 from whiflash_sglang.train.router import choose_answers, entropy_of, is_held_out
 from whiflash_sglang.train.walk import Choices, choices_above, walk
@@ -40,7 +40,7 @@ PLATEAU = 0.002
 Signal = NDArray[np.float64]
 
 RoundSeconds = Mapping[str, float]
-"""Drafter (`eagle3`, `dflash`) → seconds of one round, alone in the batch."""
+"""Arm → seconds of one round, alone in the batch."""
 
 
 class Curve(NamedTuple):
@@ -133,7 +133,7 @@ def calibrate(bundle: Path, settings: CalibrationSettings) -> dict[str, Any]:
     answers = stored_answers(config, bundle, target, settings.per_category)
     if seconds is None:
         seconds = measure_rounds(bundle, path, hardware.dtype)
-    said = ",".join(f"{arm}={1000 * value:.2f}" for arm, value in seconds.items())
+    said = ",".join(f"{PARTS[arm]}={1000 * value:.2f}" for arm, value in seconds.items())
     Console(stderr=True).print(f"rounds in milliseconds, for --round-ms: {said}", highlight=False)
     return calibrate_bundle(bundle, answers, target, seconds)
 
@@ -149,7 +149,9 @@ def stored_answers(config: TrainConfig, bundle: Path, target: Origin, per_catego
     stores = open_stores(config)
     held_out = [
         source
-        for source in choose_answers(stores, parts.checkpoints, sum(len(store.records) for store in stores))
+        for source in choose_answers(
+            stores, parts.checkpoints.values(), sum(len(store.records) for store in stores)
+        )
         if is_held_out(source.record.id, config.router.held_out)
     ]
     taken: Counter[str] = Counter()
@@ -188,7 +190,7 @@ def calibrate_bundle(
             **manifest.router.model_dump(exclude_none=True),
             "threshold": round(curve.chosen, 4),
         }
-    alone = {arm: _rate(answers, [arm] * len(answers), seconds) for arm in ARMS}
+    alone = {arm: _rate(answers, [arm] * len(answers), seconds) for arm in arms.PAIR}
     update_manifest(bundle, changes)
     return {
         "bundle": manifest.name,
@@ -206,9 +208,6 @@ def calibrate_bundle(
     }
 
 
-SERVER_NAMES = dict(zip(ARMS, (arms.AR, arms.DIFFUSION), strict=True))
-"""Arms of a replay → the same arms in a server."""
-
 PROMPTS_PER_CATEGORY = 2
 TOKENS = 64
 
@@ -219,11 +218,11 @@ def parse_round_costs(text: str) -> dict[str, float]:
         costs = {name: float(value) / 1000 for name, value in (part.split("=") for part in text.split(","))}
     except ValueError:
         costs = {}
-    if set(costs) != set(ARMS) or not all(0 < value < float("inf") for value in costs.values()):
+    if costs.keys() != set(PARTS.values()) or not all(0 < value < float("inf") for value in costs.values()):
         raise ConfigError(
             f"--round-ms {text!r}: give milliseconds of a round of both drafters, e.g. eagle3=31.0,dflash=28.5"
         )
-    return costs
+    return {arm: costs[part] for arm, part in PARTS.items()}
 
 
 def measure_rounds(bundle: Path, model_path: Path, dtype: str) -> dict[str, float]:
@@ -248,20 +247,20 @@ def measure_rounds(bundle: Path, model_path: Path, dtype: str) -> dict[str, floa
 
 
 async def _measure(url: str, prompts: Sequence[Prompt]) -> dict[str, float]:
-    seconds, rounds = dict.fromkeys(ARMS, 0.0), dict.fromkeys(ARMS, 0)
+    seconds, rounds = dict.fromkeys(arms.PAIR, 0.0), dict.fromkeys(arms.PAIR, 0)
     async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS) as client:
         asker = Asker(client, TOKENS)
         with progress() as bar:
-            task = bar.add_task("measuring rounds", total=(len(prompts) + 1) * len(ARMS))
+            task = bar.add_task("measuring rounds", total=(len(prompts) + 1) * len(arms.PAIR))
             for index, prompt in enumerate([prompts[0], *prompts]):
-                for arm in ARMS:
-                    await _pin(client, SERVER_NAMES[arm])
+                for arm in arms.PAIR:
+                    await _pin(client, arm)
                     answer = await asker.ask(prompt)
                     bar.advance(task)
                     if index:  # the first prompt warms up
                         seconds[arm] += answer.seconds - (answer.ttft or 0.0)
                         rounds[arm] += answer.forwards
-    return {arm: seconds[arm] / rounds[arm] for arm in ARMS}
+    return {arm: seconds[arm] / rounds[arm] for arm in arms.PAIR}
 
 
 async def _pin(client: httpx.AsyncClient, router: str) -> None:

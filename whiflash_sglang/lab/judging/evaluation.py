@@ -25,17 +25,7 @@ from whiflash_sglang.train.answers.prompts import balanced, read_rows
 from whiflash_sglang.train.answers.served import serve
 from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import Data, Hardware
-from whiflash_sglang.train.replay import (
-    ARMS,
-    JOINED,
-    LOOKUP,
-    Pair,
-    Parts,
-    Replay,
-    ReplayLog,
-    Source,
-    replay_answers,
-)
+from whiflash_sglang.train.replay import JOINED, Pair, Parts, Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.rounds import Tally
 from whiflash_sglang.train.router import entropy_of
 from whiflash_sglang.train.walk import (
@@ -47,13 +37,8 @@ from whiflash_sglang.train.walk import (
     walk,
 )
 
-REPLAYED = {
-    arms.AR: JOINED[ARMS[0]],
-    arms.DIFFUSION: JOINED[ARMS[1]],
-    arms.LOOKUP: LOOKUP,
-    arms.NONE: arms.NONE,
-}
-"""The controller's names of the arms → the replays'."""
+REPLAYED = {**JOINED, arms.LOOKUP: arms.LOOKUP, arms.NONE: arms.NONE}
+"""The controller's arms → what is replayed in their place."""
 
 
 class Known(NamedTuple):
@@ -96,9 +81,7 @@ class _AutoRun:
     def choose(self, position: int) -> str:
         answer, state = self._answer, self._state
         forecast: dict[str, Forecast | None] = {
-            arm: None
-            for arm, replayed in REPLAYED.items()
-            if replayed in JOINED.values() and replayed in answer.accepted
+            arm: None for arm, replayed in JOINED.items() if replayed in answer.accepted
         }
         if answer.copies[position] > 0:
             forecast[arms.LOOKUP] = Forecast(
