@@ -61,7 +61,7 @@ class Batch:
         self.drafters: dict[str, Drafter] = {
             arms.AR: Silent(arms.AR, 5),
             arms.DIFFUSION: Silent(arms.DIFFUSION, 15),
-            arms.LOOKUP: LookupArm(Lookup(), host),
+            arms.LOOKUP: LookupArm(Lookup(), host, time.monotonic),
         }
         held = Quarantine(self.drafters, from_text=of_text(self.drafters))
         sync = DraftSync(self.drafters, 256, 1, torch.float32, held)

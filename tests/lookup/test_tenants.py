@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from whiflash_sglang.candidates import NOTHING
 from whiflash_sglang.checkpoints.manifest import Lookup
+from whiflash_sglang.device.transfers import EXACT
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.lookup.calibration import Agreement, MatchCalibration, PerTenant
 from whiflash_sglang.lookup.memory import Tenant, handle_of, tenant_of
@@ -18,7 +19,7 @@ WIDTH = 24
 
 
 def arm() -> LookupArm:
-    return LookupArm(Lookup(max_width=WIDTH, memory_mib=1))
+    return LookupArm(Lookup(max_width=WIDTH, memory_mib=1), EXACT, lambda: 0.0)
 
 
 @dataclass

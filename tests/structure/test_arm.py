@@ -61,7 +61,7 @@ class Told:
 
 @pytest.fixture
 def arm(vocabulary: Vocabulary) -> StructureArm:
-    return StructureArm(Structure(max_width=8), vocabulary)
+    return StructureArm(Structure(max_width=8), vocabulary, lambda: False)
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from whiflash_sglang.spans.carrier import Own, validate_custom_params
 from whiflash_sglang.spans.hints import MAX_TOOLS_CHARS, TOOLS_KEY, parse_hints
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.calls import Calls, compiled
-from whiflash_sglang.structure.chances import SEED, Kind, StructureChances
+from whiflash_sglang.structure.chances import SEED, Cuts, Kind, StructureChances
 from whiflash_sglang.structure.guesses import Guesses
+from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.schemas import MOST_NAMED_CHARS, MOST_NODES, Essence
 from whiflash_sglang.structure.sketch import sketch, text_of
 from whiflash_sglang.structure.tools import KEPT, MOST_FUNCTIONS, carried_tools, words_of_tools
@@ -84,6 +85,8 @@ def follow(
         64,
         end=None,
         likelihood=lambda kind: 1.0,
+        layout=Layout(),
+        cuts=Cuts(),
         guesses=Guesses(words_of_tools(TOOLS), lambda words: used or {}),
         calls=calls,
     )
@@ -344,6 +347,8 @@ def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
                 64,
                 end=grammars.end,
                 likelihood=likelihood,
+                layout=Layout(),
+                cuts=Cuts(),
                 guesses=Guesses(words_of_tools(TOOLS), lambda words: {}),
                 calls=told,
             )

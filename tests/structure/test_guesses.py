@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from structure_grammars import Grammars
 
 from whiflash_sglang.spans.vocabulary import Vocabulary
-from whiflash_sglang.structure.chances import Kind, Piece
+from whiflash_sglang.structure.chances import Cuts, Kind, Piece
 from whiflash_sglang.structure.guesses import STEPS, Guesses, likely, parted
 from whiflash_sglang.structure.layout import NO_FRAMES, Frames, Layout
 from whiflash_sglang.structure.matchers import XGrammarMatcher
@@ -231,6 +231,7 @@ def test_prose_around_a_tag_is_free(tokenizer: Any, vocabulary: Vocabulary) -> N
                 likelihood=lambda kind: 1.0,
                 guesses=guesses({}),
                 layout=layout,
+                cuts=Cuts(),
             )
         text = text_of(vocabulary, [token.token for token in found if token.kind is not Kind.STOPPED])
         return text, [token.kind for token in found]

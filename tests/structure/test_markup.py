@@ -10,8 +10,9 @@ from whiflash_sdk.hints import Span
 
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.calls import Calls
-from whiflash_sglang.structure.chances import Kind, Piece
+from whiflash_sglang.structure.chances import Cuts, Kind, Piece
 from whiflash_sglang.structure.guesses import STEPS
+from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.sketch import sketch, text_of
 from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools
 
@@ -166,7 +167,17 @@ def test_work_is_bounded_for_any_tools_and_any_value(vocabulary: Vocabulary) -> 
     assert len(calls.pieces(10_000, None, lambda kind: 1.0)) <= STEPS
     assert len(calls._call._pending) <= 256  # type: ignore[union-attr]
     assert len(calls._call._functions) == 128  # type: ignore[union-attr]
-    tokens = sketch(None, vocabulary, [], 8, end=None, likelihood=lambda kind: 1.0, calls=calls)
+    tokens = sketch(
+        None,
+        vocabulary,
+        [],
+        8,
+        end=None,
+        likelihood=lambda kind: 1.0,
+        layout=Layout(),
+        cuts=Cuts(),
+        calls=calls,
+    )
     assert len(tokens) <= 8
     assert (
         text_of(vocabulary, [token.token for token in tokens]) == "/parameter>\n</function>\n"[:0] or tokens

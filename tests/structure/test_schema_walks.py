@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from structure_grammars import SCHEMAS, Case, Grammars
 
 from whiflash_sglang.spans.vocabulary import Vocabulary
-from whiflash_sglang.structure.chances import Kind, StructureChances
+from whiflash_sglang.structure.chances import Cuts, Kind, StructureChances
 from whiflash_sglang.structure.guesses import Guesses
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.schemas import words_of
@@ -73,6 +73,7 @@ def walk_schema(
             likelihood=StructureChances().of,
             guesses=guesses,
             layout=layout,
+            cuts=Cuts(),
         )
         # llguidance takes tokens only, so it is given every text that is tried.
         if grammars.engine == "xgrammar":

@@ -7,7 +7,6 @@ Where the host would know a text a round late the device copies from it (`propos
 how far copies can be trusted, and keeps what tenants share.
 """
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,7 @@ from whiflash_sglang import arms
 from whiflash_sglang.candidates import PLAIN, Candidate, Forecast
 from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.core import DraftBatch, History
-from whiflash_sglang.device.transfers import EXACT, Floats, HostView, sent
+from whiflash_sglang.device.transfers import Floats, HostView, sent
 from whiflash_sglang.drafters.base import TextDrafter
 from whiflash_sglang.lookup.calibration import (
     BUCKETS,
@@ -70,12 +69,7 @@ class LookupArm(TextDrafter):
     arm = arms.LOOKUP
     sources = SOURCES
 
-    def __init__(
-        self,
-        settings: Lookup,
-        host: HostView = EXACT,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, settings: Lookup, host: HostView, clock: Callable[[], float]) -> None:
         self.on_device, self._late = not host.exact, host.late
         self.max_drafts = settings.max_width
         self._calibrations = PerTenant(partial(MatchCalibration, settings.seed or EVEN_ODDS))

@@ -75,9 +75,7 @@ class StructureArm(TextDrafter):
     forbids = True
     sources = (GRAMMAR, TOOLS)
 
-    def __init__(
-        self, settings: Structure, vocabulary: Vocabulary, exhausted: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, settings: Structure, vocabulary: Vocabulary, exhausted: Callable[[], bool]) -> None:
         self.max_drafts = settings.max_width
         self._vocabulary, self._exhausted = vocabulary, exhausted
         self._chances = PerTenant(StructureChances)

@@ -38,10 +38,10 @@ def sketch(
     *,
     end: int | None,
     likelihood: Likelihood,
+    layout: Layout,
+    cuts: Cuts,
     guesses: Guesses | None = None,
-    layout: Layout | None = None,
     calls: Calls | None = None,
-    cuts: Cuts | None = None,
 ) -> list[Token]:
     """At most `limit` tokens that are likely to follow what the matcher has accepted, all of them allowed by it.
 
@@ -60,7 +60,7 @@ def sketch(
     most = limit * CHARS_PER_TOKEN
     sources: list[list[Piece]] = []
     if matcher is not None:
-        sources.append(likely(matcher, most, guesses, layout or Layout(), likelihood))
+        sources.append(likely(matcher, most, guesses, layout, likelihood))
     if calls is not None:
         sources.append(calls.pieces(most, guesses, likelihood))
     found: list[Token] = []
@@ -103,7 +103,7 @@ def cut(
     tail: Sequence[int],
     pieces: Sequence[Piece],
     likelihood: Likelihood,
-    cuts: Cuts | None = None,
+    cuts: Cuts,
 ) -> list[Token]:
     """The pieces' text in the tokens that the target would most likely use behind `tail`.
 
@@ -119,7 +119,7 @@ def cut(
     if not tokens:
         return []
     before = tail[-1] if tail else NOTHING
-    pairs = (cuts or Cuts()).applied(vocabulary, before, tokens)
+    pairs = cuts.applied(vocabulary, before, tokens)
     ends = list(accumulate(len(vocabulary.token_bytes[token]) for token, _ in pairs))
     bounds = list(accumulate(len(piece.text.encode()) for piece in pieces))
     found, piece, begin = [], 0, 0
