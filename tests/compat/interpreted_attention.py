@@ -32,8 +32,6 @@ class _NotLoaded(ModuleType):
 
 sys.modules["sgl_kernel"] = _NotLoaded("sgl_kernel")
 
-from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
-from sglang.srt.layers.attention.trtllm_mha_backend import TRTLLMHAAttnBackend
 from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from transformers import PretrainedConfig
@@ -116,6 +114,8 @@ class Verification:
             device="cpu",
             topk=1,
             _kv_shard_pool=None,
+            is_draft_runner=True,
+            skip_prefill=False,
             **attributes,
         )
         return backend
@@ -123,64 +123,6 @@ class Verification:
     @property
     def offsets(self) -> list[int]:
         return [0, *accumulate(self.widths)]
-
-
-def triton_backend(case: Verification, cls: type) -> Any:
-    """With upstream's room: for the server's requests, of which a graph has slots besides."""
-    most = REQUESTS + 1
-    return case.backend(
-        cls,
-        dllm_attention=None,
-        dcp_size=1,
-        target_verify_num_tokens_per_req=CONFIGURED,
-        num_draft_tokens=CONFIGURED,
-        kv_indptr=torch.zeros(most, dtype=torch.int32),
-        qo_indptr=torch.zeros(most, dtype=torch.int64),
-        mask_indptr=torch.zeros(most, dtype=torch.int64),
-        window_kv_indptr=None,
-        num_head=4,
-        v_head_dim=16,
-        swa_v_head_dim=None,
-        max_kv_splits=1,
-        lean_total_programs=1,
-        lean_block_m=1,
-        is_draft_runner=True,
-        skip_prefill=False,
-    )
-
-
-def fa3_backend(case: Verification, version: int = 3) -> Any:
-    return case.backend(
-        FlashAttentionBackend,
-        speculative_num_draft_tokens=CONFIGURED,
-        local_attn_builder=None,
-        is_prefill_aware_swa=False,
-        is_encoder_decoder=False,
-        has_swa=False,
-        fa_impl_ver=version,
-        max_num_pages=CONTEXT,
-        needs_cpu_seq_lens=False,
-        use_mla=False,
-        _get_scheduler_metadata=None,
-        decode_cuda_graph_metadata={},
-        attn_cp_size=1,
-        is_draft_runner=True,
-        skip_prefill=False,
-    )
-
-
-def trtllm_mha_backend(case: Verification) -> Any:
-    return case.backend(
-        TRTLLMHAAttnBackend,
-        speculative_num_draft_tokens=CONFIGURED,
-        is_xqa_impl=False,
-        max_num_pages=CONTEXT,
-        _swa_kv_pool=None,
-        attn_cp_size=1,
-        expand_encoder_only_verify=False,
-        is_draft_runner=True,
-        skip_prefill=False,
-    )
 
 
 def graphs_of(buckets: list[int], attention: str = "other") -> Any:

@@ -6,12 +6,8 @@ queries as of every other, for the last positions of its keys, and each sees the
 out for it (queries padded by a Triton kernel, pages, lengths, outputs cut again) is upstream's own.
 """
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
@@ -27,10 +23,10 @@ from interpreted_attention import (
 from sglang.srt.layers.attention import flashinfer_mla_backend, trtllm_mla_backend
 from sglang.srt.layers.attention.trtllm_mla_backend import TRTLLMMLABackend
 
+from whiflash_sglang.compat.forward import recurrent
 from whiflash_sglang.compat.forward.graphs import row_buckets
 from whiflash_sglang.compat.forward.recurrent import rows_counted
 from whiflash_sglang.compat.forward.target import verify_input
-from whiflash_sglang.compat.launch import arguments
 
 PAGE, HEADS, LATENT, ROPE = 32, 2, 512, 64
 SIZE = LATENT + ROPE
@@ -78,7 +74,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (trtllm_mla_backend, flashinfer_mla_backend):
         monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(dcp_enabled=False))
     monkeypatch.setattr(
-        arguments, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=CONFIGURED)
+        recurrent, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=CONFIGURED)
     )
     parent = flashinfer_mla_backend.FlashInferMLAAttnBackend
     monkeypatch.setattr(parent, "init_cuda_graph_state", lambda *_: None)
@@ -96,8 +92,6 @@ def backend_of(case: Verification, keys: torch.Tensor) -> Any:
         decode_cuda_graph_metadata={},
         padded_q_buffer=None,
         unpad_output_buffer=None,
-        is_draft_runner=True,
-        skip_prefill=False,
     )
     backend.page_size = PAGE
     backend.token_to_kv_pool = SimpleNamespace(get_key_buffer=lambda layer: keys)

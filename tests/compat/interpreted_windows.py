@@ -7,12 +7,8 @@ one formula in 64 bits, which knows positions and the table of slots, and no pla
 one pool with the others', or in their own (`--swa-full-tokens-ratio`).
 """
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
@@ -23,11 +19,9 @@ from interpreted_attention import (
     REQUESTS,
     Verification,
     captured,
-    fa3_backend,
-    triton_backend,
-    trtllm_mha_backend,
 )
 from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.attention.trtllm_mha_backend import TRTLLMHAAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -144,24 +138,59 @@ def with_pool(backend: Any, case: Any) -> Any:
     return backend
 
 
-def of_triton(case: Verification, window: int) -> Any:
-    backend = with_pool(triton_backend(case, RaggedTritonBackend), case)
+def of_triton(case: Verification, window: int, cls: type = RaggedTritonBackend) -> Any:
+    """With upstream's room: for the server's requests, of which a graph has slots besides."""
+    most = REQUESTS + 1
+    backend = case.backend(
+        cls,
+        dllm_attention=None,
+        dcp_size=1,
+        target_verify_num_tokens_per_req=CONFIGURED,
+        num_draft_tokens=CONFIGURED,
+        kv_indptr=torch.zeros(most, dtype=torch.int32),
+        qo_indptr=torch.zeros(most, dtype=torch.int64),
+        mask_indptr=torch.zeros(most, dtype=torch.int64),
+        window_kv_indptr=torch.zeros(most, dtype=torch.int32) if window > 0 else None,
+        num_head=4,
+        v_head_dim=16,
+        swa_v_head_dim=None,
+        max_kv_splits=1,
+        lean_total_programs=1,
+        lean_block_m=1,
+        use_dense_fp8_chunked_prefill=False,
+        allow_bidirectional_attention_in_extend=False,
+        extend_attention_fwd=extend_attention_fwd,
+        enable_deterministic=False,
+        use_mla=False,
+        use_verify_shared_kv=False,
+        use_verify_splitkv=False,
+    )
     backend.sliding_window_size = window if window > 0 else None
-    if window > 0:
-        backend.window_kv_indptr = torch.zeros_like(backend.kv_indptr)
-    for switch in ("enable_deterministic", "use_mla", "use_verify_shared_kv", "use_verify_splitkv"):
-        setattr(backend, switch, False)
-    backend.use_dense_fp8_chunked_prefill = backend.allow_bidirectional_attention_in_extend = False
-    backend.extend_attention_fwd = extend_attention_fwd
-    return backend
+    return with_pool(backend, case)
 
 
 def of_fa3(case: Verification, window: int, version: int = 3) -> Any:
-    backend = with_pool(fa3_backend(case, version), case)
-    backend.sliding_window_size, backend.has_swa = window, window > 0
-    backend.kv_cache_dtype_str, backend.num_splits = "auto", 0
-    backend.kv_cache_is_mxfp8 = backend.fa_skip_kv_cache = False
-    return backend
+    backend = case.backend(
+        FlashAttentionBackend,
+        speculative_num_draft_tokens=CONFIGURED,
+        local_attn_builder=None,
+        is_prefill_aware_swa=False,
+        is_encoder_decoder=False,
+        has_swa=window > 0,
+        fa_impl_ver=version,
+        max_num_pages=CONTEXT,
+        needs_cpu_seq_lens=False,
+        use_mla=False,
+        _get_scheduler_metadata=None,
+        decode_cuda_graph_metadata={},
+        attn_cp_size=1,
+        kv_cache_dtype_str="auto",
+        num_splits=0,
+        kv_cache_is_mxfp8=False,
+        fa_skip_kv_cache=False,
+    )
+    backend.sliding_window_size = window
+    return with_pool(backend, case)
 
 
 def of_fa4(case: Verification, window: int) -> Any:
@@ -169,17 +198,26 @@ def of_fa4(case: Verification, window: int) -> Any:
 
 
 def of_trtllm_mha(case: Verification, window: int) -> Any:
-    backend = with_pool(trtllm_mha_backend(case), case)
-    if backend.use_sliding_window_kv_pool:
-        backend._swa_kv_pool, backend._swa_full_to_swa_mapping = (
-            backend.token_to_kv_pool,
-            backend.token_to_kv_pool.full_to_swa_index_mapping,
-        )
-    backend.uses_trtllm_gen_native_fp4 = backend.use_fmha_v2 = False
-    backend.data_type = backend.q_data_type = torch.float32
-    backend.kv_cache_quant_method = SimpleNamespace(needs_global_scale=lambda: False)
-    backend.workspace_buffer = backend._multi_ctas_kv_counter_buffer = None
-    return backend
+    backend = case.backend(
+        TRTLLMHAAttnBackend,
+        speculative_num_draft_tokens=CONFIGURED,
+        is_xqa_impl=False,
+        max_num_pages=CONTEXT,
+        _swa_kv_pool=None,
+        attn_cp_size=1,
+        expand_encoder_only_verify=False,
+        uses_trtllm_gen_native_fp4=False,
+        use_fmha_v2=False,
+        data_type=torch.float32,
+        q_data_type=torch.float32,
+        kv_cache_quant_method=SimpleNamespace(needs_global_scale=lambda: False),
+        workspace_buffer=None,
+        _multi_ctas_kv_counter_buffer=None,
+    )
+    if isinstance(case.kv, OwnPool):
+        backend._swa_kv_pool = case.kv
+        backend._swa_full_to_swa_mapping = case.kv.full_to_swa_index_mapping
+    return with_pool(backend, case)
 
 
 BACKENDS = {"triton": of_triton, "fa3": of_fa3, "fa4": of_fa4, "trtllm_mha": of_trtllm_mha}
@@ -310,13 +348,13 @@ def test_there_is_room_for_the_servers_requests_and_a_graphs_slots(slots: int) -
 
 def test_what_is_refused_plans_other_rows() -> None:
     """Upstream's own Triton gives every request the widest one's rows, and its graphs no room to spare requests."""
-    case = Verification(WIDTHS["ragged"])
-    upstreams = triton_backend(case, TritonAttnBackend)
+    case = verification(WIDTHS["ragged"], -1, "one")
+    upstreams = of_triton(case, -1, TritonAttnBackend)
     upstreams.init_forward_metadata(case.batch)
     assert upstreams.forward_metadata.qo_indptr.tolist() != case.offsets
-    padded = Verification(WIDTHS["ragged"], 16)
+    padded = verification(WIDTHS["ragged"], -1, "one", bucket=16)
     with pytest.raises(RuntimeError, match="size"):
-        captured(padded, triton_backend(padded, TritonAttnBackend))
+        captured(padded, of_triton(padded, -1, TritonAttnBackend))
     # XQA (Hopper, SM120) takes no layout at all, of whatever widths.
     with pytest.raises(NotImplementedError, match="xqa"):
         case.backend(TRTLLMHAAttnBackend, is_xqa_impl=True).init_forward_metadata(case.batch)

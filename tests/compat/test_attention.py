@@ -20,7 +20,8 @@ RUNS = (
 
 @pytest.mark.parametrize(("file", "chosen"), sampled(RUNS, SAMPLE))
 def test_what_attention_backends_plan_for_a_verification(file: str, chosen: str) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     result = subprocess.run(
         [sys.executable, "-m", "pytest", str(HERE / file), "-k", chosen, "-p", "no:cacheprovider"],
         env=environment,

@@ -37,6 +37,9 @@ class Worker:
     def __init__(self, settings: Settings = SETTINGS) -> None:
         self.settings = settings
         self.forgotten: list[int | None] = []
+        self.versions: list[int] = []
+        self.weights = SimpleNamespace(prepare=lambda version: None, use=self.versions.append)
+        self.publisher = SimpleNamespace(flush=lambda: None)
 
     def reconfigure(self, change: Any) -> None:
         self.settings = self.settings_with(change)
@@ -61,7 +64,7 @@ def send(worker: Worker, message: Any) -> bool:
 def test_no_message_raises_and_a_refused_one_changes_nothing(message: dict[str, Any]) -> None:
     worker = Worker()
     if not send(worker, message):
-        assert (worker.settings, worker.forgotten) == (SETTINGS, [])
+        assert (worker.settings, worker.forgotten, worker.versions) == (SETTINGS, [], [])
         return
     for key, value in message.items():
         assert type(value) in (int, float)
