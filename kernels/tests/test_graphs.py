@@ -64,6 +64,8 @@ def whole_round(inputs: Inputs) -> Callable[[], list[torch.Tensor]]:
     pools = sentinel_pools(Shape(slots=SLOTS * CONTEXT), torch.float32)
     heads, dim = pools.k[0].shape[1:]
     queries = torch.randn(REQUESTS * WIDTH, 2 * heads, dim, device=DEVICE)
+    stops = torch.full((SLOTS, 1), -1, dtype=torch.int64, device=DEVICE)
+    text = torch.zeros(SLOTS, CONTEXT + 1, dtype=torch.int64, device=DEVICE)
     router = [torch.randn(size, device=DEVICE) for size in ((24, 48), (24,), (1, 24), (1,))]
 
     def run() -> list[torch.Tensor]:
@@ -76,21 +78,30 @@ def whole_round(inputs: Inputs) -> Callable[[], list[torch.Tensor]]:
             inputs.table,
             rows=ROWS,
         )
+        slots, begins = inputs.request_slots, inputs.seq_lens
         committed = accept_and_commit(
-            inputs.predictions, block.input_ids, block.qo_indptr, inputs.seq_lens, stride=WIDTH
+            inputs.predictions,
+            block.input_ids,
+            block.qo_indptr,
+            begins,
+            stride=WIDTH,
+            request_slots=slots,
+            stops=stops,
+            text=text,
         )
-        slots, begins, lengths = inputs.request_slots, inputs.seq_lens, committed.accept_lens
+        lengths = committed.accept_lens
         starts = block.qo_indptr[:-1]
         park(rings, inputs.features, inputs.predictions, slots, begins, lengths, starts, max_length=WIDTH)
         packed = unpark(rings, slots, begins, committed.seq_lens, inputs.table, rows=ROWS)
-        fused = dflash_catch_up(packed.features, packed.positions, packed.cache_slots, weights, rope, pools)
+        features, _, *places, _ = packed
+        fused = dflash_catch_up(features, *places, weights, rope, pools)
         stats = routing_stats(inputs.logits, starts)
         gains = router_mlp(fused, *router)
         k, v = pools.k[0], pools.v[0]
         attended = draft_attention(
             queries, k, v, inputs.table, slots, begins, extra=WIDTH, width=WIDTH, causal=True, scale=0.5
         )
-        return [*block, *committed, *packed, fused, *stats, gains, attended, *pools.k, *pools.v]
+        return [*block, *committed, text, *packed, fused, *stats, gains, attended, *pools.k, *pools.v]
 
     return run
 
