@@ -26,7 +26,6 @@ from whiflash_kernels.structs import (
     Eagle3Weights,
     KVPools,
     MixedBlock,
-    RoutingStats,
 )
 
 __version__ = "0.1.0"
@@ -40,7 +39,6 @@ __all__ = [
     "Eagle3Weights",
     "KVPools",
     "MixedBlock",
-    "RoutingStats",
     "accept_and_commit",
     "choose_drafts",
     "claim_backlogs",

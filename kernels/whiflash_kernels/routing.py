@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from whiflash_kernels.dispatch import op
-from whiflash_kernels.structs import RoutingStats
 
 MASKED = -1e30
 """Logits at or below this have probability zero."""
@@ -24,7 +23,7 @@ def _check(logits: Tensor, rows: Tensor | None = None) -> None:
 
 
 @op(_check)
-def routing_stats(logits: Tensor, rows: Tensor | None = None) -> RoutingStats:
+def routing_stats(logits: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Entropy, top-1 probability and argmax of each row's softmax.
 
     With m = max x, z = sum exp(x - m): entropy = ln z - sum (x - m) exp(x - m) / z, top1 = 1 / z, argmax = the
@@ -37,8 +36,9 @@ def routing_stats(logits: Tensor, rows: Tensor | None = None) -> RoutingStats:
             without copying it out first; None reads all M.
 
     Returns:
-        Three [R] tensors. A fully masked row has entropy, top1 and argmax 0: top1 = 0 occurs nowhere else
-        and marks it. Rows holding NaN or +inf have no distribution: theirs are unspecified.
+        entropy in nats, top1, [R] float32 each, and argmax [R] int64. A fully masked row has 0 in all three:
+        top1 = 0 occurs nowhere else and marks it. Rows holding NaN or +inf have no distribution: theirs
+        are unspecified.
 
     Raises:
         ValueError: ``logits`` is not two-dimensional, is not contiguous along the vocabulary, or V is 0.
@@ -58,10 +58,11 @@ def routing_stats(logits: Tensor, rows: Tensor | None = None) -> RoutingStats:
     if logits.shape[0] <= step:
         return _stats(logits)
     parts = [_stats(chunk) for chunk in torch.split(logits, step)]
-    return RoutingStats(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    entropy, top1, argmax = map(torch.cat, zip(*parts, strict=True))
+    return entropy, top1, argmax
 
 
-def _stats(logits: Tensor) -> RoutingStats:
+def _stats(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # A copy even of float32 logits: it is overwritten below.
     relative = logits.to(torch.float32, copy=True)
     largest, argmax = relative.max(dim=-1, keepdim=True)
@@ -72,8 +73,5 @@ def _stats(logits: Tensor) -> RoutingStats:
     weights = relative.exp()
     total = weights.sum(dim=-1, keepdim=True).clamp_min_(1.0)  # below 1 only where all is masked
     mean = relative.mul_(weights).sum(dim=-1, keepdim=True) / total
-    return RoutingStats(
-        entropy=(live * (total.log() - mean).clamp_min_(0.0)).squeeze(1),
-        top1=(live / total).squeeze(1),
-        argmax=(argmax * live.long()).squeeze(1),
-    )
+    entropy = live * (total.log() - mean).clamp_min_(0.0)
+    return entropy.squeeze(1), (live / total).squeeze(1), (argmax * live.long()).squeeze(1)

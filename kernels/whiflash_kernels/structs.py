@@ -11,17 +11,6 @@ PAD_ROW = -1
 """Marks rows without an owner: ``cache_slots`` and ``request_of_row`` of padding rows of a backlog."""
 
 
-class RoutingStats(NamedTuple):
-    """Per-row statistics of a distribution, one entry for each row of the logits."""
-
-    entropy: Tensor
-    """[R] float32, nats."""
-    top1: Tensor
-    """[R] float32, probability of the most likely token; 0 marks a fully masked row."""
-    argmax: Tensor
-    """[R] int64, the first index of the largest logit."""
-
-
 @dataclass(frozen=True)
 class BacklogRings:
     """Parked target features: position p of request slot r is at ``[r, p % capacity]``."""

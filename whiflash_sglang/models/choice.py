@@ -72,10 +72,10 @@ def _top(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         top = logits.max(-1)
         value, total = top.values.float(), logits.float().logsumexp(-1)
         return top.indices, (value - total).exp(), value, total
-    stats = routing_stats(logits)
-    chance = stats.top1.masked_fill(stats.top1 == 0, math.nan)
-    value = logits.gather(-1, stats.argmax[:, None])[:, 0].float()
-    return stats.argmax, chance, value, value - chance.log()
+    _, likeliest, argmax = routing_stats(logits)
+    chance = likeliest.masked_fill(likeliest == 0, math.nan)
+    value = logits.gather(-1, argmax[:, None])[:, 0].float()
+    return argmax, chance, value, value - chance.log()
 
 
 @dataclass(frozen=True, slots=True)

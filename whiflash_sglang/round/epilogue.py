@@ -121,7 +121,7 @@ class Epilogue:
         last, signals = committed.last_rows, {}
         if "entropy" in needs:
             known = rows.signals.get("entropy")
-            signals["entropy"] = routing_stats(rows.logits, last).entropy if known is None else known
+            signals["entropy"] = routing_stats(rows.logits, last)[0] if known is None else known
         if "delta" in needs:
             if self._router is None or rows.final_hidden is None:
                 raise AssertionError("no policy needs a router that was not loaded")

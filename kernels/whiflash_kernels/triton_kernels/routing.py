@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.structs import RoutingStats
 from whiflash_kernels.triton_kernels.launch import multiprocessors, power_of_two
 
 LANES = 512
@@ -140,15 +139,12 @@ def _merge_kernel(entropy, top1, argmax, sums, indices, splits, SPLITS: tl.const
 
 def routing_stats(
     logits: Tensor, rows: Tensor | None = None, *, lanes: int = LANES, warps: int = WARPS
-) -> RoutingStats:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `whiflash_kernels.routing.routing_stats`; ``lanes`` and ``warps`` shape the tile."""
     count, vocab = logits.shape[0] if rows is None else rows.shape[0], logits.shape[1]
     device = logits.device
-    stats = RoutingStats(
-        entropy=torch.empty(count, dtype=torch.float32, device=device),
-        top1=torch.empty(count, dtype=torch.float32, device=device),
-        argmax=torch.empty(count, dtype=torch.int64, device=device),
-    )
+    entropy, top1 = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
+    stats = entropy, top1, torch.empty(count, dtype=torch.int64, device=device)
     if count == 0:
         return stats
     aligned = (logits.data_ptr() | logits.stride(0) * logits.element_size()) % 16 == 0
