@@ -132,7 +132,7 @@ def calibrate(bundle: Path, settings: CalibrationSettings) -> dict[str, Any]:
     target = origin_of(config, path, open_stores(config), **hardware.place)
     answers = stored_answers(config, bundle, target, settings.per_category)
     if seconds is None:
-        seconds = measure_rounds(bundle, path, hardware.dtype)
+        seconds = measure_with_own_server(bundle, path, hardware.dtype)
     said = ",".join(f"{PARTS[arm]}={1000 * value:.2f}" for arm, value in seconds.items())
     Console(stderr=True).print(f"rounds in milliseconds, for --round-ms: {said}", highlight=False)
     return calibrate_bundle(bundle, answers, target, seconds)
@@ -225,16 +225,8 @@ def parse_round_costs(text: str) -> dict[str, float]:
     return {arm: costs[part] for arm, part in PARTS.items()}
 
 
-def measure_rounds(bundle: Path, model_path: Path, dtype: str) -> dict[str, float]:
-    """Seconds of a round of each drafter at a server of the bundle, which is started and ended here.
-
-    The server is pinned to one drafter after the other with every prompt, so that the machine's drift hits both alike.
-    A round's seconds are the time from an answer's first event to its last, over its verifications: drafting,
-    verifying, the engine and HTTP.
-
-    Raises:
-        WhiflashError: the server does not start, or refuses.
-    """
+def measure_with_own_server(bundle: Path, model_path: Path, dtype: str) -> dict[str, float]:
+    """Start a server of the bundle, measure, end it. Raises `WhiflashError` where it does not start, or refuses."""
     prompts = sample(load_prompts(str(shipped())), PROMPTS_PER_CATEGORY)
     with tempfile.TemporaryDirectory() as scratch:
         subject = build_subject(str(model_path), str(bundle), dtype, (), Path(scratch), ())
@@ -243,7 +235,20 @@ def measure_rounds(bundle: Path, model_path: Path, dtype: str) -> dict[str, floa
             *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(bundle)),
         ]
         with launcher(arguments, None) as server:
-            return asyncio.run(_measure(server.base_url, prompts))
+            return measure_rounds(server.base_url, prompts)
+
+
+def measure_rounds(url: str, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Seconds of a round of each drafter at a server of the bundle, which keeps the last router.
+
+    The server is pinned to one drafter after the other with every prompt, so that the machine's drift hits both alike.
+    A round's seconds are the time from an answer's first event to its last, over its verifications: drafting,
+    verifying, the engine and HTTP.
+
+    Raises:
+        WhiflashError: the server refuses.
+    """
+    return asyncio.run(_measure(url, prompts))
 
 
 async def _measure(url: str, prompts: Sequence[Prompt]) -> dict[str, float]:
