@@ -10,7 +10,9 @@ import math
 import os
 import re
 import stat
+import tempfile
 from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -94,6 +96,24 @@ def write_whole(path: Path, text: str) -> None:
     staged = path.with_name(path.name + ".part")
     staged.write_text(text, encoding="utf-8")
     staged.replace(path)
+
+
+@contextmanager
+def staged(place: Path) -> Iterator[Path]:
+    """A path for a file or a directory that takes its place when the block ends: whole and on the disk, or not at all.
+
+    It replaces a file, but no directory. A killed process leaves `.writing-*` beside it.
+    """
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=place.parent) as scratch:
+        path = Path(scratch) / place.name
+        yield path
+        for part in [*path.rglob("*"), path]:
+            descriptor = os.open(part, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        path.replace(place)
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:

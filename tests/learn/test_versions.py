@@ -13,7 +13,6 @@ from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli import app
 from whiflash_sglang.config import parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.learn import versions
 from whiflash_sglang.learn.versions import (
     CURRENT,
     Served,
@@ -158,18 +157,18 @@ def test_a_killed_publisher_leaves_no_version(
     models: Models, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = bundle_of(models, tmp_path / "more", dflash=models.dflash)
-    (directory / ".new-killed").mkdir()
+    (directory / ".writing-killed").mkdir()
 
     def killed(_: Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(versions, "_sync", killed)
+        patched.setattr("os.fsync", killed)
         with pytest.raises(KeyboardInterrupt):
             publish(directory, bundle)
     assert numbers(directory) == [1, 2]
     assert publish(directory, bundle) == 3
-    assert not list(directory.glob(".new-*"))
+    assert not list(directory.glob(".writing-*"))
 
 
 def test_the_record_of_what_is_served(tmp_path: Path) -> None:

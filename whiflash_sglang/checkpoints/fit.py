@@ -1,18 +1,18 @@
 """Draft checkpoints judged from `config.json` files alone: whether they fit the target, what they cost and need;
 and bundles of published ones, whose weights are fetched when they are served."""
 
-import json
 import logging
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from whiflash_sglang import arms
-from whiflash_sglang.checkpoints.hub import Found, checksums, fetch, look_up, parts_of, sha256, verify
+from whiflash_sglang.checkpoints.bundles import digests, write_bundle
+from whiflash_sglang.checkpoints.hub import Found, checksums, fetch, look_up, parts_of, verify
 from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, NAMES, PARTS, check_arms, load_manifest
 from whiflash_sglang.errors import CheckpointError, ConfigError, WhiflashError
+from whiflash_sglang.jsonl import staged
 from whiflash_sglang.models.checkpoint import attention_shape, holds, integer
 from whiflash_sglang.models.config_json import read_json_config
 from whiflash_sglang.models.draft_format import merged
@@ -284,38 +284,21 @@ def create(parts: Parts, out: Path, name: str | None = None) -> dict[str, Any]:
     given = {PARTS[arm]: found for arm, found in drafts.items()}
     if parts.router is not None:
         given["router"] = look_up(parts.router, config=False)
-    manifest: dict[str, Any] = {"schema_version": 1, "name": name or out.name, "target": target.name}
-    staged = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        sources: dict[str, Any] = {"target": {"revision": target.revision, "files": {}}}
-        for part, found in given.items():
-            manifest[part], sources[part] = _install(found, staged, part)
-        if parts.router is not None:
-            manifest["router"] = {"path": manifest["router"]} | (
-                {"delta_sign": parts.router_sign} if parts.router_sign else {}
-            )
-        manifest["sources"] = sources
-        (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        load_manifest(staged)
-        staged.rename(out)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    return manifest
-
-
-def _install(found: Found, bundle: Path, part: str) -> tuple[str, dict[str, Any]]:
-    """The manifest's entry of a part, with its origin."""
-    if found.hub:
-        known = [found.config] if found.config.is_file() else []
-        return HUB + found.name, {"revision": found.revision, "files": _digests(known)}
-    files = _members(found, part)
-    (bundle / part).mkdir()
-    for file in files:
-        shutil.copyfile(file, bundle / part / file.name)
-    return part, {"revision": None, "files": _digests(files)}
+    sources: dict[str, Any] = {"target": {"revision": target.revision}}
+    facts = {"name": name or out.name, "target": target.name, "sources": sources}
+    for part, found in given.items():
+        facts[part] = HUB + found.name if found.hub else part
+        if found.hub:
+            known = [found.config] if found.config.is_file() else []
+            sources[part] = {"revision": found.revision, "files": digests(known)}
+    if parts.router is not None:
+        sign = {"delta_sign": parts.router_sign} if parts.router_sign else {}
+        facts["router"] = {"path": facts["router"], **sign}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with staged(out) as made:
+        made.mkdir()
+        copied = {part: _members(found, part) for part, found in given.items() if not found.hub}
+        return write_bundle(made, facts, copied)
 
 
 def _members(found: Found, part: str) -> list[Path]:
@@ -324,7 +307,3 @@ def _members(found: Found, part: str) -> list[Path]:
         return [found.config]
     patterns = ("*.safetensors",) if part == "router" else _KEPT
     return sorted({file for pattern in patterns for file in found.config.parent.glob(pattern)})
-
-
-def _digests(files: Iterable[Path]) -> dict[str, str]:
-    return {file.name: sha256(file) for file in files}

@@ -70,7 +70,7 @@ def register(app: typer.Typer) -> None:
 
 def _place(manifest: dict[str, object], part: str) -> str:
     sources = manifest["sources"]
-    revision = sources[part]["revision"] if isinstance(sources, dict) else None
+    revision = sources[part].get("revision") if isinstance(sources, dict) else None
     return f"{manifest[part]}{' at ' + revision if revision else ''}"
 
 
@@ -112,7 +112,7 @@ def lookup_seed(
     answers = (Answer(exported.tokens(i).tolist(), int(exported.columns["prompt_lengths"][i])) for i in order)
     seed = measure_seed(answers, settings.max_width)
     if bundle is not None:
-        from whiflash_sglang.train.bundle import update_manifest
+        from whiflash_sglang.checkpoints.bundles import update_manifest
 
         said = settings.model_dump(exclude_unset=True)
         update_manifest(bundle, {"lookup": {**said, "seed": seed}})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import parse_json_lines, read_json
+from whiflash_sglang.jsonl import parse_json_lines, read_json, write_whole
 
 if TYPE_CHECKING:
     from whiflash_sdk.render import Turn
@@ -97,9 +97,7 @@ def trace(
         # Not through typer, which takes colours that were asked for out of a pipe.
         print(conversation_terminal(turns, colour=wanted))
         return
-    page = html.with_suffix(html.suffix + ".part")
-    page.write_text(conversation_html(turns, title=file.name), encoding="utf-8")
-    page.replace(html)
+    write_whole(html, conversation_html(turns, title=file.name))
     typer.echo(f"{html}: {len(turns)} turns")
 
 

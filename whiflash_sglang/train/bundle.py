@@ -1,15 +1,12 @@
-"""Bundles: put together from trained parts, and their manifest changed in one step."""
+"""Bundles put together from trained parts."""
 
-import json
-import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from whiflash_sglang.checkpoints.hub import sha256
-from whiflash_sglang.checkpoints.manifest import EMBEDDED_BUNDLE, MANIFEST, load_manifest
+from whiflash_sglang.checkpoints.bundles import digests, update_manifest
+from whiflash_sglang.checkpoints.manifest import EMBEDDED_BUNDLE, MANIFEST
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.train.config import TrainConfig
@@ -35,7 +32,7 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
         if not (trained / "config.json").is_file():
             raise ConfigError(f"{trained} holds no checkpoint: run `whiflash train {name_of}` first")
         replace_directory(trained, bundle / name_of)
-        sources[key] = _told(bundle / name_of)
+        sources[key] = _source(bundle / name_of)
     target = f"embedded:{EMBEDDED_BUNDLE}" if config.target == "embedded" else config.target
     manifest: dict[str, Any] = {"schema_version": 1, "name": name, "target": target}
     manifest |= {**parts, "dflash_vocabulary": vocabulary, "sources": sources}
@@ -52,7 +49,7 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
 def install_router(bundle: Path, trained: Path) -> None:
     """Copy a trained router into the bundle; its threshold is 0 until `whiflash calibrate` finds a better one."""
     replace_directory(trained, bundle / ROUTER)
-    sources = {**_sources(bundle), ROUTER: _told(bundle / ROUTER)}
+    sources = {**_sources(bundle), ROUTER: _source(bundle / ROUTER)}
     update_manifest(bundle, {"router": {"path": ROUTER, "threshold": 0.0}, "sources": sources})
 
 
@@ -62,30 +59,9 @@ def _sources(bundle: Path) -> dict[str, Any]:
     return dict(read_json_file(path).get("sources", {})) if path.exists() else {}
 
 
-def _told(part: Path) -> dict[str, Any]:
+def _source(part: Path) -> dict[str, Any]:
     """The manifest's record of a part's files, against which they are checked when they are loaded."""
-    files = sorted([*part.glob("config.json"), *part.glob("*.safetensors")])
-    return {"files": {file.name: sha256(file) for file in files}}
-
-
-def update_manifest(bundle: Path, changes: Mapping[str, Any]) -> None:
-    """Change keys of `whiflash.json`; the file is replaced whole or not at all.
-
-    Raises:
-        ConfigError: the manifest would not be valid.
-    """
-    path = bundle / MANIFEST
-    fields = read_json_file(path) if path.exists() else {}
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=bundle) as scratch:
-        staged = Path(scratch) / MANIFEST
-        with staged.open("w", encoding="utf-8") as file:
-            json.dump({**fields, **changes}, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        load_manifest(Path(scratch))
-        staged.chmod(0o644)
-        staged.replace(path)
+    return {"files": digests(sorted([*part.glob("config.json"), *part.glob("*.safetensors")]))}
 
 
 def replace_directory(source: Path, place: Path) -> None:

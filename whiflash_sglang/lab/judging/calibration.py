@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from whiflash_sglang import arms
+from whiflash_sglang.checkpoints.bundles import update_manifest
 from whiflash_sglang.checkpoints.manifest import NAMES, PARTS, check_arms, load_manifest
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.lab.bench.fleet import launcher
@@ -26,7 +27,6 @@ from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.progress import progress
 from whiflash_sglang.train.answers.data import target_path
 from whiflash_sglang.train.answers.store import open_stores
-from whiflash_sglang.train.bundle import update_manifest
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.drafters.initialisation import origin_of
 from whiflash_sglang.train.replay import Pair, Parts, Replay, ReplayLog, replay_answers, replay_name

@@ -7,7 +7,6 @@ Two shards may have answered one prompt. A shard answers with continuous batchin
 on what else it answers, and bf16 rounds them differently: where two tokens are nearly as good, greedy answers part.
 """
 
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import staged
 from whiflash_sglang.progress import progress
 from whiflash_sglang.train.answers.served import ServedTarget
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord, unique_answers
@@ -32,18 +32,17 @@ def export_tokens(stores: Sequence[FeatureStore], path: Path) -> int:
     records = unique_answers(stores)
     tokens = torch.cat([store.read_tokens(record) for store, record in records]).numpy()
     small = int(tokens.max()) < _SMALL_VOCABULARY
-    staged = path.with_suffix(".partial.npz")
-    np.savez_compressed(
-        staged,
-        tokens=tokens.astype(np.uint16 if small else np.int32),
-        lengths=np.array([record.length for _, record in records], dtype=np.int32),
-        prompt_lengths=np.array([record.prompt_length for _, record in records], dtype=np.int32),
-        looped=np.array([record.looped for _, record in records]),
-        finished=np.array([record.finished for _, record in records]),
-        ids=np.array([record.id for _, record in records]),
-        categories=np.array([record.category for _, record in records]),
-    )
-    os.replace(staged, path)
+    with staged(path) as place, place.open("wb") as file:
+        np.savez_compressed(
+            file,
+            tokens=tokens.astype(np.uint16 if small else np.int32),
+            lengths=np.array([record.length for _, record in records], dtype=np.int32),
+            prompt_lengths=np.array([record.prompt_length for _, record in records], dtype=np.int32),
+            looped=np.array([record.looped for _, record in records]),
+            finished=np.array([record.finished for _, record in records]),
+            ids=np.array([record.id for _, record in records]),
+            categories=np.array([record.category for _, record in records]),
+        )
     return len(tokens)
 
 

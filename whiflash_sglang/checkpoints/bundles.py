@@ -1,0 +1,49 @@
+"""A bundle written from drafters' files, and its manifest changed in one step. Imports no SGLang and no torch."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from whiflash_sglang.checkpoints.hub import sha256
+from whiflash_sglang.checkpoints.manifest import MANIFEST, load_manifest
+from whiflash_sglang.jsonl import read_json_file, staged
+
+
+def write_bundle(out: Path, facts: Mapping[str, Any], parts: Mapping[str, Iterable[Path]]) -> dict[str, Any]:
+    """Copy files into the directory `out`, and write a manifest that lists them with their SHA-256.
+
+    Args:
+        facts: keys of the manifest. parts: key of a part, which is also its directory, to its files.
+
+    Raises:
+        ConfigError: the manifest would not be valid. OSError.
+    """
+    manifest: dict[str, Any] = {"schema_version": 1, **facts, "sources": dict(facts.get("sources", {}))}
+    for part, files in parts.items():
+        (out / part).mkdir()
+        copies = [Path(shutil.copyfile(file, out / part / file.name)) for file in files]
+        manifest.setdefault(part, part)
+        manifest["sources"][part] = {"files": digests(copies)}
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    load_manifest(out)
+    return manifest
+
+
+def digests(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 by name."""
+    return {file.name: sha256(file) for file in files}
+
+
+def update_manifest(bundle: Path, changes: Mapping[str, Any]) -> None:
+    """Change keys of `whiflash.json`; the file is replaced whole or not at all.
+
+    Raises:
+        ConfigError: the manifest would not be valid.
+    """
+    path = bundle / MANIFEST
+    fields = read_json_file(path) if path.exists() else {}
+    with staged(path) as file:
+        file.write_text(json.dumps({**fields, **changes}, indent=2) + "\n", encoding="utf-8")
+        load_manifest(file.parent)
