@@ -34,7 +34,7 @@ def ask(client: OpenAI) -> None:
 
 
 def test_the_document_is_read_and_not_completed(client: OpenAI, server: FakeServer, clock: Clock) -> None:
-    """An older server's leaves out what it does not know."""
+    """What it leaves out the server does not have."""
     known = {name: value for name, value in CAPABILITIES.items() if name != "a_later_field"}
     assert whiflash_sdk.capabilities(client) == Capabilities(**known)
     server.capabilities, clock.seconds = {"version": 1}, 301

@@ -311,5 +311,5 @@ def _read(body: object) -> Capabilities | None:
         found = Capabilities.model_validate(body)
     except ValidationError:  # a page or a catch-all route, not our document
         return None
-    # All of it was answered: what an older server leaves out it does not have (`assumed`).
+    # All of it was answered: what a server leaves out it does not have (`assumed`).
     return found.model_copy(update=dict(found)) if found.version == 1 else None
