@@ -44,7 +44,7 @@ def test_with_overlap_rounds_wait_for_nothing(tmp_path: Path, monkeypatch: pytes
     assert found["overlap"]
     assert found["checks"]["greedy"]["rounds"] > found["checks"]["waits"]["watched"] > 0
     # What was copied to the host before it is read there is not told from the device's memory.
-    assert serving.told_apart(found["checks"]["waits"]["waits"], None)[1] == {}
+    assert all("transfers.py" in site for site in found["checks"]["waits"]["waits"])
 
 
 FAMILIES = [p for p in run.PARTS if p.name.startswith("target-") and p.rehearsal is not None]
