@@ -196,20 +196,20 @@ def _drafters(
 ) -> dict[str, Path]:
     """Arm → its checkpoint. A path that is no bundle is one checkpoint, whose format says which arm it is for."""
     if draft_path is None:
-        found = {}
+        named = {}
     elif manifest is not None:
-        found = {
+        named = {
             arm: member(draft_path, manifest, PARTS[arm], download_dir=download_dir)
             for arm in manifest.drafters
             if not (arm == arms.AR and flags.eagle_draft)
         }
     elif flags.eagle_draft:
-        found = {arms.DIFFUSION: draft_path}
+        named = {arms.DIFFUSION: draft_path}
     else:
         from whiflash_sglang.models.formats import read_draft
 
-        found = {read_draft(draft_path).format.arm: draft_path}
-    return {**found, **({arms.AR: Path(flags.eagle_draft)} if flags.eagle_draft else {})}
+        named = {read_draft(draft_path).format.arm: draft_path}
+    return {**named, **({arms.AR: Path(flags.eagle_draft)} if flags.eagle_draft else {})}
 
 
 def _checksums(flags: Flags, manifest: Manifest | None, bundle: Path | None) -> dict[str, str]:

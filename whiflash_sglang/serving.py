@@ -298,18 +298,18 @@ def ask(
             f"{url} has no {path} (404): it is no SGLang server with --speculative-algorithm WHIFLASH; check --url"
         )
     try:
-        found = answer.json()
-        why = None if answer.status_code == 200 else found["error"]["message"]
+        content = answer.json()
+        why = None if answer.status_code == 200 else content["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        found, why = None, None
+        content, why = None, None
     if isinstance(why, str):
         raise ServerRefusedError(f"{url}{path} answered {answer.status_code}: {why}")
-    if answer.status_code != 200 or not isinstance(found, dict) or holds not in found:
+    if answer.status_code != 200 or not isinstance(content, dict) or holds not in content:
         raise ServerRefusedError(
             f"{url}{path} answered {answer.status_code} without the expected JSON, as a gateway does: give --url of "
             "the server itself"
         )
-    return found
+    return content
 
 
 class SilentReplicaError(WhiflashError):

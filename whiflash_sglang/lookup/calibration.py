@@ -80,13 +80,13 @@ class MatchCalibration:
 
     def along(self, length: int, agreement: int, count: int) -> list[float]:
         """Chances of `count` tokens of a copy that goes on after a match of `length`, none above `SURE`."""
-        found: list[float] = []
+        chances: list[float] = []
         while count > 0:
             bucket = self.bucket(length)
             run = count if bucket == len(BUCKETS) - 1 else min(BUCKETS[bucket + 1] - length, count)
-            found += [min(self.chance(length, agreement), SURE)] * run
+            chances += [min(self.chance(length, agreement), SURE)] * run
             length, count = length + run, count - run
-        return found
+        return chances
 
     @property
     def chances(self) -> list[float]:

@@ -122,23 +122,23 @@ class SuffixIndex:
     def _follow(self, two: int, one: int, suffix: Sequence[int]) -> list[Place]:
         text, last = self._tokens, suffix[-1]
         before = suffix[-2] if len(suffix) > 1 else GAP
-        found: list[Place] = []
+        places: list[Place] = []
         for _ in range(MAX_STEPS):
-            if two < 1 or len(found) == MAX_CANDIDATES:
+            if two < 1 or len(places) == MAX_CANDIDATES:
                 break
             # An overlapping occurrence is allowed: a repeated unit continues itself.
             if text[two] == last and text[two - 1] == before:
-                found.append(self.place_at(two + 1, suffix))
+                places.append(self.place_at(two + 1, suffix))
             two = self._two_before[two]
-        if found:
-            return found
+        if places:
+            return places
         for _ in range(MAX_STEPS):
-            if one < 0 or len(found) == MAX_CANDIDATES:
+            if one < 0 or len(places) == MAX_CANDIDATES:
                 break
             if text[one] == last:
-                found.append(Place(1, one + 1, self))
+                places.append(Place(1, one + 1, self))
             one = self._one_before[one]
-        return found
+        return places
 
     def continuation(self, source: int, count: int, drafts: Sequence[int] = ()) -> Sequence[int]:
         """Up to `count` tokens from `source`, a growing text's `drafts` behind its end included."""

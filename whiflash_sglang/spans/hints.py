@@ -143,10 +143,10 @@ def _decode(payload: str) -> dict[str, object]:
         objects += 1
         if objects > _MAX_OBJECTS:
             raise HintError(_FIELD, f"holds more than {_MAX_OBJECTS} objects")
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
             raise HintError(_FIELD, "names a field twice")
-        return found
+        return fields
 
     try:
         decoded = json.loads(  # noqa: TID251  (counts objects while it reads)

@@ -31,10 +31,10 @@ class _Rule:
     def advance(self, data: bytes, base: int) -> None:
         """Follow `data`, which starts at offset `base`."""
         while (marker := self.begin if self.opened_at is None else self.end) is not None:
-            found = data.find(marker, max(self.next_from - base, 0))
-            if found < 0:
+            at = data.find(marker, max(self.next_from - base, 0))
+            if at < 0:
                 break
-            self.next_from = base + found + len(marker)
+            self.next_from = base + at + len(marker)
             self.opened_at = self.next_from if self.opened_at is None else None
 
 

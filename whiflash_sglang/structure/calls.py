@@ -146,12 +146,12 @@ class JsonCall:
         ending = self._lead + self._end if self._end else ""
         if self._state is _State.CLOSING:
             return [Piece(ending.removeprefix(self._waiting)[:limit], Kind.CLOSED)]
-        found: list[Piece] = []
+        lead: list[Piece] = []
         if self._state is _State.LEAD and self._lead.startswith(self._waiting):
             rest = self._lead[len(self._waiting) :][:limit]
-            found = [Piece(rest, Kind.OPENED)] if rest else []
+            lead = [Piece(rest, Kind.OPENED)] if rest else []
             limit -= len(rest)
-        return found + likely(self._matcher, limit, guesses, self._layout, likelihood, ending)
+        return lead + likely(self._matcher, limit, guesses, self._layout, likelihood, ending)
 
     def _before(self, text: str) -> str:
         """Blanks before a call. Returns what follows them."""
@@ -306,9 +306,9 @@ class Calls:
         """Look for where a call begins. Returns what follows it."""
         self._note_blanks(text)
         text = self._waiting + text
-        found = [(text.find(span.begin or ""), span) for span in self._spans]
+        places = [(text.find(span.begin or ""), span) for span in self._spans]
         at, span = min(
-            ((at, span) for at, span in found if at >= 0), default=(-1, None), key=lambda one: one[0]
+            ((at, span) for at, span in places if at >= 0), default=(-1, None), key=lambda one: one[0]
         )
         if span is None or span.begin is None:
             longest = max(map(len, [*self._ends, *(one.begin or "" for one in self._spans)]))
@@ -360,11 +360,11 @@ class Calls:
     def _earlier(self, begin: str) -> list[str]:
         """The texts after the newest markers of the prompt, the newest one last."""
         prompt = self.prompt()
-        found: list[str] = []
+        texts: list[str] = []
         end = len(prompt)
-        while len(found) < LOOKED_AT and (end := prompt.rfind(begin, 0, end)) >= 0:
-            found.append(prompt[end + len(begin) :][:LOOKED_AT_CHARS])
-        return found[::-1]
+        while len(texts) < LOOKED_AT and (end := prompt.rfind(begin, 0, end)) >= 0:
+            texts.append(prompt[end + len(begin) :][:LOOKED_AT_CHARS])
+        return texts[::-1]
 
     def _uses(self, text: str) -> int:
         """How often a text occurs in the prompt."""

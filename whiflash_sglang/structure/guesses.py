@@ -135,10 +135,10 @@ def gather(step: Callable[[int], Sequence[Piece] | None], limit: int, likelihood
     pieces: list[Piece] = []
     chance = 1.0
     for _ in range(STEPS):
-        found = step(limit) if limit > 0 and chance >= HOPELESS and len(pieces) < STEPS else None
-        if found is None:
+        more = step(limit) if limit > 0 and chance >= HOPELESS and len(pieces) < STEPS else None
+        if more is None:
             break
-        for piece in found:
+        for piece in more:
             if limit > 0:
                 pieces.append(piece._replace(text=piece.text[:limit]))
             limit -= len(piece.text)
@@ -165,12 +165,12 @@ def likely(
 
     def step(limit: int) -> list[Piece] | None:
         forced = matcher.forced()[:limit]
-        found = [Piece(forced, Kind.FORCED)] if forced else guesses.next(matcher, layout) if guesses else []
-        text = "".join(piece.text for piece in found)
+        pieces = [Piece(forced, Kind.FORCED)] if forced else guesses.next(matcher, layout) if guesses else []
+        text = "".join(piece.text for piece in pieces)
         if not text or not matcher.accept_text(text):
             return None
         layout.follow(text)
-        return found
+        return pieces
 
     with matcher.trying():
         pieces = gather(step, limit, likelihood)

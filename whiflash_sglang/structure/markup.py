@@ -92,10 +92,10 @@ class MarkupCall:
             options = self._options()
             if any(option.text.startswith(body) and option.text != body for option in options):
                 return None
-            found = [option for option in options if body.startswith(option.text)]
-            if not found:
+            fitting = [option for option in options if body.startswith(option.text)]
+            if not fitting:
                 return self._pending
-            option = max(found, key=lambda own: len(own.text))
+            option = max(fitting, key=lambda each: len(each.text))
             self.seen[option.part] = self._pending[: len(self._pending) - len(body)]
             self._take(option)
             self._pending = body[len(option.text) :]

@@ -134,14 +134,14 @@ class XGrammarMatcher(Matcher):
         """`FORCED_TOKENS` tokens of text that must follow; None: there is a choice before, where a search ends."""
         if self._vocabulary is None:
             return None
-        found = b""
+        text = b""
         with self.trying():
             for _ in range(FORCED_TOKENS):
                 token = None if self.may_end else self._only(self._vocabulary)
                 if token is None or not self.accept_token(token):
                     return None
-                found += self._vocabulary.token_bytes[token]
-        return found
+                text += self._vocabulary.token_bytes[token]
+        return text
 
     def _only(self, vocabulary: Vocabulary) -> int | None:
         """The longest token that may follow, where all others are its beginnings; None: there is a choice."""
@@ -151,17 +151,17 @@ class XGrammarMatcher(Matcher):
         used = words.nonzero()[0]
         if len(used) > MOST_WORDS:
             return None
-        found, longest = None, b""
+        best, longest = None, b""
         for place, word in zip(used.tolist(), words.view(np.uint32)[used].tolist(), strict=True):
             for token in _bits(word, 32 * place):
                 if not is_text(vocabulary, token):
                     continue
                 text = vocabulary.token_bytes[token]
                 if text.startswith(longest):
-                    found, longest = token, text
+                    best, longest = token, text
                 elif not longest.startswith(text):
                     return None
-        return found
+        return best
 
     def _accept_token(self, token: int) -> int:
         return int(self._matcher.accept_token(token))

@@ -53,20 +53,20 @@ class Essence:
         self._nodes -= 1
         if not isinstance(schema, dict) or self._nodes < 0 or level > DEEPEST:
             return {}
-        found: dict[str, Any] = {}
+        essence: dict[str, Any] = {}
         if isinstance(schema.get("type"), str | list):
-            found["type"] = schema["type"]
+            essence["type"] = schema["type"]
         if "const" in schema or isinstance(schema.get("enum"), list):
             listed = schema.get("enum", []) if "const" not in schema else [schema["const"]]
-            return {"enum": listed} if self._takes(listed) else found
+            return {"enum": listed} if self._takes(listed) else essence
         if isinstance(schema.get("properties"), dict):
-            found |= self._object(schema, level)
+            essence |= self._object(schema, level)
         if isinstance(schema.get("items"), dict):
-            found["items"] = self.of(schema["items"], level + 1)
+            essence["items"] = self.of(schema["items"], level + 1)
         alternatives = schema.get("anyOf")
         if isinstance(alternatives, list) and 0 < len(alternatives) <= self._nodes:
-            found["anyOf"] = [self.of(part, level + 1) for part in alternatives]
-        return found
+            essence["anyOf"] = [self.of(part, level + 1) for part in alternatives]
+        return essence
 
     def _object(self, schema: dict[str, Any], level: int) -> dict[str, Any]:
         known: dict[str, Any] = {}
@@ -129,12 +129,12 @@ def words_of(text: str) -> tuple[str, ...]:
     Args:
         text: a JSON schema, or a structural tag in either of SGLang's formats.
     """
-    found: dict[str, None] = {}
+    words: dict[str, None] = {}
     for word in _words(_read(text)):
-        found.setdefault(json.dumps(word, ensure_ascii=False)[1:-1])
-        if len(found) == MOST_WORDS:
+        words.setdefault(json.dumps(word, ensure_ascii=False)[1:-1])
+        if len(words) == MOST_WORDS:
             break
-    return tuple(found)
+    return tuple(words)
 
 
 @lru_cache(maxsize=256)

@@ -63,13 +63,13 @@ def sketch(
         sources.append(likely(matcher, most, guesses, layout, likelihood))
     if calls is not None:
         sources.append(calls.pieces(most, guesses, likelihood))
-    found: list[Token] = []
+    best: list[Token] = []
     for pieces in sources:
         tokens = cut(vocabulary, tail, pieces, likelihood, cuts)[:limit] if pieces else []
         if matcher is not None:
             tokens = _allowed(matcher, vocabulary, tokens, limit, end)
-        found = max(found, tokens, key=lambda own: _expected(own, likelihood))
-    return found
+        best = max(best, tokens, key=lambda each: _expected(each, likelihood))
+    return best
 
 
 def _expected(tokens: Sequence[Token], likelihood: Likelihood) -> float:
@@ -122,7 +122,7 @@ def cut(
     pairs = cuts.applied(vocabulary, before, tokens)
     ends = list(accumulate(len(vocabulary.token_bytes[token]) for token, _ in pairs))
     bounds = list(accumulate(len(piece.text.encode()) for piece in pieces))
-    found, piece, begin = [], 0, 0
+    chosen, piece, begin = [], 0, 0
     for number, ((token, usual), stop) in enumerate(zip(pairs, ends, strict=True)):
         kinds = [first] if number == 0 else []
         kinds += [Kind.EDGE] if number == len(pairs) - 1 else []
@@ -131,10 +131,10 @@ def cut(
         last = piece
         while bounds[last] < stop:
             last += 1
-        kinds += [own.kind for own in pieces[piece : last + 1]]
-        found.append(Token(token, min(kinds, key=likelihood), None if usual == token else usual))
+        kinds += [each.kind for each in pieces[piece : last + 1]]
+        chosen.append(Token(token, min(kinds, key=likelihood), None if usual == token else usual))
         begin = stop
-    return found
+    return chosen
 
 
 def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:

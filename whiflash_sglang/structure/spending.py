@@ -45,41 +45,43 @@ class Spending:
     def __init__(self, clock: Callable[[], float] = time.thread_time, *, cuts: bool = True) -> None:
         self._clock, self._cuts = clock, cuts
         self._requests: dict[str, _Request] = {}
-        self._own: _Request | None = None
+        self._current: _Request | None = None
         self._began = self._limit = 0.0
         self._share = REQUEST_SECONDS
 
     def begin(self, rids: Sequence[str]) -> None:
         """A round of these requests begins: judge the one before it. Other requests are forgotten."""
         self._requests = {rid: self._requests[rid] for rid in rids if rid in self._requests}
-        for own in self._requests.values():
-            if own.spent >= REQUEST_SECONDS:
-                if not own.left:
-                    own.pause = min(2 * own.pause, LONGEST_PAUSE) or FIRST_PAUSE
-                own.left = own.pause
-            elif own.left:
-                own.left -= 1
+        for request in self._requests.values():
+            if request.spent >= REQUEST_SECONDS:
+                if not request.left:
+                    request.pause = min(2 * request.pause, LONGEST_PAUSE) or FIRST_PAUSE
+                request.left = request.pause
+            elif request.left:
+                request.left -= 1
             else:
-                own.pause = 0
-            own.spent = 0.0
+                request.pause = 0
+            request.spent = 0.0
         self._share = min(REQUEST_SECONDS, ROUND_SECONDS / max(len(self._requests), 1))
 
     def is_dear(self, rid: str) -> bool:
         """Whether a request takes no drafts in this round."""
-        own = self._requests.get(rid)
-        return own is not None and own.left > 0
+        request = self._requests.get(rid)
+        return request is not None and request.left > 0
 
     def on(self, rid: str, work: Callable[[], ResultT], part: float = 1.0) -> ResultT:
         """What `work` returns. Its seconds count for the request; `exhausted` in it means `part` of its share."""
-        own = self._own = self._requests.setdefault(rid, _Request())
+        request = self._current = self._requests.setdefault(rid, _Request())
         self._began, self._limit = self._clock(), part * self._share
         try:
             return work()
         finally:
-            own.spent += self._clock() - self._began
-            self._own = None
+            request.spent += self._clock() - self._began
+            self._current = None
 
     def exhausted(self) -> bool:
         """Whether the work that is being done should end, since its request's share of the round is used up."""
-        own = self._own
-        return self._cuts and own is not None and own.spent + self._clock() - self._began >= self._limit
+        request = self._current
+        return (
+            self._cuts and request is not None and request.spent + self._clock() - self._began >= self._limit
+        )

@@ -169,14 +169,18 @@ def all_forced(schema: str, tools: str) -> bool:
 
 def properties_of(parameters: object) -> Mapping[str, Any]:
     """Schemas of a tool's arguments by name, in their order; none where they are not written as an object's."""
-    found = parameters.get("properties") if isinstance(parameters, Mapping) else None
-    return {str(key): schema for key, schema in found.items()} if isinstance(found, Mapping) else {}
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    return {str(key): schema for key, schema in properties.items()} if isinstance(properties, Mapping) else {}
 
 
 def required_of(parameters: object) -> frozenset[str]:
     """Names of the arguments that a call must have."""
-    found = parameters.get("required") if isinstance(parameters, Mapping) else None
-    return frozenset(key for key in found if isinstance(key, str)) if isinstance(found, list) else frozenset()
+    required = parameters.get("required") if isinstance(parameters, Mapping) else None
+    return (
+        frozenset(key for key in required if isinstance(key, str))
+        if isinstance(required, list)
+        else frozenset()
+    )
 
 
 def listed_of(schema: object) -> tuple[str, ...]:
