@@ -303,7 +303,7 @@ def test_suites_are_reported_as_papers_do(report: Report) -> None:
     """Plain means of the sets: none is weighed by its tokens."""
     told = {"suites": {"gsm8k": "a folder (MIT)"}, "left_out": {"p": "too long"}}
     page = render(report.model_copy(update={"provenance": PROVENANCE | told}))
-    assert "did not take them: 1 prompts" in page
+    assert "Left out: 1 prompts" in page
     auto, figures = report.ratios["auto"].none, report.arms["auto"]
     ratio = (auto["chat"].ratio + auto["tool_call"].ratio) / 2
     length = (figures["chat"].acceptance_length + figures["tool_call"].acceptance_length) / 2

@@ -40,7 +40,7 @@ def test_recipes_that_others_published() -> None:
         assert obstacles == recipe["obstacles"], recipe["recipe"]
     assert len(found) == 52
     replaced = [sentence for verdict in verdicts for sentence in verdict.replaced if "flashinfer" in sentence]
-    assert [sentence.split(",")[0] for sentence in replaced] == [
+    assert [sentence.split(" (")[0] for sentence in replaced] == [
         "--attention-backend flashinfer is replaced by triton"
     ] * 2
     assert sum(not obstacles for obstacles in found) == STARTING

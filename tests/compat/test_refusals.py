@@ -425,9 +425,15 @@ def test_a_backend_that_plans_on_the_host_is_replaced(
     )
     launches.choose(args)
     chosen = (args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend)
-    assert chosen == (attention, None, attention)
-    assert [record.message.split(",")[0] for record in caplog.records] == [
+    assert chosen == (attention, None, None)
+    assert [record.message.split(" (")[0] for record in caplog.records] == [
         f"--attention-backend flashinfer is replaced by {attention}",
         f"--decode-attention-backend flashinfer is replaced by {attention}",
     ]
     assert "every round would wait" in caplog.text
+    half = ServerArgs(
+        model_path="unused", attention_backend="trtllm_mha", prefill_attention_backend="flashinfer"
+    )
+    launches.choose(half)
+    assert (half.attention_backend, half.prefill_attention_backend) == ("trtllm_mha", None)
+    assert "--prefill-attention-backend flashinfer is replaced by trtllm_mha" in caplog.text

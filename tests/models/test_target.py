@@ -1,5 +1,7 @@
 """A target's states and logits are transformers' own; what drafters may begin as is known of three architectures."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,14 +48,22 @@ def test_ties_of_other_targets_are_judged(tmp_path: Path, caplog: pytest.LogCapt
     )
     Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
     assert unknown(tmp_path / "gemma")
-    (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "config.json").write_text('{"architectures": ["Unheard"], "model_type": "unheard"}')
+    shape = json.loads((tmp_path / "gemma" / "config.json").read_text())
+    unread = {
+        "unheard": {"architectures": ["Unheard"], "model_type": "unheard"},
+        "quantised": shape | {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
+        "cut": shape | {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
+    }
+    for name, content in unread.items():
+        shutil.copytree(tmp_path / "gemma", tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
     reference = Reference(Prompt("p", "chat", ()), (1, 2), (5, 6, 7), (9.0, 0.0, 9.0), "")
     answer = Answer(prompt="p", seconds=1, ttft=0.1, tokens=(5, 9), forwards=1)
     cell = Cell(load=Load(value=1), arm="auto", repetition=0, seconds=1, answers=(answer,))
-    for name in ("gemma", "none"):
+    for name in ("gemma", *unread):
         best = BestLogit(tmp_path / name, "bfloat16")
         (found,) = differences([cell], {"none": {"p": reference}}, best, "bfloat16")
         assert (found.verdict, found.position) == (Verdict.TIE, 1)
     assert BestLogit(tmp_path / "gemma", "bfloat16")(reference, 1) != 0
-    assert "cannot load" in caplog.text
+    assert caplog.text.count("does not run here") == len(unread)
+    assert all(why in caplog.text for why in ("unheard", "is quantised", "lacks tensors"))

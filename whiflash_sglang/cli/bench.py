@@ -80,7 +80,13 @@ def bench(
     check_names(names, recorded=bool(recorded))
     if resume and out is None:
         raise UsageError("--resume continues the run that wrote --out FILE: give --out, too")
-    others = {"--quick": quick, "--prompts": prompts, "--suite": suite, "--per-category": per_category}
+    others = {
+        "--quick": quick,
+        "--prompts": prompts,
+        "--suite": suite,
+        "--per-category": per_category,
+        "--beside": beside,
+    }
     given = [name for name, value in others.items() if value]
     if recorded and given:
         raise UsageError(f"--recorded plays whole files and takes no {', '.join(given)}: remove it")

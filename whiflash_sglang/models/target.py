@@ -1,6 +1,7 @@
 """A target in transformers, which drafters begin as, learners read and ties are judged by."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,14 +42,28 @@ class TargetModel:
     embedding_scale = 1.0
 
     def __init__(self, path: Path, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Load a Hugging Face directory. Raises `ValueError`, `ImportError` or `OSError` where transformers cannot."""
+        """Load a Hugging Face directory, none of whose code runs.
+
+        Raises:
+            ValueError: it is quantised, of which transformers may read the values without their scales, or tensors are
+                missing, which transformers draws at random; or transformers does not know it.
+            ImportError, OSError: transformers cannot load it.
+        """
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # it would be drawn into our own
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-        self._model = model
         self.config: dict[str, Any] = read_json_file(path / "config.json", finite=False)
+        if self.config.get("quantization_config"):
+            raise ValueError(f"the target in {path} is quantised; only one in full precision is read here")
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        if lost := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
+            raise ValueError(
+                f"the target in {path} lacks tensors, or they have other shapes: {', '.join(lost[:4])}"
+            )
+        self._model = model.to(device).eval()
         shape = model.config.get_text_config()
         self.hidden_size, self.num_layers = int(shape.hidden_size), int(shape.num_hidden_layers)
         self.vocab_size = int(shape.vocab_size)
@@ -66,13 +81,23 @@ class TargetModel:
 
     @torch.inference_mode()
     def forward(self, text: Sequence[int] | Tensor, capture: Sequence[int] = ()) -> TargetOutput:
-        """Outputs of the layers in `capture`, none of them the last, and final states of a text [T], with causal
-        attention.
-        """
-        states = self._run(text, output_hidden_states=True).hidden_states
-        empty = states[0].new_empty(len(text), 0, self.hidden_size)
-        features = torch.stack([states[index + 1][0] for index in capture], dim=1) if capture else empty
-        return TargetOutput(features, states[-1][0])
+        """Outputs of the layers in `capture`, and final states of a text [T], with causal attention."""
+        kept: dict[int, Tensor] = {}
+
+        def keep(index: int, _: Any, __: Any, output: Any) -> None:
+            kept[index] = (output[0] if isinstance(output, tuple) else output)[0]
+
+        hooks = [self.layers[index].register_forward_hook(partial(keep, index)) for index in set(capture)]
+        try:
+            tokens = torch.as_tensor(text, device=self.device)
+            final = self._model.base_model(tokens[None], use_cache=False).last_hidden_state[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        empty = final.new_empty(len(text), 0, self.hidden_size)
+        return TargetOutput(
+            torch.stack([kept[index] for index in capture], dim=1) if capture else empty, final
+        )
 
     def states(self, text: Sequence[int], capture: Sequence[int]) -> Tensor:
         """As training stores them: [T, captured + 1, H], the final states last."""
@@ -86,9 +111,6 @@ class TargetModel:
     @torch.inference_mode()
     def next_logits(self, text: Sequence[int] | Tensor) -> Tensor:
         """[V] float32, of the token after a text."""
-        logits: Tensor = self._run(text).logits
-        return logits[0, -1].float()
-
-    def _run(self, text: Sequence[int] | Tensor, **options: Any) -> Any:
         tokens = torch.as_tensor(text, device=self.device)
-        return self._model(tokens[None], use_cache=False, logits_to_keep=1, **options)
+        logits: Tensor = self._model(tokens[None], use_cache=False, logits_to_keep=1).logits
+        return logits[0, -1].float()

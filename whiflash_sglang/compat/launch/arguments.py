@@ -93,9 +93,12 @@ def choose_for_cuda(server_args: Any) -> list[str]:
     attention = "fa3" if get_platform().is_sm90 else "triton"
     replaced = [name for name in ATTENTION_FIELDS if getattr(server_args, name) == "flashinfer"]
     for name in replaced:
-        setattr(server_args, name, attention)
+        setattr(
+            server_args, name, None
+        )  # a half that is None follows --attention-backend, whatever SGLang makes of that
     if server_args.attention_backend is None:
         server_args.attention_backend = attention
+    attention = server_args.attention_backend
     if server_args.cuda_graph_config is None and server_args.cuda_graph_backend_prefill is None:
         server_args.cuda_graph_backend_prefill = Backend.DISABLED
     # Its dummy forward is a verification without a layout.
@@ -104,8 +107,8 @@ def choose_for_cuda(server_args: Any) -> list[str]:
         # Plans go from rank to rank in the middle of a round; the two were never tried together.
         server_args.disable_overlap_schedule = True
     return [
-        f"--{name.replace('_', '-')} flashinfer is replaced by {attention}, WHIFLASH's default on this card (fa3 on "
-        "Hopper, triton on others): FlashInfer plans a verification on the host, so every round would wait for its "
+        f"--{name.replace('_', '-')} flashinfer is replaced by {attention} (--attention-backend, or else fa3 on Hopper "
+        "and triton on other cards): FlashInfer plans a verification on the host, so every round would wait for its "
         "drafts. The text stays the target's own; only another kernel computes attention"
         for name in replaced
     ]

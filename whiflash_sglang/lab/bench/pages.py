@@ -64,7 +64,12 @@ def _taken_from(provenance: Mapping[str, Any]) -> str:
     if recorded := provenance.get("recorded"):
         said += f" Forced along the recorded text of {', '.join(recorded)}."
     left_out = len(provenance.get("left_out", ()))
-    return said + (f" Left out, since the server did not take them: {left_out} prompts." if left_out else "")
+    what = (
+        "answers of conversations, which had no room"
+        if recorded
+        else "prompts, which the server did not take"
+    )
+    return said + (f" Left out: {left_out} {what}." if left_out else "")
 
 
 def _title(load: LoadReport) -> str:

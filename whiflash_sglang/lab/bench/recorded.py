@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.bench.arms import PREDICTION, USELESS, Arm, Subject, build_arms, check_names
 from whiflash_sglang.lab.bench.cells import Answer
@@ -124,7 +126,7 @@ class Player(Asker):
         """
         assert isinstance(prompt, Talk)
         began = time.perf_counter()
-        forwards = sum([await self._answer(task) for task in prompt.tasks])
+        forwards = sum([await self._answer(prompt.id, task) for task in prompt.tasks])
         return Answer(
             prompt=prompt.id,
             seconds=time.perf_counter() - began,
@@ -134,8 +136,8 @@ class Player(Asker):
             prefills=len(prompt.tasks),
         )
 
-    async def _answer(self, task: Turn) -> int:
-        """Target forwards of one answer after its prefill."""
+    async def _answer(self, talk: str, task: Turn) -> int:
+        """Target forwards of one answer of a conversation after its prefill."""
         custom: dict[str, Any] = {"whiflash_forced": list(task.answer)}
         if self.request["brings"] in task.predictions:
             custom["whiflash_prediction"] = list(task.predictions[self.request["brings"]])
@@ -146,9 +148,12 @@ class Player(Asker):
             "custom_params": custom,
         }
         body = {"input_ids": list(task.prompt), "sampling_params": params}
-        answer = await self.client.post("/generate", json=body)
+        try:
+            answer = await self.client.post("/generate", json=body)
+        except httpx.HTTPError as error:
+            raise RequestError(f"conversation {talk}: {type(error).__name__} {error}") from None
         if answer.status_code != 200:
-            raise RequestError(answer.text)
+            raise RequestError(f"conversation {talk}: {answer.text[:500]}")
         found = answer.json()
         if found["output_ids"] != list(task.answer):
             raise RequestError(

@@ -140,6 +140,7 @@ class BestLogit:
     def __init__(self, target: Path, dtype: str) -> None:
         self._target, self._dtype = target, dtype
         self._known: dict[tuple[str, tuple[int, ...]], float] = {}
+        self._lost = False
 
     def __call__(self, reference: Reference, position: int) -> float:
         key = (reference.prompt.id, reference.tokens[: position + 1])
@@ -148,21 +149,30 @@ class BestLogit:
         return self._known[key]
 
     def _forward(self, reference: Reference, position: int) -> float:
-        if self._model is None:
-            return 0.0
+        """0 where the target cannot run here. No bfloat16 gap is then a tie: answers count as different."""
         text = [*reference.input_ids, *reference.tokens[:position]]
-        return float(self._model.next_logits(text)[reference.tokens[position]])
+        try:
+            if self._lost:
+                return 0.0
+            return float(self._model.next_logits(text)[reference.tokens[position]])
+        except Exception as error:  # whatever it is, what was measured must become a report
+            self._lost = True
+            logger.warning("%s does not run here, so no difference counts as a tie: %s", self._target, error)
+            return 0.0
 
     @cached_property
     def _model(self) -> Any:
-        """None where transformers cannot load the target. No bfloat16 gap is then a tie: answers count as different."""
+        """Raises `MemoryError` if the weights have no room, and what `TargetModel` raises."""
         import torch
 
+        from whiflash_sglang.models.packed import free_memory
         from whiflash_sglang.models.target import TargetModel
 
         dtype = getattr(torch, self._dtype)
-        try:
-            return TargetModel(self._target, device=torch.device("cpu"), dtype=dtype)
-        except (ValueError, ImportError, OSError) as error:
-            logger.warning("transformers cannot load %s, so no difference is a tie: %s", self._target, error)
-            return None
+        # Checkpoints have two bytes a value.
+        needed = sum(f.stat().st_size for f in self._target.glob("*.safetensors")) * dtype.itemsize // 2
+        if needed > free_memory():
+            raise MemoryError(
+                f"its weights take {needed >> 20} MiB, of {free_memory() >> 20} MiB that are free"
+            )
+        return TargetModel(self._target, device=torch.device("cpu"), dtype=dtype)
