@@ -27,8 +27,7 @@ from whiflash_sglang.lab.bench.recorded import BASE, Player, Replayer, Talk, rec
 from whiflash_sglang.lab.bench.report import Report, build_report
 from whiflash_sglang.lab.bench.runner import Plan
 from whiflash_sglang.lab.bench.subject import build_subject
-from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError, renderer_of
-from whiflash_sglang.lab.recorded.files import read_recorded
+from whiflash_sglang.lab.conversations import Conversation, RecordError, read_recorded, renderer_of
 
 SHIPPED = Path(__file__).parents[2] / "results" / "benchmark"
 EDITS = {"edits.jsonl": True, "edits-unseen.jsonl": False}

@@ -25,8 +25,7 @@ from whiflash_sglang.learn.samples import Sample, check_spool, files_of, samples
 from whiflash_sglang.learn.versions import Served as Used
 from whiflash_sglang.learn.versions import gain_of, notes_of, numbers, path_of, record, served, versions_of
 from whiflash_sglang.learner import once
-from whiflash_sglang.learner.once import SAVE_STEPS, WORK, Learning, Outcome, learn_once, status_of
-from whiflash_sglang.learner.pace import Pace
+from whiflash_sglang.learner.once import SAVE_STEPS, WORK, Learning, Outcome, Pace, learn_once, status_of
 from whiflash_sglang.learner.texts import LEAST, LONGEST, TENANTS, Text, answer_tokens, choose, texts_of
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord

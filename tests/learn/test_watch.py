@@ -13,8 +13,7 @@ from whiflash_sglang.errors import ServerRefusedError
 from whiflash_sglang.learn.samples import Sample, check_spool, files_of, samples_of, write_file
 from whiflash_sglang.learner import watch
 from whiflash_sglang.learner.guard import LEAST, MOST, Guard, change
-from whiflash_sglang.learner.once import Learning, Outcome, status_of, write_status
-from whiflash_sglang.learner.pace import Pace
+from whiflash_sglang.learner.once import Learning, Outcome, Pace, status_of, write_status
 from whiflash_sglang.learner.watch import POLL, Watch, progress_of
 from whiflash_sglang.telemetry.lengths import Lengths
 from whiflash_sglang.train.config import TrainConfig

@@ -9,10 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.lab.recorded import conversation as bounds
-from whiflash_sglang.lab.recorded import files
-from whiflash_sglang.lab.recorded.conversation import Conversation, RecordError
-from whiflash_sglang.lab.recorded.files import read_recorded
+from whiflash_sglang.lab import conversations as bounds
+from whiflash_sglang.lab.conversations import Conversation, RecordError, read_recorded
 
 ASK = {"role": "user", "content": "Which flights do I have?"}
 CALL = {
@@ -228,7 +226,7 @@ def test_bounds(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "MAX_CHARS", 100)
     with pytest.raises(RecordError, match="characters; at most 100"):
         read_recorded(path)
-    monkeypatch.setattr(files, "MAX_BYTES", 10)
+    monkeypatch.setattr(bounds, "MAX_BYTES", 10)
     with pytest.raises(RecordError, match="bytes; at most 10"):
         read_recorded(path)
 

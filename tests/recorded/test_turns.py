@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lab.recorded.conversation import Renderer, call, conversation
+from whiflash_sglang.lab.conversations import Renderer, call, conversation
 
 SOURCE = "class A:\n    return self.value + 1\n"
 SPOKEN = conversation(

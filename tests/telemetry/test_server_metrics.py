@@ -22,7 +22,7 @@ from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang import __version__
 from whiflash_sglang.lab.bench.prompts import Prompt
-from whiflash_sglang.lab.judging.calibration import measure_rounds
+from whiflash_sglang.lab.calibration import measure_rounds
 from whiflash_sglang.metrics import PREFIX, SERIES
 from whiflash_sglang.models.router import Router
 
@@ -342,7 +342,7 @@ MEASURED = [Prompt(f"p{i}", "chat", ({"role": "user", "content": "abc " * (i + 1
 def test_both_drafters_are_timed(server: Server) -> None:
     seconds = measure_rounds(server.url, MEASURED)
     server.post("/whiflash/policy", {"router": "random"})
-    assert seconds.keys() == {"eagle3", "dflash"}
+    assert seconds.keys() == {"ar", "diffusion"}
     assert all(value > 0 for value in seconds.values())
 
 

@@ -10,7 +10,7 @@ import torch
 from whiflash_sglang.checkpoints.bundles import update_manifest
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lab.judging.calibration import parse_round_costs, sweep
+from whiflash_sglang.lab.calibration import parse_round_costs, sweep
 from whiflash_sglang.train.bundle import install_router
 from whiflash_sglang.train.replay import Replay
 from whiflash_sglang.train.walk import choices_above

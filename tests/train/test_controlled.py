@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from whiflash_sglang.lab.judging.evaluation import Known, auto_choices
+from whiflash_sglang.lab.evaluation import Known, auto_choices
 from whiflash_sglang.train.replay import JOINED, Replay
 from whiflash_sglang.train.walk import RouterWalk, tabulate
 

@@ -20,7 +20,7 @@ from whiflash_sglang import train
 from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.cli.train import train_app
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lab.judging.evaluation import EvaluationSettings, Hardware, evaluate_bundle
+from whiflash_sglang.lab.evaluation import EvaluationSettings, Hardware, evaluate_bundle
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dspark import DSparkDrafter
 from whiflash_sglang.models.formats import read_draft

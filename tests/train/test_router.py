@@ -10,7 +10,7 @@ from transformers import Trainer
 from whiflash_kernels import router_mlp
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.lab.judging.evaluation import deltas_of
+from whiflash_sglang.lab.evaluation import deltas_of
 from whiflash_sglang.models.router import AR_MINUS_DIFFUSION, DIFFUSION_MINUS_AR, Router
 from whiflash_sglang.train.config import RouterTraining
 from whiflash_sglang.train.replay import Replay

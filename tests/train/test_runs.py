@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from whiflash_sglang import train
 from whiflash_sglang.cli.train import train_app
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lab.judging.evaluation import (
+from whiflash_sglang.lab.evaluation import (
     EvaluationSettings,
     Hardware,
     evaluate_bundle,

@@ -50,7 +50,7 @@ def evaluate_command(
         load_manifest(bundle)
         import torch
 
-        from whiflash_sglang.lab.judging.evaluation import (
+        from whiflash_sglang.lab.evaluation import (
             EvaluationSettings,
             evaluate_bundle,
             figures_table,
@@ -94,7 +94,7 @@ def calibrate_command(
 
     with readable_errors():
         load_manifest(bundle)
-        from whiflash_sglang.lab.judging.calibration import CalibrationSettings, calibrate
+        from whiflash_sglang.lab.calibration import CalibrationSettings, calibrate
 
         settings = CalibrationSettings(resolve_config(config), per_category, round_ms)
         result = calibrate(bundle, settings)

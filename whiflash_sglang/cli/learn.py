@@ -66,8 +66,7 @@ def learn(
     Example:
     whiflash learn /var/lib/whiflash --config smollm2-135m-instruct --url http://127.0.0.1:30000
     """
-    from whiflash_sglang.learner.once import Learning, learn_once
-    from whiflash_sglang.learner.pace import Pace
+    from whiflash_sglang.learner.once import Learning, Pace, learn_once
     from whiflash_sglang.learner.watch import progress_of
 
     if status:

@@ -1,27 +1,30 @@
 """One pass: samples are read, the drafters that serve train on them and are judged, and a version is published, or not.
 
-What it works with is in `learner` of the directory of `--whiflash-learn`, for the owner alone, and is gone when it
-ends. What a killed pass left is gone on with, if the next one would learn the same.
+Drafters are judged by what they accept of the same answers (`gains`). A pass may rest, to leave the processor to a
+server (`Pace`). What it works with is in `learner` of the directory of `--whiflash-learn`, for the owner alone, and is
+gone when it ends. What a killed pass left is gone on with, if the next one would learn the same.
 """
 
 import json
 import random
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 import torch
 from filelock import BaseFileLock, FileLock, Timeout
+from numpy.typing import NDArray
 
 from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import PARTS, Manifest, load_manifest, lookup_of
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.jsonl import read_json, read_json_file, write_whole
-from whiflash_sglang.lab.statistics import Interval
+from whiflash_sglang.lab.statistics import Interval, paired_ratio
 from whiflash_sglang.learn.samples import check_own, samples_of
 from whiflash_sglang.learn.swap import check_fits
 from whiflash_sglang.learn.versions import (
@@ -33,8 +36,6 @@ from whiflash_sglang.learn.versions import (
     served,
     versions_of,
 )
-from whiflash_sglang.learner.judge import Gain, gains, walk_answers
-from whiflash_sglang.learner.pace import Pace
 from whiflash_sglang.learner.texts import LONGEST, Chosen, Text, answer_tokens, choose, texts_of
 from whiflash_sglang.models.checkpoint import integer
 from whiflash_sglang.models.config_json import read_json_config
@@ -47,7 +48,8 @@ from whiflash_sglang.train.answers.store import FeatureStore, SequenceRecord
 from whiflash_sglang.train.answers.tokens import Exported
 from whiflash_sglang.train.config import TrainConfig
 from whiflash_sglang.train.drafters.runner import train_drafter
-from whiflash_sglang.train.replay import Pair, Parts, ReplayLog
+from whiflash_sglang.train.replay import Pair, Parts, ReplayLog, replay_drafters
+from whiflash_sglang.train.rounds import Tally, rounds
 
 SAVE_STEPS = 25
 """Steps of training that a killed pass loses at most."""
@@ -64,6 +66,104 @@ UNTIL = "until"
 """Note of a version: when the newest sample was written that it was learned from or judged by."""
 OUTCOME = "outcome"
 """Note of a version: all of its pass's outcome, for a pass that is killed after it published."""
+
+
+T = TypeVar("T")
+
+
+class Pace:
+    """Sleeps after work, so that this process uses a share of one core's time.
+
+    Args:
+        share: seconds of a processor for each second that passes; None: as many as there are.
+        used, now: seconds of processors that this process has used, and a clock's. sleep: waits so many seconds.
+        between: called at every rest, before it.
+    """
+
+    def __init__(
+        self,
+        share: float | None = None,
+        *,
+        between: Callable[[], object] = lambda: None,
+        used: Callable[[], float] = time.process_time,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self._share, self._between = share, between
+        self._used, self._now, self._sleep = used, now, sleep
+        self._began = used(), now()
+
+    def rest(self) -> None:
+        """Sleep for as long as the work since the last rest was beyond the share."""
+        self._between()
+        if self._share is not None:
+            used, passed = self._used() - self._began[0], self._now() - self._began[1]
+            self._sleep(max(0.0, used / self._share - passed))
+        self._began = self._used(), self._now()
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, with a rest after each."""
+        for item in items:
+            yield item
+            self.rest()
+
+
+class Gain(NamedTuple):
+    """before, after: tokens a round of a drafter alone, over all answers. ratio: of the two, with its interval."""
+
+    before: float
+    after: float
+    ratio: Interval
+
+    @property
+    def better(self) -> bool:
+        """Beyond its interval."""
+        return self.ratio.low > 1
+
+
+Walked = Mapping[str, Sequence[Tally]]
+"""Arm → a tally for each answer."""
+
+
+def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) -> Walked:
+    """Walk every stored answer with each drafter alone, as a server would draft, verify and commit it.
+
+    log: of the pair, for what was replayed before a killed walk.
+    """
+    found: dict[str, list[Tally]] = {arm: [] for arm in pair.drafters}
+    for record in pace.each(tracked(store.records, "judging")):
+        replayed = log.known.get(record.id)
+        if replayed is None:
+            replayed = replay_drafters(pair, store.read(record), store.layers)
+            log.add(record.id, replayed)
+        for arm, accepted in replayed.accepted.items():
+            walked = rounds(0, len(accepted), lambda at, accepted=accepted: int(accepted[at]))  # type: ignore[misc]
+            emitted = [tokens for _, tokens in walked]
+            found[arm].append(Tally(len(emitted), sum(emitted)))
+    return found
+
+
+def gains(before: Walked, after: Walked) -> dict[str, Gain]:
+    """By arm. Answers are drawn together for both, so what is hard for both cancels out."""
+    return {name: _gain(before[name], after[name]) for name in after}
+
+
+def _gain(before: Sequence[Tally], after: Sequence[Tally]) -> Gain:
+    def column(tallies: Sequence[Tally], of: str) -> NDArray[np.float64]:
+        return np.array([[getattr(tally, of)] for tally in tallies], dtype=np.float64)
+
+    ratio = paired_ratio(
+        column(after, "tokens"),
+        column(after, "rounds"),
+        column(before, "tokens"),
+        column(before, "rounds"),
+        [""] * len(after),
+    )
+    lengths = [
+        float(column(tallies, "tokens").sum() / column(tallies, "rounds").sum())
+        for tallies in (before, after)
+    ]
+    return Gain(lengths[0], lengths[1], ratio)
 
 
 class Learning(NamedTuple):

@@ -11,6 +11,7 @@ from whiflash_sglang.learner.guard import Drop, Guard
 from whiflash_sglang.learner.once import (
     Learning,
     Outcome,
+    Pace,
     is_at_work,
     is_past,
     learn_once,
@@ -18,7 +19,6 @@ from whiflash_sglang.learner.once import (
     until,
     write_status,
 )
-from whiflash_sglang.learner.pace import Pace
 from whiflash_sglang.learner.texts import LEAST, TooFewError
 
 POLL = 15.0

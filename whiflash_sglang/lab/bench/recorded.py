@@ -21,8 +21,7 @@ from whiflash_sglang.lab.bench.prompts import Prompt
 from whiflash_sglang.lab.bench.reference import Reference
 from whiflash_sglang.lab.bench.runner import Runner
 from whiflash_sglang.lab.bench.subject import CPU_KV_TOKENS
-from whiflash_sglang.lab.recorded.conversation import Conversation, Renderer, Turn, renderer_of
-from whiflash_sglang.lab.recorded.files import read_recorded
+from whiflash_sglang.lab.conversations import Conversation, Renderer, Turn, read_recorded, renderer_of
 from whiflash_sglang.models.config_json import read_json_config
 
 BASE = "pinned-none"

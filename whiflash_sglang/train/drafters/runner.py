@@ -1,4 +1,7 @@
-"""The drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes."""
+"""The drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes.
+
+Of a drafter that serves, what its cached draft KV was made with stays as it is (`Held`).
+"""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -7,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.jsonl import read_json_file
+from whiflash_sglang.learn.swap import check_kind, first_frozen_row
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.train.answers.provenance import (
@@ -26,7 +32,6 @@ from whiflash_sglang.train.drafters import dflash as dflash_training
 from whiflash_sglang.train.drafters import dspark as dspark_training
 from whiflash_sglang.train.drafters import eagle3 as eagle3_training
 from whiflash_sglang.train.drafters.batches import EvenRows, SequenceBatches, token_frequencies
-from whiflash_sglang.train.drafters.held import Held, stored_dtype
 from whiflash_sglang.train.drafters.initialisation import choose_draft_vocabulary, go_on_from, origin_of
 
 AfterStep = Callable[[], object]
@@ -239,3 +244,57 @@ def _train(
         model.drafter.save(out, stored_dtype(start_from))
     provenance.finish(out, {"log": trainer.state.log_history, "answer_tokens": batches.answer_tokens})
     return out
+
+
+FUSION = "fc.weight"
+
+
+class Held:
+    """The rows that `learn.swap.first_frozen_row` names, which get no gradients, and are written back at the end.
+
+    Args:
+        arm: for messages. drafter: float32, on any device; `requires_grad` of what is held whole becomes False.
+
+    Raises:
+        ConfigError: nobody has said what this kind's draft KV is made with.
+    """
+
+    def __init__(self, arm: str, drafter: nn.Module) -> None:
+        check_kind(arm, drafter)
+        self._rows: list[tuple[Tensor, Tensor, int]] = []
+        for name, parameter in drafter.named_parameters():
+            first = first_frozen_row(drafter, name)
+            if first is None:
+                continue
+            self._rows.append((parameter, parameter.detach()[first:].clone(), first))
+            if first == 0:
+                parameter.requires_grad_(False)
+            else:
+                parameter.register_hook(_without(first))  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """What an optimiser may have done to them (weight decay, rounding) is undone."""
+        for parameter, rows, first in self._rows:
+            parameter[first:] = rows
+
+
+def stored_dtype(checkpoint: Path) -> torch.dtype:
+    """In which a drafter's file holds its weights: what is held must be written as it was read."""
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if FUSION in set(file.keys()):
+                found: torch.dtype = file.get_tensor(FUSION).dtype
+                return found
+    raise CheckpointError(
+        f"{checkpoint} holds no {FUSION}: it is not a drafter whose training can be continued"
+    )
+
+
+def _without(first: int) -> Any:
+    def hook(gradient: Tensor) -> Tensor:
+        kept = gradient.clone()
+        kept[first:] = 0
+        return kept
+
+    return hook

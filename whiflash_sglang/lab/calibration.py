@@ -22,7 +22,7 @@ from whiflash_sglang.lab.bench.fleet import launcher
 from whiflash_sglang.lab.bench.load import ANSWER_SECONDS, Asker
 from whiflash_sglang.lab.bench.prompts import Prompt, load_prompts, sample, shipped
 from whiflash_sglang.lab.bench.subject import build_subject
-from whiflash_sglang.lab.judging.evaluation import load_router
+from whiflash_sglang.lab.evaluation import load_router
 from whiflash_sglang.models.origin import Origin
 from whiflash_sglang.progress import progress
 from whiflash_sglang.train.answers.data import target_path
