@@ -21,6 +21,10 @@ RUNTIME = ("cuda", "cu")
 """How the names of the driver's own calls begin in a trace."""
 
 
+ROWS_ON_HOST = "whiflash_sglang/compat/scheduler/spec_worker.py"
+"""`row_ids_of` reads `req_pool_indices_cpu`, which is the host's on a GPU."""
+
+
 class Rounds:
     """Counts a worker's rounds, and runs those behind the first under `watch`.
 
@@ -84,9 +88,14 @@ class Waits:
         if self._device == "cpu":
             with HostReads() as seen:
                 yield
-            # SGLang's copies of lengths on the host are tensors of this device, too.
+            # SGLang's copies of lengths and rows on the host are tensors of this device, too.
             for found in (seen.reads, seen.pageable):
-                self.found.update({site: n for site, n in found.items() if site.startswith("whiflash")})
+                ours = (
+                    site
+                    for site in found
+                    if site.startswith("whiflash") and not site.startswith(ROWS_ON_HOST)
+                )
+                self.found.update({site: found[site] for site in ours})
             return
         torch.cuda.set_sync_debug_mode("warn")
         try:
