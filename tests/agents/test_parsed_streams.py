@@ -247,18 +247,18 @@ def of_choice(choice: dict[str, Any]) -> Iterator[tuple[int, tuple[Any, ...], An
         yield index, ("end", choice["finish_reason"], choice.get("matched_stop")), None
 
 
-def steady(server: Server, case: str) -> dict[Any, list[Any]]:
-    """Parts of a plain server's answer, from two streams that agree: a slow one brings several tokens at once. They
-    are asked for one after the other, since a batch would be slow at the same tokens, and so would three choices,
-    each of which is the one choice's answer.
-    """
-    if case == "chat-n":
-        (only,) = steady(server, "chat").values()
-        return dict.fromkeys(range(3), only)
-    before = summed(events(server, case))
-    while (found := summed(events(server, case))) != before:
-        before = found
-    return found
+ASKED_AGAIN = 20
+"""Plain answers, one of which came token by token. A slow server brings several tokens at once, and what SGLang's
+parsers make of these differs.
+"""
+
+
+def plainly(server: Server, case: str) -> dict[Any, list[Any]]:
+    """Parts of a plain server's answer. Each of three choices is the one choice's answer: a batch would be slow."""
+    if case != "chat-n":
+        return summed(events(server, case))
+    (only,) = summed(events(server, "chat")).values()
+    return dict.fromkeys(range(3), only)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -269,10 +269,11 @@ def test_deltas_add_up_to_plain_decodings(
     if at_once and case not in OF_INTERVAL and not request.config.getoption("--evidence"):
         pytest.skip("of the full matrix: make evidence")
     plain, drafting, answer = servers
-    expected = steady(plain, case)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda hints: summed(events(drafting, case, hints)), predictions(answer)))
-    assert found == [expected] * 4
+        first, *others = pool.map(lambda hints: summed(events(drafting, case, hints)), predictions(answer))
+    assert others == [first] * 3
+    expected = next((each for _ in range(ASKED_AGAIN) if (each := plainly(plain, case)) == first), None)
+    assert first == (expected or plainly(plain, case))
 
 
 @pytest.mark.parametrize(("case", "tokens"), [("ollama-generate", None), ("ollama-chat-cut-off", 24)])

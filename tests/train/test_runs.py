@@ -256,9 +256,11 @@ def test_categories_are_held_as_often_as_they_weigh(config: TrainConfig) -> None
     assert SequenceBatches(stores, 256, 0, 0, {}).batches == SequenceBatches(stores, 256, 0, 0).batches
 
 
-@pytest.mark.parametrize(("part", "train"), [("eagle3", train_eagle3), ("dflash", train_dflash)])
+@pytest.mark.parametrize(
+    ("part", "arm", "train"), [("eagle3", "ar", train_eagle3), ("dflash", "diffusion", train_dflash)]
+)
 def test_a_bundle_of_one_drafter_is_evaluated(
-    root: Path, config: TrainConfig, tmp_path: Path, part: str, train: Any
+    root: Path, config: TrainConfig, tmp_path: Path, part: str, arm: str, train: Any
 ) -> None:
     """`tests/train/test_tiny.py` evaluates both drafters."""
     bundle = tmp_path / "bundle"
@@ -267,7 +269,7 @@ def test_a_bundle_of_one_drafter_is_evaluated(
     (bundle / "whiflash.json").write_text(json.dumps(manifest))
     options = EvaluationSettings(max_new_tokens=8, limit=4, hardware=Hardware(dtype="float32"))
     result = evaluate_bundle(bundle, root / "prompts.jsonl", options)
-    names = {part, "lookup", "auto-unpriced", "oracle", "oracle-of-three"}
+    names = {arm, "lookup", "auto-unpriced", "oracle", "oracle-of-three"}
     assert set(result["overall"]["acceptance_length"]) == names
     figures_table(result)
 

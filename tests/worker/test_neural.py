@@ -92,9 +92,9 @@ def test_predictions_are_those_of_the_state_before_the_bonus_token(
         for state in running.states.values():
             if state.delta == state.delta:
                 committed = [*prompt, *running.requests["p"].output_ids]
-                found = module.predict(models.reference.target.forward(committed[:-1]).final[-1:])
-                assert state.delta == pytest.approx(found.delta.item(), rel=1e-3, abs=1e-4)
-                for arm, accepted in zip(("ar", "diffusion"), found.accepted[0].tolist(), strict=True):
+                delta, drafts = module.predict(models.reference.target.forward(committed[:-1]).final[-1:])
+                assert state.delta == pytest.approx(delta.item(), rel=1e-3, abs=1e-4)
+                for arm, accepted in zip(("ar", "diffusion"), drafts[0].tolist(), strict=True):
                     assert state.predicted[arm] == pytest.approx(1 + max(accepted, 0), rel=1e-3, abs=1e-4)
                 checked += 1
 
