@@ -98,6 +98,15 @@ def test_a_second_row_may_cost_more_than_all_behind_it(seed: int) -> None:
     assert plane.at(1, 1) < 0.095
 
 
+def test_a_small_step_is_none() -> None:
+    """Packed bfloat16 weights: seven rows take as long as one, more take longer."""
+    rng, plane = random.Random(0), Plane(0.02, PRIOR_SHARE)
+    for _ in range(300):
+        drafts = rng.choice([0, 1, 3, 5, 8, 16])
+        plane.add(drafts, 1, 0.035 + 0.0004 * drafts + 0.003 * (drafts > 0) + rng.gauss(0, 0.001))
+    assert plane.slopes[2] == 0.0
+
+
 def test_a_plane_before_and_after_its_first_round() -> None:
     plane = Plane(0.02, PRIOR_SHARE)
     assert plane.at(0, 1) == 0.02

@@ -184,9 +184,9 @@ def test_prices_are_published_as_they_are_used(models: Models, monkeypatch: pyte
             )
         whole = published["verify", ""] + published["between", ""]
         assert whole == pytest.approx(costs.verify(1, 1))
-        several = whole + published["verify_several", ""]
-        assert costs.verify(4, 1) == pytest.approx(several + 3 * published["verify_draft", ""])
-        assert costs.verify(3, 3) == pytest.approx(several + 2 * published["verify_request", ""])
+        several = published["verify_several", ""]
+        assert costs.verify(4, 1) == pytest.approx(whole + several + 3 * published["verify_draft", ""])
+        assert costs.verify(3, 3) == pytest.approx(whole + 2 * published["verify_request", ""])
 
 
 def test_memory_is_what_was_allocated(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def _facts(state: Mapping[str, Any], total: Mapping[str, Any]) -> Iterator[tuple
         "verify": "a plain round of one request",
         "verify_draft": "one more draft verified",
         "verify_request": "one more request",
-        "verify_several": "more rows than one",
+        "verify_several": "the first draft of one request",
         "between": "between rounds",
     }
     priced = [f"{_milliseconds(costs[name])} {meaning}" for name, meaning in named.items() if costs.get(name)]

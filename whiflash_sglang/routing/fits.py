@@ -12,6 +12,9 @@ WINDOW = 7
 LIMIT = 3.0
 """An observation counts as at most so many times what was expected, and as no less than that part of it."""
 
+LEAST_STEP = 0.25
+"""Of a verification's mean: a step from one row to several that is smaller is none."""
+
 DRIFT = 1.6
 """A level that most of the window is off by more than this factor was wrong. Of lognormal noise with a deviation of
 0.3 the median of seven is as far off about once in 2,000 rounds; 0.2 never does it.
@@ -109,11 +112,12 @@ class Line:
 
 
 class Plane:
-    """seconds ≈ a + b·drafts + c·requests + d·[more than one row], fitted like `Line`.
+    """seconds ≈ a + b·drafts + c·requests + d·[one request, with drafts], fitted like `Line`.
 
     A busy server verifies more drafts *and* serves more requests: on one line a draft would be charged for both. One
     row is another product than several: in float32 on two cores a second row made rounds 1.6 times as long, and eight
-    more did not. Before there is data a draft and a request each cost `share` of the mean, the step nothing.
+    more did not. A step below `LEAST_STEP` is none: drafts' slopes say as much, and packed bfloat16 weights have none.
+    Before there is data a draft and a request each cost `share` of the mean, the step nothing.
     """
 
     def __init__(self, first: float, share: float) -> None:
@@ -122,13 +126,13 @@ class Plane:
         self._x, self._xy, self._xx = np.zeros(3), np.zeros(3), np.zeros((3, 3))
         self._watch = DriftDetector()
         self.slopes = first * share, first * share, 0.0
-        """Seconds that one more draft, one more request, and rows beyond the first cost."""
+        """Seconds that one more draft, one more request, and the first draft of a single request cost."""
 
     def add(self, drafts: float, requests: float, seconds: float) -> None:
         expected = self.at(drafts, requests) if self._w else seconds
         off = self._watch.judge(seconds / expected)
         keep, y = 1.0 - 1.0 / MEMORY, within(seconds, expected * off)
-        x = np.array((drafts, requests, drafts + requests > 1), dtype=float)
+        x = np.array((drafts, requests, drafts > 0 and requests == 1), dtype=float)
         self._w = self._w * keep + 1.0
         self._y = self._y * off * keep + y
         self._x = self._x * keep + x
@@ -142,10 +146,11 @@ class Plane:
         spread = self._xx - np.outer(self._x, self._x) / self._w + np.diag(PLANE_STIFFNESS)
         pull = self._xy - self._x * self._y / self._w + PLANE_STIFFNESS * (prior, prior, 0.0)
         slopes, free = np.zeros(3), [0, 1, 2]
+        least = np.array((0.0, 0.0, LEAST_STEP * self._y / self._w))
         while free:
             slopes[free] = np.linalg.solve(spread[np.ix_(free, free)], pull[free])
-            lowest = min(free, key=slopes.__getitem__)
-            if slopes[lowest] >= 0.0:
+            lowest = min(free, key=(slopes - least).__getitem__)
+            if slopes[lowest] >= least[lowest]:
                 break
             slopes[lowest] = 0.0
             free.remove(lowest)
@@ -160,5 +165,5 @@ class Plane:
         mean = self._y / self._w
         mean_drafts, mean_requests, mean_step = (self._x / self._w).tolist()
         added = draft * (drafts - mean_drafts) + request * (requests - mean_requests)
-        seconds: float = mean + added + step * ((drafts + requests > 1) - mean_step)
+        seconds: float = mean + added + step * ((drafts > 0 and requests == 1) - mean_step)
         return max(seconds, 0.1 * mean)
