@@ -144,42 +144,28 @@ class XGrammarMatcher(Matcher):
         return text
 
     def _only(self, vocabulary: Vocabulary) -> int | None:
-        """The longest token whose text must follow; None: there is a choice.
+        """The shortest token that may follow, which all others begin with; None: there is a choice.
 
-        All tokens that may follow begin alike then, and the longest one's text follows the shortest one's whichever
-        tokens bring it: behind `"` alone `]` may be possible, too, though `",` is a token and `"]` is none.
+        A longer one's text need not follow: behind `"` alone `]` may, too, though `",` is a token and `"]` is none.
         """
-        chain = self._chain(vocabulary)
-        if chain is None or chain[0] == chain[1]:
-            return None if chain is None else chain[0]
-        shortest, longest = chain
-        text = vocabulary.token_bytes
-        with self.trying():
-            following = self._only(vocabulary) if self.accept_token(shortest) and not self.may_end else None
-        rest = text[longest][len(text[shortest]) :]
-        return longest if following is not None and text[following].startswith(rest) else shortest
-
-    def _chain(self, vocabulary: Vocabulary) -> tuple[int, int] | None:
-        """The shortest and the longest of the tokens that may follow, if each of two begins the other."""
         mask = _scratch(self._size)
         self._matcher.fill_next_token_bitmask(mask)
         words = mask[0]
         used = words.nonzero()[0]
         if len(used) > MOST_WORDS:
             return None
-        shortest, longest, text = None, None, b""
+        best, shortest, longest = None, b"", b""
         for place, word in zip(used.tolist(), words.view(np.uint32)[used].tolist(), strict=True):
             for token in _bits(word, 32 * place):
                 if not is_text(vocabulary, token):
                     continue
-                other = vocabulary.token_bytes[token]
-                if other.startswith(text):
-                    longest, text = token, other
-                elif not text.startswith(other):
+                text = vocabulary.token_bytes[token]
+                if not text.startswith(longest) and not longest.startswith(text):
                     return None
-                if shortest is None or len(other) < len(vocabulary.token_bytes[shortest]):
-                    shortest = token
-        return None if shortest is None or longest is None else (shortest, longest)
+                longest = max(longest, text, key=len)
+                if best is None or len(text) < len(shortest):
+                    best, shortest = token, text
+        return best
 
     def _accept_token(self, token: int) -> int:
         return int(self._matcher.accept_token(token))

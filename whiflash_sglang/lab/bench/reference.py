@@ -150,10 +150,10 @@ class BestLogit:
 
     def _forward(self, reference: Reference, position: int) -> float:
         """0 where the target cannot run here. No bfloat16 gap is then a tie: answers count as different."""
+        if self._lost:
+            return 0.0
         text = [*reference.input_ids, *reference.tokens[:position]]
         try:
-            if self._lost:
-                return 0.0
             return float(self._model.next_logits(text)[reference.tokens[position]])
         except Exception as error:  # whatever it is, what was measured must become a report
             self._lost = True
