@@ -16,6 +16,7 @@ from model_set import Models
 from tiny_models import tiny_dflash
 from whiflash_kernels import prepare_mixed_block
 
+from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.graphs import VerifyGraphs, bytes_for, most_rows, row_buckets, spare_slots
 from whiflash_sglang.device.capture import MOST_DRAFTS
 
@@ -134,8 +135,8 @@ def decoding(target: Path, whiflash: dict[str, Any]) -> Iterator[Stopped]:
 @contextmanager
 def bench(stopped: Stopped, attention: Callable[[Any], Any] = CapturedAttention) -> Iterator[Bench]:
     """Every graph captured."""
-    with emulated_graphs(stopped[0], attention) as graphs:
-        yield Bench(stopped[0], graphs, stopped[1])
+    with emulated_graphs(stopped[0], attention) as captured:
+        yield Bench(stopped[0], captured, stopped[1])
 
 
 def layouts(buckets: Sequence[int]) -> list[list[int]]:
@@ -185,7 +186,12 @@ def test_a_tail_is_captured_and_sees_the_widths_of_its_replay(stopped: Stopped) 
         hooks.remove(tail)
 
 
-def test_what_is_reserved_for_graphs_is_what_they_keep(stopped: Stopped) -> None:
+@pytest.mark.parametrize("most_drafts", [MOST_DRAFTS, 30])
+def test_what_is_reserved_for_graphs_is_what_they_keep(
+    stopped: Stopped, monkeypatch: pytest.MonkeyPatch, most_drafts: int
+) -> None:
+    """Also if there are fewer rows than all requests at their widest would have."""
+    monkeypatch.setattr(graphs, "MOST_DRAFTS", most_drafts)
     with bench(stopped) as b:
         outputs = b.graphs.backend.outputs.values()
         vocabulary, features = b.target.shape.vocab_size, next(iter(outputs)).hidden_states

@@ -158,6 +158,7 @@ sglang.srt.model_executor.forward_batch_info
     ForwardMode.DECODE
 sglang.srt.model_executor.model_runner
     ModelRunner._decode_cuda_graph_runner_cls
+    ModelRunner.max_decode_logits_rows
 sglang.srt.model_executor.pool_configurator
     DefaultPoolConfigurator
     HybridSWAPoolConfigurator._recompute_cell_size

@@ -97,6 +97,13 @@ def install(model_runner: Any, mode: CaptureHiddenMode) -> None:
     graphs = type(VerifyGraphs.__name__, (VerifyGraphs,), {"mode": mode})
     model_runner._decode_cuda_graph_runner_cls = lambda: graphs
 
+    def logits_rows() -> int:
+        """Of the largest graph, for which one buffer of logits is made: SGLang counts every request at its widest."""
+        widest = int(get_spec().speculative_num_draft_tokens)
+        return most_rows(type(model_runner).max_decode_logits_rows(model_runner) // widest, widest)
+
+    model_runner.max_decode_logits_rows = logits_rows
+
 
 def row_buckets(most: int) -> list[int]:
     """Sizes of graphs, ascending: two a doubling up to 16 rows, then four, and `most`."""
