@@ -85,13 +85,13 @@ LAUNCHES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "auto, chunks": ("auto", {"chunked_prefill_size": 16}),
     "auto, small pool": ("auto", SMALL),
     "auto, bfloat16": ("auto", {"dtype": "bfloat16"}),
-    "auto, branches": ("auto", {"whiflash_branches": 4, "max_running_requests": 24}),
+    "auto, batch": ("auto", {"max_running_requests": 24}),
     "auto, host cache": ("auto", {**SMALL, "enable_hierarchical_cache": True, "hicache_ratio": 6.0}),
     "auto, overlap": ("auto", {}),
     "auto, no drafters": ("auto", {"draft": None, "whiflash_eagle_draft": None}),
 }
 """Router, and what else is launched with. Without a router SGLang decodes by itself."""
-PEAKED = ("ar", "diffusion", "entropy", "auto", "auto, branches", "auto, bfloat16", "auto, overlap")
+PEAKED = ("ar", "diffusion", "entropy", "auto", "auto, batch", "auto, bfloat16", "auto, overlap")
 """Launches of the target whose tokens random drafters often guess; others serve the one whose text varies more."""
 
 SAMPLING: dict[str, tuple[str, dict[str, Any]]] = {

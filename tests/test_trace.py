@@ -76,18 +76,6 @@ def test_drafts_are_credited_to_what_they_were_taken_from() -> None:
     }
 
 
-def test_drafts_that_lost_beside_others_are_credited_too() -> None:
-    recording = recorded(("ar", 3))
-    recording.spent += 1.0
-    chain = [Part("ar", 3)]
-    recording.credit(chain, proposed=3, accepted=2, saved=0.4, beside=[Part("context", 4)])
-    recording.credit(chain, proposed=3, accepted=0, saved=-0.7, beside=[Part("context", 4)])
-    assert build_trace(recording, "auto", 4)["sources"] == {
-        "ar": {"proposed": 6, "accepted": 2, "saved": 0.1},
-        "context": {"proposed": 8, "accepted": 0, "saved": -0.4},
-    }
-
-
 def test_without_prices_sources_are_counted_and_no_time_is_told() -> None:
     recording = recorded(("lookup", 3))
     recording.credit([Part("prediction", 4)], proposed=4, accepted=2, saved=0.0)

@@ -17,7 +17,6 @@ from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.sampling import simulated_acceptance
 from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.compat.scheduler import memory, overlap, pricing
-from whiflash_sglang.compat.scheduler.spec_worker import branches_of
 from whiflash_sglang.config import NO_ROUTER, Settings
 from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.ranks import Ranks
@@ -294,7 +293,7 @@ def build_stages(parts: Parts) -> Stages:
             host=parts.host,
             ranks=parts.ranks,
         ),
-        drafting=_drafting(parts, stops, sources, hooks),
+        drafting=_drafting(parts, stops, sources),
         verifier=VerifyStage(target, tokens, parts.host, epilogue, hooks, parts.spending),
         epilogue=epilogue,
         learner=Learner(
@@ -328,9 +327,7 @@ def _lifecycle(parts: Parts, stops: StopTable, hooks: Sequence[SampleHook]) -> L
     )
 
 
-def _drafting(
-    parts: Parts, stops: StopTable, sources: DraftSources, hooks: Sequence[SampleHook]
-) -> DraftStage:
+def _drafting(parts: Parts, stops: StopTable, sources: DraftSources) -> DraftStage:
     return DraftStage(
         drafters=parts.drafters,
         sync=parts.sync,
@@ -342,11 +339,4 @@ def _drafting(
         sources=sources,
         quarantine=parts.quarantine,
         rows_for=parts.target.rows_for,
-        branches=branches_of(
-            parts.settings.branches,
-            parts.target.runner.req_to_token_pool,
-            ranks=parts.ranks.size,
-            exact=parts.host.exact,
-            pinned=any(hook.one_chain for hook in hooks),
-        ),
     )

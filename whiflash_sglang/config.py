@@ -67,7 +67,6 @@ class Flags(Strict):
     lookup_prediction_tokens: Positive | None = None
     structure: Literal["on", "off"] | None = None
     backlog_tokens: Annotated[int, Field(ge=32)] = 64
-    branches: Annotated[int, Field(ge=1, le=4)] = 1
     force_recorded: Literal["on", "off"] = "off"
     trace_sample: Annotated[float, Field(ge=0, le=1)] | None = None
     trace_dir: str | None = None
@@ -96,7 +95,6 @@ class Settings(Strict):
     block_size: int | None
     dflash_vocabulary: DraftVocabulary
     backlog_tokens: int
-    branches: int = 1
     force_recorded: bool = False
     traces: TraceSampling = TraceSampling()
     samples: Spooling = Spooling()
@@ -166,7 +164,6 @@ def resolve(
         lookup=_lookup(flags, manifest),
         structure=_structure(flags, manifest),
         eagle_steps=flags.eagle_steps,
-        branches=flags.branches,
         block_size=flags.block_size,
         dflash_vocabulary=vocabulary,
         backlog_tokens=flags.backlog_tokens,

@@ -22,23 +22,6 @@ from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.telemetry.round_clock import RoundTime
 
-
-class Strand(NamedTuple):
-    """One further chain of a request, verified beside its first one (`round/strands.py`).
-
-    owner: its request, an index of the batch. fork: drafts of the first chain that it shares. tokens: its own, whose
-    first is not the first chain's next draft. first_row: its rows' place behind the first row of its request. chance:
-    that its first token is accepted. source: what it was taken from.
-    """
-
-    owner: int
-    fork: int
-    tokens: Sequence[int]
-    first_row: int
-    chance: float
-    source: str
-
-
 Due = Mapping[str, tuple[list[int], int]]
 """By arm, which requests of a batch it has to catch up before a round: their indices, and most tokens that they have to
 ingest together, never 0; exactly those if n is known.
@@ -76,8 +59,6 @@ class Round:
     # cannot be judged before the scheduler has seen this one. Route lowers some (`take_single`).
     budgets: list[int]
     ahead: list[list[int]]  # tokens that each committed in earlier rounds of this step
-    spare: Sequence[int] = ()  # rows of the request table that nobody has, for strands
-    chain_only: Sequence[bool] = ()  # whether a request takes no strands
 
     # Filled by route (round/planning.py), a value a request.
     states: list[RequestState] = field(init=False)  # the controller's; a later request in the row has another
@@ -108,15 +89,11 @@ class Round:
     # Filled by draft (round/draft.py).
     drafts: Drafts = field(init=False)  # of the passes, whether or not they are verified
     chosen: Chosen = field(init=False)  # what is verified; `first_drafts` are of each request's first arm
-    packed_rows: int = field(init=False)  # rows of the verification, with those of strands,
+    packed_rows: int = field(init=False)  # rows of the verification,
     stride: int = field(init=False)  # and of its widest request: bounds, if the host may not count the widths
     bounded: bool = field(default=False, init=False)  # whether they are, and the requests competed for rows
-    parts: Sequence[Sequence[Part]] | None = field(default=None, init=False)  # of first chains, if known
-    strands: Sequence[Strand] = field(default=(), init=False)  # further chains of requests
+    parts: Sequence[Sequence[Part]] | None = field(default=None, init=False)  # of the drafts, if known
     copies: Drafts | None = field(default=None, init=False)  # by the device, whether or not they are verified
-
-    # Filled by verify (verify.py): each strand, with how many of its tokens were right, 0 where it lost.
-    accepted: Sequence[tuple[Strand, int]] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         # A row alone may be another request's by the time that its round's results are known.
@@ -169,16 +146,6 @@ class Round:
         self.drafts = Drafts(tokens, none, nothing, nothing, none, passes=0)
         self.chosen = Chosen(tokens, ones, none, none, none)
         self.packed_rows, self.stride = len(self), 1
-
-    @property
-    def rows_each(self) -> torch.Tensor:
-        """[B] int32, rows that each request verifies, its strands' among them."""
-        widths = self.chosen.widths
-        if not self.strands:
-            return widths
-        owners = torch.tensor([strand.owner for strand in self.strands], device=widths.device)
-        rows = [len(strand.tokens) for strand in self.strands]
-        return widths.index_add(0, owners, widths.new_tensor(rows))
 
     def timed(self) -> RoundTime:
         """What it did, for its price."""
@@ -268,12 +235,7 @@ class DraftBatch:
 
 
 class SampleHook:
-    """What replaces sampled tokens, for measurements (`round/hooks.py`); a server has none unless one asks for it.
-
-    one_chain: whether it takes the packed rows of a request for one chain, so that no strands are made.
-    """
-
-    one_chain = False
+    """What replaces sampled tokens, for measurements (`round/hooks.py`); a server has none unless one asks for it."""
 
     def begin(self, upload: Upload, row: int, req: Any) -> None:
         """A request begins in `row`, or begins again; what the device needs of it goes there with `upload`."""

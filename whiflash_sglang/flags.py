@@ -28,8 +28,6 @@ MEANING = {
     "Default: the bundle's, else 16384.",
     "structure": "The arm of forced text. Default: the bundle's, else on.",
     "backlog_tokens": "Tokens of features kept for a request's idle drafters before a flush.",
-    "branches": "Most chains of a request in a verification, from 1 to 4; further ones come from arms without a model. "
-    "On CUDA: 1.",
     "force_recorded": "For benchmarks only: requests may force their answer's tokens, which then are not the target's.",
     "trace_sample": "Share of requests, from 0 to 1, whose traces are written to --whiflash-trace-dir. Default: 0.",
     "trace_dir": "Directory for sampled traces, as JSON lines (see whiflash trace).",

@@ -171,9 +171,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them.
         """
         began = time.perf_counter()
-        round = round_batch(
-            batch, self.target.context_len, self.stages.planner.under_way, self.stages.drafting.branches
-        )
+        round = round_batch(batch, self.target.context_len, self.stages.planner.under_way)
         most = min(STEP_ROUNDS, widest_of(self.drafters) + 1)
         if on_publish is not None or step.needs_scheduler(batch):
             most = 1

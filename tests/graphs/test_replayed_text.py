@@ -7,10 +7,7 @@ from emulated import emulated_graphs
 from engine import engine
 from model_set import Models
 from plain import compare, plain_texts
-from test_strands import ChainFirst, Seen, seen, with_sources
 from traffic import mixed, play
-
-__all__ = ["seen"]
 
 SMALL = {"max_running_requests": 5, "context_length": 96, "max_total_tokens": 1024}
 ARRIVALS = [
@@ -31,16 +28,3 @@ def test_text_is_the_same_with_every_round_replayed(models: Models, router: str)
     assert len(set(replayed)) > 5
     assert set(graphs.committed) == {True, False}, "penalised tokens are committed behind the graph"
     compare(models.reference.target, ARRIVALS, plain, found)
-
-
-def test_a_graph_commits_no_rows_of_strands(models: Models, seen: Seen) -> None:
-    """Its end takes them for requests."""
-    arrivals = mixed(11, 3, shared=12, longest=30, tokens=60)
-    plain = plain_texts(models.target, arrivals, **SMALL)
-    flags, arms = models.whiflash("random", whiflash_branches=3), with_sources(arrivals, plain)
-    with engine(models.target, whiflash=flags, arms=arms, **SMALL) as e, emulated_graphs(e) as graphs:
-        e.worker.controller.policy = ChainFirst()
-        found = play(e, arrivals)
-    compare(models.reference.target, arrivals, plain, found)
-    assert seen.won
-    assert set(graphs.committed) == {True, False}

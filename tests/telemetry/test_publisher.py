@@ -88,22 +88,19 @@ def test_nothing_is_read_where_nobody_asked_for_metrics(made: Any) -> None:
 
 
 def test_an_arms_counts() -> None:
-    """Three drafts of its own and two behind them: the fourth, another's, was the last that was right. Chains beside
-    its own were put behind nothing.
-    """
+    """Three drafts of its own and two behind them: the fourth, another's, was the last that was right."""
     counts = ArmCounts()
-    counts.add(tokens=5, proposed=5, first=3, right=4)
-    counts.add(tokens=1, proposed=0, first=0, right=0)
-    counts.add(tokens=1, proposed=7, first=3, right=0, beside=4)
-    counts.add(tokens=4, proposed=7, first=3, right=1, beside=4)
-    assert counts == ArmCounts(4, 11, proposed=19, accepted=7, joined=2, joined_accepted=1)
+    counts.add(tokens=5, proposed=5, first=3)
+    counts.add(tokens=1, proposed=0, first=0)
+    counts.add(tokens=3, proposed=3, first=3)
+    assert counts == ArmCounts(3, 9, proposed=8, accepted=6, joined=2, joined_accepted=1)
 
 
 def test_what_a_request_came_to_is_observed_by_arm() -> None:
     tally, request = Tally.of(["ar"]), {}
     for tokens in (4, 1):
-        tally.committed(request, "ar", "score", tokens=tokens, proposed=5, first=5, right=tokens - 1)
-    tally.committed(request, "none", "off", tokens=1, proposed=0, first=0, right=0)
+        tally.committed(request, "ar", "score", tokens=tokens, proposed=5, first=5)
+    tally.committed(request, "none", "off", tokens=1, proposed=0, first=0)
     tally.ended(request)
     assert dict(tally.acceptance) == {"ar": 2.5, "none": 1.0}
     assert (tally.reasons["score"], tally.reasons["off"]) == (2, 1)

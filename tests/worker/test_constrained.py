@@ -58,9 +58,9 @@ class Meter:
         return moving
 
 
-@pytest.mark.parametrize(("steps", "branches"), [(0.5, 1), (9, 4)])
+@pytest.mark.parametrize("steps", [0.5, 9])
 def test_dear_grammars_have_plain_text_and_few_drafts(
-    models: Models, monkeypatch: pytest.MonkeyPatch, steps: float, branches: int
+    models: Models, monkeypatch: pytest.MonkeyPatch, steps: float
 ) -> None:
     """Whether a round's time for a grammar ends with its first step, or behind the masks of a few drafts."""
     arrivals = [a for a in constrained() if "stop" not in a.rid]
@@ -77,7 +77,7 @@ def test_dear_grammars_have_plain_text_and_few_drafts(
         moves.append(meter.moves)
         meter.moves = 0
 
-    flags = models.whiflash("random", whiflash_branches=branches)
+    flags = models.whiflash("random")
     with engine(models.target, whiflash=flags, arms=[oracle], **OPTIONS) as e:
         assert play(e, arrivals, on_step) == expected
         accepted = {rid: e.rounds(rid)[1] for rid in expected}

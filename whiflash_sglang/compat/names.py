@@ -148,8 +148,6 @@ sglang.srt.mem_cache.memory_pool
     MHATokenToKVPool(size, page_size, dtype, head_num, head_dim, layer_num, device, enable_memory_saver)
     MHATokenToKVPool(enable_alt_stream, kv_cache_layout, allocation_label)
     MHATokenToKVPool._create_buffers_normal
-    MHATokenToKVPool.move_kv_cache(tgt_loc, src_loc)
-    MLATokenToKVPool.move_kv_cache(tgt_loc, src_loc)
 sglang.srt.model_executor.cuda_graph_config
     Backend.DISABLED
     Phase.ALL
@@ -208,8 +206,6 @@ sglang.srt.speculative.spec_info
 sglang.srt.speculative.spec_registry
     CustomSpecAlgo(name, factory, supports_overlap)
 sglang.srt.speculative.spec_utils
-    GrammarTree.from_device(retrieve_next_token)
-    GrammarTree.resolve
     SIMULATE_ACC_LEN
     SIMULATE_ACC_METHOD
     SIMULATE_ACC_TOKEN_MODE

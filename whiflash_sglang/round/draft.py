@@ -10,7 +10,7 @@ from whiflash_kernels.warm import Served, warm_up
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import columns_of
 from whiflash_sglang.candidates import NOTHING, Candidate
-from whiflash_sglang.core import DraftBatch, Round, Strand
+from whiflash_sglang.core import DraftBatch, Round
 from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
 from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.drafters.base import Drafter, padded, widest_of, with_kv
@@ -20,8 +20,6 @@ from whiflash_sglang.lookup.copier import CONTEXT
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.sources import DraftSources
-from whiflash_sglang.round.strands import chosen_strands, strand_of
-from whiflash_sglang.routing.costs import LEAST_CHANCE
 from whiflash_sglang.telemetry.round_clock import RoundClock
 
 
@@ -30,8 +28,7 @@ class DraftStage:
     """The arms of a worker as its round sees them.
 
     slot_table: [request rows, ctx] int32. text: `TokenTable.data`. stops: `StopTable.few`. rows_for: rows of the
-    verification that holds so many, of so many requests. branches: chains of a request that one round verifies at
-    most.
+    verification that holds so many, of so many requests.
     """
 
     drafters: Mapping[str, Drafter]
@@ -44,7 +41,6 @@ class DraftStage:
     sources: DraftSources
     quarantine: Quarantine
     rows_for: Callable[[int, int], int]
-    branches: int = 1
 
     def capture(self, recorder: Recorder | None, requests: int) -> None:
         """Have the passes of all arms captured, for batches of up to so many requests; None: they run as written.
@@ -126,13 +122,11 @@ class DraftStage:
             self._choose_unread(round, behind)
 
     def _choose_known(self, round: Round) -> None:
-        """The host reads all drafts: a chain of each request is verified whole, and strands beside it."""
-        chains, left, others = self._chains(round, round.drafts, None)
+        """The host reads all drafts, and each request's are verified whole."""
+        chains, left = self._chains(round, round.drafts, None)
         round.parts = [chain.parts for chain in chains]
-        strands = round.strands = self._strands(round, chains, others)
         widths = [1 + len(chain.tokens) for chain in chains]
-        round.packed_rows = sum(widths) + sum(len(strand.tokens) for strand in strands)
-        round.stride = max([*widths, *(strand.fork + 1 + len(strand.tokens) for strand in strands)])
+        round.packed_rows, round.stride = sum(widths), max(widths)
         round.chosen = choose_drafts(
             padded(chains, self.text.device, round.stride - 1),
             round.rows,
@@ -152,7 +146,7 @@ class DraftStage:
         appended = self._copies(round, drafts) if behind else None
         copies = round.copies = self._copies(round) if any(round.limits["copied"]) else None
         if any(self._extends(round, i) for i in range(size)):
-            chains, left, _ = self._chains(round, drafts, appended)
+            chains, left = self._chains(round, drafts, appended)
             round.parts = [chain.parts for chain in chains]
             first_counts = sent(left, self.text.device)
             drafts, appended = padded(chains, self.text.device, width), None
@@ -183,21 +177,19 @@ class DraftStage:
 
     def _chains(
         self, round: Round, drafts: Drafts, appended: Drafts | None
-    ) -> tuple[list[Candidate], list[int], list[list[Candidate]]]:
+    ) -> tuple[list[Candidate], list[int]]:
         """What is verified of each request: its pass's drafts, or without one the likeliest candidate, with what others
-        know to follow. How many of these drafts are left then; and the other candidates.
+        know to follow. And how many of these drafts are left then.
         """
-        chains, left, others = [], [], []
+        chains, left = [], []
         copied = [([], [])] * len(round) if appended is None else _rows(appended)
         for i, (drafted, route) in enumerate(zip(_rows(drafts), round.routes, strict=True)):
             candidates = {route: NOTHING.followed_by(*drafted, route)}
-            if self.host.exact:
+            if self.host.exact and route == arms.NONE:
                 candidates |= {
                     arm: each.first(round.limits["all"][i]) for arm, each in round.candidates[i].items()
                 }
-            if route == arms.NONE:
-                candidates = dict(sorted(candidates.items(), key=lambda one: -one[1].gain(round.row_worth)))
-            (first, chain), *rest = candidates.items()
+            first, chain = max(candidates.items(), key=lambda one: one[1].gain(round.row_worth))
             kept = len(chain.tokens)
             chain = chain.followed_by(*copied[i], CONTEXT)
             if self._extends(round, i):
@@ -205,27 +197,7 @@ class DraftStage:
                 kept = min(kept, valid)
             chains.append(chain)
             left.append(kept)
-            others.append([candidate for _, candidate in rest])
-        return chains, left, others
-
-    def _strands(
-        self, round: Round, chains: Sequence[Candidate], others: Sequence[Sequence[Candidate]]
-    ) -> list[Strand]:
-        """What the other candidates add beside the first chains, from the end of the text."""
-        widest = widest_of(self.drafters) + 1
-        rooms = [min(widest, budget) for budget in round.budgets]
-        widths, possible = [1 + len(chain.tokens) for chain in chains], []
-        for i, chain in enumerate(chains):
-            room = rooms[i] - widths[i]
-            if (
-                not (round.spare and round.limits["joined"][i] and chain.tokens and room > 0)
-                or round.chain_only[i]
-            ):
-                continue
-            least = round.row_worth or LEAST_CHANCE
-            strands = (strand_of(i, chain, candidate, room, least) for candidate in others[i])
-            possible += [strand for strand in strands if strand is not None]
-        return chosen_strands(possible, widths, rooms, self.branches - 1, len(round.spare))
+        return chains, left
 
     def _copies(self, round: Round, drafts: Drafts | None = None) -> Drafts | None:
         """Copies that the device drafts for all requests: after their text, or after the `drafts` that follow it."""

@@ -71,8 +71,6 @@ class PinnedAcceptance(SampleHook):
             and the target's own token behind them; else `PLACEHOLDER`.
     """
 
-    one_chain = True
-
     def __init__(self, draw: Callable[[], int], *, real: bool) -> None:
         self._draw, self._real = draw, real
 

@@ -1,6 +1,6 @@
 """What a round's results teach, in the one place that reads them: they may be known only when later rounds run."""
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from whiflash_kernels import Committed
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import Candidate, Part, behind, common_prefix, first_of
-from whiflash_sglang.core import Round, Strand
+from whiflash_sglang.core import Round
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import Download
 from whiflash_sglang.drafters.base import Drafter, TextDrafter
@@ -79,25 +79,18 @@ class Learner:
         costs = self.controller.costs
         priced = costs.knows_plain and any(state.recording for state in round.states)
         prices = round_prices(costs, round.routes, sum(results["widths"])) if priced else None
-        strands_of: dict[int, list[tuple[Strand, int]]] = defaultdict(list)
-        for strand, right in round.accepted:
-            strands_of[strand.owner].append((strand, right))
         for i, state in enumerate(round.states):
             state.under_way.pop(0)
-            chain = round.parts[i] if round.parts is not None else ()
-            if not round.bounded:
-                paths = _paths(chain, strands_of[i])
-            elif state.recording is None:
-                paths = (), ()
-            else:
-                paths = self._chosen_parts(round, results, i, chain), ()
-            arm, drafted = self._first_arm(round, results, i, paths[0])
+            parts = round.parts[i] if round.parts is not None else ()
+            if round.bounded:
+                parts = () if state.recording is None else self._chosen_parts(round, results, i, parts)
+            arm, drafted = self._first_arm(round, results, i, parts)
             if tokens[i] and self.ranks.leads:
-                self._learn(round, results, i, arm, drafted, tokens[i], prices, paths, strands_of[i])
+                self._learn(round, results, i, arm, drafted, tokens[i], prices, parts)
         self.clock.learned(sum(map(len, tokens)))
         return tokens
 
-    def _first_arm(self, round: Round, results: Results, i: int, path: Sequence[Part]) -> tuple[str, int]:
+    def _first_arm(self, round: Round, results: Results, i: int, parts: Sequence[Part]) -> tuple[str, int]:
         """The arm whose drafts a request verified first, and how many were this arm's; the quarantine judges it."""
         rid, arm = round.states[i].rid, round.routes[i]
         source, drafted = results["source"][i], results["first_drafts"][i]
@@ -105,8 +98,8 @@ class Learner:
             self.quarantine.judge(arm, rid, faulty=bool(results["faults"][i]))
         if source:
             arm, drafted = self.proposers[source], results["widths"][i] - 1
-        elif path and not round.bounded:
-            first = path[0].source
+        elif parts and not round.bounded:
+            first = parts[0].source
             arm = next((arm for arm, drafter in self.drafters.items() if first in drafter.sources), first)
         if arm != round.routes[i]:
             self.quarantine.judge(arm, rid, faulty=False)
@@ -121,26 +114,22 @@ class Learner:
         first_drafts: int,
         tokens: Sequence[int],
         prices: tuple[float, float] | None,
-        paths: tuple[Sequence[Part], Sequence[Part]],
-        strands: Sequence[tuple[Strand, int]],
+        parts: Sequence[Part],
     ) -> None:
         """What the i-th request's round teaches, in which `tokens` were committed.
 
         Args:
-            arm, first_drafts: as of `_first_arm`. prices: `round_prices`, where they are wanted. paths: `_paths`.
-            strands: the request's.
+            arm, first_drafts: as of `_first_arm`. prices: `round_prices`, where they are wanted. parts: of its
+                drafts.
         """
         state, decision, route = round.states[i], round.decisions[i], round.routes[i]
         width = results["widths"][i]
         if round.bounded:
             self.controller.costs.wanted(round.priced_as[i], results["wanted"][i])
-        won = next((strand for strand, rows in strands if rows), None)
-        right = len(tokens) - 1 if won is None else min(won.fork, len(tokens) - 1)
-        beside = sum(len(strand.tokens) for strand, _ in strands)
         drafts = results["drafts"][i][: results["drafted"][i]]
         agreed = common_prefix(drafts, tokens)
         lengths = {arm: len(tokens)}
-        if (won is not None or arm != route) and results["drafted"][i]:
+        if arm != route and results["drafted"][i]:
             lengths[route] = agreed + 1  # what its drafts alone would have brought, or at least that
         evidence = self.controller.committed(
             state, decision, arm, tokens, width, results["starts"][i], lengths
@@ -152,11 +141,9 @@ class Learner:
             tokens=len(tokens),
             proposed=width - 1,
             first=first_drafts,
-            right=right,
-            beside=beside,
         )
         if state.recording is not None:
-            _record(state.recording, arm, len(tokens), prices, *paths)
+            _record(state.recording, arm, len(tokens), prices, parts)
         keeps = self.controller.keeps(state)  # a request's last round ends what drafters keep of it
         if evidence and route in self.drafters and keeps:
             known = min(len(drafts), len(tokens))
@@ -180,7 +167,7 @@ class Learner:
             drafter.copied(state.row, copy, tokens)
 
     def _chosen_parts(self, round: Round, results: Results, i: int, chain: Sequence[Part]) -> Sequence[Part]:
-        """The sources of the drafts that the device chose for a request. chain: those of the first chain, if known."""
+        """The sources of the drafts that the device chose for a request. chain: of those that the host read."""
         drafts, source, first_drafts = (
             results["widths"][i] - 1,
             results["source"][i],
@@ -195,32 +182,17 @@ class Learner:
         return [part for part in first_of(chain, drafts) if part.drafts]
 
 
-def _paths(
-    chain: Sequence[Part], strands: Sequence[tuple[Strand, int]]
-) -> tuple[Sequence[Part], Sequence[Part]]:
-    """What the accepted path of a request was taken from, and what was verified beside it."""
-    if not strands:
-        return chain, ()
-    lost = [Part(strand.source, len(strand.tokens)) for strand, right in strands if not right]
-    for strand, right in strands:
-        if right:
-            path = [*first_of(chain, strand.fork), Part(strand.source, len(strand.tokens))]
-            return path, [*behind(chain, strand.fork), *lost]
-    return chain, lost
-
-
 def _record(
     recording: Recording,
     arm: str,
     tokens: int,
     prices: tuple[float, float] | None,
     parts: Sequence[Part],
-    beside: Sequence[Part],
 ) -> None:
-    """What a round of `arm` brought that committed `tokens`; prices: `round_prices`. parts, beside: `_paths`."""
+    """What a round of `arm` brought that committed `tokens` by drafts of these `parts`. prices: `round_prices`."""
     saved = recording.price(arm, tokens, round_seconds=prices[0], plain_seconds=prices[1]) if prices else 0.0
     proposed = sum(part.drafts for part in parts)
-    recording.credit(parts, proposed=proposed, accepted=tokens - 1, saved=saved, beside=beside)
+    recording.credit(parts, proposed=proposed, accepted=tokens - 1, saved=saved)
 
 
 def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float, float]:
@@ -252,7 +224,7 @@ def results_of(round: Round, committed: Committed, signals: Mapping[str, torch.T
         more |= {"copy_matched": copies.matched, "copy_agreements": copies.agreements}
     return Download(
         starts=round.starts,
-        widths=round.rows_each,
+        widths=chosen.widths,
         first_drafts=chosen.first_drafts,
         drafts=drafts.tokens,
         drafted=drafts.counts,

@@ -34,17 +34,14 @@ class ArmCounts:
     joined: int = 0
     joined_accepted: int = 0
 
-    def add(self, tokens: int, proposed: int, first: int, right: int, beside: int = 0) -> None:
-        """A round committed `tokens`, of `proposed` drafts, of which the `first` ones were the arm's.
-
-        right: drafts of the chain that these began which were right. beside: drafts of further chains.
-        """
+    def add(self, tokens: int, proposed: int, first: int) -> None:
+        """A round committed `tokens`, of `proposed` drafts, of which the `first` ones were the arm's."""
         self.rounds += 1
         self.tokens += tokens
         self.proposed += proposed
         self.accepted += tokens - 1
-        self.joined += proposed - beside - first
-        self.joined_accepted += right - min(first, right)
+        self.joined += proposed - first
+        self.joined_accepted += max(tokens - 1 - first, 0)
 
     def merge(self, other: "ArmCounts") -> None:
         """Add the figures of `other`."""
@@ -92,14 +89,12 @@ class Tally:
         tokens: int,
         proposed: int,
         first: int,
-        right: int,
-        beside: int = 0,
     ) -> None:
         """A round of `arm` committed `tokens` of a request, whose counts are `request` (`ArmCounts.add`)."""
         if arm not in request:
             request[arm] = ArmCounts()
         for counts in (self.by_arm[arm], request[arm]):
-            counts.add(tokens, proposed, first, right, beside)
+            counts.add(tokens, proposed, first)
         self.reasons[reason] += 1
 
     def timed(self, seconds: float, plain_seconds: float) -> None:

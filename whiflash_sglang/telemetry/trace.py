@@ -103,24 +103,13 @@ class Recording:
         self.saved[arm] = self.saved.get(arm, 0.0) + saved
         return saved
 
-    def credit(
-        self,
-        parts: Sequence[Part],
-        *,
-        proposed: int,
-        accepted: int,
-        saved: float,
-        beside: Sequence[Part] = (),
-    ) -> None:
-        """A round verified the first `proposed` of these drafts, of which `accepted` were right, and others `beside`
-        them, of which none was. It saved so many seconds, which are shared out by what was right, else by what was
-        wrong.
+    def credit(self, parts: Sequence[Part], *, proposed: int, accepted: int, saved: float) -> None:
+        """A round verified the first `proposed` of these drafts, of which `accepted` were right. It saved so many
+        seconds, which are shared out by what was right, else by what was wrong.
         """
-        path = list(first_of(parts, proposed))
-        verified = [*path, *beside]
-        right = [0] * len(verified)
-        for number, part in enumerate(path):
-            right[number] = min(part.drafts, accepted - sum(right))
+        verified, right = list(first_of(parts, proposed)), list[int]()
+        for part in verified:
+            right.append(min(part.drafts, accepted - sum(right)))
         whole = accepted or sum(part.drafts for part in verified)
         for part, accepted_here in zip(verified, right, strict=True):
             figures = self.sources.setdefault(part.source, dict.fromkeys(FIGURES, 0))

@@ -15,8 +15,6 @@ from sglang.srt.model_executor.forward_batch_info import (
 )
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
-from sglang.srt.state_capturer.indexer_topk import get_global_indexer_capturer
-from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 from whiflash_kernels import Committed, MixedBlock
 
 from whiflash_sglang.compat.forward import graphs, recurrent
@@ -164,14 +162,6 @@ class Target(LoadedTarget):
         if not result.can_run_cuda_graph:
             return verified
         return self._with_outcome(verified, len(block.input_ids), len(verify_lens))
-
-    def move(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
-        """Slots take what was verified in others: KV, and the records that SGLang keeps of a slot for answers."""
-        self.runner.token_to_kv_pool.move_kv_cache(targets, sources)
-        for capturer in (get_global_experts_capturer(), get_global_indexer_capturer()):
-            if capturer is not None:
-                kept = capturer.host_cache.buffer
-                kept[targets.cpu()] = kept[sources.cpu()]
 
     def commit(self, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
         """After `verify`: what the target keeps of a request beside KV goes on behind its last accepted row.

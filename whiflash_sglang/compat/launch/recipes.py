@@ -42,7 +42,6 @@ ALGORITHMS = {
 """SGLang's algorithms, and which part of WHIFLASH drafts like them."""
 SETTINGS = {
     "speculative_num_steps": "--whiflash-eagle-steps, the longest chain",
-    "speculative_eagle_topk": "--whiflash-branches, the most chains of a request",
     "speculative_num_draft_tokens": "--whiflash-block-size, the longest block",
 }
 """Flags of SGLang's algorithms, and which of WHIFLASH's bounds the same; rounds choose lengths below it."""

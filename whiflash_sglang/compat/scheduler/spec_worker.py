@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from sglang.srt.managers.utils import GenerationBatchResult
-from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
 from sglang.srt.runtime_context import get_schedule
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
@@ -26,7 +25,6 @@ __all__ = [
     "DraftInput",
     "any_ended",
     "any_tracked",
-    "branches_of",
     "idle_result",
     "max_running_requests",
     "next_round",
@@ -73,11 +71,11 @@ class DraftInput(SpecInput):  # type: ignore[misc]
         self.new_seq_lens = torch.cat([self.new_seq_lens, other.new_seq_lens])
 
 
-def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int], branches: int = 1) -> Round:
+def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -> Round:
     """A round of a decode batch of SGLang's.
 
     Args:
-        under_way: rows that earlier rounds verify for the request in a row. branches: chains of a request at most.
+        under_way: rows that earlier rounds verify for the request in a row.
     """
     row_ids = row_ids_of(batch)
     least, most = _lengths(batch, row_ids, under_way)
@@ -97,40 +95,7 @@ def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int], b
         list(batch.reqs),
         [max(budget, 1) for budget in budgets],
         [[] for _ in batch.reqs],
-        _spare_rows(batch) if branches > 1 else (),
-        [branches == 1 or sampling.is_penalised(r) for r in batch.reqs],
     )
-
-
-def branches_of(wanted: int, pool: Any, *, ranks: int, exact: bool, pinned: bool) -> int:
-    """Chains of a request that a round may verify: `wanted`, or one where strands are not made. The log says so, and
-    which requests of a server that makes them have one.
-
-    Args:
-        pool: SGLang's table of requests. ranks: that serve the model. exact: whether the host may read the device.
-        pinned: whether acceptance is simulated.
-    """
-    reasons = {
-        "the host may not read the device": not exact,
-        "several ranks serve the model": ranks > 1,
-        "the target keeps states beside KV": isinstance(pool, HybridReqToTokenPool),
-        "SGLANG_SIMULATE_ACC_LEN pins acceptance": pinned,
-    }
-    reason = next((why for why, holds in reasons.items() if holds), None)
-    if wanted > 1 and reason is not None:
-        logger.warning("WHIFLASH: --whiflash-branches %d is served as 1, since %s.", wanted, reason)
-        return 1
-    if wanted > 1:
-        logger.info(
-            "WHIFLASH: up to %d chains of a request are verified, one of a request with penalties.", wanted
-        )
-    return wanted
-
-
-def _spare_rows(batch: Any) -> list[int]:
-    """Free rows of the request table, which a forward of this batch may borrow until it ends."""
-    room = max_running_requests() - len(batch.reqs)
-    return list(batch.req_to_token_pool.free_slots[-room:]) if room > 0 else []
 
 
 def next_round(batch: Any, round: Round, done: GenerationBatchResult, tokens: Sequence[list[int]]) -> Round:

@@ -33,7 +33,7 @@ ROUTERS = {
     "pinned-none": "none",
 }
 AUTO, NO_HINTS = "auto", "auto-no-hints"
-FLAGS = {"auto-branches": ("--whiflash-branches", "3"), "auto-no-drafters": ("--whiflash-drafters", "none")}
+FLAGS = {"auto-no-drafters": ("--whiflash-drafters", "none")}
 """Arms that serve the bundle with other flags."""
 NO_LOOKUP, BAD = "auto-no-lookup", "auto-bad-drafters"
 NO_STRUCTURE = "auto-no-structure"

@@ -1,0 +1,78 @@
+"""Candidates: which are drafts at all, and which of several is verified."""
+
+import math
+from functools import partial
+from itertools import accumulate
+from operator import mul
+from typing import Any
+
+import pytest
+from engine import engine
+from model_set import Models
+from oracle_arm import OracleArm
+from plain import compare, plain_texts
+from traffic import mixed, play, without_a_pass
+
+from whiflash_sglang.candidates import Candidate, Part
+from whiflash_sglang.core import History
+from whiflash_sglang.routing.costs import Worth
+
+
+def candidate(tokens: list[int], alive: list[float]) -> Candidate:
+    return Candidate().followed_by(tokens, alive, "free")
+
+
+def test_only_what_could_be_drafts_is_verified() -> None:
+    for bad in (candidate([4, 99, 2], [0.6, 0.5, 0.4]), candidate([4, 3, 2], [0.6, math.nan, 0.4])):
+        assert bad.valid(99) == candidate([4], [0.6])
+    assert candidate([4, -1], [0.6, 0.5]).valid(99).tokens == [4]
+    right = candidate([5, 6, 7], [0.8, 0.4, 0.2])
+    assert right.valid(8) == right
+
+
+class Free(OracleArm):
+    """Proposes without a pass."""
+
+    proposes = True
+
+    def __init__(self, arm: str, accuracy: float, seed: int) -> None:
+        super().__init__(accuracy, seed=seed)
+        self.arm = arm
+
+    def propose(
+        self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
+    ) -> Candidate | None:
+        super().propose(row, length, history, worth, under_way)
+        ahead = self._ahead[row][: self.max_drafts]
+        tokens = [
+            a if self._random.random() < self._accuracy else self._random.choice(self._alphabet)
+            for a in ahead
+        ]
+        chances = list(accumulate([0.8] * len(tokens), mul))
+        return Candidate(tokens, chances, [Part(self.arm, len(tokens))]) if tokens else None
+
+
+def test_without_a_pass_the_likeliest_candidate_is_verified(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes first of two that are as often right, the round is counted for who says that it is."""
+    arrivals = mixed(seed=2, count=8, shared=40, tokens=60)
+    expected = plain_texts(models.target, arrivals)
+    arms, propose = [Free("free", 0.85, 4), Free("freer", 0.85, 5)], Free.propose
+    for arm in arms:
+        for a in arrivals:
+            arm.learn(a.prompt, expected[a.rid])
+
+    def unsure(arm: Free, *asked: Any) -> Candidate | None:
+        candidate = propose(arm, *asked)
+        if candidate is None or arm.arm != "free":
+            return candidate
+        return candidate._replace(alive=[0.1] * len(candidate.alive))
+
+    monkeypatch.setattr(Free, "propose", unsure)
+    with engine(models.target, whiflash=models.whiflash("random"), arms=arms) as e:
+        monkeypatch.setattr(e.worker.controller, "route", partial(without_a_pass, e.worker.controller))
+        compare(models.reference.target, arrivals, expected, play(e, arrivals))
+        rounds = {arm: counts.rounds for arm, counts in e.worker.tally.by_arm.items()}
+    assert rounds["freer"] > 20
+    assert rounds["free"] == 0
