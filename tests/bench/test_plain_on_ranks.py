@@ -51,7 +51,7 @@ def test_plain_decoding_on_ranks_answers_what_plain_decoding_was_asked(
     prompts = (Prompt("p", "chat", ({"role": "user", "content": "?"},), follow_ups=("and?",)),)
     asked: list[tuple[Any, str]] = []
 
-    def answering(client: Any, prompt: Prompt, max_tokens: int) -> Reference:
+    def answering(client: Any, prompt: Prompt, max_tokens: int, sampling: object) -> Reference:
         asked.append((client, prompt.messages[-1]["content"]))
         return Reference(prompt, (1,), (5,), (9.0,), f"by {client}")
 
@@ -72,7 +72,7 @@ def test_plain_decoding_on_ranks_answers_what_plain_decoding_was_asked(
 def test_a_prompt_that_the_server_does_not_take_is_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def answering(client: Any, prompt: Prompt, max_tokens: int) -> Reference:
+    def answering(client: Any, prompt: Prompt, max_tokens: int, sampling: object) -> Reference:
         if prompt.id == "long":
             raise RefusedError("prompt long: longer than the context")
         return Reference(prompt, (1,), (5,), (9.0,), "short")

@@ -4,7 +4,15 @@ from pathlib import Path
 import pytest
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lab.bench.prompts import digest_of, load_prompts, prompt_of, sample, shipped
+from whiflash_sglang.lab.bench.prompts import (
+    digest_of,
+    load_prompts,
+    load_tools,
+    prompt_of,
+    sample,
+    shipped,
+    with_tools,
+)
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
@@ -116,3 +124,33 @@ def test_the_digest_sees_what_is_asked() -> None:
     plain, tools = prompt_of(row, ""), prompt_of({**row, "tools": [{"type": "function"}]}, "")
     assert digest_of([plain]) != digest_of([tools])
     assert digest_of([plain]) == digest_of([prompt_of(dict(row), "")])
+
+
+def tool(name: str, **more: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, "parameters": {}, **more}}
+
+
+def test_tools_come_behind_those_of_a_prompt(tmp_path: Path) -> None:
+    """The prompt's own replaces one of the same name; an answer with a schema takes none."""
+    file = write(tmp_path / "tools.jsonl", tool("here", description="brought"), tool("more"))
+    rows = [
+        {"id": "plain", "messages": MESSAGES},
+        {"id": "calls", "messages": MESSAGES, "tools": [tool("own"), tool("here")]},
+        {"id": "object", "messages": MESSAGES, "response_format": {"type": "json_object"}},
+    ]
+    prompts = [prompt_of(row, "here") for row in rows]
+    plain, calls, as_object = (
+        p.request() for p in with_tools(prompts, load_tools(file), "auto", strict=True)
+    )
+    assert (plain["tool_choice"], calls["tool_choice"]) == ("auto", "auto")
+    assert plain["tools"] == [tool("here", description="brought", strict=True), tool("more", strict=True)]
+    assert calls["tools"] == [tool(name, strict=True) for name in ("own", "here", "more")]
+    assert set(as_object) == {"messages", "response_format"}
+    assert len(load_tools("sample")) == 10
+    with pytest.raises(ConfigError, match=r"bad\.jsonl: takes a list"):
+        load_tools(write(tmp_path / "bad.jsonl", tool("here"), {"name": "here"}))
+
+
+def test_seeds_are_of_prompts() -> None:
+    first, again, other = (prompt_of({"id": name, "messages": MESSAGES}, "here") for name in "aab")
+    assert first.seed == again.seed != other.seed

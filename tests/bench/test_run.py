@@ -18,7 +18,7 @@ from whiflash_sglang.lab.bench.fleet import Fleet
 from whiflash_sglang.lab.bench.pages import render
 from whiflash_sglang.lab.bench.prompts import Prompt
 from whiflash_sglang.lab.bench.report import Report
-from whiflash_sglang.lab.bench.runner import Plan, Runner
+from whiflash_sglang.lab.bench.runner import SEEDED, Plan, Runner
 from whiflash_sglang.lab.bench.subject import build_subject
 
 pytestmark = pytest.mark.server
@@ -118,6 +118,27 @@ def test_every_repetition_has_servers_of_its_own(
 def test_outputs_equal_plain_decoding(report: Report) -> None:
     """float32: only ties may differ, and they are listed."""
     assert [d for d in report.differences if d["verdict"] != "tie"] == []
+
+
+def test_seeded_answers_equal_plain_decoding(plan: Plan, fleet: Callable[..., Fleet], tmp_path: Path) -> None:
+    """Sampled ones, at one request and at three; without the servers' flag they are not compared."""
+    seeded = replace(plan.subject, common=(*plan.subject.common, SEEDED))
+    sampled = replace(
+        plan,
+        subject=seeded,
+        arms=tuple(build_arms(["none", "auto"], seeded)),
+        sampling={"temperature": 0.8, "top_p": 0.95},
+        repetitions=1,
+        restart=False,
+    )
+    with fleet([]) as servers, _silent() as progress:
+        journal = Journal(tmp_path / "cells.jsonl", sampled.fingerprint)
+        report = Runner(sampled, servers, journal, progress).run(resume=False)
+    assert report.differences == []
+    assert report.arms["auto"]["overall"].mismatches == 0
+    assert "Sampled with temperature 0.8, top_p 0.95, a seed a prompt." in render(report)
+    assert not replace(sampled, subject=plan.subject).compares
+    assert not replace(sampled, subject=replace(seeded, dtype="bfloat16")).compares
 
 
 def test_acceptance_and_rounds(report: Report) -> None:

@@ -51,6 +51,8 @@ WRONG: list[tuple[Any, ...]] = [
     (("bench", "--concurrency", "0"), "--concurrency"),
     (("bench", "--concurrency", "many"), "--concurrency many"),
     (("bench", "--resume"), "--resume"),
+    (("bench", "--top-p", "0.9"), "--top-p 0.9"),
+    (("bench", "--recorded", "log.jsonl", "--tools", "sample"), "--tools"),
     (("evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"), "'float3'"),
     (("train", "data", "--config", "tiny", "--shard", "2/2"), "--shard"),
     (("serve", "--whiflash-router", "atuo"), "'atuo'", "auto"),

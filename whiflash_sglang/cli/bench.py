@@ -3,7 +3,7 @@ would cost on a card, from published figures."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from whiflash_sglang.lab.bench.prompts import GROUPS, SUITES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from rich.table import Table
 
@@ -32,6 +33,23 @@ def bench(
     suite_dir: Annotated[Path | None, typer.Option(help="Folder with the files of --suite.")] = None,
     per_category: Annotated[int | None, typer.Option(min=1, help="Prompts of each category.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(min=0, max=2, help="Of every request; 0 is greedy. Sampled answers are not compared."),
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Of every request, with --temperature.")
+    ] = 1.0,
+    tools: Annotated[
+        str | None,
+        typer.Option(help="Send tools with every prompt: a JSON list of OpenAI's, or `sample` for 10."),
+    ] = None,
+    tool_choice: Annotated[
+        Literal["required", "auto"], typer.Option(help="Whether an answer must be a tool call.")
+    ] = "required",
+    strict: Annotated[
+        bool, typer.Option(help="Make all tools strict: with `auto`, calls follow schemas.")
+    ] = False,
     concurrency: Annotated[str, typer.Option(help="Requests in flight; comma-separated.")] = "1",
     repetitions: Annotated[int, typer.Option(min=1, help="Most repetitions of the full set.")] = 3,
     minutes: Annotated[float | None, typer.Option(help="Start no repetition that would end later.")] = None,
@@ -59,12 +77,13 @@ def bench(
 ) -> None:
     """Measure WHIFLASH beside plain decoding, EAGLE3, DFLASH and NGRAM on this machine.
 
-    Every answer is compared with plain decoding's. Without --prompts a sample of 42 prompts is used.
+    Every greedy answer is compared with plain decoding's. Without --prompts a sample of 42 prompts is used.
 
     \b
     Examples:
     whiflash bench --quick
     whiflash bench --concurrency 1,4,8 --out report.json --markdown report.md
+    whiflash bench --temperature 0.6 --top-p 0.95 --tools sample
     whiflash bench --recorded log.jsonl --arms auto,auto+prediction
     """
     import shlex
@@ -72,7 +91,15 @@ def bench(
 
     from whiflash_sglang.lab.bench.arms import build_arms, check_names, those_with_drafters
     from whiflash_sglang.lab.bench.command import Outputs, judge, loads_of, run, scale_of
-    from whiflash_sglang.lab.bench.prompts import load_prompts, read_suites, sample, shipped, suites_of
+    from whiflash_sglang.lab.bench.prompts import (
+        load_prompts,
+        load_tools,
+        read_suites,
+        sample,
+        shipped,
+        suites_of,
+        with_tools,
+    )
     from whiflash_sglang.lab.bench.runner import Plan
 
     loads = loads_of(concurrency)
@@ -86,10 +113,16 @@ def bench(
         "--suite": suite,
         "--per-category": per_category,
         "--beside": beside,
+        "--temperature": temperature,
+        "--tools": tools,
     }
     given = [name for name, value in others.items() if value]
     if recorded and given:
         raise UsageError(f"--recorded plays whole files and takes no {', '.join(given)}: remove it")
+    if top_p != 1 and not temperature:
+        raise UsageError(
+            f"--top-p {top_p:g} changes nothing in greedy answers: add --temperature, or remove it"
+        )
     scale = scale_of(quick, arms, per_category, max_tokens, minutes)
     if plots is not None and not any(load.is_alone for load in loads):
         raise UsageError(
@@ -101,9 +134,11 @@ def bench(
         raise UsageError(f"--suite {suite} and --prompts {prompts} both name the prompts: remove one of them")
     suites = suites_of(suite or "")
     chosen: list[Prompt] = []
+    brought: Sequence[dict[str, Any]] = ()
     if not recorded:
         asked = read_suites(suites, suite_dir) if suites else load_prompts(prompts or str(shipped()))
-        chosen = sample(asked, scale.per_category)
+        brought = load_tools(tools) if tools else brought
+        chosen = with_tools(sample(asked, scale.per_category), brought, tool_choice, strict=strict)
     from whiflash_sglang.lab.bench.recorded import DEFAULT, read_talks, recorded_arms
     from whiflash_sglang.lab.bench.subject import build_subject
 
@@ -138,6 +173,8 @@ def bench(
             over=over,
             recorded=tuple(path.name for path in recorded or ()),
             left_out=left_out,
+            sampling={"temperature": temperature, "top_p": top_p} if temperature else {},
+            tools={"number": len(brought), "choice": tool_choice, "strict": strict} if tools else {},
             suites={name: f"{SUITES[name].source} ({SUITES[name].licence})" for name in suites},
         )
         cells = (out or Path(scratch) / "report.json").with_suffix(".cells.jsonl")

@@ -39,7 +39,7 @@ class Asker:
     request: Mapping[str, Any] = field(default_factory=dict)
 
     async def ask(self, prompt: Prompt) -> Answer:
-        """One greedy answer.
+        """One answer, greedy unless `request` says otherwise.
 
         Raises:
             RequestError: the server answered with an error.
@@ -47,6 +47,7 @@ class Asker:
         body = {
             "model": MODEL,
             "temperature": 0,
+            "seed": prompt.seed,
             "max_tokens": self.max_tokens,
             "stream": True,
             "return_output_ids_in_sglext": True,

@@ -47,11 +47,23 @@ def _setting(report: Report) -> str:
         f"SGLang {p['packages']['sglang']}, torch {p['packages']['torch']}. {repetitions}, {order}. "
         f"Prompts: {prompts}; answers of at most {p['max_tokens']} tokens. Load of the machine before "
         f"{p['busy_before']['load_1min']:.1f}, after {p['busy_after']['load_1min']:.1f}."
-        f"{_taken_from(p)}\n\n"
+        f"{_asked_with(p)}{_taken_from(p)}\n\n"
         "Rates include prefill and are medians of a prompt's repetitions. Brackets: 95 % paired bootstrap intervals. "
         "*loops*: prompts whose plain answer ends in a repetition loop; no other figure holds them. Acceptance length: "
         "tokens per target forward."
     )
+
+
+def _asked_with(provenance: Mapping[str, Any]) -> str:
+    """How answers were sampled and which tools were sent; nothing in older reports, and of greedy requests."""
+    said = ""
+    if sampling := provenance.get("sampling"):
+        values = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
+        said += f" Sampled with {values}, a seed a prompt."
+    if tools := provenance.get("tools"):
+        strict = " strict" if tools["strict"] else ""
+        said += f" {tools['number']}{strict} tools with every prompt, tool_choice {tools['choice']}."
+    return said
 
 
 def _taken_from(provenance: Mapping[str, Any]) -> str:
@@ -98,7 +110,7 @@ def _overview(load: LoadReport, over: str | None) -> str:
                 _percentiles(figures.ttft_ms, 0),
                 _percentiles(figures.tpot_ms, 1),
                 _number(figures.switches_per_100_tokens),
-                str(figures.mismatches),
+                "" if figures.mismatches is None else str(figures.mismatches),
             )
         )
     filled = [any(row[column] for row in rows) for column in range(len(header))]
@@ -164,6 +176,11 @@ def _differences(report: Report) -> str:
     """Mismatches one by one, ties counted; the JSON lists both."""
     if report.provenance.get("recorded"):
         return "Every answer is the recorded one, token for token."
+    if not report.provenance.get("compared", True):
+        return (
+            "Sampled answers were not compared: servers ignore seeds without `--enable-deterministic-inference`, "
+            "and a last bit of bfloat16 changes what is drawn."
+        )
     if not report.differences:
         return "Every answer of every arm equals plain decoding's, token for token."
     ties = [d for d in report.differences if d["verdict"] == Verdict.TIE]

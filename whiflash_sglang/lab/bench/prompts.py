@@ -24,6 +24,7 @@ class Prompt:
     """One request, as a user would send it.
 
     messages: OpenAI messages. follow_ups: further user turns, asked after the answers to those before them.
+    tool_choice: OpenAI's, sent with tools.
     """
 
     id: str
@@ -32,12 +33,18 @@ class Prompt:
     follow_ups: tuple[str, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     response_format: dict[str, Any] | None = None
+    tool_choice: str = "required"
+
+    @property
+    def seed(self) -> int:
+        """Of its sampling: equal for every arm and repetition."""
+        return int(hashlib.sha256(self.id.encode()).hexdigest()[:7], 16)
 
     def request(self) -> dict[str, Any]:
-        """Fields of a chat completion request: tools are required to be used, schemas are enforced."""
+        """Fields of a chat completion request: schemas are enforced."""
         fields: dict[str, Any] = {"messages": list(self.messages)}
         if self.tools:
-            fields |= {"tools": list(self.tools), "tool_choice": "required"}
+            fields |= {"tools": list(self.tools), "tool_choice": self.tool_choice}
         if self.response_format is not None:
             fields["response_format"] = self.response_format
         return fields
@@ -116,6 +123,50 @@ def sample(prompts: Iterable[Prompt], per_category: int | None) -> list[Prompt]:
             groups[prompt.category].append(prompt)
     longest = max(map(len, groups.values()), default=0)
     return [group[i] for i in range(longest) for group in groups.values() if i < len(group)]
+
+
+SAMPLE = "sample"
+"""In place of a file: the tools of the shipped prompts."""
+
+
+def load_tools(source: str) -> tuple[dict[str, Any], ...]:
+    """OpenAI's tools from a JSON list, or those of the shipped prompts (`SAMPLE`).
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    if source == SAMPLE:
+        return tuple(tool for prompt in load_prompts(str(shipped())) for tool in prompt.tools)
+    tools = rows_of_file(Path(source).expanduser())
+    if not tools or not all(_name_of(tool) for tool in tools):
+        raise ConfigError(f"--tools {source}: takes a list of OpenAI's tools, each with a function's name")
+    return tuple(tools)
+
+
+def with_tools(
+    prompts: Iterable[Prompt], tools: Sequence[dict[str, Any]], choice: str, *, strict: bool
+) -> list[Prompt]:
+    """The prompts with `tools` behind those that they have, sent with this `tool_choice`; strict: all of them are.
+
+    Prompts whose answer has a schema of its own stay without.
+    """
+    return [_with_tools(prompt, tools, choice, strict) for prompt in prompts]
+
+
+def _with_tools(prompt: Prompt, tools: Sequence[dict[str, Any]], choice: str, strict: bool) -> Prompt:
+    if prompt.response_format is not None:
+        return prompt
+    # The first of equal names: a request's own.
+    by_name = {_name_of(tool): tool for tool in reversed((*prompt.tools, *tools))}
+    several = list(reversed(by_name.values()))
+    if strict:
+        several = [{**tool, "function": {**tool["function"], "strict": True}} for tool in several]
+    return replace(prompt, tools=tuple(several), tool_choice=choice)
+
+
+def _name_of(tool: Any) -> Any:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
 
 
 def digest_of(prompts: Sequence[Prompt]) -> str:

@@ -40,7 +40,7 @@ class Reference:
 
     @property
     def loops(self) -> bool:
-        """Whether the answer ends in a greedy repetition loop, which flatters every drafter."""
+        """Whether the answer ends in a repetition loop, which flatters every drafter."""
         return loop_start(self.tokens) is not None
 
 
@@ -55,6 +55,7 @@ def ask_reference(
     body = {
         "model": MODEL,
         "temperature": 0,
+        "seed": prompt.seed,
         "max_tokens": max_tokens,
         "logprobs": True,
         "top_logprobs": 2,

@@ -75,7 +75,8 @@ class Figures(BaseModel, frozen=True, extra="forbid"):
     where requests of several categories ran at the same time. acceptance_length: tokens per target forward.
     target_forwards: of one repetition. switches_per_100_tokens, round_ms, switch_share: WHIFLASH only, if its
     clock distinguishes categories. switch_share: route, park and the catch-up beyond one round's tokens, of the
-    round. mismatches: distinct answers that are not plain decoding's; ties: those where rounding decided.
+    round. mismatches: distinct answers that are not plain decoding's; ties: those where rounding decided; both None
+    where sampled answers were not compared.
     """
 
     answers: int
@@ -86,8 +87,8 @@ class Figures(BaseModel, frozen=True, extra="forbid"):
     ttft_ms: Percentiles | None
     tpot_ms: Percentiles | None
     switches_per_100_tokens: float | None
-    mismatches: int
-    ties: int
+    mismatches: int | None
+    ties: int | None
     round_ms: RoundMs | None
     switch_share: float | None
 
@@ -134,7 +135,7 @@ class Report(BaseModel, frozen=True, extra="forbid"):
 def build_report(
     cells: Sequence[Cell],
     groups: Mapping[str, str],
-    found: Sequence[Difference],
+    found: Sequence[Difference] | None,
     provenance: dict[str, Any],
     unavailable: Mapping[str, str],
     over: str | None = None,
@@ -145,6 +146,7 @@ def build_report(
     Args:
         groups: prompt id → category, or `loops` for prompts whose plain answer ends in a loop.
         base: the arm of plain decoding.
+        found: None: answers were not compared.
         over: an arm to compare all others with, besides plain decoding and the static drafters.
     """
     by_load: dict[str, list[Cell]] = defaultdict(list)
@@ -163,7 +165,7 @@ def build_report(
         differences=[
             {"arm": d.arm, "load": d.load, "prompt": d.prompt, "verdict": d.verdict.value}
             | {"position": d.position, "gap": d.gap}
-            for d in found
+            for d in found or ()
         ],
         categories=dict(counts),
         over=over,
@@ -173,7 +175,7 @@ def build_report(
 def _load_report(
     cells: Sequence[Cell],
     groups: Mapping[str, str],
-    found: Sequence[Difference],
+    found: Sequence[Difference] | None,
     over: str | None,
     base: str,
 ) -> LoadReport:
@@ -182,12 +184,10 @@ def _load_report(
     own: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         own[cell.arm].append(cell)
-    differing = [d for d in found if d.load == load.label]
     for arm, mine in own.items():
-        mismatched = [d for d in differing if d.arm == arm]
+        differing = None if found is None else [d for d in found if (d.load, d.arm) == (load.label, arm)]
         arms[arm] = {
-            name: _figures(mine, belongs, [d for d in mismatched if belongs(d.prompt)], load, name)
-            for name, belongs in selections(mine, groups)
+            name: _figures(mine, belongs, differing, load, name) for name, belongs in selections(mine, groups)
         }
     ratios = {arm: _ratios(arm, own, groups, load, over, base) for arm in own if base in own and arm != base}
     return LoadReport(load=load, arms=arms, ratios=ratios)
@@ -196,7 +196,7 @@ def _load_report(
 def _figures(
     cells: Sequence[Cell],
     belongs: Belongs,
-    differing: Sequence[Difference],
+    differing: Sequence[Difference] | None,
     load: Load,
     name: str,
 ) -> Figures:
@@ -207,6 +207,7 @@ def _figures(
     whole = [cell for cell in cells if all(belongs(answer.prompt) for answer in cell.answers)]
     rounds = _rounds(whole)
     tokens = sum(len(answer.tokens) for cell in whole for answer in cell.answers)
+    verdicts = None if differing is None else [d.verdict for d in differing if belongs(d.prompt)]
     per_second = None
     if load.is_alone or name == OVERALL:
         per_second = rate(*samples(whole))
@@ -219,8 +220,8 @@ def _figures(
         ttft_ms=percentiles_ms([a.ttft for a in answers if a.ttft is not None]),
         tpot_ms=percentiles_ms([a.tpot for a in answers if a.tpot is not None]),
         switches_per_100_tokens=100 * rounds["switches"] / tokens if rounds else None,
-        mismatches=sum(d.verdict is Verdict.DIFFERENT for d in differing),
-        ties=sum(d.verdict is Verdict.TIE for d in differing),
+        mismatches=None if verdicts is None else verdicts.count(Verdict.DIFFERENT),
+        ties=None if verdicts is None else verdicts.count(Verdict.TIE),
         round_ms=round_ms_of(rounds) if rounds else None,
         switch_share=switch_share_of(rounds) if rounds else None,
     )

@@ -97,6 +97,8 @@ def _rotated(arms: Sequence[str], turn: int) -> list[str]:
 
 WARM_UP_PROMPTS = 3
 CLOSED_ALONE = Load(value=1)
+SEEDED = "--enable-deterministic-inference"
+"""SGLang ignores seeds without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ class Plan:
     interleave: all servers up at once, each prompt asked of each arm in turn; otherwise one server at a time.
     suites: where prompts of named sets come from, with their licences, by name. recorded: files of conversations, if
         those are the prompts. left_out: what is not asked, by name, and why.
+    sampling: fields of every request. tools: what was sent with prompts, for the report.
     restart: restart the servers for every repetition (interleaved runs only). Two processes that do the same may
         differ by 1 % for as long as they live; without new ones that is taken for the arms'.
     """
@@ -125,6 +128,13 @@ class Plan:
     suites: Mapping[str, str] = field(default_factory=dict)
     recorded: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    tools: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def compares(self) -> bool:
+        """Whether answers should be plain decoding's: greedy ones, or seeded ones without bfloat16's rounding."""
+        return not self.sampling or (self.subject.dtype == "float32" and SEEDED in self.subject.common)
 
     @property
     def fingerprint(self) -> str:
@@ -135,6 +145,7 @@ class Plan:
             "prompts": digest_of(self.prompts),
             "loads": [load.label for load in self.loads],
             "max_tokens": self.max_tokens,
+            "sampling": dict(self.sampling),
             "order": [self.interleave, self.restart],
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -181,7 +192,9 @@ class Runner:
         judging = self._progress.add_task("comparing answers with plain decoding", total=None)
         best = BestLogit(self._plan.subject.target, self._plan.subject.dtype)
         references = {**self._apart, NONE: self._references}
-        found = differences(cells, references, best, self._plan.subject.dtype)
+        found = (
+            differences(cells, references, best, self._plan.subject.dtype) if self._plan.compares else None
+        )
         self._progress.remove_task(judging)
         record |= self._provenance(cells)
         return build_report(
@@ -295,7 +308,7 @@ class Runner:
             flush(client)  # As before every measured answer: a cached prefix rounds differently.
             self._progress.advance(task)
             try:
-                reference = ask_reference(client, prompt, self._plan.max_tokens)
+                reference = ask_reference(client, prompt, self._plan.max_tokens, self._plan.sampling)
             except RefusedError as refused:
                 self.left_out[prompt.id] = str(refused)
                 self._progress.console.print(f"left out: {refused}", markup=False, highlight=False)
@@ -318,7 +331,7 @@ class Runner:
         client, own = self._fleet.clients[self._arms[name].server], dict[str, Reference]()
         for key, reference in self._progress.track(self._references.items(), description=f"asking {name}"):
             flush(client)
-            own[key] = ask_reference(client, reference.prompt, self._plan.max_tokens)
+            own[key] = ask_reference(client, reference.prompt, self._plan.max_tokens, self._plan.sampling)
         self._apart[name] = own
 
     def _groups(self) -> dict[str, str]:
@@ -359,7 +372,8 @@ class Runner:
                     continue
                 arm = self._arms[step.arm]
                 try:
-                    asker = self.asker(clients[arm.server], self._plan.max_tokens, arm.request)
+                    fields = {**self._plan.sampling, **arm.request}
+                    asker = self.asker(clients[arm.server], self._plan.max_tokens, fields)
                     cell = await self._cell(step, asker)
                 except RequestError as error:
                     if step.arm == self.base:
@@ -414,6 +428,9 @@ class Runner:
             "left_out": self.left_out,
             "recorded": list(plan.recorded),
             "suites": plan.suites,
+            "sampling": dict(plan.sampling),
+            "tools": dict(plan.tools),
+            "compared": plan.compares,
             "servers": self._servers,
         }
 
