@@ -40,8 +40,7 @@ def choose(logits: Tensor, shard: Shard | None = None) -> Choice:
     lowest row, as in one process; rows are exact in fp32 up to 2**24.
     """
     if shard is None:
-        row, chance, _, _ = _top(logits)
-        return Choice(row, chance)
+        return _likeliest(logits)
     values, rows, sums = shard.gather(_candidates(logits, shard.rows)).unbind(-1)
     best = values.amax(0)
     token = rows.masked_fill(values < best, math.inf).amin(0)
@@ -53,7 +52,7 @@ def _candidates(logits: Tensor, rows: Tensor) -> Tensor:
     if not len(rows):
         nothing = torch.tensor([-math.inf, math.inf, -math.inf], device=logits.device)
         return nothing.expand(len(logits), 3).contiguous()
-    row, _, value, total = _top(logits)
+    row, value, total = _top(logits)
     return torch.stack([value, rows[row].float(), total], dim=-1)
 
 
@@ -61,8 +60,8 @@ def _by_kernel(logits: Tensor) -> bool:
     return bool(logits.shape[-1]) and not logits.requires_grad and backend_for(logits) == "triton"
 
 
-def _top(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each row of logits [N, V]: index of its largest, int64; its probability, its value, log-sum-exp, fp32.
+def _likeliest(logits: Tensor) -> Choice:
+    """The first choice for each row of logits [N, V].
 
     On a GPU in one read of the logits: torch reads them, and a copy in 32 bits, some 16 times over.
 
@@ -70,12 +69,17 @@ def _top(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     if not _by_kernel(logits):
         top = logits.max(-1)
-        value, total = top.values.float(), logits.float().logsumexp(-1)
-        return top.indices, (value - total).exp(), value, total
+        return Choice(top.indices, (top.values.float() - logits.float().logsumexp(-1)).exp())
     _, likeliest, argmax = routing_stats(logits)
-    chance = likeliest.masked_fill(likeliest == 0, math.nan)
-    value = logits.gather(-1, argmax[:, None])[:, 0].float()
-    return argmax, chance, value, value - chance.log()
+    return Choice(argmax, likeliest.masked_fill(likeliest == 0, math.nan))
+
+
+def _top(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row of logits [N, V]: index of its largest, int64; its value, log-sum-exp, fp32."""
+    row, chance = _likeliest(logits)
+    value = logits.gather(-1, row[:, None])[:, 0].float()
+    total = value - chance.log() if _by_kernel(logits) else logits.float().logsumexp(-1)
+    return row, value, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +154,7 @@ class DraftHead:
 
     def total(self, logits: Tensor) -> Tensor:
         """Log-sum-exp [N] float32 of every row of `logits` [N, K], of all processes' shards together."""
-        sums = _top(logits)[3] if _by_kernel(logits) else logits.float().logsumexp(-1)
+        sums = _top(logits)[2] if _by_kernel(logits) else logits.float().logsumexp(-1)
         return sums if self.shard is None else self.shard.gather(sums[:, None])[..., 0].logsumexp(0)
 
     def beside(self, matrix: Tensor | None) -> "DraftHead":
