@@ -115,7 +115,7 @@ def chain_arm(
 ) -> ChainArm:
     """The autoregressive arm of a loaded checkpoint; arguments as of `Eagle3Arm`."""
     if isinstance(model, MTPDrafter):
-        return MTPArm(model, captured, layers, steps)
+        return MTPArm(model, captured, layers, steps, positions)
     return Eagle3Arm(model, captured, layers, steps, positions)
 
 

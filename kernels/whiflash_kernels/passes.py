@@ -82,8 +82,9 @@ def pass_rows(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Positions, KV slots and token ids of a draft pass, ``width`` rows of every request.
 
-    Row i of request g is at p = seq_lens[g] + offset + i; its KV goes to req_to_token[request_slots[g], p], or to
-    slot 0 where p < 0: a padding request of a captured pass. Its id is bonus[g] for i = 0 and ``fill`` behind it.
+    Row i of request g is at p = seq_lens[g] + offset + i; its KV goes to req_to_token[request_slots[g], p]. A padding
+    request of a captured pass has p < 0: its row is at 0, and its KV goes to slot 0. Ids are bonus[g] for i = 0 and
+    ``fill`` behind it.
 
     Args:
         req_to_token: [slots, context] int32 (or int64), last dimension contiguous.
@@ -103,8 +104,9 @@ def pass_rows(
     Source: DFlash's block layout, arXiv 2602.06036; EAGLE-3's chain, arXiv 2503.01840.
     """
     positions = seq_lens[:, None] + torch.arange(offset, offset + width, device=seq_lens.device)
-    slots = req_to_token[request_slots[:, None], positions.clamp(min=0)]
-    slots = slots.to(torch.int64).masked_fill_(positions < 0, 0)
+    padding = positions < 0
+    positions.clamp_(min=0)
+    slots = req_to_token[request_slots[:, None], positions].to(torch.int64).masked_fill_(padding, 0)
     ids = None
     if fill is not None:
         ids = torch.full_like(positions, fill)

@@ -48,7 +48,7 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> Arms:
     options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
     options |= {"target_embedding": target.embedding, "target_lm_head": target.head}
     by_name: dict[str, PagedArm] = {
-        "ar": MTPArm(head.requires_grad_(False), union, own, 5),
+        "ar": MTPArm(head.requires_grad_(False), union, own, 5, 1024),
         "diffusion": DFlashArm(block.load(**options).requires_grad_(False), union, layers, 8, 1024),
     }
     for arm in by_name.values():

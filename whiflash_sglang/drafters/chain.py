@@ -11,7 +11,7 @@ from whiflash_kernels import Drafts, eagle3_catch_up
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.core import DraftBatch
-from whiflash_sglang.drafters.paged import PagedArm, eagle3_weights, rope_table
+from whiflash_sglang.drafters.paged import PagedArm, eagle3_weights
 from whiflash_sglang.models.choice import Choice
 from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
@@ -76,9 +76,10 @@ class ChainArm(PagedArm):
         """
         positions, slots, _ = batch.rows_from(-1, steps)
         token, hidden = batch.bonus, self._chain.fuse(batch.tail)
+        by_step = positions.t().contiguous()
         for step in range(steps):
             attend = self.attend_at(slots[:, step], batch, self._spans, extra=step, width=1)
-            hidden, logits_hidden = self._chain(token, hidden, positions[:, step], attend)
+            hidden, logits_hidden = self._chain(token, hidden, by_step[step], attend)
             choice = self._chain.choose(logits_hidden)
             token = choice.token
             yield choice
@@ -127,7 +128,7 @@ class Eagle3Arm(ChainArm):
         self.model = model
         self.attends_text = depth > 1
         self._weights = None if self.attends_text else eagle3_weights(model)
-        self._rope = rope_table(model.rotary, positions, fc.weight.device)
+        self._rope = model.rotary.tabulate(positions, fc.weight.device)
 
     def catch_up(self, rows: FeatureRows) -> None:
         features, tokens, weights = rows.features, rows.next_tokens, self._weights
@@ -148,15 +149,22 @@ class MTPArm(ChainArm):
     """A chain whose feature is the target's state behind the final norm.
 
     Args:
-        model: loaded from the target's files. captured, layers, steps: as of `ChainArm`.
+        model: loaded from the target's files. captured, layers, steps: as of `ChainArm`. positions: rotary positions
+            that may occur.
     """
 
     def __init__(
-        self, model: MTPDrafter, captured: tuple[int, ...], layers: tuple[int, ...], steps: int
+        self,
+        model: MTPDrafter,
+        captured: tuple[int, ...],
+        layers: tuple[int, ...],
+        steps: int,
+        positions: int,
     ) -> None:
         config, weight = model.config, model.projection.weight
         super().__init__(model, 1, config.attention, weight, captured, layers, config.hidden_size, steps)
         self.model = model
+        model.rotary.tabulate(positions, weight.device)
 
     def catch_up(self, rows: FeatureRows) -> None:
         k, v = self.model.keys_values(rows.next_tokens, rows.features, rows.positions)

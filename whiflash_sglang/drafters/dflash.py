@@ -6,7 +6,7 @@ from whiflash_kernels import Drafts, dflash_catch_up
 from whiflash_sglang import arms
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.core import DraftBatch
-from whiflash_sglang.drafters.paged import PagedArm, dflash_weights, rope_table
+from whiflash_sglang.drafters.paged import PagedArm, dflash_weights
 from whiflash_sglang.learn.swap import rewrite
 from whiflash_sglang.models.choice import Choice, DraftHead
 from whiflash_sglang.models.dflash import DFlashDrafter
@@ -44,7 +44,7 @@ class DFlashArm(PagedArm):
         super().__init__(config.num_layers, config.attention, weight.dtype, weight.device)
         self.model = model
         self._weights = dflash_weights(model)
-        self._rope = rope_table(model.rotary, positions, weight.device)
+        self._rope = model.rotary.tabulate(positions, weight.device)
         self.captured_layers = layers
         self.max_drafts = block - 1
         self._rows = config.rows(self.max_drafts)

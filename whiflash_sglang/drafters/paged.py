@@ -18,7 +18,7 @@ from whiflash_sglang.models.choice import Choice
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
-from whiflash_sglang.models.layers import Attend, AttentionShape, Rotary
+from whiflash_sglang.models.layers import Attend, AttentionShape
 from whiflash_sglang.models.packed import pack
 
 LOGIT_BYTES = 2.5
@@ -231,8 +231,3 @@ def eagle3_weights(model: Eagle3Drafter) -> Eagle3Weights:
     )
     pack([weights.fc, weights.kv])
     return weights
-
-
-def rope_table(rotary: Rotary, positions: int, device: torch.device) -> torch.Tensor:
-    """[positions, head_dim] float32: cosines in the first half, sines in the second."""
-    return rotary.angles(torch.arange(positions, device=device)).table

@@ -242,7 +242,7 @@ class DFlashDrafter(nn.Module):
         kv = F.linear(fused, weight, bias).view(len(fused), self.num_layers, 2, kv_heads, head_dim)
         k, v = kv.permute(2, 1, 0, 3, 4)
         k = F.rms_norm(k, (head_dim,), None, self.config.rms_norm_eps) * k_norm.to(k.dtype)
-        rotated = rotate(k.flatten(0, 1), self.rotary.angles(positions).repeated(self.num_layers))
+        rotated = rotate(k.flatten(0, 1), self.rotary.angles(positions.repeat(self.num_layers)))
         return rotated.view(k.shape), v
 
     def embed(self, tokens: Tensor) -> Tensor:

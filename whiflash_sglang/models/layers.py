@@ -19,27 +19,20 @@ from whiflash_sglang.models.packed import Linear
 
 
 class Angles(NamedTuple):
-    """Cosines and sines of T rows; R <= head_dim is the rotary width, the rest passes through.
+    """Angles of T rows; R <= head_dim is the rotary width, the rest passes through.
 
-    cosine, sine: [T, 1, R // 2] fp32, the halves of `table` [T, R], which one kernel reads for all layers. rows: [T]
-    int64, 0 … T-1, where `table` is on CUDA; None elsewhere.
+    table: [N, R] fp32, cosines in the first half of a row, sines in the second. rows: [T] int64, each row's in `table`;
+    None: 0 … T-1.
     """
 
-    cosine: Tensor
-    sine: Tensor
     table: Tensor
-    rows: Tensor | None
+    rows: Tensor | None = None
 
-    @classmethod
-    def of(cls, table: Tensor) -> "Angles":
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, [T, 1, R // 2] each."""
+        table = self.table if self.rows is None else self.table[self.rows]
         cosine, sine = table[:, None].chunk(2, dim=-1)
-        return cls(
-            cosine, sine, table, torch.arange(len(table), device=table.device) if table.is_cuda else None
-        )
-
-    def repeated(self, times: int) -> "Angles":
-        """For so many times the same rows."""
-        return Angles.of(self.table.repeat(times, 1))
+        return cosine, sine
 
 
 _OF_THE_TARGET = ("mrope_section", "mrope_interleaved")
@@ -115,19 +108,32 @@ class Rotary(nn.Module):
         else:
             known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
             raise CheckpointError(f"rope_type {kind!r} is unknown; transformers knows {known}")
+        self._table: Tensor | None = None
+
+    def tabulate(self, positions: int, device: torch.device) -> Tensor:
+        """Compute the angles of positions 0 … `positions` - 1 once: from now on they are looked up.
+
+        Returns [positions, R] fp32, as `Angles.table`.
+        """
+        self._table = None
+        self._table = self.angles(torch.arange(positions, device=device)).table
+        return self._table
 
     def angles(self, positions: Tensor) -> Angles:
-        """Angles of `positions` [T] int."""
+        """Angles of `positions` [T] int64; if there is a table, each is below its length."""
+        if self._table is not None:
+            return Angles(self._table, positions)
         # Held outside the module's buffers: `.to(bfloat16)` must not round the frequencies.
         self._frequencies = self._frequencies.to(positions.device)
         angles = positions.to(torch.float32)[:, None] * self._frequencies
         table = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return Angles.of(table if self.scale == 1.0 else table * self.scale)
+        rows = torch.arange(len(table), device=table.device) if table.is_cuda else None
+        return Angles(table if self.scale == 1.0 else table * self.scale, rows)
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
     """Rotate `x` [T, heads, head_dim] by `angles` of its rows; computed in fp32, returned in `x`'s dtype."""
-    cosine, sine = angles.cosine, angles.sine
+    cosine, sine = angles.halves()
     width = 2 * cosine.shape[-1]
     first, second = x[..., :width].float().chunk(2, dim=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]

@@ -126,7 +126,7 @@ def _pass_rows_kernel(
         req_to_token + slot * table_stride + position, mask=inside & (position >= 0), other=0
     ).to(tl.int64)
     at = request.to(tl.int64) * width + column
-    tl.store(positions + at, position, mask=inside)
+    tl.store(positions + at, tl.maximum(position, 0), mask=inside)
     tl.store(cache_slots + at, cache_slot, mask=inside)
     if HAS_IDS:
         token = tl.load(bonus + request).to(tl.int64)
