@@ -78,7 +78,8 @@ STATE = {
     "costs": "prices of routes in seconds, as in `sglang:whiflash_cost_seconds`, by `work` and arm",
     "memory": "bytes by scope, as in `sglang:whiflash_memory_bytes`",
     "drafters": "with `--whiflash-versions`: the `version` of the weights that serves, the one `before`, its "
-    "`gain` by drafter, versions `taken` and `refused` since the start, and `why` the last was refused",
+    "`gain` by drafter, the one that is `loading`, versions `taken` and `refused` since the start, and `why` the last "
+    "was refused",
     "samples": "with `--whiflash-learn`: finished requests by outcome, `bytes` on disk, whether writing is `failing`",
 }
 """Of `GET /whiflash/state`, but for what arms add of their own."""

@@ -158,6 +158,7 @@ class Event:
 class Streams:
     """The model. `races`: what was not ordered. `stalls`: where the host waited for the device to read from it.
     `pageable`: where it waited to write to it. `waits_of_host`: where it was made to wait for a stream or an event.
+    `beside`: where `another_thread` did any of these.
 
     forget: says of a wait, by who waits and for what (`"host"`, a `Stream` or an `Event`), whether to leave it out: a
     planted fault.
@@ -172,6 +173,9 @@ class Streams:
         self.waits_of_host: Counter[str] = Counter()
         self.forget: Callable[[Any, Any], bool] = lambda waiting, on: False
         self.tape: Any = None  # a graph that is being captured has one (`phantom/graphs.py`)
+        self.beside: Counter[str] = Counter()
+        self.agent = "host"
+        self._thread: Clock = {}
         self._default: Clock = {}
         self._cells: dict[int, Cell] = {}
         self._shared: dict[int, Cell] = {}  # of the device, touched by a stream that does not own them
@@ -185,6 +189,26 @@ class Streams:
                 stack.enter_context(patch.object(importlib.import_module(module), name, self.async_d2h))
             stack.enter_context(patch.object(torch.Tensor, "record_stream", self.record_stream()))
             yield
+
+    @contextmanager
+    def another_thread(self) -> Iterator[None]:
+        """What runs inside is a thread of the host's own: only `joined` orders it before the host, and its waits, which
+        keep nobody else, are `beside`.
+        """
+        clock, names = self.host, ("stalls", "pageable", "waits_of_host")
+        noted = {name: getattr(self, name) for name in names}
+        for name in names:
+            setattr(self, name, self.beside)
+        self.host, self.agent = dict(clock), "thread"
+        try:
+            yield
+        finally:
+            vars(self).update(noted)
+            self._thread, self.host, self.agent = self.host, clock, "host"
+
+    def joined(self) -> None:
+        """The host has seen the end of the last thread."""
+        self.host_waits(self._thread)
 
     @contextmanager
     def in_place_of(self, *modules: Any) -> Iterator[None]:
@@ -243,7 +267,7 @@ class Streams:
 
     def on_host(self, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
         """An operator on host memory has run."""
-        self._touch("host", self.host, reads, writes)
+        self._touch(self.agent, self.host, reads, writes)
 
     def on_stream(self, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> Access:
         """An operator is issued on the current stream. What is not pinned it reads now, not when it runs."""

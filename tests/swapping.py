@@ -8,6 +8,8 @@ import torch
 from engine import Engine, engine
 from model_set import Models
 
+from whiflash_sglang.errors import ConfigError
+
 PROMPTS = [random.Random(seed).choices(range(256), k=6 + 5 * seed) for seed in range(6)]
 
 
@@ -17,8 +19,18 @@ def serving(models: Models, directory: Path, router: str = "random", **options: 
 
 
 def swap(e: Engine, number: int) -> None:
-    e.worker.weights.prepare(number)
-    e.worker.weights.use(number)
+    """Switch at once. Raises ConfigError where the version is refused."""
+    weights = e.worker.weights
+    weights.ask(number, "swap")
+    reads(weights)
+    assert weights.advance()
+    if why := weights.outcomes["swap"]:
+        raise ConfigError(why)
+
+
+def reads(weights: Any) -> None:
+    """Wait until the version that is being read has been."""
+    weights._reading.join()
 
 
 def parameters(e: Engine, arm: str) -> dict[str, torch.Tensor]:

@@ -258,6 +258,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.stages.lifecycle.forget_text(handle)
         self.publisher.flush()
 
+    def between_rounds(self) -> None:
+        """Switch the drafters' weights, if a version has been read that was asked for."""
+        if self.weights is not None and self.weights.advance():
+            self.publisher.flush()
+
     @property
     def _has_heads(self) -> bool:
         """Whether the router predicts acceptance lengths too."""

@@ -110,6 +110,21 @@ def unpack(weights: Iterable[Tensor]) -> None:
             delattr(weight, _COPY)
 
 
+def follow(weight: Tensor, other: Tensor) -> Tensor | None:
+    """`weight` was given the numbers of `other`: if it has a copy, that of `other` takes its place, or a new one.
+
+    Returns the copy that it had.
+    """
+    before: Tensor | None = getattr(weight, _COPY, None)
+    if before is not None:
+        unpack([weight])
+        if is_packed(other):
+            setattr(weight, _COPY, getattr(other, _COPY))
+        else:
+            pack([weight], at_most=weight.nbytes)
+    return before
+
+
 def is_packed(weight: Tensor) -> bool:
     """Whether :func:`pack` has made a copy of this tensor."""
     return hasattr(weight, _COPY)

@@ -38,7 +38,7 @@ class Worker:
         self.settings = settings
         self.forgotten: list[int | None] = []
         self.versions: list[int] = []
-        self.weights = SimpleNamespace(prepare=lambda version: None, use=self.versions.append)
+        self.weights = SimpleNamespace(ask=lambda version, ticket: self.versions.append(version))
         self.publisher = SimpleNamespace(flush=lambda: None)
 
     def reconfigure(self, change: Any) -> None:

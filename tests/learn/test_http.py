@@ -2,9 +2,12 @@
 texts of tenants, whom SGLang's own fields name.
 """
 
+import fcntl
 import json
 import random
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +100,30 @@ def test_commands_switch_a_server_and_back(server: Server, learning: Path) -> No
         assert (drafters(server)["version"], drafters(server)["before"]) == (now, before)
         listed = command("list", str(versions_of(learning)))
         assert [line for line in listed.stdout.splitlines() if line.startswith("*")] == [f"* {now}"]
+
+
+def test_a_version_that_is_read_stops_nobody(
+    server: Server, learning: Path, models: Models, tmp_path: Path
+) -> None:
+    """A file of its does not come, as from a disk that hangs; answers, orders and reports do, and then the next one."""
+    slow = version(models, versions_of(learning), tmp_path / "made", trained(0.3, 4))
+    weights = path_of(versions_of(learning), slow) / "dflash" / "model.safetensors"
+    with ThreadPoolExecutor() as pool, weights.open("rb+") as held:
+        fcntl.fcntl(held, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # who opens it waits for its holder
+        first = pool.submit(use, server, {"version": slow})
+        wait_until(lambda: drafters(server)["loading"] == slow)
+        second = pool.submit(use, server, {"version": 1})
+        ask(server)
+        for router in ("none", "random"):
+            order = httpx.post(
+                f"{server.url}/whiflash/policy", json={"router": router}, headers=ADMIN, timeout=None
+            )
+            assert (order.status_code, order.json()["policy"]) == (200, router)
+        assert (first.done(), second.done(), drafters(server)["loading"]) == (False, False, slow)
+        fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    assert first.result().status_code == second.result().status_code == 200
+    assert drafters(server) == drafters(server) | {"version": 1, "before": slow, "loading": None}
 
 
 def test_a_version_is_refused_by_its_askers_sums(server: Server, learning: Path) -> None:

@@ -4,15 +4,20 @@ import gc
 import hashlib
 import json
 import random
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
 from engine import Engine
 from model_set import Models
 from safetensors.torch import load_file
-from swapping import PROMPTS, parameters, serving, swap
+from swapping import PROMPTS, parameters, reads, serving, swap
 from versioned import bundle_of, changed
 from whiflash_kernels import packed
 
@@ -65,13 +70,13 @@ def modules() -> int:
 
 def test_what_serves_is_what_the_files_hold(served_engine: Engine, directory: Path, models: Models) -> None:
     e = served_engine
-    address = {name: value.data_ptr() for name, value in parameters(e, "ar").items()}
+    before = parameters(e, "ar")
     swap(e, 2)
     file = load_file(path_of(directory, 2) / "eagle3" / "model.safetensors")
     live = parameters(e, "ar")
     assert torch.equal(live["lm_head.weight"], file["lm_head.weight"])
     assert torch.equal(live["layers.0.attention.out.weight"], file["midlayer.self_attn.o_proj.weight"])
-    assert {name: value.data_ptr() for name, value in live.items()} == address
+    assert all(value is before[name] for name, value in live.items())
     assert e.worker.weights.used.version == 2
     assert e.worker.snapshot()["drafters"]["version"] == 2
 
@@ -291,25 +296,117 @@ def test_packed_copies_are_made_again() -> None:
     assert torch.equal(packed.linear(rows, weight), torch.nn.functional.linear(rows, other))
 
 
-def test_no_rank_writes_where_one_objects(models: Models, directory: Path, served_engine: Engine) -> None:
-    weights = served_engine.worker.weights
-    said: list[Sequence[str | None]] = []
-
-    def gather(own: str | None) -> Sequence[str | None]:
-        said.append([own, "rank 1 cannot read it"])
-        return said[-1]
-
-    ranks = Ranks(0, 2, lambda message: message, gather)
-    two = LiveWeights(
+def of_two(weights: LiveWeights, gather: Callable[[str | None], Sequence[str | None]]) -> LiveWeights:
+    """What the first of two processes has."""
+    return LiveWeights(
         weights._models,
         weights._versions,
         load=weights._load,
         written=lambda: None,
-        ranks=ranks,
+        ranks=Ranks(0, 2, lambda message: message, gather),
         behind=weights._behind,
     )
-    with pytest.raises(ConfigError, match="rank 1 cannot read it"):
-        two.prepare(1)
-    assert said == [[None, "rank 1 cannot read it"]]
-    with pytest.raises(ValueError, match="was not prepared"):
-        two.use(1)
+
+
+def test_no_rank_writes_where_one_objects(directory: Path, served_engine: Engine) -> None:
+    """Nor while one still reads: then all go on."""
+    theirs = ["not yet", None, "rank 1 cannot read it"]
+    mine: list[str | None] = []
+
+    def gather(own: str | None) -> Sequence[str | None]:
+        mine.append(own)
+        return [own, theirs[len(mine) - 1]]
+
+    two = of_two(served_engine.worker.weights, gather)
+    two.ask(1, "a")
+    reads(two)
+    assert not two.advance()
+    assert two.outcomes == {}
+    assert two.advance()
+    assert two.outcomes == {"a": "rank 1 cannot read it"}
+    assert mine == [None, None, None]
+    assert two.used.version == 0
+
+
+class Held:
+    """In place of a `load`: it begins when `until` is set, after `then`."""
+
+    def __init__(self, weights: LiveWeights) -> None:
+        self.began, self.until, self.then = Event(), Event(), lambda: None
+        self._weights: Any = weights
+        self._load = weights._load
+
+    def __enter__(self) -> "Held":
+        self._weights._load = self
+        return self
+
+    def __call__(self, draft: Any) -> Any:
+        self.began.set()
+        self.until.wait()
+        self.then()
+        return self._load(draft)
+
+    def __exit__(self, *_: object) -> None:
+        self.until.set()
+        self._weights._load = self._load
+
+
+def test_rounds_go_on_while_versions_are_read_one_after_the_other(
+    served_engine: Engine, plain: list[list[int]]
+) -> None:
+    """Who asks while another version is read has his turn, whoever is refused."""
+    e, weights = served_engine, served_engine.worker.weights
+    swap(e, 0)
+    e.start_over("random")
+    names = [f"b{i}-" for i in range(len(PROMPTS))]
+    for name, prompt in zip(names, PROMPTS, strict=True):
+        e.submit(name, prompt, max_new_tokens=60)
+    with Held(weights) as held:
+        weights.ask(1, "first")
+        weights.ask(999, "second")
+        weights.ask(2, "third")
+        held.began.wait()
+        for _ in range(8):
+            assert e.step()
+            e.worker.between_rounds()
+        assert (weights.used.version, weights.snapshot()["loading"]) == (0, 1)
+    served = []
+
+    def between() -> None:
+        e.worker.between_rounds()
+        served.append(weights.used.version)
+
+    e.run(between)
+    while len(weights._asked):
+        reads(weights)
+        between()
+    assert [e.output(name) for name in names] == plain
+    assert list(dict.fromkeys(served))[-2:] == [1, 2]
+    assert (weights.outcomes["first"], weights.outcomes["third"]) == ("", "")
+    assert "has no version 999" in weights.outcomes["second"]
+    assert (weights.used.before, weights.snapshot()["loading"]) == (1, None)
+
+
+def test_a_version_that_vanishes_while_it_is_read_is_refused(
+    served_engine: Engine, models: Models, directory: Path, tmp_path: Path
+) -> None:
+    number = publish(directory, bundle_of(models, tmp_path / "bundle", dflash=models.dflash))
+    with Held(served_engine.worker.weights) as held:
+        held.then = lambda: shutil.rmtree(path_of(directory, number), ignore_errors=True)
+        held.until.set()
+        assert str(path_of(directory, number)) in refused(served_engine, number)
+
+
+def test_a_server_that_ends_waits_for_no_version() -> None:
+    """A disk that does not answer must not keep its process."""
+    code = """
+from threading import Event
+from whiflash_sglang.learn.swap import Reading
+
+reading = Reading(1, lambda _: Event().wait())
+reading.start()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], timeout=120, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,15 +1,17 @@
 """Engines of two ranks, what is asked of them, and what a rank tells of its rounds."""
 
+import itertools
 import random
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from engine import engine
+from engine import Engine, engine
 from oracle_arm import OracleArm
 from ranks_at_work import on_ranks
 from traffic import Arrival, mixed, play
@@ -20,6 +22,8 @@ from whiflash_sglang.round.draft import DraftStage
 RANKS = 2
 ENDS_AT_ONCE = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 """Else a server of SGLang's that loses a process waits 65 s for what could be found out about its GPU."""
+ASKED, LATE = 4, 8
+"""Steps before a switch is asked for, and from then until the second rank may read the version."""
 SAMPLE = 16
 """Of the arrivals, in `make test`."""
 ARRIVALS = mixed(seed=1, count=200, shared=40, aborts=0.1, stops=0.3, tokens=20)
@@ -91,6 +95,7 @@ def play_ours(
     port: int,
     *,
     retract: bool = False,
+    flags: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Played:
     """The same with all arms, and one that knows most of the answers `known`. Raises where slots or rows are lost.
@@ -119,7 +124,7 @@ def play_ours(
         patch.multiple(scheduler, TEST_RETRACT=retract, TEST_RETRACT_INTERVAL=2),
         engine(
             checkpoints.target,
-            whiflash=checkpoints.whiflash(router),
+            whiflash=checkpoints.whiflash(router, **(flags or {})),
             arms=[oracle],
             **of_rank(rank, port, **arguments),
         ) as e,
@@ -134,6 +139,36 @@ def play_ours(
             sum(req.cached_tokens for req in requests),
             sum(req.spec_num_correct_drafts for req in requests),
         )
+
+
+def switching(
+    checkpoints: Checkpoints, versions: Path, arrivals: list[Arrival], plain: Outputs, rank: int, port: int
+) -> tuple[Played, int]:
+    """Weights are switched under way, and the second rank has read them late. With the step in which they were."""
+    step, late = Engine.step, threading.Event()
+    switched: list[int] = []
+    steps = itertools.count()
+
+    def stepping(e: Engine) -> bool:
+        number, weights = next(steps), e.worker.weights
+        if number == ASKED:
+            read = weights._load
+            weights._load = lambda draft: (rank and late.wait(), read(draft))[1]
+            weights.ask(1)
+        if number == ASKED + LATE:
+            late.set()
+        if not late.is_set() and rank == 0 and number > ASKED:
+            weights._reading.join()
+        e.worker.between_rounds()
+        if weights.used.version and not switched:
+            switched.append(number)
+        return step(e)
+
+    with patch.object(Engine, "step", stepping):
+        played = play_ours(
+            checkpoints, "random", arrivals, plain, rank, port, flags={"whiflash_versions": str(versions)}
+        )
+    return played, switched[0]
 
 
 def wild(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, rank: int, port: int) -> Played:

@@ -8,8 +8,8 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ os.environ |= ENVIRONMENT
 from card import phantom  # noqa: E402
 from streams import Streams  # noqa: E402
 
-SEEN = ("stalls", "pageable", "waits_of_host", "races")
+SEEN = ("stalls", "pageable", "waits_of_host", "races", "beside")
 """What is noted of the world."""
 
 OPTIONS: dict[str, Any] = {
@@ -58,20 +58,21 @@ def main() -> None:
     whiflash = {"whiflash_router": "random", **dict(zip(names, given, strict=False))}
     with tempfile.TemporaryDirectory() as name, phantom() as world:
         driver(Path(name))
+        os.environ["WHIFLASH_CACHE"] = name  # so that every run measures prices
         Path(file).write_text(json.dumps(served(world, Path(target), whiflash)))
 
 
 def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, Any]:
     """Requests of different lengths and times, some aborted, some retracted, under SGLang's overlap loop.
 
-    Now and then the drafters' weights are switched, where the scheduler takes its mail: a forward is under way then.
+    Now and then a switch of the drafters' weights is asked for, and takes place some passes later, where the scheduler
+    takes its mail: a forward is under way then.
     """
     import torch
     from engine import engine
     from overlap_loop import OverlapLoop
     from places import places_for_cards, reached
     from sglang.srt.managers import scheduler
-    from swapping import swap
     from traffic import Arrival, mixed, play
 
     arrivals = [
@@ -81,10 +82,11 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, 
             for name, params in (NOT_GREEDY | RATED).items()
         ),
     ]
-    with sglang_on_card(world) as launches, ExitStack() as running:
+    with sglang_on_card(world) as launches, reading_beside(world), ExitStack() as running:
         with reached(places_for_cards()) as places:
             started = running.enter_context(engine(target, whiflash=whiflash, **OPTIONS))
         torch.cuda.synchronize()
+        address = addresses(started.worker)
         for seen in (*(getattr(world, name) for name in SEEN), launches.counts):
             seen.clear()
         scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = True, 5
@@ -94,7 +96,8 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, 
         def ingesting() -> list[Any]:
             number = next(passes)
             if loop.worker.weights is not None and number % SWITCHED == 0:
-                swap(loop, number // SWITCHED % 2 + 1)
+                loop.worker.weights.ask(number // SWITCHED % 2 + 1)
+            loop.worker.between_rounds()
             return ingest()
 
         loop.scheduler.ingest_requests = ingesting
@@ -113,6 +116,7 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, 
             "retracted": sum(req.retraction_count for req in loop.requests.values()),
             "attention": started.scheduler.server_args.attention_backend,
             "switches": switches,
+            "moved": addresses(loop.worker) != address,
             "replays": replays,
             "rounds": rounds,
             "launches": counts,
@@ -120,6 +124,37 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, 
             "planted": {name: planted(world, loop, name, fault) for name, fault in FAULTS.items()},
             **noted,
         }
+
+
+def addresses(worker: Any) -> list[int]:
+    """Where the drafters' parameters are, which graphs have captured."""
+    return [value.data_ptr() for arm in worker.kv_arms.values() for value in arm.model.parameters()]
+
+
+@contextmanager
+def reading_beside(world: Streams) -> Iterator[None]:
+    """Versions are read by a thread that is none: the model's modes are this one's. Its end shows two passes later."""
+    from whiflash_sglang.learn.swap import Reading
+
+    looks: dict[Any, int] = {}
+
+    def start(reading: Any) -> None:
+        looks[reading] = 2
+        with world.another_thread():
+            reading.run()
+
+    def is_alive(reading: Any) -> bool:
+        looks[reading] -= 1
+        if looks[reading] < 0:
+            world.joined()
+        return looks[reading] >= 0
+
+    with (
+        patch.object(Reading, "start", start),
+        patch.object(Reading, "is_alive", is_alive),
+        patch("os.setpriority", lambda *_: None),
+    ):
+        yield
 
 
 def reads(rows: Any) -> None:

@@ -96,7 +96,8 @@ sglang.srt.managers.embed_types
 sglang.srt.managers.io_struct
     GenerateReqInput(logprob_start_len, positional_embed_overrides, sampling_params, session_params, top_logprobs_num)
     GetInternalStateReq(rid)
-    SetInternalStateReq(server_args)
+    GetInternalStateReqOutput(internal_state)
+    SetInternalStateReq(server_args, rid)
 sglang.srt.managers.multi_tokenizer_mixin
     read_from_shared_memory(name)
 sglang.srt.managers.overlap_utils
@@ -115,6 +116,7 @@ sglang.srt.managers.scheduler
     Scheduler.get_output_streamer_class
     Scheduler.init_batch_result_processor
     Scheduler.init_internal_state
+    Scheduler.process_input_requests(recv_reqs)
     Scheduler.init_metrics_reporter
     Scheduler.init_request_receiver
     Scheduler.process_batch_result(batch, result)
@@ -124,6 +126,7 @@ sglang.srt.managers.scheduler_components.batch_result_processor
 sglang.srt.managers.scheduler_components.internal_state
     SchedulerInternalStateController._update_handlers
     SchedulerInternalStateController.get_internal_state(recv_req)
+    SchedulerInternalStateController.set_internal_state(recv_req)
     UpdateRejected
 sglang.srt.managers.scheduler_components.metrics_reporter
     SchedulerMetricsReporter.report_decode_stats

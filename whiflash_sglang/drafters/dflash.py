@@ -61,11 +61,12 @@ class DFlashArm(PagedArm):
         return head if self._vocabulary is None else head.within(self._vocabulary)
 
     def weights_written(self) -> None:
-        """The model has other weights, at the same addresses: so have the rows that were copied of its head."""
-        now = self._chosen()
-        for held, value in ((self._head.weight, now.weight), (self._head.matrix, now.matrix)):
-            if isinstance(held, torch.Tensor) and isinstance(value, torch.Tensor) and held is not value:
-                rewrite(held, value)
+        """The model has other weights, at the same addresses: so have the rows that were copied of its second matrix.
+        The first one stays: the target's, or one that versions share.
+        """
+        held, whole = self._head.matrix, self.model.head.matrix
+        if self._head.kept is not None and held is not None and whole is not None:
+            rewrite(held, whole[self._head.kept])
 
     def catch_up(self, rows: FeatureRows) -> None:
         dflash_catch_up(rows.features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.jsonl import read_json_file
@@ -141,6 +143,26 @@ def _check_shards(path: Path, found: set[str]) -> None:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+class Unfilled(TorchFunctionMode):
+    """Modules that a thread makes inside have parameters of this dtype and of any numbers, for whoever fills them all:
+    to draw a thousand million in float32 takes seconds, and four bytes each.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func in (init.kaiming_uniform_, init.uniform_, init.normal_):
+            return args[0] if args else named["tensor"]
+        if func is torch.empty and named.get("dtype") is None:
+            named["dtype"] = self._dtype
+        return func(*args, **named)
 
 
 class WeightReader:

@@ -107,13 +107,14 @@ class DraftHead:
     weight: [K, H], or a `Projection` of as many rows. ids: [K] int64, the target's id of each row; None: the rows are
     the target's vocabulary. matrix: [K, R], a second one over the same rows, of drafters whose tokens depend on one
     another. shard: where other processes have the other rows; then `weight` and `matrix` have those of this process,
-    and `ids` all.
+    and `ids` all. kept: [K] int64, which rows these are of the head that this one is `within`.
     """
 
     weight: Tensor | Projection
     ids: Tensor | None
     matrix: Tensor | None = None
     shard: Shard | None = None
+    kept: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] → [..., K], of this process's rows."""
@@ -184,9 +185,8 @@ class DraftHead:
             here = torch.isin(rows, shard.rows).nonzero()[:, 0]
             rows = torch.searchsorted(shard.rows, rows[here])
             shard = replace(shard, rows=here)
-        return DraftHead(
-            self.weight[rows], vocabulary, None if self.matrix is None else self.matrix[rows], shard
-        )
+        matrix = None if self.matrix is None else self.matrix[rows]
+        return DraftHead(self.weight[rows], vocabulary, matrix, shard, rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import (
+    Unfilled,
     WeightReader,
     attention_weights,
     mlp_weights,
@@ -336,7 +337,8 @@ class DFlashDrafter(nn.Module):
         )
         found = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
         reader = WeightReader(path, {_NAMES.get(name, name): tensor for name, tensor in found.items()})
-        drafter = cls(config, target_embedding, target_lm_head)
+        with Unfilled(dtype):
+            drafter = cls(config, target_embedding, target_lm_head)
         drafter.shared = shared
         drafter.fill(reader)
         drafter.mask_embedding = _mask_embedding(path, config)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from whiflash_sglang import arms
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.checkpoint import (
+    Unfilled,
     WeightReader,
     attention_shape,
     attention_weights,
@@ -394,7 +395,8 @@ class Eagle3Drafter(nn.Module):
             target_embedding = reader.tensor("embed_tokens.weight").to(device=device, dtype=dtype)
             vocab = len(target_embedding)
         _check_target(path, config, vocab, target_embedding.shape[1])
-        drafter = cls(config, target_embedding, target_lm_head)
+        with Unfilled(dtype):
+            drafter = cls(config, target_embedding, target_lm_head)
         drafter.shared = shared
         for name, parameter in drafter._plain_parameters().items():
             reader.fill(parameter, name)

@@ -3,9 +3,10 @@
 import asyncio
 import itertools
 import os
+from collections.abc import Mapping
 from typing import Any, get_args
 
-from sglang.srt.managers.io_struct import GetInternalStateReq
+from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateReqOutput, SetInternalStateReq
 from sglang.srt.managers.scheduler_components import internal_state
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 from sglang.srt.runtime_context import get_parallel
@@ -19,6 +20,8 @@ from whiflash_sglang.serving import SilentReplicaError
 KEY = "whiflash"
 FORGET = f"{KEY}.forget"
 VERSION = f"{KEY}.version"
+STATE, SWITCHES = "state", "switches"
+"""What of ours a question is about."""
 EVERYBODY = -1
 """In place of a handle."""
 ROUTERS: tuple[str, ...] = get_args(RouterName)
@@ -26,15 +29,18 @@ ROUTERS: tuple[str, ...] = get_args(RouterName)
 FIRST_PAUSE = 0.01
 """Seconds before a question is asked again; doubled every time."""
 
+LONGEST_PAUSE = 0.16
+"""Seconds between two questions whether a switch has ended, at most."""
+
 _questions = itertools.count()
 """Answers carry their question's process and number: one that comes too late is not taken for another's."""
 
 
-async def states_of(manager: Any, seconds: float) -> list[dict[str, Any]]:
+async def states_of(manager: Any, seconds: float, about: str = STATE) -> list[dict[str, Any]]:
     """Our state of every replica of a server.
 
     Args:
-        manager: SGLang's tokenizer manager. seconds: to wait for them.
+        manager: SGLang's tokenizer manager. seconds: to wait for them. about: which part, as of `state_request`.
 
     Raises:
         SilentReplicaError: at least one has not answered by then.
@@ -44,7 +50,7 @@ async def states_of(manager: Any, seconds: float) -> list[dict[str, Any]]:
     try:
         async with asyncio.timeout(seconds):
             while True:
-                request = state_request()
+                request = state_request(about)
                 answers = await ask(request)
                 states = [answer.internal_state.get(KEY, {}) for answer in answers]
                 if all(state.pop("question", None) == request.rid for state in states):
@@ -58,29 +64,63 @@ async def states_of(manager: Any, seconds: float) -> list[dict[str, Any]]:
         raise SilentReplicaError(heard, ask._fan_out, seconds) from None
 
 
-def state_request() -> GetInternalStateReq:
-    """Asks a scheduler for our state too.
+async def switched(manager: Any, ticket: str, seconds: float) -> str:
+    """Wait for the end of a switch: why a replica refused it; empty: none did.
+
+    Args:
+        ticket: of the message that asked for it. manager, seconds: as of `states_of`.
+
+    Raises:
+        SilentReplicaError: at least one did not answer a question in time.
+    """
+    pause = FIRST_PAUSE
+    while True:
+        ended = [state["ended"] for state in await states_of(manager, seconds, SWITCHES)]
+        if all(ticket in outcomes for outcomes in ended):
+            return next((outcomes[ticket] for outcomes in ended if outcomes[ticket]), "")
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def change_request(message: Mapping[str, float]) -> SetInternalStateReq:
+    """Asks the schedulers for changes; a switch among them begins, and ends later, under the request's id."""
+    return SetInternalStateReq(server_args=dict(message), rid=_rid("change"))
+
+
+def state_request(about: str = STATE) -> GetInternalStateReq:
+    """Asks a scheduler for our state alone: all of it (`STATE`), or which switches of weights have ended (`SWITCHES`).
 
     SGLang's own request, which anybody's `GET /server_info` sends, gets no such state: two readings of it reveal
     what was accepted of the requests that run.
     """
-    return GetInternalStateReq(rid=f"{KEY}.{os.getpid()}.{next(_questions)}")
+    return GetInternalStateReq(rid=_rid(about))
+
+
+def _rid(about: str) -> str:
+    return f"{KEY}.{about}.{os.getpid()}.{next(_questions)}"
 
 
 class InternalState(SchedulerInternalStateController):  # type: ignore[misc]
     """SGLang's, of a scheduler of ours: our questions are answered, and policy, tenants and versions can be changed."""
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> Any:
-        answer = super().get_internal_state(recv_req)
-        replica = get_parallel().dp_rank
+        replica, worker, rid = get_parallel().dp_rank, self.scheduler.draft_worker, str(recv_req.rid)
+        if rid.startswith(f"{KEY}."):
+            ended = rid.startswith(f"{KEY}.{SWITCHES}.")
+            state = {"ended": dict(worker.weights.outcomes)} if ended else worker.snapshot()
+            ours = {**state, "replica": replica, "question": rid}
+            answer = GetInternalStateReqOutput(internal_state={KEY: ours})
+        else:
+            answer = super().get_internal_state(recv_req)
         answer.rid = str(replica or 0)
-        if str(recv_req.rid).startswith(f"{KEY}."):
-            state = self.scheduler.draft_worker.snapshot()
-            answer.internal_state[KEY] = {**state, "replica": replica, "question": recv_req.rid}
         return answer
 
+    def set_internal_state(self, recv_req: SetInternalStateReq) -> Any:
+        self._ticket = str(recv_req.rid)
+        return super().set_internal_state(recv_req)
+
     def _update_handlers(self) -> dict[str, Any]:
-        return super()._update_handlers() | _handlers(self.scheduler.draft_worker)
+        return super()._update_handlers() | _handlers(self.scheduler.draft_worker, self._ticket)
 
 
 def encode(change: dict[str, Any]) -> dict[str, float]:
@@ -108,7 +148,7 @@ def encode_forget(handle: int | None) -> dict[str, int]:
     return {FORGET: EVERYBODY if handle is None else handle}
 
 
-def _handlers(worker: Any) -> dict[str, Any]:
+def _handlers(worker: Any, ticket: str) -> dict[str, Any]:
     def validate(key: str, value: Any) -> None:
         try:
             worker.settings_with(_decoded(key, value))
@@ -121,24 +161,19 @@ def _handlers(worker: Any) -> dict[str, Any]:
     def forget(key: str, value: Any) -> None:
         worker.forget(None if value == EVERYBODY else value)
 
-    def prepare(key: str, value: Any) -> None:
+    def can_switch(key: str, value: Any) -> None:
         if type(value) is not int or not 0 <= value < MOST:
             raise internal_state.UpdateRejected(f"{key}: a version's number is needed (got {value!r})")
         if worker.weights is None:
             raise internal_state.UpdateRejected(f"{key}: the server was started without versions")
-        try:
-            worker.weights.prepare(value)
-        except ConfigError as error:
-            raise internal_state.UpdateRejected(f"{key}: {error}") from None
 
-    def use(key: str, value: Any) -> None:
-        worker.weights.use(value)
-        worker.publisher.flush()
+    def switch(key: str, value: Any) -> None:
+        worker.weights.ask(value, ticket)
 
     policy = internal_state._UpdateHandler(validate, apply)
     return {f"{KEY}.{field}": policy for field in PolicyChange.model_fields} | {
         FORGET: internal_state._UpdateHandler(_is_handle, forget),
-        VERSION: internal_state._UpdateHandler(prepare, use),
+        VERSION: internal_state._UpdateHandler(can_switch, switch),
     }
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import Query, Request
@@ -27,7 +27,14 @@ from whiflash_sglang.compat.http import (
     traces,
 )
 from whiflash_sglang.compat.http.call import CURRENT
-from whiflash_sglang.compat.http.control import VERSION, encode, encode_forget, states_of
+from whiflash_sglang.compat.http.control import (
+    VERSION,
+    change_request,
+    encode,
+    encode_forget,
+    states_of,
+    switched,
+)
 from whiflash_sglang.compat.patching import around
 from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
@@ -143,7 +150,7 @@ async def _changed(change: dict[str, Any]) -> JSONResponse:
         settings = changed(settings, change)
     except ConfigError as error:
         return _bad_request(str(error))
-    answer = await _send(encode(change))
+    answer = await _send(change_request(encode(change)))
     if answer.status_code == 200:
         replace_settings(manager.server_args, settings)
     return answer
@@ -159,7 +166,7 @@ async def _forget(who: dict[str, Any], request: Request) -> JSONResponse:
     else:
         # Not the tenant's keys: who has them is the tenant.
         told = {"all": True} if handle is None else {"tenant": f"{handle:016x}"}
-        answer = await _send(encode_forget(handle))
+        answer = await _send(change_request(encode_forget(handle)))
         if answer.status_code == 200:
             answer = await _forget_samples(handle) or answer
     log_steering(_client(request), "forget", told, answer.status_code)
@@ -191,11 +198,15 @@ async def _used(wanted: Wanted) -> JSONResponse:
         await asyncio.to_thread(check_wanted, directory, wanted)
     except (ConfigError, OSError) as error:
         return _bad_request(str(error))
-    answer = await _send({VERSION: wanted.version})
-    if answer.status_code != 400:
+    manager, request = http_server._global_state.tokenizer_manager, change_request({VERSION: wanted.version})
+    answer = await _send(request)
+    if answer.status_code != 200:
         return answer
-    said = (state["drafters"]["why"] for state in await _states() if "drafters" in state)
-    return _bad_request(next(filter(None, said), "the version was refused; the server's log says why"))
+    try:
+        why = await switched(manager, request.rid, manager.config_value("watchdog_timeout"))
+    except SilentReplicaError as error:
+        return _error(504, "GatewayTimeout", f"the switch goes on: {error}")
+    return _bad_request(why) if why else await _state()
 
 
 async def _forget_samples(handle: int | None) -> JSONResponse | None:
@@ -216,14 +227,14 @@ def _client(request: Request) -> str | None:
     return request.client.host if request.client else None
 
 
-async def _send(message: Mapping[str, float]) -> JSONResponse:
+async def _send(request: SetInternalStateReq) -> JSONResponse:
     """Send to every scheduler; returns the state afterwards. If one does not answer, none changes."""
     manager = http_server._global_state.tokenizer_manager
     try:
         await _states()
     except SilentReplicaError as error:
         return _error(504, "GatewayTimeout", f"nothing was changed: {error}")
-    answers = await manager.set_internal_state(SetInternalStateReq(server_args=dict(message)))
+    answers = await manager.set_internal_state(request)
     if not all(answers):
         return _bad_request("the change was refused; the server's log says why")
     return await _state()

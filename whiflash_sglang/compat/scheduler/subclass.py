@@ -92,6 +92,7 @@ class WhiflashScheduler:
     request_receiver: Any
     batch_result_processor: Any
     internal_state: Any
+    draft_worker: Any
 
     def init_metrics_reporter(self) -> None:
         super().init_metrics_reporter()  # type: ignore[misc]
@@ -116,6 +117,11 @@ class WhiflashScheduler:
         req = super()._create_generation_req(*args, **named)  # type: ignore[misc]
         releases.arrived(req)
         return req
+
+    def process_input_requests(self, recv_reqs: Any) -> None:
+        """Called in every pass of the loop, in all processes alike, also while nothing runs."""
+        super().process_input_requests(recv_reqs)  # type: ignore[misc]
+        self.draft_worker.between_rounds()
 
     def process_batch_result(self, *args: Any, **named: Any) -> None:
         with releases.together():
