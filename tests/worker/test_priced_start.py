@@ -3,6 +3,7 @@
 On a GPU events time what is captured; here the host's clock times the same buckets, eagerly. No time is asserted.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +19,12 @@ PROMPTS = [[1, 2, 3, 4] * 4, [7] * 9]
 
 
 def test_a_server_is_priced_before_its_first_request_and_routes_by_it(
-    models: Models, monkeypatch: pytest.MonkeyPatch
+    models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with engine(models.target, **SMALL) as e:
         plain = e.generate(PROMPTS, max_new_tokens=24)
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path))
     monkeypatch.setattr(pricing, "looks_up", lambda device: True)
     with engine(models.target, whiflash=models.whiflash("auto"), **SMALL) as e:
         costs = e.worker.controller.costs

@@ -182,6 +182,7 @@ sglang.srt.observability.metrics_collector
     SchedulerMetricsCollector._gauge_cls
     SchedulerMetricsCollector._histogram_cls
 sglang.srt.runtime_context
+    RuntimeContext.resolved_server_args_dict
     mamba_track_grid(tree_page)
 sglang.srt.sampling.sampling_batch_info
     ProcessorEntry(processor, rows, indices)

@@ -4,29 +4,41 @@ Everything is issued as it will be while serving, by the same functions, from gr
 verification for every number of rows at two contexts, a draft of every arm for every size of a group, a catch-up for
 every number of tokens. A clock times it (:mod:`whiflash_sglang.device.clock`): events on a GPU, or the host's.
 
+What was measured is kept for later starts (:mod:`whiflash_sglang.routing.kept`), under all that it depends on.
+
 Nothing is cached yet, so the slot table and the KV slots are free to be used: verified rows read distinct slots, as
 contexts do while serving, and drafts write to the padding slot.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import whiflash_kernels
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.runtime_context import get_context
 from whiflash_kernels import prepare_mixed_block
 
+from whiflash_sglang import __version__
 from whiflash_sglang.cache.backlog import FeatureRings
+from whiflash_sglang.compat import patching
 from whiflash_sglang.compat.forward.graphs import VerifyGraphs, most_rows, row_buckets
 from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.device.capture import doubling
 from whiflash_sglang.device.clock import Clock, measure
+from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter, KVDrafter, widest_of, with_kv
 from whiflash_sglang.drafters.profile import idle_batch, profile_drafts
+from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.routing.costs import MeasuredCosts, WorkerCosts
+from whiflash_sglang.routing.kept import KeptPrices
 from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
 
 LONGEST = 16384
@@ -34,6 +46,14 @@ LONGEST = 16384
 
 SHORTER = 16
 """The shorter context is this part of the longer one."""
+
+PRICED = re.compile(
+    "attention|backend|compile|context|deepep|determin|dtype|eager|expert|fp32|fp8|fus|graph|layers|lm_head|moe|nvls|"
+    "offload|overlap|page|quant|reduce|size|symm|tf32"
+)
+"""Arguments of a server that may change what work takes, by their names. A price of another server would be wrong for
+good; one more measurement takes seconds.
+"""
 
 Body = Callable[[], object]
 
@@ -67,12 +87,66 @@ def price(
     host: HostView,
     clock: Clock,
     requests: int,
+    ranks: Ranks,
 ) -> None:
-    """Measure what `costs` must know before the first request."""
+    """Learn what `costs` must know before the first request: what an earlier start kept, or what is measured now.
+
+    The first process looks for it and keeps it; all measure, or none does.
+    """
     if isinstance(costs, LookedUpCosts):
-        costs.tables = measured(target, drafters, sync, host, clock, requests)
+        kept = KeptPrices(cache_root() / "prices", key_of(target, drafters, sync, requests, ranks.size))
+        tables = ranks.broadcast(kept.read)
+        if tables is None:
+            tables = measured(target, drafters, sync, host, clock, requests)
+            if ranks.leads:
+                kept.write(tables)
+        costs.tables = tables
     elif isinstance(costs, MeasuredCosts):
         profile_drafts(with_kv(drafters).values(), sync.rings, target.slot_table, costs, host)
+
+
+def key_of(
+    target: Target, drafters: Mapping[str, Drafter], sync: CatchUps, requests: int, size: int
+) -> dict[str, str]:
+    """All that prices depend on. requests: as of `measured`. size: processes that serve the model."""
+    runner, widest = target.runner, widest_of(drafters) + 1
+    values = {
+        "device": _name(target.device),
+        "processes": size,
+        "target": _digest(runner.model_config.hf_config.to_json_string()),
+        "attention": type(runner.attn_backend).__name__,
+        "arguments": {
+            name: value
+            for name, value in sorted(get_context().resolved_server_args_dict().items())
+            if PRICED.search(name)
+        },
+        # Memory of a pass says how many rows its head has, which no configuration says.
+        "drafters": {
+            arm: f"{drafter.max_drafts} {drafter.captured_bytes(requests)} {_digest(vars(drafter)['model'].config)}"
+            for arm, drafter in with_kv(drafters).items()
+        },
+        "sizes": [
+            *_sizes(target, requests, widest),
+            *_contexts(target, widest),
+            *sync.sizes(requests * widest),
+        ],
+        "versions": f"{patching.SGLANG_VERSION} {__version__} {torch.__version__} {_kernels()}",
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _kernels() -> str:
+    """Equal for kernels of the same sources: versions of a checkout have one number."""
+    sources = sorted(Path(whiflash_kernels.__file__).parent.rglob("*.py"))
+    return _digest([source.read_bytes() for source in sources])
+
+
+def _digest(thing: object) -> str:
+    return blake2b(str(thing).encode(), digest_size=8).hexdigest()
 
 
 def measured(
@@ -86,10 +160,10 @@ def measured(
     """Tables for batches of up to so many requests. Waits for the device; before the first request only."""
     widest = widest_of(drafters) + 1
     sizes, most = _sizes(target, requests, widest)
-    long = min(target.context_len - widest, target.kv_slots, LONGEST)
+    short, long = _contexts(target, widest)
     with _spread_slots(target, most, long + widest):
         verifications = Verifications.measured(
-            long // SHORTER,
+            short,
             long,
             sizes,
             lambda rows, context: measure(_verification(target, host, rows, context, most), clock),
@@ -122,6 +196,12 @@ def _sizes(target: Target, requests: int, widest: int) -> tuple[list[int], int]:
     if isinstance(graphs, VerifyGraphs):
         return graphs.capture_num_tokens, graphs.requests
     return row_buckets(most_rows(requests, widest)), requests
+
+
+def _contexts(target: Target, widest: int) -> tuple[int, int]:
+    """Tokens of context that verifications are timed with."""
+    long = min(target.context_len - widest, target.kv_slots, LONGEST)
+    return long // SHORTER, long
 
 
 @contextmanager

@@ -1,0 +1,181 @@
+"""A server that starts again has the prices of the start before, if it is the same in all that they depend on."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from emulated import emulated_graphs
+from engine import Engine, engine
+from model_set import Models
+
+from whiflash_sglang.compat.scheduler import pricing
+from whiflash_sglang.device.clock import HostClock
+from whiflash_sglang.device.ranks import Message, Ranks
+from whiflash_sglang.routing.tables import LookedUpCosts
+
+SMALL: dict[str, Any] = {"max_running_requests": 2, "context_length": 128, "max_total_tokens": 512}
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+class Start:
+    """Starts of one engine as on a card. runs: works that the last of them timed. device: its name."""
+
+    def __init__(self, e: Engine) -> None:
+        self.worker, self.device, self.runs = e.worker, H100, 0
+
+    def price(self, ranks: Ranks | None = None, requests: int = 2) -> tuple[Any, ...]:
+        worker, costs = self.worker, LookedUpCosts(lambda arm: 2)
+        self.runs = 0
+        with torch.no_grad():
+            pricing.price(
+                costs,
+                worker.target,
+                worker.drafters,
+                worker.sync,
+                worker.host,
+                HostClock(),
+                requests,
+                ranks or Ranks(),
+            )
+        self.tables = costs.tables
+        return self.tables.verifications, self.tables.drafts, self.tables.catch_up
+
+
+@pytest.fixture(scope="module")
+def module_start(models: Models) -> Iterator[Start]:
+    with (
+        engine(models.target, whiflash=models.whiflash("auto"), **SMALL) as e,
+        emulated_graphs(e),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        made = Start(e)
+
+        def measure(body: Callable[[], object], clock: Any) -> float:
+            body()
+            made.runs += 1
+            return made.runs / 1000
+
+        patch.setattr(pricing, "measure", measure)
+        patch.setattr(pricing, "_name", lambda device: made.device)
+        yield made
+
+
+@pytest.fixture
+def start(module_start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
+    monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path))
+    module_start.device = H100
+    return module_start
+
+
+def kept(root: Path) -> list[Path]:
+    return sorted(root.joinpath("prices").iterdir())
+
+
+def test_the_second_start_measures_nothing(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "whiflash_sglang")
+    first = start.price()
+    assert start.runs > 20
+    [file] = kept(tmp_path)
+    assert f"are kept in {file}" in caplog.text
+    caplog.clear()
+    assert start.price() == first
+    assert start.runs == 0
+    assert f"those of {file}, measured at {json.loads(file.read_text())['measured']}" in caplog.text
+
+
+def test_what_rounds_corrected_is_not_kept(start: Start) -> None:
+    start.price()
+    start.tables.correction.add(1.0, 3.0)
+    start.price()
+    assert start.tables.correction.factor == 1.0
+
+
+def test_another_server_measures_its_own(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device, number of processes or requests, target, drafter, argument or kernel."""
+    target, worker = start.worker.target, start.worker
+    start.price()
+    model = vars(worker.drafters["diffusion"])["model"]
+    ranks = Ranks(0, 2, lambda message: message, lambda reason: [reason])
+    others: list[Callable[[], Any]] = [
+        lambda: setattr(start, "device", "NVIDIA L4"),
+        lambda: monkeypatch.setattr(target.runner.model_config.hf_config, "intermediate_size", 1),
+        lambda: monkeypatch.setattr(model, "config", "another"),
+        lambda: monkeypatch.setattr(
+            pricing, "get_context", lambda: SimpleNamespace(resolved_server_args_dict=dict)
+        ),
+        lambda: monkeypatch.setattr(pricing.patching, "SGLANG_VERSION", "0.5.24"),
+        lambda: monkeypatch.setattr(pricing, "_kernels", lambda: "another"),
+    ]
+    for number, change in enumerate(others, start=2):
+        change()
+        start.price()
+        assert (start.runs > 0, len(kept(tmp_path))) == (True, number)
+    for more in ({"requests": 1}, {"ranks": ranks}):
+        start.price(**more)
+        assert start.runs > 0
+    assert len(kept(tmp_path)) == len(others) + 3
+    start.price()
+    assert start.runs == 0
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda known: json.dumps(known)[:200],
+        lambda known: "",
+        lambda known: "[]",
+        lambda known: json.dumps(known | {"key": {}}),
+        lambda known: json.dumps(known | {"tables": {}}),
+        lambda known: json.dumps(known).replace("0.001", "-1.0"),
+        lambda known: json.dumps(known).replace("0.001", '"x"'),
+        lambda known: json.dumps(known).replace('"short": ', '"short": 1000'),
+    ],
+)
+def test_a_file_that_is_broken_or_anothers_is_replaced(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[Any], str]
+) -> None:
+    first = start.price()
+    [file] = kept(tmp_path)
+    file.write_text(spoil(json.loads(file.read_text())))
+    assert start.price() == first
+    assert start.runs > 0
+    assert [r.message.count("measured again") for r in caplog.records if r.levelname == "WARNING"] == [1]
+    start.price()
+    assert start.runs == 0
+
+
+def test_a_directory_that_cannot_be_written_is_no_reason_to_end(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path / "file"))
+    start.price()
+    assert "the next start measures prices again" in caplog.text
+
+
+def test_all_processes_do_what_the_first_one_does(start: Start, tmp_path: Path) -> None:
+    """The others look for no file, and keep none: to measure is a collective call."""
+    sent: list[Message] = []
+
+    def send(message: Message | None) -> Any:
+        if message is not None:
+            sent.append(message)
+        return sent[-1]
+
+    first, second = (Ranks(rank, 2, send, lambda reason: [reason]) for rank in (0, 1))
+    tables = start.price(first)
+    [file] = kept(tmp_path)
+    assert start.price(second) == tables
+    assert start.runs > 0
+    file.unlink()
+    start.price(Ranks(1, 2, lambda _: Message(0, 0, 0.0, start.tables), lambda reason: [reason]))
+    assert (start.runs, kept(tmp_path)) == (0, [])
