@@ -2,26 +2,40 @@
 
 The planner, the learner, the policy `auto` and the copying arm of a server where the host does not wait for the device,
 over two drafters that draft nothing: no model runs, and SGLang is not imported. Every request copies from a text of its
-own, which grows by two tokens a round; what the device would copy is known. Printed is the least of many rounds, in
+own, which grows by two tokens a round; what the device would copy is known. Printed is the median of many rounds, in
 milliseconds of one process.
+
+With `--agents` requests are an agent's, and the structure arm looks, too: each has twenty tools in its prompt, writes
+a line of prose and a call in turn, half of them as JSON and half in markup, and shares a tenant's memory; of three one
+is under a grammar.
 """
 
 import argparse
+import json
 import random
 import time
+from collections.abc import Sequence
+from functools import cache
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import xgrammar
+from transformers import AutoTokenizer
+from whiflash_sdk.presets import TOOL_CALL_PARSERS
 
 from whiflash_sglang import arms
-from whiflash_sglang.checkpoints.manifest import Lookup
+from whiflash_sglang.checkpoints.manifest import Lookup, Structure
 from whiflash_sglang.core import Round
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafters.base import Drafter, KVDrafter, of_text
 from whiflash_sglang.drafters.length import DraftLength
 from whiflash_sglang.drafters.lookup import LookupArm
+from whiflash_sglang.drafters.structure import StructureArm
+from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.lookup.calibration import Agreement
+from whiflash_sglang.lookup.memory import TenantMemory
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner, rows_of
@@ -31,7 +45,10 @@ from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.spans.vocabulary import Vocabulary, vocabulary_of
+from whiflash_sglang.structure.matchers import Matcher, XGrammarMatcher
 from whiflash_sglang.structure.spending import Spending
+from whiflash_sglang.structure.tools import carried_tools
 from whiflash_sglang.telemetry.round_clock import RoundClock, RoundTime
 from whiflash_sglang.telemetry.tally import Tally
 
@@ -56,12 +73,17 @@ class Silent(KVDrafter):
 class Batch:
     """So many requests that never end."""
 
+    vocabulary = VOCABULARY
+    token_bytes: Sequence[bytes] = ()
+
     def __init__(self, size: int, seed: int = 0) -> None:
         host, self.random, self.size = HostView(exact=False, late=True), random.Random(seed), size
+        spending = Spending()
         self.drafters: dict[str, Drafter] = {
             arms.AR: Silent(arms.AR, 5),
             arms.DIFFUSION: Silent(arms.DIFFUSION, 15),
             arms.LOOKUP: LookupArm(Lookup(), host, time.monotonic),
+            **self._more_drafters(spending),
         }
         held = Quarantine(self.drafters, from_text=of_text(self.drafters))
         sync = DraftSync(self.drafters, 256, 1, torch.float32, held)
@@ -70,20 +92,39 @@ class Batch:
         seconds = Sizes(ROWS, tuple(0.007 + 0.00002 * rows for rows in ROWS))
         drafts = {arm: Sizes((1, 4096), (0.001, 0.002)) for arm in (arms.AR, arms.DIFFUSION)}
         costs.tables = CostTables(Verifications(0, 1, seconds, seconds), drafts, {})
-        controller, clock = Controller(AutoPolicy(), costs, ()), RoundClock()
-        sources = DraftSources(self.drafters, held, VOCABULARY, Spending())
+        controller, clock = Controller(AutoPolicy(), costs, self.token_bytes), RoundClock()
+        sources = DraftSources(self.drafters, held, self.vocabulary, spending)
         self.planner = Planner(self.drafters, sync, controller, clock, held, sources, host)
         self.learner = Learner(
             self.drafters, controller, clock, Tally.of(self.drafters), held, sources.proposers
         )
-        self.requests = []
+        self.requests: list[Any] = []
         for row in range(1, size + 1):
-            text = self.random.choices(range(VOCABULARY), k=PROMPT) * 2
-            self.requests.append(SimpleNamespace(rid=str(row), origin_input_ids=text, output_ids=[text[0]]))
-            held.begin(str(row), None)
-            controller.open(row, str(row), RequestHints(), ())
+            request, hints, tenant = self._request(row)
+            self.requests.append(request)
+            held.begin(request.rid, None)
+            controller.open(row, request.rid, hints, ())
             for drafter in of_text(self.drafters).values():
-                drafter.begin(row, RequestHints(), None, prompt=len(text))
+                prompt = len(request.origin_input_ids)
+                drafter.begin(row, hints, tenant, grammar=request.grammar, prompt=prompt)
+
+    def _more_drafters(self, spending: Spending) -> dict[str, Drafter]:
+        return {}
+
+    def _request(self, row: int) -> tuple[Any, RequestHints, bytes | None]:
+        """One, its hints and its tenant."""
+        text = self.random.choices(range(VOCABULARY), k=PROMPT) * 2
+        known = SimpleNamespace(rid=str(row), origin_input_ids=text, output_ids=[text[0]], grammar=None)
+        return known, RequestHints(), None
+
+    def _following(self, req: Any, count: int) -> list[int]:
+        """The tokens that a request writes next."""
+        at, text = len(req.output_ids), req.origin_input_ids
+        return [text[(at + i) % PROMPT] for i in range(count)]
+
+    def _committed(self, req: Any, tokens: list[int]) -> None:
+        """What the scheduler does with them."""
+        req.output_ids += tokens
 
     def round(self) -> float:
         """CPU seconds of planning a round and of learning from it."""
@@ -110,16 +151,13 @@ class Batch:
         self.learner.timed(RoundTime(4 * self.size, self.size, tokens=NEW * self.size, seconds=0.01))
         spent += time.process_time() - began
         for req, new in zip(self.requests, tokens, strict=True):
-            req.output_ids += new
+            self._committed(req, new)
         return spent
 
     def _results(self, lengths: list[int]) -> dict[str, list[Any]]:
         """The results of such a round: three drafts each, one of them right."""
-        many, texts = self.size, [req.origin_input_ids for req in self.requests]
-        numbers = [len(req.output_ids) for req in self.requests]
-        copies = [
-            [text[(at + i) % PROMPT] for i in range(COPIED)] for text, at in zip(texts, numbers, strict=True)
-        ]
+        many = self.size
+        copies = [self._following(req, COPIED) for req in self.requests]
         new = [copy[:NEW] for copy in copies]
         return {
             "starts": lengths,
@@ -142,15 +180,141 @@ class Batch:
         }
 
 
+TOOLS = [
+    (
+        f"{verb}_{noun}",
+        {
+            "type": "object",
+            "properties": {
+                f"{noun}_id": {"type": "string"},
+                "unit": {"enum": ["metric", "imperial", "both"]},
+                "days": {"type": "integer"},
+                "tags": {"type": "array", "items": {"type": "string"}},
+            },
+            "required": [f"{noun}_id", "unit", "days"],
+        },
+    )
+    for verb in ("get", "list", "update", "remove")
+    for noun in ("order", "flight", "report", "invoice", "ticket")
+]
+FORMS = ("hermes", "qwen3_coder")
+PROSE = "I will look that up for you before we change anything else, so please wait a moment.\n"
+
+
+@cache
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(ensure_target())
+
+
+@cache
+def vocabulary() -> Vocabulary:
+    return vocabulary_of(tokenizer())
+
+
+@cache
+def compiled(schema: str) -> Any:
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer(), vocab_size=len(tokenizer()))
+    return xgrammar.GrammarCompiler(info).compile_json_schema(schema)
+
+
+class Constraint:
+    """A grammar over a list of objects that never ends, as SGLang keeps one of a request."""
+
+    end = None
+
+    def __init__(self, prompt: int) -> None:
+        variants = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": name}, "arguments": schema},
+                "required": ["name"],
+            }
+            for name, schema in TOOLS
+        ]
+        self.schema = json.dumps({"type": "array", "items": {"anyOf": variants}})
+        self.raw = xgrammar.GrammarMatcher(compiled(self.schema), max_rollback_tokens=200)
+        self.prompt = self.known = prompt
+
+    def accept(self, tokens: list[int]) -> None:
+        assert all(map(self.raw.accept_token, tokens))
+        self.known += len(tokens)
+
+    def matcher(self, vocabulary: Vocabulary) -> Matcher | None:
+        return XGrammarMatcher(self.raw, None, len(vocabulary.token_bytes))
+
+
+class Agents(Batch):
+    """So many requests of agents."""
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.vocabulary, self.token_bytes = len(vocabulary().token_bytes), vocabulary().token_bytes
+        super().__init__(size, seed)
+
+    def _more_drafters(self, spending: Spending) -> dict[str, Drafter]:
+        return {arms.STRUCTURE: StructureArm(Structure(), vocabulary(), spending.exhausted)}
+
+    def _request(self, row: int) -> tuple[Any, RequestHints, bytes | None]:
+        copies = self.drafters[arms.LOOKUP]
+        assert isinstance(copies, LookupArm)
+        form, encode = FORMS[row % 2], vocabulary().encode
+        if copies.memory is None:
+            copies.memory = TenantMemory(1 << 24, 3600.0)
+            for each in FORMS * 4:
+                copies.memory.remember(b"tenant", encode("".join(self._turn(each) for _ in range(8))))
+        tools = carried_tools(TOOLS, form)
+        assert tools is not None
+        text = encode(tools + "".join(self._turn(form) for _ in range(3)))
+        grammar = Constraint(len(text)) if row % 3 == 0 else None
+        turns = range(CONTEXT // 64)
+        if grammar is None:
+            answer = PROSE[self.random.randrange(len(PROSE)) :] + "".join(self._turn(form) for _ in turns)
+        else:
+            answer = json.dumps([self._call() for _ in turns])
+        written = encode(answer)
+        req = SimpleNamespace(
+            rid=str(row), origin_input_ids=text, output_ids=written[:1], grammar=grammar, answer=written
+        )
+        if grammar is not None:
+            grammar.accept(written[:1])
+        return req, RequestHints(spans=list(TOOL_CALL_PARSERS[form]), tools=tools, inferred=True), b"tenant"
+
+    def _call(self) -> dict[str, Any]:
+        name, schema = self.random.choice(TOOLS)
+        values = f"{self.random.randrange(10**6)}", self.random.choice(["metric", "both"]), 3
+        arguments = dict(zip(schema["properties"], values, strict=False))
+        return {"name": name, "arguments": arguments}
+
+    def _turn(self, form: str) -> str:
+        call = self._call()
+        if form == "hermes":
+            return f"{PROSE}<tool_call>\n{json.dumps(call)}\n</tool_call>\n"
+        arguments = "".join(
+            f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in call["arguments"].items()
+        )
+        return f"{PROSE}<tool_call>\n<function={call['name']}>\n{arguments}</function>\n</tool_call>\n"
+
+    def _following(self, req: Any, count: int) -> list[int]:
+        at = len(req.output_ids)
+        return list(req.answer[at : at + count])
+
+    def _committed(self, req: Any, tokens: list[int]) -> None:
+        super()._committed(req, tokens)
+        if req.grammar is not None:
+            req.grammar.accept(tokens)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32, 48, 128])
     parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument(
+        "--agents", action="store_true", help="with tools, forms of calls, grammars and memory"
+    )
     given = parser.parse_args()
     for size in given.requests:
-        batch = Batch(size)
-        least = min(batch.round() for _ in range(given.rounds))
-        print(f"{size:4d} requests: {1000 * least:.2f} ms to plan and learn a round", flush=True)
+        batch = (Agents if given.agents else Batch)(size)
+        spent = median(batch.round() for _ in range(given.rounds))
+        print(f"{size:4d} requests: {1000 * spent:.2f} ms to plan and learn a round", flush=True)
 
 
 if __name__ == "__main__":

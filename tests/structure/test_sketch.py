@@ -106,7 +106,7 @@ def test_nothing_where_there_is_a_choice_or_the_end(grammars: Grammars, vocabula
     assert proposed(matcher, vocabulary, limit=0) == []
     for token in [*vocabulary.encode("a"), *vocabulary.encode('"'), grammars.end]:
         grammars.accept(raw, token)
-    assert ids(proposed(matcher, vocabulary)) == []
+    assert ids(proposed(grammars.matcher(raw, vocabulary), vocabulary)) == []
 
 
 def test_a_word_that_is_open_at_the_seam_is_cut_as_a_whole(vocabulary: Vocabulary) -> None:

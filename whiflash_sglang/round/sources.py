@@ -65,14 +65,20 @@ class DraftSources:
         """Drafts of a request with what other arms know to follow, such as the copy that a chain leads into; and how
         many of the first are left.
 
-        An arm is not asked behind what it proposed itself.
+        An arm is not asked behind what it proposed itself, nor again about drafts that nobody has changed since.
 
         Args:
             index: of the request. first: the arm whose `drafts` they are. room: tokens at most.
         """
         (row, rid), left, last = round.names[index], len(drafts.tokens), first
+        answered: dict[str, Candidate] = {}
         for arm, drafter in self._turns:
-            if arm == last or not self._quarantine.serves(arm, rid) or not drafter.extends(row):
+            if (
+                arm == last
+                or answered.get(arm) is drafts
+                or not self._quarantine.serves(arm, rid)
+                or not drafter.extends(row)
+            ):
                 continue
             extend = partial(drafter.extend_drafts, row, drafts, room, round.worth[arm])
             longer = self.checked(arm, rid, extend)
@@ -81,5 +87,5 @@ class DraftSources:
             kept = common_prefix(drafts.tokens, longer.tokens)
             left = min(left, kept)
             last = arm if len(longer.tokens) > kept else last
-            drafts = longer
+            drafts = answered[arm] = longer
         return drafts, left

@@ -35,7 +35,7 @@ class Guesses:
 
     def next(self, matcher: Matcher, layout: Layout) -> list[Piece]:
         """A likely continuation where nothing is forced; nothing if all are equally likely."""
-        if allows(matcher, FREE):
+        if matcher.allows(FREE):
             return []
         if layout.inside:
             return self._word(matcher, layout.partial)
@@ -52,7 +52,7 @@ class Guesses:
         rests = {
             word: word[len(partial) :] + '"'
             for word in self._words
-            if word.startswith(partial) and allows(matcher, word[len(partial) :] + '"')
+            if word.startswith(partial) and matcher.allows(word[len(partial) :] + '"')
         }
         if not rests:
             return []
@@ -78,15 +78,9 @@ def parted(text: str, others: Sequence[str], kind: Kind) -> list[Piece]:
     return pieces + ([Piece(text[done:], Kind.FORCED)] if done < len(text) else [])
 
 
-def allows(matcher: Matcher, text: str) -> bool:
-    """Whether `text` may follow."""
-    with matcher.trying():
-        return matcher.accept_text(text)
-
-
 def _opening(matcher: Matcher, layout: Layout) -> list[Piece]:
     """A key or a value begins, or its brackets close at once."""
-    possible = [value for value in VALUES if allows(matcher, value)]
+    possible = [value for value in VALUES if matcher.allows(value)]
     if not possible:
         return _closing(matcher, layout)
     if len(possible) > 1 and layout.last not in (",", ":"):
@@ -98,18 +92,18 @@ def _opening(matcher: Matcher, layout: Layout) -> list[Piece]:
         pieces.append(Piece(value, Kind.CHOICE))
     elif value in OPENING:
         pieces = [Piece(blank + value, Kind.LAYOUT if seen else Kind.USUAL)]
-    return pieces if pieces and allows(matcher, "".join(piece.text for piece in pieces)) else []
+    return pieces if pieces and matcher.allows("".join(piece.text for piece in pieces)) else []
 
 
 def _closing(matcher: Matcher, layout: Layout) -> list[Piece]:
     """A key or a value has ended."""
-    possible = [mark for mark in ":,}]" if allows(matcher, mark)]
+    possible = [mark for mark in ":,}]" if matcher.allows(mark)]
     if not possible:
         return []
     mark = possible[0]
     blank, seen = layout.blank_before(mark)
     text = blank + mark
-    if not allows(matcher, text):
+    if not matcher.allows(text):
         return []
     if len(possible) > 1:
         return [Piece(text, Kind.CHOICE)]

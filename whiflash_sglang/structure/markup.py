@@ -60,6 +60,7 @@ class MarkupCall:
         self._place = _Place.CALL
         self._pending = ""
         self._calls = 0
+        self._by_number: dict[int, Sequence[_Option]] = {}
         self._parameters: Any = None
         self._key = ""
         self._written: frozenset[str] = frozenset()
@@ -126,14 +127,10 @@ class MarkupCall:
         self._pending = ""
         return blanks + _pieces(option.text[len(body) :], others, kind)
 
-    def _options(self) -> list[_Option]:
+    def _options(self) -> Sequence[_Option]:
         """The likelier ones first, where the conversation does not say otherwise."""
         form = self._form
-        calls = [
-            _Option(self._call(name), "call", _Place.ARGUMENT, name)
-            for name in self._functions
-            if self._place is not _Place.ARGUMENT
-        ]
+        calls = self._openings if self._place in (_Place.CALL, _Place.CLOSED) else ()
         ended = [_Option(self._end, "end", _Place.DONE)] if self._end else []
         if self._place is _Place.CALL:
             return calls
@@ -149,6 +146,15 @@ class MarkupCall:
             option = _Option(self._argument(key), "argument", then, key)
             (needed if key in required_of(self._parameters) else free).append(option)
         return [*needed, *closing, *free]
+
+    @property
+    def _openings(self) -> Sequence[_Option]:
+        """A call of each tool. Copies share them: all that they depend on is how many calls there were."""
+        if self._calls not in self._by_number:
+            self._by_number[self._calls] = [
+                _Option(self._call(name), "call", _Place.ARGUMENT, name) for name in self._functions
+            ]
+        return self._by_number[self._calls]
 
     @property
     def _keys(self) -> list[str]:

@@ -31,7 +31,7 @@ class Matcher(ABC):
     """A grammar that has accepted a text so far.
 
     Everything accepted inside `trying` is taken back at its end. What is accepted counts by steps, one for each token
-    or text, because engines take back as many.
+    or text, because engines take back as many. Whoever moves the engine's own matcher makes another of these.
 
     Attributes:
         exhausted: whether no time is left, asked before each step: then nothing more is accepted or forced.
@@ -39,6 +39,7 @@ class Matcher(ABC):
 
     def __init__(self) -> None:
         self._steps: list[int] = []
+        self._goes_on: bool | None = None
         self.exhausted: Callable[[], bool] = lambda: False
 
     @contextmanager
@@ -52,19 +53,34 @@ class Matcher(ABC):
             del self._steps[before:]
             if steps:
                 self._rollback(steps)
+                self._goes_on = None
 
     def accept_token(self, token: int) -> bool:
         """Go on with a token; False, and nothing happens, if the grammar forbids it or no time is left."""
-        return self._took(0 if self.ended or self.exhausted() else self._accept_token(token))
+        return self._took(self._accept_token(token) if self._may_go_on() else 0)
 
     def accept_text(self, text: str) -> bool:
         """Go on with a text, however it is cut into tokens."""
-        return self._took(0 if self.ended or self.exhausted() else self._accept_text(text))
+        return self._took(self._accept_text(text) if self._may_go_on() else 0)
+
+    def allows(self, text: str) -> bool:
+        """Whether `text` may follow; the matcher is as it was."""
+        steps = self._accept_text(text) if self._may_go_on() else 0
+        if steps:
+            self._rollback(steps)
+        return bool(steps)
 
     def _took(self, steps: int) -> bool:
         if steps:
             self._steps.append(steps)
+            self._goes_on = None
         return bool(steps)
+
+    def _may_go_on(self) -> bool:
+        """Whether the grammar goes on, asked once a place, and time is left."""
+        if self._goes_on is None:
+            self._goes_on = not self.ended
+        return self._goes_on and not self.exhausted()
 
     @property
     @abstractmethod
@@ -80,7 +96,7 @@ class Matcher(ABC):
         """The text that must follow; empty if there is a choice, if it begins inside a character, or if no time is
         left.
         """
-        return "" if self.ended or self.exhausted() else self._forced()
+        return self._forced() if self._may_go_on() else ""
 
     @abstractmethod
     def _forced(self) -> str:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind, is_text
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, is_text
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import Cuts, Kind, Piece
-from whiflash_sglang.structure.guesses import FREE, Guesses, Likelihood, allows, likely
+from whiflash_sglang.structure.guesses import FREE, Guesses, Likelihood, likely
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Matcher
 
@@ -88,7 +88,7 @@ def _allowed(
                 return allowed
             allowed.append(token)
         if end is not None and len(allowed) < limit and matcher.may_end and not matcher.forced():
-            if allows(matcher, FREE):
+            if matcher.allows(FREE):
                 # The end of a stretch of structure may end the text; prose may end anywhere.
                 return [*allowed, Token(end, Kind.STOPPED)] if allowed else []
             if allowed and allowed[-1].kind is Kind.EDGE:
@@ -112,10 +112,10 @@ def cut(
     """
     text = "".join(piece.text for piece in pieces)
     written = text_of(vocabulary, tail[-TAIL:])
-    tokens = cut_behind(vocabulary, written, text)
+    tokens = cuts.usual(vocabulary, written, text)
     first = Kind.FORCED
     if tokens is None:
-        tokens, first = cut_behind(vocabulary, "", text), Kind.SEAM
+        tokens, first = cuts.usual(vocabulary, "", text), Kind.SEAM
     if not tokens:
         return []
     before = tail[-1] if tail else NOTHING
