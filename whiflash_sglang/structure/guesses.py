@@ -103,7 +103,7 @@ def _closing(matcher: Matcher, layout: Layout) -> list[Piece]:
     mark = possible[0]
     blank, seen = layout.blank_before(mark)
     text = blank + mark
-    if not matcher.allows(text):
+    if blank and not matcher.allows(text):
         return []
     if len(possible) > 1:
         return [Piece(text, Kind.CHOICE)]

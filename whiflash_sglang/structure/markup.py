@@ -141,10 +141,11 @@ class MarkupCall:
         closing = [_Option(form.close.lstrip(BLANKS), "close", _Place.CLOSED)] if form.close else ended
         needed: list[_Option] = []
         free: list[_Option] = []
+        required = required_of(self._parameters)
         for key in self._keys:
             then = _Place.OPENING if self._begins else _Place.VALUE
             option = _Option(self._argument(key), "argument", then, key)
-            (needed if key in required_of(self._parameters) else free).append(option)
+            (needed if key in required else free).append(option)
         return [*needed, *closing, *free]
 
     @property
