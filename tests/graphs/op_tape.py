@@ -111,10 +111,18 @@ class Tape(TorchDispatchMode):
         self._note_inputs(tensors)
         self._steps.append(launch)
 
-    def replay(self) -> None:
-        """Issue every operator again, with all temporaries poisoned."""
+    def made(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's memory was allocated while the body was recorded."""
+        return _memory(tensor) in self._temporaries
+
+    def spoil(self) -> None:
+        """Poison all temporaries, the results among them."""
         for tensor in self._temporaries.values():
             poison(tensor)
+
+    def replay(self) -> None:
+        """Issue every operator again, with all temporaries poisoned."""
+        self.spoil()
         for step in self._steps:
             step()
 

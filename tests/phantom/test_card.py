@@ -99,5 +99,30 @@ def test_streams_have_no_order_but_what_is_waited_for(world: Streams) -> None:
         shared.record_stream(other)
 
 
+def test_a_replay_spoils_what_graphs_captured_later_hold(world: Streams) -> None:
+    given, pool = torch.ones(2, device=CUDA), torch.cuda.graph_pool_handle()
+    graphs, results = [], []
+    for shared in (pool, pool, None):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=shared):
+            results.append(given + 1)
+        graphs.append(graph)
+    first, second, other = graphs
+    for graph in (second, other, first):
+        graph.replay()
+    assert [bool(result.cpu().isnan().all()) for result in results] == [False, True, False]
+    second.replay()
+    assert [result.tolist() for result in results] == [[2, 2]] * 3
+
+
+def test_memory_that_a_graph_alone_uses_is_named(world: Streams) -> None:
+    held, dropped, graph = torch.ones(2, device=CUDA), torch.ones(2, device=CUDA), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _ = (held + 1) * dropped
+    del dropped
+    (where,) = torch.cuda.CUDAGraph.dangling()  # type: ignore[attr-defined]
+    assert where.startswith("test_card.py")
+
+
 def test_nothing_is_left_of_it() -> None:
     assert not torch.cuda.is_available()
