@@ -1,6 +1,6 @@
 """A process in which stock SGLang serves on a phantom H100 with WHIFLASH; what it found goes to a file as JSON.
 
-python served.py FILE TARGET [EAGLE3 DFLASH VERSIONS]
+python served.py FILE ATTENTION TARGET [EAGLE3 DFLASH VERSIONS]
 """
 
 import json
@@ -32,18 +32,40 @@ OPTIONS: dict[str, Any] = {
     "device": "cuda",
     "dtype": "float32",
     "sampling_backend": "pytorch",
-    "max_running_requests": 4,
-    "chunked_prefill_size": 32,
+    "max_running_requests": 12,
+    "chunked_prefill_size": 64,
+    "context_length": 200,  # some kernels are interpreted over all of it
+    "skip_tokenizer_init": False,
 }
 
 SWITCHED = 4
 """Passes of the loop between two switches."""
+TAG = {
+    "type": "structural_tag",
+    "format": {
+        "type": "tag",
+        "begin": "<tool_call>",
+        "content": {"type": "json_schema", "json_schema": {"const": {"name": "f", "arguments": {}}}},
+        "end": "</tool_call>",
+    },
+}
+"""A strict call of a tool."""
 NOT_GREEDY: dict[str, dict[str, Any]] = {
     "sampled": {"temperature": 0.8, "top_p": 0.9, "top_k": 20},
     "penalised": {"frequency_penalty": 0.5},
     "biased": {"logit_bias": {"70": 2.0}},
 }
 """Requests whose text is not plain decoding's likeliest."""
+CONSTRAINED: dict[str, dict[str, Any]] = {
+    "regex": {"regex": "(red|green)( blue)*"},
+    "schema": {
+        "json_schema": json.dumps(
+            {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+        )
+    },
+    "tool": {"structural_tag": json.dumps(TAG)},
+}
+"""Requests under grammars, of any whitespace."""
 RATED: dict[str, dict[str, Any]] = {
     "rated three": {"return_logprob": True, "top_logprobs_num": 3},
     "rated none": {"return_logprob": True, "top_logprobs_num": 0},
@@ -53,16 +75,16 @@ RATED: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """The command line."""
-    file, target, *given = sys.argv[1:]
+    file, attention, target, *given = sys.argv[1:]
     names = ("whiflash_eagle_draft", "draft", "whiflash_versions")
     whiflash = {"whiflash_router": "random", **dict(zip(names, given, strict=False))}
     with tempfile.TemporaryDirectory() as name, phantom() as world:
         driver(Path(name))
         os.environ["WHIFLASH_CACHE"] = name  # so that every run measures prices
-        Path(file).write_text(json.dumps(served(world, Path(target), whiflash)))
+        Path(file).write_text(json.dumps(served(world, Path(target), whiflash, attention)))
 
 
-def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, Any]:
+def served(world: Streams, target: Path, whiflash: dict[str, Any], attention: str) -> dict[str, Any]:
     """Requests of different lengths and times, some aborted, some retracted, under SGLang's overlap loop.
 
     Now and then a switch of the drafters' weights is asked for, and takes place some passes later, where the scheduler
@@ -75,26 +97,31 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, 
     from sglang.srt.managers import scheduler
     from traffic import Arrival, mixed, play
 
+    from whiflash_sglang.compat.scheduler import pricing
+
     arrivals = [
-        *mixed(seed=31, count=8, shared=40, aborts=0.3, stops=0.3, tokens=24),
+        *mixed(seed=31, count=16, shared=40, aborts=0.3, stops=0.3, tokens=24),
         *(
             Arrival(name, 3, tuple(range(40, 70)), {"max_new_tokens": 12, **params})
             for name, params in (NOT_GREEDY | RATED).items()
         ),
     ]
     with sglang_on_card(world) as launches, reading_beside(world), ExitStack() as running:
-        with reached(places_for_cards()) as places:
-            started = running.enter_context(engine(target, whiflash=whiflash, **OPTIONS))
+        with reached(places_for_cards()) as places, patch.object(pricing, "measure", timed):
+            started = running.enter_context(
+                engine(target, whiflash=whiflash, attention_backend=attention, **OPTIONS)
+            )
         torch.cuda.synchronize()
         address = addresses(started.worker)
         for seen in (*(getattr(world, name) for name in SEEN), launches.counts):
             seen.clear()
         scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = True, 5
         loop, captured = OverlapLoop(started.scheduler), torch.cuda.CUDAGraph.replays
-        ingest, passes = loop.scheduler.ingest_requests, count()
+        ingest, passes, together = loop.scheduler.ingest_requests, count(), 0
 
         def ingesting() -> list[Any]:
-            number = next(passes)
+            nonlocal together
+            number, together = next(passes), max(together, len(loop.scheduler.running_batch.reqs))
             if loop.worker.weights is not None and number % SWITCHED == 0:
                 loop.worker.weights.ask(number // SWITCHED % 2 + 1)
             loop.worker.between_rounds()
@@ -110,6 +137,7 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, 
         scheduler.TEST_RETRACT = False
         with reached(places_for_cards()) as late:
             play(loop, mixed(seed=32, count=2, tokens=8))
+        constrained = under_grammars(world, loop)
         return {
             "texts": {rid: text for rid, text in texts.items() if rid not in NOT_GREEDY},
             "prompts": {arrival.rid: arrival.prompt for arrival in arrivals},
@@ -117,11 +145,14 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any]) -> dict[str, 
             "attention": started.scheduler.server_args.attention_backend,
             "switches": switches,
             "moved": addresses(loop.worker) != address,
+            "together": together,
             "replays": replays,
             "rounds": rounds,
             "launches": counts,
             "missed": dict(Counter(path for path, _ in places_for_cards() - places - late)),
             "planted": {name: planted(world, loop, name, fault) for name, fault in FAULTS.items()},
+            "constrained": constrained,
+            "dangling": torch.cuda.CUDAGraph.dangling(),  # type: ignore[attr-defined]
             **noted,
         }
 
@@ -155,6 +186,43 @@ def reading_beside(world: Streams) -> Iterator[None]:
         patch("os.setpriority", lambda *_: None),
     ):
         yield
+
+
+def timed(body: Callable[[], object], clock: Any) -> float:
+    """In place of `measure`, which takes the median of several: no price means anything here."""
+    begin = clock.record()
+    body()
+    end = clock.record()
+    clock.wait(end)
+    seconds: float = clock.elapsed(begin, end)
+    return seconds
+
+
+def under_grammars(world: Streams, loop: Any) -> dict[str, Any]:
+    """Requests under grammars beside others: their texts, the passes that were not overlapped, and what they read."""
+    from traffic import Arrival, mixed, play
+
+    scheduler, asked = loop.scheduler, Counter[bool]()
+    is_disabled = scheduler.is_disable_overlap_for_batch
+
+    def noted(batch: Any, last_batch: Any) -> bool:
+        disabled = is_disabled(batch, last_batch)
+        asked[bool(disabled)] += 1
+        return bool(disabled)
+
+    arrivals = [Arrival(name, 0, tuple(name.encode()), params) for name, params in CONSTRAINED.items()]
+    scheduler.is_disable_overlap_for_batch = noted
+    for seen in (world.stalls, world.races):
+        seen.clear()
+    texts = play(loop, [*mixed(seed=33, count=2, tokens=8), *arrivals])
+    return {
+        "grammars": CONSTRAINED,
+        "texts": {name: texts[name] for name in CONSTRAINED},
+        "overlapped": asked[False],
+        "not overlapped": asked[True],
+        "stalls": dict(world.stalls),
+        "races": dict(world.races),
+    }
 
 
 def reads(rows: Any) -> None:

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import xgrammar
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from transformers import AutoTokenizer
 from versioned import trained, version
 
 from whiflash_sglang.models.target import TargetModel
@@ -54,11 +56,33 @@ class Target(NamedTuple):
         model = TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
         return cls(path, tiny_eagle3(root / "eagle3", path), tiny_dflash(root / "dflash", path), model)
 
-    def likeliest(self, prompt: Sequence[int], text: Sequence[int]) -> list[int]:
-        """The likeliest token behind `prompt` and each of `text` but the last: `text`, if it was decoded plainly."""
+    def likeliest(
+        self, prompt: Sequence[int], text: Sequence[int], grammar: dict[str, Any] | None = None
+    ) -> list[int]:
+        """The likeliest token behind `prompt` and each of `text` but the last: `text`, if it was decoded plainly.
+
+        grammar: a parameter of SGLang's that names what may be said.
+        """
         final = self.model.forward([*prompt, *text]).final
-        likeliest: list[int] = self.model.logits(final)[len(prompt) - 1 : -1].argmax(-1).tolist()
+        logits = self.model.logits(final)[len(prompt) - 1 : -1]
+        if grammar is not None:
+            forbid(logits, self.target, text, grammar)
+        likeliest: list[int] = logits.argmax(-1).tolist()
         return likeliest
+
+
+def forbid(logits: torch.Tensor, target: Path, text: Sequence[int], grammar: dict[str, Any]) -> None:
+    """Mask `logits` [tokens, V] of each token of `text` by a grammar, as xgrammar has it with its defaults."""
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=logits.shape[1])
+    compiler = xgrammar.GrammarCompiler(info)
+    ((kind, form),) = grammar.items()
+    matcher = xgrammar.GrammarMatcher(getattr(compiler, f"compile_{kind}")(form))
+    allowed = xgrammar.allocate_token_bitmask(1, logits.shape[1])
+    for row, token in zip(logits, text, strict=True):
+        matcher.fill_next_token_bitmask(allowed)
+        xgrammar.apply_token_bitmask_inplace(row[None], allowed)
+        assert matcher.accept_token(token)
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +96,13 @@ def found(target: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     versions = root / "versions"
     for number in (1, 2):
         version(target, versions, root / f"scratch{number}", trained(0.1, number))
-    return served(root / "found.json", target.target, target.eagle3, target.dflash, versions)
+    return served(root / "found.json", "fa3", target.target, target.eagle3, target.dflash, versions)
 
 
-def served(file: Path, *models: Path) -> dict[str, Any]:
+def served(file: Path, attention: str, *models: Path) -> dict[str, Any]:
     """SGLang asks for a card when it is imported, so this is a process of its own."""
-    command = [sys.executable, str(Path(__file__).parent / "served.py"), str(file), *map(str, models)]
+    script = str(Path(__file__).parent / "served.py")
+    command = [sys.executable, script, str(file), attention, *map(str, models)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     result: dict[str, Any] = json.loads(file.read_text())
@@ -112,11 +137,13 @@ def check_waits(found: dict[str, Any]) -> None:
     assert not [site for site in found["pageable"] if not site.startswith(LENGTHS)]
     assert not [site for site in found["waits_of_host"] if site.startswith("whiflash")]
     assert not [race for race in found["races"] if not NOT_OURS.fullmatch(race)]
+    assert not found["dangling"]
 
 
 def test_all_arms_and_graphs_drafted_and_verified(found: dict[str, Any]) -> None:
     assert found["attention"] == "fa3"
     assert found["retracted"] > 0
+    assert found["together"] > 4
     assert found["switches"] > 3
     assert not found["moved"]
     assert all(found["rounds"][arm] for arm in ("ar", "diffusion", "lookup", "none")), found["rounds"]
@@ -125,8 +152,12 @@ def test_all_arms_and_graphs_drafted_and_verified(found: dict[str, Any]) -> None
 
 
 def test_text_is_plain_decodings(found: dict[str, Any], target: Target) -> None:
+    """Also where each replay spoils what graphs captured later hold."""
     for rid, text in found["texts"].items():
         assert text == target.likeliest(found["prompts"][rid], text)
+    for name, grammar in found["constrained"]["grammars"].items():
+        text = found["constrained"]["texts"][name]
+        assert text == target.likeliest(tuple(name.encode()), text, grammar), name
 
 
 def test_places_that_ask_for_a_card_are_reached(found: dict[str, Any]) -> None:
@@ -137,9 +168,17 @@ def test_what_waits_or_races_in_a_round_is_seen(found: dict[str, Any]) -> None:
     assert min(found["planted"].values()) > 0, found["planted"]
 
 
+def test_with_triton_attention(target: Target, tmp_path: Path) -> None:
+    found = served(tmp_path / "found.json", "triton", target.target, target.eagle3, target.dflash)
+    check_waits(found)
+    assert found["attention"] == "triton"
+    assert found["launches"]["extend_attention_fwd"]
+    test_text_is_plain_decodings(found, target)
+
+
 @pytest.mark.evidence
 def test_without_a_drafter(target: Target, tmp_path: Path) -> None:
-    found = served(tmp_path / "found.json", target.target)
+    found = served(tmp_path / "found.json", "fa3", target.target)
     check_waits(found)
     assert set(found["rounds"]) == {"lookup", "none"}
     assert all(found["rounds"].values())

@@ -4,7 +4,7 @@ SGLang asks for a card while it is imported, so a process enters `phantom` and `
 `ENVIRONMENT`. The stand-ins are
 
 - the driver's library, without which SGLang's compiled operators cannot be loaded: all of its functions fail;
-- FA3, by a formula; SGLang's own Triton kernels, by Triton's interpreter;
+- FA3 and SGLang's Triton attention, by a formula; SGLang's other Triton kernels, by Triton's interpreter;
 - fused operators (norms, rotation, activations), by SGLang's own PyTorch implementations of them;
 - kernels that are compiled with `nvcc` when they are first wanted: none can be, and SGLang does without;
 - NCCL, by gloo, for the one process that there is; and inference mode, in which nobody can wrap a tensor.
@@ -56,7 +56,7 @@ def driver(directory: Path) -> None:
 def sglang_on_card(world: Streams) -> Iterator[Launches]:
     """SGLang can start and serve here. Yields its launches."""
     from sglang.kernels import fused_op
-    from sglang.kernels.ops.attention import flash_attention_v3
+    from sglang.kernels.ops.attention import extend_attention, flash_attention_v3
     from sglang.kernels.spec import KernelBackend
     from sglang.srt.layers import deep_gemm_wrapper
     from triton.runtime.interpreter import GridExecutor, interpreter_builder
@@ -90,6 +90,7 @@ def sglang_on_card(world: Streams) -> Iterator[Launches]:
             (GridExecutor, "__call__", interpreted),
             (interpreter_builder, "create_masked_store", noted),
             (flash_attention_v3, "_load_fa3_kernels", lambda: {"flash_attn_with_kvcache": fa3}),
+            (extend_attention, "extend_attention_fwd", partial(launches.of, "extend_attention_fwd", extend)),
             (deep_gemm_wrapper, "update_deep_gemm_config", lambda *_: None),
             (torch, "inference_mode", lambda mode=True: torch.no_grad()),
             (distributed, "init_process_group", _over_gloo(distributed.init_process_group)),
@@ -145,11 +146,60 @@ def attend(
         if window_size[0] >= 0:
             hidden = hidden | (at < own - window_size[0])
         k, v = (cache[slots].repeat_interleave(group, 1) for cache in (keys, values))
-        scores = torch.einsum("qhd,khd->hqk", q[rows].float(), k) * (softmax_scale or q.shape[-1] ** -0.5)
-        scores.masked_fill_(hidden, -torch.inf)
-        lse[:, rows] = scores.logsumexp(-1)
-        out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1).nan_to_num(), v).to(out.dtype)
+        mixed, lse[:, rows] = _mixed(q[rows], k, v, hidden, softmax_scale or q.shape[-1] ** -0.5)
+        out[rows] = mixed.to(out.dtype)
     return out, lse
+
+
+def extend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    custom_mask: None,
+    causal: bool,
+    mask_indptr: Any,
+    most: int,
+    k_scale: float,
+    v_scale: float,
+    sm_scale: float,
+    **_: Any,
+) -> None:
+    """SGLang's Triton attention, `extend_attention_fwd`, of rows behind what is in the pool.
+
+    Args:
+        q, out: [rows, heads, size], packed; k, v: of the same rows. k_buffer, v_buffer: [slots, heads of K, size].
+        qo_indptr, kv_indptr: [requests + 1], where rows and slots of each request begin. kv_indices: slots of the text
+            in front of the rows. most: rows of a request; further ones the kernel leaves out.
+    """
+    assert custom_mask is None
+    assert causal
+    group, bounds, begins = q.shape[1] // k.shape[1], qo_indptr.tolist(), kv_indptr.tolist()
+    for i in range(len(bounds) - 1):
+        rows = slice(bounds[i], min(bounds[i + 1], bounds[i] + most))
+        slots = kv_indices[begins[i] : begins[i + 1]].long()
+        count = rows.stop - rows.start
+        if count < 1:
+            continue
+        keys, values = (
+            torch.cat([buffer[slots], own[rows]]).float().repeat_interleave(group, 1)
+            for buffer, own in ((k_buffer, k), (v_buffer, v))
+        )
+        hidden = torch.arange(len(keys)) > torch.arange(count)[:, None] + len(slots)
+        out[rows] = _mixed(q[rows], keys, values, hidden, sm_scale)[0].to(out.dtype)
+
+
+def _mixed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [rows, heads, size] that queries see, and the logs of their sums of exponents [heads, rows]."""
+    scores = (torch.einsum("qhd,khd->hqk", q.float(), k) * scale).masked_fill_(hidden, -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1).nan_to_num(), v), scores.logsumexp(-1)
 
 
 def _over_gloo(make: Any) -> Any:
