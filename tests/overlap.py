@@ -60,7 +60,6 @@ def overlapped(model: Path, *, host_lengths: bool = True, **arguments: Any) -> I
         arguments: as of `engine`.
     """
     from sglang.srt.arg_groups import speculative_hook
-    from sglang.srt.speculative.spec_utils import GrammarTree
 
     from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
     from whiflash_sglang.platform.cpu import CpuPlatform
@@ -77,15 +76,6 @@ def overlapped(model: Path, *, host_lengths: bool = True, **arguments: Any) -> I
         defaults(self, server_args)
         server_args.disable_overlap_schedule = False
 
-    def tree_of(
-        retrieve_next_token: torch.Tensor, retrieve_next_sibling: torch.Tensor, draft_token: torch.Tensor
-    ) -> GrammarTree:
-        """On a GPU its tensors say where they are, and there is an event."""
-        tensors = (retrieve_next_token, retrieve_next_sibling, draft_token)
-        host, done = tuple(streams.async_d2h(tensor) for tensor in tensors), torch.cpu.Event()
-        done.record()
-        return GrammarTree(host, done)
-
     def record_stream_each(tensors: Iterable[Any], stream: Any) -> None:
         """SGLang's leaves tensors of a CPU out."""
         for tensor in tensors:
@@ -95,7 +85,6 @@ def overlapped(model: Path, *, host_lengths: bool = True, **arguments: Any) -> I
     with (
         patch.object(spec_utils, "record_stream_each", record_stream_each),
         patch.object(eagle_worker_common, "record_stream_each", record_stream_each),
-        patch.object(GrammarTree, "from_device", tree_of),
         patch.object(CpuPlatform, "apply_server_args_defaults", with_overlap),
         patch.object(speculative_hook, "_disable_overlap_schedule_for_cpu", lambda _: None),
         patch.object(CpuAttentionBackend, "needs_cpu_seq_lens", host_lengths, create=True),

@@ -91,6 +91,10 @@ class Operators(TorchDispatchMode):
             world.on_host((), writes)
 
 
+GRAMMARS = "sglang/srt/constrained/"
+"""Where masks are written on the host, in memory that is the device of a CPU."""
+
+
 class _Functions(TorchFunctionMode):
     """Where memory is made, and what does not dispatch: reads by the host, and moves between one device."""
 
@@ -108,7 +112,7 @@ class _Functions(TorchFunctionMode):
             if name in FACTORIES and isinstance(out, torch.Tensor):
                 if "pin_memory" in kwargs:
                     self.world.made_by_host(out, PINNED)
-                elif kwargs.get("device") is None or _says_cpu():
+                elif kwargs.get("device") is None or _says_cpu() or site().startswith(GRAMMARS):
                     self.world.made_by_host(out, HOST)
                 elif name in UPLOADS:
                     self.world.sent_pageable()

@@ -92,7 +92,7 @@ class Round:
     packed_rows: int = field(init=False)  # rows of the verification,
     stride: int = field(init=False)  # and of its widest request: bounds, if the host may not count the widths
     bounded: bool = field(default=False, init=False)  # whether they are, and the requests competed for rows
-    parts: Sequence[Sequence[Part]] | None = field(default=None, init=False)  # of the drafts, if known
+    parts: Sequence[Sequence[Part]] | None = field(default=None, init=False)  # of drafts that the host read
     copies: Drafts | None = field(default=None, init=False)  # by the device, whether or not they are verified
 
     def __post_init__(self) -> None:

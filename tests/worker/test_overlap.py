@@ -2,14 +2,22 @@
 
 import random
 from contextlib import nullcontext
+from itertools import cycle
+from typing import Any
 
 import pytest
 from matrix import sampled
 from model_set import Models
 from overlap import overlapped, publishing
+from plain import plain_texts
+from request_sets import CONSTRAINED, GRAMMARS, OPTIONS
+from sglang.srt.managers.scheduler import Scheduler
 from traffic import Arrival, play
 
 from whiflash_sglang.compat.forward.target import Target
+
+FREE = {"max_new_tokens": 50}
+MASKS = "whiflash_sglang/compat/forward/masks.py"
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +86,38 @@ def test_what_is_said_a_round_late_is_drafted(models: Models, monkeypatch: pytes
     assert not races
     assert not stalls
     assert not {site for site in pageable if site.startswith("whiflash")}
+
+
+@pytest.mark.parametrize("share", ["one", "half", "all"])
+def test_a_grammar_takes_the_overlap_from_nobody(
+    models: Models, share: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its masks are made while the target runs; the host waits for what was drafted, and for nothing else."""
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    every = {"one": 6, "half": 2, "all": 1}[share]
+    kinds = cycle([*(CONSTRAINED[name] for name in ("penalised", "cut-short")), *GRAMMARS.values()])
+    arrivals = [
+        Arrival(f"r{i}", 2 * i, tuple(range(30 + i, 60 + i)), next(kinds) if i % every == 0 else FREE)
+        for i in range(12)
+    ]
+    expected = plain_texts(models.target, arrivals, **OPTIONS)
+    judged, disabled = Scheduler.is_disable_overlap_for_batch, []
+
+    def noted(scheduler: Any, batch: Any, last_batch: Any) -> bool:
+        disabled.append(judged(scheduler, batch, last_batch) and batch.forward_mode.is_decode())
+        return judged(scheduler, batch, last_batch)
+
+    monkeypatch.setattr(Scheduler, "is_disable_overlap_for_batch", noted)
+    flags = models.whiflash("random")
+    with overlapped(models.target, whiflash=flags, host_lengths=False, **OPTIONS) as e:
+        assert play(e, arrivals) == expected
+        races, stalls, waits = dict(e.streams.races), dict(e.streams.stalls), dict(e.streams.waits_of_host)
+        pageable = {site for site in e.streams.pageable if site.startswith("whiflash")}
+        accepted = sum(e.rounds(a.rid)[1] for a in arrivals if a.params is not FREE)
+    assert len(disabled) > 30
+    assert not any(disabled)
+    assert accepted > 0
+    assert not races
+    assert not stalls, stalls
+    assert not pageable
+    assert all(site.startswith(MASKS) for site in waits if site.startswith("whiflash"))

@@ -59,6 +59,7 @@ class Setting:
 
 
 SEEDS = {"enable_deterministic_inference": True, "max_running_requests": 16, "chunked_prefill_size": None}
+THINKING = {"reasoning_parser": "deepseek-r1", "enable_strict_thinking": True}
 SETTINGS = {
     **{name: Setting(arguments) for name, arguments in CASES.items()},
     "two requests": Setting({"max_running_requests": 2}),
@@ -92,7 +93,8 @@ SETTINGS = {
         },
         plain={"context_length": CONTEXT},
     ),
-    "thinking": Setting(plain={"reasoning_parser": "deepseek-r1", "enable_strict_thinking": True}),
+    "thinking": Setting(plain=THINKING),
+    "thinking, overlap": Setting(plain=THINKING, mode="overlap"),
     "seeded": Setting(plain=SEEDS),
     "two layers": Setting(CASES["pages"], layers=2),
     "two layers, full pool": Setting(CASES["full pool"], layers=2),
@@ -200,6 +202,9 @@ ROWS = [
     row("resident", "random", "traffic", predicted=True),
     row("overlap", "random", "traffic", *ALL, *KNOWING, "retractions", retracted=5),
     row("overlap", "random", "constrained", "retractions", retracted=5),
+    row("overlap", "random", "structured", "structure", "lookup"),
+    row("overlap", "auto", "calls"),
+    row("thinking, overlap", "random", "thinking", *KNOWING),
     *(row("overlap", router, "traffic", retracted=5, evidence=True) for router in ("diffusion", "auto")),
     row("overlap, lengths", "lookup", "traffic", "retractions", retracted=5),
     row("overlap, lengths", "ar", "traffic", retracted=5, evidence=True),
@@ -218,7 +223,7 @@ def plain_arguments(row: Row) -> dict[str, Any]:
 def surroundings(requests: str) -> Iterator[None]:
     """What a set of requests needs of the process."""
     with pytest.MonkeyPatch.context() as patch:
-        if requests == "thinking":
+        if requests.startswith("thinking"):
             patch.setenv("SGLANG_MAX_THINK_TOKENS", "9")
         patch.setattr(sampler, "SGLANG_RETURN_ORIGINAL_LOGPROB", requests.endswith("original"))
         yield

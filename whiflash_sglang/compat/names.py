@@ -219,6 +219,8 @@ sglang.srt.state_capturer.base
     TopkCaptureOutput(out_cache_loc, topk, host_cache)
 sglang.srt.utils
     broadcast_pyobj(data, rank, dist_group, src)
+sglang.srt.utils.common
+    async_d2h(tensor)
 sglang.srt.utils.watchdog
     SubprocessWatchdog(processes, process_names)
 """

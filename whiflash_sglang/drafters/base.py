@@ -150,10 +150,6 @@ class TextDrafter(Drafter):
         """Whether it has looked at the request in `row`, and so knows what may follow drafts of others."""
         return False
 
-    def reads(self, row: int) -> bool:
-        """Whether drafts for the request in `row` are read for it even where that waits for the device."""
-        return False
-
     def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Worth) -> Candidate:
         """`drafts` as far as they may follow the text that it looked at, and what it knows to follow them; asked if it
         `extends`.

@@ -45,7 +45,7 @@ class _Request:
 
     grammar: what constrains it, if anything does. calls: of its tools, if any are known. guesses: of its schemas'
     words, made when it is looked at first. layout: of its output, whose text is followed up to position `followed`.
-    known: tokens of its text when it was looked at last; whole: whether these were all. tail, unseen: the last of them,
+    known: tokens of its text when it was looked at last. tail, unseen: the last of them,
     and those that its grammar had not accepted yet. tokens: what followed then, whether or not it was worth its rows.
     """
 
@@ -58,7 +58,6 @@ class _Request:
     decoder: codecs.IncrementalDecoder = field(default_factory=_Decoder)
     followed: int = 0
     known: int = 0
-    whole: bool = False
     tail: Sequence[int] = ()
     unseen: Sequence[int] = ()
     tokens: Sequence[Token] = ()
@@ -111,7 +110,6 @@ class StructureArm(TextDrafter):
             return None
         self._learn(request, history)
         request.known += len(history(request.known))
-        request.whole = request.known == length + 1
         request.tail = history(max(request.known - TAIL, 0))
         request.unseen = history(request.grammar.known) if request.grammar else ()
         self._follow(request, history, min(length, request.known))
@@ -122,11 +120,6 @@ class StructureArm(TextDrafter):
     def extends(self, row: int) -> bool:
         request = self._requests.get(row)
         return request is not None and request.known > 0
-
-    def reads(self, row: int) -> bool:
-        """In a batch with grammars the host waits for the drafts anyway, to make masks."""
-        request = self._requests.get(row)
-        return request is not None and request.whole and request.grammar is not None
 
     def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Worth) -> Candidate:
         """What the grammar allows of `drafts`, and what is forced behind that."""

@@ -16,7 +16,6 @@ from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.drafters.base import Drafter, padded, widest_of, with_kv
 from whiflash_sglang.drafters.length import EDGES
 from whiflash_sglang.lookup.calibration import BUCKETS
-from whiflash_sglang.lookup.copier import CONTEXT
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.sources import DraftSources
@@ -119,11 +118,11 @@ class DraftStage:
         if self.host.exact:
             self._choose_known(round)
         else:
-            self._choose_unread(round, behind)
+            self._choose_unread(round, self._copies(round, round.drafts) if behind else None)
 
     def _choose_known(self, round: Round) -> None:
         """The host reads all drafts, and each request's are verified whole."""
-        chains, left = self._chains(round, round.drafts, None)
+        chains, left = self._chains(round)
         round.parts = [chain.parts for chain in chains]
         widths = [1 + len(chain.tokens) for chain in chains]
         round.packed_rows, round.stride = sum(widths), max(widths)
@@ -135,30 +134,21 @@ class DraftStage:
             first_counts=sent(left, self.text.device),
         )
 
-    def _choose_unread(self, round: Round, behind: bool) -> None:
+    def _choose_unread(self, round: Round, appended: Drafts | None) -> None:
         """The device chooses among drafts, the host's candidates and its own copies, as many as there are rows for, the
-        likeliest first.
-
-        behind: whether it copies after the drafts.
+        likeliest first. appended: copies that follow the drafts.
         """
-        size, width = len(round), max(round.limits["all"])
-        drafts, first_counts = round.drafts, round.drafts.counts
-        appended = self._copies(round, drafts) if behind else None
+        size = len(round)
         copies = round.copies = self._copies(round) if any(round.limits["copied"]) else None
-        if any(self._extends(round, i) for i in range(size)):
-            chains, left = self._chains(round, drafts, appended)
-            round.parts = [chain.parts for chain in chains]
-            first_counts = sent(left, self.text.device)
-            drafts, appended = padded(chains, self.text.device, width), None
         most = min(round.usual_drafts, sum(round.limits["all"]), MOST_DRAFTS)
         most = self.rows_for(size + most, size) - size
         from_host, at = round.host_drafts or (None, None)
         round.chosen = choose_drafts(
-            drafts,
+            round.drafts,
             round.rows,
             round.starts,
             self.text,
-            first_counts=first_counts,
+            first_counts=round.drafts.counts,
             appended=appended,
             from_host=from_host,
             at=at,
@@ -167,33 +157,23 @@ class DraftStage:
             worth=round.row_worth,
             most_drafts=most,
         )
-        round.packed_rows, round.stride, round.bounded = size + most, width + 1, True
+        round.packed_rows, round.stride, round.bounded = size + most, 1 + max(round.limits["all"]), True
 
-    def _extends(self, round: Round, index: int) -> bool:
-        """Whether drafts of a request are extended on the host."""
-        row = round.row_ids[index]
-        reads = self.host.exact or any(drafter.reads(row) for drafter in self.sources.proposing.values())
-        return reads and round.limits["joined"][index] > 0
-
-    def _chains(
-        self, round: Round, drafts: Drafts, appended: Drafts | None
-    ) -> tuple[list[Candidate], list[int]]:
+    def _chains(self, round: Round) -> tuple[list[Candidate], list[int]]:
         """What is verified of each request: its pass's drafts, or without one the likeliest candidate, with what others
         know to follow. And how many of these drafts are left then.
         """
         chains, left = [], []
-        copied = [([], [])] * len(round) if appended is None else _rows(appended)
-        for i, (drafted, route) in enumerate(zip(_rows(drafts), round.routes, strict=True)):
+        for i, (drafted, route) in enumerate(zip(_rows(round.drafts), round.routes, strict=True)):
             candidates = {route: NOTHING.followed_by(*drafted, route)}
-            if self.host.exact and route == arms.NONE:
+            if route == arms.NONE:
                 candidates |= {
                     arm: each.first(round.limits["all"][i]) for arm, each in round.candidates[i].items()
                 }
             first, chain = max(candidates.items(), key=lambda one: one[1].gain(round.row_worth))
             kept = len(chain.tokens)
-            chain = chain.followed_by(*copied[i], CONTEXT)
-            if self._extends(round, i):
-                chain, valid = self.sources.extended(round, i, first, chain, round.limits["joined"][i])
+            if room := round.limits["joined"][i]:
+                chain, valid = self.sources.extended(round, i, first, chain, room)
                 kept = min(kept, valid)
             chains.append(chain)
             left.append(kept)

@@ -83,7 +83,7 @@ class Learner:
             state.under_way.pop(0)
             parts = round.parts[i] if round.parts is not None else ()
             if round.bounded:
-                parts = () if state.recording is None else self._chosen_parts(round, results, i, parts)
+                parts = () if state.recording is None else self._chosen_parts(round, results, i)
             arm, drafted = self._first_arm(round, results, i, parts)
             if tokens[i] and self.ranks.leads:
                 self._learn(round, results, i, arm, drafted, tokens[i], prices, parts)
@@ -166,20 +166,16 @@ class Learner:
         with self.quarantine.guard(arm, state.rid):
             drafter.copied(state.row, copy, tokens)
 
-    def _chosen_parts(self, round: Round, results: Results, i: int, chain: Sequence[Part]) -> Sequence[Part]:
-        """The sources of the drafts that the device chose for a request. chain: of those that the host read."""
-        drafts, source, first_drafts = (
-            results["widths"][i] - 1,
-            results["source"][i],
-            results["first_drafts"][i],
-        )
+    def _chosen_parts(self, round: Round, results: Results, i: int) -> Sequence[Part]:
+        """The sources of the drafts that the device chose for a request."""
+        drafts, source = results["widths"][i] - 1, results["source"][i]
         if source > 0:
             candidate = round.candidates[i][self.proposers[source]]
-            chain = list(behind(candidate.parts, results["starts"][i] + 1 - candidate.at))
-        elif source < 0 or not chain:
-            first_drafts = 0 if source else first_drafts
-            chain = [Part(round.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
-        return [part for part in first_of(chain, drafts) if part.drafts]
+            parts = list(behind(candidate.parts, results["starts"][i] + 1 - candidate.at))
+        else:
+            first_drafts = 0 if source else results["first_drafts"][i]
+            parts = [Part(round.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
+        return [part for part in first_of(parts, drafts) if part.drafts]
 
 
 def _record(

@@ -109,12 +109,13 @@ class Planner:
         if not controller.holds(row, rid):
             return limit, 0, 0, 0
         longest = copying = 0
+        extending = self.sources.proposing if self.host.exact else self.sources.on_device
         joins = (limit or (self.host.exact and candidates)) and controller.may_join(row)
         for arm in self.quarantine.serving(self.sources.of_text, rid):
             drafter = self.sources.of_text[arm]
             if not drafter.serves(row):
                 continue
-            if joins and arm in self.sources.proposing:
+            if joins and arm in extending:
                 longest = max(longest, drafter.max_drafts, limit)
             if arm in self.sources.on_device and controller.may_use(row, arm):
                 copying = min(drafter.max_drafts, most)
