@@ -41,12 +41,15 @@ from whiflash_kernels import (
     BacklogRings,
     Chosen,
     Drafts,
+    GraphSlots,
     accept_and_commit,
     choose_drafts,
     claim_backlogs,
     cut_drafts,
     draft_inputs,
+    fill_slots,
     lay_drafts,
+    park,
     prepare_mixed_block,
     propose_copies,
     routing_stats,
@@ -144,6 +147,10 @@ def index(*size: int) -> torch.Tensor:
     return meta(*size, dtype=torch.int64)
 
 
+def ints(*size: int) -> torch.Tensor:
+    return meta(*size, dtype=torch.int32)
+
+
 def chances(*size: int) -> torch.Tensor:
     return meta(*size, dtype=torch.float32)
 
@@ -237,6 +244,11 @@ def copy(requests: int, *, behind: bool) -> None:
     propose_copies(TEXT, slots, slots, index(257), slots, *judged, width=24, worth=0.1, behind=drafts)
 
 
+def fill(requests: int, count: int) -> None:
+    slots = GraphSlots(ints(count), ints(count + 1), index(count), ints(count), index(count))
+    fill_slots(ints(requests), index(requests), index(requests), slots, rows=2 * count, empty=1)
+
+
 def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
     """What a round launches between models for any batch, whoever drafts how much in it."""
     requests = rng.randint(1, most_requests)
@@ -258,10 +270,13 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
     )
     packed = prepare_mixed_block(slots, chosen.tokens, chosen.widths, lengths, slots, TABLE, rows=rows)
     ids = packed.input_ids
+    fill(requests, requests + rng.randint(0, most_requests // 16))
     accept_and_commit(
         ids, ids, packed.qo_indptr, lengths, stride=width + 1, request_slots=slots, stops=STOPS, text=TEXT
     )
     claim_backlogs(index(2, 257), slots, lengths, index(2, requests))
+    # Behind a prefill.
+    park(RINGS, meta(rows, RINGS.features.shape[2]), ids, slots, lengths, slots, slots, max_length=1)
     # What all drafters claimed, of which one takes its own: an odd number of them starts at an odd place.
     begins, ends = (index(2 * requests)[requests:] for _ in range(2))
     for chunks, hidden, starts in DRAFTERS:
@@ -293,6 +308,8 @@ def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> di
     )
     with keying_instead_of_launching(90) as keys, triton_everywhere():
         warm_up(served)
+        for count in range(1, most_requests + most_requests // 16 + 1):  # where graphs are captured
+            fill(0, count)
         known = set(keys)
         for _ in range(batches):
             run_round(rng, most_requests, widest)

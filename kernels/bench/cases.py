@@ -13,6 +13,7 @@ from whiflash_kernels import (
     DFlashWeights,
     Drafts,
     Eagle3Weights,
+    GraphSlots,
     KVPools,
     accept_and_commit,
     choose_drafts,
@@ -22,6 +23,7 @@ from whiflash_kernels import (
     draft_attention,
     draft_inputs,
     eagle3_catch_up,
+    fill_slots,
     lay_drafts,
     park,
     pass_rows,
@@ -217,6 +219,12 @@ def block_cases(bench: Bench) -> Iterator[Case]:
             partial(prepare_mixed_block, *arguments, rows=rows),
             5 * 8 * rows,
         )
+        ints = partial(torch.zeros, dtype=torch.int32, device=bench.device)
+        places = GraphSlots(
+            ints(batch), ints(batch + 1), torch.zeros_like(lengths), ints(batch), slots.clone()
+        )
+        call = partial(fill_slots, widths, lengths, slots, places, rows=rows, empty=1)
+        yield Case("fill_slots", f"{batch} requests", call, batch * (8 + 8 + 8 + 4 * 3 + 8 * 2))
         commit = (predictions, block.input_ids, block.qo_indptr, lengths)
         stops = torch.full((bench.slots, 8), -1, device=bench.device)
         call = partial(

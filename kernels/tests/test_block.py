@@ -1,4 +1,6 @@
-"""prepare_mixed_block and accept_and_commit against loops, exactly."""
+"""prepare_mixed_block, fill_slots and accept_and_commit against loops, exactly."""
+
+from itertools import accumulate
 
 import kernel_oracles as oracles
 import pytest
@@ -6,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
-from whiflash_kernels import MixedBlock, accept_and_commit, prepare_mixed_block
+from whiflash_kernels import GraphSlots, MixedBlock, accept_and_commit, fill_slots, prepare_mixed_block
 
 SLOTS, CONTEXT = 300, 96
 
@@ -180,6 +182,43 @@ def test_commit_stops_at_the_stride(backend: str) -> None:
     assert committed.seq_lens.tolist() == [13]
 
 
+def graph_slots(count: int) -> GraphSlots:
+    """Full of nonsense."""
+    wide = torch.full((2, count), -9, dtype=torch.int64, device=DEVICE)
+    widths, ends, indptr = (
+        torch.full((n,), -9, dtype=torch.int32, device=DEVICE) for n in (count, count, count + 1)
+    )
+    return GraphSlots(widths, indptr, wide[0], ends, wide[1].clone())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@settings(max_examples=examples(40), deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 17), max_size=9),
+    spare=st.integers(0, 70),
+    padding=st.integers(0, 90),
+    seed=st.integers(0, 1000),
+)
+def test_slots_hold_a_batch_and_what_it_leaves(
+    backend: str, dtype: torch.dtype, widths: list[int], spare: int, padding: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lengths, requests = torch.randint(1, 1000, (2, len(widths)), generator=generator).tolist()
+    slots, padding = graph_slots(len(widths) + spare), padding if spare else 0
+    batch = (integers(widths, dtype), integers(lengths, dtype), integers(requests, dtype))
+    with running(backend):
+        fill_slots(*batch, slots, rows=sum(widths) + padding, empty=3)
+    more = [padding // spare + (i < padding % spare) for i in range(spare)]
+    assert slots.widths.tolist() == [*widths, *more]
+    assert slots.qo_indptr.tolist() == [0, *accumulate([*widths, *more])]
+    assert slots.seq_lens.tolist() == [*lengths, *[3] * spare]
+    assert slots.ends.tolist() == [
+        n + w for n, w in zip([*lengths, *[3] * spare], [*widths, *more], strict=True)
+    ]
+    assert slots.request_slots.tolist() == [*requests, *[0] * spare]
+
+
 def test_torch_rejects_more_rows_than_asked_for() -> None:
     one = integers([1])
     with running("torch"), pytest.raises(ValueError, match="raise rows"):
@@ -193,5 +232,7 @@ def test_rejects_what_does_not_match() -> None:
     kept = {"request_slots": one, "stops": one[:, None], "text": table}
     with pytest.raises(ValueError, match="must match"):
         accept_and_commit(one, integers([1, 2]), integers([0, 1]), one, stride=1, **kept)
+    with pytest.raises(ValueError, match="2 requests exceed the 1 slots"):
+        fill_slots(*[integers([1, 2])] * 3, graph_slots(1), rows=3, empty=1)
     with pytest.raises(ValueError, match="stride must be at least 1"):
         accept_and_commit(one, one, integers([0, 1]), one, stride=0, **kept)

@@ -10,7 +10,7 @@ shares memory with an argument. Index tensors may be strided; what must be conti
 
 from whiflash_kernels.attention import draft_attention
 from whiflash_kernels.backlog import claim_backlogs, park, unpark
-from whiflash_kernels.block import accept_and_commit, prepare_mixed_block
+from whiflash_kernels.block import accept_and_commit, fill_slots, prepare_mixed_block
 from whiflash_kernels.catch_up import dflash_catch_up, eagle3_catch_up
 from whiflash_kernels.copies import propose_copies
 from whiflash_kernels.drafts import choose_drafts, cut_drafts, lay_drafts
@@ -24,6 +24,7 @@ from whiflash_kernels.structs import (
     DFlashWeights,
     Drafts,
     Eagle3Weights,
+    GraphSlots,
     KVPools,
     MixedBlock,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "DFlashWeights",
     "Drafts",
     "Eagle3Weights",
+    "GraphSlots",
     "KVPools",
     "MixedBlock",
     "accept_and_commit",
@@ -47,6 +49,7 @@ __all__ = [
     "draft_attention",
     "draft_inputs",
     "eagle3_catch_up",
+    "fill_slots",
     "lay_drafts",
     "park",
     "pass_rows",

@@ -193,6 +193,22 @@ class MixedBlock(NamedTuple):
     """[B + 1] int32: request b owns rows ``qo_indptr[b] : qo_indptr[b + 1]``."""
 
 
+class GraphSlots(NamedTuple):
+    """The requests of a verification as its graph reads them, at places of their own. A slot without a request has rows
+    that are padding."""
+
+    widths: Tensor
+    """[S] int32, rows of each slot."""
+    qo_indptr: Tensor
+    """[S + 1] int32: slot s owns rows ``qo_indptr[s] : qo_indptr[s + 1]``."""
+    seq_lens: Tensor
+    """[S] int64, tokens that have KV before these rows."""
+    ends: Tensor
+    """[S] int32, ``seq_lens + widths``."""
+    request_slots: Tensor
+    """[S] int64; 0 without a request."""
+
+
 class Committed(NamedTuple):
     """A verification's outcome, for each request."""
 

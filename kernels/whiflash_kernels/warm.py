@@ -7,7 +7,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from whiflash_kernels.backlog import claim_backlogs, unpark
+from whiflash_kernels.backlog import claim_backlogs, park, unpark
 from whiflash_kernels.block import accept_and_commit, prepare_mixed_block
 from whiflash_kernels.copies import propose_copies
 from whiflash_kernels.dispatch import backend_for
@@ -66,6 +66,8 @@ def _of_one_request(served: Served) -> None:
             zeros,
             torch.zeros_like(served.watermarks[:, :1], memory_format=torch.contiguous_format),
         )
+        # As a prefill parks; rounds do in their graph.
+        park(served.rings, served.rings.features[0, :1], zeros, zeros, zeros, zeros, zeros, max_length=1)
     for chunks, width, starts in served.columns:
         unpark(
             served.rings,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.structs import Committed, MixedBlock
+from whiflash_kernels.structs import Committed, GraphSlots, MixedBlock
 from whiflash_kernels.triton_kernels.launch import draft_columns, lanes
 
 COMPARISONS = 4096
@@ -110,6 +110,66 @@ def prepare_mixed_block(
         num_warps=4,
     )
     return block
+
+
+@triton.jit(do_not_specialize=["requests", "count", "rows", "empty"])
+def _slots_kernel(
+    widths,
+    seq_lens,
+    request_slots,
+    slot_widths,
+    slot_indptr,
+    slot_lens,
+    slot_ends,
+    slot_requests,
+    requests,
+    count,
+    rows,
+    empty,
+    SLOTS: tl.constexpr,
+):
+    slot = tl.arange(0, SLOTS)
+    live = slot < requests
+    inside = slot < count
+    width = tl.load(widths + slot, mask=live, other=0).to(tl.int32)
+    left = rows - tl.sum(width, axis=0)
+    spare = tl.maximum(count - requests, 1)
+    padding = left // spare + (slot - requests < left % spare).to(tl.int32)
+    width = tl.where(live, width, tl.where(inside, padding, 0))
+    length = tl.load(seq_lens + slot, mask=live, other=empty).to(tl.int64)
+    tl.store(slot_widths + slot, width, mask=inside)
+    tl.store(slot_indptr, 0)
+    tl.store(slot_indptr + 1 + slot, tl.cumsum(width, axis=0), mask=inside)
+    tl.store(slot_lens + slot, length, mask=inside)
+    tl.store(slot_ends + slot, length + width, mask=inside)
+    tl.store(
+        slot_requests + slot, tl.load(request_slots + slot, mask=live, other=0).to(tl.int64), mask=inside
+    )
+
+
+def fill_slots(
+    widths: Tensor,
+    seq_lens: Tensor,
+    request_slots: Tensor,
+    slots: GraphSlots,
+    *,
+    rows: int,
+    empty: int,
+) -> None:
+    """See `whiflash_kernels.block.fill_slots`."""
+    count = len(slots.widths)
+    _slots_kernel[(1,)](
+        widths.contiguous(),
+        seq_lens.contiguous(),
+        request_slots.contiguous(),
+        *slots,
+        len(widths),
+        count,
+        rows,
+        empty,
+        SLOTS=lanes(count),
+        num_warps=4,
+    )
 
 
 @triton.jit(do_not_specialize=["stride", "stop_columns"])
