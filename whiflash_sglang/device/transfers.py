@@ -122,8 +122,9 @@ class Download:
         learn(self.read(), kept)
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        """Of the host's copy, once it is on its way."""
         place, dtype, shape = self._fields[name]
-        return self.packed[place].view(dtype).view(shape)
+        return (self.packed if self._copy is None else self._copy)[place].view(dtype).view(shape)
 
     def read(self) -> dict[str, list[Any]]:
         """The fields as nested lists. Before it was copied to the host this waits for the device."""

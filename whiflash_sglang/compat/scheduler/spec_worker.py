@@ -188,6 +188,19 @@ def prefill_rows(
     return FeatureRows(features, positions, slots, next_tokens, runs=lens), lengths, last_rows
 
 
+class RoundResult(GenerationBatchResult):  # type: ignore[misc]
+    """Of a round whose results come down in one buffer. results: of `learning.results_of`."""
+
+    results: Download
+
+    def copy_to_cpu(self, *args: Any, **named: Any) -> None:
+        """As upstream, which copies what is in the buffer again, field by field."""
+        self.next_token_ids, self.accept_lens, self.cap_lens = torch.empty(0), None, None
+        super().copy_to_cpu(*args, **named)
+        self.next_token_ids = self.results["tokens"].reshape(-1)
+        self.accept_lens, self.cap_lens = self.results["accept_lens"], self.results["widths"]
+
+
 def round_result(verified: Verified, results: Download) -> GenerationBatchResult:
     """The record the scheduler reads: `stride` columns of tokens per request, of which accept_lens count. All else is
     the forward's.
@@ -196,7 +209,7 @@ def round_result(verified: Verified, results: Download) -> GenerationBatchResult
     verified. results: of `learning.results_of`.
     """
     tokens = results["tokens"]
-    return replace(
+    made = replace(
         verified.forward,
         next_token_ids=tokens.reshape(-1),
         accept_lens=results["accept_lens"],
@@ -207,6 +220,9 @@ def round_result(verified: Verified, results: Download) -> GenerationBatchResult
         speculative_output_stride=tokens.shape[1],
         new_seq_lens=results["seq_lens"],
     )
+    if results.learn is not None:  # SGLang carries them
+        made.__class__, made.results = RoundResult, results
+    return made
 
 
 def step_result(rounds: Sequence[GenerationBatchResult]) -> GenerationBatchResult:
