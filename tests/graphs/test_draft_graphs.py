@@ -14,7 +14,7 @@ from replay import CONTEXT, Arms, Replay
 from test_passes import ARMS, prepared, requests
 
 from whiflash_sglang.core import DraftBatch
-from whiflash_sglang.device.capture import doubling
+from whiflash_sglang.device.capture import doubling, graded
 from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models import choice as choices
@@ -76,11 +76,11 @@ class Captured:
 
     def compare(self, name: str, lengths: Sequence[int], most: int | None = None, seed: int = 0) -> None:
         """A replayed pass with an eager one."""
-        group, full = self.group(name, lengths, seed), self.arms.by_name[name].max_drafts
-        most = min(most or full, full)
+        group, captured = self.group(name, lengths, seed), self.arms.by_name[name].lengths
+        most = min(most or captured[-1], captured[-1])
         replayed = self.drafted(name, group, most, eager=False)
-        # A captured chain runs to its end, whatever is wanted of it.
-        eager = self.drafted(name, group, full, eager=True)
+        # A captured chain runs to its end, whatever is wanted of it: the shortest that is long enough.
+        eager = self.drafted(name, group, min(n for n in captured if n >= most), eager=True)
         assert replayed[0].shape == (len(lengths), most)
         assert torch.equal(replayed[0], eager[0][:, :most])
         torch.testing.assert_close(replayed[1], eager[1][:, :most])
@@ -129,6 +129,8 @@ def test_a_group_that_nothing_was_captured_for_runs_as_it_is_written(captured: C
 def test_sizes() -> None:
     assert doubling(1, 1) == [1]
     assert doubling(1, 48) == [1, 2, 4, 8, 16, 32, 48]
+    assert graded(1) == [1]
+    assert graded(48) == [1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48]
     assert doubling(4, 3) == [3]
 
 

@@ -13,9 +13,9 @@ from emulated import TapeBackend, emulated_graphs
 from engine import Engine, engine
 from model_set import Models
 
-from whiflash_sglang.compat.forward.graphs import VerifyGraphs, row_buckets
+from whiflash_sglang.compat.forward.graphs import VerifyGraphs
 from whiflash_sglang.compat.scheduler import pricing
-from whiflash_sglang.device.capture import CapturedPass, doubling
+from whiflash_sglang.device.capture import CapturedPass, doubling, graded
 from whiflash_sglang.routing.tables import CostTables
 
 REQUESTS, WIDEST, CONTEXT = 3, 17, 256
@@ -29,6 +29,7 @@ FIRST = 100.0
 """How many times longer the first replay takes."""
 
 DRAFT = {"the pass of 'ar'": 3.0, "the pass of 'diffusion'": 2.0}
+DRAFT |= {"the pass of 'ar' for 2 drafts": 1.0, "the pass of 'ar' for 3 drafts": 2.0}
 CATCH_UP = {"the catch-up of 'ar'": 0.5, "the catch-up of 'diffusion'": 0.7}
 
 
@@ -115,7 +116,7 @@ def bench(models: Models) -> Iterator[Bench]:
 
 def check(tables: CostTables) -> None:
     """The tables are what was chosen, size by size."""
-    buckets = row_buckets(REQUESTS * WIDEST)
+    buckets = graded(REQUESTS * WIDEST)
     verifications = tables.verifications
     assert (verifications.short, verifications.long) == (LONG // pricing.SHORTER, LONG)
     for context, found in ((LONG // pricing.SHORTER, verifications.at_short), (LONG, verifications.at_long)):
@@ -123,7 +124,7 @@ def check(tables: CostTables) -> None:
         each = [context // min(rows, REQUESTS) * min(rows, REQUESTS) for rows in buckets]
         chosen = [verify_seconds(rows, tokens) for rows, tokens in zip(buckets, each, strict=True)]
         assert list(found.seconds) == pytest.approx(chosen)
-    groups, tokens = doubling(1, REQUESTS), doubling(4, REQUESTS * WIDEST)
+    groups, tokens = graded(REQUESTS), doubling(4, REQUESTS * WIDEST)
     for table, sizes, kind in ((tables.drafts, groups, "pass"), (tables.catch_up, tokens, "catch-up")):
         assert set(table) == {"ar", "diffusion"}
         for arm, found in table.items():
@@ -131,6 +132,12 @@ def check(tables: CostTables) -> None:
             assert list(found.seconds) == pytest.approx(
                 [pass_seconds(f"the {kind} of {arm!r}", n) for n in sizes]
             )
+    assert {arm: list(shorter) for arm, shorter in tables.shorter.items()} == {"ar": [2, 3], "diffusion": []}
+    for length, found in tables.shorter["ar"].items():
+        assert list(found.sizes) == groups
+        assert list(found.seconds) == pytest.approx(
+            [pass_seconds(f"the pass of 'ar' for {length} drafts", n) for n in groups]
+        )
 
 
 def test_the_tables_are_what_the_device_takes(bench: Bench) -> None:

@@ -38,6 +38,20 @@ def test_the_router_goes_by_the_tables(prices: dict[str, float], route: str) -> 
     assert assign([SCORES], costs(**prices)) == [route]
 
 
+def test_a_pass_is_as_long_as_pays() -> None:
+    """And its price is that of its length. A length that is too short is left again."""
+    found = costs()
+    found.tables.shorter = {"ar": {2: Sizes((1, 2, 4), (0.2, 0.2, 0.2))}}
+    assert found.length("ar", 1, 3) == 3, "before a rate is known"
+    found.committed(3, 1.0)
+    for kept, longest in ((1, 2), (2, 3), (3, 3), (1, 2)):
+        for _ in range(100):
+            found.wanted("ar", kept)
+        assert found.length("ar", 1, 3) == longest
+        assert found.tables.draft("ar", 1) == (0.2 if longest == 2 else 0.5)
+    assert found.length("diffusion", 1, 3) == 3
+
+
 def test_a_verification_is_looked_up_by_its_rows() -> None:
     assert costs().verify(3, 1) == costs().verify(4, 1) == pytest.approx(10.4)
     assert costs().verify(1, 1) == pytest.approx(10.1)

@@ -42,6 +42,15 @@ def doubling(first: int, most: int) -> list[int]:
     return [*sizes, most]
 
 
+def graded(most: int) -> list[int]:
+    """Sizes of graphs, ascending: two a doubling up to 16, then four, and `most`."""
+    sizes, doubled = [1, 2, 3, 4, 6, 8, 12], 16
+    while doubled < most:
+        sizes += range(doubled, 2 * doubled, doubled // 4)
+        doubled *= 2
+    return [*(size for size in sizes if size < most), most]
+
+
 @dataclass(frozen=True, slots=True)
 class StaticInput:
     """A tensor at a fixed place, its first dimension requests. padding: those of requests that are none, as large as

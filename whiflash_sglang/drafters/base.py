@@ -62,6 +62,11 @@ class KVDrafter(Drafter):
     captured_layers: tuple[int, ...] = ()
     attends_text: bool = False
 
+    @property
+    def lengths(self) -> list[int]:
+        """Drafts of the passes that are captured, ascending; the longest make `max_drafts`."""
+        return [self.max_drafts]
+
     def kv_bytes_per_token(self) -> int:
         """Bytes its KV adds to one target slot."""
         raise NotImplementedError

@@ -18,6 +18,9 @@ from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.layers import Attend, AttentionShape
 from whiflash_sglang.models.mtp import MTPDrafter
 
+SHORTER = (2, 3)
+"""Steps of chains that are captured beside the longest."""
+
 
 class ChainModel(Protocol):
     """A drafter that drafts token after token; shapes as in `Eagle3Drafter`."""
@@ -68,6 +71,10 @@ class ChainArm(PagedArm):
         self.max_drafts = steps
         self.tail_width = width
         self.features = FeatureSlice(captured, layers, width // len(layers))
+
+    @property
+    def lengths(self) -> list[int]:
+        return [*(steps for steps in SHORTER if steps < self.max_drafts), self.max_drafts]
 
     def chain(self, batch: DraftBatch, steps: int) -> Iterator[Choice]:
         """The chain, step by step: of every request the target's id [G] and how sure the drafter is of it [G].

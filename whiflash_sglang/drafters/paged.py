@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from whiflash_kernels import DFlashWeights, Drafts, Eagle3Weights, draft_attenti
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.core import DraftBatch
-from whiflash_sglang.device.capture import CapturedPass, Recorder, doubling
+from whiflash_sglang.device.capture import CapturedPass, Recorder, graded
 from whiflash_sglang.drafters.base import KVDrafter
 from whiflash_sglang.drafters.length import DraftLength
 from whiflash_sglang.models.choice import Choice
@@ -41,7 +42,7 @@ class PagedArm(KVDrafter):
     def __init__(self, layers: int, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
         self._layers, self._shape, self._dtype, self._device = layers, shape, dtype, device
         self.length = DraftLength(device)
-        self._captured: CapturedPass[Choice] | None = None
+        self._captured: dict[int, CapturedPass[Choice]] | None = None
 
     @abstractmethod
     def whole(self, batch: DraftBatch, wanted: int) -> Choice:
@@ -51,16 +52,22 @@ class PagedArm(KVDrafter):
         """
 
     def capture(self, recorder: Recorder, inputs: DraftBatch) -> None:
-        sizes = doubling(1, len(inputs))
+        sizes = graded(len(inputs))
         # Arms share what they read but for their own columns.
         inputs = replace(inputs, tail=inputs.tail.new_zeros((len(inputs), self.tail_width)))
-        self._captured = CapturedPass(
-            f"the pass of {self.arm!r}",
-            lambda size: self.whole(inputs.first(size), self.max_drafts),
-            inputs.static,
-            sizes,
-            recorder,
-        )
+        self._captured = {
+            length: CapturedPass(
+                f"the pass of {self.arm!r}" + f" for {length} drafts" * (length < self.max_drafts),
+                partial(self._of_first, inputs, length),
+                inputs.static,
+                sizes,
+                recorder,
+            )
+            for length in reversed(self.lengths)
+        }
+
+    def _of_first(self, inputs: DraftBatch, length: int, size: int) -> Choice:
+        return self.whole(inputs.first(size), length)
 
     @abstractmethod
     def logits_at_once(self, requests: int) -> int:
@@ -70,9 +77,11 @@ class PagedArm(KVDrafter):
         return int(self.logits_at_once(requests) * LOGIT_BYTES)
 
     def captured_for(self, batch: DraftBatch) -> CapturedPass[Choice] | None:
-        """The pass that was captured for so many requests, if one was."""
-        size = len(batch)
-        return self._captured if self._captured is not None and self._captured.holds(size, size) else None
+        """The shortest pass that was captured for so many requests and drafts, if one was."""
+        size, wanted = len(batch), max(batch.limits)
+        length = min(length for length in self.lengths if length >= wanted)
+        captured = None if self._captured is None else self._captured[length]
+        return captured if captured is not None and captured.holds(size, size) else None
 
     def choices(self, batch: DraftBatch) -> Choice:
         """`whole` for a batch, replayed where it was captured: then it is good until the next replay."""

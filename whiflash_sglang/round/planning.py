@@ -73,7 +73,7 @@ class Planner:
             if self.host.exact and round.routes[i] == arms.NONE and not state.decision.promised:
                 proposed[i] = {}  # its rows would not pay
         round.candidates = [self._verifiable(round, i, by_arm) for i, by_arm in enumerate(proposed)]
-        most = {arm: rows_of(self.drafters, arm) for arm in set(round.routes)}
+        most = {arm: self._rows(round, arm) for arm in set(round.routes)}
         limits = [self._limits(round, i, most[arm]) for i, arm in enumerate(round.routes)]
         names = "pass", "joined", "copied", "all"
         round.limits = dict(zip(names, map(list, zip(*limits, strict=True)), strict=True))
@@ -101,6 +101,13 @@ class Planner:
                 arm: self.sources.extended(round, index, arm, each, room)[0] for arm, each in usable.items()
             }
         return {arm: each for arm, each in usable.items() if not self.sources.copies_itself(arm, each)}
+
+    def _rows(self, round: Round, arm: str) -> int:
+        """Most rows of a request's pass; where drafts must pay, as many as the pass is expected to pay for."""
+        rows = rows_of(self.drafters, arm)
+        if arm not in self.drafters or not round.worth[arm].row:
+            return rows
+        return 1 + self.controller.costs.length(arm, round.routes.count(arm), rows - 1)
 
     def _limits(self, round: Round, index: int, widest: int) -> tuple[int, int, int, int]:
         """`Round.limits` of a request, in their order. widest: rows of its pass."""

@@ -133,6 +133,10 @@ class WorkerCosts(Costs):
         variance = max(squares.value - drafts.value**2, 0.0)
         return drafts.value + math.sqrt(variance / max(self._requests, 1))
 
+    def length(self, arm: str, requests: int, most: int) -> int:
+        """Drafts that a pass of `arm` for so many requests makes at most, of at most `most`; chosen before it runs."""
+        return most
+
     def width(self, arm: str) -> float:
         rows = self._rows.get(arm)
         return rows.value if rows else self._widest(arm)

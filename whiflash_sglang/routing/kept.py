@@ -70,7 +70,11 @@ class KeptPrices:
 def _json_of(tables: CostTables) -> dict[str, Any]:
     named = {"drafts": tables.drafts, "catch_up": tables.catch_up}
     by_arm = {name: {arm: asdict(sizes) for arm, sizes in each.items()} for name, each in named.items()}
-    return {"verifications": asdict(tables.verifications), **by_arm}
+    shorter = {
+        arm: {str(length): asdict(sizes) for length, sizes in each.items()}
+        for arm, each in tables.shorter.items()
+    }
+    return {"verifications": asdict(tables.verifications), "shorter": shorter, **by_arm}
 
 
 def _tables_of(raw: Any) -> CostTables:
@@ -82,7 +86,11 @@ def _tables_of(raw: Any) -> CostTables:
     drafts, catch_up = (
         {arm: _sizes_of(each) for arm, each in raw[name].items()} for name in ("drafts", "catch_up")
     )
-    return CostTables(verifications, drafts, catch_up)
+    shorter = {
+        arm: {int(length): _sizes_of(sizes) for length, sizes in each.items()}
+        for arm, each in raw["shorter"].items()
+    }
+    return CostTables(verifications, drafts, catch_up, shorter=shorter)
 
 
 def _sizes_of(raw: Any) -> Sizes:

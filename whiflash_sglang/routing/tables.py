@@ -107,13 +107,16 @@ class Correction:
 class CostTables:
     """A round's price, from what was captured.
 
-    drafts, catch_up: arm → seconds by requests that draft, and by rows that are caught up.
+    drafts, catch_up: arm → seconds by requests that draft, and by rows that are caught up. shorter: of passes that
+    make fewer drafts, by how many. lengths: drafts that the passes of an arm make now, if they are shorter ones.
     """
 
     verifications: Verifications
     drafts: dict[str, Sizes]
     catch_up: dict[str, Sizes]
     correction: Correction = field(default_factory=Correction)
+    shorter: dict[str, dict[int, Sizes]] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
 
     def verify(self, rows: float, context: float) -> float:
         return self.correction.factor * self.verifications.at(rows, context)
@@ -143,10 +146,21 @@ class CostTables:
         self.correction.add(expected, time.seconds)
 
     def _drafts(self, arm: str, requests: int) -> float:
-        return self.drafts[arm].at(requests) if requests and arm in self.drafts else 0.0
+        if not requests or arm not in self.drafts:
+            return 0.0
+        return self.shorter.get(arm, {}).get(self.lengths.get(arm, 0), self.drafts[arm]).at(requests)
 
     def _catch(self, arm: str, tokens: float) -> float:
         return self.catch_up[arm].at(tokens) if tokens and arm in self.catch_up else 0.0
+
+
+def continuing(mean: float, most: int) -> float:
+    """The chance r that a draft is followed by another, if of up to `most` there are `mean`: 1 + r + … + r^(most-1)."""
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**i for i in range(most)) < mean else (low, middle)
+    return low
 
 
 class LookedUpCosts(WorkerCosts):
@@ -179,6 +193,24 @@ class LookedUpCosts(WorkerCosts):
         behind = self._behind.get(arm)
         catch_up = self.tables.catch(arm, requests * behind.value) if behind else 0.0
         return self.tables.draft(arm, requests) + catch_up
+
+    def length(self, arm: str, requests: int, most: int) -> int:
+        """The length whose time and whose loss are least. Lost are drafts behind its end that would have been kept, as
+        if each were right, so that a pass is shortened only if that pays for certain.
+        """
+        tables, shorter = self.tables, self.tables.shorter.get(arm)
+        if not shorter or not self._rate or arm not in self._drafts:
+            tables.lengths.pop(arm, None)
+            return most
+        goes_on = continuing(self._drafts[arm][0].value, tables.lengths.get(arm, most))
+
+        def costs(length: int) -> float:
+            tables.lengths[arm] = length
+            lost = requests * sum(goes_on**i for i in range(length, most))
+            return lost + self._rate * tables.draft(arm, requests)
+
+        tables.lengths[arm] = min((most, *shorter), key=costs)
+        return tables.lengths[arm]
 
     def width(self, arm: str) -> float:
         return 1 + self.room(arm)

@@ -13,6 +13,7 @@ contexts do while serving, and drafts write to the padding slot.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -28,9 +29,9 @@ from whiflash_kernels import prepare_mixed_block
 from whiflash_sglang import __version__
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.compat import patching
-from whiflash_sglang.compat.forward.graphs import VerifyGraphs, most_rows, row_buckets
+from whiflash_sglang.compat.forward.graphs import VerifyGraphs, most_rows
 from whiflash_sglang.compat.forward.target import Target
-from whiflash_sglang.device.capture import doubling
+from whiflash_sglang.device.capture import graded
 from whiflash_sglang.device.clock import Clock, measure
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import HostView
@@ -122,7 +123,7 @@ def key_of(
         },
         # Memory of a pass says how many rows its head has, which no configuration says.
         "drafters": {
-            arm: f"{drafter.max_drafts} {drafter.captured_bytes(requests)} {_digest(vars(drafter)['model'].config)}"
+            arm: f"{drafter.lengths} {drafter.captured_bytes(requests)} {_digest(vars(drafter)['model'].config)}"
             for arm, drafter in with_kv(drafters).items()
         },
         "sizes": [
@@ -170,19 +171,32 @@ def measured(
         )
     # The scheduler would wait for the last of these verifications in place of the first prefill.
     target.runner.shared_read_done_event = None
-    drafts = {
-        arm: Sizes.measured(doubling(1, requests), partial(_draft, drafter, target, sync, host, clock))
+    by_length = {
+        arm: {
+            length: Sizes.measured(
+                graded(requests), partial(_draft, drafter, target, sync, host, clock, length)
+            )
+            for length in drafter.lengths
+        }
         for arm, drafter in with_kv(drafters).items()
     }
+    drafts = {arm: prices.pop(drafters[arm].max_drafts) for arm, prices in by_length.items()}
     tokens = sync.sizes(requests * widest)
     catch_up = {arm: Sizes.measured(tokens, partial(_catch_up, sync, arm, clock)) for arm in sync.arms}
-    return CostTables(verifications, drafts, catch_up)
+    return CostTables(verifications, drafts, catch_up, shorter=by_length)
 
 
 def _draft(
-    drafter: KVDrafter, target: Target, sync: CatchUps, host: HostView, clock: Clock, requests: int
+    drafter: KVDrafter,
+    target: Target,
+    sync: CatchUps,
+    host: HostView,
+    clock: Clock,
+    length: int,
+    requests: int,
 ) -> float:
     batch = idle_batch(requests, drafter, sync.rings, target.slot_table, host)
+    batch = replace(batch, limits=[length] * requests)
     return measure(lambda: drafter.draft(batch), clock)
 
 
@@ -195,7 +209,7 @@ def _sizes(target: Target, requests: int, widest: int) -> tuple[list[int], int]:
     graphs = target.runner.decode_cuda_graph_runner
     if isinstance(graphs, VerifyGraphs):
         return graphs.capture_num_tokens, graphs.requests
-    return row_buckets(most_rows(requests, widest)), requests
+    return graded(most_rows(requests, widest)), requests
 
 
 def _contexts(target: Target, widest: int) -> tuple[int, int]:
