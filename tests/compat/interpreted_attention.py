@@ -37,8 +37,9 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from transformers import PretrainedConfig
 from whiflash_kernels import prepare_mixed_block
 
-from whiflash_sglang.compat.forward.graphs import VerifyGraphs, row_buckets, spare_slots
+from whiflash_sglang.compat.forward.graphs import VerifyGraphs, spare_slots
 from whiflash_sglang.compat.forward.target import verify_input
+from whiflash_sglang.device.capture import graded
 
 CONFIGURED = 17
 """`speculative_num_draft_tokens` of a server with lookup: its widest block."""
@@ -145,7 +146,7 @@ def graphs_of(buckets: list[int], attention: str = "other") -> Any:
 
 def captured(case: Verification, backend: Any) -> Any:
     """What a backend's kernels were captured with, and hold before a replay of `case`: one metadata, filled twice."""
-    buckets = row_buckets(REQUESTS * CONFIGURED)
+    buckets = graded(REQUESTS * CONFIGURED)
     bucket = int(case.block.positions.shape[0])
     assert bucket in buckets
     slots = min(bucket, REQUESTS + spare_slots(REQUESTS, CONFIGURED))

@@ -24,9 +24,9 @@ from sglang.srt.layers.attention import flashinfer_mla_backend, trtllm_mla_backe
 from sglang.srt.layers.attention.trtllm_mla_backend import TRTLLMMLABackend
 
 from whiflash_sglang.compat.forward import recurrent
-from whiflash_sglang.compat.forward.graphs import row_buckets
 from whiflash_sglang.compat.forward.recurrent import rows_counted
 from whiflash_sglang.compat.forward.target import verify_input
+from whiflash_sglang.device.capture import graded
 
 PAGE, HEADS, LATENT, ROPE = 32, 2, 512, 64
 SIZE = LATENT + ROPE
@@ -133,7 +133,7 @@ def eager(case: Verification, counted: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def replayed(case: Verification, attention: str = "trtllm_mla") -> tuple[torch.Tensor, torch.Tensor]:
     """What was captured with other widths, when it holds those of `case`."""
-    buckets, bucket = row_buckets(REQUESTS * CONFIGURED), int(case.block.positions.shape[0])
+    buckets, bucket = graded(REQUESTS * CONFIGURED), int(case.block.positions.shape[0])
     queries, keys = content(case)
     backend, graphs = backend_of(case, keys), graphs_of(buckets, attention)
     slots = graphs._ragged_capture_slots(bucket)
@@ -160,7 +160,7 @@ def test_rows_attend_to_what_comes_before_them(widths: list[int]) -> None:
 @pytest.mark.parametrize("spare", [0, 1, 3])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_rows_of_a_replay_attend_to_what_comes_before_them(widths: list[int], spare: int) -> None:
-    bucket = next(b for b in row_buckets(REQUESTS * CONFIGURED) if b >= sum(widths) + spare)
+    bucket = next(b for b in graded(REQUESTS * CONFIGURED) if b >= sum(widths) + spare)
     found, right = replayed(Verification(widths, bucket, page=PAGE))
     torch.testing.assert_close(found[: len(right)], right, atol=1e-5, rtol=1e-5)
     assert found.isfinite().all()

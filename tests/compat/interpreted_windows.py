@@ -28,9 +28,9 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from whiflash_sglang.compat.forward.graphs import row_buckets
 from whiflash_sglang.compat.forward.triton_backend import RaggedTritonBackend, widest_window
 from whiflash_sglang.compat.launch import refusals
+from whiflash_sglang.device.capture import graded
 
 SGLANG = "sglang.srt.layers.attention"
 HEADS, KV_HEADS, SIZE, SCALE = 4, 2, 16, 0.3
@@ -270,7 +270,7 @@ def test_replayed_rows_see_what_eager_ones_do(
     backend: str, widths: list[int], window: int, spare: int, pool: str
 ) -> None:
     """What was captured, filled for this batch; rows that are nobody's behind its own."""
-    bucket = next(b for b in row_buckets(REQUESTS * CONFIGURED) if b >= sum(widths) + spare)
+    bucket = next(b for b in graded(REQUESTS * CONFIGURED) if b >= sum(widths) + spare)
     case = verification(widths, window, pool, bucket=bucket)
     made = BACKENDS[backend](case, window)
     captured(case, made)

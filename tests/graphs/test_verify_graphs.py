@@ -17,8 +17,8 @@ from tiny_models import tiny_dflash
 from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang.compat.forward import graphs
-from whiflash_sglang.compat.forward.graphs import VerifyGraphs, bytes_for, most_rows, row_buckets, spare_slots
-from whiflash_sglang.device.capture import MOST_DRAFTS
+from whiflash_sglang.compat.forward.graphs import VerifyGraphs, bytes_for, most_rows, spare_slots
+from whiflash_sglang.device.capture import MOST_DRAFTS, graded
 
 REQUESTS, WIDEST = 5, 17
 Stopped = tuple[Engine, Any]
@@ -159,7 +159,7 @@ def layouts(buckets: Sequence[int]) -> list[list[int]]:
 def test_every_graph_gives_what_an_eager_verification_gives(stopped: Stopped) -> None:
     with bench(stopped) as b:
         buckets = b.graphs.capture_num_tokens
-        assert buckets == row_buckets(REQUESTS * WIDEST)
+        assert buckets == graded(REQUESTS * WIDEST)
         for widths in layouts(buckets):
             b.compare(widths)
         assert set(b.graphs.backend.replayed) == set(buckets)
@@ -230,7 +230,7 @@ def test_attention_that_keeps_what_it_was_captured_with_is_found(stopped: Stoppe
 @pytest.mark.parametrize(("requests", "widest"), [(1, 1), (1, 17), (8, 5), (48, 17), (48, 9), (256, 17)])
 def test_sizes(requests: int, widest: int) -> None:
     """No batch is longer than its graph, none has a slot of more than `widest` rows, and few rows are padding."""
-    buckets = row_buckets(most_rows(requests, widest))
+    buckets = graded(most_rows(requests, widest))
     spare = spare_slots(requests, widest)
     assert buckets == sorted(set(buckets))
     assert requests <= buckets[-1] <= min(requests * widest, requests + MOST_DRAFTS)

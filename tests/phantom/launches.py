@@ -5,6 +5,7 @@ refused as Triton refuses it, and what a reference reads of its own arguments no
 """
 
 import dataclasses
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from card import Card
+from card import Card, Rules
 from numpy.typing import NDArray
+from sites import site
 from streams import Streams
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -24,11 +26,18 @@ from whiflash_kernels import dispatch
 FROM_HOST = "Pointer argument (at {}) cannot be accessed from Triton (cpu tensor?)"
 
 
+NO_LAUNCH = ("empty", "new_empty", "set_", "_local_scalar_dense", "draft_attention")
+"""Operators that launch nothing, or only what is counted as a kernel."""
+
+
 class Launches:
-    """counts: by name. stored: addresses that the launch under way has written, where somebody notes them."""
+    """counts: by name. stored: addresses that the launch under way has written, where somebody notes them. compiled:
+    SGLang's kernels, each with what Triton would compile it for.
+    """
 
     def __init__(self, world: Streams) -> None:
         self.counts: Counter[str] = Counter()
+        self.compiled: set[tuple[str, str]] = set()
         self.stored: list[NDArray[np.int64]] = []
         self._world = world
 
@@ -66,6 +75,66 @@ class Launches:
         storage = tensor.untyped_storage()
         begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         return any(((places >= begin) & (places < end)).any() for places in self.stored)
+
+    @contextmanager
+    def whole(self) -> Iterator[Counter[str]]:
+        """All that is launched inside, by what it is and whose line launched it: kernels, graphs, operators, copies."""
+        seen, graph, rules = Counter[str](), torch.cuda.CUDAGraph.replay, Rules.__torch_dispatch__
+        of, replaying = Launches.of, False
+
+        def launched(launches: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+            seen[f"{name} {site()}"] += not replaying
+            return of(launches, name, *args, **kwargs)
+
+        def replayed(self: Any) -> None:
+            nonlocal replaying
+            seen[f"graph {site()}"] += 1
+            replaying = True
+            graph(self)
+            replaying = False
+
+        def dispatched(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out, name = rules(self, func, types, args, kwargs), func.overloadpacket.__name__
+            touched = tree_leaves((args, kwargs, out))
+            on_card = not func.is_view and any(isinstance(leaf, Card) for leaf in touched)
+            seen[f"{name} {site()}"] += on_card and not replaying and not name.startswith(NO_LAUNCH)
+            return out
+
+        with (
+            patch.object(Launches, "of", launched),
+            patch.object(torch.cuda.CUDAGraph, "replay", replayed),
+            patch.object(Rules, "__torch_dispatch__", dispatched),
+        ):
+            yield seen
+
+
+def compiled_for(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[str, str]:
+    """A kernel's name, and what Triton compiles it for: constants, kinds, and what it assumes of numbers and places."""
+    parameters = inspect.signature(kernel.fn).parameters
+    known = {
+        name
+        for part in ("do_not_specialize", "do_not_specialize_on_alignment")
+        for name in kernel.kwargs.get(part) or ()
+    }
+
+    def kind(name: str, value: Any) -> str:
+        if isinstance(value, tuple):
+            return f"({', '.join(kind(name, each) for each in value)})"
+        if isinstance(value, torch.Tensor):
+            return f"{value.dtype} {name in known or value.storage_offset() * value.itemsize % 16 == 0}"
+        if (
+            not isinstance(value, int)
+            or isinstance(value, bool)
+            or "constexpr" in str(parameters[name].annotation)
+        ):
+            return str(value)
+        return "int" if name in known else "one" if value == 1 else f"int {value % 16 == 0}"
+
+    given = dict(zip(parameters, args, strict=False)) | options
+    return kernel.fn.__name__, ", ".join(
+        f"{name}={kind(name, value) if name in parameters else value}"
+        for name, value in sorted(given.items())
+    )
 
 
 @contextmanager

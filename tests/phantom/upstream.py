@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from launches import Launches, kernels_taken
+from launches import Launches, compiled_for, kernels_taken
 from streams import Streams
 from torch import distributed
 
@@ -59,7 +59,7 @@ def sglang_on_card(world: Streams) -> Iterator[Launches]:
     from sglang.kernels.ops.attention import extend_attention, flash_attention_v3
     from sglang.kernels.spec import KernelBackend
     from sglang.srt.layers import deep_gemm_wrapper
-    from triton.runtime.interpreter import GridExecutor, interpreter_builder
+    from triton.runtime.interpreter import GridExecutor, InterpretedFunction, interpreter_builder
 
     fused_op.set_fused_op_backend(KernelBackend.TORCH)
     with contextlib.ExitStack() as stack:
@@ -68,6 +68,12 @@ def sglang_on_card(world: Streams) -> Iterator[Launches]:
 
         def interpreted(self: Any, *args: Any, **kwargs: Any) -> None:
             launches.of(self.fn.__name__, partial(interpret, self), *args, **kwargs)
+
+        run = InterpretedFunction.run
+
+        def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            launches.compiled.add(compiled_for(self, args, kwargs))
+            return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
         store = interpreter_builder.create_masked_store
 
@@ -88,6 +94,7 @@ def sglang_on_card(world: Streams) -> Iterator[Launches]:
 
         for owner, name, stand_in in (
             (GridExecutor, "__call__", interpreted),
+            (InterpretedFunction, "run", compiled),
             (interpreter_builder, "create_masked_store", noted),
             (flash_attention_v3, "_load_fa3_kernels", lambda: {"flash_attn_with_kvcache": fa3}),
             (extend_attention, "extend_attention_fwd", partial(launches.of, "extend_attention_fwd", extend)),

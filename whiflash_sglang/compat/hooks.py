@@ -46,11 +46,12 @@ def in_scheduler() -> None:
         IncompatibleEngineError: a private name is missing or has changed.
     """
     patching.require_names()
-    from whiflash_sglang.compat.forward import target, triton_backend
+    from whiflash_sglang.compat.forward import flash_backend, target, triton_backend
     from whiflash_sglang.compat.scheduler import hicache, memory, radix, releases, scores, stops, subclass
 
     patching.install(hicache, memory, radix, releases, scores, stops, subclass, target)
     triton_backend.install()
+    flash_backend.install()
 
 
 def missing() -> list[patching.Finding]:

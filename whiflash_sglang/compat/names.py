@@ -146,11 +146,16 @@ sglang.srt.managers.tokenizer_manager
 sglang.srt.managers.tp_worker
     TpModelWorker.forward_batch_generation(batch, capture_hidden_mode)
 sglang.srt.managers.utils
+    GenerationBatchResult.copy_to_cpu(return_logprob, return_hidden_states)
     GenerationBatchResult(accept_lens, cap_lens, num_non_draft_tokens_per_req, speculative_output_stride)
+sglang.srt.mem_cache.allocation
+    assign_req_to_token_pool_func(req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc)
 sglang.srt.mem_cache.memory_pool
     MHATokenToKVPool(size, page_size, dtype, head_num, head_dim, layer_num, device, enable_memory_saver)
     MHATokenToKVPool(enable_alt_stream, kv_cache_layout, allocation_label)
     MHATokenToKVPool._create_buffers_normal
+sglang.srt.model_executor.cuda_graph_buffer_registry
+    PaddingPolicy.KEEP_PAD
 sglang.srt.model_executor.cuda_graph_config
     Backend.DISABLED
     Phase.ALL
@@ -173,6 +178,7 @@ sglang.srt.model_executor.runner.decode_cuda_graph_runner
     DecodeCudaGraphRunner._stage_ragged_verify_layout(ragged_layout, graph_size_key)
     DecodeCudaGraphRunner.capture_one_shape(size, forward)
     DecodeCudaGraphRunner.get_spec_info(num_tokens)
+    DecodeCudaGraphRunner.load_batch(forward_batch, pp_proxy_tensors)
 sglang.srt.model_executor.runner_utils.pool
     get_or_create_global_graph_memory_pool(device_module)
 sglang.srt.models.registry
@@ -201,7 +207,6 @@ sglang.srt.speculative.ragged_verify
     RaggedVerifyLayout(verify_lens, graph_num_tokens, qo_indptr_device, verify_lens_cpu, total_verify_tokens)
     RaggedVerifyLayout.padded_to_bucket(padded_bs)
     RaggedVerifyMode.COMPACT
-    build_capture_verify_lens(num_tokens, num_slots, num_draft_tokens)
     resolve_ragged_verify_layout(forward_batch)
     round_up_grid(total, grid)
 sglang.srt.speculative.spec_info

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 from sglang.srt.environ import envs
+from sglang.srt.mem_cache.allocation import assign_req_to_token_pool_func
+from sglang.srt.model_executor.cuda_graph_buffer_registry import PaddingPolicy
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
@@ -33,13 +35,14 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import (
     RaggedVerifyLayout,
     RaggedVerifyMode,
-    build_capture_verify_lens,
+    resolve_ragged_verify_layout,
     round_up_grid,
 )
 from triton.runtime.errors import OutOfResources
+from whiflash_kernels import GraphSlots, fill_slots
 
 from whiflash_sglang.compat.forward.recurrent import rows_counted
-from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
+from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder, doubling, graded
 
 T = TypeVar("T")
 
@@ -105,15 +108,6 @@ def install(model_runner: Any, mode: CaptureHiddenMode) -> None:
     model_runner.max_decode_logits_rows = logits_rows
 
 
-def row_buckets(most: int) -> list[int]:
-    """Sizes of graphs, ascending: two a doubling up to 16 rows, then four, and `most`."""
-    sizes, doubling = [1, 2, 3, 4, 6, 8, 12], 16
-    while doubling < most:
-        sizes += range(doubling, 2 * doubling, doubling // 4)
-        doubling *= 2
-    return [*(size for size in sizes if size < most), most]
-
-
 def most_rows(requests: int, widest: int) -> int:
     """Rows of the largest verification of up to so many requests, `widest` each at most."""
     return requests + min(requests * (widest - 1), MOST_DRAFTS)
@@ -134,8 +128,18 @@ def bytes_for(requests: int, widest: int, *, vocabulary: int, row_bytes: int) ->
         vocabulary: all graphs write their logits to the same 32-bit buffer. row_bytes: of the features and hidden
             states of one row, of which every graph has its own.
     """
-    buckets = row_buckets(most_rows(requests, widest))
+    buckets = graded(most_rows(requests, widest))
     return buckets[-1] * vocabulary * 4 + sum(buckets) * row_bytes
+
+
+class GraphLayout(RaggedVerifyLayout, frozen=True):  # type: ignore[call-arg, misc]
+    """The layout of a graph, at the places that the graph reads: of its requests and of the slots beside them."""
+
+    slots: GraphSlots | None = None
+
+    def padded_to_bucket(self, *, padded_bs: int, cap: int | None = None) -> "GraphLayout":
+        """Itself: no slot has more than `VerifyGraphs.widest` rows."""
+        return self
 
 
 class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
@@ -152,6 +156,22 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
         # Upstream counts its shapes in requests of one width; with a width of one it counts rows.
         with envs.SGLANG_RAGGED_VERIFY_MODE.override(RaggedVerifyMode.COMPACT.value):
             super().__init__(model_runner, attn_backend=attn_backend, speculative_num_draft_tokens=1)
+        for name in ("seq_lens", "req_pool_indices"):  # `load_batch` fills them
+            slot = self.buffer_registry.get_slot(name)
+            slot.copy_from_fb, slot.padding_policy = False, PaddingPolicy.KEEP_PAD
+        if torch.device(self.device).type == "cuda":
+            self._compile_allocation()
+
+    def _compile_allocation(self) -> None:
+        """Launch what SGLang writes new slots of a batch to its table with, which Triton compiles for each doubling of
+        requests and for slots at odd places, for no slots."""
+        none = torch.zeros(self.requests, dtype=torch.int32, device=self.device)
+        rows, slots = none.long(), torch.zeros(2, dtype=torch.int64, device=self.device)
+        for size in doubling(1, self.requests):
+            for first in range(2):
+                assign_req_to_token_pool_func(
+                    rows, self.model_runner.req_to_token_pool.req_to_token, none, none, slots[first:], size
+                )
 
     def rows_for(self, total: int, requests: int) -> int:
         """Rows to pack a batch into: the smallest graph's that holds them, or `total` itself where none does."""
@@ -171,7 +191,7 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
 
     def _build_ragged_verify_token_buckets(self) -> list[int]:
         self.requests = max(self.capture_bs)
-        buckets = row_buckets(most_rows(self.requests, self.widest))
+        buckets = graded(most_rows(self.requests, self.widest))
         self.max_bs = self.requests + spare_slots(self.requests, self.widest)
         self.capture_bs = buckets
         return buckets
@@ -180,25 +200,36 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
         # The dummy forward has the widest block for each of so many requests, and there are rows for no more.
         return self.buffers, self.requests
 
-    def _capture_ragged_verify_layout(self, num_tokens: int) -> RaggedVerifyLayout:
+    def _capture_ragged_verify_layout(self, num_tokens: int) -> GraphLayout:
         layouts = self._captured_ragged_layouts
         if num_tokens not in layouts:
-            widths = build_capture_verify_lens(
-                num_tokens=num_tokens,
-                num_slots=self._ragged_capture_slots(num_tokens),
-                num_draft_tokens=self.widest,
+            count = self._ragged_capture_slots(num_tokens)
+            widths, offsets, ends = (
+                torch.zeros(size, dtype=torch.int32, device=self.device) for size in (count, count + 1, count)
             )
-            layouts[num_tokens] = RaggedVerifyLayout.from_verify_lens(
-                verify_lens_cpu=widths, device=self.device, grid=self.capture_num_tokens
+            rows, starts = self.buffers.req_pool_indices[:count], self.buffers.seq_lens[:count]
+            slots = GraphSlots(widths, offsets, starts, ends, rows)
+            # Captured without a request, which compiles the kernel.
+            fill_slots(
+                widths[:0], starts[:0], rows[:0], slots, rows=num_tokens, empty=self.seq_len_fill_value
+            )
+            tier = round_up_grid(num_tokens, self.capture_num_tokens)
+            layouts[num_tokens] = GraphLayout(
+                widths, tier, offsets[:-1], offsets, total_verify_tokens=tier, slots=slots
             )
         return layouts[num_tokens]
 
+    def load_batch(self, forward_batch: Any, pp_proxy_tensors: Any = None) -> None:
+        live = resolve_ragged_verify_layout(forward_batch)
+        if live is not None and not isinstance(live, GraphLayout):
+            layout, rows = self._captured_ragged_layouts[live.graph_num_tokens], live.graph_num_tokens
+            requests = live.verify_lens, forward_batch.seq_lens, forward_batch.req_pool_indices
+            fill_slots(*requests, layout.slots, rows=rows, empty=self.seq_len_fill_value)
+            forward_batch.spec_info.ragged_verify_layout = layout
+        super().load_batch(forward_batch, pp_proxy_tensors)
+
     def _stage_ragged_verify_layout(self, ragged_layout: RaggedVerifyLayout, graph_size_key: int) -> None:
-        captured = self._captured_ragged_layouts[graph_size_key]
-        live = ragged_layout.padded_to_bucket(padded_bs=captured.bs)
-        captured.verify_lens.copy_(live.verify_lens)
-        captured.qo_indptr_device.copy_(live.qo_indptr_device)
-        captured.extend_start_loc.copy_(live.extend_start_loc)
+        """`load_batch` has done it."""
 
     def _can_run_ragged_verify_graph(self, forward_batch: Any, ragged_layout: RaggedVerifyLayout) -> bool:
         # Upstream replays the tier above; rows are packed before, so theirs must be a graph's.
