@@ -245,7 +245,7 @@ class SampleHook:
         return sampled
 
     def verified(self, verified: "Verified", block: MixedBlock) -> "Verified":
-        """In place of what was sampled at the rows of `block`, whose `request_of_row` is a request of the batch."""
+        """In place of what was sampled at the rows of `block`."""
         return verified
 
 

@@ -10,7 +10,7 @@ from oracle_arm import OracleArm
 from plain import plain_texts
 from request_sets import OPTIONS, constrained
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
-from traffic import play
+from traffic import Arrival, play
 
 from whiflash_sglang import worker
 from whiflash_sglang.structure import spending
@@ -89,3 +89,18 @@ def test_dear_grammars_have_plain_text_and_few_drafts(
     assert not any(accepted.values())
     assert max(moves) <= 3 * len(accepted), "one more a request than plain decoding"
     assert sum(moves) <= sum(2 * len(expected[rid]) + 4 for rid in accepted)
+
+
+@pytest.mark.parametrize("router", ["none", "random"])
+def test_a_grammar_without_a_way_on_ends_its_own_request(models: Models, router: str) -> None:
+    """Behind "a" nothing is allowed: what is committed there is refused, also by a later round of the same step."""
+    arrivals = [
+        Arrival("free", 0, tuple(range(40, 60)), {"max_new_tokens": 40}),
+        Arrival(
+            "stuck", 2, tuple(range(90, 110)), {"ebnf": 'root ::= "a" x\nx ::= x "b"', "max_new_tokens": 20}
+        ),
+    ]
+    expected = plain_texts(models.target, arrivals[:1], **OPTIONS)
+    with engine(models.target, whiflash=models.whiflash(router), **OPTIONS) as e:
+        assert play(e, arrivals)["free"] == expected["free"]
+        assert e.requests["stuck"].finished_reason.to_json()["type"] == "abort"

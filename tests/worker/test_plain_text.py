@@ -100,6 +100,9 @@ SETTINGS = {
     "two layers, full pool": Setting(CASES["full pool"], layers=2),
     "resident": Setting(mode="resident"),
     "overlap": Setting({"max_running_requests": 4}, mode="overlap"),
+    "overlap, llguidance": Setting(
+        {"max_running_requests": 4}, plain={"grammar_backend": "llguidance"}, mode="overlap"
+    ),
     "overlap, lengths": Setting({"max_running_requests": 4}, mode="overlap", host_lengths=True),
 }
 
@@ -200,10 +203,13 @@ ROWS = [
     row("resident", "auto", "traffic"),
     row("resident", "random", "traffic", *ALL, *KNOWING),
     row("resident", "random", "traffic", predicted=True),
+    row("resident", "none", "structured"),
+    row("resident", "random", "constrained"),
     row("overlap", "random", "traffic", *ALL, *KNOWING, "retractions", retracted=5),
     row("overlap", "random", "constrained", "retractions", retracted=5),
     row("overlap", "random", "structured", "structure", "lookup"),
     row("overlap", "auto", "calls"),
+    row("overlap, llguidance", "random", "structured"),
     row("thinking, overlap", "random", "thinking", *KNOWING),
     *(row("overlap", router, "traffic", retracted=5, evidence=True) for router in ("diffusion", "auto")),
     row("overlap, lengths", "lookup", "traffic", "retractions", retracted=5),

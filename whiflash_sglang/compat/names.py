@@ -103,6 +103,7 @@ sglang.srt.managers.multi_tokenizer_mixin
 sglang.srt.managers.overlap_utils
     FutureMap(device, req_to_token_pool, needs_cpu_seq_lens)
 sglang.srt.managers.schedule_batch
+    FINISH_ABORT(message, status_code, err_type)
     Req(extra_key, cache_salt)
     Req._stop_match_tail_len(new_accepted_len)
     Req.check_match_stop_str_prefix

@@ -148,7 +148,6 @@ class DraftStage:
             round.rows,
             round.starts,
             self.text,
-            first_counts=round.drafts.counts,
             appended=appended,
             from_host=from_host,
             at=at,

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 import torch
 from sglang.srt.constrained.base_grammar_backend import GrammarMask
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.utils.common import async_d2h
 from whiflash_kernels import MixedBlock
 
@@ -37,7 +39,8 @@ class Masks:
     def build(self, batch: Any, spending: Spending) -> bool:
         """Make the masks, timed by request. False: no request has a grammar.
 
-        Each request's first row has its mask however long that takes. Drafts that there is no time for are rejected.
+        Each request's first row has its mask however long that takes. Drafts that there is no time for are rejected. A
+        request whose grammar has no way on is aborted.
         """
         batch.sampling_info.grammar_mask = None  # the prefill's
         grammars = {i: req.grammar for i, req in enumerate(batch.reqs) if req.grammar is not None}
@@ -54,7 +57,13 @@ class Masks:
             if i in grammars:
                 chain, own = ids[first + 1 : first + width], bits[used : used + width]
                 fill = partial(fill_masks, grammars[i], self._ahead[i], chain, own, vocabulary, spending)
-                masked = spending.on(batch.reqs[i].rid, fill)
+                try:
+                    masked = spending.on(batch.reqs[i].rid, fill)
+                except ValueError as error:  # as SGLang ends a request whose grammar refuses a token
+                    masked, reason = 1, f"the grammar cannot go on: {error}"
+                    batch.reqs[i].to_finish = FINISH_ABORT(
+                        reason, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError"
+                    )
                 self.rejected += [first + masked] * (masked < width)
                 place[first : first + width] = range(used, used + width)
                 used += width
@@ -82,6 +91,8 @@ def fill_masks(
 
     Args:
         ahead: committed tokens that the grammar has not seen. bits: [1 + drafts, words].
+
+    Raises ValueError where the grammar refuses what was committed, or allows nothing; it is of no use then.
 
     Returns:
         Rows whose drafts may be accepted: all, or those for which there was time.
