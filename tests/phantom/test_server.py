@@ -171,6 +171,13 @@ def test_text_is_plain_decodings(found: dict[str, Any], target: Target) -> None:
         assert text == target.likeliest(tuple(name.encode()), text, grammar), name
 
 
+def test_a_grammar_takes_the_overlap_from_nobody(found: dict[str, Any]) -> None:
+    constrained = found["constrained"]
+    assert constrained["overlapped"] > 0
+    assert constrained["not overlapped"] == 0
+    assert not [site for site in constrained["stalls"] if site.startswith("whiflash")]
+
+
 def test_places_that_ask_for_a_card_are_reached(found: dict[str, Any]) -> None:
     assert found["missed"] == ELSEWHERE
 
