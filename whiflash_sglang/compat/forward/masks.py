@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from http import HTTPStatus
 from typing import Any
 
 import torch
@@ -60,9 +59,9 @@ class Masks:
                 try:
                     masked = spending.on(batch.reqs[i].rid, fill)
                 except ValueError as error:  # as SGLang ends a request whose grammar refuses a token
-                    masked, reason = 1, f"the grammar cannot go on: {error}"
+                    masked = 1
                     batch.reqs[i].to_finish = FINISH_ABORT(
-                        reason, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError"
+                        f"Grammar failed: {error}", 500, "InternalServerError"
                     )
                 self.rejected += [first + masked] * (masked < width)
                 place[first : first + width] = range(used, used + width)
