@@ -17,8 +17,7 @@ from whiflash_sglang.structure.spending import Spending
 class Masks:
     """The masks of a round's packed rows: each request's rows are a chain behind its bonus token.
 
-    Made before the target's forward: what the rows hold is on its way to the host while the forward runs, and the host
-    waits for that copy alone.
+    Made before the target's forward: the host waits for a copy of what the rows hold, while the forward runs.
 
     Args:
         block: the rows. widths: [B] int, rows of each request. ahead: per request, equally many tokens that were
@@ -38,8 +37,8 @@ class Masks:
     def build(self, batch: Any, spending: Spending) -> bool:
         """Make the masks, timed by request. False: no request has a grammar.
 
-        Each request's first row has its mask however long that takes. Drafts that there is no time for are rejected. A
-        request whose grammar has no way on is aborted.
+        A first row has its mask however long that takes. Drafts that there is no time for are rejected. A request whose
+        grammar has no way on is aborted.
         """
         batch.sampling_info.grammar_mask = None  # the prefill's
         grammars = {i: req.grammar for i, req in enumerate(batch.reqs) if req.grammar is not None}
@@ -86,7 +85,7 @@ def fill_masks(
 ) -> int:
     """Write the masks of one request's rows, as far as they are needed; afterwards its grammar is as it was.
 
-    Behind a draft that the grammar forbids, and behind its end, no mask is needed: nothing there is accepted.
+    Behind a draft that the grammar forbids, and behind its end, nothing is accepted, so no mask is needed there.
 
     Args:
         ahead: committed tokens that the grammar has not seen. bits: [1 + drafts, words].

@@ -72,11 +72,7 @@ class DraftInput(SpecInput):  # type: ignore[misc]
 
 
 def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -> Round:
-    """A round of a decode batch of SGLang's.
-
-    Args:
-        under_way: rows that earlier rounds verify for the request in a row.
-    """
+    """A round of a decode batch of SGLang's. under_way: rows that earlier rounds verify for the request in a row."""
     row_ids = row_ids_of(batch)
     least, most = _lengths(batch, row_ids, under_way)
     budgets = [
