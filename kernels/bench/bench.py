@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,12 +72,13 @@ def measure(
         yield Row(case.op, case.label, name, timing, floor, share)
 
 
-def all_cases(bench: Bench) -> Iterator[Case]:
-    """Every op; on a GPU also at sizes that fill the chip."""
+def all_cases(bench: Bench, only: Sequence[str] = ()) -> Iterator[Case]:
+    """Every op, or `only` some; on a GPU also at sizes that fill the chip."""
     on_gpu = bench.device.type == "cuda"
     fill = {routing_cases: 1024, backlog_cases: bench.slots - 1} if on_gpu else {}
     for family in (*KERNELS, catch_up_cases, layer_cases):
-        yield from family(bench, fill[family]) if family in fill else family(bench)
+        cases = family(bench, fill[family]) if family in fill else family(bench)
+        yield from (case for case in cases if not only or case.op in only)
 
 
 def switch_rows(bench: Bench, budget_ms: int) -> Iterator[Row]:
@@ -122,6 +123,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3-8b")
     parser.add_argument("--budget-ms", type=int, default=200, help="how long each call is repeated")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the references")
+    parser.add_argument("--only", default="", help="ops, with commas between; no whole round or switch then")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     arguments = parser.parse_args()
@@ -136,13 +138,15 @@ def main() -> int:
     limits = ceilings(device) if device.type == "cuda" else None
     bench = Bench(shape, device, largest_batch=256 if device.type == "cuda" else 32)
     rows: list[Row] = []
-    for case in all_cases(bench):
+    only = [op for op in arguments.only.split(",") if op]
+    for case in all_cases(bench, only):
         print(f"{case.op}, {case.label}", file=sys.stderr, flush=True)
         rows += measure(
             case, device, limits, compiled=not arguments.no_compile, budget_ms=arguments.budget_ms
         )
-    print("verify round and switch", file=sys.stderr, flush=True)
-    rows += switch_rows(bench, arguments.budget_ms)
+    if not only:
+        print("verify round and switch", file=sys.stderr, flush=True)
+        rows += switch_rows(bench, arguments.budget_ms)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     document = {
         "shape": shape.name,
@@ -152,7 +156,7 @@ def main() -> int:
         "rows": [asdict(row) for row in rows],
     }
     text, table = json.dumps(document, indent=1) + "\n", markdown(document, rows)
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{arguments.shape} {name}".lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{arguments.shape} {name} {arguments.only}".lower()).strip("-")
     (arguments.output / f"{slug}.json").write_text(text)
     (arguments.output / f"{slug}.md").write_text(table)
     print(text if arguments.json else table)

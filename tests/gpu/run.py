@@ -3,18 +3,21 @@
     python tests/gpu/run.py                        # what is left to do on this machine's GPU
     python tests/gpu/run.py --only kernels         # parts whose name begins so
     python tests/gpu/run.py --device cpu           # a rehearsal: the parts' own code, on tiny models
+    python tests/gpu/run.py --device phantom --only overlap-triton  # the same on the phantom card (`tests/phantom`)
 
 Each part is a process of its own. Its record, one JSON file, says what it printed, on which card, of which revision,
 with which versions and how long it took; a part whose record is of this code and this card is not run again, so a
 session that was cut short goes on where it was. Needs only Python for itself: the kernels' parts run where torch and
-triton are installed, the others where SGLang is too, and are recorded as left out where it is not. `make docs`
-writes a table of the records.
+triton are installed, the others where SGLang is too, and are recorded as left out where it is not. `PAGE` beside the
+records says on one page how each part ended; `make docs` writes such a table. `kit.py` packs all of it for a machine
+without a network: what lies in `SITE` is then imported before what is installed.
 """
 
 import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import signal
@@ -25,17 +28,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "results" / "gpu"
+SITE = ROOT / "site"
+PAGE = "README.md"
 LEFT_OUT = 77
 """Exit status of a part that found out by itself that it cannot run here (`checks.py`)."""
 PACKAGES = ("torch", "triton", "transformers", "sglang", "sglang-kernel", "flashinfer-python")
 SECONDS, GRACE = 570, 20
 """Limit of a part, and how long it may take to end when it is over."""
-SOURCES = ("whiflash_sglang", "kernels/whiflash_kernels", "kernels/bench", "kernels/tests", "tests/gpu")
+SHORTEST = 30
+"""Seconds that must be left for a part to begin."""
+SOURCES = ("whiflash_sglang", "kernels/whiflash_kernels", "kernels/bench", "kernels/tests", "tests")
 
 
 @dataclass(frozen=True)
@@ -55,19 +63,45 @@ class Part:
     serves: bool = False
 
 
-def kernel_tests(name: str, shows: str, *files: str) -> Part:
+KERNEL_TESTS = {
+    "layers": ("layers", "drafts", "draft_passes"),
+    "attention": ("attention", "catch_up", "copies"),
+    "graphs": ("graphs", "backlog", "block", "packed"),
+    "rest": (),
+}
+"""Files of `kernels/tests`, riskiest first; the last part runs all that no other names."""
+
+
+def kernel_tests(name: str) -> Part:
+    """A part of `KERNEL_TESTS`."""
+    named = set(chain.from_iterable(KERNEL_TESTS.values()))
+    every = [path.stem.removeprefix("test_") for path in sorted(ROOT.glob("kernels/tests/test_*.py"))]
+    files = KERNEL_TESTS[name] or [file for file in every if file not in named]
     paths = (f"kernels/tests/test_{file}.py" for file in files)
-    needs = ("torch", "triton", "pytest", "hypothesis")
-    return Part(f"kernels-{name}", shows, ("-m", "pytest", "-q", *paths), needs)
+    shows = f"kernels equal their references: {', '.join(files)}"
+    return Part(f"kernels-{name}", shows, ("-m", "pytest", "-q", *paths), KERNELS)
+
+
+def sanitizer(tool: str) -> Part:
+    shows = f"compute-sanitizer's {tool} finds nothing in one case a kernel"
+    command = ("tests/gpu/sanitized.py", tool, "{device}", "{out}")
+    return Part(f"sanitizer-{tool}", shows, command, KERNELS, rehearsal=() if tool == "memcheck" else None)
+
+
+def bench(name: str, shows: str, *options: str) -> Part:
+    command = ("kernels/bench/bench.py", "--device", "{device}", "--output", "{records}", "--json", *options)
+    rehearsal = ("--shape", "smollm2-135m", "--budget-ms", "1") if options else None
+    return Part(f"bench-{name}", shows, command, ("torch", "triton"), rehearsal=rehearsal)
 
 
 def serving(attention: str, rehearsed: bool) -> Part:
     shows = f"`serving-triton`, with {attention}"
     if attention == "triton":
-        shows = "answers are plain decoding's, the host waits for nothing, memory is kept to; a trace"
+        shows = "answers are plain decoding's; agents' requests; waits, memory, a trace"
     command = ("tests/gpu/serving.py", "--attention", attention, "--device", "{device}", "--out", "{out}")
     rehearsal = () if rehearsed else None
-    return Part(f"serving-{attention}", shows, command, SERVER, rehearsal=rehearsal, serves=True)
+    needs = SERVER if attention == "triton" else COMPILED
+    return Part(f"serving-{attention}", shows, command, needs, rehearsal=rehearsal, serves=True)
 
 
 def overlap(attention: str, rehearsed: bool) -> Part:
@@ -80,7 +114,7 @@ def family(name: str, architecture: str, kind: str, attention: str = "triton") -
     shows = f"`serving-{attention}` with {kind}"
     part = serving(attention, rehearsed=attention == "triton")
     command = (*part.command, "--family", architecture)
-    return replace(part, name=f"target-{name}", shows=shows, command=command, serves=False)
+    return replace(part, name=f"target-{name}", shows=shows, command=command, needs=COMPILED, serves=False)
 
 
 def speed(concurrency: int, rehearsed: bool) -> Part:
@@ -88,61 +122,54 @@ def speed(concurrency: int, rehearsed: bool) -> Part:
     scale = ("--concurrency", str(concurrency))
     command = ("tests/gpu/speed.py", *scale, "--device", "{device}", "--out", "{out}")
     rehearsal = () if rehearsed else None
-    return Part(f"speed-{concurrency}", shows, command, SERVER, True, rehearsal=rehearsal, serves=True)
+    return Part(f"speed-{concurrency}", shows, command, COMPILED, True, rehearsal=rehearsal, serves=True)
 
 
+KERNELS = ("torch", "triton", "pytest", "hypothesis")
 SERVER = ("torch", "triton", "transformers", "sglang", "sgl_kernel")
-_BENCH = ("kernels/bench/bench.py", "--device", "{device}", "--output", "results/gpu/kernels", "--json")
+COMPILED = (*SERVER, "sgl_kernel.flash_attn")
+"""SGLang with its own operators, for which the kit has stand-ins that do not have this."""
+_SINKS = "sliding windows in a pool of their own and attention sinks (gpt-oss)"
 PARTS: tuple[Part, ...] = (
-    kernel_tests(
-        "ops",
-        "blocks, routing and copies equal their references",
-        "block",
-        "router",
-        "routing_stats",
-        "copies",
+    kernel_tests("layers"),
+    kernel_tests("attention"),
+    serving("triton", rehearsed=True),
+    overlap("triton", rehearsed=True),
+    bench(
+        "first",
+        "draft attention and proposals beside their references",
+        "--only",
+        "draft_attention,propose_copies",
+        "--no-compile",
     ),
-    kernel_tests(
-        "caches", "rings, KV and draft attention equal their references", "backlog", "catch_up", "attention"
-    ),
-    kernel_tests(
-        "graphs", "replayed rounds equal eager ones", "graphs", "drafts", "draft_passes", "dispatch"
-    ),
-    kernel_tests("upstream", "kernels take the inputs of SGLang's", "upstream", "bench"),
+    sanitizer("memcheck"),
     Part(
-        "kernels-speed",
-        "kernels beside their references, torch.compile and bandwidth",
-        _BENCH,
-        ("torch", "triton"),
-        rehearsal=None,
+        "shaped",
+        "rounds of an 8B-shaped random pair with pinned acceptance, beside upstream's DFLASH; a trace; memory",
+        ("tests/gpu/shaped.py", "--device", "{device}", "--out", "{out}"),
+        SERVER,
     ),
-    *(serving(attention, attention == "triton") for attention in ("triton", "fa3", "fa4", "trtllm_mha")),
-    *(overlap(attention, attention == "triton") for attention in ("triton", "fa3")),
+    overlap("fa3", rehearsed=False),
+    kernel_tests("graphs"),
+    sanitizer("racecheck"),
+    sanitizer("initcheck"),
+    kernel_tests("rest"),
+    bench("all", "kernels beside their references, torch.compile and bandwidth"),
+    serving("fa3", rehearsed=False),
     family("convolutions", "Lfm2ForCausalLM", "short convolutions (LFM2)"),
     family("delta-rule", "Qwen3_5ForCausalLM", "the gated delta rule (Qwen3.5)"),
     family("kda", "KimiLinearForCausalLM", "the rule by channel (Kimi Linear)"),
     family("mamba2", "NemotronHForCausalLM", "Mamba 2 (Nemotron-H)"),
     family("mrope", "Qwen2_5_VLForConditionalGeneration", "M-RoPE (Qwen2.5-VL), served for text"),
-    *(
-        family(
-            name,
-            "GptOssForCausalLM",
-            "sliding windows in a pool of their own and attention sinks (gpt-oss)",
-            attention,
-        )
-        for name, attention in (("sinks", "triton"), ("sinks-fa3", "fa3"), ("sinks-trtllm", "trtllm_mha"))
-    ),
     family("windows", "Gemma3ForCausalLM", "sliding windows (Gemma 3)"),
-    Part(
-        "shaped",
-        "rounds of an 8B-shaped random target end, with another pair's acceptance",
-        ("tests/gpu/shaped.py", "--device", "{device}", "--out", "{out}"),
-        SERVER,
-        evidence=True,
-    ),
+    family("sinks", "GptOssForCausalLM", _SINKS),
+    family("sinks-fa3", "GptOssForCausalLM", _SINKS, "fa3"),
     *(speed(concurrency, concurrency == 8) for concurrency in (1, 8, 32, 64)),
+    serving("fa4", rehearsed=False),
+    serving("trtllm_mha", rehearsed=False),
+    family("sinks-trtllm", "GptOssForCausalLM", _SINKS, "trtllm_mha"),
 )
-"""In this order: what is quick and what others rest on first."""
+"""In this order: what was never on a card and what all requests run on, then the rest; what few cards have is last."""
 
 
 def digest() -> str:
@@ -155,8 +182,9 @@ def digest() -> str:
 
 def machine(device: str) -> str:
     """The card, or the processor, as its driver names it."""
-    if device == "cpu":
-        return f"rehearsal on a CPU ({platform.machine()}, {os.cpu_count()} threads)"
+    if device != "cuda":
+        where = "a CPU" if device == "cpu" else "the phantom card"
+        return f"rehearsal on {where} ({platform.machine()}, {os.cpu_count()} threads)"
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split("\n")[0]
@@ -174,7 +202,13 @@ def versions() -> dict[str, str]:
 
 
 def missing(part: Part) -> list[str]:
-    return [name for name in part.needs if find_spec(name) is None]
+    def absent(name: str) -> bool:
+        try:
+            return find_spec(name) is None
+        except ModuleNotFoundError:
+            return True
+
+    return [name for name in part.needs if absent(name)]
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -187,7 +221,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def run(part: Part, device: str, scratch: Path, seconds: int, pair: Sequence[str] = ()) -> dict[str, Any]:
+def run(part: Part, device: str, scratch: Path, seconds: float, pair: Sequence[str] = ()) -> dict[str, Any]:
     """Run a part to its end or its limit. `status`: passed, failed, timed out, or left out (with what is missing).
 
     Args:
@@ -197,12 +231,15 @@ def run(part: Part, device: str, scratch: Path, seconds: int, pair: Sequence[str
         return {"status": "left out", "why": f"needs {', '.join(lacking)}"}
     figures = scratch / f"{part.name}.figures.json"
     figures.unlink(missing_ok=True)
-    filled = [word.replace("{device}", device).replace("{out}", str(figures)) for word in part.command]
-    if device == "cpu":
+    filled = [
+        word.replace("{device}", device).replace("{out}", str(figures)).replace("{records}", str(scratch))
+        for word in part.command
+    ]
+    if device != "cuda":
         filled += part.rehearsal or ()
     if part.serves:
         filled += pair
-    paths = [ROOT, ROOT / "kernels", ROOT / "sdk", os.environ.get("PYTHONPATH", "")]
+    paths = [ROOT, ROOT / "kernels", ROOT / "sdk", SITE, os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in paths if str(p))}
     began = time.monotonic()
     with (scratch / f"{part.name}.log").open("w+") as log:
@@ -233,47 +270,80 @@ def run(part: Part, device: str, scratch: Path, seconds: int, pair: Sequence[str
     }
 
 
-def done(record: Path, code: str, card: str) -> bool:
-    """Whether a record is of this code and card, and of a part that ended well."""
+def ended(record: Path, code: str, card: str) -> str | None:
+    """How a part ended with this code on this card; None if it has not run."""
     if not record.exists():
-        return False
+        return None
     found = json.loads(record.read_text())
-    return (found["code"], found["machine"], found["status"]) == (code, card, "passed")
+    return str(found["status"]) if (found["code"], found["machine"]) == (code, card) else None
+
+
+def page(records: Path) -> str:
+    """How every part ended, its checks that failed, and its figures: one line a part."""
+    lines = ["| part | ended | seconds | found |", "|---|---|---:|---|"]
+    for part in PARTS:
+        record = records / f"{part.name}.json"
+        if record.exists():
+            result = json.loads(record.read_text())
+            checks = ((result.get("figures") or {}).get("checks") or {}).items()
+            failed = [f"{name}: {check['why']}" for name, check in checks if check["status"] == "failed"]
+            last = (
+                "" if result["status"] == "passed" else (result.get("tail") or "").strip().rpartition("\n")[2]
+            )
+            told = "; ".join([result.get("why") or "", *failed]).strip("; ") or last
+            passed = ", ".join(name for name, check in checks if check["status"] == "passed")
+            shown = (
+                told.replace("|", "/").replace("\n", " ")[:300] or f"{part.shows}{passed and f' ({passed})'}"
+            )
+            lines.append(f"| {part.name} | {result['status']} | {result.get('seconds', '')} | {shown} |")
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu", "phantom"), default="cuda")
     parser.add_argument("--only", default="", help="parts whose name begins so")
     parser.add_argument(
         "--evidence", action="store_true", help="also what takes long: speed against other arms"
     )
     parser.add_argument("--again", action="store_true", help="also what is done")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="limit of a part")
+    parser.add_argument(
+        "--within", type=int, help="seconds for all: the part that is under way then is ended"
+    )
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--model-path", help="target of the serving parts: directory or hub id")
     parser.add_argument("--bundle", help="its drafters: directory or hub id")
     chosen = parser.parse_args(arguments)
+    sys.path.insert(0, str(SITE))
     if bool(chosen.model_path) != bool(chosen.bundle):
         parser.error("--model-path and --bundle are a pair: give both or none")
     pair = ["--model-path", chosen.model_path, "--bundle", chosen.bundle] if chosen.bundle else []
     card, code = machine(chosen.device), " ".join([digest(), *pair])
-    records = chosen.records if chosen.device == "cuda" else chosen.records / "rehearsal"
+    records = chosen.records.resolve() / ("" if chosen.device == "cuda" else "rehearsal")
     records.mkdir(parents=True, exist_ok=True)
     parts = [p for p in PARTS if p.name.startswith(chosen.only) and (chosen.evidence or not p.evidence)]
-    if chosen.device == "cpu":
+    if chosen.device != "cuda":
         parts = [p for p in parts if p.rehearsal is not None]
-    bad = 0
+    # What failed before is tried again when all others have run.
+    before = {part.name: ended(records / f"{part.name}.json", code, card) for part in parts}
+    parts.sort(key=lambda part: before[part.name] not in (None, "passed"))
+    bad, until = 0, time.monotonic() + (chosen.within or math.inf)
     for part in parts:
         record = records / f"{part.name}.json"
-        if not chosen.again and done(record, code, card):
+        if not chosen.again and before[part.name] == "passed":
             print(f"{part.name:24} done before")
             continue
-        result = run(part, chosen.device, records, chosen.seconds, pair)
+        if (left := until - time.monotonic()) < SHORTEST:
+            print(f"{part.name:24} not begun")
+            continue
+        result = run(part, chosen.device, records, min(chosen.seconds, left), pair)
         facts = {"part": part.name, "machine": card, "code": code, "versions": versions()}
         record.write_text(json.dumps({**facts, **result}, indent=1) + "\n")
         bad += result["status"] in ("failed", "timed out")
         print(f"{part.name:24} {result['status']}  {result.get('why', result.get('seconds'))}", flush=True)
+        (records / PAGE).write_text(f"{card}; {code}\n\n{page(records)}")
+    print(page(records))
     return 1 if bad else 0
 
 

@@ -81,11 +81,48 @@ def test_what_is_done_is_not_done_again_unless_the_code_changed(
     assert capsys.readouterr().out.count("done before") == 0
 
 
-def test_parts_name_files_that_exist() -> None:
+def test_a_page_says_how_parts_ended_and_which_check_failed(records: Path) -> None:
+    for name in ("good", "bad", "refused"):
+        status(records, "--only", name)
+    record = records / "rehearsal" / "good.json"
+    failed = {"checks": {"waits": {"status": "failed", "why": "a wait"}, "greedy": {"status": "passed"}}}
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"status": "failed", "figures": failed}))
+    page = run.page(records / "rehearsal").splitlines()
+    assert [line.split(" | ")[1] for line in page[2:]] == ["failed", "failed", "left out"]
+    assert page[2].endswith("| waits: a wait |")
+    assert "no such card" in page[3]
+    assert "not on this card" in page[4]
+    assert "| bad | failed |" in (records / "rehearsal" / run.PAGE).read_text()
+
+
+def test_what_failed_is_tried_again_behind_all_others(
+    records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "PARTS", (PARTS[1], PARTS[0]))
+    status(records, "--only", "bad")
+    capsys.readouterr()
+    assert status(records) == {"bad": "failed", "good": "passed"}
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[:2]] == [
+        ["good", "passed"],
+        ["bad", "failed"],
+    ]
+    status(records, "--within", "1", "--again")
+    assert capsys.readouterr().out.count("not begun") == 2
+
+
+def test_parts_name_files_that_exist_and_every_test_of_the_kernels() -> None:
     import importlib
 
     real = importlib.reload(run)
     names = [part.name for part in real.PARTS]
+    tests = [word for part in real.PARTS for word in part.command if word.startswith("kernels/tests/test_")]
+    every = [path.relative_to(real.ROOT).as_posix() for path in real.ROOT.glob("kernels/tests/test_*.py")]
+    assert sorted(tests) == sorted(every)
+    places = [
+        names.index(name) for name in ("serving-triton", "overlap-triton", "overlap-fa3", "serving-fa4")
+    ]
+    assert places == sorted(places)
+    assert places[1] == places[0] + 1
     assert len(set(names)) == len(names)
     for part in real.PARTS:
         for word in part.command:

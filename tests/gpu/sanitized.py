@@ -1,0 +1,61 @@
+"""One case of every kernel under compute-sanitizer: `python tests/gpu/sanitized.py memcheck cuda figures.json`.
+
+Sizes are small and odd, so that masks are at work. Memory is not cached by torch meanwhile, or a read beyond a tensor
+would be one of a neighbour. On a CPU Triton's interpreter runs the cases, without a sanitizer.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
+
+from checks import Checks
+
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "WHIFLASH_KERNELS": "triton"}
+
+
+def cases(device: str) -> Iterator[Any]:
+    """The first case of each op."""
+    import torch
+    from cases import KERNELS, Bench, Sizes, catch_up_cases
+    from shapes import SHAPES
+
+    shape = replace(SHAPES["smollm2-135m"], vocab=1_003, hidden=64, intermediate=96, captured=3)
+    shape = replace(shape, dflash_chunks=(0, 2), eagle3_chunks=(0, 1, 2), router_units=24)
+    bench = Bench(shape, torch.device(device), 4, Sizes((3,), (3,), (5,), 131))
+    seen = set[str]()
+    for case in (case for family in (*KERNELS, catch_up_cases) for case in family(bench)):
+        if case.op not in seen:
+            seen.add(case.op)
+            yield case
+
+
+def main() -> int:
+    tool, device, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    if tool == "none":
+        checks = Checks(out)
+        for case in cases(device):
+            with checks.check(case.op):
+                case.call()
+                if device == "cuda":
+                    import torch
+
+                    torch.cuda.synchronize()
+        return checks.exit_status
+    sanitizer = shutil.which("compute-sanitizer")
+    if device == "cuda" and sanitizer is None:
+        return Checks(out).leave_out("no compute-sanitizer is on the PATH")
+    under = [str(sanitizer), "--tool", tool, "--error-exitcode", "1"] if device == "cuda" else []
+    environment = os.environ | UNCACHED | ({} if device == "cuda" else {"TRITON_INTERPRET": "1"})
+    return subprocess.call([*under, sys.executable, __file__, "none", device, str(out)], env=environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
