@@ -20,7 +20,7 @@ def in_reference() -> bool:
     """Whether this is the body of an op of ours, for which a GPU has a kernel. The op's check, and what launches the
     kernel, run on a GPU's host, too.
     """
-    frames = [frame for frame, _ in walk_stack(None)]
+    frames = [frame for frame, _ in walk_stack(sys._getframe())]
     ops = [f for f in frames if f.f_code.co_filename.endswith("whiflash_kernels/dispatch.py")]
     bodies = {f.f_locals["reference"].__code__ for f in ops if "reference" in f.f_locals}
     return any(f.f_code in bodies for f in frames)

@@ -1,18 +1,21 @@
 """What the parts serve: the user's pair, the embedded one, or tiny random models where neither is within reach."""
 
+import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "targets"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "phantom"))
 
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-MANIFEST = '{"schema_version": 1, "name": "tiny", "target": "tiny", "eagle3": "eagle3", "dflash": "dflash"}'
+MANIFEST = {"schema_version": 1, "name": "tiny", "eagle3": "eagle3", "dflash": "dflash"}
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,30 @@ KEEPING: Mapping[str, Mapping[str, Any]] = {"GptOssForCausalLM": {"swa_full_toke
 """Families of which SGLang's tree keeps states at intervals, and one whose windowed layers have a pool of their own."""
 
 
+@contextmanager
+def on_device(device: str, scratch: Path) -> Iterator[None]:
+    """Enter before SGLang is imported: the phantom card, and what the kit has in place of SGLang's operators."""
+    with ExitStack() as stack:
+        if device == "phantom":
+            from card import phantom
+            from upstream import ENVIRONMENT, driver, sglang_on_card
+
+            os.environ |= ENVIRONMENT
+            world = stack.enter_context(phantom())
+            driver(scratch)
+            stack.enter_context(sglang_on_card(world))
+        if (
+            device == "cuda"
+        ):  # on the phantom card torch computes the same, much faster than Triton's interpreter
+            import sgl_kernel
+
+            stack.enter_context(getattr(sgl_kernel, "standing_in", ExitStack)())
+        yield
+
+
 def tiny_bundle(directory: Path, target: Path) -> Path:
     """Random drafters for `target` and their manifest."""
     tiny_eagle3(directory / "eagle3", target)
     tiny_dflash(directory / "dflash", target)
-    (directory / "whiflash.json").write_text(MANIFEST)
+    (directory / "whiflash.json").write_text(json.dumps(MANIFEST | {"target": str(target)}))
     return directory

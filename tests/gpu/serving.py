@@ -5,12 +5,15 @@
 before the next round is planned.
 
 The real scheduler, worker and pools in one process (`tests/engine.py`): that they start, that 40 greedy answers with
-every arm in turn are plain decoding's, where a steady round waits for the device, what the largest batch takes, and
-which operators a round is made of. Greedy answers are judged as everywhere (`whiflash_sglang/equality.py`).
+every arm in turn are plain decoding's, that what agents send is served side by side under `auto`, where a steady round
+waits for the device, what the largest batch takes, and which operators a round is made of. Greedy answers are judged as
+everywhere (`whiflash_sglang/equality.py`).
 """
 
 import argparse
 import contextlib
+import json
+import math
 import os
 import random
 import sys
@@ -22,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "worker"))
 
 from checks import Checks
-from served import Served
-from watched import Memory, Trace, Waits, stepping, watching
+from served import Served, on_device
+from watched import Memory, Trace, Waits, stepping, unoverlapped, watching
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,21 @@ class Scale:
     running: int
 
 
-CARD, REHEARSAL = Scale(40, 512, 128, 40), Scale(4, 24, 24, 4)
+SCALES = {"cuda": Scale(40, 512, 128, 40), "cpu": Scale(4, 24, 24, 4), "phantom": Scale(2, 8, 12, 2)}
+"""By device; the phantom card's kernels are interpreted."""
+
+SAMPLED = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
+"""As a model of the Qwen3 family is asked by default."""
+AGENTS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": SAMPLED,
+    "seeded": SAMPLED | {"sampling_seed": 7},
+    "penalised": SAMPLED | {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+    "rated": {"return_logprob": True, "top_logprobs_num": 3},
+}
+"""What agents send beside grammars."""
+LONGEST = 96
+"""Tokens of an agent's answer: a byte each, those of the schema end before."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +87,23 @@ class Case:
             "device": self.device,
             "dtype": self.served.dtype,
             "max_running_requests": self.scale.running,
+            "skip_tokenizer_init": self.served.model is not None,
+            "constrained_json_disable_any_whitespace": True,
             **self.served.options,
         }
+        if self.device == "phantom":
+            arguments |= {
+                "device": "cuda",
+                "attention_backend": self.attention,
+                "sampling_backend": "pytorch",
+            }
         if self.device == "cuda":
             # Sized by SGLang, and small enough for what another engine of this process may not have returned.
             arguments |= {"attention_backend": self.attention, "max_total_tokens": None, "random_seed": 0}
             arguments |= {"mem_fraction_static": 0.4}
-        flags = {"draft": self.served.bundle, "whiflash_router": "random"} if whiflash else None
+        flags: dict[str, Any] | None = None
+        if whiflash:
+            flags = {"draft": self.served.bundle, "whiflash_router": "random"}
         overlap = whiflash and self.overlap
         if overlap and self.device == "cpu":
             with overlapped(self.served.target, host_lengths=False, whiflash=flags, **arguments) as e:
@@ -134,6 +162,38 @@ def greedy(case: Case, e: Any, figures: dict[str, Any]) -> list[list[int]]:
             f"{rounds.seen - rounds.replayed} rounds ran without their graph"
         )
     return answers
+
+
+def agents(case: Case, e: Any, figures: dict[str, Any]) -> None:
+    """What agents send, side by side under `auto`, each asked twice. Raises AssertionError where an answer breaks its
+    grammar, or a token has no log-probability.
+    """
+    asked = dict(AGENTS)
+    if case.served.model is None:  # it has a tokenizer
+        from request_sets import SHORT_SCHEMA, TAG
+
+        asked["schema"] = SAMPLED | {"json_schema": SHORT_SCHEMA, "ignore_eos": False}
+        asked["tool"] = SAMPLED | {"structural_tag": TAG, "ignore_eos": False}
+    e.start_over("auto")
+    with watching(e.worker) as rounds, unoverlapped(e) as figures["not_overlapped"]:
+        for i, name in enumerate((*asked, *asked)):
+            prompt = case.prompts[i % len(case.prompts)]
+            e.submit(f"{i:02}-{name}", prompt, max_new_tokens=LONGEST, **asked[name])
+            e.step()
+        e.run()
+    e.check_leaks()
+    figures |= rounds.figures()
+    for i, name in enumerate((*asked, *asked)):
+        request, tokens = e.requests[f"{i:02}-{name}"], e.output(f"{i:02}-{name}")
+        assert tokens, f"{name} has no answer"
+        if name == "rated":
+            rated = request.logprob.output_token_logprobs_val
+            assert len(rated) == len(tokens), "tokens without log-probabilities"
+            assert all(math.isfinite(value) and value <= 0 for value in rated), f"{rated}"
+        if name in ("schema", "tool"):
+            text = e.scheduler.tokenizer.decode(tokens, skip_special_tokens=True)
+            assert name == "tool" or json.loads(text, strict=False)["kind"], text
+            assert name == "schema" or text.startswith('<call>{"name":"look_'), text
 
 
 def equality(case: Case, ours: Sequence[Sequence[int]], figures: dict[str, Any]) -> None:
@@ -205,6 +265,7 @@ def memory(case: Case, e: Any, figures: dict[str, Any]) -> None:
 def trace(case: Case, e: Any, figures: dict[str, Any], keep: Path) -> None:
     """What rounds of eight requests are made of. keep: where the trace goes, for a viewer."""
     seen = Trace(case.device)
+    e.start_over("random")
     with watching(e.worker) as rounds, seen.profile:
         e.generate(case.prompts[:8], max_new_tokens=min(case.scale.tokens, 32))
     figures |= {**rounds.figures(), **seen.figures(rounds.seen)}
@@ -235,6 +296,8 @@ def serve(case: Case, checks: Checks, keep: Path) -> int:
             memory(case, e, figures)
         with checks.check("trace") as figures:
             trace(case, e, figures, keep)
+        with checks.check("agents") as figures:
+            agents(case, e, figures)
     if answers is not None:
         with checks.check("equality") as figures:
             equality(case, answers, figures)
@@ -245,21 +308,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--attention", required=True)
     parser.add_argument("--overlap", action="store_true")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu", "phantom"), default="cuda")
     parser.add_argument("--model-path")
     parser.add_argument("--bundle")
     parser.add_argument("--family")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args(arguments)
-    rehearse = chosen.device == "cpu"
-    if rehearse:
+    rehearse = chosen.device != "cuda"
+    if chosen.device == "cpu":
         os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"  # as on a card: the host reads nothing while it plans
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, on_device(chosen.device, Path(scratch)):
         if chosen.family:
             served = Served.family(chosen.family, Path(scratch), "float32" if rehearse else "bfloat16")
         else:
             served = Served.find(chosen.model_path, chosen.bundle, Path(scratch), rehearse=rehearse)
-        scale = REHEARSAL if rehearse else CARD
+        scale = SCALES[chosen.device]
         case = Case(served, chosen.attention, chosen.device, scale, overlap=chosen.overlap)
         described = {"served": served.name, "dtype": served.dtype, "attention": chosen.attention}
         checks = Checks(chosen.out, **described, overlap=chosen.overlap)

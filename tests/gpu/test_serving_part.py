@@ -15,7 +15,7 @@ import run
 import serving
 from checks import LEFT_OUT
 
-CHECKS = ("starts", "greedy", "waits", "memory", "trace", "equality")
+CHECKS = ("starts", "greedy", "waits", "memory", "trace", "agents", "equality")
 
 
 def rehearse(out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[int, Any]:
@@ -32,6 +32,7 @@ def test_every_check_of_a_backend_runs(tmp_path: Path, monkeypatch: pytest.Monke
         CHECKS, "passed"
     )
     assert found["checks"]["equality"]["identical"] + found["checks"]["equality"].get("tie", 0) == 4
+    assert found["checks"]["agents"]["rounds"] > 20
     assert found["checks"]["waits"]["watched"] > 0
     assert sum(found["checks"]["waits"]["waits"].values()) == found["checks"]["waits"]["rounds"]
     assert found["checks"]["trace"]["on_host"]
@@ -43,6 +44,7 @@ def test_with_overlap_rounds_wait_for_nothing(tmp_path: Path, monkeypatch: pytes
     assert status == 0, found
     assert found["overlap"]
     assert found["checks"]["greedy"]["rounds"] > found["checks"]["waits"]["watched"] > 0
+    assert found["checks"]["agents"]["not_overlapped"]["false"] > 0
     # What was copied to the host before it is read there is not told from the device's memory.
     assert all("transfers.py" in site for site in found["checks"]["waits"]["waits"])
 
@@ -90,7 +92,7 @@ def test_waits_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.M
     status, found = rehearse(tmp_path / "out.json", monkeypatch)
     failed = {name: check["why"] for name, check in found["checks"].items() if check["status"] == "failed"}
     assert status == 1
-    assert failed.keys() == {"waits", "equality"}
+    assert failed.keys() == {"agents", "waits", "equality"}  # a wrong token is none that the grammar allows
     assert all(place in failed["waits"] for place in ("worker.py", "catch_up.py", "lifecycle.py"))
     assert "differ" in failed["equality"]
 

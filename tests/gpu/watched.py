@@ -14,6 +14,8 @@ from unittest.mock import patch
 import psutil
 import torch
 from host_reads import HostReads
+from sites import site
+from torch.overrides import TorchFunctionMode
 
 STEADY = 6
 """Rounds of a run before those that are watched: by then every drafter has drafted and nothing is new."""
@@ -72,6 +74,42 @@ def stepping(e: Any, watch: Callable[[], AbstractContextManager[Any]]) -> Iterat
         yield
 
 
+@contextmanager
+def unoverlapped(e: Any) -> Iterator[Counter[bool]]:
+    """Passes of a scheduler, by whether their last result had to be processed first."""
+    asked, seen = e.scheduler.is_disable_overlap_for_batch, Counter[bool]()
+
+    def counted(*args: Any, **named: Any) -> Any:
+        disabled = asked(*args, **named)
+        seen[bool(disabled)] += 1
+        return disabled
+
+    with patch.object(e.scheduler, "is_disable_overlap_for_batch", counted):
+        yield seen
+
+
+class Pageable(TorchFunctionMode):
+    """Copies to the device from memory that is not pinned, by the line that asks: `seen`.
+
+    The driver stages them, so the host waits though they say `non_blocking`, of which CUDA warns nobody.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
+        if name in ("to", "cuda", "copy_", "__setitem__") and args:
+            into, source = (args[0], args[-1]) if name in ("copy_", "__setitem__") else (out, args[0])
+            if name == "copy_":
+                source = args[1]
+            both = isinstance(source, torch.Tensor) and isinstance(into, torch.Tensor)
+            if both and into.is_cuda and not source.is_cuda and not source.is_pinned():
+                self.seen[site()] += 1
+        return out
+
+
 class Waits:
     """Where the host waits for the device: by CUDA's own account, which warns; on a CPU by what torch is asked for.
 
@@ -97,18 +135,28 @@ class Waits:
                 )
                 self.found.update({site: found[site] for site in ours})
             return
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        pageable = Pageable()
+        with warnings.catch_warnings(record=True) as caught, pageable, warned(self._device):
+            warnings.simplefilter("always")
+            yield
+        self.found.update({at: n for at, n in pageable.seen.items() if at.startswith("whiflash")})
         for warning in caught:
             if "synchroniz" in str(warning.message):
                 path = Path(warning.filename)
                 if "sglang/srt" not in path.as_posix():
                     self.found[f"{path.parent.name}/{path.name}:{warning.lineno}"] += 1
+
+
+@contextmanager
+def warned(device: str) -> Iterator[None]:
+    """CUDA warns of each wait; the phantom card has its own account."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("warn")
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 class Memory:
