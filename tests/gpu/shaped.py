@@ -2,19 +2,21 @@
 
 Nothing is downloaded: the target's weights are made on the card from a configuration (SGLang's `dummy` format), those
 of the drafters are random files of the published shapes. Their drafts mean nothing, so how many of them are accepted is
-set: each round accepts as many as the same arm did on average in `results/benchmark/report.json`, on another pair.
-What a round costs is real, what it commits is not; every figure says so. All in one process, without overlap
-scheduling, so plain decoding is slower than a server's.
+pinned, in the graphs that commit: each arm's rounds accept as many as its rounds did on average in
+`results/benchmark/report.json`, on another pair, and upstream's DFLASH as many as `diffusion`. What a round costs is
+real, what it commits is not; every figure says so. All in one process, in SGLang's overlap loop where there is a card.
 """
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,11 +27,13 @@ import tiny_models
 import torch
 from checks import Checks
 from safetensors.torch import save_file
+from served import on_device
+from watched import Memory, Trace, Waits, stepping, watching
 
-LABEL = "8B-shaped target and drafters with random weights; acceptance set to the mean recorded on the embedded pair"
+LABEL = "8B-shaped target and drafters with random weights; acceptance pinned to the mean recorded on the embedded pair"
 REPORT = Path(__file__).resolve().parents[2] / "results" / "benchmark" / "report.json"
-ARMS = {"ar": "EAGLE3", "diffusion": "diffusion"}
-"""Our arms, and those of the report whose acceptance length they get."""
+ARMS = {"diffusion": "diffusion", "DFLASH": "diffusion", "ar": "EAGLE3", "none": "none"}
+"""What serves, ours first, and the arm of the report whose acceptance length it gets; `none` is SGLang alone."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Shape:
             yield
 
 
-LLAMA_8B = Shape(4096, 14336, 32, 8, 128, 32, 128256, 32000, 10, 5)
+QWEN3_8B = Shape(4096, 12288, 32, 8, 128, 36, 151936, 32000, 16, 5)
 TINY = Shape(64, 128, 4, 2, 16, 6, 320, 300, 8, 2)
 
 
@@ -65,7 +69,8 @@ def write_models(root: Path, shape: Shape, dtype: str) -> dict[str, Any]:
     kind = getattr(torch, dtype)
     with shape.of_models():
         config = tiny_models._llama_config(shape.vocabulary, shape.layers, dtype)
-        config |= {"architectures": ["LlamaForCausalLM"], "eos_token_id": 0, "bos_token_id": 0}
+        config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False}
+        config |= {"eos_token_id": 0, "bos_token_id": 0}
         target = root / "target"
         target.mkdir()
         (target / "config.json").write_text(json.dumps(config))
@@ -78,7 +83,7 @@ def write_models(root: Path, shape: Shape, dtype: str) -> dict[str, Any]:
         save_file({"lm_head.weight": embedding}, target / "model.safetensors")
         eagle3 = tiny_models.tiny_eagle3(root / "eagle3", target, draft_vocab_size=shape.draft_vocabulary)
         (target / "model.safetensors").unlink()
-    return {"model": target, "whiflash": {"draft": dflash, "whiflash_eagle_draft": str(eagle3)}}
+    return {"model": target, "dflash": dflash, "eagle3": eagle3}
 
 
 def recorded() -> dict[str, float]:
@@ -87,75 +92,153 @@ def recorded() -> dict[str, float]:
     return {ours: arms[theirs]["overall"]["acceptance_length"] for ours, theirs in ARMS.items()}
 
 
+def pinned(rows: Any, mean: float) -> torch.Tensor:
+    """Predictions that agree with drafts until `mean` tokens of a request are committed on average, the bonus among
+    them. How many in one round follows from where it begins. Nothing is read, so a graph may do it.
+    """
+    ends, device = rows.indptr[1:], rows.indptr.device
+    wanted = ((rows.starts * 0.6180339887).frac() + mean).floor().long()
+    row = torch.arange(len(rows.predictions), device=device)
+    request = torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
+    follows = row - rows.indptr[request] + 1 < wanted[request]
+    draft = rows.input_ids[: len(row)].roll(-1)
+    return torch.where(follows, draft, (draft + 1) % rows.logits.shape[-1])
+
+
 @contextmanager
-def accepting(worker: Any, mean: float) -> Iterator[None]:
-    """Rounds that commit `mean` tokens of a request on average, as far as so many were drafted. Nothing is read."""
-    verify, let = worker.stages.verifier.verify, worker.stages.epilogue.let_graphs_commit
+def accepting(mean: float) -> Iterator[None]:
+    """Our rounds and upstream's DFLASH's commit `mean` tokens, if so many were drafted. Enter it before a capture."""
+    from sglang.srt.speculative import dflash_worker_v2
 
-    def agreed(*args: Any) -> Any:
-        found = verify(*args)
-        ends, device = found.indptr[1:], found.indptr.device
-        wanted = torch.rand(len(ends), device=device).add(mean).floor().long()
-        rows = torch.arange(len(found.predictions), device=device)
-        request = torch.searchsorted(ends, rows, right=True).clamp(max=len(ends) - 1)
-        follows = rows - found.indptr[request] + 1 < wanted[request]
-        draft = found.input_ids[: len(rows)].roll(-1)
-        other = (draft + 1) % found.logits.shape[-1]
-        return found._replace(predictions=torch.where(follows, draft, other))
+    from whiflash_sglang.round.epilogue import Epilogue
 
-    with (
-        patch.object(worker.stages.verifier, "verify", agreed),
-        # A graph would commit what the target says.
-        patch.object(worker.stages.epilogue, "let_graphs_commit", lambda _, row_ids: let(False, row_ids)),
-    ):
+    accept = Epilogue._accept
+
+    def agreed(self: Any, rows: Any, *rest: Any) -> Any:
+        return accept(self, rows._replace(predictions=pinned(rows, mean)), *rest)
+
+    upstream = {"SIMULATE_ACC_LEN": mean, "SIMULATE_ACC_TOKEN_MODE": "real-draft-token"}
+    with patch.object(Epilogue, "_accept", agreed), patch.multiple(dflash_worker_v2, **upstream):
         yield
 
 
-def speed(e: Any, concurrency: int, tokens: int) -> float:
-    """Tokens a second of so many requests that begin together; the second of two runs."""
-    generator = torch.Generator().manual_seed(concurrency)
-    prompts = torch.randint(8, 256, (concurrency, 32), generator=generator).tolist()
-    began = 0.0
-    for _ in range(2):
-        began = time.perf_counter()
-        e.generate(prompts, max_new_tokens=tokens)
-    return concurrency * tokens / (time.perf_counter() - began)
+@dataclass(frozen=True)
+class Load:
+    """requests: of each load. context, tokens: of a prompt and its answer."""
+
+    requests: Sequence[int]
+    context: int
+    tokens: int
 
 
-def measure(checks: Checks, device: str, loads: Sequence[int], tokens: int, shape: Shape, root: Path) -> None:
-    """Plain decoding, then our arms, at every load."""
+CARD, REHEARSAL = Load((1, 8, 32, 64), 1024, 192), Load((1, 2), 24, 24)
+
+
+@contextmanager
+def started(made: dict[str, Any], arm: str, device: str, load: Load) -> Iterator[Any]:
+    """An engine on one arm, overlapped where there is a card."""
     from engine import engine
+    from overlap_loop import OverlapLoop
 
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    made = write_models(root, shape, dtype)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "max_running_requests": max(loads)}
-    options["disable_overlap_schedule"] = True
-    options |= {"load_format": "dummy", "max_total_tokens": 4096 + 2 * max(loads) * (tokens + 64)}
-    with checks.check("plain") as figures, engine(made["model"], **options) as e:
-        figures |= {f"tokens_per_s_at_{c}": speed(e, c, tokens) for c in loads}
+    most, card = max(load.requests), device != "cpu"
+    options: dict[str, Any] = {"device": "cuda" if card else "cpu", "load_format": "dummy", "random_seed": 0}
+    options |= {"dtype": "bfloat16" if device == "cuda" else "float32", "max_running_requests": most}
+    options |= {"max_total_tokens": 4096 + most * (load.context + 2 * load.tokens)}
+    options["disable_overlap_schedule"] = not card
+    if card and find_spec("sgl_kernel.flash_attn") is None:
+        options |= {"attention_backend": "triton", "sampling_backend": "pytorch"}
+    if arm == "DFLASH":
+        options |= {"speculative_algorithm": arm, "speculative_draft_model_path": str(made["dflash"])}
+    elif arm != "none":
+        flags = {"draft": made["dflash"], "whiflash_eagle_draft": str(made["eagle3"]), "whiflash_router": arm}
+        options["whiflash"] = flags
+    with engine(made["model"], **options) as e:
+        yield OverlapLoop(e.scheduler) if card else e
+
+
+def timed(e: Any, requests: int, load: Load, figures: dict[str, Any]) -> None:
+    """Requests that begin together: tokens a second and ms a pass of the second of two runs, with prompts cached."""
+    generator = torch.Generator().manual_seed(requests)
+    prompts = torch.randint(8, 256, (requests, load.context), generator=generator).tolist()
+    seconds, passes = 0.0, 0
+    for _ in range(2):
+        passes, step = 0, e.step
+
+        def counted(step: Any = step) -> bool:
+            nonlocal passes
+            ran = bool(step())
+            passes += ran
+            return ran
+
+        began = time.perf_counter()
+        with patch.object(e, "step", counted):
+            e.generate(prompts, max_new_tokens=load.tokens)
+        seconds = time.perf_counter() - began
+    figures[f"tokens_per_s_at_{requests}"] = requests * load.tokens / seconds
+    figures[f"ms_per_pass_at_{requests}"] = 1e3 * seconds / passes
+    figures[f"tokens_per_pass_at_{requests}"] = load.tokens / passes
+
+
+def looked_at(e: Any, load: Load, device: str, figures: dict[str, Any], keep: Path) -> None:
+    """Our rounds: where they wait, what they launch, what the largest batch takes beside what was kept for it."""
+    from whiflash_sglang.compat.scheduler.memory import sampling_bytes
+
+    most, waits, used, trace = max(load.requests), Waits(device), Memory(device), Trace(device)
+    prompts = [list(range(8 + i, 8 + i + load.context)) for i in range(most)]
+    prompts = [[token % 256 for token in prompt] for prompt in prompts]
+    with watching(e.worker, used, full=most):
+        e.generate(prompts, max_new_tokens=load.tokens)
+    widest = 1 + max(drafter.max_drafts for drafter in e.worker.drafters.values())
+    figures["peak_bytes"] = used.most
+    figures["promised_bytes"] = sampling_bytes(most * widest, e.worker.target.shape.vocab_size)
+    with stepping(e, waits):
+        e.generate(prompts[:8], max_new_tokens=load.tokens)
+    figures["waits"] = dict(waits.found)
+    with watching(e.worker) as rounds, trace.profile:
+        e.generate(prompts[:8], max_new_tokens=24)
+    figures |= trace.figures(rounds.seen)
+    trace.profile.export_chrome_trace(str(keep))
+    if device == "cuda":
+        figures["allocated_bytes"], figures["free_bytes"] = (
+            torch.cuda.memory_allocated(),
+            torch.cuda.mem_get_info()[0],
+        )
+        assert used.most <= figures["promised_bytes"], (
+            "a round of the largest batch takes more than was kept for it"
+        )
+    others = [site for site in waits.found if "transfers.py" not in site]
+    assert not others, f"rounds wait at {others}"
+
+
+def measure(checks: Checks, device: str, load: Load, shape: Shape, root: Path, keep: Path) -> None:
+    """Every arm at every load."""
+    made = write_models(root, shape, "bfloat16" if device == "cuda" else "float32")
     for arm, mean in recorded().items():
-        flags = {**made["whiflash"], "whiflash_router": arm}
-        with checks.check(arm) as figures, engine(made["model"], whiflash=flags, **options) as e:
-            figures["acceptance_length_wanted"] = mean
-            before = e.worker.snapshot()
-            with accepting(e.worker, mean):
-                figures |= {f"tokens_per_s_at_{c}": speed(e, c, tokens) for c in loads}
-            after = e.worker.snapshot()
-            figures["tokens_per_round"] = (after["tokens"] - before["tokens"]) / (
-                after["rounds"] - before["rounds"]
-            )
+        with ExitStack() as stack:
+            e: Any = None
+            with checks.check(arm) as figures:
+                figures["acceptance_length_wanted"] = mean
+                stack.enter_context(accepting(mean))
+                e = stack.enter_context(started(made, arm, device, load))
+                for requests in load.requests:
+                    timed(e, requests, load, figures)
+            if e is not None and arm == "diffusion":
+                with checks.check("rounds") as figures:
+                    looked_at(e, load, device, figures, keep)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu", "phantom"), default="cuda")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args(arguments)
     card = chosen.device == "cuda"
-    loads, tokens, shape = ((1, 8, 32, 64), 192, LLAMA_8B) if card else ((1, 2), 24, TINY)
+    if chosen.device == "cpu":
+        os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"  # as on a card: the host reads nothing while it plans
+    load, shape = (CARD, QWEN3_8B) if card else (REHEARSAL, TINY)
     checks = Checks(chosen.out, label=LABEL if card else f"a rehearsal with tiny models, not: {LABEL}")
-    with tempfile.TemporaryDirectory() as root:
-        measure(checks, chosen.device, loads, tokens, shape, Path(root))
+    with tempfile.TemporaryDirectory() as root, on_device(chosen.device, Path(root)):
+        measure(checks, chosen.device, load, shape, Path(root), chosen.out.with_suffix(".trace.json.gz"))
     return checks.exit_status
 
 
