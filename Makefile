@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where it is set every process compiles what it imports: SGLang takes 24 s of a core then, and 14 s compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits audit check format docs prometheus site dist bench gpu gpu-evidence clean
+.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits audit check format docs prometheus site dist bench gpu gpu-evidence gpu-kit clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -104,6 +104,10 @@ gpu: ## What only a GPU can show, in parts of ten minutes; goes on where it was 
 
 gpu-evidence: ## The same, and tokens a second beside plain decoding, EAGLE3 and DFLASH
 	python3 tests/gpu/run.py --evidence
+
+gpu-kit: install ## All of `make gpu` in one archive, dist/gpu-kit.tar.xz, for a GPU machine without a network
+	mkdir -p dist
+	$(RUN) python tests/gpu/kit.py dist/gpu-kit.tar.xz
 
 clean: ## Remove environments, caches and the built site
 	rm -rf .venv .uv .tools site .mypy_cache .ruff_cache .pytest_cache .hypothesis

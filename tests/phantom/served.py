@@ -38,8 +38,8 @@ OPTIONS: dict[str, Any] = {
     "skip_tokenizer_init": False,
 }
 
-SWITCHED = 8
-"""Passes of the loop between two pairs of switches."""
+SWITCHED = 4
+"""Passes of the loop between two switches."""
 TAG = {
     "type": "structural_tag",
     "format": {
@@ -126,8 +126,7 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any], attention: st
             nonlocal together
             number, together = next(passes), max(together, len(loop.scheduler.running_batch.reqs))
             if loop.worker.weights is not None and number % SWITCHED == 0:
-                for version in (1, 2):  # the second is read as soon as the first is copied
-                    loop.worker.weights.ask(version)
+                loop.worker.weights.ask(number // SWITCHED % 2 + 1)
             loop.worker.between_rounds()
             return ingest()
 

@@ -1,0 +1,3 @@
+"""As of `IPython`."""
+
+HTML = display = print
