@@ -95,7 +95,7 @@ def build(archive: Path) -> int:
             info.uid = info.gid = info.mtime = 0
             info.uname = info.gname = ""
             left_out = info.name.endswith((".pyc", "direct_url.json", "/INSTALLER", "/REQUESTED", ".lock"))
-            return None if left_out else info
+            return None if left_out or info.name == "site/bin" else info
 
         packed.add(scratch, "site", filter=anonymous)
         for name in tracked():
