@@ -87,5 +87,5 @@ def without_a_pass(controller: Any, rows: Sequence[int], _: Any) -> list[str]:
     """In place of `Controller.route`: no model drafts, and what draft sources propose is verified."""
     for row in rows:
         state = controller.states[row]
-        state.decision = state.decision._replace(promised=True)
+        state.decision.promised = True
     return ["none"] * len(rows)

@@ -34,7 +34,8 @@ class Agreement(IntEnum):
 Seed = Sequence[Sequence[float]]
 """Chances before anything was seen: one row per bucket, in it one chance per agreement."""
 
-EVEN_ODDS: Seed = ((0.5,) * len(Agreement),) * len(BUCKETS)
+KINDS = len(Agreement)
+EVEN_ODDS: Seed = ((0.5,) * KINDS,) * len(BUCKETS)
 """`seed` starts from this if nothing was measured."""
 
 SEED_WEIGHT = 4.0
@@ -76,7 +77,7 @@ class MatchCalibration:
 
     def chance(self, length: int, agreement: int) -> float:
         """Chance that the token copied after a match of `length` is right."""
-        return self._rates.of(self.bucket(length) * len(Agreement) + agreement)
+        return self._rates.of(self.bucket(length) * KINDS + agreement)
 
     def along(self, length: int, agreement: int, count: int) -> list[float]:
         """Chances of `count` tokens of a copy that goes on after a match of `length`, none above `SURE`."""
@@ -95,7 +96,7 @@ class MatchCalibration:
 
     def observe(self, length: int, agreement: int, right: bool) -> None:
         """A token copied after a match of `length`, with all before it accepted, was `right` or not."""
-        self._rates.observe(self.bucket(length) * len(Agreement) + agreement, right)
+        self._rates.observe(self.bucket(length) * KINDS + agreement, right)
 
 
 Table = TypeVar("Table")

@@ -142,8 +142,9 @@ def route(
     chosen = assign(scores, costs, previous, MARGIN, promised) if policy.prices_batches else assign(scores)
     routes = [arms.NONE if arm == arms.PROMISED else arm for arm in chosen]
     for index, (state, arm, source) in enumerate(zip(states, chosen, sources, strict=True)):
-        decision = _usable(policy, state.decision, arm, source)
-        state.decision = decision._replace(keeps=None if index in probes else arm)
+        decision = state.decision
+        decision.only = _usable(policy, decision, arm, source)
+        decision.promised, decision.keeps = arm == arms.PROMISED, None if index in probes else arm
         state.chose(routes[index])
     return routes
 
@@ -165,15 +166,15 @@ def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool
     return {**passes, arms.PROMISED: top, **plain}, best
 
 
-def _usable(policy: Policy, signals: Signals, chosen: str, source: str) -> Signals:
-    """`signals` with the draft source that the round may use; source: of what needs no pass, as of `_of_passes`."""
+def _usable(policy: Policy, signals: Signals, chosen: str, source: str) -> str | None:
+    """`Signals.only` of the round. source: of what needs no pass, as of `_of_passes`."""
     only: str | None = source if chosen == arms.PROMISED else arms.NONE
     # Where rows are dear, a device that knows more of the text than the host weighs what is promised again.
     weighed = signals.free and policy.prices_batches
     wished = chosen == arms.NONE and signals.expected and not weighed
     if policy.joins_arms and signals.reason != "pin" and not wished:
         only = None
-    return signals._replace(only=only, promised=chosen == arms.PROMISED)
+    return only
 
 
 def _ordered(

@@ -85,7 +85,7 @@ class RequestState:
             off=self.hints.off,
             measured=signals.recent if policy.prices_batches else None,
         )
-        self.decision = signals._replace(reason=reason)
+        signals.reason, self.decision = reason, signals
         return scores
 
     def begin(self, answer: Callable[[int], Sequence[int]]) -> None:

@@ -2,9 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
 
 from whiflash_sdk.hints import Span
 
@@ -30,10 +28,8 @@ class Mean:
         return self.total / self.weight
 
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-class Signals(NamedTuple):
+@dataclass(slots=True)
+class Signals:
     """Signals of a request's round, and what was decided on them. Host-side ones may lag a round (overlap scheduling).
 
     entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last
@@ -49,21 +45,22 @@ class Signals(NamedTuple):
     previous: the arm of the request's last round, None before the first. dwell: rounds since it was chosen.
     allowed: arms that may draft for this request.
 
-    Decided: reason: why it was routed as it was (`apply_hints`). only: the one draft source whose candidates may be
-        verified, or `none`; None: all. promised: whether a round without a pass is expected to verify one of them.
-        keeps: the choice that the margin of the next round favours; None after a probe, and before the first round.
+    Decided, in place when the round is routed: reason: why it was routed as it was (`apply_hints`). only: the one draft
+        source whose candidates may be verified, or `none`; None: all. promised: whether a round without a pass is
+        expected to verify one of them. keeps: the choice that the margin of the next round favours; None after a probe,
+        and before the first round.
     """
 
     allowed: frozenset[str] = frozenset()
     entropy: float = math.nan
-    recent: Mapping[str, Mean] = NOTHING
-    expected: Mapping[str, Forecast] = NOTHING
-    predicted: Mapping[str, float] = NOTHING
+    recent: Mapping[str, Mean] = field(default_factory=dict)
+    expected: Mapping[str, Forecast] = field(default_factory=dict)
+    predicted: Mapping[str, float] = field(default_factory=dict)
     delta: float = math.nan
     span: Span | None = None
     rounds: int = 0
-    tried: Mapping[str, int] = NOTHING
-    last: Mapping[str, int] = NOTHING
+    tried: Mapping[str, int] = field(default_factory=dict)
+    last: Mapping[str, int] = field(default_factory=dict)
     previous: str | None = None
     dwell: int = 0
     reason: str = "score"
