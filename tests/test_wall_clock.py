@@ -15,6 +15,7 @@ DATES = {
     "sdk/whiflash_sdk/collecting.py",
     "whiflash_sglang/compat/http/samples.py",
     "whiflash_sglang/learner/once.py",
+    "whiflash_sglang/routing/kept.py",
     "whiflash_sglang/train/answers/provenance.py",
 }
 """These name when something was. A training's length is computed from such dates, and the learner passes over a

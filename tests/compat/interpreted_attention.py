@@ -45,6 +45,8 @@ CONFIGURED = 17
 """`speculative_num_draft_tokens` of a server with lookup: its widest block."""
 REQUESTS = 4
 CONTEXT = 64
+MOST = REQUESTS + spare_slots(REQUESTS, CONFIGURED)
+"""Slots of a graph."""
 STARTS, ROWS = [5, 2, 9], [2, 0, 3]
 FULL_ATTENTION = SimpleNamespace(
     hf_config=PretrainedConfig(), is_draft_model=False, linear_attn_registry_result=None
@@ -131,9 +133,14 @@ def graphs_of(buckets: list[int], attention: str = "other") -> Any:
     graphs = object.__new__(VerifyGraphs)
     graphs.__dict__.update(
         widest=CONFIGURED,
-        max_bs=REQUESTS + spare_slots(REQUESTS, CONFIGURED),
+        max_bs=MOST,
         capture_num_tokens=buckets,
         device="cpu",
+        buffers=SimpleNamespace(
+            req_pool_indices=torch.zeros(MOST, dtype=torch.int64),
+            seq_lens=torch.ones(MOST, dtype=torch.int64),
+        ),
+        seq_len_fill_value=1,
         model_runner=SimpleNamespace(
             prefill_attention_backend_str=attention,
             decode_attention_backend_str=attention,
@@ -149,8 +156,8 @@ def captured(case: Verification, backend: Any) -> Any:
     buckets = graded(REQUESTS * CONFIGURED)
     bucket = int(case.block.positions.shape[0])
     assert bucket in buckets
-    slots = min(bucket, REQUESTS + spare_slots(REQUESTS, CONFIGURED))
-    backend.init_cuda_graph_state(REQUESTS + spare_slots(REQUESTS, CONFIGURED), buckets[-1])
+    slots = min(bucket, MOST)
+    backend.init_cuda_graph_state(MOST, buckets[-1])
 
     def view(spec_info: Any, rows: torch.Tensor, starts: torch.Tensor) -> Any:
         batch = SimpleNamespace(**vars(case.batch))

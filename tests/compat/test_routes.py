@@ -47,7 +47,8 @@ class Manager:
         return
 
     async def get_internal_state_communicator(self, request: Any) -> list[Any]:
-        state = {"rounds": 1, "replica": None, "question": request.rid, "costs": {}}
+        ended = {message.rid: "" for message in self.sent}
+        state = {"rounds": 1, "replica": None, "question": request.rid, "costs": {}, "ended": ended}
         return [SimpleNamespace(rid="0", internal_state={"whiflash": state})]
 
     async def get_internal_state(self) -> list[Any]:

@@ -6,7 +6,7 @@ That the text stays what it was, `test_plain_text.py` shows, whose steps have se
 import dataclasses
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -191,8 +191,9 @@ def test_every_field_of_a_result_is_handed_on() -> None:
         chosen = TopkCaptureOutput(torch.tensor(slots), torch.tensor(slots) * 10, host_cache=None)
         said = {name: f"{name} of {slots}" for name in names - joined} | dict.fromkeys(joined, chosen)
         verified = Verified(*[None] * 7, forward=GenerationBatchResult(**said))  # type: ignore[arg-type]
-        results = dict.fromkeys(("tokens", "accept_lens", "widths", "bonus", "seq_lens"), torch.ones(1, 1))
-        result = round_result(verified, cast(Download, results))
+        names_of_results = "tokens", "accept_lens", "widths", "bonus", "seq_lens"
+        results = Download(**dict.fromkeys(names_of_results, torch.ones((1, 1), dtype=torch.int32)))
+        result = round_result(verified, results)
         assert {name for name in names if getattr(result, name) is not said[name]} == ours
         return result
 

@@ -52,14 +52,14 @@ class PagedArm(KVDrafter):
         """
 
     def capture(self, recorder: Recorder, inputs: DraftBatch) -> None:
-        sizes = graded(len(inputs))
         # Arms share what they read but for their own columns.
         inputs = replace(inputs, tail=inputs.tail.new_zeros((len(inputs), self.tail_width)))
+        static, sizes = inputs.static, graded(len(inputs))
         self._captured = {
             length: CapturedPass(
                 f"the pass of {self.arm!r}" + f" for {length} drafts" * (length < self.max_drafts),
                 partial(self._of_first, inputs, length),
-                inputs.static,
+                static,
                 sizes,
                 recorder,
             )
