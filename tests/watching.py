@@ -92,7 +92,7 @@ class Operators(TorchDispatchMode):
 
 
 GRAMMARS = "sglang/srt/constrained/"
-"""Where masks are written on the host, in memory that is the device of a CPU."""
+"""Modules that write masks on the host, in memory that is the device of a CPU."""
 
 
 class _Functions(TorchFunctionMode):

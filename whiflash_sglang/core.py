@@ -235,7 +235,7 @@ class DraftBatch:
 
 
 class SampleHook:
-    """What replaces sampled tokens, for measurements (`round/hooks.py`); a server has none unless one asks for it."""
+    """A hook replaces sampled tokens, for measurements (`round/hooks.py`); a server has none unless one asks for it."""
 
     def begin(self, upload: Upload, row: int, req: Any) -> None:
         """A request begins in `row`, or begins again; what the device needs of it goes there with `upload`."""

@@ -23,7 +23,7 @@ torch==2.11.0 triton==3.6.0 torchvision==0.26.0 torchaudio==2.11.0 transformers=
 numpy scipy psutil safetensors rich typer httpx aiohttp sentencepiece tiktoken uvloop protobuf prometheus-client pillow
 einops requests ninja nvidia-ml-py grpcio
 """
-"""What the machine has beside CUDA's compiler; the rehearsal (`test_kit.py`) has nothing more."""
+"""Packages of the machine, beside CUDA's compiler; the rehearsal (`test_kit.py`) has nothing more."""
 CARRIED = """
 annotated-types apache-tvm-ffi compressed-tensors dill distro fastapi gguf llguidance loguru msgspec openai
 opentelemetry-api orjson partial-json-parser platformdirs pybase64 pydantic pydantic-core pyzmq setproctitle sniffio
@@ -54,7 +54,7 @@ def tracked() -> list[str]:
 
 
 def packages(site: Path) -> None:
-    """What is imported there and not installed: SGLang's Python, the carried packages, the stand-ins."""
+    """Modules that are imported there and not installed: SGLang's Python, the carried packages, the stand-ins."""
     pinned = [f"{name}=={version(name)}" for name in CARRIED.split()]
     only = ["--no-deps", "--only-binary", ":all:", "--python-version", PYTHON, "--target", str(site)]
     subprocess.run([os.environ.get("UV", "uv"), "pip", "install", "--quiet", *only, *pinned], check=True)

@@ -54,7 +54,7 @@ AGENTS: dict[str, dict[str, Any]] = {
     "penalised": SAMPLED | {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
     "rated": {"return_logprob": True, "top_logprobs_num": 3},
 }
-"""What agents send beside grammars."""
+"""Parameters that agents send beside grammars."""
 LONGEST = 96
 """Tokens of an agent's answer: a byte each, those of the schema end before."""
 
@@ -165,7 +165,7 @@ def greedy(case: Case, e: Any, figures: dict[str, Any]) -> list[list[int]]:
 
 
 def agents(case: Case, e: Any, figures: dict[str, Any]) -> None:
-    """What agents send, side by side under `auto`, each asked twice. Raises AssertionError where an answer breaks its
+    """Agents' requests, side by side under `auto`, each asked twice. Raises AssertionError where an answer breaks its
     grammar, or a token has no log-probability.
     """
     asked = dict(AGENTS)

@@ -33,7 +33,7 @@ from watched import Memory, Trace, Waits, stepping, watching
 LABEL = "8B-shaped target and drafters with random weights; acceptance pinned to the mean recorded on the embedded pair"
 REPORT = Path(__file__).resolve().parents[2] / "results" / "benchmark" / "report.json"
 ARMS = {"diffusion": "diffusion", "DFLASH": "diffusion", "ar": "EAGLE3", "none": "none"}
-"""What serves, ours first, and the arm of the report whose acceptance length it gets; `none` is SGLang alone."""
+"""Servers, ours first, and the arm of the report whose acceptance length it gets; `none` is SGLang alone."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the watchers of a card see, on the phantom card."""
+"""The watchers of a card, on the phantom card."""
 
 import subprocess
 import sys

@@ -297,7 +297,7 @@ def test_packed_copies_are_made_again() -> None:
 
 
 def of_two(weights: LiveWeights, gather: Callable[[str | None], Sequence[str | None]]) -> LiveWeights:
-    """What the first of two processes has."""
+    """The first of two processes."""
     return LiveWeights(
         weights._models,
         weights._versions,
@@ -354,7 +354,7 @@ class Held:
 def test_rounds_go_on_while_versions_are_read_one_after_the_other(
     served_engine: Engine, plain: list[list[int]]
 ) -> None:
-    """Who asks while another version is read has his turn, whoever is refused."""
+    """A switch asked for while another version is read has its turn, also if the other is refused."""
     e, weights = served_engine, served_engine.worker.weights
     swap(e, 0)
     e.start_over("random")

@@ -164,7 +164,7 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any], attention: st
 
 
 def addresses(worker: Any) -> list[int]:
-    """Where the drafters' parameters are, which graphs have captured."""
+    """Addresses of the drafters' parameters, which graphs have captured."""
     return [value.data_ptr() for arm in worker.kv_arms.values() for value in arm.model.parameters()]
 
 
@@ -232,7 +232,7 @@ def under_grammars(world: Streams, loop: Any) -> dict[str, Any]:
 
 
 def steady(loop: Any, launches: Any) -> dict[str, int]:
-    """What a pass of the scheduler launches where nobody comes or goes: four requests, each with another arm."""
+    """Launches of a pass of the scheduler in which nobody comes or goes: four requests, each with another arm."""
     controller, passes = loop.worker.controller, list[Counter[str]]()
     plan, routes = controller.route, ("ar", "diffusion", "none", "none")
 

@@ -195,7 +195,7 @@ def test_with_triton_attention(target: Target, tmp_path: Path) -> None:
 
 
 def test_launches_of_a_steady_pass(found: dict[str, Any]) -> None:
-    """Of all that a pass launches: ours and SGLang's."""
+    """All launches of a pass: ours and SGLang's."""
     owners = Counter[str]()
     for launch, count in sorted(found["pass"].items(), key=lambda one: one[0].split()[-1]):
         print(f"{count} x {launch}")

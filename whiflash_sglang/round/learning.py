@@ -185,7 +185,7 @@ def _record(
     prices: tuple[float, float] | None,
     parts: Sequence[Part],
 ) -> None:
-    """What a round of `arm` brought that committed `tokens` by drafts of these `parts`. prices: `round_prices`."""
+    """Credit a round of `arm` that committed `tokens` by drafts of these `parts`. prices: `round_prices`."""
     saved = recording.price(arm, tokens, round_seconds=prices[0], plain_seconds=prices[1]) if prices else 0.0
     proposed = sum(part.drafts for part in parts)
     recording.credit(parts, proposed=proposed, accepted=tokens - 1, saved=saved)

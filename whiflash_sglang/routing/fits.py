@@ -13,7 +13,7 @@ LIMIT = 3.0
 """An observation counts as at most so many times what was expected, and as no less than that part of it."""
 
 LEAST_STEP = 0.25
-"""Of a verification's mean: a step from one row to several that is smaller is none."""
+"""A share of a verification's mean: a step from one row to several that is smaller is none."""
 
 DRIFT = 1.6
 """A level that most of the window is off by more than this factor was wrong. Of lognormal noise with a deviation of

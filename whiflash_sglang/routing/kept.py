@@ -32,7 +32,7 @@ class KeptPrices:
         return self.directory / f"{digest}.json"
 
     def read(self) -> CostTables | None:
-        """What an earlier start measured; None, with a warning if there is a file that cannot be used."""
+        """The prices that an earlier start measured; None, with a warning if there is a file that cannot be used."""
         try:
             known = read_json_file(self.path)
             if known["key"] != dict(self.key):

@@ -101,7 +101,7 @@ def install(model_runner: Any, mode: CaptureHiddenMode) -> None:
     model_runner._decode_cuda_graph_runner_cls = lambda: graphs
 
     def logits_rows() -> int:
-        """Of the largest graph, for which one buffer of logits is made: SGLang counts every request at its widest."""
+        """Rows of the largest graph, which the buffer of logits has: SGLang counts each request at its widest."""
         widest = int(get_spec().speculative_num_draft_tokens)
         return most_rows(type(model_runner).max_decode_logits_rows(model_runner) // widest, widest)
 

@@ -21,7 +21,7 @@ KEY = "whiflash"
 FORGET = f"{KEY}.forget"
 VERSION = f"{KEY}.version"
 STATE, SWITCHES = "state", "switches"
-"""What of ours a question is about."""
+"""Parts of our state that a question may be about."""
 EVERYBODY = -1
 """In place of a handle."""
 ROUTERS: tuple[str, ...] = get_args(RouterName)

@@ -185,7 +185,7 @@ def prefill_rows(
 
 
 class RoundResult(GenerationBatchResult):  # type: ignore[misc]
-    """Of a round whose results come down in one buffer. results: of `learning.results_of`."""
+    """The result of a round, whose tensors come down in one buffer. results: of `learning.results_of`."""
 
     results: Download
 

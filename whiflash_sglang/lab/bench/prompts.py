@@ -37,7 +37,7 @@ class Prompt:
 
     @property
     def seed(self) -> int:
-        """Of its sampling: equal for every arm and repetition."""
+        """The seed of its sampling: equal for every arm and repetition."""
         return int(hashlib.sha256(self.id.encode()).hexdigest()[:7], 16)
 
     def request(self) -> dict[str, Any]:
