@@ -42,6 +42,7 @@ LONGEST = (
     "tests/agents/test_parsed_streams.py",
     "tests/phantom/test_server.py",
     "tests/bench/test_run.py",
+    "tests/parallel/test_overlapping_ranks.py",
     "tests/learn/test_learner.py",
     "tests/worker/test_plain_text.py",
     "tests/worker/test_hicache.py",

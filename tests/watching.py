@@ -10,7 +10,7 @@ from host_reads import READS, UPLOADS, depends_on_values
 from sites import calling_frame, site
 from streams import HOST, PINNED, Streams
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 FACTORIES = frozenset(
     {"tensor", "as_tensor", "from_numpy", "asarray", "frombuffer", "arange", "empty", "zeros"}
@@ -41,6 +41,13 @@ def watching(world: Streams) -> Iterator[None]:
     """Operators and reads by the host are noted."""
     world.prune()
     with Operators(world), _Functions(world):
+        yield
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """What runs inside is noted by nobody: the test's own reads, and messages between hosts."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
 
 

@@ -408,7 +408,7 @@ def test_on_cuda_what_was_left_open_is_what_works(monkeypatch: pytest.MonkeyPatc
     assert (chosen.attention_backend, chosen.cuda_graph_backend_decode) == ("trtllm_mha", "disabled")
     several = ServerArgs(model_path="unused", tp_size=2)
     choose_for_cuda(several)
-    assert several.disable_overlap_schedule
+    assert not several.disable_overlap_schedule
     elsewhere = ServerArgs(model_path="unused", device="cpu")
     launches.choose(elsewhere)
     assert elsewhere.attention_backend is None

@@ -4,7 +4,7 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,12 @@ from engine import Engine, engine
 from oracle_arm import OracleArm
 from ranks_at_work import on_ranks
 from traffic import Arrival, mixed, play
+from watching import unwatched
 
 from whiflash_sglang.core import Round
+from whiflash_sglang.device.clock import HostClock
 from whiflash_sglang.round.draft import DraftStage
+from whiflash_sglang.structure import spending
 
 RANKS = 2
 ENDS_AT_ONCE = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
@@ -94,13 +97,14 @@ def play_ours(
     rank: int,
     port: int,
     *,
+    start: Callable[..., Any] = engine,
     retract: bool = False,
     flags: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Played:
     """The same with all arms, and one that knows most of the answers `known`. Raises where slots or rows are lost.
 
-    retract: SGLang retracts a request every second step in which several run.
+    start: the engine. retract: SGLang retracts a request every second step in which several run.
     """
     from sglang.srt.managers import scheduler
 
@@ -110,7 +114,8 @@ def play_ours(
 
     def noting(self: DraftStage, round: Round) -> None:
         original(self, round)
-        tokens, widths = round.chosen.tokens.tolist(), round.chosen.widths.tolist()
+        with unwatched():
+            tokens, widths = round.chosen.tokens.tolist(), round.chosen.widths.tolist()
         drafts = [each[: width - 1] for each, width in zip(tokens, widths, strict=True)]
         rounds.append((round.routes, round.due, drafts))
         proposers.update(arm for by_arm in round.candidates for arm in by_arm)
@@ -122,7 +127,7 @@ def play_ours(
     with (
         patch.object(DraftStage, "draft", noting),
         patch.multiple(scheduler, TEST_RETRACT=retract, TEST_RETRACT_INTERVAL=2),
-        engine(
+        start(
             checkpoints.target,
             whiflash=checkpoints.whiflash(router, **(flags or {})),
             arms=[oracle],
@@ -171,8 +176,8 @@ def switching(
     return played, switched[0]
 
 
-def wild(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, rank: int, port: int) -> Played:
-    """On every rank but the first clocks jump and mail comes and goes."""
+def go_wild(rank: int) -> None:
+    """From now on clocks jump in this process, mail comes and goes, times are known late and grammars look dear."""
     from whiflash_sglang.compat.scheduler import step
 
     rng = random.Random(rank)
@@ -182,15 +187,20 @@ def wild(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, rank
         clock[0] += rng.expovariate(10.0)
         return clock[0]
 
-    patches: list[Any] = []
-    if rank:
-        patches = [
-            patch.object(time, "perf_counter", jumping),
-            patch.object(time, "monotonic", jumping),
-            patch.object(step, "has_mail", lambda: rng.random() < 0.5),
-        ]
-    for p in patches:
+    for p in (
+        patch.object(time, "perf_counter", jumping),
+        patch.object(time, "monotonic", jumping),
+        patch.object(step, "has_mail", lambda: rng.random() < 0.5),
+        patch.object(HostClock, "passed", lambda *_: rng.random() < 0.5),
+        patch.object(spending, "REQUEST_SECONDS", 0.0),
+    ):
         p.start()
+
+
+def wild(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, rank: int, port: int) -> Played:
+    """On every rank but the first nothing that a clock or mail says is right."""
+    if rank:
+        go_wild(rank)
     return play_ours(checkpoints, "auto", arrivals, plain, rank, port)
 
 

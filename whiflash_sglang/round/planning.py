@@ -45,7 +45,7 @@ class Planner:
                 setattr(round, name, value)
             round.take_single(round.undrafted)
             for index, names in enumerate(round.asked):  # what drafters note here is what they draft later
-                self._proposed(round, index, names)
+                self._proposed(round, index, [arm for arm in names if self._notes(arm)])
         widths = [1 + most for most in round.limits["all"]]
         members = {arm: [i for i, route in enumerate(round.routes) if route == arm] for arm in self.drafters}
         round.members = {arm: indices for arm, indices in members.items() if indices}
@@ -60,6 +60,12 @@ class Planner:
         """Rows that are being verified for the request in `row`, at most."""
         state = self.controller.states.get(row)
         return 0 if state is None else sum(state.under_way)
+
+    def _notes(self, arm: str) -> bool:
+        """Whether what `arm` notes when it is asked is read later in the round; a device takes proposals as candidates,
+        which the first rank has sent.
+        """
+        return self.host.exact or arm not in self.sources.proposing
 
     def _decide(self, round: Round) -> list[Any]:
         """Fill the fields of `DECIDED`, and return them for other ranks."""

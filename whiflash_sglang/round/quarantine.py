@@ -79,7 +79,7 @@ class Quarantine:
 
     Every rank of those that serve a model together judges the same results, so all leave out the same arms. Clocks of
     ranks do not agree, so there no quarantine ends. What a model raises in one rank the others may not have: it is not
-    caught there. Arms that draft from text raise in every rank or in none.
+    caught there. Arms that draft from text raise in every rank or in none, or only the first asks them and plans by it.
 
     Args:
         arms: all there are. alone: whether no other process serves the model with this one. from_text: arms that draft

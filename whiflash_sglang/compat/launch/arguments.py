@@ -103,9 +103,6 @@ def choose_for_cuda(server_args: Any) -> list[str]:
         server_args.cuda_graph_backend_prefill = Backend.DISABLED
     # Its dummy forward is a verification without a layout.
     server_args.disable_flashinfer_autotune = True
-    if server_args.tp_size > 1:
-        # Plans go from rank to rank in the middle of a round; the two were never tried together.
-        server_args.disable_overlap_schedule = True
     return [
         f"--{name.replace('_', '-')} flashinfer is replaced by {attention} (--attention-backend, or else fa3 on Hopper "
         "and triton on other cards): FlashInfer plans a verification on the host, so every round would wait for its "

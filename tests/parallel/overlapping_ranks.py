@@ -1,0 +1,162 @@
+"""Two ranks in SGLang's overlap loop on a CPU (`overlap.py`), and what they are asked."""
+
+import contextlib
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from tensor_parallel import Checkpoints, Outputs, Played, go_wild, play_ours
+from traffic import Arrival
+from watching import unwatched
+
+OPTIONS: dict[str, Any] = {
+    "skip_tokenizer_init": False,
+    "constrained_json_disable_any_whitespace": True,
+    "enable_deterministic_inference": True,
+}
+GRAMMARS: tuple[dict[str, Any], ...] = (
+    {"json_schema": '{"type": "object", "properties": {"a": {"enum": ["red", "green"]}}, "required": ["a"]}'},
+    {"regex": "(red|green|blue), and once more: (red|green|blue)(; never again){2}"},
+    {"ebnf": 'root ::= "begin " word " then " word " end"\nword ::= [a-z]{2,9}'},
+)
+
+
+@dataclass(frozen=True)
+class Overlapped:
+    """Of one rank. passes: decoding ones of the scheduler. apart: those of them that did not overlap. races, waits: as
+    of `Streams`, the waits of our lines only.
+    """
+
+    played: Played
+    passes: int
+    apart: int
+    races: dict[str, int]
+    waits: dict[str, int]
+    retracted: frozenset[str]
+
+
+def asked() -> list[Arrival]:
+    """Requests by turns greedy, under a grammar and sampled with a seed, two of which are aborted."""
+    rng, grammars = random.Random(5), cycle(GRAMMARS)
+    return [
+        Arrival(
+            f"r{i:02d}",
+            2 * i,
+            tuple(rng.choices(range(32, 127), k=rng.randint(8, 40))),
+            (
+                {"max_new_tokens": 40},
+                {"ignore_eos": False, "max_new_tokens": 90, **next(grammars)},
+                {"max_new_tokens": 30, "temperature": 1.0, "sampling_seed": i},
+            )[i % 3],
+            abort_after=6 if i in (6, 8) else None,
+        )
+        for i in range(15)
+    ]
+
+
+def play_overlapping(
+    checkpoints: Checkpoints,
+    router: str,
+    known: Outputs,
+    differs: Callable[[int], None],
+    rank: int,
+    port: int,
+) -> Overlapped:
+    """`play_ours` of what is asked, with retractions. differs: what every rank but the first does otherwise."""
+    from overlap import overlapped, publishing
+    from sglang.srt.managers.scheduler import Scheduler
+
+    from whiflash_sglang.compat.forward import parallel
+    from whiflash_sglang.compat.forward.target import Target
+
+    os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"
+    disables, disabled, engines = Scheduler.is_disable_overlap_for_batch, list[bool](), list[Any]()
+
+    def noted(scheduler: Any, batch: Any, last_batch: Any) -> bool:
+        does = bool(disables(scheduler, batch, last_batch))
+        if batch is not None and batch.forward_mode.is_decode():
+            disabled.append(does)
+        return does
+
+    @contextlib.contextmanager
+    def start(*args: Any, **named: Any) -> Iterator[Any]:
+        with overlapped(*args, host_lengths=False, **named) as started:
+            engines.append(started)
+            yield started
+
+    if rank:
+        differs(rank)
+    with (
+        patch.object(parallel, "broadcast_pyobj", between_hosts(parallel.broadcast_pyobj)),
+        patch.object(
+            torch.distributed, "all_gather_object", between_hosts(torch.distributed.all_gather_object)
+        ),
+        patch.object(Target, "verify", publishing(Target.verify)),
+        patch.object(Scheduler, "is_disable_overlap_for_batch", noted),
+    ):
+        played = play_ours(
+            checkpoints, router, asked(), known, rank, port, start=start, retract=True, **OPTIONS
+        )
+    streams, requests = engines[0].streams, engines[0].requests
+    waits = {
+        f"{kind}: {site}": count
+        for kind in ("stalls", "pageable", "waits_of_host")
+        for site, count in getattr(streams, kind).items()
+        if site.startswith("whiflash")
+    }
+    retracted = frozenset(rid for rid, req in requests.items() if req.retraction_count)
+    return Overlapped(played, len(disabled), sum(disabled), dict(streams.races), waits, retracted)
+
+
+def between_hosts(call: Callable[..., Any]) -> Callable[..., Any]:
+    """What hosts say to each other is no work of the device."""
+
+    def called(*args: Any, **named: Any) -> Any:
+        with unwatched():
+            return call(*args, **named)
+
+    return called
+
+
+def wild(rank: int) -> None:
+    """Its clocks, mail and times say nothing."""
+    go_wild(rank)
+
+
+def learns_late(rank: int) -> None:
+    """It takes a round's results when it should take those of the next one."""
+    from whiflash_sglang.device.transfers import Download
+
+    consume, held = Download.consume, list[Sequence[Any]]()
+
+    def late(*results: Any) -> None:
+        held.append(results)
+        if len(held) > 1:
+            consume(*held.pop(0))
+
+    patch.object(Download, "consume", late).start()
+
+
+def decides(rank: int) -> None:
+    """It plans by what it sees itself."""
+    from whiflash_sglang.round.planning import Planner
+
+    go_wild(rank)
+    plan = Planner.plan
+
+    def by_itself(planner: Planner, round: Any) -> None:
+        broadcast = planner.ranks.broadcast
+
+        def decided(decide: Callable[[], Any]) -> Any:
+            broadcast(decide)
+            return decide()
+
+        with patch.object(planner.ranks, "broadcast", decided):
+            plan(planner, round)
+
+    patch.object(Planner, "plan", by_itself).start()

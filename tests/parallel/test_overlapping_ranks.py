@@ -1,0 +1,60 @@
+"""Two ranks under overlap scheduling: plain decoding's texts, no pass without overlap, and the same rounds in both."""
+
+from functools import partial
+
+import pytest
+from matrix import sampled
+from overlapping_ranks import OPTIONS, Overlapped, asked, decides, learns_late, play_overlapping, wild
+from ranks_at_work import RankFailedError, on_ranks
+from reference import Comparison, ReferenceTarget
+from tensor_parallel import RANKS, Checkpoints, Outputs, play_plain
+
+MASKS = "whiflash_sglang/compat/forward/masks.py"
+
+
+@pytest.fixture(scope="module")
+def texts(checkpoints: Checkpoints) -> Outputs:
+    """Plain decoding's with two ranks, without overlap."""
+    first, second = on_ranks(RANKS, partial(play_plain, checkpoints, asked(), **OPTIONS))
+    assert first == second
+    return dict(first)
+
+
+@pytest.mark.parametrize("router", sampled(["random", "auto"], "random"))
+def test_text_is_plain_decodings(checkpoints: Checkpoints, texts: Outputs, router: str) -> None:
+    """Greedy, sampled and under grammars, with aborts and retractions; and the second rank's clocks say nothing.
+
+    What is retracted SGLang samples anew, in plain decoding, too.
+    """
+    found: list[Overlapped] = on_ranks(RANKS, partial(play_overlapping, checkpoints, router, texts, wild))
+    first, second = (each.played for each in found)
+    for number, (one, other) in enumerate(zip(first.rounds, second.rounds, strict=True)):
+        assert one == other, f"round {number} of {len(first.rounds)}"
+    assert first.outputs == second.outputs
+    comparison, compared = Comparison(ReferenceTarget(checkpoints.target)), set[str]()
+    for a in asked():
+        text = first.outputs[a.rid]
+        expected = texts[a.rid] if a.abort_after is None else texts[a.rid][: len(text)]
+        if "temperature" not in a.params:
+            comparison.check(a.prompt, expected, text, a.rid)
+        elif a.rid not in found[0].retracted:
+            compared.add(a.rid)
+            assert text == expected, a.rid
+    print(comparison.summary(), {each.passes: each.apart for each in found})
+    assert compared
+    assert first.retracted
+    assert first.accepted
+    assert router == "auto" or first.arms >= {"ar", "diffusion", "lookup", "oracle", "none"}
+    for each in found:
+        assert each.passes > 30
+        assert each.apart == 0
+        assert not each.races
+        assert all(site.startswith(f"waits_of_host: {MASKS}") for site in each.waits), each.waits
+
+
+@pytest.mark.parametrize("astray", sampled([learns_late, decides], learns_late))
+def test_a_rank_that_goes_its_own_way_is_found(
+    checkpoints: Checkpoints, texts: Outputs, astray: object
+) -> None:
+    with pytest.raises(RankFailedError, match="rank 1 of 2 did not commit what rank 0 did"):
+        on_ranks(RANKS, partial(play_overlapping, checkpoints, "auto", texts, astray))
