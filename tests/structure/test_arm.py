@@ -233,3 +233,41 @@ def test_a_prompt_is_decoded_once_however_many_tools_there_are(
     for length in (len(prompt), len(text)):
         arm.propose(1, length - 1, lambda start, length=length: text[start:length], FULL_LENGTH)
     assert sum(length > len(prompt) // 2 for length in decoded) == 1
+
+
+def test_a_look_is_kept_while_the_text_goes_on_as_it_said(
+    arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also behind drafts, one of which the grammar refuses. What is proposed is what a new look says."""
+    looks: list[Sequence[int]] = []
+    look = StructureArm._look
+
+    def counted(self: StructureArm, request: Any, drafts: Sequence[int], limit: int) -> Any:
+        looks.append(drafts)
+        return look(self, request, drafts, limit)
+
+    monkeypatch.setattr(StructureArm, "_look", counted)
+    told, fresh = Told(grammars), StructureArm(Structure(max_width=8), vocabulary, lambda: False)
+    document = vocabulary.encode(told.matcher(vocabulary).forced())
+    drafts = NOTHING.followed_by([*document[:3], *vocabulary.encode("?")], [0.9] * 4, "copy")
+    arm.begin(1, RequestHints(), MINE, None, told)
+    told.tell(document[:1])
+    proposals = []
+    for _ in range(3):
+        candidate = arm.propose(1, len(told.text) - 1, told.history, FULL_LENGTH)
+        rest = NOTHING.followed_by(drafts.tokens[len(proposals) + 1 :], [0.9] * (3 - len(proposals)), "copy")
+        longer = arm.extend_drafts(1, rest, 6, FULL_LENGTH)
+        proposals.append((candidate, longer))
+        seen = len(looks)
+        fresh.begin(1, RequestHints(), THEIRS, None, told)
+        anew = fresh.propose(1, len(told.text) - 1, told.history, FULL_LENGTH)
+        assert candidate is not None
+        assert anew is not None
+        assert candidate.tokens == anew.tokens[: len(candidate.tokens)]
+        assert longer.tokens == fresh.extend_drafts(1, rest, 6, FULL_LENGTH).tokens
+        del looks[seen:]
+        told.tell([document[len(proposals)]])
+    assert len(looks) == 2, "once behind the text, and once behind the drafts"
+    told.tell(vocabulary.encode(text_of(vocabulary, document[4:])[:1]))
+    arm.propose(1, len(told.text) - 1, told.history, FULL_LENGTH)
+    assert len(looks) == 3, "the text is cut otherwise than was said"

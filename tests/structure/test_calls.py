@@ -89,7 +89,7 @@ def follow(
         cuts=Cuts(),
         guesses=Guesses(words_of_tools(TOOLS), lambda words: used or {}),
         calls=calls,
-    )
+    )[0]
     return text_of(vocabulary, [token.token for token in tokens])
 
 
@@ -351,7 +351,7 @@ def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
                 cuts=Cuts(),
                 guesses=Guesses(words_of_tools(TOOLS), lambda words: {}),
                 calls=told,
-            )
+            )[0]
             for told in (None, calls)
         )
         assert len(found) >= len(alone) > 0, "what the grammar tells is lost for text that it forbids"

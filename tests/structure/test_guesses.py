@@ -232,7 +232,7 @@ def test_prose_around_a_tag_is_free(tokenizer: Any, vocabulary: Vocabulary) -> N
                 guesses=guesses({}),
                 layout=layout,
                 cuts=Cuts(),
-            )
+            )[0]
         text = text_of(vocabulary, [token.token for token in found if token.kind is not Kind.STOPPED])
         return text, [token.kind for token in found]
 

@@ -177,7 +177,7 @@ def test_work_is_bounded_for_any_tools_and_any_value(vocabulary: Vocabulary) -> 
         layout=Layout(),
         cuts=Cuts(),
         calls=calls,
-    )
+    )[0]
     assert len(tokens) <= 8
     assert (
         text_of(vocabulary, [token.token for token in tokens]) == "/parameter>\n</function>\n"[:0] or tokens

@@ -74,7 +74,7 @@ def walk_schema(
             guesses=guesses,
             layout=layout,
             cuts=Cuts(),
-        )
+        )[0]
         # llguidance takes tokens only, so it is given every text that is tried.
         if grammars.engine == "xgrammar":
             done.most_cut = max(done.most_cut, sum(counting.calls))

@@ -25,7 +25,7 @@ def proposed(
 ) -> list[Token]:
     return sketch(
         matcher, vocabulary, tail, limit, end=end, likelihood=LIKELIHOOD, layout=Layout(), cuts=Cuts()
-    )
+    )[0]
 
 
 def ids(tokens: Sequence[Token]) -> list[int]:
@@ -115,12 +115,12 @@ def test_a_word_that_is_open_at_the_seam_is_cut_as_a_whole(vocabulary: Vocabular
     cuts = [text_of(vocabulary, whole[:count]) for count in range(1, len(whole))]
     for written, count in zip(cuts, range(1, len(whole)), strict=True):
         rest = '{"city": "Paris"'[len(written) :]
-        found = cut(vocabulary, whole[:count], [Piece(rest, Kind.FORCED)], LIKELIHOOD, Cuts())
+        found = cut(vocabulary, whole[:count], [Piece(rest, Kind.FORCED)], LIKELIHOOD, Cuts(), 99)
         assert ids(found) == whole[count:]
         assert {token.kind for token in found[:-1]} <= {Kind.FORCED}
         assert found[-1].kind is Kind.EDGE
     alone = [vocabulary.encode(char)[0] for char in "Par"]
-    found = cut(vocabulary, alone, [Piece('is", "unit"', Kind.FORCED)], LIKELIHOOD, Cuts())
+    found = cut(vocabulary, alone, [Piece('is", "unit"', Kind.FORCED)], LIKELIHOOD, Cuts(), 99)
     assert found[0].kind is Kind.SEAM, "the whole word is one token, which begins before it"
     assert {token.kind for token in found[1:-1]} == {Kind.FORCED}
     assert text_of(vocabulary, ids(found)) == 'is", "unit"'

@@ -19,7 +19,8 @@ class Work:
 
     def __init__(self, *, cuts: bool = True) -> None:
         self.now = 0.0
-        self.spending = Spending(lambda: self.now, cuts=cuts)
+        self.idle = 0.0
+        self.spending = Spending(lambda: self.now, lambda: self.now + self.idle, cuts=cuts)
 
     def steps(self, rid: str, seconds: float, most: int = 1000, part: float = 1.0) -> int:
         def work() -> int:
@@ -46,6 +47,17 @@ def test_a_request_has_its_share_and_a_round_has_its_own() -> None:
         for rid in rids:
             work.steps(rid, ROUND_SECONDS / 1000)
     assert work.now - began == pytest.approx(ROUND_SECONDS, rel=0.2)
+
+
+def test_a_busy_machine_is_nobodys_work() -> None:
+    work = Work()
+
+    def waits() -> bool:
+        work.idle = 10 * REQUEST_SECONDS
+        return work.spending.exhausted()
+
+    assert not work.spending.on("a", waits)
+    assert not work.spending.is_dear("a")
 
 
 def test_a_dear_request_pauses_and_each_time_twice_as_long() -> None:

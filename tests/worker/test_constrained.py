@@ -40,7 +40,7 @@ class Meter:
 
     def __init__(self, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self._seconds, self.moves = 0.0, seconds, 0
-        monkeypatch.setattr(worker, "Spending", partial(Spending, lambda: self.now))
+        monkeypatch.setattr(worker, "Spending", partial(Spending, lambda: self.now, lambda: self.now))
         for owner, name in (
             (XGrammarGrammar, "accept_token"),
             (XGrammarGrammar, "fill_vocab_mask"),

@@ -207,12 +207,12 @@ def test_wherever_a_forced_draft_is_rejected(
 
     With random routes that is so behind every arm's drafts too.
     """
-    look = structure.StructureArm._sketch
+    look = structure.StructureArm._looked
     wrong: Counter[int] = Counter()
     spoilt: list[Any] = []
 
-    def spoil(arm: Any, request: Any, drafts: Sequence[int], limit: int) -> Any:
-        tokens, allowed = look(arm, request, drafts, limit)
+    def spoil(arm: Any, request: Any, *asked: Any) -> Any:
+        tokens, allowed = look(arm, request, *asked)
         tokens = list(tokens)
         if tokens:
             at = min(reversed(range(len(tokens))), key=wrong.__getitem__)
@@ -221,7 +221,7 @@ def test_wherever_a_forced_draft_is_rejected(
             spoilt.append(request)
         return tokens, allowed
 
-    monkeypatch.setattr(structure.StructureArm, "_sketch", spoil)
+    monkeypatch.setattr(structure.StructureArm, "_looked", spoil)
     e = running
     if routes == "structure":
         use_only("structure", e.worker.controller, monkeypatch)

@@ -6,12 +6,13 @@ It drafts from the text only. Forced stretches are short, so they matter most af
 """
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import accumulate, islice, takewhile
 from operator import mul
+from typing import NamedTuple
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import NOTHING, Candidate
@@ -39,14 +40,48 @@ _Decoder = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
 """A token may end inside a character."""
 
 
+LOOKS = 4
+"""Looks that are kept of a request: behind its text, a copy, and what the two lead into."""
+
+
+class _Look(NamedTuple):
+    """What may follow a text. ids: drafts that it was asked about, the first `allowed` that may follow, and behind them
+    those of `tokens`. refused: the draft after them that may not. whole: whether nothing is known behind the tokens.
+    """
+
+    ids: Sequence[int]
+    allowed: int
+    tokens: Sequence[Token]
+    refused: int | None
+    whole: bool
+
+    def behind(self, written: Sequence[int]) -> "_Look | None":
+        """The same behind what was written since; None if that is something else, or all of it."""
+        count = len(written)
+        if count >= len(self.ids) or self.ids[:count] != written:
+            return None
+        rest = self.tokens[max(count - self.allowed, 0) :]
+        return self._replace(ids=self.ids[count:], allowed=max(self.allowed - count, 0), tokens=rest)
+
+    def after(self, drafts: Sequence[int]) -> tuple[Sequence[Token], int] | None:
+        """What follows `drafts`, and how many of these may follow the text; None: that is not known."""
+        count, allowed = len(drafts), self.allowed
+        if allowed <= count < len(self.ids) and self.ids[:count] == drafts:
+            return self.tokens[count - allowed :], count
+        if count > allowed and drafts[allowed] == self.refused and self.ids[:allowed] == drafts[:allowed]:
+            return self.tokens, allowed
+        return None
+
+
 @dataclass(slots=True)
 class _Request:
     """What is kept of one.
 
     grammar: what constrains it, if anything does. calls: of its tools, if any are known. guesses: of its schemas'
-    words, made when it is looked at first. layout: of its output, whose text is followed up to position `followed`.
+    words, made when it is looked at first. layout: of its output, but for its newest tokens, `unfollowed`.
     known: tokens of its text when it was looked at last. tail, unseen: the last of them,
     and those that its grammar had not accepted yet. tokens: what followed then, whether or not it was worth its rows.
+    looks: the newest ones, as far as the text went on as they said.
     """
 
     chances: StructureChances
@@ -56,11 +91,12 @@ class _Request:
     guesses: Guesses | None = None
     layout: Layout = field(default_factory=Layout)
     decoder: codecs.IncrementalDecoder = field(default_factory=_Decoder)
-    followed: int = 0
+    unfollowed: list[int] = field(default_factory=list)
     known: int = 0
     tail: Sequence[int] = ()
     unseen: Sequence[int] = ()
     tokens: Sequence[Token] = ()
+    looks: list[_Look] = field(default_factory=list)
 
 
 class StructureArm(TextDrafter):
@@ -108,12 +144,17 @@ class StructureArm(TextDrafter):
         request = self._requests.get(row)
         if request is None:
             return None
-        self._learn(request, history)
-        request.known += len(history(request.known))
-        request.tail = history(max(request.known - TAIL, 0))
+        written = [*history(request.known)]
+        self._learn(request, written)
+        if request.guesses is None:
+            self._look_first(request, history, min(length, len(written)))
+        else:
+            request.unfollowed += written
+        request.known += len(written)
+        request.tail = [*request.tail, *written][-TAIL:]
         request.unseen = history(request.grammar.known) if request.grammar else ()
-        self._follow(request, history, min(length, request.known))
-        request.tokens, _ = self._sketch(request, (), self.max_drafts + under_way)
+        request.looks = [look for each in request.looks if (look := each.behind(written)) is not None]
+        request.tokens, _ = self._looked(request, NOTHING, self.max_drafts + under_way, worth)
         forced = self._behind(request, NOTHING._replace(at=request.known), request.tokens, worth)
         return forced if forced.tokens else None
 
@@ -124,19 +165,23 @@ class StructureArm(TextDrafter):
     def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Worth) -> Candidate:
         """What the grammar allows of `drafts`, and what is forced behind that."""
         request = self._requests[row]
-        tokens, allowed = self._sketch(request, drafts.tokens, room)
+        tokens, allowed = self._looked(request, drafts, room, worth)
         return self._behind(request, drafts.first(allowed), tokens, worth)
 
     def _behind(
         self, request: _Request, drafts: Candidate, tokens: Sequence[Token], worth: Worth
     ) -> Candidate:
         """`drafts`, and those of `tokens` behind them that are worth their rows."""
-        before = drafts.alive[-1] if drafts.tokens else 1.0
-        chances = accumulate((request.chances.of(token.kind) for token in tokens), mul, initial=before)
         least = worth.least_chance
-        alive = list(takewhile(lambda chance: chance >= least, islice(chances, 1, None)))
+        alive = list(takewhile(lambda chance: chance >= least, self._chances_of(request, drafts, tokens)))
         source = TOOLS if request.grammar is None else GRAMMAR
         return drafts.followed_by([token.token for token in tokens[: len(alive)]], alive, source)
+
+    def _chances_of(self, request: _Request, drafts: Candidate, tokens: Sequence[Token]) -> Iterator[float]:
+        """That each of `tokens` behind `drafts` is accepted, and all before it."""
+        before = drafts.alive[-1] if drafts.tokens else 1.0
+        chances = accumulate((request.chances.of(token.kind) for token in tokens), mul, initial=before)
+        return islice(chances, 1, None)
 
     def forget(self, handle: int | None) -> None:
         """Drop what was learned of one tenant or of all; requests that run now teach nobody any more."""
@@ -144,16 +189,19 @@ class StructureArm(TextDrafter):
 
     def release(self, row: int) -> None:
         request = self._requests.pop(row, None)
-        if request is not None and request.grammar is not None and "{" in request.layout.seen:
+        if request is None or request.grammar is None:
+            return
+        self._follow(request)
+        if "{" in request.layout.seen:
             framed = request.layout.frames is not NO_FRAMES
             request.chances.habits[framed] = request.layout.as_habit()
 
-    def _learn(self, request: _Request, history: History) -> None:
+    def _learn(self, request: _Request, committed: Sequence[int]) -> None:
         """Compare what was proposed with what was committed since, whoever drafted that."""
         if not request.tokens:
             return
         before = request.tail[-1]
-        for number, (token, written) in enumerate(zip(request.tokens, history(request.known), strict=False)):
+        for number, (token, written) in enumerate(zip(request.tokens, committed, strict=False)):
             request.chances.observe(token.kind, token.token == written)
             if token.token != written:
                 self._learn_cut(request, number, before, written)
@@ -168,22 +216,26 @@ class StructureArm(TextDrafter):
             token = request.tokens[number]
             request.chances.cuts.learn(before, token.token if token.usual is None else token.usual, written)
 
-    def _follow(self, request: _Request, history: History, length: int) -> None:
-        """The layout of what was written since, and the call in it. length: of the prompt, at the first look."""
-        if request.guesses is None:
-            request.followed = begin = request.grammar.prompt if request.grammar else length
-            schema = words_of(request.grammar.schema) if request.grammar else ()
-            if request.grammar:
-                request.layout.frames = frames = frames_of(request.grammar.schema)
-                request.layout.habit = request.chances.habits.get(frames is not NO_FRAMES)
-            words = tuple(dict.fromkeys((*schema, *words_of_tools(request.tools))))
-            prompt = history(0)[:begin]  # kept until there is a choice of words, or the request ends
-            request.guesses = Guesses(words, partial(self._used, prompt))
-            if request.calls is not None:
-                request.calls.prompt = cache(partial(text_of, self._vocabulary, prompt))
-        written = history(request.followed)
-        request.followed += len(written)
-        text = request.decoder.decode(bytes_of(self._vocabulary, written))
+    def _look_first(self, request: _Request, history: History, length: int) -> None:
+        """What is kept of the text so far. length: of the prompt, where no grammar says it."""
+        begin = request.grammar.prompt if request.grammar else length
+        schema = words_of(request.grammar.schema) if request.grammar else ()
+        if request.grammar:
+            request.layout.frames = frames = frames_of(request.grammar.schema)
+            request.layout.habit = request.chances.habits.get(frames is not NO_FRAMES)
+        words = tuple(dict.fromkeys((*schema, *words_of_tools(request.tools))))
+        prompt = history(0)[:begin]  # kept until there is a choice of words, or the request ends
+        request.guesses = Guesses(words, partial(self._used, prompt))
+        if request.calls is not None:
+            request.calls.prompt = cache(partial(text_of, self._vocabulary, prompt))
+        request.unfollowed = [*history(begin)]
+
+    def _follow(self, request: _Request) -> None:
+        """The layout of what was written since, and the call in it."""
+        if not request.unfollowed:
+            return
+        text = request.decoder.decode(bytes_of(self._vocabulary, request.unfollowed))
+        request.unfollowed = []
         request.layout.follow(text)
         if request.calls is not None:
             request.calls.follow(text)
@@ -193,23 +245,61 @@ class StructureArm(TextDrafter):
         text = text_of(self._vocabulary, prompt)
         return {word: text.count(f'"{word}"') for word in words}
 
-    def _sketch(self, request: _Request, drafts: Sequence[int], limit: int) -> tuple[Sequence[Token], int]:
-        """What follows `drafts` as far as the grammar allows these, and how many that are; `limit` tokens together."""
+    def _looked(
+        self, request: _Request, drafts: Candidate, limit: int, worth: Worth
+    ) -> tuple[Sequence[Token], int]:
+        """What follows `drafts` as far as the grammar allows these, and how many that are; `limit` tokens together.
+
+        A new look is taken only where no earlier one saw so far, or as far as rows are worth it.
+        """
+        ids = [*drafts.tokens]
+        if (known := self._known(request, ids, drafts, limit, worth)) is not None:
+            return known
+        if request.grammar is None and limit <= len(ids):
+            return (), len(ids)  # nothing is forbidden, and there is no room
+        self._follow(request)
+        look = self._look(request, ids, limit + self.max_drafts)  # it answers for longer
+        request.looks = [look, *request.looks][:LOOKS]
+        return look.tokens[: max(limit - look.allowed, 0)], look.allowed
+
+    def _known(
+        self, request: _Request, ids: list[int], drafts: Candidate, limit: int, worth: Worth
+    ) -> tuple[Sequence[Token], int] | None:
+        """What an earlier look answers, as of `_looked`; None: none saw far enough."""
+        for look in request.looks:
+            if (known := look.after(ids)) is not None:
+                tokens, allowed = known
+                chances = self._chances_of(request, drafts, tokens)
+                far = len(tokens) >= limit - allowed or min(chances, default=1.0) < worth.least_chance
+                if look.whole or far:
+                    return tokens[: max(limit - allowed, 0)], allowed
+        return None
+
+    def _look(self, request: _Request, drafts: Sequence[int], limit: int) -> _Look:
+        """What follows `drafts` now; `limit` tokens together."""
         matcher = request.grammar.matcher(self._vocabulary) if request.grammar else None
-        calls = request.calls
+        calls, after, refused = request.calls, len(drafts), None
+        nothing = _Look(drafts, after, (), None, False)
         if matcher is None and calls is None:
-            return [], len(drafts)
+            return nothing
         if matcher is not None:
             matcher.exhausted = self._exhausted
         with ExitStack() as stack:
             for state in (matcher, calls):
                 if state is not None:
                     stack.enter_context(state.trying())
-            after = len(drafts)
             if matcher is not None:
                 if not all(map(matcher.accept_token, request.unseen)):
-                    return [], after
+                    return nothing
                 after = self._allowed(matcher, drafts)
+                refused = drafts[after] if after < len(drafts) else None
+                for look in request.looks:
+                    if (
+                        refused is not None
+                        and look.whole
+                        and (known := look.after(drafts[:after])) is not None
+                    ):
+                        return _Look(look.ids, after, known[0], refused, True)
             layout, text = request.layout, text_of(self._vocabulary, drafts[:after])
             if text:
                 layout = layout.copy()
@@ -217,7 +307,7 @@ class StructureArm(TextDrafter):
                 calls = calls.behind(text) if calls is not None else None
             elif after:
                 calls = None  # the drafts end inside a character
-            tokens = sketch(
+            tokens, whole = sketch(
                 matcher,
                 self._vocabulary,
                 [*request.tail, *drafts[:after]],
@@ -229,7 +319,13 @@ class StructureArm(TextDrafter):
                 calls=calls,
                 cuts=request.chances.cuts,
             )
-        return tokens, after
+        return _Look(
+            [*drafts[:after], *(token.token for token in tokens)],
+            after,
+            tokens,
+            refused,
+            whole and not self._exhausted(),
+        )
 
     def _allowed(self, matcher: Matcher, drafts: Sequence[int]) -> int:
         """How many of the drafts the grammar allows, one after the other; the matcher goes on with them."""

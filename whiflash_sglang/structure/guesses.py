@@ -5,6 +5,7 @@ Only what a matcher takes is guessed, so nothing here knows schemas: it asks whi
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 
 from whiflash_sglang.candidates import common_prefix
 from whiflash_sglang.structure.chances import Kind, Piece
@@ -138,6 +139,12 @@ def gather(step: Callable[[int], Sequence[Piece] | None], limit: int, likelihood
             limit -= len(piece.text)
             chance *= likelihood(piece.kind)
     return pieces
+
+
+def is_whole(pieces: Sequence[Piece], limit: int, likelihood: Likelihood) -> bool:
+    """Whether no bound of `gather` ended what it returned."""
+    chance = prod(likelihood(piece.kind) for piece in pieces)
+    return len(pieces) < STEPS and chance >= HOPELESS and sum(len(piece.text) for piece in pieces) < limit
 
 
 def likely(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, is_text
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import Cuts, Kind, Piece
-from whiflash_sglang.structure.guesses import FREE, Guesses, Likelihood, likely
+from whiflash_sglang.structure.guesses import FREE, Guesses, Likelihood, is_whole, likely
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Matcher
 
@@ -42,8 +42,9 @@ def sketch(
     cuts: Cuts,
     guesses: Guesses | None = None,
     calls: Calls | None = None,
-) -> list[Token]:
-    """At most `limit` tokens that are likely to follow what the matcher has accepted, all of them allowed by it.
+) -> tuple[list[Token], bool]:
+    """At most `limit` tokens that are likely to follow what the matcher has accepted, all of them allowed by it; and
+    whether nothing is known behind them.
 
     If a call is open, its tools expect more, and the matcher allows it, that is taken.
 
@@ -64,12 +65,15 @@ def sketch(
     if calls is not None:
         sources.append(calls.pieces(most, guesses, likelihood))
     best: list[Token] = []
+    whole = True
     for pieces in sources:
-        tokens = cut(vocabulary, tail, pieces, likelihood, cuts)[:limit] if pieces else []
+        tokens = cut(vocabulary, tail, pieces, likelihood, cuts, limit + 1) if pieces else []
+        whole &= len(tokens) <= limit and is_whole(pieces, most, likelihood)
+        tokens = tokens[:limit]
         if matcher is not None:
             tokens = _allowed(matcher, vocabulary, tokens, limit, end)
         best = max(best, tokens, key=lambda each: _expected(each, likelihood))
-    return best
+    return best, whole
 
 
 def _expected(tokens: Sequence[Token], likelihood: Likelihood) -> float:
@@ -83,8 +87,12 @@ def _allowed(
     """The first of `tokens` that the matcher allows, and `end` behind them where the text is complete then."""
     allowed: list[Token] = []
     with matcher.trying():
+        ids = [token.token for token in tokens]
+        known = all(is_text(vocabulary, token) for token in ids) and matcher.accept_text(
+            text_of(vocabulary, ids)
+        )
         for token in tokens:
-            if not (is_text(vocabulary, token.token) and matcher.accept_token(token.token)):
+            if not (known or (is_text(vocabulary, token.token) and matcher.accept_token(token.token))):
                 return allowed
             allowed.append(token)
         if end is not None and len(allowed) < limit and matcher.may_end and not matcher.forced():
@@ -104,8 +112,9 @@ def cut(
     pieces: Sequence[Piece],
     likelihood: Likelihood,
     cuts: Cuts,
+    limit: int,
 ) -> list[Token]:
-    """The pieces' text in the tokens that the target would most likely use behind `tail`.
+    """The pieces' text in the tokens that the target would most likely use behind `tail`, the first `limit` of them.
 
     The tail is cut again together with the text, since a word that it leaves open is cut otherwise alone; where no
     token begins at the seam, the text is cut by itself.
@@ -123,7 +132,7 @@ def cut(
     ends = list(accumulate(len(vocabulary.token_bytes[token]) for token, _ in pairs))
     bounds = list(accumulate(len(piece.text.encode()) for piece in pieces))
     chosen, piece, begin = [], 0, 0
-    for number, ((token, usual), stop) in enumerate(zip(pairs, ends, strict=True)):
+    for number, ((token, usual), stop) in enumerate(zip(pairs[:limit], ends, strict=False)):
         kinds = [first] if number == 0 else []
         kinds += [Kind.EDGE] if number == len(pairs) - 1 else []
         while bounds[piece] <= begin:

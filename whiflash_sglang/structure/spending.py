@@ -38,15 +38,22 @@ class Spending:
     """Of one process.
 
     Args:
-        clock: seconds of this thread's work: those of a busy machine are nobody's. cuts: whether work ends early when
-            a share is used up. Several ranks must do the same work, and their clocks differ.
+        clock: seconds of this thread's work: those of a busy machine are nobody's. wall: seconds that pass, never
+            fewer, which cost less to read. cuts: whether work ends early when a share is used up. Several ranks must
+            do the same work, and their clocks differ.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.thread_time, *, cuts: bool = True) -> None:
-        self._clock, self._cuts = clock, cuts
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.thread_time,
+        wall: Callable[[], float] = time.perf_counter,
+        *,
+        cuts: bool = True,
+    ) -> None:
+        self._clock, self._wall, self._cuts = clock, wall, cuts
         self._requests: dict[str, _Request] = {}
         self._current: _Request | None = None
-        self._began = self._limit = 0.0
+        self._began = self._least_end = self._limit = 0.0
         self._share = REQUEST_SECONDS
 
     def begin(self, rids: Sequence[str]) -> None:
@@ -73,6 +80,7 @@ class Spending:
         """What `work` returns. Its seconds count for the request; `exhausted` in it means `part` of its share."""
         request = self._current = self._requests.setdefault(rid, _Request())
         self._began, self._limit = self._clock(), part * self._share
+        self._least_end = self._wall() + self._limit - request.spent
         try:
             return work()
         finally:
@@ -82,6 +90,6 @@ class Spending:
     def exhausted(self) -> bool:
         """Whether the work that is being done should end, since its request's share of the round is used up."""
         request = self._current
-        return (
-            self._cuts and request is not None and request.spent + self._clock() - self._began >= self._limit
-        )
+        if not self._cuts or request is None or self._wall() < self._least_end:
+            return False
+        return request.spent + self._clock() - self._began >= self._limit
