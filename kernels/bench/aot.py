@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,6 +43,7 @@ from whiflash_kernels import (
     Chosen,
     Drafts,
     GraphSlots,
+    SamplingTable,
     accept_and_commit,
     choose_drafts,
     claim_backlogs,
@@ -53,6 +55,7 @@ from whiflash_kernels import (
     prepare_mixed_block,
     propose_copies,
     routing_stats,
+    sample_rows,
     triton_kernels,
     unpark,
 )
@@ -185,6 +188,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         lambda: choose(32, 24, host_drafts(32, 49), None, None, 128),
     )
     yield "propose_copies, 32 requests, behind drafts", lambda: copy(32, behind=True)
+    for masked in (False, True):
+        yield f"sample_rows, 160 rows, Qwen3-8B{', masked' * masked}", partial(sample, 32, 160, masked)
 
 
 def kernel_names() -> set[str]:
@@ -244,6 +249,12 @@ def copy(requests: int, *, behind: bool) -> None:
     propose_copies(TEXT, slots, slots, index(257), slots, *judged, width=24, worth=0.1, behind=drafts)
 
 
+def sample(requests: int, rows: int, masked: bool) -> None:
+    masks = (ints(rows, QWEN.vocab // 32), index(rows)) if masked else None
+    slots, table = index(requests), SamplingTable(chances(257, 4), index(257))
+    sample_rows(chances(rows, QWEN.vocab), ints(requests + 1), slots, slots, table, masks=masks)
+
+
 def fill(requests: int, count: int) -> None:
     slots = GraphSlots(ints(count), ints(count + 1), index(count), ints(count), index(count))
     fill_slots(ints(requests), index(requests), index(requests), slots, rows=2 * count, empty=1)
@@ -259,7 +270,7 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
     for own, count in zip(widths, members, strict=True):
         cut_drafts(chances(count, own), chances(12), chances(10), index(count), worth=0.1)
     parts = [(index(count), drafted(count, own)) for count, own in zip(members, widths, strict=True)]
-    laid = lay_drafts(parts, slots, lengths, width=width, confidences=width, vocabulary=1 << 17, text=TEXT)
+    laid = lay_drafts(parts, slots, lengths, width=width, confidences=width, vocabulary=QWEN.vocab, text=TEXT)
     chosen = choose(
         requests,
         laid,
@@ -274,6 +285,7 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
     accept_and_commit(
         ids, ids, packed.qo_indptr, lengths, stride=width + 1, request_slots=slots, stops=STOPS, text=TEXT
     )
+    sample(requests, rows, masked=rng.random() < 0.5)
     claim_backlogs(index(2, 257), slots, lengths, index(2, requests))
     # Behind a prefill.
     park(RINGS, meta(rows, RINGS.features.shape[2]), ids, slots, lengths, slots, slots, max_length=1)
@@ -298,10 +310,11 @@ def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> di
         STOPS,
         RINGS,
         index(2, 257),
+        SamplingTable(chances(257, 4), index(257)),
         most_requests,
         widths={7, widest},
         candidates=(CANDIDATES, 2 * widest + 1),
-        vocabulary=1 << 17,
+        vocabulary=QWEN.vocab,
         bins=11,
         columns=DRAFTERS,
         copied=(24, 8),

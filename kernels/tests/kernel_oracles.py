@@ -18,6 +18,48 @@ def routing_stats(row: Tensor) -> tuple[float, float, int]:
     return entropy, max(probabilities.tolist()), values.index(max(values))
 
 
+def exponential(seed: int, position: int, token: int) -> float:
+    """The noise of one token, by integers of Python."""
+    whole, half = (1 << 64) - 1, (1 << 32) - 1
+    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & whole
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & whole
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & whole
+    z ^= z >> 31
+    h = (token * ((z >> 32) | 1) + z) & half
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & half
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & half
+    h ^= h >> 16
+    return -math.log(max(1 - ((h & 0x7FFFFFFF) + 0.5) / 2**31, 1e-8))
+
+
+def kept(row: Tensor, temperature: float, top_k: float, top_p: float, min_p: float) -> dict[int, float]:
+    """Which tokens of a row may be drawn, and their chances before any was left out."""
+    chances = torch.softmax(row.double().cpu() / temperature, dim=0).tolist()
+    ordered = sorted(range(len(chances)), key=lambda token: -row[token].item())
+    found, likelier, mass = {}, 0, 0.0
+    for place, token in enumerate(ordered):
+        if place and row[token] < row[ordered[place - 1]]:
+            likelier, mass = place, sum(chances[other] for other in ordered[:place])
+        if likelier < top_k and (top_p >= 1 or mass <= top_p) and chances[token] >= min_p * max(chances):
+            found[token] = chances[token]
+    return found
+
+
+def drawn(
+    row: Tensor, seed: int, position: int, temperature: float, top_k: float, top_p: float, min_p: float
+) -> list[int]:
+    """The token of a row, and others that rounding may prefer."""
+    if top_k <= 1:
+        values = row.tolist()
+        return [values.index(max(values))]
+    scores = {
+        token: chance / exponential(seed, position, token)
+        for token, chance in kept(row, temperature, top_k, top_p, min_p).items()
+    }
+    best = max(scores.values())
+    return [token for token, score in scores.items() if score >= best * (1 - 1e-4)]
+
+
 def park(ring, ring_tokens, features, next_tokens, slots, begins, lengths, starts) -> None:
     """Write every committed row in order, so that a later one replaces an earlier one at the same place."""
     capacity = ring.shape[1]

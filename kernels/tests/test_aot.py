@@ -21,7 +21,7 @@ def test_no_batch_compiles_a_kernel() -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     compiled = json.loads(result.stdout)
     print(compiled)
-    assert len(compiled) == 13
+    assert len(compiled) == 15
     assert set(compiled.values()) == {0}
 
 

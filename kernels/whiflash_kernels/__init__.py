@@ -17,6 +17,7 @@ from whiflash_kernels.drafts import choose_drafts, cut_drafts, lay_drafts
 from whiflash_kernels.passes import draft_inputs, pass_rows
 from whiflash_kernels.router import router_mlp
 from whiflash_kernels.routing import routing_stats
+from whiflash_kernels.sampling import sample_rows
 from whiflash_kernels.structs import (
     BacklogRings,
     Chosen,
@@ -27,6 +28,7 @@ from whiflash_kernels.structs import (
     GraphSlots,
     KVPools,
     MixedBlock,
+    SamplingTable,
 )
 
 __version__ = "0.1.0"
@@ -41,6 +43,7 @@ __all__ = [
     "GraphSlots",
     "KVPools",
     "MixedBlock",
+    "SamplingTable",
     "accept_and_commit",
     "choose_drafts",
     "claim_backlogs",
@@ -57,5 +60,6 @@ __all__ = [
     "propose_copies",
     "router_mlp",
     "routing_stats",
+    "sample_rows",
     "unpark",
 ]

@@ -209,6 +209,15 @@ class GraphSlots(NamedTuple):
     """[S] int64; 0 without a request."""
 
 
+class SamplingTable(NamedTuple):
+    """How the request of each slot is sampled; slot 0 is nobody's."""
+
+    parameters: Tensor
+    """[slots, 4] float32, contiguous: temperature above 0, top_k, top_p, min_p."""
+    seeds: Tensor
+    """[slots] int64, of a request's noise."""
+
+
 class Committed(NamedTuple):
     """A verification's outcome, for each request."""
 

@@ -13,7 +13,8 @@ from whiflash_kernels.copies import propose_copies
 from whiflash_kernels.dispatch import backend_for
 from whiflash_kernels.drafts import choose_drafts, cut_drafts, lay_drafts
 from whiflash_kernels.passes import draft_inputs
-from whiflash_kernels.structs import BacklogRings, Drafts
+from whiflash_kernels.sampling import sample_rows
+from whiflash_kernels.structs import BacklogRings, Drafts, SamplingTable
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Served:
     Args:
         text: [request rows, positions] int64; row 0 is nobody's, and is written to. req_to_token: [request rows,
             positions] int32. stops: [request rows, S] int64. rings: of parked features. watermarks: [drafters, request
-            rows] int64, of which row 0 may be claimed.
+            rows] int64, of which row 0 may be claimed. sampling: by request row.
         requests: of the largest batch. widths: drafts that arms make at most. candidates: of each request from
             the host, and tokens of each at most. vocabulary: ids that the target has. bins: of confidence.
         columns: of each drafter with KV its chunks and their width, as `unpark` takes them, and whether it starts from
@@ -35,6 +36,7 @@ class Served:
     stops: Tensor
     rings: BacklogRings
     watermarks: Tensor
+    sampling: SamplingTable
     requests: int
     widths: set[int]
     candidates: tuple[int, int]
@@ -168,6 +170,16 @@ def _of_batches(served: Served) -> None:
                 stops=stops,
                 text=text,
             )
+        _sample(served, zeros)
         if size >= requests:
             return
         size = min(2 * max(size, FEWEST_LANES // 2), requests)
+
+
+def _sample(served: Served, zeros: Tensor) -> None:
+    """For batches that are not committed in their graph: with masks and without."""
+    logits = torch.zeros(1, served.vocabulary, dtype=torch.float32, device=zeros.device)
+    indptr = torch.zeros(len(zeros) + 1, dtype=torch.int32, device=zeros.device)
+    bits = torch.zeros(1, -(-served.vocabulary // 32), dtype=torch.int32, device=zeros.device)
+    for masks in (None, (bits, zeros)):
+        sample_rows(logits, indptr, zeros, zeros, served.sampling, masks=masks)

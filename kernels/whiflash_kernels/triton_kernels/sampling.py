@@ -1,0 +1,249 @@
+# ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""The token of every verified row in two launches, without a sort."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from whiflash_kernels.structs import SamplingTable
+from whiflash_kernels.triton_kernels.launch import lanes, multiprocessors, power_of_two
+
+TILE = 4096
+SCAN_WARPS, PICK_WARPS = 8, 16
+PROGRAMS_PER_MULTIPROCESSOR = 2
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(-1e30)
+"""Where a running maximum begins; relative to it -inf has mass 0 and is no NaN."""
+
+
+@triton.jit
+def _request(packed, qo_indptr, seq_lens, request_slots, requests, SLOTS: tl.constexpr):
+    """The request slot of a packed row, 0 without one, and its position."""
+    request = tl.arange(0, SLOTS)
+    ends = tl.load(qo_indptr + 1 + request, mask=request < requests, other=2147483647)
+    owner = tl.sum((ends <= packed).to(tl.int32), axis=0)
+    inside = owner < requests
+    slot = tl.load(request_slots + owner, mask=inside, other=0).to(tl.int64)
+    begin = tl.load(qo_indptr + owner, mask=inside, other=0)
+    position = tl.load(seq_lens + owner, mask=inside, other=0).to(tl.int64) + packed - begin
+    return slot, position
+
+
+@triton.jit
+def _keys(seed, position):
+    z = seed.to(tl.uint64) + (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    return z.to(tl.uint32), (z >> 32).to(tl.uint32) | 1
+
+
+@triton.jit
+def _noise(token, key, factor):
+    """The base-2 logarithm of an exponentially distributed variable."""
+    h = token.to(tl.uint32) * factor + key
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    h = h ^ (h >> 16)
+    uniform = ((h & 0x7FFFFFFF).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10
+    # -ln(1 - u) loses the digits of a small u.
+    series = uniform * (1.0 + uniform * (0.5 + uniform * (0.3333333333 + uniform * 0.25)))
+    direct = -tl.log(tl.maximum(1.0 - uniform, 1e-8))
+    return tl.log2(tl.where(uniform < 0.015625, series, direct))
+
+
+@triton.jit
+def _values(base, words, token, end, MASKED: tl.constexpr):
+    inside = token < end
+    x = tl.load(base + token, mask=inside, other=float("-inf")).to(tl.float32)
+    if MASKED:
+        word = tl.load(words + token // 32, mask=inside, other=0)
+        x = tl.where((word >> (token % 32)) & 1 != 0, x, float("-inf"))
+    return tl.where(x == x, x, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["requests", "first", "splits"])
+def _scan_kernel(
+    logits,
+    qo_indptr,
+    seq_lens,
+    request_slots,
+    parameters,
+    seeds,
+    masks,
+    mask_of_row,
+    sums,
+    best,
+    requests,
+    first,
+    vocab,
+    row_stride,
+    mask_stride,
+    slice_length,
+    splits,
+    SLOTS: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    slot, position = _request(first + row, qo_indptr, seq_lens, request_slots, requests, SLOTS)
+    if slot == 0:
+        return
+    drawn = tl.load(parameters + slot * 4 + 1) > 1.0
+    scale = _LOG2E / tl.load(parameters + slot * 4)
+    key, factor = _keys(tl.load(seeds + slot), position)
+    base, words = logits + row * row_stride, masks
+    if MASKED:
+        words += tl.load(mask_of_row + first + row) * mask_stride
+    lane = tl.arange(0, TILE)
+    begin = split * slice_length
+    end = tl.minimum(begin + slice_length, vocab)
+    score = tl.full([TILE], float("-inf"), tl.float32)
+    token = tl.zeros([TILE], tl.int32)
+    peak = tl.full([TILE], _LOWEST, tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    for start in range(begin, end, TILE):
+        each = start + lane
+        x = _values(base, words, each, end, MASKED)
+        own = x
+        if drawn:
+            y = x * scale
+            own = y - _noise(each, key, factor)
+            higher = tl.maximum(peak, y)
+            total = total * tl.exp2(peak - higher) + tl.exp2(y - higher)
+            peak = higher
+        better = own > score
+        score = tl.where(better, own, score)
+        token = tl.where(better, each, token)
+    highest = tl.max(peak, axis=0)
+    top = tl.max(score, axis=0)
+    partial = row * splits + split
+    tl.store(sums + partial * 3, highest)
+    tl.store(sums + partial * 3 + 1, tl.sum(total * tl.exp2(peak - highest), axis=0))
+    tl.store(sums + partial * 3 + 2, top)
+    tl.store(best + partial, tl.min(tl.where(score == top, token, 2147483647), axis=0))
+
+
+@triton.jit(do_not_specialize=["requests", "first", "splits"])
+def _pick_kernel(
+    logits,
+    qo_indptr,
+    seq_lens,
+    request_slots,
+    parameters,
+    seeds,
+    masks,
+    mask_of_row,
+    sums,
+    best,
+    tokens,
+    requests,
+    first,
+    vocab,
+    row_stride,
+    mask_stride,
+    splits,
+    SLOTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    slot, position = _request(first + row, qo_indptr, seq_lens, request_slots, requests, SLOTS)
+    if slot == 0:
+        tl.store(tokens + row, slot)
+        return
+    split = tl.arange(0, SPLITS)
+    used = split < splits
+    partial = row * splits + split
+    peaks = tl.load(sums + partial * 3, mask=used, other=_LOWEST)
+    totals = tl.load(sums + partial * 3 + 1, mask=used, other=0.0)
+    scores = tl.load(sums + partial * 3 + 2, mask=used, other=float("-inf"))
+    candidates = tl.load(best + partial, mask=used, other=2147483647)
+    peak = tl.max(peaks, axis=0)
+    total = tl.sum(totals * tl.exp2(peaks - peak), axis=0)
+    top = tl.max(scores, axis=0)
+    token = tl.min(tl.where(scores == top, candidates, 2147483647), axis=0)
+
+    scale = _LOG2E / tl.load(parameters + slot * 4)
+    top_k = tl.load(parameters + slot * 4 + 1)
+    top_p = tl.load(parameters + slot * 4 + 2)
+    min_p = tl.load(parameters + slot * 4 + 3)
+    key, factor = _keys(tl.load(seeds + slot), position)
+    base, words = logits + row * row_stride, masks
+    if MASKED:
+        words += tl.load(mask_of_row + first + row) * mask_stride
+    lane = tl.arange(0, TILE)
+    pending = (top_k > 1.0) & ((top_k < vocab) | (top_p < 1.0) | (min_p > 0.0))
+    while pending:
+        x_of_token = tl.load(base + token).to(tl.float32)
+        mass = tl.zeros([TILE], tl.float32)
+        count = tl.zeros([TILE], tl.int32)
+        score = tl.full([TILE], float("-inf"), tl.float32)
+        next_token = tl.zeros([TILE], tl.int32)
+        for start in range(0, vocab, TILE):
+            each = start + lane
+            x = _values(base, words, each, vocab, MASKED)
+            if tl.max(x, axis=0) > x_of_token:
+                likelier = x > x_of_token
+                y = x * scale
+                mass += tl.where(likelier, tl.exp2(y - peak), 0.0)
+                count += likelier.to(tl.int32)
+                own = tl.where(likelier, y - _noise(each, key, factor), float("-inf"))
+                better = own > score
+                score = tl.where(better, own, score)
+                next_token = tl.where(better, each, next_token)
+        above = tl.sum(count, axis=0)
+        kept = (above < top_k) & ((top_p >= 1.0) | (tl.sum(mass, axis=0) <= top_p * total))
+        kept = kept & (tl.exp2(x_of_token * scale - peak) >= min_p)
+        pending = (above > 0) & (kept == 0)
+        highest = tl.max(score, axis=0)
+        following = tl.min(tl.where(score == highest, next_token, 2147483647), axis=0)
+        token = tl.where(pending, following, token)
+    tl.store(tokens + row, token.to(tl.int64))
+
+
+def sample_rows(
+    logits: Tensor,
+    qo_indptr: Tensor,
+    seq_lens: Tensor,
+    request_slots: Tensor,
+    table: SamplingTable,
+    *,
+    masks: tuple[Tensor, Tensor] | None = None,
+    first: int = 0,
+    tile: int = TILE,
+) -> Tensor:
+    """See `whiflash_kernels.sampling.sample_rows`; ``tile`` is the number of logits that a program holds."""
+    (count, vocab), device = logits.shape, logits.device
+    tokens = torch.empty(count, dtype=torch.int64, device=device)
+    if count == 0:
+        return tokens
+    tiles = triton.cdiv(vocab, tile)
+    wanted = triton.cdiv(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR, count)
+    slice_length = triton.cdiv(tiles, min(tiles, wanted)) * tile
+    splits = triton.cdiv(vocab, slice_length)
+    sums = torch.empty(count, splits, 3, dtype=torch.float32, device=device)
+    best = torch.empty(count, splits, dtype=torch.int32, device=device)
+    bits, of_row = (None, None) if masks is None else masks
+    read = (
+        logits,
+        qo_indptr.contiguous(),
+        seq_lens.contiguous(),
+        request_slots.contiguous(),
+        *table,
+        bits,
+        None if of_row is None else of_row.contiguous(),
+        sums,
+        best,
+    )
+    sizes = len(request_slots), first, vocab, logits.stride(0), 0 if bits is None else bits.stride(0)
+    constants = {"SLOTS": lanes(len(request_slots)), "TILE": tile, "MASKED": bits is not None}
+    most = power_of_two(tiles)  # not of the splits: a kernel is compiled for each
+    _scan_kernel[(count, splits)](*read, *sizes, slice_length, splits, **constants, num_warps=SCAN_WARPS)
+    _pick_kernel[(count,)](*read, tokens, *sizes, splits, **constants, SPLITS=most, num_warps=PICK_WARPS)
+    return tokens
