@@ -201,7 +201,7 @@ class Measured:
         predicted = {"custom_params": {"whiflash_prediction": self.likely}} if router == "lookup" else {}
         oracle = OracleArm(0.9)  # learns the answers, and drafts nothing
         parameters = {kind: {**params, **predicted} for kind, params in PARAMETERS.items()}
-        with sampling_engine(self.models, router, **arguments) as e:
+        with sampling_engine(self.models, router, random_seed=47, **arguments) as e:
             torch.manual_seed(47)
             found = sample(e, oracle, parameters, EACH)
         tests = {kind: goodness_of_fit(answers, self.leaves[kind]) for kind, answers in found.items()}

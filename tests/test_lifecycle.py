@@ -32,6 +32,8 @@ def test_hints_that_are_right_are_taken(caplog: pytest.LogCaptureFixture) -> Non
 def test_flushing_forgets_every_request() -> None:
     sync, controller, drafter = Mock(), Mock(states={3: Mock(), 5: Mock()}), Mock(spec=TextDrafter)
     told_only = {"quarantine": Quarantine(["ar"]), "tally": Mock(), "publisher": Mock()}
-    lifecycle.Lifecycle({"ar": drafter}, sync, controller, Mock(), Mock(), Mock(), **told_only).forget_all()
+    lifecycle.Lifecycle(
+        {"ar": drafter}, sync, controller, Mock(), Mock(), Mock(), Mock(), **told_only
+    ).forget_all()
     for told in (sync.forget, controller.forget, drafter.release):
         assert told.call_args_list == [call(3), call(5)]

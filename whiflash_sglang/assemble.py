@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from whiflash_sglang import arms
-from whiflash_sglang.cache.tokens import StopTable, TokenTable
+from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
 from whiflash_sglang.checkpoints.hub import verify
 from whiflash_sglang.checkpoints.manifest import NeuralRouter
@@ -274,15 +274,22 @@ def build_stages(parts: Parts) -> Stages:
     target, tokens, widest = parts.target, parts.tokens, widest_of(parts.drafters) + 1
     stops = StopTable(len(tokens.data), target.device)
     hooks = build_hooks(parts.settings, tokens, target, parts.ranks, widest)
+    rows = SamplingRows(len(tokens.data), target.random_seed, target.device)
     epilogue = Epilogue(
-        parts.sync.rings, tokens.data, stops, parts.router, widest, lambda: parts.controller.policy.needs
+        parts.sync.rings,
+        tokens.data,
+        stops,
+        rows.data,
+        parts.router,
+        widest,
+        lambda: parts.controller.policy.needs,
     )
     if not hooks:
         target.end_graphs_with(epilogue)
     sources = DraftSources(parts.drafters, parts.quarantine, target.shape.vocab_size, parts.spending)
     return Stages(
         hooks=hooks,
-        lifecycle=_lifecycle(parts, stops, hooks),
+        lifecycle=_lifecycle(parts, stops, rows, hooks),
         planner=Planner(
             drafters=parts.drafters,
             sync=parts.sync,
@@ -293,7 +300,7 @@ def build_stages(parts: Parts) -> Stages:
             host=parts.host,
             ranks=parts.ranks,
         ),
-        drafting=_drafting(parts, stops, sources),
+        drafting=_drafting(parts, stops, rows, sources),
         verifier=VerifyStage(target, tokens, parts.host, epilogue, hooks, parts.spending),
         epilogue=epilogue,
         learner=Learner(
@@ -309,7 +316,7 @@ def build_stages(parts: Parts) -> Stages:
     )
 
 
-def _lifecycle(parts: Parts, stops: StopTable, hooks: Sequence[SampleHook]) -> Lifecycle:
+def _lifecycle(parts: Parts, stops: StopTable, rows: SamplingRows, hooks: Sequence[SampleHook]) -> Lifecycle:
     longest, vocabulary = parts.settings.lookup.prediction_tokens, parts.target.shape.vocab_size
     return Lifecycle(
         parts.drafters,
@@ -317,6 +324,7 @@ def _lifecycle(parts: Parts, stops: StopTable, hooks: Sequence[SampleHook]) -> L
         parts.controller,
         parts.tokens,
         stops,
+        rows,
         prediction_reader(parts.target.tokenizer, longest, vocabulary),
         hooks=hooks,
         sample_rate=parts.settings.traces.rate,
@@ -327,7 +335,7 @@ def _lifecycle(parts: Parts, stops: StopTable, hooks: Sequence[SampleHook]) -> L
     )
 
 
-def _drafting(parts: Parts, stops: StopTable, sources: DraftSources) -> DraftStage:
+def _drafting(parts: Parts, stops: StopTable, rows: SamplingRows, sources: DraftSources) -> DraftStage:
     return DraftStage(
         drafters=parts.drafters,
         sync=parts.sync,
@@ -335,6 +343,7 @@ def _drafting(parts: Parts, stops: StopTable, sources: DraftSources) -> DraftSta
         slot_table=parts.target.slot_table,
         text=parts.tokens.data,
         stops=stops.few,
+        sampling=rows.data,
         host=parts.host,
         sources=sources,
         quarantine=parts.quarantine,

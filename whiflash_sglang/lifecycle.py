@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from whiflash_sglang.cache.tokens import StopTable, TokenTable
+from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
 from whiflash_sglang.compat.forward import sampling
 from whiflash_sglang.compat.http.streamer import cached_of, recording_of
 from whiflash_sglang.compat.scheduler.grammars import grammar_of
@@ -55,6 +55,7 @@ class Lifecycle:
         controller: Controller,
         tokens: TokenTable,
         stops: StopTable,
+        sampling_rows: SamplingRows,
         read_prediction: ReadPrediction,
         *,
         hooks: Sequence[SampleHook] = (),
@@ -72,7 +73,7 @@ class Lifecycle:
         self._read_prediction, self._hooks = read_prediction, hooks
         self._sample_rate = sample_rate
         self._drafters, self._sync, self._controller = of_text(drafters), sync, controller
-        self._tokens, self._stops = tokens, stops
+        self._tokens, self._stops, self._sampling_rows = tokens, stops, sampling_rows
         self._quarantine, self._tally, self._publisher = quarantine, tally, publisher
 
     def arrived(self, req: Any) -> None:
@@ -107,6 +108,7 @@ class Lifecycle:
         self._controller.open(row, req.rid, hints, req.output_ids, recording)
         self._tokens.begin(upload, row, req.origin_input_ids, req.output_ids)
         self._stops.begin(upload, row, sampling.ending_ids(req))
+        self._sampling_rows.begin(upload, row, sampling.parameters(req))
         for hook in self._hooks:
             hook.begin(upload, row, req)
 

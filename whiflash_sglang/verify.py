@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from whiflash_kernels import MixedBlock, prepare_mixed_block
 
 from whiflash_sglang.cache.tokens import NO_TOKEN, TokenTable
@@ -55,23 +56,37 @@ class VerifyStage:
         host_widths = chosen.widths.tolist() if self._host.exact else None
         block = padded if host_widths is None else packed(padded, sum(host_widths))
         masks = Masks(block, chosen.widths, round.ahead) if batch.has_grammar else None
-        greedy = not batch.return_logprob and sampling.is_plain_greedy(batch.sampling_info, batch.has_grammar)
-        self._epilogue.let_graphs_commit(greedy, round.row_ids)
+        unchanged = not (batch.has_grammar or sampling.changes_logits(batch) or sampling.is_sglangs(batch))
+        self._epilogue.let_graphs_commit(unchanged, round.row_ids)
         verified = self._target.verify(batch, padded, chosen.widths, host_widths, round.stride)
-        predictions = None
-        if greedy and verified.committed is None:
-            predictions = verified.logits.argmax(-1)
-        elif not greedy:
-            masks = self._built(batch, masks, barrier)
-            text, output = self._tokens.data, verified.output
-            predictions = sampling.sample_rows(self._target.runner, batch, output, block, round, masks, text)
-            if masks is not None and masks.rejected:
-                block = _rejecting(block, masks.rejected)
-                verified = verified._replace(input_ids=block.input_ids)
-        verified = verified._replace(starts=round.starts, request_rows=round.rows, predictions=predictions)
+        verified = verified._replace(starts=round.starts, request_rows=round.rows)
+        masks = self._built(batch, masks, barrier)
+        if verified.committed is None:
+            predictions = self._sampled(batch, verified, block, round, masks)
+            verified = verified._replace(predictions=predictions)
+        if masks is not None and masks.rejected:
+            block = _rejecting(block, masks.rejected)
+            verified = verified._replace(input_ids=block.input_ids)
         for hook in self._hooks:
             verified = hook.verified(verified, block)
         return verified
+
+    def _sampled(
+        self, batch: Any, verified: Verified, block: MixedBlock, round: Round, masks: Masks | None
+    ) -> torch.Tensor:
+        """[T] int64, the target's token at each row."""
+        runner, text = self._target.runner, self._tokens.data
+        if sampling.is_sglangs(batch):
+            return sampling.sample_as_sglang(runner, batch, verified.output, block, round, masks, text)
+        of_rows = None if masks is None else masks.of_rows
+        if not sampling.changes_logits(batch):
+            return self._epilogue.sample(verified, of_rows)
+        return torch.cat(
+            [
+                self._epilogue.sample(verified._replace(logits=logits), of_rows, first)
+                for first, logits in sampling.changed_logits(batch, verified.logits, block, round, text)
+            ]
+        )
 
     def _built(self, batch: Any, masks: Masks | None, barrier: Any) -> Masks | None:
         """`masks` when their bits are made, while the target runs; None if no request has a grammar.

@@ -35,6 +35,7 @@ KERNELS = (
     "whiflash_sglang.drafters.dflash.dflash_catch_up",
     "whiflash_sglang.drafters.chain.eagle3_catch_up",
     "whiflash_sglang.round.epilogue.accept_and_commit",
+    "whiflash_sglang.round.epilogue.sample_rows",
 )
 """Functions of `whiflash_kernels` in captured passes, by where they are called; `draft_attention` is an operator."""
 

@@ -144,7 +144,10 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any], attention: st
         constrained = under_grammars(world, loop)
         return {
             "compiled": compiled,
-            "pass": steady(loop, launches),
+            "passes": {
+                "greedy": steady(loop, launches),
+                "sampled": steady(loop, launches, temperature=0.6, top_p=0.95),
+            },
             "texts": {rid: text for rid, text in texts.items() if rid not in NOT_GREEDY},
             "prompts": {arrival.rid: arrival.prompt for arrival in arrivals},
             "retracted": sum(req.retraction_count for req in loop.requests.values()),
@@ -231,7 +234,7 @@ def under_grammars(world: Streams, loop: Any) -> dict[str, Any]:
     }
 
 
-def steady(loop: Any, launches: Any) -> dict[str, int]:
+def steady(loop: Any, launches: Any, **params: float) -> dict[str, int]:
     """Launches of a pass of the scheduler in which nobody comes or goes: four requests, each with another arm."""
     controller, passes = loop.worker.controller, list[Counter[str]]()
     plan, routes = controller.route, ("ar", "diffusion", "none", "none")
@@ -242,7 +245,8 @@ def steady(loop: Any, launches: Any) -> dict[str, int]:
 
     with patch.object(controller, "route", route):
         for i in range(len(routes)):
-            loop.submit(f"steady {i}", [1 + i, 2, 3, 1 + i, 2, 3, 1 + i, 2], max_new_tokens=60)
+            prompt = [1 + i, 2, 3, 1 + i, 2, 3, 1 + i, 2]
+            loop.submit(f"steady {i} {params}", prompt, max_new_tokens=60, **params)
         for _ in range(10):
             with launches.whole() as seen:
                 loop.step()

@@ -100,7 +100,7 @@ def test_few_rows_are_sampled_at_a_time(running: Engine, monkeypatch: pytest.Mon
         return [running.output(rid) for rid in rids]
 
     at_once = texts()
-    monkeypatch.setattr(sampling, "SAMPLED_ROWS", 3)
+    monkeypatch.setattr(sampling, "CHANGED_ROWS", 3)
     assert texts() == at_once
 
 

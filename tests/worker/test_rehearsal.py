@@ -70,7 +70,7 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
         target = SimpleNamespace(device=torch.device(device), shape=shape, context_len=90, row_bytes=10)
         return sum(memory.for_requests(target, 2, 4, Epilogue.bytes_for(4)).values())
 
-    table = 3 * (90 + 6 + 4) * 8 + 3 * FEW * 8
+    table = 3 * (90 + 6 + 4) * 8 + 3 * FEW * 8 + 3 * 24
     sampled = 8 * 1000 * memory.LOGIT_BYTES
     assert reserved("cpu") == table
     row = 10 + Epilogue.bytes_for(4)

@@ -4,10 +4,11 @@ The host's lists lag behind rounds that are still running, this table does not.
 """
 
 from collections.abc import Iterable, Sequence
+from random import Random
 
 import numpy as np
 import torch
-from whiflash_kernels import KVPools
+from whiflash_kernels import KVPools, SamplingTable
 from whiflash_kernels.layers import write_rows
 
 from whiflash_sglang.device.transfers import Upload
@@ -91,6 +92,36 @@ class StopTable:
     def exceed_few(self, rows: Iterable[int]) -> bool:
         """Whether a request in one of `rows` has more stops than `few` holds."""
         return not self._exceeding.isdisjoint(rows)
+
+
+class SamplingRows:
+    """How the request of each row is sampled, and the seed of its noise: another one whenever a request begins.
+
+    data: `SamplingTable` of all rows, always in the same place.
+
+    Args:
+        seed: of the seeds: the same in all ranks, where the same requests begin in the same order.
+    """
+
+    def __init__(self, rows: int, seed: int, device: torch.device | str) -> None:
+        self.data = SamplingTable(
+            torch.ones((rows, 4), dtype=torch.float32, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
+        )
+        self._seeds = Random(seed)
+
+    @staticmethod
+    def bytes_for(rows: int) -> int:
+        """What such a table takes."""
+        return rows * (4 * torch.float32.itemsize + torch.int64.itemsize)
+
+    def begin(self, upload: Upload, row: int, parameters: Sequence[float]) -> None:
+        """A request begins in `row`. So from when `upload` is sent on.
+
+        parameters: temperature, top_k, top_p, min_p.
+        """
+        upload.then([self._seeds.getrandbits(63)], self.data.seeds[row : row + 1].copy_)
+        upload.then_floats(parameters, self.data.parameters[row].copy_)
 
 
 class DraftKV:

@@ -22,7 +22,7 @@ class Upload:
     def __init__(self) -> None:
         self._ints: list[Ints] = []
         self._floats: list[Floats] = []
-        self._then: list[tuple[int, Callable[[torch.Tensor], object]]] = []
+        self._then: list[tuple[int, int, Callable[[torch.Tensor], object]]] = []  # list, index in it, use
 
     def ints(self, values: Ints) -> int:
         """Returns their index in the first list of `send`."""
@@ -36,7 +36,11 @@ class Upload:
 
     def then(self, values: Ints, use: Callable[[torch.Tensor], object]) -> None:
         """`use` is called with `values` on the device when they are sent, in the order of these calls."""
-        self._then.append((self.ints(values), use))
+        self._then.append((0, self.ints(values), use))
+
+    def then_floats(self, values: Floats, use: Callable[[torch.Tensor], object]) -> None:
+        """As `then`, of floats."""
+        self._then.append((1, self.floats(values), use))
 
     def send(self, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The numbers on `device`: int64 and float32 views of one buffer.
@@ -58,8 +62,8 @@ class Upload:
         packed = packed.to(device, non_blocking=True)
         as_ints, as_floats = packed[:ints], packed[ints:].view(torch.float32)[:floats]
         on_device = _firsts(as_ints, self._ints, sizes[0]), _firsts(as_floats, self._floats, sizes[1])
-        for at, use in self._then:
-            use(on_device[0][at])
+        for kind, at, use in self._then:
+            use(on_device[kind][at])
         return on_device
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from whiflash_kernels import Drafts, choose_drafts, lay_drafts
+from whiflash_kernels import Drafts, SamplingTable, choose_drafts, lay_drafts
 from whiflash_kernels.warm import Served, warm_up
 
 from whiflash_sglang import arms
@@ -26,8 +26,8 @@ from whiflash_sglang.telemetry.round_clock import RoundClock
 class DraftStage:
     """The arms of a worker as its round sees them.
 
-    slot_table: [request rows, ctx] int32. text: `TokenTable.data`. stops: `StopTable.few`. rows_for: rows of the
-    verification that holds so many, of so many requests.
+    slot_table: [request rows, ctx] int32. text: `TokenTable.data`. stops: `StopTable.few`. sampling:
+    `SamplingRows.data`. rows_for: rows of the verification that holds so many, of so many requests.
     """
 
     drafters: Mapping[str, Drafter]
@@ -36,6 +36,7 @@ class DraftStage:
     slot_table: torch.Tensor
     text: torch.Tensor
     stops: torch.Tensor
+    sampling: SamplingTable
     host: HostView
     sources: DraftSources
     quarantine: Quarantine
@@ -57,6 +58,7 @@ class DraftStage:
                 self.stops,
                 self.sync.rings.rings,
                 self.sync.watermarks.device,
+                self.sampling,
                 requests,
                 widths={max(drafter.max_drafts, 1) for drafter in self.drafters.values()},
                 candidates=(len(self.sources.proposing), self.sources.width),

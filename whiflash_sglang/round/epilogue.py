@@ -1,18 +1,26 @@
-"""What follows the target's forward on the device: accepting, parking, what policies go by. Imports no SGLang.
+"""What follows the target's forward on the device: sampling, accepting, parking, what policies go by.
 
-It is a function of a verification's packed rows. Where tokens are sampled, or found for the requests one by one
-(grammars, penalties, log-probabilities), it runs as it is written when they are known. The greedy ones are known in the
-forward itself, so there it is captured as the end of every verification's graph. What it leaves is good until the next
-replay: whoever packs the round's download copies it.
+Imports no SGLang.
 
-A graph cannot leave its end out. Where it must not commit it does so for request row 0, which is nobody's: in it the
-rows are multiplied by a number on the device, which is 0 then.
+It is a function of a verification's packed rows. If the host has a part in what is sampled from (grammars, penalties,
+log-probabilities), it runs as it is written when that is known. Else it is captured as the end of every verification's
+graph. What it leaves is good until the next replay: whoever packs the round's download copies it.
+
+A graph cannot leave its end out. Where it must not commit it does so for request row 0, which is nobody's and for which
+nothing is sampled: in it the rows are multiplied by a number on the device, which is 0 then.
 """
 
 from collections.abc import Callable, Collection, Hashable, Sequence
 
 import torch
-from whiflash_kernels import Committed, accept_and_commit, router_mlp, routing_stats
+from whiflash_kernels import (
+    Committed,
+    SamplingTable,
+    accept_and_commit,
+    router_mlp,
+    routing_stats,
+    sample_rows,
+)
 
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.cache.tokens import StopTable
@@ -24,15 +32,17 @@ GATE_BYTES = torch.int64.itemsize
 
 
 Signals = dict[str, torch.Tensor]
+Masks = tuple[torch.Tensor, torch.Tensor]
 
 
 class Epilogue:
     """Commits verified rows.
 
     Args:
-        rings: where features are parked. text: `TokenTable.data`. router: of the bundle, None where no policy may need
-            one. widest: most rows of a request. needs: what the policy reads now; a graph computes what it was when
-            it was captured, and what a later policy needs beside it is computed behind the graph.
+        rings: where features are parked. text: `TokenTable.data`. sampling: `SamplingRows.data`. router: of the bundle,
+            None where no policy may need one. widest: most rows of a request. needs: what the policy reads now; a
+            graph computes what it was when it was captured, and what a later policy needs beside it is computed
+            behind the graph.
     """
 
     def __init__(
@@ -40,11 +50,13 @@ class Epilogue:
         rings: FeatureRings,
         text: torch.Tensor,
         stops: StopTable,
+        sampling: SamplingTable,
         router: Layers | None,
         widest: int,
         needs: Callable[[], Collection[str]],
     ) -> None:
         self._rings, self._text, self._stops, self._router = rings, text, stops, router
+        self._sampling = sampling
         self._widest, self._needs = widest, needs
         self._commits = torch.zeros((), dtype=torch.int64, device=text.device)
         self._committing = False  # what the device was last sent
@@ -58,26 +70,25 @@ class Epilogue:
 
     def capture(self, graph: Hashable, rows: Verified) -> None:
         """Issue all of it over the tensors of a graph. Its requests that are none have request row 0."""
-        rows = rows._replace(
-            request_rows=rows.request_rows * self._commits, predictions=rows.logits.argmax(-1)
-        )
+        rows = rows._replace(request_rows=rows.request_rows * self._commits)
+        rows = rows._replace(predictions=self.sample(rows))
         committed = self._accept(rows, self._stops.few, self._widest)
         # Requests without rows are counted as having them behind the last one.
         committed = committed._replace(last_rows=committed.last_rows.clamp(max=len(rows.logits) - 1))
         self.park(rows, committed)
         self._captured[graph] = committed, self.signals(rows, committed, self._needs())
 
-    def let_graphs_commit(self, greedy: bool, row_ids: Sequence[int]) -> None:
+    def let_graphs_commit(self, unchanged: bool, row_ids: Sequence[int]) -> None:
         """Whether the graph that is replayed next, if any, may commit.
 
         Args:
-            greedy: its tokens are the most likely ones. row_ids: request rows; one whose stops are more than a graph
-                reads keeps the batch from it.
+            unchanged: tokens are sampled from the logits as they are. row_ids: request rows; one whose stops are more
+                than a graph reads keeps the batch from it.
         """
-        greedy = greedy and not self._stops.exceed_few(row_ids)
-        if greedy != self._committing and self._captured:
-            self._commits.fill_(greedy)
-            self._committing = greedy
+        may = unchanged and not self._stops.exceed_few(row_ids)
+        if may != self._committing and self._captured:
+            self._commits.fill_(may)
+            self._committing = may
 
     def outcome(self, graph: Hashable, requests: int) -> tuple[Committed, Signals] | None:
         """What a graph that was just replayed committed for its first so many requests, and the `signals` of it; None
@@ -88,6 +99,11 @@ class Epilogue:
         committed, signals = self._captured[graph]
         first = Committed(*(field[:requests] for field in committed))
         return first, {name: signal[:requests] for name, signal in signals.items()}
+
+    def sample(self, rows: Verified, masks: Masks | None = None, first: int = 0) -> torch.Tensor:
+        """[T] int64, a token for each row of `rows.logits`. masks, first: as of `sample_rows`."""
+        request = rows.indptr, rows.starts, rows.request_rows
+        return sample_rows(rows.logits, *request, self._sampling, masks=masks, first=first)
 
     def commit(self, rows: Verified, stride: int) -> Committed:
         """Accept drafts, and write what is committed to the text.

@@ -70,8 +70,13 @@ class Masks:
         self._place = sent(place, self._device)
         return True
 
+    @property
+    def of_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[M, words] int32, and [T] int64, which of them each packed row has: `masks` of `sample_rows`."""
+        return self._bits.vocab_mask, self._place
+
     def of(self, rows: slice) -> GrammarMask:
-        """Those of these packed rows."""
+        """Those of these packed rows, as SGLang has them."""
         return GrammarMask(self._bits.grammar, self._bits.vocab_mask[self._place[rows]])
 
 

@@ -1,13 +1,13 @@
-"""Sampling the target at every verified position, under each request's own parameters.
+"""What is sampled from at every verified position, under each request's own parameters.
 
-SGLang's own sampler runs on the packed rows, with the requests' parameters repeated row by row: what plain
-decoding would have sampled at a position is what is sampled here (temperature, top-p, top-k, min-p, seeds keyed by
-absolute position, penalties, grammar, bias, custom processors). Drafts are deterministic, so accepting while the
-draft agrees leaves the output distribution exactly the target's.
+`whiflash_kernels.sample_rows` draws from the logits, or from copies with bias and penalties. If SGLang's sampler must
+draw (`is_sglangs`), it runs on the packed rows with the requests' parameters repeated row by row: what plain decoding
+would have sampled at a position is what is sampled here. Drafts are deterministic, so accepting while the draft agrees
+leaves the output distribution exactly the target's.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,21 +22,30 @@ from whiflash_sglang.compat.forward.penalties import PenalisedBatch, PenaltyRequ
 from whiflash_sglang.core import Round
 from whiflash_sglang.device.transfers import sent
 
-SAMPLED_ROWS = 128
-"""Rows that are sampled at once: they fill a card with the vocabularies that there are."""
+SAMPLED_ROWS = CHANGED_ROWS = 128
+"""Rows that SGLang's sampler takes at once, and that are changed at once: they fill a card with the vocabularies that
+there are."""
 
 
-def is_plain_greedy(info: SamplingBatchInfo, has_grammar: bool) -> bool:
-    """Nothing but argmax over the raw logits is needed."""
-    return bool(
-        info.is_all_greedy
-        and not has_grammar
-        and info.logit_bias is None
-        and not info.has_custom_logit_processor
-        and info.acc_additive_penalties is None
-        and info.acc_scaling_penalties is None
-        and (info.penalizer_orchestrator is None or not info.penalizer_orchestrator.is_required)
-    )
+def is_sglangs(batch: Any) -> bool:
+    """Whether SGLang's sampler draws: its seeds are keyed by ranks of sorted chances, it alone calls custom processors,
+    and log-probabilities come with its tokens.
+    """
+    info = batch.sampling_info
+    seeded = info.sampling_seed is not None and not info.is_all_greedy
+    return bool(seeded or batch.return_logprob or info.has_custom_logit_processor)
+
+
+def changes_logits(batch: Any) -> bool:
+    """Whether a request's logits have a bias or penalties before they are sampled from."""
+    info = batch.sampling_info
+    return info.logit_bias is not None or any(map(is_penalised, batch.reqs))
+
+
+def parameters(req: Any) -> tuple[float, float, float, float]:
+    """Temperature, top_k, top_p and min_p of a request, as `SamplingRows` takes them."""
+    p = req.sampling_params
+    return p.temperature, p.top_k, p.top_p, p.min_p
 
 
 def is_penalised(req: Any) -> bool:
@@ -58,7 +67,25 @@ def takes_single_tokens(req: Any) -> bool:
     return bool(req.custom_logit_processor or (req.return_hidden_states == "last" and ends_in_text))
 
 
-def sample_rows(
+def changed_logits(
+    batch: Any, logits: torch.Tensor, block: MixedBlock, round: Round, tokens: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Logits with what `changes_logits`, [rows, V], a few rows at a time: the first row, and a copy of them, for the
+    controller reads the raw distribution.
+
+    Args:
+        round: the lengths, rows and stride of the batch, for penalties.
+        tokens: token table with this round's drafts written, for penalties.
+    """
+    penalised = _penalised_batch(batch, round, tokens)
+    for first in range(0, len(logits), CHANGED_ROWS):
+        rows = slice(first, first + CHANGED_ROWS)
+        part = logits[rows].clone()
+        _without_parameters(batch.sampling_info, block, rows, penalised).apply_logits_bias(part)
+        yield first, part
+
+
+def sample_as_sglang(
     runner: Any,
     batch: Any,
     output: Any,
@@ -67,23 +94,19 @@ def sample_rows(
     masks: Masks | None,
     tokens: torch.Tensor,
 ) -> torch.Tensor:
-    """The target's token at each packed row: [T] int64.
+    """The token of SGLang's sampler at each packed row: [T] int64.
 
-    A few rows at a time, since a sampler takes much memory for each logit: it works in place, on copies, for the
-    controller reads the raw distribution. Where the batch asks for log-probabilities `output` gets them row by row,
-    from the logits that were sampled from: then, and where a custom processor sees them, it is all rows at a time.
+    A few rows at a time, since it takes much memory for each logit. Where the batch asks for log-probabilities `output`
+    gets them row by row, from the logits that were sampled from: then, and where a custom processor sees them, it is
+    all rows at a time.
 
     Args:
-        runner: the target's model runner (its sampler is used).
-        output: SGLang's logits output of the verification.
-        round: the lengths, rows and stride of the batch, for penalties.
-        masks: of a batch with grammars.
-        tokens: token table with this round's drafts written, for penalties.
+        runner: the target's model runner. output: SGLang's logits output of the verification. round, tokens: as of
+            `changed_logits`. masks: of a batch with grammars.
     """
-    owner, logits, vocabulary = block.request_of_row, output.next_token_logits, batch.sampling_info.vocab_size
-    penalised = None
-    if members := _penalised(batch.reqs, round.most):
-        penalised = PenalisedBatch(members, round.rows, round.starts, tokens, round.stride, vocabulary)
+    owner, logits, penalised = block.request_of_row, output.next_token_logits, None
+    if changes_logits(batch):
+        penalised = _penalised_batch(batch, round, tokens)
     whole = batch.return_logprob or batch.sampling_info.has_custom_logit_processor
     records: tuple[bool, list[Any], list[Any]] = (False, [], [])
     if batch.return_logprob:
@@ -91,11 +114,7 @@ def sample_rows(
     sampled, step = [], len(owner) if whole else SAMPLED_ROWS
     for begin in range(0, len(owner), step):
         rows = slice(begin, begin + step)
-        info = _expand(batch.sampling_info, batch.reqs, owner[rows])
-        if penalised is not None:
-            info.acc_additive_penalties, info.acc_scaling_penalties = penalised.at(
-                owner[rows], block.positions[rows]
-            )
+        info = _expand(_without_parameters(batch.sampling_info, block, rows, penalised), owner[rows])
         if masks is not None:
             info.grammar_mask = masks.of(rows)
         part = output if whole else LogitsProcessorOutput(next_token_logits=None)
@@ -188,8 +207,25 @@ def count_earlier_output(batch: Any) -> None:
     info.acc_additive_penalties, info.acc_scaling_penalties = penalised.at(rows, ends)
 
 
-def _expand(info: SamplingBatchInfo, reqs: Sequence[Any], owner: torch.Tensor) -> SamplingBatchInfo:
-    """The requests' parameters, one entry per packed row."""
+def _without_parameters(
+    info: SamplingBatchInfo, block: MixedBlock, rows: slice, penalised: PenalisedBatch | None
+) -> SamplingBatchInfo:
+    """What changes the logits of packed rows; the rest is still by request."""
+    owner = block.request_of_row[rows]
+    additive, scaling = (None, None) if penalised is None else penalised.at(owner, block.positions[rows])
+    return dataclasses.replace(
+        info,
+        logit_bias=None if info.logit_bias is None else info.logit_bias[owner],
+        penalizer_orchestrator=None,
+        grammars=None,
+        grammar_mask=None,
+        acc_additive_penalties=additive,
+        acc_scaling_penalties=scaling,
+    )
+
+
+def _expand(info: SamplingBatchInfo, owner: torch.Tensor) -> SamplingBatchInfo:
+    """With the requests' parameters, one entry per packed row."""
     rows = dataclasses.replace(
         info,
         temperatures=info.temperatures[owner],
@@ -197,12 +233,6 @@ def _expand(info: SamplingBatchInfo, reqs: Sequence[Any], owner: torch.Tensor) -
         top_ks=info.top_ks[owner],
         min_ps=info.min_ps[owner],
         sampling_seed=None if info.sampling_seed is None else info.sampling_seed[owner],
-        logit_bias=None if info.logit_bias is None else info.logit_bias[owner],
-        penalizer_orchestrator=None,
-        grammars=None,
-        grammar_mask=None,
-        acc_additive_penalties=None,
-        acc_scaling_penalties=None,
     )
     if info.has_custom_logit_processor:
         owners = owner.tolist()
@@ -220,12 +250,16 @@ def _expand_processor(entry: ProcessorEntry, owners: list[int], device: torch.de
     return ProcessorEntry(entry.processor, rows, torch.tensor(rows, dtype=torch.long, device=device))
 
 
-def _penalised(reqs: Sequence[Any], lengths: Sequence[int]) -> list[PenaltyRequest]:
-    return [
+def _penalised_batch(batch: Any, round: Round, tokens: torch.Tensor) -> PenalisedBatch | None:
+    members = [
         _penalty_request(req, member, len(req.origin_input_ids), length)
-        for member, (req, length) in enumerate(zip(reqs, lengths, strict=True))
+        for member, (req, length) in enumerate(zip(batch.reqs, round.most, strict=True))
         if is_penalised(req)
     ]
+    if not members:
+        return None
+    vocabulary = batch.sampling_info.vocab_size
+    return PenalisedBatch(members, round.rows, round.starts, tokens, round.stride, vocabulary)
 
 
 def _penalty_request(req: Any, member: int, prompt: int, length: int) -> PenaltyRequest:

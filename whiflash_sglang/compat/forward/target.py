@@ -41,6 +41,7 @@ class Target(LoadedTarget):
         super().__init__(target_worker)
         self.context_len = int(target_worker.model_config.context_len)
         self.tokenizer: Any = target_worker.tokenizer
+        self.random_seed = int(target_worker.random_seed)  # of all ranks
         self._epilogue: GraphEnd | None = None
         recurrent.install(target_worker.model_config, self.device)
 

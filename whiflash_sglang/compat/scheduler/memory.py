@@ -26,7 +26,7 @@ from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.model_executor import pool_configurator
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-from whiflash_sglang.cache.tokens import StopTable, TokenTable
+from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.forward import graphs, sampling
 from whiflash_sglang.compat.launch import refusals
@@ -132,7 +132,8 @@ def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dic
             of a graph keeps of one request.
     """
     columns = target.context_len + int(kv_cache_configurator.get_req_to_token_extra_context_len())
-    table = TokenTable.bytes_for(requests + 1, columns, widest) + StopTable.bytes_for(requests + 1)
+    table = TokenTable.bytes_for(requests + 1, columns, widest)
+    table += StopTable.bytes_for(requests + 1) + SamplingRows.bytes_for(requests + 1)
     if target.device.type != "cuda":
         return {"tables": table}
     vocabulary, kept = target.shape.vocab_size, 0
