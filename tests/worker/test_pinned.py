@@ -2,12 +2,17 @@
 
 import random
 from itertools import pairwise
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from engine import engine
 from model_set import Models
+from whiflash_kernels import accept_and_commit
+
+from whiflash_sglang.cache.tokens import NO_TOKEN
+from whiflash_sglang.round.hooks import PinnedAcceptance
 
 RNG = random.Random(35)
 PROMPTS = [RNG.choices(range(256), k=n) for n in (5, 40, 19)]
@@ -74,3 +79,28 @@ def test_rounds_commit_what_upstream_would(
         e.check_leaks()
     assert committed == expected
     assert len({len(tokens) for tokens in committed}) > (pin[0] > 1)
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_a_rejected_draft_ends_what_is_committed(real: bool) -> None:
+    """Of two requests, one with a draft that there was no time to mask."""
+    ids, indptr = torch.tensor([1, 2, NO_TOKEN, 4, 5, 6, 7]), torch.tensor([0, 4, 7], dtype=torch.int32)
+    rows = SimpleNamespace(
+        predictions=torch.full((7,), 9), input_ids=ids, indptr=indptr, _replace=SimpleNamespace
+    )
+    found = PinnedAcceptance(lambda: 4, real=real).verified(cast(Any, rows), cast(Any, None))
+    starts, text = torch.zeros(2, dtype=torch.int64), torch.zeros(3, 9, dtype=torch.int64)
+    stops = torch.full((3, 1), NO_TOKEN)
+    committed = accept_and_commit(
+        cast(Any, found.predictions),
+        found.input_ids,
+        indptr,
+        starts,
+        stride=4,
+        request_slots=torch.tensor([1, 2]),
+        stops=stops,
+        text=text,
+    )
+    assert committed.accept_lens.tolist() == [2, 3]
+    if real:
+        assert committed.tokens.tolist() == [[2, 9, 0, 0], [6, 7, 9, 0]]

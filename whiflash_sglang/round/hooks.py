@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from whiflash_kernels import MixedBlock
 
+from whiflash_sglang.cache.tokens import NO_TOKEN
 from whiflash_sglang.core import SampleHook, Verified
 from whiflash_sglang.device.transfers import Upload, sent
 from whiflash_sglang.spans.forced import forced_tokens
@@ -75,16 +76,20 @@ class PinnedAcceptance(SampleHook):
         self._draw, self._real = draw, real
 
     def verified(self, verified: Verified, block: MixedBlock) -> Verified:
-        """As if the target had agreed with as many drafts; a request with fewer rows commits all of them."""
+        """As if the target had agreed with as many drafts. A request with fewer rows commits all of them, or those in
+        front of a draft that must not be accepted.
+        """
         predictions, ids, indptr = verified.predictions, verified.input_ids, verified.indptr
         length = self._draw()
         assert predictions is not None
         row = torch.arange(len(ids), device=ids.device)
         owner = torch.bucketize(row, indptr[1:-1], right=True)
         place, last = row - indptr[owner], indptr[owner + 1] - 1
+        may, drafted = ids != NO_TOKEN, ids.roll(-1)  # not a draft that there was no time to mask
         if self._real:
-            predictions = torch.where((place < length - 1) & (row < last), ids.roll(-1), predictions)
+            agrees = (place < length - 1) & (row < last) & may.roll(-1)
+            predictions = torch.where(agrees, drafted, predictions)
         else:
             predictions = torch.full_like(predictions, PLACEHOLDER)
-        agreed = torch.where(place < length, predictions.roll(1), FREE)
+        agreed = torch.where((place < length) & may, predictions.roll(1), FREE)
         return verified._replace(predictions=predictions, input_ids=agreed)
