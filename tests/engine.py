@@ -21,6 +21,8 @@ import torch
 import zmq
 
 REQUEST_FIELDS = (
+    "bootstrap_host",
+    "bootstrap_room",
     "cache_salt",
     "custom_logit_processor",
     "logprob_start_len",

@@ -86,7 +86,10 @@ def test_hub_ids_are_fetched_as_the_command_line_says(
 
 
 SCALING = (
-    (["--disaggregation-mode", "prefill"], r"\(--disaggregation-mode; drafters need .*; remove it"),
+    (
+        ["--disaggregation-mode", "prefill"],
+        r"\(--disaggregation-mode prefill\); start them without WHIFLASH, .*",
+    ),
     (
         ["--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"],
         r"--attn-dp-size must be 1 \(.*; --enable-dp-attention sets it\)",

@@ -94,7 +94,7 @@ class Lifecycle:
         if not req.output_ids and self._controller.holds(row, req.rid):
             return
         hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
-        if not req.output_ids:
+        if not req.retracted_stain:
             self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
         predicted = self._predicted(req)
         self._quarantine.begin(req.rid, tenant)

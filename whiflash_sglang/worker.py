@@ -21,7 +21,7 @@ from whiflash_sglang.compat.carried import replace_settings, settings_of
 from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.parallel import ranks_of_model
 from whiflash_sglang.compat.forward.target import Target
-from whiflash_sglang.compat.scheduler import hicache, memory, overlap, pricing, releases, step
+from whiflash_sglang.compat.scheduler import disaggregation, hicache, memory, overlap, pricing, releases, step
 from whiflash_sglang.compat.scheduler.memory import rehearse_sampling
 from whiflash_sglang.compat.scheduler.spec_worker import (
     BaseSpecWorker,
@@ -104,6 +104,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.tokens = TokenTable(rows, context, widest_of(self.drafters) + 1, self.target.device)
         self.stages = build_stages(self)
         releases.notify(self.stages.lifecycle, self.target.runner)
+        disaggregation.notify(self)
 
     def init_hicache_draft_plan(self) -> None:
         """Called by the scheduler when the pools are allocated: draft KV follows the target's into host memory."""
@@ -165,6 +166,14 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             result.next_token_ids.to(torch.int64), batch.seq_lens.to(torch.int64)
         )
         return result
+
+    def adopt(self, batch: Any) -> None:
+        """Requests begin whose prompt another server computed: their text is known, no drafter's KV of it is."""
+        upload = Upload()
+        for req, row, length in zip(batch.reqs, row_ids_of(batch), batch.seq_lens_cpu.tolist(), strict=True):
+            self.stages.lifecycle.begin(row, req, upload)
+            self.sync.adopt(row, length)
+        upload.send(self.target.device)
 
     def _step(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
         """One round, or more while they draft nothing and nobody needs the scheduler: its share of a token shrinks.

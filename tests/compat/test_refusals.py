@@ -272,7 +272,7 @@ ARGUMENTS: dict[str, tuple[Any, str]] = {
     **{size: (2, "--" + size.replace("_", "-")) for size in ("pp_size", "attn_dp_size", "dwdp_size")},
     **{size: (2, "--" + size.replace("_", "-")) for size in ("attn_cp_size", "dcp_size")},
     "moe_a2a_backend": ("deepep", "--moe-a2a-backend deepep .* --ep-size works without it"),
-    "disaggregation_mode": ("decode", "--disaggregation-mode"),
+    "disaggregation_mode": ("decode", "--disaggregation-mode decode.* give --whiflash-drafters none"),
     "decoupled_spec_role": ("verifier", "--decoupled-spec-role"),
     "hicache_storage_backend": ("mooncake", "--hicache-storage-backend mooncake .* give file"),
     "hicache_host_memory_mode": ("buffer_only", "--hicache-host-memory-mode buffer_only"),
@@ -294,6 +294,7 @@ SPELT = {
 
 
 BESIDE_DRAFT_KV = (
+    "disaggregation_mode",
     "enable_attn_tp_input_scattered",
     "enable_layernorm_sp",
     "hicache_storage_backend",
@@ -307,7 +308,7 @@ BESIDE_DRAFT_KV = (
 
 @pytest.mark.parametrize("row", BESIDE_DRAFT_KV)
 def test_without_a_drafter(taken: Launch, row: str) -> None:
-    given = with_arguments(taken, **{row: True})
+    given = with_arguments(taken, **{row: ARGUMENTS[row][0]})
     assert "give --whiflash-drafters none" in sentence(given)
     assert refusal_of(replace(given, draft_kv=False)) is None
 

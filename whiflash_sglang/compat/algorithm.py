@@ -50,6 +50,11 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
     def need_topk(self) -> bool:
         return False
 
+    def build_disagg_draft_input(self, batch: Any, last_tokens_tensor: Any, future_map: FutureMap) -> Any:
+        from whiflash_sglang.compat.scheduler import disaggregation  # a scheduler's alone
+
+        return disaggregation.draft_input(batch, last_tokens_tensor, future_map)
+
     def create_future_map(
         self,
         device: Any,

@@ -105,8 +105,12 @@ class DraftSync:
         self.rings.park(prompt.features, prompt.next_tokens, rows, tails, one, last_rows, widest=1)
         self.watermarks.put(rows, tails + 1)
         for row, length in zip(row_ids, lengths, strict=True):
-            self.watermarks.reset(row, length)
-            self._routed[row] = length
+            self.adopt(row, length)
+
+    def adopt(self, row: int, length: int) -> None:
+        """The request in `row` has `length` tokens, up to which nobody has anything to ingest."""
+        self.watermarks.reset(row, length)
+        self._routed[row] = length
 
     def due(
         self,

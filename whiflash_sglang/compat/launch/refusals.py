@@ -336,10 +336,15 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "disaggregation_mode",
-        lambda x: x.args.disaggregation_mode not in (None, "null"),
-        _REMOVE.format(
-            "prefill/decode disaggregation (--disaggregation-mode; drafters need a prefill's features where they draft)"
+        lambda x: (
+            (
+                x.args.disaggregation_mode == "prefill"
+                or (x.draft_kv and x.args.disaggregation_mode == "decode")
+            )
+            and x.args.disaggregation_mode
         ),
+        "prefill servers draft nothing and send no draft KV (--disaggregation-mode {}); start them without WHIFLASH, "
+        "and for a decode server give --whiflash-drafters none",
     ),
     Refusal(
         "decoupled_spec_role",

@@ -1,0 +1,154 @@
+"""Decode servers, whose prompts another server computed. SGLang's `fake` transfer brings nothing, so the test writes KV
+that depends on the prompt into the slots that a request gets: every server continues the same text.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from engine import Engine, engine
+from model_set import Models
+from overlap import overlapped
+from request_sets import OPTIONS
+from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+FIRST_TOKEN = 65
+"""That the prefill server sampled."""
+
+PROMPTS = [[40, 41, 42, 43] * 8, [90, 91, 92], [10, 11, 12, 13, 14] * 4]
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "grammar": {"regex": "A(red|green)( blue)?", "ignore_eos": False},
+    "penalties": {"frequency_penalty": 0.6},
+    "logprobs": {"return_logprob": True, "logprob_start_len": -1},
+}
+SERVER = {
+    **OPTIONS,
+    "disaggregation_mode": "decode",
+    "disaggregation_transfer_backend": "fake",
+}
+
+
+@contextmanager
+def prompts_computed() -> Iterator[None]:
+    """K and V of every prompt are there when its request is taken."""
+    prepare = ScheduleBatch.prepare_for_prebuilt
+
+    def prepared(batch: ScheduleBatch) -> None:
+        prepare(batch)
+        pool = batch.token_to_kv_pool_allocator.get_kvcache()
+        tokens = [
+            t
+            for r in batch.reqs
+            for t in [*r.origin_input_ids, *r.output_ids][r.prefix_len :][: r.extend_len]
+        ]
+        values = torch.tensor(tokens, dtype=torch.float32).sin()[:, None, None]
+        for layer in (*pool.k_buffer, *pool.v_buffer):
+            layer[batch.out_cache_loc] = values.to(layer.dtype)
+
+    with patch.object(ScheduleBatch, "prepare_for_prebuilt", prepared):
+        yield
+
+
+def run(e: Engine) -> None:
+    """SGLang's loop of a decode server, until nothing is left."""
+    scheduler, idle, passes = e.scheduler, 0, 0
+
+    def ingest() -> list[Any]:
+        nonlocal idle, passes
+        passes += 1
+        assert passes < 5000, "the scheduler never became idle"
+        queues = scheduler.disagg_decode_prealloc_queue, scheduler.disagg_decode_transfer_queue
+        busy = scheduler.running_batch.reqs or scheduler.last_batch or scheduler.waiting_queue
+        busy = busy or scheduler.grammar_manager.grammar_queue or any(queue.queue for queue in queues)
+        busy = busy or scheduler.disagg_decode_prealloc_queue.retracted_queue
+        idle = 0 if busy else idle + 1
+        scheduler.gracefully_exit = idle > 3
+        return []
+
+    scheduler.gracefully_exit, scheduler.ingest_requests = False, ingest
+    scheduler.maybe_sleep_on_idle = lambda: None
+    if scheduler.enable_overlap:
+        streams = torch.get_device_module(scheduler.device)
+        with streams.StreamContext(scheduler.schedule_stream), getattr(e, "watched")():  # noqa: B009
+            scheduler.event_loop_overlap_disagg_decode()
+    else:
+        scheduler.event_loop_normal_disagg_decode()
+
+
+def texts(e: Engine, prompts: Sequence[Sequence[int]] = PROMPTS, **params: Any) -> dict[str, list[int]]:
+    """Outputs of all kinds, all at once."""
+    queue = e.scheduler.disagg_decode_prealloc_queue
+    add = queue.add
+    e.scheduler.disagg_metadata_buffers.output_ids.fill_(FIRST_TOKEN)
+
+    def added(req: Any, **more: Any) -> Any:
+        e.requests[req.rid] = req
+        return add(req, **more)
+
+    with patch.object(queue, "add", added), prompts_computed():
+        for kind, fields in KINDS.items():
+            for number, prompt in enumerate(prompts):
+                asked = {"max_new_tokens": 24, **fields, **params}
+                where = {"bootstrap_host": FAKE_BOOTSTRAP_HOST, "bootstrap_room": 7}
+                e.submit(f"{kind}-{number}", prompt, **where, **asked)
+        run(e)
+    return {rid: e.output(rid) for rid in e.requests}
+
+
+@pytest.fixture(scope="module")
+def plain(models: Models) -> dict[str, list[int]]:
+    with engine(models.target, **SERVER) as e:
+        return texts(e)
+
+
+def test_a_decode_server_continues_what_another_server_read(
+    models: Models, plain: dict[str, list[int]]
+) -> None:
+    with engine(models.target, whiflash={"whiflash_drafters": "none"}, **SERVER) as e:
+        assert texts(e) == plain
+        drafted = {rid: req.spec_num_correct_drafts for rid, req in e.requests.items()}
+        assert sum(drafted.values()) > 20, drafted  # prompts repeat themselves, and grammars force words
+        assert not e.worker.controller.states
+        e.check_leaks()
+
+
+def test_a_decode_server_overlaps(models: Models, plain: dict[str, list[int]]) -> None:
+    arguments = {"whiflash": {"whiflash_drafters": "none"}, **SERVER}
+    with overlapped(models.target, **arguments) as e:
+        assert texts(e) == plain
+        assert sum(req.spec_num_correct_drafts for req in e.requests.values()) > 20
+
+
+def test_a_request_goes_on_after_a_retraction(models: Models, plain: dict[str, list[int]]) -> None:
+    """Its KV waits on the host, and it arrives once more."""
+    tight = {**SERVER, "max_total_tokens": 320, "num_reserved_decode_tokens": 1}
+    with engine(models.target, whiflash={"whiflash_drafters": "none"}, **tight) as e:
+        assert texts(e) == plain
+        assert any(req.retraction_count for req in e.requests.values())
+        assert e.worker.tally.requests["none"] == len(e.requests)  # each counts once
+        e.check_leaks()
+
+
+def test_an_aborted_neighbour(models: Models, plain: dict[str, list[int]]) -> None:
+    with engine(models.target, whiflash={"whiflash_drafters": "none"}, **SERVER) as e:
+        process, steps = e.scheduler.process_batch_result, 0
+
+        def processed(*args: Any) -> Any:
+            nonlocal steps
+            done, steps = process(*args), steps + 1
+            if steps == 4:
+                e.abort("greedy-0")
+            return done
+
+        e.scheduler.process_batch_result = processed
+        written = texts(e)
+        cut = written.pop("greedy-0")
+        assert len(cut) < 24
+        assert cut == plain["greedy-0"][: len(cut)]
+        assert written == {rid: text for rid, text in plain.items() if rid != "greedy-0"}
+        e.check_leaks()
