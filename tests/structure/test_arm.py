@@ -9,7 +9,7 @@ from whiflash_sdk.hints import LookupScope, Span
 
 from whiflash_sglang.candidates import NOTHING, Candidate
 from whiflash_sglang.checkpoints.manifest import Structure
-from whiflash_sglang.drafters.structure import StructureArm
+from whiflash_sglang.drafters.structure import StructureArm, _Look
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import RequestHints
@@ -271,3 +271,11 @@ def test_a_look_is_kept_while_the_text_goes_on_as_it_said(
     told.tell(vocabulary.encode(text_of(vocabulary, document[4:])[:1]))
     arm.propose(1, len(told.text) - 1, told.history, FULL_LENGTH)
     assert len(looks) == 3, "the text is cut otherwise than was said"
+
+
+def test_a_look_forgets_what_it_refused_when_the_text_passed_it() -> None:
+    look = _Look([1, 2, 3, 4], 2, [], 9, True)
+    assert look.after([1, 2, 9]) == ([], 2)
+    passed = look.behind([1, 2, 3])
+    assert passed is not None
+    assert passed.after([9, 5]) is None

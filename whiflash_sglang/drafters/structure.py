@@ -61,7 +61,9 @@ class _Look(NamedTuple):
         if count >= len(self.ids) or self.ids[:count] != written:
             return None
         rest = self.tokens[max(count - self.allowed, 0) :]
-        return self._replace(ids=self.ids[count:], allowed=max(self.allowed - count, 0), tokens=rest)
+        refused = self.refused if count <= self.allowed else None
+        allowed = max(self.allowed - count, 0)
+        return _Look(self.ids[count:], allowed, rest, refused, self.whole)
 
     def after(self, drafts: Sequence[int]) -> tuple[Sequence[Token], int] | None:
         """What follows `drafts`, and how many of these may follow the text; None: that is not known."""
@@ -292,7 +294,7 @@ class StructureArm(TextDrafter):
                 if not all(map(matcher.accept_token, request.unseen)):
                     return nothing
                 after = self._allowed(matcher, drafts)
-                refused = drafts[after] if after < len(drafts) else None
+                refused = drafts[after] if after < len(drafts) and not self._exhausted() else None
                 for look in request.looks:
                     if (
                         refused is not None

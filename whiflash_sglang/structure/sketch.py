@@ -88,9 +88,8 @@ def _allowed(
     allowed: list[Token] = []
     with matcher.trying():
         ids = [token.token for token in tokens]
-        known = all(is_text(vocabulary, token) for token in ids) and matcher.accept_text(
-            text_of(vocabulary, ids)
-        )
+        text = text_of(vocabulary, ids)  # none if it ends inside a character
+        known = bool(text) and all(is_text(vocabulary, each) for each in ids) and matcher.accept_text(text)
         for token in tokens:
             if not (known or (is_text(vocabulary, token.token) and matcher.accept_token(token.token))):
                 return allowed
