@@ -186,8 +186,9 @@ def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Target, re
     widest, kv = widest_of(drafters) + 1, with_kv(drafters).values()
     parts = memory.for_requests(target, requests, widest, Epilogue.bytes_for(widest))
     parts["tables"] += GATE_BYTES
-    parts["rings"] = sync.bytes_for(requests + 1)
-    parts["drafters"] = sum(drafter.bytes_for(requests + 1) for drafter in of_text(drafters).values())
+    rows = memory.request_rows(requests)
+    parts["rings"] = sync.bytes_for(rows)
+    parts["drafters"] = sum(drafter.bytes_for(rows) for drafter in of_text(drafters).values())
     if graphs.captures_passes(target.device):
         parts["drafters"] += sync.captured_bytes(requests)
         # Passes are captured into the same memory, one at a time.

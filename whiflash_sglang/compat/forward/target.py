@@ -13,6 +13,7 @@ from sglang.srt.model_executor.forward_batch_info import (
     ForwardBatch,
     get_server_return_hidden_states_mode,
 )
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from whiflash_kernels import Committed, MixedBlock
@@ -41,7 +42,8 @@ class Target(LoadedTarget):
         super().__init__(target_worker)
         self.context_len = int(target_worker.model_config.context_len)
         self.tokenizer: Any = target_worker.tokenizer
-        self.random_seed = int(target_worker.random_seed)  # of all ranks
+        # The same in all ranks of a replica, another one in each replica.
+        self.random_seed = int(target_worker.random_seed) + (get_parallel().dp_rank or 0)
         self._epilogue: GraphEnd | None = None
         recurrent.install(target_worker.model_config, self.device)
 

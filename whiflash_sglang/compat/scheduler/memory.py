@@ -24,6 +24,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.mem_cache import kv_cache_configurator
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from sglang.srt.model_executor import pool_configurator
+from sglang.srt.runtime_context import get_disagg
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
@@ -120,6 +121,13 @@ def bytes_of_token() -> tuple[int, int]:
     return _reservation.per_token, _reservation.whole
 
 
+def request_rows(requests: int) -> int:
+    """Rows of the request table for so many that run. A decode server has more, of requests that arrive."""
+    disaggregation = get_disagg()
+    decodes = disaggregation.disaggregation_mode == "decode"
+    return requests + 1 + (disaggregation.disaggregation_decode_extra_slots or 0 if decodes else 0)
+
+
 def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dict[str, int]:
     """Bytes for so many requests beside their rings: tables of text and of stops, and what verifying them takes.
 
@@ -132,8 +140,9 @@ def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dic
             of a graph keeps of one request.
     """
     columns = target.context_len + int(kv_cache_configurator.get_req_to_token_extra_context_len())
-    table = TokenTable.bytes_for(requests + 1, columns, widest)
-    table += StopTable.bytes_for(requests + 1) + SamplingRows.bytes_for(requests + 1)
+    rows = request_rows(requests)
+    table = TokenTable.bytes_for(rows, columns, widest)
+    table += StopTable.bytes_for(rows) + SamplingRows.bytes_for(rows)
     if target.device.type != "cuda":
         return {"tables": table}
     vocabulary, kept = target.shape.vocab_size, 0
