@@ -15,6 +15,7 @@ from whiflash_kernels import (
     Eagle3Weights,
     GraphSlots,
     KVPools,
+    SamplingTable,
     accept_and_commit,
     choose_drafts,
     claim_backlogs,
@@ -31,6 +32,7 @@ from whiflash_kernels import (
     propose_copies,
     router_mlp,
     routing_stats,
+    sample_rows,
     unpark,
 )
 from whiflash_kernels.layers import rms_norm, silu_and_mul
@@ -135,6 +137,18 @@ def routing_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
         logits = bench.random(rows, bench.shape.vocab).mul_(bench.shape.vocab**0.5 * 3)
         label = f"{rows} x {bench.shape.vocab}"
         yield Case("routing_stats", label, partial(routing_stats, logits), logits.nbytes)
+
+
+def sampling_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
+    """A row of each request, at temperature 0.6 and top-p 0.95."""
+    parameters = torch.tensor([0.6, 1 << 30, 0.95, 0.0], device=bench.device).repeat(bench.slots, 1)
+    table = SamplingTable(parameters, bench.below(1 << 30, bench.slots))
+    for rows in (*bench.sizes.batches, *([] if fill is None else [fill])):
+        logits = bench.random(rows, bench.shape.vocab).mul_(bench.shape.vocab**0.5 * 3)
+        indptr = torch.arange(rows + 1, dtype=torch.int32, device=bench.device)
+        lengths, slots = bench.below(bench.sizes.context, rows), bench.below(bench.slots - 1, rows) + 1
+        call = partial(sample_rows, logits, indptr, lengths, slots, table)
+        yield Case("sample_rows", f"{rows} x {bench.shape.vocab}", call, logits.nbytes)
 
 
 def backlog_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
@@ -413,6 +427,7 @@ def without_gradients(call: Call) -> Call:
 
 KERNELS = (
     routing_cases,
+    sampling_cases,
     backlog_cases,
     attention_cases,
     block_cases,
