@@ -30,8 +30,7 @@ SERVER = {
     **OPTIONS,
     "disaggregation_mode": "decode",
     "disaggregation_transfer_backend": "fake",
-    # The other way takes a tenth of the machine's memory.
-    "disaggregation_decode_retraction_backup": "cpu_tensor",
+    "hicache_ratio": 2.0,  # of a host pool for retracted requests: the default takes a tenth of the memory
 }
 
 
