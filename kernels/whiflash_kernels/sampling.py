@@ -18,7 +18,7 @@ GREEDY = 1
 FEWEST_SORTED = 64
 """Columns that are sorted first; more only where a row keeps more."""
 LEAST = 1e-8
-"""What is left of 1 at least where a logarithm of it is taken."""
+"""Least difference from 1 that a logarithm is taken of."""
 
 
 def _check(logits: Tensor, *_: Any, masks: tuple[Tensor, Tensor] | None = None, **__: Any) -> None:
@@ -53,8 +53,8 @@ def sample_rows(
     together.
 
     Args:
-        logits: [T, V] bf16, fp16 or fp32, last dimension contiguous; read only. Of a row with NaN or +inf any token
-            may come.
+        logits: [T, V] bf16, fp16 or fp32, last dimension contiguous; read only. A row with NaN or +inf
+            may give any token.
         qo_indptr: [B + 1] int32 (or int64).
         seq_lens: [B] int64 or int32.
         request_slots: [B] int64 or int32; 0 is nobody's.
@@ -121,7 +121,7 @@ def _drawn(x: Tensor, parameters: Tensor, seeds: Tensor, positions: Tensor) -> T
         while True:
             found = x.topk(columns, dim=1) if columns < size else x.sort(dim=1, descending=True)
             least = _least_kept(found.values, total, parameters)
-            # What is as likely as the last column may go on behind it.
+            # Tokens as likely as the last column may go on behind it.
             if columns == size or bool((least > found.values[:, -1]).all()):
                 break
             columns = min(16 * columns, size)

@@ -1,4 +1,4 @@
-"""What is sampled from at every verified position, under each request's own parameters.
+"""Logits that every verified position is sampled from, under each request's own parameters.
 
 `whiflash_kernels.sample_rows` draws from the logits, or from copies with bias and penalties. If SGLang's sampler must
 draw (`is_sglangs`), it runs on the packed rows with the requests' parameters repeated row by row: what plain decoding
