@@ -210,7 +210,9 @@ ROWS = [
     row("overlap", "random", "structured", "structure", "lookup"),
     row("overlap", "auto", "calls"),
     row("overlap, llguidance", "random", "structured"),
-    row("thinking, overlap", "random", "thinking", *KNOWING),
+    # `oracle` where something must happen: a grammar joins when it is compiled, so `random` takes other arms each time.
+    row("thinking, overlap", "oracle", "thinking", "oracle", *KNOWING),
+    row("thinking, overlap", "random", "thinking"),
     *(row("overlap", router, "traffic", retracted=5, evidence=True) for router in ("diffusion", "auto")),
     row("overlap, lengths", "lookup", "traffic", "retractions", retracted=5),
     row("overlap, lengths", "ar", "traffic", retracted=5, evidence=True),
