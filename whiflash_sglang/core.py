@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from whiflash_kernels import Chosen, Committed, Drafts, MixedBlock, pass_rows
+from whiflash_kernels import Chosen, Committed, Drafts, MixedBlock, PassInputs, pass_rows
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import Candidate, Part
-from whiflash_sglang.device.capture import StaticInput
 from whiflash_sglang.device.transfers import EXACT, Floats, HostView, Upload
 from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
 from whiflash_sglang.routing.request_state import RequestState
@@ -206,23 +205,17 @@ class DraftBatch:
         rows = torch.zeros(requests, dtype=torch.int64, device=slot_table.device)
         starts, tails = torch.full_like(rows, PADDING), tail.new_zeros((requests, tail.shape[-1]))
         longest = int(slot_table.shape[1])
-        return cls(rows, starts, torch.zeros_like(rows), tails, slot_table, longest, caps=rows[:0])
+        bonus, caps = torch.zeros_like(rows), torch.zeros_like(rows)
+        return cls(rows, starts, bonus, tails, slot_table, longest, caps)
 
-    @property
-    def static(self) -> list[StaticInput]:
-        """What is loaded before a replay: `rows`, `starts`, `bonus` and `tail`."""
-        return [
-            StaticInput(self.rows, torch.zeros_like(self.rows)),
-            StaticInput(self.starts, torch.full_like(self.starts, PADDING)),
-            StaticInput(self.bonus),
-            StaticInput(self.tail),
-        ]
+    def place(self, requests: int) -> PassInputs:
+        """Where the first so many requests are, with the most drafts of each."""
+        parts = self.rows, self.starts, self.bonus, self.caps, self.tail
+        return PassInputs(*(part[:requests] for part in parts))
 
     def first(self, requests: int) -> "DraftBatch":
         """What a pass reads of the first so many requests, in the same memory."""
-        rows, starts, bonus, tail = (
-            part[:requests] for part in (self.rows, self.starts, self.bonus, self.tail)
-        )
+        rows, starts, bonus, _, tail = self.place(requests)
         return replace(self, rows=rows, starts=starts, bonus=bonus, tail=tail)
 
     def rows_from(

@@ -41,8 +41,10 @@ from triton.runtime.jit import JITFunction
 from whiflash_kernels import (
     BacklogRings,
     Chosen,
+    Claims,
     Drafts,
     GraphSlots,
+    PassInputs,
     SamplingTable,
     accept_and_commit,
     choose_drafts,
@@ -286,7 +288,9 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
         ids, ids, packed.qo_indptr, lengths, stride=width + 1, request_slots=slots, stops=STOPS, text=TEXT
     )
     sample(requests, rows, masked=rng.random() < 0.5)
-    claim_backlogs(index(2, 257), slots, lengths, index(2, requests))
+    captured = rng.choice((None, most_requests))
+    claims = captured and Claims(index(captured), index(2, captured), index(2, captured))
+    claim_backlogs(index(2, 257), slots, lengths, index(2, requests), into=claims or None)
     # Behind a prefill.
     park(RINGS, meta(rows, RINGS.features.shape[2]), ids, slots, lengths, slots, slots, max_length=1)
     # What all drafters claimed, of which one takes its own: an odd number of them starts at an odd place.
@@ -296,7 +300,9 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
         unpark(RINGS, slots, begins, ends, TABLE, rows=rng.randint(1, rows), **columns)
         own = None if rng.random() < 0.5 else index(rng.randint(1, requests))
         columns["chunks"] = chunks if starts else ()
-        draft_inputs(RINGS, own, slots, lengths, slots, slots, **columns)
+        tail = meta(captured or 1, len(columns["chunks"]) * hidden)
+        into = PassInputs(*(index(captured) for _ in range(4)), tail) if captured else None
+        draft_inputs(RINGS, own, slots, lengths, slots, slots, into=into, **columns)
     for behind in (False, True):
         copy(requests, behind=behind)
 

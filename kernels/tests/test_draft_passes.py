@@ -6,15 +6,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
-from whiflash_kernels import BacklogRings, claim_backlogs, draft_inputs, pass_rows
+from whiflash_kernels import BacklogRings, Claims, PassInputs, claim_backlogs, draft_inputs, pass_rows
 
 SLOTS, CONTEXT, CAPACITY = 12, 40, 7
 
 dtypes = st.sampled_from([torch.int32, torch.int64])
+spares = st.none() | st.integers(0, 3)
+"""Requests that a captured pass reads beyond the batch; None: nothing is captured."""
+OLD = 77
+"""What a captured pass read before."""
 
 
 def integers(values: list[int] | list[list[int]], dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+def memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -24,20 +32,32 @@ def integers(values: list[int] | list[list[int]], dtype: torch.dtype = torch.int
     slots=st.lists(st.integers(0, SLOTS - 1), unique=True, max_size=SLOTS),
     seed=st.integers(0, 1000),
     dtype=dtypes,
+    spare=spares,
 )
-def test_any_claim(backend: str, arms: int, slots: list[int], seed: int, dtype: torch.dtype) -> None:
+def test_any_claim(
+    backend: str, arms: int, slots: list[int], seed: int, dtype: torch.dtype, spare: int | None
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     watermarks = torch.randint(0, CONTEXT, (arms, SLOTS), generator=generator)
     lengths = torch.randint(1, CONTEXT, (len(slots),), generator=generator).tolist()
     due = torch.randint(0, 2, (arms, len(slots)), generator=generator)
     expected = watermarks.tolist()
     begins, ends = oracles.claim(expected, slots, lengths, due.tolist())
-    marks = watermarks.to(DEVICE)
+    marks, into = watermarks.to(DEVICE), None
+    if spare is not None:
+        size = len(slots) + spare
+        into = Claims(
+            *(integers([OLD]).expand(shape).clone() for shape in (size, (arms, size), (arms, size)))
+        )
+    batch = integers(slots, dtype), integers(lengths, dtype), due.to(DEVICE, dtype)
     with running(backend), guarded_outputs():
-        found = claim_backlogs(marks, integers(slots, dtype), integers(lengths, dtype), due.to(DEVICE, dtype))
-    assert (found[0].tolist(), found[1].tolist()) == (begins, ends)
+        found = claim_backlogs(marks, *batch, into=into)
+    assert [t.tolist() for t in found] == [slots, begins, ends]
     assert marks.tolist() == expected
-    assert [t.dtype for t in found] == [torch.int64] * 2
+    assert found.begins.dtype == found.ends.dtype == torch.int64
+    if into is not None:
+        assert list(map(memory, found)) == list(map(memory, into))
+        assert not any(place[..., len(slots) :].any() for place in into)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -46,7 +66,7 @@ def test_more_claims_than_a_program_takes(backend: str) -> None:
     slots = torch.arange(256, device=DEVICE).flip(0)
     due = torch.stack([slots % 2, torch.ones_like(slots)])
     with running(backend), guarded_outputs():
-        begins, ends = claim_backlogs(marks, slots, slots + 1, due)
+        _, begins, ends = claim_backlogs(marks, slots, slots + 1, due)
     assert torch.equal(begins, torch.zeros_like(begins))
     assert torch.equal(ends, (slots + 1) * due)
     assert torch.equal(marks, ends.flip(1))
@@ -54,8 +74,10 @@ def test_more_claims_than_a_program_takes(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(40), deadline=None)
-@given(data=st.data(), requests=st.integers(1, 9), seed=st.integers(0, 1000), dtype=dtypes)
-def test_any_members(backend: str, data: st.DataObject, requests: int, seed: int, dtype: torch.dtype) -> None:
+@given(data=st.data(), requests=st.integers(1, 9), seed=st.integers(0, 1000), dtype=dtypes, spare=spares)
+def test_any_members(
+    backend: str, data: st.DataObject, requests: int, seed: int, dtype: torch.dtype, spare: int | None
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(SLOTS, CAPACITY, 24, generator=generator).to(DEVICE)
     rings = BacklogRings(features, torch.zeros(SLOTS, CAPACITY, dtype=torch.int64, device=DEVICE))
@@ -66,6 +88,11 @@ def test_any_members(backend: str, data: st.DataObject, requests: int, seed: int
     members = data.draw(st.none() | st.lists(st.integers(0, requests - 1), unique=True))
     chunks = data.draw(st.sampled_from([None, (), (2, 0), (1,)]))
     columns = list(range(24)) if chunks is None else [c * 8 + i for c in chunks for i in range(8)]
+    chosen, into = range(requests) if members is None else members, None
+    if spare is not None:
+        size = len(chosen) + spare
+        tail = features.new_full((size, len(columns)), OLD)
+        into = PassInputs(*(integers([OLD]).expand(size).clone() for _ in range(4)), tail)
     with running(backend), guarded_outputs():
         *found, tails = draft_inputs(
             rings,
@@ -73,14 +100,20 @@ def test_any_members(backend: str, data: st.DataObject, requests: int, seed: int
             *(integers(values, dtype) for values in (slots, lengths, bonus, limits)),
             chunks=chunks,
             chunk_width=8,
+            into=into,
+            padding=-9,
         )
-    chosen = range(requests) if members is None else members
     numbers = [[values[b] for b in chosen] for values in (slots, lengths, bonus, limits)]
     assert [t.tolist() for t in found] == numbers
     assert all(t.dtype == torch.int64 for t in found)
     assert tails.shape == (len(chosen), len(columns))
     for tail, b in zip(tails, chosen, strict=True):
         assert torch.equal(tail, features[slots[b], (lengths[b] - 1) % CAPACITY][columns])
+    if into is not None:
+        assert list(map(memory, (*found, tails))) == list(map(memory, into))
+        padding = [place[len(chosen) :].tolist() for place in into[:4]]
+        assert padding == [[value] * (spare or 0) for value in (0, -9, 0, 0)]
+        assert (into.tail[len(chosen) :] == OLD).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -140,5 +173,10 @@ def test_rejects_what_does_not_fit_a_pass() -> None:
         claim_backlogs(torch.zeros(2, SLOTS, dtype=torch.int64, device=DEVICE), one, one, one)
     with pytest.raises(ValueError, match="do not fit"):
         draft_inputs(rings, one, one, one, one, one, chunks=(3,), chunk_width=8)
+    nothing = one[:0]
+    with pytest.raises(ValueError, match="exceed the 0 that a pass reads"):
+        draft_inputs(rings, None, *[one] * 4, into=PassInputs(*[nothing] * 5))
+    with pytest.raises(ValueError, match="exceed the 0 of a pass"):
+        claim_backlogs(one[None], *[one] * 2, one[None], into=Claims(*[nothing] * 3))
     with pytest.raises(ValueError, match="width must be at least 1"):
         pass_rows(table, one, one, one, offset=0, width=0)

@@ -21,6 +21,7 @@ from whiflash_kernels.sampling import sample_rows
 from whiflash_kernels.structs import (
     BacklogRings,
     Chosen,
+    Claims,
     Committed,
     DFlashWeights,
     Drafts,
@@ -28,6 +29,7 @@ from whiflash_kernels.structs import (
     GraphSlots,
     KVPools,
     MixedBlock,
+    PassInputs,
     SamplingTable,
 )
 
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BacklogRings",
     "Chosen",
+    "Claims",
     "Committed",
     "DFlashWeights",
     "Drafts",
@@ -43,6 +46,7 @@ __all__ = [
     "GraphSlots",
     "KVPools",
     "MixedBlock",
+    "PassInputs",
     "SamplingTable",
     "accept_and_commit",
     "choose_drafts",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from whiflash_kernels.dispatch import op
-from whiflash_kernels.structs import PAD_ROW, BacklogRings
+from whiflash_kernels.structs import PAD_ROW, BacklogRings, Claims
 
 
 def _check_features(rings: BacklogRings, features: Tensor, *_: Any, **__: Any) -> None:
@@ -160,37 +160,44 @@ def unpark(
     )
 
 
-def _check_claim(watermarks: Tensor, request_slots: Tensor, _: Tensor, due: Tensor) -> None:
+def _check_claim(
+    watermarks: Tensor, request_slots: Tensor, _: Tensor, due: Tensor, *, into: Claims | None = None
+) -> None:
     if due.shape != (watermarks.shape[0], request_slots.shape[0]):
         raise ValueError(
             f"due must be {(watermarks.shape[0], request_slots.shape[0])}, got {tuple(due.shape)}"
         )
     if not watermarks.is_contiguous():
         raise ValueError("watermarks must be contiguous")
+    if into is not None and len(request_slots) > len(into.request_slots):
+        raise ValueError(f"{len(request_slots)} requests exceed the {len(into.request_slots)} of a pass")
 
 
 @op(_check_claim)
 def claim_backlogs(
-    watermarks: Tensor, request_slots: Tensor, seq_lens: Tensor, due: Tensor
-) -> tuple[Tensor, Tensor]:
+    watermarks: Tensor, request_slots: Tensor, seq_lens: Tensor, due: Tensor, *, into: Claims | None = None
+) -> Claims:
     """What every drafter is to ingest now, which counts as ingested from now on.
 
     With w = watermarks[a, request_slots[b]]: begins[a, b] = w, and ends[a, b] = max(w, seq_lens[b]) where due[a, b]
-    is not 0, else w, so that there is nothing between. watermarks[a, request_slots[b]] = ends[a, b].
+    is not 0, else w, so that there is nothing between. watermarks[a, request_slots[b]] = ends[a, b]. With ``into`` that
+    is where they go, B of its S requests; each further one has request slot 0, and begins and ends at 0.
 
     Args:
         watermarks: [A, slots] int64, contiguous, up to where each drafter's KV is valid; written in place.
         request_slots: [B] int64 or int32, pairwise different.
         seq_lens: [B] int64 or int32.
         due: [A, B] int64 or int32, 0 or 1.
+        into: contiguous, written in place: what captured catch-ups read.
 
     Returns:
-        begins and ends, [A, B] int64 each.
+        `Claims` of B requests: the first of ``into``, or new, but for the slots, which may be the argument itself.
 
     Raises:
-        ValueError: ``due`` is not [A, B], or ``watermarks`` is not contiguous.
+        ValueError: ``due`` is not [A, B], ``watermarks`` is not contiguous, or there are more requests than ``into``
+            holds.
 
-    Grid: (A * B / 128), one launch for all drafters, graph-capturable.
+    Grid: (A * B / 128, or A * S / 128), one launch for all drafters, graph-capturable.
     Numerics: integers.
     Fallback: torch.
     Source: Lazy Catch-up, WhiFlash, arXiv 2606.07710.
@@ -200,7 +207,12 @@ def claim_backlogs(
     # No watermark is below 0, so what is not due stays.
     ends = torch.maximum(begins, seq_lens * due)
     watermarks.index_copy_(1, slots, ends)
-    return begins, ends
+    found = Claims(slots, begins, ends)
+    if into is None:
+        return found
+    for target, values in zip(into, found, strict=True):
+        target[..., : len(slots)], target[..., len(slots) :] = values, 0
+    return Claims(*(target[..., : len(slots)] for target in into))
 
 
 def _ragged(

@@ -8,10 +8,26 @@ from torch import Tensor
 
 from whiflash_kernels.backlog import check_chunks
 from whiflash_kernels.dispatch import op
-from whiflash_kernels.structs import BacklogRings
+from whiflash_kernels.structs import BacklogRings, PassInputs
 
 
-@op(check_chunks)
+def _check_inputs(
+    rings: BacklogRings,
+    members: Tensor | None,
+    request_slots: Tensor,
+    *_: Any,
+    chunks: Sequence[int] | None = None,
+    chunk_width: int = 0,
+    into: PassInputs | None = None,
+    **__: Any,
+) -> None:
+    check_chunks(rings, chunks=chunks, chunk_width=chunk_width)
+    count = len(request_slots if members is None else members)
+    if into is not None and count > len(into.bonus):
+        raise ValueError(f"{count} requests exceed the {len(into.bonus)} that a pass reads")
+
+
+@op(_check_inputs)
 def draft_inputs(
     rings: BacklogRings,
     members: Tensor | None,
@@ -22,11 +38,15 @@ def draft_inputs(
     *,
     chunks: Sequence[int] | None = None,
     chunk_width: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    into: PassInputs | None = None,
+    padding: int = 0,
+) -> PassInputs:
     """Gather the requests that one drafter drafts for out of a batch, with the feature that a chain starts from.
 
     For member m, b = members[m] and s = request_slots[b]: the four numbers of request b, and
-    tail[m] = rings.features[s, (seq_lens[b] - 1) % capacity], of which only the columns of ``chunks``.
+    tail[m] = rings.features[s, (seq_lens[b] - 1) % capacity], of which only the columns of ``chunks``. With ``into``
+    that is where they go, M of its S requests. Each further one has request slot 0, ``padding`` tokens, bonus token and
+    limit 0, and the tail that it had.
 
     Args:
         rings: read only.
@@ -35,15 +55,17 @@ def draft_inputs(
         chunks: which column groups of the feature to take, in this order, as for `unpark`; None takes all columns, an
             empty sequence none.
         chunk_width: columns of one group; needed with ``chunks``.
+        into: contiguous, written in place: what a captured pass reads.
+        padding: length of a request that is none.
 
     Returns:
-        slots, lengths, bonus tokens and limits, [M] int64 each, and tail [M, columns]; new and contiguous, but where
-        ``members`` is None the four numbers may be the arguments themselves.
+        `PassInputs` of M requests: the first of ``into``, or new and contiguous, but where ``members`` is None the four
+        numbers may be the arguments themselves.
 
     Raises:
-        ValueError: a chunk is outside the features.
+        ValueError: a chunk is outside the features, or there are more members than ``into`` holds.
 
-    Grid: (M, columns / block), one launch (none where nothing is to be copied), graph-capturable.
+    Grid: (M or S, columns / block), one launch (none where nothing is to be copied), graph-capturable.
     Numerics: a copy.
     Fallback: torch (one gather for each).
     Source: batched gathers; the chain's start is EAGLE-3's, arXiv 2503.01840.
@@ -61,7 +83,15 @@ def draft_inputs(
             picked = torch.tensor(chunks, device=slots.device)
             grid = features.view(*features.shape[:2], -1, chunk_width)
             tail = grid[slots[:, None], place[:, None], picked].flatten(1)
-    return slots, lengths, token, most, tail
+    found = PassInputs(slots, lengths, token, most, tail)
+    if into is None:
+        return found
+    count = len(slots)
+    for target, values, none in zip(into, found, (0, padding, 0, 0, None), strict=True):
+        target[:count] = values
+        if none is not None:
+            target[count:] = none
+    return PassInputs(*(target[:count] for target in into))
 
 
 def _check_width(*_: Any, width: int, **__: Any) -> None:

@@ -209,6 +209,32 @@ class GraphSlots(NamedTuple):
     """[S] int64; 0 without a request."""
 
 
+class PassInputs(NamedTuple):
+    """The requests that a pass drafts for, S of them."""
+
+    request_slots: Tensor
+    """[S] int64."""
+    seq_lens: Tensor
+    """[S] int64."""
+    bonus: Tensor
+    """[S] int64, the last committed token of each."""
+    limits: Tensor
+    """[S] int64, drafts at most."""
+    tail: Tensor
+    """[S, columns] in the rings' dtype: the feature that a chain starts from, of length - 1."""
+
+
+class Claims(NamedTuple):
+    """What each of A drafters ingests of S requests: nothing where an end is no later than its beginning."""
+
+    request_slots: Tensor
+    """[S] int64."""
+    begins: Tensor
+    """[A, S] int64."""
+    ends: Tensor
+    """[A, S] int64."""
+
+
 class SamplingTable(NamedTuple):
     """How the request of each slot is sampled; slot 0 is nobody's."""
 

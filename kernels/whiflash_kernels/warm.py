@@ -14,7 +14,7 @@ from whiflash_kernels.dispatch import backend_for
 from whiflash_kernels.drafts import choose_drafts, cut_drafts, lay_drafts
 from whiflash_kernels.passes import draft_inputs
 from whiflash_kernels.sampling import sample_rows
-from whiflash_kernels.structs import BacklogRings, Drafts, SamplingTable
+from whiflash_kernels.structs import BacklogRings, Claims, Drafts, PassInputs, SamplingTable
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,9 @@ def _of_one_request(served: Served) -> None:
     device, text = served.text.device, served.text
     zeros, ones = (make(1, dtype=torch.int64, device=device) for make in (torch.zeros, torch.ones))
     if len(served.watermarks):
-        claim_backlogs(
-            served.watermarks,
-            zeros,
-            zeros,
-            torch.zeros_like(served.watermarks[:, :1], memory_format=torch.contiguous_format),
-        )
+        none = torch.zeros_like(served.watermarks[:, :1], memory_format=torch.contiguous_format)
+        for claims in (None, Claims(zeros.clone(), none.clone(), none.clone())):
+            claim_backlogs(served.watermarks, zeros, zeros, none, into=claims)
         # As a prefill parks; rounds do in their graph.
         park(served.rings, served.rings.features[0, :1], zeros, zeros, zeros, zeros, zeros, max_length=1)
     for chunks, width, starts in served.columns:
@@ -81,9 +78,11 @@ def _of_one_request(served: Served) -> None:
             chunks=chunks,
             chunk_width=width,
         )
-        read = chunks if starts else ()
+        read = {"chunks": chunks if starts else (), "chunk_width": width}
         for members in (None, zeros):
-            draft_inputs(served.rings, members, zeros, ones, zeros, zeros, chunks=read, chunk_width=width)
+            inputs = draft_inputs(served.rings, members, zeros, ones, zeros, zeros, **read)
+            into = PassInputs(*map(torch.clone, inputs))
+            draft_inputs(served.rings, members, zeros, ones, zeros, zeros, into=into, **read)
     edges = torch.ones(served.bins - 1, dtype=torch.float32, device=device)
     calibration = torch.ones(served.bins + 1, dtype=torch.float32, device=device)
     for width in served.widths:

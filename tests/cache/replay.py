@@ -193,7 +193,10 @@ class Replay:
         starts = torch.tensor([self.lengths[row] for row in members])
         limits = [self.random.randint(1, arm.max_drafts) for _ in members]
         bonus, caps, reads = self.tokens[rows - 1, starts], torch.tensor(limits), arm.tail_width > 0
-        *_, tail = self.sync.rings.inputs(None, rows, starts, bonus, caps, arm.features, tail=reads)
+        place = arm.place(len(members))
+        rows, starts, bonus, caps, tail = self.sync.rings.inputs(
+            None, rows, starts, bonus, caps, arm.features, tail=reads, into=place
+        )
         return DraftBatch(
             rows,
             starts,

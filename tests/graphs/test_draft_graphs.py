@@ -13,7 +13,7 @@ from op_tape import TapeRecorder
 from replay import CONTEXT, Arms, Replay
 from test_passes import ARMS, prepared, requests
 
-from whiflash_sglang.core import DraftBatch
+from whiflash_sglang.core import PADDING, DraftBatch
 from whiflash_sglang.device.capture import doubling, graded
 from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.errors import ConfigError
@@ -58,7 +58,7 @@ class Captured:
             pool[:, 0] = torch.nan  # nobody's: padding writes there, and nobody may read it
         arm._captured = None if eager else passes
         replays = self.recorder.replays
-        choice = arm.choices(batch_of(arm, group, most))
+        choice = arm.choices(placed(arm, batch_of(arm, group, most)))
         assert self.recorder.replays == replays + (not eager)
         found = [*(t.clone() for t in choice), arm.kv.k[:, 1:].clone(), arm.kv.v[:, 1:].clone()]
         arm._captured = passes
@@ -85,6 +85,17 @@ class Captured:
         assert torch.equal(replayed[0], eager[0][:, :most])
         torch.testing.assert_close(replayed[1], eager[1][:, :most])
         torch.testing.assert_close(replayed[2:], eager[2:])
+
+
+def placed(arm: PagedArm, batch: DraftBatch) -> DraftBatch:
+    """The batch where a captured pass reads it, if one does."""
+    place, size = arm.place(len(batch)), len(batch)
+    if place is None:
+        return batch
+    parts = batch.rows, batch.starts, batch.bonus, batch.caps, batch.tail
+    for target, values, padding in zip(place, parts, (0, PADDING, 0, 0, 0), strict=True):
+        target[:size], target[size:] = values, padding
+    return replace(batch, rows=place.request_slots[:size])
 
 
 def batch_of(arm: PagedArm, group: DraftBatch, most: int) -> DraftBatch:

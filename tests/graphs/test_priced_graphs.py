@@ -105,9 +105,9 @@ def bench(models: Models) -> Iterator[Bench]:
             made.verified(key)
             return verify(self, key, *args, **named)
 
-        def passed(self: CapturedPass[Any], size: int, *live: torch.Tensor) -> Any:
+        def passed(self: CapturedPass[Any], size: int) -> Any:
             made.passed(self, size)
-            return replay(self, size, *live)
+            return replay(self, size)
 
         patch.setattr(TapeBackend, "replay", verified)
         patch.setattr(CapturedPass, "replay", passed)

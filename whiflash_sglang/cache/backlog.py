@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from whiflash_kernels import BacklogRings, claim_backlogs, draft_inputs, park, unpark
+from whiflash_kernels import BacklogRings, Claims, PassInputs, claim_backlogs, draft_inputs, park, unpark
+
+from whiflash_sglang.core import PADDING
 
 
 class FeatureSlice:
@@ -80,14 +82,15 @@ class Watermarks:
         return row in self._lower
 
     def claim(
-        self, rows: torch.Tensor, lengths: torch.Tensor, due: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Between where and where every arm has to ingest, [arms, B] int64 each; from now on it counts as done.
+        self, rows: torch.Tensor, lengths: torch.Tensor, due: torch.Tensor, into: Claims | None = None
+    ) -> Claims:
+        """Between where and where every arm has to ingest; from now on it counts as done.
 
         Args:
             rows: [B] int64 request rows. lengths: [B] int64, n. due: [arms, B] int64, 1 where an arm catches up.
+            into: where captured catch-ups read it.
         """
-        return claim_backlogs(self.device, rows, lengths, due)
+        return claim_backlogs(self.device, rows, lengths, due, into=into)
 
     def put(self, rows: torch.Tensor, lengths: torch.Tensor) -> None:
         """Every arm has ingested the requests in rows [B] int64 up to lengths [B] int64 (after a prefill)."""
@@ -234,13 +237,14 @@ class FeatureRings:
         wanted: FeatureSlice | None,
         *,
         tail: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        into: PassInputs | None = None,
+    ) -> PassInputs:
         """`rows`, `lengths`, `bonus`, `limits` and feature n-1 of the requests `members` [M] int64 of a batch; None
         takes all, without a copy.
 
         Args:
             rows, lengths, bonus, limits: [B] int64 each, of the whole batch. wanted: the drafter's columns; None: all.
-            tail: whether it reads feature n-1.
+            tail: whether it reads feature n-1. into: a drafter's `place`.
         """
         chunks, width = columns_of(wanted)
         return draft_inputs(
@@ -252,4 +256,6 @@ class FeatureRings:
             limits,
             chunks=chunks if tail else (),
             chunk_width=width,
+            into=into,
+            padding=PADDING,
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from whiflash_kernels import Drafts
+from whiflash_kernels import Drafts, PassInputs
 
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.cache.tokens import DraftKV
@@ -33,8 +33,12 @@ class Drafter:
     features: FeatureSlice | None = None
     tail_width: int = 0
 
+    def place(self, requests: int) -> PassInputs | None:
+        """Where `draft` reads so many requests, and padding behind them; None: wherever they are."""
+        return None
+
     def draft(self, batch: DraftBatch) -> Drafts:
-        """Propose tokens. KV writes at positions >= n are provisional."""
+        """Propose tokens for requests at their `place`. KV writes at positions >= n are provisional."""
         raise NotImplementedError
 
     def calibration(self, row_ids: Sequence[int]) -> Floats:

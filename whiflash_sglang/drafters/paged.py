@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from whiflash_kernels import DFlashWeights, Drafts, Eagle3Weights, draft_attention
+from whiflash_kernels import DFlashWeights, Drafts, Eagle3Weights, PassInputs, draft_attention
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.cache.tokens import DraftKV
@@ -43,6 +43,7 @@ class PagedArm(KVDrafter):
         self._layers, self._shape, self._dtype, self._device = layers, shape, dtype, device
         self.length = DraftLength(device)
         self._captured: dict[int, CapturedPass[Choice]] | None = None
+        self._inputs: DraftBatch
 
     @abstractmethod
     def whole(self, batch: DraftBatch, wanted: int) -> Choice:
@@ -53,21 +54,25 @@ class PagedArm(KVDrafter):
 
     def capture(self, recorder: Recorder, inputs: DraftBatch) -> None:
         # Arms share what they read but for their own columns.
-        inputs = replace(inputs, tail=inputs.tail.new_zeros((len(inputs), self.tail_width)))
-        static, sizes = inputs.static, graded(len(inputs))
+        self._inputs = replace(inputs, tail=inputs.tail.new_zeros((len(inputs), self.tail_width)))
         self._captured = {
             length: CapturedPass(
                 f"the pass of {self.arm!r}" + f" for {length} drafts" * (length < self.max_drafts),
-                partial(self._of_first, inputs, length),
-                static,
-                sizes,
+                partial(self._of_first, length),
+                graded(len(inputs)),
                 recorder,
             )
             for length in reversed(self.lengths)
         }
 
-    def _of_first(self, inputs: DraftBatch, length: int, size: int) -> Choice:
-        return self.whole(inputs.first(size), length)
+    def _of_first(self, length: int, size: int) -> Choice:
+        return self.whole(self._inputs.first(size), length)
+
+    def place(self, requests: int) -> PassInputs | None:
+        if self._captured is None:
+            return None
+        size = self._captured[self.max_drafts].size_for(requests)
+        return None if size is None else self._inputs.place(size)
 
     @abstractmethod
     def logits_at_once(self, requests: int) -> int:
@@ -78,17 +83,19 @@ class PagedArm(KVDrafter):
 
     def captured_for(self, batch: DraftBatch) -> CapturedPass[Choice] | None:
         """The shortest pass that was captured for so many requests and drafts, if one was."""
-        size, wanted = len(batch), max(batch.limits)
-        length = min(length for length in self.lengths if length >= wanted)
-        captured = None if self._captured is None else self._captured[length]
-        return captured if captured is not None and captured.holds(size, size) else None
+        if self._captured is None:
+            return None
+        wanted = max(batch.limits)
+        captured = self._captured[min(length for length in self.lengths if length >= wanted)]
+        return None if captured.size_for(len(batch)) is None else captured
 
     def choices(self, batch: DraftBatch) -> Choice:
         """`whole` for a batch, replayed where it was captured: then it is good until the next replay."""
         wanted, size, captured = max(batch.limits), len(batch), self.captured_for(batch)
         if captured is None:
             return self.whole(batch, wanted)
-        choice = captured.replay(size, batch.rows, batch.starts, batch.bonus, batch.tail)
+        assert batch.rows.data_ptr() == self._inputs.rows.data_ptr(), "a captured pass reads its own place"
+        choice = captured.replay(size)
         return Choice(choice.token[:size, :wanted], choice.confidence[:size, :wanted])
 
     def kv_bytes_per_token(self) -> int:

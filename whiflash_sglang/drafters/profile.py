@@ -60,8 +60,10 @@ def idle_batch(
     rows = torch.arange(size, device=slot_table.device)
     starts, caps = torch.full_like(rows, CONTEXT), torch.full_like(rows, drafter.max_drafts)
     bonus = torch.zeros_like(rows)
-    reads_tail = drafter.tail_width > 0
-    *_, tail = rings.inputs(None, rows, starts, bonus, caps, drafter.features, tail=reads_tail)
+    reads_tail, place = drafter.tail_width > 0, drafter.place(size)
+    rows, starts, bonus, caps, tail = rings.inputs(
+        None, rows, starts, bonus, caps, drafter.features, tail=reads_tail, into=place
+    )
     return DraftBatch(
         rows,
         starts,

@@ -11,10 +11,11 @@ from functools import partial
 
 import numpy as np
 import torch
+from whiflash_kernels import Claims
 
 from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows, Watermarks
 from whiflash_sglang.core import Due
-from whiflash_sglang.device.capture import CapturedPass, Recorder, StaticInput, doubling
+from whiflash_sglang.device.capture import CapturedPass, Recorder, doubling
 from whiflash_sglang.device.transfers import Ints, Upload
 from whiflash_sglang.drafters.base import Drafter, with_kv
 from whiflash_sglang.round.quarantine import Quarantine
@@ -53,6 +54,7 @@ class DraftSync:
         tokens that keep their slots, and most of them that each arm has yet to ingest.
         """
         self._captured: dict[str, CapturedPass[None]] = {}
+        self._claims: Claims | None = None  # what these read
         self.verifying: deque[int] = deque()
         """Rows that each round verifies whose results are not known yet."""
         self._routed: dict[int, int] = {}
@@ -68,7 +70,8 @@ class DraftSync:
     def captured_bytes(self, requests: int) -> int:
         """What captured passes of so many requests read: the inputs of catch-ups and those of drafts."""
         tails = sum(drafter.tail_width for drafter in self._drafters.values())
-        numbers = 7 + 2 * len(self.arms)  # three of either kind and its padding, the arms' own
+        # Four of a draft, a catch-up's rows, and where each arm begins and ends.
+        numbers = 5 + 2 * len(self.arms)
         return requests * (numbers * torch.int64.itemsize + tails * self._dtype.itemsize)
 
     def allocate(self, slot_table: torch.Tensor) -> None:
@@ -156,9 +159,9 @@ class DraftSync:
         if not due:
             return
         began = time.perf_counter()
-        begins, ends = self.watermarks.claim(rows, starts, flags.view(len(self.arms), -1))
+        claims = self.watermarks.claim(rows, starts, flags.view(len(self.arms), -1), self._place(len(rows)))
         for arm, (_, most) in due.items():
-            self._ingest(arm, rows, begins, ends, most)
+            self._ingest(arm, claims, most)
             self.seconds[arm] = time.perf_counter() - began
             began = time.perf_counter()
 
@@ -199,9 +202,10 @@ class DraftSync:
         ints, _ = upload.send(self.watermarks.device.device)
         rows, ends = (ints[i] for i in at)
         # A round that was under way when its request ended may have gone further already: then nothing is left.
-        begins, ends = self.watermarks.claim(rows, ends, ints[flags_at].view(len(self.arms), -1))
+        flags = ints[flags_at].view(len(self.arms), -1)
+        claims = self.watermarks.claim(rows, ends, flags, self._place(len(rows)))
         for arm, (_, tokens) in due.items():
-            self._ingest(arm, rows, begins, ends, tokens)
+            self._ingest(arm, claims, tokens)
 
     def backlog(self) -> dict[str, int]:
         """Tokens of running requests that each arm has yet to ingest, at most."""
@@ -223,15 +227,11 @@ class DraftSync:
         """
         # Row 0 is nobody's: it has no backlog.
         members = torch.zeros(requests, dtype=torch.int64, device=self._slot_table.device)
-        begins, ends, nothing = (torch.zeros_like(members) for _ in range(3))
-        inputs = [StaticInput(tensor, nothing) for tensor in (members, begins, ends)]
+        begins, ends = (members.new_zeros(len(self.arms), requests) for _ in range(2))
+        self._claims = Claims(members, begins, ends)
         for arm in self.arms:
             self._captured[arm] = CapturedPass(
-                f"the catch-up of {arm!r}",
-                partial(self._pass, arm, members, begins, ends),
-                inputs,
-                self.sizes(rows),
-                recorder,
+                f"the catch-up of {arm!r}", partial(self._pass, arm, self._claims), self.sizes(rows), recorder
             )
 
     def sizes(self, rows: int) -> list[int]:
@@ -242,41 +242,40 @@ class DraftSync:
         """What ingests `tokens` tokens that nobody has parked, before the first request: to time it."""
         each = min(tokens, self._capacity)
         rows = torch.arange(1, -(-tokens // each) + 1, device=self._slot_table.device)
-        begins = torch.zeros_like(rows)
         ends = (tokens - (rows - 1) * each).clamp(max=each)
-        return partial(self._issue, arm, rows, begins, ends, tokens)
+        every = torch.ones(len(self.arms), len(rows), dtype=torch.int64, device=rows.device)
+        claims = self.watermarks.claim(rows, ends, every, self._place(len(rows)))
+        self.watermarks.put(rows, torch.zeros_like(rows))
+        return partial(self._issue, arm, claims, tokens)
 
-    def _ingest(
-        self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
-    ) -> None:
-        """What the requests in `rows` [B] parked between the watermarks of `arm`, of [arms, B] each."""
+    def _place(self, requests: int) -> Claims | None:
+        """Where captured catch-ups read so many requests; None: nothing is replayed for them."""
+        return self._claims if self._claims and requests <= len(self._claims.request_slots) else None
+
+    def _ingest(self, arm: str, claims: Claims, most: int) -> None:
+        """What requests parked between the watermarks of `arm`, at most `most` tokens."""
         if not self._quarantine.ingests(arm):
             return
         self.caught_up[arm] += most
-        i = self.arms.index(arm)
         with self._quarantine.guard_ingestion(arm):
-            self._issue(arm, rows, begins[i], ends[i], most)
+            self._issue(arm, claims, most)
 
-    def _issue(
-        self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
-    ) -> None:
-        """`_pass`, replayed where it was captured."""
-        captured = self._captured.get(arm)
-        if captured is not None and captured.holds(len(rows), most):
-            captured.replay(most, rows, begins, ends)
+    def _issue(self, arm: str, claims: Claims, most: int) -> None:
+        """`_pass`, replayed where it was captured: `claims` are at their `_place` then."""
+        captured = self._captured.get(arm) if self._place(len(claims.request_slots)) else None
+        if captured is not None and captured.size_for(most) is not None:
+            captured.replay(most)
         else:
-            self._pass(arm, rows, begins, ends, most)
+            self._pass(arm, claims, most)
 
-    def _pass(
-        self, arm: str, rows: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
-    ) -> None:
-        """Everything that the requests in `rows` [M] parked from `begins` [M] to `ends` [M], at most `most` rows."""
-        drafter = self._drafters[arm]
+    def _pass(self, arm: str, claims: Claims, most: int) -> None:
+        """Everything that requests parked between where `arm` begins and ends, at most `most` rows."""
+        drafter, number = self._drafters[arm], self.arms.index(arm)
         drafter.catch_up(
             self.rings.unpark(
-                rows,
-                begins,
-                ends,
+                claims.request_slots,
+                claims.begins[number],
+                claims.ends[number],
                 self._slot_table,
                 rows=most,
                 wanted=drafter.features,

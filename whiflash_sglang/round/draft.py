@@ -199,6 +199,7 @@ class DraftStage:
             caps,
             drafter.features,
             tail=drafter.tail_width > 0,
+            into=drafter.place(len(members)),
         )
         return DraftBatch(
             rows,

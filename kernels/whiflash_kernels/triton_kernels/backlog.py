@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.structs import BacklogRings
+from whiflash_kernels.structs import BacklogRings, Claims
 from whiflash_kernels.triton_kernels.launch import FEWEST_LANES, power_of_two
 
 COLUMNS = 2048
@@ -209,41 +209,64 @@ def unpark(
     return packed
 
 
-@triton.jit(do_not_specialize=["requests", "backlogs"])
+@triton.jit(do_not_specialize=["requests", "width", "backlogs"])
 def _claim_kernel(
-    watermarks, request_slots, seq_lens, due, begins, ends, requests, backlogs, slots, CLAIMS: tl.constexpr
+    watermarks,
+    request_slots,
+    seq_lens,
+    due,
+    out_slots,
+    begins,
+    ends,
+    requests,
+    width,
+    backlogs,
+    slots,
+    IN_PLACE: tl.constexpr,
+    CLAIMS: tl.constexpr,
 ):
     index = tl.program_id(0) * CLAIMS + tl.arange(0, CLAIMS)
-    known = index < backlogs
-    request = index % requests
+    inside = index < backlogs
+    request = index % width
+    arm = (index // width).to(tl.int64)
+    known = inside & (request < requests)
     slot = tl.load(request_slots + request, mask=known, other=0).to(tl.int64)
-    place = watermarks + (index // requests).to(tl.int64) * slots + slot
+    place = watermarks + arm * slots + slot
     begin = tl.load(place, mask=known, other=0)
     length = tl.load(seq_lens + request, mask=known, other=0).to(tl.int64)
-    end = tl.where(tl.load(due + index, mask=known, other=0) != 0, tl.maximum(begin, length), begin)
-    tl.store(begins + index, begin, mask=known)
-    tl.store(ends + index, end, mask=known)
+    is_due = tl.load(due + arm * requests + request, mask=known, other=0) != 0
+    end = tl.where(is_due, tl.maximum(begin, length), begin)
+    tl.store(begins + index, begin, mask=inside)
+    tl.store(ends + index, end, mask=inside)
     tl.store(place, end, mask=known)
+    if IN_PLACE:
+        tl.store(out_slots + request, slot, mask=inside & (arm == 0))
 
 
 def claim_backlogs(
-    watermarks: Tensor, request_slots: Tensor, seq_lens: Tensor, due: Tensor
-) -> tuple[Tensor, Tensor]:
+    watermarks: Tensor, request_slots: Tensor, seq_lens: Tensor, due: Tensor, *, into: Claims | None = None
+) -> Claims:
     """See `whiflash_kernels.backlog.claim_backlogs`."""
-    begins = torch.empty(*due.shape, dtype=torch.int64, device=due.device)
-    ends = torch.empty(*due.shape, dtype=torch.int64, device=due.device)
-    if due.numel():
-        _claim_kernel[(triton.cdiv(due.numel(), CLAIMS),)](
+    arms, requests = due.shape
+    request_slots = request_slots.contiguous()
+    claims = into
+    if claims is None:
+        both = (torch.empty(arms, requests, dtype=torch.int64, device=due.device) for _ in range(2))
+        claims = Claims(request_slots, *both)
+    width = claims.begins.shape[1]
+    if arms * width:
+        _claim_kernel[(triton.cdiv(arms * width, CLAIMS),)](
             watermarks,
-            request_slots.contiguous(),
+            request_slots,
             seq_lens.contiguous(),
             due.contiguous(),
-            begins,
-            ends,
-            due.shape[1],
-            due.numel(),
+            *claims,
+            requests,
+            width,
+            arms * width,
             watermarks.shape[1],
+            IN_PLACE=into is not None,
             CLAIMS=CLAIMS,
             num_warps=4,
         )
-    return begins, ends
+    return claims if into is None else Claims(*(target[..., :requests] for target in claims))

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.structs import BacklogRings
+from whiflash_kernels.structs import BacklogRings, PassInputs
 from whiflash_kernels.triton_kernels.launch import power_of_two
 
 COLUMNS = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "padding"])
 def _inputs_kernel(
     ring,
     members,
@@ -33,19 +33,25 @@ def _inputs_kernel(
     blocks_per_chunk,
     slot_stride,
     position_stride,
+    count,
+    padding,
     HAS_MEMBERS: tl.constexpr,
+    STORES: tl.constexpr,
     CHUNKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     member = tl.program_id(0)
-    request = tl.load(members + member).to(tl.int64) if HAS_MEMBERS else member.to(tl.int64)
-    slot = tl.load(request_slots + request).to(tl.int64)
-    length = tl.load(seq_lens + request).to(tl.int64)
-    if HAS_MEMBERS and tl.program_id(1) == 0:
+    known = member < count
+    request = member.to(tl.int64)
+    if HAS_MEMBERS:
+        request = tl.load(members + member, mask=known, other=0).to(tl.int64)
+    slot = tl.load(request_slots + request, mask=known, other=0).to(tl.int64)
+    length = tl.load(seq_lens + request, mask=known, other=0).to(tl.int64)
+    if STORES and tl.program_id(1) == 0:
         tl.store(out_slots + member, slot)
-        tl.store(out_lens + member, length)
-        tl.store(out_bonus + member, tl.load(bonus + request).to(tl.int64))
-        tl.store(out_limits + member, tl.load(limits + request).to(tl.int64))
+        tl.store(out_lens + member, tl.where(known, length, padding))
+        tl.store(out_bonus + member, tl.load(bonus + request, mask=known, other=0).to(tl.int64))
+        tl.store(out_limits + member, tl.load(limits + request, mask=known, other=0).to(tl.int64))
     if len(CHUNKS) > 0:
         chunk = tl.program_id(1) // blocks_per_chunk
         column = tl.program_id(1) % blocks_per_chunk * COLUMNS + tl.arange(0, COLUMNS)
@@ -53,9 +59,10 @@ def _inputs_kernel(
         for i in tl.static_range(len(CHUNKS)):
             source_chunk = tl.where(chunk == i, CHUNKS[i], source_chunk)
         source = ring + slot * slot_stride + (length - 1) % capacity * position_stride
-        values = tl.load(source + source_chunk * chunk_width + column, mask=column < chunk_width)
+        inside = known & (column < chunk_width)
+        values = tl.load(source + source_chunk * chunk_width + column, mask=inside)
         target = tail + (member.to(tl.int64) * len(CHUNKS) + chunk) * chunk_width
-        tl.store(target + column, values, mask=column < chunk_width)
+        tl.store(target + column, values, mask=inside)
 
 
 def draft_inputs(
@@ -68,37 +75,46 @@ def draft_inputs(
     *,
     chunks: Sequence[int] | None = None,
     chunk_width: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    into: PassInputs | None = None,
+    padding: int = 0,
+) -> PassInputs:
     """See `whiflash_kernels.passes.draft_inputs`."""
     if chunks is None:
         chunks, chunk_width = (0,), rings.features.shape[2]
     batch = [t.long().contiguous() for t in (request_slots, seq_lens, bonus, limits)]
     count, device = (request_slots if members is None else members).shape[0], request_slots.device
-    numbers = (
-        batch if members is None else [torch.empty(count, dtype=torch.int64, device=device) for _ in range(4)]
-    )
-    tail = torch.empty(count, len(chunks) * chunk_width, dtype=rings.features.dtype, device=device)
+    inputs = into
+    if inputs is None:
+        numbers = (
+            batch
+            if members is None
+            else [torch.empty(count, dtype=torch.int64, device=device) for _ in range(4)]
+        )
+        tail = torch.empty(count, len(chunks) * chunk_width, dtype=rings.features.dtype, device=device)
+        inputs = PassInputs(*numbers, tail)
+    requests, stores = len(inputs.bonus), members is not None or into is not None
     columns = min(COLUMNS, power_of_two(chunk_width))
     blocks_per_chunk = triton.cdiv(chunk_width, columns)
-    if count and (members is not None or chunks):
-        _inputs_kernel[(count, max(len(chunks) * blocks_per_chunk, 1))](
+    if requests and (stores or chunks):
+        _inputs_kernel[(requests, max(len(chunks) * blocks_per_chunk, 1))](
             rings.features,
             batch[0] if members is None else members.contiguous(),
             *batch,
-            *numbers,
-            tail,
+            *inputs,
             rings.capacity,
             chunk_width,
             blocks_per_chunk,
             rings.features.stride(0),
             rings.features.stride(1),
+            count,
+            padding,
             HAS_MEMBERS=members is not None,
+            STORES=stores,
             CHUNKS=tuple(chunks),
             COLUMNS=columns,
             num_warps=4,
         )
-    slots, lengths, token, most = numbers
-    return slots, lengths, token, most, tail
+    return inputs if into is None else PassInputs(*(target[:count] for target in into))
 
 
 @triton.jit(do_not_specialize=["offset", "width", "fill"])
