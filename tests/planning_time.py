@@ -63,8 +63,8 @@ class Silent(KVDrafter):
         self.arm, self.max_drafts = arm, most
         self.length = DraftLength()
 
-    def calibration(self, row_ids: Any) -> list[float]:
-        return self.length.calibration()
+    def calibration(self, row_ids: Any, worth: Any) -> list[float]:
+        return self.length.calibration(worth)
 
     def observe(self, row: int, proposed: int, accepted: int, confidences: Any) -> None:
         self.length.observe(proposed=proposed, accepted=accepted, confidences=confidences)

@@ -197,26 +197,29 @@ class DraftBatch:
         return len(self.rows)
 
     @classmethod
-    def of_padding(cls, requests: int, tail: torch.Tensor, slot_table: torch.Tensor) -> "DraftBatch":
+    def of_padding(
+        cls, requests: int, tail: torch.Tensor, slot_table: torch.Tensor, bins: int = 0
+    ) -> "DraftBatch":
         """So many requests that are none, at a place that no round writes over: the inputs of captured passes.
 
-        tail: [..., F], of which only width, dtype and device matter.
+        tail: [..., F], of which only width, dtype and device matter. bins: numbers of a calibration.
         """
         rows = torch.zeros(requests, dtype=torch.int64, device=slot_table.device)
         starts, tails = torch.full_like(rows, PADDING), tail.new_zeros((requests, tail.shape[-1]))
         longest = int(slot_table.shape[1])
         bonus, caps = torch.zeros_like(rows), torch.zeros_like(rows)
-        return cls(rows, starts, bonus, tails, slot_table, longest, caps)
+        calibration = torch.zeros(bins, device=slot_table.device)
+        return cls(rows, starts, bonus, tails, slot_table, longest, caps, calibration=calibration)
 
     def place(self, requests: int) -> PassInputs:
-        """Where the first so many requests are, with the most drafts of each."""
+        """Where the first so many requests are, with the most drafts of each, and what these are cut by."""
         parts = self.rows, self.starts, self.bonus, self.caps, self.tail
-        return PassInputs(*(part[:requests] for part in parts))
+        return PassInputs._make([*(part[:requests] for part in parts), self.calibration])
 
     def first(self, requests: int) -> "DraftBatch":
         """What a pass reads of the first so many requests, in the same memory."""
-        rows, starts, bonus, _, tail = self.place(requests)
-        return replace(self, rows=rows, starts=starts, bonus=bonus, tail=tail)
+        rows, starts, bonus, caps, tail, _ = self.place(requests)
+        return replace(self, rows=rows, starts=starts, bonus=bonus, tail=tail, caps=caps)
 
     def rows_from(
         self, offset: int, width: int, fill: int | None = None

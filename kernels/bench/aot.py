@@ -270,7 +270,7 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
     width, rows = max(widths), requests + rng.randint(0, 4 * requests)
     slots, lengths = index(requests), index(requests)
     for own, count in zip(widths, members, strict=True):
-        cut_drafts(chances(count, own), chances(12), chances(10), index(count), worth=0.1)
+        cut_drafts(chances(count, own), chances(13), chances(10), index(count))
     parts = [(index(count), drafted(count, own)) for count, own in zip(members, widths, strict=True)]
     laid = lay_drafts(parts, slots, lengths, width=width, confidences=width, vocabulary=QWEN.vocab, text=TEXT)
     chosen = choose(
@@ -301,8 +301,8 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
         own = None if rng.random() < 0.5 else index(rng.randint(1, requests))
         columns["chunks"] = chunks if starts else ()
         tail = meta(captured or 1, len(columns["chunks"]) * hidden)
-        into = PassInputs(*(index(captured) for _ in range(4)), tail) if captured else None
-        draft_inputs(RINGS, own, slots, lengths, slots, slots, into=into, **columns)
+        into = PassInputs(*(index(captured) for _ in range(4)), tail, chances(13)) if captured else None
+        draft_inputs(RINGS, own, slots, lengths, slots, slots, chances(13), into=into, **columns)
     for behind in (False, True):
         copy(requests, behind=behind)
 

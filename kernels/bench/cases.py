@@ -317,11 +317,12 @@ def pass_cases(bench: Bench) -> Iterator[Case]:
             8 * (2 * batch + 5 * 2 * batch),
         )
         members, bonus = torch.arange(batch, device=bench.device), bench.below(s.vocab, batch)
+        calibration = torch.ones(BINS + 2, device=bench.device)
         chunks = {"chunks": s.eagle3_chunks, "chunk_width": s.hidden}
         yield Case(
             "draft_inputs",
             f"{batch} requests",
-            partial(draft_inputs, bench.rings, members, slots, lengths, bonus, bonus, **chunks),
+            partial(draft_inputs, bench.rings, members, slots, lengths, bonus, bonus, calibration, **chunks),
             batch * (9 * 8 + 2 * width),
         )
         yield Case(
@@ -336,7 +337,9 @@ def draft_cases(bench: Bench) -> Iterator[Case]:
     """Half of a batch drafted by a chain of 7, half by a block; copies behind them, and in their place."""
     s = bench.shape
     edges = torch.linspace(0.1, 0.97, BINS - 1, device=bench.device)
-    calibration = torch.linspace(0.05, 0.99, BINS + 1, device=bench.device)
+    calibration = torch.linspace(0.05, 0.99, BINS + 2, device=bench.device).index_fill_(
+        0, torch.tensor([BINS + 1], device=bench.device), 0.1
+    )
     for batch in bench.sizes.batches:
         slots, lengths = bench.request_slots(batch), bench.below(bench.sizes.context - 2 * COPIED, batch)
         order = bench.order(batch)
@@ -344,7 +347,7 @@ def draft_cases(bench: Bench) -> Iterator[Case]:
         for members, width in ((order[: batch // 2], 7), (order[batch // 2 :], s.block - 1)):
             sure = bench.chances(len(members), width)
             limits = torch.full_like(members, width)
-            call = partial(cut_drafts, sure, calibration, edges, limits, worth=0.1)
+            call = partial(cut_drafts, sure, calibration, edges, limits)
             if width == s.block - 1:
                 yield Case(
                     "cut_drafts", f"{len(members)} x {width}", call, 8 * sure.numel() + 16 * len(members)

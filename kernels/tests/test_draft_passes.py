@@ -88,16 +88,19 @@ def test_any_members(
     members = data.draw(st.none() | st.lists(st.integers(0, requests - 1), unique=True))
     chunks = data.draw(st.sampled_from([None, (), (2, 0), (1,)]))
     columns = list(range(24)) if chunks is None else [c * 8 + i for c in chunks for i in range(8)]
+    calibration = torch.rand(5, generator=generator).to(DEVICE)
     chosen, into = range(requests) if members is None else members, None
     if spare is not None:
         size = len(chosen) + spare
         tail = features.new_full((size, len(columns)), OLD)
-        into = PassInputs(*(integers([OLD]).expand(size).clone() for _ in range(4)), tail)
+        numbers = [integers([OLD]).expand(size).clone() for _ in range(4)]
+        into = PassInputs(*numbers, tail, torch.full_like(calibration, OLD))
     with running(backend), guarded_outputs():
-        *found, tails = draft_inputs(
+        *found, tails, judged = draft_inputs(
             rings,
             None if members is None else integers(members, dtype),
             *(integers(values, dtype) for values in (slots, lengths, bonus, limits)),
+            calibration,
             chunks=chunks,
             chunk_width=8,
             into=into,
@@ -106,11 +109,12 @@ def test_any_members(
     numbers = [[values[b] for b in chosen] for values in (slots, lengths, bonus, limits)]
     assert [t.tolist() for t in found] == numbers
     assert all(t.dtype == torch.int64 for t in found)
+    assert torch.equal(judged, calibration)
     assert tails.shape == (len(chosen), len(columns))
     for tail, b in zip(tails, chosen, strict=True):
         assert torch.equal(tail, features[slots[b], (lengths[b] - 1) % CAPACITY][columns])
     if into is not None:
-        assert list(map(memory, (*found, tails))) == list(map(memory, into))
+        assert list(map(memory, (*found, tails, judged))) == list(map(memory, into))
         padding = [place[len(chosen) :].tolist() for place in into[:4]]
         assert padding == [[value] * (spare or 0) for value in (0, -9, 0, 0)]
         assert (into.tail[len(chosen) :] == OLD).all()
@@ -122,10 +126,11 @@ def test_a_wide_feature_is_whole(backend: str) -> None:
     rings = BacklogRings(features, torch.zeros(2, 3, dtype=torch.int64, device=DEVICE))
     one = integers([1])
     with running(backend), guarded_outputs():
-        *_, whole = draft_inputs(rings, one * 0, one, one * 5, one, one)
-        *_, half = draft_inputs(rings, None, one, one * 5, one, one, chunks=(1,), chunk_width=2500)
-    assert torch.equal(whole[0], features[1, 1])
-    assert torch.equal(half[0], features[1, 1, 2500:])
+        batch = one, one * 5, one, one, features[0, 0]
+        whole = draft_inputs(rings, one * 0, *batch)
+        half = draft_inputs(rings, None, *batch, chunks=(1,), chunk_width=2500)
+    assert torch.equal(whole.tail[0], features[1, 1])
+    assert torch.equal(half.tail[0], features[1, 1, 2500:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -172,10 +177,10 @@ def test_rejects_what_does_not_fit_a_pass() -> None:
     with pytest.raises(ValueError, match=r"due must be \(2, 1\)"):
         claim_backlogs(torch.zeros(2, SLOTS, dtype=torch.int64, device=DEVICE), one, one, one)
     with pytest.raises(ValueError, match="do not fit"):
-        draft_inputs(rings, one, one, one, one, one, chunks=(3,), chunk_width=8)
+        draft_inputs(rings, *[one] * 6, chunks=(3,), chunk_width=8)
     nothing = one[:0]
     with pytest.raises(ValueError, match="exceed the 0 that a pass reads"):
-        draft_inputs(rings, None, *[one] * 4, into=PassInputs(*[nothing] * 5))
+        draft_inputs(rings, None, *[one] * 5, into=PassInputs(*[nothing] * 6))
     with pytest.raises(ValueError, match="exceed the 0 of a pass"):
         claim_backlogs(one[None], *[one] * 2, one[None], into=Claims(*[nothing] * 3))
     with pytest.raises(ValueError, match="width must be at least 1"):

@@ -41,7 +41,7 @@ def test_any_cut(backend: str, data: st.DataObject, members: int, width: int, wo
     )
     with running(backend), guarded_outputs():
         counts, alive = cut_drafts(
-            strided, floats(calibration), floats(edges), integers(limits, dtype), worth=worth
+            strided, floats([*calibration, worth]), floats(edges), integers(limits, dtype)
         )
     # As float32 sees the edges: 0.1 is not below itself.
     found = [
@@ -57,9 +57,7 @@ def test_any_cut(backend: str, data: st.DataObject, members: int, width: int, wo
 def test_a_cut_of_a_part_of_wider_rows(backend: str) -> None:
     wide = floats([[9.0, 0.9, 0.2, 0.9, 9.0], [9.0, 0.2, 0.9, 0.9, 9.0]])
     with running(backend), guarded_outputs():
-        counts, alive = cut_drafts(
-            wide[:, 1:4], floats([0.25, 1.0]), floats([0.5]), integers([3, 3]), worth=0.5
-        )
+        counts, alive = cut_drafts(wide[:, 1:4], floats([0.25, 1.0, 0.5]), floats([0.5]), integers([3, 3]))
     assert counts.tolist() == [1, 1]
     assert alive.tolist() == [[1.0, 0.25, 0.25], [0.25, 0.25, 0.25]]
 
@@ -355,9 +353,9 @@ def test_what_is_no_draft_is_left_out(backend: str, data: st.DataObject, size: i
 def test_rejects_what_does_not_fit_the_drafts() -> None:
     one, sure = integers([1]), floats([[0.5]])
     with pytest.raises(ValueError, match=r"must be \[M, W\]"):
-        cut_drafts(sure, floats([1.0]), floats([]), integers([1, 2]), worth=0.0)
+        cut_drafts(sure, floats([1.0, 0.0]), floats([]), integers([1, 2]))
     with pytest.raises(ValueError, match="part more bins"):
-        cut_drafts(sure, floats([1.0]), floats([0.5]), one, worth=0.0)
+        cut_drafts(sure, floats([1.0, 0.0]), floats([0.5]), one)
     laid = Drafts(integers([[1]]), one, sure)
     text = torch.zeros(2, 9, dtype=torch.int64, device=DEVICE)
     unjudged = laid._replace(alive=None)

@@ -16,27 +16,29 @@ def _check_cut(confidences: Tensor, calibration: Tensor, edges: Tensor, limits: 
         raise ValueError(
             f"confidences must be [M, W] with limits [M], got {tuple(confidences.shape)} and {tuple(limits.shape)}"
         )
-    if calibration.shape[0] <= edges.shape[0]:
-        raise ValueError(f"{edges.shape[0]} edges part more bins than {calibration.shape[0]} chances are for")
+    if calibration.shape[0] < edges.shape[0] + 2:
+        raise ValueError(
+            f"{edges.shape[0]} edges part more bins than {calibration.shape[0] - 1} chances are for"
+        )
 
 
 @op(_check_cut)
 def cut_drafts(
-    confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor, *, worth: float
+    confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor
 ) -> tuple[Tensor, Tensor]:
     """How many of a drafter's tokens are worth their rows, from how sure it is of each.
 
-    With bin(c) = the number of edges <= c: alive[m, i] = the product of calibration[bin(confidences[m, j])] over
-    j <= i, and counts[m] = min(limits[m], 1 + the number of i >= 1 with alive[m, i] >= worth). The first is always
-    kept, so that a drafter that was wrong for a while is not forgotten. Chances are at most 1, so those kept are the
-    first of each row.
+    With bin(c) = the number of edges <= c and worth = the last of calibration: alive[m, i] = the product of
+    calibration[bin(confidences[m, j])] over j <= i, and counts[m] = min(limits[m], 1 + the number of i >= 1 with
+    alive[m, i] >= worth). The first is always kept, so that a drafter that was wrong for a while is not forgotten.
+    Chances are at most 1, so those kept are the first of each row.
 
     Args:
         confidences: [M, W] float32, W at least 1.
-        calibration: [E + 1] float32 or longer: the chance of acceptance of each bin.
+        calibration: [E + 2] float32 or longer: the chance of acceptance of each bin; the last is the chance below which
+            a token is not verified.
         edges: [E] float32, ascending.
         limits: [M] int64 or int32.
-        worth: chance below which a token is not verified.
 
     Returns:
         counts [M] int64 and alive [M, W] float32, new.
@@ -51,7 +53,7 @@ def cut_drafts(
     """
     chances = calibration[torch.bucketize(confidences.contiguous(), edges, right=True)]
     alive = chances.cumprod(1)
-    kept = (alive[:, 1:] >= worth).sum(1) + 1
+    kept = (alive[:, 1:] >= calibration[-1]).sum(1) + 1
     return torch.minimum(kept, limits), alive
 
 

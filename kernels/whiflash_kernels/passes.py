@@ -35,6 +35,7 @@ def draft_inputs(
     seq_lens: Tensor,
     bonus: Tensor,
     limits: Tensor,
+    calibration: Tensor,
     *,
     chunks: Sequence[int] | None = None,
     chunk_width: int = 0,
@@ -45,13 +46,14 @@ def draft_inputs(
 
     For member m, b = members[m] and s = request_slots[b]: the four numbers of request b, and
     tail[m] = rings.features[s, (seq_lens[b] - 1) % capacity], of which only the columns of ``chunks``. With ``into``
-    that is where they go, M of its S requests. Each further one has request slot 0, ``padding`` tokens, bonus token and
-    limit 0, and the tail that it had.
+    that is where they go, M of its S requests, and ``calibration``. Each further one has request slot 0, ``padding``
+    tokens, bonus token and limit 0, and the tail that it had.
 
     Args:
         rings: read only.
         members: [M] int64 or int32, indices of the batch; None: all, in order.
         request_slots, seq_lens, bonus, limits: [B] int64 or int32 each; lengths are at least 1.
+        calibration: [C] float32, of the pass.
         chunks: which column groups of the feature to take, in this order, as for `unpark`; None takes all columns, an
             empty sequence none.
         chunk_width: columns of one group; needed with ``chunks``.
@@ -59,8 +61,8 @@ def draft_inputs(
         padding: length of a request that is none.
 
     Returns:
-        `PassInputs` of M requests: the first of ``into``, or new and contiguous, but where ``members`` is None the four
-        numbers may be the arguments themselves.
+        `PassInputs` of M requests: the first of ``into``, or new and contiguous, but for the calibration, which is the
+        argument itself then, as the four numbers may be where ``members`` is None.
 
     Raises:
         ValueError: a chunk is outside the features, or there are more members than ``into`` holds.
@@ -83,15 +85,16 @@ def draft_inputs(
             picked = torch.tensor(chunks, device=slots.device)
             grid = features.view(*features.shape[:2], -1, chunk_width)
             tail = grid[slots[:, None], place[:, None], picked].flatten(1)
-    found = PassInputs(slots, lengths, token, most, tail)
+    found = PassInputs(slots, lengths, token, most, tail, calibration)
     if into is None:
         return found
     count = len(slots)
-    for target, values, none in zip(into, found, (0, padding, 0, 0, None), strict=True):
+    for target, values in zip(into[:-1], found[:-1], strict=True):
         target[:count] = values
-        if none is not None:
-            target[count:] = none
-    return PassInputs(*(target[:count] for target in into))
+    for target, none in zip(into[:4], (0, padding, 0, 0), strict=True):
+        target[count:] = none
+    into.calibration.copy_(calibration)
+    return PassInputs._make([*(target[:count] for target in into[:-1]), into.calibration])
 
 
 def _check_width(*_: Any, width: int, **__: Any) -> None:

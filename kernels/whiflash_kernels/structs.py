@@ -222,6 +222,8 @@ class PassInputs(NamedTuple):
     """[S] int64, drafts at most."""
     tail: Tensor
     """[S, columns] in the rings' dtype: the feature that a chain starts from, of length - 1."""
+    calibration: Tensor
+    """[C] float32, what the drafts of all are cut by (`cut_drafts`)."""
 
 
 class Claims(NamedTuple):

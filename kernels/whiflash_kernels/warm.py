@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
@@ -67,6 +68,7 @@ def _of_one_request(served: Served) -> None:
             claim_backlogs(served.watermarks, zeros, zeros, none, into=claims)
         # As a prefill parks; rounds do in their graph.
         park(served.rings, served.rings.features[0, :1], zeros, zeros, zeros, zeros, zeros, max_length=1)
+    calibration = torch.ones(served.bins + 2, dtype=torch.float32, device=device)
     for chunks, width, starts in served.columns:
         unpark(
             served.rings,
@@ -78,15 +80,14 @@ def _of_one_request(served: Served) -> None:
             chunks=chunks,
             chunk_width=width,
         )
-        read = {"chunks": chunks if starts else (), "chunk_width": width}
+        gather = partial(draft_inputs, chunks=chunks if starts else (), chunk_width=width)
         for members in (None, zeros):
-            inputs = draft_inputs(served.rings, members, zeros, ones, zeros, zeros, **read)
-            into = PassInputs(*map(torch.clone, inputs))
-            draft_inputs(served.rings, members, zeros, ones, zeros, zeros, into=into, **read)
+            inputs = gather(served.rings, members, zeros, ones, zeros, zeros, calibration)
+            place = PassInputs(*map(torch.clone, inputs))
+            gather(served.rings, members, zeros, ones, zeros, zeros, calibration, into=place)
     edges = torch.ones(served.bins - 1, dtype=torch.float32, device=device)
-    calibration = torch.ones(served.bins + 1, dtype=torch.float32, device=device)
     for width in served.widths:
-        cut_drafts(calibration.new_ones(1, width), calibration, edges, zeros, worth=0.5)
+        cut_drafts(calibration.new_ones(1, width), calibration, edges, zeros)
     if served.copied is None:
         return
     width, buckets = served.copied

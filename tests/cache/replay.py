@@ -15,6 +15,7 @@ from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.drafters.chain import Eagle3Arm
 from whiflash_sglang.drafters.dflash import DFlashArm
+from whiflash_sglang.drafters.length import CALIBRATION
 from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
@@ -22,6 +23,7 @@ from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.routing.costs import FULL_LENGTH
 
 torch.set_num_threads(1)
 
@@ -110,7 +112,7 @@ class Replay:
 
     def capture(self, recorder: Recorder) -> None:
         """From now on passes are replayed."""
-        inputs = DraftBatch.of_padding(ROWS, self.features, self.table)
+        inputs = DraftBatch.of_padding(ROWS, self.features, self.table, CALIBRATION)
         for arm in self.arms.by_name.values():
             arm.capture(recorder, inputs)
         self.sync.capture(
@@ -158,7 +160,7 @@ class Replay:
         for row, n in enumerate(self.lengths):
             assert self.lag(row) <= self.sync.watermarks.capacity - widths[row]
             one, at = torch.tensor([row + 1]), torch.tensor([n])
-            *_, tail = self.sync.rings.inputs(None, one, at, one, one, None, tail=True)
+            *_, tail, _ = self.sync.rings.inputs(None, one, at, one, one, one, None, tail=True)
             assert torch.equal(tail[0], self.features[row, n - 1]), "feature n-1 did not survive"
         for name, arm in arms.items():
             members = [row for row in range(ROWS) if routes[row] == name]
@@ -194,8 +196,9 @@ class Replay:
         limits = [self.random.randint(1, arm.max_drafts) for _ in members]
         bonus, caps, reads = self.tokens[rows - 1, starts], torch.tensor(limits), arm.tail_width > 0
         place = arm.place(len(members))
-        rows, starts, bonus, caps, tail = self.sync.rings.inputs(
-            None, rows, starts, bonus, caps, arm.features, tail=reads, into=place
+        calibration = torch.tensor(arm.calibration(members, FULL_LENGTH))
+        rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
+            None, rows, starts, bonus, caps, calibration, arm.features, tail=reads, into=place
         )
         return DraftBatch(
             rows,
@@ -207,7 +210,7 @@ class Replay:
             caps,
             limits=limits,
             row_ids=rows.tolist(),
-            calibration=torch.tensor(arm.calibration(members)),
+            calibration=calibration,
         )
 
     def finish(self, row: int) -> None:

@@ -15,9 +15,11 @@ from test_passes import ARMS, prepared, requests
 
 from whiflash_sglang.core import PADDING, DraftBatch
 from whiflash_sglang.device.capture import doubling, graded
+from whiflash_sglang.drafters.length import CALIBRATION
 from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.models import choice as choices
+from whiflash_sglang.routing.costs import FULL_LENGTH
 
 __all__ = ["prepared"]
 
@@ -43,7 +45,7 @@ class Captured:
         self.capture()
 
     def capture(self, most: int = MOST) -> None:
-        inputs = DraftBatch.of_padding(most, torch.zeros(self.arms.width), self.table)
+        inputs = DraftBatch.of_padding(most, torch.zeros(self.arms.width), self.table, CALIBRATION)
         for arm in self.arms.by_name.values():
             arm.capture(self.recorder, inputs)
 
@@ -58,9 +60,12 @@ class Captured:
             pool[:, 0] = torch.nan  # nobody's: padding writes there, and nobody may read it
         arm._captured = None if eager else passes
         replays = self.recorder.replays
-        choice = arm.choices(placed(arm, batch_of(arm, group, most)))
+        drafts = arm.drafted(placed(arm, batch_of(arm, group, most)))
+        assert drafts.alive is not None
+        assert drafts.confidences is not None
         assert self.recorder.replays == replays + (not eager)
-        found = [*(t.clone() for t in choice), arm.kv.k[:, 1:].clone(), arm.kv.v[:, 1:].clone()]
+        parts = drafts.tokens, drafts.confidences, drafts.counts, drafts.alive
+        found = [*(t.clone() for t in parts), arm.kv.k[:, 1:].clone(), arm.kv.v[:, 1:].clone()]
         arm._captured = passes
         for pool, old in zip((arm.kv.k, arm.kv.v), before, strict=True):
             pool.copy_(old)
@@ -84,7 +89,9 @@ class Captured:
         assert replayed[0].shape == (len(lengths), most)
         assert torch.equal(replayed[0], eager[0][:, :most])
         torch.testing.assert_close(replayed[1], eager[1][:, :most])
-        torch.testing.assert_close(replayed[2:], eager[2:])
+        assert torch.equal(replayed[2], eager[2].clamp(max=most))
+        torch.testing.assert_close(replayed[3], eager[3][:, :most])
+        torch.testing.assert_close(replayed[4:], eager[4:])
 
 
 def placed(arm: PagedArm, batch: DraftBatch) -> DraftBatch:
@@ -93,15 +100,16 @@ def placed(arm: PagedArm, batch: DraftBatch) -> DraftBatch:
     if place is None:
         return batch
     parts = batch.rows, batch.starts, batch.bonus, batch.caps, batch.tail
-    for target, values, padding in zip(place, parts, (0, PADDING, 0, 0, 0), strict=True):
+    for target, values, padding in zip(place[:-1], parts, (0, PADDING, 0, 0, 0), strict=True):
         target[:size], target[size:] = values, padding
+    place.calibration.copy_(batch.calibration)
     return replace(batch, rows=place.request_slots[:size])
 
 
 def batch_of(arm: PagedArm, group: DraftBatch, most: int) -> DraftBatch:
     rows = group.rows.tolist()
     limits = [most, *[1] * (len(rows) - 1)]
-    calibration = torch.tensor(arm.calibration(rows))
+    calibration = torch.tensor(arm.calibration(rows, FULL_LENGTH))
     return replace(group, caps=torch.tensor(limits), limits=limits, row_ids=rows, calibration=calibration)
 
 
@@ -133,7 +141,7 @@ def test_a_group_that_nothing_was_captured_for_runs_as_it_is_written(captured: C
         batch_of(captured.arms.by_name["ar"], captured.group("ar", [9, 8, 7]), 3),
     )
     assert not arm.captured_for(batch)
-    assert arm.choices(batch).token.shape == (3, 3)
+    assert arm.drafted(batch).tokens.shape == (3, 3)
     assert captured.recorder.replays == 0
 
 

@@ -14,7 +14,7 @@ from test_host_reads import serve, steady
 
 SMALL: dict[str, Any] = {"max_running_requests": 5, "context_length": 96, "max_total_tokens": 1024}
 
-MOST_BETWEEN, MOST_KERNELS, MOST_GRAPHS = 5, 10, 5
+MOST_BETWEEN, MOST_KERNELS, MOST_GRAPHS = 1, 8, 5
 """Operators of torch between kernels, models and graphs; kernels of ours; and graphs, of a round with all four routes.
 
 A ratchet, to be lowered and never raised. What is brought to where the target's graph reads is not counted: with all of

@@ -24,7 +24,7 @@ class Request(NamedTuple):
 
 
 def asked(length: DraftLength, limits: list[int], worth: Worth) -> Any:
-    return Request(limits, torch.tensor(limits), torch.tensor(length.calibration()), worth)
+    return Request(limits, torch.tensor(limits), torch.tensor(length.calibration(worth)), worth)
 
 
 def chain(

@@ -166,7 +166,7 @@ def test_requests_go_on_without_it(
             e.worker.quarantine.__init__(e.worker.drafters)  # type: ignore[misc]
             e.start_over("random")
         for arm in ("ar", "diffusion"):
-            assert all(map(math.isfinite, e.worker.drafters[arm].calibration([])))
+            assert all(map(math.isfinite, e.worker.drafters[arm].calibration([], FULL_LENGTH)))
 
 
 def ask(e: Engine) -> list[list[int]]:

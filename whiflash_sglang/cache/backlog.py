@@ -234,16 +234,18 @@ class FeatureRings:
         lengths: torch.Tensor,
         bonus: torch.Tensor,
         limits: torch.Tensor,
+        calibration: torch.Tensor,
         wanted: FeatureSlice | None,
         *,
         tail: bool,
         into: PassInputs | None = None,
     ) -> PassInputs:
-        """`rows`, `lengths`, `bonus`, `limits` and feature n-1 of the requests `members` [M] int64 of a batch; None
-        takes all, without a copy.
+        """`rows`, `lengths`, `bonus`, `limits` and feature n-1 of the requests `members` [M] int64 of a batch, None
+        takes all, without a copy; and what their drafts are cut by.
 
         Args:
-            rows, lengths, bonus, limits: [B] int64 each, of the whole batch. wanted: the drafter's columns; None: all.
+            rows, lengths, bonus, limits: [B] int64 each, of the whole batch. calibration: float32. wanted: the
+                drafter's columns; None: all.
             tail: whether it reads feature n-1. into: a drafter's `place`.
         """
         chunks, width = columns_of(wanted)
@@ -254,6 +256,7 @@ class FeatureRings:
             lengths,
             bonus,
             limits,
+            calibration,
             chunks=chunks if tail else (),
             chunk_width=width,
             into=into,

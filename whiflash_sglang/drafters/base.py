@@ -41,8 +41,11 @@ class Drafter:
         """Propose tokens for requests at their `place`. KV writes at positions >= n are provisional."""
         raise NotImplementedError
 
-    def calibration(self, row_ids: Sequence[int]) -> Floats:
-        """What its drafts for the requests in `row_ids` are judged by, uploaded with the round's plan."""
+    def calibration(self, row_ids: Sequence[int], worth: Worth) -> Floats:
+        """What its drafts for the requests in `row_ids` are judged by, uploaded with the round's plan.
+
+        worth: what a further draft must bring.
+        """
         return ()
 
     def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:

@@ -101,8 +101,8 @@ class ChainArm(PagedArm):
     def draft(self, batch: DraftBatch) -> Drafts:
         # Where reading would wait for the device, at every step, or all steps are one launch, running all costs less.
         if not batch.host.exact or self.captured_for(batch) is not None:
-            choice = self.choices(batch)
-            return self.cut(choice.token, choice.confidence, batch, passes=choice.token.shape[1])
+            drafts = self.drafted(batch)
+            return drafts._replace(passes=drafts.tokens.shape[1])
         tokens, confidences = [], []
         for choice in self.chain(batch, max(batch.limits)):
             tokens.append(choice.token)

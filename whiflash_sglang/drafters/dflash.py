@@ -83,5 +83,4 @@ class DFlashArm(PagedArm):
         return requests * self.max_drafts * len(self._head.weight)
 
     def draft(self, batch: DraftBatch) -> Drafts:
-        choice = self.choices(batch)
-        return self.cut(choice.token, choice.confidence, batch)
+        return self.drafted(batch)

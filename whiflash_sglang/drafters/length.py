@@ -14,9 +14,13 @@ from whiflash_kernels import cut_drafts
 
 from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.rates import Rates
+from whiflash_sglang.routing.costs import FULL_LENGTH, Worth
 
 EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Top-1 probabilities that separate the bins of confidence."""
+
+CALIBRATION = len(EDGES) + 3
+"""Numbers that drafts are judged by: of each bin, their mean, and a row's worth."""
 
 PRIOR_WEIGHT = 8.0
 """Tokens for which a bin is believed to be calibrated as it is: as often right as it is sure."""
@@ -37,9 +41,11 @@ class DraftLength:
         self.chances = chances()
         self._edges = torch.tensor(EDGES, device=device)
 
-    def calibration(self) -> list[float]:
-        """Chance of every bin of confidence, then their mean: what a round's plan uploads."""
-        return [*self.chances.all, self.chances.mean]
+    def calibration(self, worth: Worth = FULL_LENGTH) -> list[float]:
+        """What a round's plan uploads, `CALIBRATION` numbers: the chance of every bin of confidence, their mean, and
+        what a row is worth.
+        """
+        return [*self.chances.all, self.chances.mean, worth.row]
 
     def cut(self, confidences: torch.Tensor, batch: DraftBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """How many drafts are worth their rows, of those with `confidences` [B, W] float32: counts [B] int64, and the
@@ -47,7 +53,7 @@ class DraftLength:
 
         Always the first, so that a drafter that was wrong for a while is not forgotten.
         """
-        return cut_drafts(confidences, batch.calibration, self._edges, batch.caps, worth=batch.worth.row)
+        return cut_drafts(confidences, batch.calibration, self._edges, batch.caps)
 
     def goes_on(self, confidences: Sequence[torch.Tensor], batch: DraftBatch) -> bool:
         """Whether another pass pays after drafts with these `confidences`, [B] each. Reads the device."""
@@ -58,7 +64,7 @@ class DraftLength:
             for chance, count, limit in zip(alive[:, -1].tolist(), counts.tolist(), batch.limits, strict=True)
             if count == depth < limit
         ]
-        gain = sum(growing) * float(batch.calibration[-1])
+        gain = sum(growing) * float(batch.calibration[-2])
         return bool(growing) and gain >= worth.draft + worth.row * len(growing)
 
     def observe(self, proposed: int, accepted: int, confidences: Sequence[float]) -> None:

@@ -145,7 +145,7 @@ class LookupArm(TextDrafter):
         copy = copier.look_beyond(drafts.tokens, drafts.alive[-1], room, worth.least_chance)
         return drafts.followed_by(copy.tokens, copy.alive, copy.parts[0].source) if copy.tokens else drafts
 
-    def calibration(self, row_ids: Sequence[int]) -> Floats:
+    def calibration(self, row_ids: Sequence[int], worth: Worth) -> Floats:
         """Where the device copies: how each request's copies begin, and its table of chances."""
         if not self.on_device:
             return ()

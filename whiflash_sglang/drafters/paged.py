@@ -21,6 +21,7 @@ from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.layers import Attend, AttentionShape
 from whiflash_sglang.models.packed import pack
+from whiflash_sglang.routing.costs import Worth
 
 LOGIT_BYTES = 2.5
 """Bytes that choosing takes at its peak for one logit of 16 bits on a GPU, itself included: most of what a pass takes.
@@ -42,7 +43,7 @@ class PagedArm(KVDrafter):
     def __init__(self, layers: int, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
         self._layers, self._shape, self._dtype, self._device = layers, shape, dtype, device
         self.length = DraftLength(device)
-        self._captured: dict[int, CapturedPass[Choice]] | None = None
+        self._captured: dict[int, CapturedPass[Drafts]] | None = None
         self._inputs: DraftBatch
 
     @abstractmethod
@@ -65,8 +66,9 @@ class PagedArm(KVDrafter):
             for length in reversed(self.lengths)
         }
 
-    def _of_first(self, length: int, size: int) -> Choice:
-        return self.whole(self._inputs.first(size), length)
+    def _of_first(self, length: int, size: int) -> Drafts:
+        inputs = self._inputs.first(size)
+        return self.cut(*self.whole(inputs, length), inputs)
 
     def place(self, requests: int) -> PassInputs | None:
         if self._captured is None:
@@ -81,7 +83,7 @@ class PagedArm(KVDrafter):
     def captured_bytes(self, requests: int) -> int:
         return int(self.logits_at_once(requests) * LOGIT_BYTES)
 
-    def captured_for(self, batch: DraftBatch) -> CapturedPass[Choice] | None:
+    def captured_for(self, batch: DraftBatch) -> CapturedPass[Drafts] | None:
         """The shortest pass that was captured for so many requests and drafts, if one was."""
         if self._captured is None:
             return None
@@ -89,14 +91,17 @@ class PagedArm(KVDrafter):
         captured = self._captured[min(length for length in self.lengths if length >= wanted)]
         return None if captured.size_for(len(batch)) is None else captured
 
-    def choices(self, batch: DraftBatch) -> Choice:
-        """`whole` for a batch, replayed where it was captured: then it is good until the next replay."""
+    def drafted(self, batch: DraftBatch) -> Drafts:
+        """`whole` for a batch, and cut; replayed where it was captured: then it is good until the next replay."""
         wanted, size, captured = max(batch.limits), len(batch), self.captured_for(batch)
         if captured is None:
-            return self.whole(batch, wanted)
+            return self.cut(*self.whole(batch, wanted), batch)
         assert batch.rows.data_ptr() == self._inputs.rows.data_ptr(), "a captured pass reads its own place"
-        choice = captured.replay(size)
-        return Choice(choice.token[:size, :wanted], choice.confidence[:size, :wanted])
+        tokens, counts, alive, confidences, *_ = captured.replay(size)
+        assert alive is not None
+        assert confidences is not None
+        first = slice(size), slice(wanted)
+        return Drafts(tokens[first], counts[:size], alive[first], confidences[first])
 
     def kv_bytes_per_token(self) -> int:
         """Bytes its KV adds to one target slot."""
@@ -107,9 +112,9 @@ class PagedArm(KVDrafter):
         shape = self._shape
         self.kv = DraftKV(self._layers, slots, shape.kv_heads, shape.head_dim, self._dtype, self._device)
 
-    def calibration(self, row_ids: Sequence[int]) -> Sequence[float]:
-        """Chances of acceptance per bin of confidence, and their mean."""
-        return self.length.calibration()
+    def calibration(self, row_ids: Sequence[int], worth: Worth) -> Sequence[float]:
+        """As of `DraftLength`."""
+        return self.length.calibration(worth)
 
     def cut(
         self, tokens: torch.Tensor, confidences: torch.Tensor, batch: DraftBatch, *, passes: int = 1

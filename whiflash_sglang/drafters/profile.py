@@ -9,7 +9,7 @@ from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.device.transfers import EXACT, HostView
 from whiflash_sglang.drafters.base import KVDrafter
-from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
 
 BATCHES = (1, 2, 4, 8)
 CONTEXT = 32
@@ -61,8 +61,10 @@ def idle_batch(
     starts, caps = torch.full_like(rows, CONTEXT), torch.full_like(rows, drafter.max_drafts)
     bonus = torch.zeros_like(rows)
     reads_tail, place = drafter.tail_width > 0, drafter.place(size)
-    rows, starts, bonus, caps, tail = rings.inputs(
-        None, rows, starts, bonus, caps, drafter.features, tail=reads_tail, into=place
+    values = drafter.calibration(range(size), FULL_LENGTH)
+    calibration = torch.tensor(values, dtype=torch.float32, device=rows.device)
+    rows, starts, bonus, caps, tail, calibration = rings.inputs(
+        None, rows, starts, bonus, caps, calibration, drafter.features, tail=reads_tail, into=place
     )
     return DraftBatch(
         rows,
@@ -74,7 +76,7 @@ def idle_batch(
         caps,
         limits=[drafter.max_drafts] * size,
         row_ids=range(size),
-        calibration=torch.tensor(drafter.calibration(range(size)), dtype=torch.float32, device=rows.device),
+        calibration=calibration,
         host=host,
     )
 

@@ -18,6 +18,7 @@ from whiflash_sglang.core import Due
 from whiflash_sglang.device.capture import CapturedPass, Recorder, doubling
 from whiflash_sglang.device.transfers import Ints, Upload
 from whiflash_sglang.drafters.base import Drafter, with_kv
+from whiflash_sglang.drafters.length import CALIBRATION
 from whiflash_sglang.round.quarantine import Quarantine
 
 FEWEST_ROWS = 4
@@ -72,7 +73,8 @@ class DraftSync:
         tails = sum(drafter.tail_width for drafter in self._drafters.values())
         # Four of a draft, a catch-up's rows, and where each arm begins and ends.
         numbers = 5 + 2 * len(self.arms)
-        return requests * (numbers * torch.int64.itemsize + tails * self._dtype.itemsize)
+        each = numbers * torch.int64.itemsize + tails * self._dtype.itemsize
+        return requests * each + CALIBRATION * torch.float32.itemsize
 
     def allocate(self, slot_table: torch.Tensor) -> None:
         """Allocate one ring per row of `slot_table` [rows, ctx] int32 (request row and position → KV slot)."""

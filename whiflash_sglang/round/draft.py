@@ -14,7 +14,7 @@ from whiflash_sglang.core import DraftBatch, Round
 from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
 from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.drafters.base import Drafter, padded, widest_of, with_kv
-from whiflash_sglang.drafters.length import EDGES
+from whiflash_sglang.drafters.length import CALIBRATION, EDGES
 from whiflash_sglang.lookup.calibration import BUCKETS
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
@@ -70,7 +70,8 @@ class DraftStage:
         )
         if recorder is None:
             return
-        inputs = DraftBatch.of_padding(requests, self.sync.rings.rings.features, self.slot_table)
+        features = self.sync.rings.rings.features
+        inputs = DraftBatch.of_padding(requests, features, self.slot_table, CALIBRATION)
         for drafter in kv:
             drafter.capture(recorder, inputs)
         self.sync.capture(recorder, requests, requests * (widest_of(self.drafters) + 1))
@@ -191,12 +192,13 @@ class DraftStage:
     def _batch(self, round: Round, arm: str, members: Sequence[int]) -> DraftBatch:
         """The requests that `arm` drafts for: `members` of the batch."""
         drafter, caps = self.drafters[arm], round.on_device["limit", "pass"]
-        rows, starts, bonus, caps, tail = self.sync.rings.inputs(
+        rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
             _index(round, arm, members) if len(members) < len(round) else None,
             round.rows,
             round.starts,
             round.bonus,
             caps,
+            round.on_device["calibration", arm],
             drafter.features,
             tail=drafter.tail_width > 0,
             into=drafter.place(len(members)),
@@ -211,7 +213,7 @@ class DraftStage:
             caps=caps,
             limits=[round.limits["pass"][i] for i in members],
             row_ids=[round.row_ids[i] for i in members],
-            calibration=round.on_device["calibration", arm],
+            calibration=calibration,
             worth=round.worth[arm],
             host=self.host,
         )

@@ -144,7 +144,7 @@ class Planner:
         for arm, drafter in self.drafters.items():
             if (arm in round.routes or arm in self.sources.on_device) and arm not in self.quarantine:
                 with self.quarantine.guard(arm):
-                    by_arm[arm] = drafter.calibration(round.row_ids)
+                    by_arm[arm] = drafter.calibration(round.row_ids, round.worth[arm])
         return by_arm
 
     def _askable(self, round: Round, index: int) -> list[str]:

@@ -16,7 +16,7 @@ RIVALS = 128
 """Chances of the batch that a request's own are compared with at a time."""
 
 
-@triton.jit(do_not_specialize=["width", "row_stride"], do_not_specialize_on_alignment=["calibration"])
+@triton.jit(do_not_specialize=["bins", "width", "row_stride"], do_not_specialize_on_alignment=["calibration"])
 def _cut_kernel(
     confidences,
     calibration,
@@ -24,7 +24,7 @@ def _cut_kernel(
     limits,
     counts,
     alive,
-    worth,
+    bins,
     width,
     row_stride,
     EDGES: tl.constexpr,
@@ -38,6 +38,7 @@ def _cut_kernel(
     for i in tl.static_range(EDGES):
         place += (tl.load(edges + i) <= sure).to(tl.int32)
     chance = tl.load(calibration + place, mask=inside, other=0.0)
+    worth = tl.load(calibration + bins - 1)
     # In order, so that whatever is compared with `worth` is what torch would compare.
     running = tl.sum(tl.where(column == 0, chance, 0.0), axis=0)
     lives = tl.where(column == 0, running, 0.0)
@@ -50,7 +51,7 @@ def _cut_kernel(
 
 
 def cut_drafts(
-    confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor, *, worth: float
+    confidences: Tensor, calibration: Tensor, edges: Tensor, limits: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See `whiflash_kernels.drafts.cut_drafts`."""
     members, width = confidences.shape
@@ -65,7 +66,7 @@ def cut_drafts(
             limits.contiguous(),
             counts,
             alive,
-            float(worth),
+            calibration.shape[0],
             width,
             confidences.stride(0),
             EDGES=edges.shape[0],

@@ -15,7 +15,7 @@ from whiflash_kernels.triton_kernels.launch import power_of_two
 COLUMNS = 2048
 
 
-@triton.jit(do_not_specialize=["count", "padding"])
+@triton.jit(do_not_specialize=["count", "padding", "bins"], do_not_specialize_on_alignment=["calibration"])
 def _inputs_kernel(
     ring,
     members,
@@ -23,11 +23,13 @@ def _inputs_kernel(
     seq_lens,
     bonus,
     limits,
+    calibration,
     out_slots,
     out_lens,
     out_bonus,
     out_limits,
     tail,
+    out_calibration,
     capacity,
     chunk_width,
     blocks_per_chunk,
@@ -35,6 +37,8 @@ def _inputs_kernel(
     position_stride,
     count,
     padding,
+    bins,
+    BINS: tl.constexpr,
     HAS_MEMBERS: tl.constexpr,
     STORES: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -52,6 +56,10 @@ def _inputs_kernel(
         tl.store(out_lens + member, tl.where(known, length, padding))
         tl.store(out_bonus + member, tl.load(bonus + request, mask=known, other=0).to(tl.int64))
         tl.store(out_limits + member, tl.load(limits + request, mask=known, other=0).to(tl.int64))
+    if BINS > 0:
+        place = tl.arange(0, BINS)
+        once = (place < bins) & (member == 0) & (tl.program_id(1) == 0)
+        tl.store(out_calibration + place, tl.load(calibration + place, mask=once), mask=once)
     if len(CHUNKS) > 0:
         chunk = tl.program_id(1) // blocks_per_chunk
         column = tl.program_id(1) % blocks_per_chunk * COLUMNS + tl.arange(0, COLUMNS)
@@ -72,6 +80,7 @@ def draft_inputs(
     seq_lens: Tensor,
     bonus: Tensor,
     limits: Tensor,
+    calibration: Tensor,
     *,
     chunks: Sequence[int] | None = None,
     chunk_width: int = 0,
@@ -91,7 +100,7 @@ def draft_inputs(
             else [torch.empty(count, dtype=torch.int64, device=device) for _ in range(4)]
         )
         tail = torch.empty(count, len(chunks) * chunk_width, dtype=rings.features.dtype, device=device)
-        inputs = PassInputs(*numbers, tail)
+        inputs = PassInputs._make([*numbers, tail, calibration])
     requests, stores = len(inputs.bonus), members is not None or into is not None
     columns = min(COLUMNS, power_of_two(chunk_width))
     blocks_per_chunk = triton.cdiv(chunk_width, columns)
@@ -100,6 +109,7 @@ def draft_inputs(
             rings.features,
             batch[0] if members is None else members.contiguous(),
             *batch,
+            calibration,
             *inputs,
             rings.capacity,
             chunk_width,
@@ -108,13 +118,17 @@ def draft_inputs(
             rings.features.stride(1),
             count,
             padding,
+            len(calibration),
+            BINS=0 if into is None else power_of_two(len(calibration)),
             HAS_MEMBERS=members is not None,
             STORES=stores,
             CHUNKS=tuple(chunks),
             COLUMNS=columns,
             num_warps=4,
         )
-    return inputs if into is None else PassInputs(*(target[:count] for target in into))
+    if into is None:
+        return inputs
+    return PassInputs._make([*(target[:count] for target in into[:-1]), into.calibration])
 
 
 @triton.jit(do_not_specialize=["offset", "width", "fill"])
