@@ -7,7 +7,8 @@ milliseconds of one process.
 
 With `--agents` requests are an agent's, and the structure arm looks, too: each has twenty tools in its prompt, writes
 a line of prose and a call in turn, half of them as JSON and half in markup, and shares a tenant's memory; of three one
-is under a grammar.
+is under a grammar. A round commits what a candidate of the host has right, and one token more; printed is also how many
+these are.
 """
 
 import argparse
@@ -26,10 +27,11 @@ from transformers import AutoTokenizer
 from whiflash_sdk.presets import TOOL_CALL_PARSERS
 
 from whiflash_sglang import arms
+from whiflash_sglang.candidates import common_prefix
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
 from whiflash_sglang.core import Round
 from whiflash_sglang.device.transfers import HostView
-from whiflash_sglang.drafters.base import Drafter, KVDrafter, of_text
+from whiflash_sglang.drafters.base import Drafter, KVDrafter, of_text, widest_of
 from whiflash_sglang.drafters.length import DraftLength
 from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.drafters.structure import StructureArm
@@ -78,6 +80,7 @@ class Batch:
 
     def __init__(self, size: int, seed: int = 0) -> None:
         host, self.random, self.size = HostView(exact=False, late=True), random.Random(seed), size
+        self.rounds = self.tokens = 0
         spending = Spending()
         self.drafters: dict[str, Drafter] = {
             arms.AR: Silent(arms.AR, 5),
@@ -145,7 +148,7 @@ class Batch:
         self.planner.plan(round)
         spent = time.process_time() - began
         round.bounded = True
-        results = self._results(lengths)
+        results = self._results(round, lengths)
         began = time.process_time()
         tokens = self.learner.learn(round, results)
         self.learner.timed(RoundTime(4 * self.size, self.size, tokens=NEW * self.size, seconds=0.01))
@@ -154,11 +157,16 @@ class Batch:
             self._committed(req, new)
         return spent
 
-    def _results(self, lengths: list[int]) -> dict[str, list[Any]]:
-        """The results of such a round: three drafts each, one of them right."""
+    def _brought(self, round: Round, index: int) -> int:
+        """Tokens that the round commits of a request."""
+        return NEW
+
+    def _results(self, round: Round, lengths: list[int]) -> dict[str, list[Any]]:
+        """The results of such a round: three drafts each."""
         many = self.size
         copies = [self._following(req, COPIED) for req in self.requests]
-        new = [copy[:NEW] for copy in copies]
+        new = [copy[: self._brought(round, index)] for index, copy in enumerate(copies)]
+        self.rounds, self.tokens = self.rounds + 1, self.tokens + sum(map(len, new))
         return {
             "starts": lengths,
             "widths": [4] * many,
@@ -167,7 +175,7 @@ class Batch:
             "drafted": [3] * many,
             "source": [0] * many,
             "tokens": new,
-            "accept_lens": [NEW] * many,
+            "accept_lens": [len(run) for run in new],
             "confidences": [[0.7, 0.5, 0.4]] * many,
             "faults": [0] * many,
             "wanted": [3] * many,
@@ -297,6 +305,14 @@ class Agents(Batch):
         at = len(req.output_ids)
         return list(req.answer[at : at + count])
 
+    def _brought(self, round: Round, index: int) -> int:
+        req, most = self.requests[index], widest_of(self.drafters)
+        right = [0]
+        for each in round.candidates[index].values():
+            at = each.at - len(req.origin_input_ids)
+            right.append(common_prefix(each.tokens[:most], req.answer[at : at + most]))
+        return 1 + max(right)
+
     def _committed(self, req: Any, tokens: list[int]) -> None:
         super()._committed(req, tokens)
         if req.grammar is not None:
@@ -313,8 +329,13 @@ def main() -> None:
     given = parser.parse_args()
     for size in given.requests:
         batch = (Agents if given.agents else Batch)(size)
-        spent = median(batch.round() for _ in range(given.rounds))
-        print(f"{size:4d} requests: {1000 * spent:.2f} ms to plan and learn a round", flush=True)
+        spent = [batch.round() for _ in range(given.rounds)]
+        brought = batch.tokens / batch.rounds / size
+        print(
+            f"{size:4d} requests: {1000 * median(spent):.2f} ms to plan and learn a round, {1000 * min(spent):.2f} at "
+            f"least; {brought:.2f} tokens a request",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
