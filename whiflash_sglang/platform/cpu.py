@@ -118,6 +118,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         if chosen(server_args, "swa_full_tokens_ratio") is None:
             # Windows are masks over one pool, which every layer reads by the request table's own slots.
             server_args.disable_hybrid_swa_memory = True
+        if server_args.lora_backend == "csgmv":  # SGLang's default, which needs Triton
+            server_args.lora_backend = "torch_native"
         if server_args.moe_runner_backend == "auto":
             # This selects the layout of the experts' weights, as torch functions take it, not what runs.
             server_args.moe_runner_backend = "triton"

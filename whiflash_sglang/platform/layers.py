@@ -197,15 +197,14 @@ def _is_plain(layer: nn.Module) -> bool:
     parts: Any = layer
     if (type(layer), type(parts.self_attn), type(parts.mlp)) not in own or get_parallel().tp_size > 1:
         return False
-    found = list(layer.modules())
-    products = [part for part in found if isinstance(part, linears.LinearBase)]
+    attention, mlp = parts.self_attn, parts.mlp
+    products = [attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
     whole = (linears.QKVParallelLinear, linears.RowParallelLinear, linears.MergedColumnParallelLinear)
     return (
-        len(products) == 4
-        and all(type(part) in whole and not part.skip_bias_add for part in products)
+        all(type(part) in whole and not part.skip_bias_add for part in products)  # adapters wrap them
         and all(type(part.quant_method) is UnquantizedLinearMethod for part in products)
-        and type(parts.self_attn.attn) is RadixAttention
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in found)
+        and type(attention.attn) is RadixAttention
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
     )
 
 

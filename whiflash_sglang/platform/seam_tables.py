@@ -66,6 +66,9 @@ EARLY_SEAMS: tuple[Seam, ...] = (
 """What is asked while the arguments are read, in the launcher's process too; put in place by
 :func:`install_early_seams`."""
 
+PINNING = ("sglang.srt.lora.layers", "sglang.srt.lora.backend.torch_backend")
+"""Modules that ask torch for pinned tensors, for the target's adapters."""
+
 _NAMES: tuple[Seam, ...] = (
     Seam(_CONV, "causal_conv1d_fn", recurrent.causal_conv1d_fn),
     Seam(_CONV, "causal_conv1d_update", recurrent.causal_conv1d_update),

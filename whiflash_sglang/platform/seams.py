@@ -28,7 +28,14 @@ from typing import Any
 import torch
 
 from whiflash_sglang.compat.patching import Finding, replace, upstreams
-from whiflash_sglang.platform.seam_tables import EARLY_SEAMS, MODEL_SEAMS, MODULE_SEAMS, SEAMS, Seam
+from whiflash_sglang.platform.seam_tables import (
+    EARLY_SEAMS,
+    MODEL_SEAMS,
+    MODULE_SEAMS,
+    PINNING,
+    SEAMS,
+    Seam,
+)
 
 
 def install_early_seams() -> None:
@@ -146,3 +153,16 @@ def _install_pin_memory() -> None:
         return upstream(self, *device) if torch.cuda.is_available() else self
 
     torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign,assignment]
+    for name in PINNING:
+        module = importlib.import_module(name)
+        vars(module)["torch"] = Unpinned(torch.__name__)
+
+
+class Unpinned(ModuleType):
+    """torch, whose functions make no pinned tensors unless there is an accelerator."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name not in ("tensor", "zeros") or torch.cuda.is_available():
+            return found
+        return lambda *args, pin_memory=False, **named: found(*args, **named)
