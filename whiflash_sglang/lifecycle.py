@@ -13,7 +13,7 @@ from whiflash_sglang.core import SampleHook
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.drafters.base import Drafter, of_text
 from whiflash_sglang.learn.samples import Spool
-from whiflash_sglang.lookup.memory import handle_of, tenant_of
+from whiflash_sglang.lookup.memory import Tenant, handle_of, tenant_of
 from whiflash_sglang.metrics import Publisher
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
@@ -93,7 +93,7 @@ class Lifecycle:
         # With output it was retracted: what its row still holds may date from before an earlier retraction.
         if not req.output_ids and self._controller.holds(row, req.rid):
             return
-        hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
+        hints, tenant = _hints_of(req), _tenant_of(req)
         if not req.retracted_stain:
             self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
         predicted = self._predicted(req)
@@ -105,7 +105,7 @@ class Lifecycle:
                 with self._quarantine.guard(arm, req.rid):
                     drafter.begin(row, hints, tenant, predicted, grammar_of(req), len(req.origin_input_ids))
         recording = recording_of(req, hints.trace, self._sample_rate)
-        self._controller.open(row, req.rid, hints, req.output_ids, recording)
+        self._controller.open(row, req.rid, hints, req.output_ids, recording, adapter=req.lora_id)
         self._tokens.begin(upload, row, req.origin_input_ids, req.output_ids)
         self._stops.begin(upload, row, sampling.ending_ids(req))
         self._sampling_rows.begin(upload, row, sampling.parameters(req))
@@ -199,11 +199,17 @@ def _hints_of(req: Any) -> RequestHints:
         return MALFORMED
 
 
+def _tenant_of(req: Any) -> Tenant | None:
+    """Who shares text with the request, by its caller's keys: SGLang appends the adapter's id to one of them."""
+    return tenant_of((req.extra_key or "").removesuffix(req.lora_id or ""), req.cache_salt)
+
+
 def _consent_of(req: Any) -> tuple[bool, Sequence[int]]:
     """Whether a request may be learned from, and the handles that it is forgotten by.
 
-    `lookup: context` says that nothing is to be kept, and of a malformed hint nobody knows what it says.
+    `lookup: context` says that nothing is to be kept, and of a malformed hint nobody knows what it says. What an
+    adapter writes would teach drafters that serve every adapter.
     """
-    hints, tenant = _hints_of(req), tenant_of(req.extra_key, req.cache_salt)
-    agrees = hints is not MALFORMED and hints.learn and hints.lookup == "memory"
+    hints, tenant = _hints_of(req), _tenant_of(req)
+    agrees = hints is not MALFORMED and hints.learn and hints.lookup == "memory" and req.lora_id is None
     return agrees, () if tenant is None else (handle_of(tenant),)

@@ -11,7 +11,9 @@ from whiflash_sdk.hints import Span
 
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import MeasuredCosts
-from whiflash_sglang.routing.policies import AutoPolicy
+from whiflash_sglang.routing.estimate import AcceptanceEstimator
+from whiflash_sglang.routing.policies import MOST_ADAPTERS, AutoPolicy
+from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.spans.hints import RequestHints
 
 WIDTHS = {"ar": 6, "diffusion": 8, "none": 1}
@@ -44,8 +46,14 @@ class Server:
         self.controller = Controller(AutoPolicy(), self.costs, [b"a"])
         self.text: dict[int, Mapping[str, int]] = {}
 
-    def open(self, row: int, hints: RequestHints = FREE, text: Mapping[str, int] = GOOD) -> None:
-        self.controller.open(row, f"r{row}", hints, [0])
+    def open(
+        self,
+        row: int,
+        hints: RequestHints = FREE,
+        text: Mapping[str, int] = GOOD,
+        adapter: str | None = None,
+    ) -> None:
+        self.controller.open(row, f"r{row}", hints, [0], adapter=adapter)
         self.text[row] = text
 
     def close(self, row: int) -> None:
@@ -181,3 +189,65 @@ def test_requests_go_back_after_a_probe_of_an_arm_that_is_no_better(monkeypatch:
         server.round(range(16))
     used = [set(server.round(range(16)).values()) for _ in range(400)]
     assert sum(len(arms) > 1 for arms in used) < 8
+
+
+def test_an_adapter_teaches_another_nothing() -> None:
+    """Rounds of one in which EAGLE-3 is always right move neither the target's routes nor another adapter's."""
+    taught, untouched = Server(), Server()
+    taught.open(3, FREE, {"ar": 6}, adapter="one")
+    for _ in range(300):
+        taught.round([3])
+    taught.close(3)
+    for adapter in (None, "two"):
+        routes = []
+        for server in (taught, untouched):
+            server.open(0, adapter=adapter)
+            routes.append([server.round([0])[0] for _ in range(200)])
+            server.close(0)
+        assert routes[0] == routes[1]
+    taught.open(4, FREE, {"ar": 6}, adapter="one")
+    assert [taught.round([4])[4] for _ in range(20)].count("ar") >= 19, "what it has learned itself it knows"
+
+
+def test_an_adapter_begins_with_what_the_target_has_taught() -> None:
+    server = Server()
+    server.open(0)
+    for _ in range(200):
+        server.round([0])
+    server.open(1, adapter="new")
+    assert [server.round([1])[1] for _ in range(4)] == ["diffusion"] * 4
+    policy = server.controller.policy
+    assert isinstance(policy, AutoPolicy)
+    taught, new = policy.estimator, AcceptanceEstimator(policy.estimator)
+    for context in (Signals(frozenset(GOOD)), Signals(frozenset(GOOD), entropy=0.3)):
+        for arm in GOOD:
+            assert new.expect(arm, context) == pytest.approx(taught.expect(arm, context))
+    before = taught.expect("ar", context)
+    for _ in range(100):
+        new.observe("ar", context, 4)
+    assert new.expect("ar", context) == pytest.approx(4, abs=0.2)
+    assert taught.expect("ar", context) == before
+
+
+def test_adapters_that_nobody_uses_are_forgotten() -> None:
+    server = Server()
+    for number in range(3 * MOST_ADAPTERS):
+        for adapter in ("used", f"once {number}"):
+            server.open(0, adapter=adapter)
+            server.round([0])
+            server.close(0)
+    policy = server.controller.policy
+    assert isinstance(policy, AutoPolicy)
+    assert len(policy._adapters) == MOST_ADAPTERS
+    assert "used" in policy._adapters
+
+
+def test_each_adapter_of_a_batch_tries_its_arms() -> None:
+    server = Server()
+    for row, adapter in enumerate((None, "one", "two")):
+        server.open(row, FREE, {"ar": 3, "diffusion": 5}, adapter=adapter)
+    tried: dict[int, set[str]] = {row: set() for row in range(3)}
+    for _ in range(60):
+        for row, arm in server.round([0, 1, 2]).items():
+            tried[row].add(arm)
+    assert all(arms >= {"ar", "diffusion"} for arms in tried.values()), tried

@@ -39,9 +39,14 @@ class Controller:
         hints: RequestHints,
         output: Sequence[int],
         recording: Recording | None = None,
+        *,
+        adapter: str | None = None,
     ) -> None:
-        """A request begins in `row`, with the `output` it had before a retraction, and its trace if it has one."""
-        state = self.states[row] = RequestState(rid, hints, row, recording=recording)
+        """A request begins in `row`, with the `output` it had before a retraction, and its trace if it has one.
+
+        adapter: as of `Signals`.
+        """
+        state = self.states[row] = RequestState(rid, hints, row, recording=recording, adapter=adapter)
         if hints.spans and self._token_bytes:
             state.tracker = SpanTracker(hints.spans, self._token_bytes)
             state.tracker.push(output)

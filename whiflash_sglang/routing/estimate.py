@@ -53,15 +53,19 @@ def context_of(signals: Signals) -> Context:
 
 
 class AcceptanceEstimator:
-    """Mean acceptance length (bonus token included) per arm, per arm and context, with a weak prior."""
+    """Mean acceptance length (bonus token included) per arm, per arm and context, with a weak prior.
 
-    def __init__(self) -> None:
+    base: means that take the prior's place, of the target whose adapter writes the text.
+    """
+
+    def __init__(self, base: "AcceptanceEstimator | None" = None) -> None:
+        self._base = base
         self._by_arm: defaultdict[str, Mean] = defaultdict(Mean)
         self._by_context: defaultdict[tuple[str, Context], Mean] = defaultdict(Mean)
         self._levels: dict[str, tuple[Mean, Mean]] = {}
         """Per arm, drafts that were accepted and those that the router predicted."""
-        self._shared: dict[tuple[str, Context], float] = {}
-        """What all requests' rounds say, of what was asked since the last one was seen."""
+        self._shared: dict[tuple[AcceptanceEstimator, str, Context], float] = base._shared if base else {}
+        """What all requests' rounds say, of what was asked since the last one was seen; of all adapters' together."""
 
     def observe(self, arm: str, signals: Signals, length: int) -> None:
         """A round of `arm`, decided on `signals`, committed `length` tokens."""
@@ -81,7 +85,8 @@ class AcceptanceEstimator:
 
     def usual(self, arm: str) -> float:
         """Acceptance length of `arm` in all contexts together."""
-        return self._shrunk(self._by_arm.get(arm), PRIOR_LENGTH, PRIOR_WEIGHT)
+        prior = self._base.usual(arm) if self._base else PRIOR_LENGTH
+        return self._shrunk(self._by_arm.get(arm), prior, PRIOR_WEIGHT)
 
     def expect(self, arm: str, signals: Signals) -> float:
         """Expected acceptance length of the request's next round with `arm`."""
@@ -96,15 +101,19 @@ class AcceptanceEstimator:
 
     def _believed(self, arm: str, context: Context) -> float:
         """Acceptance length of `arm` in this context."""
-        key = arm, context
+        key = self, arm, context
         if key not in self._shared:
-            self._shared[key] = self._shrunk(self._by_context.get(key), self.usual(arm), 4.0)
+            usual = self.usual(arm)
+            if self._base:
+                usual = max(self._base._believed(arm, context) + usual - self._base.usual(arm), 1.0)
+            self._shared[key] = self._shrunk(self._by_context.get((arm, context)), usual, 4.0)
         return self._shared[key]
 
     def _level(self, arm: str) -> float:
         """Accepted over predicted drafts: a router predicts drafts of full length, and text like its training's."""
         accepted, predicted = self._levels.get(arm, (Mean(), Mean()))
-        return min((accepted.total + LEVEL_PRIOR) / (predicted.total + LEVEL_PRIOR), LEVEL_LIMIT)
+        prior = LEVEL_PRIOR * (self._base._level(arm) if self._base else 1.0)
+        return min((accepted.total + prior) / (predicted.total + LEVEL_PRIOR), LEVEL_LIMIT)
 
     @staticmethod
     def _shrunk(mean: Mean | None, towards: float, weight: float) -> float:

@@ -4,7 +4,7 @@ A policy judges one request and knows nothing of the batch; `assign` turns the s
 """
 
 import random
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,6 +23,9 @@ FIRST_PROBE = 4
 
 HOPELESS = 0.25
 """Accepted drafts a round: an arm with fewer than one is tried the more seldom, down to what this many earn."""
+
+MOST_ADAPTERS = 64
+"""Adapters whose means are kept; beyond, those of the one that nobody has used for longest are dropped."""
 
 MOST_TOGETHER = 16
 """Requests that probe an arm in one round, at most: more would be forgotten (`estimate.MEMORY`) before it is known."""
@@ -205,7 +208,7 @@ class EntropyPolicy(Blind):
 
 
 class AutoPolicy:
-    """Expected accepted tokens of every arm, from what it says of itself or from running means.
+    """Expected accepted tokens of every arm, from what it says of itself or from running means, of each adapter apart.
 
     Good without calibration: a weak prior, shared means per context, and the request's own recent rounds. An arm that
     is not chosen and says nothing of itself is probed now and then (`Probes`). If a router with heads is loaded
@@ -222,21 +225,39 @@ class AutoPolicy:
         self.needs = frozenset({"delta"} if heads else {"entropy"} if passes else ())
         self.estimator = AcceptanceEstimator()
         self._probes = Probes(self.estimator)
+        self._adapters: OrderedDict[str, tuple[AcceptanceEstimator, Probes]] = OrderedDict()
 
     def score(self, signals: Signals) -> Scores:
         return {**{arm: self._expect(arm, signals) for arm in sorted(signals.allowed)}, arms.NONE: 1.0}
 
     def probe(self, teachers: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
-        return self._probes.choose(teachers, timings)
+        adapters = {signals.adapter for signals in teachers if signals is not None}
+        for adapter in [None, *sorted(adapters - {None}, key=str)]:
+            its = [each if each is not None and each.adapter == adapter else None for each in teachers]
+            if probes := self._known(adapter)[1].choose(its, timings):
+                return probes  # the others wait for the next round
+        return {}
 
     def observe(self, arm: str, signals: Signals, length: int) -> None:
         if arm != arms.NONE and arm not in signals.expected:
-            self.estimator.observe(arm, signals, length)
+            self._known(signals.adapter)[0].observe(arm, signals, length)
 
     def _expect(self, arm: str, signals: Signals) -> float:
         if arm in signals.expected:
             return signals.expected[arm].length
-        return self.estimator.expect(arm, signals)
+        return self._known(signals.adapter)[0].expect(arm, signals)
+
+    def _known(self, adapter: str | None) -> tuple[AcceptanceEstimator, Probes]:
+        """What the rounds of an adapter, or of none, have taught; a new one begins with what the target's have."""
+        if adapter is None:
+            return self.estimator, self._probes
+        if adapter not in self._adapters:
+            estimator = AcceptanceEstimator(self.estimator)
+            self._adapters[adapter] = estimator, Probes(estimator)
+            if len(self._adapters) > MOST_ADAPTERS:
+                self._adapters.popitem(last=False)
+        self._adapters.move_to_end(adapter)
+        return self._adapters[adapter]
 
 
 PREFERENCE = 1.0

@@ -23,7 +23,7 @@ RECENT_ROUNDS = 8.0
 class RequestState:
     """Host-side state of a request, from its prefill to its end. row: of the request table.
 
-    entropy, delta, predicted: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
+    entropy, delta, predicted, adapter: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
     None outside spans, since what an arm accepts in prose says little of tool calls. rounds, tried, last: see
     `Signals`. decision: signals of the newest round, with what was decided. under_way: rows, at most, of each round
     whose results are not known yet. recording: of a request that asked for its trace. counts: of its rounds, by the arm
@@ -49,6 +49,7 @@ class RequestState:
     under_way: list[int] = field(default_factory=list)
     recording: Recording | None = None
     counts: dict[str, ArmCounts] = field(default_factory=dict)
+    adapter: str | None = None
     begun: bool = False
 
     @property
@@ -73,6 +74,7 @@ class RequestState:
             last=self.last,
             previous=self.previous,
             dwell=self.dwell,
+            adapter=self.adapter,
         )
 
     def score(self, policy: Policy, forecast: Mapping[str, Forecast | None]) -> Scores:

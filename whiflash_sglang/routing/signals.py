@@ -44,6 +44,7 @@ class Signals:
         last one of them; arms that it was never routed to are absent.
     previous: the arm of the request's last round, None before the first. dwell: rounds since it was chosen.
     allowed: arms that may draft for this request.
+    adapter: id of the target's adapter (LoRA) that writes its text; None: the target itself does.
 
     Decided, in place when the round is routed: reason: why it was routed as it was (`apply_hints`). only: the one draft
         source whose candidates may be verified, or `none`; None: all. promised: whether a round without a pass is
@@ -63,6 +64,7 @@ class Signals:
     last: Mapping[str, int] = field(default_factory=dict)
     previous: str | None = None
     dwell: int = 0
+    adapter: str | None = None
     reason: str = "score"
     only: str | None = None
     promised: bool = False
