@@ -70,8 +70,10 @@ def test_flags_of_other_algorithms_are_replaced() -> None:
         ({"--pp-size": ""}, ["pp_size"]),  # a variable
         ({"--pp-size": "1"}, []),
         ({"enable-lora": "false"}, []),
-        ({"enable-lora": "True"}, ["lora"]),
-        ({"lora-paths": ["one=a", "two=b"]}, ["lora"]),
+        ({"enable-lora": "True"}, ["lora_backend"]),
+        ({"lora-paths": ["one=a", "two=b"]}, ["lora_backend"]),
+        ({"lora-paths": ["one=a", "two=b"], "lora-backend": "triton"}, []),
+        ({"lora-paths": ["one=a"], "device": "cpu"}, []),
         ({"enable-dp-attention": ""}, []),  # of one rank
         ({"enable-dp-attention": "", "dp": ""}, ["attn_dp_size"]),
         ({"attention-backend": ""}, []),

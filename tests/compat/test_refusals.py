@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.arg_groups import lora_hook
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 from sglang.srt.server_args import ServerArgs
 
+from whiflash_sglang.compat import patching
 from whiflash_sglang.compat.launch import arguments as launches
 from whiflash_sglang.compat.launch.arguments import Launch, choose_for_cuda
 from whiflash_sglang.compat.launch.refusals import REFUSALS, refusal_of, refusals_of
@@ -265,7 +267,7 @@ enable_attn_tp_input_scattered enable_layernorm_sp smg_grpc_mode grpc_mode use_r
 enable_lmcache enable_flexkv enable_unified_cache_external_linker enable_hisparse enable_unified_memory
 enable_page_major_kv_layout enable_memory_saver enable_linear_replayssm enable_linear_replayssm_spec
 enable_int8_mamba_checkpoint enable_watermark enable_mis enable_eplb enable_two_batch_overlap
-enable_single_batch_overlap enable_pdmux
+enable_single_batch_overlap enable_pdmux enable_lora_overlap_loading
 """
 ARGUMENTS: dict[str, tuple[Any, str]] = {
     **{switch: (True, f"--{switch.replace('_', '-')}(?!-)") for switch in SWITCHES.split()},
@@ -278,7 +280,6 @@ ARGUMENTS: dict[str, tuple[Any, str]] = {
     "hicache_host_memory_mode": ("buffer_only", "--hicache-host-memory-mode buffer_only"),
     "mamba_radix_cache_strategy": ("extra_buffer_lazy", "extra_buffer_lazy .* use extra_buffer"),
     "radix_cache_backend": ("mine", "--radix-cache-backend mine"),
-    "lora": (True, "--lora-paths"),
     "enable_return_routed_experts": (True, "LlamaForCausalLM has no experts"),
     "dllm_algorithm": ("LowConfidence", "--dllm-algorithm"),
     "grammar_backend": ("outlines", "--grammar-backend outlines .* use xgrammar or llguidance"),
@@ -287,7 +288,6 @@ ARGUMENTS: dict[str, tuple[Any, str]] = {
 }
 """By row: a value that is refused, and what the sentence names."""
 SPELT = {
-    "lora": "enable_lora",
     "cpu_attention": "attention_backend",
     "other_algorithms": "speculative_num_steps",
 }
@@ -336,6 +336,10 @@ CUDA: dict[str, tuple[dict[str, Any], str]] = {
         "remove --disable-cuda-graph-padding",
     ),
     "cuda_deterministic": ({"enable_deterministic_inference": True}, "--enable-deterministic-inference"),
+    "lora_backend": (
+        {"enable_lora": True},
+        "--lora-backend csgmv lays out .* drafts of one length; give --lora-backend triton",
+    ),
 }
 
 
@@ -386,6 +390,24 @@ APART = {"windows", "window_heads", "window_pool", "one_file", "recurrent_sessio
 
 def test_every_row_has_its_case() -> None:
     assert {r.name for r in REFUSALS} == {*APART, *TARGETS, *ARGUMENTS, *CUDA, *ELSEWHERE}
+
+
+def test_adapters_are_served_by_one_backend_a_device(taken: Launch) -> None:
+    for launch, backend in ((taken, "torch_native"), (taken, "csgmv"), (on_cuda(taken), "triton")):
+        given = with_arguments(launch, **vars(launch.args) | {"enable_lora": True, "lora_backend": backend})
+        assert refusal_of(replace(given, device=launch.device, own_platform=launch.own_platform)) is None
+    paths = {"enable_lora": None, "lora_paths": ["one=a"], "lora_backend": "triton"}
+    assert "give --lora-backend torch_native" in sentence(with_arguments(taken, **paths))
+    assert refusal_of(with_arguments(taken, **paths | {"enable_lora": False})) is None
+
+
+def test_sglang_takes_adapters_beside_our_algorithm() -> None:
+    patching.install(launches)
+    ours = ServerArgs(model_path="unused", speculative_algorithm="WHIFLASH")
+    with pytest.raises(ValueError, match="not WHIFLASH"):
+        lora_hook.check_lora_speculative_compatibility(ours)
+    ours._whiflash = None  # as `attach` marks it
+    lora_hook.check_lora_speculative_compatibility(ours)
 
 
 def test_deterministic_inference_stays_on_the_cpu(taken: Launch) -> None:

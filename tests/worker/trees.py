@@ -1,7 +1,7 @@
 """What the radix tree holds, and that both drafters' KV at its slots is that of one pass over the text."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from engine import Engine
@@ -19,12 +19,12 @@ def sequences(e: Engine) -> list[list[int]]:
     return [[*req.origin_input_ids, *req.output_ids] for req in e.requests.values()]
 
 
-def matched_slots(e: Engine, tokens: Sequence[int]) -> torch.Tensor:
-    """KV slots [h] that the tree would hand to a prompt beginning with `tokens`.
+def matched_slots(e: Engine, tokens: Sequence[int], extra_key: str | None = None) -> torch.Tensor:
+    """KV slots [h] that the tree would hand to a prompt beginning with `tokens`, of a request with this key.
 
     If windowed layers have a pool of their own, also slots that miss the window before them."""
     tree = e.scheduler.tree_cache
-    key = RadixKey(array("q", tokens), is_bigram=tree.tree_core.is_eagle)
+    key = RadixKey(array("q", tokens), extra_key=extra_key, is_bigram=tree.tree_core.is_eagle)
     if ComponentType.SWA in tree.components:
         length, node, _ = tree.tree_core.match_full_device_prefix(key)
     else:
@@ -39,14 +39,17 @@ def tree_slots(e: Engine) -> set[int]:
     return set(e.scheduler.tree_cache.all_values_flatten().tolist())
 
 
-def assert_tree_is_true(e: Engine, models: Models) -> int:
-    """Compare both drafters' KV at every slot of the tree; returns how many slots there are."""
+def assert_tree_is_true(e: Engine, models: Models, adapted: Mapping[str, Models] | None = None) -> int:
+    """Compare both drafters' KV at every slot of the tree; returns how many slots there are.
+
+    adapted: models of the requests with an adapter, by its id.
+    """
     checked: set[int] = set()
-    for tokens in sequences(e):
-        slots = matched_slots(e, tokens)
+    for req, tokens in zip(e.requests.values(), sequences(e), strict=True):
+        slots = matched_slots(e, tokens, req.extra_key)
         if len(slots) == 0:
             continue
-        reference = models.reference.keys_values(tokens)
+        reference = (adapted or {}).get(req.lora_id, models).reference.keys_values(tokens)
         for arm, expected in reference.items():
             kv = e.worker.drafters[arm].kv
             for name, found, wanted in (("k", kv.k, expected.k), ("v", kv.v, expected.v)):

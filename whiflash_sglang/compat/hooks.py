@@ -22,9 +22,9 @@ def in_launcher(server_args: Any) -> None:
     watch. Idempotent. Several tokenizer workers serve HTTP from processes that SGLang starts with our module.
     """
     from whiflash_sglang.compat.http import routes
-    from whiflash_sglang.compat.launch import keys, replicas
+    from whiflash_sglang.compat.launch import arguments, keys, replicas
 
-    patching.install(replicas, keys)
+    patching.install(arguments, replicas, keys)
     routes.install()
     if server_args.tokenizer_worker_num > 1:
         os.environ.setdefault(APP_PATH, WORKER_APP)
@@ -34,9 +34,9 @@ def in_engine() -> None:
     """Figures and traces of answers, and what requests may bring, in the process that holds an `Engine`; the
     controller's watch. Idempotent."""
     from whiflash_sglang.compat.http import admission, figures, streamer
-    from whiflash_sglang.compat.launch import replicas
+    from whiflash_sglang.compat.launch import arguments, replicas
 
-    patching.install(replicas, admission, figures, streamer)
+    patching.install(arguments, replicas, admission, figures, streamer)
 
 
 def in_scheduler() -> None:
@@ -46,10 +46,10 @@ def in_scheduler() -> None:
         IncompatibleEngineError: a private name is missing or has changed.
     """
     patching.require_names()
-    from whiflash_sglang.compat.forward import flash_backend, target, triton_backend
+    from whiflash_sglang.compat.forward import flash_backend, lora, target, triton_backend
     from whiflash_sglang.compat.scheduler import hicache, memory, radix, releases, scores, stops, subclass
 
-    patching.install(hicache, memory, radix, releases, scores, stops, subclass, target)
+    patching.install(hicache, lora, memory, radix, releases, scores, stops, subclass, target)
     triton_backend.install()
     flash_backend.install()
 

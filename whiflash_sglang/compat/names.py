@@ -89,6 +89,12 @@ sglang.srt.layers.sampler
     Sampler.forward(logits_output, sampling_info, return_logprob, top_logprobs_nums, token_ids_logprobs)
 sglang.srt.layers.vocab_parallel_embedding
     VocabParallelEmbedding.forward(input_)
+sglang.srt.lora.backend.base_backend
+    BaseLoRABackend.is_moe_lora
+sglang.srt.lora.lora_manager
+    LoRAManager.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph, num_tokens_per_req)
+sglang.srt.lora.utils
+    LoRABatchInfo(seg_lens, seg_indptr, max_len, expected_tokens)
 sglang.srt.managers.detokenizer_manager
     DetokenizerManager._decode_batch_token_id_output(recv_obj)
 sglang.srt.managers.embed_types
@@ -104,7 +110,7 @@ sglang.srt.managers.overlap_utils
     FutureMap(device, req_to_token_pool, needs_cpu_seq_lens)
 sglang.srt.managers.schedule_batch
     FINISH_ABORT(message, status_code, err_type)
-    Req(extra_key, cache_salt)
+    Req(extra_key, cache_salt, lora_id)
     Req._stop_match_tail_len(new_accepted_len)
     Req.check_match_stop_str_prefix
     Req.output_ids_through_stop
@@ -176,6 +182,7 @@ sglang.srt.model_executor.runner.decode_cuda_graph_runner
     DecodeCudaGraphRunner._can_run_ragged_verify_graph(forward_batch, ragged_layout)
     DecodeCudaGraphRunner._capture_ragged_verify_layout(num_tokens)
     DecodeCudaGraphRunner._ragged_capture_slots(num_tokens)
+    DecodeCudaGraphRunner.capture
     DecodeCudaGraphRunner._stage_ragged_verify_layout(ragged_layout, graph_size_key)
     DecodeCudaGraphRunner.capture_one_shape(size, forward)
     DecodeCudaGraphRunner.get_spec_info(num_tokens)

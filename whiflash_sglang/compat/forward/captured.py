@@ -20,6 +20,7 @@ from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.compat.forward.parallel import (
     input_embedding,
     is_quantised,
+    output_head,
     rows_here,
     shared_vocabulary,
 )
@@ -159,7 +160,7 @@ class LoadedTarget:
     @property
     def lm_head(self) -> torch.Tensor:
         """[V, H] output projection, as `embedding`."""
-        return self._matrix("output head", self._text.lm_head)
+        return self._matrix("output head", output_head(self._text))
 
     def _matrix(self, what: str, module: Any) -> torch.Tensor:
         """Rows of the vocabulary of a module's weight. Raises CheckpointError where that is no plain matrix, though

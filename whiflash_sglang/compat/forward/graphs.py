@@ -153,9 +153,14 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
 
     def __init__(self, model_runner: Any, *, attn_backend: Any = None) -> None:
         self.widest = int(get_spec().speculative_num_draft_tokens)
-        # Upstream counts its shapes in requests of one width; with a width of one it counts rows.
-        with envs.SGLANG_RAGGED_VERIFY_MODE.override(RaggedVerifyMode.COMPACT.value):
-            super().__init__(model_runner, attn_backend=attn_backend, speculative_num_draft_tokens=1)
+        # Upstream refuses adapters beside packed rows; its backend of theirs reads the layout (`lora`).
+        self._adapters, model_runner.lora_manager = model_runner.lora_manager, None
+        try:
+            # Upstream counts its shapes in requests of one width; with a width of one it counts rows.
+            with envs.SGLANG_RAGGED_VERIFY_MODE.override(RaggedVerifyMode.COMPACT.value):
+                super().__init__(model_runner, attn_backend=attn_backend, speculative_num_draft_tokens=1)
+        finally:
+            model_runner.lora_manager = self._adapters
         for name in ("seq_lens", "req_pool_indices"):  # `load_batch` fills them
             slot = self.buffer_registry.get_slot(name)
             slot.copy_from_fb, slot.padding_policy = False, PaddingPolicy.KEEP_PAD
@@ -172,6 +177,12 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
                 assign_req_to_token_pool_func(
                     rows, self.model_runner.req_to_token_pool.req_to_token, none, none, slots[first:], size
                 )
+
+    def capture(self) -> None:
+        self.model_runner.lora_manager = self._adapters
+        if self._adapters is not None:
+            self._adapters.init_decode_cuda_graph_batch_info(self.max_bs, num_tokens_per_req=self.widest)
+        super().capture()
 
     def rows_for(self, total: int, requests: int) -> int:
         """Rows to pack a batch into: the smallest graph's that holds them, or `total` itself where none does."""

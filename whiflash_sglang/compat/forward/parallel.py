@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.logits_processor import should_apply_lm_head_quant_method
+from sglang.srt.lora.layers import unwrap_lora_layer
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import broadcast_pyobj
@@ -42,7 +43,7 @@ def shared_vocabulary(model: Any, size: int) -> SharedVocabulary | None:
         model: SGLang's. size: tokens of its vocabulary.
     """
     split = get_parallel().tp_group.world_size > 1
-    embedding, head = input_embedding(model), model.lm_head
+    embedding, head = input_embedding(model), output_head(model)
     if not (split or is_quantised(embedding) or is_quantised(head)):
         return None
     shard = None
@@ -77,9 +78,17 @@ def _projection(head: Any, rows: int) -> Projection:
 
 
 def input_embedding(model: Any) -> Any:
-    """The module that embeds tokens; not every class of SGLang's has a method for it, and MiMo's embeds with it."""
+    """The module that embeds tokens, without adapters; not every class of SGLang's has a method for it, and MiMo's
+    embeds with it."""
     getter = getattr(model, "get_input_embeddings", None)
-    return model.model.embed_tokens if getter is None or signature(getter).parameters else getter()
+    if getter is None or signature(getter).parameters:
+        return unwrap_lora_layer(model.model.embed_tokens)
+    return unwrap_lora_layer(getter())
+
+
+def output_head(model: Any) -> Any:
+    """The module that projects states on tokens, without adapters: drafters have none."""
+    return unwrap_lora_layer(model.lm_head)
 
 
 def rows_here(module: Any, size: int) -> int:

@@ -18,7 +18,7 @@ from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from whiflash_kernels import Committed, MixedBlock
 
-from whiflash_sglang.compat.forward import graphs, recurrent
+from whiflash_sglang.compat.forward import graphs, lora, recurrent
 from whiflash_sglang.compat.forward.captured import Captured, LoadedTarget
 from whiflash_sglang.compat.forward.recurrent import rows_counted
 from whiflash_sglang.compat.forward.sampling import count_earlier_output
@@ -46,6 +46,7 @@ class Target(LoadedTarget):
         self.random_seed = int(target_worker.random_seed) + (get_parallel().dp_rank or 0)
         self._epilogue: GraphEnd | None = None
         recurrent.install(target_worker.model_config, self.device)
+        lora.require_plain_layers(self.runner)
 
     @property
     def slot_table(self) -> torch.Tensor:

@@ -12,7 +12,8 @@ from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import get_platform
 
-from whiflash_sglang.compat.carried import settings_of
+from whiflash_sglang.compat.carried import asks_for_ours, settings_of
+from whiflash_sglang.compat.patching import around
 
 logger = logging.getLogger(__name__)
 
@@ -109,3 +110,15 @@ def choose_for_cuda(server_args: Any) -> list[str]:
         "drafts. The text stays the target's own; only another kernel computes attention"
         for name in replaced
     ]
+
+
+@around(
+    "sglang.srt.arg_groups.lora_hook:check_lora_speculative_compatibility",
+    params=("server_args",),
+    why="SGLang names the algorithms that go with LoRA",
+    until="it asks the algorithm",
+)
+def _adapters_beside_drafts(original: Any, server_args: Any) -> None:
+    """LoRA starts with WHIFLASH."""
+    if not asks_for_ours(server_args):
+        original(server_args)

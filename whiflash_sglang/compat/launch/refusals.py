@@ -106,6 +106,15 @@ def _foreign_attention(launch: Launch) -> str | None:
     return next(iter(sorted(launch.attention_backends.difference(allowed))), None)
 
 
+def _foreign_adapters(launch: Launch) -> tuple[str, str] | None:
+    """The backend of LoRA that this device needs, and another one that is asked for."""
+    # On a CPU SGLang's default is replaced (`platform/cpu.py`).
+    takes = ("triton",) if launch.device == "cuda" else ("torch_native", "csgmv")
+    wanted = launch.args.enable_lora or (launch.args.lora_paths and launch.args.enable_lora is None)
+    named = launch.args.lora_backend
+    return (takes[0], named) if wanted and named not in takes else None
+
+
 def _captures(launch: Launch, phase: str) -> bool:
     config = launch.args.cuda_graph_config
     return launch.device == "cuda" and getattr(config, phase).backend != Backend.DISABLED
@@ -399,10 +408,11 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     # what the scheduler does
     Refusal(
-        "lora",
-        lambda x: bool(x.args.enable_lora or x.args.lora_paths or x.args.enable_lora_overlap_loading),
-        _REMOVE.format("LoRA (--enable-lora, --lora-paths; its rows are laid out for drafts of one length)"),
+        "lora_backend",
+        _foreign_adapters,
+        "--lora-backend {0[1]} lays out the rows of adapters for drafts of one length; give --lora-backend {0[0]}",
     ),
+    _removed("enable_lora_overlap_loading", "untested beside verifications"),
     _removed("enable_watermark", "its state is not kept per verified position"),
     _removed("enable_mis", "FlashInfer's masks of several items are untested with it"),
     _removed("enable_eplb", "experts that move while it serves are untested"),

@@ -1,0 +1,349 @@
+"""Adapters (LoRA) of the target: a text is its adapter's, whatever drafts and whoever shares the batch.
+
+Plain decoding serves the same adapters. What each makes of the target is also merged into a checkpoint, of which one
+pass gives what drafters' KV must be, and the distribution of sampled tokens.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapters import ATTENTION, Adapter, make_adapter, serving
+from engine import Engine, engine
+from expected import goodness_of_fit, joint
+from matrix import sampled
+from model_set import Models
+from oracle_arm import OracleArm
+from overlap import overlapped, publishing
+from plain import Answers, check, plain, read
+from request_sets import OPTIONS, SHORT_SCHEMA
+from sglang.srt.managers import scheduler
+from traffic import Arrival, mixed, play
+from trees import assert_tree_is_true
+
+from whiflash_sglang.compat.forward import lora
+from whiflash_sglang.compat.forward.parallel import input_embedding, output_head
+from whiflash_sglang.compat.forward.target import Target
+from whiflash_sglang.lookup.memory import handle_of, tenant_of
+
+PARAMETERS: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"return_logprob": True, "top_logprobs_num": 3},
+    {"ignore_eos": False, "json_schema": SHORT_SCHEMA, "max_new_tokens": 60},
+    {"regex": "(red|green|blue)( (red|green|blue)){5}", "ignore_eos": False, "max_new_tokens": 40},
+    {"frequency_penalty": 0.6},
+    {"return_logprob": True, "top_logprobs_num": 1, "frequency_penalty": 0.4},
+)
+
+
+@pytest.fixture(scope="module")
+def adapters(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
+    root = tmp_path_factory.mktemp("adapters")
+    made = (
+        make_adapter(models, root, "one", seed=1, rank=4),
+        make_adapter(models, root, "two", seed=2, rank=8, modules=ATTENTION),
+        make_adapter(models, root, "three", seed=3, rank=2),
+    )
+    return {adapter.name: adapter for adapter in made}
+
+
+@pytest.fixture
+def adapted(adapters: dict[str, Adapter]) -> dict[str, Models]:
+    return {adapter.id: adapter.models for adapter in adapters.values()}
+
+
+def arrivals(adapters: dict[str, Adapter]) -> list[Arrival]:
+    """Requests of two adapters and of the target itself, with common prefixes; some are aborted."""
+    ids, params = cycle([adapters["one"].id, None, adapters["two"].id]), cycle(PARAMETERS)
+    found = mixed(7, 18, shared=24, longest=30, aborts=0.2, stops=0.2, tokens=30)
+    return [replace(a, params={**a.params, **next(params), "lora_id": next(ids)}) for a in found]
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "batch": {},
+    "chunks": {"chunked_prefill_size": 16, "page_size": 16},
+    "full pool": {"max_total_tokens": 240, "max_running_requests": 4, "chunked_prefill_size": 32},
+    "resident": {},
+    "overlap": {"max_running_requests": 4},
+}
+"""The host reads nothing from the device in `resident` and `overlap`, where it is a round late."""
+
+
+@contextmanager
+def started(models: Models, router: str, mode: str, **arguments: Any) -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        start: Any = engine
+        if mode in ("resident", "overlap"):
+            patch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+        if mode == "overlap":
+            patch.setattr(Target, "verify", publishing(Target.verify))
+            start, arguments = overlapped, {**arguments, "host_lengths": False}
+        with start(models.target, whiflash=models.whiflash(router), **arguments) as e:
+            yield e
+
+
+def asked_of_plain(models: Models, adapters: dict[str, Adapter]) -> Answers:
+    return plain(models.target, arrivals(adapters), **OPTIONS, **serving(*list(adapters.values())[:2]))
+
+
+@pytest.mark.parametrize(
+    ("mode", "router"),
+    sampled(
+        product(MODES, ("ar", "diffusion", "lookup", "none", "entropy", "random", "auto")),
+        ("batch", "auto"),
+        ("chunks", "random"),
+        ("full pool", "random"),
+        ("resident", "ar"),
+        ("overlap", "random"),
+    ),
+)
+def test_text_is_plain_decodings(
+    models: Models,
+    adapters: dict[str, Adapter],
+    adapted: dict[str, Models],
+    mode: str,
+    router: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted, played = asked_of_plain(models, adapters), arrivals(adapters)
+    if mode == "overlap":
+        played = played[:9]  # its streams take a second a pass
+    monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
+    monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 6)
+    oracle = OracleArm(0.9, seed=3)
+    options = {**OPTIONS, **serving(*list(adapters.values())[:2]), **MODES[mode]}
+    with started(models, router, mode, arms=[oracle], **options) as e:
+        for a in played if router == "random" else ():
+            oracle.learn(a.prompt, wanted[a.rid].tokens)
+        play(e, played)
+        check(models.reference.target, played, wanted, read(e, played))
+        assert assert_tree_is_true(e, models, adapted) > 50
+        assert any(req.retraction_count for req in e.requests.values())
+        if mode == "overlap":
+            assert not e.streams.races  # type: ignore[attr-defined]
+        by_adapter = {a.params["lora_id"]: 0 for a in played}
+        for a in played:
+            by_adapter[a.params["lora_id"]] += e.rounds(a.rid)[1]
+        print("accepted by adapter", by_adapter)
+        assert router != "random" or all(by_adapter.values())
+
+
+def test_the_requests_can_show_a_fault(models: Models, adapters: dict[str, Adapter]) -> None:
+    """An adapter changes the text of a prompt, as the target that it is merged into says."""
+    prompt = random.Random(5).choices(range(256), k=20)
+    of: dict[str | None, Models] = {None: models, **{a.id: a.models for a in adapters.values()}}
+    with engine(models.target, **serving(*adapters.values(), at_once=4)) as e:
+        for adapter in of:
+            e.submit(f"of {adapter}", prompt, lora_id=adapter)
+        e.run()
+        texts = {adapter: e.output(f"of {adapter}") for adapter in of}
+    assert len(set(map(tuple, texts.values()))) == len(texts)
+    for adapter, text in texts.items():
+        target = of[adapter].reference.target
+        logits = target.model.logits(target.forward([*prompt, *text]).final)[len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == text
+
+
+def test_rows_of_a_neighbours_adapter_are_seen(
+    models: Models, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SGLang lays rows out, for one width."""
+    wanted, played = asked_of_plain(models, adapters), arrivals(adapters)
+    monkeypatch.setattr(lora, "_layout", lambda _: None)
+    with started(models, "random", "batch", **OPTIONS, **serving(*list(adapters.values())[:2])) as e:
+        found = play(e, [replace(a, abort_after=None) for a in played])
+    wrong = {a.params["lora_id"] for a in played if found[a.rid] != wanted[a.rid].tokens}
+    assert len(wrong) > 1
+
+
+def test_adapters_come_and_go(models: Models, adapters: dict[str, Adapter]) -> None:
+    """One is loaded while others' requests run, pushes one out of the batch's memory, and is unloaded; another one
+    comes under its name."""
+    from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput
+
+    one, two, three = adapters.values()
+    prompts = [random.Random(seed).choices(range(256), k=18) for seed in range(8)]
+    turns: list[tuple[Adapter | None, Sequence[int]]] = list(
+        zip([one, None, three, two, one, three, None, two], prompts, strict=True)
+    )
+    with engine(models.target, **serving(one, two, three, at_once=4)) as e:
+        for i, (adapter, prompt) in enumerate(turns):
+            e.submit(f"plain-{i}", prompt, lora_id=adapter and adapter.id)
+        e.submit("plain-again", prompts[0], lora_id=two.id)
+        e.run()
+        wanted = {rid.removeprefix("plain-"): e.output(rid) for rid in e.requests}
+    with engine(
+        models.target,
+        whiflash=models.whiflash("random"),
+        **serving(one, two, at_once=2),
+        max_running_requests=4,
+    ) as e:
+        memory, held = e.worker.model_runner.lora_manager.memory_pool, set[str | None]()
+
+        def note() -> None:
+            held.update(memory.uid_to_buffer_id)
+
+        load = LoadLoRAAdapterReqInput(lora_name="three", lora_path=str(three.path), lora_id=three.id)
+        for i, (adapter, prompt) in enumerate(turns):
+            if i == 2:
+                assert e.scheduler.running_batch.reqs
+                assert e.scheduler.load_lora_adapter(load).success
+            e.submit(str(i), prompt, lora_id=adapter and adapter.id)
+            e.step()
+            note()
+        e.run(note)
+        assert len(memory.uid_to_buffer_id) == 2
+        assert held >= {None, one.id, two.id, three.id}
+        unload = UnloadLoRAAdapterReqInput(lora_name="three", lora_id=three.id)
+        e.submit("runs", prompts[0], lora_id=one.id)
+        e.step()
+        assert e.scheduler.unload_lora_adapter(unload).success
+        other = LoadLoRAAdapterReqInput(lora_name="three", lora_path=str(two.path), lora_id="of another one")
+        assert e.scheduler.load_lora_adapter(other).success
+        e.submit("again", prompts[0], lora_id="of another one")
+        e.run()
+        found = {rid: e.output(rid) for rid in e.requests}
+        e.check_leaks()
+    assert found.pop("runs") == wanted["0"]
+    assert found == wanted
+
+
+@pytest.mark.parametrize("router", sampled(["ar", "diffusion", "random"], "random"))
+def test_sampled_tokens_have_the_adapters_distribution(
+    models: Models, adapters: dict[str, Adapter], adapted: dict[str, Models], router: str
+) -> None:
+    """The first three tokens, sampled at 0.6, of all adapters' requests side by side."""
+    of: dict[str | None, Models] = {None: models, **dict(list(adapted.items())[:2])}
+    prompt, each, params = tuple(range(100, 124)), 160, {"temperature": 0.6, "top_k": 4}
+    oracle, drawn = OracleArm(0.9, seed=4), {adapter: list[list[int]]() for adapter in of}
+    options = serving(*list(adapters.values())[:2])
+    with engine(
+        models.target,
+        whiflash=models.whiflash(router),
+        arms=[oracle],
+        max_running_requests=24,
+        **options,
+    ) as e:
+        for begin in range(0, each, 8):
+            names = [(adapter, f"{adapter} {i:04d}") for i in range(begin, begin + 8) for adapter in of]
+            for adapter, name in names:
+                e.submit(name, prompt, max_new_tokens=8, lora_id=adapter, **params)
+            e.run()
+            for adapter, name in names:
+                drawn[adapter].append(e.output(name)[:3])
+                if begin == 0:
+                    oracle.learn(prompt, e.output(name))
+                del e.requests[name]
+    for adapter, samples in drawn.items():
+        fits = {}
+        for source, served in of.items():
+            cells = joint(served.reference.target, prompt, params, 3, rare=5 / each)
+            fits[source] = goodness_of_fit(samples, cells)
+        print(adapter, {source: f"{fit.p_value:.2g} ({fit.freedom})" for source, fit in fits.items()})
+        assert fits[adapter].freedom >= 5
+        assert fits[adapter].p_value > 1e-4
+        assert all(fit.p_value < 1e-6 for source, fit in fits.items() if source != adapter)
+
+
+def test_draft_kv_comes_back_from_the_host_by_adapter(
+    models: Models, adapters: dict[str, Adapter], adapted: dict[str, Models], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three talks with the same prompts, evicted and loaded: keys of the tree, of host copies, and of draft KV."""
+    from sglang.srt.mem_cache.pool_host import base
+
+    monkeypatch.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
+    prompt, rng = random.Random(1).choices(range(256), k=50), random.Random(2)
+    ids = [None, *list(adapted)[:2]]
+    fillers = [rng.choices(range(256), k=60) for _ in range(9)]
+    options = {
+        **serving(*list(adapters.values())[:2]),
+        "enable_hierarchical_cache": True,
+        "hicache_ratio": 6.0,
+        "hicache_write_policy": "write_through",
+        "max_total_tokens": 512,
+        "max_running_requests": 4,
+    }
+
+    def talk(e: Engine) -> list[list[int]]:
+        for i in ids:
+            e.submit(f"first {i}", prompt, max_new_tokens=30, lora_id=i)
+        e.run()
+        for n, filler in enumerate(fillers):
+            e.submit(f"filler {n}", filler, max_new_tokens=40)
+            e.run()
+        for i in ids:
+            e.submit(f"second {i}", [*prompt, *e.output(f"first {i}"), 7, 8], max_new_tokens=30, lora_id=i)
+        e.run()
+        assert all(e.requests[f"second {i}"].cached_tokens_host > 30 for i in ids)
+        return [e.output(rid) for rid in e.requests]
+
+    with engine(models.target, **options) as e:
+        wanted = talk(e)
+    with engine(models.target, whiflash=models.whiflash("random"), **options) as e:
+        assert talk(e) == wanted
+        assert assert_tree_is_true(e, models, adapted) > 100
+        e.check_leaks()
+
+
+def test_who_is_kept_and_forgotten(models: Models, adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    """SGLang appends an adapter's id to a request's key. Text is a tenant's all the same, and no learner's."""
+    options = {"whiflash_learn": str(tmp_path), "whiflash_lookup_memory_mib": 1}
+    one = adapters["one"]
+    with engine(models.target, whiflash=models.whiflash("auto", **options), **serving(one)) as e:
+        memory, spool = e.worker.drafters["lookup"].memory, e.worker.spool
+        e.submit("nobody's", [1, 2, 3], lora_id=one.id)
+        e.run()
+        assert len(memory) == 0, "whoever uses an adapter would share text"
+        for key in ("a", "b"):
+            e.submit(f"{key} adapted", [4, 5, 6], lora_id=one.id, extra_key=key)
+            e.submit(f"{key} itself", [4, 5, 6], extra_key=key)
+        e.run()
+        assert e.requests["a adapted"].extra_key == "a" + one.id
+        assert len(memory) == 2
+        tenant = tenant_of("a", None)
+        assert tenant is not None
+        assert sum(map(len, memory.texts(tenant))) > 2 * 32
+        spool.flush()
+        assert (spool.counts["declined"], spool.counts["written"]) == (3, 2)
+        e.worker.forget(handle_of(tenant))
+        assert not memory.texts(tenant)
+        assert len(memory) == 1
+
+
+def test_means_are_an_adapters(models: Models, adapters: dict[str, Adapter]) -> None:
+    """Rounds of an adapter's requests teach `auto` nothing of others'."""
+    one, two, _ = adapters.values()
+    with engine(models.target, whiflash=models.whiflash("auto"), **serving(one, two)) as e:
+        for i in range(3):
+            e.submit(f"of one {i}", list(range(20 + i)), lora_id=one.id)
+        e.run()
+        policy = e.worker.controller.policy
+        assert policy.estimator.rounds("ar") == policy.estimator.rounds("diffusion") == 0
+        assert list(policy._adapters) == [one.id]
+        assert policy._adapters[one.id][0].rounds("ar") > 0
+        e.submit("of two", list(range(20)), lora_id=two.id)
+        e.run()
+        assert list(policy._adapters) == [one.id, two.id]
+
+
+def test_drafters_read_the_target_without_adapters(models: Models, adapters: dict[str, Adapter]) -> None:
+    """Its embedding and head, where an adapter wraps them."""
+    from sglang.srt.lora.layers import BaseLayerWithLoRA
+
+    with engine(models.target, whiflash=models.whiflash("ar"), **serving(adapters["one"])) as e:
+        target = e.worker.target
+        embedding, head = target.model.model.embed_tokens, target.model.lm_head
+        embedding.embed_scale = 2.0  # as Gemma's
+        target.model.model.embed_tokens = BaseLayerWithLoRA(embedding, Any)
+        target.model.lm_head = BaseLayerWithLoRA(head, Any)
+        assert input_embedding(target.model) is embedding
+        assert output_head(target.model) is head
+        assert target.row_scale == 2.0
+        assert target.embedding is embedding.weight
+        assert target.lm_head is head.weight
