@@ -1,6 +1,7 @@
 """What `torch.cuda` says of an H100 with 80 GB, without one."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -62,7 +63,7 @@ def answers(world: Streams) -> Iterator[None]:
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "ipc_collect": lambda: None,
-        "memory_stats": lambda device=None: {"reserved_bytes.all.current": 0, "reserved_bytes.all.peak": 0},
+        "memory_stats": lambda device=None: Counter(),
         "current_blas_handle": lambda: 0,
         "synchronize": synchronize,
         "current_stream": lambda device=None: torch.cpu.current_stream(),
