@@ -22,6 +22,7 @@ import zmq
 
 REQUEST_FIELDS = (
     "bootstrap_host",
+    "bootstrap_port",
     "bootstrap_room",
     "cache_salt",
     "custom_logit_processor",

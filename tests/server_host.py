@@ -35,6 +35,8 @@ SMALL = (
     "--max-running-requests",
     "8",
 )
+STAND_INS = str(Path(__file__).parent / "parallel" / "stand_ins")
+"""Folder of packages that servers import in place of those that need another machine."""
 
 
 class Server:
@@ -111,7 +113,9 @@ class ServerHost:
         self._directory = tempfile.TemporaryDirectory(prefix="server-host-")
         self._servers: list[Server] = []
         self._numbers = itertools.count()
-        self._host = serving.ServerHost({"OMP_NUM_THREADS": "1"}, cwd=Path(self._directory.name))
+        paths = os.pathsep.join(filter(None, (STAND_INS, os.environ.get("PYTHONPATH"))))
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        self._host = serving.ServerHost(environment, cwd=Path(self._directory.name))
 
     @contextmanager
     def running(self, *args: str, env: Mapping[str, str] | None = None, threads: int = 1) -> Iterator[Server]:

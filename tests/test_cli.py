@@ -86,10 +86,7 @@ def test_hub_ids_are_fetched_as_the_command_line_says(
 
 
 SCALING = (
-    (
-        ["--disaggregation-mode", "prefill"],
-        r"\(--disaggregation-mode prefill\); start them without WHIFLASH, .*",
-    ),
+    (["--pp-size", "2"], r"--pp-size must be 1 \(.*\)"),
     (
         ["--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"],
         r"--attn-dp-size must be 1 \(.*; --enable-dp-attention sets it\)",

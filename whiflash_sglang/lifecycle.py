@@ -123,7 +123,7 @@ class Lifecycle:
             self._spool.forget(handle)
 
     def released(self, req: Any, *, kept: bool) -> None:
-        """The request gives its slots up. Where the tree or a session keeps them what was parked is flushed first."""
+        """The request gives its slots up. If the tree, a session or the host keeps them, `flush` must follow."""
         row = req.kv.req_pool_idx
         if row is None or not self._controller.holds(row, req.rid):
             return

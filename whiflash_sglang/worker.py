@@ -21,7 +21,16 @@ from whiflash_sglang.compat.carried import replace_settings, settings_of
 from whiflash_sglang.compat.forward import graphs
 from whiflash_sglang.compat.forward.parallel import ranks_of_model
 from whiflash_sglang.compat.forward.target import Target
-from whiflash_sglang.compat.scheduler import disaggregation, hicache, memory, overlap, pricing, releases, step
+from whiflash_sglang.compat.scheduler import (
+    disaggregation,
+    draft_pool,
+    hicache,
+    memory,
+    overlap,
+    pricing,
+    releases,
+    step,
+)
 from whiflash_sglang.compat.scheduler.memory import rehearse_sampling
 from whiflash_sglang.compat.scheduler.spec_worker import (
     BaseSpecWorker,
@@ -74,7 +83,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.target.capture(captured, final_hidden=self.router is not None)
         self.clock, self.tally = RoundClock(clock_of(self.target.device)), Tally.of(self.drafters)
         self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1, from_text=self.text_arms)
-        self.spool = spool_of(self.settings, server_args.model_path) if self.ranks.leads else None
+        # A prefill server has one token of an answer.
+        learns = self.ranks.leads and not disaggregation.prefills_only()
+        self.spool = spool_of(self.settings, server_args.model_path) if learns else None
         self.publisher = Publisher(self)
         self.controller = build_controller(self.settings, self.target, self.drafters, heads=self._has_heads)
         self.sync = DraftSync(
@@ -103,12 +114,21 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         rows, context = self.target.slot_table.shape
         self.tokens = TokenTable(rows, context, widest_of(self.drafters) + 1, self.target.device)
         self.stages = build_stages(self)
-        releases.notify(self.stages.lifecycle, self.target.runner)
-        disaggregation.notify(self)
+        releases.notify(self.stages.lifecycle, self.target.runner, disaggregation.save)
 
     def init_hicache_draft_plan(self) -> None:
-        """Called by the scheduler when the pools are allocated: draft KV follows the target's into host memory."""
-        self._hicache_draft_plan = hicache.plan(self.target, self.kv_arms, self.quarantine.ingests)
+        """Called by the scheduler when the pools are allocated: draft KV follows the target's into host memory, and
+        from a prefill server to a decode server.
+        """
+        self._draft_pool = draft_pool.pool_of(self.target, self.kv_arms)
+        layout, ingests = draft_pool.layout_of(self.target, self.kv_arms), self.quarantine.ingests
+        self._hicache_draft_plan = hicache.plan(self._draft_pool, layout, tuple(self.kv_arms), ingests)
+        disaggregation.notify(self, layout)
+
+    @property
+    def primary_draft_kv_pool(self) -> Any:
+        """What a prefill server sends behind the target's KV; None: nothing."""
+        return self._draft_pool
 
     @torch.no_grad()
     def init_cuda_graphs(self) -> None:
@@ -168,11 +188,12 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         return result
 
     def adopt(self, batch: Any) -> None:
-        """Requests begin whose prompt another server computed: their text is known, no drafter's KV of it is."""
-        upload = Upload()
-        for req, row, length in zip(batch.reqs, row_ids_of(batch), batch.seq_lens_cpu.tolist(), strict=True):
+        """Requests begin whose prompt another server computed, and all drafters' KV of it."""
+        upload, row_ids = Upload(), row_ids_of(batch)
+        for req, row in zip(batch.reqs, row_ids, strict=True):
             self.stages.lifecycle.begin(row, req, upload)
-            self.sync.adopt(row, length)
+        rows = batch.req_pool_indices.to(torch.int64)
+        self.sync.adopt(row_ids, batch.seq_lens_cpu.tolist(), rows, batch.seq_lens.to(torch.int64))
         upload.send(self.target.device)
 
     def _step(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:

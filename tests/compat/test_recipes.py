@@ -14,7 +14,7 @@ from whiflash_sglang.compat.launch.recipes import judge
 from whiflash_sglang.errors import ConfigError, UsageError
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "agent_recipes.jsonl"
-STARTING, WITHOUT_DRAFTERS = 23, 30
+STARTING, WITHOUT_DRAFTERS = 31, 31
 """Recipes that WHIFLASH would start, with drafters and without. They may grow only."""
 Write = Callable[[str, str], Path]
 

@@ -274,7 +274,6 @@ ARGUMENTS: dict[str, tuple[Any, str]] = {
     **{size: (2, "--" + size.replace("_", "-")) for size in ("pp_size", "attn_dp_size", "dwdp_size")},
     **{size: (2, "--" + size.replace("_", "-")) for size in ("attn_cp_size", "dcp_size")},
     "moe_a2a_backend": ("deepep", "--moe-a2a-backend deepep .* --ep-size works without it"),
-    "disaggregation_mode": ("decode", "--disaggregation-mode decode.* give --whiflash-drafters none"),
     "decoupled_spec_role": ("verifier", "--decoupled-spec-role"),
     "hicache_storage_backend": ("mooncake", "--hicache-storage-backend mooncake .* give file"),
     "hicache_host_memory_mode": ("buffer_only", "--hicache-host-memory-mode buffer_only"),
@@ -294,7 +293,6 @@ SPELT = {
 
 
 BESIDE_DRAFT_KV = (
-    "disaggregation_mode",
     "enable_attn_tp_input_scattered",
     "enable_layernorm_sp",
     "hicache_storage_backend",

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from decode_loop import run
 from engine import Engine, engine
 from model_set import Models
 from overlap import overlapped
@@ -54,32 +55,6 @@ def prompts_computed() -> Iterator[None]:
 
     with patch.object(ScheduleBatch, "prepare_for_prebuilt", prepared):
         yield
-
-
-def run(e: Engine) -> None:
-    """SGLang's loop of a decode server, until nothing is left."""
-    scheduler, idle, passes = e.scheduler, 0, 0
-
-    def ingest() -> list[Any]:
-        nonlocal idle, passes
-        passes += 1
-        assert passes < 5000, "the scheduler never became idle"
-        queues = scheduler.disagg_decode_prealloc_queue, scheduler.disagg_decode_transfer_queue
-        busy = scheduler.running_batch.reqs or scheduler.last_batch or scheduler.waiting_queue
-        busy = busy or scheduler.grammar_manager.grammar_queue or any(queue.queue for queue in queues)
-        busy = busy or scheduler.disagg_decode_prealloc_queue.retracted_queue
-        idle = 0 if busy else idle + 1
-        scheduler.gracefully_exit = idle > 3
-        return []
-
-    scheduler.gracefully_exit, scheduler.ingest_requests = False, ingest
-    scheduler.maybe_sleep_on_idle = lambda: None
-    if scheduler.enable_overlap:
-        streams = torch.get_device_module(scheduler.device)
-        with streams.StreamContext(scheduler.schedule_stream), getattr(e, "watched")():  # noqa: B009
-            scheduler.event_loop_overlap_disagg_decode()
-    else:
-        scheduler.event_loop_normal_disagg_decode()
 
 
 def texts(e: Engine, prompts: Sequence[Sequence[int]] = PROMPTS, **params: Any) -> dict[str, list[int]]:

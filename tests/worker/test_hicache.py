@@ -25,7 +25,7 @@ from versioned import trained, version
 
 from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.compat.http.streamer import recording_of
-from whiflash_sglang.compat.scheduler import hicache
+from whiflash_sglang.compat.scheduler.draft_pool import DraftPool
 from whiflash_sglang.errors import ConfigError
 
 HOST: dict[str, Any] = {
@@ -311,10 +311,10 @@ def test_drafters_that_one_host_pool_cannot_hold() -> None:
     pool = SimpleNamespace(size=16, page_size=1)
     kv, wide = (DraftKV(2, 17, 2, width, torch.float32, "cpu") for width in (16, 32))
     with pytest.raises(
-        ConfigError, match=r"'ar' has 2 heads of 16, 'diffusion' has 2 heads of 32\); remove it"
+        ConfigError, match=r"'ar' has 2 heads of 16, 'diffusion' has 2 heads of 32\); remove them"
     ):
-        hicache.DraftPool(pool, {"ar": kv, "diffusion": wide}, 4)
-    with pytest.raises(ConfigError, match=r"target has 3 and the drafters have 4; remove it"):
-        hicache.DraftPool(pool, {"ar": kv, "diffusion": kv}, 3)
-    views = hicache.DraftPool(pool, {"ar": kv, "diffusion": kv}, 4)
+        DraftPool(pool, {"ar": kv, "diffusion": wide}, 4)
+    with pytest.raises(ConfigError, match=r"target has 3 and the drafters have 4; remove them"):
+        DraftPool(pool, {"ar": kv, "diffusion": kv}, 3)
+    views = DraftPool(pool, {"ar": kv, "diffusion": kv}, 4)
     assert [layer.data_ptr() for layer in views.k_buffer] == [layer.data_ptr() for layer in kv.k] * 2

@@ -47,9 +47,18 @@ def in_scheduler() -> None:
     """
     patching.require_names()
     from whiflash_sglang.compat.forward import flash_backend, lora, target, triton_backend
-    from whiflash_sglang.compat.scheduler import hicache, memory, radix, releases, scores, stops, subclass
+    from whiflash_sglang.compat.scheduler import (
+        disaggregation,
+        hicache,
+        memory,
+        radix,
+        releases,
+        scores,
+        stops,
+        subclass,
+    )
 
-    patching.install(hicache, lora, memory, radix, releases, scores, stops, subclass, target)
+    patching.install(disaggregation, hicache, lora, memory, radix, releases, scores, stops, subclass, target)
     triton_backend.install()
     flash_backend.install()
 

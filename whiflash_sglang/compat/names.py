@@ -41,6 +41,11 @@ sglang.srt.constrained.reasoner_grammar_backend
     ReasonerGrammarObject._grammar_active
 sglang.srt.constrained.xgrammar_backend
     XGrammarGrammar(matcher)
+sglang.srt.disaggregation.common.conn
+    CommonKVManager.record_failure(bootstrap_room, failure_reason)
+    CommonKVManager.update_status(bootstrap_room, status)
+sglang.srt.disaggregation.decode
+    DecodePreallocQueue._init_receiver(decode_req, prefill_dp_rank)
 sglang.srt.distributed.parallel_state
     GroupCoordinator.all_gather(input_, dim)
 sglang.srt.entrypoints.anthropic.serving
@@ -161,6 +166,8 @@ sglang.srt.mem_cache.memory_pool
     MHATokenToKVPool(size, page_size, dtype, head_num, head_dim, layer_num, device, enable_memory_saver)
     MHATokenToKVPool(enable_alt_stream, kv_cache_layout, allocation_label)
     MHATokenToKVPool._create_buffers_normal
+    MHATokenToKVPool.get_cpu_copy(indices)
+    MHATokenToKVPool.load_cpu_copy(kv_cache_cpu, indices)
 sglang.srt.model_executor.cuda_graph_buffer_registry
     PaddingPolicy.KEEP_PAD
 sglang.srt.model_executor.cuda_graph_config
@@ -206,6 +213,7 @@ sglang.srt.server_args
 sglang.srt.speculative.base_spec_worker
     BaseSpecWorker.init_hicache_draft_plan
     BaseSpecWorker.prewarm_sampling
+    BaseSpecWorker.primary_draft_kv_pool
     HiCacheDraftMode.SIDECAR
     HiCacheDraftPlan(mode, device_pools)
 sglang.srt.speculative.dflash_info

@@ -56,6 +56,8 @@ class DraftSync:
         """
         self._captured: dict[str, CapturedPass[None]] = {}
         self._claims: Claims | None = None  # what these read
+        self._tailless: set[int] = set()
+        """Rows of requests that came without feature n-1, until a round has given them one."""
         self.verifying: deque[int] = deque()
         """Rows that each round verifies whose results are not known yet."""
         self._routed: dict[int, int] = {}
@@ -109,13 +111,29 @@ class DraftSync:
         one = torch.ones_like(tails)
         self.rings.park(prompt.features, prompt.next_tokens, rows, tails, one, last_rows, widest=1)
         self.watermarks.put(rows, tails + 1)
-        for row, length in zip(row_ids, lengths, strict=True):
-            self.adopt(row, length)
+        self._begin(row_ids, lengths)
 
-    def adopt(self, row: int, length: int) -> None:
-        """The request in `row` has `length` tokens, up to which nobody has anything to ingest."""
-        self.watermarks.reset(row, length)
-        self._routed[row] = length
+    def adopt(
+        self, row_ids: Sequence[int], lengths: Sequence[int], rows: torch.Tensor, on_device: torch.Tensor
+    ) -> None:
+        """Requests came with all drafters' KV, and without feature n-1.
+
+        Args:
+            lengths: n of each, on_device: the same, [B] int64. rows: [B] request rows.
+        """
+        self.watermarks.put(rows, on_device)
+        self._begin(row_ids, lengths)
+        self._tailless.update(row_ids)
+
+    def may_draft(self, row: int, arm: str) -> bool:
+        """Whether a draft of `arm` for the request in `row` has what it begins with."""
+        return row not in self._tailless or arm not in self._drafters or not self._drafters[arm].tail_width
+
+    def _begin(self, row_ids: Sequence[int], lengths: Sequence[int]) -> None:
+        """Requests have so many tokens, up to which nobody has anything to ingest."""
+        for row, length in zip(row_ids, lengths, strict=True):
+            self.watermarks.reset(row, length)
+            self._routed[row] = length
 
     def due(
         self,
@@ -127,7 +145,7 @@ class DraftSync:
     ) -> Due:
         """Who has to catch up with which arm before a round: those routed to it, and whose ring could overflow.
 
-        It counts as done from now on, so `catch_up` must follow.
+        It counts as done from now on, so `catch_up` must follow. The round parks a last feature of each.
 
         Args:
             least, most: bounds of each request's n. widths: rows that it may verify in the round.
@@ -135,6 +153,7 @@ class DraftSync:
         for row, n in zip(row_ids, most, strict=True):
             self._last[row] = n - self._routed.get(row, n)
             self._routed[row] = n
+        self._tailless.difference_update(row_ids)
         by_arm = {}
         for arm in self.arms:
             chosen, verifying = [arm == route for route in routes], sum(self.verifying) or None
@@ -219,6 +238,7 @@ class DraftSync:
     def forget(self, row: int) -> None:
         """The request in `row` is gone; what it parked is dropped."""
         self.watermarks.forget(row)
+        self._tailless.discard(row)
         self._routed.pop(row, None)
         self._last.pop(row, None)
 

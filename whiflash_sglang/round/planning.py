@@ -154,7 +154,9 @@ class Planner:
             return []
         row, rid = round.names[index]
         serving = self.quarantine.serving(self.drafters, rid)
-        return [arm for arm in serving if self.controller.may_name(row, arm)]
+        return [
+            arm for arm in serving if self.controller.may_name(row, arm) and self.sync.may_draft(row, arm)
+        ]
 
     def _proposed(
         self, round: Round, index: int, asked: Sequence[str]

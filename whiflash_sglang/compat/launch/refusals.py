@@ -344,18 +344,6 @@ REFUSALS: tuple[Refusal, ...] = (
         for argument in ("grpc_mode", "smg_grpc_mode", "use_ray", "encoder_only")
     ),
     Refusal(
-        "disaggregation_mode",
-        lambda x: (
-            (
-                x.args.disaggregation_mode == "prefill"
-                or (x.draft_kv and x.args.disaggregation_mode == "decode")
-            )
-            and x.args.disaggregation_mode
-        ),
-        "prefill servers draft nothing and send no draft KV (--disaggregation-mode {}); start them without WHIFLASH, "
-        "and for a decode server give --whiflash-drafters none",
-    ),
-    Refusal(
         "decoupled_spec_role",
         lambda x: x.args.decoupled_spec_role not in (None, "null"),
         _REMOVE.format("--decoupled-spec-role (drafters run in the target's process)"),

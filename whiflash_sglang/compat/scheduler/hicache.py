@@ -1,103 +1,43 @@
 """Draft KV follows the target's into host memory and storage (`--enable-hierarchical-cache`).
 
-To SGLang all drafters' KV is one more pool at the target's slots (`DraftPool`), a sidecar: copied with the target's
-pages, loaded before the target's last layer, and required of every page that storage offers.
+To SGLang the drafters' pool (`DraftPool`) is a sidecar: copied with the target's pages, loaded before the target's last
+layer, and required of every page that storage offers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from sglang.srt.managers.cache_controller import HiCacheController
-from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_memory
 from sglang.srt.speculative.base_spec_worker import HiCacheDraftMode, HiCacheDraftPlan
 
-from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.compat.carried import serves_ours
-from whiflash_sglang.compat.launch.refusals import has_windows
 from whiflash_sglang.compat.patching import around
 from whiflash_sglang.compat.scheduler import releases
-from whiflash_sglang.drafters.base import KVDrafter
-from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.learn.swap import fingerprint
-
-
-class DraftPool(MHATokenToKVPool):  # type: ignore[misc]
-    """All drafters' layers, one after the other, over the tensors that the drafters hold.
-
-    Args:
-        target: the target's pool, whose slots it shares. kvs: of the drafters, by arm. layers: of the target, with
-            each of which one of the drafters' is loaded.
-
-    Raises:
-        ConfigError: SGLang's host pool cannot hold them.
-    """
-
-    def __init__(self, target: Any, kvs: Mapping[str, DraftKV], layers: int) -> None:
-        shapes = {arm: tuple(kv.k.shape[2:]) for arm, kv in kvs.items()}
-        if len(set(shapes.values())) != 1:
-            told = ", ".join(
-                f"{arm!r} has {heads} heads of {width}" for arm, (heads, width) in shapes.items()
-            )
-            raise ConfigError(
-                "--enable-hierarchical-cache keeps one host pool for all drafters, but their KV differs in shape "
-                f"({told}); remove it, or one of the drafters"
-            )
-        self._k = [layer for kv in kvs.values() for layer in kv.k.unbind(0)]
-        self._v = [layer for kv in kvs.values() for layer in kv.v.unbind(0)]
-        if len(self._k) > layers:
-            raise ConfigError(
-                "--enable-hierarchical-cache loads one layer of the drafters with each of the target's, but the target "
-                f"has {layers} and the drafters have {len(self._k)}; remove it, or one of the drafters"
-            )
-        first = self._k[0]
-        heads, width = first.shape[1:]
-        super().__init__(
-            target.size,
-            target.page_size,
-            first.dtype,
-            heads,
-            width,
-            len(self._k),
-            str(first.device),
-            enable_memory_saver=False,
-            enable_alt_stream=False,
-            kv_cache_layout="nhd",
-            allocation_label="drafters",
-        )
-
-    def _create_buffers_normal(self) -> None:
-        self.k_buffer, self.v_buffer = self._k, self._v
-
+from whiflash_sglang.compat.scheduler.draft_pool import DraftPool
 
 _namespace: str | None = None
 _whole: Callable[[], bool] | None = None
 
 
-def plan(target: Any, drafters: Mapping[str, KVDrafter], ingests: Callable[[str], bool]) -> HiCacheDraftPlan:
+def plan(
+    pool: DraftPool | None, layout: str | None, arms: Sequence[str], ingests: Callable[[str], bool]
+) -> HiCacheDraftPlan:
     """The pools that SGLang copies beside the target's KV: none without a host tier, or without drafters with KV.
 
     Args:
-        target: the wrapped target. drafters: by arm. ingests: whether an arm's KV has no holes.
+        layout: as of `draft_pool.layout_of`. arms: of the pool. ingests: whether an arm's KV has no holes.
     """
     global _namespace, _whole
     _namespace = _whole = None
     if not get_memory().enable_hierarchical_cache:
         return HiCacheDraftPlan()
-    # A page of the target has all layers, or those without windows: a server of the other kind must not read it.
-    two_pools = isinstance(target.runner.token_to_kv_pool, BaseSWAKVPool)
-    if not drafters:
-        if not two_pools and has_windows(target.runner.model_config):
-            _namespace = "whiflash-one-pool"  # plain SGLang's have two
+    _namespace = layout
+    if pool is None:
         return HiCacheDraftPlan()
-    kvs = {arm: drafter.kv for arm, drafter in drafters.items()}
-    pool = DraftPool(target.runner.token_to_kv_pool, kvs, target.shape.num_layers)
-    models = {arm: getattr(drafter, "model") for arm, drafter in drafters.items()}  # noqa: B009  (each has one)
-    _namespace = f"whiflash-{fingerprint(models)}{'-two-pools' if two_pools else ''}"
-    _whole = partial(_all_ingest, tuple(kvs), ingests)
+    _whole = partial(_all_ingest, arms, ingests)
     return HiCacheDraftPlan(HiCacheDraftMode.SIDECAR, (pool,))
 
 

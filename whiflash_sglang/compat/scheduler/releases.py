@@ -4,7 +4,7 @@ worker.
 Its own hook covers finished requests only; `release_kv_cache` is the one function they all go through.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import ReferenceType, ref
@@ -31,14 +31,18 @@ class Owner(Protocol):
 
 _owner: ReferenceType[Any] | None = None
 _runner: ReferenceType[Any] | None = None
+_save: Callable[[Any], None] | None = None
 _together = False
 """Whether releases are flushed together: until the next batch is made nobody writes to the rows that they had."""
 
 
-def notify(owner: Owner, runner: Any) -> None:
-    """Call `owner` on every arrival and release from now on, after the forwards of `runner`; neither is kept alive."""
-    global _owner, _runner
-    _owner, _runner = ref(owner), ref(runner)
+def notify(owner: Owner, runner: Any, save: Callable[[Any], None]) -> None:
+    """Call `owner` on every arrival and release from now on, after the forwards of `runner`; neither is kept alive.
+
+    save: called before a request gives its slots up whose KV waits on the host.
+    """
+    global _owner, _runner, _save
+    _owner, _runner, _save = ref(owner), ref(runner), save
 
 
 @around(
@@ -52,11 +56,14 @@ def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> No
     """The worker hears of every end of a request's KV."""
     owner = _owner() if _owner is not None else None
     if owner is not None and serves_ours():
+        saved = req.kv.retraction_backup is not None  # by a decode server that retracts it
         # A session keeps the slots of a turn that is retracted, too.
-        kept = checkpoint or (req.session is not None and req.session.streaming)
+        kept = checkpoint or saved or (req.session is not None and req.session.streaming)
         owner.released(req, kept=kept)
-        if kept and not _together:
+        if kept and (saved or not _together):
             flush()
+        if saved and _save is not None:
+            _save(req)
     original(req, tree_cache, checkpoint=checkpoint)
 
 

@@ -16,6 +16,7 @@ from whiflash_sglang.compat.http.figures import MetricsReporter
 from whiflash_sglang.compat.http.streamer import OutputStreamer
 from whiflash_sglang.compat.patching import around
 from whiflash_sglang.compat.scheduler import releases, step
+from whiflash_sglang.compat.scheduler.disaggregation import PreallocQueue
 from whiflash_sglang.compat.scheduler.stops import BatchResultProcessor
 from whiflash_sglang.metrics import SERIES, Labels, Series
 
@@ -92,6 +93,7 @@ class WhiflashScheduler:
     request_receiver: Any
     batch_result_processor: Any
     internal_state: Any
+    disagg_decode_prealloc_queue: Any
     draft_worker: Any
 
     def init_metrics_reporter(self) -> None:
@@ -108,6 +110,11 @@ class WhiflashScheduler:
     def init_batch_result_processor(self) -> None:
         super().init_batch_result_processor()  # type: ignore[misc]
         self.batch_result_processor = _as(BatchResultProcessor, self.batch_result_processor)
+
+    def init_disaggregation(self) -> None:
+        super().init_disaggregation()  # type: ignore[misc]
+        if self.disagg_decode_prealloc_queue is not None:
+            self.disagg_decode_prealloc_queue.__class__ = PreallocQueue
 
     def init_internal_state(self) -> None:
         super().init_internal_state()  # type: ignore[misc]

@@ -1,0 +1,395 @@
+"""A prefill server and a decode server, two processes, with SGLang's own code for Mooncake over memory of this machine.
+
+The decode server's scheduler is in the test's process: drafters' KV that arrives is compared with one pass over the
+text, and texts with those of two plain servers.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import httpx
+import pytest
+from decode_loop import run
+from engine import Engine, engine
+from families import FAMILIES, tiny_family
+from matrix import sampled
+from model_set import Models
+from records import all_logprobs, assert_same_logprobs
+from reference import Comparison
+from server_host import STAND_INS, Server, ServerHost
+from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.common.conn import CommonKVReceiver
+from sglang.srt.managers import scheduler
+from sglang.srt.mem_cache.pool_host import base
+from tiny_models import tiny_dflash, tiny_eagle3
+from trees import close
+
+from whiflash_sglang.compat.scheduler import disaggregation
+from whiflash_sglang.round.planning import Planner
+from whiflash_sglang.serving import free_port
+
+sys.path.append(STAND_INS)
+
+PROMPTS = [[40, 41, 42, 43] * 8, [90, 91, 92], [10, 11, 12, 13, 14] * 12, list(range(30, 75)) * 2]
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "grammar": {"regex": "A(red|green)( blue)?", "ignore_eos": False},
+    "penalties": {"frequency_penalty": 0.6},
+    "logprobs": {"return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": 2},
+}
+SEEDED: dict[str, dict[str, Any]] = {"seeded": {"temperature": 0.6, "sampling_seed": 5}}
+"""In batches of their own: a greedy neighbour changes what a seed draws."""
+
+OUTSIDE = ("return_logprob", "logprob_start_len", "top_logprobs_num", "stream", "custom_params")
+"""Fields of a request that are no sampling parameters."""
+LENGTH = {"max_new_tokens": 24, "ignore_eos": True, "temperature": 0.0}
+DECODE: dict[str, Any] = {
+    "max_running_requests": 6,
+    "skip_tokenizer_init": False,
+    "disaggregation_mode": "decode",
+    "disaggregation_transfer_backend": "mooncake",
+    "enable_deterministic_inference": True,  # seeds count
+    "hicache_ratio": 2.0,  # of a host pool for retracted requests: the default takes a tenth of the memory
+}
+_rooms = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prefill server. port: of what SGLang registers and looks up there."""
+
+    server: Server
+    port: int
+
+    def body(self, prompt: Sequence[int], params: Mapping[str, Any], room: int) -> dict[str, Any]:
+        """Of a request, for either server."""
+        fields = {name: params[name] for name in OUTSIDE if name in params}
+        rest = {name: value for name, value in params.items() if name not in OUTSIDE}
+        where = {"bootstrap_host": "127.0.0.1", "bootstrap_port": self.port, "bootstrap_room": room}
+        return {"input_ids": list(prompt), "sampling_params": {**LENGTH, **rest}, **fields, **where}
+
+    def ask(self, prompt: Sequence[int], params: Mapping[str, Any], room: int) -> httpx.Response:
+        body = {**self.body(prompt, params, room), "stream": False}
+        return httpx.post(f"{self.server.url}/generate", json=body, timeout=None)
+
+
+def arguments(models: Any, drafters: str, mode: str) -> list[str]:
+    """Of a server in a role. drafters: `plain`, `none` or `pair`."""
+    given = ["--model-path", str(models.target), "--dtype", "float32", "--disaggregation-mode", mode]
+    given += ["--disaggregation-transfer-backend", "mooncake", "--enable-deterministic-inference"]
+    if drafters != "plain":
+        given += ["--speculative-algorithm", "WHIFLASH"]
+    if drafters == "none":
+        given += ["--whiflash-drafters", "none"]
+    if drafters == "pair":
+        given += ["--speculative-draft-model-path", str(models.dflash)]
+        given += ["--whiflash-eagle-draft", str(models.eagle3), "--whiflash-router", "random"]
+    return given
+
+
+def started(
+    host: ServerHost, models: Any, drafters: str, port: int | None = None, *more: str, **options: Any
+) -> Prefill:
+    port = port or free_port()
+    given = [*arguments(models, drafters, "prefill"), "--disaggregation-bootstrap-port", str(port)]
+    return Prefill(host.start(*given, *more, **options), port)
+
+
+@pytest.fixture(scope="module")
+def prefills(host: ServerHost, models: Models) -> dict[str, Prefill]:
+    """Prefill servers by their drafters."""
+    kinds = "plain", "none", "pair"
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(kinds, pool.map(lambda kind: started(host, models, kind), kinds), strict=True))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_machine() -> Iterator[None]:
+    """SGLang leaves 10 GiB of host memory to others, which pools of less than a megabyte do not need, and gives a
+    prefill server up after ten seconds without an answer.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
+        patched.setenv("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL", "2")
+        patched.setenv("SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE", "1")
+        # It keeps slots that a lost server might still write to.
+        patched.setenv("SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT", "1")
+        yield
+
+
+@contextmanager
+def decoding(models: Any, whiflash: dict[str, Any] | None = None, **changes: Any) -> Iterator[Engine]:
+    """The scheduler of a decode server, whose threads and sockets end with it."""
+    with engine(models.target, whiflash=whiflash, **{**DECODE, **changes}) as e:
+        try:
+            yield e
+        finally:
+            manager = e.scheduler.disagg_decode_prealloc_queue.kv_manager
+            manager._stopped = True
+            # Its thread waits for a message, and a socket may not be closed under it.
+            here = [(manager.local_ip, manager.rank_port)]
+            manager.send_kv_status_message(targets=here, bootstrap_room=0, status=KVPoll.Failed)
+            manager.teardown()
+            CommonKVReceiver.close_all_sockets()
+
+
+def submit(e: Engine, prefill: Prefill, name: str, prompt: Sequence[int], params: Mapping[str, Any]) -> int:
+    """Give a request to the decode server; the room where both servers meet for it."""
+    room, queue = next(_rooms), e.scheduler.disagg_decode_prealloc_queue
+    where = {"bootstrap_host": "127.0.0.1", "bootstrap_port": prefill.port, "bootstrap_room": room}
+
+    def added(req: Any, add: Callable[..., Any] = queue.add, **more: Any) -> Any:
+        e.requests[req.rid] = req
+        return add(req, **more)
+
+    with patch.object(queue, "add", added):
+        e.submit(name, prompt, **{**LENGTH, **params, **where})
+        waiting = e.scheduler.grammar_manager.grammar_queue
+        e.requests |= {req.rid: req for req in waiting}
+    return room
+
+
+def texts(
+    e: Engine,
+    prefill: Prefill,
+    kinds: Mapping[str, dict[str, Any]],
+    on_pass: Callable[[], object] = lambda: None,
+    **changes: Any,
+) -> dict[str, list[int]]:
+    """Outputs of all kinds for all prompts, all at once."""
+    tag, answers = next(_rooms), dict[str, Future[httpx.Response]]()
+    with ThreadPoolExecutor(len(kinds) * len(PROMPTS)) as pool:
+        for kind, fields in kinds.items():
+            for number, prompt in enumerate(PROMPTS):
+                name, params = f"{kind}-{number}", {**fields, **changes}
+                room = submit(e, prefill, f"{tag:05d}-{name}", prompt, params)
+                answers[name] = pool.submit(prefill.ask, prompt, params, room)
+        run(e, on_pass)
+    assert all(answer.result().is_success for answer in answers.values())
+    e.requests |= {name: e.requests[f"{tag:05d}-{name}"] for name in answers}
+    return {name: e.output(name) for name in answers}
+
+
+@pytest.fixture(scope="module")
+def plain(models: Models, prefills: dict[str, Prefill]) -> dict[str, Any]:
+    """What two plain servers write, with log-probabilities."""
+    with decoding(models) as e:
+        written = texts(e, prefills["plain"], KINDS) | texts(e, prefills["plain"], SEEDED)
+        scored = all_logprobs(e, [rid for rid in written if rid.startswith("logprobs")])
+        return {"texts": written, "logprobs": scored}
+
+
+@contextmanager
+def arrivals(e: Engine, models: Models) -> Iterator[list[int]]:
+    """Compare drafters' KV of every request that arrives with one pass over its text; tokens of each."""
+    adopt, lengths = e.worker.adopt, list[int]()
+
+    def adopted(batch: Any) -> None:
+        adopt(batch)
+        for req in batch.reqs:
+            text = [*req.origin_input_ids, *req.output_ids]
+            slots = e.worker.target.slot_table[req.kv.req_pool_idx, : len(text) - 1].long()
+            for arm, expected in models.reference.keys_values(text).items():
+                kv = e.worker.drafters[arm].kv
+                for name, here, wanted in (("k", kv.k, expected.k), ("v", kv.v, expected.v)):
+                    close(here[:, slots], wanted, f"{name} of {arm} in {req.rid}")
+            lengths.append(len(slots))
+
+    with patch.object(e.worker, "adopt", adopted):
+        yield lengths
+
+
+def test_texts_are_plain_servers(models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]) -> None:
+    """Under every policy; drafters' KV is that of one pass when a request arrives."""
+    asked = len(KINDS) + len(SEEDED)
+    with decoding(models, models.whiflash("ar")) as e:
+        for router in ("ar", "diffusion", "random", "auto"):
+            e.start_over(router)
+            with arrivals(e, models) as lengths:
+                written = texts(e, prefills["pair"], KINDS) | texts(e, prefills["pair"], SEEDED)
+            assert written == plain["texts"]
+            for rid, expected in plain["logprobs"].items():
+                assert_same_logprobs(all_logprobs(e, [rid])[rid], expected, rid)
+            assert sorted(lengths) == sorted(len(prompt) for prompt in PROMPTS * asked)
+            assert not e.worker.controller.states
+            e.check_leaks()
+
+
+def test_without_drafters(models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]) -> None:
+    """A plain prefill server has the same layout here."""
+    with decoding(models, {"whiflash_drafters": "none"}) as e:
+        for prefill in ("none", "plain"):
+            assert texts(e, prefills[prefill], KINDS) == {
+                rid: text for rid, text in plain["texts"].items() if not rid.startswith("seeded")
+            }
+        assert sum(req.spec_num_correct_drafts for req in e.requests.values()) > 0
+        e.check_leaks()
+    state = prefills["none"].server.get("/whiflash/state")
+    assert state["requests"] == 0
+
+
+def test_as_many_drafts_are_right_as_in_one_server(models: Models, prefills: dict[str, Prefill]) -> None:
+    """The block drafter begins at once. EAGLE-3 begins with the target's last feature, which no server sends."""
+    with engine(models.target, whiflash=models.whiflash("diffusion"), max_running_requests=6) as one:
+        expected = one.generate(PROMPTS, **LENGTH)
+        rounds = [one.rounds(rid) for rid in one.requests]
+    plan, first = Planner.plan, dict[str, str]()
+
+    def noted(planner: Planner, round: Any) -> None:
+        plan(planner, round)
+        for (_, rid), route in zip(round.names, round.routes, strict=True):
+            first.setdefault(rid, route)
+
+    with decoding(models, models.whiflash("diffusion")) as e:
+        found = texts(e, prefills["pair"], {"greedy": {}})
+        assert list(found.values()) == expected
+        assert [e.rounds(rid) for rid in found] == rounds
+        e.start_over("ar")
+        with patch.object(Planner, "plan", noted):
+            assert texts(e, prefills["pair"], {"greedy": {}}) == found
+        assert set(first.values()) == {"none"}
+        assert sum(e.rounds(rid)[1] for rid in found) > 0
+
+
+@pytest.mark.parametrize("backup", ["host_pool", "cpu_tensor"])
+def test_draft_kv_waits_on_the_host(
+    models: Models,
+    prefills: dict[str, Prefill],
+    plain: dict[str, Any],
+    backup: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A request that is retracted arrives once more, with what its drafters had and what was parked of it."""
+    monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
+    monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 5)
+    given = {"disaggregation_decode_retraction_backup": backup}
+    with decoding(models, models.whiflash("random"), **given) as e:
+        with arrivals(e, models) as lengths:
+            written = texts(e, prefills["pair"], KINDS)
+        assert len(lengths) == len(written) + sum(e.requests[rid].retraction_count for rid in written)
+        assert len(lengths) > len(written)
+        assert written == {rid: text for rid, text in plain["texts"].items() if rid in written}
+        e.check_leaks()
+
+
+def test_an_aborted_transfer(models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]) -> None:
+    """One that a client leaves before the prefill server has heard of it; its neighbours go on."""
+    with decoding(models, models.whiflash("random")) as e:
+        submit(e, prefills["pair"], "left", PROMPTS[0], {})
+        passes = itertools.count()
+
+        def leaving() -> None:
+            queue = e.scheduler.disagg_decode_transfer_queue.queue
+            if next(passes) > 50 and any(waiting.req.rid == "left" for waiting in queue):
+                e.abort("left")
+
+        with arrivals(e, models):
+            written = texts(e, prefills["pair"], {"greedy": {}}, leaving)
+        assert written == {rid: plain["texts"][rid] for rid in written}
+        assert not e.output("left")
+        assert "Abort" in e.requests["left"].finished_reason.message
+        e.check_leaks()
+
+
+def test_servers_that_do_not_fit(models: Models, prefills: dict[str, Prefill]) -> None:
+    """Requests end with a sentence, and the server serves on."""
+    with decoding(models, models.whiflash("random")) as e:
+        for prefill in ("plain", "none"):
+            submit(e, prefills[prefill], f"from-{prefill}", PROMPTS[0], {})
+            run(e)
+            message = e.requests[f"from-{prefill}"].finished_reason.message
+            assert "sends KV of the layout of plain SGLang, and this decode server reads whiflash-" in message
+            assert "start both with WHIFLASH, the same drafters" in message
+        assert texts(e, prefills["pair"], {"greedy": {}})
+        e.check_leaks()
+        infos = [SimpleNamespace(kv_layout=disaggregation._layout, attn_tp_size=ranks) for ranks in (1, 2)]
+        same, more = (disaggregation.mismatch(info, 1, "there:1") for info in infos)
+        assert same is None
+        assert "has --tp-size 2 and this decode server 1" in str(more)
+
+
+def test_over_http(
+    host: ServerHost, models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]
+) -> None:
+    """Streams of the decode server add up to the text."""
+    given = [
+        *arguments(models, "pair", "decode"),
+        "--disaggregation-decode-retraction-backup",
+        "cpu_tensor",
+    ]
+    with host.running(*given) as server, ThreadPoolExecutor() as pool:
+        room, prefill, tokens = next(_rooms), prefills["pair"], list[list[int]]()
+        asked = pool.submit(prefill.ask, PROMPTS[0], {}, room)
+        body = prefill.body(PROMPTS[0], {"stream": True}, room)
+        with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=None) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    tokens.append(json.loads(line.removeprefix("data: "))["output_ids"])
+        assert asked.result().is_success
+        assert len(tokens) > 1
+        assert tokens[-1] == plain["texts"]["greedy-0"]
+
+
+def test_a_prefill_server_that_is_lost_and_comes_back(
+    host: ServerHost, models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]
+) -> None:
+    """Requests that wait for it end, others are served, and its successor is found at the same place."""
+    lost = started(host, models, "none")
+    with decoding(models, {"whiflash_drafters": "none"}) as e:
+        assert texts(e, lost, {"greedy": {}})
+        submit(e, lost, "waiting", PROMPTS[0], {})
+        passes = itertools.count()
+
+        def losing() -> None:
+            if next(passes) == 50:
+                lost.server.stop()
+
+        written = texts(e, prefills["none"], {"greedy": {}}, losing)
+        assert written == {rid: plain["texts"][rid] for rid in written}
+        assert "Lost connection with prefill instance" in e.requests["waiting"].finished_reason.message
+        again = started(host, models, "none", lost.port)
+        assert texts(e, again, {"greedy": {}}) == written
+        again.server.stop()
+        e.check_leaks()
+
+
+TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "latent attention": ("DeepseekV3ForCausalLM", {}),
+    "delta rule": ("Qwen3_5ForCausalLM", {}),
+    "windows": ("LagunaForCausalLM", {}),
+    "window pool": ("LagunaForCausalLM", {"swa_full_tokens_ratio": 0.8}),
+}
+
+
+@pytest.mark.parametrize("case", sampled(TARGETS))
+def test_targets(host: ServerHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """What a family keeps beside KV travels too, as SGLang sends it."""
+    monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
+    name, flags = TARGETS[case]
+    model = tiny_family(tmp_path / "target", FAMILIES[name])
+    eagle3 = tiny_eagle3(tmp_path / "eagle3", tmp_path / "target")
+    dflash = tiny_dflash(tmp_path / "dflash", tmp_path / "target")
+    served = SimpleNamespace(target=tmp_path / "target", eagle3=eagle3, dflash=dflash)
+    written = [str(part) for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", value)]
+    environment = {"SGLANG_MAMBA_CONV_DTYPE": "float32"}
+    with engine(served.target, max_running_requests=6) as e:
+        expected = e.generate(PROMPTS, **LENGTH)
+    whiflash = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
+    prefill = started(host, served, "pair", None, *written, env=environment)
+    comparison = Comparison(model)
+    with decoding(served, whiflash, **flags) as e:
+        found = texts(e, prefill, {"greedy": {}})
+        for prompt, wanted, here in zip(PROMPTS, expected, found.values(), strict=True):
+            comparison.check(prompt, wanted, here, case)
+        assert sum(e.rounds(rid)[1] for rid in found) > 0
+        e.check_leaks()
+    prefill.server.stop()
