@@ -19,6 +19,9 @@ if find_spec("sgl_kernel") is None or which("cc") is None:
 ELSEWHERE = ("sglang/srt/speculative/eagle_utils.py", "sglang/srt/lora/backend/triton_backend.py")
 """SGLang copies from pageable memory: lengths twice a round, and segments of adapters twice a prefill."""
 
+ALLOCATOR = "sglang/srt/mem_cache/allocator/token.py"
+"""A race of SGLang's without WHIFLASH, too (`test_server.NOT_OURS`)."""
+
 
 def test_replayed_rows_meet_their_requests_adapter(tmp_path: Path) -> None:
     """Each text is that of the target into which its adapter is merged; nothing waits for a width."""
@@ -43,7 +46,7 @@ def test_replayed_rows_meet_their_requests_adapter(tmp_path: Path) -> None:
     assert found["replays"] > found["rounds"] == found["launches"]["fill_slots"]
     assert found["launches"]["_sgemm_lora_a_kernel"]
     assert not found["stalls"]
-    assert not found["races"]
+    assert not [race for race in found["races"] if not race.partition(": ")[2].startswith(ALLOCATOR)]
     assert not found["dangling"]
     assert not [site for site in found["pageable"] if not site.startswith(ELSEWHERE)]
     prefills = found["launches"]["write_req_to_token_pool_triton"]
