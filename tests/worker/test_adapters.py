@@ -71,9 +71,7 @@ def arrivals(adapters: dict[str, Adapter]) -> list[Arrival]:
 
 def without_adapter(arrival: Arrival) -> Arrival:
     """As a request of the target that the adapter is merged into, whose ties `check` knows."""
-    return replace(
-        arrival, params={name: value for name, value in arrival.params.items() if name != "lora_id"}
-    )
+    return replace(arrival, params={k: v for k, v in arrival.params.items() if k != "lora_id"})
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -199,10 +197,6 @@ def test_adapters_come_and_go(models: Models, adapters: dict[str, Adapter]) -> N
         max_running_requests=4,
     ) as e:
         memory, held = e.worker.model_runner.lora_manager.memory_pool, set[str | None]()
-
-        def note() -> None:
-            held.update(memory.uid_to_buffer_id)
-
         load = LoadLoRAAdapterReqInput(lora_name="three", lora_path=str(three.path), lora_id=three.id)
         for i, (adapter, prompt) in enumerate(turns):
             if i == 2:
@@ -210,8 +204,8 @@ def test_adapters_come_and_go(models: Models, adapters: dict[str, Adapter]) -> N
                 assert e.scheduler.load_lora_adapter(load).success
             e.submit(str(i), prompt, lora_id=adapter and adapter.id)
             e.step()
-            note()
-        e.run(note)
+            held.update(memory.uid_to_buffer_id)
+        e.run(lambda: held.update(memory.uid_to_buffer_id))
         assert len(memory.uid_to_buffer_id) == 2
         assert held >= {None, one.id, two.id, three.id}
         unload = UnloadLoRAAdapterReqInput(lora_name="three", lora_id=three.id)
