@@ -191,7 +191,7 @@ def plain(models: Models, prefills: dict[str, Prefill]) -> dict[str, Any]:
 @contextmanager
 def arrivals(e: Engine, models: Models) -> Iterator[list[int]]:
     """Compare drafters' KV of every request that arrives with one pass over its text; tokens of each."""
-    adopt, lengths = e.worker.adopt, list[int]()
+    adopt, lengths, wrong = e.worker.adopt, list[int](), list[str]()
 
     def adopted(batch: Any) -> None:
         adopt(batch)
@@ -201,11 +201,15 @@ def arrivals(e: Engine, models: Models) -> Iterator[list[int]]:
             for arm, expected in models.reference.keys_values(text).items():
                 kv = e.worker.drafters[arm].kv
                 for name, here, wanted in (("k", kv.k, expected.k), ("v", kv.v, expected.v)):
-                    close(here[:, slots], wanted, f"{name} of {arm} in {req.rid}")
+                    try:
+                        close(here[:, slots], wanted, f"{name} of {arm} in {req.rid}")
+                    except AssertionError as error:  # later: the prefill server waits for all of them
+                        wrong.append(str(error))
             lengths.append(len(slots))
 
     with patch.object(e.worker, "adopt", adopted):
         yield lengths
+    assert not wrong, wrong
 
 
 def test_texts_are_plain_servers(models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]) -> None:
@@ -321,11 +325,8 @@ def test_over_http(
     host: ServerHost, models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]
 ) -> None:
     """Streams of the decode server add up to the text."""
-    given = [
-        *arguments(models, "pair", "decode"),
-        "--disaggregation-decode-retraction-backup",
-        "cpu_tensor",
-    ]
+    given = arguments(models, "pair", "decode")
+    given += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
     with host.running(*given) as server, ThreadPoolExecutor() as pool:
         room, prefill, tokens = next(_rooms), prefills["pair"], list[list[int]]()
         asked = pool.submit(prefill.ask, PROMPTS[0], {}, room)
@@ -384,9 +385,9 @@ def test_targets(host: ServerHost, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with engine(served.target, max_running_requests=6) as e:
         expected = e.generate(PROMPTS, **LENGTH)
     whiflash = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
-    prefill = started(host, served, "pair", None, *written, env=environment)
+    prefill = started(host, served, "pair", None, "--skip-tokenizer-init", *written, env=environment)
     comparison = Comparison(model)
-    with decoding(served, whiflash, **flags) as e:
+    with decoding(served, whiflash, skip_tokenizer_init=True, **flags) as e:
         found = texts(e, prefill, {"greedy": {}})
         for prompt, wanted, here in zip(PROMPTS, expected, found.values(), strict=True):
             comparison.check(prompt, wanted, here, case)
