@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where it is set every process compiles what it imports: SGLang takes 24 s of a core then, and 14 s compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits audit check format docs prometheus site dist bench gpu gpu-evidence gpu-kit clean
+.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits canary audit check format docs prometheus site dist bench gpu gpu-evidence gpu-kit clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -58,6 +58,9 @@ golden-record: install ## Write results/golden.json, after a change that is mean
 mutation: install ## Plant faults and ask the tests whether they notice; goes on where it was ended
 	$(UV) sync --frozen --all-packages --group mutation
 	$(RUN) python tests/mutation/run.py --most 20 --out mutation.jsonl
+
+canary: install ## What another SGLang changes for us (VERSION=0.5.24): names, sources, flags; the short suite with it
+	$(RUN) python scripts/upstream.py $(VERSION) --import --test
 
 upstream-kits: install ## SGLang's own server tests against a plain server and ours; outcomes in results/upstream-kits.md
 	$(RUN) python scripts/upstream_kits.py --json results/upstream-kits.json --markdown results/upstream-kits.md

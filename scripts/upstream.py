@@ -145,6 +145,22 @@ def imported(place: Path) -> list[str]:
     return list(json.loads(done.stdout.strip().split("\n")[-1]))
 
 
+SHORT = (
+    "tests/compat",
+    "tests/worker/test_plain_text.py",
+    "tests/worker/test_radix.py",
+    "tests/worker/test_hicache.py",
+)
+"""Names and refusals, texts in all modes, the prefix cache and its host copy."""
+
+
+def tested(place: Path) -> bool:
+    """Whether the short suite passes with these sources before the installed ones, as if they were supported."""
+    environment = {**os.environ, "PYTHONPATH": str(place), "WHIFLASH_CANARY": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", *SHORT]
+    return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode == 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     release = "a wheel, a directory that holds sglang/, or a version"
@@ -154,6 +170,7 @@ def main() -> int:
     parser.add_argument(
         "--import", action="store_true", dest="imported", help="import the new sources and check them"
     )
+    parser.add_argument("--test", action="store_true", help="run the short suite with the new sources")
     said = parser.parse_args()
     names = our_names()
     with sources(said.since) as before, sources(said.release) as now:
@@ -166,8 +183,9 @@ def main() -> int:
         wrong = imported(now) if said.imported and now.is_dir() else []
         for line in wrong:
             print(f"{'imported':<12}{line}")
+        passed = not said.test or tested(now)
     print(f"{len(findings) + len(wrong)} findings in {len(names)} names and the server's arguments")
-    return 1 if findings or wrong else 0
+    return 1 if findings or wrong or not passed else 0
 
 
 if __name__ == "__main__":

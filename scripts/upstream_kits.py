@@ -30,7 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from whiflash_sglang import provenance
-from whiflash_sglang.compat.patching import SGLANG_VERSION
+from whiflash_sglang.compat.versions import installed
 from whiflash_sglang.serving import Server, ServerHost, runs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -258,13 +258,11 @@ def main() -> int:
     given = parser.parse_args()
     # Terminated, it still ends the test that runs and the servers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    told: dict[str, Any] = {"sglang": SGLANG_VERSION, "plain": {}, "whiflash": {}}
+    told: dict[str, Any] = {"sglang": installed(), "plain": {}, "whiflash": {}}
     if given.go_on and given.json.is_file():
         told = json.loads(given.json.read_text("utf-8"))
-        if told["sglang"] != SGLANG_VERSION:
-            parser.error(
-                f"{given.json} is of SGLang {told['sglang']}, not {SGLANG_VERSION}: leave out --go-on"
-            )
+        if told["sglang"] != installed():
+            parser.error(f"{given.json} is of SGLang {told['sglang']}, not {installed()}: leave out --go-on")
 
     def save() -> None:
         given.json.write_text(json.dumps(told, indent=2) + "\n")
@@ -286,7 +284,9 @@ def main() -> int:
     plain, drafting = told["plain"], told["whiflash"]
     lost = [name for name, outcome in plain.items() if outcome == "passed" != drafting.get(name)]
     passed = sum(outcome == "passed" for outcome in drafting.values())
-    sums = f"SGLang {SGLANG_VERSION}: {passed} of {len(plain)} pass with WHIFLASH, {len(lost)} fewer than without"
+    sums = (
+        f"SGLang {installed()}: {passed} of {len(plain)} pass with WHIFLASH, {len(lost)} fewer than without"
+    )
     print(f"{table(plain, drafting)}\n\n{sums}")
     if given.markdown:
         given.markdown.write_text(page(sums, table(plain, drafting)))

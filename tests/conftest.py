@@ -1,5 +1,6 @@
 """What all tests share: tiny models, the host that real servers are forked from, limits on time, options."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,13 @@ WITH_HELPERS = (
 )
 """Folders whose modules tests import by name."""
 sys.path[1:1] = [str(Path(__file__).parent / name) for name in WITH_HELPERS]
+
+if os.environ.get(
+    "WHIFLASH_CANARY"
+):  # `scripts/upstream.py --test`: before anything imports what is supported
+    from whiflash_sglang.compat import versions
+
+    versions.SUPPORTED += (str(versions.installed()),)
 
 if TYPE_CHECKING:
     from model_set import Models

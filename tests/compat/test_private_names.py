@@ -93,8 +93,10 @@ def test_a_lost_name_or_parameter_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patching, "SGLANG_VERSION", "9.9.9")
-    with pytest.raises(patching.IncompatibleEngineError, match=r"needs sglang==9\.9\.9"):
+    monkeypatch.setattr(patching, "installed", lambda: "9.9.9")
+    with pytest.raises(
+        patching.IncompatibleEngineError, match=r"needs sglang 0\.5\.22 or .*: 9\.9\.9 installed"
+    ):
         patching.require_names()
 
 

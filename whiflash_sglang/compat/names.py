@@ -5,8 +5,13 @@ A name that is only imported is checked by its import. What is replaced is in a 
 
 from collections.abc import Mapping
 
+from whiflash_sglang.compat import versions
+
 _TABLE = """
-sglang.kernels.ops.attention.linear.fused_sigmoid_gating_recurrent
+sglang.kernels.ops.attention.fla.fused_sigmoid_gating_recurrent  # before 0.5.23
+    fused_sigmoid_gating_delta_rule_update(A_log, cu_seqlens, is_kda, lower_bound, disable_state_update)
+    fused_sigmoid_gating_delta_rule_update(intermediate_states_buffer, initial_state_indices)
+sglang.kernels.ops.attention.linear.fused_sigmoid_gating_recurrent  # since 0.5.23
     fused_sigmoid_gating_delta_rule_update(A_log, cu_seqlens, is_kda, lower_bound, disable_state_update)
     fused_sigmoid_gating_delta_rule_update(intermediate_states_buffer, initial_state_indices)
 sglang.kernels.ops.mamba.triton_ops.mamba_ssm
@@ -38,7 +43,7 @@ sglang.srt.constrained.grammar_manager
 sglang.srt.constrained.llguidance_backend
     GuidanceGrammar(ll_matcher)
 sglang.srt.constrained.reasoner_grammar_backend
-    ReasonerGrammarObject._grammar_active
+    ReasonerGrammarObject._is_generation
 sglang.srt.constrained.xgrammar_backend
     XGrammarGrammar(matcher)
 sglang.srt.disaggregation.common.conn
@@ -58,7 +63,7 @@ sglang.srt.entrypoints.http_server
     AuthLevel.ADMIN_OPTIONAL
     auth_level
 sglang.srt.entrypoints.openai.serving_chat
-    OpenAIServingChat._encoding_output
+    OpenAIServingChat._encoding_output  # since 0.5.23
     OpenAIServingChat._tool_call_parsing_active(request)
 sglang.srt.layers.attention.attention_registry
     register_attention_backend(name)
@@ -124,7 +129,7 @@ sglang.srt.managers.schedule_batch
     ScheduleBatch(reqs, forward_mode, req_pool_indices, seq_lens, seq_lens_cpu, orig_seq_lens, spec_algorithm)
 sglang.srt.managers.scheduler
     Scheduler(server_args, port_args)
-    Scheduler._create_generation_req(recv_req)
+    Scheduler.init_req_max_new_tokens(req)
     Scheduler.get_output_streamer_class
     Scheduler.init_batch_result_processor
     Scheduler.init_internal_state
@@ -218,7 +223,6 @@ sglang.srt.speculative.base_spec_worker
     HiCacheDraftPlan(mode, device_pools)
 sglang.srt.speculative.dflash_info
     DFlashVerifyInput(draft_token, positions, draft_token_num)
-    DFlashVerifyInput.prepare_for_verify(batch, target_worker, defer_metadata_init)
 sglang.srt.speculative.ragged_verify
     RaggedVerifyLayout(verify_lens, graph_num_tokens, qo_indptr_device, verify_lens_cpu, total_verify_tokens)
     RaggedVerifyLayout.padded_to_bucket(padded_bs)
@@ -245,19 +249,28 @@ sglang.srt.utils.common
 sglang.srt.utils.watchdog
     SubprocessWatchdog(processes, process_names)
 """
-"""By module, with the parameters that are relied on. A name whose parameters take more than a line has several."""
+"""By module, with the parameters that are relied on. A name whose parameters take more than a line has several. Behind
+a `#`, the release that brought or lost it."""
 
 
 def _read(table: str) -> Mapping[str, tuple[str, ...]]:
-    module, found = "", dict[str, tuple[str, ...]]()
+    """Without the names, and the modules with all of theirs, that the installed release does not have."""
+    module, there, found = "", True, dict[str, tuple[str, ...]]()
     for line in table.strip().split("\n"):
-        name, _, parameters = line.strip().rstrip(")").partition("(")
-        if line.startswith(" "):
+        entry, _, release = line.partition("  # ")
+        name, _, parameters = entry.strip().rstrip(")").partition("(")
+        if not line.startswith(" "):
+            module, there = name, _is_there(release)
+        elif there and _is_there(release):
             path = f"{module}:{name}"
             found[path] = found.get(path, ()) + tuple(parameters.split(", ") if parameters else ())
-        else:
-            module = name
     return found
+
+
+def _is_there(release: str) -> bool:
+    """release: `since X`, `before X`, or empty."""
+    kind, _, number = release.partition(" ")
+    return not kind or versions.has(number) == (kind == "since")
 
 
 PRIVATE_NAMES = _read(_TABLE)

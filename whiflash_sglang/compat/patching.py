@@ -11,14 +11,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
 from whiflash_sglang.compat.names import HEAVY, PRIVATE_NAMES
+from whiflash_sglang.compat.versions import SUPPORTED, installed
 from whiflash_sglang.errors import IncompatibleEngineError
 
-SGLANG_VERSION = "0.5.23"
 Function = Callable[..., Any]
 
 
@@ -208,16 +207,15 @@ def require_names() -> None:
 def _require(finding: Finding) -> None:
     if not finding.ok:
         raise IncompatibleEngineError(
-            f"WHIFLASH needs sglang=={SGLANG_VERSION}; {finding.name}: {finding.detail}"
+            f"WHIFLASH needs sglang {' or '.join(SUPPORTED)}; {finding.name}: {finding.detail}"
         )
 
 
 def _check_version() -> Finding:
-    try:
-        found = version("sglang")
-    except PackageNotFoundError:
+    found = installed()
+    if found is None:
         return Finding("sglang", False, "not installed")
-    return Finding("sglang", found == SGLANG_VERSION, f"{found} installed, {SGLANG_VERSION} expected")
+    return Finding("sglang", found in SUPPORTED, f"{found} installed, {' or '.join(SUPPORTED)} expected")
 
 
 def _check_name(path: str, params: tuple[str, ...]) -> Finding:

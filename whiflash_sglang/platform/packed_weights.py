@@ -86,6 +86,7 @@ def compute_lm_head(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
         *,
         out: Tensor | None = None,
     ) -> Tensor:
+        into = {} if out is None else {"out": out}
         weight = getattr(lm_head, "weight", None)
         otherwise = (
             embedding_bias is not None
@@ -94,7 +95,7 @@ def compute_lm_head(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
             or hasattr(lm_head, "set_lora")
         )
         if otherwise or not isinstance(weight, Tensor) or not has_kernel(weight):
-            return upstream(self, hidden_states, lm_head, embedding_bias, out=out)
+            return upstream(self, hidden_states, lm_head, embedding_bias, **into)
         return linear(hidden_states.to(torch.bfloat16), weight)
 
     return compute

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+from whiflash_sglang.compat.versions import has
 from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 from whiflash_sglang.models import recurrent
 from whiflash_sglang.platform import host_copies, layers, packed_weights, spec_ops
@@ -69,6 +70,21 @@ EARLY_SEAMS: tuple[Seam, ...] = (
 PINNING = ("sglang.srt.lora.layers", "sglang.srt.lora.backend.torch_backend")
 """Modules that ask torch for pinned tensors, for the target's adapters."""
 
+_OF_UPSTREAMS_DRAFTERS: tuple[Seam, ...] = (
+    Seam(
+        _CACHE_LOCS,
+        "assign_draft_cache_locs_contiguous_func",
+        spec_ops.assign_draft_cache_locs_contiguous_func,
+    ),
+    Seam(_CACHE_LOCS, "fill_front_out_cache_loc_func", spec_ops.fill_front_out_cache_loc_func),
+    Seam(_SPEC_TREE, "build_tree_kernel_efficient_func", spec_ops.build_tree_kernel_efficient_func),
+    Seam(_SPEC_TREE, "verify_tree_greedy_func", spec_ops.verify_tree_greedy_func),
+    Seam(
+        "sglang.kernels.ops.attention.table_qk_norm_rope", "table_qk_norm_rope_", spec_ops.table_qk_norm_rope_
+    ),
+)
+"""What upstream's own algorithms call since 0.5.23; before, the CPU serves plain decoding and WHIFLASH."""
+
 _NAMES: tuple[Seam, ...] = (
     Seam(_CONV, "causal_conv1d_fn", recurrent.causal_conv1d_fn),
     Seam(_CONV, "causal_conv1d_update", recurrent.causal_conv1d_update),
@@ -80,30 +96,19 @@ _NAMES: tuple[Seam, ...] = (
     Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul", layers.fused_gate_sigmoid_mul),
     Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul_add", layers.fused_gate_sigmoid_mul_add),
     Seam(
-        _CACHE_LOCS,
-        "assign_draft_cache_locs_contiguous_func",
-        spec_ops.assign_draft_cache_locs_contiguous_func,
-    ),
-    Seam(
         "sglang.srt.mem_cache.allocation",
         "assign_req_to_token_pool_func",
         spec_ops.assign_req_to_token_pool_func,
     ),
     Seam("sglang.srt.mem_cache.allocation", "get_last_loc", spec_ops.get_last_loc),
     Seam("sglang.srt.mem_cache.pool_host.common", "_cuda_host_register", _leave_unregistered),
-    Seam(_CACHE_LOCS, "fill_front_out_cache_loc_func", spec_ops.fill_front_out_cache_loc_func),
     Seam(_EAGLE, "fill_accept_out_cache_loc_func", spec_ops.fill_accept_out_cache_loc_func),
     Seam(_EAGLE, "fill_bonus_tokens_func", spec_ops.fill_bonus_tokens_func),
     Seam(
         "sglang.kernels.ops.speculative.gather_spec_extras", "gather_spec_extras", spec_ops.gather_spec_extras
     ),
     Seam("sglang.kernels.ops.sampling.murmur_hash", "murmur_hash32", spec_ops.murmur_hash32),
-    Seam(_SPEC_TREE, "build_tree_kernel_efficient_func", spec_ops.build_tree_kernel_efficient_func),
-    Seam(_SPEC_TREE, "verify_tree_greedy_func", spec_ops.verify_tree_greedy_func),
     Seam(_EAGLE_UTILS, "default_tree_mask_mode", _tree_mask_mode),
-    Seam(
-        "sglang.kernels.ops.attention.table_qk_norm_rope", "table_qk_norm_rope_", spec_ops.table_qk_norm_rope_
-    ),
     *(
         Seam(module, name, getattr(spec_ops, name), absent=True)
         for module in (_EAGLE_UTILS, _DFLASH_UTILS)
@@ -288,11 +293,11 @@ MODULE_SEAMS: tuple[Seam, ...] = (
         "reconstruct_indices_from_tree_mask_func",
         spec_ops.reconstruct_indices_from_tree_mask_func,
     ),
-)
+)[: has("0.5.23")]
 """Functions that are wanted of modules that cannot be imported here, because they import operators that no published
 wheel has."""
 
-SEAMS = (*_NAMES, *_METHODS)
+SEAMS = (*_NAMES, *(_OF_UPSTREAMS_DRAFTERS if has("0.5.23") else ()), *_METHODS)
 
 
 def delta_seams() -> tuple[Seam, ...]:

@@ -17,6 +17,7 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 
 from whiflash_sglang.checkpoints.fit import TargetShape
+from whiflash_sglang.compat import versions
 from whiflash_sglang.compat.forward.parallel import (
     input_embedding,
     is_quantised,
@@ -84,7 +85,11 @@ class Captured:
         if self._layers:
             _set_layers(model, self._layers)
         if self._layers and (keeps_final or self._joins_final):
-            language_model(model).logits_processor.keep_last_hidden_states = True
+            processor = language_model(model).logits_processor
+            processor.keep_last_hidden_states = True
+            if not versions.has("0.5.23"):
+                processor.register_forward_hook(self._join)
+        self._width = 0  # of the features, where `_join` puts the final states behind them
         self.vectors = self.read + (keeps_final and not self._joins_final)
         self.mode = CaptureHiddenMode.FULL if self.vectors else CaptureHiddenMode.NULL
 
@@ -94,15 +99,25 @@ class Captured:
         output.hidden_states = output.last_hidden_states = None
         return states
 
+    def _join(self, _: Any, args: tuple[Any, ...], output: Any) -> None:
+        """SGLang 0.5.22 keeps the features only, also of a graph: the final states go behind them."""
+        if output.hidden_states is not None:
+            self._width = output.hidden_states.shape[-1]
+            output.hidden_states = torch.cat([output.hidden_states, args[1]], -1)
+
     def states(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Features [T, F] and final states [T, H] of a forward. F is 0 if no drafter reads any."""
-        features, final = output.hidden_states, output.last_hidden_states
+        features: Any = output.hidden_states
+        final: Any = getattr(output, "last_hidden_states", None)
         if not self.read:
             logits = output.next_token_logits
             return logits.new_empty((len(logits), 0)), features
         if not self._layers:
             # Without a layer to capture SGLang keeps what its head reads.
             return features, features
+        if self._width:
+            split = features.tensor_split([self._width], -1)
+            return features if self._joins_final else split[0].contiguous(), split[1].contiguous()
         return torch.cat([features, final], -1) if self._joins_final else features, final
 
 

@@ -11,11 +11,13 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import (
     CaptureHiddenMode,
     ForwardBatch,
+    ForwardMode,
     get_server_return_hidden_states_mode,
 )
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
+from sglang.srt.speculative.spec_utils import prepare_mamba_track_for_verify
 from whiflash_kernels import Committed, MixedBlock
 
 from whiflash_sglang.compat.forward import graphs, lora, recurrent
@@ -145,10 +147,13 @@ class Target(LoadedTarget):
         back is without them where the widths are known. verify_lens, widths, stride: as of `verify_input`.
         """
         batch.out_cache_loc = block.cache_slots
-        # Deferred: the runner plans the attention of every verification itself, so a plan made here would be a second.
         counted = rows_counted(self.runner, stride)
-        spec_info = verify_input(block, verify_lens, widths, counted, self._captured.mode)
-        forward_batch, _ = spec_info.prepare_for_verify(batch, self.worker, defer_metadata_init=True)
+        batch.input_ids, batch.forward_mode = block.input_ids, ForwardMode.TARGET_VERIFY
+        batch.spec_info = verify_input(block, verify_lens, widths, counted, self._captured.mode)
+        prepare_mamba_track_for_verify(batch)
+        # The runner plans the attention of every verification: a plan of `prepare_for_verify` would be a second one.
+        mode = {"capture_hidden_mode": self._captured.mode, "return_hidden_states_before_norm": False}
+        forward_batch = ForwardBatch.init_new(batch, self.runner, **mode)
         result = self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
         output, total = result.logits_output, None if widths is None else sum(widths)
         features, final_hidden = self._captured.take(output)

@@ -21,7 +21,7 @@ from sglang.srt.server_args import ServerArgs
 from whiflash_sglang.compat.carried import ALGORITHM
 from whiflash_sglang.compat.launch.arguments import Launch, choose, choose_for_cuda
 from whiflash_sglang.compat.launch.refusals import FOREIGN, UNCAPTURED, refusals_of
-from whiflash_sglang.compat.patching import SGLANG_VERSION
+from whiflash_sglang.compat.versions import installed
 from whiflash_sglang.config import Flags, flag_of, parse_flags
 from whiflash_sglang.errors import ConfigError
 
@@ -121,7 +121,7 @@ def _read(flags: Mapping[str, Flag]) -> _Read:
                 read.drafters &= parse_flags({ours[option]: value}).drafters != "none"
             elif action is None:
                 raise ConfigError(
-                    f"{option} is no flag of SGLang {SGLANG_VERSION}; remove it, or give its new name"
+                    f"{option} is no flag of SGLang {installed()}; remove it, or give its new name"
                 )
             elif value == "" and action.nargs != 0:
                 found = parser.fields([option, _MORE_THAN_ONE]) if action.type in (int, float) else {}
@@ -151,7 +151,7 @@ class _Parser(argparse.ArgumentParser):
     """SGLang's, which reads one flag at a time and answers with the fields that it sets."""
 
     def error(self, message: str) -> Any:
-        raise ConfigError(f"SGLang {SGLANG_VERSION} does not take it: {message}; give another value")
+        raise ConfigError(f"SGLang {installed()} does not take it: {message}; give another value")
 
     def meant(self, option: str) -> argparse.Action | None:
         """The flag of this name, or the only one that begins with it."""

@@ -41,7 +41,8 @@ class RequestGrammar:
         grammar = self._req.grammar
         if isinstance(grammar, ReasonerGrammarObject):
             # While the model thinks nothing is constrained, and it stops whenever it likes.
-            grammar = grammar.grammar if grammar._grammar_active() else None
+            active = getattr(grammar, "reasoning_in_grammar", False) or grammar._is_generation()
+            grammar = grammar.grammar if active else None
         if grammar is None or grammar.is_terminated():
             return None
         return _matcher_of(grammar, vocabulary, plain=is_plain(self.schema))

@@ -28,7 +28,7 @@ from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang import __version__
 from whiflash_sglang.cache.backlog import FeatureRings
-from whiflash_sglang.compat import patching
+from whiflash_sglang.compat import versions
 from whiflash_sglang.compat.forward.graphs import VerifyGraphs, most_rows
 from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.device.capture import graded
@@ -131,7 +131,7 @@ def key_of(
             *_contexts(target, widest),
             *sync.sizes(requests * widest),
         ],
-        "versions": f"{patching.SGLANG_VERSION} {__version__} {torch.__version__} {_kernels()}",
+        "versions": f"{versions.installed()} {__version__} {torch.__version__} {_kernels()}",
     }
     return {name: str(value) for name, value in values.items()}
 

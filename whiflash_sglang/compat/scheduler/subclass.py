@@ -120,10 +120,10 @@ class WhiflashScheduler:
         super().init_internal_state()  # type: ignore[misc]
         self.internal_state = InternalState(self, self.internal_state.record_step_time)
 
-    def _create_generation_req(self, *args: Any, **named: Any) -> Any:
-        req = super()._create_generation_req(*args, **named)  # type: ignore[misc]
+    def init_req_max_new_tokens(self, req: Any) -> None:
+        """Called once for each request that arrives, which has its session by then."""
+        super().init_req_max_new_tokens(req)  # type: ignore[misc]
         releases.arrived(req)
-        return req
 
     def process_input_requests(self, recv_reqs: Any) -> None:
         """Called in every pass of the loop, in all processes alike, also while nothing runs."""
