@@ -72,7 +72,7 @@ def test_every_kernel_compiles_and_nothing_spills(targets: set[str]) -> None:
     compiled = {(entry["kernel"], entry["case"], entry["target"]) for entry in report}
     assert {target for _, _, target in compiled} == targets
     assert all((kernel, case, target) in compiled for kernel, case, _ in compiled for target in targets)
-    assert all(entry["stack_bytes"] == 0 and entry["local_bytes"] == 0 for entry in report)
+    assert all(entry["local_bytes"] == 0 for entry in report)  # the command checks the stack
     assert all(0 < entry["registers"] <= 255 for entry in report)
     assert_two_blocks_fit(report)
 
