@@ -147,11 +147,9 @@ def imported(place: Path) -> list[str]:
 
 SHORT = (
     "tests/compat",
-    "tests/worker/test_plain_text.py",
-    "tests/worker/test_radix.py",
-    "tests/worker/test_hicache.py",
+    *(f"tests/worker/test_{name}.py" for name in ("plain_text", "radix", "hicache", "adapters")),
 )
-"""Names and refusals, texts in all modes, the prefix cache and its host copy."""
+"""Names and refusals, texts in all modes, the prefix cache and its host copy, LoRA."""
 
 
 def tested(place: Path) -> bool:

@@ -102,7 +102,8 @@ sglang.srt.layers.vocab_parallel_embedding
 sglang.srt.lora.backend.base_backend
     BaseLoRABackend.is_moe_lora
 sglang.srt.lora.lora_manager
-    LoRAManager.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph, num_tokens_per_req)
+    LoRAManager.init_cuda_graph_batch_info(max_bs_in_cuda_graph, num_tokens_per_req)  # before 0.5.23
+    LoRAManager.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph, num_tokens_per_req)  # since 0.5.23
 sglang.srt.lora.utils
     LoRABatchInfo(seg_lens, seg_indptr, max_len, expected_tokens)
 sglang.srt.managers.detokenizer_manager

@@ -287,13 +287,15 @@ _METHODS: tuple[Seam, ...] = (
 )
 
 
-MODULE_SEAMS: tuple[Seam, ...] = (
-    Seam(
-        "sglang.kernels.ops.speculative.reconstruct_tree",
-        "reconstruct_indices_from_tree_mask_func",
-        spec_ops.reconstruct_indices_from_tree_mask_func,
-    ),
-)[: has("0.5.23")]
+MODULE_SEAMS: tuple[Seam, ...] = ()
+if has("0.5.23"):
+    MODULE_SEAMS = (
+        Seam(
+            "sglang.kernels.ops.speculative.reconstruct_tree",
+            "reconstruct_indices_from_tree_mask_func",
+            spec_ops.reconstruct_indices_from_tree_mask_func,
+        ),
+    )
 """Functions that are wanted of modules that cannot be imported here, because they import operators that no published
 wheel has."""
 

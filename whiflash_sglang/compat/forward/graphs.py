@@ -42,6 +42,7 @@ from triton.runtime.errors import OutOfResources
 from whiflash_kernels import GraphSlots, fill_slots
 
 from whiflash_sglang.compat.forward.recurrent import rows_counted
+from whiflash_sglang.compat.versions import has
 from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder, doubling, graded
 
 T = TypeVar("T")
@@ -181,7 +182,8 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
     def capture(self) -> None:
         self.model_runner.lora_manager = self._adapters
         if self._adapters is not None:
-            self._adapters.init_decode_cuda_graph_batch_info(self.max_bs, num_tokens_per_req=self.widest)
+            name = "init_decode_cuda_graph_batch_info" if has("0.5.23") else "init_cuda_graph_batch_info"
+            getattr(self._adapters, name)(self.max_bs, num_tokens_per_req=self.widest)
         super().capture()
 
     def rows_for(self, total: int, requests: int) -> int:

@@ -17,6 +17,7 @@ from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
 
 from whiflash_sglang.compat.carried import APP_PATH, WORKER_APP
 from whiflash_sglang.compat.launch.arguments import CUDA_ATTENTIONS, Launch
+from whiflash_sglang.compat.versions import has, installed
 from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 
 ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha")
@@ -401,6 +402,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "--lora-backend {0[1]} lays out the rows of adapters for drafts of one length; give --lora-backend {0[0]}",
     ),
     _removed("enable_lora_overlap_loading", "untested beside verifications"),
+    Refusal(
+        "disaggregation_release",
+        lambda x: x.args.disaggregation_mode != "null" and not has("0.5.23") and installed(),
+        "SGLang {} does not register how a prefill server's KV is laid out; with --disaggregation-mode install 0.5.23",
+    ),
     _removed("enable_watermark", "its state is not kept per verified position"),
     _removed("enable_mis", "FlashInfer's masks of several items are untested with it"),
     _removed("enable_eplb", "experts that move while it serves are untested"),

@@ -49,7 +49,7 @@ SHORTER = 16
 """The shorter context is this part of the longer one."""
 
 PRICED = re.compile(
-    "attention|backend|compile|context|deepep|determin|dtype|eager|expert|fp32|fp8|fus|graph|layers|lm_head|moe|nvls|"
+    "attention|backend|compile|context|deepep|determin|dtype|eager|expert|fp32|fp8|fus|graph|layers|lm_head|lora|moe|nvls|"
     "offload|overlap|page|quant|reduce|size|symm|tf32"
 )
 """Arguments of a server that may change what work takes, by their names. A price of another server would be wrong for
