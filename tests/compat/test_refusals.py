@@ -16,6 +16,7 @@ from sglang.srt.server_args import ServerArgs
 
 from whiflash_sglang.compat import patching
 from whiflash_sglang.compat.launch import arguments as launches
+from whiflash_sglang.compat.launch import refusals
 from whiflash_sglang.compat.launch.arguments import Launch, choose_for_cuda
 from whiflash_sglang.compat.launch.refusals import REFUSALS, refusal_of, refusals_of
 
@@ -382,12 +383,21 @@ def test_machine_and_environment(taken: Launch, row: str) -> None:
     assert named in sentence(replace(with_arguments(taken, **theirs), **ours))
 
 
-APART = {"windows", "window_heads", "window_pool", "one_file", "recurrent_sessions"}
+APART = {"windows", "window_heads", "window_pool", "one_file", "recurrent_sessions", "disaggregation_release"}
 """Rows with tests of their own."""
 
 
 def test_every_row_has_its_case() -> None:
     assert {r.name for r in REFUSALS} == {*APART, *TARGETS, *ARGUMENTS, *CUDA, *ELSEWHERE}
+
+
+def test_an_older_release_serves_no_disaggregation(taken: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = with_arguments(taken, disaggregation_mode="decode")
+    assert refusal_of(decode) is None
+    monkeypatch.setattr(refusals, "has", lambda release: False)
+    monkeypatch.setattr(refusals, "installed", lambda: "0.5.22")
+    assert "SGLang 0.5.22 does not register" in str(refusal_of(decode))
+    assert refusal_of(taken) is None
 
 
 def test_adapters_are_served_by_one_backend_a_device(taken: Launch) -> None:
