@@ -308,11 +308,16 @@ def test_servers_that_do_not_fit(models: Models, prefills: dict[str, Prefill]) -
     """Requests end with a sentence, and the server serves on."""
     with decoding(models, models.whiflash("random")) as e:
         for prefill in ("plain", "none"):
-            submit(e, prefills[prefill], f"from-{prefill}", PROMPTS[0], {})
+            rids = [f"from-{prefill}-{number}" for number in range(2)]
+            for rid in rids:
+                submit(e, prefills[prefill], rid, PROMPTS[0], {})
             run(e)
-            message = e.requests[f"from-{prefill}"].finished_reason.message
-            assert "sends KV of the layout of plain SGLang, and this decode server reads whiflash-" in message
-            assert "start both with WHIFLASH, the same drafters" in message
+            for message in (e.requests[rid].finished_reason.message for rid in rids):
+                assert (
+                    "sends KV of the layout of plain SGLang, and this decode server reads whiflash-"
+                    in message
+                )
+                assert "start both with WHIFLASH, the same drafters" in message
         assert texts(e, prefills["pair"], {"greedy": {}})
         e.check_leaks()
         infos = [SimpleNamespace(kv_layout=disaggregation._layout, attn_tp_size=ranks) for ranks in (1, 2)]

@@ -95,8 +95,8 @@ class PreallocQueue(DecodePreallocQueue):  # type: ignore[misc]
         if reason is None:
             super()._init_receiver(decode_req, prefill_dp_rank)
             return
-        # Asked again for the next request: the prefill server may have been restarted.
-        manager.prefill_info_table.pop(address)
+        # The record stays: asking again would wait for the other server in the scheduler's loop. A server that is
+        # restarted misses heartbeats, and then SGLang drops it.
         manager.record_failure(receiver.bootstrap_room, reason)
         manager.update_status(receiver.bootstrap_room, KVPoll.Failed)
         receiver.conclude_state = KVPoll.Failed
