@@ -4,6 +4,7 @@ DFlash is right five times a round and EAGLE-3 never, of a text that is nobody's
 orders an arm has a text that nothing drafts.
 """
 
+import gc
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -192,7 +193,10 @@ def test_requests_go_back_after_a_probe_of_an_arm_that_is_no_better(monkeypatch:
 
 
 def test_an_adapter_teaches_another_nothing() -> None:
-    """Rounds of one in which EAGLE-3 is always right move neither the target's routes nor another adapter's."""
+    """Rounds of one in which EAGLE-3 is always right move neither the target's routes nor another adapter's.
+
+    They do move when an arm is probed.
+    """
     taught, untouched = Server(), Server()
     taught.open(3, FREE, {"ar": 6}, adapter="one")
     for _ in range(300):
@@ -202,9 +206,9 @@ def test_an_adapter_teaches_another_nothing() -> None:
         routes = []
         for server in (taught, untouched):
             server.open(0, adapter=adapter)
-            routes.append([server.round([0])[0] for _ in range(200)])
+            routes.append([server.round([0])[0] for _ in range(200)].count("ar"))
             server.close(0)
-        assert routes[0] == routes[1]
+        assert abs(routes[0] - routes[1]) <= 3
     taught.open(4, FREE, {"ar": 6}, adapter="one")
     assert [taught.round([4])[4] for _ in range(20)].count("ar") >= 19, "what it has learned itself it knows"
 
@@ -215,7 +219,7 @@ def test_an_adapter_begins_with_what_the_target_has_taught() -> None:
     for _ in range(200):
         server.round([0])
     server.open(1, adapter="new")
-    assert [server.round([1])[1] for _ in range(4)] == ["diffusion"] * 4
+    assert [server.round([1])[1] for _ in range(4)][1:] == ["diffusion"] * 3, "all but a probe that is due"
     policy = server.controller.policy
     assert isinstance(policy, AutoPolicy)
     taught, new = policy.estimator, AcceptanceEstimator(policy.estimator)
@@ -240,6 +244,10 @@ def test_adapters_that_nobody_uses_are_forgotten() -> None:
     assert isinstance(policy, AutoPolicy)
     assert len(policy._adapters) == MOST_ADAPTERS
     assert "used" in policy._adapters
+    for number in range(2000):  # no round is observed meanwhile
+        policy.score(Signals(frozenset(GOOD), adapter=f"dropped {number % (2 * MOST_ADAPTERS)}"))
+    means = [each for each in gc.get_objects() if isinstance(each, AcceptanceEstimator)]
+    assert sum(each._base is policy.estimator for each in means) == MOST_ADAPTERS, "dropped ones stay alive"
 
 
 def test_each_adapter_of_a_batch_tries_its_arms() -> None:

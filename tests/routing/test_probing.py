@@ -111,3 +111,41 @@ def test_who_uses_an_arm_does_not_try_it() -> None:
     policy = AutoPolicy()
     for number in range(1, 2000):
         assert "ar" not in policy.probe([in_use("ar", number)], lambda _: 10**6).values()
+
+
+def share_of_probes(
+    adapters: int, *, known: int, batch: int = 8, answer: int = 150, rounds: int = 4000
+) -> float:
+    """Share of `rounds` rounds in which EAGLE-3 is probed, whereas DFlash is used and far better.
+
+    adapters: which the requests take in turn; 0: none. known: rounds of the target's before. answer: rounds of a
+    request; they end one by one.
+    """
+    policy, probes, begun = AutoPolicy(), 0, 0
+    running: list[tuple[Signals, dict[str, int]]] = []
+    for number in range(known + rounds):
+        if number in (0, known):
+            running, begun = [], 0
+        while len(running) < batch or running[0][0].rounds >= answer:
+            last = dict[str, int]()
+            adapter = f"of {begun % adapters}" if adapters and number >= known else None
+            age = answer // batch * (batch - begun - 1) if begun < batch else 0
+            running.append((Signals(BOTH, rounds=age, last=last, adapter=adapter), last))
+            running, begun = running[-batch:], begun + 1
+        probed = policy.probe([signals for signals, _ in running], lambda _: 10**6)
+        probes += number >= known and "ar" in probed.values()
+        for index, (signals, last) in enumerate(running):
+            arm = probed.get(index, "diffusion")
+            last[arm] = signals.rounds
+            policy.observe(arm, signals, 5 if arm == "diffusion" else 2)
+            signals.rounds += 1
+    return probes / rounds
+
+
+@pytest.mark.parametrize("known", [4000, 0])
+def test_many_adapters_probe_hardly_more_often_than_none(known: int) -> None:
+    """Neither as each is new, nor as more come and go than are kept, nor if the target itself is never asked."""
+    none = share_of_probes(0, known=known)
+    assert 0 < none < 0.006
+    for adapters in (64, 128):
+        assert none / 2 < share_of_probes(adapters, known=known) <= 2 * none

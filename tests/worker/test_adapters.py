@@ -334,7 +334,7 @@ def test_means_are_an_adapters(models: Models, adapters: dict[str, Adapter]) -> 
         policy = e.worker.controller.policy
         assert policy.estimator.rounds("ar") == policy.estimator.rounds("diffusion") == 0
         assert list(policy._adapters) == [one.id]
-        assert policy._adapters[one.id][0].rounds("ar") > 0
+        assert policy._adapters[one.id].rounds("ar") > 0
         e.submit("of two", list(range(20)), lora_id=two.id)
         e.run()
         assert list(policy._adapters) == [one.id, two.id]

@@ -70,13 +70,17 @@ class AcceptanceEstimator:
     def observe(self, arm: str, signals: Signals, length: int) -> None:
         """A round of `arm`, decided on `signals`, committed `length` tokens."""
         weight = min(REQUEST_ROUNDS / max(signals.tried.get(arm, 1), 1), 1.0)
-        self._shared.clear()
+        self.forget_asked()
         self._by_arm[arm].add(length, MEMORY, weight)
         self._by_context[arm, context_of(signals)].add(length, MEMORY, weight)
         if arm in signals.predicted:
             accepted, predicted = self._levels.setdefault(arm, (Mean(), Mean()))
             accepted.add(length - 1, LEVEL_MEMORY, weight)
             predicted.add(signals.predicted[arm] - 1, LEVEL_MEMORY, weight)
+
+    def forget_asked(self) -> None:
+        """Drop computed means of all adapters: they have changed, or keep the means of a dropped adapter alive."""
+        self._shared.clear()
 
     def rounds(self, arm: str) -> float:
         """Decayed number of rounds seen of `arm`."""

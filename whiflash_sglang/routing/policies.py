@@ -4,7 +4,7 @@ A policy judges one request and knows nothing of the batch; `assign` turns the s
 """
 
 import random
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -27,6 +27,10 @@ HOPELESS = 0.25
 MOST_ADAPTERS = 64
 """Adapters whose means are kept; beyond, those of the one that nobody has used for longest are dropped."""
 
+INHERITED = 5
+"""Probes of an arm, by whichever adapter's requests, that count as a new adapter's, at most: enough that adapters which
+come and go have the arm probed once in PROBE_ROUNDS / 2 rounds."""
+
 MOST_TOGETHER = 16
 """Requests that probe an arm in one round, at most: more would be forgotten (`estimate.MEMORY`) before it is known."""
 
@@ -36,22 +40,26 @@ class Probes:
 
     A probe binds requests for one round, like pins of their own; what the others of the batch do is priced as ever.
     Afterwards the margin against switching favours no arm of theirs.
-    An arm is probed at most once in as many rounds of the batch as it is known (`_patience`), by requests that
+    An arm is probed at most once in as many rounds of the batch as it is known for the adapter that knows it least
+    (`_patience`): a probe costs the batch a pass, whichever adapter learns from it. It is made by requests that
 
     - are free: a caller's pin, bias or `off` leaves nothing to try, and its rounds are no evidence for others
       (`Signals.free`);
     - may draft with the arm, and were not routed to it for as many rounds themselves; what other requests use says
       little of it.
 
-    Half of them probe together, `MOST_TOGETHER` at most: those that have gone without the arm longest. A draft pass
-    takes hardly longer for several requests, and the length of one round says little: `whiflash simulate` showed
-    batches of 8 and 16 that kept the worse drafter for their whole run after a few unlucky probes of one request each.
+    Half of them probe together, `MOST_TOGETHER` at most: those of adapters that know the arm least, of these those that
+    have gone without it longest. A draft pass takes hardly longer for several requests, and the length of one round
+    says little: `whiflash simulate` showed batches of 8 and 16 that kept the worse drafter for their whole run after a
+    few unlucky probes of one request each.
 
     A draft source expects something (`Forecast`) and is never probed: it learns from every round.
     """
 
-    def __init__(self, estimator: AcceptanceEstimator) -> None:
-        self._estimator = estimator
+    def __init__(self, known: Callable[[str | None], AcceptanceEstimator]) -> None:
+        """known: an adapter's means, or those of none."""
+        self._known = known
+        self._probed = Counter[str]()
         self._since: dict[str, int] = {}
         """Rounds of the batch since an arm was probed, or first allowed."""
 
@@ -69,27 +77,37 @@ class Probes:
         for arm in self._since:
             self._since[arm] += 1
         for arm in sorted(able):
-            together = min(max(len(able[arm]) // 2, 1), MOST_TOGETHER)
-            patience = self._patience(arm, timings(arm), together)
-            if self._since.setdefault(arm, 0) < patience:
-                continue
-            waited = {index: signals.without(arm) for index, signals in able[arm].items()}
-            longest = sorted(waited, key=waited.__getitem__, reverse=True)[:together]
-            probes = {index: arm for index in longest if waited[index] >= patience}
-            if probes:
+            requests = Counter(signals.adapter for signals in able[arm].values())
+            patience = {each: self._patience(arm, timings(arm), each, n) for each, n in requests.items()}
+            due = sorted(
+                (patience[signals.adapter], -signals.without(arm), index)
+                for index, signals in able[arm].items()
+                if signals.without(arm) >= patience[signals.adapter]
+            )
+            since = self._since.setdefault(arm, 0)
+            if due and since >= due[0][0]:
                 self._since[arm] = -1
-                return probes  # another arm waits for the next round
+                self._probed[arm] += 1
+                # Another arm waits for the next round.
+                return {index: arm for *_, index in due[: self._together(len(able[arm]))]}
         return {}
 
-    def _patience(self, arm: str, timings: int, together: int) -> float:
+    @staticmethod
+    def _together(requests: int) -> int:
+        return min(max(requests // 2, 1), MOST_TOGETHER)
+
+    def _patience(self, arm: str, timings: int, adapter: str | None, requests: int) -> float:
         """Rounds without `arm` after which it is tried: the more, the better it is known, and the worse it is.
 
         It is known as well as the less known of its acceptance and its price: `timings`, how often a draft was timed
-        since its price was last found wrong. So what a busy moment made dear is timed again soon. together: requests
-        of a probe.
+        since its price was last found wrong. So what a busy moment made dear is timed again soon. requests: that may
+        draft with it, of the adapter.
         """
-        drafts = min(max(self._estimator.usual(arm) - 1, HOPELESS), 1.0)
-        probes = self._estimator.rounds(arm) / together
+        known = self._known(adapter)
+        drafts = min(max(known.usual(arm) - 1, HOPELESS), 1.0)
+        probes = known.rounds(arm) / self._together(requests)
+        if adapter is not None:
+            probes += min(self._probed[arm], INHERITED)
         return min(PROBE_ROUNDS / drafts, FIRST_PROBE * 2 ** min(probes, timings))
 
 
@@ -224,38 +242,33 @@ class AutoPolicy:
     def __init__(self, *, heads: bool = False, passes: bool = True) -> None:
         self.needs = frozenset({"delta"} if heads else {"entropy"} if passes else ())
         self.estimator = AcceptanceEstimator()
-        self._probes = Probes(self.estimator)
-        self._adapters: OrderedDict[str, tuple[AcceptanceEstimator, Probes]] = OrderedDict()
+        self._probes = Probes(self._known)
+        self._adapters: OrderedDict[str, AcceptanceEstimator] = OrderedDict()
 
     def score(self, signals: Signals) -> Scores:
         return {**{arm: self._expect(arm, signals) for arm in sorted(signals.allowed)}, arms.NONE: 1.0}
 
     def probe(self, teachers: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
-        adapters = {signals.adapter for signals in teachers if signals is not None}
-        for adapter in [None, *sorted(adapters - {None}, key=str)]:
-            its = [each if each is not None and each.adapter == adapter else None for each in teachers]
-            if probes := self._known(adapter)[1].choose(its, timings):
-                return probes  # the others wait for the next round
-        return {}
+        return self._probes.choose(teachers, timings)
 
     def observe(self, arm: str, signals: Signals, length: int) -> None:
         if arm != arms.NONE and arm not in signals.expected:
-            self._known(signals.adapter)[0].observe(arm, signals, length)
+            self._known(signals.adapter).observe(arm, signals, length)
 
     def _expect(self, arm: str, signals: Signals) -> float:
         if arm in signals.expected:
             return signals.expected[arm].length
-        return self._known(signals.adapter)[0].expect(arm, signals)
+        return self._known(signals.adapter).expect(arm, signals)
 
-    def _known(self, adapter: str | None) -> tuple[AcceptanceEstimator, Probes]:
+    def _known(self, adapter: str | None) -> AcceptanceEstimator:
         """What the rounds of an adapter, or of none, have taught; a new one begins with what the target's have."""
         if adapter is None:
-            return self.estimator, self._probes
+            return self.estimator
         if adapter not in self._adapters:
-            estimator = AcceptanceEstimator(self.estimator)
-            self._adapters[adapter] = estimator, Probes(estimator)
+            self._adapters[adapter] = AcceptanceEstimator(self.estimator)
             if len(self._adapters) > MOST_ADAPTERS:
                 self._adapters.popitem(last=False)
+                self.estimator.forget_asked()
         self._adapters.move_to_end(adapter)
         return self._adapters[adapter]
 
