@@ -10,6 +10,7 @@ from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
 from whiflash_sglang.lookup.memory import TenantMemory
 from whiflash_sglang.round.planning import Planner
+from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import RequestHints
 
 ROUNDS = 3
@@ -42,14 +43,14 @@ def test_what_the_device_copies_itself_is_not_sent(plans: list[Round]) -> None:
 def test_what_the_device_copied_promises_and_teaches(plans: list[Round]) -> None:
     batch = Batch(2)
     copies = batch.drafters[arms.LOOKUP]
-    before = copies.calibration([1, 2])
+    before = copies.calibration([1, 2], FULL_LENGTH)
     for _ in range(2):
         batch.round()
     first, second = ([own.expected for own in plan.decisions] for plan in plans)
     assert first == [{}, {}], "nothing was copied yet"
     alive = [0.9**depth for depth in range(1, 25)]
     assert [own[arms.LOOKUP] for own in second] == [(pytest.approx(1 + sum(alive)), 25)] * 2
-    after = copies.calibration([1, 2])
+    after = copies.calibration([1, 2], FULL_LENGTH)
     changed = [place for place, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
     unanimous, tables = 4 * (len(BUCKETS) - 1) + Agreement.UNANIMOUS, (2, 2 + 4 * len(BUCKETS))
     assert changed == [0, 1, *(table + unanimous for table in tables)], (
