@@ -14,7 +14,7 @@ dtypes = st.sampled_from([torch.int32, torch.int64])
 spares = st.none() | st.integers(0, 3)
 """Requests that a captured pass reads beyond the batch; None: nothing is captured."""
 OLD = 77
-"""What a captured pass read before."""
+"""A captured pass read this before."""
 
 
 def integers(values: list[int] | list[list[int]], dtype: torch.dtype = torch.int64) -> torch.Tensor:

@@ -71,7 +71,7 @@ class Prefill:
     port: int
 
     def body(self, prompt: Sequence[int], params: Mapping[str, Any], room: int) -> dict[str, Any]:
-        """Of a request, for either server."""
+        """Fields of a request to either server."""
         fields = {name: params[name] for name in OUTSIDE if name in params}
         rest = {name: value for name, value in params.items() if name not in OUTSIDE}
         where = {"bootstrap_host": "127.0.0.1", "bootstrap_port": self.port, "bootstrap_room": room}
@@ -83,7 +83,7 @@ class Prefill:
 
 
 def arguments(models: Any, drafters: str, mode: str) -> list[str]:
-    """Of a server in a role. drafters: `plain`, `none` or `pair`."""
+    """Flags of a server in a role. drafters: `plain`, `none` or `pair`."""
     given = ["--model-path", str(models.target), "--dtype", "float32", "--disaggregation-mode", mode]
     given += ["--disaggregation-transfer-backend", "mooncake", "--enable-deterministic-inference"]
     if drafters != "plain":
@@ -181,7 +181,7 @@ def texts(
 
 @pytest.fixture(scope="module")
 def plain(models: Models, prefills: dict[str, Prefill]) -> dict[str, Any]:
-    """What two plain servers write, with log-probabilities."""
+    """Answers of two plain servers, with log-probabilities."""
     with decoding(models) as e:
         written = texts(e, prefills["plain"], KINDS) | texts(e, prefills["plain"], SEEDED)
         scored = all_logprobs(e, [rid for rid in written if rid.startswith("logprobs")])

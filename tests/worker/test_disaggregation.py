@@ -32,7 +32,7 @@ SERVER = {
     **OPTIONS,
     "disaggregation_mode": "decode",
     "disaggregation_transfer_backend": "fake",
-    "hicache_ratio": 2.0,  # of a host pool for retracted requests: the default takes a tenth of the memory
+    "hicache_ratio": 2.0,  # the host pool for retracted requests: the default takes a tenth of the memory
 }
 
 

@@ -7,6 +7,7 @@ SGLang pairs what is sent and received by place, so both servers have the same d
 has a field for layouts of KV, and it carries ours.
 """
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -18,9 +19,10 @@ from sglang.srt.runtime_context import get_disagg
 
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import around
+from whiflash_sglang.compat.scheduler.releases import nobody
 from whiflash_sglang.compat.scheduler.spec_worker import DraftInput
 
-_worker: ref[Any] | None = None
+_worker: Callable[[], Any] = nobody
 _layout: str | None = None
 _copies = WeakKeyDictionary[Any, Any]()
 """Draft KV of retracted requests."""
@@ -43,7 +45,7 @@ def prefills_only() -> bool:
 
 def draft_input(batch: Any, bonus: Any, future_map: FutureMap) -> DraftInput:
     """What the first round of the batch's requests reads. bonus: [B] int64, the first token of each."""
-    worker = _worker() if _worker is not None else None
+    worker = _worker()
     assert worker is not None, "requests came before the worker was made"
     for req in batch.reqs:
         copy = _copies.pop(req, None)
@@ -60,7 +62,7 @@ def draft_input(batch: Any, bonus: Any, future_map: FutureMap) -> DraftInput:
 
 def save(req: Any) -> None:
     """A retracted request's draft KV waits on the host, as the target's does; its slots are given up next."""
-    worker = _worker() if _worker is not None else None
+    worker = _worker()
     if worker is not None and worker.primary_draft_kv_pool is not None:
         _copies[req] = worker.primary_draft_kv_pool.get_cpu_copy(_slots(worker, req))
 
@@ -114,7 +116,7 @@ def mismatch(info: Any, ranks: int, address: str) -> str | None:
             f"decode server reads {_layout or 'that of plain SGLang'}; start both with WHIFLASH, the same drafters and "
             "the same --swa-full-tokens-ratio"
         )
-    worker = _worker() if _worker is not None else None
+    worker = _worker()
     if info.attn_tp_size != ranks and worker is not None and worker.primary_draft_kv_pool is not None:
         return (
             f"the prefill server {address} has --tp-size {info.attn_tp_size} and this decode server {ranks}: every "

@@ -7,7 +7,7 @@ Its own hook covers finished requests only; `release_kv_cache` is the one functi
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
-from weakref import ReferenceType, ref
+from weakref import ref
 
 from sglang.srt.session.streaming_session import StreamingSession
 
@@ -29,8 +29,11 @@ class Owner(Protocol):
     def flush(self) -> None: ...
 
 
-_owner: ReferenceType[Any] | None = None
-_runner: ReferenceType[Any] | None = None
+def nobody() -> None: ...  # before a worker is made
+
+
+_owner: Callable[[], Any] = nobody
+_runner: Callable[[], Any] = nobody
 _save: Callable[[Any], None] | None = None
 _together = False
 """Whether releases are flushed together: until the next batch is made nobody writes to the rows that they had."""
@@ -54,7 +57,7 @@ def notify(owner: Owner, runner: Any, save: Callable[[Any], None]) -> None:
 )
 def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
     """The worker hears of every end of a request's KV."""
-    owner = _owner() if _owner is not None else None
+    owner = _owner()
     if owner is not None and serves_ours():
         saved = req.kv.retraction_backup is not None  # by a decode server that retracts it
         # A session keeps the slots of a turn that is retracted, too.
@@ -69,7 +72,7 @@ def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> No
 
 def arrived(req: Any) -> None:
     """A request has arrived."""
-    owner = _owner() if _owner is not None else None
+    owner = _owner()
     if owner is not None:
         owner.arrived(req)
 
@@ -88,8 +91,7 @@ def together() -> Iterator[None]:
 
 def flush() -> None:
     """Ingest what is parked of requests that were released, if there is anything."""
-    owner = _owner() if _owner is not None else None
-    runner = _runner() if _runner is not None else None
+    owner, runner = _owner(), _runner()
     if owner is not None and runner is not None and owner.leaving:
         with behind_forward(runner):
             owner.flush()

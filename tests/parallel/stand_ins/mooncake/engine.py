@@ -15,7 +15,7 @@ class Span(ctypes.Structure):
 
 
 class TransferEngine:
-    """What SGLang calls of Mooncake's. A session is named by its process."""
+    """Mooncake's engine as SGLang calls it. A session is named by its process."""
 
     def initialize(self, *_: str) -> int:
         from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
