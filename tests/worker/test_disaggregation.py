@@ -38,20 +38,19 @@ SERVER = {
 
 @contextmanager
 def prompts_computed() -> Iterator[None]:
-    """K and V of every prompt are there when its request is taken."""
+    """K and V of every prompt are there when its request is first taken. SGLang brings back those of a retracted one."""
     prepare = ScheduleBatch.prepare_for_prebuilt
 
     def prepared(batch: ScheduleBatch) -> None:
         prepare(batch)
         pool = batch.token_to_kv_pool_allocator.get_kvcache()
-        tokens = [
-            t
-            for r in batch.reqs
-            for t in [*r.origin_input_ids, *r.output_ids][r.prefix_len :][: r.extend_len]
-        ]
-        values = torch.tensor(tokens, dtype=torch.float32).sin()[:, None, None]
-        for layer in (*pool.k_buffer, *pool.v_buffer):
-            layer[batch.out_cache_loc] = values.to(layer.dtype)
+        for req in batch.reqs:
+            if req.retraction_count:
+                continue
+            prompt = torch.tensor(req.origin_input_ids, dtype=torch.float32)
+            slots = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : len(prompt)]
+            for layer in (*pool.k_buffer, *pool.v_buffer):
+                layer[slots.long()] = prompt.sin()[:, None, None].to(layer.dtype)
 
     with patch.object(ScheduleBatch, "prepare_for_prebuilt", prepared):
         yield
