@@ -10,7 +10,17 @@ from typer.testing import CliRunner
 
 from whiflash_sglang import arms
 from whiflash_sglang.cli import app
-from whiflash_sglang.lab.simulate import DRAFTS, H100, Load, Simulation, chance, cut, expected, row_seconds
+from whiflash_sglang.lab.simulate import (
+    DRAFTS,
+    H100,
+    WAITS,
+    Load,
+    Simulation,
+    chance,
+    cut,
+    expected,
+    row_seconds,
+)
 
 STATED = {
     "H20 verifications": 0.14,
@@ -178,6 +188,13 @@ def test_the_first_line_names_what_is_assumed() -> None:
         "cut",
         "auto",
     }
+
+
+def test_grammars_cost_the_hosts_time_only_where_a_batch_waits_for_it() -> None:
+    load = Load(8, total=60, grammars=1 / 3)
+    rates = {method: Simulation(H100, load, method).run().rate for method in ("auto", WAITS)}
+    free = Simulation(H100, load._replace(grammars=0.0), "auto").run().rate
+    assert rates[WAITS] < 0.9 * rates["auto"] <= 0.9 * free
 
 
 def test_a_wrong_number_of_requests_is_refused() -> None:

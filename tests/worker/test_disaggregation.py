@@ -38,7 +38,7 @@ SERVER = {
 
 @contextmanager
 def prompts_computed() -> Iterator[None]:
-    """K and V of every prompt are there when its request is first taken. SGLang brings back those of a retracted one."""
+    """K and V of a prompt are there when its request is first taken. After a retraction SGLang brings them back."""
     prepare = ScheduleBatch.prepare_for_prebuilt
 
     def prepared(batch: ScheduleBatch) -> None:

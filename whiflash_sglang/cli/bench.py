@@ -203,6 +203,9 @@ def simulate(
     ] = "1,2,4,8,16,32,64,128,256",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
     answer: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
+    grammars: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of requests under a grammar; adds the host's time.")
+    ] = 0.0,
     as_json: JsonFlag = False,
 ) -> None:
     """Simulate tokens a second of Qwen3-8B on an H100: an estimate, no measurement.
@@ -221,7 +224,7 @@ def simulate(
         sizes = []
     if not sizes or min(sizes) < 1:
         raise UsageError(f"--requests takes numbers from 1 on, such as 1,8,64; got {requests!r}")
-    load = Load(1, prompt=prompt, answer=answer)
+    load = Load(1, prompt=prompt, answer=answer, grammars=grammars)
     line, results = assumed(H100, load), table(H100, sizes, load)
     if as_json:
         rates = [{"requests": r.requests, "method": r.method, "simulated": r.rate} for r in results]

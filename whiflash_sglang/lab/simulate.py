@@ -22,6 +22,8 @@ from whiflash_sglang.telemetry.round_clock import RoundTime
 from whiflash_sglang.train.rounds import agreed
 
 METHODS = ("plain", "eagle3", "dflash", "cut", "auto")
+WAITS = "auto, waiting"
+"""`auto` before batches with a grammar overlapped: after each such round the next launch waited for the host."""
 DRAFTS = {arms.AR: 4, arms.DIFFUSION: 15}
 """Drafts of a full round: an EAGLE-3 chain of four steps, a DFlash block of 16 rows."""
 
@@ -104,20 +106,38 @@ H100 = Card("H100", 6.97e-3, row_seconds(989e12), 0.15e-3 / CONTEXT, 0.55e-3, 1.
 block: DFlash's throughput on an H20, less its verifications."""
 
 
+class Host(NamedTuple):
+    """Seconds that the host takes from a round's results to the next launch: a fixed part and one for each request."""
+
+    fixed: float
+    request: float
+
+    def seconds(self, requests: int) -> float:
+        return self.fixed + self.request * requests
+
+
+HOST = Host(1.65e-3, 0.077e-3)
+HOST_OF_GRAMMARS = Host(2.4e-3, 0.16e-3)
+"""Fits to medians of 30 passes at 1, 8 and 32 requests on a CPU (`docs/dev/findings.md`, C15). Under grammars the
+time begins with the drafts and holds the masks."""
+
+
 class Load(NamedTuple):
     """requests: at once; the next follows when one ends. total: requests, 0: four for each place, 100 at least.
-    prompt, answer: tokens of each.
+    prompt, answer: tokens of each. grammars: the share of requests under a grammar.
     """
 
     requests: int
     total: int = 0
     prompt: int = 512
     answer: int = 512
+    grammars: float = 0.0
 
 
 @dataclass(slots=True)
 class Request:
     row: int
+    constrained: bool
     chances: Mapping[str, float]
     left: int
     context: int
@@ -143,7 +163,8 @@ class Simulation:
     """One card under one load, by one of `METHODS`."""
 
     def __init__(self, card: Card, load: Load, method: str, seed: int = 1) -> None:
-        self.load, self.method, self.random = load, method, random.Random(seed)
+        self.load, self.random = load, random.Random(seed)
+        self.method, self.waits = ("auto", True) if method == WAITS else (method, False)
         largest = load.requests * (DRAFTS[arms.DIFFUSION] + 1)
         self.tables = card.tables(largest, load.requests * (load.prompt + load.answer))
         self.card = card
@@ -152,6 +173,7 @@ class Simulation:
         costs.tables = CostTables(self.tables.verifications, self.tables.drafts, {})
         self.controller = Controller(AutoPolicy(), costs, ())
         self.free = list(range(load.requests))
+        self.opened = 0
         self.texts = cycle(ACCEPTANCE.values())  # every method gets the same ones
         self.running: list[Request] = []
         self.result = Result(method, load.requests)
@@ -173,7 +195,10 @@ class Simulation:
         published = {arms.AR: EAGLE_STEPS, arms.DIFFUSION: DRAFTS[arms.DIFFUSION]}
         chances = {arm: chance(length, published[arm]) for arm, length in lengths.items()}
         row = self.free.pop()
-        self.running.append(Request(row, chances, self.load.answer, self.load.prompt))
+        # Evenly spread: one more request under a grammar whenever their share falls behind.
+        constrained = int((self.opened + 1) * self.load.grammars) > int(self.opened * self.load.grammars)
+        self.opened += 1
+        self.running.append(Request(row, constrained, chances, self.load.answer, self.load.prompt))
         self.controller.open(row, str(row), RequestHints(), ())
 
     def _round(self) -> None:
@@ -188,8 +213,8 @@ class Simulation:
             # Rows are there for usual drafts. More of them lengthen the round here, where none is left out.
             usual = (min(controller.costs.room(arm), DRAFTS.get(arm, 0)) for arm in routes)
             padded = max(padded, len(running) + ceil(sum(usual)))
-        seconds = self.tables.verify(padded, context)
-        seconds += sum(self.tables.draft(arm, requests) for arm, requests in drafted.items())
+        verify = self.tables.verify(padded, context)
+        seconds = self._with_host(sum(self.tables.draft(arm, n) for arm, n in drafted.items()), verify)
         tokens = 0
         for request, arm, width in zip(list(running), routes, drafts, strict=True):
             each = request.chances.get(arm, 0.0)
@@ -213,6 +238,16 @@ class Simulation:
         self.result.tokens += tokens
         self.result.seconds += seconds
         self.result.rounds += 1
+
+    def _with_host(self, draft: float, verify: float) -> float:
+        """Seconds from launch to launch. The host works beside the card; grammars need the drafts first."""
+        requests = len(self.running)
+        if not self.load.grammars:
+            return draft + verify
+        if not any(request.constrained for request in self.running):
+            return max(draft + verify, HOST.seconds(requests))
+        host = HOST_OF_GRAMMARS.seconds(requests)
+        return draft + (verify + host if self.waits else max(verify, host))
 
     def _routes(self) -> list[str]:
         if self.method == "auto":
@@ -256,7 +291,8 @@ def cut(chances: Sequence[float], most: int, price: Callable[[float], float]) ->
 
 def table(card: Card, sizes: Sequence[int], load: Load) -> list[Result]:
     """A result for every size and method, the sizes in order. load: its `requests` are the sizes'."""
-    return [Simulation(card, load._replace(requests=n), method).run() for n in sizes for method in METHODS]
+    methods = (*METHODS, WAITS) if load.grammars else METHODS
+    return [Simulation(card, load._replace(requests=n), method).run() for n in sizes for method in methods]
 
 
 def assumed(card: Card, load: Load) -> str:
@@ -265,5 +301,9 @@ def assumed(card: Card, load: Load) -> str:
         f"SIMULATED, nothing measured: Qwen3-8B bf16 on an {card.name}, closed load, prompts of {load.prompt}, "
         f"answers of {load.answer} tokens. "
         "Prices: fits to published tables. Acceptance: published means, EAGLE-3's of Llama-3.1-8B, one chance a draft. "
-        "No lookup, no host time."
+        + (
+            f"No lookup. Grammars in {load.grammars:.0%} of requests, the host's times of a CPU here."
+            if load.grammars
+            else "No lookup, no host time."
+        )
     )
