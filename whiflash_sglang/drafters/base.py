@@ -1,4 +1,4 @@
-"""What a drafter is to the worker."""
+"""The interface of a drafter to the worker."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +34,7 @@ class Drafter:
     tail_width: int = 0
 
     def place(self, requests: int) -> PassInputs | None:
-        """Where `draft` reads so many requests, and padding behind them; None: wherever they are."""
+        """Inputs that `draft` reads for so many requests, and padding after them; None: they may be anywhere."""
         return None
 
     def draft(self, batch: DraftBatch) -> Drafts:
@@ -42,7 +42,7 @@ class Drafter:
         raise NotImplementedError
 
     def calibration(self, row_ids: Sequence[int], worth: Worth) -> Floats:
-        """What its drafts for the requests in `row_ids` are judged by, uploaded with the round's plan.
+        """Numbers that judge its drafts for the requests in `row_ids`, uploaded with the round's plan.
 
         worth: what a further draft must bring.
         """
@@ -51,7 +51,7 @@ class Drafter:
     def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
         """`accepted` of its `proposed` drafts of a round were right, which it drafted with these `confidences`.
 
-        What a caller ordered does not count.
+        Drafts that a caller ordered do not count.
         """
 
 
@@ -79,7 +79,7 @@ class KVDrafter(Drafter):
         raise NotImplementedError
 
     def captured_bytes(self, requests: int) -> int:
-        """What a captured draft of so many requests takes at its peak."""
+        """Bytes that a captured draft of so many requests takes at its peak."""
         raise NotImplementedError
 
     def allocate(self, slots: int) -> None:
@@ -119,7 +119,7 @@ class TextDrafter(Drafter):
     on_device: bool = False
 
     def bytes_for(self, rows: int) -> int:
-        """What it keeps on the device for so many rows of the request table."""
+        """Bytes that it keeps on the device for so many rows of the request table."""
         return 0
 
     def begin(
@@ -146,11 +146,11 @@ class TextDrafter(Drafter):
     def propose(
         self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
     ) -> Candidate | None:
-        """What may follow the text of the request in `row`; asked in every round that may be its own, whoever drafts it
-        then. None: nothing.
+        """Tokens that may follow the text of the request in `row`; None: nothing. Asked in every round that may be
+        its own, whichever arm drafts then.
 
-        The text ends where `history` does. What was committed since its last look, whoever drafted that, shows how
-        right it would have been.
+        The text ends where `history` does. Tokens committed since its last look, from any arm, show how right it
+        would have been.
 
         Args:
             row: of the request table. length: n at most. history: the request's committed tokens. worth: what a further
@@ -172,15 +172,15 @@ class TextDrafter(Drafter):
         return drafts
 
     def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Drafts:
-        """What `propose_copies` makes of every request's text, or of its text and the `drafts` after it; called if it
-        drafts `on_device`.
+        """Drafts that `propose_copies` makes of every request's text, or of its text and the `drafts` after it;
+        called if it drafts `on_device`.
 
         `batch.caps` are tokens at most, `drafts` among them.
         """
         raise NotImplementedError
 
     def promised(self, row: int) -> Forecast | None:
-        """What the device's newest known copy for the request in `row` promised: then it need not propose.
+        """Forecast of the device's newest known copy for the request in `row`: then it need not propose.
 
         None: it must, since it knows the whole text, or texts that the device does not copy from.
         """
@@ -199,7 +199,7 @@ class TextDrafter(Drafter):
         """Drop text kept across requests: of the tenant with this handle, or of all."""
 
     def host_bytes(self) -> Mapping[str, int]:
-        """What it keeps on the host, by scope; empty for most."""
+        """Bytes that it keeps on the host, by scope; empty for most."""
         return {}
 
     def snapshot(self) -> Mapping[str, Any]:

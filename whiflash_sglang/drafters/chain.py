@@ -99,7 +99,7 @@ class ChainArm(PagedArm):
         return requests * self._chain.draft_vocab_size
 
     def draft(self, batch: DraftBatch) -> Drafts:
-        # Where reading would wait for the device, at every step, or all steps are one launch, running all costs less.
+        # Running all steps costs less if reading would wait for the device at every step, or if all are one launch.
         if not batch.host.exact or self.captured_for(batch) is not None:
             drafts = self.drafted(batch)
             return drafts._replace(passes=drafts.tokens.shape[1])
@@ -146,7 +146,7 @@ class Eagle3Arm(ChainArm):
             self.kv.write(self.model.num_layers - 1, rows.slots.clamp(min=0), k, v)
             return
         if not self.model.embeds_alone:
-            # What the processes looked up together takes the matrix's place, a row a token.
+            # Embeddings that the processes looked up together take the matrix's place, a row a token.
             weights = replace(weights, embedding=self.model.embed(tokens))
             tokens = torch.arange(len(tokens), device=tokens.device)
         eagle3_catch_up(features, tokens, rows.positions, rows.slots, weights, self._rope, self.kv.pools)

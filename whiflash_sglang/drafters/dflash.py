@@ -17,7 +17,7 @@ from whiflash_sglang.models.packed import pack
 class DFlashArm(PagedArm):
     """One block: the bonus token at position n, then mask tokens, drafted together.
 
-    What is not expected to pay for its verification is cut off the block's end.
+    Drafts that are not expected to pay for their verification are cut off the block's end.
 
     Entry p comes from feature p alone, at position p; context enters only as K and V, shared by all layers.
 

@@ -26,7 +26,7 @@ PRIOR_WEIGHT = 8.0
 """Tokens for which a bin is believed to be calibrated as it is: as often right as it is sure."""
 
 DECAY = 0.998
-"""Of earlier observations of a bin, at every new one."""
+"""Weight of a bin's earlier observations after every new one."""
 
 
 def chances() -> Rates:
@@ -42,8 +42,8 @@ class DraftLength:
         self._edges = torch.tensor(EDGES, device=device)
 
     def calibration(self, worth: Worth = FULL_LENGTH) -> list[float]:
-        """What a round's plan uploads, `CALIBRATION` numbers: the chance of every bin of confidence, their mean, and
-        what a row is worth.
+        """Numbers that a round's plan uploads, `CALIBRATION` of them: the chance of every bin of confidence, their
+        mean, and the worth of a row.
         """
         return [*self.chances.all, self.chances.mean, worth.row]
 

@@ -3,7 +3,7 @@
 While it drafts, both neural drafters do nothing at all; what they missed waits in the rings and is ingested in one
 batch when one of them is chosen again.
 
-Where the host would know a text a round late the device copies from it (`propose_copies`). Then the host's index learns
+If the host would know a text a round late, the device copies from it (`propose_copies`). Then the host's index learns
 how far copies can be trusted, and keeps what tenants share.
 """
 
@@ -41,7 +41,7 @@ from whiflash_sglang.structure.matchers import Grammar
 
 @dataclass(slots=True)
 class _Request:
-    """What is kept of one.
+    """A request's state.
 
     learns: chances of its tenant, or of itself alone. tenant: who may share text with it; None: nobody. prediction:
     what its caller expects back. alone: whether it may copy from its own text only, and nothing is known of what it
@@ -146,7 +146,7 @@ class LookupArm(TextDrafter):
         return drafts.followed_by(copy.tokens, copy.alive, copy.parts[0].source) if copy.tokens else drafts
 
     def calibration(self, row_ids: Sequence[int], worth: Worth) -> Floats:
-        """Where the device copies: how each request's copies begin, and its table of chances."""
+        """Starting factors of each request's copies, and its table of chances, if the device copies."""
         if not self.on_device:
             return ()
         requests = [self._requests.get(row) for row in row_ids]
@@ -222,7 +222,7 @@ class LookupArm(TextDrafter):
         self._requests.pop(row, None)
 
     def host_bytes(self) -> Mapping[str, int]:
-        """Of the running requests' indexes, and of the memory across requests."""
+        """Bytes of the running requests' indexes, and of the memory across requests."""
         return {
             "index": sum(
                 request.copier.text.nbytes

@@ -1,4 +1,4 @@
-"""What every neural arm shares: KV beside the target's slots, attention over it, drafts as long as they pay."""
+"""Parts that every neural arm shares: KV beside the target's slots, attention over it, drafts as long as they pay."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -233,7 +233,7 @@ def dflash_weights(model: DFlashDrafter) -> DFlashWeights:
 
 
 def eagle3_weights(model: Eagle3Drafter) -> Eagle3Weights:
-    """Of a one-layer drafter; the norm variants before `fc` included."""
+    """Weights of a one-layer drafter; the norm variants before `fc` included."""
     layer: Any = model.layers[0]
     attention = layer.attention
     norms: list[Any] = list(model.fc_norm or ())

@@ -1,4 +1,4 @@
-"""What a draft pass costs on this machine, measured at the start, before the first request is routed."""
+"""Costs of a draft pass on this machine, measured at the start, before the first request is routed."""
 
 import time
 from collections.abc import Iterable

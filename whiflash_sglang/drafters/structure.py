@@ -34,7 +34,7 @@ from whiflash_sglang.structure.sketch import TAIL, Token, sketch, text_of
 from whiflash_sglang.structure.tools import all_forced, words_of_tools
 
 GRAMMAR, TOOLS = "grammar", "tools"
-"""What drafts are taken from: what constrains the request, or only its tools."""
+"""Sources of drafts: the constraint of the request, or only its tools."""
 
 _Decoder = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
 """A token may end inside a character."""
@@ -45,8 +45,9 @@ LOOKS = 4
 
 
 class _Look(NamedTuple):
-    """What may follow a text. ids: drafts that it was asked about, the first `allowed` that may follow, and behind them
-    those of `tokens`. refused: the draft after them that may not. whole: whether nothing is known behind the tokens.
+    """Tokens that may follow a text. ids: drafts that it was asked about, the first `allowed` that may follow, and
+    after them those of `tokens`. refused: the draft after them that may not. whole: whether nothing is known after
+    the tokens.
     """
 
     ids: Sequence[int]
@@ -66,7 +67,7 @@ class _Look(NamedTuple):
         return _Look(self.ids[count:], allowed, rest, refused, self.whole)
 
     def after(self, drafts: Sequence[int]) -> tuple[Sequence[Token], int] | None:
-        """What follows `drafts`, and how many of these may follow the text; None: that is not known."""
+        """Tokens that follow `drafts`, and how many of these may follow the text; None: that is not known."""
         count, allowed = len(drafts), self.allowed
         if allowed <= count < len(self.ids) and self.ids[:count] == drafts:
             return self.tokens[count - allowed :], count
@@ -77,13 +78,13 @@ class _Look(NamedTuple):
 
 @dataclass(slots=True)
 class _Request:
-    """What is kept of one.
+    """A request's state.
 
-    grammar: what constrains it, if anything does. calls: of its tools, if any are known. guesses: of its schemas'
-    words, made when it is looked at first. layout: of its output, but for its newest tokens, `unfollowed`.
-    known: tokens of its text when it was looked at last. tail, unseen: the last of them,
-    and those that its grammar had not accepted yet. tokens: what followed then, whether or not it was worth its rows.
-    looks: the newest ones, as far as the text went on as they said.
+    grammar: what constrains it, if anything does. calls: those of its tools, if any are known. guesses: those of its
+    schemas' words, made when it is looked at first. layout: that of its output, without its newest tokens,
+    `unfollowed`. known: tokens of its text when it was looked at last. tail, unseen: the last of them, and those that
+    its grammar had not accepted yet. tokens: what followed then, whether or not it was worth its rows. looks: the
+    newest ones, as far as the text went on as they said.
     """
 
     chances: StructureChances
@@ -132,7 +133,7 @@ class StructureArm(TextDrafter):
         known = grammar is not None and all_forced(grammar.schema, hints.tools)
         calls = Calls(hints.tools, hints.spans) if hints.tools and not known else None
         if grammar is not None or calls is not None:
-            # What asks for nothing to be kept of its text teaches nobody.
+            # A request that asks for nothing to be kept of its text teaches nobody.
             shared = hints.lookup == "memory"
             chances = self._chances.of(tenant) if shared else self._chances.fresh()
             self._requests[row] = _Request(chances, grammar, calls, hints.tools)
@@ -165,7 +166,7 @@ class StructureArm(TextDrafter):
         return request is not None and request.known > 0
 
     def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Worth) -> Candidate:
-        """What the grammar allows of `drafts`, and what is forced behind that."""
+        """Tokens of `drafts` that the grammar allows, and tokens that are forced after them."""
         request = self._requests[row]
         tokens, allowed = self._looked(request, drafts, room, worth)
         return self._behind(request, drafts.first(allowed), tokens, worth)
@@ -219,7 +220,7 @@ class StructureArm(TextDrafter):
             request.chances.cuts.learn(before, token.token if token.usual is None else token.usual, written)
 
     def _look_first(self, request: _Request, history: History, length: int) -> None:
-        """What is kept of the text so far. length: of the prompt, where no grammar says it."""
+        """Keep what later looks need of the text so far. length: of the prompt, if no grammar says it."""
         begin = request.grammar.prompt if request.grammar else length
         schema = words_of(request.grammar.schema) if request.grammar else ()
         if request.grammar:
@@ -250,9 +251,10 @@ class StructureArm(TextDrafter):
     def _looked(
         self, request: _Request, drafts: Candidate, limit: int, worth: Worth
     ) -> tuple[Sequence[Token], int]:
-        """What follows `drafts` as far as the grammar allows these, and how many that are; `limit` tokens together.
+        """Tokens that follow `drafts` as far as the grammar allows these, and how many that are; `limit` tokens
+        together.
 
-        A new look is taken only where no earlier one saw so far, or as far as rows are worth it.
+        A new look is taken only if no earlier one saw so far, or as far as rows are worth it.
         """
         ids = [*drafts.tokens]
         if (known := self._known(request, ids, drafts, limit, worth)) is not None:
@@ -267,7 +269,7 @@ class StructureArm(TextDrafter):
     def _known(
         self, request: _Request, ids: list[int], drafts: Candidate, limit: int, worth: Worth
     ) -> tuple[Sequence[Token], int] | None:
-        """What an earlier look answers, as of `_looked`; None: none saw far enough."""
+        """Answer of an earlier look, as of `_looked`; None: none saw far enough."""
         for look in request.looks:
             if (known := look.after(ids)) is not None:
                 tokens, allowed = known
@@ -278,7 +280,7 @@ class StructureArm(TextDrafter):
         return None
 
     def _look(self, request: _Request, drafts: Sequence[int], limit: int) -> _Look:
-        """What follows `drafts` now; `limit` tokens together."""
+        """Look at what follows `drafts` now; `limit` tokens together."""
         matcher = request.grammar.matcher(self._vocabulary) if request.grammar else None
         calls, after, refused = request.calls, len(drafts), None
         nothing = _Look(drafts, after, (), None, False)
