@@ -22,7 +22,7 @@ from whiflash_sglang.drafters.length import CALIBRATION
 from whiflash_sglang.round.quarantine import Quarantine
 
 FEWEST_ROWS = 4
-"""Of a captured catch-up: a pass over fewer costs what one over so many does."""
+"""Rows of the smallest captured catch-up: a pass over fewer costs what one over so many does."""
 
 
 class DraftSync:
@@ -66,12 +66,12 @@ class DraftSync:
         """Tokens that the round before it committed, per row, at most."""
 
     def bytes_for(self, rows: int) -> int:
-        """What `allocate` will take."""
+        """Bytes that `allocate` will take."""
         rings = FeatureRings.bytes_for(rows, self._capacity, self._width, self._dtype)
         return rings + rows * len(self.arms) * torch.int64.itemsize
 
     def captured_bytes(self, requests: int) -> int:
-        """What captured passes of so many requests read: the inputs of catch-ups and those of drafts."""
+        """Bytes that captured passes of so many requests read: the inputs of catch-ups and those of drafts."""
         tails = sum(drafter.tail_width for drafter in self._drafters.values())
         # Four of a draft, a catch-up's rows, and where each arm begins and ends.
         numbers = 5 + 2 * len(self.arms)
@@ -143,7 +143,8 @@ class DraftSync:
         routes: Sequence[str],
         widths: Sequence[int],
     ) -> Due:
-        """Who has to catch up with which arm before a round: those routed to it, and whose ring could overflow.
+        """Requests that have to catch up with each arm before a round: those routed to it, and those with a ring that
+        could overflow.
 
         It counts as done from now on, so `catch_up` must follow. The round parks a last feature of each.
 
@@ -261,7 +262,7 @@ class DraftSync:
         return doubling(FEWEST_ROWS, rows)
 
     def idle(self, arm: str, tokens: int) -> Callable[[], None]:
-        """What ingests `tokens` tokens that nobody has parked, before the first request: to time it."""
+        """A call that ingests `tokens` tokens that nobody has parked, to time it before the first request."""
         each = min(tokens, self._capacity)
         rows = torch.arange(1, -(-tokens // each) + 1, device=self._slot_table.device)
         ends = (tokens - (rows - 1) * each).clamp(max=each)
@@ -271,11 +272,11 @@ class DraftSync:
         return partial(self._issue, arm, claims, tokens)
 
     def _place(self, requests: int) -> Claims | None:
-        """Where captured catch-ups read so many requests; None: nothing is replayed for them."""
+        """Claims that captured catch-ups of so many requests read; None: nothing is replayed for them."""
         return self._claims if self._claims and requests <= len(self._claims.request_slots) else None
 
     def _ingest(self, arm: str, claims: Claims, most: int) -> None:
-        """What requests parked between the watermarks of `arm`, at most `most` tokens."""
+        """Ingest the tokens that requests parked between the watermarks of `arm`, at most `most`."""
         if not self._quarantine.ingests(arm):
             return
         self.caught_up[arm] += most

@@ -45,7 +45,7 @@ class DraftStage:
     def capture(self, recorder: Recorder | None, requests: int) -> None:
         """Have the passes of all arms captured, for batches of up to so many requests; None: they run as written.
 
-        What runs between them is compiled.
+        Code between them is compiled.
 
         Raises ConfigError where one cannot be captured.
         """
@@ -96,7 +96,7 @@ class DraftStage:
         self.clock.proposed(self.clock.now() - began)
 
     def _drafted(self, round: Round, arm: str, members: Sequence[int]) -> tuple[Sequence[int], Drafts | None]:
-        """What `arm` drafts for `members` of the batch, and for which of them."""
+        """Drafts of `arm` for `members` of the batch, and the members that have some."""
         if arm in self.quarantine:
             return (), None
 
@@ -106,7 +106,7 @@ class DraftStage:
         return self.quarantine.attempt(arm, {i: round.reqs[i].rid for i in members}, draft)
 
     def _choose(self, round: Round, parts: Sequence[tuple[torch.Tensor, Drafts]]) -> None:
-        """What is verified, of the drafts of all passes and of what the draft sources know."""
+        """Choose the drafts that are verified, of all passes and of what the draft sources know."""
         # The device looks up what follows drafts behind the text.
         behind = any(round.limits["joined"]) and not self.host.exact
         round.drafts = lay_drafts(
@@ -162,8 +162,8 @@ class DraftStage:
         round.packed_rows, round.stride, round.bounded = size + most, 1 + max(round.limits["all"]), True
 
     def _chains(self, round: Round) -> tuple[list[Candidate], list[int]]:
-        """What is verified of each request: its pass's drafts, or without one the likeliest candidate, with what others
-        know to follow. And how many of these drafts are left then.
+        """Drafts of each request that are verified, and how many of these are left of its pass or candidate. A
+        request without a pass takes its likeliest candidate; tokens that other sources know to follow are appended.
         """
         chains, left = [], []
         for i, (drafted, route) in enumerate(zip(_rows(round.drafts), round.routes, strict=True)):

@@ -1,12 +1,13 @@
-"""What follows the target's forward on the device: sampling, accepting, parking, what policies go by.
+"""The device's work after the target's forward: sampling, accepting, parking, and the signals of policies.
 
 Imports no SGLang.
 
 It is a function of a verification's packed rows. If the host has a part in what is sampled from (grammars, penalties,
-log-probabilities), it runs as it is written when that is known. Else it is captured as the end of every verification's
-graph. What it leaves is good until the next replay: whoever packs the round's download copies it.
+log-probabilities), it runs as it is written when that is known. Else it is captured as the end of every
+verification's graph. Its results are good until the next replay: the code that packs the round's download copies
+them.
 
-A graph cannot leave its end out. Where it must not commit it does so for request row 0, which is nobody's and for which
+A graph cannot leave its end out. If it must not commit, it does so for request row 0, which is nobody's and for which
 nothing is sampled: in it the rows are multiplied by a number on the device, which is 0 then.
 """
 
@@ -28,7 +29,7 @@ from whiflash_sglang.core import Verified
 from whiflash_sglang.models.router import Layers
 
 GATE_BYTES = torch.int64.itemsize
-"""Of the scalar that lets graphs commit; every epilogue has one."""
+"""Bytes of the scalar that lets graphs commit; every epilogue has one."""
 
 
 Signals = dict[str, torch.Tensor]
@@ -64,7 +65,7 @@ class Epilogue:
 
     @staticmethod
     def bytes_for(widest: int) -> int:
-        """What a graph keeps of one request, of which there are no more than rows."""
+        """Bytes that a graph keeps of one request, of which there are no more than rows."""
         committed = (widest + 3) * torch.int64.itemsize + torch.int32.itemsize
         return committed + (1 + 3) * torch.float32.itemsize  # entropy, and a router's outputs
 
@@ -91,8 +92,8 @@ class Epilogue:
             self._committing = may
 
     def outcome(self, graph: Hashable, requests: int) -> tuple[Committed, Signals] | None:
-        """What a graph that was just replayed committed for its first so many requests, and the `signals` of it; None
-        where it might not commit. It is good until the next replay.
+        """Tokens that a graph just replayed committed for its first so many requests, and its `signals`; None if it
+        might not commit. They are good until the next replay.
         """
         if not self._committing or graph not in self._captured:
             return None

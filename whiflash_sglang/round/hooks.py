@@ -1,4 +1,4 @@
-"""What benchmarks put in the place of sampled tokens: a recorded text, or as many tokens as acceptance is pinned to."""
+"""Tokens that benchmarks put in the place of sampled ones: a recorded text, or as many as acceptance is pinned to."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from whiflash_sglang.spans.hints import HintError
 logger = logging.getLogger(__name__)
 
 FREE = -1
-"""Where nothing is forced."""
+"""Entry at a position at which nothing is forced."""
 
 
 class Forcing(SampleHook):

@@ -1,4 +1,4 @@
-"""What a round's results teach, in the one place that reads them: they may be known only when later rounds run."""
+"""Lessons of a round's results, in the one place that reads them: they may be known only when later rounds run."""
 
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
@@ -28,7 +28,7 @@ Results = Mapping[str, list[Any]]
 """`results_of` a round, on the host."""
 
 PLAIN_ENTROPY_ROUNDS = 8
-"""Where nothing is drafted the entropy is read in every so many rounds: it costs as much as all else that is kept."""
+"""Rounds between two readings of the entropy if nothing is drafted: it costs as much as all else that is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Learner:
     verifying: deque[int] = field(default_factory=deque)
 
     def timed(self, previous: RoundTime) -> None:
-        """What an earlier round took."""
+        """Learn from the time that an earlier round took."""
         costs, requests = self.controller.costs, previous.requests
         costs.observe(previous)
         plain_seconds = previous.tokens / requests * costs.verify(requests, requests)
@@ -116,11 +116,11 @@ class Learner:
         prices: tuple[float, float] | None,
         parts: Sequence[Part],
     ) -> None:
-        """What the i-th request's round teaches, in which `tokens` were committed.
+        """Learn from the i-th request's round, in which `tokens` were committed.
 
         Args:
-            arm, first_drafts: as of `_first_arm`. prices: `round_prices`, where they are wanted. parts: of its
-                drafts.
+            arm, first_drafts: as of `_first_arm`. prices: `round_prices`, if they are wanted. parts: those of its
+            drafts.
         """
         state, decision, route = round.states[i], round.decisions[i], round.routes[i]
         width = results["widths"][i]

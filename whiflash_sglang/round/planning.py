@@ -1,4 +1,4 @@
-"""What the host decides of a round before it runs, in one object, and all that the device needs of it in one upload."""
+"""The host's decisions before a round, in one object, and all that the device needs of them in one upload."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,7 +139,7 @@ class Planner:
         return limit, min(longest, most), copying, min(room, most)
 
     def _calibrations(self, round: Round) -> dict[str, Floats]:
-        """What drafts of the round are judged by, of every arm that may make some."""
+        """Numbers that judge drafts of the round, of every arm that may make some."""
         by_arm = {}
         for arm, drafter in self.drafters.items():
             if (arm in round.routes or arm in self.sources.on_device) and arm not in self.quarantine:

@@ -1,7 +1,7 @@
 """Arms that misbehave are left out, and their requests go on with others or plainly. Imports no SGLang.
 
-What an arm drafts is only ever a proposal, so nothing it does can make a text wrong; it can only stop the server (an id
-that no embedding has, an exception) or spoil what is learned from it (NaN). `lay_drafts` leaves out on the device what
+Drafts are only ever a proposal, so nothing an arm does can make a text wrong. It can only stop the server (an id that
+no embedding has, an exception) or spoil what is learned from it (NaN). `lay_drafts` leaves out on the device what
 cannot be a draft, and says so with the round's results; what is raised is caught where an arm is called.
 
 An arm is everybody's, and what makes it raise is mostly one request's text. So an arm that raises for a request is left
@@ -27,7 +27,7 @@ SEVERAL_REQUESTS, SEVERAL_CALLERS = 3, 2
 MANY_REQUESTS = 16
 """The same, whoever sent them: requests without a salt are one caller's, as nobody knows who sent them."""
 FIRST_SECONDS, LONGEST_SECONDS = 60.0, 3600.0
-"""Of a quarantine: the first, and the longest. Each is twice as long as the one before it."""
+"""Durations of a quarantine: the first, and the longest. Each is twice as long as the one before it."""
 
 ResultT = TypeVar("ResultT")
 
@@ -78,8 +78,9 @@ class Quarantine:
     """Which arms are left out, for one request or for everybody.
 
     Every rank of those that serve a model together judges the same results, so all leave out the same arms. Clocks of
-    ranks do not agree, so there no quarantine ends. What a model raises in one rank the others may not have: it is not
-    caught there. Arms that draft from text raise in every rank or in none, or only the first asks them and plans by it.
+    ranks do not agree, so there no quarantine ends. An error that a model raises in one rank may be missing in the
+    others: it is not caught there. Arms that draft from text raise in every rank or in none, or only the first asks
+    them and plans by it.
 
     Args:
         arms: all there are. alone: whether no other process serves the model with this one. from_text: arms that draft
@@ -177,12 +178,12 @@ class Quarantine:
             self._leave_out(arm, rid, _describe(error), error)
 
     def guard(self, arm: str, rid: str | None = None) -> "_Guard":
-        """What `arm` raises in here is `raised`."""
+        """Handle an exception that `arm` raises in here as `raised` does."""
         return _Guard(self, arm, rid)
 
     @contextmanager
     def guard_ingestion(self, arm: str) -> Iterator[None]:
-        """What `arm` raises in here leaves its KV with holes that later requests may share: it is out for good."""
+        """Quarantine `arm` for good if it raises in here: holes are left in its KV that later requests may share."""
         try:
             yield
         except Exception as error:
@@ -193,8 +194,8 @@ class Quarantine:
     def attempt(
         self, arm: str, rids: Mapping[int, str], call: Callable[[Sequence[int]], ResultT]
     ) -> tuple[Sequence[int], ResultT | None]:
-        """What `call` returns for indices of requests, and for which: all of `rids`; if that raises, those for which
-        `arm` does not raise alone. None: it returns nothing for any of them.
+        """Results of `call` for indices of requests, and these: all of `rids`, or if that raises, those that do not
+        raise when called for separately. None: it returns nothing for any of them.
         """
         members = list(rids)
         try:

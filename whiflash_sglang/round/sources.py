@@ -45,7 +45,7 @@ class DraftSources:
         self._turns = [*proposing.items(), *proposing.items(), *forbidding]
 
     def checked(self, arm: str, rid: str, propose: Callable[[], Candidate | None]) -> Candidate | None:
-        """What `arm` proposes for the request `rid`, as far as it can be drafts. None: nothing, or it raised."""
+        """Candidate of `arm` for the request `rid`, as far as it can be drafts. None: nothing, or it raised."""
         valid = None
         with self._quarantine.guard(arm, rid):
             priced = self.of_text[arm].forbids
