@@ -174,7 +174,7 @@ def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool
 def _usable(policy: Policy, signals: Signals, chosen: str, source: str) -> str | None:
     """`Signals.only` of the round. source: of what needs no pass, as of `_of_passes`."""
     only: str | None = source if chosen == arms.PROMISED else arms.NONE
-    # Where rows are dear, a device that knows more of the text than the host weighs what is promised again.
+    # If rows are dear, a device that knows more of the text than the host weighs what is promised again.
     weighed = signals.free and policy.prices_batches
     wished = chosen == arms.NONE and signals.expected and not weighed
     if policy.joins_arms and signals.reason != "pin" and not wished:
@@ -185,7 +185,7 @@ def _usable(policy: Policy, signals: Signals, chosen: str, source: str) -> str |
 def _ordered(
     signals: Signals, scores: Scores, source: str, costs: Costs | None, kept: str | None, promised: Forecast
 ) -> Scores:
-    """Of a request with a bias, its choice alone at what the policy expects of it.
+    """The choice of a request with a bias, at what the policy expects of it.
 
     A bias is worth what its caller says to that request only. Weighed against the tokens of others, sixteen tokens a
     round that nobody gets would make their drafts look dear.

@@ -63,7 +63,7 @@ FULL_LENGTH = Worth(0.0, 0.0)
 
 
 class WorkerCosts(Costs):
-    """What routes are priced by, and what every way to price learns from rounds: widths, and the server's rate.
+    """Inputs to the price of routes that every way to price learns from rounds: widths, and the server's rate.
 
     Args:
         width: arm → most rows that a request routed to it verifies, of its own drafts; a measured mean replaces it.

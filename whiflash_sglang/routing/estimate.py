@@ -65,7 +65,7 @@ class AcceptanceEstimator:
         self._levels: dict[str, tuple[Mean, Mean]] = {}
         """Per arm, drafts that were accepted and those that the router predicted."""
         self._shared: dict[tuple[AcceptanceEstimator, str, Context], float] = base._shared if base else {}
-        """What all requests' rounds say, of what was asked since the last one was seen; of all adapters' together."""
+        """Estimates from all requests' rounds, kept until the next round is seen; shared by all adapters."""
 
     def observe(self, arm: str, signals: Signals, length: int) -> None:
         """A round of `arm`, decided on `signals`, committed `length` tokens."""

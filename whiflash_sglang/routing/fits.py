@@ -16,8 +16,8 @@ LEAST_STEP = 0.25
 """A share of a verification's mean: a step from one row to several that is smaller is none."""
 
 DRIFT = 1.6
-"""A level that most of the window is off by more than this factor was wrong. Of lognormal noise with a deviation of
-0.3 the median of seven is as far off about once in 2,000 rounds; 0.2 never does it.
+"""A level that most of the window is off by more than this factor was wrong. The median of seven is as far off about
+once in 2,000 rounds with lognormal noise of deviation 0.3, and never with 0.2.
 """
 
 CHEAPER = 0.5

@@ -1,7 +1,7 @@
 """Prices that outlive a server: tables measured at a start, in a file of their own for all that they depend on.
 
-What rounds correct them by is not kept: it is a few rounds' work, and says how busy this machine was. On a CPU nothing
-is: there prices are fitted to the rounds themselves.
+The factor by which rounds correct them is not kept: it is a few rounds' work, and shows how busy this machine was. A
+CPU keeps nothing: there prices are fitted to the rounds themselves.
 """
 
 import json

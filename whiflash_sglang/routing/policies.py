@@ -261,7 +261,7 @@ class AutoPolicy:
         return self._known(signals.adapter).expect(arm, signals)
 
     def _known(self, adapter: str | None) -> AcceptanceEstimator:
-        """What the rounds of an adapter, or of none, have taught; a new one begins with what the target's have."""
+        """Estimator taught by the rounds of an adapter, or by those without one; a new one begins as the target's."""
         if adapter is None:
             return self.estimator
         if adapter not in self._adapters:

@@ -1,5 +1,5 @@
-"""`Costs` where the device works behind the host: tables of captured work that were measured at the start, and one slow
-factor from the rounds that follow.
+"""`Costs` for a device that works behind the host: tables of captured work that were measured at the start, and one
+slow factor from the rounds that follow.
 
 There the host's clock says how long launching took, so nothing is fitted to it.
 
@@ -7,10 +7,10 @@ A graph costs what it was captured for: 17 rows in a graph of 20 cost 20. So a p
 that was measured and holds what is asked for, not interpolated between sizes. A verification also reads the context of
 all its requests; it is measured at two sums of them, and sums between or beyond are on the line through them.
 
-What the tables cannot know (clocks that drop, a neighbour, the host's own share) is in the rounds: their seconds over
-what the tables said, as one factor for everything. It moves slowly, and at once where most of the last rounds agree
-that it is wrong (:mod:`whiflash_sglang.routing.fits`), as the fitted prices of :mod:`.costs` do. Whole rounds are timed
-by the device's events.
+Rounds show what the tables cannot know (clocks that drop, a neighbour, the host's share): their seconds over the
+tables' price, as one factor for everything. It moves slowly, and at once if most of the last rounds agree that it is
+wrong (:mod:`whiflash_sglang.routing.fits`), as the fitted prices of :mod:`.costs` do. Whole rounds are timed by the
+device's events.
 """
 
 from bisect import bisect_left
