@@ -23,4 +23,4 @@ NONE = "none"
 """No neural pass: candidates are verified, or without any the round is a plain decoding step."""
 
 PROMISED = "promised"
-"""What rounds without a pass are reckoned under where a candidate promised something; no request is routed to it."""
+"""Name of rounds without a pass in which a candidate promised something; no request is routed to it."""

@@ -60,8 +60,8 @@ def build_drafters(
 ) -> dict[str, Drafter]:
     """Load the checkpoints, which were checked against the target when the arguments were read.
 
-    What a grammar forces is asked before what may be copied: it is surer. Without a tokenizer there are no grammars,
-    and text is copied unchanged.
+    Tokens that a grammar forces come before those that may be copied: they are surer. Without a tokenizer there are
+    no grammars, and text is copied unchanged.
 
     Raises:
         CheckpointError: a file is missing or damaged. ConfigError: it is not the one that its bundle was made with.
@@ -140,8 +140,8 @@ def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
 def live_weights(
     settings: Settings, target: Target, drafters: Mapping[str, KVDrafter], ranks: Ranks
 ) -> LiveWeights | None:
-    """What writes other versions into the neural drafters' weights, if the operator names a directory of versions; the
-    one that was served last is.
+    """The writer of other versions into the neural drafters' weights, if the operator names a directory of versions.
+    It begins with the version that was served last.
     """
     if settings.versions is None:
         return None
@@ -175,7 +175,9 @@ def live_weights(
 
 
 def spool_of(settings: Settings, model: str) -> Spool | None:
-    """What keeps finished requests for a learner, if the operator wants that. model: what the server was given."""
+    """The spool that keeps finished requests for a learner, if the operator wants one. model: what the server was
+    given.
+    """
     if settings.samples.directory is None:
         return None
     return Spool(settings.samples, settings.target or model)
@@ -226,7 +228,7 @@ def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
 def build_hooks(
     settings: Settings, tokens: TokenTable, target: Target, ranks: Ranks, widest: int
 ) -> list[SampleHook]:
-    """What replaces sampled tokens where a benchmark asks for it; none else. widest: most rows of a request."""
+    """Hooks that replace sampled tokens if a benchmark asks for it; else none. widest: most rows of a request."""
     hooks: list[SampleHook] = []
     if settings.force_recorded:
         rows, width = tokens.data.shape
@@ -238,7 +240,7 @@ def build_hooks(
 
 
 class Parts(Protocol):
-    """What the stages of a worker share; the worker has it when the pools are there."""
+    """Parts that the stages of a worker share; the worker has them when the pools are there."""
 
     settings: Settings
     target: Target

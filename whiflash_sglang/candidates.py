@@ -28,7 +28,7 @@ def behind(parts: Iterable[Part], count: int) -> Iterator[Part]:
 
 
 class Forecast(NamedTuple):
-    """What an arm that looks before it drafts expects of its next round, in every round, whoever drafts it then.
+    """Expectation of an arm for its next round; it looks in every round, whichever arm drafts then.
 
     length: expected acceptance length, bonus token included; 1: it has nothing to propose. rows: that it would verify.
     """
@@ -42,9 +42,9 @@ PLAIN = Forecast(1.0, 1)
 
 
 class Candidate(NamedTuple):
-    """What may follow a request's text. alive: for each token, the chance that it and all before it are accepted; never
-    increasing. parts: what they were taken from. at: the position of the first, where a text was as far as it was
-    known. matched, agreements: of a copy, tokens before it that match, and how the places judge each of its own.
+    """Tokens that may follow a request's text. alive: for each token, the chance that it and all before it are
+    accepted; never increasing. parts: their sources. at: the position of the first, if the text was known so far.
+    matched, agreements: those of a copy, tokens before it that match, and how the places judge each of its tokens.
     """
 
     tokens: Sequence[int] = ()
@@ -77,11 +77,11 @@ class Candidate(NamedTuple):
         return self.first(next(bad, len(self.tokens)))
 
     def gain(self, worth: float) -> float:
-        """What verifying it is expected to bring, if a row must bring `worth`."""
+        """Tokens that verifying it is expected to bring, if a row must bring `worth`."""
         return sum(self.alive) - worth * len(self.alive)
 
     def outlook(self, most: int | None = None) -> Forecast:
-        """What verifying it, or its first `most` tokens, promises."""
+        """Forecast of verifying it, or its first `most` tokens."""
         alive = self.alive[:most]
         return Forecast(1 + sum(alive), 1 + len(alive))
 

@@ -1,7 +1,7 @@
 """The records that a round passes on, and the words for lengths. Imports no SGLang.
 
 At the start of a round a request has n committed tokens *with* target KV and features, 0…n-1. Token n is the bonus
-token: known, emitted, without KV. Intervals are half-open. What a drafter writes at positions >= n is provisional.
+token: known, emitted, without KV. Intervals are half-open. KV that a drafter writes at positions >= n is provisional.
 B is the number of requests, W a padded width, T a number of packed rows.
 """
 
@@ -129,7 +129,7 @@ class Round:
 
     @property
     def row_worth(self) -> float:
-        """What a verified row must bring, whoever drafts it."""
+        """Tokens that a verified row must bring, whichever arm drafts it."""
         return max(worth.row for worth in self.worth.values())
 
     @property
@@ -147,7 +147,7 @@ class Round:
         self.packed_rows, self.stride = len(self), 1
 
     def timed(self) -> RoundTime:
-        """What it did, for its price."""
+        """Its sizes and times, for its price."""
         return RoundTime(
             self.packed_rows,
             len(self),
@@ -174,7 +174,7 @@ class DraftBatch:
     `starts` of at most `PADDING`, sees nothing, and writes to slot 0, which belongs to nobody.
     """
 
-    # What a pass reads.
+    # Inputs of a pass.
     rows: torch.Tensor  # [B] int64, rows of the request table
     starts: torch.Tensor  # [B] int64, n
     bonus: torch.Tensor  # [B] int64, token n
@@ -182,7 +182,7 @@ class DraftBatch:
     slot_table: torch.Tensor  # [request rows, ctx] int32
     longest: int  # the largest n at most, n itself where `host.exact`: it sizes launches
 
-    # What cuts drafts, and what a text drafter reads.
+    # Bounds of drafts, and inputs of text drafters.
     caps: torch.Tensor  # [B] int64, drafts wanted at most, each at least 1
     limits: Sequence[int] = ()  # the same on the host
     row_ids: Sequence[int] = ()  # `rows` on the host
@@ -212,12 +212,12 @@ class DraftBatch:
         return cls(rows, starts, bonus, tails, slot_table, longest, caps, calibration=calibration)
 
     def place(self, requests: int) -> PassInputs:
-        """Where the first so many requests are, with the most drafts of each, and what these are cut by."""
+        """Inputs of the first so many requests, with the most drafts of each, and what these are cut by."""
         parts = self.rows, self.starts, self.bonus, self.caps, self.tail
         return PassInputs._make([*(part[:requests] for part in parts), self.calibration])
 
     def first(self, requests: int) -> "DraftBatch":
-        """What a pass reads of the first so many requests, in the same memory."""
+        """Inputs of a pass for the first so many requests, in the same memory."""
         rows, starts, bonus, caps, tail, _ = self.place(requests)
         return replace(self, rows=rows, starts=starts, bonus=bonus, tail=tail, caps=caps)
 

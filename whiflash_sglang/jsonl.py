@@ -23,7 +23,7 @@ DEEPEST: Final = 200
 LARGEST: Final = 2**64
 """An integer's magnitude is below it."""
 MOST_BYTES: Final = 64 << 20
-"""Of a file that is read as one value."""
+"""Bytes of the largest file that is read as one value."""
 
 _MANY_DIGITS: Final = re.compile(r"\d{19}")
 

@@ -32,10 +32,10 @@ FINISHED = ("stop", "length")
 
 
 class Consent(NamedTuple):
-    """What a request, or all turns of a session so far, say about being learned from.
+    """Consent of a request, or of all turns of a session so far, to being learned from.
 
-    agrees: every one of them. forgets: how often something had been forgotten when the first of them arrived. handles:
-    as of `Sample`, of them all.
+    agrees: whether every one does. forgets: how often something had been forgotten when the first of them arrived.
+    handles: as of `Sample`, of them all.
     """
 
     agrees: bool
@@ -88,7 +88,7 @@ class Lifecycle:
     def begin(self, row: int, req: Any, upload: Upload) -> None:
         """A prefill of `req` into `row`: a request begins, or begins again after a retraction, or goes on (a chunk).
 
-        What the device keeps of it goes there with `upload`.
+        The device's part of its state goes there with `upload`.
         """
         # With output it was retracted: what its row still holds may date from before an earlier retraction.
         if not req.output_ids and self._controller.holds(row, req.rid):
@@ -148,7 +148,7 @@ class Lifecycle:
         return bool(self._sync.leaving)
 
     def flush(self) -> None:
-        """What was parked of those that are released goes into the slots that they gave up."""
+        """Write the parked features of released requests into the slots that they gave up."""
         self._sync.flush()
 
     def forget_all(self) -> None:
@@ -172,7 +172,7 @@ class Lifecycle:
         spool.offer(req.origin_input_ids, req.output_ids_through_stop, consent.handles)
 
     def _predicted(self, req: Any) -> Sequence[int] | None:
-        """What the request's caller expects back. Malformed: as of `_hints_of`."""
+        """Tokens that the request's caller expects back. Malformed: as of `_hints_of`."""
         try:
             read = self._read_prediction(req.sampling_params.custom_params)
         except HintError as error:
@@ -200,15 +200,15 @@ def _hints_of(req: Any) -> RequestHints:
 
 
 def _tenant_of(req: Any) -> Tenant | None:
-    """Who shares text with the request, by its caller's keys: SGLang appends the adapter's id to one of them."""
+    """Callers that share text with the request, by its keys: SGLang appends the adapter's id to one of them."""
     return tenant_of((req.extra_key or "").removesuffix(req.lora_id or ""), req.cache_salt)
 
 
 def _consent_of(req: Any) -> tuple[bool, Sequence[int]]:
     """Whether a request may be learned from, and the handles that it is forgotten by.
 
-    `lookup: context` says that nothing is to be kept, and of a malformed hint nobody knows what it says. What an
-    adapter writes would teach drafters that serve every adapter.
+    `lookup: context` says that nothing is to be kept, and a malformed hint may have said so. Text of an adapter would
+    teach drafters that serve every adapter.
     """
     hints, tenant = _hints_of(req), _tenant_of(req)
     agrees = hints is not MALFORMED and hints.learn and hints.lookup == "memory" and req.lora_id is None

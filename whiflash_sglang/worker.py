@@ -127,7 +127,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     @property
     def primary_draft_kv_pool(self) -> Any:
-        """What a prefill server sends behind the target's KV; None: nothing."""
+        """KV pool that a prefill server sends after the target's; None: nothing."""
         return self._draft_pool
 
     @torch.no_grad()
@@ -163,7 +163,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""
         self.clock.interrupt()
         self.ranks.note([req.rid for req in batch.reqs], batch.extend_lens)
-        self.ranks.broadcast(lambda: None)  # Whoever is not here would be waited for in the forward.
+        self.ranks.broadcast(lambda: None)  # The forward would wait for a missing rank.
         input_ids = batch.input_ids
         result, features = self.target.prefill(batch)
         result.new_seq_lens = batch.seq_lens

@@ -212,7 +212,7 @@ class FeatureRings:
     ) -> FeatureRows:
         """Gather parked positions [begins, ends) of every request into one packed batch.
 
-        Slots are resolved now, since the tree may remap them. What `rows` has more is padding, at slot -1.
+        Slots are resolved now, since the tree may remap them. Rows in excess are padding, at slot -1.
 
         Args:
             request_rows, begins, ends: [B] int64. slot_table: [rows, ctx] int32, request row and position → KV slot.

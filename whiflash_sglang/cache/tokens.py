@@ -26,13 +26,14 @@ class TokenTable:
 
     @staticmethod
     def bytes_for(rows: int, context: int, margin: int) -> int:
-        """What such a table takes."""
+        """Bytes that such a table takes."""
         return rows * (context + margin) * torch.int64.itemsize
 
     def begin(self, upload: Upload, row: int, *texts: Sequence[int]) -> None:
-        """What a request brings along, one text behind the other: its prompt, its output before a retraction.
+        """Write the texts that a request brings along, one after the other: its prompt, its output before a
+        retraction.
 
-        It is in the table when `upload` has been sent.
+        They are in the table when `upload` has been sent.
         """
         tokens = np.concatenate([np.asarray(text, dtype=np.int64) for text in texts])
         place = self.data[row, : len(tokens)]
@@ -68,7 +69,7 @@ class StopTable:
 
     @staticmethod
     def bytes_for(rows: int) -> int:
-        """What such a table takes, until a request has more than `FEW` stops."""
+        """Bytes that such a table takes, until a request has more than `FEW` stops."""
         return rows * FEW * torch.int64.itemsize
 
     def begin(self, upload: Upload, row: int, stops: Sequence[int]) -> None:
@@ -112,7 +113,7 @@ class SamplingRows:
 
     @staticmethod
     def bytes_for(rows: int) -> int:
-        """What such a table takes."""
+        """Bytes that such a table takes."""
         return rows * (4 * torch.float32.itemsize + torch.int64.itemsize)
 
     def begin(self, upload: Upload, row: int, parameters: Sequence[float]) -> None:

@@ -83,7 +83,7 @@ class CapturedPass(Generic[T]):
     def replay(self, size: int) -> T:
         """The smallest that holds `size`, which one does.
 
-        What it returns is as large as what was captured, and good until the next replay.
+        Its result is as large as what was captured, and good until the next replay.
         """
         chosen = self.size_for(size)
         assert chosen is not None

@@ -1,8 +1,8 @@
 """The processes that serve one model together: the first decides, the others follow. Imports no SGLang.
 
-What a round does follows from what was committed, which all know, and from what only the first looks at: clocks, and
-its mail. So the first decides, once a round, and sends it to the others. Everything else they work out
-from the same numbers with the same code. Every message checks that they did, by a checksum of all that was noted.
+A round's work follows from what was committed, which all know, and from clocks and mail, which only the first looks at.
+So the first decides, once a round, and sends it to the others. Everything else they work out from the same numbers with
+the same code. Every message checks that they did, by a checksum of all that was noted.
 """
 
 import time
@@ -58,7 +58,7 @@ class Ranks:
         return self.rank == 0
 
     def broadcast(self, decide: Callable[[], T]) -> T:
-        """What the first rank decides, in all of them; `decide` is called there alone.
+        """Decision of the first rank, in all of them; `decide` is called there only.
 
         Raises:
             DivergedError: in another rank, when it has not noted what the first has, or the first sends something else.
@@ -90,7 +90,7 @@ class Ranks:
         return next((reason for reason in every if reason is not None), None)
 
     def note(self, *facts: object) -> None:
-        """What every rank must have done alike, by what its facts are written as; compared with the next message."""
+        """Note facts that every rank must share, by their `repr`; they are compared with the next message."""
         if self._send is not None:
             self._checksum = zlib.crc32(repr(facts).encode(), self._checksum)
 

@@ -76,7 +76,7 @@ def _fill(place: np.ndarray[Any, Any], parts: Sequence[Ints | Floats], sizes: Se
 
 
 def _firsts(packed: torch.Tensor, parts: Sequence[Ints | Floats], sizes: Sequence[int]) -> list[torch.Tensor]:
-    """What `packed` holds of each of `parts`, whose beginnings are `sizes` apart."""
+    """Contents of `packed` for each of `parts`, whose beginnings are `sizes` apart."""
     return [each[: len(part)] for each, part in zip(torch.split(packed, list(sizes)), parts, strict=True)]
 
 
@@ -126,7 +126,7 @@ class Download:
         learn(self.read(), kept)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Of the host's copy, once it is on its way."""
+        """Field of the host's copy, once it is on its way."""
         place, dtype, shape = self._fields[name]
         return (self.packed if self._copy is None else self._copy)[place].view(dtype).view(shape)
 
@@ -157,9 +157,9 @@ def _as_int32(field: torch.Tensor) -> torch.Tensor:
 class HostView:
     """Whether the host may read the device's values at any time.
 
-    exact: reading costs nothing (a CPU), so everything has the size that it needs. Where it is not, reading would wait
-    for the device: sizes are bounds that the host knows, and what runs is padded to them. late: a round is planned
-    before the results of the last one are known.
+    exact: reading costs nothing (a CPU), so everything has the size that it needs. If not, reading would wait for the
+    device: sizes are bounds that the host knows, and work is padded to them. late: a round is planned before the
+    results of the last one are known.
     """
 
     exact: bool

@@ -1,1 +1,1 @@
-"""What a server keeps for learning from its traffic, and the versions of drafters that it may be given."""
+"""Samples that a server keeps for learning from its traffic, and versions of its drafters."""

@@ -38,8 +38,8 @@ _NAME: Final = re.compile(r"([0-9]{20})-[0-9]+\.jsonl", re.ASCII)
 _HANDLES_KEY: Final = b'"handles":'
 
 Outcome = Literal["written", "declined", "dropped", "failed"]
-"""Of a finished request: on disk; not offered, since it does not consent or its tokens cannot be learned from; more
-came than could be written; the disk did not take it.
+"""Fate of a finished request. written: on disk. declined: not offered, since it does not consent or its tokens cannot
+be learned from. dropped: more came than could be written. failed: the disk did not take it.
 """
 
 
@@ -64,7 +64,7 @@ class Sample(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of both."""
+        """Tokens of both."""
         return len(self.prompt) + len(self.answer)
 
 
@@ -103,7 +103,7 @@ class SampleFile(NamedTuple):
 
 
 def samples_of(learning: Path) -> Path:
-    """Where the samples are, of the directory that `--whiflash-learn` names."""
+    """The samples' directory in the one that `--whiflash-learn` names."""
     return learning / "samples"
 
 
@@ -225,7 +225,7 @@ class Spool:
         self._directory, self._settings, self._target, self._now = settings.directory, settings, target, now
         self._waiting: list[Sample] = []
         self._taken: list[Sample] = []
-        """Of what is being written: the writer looks once more when it has the directory's lock."""
+        """Samples that are being written: the writer looks once more when it has the directory's lock."""
         self._tokens = 0
         self._changed = threading.Condition()
         self._writing = threading.Lock()
@@ -259,10 +259,10 @@ class Spool:
                 self._write()
 
     def forget(self, handle: int | None) -> None:
-        """Drop what `handle` names of what waits or is about to be written; None: all. Never waits for the disk.
+        """Drop samples of `handle` that wait or are about to be written; None: all. Never waits for the disk.
 
-        What is on disk then is for `forget_samples`: either the writer has the directory's lock before that has it, or
-        it does not write what was dropped here.
+        `forget_samples` drops those on disk: either the writer has the directory's lock first, or it does not write
+        what was dropped here.
         """
         with self._changed:
             self._waiting, self._taken = (
@@ -352,7 +352,7 @@ def prune(directory: Path, settings: Spooling, now: float) -> int:
 
 
 def _drop_parts(directory: Path) -> None:
-    """What a killed writer left: nobody writes while the directory is `locked`."""
+    """Remove the parts that a killed writer left: nobody writes while the directory is `locked`."""
     for part in directory.glob("*.part"):
         part.unlink(missing_ok=True)
 
@@ -360,7 +360,7 @@ def _drop_parts(directory: Path) -> None:
 def forget_samples(directory: Path, handle: int | None) -> None:
     """Drop every sample on disk that `handle` names, and files that cannot be read; None: all. Raises OSError.
 
-    Of tokens nothing is read: other threads of the caller go on meanwhile.
+    No tokens are read: other threads of the caller go on meanwhile.
     """
     with locked(directory):
         _drop_parts(directory)

@@ -74,8 +74,8 @@ class Staging:
 
     @contextmanager
     def read(self) -> Iterator[None]:
-        """For the swap, on the current stream: it comes before what is staged next. What was staged is there, since the
-        thread waited for it.
+        """For the swap, on the current stream: it comes before what is staged next. The staged numbers are there, since
+        the thread waited for them.
         """
         yield
         if self._device is not None:

@@ -354,9 +354,9 @@ def changing(model: nn.Module) -> dict[str, slice]:
 
 
 def write(live: nn.Module, staged: Staged) -> list[Tensor | None]:
-    """Give the parameters that serve what may change. What must stay is equal, and is left.
+    """Give the parameters that serve the numbers that may change; the others are equal, and are left.
 
-    Returns what nobody reads any more.
+    Returns the tensors that nobody reads any more.
     """
     left: list[Tensor | None] = []
     for key, rows in changing(live).items():
@@ -373,7 +373,7 @@ def write(live: nn.Module, staged: Staged) -> list[Tensor | None]:
 def may_move(parameter: Tensor) -> bool:
     """Whether a parameter may have its numbers elsewhere: on a CPU nobody has captured their address.
 
-    Who keeps a view of one keeps a part that must stay.
+    A view of one may only be kept of a part that must stay.
     """
     return parameter.device.type == "cpu"
 

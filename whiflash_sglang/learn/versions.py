@@ -46,7 +46,7 @@ class Wanted(BaseModel):
 
 
 def versions_of(learning: Path) -> Path:
-    """Where the versions are, of the directory that `--whiflash-learn` names."""
+    """The versions' directory in the one that `--whiflash-learn` names."""
     return learning / "versions"
 
 
@@ -94,7 +94,7 @@ def read_version(directory: Path, number: int, target: str) -> dict[str, Path]:
 
 
 def _manifest_of(directory: Path, number: int) -> Manifest:
-    """Of a version; raises ConfigError where it is not there or damaged."""
+    """Manifest of a version; raises ConfigError if it is missing or damaged."""
     bundle = path_of(directory, number)
     if not bundle.is_dir():
         known = ", ".join(map(str, [0, *numbers(directory)]))
@@ -103,7 +103,7 @@ def _manifest_of(directory: Path, number: int) -> Manifest:
 
 
 def claims_of(directory: Path, number: int) -> dict[str, Any]:
-    """What a version is, for whoever asks a server to use it: `target`, and `files` by name with their SHA-256.
+    """Claims of a version, for a request to a server to use it: `target`, and `files` by name with their SHA-256.
 
     Raises:
         ConfigError: it is not there, or damaged.
@@ -187,7 +187,7 @@ def _inside(bundle: Path, place: str) -> Path:
 
 
 def served(directory: Path) -> Served:
-    """What a server of this directory used last. Raises ConfigError where the record is damaged."""
+    """Versions that a server of this directory used last. Raises ConfigError if the record is damaged."""
     file = directory / CURRENT
     try:
         found = Served(**read_json_file(file))
@@ -201,13 +201,13 @@ def served(directory: Path) -> Served:
 
 
 def record(directory: Path, used: Served) -> None:
-    """What a server that starts later uses. Raises OSError."""
+    """Record the versions that a server that starts later uses. Raises OSError."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_whole(directory / CURRENT, json.dumps(used._asdict()))
 
 
 def notes_of(directory: Path, number: int) -> dict[str, Any]:
-    """What whoever made a version says of it; nothing where it says nothing that can be read."""
+    """Notes of a version's maker; empty if there are none that can be read."""
     try:
         found = read_json_file(path_of(directory, number) / NOTES)
     except (OSError, ValueError):

@@ -48,18 +48,18 @@ class Change(NamedTuple):
 
 
 QUANTILE = 2.576
-"""Of a 99 % interval: it is looked at again and again, so one of 95 % would be left too often by chance."""
+"""Quantile of a 99 % interval: looked at again and again, one of 95 % would be left too often by chance."""
 
 
 def change(before: Lengths, after: Lengths) -> Change:
-    """Of two periods with at least two requests each."""
+    """Change between two periods with at least two requests each."""
     ratio = after.length / before.length
     margin = math.exp(QUANTILE * math.sqrt(before.variance + after.variance))
     return Change(ratio, ratio / margin, ratio * margin)
 
 
 class Drop(NamedTuple):
-    """What was rolled back. version: that was left. now: that serves again. changes: by drafter."""
+    """A rollback. version: the one that was left. now: the one that serves again. changes: by drafter."""
 
     version: int
     now: int
@@ -67,7 +67,7 @@ class Drop(NamedTuple):
 
 
 class Guard:
-    """Of one server. What it knows is kept in the learner's directory, so that a learner that was killed goes on."""
+    """Guard of one server. Its state is kept in the learner's directory, so that a killed learner goes on."""
 
     def __init__(self, server: Server, directory: Path) -> None:
         self._server, self._file = server, directory / FILE
@@ -125,12 +125,12 @@ class Guard:
 
 
 def _lengths(state: Mapping[str, Any]) -> ByArm:
-    """Of the drafters that have versions."""
+    """Lengths of the drafters that have versions."""
     return {arm: Lengths(**sums) for arm, sums in state["lengths"].items() if arm in PARTS}
 
 
 def _read(file: Path) -> Watched | None:
-    """What an earlier learner knew; nothing where that cannot be read."""
+    """State of an earlier learner; None if it cannot be read."""
     try:
         found = read_json_file(file)
         sides = [{a: Lengths(**sums) for a, sums in found[side].items()} for side in ("since", "earlier")]

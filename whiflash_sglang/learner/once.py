@@ -1,8 +1,8 @@
 """One pass: samples are read, the drafters that serve train on them and are judged, and a version is published, or not.
 
 Drafters are judged by what they accept of the same answers (`gains`). A pass may rest, to leave the processor to a
-server (`Pace`). What it works with is in `learner` of the directory of `--whiflash-learn`, for the owner alone, and is
-gone when it ends. What a killed pass left is gone on with, if the next one would learn the same.
+server (`Pace`). Its files are in `learner` of the directory of `--whiflash-learn`, readable by the owner only, and gone
+when it ends. The next pass goes on with those of a killed one if it would learn the same.
 """
 
 import json
@@ -61,7 +61,7 @@ small steps of a fresh optimiser are mostly noise."""
 STATUS = "learner.json"
 WORK = "learner"
 CHOICE = "choice.json"
-"""What the pass in `WORK` learns from, and with what settings."""
+"""File of the samples that the pass in `WORK` learns from, and its settings."""
 UNTIL = "until"
 """Note of a version: when the newest sample was written that it was learned from or judged by."""
 OUTCOME = "outcome"
@@ -167,10 +167,10 @@ def _gain(before: Sequence[Tally], after: Sequence[Tally]) -> Gain:
 
 
 class Learning(NamedTuple):
-    """What a pass does.
+    """A pass's inputs.
 
-    directory: of `--whiflash-learn`. bundle: that the server was started with. config: how its drafters are trained.
-    tokens: answer tokens to learn from. judged: requests that judge. rate: of learning, at its peak. replay: an
+    directory: that of `--whiflash-learn`. bundle: the one that the server was started with. config: how its drafters
+    are trained. tokens: answer tokens to learn from. judged: requests that judge. rate: peak learning rate. replay: an
     exported file of the original training's answers, of which as many tokens are learned; None: nothing is.
     """
 
@@ -308,12 +308,12 @@ def until(notes: Mapping[str, Any]) -> float:
 
 
 def write_status(directory: Path, facts: Mapping[str, Any]) -> None:
-    """What `status_of` returns from now on."""
+    """Write the facts that `status_of` returns from now on."""
     write_whole(directory / STATUS, json.dumps(facts, indent=1) + "\n")
 
 
 def status_of(directory: Path) -> dict[str, Any]:
-    """What the last pass of a directory came to; empty before there was one. Raises ConfigError where it is damaged."""
+    """Status of the last pass of a directory; empty before there was one. Raises ConfigError if it is damaged."""
     file = directory / STATUS
     try:
         found = read_json_file(file)
@@ -373,9 +373,9 @@ def is_at_work(directory: Path) -> bool:
 
 
 def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) -> Chosen:
-    """What a killed pass had chosen, if all of it is there still and it began as this one does; or the newest samples.
+    """Choice of a killed pass, if all of it is there still and it began as this one does; or the newest samples.
 
-    In `work` is what was made of the choice, or nothing.
+    `work` holds the files made from the choice, or nothing.
     """
     target = target_path(learning.config.target)
     shape = read_json_config(target)

@@ -116,5 +116,5 @@ def _newest(texts: Sequence[Text], most: int, share: int, weight: Callable[[Text
 
 
 def answer_tokens(texts: Sequence[Text]) -> int:
-    """Of all together."""
+    """Answer tokens of all together."""
     return sum(len(text.answer) for text in texts)

@@ -106,7 +106,7 @@ class Watch:
         self._asked(lambda: guard.switch(number))
 
     def _asked(self, ask: Callable[[], T]) -> T | None:
-        """What the server answers; None if it does not, which is said once."""
+        """Answer of the server; None if it does not answer, which is said once."""
         try:
             answer = ask()
         except WhiflashError as error:

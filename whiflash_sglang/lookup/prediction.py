@@ -1,6 +1,6 @@
 """The text that a caller expects back, and where an answer is in it (OpenAI's predicted outputs).
 
-An answer follows its prediction token by token. Where it leaves it, the place at which it comes back is looked for: the
+An answer follows its prediction token by token. If it leaves it, the place at which it comes back is looked for: the
 longest match with the answer's end, and of equals the nearest one ahead of where it left.
 """
 

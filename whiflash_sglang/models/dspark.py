@@ -181,8 +181,9 @@ class DSparkDrafter(DFlashDrafter):
         return embedded
 
     def _latent(self, embedded: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Of W1's rows `embedded` [B, R] of the tokens before and states `hidden` [B, H]: what W2 reads [B, R], and
-        the next `state` [B, R]."""
+        """Input of W2 [B, R], and the next `state` [B, R], by W1's rows `embedded` [B, R] of the tokens before and
+        states `hidden` [B, H].
+        """
         if self.config.markov_head == "vanilla":
             return embedded, state
         if self.config.markov_head == "gated":

@@ -42,8 +42,8 @@ _OF_THE_TARGET = ("mrope_section", "mrope_interleaved")
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration's rotary settings in one dictionary, whichever of the two spellings it uses.
 
-    transformers ≥ 5 writes `rope_parameters`; older files write `rope_theta` and `rope_scaling`. Where only a part
-    of a head is rotated, `rope_dim` says how many of its dimensions, or `partial_rotary_factor` which share.
+    transformers ≥ 5 writes `rope_parameters`; older files write `rope_theta` and `rope_scaling`. If only a part of a
+    head is rotated, `rope_dim` says how many of its dimensions, or `partial_rotary_factor` which share.
     """
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = parameters.pop("type", "default")

@@ -35,10 +35,10 @@ class Vocabulary(NamedTuple):
 
     @classmethod
     def read(cls, directory: Path, name: str, dtype: torch.dtype) -> "Vocabulary":
-        """What SGLang wrote of the target of that name: the rows of all processes together.
+        """The tensors that SGLang wrote for the target of that name: the rows of all processes together.
 
         Raises:
-            CheckpointError: it wrote nothing yet, or of another target.
+            CheckpointError: it wrote nothing yet, or for another target.
         """
         try:
             facts = read_json_file(directory / ORIGIN)
@@ -67,14 +67,13 @@ class Vocabulary(NamedTuple):
 class ServedOrigin:
     """A target that only SGLang knows: the tensors that it wrote, and its `config.json`.
 
-    Where that does not say how a drafter's layers should look (a target of experts or of latent attention), the
-    training configuration does. They rotate whole heads by plain RoPE, whatever the target does.
+    If that does not give the shape of a drafter's layers (a target of experts or of latent attention), the training
+    configuration does. They rotate whole heads by plain RoPE, whatever the target does.
 
     Attributes:
-        embedding, head: [V, H]. embedding_scale: what the target multiplies rows of its embedding by.
-        final_norm: [H], weights of a drafter's last norm.
-        attention_shape, intermediate_size, rope, max_positions, eps: of a drafter's layers.
-        layers: none of the target's own are known, for drafters to begin as.
+        embedding, head: [V, H]. embedding_scale: what the target multiplies rows of its embedding by. final_norm: [H],
+        weights of a drafter's last norm. attention_shape, intermediate_size, rope, max_positions, eps: those of a
+        drafter's layers. layers: none of the target's own are known, for drafters to begin as.
     """
 
     embedding: Tensor
@@ -141,7 +140,7 @@ class ServedOrigin:
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """Device of its tensors."""
         return self.embedding.device
 
     @property

@@ -66,8 +66,8 @@ def packed_verification(
 ) -> torch.Tensor:
     """:func:`packed_convolution` of drafts: the states are read, those behind the rows written down.
 
-    Nothing is read on the host. What is behind rows of nobody, or of a request without a slot (0 or less, as a graph's
-    padding has), goes to the last request of the windows, which is nobody's.
+    Nothing is read on the host. States after padding rows, or after those of a request without a slot (0 or less, as a
+    graph's padding has), go to the last request of the windows, which is nobody's.
 
     Args:
         x: [T, D]. weight: [D, K]. bias: [D] or None. slots: [B] int.
@@ -313,7 +313,9 @@ def transposed(cache: Any) -> Any:
 
 
 Scan = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Of the convolution's inputs [T, D] and the steps of time [T, H], as projected: what is read of states, [T, H, P]."""
+"""Maps the convolution's inputs [T, D] and the steps of time [T, H], as projected, to what is read of states, [T, H,
+P].
+"""
 
 
 def mixer_forward(

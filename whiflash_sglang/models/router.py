@@ -57,7 +57,7 @@ class Router(nn.Module):
         return self.read(self.hidden(final))
 
     def read(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the hidden layer's units [B, M]: ΔAL [B], and drafts accepted of EAGLE-3 and of DFlash [B, 2].
+        """Outputs for the hidden layer's units [B, M]: ΔAL [B], and drafts accepted of EAGLE-3 and of DFlash [B, 2].
 
         Raises `CheckpointError` if the router has no heads.
         """

@@ -68,7 +68,7 @@ def cut_behind(vocabulary: Vocabulary, written: str, text: str) -> list[int] | N
 
 
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
-    """What the code outside prompts needs of a `transformers` tokenizer.
+    """Vocabulary that the code outside prompts needs of a `transformers` tokenizer.
 
     Raises: ValueError as `token_bytes`.
     """

@@ -1,9 +1,9 @@
 """Tool calls that no grammar constrains: an output followed from one to the next, and what the one that is open goes on
 with, by the tools of its request.
 
-Nothing is forbidden. Where something else is written it is silent until another call begins; a marker that a line has
-begun with goes on, too. That one begins is guessed where nothing but blanks was written of an answer, or behind its
-reasoning. A call that is one JSON object follows a grammar of what it probably looks like.
+Nothing is forbidden. If something else is written, it is silent until another call begins; a marker that a line has
+begun with goes on, too. A call's beginning is guessed if only blanks were written of an answer, or after its reasoning.
+A call that is one JSON object follows a grammar of what it probably looks like.
 """
 
 import json
@@ -31,7 +31,7 @@ USUAL_LEAD = "\n"
 """Between a call's marker and the call, where nobody has written one yet: as templates show it to their models."""
 
 LEAD: Final = "lead"
-"""Where it is kept, of what was seen of calls."""
+"""Key of the text between marker and call, in the record of calls seen."""
 
 _NO_VOCABULARY = ("a", "</s>")
 """A matcher that is asked for text alone needs no tokens, and compiles in a millisecond."""
@@ -191,7 +191,7 @@ LOOKED_AT = 4
 """Calls of a prompt that are looked at for how they are laid out, the newest ones."""
 
 LOOKED_AT_CHARS = 1024
-"""Of each of them."""
+"""Characters of each of them that are looked at."""
 
 
 class Call(Protocol):

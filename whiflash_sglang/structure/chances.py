@@ -77,7 +77,7 @@ def _cut_anew(vocabulary: Vocabulary, first: int, tokens: Sequence[int]) -> list
 
 
 class Kind(IntEnum):
-    """Why a token was proposed. Of several reasons the least likely one counts."""
+    """Why a token was proposed. The least likely one of several counts."""
 
     FORCED = 0
     """The grammar allows no other text."""

@@ -118,14 +118,14 @@ HOPELESS = 0.02
 """Chance below which nothing behind a piece is looked for."""
 
 Likelihood = Callable[[Kind], float]
-"""Of a kind."""
+"""Likelihood of a kind."""
 
 
 def gather(step: Callable[[int], Sequence[Piece] | None], limit: int, likelihood: Likelihood) -> list[Piece]:
-    """What `step` says again and again, until it says None: `limit` characters and `STEPS` pieces at most.
+    """Pieces of `step`, called again and again until it returns None: `limit` characters and `STEPS` pieces at most.
 
     Args:
-        step: pieces of at most so many characters, if it likes; what is more is cut off.
+        step: pieces of at most so many characters, if it likes; the rest is cut off.
     """
     pieces: list[Piece] = []
     chance = 1.0

@@ -86,12 +86,14 @@ class Essence:
 
 
 MOST_PLAIN_CHARS = 8192
-"""Of a schema in whose grammar xgrammar may search for forced text without a bound: that takes milliseconds."""
+"""Characters at most of a schema in whose grammar xgrammar may search for forced text without a bound
+(milliseconds).
+"""
 
 TYPES = {"object", "array", "string", "number", "integer", "boolean", "null"} | {
     *("structural_tag", "triggered_tags", "tag", "json_schema", "const_string", "any_text")
 }
-"""Of schemas and parts of a structural tag that force no more text than they hold."""
+"""Types of schemas and parts of a structural tag that force no more text than they hold."""
 
 REPEATING = frozenset({"$ref", "$dynamicRef", "$recursiveRef", "pattern", "patternProperties"})
 

@@ -14,7 +14,7 @@ REQUEST_SECONDS = 0.05
 """A request that spends so much in a round takes no drafts in the next ones."""
 
 ROUND_SECONDS = 0.25
-"""What all requests of a round may spend together, beside the step that each is in when its share is used up."""
+"""Seconds that all requests of a round may spend together, beside the step each is in when its share is used up."""
 
 LOOKING = 0.5
 """Part of a request's share for finding drafts; the rest is left for their masks."""
@@ -35,7 +35,7 @@ class _Request:
 
 
 class Spending:
-    """Of one process.
+    """Time that requests of one process spend.
 
     Args:
         clock: seconds of this thread's work: those of a busy machine are nobody's. wall: seconds that pass, never
@@ -77,7 +77,7 @@ class Spending:
         return request is not None and request.left > 0
 
     def on(self, rid: str, work: Callable[[], ResultT], part: float = 1.0) -> ResultT:
-        """What `work` returns. Its seconds count for the request; `exhausted` in it means `part` of its share."""
+        """Result of `work`. Its seconds count for the request; `exhausted` in it means `part` of its share."""
         request = self._current = self._requests.setdefault(rid, _Request())
         self._began, self._limit = self._clock(), part * self._share
         self._least_end = self._wall() + self._limit - request.spent

@@ -27,7 +27,7 @@ class Form(NamedTuple):
 
 
 def _invoke(prefix: str = "", name: str = "invoke", parameter: str = "parameter", string: str = "") -> Form:
-    """Of `<invoke name="…"><parameter name="…">`."""
+    """Form of `<invoke name="…"><parameter name="…">`."""
     return Form(
         f'\n<{prefix}{name} name="{{name}}">',
         f'\n<{prefix}{parameter} name="{{key}}"{string}>',

@@ -44,6 +44,6 @@ class Lengths:
 
     @property
     def variance(self) -> float:
-        """Of the length's logarithm, by the delta method over requests, of which there must be two."""
+        """Variance of the length's logarithm, by the delta method over requests, of which there must be two."""
         squares = self.tokens_squared - 2 * self.length * self.products + self.length**2 * self.rounds_squared
         return self.requests / (self.requests - 1) * max(squares, 0.0) / self.tokens**2

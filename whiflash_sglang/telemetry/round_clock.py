@@ -1,4 +1,4 @@
-"""Where a round's time goes: its stages on the host's clock, the whole of it on the device's.
+"""A round's time by stages on the host's clock, and the whole of it on the device's.
 
 On a CPU these are the same. On a GPU, where launches return before the work is done, a stage's seconds are those of
 launching it; a device-side breakdown needs the profiler. Whole rounds are timed there by events in the stream
@@ -18,7 +18,7 @@ STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 
 
 DraftTime = tuple[str, int, int, float, float]
-"""What `RoundClock.drafted` takes."""
+"""Arguments of `RoundClock.drafted`."""
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""What rounds and requests came to, by arm: numbers that the host has anyway."""
+"""Results of rounds and requests, by arm: numbers that the host has anyway."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,10 @@ from whiflash_sglang.spans.hints import HINT_SOURCES, HintSource
 from whiflash_sglang.telemetry.lengths import Lengths
 
 REASONS = ("score", "policy", "span", "pin", "off")
-"""What may have decided a round's route."""
+"""Reasons of a round's route."""
 
 CACHED = ("device", "host", "storage")
-"""Where the KV of a prompt may have been kept."""
+"""Places that may have kept the KV of a prompt."""
 
 MOST_PENDING = 4096
 """Observations that wait to be published at most; where nobody publishes, the oldest are dropped."""
@@ -75,7 +75,7 @@ class Tally:
 
     @classmethod
     def of(cls, drafters: Iterable[str]) -> "Tally":
-        """Of a worker with these arms."""
+        """Tally of a worker with these arms."""
         known = tuple(drafters)
         by_arm, loaded = ({arm: ArmCounts() for arm in (*known, arms.NONE)} for _ in range(2))
         return cls(by_arm, {arm: Lengths() for arm in known}, loaded)

@@ -25,7 +25,7 @@ SAVED_DIGITS = 4
 """Digits of a second: estimates are no better known."""
 
 FIGURES = ("proposed", "accepted", "saved")
-"""Of a source: drafts, those that were right, and estimated seconds, less than 0 where they cost more."""
+"""Figures of a source: drafts, those that were right, and estimated seconds, less than 0 if they cost more."""
 
 
 @dataclass(slots=True)
@@ -245,10 +245,10 @@ WAITING: Final = 256
 
 
 class TraceSampling(BaseModel):
-    """What is kept of whom.
+    """Requests of which traces are kept, and their content.
 
-    rate: share of requests. directory: where their traces go. text: whether with their text and stretches, else in
-    sums. mib: MiB that all files together have at most.
+    rate: share of requests. directory: that of their traces. text: whether with their text and stretches, else in sums.
+    mib: MiB that all files together have at most.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -54,7 +54,7 @@ def install_router(bundle: Path, trained: Path) -> None:
 
 
 def _sources(bundle: Path) -> dict[str, Any]:
-    """What the manifest says of them, if there is one."""
+    """Sources of the bundle's parts in its manifest, if there is one."""
     path = bundle / MANIFEST
     return dict(read_json_file(path).get("sources", {})) if path.exists() else {}
 

@@ -121,7 +121,7 @@ class Eagle3(_Strict):
 
 
 class _Block(_Strict):
-    """What block drafters begin as, and what of their training is alike.
+    """Settings that the training of all block drafters shares.
 
     Attributes:
         target_layers: captured layers that it reads.

@@ -1,6 +1,6 @@
-"""What every arm would have accepted at every position of an answer, without a server.
+"""Drafts that every arm would have had accepted at every position of an answer, without a server.
 
-The text is the target's own whoever drafts, so an arm is replayed at every answer position: how many of its draft
+The text is the target's own whichever arm drafts, so an arm is replayed at every answer position: how many of its draft
 tokens agree with the text that followed. All arms start from the same committed prefix (same-round counterfactuals,
 arXiv 2606.07710), which is what routers learn from and what oracles are made of.
 """
@@ -39,8 +39,8 @@ from whiflash_sglang.train.rounds import agreed, loop_start
 
 
 class Parts(NamedTuple):
-    """What a server drafts with: checkpoints by arm, in the order of `arms.PAIR`, drafts of a chain, what blocks choose
-    from, copying.
+    """A server's means of drafting: checkpoints by arm, in the order of `arms.PAIR`, drafts of a chain, the vocabulary
+    of blocks, copying.
     """
 
     checkpoints: Mapping[str, Path]
@@ -176,7 +176,7 @@ Lengths = NDArray[np.int64]
 
 
 class Rounds(NamedTuple):
-    """Of the trained drafters, at every position where a round can start, [P] each.
+    """Rounds of the trained drafters, at every position where a round can start, [P] each.
 
     accepted: arm → drafts accepted. tokens: arm → [P, D] int32, its drafts. alive: arm → [P, D] fp32, the products of
     its confidences so far.
@@ -231,7 +231,7 @@ class Replay(NamedTuple):
         return tuple(arm for arm in arms.PAIR if arm in self.accepted)
 
     def drafts_accepted(self, arm: str, position: int) -> int:
-        """Of a round of `arm` at `position`; an arm that was not replayed drafts nothing."""
+        """Drafts accepted in a round of `arm` at `position`; an arm that was not replayed drafts nothing."""
         return int(self.accepted[arm][position]) if arm in self.accepted else 0
 
 
@@ -272,12 +272,12 @@ def _line(name: str, rounds: Rounds) -> str:
 
 
 def replay_name(store: FeatureStore, record: SequenceRecord) -> str:
-    """What a replay is kept under: two shards may have answered the same prompt, a rounding apart."""
+    """Key of a replay: two shards may have answered the same prompt, a rounding apart."""
     return f"{store.path.name}/{record.id}"
 
 
 class Source(NamedTuple):
-    """Where an answer is stored."""
+    """Place of a stored answer."""
 
     store: FeatureStore
     record: SequenceRecord

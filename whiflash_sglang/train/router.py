@@ -201,7 +201,7 @@ def router_quality(router: Router, data: RouterData, entropy: Tensor) -> RouterQ
 
 
 def best_accuracy(signal: Tensor, positive: Tensor) -> float:
-    """Of "positive where the signal is at least a threshold", for the threshold that is right most often.
+    """Accuracy of "positive if the signal is at least a threshold", for the threshold that is right most often.
 
     `signal` [N], `positive` [N] bool, N at least 1.
     """

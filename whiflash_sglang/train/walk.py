@@ -66,7 +66,7 @@ def walk(
 def best_arms(answer: Replay, among: Sequence[str] = arms.PAIR) -> dict[int, str]:
     """The hindsight oracle: at every position the arm that accepts most; the first of `among` on a tie.
 
-    What was not replayed is left out.
+    Arms that were not replayed are left out.
     """
     among = [arm for arm in among if arm in answer.accepted]
     lengths = np.stack([answer.accepted[arm] for arm in among])

@@ -1,1 +1,1 @@
-"""What drafters learn from: prompts, the target's answers to them, and where these are kept."""
+"""Training data of drafters: prompts, the target's answers to them, and the stores of these."""

@@ -24,7 +24,7 @@ _RESERVE = 2**30  # bytes left free on the disk
 
 @dataclass
 class DataSummary:
-    """What a run did. elsewhere: prompts of this share that another shard of the work directory has answered."""
+    """Counts of a run. elsewhere: prompts of this share that another shard of the work directory has answered."""
 
     sequences: int = 0
     elsewhere: int = 0
@@ -102,7 +102,7 @@ def generate_data(config: TrainConfig) -> DataSummary:
 
 
 def _facts(config: TrainConfig) -> dict[str, Any]:
-    """What decides an answer, rounding apart."""
+    """Facts that decide an answer, rounding apart."""
     template = config.chat_template
     engine = {"data.engine": config.data.engine} if config.data.engine else {}
     return {

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class GrammarSpec(NamedTuple):
-    """What constrains an answer: `kind` says how `text` (a JSON string) is compiled."""
+    """Constraint of an answer: `kind` says how `text` (a JSON string) is compiled."""
 
     kind: Literal["json", "structural_tag"]
     text: str
@@ -148,7 +148,7 @@ USERS = r"\b[a-z]+_[a-z]+_\d{4}\b"
 """tau-bench's users, such as mia_li_3668."""
 
 UNNAMED = "unnamed user"
-"""Of a conversation that never says whose it is, in a source whose evaluated conversations have users."""
+"""User of a conversation that never names one, in a source whose evaluated conversations have users."""
 
 Topic = tuple[str, str]
 """Its kind, and what it is."""
@@ -163,7 +163,7 @@ class Split:
 
 
 def topics_of(row: dict[str, Any], users: re.Pattern[str]) -> set[Topic]:
-    """What a row is about."""
+    """Topics of a row."""
     said = [message for message in row["messages"] if message["role"] != "system"]
     turns = [_text(message) for message in said if message["role"] == "user"]
     topics = {("user", name) for name in users.findall(json.dumps(said))}

@@ -126,7 +126,7 @@ def serve(
     seed: int,
     shard: str = "answers",
 ) -> Iterator[ServedTarget]:
-    """The target at `path`, called `name`, in an engine. What drafters take over from it goes to `work/target`.
+    """The target at `path`, called `name`, in an engine. Tensors that drafters take over from it go to `work/target`.
 
     Raises:
         ConfigError: SGLang does not know its layers' outputs, or the engine cannot be started so.

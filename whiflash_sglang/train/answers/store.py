@@ -1,8 +1,8 @@
 """An append-only store of generated sequences and the target's features, safe against being killed.
 
 Layout of a directory: `tokens.bin` (int32), `features.bin` (bf16, `[sum of lengths - 1, vectors, H]`), and
-`index.jsonl`, one line per sequence, written last. What the index does not name is cut off on reopening, so a
-reader or a resumed writer sees whole sequences only.
+`index.jsonl`, one line per sequence, written last. Sequences that the index does not name are cut off on reopening, so
+a reader or a resumed writer sees whole ones only.
 """
 
 import json

@@ -82,7 +82,7 @@ def rebuild_features(
 ) -> int:
     """Run the target over the sequences of an `export_tokens` file and append what `store` lacks; returns how many.
 
-    Resumable: sequences that the store holds are passed over. Of several answers to a prompt the first one counts.
+    Resumable: sequences that the store holds are passed over. The first of several answers to a prompt counts.
 
     Args:
         prompts: ids of those to take; None for all.

@@ -43,11 +43,11 @@ class Blocks(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """What the A blocks of a batch learn from, D drafts each.
+    """Training examples of the A blocks of a batch, D drafts each.
 
     rows: [A, D, H] the states that draft. before: [A, D] the text's tokens in front of those that are drafted. valid:
-    [A, D] bool, drafts of tokens that the text has. labels: of A·D rows over the loss's vocabulary, `ids` [K]. head:
-    [K, H] its rows, bfloat16. bias: [K] added to its logits for the tokens that were left out.
+    [A, D] bool, drafts of tokens that the text has. labels: those of A·D rows over the loss's vocabulary, `ids` [K].
+    head: [K, H] its rows, bfloat16. bias: [K] added to its logits for the tokens that were left out.
     """
 
     rows: Tensor
@@ -69,7 +69,9 @@ class Examples(NamedTuple):
         return F.linear(rows, self.head.to(rows.dtype)) + self.bias.to(rows.dtype)
 
     def acceptance_length(self, logits: Tensor) -> float:
-        """Of the blocks, the bonus token included, if each row of `logits` [A·D, K] drafts its first choice."""
+        """Acceptance length of the blocks, bonus token included, if each row of `logits` [A·D, K] drafts its first
+        choice.
+        """
         hits = self.valid & first_choice(logits.detach(), self.labels.ids).view(self.valid.shape)
         return 1 + hits.cumprod(1).sum(1).float().mean().item()
 

@@ -71,7 +71,7 @@ class DSparkTraining(BlockTraining):
         return logits + F.linear(latents, matrix.to(latents.dtype))
 
     def terms(self, examples: Examples, logits: Tensor) -> Terms:
-        """Of drafts with `logits` [A·D, K]."""
+        """Loss terms of drafts with `logits` [A·D, K]."""
         shape, wanted = examples.valid.shape, examples.labels.weights
         distance = (logits.float().softmax(-1) - wanted).abs().sum(-1).view(shape)
         confidence = None

@@ -45,7 +45,7 @@ def origin_of(
 
 
 def norm_weight(stores: Sequence[FeatureStore]) -> Tensor:
-    """What a drafter's last norm begins with, for a target whose own is not known: [H] float32.
+    """First weights of a drafter's last norm, for a target whose own is not known: [H] float32.
 
     Behind a norm every channel has its weight for size, as far as channels are alike in front of it: so the root of the
     mean square of the target's final states, channel by channel. Their signs are lost, and are learned.
@@ -106,8 +106,8 @@ def go_on_from(path: Path, target: Origin, settings: Eagle3, frequencies: Tensor
     """The drafter of a checkpoint, of the configured sizes.
 
     Args:
-        frequencies: [V] int64, how often the data has each token. Where the configuration asks for more draft tokens
-            than the checkpoint has, the most frequent others join them; where for fewer, the most frequent stay.
+        frequencies: [V] int64, how often the data has each token. If the configuration asks for more draft tokens than
+        the checkpoint has, the most frequent others join them; if for fewer, the most frequent stay.
 
     Raises:
         CheckpointError: it cannot be read. ConfigError: it reads other layers, has several, a wider MLP, an embedding
@@ -147,10 +147,10 @@ def enlarged(
 ) -> Eagle3Drafter:
     """The same drafter over the tokens `draft_ids` [K], ascending, with an MLP of that width.
 
-    What it had of them is kept. A new token's row is the target's, moved as the known ones moved on average since they
-    were the target's: what all rows of a softmax have in common decides nothing among them, so training lets it drift,
-    and rows without it would win or lose everywhere. New units of the MLP add nothing until they are trained (Net2Net,
-    arXiv 1511.05641). Raises `ConfigError` where the MLP would be narrower.
+    Rows that it had of them are kept. A new token's row is the target's, moved as the known ones moved on average since
+    they were the target's. An offset common to all rows of a softmax decides nothing among them, so training lets it
+    drift; rows without it would win or lose everywhere. New units of the MLP add nothing until they are trained
+    (Net2Net, arXiv 1511.05641). Raises `ConfigError` if the MLP would be narrower.
     """
     found = drafter.config
     if intermediate_size < found.intermediate_size:

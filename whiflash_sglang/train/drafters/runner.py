@@ -1,6 +1,6 @@
 """The drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes.
 
-Of a drafter that serves, what its cached draft KV was made with stays as it is (`Held`).
+Weights that made the cached draft KV of a drafter that serves stay as they are (`Held`).
 """
 
 import shutil
@@ -144,7 +144,7 @@ BUILDERS: Mapping[str, Callable[..., nn.Module]] = {"eagle3": _eagle3, "dflash":
 def _block_options(
     config: TrainConfig, settings: DFlash | DSpark, stores: list[FeatureStore], target: Origin
 ) -> dict[str, Any]:
-    """What every `BlockTraining` takes."""
+    """Options that every `BlockTraining` takes."""
     frequencies = token_frequencies(stores, target.vocab_size)
     return {
         "columns": [config.capture.index(layer) for layer in settings.target_layers],
@@ -173,7 +173,7 @@ def last_checkpoint(directory: Path) -> str | None:
 def _facts(
     name: str, config: TrainConfig, stores: list[FeatureStore], start_from: Path | None
 ) -> dict[str, Any]:
-    """What a run's weights come from. Threads and the files' directories are not among it."""
+    """Sources of a run's weights. Threads and the files' directories are not among them."""
     settings = config.model_dump(mode="json", include={"target", "capture", "seed", "draft_layers", name})
     return {
         "data": {store.path.name: data_digest(store) for store in stores},
@@ -274,7 +274,7 @@ class Held:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """What an optimiser may have done to them (weight decay, rounding) is undone."""
+        """Undo an optimiser's changes to them (weight decay, rounding)."""
         for parameter, rows, first in self._rows:
             parameter[first:] = rows
 
