@@ -175,9 +175,7 @@ def live_weights(
 
 
 def spool_of(settings: Settings, model: str) -> Spool | None:
-    """The spool that keeps finished requests for a learner, if the operator wants one. model: what the server was
-    given.
-    """
+    """Spool of finished requests for a learner, if the operator wants one. model: what the server was given."""
     if settings.samples.directory is None:
         return None
     return Spool(settings.samples, settings.target or model)

@@ -35,7 +35,7 @@ def test_code_is_checked_in_comments_docstrings_and_messages(words: ModuleType) 
     assert words.found_in_code(CODE) == [(1, "'stands'"), (16, "'lies'"), (17, "'tells'")]
 
 
-STALE = """Names `words.BANNED`, `metrics.SERIES`, :mod:`.tables`, `assign.Costs.draft` and `routing/costs.py`.
+STALE = """Names `queue.Queue`, `metrics.SERIES`, :mod:`.tables`, `assign.Costs.draft` and `routing/costs.py`.
 
 Names `metrics.SERIALS`, `gone.SERIES`, :mod:`.looked_up`, `telemetry.series` and `routing/looked_up.py`.
 """

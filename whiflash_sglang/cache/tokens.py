@@ -30,8 +30,7 @@ class TokenTable:
         return rows * (context + margin) * torch.int64.itemsize
 
     def begin(self, upload: Upload, row: int, *texts: Sequence[int]) -> None:
-        """Write the texts that a request brings along, one after the other: its prompt, its output before a
-        retraction.
+        """Write the texts of a request, one after the other: its prompt, its output before a retraction.
 
         They are in the table when `upload` has been sent.
         """

@@ -45,9 +45,8 @@ LOOKS = 4
 
 
 class _Look(NamedTuple):
-    """Tokens that may follow a text. ids: drafts that it was asked about, the first `allowed` that may follow, and
-    after them those of `tokens`. refused: the draft after them that may not. whole: whether nothing is known after
-    the tokens.
+    """Tokens that may follow a text. ids: drafts in question, the first `allowed` that may follow, then those of
+    `tokens`. refused: the draft after them that may not. whole: whether nothing is known after the tokens.
     """
 
     ids: Sequence[int]
@@ -251,7 +250,7 @@ class StructureArm(TextDrafter):
     def _looked(
         self, request: _Request, drafts: Candidate, limit: int, worth: Worth
     ) -> tuple[Sequence[Token], int]:
-        """Tokens that follow `drafts` as far as the grammar allows these, and how many that are; `limit` tokens
+        """Tokens that follow `drafts` as far as the grammar allows, and how many of these it does; `limit` tokens
         together.
 
         A new look is taken only if no earlier one saw so far, or as far as rows are worth it.

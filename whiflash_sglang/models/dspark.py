@@ -181,9 +181,7 @@ class DSparkDrafter(DFlashDrafter):
         return embedded
 
     def _latent(self, embedded: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Input of W2 [B, R], and the next `state` [B, R], by W1's rows `embedded` [B, R] of the tokens before and
-        states `hidden` [B, H].
-        """
+        """Input of W2 and next `state`, [B, R], from W1's rows `embedded` [B, R] and states `hidden` [B, H]."""
         if self.config.markov_head == "vanilla":
             return embedded, state
         if self.config.markov_head == "gated":

@@ -313,9 +313,7 @@ def transposed(cache: Any) -> Any:
 
 
 Scan = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Maps the convolution's inputs [T, D] and the steps of time [T, H], as projected, to what is read of states, [T, H,
-P].
-"""
+"""Reads states: the convolution's inputs [T, D] and steps of time [T, H], as projected → [T, H, P]."""
 
 
 def mixer_forward(

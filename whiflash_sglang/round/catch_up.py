@@ -143,8 +143,8 @@ class DraftSync:
         routes: Sequence[str],
         widths: Sequence[int],
     ) -> Due:
-        """Requests that have to catch up with each arm before a round: those routed to it, and those with a ring that
-        could overflow.
+        """Requests to catch up with each arm before a round: those routed to it, and those with a ring that could
+        overflow.
 
         It counts as done from now on, so `catch_up` must follow. The round parks a last feature of each.
 

@@ -3,9 +3,8 @@
 Imports no SGLang.
 
 It is a function of a verification's packed rows. If the host has a part in what is sampled from (grammars, penalties,
-log-probabilities), it runs as it is written when that is known. Else it is captured as the end of every
-verification's graph. Its results are good until the next replay: the code that packs the round's download copies
-them.
+log-probabilities), it runs as it is written when that is known. Else it is captured as the end of every verification's
+graph. Its results hold until the next replay: packing the round's download copies them.
 
 A graph cannot leave its end out. If it must not commit, it does so for request row 0, which is nobody's and for which
 nothing is sampled: in it the rows are multiplied by a number on the device, which is 0 then.

@@ -78,9 +78,8 @@ class Quarantine:
     """Which arms are left out, for one request or for everybody.
 
     Every rank of those that serve a model together judges the same results, so all leave out the same arms. Clocks of
-    ranks do not agree, so there no quarantine ends. An error that a model raises in one rank may be missing in the
-    others: it is not caught there. Arms that draft from text raise in every rank or in none, or only the first asks
-    them and plans by it.
+    ranks do not agree, so there no quarantine ends. A model's error in one rank may be missing in others: it is not
+    caught. Arms that draft from text raise in every rank or in none, or only the first asks them and plans by it.
 
     Args:
         arms: all there are. alone: whether no other process serves the model with this one. from_text: arms that draft

@@ -86,9 +86,7 @@ class Essence:
 
 
 MOST_PLAIN_CHARS = 8192
-"""Characters at most of a schema in whose grammar xgrammar may search for forced text without a bound
-(milliseconds).
-"""
+"""Characters at most of a schema whose grammar xgrammar may search for forced text without a bound (milliseconds)."""
 
 TYPES = {"object", "array", "string", "number", "integer", "boolean", "null"} | {
     *("structural_tag", "triggered_tags", "tag", "json_schema", "const_string", "any_text")

@@ -69,9 +69,7 @@ class Examples(NamedTuple):
         return F.linear(rows, self.head.to(rows.dtype)) + self.bias.to(rows.dtype)
 
     def acceptance_length(self, logits: Tensor) -> float:
-        """Acceptance length of the blocks, bonus token included, if each row of `logits` [A·D, K] drafts its first
-        choice.
-        """
+        """Acceptance length of the blocks, bonus token included, if each row of `logits` [A·D, K] drafts its first."""
         hits = self.valid & first_choice(logits.detach(), self.labels.ids).view(self.valid.shape)
         return 1 + hits.cumprod(1).sum(1).float().mean().item()
 
