@@ -1,8 +1,8 @@
 """What a release of SGLang has moved of the names that we import, call or replace: `python scripts/upstream.py 0.5.24`.
 
-Takes a wheel, an unpacked tree, or a version, which is fetched, and compares it with the installed SGLang, or with what
-`--since` says. Releases are read, not imported (`sglang_sources.py`); only which names are ours is asked of our tables,
-which import the installed SGLang. What each finding asks for: docs/reference/versions.md.
+Takes a wheel, an unpacked tree, or a version, which is fetched, and compares it with the release in `upstream.json`.
+Releases are read, not imported (`sglang_sources.py`), so names take seconds. `--record` writes the installed release to
+the file; our tables, which import SGLang, have the names. CONTRIBUTING.md has a step for each kind of finding.
 """
 
 import argparse
@@ -17,12 +17,14 @@ import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sglang_sources import Function, Tree, Walker
 
 ROOT = Path(__file__).parents[1]
+RECORD = Path(__file__).with_suffix(".json")
 
 
 def our_names() -> list[str]:
@@ -39,15 +41,29 @@ def our_names() -> list[str]:
 
 
 class Release(NamedTuple):
-    """names: what each of ours is in a release (`Walker.describe`). flags: the arguments of its server."""
+    """version: a release's. names: what each of ours is in it (`Walker.describe`). flags: its server's arguments."""
 
+    version: str
     names: Mapping[str, Mapping[str, Any] | None]
     flags: list[str]
 
 
 def read(tree: Tree, names: list[str]) -> Release:
     walker = Walker(tree)
-    return Release({path: walker.describe(path) for path in names}, walker.flags())
+    return Release(
+        metadata.version("sglang"), {path: walker.describe(path) for path in names}, walker.flags()
+    )
+
+
+def recorded() -> Release:
+    return Release(**json.loads(RECORD.read_bytes()))
+
+
+def record() -> str:
+    """The text of `upstream.json` for the installed release, a line for each name."""
+    version, names, flags = read(Tree(installed()), our_names())
+    lines = ",\n".join(f"  {json.dumps(path)}: {json.dumps(said)}" for path, said in names.items())
+    return f'{{"version": "{version}", "flags": {json.dumps(flags)}, "names": {{\n{lines}\n}}}}\n'
 
 
 class Finding(NamedTuple):
@@ -110,15 +126,15 @@ def installed() -> Path:
     """Directory of the installed SGLang, found without an import."""
     found = importlib.util.find_spec("sglang")
     if found is None or found.submodule_search_locations is None:
-        raise ValueError("no SGLang is installed; --since says which one to compare with")
+        raise ValueError("no SGLang is installed")
     return Path(next(iter(found.submodule_search_locations))).parent
 
 
 @contextmanager
-def sources(said: str | None) -> Iterator[Path]:
-    """A wheel or directory as it is, the installed SGLang where none is said; a version is fetched for the block."""
-    if said is None or Path(said).exists():
-        yield installed() if said is None else Path(said)
+def sources(said: str) -> Iterator[Path]:
+    """A wheel or directory as it is; a version is fetched for the block."""
+    if Path(said).exists():
+        yield Path(said)
         return
     uv = shutil.which("uv") or ROOT / ".uv" / "bin" / "uv"
     with tempfile.TemporaryDirectory() as folder:
@@ -161,28 +177,34 @@ def tested(place: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    release = "a wheel, a directory that holds sglang/, or a version"
-    parser.add_argument("release", help=release)
-    parser.add_argument("--since", help=f"{release}, to compare with; the installed one where it is left out")
-    parser.add_argument("--diff", action="store_true", help="show how functions differ")
+    parser.add_argument("release", nargs="?", help="a wheel, a directory that holds sglang/, or a version")
+    parser.add_argument("--record", action="store_true", help="write upstream.json for the installed release")
+    parser.add_argument(
+        "--diff", action="store_true", help="show how functions differ from the installed ones"
+    )
     parser.add_argument(
         "--import", action="store_true", dest="imported", help="import the new sources and check them"
     )
     parser.add_argument("--test", action="store_true", help="run the short suite with the new sources")
     said = parser.parse_args()
-    names = our_names()
-    with sources(said.since) as before, sources(said.release) as now:
-        old, new = Tree(before), Tree(now)
-        findings = compare(new, read(old, names))
+    if said.record == bool(said.release):
+        parser.error("give a release, or --record")
+    if said.record:
+        RECORD.write_text(record(), encoding="utf-8")
+        return 0
+    known = recorded()
+    with sources(said.release) as now:
+        new = Tree(now)
+        findings = compare(new, known)
         for finding in findings:
             print(f"{finding.kind:<12}{finding.name}: {finding.detail}")
             if said.diff and finding.kind in ("changed", "parameters"):
-                print(textwrap.indent(difference(finding.name, old, new), "    "))
+                print(textwrap.indent(difference(finding.name, Tree(installed()), new), "    "))
+        print(f"{len(findings)} findings in {len(known.names)} names and the server's arguments", flush=True)
         wrong = imported(now) if said.imported and now.is_dir() else []
         for line in wrong:
             print(f"{'imported':<12}{line}")
         passed = not said.test or tested(now)
-    print(f"{len(findings) + len(wrong)} findings in {len(names)} names and the server's arguments")
     return 1 if findings or wrong or not passed else 0
 
 

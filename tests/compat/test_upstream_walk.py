@@ -1,6 +1,9 @@
 """`scripts/upstream.py` finds what a release of SGLang moves: shown on doctored modules of the installed one."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -67,7 +70,17 @@ def test_every_name_of_ours_is_found_and_takes_what_python_sees(known: Any) -> N
 def test_nothing_is_found_in_the_release_that_was_recorded(
     upstream: ModuleType, tree: Any, known: Any
 ) -> None:
+    """If names of ours changed: `python scripts/upstream.py --record`."""
+    assert upstream.recorded() == known
     assert upstream.compare(tree, known) == []
+
+
+def test_names_are_compared_without_torch(upstream: ModuleType) -> None:
+    """Seconds decide whether a release is looked at on the day it is out."""
+    code = "import sys, upstream; upstream.recorded(); print('torch' in sys.modules)"
+    folder = str(Path(upstream.__file__).parent)
+    shown = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert shown.stdout.split() == ["False"], shown.stderr
 
 
 def test_a_renamed_function_is_missing_and_one_elsewhere_is_named(
