@@ -171,7 +171,7 @@ CASES = (
     (replace(QWEN, name="fp32", dtype=torch.float32), EIGHT, (routing_cases, router_cases)),
     (replace(SMOL, name="fp16, odd rows", vocab=50_257, dtype=torch.float16), EIGHT, (routing_cases,)),
 )
-"""What is compiled: shapes, sizes, and makers of cases."""
+"""Compiled cases: shapes, sizes, and makers of cases."""
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -263,7 +263,7 @@ def fill(requests: int, count: int) -> None:
 
 
 def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
-    """What a round launches between models for any batch, whoever drafts how much in it."""
+    """Launch the ops that a round runs between models, for any batch and any split of it among drafters."""
     requests = rng.randint(1, most_requests)
     widths = [rng.randint(1, widest) for _ in range(rng.randint(1, 3))]
     members = [rng.randint(1, requests) for _ in widths]
@@ -293,7 +293,7 @@ def run_round(rng: random.Random, most_requests: int, widest: int) -> None:
     claim_backlogs(index(2, 257), slots, lengths, index(2, requests), into=claims or None)
     # Behind a prefill.
     park(RINGS, meta(rows, RINGS.features.shape[2]), ids, slots, lengths, slots, slots, max_length=1)
-    # What all drafters claimed, of which one takes its own: an odd number of them starts at an odd place.
+    # All drafters' claims, of which one takes its own: an odd number of them starts at an odd place.
     begins, ends = (index(2 * requests)[requests:] for _ in range(2))
     for chunks, hidden, starts in DRAFTERS:
         columns = {"chunks": chunks, "chunk_width": hidden}
@@ -337,7 +337,7 @@ def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> di
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """What ``cuobjdump -res-usage`` says of the one function in ``cubin``."""
+    """Resources that ``cuobjdump -res-usage`` reports of the one function in ``cubin``."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

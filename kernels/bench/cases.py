@@ -1,4 +1,4 @@
-"""What is measured: every op at a model's shapes, with the bytes and operations it cannot do without."""
+"""Measured cases: every op at a model's shapes, with the bytes and operations it cannot do without."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -303,7 +303,7 @@ def router_cases(bench: Bench) -> Iterator[Case]:
 
 
 def pass_cases(bench: Bench) -> Iterator[Case]:
-    """What a round reads before its drafts: backlogs of two drafters, a chain's inputs, a block's rows."""
+    """Reads of a round before its drafts: backlogs of two drafters, a chain's inputs, a block's rows."""
     s = bench.shape
     width = len(s.eagle3_chunks) * s.hidden * bench.rings.features.element_size()
     for batch in bench.sizes.batches:

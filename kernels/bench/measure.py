@@ -26,7 +26,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine does at best, measured here."""
+    """Best rates of this machine, measured here."""
 
     copy_bytes_per_second: float
     """Bytes read plus bytes written by a copy that fills the chip."""

@@ -1,4 +1,4 @@
-"""Where a result came from: command, revision, versions, machine."""
+"""Provenance of a result: command, revision, versions, machine."""
 
 import os
 import platform

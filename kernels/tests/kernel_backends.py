@@ -1,4 +1,4 @@
-"""Where and how the ops run in a test: the device, the implementations, and guarded outputs."""
+"""Surroundings of the ops in a test: the device, the implementations, and guarded outputs."""
 
 import math
 import os
@@ -19,7 +19,7 @@ GUARD = 64
 
 
 def examples(number: int) -> int:
-    """Of a hypothesis test: fewer under the interpreter, whose programs take milliseconds each, but for evidence."""
+    """Examples of a hypothesis test: fewer under the interpreter (milliseconds a program), but for evidence."""
     return number if not INTERPRETING or os.environ.get("WHIFLASH_ALL_EXAMPLES") else max(number // 5, 6)
 
 

@@ -309,7 +309,7 @@ def gain(drafts, worth):
 
 
 def follow(drafts, passed, agrees, most):
-    """What is left of a candidate when its first `passed` tokens were committed, or others."""
+    """Rest of a candidate when its first `passed` tokens were committed, or others."""
     if not agrees or not 0 <= passed < len(drafts):
         return []
     before = drafts[passed - 1][1] if passed else 1.0

@@ -26,7 +26,7 @@ def test_no_batch_compiles_a_kernel() -> None:
 
 
 def assert_two_blocks_fit(report: list[dict[str, Any]]) -> None:
-    """Of a drafter's attention, on one multiprocessor of an H100."""
+    """Two blocks of a drafter's attention fit on one multiprocessor of an H100."""
     found = [
         entry
         for entry in report

@@ -119,7 +119,7 @@ def test_a_padding_request_is_zero(backend: str, causal: bool) -> None:
 def test_padding_without_reading_lengths_is_the_same(
     causal: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What torch runs on a GPU, where reading lengths would wait for it."""
+    """torch runs this on a GPU, where reading lengths would wait for it."""
 
     def unread(*arguments: object) -> torch.Tensor:
         return reference.padded(*arguments, longest=77)
@@ -251,7 +251,7 @@ class TestTritonShares:
 
 @contextmanager
 def watched_merges() -> Iterator[list[tuple[list[tuple[int, ...]], torch.Tensor]]]:
-    """What merging launches are given: (request, its first place, its shares) of all that were cut, and the sums."""
+    """Arguments of merging launches: (request, its first place, its shares) of all that were cut, and the sums."""
     from whiflash_kernels.triton_kernels import attention as kernels
 
     found: list[tuple[list[tuple[int, ...]], torch.Tensor]] = []

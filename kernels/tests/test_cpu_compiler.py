@@ -1,4 +1,4 @@
-"""What is compiled for a CPU, where there is a compiler and where there is none, or a library that others left."""
+"""Compilation for a CPU, with a compiler and without one, or with a library that others left."""
 
 import hashlib
 import os
@@ -41,7 +41,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """What takes no time to compile."""
+    """A source that takes no time to compile."""
     (tmp_path / "answer.cpp").write_text('extern "C" int answer() { return 42; }')
     return tmp_path / "answer.cpp"
 

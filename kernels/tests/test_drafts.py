@@ -180,7 +180,7 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
                 line[min(passed, len(tokens)) - 1] = (-6, 1.0)
             lines.append(line)
             at.append(start + 1 - passed)
-    # Of a candidate nothing of which was committed since nothing can disagree.
+    # Nothing can disagree with a candidate nothing of which was committed since.
     requests = [
         (
             laid,
@@ -258,7 +258,7 @@ def test_drafts_without_a_chance_are_verified_where_there_is_room(backend: str) 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_copy_must_promise_more_when_its_rows_are_paid(backend: str) -> None:
-    """Of 3/8 an eighth is its row's; what is left equals what the drafts promise."""
+    """An eighth of 3/8 is its row's; the rest equals what the drafts promise."""
     none = integers([0, 0])
     laid = Drafts(integers([[1], [2]]), integers([1, 1]), floats([[0.375]] * 2))
     copies = Drafts(integers([[3], [4]]), integers([1, 1]), floats([[0.375], [0.5]]))

@@ -72,7 +72,7 @@ def test_ties_go_to_the_first_as_in_torch(backend: str, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tie_of_neighbours(backend: str) -> None:
-    """Of what one thread loads at once: nobody else has seen either of them."""
+    """One thread loads both at once: no other has seen either of them."""
     logits = random_logits(1, 512, torch.bfloat16).clamp(max=1.0)
     logits[0, 41:43] = 5.0
     with running(backend):

@@ -151,7 +151,7 @@ def test_any_batch(backend: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("kind", range(len(KINDS)))
 def test_the_distribution_is_the_definitions(kind: str) -> None:
-    """Of positions of one request, and of requests at one position: χ² of 4,000 draws each."""
+    """χ² of 4,000 draws each, over positions of one request and over requests at one position."""
     row, parameters = torch.linspace(2, -2, 12), KINDS[int(kind)]
     chances = oracles.kept(row, *parameters) if parameters[1] > 1 else {0: 1.0}
     total, count = sum(chances.values()), 4000

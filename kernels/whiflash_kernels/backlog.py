@@ -65,7 +65,7 @@ def park(
     Source: Lazy Catch-up, WhiFlash, arXiv 2606.07710.
     """
     if all(length == 1 for length in lengths.tolist()):
-        # What a round without drafts leaves; see block.py.
+        # A round without drafts leaves these; see block.py.
         source, ring_rows = row_starts, request_slots.long() * rings.capacity + begins % rings.capacity
     else:
         source, ring_rows = _ragged(rings.capacity, request_slots, begins, lengths, row_starts)
@@ -177,11 +177,11 @@ def _check_claim(
 def claim_backlogs(
     watermarks: Tensor, request_slots: Tensor, seq_lens: Tensor, due: Tensor, *, into: Claims | None = None
 ) -> Claims:
-    """What every drafter is to ingest now, which counts as ingested from now on.
+    """Claim the tokens that every drafter is to ingest now, which count as ingested from now on.
 
-    With w = watermarks[a, request_slots[b]]: begins[a, b] = w, and ends[a, b] = max(w, seq_lens[b]) where due[a, b]
-    is not 0, else w, so that there is nothing between. watermarks[a, request_slots[b]] = ends[a, b]. With ``into`` that
-    is where they go, B of its S requests; each further one has request slot 0, and begins and ends at 0.
+    With w = watermarks[a, request_slots[b]]: begins[a, b] = w, and ends[a, b] = max(w, seq_lens[b]) if due[a, b] is not
+    0, else w, so that there is nothing between. watermarks[a, request_slots[b]] = ends[a, b]. With ``into`` that is
+    where they go, B of its S requests; each further one has request slot 0, and begins and ends at 0.
 
     Args:
         watermarks: [A, slots] int64, contiguous, up to where each drafter's KV is valid; written in place.

@@ -37,7 +37,7 @@ def use(layers: CompiledLayers | None) -> None:
 
 
 def compiled_for(*tensors: Tensor) -> CompiledLayers | None:
-    """What is in :func:`use`, where it takes all of these together; None: torch runs.
+    """Layers in :func:`use`, if they take all of these together; None: torch runs.
 
     A dispatch mode, which records operators or replaces them, would miss a call outside of torch.
     """

@@ -227,7 +227,7 @@ class PassInputs(NamedTuple):
 
 
 class Claims(NamedTuple):
-    """What each of A drafters ingests of S requests: nothing where an end is no later than its beginning."""
+    """Rows that each of A drafters ingests of S requests: none if an end is no later than its beginning."""
 
     request_slots: Tensor
     """[S] int64."""

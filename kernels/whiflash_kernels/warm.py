@@ -20,7 +20,7 @@ from whiflash_kernels.structs import BacklogRings, Claims, Drafts, PassInputs, S
 
 @dataclass(frozen=True)
 class Served:
-    """What kernels are compiled for.
+    """Sizes and tables of a server for which kernels are compiled.
 
     Args:
         text: [request rows, positions] int64; row 0 is nobody's, and is written to. req_to_token: [request rows,
@@ -59,7 +59,7 @@ def warm_up(served: Served) -> None:
 
 
 def _of_one_request(served: Served) -> None:
-    """What one program does for one request, or for a few of any number: it has one size."""
+    """Launch kernels whose programs serve one request each, or a few of any number: they have one size."""
     device, text = served.text.device, served.text
     zeros, ones = (make(1, dtype=torch.int64, device=device) for make in (torch.zeros, torch.ones))
     if len(served.watermarks):
@@ -113,7 +113,7 @@ def _of_one_request(served: Served) -> None:
 
 
 def _of_batches(served: Served) -> None:
-    """What looks at all requests: one size for a few, one for more."""
+    """Launch kernels that look at all requests: one size for a few, one for more."""
     from whiflash_kernels.triton_kernels.launch import FEWEST_LANES
 
     text, stops, requests = served.text, served.stops, served.requests

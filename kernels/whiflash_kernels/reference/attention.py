@@ -107,7 +107,7 @@ class _Group(NamedTuple):
     ) -> Tensor:
         table = req_to_token[:, : self.longest].index_select(0, request_slots)
         if self.there is not None:
-            # What a request does not have is read from its first slot: elsewhere may be NaN, which no mask hides.
+            # Entries that a request lacks are read from its first slot: elsewhere may be NaN, which no mask hides.
             table = torch.where(self.there, table, table[:, :1])
         out = gathered_attention(q, k, v, table.reshape(-1), self.mask, len(table), scale)
         return out if self.blind is None else out.masked_fill_(self.blind, 0.0)

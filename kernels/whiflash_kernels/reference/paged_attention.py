@@ -95,7 +95,7 @@ class NarrowGroup:
 
 
 def _product_dtype(q: torch.Tensor) -> torch.dtype:
-    """Of the product of weights and values: float32 on a CPU whose products of bfloat16 are slow, some 17 times."""
+    """Dtype of the product of weights and values: float32 on a CPU with slow products of bfloat16 (some 17 times)."""
     slow = q.dtype == torch.bfloat16 and q.device.type == "cpu" and not onednn_has_bfloat16()
     return torch.float32 if slow else q.dtype
 
@@ -345,7 +345,7 @@ def _plan_narrow(
 
 
 def _hide_other_branches(narrow: NarrowGroup, trees: Sequence[torch.Tensor]) -> None:
-    """Of the last entries of each request, its own rows, let every row see its tree's only."""
+    """Let every row of a request, the last entries there, see its tree's only."""
     if narrow.mask is None:
         return  # One row each: there is no other branch.
     hidden = narrow.mask.view(len(trees), narrow.width, narrow.kv_width)

@@ -20,7 +20,7 @@ MOST_ROWS = 128
 WIDE = 256
 """Dimensions of a head above which tiles of 16 rows and entries take the place of these: more would not fit."""
 FEWEST_ENTRIES = 64
-"""Of a share. At one request a program's steps are what is waited for, and its sums are few bytes."""
+"""Entries of a share at least. At one request a program's steps are what is waited for, and its sums are few bytes."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
 MERGED = 4096
 """Sums that a program merges at once."""
@@ -287,7 +287,7 @@ def draft_attention(
         TILES=tiles,
         ROWS=rows,
         COLUMNS=columns,
-        # Of 128 rows, scores for 64 entries would spill.
+        # Scores of 128 rows for 64 entries would spill.
         STEP=16 if wide else ENTRIES // 2 if rows > 64 else ENTRIES,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda and not q.is_meta,

@@ -371,7 +371,7 @@ def choose_drafts(
     )
     if not size:
         return chosen
-    # What was joined may be a part of wider rows.
+    # Joined drafts may be a part of wider rows.
     tokens, counts, alive = (t.contiguous() for t in (drafts.tokens, drafts.counts, drafts.alive))
     compete = most_drafts is not None and most_drafts < size * width
     chances = torch.empty(size, width, dtype=torch.float32, device=device) if compete else alive

@@ -6,7 +6,7 @@ import torch
 from triton.runtime import driver
 
 MODELLED_MULTIPROCESSORS = 132
-"""Where there is no device to ask (ahead-of-time compilation, the interpreter); an H100 or H200 has 132."""
+"""Multiprocessors assumed without a device to ask (ahead-of-time compilation, the interpreter): an H100's or H200's."""
 
 
 @lru_cache

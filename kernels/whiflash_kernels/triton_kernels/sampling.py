@@ -16,7 +16,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1e30)
-"""Where a running maximum begins; relative to it -inf has mass 0 and is no NaN."""
+"""Start of a running maximum; relative to it -inf has mass 0 and is no NaN."""
 
 
 @triton.jit
