@@ -16,7 +16,7 @@ from fake_server import Clock, FakeServer, serving
 import whiflash_sdk  # noqa: F401
 
 PROBE_SECONDS = 24 * 3600.0
-"""What is only ended by this hangs, and the test's own limit ends it long before."""
+"""A wait that only this ends hangs, and the test's own limit ends it long before."""
 
 
 @pytest.fixture

@@ -67,15 +67,12 @@ class Clock:
 
 @dataclass
 class FakeServer:
-    """What the server answers with, and the requests it saw, in order.
+    """A server's answers, and the requests it saw, in order.
 
-    capabilities: the document, or its bytes as they are.
-    capabilities_key: who does not send it is answered 401; empty takes everybody.
-    capabilities_moved_to: where the route redirects to; empty answers itself.
-    silent: while set, the capabilities route does not answer.
-    models: names that `/v1/models` lists.
-    refuses: fields of which the server knows nothing; a request that has one is refused.
-    refusal: its status and message.
+    capabilities: the document, or its bytes as they are. capabilities_key: requests without it are answered 401; empty
+    takes everybody. capabilities_moved_to: where the route redirects to; empty answers itself. silent: while set, the
+    capabilities route does not answer. models: names that `/v1/models` lists. refuses: fields of which the server knows
+    nothing; a request that has one is refused. refusal: its status and message.
     """
 
     url: str = ""
@@ -101,7 +98,7 @@ class FakeServer:
 
     @property
     def base_url(self) -> str:
-        """What an OpenAI client is given."""
+        """Base URL for an OpenAI client."""
         return f"{self.url}/v1"
 
     def wire(self, index: int = -1) -> dict[str, Any]:

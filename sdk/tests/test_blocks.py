@@ -42,7 +42,7 @@ def test_halves_of_a_generator_run_in_two_threads(block: Callable[[], Any]) -> N
 def test_halves_of_an_async_generator_run_in_two_tasks(
     block: Callable[[], Any], async_client: AsyncOpenAI, server: FakeServer
 ) -> None:
-    """So pytest-asyncio runs a fixture. What runs in the first half's context later is outside the block."""
+    """So pytest-asyncio runs a fixture. Code that runs in the first half's context later is outside the block."""
     wrap(async_client)
 
     async def fixture() -> AsyncIterator[Any]:

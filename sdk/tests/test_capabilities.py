@@ -34,7 +34,7 @@ def ask(client: OpenAI) -> None:
 
 
 def test_the_document_is_read_and_not_completed(client: OpenAI, server: FakeServer, clock: Clock) -> None:
-    """What it leaves out the server does not have."""
+    """Fields that it leaves out are missing on the server."""
     known = {name: value for name, value in CAPABILITIES.items() if name != "a_later_field"}
     assert whiflash_sdk.capabilities(client) == Capabilities(**known)
     server.capabilities, clock.seconds = {"version": 1}, 301
@@ -328,7 +328,7 @@ def test_switched_off_nothing_of_ours_goes_out(client: OpenAI, server: FakeServe
 
 
 OTHERS = {"connect": 30.0, "read": None, "write": None, "pool": None}
-"""Of another version of the transport."""
+"""Timeouts of another version of the transport."""
 
 
 @pytest.mark.parametrize("timeout", [30.0, (30.0, 60.0, 60.0, 60.0), SimpleNamespace(as_dict=lambda: OTHERS)])

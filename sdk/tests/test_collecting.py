@@ -123,7 +123,7 @@ def test_a_broken_trace_never_breaks_the_call(client: OpenAI, server: FakeServer
 
 
 def test_a_trace_names_its_call(client: OpenAI) -> None:
-    """Of every kind of response; what begins first is first, though it ends last."""
+    """This holds for every kind of response; what begins first is first, though it ends last."""
     before = datetime.now(timezone.utc)
     wrap(client, agent="planner")
     with collect() as collected:

@@ -183,7 +183,7 @@ STEERING = rb"""
 
 
 def test_no_way_leads_to_another_route(url: str, server: Recorder) -> None:
-    """Where httpx takes dots out of a path, what is left of it decides."""
+    """httpx takes dots out of a path; the rest of it decides."""
     for target in STEERING:
         status, _, _ = exchange(url, target)
         assert (target, status, server.sent) == (target, 404, [])

@@ -110,7 +110,7 @@ def test_a_timeline_is_drawn_as_wide_as_its_tokens_need(tokens: int, deepest: in
 
 
 def test_no_count_makes_a_page_long() -> None:
-    """Whatever a server says it did."""
+    """A server may claim any number of rounds."""
     huge = {"start": 1, "end": 10**15, "arm": "ar", "rounds": 10**14, "accepted": 0}
     backwards = {"start": 5, "end": 2, "arm": "lookup", "rounds": 0, "accepted": 0}
     found = trace().model_copy(update={"stretches": tuple(map(Stretch.model_validate, (huge, backwards)))})
@@ -140,7 +140,7 @@ SHOWN: dict[str, tuple[Trace, tuple[str, ...], tuple[str, ...]]] = {
     "summary": (SUMMARY, ("the text", 'trace="full"', "6 of 10", "1 round by score", "EAGLE-3", HOSTILE), ()),
     "empty": (EMPTY, ("0.00",), ESTIMATES),
 }
-"""What a trace shows on its page, and what it does not: what is unknown or was not used needs no word."""
+"""Texts that a trace's page shows, and those that it does not: what is unknown or was not used needs no word."""
 
 
 @pytest.mark.parametrize("case", SHOWN)

@@ -20,7 +20,7 @@ PRICED = {
 
 @pytest.fixture
 def report(client: OpenAI, server: FakeServer) -> Report:
-    """Of five turns of two agents: the planner calls a tool twice, once in a stream, and answers three times."""
+    """Report of five turns of two agents: the planner calls a tool twice, once in a stream, and answers three times."""
     server.trace = PRICED
     wrap(client)
     with collect() as collected:

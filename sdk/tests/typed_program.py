@@ -1,4 +1,4 @@
-"""What a user writes, for type checkers: `test_types.py` has it checked, strictly, and nobody runs it."""
+"""A user's program, for type checkers: `test_types.py` has it checked, strictly, and nobody runs it."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Who asks: `with agent("planner"): client.chat.completions.create(...)`, and the name that frameworks give."""
+"""Names of agents: `with agent("planner"): client.chat.completions.create(...)`, and those that frameworks give."""
 
 from __future__ import annotations
 

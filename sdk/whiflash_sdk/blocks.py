@@ -78,7 +78,7 @@ _PREDICTED: BlockValue[str | bool | None] = BlockValue("whiflash_predicted", Fal
 
 
 def predicted_text(outside: Callable[[], str | None] = lambda: None) -> str | None:
-    """What the innermost enclosing `predict` block expects back; what `outside` gives where there is none."""
+    """Text that the innermost enclosing `predict` block expects back; without one, the result of `outside`."""
     text = _PREDICTED.get()
     return outside() if isinstance(text, bool) else text
 

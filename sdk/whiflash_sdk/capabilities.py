@@ -38,10 +38,10 @@ MOST_WARNINGS: Final = 256
 _SHOWN: Final = 128
 """Characters of a request's model in a warning."""
 PREDICTION_TOKENS: Final = 16384
-"""Of a server that does not set `--whiflash-lookup-prediction-tokens`."""
+"""Limit of a server that does not set `--whiflash-lookup-prediction-tokens`."""
 
 ROUTES: Final = ("chat/completions", "completions", "responses", "messages")
-"""Of a server of this release, where its target's conversations can be converted."""
+"""Routes of a server of this release whose target's conversations can be converted."""
 
 _LOG: Final = logging.getLogger("whiflash_sdk")
 
@@ -49,7 +49,7 @@ now = time.monotonic
 
 
 class Capabilities(BaseModel):
-    """What a WhiFlash server says of itself (`docs/reference/hints.md`); unknown fields are ignored.
+    """A WhiFlash server's description of itself (`docs/reference/hints.md`); unknown fields are ignored.
 
     version: of the protocol, 1.
     server_version: of `whiflash-sglang`.
@@ -81,17 +81,15 @@ class Capabilities(BaseModel):
 
 @dataclass(eq=False)
 class Server:
-    """What is known of one base URL, as one key sees it.
+    """State of one base URL, as one key sees it.
 
     One caller asks; those that come meanwhile wait for its answer, or go on with the one that is being renewed.
     Threads wait at one lock and the tasks of an event loop at another, because a thread that waits for a task of
     its own loop would wait for ever.
 
-    url: the route that was asked, without a password.
-    alone: whether `/v1/models` lists the model of `found` and no other; None: it was not asked.
-    trouble: why `found` is None.
-    failures: in a row.
-    next_probe: nobody asks before, by `now`.
+    url: the route that was asked, without a password. alone: whether `/v1/models` lists the model of `found` and no
+    other; None: it was not asked. trouble: why `found` is None. failures: in a row. next_probe: earliest time of the
+    next question, by `now`.
     """
 
     url: str
@@ -211,10 +209,10 @@ async def async_capabilities(client: AsyncOpenAI) -> Capabilities | None:
 
 
 def ask(asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: str | None = None) -> Server:
-    """What is known of the asker's server, asked again if it is time.
+    """State of the asker's server, asked again if it is time.
 
-    timeout: of the request that wants to know, which the probe does not outlast; not given, the asker's.
-    model: that the request is for.
+    timeout: that of the request that wants to know, which the probe does not outlast; not given, the asker's. model:
+    the one that the request is for.
     """
     url, server = _server(asker)
     if server.is_due(model):
@@ -261,7 +259,7 @@ def _probe(asker: Asker, url: str, server: Server, limits: dict[str, float], mod
 
 
 def _lock(server: Server) -> anyio.Lock:
-    """Where the running event loop's tasks wait for this server's answer."""
+    """Lock at which the running event loop's tasks wait for this server's answer."""
     try:
         locks = _LOCKS.get()
     except LookupError:

@@ -20,7 +20,7 @@ from whiflash_sdk.streaming import note
 
 
 class ApiClient(Protocol):
-    """What OpenAI's and Anthropic's clients have in common, for type checkers."""
+    """Members that OpenAI's and Anthropic's clients share, for type checkers."""
 
     max_retries: int
 
@@ -51,16 +51,16 @@ def wrap(client: ClientT, **settings: Unpack[Settings]) -> ClientT:
 
     client: an `OpenAI` or `AsyncOpenAI`, an `Anthropic` or `AsyncAnthropic`, or a subclass.
     hints: hints for every call.
-    strict: raise UnsupportedServerError where the server does not route, instead of warning once.
+    strict: raise UnsupportedServerError if the server does not route, instead of warning once.
     trace: ask for the routing trace with every response; read it with `routing`. True, the default, is "summary":
         sums by drafter. "full" has the stretches too, for `whiflash_sdk.render`.
-    capabilities: None asks the server. Where something in front of it hides the answer, the `Capabilities`
-        that it has, which hold for requests for their `model` if they name one; or True: it routes, and derives spans
-        itself. False: it does not route; no hints go out, and the server is not asked.
-    agent: who asks with this client, a name or a function that returns it at every call; `hints` here, blocks and calls
-        that name one win. The adapters' models ask their framework.
-    tenant: whose text the answers are: sent as SGLang's `cache_salt` with requests that have none, to a server that
-        routes. Cached prompts and, where the server keeps outputs to copy from, these are shared under one salt alone;
+    capabilities: None asks the server. If something in front of it hides the answer, give its `Capabilities`, which
+        hold for requests for their `model` if they name one, or True: it routes, and derives spans itself. False: it
+        does not route; no hints go out, and the server is not asked.
+    agent: name of the agent that uses this client, or a function that returns it at every call; `hints` here, blocks
+        and calls that name one win. The adapters' models ask their framework.
+    tenant: owner of the answers' text, sent as SGLang's `cache_salt` with requests that have none, to a server that
+        routes. Cached prompts and, if the server keeps outputs to copy from, these are shared under one salt only;
         without one no output is kept.
 
     `WHIFLASH_SDK_DISABLE=1` in the environment, read here, is `capabilities=False` in any case.
@@ -92,7 +92,7 @@ def _others(one: Told, other: Told) -> list[str]:
 def apart(client: Any, owner: object) -> Any:
     """A client with the same settings that `owner` has for itself, to be wrapped; the one made for it before, if it is.
 
-    What a tracer set on the client alone goes on seeing the copy's requests.
+    A tracer set on the client only goes on seeing the copy's requests.
     """
     known = vars(client).get(_OWNER)
     if known is not None and known() is owner:

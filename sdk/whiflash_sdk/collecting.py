@@ -110,7 +110,7 @@ class Collected:
         return [trace for call in list(self._calls) for trace in call.traces()]
 
     def report(self) -> Report:
-        """What the calls that have ended came to: by agent, tool, turn and drafter.
+        """Report of the calls that have ended: by agent, tool, turn and drafter.
 
         Raises: TraceError for a broken trace.
         """

@@ -121,9 +121,9 @@ def _parsers(found: Capabilities) -> Iterator[Finding]:
 
 
 def explain(response: object, choice: int = 0) -> list[Finding]:
-    """What each hint brought to an answer, by its trace, and what would help where one brought nothing.
+    """Effect of each hint on an answer, by its trace, and what would help if one had none.
 
-    response: what `routing` takes. choice: index of the choice.
+    response: as `routing` takes it. choice: index of the choice.
 
     Returns: findings; one that fails names a hint without effect. A hint that was not sent is among these.
 

@@ -1,4 +1,4 @@
-"""What a request's conversation shows of files: read from its body, of any route, whatever a tool puts around them."""
+"""Files that a request's conversation shows: read from its body, of any route, whatever a tool puts around them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can go wrong, as one tree.
+"""All errors, as one tree.
 
 WhiFlashError
 ├── HintError               a hint that the server would refuse; nothing was sent

@@ -14,7 +14,7 @@ Flow = Generator[Any, Any, ResultT]
 
 
 def run(flow: Flow[ResultT]) -> ResultT:
-    """What the flow returns. Its steps are done when they are yielded."""
+    """Result of the flow. Its steps are done when they are yielded."""
     step = None
     try:
         while True:
@@ -25,7 +25,7 @@ def run(flow: Flow[ResultT]) -> ResultT:
 
 
 async def run_async(flow: Flow[ResultT]) -> ResultT:
-    """What the flow returns. Its steps are awaited."""
+    """Result of the flow. Its steps are awaited."""
     try:
         step = next(flow)
         while True:

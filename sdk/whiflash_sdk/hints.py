@@ -25,11 +25,11 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from whiflash_sdk.errors import HintError
 
 Kind = Literal["tool_call", "json", "code", "reasoning", "prose"]
-"""What is written inside a span."""
+"""Kind of the text inside a span."""
 Arm = Literal["ar", "diffusion", "lookup", "structure", "none"]
-"""What may draft: EAGLE-3, DFlash, copying, what a grammar forces, nothing."""
+"""Drafter: EAGLE-3, DFlash, copying, text that a grammar forces, or none."""
 LookupScope = Literal["memory", "context", "off"]
-"""What may be copied into an answer."""
+"""Texts that may be copied into an answer."""
 TraceLevel = Literal["summary", "full"]
 """How much of the routing comes back: sums by drafter, or every stretch."""
 
@@ -86,7 +86,7 @@ class Span(BaseModel):
 
 
 class Hints(BaseModel):
-    """What one request says about its routing; only the fields that are set override outer levels.
+    """A request's wishes for its routing; only the fields that are set override outer levels.
 
     version: of this format.
     spans: kinds of text in the output, at most 16; of spans that open together the first listed is active.

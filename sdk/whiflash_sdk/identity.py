@@ -1,4 +1,4 @@
-"""Who asks a server: an OpenAI or Anthropic client, or one HTTP request of anybody's.
+"""Askers of a server: an OpenAI or Anthropic client, or one HTTP request of anybody's.
 
 Each knows how to ask with the credentials of the request that wants to know, and has a digest of these, so that the
 answer to one key is not another's.

@@ -27,7 +27,7 @@ def untraced() -> AbstractContextManager[Any]:
 
 
 def attributes(share: Share, call: Mapping[str, str | None]) -> dict[str, str | int | float]:
-    """What a span gets. share: sums over the choices of one answer. call: its id, model and agent."""
+    """Attributes of a span. share: sums over the choices of one answer. call: its id, model and agent."""
     found: dict[str, Any] = {
         "gen_ai.response.id": call["response_id"],
         "gen_ai.response.model": call["model"],

@@ -1,4 +1,4 @@
-"""What goes out: the fields that hints add to the JSON body of a request, for clients and for HTTP transports alike."""
+"""Fields that hints add to the JSON body of an outgoing request, for clients and for HTTP transports alike."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def exchange(
 
 
 def _found(told: Told, server: Server | None, model: str | None) -> Capabilities | bool | None:
-    """What may go out with a request for this model."""
+    """Capabilities to go by for a request for this model."""
     given = told.capabilities
     if server is not None:
         return server.require(model, strict=told.strict)

@@ -33,7 +33,7 @@ _HOPS: Final = frozenset(
     [b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"expect"]
 )
 _NAMED: Final = re.compile(r"((?:/(?:agent|session|tenant)=[^/]*)*)(/.*)", re.DOTALL)
-"""Who asks, in front of the path for the server."""
+"""Names of the asker, in front of the path for the server."""
 ROUTES: Final = re.compile(
     r"/v1/(?:chat/completions|completions|embeddings|rerank|score|classify|decisions|systemone"
     r"|tokenize|detokenize"
@@ -136,7 +136,7 @@ class Proxy:
         return await _pass(answer, self._answered(answer, front), send)
 
     def _address(self, path: bytes, query: bytes) -> tuple[str, httpx.URL | str]:
-        """Who asks, as the path has it, and the address for the server; or why there is none."""
+        """Names of the asker in the path, and the address for the server; or why there is none."""
         found = _NAMED.fullmatch(path.decode("latin-1"))
         front, rest = found.groups() if found else ("", "/")
         asked = quote(query, safe=_PRINTABLE)
@@ -190,7 +190,7 @@ def without_password(url: str) -> str:
 
 
 def _session(front: str, headers: Headers) -> Session:
-    """Who asks: `/agent=coder/tenant=acme` in front of the path, or headers, which win.
+    """Session of a request: `/agent=coder/tenant=acme` in front of the path, or headers, which win.
 
     Raises: ValueError for an empty name.
     """
@@ -226,7 +226,7 @@ def _passing(headers: Headers) -> Headers:
 
 
 async def _read(receive: Receive, longest: int) -> bytes | None:
-    """The request's body; None if it is too long. What is too long is not kept."""
+    """The request's body; None if it is too long. A body that is too long is not kept."""
     parts: list[bytes] = []
     size = 0
     while True:

@@ -98,7 +98,7 @@ def _member(name: str, value: str) -> str:
 
 
 def _members(text: str) -> Iterator[tuple[str, str, str]]:
-    """Of each member of an object: its name, its text, and the text of its value."""
+    """Members of an object: the name of each, its text, and the text of its value."""
     decode = json.JSONDecoder().raw_decode
     at = _end(_SPACE, text, text.index("{") + 1)
     while text[at] != "}":

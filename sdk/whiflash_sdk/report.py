@@ -1,4 +1,4 @@
-"""What routing bought over several calls: by agent, by tool, by turn and by drafter.
+"""Gain of routing over several calls: by agent, by tool, by turn and by drafter.
 
 `print(collected.report())`; `collected.report().model_dump()` for machines; `.html()` for a page.
 """
@@ -16,9 +16,9 @@ NO_AGENT, NO_TOOL = "no agent", "text only"
 
 
 class Share(BaseModel):
-    """What some of the answers came to.
+    """Sums over some of the answers.
 
-    name: of the agent, the tools, the turn or the drafter.
+    name: that of the agent, the tools, the turn or the drafter.
     answers: how many, each choice of a response being one.
     rounds: verification passes of the target.
     tokens: committed by them, the bonus token of each round counted.
@@ -66,7 +66,7 @@ class Share(BaseModel):
 
 
 class Report(BaseModel):
-    """What the calls of a `collect` block came to.
+    """Sums over the calls of a `collect` block.
 
     total: all of it. agents: by the name that went out. tools: by the tools that an answer calls. turns: one by one, in
     the order they started. Every answer is in one row of each.

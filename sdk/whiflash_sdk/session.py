@@ -18,11 +18,10 @@ class Session:
     """Calls inside the block are of this tenant and agent, in this thread or task.
 
     If a request offers a tool that edits files, the file that the conversation read or wrote last is sent as its
-    prediction. What a call, an inner block or `predict` says wins.
+    prediction. A call, an inner block or `predict` wins over it.
 
-    tenant: whose text the answers are, as `wrap(tenant=)` has it.
-    agent: who asks.
-    predicts: whether files are predicted.
+    tenant: whose text the answers are, as `wrap(tenant=)` has it. agent: name of the agent. predicts: whether files are
+    predicted.
 
     Raises: ValueError for an empty tenant.
     """
@@ -43,7 +42,7 @@ class Session:
         _SESSION.leave(self)
 
     def hints(self) -> Hints:
-        """Who asks."""
+        """Hints with the agent's name."""
         return Hints(agent=self.agent[-MAX_NAME_CHARS:]) if self.agent else Hints()
 
     def prediction(self, body: Mapping[str, Any], parser: str | None) -> str | None:

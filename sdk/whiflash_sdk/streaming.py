@@ -25,7 +25,7 @@ from whiflash_sdk.trace import CALL, keep_stream
 
 _EVENT_END: Final = re.compile(rb"\n\r?\n|\r\r")
 _BLANK: Final = b" \t\r\n\xef\xbb\xbf"
-"""What may be in front of a document: a byte order mark, too."""
+"""Bytes that may be in front of a document: a byte order mark, too."""
 _TELLS: Final = re.compile(rb'"sglext"|"tool_calls"\s*:\s*\[|"tool_use"')
 _DATA: Final = re.compile(rb"(?:^|[\r\n])data: ?([^\r\n]*)")
 
@@ -46,7 +46,7 @@ class Passing:
         self._passed = 0
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes that arrived; return those to pass on. Of a stream these are whole events."""
+        """Take bytes that arrived; return those to pass on. A stream's are whole events."""
         searched = max(len(self._waiting) - 3, 0)
         self._waiting += data
         if self._is_document is None and (begun := self._waiting.lstrip(_BLANK)):

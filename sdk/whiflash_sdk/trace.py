@@ -19,7 +19,7 @@ from whiflash_sdk.errors import TraceError
 Offset = Annotated[int, Field(ge=0)]
 
 CALL: Final = "whiflash_call"
-"""Where an HTTP response of ours holds its call, among its extensions."""
+"""Extension of an HTTP response of ours that holds its call."""
 STREAMS: Final[dict[str, Any]] = {}
 """The newest calls whose answer is a stream, by the response's id: a stream's final answer may outlive the stream."""
 MOST_STREAMS: Final = 256
@@ -180,7 +180,7 @@ class Trace(BaseModel):
         return figures(self)
 
     def _repr_html_(self) -> str:
-        """What the page shows of it, where a notebook shows a trace."""
+        """Its page, as a notebook shows a trace."""
         from whiflash_sdk.render.page import fragment
 
         return fragment(self)
@@ -299,7 +299,7 @@ def text_of(choice: Any) -> str:
 def tools_called(response: Any) -> dict[int, tuple[str, ...]]:
     """Names of the tools that a response, a chunk or an event calls, by choice; a chunk names each once.
 
-    Of the Responses API the event that ends a response holds all of it; Messages begin a block for each call.
+    The event that ends a response of the Responses API holds all of it; Messages begin a block for each call.
     """
     found = {}
     for choice in field_of(response, "choices") or ():

@@ -35,7 +35,7 @@ _OBJECT: Final = re.compile(rb"[ \t\r\n]*\{")
 
 
 class HttpClient(Protocol):
-    """What the clients of HTTPX and HTTPX 2 have in common, for type checkers."""
+    """Members that the clients of HTTPX and HTTPX 2 share, for type checkers."""
 
     follow_redirects: bool
 

@@ -1,4 +1,4 @@
-"""What both renderers show: the response cut at its stretches, its rounds one by one, its totals."""
+"""Contents that both renderers show: the response cut at its stretches, its rounds one by one, its totals."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SOURCES: Final = {
     "ar": "EAGLE-3",
     "diffusion": "DFlash",
 }
-"""What drafts are taken from."""
+"""Sources of drafts."""
 
 
 def pieces(turn: Turn) -> list[Piece]:
@@ -94,7 +94,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def describe(stretch: Stretch) -> str:
-    """What a stretch brought, in one line."""
+    """Figures of a stretch, in one line."""
     facts = [count(stretch.tokens, "token"), count(stretch.rounds, "round")]
     facts.append(f"acceptance length {stretch.acceptance_length:.2f}")
     if stretch.proposed is not None:
@@ -103,7 +103,7 @@ def describe(stretch: Stretch) -> str:
 
 
 def why(stretch: Stretch, before: Stretch | None) -> str:
-    """What made a stretch begin, in one line: the change of drafter, or of what is around it."""
+    """Reason for which a stretch began, in one line: the change of drafter, or of what is around it."""
     if before is None:
         said = f"Began with {stretch.arm}"
     elif before.arm != stretch.arm:

@@ -38,7 +38,7 @@ class Column(NamedTuple):
 
     @property
     def span(self) -> str | None:
-        """Of the stretch."""
+        """Span of the stretch."""
         return self.stretch.span if self.stretch else None
 
 

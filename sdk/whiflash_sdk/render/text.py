@@ -40,7 +40,7 @@ def conversation_terminal(turns: Sequence[Turn], *, colour: bool = True) -> str:
 
 
 def figures(trace: Trace) -> str:
-    """What a trace counts, without the text that it is about."""
+    """Counts of a trace, without the text that it is about."""
     lines = (summary(trace), reasons(trace), *map(printable, trace.notes), *_totals(trace), *_sources(trace))
     return "\n".join(line for line in lines if line)
 
