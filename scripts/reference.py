@@ -82,7 +82,7 @@ STATE = {
     "was refused",
     "samples": "with `--whiflash-learn`: finished requests by outcome, `bytes` on disk, whether writing is `failing`",
 }
-"""Of `GET /whiflash/state`, but for what arms add of their own."""
+"""Meanings in `GET /whiflash/state`, but for what arms add of their own."""
 
 
 def table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
@@ -125,7 +125,7 @@ def _of_text(takes: str) -> str:
 
 
 def meanings(model: type[BaseModel]) -> Mapping[str, str]:
-    """What `name: meaning.` or `name, other: meaning.` in a model's docstring says of its fields."""
+    """Meanings of a model's fields, from `name: meaning.` or `name, other: meaning.` in its docstring."""
     names = "|".join(model.model_fields)
     said = {}
     for one in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
@@ -182,7 +182,7 @@ def targets_table() -> str:
 
 
 def state_list() -> str:
-    """What a worker's snapshot holds. Raises KeyError for a figure of the clock without a meaning here."""
+    """Contents of a worker's snapshot. Raises KeyError for a figure of the clock without a meaning here."""
     known = (
         *("policy", "arms", "requests", "quarantined", "left_out", "faulty_drafts"),
         *RoundClock().snapshot(),
@@ -337,7 +337,7 @@ def gpu_list(records: Path = ROOT / "results" / "gpu") -> str:
 
 
 def patches_list() -> str:
-    """What is replaced of SGLang's."""
+    """List of SGLang's names that are replaced."""
     rows = [f"- {one.sentence}" for one in replaced()]
     counts = f"{len(rows)} names are replaced, {len(PRIVATE_NAMES)} members and signatures more are used."
     return "\n".join([counts, "", *rows])

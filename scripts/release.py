@@ -1,9 +1,8 @@
 """One version in every place that says it: `python scripts/release.py 0.2.0`; without a version it says which there is.
 
-Writes the three packages' `__version__`, which their wheels and everything else read, the series that
-whiflash-sglang asks of the other two, `CITATION.cff`, and the changelog's heading. What is left is a look at the diff,
-`make check test dist`, a commit, and a tag (`git tag v0.2.0`), which builds and publishes
-(`.github/workflows/release.yml`).
+Writes the three packages' `__version__`, which their wheels and everything else read, the series that whiflash-sglang
+asks of the other two, `CITATION.cff`, and the changelog's heading. The rest is a look at the diff, `make check test
+dist`, a commit, and a tag (`git tag v0.2.0`), which builds and publishes (`.github/workflows/release.yml`).
 """
 
 import argparse

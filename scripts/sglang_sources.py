@@ -52,7 +52,7 @@ def module_of(path: str) -> str:
 
 
 class Found(NamedTuple):
-    """Where a name leads. node: its definition; None where the source does not say what it is."""
+    """Target of a name. node: its definition; None if the source does not say what it is."""
 
     module: str
     node: ast.AST | None
@@ -70,7 +70,7 @@ class Walker:
         return None if source is None else parsed(source)
 
     def find(self, path: str) -> Found | None:
-        """What `module:attribute.path` is; None where it is not there."""
+        """Target of `module:attribute.path`; None if it is missing."""
         module, _, attributes = path.partition(":")
         first, *rest = attributes.split(".")
         found = self._global(module, first)
@@ -127,7 +127,7 @@ class Walker:
                 yield found
 
     def parameters(self, found: Found) -> list[str] | None:
-        """What a function takes, or what makes an instance of a class; None where the source does not say."""
+        """Parameters of a function, or of a class's instances; None if the source does not say."""
         if isinstance(found.node, Function):
             arguments = found.node.args
             plain = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
@@ -147,7 +147,7 @@ class Walker:
         yield from annotated(owner)
 
     def describe(self, path: str) -> dict[str, Any] | None:
-        """What is recorded of a name; None where it is not there."""
+        """Record of a name; None if it is missing."""
         found = self.find(path)
         if found is None:
             return None

@@ -55,7 +55,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 def site_link(target: str, page: str, files: Files) -> str:
     """`target`, as written in the file of `page` (its path on the site), as it must be written on the site.
 
-    What is not a file of the site stays as it is: mkdocs says so.
+    A target that is no file of the site stays as it is: mkdocs says so.
     """
     if "://" in target or target.startswith(("mailto:", "/")):
         return target

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 
 class Shown(StrEnum):
-    """What is known of a family."""
+    """Status of a family."""
 
     CPU = "tested"
     UNTRIED = "untested"

@@ -3,9 +3,9 @@
 
     python scripts/upstream_kits.py --json results/upstream-kits.json
 
-They were written for larger models, so some fail with any decoder on the tiny one that is served here. What counts is
+They were written for larger models, so some fail with any decoder on the tiny one that is served here. Success means
 that nothing fails with WHIFLASH that passes without. A test that does not end is ended with its server, and the next
-one has another. With `--go-on` what `--json` holds already is not run again.
+one has another. With `--go-on`, tests that `--json` holds already are not run again.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def _class_of(kit: str, fields: dict[str, Any]) -> type[unittest.TestCase]:
 
 
 class Outcome(unittest.TestResult):
-    """What became of a test: passed, skipped, or the last line of its complaint."""
+    """Outcome of a test: passed, skipped, or the last line of its complaint."""
 
     became = "passed"
 
@@ -159,9 +159,9 @@ def name_of(test: unittest.TestCase) -> str:
 
 
 def outcome_of(test: unittest.TestCase, seconds: float) -> str | None:
-    """What became of a test, in a process of its own. None: it was killed at its limit; stderr shows where it was.
+    """Outcome of a test, in a process of its own. None: it was killed at its limit; stderr shows where it was.
 
-    seconds: on a quiet machine.
+    seconds: limit on a quiet machine.
     """
     ours, theirs = FORK.Pipe(duplex=False)
     child = FORK.Process(target=_play, args=(test, theirs), daemon=True)

@@ -109,7 +109,7 @@ def found_in_code(text: str) -> list[tuple[int, str]]:
 
 @cache
 def defined() -> dict[str, set[str]]:
-    """What each module of the packages defines and each package holds, by its last name."""
+    """Names that each module of the packages defines and each package holds, by its last name."""
     names = defaultdict[str, set[str]](set)
     for file in (file for folder in CODE_FOLDERS[:3] for file in (ROOT / folder).rglob("*.py")):
         *_, outer, own = (file.parent if file.stem == "__init__" else file.with_suffix("")).parts
