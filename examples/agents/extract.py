@@ -17,7 +17,7 @@ CHARACTERS = 600
 
 
 class Card(BaseModel):
-    """What to find in a document."""
+    """Facts to find in a document."""
 
     model_config = ConfigDict(extra="forbid")
 

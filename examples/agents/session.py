@@ -1,4 +1,4 @@
-"""What every example shares: its command line, its wrapped client, and the report of what routing did."""
+"""Parts that every example shares: its command line, its wrapped client, and the report of what routing did."""
 
 import argparse
 from collections.abc import Sequence
