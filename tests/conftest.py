@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from patience import at_start, pytest_report_header, pytest_timeout_set_timer  # noqa: F401  (hooks)
 from server_host import ServerHost
 
+from whiflash_sglang.compat import versions
+
 WITH_HELPERS = (
     *("cache", "graphs", "learn", "lookup", "models", "parallel"),
     *("phantom", "recorded", "structure", "targets", "telemetry", "worker"),
@@ -26,11 +28,9 @@ WITH_HELPERS = (
 """Folders whose modules tests import by name."""
 sys.path[1:1] = [str(Path(__file__).parent / name) for name in WITH_HELPERS]
 
-if os.environ.get(
-    "WHIFLASH_CANARY"
-):  # `scripts/upstream.py --test`: before anything imports what is supported
-    from whiflash_sglang.compat import versions
-
+NEWEST = versions.SUPPORTED[-1]
+if os.environ.get("WHIFLASH_CANARY") and versions.installed() not in versions.SUPPORTED:
+    # `scripts/upstream.py --test`: before anything imports what is supported
     versions.SUPPORTED += (str(versions.installed()),)
 
 if TYPE_CHECKING:
@@ -162,6 +162,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path in nightly:
             item.add_marker("evidence")
+    if versions.installed() != NEWEST:
+        lists = pytest.mark.skip(reason=f"a list of SGLang {NEWEST}")
+        for item in items:
+            if "newest" in item.keywords:
+                item.add_marker(lists)
     if config.getoption("--evidence"):
         return
     skip = pytest.mark.skip(reason="a matrix, or nightly; run `make evidence`")

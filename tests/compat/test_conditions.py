@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sglang.srt.plugins import load_plugins
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
@@ -145,6 +146,7 @@ def rows() -> list[list[str]]:
     ]
 
 
+@pytest.mark.newest
 def test_every_condition_is_decided() -> None:
     listed = {(file, function): int(times) for file, function, times, _, _ in rows()}
     found = {(file, function or "(module)"): times for (file, function), times in in_sources(told_apart())}

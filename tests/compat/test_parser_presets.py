@@ -24,6 +24,7 @@ WRITTEN_OUT = {
 writes the others around its calls."""
 
 
+@pytest.mark.newest
 def test_no_parser_is_left_out() -> None:
     assert presets.TOOL_CALL_PARSERS.keys() == TOOLS.keys() - OF_A_TEMPLATE
     assert presets.REASONING_PARSERS.keys() == REASONING.keys() - OF_A_TEMPLATE
@@ -56,6 +57,7 @@ def held(detector: Any) -> set[str]:
     return found
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", presets.TOOL_CALL_PARSERS)
 def test_calls_are_marked_as_the_parser_marks_them(name: str) -> None:
     detector = TOOLS[name]()
@@ -68,6 +70,7 @@ def test_calls_are_marked_as_the_parser_marks_them(name: str) -> None:
     assert not begin or first.begin in begin or (name, first.begin) in WRITTEN_OUT
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", presets.REASONING_PARSERS)
 def test_reasoning_is_marked_as_the_parser_marks_it(name: str) -> None:
     detector = ReasoningParser(name).detector

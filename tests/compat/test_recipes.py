@@ -32,6 +32,7 @@ def published() -> list[dict[str, Any]]:
     return [json.loads(line) for line in PUBLISHED.read_text().splitlines()]
 
 
+@pytest.mark.newest
 def test_recipes_that_others_published() -> None:
     """If a rule went, correct the obstacles in the file and raise `STARTING`."""
     verdicts = [judge(recipe["flags"]) for recipe in published()]
@@ -238,6 +239,7 @@ def test_files_that_are_no_recipes(write: Write, name: str, text: str, said: str
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.newest
 def test_the_command(write: Write) -> None:
     run = CliRunner().invoke
     good, bad = (

@@ -157,6 +157,7 @@ KINDS: list[tuple[str, str, dict[str, Any], dict[str, str | None]]] = [
 """Architecture, model type, what else differs from a Llama, and what refuses it by launch; None: it is taken."""
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("architecture", "model_type", "changes", "rows"), KINDS)
 def test_kinds_of_targets(
     taken: Launch,
@@ -387,10 +388,12 @@ APART = {"windows", "window_heads", "window_pool", "one_file", "recurrent_sessio
 """Rows with tests of their own."""
 
 
+@pytest.mark.newest
 def test_every_row_has_its_case() -> None:
     assert {r.name for r in REFUSALS} == {*APART, *TARGETS, *ARGUMENTS, *CUDA, *ELSEWHERE}
 
 
+@pytest.mark.newest
 def test_an_older_release_serves_no_disaggregation(taken: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = with_arguments(taken, disaggregation_mode="decode")
     assert refusal_of(decode) is None

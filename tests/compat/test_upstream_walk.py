@@ -53,6 +53,7 @@ def doctored(tree: Any, module: str, before: str, after: str) -> Doctored:
     return Doctored(tree, {module: text.replace(before, after)})
 
 
+@pytest.mark.newest
 def test_every_name_of_ours_is_found_and_takes_what_python_sees(known: Any) -> None:
     """What is read off the sources is what `whiflash check` asks of the imported names."""
     from whiflash_sglang.compat.names import PRIVATE_NAMES
@@ -67,6 +68,7 @@ def test_every_name_of_ours_is_found_and_takes_what_python_sees(known: Any) -> N
         assert said["kind"] == "unclear" or set(parameters) <= set(said.get("parameters", ())), path
 
 
+@pytest.mark.newest
 def test_nothing_is_found_in_the_release_that_was_recorded(
     upstream: ModuleType, tree: Any, known: Any
 ) -> None:

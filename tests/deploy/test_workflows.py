@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from whiflash_sglang.compat.versions import SUPPORTED
+
 ROOT = Path(__file__).parents[2]
 GITHUB = ROOT / ".github"
 WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
@@ -46,3 +48,9 @@ def test_only_a_tag_publishes_and_only_what_was_built() -> None:
     assert publish["needs"] == "build"
     assert publish["permissions"] == {"id-token": "write"}
     assert not any("checkout" in step.get("uses", "") for step in publish["steps"])
+
+
+def test_every_older_release_that_is_supported_is_tried_daily() -> None:
+    (canary,) = (path for path in WORKFLOWS if path.stem == "canary")
+    job = yaml.safe_load(canary.read_text("utf-8"))["jobs"]["supported"]
+    assert tuple(job["strategy"]["matrix"]["version"]) == SUPPORTED[:-1]
