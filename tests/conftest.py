@@ -1,4 +1,4 @@
-"""What all tests share: tiny models, the host that real servers are forked from, limits on time, options."""
+"""Parts that all tests share: tiny models, the host that real servers are forked from, limits on time, options."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from replay import Arms
 
 if threading.current_thread() is threading.main_thread():
-    # What a script starts in its background ignores Ctrl-C, and hands that on to every command under test.
+    # A script's background jobs ignore Ctrl-C, and hand that on to every command under test.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PAIRED = ("tests/agents/test_http.py", "tests/agents/test_traces.py", "tests/agents/test_features.py")

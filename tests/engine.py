@@ -1,9 +1,8 @@
 """The real scheduler, worker and KV pools in this process, stepped by hand.
 
-A server's processes take half a minute to import; white-box tests of the tree, the pools and the worker need
-neither HTTP nor tokenising. Requests go in as token ids; what comes out is the scheduler's own record of them.
-One engine at a time: SGLang's runtime context is process-wide. What an engine holds (threads, sockets, weights, KV
-pools) goes with it.
+A server's processes take half a minute to import; white-box tests of the tree, the pools and the worker need neither
+HTTP nor tokenising. Requests go in as token ids; the scheduler's own record of them comes out. One engine at a time:
+SGLang's runtime context is process-wide. An engine's threads, sockets, weights and KV pools go with it.
 """
 
 import contextlib
@@ -39,7 +38,7 @@ REQUEST_FIELDS = (
     "token_indices_to_pool",
     "top_logprobs_num",
 )
-"""What `Engine.submit` takes beside sampling parameters."""
+"""Arguments of `Engine.submit` beside sampling parameters."""
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
@@ -131,7 +130,7 @@ class Engine:
         assert opened.success
 
     def close_session(self, name: str) -> None:
-        """What the session keeps is given up."""
+        """Give up everything that the session keeps."""
         from sglang.srt.managers.io_struct import CloseSessionReqInput
 
         self.scheduler.close_session(CloseSessionReqInput(session_id=name))
@@ -165,7 +164,7 @@ class Engine:
 
     @property
     def states(self) -> dict[int, Any]:
-        """What the controller remembers of running requests, by request row."""
+        """States that the controller keeps of running requests, by request row."""
         return self.worker.controller.states
 
     def rounds(self, rid: str) -> tuple[int, int]:
@@ -242,8 +241,8 @@ _collections = itertools.count()
 def _collect() -> None:
     """Let go of the last engine: a scheduler is a cycle, and the test that read it is done with it by now.
 
-    What the first engine's start imports is never garbage. Frozen, it is not looked through at every later collection,
-    of which SGLang makes one, too: they took most of an engine's start.
+    Modules that the first engine's start imports are never garbage. Frozen, they are not looked through at every later
+    collection, of which SGLang makes one, too: they took most of an engine's start.
     """
     gc.collect()
     if next(_collections) < 2:
@@ -298,7 +297,7 @@ def _input_buffers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _experts() -> Iterator[None]:
-    """Where a target's experts lie is kept for the process; the next target has other ones, or none."""
+    """Forget the place of a target's experts, which the process keeps; the next target has other ones, or none."""
     from sglang.srt.runtime_context import get_resources
 
     try:
@@ -339,7 +338,7 @@ def _with_arms(arms: Sequence[Any]) -> Iterator[None]:
 
 
 class _Discard:
-    """Where the scheduler's outputs go: the tests read its requests instead."""
+    """Sink of the scheduler's outputs: the tests read its requests instead."""
 
     def send_output(self, *_: Any, **__: Any) -> None:
         return

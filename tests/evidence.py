@@ -43,7 +43,7 @@ Result = dict[str, Any]
 
 @cache
 def code_digest() -> str:
-    """Of the sources that results depend on, as they lie on the disk."""
+    """Digest of the sources that results depend on, as they are on the disk."""
     digest = hashlib.sha256()
     package = ROOT / "whiflash_sglang"
     files = [ROOT / "kernels" / "whiflash_kernels"] + [package / part for part in RELEVANT]
@@ -84,7 +84,7 @@ def cell(area: str, name: str, measure: Callable[[], Result]) -> Result:
 
 
 def provenance() -> Result:
-    """Where and from what a record was made."""
+    """Provenance of a record."""
     commit = _git("rev-parse", "HEAD")
     return {
         "command": " ".join(["pytest", *sys.argv[1:]]),
@@ -167,7 +167,7 @@ def _row(values: Iterable[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Of a χ² test, which is a list, the p-value."""
+    """Text of a value; of a χ² test, which is a list, its p-value."""
     if isinstance(value, float):
         return f"{value:.3g}"
     return str(value[-1]).removeprefix("p ") if isinstance(value, list) else str(value)

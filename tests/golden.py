@@ -160,7 +160,7 @@ def launched(models: Models, name: str) -> AbstractContextManager[Engine]:
 
 
 class Measured:
-    """What this revision does, part by part: `greedy/NAME`, `sampling/NAME`, `names`, `planning`, `speed`."""
+    """Behaviour of this revision, part by part: `greedy/NAME`, `sampling/NAME`, `names`, `planning`, `speed`."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.models = root, build_models(root)
@@ -226,7 +226,7 @@ class Measured:
             return e.generate([PROMPT], max_new_tokens=9)[0]
 
     def names(self) -> dict[str, str]:
-        """Of metrics, of the state, of what hints and traces have on the wire."""
+        """Names of metrics, of the state, and of hints and traces on the wire."""
         found = {f"metric {one.full_name}": f"{one.kind}, labels {list(one.labels)}" for one in SERIES}
         for model in (Hints, Trace, Capabilities):
             found |= {f"{model.__name__} {name}": kind for name, kind in fields(model)}

@@ -1,7 +1,7 @@
-"""What the host reads from the device, or sends to it, while it plans: on a CPU nothing would show otherwise.
+"""Reads of the device by the host, and copies to it, while it plans: on a CPU nothing would show otherwise.
 
-`tolist` and `item` do not dispatch on CPU tensors, so a dispatch mode cannot see them; a function mode can. Whatever
-waits for the device on a GPU counts as a read: values that become Python's, and shapes that depend on values.
+`tolist` and `item` do not dispatch on CPU tensors, so a dispatch mode cannot see them; a function mode can. Everything
+that waits for the device on a GPU counts as a read: values that become Python's, and shapes that depend on values.
 """
 
 import traceback
@@ -45,13 +45,13 @@ STAND_INS = (
     "whiflash_sglang/platform/",
     "whiflash_sglang/models/recurrent.py",
 )
-"""Where a CPU does what kernels do on a GPU, as in the bodies of our ops: nobody would wait for what these read."""
+"""Files in which a CPU does the work of kernels, as the bodies of our ops do: nobody would wait for what these read."""
 
 
 PACKAGES = ("whiflash_sglang/", "whiflash_kernels/", "sglang/srt/")
 
 GRAPHS = (*STAND_INS, "whiflash_sglang/models/", "sglang/srt/model_executor/")
-"""What is one kernel on a GPU, or may be replayed from a graph: kernels, drafters, the target."""
+"""Files whose work is one kernel on a GPU, or may be replayed from a graph: kernels, drafters, the target."""
 
 
 class HostReads(TorchFunctionMode):
@@ -88,7 +88,7 @@ class HostReads(TorchFunctionMode):
         return result
 
     def _kind(self, name: str, args: Sequence[Any]) -> Counter[str] | None:
-        """Where a call of `name` is counted, if anywhere."""
+        """Counter of a call of `name`, if it is counted."""
         if args and isinstance(args[0], torch.Tensor) and args[0].data_ptr() in self._pinned:
             return self.uploads if name == "to" else None
         if name in READS or depends_on_values(name, args):

@@ -26,7 +26,7 @@ class OverlappedEngine(OverlapLoop):
         names = {"schedule": scheduler.schedule_stream, "forward": scheduler.forward_stream}
         for name, stream in (names | {"copy": scheduler.copy_stream}).items():
             stream.name = name
-        # What SGLang does on CUDA only.
+        # SGLang makes these on CUDA only.
         future = scheduler.future_map
         future.fwd_prepare_d2h_stream = torch.cpu.Stream()
         future.fwd_prepare_d2h_stream.name = "lengths"

@@ -18,7 +18,7 @@ class OverlapLoop(Engine):
 
     def __init__(self, scheduler: Any) -> None:
         super().__init__(scheduler)
-        # What SGLang does on CUDA when its loop begins.
+        # SGLang does this on CUDA when its loop begins.
         scheduler._war_barrier_enabled = True
         scheduler.ingest_requests = self._end_after_this_pass
         scheduler.maybe_sleep_on_idle = lambda: None

@@ -1,9 +1,9 @@
 """How slow this machine is, and the one limit of the tests on time, which scales with it.
 
-Tests wait for events: a process ended, a port answers, a file exists. Such a wait has no limit of its own. What never
-happens ends the test at pytest's limit for it (`timeout` in pyproject.toml, or its mark), which is meant for a quiet
-machine and lasts as many times longer as a fixed piece of work does here: measured at the start of the run, and again
-whenever a limit is reached, since neighbours come and go.
+Tests wait for events: a process ended, a port answers, a file exists. Such a wait has no limit of its own. An event
+that never happens ends the test at pytest's limit for it (`timeout` in pyproject.toml, or its mark), which is meant for
+a quiet machine and lasts as many times longer as a fixed piece of work does here: measured at the start of the run, and
+again whenever a limit is reached, since neighbours come and go.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 NOMINAL_SECONDS = 0.25
-"""What the piece of work takes on one quiet core of a server of 2023."""
+"""Seconds that the piece of work takes on one quiet core of a server of 2023."""
 
 LONGEST_PAUSE = 1.0
 

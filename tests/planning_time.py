@@ -126,7 +126,7 @@ class Batch:
         return [text[(at + i) % PROMPT] for i in range(count)]
 
     def _committed(self, req: Any, tokens: list[int]) -> None:
-        """What the scheduler does with them."""
+        """Commit as the scheduler does."""
         req.output_ids += tokens
 
     def round(self) -> float:

@@ -1,4 +1,4 @@
-"""What the engine must agree with, computed apart from it: one causal pass over whole sequences in fp32.
+"""Reference for the engine, computed apart from it: one causal pass over whole sequences in fp32.
 
 Nothing here is paged, batched, cached or incremental, and SGLang is not imported.
 """
@@ -44,10 +44,10 @@ class ReferenceTarget:
         return self.model.next_logits(tokens)
 
     def lead(self, tokens: Sequence[int], first: int, second: int) -> float:
-        """How far the logit of `first` is ahead of that of `second` after `tokens`.
+        """Lead of the logit of `first` over that of `second` after `tokens`.
 
-        Where `first` is plain decoding's choice this is its top-two gap or more, also among the tokens that a
-        grammar leaves.
+        If `first` is plain decoding's choice, this is its top-two gap or more, also among the tokens that a grammar
+        leaves.
         """
         logits = self.next_logits(tokens)
         return float(logits[first] - logits[second])
@@ -96,7 +96,7 @@ class ReferenceDrafters:
     def _of_a_whole_pass(
         self, following: torch.Tensor, fused: torch.Tensor, positions: torch.Tensor
     ) -> KeysValues:
-        """What every layer of EAGLE-3 attends to in one step over the whole text."""
+        """K and V that every layer of EAGLE-3 attends to in one step over the whole text."""
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

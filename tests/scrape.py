@@ -31,7 +31,7 @@ def total(samples: Samples, name: str, **labels: str) -> float:
 
 
 def values(samples: Samples, label: str) -> set[str]:
-    """What series of ours have for a label."""
+    """Values of a label in our series."""
     return {
         dict(labels)[label] for (name, labels) in samples if name.startswith(PREFIX) and label in dict(labels)
     }

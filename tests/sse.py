@@ -1,4 +1,4 @@
-"""What a server sent: byte for byte, but for what no two answers share (names, clocks, and cuts), and whole traces."""
+"""A server's streams: byte for byte, but for names, clocks and cuts, which no two answers share, and whole traces."""
 
 import json
 import re

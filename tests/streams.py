@@ -1,14 +1,14 @@
 """Streams, events and host copies on the CPU, as badly as CUDA allows: what is ordered is what was waited for.
 
-`torch.cpu` has streams and events that do nothing, and runs every operator at once, so a missing wait changes no
-result there. `Streams` keeps the order that the program asked for instead, by vector clocks: an operator happens on
-the current stream; a stream's work is before another's only by an event or a wait, and before the host's only by a
+`torch.cpu` has streams and events that do nothing, and runs every operator at once, so a missing wait changes no result
+there. `Streams` keeps the order that the program asked for instead, by vector clocks: an operator happens on the
+current stream; a stream's work is before another's only by an event or a wait, and before the host's only by a
 synchronisation. Two accesses to one storage, one of them a write, without such an order between them are a race. A
 program without races gives in *every* order that CUDA may choose what it gives in the order of its text, so one run
-speaks for all schedules of it, the latest included. What is copied to pinned memory is late in fact: it holds
-nonsense until the host has waited for the copy, and then what the source holds at that moment.
+speaks for all schedules of it, the latest included. A copy to pinned memory is late in fact: it holds nonsense until
+the host has waited for the copy, and then what the source holds at that moment.
 
-What the model takes for what (a CPU tensor does not say where it would be on a GPU):
+The model places tensors so (a CPU tensor does not say where it would be on a GPU):
 
 - host memory is what a factory makes that is told no device, or `"cpu"` in so many letters; pinned memory what one
   makes that is told `pin_memory`, be it true or false; everything else is the device's;
@@ -42,7 +42,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 HOST, PINNED = "host", "pinned"
 KERNELS = ("whiflash_sglang/platform/", "whiflash_kernels/reference/", "sglang/srt/mem_cache/memory_pool.py")
-"""Where the CPU has Python in place of a kernel, as in the bodies of our ops; the last for `commit_lens`."""
+"""Files in which the CPU has Python in place of a kernel, as in the bodies of our ops; the last for `commit_lens`."""
 
 D2H = (
     ("sglang.srt.utils.common", "async_d2h"),
@@ -67,7 +67,7 @@ class Access:
 
 @dataclass(slots=True)
 class Cell:
-    """Who touched a storage last. place: `HOST`, `PINNED` or None, the device. owner: the stream that it belongs to.
+    """A storage's last accesses. place: `HOST`, `PINNED` or None, the device. owner: the stream that it belongs to.
     recorded: others for which it is kept.
     """
 
@@ -193,8 +193,8 @@ class Streams:
 
     @contextmanager
     def another_thread(self) -> Iterator[None]:
-        """What runs inside is a thread of the host's own: only `joined` orders it before the host, and its waits, which
-        keep nobody else, are `beside`.
+        """Work inside is a thread of the host's own: only `joined` orders it before the host, and its waits, which keep
+        nobody else, are `beside`.
         """
         clock, names = self.host, ("stalls", "pageable", "waits_of_host")
         noted = {name: getattr(self, name) for name in names}
@@ -271,7 +271,7 @@ class Streams:
         self._touch(self.agent, self.host, reads, writes)
 
     def on_stream(self, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> Access:
-        """An operator is issued on the current stream. What is not pinned it reads now, not when it runs."""
+        """An operator is issued on the current stream. It reads memory that is not pinned now, not when it runs."""
         stream = torch.cpu.current_stream()
         clock = self.clock_of(stream)
         _join(clock, self.host)
@@ -302,7 +302,7 @@ class Streams:
         return host
 
     def made_by_host(self, tensor: torch.Tensor, place: str) -> None:
-        """What the operators of a factory did was done at once."""
+        """Mark the work of a factory's operators as done at once."""
         if not _stands_in(site()):
             cell = self.cell(tensor)
             cell.place, cell.written, cell.read = place, None, {}

@@ -27,7 +27,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def load(pair: tuple[Path, Path]) -> None:
-    """What a worker does at start: the configs against the target, then both sets of weights."""
+    """Load as a worker does at start: the configs against the target, then both sets of weights."""
     check_drafters(dict(zip(("ar", "diffusion"), pair, strict=True)), TARGET)
     options = {
         "device": torch.device("cpu"),

@@ -1,4 +1,4 @@
-"""What a person sees who starts it wrongly: one line that names the thing, and nothing that keeps running."""
+"""A person who starts it wrongly sees one line that names the thing, and nothing keeps running."""
 
 import importlib.util
 import json

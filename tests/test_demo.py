@@ -1,4 +1,4 @@
-"""What the demo prints of given answers. That it runs is `make demo`'s own business."""
+"""Output of the demo for given answers. `make demo` checks that it runs."""
 
 import io
 

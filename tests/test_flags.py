@@ -1,4 +1,4 @@
-"""What the help says of WHIFLASH's flags is what the code takes. The documentation: `tests/docs/`."""
+"""The help of WHIFLASH's flags is what the code takes. The documentation: `tests/docs/`."""
 
 import re
 import subprocess

@@ -26,7 +26,7 @@ from whiflash_sglang.lab.bench.prompts import Prompt, load_prompts
 from whiflash_sglang.train.answers.prompts import read_rows
 
 ENDS = "\u2028 \u2029 \x85 \x1c \x0b \x0c"
-"""Where `str.splitlines` ends a line; JSON lets the first three stand in a string as they are."""
+"""Line ends of `str.splitlines`; JSON lets the first three be in a string as they are."""
 TEXT = "one\u2028two\u2029three\x85four"
 
 

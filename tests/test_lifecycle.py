@@ -1,4 +1,4 @@
-"""What is made of a request's hints where no HTTP process has looked at them first."""
+"""A request's hints, if no HTTP process has looked at them first."""
 
 from types import SimpleNamespace
 from typing import Any

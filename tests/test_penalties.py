@@ -33,7 +33,7 @@ def by_hand(
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_every_row_counts_its_own_drafts(data: st.DataObject) -> None:
-    """Of any members of a batch, whose lengths the host knows as bounds."""
+    """Members of a batch are any, and the host knows their lengths as bounds."""
     table = torch.tensor(
         [data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=20, max_size=20)) for _ in range(4)]
     )
@@ -78,7 +78,7 @@ def test_every_row_counts_its_own_drafts(data: st.DataObject) -> None:
 def one_request(
     minimum: int, width: int, *, frequency: float = 0.0, members: int = 1
 ) -> tuple[torch.Tensor, Launches]:
-    """Of so many equal members, and what is launched for them."""
+    """Penalties of so many equal members, and the launches for them."""
     requests = [
         PenaltyRequest(i, 2, 2, frequency, 0.0, 1.0 + frequency, minimum, (5,)) for i in range(members)
     ]

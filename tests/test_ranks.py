@@ -1,4 +1,4 @@
-"""What the first rank decides reaches the others, and a rank that did something else is told so."""
+"""The first rank's decisions reach the others, and a rank that did something else gets an error."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the launcher asks of a server's process, which may end at any moment."""
+"""Questions of the launcher to a server's process, which may end at any moment."""
 
 import psutil
 import pytest

@@ -27,7 +27,7 @@ def leave(server: Server, body: dict[str, Any], after: int) -> None:
 
 
 def load(server: Server, expected: dict[tuple[int, ...], list[int]], rng: random.Random) -> list[str]:
-    """What went wrong while users asked, left, and changed the policy."""
+    """Faults while users asked, left, and changed the policy."""
 
     def act(n: int) -> str:
         prompt, tokens = rng.choice(list(expected)), rng.randint(1, TOKENS)

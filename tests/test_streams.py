@@ -87,7 +87,7 @@ def test_what_is_copied_to_the_host_comes_late(world: Streams) -> None:
 @pytest.mark.parametrize("kept", ["not", "by the owner's wait", "by record_stream", "until the owner waits"])
 @pytest.mark.parametrize("use", [read, write])
 def test_memory_that_is_freed_goes_back_to_its_stream(world: Streams, use: Any, kept: str) -> None:
-    """What another stream still uses then may be written by the next operator that is given it."""
+    """The next operator that gets memory may write to it while another stream still uses it."""
     a, b = two()
     with torch.cpu.stream(a):
         held = [torch.zeros(2, device="cpu:0") + 1]

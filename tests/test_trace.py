@@ -52,7 +52,7 @@ def test_what_it_took_is_told_where_it_is_known() -> None:
 
 
 def brought(*rounds: tuple[list[tuple[str, int]], int, int, float]) -> dict[str, tuple[int, int, float]]:
-    """Of rounds with these drafts, of which so many were verified and so many right, and that saved so much."""
+    """Sources of rounds with these drafts, of which so many were verified and so many right, and that saved so much."""
     recording = recorded(("ar", 2))
     for parts, proposed, accepted, saved in rounds:
         recording.spent += 1.0

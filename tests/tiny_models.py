@@ -221,7 +221,7 @@ def tiny_dflash(
 
 
 def _text_config(target: Path) -> dict[str, Any]:
-    """What a target's `config.json` says of the model that decodes."""
+    """Configuration of the model that decodes, of a target's `config.json`."""
     config: dict[str, Any] = json.loads((target / "config.json").read_text())
     return config | config.get("text_config", {})
 
@@ -291,7 +291,7 @@ def _save(path: Path, config: dict[str, object], tensors: dict[str, torch.Tensor
 
 
 def _byte_symbols() -> list[str]:
-    """What stands for each byte in the vocabulary of a byte-level tokenizer."""
+    """Symbols for each byte in the vocabulary of a byte-level tokenizer."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return [bytes_to_unicode()[byte] for byte in range(256)]

@@ -13,7 +13,7 @@ from whiflash_sglang.checkpoints.fit import Parts, create
 from whiflash_sglang.learn.versions import publish
 
 FROZEN = ("fc.", "k_proj", "v_proj", "k_norm", "input_layernorm", "hidden_norm", "d2t", "t2d")
-"""Of the tiny EAGLE-3's file: what draft KV is made with."""
+"""Parts of the tiny EAGLE-3's file that draft KV is made with."""
 
 Change = Callable[[str, Tensor], Tensor]
 
@@ -36,7 +36,7 @@ def trained(strength: float, seed: int) -> Change:
     random = torch.Generator().manual_seed(seed)
 
     def change(name: str, value: Tensor) -> Tensor:
-        # What a block drafter's input norm reads are its own rows only, but the file names it as EAGLE-3's.
+        # A block drafter's input norm reads its own rows only, but the file names it as EAGLE-3's.
         if any(part in name for part in FROZEN):
             return value
         return value + strength * torch.randn(value.shape, generator=random)

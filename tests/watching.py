@@ -1,4 +1,4 @@
-"""What a program does to memory, and when: noted for the model of `streams`, operator by operator."""
+"""A program's accesses to memory, and their times: noted for the model of `streams`, operator by operator."""
 
 import linecache
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ SHAPE_ONLY = (
     "ones_like",
     "full_like",
 )
-"""Of their arguments these read the shape."""
+"""Operators that read the shape of their arguments only."""
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def watching(world: Streams) -> Iterator[None]:
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """What runs inside is noted by nobody: the test's own reads, and messages between hosts."""
+    """Work inside is noted by nobody: the test's own reads, and messages between hosts."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
 
@@ -103,7 +103,7 @@ GRAMMARS = "sglang/srt/constrained/"
 
 
 class _Functions(TorchFunctionMode):
-    """Where memory is made, and what does not dispatch: reads by the host, and moves between one device."""
+    """Factories of memory, and calls that do not dispatch: reads by the host, and moves between one device."""
 
     def __init__(self, world: Streams) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class _Functions(TorchFunctionMode):
     def _moved(
         self, func: Any, name: str, tensor: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Where a GPU would make a copy there is one."""
+        """Make a copy if a GPU would make one."""
         world, to_host = self.world, name == "cpu" or _says_cpu()
         if to_host == (world.cell(tensor).place is not None):
             return func(*args, **kwargs)

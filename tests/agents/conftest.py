@@ -19,7 +19,7 @@ def grpc_port() -> int:
 
 @pytest.fixture(scope="package")
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where ours puts samples of everybody's traces: what others are sent must not show it."""
+    """Directory of our samples of everybody's traces: answers to others must not show it."""
     return tmp_path_factory.mktemp("sums")
 
 

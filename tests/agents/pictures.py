@@ -85,7 +85,7 @@ def ask(server: Server) -> Turn:
 
 
 def look(server: Server, path: Path) -> None:
-    """What `whiflash top` shows of some seconds in the middle of a load, as it does after its first interval."""
+    """Screen of `whiflash top` for some seconds in the middle of a load, as it is after its first interval."""
     with ThreadPoolExecutor(4) as users, httpx.Client(timeout=None) as client:
         view = LiveView([WatchedServer(server.url, client)])
         answers = [users.submit(server.post, "/v1/chat/completions", body) for body in prompts(96)[:16]]

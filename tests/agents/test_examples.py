@@ -22,7 +22,7 @@ pytestmark = pytest.mark.server
 
 @pytest.fixture(scope="module")
 def server(host: ServerHost) -> Iterator[Server]:
-    """What `whiflash serve` starts; in fp32, where the text does not depend on batch shapes."""
+    """A server of `whiflash serve`; in fp32, so that the text does not depend on batch shapes."""
     flags = ["--context-length", "4096", "--dtype", "float32"]
     with host.running(*server_arguments(flags), env=server_environment(flags), threads=2) as running:
         yield running

@@ -124,7 +124,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 OWN = re.compile(
     r"(^|_)id$|^created|_at$|latency|_ts$|_time$|throughput|cached_tokens|^spec_|^dp_rank$|^obfuscation$"
 )
-"""What no two answers share, how much was in the cache, and what every speculative algorithm of SGLang adds."""
+"""Fields that no two answers share, that count the cache, and that every speculative algorithm of SGLang adds."""
 TEXTS = ("text", "content", "reasoning_content", "arguments", "delta", "partial_json", "thinking")
 
 
@@ -177,7 +177,7 @@ def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def differences(found: Any, expected: Any, path: str = "") -> Iterator[str]:
-    """Where two answers differ; numbers as sums in another order may."""
+    """Differences of two answers; numbers may differ as sums in another order do."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in sorted(found.keys() | expected.keys()):
             yield from differences(found.get(key), expected.get(key), f"{path}.{key}")

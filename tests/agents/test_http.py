@@ -297,7 +297,7 @@ def predict(text: object, kind: str = "content") -> dict[str, Any]:
 
 
 LETTERS = "[a-z]{40}"
-"""What the tiny target would write has characters of several tokens."""
+"""Letters only: the tiny target's own text has characters of several tokens."""
 
 
 def asked_of(route: str, predicted: object, **more: Any) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def hinted(route: str, body: dict[str, Any], hints: dict[str, Any]) -> dict[str,
 
 
 def events(server: Server, case: str, hints: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Of a stream: the data of its events, in order."""
+    """Data of a stream's events, in order."""
     route, body = CASES[case]
     body = hinted(route, body, hints) if hints else body
     answer = httpx.post(server.url + route, json=body, timeout=None)
@@ -161,8 +161,8 @@ def events(server: Server, case: str, hints: dict[str, Any] | None = None) -> li
 
 
 def summed(sent: list[dict[str, Any]]) -> dict[Any, list[Any]]:
-    """What a client puts together from a stream: of each choice the parts in order, with their texts added up, and the
-    records, which come behind the texts of their output, however many tokens that has.
+    """A client's view of a stream: of each choice the parts in order, with their texts added up, and the records, which
+    come after the texts of their output, however many tokens that has.
     """
     choices: dict[Any, list[Any]] = {}
     records: dict[Any, list[Any]] = {}

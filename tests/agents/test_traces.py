@@ -48,7 +48,7 @@ Attributes = dict[str, Any]
 
 
 class Collector:
-    """What an OpenTelemetry collector is sent: attributes of every span, by OTLP over HTTP."""
+    """An OpenTelemetry collector's view: attributes of every span sent, by OTLP over HTTP."""
 
     def __init__(self) -> None:
         self.spans: list[Attributes] = []
@@ -76,7 +76,7 @@ class Collector:
         return f"http://127.0.0.1:{self.server.server_port}/v1/traces"
 
     def of(self, request: str) -> Attributes:
-        """Of the span that ended `request`, as soon as it is there."""
+        """Attributes of the span that ended `request`, as soon as it is there."""
 
         def found() -> list[Attributes]:
             return [span for span in self.spans if span.get("gen_ai.request.id") == request]
@@ -98,7 +98,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `incremental` puts samples of traces, with texts."""
+    """Directory of `incremental`'s samples of traces, with texts."""
     return tmp_path_factory.mktemp("texts")
 
 
@@ -298,7 +298,7 @@ def sampled(directory: Path, rid: str) -> dict[str, Any]:
         text = path.read_text() if path.exists() else ""
         whole = text[
             : text.rfind("\n") + 1
-        ]  # Of a line that is being written a reader may see the beginning.
+        ]  # A reader may see the beginning of a line that is being written.
         return [value for _, value in parse_json_lines(whole, path) if value["id"] == rid]
 
     wait_until(lambda: bool(found()))
@@ -379,7 +379,7 @@ def test_a_span_of_sglangs_tells_who_drafted(incremental: Server, collector: Col
     assert (span["whiflash.rounds"], span["whiflash.switches"]) == (summary["rounds"], summary["switches"])
     for arm, counts in summary["arms"].items():
         assert {name: span[f"whiflash.arm.{arm}.{name}"] for name in counts} == counts
-    # Who did not ask has a span as well, and no part of it in the answer.
+    # A request that did not ask has a span as well, and no part of it in the answer.
     other = collector.of("untraced")
     arms = {key.split(".")[2] for key in other if key.startswith("whiflash.arm.")}
     assert sum(other[f"whiflash.arm.{arm}.tokens"] for arm in arms) == quiet["completion_tokens"] - 1

@@ -21,7 +21,7 @@ ALONE = Load(value=1)
 
 
 def test_ranks_are_compared_with_plain_decoding_on_as_many() -> None:
-    """Where that was asked: one device's answers stand in for what was not."""
+    """Answers on one device replace those that nobody asked for."""
     references = {
         "none": {"p": Reference(Prompt("p", "chat", ()), (1,), (5, 6), (9.0, 9.0), "")},
         "none@tp2": {"p": Reference(Prompt("p", "chat", ()), (1,), (5, 7), (9.0, 9.0), "")},

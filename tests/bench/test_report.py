@@ -218,7 +218,7 @@ def test_the_schema_reads_back_and_refuses_what_it_does_not_know(report: Report)
 
 
 def test_the_page_names_arms_that_are_missing_and_each_server_s_environment(report: Report) -> None:
-    """No kept page has any. What all servers share is printed once, and no flag is parted from its value."""
+    """No kept page has any. Arguments that all servers share are printed once, and no flag is parted from its value."""
     shared = ["--dtype", "bfloat16", "--tp-size"]
     ranks = {"OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     servers = {

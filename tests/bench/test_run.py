@@ -70,7 +70,7 @@ def started() -> list[Sequence[str]]:
 
 @pytest.fixture(scope="module")
 def fleet(host: ServerHost) -> Iterator[Callable[..., Fleet]]:
-    """Fleets that note the arguments of each server they start. Whoever starts one again gets the one that runs."""
+    """Fleets that note the arguments of each server they start. Starting one again gives the one that runs."""
     kept: dict[tuple[str, ...], Server] = {}
 
     def make(started: list[Sequence[str]], server: type[Forked] = Forked) -> Fleet:

@@ -38,7 +38,7 @@ def test_drift_that_hits_both_arms_cancels_out(
 
 
 def test_interval_covers_the_true_ratio() -> None:
-    """Of 100 measurements with independent noise, about 95 intervals hold the true ratio of 1.2."""
+    """About 95 intervals of 100 measurements with independent noise hold the true ratio of 1.2."""
     rng = np.random.default_rng(5)
     held = 0
     for seed in range(100):

@@ -47,7 +47,7 @@ def requests(arm: PagedArm, lengths: Sequence[int], seed: int = 0) -> DraftBatch
 
 
 def tensors_of(batch: DraftBatch) -> list[torch.Tensor]:
-    """What a pass reads."""
+    """Tensors that a pass reads."""
     return [batch.rows, batch.starts, batch.bonus, batch.tail, batch.slot_table]
 
 

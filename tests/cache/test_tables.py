@@ -1,4 +1,4 @@
-"""What the caches keep is where it was put, and takes what they say that it takes."""
+"""Caches keep their values where these were put, and take the bytes that they say."""
 
 import torch
 

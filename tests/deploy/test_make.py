@@ -1,4 +1,4 @@
-"""What `make` would install: the demo brings what a CPU needs, everything else brings everything."""
+"""Installs of `make`: the demo brings what a CPU needs, everything else brings everything."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ LEFT_OUT = (ROOT / "docs" / "cpu-leaves-out.txt").read_text("utf-8").split()
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What the Makefile asks for, on a machine with uv and without a card."""
+    """Files that the Makefile reads, on a machine with uv and without a card."""
     for name in ("Makefile", "docs/cpu-leaves-out.txt", "pyproject.toml", "uv.lock"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)

@@ -26,7 +26,7 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """Of the documentation, reports left out: those are as their commands wrote them."""
+    """Pages of the documentation, without reports: those are as their commands wrote them."""
     parts = ("examples/agents", "kernels", "sdk", "tests")
     single = ("README.md", "CONTRIBUTING.md", *(f"{part}/README.md" for part in parts))
     return [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / name for name in single)]

@@ -1,4 +1,4 @@
-"""What the documentation shows can be typed: Python runs, commands and their flags exist."""
+"""Blocks of the documentation can be typed: Python runs, commands and their flags exist."""
 
 import contextlib
 import io
@@ -109,7 +109,7 @@ def upstream_flags() -> set[str]:
 
 
 def wrong(words: list[str], known: dict[str, set[str]]) -> str | None:
-    """What is wrong with a command line; None if nothing, or if it is not one of ours."""
+    """Fault of a command line; None if it has none, or is not one of ours."""
     if words[0] == "python" and words[1:2] != ["-m"]:
         script = ROOT / words[1] if (ROOT / words[1]).exists() else ROOT / "examples" / "agents" / words[1]
         if not script.is_file():

@@ -1,4 +1,4 @@
-"""What the documentation says of flags, keys, fields, commands and figures is what code and reports say."""
+"""Flags, keys, fields, commands and figures in the documentation are those of the code and the reports."""
 
 import json
 import re

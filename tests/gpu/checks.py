@@ -13,10 +13,10 @@ LEFT_OUT = 77
 
 
 class Checks:
-    """What a part found.
+    """Findings of a part.
 
     Args:
-        out: JSON file, written anew after each check. facts: what holds for all of them.
+        out: JSON file, rewritten after each check. facts: what holds for all of them.
     """
 
     def __init__(self, out: Path, **facts: Any) -> None:

@@ -90,7 +90,7 @@ def build(archive: Path) -> int:
     with tempfile.TemporaryDirectory() as scratch, tarfile.open(archive, "w:xz", preset=6) as packed:
         packages(Path(scratch))
 
-        # Who built it, when and where is not in it, nor what says from where a package came.
+        # Builder, time and place of building, and the origins of packages are left out.
         def anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
             info.uid = info.gid = info.mtime = 0
             info.uname = info.gname = ""

@@ -1,4 +1,4 @@
-"""What only a GPU can show, in parts that each end within ten minutes: `make gpu`, `make gpu-evidence`.
+"""Checks that need a GPU, in parts that each end within ten minutes: `make gpu`, `make gpu-evidence`.
 
     python tests/gpu/run.py                        # what is left to do on this machine's GPU
     python tests/gpu/run.py --only kernels         # parts whose name begins so
@@ -173,7 +173,7 @@ PARTS: tuple[Part, ...] = (
 
 
 def digest() -> str:
-    """Of the sources that the parts run."""
+    """Digest of the sources that the parts run."""
     found = hashlib.sha256()
     for path in sorted(p for source in SOURCES for p in (ROOT / source).rglob("*.py")):
         found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
@@ -193,7 +193,7 @@ def machine(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what the parts rest on; what is not installed is not named."""
+    """Versions of Python and of the installed packages that the parts rest on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -325,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = [p for p in PARTS if p.name.startswith(chosen.only) and (chosen.evidence or not p.evidence)]
     if chosen.device != "cuda":
         parts = [p for p in parts if p.rehearsal is not None]
-    # What failed before is tried again when all others have run.
+    # Parts that failed before are tried again when all others have run.
     before = {part.name: ended(records / f"{part.name}.json", code, card) for part in parts}
     parts.sort(key=lambda part: before[part.name] not in (None, "passed"))
     bad, until = 0, time.monotonic() + (chosen.within or math.inf)

@@ -1,4 +1,4 @@
-"""What the parts serve: the user's pair, the embedded one, or tiny random models where neither is within reach."""
+"""Models that the parts serve: the user's pair, the embedded one, or tiny random ones if neither is within reach."""
 
 import json
 import os

@@ -225,10 +225,10 @@ def best_logit(served: Served, tokens: Sequence[int]) -> float:
 
 
 def waits(case: Case, e: Any, figures: dict[str, Any]) -> None:
-    """The scheduler's loop reads results, and waits for nothing else. Raises AssertionError where it does.
+    """The scheduler's loop reads results, and waits for nothing else. Raises AssertionError if it does.
 
-    Requests come and go at different times, and one is aborted, so every pass may prefill, verify and release. What has
-    to be compiled, or made once, has been by then.
+    Requests come and go at different times, and one is aborted, so every pass may prefill, verify and release.
+    Everything that is compiled or made once has been by then.
     """
     seen = Waits(case.device)
     with watching(e.worker) as rounds, stepping(e, seen):
@@ -263,7 +263,7 @@ def memory(case: Case, e: Any, figures: dict[str, Any]) -> None:
 
 
 def trace(case: Case, e: Any, figures: dict[str, Any], keep: Path) -> None:
-    """What rounds of eight requests are made of. keep: where the trace goes, for a viewer."""
+    """Profile rounds of eight requests. keep: file of the trace, for a viewer."""
     seen = Trace(case.device)
     e.start_over("random")
     with watching(e.worker) as rounds, seen.profile:

@@ -3,8 +3,8 @@
 Nothing is downloaded: the target's weights are made on the card from a configuration (SGLang's `dummy` format), those
 of the drafters are random files of the published shapes. Their drafts mean nothing, so how many of them are accepted is
 pinned, in the graphs that commit: each arm's rounds accept as many as its rounds did on average in
-`results/benchmark/report.json`, on another pair, and upstream's DFLASH as many as `diffusion`. What a round costs is
-real, what it commits is not; every figure says so. All in one process, in SGLang's overlap loop where there is a card.
+`results/benchmark/report.json`, on another pair, and upstream's DFLASH as many as `diffusion`. A round's cost is real,
+its tokens are not; every figure says so. All in one process, in SGLang's overlap loop where there is a card.
 """
 
 import argparse
@@ -38,7 +38,7 @@ ARMS = {"diffusion": "diffusion", "DFLASH": "diffusion", "ar": "EAGLE3", "none":
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama-like target, and of its drafters: a chain's own vocabulary, a block's rows and layers."""
+    """Shape of a Llama-like target, and of its drafters: a chain's own vocabulary, a block's rows and layers."""
 
     hidden: int
     intermediate: int

@@ -39,7 +39,7 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def status(records: Path, *arguments: str) -> dict[str, Any]:
-    """What the records say after a run, by part."""
+    """Statuses in the records after a run, by part."""
     run.main(["--device", "cpu", "--records", str(records), *arguments])
     found = [json.loads(p.read_text()) for p in sorted((records / "rehearsal").glob("*.json"))]
     return {record["part"]: record["status"] for record in found if "part" in record}

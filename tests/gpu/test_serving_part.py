@@ -45,7 +45,7 @@ def test_with_overlap_rounds_wait_for_nothing(tmp_path: Path, monkeypatch: pytes
     assert found["overlap"]
     assert found["checks"]["greedy"]["rounds"] > found["checks"]["waits"]["watched"] > 0
     assert found["checks"]["agents"]["not_overlapped"]["false"] > 0
-    # What was copied to the host before it is read there is not told from the device's memory.
+    # A value that was copied to the host first is not distinguished from the device's memory.
     assert all("transfers.py" in site for site in found["checks"]["waits"]["waits"])
 
 

@@ -111,9 +111,9 @@ class Pageable(TorchFunctionMode):
 
 
 class Waits:
-    """Where the host waits for the device: by CUDA's own account, which warns; on a CPU by what torch is asked for.
+    """Waits of the host for the device: by CUDA's own account, which warns; on a CPU by what torch is asked for.
 
-    A copy to the device from memory that is not pinned is a wait, too. What SGLang's own lines wait for is not counted.
+    A copy to the device from memory that is not pinned is a wait, too. Waits of SGLang's own lines are not counted.
     `set_sync_debug_mode` is `warn` and not `error`, so that all waits of a pass are found and not its first.
     """
 
@@ -190,7 +190,7 @@ class Trace:
         self.profile = torch.profiler.profile(activities=activities)
 
     def figures(self, rounds: int, top: int = 15) -> dict[str, Any]:
-        """Of one of `rounds` rounds: calls of the driver, and the dearest operators on device and host, in ms."""
+        """Figures of one of `rounds` rounds: driver calls, and the dearest operators on device and host, in ms."""
         events = self.profile.key_averages()
         calls = {e.key: e.count / rounds for e in events if e.key.startswith(RUNTIME)}
 

@@ -65,7 +65,7 @@ def emulated_graphs(
 ) -> Iterator[VerifyGraphs]:
     """Capture the engine's verifications and its drafters' passes, and let its rounds replay them.
 
-    What comes has `passes` too, which counts the replays of drafters' passes, and `committed`: of every replay of a
+    The graphs have `passes` too, which counts the replays of drafters' passes, and `committed`: of every replay of a
     verification whether its end has committed.
     """
 
@@ -96,7 +96,7 @@ def emulated_graphs(
 
 @contextmanager
 def captured_epilogues(epilogue: Any) -> Iterator[list[bool]]:
-    """What is captured is forgotten at the end."""
+    """Results of `outcome` since; captured graphs are forgotten at the end."""
     committed: list[bool] = []
     outcome = epilogue.outcome
 

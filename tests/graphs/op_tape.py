@@ -1,10 +1,10 @@
-"""What a captured graph does and does not do, on a CPU: the same operators again, on the same memory.
+"""A captured graph on a CPU, with what it does and does not do: the same operators again, on the same memory.
 
 A :class:`Tape` records every operator that a body issues once: which tensors it reads, the numbers it was called with,
-and the tensor it wrote. :meth:`Tape.replay` issues them again in that order, as a graph would. What Python knew while
-the body was recorded stays as it was; every temporary is poisoned before, so that a replay reads nothing that it has
-not written, and what the body took from memory it takes from there again. A body that reads the device's values on the
-host while it is recorded cannot be captured, and is told so.
+and the tensor it wrote. :meth:`Tape.replay` issues them again in that order, as a graph would. Values that Python knew
+while the body was recorded stay as they were; every temporary is poisoned before, so that a replay reads nothing that
+it has not written, and what the body took from memory it takes from there again. A body that reads the device's values
+on the host while it is recorded cannot be captured, and is told so.
 
 Triton's interpreter does not dispatch: a launch is recorded as a whole where `launches` is on. So is a call of what is
 one kernel on a GPU and plain torch here (`KERNELS`), which may read what it likes.
@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 T = TypeVar("T")
 
 LARGE = 1 << 30
-"""What an integer temporary holds before a replay: no index is that large."""
+"""Value of an integer temporary before a replay: no index is that large."""
 
 
 KERNELS = (

@@ -128,7 +128,7 @@ def captured(arms: Arms, prepared: None) -> Iterator[Captured]:
 )
 @given(st.lists(groups, min_size=1, max_size=6))
 def test_any_groups_one_after_the_other(captured: Captured, played: Any) -> None:
-    """Of any sizes, padded and not, both arms in turn over the same inputs."""
+    """Groups have any sizes, padded and not, and both arms take turns over the same inputs."""
     with torch.no_grad():
         for seed, (name, lengths, most) in enumerate(played):
             captured.compare(name, lengths, most, seed)

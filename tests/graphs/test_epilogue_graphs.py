@@ -78,7 +78,7 @@ class Commits(Bench):
         return verified._replace(request_rows=request_rows), row_ids
 
     def committed(self, widths: Sequence[int], *, in_graph: bool) -> list[torch.Tensor]:
-        """What a round of greedy tokens commits and tells, and every request's text and rings behind it."""
+        """Results and signals of a round of greedy tokens, and every request's text and rings after it."""
         before = [*self._pools, *self._kept]
         copies = [tensor.clone() for tensor in before]
         rows = self.target.rows_for(sum(widths), len(widths))
@@ -115,7 +115,7 @@ def stopped(models: Models) -> Iterator[Stopped]:
 
 @pytest.fixture(scope="module")
 def right(stopped: Stopped) -> torch.Tensor:
-    """What the target says, 17 tokens of every request."""
+    """The target's text, 17 tokens of every request."""
     with emulated_graphs(stopped[0]) as graphs:
         found = Commits(stopped, graphs)
         found.answer()
@@ -159,7 +159,7 @@ def test_a_graph_that_may_not_commit_leaves_everything_as_it_was(
 
 
 def test_a_block_ends_at_a_stop_in_a_graph_too(stopped: Stopped, right: torch.Tensor) -> None:
-    """Of a few; a batch with a request that has more is committed behind the graph, and its neighbours' stops stay."""
+    """A batch with a request that has many stops is committed after the graph, and its neighbours' stops stay."""
     widths = [9, 9, 9]
     with commits(stopped, right) as b:
         rows = b._batch.req_pool_indices.tolist()

@@ -1,4 +1,4 @@
-"""What serving promises, crossed: results at once or a round late, with every round replayed and with none.
+"""Promises of serving, crossed: results at once or a round late, with every round replayed and with none.
 
 Whole rounds of all arms, routed at random: greedy text is plain decoding's, the KV of the tree is one full pass's, and
 sampled text has the target's distribution.

@@ -1,4 +1,4 @@
-"""What a steady round issues where its verification, its drafters' passes and its catch-ups are graphs."""
+"""Launches of a steady round whose verification, drafters' passes and catch-ups are graphs."""
 
 from collections import Counter
 from typing import Any
@@ -17,15 +17,15 @@ SMALL: dict[str, Any] = {"max_running_requests": 5, "context_length": 96, "max_t
 MOST_BETWEEN, MOST_KERNELS, MOST_GRAPHS = 1, 8, 5
 """Operators of torch between kernels, models and graphs; kernels of ours; and graphs, of a round with all four routes.
 
-A ratchet, to be lowered and never raised. What is brought to where the target's graph reads is not counted: with all of
-SGLang's it is in `tests/phantom/test_server.py`.
+A ratchet, to be lowered and never raised. Copies to the inputs of the target's graph are not counted: they are in
+`tests/phantom/test_server.py`, with all of SGLang's.
 """
 
 UNCOUNTED = ("_draft_attention", "fill_slots")
 
 BEHIND = 4
-"""What a round issues more whose verification's graph must not commit: the most likely tokens, accepting, parking, and
-the entropy.
+"""Launches that a round adds if its verification's graph must not commit: the most likely tokens, accepting, parking,
+and the entropy.
 """
 
 

@@ -53,7 +53,7 @@ def fused_sigmoid_gating_delta_rule_update(
     intermediate_state_indices: torch.Tensor,
     **gate: Any,
 ) -> torch.Tensor:
-    """What SGLang's kernel does; it leaves rows behind the last request's as they were in memory."""
+    """SGLang's kernel as a formula; it leaves rows after the last request's as they were in memory."""
     starts = cu_seqlens.long()
     rows, places = Rows.of(starts, v.shape[1]), intermediate_state_indices[: len(starts) - 1].long()
     states = initial_state_source[initial_state_indices.long().clamp(min=0)]
@@ -84,7 +84,7 @@ def selective_state_update(
     intermediate_state_indices: torch.Tensor,
     **_: Any,
 ) -> None:
-    """What SGLang's kernel does, whose rows have one width: [B, W, H, P]."""
+    """SGLang's kernel as a formula, whose rows have one width: [B, W, H, P]."""
     slots, width = x.shape[:2]
     starts = torch.arange(slots + 1, device=x.device) * width
     time = F.softplus(dt[..., 0] + dt_bias[:, 0])
@@ -108,7 +108,7 @@ KERNELS = (fused_sigmoid_gating_delta_rule_update, selective_state_update)
 
 
 class TapedDelta(RaggedDelta, CpuDeltaBackend):
-    """What a card verifies with, over the CPU's prefills."""
+    """A card's verification, over the CPU's prefills."""
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)

@@ -100,7 +100,7 @@ def _without(runner: Any) -> Iterator[None]:
 def stopped(
     request: pytest.FixtureRequest, models: Models, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stopped]:
-    """Of the target of all tests, or of the family that a test names; one engine at a time."""
+    """An engine of the target of all tests, or of the family that a test names; one engine at a time."""
     target, flags = models.target, models.whiflash("none")
     if family := getattr(request, "param", None):
         root = tmp_path_factory.mktemp(family)
@@ -245,7 +245,7 @@ def test_sizes(requests: int, widest: int) -> None:
 
 @pytest.mark.parametrize("stopped", ["Qwen3VLForConditionalGeneration"], indirect=True)
 def test_positions_in_three_dimensions_are_refreshed(stopped: Stopped) -> None:
-    """Of a target with M-RoPE, whose layers read no others."""
+    """The target has M-RoPE, and its layers read no other positions."""
     with bench(stopped) as b:
         for widths in ([3, 1, 5], [2, 2, 2, 4], [WIDEST] * 2):
             b.compare(widths)

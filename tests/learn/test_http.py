@@ -1,5 +1,5 @@
-"""What a real server keeps and forgets: versions that are switched by route and by command line, samples on disk, and
-texts of tenants, whom SGLang's own fields name.
+"""A real server's learning: versions that are switched by route and by command line, samples on disk, and texts of
+tenants, whom SGLang's own fields name.
 """
 
 import fcntl
@@ -39,7 +39,7 @@ TORN = 3
 
 @pytest.fixture(scope="module")
 def learning(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `--whiflash-learn` names: two versions, and one that was cut off afterwards."""
+    """Directory of `--whiflash-learn`: two versions, and one that was cut off afterwards."""
     root = tmp_path_factory.mktemp("learning")
     for number in (1, 2, TORN):
         version(models, versions_of(root), root / f"made-{number}", trained(0.3, number))
@@ -141,7 +141,7 @@ def test_a_version_is_refused_by_its_askers_sums(server: Server, learning: Path)
 
 
 def test_what_was_learned_is_offered(server: Server, learning: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a pass comes to is another file's; this one published version 2, the next one nothing."""
+    """Another file covers the results of a pass; this one published version 2, the next one nothing."""
     monkeypatch.setenv("WHIFLASH_API_KEY", KEY)
     use(server, {"version": 1})
     for number, now in ((2, 2), (None, 2)):

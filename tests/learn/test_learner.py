@@ -43,7 +43,7 @@ def request(draw: random.Random) -> Sample:
 
 
 def serve(learning: Path, target: str, requests: int, seed: int) -> None:
-    """What a server keeps of so many requests."""
+    """Write a server's samples of so many requests."""
     draw = random.Random(seed)
     check_spool(samples_of(learning))
     for _ in range(0, requests, 16):
@@ -274,7 +274,7 @@ def test_what_a_killed_pass_left_goes(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_a_dspark_drafter_learns(pair: Pair, tmp_path: Path) -> None:
-    """What its draft KV is made with stays; its Markov and confidence heads learn with the rest."""
+    """Weights that its draft KV is made with stay; its Markov and confidence heads learn with the rest."""
     target, config = pair[0] / "target", tiny_config(pair[0])
     torch.manual_seed(0)
     origin = TargetModel(target, device=torch.device("cpu"), dtype=torch.float32)
@@ -356,7 +356,7 @@ def test_a_killed_pass_begins_again_if_it_would_learn_something_else(
 
 
 def store_of(directory: Path) -> list[str]:
-    """What the pass that was killed has features of."""
+    """Sequences with features of the pass that was killed."""
     return (directory / WORK / "data" / "shard0" / "index.jsonl").read_text().splitlines()
 
 
@@ -386,7 +386,7 @@ def test_files_that_cannot_be_read_are_passed_over(tmp_path: Path, caplog: pytes
 
 
 def test_a_tenant_supplies_its_share_alone() -> None:
-    """Whoever comes last would otherwise be all that judges, and all that is learned."""
+    """The last tenant would otherwise supply everything that judges, and everything that is learned."""
     others = [text(number)._replace(tenant=number % 3) for number in range(90)]
     flood = [text(number)._replace(tenant=9) for number in range(100, 400)]
     found = choose([*others, *flood], -1.0, 400, 32)

@@ -50,7 +50,7 @@ def test_a_finished_request_is_kept_as_it_was(served: tuple[Engine, Path]) -> No
     "hints", ['{"learn": false}', '{"lookup": "off"}', '{"lookup": "context"}', '{"learn": 1}', "{"]
 )
 def test_who_does_not_consent_leaves_nothing(served: tuple[Engine, Path], hints: str) -> None:
-    """Of a malformed hint nobody knows what it says: an embedded engine serves the request, and keeps nothing of it."""
+    """A malformed hint may have refused: an embedded engine serves the request, and keeps nothing of it."""
     e, _ = served
     before = e.worker.spool.counts["declined"]
     e.submit(f"quiet-{hints}", [1, 2, 3], **hinted(hints))

@@ -172,7 +172,7 @@ def test_who_is_forgotten_leaves_nothing(spool: Spool, handle: int | None, left:
 
 @pytest.mark.parametrize("handle", [7, None])
 def test_forgetting_drops_what_nobody_can_read(spool: Spool, handle: int | None) -> None:
-    """Of a file that was being written when its writer was killed nobody knows whose it is, either."""
+    """The owner of a file that was being written when its writer was killed is unknown, too."""
     for name in ("00000000000000000001-1.jsonl", "00000000000000000002-1.part"):
         (directory_of(spool) / name).write_text("{")
     for handles in ("[[1], 7]", '["7", 3]', "[null]"):

@@ -270,8 +270,8 @@ def test_using_what_serves_keeps_what_was_before(served_engine: Engine) -> None:
 
 
 def test_earlier_layers_of_a_chain_stay_and_the_last_one_may_change() -> None:
-    """What an earlier layer makes of entry p is in the later layers' K and V of it; in a block drafter only what the
-    target gave is.
+    """An earlier layer's output for entry p is in the later layers' K and V of it; in a block drafter only the target's
+    output is.
     """
     shape = AttentionShape(2, 1, 8)
     rope = {"rope_type": "default", "rope_theta": 1e4}

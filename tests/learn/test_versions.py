@@ -95,7 +95,7 @@ def test_a_version_without_sums_is_refused(directory: Path) -> None:
     "kept", [["config.json"], ["model.safetensors"], ["config.json", "model.safetensors", "x"]]
 )
 def test_a_file_without_a_sum_is_refused(directory: Path, kept: list[str]) -> None:
-    """What is read beside a file with a sum would be served as if it were the one that was made."""
+    """A file beside one with a sum would be served as if it were the one that was made."""
     bundle = path_of(directory, 1)
     (bundle / "eagle3" / "added.safetensors").touch()
     manifest = bundle / "whiflash.json"

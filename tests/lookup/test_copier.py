@@ -1,4 +1,4 @@
-"""What is proposed, how far it is trusted, and what is learned from what was committed."""
+"""Proposals of the copier, their chances, and lessons of committed tokens."""
 
 import random
 
@@ -105,7 +105,7 @@ def test_how_a_request_copies_moves_a_copy_once_and_not_once_a_token() -> None:
 
 
 def test_how_a_request_copies_its_text_says_nothing_of_its_prediction() -> None:
-    """What is copied from that is judged by its own table alone, and is no evidence of how the request copies."""
+    """Copies of that are judged by its own table only, and are no evidence of how the request copies."""
     copier = copier_of(1, 2, prediction=Prediction(range(100, 120), 2))
     for _ in range(200):
         copier._request.observe(0.5, False)
@@ -145,7 +145,7 @@ def test_widths_and_expectations_are_bounded(text: list[int], limit: int, worth:
     assert width == len(proposal.alive) == len(proposal.agreements) <= limit
     assert list(whole.alive) == sorted(whole.alive, reverse=True)
     assert all(chance >= worth for chance in proposal.alive[1:])
-    # What was cut off would not have been worth it.
+    # Tokens that were cut off would not have been worth it.
     assert proposal.tokens == whole.tokens[:width]
     assert all(chance < worth for chance in whole.alive[width:])
 
@@ -156,7 +156,7 @@ def test_widths_and_expectations_are_bounded(text: list[int], limit: int, worth:
     st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=8),
 )
 def test_any_text_beside_any_other(texts: list[list[int]], rounds: list[list[int]]) -> None:
-    """What is committed follows no proposal in particular; what is proposed stands somewhere after a real match."""
+    """Committed tokens follow no proposal in particular; proposed ones come after a real match somewhere."""
     shared = SuffixIndex(growing=False)
     for text in texts:
         shared.extend([*text, GAP])

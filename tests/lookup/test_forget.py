@@ -1,4 +1,4 @@
-"""What the forget route takes, and that it reaches the scheduler as SGLang's message carries it."""
+"""Bodies of the forget route, which reach the scheduler as SGLang's message carries them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a plan tells the device of copies, where the device copies too."""
+"""A plan's numbers for copies, if the device copies too."""
 
 import planning_time
 import pytest

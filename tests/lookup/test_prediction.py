@@ -1,4 +1,4 @@
-"""Where an answer is in its prediction, what of the prediction appeared, and what is copied from it."""
+"""Place of an answer in its prediction, appeared parts of the prediction, and copies of it."""
 
 import random
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ def sometimes(chance: float, seed: int = 0, length: int = 4000) -> Answer:
 
 def test_measured_chances_are_those_of_the_text() -> None:
     seed = measure_seed([sometimes(0.9)])
-    # Whatever the length of the match, a token is right with the text's own chance.
+    # A token is right with the text's own chance, however long the match is.
     for length in (4, 6, 9):
         assert seed[MatchCalibration.bucket(length)][Agreement.UNANIMOUS] == pytest.approx(0.9, abs=0.05)
 

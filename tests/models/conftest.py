@@ -1,4 +1,4 @@
-"""Whatever a drafter is loaded into holds NaN before: a parameter that nobody fills is seen."""
+"""Modules that a drafter is loaded into hold NaN before: a parameter that nobody fills is seen."""
 
 from collections.abc import Iterator
 from typing import Any

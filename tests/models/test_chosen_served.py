@@ -79,7 +79,7 @@ def _arms(e: Any) -> set[str | None]:
 def test_rounds_propose_what_upstreams_do(
     models: Models, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of upstream's left out are a kernel for CUDA, in whose place it has torch's, and Domino's refusal of a CPU."""
+    """Two parts of upstream's are replaced: a kernel for CUDA, by its own torch, and Domino's refusal of a CPU."""
     from sglang.srt.models import dflash
     from sglang.srt.speculative import dflash_worker_v2
 

@@ -100,7 +100,7 @@ def compare(path: Path, served: Served) -> None:
         for row, length in enumerate(LENGTHS):
             context = upstream.keys_values(served.features[row], torch.arange(length))
             torch.testing.assert_close(served.context[row], turned(config, context), rtol=1e-4, atol=1e-4)
-            # What training computes it by.
+            # Training computes it by these.
             fused, places = served.arm.model.fuse(served.features[row]), torch.arange(length)
             trained = served.arm.model.keys_values(fused, places)
             torch.testing.assert_close(trained, served.context[row], rtol=1e-4, atol=1e-4)

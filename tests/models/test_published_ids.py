@@ -32,8 +32,8 @@ SPREAD = [1, 9, 17, 25, 33]
 
 
 class Published(NamedTuple):
-    """What a checkpoint says, and what must be made of it. layers: their number itself for a target's own head. drafts:
-    None for a chain. kv_bytes: of a token, in bf16.
+    """A checkpoint's configuration, and what must be made of it. layers: their number itself for a target's own head.
+    drafts: None for a chain. kv_bytes: of a token, in bf16.
     """
 
     config: dict[str, Any]

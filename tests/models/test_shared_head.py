@@ -22,7 +22,7 @@ Heads = Callable[[Gather], Sequence[DraftHead]]
 
 
 def together(heads: Heads, chosen: Callable[[DraftHead], Choice]) -> list[Choice]:
-    """What each process has `chosen`. They run one after the other: first to hear what each sends, then to choose."""
+    """Choices of each process. They run one after the other: first to hear what each sends, then to choose."""
     sent: list[torch.Tensor] = []
 
     def hear(own: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_one_read_gives_the_same_choices(dtype: torch.dtype, monkeypatch: pytest
 
 
 def test_a_drafter_without_numbers_is_seen(as_on_a_gpu: None) -> None:
-    """What lays its drafts takes NaN for a fault."""
+    """`lay_drafts` takes NaN for a fault."""
     logits = torch.randn(3, 50)
     logits[1] = torch.nan
     logits[2] = -torch.inf

@@ -61,7 +61,7 @@ class Attended(nn.Module):
         return out.view(rows, -1)
 
     def keep(self) -> None:
-        """What was attended last is the context of what follows."""
+        """Make the entries that were attended last the context of the next ones."""
         self.context = self.seen
 
 
@@ -84,7 +84,7 @@ class UpstreamBlocks:
         self.model, self.embedding = model, embedding
 
     def keys_values(self, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What SGLang writes into its draft KV for `features` [T, F]: [layers, T, Hkv, D] each."""
+        """K and V that SGLang writes into its draft KV for `features` [T, F]: [layers, T, Hkv, D] each."""
         hidden = self.model.project_target_hidden(features)
         keys, values = [], []
         for layer in self.model.layers:

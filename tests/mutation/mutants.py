@@ -44,7 +44,7 @@ STANDARD = (
     "ReplaceComparisonOperator_Is_IsNot",
     "ReplaceComparisonOperator_IsNot_Is",
 )
-"""Of cosmic-ray's 213 operators those whose faults people make; the others replace every operator by every other."""
+"""Operators, of cosmic-ray's 213, whose faults people make; the others replace every operator by every other."""
 
 
 class DeleteStatement(Operator):  # type: ignore[misc]

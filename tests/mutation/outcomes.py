@@ -1,4 +1,4 @@
-"""What the tests said of every mutant: kept as it comes, and counted."""
+"""Outcomes of every mutant: kept as they come, and counted."""
 
 import json
 import tomllib
@@ -13,9 +13,9 @@ KILLED, SURVIVED, TIMEOUT = "killed", "survived", "timeout"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the tests said of one mutant.
+    """The tests' verdict on one mutant.
 
-    digest: of the mutated source, so that changed code is asked again. part: the function, where a hand has planted it.
+    digest: that of the mutated source, so that changed code is asked again. part: its function, if a person planted it.
     """
 
     module: str
@@ -35,7 +35,7 @@ def read(path: Path) -> list[Result]:
 
 
 def reasons() -> dict[str, str]:
-    """Of survivors.toml: why a mutant that survives may, by `module :: name`."""
+    """Reasons of survivors.toml: why a mutant that survives may, by `module :: name`."""
     path = HERE / "survivors.toml"
     found = tomllib.loads(path.read_text()) if path.exists() else {}
     return {f"{module} :: {name}": why for module, names in found.items() for name, why in names.items()}

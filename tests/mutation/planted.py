@@ -45,7 +45,7 @@ def planted(module: str, source: str) -> list[Mutant]:
 
 
 def _place(source: str, function: str) -> tuple[int, int]:
-    """Where a function's text begins and ends. Raises ValueError where there is none of that name."""
+    """Beginning and end of a function's text. Raises ValueError if there is none of that name."""
     lines = source.splitlines(keepends=True)
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name == function:

@@ -55,7 +55,7 @@ class Target:
 
 
 def targets() -> list[Target]:
-    """Of targets.toml."""
+    """Targets of targets.toml."""
     with (HERE / "targets.toml").open("rb") as file:
         return [
             Target(

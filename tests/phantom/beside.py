@@ -1,5 +1,5 @@
-"""What a pass of an algorithm launches on a phantom H100, which of its passes lose overlap, and where the host waits
-for the card: `WHIFLASH` beside SGLang's own `EAGLE3` and `DFLASH`.
+"""Launches of a pass of an algorithm on a phantom H100, its passes that lose overlap, and the host's waits for the
+card: `WHIFLASH` beside SGLang's own `EAGLE3` and `DFLASH`.
 
 python beside.py FILE ALGORITHM TARGET EAGLE3 DFLASH
 """
@@ -22,7 +22,7 @@ from streams import Streams
 from upstream import driver, sglang_on_card
 
 REQUESTS = 6
-"""Of a run, every third of its kind."""
+"""Requests of a run, every third of its kind."""
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "sampled": {"temperature": 0.6, "top_p": 0.95},

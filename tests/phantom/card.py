@@ -51,7 +51,7 @@ OF_VALUES = frozenset(
 """Operators for whose results, or whose results' shapes, the host waits."""
 
 TAKE_NUMBERS = ("fill_", "fill", "masked_fill_", "masked_fill", "index_fill_", "index_put_", "where")
-"""What takes a number of the host's, beside all that goes element by element."""
+"""Operators that take a number of the host's, beside all that go element by element."""
 
 MIXED = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({})"
 
@@ -87,7 +87,7 @@ class Card(torch.Tensor):
 
 @contextmanager
 def phantom() -> Iterator[Streams]:
-    """A card, as far as torch can tell. What comes is what the model of streams has seen."""
+    """A card, as far as torch can tell. The result is the model of streams' record."""
     world = Streams()
     torch._C._ensureCUDADeviceGuardSet()  # else indexing would ask the driver, as for torch's own fake tensors
     with ExitStack() as stack:
@@ -186,7 +186,7 @@ class Rules(TorchDispatchMode):
         return to
 
     def _moved(self, tensor: torch.Tensor, to_host: bool, kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """`.to` of the other device. What is told not to wait goes to pinned memory, as torch has it."""
+        """`.to` of the other device. A copy that does not wait goes to pinned memory, as torch has it."""
         dtype, asynchronous = kwargs.get("dtype") or tensor.dtype, bool(kwargs.get("non_blocking"))
         with torch.utils._python_dispatch._disable_current_modes():
             made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype)
@@ -198,7 +198,7 @@ class Rules(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """What does not dispatch: reads of the host's own memory, lists that become tensors of the card, pinned memory."""
+    """Calls without dispatch: reads of the host's own memory, lists that become tensors of the card, pinned memory."""
 
     def __init__(self, world: Streams) -> None:
         super().__init__()

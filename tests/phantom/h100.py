@@ -1,4 +1,4 @@
-"""What `torch.cuda` says of an H100 with 80 GB, without one."""
+"""Answers of `torch.cuda` for an H100 with 80 GB, without one."""
 
 import contextlib
 from collections import Counter

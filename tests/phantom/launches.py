@@ -1,6 +1,6 @@
 """Launches of kernels on the phantom card, each taken by what computes the same on the memory that the card has.
 
-What a launch does to memory is noted as one operator of the current stream. A tensor of the host among its arguments is
+A launch's effect on memory is noted as one operator of the current stream. A tensor of the host among its arguments is
 refused as Triton refuses it, and what a reference reads of its own arguments no host waits for.
 """
 
@@ -42,7 +42,7 @@ class Launches:
         self._world = world
 
     def of(self, name: str, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What `kernel` computes of the card's memory, as one launch."""
+        """Results of `kernel` on the card's memory, as one launch."""
         self.counts[name] += 1
         given: list[torch.Tensor] = []
 

@@ -1,4 +1,4 @@
-"""Where the packages ask whether something is a card's, and which of these places a run comes to."""
+"""Places at which the packages ask whether something is a card's, and those of them that a run comes to."""
 
 import ast
 import sys

@@ -26,7 +26,7 @@ from card import phantom  # noqa: E402
 from streams import Streams  # noqa: E402
 
 SEEN = ("stalls", "pageable", "waits_of_host", "races", "beside")
-"""What is noted of the world."""
+"""Counters of the world that are noted."""
 
 OPTIONS: dict[str, Any] = {
     "device": "cuda",
@@ -275,7 +275,7 @@ def races(rows: Any) -> None:
 
 
 FAULTS: dict[str, Callable[[Any], None]] = {"stalls": reads, "pageable": uploads, "races": races}
-"""What shows where a round does it behind its verification."""
+"""Faults that show if a round has them after its verification."""
 
 
 def planted(world: Streams, loop: Any, name: str, fault: Callable[[Any], None]) -> int:

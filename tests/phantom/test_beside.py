@@ -34,7 +34,7 @@ def test_no_algorithm_launches_less_or_overlaps_more(tmp_path: Path) -> None:
 
 
 def counted(file: Path, algorithm: str, *models: Path) -> dict[str, Any]:
-    """What `beside.py` counts, printed as it goes into `docs/dev/findings.md`."""
+    """Counts of `beside.py`, printed as they go into `docs/dev/findings.md`."""
     command = [
         sys.executable,
         str(Path(__file__).parent / "beside.py"),

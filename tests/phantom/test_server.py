@@ -44,13 +44,11 @@ ELSEWHERE = {
 
 
 MOST_LAUNCHES = {"whiflash": 15, "sglang": 9}
-"""Of a pass with four requests that two drafters and copies draft for: by whose line launches it. A ratchet, to be
-lowered and never raised."""
+"""Launches of a pass with four requests that two drafters and copies draft for, by owner: a ratchet, never raised."""
 
 
 BESIDE_ROUNDS = {"write_req_to_token_pool_triton", "_small_copy_kernel", "_row_logsumexp_kernel"}
-"""What SGLang compiles once more without us, too: for a prefill whose slots begin at an odd place, and for the first
-log-probabilities."""
+"""Kernels that SGLang compiles again without us, too: for prefills at odd slots, and for first log-probabilities."""
 
 
 class Target(NamedTuple):
@@ -196,7 +194,7 @@ def test_with_triton_attention(target: Target, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled"])
 def test_launches_of_a_steady_pass(found: dict[str, Any], kind: str) -> None:
-    """All launches of a pass: ours and SGLang's. What is sampled is sampled in the graph."""
+    """All launches of a pass: ours and SGLang's. Sampling is in the graph."""
     owners, launches = Counter[str](), found["passes"][kind]
     for launch, count in sorted(launches.items(), key=lambda one: one[0].split()[-1]):
         print(f"{count} x {launch}")

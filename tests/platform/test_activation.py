@@ -1,4 +1,4 @@
-"""Where the CPU platform steps in, and which choices stay the user's."""
+"""Conditions for the CPU platform, and choices that stay the user's."""
 
 import pytest
 import torch

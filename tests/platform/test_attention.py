@@ -78,7 +78,7 @@ def ensured_kernel() -> CompiledAttention | None:
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Of a pool in float32, which runs in torch, and in bfloat16, which is compiled, on whatever processor."""
+    """A runner with a pool in float32, which runs in torch, or in bfloat16, which is compiled, on any processor."""
     if request.param == torch.bfloat16:
         kernel = ensured_kernel()
         if kernel is None:

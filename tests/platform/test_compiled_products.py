@@ -1,4 +1,4 @@
-"""Where products of bfloat16 are compiled: on processors with AVX2 for which oneDNN has none."""
+"""Products of bfloat16 are compiled on processors with AVX2 for which oneDNN has none."""
 
 from typing import Any
 

@@ -190,7 +190,7 @@ def test_mamba_2_is_its_formula() -> None:
 
 
 def test_states_become_those_behind_the_accepted_rows() -> None:
-    """Of every kind and layer; a request without an accepted row, or without a slot, keeps its own."""
+    """States of every kind and layer do; a request without an accepted row, or without a slot, keeps its own."""
     layers, steps = 2, 5
     kept = SimpleNamespace(
         conv=[draw(layers, SLOTS, WIDTH, TAPS - 1, seed=1)],

@@ -100,7 +100,7 @@ def test_sampling_has_the_targets_distribution() -> None:
     follow = torch.rand(draws, generator=generator)
     for coin, last, more in zip(coins, lasts, follow, strict=True):
         path = spec_ops.accept_by_chance(tokens, tree, probabilities, coin, last, depth=6)
-        # Where the first token was not drafted, the next round samples the second.
+        # If the first token was not drafted, the next round samples the second.
         first, *others = path.tokens
         later = others or [spec_ops.draw(probabilities[after.get(first, 5)], more)]
         counts[first, later[0]] += 1

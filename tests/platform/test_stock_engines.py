@@ -41,7 +41,7 @@ def stock(checkpoints: Checkpoints, algorithm: str | None) -> dict[str, Any]:
 
 
 def prompts() -> list[list[int]]:
-    """Of many lengths; every third one extends an earlier one (a prefix hit)."""
+    """Prompts of many lengths; every third one extends an earlier one (a prefix hit)."""
     texts: list[list[int]] = []
     for i in range(18):
         ids = random.Random(i).choices(range(256), k=[3, 20, 70, 150, 260][i % 5])
@@ -67,7 +67,7 @@ def expected(checkpoints: Checkpoints) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def logprobs(checkpoints: Checkpoints, expected: list[list[int]]) -> list[torch.Tensor]:
-    """Of the expected answers' tokens, by Hugging Face's own model."""
+    """Log-probabilities of the expected answers' tokens, by Hugging Face's own model."""
     model = AutoModelForCausalLM.from_pretrained(checkpoints.target, dtype=torch.float32).eval()
     rates = []
     with torch.inference_mode():

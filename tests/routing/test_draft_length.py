@@ -15,7 +15,7 @@ from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts, Worth
 
 
 class Request(NamedTuple):
-    """What a drafter reads of a batch when it judges its drafts."""
+    """Fields of a batch that a drafter reads when it judges its drafts."""
 
     limits: list[int]
     caps: torch.Tensor

@@ -1,4 +1,4 @@
-"""What one request can do to the others' routes: the real controller and costs, simulated acceptance, no noise.
+"""Effect of one request on the others' routes: the real controller and costs, simulated acceptance, no noise.
 
 DFlash is right five times a round and EAGLE-3 never, of a text that is nobody's in particular; a request whose caller
 orders an arm has a text that nothing drafts.

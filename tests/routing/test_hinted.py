@@ -1,4 +1,4 @@
-"""What hints buy and what wrong ones cost: the real controller on simulated acceptance, seeded.
+"""Gains of hints and losses of wrong ones: the real controller on simulated acceptance, seeded.
 
 A request is a script of prose and tool calls; an arm's accepted tokens are drawn with a mean of the piece's own. The
 machine is like the embedded one: a verification of one row takes 22 ms and 0.6 ms more for every other row.
@@ -70,7 +70,7 @@ TOOL = Span(kind="tool_call", begin="<t>", end="</t>")
 def tokens_per_second(
     world: World, hints: RequestHints, *, seed: int, requests: int = 20, warm: int = 0
 ) -> float:
-    """Of `requests` answers with `hints`, after `warm` with none."""
+    """Rate of `requests` answers with `hints`, after `warm` with none."""
     rng, machine = random.Random(seed), Machine()
     costs: Any = machine
     controller = Controller(AutoPolicy(), costs, VOCABULARY)

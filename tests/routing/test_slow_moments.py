@@ -59,7 +59,7 @@ class Machine:
             catch_up = self.took(0.001) + late["catch_up"]
             self.costs.drafted(arm, 1, 5, drafting, catch_up)
             drafting += catch_up
-        # Who copies looked before, as in every round, whoever drafts: that is no drafting, but the rest of the round.
+        # Arms that copy looked before, whichever arm drafts: that is no drafting, but the rest of the round.
         copied = self.copies or Forecast(1, 1)
         rows = WIDTHS.get(arm, copied.rows)
         verifying = self.took(0.030 + 0.0006 * rows) + 0.0001 * self.slower + late["verify"] + late["look"]
@@ -92,7 +92,7 @@ def test_ten_seconds_once(stall: str, before: int, seed: int) -> None:
 
 
 def settled_worth(seed: int) -> float:
-    """What a further pass of EAGLE-3 must bring where nothing was slow."""
+    """Tokens that a further pass of EAGLE-3 must bring if nothing was slow."""
     machine = Machine(seed=seed)
     machine.profile({"ar": 1.0, "diffusion": 1.0})
     machine.rounds(400)

@@ -48,7 +48,7 @@ def intervals_on_whole_text(hint: Span, text: bytes) -> list[Interval]:
 
 
 def open_spans(hints: list[Span], pieces: list[bytes], length: int) -> list[tuple[int, int]]:
-    """Of every span open after `length` tokens: the byte that it opened at, and minus its place among the hints."""
+    """Spans open after `length` tokens: the byte at which each opened, and minus its place among the hints."""
     text, seen = b"".join(pieces), len(b"".join(pieces[:length]))
     return [
         (interval.opened, -index)

@@ -1,4 +1,4 @@
-"""What the structure arm keeps of requests and tenants, and what it learns from."""
+"""State of requests and tenants in the structure arm, and its lessons."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -238,7 +238,7 @@ def test_a_prompt_is_decoded_once_however_many_tools_there_are(
 def test_a_look_is_kept_while_the_text_goes_on_as_it_said(
     arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also behind drafts, one of which the grammar refuses. What is proposed is what a new look says."""
+    """Also behind drafts, one of which the grammar refuses. The proposal is a new look's."""
     looks: list[Sequence[int]] = []
     look = StructureArm._look
 

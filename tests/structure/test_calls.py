@@ -75,7 +75,7 @@ def follow(
     prompt: str = "",
     tools: str = TOOLS,
 ) -> str:
-    """What is proposed behind `written`, without a grammar."""
+    """Text that is proposed after `written`, without a grammar."""
     calls = Calls(tools, spans, lambda: prompt)
     calls.follow(written)
     tokens = sketch(
@@ -204,7 +204,7 @@ PIECES = ("<tool", "_call>", "{", '"name"', ': "sing"', ', "arguments": {}', "}"
 
 
 def state(calls: Calls) -> object:
-    """What a call is expected to go on with."""
+    """Pieces that a call is expected to go on with."""
     return calls.pieces(400, Guesses(words_of_tools(TOOLS), lambda words: {}), lambda kind: 1.0)
 
 

@@ -1,4 +1,4 @@
-"""What is guessed where a grammar leaves a choice: in the layout of the text so far, never what the grammar forbids."""
+"""Guesses among the choices that a grammar leaves: in the layout of the text so far, never what the grammar forbids."""
 
 import json
 from typing import Any
@@ -43,7 +43,7 @@ def guesses(schema: dict[str, Any], used: dict[str, int] | None = None) -> Guess
 def follow(
     grammars: Grammars, vocabulary: Vocabulary, schema: dict[str, Any], written: str, **options: Any
 ) -> str:
-    """What is guessed behind `written`, where whitespace is free."""
+    """Text that is guessed after `written`, if whitespace is free."""
     matcher = grammars.matcher(grammars.raw(schema, blanks=True), vocabulary)
     layout = Layout()
     layout.follow(written)
@@ -149,7 +149,7 @@ CALLS = Frames(('<call>{"name":"f", "arguments":', '<call>{"name":"g", "argument
 
 
 def test_how_a_tag_is_written_says_nothing_of_the_json_in_it() -> None:
-    """Nobody chose its blanks. What was seen in a call counts in the next one, whatever stands between them."""
+    """Nobody chose its blanks. Blanks seen in a call count in the next one, whatever text is between them."""
     call = '<call>{"name":"f", "arguments":'
     layout = Layout(frames=CALLS)
     layout.follow(f'He said "no.\n{call}')

@@ -43,7 +43,7 @@ UNIT = f"{CITY}\n</parameter>\n<parameter=unit>\n"
 
 
 def follow(written: str, tools: str = QWEN, prompt: str = "") -> str:
-    """What is expected behind `written`."""
+    """Text that is expected after `written`."""
     calls = Calls(tools, SPANS, lambda: prompt)
     calls.follow(written)
     return "".join(piece.text for piece in calls.pieces(1000, None, lambda kind: 1.0))

@@ -1,4 +1,4 @@
-"""What grammars force, of schemas that nobody chose: never a token that they forbid, and always what was written."""
+"""Forced text of schemas that nobody chose: never a token that they forbid, and always what was written."""
 
 import json
 from collections.abc import Sequence
@@ -110,7 +110,7 @@ def test_nothing_where_there_is_a_choice_or_the_end(grammars: Grammars, vocabula
 
 
 def test_a_word_that_is_open_at_the_seam_is_cut_as_a_whole(vocabulary: Vocabulary) -> None:
-    """Where a token begins at the seam it is the one that the whole text has; else the first one is unsure."""
+    """A token that begins at the seam is the one that the whole text has; else the first one is unsure."""
     whole = vocabulary.encode('{"city": "Paris"')
     cuts = [text_of(vocabulary, whole[:count]) for count in range(1, len(whole))]
     for written, count in zip(cuts, range(1, len(whole)), strict=True):

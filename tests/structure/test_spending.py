@@ -1,4 +1,4 @@
-"""What rounds may spend on grammars, on a clock that only the tests move."""
+"""Time that rounds may spend on grammars, on a clock that only the tests move."""
 
 import pytest
 

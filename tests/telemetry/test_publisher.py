@@ -1,4 +1,4 @@
-"""What is written to a sink, and when; and that the table of series keeps Prometheus' conventions."""
+"""Writes to a sink, and their times; and the table of series keeps Prometheus' conventions."""
 
 import re
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What a real server publishes, by its answers and by the arm; what a real Prometheus makes of it; the kill switch."""
+"""A real server's metrics, by its answers and by the arm; a real Prometheus' reading of them; the kill switch."""
 
 import json
 import math
@@ -169,7 +169,7 @@ def test_figures_are_those_of_the_answers(load: Load) -> None:
     lengths = load.grown("request_acceptance_length_count", arm="none")
     assert lengths >= 4
 
-    # What the native answers say of themselves is part of it.
+    # Figures of the native answers about themselves are part of it.
     assert 0 < load.said("spec_verify_ct") <= load.grown("rounds_total")
     assert 0 < load.said("spec_num_proposed_drafts") <= load.grown("draft_tokens_total")
     assert load.said("spec_num_correct_drafts") <= load.grown("accepted_draft_tokens_total")

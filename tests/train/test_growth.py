@@ -73,7 +73,7 @@ def test_it_drafts_what_it_drafted(
 
 @pytest.mark.parametrize("drift", [0.0, 3.0])
 def test_new_tokens_are_chosen_as_the_target_would(target: TargetModel, drift: float) -> None:
-    """What all rows of a trained head have in common is not a token's own: new ones neither win nor lose by it."""
+    """An offset common to all rows of a trained head is not a token's own: new ones neither win nor lose by it."""
     drafter = initialise(target, SETTINGS, torch.arange(0, 200, 2))
     torch.manual_seed(3)
     common = torch.randn(target.hidden_size)

@@ -193,7 +193,7 @@ def test_answers_do_not_go_on_under_another_configuration(config: TrainConfig, t
 
 
 def test_two_shards_answer_no_prompt_twice(config: TrainConfig, tmp_path: Path) -> None:
-    """Whatever the shares are cut into: the second run is told another count than the first."""
+    """Shares may be cut in any way: the second run has another count than the first."""
     half = config.data.model_copy(update={"shard": (0, 2)})
     assert generate_data(config.model_copy(update={"work": tmp_path, "data": half})).sequences == 12
     rest = generate_data(config.model_copy(update={"work": tmp_path}))

@@ -116,7 +116,7 @@ def serve(trained: Trained, arm: str) -> list[Served]:
 
 
 def replayed(target: ReferenceTarget, trained: Trained, prompt: Sequence[int], output: list[int]) -> Rounds:
-    """Of both drafters at every position of the answer."""
+    """Rounds of both drafters at every position of the answer."""
     layers = target.model.num_layers
     drafts = read_draft(trained.eagle3), read_draft(trained.dflash)
     capture = sorted({layer for draft in drafts for layer in target_layers(draft, layers)})

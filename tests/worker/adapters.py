@@ -15,7 +15,7 @@ from sglang.srt.lora.lora_registry import LoRARef
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 SCALE = 0.5
-"""Of its factors: large enough that every text is another one."""
+"""Scale of its factors: large enough that every text is another one."""
 
 
 @dataclass(frozen=True)

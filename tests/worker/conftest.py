@@ -1,4 +1,4 @@
-"""What tests of the worker count."""
+"""Counters for tests of the worker."""
 
 from collections.abc import Sequence
 from typing import Any

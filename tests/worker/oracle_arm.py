@@ -79,7 +79,7 @@ class OracleArm(TextDrafter):
                     for a, w in zip(ahead, wrong, strict=True)
                 ]
             )
-        # What lies beyond a request's count is padding and must not be read.
+        # Tokens beyond a request's count are padding and must not be read.
         return Drafts(tokens, torch.tensor(counts))
 
     def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:

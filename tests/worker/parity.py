@@ -1,4 +1,4 @@
-"""What is proposed and accepted round by round: with upstream's algorithms, and with one arm of ours."""
+"""Drafts proposed and accepted round by round: with upstream's algorithms, and with one arm of ours."""
 
 import random
 from dataclasses import dataclass

@@ -27,8 +27,8 @@ UNADJUSTED |= {"return_hidden_states", "require_reasoning"}
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one request. kept: tokens that the engine has of it. states: hidden states as a client gets them. beyond: the
-    text where nothing would stop it.
+    """Answer to one request. kept: tokens that the engine has of it. states: hidden states as a client gets them.
+    beyond: the text if nothing would stop it.
     """
 
     tokens: list[int]
@@ -84,7 +84,7 @@ def _answers(e: Engine, arrivals: Sequence[Arrival]) -> Answers:
 
 
 def read(e: Engine, arrivals: Sequence[Arrival]) -> Answers:
-    """What the engine has answered."""
+    """Answers of the engine."""
     answers = {}
     for a in arrivals:
         req, rid = e.requests[a.rid], a.rid
@@ -150,6 +150,6 @@ def check(target: ReferenceTarget, arrivals: Sequence[Arrival], expected: Answer
             assert_same_logprobs(ours.logprobs, wanted.logprobs, a.rid)
         assert [state.ndim for state in ours.states] == [state.ndim for state in wanted.states], a.rid
         for state, plain_state in zip(ours.states, wanted.states, strict=True):
-            # Of a prompt SGLang returns what its last chunk had: chunks depend on who else is there.
+            # SGLang returns what a prompt's last chunk had: chunks depend on who else is there.
             rows = min(len(state), len(plain_state))
             torch.testing.assert_close(state[-rows:], plain_state[-rows:], atol=1e-4, rtol=1e-4)

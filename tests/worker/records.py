@@ -1,4 +1,4 @@
-"""What a request's records say of every output token, to compare with plain decoding's."""
+"""Records of every output token of a request, to compare with plain decoding's."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Beside = list[tuple[list[int], list[float]]]
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Of one request. prompt: of its own tokens; values: of the output's. top, given: of tokens beside those."""
+    """Scores of one request. prompt: of its own tokens; values: of the output's. top, given: of tokens beside those."""
 
     prompt: list[float]
     tokens: list[int]
@@ -25,7 +25,7 @@ class Logprobs:
 
 
 def logprobs(e: Engine, rid: str) -> Logprobs:
-    """What a client would get: the scheduler sends as many as there are tokens."""
+    """Log-probabilities that a client would get: the scheduler sends as many as there are tokens."""
     req = e.requests[rid]
     record, end = req.logprob, len(req.output_ids_through_stop)
     return Logprobs(

@@ -35,7 +35,7 @@ KEYS: dict[str, dict[str, Any]] = {
 
 
 def schema(*names: str) -> str:
-    """Of an object with these keys."""
+    """Schema of an object with these keys."""
     keys = {name: KEYS[name] for name in names}
     return json.dumps(
         {"type": "object", "properties": keys, "required": list(names), "additionalProperties": False}
@@ -302,7 +302,7 @@ CONTEXT = 96
 
 
 def coming_and_going(seed: int) -> list[Arrival]:
-    """Of every priority; half of them run to the end of the context, many are aborted wherever they are."""
+    """Requests of every priority; half of them run to the end of the context, many are aborted wherever they are."""
     rng, count = random.Random(seed), 48
     shared, arrivals = rng.choices(range(256), k=24), []
     for i in range(count):

@@ -1,7 +1,7 @@
 """Adapters (LoRA) of the target: a text is its adapter's, whatever drafts and whoever shares the batch.
 
-Plain decoding serves the same adapters. What each makes of the target is also merged into a checkpoint, of which one
-pass gives what drafters' KV must be, and the distribution of sampled tokens.
+Plain decoding serves the same adapters. Each is also merged with the target into a checkpoint, whose one pass gives the
+drafters' right KV and the distribution of sampled tokens.
 """
 
 import random

@@ -55,7 +55,7 @@ class Free(OracleArm):
 def test_without_a_pass_the_likeliest_candidate_is_verified(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever comes first of two that are as often right, the round is counted for who says that it is."""
+    """Two candidates are as often right. The round counts for the one that says so, whichever comes first."""
     arrivals = mixed(seed=2, count=8, shared=40, tokens=60)
     expected = plain_texts(models.target, arrivals)
     arms, propose = [Free("free", 0.85, 4), Free("freer", 0.85, 5)], Free.propose

@@ -153,7 +153,7 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
 def test_copies_are_verified_again_after_rounds_that_had_none(
     running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host makes room for what there was. Where nothing was it must still learn of what there is now."""
+    """The host makes room for what there was. If there was nothing, it must still learn of what there is now."""
     running.worker.reconfigure({"router": "lookup"})
     costs = running.worker.controller.costs
     for means in ("_rows", "_drafts"):

@@ -1,4 +1,4 @@
-"""What the arms propose: no longer than pays, as long as they may, from the vocabulary that was asked for."""
+"""Proposals of the arms: no longer than pays, as long as they may, from the vocabulary that was asked for."""
 
 import random
 from pathlib import Path

@@ -274,7 +274,7 @@ def fetched(e: Engine, tokens: Sequence[int], name: str) -> int:
 
 
 def another_pair(models: Models, directory: Path) -> dict[str, Any]:
-    """Of the same shape."""
+    """Drafters of the same shape."""
     other = tiny_eagle3(directory / "other", models.target, seed=99)
     return models.whiflash("random") | {"whiflash_eagle_draft": str(other)}
 

@@ -37,7 +37,7 @@ SAID: list[dict[str, Any]] = [
     {"custom_params": {"whiflash": json.dumps({"spans": [{"kind": "json", "open": True}]})}},
     {"custom_params": {"whiflash_prediction": list(range(40))}},
 ]
-"""What requests say: nothing, a grammar, tools, an open span, a prediction."""
+"""Contents of requests: nothing, a grammar, tools, an open span, a prediction."""
 
 OWNERS = ("whiflash_sglang", "whiflash_kernels", "sglang")
 
@@ -119,7 +119,7 @@ def test_two_hundred_requests_with_aborts(models: Models) -> None:
 
 
 def after(half: int, e: Engine) -> tuple[Counter[str], int]:
-    """What lives when a hundred requests have ended and are forgotten, and the tree is empty."""
+    """Objects that live when a hundred requests have ended and are forgotten, and the tree is empty."""
     outputs = play(e, requests(half))  # ends with SGLang's own leak check
     assert len(outputs) == HALF
     assert e.states == {}

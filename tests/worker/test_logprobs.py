@@ -18,7 +18,7 @@ from traffic import Arrival, play
 
 @pytest.mark.parametrize("loop", [engine, overlapped])
 def test_scores_are_plain_decodings(models: Models, loop: Any) -> None:
-    """Of prompts alone, at chosen positions or behind the last token, beside requests that decode."""
+    """Prompts only, at chosen positions or after the last token, beside requests that decode."""
     rng = random.Random(7)
     prompts = [tuple(rng.choices(range(32, 127), k=rng.randint(9, 20))) for _ in range(9)]
     scored: dict[str, Any] = {"max_new_tokens": 0, "return_logprob": True, "token_ids_logprob": [69, 75, 256]}
@@ -43,7 +43,7 @@ def test_scores_are_plain_decodings(models: Models, loop: Any) -> None:
 
 
 def scores(e: Engine) -> dict[str, list[list[float]]]:
-    """Of every request those of its prompt, and those behind it."""
+    """Scores of every request: those of its prompt, and those after it."""
     return {
         rid: [
             [float(value) for row in rows or [] for value in row or ()]

@@ -1,4 +1,4 @@
-"""What the KV pool is sized by: the drafters' share of it, and nothing of ours for an engine that is not ours."""
+"""Sizes behind the KV pool's: the drafters' share of it, and nothing of ours for an engine that is not ours."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ def taken(*tensors: torch.Tensor) -> int:
 
 
 def layout(e: Engine) -> tuple[Any, ...]:
-    """What our hooks would change of an engine."""
+    """Layout of an engine that our hooks would change."""
     row = e.scheduler.req_to_token_pool.req_to_token.shape[1]
     return pool_tokens(e), row, e.scheduler.tree_cache.tree_core.is_eagle
 
@@ -67,7 +67,7 @@ def reached(worker: Any) -> dict[int, int]:
 
 @pytest.fixture
 def before(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
-    """What a worker holds when the pools are sized."""
+    """Memory that a worker holds when the pools are sized."""
     found: dict[int, int] = {}
     allocate = WhiFlashWorker.alloc_memory_pool
 
@@ -83,7 +83,7 @@ def before(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
 def test_the_pool_leaves_room_for_what_the_worker_allocates(
     models: Models, monkeypatch: pytest.MonkeyPatch, before: dict[int, int], resident: str
 ) -> None:
-    """Of all that it holds in the end: as many slots as fit beside it, and not one more."""
+    """As many slots fit beside everything that it holds in the end, and not one more."""
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", resident)
     with engine(models.target, whiflash=models.whiflash("auto")) as e:
         assert e.generate([[1, 2, 3, 4] * 4], max_new_tokens=12)
@@ -103,8 +103,9 @@ def test_the_pool_leaves_room_for_what_the_worker_allocates(
 def test_a_pass_takes_no_more_for_its_logits_than_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In 16 bits, as on a GPU: there the largest pass is promised, where passes are captured. What stands in for the
-    kernel, which keeps nothing of a logit, works in what it needs for a few rows."""
+    """In 16 bits, as on a GPU: there the largest pass is promised, if passes are captured. The kernel keeps nothing of
+    a logit; its replacement needs memory for a few rows.
+    """
     hidden, head = (torch.randn(size, 64, dtype=torch.bfloat16) for size in (1024, 4096))
     monkeypatch.setattr(choice, "backend_for", lambda _: "triton")
 

@@ -28,7 +28,7 @@ def as_with_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_flush_that_does_not_follow_the_forward_is_found(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a request parked goes into the tree's slots when it ends, while a round of it is under way."""
+    """A request's parked features go into the tree's slots when it ends, while a round of it is under way."""
     from whiflash_sglang.compat.scheduler import releases
 
     monkeypatch.setattr(releases, "behind_forward", lambda _: nullcontext())

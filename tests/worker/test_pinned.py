@@ -19,7 +19,7 @@ PROMPTS = [RNG.choices(range(256), k=n) for n in (5, 40, 19)]
 
 
 def upstream(candidates: torch.Tensor, target: torch.Tensor, pin: tuple[float, str, str]) -> list[int]:
-    """What SGLang's DFLASH worker commits of one request: [1, W] bonus token and drafts, [1, W] the target's tokens."""
+    """Tokens of SGLang's DFLASH worker for one request: [1, W] bonus token and drafts, [1, W] the target's tokens."""
     from sglang.srt.speculative.dflash_utils import apply_dflash_simulated_acceptance
 
     length, method, mode = pin
@@ -83,7 +83,7 @@ def test_rounds_commit_what_upstream_would(
 
 @pytest.mark.parametrize("real", [True, False])
 def test_a_rejected_draft_ends_what_is_committed(real: bool) -> None:
-    """Of two requests, one with a draft that there was no time to mask."""
+    """One of two requests has a draft that there was no time to mask."""
     ids, indptr = torch.tensor([1, 2, NO_TOKEN, 4, 5, 6, 7]), torch.tensor([0, 4, 7], dtype=torch.int32)
     rows = SimpleNamespace(
         predictions=torch.full((7,), 9), input_ids=ids, indptr=indptr, _replace=SimpleNamespace

@@ -45,9 +45,9 @@ FLAGS = {"whiflash_entropy_threshold": 2.0, "whiflash_min_dwell": 1}
 
 @dataclass(frozen=True)
 class Setting:
-    """What an engine is started with. plain: arguments that change plain decoding's text, too. mode: `host`, `resident`
-    (the host reads nothing from the device) or `overlap` (the same in SGLang's overlap loop). host_lengths: as of
-    `overlapped`. layers: of EAGLE-3.
+    """Settings of an engine. plain: arguments that change plain decoding's text, too. mode: `host`, `resident` (the
+    host reads nothing from the device) or `overlap` (the same in SGLang's overlap loop). host_lengths: as of
+    `overlapped`. layers: those of EAGLE-3.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -107,7 +107,7 @@ SETTINGS = {
 }
 
 KNOWING = {"runs", "rejections"}
-"""What an arm that knows most of the answers brings: drafts that are right to the last, and others."""
+"""Events of an arm that knows most of the answers: drafts that are right to the last, and others."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Row:
     predicted: bool = False
     retracted: int = 0
     evidence: bool = False
-    """Of `make evidence` alone: one policy where `random`, which takes each arm in turn, has a row with the same."""
+    """Whether only `make evidence` runs it: one policy if `random`, which takes each arm, has a row with the same."""
 
     def __str__(self) -> str:
         more = [name for name in ("predicted", "retracted") if getattr(self, name)]
@@ -222,14 +222,14 @@ ROWS = [
 
 
 def plain_arguments(row: Row) -> dict[str, Any]:
-    """Of the engine that gives a row's texts; of `SETTINGS` only what changes these."""
+    """Arguments of the engine that gives a row's texts; of `SETTINGS` only those that change these."""
     together = {"start": overlapped, "host_lengths": False} if row.requests == "processed together" else {}
     return {**EVERYTHING, **SETTINGS[row.setting].plain, **together}
 
 
 @contextmanager
 def surroundings(requests: str) -> Iterator[None]:
-    """What a set of requests needs of the process."""
+    """Prepare the process for a set of requests."""
     with pytest.MonkeyPatch.context() as patch:
         if requests.startswith("thinking"):
             patch.setenv("SGLANG_MAX_THINK_TOKENS", "9")
@@ -358,7 +358,7 @@ def test_text_is_plain_decodings(
 
 
 def test_the_sets_can_show_a_fault(models: Models, expected: dict[str, Answers]) -> None:
-    """What requests ask for changes their text, or ends it."""
+    """Parameters of requests change their text, or end it."""
     tokenizer = AutoTokenizer.from_pretrained(models.target)
     sets = {each.requests: expected[str(each)] for each in ROWS if str(each) in expected}
     for rid, answer in sets.get("processed", {}).items():
@@ -414,8 +414,8 @@ def check_kept(serving: Serving, row: Row) -> None:
 
 
 def check_learned(serving: Serving, arrivals: list[Arrival]) -> None:
-    """Every token of a round was learned once, of the request that has it, where it has it, however late. Where the
-    text stops the scheduler cuts a run that was learned.
+    """Every token of a round was learned once, of the request that has it, where it has it, however late. If the text
+    stops, the scheduler cuts a run that was learned.
     """
     e, learned = serving.engine, serving.learned
     for a in arrivals:
@@ -433,7 +433,7 @@ def check_learned(serving: Serving, arrivals: list[Arrival]) -> None:
 
 
 def judged(serving: Serving, arrivals: list[Arrival]) -> set[str]:
-    """What has happened. Requests with a processor take no drafts: a block of theirs could not be judged."""
+    """Events that have happened. Requests with a processor take no drafts: a block of theirs could not be judged."""
     e, oracle, happened = serving.engine, serving.oracle, serving.happened
     for a in arrivals:
         if "custom_logit_processor" in a.params:

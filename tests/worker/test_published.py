@@ -46,7 +46,7 @@ def full_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter[str], HostReads]:
-    """What was written while requests ran, what their rounds were, and what writing read of the device."""
+    """Records written while requests ran, counts of their rounds, and the device reads of writing."""
     found, own, reads = Recorded(), Counter[str](), HostReads()
     e.worker.publish_to(found)
     run = e.worker._round
@@ -97,7 +97,7 @@ def test_figures_are_those_of_the_rounds(
     assert reads.reads.total() == reads.uploads.total() == 0
     assert found.total("rounds_total") == found.total("routes_total") == own["rounds"]
     assert found.total("tokens_total") == own["tokens"]
-    # Where the host does not know how many drafts there are, the forward is padded.
+    # If the host does not know how many drafts there are, the forward is padded.
     padding = found.total("verified_rows_total") - own["rows"]
     assert padding >= 0 if resident else padding == 0
     assert found.total("draft_tokens_total") == own["rows"] - own["rounds"]

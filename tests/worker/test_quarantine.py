@@ -97,7 +97,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, drafter: Any, method: str, made: Call
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, drafter: Any) -> list[str]:
-    """What a drafter is asked from now on, but for what it is to drop."""
+    """Calls of a drafter from now on, but for those that have it drop something."""
     asked: list[str] = []
     every = ("begin", "catch_up", "calibration", "propose", "draft", "extend_drafts", "observe", "finish")
     for method in [method for method in every if hasattr(drafter, method)]:

@@ -70,7 +70,7 @@ def test_requests_retracted_in_the_middle_of_a_prompt(
 
 
 def test_while_requests_run(models: Models) -> None:
-    """What a running request has put into the tree at its prefill is as good as what it leaves at its end."""
+    """KV that a running request has put into the tree at its prefill is as good as KV that it leaves at its end."""
     arrivals = mixed(seed=9, count=8, shared=40, longest=40)
     with engine(models.target, whiflash=models.whiflash("random"), chunked_prefill_size=16) as e:
         play(e, arrivals, lambda: check_running(e, models))

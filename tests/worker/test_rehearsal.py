@@ -1,4 +1,4 @@
-"""What the pool leaves free for the largest sampled verification, and that it is rehearsed."""
+"""Memory that the pool leaves free for the largest sampled verification, and its rehearsal."""
 
 import json
 from pathlib import Path

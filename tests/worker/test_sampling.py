@@ -169,7 +169,7 @@ def test_penalties_count_the_whole_answer_after_a_retraction(
 def test_upstreams_own_penalties_begin_anew_after_a_retraction(
     models: Models, uninterrupted: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Why they are not compared with. Where this fails, tests/README.md says what was."""
+    """Why they are not compared with. If this fails, tests/README.md is out of date."""
     with adding_first(), engine(models.target, skip_tokenizer_init=False) as e:
         answers = retracted_answers(e, monkeypatch)
     others = {rid.split("/")[0] for rid, answer in answers.items() if answer != uninterrupted[rid]}

@@ -25,7 +25,7 @@ ENDS: dict[str, dict[str, Any]] = {
     "tokens": {"ignore_eos": False, "stop_token_ids": [70, 73, 76, 79]},
     "strings": {"stop": ["E", "I", "N"]},
 }
-"""What ends a turn. Stop tokens and strings lie in the middle of most blocks."""
+"""Ends of a turn. Stop tokens and strings are in the middle of most blocks."""
 
 TURNS = 4
 

@@ -1,4 +1,4 @@
-"""What a round tells the controller."""
+"""Signals of a round to the controller."""
 
 import math
 from typing import Any

@@ -178,7 +178,7 @@ def test_the_mailbox_is_the_schedulers(running: Engine) -> None:
 
 
 def test_every_field_of_a_result_is_handed_on() -> None:
-    """Of a round, what the forward says but for `OURS`; of a step, the last round's but for `JOINED`."""
+    """A round hands on what the forward says but for `OURS`; a step the last round's but for `JOINED`."""
     ours = {
         *("next_token_ids", "accept_lens", "cap_lens", "next_draft_input", "new_seq_lens"),
         *("num_non_draft_tokens_per_req", "speculative_num_draft_tokens", "speculative_output_stride"),

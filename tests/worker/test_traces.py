@@ -15,7 +15,7 @@ CHUNK = 32
 
 
 class Sent:
-    """What the scheduler sent to the detokeniser: outputs by request, and the recordings among them."""
+    """Payloads of the scheduler to the detokeniser: outputs by request, and the recordings among them."""
 
     def __init__(self) -> None:
         self.payloads: list[Any] = []

@@ -1,4 +1,4 @@
-"""What a round verifies where two arms may extend each other's drafts: the last word is his who forbids."""
+"""Verified drafts if two arms may extend each other's: the arm that forbids has the last word."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -49,7 +49,7 @@ class Copy(TextDrafter):
 
 
 def verified(drafters: Sequence[Any], first: Sequence[int], route: str) -> tuple[list[int], int]:
-    """What is verified of one request whose own arm drafted `first`, and how many of these are left."""
+    """Drafts verified of one request whose own arm drafted `first`, and how many of these are left."""
     by_arm = {drafter.arm: drafter for drafter in drafters}
     sources = DraftSources(by_arm, Quarantine(["ar", *by_arm]), 100, Spending())
     round: Any = SimpleNamespace(names=[(0, "r")], worth=dict.fromkeys(by_arm, FULL_LENGTH))
@@ -61,7 +61,7 @@ def verified(drafters: Sequence[Any], first: Sequence[int], route: str) -> tuple
 
 @pytest.mark.parametrize("order", [("structure", "lookup"), ("lookup", "structure")])
 def test_nothing_that_is_forbidden_is_verified(order: tuple[str, str]) -> None:
-    """Whatever was copied last, and behind what."""
+    """Copies may come last, and after anything."""
     for known in (
         {3: [4]},
         {3: [4], 5: [FORBIDDEN, 7]},

@@ -1,4 +1,4 @@
-"""What the radix tree holds, and that both drafters' KV at its slots is that of one pass over the text."""
+"""Contents of the radix tree, and a check that both drafters' KV at its slots is that of one pass over the text."""
 
 from array import array
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 TOLERANCE = 1e-4
-"""Of a KV tensor's largest value: the engine's forwards have other shapes than the reference's one pass."""
+"""Tolerance as a share of a KV tensor's largest value: the engine's forwards have other shapes than the one pass."""
 
 
 def sequences(e: Engine) -> list[list[int]]:
