@@ -181,7 +181,9 @@ class DSparkDrafter(DFlashDrafter):
         return embedded
 
     def _latent(self, embedded: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Input of W2 and next `state`, [B, R], from W1's rows `embedded` [B, R] and states `hidden` [B, H]."""
+        """W2's input and next `state`, [B, R] each. embedded: [B, R] earlier tokens' rows of W1. hidden: [B,
+        H] states.
+        """
         if self.config.markov_head == "vanilla":
             return embedded, state
         if self.config.markov_head == "gated":
