@@ -1,4 +1,4 @@
-"""What a release of SGLang has moved of the names that we import, call or replace: `python scripts/upstream.py 0.5.24`.
+"""Moved names of a release of SGLang, of those that we import, call or replace: `python scripts/upstream.py 0.5.24`.
 
 Takes a wheel, an unpacked tree, or a version, which is fetched, and compares it with the release in `upstream.json`.
 Releases are read, not imported (`sglang_sources.py`), so names take seconds. `--record` writes the installed release to
@@ -75,7 +75,7 @@ class Finding(NamedTuple):
 
 
 def compare(tree: Tree, known: Release) -> list[Finding]:
-    """What of a release is otherwise in `tree`."""
+    """Differences of `tree` from a release."""
     walker = Walker(tree)
     findings = [
         finding
@@ -108,7 +108,7 @@ def _judge(walker: Walker, path: str, before: Mapping[str, Any]) -> Iterator[Fin
 
 
 def differing(before: list[str], now: list[str]) -> tuple[list[str], list[str]]:
-    """What was added, and what is gone."""
+    """Names that were added, and those that are gone."""
     return [one for one in now if one not in before], [one for one in before if one not in now]
 
 
@@ -144,7 +144,7 @@ def sources(said: str) -> Iterator[Path]:
 
 
 def imported(place: Path) -> list[str]:
-    """What the server's own check of names and seams says of these sources, beside all else that is installed."""
+    """Findings of the server's own check of names and seams on these sources, with all else as installed."""
     code = (
         "import json; from whiflash_sglang.compat import hooks, patching\n"
         "from whiflash_sglang.platform.seams import verify_seams\n"

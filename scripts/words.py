@@ -1,8 +1,8 @@
 """Words, openings and long sentences that this project does without: `python scripts/words.py [FILE …]`.
 
 Exits with 1 if it finds one. The rules are those of CONTRIBUTING.md. Pages are checked for all three; Python files for
-words, in their comments, docstrings and messages, and for modules that are not there. Code, tables of code and
-quotations in backticks are skipped.
+words, in their comments, docstrings and messages, for openings, in comments and docstrings, and for modules that are
+not there; tests for openings. Code, tables of code and quotations in backticks are skipped.
 """
 
 import ast
@@ -35,6 +35,9 @@ LONGEST = 32
 """Words of a sentence; CONTRIBUTING.md asks for 25."""
 
 DATA = "# words: data"
+LATER = re.compile(r"/(whiflash_sglang/(compat|platform|cli|lab)|tests/(parallel|cli|compat|targets))/")
+"""Folders whose openings are still to be written."""
+
 CODE_FOLDERS = ("whiflash_sglang", "kernels", "sdk", "scripts", "examples")
 NAME = re.compile(r"(:mod:)?`[~.]*(\w+(?:\.\w+)*)`")
 PLACES = ("", "whiflash_sglang")
@@ -72,9 +75,15 @@ def too_long(text: str) -> Iterator[tuple[int, int]]:
 
 
 def modules() -> list[Path]:
-    """Python files of the packages, the scripts and the examples, without this one, which lists the words."""
-    files = (path for folder in CODE_FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))
+    """Python files of packages, scripts, examples and tests, without this one, which lists the words."""
+    files = (path for folder in (*CODE_FOLDERS, "tests") for path in sorted((ROOT / folder).rglob("*.py")))
     return [path for path in files if path != Path(__file__).resolve()]
+
+
+def comments(text: str) -> list[tuple[int, str]]:
+    """Line numbers, from 1 on, and comments."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
 
 
 def found_in_code(text: str) -> list[tuple[int, str]]:
@@ -82,11 +91,6 @@ def found_in_code(text: str) -> list[tuple[int, str]]:
 
     A word before a colon is the name of an argument. Lines that end with `# words: data` are skipped.
     """
-    comments = [
-        (token.start[0], token.string)
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
-        if token.type == tokenize.COMMENT
-    ]
     strings = [
         (node.lineno, node.value)
         for node in ast.walk(ast.parse(text))
@@ -94,10 +98,10 @@ def found_in_code(text: str) -> list[tuple[int, str]]:
     ]
     prose = (
         (start, CODE.sub(lambda match: re.sub(r"[^\n]", "x", match[0]), said))
-        for start, said in comments + strings
+        for start, said in comments(text) + strings
     )
     lines = ((start + after, line) for start, said in prose for after, line in enumerate(said.splitlines()))
-    skipped = {number for number, comment in comments if comment == DATA}
+    skipped = {number for number, comment in comments(text) if comment == DATA}
     return sorted(
         (number, f"{match[0]!r}")
         for number, line in lines
@@ -105,6 +109,19 @@ def found_in_code(text: str) -> list[tuple[int, str]]:
         for match in BANNED.finditer(line)
         if not line.startswith(":", match.end())
     )
+
+
+def openings(text: str) -> Iterator[tuple[int, str]]:
+    """Lines, from 1 on, of comments and docstrings, those of attributes too, in which a sentence opens wrongly."""
+    docstrings = [
+        (node.lineno, paragraph)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for paragraph in str(node.value.value).split("\n\n")
+    ]
+    for number, prose in sorted(docstrings + comments(text)):
+        for match in OPENING.finditer(" ".join(prose.lstrip("#: ").split())):
+            yield number, f"a sentence opens with {match[1]!r}"
 
 
 @cache
@@ -147,7 +164,12 @@ def main(arguments: list[str]) -> int:
     wrong = []
     for file in [Path(name) for name in arguments] or pages() + modules():
         text = file.read_text(encoding="utf-8")
-        reasons = [*found_in_code(text), *stale(text)] if file.suffix == ".py" else found(text)
+        if file.suffix == ".py":
+            reasons = [] if LATER.search(str(file)) else [*openings(text)]
+            if ROOT / "tests" not in file.resolve().parents:
+                reasons += [*found_in_code(text), *stale(text)]
+        else:
+            reasons = found(text)
         wrong += [f"{file}:{number}: {reason}" for number, reason in reasons]
     print("\n".join(wrong) or "no banned word or opening, no long sentence, no module that is gone")
     return bool(wrong)

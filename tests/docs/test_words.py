@@ -20,19 +20,25 @@ import re
 
 PATTERN = re.compile("told")
 LINE = "written anew"  # words: data
+"""Of a file."""
 
 
 def place(told: str) -> str:
     """Args:
         told: a message.
+
+    What is it? A word. Where it is, is said.
     """
     # It lies there.
+    # Whoever reads it.
     return f"{told} tells all: {len(told)}"
 '''
 
 
 def test_code_is_checked_in_comments_docstrings_and_messages(words: ModuleType) -> None:
-    assert words.found_in_code(CODE) == [(1, "'stands'"), (16, "'lies'"), (17, "'tells'")]
+    assert words.found_in_code(CODE) == [(1, "'stands'"), (19, "'lies'"), (21, "'tells'")]
+    openings = [(number, reason.split()[-1]) for number, reason in words.openings(CODE)]
+    assert openings == [(10, "'Of'"), (14, "'Where'"), (20, "'Whoever'")]
 
 
 STALE = """Names `queue.Queue`, `metrics.SERIES`, :mod:`.tables`, `assign.Costs.draft` and `routing/costs.py`.

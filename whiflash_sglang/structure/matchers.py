@@ -30,8 +30,8 @@ begins the next.
 class Matcher(ABC):
     """A grammar that has accepted a text so far.
 
-    Everything accepted inside `trying` is taken back at its end. What is accepted counts by steps, one for each token
-    or text, because engines take back as many. Code that moves the engine's own matcher makes another of these.
+    Everything accepted inside `trying` is taken back at its end. Accepted text counts by steps, one for each token or
+    text, because engines take back as many. Code that moves the engine's own matcher makes another of these.
 
     Attributes:
         exhausted: whether no time is left, asked before each step: then nothing more is accepted or forced.
