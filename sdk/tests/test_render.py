@@ -10,6 +10,7 @@ from fake_server import TRACE
 
 from whiflash_sdk import Stretch, Trace
 from whiflash_sdk.render import Turn, conversation_html, html, terminal
+from whiflash_sdk.render.aligned import held_back
 from whiflash_sdk.render.page import zooms
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;'\""
@@ -128,7 +129,7 @@ SUMMARY = Trace.model_validate(
     }
 )
 EMPTY = Trace.model_validate({"version": 1, "policy": "none", "rounds": 0, "tokens": 0})
-ESTIMATES = ("estimated gain over plain decoding", "tokens a second")
+ESTIMATES = ("estimated speed over plain decoding", "tokens a second")
 MEANINGS = ("without a drafter it is 1", "DFlash: a block of tokens at once", "a hint demanded it")
 SHOWN: dict[str, tuple[Trace, tuple[str, ...], tuple[str, ...]]] = {
     "timed": (
@@ -314,3 +315,17 @@ def test_text_can_be_read_in_light_and_dark(scheme: str) -> None:
         assert contrast(colours["ink"], colours[arm]) >= 7
         for ground in ("card", "lane-ground", arm):
             assert contrast(colours[f"{arm}-edge"], colours[ground]) >= 3
+
+
+def test_a_page_names_the_drafter_that_brought_least() -> None:
+    """Beside others: a response that one drafter wrote has nothing to compare."""
+    made: dict[str, Any] = {"version": 1, "policy": "auto"}
+    quick = {"rounds": 2, "tokens": 16, "proposed": 16, "accepted": 14}
+    slow = {"rounds": 6, "tokens": 8, "proposed": 30, "accepted": 2}
+    both = Trace(**made, rounds=8, tokens=24, arms={"lookup": quick, "ar": slow})
+    said = "Why not more: ar took 6 of 8 rounds for 8 of 24 tokens; 2 of its 30 drafts were accepted."
+    assert held_back(both) == said
+    assert said in html(both)
+    assert held_back(Trace(**made, rounds=2, tokens=16, arms={"lookup": quick})) == ""
+    undrafted = Trace(**made, rounds=7, tokens=20, arms={"lookup": quick, "none": {"rounds": 5, "tokens": 5}})
+    assert held_back(undrafted) == "Why not more: none took 5 of 7 rounds for 5 of 20 tokens."

@@ -142,6 +142,20 @@ def reasons(trace: Trace) -> str:
     return printable(" · ".join(found))
 
 
+def held_back(trace: Trace) -> str:
+    """The drafter that brought fewest tokens for its rounds, in one line; empty if all brought as many."""
+    missing = {arm: sums.rounds * trace.acceptance_length - sums.tokens for arm, sums in trace.arms.items()}
+    arm = max(missing, key=missing.__getitem__, default="")
+    if not arm or missing[arm] < 0.5:
+        return ""
+    sums = trace.arms[arm]
+    said = f"{arm} took {sums.rounds} of {count(trace.rounds, 'round')}"
+    said += f" for {sums.tokens} of {count(trace.tokens, 'token')}"
+    if sums.proposed:
+        said += f"; {sums.accepted} of its {count(sums.proposed, 'draft')} were accepted"
+    return printable(f"Why not more: {said}.")
+
+
 def seconds(saved: float | None) -> str:
     """An estimate of saved time; empty where there is none."""
     return "" if saved is None else f"{saved:.2f} s"

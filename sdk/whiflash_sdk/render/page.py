@@ -126,6 +126,7 @@ def _template() -> Any:
         "count",
         "describe",
         "everything",
+        "held_back",
         "in_order",
         "pieces",
         "reasons",
