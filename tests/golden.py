@@ -67,7 +67,7 @@ from whiflash_sglang.metrics import SERIES
 RECORD = HERE.parent / "results" / "golden.json"
 FIGURES = ("planning", "speed")
 """Parts that are printed beside the recorded ones, and never differ."""
-ENTROPY = {"whiflash_entropy_threshold": 2.0, "whiflash_min_dwell": 1}  # about the tiny target's median
+ENTROPY = {"entropy": {"tau": 2.0, "min_dwell": 1}}  # nats; about the tiny target's median
 SMALL = {"max_total_tokens": 448}
 EACH = 160
 """Sampled answers of a parameter set."""
@@ -78,7 +78,7 @@ LAUNCHES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "ar": ("ar", {}),
     "diffusion": ("diffusion", {}),
     "lookup": ("lookup", {}),
-    "entropy": ("entropy", ENTROPY),
+    "entropy": ("entropy", {"keys": ENTROPY}),
     "auto": ("auto", {}),
     "auto, one request": ("auto", {"max_running_requests": 1, "whiflash_lookup_memory_mib": 4}),
     "auto, pages": ("auto", {"page_size": 16}),
@@ -97,7 +97,7 @@ PEAKED = ("ar", "diffusion", "entropy", "auto", "auto, batch", "auto, bfloat16",
 SAMPLING: dict[str, tuple[str, dict[str, Any]]] = {
     "ar": ("ar", {}),
     "diffusion": ("diffusion", {"page_size": 16}),
-    "entropy": ("entropy", ENTROPY),
+    "entropy": ("entropy", {"keys": ENTROPY}),
     "lookup": ("lookup", {}),
 }
 
@@ -154,7 +154,7 @@ def launched(models: Models, name: str) -> AbstractContextManager[Engine]:
 
     base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0  # of 10 GiB for others; the pools take less than a megabyte
     router, arguments = LAUNCHES[name]
-    whiflash = None if router is None else {**models.whiflash(router), **arguments}
+    whiflash = None if router is None else models.whiflash(router, **arguments)
     start = overlapped if "overlap" in name else engine
     return start(models.target, whiflash=whiflash, **OPTIONS)
 

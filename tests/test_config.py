@@ -31,16 +31,14 @@ def write(bundle: Path, manifest: Any) -> Path:
     ("given", "message"),
     [
         ({"router": "fastest"}, r"--whiflash-router: 'fastest' .*'ar'"),
-        ({"entropy_threshold": "warm"}, r"--whiflash-entropy-threshold: .*number.*'warm'"),
-        ({"entropy_threshold": "nan"}, r"--whiflash-entropy-threshold: .*nan"),
-        ({"entropy_threshold": "-1"}, r"--whiflash-entropy-threshold: .*greater than or equal to 0"),
+        ({"neural_router_threshold": "warm"}, r"--whiflash-neural-router-threshold: .*number.*'warm'"),
+        ({"neural_router_threshold": "nan"}, r"--whiflash-neural-router-threshold: .*finite"),
         ({"neural_router_threshold": "inf"}, r"--whiflash-neural-router-threshold: .*finite"),
         ({"block_size": "0"}, r"--whiflash-block-size: .*greater than or equal to 2.*'0'"),
         ({"block_size": "1"}, r"--whiflash-block-size: .*greater than or equal to 2.*'1'"),
         ({"block_size": "many"}, r"--whiflash-block-size: .*integer.*'many'"),
         ({"eagle_steps": "0"}, r"--whiflash-eagle-steps: .*greater than 0"),
-        ({"min_dwell": "-2"}, r"--whiflash-min-dwell: "),
-        ({"backlog_tokens": "8"}, r"--whiflash-backlog-tokens: .*32"),
+        ({"learn_mib": "-2"}, r"--whiflash-learn-mib: .*greater than 0"),
         ({"drafters": "e3"}, r"--whiflash-drafters: .*'df-e3'"),
     ],
 )
@@ -51,9 +49,9 @@ def test_wrong_flags_are_named(given: dict[str, str], message: str) -> None:
 
 def test_flags_as_text_are_read() -> None:
     flags = parse_flags(
-        {"router": "entropy", "entropy_threshold": "0.5", "block_size": "4", "eagle_draft": None}
+        {"router": "entropy", "neural_router_threshold": "0.5", "block_size": "4", "eagle_draft": None}
     )
-    assert (flags.router, flags.entropy_threshold, flags.block_size, flags.eagle_draft) == (
+    assert (flags.router, flags.neural_router_threshold, flags.block_size, flags.eagle_draft) == (
         "entropy",
         0.5,
         4,
@@ -134,9 +132,8 @@ def test_one_drafter_is_enough_for_what_needs_no_second(bundle: Path, missing: s
             resolve(parse_flags({"router": router}), bundle)
         with pytest.raises(ConfigError, match=f"router '{router}' {alone}"):
             changed(settings, {"router": router})
-    for flag in ("neural_router_path", "dflash_vocabulary"):
-        with pytest.raises(ConfigError, match=f"--whiflash-{flag.replace('_', '-')}.* {alone}"):
-            resolve(parse_flags({flag: "eagle3"}), bundle)
+    with pytest.raises(ConfigError, match=f"--whiflash-neural-router-path.* {alone}"):
+        resolve(parse_flags({"neural_router_path": "r"}), bundle)
     arm = {"eagle3": "ar", "dflash": "diffusion"}[missing]
     with pytest.raises(ConfigError, match=rf"router '{arm}' needs .*the drafters here are: {there}$"):
         resolve(parse_flags({"router": arm}), bundle)
@@ -194,9 +191,9 @@ def test_a_neural_policy_needs_a_router(bundle: Path) -> None:
 
 
 def test_flags_win_over_the_manifest(bundle: Path) -> None:
-    write(bundle, {**MANIFEST, "entropy": {"tau": 0.7, "min_dwell": 3}})
-    settings = resolve(parse_flags({"entropy_threshold": "0.2"}), bundle)
-    assert (settings.entropy.tau, settings.entropy.min_dwell) == (0.2, 3)
+    write(bundle, {**MANIFEST, "entropy": {"tau": 0.7, "min_dwell": 3}, "lookup": {"memory_mib": 8}})
+    settings = resolve(parse_flags({"lookup_memory_mib": "4"}), bundle)
+    assert (settings.entropy.tau, settings.entropy.min_dwell, settings.lookup.memory_mib) == (0.7, 3, 4)
     assert settings.drafters == {"ar": bundle / "e", "diffusion": bundle / "d"}
 
 
@@ -214,19 +211,17 @@ def test_a_bundles_router_and_what_flags_change(bundle: Path) -> None:
     neural = resolve(parse_flags({}), bundle).neural
     assert neural is not None
     assert (neural.path, neural.threshold, neural.min_dwell) == (str(bundle / "r"), 0.4, 1)
-    given = {"router": "neural", "neural_router_threshold": "1.5", "min_dwell": "3"}
+    given = {"router": "neural", "neural_router_threshold": "1.5"}
     neural = resolve(parse_flags(given), bundle).neural
     assert neural is not None
-    assert (neural.threshold, neural.min_dwell) == (1.5, 3)
+    assert (neural.threshold, neural.min_dwell) == (1.5, 1)
 
 
 def test_another_router_file_takes_nothing_from_the_bundles(bundle: Path) -> None:
     write(bundle, {**MANIFEST, "router": ROUTER})
-    given = {"neural_router_path": "other.safetensors", "neural_router_sign": "diffusion-minus-ar"}
-    neural = resolve(parse_flags(given), bundle).neural
+    neural = resolve(parse_flags({"neural_router_path": "other.safetensors"}), bundle).neural
     assert neural is not None
-    assert (neural.path, neural.threshold) == ("other.safetensors", 0.0)
-    assert neural.delta_sign == "diffusion-minus-ar"
+    assert (neural.path, neural.threshold, neural.delta_sign) == ("other.safetensors", 0.0, None)
 
 
 def test_changes_while_serving(bundle: Path) -> None:

@@ -17,7 +17,7 @@ def test_every_flag_is_there_with_its_choices() -> None:
     shown = {flag.field: flag for flag in flags()}
     assert set(shown) == set(Flags.model_fields)
     assert shown["router"].takes.split("|") == list(get_args(RouterName))
-    assert shown["min_dwell"].takes == "INTEGER"
+    assert shown["eagle_steps"].takes == "INTEGER"
     assert shown["eagle_draft"].takes == "PATH"
     for flag in shown.values():
         for choice in flag.takes.split("|") if "|" in flag.takes else ():
@@ -34,4 +34,4 @@ def test_help_shows_them_with_their_choices() -> None:
         assert flag_of(field) in said
     words = set(re.findall(r"[\w-]+", said))
     assert words >= set(get_args(RouterName))
-    assert "ar-minus-diffusion" in words
+    assert len(Flags.model_fields) <= 24

@@ -176,7 +176,7 @@ def test_the_controller_leaves_a_drafter_whose_drafts_are_refused(monkeypatch: p
 
 
 def test_the_first_line_names_what_is_assumed() -> None:
-    arguments = ["simulate", "--requests", "2", "--answer", "32"]
+    arguments = ["lab", "simulate", "--requests", "2", "--answer", "32"]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
     assert shown.output.startswith("SIMULATED, nothing measured")
@@ -200,7 +200,7 @@ def test_grammars_cost_the_hosts_time_only_where_a_batch_waits_for_it() -> None:
 def test_a_wrong_number_of_requests_is_refused() -> None:
     from whiflash_sglang.errors import UsageError
 
-    refused = CliRunner().invoke(app, ["simulate", "--requests", "1,many"])
+    refused = CliRunner().invoke(app, ["lab", "simulate", "--requests", "1,many"])
     assert isinstance(refused.exception, UsageError)
 
 

@@ -17,7 +17,6 @@ from whiflash_sglang.checkpoints.manifest import (
     MANIFEST,
     NAMES,
     PARTS,
-    DeltaSign,
     DraftVocabulary,
     EntropyRouter,
     Lookup,
@@ -48,7 +47,8 @@ NO_ROUTER = "--whiflash-router neural needs --whiflash-neural-router-path or a b
 class Flags(Strict):
     """The user's values on the command line or in `Engine(...)`; None if none was given.
 
-    Names and meanings of the first five are the published release's (arXiv 2606.07710).
+    Names and meanings of the first five are the published release's (arXiv 2606.07710). The rest of what can be set is
+    in a bundle's manifest, and the thresholds of a policy in `PolicyChange`, too.
     """
 
     eagle_draft: str | None = None
@@ -56,17 +56,11 @@ class Flags(Strict):
     router: RouterName | None = None
     neural_router_path: str | None = None
     neural_router_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    neural_router_sign: DeltaSign | None = None
-    entropy_threshold: Nats | None = None
-    min_dwell: Rounds | None = None
     eagle_steps: Positive = 5
     block_size: Annotated[int, Field(ge=2)] | None = None
-    dflash_vocabulary: DraftVocabulary | None = None
     lookup: Literal["on", "off"] | None = None
     lookup_memory_mib: Annotated[int, Field(ge=0)] | None = None
-    lookup_prediction_tokens: Positive | None = None
     structure: Literal["on", "off"] | None = None
-    backlog_tokens: Annotated[int, Field(ge=32)] = 64
     force_recorded: Literal["on", "off"] = "off"
     trace_sample: Annotated[float, Field(ge=0, le=1)] | None = None
     trace_dir: str | None = None
@@ -94,7 +88,6 @@ class Settings(Strict):
     eagle_steps: int
     block_size: int | None
     dflash_vocabulary: DraftVocabulary
-    backlog_tokens: int
     force_recorded: bool = False
     traces: TraceSampling = TraceSampling()
     samples: Spooling = Spooling()
@@ -152,21 +145,19 @@ def resolve(
             raise ConfigError(
                 f"the {NAMES[arm]} checkpoint {path} has no config.json: give the directory of a drafter"
             )
-    vocabulary = _vocabulary(flags, manifest, drafters)
     check_router(flags.router or "auto", drafters)
     if flags.neural_router_path:
         check_arms("--whiflash-neural-router-path", NAMES, drafters)
     return Settings(
         drafters={arm: drafters[arm] for arm in arms.PAIR if arm in drafters},
         router=flags.router or "auto",
-        entropy=_entropy(manifest.entropy if manifest else EntropyRouter(), flags),
+        entropy=manifest.entropy if manifest else EntropyRouter(),
         neural=_neural(flags, manifest, draft_path, download_dir),
         lookup=_lookup(flags, manifest),
         structure=_structure(flags, manifest),
         eagle_steps=flags.eagle_steps,
         block_size=flags.block_size,
-        dflash_vocabulary=vocabulary,
-        backlog_tokens=flags.backlog_tokens,
+        dflash_vocabulary=manifest.dflash_vocabulary if manifest else "full",
         force_recorded=flags.force_recorded == "on",
         traces=_traces(flags),
         samples=_samples(flags),
@@ -251,24 +242,13 @@ def changed(settings: Settings, change: Any) -> Settings:
         raise ConfigError(f"this server has no neural router, so its policy stays as it was: {NO_ROUTER}")
     if neural is not None:
         neural = _updated(neural, threshold=wanted.neural_router_threshold, min_dwell=wanted.min_dwell)
-    entropy = _entropy(settings.entropy, wanted)
+    entropy = _updated(settings.entropy, tau=wanted.entropy_threshold, min_dwell=wanted.min_dwell)
     return _updated(settings, router=wanted.router, entropy=entropy, neural=neural)
 
 
 def _updated(model: Model, **values: Any) -> Model:
     """`model` with those of the values that are not None."""
     return model.model_copy(update={name: value for name, value in values.items() if value is not None})
-
-
-def _entropy(base: EntropyRouter, change: Flags | PolicyChange) -> EntropyRouter:
-    return _updated(base, tau=change.entropy_threshold, min_dwell=change.min_dwell)
-
-
-def _vocabulary(flags: Flags, manifest: Manifest | None, drafters: Mapping[str, Path]) -> DraftVocabulary:
-    vocabulary = flags.dflash_vocabulary or (manifest.dflash_vocabulary if manifest else "full")
-    if vocabulary == "eagle3":
-        check_arms("--whiflash-dflash-vocabulary eagle3", NAMES, drafters)
-    return vocabulary
 
 
 def _template(manifest: Manifest | None, bundle: Path | None) -> Path | None:
@@ -290,12 +270,7 @@ def _neural(
     else:
         # Another file: the bundle's threshold and sign were made for its own.
         base = NeuralRouter(path=flags.neural_router_path)
-    return _updated(
-        base,
-        threshold=flags.neural_router_threshold,
-        delta_sign=flags.neural_router_sign,
-        min_dwell=flags.min_dwell,
-    )
+    return _updated(base, threshold=flags.neural_router_threshold)
 
 
 def _lookup(flags: Flags, manifest: Manifest | None) -> Lookup:
@@ -303,7 +278,6 @@ def _lookup(flags: Flags, manifest: Manifest | None) -> Lookup:
         lookup_of(manifest),
         enabled=None if flags.lookup is None else flags.lookup == "on",
         memory_mib=flags.lookup_memory_mib,
-        prediction_tokens=flags.lookup_prediction_tokens,
     )
 
 

@@ -14,20 +14,12 @@ MEANING = {
     "random is for tests.",
     "neural_router_path": "Neural router: hub id, directory or .safetensors file.",
     "neural_router_threshold": "Threshold on the neural router's output (tokens of acceptance length).",
-    "neural_router_sign": "Sign of the router file's prediction, if the file does not name it.",
-    "entropy_threshold": "Entropy router: leave the diffusion drafter above this many nats.",
-    "min_dwell": "Least rounds before a request switches drafters.",
     "eagle_steps": "Longest EAGLE-3 chain.",
     "block_size": "Longest DFlash block, bonus token included; at most the checkpoint's.",
-    "dflash_vocabulary": "Vocabulary of DFlash: full, or EAGLE-3's reduced one (cheaper for small targets). "
-    "Default: the bundle's, else full.",
     "lookup": "The copying arm. Default: the bundle's, else on.",
     "lookup_memory_mib": "MiB of recent outputs that later requests of the same tenant may copy. "
     "Default: the bundle's, else 0.",
-    "lookup_prediction_tokens": "Most tokens of a prediction; the rest is cut. "
-    "Default: the bundle's, else 16384.",
     "structure": "The arm of forced text. Default: the bundle's, else on.",
-    "backlog_tokens": "Tokens of features kept for a request's idle drafters before a flush.",
     "force_recorded": "For benchmarks only: requests may force their answer's tokens, which then are not the target's.",
     "trace_sample": "Share of requests, from 0 to 1, whose traces are written to --whiflash-trace-dir. Default: 0.",
     "trace_dir": "Directory for sampled traces, as JSON lines (see whiflash trace).",

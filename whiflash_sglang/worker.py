@@ -16,6 +16,7 @@ from whiflash_sglang.assemble import (
     reserve,
     spool_of,
 )
+from whiflash_sglang.cache import backlog
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.compat.carried import replace_settings, settings_of
 from whiflash_sglang.compat.forward import graphs
@@ -90,7 +91,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.controller = build_controller(self.settings, self.target, self.drafters, heads=self._has_heads)
         self.sync = DraftSync(
             self.drafters,
-            self.settings.backlog_tokens,
+            max(backlog.TOKENS, widest_of(self.drafters) + 2),  # more than a round commits
             len(captured) * self.target.shape.hidden_size,
             self.target.dtype,
             self.quarantine,

@@ -38,7 +38,7 @@ MOST_WARNINGS: Final = 256
 _SHOWN: Final = 128
 """Characters of a request's model in a warning."""
 PREDICTION_TOKENS: Final = 16384
-"""Limit of a server that does not set `--whiflash-lookup-prediction-tokens`."""
+"""Limit of a server whose bundle does not set `prediction_tokens` of `lookup`."""
 
 ROUTES: Final = ("chat/completions", "completions", "responses", "messages")
 """Routes of a server of this release whose target's conversations can be converted."""

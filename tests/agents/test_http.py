@@ -429,7 +429,7 @@ def test_a_step_with_a_long_prediction_works_and_its_trace_says_what_was_read(
         ]
         for answer in answers:
             assert not stream or list(answer)
-    note = "the prediction was cut to its first 16384 tokens (--whiflash-lookup-prediction-tokens)"
+    note = "the prediction was cut to its first 16384 tokens (lookup.prediction_tokens of the bundle)"
     for answer in (*answers, None):
         trace = routing(answer) if answer is not None else collected.traces[-1]
         assert trace is not None

@@ -34,10 +34,15 @@ WRONG: list[tuple[Any, ...]] = [
     (("bench", "--quik"), "--quik"),
     (("bnech",), "'bnech'"),
     (("trace",), "'file'"),
-    (("evaluate", "--bundle", "b"), "--prompts"),
+    (("lab", "evaluate", "--bundle", "b"), "--prompts"),
     (("bench", "--repetitions", "many"), "--repetitions"),
-    (("train", "export", "--config", "tiny"), "'out'"),
-    (("train", "dta"), "'dta'"),
+    (("lab", "export", "--config", "tiny"), "'out'"),
+    (("train", "--config", "tiny", "--step", "dta"), "'dta'", "data"),
+    (("train", "--config", "tiny"), "--out"),
+    (("train", "--config", "tiny", "--step", "router", "--shard", "0/2"), "--shard 0/2"),
+    (("train", "--config", "tiny", "--out", "b", "--start-from", "c"), "--start-from c"),
+    (("drafter", "rollback"), "'rollback'"),
+    (("drafter", "3", "--directory", "d"), "--directory"),
     (("policy", "nonee"), "'nonee'", "none"),
     (("demo", "--router", "atuo"), "'atuo'", "auto"),
     (("bench", "--arms", "none,autoo"), "'autoo'", "auto"),
@@ -53,8 +58,8 @@ WRONG: list[tuple[Any, ...]] = [
     (("bench", "--resume"), "--resume"),
     (("bench", "--top-p", "0.9"), "--top-p 0.9"),
     (("bench", "--recorded", "log.jsonl", "--tools", "sample"), "--tools"),
-    (("evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"), "'float3'"),
-    (("train", "data", "--config", "tiny", "--shard", "2/2"), "--shard"),
+    (("lab", "evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"), "'float3'"),
+    (("train", "--step", "data", "--config", "tiny", "--shard", "2/2"), "--shard"),
     (("serve", "--whiflash-router", "atuo"), "'atuo'", "auto"),
     (("serve", "--whiflash-router=atuo"), "'atuo'"),
     (("serve", "--whiflash-routr", "auto"), "'--whiflash-routr'", "--whiflash-router"),
@@ -63,12 +68,14 @@ WRONG: list[tuple[Any, ...]] = [
 ]
 """A command line, what its one line names, and what was meant where that is named, too."""
 FAILING = [
-    (("train", "data", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
-    (("train", "export", "out.npz", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
-    (("calibrate", "--bundle", "/nowhere/b", "--config", "tiny"), "/nowhere/b"),
+    (("train", "--step", "data", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
+    (("train", "--out", "b", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
+    (("drafter", "--directory", "/nowhere"), "/nowhere: no such directory"),
+    (("lab", "export", "out.npz", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
+    (("lab", "calibrate", "--bundle", "/nowhere/b", "--config", "tiny"), "/nowhere/b"),
     (("trace", "/nowhere/answers.json"), "/nowhere/answers.json"),
     (("policy", "none", "--url", "http://127.0.0.1:1"), "http://127.0.0.1:1"),
-    (("lookup-seed", "/nowhere/tokens.npz"), "/nowhere/tokens.npz"),
+    (("lab", "lookup-seed", "/nowhere/tokens.npz"), "/nowhere/tokens.npz"),
     (("serve", "/nowhere/target"), "/nowhere/target: no such directory"),
     (("serve", "--model-path=/nowhere/target"), "/nowhere/target: no such directory"),
 ]
@@ -170,6 +177,11 @@ def test_without_a_command_it_shows_what_there_is_and_ends_with_2() -> None:
     done = whiflash()
     assert done.returncode == 2
     assert "bench" in done.stdout + done.stderr
+    assert "error" not in done.stderr
+    for group in ("bundle", "lab"):
+        done = whiflash(group)
+        assert (done.returncode, done.stderr) == (2, ""), group
+        assert "Commands" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -210,7 +222,7 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
 
 
 LIGHT = f"""
-import contextlib, io, json, sys
+import contextlib, io, json, shlex, sys
 from typer.main import get_command
 from whiflash_sglang.cli import app, main
 
@@ -228,24 +240,41 @@ def run(*line):
         return left.code, shown.getvalue()
 
 found = list(commands(get_command(app)))
+
+def parsed(line):
+    words = shlex.split(line)[1:]
+    command = get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    command.make_context(line, words)
 helps = {{" ".join(path): [run(*path, asked) for asked in ("--help", "-h")] for path, _ in found}}
 flags = {{" ".join(path): [(o.is_flag, o.help) for o in c.params if "--json" in o.opts] for path, c in found}}
 loaded = [name for name in {HEAVY!r} if name in sys.modules]
+examples = [
+    line.strip() for _, c in found for line in (c.help or "").splitlines() if line.strip().startswith("whiflash ")
+]
+for line in examples:
+    parsed(line)
 wrong = [run(*line)[0] for line in json.load(sys.stdin)]
 loaded += [name for name in {HEAVY[:3]!r} if name in sys.modules]
 print(json.dumps([helps, flags, wrong, loaded]))
 """
-"""Help of every command, then values that no option takes, in one process."""
+"""Help of every command, a look at every example, then values that no option takes, in one process."""
 
 
-def test_help_and_wrong_values_import_nothing_heavy() -> None:
+MOST_COMMANDS = 14
+"""Without those of `whiflash lab`."""
+
+
+def test_help_and_wrong_values_import_nothing_heavy(tmp_path: Path) -> None:
+    (tmp_path / "serve.sh").touch()
     lines = [
         ("policy", "nonee"),
         ("demo", "--router", "atuo"),
         ("bench", "--arms", "autoo"),
         ("bench", "--recorded", "log.jsonl", "--arms", "atuo"),
         ("bench", "--concurrency", "0"),
-        ("evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"),
+        ("lab", "evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"),
         ("serve", "--whiflash-router", "atuo"),
     ]
     done = subprocess.run(
@@ -255,10 +284,15 @@ def test_help_and_wrong_values_import_nothing_heavy() -> None:
         text=True,
         check=True,
         env={**os.environ, "COLUMNS": "200", "TERM": "dumb"},
+        cwd=tmp_path,
     )
     helps, flags, wrong, loaded = json.loads(done.stdout)
     assert (wrong, loaded) == ([2] * len(lines), [])
-    assert len(helps) > 15
+    groups = {"", "lab", "bundle"}
+    assert (
+        len([name for name in helps if name not in groups and not name.startswith("lab ")]) <= MOST_COMMANDS
+    )
+    assert all(f"─ {name} ─" in helps[""][0][1] for name in ("Serve", "Look", "Decide", "Train"))
     assert {code for shown in helps.values() for code, _ in shown} == {0}
     for command, ((_, shown), _) in helps.items():
         # A reader copies an example into a shell, where a bar would be a pipe.

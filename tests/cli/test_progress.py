@@ -20,7 +20,7 @@ def test_a_long_command_says_what_it_does_and_how_far_it_is(tmp_path: Path) -> N
     tokens = np.tile(np.arange(20, dtype=np.uint16), 10)
     columns = {"ids": ["a", "b"], "lengths": [100, 100], "prompt_lengths": [40, 40]}
     np.savez(tmp_path / "tokens.npz", tokens=tokens, **columns)
-    command = [WHIFLASH, "lookup-seed", str(tmp_path / "tokens.npz"), "--json"]
+    command = [WHIFLASH, "lab", "lookup-seed", str(tmp_path / "tokens.npz"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert len(json.loads(done.stdout)) == 8
     begins, ends = done.stderr.splitlines()

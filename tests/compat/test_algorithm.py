@@ -8,10 +8,9 @@ import torch
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
 from whiflash_sglang.compat import algorithm, carried
 from whiflash_sglang.compat.forward import triton_backend
-from whiflash_sglang.errors import ConfigError
 
 
-def widths_of(monkeypatch: pytest.MonkeyPatch, *, backlog_tokens: int, copies: int, forced: int = 4) -> int:
+def widths_of(monkeypatch: pytest.MonkeyPatch, *, copies: int, forced: int = 4) -> int:
     """Draft tokens that the KV reservation is computed from, with blocks of 8 and chains of 5."""
     settings = SimpleNamespace(
         drafters={"ar": "e", "diffusion": "d"},
@@ -20,7 +19,6 @@ def widths_of(monkeypatch: pytest.MonkeyPatch, *, backlog_tokens: int, copies: i
         lookup=Lookup(max_width=copies),
         structure=Structure(max_width=forced),
     )
-    settings.backlog_tokens = backlog_tokens
     monkeypatch.setattr(algorithm, "settings_of", lambda _: settings)
     monkeypatch.setattr(algorithm, "block_size_of", lambda *_: 8)
     monkeypatch.setattr(algorithm, "resolving_view", lambda args: args)
@@ -30,15 +28,9 @@ def widths_of(monkeypatch: pytest.MonkeyPatch, *, backlog_tokens: int, copies: i
 
 
 def test_the_widest_arm_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert widths_of(monkeypatch, backlog_tokens=64, copies=24) == 25
-    assert widths_of(monkeypatch, backlog_tokens=64, copies=2) == 8
-    assert widths_of(monkeypatch, backlog_tokens=64, copies=2, forced=30) == 31
-
-
-def test_a_ring_that_one_round_could_overflow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert widths_of(monkeypatch, backlog_tokens=34, copies=32) == 33
-    with pytest.raises(ConfigError, match=r"--whiflash-backlog-tokens 33 .* at least 34"):
-        widths_of(monkeypatch, backlog_tokens=33, copies=32)
+    assert widths_of(monkeypatch, copies=24) == 25
+    assert widths_of(monkeypatch, copies=2) == 8
+    assert widths_of(monkeypatch, copies=2, forced=30) == 31
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -85,8 +85,8 @@ def test_rows_that_were_copied_of_a_second_matrix_follow(models: Models, tmp_pat
     go_on_from(models.dflash, target, settings).save(tmp_path / "dspark", torch.float32)
     pair = replace(models, dflash=tmp_path / "dspark")
     version(pair, tmp_path / "versions", tmp_path / "made", trained(0.5, 1))
-    flags = pair.whiflash("diffusion", whiflash_versions=str(tmp_path / "versions"))
-    flags["whiflash_dflash_vocabulary"] = "eagle3"
+    keys = {"dflash_vocabulary": "eagle3"}
+    flags = pair.whiflash("diffusion", keys, whiflash_versions=str(tmp_path / "versions"))
     with engine(models.target, whiflash=flags) as e:
         arm = e.worker.kv_arms["diffusion"]
         weight, matrix = arm._head.weight, arm._head.matrix

@@ -94,11 +94,11 @@ def test_the_servers_own_requests_are_no_samples(server: Server) -> None:
 
 def test_commands_switch_a_server_and_back(server: Server, learning: Path) -> None:
     use(server, {"version": 0})
-    for words, now, before in ((["use", "1"], 1, 0), (["use", "2"], 2, 1), (["rollback"], 1, 2)):
-        ran = command(*words, "--url", server.url, "--json")
+    for word, now, before in (("1", 1, 0), ("2", 2, 1), ("before", 1, 2)):
+        ran = command(word, "--url", server.url, "--json")
         assert (ran.exit_code, json.loads(ran.stdout)) == (0, {server.url: now})
         assert (drafters(server)["version"], drafters(server)["before"]) == (now, before)
-        listed = command("list", str(versions_of(learning)))
+        listed = command("--directory", str(versions_of(learning)))
         assert [line for line in listed.stdout.splitlines() if line.startswith("*")] == [f"* {now}"]
 
 

@@ -199,11 +199,11 @@ def test_flags(tmp_path: Path) -> None:
 
 def test_the_command_line_adds_and_lists(models: Models, directory: Path, tmp_path: Path) -> None:
     bundle = bundle_of(models, tmp_path / "more", dflash=models.dflash)
-    run = CliRunner().invoke(app, ["drafter", "add", str(bundle), str(directory)])
+    run = CliRunner().invoke(app, ["lab", "add-version", str(bundle), str(directory)])
     assert run.stdout.strip() == "version: 3"
     record(directory, Served(2, 1))
-    run = CliRunner().invoke(app, ["drafter", "list", str(directory), "--json"])
+    run = CliRunner().invoke(app, ["drafter", "--directory", str(directory), "--json"])
     found = json.loads(run.stdout)
     assert (found["served"], found["before"], list(found["versions"])) == (2, 1, ["1", "2", "3"])
-    run = CliRunner().invoke(app, ["drafter", "list", str(directory)])
+    run = CliRunner().invoke(app, ["drafter", "--directory", str(directory)])
     assert run.stdout.splitlines() == ["  0", "  1", "* 2", "  3"]

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from engine import Engine, engine
 from model_set import Models
 from whiflash_kernels import Drafts
 
+from whiflash_sglang.cache import backlog
 from whiflash_sglang.candidates import Candidate
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 
@@ -24,8 +26,8 @@ PROMPT = random.Random(5).choices(range(256), k=24)
 
 @pytest.fixture(scope="module")
 def running(models: Models) -> Iterator[Engine]:
-    flags = models.whiflash("lookup", whiflash_lookup_memory_mib=1, whiflash_backlog_tokens=256)
-    with engine(models.target, whiflash=flags, page_size=1) as started:
+    flags = models.whiflash("lookup", whiflash_lookup_memory_mib=1)
+    with patch.object(backlog, "TOKENS", 256), engine(models.target, whiflash=flags, page_size=1) as started:
         yield started
 
 

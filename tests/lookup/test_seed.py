@@ -86,7 +86,7 @@ def test_the_command_measures_and_keeps_what_the_bundle_says(tmp_path: Path) -> 
     bundle.mkdir()
     manifest = {"schema_version": 1, "name": "b", "target": "t", "eagle3": "e", "dflash": "d"}
     (bundle / "whiflash.json").write_text(json.dumps({**manifest, "lookup": {"max_width": 8}}))
-    run = CliRunner().invoke(app, ["lookup-seed", str(tokens), "--bundle", str(bundle), "--json"])
+    run = CliRunner().invoke(app, ["lab", "lookup-seed", str(tokens), "--bundle", str(bundle), "--json"])
     assert run.exit_code == 0, run.output
     lookup = json.loads((bundle / "whiflash.json").read_text())["lookup"]
     wanted = [list(row) for row in measure_seed(answers, 8)]
@@ -97,6 +97,6 @@ def test_the_command_measures_and_keeps_what_the_bundle_says(tmp_path: Path) -> 
 def test_a_file_that_is_no_export_is_named(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.npz"
     wrong.write_text("no archive")
-    run = CliRunner().invoke(app, ["lookup-seed", str(wrong)])
+    run = CliRunner().invoke(app, ["lab", "lookup-seed", str(wrong)])
     assert run.exit_code == 1
     assert "wrong.npz holds no answers' token ids" in str(run.exception)

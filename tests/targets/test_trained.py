@@ -19,7 +19,7 @@ from tiny_models import save_tokenizer, tiny_target
 from typer.testing import CliRunner
 
 from whiflash_sglang import train
-from whiflash_sglang.cli.train import train_app
+from whiflash_sglang.cli import app
 from whiflash_sglang.train.answers.store import FeatureStore, open_stores
 from whiflash_sglang.train.config import TrainConfig, load_config
 from whiflash_sglang.train.drafters.runner import train_dflash, train_dspark, train_eagle3
@@ -44,7 +44,7 @@ def settings(root: Path) -> dict[str, Any]:
 
 COMMANDS = """
 import json, signal, sys
-from whiflash_sglang.cli.train import train_app
+from whiflash_sglang.cli import app
 from whiflash_sglang.compat.training import offline
 
 if __name__ == "__main__":
@@ -56,12 +56,12 @@ if __name__ == "__main__":
     ) or started[0]
     close, start.close = start.close, lambda engine: None
     for command in json.loads(sys.argv[1]):
-        train_app(command, standalone_mode=False)
+        app(["train", "--step", *command], standalone_mode=False)
     assert signal.getsignal(signal.SIGTERM) is not TAKEN, "SGLang takes it once requests have run"
     close(started[0])
     assert signal.getsignal(signal.SIGTERM) is TAKEN
 """
-"""Commands of `whiflash train` in one process, with one engine: each start takes SGLang a minute."""
+"""Steps of `whiflash train` in one process, with one engine: each start takes SGLang a minute."""
 
 
 def whiflash_train(directory: Path, *commands: list[str]) -> list[dict[str, Any]]:
@@ -175,7 +175,7 @@ def refused(root: Path, *, command: str = "data", **changes: Any) -> str:
     """What a command says of a configuration with these changes, before anything is started."""
     file = root / "changed.yaml"
     file.write_text(yaml.safe_dump(settings(root) | changes))
-    result = CliRunner().invoke(train_app, [command, "--config", str(file)])
+    result = CliRunner().invoke(app, ["train", "--step", command, "--config", str(file)])
     assert result.exit_code == 1, result.output
     return str(result.exception)
 
@@ -187,7 +187,7 @@ def test_what_cannot_be_is_named(root: Path, model: HuggingFace, tmp_path: Path)
     assert "data.engine.speculative_algorithm" in refused(root, data=data | engine_of)
     assert "data.engine.pp_size" in refused(root, data=data | {"engine": {"pp_size": 2}})
     missing = refused(root, command="eagle3", work=str(tmp_path / "empty"))
-    assert "run `whiflash train data` first" in missing
+    assert "run `whiflash train --step data` first" in missing
     dense = tiny_target(tmp_path / "dense")
     assert "leave draft_layers out" in refused(root, command="eagle3", target=str(dense))
     no_layers = settings(root)["dflash"] | {"num_layers": None}

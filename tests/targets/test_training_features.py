@@ -209,7 +209,7 @@ def test_answers_and_features_are_the_targets(tmp_path: Path) -> None:
 def test_another_targets_vocabulary_is_refused(tmp_path: Path) -> None:
     small, large = (tiny_target(tmp_path / str(size), vocab_size=size) for size in (320, 384))
     origin = tmp_path / "origin"
-    with pytest.raises(CheckpointError, match="is missing: run `whiflash train data`"):
+    with pytest.raises(CheckpointError, match="is missing: run `whiflash train --step data`"):
         ServedOrigin.read(small, "small", origin, {}, torch.ones(64), torch.float32)
     origin.mkdir()
     (origin / ORIGIN).write_text('{"target": "small", "ranks": 2, "embedding_scale": 1.0}')

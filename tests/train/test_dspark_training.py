@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from whiflash_sglang import train
 from whiflash_sglang.checkpoints.fit import block_size_of
-from whiflash_sglang.cli.train import train_app
+from whiflash_sglang.cli import app
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.evaluation import EvaluationSettings, Hardware, evaluate_bundle
 from whiflash_sglang.models.dflash import DFlashDrafter
@@ -232,7 +232,7 @@ def trained(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     file = root / "tiny.yaml"
     file.write_text(yaml.safe_dump(tiny))
     for command in ("data", "dspark"):
-        result = CliRunner().invoke(train_app, [command, "--config", str(file), "--json"])
+        result = CliRunner().invoke(app, ["train", "--step", command, "--config", str(file), "--json"])
         assert result.exit_code == 0, result.output
     return Trained(load_config(file), path, Path(json.loads(result.stdout)["checkpoint"]))
 

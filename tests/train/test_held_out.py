@@ -7,7 +7,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from whiflash_sglang.cli.train import train_app
+from whiflash_sglang.cli import app
 from whiflash_sglang.train.answers.prompts import UNNAMED, split
 
 
@@ -82,8 +82,8 @@ def test_the_command_writes_what_is_kept_and_says_what_is_not(tmp_path: Path) ->
     rows = [turns("A.", "mia_li_3668"), turns("B.\u2028", "ivan_muller_7015")]
     train.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     held_out.write_text(json.dumps(turns("C.", "mia_li_3668")) + "\n")
-    command = ["split", str(train), str(held_out), str(out), "--json"]
-    result = CliRunner().invoke(train_app, command)
+    command = ["lab", "split", str(train), str(held_out), str(out), "--json"]
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {
         "training prompts": 2,
@@ -94,5 +94,5 @@ def test_the_command_writes_what_is_kept_and_says_what_is_not(tmp_path: Path) ->
     }
     [left] = [json.loads(line) for line in out.read_text(encoding="utf-8").strip().split("\n")]
     assert {key: left[key] for key in rows[1]} == rows[1]
-    again = CliRunner().invoke(train_app, ["split", str(out), str(held_out), str(out), "--json"])
+    again = CliRunner().invoke(app, ["lab", "split", str(out), str(held_out), str(out), "--json"])
     assert json.loads(again.stdout)["dropped"] == 0

@@ -58,7 +58,7 @@ def test_foreign_names_are_read_by_shape_and_need_a_sign(tmp_path: Path) -> None
     expected = torch.nn.functional.gelu(states @ first.T + bias) @ second[0]
     torch.testing.assert_close(load(tmp_path, AR_MINUS_DIFFUSION)(states), expected)
     torch.testing.assert_close(load(tmp_path, DIFFUSION_MINUS_AR)(states), -expected)
-    with pytest.raises(CheckpointError, match="--whiflash-neural-router-sign"):
+    with pytest.raises(CheckpointError, match="bundle create --router-sign"):
         load(tmp_path)
 
 

@@ -16,7 +16,7 @@ from tiny_models import tiny_target
 from typer.testing import CliRunner
 
 from whiflash_sglang import train
-from whiflash_sglang.cli.train import train_app
+from whiflash_sglang.cli import app
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.evaluation import (
     EvaluationSettings,
@@ -63,7 +63,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(root: Path) -> TrainConfig:
-    result = CliRunner().invoke(train_app, ["data", "--config", str(root / "tiny.yaml"), "--json"])
+    result = CliRunner().invoke(
+        app, ["train", "--step", "data", "--config", str(root / "tiny.yaml"), "--json"]
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["sequences"] == 24
     return load_config(root / "tiny.yaml")
@@ -304,7 +306,7 @@ def _no_prompts(config: TrainConfig, work: Path) -> object:
         (lambda c, _: generate_data(c.model_copy(update={"capture": [0, 5]})), "can be captured are 0 to 4"),
         (
             lambda c, work: train_eagle3(c.model_copy(update={"work": work}), Path(c.target)),
-            "run `whiflash train data` first",
+            "run `whiflash train --step data` first",
         ),
         (_no_prompts, r"empty\.jsonl holds no prompts"),
     ],
@@ -324,13 +326,14 @@ def test_the_disk_bound_stops_the_run_and_keeps_the_data(config: TrainConfig, tm
 
 def test_recomputed_features_equal_the_kept_ones(root: Path, config: TrainConfig, tmp_path: Path) -> None:
     arguments = ["--config", str(root / "tiny.yaml"), "--json"]
-    exported = CliRunner().invoke(train_app, ["export", str(tmp_path / "tokens.npz"), *arguments])
+    exported = CliRunner().invoke(app, ["lab", "export", str(tmp_path / "tokens.npz"), *arguments])
     assert exported.exit_code == 0, exported.output
     elsewhere = settings(root) | {"work": str(tmp_path / "work")}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(elsewhere))
-    command = ["features", str(tmp_path / "tokens.npz"), "--config", str(tmp_path / "other.yaml"), "--json"]
+    command = ["lab", "features", str(tmp_path / "tokens.npz")]
+    command += ["--config", str(tmp_path / "other.yaml"), "--json"]
     for recomputed in (24, 0):
-        result = CliRunner().invoke(train_app, command)
+        result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout)["recomputed"] == recomputed
     kept, again = (
@@ -358,15 +361,15 @@ def test_an_unfinished_checkpoint_is_passed_over(
             raise OSError(errno.ENOSPC, "No space left on device")
         original(self, output_dir)
 
-    command = ["eagle3", "--config", str(tmp_path / "full.yaml"), "--json"]
+    command = ["train", "--step", "eagle3", "--config", str(tmp_path / "full.yaml"), "--json"]
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save_rng_state", full)
-        result = CliRunner().invoke(train_app, command)
+        result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     assert "No space left on device" in str(result.exception)
     left = sorted(path.name for path in (tmp_path / "eagle3/trainer").glob("checkpoint-*"))
     assert left == ["checkpoint-4", "checkpoint-8"]
-    result = CliRunner().invoke(train_app, command)
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     whole = weights(train_eagle3(config, root / "target"))
     found = weights(Path(json.loads(result.stdout)["checkpoint"]))
@@ -404,7 +407,7 @@ def test_prompts_longer_than_the_context_say_so(root: Path, config: TrainConfig,
     (tmp_path / "long.yaml").write_text(
         yaml.safe_dump(settings(root) | {"work": str(tmp_path / "work"), "data": data})
     )
-    result = CliRunner().invoke(train_app, ["data", "--config", str(tmp_path / "long.yaml")])
+    result = CliRunner().invoke(app, ["train", "--step", "data", "--config", str(tmp_path / "long.yaml")])
     assert result.exit_code == 1
     assert "and 24 tokens exceed the context" in result.output
     assert "none of 1 prompts gave an answer" in str(result.exception)

@@ -47,17 +47,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_from_prompts_to_figures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
     config = ("--config", "tiny", "--json")
-    assert answer_of(run("train", "data", *config))["sequences"] == 24
+    assert answer_of(run("train", "--step", "data", *config))["sequences"] == 24
     for drafter in ("eagle3", "dflash"):
-        assert Path(answer_of(run("train", drafter, *config))["checkpoint"]).is_dir()
-    report = answer_of(run("train", "router", *config))
+        assert Path(answer_of(run("train", "--step", drafter, *config))["checkpoint"]).is_dir()
+    report = answer_of(run("train", "--step", "router", *config))
     assert report["answers"]["learn"] + report["answers"]["held_out"] == 24
     assert {"r_squared", "sign_accuracy", "entropy_sign_accuracy", "calibration"} <= report.keys()
-    run("train", "bundle", "bundle", *config)
+    run("train", "--step", "bundle", "--out", "bundle", *config)
     check_router(root / "bundle" / "router")
 
     given = ("--round-ms", "eagle3=30,dflash=28", "--per-category", "32")
-    run("calibrate", "--bundle", "bundle", "--config", "tiny", *given, "--out", "c.json")
+    run("lab", "calibrate", "--bundle", "bundle", "--config", "tiny", *given, "--out", "c.json")
     manifest, curves = load_manifest(Path("bundle")), json.loads(Path("c.json").read_text())
     assert manifest.router is not None
     assert manifest.router.threshold == pytest.approx(curves["routers"]["neural"]["threshold"], abs=1e-4)
@@ -76,7 +76,7 @@ def test_from_prompts_to_figures(root: Path, monkeypatch: pytest.MonkeyPatch) ->
         "--work",
         "kept",
     )
-    run("evaluate", "--bundle", "bundle", *held_out, "--out", "e.json")
+    run("lab", "evaluate", "--bundle", "bundle", *held_out, "--out", "e.json")
     figures = json.loads(Path("e.json").read_text())
     lengths = figures["overall"]["acceptance_length"]
     arms, routers = (
@@ -90,7 +90,7 @@ def test_from_prompts_to_figures(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert set(figures["categories"]) <= {"chat", "code", "tool_call"}
 
     # A router trained into an existing bundle.
-    assert answer_of(run("train", "router", *config, "--bundle", "bundle"))["router"]
+    assert answer_of(run("train", "--step", "router", *config, "--out", "bundle"))["router"]
     router = load_manifest(Path("bundle")).router
     assert router is not None
     assert router.threshold == 0.0
@@ -119,7 +119,7 @@ def test_calibrate_says_what_it_needs(
     monkeypatch.chdir(root)
     before = (root / "given/whiflash.json").read_text()
     result = CliRunner().invoke(
-        app, ["calibrate", "--bundle", "given", "--config", "tiny", "--round-ms", round_ms]
+        app, ["lab", "calibrate", "--bundle", "given", "--config", "tiny", "--round-ms", round_ms]
     )
     assert result.exit_code == 1
     assert message in str(result.exception)

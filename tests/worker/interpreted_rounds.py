@@ -79,7 +79,7 @@ def speculate(models: Models, **options: Any) -> Rounds:
     verified: list[tuple[list[int], list[int]]] = []
     with engine(
         models.target,
-        whiflash=models.whiflash("entropy", whiflash_entropy_threshold=2.0),
+        whiflash=models.whiflash("entropy", {"entropy": {"tau": 2.0}}),
         **options,
     ) as e:
         turns, target, controller = count(), e.worker.target, e.worker.controller

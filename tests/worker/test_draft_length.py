@@ -1,6 +1,7 @@
 """Proposals of the arms: no longer than pays, as long as they may, from the vocabulary that was asked for."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,12 @@ def test_an_arm_that_is_always_right_has_the_longest_rounds(models: Models) -> N
 def test_a_block_from_the_reduced_vocabulary(models: Models, tmp_path: Path) -> None:
     """With the EAGLE-3 checkpoint's vocabulary DFlash proposes its best token among those ids only."""
     small = tiny_eagle3(tmp_path / "eagle3", models.target, draft_vocab_size=6)
-    flags = {**models.whiflash("diffusion"), "whiflash_eagle_draft": str(small)}
+    models = replace(models, eagle3=small)
     texts, seen = [], []
     for vocabulary in ("full", "eagle3"):
-        with engine(models.target, whiflash={**flags, "whiflash_dflash_vocabulary": vocabulary}) as e:
+        with engine(
+            models.target, whiflash=models.whiflash("diffusion", {"dflash_vocabulary": vocabulary})
+        ) as e:
             seen = []
             spy(e, "diffusion", seen)
             texts.append(e.generate(PROMPTS, max_new_tokens=40))

@@ -29,7 +29,7 @@ def test_losslessness_matrix(models: Models, policy: str, case: str) -> None:
             for a in arrivals:
                 oracle.learn(a.prompt, expected[a.rid])
             router, _, with_oracle = policy.partition("+")
-            flags = models.whiflash(router, whiflash_entropy_threshold=2.0, whiflash_min_dwell=1)
+            flags = models.whiflash(router, {"entropy": {"tau": 2.0, "min_dwell": 1}})
             with engine(
                 models.target, whiflash=flags, arms=[oracle] if with_oracle else [], **CASES[case]
             ) as e:

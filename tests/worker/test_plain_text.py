@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 from trees import assert_tree_is_true
 
 from whiflash_sglang import worker
+from whiflash_sglang.cache import backlog
 from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
@@ -39,7 +40,7 @@ EVERYTHING = {
     "enable_return_hidden_states": True,
     "chunked_prefill_size": 32,
 }
-FLAGS = {"whiflash_entropy_threshold": 2.0, "whiflash_min_dwell": 1}
+ENTROPY = {"entropy": {"tau": 2.0, "min_dwell": 1}}
 """Nats; near the tiny target's median, so that the entropy policy switches."""
 
 
@@ -47,7 +48,7 @@ FLAGS = {"whiflash_entropy_threshold": 2.0, "whiflash_min_dwell": 1}
 class Setting:
     """Settings of an engine. plain: arguments that change plain decoding's text, too. mode: `host`, `resident` (the
     host reads nothing from the device) or `overlap` (the same in SGLang's overlap loop). host_lengths: as of
-    `overlapped`. layers: those of EAGLE-3.
+    `overlapped`. layers: those of EAGLE-3. ring: tokens of one.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Setting:
     mode: str = "host"
     host_lengths: bool = False
     layers: int = 1
+    ring: int = 64
 
 
 SEEDS = {"enable_deterministic_inference": True, "max_running_requests": 16, "chunked_prefill_size": None}
@@ -63,7 +65,7 @@ THINKING = {"reasoning_parser": "deepseek-r1", "enable_strict_thinking": True}
 SETTINGS = {
     **{name: Setting(arguments) for name, arguments in CASES.items()},
     "two requests": Setting({"max_running_requests": 2}),
-    "small rings": Setting(flags={"whiflash_backlog_tokens": 32}),
+    "small rings": Setting(ring=32),
     "as for agents": Setting(
         {
             "page_size": 64,
@@ -314,7 +316,8 @@ def serving(
         # `auto` goes by prices: a clock that advances by a millisecond with every reading makes them the same anywhere.
         patch.setattr(time, "perf_counter", lambda: next(ticks) / 1000)
         patch.setattr(worker, "step_result", counted)
-        flags = models.whiflash("none", **FLAGS, **setting.flags)
+        patch.setattr(backlog, "TOKENS", setting.ring)
+        flags = models.whiflash("none", ENTROPY, **setting.flags)
         with surroundings(request.param), start(models.target, whiflash=flags, **options) as e:
             yield Serving(e, oracle, models, setting.mode, happened, learned)
 

@@ -158,7 +158,7 @@ def test_the_backlog_is_what_idle_drafters_have_missed(
 
         e.submit("alone", PROMPTS[0], max_new_tokens=30)
         e.run(step)
-        capacity = e.worker.settings.backlog_tokens
+        capacity = e.worker.sync.watermarks.capacity
     assert 20 < most["diffusion",] <= capacity
     assert most["ar",] < 10
 

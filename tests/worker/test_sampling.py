@@ -90,10 +90,16 @@ def judge(models: Models, found: Mapping[str, Sequence[Sequence[int]]]) -> list[
     return results
 
 
-def sampling_engine(models: Models, router: str, oracle: OracleArm | None = None, **arguments: Any) -> Any:
+def sampling_engine(
+    models: Models,
+    router: str,
+    oracle: OracleArm | None = None,
+    keys: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> Any:
     return engine(
         models.target,
-        whiflash=models.whiflash(router),
+        whiflash=models.whiflash(router, keys),
         arms=[] if oracle is None else [oracle],
         max_running_requests=24,
         max_total_tokens=8192,

@@ -125,7 +125,7 @@ class Lookup(Strict):
     """The copying arm.
 
     enabled: whether the arm is loaded. max_width: most drafts. min_match: shortest match to copy from, in tokens.
-    seed: initial chances that a copied token is right, from `whiflash lookup-seed` (default: the embedded bundle's).
+    seed: initial chances that a copied token is right, from `whiflash lab lookup-seed` (default: embedded bundle's).
     memory_mib: MiB of recent outputs to copy from in later requests. memory_minutes: their longest age.
     prediction_tokens: most tokens of a prediction; the rest is cut.
     """

@@ -23,6 +23,9 @@ DEBUG = "WHIFLASH_DEBUG"
 INTERRUPTED = 130
 _NOT_AMONG = re.compile(r"(?:Value error, )?('([^'\n]*)' is not one of (.+))", re.DOTALL)
 
+SERVE, LOOK, DECIDE, TRAIN, MORE = "Serve", "Look", "Decide", "Train", "More"
+"""Groups of commands in the help."""
+
 app = typer.Typer(
     name="whiflash",
     help="Token-level switching between speculative drafters, for stock SGLang.",
@@ -51,19 +54,24 @@ def _whiflash(
     pass
 
 
+lab = typer.Typer(
+    help="Commands that few need: simulations, judges of a bundle, parts of a training.", no_args_is_help=True
+)
+
 for _module in (
-    "check",
     "serve",
-    "bench",
+    "bundle",
+    "check",
     "running",
+    "trace",
+    "bench",
     "drafter",
     "learn",
-    "trace",
-    "bundle",
     "train",
     "judge",
 ):
-    import_module(f"whiflash_sglang.cli.{_module}").register(app)
+    import_module(f"whiflash_sglang.cli.{_module}").register(app, lab)
+app.add_typer(lab, name="lab", rich_help_panel=MORE)
 
 
 def main() -> None:
@@ -78,7 +86,9 @@ def main() -> None:
     except typer.TyperException as error:  # a wrong command line
         context = getattr(error, "ctx", None)
         more = "" if context is None else f" (see {context.command_path} --help)"
-        code = _complain(f"{_with_guess(error.format_message().rstrip('.'))}{more}", error.exit_code)
+        message, code = error.format_message().rstrip("."), error.exit_code
+        if message:  # else a group without a command, whose help is printed
+            _complain(f"{_with_guess(message)}{more}", code)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     except UsageError as error:

@@ -1,5 +1,5 @@
-"""`whiflash bench`: WHIFLASH beside plain decoding and SGLang's own speculative arms. `whiflash simulate`: what rounds
-would cost on a card, from published figures."""
+"""`whiflash bench`: WHIFLASH beside plain decoding and SGLang's own speculative arms. `whiflash lab simulate`: what
+rounds would cost on a card, from published figures."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from whiflash_sglang.cli import DECIDE
 from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, for_tables
 from whiflash_sglang.errors import UsageError
 from whiflash_sglang.lab.bench.arms import KNOWN
@@ -214,7 +215,7 @@ def simulate(
 
     \b
     Example:
-    whiflash simulate --requests 1,8,64 --answer 256
+    whiflash lab simulate --requests 1,8,64 --answer 256
     """
     from whiflash_sglang.lab.simulate import H100, Load, assumed, table
 
@@ -234,6 +235,6 @@ def simulate(
     for_tables().print(_rates(results))
 
 
-def register(app: typer.Typer) -> None:
-    for command in (bench, simulate):
-        app.command()(command)
+def register(app: typer.Typer, lab: typer.Typer) -> None:
+    app.command(rich_help_panel=DECIDE)(bench)
+    lab.command()(simulate)

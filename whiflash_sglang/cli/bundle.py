@@ -1,12 +1,13 @@
 """`whiflash bundle`: drafters, router and manifest in one directory, from published checkpoints.
 
-`whiflash lookup-seed`: what a bundle's copying arm believes before it has seen anything."""
+`whiflash lab lookup-seed`: what a bundle's copying arm believes before it has seen anything."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from whiflash_sglang.cli import SERVE
 from whiflash_sglang.cli.options import JsonFlag, for_tables, report
 
 if TYPE_CHECKING:
@@ -15,15 +16,15 @@ if TYPE_CHECKING:
 _ID = "hub id or directory"
 
 
-def register(app: typer.Typer) -> None:
-    bundle = typer.Typer(help="Put drafters together for one target.", no_args_is_help=True)
-    app.add_typer(bundle, name="bundle")
+def register(app: typer.Typer, lab: typer.Typer) -> None:
+    bundle = typer.Typer(no_args_is_help=True)
+    app.add_typer(bundle, name="bundle", rich_help_panel=SERVE)
 
     @bundle.callback()
     def _bundle() -> None:
         """Put drafters together for one target."""
 
-    app.command("lookup-seed")(lookup_seed)
+    lab.command("lookup-seed")(lookup_seed)
 
     @bundle.command()
     def create(
@@ -86,7 +87,7 @@ def _table(seed: tuple[tuple[float, ...], ...]) -> "Table":
 
 
 def lookup_seed(
-    tokens: Annotated[Path, typer.Argument(help="Token ids (.npz), as `whiflash train export` writes them.")],
+    tokens: Annotated[Path, typer.Argument(help="Token ids (.npz), as `whiflash lab export` writes them.")],
     bundle: Annotated[
         Path | None,
         typer.Option(help="Bundle whose whiflash.json takes the result. Default: print only."),
@@ -97,7 +98,7 @@ def lookup_seed(
 
     \b
     Example:
-    whiflash lookup-seed training_data/smollm2-135m-instruct/tokens.npz --bundle my-bundle
+    whiflash lab lookup-seed training_data/smollm2-135m-instruct/tokens.npz --bundle my-bundle
     """
     import json
 

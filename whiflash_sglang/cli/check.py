@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from whiflash_sglang.cli import LOOK
 from whiflash_sglang.cli.options import JsonFlag
 from whiflash_sglang.compat.patching import Finding
 
@@ -174,5 +175,5 @@ def _lines(name: str, verdict: Any, *, full: bool) -> list[str]:
     return lines
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(check)
+def register(app: typer.Typer, lab: typer.Typer) -> None:
+    app.command(rich_help_panel=LOOK)(check)

@@ -1,4 +1,4 @@
-"""`whiflash evaluate` and `whiflash calibrate`: a bundle is judged without a server, its thresholds are chosen.
+"""`whiflash lab evaluate` and `whiflash lab calibrate`: a bundle is judged without a server, its thresholds are chosen.
 
 Bundle and configuration are read before torch is imported: what is wrong with them is said at once.
 """
@@ -42,7 +42,7 @@ def evaluate_command(
 
     \b
     Example:
-    whiflash evaluate --bundle my-bundle --prompts eval.jsonl --limit 70 --out figures.json
+    whiflash lab evaluate --bundle my-bundle --prompts eval.jsonl --limit 70 --out figures.json
     """
     from whiflash_sglang.checkpoints.manifest import load_manifest
 
@@ -88,7 +88,7 @@ def calibrate_command(
 
     \b
     Example:
-    whiflash calibrate --bundle my-bundle --config smollm2-135m-instruct
+    whiflash lab calibrate --bundle my-bundle --config smollm2-135m-instruct
     """
     from whiflash_sglang.checkpoints.manifest import load_manifest
 
@@ -108,6 +108,6 @@ def calibrate_command(
         typer.echo(f"tokens per second of {name}: {value:.4g}")
 
 
-def register(app: typer.Typer) -> None:
-    app.command("calibrate")(calibrate_command)
-    app.command("evaluate")(evaluate_command)
+def register(app: typer.Typer, lab: typer.Typer) -> None:
+    lab.command("calibrate")(calibrate_command)
+    lab.command("evaluate")(evaluate_command)

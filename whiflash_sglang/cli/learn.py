@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from whiflash_sglang.cli import TRAIN
 from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, report
 from whiflash_sglang.cli.running import steer
 from whiflash_sglang.errors import ServerRefusedError, UsageError
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from whiflash_sglang.learner.once import Learning
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(learn)
+def register(app: typer.Typer, lab: typer.Typer) -> None:
+    app.command(rich_help_panel=TRAIN)(learn)
 
 
 def learn(
@@ -34,7 +35,7 @@ def learn(
     rate: Annotated[float, typer.Option(min=0, help="Learning rate at its peak.")] = 3e-4,
     replay: Annotated[
         Path | None,
-        typer.Option(help="Answers of the original training (.npz, whiflash train export), learned as well."),
+        typer.Option(help="Answers of the original training (.npz, whiflash lab export), learned as well."),
     ] = None,
     url: Annotated[
         str | None, typer.Option(help="Server that is switched to the version, if there is one.")

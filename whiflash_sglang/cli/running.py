@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from whiflash_sglang.cli import DECIDE, LOOK
 from whiflash_sglang.cli.options import (
     DEFAULT_URL,
     AdminKeyOption,
@@ -134,6 +135,6 @@ def top(
                     live.update(screen(view.look()), refresh=True)
 
 
-def register(app: typer.Typer) -> None:
-    for command in (policy, top):
-        app.command()(command)
+def register(app: typer.Typer, lab: typer.Typer) -> None:
+    app.command(rich_help_panel=DECIDE)(policy)
+    app.command(rich_help_panel=LOOK)(top)

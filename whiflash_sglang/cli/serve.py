@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from whiflash_sglang.cli import SERVE
 from whiflash_sglang.cli.options import DEFAULT_URL, JsonFlag
 from whiflash_sglang.config import RouterName
 from whiflash_sglang.embedded import STRICT_TOOLS, embedded_arguments
@@ -245,11 +246,12 @@ def proxy(
     )
 
 
-def register(app: typer.Typer) -> None:
+def register(app: typer.Typer, lab: typer.Typer) -> None:
     app.command(
         cls=ServeCommand,
+        rich_help_panel=SERVE,
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         options_metavar="[MODEL] [OPTIONS OF SGLANG SERVE]",
     )(serve)
-    app.command()(demo)
-    app.command()(proxy)
+    app.command(rich_help_panel=SERVE)(demo)
+    app.command(rich_help_panel=SERVE)(proxy)

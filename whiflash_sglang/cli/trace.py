@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from whiflash_sglang.cli import LOOK
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.jsonl import parse_json_lines, read_json, write_whole
 
@@ -101,5 +102,5 @@ def trace(
     typer.echo(f"{html}: {len(turns)} turns")
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(trace)
+def register(app: typer.Typer, lab: typer.Typer) -> None:
+    app.command(rich_help_panel=LOOK)(trace)

@@ -1,18 +1,20 @@
-"""`whiflash train …`. Every step is resumable and writes its provenance.
+"""`whiflash train`: answers, drafters, router and bundle. Every step is resumable and writes its provenance.
 
-A configuration is read before torch is imported: what is wrong with it is said at once.
+`whiflash lab split`, `features` and `export`: parts that a shared set of answers needs. A configuration is read before
+torch is imported: what is wrong with it is said at once.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from whiflash_sglang import arms
+from whiflash_sglang.cli import TRAIN
 from whiflash_sglang.cli.options import JsonFlag, report
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
 from whiflash_sglang.jsonl import write_whole
@@ -21,22 +23,20 @@ from whiflash_sglang.train.answers.prompts import USERS
 if TYPE_CHECKING:
     from whiflash_sglang.train.config import TrainConfig
 
-train_app = typer.Typer(
-    help="Train a pair of drafters and a router for a target: data (or export and features), eagle3, dflash or "
-    "dspark, router, bundle.",
-    no_args_is_help=True,
-)
-
 ConfigOption = Annotated[
     Path,
     typer.Option(
         "--config", help="YAML or TOML file, or the name of a shipped one (smollm2-135m-instruct, tiny)."
     ),
 ]
+Step = Literal["data", "eagle3", "dflash", "dspark", "router", "bundle"]
 
 
-def register(app: typer.Typer) -> None:
-    app.add_typer(train_app, name="train")
+def register(app: typer.Typer, lab: typer.Typer) -> None:
+    app.command(rich_help_panel=TRAIN)(train)
+    lab.command()(split)
+    lab.command()(features)
+    lab.command()(export)
 
 
 def resolve_config(path: Path) -> "TrainConfig":
@@ -48,8 +48,127 @@ def resolve_config(path: Path) -> "TrainConfig":
     return load_config(shipped if not path.exists() and shipped.exists() else path)
 
 
-@train_app.command("split")
-def split_command(
+class Asked(NamedTuple):
+    """Options of `whiflash train`: how each step differs from what the configuration says."""
+
+    out: Path | None = None
+    shard: tuple[int, int] | None = None
+    start_from: Path | None = None
+
+
+def train(
+    config: ConfigOption,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Bundle directory; an existing one keeps its thresholds. With --step router: a bundle whose drafters "
+            "are replayed, and which takes the router."
+        ),
+    ] = None,
+    step: Annotated[
+        Step | None, typer.Option(help="Take only this step. Default: all, in their order.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="With --step data: share of this process, such as 0/2.")
+    ] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="With --step of a drafter: checkpoint to continue from.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a pair of drafters and a router for a target, and make a bundle of them; rerun to resume.
+
+    The steps: answer the prompts with the target and store tokens and features (data), train the autoregressive
+    drafter (eagle3) and the block drafter (dflash or dspark), replay both for the router (router), put all together
+    (bundle). The target runs in SGLang's offline engine, for which data.engine of the configuration has arguments.
+
+    \b
+    Examples:
+    whiflash train --config smollm2-135m-instruct --out my-bundle
+    whiflash train --config smollm2-135m-instruct --step data --shard 0/2
+    """
+    asked = Asked(out, None if shard is None else _parse_shard(shard), start_from)
+    if shard is not None and step != "data":
+        raise UsageError(f"--shard {shard} divides answers: add --step data, or remove it")
+    if start_from is not None and step not in ("eagle3", "dflash", "dspark"):
+        raise UsageError(f"--start-from {start_from} is for one drafter: name it with --step")
+    if out is None and step in (None, "bundle"):
+        raise UsageError("--out is missing: name the directory of the bundle")
+    done: dict[str, Any] = {}
+    with readable_errors():
+        settings = resolve_config(config)
+        steps = ("data", "eagle3", settings.block_drafter, "router", "bundle") if step is None else (step,)
+        for name in steps:
+            # A router for the bundle that the last step makes; only a router's step of its own replays another one's.
+            options = asked._replace(out=None) if step is None and name == "router" else asked
+            done[name] = _STEPS[name](settings, options)
+            if not as_json:
+                report({"step": name, **done[name]}, False)
+    if as_json:
+        report(done if step is None else done[step], True)
+
+
+def _answer(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    if asked.shard is not None:
+        data = settings.data.model_copy(update={"shard": asked.shard})
+        settings = settings.model_copy(update={"data": data})
+    from whiflash_sglang.train.answers.data import generate_data
+
+    return asdict(generate_data(settings))
+
+
+def _drafter(name: str) -> Callable[["TrainConfig", Asked], dict[str, Any]]:
+    def step(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
+        from whiflash_sglang.train.answers.data import target_path
+        from whiflash_sglang.train.drafters.runner import train_drafter
+
+        return {
+            "checkpoint": str(train_drafter(name, settings, target_path(settings.target), asked.start_from))
+        }
+
+    return step
+
+
+def _router(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
+    from whiflash_sglang.train.answers.data import target_path
+    from whiflash_sglang.train.bundle import install_router
+    from whiflash_sglang.train.replay import Parts
+    from whiflash_sglang.train.router import train_router
+
+    if asked.out is None:
+        parts = zip(arms.PAIR, ("eagle3", settings.block_drafter), strict=True)
+        trained = {arm: settings.work / part / "checkpoint" for arm, part in parts}
+        drafters = Parts(trained, settings.router.eagle_steps, settings.block.vocabulary)
+    else:
+        drafters = Parts.of_bundle(asked.out, settings.router.eagle_steps)
+    done = train_router(settings, target_path(settings.target), drafters)
+    if asked.out is not None:
+        install_router(asked.out, done.directory)
+    return {"router": str(done.directory), **done.report}
+
+
+def _bundle(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
+    from whiflash_sglang.train.bundle import assemble
+
+    if asked.out is None:
+        raise AssertionError("checked by the caller")
+    assemble(settings, asked.out, asked.out.resolve().name)
+    return {"bundle": str(asked.out)}
+
+
+_STEPS: Mapping[Step, Callable[["TrainConfig", Asked], dict[str, Any]]] = {
+    "data": _answer,
+    "eagle3": _drafter("eagle3"),
+    "dflash": _drafter("dflash"),
+    "dspark": _drafter("dspark"),
+    "router": _router,
+    "bundle": _bundle,
+}
+
+
+def split(
     train: Annotated[Path, typer.Argument(help="Training prompts (JSON lines).")],
     held_out: Annotated[Path, typer.Argument(help="Evaluation prompts (JSON lines).")],
     out: Annotated[Path, typer.Argument(help="File for the remaining training prompts.")],
@@ -60,12 +179,13 @@ def split_command(
 
     \b
     Example:
-    whiflash train split train_prompts.jsonl eval_prompts.jsonl kept.jsonl
+    whiflash lab split train_prompts.jsonl eval_prompts.jsonl kept.jsonl
     """
-    from whiflash_sglang.train.answers.prompts import read_rows, split
+    from whiflash_sglang.train.answers.prompts import read_rows
+    from whiflash_sglang.train.answers.prompts import split as parted
 
     rows, evaluated = read_rows(train), read_rows(held_out)
-    done = split(rows, evaluated, users)
+    done = parted(rows, evaluated, users)
     write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.kept))
     reasons = {f"dropped, {source}, {kind}": count for (source, kind), count in sorted(done.dropped.items())}
     report(
@@ -80,38 +200,9 @@ def split_command(
     )
 
 
-@train_app.command("data")
-def data_command(
+def features(
     config: ConfigOption,
-    shard: Annotated[str | None, typer.Option(help="Share of this process, such as 0/2.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Answer the prompts with the target and store tokens and features.
-
-    The target runs in SGLang's offline engine, for which `data.engine` of the configuration has further arguments.
-
-    \b
-    Example:
-    whiflash train data --config smollm2-135m-instruct --shard 0/2
-    """
-    from dataclasses import asdict
-
-    with readable_errors():
-        settings = resolve_config(config)
-        if shard is not None:
-            settings = settings.model_copy(
-                update={"data": settings.data.model_copy(update={"shard": _parse_shard(shard)})}
-            )
-        from whiflash_sglang.train.answers.data import generate_data
-
-        summary = asdict(generate_data(settings))
-    report(summary, as_json)
-
-
-@train_app.command("features")
-def features_command(
-    config: ConfigOption,
-    tokens: Annotated[Path, typer.Argument(help="Token ids (.npz), as `whiflash train export` writes them.")],
+    tokens: Annotated[Path, typer.Argument(help="Token ids (.npz), as `whiflash lab export` writes them.")],
     only: Annotated[
         Path | None,
         typer.Option("--prompts", help="Take only the answers to these prompts (JSON lines), by id."),
@@ -122,7 +213,7 @@ def features_command(
 
     \b
     Example:
-    whiflash train features training_data/smollm2-135m-instruct/tokens.npz --config smollm2-135m-instruct
+    whiflash lab features training_data/smollm2-135m-instruct/tokens.npz --config smollm2-135m-instruct
     """
     with readable_errors():
         settings = resolve_config(config)
@@ -145,8 +236,7 @@ def features_command(
     report({"recomputed": done, "sequences": len(store.records)}, as_json)
 
 
-@train_app.command("export")
-def export_command(
+def export(
     config: ConfigOption,
     out: Annotated[Path, typer.Argument(help="File to write (.npz).")],
     as_json: JsonFlag = False,
@@ -155,7 +245,7 @@ def export_command(
 
     \b
     Example:
-    whiflash train export tokens.npz --config smollm2-135m-instruct
+    whiflash lab export tokens.npz --config smollm2-135m-instruct
     """
     with readable_errors():
         settings = resolve_config(config)
@@ -165,102 +255,10 @@ def export_command(
         stores = open_stores(settings)
         if not stores:
             raise ConfigError(
-                f"{settings.work} holds no answers yet: run `whiflash train data` with this configuration first"
+                f"{settings.work} holds no answers yet: run `whiflash train --step data` with this configuration first"
             )
         count = export_tokens(stores, out)
     report({"tokens": count, "file": str(out)}, as_json)
-
-
-StartFrom = Annotated[Path | None, typer.Option(help="Checkpoint to continue from.")]
-
-
-def _drafter_command(name: str) -> Callable[[Path, Path | None, bool], None]:
-    def command(config: ConfigOption, start_from: StartFrom = None, as_json: JsonFlag = False) -> None:
-        with readable_errors():
-            settings = resolve_config(config)
-            from whiflash_sglang.train.answers.data import target_path
-            from whiflash_sglang.train.drafters.runner import train_drafter
-
-            out = train_drafter(name, settings, target_path(settings.target), start_from)
-        report({"checkpoint": str(out)}, as_json)
-
-    return command
-
-
-_DRAFTERS = {
-    "eagle3": "autoregressive drafter",
-    "dflash": "block drafter",
-    "dspark": "block drafter with a Markov and a confidence head (section `dspark`)",
-}
-for _name, _what in _DRAFTERS.items():
-    train_app.command(
-        _name,
-        help=f"Train the {_what}; rerun to resume.\n\n"
-        f"\b\nExample:\nwhiflash train {_name} --config smollm2-135m-instruct",
-    )(_drafter_command(_name))
-
-
-@train_app.command("router")
-def router_command(
-    config: ConfigOption,
-    bundle: Annotated[
-        Path | None,
-        typer.Option(
-            help="Use this bundle's drafters and put the router into it. Default: the drafters just trained."
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Answers to replay. Default: router.answers.")
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Replay both drafters over the stored answers and train the router; rerun to resume.
-
-    \b
-    Example:
-    whiflash train router --config smollm2-135m-instruct --bundle my-bundle
-    """
-    with readable_errors():
-        settings = resolve_config(config)
-        from whiflash_sglang.train.answers.data import target_path
-        from whiflash_sglang.train.bundle import install_router
-        from whiflash_sglang.train.replay import Parts
-        from whiflash_sglang.train.router import train_router
-
-        if limit is not None:
-            router = settings.router.model_copy(update={"answers": limit})
-            settings = settings.model_copy(update={"router": router})
-        if bundle is None:
-            parts = zip(arms.PAIR, ("eagle3", settings.block_drafter), strict=True)
-            trained = {arm: settings.work / part / "checkpoint" for arm, part in parts}
-            drafters = Parts(trained, settings.router.eagle_steps, settings.block.vocabulary)
-        else:
-            drafters = Parts.of_bundle(bundle, settings.router.eagle_steps)
-        done = train_router(settings, target_path(settings.target), drafters)
-        if bundle is not None:
-            install_router(bundle, done.directory)
-    report({"router": str(done.directory), **done.report}, as_json)
-
-
-@train_app.command("bundle")
-def bundle_command(
-    config: ConfigOption,
-    out: Annotated[Path, typer.Argument(help="Bundle directory; an existing one keeps its thresholds.")],
-    name: Annotated[str | None, typer.Option(help="Name of the bundle. Default: the directory's.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Make a bundle of the trained drafters and the router, if there is one.
-
-    \b
-    Example:
-    whiflash train bundle my-bundle --config smollm2-135m-instruct
-    """
-    with readable_errors():
-        settings = resolve_config(config)
-        from whiflash_sglang.train.bundle import assemble
-
-        assemble(settings, out, name or out.resolve().name)
-    report({"bundle": str(out)}, as_json)
 
 
 @contextmanager

@@ -25,14 +25,7 @@ class WhiflashAlgorithm(CustomSpecAlgo):  # type: ignore[misc]
     def handle_server_args(self, server_args: Any) -> None:
         """Fix the numbers the KV reservation is computed from: the widest block of any arm."""
         settings = settings_of(server_args)
-        width = widest_block(settings)
-        if settings.drafters and settings.backlog_tokens <= width:
-            raise ConfigError(
-                f"--whiflash-backlog-tokens {settings.backlog_tokens} is too few: a round commits up to {width} "
-                f"tokens; give at least {width + 1}, or narrow the widest arm (lookup.max_width, structure.max_width, "
-                "eagle_steps or block_size in whiflash.json)"
-            )
-        server_args.speculative_num_draft_tokens = width
+        server_args.speculative_num_draft_tokens = widest_block(settings)
         server_args.speculative_num_steps = 1
         server_args.speculative_eagle_topk = 1
         if resolving_view(server_args).max_running_requests is None:

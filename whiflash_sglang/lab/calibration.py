@@ -1,4 +1,4 @@
-"""`whiflash calibrate`: a bundle, answers and the cost of a round in; thresholds and curves out."""
+"""`whiflash lab calibrate`: a bundle, answers and the cost of a round in; thresholds and curves out."""
 
 import asyncio
 import tempfile
@@ -141,7 +141,7 @@ def calibrate(bundle: Path, settings: CalibrationSettings) -> dict[str, Any]:
 def stored_answers(config: TrainConfig, bundle: Path, target: Origin, per_category: int) -> list[Replay]:
     """Replays of stored answers that the router was not trained on, at most `per_category` each.
 
-    Replays that `whiflash train router` made are used again.
+    Replays that `whiflash train --step router` made are used again.
     """
     parts = Parts.of_bundle(bundle, config.router.eagle_steps)
     pair = Pair.load(parts, target)

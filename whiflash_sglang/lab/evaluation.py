@@ -1,4 +1,4 @@
-"""`whiflash evaluate`: a bundle against held-out prompts; answers in, table and JSON out."""
+"""`whiflash lab evaluate`: a bundle against held-out prompts; answers in, table and JSON out."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -210,7 +210,9 @@ def load_router(bundle: Path, target: Vocabulary | Origin) -> Router:
     """The bundle's router in fp32. Raises `CheckpointError` where it cannot be used, and where it has none."""
     manifest = load_manifest(bundle)
     if manifest.router is None:
-        raise CheckpointError(f"{bundle} has no router: run `whiflash train router --bundle {bundle}` first")
+        raise CheckpointError(
+            f"{bundle} has no router: run `whiflash train --step router --out {bundle}` first"
+        )
     return Router.load(
         bundle / manifest.router.path,
         hidden_size=target.head.shape[1],

@@ -81,13 +81,13 @@ def read_version(directory: Path, number: int, target: str) -> dict[str, Path]:
         if place.startswith(HUB) or source is None or not source.files:
             raise ConfigError(
                 f"version {number}: {bundle / MANIFEST} has no SHA-256 of files of {PARTS[arm]}: make it with "
-                "`whiflash drafter add`"
+                "`whiflash lab add-version`"
             )
         others = {path.name for path in (bundle / place).iterdir() if not path.is_dir()} - set(source.files)
         if others:
             raise ConfigError(
                 f"version {number}: {bundle / MANIFEST} has no SHA-256 of {bundle / place / min(others)}: make the "
-                "version with `whiflash drafter add`"
+                "version with `whiflash lab add-version`"
             )
     verify(checksums(bundle, manifest, [PARTS[arm] for arm in manifest.drafters]))
     return {arm: bundle / place for arm, place in manifest.drafters.items()}

@@ -101,7 +101,7 @@ class Watch:
             return
         if serves != found.present:
             why = f"the server was switched from {found.present} to {serves} meanwhile"
-            self._say({"not_offered": number, "why": f"{why}; whiflash drafter use {number} switches to it"})
+            self._say({"not_offered": number, "why": f"{why}; whiflash drafter {number} switches to it"})
             return
         self._asked(lambda: guard.switch(number))
 

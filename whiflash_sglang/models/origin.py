@@ -44,7 +44,7 @@ class Vocabulary(NamedTuple):
             facts = read_json_file(directory / ORIGIN)
         except FileNotFoundError:
             raise CheckpointError(
-                f"{directory} is missing: run `whiflash train data`, or `train features`, first"
+                f"{directory} is missing: run `whiflash train --step data`, or `lab features`, first"
             ) from None
         if facts["target"] != name:
             raise CheckpointError(
@@ -115,7 +115,7 @@ class ServedOrigin:
             if matrix.shape != (vocab, hidden):
                 raise CheckpointError(
                     f"{told} holds a target's {part} of {list(matrix.shape)}, {target}/config.json says "
-                    f"{[vocab, hidden]}: run `whiflash train data` for this target first"
+                    f"{[vocab, hidden]}: run `whiflash train --step data` for this target first"
                 )
         return cls(
             embedding,

@@ -153,13 +153,13 @@ def _sign(file: Path, named: str | None, setting: str | None) -> str:
     sign = named or setting
     if sign is None:
         raise CheckpointError(
-            f"{file} does not say which way round its prediction is: give --whiflash-neural-router-sign "
-            f"(or router.delta_sign in whiflash.json), one of {', '.join(SIGNS)}"
+            f"{file} does not say which way round its prediction is: make a bundle with "
+            f"`whiflash bundle create --router-sign`, one of {', '.join(SIGNS)}"
         )
     if setting is not None and sign != setting:
         raise CheckpointError(
             f"{file} names delta_sign {sign}, the settings name {setting}: remove "
-            "--whiflash-neural-router-sign, or router.delta_sign from whiflash.json"
+            "router.delta_sign from whiflash.json"
         )
     return sign
 

@@ -50,8 +50,8 @@ class Probes:
 
     Half of them probe together, `MOST_TOGETHER` at most: those of adapters that know the arm least, of these those that
     have gone without it longest. A draft pass takes hardly longer for several requests, and the length of one round
-    says little: `whiflash simulate` showed batches of 8 and 16 that kept the worse drafter for their whole run after a
-    few unlucky probes of one request each.
+    says little: `whiflash lab simulate` showed batches of 8 and 16 that kept the worse drafter for their whole run
+    after a few unlucky probes of one request each.
 
     A draft source expects something (`Forecast`) and is never probed: it learns from every round.
     """

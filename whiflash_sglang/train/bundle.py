@@ -30,7 +30,7 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
     for key, name_of in parts.items():
         trained = config.work / name_of / "checkpoint"
         if not (trained / "config.json").is_file():
-            raise ConfigError(f"{trained} holds no checkpoint: run `whiflash train {name_of}` first")
+            raise ConfigError(f"{trained} holds no checkpoint: run `whiflash train --step {name_of}` first")
         replace_directory(trained, bundle / name_of)
         sources[key] = _source(bundle / name_of)
     target = f"embedded:{EMBEDDED_BUNDLE}" if config.target == "embedded" else config.target
@@ -47,7 +47,7 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
 
 
 def install_router(bundle: Path, trained: Path) -> None:
-    """Copy a trained router into the bundle; its threshold is 0 until `whiflash calibrate` finds a better one."""
+    """Copy a trained router into the bundle; its threshold is 0 until `whiflash lab calibrate` finds a better one."""
     replace_directory(trained, bundle / ROUTER)
     sources = {**_sources(bundle), ROUTER: _source(bundle / ROUTER)}
     update_manifest(bundle, {"router": {"path": ROUTER, "threshold": 0.0}, "sources": sources})

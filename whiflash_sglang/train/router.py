@@ -1,4 +1,4 @@
-"""`whiflash train router`: stored answers in, a router file, its report and its calibration plot out.
+"""`whiflash train --step router`: stored answers in, a router file, its report and its calibration plot out.
 
 Both drafters are replayed from the same prefixes; the router learns by regression what they accept. ΔAL at an answer
 position is AL(EAGLE-3) - AL(DFlash) of a round that starts there (same-round counterfactuals, arXiv 2606.07710); the
@@ -68,7 +68,7 @@ def split(answers: Sequence[Replay], share: float) -> Split:
     if not parts.learn or not parts.held_out:
         raise ValueError(
             f"{len(answers)} answers leave none to learn from or none to hold out (router.held_out {share}): "
-            "generate more with `whiflash train data`"
+            "generate more with `whiflash train --step data`"
         )
     return parts
 
@@ -258,7 +258,7 @@ def choose_answers(stores: Sequence[FeatureStore], checkpoints: Collection[Path]
     # A prompt that two shards answered counts once, and as known where either answer was trained on.
     fresh = [source for name, source in later.items() if name not in known]
     if not fresh and not known:
-        raise ValueError("there is no data yet: run `whiflash train data` first")
+        raise ValueError("there is no data yet: run `whiflash train --step data` first")
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0)).tolist()
     trained = list(known.values())
     return [*fresh, *(trained[index] for index in order)][:limit]

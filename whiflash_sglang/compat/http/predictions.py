@@ -17,7 +17,7 @@ from whiflash_sglang.spans.prediction import prediction_reader
 T = TypeVar("T")
 ACCEPTED, REJECTED = "accepted_prediction_tokens", "rejected_prediction_tokens"
 _NOTES = "_whiflash_prediction_notes"
-_FLAG = "--whiflash-lookup-prediction-tokens"
+_KEY = "lookup.prediction_tokens of the bundle"
 
 
 async def encoded(manager: Any, obj: Any) -> None:
@@ -73,7 +73,7 @@ async def _encoded(manager: Any, parameters: Any) -> tuple[Any, list[str]]:
     except HintError as error:
         raise ValueError(str(error)) from None
     assert found is not None
-    notes = [f"the prediction was cut to its first {longest} tokens ({_FLAG})"] if found.is_cut else []
+    notes = [f"the prediction was cut to its first {longest} tokens ({_KEY})"] if found.is_cut else []
     return {**parameters, "custom_params": {**params, CARRIED_PREDICTION: found.tokens}}, notes
 
 

@@ -1,4 +1,4 @@
-"""`whiflash train data`: prompts in, the target's answers and features out, resumable at any sequence."""
+"""`whiflash train --step data`: prompts in, the target's answers and features out, resumable at any sequence."""
 
 import shutil
 from collections.abc import Iterator, Sequence

@@ -164,7 +164,7 @@ def _read_index(path: Path) -> list[SequenceRecord]:
 
 
 def open_stores(config: TrainConfig) -> list[FeatureStore]:
-    """Every shard that `whiflash train data` has written so far under the work directory.
+    """Every shard that `whiflash train --step data` has written so far under the work directory.
 
     Raises `ValueError` where a shard holds other layers than the configuration captures.
     """

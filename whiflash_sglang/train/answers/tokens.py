@@ -59,7 +59,7 @@ class Exported:
             self.ids: list[str] = self.columns["ids"].tolist()
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
-                f"{path} holds no answers' token ids ({error}): give a file that `whiflash train export` wrote"
+                f"{path} holds no answers' token ids ({error}): give a file that `whiflash lab export` wrote"
             ) from None
         self._ends = np.cumsum(self.columns["lengths"], dtype=np.int64)
 

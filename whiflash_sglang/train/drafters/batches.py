@@ -78,7 +78,7 @@ class SequenceBatches(Dataset[dict[str, Tensor]]):
             if entry[1].length - entry[1].prompt_length >= min_answer
         ]
         if not stored:
-            raise ValueError("no training data: run `whiflash train data` first")
+            raise ValueError("no training data: run `whiflash train --step data` first")
         there = sorted({record.category for _, record in stored})
         if unknown := sorted(set(weights) - set(there)):
             raise ValueError(

@@ -55,7 +55,7 @@ def norm_weight(stores: Sequence[FeatureStore]) -> Tensor:
     """
     answers = unique_answers(stores)[:_NORM_ANSWERS]
     if not answers:
-        raise ValueError("no training data: run `whiflash train data` first")
+        raise ValueError("no training data: run `whiflash train --step data` first")
     states = torch.cat([store.read(record).final for store, record in answers])
     return states.float().square().mean(0).sqrt()
 
