@@ -92,10 +92,14 @@ def _check_depth(value: Any) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file so that a killed process leaves it whole, or as it was."""
+    """Write a UTF-8 file so that a killed process leaves it whole, or as it was. Raises OSError, which names it."""
     staged = path.with_name(path.name + ".part")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
+    try:
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @contextmanager

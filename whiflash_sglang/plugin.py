@@ -9,7 +9,9 @@ command line that asks for WHIFLASH ends at once.
 """
 
 import logging
+import multiprocessing
 import sys
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,26 @@ def register() -> None:
             raise SystemExit(f"whiflash: error: {error}") from None
         logger.warning("WHIFLASH is not available: %s", error)
         return
+    _check_command_line()
     from whiflash_sglang.compat import algorithm, flags
 
     algorithm.register(_worker)
     flags.offer()
     _registered = True
+
+
+def _check_command_line() -> None:
+    """Judge the command line of SGLang's own launchers before SGLang reads it. Raises SystemExit."""
+    launcher, *arguments = sys.argv
+    if Path(launcher).name not in ("sglang", "launch_server.py") or multiprocessing.parent_process():
+        return
+    from whiflash_sglang.compat.launch import early
+    from whiflash_sglang.errors import WhiflashError
+
+    try:
+        early.check(arguments[arguments[:1] == ["serve"] :], ours=False)
+    except WhiflashError as error:
+        raise SystemExit(f"whiflash: error: {error}") from None
 
 
 def _worker() -> type:

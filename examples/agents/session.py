@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from openai import AsyncOpenAI, OpenAI
+from openai import APIConnectionError, AsyncOpenAI, OpenAI
 from whiflash_sdk import Trace, wrap
 from whiflash_sdk.render import Turn, conversation_html, conversation_terminal
 
@@ -30,7 +30,10 @@ class Session:
         parser.add_argument("--model", help="default: the server's first")
         parser.add_argument("--trace", type=Path, metavar="FILE.html", help="write the routing as a page")
         given = parser.parse_args(arguments)
-        model = given.model or OpenAI(base_url=given.base_url, api_key="unused").models.list().data[0].id
+        try:
+            model = given.model or OpenAI(base_url=given.base_url, api_key="unused").models.list().data[0].id
+        except APIConnectionError:
+            parser.exit(1, f"{given.base_url} does not answer: start a server with `whiflash serve`\n")
         return cls(given.base_url, model, given.trace)
 
     def client(self) -> OpenAI:

@@ -74,7 +74,8 @@ TOLD: dict[str, Any] = {
     "sources": {
         "ar": {"proposed": 8, "accepted": 4},
         "prediction": {"proposed": 9, "accepted": 7, "saved": 0.25},
-        "tools": {"proposed": 3, "accepted": 0},
+        "tools": {"proposed": 16, "accepted": 0},
+        "history": {"proposed": 3, "accepted": 0},
     },
 }
 
@@ -89,7 +90,9 @@ def test_an_answer_shows_what_each_hint_brought() -> None:
     assert found["drafts"] == "ok   drafts: 3 of 3 rounds drafted"
     assert found["spans"].startswith("ok   spans: 1 of 3")
     assert found["prediction"] == "ok   prediction: 7 of 9 drafts accepted, 0.250 s saved by estimate"
-    assert found["tools"] == "FAIL tools: 0 of 3 drafts accepted"
+    assert found["tools"] == "FAIL tools: 0 of 16 drafts accepted"
+    assert found["history"] == "ok   history: 0 of 3 drafts accepted"
+    assert found["memory"].startswith("ok   memory: no draft was taken")
     assert "--whiflash-lookup-memory-mib" in found["memory"]
 
 

@@ -26,6 +26,8 @@ _UNUSED: Final = {
     "tools": "no draft was taken from calls: offer tools, and start the server with their --tool-call-parser",
 }
 """By source of drafts, what would help if nothing was taken from it."""
+_FEW: Final = 16
+"""Drafts that say little of a source if none of them was accepted."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def explain(response: object, choice: int = 0) -> list[Finding]:
 
     response: as `routing` takes it. choice: index of the choice.
 
-    Returns: findings; one that fails names a hint without effect. A hint that was not sent is among these.
+    Returns: findings; one that fails names a hint without effect. A hint that was not sent does not fail.
 
     Raises: TraceError, TypeError as `routing` does.
     """
@@ -162,9 +164,9 @@ def _brought(trace: Trace) -> Iterator[Finding]:
     for name in dict.fromkeys((*trace.sources, *_UNUSED)):
         told = trace.sources.get(name)
         if told is not None:
-            yield Finding(name, told.accepted > 0, _accepted(told))
+            yield Finding(name, told.accepted > 0 or told.proposed < _FEW, _accepted(told))
         else:
-            yield Finding(name, False, _UNUSED[name])
+            yield Finding(name, True, _UNUSED[name])
 
 
 def _accepted(told: SourceTotals) -> str:

@@ -65,6 +65,8 @@ WRONG: list[tuple[Any, ...]] = [
     (("serve", "--whiflash-routr", "auto"), "'--whiflash-routr'", "--whiflash-router"),
     (("serve", "--whiflash-block-size", "1"), "--whiflash-block-size"),
     (("serve", "--whiflash-router"), "--whiflash-router"),
+    (("serve", "--port", "99999"), "--port 99999"),
+    (("proxy", "--upstream", "http://127.0.0.1:30080"), "--upstream http://127.0.0.1:30080"),
 ]
 """A command line, what its one line names, and what was meant where that is named, too."""
 FAILING = [
@@ -78,6 +80,13 @@ FAILING = [
     (("lab", "lookup-seed", "/nowhere/tokens.npz"), "/nowhere/tokens.npz"),
     (("serve", "/nowhere/target"), "/nowhere/target: no such directory"),
     (("serve", "--model-path=/nowhere/target"), "/nowhere/target: no such directory"),
+    (("serve", "--speculative-draft-model-path", "/nowhere/bundle"), "/nowhere/bundle: no such directory"),
+    (("serve", "--speculative-draft-model-path", "bundle-of-nobody"), "a hub id is OWNER/NAME"),
+    (("serve", "--speculative-draft-model-path", "/"), "neither whiflash.json nor config.json"),
+    (("serve", "OWNER/MODEL", "--enable-lmcache"), "remove it"),
+    (("serve", "OWNER/MODEL", "--pp-size=2"), "--pp-size must be 1"),
+    (("serve", "OWNER/MODEL", "--speculative-num-steps", "3"), "--speculative-num-steps"),
+    (("learn", "/nowhere/samples"), "/nowhere/samples: no such directory"),
 ]
 
 ALL_IN_ONE = """
@@ -148,6 +157,19 @@ def test_a_process_ends_as_its_command_does() -> None:
         done = whiflash(*arguments)
         assert done.returncode == code
         said_in_one_line(done)
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for line in (
+            ("serve", "--port", port),
+            ("serve", "OWNER/MODEL", f"--port={port}"),
+            ("proxy", "--port", port),
+        ):
+            done = whiflash(*line)
+            assert done.returncode == 1
+            assert f"--port {port} of 127.0.0.1 is in use" in said_in_one_line(done)
 
 
 def test_a_missing_drafter_is_named_once() -> None:
@@ -276,10 +298,12 @@ def test_help_and_wrong_values_import_nothing_heavy(tmp_path: Path) -> None:
         ("bench", "--concurrency", "0"),
         ("lab", "evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"),
         ("serve", "--whiflash-router", "atuo"),
+        ("serve", "--port", "99999"),
     ]
+    failing = [line for line, _ in FAILING if line[0] in ("serve", "learn")]
     done = subprocess.run(
         [sys.executable, "-c", LIGHT],
-        input=json.dumps(lines),
+        input=json.dumps([*lines, *failing]),
         capture_output=True,
         text=True,
         check=True,
@@ -287,7 +311,7 @@ def test_help_and_wrong_values_import_nothing_heavy(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     helps, flags, wrong, loaded = json.loads(done.stdout)
-    assert (wrong, loaded) == ([2] * len(lines), [])
+    assert (wrong, loaded) == ([2] * len(lines) + [1] * len(failing), [])
     groups = {"", "lab", "bundle"}
     assert (
         len([name for name in helps if name not in groups and not name.startswith("lab ")]) <= MOST_COMMANDS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
-from whiflash_sglang.compat import algorithm, carried
+from whiflash_sglang.compat import algorithm
 from whiflash_sglang.compat.forward import triton_backend
 
 
@@ -53,7 +53,7 @@ def test_attention_is_ours_in_a_server_of_ours(
 ) -> None:
     monkeypatch.setitem(triton_backend.ATTENTION_BACKENDS, "triton", None)
     served = SimpleNamespace(speculative_algorithm=algorithm_served)
-    monkeypatch.setattr(carried, "get_spec", lambda: served)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_spec", lambda: served)
     monkeypatch.setattr(triton_backend, "RaggedTritonBackend", lambda _: "ours")
     monkeypatch.setattr(triton_backend, "_upstreams", lambda _: "upstream's")
     triton_backend.install()

@@ -118,7 +118,7 @@ def test_what_whiflash_refuses_is_left_out_and_what_fails_to_start_is_a_failure(
 
 
 def test_every_backend_that_is_allowed_has_its_part() -> None:
-    from whiflash_sglang.compat.launch.arguments import CUDA_ATTENTIONS
+    from whiflash_sglang.compat.launch.refusals import CUDA_ATTENTIONS
 
     served = {part.name.removeprefix("serving-") for part in run.PARTS if part.name.startswith("serving-")}
     # TRT-LLM's latent attention needs a target that has it, which no pair of `make gpu` does.

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from whiflash_sglang.checkpoints.manifest import MANIFEST, embedded_bundle
 from whiflash_sglang.cli import TRAIN
 from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, report
 from whiflash_sglang.cli.running import steer
-from whiflash_sglang.errors import ServerRefusedError, UsageError
+from whiflash_sglang.errors import ConfigError, ServerRefusedError, UsageError
 
 if TYPE_CHECKING:
     from whiflash_sglang.learner.once import Learning
@@ -67,7 +68,12 @@ def learn(
     Example:
     whiflash learn /var/lib/whiflash --config smollm2-135m-instruct --url http://127.0.0.1:30000
     """
-    from whiflash_sglang.learner.once import Learning, Pace, learn_once
+    if not directory.is_dir():
+        raise ConfigError(
+            f"{directory}: no such directory; start a server with --whiflash-learn {directory} first"
+        )
+    if bundle is not None and not (bundle / MANIFEST).is_file():
+        raise ConfigError(f"--bundle {bundle} holds no {MANIFEST}")
     from whiflash_sglang.learner.watch import progress_of
 
     if status:
@@ -75,13 +81,15 @@ def learn(
         return
     if config is None:
         raise UsageError("--config is missing: name the configuration that the drafters were trained with")
-    from whiflash_sglang.checkpoints.manifest import embedded_bundle
     from whiflash_sglang.cli.train import readable_errors, resolve_config
+
+    with readable_errors():
+        settings = resolve_config(config)
     from whiflash_sglang.learn.versions import versions_of
+    from whiflash_sglang.learner.once import Learning, Pace, learn_once
 
     server = None if url is None else LiveServer(url.rstrip("/"), api_key, versions_of(directory))
     with readable_errors():
-        settings = resolve_config(config)
         given = Learning(directory, bundle or embedded_bundle(), settings, tokens, judged, rate, replay)
         if watch:
             _watch(given, server, share, as_json)

@@ -5,22 +5,29 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from typer.core import TyperCommand
 
 from whiflash_sglang.cli import SERVE
 from whiflash_sglang.cli.options import DEFAULT_URL, JsonFlag
+from whiflash_sglang.compat.launch.early import (
+    HOST,
+    MODEL,
+    PORT,
+    as_flags,
+    check,
+    check_port,
+    configured,
+    pairs,
+)
 from whiflash_sglang.config import RouterName
 from whiflash_sglang.embedded import STRICT_TOOLS, embedded_arguments
-from whiflash_sglang.errors import ConfigError, UsageError
+from whiflash_sglang.errors import UsageError
 
-MODEL = ("--model-path", "--model")
-PREFIX = "--whiflash-"
 LANGUAGE_MODEL = ("--model-type", "llm")
 """Else `sglang serve` asks the hub whether the model is a diffusion model."""
 
@@ -37,47 +44,12 @@ def server_arguments(arguments: list[str]) -> list[str]:
     added = embedded_arguments(given) if is_embedded(arguments) else []
     if "--speculative-algorithm" not in given:
         added += ["--speculative-algorithm", "WHIFLASH"]
-    flags = _with_flags_only(arguments)
-    configured = _configured(flags)
-    if not any(name in MODEL for name, _ in _pairs(flags)):
+    flags = as_flags(arguments)
+    settings = configured(flags)
+    if not any(name in MODEL for name, _ in pairs(flags)):
         # `sglang serve` looks for the model on the command line only.
-        added += [word for key in MODEL if key in configured for word in (MODEL[0], str(configured[key]))]
+        added += [word for key in MODEL if key in settings for word in (MODEL[0], str(settings[key]))]
     return [*added, *flags]
-
-
-def check_arguments(arguments: list[str]) -> None:
-    """Refuse what SGLang would refuse as well, before the half minute that importing it takes.
-
-    Raises:
-        UsageError: no such flag of WHIFLASH, or a value that it does not take.
-        ConfigError: the model is a path that does not exist.
-    """
-    from whiflash_sglang.config import Flags, flag_of, parse_flags
-
-    fields = {flag_of(field): field for field in Flags.model_fields}
-    for name, value in _pairs(_with_flags_only(arguments)):
-        if name in MODEL and value is not None and value.startswith(("/", ".", "~")):
-            if not Path(value).expanduser().exists():
-                raise ConfigError(f"{name} {value}: no such directory")
-        elif name.startswith(PREFIX):
-            # SGLang's parser takes unambiguous beginnings.
-            meant = [name] if name in fields else [flag for flag in fields if flag.startswith(name)]
-            if len(meant) != 1:
-                raise UsageError(f"{name!r} is not one of {', '.join(meant or fields)}")
-            if value is None:
-                raise UsageError(f"{meant[0]} needs a value: give one after it")
-            try:
-                parse_flags({fields[meant[0]]: value})
-            except ConfigError as error:
-                raise UsageError(str(error)) from None
-
-
-def _pairs(flags: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Each flag with the word after it; None when the next flag, or nothing, follows."""
-    for flag, following in pairwise([*flags, "--"]):
-        if flag.startswith("--"):
-            name, joined, value = flag.partition("=")
-            yield name, value if joined else None if following.startswith("--") else following
 
 
 def server_environment(arguments: list[str]) -> dict[str, str]:
@@ -90,45 +62,17 @@ def is_embedded(arguments: list[str]) -> bool:
     return _names(arguments).isdisjoint(MODEL)
 
 
+def _url(arguments: list[str]) -> str:
+    flags = as_flags(arguments)
+    settings = configured(flags) | dict(pairs(flags))
+    host = settings.get("--host") or HOST
+    return f"http://{HOST if host in ('0.0.0.0', '::') else host}:{settings.get('--port') or PORT}"
+
+
 def _names(arguments: list[str]) -> set[str]:
     """Flags that are given, on the command line or in the file of `--config`."""
-    flags = _with_flags_only(arguments)
-    return {name for name, _ in _pairs(flags)} | _configured(flags).keys()
-
-
-def _with_flags_only(arguments: list[str]) -> list[str]:
-    """`arguments` as `sglang serve` reads them: the model after `--model-path`, `--config FILE` in two words."""
-    if arguments and not arguments[0].startswith("-"):
-        arguments = [MODEL[0], *arguments]
-    flags = []
-    for argument in arguments:
-        name, joined, value = argument.partition("=")
-        # SGLang's parser takes unambiguous beginnings: `--model-p` is `--model-path`.
-        if name.startswith("--model-p") and MODEL[0].startswith(name):
-            argument = MODEL[0] + joined + value
-        flags += [name, value] if name == "--config" and joined else [argument]
-    return flags
-
-
-def _configured(flags: list[str]) -> dict[str, Any]:
-    """Flags of SGLang's configuration file, with their values; empty without one."""
-    if "--config" not in flags:
-        return {}
-    import yaml  # type: ignore[import-untyped]
-
-    place = flags.index("--config") + 1
-    if place == len(flags):
-        raise UsageError("--config needs a value: the path of a YAML file")
-    path = Path(flags[place])
-    try:
-        settings: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings or {}, dict):
-        raise ConfigError(f"--config {path}: keys and values expected, such as `model-path: OWNER/NAME`")
-    return {f"--{str(key).replace('_', '-')}": value for key, value in (settings or {}).items()}
+    flags = as_flags(arguments)
+    return {name for name, _ in pairs(flags)} | configured(flags).keys()
 
 
 class ServeCommand(TyperCommand):
@@ -164,7 +108,8 @@ def serve(
     whiflash serve --port 30000
     whiflash serve Qwen/Qwen3-8B --speculative-draft-model-path OWNER/BUNDLE --whiflash-router ar
     """
-    check_arguments(ctx.args)
+    check(ctx.args)
+    url = _url(ctx.args)
     # The environment that has this command has that one, too.
     command = [
         str(Path(sys.executable).with_name("sglang")),
@@ -177,6 +122,11 @@ def serve(
         variables = [f"{name}={value}" for name, value in environment.items()]
         typer.echo(shlex.join([*(["env", *variables] if variables else []), *command]))
         return
+    typer.echo(
+        f"whiflash: serves at {url} in about a minute. Then, in another shell: "
+        f"`whiflash top --url {url}` watches it, `whiflash policy none --url {url}` stops drafting",
+        err=True,
+    )
     # Replacing this process leaves signals, exit code and children to SGLang itself.
     os.execve(command[0], command, {**os.environ, **environment})
 
@@ -229,6 +179,10 @@ def proxy(
     import uvicorn
     from whiflash_sdk.proxy import Proxy, without_password
 
+    check_port(host, port)
+    there = urlsplit(upstream)
+    if there.port == port and there.hostname in (host, "localhost", HOST):
+        raise UsageError(f"--upstream {upstream} is this proxy: give the server's URL, or another --port")
     try:
         application = Proxy(upstream, agent=agent)
     except ValueError as error:

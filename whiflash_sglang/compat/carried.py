@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from sglang.srt.runtime_context import get_spec
-
 from whiflash_sglang.config import Settings
 
 ALGORITHM = "WHIFLASH"
@@ -32,6 +30,8 @@ def is_ours(scheduler: Any) -> bool:
 
 def serves_ours() -> bool:
     """Whether the engine of this process, the last one that was started, runs this algorithm."""
+    from sglang.srt.runtime_context import get_spec
+
     return bool(get_spec().speculative_algorithm == ALGORITHM)
 
 

@@ -218,9 +218,8 @@ def show(answers: Sequence[Answer], console: Console) -> None:
     console.print(_speeds(answers))
     console.print(_drafters(answers))
     ties = sum(a.comparison.verdict is Verdict.TIE for a in answers)
-    console.print(
-        f"{len(answers)} answers compared with plain decoding, {ties} ties (rounding decided between two tokens)."
-    )
+    counted = f"{ties} {'tie' if ties == 1 else 'ties'} (rounding decided between two tokens)"
+    console.print(f"{len(answers)} answers compared with plain decoding, {counted}.")
 
 
 def _show_answers(answers: Sequence[Answer], console: Console) -> None:

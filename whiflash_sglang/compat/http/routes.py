@@ -6,7 +6,7 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import Query, Request
+from fastapi import Depends, HTTPException, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from sglang.srt.entrypoints import http_server
@@ -38,6 +38,7 @@ from whiflash_sglang.compat.http.control import (
 from whiflash_sglang.compat.patching import around
 from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import read_json
 from whiflash_sglang.learn.samples import forget_samples
 from whiflash_sglang.learn.versions import Wanted, check_wanted
 from whiflash_sglang.lookup.memory import parse_forget
@@ -136,7 +137,22 @@ async def _states(timeout: float | None = None) -> list[dict[str, Any]]:
     return await states_of(manager, timeout or manager.config_value("watchdog_timeout"))
 
 
-async def _set_policy(change: dict[str, Any], request: Request) -> JSONResponse:
+async def _object(request: Request) -> dict[str, Any]:
+    """The body of a request. SGLang's answer to another one would name a file of this machine.
+
+    Raises:
+        HTTPException: it is no JSON object.
+    """
+    with contextlib.suppress(ValueError):
+        if isinstance(body := read_json(await request.body()), dict):
+            return body
+    raise HTTPException(400, "the body is no JSON object")
+
+
+Body = Annotated[dict[str, Any], Depends(_object)]
+
+
+async def _set_policy(change: Body, request: Request) -> JSONResponse:
     """Change router, thresholds or dwell while serving."""
     answer = await _changed(change)
     log_steering(_client(request), "policy", loggable(change), answer.status_code)
@@ -156,7 +172,7 @@ async def _changed(change: dict[str, Any]) -> JSONResponse:
     return answer
 
 
-async def _forget(who: dict[str, Any], request: Request) -> JSONResponse:
+async def _forget(who: Body, request: Request) -> JSONResponse:
     """Drop what is kept of one tenant's outputs, or of everybody's: copies and samples."""
     told: dict[str, Any] = {}
     try:
@@ -173,7 +189,7 @@ async def _forget(who: dict[str, Any], request: Request) -> JSONResponse:
     return answer
 
 
-async def _use_version(which: dict[str, Any], request: Request) -> JSONResponse:
+async def _use_version(which: Body, request: Request) -> JSONResponse:
     """Draft with another version of the drafters' weights; running requests continue."""
     told: dict[str, Any] = {}
     try:

@@ -17,9 +17,6 @@ from whiflash_sglang.compat.patching import around
 
 logger = logging.getLogger(__name__)
 
-CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla")
-"""Backends that plan a verification of several widths rightly, eagerly and for a captured graph (shown on CPU tensors;
-no GPU has run any of them). `triton` has a replacement in `compat/forward/`."""
 ATTENTION_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 
 

@@ -11,15 +11,18 @@ that see the whole context. Windowed layers share them, or have a pool of their 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
-
-from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
+from typing import TYPE_CHECKING, Any
 
 from whiflash_sglang.compat.carried import APP_PATH, WORKER_APP
-from whiflash_sglang.compat.launch.arguments import CUDA_ATTENTIONS, Launch
 from whiflash_sglang.compat.versions import has, installed
 from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 
+if TYPE_CHECKING:
+    from whiflash_sglang.compat.launch.arguments import Launch
+
+CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla")
+"""Backends that plan a verification of several widths rightly, eagerly and for a captured graph (shown on CPU tensors;
+no GPU has run any of them). `triton` has a replacement in `compat/forward/`."""
 ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha")
 """Of those that CUDA may have. `triton` runs under Triton's interpreter as a formula says; the others are handed what
 their documentation asks for (`tests/compat/interpreted_windows.py`; no GPU has run any)."""
@@ -52,44 +55,49 @@ class Refusal:
     """`found` gives None or False if a launch is fine, else what `sentence` names in its braces."""
 
     name: str
-    found: Callable[[Launch], Any]
+    found: Callable[["Launch"], Any]
     sentence: str
 
 
-def refusals_of(launch: Launch) -> Iterator[tuple[str, str]]:
-    """Name and sentence of every row that stops this launch."""
+def refusals_of(launch: "Launch", *, known_in_part: bool = False) -> Iterator[tuple[str, str]]:
+    """Name and sentence of every row that stops this launch. known_in_part: rows that lack a fact are left out."""
     for refusal in REFUSALS:
-        found = refusal.found(launch)
+        try:
+            found = refusal.found(launch)
+        except AttributeError:
+            if not known_in_part:
+                raise
+            continue
         if found not in (None, False):
             yield refusal.name, refusal.sentence.format(found)
 
 
-def refusal_of(launch: Launch) -> str | None:
+def refusal_of(launch: "Launch") -> str | None:
     """The first sentence that stops this launch, or None."""
     return next((sentence for _, sentence in refusals_of(launch)), None)
 
 
-def _on(argument: str) -> Callable[[Launch], Any]:
+def _on(argument: str) -> Callable[["Launch"], Any]:
     """An argument that is off by default."""
     return lambda launch: bool(getattr(launch.args, argument))
 
 
-def _more_than_one(argument: str) -> Callable[[Launch], Any]:
+def _more_than_one(argument: str) -> Callable[["Launch"], Any]:
     return lambda launch: int(getattr(launch.args, argument) or 1) != 1
 
 
-def _foreign_flag(launch: Launch) -> str | None:
+def _foreign_flag(launch: "Launch") -> str | None:
     """The first flag of SGLang's other algorithms that the user gave."""
     given = (f for f, default in FOREIGN.items() if launch.given.get(f, default) != default)
     return next((f"--{field.replace('_', '-')}" for field in given), None)
 
 
-def _architecture(condition: Callable[[Launch], Any]) -> Callable[[Launch], Any]:
+def _architecture(condition: Callable[["Launch"], Any]) -> Callable[["Launch"], Any]:
     """The target's architecture if `condition` holds; None if only flags are known."""
     return lambda launch: launch.architecture if launch.model is not None and condition(launch) else None
 
 
-def _is_uncaptured(launch: Launch) -> bool:
+def _is_uncaptured(launch: "Launch") -> bool:
     from whiflash_sglang.compat.forward.captured import may_capture
 
     return not may_capture(launch.architecture)
@@ -102,12 +110,12 @@ def _recurrent() -> Any:
     return recurrent
 
 
-def _foreign_attention(launch: Launch) -> str | None:
+def _foreign_attention(launch: "Launch") -> str | None:
     allowed = CUDA_ATTENTIONS if launch.device == "cuda" else (ATTENTION_BACKEND,)
     return next(iter(sorted(launch.attention_backends.difference(allowed))), None)
 
 
-def _foreign_adapters(launch: Launch) -> tuple[str, str] | None:
+def _foreign_adapters(launch: "Launch") -> tuple[str, str] | None:
     """The backend of LoRA that this device needs, and another one that is asked for."""
     # On a CPU SGLang's default is replaced (`platform/cpu.py`).
     takes = ("triton",) if launch.device == "cuda" else ("torch_native", "csgmv")
@@ -116,24 +124,27 @@ def _foreign_adapters(launch: Launch) -> tuple[str, str] | None:
     return (takes[0], named) if wanted and named not in takes else None
 
 
-def _captures(launch: Launch, phase: str) -> bool:
-    config = launch.args.cuda_graph_config
-    return launch.device == "cuda" and getattr(config, phase).backend != Backend.DISABLED
+def _captures(launch: "Launch", phase: str) -> bool:
+    if launch.device != "cuda":
+        return False
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    return bool(getattr(launch.args.cuda_graph_config, phase).backend != Backend.DISABLED)
 
 
-def _foreign_windowed_attention(launch: Launch) -> str | None:
+def _foreign_windowed_attention(launch: "Launch") -> str | None:
     if launch.device != "cuda" or launch.model is None or not has_windows(launch.model):
         return None
     return next(iter(sorted(launch.attention_backends.difference(ATTENTIONS))), None)
 
 
-def _is_compressed(launch: Launch) -> bool:
+def _is_compressed(launch: "Launch") -> bool:
     from sglang.srt.configs.model_config import is_deepseek_v4
 
     return bool(is_deepseek_v4(launch.model.hf_config))
 
 
-def _has_chunks(launch: Launch) -> bool:
+def _has_chunks(launch: "Launch") -> bool:
     kinds = getattr(launch.model.hf_text_config, "layer_types", None) or ()
     return bool(launch.model.is_local_attention_model or "chunked_attention" in kinds)
 
@@ -142,7 +153,7 @@ def _takes_media(model: Any) -> bool:
     return bool(model.is_multimodal or model.is_audio_model)
 
 
-def _one_file(launch: Launch) -> str | None:
+def _one_file(launch: "Launch") -> str | None:
     """The format of a checkpoint that is one file of packed weights."""
     method = None if launch.model is None else launch.model.quantization
     return str(method) if method in ("gguf", "expert_pack") else None
@@ -225,18 +236,18 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "cuda_prefill_graphs",
-        lambda x: x.draft_kv and _captures(x, Phase.PREFILL),
+        lambda x: x.draft_kv and _captures(x, "prefill"),
         "prefills in CUDA graphs keep no features for WHIFLASH's drafters; give --cuda-graph-backend-prefill disabled",
     ),
     Refusal(
         "cuda_graph_padding",
-        lambda x: _captures(x, Phase.DECODE) and x.args.disable_cuda_graph_padding,
+        lambda x: _captures(x, "decode") and x.args.disable_cuda_graph_padding,
         "WHIFLASH pads verifications to the size of a CUDA graph; remove --disable-cuda-graph-padding, or give "
         "--cuda-graph-backend-decode disabled",
     ),
     Refusal(
         "cuda_metadata_glue",
-        lambda x: _captures(x, Phase.DECODE) and x.is_set("SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
+        lambda x: _captures(x, "decode") and x.is_set("SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
         "the plan of a verification changes its addresses every round and cannot be captured; unset "
         "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
     ),
