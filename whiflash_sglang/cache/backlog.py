@@ -12,8 +12,7 @@ from whiflash_kernels import BacklogRings, Claims, PassInputs, claim_backlogs, d
 
 from whiflash_sglang.core import PADDING
 
-TOKENS = 64
-"""Features that a request's ring holds for its idle drafters before a flush."""
+TOKENS = 64  # of features that a request's ring holds for its idle drafters before a flush
 
 
 class FeatureSlice:
