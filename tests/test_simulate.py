@@ -13,6 +13,7 @@ from whiflash_sglang.cli import app
 from whiflash_sglang.lab.simulate import (
     DRAFTS,
     H100,
+    PAIR,
     WAITS,
     Load,
     Simulation,
@@ -167,11 +168,9 @@ def test_a_closed_load_decodes_at_the_published_length(method: str) -> None:
         assert 3 < result.tokens / rounds < DRAFTS[arms.DIFFUSION]
 
 
-def test_the_controller_leaves_a_drafter_whose_drafts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from whiflash_sglang.lab import simulate
-
-    monkeypatch.setattr(simulate, "ACCEPTANCE", {"one": {arms.AR: 1.05, arms.DIFFUSION: 6.0}})
-    routed = Simulation(H100, Load(4, total=40), "auto").run().routed
+def test_the_controller_leaves_a_drafter_whose_drafts_are_refused() -> None:
+    pair = PAIR._replace(lengths={"one": {arms.AR: 1.05, arms.DIFFUSION: 6.0}})
+    routed = Simulation(H100, Load(4, total=40), "auto", pair=pair).run().routed
     assert routed[arms.DIFFUSION] > 0.9 * sum(routed.values())
 
 

@@ -35,8 +35,20 @@ ACCEPTANCE = {
     "MT-Bench": {arms.AR: 3.86, arms.DIFFUSION: 3.16},
 }
 """Tokens a round. EAGLE-3: Llama-3.1-8B, 7 steps (SpecForge). DFlash: Qwen3-8B, 15 drafts, T = 1 (AngelSlim)."""
-EAGLE_STEPS = 7
-"""Steps at which EAGLE-3's lengths were published."""
+
+
+class Pair(NamedTuple):
+    """Drafters by what was published of them.
+
+    lengths: text → arm → tokens a round. published: arm → drafts of a round at that length. drafts: of a full round.
+    """
+
+    lengths: Mapping[str, Mapping[str, float]]
+    published: Mapping[str, int]
+    drafts: Mapping[str, int]
+
+
+PAIR = Pair(ACCEPTANCE, {arms.AR: 7, arms.DIFFUSION: 15}, DRAFTS)
 
 
 def chance(length: float, drafts: int) -> float:
@@ -60,7 +72,8 @@ def expected(each: float, drafts: int) -> float:
 class Card:
     """Seconds. fixed: a forward of any size. row: one more row. token: one more token of context.
 
-    chain: an EAGLE-3 step. block: a DFlash block, and the round's own work.
+    chain: an EAGLE-3 step. block: a DFlash block, and the round's own work. experts: reading all of them. share: of
+    them that one row uses; several rows use others, by chance.
     """
 
     name: str
@@ -69,14 +82,19 @@ class Card:
     token: float
     chain: float
     block: float
+    experts: float = 0.0
+    share: float = 1.0
 
     def verify(self, rows: float, context: float) -> float:
-        return self.fixed + self.row * rows + self.token * context
+        read = self.experts * (1 - (1 - self.share) ** rows)
+        return self.fixed + self.row * rows + self.token * context + read
 
-    def tables(self, rows: int, context: int) -> CostTables:
-        """What a server on this card would have measured at its start, for rows and a context up to these."""
+    def tables(self, rows: int, context: int, chain: int = DRAFTS[arms.AR]) -> CostTables:
+        """What a server on this card would have measured at its start, for rows and a context up to these, and chains
+        of this length.
+        """
         sizes = grid(rows)
-        drafts = {arms.AR: DRAFTS[arms.AR] * self.chain, arms.DIFFUSION: self.block}
+        drafts = {arms.AR: chain * self.chain, arms.DIFFUSION: self.block}
         by_arm = {arm: Sizes(tuple(sizes), (price,) * len(sizes)) for arm, price in drafts.items()}
         return CostTables(Verifications.measured(1, max(context, 2), sizes, self.verify), by_arm, {})
 
@@ -162,19 +180,20 @@ class Result:
 class Simulation:
     """One card under one load, by one of `METHODS`."""
 
-    def __init__(self, card: Card, load: Load, method: str, seed: int = 1) -> None:
-        self.load, self.random = load, random.Random(seed)
+    def __init__(self, card: Card, load: Load, method: str, seed: int = 1, pair: Pair = PAIR) -> None:
+        self.load, self.random, self.pair = load, random.Random(seed), pair
         self.method, self.waits = ("auto", True) if method == WAITS else (method, False)
-        largest = load.requests * (DRAFTS[arms.DIFFUSION] + 1)
-        self.tables = card.tables(largest, load.requests * (load.prompt + load.answer))
+        largest = load.requests * (max(pair.drafts.values()) + 1)
+        context = load.requests * (load.prompt + load.answer)
+        self.tables = card.tables(largest, context, pair.drafts.get(arms.AR, 0))
         self.card = card
-        costs = LookedUpCosts(lambda arm: DRAFTS.get(arm, 0) + 1)
+        costs = LookedUpCosts(lambda arm: pair.drafts.get(arm, 0) + 1)
         # The server learns its correction in tables of its own; those of the card stay as they are.
         costs.tables = CostTables(self.tables.verifications, self.tables.drafts, {})
         self.controller = Controller(AutoPolicy(), costs, ())
         self.free = list(range(load.requests))
         self.opened = 0
-        self.texts = cycle(ACCEPTANCE.values())  # every method gets the same ones
+        self.texts = cycle(pair.lengths.values())  # every method gets the same ones
         self.running: list[Request] = []
         self.result = Result(method, load.requests)
 
@@ -192,8 +211,7 @@ class Simulation:
 
     def _open(self) -> None:
         lengths = next(self.texts)
-        published = {arms.AR: EAGLE_STEPS, arms.DIFFUSION: DRAFTS[arms.DIFFUSION]}
-        chances = {arm: chance(length, published[arm]) for arm, length in lengths.items()}
+        chances = {arm: chance(length, self.pair.published[arm]) for arm, length in lengths.items()}
         row = self.free.pop()
         # Evenly spread: one more request under a grammar whenever their share falls behind.
         constrained = int((self.opened + 1) * self.load.grammars) > int(self.opened * self.load.grammars)
@@ -211,7 +229,7 @@ class Simulation:
         padded = len(running) + sum(drafts)
         if self.method == "auto":
             # Rows are there for usual drafts. More of them lengthen the round here, where none is left out.
-            usual = (min(controller.costs.room(arm), DRAFTS.get(arm, 0)) for arm in routes)
+            usual = (min(controller.costs.room(arm), self.pair.drafts.get(arm, 0)) for arm in routes)
             padded = max(padded, len(running) + ceil(sum(usual)))
         verify = self.tables.verify(padded, context)
         seconds = self._with_host(sum(self.tables.draft(arm, n) for arm, n in drafted.items()), verify)
@@ -251,14 +269,14 @@ class Simulation:
 
     def _routes(self) -> list[str]:
         if self.method == "auto":
-            said = [dict.fromkeys(DRAFTS) for _ in self.running]
+            said = [dict.fromkeys(self.pair.drafts) for _ in self.running]
             return self.controller.route([request.row for request in self.running], said)
         arm = {"plain": arms.NONE, "eagle3": arms.AR}.get(self.method, arms.DIFFUSION)
         return [arm] * len(self.running)
 
     def _cut(self, routes: Sequence[str]) -> list[int]:
         """Drafts that each request verifies."""
-        full = [DRAFTS.get(arm, 0) for arm in routes]
+        full = [self.pair.drafts.get(arm, 0) for arm in routes]
         if self.method not in ("cut", "auto"):
             return full
         chances = [request.chances.get(arm, 0.0) for request, arm in zip(self.running, routes, strict=True)]
