@@ -158,7 +158,7 @@ def _bundle(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
     return {"bundle": str(asked.out)}
 
 
-_STEPS: Mapping[Step, Callable[["TrainConfig", Asked], dict[str, Any]]] = {
+_STEPS: Mapping[str, Callable[["TrainConfig", Asked], dict[str, Any]]] = {
     "data": _answer,
     "eagle3": _drafter("eagle3"),
     "dflash": _drafter("dflash"),

@@ -86,7 +86,7 @@ class Card:
     share: float = 1.0
 
     def verify(self, rows: float, context: float) -> float:
-        read = self.experts * (1 - (1 - self.share) ** rows)
+        read: float = self.experts * (1 - (1 - self.share) ** rows)
         return self.fixed + self.row * rows + self.token * context + read
 
     def tables(self, rows: int, context: int, chain: int = DRAFTS[arms.AR]) -> CostTables:
