@@ -26,8 +26,6 @@ _UNUSED: Final = {
     "tools": "no draft was taken from calls: offer tools, and start the server with their --tool-call-parser",
 }
 """By source of drafts, what would help if nothing was taken from it."""
-_FEW: Final = 16
-"""Drafts that say little of a source if none of them was accepted."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,7 @@ def _brought(trace: Trace) -> Iterator[Finding]:
     for name in dict.fromkeys((*trace.sources, *_UNUSED)):
         told = trace.sources.get(name)
         if told is not None:
-            yield Finding(name, told.accepted > 0 or told.proposed < _FEW, _accepted(told))
+            yield Finding(name, told.accepted > 0 or told.proposed < 16, _accepted(told))  # few say little
         else:
             yield Finding(name, True, _UNUSED[name])
 
