@@ -46,15 +46,23 @@ def register() -> None:
 
 
 def _check_command_line() -> None:
-    """Judge the command line of SGLang's own launchers before SGLang reads it. Raises SystemExit."""
+    """Judge a command line that names WHIFLASH before SGLang reads it. Raises SystemExit.
+
+    SGLang's own servers, its other commands and the processes of a server are left alone.
+    """
     launcher, *arguments = sys.argv
-    if Path(launcher).name not in ("sglang", "launch_server.py") or multiprocessing.parent_process():
+    if multiprocessing.parent_process():
+        return
+    if Path(launcher).name == "sglang" and arguments[:1] == ["serve"]:
+        arguments = arguments[1:]
+    elif Path(launcher).name != "launch_server.py":
         return
     from whiflash_sglang.compat.launch import early
     from whiflash_sglang.errors import WhiflashError
 
     try:
-        early.check(arguments[arguments[:1] == ["serve"] :], ours=False)
+        if early.named(arguments):
+            early.check(arguments)
     except WhiflashError as error:
         raise SystemExit(f"whiflash: error: {error}") from None
 

@@ -17,7 +17,7 @@ from typing import Any
 from whiflash_sglang.checkpoints.manifest import MANIFEST, check_router, load_manifest
 from whiflash_sglang.compat.launch.refusals import refusals_of
 from whiflash_sglang.config import Flags, flag_of, parse_flags
-from whiflash_sglang.errors import ConfigError, UsageError
+from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
 
 ALGORITHM, DRAFT = "--speculative-algorithm", "--speculative-draft-model-path"
 MODEL = ("--model-path", "--model")
@@ -73,11 +73,19 @@ def configured(flags: list[str]) -> dict[str, Any]:
     return {f"--{str(key).replace('_', '-')}": value for key, value in (settings or {}).items()}
 
 
-def check(arguments: list[str], ours: bool = True) -> None:
-    """Refuse what cannot be served, as far as the words say it.
+def named(arguments: list[str]) -> bool:
+    """Whether these arguments of `sglang serve` ask for WHIFLASH. A file that cannot be read asks for nothing."""
+    flags, settings = as_flags(arguments), {}
+    with suppress(WhiflashError):
+        settings = configured(flags)
+    return str((settings | dict(pairs(flags))).get(ALGORITHM)).upper() == "WHIFLASH"
+
+
+def check(arguments: list[str]) -> None:
+    """Refuse what cannot be served, as far as the words say it. WHIFLASH serves if they name no algorithm.
 
     Args:
-        arguments: as for `sglang serve`. ours: WHIFLASH serves if they name no algorithm.
+        arguments: as for `sglang serve`.
 
     Raises:
         UsageError: no such flag of WHIFLASH, or a value that it does not take.
@@ -90,7 +98,7 @@ def check(arguments: list[str], ours: bool = True) -> None:
         _check_place(name, said.get(name))
     _check_place(DRAFT, said.get(DRAFT), bundle=True)
     _check_place("--whiflash-eagle-draft", settings.eagle_draft)
-    if str(said.get(ALGORITHM, "WHIFLASH" if ours else "")).upper() == "WHIFLASH":
+    if str(said.get(ALGORITHM, "WHIFLASH")).upper() == "WHIFLASH":
         _check_bundle(settings, said)
         for _, sentence in refusals_of(_launch(settings, said), known_in_part=True):
             raise ConfigError(sentence)
