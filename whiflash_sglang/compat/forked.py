@@ -53,7 +53,7 @@ def serve(request: dict[str, Any]) -> None:
         run_server(prepare_server_args(request["arguments"]))
         code = 0
     except SystemExit as left:
-        # What the interpreter does with it, which `os._exit` leaves out.
+        # The interpreter does this with it, `os._exit` does not.
         if isinstance(left.code, str):
             print(left.code, file=sys.stderr)
         code = left.code if isinstance(left.code, int) else 1

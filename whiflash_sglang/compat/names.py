@@ -1,6 +1,6 @@
 """Members and parameters of SGLang's that are used and not replaced: each is checked before anything is replaced.
 
-A name that is only imported is checked by its import. What is replaced is in a table of its own (`compat/patching.py`).
+A name that is only imported is checked by its import. Replaced names have their own table (`compat/patching.py`).
 """
 
 from collections.abc import Mapping

@@ -1,5 +1,4 @@
-"""What our sources replace and import of SGLang's, read off them: nothing is imported, so a page and a comparison of
-releases need no SGLang."""
+"""Names of SGLang's that we replace or import, read off our sources: pages and comparisons need no SGLang."""
 
 import ast
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ class Replaced(NamedTuple):
 
 
 def replaced() -> Iterator[Replaced]:
-    """What `around` decorates."""
+    """Names that `around` replaces."""
     for file, tree in _trees():
         functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
         for function in functions:

@@ -1,4 +1,4 @@
-"""What a loaded target's forwards give of its layers: one capture, in serving and where training data are made.
+"""Outputs of a loaded target's layers: one capture, in serving and for training data.
 
 Which of SGLang's model classes let their layers' outputs be captured.
 
@@ -141,7 +141,7 @@ def _set_layers(model: Any, layers: list[int]) -> None:
 
 
 class LoadedTarget:
-    """What a worker of SGLang's serves with."""
+    """The target that a worker of SGLang's serves."""
 
     def __init__(self, target_worker: Any) -> None:
         self.worker = target_worker
@@ -164,12 +164,12 @@ class LoadedTarget:
 
     @property
     def embedding_scale(self) -> float:
-        """What rows of `embedding` are multiplied by before the first layer; what is `shared` is multiplied already."""
+        """Factor of rows of `embedding` before the first layer; those of `shared` are multiplied already."""
         return 1.0 if self.shared and self.shared.embed else self.row_scale
 
     @property
     def row_scale(self) -> float:
-        """What the embedding's own module multiplies its rows by (Gemma)."""
+        """Factor by which the embedding's own module multiplies its rows (Gemma)."""
         return float(getattr(input_embedding(self._text), "embed_scale", 1.0))
 
     @property

@@ -61,7 +61,7 @@ def _planning(upstreams: Any) -> Any:
 
 
 def _layout(backend: Any, spec_info: Any) -> GraphLayout | None:
-    """Of a verification that its graph plans: not where a pool's addresses are translated on the host."""
+    """Layout of a verification that its graph plans; None if a pool's addresses are translated on the host."""
     layout = getattr(spec_info, "ragged_verify_layout", None)
     plans = backend.topk <= 1 and not backend.kv_index_translator.reads_are_translated
     return layout if isinstance(layout, GraphLayout) and plans else None

@@ -8,7 +8,7 @@ A graph's rows beyond those of the batch belong to slots without a request. Ther
 request of the batch is prolonged and no slot has more than `widest` rows, the bound that attention kernels are
 captured with. Their K and V go to KV slot 0, which nobody reads.
 
-What follows the forward on the device is captured with it (`Target.end_graphs_with`): a function in the model runner's
+The device's work after the forward is captured with it (`Target.end_graphs_with`): a function in the model runner's
 `capture_tail_hooks` is called as `hook(runner, output, forward_batch, rows)` inside the captured region. There
 `forward_batch.spec_info.ragged_verify_layout` holds a replay's widths on the device, padded to the graph's slots.
 """
@@ -92,7 +92,7 @@ def captures_passes(device: torch.device) -> bool:
 
 
 def recorder(model_runner: Any) -> Recorder | None:
-    """What captures drafters' passes; None where every pass runs as it is written."""
+    """Recorder that captures drafters' passes; None if every pass runs as it is written."""
     return CudaRecorder() if captures_passes(torch.device(model_runner.device)) else None
 
 
@@ -123,11 +123,11 @@ def spare_slots(requests: int, widest: int) -> int:
 
 
 def bytes_for(requests: int, widest: int, *, vocabulary: int, row_bytes: int) -> int:
-    """What graphs of up to so many requests keep for good, beside the memory that they share while one is replayed.
+    """Bytes that graphs of up to so many requests keep for good, beside memory that they share while one is replayed.
 
     Args:
-        vocabulary: all graphs write their logits to the same 32-bit buffer. row_bytes: of the features and hidden
-            states of one row, of which every graph has its own.
+        vocabulary: all graphs write their logits to the same 32-bit buffer. row_bytes: those of the features and hidden
+        states of one row, of which every graph has its own.
     """
     buckets = graded(most_rows(requests, widest))
     return buckets[-1] * vocabulary * 4 + sum(buckets) * row_bytes
@@ -193,7 +193,7 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
         return int(round_up_grid(total, self.capture_num_tokens))
 
     def get_spec_info(self, num_tokens: int) -> DFlashVerifyInput:
-        """What every capture verifies: `num_tokens` rows under a layout whose tensors the graph keeps."""
+        """Input of every captured verification: `num_tokens` rows under a layout whose tensors the graph keeps."""
         return DFlashVerifyInput(
             draft_token=None,
             positions=None,

@@ -41,7 +41,7 @@ def _by_layout(original: Any, self: Any, forward_batch: Any) -> None:
     if layout is None:
         original(self, forward_batch)
         return
-    # What is priced at the start has rows and no requests.
+    # Work that is priced at the start has rows and no requests.
     lora_ids = [*forward_batch.lora_ids, *[None] * (requests - len(forward_batch.lora_ids))]
     seen = SimpleNamespace(lora_ids=lora_ids, batch_size=requests)
     if not isinstance(self.lora_backend, TritonLoRABackend):

@@ -1,4 +1,4 @@
-"""What grammars allow at every verified row, as bit masks for SGLang's sampler."""
+"""Tokens that grammars allow at every verified row, as bit masks for SGLang's sampler."""
 
 from collections.abc import Sequence
 from functools import partial

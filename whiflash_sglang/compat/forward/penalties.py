@@ -14,7 +14,7 @@ import torch
 from whiflash_sglang.device.transfers import Upload
 
 _NOWHERE = 1 << 40
-"""Where the answer of what is not penalised begins: behind every position."""
+"""Beginning of the answer of a request without penalties: after every position."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class PenaltyRequest:
 
 
 class PenalisedBatch:
-    """What is penalised in a batch, on the device by one upload; ask for rows by `at`.
+    """Penalties of a batch, on the device by one upload; ask for rows by `at`.
 
     Args:
         requests: those that are penalised, at least one. table_rows: [B] int64 rows of the token table. starts: [B]

@@ -89,7 +89,7 @@ def commit(attention: Any, model: Any, batch: Any, starts: torch.Tensor, accept_
 
 
 def tracks_every(batch: Any) -> int | None:
-    """Of how many tokens' multiples the tree is to have the states of a verified `batch`; None: of none."""
+    """Number of tokens at whose multiples the tree is to have the states of a verified `batch`; None: at none."""
     if batch.mamba_track_indices is None:
         return None
     return int(mamba_track_grid(batch.tree_cache.page_size))
@@ -141,16 +141,16 @@ def verify_packed(conv: Any, x: torch.Tensor, meta: Any, draft_token_num: int, a
 
 
 PADDED_ATTENTIONS = frozenset({"trtllm_mla"})
-"""What lays the rows of every request out to one width (see `rows_counted`)."""
+"""Backends that pad the rows of every request to one width (see `rows_counted`)."""
 
 
 def rows_counted(runner: Any, widest: int) -> int:
-    """Rows of each request as the attention of `runner` is to count them, where none has more than `widest`.
+    """Rows of each request as the attention of `runner` is to count them, if none has more than `widest`.
 
     TRT-LLM's MLA ends the keys of every request as many positions behind its context as the server's widest block has,
     and its kernel takes queries for the last of them: laid out to any other width, they would be taken for later ones.
-    Where layers keep a state, SGLang gives no slot of a graph more rows than are counted, nor those that take what a
-    batch leaves of it.
+    If layers keep a state, SGLang gives no slot of a graph more rows than are counted, nor those that take what a batch
+    leaves of it.
     """
     names = {runner.prefill_attention_backend_str, runner.decode_attention_backend_str}
     if names & PADDED_ATTENTIONS or has_state(runner.model_config):

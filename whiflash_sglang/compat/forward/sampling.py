@@ -96,9 +96,9 @@ def sample_as_sglang(
 ) -> torch.Tensor:
     """The token of SGLang's sampler at each packed row: [T] int64.
 
-    A few rows at a time, since it takes much memory for each logit. Where the batch asks for log-probabilities `output`
-    gets them row by row, from the logits that were sampled from: then, and where a custom processor sees them, it is
-    all rows at a time.
+    A few rows at a time, since it takes much memory for each logit. If the batch asks for log-probabilities, `output`
+    gets them row by row, from the logits that were sampled from. Then, and if a custom processor sees them, it is all
+    rows at a time.
 
     Args:
         runner: the target's model runner. output: SGLang's logits output of the verification. round, tokens: as of
@@ -127,8 +127,8 @@ def sample_as_sglang(
 
 
 def simulated_acceptance(widest: int) -> tuple[Callable[[], int], bool] | None:
-    """What `SGLANG_SIMULATE_ACC_LEN`, `_METHOD` and `_TOKEN_MODE` ask for, None where nothing is simulated: tokens that
-    every request commits in the next round, and whether they are its drafts.
+    """Request of `SGLANG_SIMULATE_ACC_LEN`, `_METHOD` and `_TOKEN_MODE`: tokens that every request commits in the next
+    round, and whether they are its drafts. None: nothing is simulated.
 
     One length is drawn a round for all requests, as upstream's workers do. A request's block is as wide as it was
     drafted, so one with fewer rows commits them all: upstream's draw for a block of that width.
@@ -210,7 +210,7 @@ def count_earlier_output(batch: Any) -> None:
 def _without_parameters(
     info: SamplingBatchInfo, block: MixedBlock, rows: slice, penalised: PenalisedBatch | None
 ) -> SamplingBatchInfo:
-    """What changes the logits of packed rows; the rest is still by request."""
+    """Parameters that change the logits of packed rows; the rest is still by request."""
     owner = block.request_of_row[rows]
     additive, scaling = (None, None) if penalised is None else penalised.at(owner, block.positions[rows])
     return dataclasses.replace(

@@ -23,8 +23,8 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
 
     def __init__(self, runner: Any, *args: Any, **named: Any) -> None:
         super().__init__(runner, *args, **named)
-        # With one pool for all layers SGLang asks the model for its window, which not every class answers (Laguna), and
-        # without one the layers that have it are planned no keys. Of several, a narrower one is masked by the kernel.
+        # With one pool for all layers SGLang asks the model for its window, which not every class answers (Laguna),
+        # and without one the layers that have it are planned no keys. The kernel masks the narrower one of several.
         window = widest_window(runner.model)
         if window is not None:
             self.sliding_window_size = window
@@ -43,14 +43,14 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *buffers: Any, **named: Any) -> None:
         """Allocate what the plans of captured verifications are written to.
 
-        Upstream sizes by rows what decoding reads: room for a whole context each (and the splits of its kernel). Here
-        every captured forward is a verification, and of these a request reads one context, however many rows it has.
-        Where it writes offsets it has room for the server's requests, and a graph has slots beside them.
+        Upstream sizes decoding's inputs by rows: room for a whole context each (and the splits of its kernel). Here
+        every captured forward is a verification, in which a request reads one context, however many rows it has. Its
+        offsets have room for the server's requests, and a graph has slots beside them.
         """
         super().init_cuda_graph_state(max_bs, max_bs, *buffers, **named)
         self._make_room(max_bs)
         if self.use_sliding_window_kv_pool:
-            # What a row writes to in the windowed layers' pool.
+            # Slots that a row writes to in the windowed layers' pool.
             self.cuda_graph_swa_out_cache_loc = torch.zeros(
                 max_num_tokens, dtype=torch.int64, device=self.device
             )

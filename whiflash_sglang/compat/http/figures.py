@@ -5,7 +5,7 @@ rounds, and a round proposes what was expected to pay. How many rows a forward v
 drafter sets it from request to request: its `cap` figures (the bonus token's row among them), which the worker fills.
 Rows less forwards are the drafts, and the acceptance rates are put on them.
 
-Who asks an OpenAI route for them (`return_spec_tokens_details`) gets them in vLLM's shape, too, which harnesses read.
+Requests for them on an OpenAI route (`return_spec_tokens_details`) get them in vLLM's shape, too, which harnesses read.
 """
 
 from collections.abc import Mapping

@@ -127,7 +127,7 @@ class Detokenizer(DetokenizerManager):
 
 
 class _Seen(Req):  # type: ignore[misc]
-    """What SGLang's scheduler asks of a request to know whether its unsent tokens are sent."""
+    """Members of a request that SGLang's scheduler reads to know whether its unsent tokens are sent."""
 
     def __init__(self, tokenizer: Any, params: SamplingParams) -> None:
         params.normalize(tokenizer)
@@ -156,10 +156,10 @@ class Cutter:
         self._waiting: deque[tuple[int, int]] = deque()
         """Sizes of outputs in tokens, and where their texts end, in characters from the answer's begin."""
         self._end = self._seen = 0
-        """Where the last of them ends; tokens that the decoder has seen."""
+        """End of the last of them; tokens that the decoder has seen."""
         self._tokens: list[int] = []
         self._text = ""
-        """What arrived and was not sent; the text begins at `_shown`, the tokens and the records at `_sent`."""
+        """Text that arrived and was not sent; it begins at `_shown`, its tokens and records at `_sent`."""
         self._shown = self._sent = 0
         self._records: dict[str, list[Any]] = {}
 

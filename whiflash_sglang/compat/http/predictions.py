@@ -41,7 +41,7 @@ def parameters_of(obj: Any) -> list[Any]:
 
 
 def choices_of(output: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """What an output brings, with the number of the choice that each is of."""
+    """Parts of an output, each with the number of its choice."""
     for number, item in enumerate(output if isinstance(output, list) else [output]):
         if isinstance(item, dict) and isinstance(item.get("meta_info"), dict):
             yield item.get("index", number), item
@@ -56,7 +56,7 @@ def of_choice(values: Sequence[T], obj: Any, choice: int) -> T:
 
 
 def notes_of(obj: Any, choice: int) -> list[str]:
-    """What a choice's trace has to say about its prediction."""
+    """Notes on a choice's prediction for its trace."""
     notes: list[list[str]] = getattr(obj, _NOTES, None) or [[]]
     return of_choice(notes, obj, choice)
 
@@ -114,5 +114,5 @@ async def _counted(tokens: Sequence[int], answer: Sequence[int]) -> dict[str, in
 
 
 def summed(counts: Mapping[int, Mapping[str, int]]) -> dict[str, int]:
-    """What of the predictions of a request appeared in all its choices."""
+    """Counts of a request's predictions that appeared, over all its choices."""
     return {name: sum(one[name] for one in counts.values()) for name in (ACCEPTED, REJECTED)}

@@ -1,5 +1,5 @@
-"""What requests say to WHIFLASH: read from their bodies, checked before anything is scheduled, and completed by what
-they imply. In the process that serves HTTP.
+"""Parameters of requests for WHIFLASH: read from their bodies, checked before anything is scheduled, and completed by
+what they imply. In the process that serves HTTP.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from whiflash_sglang.structure.tools import carried_tools
 
 
 def check_native(manager: Any, obj: Any) -> None:
-    """Of the native route, which hands its parameters on unseen.
+    """Check a request of the native route, which hands its parameters on unseen.
 
     Raises:
         ValueError: they are malformed; SGLang answers it with 400.
@@ -186,7 +186,7 @@ def implied(manager: Any, request: Any, custom_params: Any) -> Any:
 
 
 def _check_long(manager: Any, custom_params: Any) -> None:
-    """What of a request's parameters may be long: the form of a prediction, and a forced answer. Raises HintError."""
+    """Check parameters that may be long: the form of a prediction, and a forced answer. Raises HintError."""
     if isinstance(carried_prediction(custom_params), str) and manager.tokenizer is None:
         raise HintError(FIELD, "must be token ids: this server has no tokenizer")
     allowed = settings_of(manager.server_args).force_recorded

@@ -1,4 +1,4 @@
-"""What WHIFLASH adds to SGLang's HTTP process: routes of its own. Hints: `requests`; traces: `traces`."""
+"""Routes that WHIFLASH adds to SGLang's HTTP process. Hints: `requests`; traces: `traces`."""
 
 import asyncio
 import contextlib

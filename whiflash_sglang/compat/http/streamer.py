@@ -1,8 +1,8 @@
 """Recordings of traced requests: on SGLang's own requests, and out of the scheduler with a request's last output,
 where they become traces.
 
-What is traced is read off the requests themselves, so it ends with them, however they end, and the output of those
-that did not ask is the one that SGLang sends without us.
+Traces are read off the requests themselves, so they end with them, however they end. The output of requests that did
+not ask is the one that SGLang sends without us.
 """
 
 import random

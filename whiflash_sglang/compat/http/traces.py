@@ -29,7 +29,7 @@ async def followed(
 
 
 class _Arrived:
-    """What has come of one request's answers. Streams of increments are put together for those that need the whole."""
+    """Answers of one request so far. Streams of increments are put together for those that need the whole."""
 
     def __init__(self, manager: Any, obj: Any, call: Call | None) -> None:
         self._manager, self._obj = manager, obj
@@ -98,7 +98,7 @@ def _vocabulary(manager: Any) -> tuple[tuple[bytes, ...], frozenset[int]]:
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:
-    """What decoding leaves out: every token added as special, not only those with a part to play (end, padding)."""
+    """Tokens that decoding leaves out: every one added as special, not only those with a part to play (end, pad)."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
 

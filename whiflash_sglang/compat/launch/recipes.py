@@ -198,8 +198,7 @@ def _replace(fields: dict[str, Any]) -> list[str]:
 def _launch(
     fields: Mapping[str, Any], environment: Mapping[str, str], target: Path | None
 ) -> tuple[Launch, list[str]]:
-    """What a start would see, and a sentence on each flag that it replaces. Recipes that name no device are for
-    GPUs."""
+    """The launch that a start would see (on a GPU if no device is named), and a sentence on each replaced flag."""
     arguments = ServerArgs(**{"model_path": str(target), "device": "cuda", **fields})
     device = arguments.device.partition(":")[0]
     replaced = choose_for_cuda(arguments) if device == "cuda" else []

@@ -1,7 +1,7 @@
 """Which launches WHIFLASH does not take: one table of conditions.
 
-What is refused here starts in SGLang and then serves wrong text, crashes later or silently does something else. Each
-sentence names the flag or the model and says what to do.
+Launches that are refused here start in SGLang and then serve wrong text, crash later or silently do something else.
+Each sentence names the flag or the model and says what to do.
 
 On CUDA some attention backends do not verify drafts in layers that attend through a sliding window. A verification is a
 plain causal block at the end of each request, so a backend is right where every row of it, not the request as a whole,
@@ -24,8 +24,9 @@ CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla")
 """Backends that plan a verification of several widths rightly, eagerly and for a captured graph (shown on CPU tensors;
 no GPU has run any of them). `triton` has a replacement in `compat/forward/`."""
 ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha")
-"""Of those that CUDA may have. `triton` runs under Triton's interpreter as a formula says; the others are handed what
-their documentation asks for (`tests/compat/interpreted_windows.py`; no GPU has run any)."""
+"""Attention backends on CUDA for layers with windows. `triton` runs under Triton's interpreter as a formula says; the
+others get what their documentation asks for (`tests/compat/interpreted_windows.py`; no GPU has run any).
+"""
 
 
 def has_windows(model: Any) -> bool:

@@ -63,7 +63,7 @@ def _watching(original: Any, self: Any) -> None:
 
 
 def _title(pid: int) -> str:
-    """What SGLang calls a scheduler's process, the only place that shows its rank: `sglang::scheduler_DP1_TP0`."""
+    """Title of a scheduler's process, the only place that shows its rank: `sglang::scheduler_DP1_TP0`."""
     try:
         return " ".join(psutil.Process(pid).cmdline()).strip()
     except psutil.Error:

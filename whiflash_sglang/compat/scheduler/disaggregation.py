@@ -3,7 +3,7 @@
 A prefill server sends drafters' KV behind the target's. Requests of a decode server see no prefill: they begin where
 SGLang asks for the first draft input. The last feature does not travel, so drafters that begin with it wait a round.
 
-SGLang pairs what is sent and received by place, so both servers have the same drafters. What a prefill server registers
+SGLang pairs what is sent and received by place, so both servers have the same drafters. A prefill server's registration
 has a field for layouts of KV, and it carries ours.
 """
 
@@ -44,7 +44,7 @@ def prefills_only() -> bool:
 
 
 def draft_input(batch: Any, bonus: Any, future_map: FutureMap) -> DraftInput:
-    """What the first round of the batch's requests reads. bonus: [B] int64, the first token of each."""
+    """Input of the first round of the batch's requests. bonus: [B] int64, the first token of each."""
     worker = _worker()
     assert worker is not None, "requests came before the worker was made"
     for req in batch.reqs:

@@ -72,7 +72,7 @@ def copies_kv() -> bool:
 
 
 def pool_of(target: Any, drafters: Mapping[str, KVDrafter]) -> DraftPool | None:
-    """What is copied beside the target's pool; None without drafters with KV. target: the wrapped target."""
+    """Pool that is copied beside the target's; None without drafters with KV. target: the wrapped target."""
     if not drafters or not copies_kv():
         return None
     kvs = {arm: drafter.kv for arm, drafter in drafters.items()}

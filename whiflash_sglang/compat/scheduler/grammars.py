@@ -49,7 +49,7 @@ class RequestGrammar:
 
 
 def grammar_of(req: Any) -> Grammar | None:
-    """What constrains a request; None: nothing."""
+    """Constraint of a request; None: nothing constrains it."""
     return None if req.grammar is None else RequestGrammar(req)
 
 

@@ -41,7 +41,7 @@ torch's own top-k and top-p, is held to it by `tests/worker/test_rehearsal.py`; 
 
 
 def sampling_bytes(rows: int, vocabulary: int) -> int:
-    """What sampling `rows` rows takes at its peak."""
+    """Bytes that sampling `rows` rows takes at its peak."""
     return min(rows, sampling.SAMPLED_ROWS) * vocabulary * LOGIT_BYTES
 
 
@@ -81,9 +81,9 @@ logger = logging.getLogger("whiflash_sglang")
 
 @dataclass(slots=True)
 class Reservation:
-    """What the worker of this process asks for: bytes per KV slot, and bytes independent of the slots.
+    """Memory that the worker of this process asks for: bytes per KV slot, and bytes independent of the slots.
 
-    rows: of the largest verification. whole: bytes of a KV slot with the target's, once the pools are sized.
+    rows: those of the largest verification. whole: bytes of a KV slot with the target's, once the pools are sized.
     """
 
     per_token: int = 0

@@ -24,7 +24,7 @@ def carry(output: Any, results: Download, learn: Callable[..., object]) -> list[
 
 @contextmanager
 def behind_forward(runner: Any) -> Iterator[None]:
-    """What is issued here runs behind the forward that is under way, and before what the scheduler issues next.
+    """Work issued here runs after the forward that is under way, and before the scheduler's next work.
 
     Its own stream, on which it processes results, is ahead of the forward. Without overlap scheduling there is one.
     """
@@ -43,7 +43,7 @@ def behind_forward(runner: Any) -> Iterator[None]:
 def attach(batch: Any, verified: Verified, stride: int) -> None:
     """Arrange the records of the packed rows as those of the tokens: `stride` columns a request.
 
-    Where a request has fewer rows its last one fills the columns: nobody reads them.
+    If a request has fewer rows, its last one fills the columns: nobody reads them.
     """
     if not (batch.return_logprob or batch.return_hidden_states):
         return

@@ -4,7 +4,7 @@ Everything is issued as it will be while serving, by the same functions, from gr
 verification for every number of rows at two contexts, a draft of every arm for every size of a group, a catch-up for
 every number of tokens. A clock times it (:mod:`whiflash_sglang.device.clock`): events on a GPU, or the host's.
 
-What was measured is kept for later starts (:mod:`whiflash_sglang.routing.kept`), under all that it depends on.
+Measured prices are kept for later starts (:mod:`whiflash_sglang.routing.kept`), under all that they depend on.
 
 Nothing is cached yet, so the slot table and the KV slots are free to be used: verified rows read distinct slots, as
 contexts do while serving, and drafts write to the padding slot.
@@ -60,7 +60,7 @@ Body = Callable[[], object]
 
 
 class CatchUps(Protocol):
-    """What is timed of catch-ups (`round/catch_up.py`)."""
+    """Members of catch-ups that are timed (`round/catch_up.py`)."""
 
     rings: FeatureRings
     arms: tuple[str, ...]
@@ -76,7 +76,7 @@ def looks_up(device: torch.device) -> bool:
 
 
 def costs_of(device: torch.device, width: Callable[[str], int]) -> WorkerCosts:
-    """What routes are priced by there. width: as of `WorkerCosts`."""
+    """Prices of routes on a device. width: as of `WorkerCosts`."""
     return LookedUpCosts(width) if looks_up(device) else MeasuredCosts(width)
 
 
@@ -243,7 +243,7 @@ def _spread_slots(target: Target, requests: int, columns: int) -> Iterator[None]
 
 
 def _verification(target: Target, host: HostView, rows: int, context: int, requests: int) -> Body:
-    """What verifies `rows` rows of up to so many requests, which have `context` tokens together."""
+    """A call that verifies `rows` rows of up to so many requests, which have `context` tokens together."""
     device = target.device
     count = min(rows, requests)
     widths = [rows // count + (i < rows % count) for i in range(count)]

@@ -17,7 +17,7 @@ from whiflash_sglang.compat.scheduler.overlap import behind_forward
 
 
 class Owner(Protocol):
-    """Who keeps something per request. leaving: whether there is something to flush."""
+    """Keeper of something per request. leaving: whether there is something to flush."""
 
     @property
     def leaving(self) -> bool: ...
@@ -79,7 +79,7 @@ def arrived(req: Any) -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What is released in the block is flushed at its end."""
+    """Flush requests that are released in the block at its end."""
     global _together
     _together = True
     try:

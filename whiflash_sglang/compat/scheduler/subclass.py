@@ -87,7 +87,7 @@ def _becoming(original: Any, self: Any) -> None:
 
 
 class WhiflashScheduler:
-    """What a scheduler of ours does beside SGLang's, before which it comes among the bases."""
+    """Our scheduler's additions to SGLang's, before which it comes among the bases."""
 
     metrics_reporter: Any
     request_receiver: Any

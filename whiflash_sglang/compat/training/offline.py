@@ -1,7 +1,7 @@
 """SGLang's offline engine for training data: it answers by plain decoding, and returns the features of texts.
 
-The engine is SGLang's own; its schedulers have a `Recorder` (`compat/training/recorder.py`). Of what a text's
-prefill computes nothing is left out: prefixes are not cached, and prompts run without graphs.
+The engine is SGLang's own; its schedulers have a `Recorder` (`compat/training/recorder.py`). A text's prefill computes
+all of it: prefixes are not cached, and prompts run without graphs.
 """
 
 import asyncio
@@ -115,7 +115,7 @@ class OfflineEngine:
         return Generated(list(found["output_ids"]), reason["type"] == "stop")
 
     async def features(self, tokens: list[int], dtype: torch.dtype) -> Tensor:
-        """What the layers put out for every token of a text, and behind them the state behind the final norm.
+        """Outputs of the layers for every token of a text, followed by the state after the final norm.
 
         Returns:
             [T, (layers + 1) · H] of `dtype`, the target's.
@@ -138,7 +138,7 @@ class OfflineEngine:
             raise WhiflashError(f"SGLang gave up a text of {len(tokens)} tokens: {error.detail}") from error
 
     def completed(self, requests: Iterator[Coroutine[Any, Any, R]], at_once: int) -> Iterator[R]:
-        """What requests give, as they are done, `at_once` of them under way. Raises SystemExit after SIGTERM."""
+        """Results of requests, as they are done, `at_once` of them under way. Raises SystemExit after SIGTERM."""
         loop, running = self._engine.loop, set[asyncio.Task[R]]()
         try:
             while True:

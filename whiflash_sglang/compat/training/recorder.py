@@ -24,7 +24,7 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.origin import ORIGIN, vocabulary_file
 
 WANTED = "whiflash-features-"
-"""What the names of such requests begin with."""
+"""Prefix of such requests' names."""
 
 
 _wanted: tuple[Sequence[int], str, Path, Path] | None = None
@@ -103,7 +103,7 @@ class Recorder:
                 "use a checkpoint that leaves both as they are"
             )
         place.mkdir(parents=True, exist_ok=True)
-        # What is not split is whole in every process (Gemma 3's embedding): the first one's counts.
+        # A matrix that is not split is whole in every process (Gemma 3's embedding): the first one's counts.
         again = {
             name: parallel.tp_rank > 0 and len(x) == target.shape.vocab_size for name, x in matrices.items()
         }

@@ -78,7 +78,7 @@ class RaggedDelta(_Ragged):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)
-        # Where each slot of a graph keeps the states behind its rows; slots beyond the requests share one place.
+        # Places of the states after each slot's rows; a graph's slots beyond the requests share one.
         known, spare = self.verify_intermediate_state_indices, self.req_to_token_pool.size
         more = known.new_full((max(max_bs - len(known), 0),), spare)
         self.verify_intermediate_state_indices: torch.Tensor = torch.cat([known, more])
