@@ -46,7 +46,7 @@ def _seeds_without_batch_invariance(enable_bmm: bool = True) -> None:
 
 
 def chosen(server_args: Any, field: str) -> Any:
-    """What the user gave, before SGLang's own rules filled it in."""
+    """Value that the user gave, before SGLang's own rules filled it in."""
     return getattr(server_args, "_raw_input", {}).get(field)
 
 

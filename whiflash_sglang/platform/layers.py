@@ -57,7 +57,7 @@ def rms_norm(
     post_residual_addition: Tensor | None = None,
     quant_linear: Any = None,
 ) -> Any:
-    """Of `RMSNorm`: x [..., H] → its norm; with `residual`, the norm of their sum, and the sum."""
+    """Forward of `RMSNorm`: x [..., H] → its norm; with `residual`, the norm of their sum, and the sum."""
     plain = (
         self.variance_size_override is None
         and self.override_orig_dtype is None
@@ -71,7 +71,7 @@ def rms_norm(
 def gemma_norm(
     self: Any, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
 ) -> Any:
-    """Of `GemmaRMSNorm`, whose weight is relative to one."""
+    """Forward of `GemmaRMSNorm`, whose weight is relative to one."""
     return _norm(self, x, residual, post_residual_addition, 1.0)
 
 
@@ -86,7 +86,7 @@ def _norm(self: Any, x: Tensor, residual: Tensor | None, addition: Tensor | None
 
 
 def silu_and_mul(self: Any, x: Tensor) -> Tensor:
-    """Of `SiluAndMul`: [..., 2 * H] → [..., H]."""
+    """Forward of `SiluAndMul`: [..., 2 * H] → [..., H]."""
     compiled = layers.compiled_for(x)
     return self.forward_native(x) if compiled is None else compiled.silu_and_mul(x)
 
@@ -99,7 +99,7 @@ def rotate(
     offsets: Tensor | None = None,
     fused_set_kv_buffer_arg: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Of `RotaryEmbedding`: query and key [T, heads * D], turned where they are, as SGLang's own kernels do."""
+    """Forward of `RotaryEmbedding`: query and key [T, heads * D], turned in place, as SGLang's own kernels do."""
     compiled = layers.compiled_for(query, key)
     plain = (
         self.is_neox_style
@@ -126,13 +126,13 @@ _PLAIN = "_whiflash_plain"
 
 
 def forward(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `LlamaDecoderLayer` and `Qwen2DecoderLayer`: hidden states [T, H] and the batch's residual stream → the same,
-    on one CPU rank, without what SGLang decides again at every stage.
+    """Forward of `LlamaDecoderLayer` and `Qwen2DecoderLayer`: hidden states [T, H] and the batch's residual stream →
+    the same, on one CPU rank, without what SGLang decides again at every stage.
 
-    What is left out decides nothing here: boundaries between stages (sums over ranks, rows that are scattered), linear
-    layers' groups, attention's graphs. It takes longer than the layer's norms, rotation and activation together. The
-    residual stream is kept as SGLang keeps it, so layers of both ways may follow each other.
-    A stack's first layer, and one whose input somebody captures, take SGLang's way.
+    Parts that are left out decide nothing here: boundaries between stages (sums over ranks, rows that are scattered),
+    linear layers' groups, attention's graphs. They take longer than the layer's norms, rotation and activation
+    together. The residual stream is kept as SGLang keeps it, so layers of both ways may follow each other. A stack's
+    first layer, and one whose input somebody captures, take SGLang's way.
     """
     from sglang.srt.layers.layer_boundary.residual.add_norm import PLAIN_ADD
     from sglang.srt.model_executor.forward_context import get_attn_backend
@@ -254,9 +254,9 @@ def experts_of_kimi(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def of_own_experts(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `UnquantizedFusedMoEMethod.forward_native`, with experts on several ranks: an id of -1 means another rank's
-    expert, which upstream's loop over experts takes for an index. It is given the pairs of a token and an expert of
-    this rank, as tokens with one expert each.
+    """Forward of `UnquantizedFusedMoEMethod.forward_native`, with experts on several ranks: an id of -1 means another
+    rank's expert, which upstream's loop over experts takes for an index. It is given the pairs of a token and an expert
+    of this rank, as tokens with one expert each.
     """
 
     def forward_native(self: Any, layer: Any, dispatch_output: Any) -> Any:

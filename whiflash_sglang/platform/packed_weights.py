@@ -64,7 +64,7 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def apply(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Of `UnquantizedLinearMethod`: the product with a layer's weight."""
+    """Product with a layer's weight, for `UnquantizedLinearMethod`."""
 
     def apply(self: Any, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         weight = layer.weight
@@ -76,7 +76,7 @@ def apply(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def compute_lm_head(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Of `LogitsProcessor`: hidden states [T, H] → logits [T, V]."""
+    """Logits [T, V] of hidden states [T, H], for `LogitsProcessor`."""
 
     def compute(
         self: Any,
@@ -110,7 +110,7 @@ def _model_of(holder: Any) -> nn.Module:
 
 
 def before_updates(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Of what begins a session of updates, or writes some of the weights in one: copies are forgotten.
+    """Forget copies when a session of updates begins, or when one writes some of the weights.
 
     Only the session's end makes them again (:func:`around_updates`): until then more parts may come, and SGLang lets
     others write into the weights' memory directly.

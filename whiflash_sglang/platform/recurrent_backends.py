@@ -27,8 +27,7 @@ from whiflash_sglang.models.recurrent import (
 )
 
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""What follows the convolution, of its outputs and the requests' states; `starts`, `rows`, `every` and `marks`, and
-what comes back, are those of `recurrence`."""
+"""Step after the convolution; `starts`, `rows`, `every`, `marks` and the results are those of `recurrence`."""
 
 
 class CpuRecurrentBackend(MambaAttnBackendBase):  # type: ignore[misc]
@@ -87,7 +86,7 @@ class CpuRecurrentBackend(MambaAttnBackendBase):  # type: ignore[misc]
 
 def _marks(metadata: Any, forward_batch: Any) -> torch.Tensor | None:
     """[B] int64: of how many of its rows each request's state is kept for the tree too, 0 for none; None where nobody's
-    is. Of a verification the commit keeps them.
+    is. A verification's are kept by the commit.
     """
     if not metadata.has_mamba_track_mask or forward_batch.forward_mode.is_target_verify():
         return None
@@ -161,7 +160,7 @@ class CpuDeltaBackend(CpuRecurrentBackend):
         return self.go_on(layer.layer_id, forward_batch, mixed_qkv, convolution, rule)[None]
 
     def decay(self, layer: Any, a: torch.Tensor) -> torch.Tensor:
-        """What a row leaves of the state, as a logarithm. a: [T, H], as it was projected. Returns [T, H] fp32."""
+        """Decay of the state by a row, as a logarithm. a: [T, H], as it was projected. Returns [T, H] fp32."""
         return -layer.A_log.float().exp() * F.softplus(a.float() + layer.dt_bias.float())
 
 

@@ -41,7 +41,7 @@ class Seam(NamedTuple):
         return f"{self.module}:{self.name}"
 
     def made(self, original: Any) -> Any:
-        """What takes the place of SGLang's own."""
+        """Replacement of SGLang's own."""
         if not self.wraps:
             return self.replacement
         return self.replacement(original.__func__ if isinstance(original, staticmethod) else original)
@@ -64,8 +64,7 @@ def _leave_unregistered(buffer: Any, registration_granularity_bytes: int | None 
 EARLY_SEAMS: tuple[Seam, ...] = (
     Seam("sglang.srt.arg_groups.model_hook", "attention_backends_of", layers.attention_backends_of),
 )
-"""What is asked while the arguments are read, in the launcher's process too; put in place by
-:func:`install_early_seams`."""
+"""Names asked while the arguments are read, in the launcher's process too (:func:`install_early_seams`)."""
 
 PINNING = ("sglang.srt.lora.layers", "sglang.srt.lora.backend.torch_backend")
 """Modules that ask torch for pinned tensors, for the target's adapters."""
@@ -83,7 +82,7 @@ _OF_UPSTREAMS_DRAFTERS: tuple[Seam, ...] = (
         "sglang.kernels.ops.attention.table_qk_norm_rope", "table_qk_norm_rope_", spec_ops.table_qk_norm_rope_
     ),
 )
-"""What upstream's own algorithms call since 0.5.23; before, the CPU serves plain decoding and WHIFLASH."""
+"""Names that upstream's own algorithms call since 0.5.23; before, the CPU serves plain decoding and WHIFLASH."""
 
 _NAMES: tuple[Seam, ...] = (
     Seam(_CONV, "causal_conv1d_fn", recurrent.causal_conv1d_fn),
@@ -221,7 +220,7 @@ def _end_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unpinned(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """Of the pools that keep KV in host memory: without an accelerator there is none to pin it for."""
+    """Initialiser of the pools that keep KV in host memory: without an accelerator there is none to pin it for."""
 
     @wraps(upstream)
     def initialise(self: Any, **named: Any) -> None:
@@ -303,7 +302,7 @@ SEAMS = (*_NAMES, *(_OF_UPSTREAMS_DRAFTERS if has("0.5.23") else ()), *_METHODS)
 
 
 def delta_seams() -> tuple[Seam, ...]:
-    """What models with a gated delta rule use, by head or by channel: names and methods. Imported for them alone."""
+    """Names and methods that models with a gated delta rule use, by head or by channel. Imported for them only."""
     from whiflash_sglang.platform import recurrent_backends
 
     linear = "sglang.srt.layers.attention.linear"
@@ -326,7 +325,7 @@ def delta_seams() -> tuple[Seam, ...]:
 
 
 def mamba2_seams() -> tuple[Seam, ...]:
-    """What models with Mamba 2's mixer use."""
+    """Names that models with Mamba 2's mixer use."""
     from whiflash_sglang.platform.recurrent_backends import CpuMamba2Backend
 
     module = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
@@ -334,7 +333,7 @@ def mamba2_seams() -> tuple[Seam, ...]:
 
 
 def kimi_seams() -> tuple[Seam, ...]:
-    """What Kimi Linear's experts use."""
+    """Names that Kimi Linear's experts use."""
     return (
         _wrapped("sglang.srt.models.kimi_linear", "KimiMoE", "forward", lambda _: layers.experts_of_kimi),
     )
@@ -357,4 +356,4 @@ MODEL_SEAMS: Mapping[str, Callable[[], tuple[Seam, ...]]] = {
     "LlamaDecoderLayer": llama_seams,
     "Qwen2DecoderLayer": qwen2_seams,
 }
-"""What models with such a layer use beside :data:`SEAMS`; put in place by :func:`install_model_seams`."""
+"""Seams of models with such a layer, beside :data:`SEAMS`; put in place by :func:`install_model_seams`."""

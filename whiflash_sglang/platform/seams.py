@@ -1,9 +1,9 @@
 """The one place that replaces SGLang's private names for the CPU platform (`platform/seam_tables.py` lists them).
 
-``sglang==0.5.23`` offers hooks for some of what speculation needs on a new platform
-(``get_speculative_cache_locs_fn``, ``get_kv_pool_cls``, ``capabilities``); :mod:`whiflash_sglang.platform.cpu` uses
-those. What is left launches Triton kernels, calls ``None`` where ``sgl_kernel`` has no operator, or refuses an
-out-of-tree platform. :func:`install_seams` puts :mod:`whiflash_sglang.platform.spec_ops` in their place.
+``sglang==0.5.23`` offers hooks for some of what speculation needs on a new platform (``get_speculative_cache_locs_fn``,
+``get_kv_pool_cls``, ``capabilities``); :mod:`whiflash_sglang.platform.cpu` uses those. The rest launches Triton
+kernels, calls ``None`` if ``sgl_kernel`` has no operator, or refuses an out-of-tree platform. :func:`install_seams`
+puts :mod:`whiflash_sglang.platform.spec_ops` in their place.
 
 With the seams installed these upstream functions work on the CPU, for any speculative algorithm: KV reservation
 (``alloc_for_spec_decode``, through ``assign_req_to_token_pool_func``), slots of a window
@@ -150,7 +150,7 @@ def _install_record_stream() -> None:
 
 
 def _install_pin_memory() -> None:
-    """Where there is no accelerator, no memory needs to be pinned for one; torch asks for its driver."""
+    """Pin no memory without an accelerator: it needs none, and torch asks for its driver."""
     upstream = torch.Tensor.pin_memory
 
     def pin_memory(self: torch.Tensor, *device: Any) -> torch.Tensor:

@@ -361,7 +361,7 @@ def tree_speculative_sampling_target_only(
 ) -> None:
     """Speculative sampling of deterministic drafts; of trees, see :func:`accept_by_chance`.
 
-    Of a chain: draft ``j`` is accepted with the target's probability of it; at the first rejection the token is drawn
+    In a chain, draft ``j`` is accepted with the target's probability of it; at the first rejection the token is drawn
     from the target without the rejected draft, after the last draft from the target. With both thresholds at 1 the
     result has the target's distribution (Leviathan et al., arXiv 2211.17192, for a point-mass draft).
 
