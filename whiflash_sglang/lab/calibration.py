@@ -103,7 +103,7 @@ def _rate(
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """What to calibrate on.
+    """Settings of a calibration.
 
     Attributes:
         config: of the training whose stored answers are taken, those that the router was not trained on.

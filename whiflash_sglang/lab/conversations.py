@@ -157,7 +157,7 @@ def _call(where: str, raw: object) -> Message:
 
 
 class Tokenizer(Protocol):
-    """What is needed of a `transformers` tokenizer."""
+    """Members of a `transformers` tokenizer that are needed."""
 
     eos_token_id: int
     all_special_ids: list[int]
@@ -267,7 +267,7 @@ def renderer_of(target: Path, bundle: Path) -> Renderer:
 
 
 MAX_BYTES = 1 << 30
-"""Of one file."""
+"""Bytes of one file at most."""
 
 KNOWN = "OpenAI messages, or trajectories of tau2, SWE-agent or mini-swe-agent"
 

@@ -42,8 +42,9 @@ REPLAYED = {**JOINED, arms.LOOKUP: arms.LOOKUP, arms.NONE: arms.NONE}
 
 
 class Known(NamedTuple):
-    """What the controller may know at every position of an answer: the target's entropy in nats [P], and the router's
-    outputs [P][3] (ΔAL, accepted drafts of EAGLE-3, of DFlash), empty without heads."""
+    """The controller's knowledge at every position: the target's entropy in nats [P], and the router's outputs [P][3]
+    (ΔAL, accepted drafts of EAGLE-3, of DFlash), empty without heads.
+    """
 
     entropy: Sequence[float]
     predicted: Sequence[Sequence[float]]
@@ -94,7 +95,7 @@ class _AutoRun:
         return REPLAYED[arm]
 
     def learn(self, ended: int, emitted: int) -> None:
-        """What a server knows after a round: what was accepted, and the signals where it ended."""
+        """Learn as a server does after a round: accepted tokens, and the signals at its end."""
         state, arm = self._state, self._state.previous or arms.NONE
         self._policy.observe(arm, state.decision, emitted)
         state.committed(arm, [0] * emitted)

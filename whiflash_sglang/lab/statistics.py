@@ -12,7 +12,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Percentiles(BaseModel, frozen=True, extra="forbid"):
-    """Of a latency, in milliseconds."""
+    """Percentiles of a latency, in milliseconds."""
 
     p50: float
     p95: float

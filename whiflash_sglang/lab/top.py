@@ -116,7 +116,7 @@ def _facts(state: Mapping[str, Any], total: Mapping[str, Any]) -> Iterator[tuple
 
 
 def _both(now: Mapping[str, Any], total: Mapping[str, Any], name: str, form: str) -> str:
-    """What was last, and in brackets what was in all."""
+    """Figure of the last interval, and the total in brackets."""
     lately, always = now.get(name), total.get(name)
     if always is None:
         return "–"
@@ -124,7 +124,7 @@ def _both(now: Mapping[str, Any], total: Mapping[str, Any], name: str, form: str
 
 
 def _plain(text: str) -> str:
-    """What a server says, as text: neither markup nor a terminal's commands."""
+    """A server's text, as text: neither markup nor a terminal's commands."""
     return escape(printable(text))
 
 
@@ -176,7 +176,7 @@ class LiveView:
         self._before: list[Reading | None] = [None] * len(servers)
 
     def look(self) -> list[dict[str, Any]]:
-        """Of each server `url` and `error`, or `model`, `state`, and `figures` since the last look and the start."""
+        """By server `url` and `error`, or `model`, `state`, and `figures` since the last look and the start."""
 
         def read(server: WatchedServer) -> Reading | ServerRefusedError:
             try:
@@ -202,7 +202,7 @@ class LiveView:
 
 
 def since(before: Reading | None, after: Reading) -> dict[str, Any] | None:
-    """What happened between two readings (`figures`), with its `seconds`; None if the server was restarted."""
+    """Events between two readings (`figures`), with their `seconds`; None if the server was restarted."""
     if before is None or after.state.get("rounds", 0) < before.state.get("rounds", 0):
         return None
     seconds = after.at - before.at

@@ -1,4 +1,4 @@
-"""What is compared, and the server behind each arm. Needs no server.
+"""Compared arms, and the server of each. Needs no server.
 
 WHIFLASH's routers can be changed while serving, so those that learn nothing share one server. `auto` learns while
 it serves and keeps a server of its own: what other routers do must not teach it.
@@ -50,7 +50,7 @@ BESIDE = "@beside"
 SEVERAL = {"tp": "--tp-size", "dp": "--dp-size"}
 """`auto@tp2` is served by two ranks, `auto@dp2` by two replicas: the flags that ask for them."""
 PREDICTION, USELESS = "prediction", "useless"
-"""What requests of a recorded run bring along, after a plus: the recorded prediction, or another conversation's."""
+"""Suffixes of a recorded run's requests, after a plus: with the recorded prediction, or another conversation's."""
 _SPELLED = re.compile(
     rf"(?:{'|'.join(KNOWN)}|(?:{'|'.join(WITH_WIDTH)}):0*[1-9]\d*)"
     rf"(?:@(?:{'|'.join(SEVERAL)})(?:[2-9]|[1-9]\d+))?(?:{BESIDE})?"
@@ -66,7 +66,7 @@ EAGLE_STEPS = 5
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What every arm serves.
+    """Models and arguments that every arm serves with.
 
     target, bundle: directories. eagle3, dflash: the bundle's checkpoints, one of which may be missing. common:
     arguments of every server. variants: arm → the changed bundle that it serves, for the arms that are wanted. beside:

@@ -1,4 +1,4 @@
-"""What was measured, and the journal that keeps it. Needs no server."""
+"""Measured cells, and the journal that keeps them. Needs no server."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -65,7 +65,7 @@ class Cell(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def key(self) -> tuple[str, str, int, tuple[str, ...]]:
-        """What was asked of whom, for resuming."""
+        """Identity of a cell, for resuming: its load, arm, repetition and prompts."""
         return self.load.label, self.arm, self.repetition, tuple(sorted(a.prompt for a in self.answers))
 
 

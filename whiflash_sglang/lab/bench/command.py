@@ -1,4 +1,4 @@
-"""What `whiflash bench` is asked for, carried out and published."""
+"""Requests of `whiflash bench`, carried out and published."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Scale:
 def scale_of(
     quick: bool, arms: str | None, per_category: int | None, max_tokens: int | None, minutes: float | None
 ) -> Scale:
-    """What was asked for, completed by what `--quick` or a full run means."""
+    """Scale of a run: its options, completed by the meaning of `--quick` or of a full run."""
     names = [name.strip() for name in arms.split(",") if name.strip()] if arms else None
     if quick:
         return Scale(
@@ -63,7 +63,7 @@ def loads_of(concurrency: str) -> list[Load]:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Where the report goes. as_json: to stdout as JSON instead of tables; files: where wanted, plots a directory."""
+    """Destinations of the report. as_json: to stdout as JSON instead of tables; files: if wanted, plots a directory."""
 
     as_json: bool
     out: Path | None

@@ -67,7 +67,7 @@ def _asked_with(provenance: Mapping[str, Any]) -> str:
 
 
 def _taken_from(provenance: Mapping[str, Any]) -> str:
-    """Where the prompts of suites come from, and what was left out; reports of other prompts have neither."""
+    """Origins of the prompts of suites, and those left out; reports of other prompts have neither."""
     by_source: dict[str, list[str]] = {}
     for name, source in provenance.get("suites", {}).items():
         by_source.setdefault(source, []).append(name)

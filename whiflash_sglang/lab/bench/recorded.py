@@ -118,7 +118,7 @@ class Player(Asker):
     """One server's client that plays conversations: each answer after the one before."""
 
     async def ask(self, prompt: Prompt) -> Answer:
-        """All answers of a conversation as one. What is not streamed has no first token.
+        """All answers of a conversation as one. An answer that is not streamed has no first token.
 
         Raises:
             RequestError: a request failed, or the answer is not the recorded one.

@@ -115,7 +115,7 @@ class LoadReport(BaseModel, frozen=True, extra="forbid"):
 
 
 class Report(BaseModel, frozen=True, extra="forbid"):
-    """What `--json` prints and `--out` writes.
+    """Report that `--json` prints and `--out` writes.
 
     unavailable: arms that did not start, and why. differences: every mismatch and tie. over: the arm that all others
     are compared with besides.

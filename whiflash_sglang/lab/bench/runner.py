@@ -103,13 +103,13 @@ SEEDED = "--enable-deterministic-inference"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure.
+    """Plan of a measurement.
 
     repetitions: at most; minutes: stop before a repetition that would end later than that after the start.
     over: the arm that all others are compared with, besides plain decoding.
     interleave: all servers up at once, each prompt asked of each arm in turn; otherwise one server at a time.
     suites: where prompts of named sets come from, with their licences, by name. recorded: files of conversations, if
-        those are the prompts. left_out: what is not asked, by name, and why.
+        those are the prompts. left_out: prompts that are not asked, by name, and why.
     sampling: fields of every request. tools: what was sent with prompts, for the report.
     restart: restart the servers for every repetition (interleaved runs only). Two processes that do the same may
         differ by 1 % for as long as they live; without new ones that is taken for the arms'.
@@ -138,7 +138,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """What must be equal for the cells of two runs to belong together."""
+        """Digest of everything that two runs must share for their cells to belong together."""
         parts = {
             "version": __version__,
             "arms": [[arm.name, self.subject.hide_paths(arm.arguments), arm.request] for arm in self.arms],
@@ -325,7 +325,7 @@ class Runner:
             )
 
     def _ask_apart(self, name: str) -> None:
-        """Where `name` is plain decoding on several ranks: its answers, to the prompts that `none` has answered."""
+        """Ask `name`, if it is plain decoding on ranks, for its answers to the prompts that `none` has answered."""
         if name == NONE or name != plain_of(name):
             return
         client, own = self._fleet.clients[self._arms[name].server], dict[str, Reference]()

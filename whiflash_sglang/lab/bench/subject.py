@@ -1,4 +1,4 @@
-"""What is benchmarked: the embedded target and its bundle, or the user's own."""
+"""Subject of a benchmark: the embedded target and its bundle, or the user's own."""
 
 import json
 import os
