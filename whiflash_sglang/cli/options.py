@@ -1,4 +1,4 @@
-"""What several commands share: options that mean one thing everywhere, and how a result is given."""
+"""Shared parts of several commands: options that mean one thing everywhere, and the form of a result."""
 
 import json
 from collections.abc import Mapping
