@@ -84,7 +84,7 @@ def test_files_are_those_that_the_bundle_was_made_with(
     SPOILT[name](out / name)
     with pytest.raises(WhiflashError, match=f"{out / name} is (not the file|missing, though).* its bundle"):
         verify(resolve(Flags(), out).checksums)
-    # What is served from elsewhere is not the bundle's.
+    # A checkpoint that is served from elsewhere is not the bundle's.
     other = resolve(Flags(eagle_draft=str(models["eagle3"])), out).checksums
     assert {Path(file).parent.name for file in other} == {"dflash"}
 
@@ -97,7 +97,7 @@ def test_the_shipped_bundles_files_are_those_that_it_tells_of() -> None:
 
 
 def test_draft_kv_beside_latent_attention(models: dict[str, Path]) -> None:
-    """Of a target with latent attention a token takes its latent and rotated parts once, not keys and values."""
+    """A token of a target with latent attention takes its latent and rotated parts once, not keys and values."""
     edit(models["target"], lambda config: config.update(kv_lora_rank=40, qk_rope_head_dim=8))
     target = read_target(str(models["target"]))
     assert target.kv_bytes == 6 * (40 + 8) * 4

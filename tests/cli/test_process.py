@@ -13,7 +13,7 @@ import pytest
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
 HEAVY = ("torch", "sglang", "transformers", "numpy", "openai", "matplotlib", "datasets")
-"""What takes seconds to import, and nobody who asks for help is to wait for."""
+"""Modules that take seconds to import, which nobody who asks for help is to wait for."""
 
 
 def whiflash(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -115,7 +115,7 @@ Outcomes = dict[tuple[str, ...], subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def outcomes() -> Outcomes:
-    """Of all command lines that fail, in one process: what a process of its own shows is shown by others below."""
+    """Outcomes of all command lines that fail, in one process: others below show what a process of its own does."""
     lines = list(dict.fromkeys(arguments for arguments, *_ in WRONG + FAILING))
     done = subprocess.run(
         [sys.executable, "-c", ALL_IN_ONE],

@@ -161,8 +161,7 @@ SCREEN = """\
 
 
 def test_a_screen_has_every_figure() -> None:
-    """Of a server with all of them, one without the figures of rounds, and one that does not answer; what a server says
-    is no command to the terminal."""
+    """One server has all, one lacks some, one does not answer; a server's text is no command to the terminal."""
     hostile = "\x1b]0;owned\x07[red]x"
     after = state(3) | {
         "quarantined": {"diffusion": "raised IndexError"},

@@ -152,7 +152,7 @@ def graphs_of(buckets: list[int], attention: str = "other") -> Any:
 
 
 def captured(case: Verification, backend: Any) -> Any:
-    """What a backend's kernels were captured with, and hold before a replay of `case`: one metadata, filled twice."""
+    """A plan that a backend's kernels are captured with, filled for a replay of `case`: one metadata, filled twice."""
     buckets = graded(REQUESTS * CONFIGURED)
     bucket = int(case.block.positions.shape[0])
     assert bucket in buckets

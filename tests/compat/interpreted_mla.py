@@ -1,9 +1,9 @@
-"""What SGLang's TRT-LLM backend for latent attention does with our verifications, all but its kernel.
+"""SGLang's TRT-LLM backend for latent attention on our verifications, all but its kernel.
 
 Run by `test_attention.py` in a child process, as `interpreted_attention.py`, whose batches it takes. The kernel is a
 loop that does what FlashInfer documents of `trtllm_batch_decode_with_kv_cache_mla`: of each request it takes as many
-queries as of every other, for the last positions of its keys, and each sees the keys up to its own. What upstream lays
-out for it (queries padded by a Triton kernel, pages, lengths, outputs cut again) is upstream's own.
+queries as of every other, for the last positions of its keys, and each sees the keys up to its own. Its inputs and
+outputs (queries padded by a Triton kernel, pages, lengths, outputs cut again) are upstream's own.
 """
 
 from types import SimpleNamespace
@@ -70,7 +70,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a server with our widest block, without context parallelism; its parent's graphs need FlashInfer."""
+    """The process of a server with our widest block, without context parallelism or parent's graphs (FlashInfer)."""
     for module in (trtllm_mla_backend, flashinfer_mla_backend):
         monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(dcp_enabled=False))
     monkeypatch.setattr(
@@ -132,7 +132,7 @@ def eager(case: Verification, counted: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def replayed(case: Verification, attention: str = "trtllm_mla") -> tuple[torch.Tensor, torch.Tensor]:
-    """What was captured with other widths, when it holds those of `case`."""
+    """A plan captured with other widths, when it holds those of `case`."""
     buckets, bucket = graded(REQUESTS * CONFIGURED), int(case.block.positions.shape[0])
     queries, keys = content(case)
     backend, graphs = backend_of(case, keys), graphs_of(buckets, attention)

@@ -36,7 +36,7 @@ OWN = [3, 6, 1]
 
 
 def drawn_pool(wide: int, turned: bool) -> Any:
-    """Of one layer, as SGLang's record of a verification has it."""
+    """Pool of one layer, as SGLang's record of a verification has it."""
     shape = (TAPS - 1, wide) if turned else (wide, TAPS - 1)
     if turned:
         windows = draw(1, REQUESTS + 1, CONFIGURED, *shape)
@@ -100,10 +100,10 @@ def commit(pool: Any, slots: torch.Tensor, accepted: torch.Tensor, *tracks: torc
 def test_a_verification_is_what_decoding_row_by_row_gives(
     kind: Callable[[], Any], widths: Sequence[int], padding: tuple[int, Sequence[int]]
 ) -> None:
-    """Alone, with more rows behind than there are steps, and with more slots than there are requests, as SGLang marks
-    them or as the reserved slot 0. `padding`: rows behind, and slots as pairs of a state's slot and its rows.
+    """Bare, with more rows after it than there are steps, and with more slots than requests, as SGLang marks them or as
+    the reserved slot 0. `padding`: rows after the last, and slots as pairs of a state's slot and its rows.
 
-    What is committed afterwards is the state behind the accepted row, whichever of each request that is.
+    The state committed afterwards is that after the accepted row, whichever of each request that is.
     """
     torch.manual_seed(0)
     layer = kind()

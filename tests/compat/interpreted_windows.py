@@ -1,10 +1,10 @@
 """Verifications in layers with a sliding window and attention sinks, as SGLang's attention backends attend to them.
 
 Run by `test_attention.py` in a child process, as `interpreted_attention.py`, whose batches it takes. Each backend's own
-`forward_extend` runs on the plan that it made. Of Triton the kernel runs too, under the interpreter. The kernels of
-FA3, FA4 and TRT-LLM are loops that do what their documentation says (`attention_formulas.py`). All are compared with
-one formula in 64 bits, which knows positions and the table of slots, and no plan. K and V of windowed layers are in
-one pool with the others', or in their own (`--swa-full-tokens-ratio`).
+`forward_extend` runs on the plan that it made. Triton's kernel runs too, under the interpreter. The kernels of FA3, FA4
+and TRT-LLM are loops that do what their documentation says (`attention_formulas.py`). All are compared with one formula
+in 64 bits, which knows positions and the table of slots, and no plan. K and V of windowed layers are in one pool with
+the others', or in their own (`--swa-full-tokens-ratio`).
 """
 
 from types import SimpleNamespace
@@ -53,7 +53,7 @@ class Pool:
         return where.loc
 
     def of(self, slots: torch.Tensor) -> torch.Tensor:
-        """Where the layer has what is at `slots` of the table."""
+        """Slots of the layer for `slots` of the table."""
         return slots.long()
 
     def set_kv_buffer(self, layer: Any, where: Any, keys: Any, values: Any, *scales: Any) -> None:
@@ -226,7 +226,7 @@ BACKENDS = {"triton": of_triton, "fa3": of_fa3, "fa4": of_fa4, "trtllm_mha": of_
 def forward(
     backend: Any, case: Verification, window: int, *, cap: float = 0.0, sinks: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a backend puts out for its plan, and the formula: [T, H, D] each."""
+    """Output of a backend for its plan, and the formula: [T, H, D] each."""
     layer = RadixAttention(
         HEADS, SIZE, SCALE, KV_HEADS, layer_id=0, logit_cap=cap, sliding_window_size=window
     )
@@ -269,7 +269,7 @@ def test_rows_see_their_own_windows(backend: str, shape: str, window: int, pool:
 def test_replayed_rows_see_what_eager_ones_do(
     backend: str, widths: list[int], window: int, spare: int, pool: str
 ) -> None:
-    """What was captured, filled for this batch; rows that are nobody's behind its own."""
+    """A captured plan, filled for this batch; padding rows after its own."""
     bucket = next(b for b in graded(REQUESTS * CONFIGURED) if b >= sum(widths) + spare)
     case = verification(widths, window, pool, bucket=bucket)
     made = BACKENDS[backend](case, window)

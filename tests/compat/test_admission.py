@@ -1,4 +1,4 @@
-"""What would end SGLang's scheduler is refused before it is scheduled, and nothing beside it."""
+"""Requests that would end SGLang's scheduler are refused before they are scheduled, and no others."""
 
 import re
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What the algorithm fixes before the server starts."""
+"""Settings that the algorithm fixes before the server starts."""
 
 from types import SimpleNamespace
 

@@ -1,6 +1,6 @@
-"""Who may call what: every route of a WHIFLASH server, SGLang's and ours, by every combination of keys.
+"""Rights to every route of a WHIFLASH server, SGLang's and ours, by every combination of keys.
 
-The decision is SGLang's own middleware's, of its own routes; behind it nothing is run.
+The decision is SGLang's own middleware's, of its own routes; nothing runs after it.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ KEYS = (None, "user", "boss", "wrong", "")
 
 
 def may(path: str, server: str, key: str | None) -> bool:
-    """What SECURITY.md says."""
+    """The rule of SECURITY.md."""
     api, admin = SERVERS[server]
     if path in PROBES:
         return True

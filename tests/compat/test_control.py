@@ -1,4 +1,4 @@
-"""What SGLang's internal-state message may carry of ours: everything wrong is refused with a reason, nothing raises."""
+"""Contents of ours in SGLang's internal-state message: everything wrong is refused with a reason, nothing raises."""
 
 import math
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ SETTINGS = resolve(Flags(), embedded_bundle())
 
 
 class Worker:
-    """What a message may change of a worker."""
+    """Parts of a worker that a message may change."""
 
     settings_with = WhiFlashWorker.settings_with
     _has_heads = True
@@ -84,7 +84,7 @@ def test_a_refusal_names_its_key(key: str, caplog: pytest.LogCaptureFixture) -> 
 @settings(deadline=None, max_examples=200)
 @given(st.dictionaries(st.sampled_from(list(PolicyChange.model_fields)), ANYTHING))
 def test_every_change_that_the_route_takes_survives_the_message(change: dict[str, Any]) -> None:
-    """What `POST /whiflash/policy` lets through is a message that can be sent and that the scheduler takes."""
+    """A body that `POST /whiflash/policy` lets through can be sent, and the scheduler takes it."""
     import msgspec
 
     try:

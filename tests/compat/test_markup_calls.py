@@ -1,4 +1,4 @@
-"""What the structure arm expects of calls in markup is what SGLang's parsers of the same names read as calls."""
+"""Calls in markup that the structure arm expects are calls to SGLang's parsers of the same names."""
 
 import json
 from typing import Any

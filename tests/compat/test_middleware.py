@@ -334,7 +334,7 @@ SPEC = {
 
 
 def ended(call: Call | None, text: str = "Köln", choice: int = 0) -> None:
-    """What `generate_request` leaves on a call."""
+    """Leave the traces and counts of `generate_request` on a call."""
     assert call is not None
     call.traces.append(({**TRACE, "choice": choice}, text))
     call.counts[choice] = dict(COUNTS)

@@ -47,7 +47,7 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def held(detector: Any) -> set[str]:
-    """What a detector compares text with: its own strings, its classes', and constants of their modules."""
+    """Texts that a detector compares with: its own strings, its classes', and constants of their modules."""
     found = set(texts(vars(detector)))
     for cls in type(detector).__mro__:
         if cls.__module__.startswith("sglang.") and not cls.__name__.startswith("Base"):
@@ -65,7 +65,7 @@ def test_calls_are_marked_as_the_parser_marks_them(name: str) -> None:
     for span in presets.TOOL_CALL_PARSERS[name]:
         for marker in filter(None, (span.begin, span.end)):
             assert (name, marker) in WRITTEN_OUT or any(marker in text for text in known), marker
-    # Whoever has one mark of a call has it here.
+    # A parser with one mark of a call has it here.
     (first, *_), begin = presets.TOOL_CALL_PARSERS[name], getattr(detector, "bot_token", "")
     assert not begin or first.begin in begin or (name, first.begin) in WRITTEN_OUT
 

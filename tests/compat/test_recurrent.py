@@ -1,4 +1,4 @@
-"""What a verification reads and leaves of a recurrent state, against decoding one by one."""
+"""Recurrent states that a verification reads and leaves, against decoding one by one."""
 
 import random
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ TREE = SimpleNamespace(page_size=1)
 
 
 def attention(caches: Any, slots: torch.Tensor) -> Any:
-    """What of SGLang's attention backend commits."""
+    """Part of SGLang's attention backend that commits."""
 
     def update(*, last_correct_step_indices: torch.Tensor, model: Any, **tracks: torch.Tensor | None) -> None:
         scatter_mamba_states_after_mtp_verify(caches, slots, last_correct_step_indices, *tracks.values())

@@ -1,4 +1,4 @@
-"""What does not start: every row of the table, on configurations of real model classes and on arguments alone."""
+"""Refused starts: every row of the table, on configurations of real model classes and on arguments only."""
 
 import json
 import re
@@ -129,7 +129,7 @@ KDA = {
 }
 BLOCKS = {"layers_block_type": ["mamba", "attention"]}
 UNLIKE = {**BLOCKS, "block_configs": [{"block_type": "mamba"}, {"block_type": "attention"}]}
-"""Of the variant whose layers differ among themselves."""
+"""Configuration of the variant whose layers differ among themselves."""
 OWN_STATE = {"cpu": None, "triton": None, "sessions": "recurrent_sessions"}
 KINDS: list[tuple[str, str, dict[str, Any], dict[str, str | None]]] = [
     # Take images too: of a kind whose state is committed or not, a session's is refused.

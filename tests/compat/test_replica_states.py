@@ -98,7 +98,7 @@ def test_a_late_answer_is_not_the_next_questions(monkeypatch: pytest.MonkeyPatch
 
 
 class VirtualTime(selectors.SelectSelector):
-    """Of a loop whose time passes only while everybody waits, and then at once."""
+    """Selector of a loop whose time passes only while everybody waits, and then at once."""
 
     now = 0.0
 

@@ -1,4 +1,4 @@
-"""What our routes do, and which line each call leaves. Who may call them: `test_authorisation.py`."""
+"""Effects of our routes, and the line that each call leaves. Rights to call them: `test_authorisation.py`."""
 
 import re
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> Manager:
 
 @pytest.fixture
 def client(manager: Manager) -> TestClient:
-    """Of our routes."""
+    """A client of our routes."""
     routes.install()
     return TestClient(FastAPI(routes=our_routes()))
 

@@ -68,7 +68,7 @@ def decoder(**parameters: Any) -> Detokenizer:
 
 
 def outputs(tokens: Sequence[int], sizes: Iterator[int], *, increments: bool) -> Iterator[dict[str, Any]]:
-    """What SGLang's detokenizer makes of steps that bring so many tokens each."""
+    """Outputs of SGLang's detokenizer for steps that bring so many tokens each."""
     detokenizer, sent, text = decoder(), 0, ""
     while sent < len(tokens):
         step = list(tokens[sent : sent + next(sizes)])

@@ -1,4 +1,4 @@
-"""What the wrapper of the target refuses."""
+"""Refusals of the target's wrapper."""
 
 import pytest
 import torch

@@ -55,7 +55,7 @@ def doctored(tree: Any, module: str, before: str, after: str) -> Doctored:
 
 @pytest.mark.newest
 def test_every_name_of_ours_is_found_and_takes_what_python_sees(known: Any) -> None:
-    """What is read off the sources is what `whiflash check` asks of the imported names."""
+    """Names read off the sources are those that `whiflash check` asks of the imported ones."""
     from whiflash_sglang.compat.names import PRIVATE_NAMES
     from whiflash_sglang.compat.sources import replaced
 

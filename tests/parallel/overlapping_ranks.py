@@ -28,8 +28,8 @@ GRAMMARS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Overlapped:
-    """Of one rank. passes: decoding ones of the scheduler. apart: those of them that did not overlap. races, waits: as
-    of `Streams`, the waits of our lines only.
+    """Counts of one rank. passes: decoding ones of the scheduler. apart: those of them that did not overlap. races,
+    waits: as of `Streams`, the waits of our lines only.
     """
 
     played: Played
@@ -114,7 +114,7 @@ def play_overlapping(
 
 
 def between_hosts(call: Callable[..., Any]) -> Callable[..., Any]:
-    """What hosts say to each other is no work of the device."""
+    """Messages between hosts are no work of the device."""
 
     def called(*args: Any, **named: Any) -> Any:
         with unwatched():

@@ -32,12 +32,12 @@ class RankFailedError(AssertionError):
 
 
 def on_ranks(size: int, work: Work) -> list[Any]:
-    """`work(rank, port)` in `size` processes at once, that meet at a port. What each returned, by rank.
+    """`work(rank, port)` in `size` processes at once, that meet at a port. Returns their results, by rank.
 
     `work` is pickled: a function of a module that needs no pytest, or a partial of one.
 
     Raises:
-        RankFailedError: of the first that failed.
+        RankFailedError: that of the first that failed.
     """
     host = _hosts[0] if _hosts else _start()
     assert host.stdin is not None

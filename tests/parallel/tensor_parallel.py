@@ -28,7 +28,7 @@ ENDS_AT_ONCE = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEF
 ASKED, LATE = 4, 8
 """Steps before a switch is asked for, and from then until the second rank may read the version."""
 SAMPLE = 16
-"""Of the arrivals, in `make test`."""
+"""Arrivals of the sample in `make test`."""
 ARRIVALS = mixed(seed=1, count=200, shared=40, aborts=0.1, stops=0.3, tokens=20)
 
 Outputs = dict[str, list[int]]
@@ -52,7 +52,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Played:
-    """Of one rank. rounds: of each its routes, who caught up, and every draft that was verified."""
+    """Record of one rank. rounds: routes of each, requests that caught up, and every draft that was verified."""
 
     outputs: Outputs
     rounds: list[tuple[Any, ...]]
@@ -63,7 +63,7 @@ class Played:
 
 
 def of_rank(rank: int, port: int, **arguments: Any) -> dict[str, Any]:
-    """Arguments of `engine`. What SGLang's launcher draws for all ranks is fixed: the seed."""
+    """Arguments of `engine`. The seed, which SGLang's launcher draws for all ranks, is fixed."""
     return {
         "tp_size": RANKS,
         "rank": rank,

@@ -24,7 +24,7 @@ def texts(checkpoints: Checkpoints) -> Outputs:
 def test_text_is_plain_decodings(checkpoints: Checkpoints, texts: Outputs, router: str) -> None:
     """Greedy, sampled and under grammars, with aborts and retractions; and the second rank's clocks say nothing.
 
-    What is retracted SGLang samples anew, in plain decoding, too.
+    SGLang samples retracted requests again, in plain decoding, too.
     """
     found: list[Overlapped] = on_ranks(RANKS, partial(play_overlapping, checkpoints, router, texts, wild))
     first, second = (each.played for each in found)

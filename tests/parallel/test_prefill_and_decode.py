@@ -378,7 +378,7 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", sampled(TARGETS))
 def test_targets(host: ServerHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """What a family keeps beside KV travels too, as SGLang sends it."""
+    """A family's state beside KV travels too, as SGLang sends it."""
     monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
     name, flags = TARGETS[case]
     model = tiny_family(tmp_path / "target", FAMILIES[name])

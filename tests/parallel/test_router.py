@@ -41,7 +41,7 @@ class Routed:
     servers: Sequence[Server]
 
     def client(self, url: str | None = None) -> OpenAI:
-        """Of the router, or of a server."""
+        """A client of the router, or of a server."""
         return OpenAI(base_url=f"{url or self.url}/v1", api_key="none", max_retries=0, timeout=None)
 
 

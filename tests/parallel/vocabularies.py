@@ -60,7 +60,7 @@ class SteppedMethod(QuantizeMethodBase):  # type: ignore[misc]
 
 
 class Stepped(QuantizationConfig):  # type: ignore[misc]
-    """Of embeddings and heads; layers stay as they are."""
+    """Quantisation of embeddings and heads; layers stay as they are."""
 
     def get_name(self) -> str:
         return "stepped"
@@ -138,7 +138,7 @@ class Found:
 
 
 def states() -> Tensor:
-    """What drafters choose for, [64, H]."""
+    """States that drafters choose for, [64, H]."""
     return torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(5))
 
 

@@ -310,8 +310,9 @@ class HuggingFace:
 
     @torch.inference_mode()
     def states(self, tokens: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Of each recurrent layer behind `tokens`: its convolution's last inputs [D, taps], and its matrix or None, as
-        SGLang keeps it: [H, V, K], Mamba 2's [H, P, N]."""
+        """States of each recurrent layer after `tokens`: its convolution's last inputs [D, taps], and its matrix or
+        None, as SGLang keeps it: [H, V, K], Mamba 2's [H, P, N].
+        """
         cache = self.model(torch.tensor([tokens]), use_cache=True).past_key_values
         kept = [layer for layer in cache.layers if getattr(layer, "conv_states", {}).get(0) is not None]
         swapped = self.model.config.model_type != "nemotron_h"

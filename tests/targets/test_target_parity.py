@@ -1,4 +1,4 @@
-"""Of other targets than dense ones, too, each arm accepts in every round what upstream's algorithm accepts."""
+"""Each arm accepts in every round what upstream's algorithm accepts, for other targets than dense ones, too."""
 
 from pathlib import Path
 

@@ -102,7 +102,7 @@ def test_without_a_drafter(name: str, tmp_path: Path) -> None:
 def test_requests_that_are_retracted_go_on(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of targets that keep more of a request than KV, or count positions in another way."""
+    """The targets keep more of a request than KV, or count positions in another way."""
     from sglang.srt.managers import scheduler
 
     with serving(name, tmp_path) as s:
@@ -113,7 +113,7 @@ def test_requests_that_are_retracted_go_on(
 
 
 def check_features(e: Engine, model: HuggingFace, tolerance: float) -> None:
-    """What drafters read of a prompt is what Hugging Face's layers put out."""
+    """Features of a prompt that drafters read are the outputs of Hugging Face's layers."""
     prompt = list(range(60, 90))
     prefill, seen = e.worker.target.prefill, []
 

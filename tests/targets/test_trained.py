@@ -172,7 +172,7 @@ def test_what_was_learned_is_served(
 
 
 def refused(root: Path, *, command: str = "data", **changes: Any) -> str:
-    """What a command says of a configuration with these changes, before anything is started."""
+    """Error of a command for a configuration with these changes, before anything is started."""
     file = root / "changed.yaml"
     file.write_text(yaml.safe_dump(settings(root) | changes))
     result = CliRunner().invoke(app, ["train", "--step", command, "--config", str(file)])

@@ -1,4 +1,4 @@
-"""What drafters are trained on is what they read in serving, of targets that SGLang alone runs."""
+"""Features in training are those in serving, of targets that only SGLang runs."""
 
 import asyncio
 from collections.abc import Coroutine, Iterator, Sequence
@@ -84,7 +84,7 @@ def recorded(e: Engine, states: Path, texts: Sequence[list[int]]) -> list[torch.
 
 
 def in_serving(e: Engine, text: list[int]) -> torch.Tensor:
-    """What the worker's drafters get of a prompt."""
+    """Features that the worker's drafters get of a prompt."""
     prefill, seen = e.worker.target.prefill, []
 
     def watched(batch: object) -> object:

@@ -77,7 +77,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Pools:
-    """What becomes of an engine's windowed pool."""
+    """Uses of an engine's windowed pool."""
 
     def __init__(self, e: Engine, ratio: float) -> None:
         self.engine, allocator = e, e.scheduler.token_to_kv_pool_allocator
