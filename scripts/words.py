@@ -35,8 +35,8 @@ LONGEST = 32
 """Words of a sentence; CONTRIBUTING.md asks for 25."""
 
 DATA = "# words: data"
-LATER = re.compile(r"/(whiflash_sglang/(compat|platform|cli|lab)|tests/(parallel|cli|compat|targets))/")
-"""Folders whose openings are still to be written."""
+LATER = re.compile(r"(forward/target|http/admission|scheduler/spec_worker|lab/simulate)\.py$")
+"""Files whose openings are still to be written."""
 
 CODE_FOLDERS = ("whiflash_sglang", "kernels", "sdk", "scripts", "examples")
 NAME = re.compile(r"(:mod:)?`[~.]*(\w+(?:\.\w+)*)`")
