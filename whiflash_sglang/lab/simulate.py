@@ -90,9 +90,7 @@ class Card:
         return self.fixed + self.row * rows + self.token * context + read
 
     def tables(self, rows: int, context: int, chain: int = DRAFTS[arms.AR]) -> CostTables:
-        """What a server on this card would have measured at its start, for rows and a context up to these, and chains
-        of this length.
-        """
+        """Tables of a server's start on this card, for rows and a context up to these, and chains of this length."""
         sizes = grid(rows)
         drafts = {arms.AR: chain * self.chain, arms.DIFFUSION: self.block}
         by_arm = {arm: Sizes(tuple(sizes), (price,) * len(sizes)) for arm, price in drafts.items()}
@@ -108,7 +106,7 @@ def grid(largest: int) -> list[int]:
 
 
 PARAMETERS = 8.2e9
-"""Of Qwen3-8B. A row takes two operations each; at a card's peak that is the published price of a row within 12 %."""
+"""Parameters of Qwen3-8B. A row takes two operations each: at a card's peak a row's published price within 12 %."""
 
 
 def row_seconds(peak: float) -> float:

@@ -1,7 +1,7 @@
 """A launch judged by its words alone, within a second, before SGLang is imported.
 
 `whiflash serve` asks before it starts SGLang; `sglang serve` and `python -m sglang.launch_server` ask when they load
-plugins. What needs SGLang's defaults or a target's configuration is judged later, by the same table.
+plugins. Rows that need SGLang's defaults or a target's configuration are judged later, by the same table.
 """
 
 import errno
@@ -126,7 +126,7 @@ def _settings(said: Mapping[str, Any]) -> Flags:
 
 
 def _check_place(name: str, value: Any, *, bundle: bool = False) -> None:
-    """Of a path: it exists. A hub's id is left to the hub, whose names have an owner."""
+    """Check that a path exists. A hub's id is left to the hub, whose names have an owner."""
     if not isinstance(value, str) or Path(value).expanduser().exists():
         return
     if value.startswith(("/", ".", "~")):
@@ -150,7 +150,7 @@ def _check_bundle(settings: Flags, said: Mapping[str, Any]) -> None:
 
 
 def _launch(settings: Flags, said: Mapping[str, Any]) -> Any:
-    """What a row of the table may ask. A fact that no word names is missing, and its rows are left out."""
+    """Launch for rows of the table. A fact that no word names is missing, and its rows are left out."""
     fields = {name[2:].replace("-", "_"): _value(value) for name, value in said.items()}
     launch = SimpleNamespace(args=SimpleNamespace(**fields), given=fields, model=None, environment=os.environ)
     launch.architecture = "the target"
