@@ -30,7 +30,7 @@ from whiflash_sglang.device.transfers import sent
 
 
 class GraphEnd(Protocol):
-    """What is captured behind a verification's forward (`round/epilogue.py`)."""
+    """End of a verification's graph, captured after its forward (`round/epilogue.py`)."""
 
     def capture(self, graph: Hashable, rows: Verified) -> None: ...
 

@@ -4,8 +4,8 @@ A server of this algorithm is one for text whatever its target takes (`launch.ar
 SGLang refuses images and sound in chat messages there, but drops them without a word where `/generate` or
 `Engine.generate` brings them.
 
-What it does not look at, above all whether token ids are the target's, raises in its scheduler, and the server ends
-with the answers of everybody. Every route and `Engine` come through here, a batch request by request.
+Values that it does not check, above all token ids that are not the target's, raise in its scheduler, and the server
+ends with the answers of everybody. Every route and `Engine` come through here, a batch request by request.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ def _refusing(original: Any, self: Any, obj: Any, input_ids: Any) -> None:
 
 
 def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabulary: int) -> None:
-    """Of one request for text that SGLang has found valid. What it compares with the vocabulary by itself is left to it
+    """Check one request for text that SGLang has found valid. SGLang compares some values with the vocabulary by itself
     (`token_ids_logprob`, `logit_bias`).
 
     Raises:
@@ -79,8 +79,8 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
 
 
 def check_scores(obj: GenerateReqInput, input_ids: Sequence[int] | None, server_args: Any) -> None:
-    """Of a request for scores at positions of its prompt, which `/v1/score` makes for a `score_extraction_token`: the
-    prompt goes through one forward that reads all of it, and the request ends.
+    """Check a request for scores at positions of its prompt, which `/v1/score` makes for a `score_extraction_token`:
+    the prompt goes through one forward that reads all of it, and the request ends.
 
     Raises:
         ValueError: it would end the scheduler or give other positions' scores; the message names the field.

@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass
 class DraftInput(SpecInput):  # type: ignore[misc]
-    """What one round hands to the next: the bonus token and the new length of every request, on the device.
+    """Input of a round from the last one: the bonus token and the new length of every request, on the device.
 
     bonus_tokens: [B] int64. new_seq_lens: [B] int64. The relay of overlap scheduling asks for the EAGLE-shaped
     fields too; they are None.
@@ -201,8 +201,8 @@ def round_result(verified: Verified, results: Download) -> GenerationBatchResult
     """The record the scheduler reads: `stride` columns of tokens per request, of which accept_lens count. All else is
     the forward's.
 
-    What is proposed differs from request to request: `cap_lens` is upstream's record of that, the rows that were
-    verified. results: of `learning.results_of`.
+    Proposals differ from request to request: `cap_lens` is upstream's record of that, the rows that were verified.
+    results: those of `learning.results_of`.
     """
     tokens = results["tokens"]
     made = replace(
