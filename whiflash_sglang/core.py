@@ -22,8 +22,8 @@ from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.telemetry.round_clock import RoundTime
 
 Due = Mapping[str, tuple[list[int], int]]
-"""By arm, which requests of a batch it has to catch up before a round: their indices, and most tokens that they have to
-ingest together, never 0; exactly those if n is known.
+"""Requests of a batch that an arm has to catch up before a round, by arm: their indices, and most tokens that they have
+to ingest together, never 0; exactly those if n is known.
 """
 
 DECIDED = (

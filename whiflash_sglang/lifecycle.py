@@ -67,7 +67,7 @@ class Lifecycle:
     ) -> None:
         self._spool = spool
         self._consents: WeakKeyDictionary[Any, Consent] = WeakKeyDictionary()
-        """By session, else by request."""
+        """Consents by session, else by request."""
         self._forgets, self._begun = 0, WeakKeyDictionary[Any, int]()
         """How often text was forgotten, and how often it had been when a request first began."""
         self._read_prediction, self._hooks = read_prediction, hooks

@@ -59,7 +59,7 @@ class Observed(Protocol):
 
 
 def state_of(worker: Observed) -> dict[str, Any]:
-    """For `GET /whiflash/state` and the benchmark: policy, running requests, the rounds' time by stage."""
+    """State for `GET /whiflash/state` and the benchmark: policy, running requests, the rounds' time by stage."""
     return {
         "policy": worker.controller.policy.name,
         "arms": sorted(worker.drafters),

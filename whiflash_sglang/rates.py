@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 
 class Rates:
-    """By kind, a number from 0: how often what was observed was right, begun as if its prior had been seen.
+    """Rates by kind, a number from 0: how often observations were right, begun as if their prior had been seen.
 
     Args:
         priors: chance of each kind before anything was observed. weight: observations that a prior counts for.

@@ -152,7 +152,7 @@ def choose_drafts(
     worth: float = 0.0,
     most_drafts: int | None = None,
 ) -> Chosen:
-    """Which drafts are verified: what goes behind them, what takes their place, and as many as there are rows for.
+    """Choose the drafts that are verified: appended ones, replacements, and as many as there are rows for.
 
     Behind request b's counts[b] drafts come its appended.counts[b]. These are candidate 0. The host's k-th counts as
     far as the text agrees: with a = seq_lens[b] + 1 - at[b, k], the tokens that were committed since it was made,

@@ -177,7 +177,7 @@ def _of_batches(served: Served) -> None:
 
 
 def _sample(served: Served, zeros: Tensor) -> None:
-    """For batches that are not committed in their graph: with masks and without."""
+    """Sample for batches that are not committed in their graph: with masks and without."""
     logits = torch.zeros(1, served.vocabulary, dtype=torch.float32, device=zeros.device)
     indptr = torch.zeros(len(zeros) + 1, dtype=torch.int32, device=zeros.device)
     bits = torch.zeros(1, -(-served.vocabulary // 32), dtype=torch.int32, device=zeros.device)

@@ -25,7 +25,7 @@ _UNUSED: Final = {
     "server with --whiflash-lookup-memory-mib",
     "tools": "no draft was taken from calls: offer tools, and start the server with their --tool-call-parser",
 }
-"""By source of drafts, what would help if nothing was taken from it."""
+"""Help by source of drafts, if nothing was taken from it."""
 
 
 @dataclass(frozen=True)

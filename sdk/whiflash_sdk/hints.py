@@ -208,7 +208,7 @@ _REASONS: Final = {
         f"must be between {-MAX_BIAS:g} and {MAX_BIAS:g}",
     ),
 }
-"""By the field that is wrong, or else by pydantic's name of the fault."""
+"""Messages by the field that is wrong, or else by pydantic's name of the fault."""
 
 
 def _words(error: ErrorDetails) -> str:

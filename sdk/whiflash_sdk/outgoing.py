@@ -84,7 +84,7 @@ class Told:
 
 
 def route_of(path: str) -> str | None:
-    """Which route that may take hints a POST to this path asks for; None: another one. It is the end of the path."""
+    """Route that a POST to this path asks for, if it may take hints; None: another one. It is the end of the path."""
     path = path.partition("?")[0]
     return next((route for route in (*_DERIVED, *_CONVERTED) if path.endswith(f"/{route}")), None)
 
@@ -117,7 +117,7 @@ class Outgoing:
         """Whether the trace may count in the answer's text."""
 
     def refused(self, status: int, text: str) -> str | None:
-        """Which field of ours the server names as it refuses the request; None: it names none, or `strict` is set."""
+        """Field of ours that the server names as it refuses the request; None: it names none, or `strict` is set."""
         if status not in REFUSALS or self._strict:
             return None
         self._is_read = any(part in text for part in _INSIDE)

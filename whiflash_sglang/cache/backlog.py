@@ -117,7 +117,7 @@ class Watermarks:
         widths: Sequence[int],
         verifying: int | None = None,
     ) -> tuple[list[int], int]:
-        """Which requests `arm` has to catch up before this round, by their indices, and most tokens that they ingest
+        """Indices of the requests that `arm` has to catch up before this round, and most tokens that they ingest
         together: exactly those if n is known. From now on it counts as done.
 
         Requests that chose the arm catch up to n. Another request catches up only when its ring could

@@ -29,13 +29,13 @@ class TargetShape:
 
     @classmethod
     def of(cls, model_config: Any) -> "TargetShape":
-        """From SGLang's configuration of a model."""
+        """Read it from SGLang's configuration of a model."""
         text = model_config.hf_text_config
         return cls(text.hidden_size, text.num_hidden_layers, text.vocab_size)
 
     @classmethod
     def read(cls, path: Path) -> "TargetShape":
-        """From a target's `config.json`. Raises CheckpointError naming the key that is missing."""
+        """Read it from a target's `config.json`. Raises CheckpointError naming the key that is missing."""
         config = read_json_config(path.parent)
         text = merged(path.parent, config, "text_config")
         keys = ("hidden_size", "num_hidden_layers", "vocab_size")

@@ -132,7 +132,7 @@ def _watch(learning: "Learning", server: LiveServer | None, share: float | None,
 
 
 def _lines(found: dict[str, Any], as_json: bool) -> dict[str, Any]:
-    """For a person: a line for each drafter."""
+    """A line for each drafter, for a person."""
     if as_json or "drafters" not in found:
         return found
     lines = {key: value for key, value in found.items() if key != "drafters"}

@@ -250,8 +250,9 @@ sglang.srt.utils.common
 sglang.srt.utils.watchdog
     SubprocessWatchdog(processes, process_names)
 """
-"""By module, with the parameters that are relied on. A name whose parameters take more than a line has several. Behind
-a `#`, the release that brought or lost it."""
+"""Names by module, with the parameters that are relied on. A name whose parameters take more than a line has several.
+Behind a `#`, the release that brought or lost it.
+"""
 
 
 def _read(table: str) -> Mapping[str, tuple[str, ...]]:
@@ -275,7 +276,7 @@ def _is_there(release: str) -> bool:
 
 
 PRIVATE_NAMES = _read(_TABLE)
-"""By `module:attribute.path` the parameters that must be among its own; none of what is not called."""
+"""Parameters that must be among a name's own, by `module:attribute.path`; none of what is not called."""
 
 HEAVY = (
     "sglang.srt.entrypoints.http_server",

@@ -51,7 +51,7 @@ class Patch:
 
 
 PATCHES: dict[str, Patch] = {}
-"""By the paths of the names."""
+"""Patches by the paths of the names."""
 
 _replaced: dict[str, Any] = {}
 """SGLang's own, by the paths of names that are replaced in this process, by the CPU platform too."""

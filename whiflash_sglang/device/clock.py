@@ -38,7 +38,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """For a CPU, where a call returns when its work is done."""
+    """Clock of a CPU, where a call returns when its work is done."""
 
     def record(self) -> float:
         return time.perf_counter()

@@ -22,7 +22,9 @@ class DivergedError(WhiflashError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """From the first rank. number: of those before it. checksum: of what it had noted by then. now: on its clock."""
+    """The first rank's message. number: of those before it. checksum: of what it had noted by then. now: on
+    its clock.
+    """
 
     number: int
     checksum: int

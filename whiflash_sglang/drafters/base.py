@@ -208,12 +208,12 @@ class TextDrafter(Drafter):
 
 
 def with_kv(drafters: Mapping[str, Drafter]) -> dict[str, KVDrafter]:
-    """Those of the arms that keep KV."""
+    """Drafters that keep KV."""
     return {arm: drafter for arm, drafter in drafters.items() if isinstance(drafter, KVDrafter)}
 
 
 def of_text(drafters: Mapping[str, Drafter]) -> dict[str, TextDrafter]:
-    """Those of the arms that go by texts."""
+    """Drafters that read texts."""
     return {arm: drafter for arm, drafter in drafters.items() if isinstance(drafter, TextDrafter)}
 
 

@@ -247,7 +247,7 @@ class Spool:
         self.counts["declined"] += 1
 
     def snapshot(self) -> dict[str, Any]:
-        """For `GET /whiflash/state`."""
+        """Counts for `GET /whiflash/state`."""
         return {**self.counts, "bytes": self.size, "failing": self.failing}
 
     def flush(self) -> None:
@@ -387,5 +387,5 @@ def _without(path: Path, handle: int) -> bool:
 
 
 def _handles(line: bytes) -> list[int]:
-    """Those of a `Sample`'s line, which ends with them. Raises ValueError."""
+    """Handles in a `Sample`'s line, which ends with them. Raises ValueError."""
     return _Named.model_validate_json(b"{" + _HANDLES_KEY + line.rpartition(_HANDLES_KEY)[2]).handles

@@ -43,7 +43,7 @@ class Staging:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """For the thread that reads a version: its work on the device runs beside the rounds, after the last swap."""
+        """Run the thread that reads a version: its work on the device goes beside the rounds, after the last swap."""
         if self._device is None:
             yield
             return
@@ -74,8 +74,8 @@ class Staging:
 
     @contextmanager
     def read(self) -> Iterator[None]:
-        """For the swap, on the current stream: it comes before what is staged next. The staged numbers are there, since
-        the thread waited for them.
+        """Have the swap, on the current stream, come before the next staging. The staged numbers are there, since the
+        thread waited for them.
         """
         yield
         if self._device is not None:

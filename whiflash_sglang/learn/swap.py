@@ -123,7 +123,7 @@ class LiveWeights:
         )
 
     def snapshot(self) -> dict[str, Any]:
-        """For `GET /whiflash/state`."""
+        """State for `GET /whiflash/state`."""
         loading = self._asked[0][0] if self._asked else None
         return {**self.used._asdict(), "gain": self.gain, "loading": loading, **self.swaps, "why": self.why}
 

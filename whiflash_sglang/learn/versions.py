@@ -23,7 +23,7 @@ from whiflash_sglang.learn.samples import locked
 
 CURRENT: Final = "current.json"
 NOTES: Final = "notes.json"
-"""In a version: what whoever made it says of it."""
+"""File of a version with its maker's notes."""
 MOST: Final = 10**6
 """Versions of a directory."""
 

@@ -144,7 +144,7 @@ def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) ->
 
 
 def gains(before: Walked, after: Walked) -> dict[str, Gain]:
-    """By arm. Answers are drawn together for both, so what is hard for both cancels out."""
+    """Gains by arm. Answers are drawn together for both, so what is hard for both cancels out."""
     return {name: _gain(before[name], after[name]) for name in after}
 
 
@@ -199,7 +199,7 @@ class Outcome(NamedTuple):
     drafters: dict[str, Gain]
 
     def facts(self) -> dict[str, Any]:
-        """For JSON."""
+        """Facts for JSON."""
         gained = {
             name: {"before": gain.before, "after": gain.after, **gain.ratio.model_dump()}
             for name, gain in self.drafters.items()
@@ -411,7 +411,7 @@ def _present(learning: Learning, manifest: Manifest, versions: Path, number: int
 
 
 def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, rate: float) -> TrainConfig:
-    """For a training on the samples in `work` that goes on from the checkpoints, of their sizes.
+    """Configuration of a training on the samples in `work` that goes on from the checkpoints, of their sizes.
 
     Args:
         checkpoints: by arm. rate: of learning, at its peak.

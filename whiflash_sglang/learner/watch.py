@@ -73,7 +73,7 @@ class Watch:
         return found
 
     def look(self) -> None:
-        """At the server, at most every `POLL` seconds: a version that accepts less than before is left."""
+        """Look at the server, at most every `POLL` seconds: a version that accepts less than before is left."""
         if self._guard is None or self._now() - self._looked < POLL:
             return
         self._looked = self._now()

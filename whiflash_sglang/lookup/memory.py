@@ -142,7 +142,7 @@ class TenantMemory:
                 self._take(tenant)
 
     def _make_room(self, most: int) -> None:
-        """For `most` bytes more: of who was not here for longest."""
+        """Make room for `most` bytes more, at the cost of tenants that were not here for longest."""
         while self._tenants and self.nbytes + most > self._limit:
             self._take(next(iter(self._tenants)))
 

@@ -14,7 +14,7 @@ from whiflash_kernels.packed import linear
 
 
 class Choice(NamedTuple):
-    """For each row of logits: token [N] int64, the first of the largest; confidence [N] fp32, its probability."""
+    """Choices by row of logits: token [N] int64, the first of the largest; confidence [N] fp32, its probability."""
 
     token: Tensor
     confidence: Tensor
@@ -75,7 +75,7 @@ def _likeliest(logits: Tensor) -> Choice:
 
 
 def _top(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row of logits [N, V]: index of its largest, int64; its value, log-sum-exp, fp32."""
+    """Largest logit of each row of [N, V]: its index, int64; its value, and the row's log-sum-exp, fp32."""
     row, chance = _likeliest(logits)
     value = logits.gather(-1, row[:, None])[:, 0].float()
     total = value - chance.log() if _by_kernel(logits) else logits.float().logsumexp(-1)

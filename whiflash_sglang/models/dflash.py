@@ -75,7 +75,7 @@ class BlockConv(nn.Module):
         return out
 
     def fill(self, reader: WeightReader, prefix: str) -> None:
-        """From the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
         reader.fill(self.base_kernel, f"{prefix}base_kernel")
         reader.fill(self.kernel_projection.weight, f"{prefix}kernel_projection.weight")
 
@@ -119,7 +119,7 @@ class DFlashLayer(nn.Module):
         return mixed
 
     def fill(self, reader: WeightReader, prefix: str) -> None:
-        """From the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
         reader.fill_attention(self.attention, f"{prefix}self_attn.")
         reader.fill_mlp(self.mlp, f"{prefix}mlp.")
         reader.fill(self.input_norm.weight, f"{prefix}input_layernorm.weight")
@@ -345,7 +345,7 @@ class DFlashDrafter(nn.Module):
         return drafter.to(device=device, dtype=dtype).eval()
 
     def fill(self, reader: WeightReader) -> None:
-        """From the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
         for name in ("fc", "hidden_norm", "norm"):
             reader.fill(self.get_parameter(f"{name}.weight"), f"{name}.weight")
         layers: list[Any] = list(self.layers)

@@ -40,7 +40,7 @@ class DFlash2Config(DFlashConfig):
 
 
 def read_dflash2(path: Path, config: Mapping[str, Any]) -> DFlash2Config:
-    """From `config.json`. Raises CheckpointError naming the field that does not fit."""
+    """Read `config.json`. Raises CheckpointError naming the field that does not fit."""
     settings = merged(path, config, "dflash_config")
     multiplier = number(settings, "output_multiplier", path, default=1.0)
     if multiplier <= 0:
@@ -83,7 +83,7 @@ class DFlash2Drafter(DFlashDrafter):
         self.candidate_selector = CandidateSelector(config)
 
     def fill(self, reader: WeightReader) -> None:
-        """From the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
         super().fill(reader)
         for name, parameter in self.candidate_selector.named_parameters():
             reader.fill(parameter, f"candidate_selector.{name}")

@@ -51,7 +51,7 @@ class DominoConfig(DFlashConfig):
 
 
 def read_domino(path: Path, config: Mapping[str, Any]) -> DominoConfig:
-    """From SpecForge's `config.json`. Raises CheckpointError naming the field that does not fit."""
+    """Read SpecForge's `config.json`. Raises CheckpointError naming the field that does not fit."""
     settings = merged(path, config, "dflash_config")
     shifted, uncorrected = settings.get("shift_label"), settings.get("pure_draft_prefix_len")
     if not isinstance(shifted, bool):
@@ -90,7 +90,7 @@ class DominoDrafter(DFlashDrafter):
         return super().head.beside(self.get_parameter("embed_proj.2.weight"))
 
     def fill(self, reader: WeightReader) -> None:
-        """From the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
         super().fill(reader)
         for name, published in _PARAMETERS.items():
             reader.fill(self.get_parameter(name), published)

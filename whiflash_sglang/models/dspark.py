@@ -63,7 +63,7 @@ class DSparkConfig(DFlashConfig):
 
 
 def read_dspark(path: Path, config: Mapping[str, Any]) -> DSparkConfig:
-    """From DeepSpec's or SpecForge's `config.json`, whose `block_size` counts drafts.
+    """Read DeepSpec's or SpecForge's `config.json`, whose `block_size` counts drafts.
 
     Raises:
         CheckpointError: naming the field that does not fit.
@@ -126,7 +126,7 @@ class DSparkDrafter(DFlashDrafter):
         return super().head.beside(rows)
 
     def fill(self, reader: WeightReader) -> None:
-        """From the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
         super().fill(reader)
         for name, parameter in self.heads().items():
             reader.fill(parameter, name)

@@ -15,7 +15,7 @@ PAD_SLOT = -1
 
 
 class Rows(NamedTuple):
-    """Which request each of T packed rows is of, and the how manieth of its rows: [T] int64 each.
+    """Owner of each of T packed rows, and its place among the request's rows: [T] int64 each.
 
     covered: [T] bool, false of rows behind the last request's, which count as its own otherwise.
     """

@@ -200,7 +200,7 @@ def _verify_widths(spec_info: Any, batch_size: int) -> list[int]:
 def _verified_trees(
     spec_info: Any, seq_lens: Sequence[int], q_lens: Sequence[int]
 ) -> list[torch.Tensor] | None:
-    """Which of a request's rows see each other, [m, m] bool each; None where drafts are chains.
+    """Rows of each request that see each other, [m, m] bool each; None if drafts are chains.
 
     Upstream packs, per request, [m, committed + m] of what every row sees.
     """

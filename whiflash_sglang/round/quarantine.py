@@ -75,7 +75,7 @@ class _Guard:
 
 
 class Quarantine:
-    """Which arms are left out, for one request or for everybody.
+    """Arms that are left out, for one request or for everybody.
 
     Every rank of those that serve a model together judges the same results, so all leave out the same arms. Clocks of
     ranks do not agree, so there no quarantine ends. A model's error in one rank may be missing in others: it is not
@@ -112,7 +112,7 @@ class Quarantine:
         return arm in self.reasons
 
     def serving(self, arms: Collection[str], rid: str) -> Collection[str]:
-        """Those of `arms` that may be asked for the request `rid`."""
+        """Arms of `arms` that may be asked for the request `rid`."""
         request = self._requests.get(rid)
         if not self.reasons and (request is None or not request.without):
             return arms
@@ -287,7 +287,7 @@ _MACHINES = (
     "DefaultCPUAllocator",
     "bad allocation",
 )
-"""In the messages of errors that torch and Triton raise as plain RuntimeErrors."""
+"""Parts of the messages of errors that torch and Triton raise as plain RuntimeErrors."""
 
 
 def _is_the_machines(error: Exception) -> bool:

@@ -1,1 +1,1 @@
-"""Which drafter drafts: pure functions of host-side signals. Imports neither SGLang nor CUDA."""
+"""Choice of the drafter: pure functions of host-side signals. Imports neither SGLang nor CUDA."""

@@ -153,7 +153,7 @@ class WorkerCosts(Costs):
 
 
 class MeasuredCosts(WorkerCosts):
-    """From the running worker, on the host's clock.
+    """Costs measured in the running worker, on the host's clock.
 
     Verification is everything of a round that is not drafting, and what the engine takes between two rounds on
     average: rounds without drafts share a step of its scheduler, so by the round it would be charged to drafts. A

@@ -52,7 +52,7 @@ class KeptPrices:
         return tables
 
     def write(self, tables: CostTables) -> None:
-        """For later starts. If it cannot be written, the log says so."""
+        """Write tables for later starts. If they cannot be written, the log says so."""
         measured = datetime.now(UTC).isoformat(timespec="seconds")
         known = {"measured": measured, "key": dict(self.key), "tables": _json_of(tables)}
         try:

@@ -79,7 +79,7 @@ class Verifications:
         return cls(short, long, at(short), at(long))
 
     def at(self, rows: float, context: float) -> float:
-        """For requests of `context` tokens together; fewer than `short` cost as `short` do."""
+        """Seconds for requests of `context` tokens together; fewer than `short` cost as `short` do."""
         near, far = self.at_short.at(rows), self.at_long.at(rows)
         share = max(context - self.short, 0.0) / (self.long - self.short)
         return near + share * max(far - near, 0.0)

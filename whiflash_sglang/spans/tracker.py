@@ -1,4 +1,4 @@
-"""Which span of the output is open, followed token by token.
+"""The open span of the output, followed token by token.
 
 Meaning (the whole text is its own reference, see `tests/spans/test_tracker.py`): every span rule is
 followed by itself. Closed, it opens after the next occurrence of its begin marker; open, it closes

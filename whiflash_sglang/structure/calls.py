@@ -86,10 +86,10 @@ def matcher_of(tools: str) -> Matcher | None:
 
 class _State(Enum):
     LEAD = auto()
-    """Behind a marker, before the call."""
+    """After a marker, before the call."""
     INSIDE = auto()
     CLOSING = auto()
-    """Behind a complete call, before what closes it."""
+    """After a complete call, before what closes it."""
 
 
 class JsonCall:
@@ -116,7 +116,7 @@ class JsonCall:
         return self.seen.get(LEAD, USUAL_LEAD)
 
     def copy(self) -> "JsonCall":
-        """To look ahead with, inside `trying` alone."""
+        """A copy to look ahead with, inside `trying` only."""
         ahead = copy(self)
         ahead._layout = self._layout.copy()
         return ahead
@@ -211,7 +211,7 @@ class Call(Protocol):
         ...
 
     def copy(self) -> "Call":
-        """To look ahead with, inside `trying` alone."""
+        """A copy to look ahead with, inside `trying` only."""
         ...
 
     def trying(self) -> AbstractContextManager[None]:

@@ -23,7 +23,7 @@ MOST = 4
 
 
 class Cuts:
-    """By the token before a place and the usual one at it: the one that was written instead, when it was seen last."""
+    """Tokens written last in place of the usual one, by the token before the place and the usual one."""
 
     def __init__(self) -> None:
         self._written: OrderedDict[tuple[int, int], int] = OrderedDict()
@@ -39,7 +39,7 @@ class Cuts:
         return self._usual[key]
 
     def learn(self, before: int, usual: int, written: int) -> None:
-        """Behind `before`, where the tokenizer has `usual`, the same text was begun with `written`."""
+        """After `before`, where the tokenizer has `usual`, the same text was begun with `written`."""
         self._written.pop((before, usual), None)
         if written != usual:
             self._written[before, usual] = written

@@ -16,14 +16,14 @@ VALUES = ('"', "{", "[", "0", "t", "n")
 """How values of each type begin; a negative number, and false, if a positive one, and true, are allowed."""
 
 OPENING = VALUES[:3]
-"""Those of them after which more can be proposed."""
+"""Beginnings after which more can be proposed."""
 
 FREE = "‡"
 """Allowed only where nearly anything is: in free text, and inside a string without bounds."""
 
 
 class Guesses:
-    """For one request.
+    """Guesses for one request.
 
     Args:
         words: names and values of its schema, in its order. used: how often each of them was used in the conversation,

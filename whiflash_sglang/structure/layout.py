@@ -10,7 +10,7 @@ USUAL = {":": " ", ",": " "}
 """The blanks after a character before anything was seen, as `json.dumps` writes it; nothing after others."""
 
 INDENTED: Final = "\n\0"
-"""In what was seen: a line break, and as many blanks as the depth asks for."""
+"""Record of a line break seen, with as many blanks as the depth asks for."""
 
 CLOSING: Final = "}}"
 """Key of a closing bracket that is not empty, among what was seen."""
@@ -65,7 +65,7 @@ class Layout:
     _within: dict[str, str] = field(default_factory=dict)
 
     def copy(self) -> "Layout":
-        """To look ahead with."""
+        """A copy to look ahead with."""
         return replace(self, seen=dict(self.seen))
 
     def follow(self, text: str) -> None:
@@ -103,7 +103,7 @@ class Layout:
         return left, place in self.seen
 
     def as_habit(self) -> Habit:
-        """For the next text of the kind."""
+        """Habit for the next text of the kind."""
         seen = self.seen | self._within
         return Habit(
             {

@@ -23,9 +23,9 @@ LONGEST = 256
 class _Place(Enum):
     CALL = auto()
     ARGUMENT = auto()
-    """Behind a tool's name, or a value: another argument, or the end of the call."""
+    """After a tool's name, or a value: another argument, or the end of the call."""
     OPENING = auto()
-    """Behind an argument's name, before what begins its value."""
+    """After an argument's name, before what begins its value."""
     VALUE = auto()
     CLOSED = auto()
     DONE = auto()
@@ -66,7 +66,7 @@ class MarkupCall:
         self._written: frozenset[str] = frozenset()
 
     def copy(self) -> "MarkupCall":
-        """To look ahead with."""
+        """A copy to look ahead with."""
         ahead = copy(self)
         ahead.seen = dict(self.seen)
         return ahead

@@ -76,7 +76,7 @@ class Masks:
         return self._bits.vocab_mask, self._place
 
     def of(self, rows: slice) -> GrammarMask:
-        """Those of these packed rows, as SGLang has them."""
+        """Masks of these packed rows, as SGLang has them."""
         return GrammarMask(self._bits.grammar, self._bits.vocab_mask[self._place[rows]])
 
 

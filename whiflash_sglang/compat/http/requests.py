@@ -194,7 +194,7 @@ def _check_long(manager: Any, custom_params: Any) -> None:
 
 
 def _tools(manager: Any, request: Any) -> str | None:
-    """Which tools may be called, where the scheduler may draft calls of them."""
+    """Tools that may be called, if the scheduler may draft calls of them."""
     choice, tools = getattr(request, "tool_choice", None), getattr(request, "tools", None)
     if not tools or choice == "none" or not settings_of(manager.server_args).structure.enabled:
         return None

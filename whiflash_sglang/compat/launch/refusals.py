@@ -1,4 +1,4 @@
-"""Which launches WHIFLASH does not take: one table of conditions.
+"""Launches that WHIFLASH does not take: one table of conditions.
 
 Launches that are refused here start in SGLang and then serve wrong text, crash later or silently do something else.
 Each sentence names the flag or the model and says what to do.

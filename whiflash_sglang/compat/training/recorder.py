@@ -1,4 +1,4 @@
-"""In the scheduler of an offline engine: the features of texts, written to files as their prompts are prefilled.
+"""Features of texts in the scheduler of an offline engine, written to files as their prompts are prefilled.
 
 A text whose features are wanted comes as a prompt whose name begins with `WANTED`. Its prefill is asked for hidden
 states as our worker asks (`compat/forward/captured.py`), and they go to a file of that name before the

@@ -56,7 +56,7 @@ _SPELLED = re.compile(
     rf"(?:@(?:{'|'.join(SEVERAL)})(?:[2-9]|[1-9]\d+))?(?:{BESIDE})?"
 )
 RANKS = "@tp"
-"""In the name of an arm on several ranks, whose sums are rounded otherwise than those of one device."""
+"""Mark in the name of an arm on several ranks, whose sums are rounded otherwise than those of one device."""
 
 _PINNED_INSTEAD = "the arm `diffusion` is WHIFLASH with only this drafter"
 
@@ -175,7 +175,7 @@ def block_arm(block_format: str, on_cpu: bool) -> str:
 
 
 def those_with_drafters(names: Sequence[str], subject: Subject) -> list[str]:
-    """Those arms of `names` that the bundle has drafters for, its `block_arm` in the place of upstream's others."""
+    """Arms of `names` that the bundle has drafters for, its `block_arm` in the place of upstream's others."""
     there = [name for name in names if set(_needed(name)) <= set(subject.drafters)]
     own = block_arm(subject.block_format, subject.on_cpu)
     return list(dict.fromkeys(own if name in ("DFLASH", "DSPARK") else name for name in there))

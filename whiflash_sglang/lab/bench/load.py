@@ -15,7 +15,7 @@ from whiflash_sglang.lab.bench.prompts import Prompt
 
 MODEL = "bench"
 ANSWER_SECONDS = 3600.0
-"""For an answer that never comes: a server that ends breaks its connections at once."""
+"""Seconds until an answer that never comes: a server that ends breaks its connections at once."""
 
 LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
 """SGLang closes an idle connection after five seconds, httpx's own default: a request at that moment would fail. While

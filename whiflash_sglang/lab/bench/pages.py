@@ -233,7 +233,7 @@ def _assigned(environment: Mapping[str, str]) -> str:
 
 
 def _categories(report: Report, load: LoadReport) -> list[str]:
-    """Those of several prompts."""
+    """Categories of several prompts."""
     return [name for name in _names(load) if report.categories.get(name, 0) > 1]
 
 
@@ -260,7 +260,7 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown; the first column is text, the others are figures."""
+    """A table in Markdown; the first column is text, the others are figures."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -251,7 +251,7 @@ def _block_attention(
 
 
 def _hidden(behind: Tensor, seen: LayerSpan) -> Tensor:
-    """Which rows of its own block a row does not see, of the distances `behind`."""
+    """Rows of its own block that a row does not see, of the distances `behind`."""
     hidden = behind > 0 if seen.causal else torch.zeros_like(behind, dtype=torch.bool)
     return hidden if seen.window is None else hidden | (behind < -seen.window)
 

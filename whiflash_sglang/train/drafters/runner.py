@@ -280,7 +280,7 @@ class Held:
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:
-    """In which a drafter's file holds its weights: what is held must be written as it was read."""
+    """Dtype of the weights in a drafter's file: what is held must be written as it was read."""
     for path in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             if FUSION in set(file.keys()):

@@ -213,4 +213,4 @@ OURS = {
     KDAAttnBackend: RaggedChannelDeltaBackend,
     Mamba2AttnBackend: RaggedMamba2Backend,
 }
-"""By upstream's, for which they are made."""
+"""Our backends by upstream's, for which they are made."""
