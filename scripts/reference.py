@@ -38,6 +38,7 @@ from whiflash_sglang.compat.sources import replaced
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.flags import flags
 from whiflash_sglang.lab.bench.prompts import SUITES
+from whiflash_sglang.lab.published import KNOWN
 from whiflash_sglang.metrics import SERIES
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
@@ -361,6 +362,20 @@ def _measured(record: Path) -> str:
     return f". **{found['status']}**{f' ({told})' if told else ''}; {found['machine']}; {versions}"
 
 
+def published_table() -> str:
+    """Targets by size, and drafters that others published for them."""
+    rows = (
+        (
+            f"`{one.name}`",
+            f"{one.shape.parameters / 1e9:.0f} B",
+            ", ".join(f"`{drafter}`" for drafter in one.eagle3),
+            ", ".join(f"`{drafter}`" for drafter in one.block) or "none known",
+        )
+        for one in KNOWN
+    )
+    return table(("target", "size", "EAGLE-3", "block drafter"), rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "flags": flags_list,
     "manifest": lambda: fields(Manifest),
@@ -384,6 +399,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "gpu": gpu_list,
     "suites": suites_list,
     "patches": patches_list,
+    "published": published_table,
 }
 
 

@@ -264,7 +264,7 @@ def run(*line):
 found = list(commands(get_command(app)))
 
 def parsed(line):
-    words = shlex.split(line)[1:]
+    words = shlex.split(line.partition(" > ")[0])[1:]
     command = get_command(app)
     while hasattr(command, "commands"):
         command = command.commands[words.pop(0)]

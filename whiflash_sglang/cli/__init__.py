@@ -64,6 +64,7 @@ for _module in (
     "check",
     "running",
     "trace",
+    "advise",
     "bench",
     "drafter",
     "learn",

@@ -127,14 +127,7 @@ def check(
 
 def _check_recipes(path: Path, model_path: str | None, *, as_json: bool, verbose: bool) -> None:
     """Print a verdict on each launch in the file; exit code 1 unless all would start."""
-    from whiflash_sglang.cli.recipes import read
-
-    recipes = read(path)  # before the seconds that importing SGLang takes
-    from whiflash_sglang.checkpoints.hub import look_up
-    from whiflash_sglang.compat.launch.recipes import judge
-
-    target = None if model_path is None else look_up(model_path).config.parent
-    verdicts = [(recipe.name, judge(recipe.flags, recipe.environment, target)) for recipe in recipes]
+    verdicts = verdicts_of(path, model_path)
     starting = sum(verdict.starts for _, verdict in verdicts)
     if as_json:
         typer.echo(json.dumps([_as_json(name, verdict) for name, verdict in verdicts], indent=2))
@@ -148,6 +141,18 @@ def _check_recipes(path: Path, model_path: str | None, *, as_json: bool, verbose
             typer.echo("; ".join(parts))
     if starting < len(verdicts):
         raise typer.Exit(1)
+
+
+def verdicts_of(path: Path, model_path: str | None) -> list[tuple[str, Any]]:
+    """A verdict on each launch in the file, by its name. model_path: the target, if the file names none."""
+    from whiflash_sglang.cli.recipes import read
+
+    recipes = read(path)  # before the seconds that importing SGLang takes
+    from whiflash_sglang.checkpoints.hub import look_up
+    from whiflash_sglang.compat.launch.recipes import judge
+
+    target = None if model_path is None else look_up(model_path).config.parent
+    return [(recipe.name, judge(recipe.flags, recipe.environment, target)) for recipe in recipes]
 
 
 def _as_json(name: str, verdict: Any) -> dict[str, Any]:

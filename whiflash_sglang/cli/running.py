@@ -1,8 +1,9 @@
-"""Commands to running servers: `whiflash policy` changes their policy, `top` watches them."""
+"""Commands to running servers: `whiflash policy` changes their policy, `top` watches them, `report` sums up."""
 
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +19,8 @@ from whiflash_sglang.cli.options import (
     report,
 )
 from whiflash_sglang.config import RouterName
-from whiflash_sglang.errors import ServerRefusedError, WhiflashError
+from whiflash_sglang.errors import ConfigError, ServerRefusedError, UsageError, WhiflashError
+from whiflash_sglang.jsonl import read_json_file
 
 PATIENCE = 60.0
 """Seconds that a server may take to answer: it does between two steps of its scheduler."""
@@ -135,6 +137,68 @@ def top(
                     live.update(screen(view.look()), refresh=True)
 
 
+def summary(
+    url: UrlOption = None,
+    since: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="An earlier output of --json: count from it on."),
+    ] = None,
+    hourly: Annotated[
+        float | None, typer.Option("--cost-per-hour", min=0, help="Cost of a server's hour, in any currency.")
+    ] = None,
+    as_json: JsonFlag = False,
+    api_key: AdminKeyOption = None,
+) -> None:
+    """Report what drafting brought on running servers, against their own prices of rounds without drafts.
+
+    It counts from the server's start, or from an earlier report on.
+
+    \b
+    Examples:
+    whiflash report --cost-per-hour 2.5
+    whiflash report --json > monday.json
+    """
+    from whiflash_sglang.lab.report import CAVEAT, brought
+
+    before = {} if since is None else _earlier(since)
+
+    def ask(server: str) -> dict[str, Any] | str:
+        state = steer(server, "/whiflash/state", None, api_key)
+        try:
+            found = brought(state, before.get(server)).as_json(hourly)
+        except ConfigError as error:
+            raise ServerRefusedError(f"{server}: {error}") from None
+        counted = {name: state.get(name) for name in ("tokens", "timed_seconds", "plain_seconds", "by_arm")}
+        return {**found, "state": counted} if as_json else _sentences(found)
+
+    ask_every(url, ask, as_json)
+    if not as_json:
+        typer.echo(CAVEAT)
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    try:
+        return {url: one["state"] for url, one in read_json_file(path).items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"--since {path} is no output of `whiflash report --json`") from None
+
+
+def _sentences(found: dict[str, Any]) -> str:
+    arms = ", ".join(f"{arm} {count / found['tokens']:.0%}" for arm, count in found["tokens_by_arm"].items())
+    lines = [
+        f"{found['tokens']:,} tokens, {found['tokens_per_second']:.1f} a second for "
+        f"{found['plain_tokens_per_second']:.1f} without drafts: {found['gain']:.2f} times",
+        f"tokens by drafter: {arms}",
+    ]
+    if "saved_cost" in found:
+        lines.append(
+            f"a million tokens cost {found['cost_per_million_tokens']:.4g} for "
+            f"{found['plain_cost_per_million_tokens']:.4g}; saved {found['saved_cost']:.4g}"
+        )
+    return "\n  ".join(["", *lines])
+
+
 def register(app: typer.Typer, lab: typer.Typer) -> None:
     app.command(rich_help_panel=DECIDE)(policy)
     app.command(rich_help_panel=LOOK)(top)
+    app.command("report", rich_help_panel=LOOK)(summary)

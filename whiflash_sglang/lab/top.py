@@ -208,7 +208,7 @@ def since(before: Reading | None, after: Reading) -> dict[str, Any] | None:
     seconds = after.at - before.at
     if seconds <= 0:
         return None
-    return {"seconds": seconds, **figures(_less(after.state, before.state), seconds)}
+    return {"seconds": seconds, **figures(less(after.state, before.state), seconds)}
 
 
 def figures(counts: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -244,11 +244,11 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole > 0 else None
 
 
-def _less(after: Any, before: Any) -> Any:
+def less(after: Any, before: Any) -> Any:
     """Numbers of `after` less those of `before`, also those inside; what is no number as it is."""
     if isinstance(after, Mapping):
         known = before if isinstance(before, Mapping) else {}
-        return {key: _less(value, known.get(key, 0)) for key, value in after.items()}
+        return {key: less(value, known.get(key, 0)) for key, value in after.items()}
     if isinstance(after, int | float) and isinstance(before, int | float):
         return after - before
     return after

@@ -1,0 +1,114 @@
+"""`whiflash advise` and `report`: assumptions come first, published ratios come out, a bad deal is called one."""
+
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from whiflash_sglang import arms
+from whiflash_sglang.cli import app
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.lab.advise import ERROR, GPUS, Question, _card, advise
+from whiflash_sglang.lab.published import KNOWN, known
+from whiflash_sglang.lab.report import brought
+from whiflash_sglang.lab.simulate import Load, Pair, Simulation
+
+
+@pytest.mark.parametrize("target", [one.name for one in KNOWN])
+def test_every_known_target_has_an_answer(target: str) -> None:
+    found = advise(Question(target, requests=(4,), answer=64))
+    assert found.assumed.startswith("ESTIMATE, nothing measured")
+    (row,) = found.rows
+    assert row.low <= row.ratio * 1.05
+    assert row.high >= row.ratio * 0.95
+    assert len(found.settings) >= 2
+    assert len(found.lost) == 6
+    assert found.eagle3
+
+
+def ratio(
+    target: str, lengths: dict[str, float], drafts: dict[str, int], method: str, requests: int
+) -> float:
+    """Tokens a second over plain, on one H100."""
+    shape = known(target)
+    assert shape is not None
+    card, load = _card(shape.shape, GPUS["h100"], 1), Load(requests, 2 * requests + 40, grammars=1e-9)
+    pair = Pair({"published": lengths}, drafts, drafts)
+    speculating, plain = (Simulation(card, load, name, pair=pair).run().rate for name in (method, "plain"))
+    return speculating / plain
+
+
+@pytest.mark.parametrize(
+    ("target", "length", "drafts", "method", "requests", "published"),
+    [
+        ("Qwen3-8B", 2.33, 7, "dflash", 1, 1.77),
+        ("Qwen3-8B", 2.33, 7, "dflash", 32, 1.29),
+        ("gpt-oss-120b", 2.41, 3, "eagle3", 1, 1.34),
+        ("gpt-oss-120b", 2.41, 3, "eagle3", 8, 1.31),
+        ("gpt-oss-120b", 2.43, 3, "eagle3", 64, 1.44),
+    ],
+)
+def test_ratios_that_others_measured_on_an_h100_come_out(
+    target: str, length: float, drafts: int, method: str, requests: int, published: float
+) -> None:
+    arm = {"dflash": arms.DIFFUSION, "eagle3": arms.AR}[method]
+    found = ratio(target, {arm: length}, {arm: drafts}, method, requests)
+    print(f"{target} at {requests}: {found:.2f}, published {published}")
+    assert found == pytest.approx(published, rel=ERROR)
+
+
+STATE: dict[str, Any] = {
+    "tokens": 1000,
+    "timed_seconds": 10.0,
+    "plain_seconds": 15.0,
+    "by_arm": {
+        "ar": {"rounds": 200, "tokens": 900, "proposed": 1000, "accepted": 700},
+        "none": {"rounds": 100, "tokens": 100, "proposed": 0, "accepted": 0},
+    },
+    "costs": {"verify": 0.02, "verify_draft": 0.0005, "verify_request": 0.002, "draft": {"ar": 0.003}},
+}
+
+
+def test_a_server_is_judged_by_its_own_prices() -> None:
+    good = advise(Question("anything", requests=(1,), answer=64), STATE)
+    assert good.verdict.startswith("Turn it on")
+    assert "prices of the running server" in good.assumed
+    poor = {**STATE, "by_arm": {"ar": {"rounds": 200, "tokens": 202, "proposed": 1000, "accepted": 2}}}
+    assert advise(Question("anything", requests=(1, 8), answer=64), poor).verdict.startswith("Leave it off")
+    with pytest.raises(ConfigError, match="fewer than 64 rounds"):
+        advise(Question("anything"), {**STATE, "by_arm": {}})
+
+
+def test_what_cannot_be_answered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="nothing is known of it; name one of Qwen/Qwen3-4B"):
+        advise(Question("owner/model"))
+    with pytest.raises(ConfigError, match="--gpu h1000 is not one of"):
+        advise(Question("Qwen3-8B", gpu="h1000"))
+    monkeypatch.setitem(GPUS, "a100", GPUS["a100"]._replace(memory=40e9))
+    (obstacle,) = advise(Question("gpt-oss-120b", gpu="a100", requests=(1,), answer=16)).obstacles
+    assert "do not fit 1 × A100" in obstacle
+
+
+def test_the_command_shows_and_prints_json() -> None:
+    line = ["advise", "qwen3-8b", "--requests", "1", "--answer", "32", "--tools", "0.3"]
+    shown = CliRunner().invoke(app, line)
+    assert shown.output.startswith("ESTIMATE")
+    for title in ("Over plain, as others measured:", "Drafters:", "Set:", "You give up:"):
+        assert title in shown.output
+    found = json.loads(CliRunner().invoke(app, [*line, "--json"]).output)
+    assert found["rows"][0]["ratio"] > 1
+    assert CliRunner().invoke(app, ["advise", "x", "--requests", "1,many"]).exception is not None
+
+
+def test_a_report_compares_with_the_servers_prices_and_counts_from_an_earlier_one() -> None:
+    whole = brought(STATE).as_json(hourly=3.6)
+    assert (whole["gain"], whole["tokens_per_second"]) == (1.5, 100.0)
+    assert whole["cost_per_million_tokens"] == pytest.approx(10.0)
+    assert whole["saved_cost"] == pytest.approx(0.005)
+    later = {**STATE, "tokens": 1500, "timed_seconds": 20.0, "plain_seconds": 20.0}
+    assert brought(later, STATE).as_json(None)["gain"] == 0.5
+    with pytest.raises(ConfigError, match="was restarted"):
+        brought(STATE, later)
+    with pytest.raises(ConfigError, match="no round yet"):
+        brought({"tokens": 0})
