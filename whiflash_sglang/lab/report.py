@@ -1,4 +1,4 @@
-"""What drafting brought on a running server: by its counters, against its own prices of rounds without drafts."""
+"""The gain of drafting on a running server: by its counters, against its own prices of rounds without drafts."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ class Brought(NamedTuple):
 
 
 def brought(state: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> Brought:
-    """What a server brought by its state, since an earlier state of it or since its start.
+    """A server's gain by its state, since an earlier state of it or since its start.
 
     Raises:
         ConfigError: it was restarted since, or has not decoded enough to have a price.
