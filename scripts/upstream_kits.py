@@ -49,8 +49,9 @@ spec_server_kits:SpecGrammarKit streaming_session_kit:StreamingSessionKitMixin
 """
 KITS: dict[str, tuple[str, ...]] = dict.fromkeys(PLAINLY.split(), ())
 KITS["streaming_session_kit:AbortLeakReproKitMixin"] = SHORT_CONTEXT
-"""Those that ask a server by its URL, and need neither a GPU, a second server nor a data set from the network; and what
-a server is started with for their sake, beside `ARGUMENTS`."""
+"""Tests that ask a server by its URL, and need no GPU, second server or data set from the network; and flags of a
+server for them, beside `ARGUMENTS`.
+"""
 
 SECONDS = 600.0
 """That a test may take on a quiet machine where nothing else is said."""

@@ -35,7 +35,7 @@ READS = frozenset(
         "bincount",
     }
 )
-"""By the name of the function or method; its result, or its result's shape, is known only when the device is done."""
+"""Functions and methods whose result, or its shape, is known only when the device is done."""
 
 UPLOADS = frozenset({"tensor", "as_tensor", "from_numpy", "asarray"})
 

@@ -20,7 +20,7 @@ def ask(url: str, route: str, body: dict[str, Any]) -> str:
 
 
 def comparable(sent: str, *, spec: bool = True) -> dict[Any, tuple[list[str], str]]:
-    """By choice: its lines without their text, equal neighbours once, and its whole text, wherever it was cut.
+    """Answers by choice: its lines without their text, equal neighbours once, and its whole text, wherever it was cut.
 
     spec: keep what every speculative algorithm of SGLang adds to `meta_info`.
     """

@@ -37,7 +37,7 @@ class Kit(unittest.TestCase):
 
 
 class Servers:
-    """In the place of servers: how many were started, with which flags."""
+    """Replacement of servers: how many were started, with which flags."""
 
     def __init__(self) -> None:
         self.started: list[tuple[str, ...]] = []

@@ -33,7 +33,7 @@ def exponential(seed: int, position: int, token: int) -> float:
 
 
 def kept(row: Tensor, temperature: float, top_k: float, top_p: float, min_p: float) -> dict[int, float]:
-    """Which tokens of a row may be drawn, and their chances before any was left out."""
+    """Tokens of a row that may be drawn, and their chances before any was left out."""
     chances = torch.softmax(row.double().cpu() / temperature, dim=0).tolist()
     ordered = sorted(range(len(chances)), key=lambda token: -row[token].item())
     found, likelier, mass = {}, 0, 0.0

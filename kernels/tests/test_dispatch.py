@@ -1,4 +1,4 @@
-"""Which implementation runs, and what the package exports."""
+"""Choice of the implementation that runs, and names that the package exports."""
 
 import subprocess
 import sys

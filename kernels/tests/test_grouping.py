@@ -1,4 +1,4 @@
-"""Which requests attend together."""
+"""Groups of requests that attend together."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -111,7 +111,7 @@ class FakeServer:
         return [self.wire(index).get(name) for index in range(len(self.bodies))]
 
     def routed(self) -> list[bool]:
-        """Which of the requests carried hints."""
+        """Requests that carried hints."""
         return ["whiflash" in body.get("custom_params", {}) for body in self.bodies]
 
     def hints(self, index: int = -1) -> dict[str, Any]:

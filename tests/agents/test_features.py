@@ -192,7 +192,7 @@ def differences(found: Any, expected: Any, path: str = "") -> Iterator[str]:
 
 
 def answers(server: Server) -> dict[str, Any]:
-    """To every case, eight at a time."""
+    """Answers to every case, eight at a time."""
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(CASES, pool.map(lambda case: ask(server, *case), CASES.values()), strict=True))
 

@@ -34,7 +34,7 @@ ANSWERS = {
     )
     + "Both were asked, até já.",
 }
-"""By parser: prose, two calls, and prose after them where the format has such."""
+"""Texts by parser: prose, two calls, and prose after them if the format has such."""
 REASONING = "Let me think: Köln?\n</think>\n"
 QUESTION = [{"role": "user", "content": "one two three four"}]
 CHAT = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 700, "stream": True}

@@ -1,4 +1,4 @@
-"""From cells to figures, tables and pictures."""
+"""Cells become figures, tables and pictures."""
 
 import json
 from pathlib import Path

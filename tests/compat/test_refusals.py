@@ -50,7 +50,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "multimodal": {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **MULTIMODAL},
     "encoder": {"architectures": ["LlamaForSequenceClassification"]},
 }
-"""By row: what differs from a Llama."""
+"""Differences from a Llama, by row."""
 
 
 def target(
@@ -287,7 +287,7 @@ ARGUMENTS: dict[str, tuple[Any, str]] = {
     "cpu_attention": ("intel_amx", "needs --attention-backend whiflash_cpu, .* not intel_amx"),
     "other_algorithms": (1, "--speculative-num-steps belongs to .* --whiflash-eagle-steps"),
 }
-"""By row: a value that is refused, and what the sentence names."""
+"""A value that is refused, and what the sentence names, by row."""
 SPELT = {
     "cpu_attention": "attention_backend",
     "other_algorithms": "speculative_num_steps",

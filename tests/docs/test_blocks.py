@@ -35,7 +35,7 @@ def test_no_block_without_a_language_and_no_unknown_mark() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_as_they_stand(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Those that need a server are compiled here and run in `tests/agents/test_http.py`."""
+    """Blocks that need a server are compiled here and run in `tests/agents/test_http.py`."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in python_blocks(page):

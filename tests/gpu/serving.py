@@ -43,7 +43,7 @@ class Scale:
 
 
 SCALES = {"cuda": Scale(40, 512, 128, 40), "cpu": Scale(4, 24, 24, 4), "phantom": Scale(2, 8, 12, 2)}
-"""By device; the phantom card's kernels are interpreted."""
+"""Scales by device; the phantom card's kernels are interpreted."""
 
 SAMPLED = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 """As a model of the Qwen3 family is asked by default."""

@@ -140,7 +140,7 @@ def bench(stopped: Stopped, attention: Callable[[Any], Any] = CapturedAttention)
 
 
 def layouts(buckets: Sequence[int]) -> list[list[int]]:
-    """For every bucket a batch that fills it, one that leaves rows, and batches of one width."""
+    """Batches for every bucket: one that fills it, one that leaves rows, and batches of one width."""
     found = [[w] * n for w in (1, 2, 5, WIDEST) for n in (1, 2, REQUESTS)]
     generator = torch.Generator().manual_seed(0)
     for lower, upper in zip([0, *buckets], buckets, strict=False):

@@ -34,7 +34,7 @@ def test_measured_chances_are_those_of_the_text() -> None:
 
 
 def test_only_tokens_of_the_answer_are_asked_for() -> None:
-    """Behind its first, which the prefill gives: an answer of one token says nothing, whatever its prompt repeats."""
+    """The prefill gives its first: an answer of one token says nothing, whatever its prompt repeats."""
     prompt = [*range(20)] * 3
     assert measure_seed([Answer([*prompt, 0], len(prompt))]) == measure_seed([])
     assert measure_seed([Answer([*prompt, 0, 1], len(prompt))]) != measure_seed([])

@@ -107,7 +107,7 @@ def text(answer: Any) -> str:
 
 
 def tenants(server: Server) -> int:
-    """Those whose text the copying arm remembers."""
+    """Requests whose text the copying arm remembers."""
     return int(server.get("/whiflash/state")["lookup"]["tenants"])
 
 

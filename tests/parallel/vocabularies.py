@@ -129,7 +129,7 @@ def without_head(source: Path, path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Found:
-    """By a rank. embedded: `TOKENS`. choices: of `states`, by arm. accepted: drafts."""
+    """Results of a rank. embedded: `TOKENS`. choices: of `states`, by arm. accepted: drafts."""
 
     outputs: Outputs
     embedded: Tensor

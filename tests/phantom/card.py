@@ -232,7 +232,7 @@ class _Calls(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _made(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
-        """From numbers of Python's or numpy's."""
+        """Tensors of Python's or numpy's numbers."""
         device, pinned = kwargs.pop("device", None), kwargs.pop("pin_memory", False)
         with torch.utils._python_dispatch._disable_current_modes():
             made: torch.Tensor = func(*args, **kwargs, device="cpu")

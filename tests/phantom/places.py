@@ -46,7 +46,7 @@ def _asks(node: ast.AST) -> bool:
 
 @contextmanager
 def reached(places: set[Place]) -> Iterator[set[Place]]:
-    """Those of `places` that are come to meanwhile."""
+    """Places of `places` that are come to meanwhile."""
     files = {str(root / path): path for root in ROOTS for path, _ in places if (root / path).is_file()}
     found: set[Place] = set()
 

@@ -132,7 +132,7 @@ def test_the_scheduler_waits_for_nothing(found: dict[str, Any]) -> None:
 
 
 def test_who_reads_a_version_waits_beside_the_rounds(found: dict[str, Any]) -> None:
-    """To compare it with what serves, and for every part that goes to the card."""
+    """It waits to compare the version with the one that serves, and for every part that goes to the card."""
     assert {site.rpartition(":")[0] for site in found["beside"]} == {
         "whiflash_sglang/learn/staging.py",
         "whiflash_sglang/learn/swap.py",

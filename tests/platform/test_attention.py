@@ -206,7 +206,7 @@ def test_own_keys_are_written_before_they_are_read(runner: Any) -> None:
 
 @pytest.mark.parametrize("window", [4, -1])
 def test_windowed_layers_have_slots_of_their_own(runner: Any, window: int) -> None:
-    """Those of one pool and those of two put out the same; before the windows there are no slots."""
+    """One pool and two give the same outputs; before the windows there are no slots."""
     forward_batch, table = batch(ForwardMode.EXTEND, [9, 30, 40]), runner.req_to_token_pool.req_to_token
     forward_batch.extend_seq_lens = torch.tensor([9, 4, 1])
     rows, ends = forward_batch.req_pool_indices.tolist(), [9, 30, 40]

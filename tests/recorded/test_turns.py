@@ -1,4 +1,4 @@
-"""From recorded messages to the tokens of prompts and answers."""
+"""Recorded messages become the tokens of prompts and answers."""
 
 import json
 from pathlib import Path

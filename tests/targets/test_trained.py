@@ -133,7 +133,7 @@ def check(store: FeatureStore, model: HuggingFace, capture: list[int]) -> None:
 
 
 def test_answers_and_features_are_the_targets(model: HuggingFace, config: TrainConfig) -> None:
-    """Those of answers that are there already, too."""
+    """Answers that are there already have their features, too."""
     answered, again = sorted(open_stores(config), key=lambda store: store.path.name != "shard0of1")
     assert (len(answered.records), again.path.name) == (PROMPTS, "shard-again")
     for store in (answered, again):

@@ -36,7 +36,7 @@ LAGUNA = "LagunaForCausalLM"
 
 
 class OfHuggingFace(ReferenceDrafters):
-    """From the features of Hugging Face's class."""
+    """Drafters on the features of Hugging Face's class."""
 
     def __init__(self, model: HuggingFace, eagle3: Path, dflash: Path) -> None:
         self.target = model  # type: ignore[assignment]

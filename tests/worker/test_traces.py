@@ -24,7 +24,7 @@ class Sent:
         self.payloads.append(payload)
 
     def recordings(self) -> dict[str, list[Recording]]:
-        """By request id; a request that is not among them never shared an output with one that is."""
+        """Recordings by request id; a request that is not among them never shared an output with one that is."""
         from sglang.srt.managers.io_struct import unwrap_from_pickle
 
         found: dict[str, list[Recording]] = {}
