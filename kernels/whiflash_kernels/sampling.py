@@ -1,7 +1,7 @@
 """The token of every verified row: the likeliest, or one drawn with noise that belongs to a request and a position.
 
 Noise is a function of a request's seed, a position and a token. So a row that was rejected is drawn again with the same
-noise, a text does not depend on what was drafted or who was served beside it, and a graph replays the draw.
+noise, and a graph replays the draw. A text does not depend on what was drafted or who was served beside it.
 """
 
 from math import log

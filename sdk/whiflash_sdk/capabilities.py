@@ -1,8 +1,8 @@
 """Does this server route? `GET /whiflash/capabilities`, asked now and then per base URL and key.
 
-An answer holds for five minutes; of the statuses only a 404 says that there are no routes. Everything else
-(busy, wrong key, unreachable, a page instead of the document) is asked again, after a second at first and
-after a minute at last, and leaves a server that was known to route what it was.
+An answer holds for five minutes; of the statuses only a 404 says that there are no routes. Everything else (busy, wrong
+key, unreachable, a page instead of the document) is asked again, after a second at first and after a minute at last.
+Meanwhile a server that was known to route stays known.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ cannot be a draft, and says so with the round's results; what is raised is caugh
 
 An arm is everybody's, and what makes it raise is mostly one request's text. So an arm that raises for a request is left
 out for that request. It is quarantined, left out for everybody, if it raised for several requests of several callers,
-or for many of one, and served none well in between, or if it raised for a batch and then for no request of it.
+or for many of one, and served none well in between. So is one that raised for a batch and then for no request of it.
 """
 
 import logging

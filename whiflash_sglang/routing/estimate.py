@@ -4,8 +4,8 @@ level of what is accepted.
 A context is the target's entropy at the last verified position, where it is computed, and the kind of the open
 span. A request's own recent rounds outweigh the shared means the more of them there are.
 
-Whose rounds teach the shared means: every request's whose caller left the route to the policy (`Signals.free`), and a
-request's later rounds with an arm ever less (`REQUEST_ROUNDS`), so that one that never ends does not decide for all.
+Rounds teach the shared means if the request's caller left the route to the policy (`Signals.free`). A request's later
+rounds with an arm count ever less (`REQUEST_ROUNDS`), so that one that never ends does not decide for all.
 """
 
 import math

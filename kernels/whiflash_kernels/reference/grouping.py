@@ -1,7 +1,7 @@
 """Groups of a batch's requests that attend together: padding against calls. Imports nothing of torch.
 
-Requests of one group are padded to its most rows and its longest context, so a long one beside short ones, or a wide
-verification beside single rows, makes all of them as dear as itself; every group costs calls of its own in every layer.
+Requests of one group are padded to its most rows and its longest context. So a long one beside short ones, or a wide
+verification beside single rows, makes all as dear as itself. Every group costs calls of its own in every layer.
 """
 
 from collections.abc import Sequence
