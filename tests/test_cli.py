@@ -11,6 +11,7 @@ from engine import engine
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.checkpoints.fit import Parts, create
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.errors import CheckpointError, ConfigError, UsageError
 
 Arguments = Callable[..., list[str]]
@@ -64,6 +65,15 @@ def test_a_right_command_line_is_taken(launch: Arguments, checkpoints: dict[str,
     arguments = launch("--whiflash-router", "ar", "--whiflash-block-size", "4")
     settings = arguments._whiflash  # type: ignore[attr-defined]
     assert (settings.router, settings.block_size, settings.drafters["ar"]) == ("ar", 4, checkpoints["eagle3"])
+
+
+def test_a_bundles_template_needs_a_tokenizer(launch: Arguments) -> None:
+    """SGLang would end where it puts it into one."""
+    bundle = str(embedded_bundle())
+    with_template = launch(draft=bundle, eagle=None)
+    assert Path(with_template.chat_template).is_file()  # type: ignore[attr-defined]
+    without = launch("--skip-tokenizer-init", draft=bundle, eagle=None)
+    assert without.chat_template is None  # type: ignore[attr-defined]
 
 
 def test_hub_ids_are_fetched_as_the_command_line_says(

@@ -138,7 +138,8 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
     # SGLang reads the draft path as a checkpoint before any validator of ours runs.
     draft = settings.drafters.get(arms.DIFFUSION) or settings.drafters.get(arms.AR)
     server_args.speculative_draft_model_path = None if draft is None else str(draft)
+    # Without a tokenizer there is nothing that a template could be put into, and nobody chats.
     if server_args.chat_template is None and settings.chat_template is not None:
-        server_args.chat_template = str(settings.chat_template)
+        server_args.chat_template = None if server_args.skip_tokenizer_init else str(settings.chat_template)
     if server_args.tool_call_parser is None and settings.tool_call_parser is not None:
         server_args.tool_call_parser = settings.tool_call_parser
