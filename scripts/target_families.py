@@ -52,14 +52,15 @@ refused | recurrent or convolution layers | | KimiK3LinearForCausalLM NemotronHP
 tested | mixture of experts, latent attention (MLA), gated delta rule by channel (KDA) | | KimiLinearForCausalLM
 tested | Mamba 2 | | NemotronHForCausalLM
 tested | short convolutions | text only | Lfm2ForCausalLM Lfm2MoeForCausalLM Lfm2VlForConditionalGeneration
-tested | gated delta rule | text only | Qwen3NextForCausalLM Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM
-    Qwen3_5ForConditionalGeneration
-untested | gated delta rule, images or sound | text only | Qwen3_5MoeForConditionalGeneration
-    MiniCPMV4_6ForConditionalGeneration MiniCPMV4_7ForConditionalGeneration
+tested | gated delta rule | | Qwen3NextForCausalLM Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM
+tested | gated delta rule, images or sound | text and images | Qwen3_5ForConditionalGeneration
+    Qwen3_5MoeForConditionalGeneration
+untested | gated delta rule, images or sound | text only | MiniCPMV4_6ForConditionalGeneration
+    MiniCPMV4_7ForConditionalGeneration
 untested | sliding windows | | MuseGlimmerForCausalLM
 refused | attention within chunks | | Llama4ForCausalLM Llama4ForConditionalGeneration
-tested | positions in three dimensions (M-RoPE), images or sound | text only | Qwen2_5_VLForConditionalGeneration
-    Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration
+tested | positions in three dimensions (M-RoPE), images or sound | text and images
+    | Qwen2_5_VLForConditionalGeneration Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration
 tested | sliding windows, images or sound | text only | Gemma3ForConditionalGeneration
 tested | sliding windows, images or sound | text only; published checkpoints need
     `--swa-full-tokens-ratio`: their windowed layers have other KV heads | Gemma4ForConditionalGeneration

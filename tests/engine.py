@@ -26,6 +26,7 @@ REQUEST_FIELDS = (
     "cache_salt",
     "custom_logit_processor",
     "extra_key",
+    "images",
     "logprob_start_len",
     "lora_id",
     "priority",
@@ -60,14 +61,15 @@ class Engine:
 
         With `return_logprob` the two likeliest tokens come too, unless `top_logprobs_num` says otherwise.
         `session`: the id of an open session, or SGLang's fields of one (`id`, and `rid` of the turn before). Grammars
-        and stop strings need a tokenizer: start the engine with `skip_tokenizer_init=False`.
+        and stop strings need a tokenizer: start the engine with `skip_tokenizer_init=False`. `images`: makes what
+        SGLang's processor makes of them, which a request uses up.
         An abort names its request by prefix, so no `rid` may begin with another.
         """
         from sglang.srt.managers.io_struct import SessionParams, TokenizedGenerateReqInput
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         fields = {name: params.pop(name) for name in REQUEST_FIELDS if name in params}
-        session = fields.pop("session", None)
+        session, images = fields.pop("session", None), fields.pop("images", None)
         if session is not None:
             fields["session_params"] = SessionParams(
                 **(session if isinstance(session, dict) else {"id": session})
@@ -81,7 +83,7 @@ class Engine:
                 input_text=None,
                 input_ids=array("q", tokens),
                 input_embeds=None,
-                mm_inputs=None,
+                mm_inputs=None if images is None else images(),
                 token_type_ids=None,
                 sampling_params=sampling,
                 stream=False,

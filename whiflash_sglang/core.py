@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from whiflash_kernels import Chosen, Committed, Drafts, MixedBlock, PassInputs, pass_rows
 
@@ -115,7 +116,7 @@ class Round:
         req, ahead = self.reqs[index], self.ahead[index]
         output = start - len(req.origin_input_ids)
         if output < 0:
-            return [*req.origin_input_ids[start:], *req.output_ids, *ahead]
+            return [*readable(req.origin_input_ids, start), *req.output_ids, *ahead]
         return [*req.output_ids[output:], *ahead[max(output - len(req.output_ids), 0) :]]
 
     def answer(self, index: int, start: int) -> Sequence[int]:
@@ -155,6 +156,27 @@ class Round:
             {arm: len(members) for arm, members in self.members.items()},
             {arm: tokens for arm, (_, tokens) in self.due.items()},
         )
+
+
+PLACEHOLDERS = 1_000_000
+"""Ids from here on are positions of an image: SGLang starts with no vocabulary of so many."""
+
+
+def readable(ids: Sequence[int], start: int = 0) -> Sequence[int]:
+    """A prompt from position `start` on, as drafters may read it.
+
+    SGLang writes a hash over the positions of an image. Here position p of one has the id -2 - p, which no other
+    position has: nothing matches across it, and a copy ends before a token below zero.
+    """
+    tail = ids[start:]
+    numbers = np.asarray(tail, dtype=np.int64)
+    places = np.flatnonzero(numbers >= PLACEHOLDERS)
+    if not len(places):
+        return tail
+    numbers = numbers.copy()
+    numbers[places] = -2 - start - places
+    unique: list[int] = numbers.tolist()
+    return unique
 
 
 History = Callable[[int], Sequence[int]]

@@ -9,7 +9,7 @@ from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
 from whiflash_sglang.compat.forward import sampling
 from whiflash_sglang.compat.http.streamer import cached_of, recording_of
 from whiflash_sglang.compat.scheduler.grammars import grammar_of
-from whiflash_sglang.core import SampleHook
+from whiflash_sglang.core import SampleHook, readable
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.drafters.base import Drafter, of_text
 from whiflash_sglang.learn.samples import Spool
@@ -106,7 +106,7 @@ class Lifecycle:
                     drafter.begin(row, hints, tenant, predicted, grammar_of(req), len(req.origin_input_ids))
         recording = recording_of(req, hints.trace, self._sample_rate)
         self._controller.open(row, req.rid, hints, req.output_ids, recording, adapter=req.lora_id)
-        self._tokens.begin(upload, row, req.origin_input_ids, req.output_ids)
+        self._tokens.begin(upload, row, readable(req.origin_input_ids), req.output_ids)
         self._stops.begin(upload, row, sampling.ending_ids(req))
         self._sampling_rows.begin(upload, row, sampling.parameters(req))
         for hook in self._hooks:

@@ -242,7 +242,7 @@ def propose_copy(
             agreement = 2 if max(lengths[p] for p in same) > max(others) else 3
         bucket = max(k for k, b in enumerate(boundaries) if b <= lengths[best] + depth)
         chance *= min(chances[bucket][agreement] * (factor if depth == 0 else 1.0), 0.995)
-        if chance < worth and not (keep_first and depth == 0):
+        if token < 0 or (chance < worth and not (keep_first and depth == 0)):
             break
         tokens.append(token)
         lives.append(chance)

@@ -42,8 +42,8 @@ def propose_copies(
     t[s - 1 - i] = t[L - 1 - i] for all i < m. Compared are the newest 8 places with m >= 2, or where there are none
     those with m = 1, and where the last copy would go on, L - back[request_slots[b]]; those with m < ``min_match`` are
     left out. The longest match is copied from, the newest of equals, the last copy's before all of its length. After
-    the text's end a copy goes on with what it copied. Without ``behind`` back[request_slots[b]] becomes L - s where a
-    place s was copied from.
+    the text's end a copy goes on with what it copied. It ends before a token below zero. Without ``behind``
+    back[request_slots[b]] becomes L - s where a place s was copied from.
 
     Token d's chance is chances[b, k, a]: k the last bucket with boundaries[k] <= m + d, a how the places that agreed
     so far judge it: 0 there is one, 1 all say the same, 2 they differ and the longest match of those that say it is
@@ -116,7 +116,7 @@ def propose_copies(
         bucket = (boundaries[None] <= (length + depth)[:, None]).sum(1) - 1
         known = chances[row, bucket.clamp(min=0), agreement]
         chance = chance * (known * factors if depth == 0 else known).clamp(max=SURE)
-        going = going & (depth < limits)
+        going = going & (depth < limits) & (token >= 0)
         if depth > 0 or behind is not None:
             going = going & (chance >= worth)
         out[:, depth] = torch.where(going, token, 0)

@@ -9,7 +9,7 @@ import torch
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from whiflash_sglang.compat.http.admission import check_bounds, check_scores
+from whiflash_sglang.compat.http.admission import check_bounds, check_media, check_scores
 from whiflash_sglang.compat.http.requests import check_native
 from whiflash_sglang.spans.carrier import Own
 from whiflash_sglang.spans.hints import TOOLS_KEY
@@ -44,6 +44,15 @@ def check(ids: list[int] | None = None, sampling: dict[str, Any] | None = None, 
 )
 def test_what_the_scheduler_can_serve_is_admitted(given: dict[str, Any]) -> None:
     check(**given)
+
+
+def test_media_that_are_not_served_are_named() -> None:
+    image, video = GenerateReqInput(image_data="a"), GenerateReqInput(image_data="a", video_data="b")
+    check_media(image, takes_images=True)
+    with pytest.raises(ValueError, match="video_data and audio_data: are untested"):
+        check_media(video, takes_images=True)
+    with pytest.raises(ValueError, match=r"this server serves text only; .* --enable-multimodal for images"):
+        check_media(image, takes_images=False)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,8 @@ def test_flags_of_other_algorithms_are_replaced() -> None:
         ({"device": "xpu"}, ["device"]),
         ({"device": "cpu"}, []),
         ({"device": "cpu", "attention-backend": "triton"}, ["cpu_attention"]),
-        ({"enable-multimodal": ""}, ["multimodal"]),
+        ({"enable-multimodal": ""}, []),  # the target's class decides
+        ({"enable-multimodal": "", "disaggregation-mode": "decode"}, ["multimodal_roles"]),
         ({"swa-full-tokens-ratio": "0.1"}, []),
         ({"cuda-graph-backend-prefill": "full"}, ["cuda_prefill_graphs"]),
         ({"disable-cuda-graph-padding": "true"}, ["cuda_graph_padding"]),

@@ -182,14 +182,19 @@ def test_kinds_of_targets(
             sentence(here)
 
 
-def test_the_text_of_what_takes_images_is_served(taken: Launch, tmp_path: Path) -> None:
-    """Unless the user asks for the images."""
+def test_what_takes_images_is_served_for_text_unless_it_is_asked_for_them(
+    taken: Launch, tmp_path: Path
+) -> None:
     kind = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **SECTIONS}
     text = target(tmp_path / "model", text_alone=True, **kind)
     assert text.model_is_mrope
     assert refusal_of(replace(taken, model=text)) is None
-    with_images = target(tmp_path / "model", **kind)
-    assert "remove --enable-multimodal" in sentence(replace(taken, model=with_images))
+    with_images = replace(
+        with_arguments(taken, enable_multimodal=True), model=target(tmp_path / "model", **kind)
+    )
+    assert refusal_of(with_images) is None
+    roles = with_arguments(with_images, disaggregation_mode="decode")
+    assert "untested between prefill and decode servers" in sentence(roles)
     arguments = SimpleNamespace(
         device="cpu", enable_multimodal=None, enable_mixed_chunk=False, swa_full_tokens_ratio=None
     )
@@ -384,7 +389,10 @@ def test_machine_and_environment(taken: Launch, row: str) -> None:
     assert named in sentence(replace(with_arguments(taken, **theirs), **ours))
 
 
-APART = {"windows", "window_heads", "window_pool", "one_file", "recurrent_sessions", "disaggregation_release"}
+APART = {
+    *("windows", "window_heads", "window_pool", "one_file", "recurrent_sessions", "disaggregation_release"),
+    "multimodal_roles",
+}
 """Rows with tests of their own."""
 
 

@@ -1,12 +1,14 @@
 """Proposals of the copier, their chances, and lessons of committed tokens."""
 
 import random
+from array import array
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whiflash_sglang.candidates import NOTHING, Candidate
+from whiflash_sglang.core import PLACEHOLDERS, readable
 from whiflash_sglang.lookup.calibration import BUCKETS, EVEN_ODDS, Agreement, MatchCalibration
 from whiflash_sglang.lookup.copier import Copier
 from whiflash_sglang.lookup.index import GAP, SuffixIndex
@@ -26,6 +28,18 @@ def tokens_of(copy: Candidate) -> list[int]:
 def test_the_longest_match_is_copied_and_the_newest_of_equals() -> None:
     assert tokens_of(copier_of(1, 2, 9, 1, 2, 7, 1, 2).look(3, 0.0)) == [7, 1, 2]
     assert tokens_of(copier_of(5, 1, 2, 9, 8, 1, 2, 7, 5, 1, 2).look(2, 0.0)) == [9, 8]
+
+
+def test_copies_end_before_an_image_and_match_nothing_across_it() -> None:
+    """Its positions have ids of their own below zero."""
+    image = readable([1, 2, *[PLACEHOLDERS + 7] * 3, 3, 4], 0)
+    assert image == [1, 2, -4, -5, -6, 3, 4]
+    assert readable(array("q", [5, PLACEHOLDERS, 6]), 1) == [-3, 6]
+    assert readable([1, 2, 3], 1) == [2, 3]
+    assert tokens_of(copier_of(9, *image, 8, 9).look(9, 0.0)) == [1, 2]
+    assert tokens_of(copier_of(*image, 8, 2).look(9, 0.0)) == []
+    again = readable([1, 2, *[PLACEHOLDERS + 7] * 3, 3, 4, 1, 2, *[PLACEHOLDERS + 7] * 3, 3])
+    assert copier_of(*again).look(1, 0.0).matched == 1
 
 
 def test_agreement_of_the_places() -> None:

@@ -127,6 +127,13 @@ MAMBA2 = ("mamba", "mlp", "attention", "mamba", "mlp", "attention")
 HF_BLOCKS = {"mamba": "linear_attention", "mlp": "mlp", "attention": "full_attention"}
 SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 INTERLEAVED = {"rope_parameters": {**SECTIONS["rope_parameters"], "mrope_interleaved": True}}
+PARTIAL = {
+    "rope_parameters": {
+        **INTERLEAVED["rope_parameters"],
+        "mrope_section": [1, 1, 0],
+        "partial_rotary_factor": 0.25,
+    }
+}
 TOWER = {
     "depth": 1,
     "hidden_size": 32,
@@ -135,10 +142,12 @@ TOWER = {
     "out_hidden_size": HIDDEN,
     "fullatt_block_indexes": [0],
 }
-DEEPSTACK = {**TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+TABLED = {**TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": []}
+DEEPSTACK = {**TABLED, "depth": 3, "deepstack_visual_indexes": [0, 1, 2]}
+"""SGLang adds the outputs of three tower layers to as many of the model's, whatever the configuration says."""
 SIGLIP = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TOWER_OF_GEMMA4 = {**SIGLIP, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 16}
-"""Towers that no test looks through; SGLang builds them."""
+"""SGLang builds every tower; `test_images.py` looks through Qwen's."""
 
 GEMMA3 = Family(
     "gemma3_text",
@@ -229,19 +238,7 @@ FAMILIES = {
             {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 32, "partial_rotary_factor": 0.5},
         ),
         Family("qwen3_5_text", "Qwen3_5ForCausalLM", DELTA),
-        Family(
-            "qwen3_5",
-            "Qwen3_5ForConditionalGeneration",
-            {
-                **DELTA,
-                "rope_parameters": {
-                    **INTERLEAVED["rope_parameters"],
-                    "mrope_section": [1, 1, 0],
-                    "partial_rotary_factor": 0.25,
-                },
-            },
-            tower={**TOWER, "num_position_embeddings": 16},
-        ),
+        Family("qwen3_5", "Qwen3_5ForConditionalGeneration", {**DELTA, **PARTIAL}, tower=TABLED),
         Family(
             "lfm2_vl",
             "Lfm2VlForConditionalGeneration",
@@ -252,6 +249,12 @@ FAMILIES = {
             "qwen3_5_moe_text",
             "Qwen3_5MoeForCausalLM",
             {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 32},
+        ),
+        Family(
+            "qwen3_5_moe",
+            "Qwen3_5MoeForConditionalGeneration",
+            {**EXPERTS, **DELTA, **PARTIAL, "shared_expert_intermediate_size": 32},
+            tower=TABLED,
         ),
         Family(
             "kimi_linear",

@@ -9,6 +9,7 @@ from families import FAMILIES
 from loaded_scripts import load_script
 
 from whiflash_sglang.compat.forward.captured import may_capture
+from whiflash_sglang.compat.launch.refusals import IMAGES
 
 TABLE = load_script("target_families")
 
@@ -33,6 +34,11 @@ def test_every_class_that_can_be_captured_is_in_the_table_once() -> None:
     listed = [name for family in TABLE.FAMILIES for name in family.architectures]
     assert len(set(listed)) == len(listed)
     assert set(listed) == capturing() - NO_TARGETS
+
+
+def test_what_is_served_with_images_is_tested_with_them() -> None:
+    with_images = [family.architectures for family in TABLE.FAMILIES if family.note == "text and images"]
+    assert {name for names in with_images for name in names} == set(IMAGES)
 
 
 def test_what_is_said_to_be_shown_is_tested() -> None:

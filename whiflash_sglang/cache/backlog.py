@@ -4,7 +4,7 @@ Conventions: at the start of a round a request has n committed tokens *with* tar
 `synced[arm]` = s means the drafter's KV is valid on [0, s). Features of [min(s), n) and of n-1 are parked.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -153,12 +153,25 @@ class FeatureRows:
     slot_table: torch.Tensor | None = None  # [request rows, ctx] int32, request row and position → KV slot
     runs: Sequence[int] | None = None  # rows of each request, on the host; None: the device alone knows
 
+    # Rows whose next position is an image's, [N] bool, and what the target read there, [N, H].
+    images: tuple[torch.Tensor, torch.Tensor] | None = None
+
     def __len__(self) -> int:
         return int(self.positions.shape[0])
 
     def of(self, wanted: FeatureSlice | None) -> "FeatureRows":
         """The same with the columns of one drafter only; None: all."""
         return self if wanted is None else replace(self, features=wanted(self.features))
+
+    def embedded(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Embeddings of the position behind each row for a drafter, [N, H']: tokens by its `embed`, images as the
+        target read them if both are as wide.
+        """
+        tokens = embed(self.next_tokens)
+        if self.images is None or self.images[1].shape[1] != tokens.shape[1]:
+            return tokens
+        where, read = self.images
+        return torch.where(where[:, None], read.to(tokens.dtype), tokens)
 
 
 def columns_of(wanted: FeatureSlice | None) -> tuple[tuple[int, ...] | None, int]:

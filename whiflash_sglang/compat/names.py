@@ -91,7 +91,7 @@ sglang.srt.layers.attention.triton_backend
     TritonAttnBackend.init_cuda_graph_state(max_bs, max_num_tokens)
     TritonAttnBackend.init_forward_metadata(forward_batch)
 sglang.srt.layers.logits_processor
-    LogitsProcessorOutput(next_token_logits)
+    LogitsProcessorOutput(mm_input_embeds, next_token_logits)
     should_apply_lm_head_quant_method(lm_head, quant_method)
 sglang.srt.layers.radix_attention
     RadixAttention(sliding_window_size)
@@ -111,6 +111,7 @@ sglang.srt.managers.detokenizer_manager
 sglang.srt.managers.embed_types
     PositionalEmbeds(embeds, positions)
 sglang.srt.managers.io_struct
+    GenerateReqInput(audio_data, image_data, video_data)
     GenerateReqInput(logprob_start_len, positional_embed_overrides, sampling_params, session_params, top_logprobs_num)
     GetInternalStateReq(rid)
     GetInternalStateReqOutput(internal_state)
@@ -121,12 +122,14 @@ sglang.srt.managers.overlap_utils
     FutureMap(device, req_to_token_pool, needs_cpu_seq_lens)
 sglang.srt.managers.schedule_batch
     FINISH_ABORT(message, status_code, err_type)
+    MultimodalInputs(mrope_position_delta)
     Req(extra_key, cache_salt, lora_id)
     Req._stop_match_tail_len(new_accepted_len)
     Req.check_match_stop_str_prefix
     Req.output_ids_through_stop
     Req.update_spec_cap_lens_histogram
     Req.update_spec_correct_drafts_histogram
+    ScheduleBatch(multimodal_inputs)
     ScheduleBatch(reqs, forward_mode, req_pool_indices, seq_lens, seq_lens_cpu, orig_seq_lens, spec_algorithm)
 sglang.srt.managers.scheduler
     Scheduler(server_args, port_args)

@@ -141,13 +141,15 @@ class Eagle3Arm(ChainArm):
         features, tokens, weights = rows.features, rows.next_tokens, self._weights
         if weights is None:
             fused = self.model.fuse(features)
-            k, v = self.model.keys_values(tokens, fused, rows.positions, self.attend_text(rows))
+            embedded = rows.embedded(self.model.embed)
+            k, v = self.model.keys_values(embedded, fused, rows.positions, self.attend_text(rows))
             # Padding goes to slot 0, which is nobody's: which rows are padding is not for the host to know.
             self.kv.write(self.model.num_layers - 1, rows.slots.clamp(min=0), k, v)
             return
-        if not self.model.embeds_alone:
-            # Embeddings that the processes looked up together take the matrix's place, a row a token.
-            weights = replace(weights, embedding=self.model.embed(tokens))
+        if rows.images is not None or not self.model.embeds_alone:
+            # Embeddings that the processes looked up together, or that images have, take the matrix's place, a row a
+            # token.
+            weights = replace(weights, embedding=rows.embedded(self.model.embed))
             tokens = torch.arange(len(tokens), device=tokens.device)
         eagle3_catch_up(features, tokens, rows.positions, rows.slots, weights, self._rope, self.kv.pools)
 
@@ -174,7 +176,7 @@ class MTPArm(ChainArm):
         model.rotary.tabulate(positions, weight.device)
 
     def catch_up(self, rows: FeatureRows) -> None:
-        k, v = self.model.keys_values(rows.next_tokens, rows.features, rows.positions)
+        k, v = self.model.keys_values(rows.embedded(self.model.embed), rows.features, rows.positions)
         # Padding goes to slot 0, which is nobody's: which rows are padding is not for the host to know.
         self.kv.write(0, rows.slots.clamp(min=0), k, v)
 

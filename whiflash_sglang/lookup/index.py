@@ -20,7 +20,7 @@ MAX_MATCH = 32
 """Longest match that is distinguished from longer ones."""
 
 GAP = -1
-"""Separates the texts of one index; no token has this id."""
+"""Separates the texts of one index; no token has this id. Ids below it are positions of images (`core.readable`)."""
 
 _FIRST_HEADS = 256
 _MIX = 0x9E3779B1  # Knuth's multiplicative hash: 2^32 over the golden ratio
@@ -43,7 +43,7 @@ class SuffixIndex:
     """
 
     def __init__(self, tokens: Iterable[int] = (), *, growing: bool = True) -> None:
-        self._growing = growing
+        self._growing, self._broken = growing, False
         self._tokens = array("i")
         # Chain entry i: the last place before i with the same hash of its last token, or of its last two; -1: none.
         self._one_before, self._two_before = array("i"), array("i")
@@ -68,6 +68,7 @@ class SuffixIndex:
         """Append committed tokens; constant time each, spread over the doublings of the tables."""
         start = len(self._tokens)
         self._tokens.extend(iter(tokens))  # an array of another type is only taken as an iterator
+        self._broken = self._broken or min(self._tokens[start:], default=0) < 0
         if len(self._tokens) > len(self._one_heads):
             size = 1 << (len(self._tokens) - 1).bit_length()
             self._one_heads, self._two_heads = _empty_heads(size), _empty_heads(size)
@@ -141,10 +142,14 @@ class SuffixIndex:
         return places
 
     def continuation(self, source: int, count: int, drafts: Sequence[int] = ()) -> Sequence[int]:
-        """Up to `count` tokens from `source`, a growing text's `drafts` behind its end included."""
+        """Up to `count` tokens from `source`, a growing text's `drafts` behind its end included; none from the first on
+        that is below zero.
+        """
         ahead = self._tokens[source : source + count]
+        if self._broken and min(ahead, default=0) < 0:
+            return ahead[: next(i for i, token in enumerate(ahead) if token < 0)]
         if not self._growing:
-            return ahead[: ahead.index(GAP)] if GAP in ahead else ahead
+            return ahead
         if len(ahead) < count:
             ahead.extend(drafts[: count - len(ahead)])
             period = len(ahead)

@@ -348,7 +348,9 @@ class Eagle3Drafter(nn.Module):
         return self._shared_embedding is None
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [T] int64 → [T, H]."""
+        """Token ids [T] int64 → [T, H]; what is embedded already stays as it is."""
+        if tokens.is_floating_point():
+            return tokens
         shared = self._shared_embedding
         return F.embedding(tokens, self.target_embedding) if shared is None else shared(tokens)
 

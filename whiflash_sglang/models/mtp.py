@@ -354,7 +354,9 @@ class MTPDrafter(nn.Module):
         return draft_ids
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [T] int64 → [T, H]."""
+        """Token ids [T] int64 → [T, H]; what is embedded already stays as it is."""
+        if tokens.is_floating_point():
+            return tokens
         shared = None if self.shared is None else self.shared.embed
         return F.embedding(tokens, self.target_embedding) if shared is None else shared(tokens)
 

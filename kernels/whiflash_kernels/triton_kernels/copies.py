@@ -153,7 +153,7 @@ def _judge_places_kernel(
         worthy = chance >= worth
         if not BEHIND:
             worthy = worthy | (depth == 0)
-        going = going & (depth < limit) & worthy
+        going = going & (depth < limit) & worthy & (token >= 0)
         tl.store(out + request * WIDTH + depth, tl.where(going, token, 0))
         tl.store(out_alive + request * WIDTH + depth, tl.where(going, chance, 0.0))
         tl.store(out_agreements + request * WIDTH + depth, tl.where(going, agreement, 0))

@@ -1,7 +1,7 @@
 """The target model as the worker sees it: one capture, a prefill, a packed verification.
 
-A target that takes images counts a token's time, height and width (M-RoPE). Those of text are equal, and WHIFLASH
-serves text only (:mod:`whiflash_sglang.compat.http.admission`). SGLang lays them out for drafts of one length.
+A target that takes images counts a token's time, height and width (M-RoPE). Those of text are equal. Behind an image
+they differ from the position by the request's delta. SGLang lays them out for drafts of one length.
 """
 
 from collections.abc import Hashable, Sequence
@@ -226,7 +226,28 @@ def _of_packed_rows(
 
     `mrope_positions` [3, T] int64 of T rows, packed by a layout of any widths and padded behind.
     """
-    if getattr(batch.spec_info, "ragged_verify_layout", None) is None:
+    layout = getattr(batch.spec_info, "ragged_verify_layout", None)
+    if layout is None:
         original(self, model_runner, batch, *args, **named)
         return
-    self.mrope_positions = batch.spec_info.positions.to(torch.int64).repeat(3, 1)
+    positions = batch.spec_info.positions.to(torch.int64)
+    media = batch.multimodal_inputs or ()
+    deltas = [0 if each is None else int(each.mrope_position_delta.item()) for each in media]
+    if any(deltas):
+        rows = torch.arange(len(positions), device=positions.device)
+        requests = torch.searchsorted(layout.qo_indptr_device[1:].to(torch.int64), rows, right=True)
+        positions = positions + sent(deltas, positions.device)[requests.clamp(max=len(deltas) - 1)]
+    self.mrope_positions = positions.repeat(3, 1)
+
+
+@around(
+    "sglang.srt.managers.mm_utils:prepare_mm_inputs",
+    why="SGLang keeps what a target reads of images for EAGLE only; its layers write over it",
+    until="it asks the algorithm",
+)
+def _kept_images(original: Any, input_ids: Any, forward_batch: Any, *args: Any, **named: Any) -> Any:
+    """A prefill's `mm_input_embeds` [T, H], rows of text and images as the first layer reads them, stay."""
+    read = original(input_ids, forward_batch, *args, **named)
+    if forward_batch.mm_input_embeds is not None:
+        forward_batch.mm_input_embeds = forward_batch.mm_input_embeds.clone()
+    return read

@@ -1,8 +1,9 @@
-"""Requests that are refused before they are scheduled: images and sound, and what would end the scheduler.
+"""Requests that are refused before they are scheduled: images that the server does not take, sound, and what would end
+the scheduler.
 
-A server of this algorithm is one for text whatever its target takes (`launch.arguments.choose`).
-SGLang refuses images and sound in chat messages there, but drops them without a word where `/generate` or
-`Engine.generate` brings them.
+A server of this algorithm is one for text unless it was asked for images (`launch.arguments.choose`). SGLang refuses
+images and sound in chat messages there, but drops them without a word where `/generate` or `Engine.generate` brings
+them.
 
 Values that it does not check, above all token ids that are not the target's, raise in its scheduler, and the server
 ends with the answers of everybody. Every route and `Engine` come through here, a batch request by request.
@@ -13,6 +14,7 @@ from typing import Any
 
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.multimodal.mm_utils import has_valid_data
 
 from whiflash_sglang.compat.carried import asks_for_ours
 from whiflash_sglang.compat.patching import around
@@ -28,17 +30,32 @@ SESSION_FIELDS: dict[str, type] = {"id": str, "rid": str, "offset": int}
     until="SGLang checks token ids and ranges before it schedules",
 )
 def _refusing(original: Any, self: Any, obj: Any, input_ids: Any) -> None:
-    """Refuse what would end the scheduler, and images and sound. Raises ValueError, which SGLang answers with 400."""
+    """Refuse what would end the scheduler, and media that are not served. Raises ValueError, which SGLang answers with
+    400."""
     ours = asks_for_ours(self.server_args)
     if ours and obj.contains_mm_input():
-        raise ValueError(
-            "image_data, video_data and audio_data: WHIFLASH serves text only, since its drafters cannot read them; "
-            "leave them out, or ask a server without WHIFLASH"
-        )
+        check_media(obj, takes_images=self.model_config.is_multimodal)
     original(self, obj, input_ids)
     if ours and isinstance(obj, GenerateReqInput):
         check_bounds(obj, input_ids, self.model_config.vocab_size)
         check_scores(obj, input_ids, self.server_args)
+
+
+def check_media(obj: Any, *, takes_images: bool) -> None:
+    """Of a request with media.
+
+    Raises:
+        ValueError: the server does not take them; the message names the fields.
+    """
+    if not takes_images:
+        raise ValueError(
+            "image_data, video_data and audio_data: this server serves text only; leave them out, or start it with "
+            "--enable-multimodal for images"
+        )
+    if has_valid_data(obj.video_data) or has_valid_data(obj.audio_data):
+        raise ValueError(
+            "video_data and audio_data: are untested with WHIFLASH; leave them out, or ask a server without it"
+        )
 
 
 def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabulary: int) -> None:

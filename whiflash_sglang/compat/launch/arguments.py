@@ -69,7 +69,7 @@ def choose(server_args: Any) -> None:
         # One KV pool for all layers, since no GPU has run a verification in two.
         server_args.disable_hybrid_swa_memory = True
     if server_args.enable_multimodal is None:
-        # A target that takes images or sound is served for text only, as SGLang serves Gemma 3 by itself.
+        # Unless it is asked for, a target that takes images is served for text, as SGLang serves Gemma 3 by itself.
         server_args.enable_multimodal = False
     if server_args.enable_mixed_chunk:
         logger.warning(

@@ -29,6 +29,16 @@ others get what their documentation asks for (`tests/compat/interpreted_windows.
 """
 
 
+IMAGES = (
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+)
+"""Classes that are served with images, as `tests/targets/test_images.py` compares them with plain decoding."""
+
+
 def has_windows(model: Any) -> bool:
     """Whether layers of a target (SGLang's `ModelConfig`) have one, also where SGLang itself keeps their KV whole
     (Gemma 2 and 3, OLMo 3)."""
@@ -150,8 +160,12 @@ def _has_chunks(launch: "Launch") -> bool:
     return bool(launch.model.is_local_attention_model or "chunked_attention" in kinds)
 
 
-def _takes_media(model: Any) -> bool:
-    return bool(model.is_multimodal or model.is_audio_model)
+def _untested_media(launch: "Launch") -> str | None:
+    """The target's architecture if it takes media that no test of it has; None if only flags are known."""
+    model = launch.model
+    if model is None or not (model.is_multimodal or model.is_audio_model):
+        return None
+    return None if launch.architecture in IMAGES else launch.architecture
 
 
 def _one_file(launch: "Launch") -> str | None:
@@ -318,8 +332,13 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "multimodal",
-        lambda x: (x.args.enable_multimodal if x.model is None else _takes_media(x.model)) and x.architecture,
-        "{} takes images or sound, which drafters cannot read; remove --enable-multimodal to serve its text",
+        _untested_media,
+        "{} is untested with images and sound; remove --enable-multimodal to serve its text",
+    ),
+    Refusal(
+        "multimodal_roles",
+        lambda x: x.args.enable_multimodal and x.args.disaggregation_mode != "null",
+        "images are untested between prefill and decode servers; remove --enable-multimodal",
     ),
     Refusal(
         "encoder",

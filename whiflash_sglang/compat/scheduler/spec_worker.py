@@ -15,7 +15,7 @@ from sglang.srt.state_capturer.base import TopkCaptureOutput
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.compat.forward import recurrent, sampling
-from whiflash_sglang.core import Round, Verified
+from whiflash_sglang.core import PLACEHOLDERS, Round, Verified, readable
 from whiflash_sglang.device.transfers import Download, Upload
 
 logger = logging.getLogger("whiflash_sglang")
@@ -160,28 +160,46 @@ def row_ids_of(batch: Any) -> list[int]:
 
 
 def prefill_rows(
-    batch: Any, input_ids: torch.Tensor, features: torch.Tensor, next_token_ids: torch.Tensor, upload: Upload
-) -> tuple[FeatureRows, list[int], torch.Tensor]:
+    batch: Any,
+    input_ids: torch.Tensor,
+    features: torch.Tensor,
+    next_token_ids: torch.Tensor,
+    upload: Upload,
+    read: torch.Tensor | None = None,
+) -> tuple[FeatureRows, list[int], torch.Tensor, torch.Tensor]:
     """Describe an extend batch. What the device does not know of it goes there with `upload`, which is sent.
 
     At a chunk's end the next token is the prompt's, not the sampled one, which SGLang throws away; it is one of
-    the output where a request begins again after a retraction.
+    the output where a request begins again after a retraction. Before an image's position it is token 0, and `read`
+    [tokens, H], what the target read, has the position itself, unless it is the next chunk's.
 
-    Returns the packed prompt tokens, tokens of each request that have KV behind them, and the last packed row of each.
+    Returns the packed prompt tokens, tokens of each request that have KV behind them, the last packed row of each [B],
+    and the token behind each [B], as `core.readable` has it.
     """
     lens, prefixes = list(batch.extend_lens), list(batch.prefix_lens)
     lengths = [prefix + length for prefix, length in zip(prefixes, lens, strict=True)]
     texts = [req.full_untruncated_fill_ids for req in batch.reqs]
-    following = [text[n] if n < len(text) else -1 for text, n in zip(texts, lengths, strict=True)]
+    following = [
+        readable(text[: n + 1], n)[0] if n < len(text) else -1 for text, n in zip(texts, lengths, strict=True)
+    ]
     places = np.concatenate([np.arange(n - length, n) for n, length in zip(lengths, lens, strict=True)])
     at = [upload.ints(values) for values in (np.cumsum(lens) - 1, following, places)]
+    if any(media is not None for media in batch.multimodal_inputs or ()):
+        chunks = zip(texts, prefixes, lengths, strict=True)
+        ahead = [np.asarray(text[begin + 1 : end]) >= PLACEHOLDERS for text, begin, end in chunks]
+        at.append(upload.ints(np.concatenate([np.append(image, False) for image in ahead])))
     ints, _ = upload.send(input_ids.device)
-    last_rows, known, positions = (ints[i] for i in at)
+    last_rows, known, positions, *images = (ints[i] for i in at)
     next_tokens = torch.empty_like(input_ids, dtype=torch.int64)
     next_tokens[:-1] = input_ids[1:]
-    next_tokens[last_rows] = torch.where(known < 0, next_token_ids.to(torch.int64), known)
-    slots = batch.out_cache_loc.to(torch.int64)
-    return FeatureRows(features, positions, slots, next_tokens, runs=lens), lengths, last_rows
+    after = torch.where(known == -1, next_token_ids.to(torch.int64), known)
+    next_tokens[last_rows] = after.clamp(min=0)
+    rows = FeatureRows(features, positions, batch.out_cache_loc.to(torch.int64), next_tokens, runs=lens)
+    if images:
+        where = images[0] > 0
+        next_tokens.masked_fill_(where, 0)
+        rows = replace(rows, images=None if read is None else (where, read.roll(-1, 0)))
+    return rows, lengths, last_rows, after
 
 
 class RoundResult(GenerationBatchResult):  # type: ignore[misc]
