@@ -57,7 +57,7 @@ def prompt_of(parts: Sequence[Part]) -> list[int]:
 
 
 def images_of(parts: Sequence[Part], kind: str) -> Any:
-    """What SGLang's processor makes of the pictures among them, by the target's `kind` of configuration."""
+    """SGLang's processor's output for the pictures among them, by the target's `kind` of configuration."""
     from sglang.srt.layers.rotary_embedding import MRotaryEmbedding
     from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 

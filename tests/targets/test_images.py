@@ -48,7 +48,7 @@ class Seen:
     model: Any
 
     def outputs(self, parts: Sequence[Part], written: Sequence[int] = (), **options: Any) -> Any:
-        """Of a prompt and what was written behind it."""
+        """After a prompt and what was written behind it."""
         ids = [*prompt_of(parts), *written]
         pictures = [part for part in parts if isinstance(part, Picture)]
         if pictures:
@@ -170,7 +170,7 @@ def test_requests_that_are_retracted_go_on(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_logprobs_are_plain_decodings(tmp_path: Path) -> None:
-    """Of prompts, too: what SGLang says of an image's positions."""
+    """Those of prompts, too, as SGLang gives them for an image's positions."""
     asked = arrivals(QWEN, return_logprob=True, logprob_start_len=0)
     with serving(QWEN, tmp_path) as s:
         play(s.engine, asked)
@@ -209,8 +209,8 @@ def test_a_sessions_turns_have_images(tmp_path: Path) -> None:
 
 
 def test_draft_kv_of_images_is_one_passs(tmp_path: Path) -> None:
-    """A drafter of next tokens reads what the target read at an image's positions. Where a chunk ends before one, it
-    reads token 0: the next chunk embeds the image."""
+    """A drafter of next tokens reads what the target read at an image's positions. Before one that the next chunk
+    embeds it reads token 0."""
     with serving(QWEN, tmp_path) as s:
         e, ends, prefill = s.engine, set[int](), s.engine.worker.target.prefill
 

@@ -58,7 +58,7 @@ SCHEMA = {"type": "object", "properties": {"seen": {"type": "string", "maxLength
 
 
 def save_processor(target: Path) -> None:
-    """Of a published Qwen2.5-VL: a tokenizer with its tokens, and what cuts images into patches."""
+    """Files of a published Qwen2.5-VL: a tokenizer with its tokens, and what cuts images into patches."""
     from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
     from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
 
@@ -130,7 +130,7 @@ def test_images_are_served_as_by_a_plain_server(tmp_path: Path, host: ServerHost
 
 
 def texts_of(answer: dict[str, Any]) -> Any:
-    """What an answer says, and of its tokens how likely they were, rounded."""
+    """An answer's text, and how likely its tokens were, rounded."""
     if "text" in answer:
         return answer["text"]
     choice = answer["choices"][0]

@@ -42,7 +42,7 @@ def _refusing(original: Any, self: Any, obj: Any, input_ids: Any) -> None:
 
 
 def check_media(obj: Any, *, takes_images: bool) -> None:
-    """Of a request with media.
+    """Check a request with media.
 
     Raises:
         ValueError: the server does not take them; the message names the fields.
