@@ -147,6 +147,10 @@ class CpuAttentionBackend(AttentionBackend):
 
     forward_decode = forward_extend
 
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Length of a request that pads a batch (DP attention)."""
+        return 1
+
     def support_triton(self) -> bool:
         return False
 

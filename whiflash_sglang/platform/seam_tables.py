@@ -6,12 +6,13 @@ from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
+from sglang.srt.layers.dp_attention import memcpy_cpu
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from whiflash_sglang.compat.versions import has
 from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 from whiflash_sglang.models import recurrent
-from whiflash_sglang.platform import host_copies, layers, packed_weights, spec_ops
+from whiflash_sglang.platform import collectives, host_copies, layers, packed_weights, spec_ops
 from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuKVPool, CpuMultiStepDraftBackend
 
 _CACHE_LOCS = "sglang.kernels.ops.speculative.cache_locs"
@@ -21,6 +22,7 @@ _EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
 _DFLASH_UTILS = "sglang.srt.speculative.dflash_utils"
 _ELEMENTWISE = "sglang.kernels.ops.elementwise.elementwise"
 _WEIGHT_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
+_PARALLEL = "sglang.srt.distributed.parallel_state"
 _CONV = "sglang.srt.layers.attention.mamba.causal_conv1d"
 
 
@@ -66,8 +68,12 @@ EARLY_SEAMS: tuple[Seam, ...] = (
 )
 """Names asked while the arguments are read, in the launcher's process too (:func:`install_early_seams`)."""
 
-PINNING = ("sglang.srt.lora.layers", "sglang.srt.lora.backend.torch_backend")
-"""Modules that ask torch for pinned tensors, for the target's adapters."""
+PINNING = (
+    "sglang.srt.lora.layers",
+    "sglang.srt.lora.backend.torch_backend",
+    "sglang.srt.model_executor.forward_batch_info",
+)
+"""Modules that ask torch for pinned tensors, for the target's adapters and for DP attention."""
 
 _OF_UPSTREAMS_DRAFTERS: tuple[Seam, ...] = (
     Seam(
@@ -92,6 +98,9 @@ _NAMES: tuple[Seam, ...] = (
         "scatter_mamba_states_after_mtp_verify",
         recurrent.scatter_mamba_states_after_mtp_verify,
     ),
+    Seam("sglang.srt.layers.dp_attention", "memcpy_func", memcpy_cpu),
+    Seam(_PARALLEL, "reg_all_gather_into_tensor", collectives.reg_all_gather_into_tensor),
+    Seam(_PARALLEL, "reg_reduce_scatter_tensor", collectives.reg_reduce_scatter_tensor),
     Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul", layers.fused_gate_sigmoid_mul),
     Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul_add", layers.fused_gate_sigmoid_mul_add),
     Seam(
