@@ -51,7 +51,7 @@ class VerifyStage:
             round.starts,
             round.rows,
             table,
-            rows=self._target.rows_for(round.packed_rows, len(round)),
+            rows=self._target.agreed_rows(round.packed_rows, len(round)),
         )
         host_widths = chosen.widths.tolist() if self._host.exact else None
         block = padded if host_widths is None else packed(padded, sum(host_widths))

@@ -157,8 +157,16 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
             return self._prefill(batch, on_publish)
         if batch.forward_mode.is_idle() or not batch.reqs:
-            return idle_result(self.target.device)
+            return self._join(batch, on_publish)
         return self._step(batch, on_publish, grammar_barrier)
+
+    def _join(self, batch: Any, on_publish: Any) -> Any:
+        """A round without requests: other ranks may have some, and compute with this one (DP attention)."""
+        self.target.join(batch)
+        result = idle_result(self.target.device)
+        if on_publish is not None:
+            on_publish(result.new_seq_lens)
+        return result
 
     def _prefill(self, batch: Any, on_publish: Any) -> Any:
         """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""
@@ -203,12 +211,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def _step(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
         """One round, or more while they draft nothing and nobody needs the scheduler: its share of a token shrinks.
 
-        It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them.
+        It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them. With
+        DP attention a step has one round, as other ranks' steps have.
         """
         began = time.perf_counter()
         round = round_batch(batch, self.target.context_len, self.stages.planner.under_way)
         most = min(STEP_ROUNDS, widest_of(self.drafters) + 1)
-        if on_publish is not None or step.needs_scheduler(batch):
+        if on_publish is not None or self.target.peers.size > 1 or step.needs_scheduler(batch):
             most = 1
         result, tokens = self._round(batch, round, on_publish, grammar_barrier)
         rounds = [result]

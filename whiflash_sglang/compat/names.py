@@ -184,6 +184,8 @@ sglang.srt.model_executor.cuda_graph_config
     Phase.ALL
 sglang.srt.model_executor.forward_batch_info
     CaptureHiddenMode.FULL
+    ForwardBatch.init_new(batch, model_runner, capture_hidden_mode, return_hidden_states_before_norm)
+    ForwardBatch.prepare_mlp_sync_batch(model_runner)
     ForwardMode.DECODE
 sglang.srt.model_executor.model_runner
     ModelRunner._decode_cuda_graph_runner_cls

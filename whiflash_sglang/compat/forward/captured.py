@@ -8,7 +8,7 @@ Read from their sources: it is asked when the arguments are read, and importing 
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from whiflash_sglang.compat import versions
 from whiflash_sglang.compat.forward.parallel import (
     input_embedding,
     is_quantised,
+    is_shared_with_peers,
     output_head,
     rows_here,
     shared_vocabulary,
+    whole_head,
 )
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.choice import SharedVocabulary
@@ -172,10 +174,13 @@ class LoadedTarget:
         """Factor by which the embedding's own module multiplies its rows (Gemma)."""
         return float(getattr(input_embedding(self._text), "embed_scale", 1.0))
 
-    @property
+    @cached_property
     def lm_head(self) -> torch.Tensor:
-        """[V, H] output projection, as `embedding`."""
-        return self._matrix("output head", output_head(self._text))
+        """[V, H] output projection, as `embedding`; all of it where ranks with requests of their own share it."""
+        head = output_head(self._text)
+        if is_shared_with_peers(head):
+            return whole_head(head, self.shape.vocab_size)
+        return self._matrix("output head", head)
 
     def _matrix(self, what: str, module: Any) -> torch.Tensor:
         """Rows of the vocabulary of a module's weight. Raises CheckpointError where that is no plain matrix, though

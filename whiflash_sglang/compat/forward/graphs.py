@@ -88,7 +88,7 @@ def enabled(device: torch.device) -> bool:
 
 def captures_passes(device: torch.device) -> bool:
     """Whether drafters' passes are captured too: not where several ranks choose each draft together."""
-    return enabled(device) and get_parallel().tp_size == 1
+    return enabled(device) and get_parallel().attn_tp_size == 1
 
 
 def recorder(model_runner: Any) -> Recorder | None:
@@ -186,10 +186,10 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
             getattr(self._adapters, name)(self.max_bs, num_tokens_per_req=self.widest)
         super().capture()
 
-    def rows_for(self, total: int, requests: int) -> int:
-        """Rows to pack a batch into: the smallest graph's that holds them, or `total` itself where none does."""
+    def rows_for(self, total: int, requests: int) -> int | None:
+        """Rows to pack a batch into: the smallest graph's that holds them; None where none does."""
         if requests > self.requests or total > self.capture_num_tokens[-1]:
-            return total
+            return None
         return int(round_up_grid(total, self.capture_num_tokens))
 
     def get_spec_info(self, num_tokens: int) -> DFlashVerifyInput:
@@ -204,7 +204,11 @@ class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
 
     def _build_ragged_verify_token_buckets(self) -> list[int]:
         self.requests = max(self.capture_bs)
-        buckets = graded(most_rows(self.requests, self.widest))
+        # With DP attention, ranks that attend together take equal parts of a graph's rows.
+        parallel = get_parallel()
+        multiple = parallel.attn_tp_size if parallel.attn_dp_size > 1 else 1
+        sizes = graded(most_rows(self.requests, self.widest))
+        buckets = sorted({-(-rows // multiple) * multiple for rows in sizes})
         self.max_bs = self.requests + spare_slots(self.requests, self.widest)
         self.capture_bs = buckets
         return buckets

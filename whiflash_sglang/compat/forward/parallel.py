@@ -11,16 +11,17 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import broadcast_pyobj
 
 from whiflash_sglang.device.ranks import DivergedError, Message, Ranks
+from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.choice import Projection, Shard, SharedVocabulary
 
 
 def ranks_of_model() -> Ranks:
-    """The processes that serve this process's replica of the model.
+    """The processes that serve the same requests: a replica's, or with DP attention those that attend together.
 
     They talk over the group, and in the form, in which the scheduler hands its requests round: so a process that is in
     another place than the first one hears of it, instead of waiting.
     """
-    group = get_parallel().tp_group
+    group = get_parallel().attn_tp_group
     if group.world_size == 1:
         return Ranks()
 
@@ -42,12 +43,12 @@ def shared_vocabulary(model: Any, size: int) -> SharedVocabulary | None:
     Args:
         model: SGLang's. size: tokens of its vocabulary.
     """
-    split = get_parallel().tp_group.world_size > 1
+    split = get_parallel().attn_tp_group.world_size > 1
     embedding, head = input_embedding(model), output_head(model)
     if not (split or is_quantised(embedding) or is_quantised(head)):
         return None
     shard = None
-    if head.tp_size > 1:
+    if head.tp_size > 1 and not is_shared_with_peers(head):
         begin, end = head.shard_indices.org_vocab_start_index, head.shard_indices.org_vocab_end_index
         shard = Shard(torch.arange(begin, end, device=next(head.parameters()).device), _gather)
     return SharedVocabulary(
@@ -56,6 +57,25 @@ def shared_vocabulary(model: Any, size: int) -> SharedVocabulary | None:
         shard,
         _projection(head, rows_here(head, size)) if is_quantised(head) else None,
     )
+
+
+def is_shared_with_peers(head: Any) -> bool:
+    """Whether ranks with requests of their own have parts of a head (DP attention without `--enable-dp-lm-head`)."""
+    return bool(getattr(head, "tp_size", 1) > get_parallel().attn_tp_size)
+
+
+def whole_head(head: Any, size: int) -> torch.Tensor:
+    """[V, H] of a head that is shared with peers. They draft at other times, so a drafter needs all of it.
+
+    All ranks must call it alike. Raises CheckpointError where it is quantised.
+    """
+    if is_quantised(head):
+        raise CheckpointError(
+            "the target's output head is quantised and split over all ranks, so drafters cannot read it; give "
+            "--enable-dp-lm-head, or --whiflash-drafters none"
+        )
+    whole: torch.Tensor = get_parallel().tp_group.all_gather(head.weight.detach(), dim=0)
+    return whole[:size]
 
 
 def is_quantised(module: Any) -> bool:
@@ -100,7 +120,7 @@ def rows_here(module: Any, size: int) -> int:
 
 def _gather(part: torch.Tensor) -> torch.Tensor:
     """[N, C] of every process → [P, N, C]."""
-    group = get_parallel().tp_group
+    group = get_parallel().attn_tp_group
     parts: torch.Tensor = group.all_gather(part, dim=0)
     return parts.view(group.world_size, *part.shape)
 

@@ -18,10 +18,11 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from sglang.srt.speculative.spec_utils import prepare_mamba_track_for_verify
-from whiflash_kernels import Committed, MixedBlock
+from whiflash_kernels import Committed, MixedBlock, prepare_mixed_block
 
 from whiflash_sglang.compat.forward import graphs, lora, recurrent
 from whiflash_sglang.compat.forward.captured import Captured, LoadedTarget
+from whiflash_sglang.compat.forward.peers import PackedBatch, Peers
 from whiflash_sglang.compat.forward.recurrent import rows_counted
 from whiflash_sglang.compat.forward.sampling import count_earlier_output
 from whiflash_sglang.compat.patching import around
@@ -47,6 +48,7 @@ class Target(LoadedTarget):
         # The same in all ranks of a replica, another one in each replica.
         self.random_seed = int(target_worker.random_seed) + (get_parallel().dp_rank or 0)
         self._epilogue: GraphEnd | None = None
+        self.peers = Peers()
         recurrent.install(target_worker.model_config, self.device)
         lora.require_plain_layers(self.runner)
 
@@ -86,6 +88,8 @@ class Target(LoadedTarget):
             # Scores of positions: SGLang keeps no states of them, and no slot, since it asks for a cache that is off.
             return result, self._no_features(sum(batch.extend_lens))
         features, final = self._captured.take(output)
+        # SGLang leaves rows that the batch was padded with for its peers.
+        features = features[: len(batch.input_ids)]
         if batch.return_hidden_states:
             if final is None:
                 raise AssertionError("SGLang admits such requests only where the server keeps hidden states")
@@ -100,8 +104,52 @@ class Target(LoadedTarget):
 
     def rows_for(self, rows: int, requests: int) -> int:
         """Rows to pack `rows` of so many requests into: more than asked for where a graph of that size waits."""
+        graph = self._graph_for(rows, requests)
+        return rows if graph is None else graph
+
+    def agreed_rows(self, rows: int, requests: int) -> int:
+        """`rows_for` of the next verification. With DP attention it is of all ranks, which must ask at once."""
+        return self.peers.agree(rows, self._graph_for(rows, requests))
+
+    def _graph_for(self, rows: int, requests: int) -> int | None:
         runner = self.runner.decode_cuda_graph_runner
-        return runner.rows_for(rows, requests) if isinstance(runner, graphs.VerifyGraphs) else rows
+        return runner.rows_for(rows, requests) if isinstance(runner, graphs.VerifyGraphs) else None
+
+    def join(self, batch: Any) -> None:
+        """Take part in the other ranks' verification without a request. batch: SGLang's, idle."""
+        if self.peers.size == 1:
+            return
+        rows = self.peers.agree(0, self._graph_for(1, 1))
+        if not self.peers.replays:
+            self._forward(batch)
+            return
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        widths = none.to(torch.int32)
+        block = prepare_mixed_block(none, none[:, None], widths, none, none, self.slot_table, rows=rows)
+        self._verification(batch, block, widths, None, 1)
+
+    def _verification(
+        self,
+        batch: Any,
+        block: MixedBlock,
+        verify_lens: torch.Tensor,
+        widths: Sequence[int] | None,
+        stride: int,
+    ) -> Any:
+        """SGLang's result of a verification's forward. Arguments as of `verify`."""
+        batch.out_cache_loc = block.cache_slots
+        counted = rows_counted(self.runner, stride)
+        batch.input_ids, batch.forward_mode = block.input_ids, ForwardMode.TARGET_VERIFY
+        batch.spec_info = verify_input(block, verify_lens, widths, counted, self._captured.mode)
+        prepare_mamba_track_for_verify(batch)
+        return self._forward(batch)
+
+    def _forward(self, batch: Any) -> Any:
+        self.peers.count(batch)
+        # The runner plans the attention of every verification: a plan of `prepare_for_verify` would be a second one.
+        mode = {"capture_hidden_mode": self._captured.mode, "return_hidden_states_before_norm": False}
+        forward_batch = PackedBatch.init_new(batch, self.runner, **mode)
+        return self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
 
     def end_graphs_with(self, epilogue: GraphEnd) -> None:
         """Have `epilogue` captured behind the forward of every verification's graph."""
@@ -143,18 +191,10 @@ class Target(LoadedTarget):
     ) -> Verified:
         """One forward over the packed rows of all requests (design: a narrow row costs what it is wide).
 
-        `block` has `rows_for` its rows; those beyond the widths' sum go through the forward with the others. What comes
-        back is without them where the widths are known. verify_lens, widths, stride: as of `verify_input`.
+        `block` has `agreed_rows` of its rows; those beyond the widths' sum go through the forward with the others. What
+        comes back is without them where the widths are known. verify_lens, widths, stride: as of `verify_input`.
         """
-        batch.out_cache_loc = block.cache_slots
-        counted = rows_counted(self.runner, stride)
-        batch.input_ids, batch.forward_mode = block.input_ids, ForwardMode.TARGET_VERIFY
-        batch.spec_info = verify_input(block, verify_lens, widths, counted, self._captured.mode)
-        prepare_mamba_track_for_verify(batch)
-        # The runner plans the attention of every verification: a plan of `prepare_for_verify` would be a second one.
-        mode = {"capture_hidden_mode": self._captured.mode, "return_hidden_states_before_norm": False}
-        forward_batch = ForwardBatch.init_new(batch, self.runner, **mode)
-        result = self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
+        result = self._verification(batch, block, verify_lens, widths, stride)
         output, total = result.logits_output, None if widths is None else sum(widths)
         features, final_hidden = self._captured.take(output)
         output.next_token_logits = output.next_token_logits[:total]

@@ -262,6 +262,7 @@ def _verification(target: Target, host: HostView, rows: int, context: int, reque
     on_host = starts.cpu()
 
     def verify() -> Any:
+        target.agreed_rows(rows, count)
         batch = ScheduleBatch(
             reqs=[],
             device=str(device),

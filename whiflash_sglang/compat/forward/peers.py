@@ -1,0 +1,75 @@
+"""DP attention: ranks attend to requests of their own, and compute the other layers of every forward together.
+
+Each layer then has a collective call with the rows of all ranks in it, and all must know how many each has. SGLang
+counts requests of one width (`scheduler_components/dp_attn.py`); a verification's widths differ, so its rows are
+counted here, between the hosts, once a round. Drafts and catch-ups, which run between two verifications, concern a
+rank's own requests and wait for nobody.
+
+SGLang decodes on no rank while another one prefills. A rank without a request joins with no row.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils.common import require_mlp_tp_gather
+
+
+class PackedBatch(ForwardBatch):  # type: ignore[misc]
+    """A verification of any widths, whose rows are padded before it is made."""
+
+    forward_mode: ForwardMode
+
+    def prepare_mlp_sync_batch(self, model_runner: Any) -> None:
+        """As upstream of an extend batch: of a verification it would count requests by its rows, at one width."""
+        mode = self.forward_mode
+        self.forward_mode = ForwardMode.EXTEND
+        super().prepare_mlp_sync_batch(model_runner)
+        self.forward_mode = mode
+
+
+class Peers:
+    """The ranks that compute a forward together, and what they agreed on for the next one.
+
+    Attributes:
+        size: ranks with requests of their own; 1 without DP attention, where nothing is asked. rows: of each of them in
+            the next forward. replays: whether all replay a graph of so many.
+    """
+
+    def __init__(self) -> None:
+        self.size = int(get_parallel().attn_dp_size)
+        self.rows: Sequence[int] = ()
+        self.replays = False
+
+    def agree(self, rows: int, graph: int | None) -> int:
+        """Rows that this rank is to pack `rows` into; all ranks must ask at once.
+
+        Args:
+            graph: rows of the graph that holds them; None: they run eagerly here, and so everywhere.
+        """
+        if self.size == 1:
+            return rows if graph is None else graph
+        parallel = get_parallel()
+        # Ranks that attend to the same requests take equal parts of them.
+        padded = -(-rows // parallel.attn_tp_size) * parallel.attn_tp_size
+        mine = torch.tensor([padded, -1 if graph is None else graph])
+        every = mine.new_empty(2 * parallel.tp_size)
+        torch.distributed.all_gather_into_tensor(every, mine, group=parallel.tp_group.cpu_group)
+        # They are next to each other.
+        every = every.view(self.size, -1, 2)[:, 0]
+        self.replays = bool((every[:, 1] >= 0).all())
+        self.rows = [int(every[:, 1].max())] * self.size if self.replays else every[:, 0].tolist()
+        return self.rows[parallel.attn_dp_rank]
+
+    def count(self, batch: Any) -> None:
+        """Give SGLang the rows, in place of the requests that it counted for this decode batch."""
+        if self.size == 1:
+            return
+        # If no layer gathers rows, SGLang counts those of this rank only.
+        rows = list(self.rows) if require_mlp_tp_gather() else [self.rows[get_parallel().attn_dp_rank]]
+        batch.global_num_tokens = batch.global_num_tokens_for_logprob = rows
+        batch.can_run_decode_cuda_graph = self.replays
+        # They are no numbers of requests, to be multiplied by a width, and no rank is padded to another's.
+        batch.dp_spec_prefill_coordination_applied = True
