@@ -95,17 +95,6 @@ def test_hub_ids_are_fetched_as_the_command_line_says(
     }
 
 
-SCALING = (
-    (["--pp-size", "2"], r"--pp-size must be 1 \(.*\)"),
-    (
-        ["--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"],
-        r"--attn-dp-size must be 1 \(.*; --enable-dp-attention sets it\)",
-    ),
-)
-"""Ways to spread a server that WHIFLASH does not go: what a user writes, and how the line that he gets ends.
-`tests/compat/test_refusals.py` has every row."""
-
-
 def test_mixed_chunks_are_switched_off_with_a_warning(
     launch: Arguments, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,7 +112,7 @@ def test_what_cannot_be_served_stops_before_weights_are_read(
         if file.suffix != ".safetensors":
             (target / file.name).write_bytes(file.read_bytes())
     for arguments, message in (
-        *SCALING,
+        (["--pp-size", "2"], r"--pp-size must be 1 \(.*\)"),
         (["--speculative-num-steps", "3"], "--speculative-num-steps belongs to .*; remove it"),
         (["--attention-backend", "torch_native"], "not torch_native; remove the flag"),
     ):

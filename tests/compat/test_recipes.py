@@ -14,7 +14,7 @@ from whiflash_sglang.compat.launch.recipes import judge
 from whiflash_sglang.errors import ConfigError, UsageError
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "agent_recipes.jsonl"
-STARTING, WITHOUT_DRAFTERS = 31, 31
+STARTING, WITHOUT_DRAFTERS = 35, 35
 """Recipes that WHIFLASH would start, with drafters and without. They may grow only."""
 Write = Callable[[str, str], Path]
 
@@ -76,7 +76,7 @@ def test_flags_of_other_algorithms_are_replaced() -> None:
         ({"lora-paths": ["one=a", "two=b"], "lora-backend": "triton"}, []),
         ({"lora-paths": ["one=a"], "device": "cpu"}, []),
         ({"enable-dp-attention": ""}, []),  # of one rank
-        ({"enable-dp-attention": "", "dp": ""}, ["attn_dp_size"]),
+        ({"enable-dp-attention": "", "dp": ""}, []),
         ({"attention-backend": ""}, []),
         ({"attention-backend": "flashmla"}, ["cuda_attention"]),
         ({"device": "xpu"}, ["device"]),

@@ -278,7 +278,7 @@ enable_single_batch_overlap enable_pdmux enable_lora_overlap_loading
 """
 ARGUMENTS: dict[str, tuple[Any, str]] = {
     **{switch: (True, f"--{switch.replace('_', '-')}(?!-)") for switch in SWITCHES.split()},
-    **{size: (2, "--" + size.replace("_", "-")) for size in ("pp_size", "attn_dp_size", "dwdp_size")},
+    **{size: (2, "--" + size.replace("_", "-")) for size in ("pp_size", "dwdp_size")},
     **{size: (2, "--" + size.replace("_", "-")) for size in ("attn_cp_size", "dcp_size")},
     "moe_a2a_backend": ("deepep", "--moe-a2a-backend deepep .* --ep-size works without it"),
     "decoupled_spec_role": ("verifier", "--decoupled-spec-role"),
@@ -374,6 +374,10 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
         "unset SGLANG_HTTP_SERVER_APP_PATH",
     ),
     "rust_server": ({"environment": {"SGLANG_RUST_SERVER": "1"}}, "unset SGLANG_RUST_SERVER"),
+    **{
+        variable.lower(): ({"attn_dp_size": 2, "environment": {variable: "1"}}, f"unset {variable}")
+        for variable in ("SGLANG_ENABLE_DP_SPEC_PREFILL_COORDINATION", "SGLANG_SCHEDULER_SKIP_ALL_GATHER")
+    },
     "post_capture_sizing": (
         {"environment": {"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "true"}},
         "unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",

@@ -97,6 +97,11 @@ def _more_than_one(argument: str) -> Callable[["Launch"], Any]:
     return lambda launch: int(getattr(launch.args, argument) or 1) != 1
 
 
+def _set_beside_peers(variable: str) -> Callable[["Launch"], Any]:
+    """A variable of SGLang's that is set, with DP attention."""
+    return lambda launch: _more_than_one("attn_dp_size")(launch) and launch.is_set(variable)
+
+
 def _foreign_flag(launch: "Launch") -> str | None:
     """The first flag of SGLang's other algorithms that the user gave."""
     given = (f for f, default in FOREIGN.items() if launch.given.get(f, default) != default)
@@ -190,11 +195,9 @@ FOREIGN: dict[str, Any] = {
     "enable_multi_layer_eagle": False,
 }
 """Arguments of SGLang's other algorithms, and what they are where nobody gave them."""
-_IDLE_RANKS = "ranks without a request would have to take part in every verification"
 _ONE_OF = {
     "pp_size": "a round is planned, drafted and verified by a process that has all layers",
-    "dwdp_size": _IDLE_RANKS,
-    "attn_dp_size": f"{_IDLE_RANKS}; --enable-dp-attention sets it",
+    "dwdp_size": "its ranks do not count each other's rows, as a verification needs",
     "attn_cp_size": "drafters read the KV of all positions",
     "dcp_size": "drafters read the KV of all positions",
 }
@@ -275,15 +278,24 @@ REFUSALS: tuple[Refusal, ...] = (
         Refusal(
             argument,
             _more_than_one(argument),
-            f"WHIFLASH scales with --tp-size and --dp-size; --{argument.replace('_', '-')} must be 1 ({reason})",
+            f"WHIFLASH scales with --tp-size, --dp-size and --enable-dp-attention; "
+            f"--{argument.replace('_', '-')} must be 1 ({reason})",
         )
         for argument, reason in _ONE_OF.items()
+    ),
+    *(
+        Refusal(
+            variable.lower(),
+            _set_beside_peers(variable),
+            f"with --enable-dp-attention WHIFLASH verifies on all ranks at once, by the rows of each; unset {variable}",
+        )
+        for variable in ("SGLANG_ENABLE_DP_SPEC_PREFILL_COORDINATION", "SGLANG_SCHEDULER_SKIP_ALL_GATHER")
     ),
     Refusal(
         "moe_a2a_backend",
         lambda x: x.args.moe_a2a_backend not in (None, "none") and x.args.moe_a2a_backend,
-        "--moe-a2a-backend {} exchanges tokens by counts that rounds do not keep; remove it: --ep-size works "
-        "without it",
+        "--moe-a2a-backend {} has buffers for a bounded number of rows a rank, which rounds do not keep to; remove it: "
+        "--ep-size works without it",
     ),
     _removed_beside_draft_kv(
         "enable_attn_tp_input_scattered", "a rank would keep features of its own tokens only"
