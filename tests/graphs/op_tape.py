@@ -36,8 +36,14 @@ KERNELS = (
     "whiflash_sglang.drafters.chain.eagle3_catch_up",
     "whiflash_sglang.round.epilogue.accept_and_commit",
     "whiflash_sglang.round.epilogue.sample_rows",
+    "sglang.srt.distributed.parallel_state.reg_all_gather_into_tensor",
+    "sglang.srt.distributed.parallel_state.reg_reduce_scatter_tensor",
+    "sglang.srt.layers.dp_attention.memcpy_func",
+    "torch.distributed.all_reduce",
 )
-"""Functions of `whiflash_kernels` in captured passes, by where they are called; `draft_attention` is an operator."""
+"""Functions of `whiflash_kernels` in captured passes, by where they are called; `draft_attention` is an operator. And
+collective calls of DP attention.
+"""
 
 
 class NotCapturableError(Exception):

@@ -66,12 +66,18 @@ def play_overlapping(
     differs: Callable[[int], None],
     rank: int,
     port: int,
+    arrivals: Sequence[Arrival] = (),
+    **arguments: Any,
 ) -> Overlapped:
-    """`play_ours` of what is asked, with retractions. differs: what every rank but the first does otherwise."""
+    """`play_ours`, with retractions. differs: what every rank but the first does otherwise. arrivals: in place of what
+    is `asked`.
+    """
     from overlap import overlapped, publishing
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.scheduler_components import dp_attn
 
     from whiflash_sglang.compat.forward import parallel
+    from whiflash_sglang.compat.forward.peers import Peers
     from whiflash_sglang.compat.forward.target import Target
 
     os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"
@@ -96,11 +102,21 @@ def play_overlapping(
         patch.object(
             torch.distributed, "all_gather_object", between_hosts(torch.distributed.all_gather_object)
         ),
+        patch.object(dp_attn, "exchange_sync_rows", between_hosts(dp_attn.exchange_sync_rows)),
+        patch.object(Peers, "agree", between_hosts(Peers.agree)),
         patch.object(Target, "verify", publishing(Target.verify)),
         patch.object(Scheduler, "is_disable_overlap_for_batch", noted),
     ):
         played = play_ours(
-            checkpoints, router, asked(), known, rank, port, start=start, retract=True, **OPTIONS
+            checkpoints,
+            router,
+            arrivals or asked(),
+            known,
+            rank,
+            port,
+            start=start,
+            retract=True,
+            **{**OPTIONS, **arguments},
         )
     streams, requests = engines[0].streams, engines[0].requests
     waits = {

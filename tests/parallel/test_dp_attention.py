@@ -1,0 +1,170 @@
+"""DP attention on two ranks: each answers its own requests as plain decoding does, beside an idle rank, too."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dp_attention import (
+    EXPERTS,
+    HEAD,
+    PENALTIES,
+    SEEDS,
+    alike,
+    asked,
+    play_overlapped,
+    play_plain,
+    play_replayed,
+    play_shares,
+    sampled_ones,
+    stays_away,
+)
+from families import FAMILIES, tiny_family
+from matrix import sampled
+from ranks_at_work import RankFailedError, on_ranks
+from reference import Comparison
+from scrape import scraped, total
+from server_host import ServerHost
+from tensor_parallel import ENDS_AT_ONCE, RANKS, Checkpoints, Outputs, Played
+from test_data_parallel import arguments, texts
+from tiny_models import save_tokenizer, tiny_dflash, tiny_eagle3
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Checkpoints]:
+    """A target whose experts the ranks share; and its model."""
+    root = tmp_path_factory.mktemp("dp-attention")
+    target = root / "target"
+    model = tiny_family(target, FAMILIES["Qwen3MoeForCausalLM"])
+    save_tokenizer(target)
+    made = Checkpoints(target, tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target))
+    return model, made
+
+
+@pytest.fixture(scope="module")
+def plain(moe: tuple[Any, Checkpoints]) -> Sequence[Outputs]:
+    """Plain decoding's texts, of each rank."""
+    found: list[Outputs] = on_ranks(RANKS, partial(play_plain, moe[1], asked()))
+    return found
+
+
+def check(model: Any, plain: Sequence[Outputs], played: Sequence[Played]) -> None:
+    comparison = Comparison(model)
+    for share, expected, found in zip(asked(), plain, played, strict=True):
+        for a in share:
+            text = found.outputs[a.rid]
+            whole = expected[a.rid] if a.abort_after is None else expected[a.rid][: len(text)]
+            if a.params.keys() & PENALTIES.keys():
+                assert text == whole, a.rid
+            else:
+                comparison.check(a.prompt, whole, text, a.rid)
+    print(comparison.summary(), [len(each.rounds) for each in played])
+
+
+@pytest.mark.parametrize(
+    ("router", "arguments"),
+    sampled(
+        [(router, more) for router in ("random", "auto") for more in ({"retract": True}, HEAD, EXPERTS)],
+        ("random", {"retract": True}),
+        ("auto", HEAD),
+    ),
+)
+def test_text_is_plain_decodings(
+    moe: tuple[Any, Checkpoints], plain: Sequence[Outputs], router: str, arguments: dict[str, Any]
+) -> None:
+    """Greedy, penalised and under grammars, with log-probabilities, an abort and retractions."""
+    model, checkpoints = moe
+    work = partial(play_shares, checkpoints, router, asked(), plain, alike, **arguments)
+    first, second = played = on_ranks(RANKS, work)
+    check(model, plain, played)
+    assert first.retracted or "retract" not in arguments
+    assert all(each.accepted for each in played)
+    # The second rank had nothing for most of the rounds of the first.
+    assert 0 < len(second.rounds) < len(first.rounds)
+    if router == "random":
+        assert first.arms >= {"ar", "diffusion", "lookup", "oracle", "none"}
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize("arguments", [{}, HEAD])
+def test_two_processes_attend_together(moe: tuple[Any, Checkpoints], arguments: dict[str, Any]) -> None:
+    """Four processes, two for each share."""
+    model, checkpoints = moe
+    four = {"tp_size": 2 * RANKS, **arguments}
+    plain = on_ranks(2 * RANKS, partial(play_plain, checkpoints, asked(), **four))[::2]
+    work = partial(play_shares, checkpoints, "random", asked(), plain, alike, **four)
+    played = on_ranks(2 * RANKS, work)
+    assert played[::2] == played[1::2]
+    check(model, plain, played[::2])
+    assert all(each.accepted for each in played)
+
+
+@pytest.mark.evidence
+def test_seeded_sampling(moe: tuple[Any, Checkpoints]) -> None:
+    """Noise is keyed by seed and position."""
+    shares = sampled_ones()
+    plain = on_ranks(RANKS, partial(play_plain, moe[1], shares, **SEEDS))
+    played = on_ranks(RANKS, partial(play_shares, moe[1], "random", shares, plain, alike, **SEEDS))
+    assert [each.outputs for each in played] == plain
+    assert all(each.accepted for each in played)
+
+
+def test_all_ranks_replay_the_same_graph(tmp_path: Path) -> None:
+    """Also one without a request."""
+    target = tmp_path / "target"
+    model = tiny_family(target, FAMILIES["Qwen3ForCausalLM"])
+    save_tokenizer(target)
+    dense = Checkpoints(
+        target, tiny_eagle3(tmp_path / "eagle3", target), tiny_dflash(tmp_path / "dflash", target)
+    )
+    plain = on_ranks(RANKS, partial(play_plain, dense, asked(), **HEAD))
+    (first, replayed), (second, again) = on_ranks(RANKS, partial(play_replayed, dense, asked(), plain))
+    check(model, plain, [first, second])
+    assert replayed == again
+    assert len(replayed) > max(len(first.rounds), len(second.rounds))
+    assert len(set(replayed)) > 3
+
+
+@pytest.mark.evidence
+def test_no_pass_is_without_overlap(moe: tuple[Any, Checkpoints], plain: Sequence[Outputs]) -> None:
+    found = on_ranks(RANKS, partial(play_overlapped, moe[1], asked(), plain))
+    check(moe[0], plain, [each.played for each in found])
+    for each in found:
+        assert each.passes
+        assert each.apart == 0
+        assert not each.races
+        assert all("compat/forward/masks.py" in site for site in each.waits), each.waits
+
+
+def test_an_idle_rank_that_stays_away_is_found(
+    moe: tuple[Any, Checkpoints], plain: Sequence[Outputs]
+) -> None:
+    with pytest.raises(RankFailedError):
+        on_ranks(RANKS, partial(play_shares, moe[1], "none", asked(), plain, stays_away))
+
+
+@pytest.mark.server
+def test_a_server_of_two_ranks(host: ServerHost, moe: tuple[Any, Checkpoints]) -> None:
+    """Both draft, answer controls and count for themselves, and one answers while the other has nothing to do."""
+    flags = ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention", "--enable-metrics")
+    with host.running(*arguments(moe[1], "none"), *flags, env=ENDS_AT_ONCE) as server:
+        plain = texts(server)
+        assert all(own["rounds"] for own in server.get("/whiflash/state")["replicas"])
+        for router in ("random", "lookup"):
+            state = server.post("/whiflash/policy", {"router": router})
+            assert [own["policy"] for own in state["replicas"]] == [router, router]
+            assert texts(server) == plain
+        before = server.get("/whiflash/state")["replicas"]
+        assert [own["replica"] for own in before] == [0, 1]
+        server.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 24}, routed_dp_rank=1)
+        after = server.get("/whiflash/state")["replicas"]
+        assert after[0]["rounds"] == before[0]["rounds"]
+        assert after[1]["rounds"] > before[1]["rounds"]
+        samples = scraped(server.url)
+        for own in after:
+            for arm, counts in own["by_arm"].items():
+                published = total(samples, "rounds_total", dp_rank=str(own["replica"]), arm=arm)
+                assert published == counts["rounds"]
+        state = server.post("/whiflash/forget", {"all": True})
+        assert [own["lookup"]["tenants"] for own in state["replicas"]] == [0, 0]
