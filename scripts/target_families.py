@@ -46,8 +46,8 @@ untested | mixture of experts, sliding windows | published checkpoints need
 tested | mixture of experts, latent attention (MLA) | | DeepseekV2ForCausalLM DeepseekV3ForCausalLM
     Glm4MoeLiteForCausalLM
 untested | mixture of experts, latent attention (MLA) | | LongcatFlashForCausalLM MistralLarge3ForCausalLM
-untested | mixture of experts, sparse attention | | DeepseekV32ForCausalLM GlmMoeDsaForCausalLM
-    MiniMaxM3SparseForCausalLM
+untested | mixture of experts, sparse attention | | MiniMaxM3SparseForCausalLM
+refused | mixture of experts, sparse attention (DSA) | | DeepseekV32ForCausalLM GlmMoeDsaForCausalLM
 refused | recurrent or convolution layers | | KimiK3LinearForCausalLM NemotronHPuzzleForCausalLM
 tested | mixture of experts, latent attention (MLA), gated delta rule by channel (KDA) | | KimiLinearForCausalLM
 tested | Mamba 2 | | NemotronHForCausalLM

@@ -14,7 +14,7 @@ from whiflash_sglang.compat.launch.recipes import judge
 from whiflash_sglang.errors import ConfigError, UsageError
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "agent_recipes.jsonl"
-STARTING, WITHOUT_DRAFTERS = 35, 35
+STARTING, WITHOUT_DRAFTERS = 35, 36
 """Recipes that WHIFLASH would start, with drafters and without. They may grow only."""
 Write = Callable[[str, str], Path]
 
@@ -46,6 +46,53 @@ def test_recipes_that_others_published() -> None:
     ] * 2
     assert sum(not obstacles for obstacles in found) == STARTING
     assert sum(not verdict.without_drafters for verdict in verdicts) == WITHOUT_DRAFTERS
+
+
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+INDEX = {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 2}
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
+LINEAR = {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "head_dim": 16}
+BY_TARGET: dict[str, tuple[tuple[str, ...], int, dict[str, Any]]] = {
+    # Words in a recipe's name; how many of them start on a target of this kind.
+    "Qwen3_5MoeForConditionalGeneration": (
+        ("qwen3.5",),
+        22,
+        {"text_config": {**SIZES, **LINEAR}, "vision_config": {}},
+    ),
+    "GlmMoeDsaForCausalLM": (
+        ("glm5.2",),
+        0,
+        {**SIZES, **LATENT, **INDEX, "max_position_embeddings": 1 << 20},
+    ),
+    "DeepseekV4ForCausalLM": (
+        ("deepseek-v4", "dsv4"),
+        0,
+        {**SIZES, "head_dim": 16, "qk_rope_head_dim": 8, "sliding_window": 32, "index_head_dim": 16}
+        | {"compress_ratios": [4] * 4},
+    ),
+}
+KINDS = {"Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe", "GlmMoeDsaForCausalLM": "glm_moe_dsa"}
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("architecture", BY_TARGET)
+def test_recipes_on_their_targets(write: Write, tmp_path: Path, architecture: str) -> None:
+    """By flags and by the class that they are for. If a target's rule went, raise the number."""
+    words, starting, config = BY_TARGET[architecture]
+    kind = {
+        "architectures": [architecture],
+        "model_type": KINDS.get(architecture, "llama"),
+        "torch_dtype": "bfloat16",
+    }
+    write("config.json", json.dumps({**kind, **config}))
+    asked = [recipe["flags"] for recipe in published() if any(word in recipe["recipe"] for word in words)]
+    assert sum(judge(flags, target=tmp_path).starts for flags in asked) == starting
 
 
 def test_flags_of_other_algorithms_are_replaced() -> None:

@@ -29,6 +29,7 @@ sglang.srt.arg_groups.parallel_hook
 sglang.srt.configs.hybrid_arch
     mambaish_config(model_config)
 sglang.srt.configs.model_config
+    is_deepseek_dsa(config)
     is_deepseek_v4(config)
     is_kimi_k3(config)
 sglang.srt.constrained.base_grammar_backend

@@ -160,6 +160,12 @@ def _is_compressed(launch: "Launch") -> bool:
     return bool(is_deepseek_v4(launch.model.hf_config))
 
 
+def _is_sparse(launch: "Launch") -> bool:
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
+    return bool(is_deepseek_dsa(launch.model.hf_config))
+
+
 def _has_chunks(launch: "Launch") -> bool:
     kinds = getattr(launch.model.hf_text_config, "layer_types", None) or ()
     return bool(launch.model.is_local_attention_model or "chunked_attention" in kinds)
@@ -318,6 +324,12 @@ REFUSALS: tuple[Refusal, ...] = (
         _architecture(_is_compressed),
         "{} compresses KV in pools of its own, which are untested with verifications of several widths; serve it "
         "without WHIFLASH",
+    ),
+    Refusal(
+        "sparse",
+        _architecture(_is_sparse),
+        "{} attends to tokens that an index picks (DSA): SGLang's dsa backend verifies one length, and others "
+        "attend to all tokens; serve it without WHIFLASH",
     ),
     Refusal(
         "windows",
