@@ -167,11 +167,11 @@ def prefill_rows(
     upload: Upload,
     read: torch.Tensor | None = None,
 ) -> tuple[FeatureRows, list[int], torch.Tensor, torch.Tensor]:
-    """Describe an extend batch. What the device does not know of it goes there with `upload`, which is sent.
+    """Describe an extend batch. Facts that the device does not know go there with `upload`, which is sent.
 
-    At a chunk's end the next token is the prompt's, not the sampled one, which SGLang throws away; it is one of
-    the output where a request begins again after a retraction. Before an image's position it is token 0, and `read`
-    [tokens, H], what the target read, has the position itself, unless it is the next chunk's.
+    At a chunk's end the next token is the prompt's, not the sampled one, which SGLang throws away; it is one of the
+    output if a request begins again after a retraction. Before an image's position it is token 0, and `read` [tokens,
+    H], what the target read, has the position itself, unless it is the next chunk's.
 
     Returns the packed prompt tokens, tokens of each request that have KV behind them, the last packed row of each [B],
     and the token behind each [B], as `core.readable` has it.
