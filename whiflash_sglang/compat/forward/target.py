@@ -191,8 +191,8 @@ class Target(LoadedTarget):
     ) -> Verified:
         """One forward over the packed rows of all requests (design: a narrow row costs what it is wide).
 
-        `block` has `agreed_rows` of its rows; those beyond the widths' sum go through the forward with the others. What
-        comes back is without them where the widths are known. verify_lens, widths, stride: as of `verify_input`.
+        `block` has `agreed_rows` of its rows; those beyond the widths' sum go through the forward with the others. The
+        result is without them if the widths are known. verify_lens, widths, stride: as of `verify_input`.
         """
         result = self._verification(batch, block, verify_lens, widths, stride)
         output, total = result.logits_output, None if widths is None else sum(widths)
