@@ -161,7 +161,7 @@ SCREEN = """\
 
 
 def test_a_screen_has_every_figure() -> None:
-    """One server has all, one lacks some, one does not answer; a server's text is no command to the terminal."""
+    """One server has all, one none of rounds, one is silent; a server's text is no command to the terminal."""
     hostile = "\x1b]0;owned\x07[red]x"
     after = state(3) | {
         "quarantined": {"diffusion": "raised IndexError"},
