@@ -17,7 +17,7 @@ from loaded_scripts import load_script
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from blocks import ROOT, Block, blocks, pages, python_blocks
+from blocks import ROOT, blocks, pages, python_blocks
 
 from whiflash_sglang.checkpoints.manifest import Manifest
 from whiflash_sglang.config import Flags, RouterName, flag_of
@@ -65,7 +65,9 @@ def test_training_configurations_are_what_they_are_for(tmp_path: Path) -> None:
 
 
 def test_the_least_manifest_is_one() -> None:
-    (block,) = (found for found in blocks(ROOT / "docs/how-to/serve-your-model.md") if found.language == "json")
+    (block,) = (
+        found for found in blocks(ROOT / "docs/how-to/serve-your-model.md") if found.language == "json"
+    )
     assert Manifest.model_validate_json(block.body).name == "my-bundle"
 
 
@@ -118,7 +120,11 @@ def wrong(words: list[str], known: dict[str, set[str]]) -> str | None:
         source = "".join(file.read_text("utf-8") for file in (script, session) if file.is_file())
         missing = [word for word in words[2:] if word.startswith("--") and word not in source]
         return f"{script.name} takes no {missing}" if missing else None
-    if words[0] not in ("whiflash", "make", "sglang") and words[:3] != ["python", "-m", "sglang.launch_server"]:
+    if words[0] not in ("whiflash", "make", "sglang") and words[:3] != [
+        "python",
+        "-m",
+        "sglang.launch_server",
+    ]:
         return None
     calls = [" ".join(words[:count]) for count in (3, 2) if " ".join(words[:count]) in known]
     if not calls:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -91,7 +90,9 @@ def figures(report: Any) -> Iterator[str]:
 def test_every_ratio_that_readers_see_is_in_a_report(page: str) -> None:
     """Figures with intervals are of any report; those without are of the main run."""
     benchmark = ROOT / "results" / "benchmark"
-    reports = {path.name: set(figures(json.loads(path.read_text("utf-8")))) for path in benchmark.glob("*.json")}
+    reports = {
+        path.name: set(figures(json.loads(path.read_text("utf-8")))) for path in benchmark.glob("*.json")
+    }
     printed = reports["report.json"].union(f for found in reports.values() for f in found if "[" in f)
     text = " ".join((ROOT / page).read_text(encoding="utf-8").replace("**", "").split())
     shown = set(FIGURE.findall(text))
