@@ -31,15 +31,18 @@ from whiflash_sglang.checkpoints.manifest import (
     NeuralRouter,
     Source,
     Structure,
+    embedded_bundle,
 )
 from whiflash_sglang.cli import app
 from whiflash_sglang.compat.names import PRIVATE_NAMES
 from whiflash_sglang.compat.sources import replaced
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.flags import flags
+from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.lab.bench.prompts import SUITES
 from whiflash_sglang.lab.published import KNOWN
 from whiflash_sglang.metrics import SERIES
+from whiflash_sglang.provenance import environment
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
 
@@ -204,17 +207,25 @@ def metrics_list() -> str:
     )
 
 
+LAB = "whiflash lab "
 SHARED_BY = 2
 """Commands that must share an option for it to be explained once, before them."""
 
 
 def cli_reference() -> str:
     """Options that several commands share, then every command: its help, and its arguments and options."""
-    known = {name: [_option(option) for option in _shown(command)] for name, command in commands().items()}
+    daily = {name: command for name, command in commands().items() if not name.startswith(LAB)}
+    known = {name: [_option(option) for option in _shown(command)] for name, command in daily.items()}
     counted = Counter(row for rows in known.values() for row in rows)
     shared = {row for row, count in counted.items() if count >= SHARED_BY}
     first = f"In several commands:\n\n{listed(row for row in counted if row in shared)}"
-    return "\n\n".join([first, *(_command(name, commands()[name], known[name], shared) for name in known)])
+    rare = [(f"`{name}`", _sentence(command)) for name, command in commands().items() if name.startswith(LAB)]
+    rest = f"## whiflash lab\n\nCommands that few need; `-h` after one shows its options.\n\n{listed(rare)}"
+    return "\n\n".join([first, *(_command(name, daily[name], known[name], shared) for name in known), rest])
+
+
+def _sentence(command: Any) -> str:
+    return " ".join((command.help or "").split("\n\n")[0].split())
 
 
 def _shown(command: Any) -> list[Any]:
@@ -362,6 +373,63 @@ def _measured(record: Path) -> str:
     return f". **{found['status']}**{f' ({told})' if told else ''}; {found['machine']}; {versions}"
 
 
+REPORTS = {"report": "greedy", "sampled": "temperature 0.6", "tools": "tool calls, temperature 0.6"}
+"""Reports of `results/benchmark/` that readers see, those that are there, and what was asked."""
+
+
+def reports() -> Iterator[tuple[str, Any]]:
+    """Each question and its report."""
+    for name, asked in REPORTS.items():
+        if (path := ROOT / "results" / "benchmark" / f"{name}.json").exists():
+            yield asked, read_json_file(path)
+
+
+def _ratio(found: Mapping[str, float]) -> str:
+    """With its interval, if it was measured more than once."""
+    interval = f" [{found['low']:.2f}, {found['high']:.2f}]" if found["low"] != found["high"] else ""
+    return f"{found['ratio']:.2f}{interval}"
+
+
+def speed_table() -> str:
+    """Tokens a second of `auto` by load, over plain decoding and over the better single drafter."""
+    rows, loads, conditions = [], [], []
+    for asked, report in reports():
+        loads = [f"{load['load']['value']:.0f}" for load in report["loads"]]
+        for over, called in (("none", "plain decoding"), ("static", "the better single drafter")):
+            ratios = [load["ratios"]["auto"].get(over, {}).get("overall") for load in report["loads"]]
+            if all(ratios):
+                rows.append((asked, called, *map(_ratio, ratios)))
+        made = set(report["provenance"]["bundle_sha256"].values())
+        pair = (
+            ""
+            if made == set(environment(embedded_bundle())["bundle_sha256"].values())
+            else ", an earlier pair"
+        )
+        conditions.append(f"{asked}: {report['arms']['none']['overall']['answers']} prompts{pair}")
+    hardware = report["provenance"]["hardware"]
+    caption = (
+        f"SmolLM2-135M-Instruct in {report['provenance']['dtype']} with its own drafters, {hardware['cores']} cores "
+        f"of {hardware['cpu']}; {'; '.join(conditions)}. Brackets are 95 % intervals; other loads were measured once."
+    )
+    return f"{table(('asked', 'over', *loads), iter(rows))}\n\n{caption}"
+
+
+def categories_table() -> str:
+    """`auto` at one request by category, of the first report."""
+    _, report = next(reports())
+    ratios, answers = report["ratios"]["auto"], report["arms"]["none"]
+    rows = (
+        (
+            name.replace("_", " "),
+            str(answers[name]["answers"]),
+            *(_ratio(ratios[over][name]) for over in ("none", "static")),
+        )
+        for name in report["categories"]
+        if name in ratios["none"] and name in ratios["static"]
+    )
+    return table(("category", "prompts", "over plain decoding", "over the better single drafter"), rows)
+
+
 def published_table() -> str:
     """Targets by size, and drafters that others published for them."""
     rows = (
@@ -400,6 +468,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "suites": suites_list,
     "patches": patches_list,
     "published": published_table,
+    "speed": speed_table,
+    "categories": categories_table,
 }
 
 
@@ -410,7 +480,11 @@ def written(page: str) -> str:
 
 def pages() -> Iterator[Path]:
     """Pages with marks."""
-    yield from (path for path in sorted(DOCS.rglob("*.md")) if MARKED.search(path.read_text("utf-8")))
+    yield from (
+        path
+        for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
+        if MARKED.search(path.read_text("utf-8"))
+    )
 
 
 if __name__ == "__main__":

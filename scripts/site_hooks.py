@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 DOCS = "docs/"
 ELSEWHERE = (
-    *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/agents/README.md", "tests/README.md"),
+    *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/agents/README.md"),
     "results/**/*",
     "kernels/bench/results/*.md",
     "training_data/*/README.md",
@@ -27,6 +27,7 @@ ELSEWHERE = (
 SCHEMED = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)-light\.png\)")
 """A picture with a twin for the dark scheme; the site shows the one that fits."""
 LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
+TEXT = re.compile(r"(?<!!)\[([^\[\]]*)\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -46,10 +47,22 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Point links at the site's own places."""
     if page.file.src_uri.startswith("results/"):
         page.meta["search"] = {"exclude": True}  # notes and reports would bury the pages for readers
+    markdown = TEXT.sub(
+        lambda link: link[1] if only_in_repository(link[2], page.file.src_uri, files) else link[0], markdown
+    )
     markdown = SCHEMED.sub(r"![\1](\2-light.png#only-light) ![\1](\2-dark.png#only-dark)", markdown)
     return LINK.sub(
         lambda link: f"]({site_link(link[1], page.file.src_uri, files)}{link[2] or ''})", markdown
     )
+
+
+def only_in_repository(target: str, page: str, files: Files) -> bool:
+    """Whether `target` is a file of the repository that the site leaves out: its link becomes text."""
+    if "://" in target or target.startswith(("mailto:", "/")):
+        return False
+    file = posixpath.normpath(posixpath.join(posixpath.dirname(repository_path(page)), target))
+    found = files.get_file_from_path(file.removeprefix(DOCS))
+    return (ROOT / file).is_file() and (found is None or found.inclusion.is_excluded())
 
 
 def site_link(target: str, page: str, files: Files) -> str:

@@ -86,7 +86,7 @@ def figures(report: Any) -> Iterator[str]:
             yield from figures(value)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/results-in-summary.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/when-to-use.md"])
 def test_every_ratio_that_readers_see_is_in_a_report(page: str) -> None:
     """Figures with intervals are of any report; those without are of the main run."""
     benchmark = ROOT / "results" / "benchmark"
