@@ -208,6 +208,8 @@ def metrics_list() -> str:
 
 
 LAB = "whiflash lab "
+MANY = 7
+"""Options of a command that its help lists better than a page."""
 SHARED_BY = 2
 """Commands that must share an option for it to be explained once, before them."""
 
@@ -254,7 +256,10 @@ def _command(name: str, command: Any, options: list[tuple[str, str]], shared: se
     parts = [f"## {name}", *paragraphs[:1]]
     if any(calls):
         parts.append("```console\n" + "\n".join(filter(None, calls)) + "\n```")
-    if own := [row for row in options if row not in shared]:
+    own = [row for row in options if row not in shared]
+    if len(own) > MANY:
+        parts.append(f"{len(own)} options: `{name} -h`.")
+    elif own:
         parts.append(listed(own))
     also = [re.match(r"`[\w-]+", option)[0] + "`" for option, _ in options if (option, _) in shared]
     if also := [option for option in also if option != "`--json`"]:
@@ -409,7 +414,7 @@ def speed_table() -> str:
     hardware = report["provenance"]["hardware"]
     caption = (
         f"SmolLM2-135M-Instruct in {report['provenance']['dtype']} with its own drafters, {hardware['cores']} cores "
-        f"of {hardware['cpu']}; {'; '.join(conditions)}. Brackets are 95 % intervals; other loads were measured once."
+        f"of {hardware['cpu']}; {'; '.join(conditions)}. Brackets: 95 % intervals."
     )
     return f"{table(('asked', 'over', *loads), iter(rows))}\n\n{caption}"
 
