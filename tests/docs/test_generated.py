@@ -88,7 +88,7 @@ def figures(report: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/when-to-use.md"])
 def test_every_ratio_that_a_writer_gave_is_in_a_report(page: str, reference: ModuleType) -> None:
-    """Tables are written from reports. Other figures with intervals are of any report; those without are of the main run."""
+    """Tables are written. Other figures with intervals are of any report, those without of the main run."""
     benchmark = ROOT / "results" / "benchmark"
     reports = {
         path.name: set(figures(json.loads(path.read_text("utf-8")))) for path in benchmark.glob("*.json")
