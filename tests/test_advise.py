@@ -23,8 +23,6 @@ def test_every_known_target_has_an_answer(target: str) -> None:
     assert row.low <= row.ratio * 1.05
     assert row.high >= row.ratio * 0.95
     assert len(found.settings) >= 2
-    assert len(found.lost) == 6
-    assert found.eagle3
 
 
 def ratio(
@@ -54,7 +52,6 @@ def test_ratios_that_others_measured_on_an_h100_come_out(
 ) -> None:
     arm = {"dflash": arms.DIFFUSION, "eagle3": arms.AR}[method]
     found = ratio(target, {arm: length}, {arm: drafts}, method, requests)
-    print(f"{target} at {requests}: {found:.2f}, published {published}")
     assert found == pytest.approx(published, rel=ERROR)
 
 
