@@ -7,15 +7,18 @@ Hugging Face's class says how far logits are apart where two are alike.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from emulated import emulated_graphs
 from engine import Engine, engine
 from families import FAMILIES, tiny_family
 from matrix import chosen, sampled
 from oracle_arm import OracleArm
+from overlap import overlapped
 from pictures import IMAGE, VISION_START, Part, Picture, asking, prompt_of, words
 from records import assert_same_logprobs, logprobs
 from tiny_models import tiny_dflash, tiny_eagle3
@@ -104,7 +107,9 @@ class Served:
 
 
 @contextmanager
-def serving(name: str, root: Path, *, drafters: bool = True, **options: Any) -> Iterator[Served]:
+def serving(
+    name: str, root: Path, *, drafters: bool = True, start: Any = engine, **options: Any
+) -> Iterator[Served]:
     seen, asked = seeing(root / "target", name), arrivals(name)
     options = {**OPTIONS, **options}
     flags: dict[str, Any] = {"whiflash_router": "random"}
@@ -117,7 +122,7 @@ def serving(name: str, root: Path, *, drafters: bool = True, **options: Any) -> 
         for rid, written in expected.items():
             oracle.learn(readable(e.requests[rid].origin_input_ids), written)
             assert (max(e.requests[rid].origin_input_ids) >= PLACEHOLDERS) is (rid != "text")
-    with engine(root / "target", whiflash=flags, arms=[oracle], **options) as e:
+    with start(root / "target", whiflash=flags, arms=[oracle], **options) as e:
         yield Served(name, seen, e, oracle, expected)
 
 
@@ -148,6 +153,19 @@ def test_text_is_plain_decodings(
         )
     assert max(s.oracle.accepted) == s.oracle.max_drafts, "no full block was accepted"
     assert s.oracle.rejected > 0, "nothing was rejected"
+
+
+@pytest.mark.parametrize("name", sampled([QWEN, "Qwen3VLForConditionalGeneration"], QWEN))
+def test_rounds_that_overlap_are_replayed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card: the device copies, the host plans a round ahead, and rounds are graphs."""
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    options = {"context_length": 256, "max_total_tokens": 2048}
+    with serving(name, tmp_path, start=partial(overlapped, host_lengths=False), **options) as s:
+        with emulated_graphs(s.engine) as captured:
+            s.check("random", arrivals(name))
+            assert len(captured.backend.replayed) == s.engine.worker.clock.rounds
+        assert not s.engine.streams.races
+        assert not any(s.engine.worker.quarantine.faults.values()), "a placeholder was drafted"
 
 
 def test_another_image_has_another_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
