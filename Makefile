@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where it is set every process compiles what it imports: SGLang takes 24 s of a core then, and 14 s compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits canary audit check format docs prometheus site dist bench gpu gpu-evidence gpu-kit clean
+.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits canary audit check format docs prometheus site dist bare bench gpu gpu-evidence gpu-kit clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -100,6 +100,13 @@ dist: install ## Wheels and source distributions of the three packages, checked,
 	$(UV) build --all-packages -o dist
 	$(RUN) twine check --strict dist/*.whl dist/*.tar.gz
 
+bare: dist ## Install the wheels into a bare environment, .bare, as a user does, and check what came and that it runs
+	rm -rf .bare && $(UV) venv --python $(PYTHON) .bare
+	@began=$$SECONDS; $(UV) pip install --python .bare --prerelease allow dist/*.whl; \
+	echo "installed: $$(du -sh .bare | cut -f1) in $$((SECONDS - began)) seconds"
+	@for tool in ruff mypy mkdocs twine pytest hadolint; do test ! -e .bare/bin/$$tool || { echo "$$tool came with the wheels"; exit 1; }; done
+	cd / && $(CURDIR)/.bare/bin/whiflash check && $(CURDIR)/.bare/bin/whiflash serve --print-command --model-path OWNER/MODEL
+
 bench: install ## First answer on speed, in under five minutes
 	$(RUN) whiflash bench --quick
 
@@ -114,4 +121,4 @@ gpu-kit: install ## All of `make gpu` in one archive, dist/gpu-kit.tar.xz, for a
 	$(RUN) python tests/gpu/kit.py dist/gpu-kit.tar.xz
 
 clean: ## Remove environments, caches and the built site
-	rm -rf .venv .uv .tools site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .uv .bare .tools site .mypy_cache .ruff_cache .pytest_cache .hypothesis

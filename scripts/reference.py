@@ -50,6 +50,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 MARKED = re.compile(r"(<!-- (\w+): written by `make docs` -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
+STAGES = ("route", "catch_up", "draft", "verify", "commit", "park")
 STATE = {
     "policy": "the policy in force",
     "arms": "loaded drafters",
@@ -63,12 +64,7 @@ STATE = {
     "switches": "rounds of requests drafted by another arm than the round before",
     "extra_catch_up_seconds": "catching up beyond what a drafter used in every round would have done",
     "round_seconds": "all stages, with gaps",
-    "route_seconds": "scoring requests and assigning arms",
-    "catch_up_seconds": "ingesting tokens that drafters missed, KV only",
-    "draft_seconds": "draft passes and copies",
-    "verify_seconds": "the target's forward and sampling",
-    "commit_seconds": "accepting drafts and taking the bonus token",
-    "park_seconds": "keeping features for drafters that were not used",
+    **dict.fromkeys((f"{stage}_seconds" for stage in STAGES), "a stage of the round"),
     "by_arm": "by arm and `none`: `rounds` of requests, `tokens`, drafts `proposed` and `accepted`; of these `joined` "
     "and `joined_accepted` came from another arm",
     "cached": "prompt tokens of ended requests whose KV was kept, by place: `device`, `host` or `storage`",
@@ -196,7 +192,10 @@ def state_list() -> str:
         "samples",
         "drafters",
     )
-    return listed((f"`{name}`", STATE[name]) for name in known)
+    found = (
+        (", ".join(f"`{name}`" for name in names), what) for what, names in groupby(known, STATE.__getitem__)
+    )
+    return listed(found)
 
 
 def metrics_list() -> str:

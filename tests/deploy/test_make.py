@@ -91,7 +91,7 @@ def test_what_is_installed(checkout: Path, words: str, there: tuple[str, ...], b
     line = sync(checkout, *words.split())
     left_out = [name for name in LEFT_OUT if f"--no-install-package {name}" in line]
     assert (bool(line), left_out) == (brought != NOTHING, LEFT_OUT if brought == CPU else [])
-    assert LEFT_OUT
+    assert ("--no-default-groups" in line) == (words == "demo" and ".venv/.installed" not in there)
 
 
 def test_lines_and_records_beyond_their_budget_are_named(tmp_path: Path) -> None:
