@@ -108,14 +108,14 @@ class Served:
 
 @contextmanager
 def serving(
-    name: str, root: Path, *, drafters: bool = True, start: Any = engine, **options: Any
+    name: str, root: Path, *, drafters: bool = True, layers: int = 1, start: Any = engine, **options: Any
 ) -> Iterator[Served]:
     seen, asked = seeing(root / "target", name), arrivals(name)
     options = {**OPTIONS, **options}
     flags: dict[str, Any] = {"whiflash_router": "random"}
     if drafters:
         flags["draft"] = tiny_dflash(root / "dflash", root / "target")
-        flags["whiflash_eagle_draft"] = str(tiny_eagle3(root / "eagle3", root / "target"))
+        flags["whiflash_eagle_draft"] = str(tiny_eagle3(root / "eagle3", root / "target", num_layers=layers))
     oracle = OracleArm(0.9, seed=3)
     with engine(root / "target", **options) as e:
         expected = play(e, asked)
@@ -166,6 +166,23 @@ def test_rounds_that_overlap_are_replayed(name: str, tmp_path: Path, monkeypatch
             assert len(captured.backend.replayed) == s.engine.worker.clock.rounds
         assert not s.engine.streams.races
         assert not any(s.engine.worker.quarantine.faults.values()), "a placeholder was drafted"
+
+
+def test_a_prefix_with_an_image_comes_back_from_the_host(tmp_path: Path) -> None:
+    """A drafter of several layers ingests images, too, and its KV follows."""
+    host = {"enable_hierarchical_cache": True, "hicache_ratio": 6.0, "hicache_write_policy": "write_through"}
+    with serving(QWEN, tmp_path, layers=2, max_total_tokens=448, **host) as s:
+        s.check("first", arrivals(QWEN)[:3])
+        s.engine.generate([words(seed, 60) for seed in range(20, 28)], max_new_tokens=40)
+        s.check("later", arrivals(QWEN)[:3])
+        cat, dog = (s.engine.requests[f"later {rid}"] for rid in ("cat", "dog"))
+        assert cat.cached_tokens_host > len(prompt_of([STEM, Picture(1)]))
+        assert (
+            dog.cached_tokens_host > Picture(2).positions
+        )  # it finds the text before its image with the other
+        quarantine = s.engine.worker.quarantine
+        assert not any((*quarantine.faults.values(), *quarantine.left_out.values()))
+        assert quarantine.ingests("ar")
 
 
 def test_another_image_has_another_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,7 @@ def prefill_rows(
     if images:
         where = images[0] > 0
         next_tokens.masked_fill_(where, 0)
-        rows = replace(rows, images=None if read is None else (where, read.roll(-1, 0)))
+        rows = replace(rows, images=None if read is None else (where, read[: len(where)].roll(-1, 0)))
     return rows, lengths, last_rows, after
 
 
