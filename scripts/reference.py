@@ -421,17 +421,28 @@ def speed_table() -> str:
 def categories_table() -> str:
     """`auto` at one request by category, of the first report."""
     _, report = next(reports())
+    rows = [*_by_category(report), *_of_published_sets()]
+    return table(("prompts", "number", "over plain decoding", "over the better single drafter"), iter(rows))
+
+
+PUBLISHED_SETS = {"suites": "Spec-Bench and nine other sets", "bfcl": "BFCL", "tau2": "tau2-bench"}
+
+
+def _of_published_sets() -> Iterator[tuple[str, ...]]:
+    for name, called in PUBLISHED_SETS.items():
+        if (path := ROOT / "results" / "benchmark" / f"{name}.json").exists():
+            report = read_json_file(path)
+            answers = report["arms"]["none"]["overall"]["answers"]
+            ratios = (report["ratios"]["auto"][over]["overall"] for over in ("none", "static"))
+            yield called, str(answers), *map(_ratio, ratios)
+
+
+def _by_category(report: Any) -> Iterator[tuple[str, ...]]:
     ratios, answers = report["ratios"]["auto"], report["arms"]["none"]
-    rows = (
-        (
-            name.replace("_", " "),
-            str(answers[name]["answers"]),
-            *(_ratio(ratios[over][name]) for over in ("none", "static")),
-        )
-        for name in report["categories"]
-        if name in ratios["none"] and name in ratios["static"]
-    )
-    return table(("category", "prompts", "over plain decoding", "over the better single drafter"), rows)
+    for name in sorted(report["categories"].keys() - {"loops"}):  # which flatter every drafter
+        if name in ratios["none"] and name in ratios["static"]:
+            both = (_ratio(ratios[over][name]) for over in ("none", "static"))
+            yield name.replace("_", " "), str(answers[name]["answers"]), *both
 
 
 def published_table() -> str:

@@ -120,7 +120,7 @@ def _both(now: Mapping[str, Any], total: Mapping[str, Any], name: str, form: str
     lately, always = now.get(name), total.get(name)
     if always is None:
         return "–"
-    return f"{'–' if lately is None else form.format(lately)} ({form.format(always)})"
+    return f"{'' if lately is None else form.format(lately)} ({form.format(always)})".lstrip()
 
 
 def _plain(text: str) -> str:
