@@ -29,9 +29,12 @@ DISTRIBUTIONS := $(if $(findstring .uv,$(UV)),.uv/bin/uv) pyproject.toml uv.lock
 	$(UV) sync --frozen --all-packages $(if $(CPU_ONLY),$(LEAVE_OUT))
 	@touch $@
 
+# Of SGLang's dependencies those of 480 MB that the demo never imports.
+DEMO_LEAVES_OUT := $(addprefix --no-install-package ,pyarrow llvmlite numba pandas modelscope modelscope-hub datasets grpcio humming-kernels cuda-tile airportsdata)
+
 # Enough for the demo: no development tools, and without a card nothing that only a card needs; all of it stays if it is there.
 .venv/.for-demo: $(DISTRIBUTIONS)
-	@began=$$SECONDS; $(UV) sync --frozen --all-packages $(if $(wildcard .venv/.installed),,--no-default-groups $(if $(shell command -v nvidia-smi),,$(LEAVE_OUT))); \
+	@began=$$SECONDS; $(UV) sync --frozen --all-packages $(if $(wildcard .venv/.installed),,--no-default-groups $(DEMO_LEAVES_OUT) $(if $(shell command -v nvidia-smi),,$(LEAVE_OUT))); \
 	echo "installed: $$(du -sh .venv | cut -f1) in $$((SECONDS - began)) seconds"
 	@touch $@
 

@@ -282,3 +282,21 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(recorded: Recorded) -> None:
     assert said.count(b"\x1b[?1049h") == 1, "a screen of its own"
     assert said.rindex(b"\x1b[?25h") > said.rindex(b"\x1b[?25l"), "the cursor is back"
     assert b"Traceback" not in said
+
+
+def test_a_report_counts_from_an_earlier_one(
+    recorded: Recorded, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def report(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["whiflash", "report", "--url", recorded.url, *arguments])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert not left.value.code
+        return capsys.readouterr().out
+
+    assert "1.50 times" in report("--cost-per-hour", "2")
+    (tmp_path / "monday.json").write_text(report("--json"))
+    assert "50 tokens, 125.0 a second for 83.3 without drafts" in report(
+        "--since", str(tmp_path / "monday.json")
+    )
