@@ -1,5 +1,8 @@
 """Collective calls of DP attention between CPU ranks, which SGLang registers for accelerators only."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from sglang.srt.distributed import parallel_state
 
@@ -12,6 +15,16 @@ def reg_all_gather_into_tensor(output: torch.Tensor, input: torch.Tensor, group_
 def reg_reduce_scatter_tensor(output: torch.Tensor, input: torch.Tensor, group_name: str) -> None:
     """This rank's [N, ...] `output` of the sum of all ranks' [P·N, ...] `input`."""
     _group(group_name)._reduce_scatter_tensor(output, input)
+
+
+def reduce_scatterv(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Parts of any sizes, by what SGLang has for deterministic inference: else it needs NCCL."""
+
+    def scattered(self: Any, input_: torch.Tensor, output: Any = None, sizes: Any = None) -> torch.Tensor:
+        found: torch.Tensor = self._deterministic_reduce_scatterv(input_, output, sizes)
+        return found
+
+    return scattered
 
 
 def _group(name: str) -> parallel_state.GroupCoordinator:

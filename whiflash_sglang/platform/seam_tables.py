@@ -239,6 +239,7 @@ def _unpinned(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _METHODS: tuple[Seam, ...] = (
+    _wrapped(_PARALLEL, "GroupCoordinator", "reduce_scatterv", collectives.reduce_scatterv),
     _wrapped("sglang.srt.mem_cache.pool_host.base", "HostKVCache", "__init__", _unpinned),
     _wrapped(
         "sglang.srt.mem_cache.kv_cache_configurator",
