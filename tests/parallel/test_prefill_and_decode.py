@@ -323,7 +323,7 @@ def test_servers_that_do_not_fit(models: Models, prefills: dict[str, Prefill]) -
         infos = [SimpleNamespace(kv_layout=disaggregation._layout, attn_tp_size=ranks) for ranks in (1, 2)]
         same, more = (disaggregation.mismatch(info, 1, "there:1") for info in infos)
         assert same is None
-        assert "has --tp-size 2 and this decode server 1" in str(more)
+        assert "2 of the prefill server there:1, 1 of this decode" in str(more)
 
 
 def test_over_http(

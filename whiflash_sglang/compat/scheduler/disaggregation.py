@@ -119,8 +119,8 @@ def mismatch(info: Any, ranks: int, address: str) -> str | None:
     worker = _worker()
     if info.attn_tp_size != ranks and worker is not None and worker.primary_draft_kv_pool is not None:
         return (
-            f"the prefill server {address} has --tp-size {info.attn_tp_size} and this decode server {ranks}: every "
-            "rank has whole drafters, and SGLang would cut their KV by heads; give both the same, or "
-            "--whiflash-drafters none"
+            f"ranks that attend together: {info.attn_tp_size} of the prefill server {address}, {ranks} of this decode "
+            "server. Each has whole drafters, and SGLang would cut their KV by heads; give both the same --tp-size and "
+            "DP attention, or --whiflash-drafters none"
         )
     return None
