@@ -5,10 +5,10 @@ A rank without a request joins every forward of the other, so both step as often
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
-from typing import Any, TypeVar
+from typing import Any
 from unittest.mock import patch
 
 import traffic
@@ -18,7 +18,6 @@ from tensor_parallel import RANKS, Checkpoints, Outputs, Played, of_rank, play_o
 from torch import distributed
 from traffic import Arrival, play
 
-T = TypeVar("T")
 Shares = Sequence[Sequence[Arrival]]
 """Requests by rank."""
 OPTIONS: dict[str, Any] = {
@@ -91,14 +90,9 @@ def together(e: Engine, arrivals: Sequence[Arrival]) -> Iterator[int]:
         yield step
 
 
-def of_this(shares: Sequence[T], rank: int, arguments: Mapping[str, Any]) -> T:
-    """The share of a process: several may attend to the same one."""
-    return shares[rank * len(shares) // arguments.get("tp_size", RANKS)]
-
-
 def play_plain(checkpoints: Checkpoints, shares: Shares, rank: int, port: int, **arguments: Any) -> Outputs:
     """Without drafts and aborts."""
-    whole = [Arrival(a.rid, a.step, a.prompt, a.params) for a in of_this(shares, rank, arguments)]
+    whole = [Arrival(a.rid, a.step, a.prompt, a.params) for a in shares[rank]]
     with (
         patch.object(traffic, "_steps", together),
         engine(checkpoints.target, **of_rank(rank, port, **{**OPTIONS, **arguments})) as e,
@@ -122,8 +116,8 @@ def play_shares(
         return play_ours(
             checkpoints,
             router,
-            of_this(shares, rank, arguments),
-            of_this(known, rank, arguments),
+            shares[rank],
+            known[rank],
             rank,
             port,
             **{**OPTIONS, **arguments},

@@ -30,20 +30,26 @@ from tensor_parallel import ENDS_AT_ONCE, RANKS, Checkpoints, Outputs, Played
 from test_data_parallel import arguments, texts
 from tiny_models import save_tokenizer, tiny_dflash, tiny_eagle3
 
+Made = tuple[Any, Checkpoints]
+"""A target's model, and files of it and its drafters."""
 
-@pytest.fixture(scope="module")
-def moe(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Checkpoints]:
-    """A target whose experts the ranks share; and its model."""
-    root = tmp_path_factory.mktemp("dp-attention")
+
+def made(root: Path, family: str) -> Made:
     target = root / "target"
-    model = tiny_family(target, FAMILIES["Qwen3MoeForCausalLM"])
+    model = tiny_family(target, FAMILIES[family])
     save_tokenizer(target)
-    made = Checkpoints(target, tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target))
-    return model, made
+    drafters = tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target)
+    return model, Checkpoints(target, *drafters)
 
 
 @pytest.fixture(scope="module")
-def plain(moe: tuple[Any, Checkpoints]) -> Sequence[Outputs]:
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A target whose experts the ranks share."""
+    return made(tmp_path_factory.mktemp("dp-attention"), "Qwen3MoeForCausalLM")
+
+
+@pytest.fixture(scope="module")
+def plain(moe: Made) -> Sequence[Outputs]:
     """Plain decoding's texts, of each rank."""
     found: list[Outputs] = on_ranks(RANKS, partial(play_plain, moe[1], asked()))
     return found
@@ -71,7 +77,7 @@ def check(model: Any, plain: Sequence[Outputs], played: Sequence[Played]) -> Non
     ),
 )
 def test_text_is_plain_decodings(
-    moe: tuple[Any, Checkpoints], plain: Sequence[Outputs], router: str, arguments: dict[str, Any]
+    moe: Made, plain: Sequence[Outputs], router: str, arguments: dict[str, Any]
 ) -> None:
     """Greedy, penalised and under grammars, with log-probabilities, an abort and retractions."""
     model, checkpoints = moe
@@ -87,21 +93,25 @@ def test_text_is_plain_decodings(
 
 
 @pytest.mark.evidence
-@pytest.mark.parametrize("arguments", [{}, HEAD])
-def test_two_processes_attend_together(moe: tuple[Any, Checkpoints], arguments: dict[str, Any]) -> None:
-    """Four processes, two for each share."""
-    model, checkpoints = moe
-    four = {"tp_size": 2 * RANKS, **arguments}
-    plain = on_ranks(2 * RANKS, partial(play_plain, checkpoints, asked(), **four))[::2]
-    work = partial(play_shares, checkpoints, "random", asked(), plain, alike, **four)
-    played = on_ranks(2 * RANKS, work)
-    assert played[::2] == played[1::2]
-    check(model, plain, played[::2])
+@pytest.mark.parametrize(
+    ("family", "arguments"),
+    [
+        ("Qwen3NextForCausalLM", {}),
+        ("Glm4MoeForCausalLM", HEAD),
+        ("DeepseekV3ForCausalLM", EXPERTS),
+    ],
+)
+def test_families(tmp_path: Path, family: str, arguments: dict[str, Any]) -> None:
+    """A recurrent state, dense layers before experts, and latent attention with experts of their own."""
+    model, checkpoints = made(tmp_path, family)
+    plain = on_ranks(RANKS, partial(play_plain, checkpoints, asked(), **arguments))
+    played = on_ranks(RANKS, partial(play_shares, checkpoints, "random", asked(), plain, alike, **arguments))
+    check(model, plain, played)
     assert all(each.accepted for each in played)
 
 
 @pytest.mark.evidence
-def test_seeded_sampling(moe: tuple[Any, Checkpoints]) -> None:
+def test_seeded_sampling(moe: Made) -> None:
     """Noise is keyed by seed and position."""
     shares = sampled_ones()
     plain = on_ranks(RANKS, partial(play_plain, moe[1], shares, **SEEDS))
@@ -112,12 +122,7 @@ def test_seeded_sampling(moe: tuple[Any, Checkpoints]) -> None:
 
 def test_all_ranks_replay_the_same_graph(tmp_path: Path) -> None:
     """Also one without a request."""
-    target = tmp_path / "target"
-    model = tiny_family(target, FAMILIES["Qwen3ForCausalLM"])
-    save_tokenizer(target)
-    dense = Checkpoints(
-        target, tiny_eagle3(tmp_path / "eagle3", target), tiny_dflash(tmp_path / "dflash", target)
-    )
+    model, dense = made(tmp_path, "Qwen3ForCausalLM")
     plain = on_ranks(RANKS, partial(play_plain, dense, asked(), **HEAD))
     (first, replayed), (second, again) = on_ranks(RANKS, partial(play_replayed, dense, asked(), plain))
     check(model, plain, [first, second])
@@ -127,7 +132,7 @@ def test_all_ranks_replay_the_same_graph(tmp_path: Path) -> None:
 
 
 @pytest.mark.evidence
-def test_no_pass_is_without_overlap(moe: tuple[Any, Checkpoints], plain: Sequence[Outputs]) -> None:
+def test_no_pass_is_without_overlap(moe: Made, plain: Sequence[Outputs]) -> None:
     found = on_ranks(RANKS, partial(play_overlapped, moe[1], asked(), plain))
     check(moe[0], plain, [each.played for each in found])
     for each in found:
@@ -137,15 +142,13 @@ def test_no_pass_is_without_overlap(moe: tuple[Any, Checkpoints], plain: Sequenc
         assert all("compat/forward/masks.py" in site for site in each.waits), each.waits
 
 
-def test_an_idle_rank_that_stays_away_is_found(
-    moe: tuple[Any, Checkpoints], plain: Sequence[Outputs]
-) -> None:
+def test_an_idle_rank_that_stays_away_is_found(moe: Made, plain: Sequence[Outputs]) -> None:
     with pytest.raises(RankFailedError):
         on_ranks(RANKS, partial(play_shares, moe[1], "none", asked(), plain, stays_away))
 
 
 @pytest.mark.server
-def test_a_server_of_two_ranks(host: ServerHost, moe: tuple[Any, Checkpoints]) -> None:
+def test_a_server_of_two_ranks(host: ServerHost, moe: Made) -> None:
     """Both draft, answer controls and count for themselves, and one answers while the other has nothing to do."""
     flags = ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention", "--enable-metrics")
     with host.running(*arguments(moe[1], "none"), *flags, env=ENDS_AT_ONCE) as server:
