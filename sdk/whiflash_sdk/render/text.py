@@ -20,7 +20,7 @@ from whiflash_sdk.render.aligned import (
 from whiflash_sdk.report import Report
 from whiflash_sdk.trace import Trace
 
-_COLOURS: Final = {"ar": "34", "diffusion": "33", "lookup": "32", "structure": "36", "none": "90"}
+_COLOURS: Final = {"ar": "34", "diffusion": "33", "lookup": "32", "structure": "35", "none": "90"}
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
 
 SAVED: Final = "estimated time saved"
@@ -106,7 +106,7 @@ def _text(parts: Sequence[Piece], colour: bool) -> Iterator[str]:
 
 
 def _code(arm: str) -> str:
-    return _COLOURS.get(arm, "35")
+    return _COLOURS.get(arm, "36")
 
 
 def _paint(text: str, code: str, colour: bool) -> str:
