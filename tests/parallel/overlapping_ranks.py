@@ -41,7 +41,11 @@ class Overlapped:
 
 
 def asked() -> list[Arrival]:
-    """Requests by turns greedy, under a grammar and sampled with a seed, two of which are aborted."""
+    """Requests by turns greedy, under a grammar and sampled with a seed, two of which are aborted.
+
+    A seed's tokens depend in SGLang on whether anybody in the batch has a top-p or is greedy. So the sampled ones have
+    one: a grammar's time to compile decides who is prefilled beside whom.
+    """
     rng, grammars = random.Random(5), cycle(GRAMMARS)
     return [
         Arrival(
@@ -51,7 +55,7 @@ def asked() -> list[Arrival]:
             (
                 {"max_new_tokens": 40},
                 {"ignore_eos": False, "max_new_tokens": 90, **next(grammars)},
-                {"max_new_tokens": 30, "temperature": 1.0, "sampling_seed": i},
+                {"max_new_tokens": 30, "temperature": 1.0, "top_p": 0.95, "sampling_seed": i},
             )[i % 3],
             abort_after=6 if i in (6, 8) else None,
         )

@@ -142,6 +142,7 @@ def test_no_pass_is_without_overlap(moe: Made, plain: Sequence[Outputs]) -> None
         assert all("compat/forward/masks.py" in site for site in each.waits), each.waits
 
 
+@pytest.mark.evidence
 def test_an_idle_rank_that_stays_away_is_found(moe: Made, plain: Sequence[Outputs]) -> None:
     with pytest.raises(RankFailedError):
         on_ranks(RANKS, partial(play_shares, moe[1], "none", asked(), plain, stays_away))

@@ -168,8 +168,13 @@ def test_rounds_that_overlap_are_replayed(name: str, tmp_path: Path, monkeypatch
         assert not any(s.engine.worker.quarantine.faults.values()), "a placeholder was drafted"
 
 
-def test_a_prefix_with_an_image_comes_back_from_the_host(tmp_path: Path) -> None:
+def test_a_prefix_with_an_image_comes_back_from_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A drafter of several layers ingests images, too, and its KV follows."""
+    from sglang.srt.mem_cache.pool_host import base
+
+    monkeypatch.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
     host = {"enable_hierarchical_cache": True, "hicache_ratio": 6.0, "hicache_write_policy": "write_through"}
     with serving(QWEN, tmp_path, layers=2, max_total_tokens=448, **host) as s:
         s.check("first", arrivals(QWEN)[:3])

@@ -125,12 +125,12 @@ def test_who_turns_graphs_off_captures_nothing(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         graphs, "get_exec", lambda: SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=config))
     )
-    ranks = SimpleNamespace(tp_size=1)
+    ranks = SimpleNamespace(attn_tp_size=1)
     monkeypatch.setattr(graphs, "get_parallel", lambda: ranks)
     assert graphs.recorder(SimpleNamespace(device="cpu")) is None
     assert isinstance(graphs.recorder(SimpleNamespace(device="cuda")), graphs.CudaRecorder)
-    ranks.tp_size = 2
+    ranks.attn_tp_size = 2
     assert graphs.recorder(SimpleNamespace(device="cuda")) is None
-    ranks.tp_size = 1
+    ranks.attn_tp_size = 1
     config.decode.backend = Backend.DISABLED
     assert graphs.recorder(SimpleNamespace(device="cuda")) is None
