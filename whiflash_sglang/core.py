@@ -169,11 +169,10 @@ def readable(ids: Sequence[int], start: int = 0) -> Sequence[int]:
     position has: nothing matches across it, and a copy ends before a token below zero.
     """
     tail = ids[start:]
-    numbers = np.asarray(tail, dtype=np.int64)
+    numbers = np.array(tail, dtype=np.int64)
     places = np.flatnonzero(numbers >= PLACEHOLDERS)
     if not len(places):
         return tail
-    numbers = numbers.copy()
     numbers[places] = -2 - start - places
     unique: list[int] = numbers.tolist()
     return unique

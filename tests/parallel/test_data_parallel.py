@@ -43,15 +43,20 @@ def texts(server: Server) -> list[list[int]]:
     return [answer["output_ids"] for answer in server.generate_all(bodies(8), concurrency=8)]
 
 
+def assert_policies_keep_texts(server: Server) -> None:
+    """Two replicas first decode plainly. Drafts under other policies change none of their texts."""
+    plain = texts(server)
+    assert all(own["rounds"] for own in server.get("/whiflash/state")["replicas"])
+    for router in ("random", "lookup"):
+        state = server.post("/whiflash/policy", {"router": router})
+        assert [own["policy"] for own in state["replicas"]] == [router, router]
+        assert texts(server) == plain
+
+
 def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
     flags = ("--dp-size", "2", "--enable-metrics")
     with host.running(*arguments(checkpoints, "none"), *flags, env=ENDS_AT_ONCE) as server:
-        plain = texts(server)
-        assert all(own["rounds"] for own in server.get("/whiflash/state")["replicas"])
-        for router in ("random", "lookup"):
-            state = server.post("/whiflash/policy", {"router": router})
-            assert [own["policy"] for own in state["replicas"]] == [router, router]
-            assert texts(server) == plain
+        assert_policies_keep_texts(server)
         state = server.get("/whiflash/state")
         assert [own["replica"] for own in state["replicas"]] == [0, 1]
         assert state["rounds"] == sum(own["rounds"] for own in state["replicas"])

@@ -27,7 +27,7 @@ from reference import Comparison
 from scrape import scraped, total
 from server_host import ServerHost
 from tensor_parallel import ENDS_AT_ONCE, RANKS, Checkpoints, Outputs, Played
-from test_data_parallel import arguments, texts
+from test_data_parallel import arguments, assert_policies_keep_texts
 from tiny_models import save_tokenizer, tiny_dflash, tiny_eagle3
 
 Made = tuple[Any, Checkpoints]
@@ -153,12 +153,7 @@ def test_a_server_of_two_ranks(host: ServerHost, moe: Made) -> None:
     """Both draft, answer controls and count for themselves, and one answers while the other has nothing to do."""
     flags = ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention", "--enable-metrics")
     with host.running(*arguments(moe[1], "none"), *flags, env=ENDS_AT_ONCE) as server:
-        plain = texts(server)
-        assert all(own["rounds"] for own in server.get("/whiflash/state")["replicas"])
-        for router in ("random", "lookup"):
-            state = server.post("/whiflash/policy", {"router": router})
-            assert [own["policy"] for own in state["replicas"]] == [router, router]
-            assert texts(server) == plain
+        assert_policies_keep_texts(server)
         before = server.get("/whiflash/state")["replicas"]
         assert [own["replica"] for own in before] == [0, 1]
         server.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 24}, routed_dp_rank=1)
