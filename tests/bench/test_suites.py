@@ -45,6 +45,12 @@ def test_the_nine_sets_of_deepspec(tmp_path: Path) -> None:
     sample(found, None)  # ids differ
 
 
+def test_instructions_are_asked_as_they_are(tmp_path: Path) -> None:
+    write(tmp_path / "input_data.jsonl", {"key": 1000, "prompt": "Use no commas.", "kwargs": [{}]})
+    (prompt,) = read_suites(["ifeval"], tmp_path)
+    assert (prompt.category, prompt.messages[0]["content"]) == ("ifeval", "Use no commas.")
+
+
 def test_bfcl_has_parallel_calls_and_turns(tmp_path: Path) -> None:
     ask = [{"role": "user", "content": "Play both."}]
     nested = {"songs": {"type": "tuple", "items": {"type": "float"}}, "type": {"type": "String"}}
@@ -102,6 +108,9 @@ def test_a_wheel_is_read_where_it_is_installed(tmp_path: Path, monkeypatch: pyte
 
 def test_recorded_agents_are_asked_in_the_middle(tmp_path: Path) -> None:
     said = [{"role": role, "content": str(i)} for i, role in enumerate(("user", "assistant") * 3)]
+    write(tmp_path / "ctf" / "rock.traj", {"history": said})
+    (demonstration,) = read_suites(["swe-agent"], tmp_path)
+    assert demonstration.id == "ctf/rock-1"
     record = {"info": {"environment_info": {"domain_name": "retail"}}, "simulations": [{"messages": said}]}
     write(tmp_path / "trajectories" / "run.json", record)
     (prompt,) = read_suites(["tau2"], tmp_path)

@@ -399,6 +399,12 @@ SUITES: Mapping[str, Suite] = {
     "lbpp": Suite("lbpp.jsonl", "Apache-2.0", DEEPSPEC, "{instruction}"),
     "mt-bench": Suite("mt-bench.jsonl", "Apache-2.0", DEEPSPEC),
     "arena-hard-v2": Suite("arena-hard-v2.jsonl", "Apache-2.0", DEEPSPEC, "{prompt}"),
+    "ifeval": Suite(
+        "input_data.jsonl",
+        "Apache-2.0",
+        "instruction_following_eval/data/ of github.com/google-research/google-research",
+        "{prompt}",
+    ),
     "bfcl": Suite(
         "BFCL_v4_*.json", "Apache-2.0", "the wheel bfcl-eval, bfcl_eval/data", wheel="bfcl_eval", read=_bfcl
     ),
@@ -407,6 +413,9 @@ SUITES: Mapping[str, Suite] = {
         "MIT",
         "web/leaderboard/public/submissions/*/trajectories of github.com/sierra-research/tau2-bench",
         read=_recorded,
+    ),
+    "swe-agent": Suite(
+        "**/*.traj", "MIT", "trajectories/demonstrations/ of github.com/SWE-agent/SWE-agent", read=_recorded
     ),
     "mini-swe-agent": Suite("**/*.traj.json", "as of the tasks", "what mini-swe-agent wrote", read=_recorded),
 }
