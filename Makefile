@@ -63,8 +63,8 @@ mutation: install ## Plant faults and ask the tests whether they notice; goes on
 	$(UV) sync --frozen --all-packages --group mutation
 	$(RUN) python tests/mutation/run.py --most 20 --out mutation.jsonl
 
-canary: install ## What another SGLang changes for us (VERSION=0.5.24): names, sources, flags; the short suite with it
-	$(RUN) python scripts/upstream.py $(VERSION) --import --test
+canary: install ## What another SGLang changes for us (VERSION=0.5.24): names, sources, flags; the short suite with it, or all tests (SUITE=whole)
+	$(RUN) python scripts/upstream.py $(VERSION) --import --test $(or $(SUITE),short)
 
 upstream-kits: install ## SGLang's own server tests against a plain server and ours; outcomes in results/upstream-kits.md
 	$(RUN) python scripts/upstream_kits.py --json results/upstream-kits.json --markdown results/upstream-kits.md

@@ -161,17 +161,20 @@ def imported(place: Path) -> list[str]:
     return list(json.loads(done.stdout.strip().split("\n")[-1]))
 
 
-SHORT = (
-    "tests/compat",
-    *(f"tests/worker/test_{name}.py" for name in ("plain_text", "radix", "hicache", "adapters")),
-)
-"""Names and refusals, texts in all modes, the prefix cache and its host copy, LoRA."""
+SUITES = {
+    "short": (
+        "tests/compat",
+        *(f"tests/worker/test_{name}.py" for name in ("plain_text", "radix", "hicache", "adapters")),
+    ),
+    "whole": ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"),
+}
+"""Arguments of pytest. Short: names, refusals, texts in all modes, the prefix cache, its host copy, LoRA."""
 
 
-def tested(place: Path) -> bool:
-    """Whether the short suite passes with these sources before the installed ones, as if they were supported."""
+def tested(place: Path, suite: str) -> bool:
+    """Whether a suite passes with these sources before the installed ones, as if they were supported."""
     environment = {**os.environ, "PYTHONPATH": str(place), "WHIFLASH_CANARY": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", *SHORT]
+    command = [sys.executable, "-m", "pytest", "-q", *SUITES[suite]]
     return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode == 0
 
 
@@ -185,9 +188,7 @@ def main() -> int:
     parser.add_argument(
         "--import", action="store_true", dest="imported", help="import the new sources and check them"
     )
-    parser.add_argument(
-        "--test", action="store_true", help="run the short suite with the new sources, which decides"
-    )
+    parser.add_argument("--test", choices=SUITES, help="run a suite with the new sources, which decides")
     said = parser.parse_args()
     if said.record == bool(said.release):
         parser.error("give a release, or --record")
@@ -206,7 +207,7 @@ def main() -> int:
         wrong = imported(now) if said.imported and now.is_dir() else []
         for line in wrong:
             print(f"{'imported':<12}{line}")
-        passed = not said.test or tested(now)
+        passed = not said.test or tested(now, said.test)
     return 0 if passed and (said.test or not (findings or wrong)) else 1
 
 
