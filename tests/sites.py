@@ -1,7 +1,7 @@
 """Whose line it was: of what runs on a model of the device, which line of ours or of SGLang's asked for it."""
 
 import sys
-from traceback import walk_stack
+from functools import cache
 from typing import Any
 
 PACKAGES = ("whiflash_sglang/", "whiflash_kernels/", "sglang/srt/", "sglang/kernels/")
@@ -11,29 +11,48 @@ OWN = ("sites.py", "streams.py", "host_reads.py", "watching.py", "card.py", "gra
 def site() -> str:
     """The innermost line of ours or of SGLang's; of a test where there is none."""
     frame = calling_frame()
-    name = frame.f_code.co_filename
+    return _line(frame.f_code.co_filename, frame.f_lineno)
+
+
+@cache
+def _line(name: str, number: int) -> str:
     package = next((p for p in PACKAGES if p in name), "/")
-    return f"{package.lstrip('/')}{name.rsplit(package, 1)[-1]}:{frame.f_lineno}"
+    return f"{package.lstrip('/')}{name.rsplit(package, 1)[-1]}:{number}"
 
 
 def in_reference() -> bool:
     """Whether this is the body of an op of ours, for which a GPU has a kernel. The op's check, and what launches the
     kernel, run on a GPU's host, too.
     """
-    frames = [frame for frame, _ in walk_stack(sys._getframe())]
-    ops = [f for f in frames if f.f_code.co_filename.endswith("whiflash_kernels/dispatch.py")]
-    bodies = {f.f_locals["reference"].__code__ for f in ops if "reference" in f.f_locals}
-    return any(f.f_code in bodies for f in frames)
+    frame: Any = sys._getframe(1)
+    inside = set[int]()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.endswith("whiflash_kernels/dispatch.py"):
+            reference = frame.f_locals.get("reference")
+            if reference is not None and id(reference.__code__) in inside:
+                return True
+        inside.add(id(code))
+        frame = frame.f_back
+    return False
 
 
 def calling_frame() -> Any:
     frame: Any = sys._getframe(1)
     caller = None
     while frame is not None:
-        name = frame.f_code.co_filename
-        if any(package in name for package in PACKAGES):
+        in_package = _in_package(frame.f_code.co_filename)
+        if in_package:
             return frame
-        if caller is None and "/torch/" not in name and name.rsplit("/", 1)[-1] not in OWN:
+        if caller is None and in_package is False:
             caller = frame
         frame = frame.f_back
     return caller
+
+
+@cache
+def _in_package(name: str) -> bool | None:
+    """Whether a file is of `PACKAGES`; None if it is torch's or of the models, which nobody looks for."""
+    if any(package in name for package in PACKAGES):
+        return True
+    return None if "/torch/" in name or name.rsplit("/", 1)[-1] in OWN else False

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -55,8 +55,7 @@ Clock = dict[str, int]
 """How far each agent (the host, or a stream) has come, as far as the owner of the clock has waited for it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(NamedTuple):
     agent: str
     time: int
     site: str
@@ -73,7 +72,7 @@ class Cell:
 
     alive: StorageWeakRef
     owner: str | None = None
-    recorded: set[str] = field(default_factory=set)
+    recorded: frozenset[str] = frozenset()
     place: str | None = None
     written: Access | None = None
     read: dict[str, Access] = field(default_factory=dict)
@@ -225,7 +224,7 @@ class Streams:
         """In place of the method, which a CPU tensor does not have."""
 
         def record_stream(tensor: torch.Tensor, stream: Any) -> None:
-            self.cell(tensor).recorded.add(self.name_of(stream))
+            self.cell(tensor).recorded |= {self.name_of(stream)}
 
         return record_stream
 
@@ -268,20 +267,22 @@ class Streams:
 
     def on_host(self, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
         """An operator on host memory has run."""
-        self._touch(self.agent, self.host, reads, writes)
+        self._touch(self.agent, self.host, self._cells_of(reads), self._cells_of(writes))
 
     def on_stream(self, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> Access:
         """An operator is issued on the current stream. It reads memory that is not pinned now, not when it runs."""
         stream = torch.cpu.current_stream()
         clock = self.clock_of(stream)
         _join(clock, self.host)
-        at_once = [t for t in reads if self.cell(t).place == HOST]
+        later = self._cells_of(reads)
+        at_once = [cell for cell in later if cell.place == HOST]
         if at_once:
-            self.on_host(at_once, ())
-            if any(t.dim() for t in at_once):  # a number is an argument of the kernel
+            self._touch(self.agent, self.host, at_once, ())
+            # A number is an argument of the kernel.
+            if any(t.dim() and self.cell(t).place == HOST for t in reads):
                 self.sent_pageable()
-        later = [t for t in reads if self.cell(t).place != HOST]
-        return self._touch(self.name_of(stream), clock, later, writes)
+            later = [cell for cell in later if cell.place != HOST]
+        return self._touch(self.name_of(stream), clock, later, self._cells_of(writes))
 
     def copy_to_host(self, to: torch.Tensor, source: torch.Tensor) -> None:
         """A copy that does not wait: `to` holds nonsense until the host has waited for the current stream."""
@@ -323,23 +324,22 @@ class Streams:
             self.stalls[reader] += 1
             self.host_waits(self.clock_of(torch.cpu.current_stream()))
 
-    def _touch(
-        self, agent: str, clock: Clock, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]
-    ) -> Access:
-        clock[agent] = clock.get(agent, 0) + 1
-        access = Access(agent, clock[agent], site())
-        for tensor in (*reads, *writes):
-            cell = self.cell(tensor)
-            if cell.place is None:
-                cell.owner = cell.owner or agent
-                if cell.owner != agent:
-                    self._shared[tensor.untyped_storage()._cdata] = cell
-        for tensor in reads:
-            cell = self.cell(tensor)
+    def _cells_of(self, tensors: Sequence[torch.Tensor]) -> list[Cell]:
+        return [self.cell(tensor) for tensor in tensors]
+
+    def _touch(self, agent: str, clock: Clock, reads: Sequence[Cell], writes: Sequence[Cell]) -> Access:
+        now = clock[agent] = clock.get(agent, 0) + 1
+        access = Access(agent, now, site())
+        for cell in (*reads, *writes):
+            if cell.place is None and cell.owner != agent:
+                if cell.owner is None:
+                    cell.owner = agent
+                else:
+                    self._shared[id(cell)] = cell
+        for cell in reads:
             self._check(cell.written, clock, access, "reads what", "wrote")
             cell.read[agent] = access
-        for tensor in writes:
-            cell = self.cell(tensor)
+        for cell in writes:
             self._check(cell.written, clock, access, "writes what", "wrote")
             for earlier in cell.read.values():
                 self._check(earlier, clock, access, "writes what", "reads")

@@ -3,6 +3,8 @@
 import linecache
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -51,7 +53,15 @@ def unwatched() -> Iterator[None]:
         yield
 
 
-class Operators(TorchDispatchMode):
+class Mode(TorchDispatchMode):
+    """A mode in processes that compile nothing, so that no call has to be hidden from torch's compiler."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Operators(Mode):
     """Every operator that touches memory."""
 
     def __init__(self, world: Streams) -> None:
@@ -61,23 +71,27 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, world = kwargs or {}, self.world
         out = func(*args, **kwargs)
         if func.is_view:
             return out
-        reads, writes = _touched(func, args, kwargs)
-        name = func.overloadpacket.__name__
+        name, arguments = _signature(func)
+        reads, writes = _touched(arguments, args, kwargs)
         if name.startswith(SHAPE_ONLY):
             reads = []
-        self._note(name, reads, writes, kwargs.get("non_blocking", len(args) > 2 and args[2]))
-        touched = _tensors(args)
+        touched = tensors_of(args)
         storages = {t.untyped_storage()._cdata for t in touched}
-        made = [t for t in _tensors(out) if t.untyped_storage()._cdata not in storages]
-        if touched and self.world.cell(touched[0]).place:
+        made = [t for t in tensors_of(out) if t.untyped_storage()._cdata not in storages]
+        on_host = bool(touched and world.cell(touched[0]).place)
+        if made and not writes and not on_host and not (reads and world.cell(reads[0]).place):
+            world.on_stream(reads, made)
+            return out
+        self._note(name, reads, writes, kwargs.get("non_blocking", len(args) > 2 and args[2]))
+        if on_host:
             for tensor in made:
-                self.world.cell(tensor).place = HOST
+                world.cell(tensor).place = HOST
         elif made:
-            self.world.on_stream((), made)
+            world.on_stream((), made)
         return out
 
     def _note(
@@ -162,23 +176,31 @@ class _Births(_Functions):
         return out
 
 
+@cache
+def _signature(func: Any) -> tuple[str, tuple[tuple[str, bool], ...]]:
+    """An operator's name, and its arguments: their names, and whether they are written to."""
+    arguments = [(each.name, each.alias_info) for each in func._schema.arguments]
+    written = ((name, alias is not None and alias.is_write) for name, alias in arguments)
+    return func.overloadpacket.__name__, tuple(written)
+
+
 def _touched(
-    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    arguments: Sequence[tuple[str, bool]], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     reads: list[torch.Tensor] = []
     writes: list[torch.Tensor] = []
-    for i, argument in enumerate(func._schema.arguments):
-        value = args[i] if i < len(args) else kwargs.get(argument.name)
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        (writes if written else reads).extend(_tensors(value))
+    for i, (name, written) in enumerate(arguments):
+        value = args[i] if i < len(args) else kwargs.get(name)
+        if isinstance(value, torch.Tensor | list | tuple):
+            (writes if written else reads).extend(tensors_of(value))
     return reads, writes
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_of(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, list | tuple):
-        return [t for v in value for t in _tensors(v)]
+        return [t for v in value for t in tensors_of(v)]
     return []
 
 
@@ -189,7 +211,11 @@ def _names_device(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 def _says_cpu() -> bool:
     """Whether the call that made a tensor names the CPU by a literal: of SGLang's code only what is the host's does."""
     frame = calling_frame()
-    positions = list(frame.f_code.co_positions())[frame.f_lasti // 2]
-    first, last = positions[0] or frame.f_lineno, positions[1] or frame.f_lineno
-    text = "".join(linecache.getline(frame.f_code.co_filename, line) for line in range(first, last + 1))
-    return '"cpu"' in text
+    return _names_cpu(frame.f_code, frame.f_lasti)
+
+
+@cache
+def _names_cpu(code: CodeType, instruction: int) -> bool:
+    positions = list(code.co_positions())[instruction // 2]
+    first, last = positions[0] or code.co_firstlineno, positions[1] or code.co_firstlineno
+    return '"cpu"' in "".join(linecache.getline(code.co_filename, line) for line in range(first, last + 1))

@@ -22,6 +22,7 @@ import torch
 from host_reads import HostReads
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from watching import tensors_of, unwatched
 
 T = TypeVar("T")
 
@@ -65,9 +66,9 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             raise NotCapturableError("a value of the device becomes Python's")
-        self._note_inputs((args, kwargs))
+        self._note_inputs([*args, *kwargs.values()])
         result = func(*args, **kwargs)
-        outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        outputs = tensors_of(result)
         fresh = [t for t in outputs if _memory(t) not in self._known]
         for tensor in fresh:
             self._known[_memory(tensor)] = tensor
@@ -77,8 +78,7 @@ class Tape(TorchDispatchMode):
             return result  # nothing is written
 
         def again() -> None:
-            found = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, torch.Tensor)]
-            for old, new in zip(outputs, found, strict=True):
+            for old, new in zip(outputs, tensors_of(func(*args, **kwargs)), strict=True):
                 if any(old is t for t in fresh):
                     if old.shape != new.shape:
                         raise NotCapturableError(
@@ -96,7 +96,7 @@ class Tape(TorchDispatchMode):
 
         reads: tensors of its arguments that are in records, which nobody looks into.
         """
-        self._note_inputs((args, kwargs, list(reads)))
+        self._note_inputs(tree_leaves((args, kwargs, list(reads))))
         with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
             result = kernel(*args, **kwargs)
         fresh = [
@@ -123,9 +123,10 @@ class Tape(TorchDispatchMode):
         return _memory(tensor) in self._temporaries
 
     def spoil(self) -> None:
-        """Poison all temporaries, the results among them."""
-        for tensor in self._temporaries.values():
-            poison(tensor)
+        """Poison all temporaries, the results among them. No model of streams sees it: no device would do it."""
+        with unwatched():
+            for tensor in self._temporaries.values():
+                poison(tensor)
 
     def replay(self) -> None:
         """Issue every operator again, with all temporaries poisoned."""
@@ -133,10 +134,9 @@ class Tape(TorchDispatchMode):
         for step in self._steps:
             step()
 
-    def _note_inputs(self, tree: Any) -> None:
-        for tensor in tree_leaves(tree):
-            if isinstance(tensor, torch.Tensor):
-                self._known.setdefault(_memory(tensor), tensor)
+    def _note_inputs(self, inputs: Sequence[Any]) -> None:
+        for tensor in tensors_of(inputs):
+            self._known.setdefault(_memory(tensor), tensor)
 
 
 @contextmanager

@@ -23,9 +23,8 @@ from host_reads import READS
 from sites import site
 from streams import HOST, PINNED, Streams
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from watching import Operators
+from torch.utils._pytree import tree_leaves
+from watching import Mode, Operators, tensors_of
 from whiflash_kernels.attention import _draft_attention
 
 DEVICE = torch.device("cuda", 0)
@@ -114,12 +113,12 @@ def _record_stream(world: Streams) -> Any:
             raise NotImplementedError(
                 "Could not run 'aten::record_stream' with arguments from the 'CPU' backend."
             )
-        world.cell(tensor.held).recorded.add(world.name_of(stream))
+        world.cell(tensor.held).recorded |= {world.name_of(stream)}
 
     return record_stream
 
 
-class Rules(TorchDispatchMode):
+class Rules(Mode):
     """Every operator, by the card's rules; what it does to memory is noted by the mode outside of this one."""
 
     def __init__(self, world: Streams) -> None:
@@ -133,7 +132,7 @@ class Rules(TorchDispatchMode):
         if func is torch.ops.whiflash.draft_attention.default:
             with self:  # ours, in Python, which launches a kernel
                 return _draft_attention(*args)
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        tensors = tensors_of([*args, *kwargs.values()])
         cards = [t for t in tensors if isinstance(t, Card)]
         for tensor in tensors:
             if not isinstance(tensor, Card):
@@ -142,7 +141,7 @@ class Rules(TorchDispatchMode):
         asked = kwargs.get("device")
         if name == "_to_copy" and asked is not None and (asked.type == "cuda") != bool(cards):
             return self._moved(tensors[0], bool(cards), kwargs)
-        if cards and name not in COPIES:
+        if cards and len(cards) < len(tensors) and name not in COPIES:
             _refuse_mixed(func, args, kwargs)
         if cards and (name in OF_VALUES or _counts_true(name, args, kwargs)):
             self.world.read_by_host(cards[0].held, f"{site()} {name}")
@@ -154,12 +153,11 @@ class Rules(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         out = self._issued(func, _held(args), _held(kwargs))
         if not on_card:
-            for made in () if tensors else tree_leaves(out):
-                if isinstance(made, torch.Tensor):
-                    cell = self.world.cell(made)  # made at once, whatever stream is current
-                    cell.place, cell.written, cell.owner = PINNED if pinned else HOST, None, None
+            for made in () if tensors else tensors_of(out):
+                cell = self.world.cell(made)  # made at once, whatever stream is current
+                cell.place, cell.written, cell.owner = PINNED if pinned else HOST, None, None
             return out
-        return tree_map(_same_or_new(cards), out) if name not in OF_VALUES or name != "equal" else out
+        return _same_or_new(cards, out)
 
     def _issued(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the operator, and note it where a graph is captured."""
@@ -286,19 +284,18 @@ def _counts_true(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> b
     return name == "repeat_interleave" and kwargs.get("output_size") is None
 
 
-def _held(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.held if isinstance(leaf, Card) else leaf, tree)
+def _held(value: Any) -> Any:
+    if isinstance(value, Card):
+        return value.held
+    if type(value) in (list, tuple):
+        return type(value)(map(_held, value))
+    return {name: _held(part) for name, part in value.items()} if type(value) is dict else value
 
 
-def _same_or_new(cards: Sequence[Card]) -> Any:
+def _same_or_new(cards: Sequence[Card], out: Any) -> Any:
     """A result is the argument that it was written to, or a new tensor of the card."""
-    known = {id(card.held): card for card in cards}
-
-    def wrapped(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        card = known.get(id(leaf))
-        # A view in place (`unsqueeze_`) is another tensor here; nobody uses the one that it was called on.
-        return card if card is not None and card.shape == leaf.shape else Card(leaf)
-
-    return wrapped
+    if not isinstance(out, torch.Tensor):
+        return type(out)(_same_or_new(cards, part) for part in out) if type(out) in (list, tuple) else out
+    card = next((card for card in cards if card.held is out), None)
+    # A view in place (`unsqueeze_`) is another tensor here; nobody uses the one that it was called on.
+    return card if card is not None and card.shape == out.shape else Card(out)

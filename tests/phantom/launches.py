@@ -60,6 +60,7 @@ class Launches:
                 out = kernel(*opened, **named)
             else:
                 out = self._world.tape.call(kernel, *opened, reads=given, **named)
+        self.stored[:] = [np.concatenate(self.stored)] if self.stored else []
         pairs = zip(given, before, strict=True)
         written = [tensor for tensor, then in pairs if tensor._version > then or self._stored_to(tensor)]
         known = {tensor.untyped_storage()._cdata for tensor in given}

@@ -4,8 +4,9 @@ import ast
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import whiflash_kernels
@@ -50,8 +51,12 @@ def reached(places: set[Place]) -> Iterator[set[Place]]:
     files = {str(root / path): path for root in ROOTS for path, _ in places if (root / path).is_file()}
     found: set[Place] = set()
 
+    @cache
+    def has_places(code: CodeType) -> bool:
+        return any((files[code.co_filename], line) in places for _, _, line in code.co_lines())
+
     def of_file(frame: FrameType, event: str, _: Any) -> Any:
-        return of_line if frame.f_code.co_filename in files else None
+        return of_line if frame.f_code.co_filename in files and has_places(frame.f_code) else None
 
     def of_line(frame: FrameType, event: str, _: Any) -> Any:
         place = files[frame.f_code.co_filename], frame.f_lineno
@@ -60,7 +65,7 @@ def reached(places: set[Place]) -> Iterator[set[Place]]:
         return of_line
 
     before = sys.gettrace()
-    sys.settrace(of_file)
+    sys.settrace(of_file if places else before)
     try:
         yield found
     finally:
