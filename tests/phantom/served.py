@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {
     "device": "cuda",
     "dtype": "float32",
     "sampling_backend": "pytorch",
-    "max_running_requests": 12,
+    "max_running_requests": 6,  # each size of a graph is captured
     "chunked_prefill_size": 64,
     "context_length": 200,  # some kernels are interpreted over all of it
     "skip_tokenizer_init": False,
@@ -85,7 +85,8 @@ def main() -> None:
 
 
 def served(world: Streams, target: Path, whiflash: dict[str, Any], attention: str) -> dict[str, Any]:
-    """Requests of different lengths and times, some aborted, some retracted, under SGLang's overlap loop.
+    """Requests of different lengths and times, some aborted, some retracted, under SGLang's overlap loop. With versions
+    more is asked (`in_detail`), and without there are half as many requests.
 
     Now and then a switch of the drafters' weights is asked for, and takes place some passes later, where the scheduler
     takes its mail: a forward is under way then.
@@ -99,15 +100,17 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any], attention: st
 
     from whiflash_sglang.compat.scheduler import pricing
 
+    whole = "whiflash_versions" in whiflash
     arrivals = [
-        *mixed(seed=31, count=16, shared=40, aborts=0.3, stops=0.3, tokens=24),
+        *mixed(seed=31, count=16 if whole else 8, shared=40, aborts=0.3, stops=0.3, tokens=24),
         *(
             Arrival(name, 3, tuple(range(40, 70)), {"max_new_tokens": 12, **params})
             for name, params in (NOT_GREEDY | RATED).items()
         ),
     ]
     with sglang_on_card(world) as launches, reading_beside(world), ExitStack() as running:
-        with reached(places_for_cards()) as places, patch.object(pricing, "measure", timed):
+        wanted = places_for_cards() if whole else set()
+        with reached(wanted) as places, patch.object(pricing, "measure", timed):
             started = running.enter_context(
                 engine(target, whiflash=whiflash, attention_backend=attention, **OPTIONS)
             )
@@ -139,15 +142,9 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any], attention: st
         loop.scheduler.ingest_requests = ingest
         scheduler.TEST_RETRACT = False
         compiled = sorted(launches.compiled - known)
-        with reached(places_for_cards()) as late:
-            play(loop, mixed(seed=32, count=2, tokens=8))
-        constrained = under_grammars(world, loop)
+        more = in_detail(world, loop, launches, wanted - places) if whole else {}
         return {
             "compiled": compiled,
-            "passes": {
-                "greedy": steady(loop, launches),
-                "sampled": steady(loop, launches, temperature=0.6, top_p=0.95),
-            },
             "texts": {rid: text for rid, text in texts.items() if rid not in NOT_GREEDY},
             "prompts": {arrival.rid: arrival.prompt for arrival in arrivals},
             "retracted": sum(req.retraction_count for req in loop.requests.values()),
@@ -158,12 +155,28 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any], attention: st
             "replays": replays,
             "rounds": rounds,
             "launches": counts,
-            "missed": dict(Counter(path for path, _ in places_for_cards() - places - late)),
-            "planted": {name: planted(world, loop, name, fault) for name, fault in FAULTS.items()},
-            "constrained": constrained,
+            **more,
             "dangling": torch.cuda.CUDAGraph.dangling(),  # type: ignore[attr-defined]
             **noted,
         }
+
+
+def in_detail(world: Streams, loop: Any, launches: Any, places: set[Any]) -> dict[str, Any]:
+    """Places that are not reached yet, nor then; requests under grammars; a pass's launches; planted faults."""
+    from places import reached
+    from traffic import mixed, play
+
+    with reached(places) as late:
+        play(loop, mixed(seed=32, count=2, tokens=8))
+    return {
+        "missed": dict(Counter(path for path, _ in places - late)),
+        "constrained": under_grammars(world, loop),
+        "passes": {
+            "greedy": steady(loop, launches),
+            "sampled": steady(loop, launches, temperature=0.6, top_p=0.95),
+        },
+        "planted": {name: planted(world, loop, name, fault) for name, fault in FAULTS.items()},
+    }
 
 
 def addresses(worker: Any) -> list[int]:
@@ -245,14 +258,17 @@ def steady(loop: Any, launches: Any, **params: float) -> dict[str, int]:
         return [arm if arm in may else "none" for arm, may in zip(routes, forecasts, strict=False)]
 
     with patch.object(controller, "route", route) if controller else nullcontext():
-        for i in range(len(routes)):
+        rids = [f"steady {i} {params}" for i in range(len(routes))]
+        for i, rid in enumerate(rids):
             prompt = [1 + i, 2, 3, 1 + i, 2, 3, 1 + i, 2]
-            loop.submit(f"steady {i} {params}", prompt, max_new_tokens=60, **params)
+            loop.submit(rid, prompt, max_new_tokens=60, **params)
         for _ in range(10):
             with launches.whole() as seen:
                 loop.step()
             if len(loop.scheduler.last_batch.reqs) == len(routes):
                 passes.append(+seen)
+        for rid in rids:
+            loop.abort(rid)
         loop.run()
     return min(passes[2:], key=Counter.total)
 

@@ -160,10 +160,14 @@ def test_all_arms_and_graphs_drafted_and_verified(found: dict[str, Any]) -> None
     assert found["replays"] > verified  # every verification, and drafters' passes
 
 
-def test_text_is_plain_decodings(found: dict[str, Any], target: Target) -> None:
-    """Also where each replay spoils what graphs captured later hold."""
+def check_texts(found: dict[str, Any], target: Target) -> None:
     for rid, text in found["texts"].items():
         assert text == target.likeliest(found["prompts"][rid], text)
+
+
+def test_text_is_plain_decodings(found: dict[str, Any], target: Target) -> None:
+    """Also where each replay spoils what graphs captured later hold."""
+    check_texts(found, target)
     for name, grammar in found["constrained"]["grammars"].items():
         text = found["constrained"]["texts"][name]
         assert text == target.likeliest(tuple(name.encode()), text, grammar), name
@@ -189,7 +193,7 @@ def test_with_triton_attention(target: Target, tmp_path: Path) -> None:
     check_waits(found)
     assert found["attention"] == "triton"
     assert found["launches"]["extend_attention_fwd"]
-    test_text_is_plain_decodings(found, target)
+    check_texts(found, target)
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled"])
@@ -216,4 +220,4 @@ def test_without_a_drafter(target: Target, tmp_path: Path) -> None:
     assert set(found["rounds"]) == {"lookup", "none"}
     assert all(found["rounds"].values())
     assert not {"park", "unpark", "claim_backlogs"} & found["launches"].keys()  # nothing is captured or kept
-    test_text_is_plain_decodings(found, target)
+    check_texts(found, target)
