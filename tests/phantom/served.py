@@ -1,6 +1,8 @@
 """A process in which stock SGLang serves on a phantom H100 with WHIFLASH; what it found goes to a file as JSON.
 
-python served.py FILE ATTENTION TARGET [EAGLE3 DFLASH VERSIONS]
+python served.py FILE ATTENTION[,ATTENTION] TARGET [EAGLE3 DFLASH VERSIONS]
+
+One backend of attention after the other; the first has the versions.
 """
 
 import json
@@ -75,13 +77,17 @@ RATED: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """The command line."""
-    file, attention, target, *given = sys.argv[1:]
+    file, attentions, target, *given = sys.argv[1:]
     names = ("whiflash_eagle_draft", "draft", "whiflash_versions")
     whiflash = {"whiflash_router": "random", **dict(zip(names, given, strict=False))}
     with tempfile.TemporaryDirectory() as name, phantom() as world:
         driver(Path(name))
         os.environ["WHIFLASH_CACHE"] = name  # so that every run measures prices
-        Path(file).write_text(json.dumps(served(world, Path(target), whiflash, attention)))
+        found = {}
+        for attention in attentions.split(","):
+            found[attention] = served(world, Path(target), whiflash, attention)
+            whiflash.pop("whiflash_versions", None)
+        Path(file).write_text(json.dumps(found))
 
 
 def served(world: Streams, target: Path, whiflash: dict[str, Any], attention: str) -> dict[str, Any]:

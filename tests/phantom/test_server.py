@@ -100,27 +100,29 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 
 @pytest.fixture(scope="module")
-def found(target: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def by_attention(target: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     root = tmp_path_factory.mktemp("found")
     versions = root / "versions"
     for number in (1, 2):
         version(target, versions, root / f"scratch{number}", trained(0.1, number))
-    return served(root / "found.json", "fa3", target.target, target.eagle3, target.dflash, versions)
+    return served(root / "found.json", "fa3,triton", target.target, target.eagle3, target.dflash, versions)
 
 
-def served(file: Path, attention: str, *models: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def found(by_attention: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return by_attention["fa3"]
+
+
+def served(file: Path, attentions: str, *models: Path) -> dict[str, dict[str, Any]]:
     """SGLang asks for a card when it is imported, so this is a process of its own."""
     script = str(Path(__file__).parent / "served.py")
-    command = [sys.executable, script, str(file), attention, *map(str, models)]
+    command = [sys.executable, script, str(file), attentions, *map(str, models)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
-    result: dict[str, Any] = json.loads(file.read_text())
-    print(
-        {
-            name: result[name]
-            for name in ("rounds", "launches", "stalls", "pageable", "waits_of_host", "races")
-        }
-    )
+    result: dict[str, dict[str, Any]] = json.loads(file.read_text())
+    for attention, found in result.items():
+        names = ("rounds", "launches", "stalls", "pageable", "waits_of_host", "races")
+        print(attention, {name: found[name] for name in names})
     return result
 
 
@@ -188,8 +190,8 @@ def test_what_waits_or_races_in_a_round_is_seen(found: dict[str, Any]) -> None:
     assert min(found["planted"].values()) > 0, found["planted"]
 
 
-def test_with_triton_attention(target: Target, tmp_path: Path) -> None:
-    found = served(tmp_path / "found.json", "triton", target.target, target.eagle3, target.dflash)
+def test_with_triton_attention(target: Target, by_attention: dict[str, dict[str, Any]]) -> None:
+    found = by_attention["triton"]
     check_waits(found)
     assert found["attention"] == "triton"
     assert found["launches"]["extend_attention_fwd"]
@@ -215,7 +217,7 @@ def test_serving_compiles_nothing_of_sglangs_for_rounds(found: dict[str, Any]) -
 
 @pytest.mark.evidence
 def test_without_a_drafter(target: Target, tmp_path: Path) -> None:
-    found = served(tmp_path / "found.json", "fa3", target.target)
+    found = served(tmp_path / "found.json", "fa3", target.target)["fa3"]
     check_waits(found)
     assert set(found["rounds"]) == {"lookup", "none"}
     assert all(found["rounds"].values())
