@@ -1,4 +1,4 @@
-"""A proxy for agents that are not Python, or take no HTTP client: `whiflash proxy --upstream URL`.
+"""A proxy for agents that are not Python, or take no HTTP client: `whiflash proxy --url URL`.
 
 An ASGI application. Requests get what `http_client` adds; answers pass byte for byte.
 """

@@ -156,6 +156,13 @@ def test_mismatches_and_ties_belong_to_their_arm_and_load(report: Report) -> Non
     assert report.loads[1].arms["auto"]["overall"].mismatches == 1
 
 
+def test_the_page_counts_mismatches_of_answers_that_end_in_a_loop_too() -> None:
+    different = [Difference("auto", "closed-1", "l1", Verdict.DIFFERENT, 5, 3.0)]
+    page = render(build_report(cells_of({"none": 10.0, "auto": 24.0}), GROUPS, different, PROVENANCE, {}))
+    first = next(line for line in page.splitlines() if line.startswith("| auto |"))
+    assert first.endswith("| 1 |")
+
+
 def test_ratios_to_plain_decoding_and_to_the_faster_static_drafter(report: Report) -> None:
     auto = report.ratios["auto"]
     assert auto.none["overall"].ratio == pytest.approx(2.4)
@@ -246,6 +253,7 @@ def test_pictures(report: Report, tmp_path: Path) -> None:
     file = draw(report, tmp_path / "pictures")
     assert file == tmp_path / "pictures" / "speedup.svg"
     assert file.stat().st_size > 5000
+    assert "loops" not in file.read_text(encoding="utf-8")
     assert draw(report.model_copy(update={"loads": report.loads[1:]}), tmp_path) is None
 
 

@@ -40,7 +40,7 @@ def test_directories_become_a_bundle_that_is_served_from_itself(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "bundle"
-    said = [f"--{name}={models[part]}" for name, part in (("eagle3", "eagle3"), ("diffusion", "dflash"))]
+    said = [f"--{part}={models[part]}" for part in ("eagle3", "dflash")]
     done = whiflash("bundle", "create", f"--target={models['target']}", *said, f"--out={out}", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == json.loads((out / "whiflash.json").read_text())
@@ -117,7 +117,7 @@ def test_every_layer_of_a_drafter_has_kv(models: dict[str, Path]) -> None:
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> None:
     edit(models["dflash"], lambda config: config.update(vocab_size=1000))
     out = tmp_path / "bundle"
-    said = [f"--{name}={models[part]}" for name, part in (("eagle3", "eagle3"), ("diffusion", "dflash"))]
+    said = [f"--{part}={models[part]}" for part in ("eagle3", "dflash")]
     done = whiflash("bundle", "create", f"--target={models['target']}", *said, f"--out={out}")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
@@ -166,7 +166,7 @@ def test_one_drafter_alone(models: dict[str, Path], tmp_path: Path, part: str) -
     assert list(resolve(Flags(), models[part]).drafters.values()) == [models[part]]
     with pytest.raises(WhiflashError, match="--router needs EAGLE-3 and DFlash; the drafters here are: "):
         create(Parts(str(models["target"]), **given, router="owner/router"), tmp_path / "other")
-    with pytest.raises(WhiflashError, match="give --eagle3, --diffusion or both"):
+    with pytest.raises(WhiflashError, match="give --eagle3, --dflash or both"):
         create(Parts(str(models["target"]), None, None), tmp_path / "other")
 
 

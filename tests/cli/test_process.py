@@ -66,7 +66,7 @@ WRONG: list[tuple[Any, ...]] = [
     (("serve", "--whiflash-block-size", "1"), "--whiflash-block-size"),
     (("serve", "--whiflash-router"), "--whiflash-router"),
     (("serve", "--port", "99999"), "--port 99999"),
-    (("proxy", "--upstream", "http://127.0.0.1:30080"), "--upstream http://127.0.0.1:30080"),
+    (("proxy", "--url", "http://127.0.0.1:30080"), "--url http://127.0.0.1:30080"),
 ]
 """A command line, what its one line names, and what was meant where that is named, too."""
 FAILING = [

@@ -267,7 +267,7 @@ def create(parts: Parts, out: Path, name: str | None = None) -> dict[str, Any]:
     said = {arms.AR: parts.eagle3, arms.DIFFUSION: parts.diffusion}
     places = {arm: place for arm, place in said.items() if place is not None}
     if not places:
-        raise ConfigError("a bundle needs a drafter: give --eagle3, --diffusion or both")
+        raise ConfigError("a bundle needs a drafter: give --eagle3, --dflash or both")
     if parts.router is not None:
         check_arms("--router", NAMES, places)
     target = look_up(parts.target)

@@ -33,7 +33,7 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
         eagle3: Annotated[
             str | None, typer.Option("--eagle3", help=f"Autoregressive drafter: {_ID}.")
         ] = None,
-        diffusion: Annotated[str | None, typer.Option("--diffusion", help=f"Block drafter: {_ID}.")] = None,
+        dflash: Annotated[str | None, typer.Option("--dflash", help=f"Block drafter: {_ID}.")] = None,
         router: Annotated[
             str | None, typer.Option("--router", help=f"Neural router: {_ID}, or a .safetensors file.")
         ] = None,
@@ -55,11 +55,11 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
 
         \b
         Example:
-        whiflash bundle create --target OWNER/TARGET --eagle3 OWNER/E3 --diffusion OWNER/DF --out my-bundle
+        whiflash bundle create --target OWNER/TARGET --eagle3 OWNER/E3 --dflash OWNER/DF --out my-bundle
         """
         from whiflash_sglang.checkpoints.fit import Parts, create
 
-        manifest = create(Parts(target, eagle3, diffusion, router, router_sign), out, name)
+        manifest = create(Parts(target, eagle3, dflash, router, router_sign), out, name)
         if as_json:
             report(manifest, True)
             return

@@ -159,7 +159,7 @@ def demo(
 
 
 def proxy(
-    upstream: Annotated[str, typer.Option(help="Root URL of the server, without /v1.")] = DEFAULT_URL,
+    url: Annotated[str, typer.Option(help="Root URL of the server, without /v1.")] = DEFAULT_URL,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 30080,
     agent: Annotated[
@@ -174,20 +174,20 @@ def proxy(
 
     \b
     Example:
-    whiflash proxy --upstream http://127.0.0.1:30000 --agent coder
+    whiflash proxy --url http://127.0.0.1:30000 --agent coder
     """
     import uvicorn
     from whiflash_sdk.proxy import Proxy, without_password
 
     check_port(host, port)
-    there = urlsplit(upstream)
+    there = urlsplit(url)
     if there.port == port and there.hostname in (host, "localhost", HOST):
-        raise UsageError(f"--upstream {upstream} is this proxy: give the server's URL, or another --port")
+        raise UsageError(f"--url {url} is this proxy: give the server's URL, or another --port")
     try:
-        application = Proxy(upstream, agent=agent)
+        application = Proxy(url, agent=agent)
     except ValueError as error:
         raise UsageError(f"whiflash proxy: {error}") from None
-    typer.echo(f"http://{host}:{port} passes requests on to {without_password(upstream)}", err=True)
+    typer.echo(f"http://{host}:{port} passes requests on to {without_password(url)}", err=True)
     uvicorn.run(
         application,
         host=host,

@@ -262,7 +262,7 @@ def _verdict(rows: Sequence[Row]) -> str:
 def _settings(target: Known, question: Question, rows: Sequence[Row]) -> Iterator[str]:
     parts = [
         *(f"--eagle3 {one}" for one in target.eagle3[:1]),
-        *(f"--diffusion {one}" for one in target.block[-1:]),
+        *(f"--dflash {one}" for one in target.block[-1:]),
     ]
     if not parts:
         yield "Train drafters: `whiflash train`; until then `whiflash serve` copies and drafts forced text."

@@ -49,8 +49,8 @@ def _setting(report: Report) -> str:
         f"{p['busy_before']['load_1min']:.1f}, after {p['busy_after']['load_1min']:.1f}."
         f"{_asked_with(p)}{_taken_from(p)}\n\n"
         "Rates include prefill and are medians of a prompt's repetitions. Brackets: 95 % paired bootstrap intervals. "
-        "*loops*: prompts whose plain answer ends in a repetition loop; no other figure holds them. Acceptance length: "
-        "tokens per target forward."
+        "*loops*: prompts whose plain answer ends in a repetition loop; only mismatches and ties hold them, too. "
+        "Acceptance length: tokens per target forward."
     )
 
 
@@ -110,11 +110,17 @@ def _overview(load: LoadReport, over: str | None) -> str:
                 _percentiles(figures.ttft_ms, 0),
                 _percentiles(figures.tpot_ms, 1),
                 _number(figures.switches_per_100_tokens),
-                "" if figures.mismatches is None else str(figures.mismatches),
+                _mismatches(groups),
             )
         )
     filled = [any(row[column] for row in rows) for column in range(len(header))]
     return table(list(compress(header, filled)), [tuple(compress(row, filled)) for row in rows])
+
+
+def _mismatches(groups: Mapping[str, Figures]) -> str:
+    """Of all answers, those that end in a loop too; empty if none was compared."""
+    counted = [groups[name].mismatches for name in (OVERALL, LOOPS) if name in groups]
+    return "" if None in counted else str(sum(filter(None, counted)))
 
 
 def _by_category(report: Report, load: LoadReport) -> str:
@@ -284,7 +290,9 @@ def draw(report: Report, directory: Path) -> Path | None:
 
 
 def _speedups_plot(load: LoadReport, pyplot: Any) -> Any:
+    """Bars of every arm by category, but for loops, which flatter every drafter."""
     names = list(dict.fromkeys(name for ratios in load.ratios.values() for name in ratios.none))
+    names = [name for name in names if name != LOOPS]
     figure, axes = pyplot.subplots(figsize=(max(6.0, 1.5 * len(names) + 2), 4))
     width = 0.8 / max(len(load.ratios), 1)
     for index, (arm, ratios) in enumerate(load.ratios.items()):
