@@ -31,7 +31,6 @@ from whiflash_sglang.checkpoints.manifest import (
     NeuralRouter,
     Source,
     Structure,
-    embedded_bundle,
 )
 from whiflash_sglang.cli import app
 from whiflash_sglang.compat.names import PRIVATE_NAMES
@@ -42,7 +41,6 @@ from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.lab.bench.prompts import SUITES
 from whiflash_sglang.lab.published import KNOWN
 from whiflash_sglang.metrics import SERIES
-from whiflash_sglang.provenance import environment
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
 
@@ -377,15 +375,28 @@ def _measured(record: Path) -> str:
     return f". **{found['status']}**{f' ({told})' if told else ''}; {found['machine']}; {versions}"
 
 
-REPORTS = {"report": "greedy", "sampled": "temperature 0.6", "tools": "tool calls, temperature 0.6"}
-"""Reports of `results/benchmark/` that readers see, those that are there, and what was asked."""
+BENCHMARK = ROOT / "results" / "benchmark"
+HOME = {"report": "greedy", "sampled": "temperature 0.6", "tools": "tool calls, temperature 0.6"}
+"""Reports on prompts of our own, and what was asked."""
+
+AWAY = {
+    "suites": "Spec-Bench and nine other sets",
+    "ifeval": "IFEval",
+    "bfcl": "BFCL",
+    "swe-agent": "SWE-agent",
+}
+"""Reports on prompts of others."""
+
+SPECIAL = {
+    "structure": ("strict tools and JSON schemas", "auto"),
+    "no-drafters": ("no draft checkpoint", "auto-no-drafters"),
+    "losing": ("drafters that are never right", "auto-bad-drafters"),
+}
+"""Reports on one thing: what was asked, and the arm that answered."""
 
 
-def reports() -> Iterator[tuple[str, Any]]:
-    """Each question and its report."""
-    for name, asked in REPORTS.items():
-        if (path := ROOT / "results" / "benchmark" / f"{name}.json").exists():
-            yield asked, read_json_file(path)
+def _kept(name: str) -> Any:
+    return read_json_file(BENCHMARK / f"{name}.json")
 
 
 def _ratio(found: Mapping[str, float]) -> str:
@@ -394,47 +405,59 @@ def _ratio(found: Mapping[str, float]) -> str:
     return f"{found['ratio']:.2f}{interval}"
 
 
+def _by_load(report: Any, arm: str, over: str) -> dict[int, str]:
+    """Load → ratio of all prompts but loops."""
+    ratios = {int(load["load"]["value"]): load["ratios"][arm].get(over, {}) for load in report["loads"]}
+    return {load: _ratio(of["overall"]) for load, of in ratios.items() if "overall" in of}
+
+
 def speed_table() -> str:
     """Tokens a second of `auto` by load, over plain decoding and over the better single drafter."""
-    rows, loads, conditions = [], [], []
-    for asked, report in reports():
-        loads = [f"{load['load']['value']:.0f}" for load in report["loads"]]
+    rows, conditions = [], []
+    for name, asked in HOME.items():
+        report = _kept(name)
         for over, called in (("none", "plain decoding"), ("static", "the better single drafter")):
-            ratios = [load["ratios"]["auto"].get(over, {}).get("overall") for load in report["loads"]]
-            if all(ratios):
-                rows.append((asked, called, *map(_ratio, ratios)))
-        made = set(report["provenance"]["bundle_sha256"].values())
-        pair = (
-            ""
-            if made == set(environment(embedded_bundle())["bundle_sha256"].values())
-            else ", an earlier pair"
-        )
-        conditions.append(f"{asked}: {report['arms']['none']['overall']['answers']} prompts{pair}")
+            if by_load := _by_load(report, "auto", over):
+                rows.append((asked, called, *by_load.values()))
+        conditions.append(f"{asked}: {report['arms']['none']['overall']['answers']} prompts")
     hardware = report["provenance"]["hardware"]
     caption = (
         f"SmolLM2-135M-Instruct in {report['provenance']['dtype']} with its own drafters, {hardware['cores']} cores "
         f"of {hardware['cpu']}; {'; '.join(conditions)}. Brackets: 95 % intervals."
     )
-    return f"{table(('asked', 'over', *loads), iter(rows))}\n\n{caption}"
+    return f"{table(('asked', 'over', '1', '4', '8'), iter(rows))}\n\n{caption}"
+
+
+def figures_table() -> str:
+    """Every report of speed: its prompts, its ratios by load, and its minutes."""
+    asked = {name: (f"ours, {how}", "auto") for name, how in HOME.items()}
+    asked |= {name: (called, "auto") for name, called in AWAY.items()} | SPECIAL
+    rows = []
+    for name, (prompts, arm) in asked.items():
+        report = _kept(name)
+        plain, single = (_by_load(report, arm, over) for over in ("none", "static"))
+        rows.append(
+            (
+                f"[{prompts}](benchmark/{name}.md)",
+                str(report["arms"]["none"]["overall"]["answers"]),
+                *(plain.get(load, "") for load in (1, 4, 8)),
+                " / ".join(single.values()),
+                f"{report['provenance']['seconds'] / 60:.0f}",
+                report["provenance"]["revision"][:8],
+            )
+        )
+    header = ("prompts", "answers", "over plain decoding at 1", "4", "8", "over the better single drafter")
+    return table((*header, "minutes", "revision"), iter(rows))
 
 
 def categories_table() -> str:
-    """`auto` at one request by category, of the first report."""
-    _, report = next(reports())
-    rows = [*_by_category(report), *_of_published_sets()]
+    """`auto` at one request: by category of the main run, and on prompts of others."""
+    rows = [*_by_category(_kept("report"))]
+    for name, called in AWAY.items():
+        report = _kept(name)
+        ratios = (report["ratios"]["auto"][over]["overall"] for over in ("none", "static"))
+        rows.append((called, str(report["arms"]["none"]["overall"]["answers"]), *map(_ratio, ratios)))
     return table(("prompts", "number", "over plain decoding", "over the better single drafter"), iter(rows))
-
-
-PUBLISHED_SETS = {"suites": "Spec-Bench and nine other sets", "bfcl": "BFCL", "tau2": "tau2-bench"}
-
-
-def _of_published_sets() -> Iterator[tuple[str, ...]]:
-    for name, called in PUBLISHED_SETS.items():
-        if (path := ROOT / "results" / "benchmark" / f"{name}.json").exists():
-            report = read_json_file(path)
-            answers = report["arms"]["none"]["overall"]["answers"]
-            ratios = (report["ratios"]["auto"][over]["overall"] for over in ("none", "static"))
-            yield called, str(answers), *map(_ratio, ratios)
 
 
 def _by_category(report: Any) -> Iterator[tuple[str, ...]]:
@@ -484,6 +507,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "patches": patches_list,
     "published": published_table,
     "speed": speed_table,
+    "figures": figures_table,
     "categories": categories_table,
 }
 
@@ -497,7 +521,7 @@ def pages() -> Iterator[Path]:
     """Pages with marks."""
     yield from (
         path
-        for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
+        for path in (ROOT / "README.md", ROOT / "results" / "README.md", *sorted(DOCS.rglob("*.md")))
         if MARKED.search(path.read_text("utf-8"))
     )
 

@@ -120,11 +120,13 @@ def test_stretches_point_into_the_text_that_the_client_has() -> None:
     pieces = ["I", " am", " h", "er", "e", " no", "w", "."]
     place(trace, pieces, "I am here now")  # the last token is trimmed: a stop
     assert [s["chars"] for s in trace["stretches"]] == [[1, 8], [8, 13]]
+    assert [s["round_chars"] for s in trace["stretches"]] == [[[5, 2]], [[5, 0]]]
     assert "text" not in trace
     read = routing({"sglext": {"whiflash": json.loads(json.dumps(trace))}})
     assert read is not None
     assert read.acceptance_length == 3.5
     assert [s.chars for s in read.stretches] == [(1, 8), (8, 13)]
+    assert read.stretches[1].round_chars == ((5, 0),)
 
 
 @pytest.mark.parametrize("text", ["what a parser left", None])

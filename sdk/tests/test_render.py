@@ -265,6 +265,26 @@ def test_the_prefills_token_is_part_of_the_text_and_of_its_span() -> None:
     assert "[tool_call <‹lookup›tool_call>" in terminal(found, colour=False)
 
 
+@pytest.mark.parametrize(
+    ("arm", "round_chars", "shown"),
+    [
+        ("structure", [[8, 5], [1, 0]], '{"city":'),
+        ("structure", [[8, 5]], ""),  # another text's
+        ("none", [[0, 6], [0, 8]], ""),  # all of it is the target's
+    ],
+)
+def test_tokens_of_the_target_have_no_colour(arm: str, round_chars: list[list[int]], shown: str) -> None:
+    text = '{"city":"Paris'
+    stretch = {**STRETCHES[1], "arm": arm, "chars": [0, len(text)], "round_chars": round_chars}
+    cut = Trace.model_validate({"version": 1, "policy": "auto", "tokens": 14, "stretches": [stretch]})
+    elements = Elements(html(cut, text))
+    assert text in elements.text
+    assert len(elements.named("em")) == bool(shown)
+    painted = terminal(cut, text)
+    assert re.search(r"\x1b\[\d+m" + re.escape(shown or text) + r"\x1b\[0m", painted)
+    assert text in re.sub(r"\x1b\[\d+m", "", painted)
+
+
 def test_text_that_could_not_be_cut_is_shown_whole() -> None:
     elements = Elements(html(trace(cut=False), "plain text"))
     assert "plain text" in elements.text

@@ -47,6 +47,7 @@ class Stretch(BaseModel):
     span: kind of the open span.
     chars: offsets of these tokens in `Trace.text`, half-open.
     round_tokens: tokens committed by each round, bonus tokens counted.
+    round_chars: characters of each round's accepted drafts and of its bonus token, which the target wrote.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -61,6 +62,7 @@ class Stretch(BaseModel):
     span: str | None = None
     chars: tuple[Offset, Offset] | None = None
     round_tokens: tuple[int, ...] | None = None
+    round_chars: tuple[tuple[Offset, Offset], ...] | None = None
 
     @property
     def tokens(self) -> int:

@@ -204,7 +204,7 @@ def _described(stretch: Stretch) -> dict[str, Any]:
 
 
 def place(trace: dict[str, Any], pieces: Sequence[str], text: str | None) -> None:
-    """Give every stretch of a full trace its characters: `chars`, half-open offsets into the text.
+    """Give every stretch of a full trace its characters: `chars`, half-open offsets into the text, and `round_chars`.
 
     Args:
         pieces: text of every output token.
@@ -217,6 +217,10 @@ def place(trace: dict[str, Any], pieces: Sequence[str], text: str | None) -> Non
     ends = [0, *(min(end, len(text)) for end in accumulate(map(len, pieces)))]
     for stretch in trace["stretches"]:
         stretch["chars"] = [ends[stretch["start"]], ends[stretch["end"]]]
+        after = accumulate(stretch["round_tokens"], initial=stretch["start"])
+        stretch["round_chars"] = [
+            [ends[end - 1] - ends[begin], ends[end] - ends[end - 1]] for begin, end in pairwise(after)
+        ]
 
 
 def pieces_of(tokens: Iterable[int], vocabulary: Sequence[bytes], left_out: frozenset[int]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 
 from whiflash_sdk.trace import ArmTotals, Stretch, Trace
@@ -80,6 +81,19 @@ def _cut(text: str, stretches: Sequence[Stretch]) -> Iterator[Piece]:
         yield Piece(text[begin:after], stretch, stretch.span, number)
         end, span = max(end, after), stretch.span
     yield Piece(text[end:])
+
+
+def by_author(piece: Piece) -> list[tuple[str, bool]]:
+    """The piece cut into drafts and the target's own tokens, which are True.
+
+    In one piece where nobody drafted, or where the server did not cut rounds.
+    """
+    rounds = piece.stretch.round_chars if piece.stretch and piece.stretch.arm != "none" else None
+    lengths = [length for both in rounds or () for length in both]
+    if sum(lengths) != len(piece.text):
+        return [(piece.text, False)]
+    places = pairwise(accumulate(lengths, initial=0))
+    return [(piece.text[a:b], bool(number % 2)) for number, (a, b) in enumerate(places) if b > a]
 
 
 def printable(text: str) -> str:

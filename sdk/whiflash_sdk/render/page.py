@@ -123,6 +123,7 @@ def _template() -> Any:
     names = (
         "SOURCES",
         "REASONS",
+        "by_author",
         "count",
         "describe",
         "everything",

@@ -8,6 +8,7 @@ from typing import Final
 from whiflash_sdk.render.aligned import (
     Piece,
     Turn,
+    by_author,
     count,
     everything,
     in_order,
@@ -93,14 +94,16 @@ def _text(parts: Sequence[Piece], colour: bool) -> Iterator[str]:
         if kind != span:
             yield f"{' ' + span + ']' if span else ''}{'[' + kind + ' ' if kind else ''}"
             span = kind
-        text = printable(part.text)
         if part.stretch is None:
-            yield text
+            yield printable(part.text)
         elif colour:
-            # A colour must not run over a line's end: pagers reset colours at each line.
-            yield "\n".join(_paint(line, _code(part.stretch.arm), colour) for line in text.split("\n"))
+            code = _code(part.stretch.arm)
+            for text, is_targets in by_author(part):
+                # A colour must not run over a line's end: pagers reset colours at each line.
+                lines = printable(text).split("\n")
+                yield "\n".join(_paint(line, code, not is_targets) for line in lines)
         else:
-            yield f"‹{printable(part.stretch.arm)}›{text}"
+            yield f"‹{printable(part.stretch.arm)}›{printable(part.text)}"
     if span:
         yield f" {span}]"
 
