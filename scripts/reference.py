@@ -205,7 +205,7 @@ def metrics_list() -> str:
 
 
 LAB = "whiflash lab "
-MANY = 7
+MANY = 10
 """Options of a command that its help lists better than a page."""
 SHARED_BY = 2
 """Commands that must share an option for it to be explained once, before them."""

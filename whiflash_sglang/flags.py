@@ -9,9 +9,9 @@ from whiflash_sglang.config import Flags, flag_of
 
 MEANING = {
     "eagle_draft": "EAGLE-3 checkpoint (directory or hub id), beside a DFlash draft path or instead of the bundle's.",
-    "drafters": "df-e3: the drafters that are named. none: no drafter, also if a bundle names some.",
+    "drafters": "df-e3 (the paper's name): all drafters that are named. none: no drafter, also if a bundle names some.",
     "router": "Policy: auto (most expected tokens a second), entropy or neural (the paper's rules), or one pinned arm. "
-    "random is for tests.",
+    "Default: auto; random is for tests.",
     "neural_router_path": "Neural router: hub id, directory or .safetensors file.",
     "neural_router_threshold": "Threshold on the neural router's output (tokens of acceptance length).",
     "eagle_steps": "Longest EAGLE-3 chain.",

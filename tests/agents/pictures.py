@@ -3,8 +3,9 @@
 The embedded model answers a few prompts without drafts, so that the server knows what rounds without them take and the
 trace has an estimated gain; then, under `auto`, a question that forces a tool call. The page is drawn as `whiflash
 trace` draws it. Headless Chromium takes its picture down to the end of the text, with the mouse on the longest copy,
-in light and dark colours (trace-light.png, trace-dark.png). Then more prompts are answered, four at a time; top.svg is
-a look at them.
+in light and dark colours (trace-light.png, trace-dark.png), and one of its timeline and text alone (answer-light.png,
+answer-dark.png). Then more prompts are answered, four at a time; top.svg is a look at them. demo.svg is what `whiflash
+demo` prints.
 """
 
 import io
@@ -24,12 +25,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "sdk" / "tests"))
 
 from browser import browser
 from rich.console import Console
+from rich.progress import Progress
+from rich.terminal_theme import MONOKAI
 from server_host import Server, ServerHost
 from whiflash_sdk.render import Turn, conversation_html
 from whiflash_sdk.trace import routing
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.embedded import COMPACT_JSON, STRICT_TOOLS, TARGET_NAME, ensure_target
+from whiflash_sglang.lab.demo import run, show
 from whiflash_sglang.lab.top import LiveView, WatchedServer, screen
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
@@ -52,6 +56,12 @@ FONTS = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 WITHOUT_TABLES = """
 document.querySelectorAll('section .table, section details').forEach(e => e.remove());
 document.querySelector('main').style.paddingBottom = '1rem'
+"""
+
+
+TIMELINE_AND_TEXT = """
+document.querySelectorAll('.hint, .tip, .zoom').forEach(e => e.remove());
+document.querySelector('main').replaceChildren(...document.querySelectorAll('.legend, .timeline, .answer'))
 """
 
 
@@ -98,7 +108,22 @@ def look(server: Server, path: Path) -> None:
         console.print(screen(view.look()))
         for answer in answers:
             answer.cancel()
-    drawn = console.export_svg(title="whiflash top", unique_id="top")
+    draw(console, "whiflash top", path)
+
+
+def demonstrate(path: Path) -> None:
+    """Screen of `whiflash demo`."""
+    console = Console(
+        file=io.StringIO(), record=True, width=118, force_terminal=True, color_system="standard"
+    )
+    show(run("auto", None, Progress(disable=True)), console)
+    draw(console, "whiflash demo", path)
+
+
+def draw(console: Console, title: str, path: Path) -> None:
+    """Write the output that `console` recorded as a picture."""
+    # Rich's own theme has one blue for blue and magenta.
+    drawn = console.export_svg(title=title, unique_id=path.stem, theme=MONOKAI)
     # Rich names a font from the web, which pages that show pictures do not let them load.
     drawn = re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL)
     path.write_text(drawn.replace("Fira Code, monospace", FONTS), encoding="utf-8")
@@ -121,7 +146,10 @@ def main() -> None:
                 chromium.ask(WITHOUT_TABLES)
                 chromium.point("section .band.arm-lookup", scroll=False)
                 chromium.shoot(to / f"trace-{scheme}.png", to_end_of="main", scale=1.5)
+                chromium.ask(TIMELINE_AND_TEXT)
+                chromium.shoot(to / f"answer-{scheme}.png", to_end_of="main", scale=1.5)
         look(server, to / "top.svg")
+    demonstrate(to / "demo.svg")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ SERVE, LOOK, DECIDE, TRAIN, MORE = "Serve", "Look", "Decide", "Train", "More"
 
 app = typer.Typer(
     name="whiflash",
-    help="Token-level switching between speculative drafters, for stock SGLang.",
+    help="Speculative decoding with several drafters, chosen for every request and round, for stock SGLang.",
     epilog=f"Exit codes: 0 done, 1 failed, 2 wrong command line, {INTERRUPTED} interrupted. {DEBUG}=1 shows "
     "tracebacks, NO_COLOR=1 leaves colours out.",
     no_args_is_help=True,

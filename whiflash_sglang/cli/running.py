@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from whiflash_sglang.cli import DECIDE, LOOK
+from whiflash_sglang.cli import LOOK, SERVE
 from whiflash_sglang.cli.options import (
     DEFAULT_URL,
     AdminKeyOption,
@@ -199,6 +199,6 @@ def _sentences(found: dict[str, Any]) -> str:
 
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:
-    app.command(rich_help_panel=DECIDE)(policy)
+    app.command(rich_help_panel=SERVE)(policy)
     app.command(rich_help_panel=LOOK)(top)
     app.command("report", rich_help_panel=LOOK)(summary)

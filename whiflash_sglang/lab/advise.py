@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 from whiflash_sglang import arms
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.published import KNOWN, Acceptance, Known, Shape, known
-from whiflash_sglang.lab.simulate import H100, PARAMETERS, Card, Load, Pair, Simulation
+from whiflash_sglang.lab.simulate import (
+    H100,
+    PARAMETERS,
+    PLANNING_OF_AGENTS,
+    Card,
+    Load,
+    Pair,
+    Simulation,
+)
 
 FULL = {arms.AR: 5, arms.DIFFUSION: 7}
 """Drafts of a full round, where published rounds have as many: WHIFLASH's longest chain, a block of eight rows."""
@@ -239,7 +247,14 @@ METHODS = {"plain": arms.NONE, "eagle3": arms.AR, "dflash": arms.DIFFUSION, "aut
 
 def _row(card: Card, pair: Pair, question: Question, requests: int) -> Row:
     # A share above 0 takes the host's time into account.
-    load = Load(requests, 2 * requests + 40, question.prompt, question.answer, max(question.tools, 1e-9))
+    load = Load(
+        requests,
+        2 * requests + 40,
+        question.prompt,
+        question.answer,
+        max(question.tools, 1e-9),
+        PLANNING_OF_AGENTS if question.tools else 0.0,
+    )
 
     def rate(method: str, lengths: Mapping[str, Mapping[str, float]]) -> float:
         return Simulation(card, load, method, pair=pair._replace(lengths=lengths)).run().rate
@@ -262,7 +277,7 @@ def _verdict(rows: Sequence[Row]) -> str:
 def _settings(target: Known, question: Question, rows: Sequence[Row]) -> Iterator[str]:
     parts = [
         *(f"--eagle3 {one}" for one in target.eagle3[:1]),
-        *(f"--dflash {one}" for one in target.block[-1:]),
+        *(f"--dflash {one}" for one in target.block[:1]),
     ]
     if not parts:
         yield "Train drafters: `whiflash train`; until then `whiflash serve` copies and drafts forced text."

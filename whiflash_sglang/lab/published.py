@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
 
 class Known(NamedTuple):
-    """A target. eagle3, block: drafters of its, hub ids. like: the target whose acceptance is taken, None: its own."""
+    """A target. eagle3, block: its drafters, hub ids, first those that `acceptance` is of. ratios: of others."""
 
     name: str
     shape: Shape
@@ -57,7 +57,7 @@ class Known(NamedTuple):
 def _deepspec(ar: tuple[float, ...], block: tuple[float, ...]) -> Acceptance:
     lengths = {name: {AR: one, BLOCK: other} for name, one, other in zip(SETS, ar, block, strict=True)}
     source = (
-        "EAGLE-3 and DSpark, chains and blocks of 7, temperature 1 (DSpark paper, arXiv 2607.05147, table 1)"
+        "DeepSeek's EAGLE-3 and DSpark, chains and blocks of 7, temperature 1 (arXiv 2607.05147, table 1)"
     )
     return Acceptance(lengths, {AR: 7, BLOCK: 7}, source)
 
@@ -70,8 +70,8 @@ KNOWN = (
     Known(
         "Qwen/Qwen3-4B",
         Shape(4.0e9, 4.0e9, 36, 147456),
-        ("AngelSlim/Qwen3-4B_eagle3", "deepseek-ai/eagle3_qwen3_4b_ttt7"),
-        ("z-lab/Qwen3-4B-DFlash-b16", "deepseek-ai/dspark_qwen3_4b_block7"),
+        ("deepseek-ai/eagle3_qwen3_4b_ttt7", "AngelSlim/Qwen3-4B_eagle3"),
+        ("deepseek-ai/dspark_qwen3_4b_block7", "z-lab/Qwen3-4B-DFlash-b16"),
         _deepspec((5.14, 4.62, 4.16, 3.77, 2.39), (6.11, 5.70, 5.38, 4.86, 3.64)),
         parsers="--reasoning-parser qwen3 --tool-call-parser qwen25",
     ),
@@ -79,15 +79,15 @@ KNOWN = (
         "Qwen/Qwen3-8B",
         Shape(8.2e9, 8.2e9, 36, 147456),
         (
+            "deepseek-ai/eagle3_qwen3_8b_ttt7",
             "AngelSlim/Qwen3-8B_eagle3",
             "Tengyunw/qwen3_8b_eagle3",
-            "deepseek-ai/eagle3_qwen3_8b_ttt7",
             "WhiFlash/Qwen3-8B-EAGLE3",
         ),
         (
+            "deepseek-ai/dspark_qwen3_8b_block7",
             "z-lab/Qwen3-8B-DFlash-b16",
             "RedHatAI/Qwen3-8B-speculator.dflash",
-            "deepseek-ai/dspark_qwen3_8b_block7",
         ),
         _deepspec((5.30, 4.77, 4.33, 4.17, 2.66), (6.17, 5.78, 5.52, 5.17, 3.72)),
         (
@@ -122,7 +122,7 @@ KNOWN = (
     Known(
         "Qwen/Qwen3-14B",
         Shape(14.8e9, 14.8e9, 40, 163840),
-        ("AngelSlim/Qwen3-14B_eagle3", "deepseek-ai/eagle3_qwen3_14b_ttt7"),
+        ("deepseek-ai/eagle3_qwen3_14b_ttt7", "AngelSlim/Qwen3-14B_eagle3"),
         ("deepseek-ai/dspark_qwen3_14b_block7",),
         _deepspec((5.24, 4.60, 4.14, 4.01, 2.62), (6.21, 5.74, 5.43, 5.02, 3.70)),
         (Ratio("EAGLE-3, vLLM (AngelSlim)", {1: "1.56"}),),

@@ -136,11 +136,15 @@ HOST = Host(1.65e-3, 0.077e-3)
 HOST_OF_GRAMMARS = Host(2.4e-3, 0.16e-3)
 """Fits to medians of 30 passes at 1, 8 and 32 requests on a CPU (`docs/dev/findings.md`, C15). Under grammars the
 time begins with the drafts and holds the masks."""
+PLANNING_OF_AGENTS = 0.25e-3
+"""Seconds that `auto` plans and learns for a request beyond these, if it writes calls of twenty tools: 13.2 ms at 48
+requests for 1.5 ms of copies alone (`tests/planning_time.py --agents`)."""
 
 
 class Load(NamedTuple):
     """requests: at once; the next follows when one ends. total: requests, 0: four for each place, 100 at least.
-    prompt, answer: tokens of each. grammars: the share of requests under a grammar.
+    prompt, answer: tokens of each. grammars: the share of requests under a grammar. planning: the host's seconds for
+    a request of `auto` beyond `HOST`.
     """
 
     requests: int
@@ -148,6 +152,7 @@ class Load(NamedTuple):
     prompt: int = 512
     answer: int = 512
     grammars: float = 0.0
+    planning: float = 0.0
 
 
 @dataclass(slots=True)
@@ -260,9 +265,10 @@ class Simulation:
         requests = len(self.running)
         if not self.load.grammars:
             return draft + verify
+        planning = self.load.planning * requests if self.method == "auto" else 0.0
         if not any(request.constrained for request in self.running):
-            return max(draft + verify, HOST.seconds(requests))
-        host = HOST_OF_GRAMMARS.seconds(requests)
+            return max(draft + verify, HOST.seconds(requests) + planning)
+        host = HOST_OF_GRAMMARS.seconds(requests) + planning
         return draft + (verify + host if self.waits else max(verify, host))
 
     def _routes(self) -> list[str]:

@@ -21,7 +21,7 @@ _COLOURS = {
     "ar": "blue",
     "diffusion": "yellow",
     "lookup": "green",
-    "structure": "cyan",
+    "structure": "magenta",
     "none": "bright_black",
 }
 

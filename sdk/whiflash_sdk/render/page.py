@@ -88,7 +88,9 @@ _LONG: Final = 2000
 _QUOTED: Final = 60
 
 
-def html(trace: Trace, text: str = "", *, title: str = "Response", model: str | None = None) -> str:
+def html(
+    trace: Trace, text: str = "", *, title: str = "Who drafted this answer", model: str | None = None
+) -> str:
     """A page that shows one response. See `conversation_html`."""
     return conversation_html([Turn(title, text, trace, model)], title=title)
 

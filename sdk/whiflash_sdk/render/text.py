@@ -27,7 +27,9 @@ _LEVELS: Final = "▁▂▃▄▅▆▇█"
 SAVED: Final = "estimated time saved"
 
 
-def terminal(trace: Trace, text: str = "", *, title: str = "Response", colour: bool = True) -> str:
+def terminal(
+    trace: Trace, text: str = "", *, title: str = "Who drafted this answer", colour: bool = True
+) -> str:
     """One response as text; without `colour` each stretch is preceded by its drafter's name."""
     return conversation_terminal([Turn(title, text, trace)], colour=colour)
 

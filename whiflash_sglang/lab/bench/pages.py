@@ -118,7 +118,7 @@ def _overview(load: LoadReport, over: str | None) -> str:
 
 
 def _mismatches(groups: Mapping[str, Figures]) -> str:
-    """Of all answers, those that end in a loop too; empty if none was compared."""
+    """Mismatches of all answers, looping ones too; empty if no answer was compared."""
     counted = [groups[name].mismatches for name in (OVERALL, LOOPS) if name in groups]
     return "" if None in counted else str(sum(filter(None, counted)))
 
