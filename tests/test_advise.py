@@ -1,6 +1,7 @@
 """`whiflash advise` and `report`: assumptions come first, published ratios come out, a bad deal is called one."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from whiflash_sglang.cli import app
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.advise import ERROR, GPUS, Question, _card, advise
 from whiflash_sglang.lab.published import KNOWN, known
-from whiflash_sglang.lab.report import brought
+from whiflash_sglang.lab.report import brought, by_caller, gain_of
 from whiflash_sglang.lab.simulate import Load, Pair, Simulation
 
 
@@ -109,3 +110,26 @@ def test_a_report_compares_with_the_servers_prices_and_counts_from_an_earlier_on
         brought(STATE, later)
     with pytest.raises(ConfigError, match="no round yet"):
         brought({"tokens": 0})
+
+
+def test_agents_and_tenants_are_reported_from_sampled_traces(tmp_path: Path) -> None:
+    def sample(agent: str | None, tenant: str | None, tokens: int, saved: float) -> str:
+        arms = {"ar": {"rounds": 4, "tokens": tokens, "proposed": 9, "accepted": 3, "saved": saved}}
+        sums = {"version": 1, "policy": "auto", "rounds": 4, "tokens": tokens, "seconds": 2.0, "arms": arms}
+        return json.dumps({"agent": agent, "tenant": tenant, "sglext": {"whiflash": sums}})
+
+    with pytest.raises(ConfigError, match="has no sampled traces: start the server with"):
+        by_caller(tmp_path)
+    coder = [sample("coder", "aa", 20, 1.0), sample("coder", "bb", 12, -1.0)]
+    (tmp_path / "traces.1.jsonl").write_text("\n".join(coder))
+    (tmp_path / "traces.jsonl").write_text(sample(None, "bb", 8, 3.0) + '\n{"torn')
+    found = by_caller(tmp_path)
+    assert [(one.name, one.answers, one.tokens, gain_of(one)) for one in found["agent"]] == [
+        ("coder", 2, 32, 1.0),
+        ("none named", 1, 8, 2.5),
+    ]
+    assert [(one.name, one.tokens) for one in found["tenant"]] == [("aa", 20), ("bb", 20)]
+    shown = CliRunner().invoke(app, ["report", "--traces", str(tmp_path)])
+    assert "coder" in shown.output
+    as_json = json.loads(CliRunner().invoke(app, ["report", "--traces", str(tmp_path), "--json"]).output)
+    assert as_json["tenant"][1]["answers"] == 2

@@ -307,7 +307,8 @@ def sampled(directory: Path, rid: str) -> dict[str, Any]:
 
 
 def test_who_did_not_ask_is_sampled_in_sums_without_text(server: Server, sums: Path) -> None:
-    body = {"text": PROMPT, "rid": "sampled-sums", "sampling_params": NATIVE}
+    params = {**NATIVE, "custom_params": {"whiflash": '{"agent":"coder"}'}}
+    body = {"text": PROMPT, "rid": "sampled-sums", "sampling_params": params, "extra_key": "secret"}
     answer = server.post("/generate", body)
     assert "whiflash" not in json.dumps(answer["meta_info"])
     sample = sampled(sums, "sampled-sums")
@@ -318,7 +319,10 @@ def test_who_did_not_ask_is_sampled_in_sums_without_text(server: Server, sums: P
     assert (trace.tokens, trace.stretches, trace.text) == (23, (), None)
     assert trace.tokens_per_second
     assert "text" not in sample
-    assert answer["text"] not in (sums / "traces.jsonl").read_text()
+    assert (sample["agent"], len(sample["tenant"])) == ("coder", 16)
+    written = (sums / "traces.jsonl").read_text()
+    assert answer["text"] not in written
+    assert "secret" not in written
 
 
 def test_a_sample_with_text_is_the_trace_that_its_client_gets(incremental: Server, texts: Path) -> None:

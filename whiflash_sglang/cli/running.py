@@ -146,19 +146,30 @@ def summary(
     hourly: Annotated[
         float | None, typer.Option("--cost-per-hour", min=0, help="Cost of a server's hour, in any currency.")
     ] = None,
+    traces: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Report agents and tenants, by sampled traces in it."
+        ),
+    ] = None,
     as_json: JsonFlag = False,
     api_key: AdminKeyOption = None,
 ) -> None:
     """Report what drafting brought on running servers, against their own prices of rounds without drafts.
 
-    It counts from the server's start, or from an earlier report on.
+    It counts from the server's start, or from an earlier report on. With --traces it asks no server.
 
     \b
     Examples:
     whiflash report --cost-per-hour 2.5
     whiflash report --json > monday.json
+    whiflash report --traces /var/lib/whiflash/traces
     """
     from whiflash_sglang.lab.report import CAVEAT, brought
+
+    if traces is not None:
+        _show_callers(traces, as_json)
+        return
 
     before = {} if since is None else _earlier(since)
 
@@ -174,6 +185,33 @@ def summary(
     ask_every(url, ask, as_json)
     if not as_json:
         typer.echo(CAVEAT)
+
+
+def _show_callers(directory: Path, as_json: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+    from whiflash_sdk.render.aligned import printable
+
+    from whiflash_sglang.lab.report import by_caller, gain_of
+
+    found = by_caller(directory)
+    if as_json:
+        rows = {caller: [share.model_dump() for share in shares] for caller, shares in found.items()}
+        typer.echo(json.dumps(rows))
+        return
+    for caller, shares in found.items():
+        table = Table(caller, title_justify="left")
+        for column in ("answers", "tokens", "tokens a round", "seconds", "saved", "over plain"):
+            table.add_column(column, justify="right")
+        for share in shares:
+            known = (share.seconds, share.saved, gain_of(share))
+            figures = ("" if value is None else f"{value:.2f}" for value in known)
+            counts = (f"{share.answers:,}", f"{share.tokens:,}", f"{share.acceptance_length:.2f}")
+            table.add_row(Text(printable(share.name)), *counts, *figures)
+        for_tables().print(table)
+    typer.echo(
+        "Seconds saved are estimates by the server's prices of rounds without drafts; prefills are left out."
+    )
 
 
 def _earlier(path: Path) -> dict[str, Any]:

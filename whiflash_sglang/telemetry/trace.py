@@ -57,7 +57,8 @@ class Recording:
     ended: of its rounds, in seconds of the host's clock; 0 before they have. spent: what its rounds cost by the
     worker's fitted prices, in seconds; plain: what its tokens would have cost without drafts; saved: the difference by
     arm. sources: what its drafts were taken from, each with its `FIGURES`. policy: in force when the request ended.
-    cached: tokens of its prompt whose KV was kept, by place.
+    cached: tokens of its prompt whose KV was kept, by place. agent, tenant: who asked, for samples: a hint's name,
+    and a hash of the tenant's keys.
     """
 
     level: TraceLevel | None
@@ -73,6 +74,8 @@ class Recording:
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
     policy: str = ""
     cached: dict[str, int] = field(default_factory=dict)
+    agent: str | None = None
+    tenant: str | None = None
 
     def begin(self) -> None:
         """A round begins; the first one starts the clock."""

@@ -35,6 +35,8 @@ def take(manager: Any, state: Any, meta_info: dict[str, Any], recording: Recordi
         "prompt_tokens": meta_info["prompt_tokens"],
         "completion_tokens": tokens,
         "finish_reason": reason.get("type"),
+        "agent": recording.agent,
+        "tenant": recording.tenant,
         "sglext": {META_KEY: trace},
     }
     if level == "full" and manager.tokenizer is not None:
