@@ -123,7 +123,7 @@ def serve(
         typer.echo(shlex.join([*(["env", *variables] if variables else []), *command]))
         return
     typer.echo(
-        f"whiflash: serves at {url} in about a minute. Then, in another shell: "
+        f"whiflash: will serve at {url}, after about a minute and any download. Then, in another shell: "
         f"`whiflash top --url {url}` watches it, `whiflash policy none --url {url}` stops drafting",
         err=True,
     )
