@@ -276,10 +276,12 @@ def test_the_prefills_token_is_part_of_the_text_and_of_its_span() -> None:
 def test_tokens_of_the_target_have_no_colour(arm: str, round_chars: list[list[int]], shown: str) -> None:
     text = '{"city":"Paris'
     stretch = {**STRETCHES[1], "arm": arm, "chars": [0, len(text)], "round_chars": round_chars}
-    cut = Trace.model_validate({"version": 1, "policy": "auto", "tokens": 14, "stretches": [stretch]})
+    cut = Trace.model_validate(
+        {"version": 1, "policy": "auto", "rounds": 2, "tokens": 14, "stretches": [stretch]}
+    )
     elements = Elements(html(cut, text))
     assert text in elements.text
-    assert len(elements.named("em")) == bool(shown)
+    assert len(elements.named("u")) == bool(shown)
     painted = terminal(cut, text)
     assert re.search(r"\x1b\[\d+m" + re.escape(shown or text) + r"\x1b\[0m", painted)
     assert text in re.sub(r"\x1b\[\d+m", "", painted)
