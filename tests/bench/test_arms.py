@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from whiflash_sglang.checkpoints.hub import checksums, verify
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.bench.arms import KNOWN, QUICK, VARIANTS, Subject, build_arms, those_with_drafters
@@ -164,6 +165,7 @@ def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:
     assert manifest.lookup is not None
     assert not manifest.lookup.enabled
     assert manifest.router is None
+    verify(checksums(bad, manifest, ("eagle3", "dflash")))  # as a server does at its start
     for good in (subject.eagle3, subject.dflash):
         assert good is not None
         files = sorted(good.glob("*.safetensors"))

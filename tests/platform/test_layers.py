@@ -7,6 +7,7 @@ import pytest
 import torch
 from engine import engine
 from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.aux_hidden_states import AuxHiddenStateList
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from torch import Tensor
@@ -87,17 +88,24 @@ def test_what_is_not_taken_goes_to_torch(compiled: None) -> None:
 def test_the_short_way_through_a_layer_is_the_same(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Token by token and logprob by logprob; a hook on a part of a layer keeps that layer on SGLang's way."""
+    """Token by token, logprob by logprob, feature by feature; a hook keeps a layer on SGLang's way."""
     taken: list[int] = []
+    features: list[Tensor] = []
     attention = layers._attention
 
     def watched(self: Any, *arguments: Any) -> Tensor:
         taken.append(self.attn.layer_id)
         return attention(self, *arguments)
 
+    def capture(self: list[Tensor], hidden: Tensor, *, owned: bool = False) -> None:
+        self.append(hidden.clone())
+        features.append(self[-1])
+
     monkeypatch.setattr(layers, "_attention", watched)
+    monkeypatch.setattr(AuxHiddenStateList, "capture", capture)
     with engine(checkpoints.target, dtype="bfloat16", disable_radix_cache=True) as e:
-        found = e.scheduler.tp_worker.model_runner.model.model.layers
+        model = e.scheduler.tp_worker.model_runner.model
+        found, model.model.layers_to_capture, model.capture_aux_hidden_states = model.model.layers, [1], True
 
         def answers(name: str) -> list[Any]:
             for i, prompt in enumerate(PROMPTS):
@@ -110,9 +118,13 @@ def test_the_short_way_through_a_layer_is_the_same(
         assert set(taken) == set(range(1, len(found))), (
             "the first layer of a stack starts the residual stream"
         )
+        kept = features.copy()
         taken.clear()
+        features.clear()
         for layer in found:
             del layer.__dict__[layers._PLAIN]
             layer.mlp.register_forward_hook(lambda *_: None)
         assert answers("whole") == short
         assert taken == []
+        assert len(kept) == len(features) > 16
+        assert all(torch.equal(one, other) for one, other in zip(kept, features, strict=True))

@@ -132,7 +132,7 @@ def forward(upstream: Callable[..., Any]) -> Callable[..., Any]:
     Parts that are left out decide nothing here: boundaries between stages (sums over ranks, rows that are scattered),
     linear layers' groups, attention's graphs. They take longer than the layer's norms, rotation and activation
     together. The residual stream is kept as SGLang keeps it, so layers of both ways may follow each other. A stack's
-    first layer, and one whose input somebody captures, take SGLang's way.
+    first layer takes SGLang's way.
     """
     from sglang.srt.layers.layer_boundary.residual.add_norm import PLAIN_ADD
     from sglang.srt.model_executor.forward_context import get_attn_backend
@@ -143,8 +143,7 @@ def forward(upstream: Callable[..., Any]) -> Callable[..., Any]:
         stream, backend = forward_batch.residual_stream, get_attn_backend()
         pending = None if stream is None else stream.pending
         usual = (
-            capture_output is None
-            and pending is not None
+            pending is not None
             and pending.value is hidden_states
             and pending.owed is None
             and pending.update.is_plain_add
@@ -158,6 +157,8 @@ def forward(upstream: Callable[..., Any]) -> Callable[..., Any]:
         if not (usual and plain):
             return upstream(self, positions, hidden_states, forward_batch, capture_output)
         normed, residual = self.input_layernorm(hidden_states, stream.residual)
+        if capture_output is not None:
+            capture_output(residual)  # which copies it
         attended = _attention(self.self_attn, positions, normed, forward_batch, backend)
         normed, residual = self.post_attention_layernorm(attended, residual)
         mlp = self.mlp

@@ -41,7 +41,8 @@ def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
         fields["structure"] = {"enabled": False}
     shutil.copytree(bundle, directory, copy_function=_link)
     if arm == BAD:
-        fields.pop("router", None)
+        for part in ("router", "sources"):  # the drafters are no longer those of its checksums
+            fields.pop(part, None)
         for part in {"eagle3", "dflash"} & fields.keys():
             _shuffle(directory / fields[part])
     (directory / MANIFEST).unlink()  # it is the bundle's own
