@@ -126,5 +126,5 @@ def test_the_short_way_through_a_layer_is_the_same(
             layer.mlp.register_forward_hook(lambda *_: None)
         assert answers("whole") == short
         assert taken == []
-        assert len(kept) == len(features) > 16
+        assert len(kept) == len(features) >= 16
         assert all(torch.equal(one, other) for one, other in zip(kept, features, strict=True))
