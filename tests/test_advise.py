@@ -26,6 +26,13 @@ def test_every_known_target_has_an_answer(target: str) -> None:
     assert len(found.settings) >= 2
 
 
+def test_the_page_that_decides_shows_todays_estimate() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "when-to-use.md").read_text("utf-8")
+    found = advise(Question("Qwen3-8B", requests=(40,), tools=0.3))
+    assert found.verdict in page
+    assert all(f"{rate:,.0f}" in page for rate in found.rows[0].rates.values())
+
+
 def ratio(
     target: str, lengths: dict[str, float], drafts: dict[str, int], method: str, requests: int
 ) -> float:

@@ -148,9 +148,7 @@ def summary(
     ] = None,
     traces: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, file_okay=False, help="Report agents and tenants, by sampled traces in it."
-        ),
+        typer.Option(file_okay=False, help="Report agents and tenants, by sampled traces in it."),
     ] = None,
     as_json: JsonFlag = False,
     api_key: AdminKeyOption = None,
