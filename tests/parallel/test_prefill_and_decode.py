@@ -21,7 +21,7 @@ import pytest
 from decode_loop import run
 from engine import Engine, engine
 from families import FAMILIES, tiny_family
-from matrix import sampled
+from matrix import chosen, sampled
 from model_set import Models
 from records import all_logprobs, assert_same_logprobs
 from reference import Comparison
@@ -212,11 +212,13 @@ def arrivals(e: Engine, models: Models) -> Iterator[list[int]]:
     assert not wrong, wrong
 
 
-def test_texts_are_plain_servers(models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]) -> None:
+def test_texts_are_plain_servers(
+    models: Models, prefills: dict[str, Prefill], plain: dict[str, Any], pytestconfig: pytest.Config
+) -> None:
     """Under every policy; drafters' KV is that of one pass when a request arrives."""
     asked = len(KINDS) + len(SEEDED)
     with decoding(models, models.whiflash("ar")) as e:
-        for router in ("ar", "diffusion", "random", "auto"):
+        for router in chosen(pytestconfig, ("ar", "diffusion", "random", "auto"), "random", "auto"):
             e.start_over(router)
             with arrivals(e, models) as lengths:
                 written = texts(e, prefills["pair"], KINDS) | texts(e, prefills["pair"], SEEDED)
@@ -345,6 +347,7 @@ def test_over_http(
         assert tokens[-1] == plain["texts"]["greedy-0"]
 
 
+@pytest.mark.evidence
 def test_a_prefill_server_that_is_lost_and_comes_back(
     host: ServerHost, models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]
 ) -> None:

@@ -43,7 +43,7 @@ def stock(checkpoints: Checkpoints, algorithm: str | None) -> dict[str, Any]:
 def prompts() -> list[list[int]]:
     """Prompts of many lengths; every third one extends an earlier one (a prefix hit)."""
     texts: list[list[int]] = []
-    for i in range(18):
+    for i in range(12):
         ids = random.Random(i).choices(range(256), k=[3, 20, 70, 150, 260][i % 5])
         texts.append([*texts[i - 2], *ids[:40]] if i % 3 == 2 else ids)
     return texts
@@ -99,3 +99,14 @@ def test_text_is_plain_decodings_and_logits_are_hugging_faces(
         # One token to choose from gives the greedy answer at any temperature; several give several answers.
         assert answered(e, "forced", temperature=1.5, top_k=1) == expected
         assert answered(e, "free", temperature=1.5, top_p=0.9) != expected
+
+
+@pytest.mark.evidence
+def test_upstream_adapts_its_steps(checkpoints: Checkpoints, expected: list[list[int]]) -> None:
+    """As WHIFLASH is measured beside: a drafter that is never right loses its steps."""
+    adaptive = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(checkpoints.eagle3)}
+    with engine(checkpoints.target, **TOKENS, **adaptive, speculative_adaptive=True) as e:
+        before = e.worker.speculative_num_steps
+        assert answered(e, "adapted") == expected
+        assert e.worker.speculative_num_steps < before
+        e.check_leaks()

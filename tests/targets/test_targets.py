@@ -142,7 +142,7 @@ def test_routed_experts_are_plain_decodings(loop: str, tmp_path: Path) -> None:
         replace(a, params={**a.params, "return_routed_experts": True})
         for a in mixed(seed=5, count=8, shared=24, longest=50, stops=0.1, tokens=36)
     ]
-    with start(target, **options) as e:
+    with engine(target, **options) as e:
         expected = play(e, arrivals)
         wanted = {rid: e.requests[rid].routed_experts for rid in expected}
     flags = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}

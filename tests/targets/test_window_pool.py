@@ -171,8 +171,8 @@ def test_after_traffic(laguna: Models, case: str, monkeypatch: pytest.MonkeyPatc
     comparison = Comparison(laguna.reference.target)
     with start(laguna.target, whiflash=laguna.whiflash("random"), arms=[oracle], **flags) as e:
         pools = Pools(e, 0.5)
-        # A second time, of prefixes whose windows are gone.
-        for again in ("", "again-"):
+        # A second time, of prefixes whose windows are gone. Under the model of streams a pass takes long.
+        for again in ("",) if case == "overlap" else ("", "again-"):
             found = play(e, [replace(a, rid=again + a.rid) for a in arrivals], pools.note)
             for a in arrivals:
                 text = found[again + a.rid]

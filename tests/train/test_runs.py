@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matrix import sampled
 from safetensors.torch import load_file
 from tiny_models import tiny_target
 from typer.testing import CliRunner
@@ -84,7 +85,9 @@ def test_data_goes_on_where_it_stopped(root: Path, config: TrainConfig, tmp_path
     assert len({row["id"] for row in index}) == 24
 
 
-@pytest.mark.parametrize("train", [train_eagle3, train_dflash, train_dspark])
+@pytest.mark.parametrize(
+    "train", sampled([train_eagle3, train_dflash, train_dspark], train_eagle3, train_dspark)
+)
 def test_a_killed_run_resumes_to_the_same_weights(
     train: object, root: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,12 +209,13 @@ ROWS = [
     row("resident", "random", "constrained"),
     row("overlap", "random", "traffic", *ALL, *KNOWING, "retractions", retracted=5),
     row("overlap", "random", "constrained", "retractions", retracted=5),
-    row("overlap", "random", "structured", "structure", "lookup"),
+    # `test_overlap.py` asks for these grammars beside free texts, and counts waits.
+    row("overlap", "random", "structured", "structure", "lookup", evidence=True),
     row("overlap", "auto", "calls"),
     row("overlap, llguidance", "random", "structured"),
     # `oracle` where something must happen: a grammar joins when it is compiled, so `random` takes other arms each time.
     row("thinking, overlap", "oracle", "thinking", "oracle", *KNOWING),
-    row("thinking, overlap", "random", "thinking"),
+    row("thinking, overlap", "random", "thinking", evidence=True),
     *(row("overlap", router, "traffic", retracted=5, evidence=True) for router in ("diffusion", "auto")),
     row("overlap, lengths", "lookup", "traffic", "retractions", retracted=5),
     row("overlap, lengths", "ar", "traffic", retracted=5, evidence=True),

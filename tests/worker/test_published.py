@@ -74,9 +74,7 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
     return found, own, reads
 
 
-@pytest.mark.parametrize(
-    ("router", "resident"), [("random", False), ("random", True), ("auto", False), ("none", False)]
-)
+@pytest.mark.parametrize(("router", "resident"), [("random", False), ("random", True), ("none", False)])
 def test_figures_are_those_of_the_rounds(
     models: Models,
     router: str,

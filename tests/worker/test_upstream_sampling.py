@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from engine import engine
 from model_set import Models
+from parity import UPSTREAM
 from plain import plain_texts
 from request_sets import penalised
-from test_parity import UPSTREAM
 from test_sampling import PROMPT
 from traffic import Arrival, play
 
