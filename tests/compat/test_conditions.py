@@ -130,10 +130,10 @@ def _differs(node: ast.Compare) -> bool:
 def in_sources(questions: set[str]) -> Iterator[tuple[tuple[str, str], int]]:
     root = Path(str(files("sglang"))) / "srt"
     for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if not name.startswith(OTHERS):
+        name, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
+        if not name.startswith(OTHERS) and any(asked in text for asked in (FIELD, *questions)):
             conditions = Conditions(questions)
-            conditions.visit(ast.parse(path.read_text(encoding="utf-8")))
+            conditions.visit(ast.parse(text))
             yield from (((name, function), times) for function, times in conditions.found.items() if times)
 
 

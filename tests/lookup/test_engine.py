@@ -54,9 +54,10 @@ def ask(
     return Answer(running.output(name), running.rounds(name)[0])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cold(running: Engine) -> Answer:
     """The same request where nothing is known, and which leaves nothing."""
+    running.start_over("lookup")
     return ask(running, None, lookup="context")
 
 

@@ -47,9 +47,10 @@ def ask(running: Engine, predicted: object = None, **params: Any) -> tuple[list[
     return answer(running, name)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cold(running: Engine) -> tuple[list[int], int]:
     """The answer where nothing is predicted."""
+    running.start_over("lookup")
     return ask(running, custom_params={"whiflash": '{"lookup": "context"}'})
 
 

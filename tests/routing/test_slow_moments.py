@@ -127,11 +127,11 @@ def test_ten_seconds_of_a_copy(before: int, stall: str, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", sampled(range(5), 0))
 def test_copies_that_bring_little_are_never_tried(seed: int) -> None:
-    """Ten thousand rounds: what they would have brought is known from each of them."""
+    """Thousands of rounds, more than between two probes: what they would have brought is known from each of them."""
     machine = Machine(seed=seed)
     machine.profile({"ar": 1.0, "diffusion": 1.0})
     machine.copies = Forecast(1.2, 12)
-    assert machine.rounds(10_000)["lookup"] == 0
+    assert machine.rounds(3_000)["lookup"] == 0
     machine.copies = Forecast(9.0, 12)
     assert machine.rounds(20)["lookup"] >= 18, "the first round that promises much is theirs"
 
@@ -198,7 +198,7 @@ def test_a_busy_while_is_forgotten_soon(seed: int) -> None:
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.2, 0.3, 0.5])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", sampled(range(3), 0))
 def test_ordinary_noise_changes_nothing(noise: float, seed: int) -> None:
     """Neither routes that go back and forth, nor probes beyond those that are due."""
     machine = Machine(noise, seed)

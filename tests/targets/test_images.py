@@ -4,10 +4,10 @@ An image's positions have ids that are no tokens and hash the image. Stock SGLan
 Hugging Face's class says how far logits are apart where two are alike.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,37 @@ def arrivals(name: str, **params: Any) -> list[Arrival]:
 
 
 @dataclass(frozen=True)
+class Target:
+    """Files of a target and Hugging Face's class. prompts, expected: what is `ASKED`, readable; plain decoding's."""
+
+    name: str
+    path: Path
+    seen: Seen
+    prompts: Mapping[str, Sequence[int]]
+    expected: Mapping[str, list[int]]
+
+
+Made = Callable[[str], Target]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Targets by class, each made once."""
+
+    def make(name: str) -> Target:
+        path = tmp_path_factory.mktemp("target")
+        seen = seeing(path, name)
+        with engine(path, **OPTIONS) as e:
+            expected = play(e, arrivals(name))
+            ids = {rid: e.requests[rid].origin_input_ids for rid in expected}
+        for rid, prompt in ids.items():
+            assert (max(prompt) >= PLACEHOLDERS) is (rid != "text")
+        return Target(name, path, seen, {rid: readable(prompt) for rid, prompt in ids.items()}, expected)
+
+    return cache(make)
+
+
+@dataclass(frozen=True)
 class Served:
     """An engine that drafts at random, with an arm that is mostly right, and what plain decoding writes."""
 
@@ -108,22 +139,17 @@ class Served:
 
 @contextmanager
 def serving(
-    name: str, root: Path, *, drafters: bool = True, layers: int = 1, start: Any = engine, **options: Any
+    target: Target, root: Path, *, drafters: bool = True, layers: int = 1, start: Any = engine, **options: Any
 ) -> Iterator[Served]:
-    seen, asked = seeing(root / "target", name), arrivals(name)
-    options = {**OPTIONS, **options}
     flags: dict[str, Any] = {"whiflash_router": "random"}
     if drafters:
-        flags["draft"] = tiny_dflash(root / "dflash", root / "target")
-        flags["whiflash_eagle_draft"] = str(tiny_eagle3(root / "eagle3", root / "target", num_layers=layers))
+        flags["draft"] = tiny_dflash(root / "dflash", target.path)
+        flags["whiflash_eagle_draft"] = str(tiny_eagle3(root / "eagle3", target.path, num_layers=layers))
     oracle = OracleArm(0.9, seed=3)
-    with engine(root / "target", **options) as e:
-        expected = play(e, asked)
-        for rid, written in expected.items():
-            oracle.learn(readable(e.requests[rid].origin_input_ids), written)
-            assert (max(e.requests[rid].origin_input_ids) >= PLACEHOLDERS) is (rid != "text")
-    with start(root / "target", whiflash=flags, arms=[oracle], **options) as e:
-        yield Served(name, seen, e, oracle, expected)
+    for rid, prompt in target.prompts.items():
+        oracle.learn(prompt, target.expected[rid])
+    with start(target.path, whiflash=flags, arms=[oracle], **{**OPTIONS, **options}) as e:
+        yield Served(target.name, target.seen, e, oracle, target.expected)
 
 
 @pytest.fixture(autouse=True)
@@ -133,13 +159,13 @@ def whole_states(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", sampled(IMAGES, QWEN))
-@pytest.mark.parametrize("drafters", [True, False], ids=["drafters", "copies"])
+@pytest.mark.parametrize("drafters", sampled([True, False], True), ids=["drafters", "copies"])
 def test_text_is_plain_decodings(
-    name: str, drafters: bool, tmp_path: Path, pytestconfig: pytest.Config
+    made: Made, name: str, drafters: bool, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     """Under random routing, then under every policy, whose requests find prefixes with images."""
     policies = chosen(pytestconfig, POLICIES if drafters else ("lookup", "auto", "none"), "auto")
-    with serving(name, tmp_path, drafters=drafters) as s:
+    with serving(made(name), tmp_path, drafters=drafters) as s:
         s.check("random", arrivals(name))
         s.engine.scheduler.flush_cache()
         for policy in policies:
@@ -156,11 +182,13 @@ def test_text_is_plain_decodings(
 
 
 @pytest.mark.parametrize("name", sampled([QWEN, "Qwen3VLForConditionalGeneration"], QWEN))
-def test_rounds_that_overlap_are_replayed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_that_overlap_are_replayed(
+    made: Made, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a card: the device copies, the host plans a round ahead, and rounds are graphs."""
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
     options = {"context_length": 256, "max_total_tokens": 2048}
-    with serving(name, tmp_path, start=partial(overlapped, host_lengths=False), **options) as s:
+    with serving(made(name), tmp_path, start=partial(overlapped, host_lengths=False), **options) as s:
         with emulated_graphs(s.engine) as captured:
             s.check("random", arrivals(name))
             assert len(captured.backend.replayed) == s.engine.worker.clock.rounds
@@ -169,14 +197,14 @@ def test_rounds_that_overlap_are_replayed(name: str, tmp_path: Path, monkeypatch
 
 
 def test_a_prefix_with_an_image_comes_back_from_the_host(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A drafter of several layers ingests images, too, and its KV follows."""
     from sglang.srt.mem_cache.pool_host import base
 
     monkeypatch.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
     host = {"enable_hierarchical_cache": True, "hicache_ratio": 6.0, "hicache_write_policy": "write_through"}
-    with serving(QWEN, tmp_path, layers=2, max_total_tokens=448, **host) as s:
+    with serving(made(QWEN), tmp_path, layers=2, max_total_tokens=448, **host) as s:
         s.check("first", arrivals(QWEN)[:3])
         s.engine.generate([words(seed, 60) for seed in range(20, 28)], max_new_tokens=40)
         s.check("later", arrivals(QWEN)[:3])
@@ -190,38 +218,42 @@ def test_a_prefix_with_an_image_comes_back_from_the_host(
         assert quarantine.ingests("ar")
 
 
-def test_another_image_has_another_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_image_has_another_prefix(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If images had one id, the tree would hand the slots of another one out, and these tests would see it."""
     from sglang.srt.managers.schedule_batch import MultimodalDataItem
 
-    with serving(QWEN, tmp_path) as s:
+    with serving(made(QWEN), tmp_path) as s:
         monkeypatch.setattr(MultimodalDataItem, "set_pad_value", lambda item: item.set_hash(1))
         with pytest.raises(AssertionError, match="is wrong by"):
             s.check("random", arrivals(QWEN)[:3])
 
 
-def test_requests_that_are_retracted_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_are_retracted_go_on(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sglang.srt.managers import scheduler
 
-    with serving(QWEN, tmp_path) as s:
+    with serving(made(QWEN), tmp_path) as s:
         monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
         s.check("random", arrivals(QWEN))
         assert sum(req.retraction_count for req in s.engine.requests.values()) > 5
 
 
-def test_logprobs_are_plain_decodings(tmp_path: Path) -> None:
+def test_logprobs_are_plain_decodings(made: Made, tmp_path: Path) -> None:
     """Those of prompts, too, as SGLang gives them for an image's positions."""
     asked = arrivals(QWEN, return_logprob=True, logprob_start_len=0)
-    with serving(QWEN, tmp_path) as s:
+    with serving(made(QWEN), tmp_path) as s:
         play(s.engine, asked)
         found = {rid: logprobs(s.engine, rid) for rid in ASKED}
-    with engine(tmp_path / "target", **OPTIONS) as e:
+    with engine(made(QWEN).path, **OPTIONS) as e:
         play(e, asked)
         for rid, rates in found.items():
             assert_same_logprobs(rates, logprobs(e, rid), rid)
 
 
-def test_a_sessions_turns_have_images(tmp_path: Path) -> None:
+def test_a_sessions_turns_have_images(made: Made, tmp_path: Path) -> None:
     """In the first turn, in the second, and in neither of the last two."""
     turns = [
         [words(9, 6), Picture(5)],
@@ -241,17 +273,17 @@ def test_a_sessions_turns_have_images(tmp_path: Path) -> None:
         e.close_session("talk")
         found.append([e.output(str(number)) for number in range(len(turns))])
 
-    with serving(QWEN, tmp_path) as s:
+    with serving(made(QWEN), tmp_path) as s:
         converse(s.engine)
-    with engine(tmp_path / "target", **OPTIONS) as e:
+    with engine(made(QWEN).path, **OPTIONS) as e:
         converse(e)
     assert found[0] == found[1]
 
 
-def test_draft_kv_of_images_is_one_passs(tmp_path: Path) -> None:
+def test_draft_kv_of_images_is_one_passs(made: Made, tmp_path: Path) -> None:
     """A drafter of next tokens reads what the target read at an image's positions. Before one that the next chunk
     embeds it reads token 0."""
-    with serving(QWEN, tmp_path) as s:
+    with serving(made(QWEN), tmp_path) as s:
         e, ends, prefill = s.engine, set[int](), s.engine.worker.target.prefill
 
         def noting(batch: Any) -> Any:

@@ -241,7 +241,7 @@ def test_sampled_tokens_have_the_adapters_distribution(
         for begin in range(0, each, 8):
             names = [(adapter, f"{adapter} {i:04d}") for i in range(begin, begin + 8) for adapter in of]
             for adapter, name in names:
-                e.submit(name, prompt, max_new_tokens=8, lora_id=adapter, **params)
+                e.submit(name, prompt, max_new_tokens=5, lora_id=adapter, **params)
             e.run()
             for adapter, name in names:
                 drawn[adapter].append(e.output(name)[:3])
@@ -268,7 +268,7 @@ def test_draft_kv_comes_back_from_the_host_by_adapter(
     monkeypatch.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
     prompt, rng = random.Random(1).choices(range(256), k=50), random.Random(2)
     ids = [None, *list(adapted)[:2]]
-    fillers = [rng.choices(range(256), k=60) for _ in range(9)]
+    fillers = [rng.choices(range(256), k=100) for _ in range(9)]
     options = {
         **serving(*list(adapters.values())[:2]),
         "enable_hierarchical_cache": True,
@@ -283,7 +283,7 @@ def test_draft_kv_comes_back_from_the_host_by_adapter(
             e.submit(f"first {i}", prompt, max_new_tokens=30, lora_id=i)
         e.run()
         for n, filler in enumerate(fillers):
-            e.submit(f"filler {n}", filler, max_new_tokens=40)
+            e.submit(f"filler {n}", filler, max_new_tokens=1)
             e.run()
         for i in ids:
             e.submit(f"second {i}", [*prompt, *e.output(f"first {i}"), 7, 8], max_new_tokens=30, lora_id=i)

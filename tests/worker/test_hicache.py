@@ -61,7 +61,7 @@ def talk(e: Engine, name: str = "talk", *, seed: int = 1, between: Callable[[], 
     )  # write-through-selective takes what is hit
     e.run()
     for other in range(8):
-        e.submit(f"{name}-other{other:02d}", rng.choices(range(256), k=60), max_new_tokens=40)
+        e.submit(f"{name}-other{other:02d}", rng.choices(range(256), k=100), max_new_tokens=1)
         e.run()
     between()
     again = [*prompt, *first, *rng.choices(range(256), k=10)]

@@ -116,7 +116,7 @@ def test_joint_distribution(models: Models) -> None:
     """
     oracle = OracleArm(0.9, seed=4)
     with sampling_engine(models, "random", oracle) as e:
-        results = judge(models, sample(e, oracle, PARAMETERS, each=160))
+        results = judge(models, sample(e, oracle, PARAMETERS, each=160, tokens=6))
         accepted = sum(oracle.accepted) / len(oracle.accepted)
         unlikely = {r.name: PARAMETERS[r.name] for r in results if r.test.p_value < 1e-3}
         again = judge(models, sample(e, oracle, unlikely, each=480)) if unlikely else []
