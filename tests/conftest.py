@@ -41,19 +41,23 @@ if threading.current_thread() is threading.main_thread():
     # A script's background jobs ignore Ctrl-C, and hand that on to every command under test.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-PAIRED = ("tests/agents/test_http.py", "tests/agents/test_traces.py", "tests/agents/test_features.py")
-"""Files that share a pair of servers, so one worker's. Every other file is one worker's by itself. The last updates the
-servers' weights, after which SGLang serves under the path of the checkpoint instead of its name."""
+FORKING = (
+    *(f"tests/agents/test_{name}.py" for name in ("http", "traces", "features")),
+    *(f"tests/parallel/test_{name}.py" for name in ("dp_attention", "overlapping_ranks", "vocabularies")),
+    *("tests/parallel/test_prefill_and_decode.py", "tests/learn/test_http.py"),
+    *("tests/bench/test_run.py", "tests/bench/test_recorded_bench.py"),
+    *("tests/telemetry/test_server_metrics.py", "tests/targets/test_media_server.py"),
+    *("tests/platform/test_server_host.py", "tests/platform/test_stock_command.py"),
+    *(f"tests/agents/test_{name}.py" for name in ("parsed_streams", "workers", "secrets")),
+)
+"""Files of one worker, where SGLang is imported once by what forks servers, and once by what forks ranks. Every other
+file is one worker's by itself. The first three share a pair of servers, whose weights the last of them updates, after
+which SGLang serves under the path of the checkpoint instead of its name."""
 
 LONGEST = (
-    *PAIRED,
-    "tests/agents/test_parsed_streams.py",
+    *FORKING,
     "tests/phantom/test_server.py",
-    "tests/parallel/test_dp_attention.py",
-    "tests/parallel/test_prefill_and_decode.py",
     "tests/targets/test_images.py",
-    "tests/bench/test_run.py",
-    "tests/parallel/test_overlapping_ranks.py",
     "tests/learn/test_learner.py",
     "tests/worker/test_plain_text.py",
     "tests/worker/test_hicache.py",
@@ -68,9 +72,7 @@ LONGEST = (
     "tests/worker/test_sessions.py",
     "tests/worker/test_steps.py",
     "tests/worker/test_embedded.py",
-    "tests/platform/test_stock_command.py",
     "tests/graphs/test_verify_graphs.py",
-    "tests/telemetry/test_server_metrics.py",
 )
 """Files of more than half a minute, longest first. They are begun first: a file is one worker's, and
 one that is begun last is waited for by all others. Only the time of a whole run depends on this list."""
@@ -185,7 +187,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByServers(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return PAIRED[0] if file in PAIRED else file
+            return FORKING[0] if file in FORKING else file
 
     return ByServers(config, log)
 
