@@ -5,12 +5,9 @@ A name that is only imported is checked by its import. Replaced names have their
 
 from collections.abc import Mapping
 
-from whiflash_sglang.compat import versions
+from whiflash_sglang.compat.versions import has
 
 _TABLE = """
-sglang.kernels.ops.attention.fla.fused_sigmoid_gating_recurrent  # before 0.5.23
-    fused_sigmoid_gating_delta_rule_update(A_log, cu_seqlens, is_kda, lower_bound, disable_state_update)
-    fused_sigmoid_gating_delta_rule_update(intermediate_states_buffer, initial_state_indices)
 sglang.kernels.ops.attention.linear.fused_sigmoid_gating_recurrent  # since 0.5.23
     fused_sigmoid_gating_delta_rule_update(A_log, cu_seqlens, is_kda, lower_bound, disable_state_update)
     fused_sigmoid_gating_delta_rule_update(intermediate_states_buffer, initial_state_indices)
@@ -103,7 +100,6 @@ sglang.srt.layers.vocab_parallel_embedding
 sglang.srt.lora.backend.base_backend
     BaseLoRABackend.is_moe_lora
 sglang.srt.lora.lora_manager
-    LoRAManager.init_cuda_graph_batch_info(max_bs_in_cuda_graph, num_tokens_per_req)  # before 0.5.23
     LoRAManager.init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph, num_tokens_per_req)  # since 0.5.23
 sglang.srt.lora.utils
     LoRABatchInfo(seg_lens, seg_indptr, max_len, expected_tokens)
@@ -257,7 +253,7 @@ sglang.srt.utils.watchdog
     SubprocessWatchdog(processes, process_names)
 """
 """Names by module, with the parameters that are relied on. A name whose parameters take more than a line has several.
-Behind a `#`, the release that brought or lost it.
+Behind a `#`, the release that brought it. A name that only an older one has changes no more, and is left out.
 """
 
 
@@ -265,20 +261,15 @@ def _read(table: str) -> Mapping[str, tuple[str, ...]]:
     """Without the names, and the modules with all of theirs, that the installed release does not have."""
     module, there, found = "", True, dict[str, tuple[str, ...]]()
     for line in table.strip().split("\n"):
-        entry, _, release = line.partition("  # ")
+        entry, _, since = line.partition("  # since ")
         name, _, parameters = entry.strip().rstrip(")").partition("(")
+        known = not since or has(since)
         if not line.startswith(" "):
-            module, there = name, _is_there(release)
-        elif there and _is_there(release):
+            module, there = name, known
+        elif there and known:
             path = f"{module}:{name}"
             found[path] = found.get(path, ()) + tuple(parameters.split(", ") if parameters else ())
     return found
-
-
-def _is_there(release: str) -> bool:
-    """release: `since X`, `before X`, or empty."""
-    kind, _, number = release.partition(" ")
-    return not kind or versions.has(number) == (kind == "since")
 
 
 PRIVATE_NAMES = _read(_TABLE)

@@ -296,15 +296,12 @@ _METHODS: tuple[Seam, ...] = (
 )
 
 
-MODULE_SEAMS: tuple[Seam, ...] = ()
-if has("0.5.23"):
-    MODULE_SEAMS = (
-        Seam(
-            "sglang.kernels.ops.speculative.reconstruct_tree",
-            "reconstruct_indices_from_tree_mask_func",
-            spec_ops.reconstruct_indices_from_tree_mask_func,
-        ),
-    )
+_TREE = Seam(
+    "sglang.kernels.ops.speculative.reconstruct_tree",
+    "reconstruct_indices_from_tree_mask_func",
+    spec_ops.reconstruct_indices_from_tree_mask_func,
+)
+MODULE_SEAMS = (_TREE,) if has("0.5.23") else ()
 """Functions that are wanted of modules that cannot be imported here, because they import operators that no published
 wheel has."""
 

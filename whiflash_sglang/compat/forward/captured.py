@@ -17,7 +17,6 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 
 from whiflash_sglang.checkpoints.fit import TargetShape
-from whiflash_sglang.compat import versions
 from whiflash_sglang.compat.forward.parallel import (
     input_embedding,
     is_quantised,
@@ -27,6 +26,7 @@ from whiflash_sglang.compat.forward.parallel import (
     shared_vocabulary,
     whole_head,
 )
+from whiflash_sglang.compat.versions import has
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.models.choice import SharedVocabulary
 
@@ -49,8 +49,9 @@ def _has_setter(name: str) -> bool | None:
     bases, body = _classes()[name]
     # MiniCPM-V's classes hand them on to another one, which they choose by version.
     setters = SETTERS if name in _DSPARK_ALONE else (*SETTERS[:2], "__getattr__")
-    has = any(f"def {setter}(" in body for setter in setters)
-    return has or any(_has_setter(base) for base in re.findall(r"\w+", bases) if base != name)
+    if any(f"def {setter}(" in body for setter in setters):
+        return True
+    return any(_has_setter(base) for base in re.findall(r"\w+", bases) if base != name)
 
 
 @cache
@@ -89,7 +90,7 @@ class Captured:
         if self._layers and (keeps_final or self._joins_final):
             processor = language_model(model).logits_processor
             processor.keep_last_hidden_states = True
-            if not versions.has("0.5.23"):
+            if not has("0.5.23"):
                 processor.register_forward_hook(self._join)
         self._width = 0  # of the features, where `_join` puts the final states behind them
         self.vectors = self.read + (keeps_final and not self._joins_final)

@@ -21,10 +21,10 @@ from sglang.srt.managers.tokenizer_manager import _INCREMENTAL_STREAMING_META_IN
 from sglang.srt.runtime_context import get_serving
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from whiflash_sglang.compat import versions
 from whiflash_sglang.compat.http import predictions
 from whiflash_sglang.compat.http.call import Call
 from whiflash_sglang.compat.http.requests import as_chat
+from whiflash_sglang.compat.versions import has
 
 _CONTEXT_TOKENS, _CONTEXT_CHARACTERS = 5, 32
 _COUNTS = (
@@ -54,7 +54,7 @@ def are_read_one_by_one(manager: Any, obj: Any, call: Call | None) -> bool:
         or (chat.reasoning_parser and (not is_chat or body.get("separate_reasoning", True)))
         or any(isinstance(message, dict) and message.get("tools") for message in body.get("messages") or ())
         or chat._tool_call_parsing_active(as_chat(call))
-        or (versions.has("0.5.23") and chat._encoding_output() is not None)
+        or (has("0.5.23") and chat._encoding_output() is not None)
     )
 
 

@@ -20,9 +20,9 @@ from sglang.srt.layers.attention.linear.gdn_backend import GDNAttnBackend
 from sglang.srt.layers.attention.linear.kda_backend import KDAAttnBackend
 from sglang.srt.layers.attention.linear.short_conv_backend import ShortConvAttnBackend
 
-from whiflash_sglang.compat import versions
 from whiflash_sglang.compat.carried import serves_ours
 from whiflash_sglang.compat.patching import around
+from whiflash_sglang.compat.versions import has
 from whiflash_sglang.models.recurrent import (
     PAD_SLOT,
     Rows,
@@ -34,7 +34,7 @@ from whiflash_sglang.models.recurrent import (
     transposed,
 )
 
-_LINEAR = "linear" if versions.has("0.5.23") else "fla"
+_LINEAR = "linear" if has("0.5.23") else "fla"
 fused_sigmoid_gating_delta_rule_update = import_module(
     f"sglang.kernels.ops.attention.{_LINEAR}.fused_sigmoid_gating_recurrent"
 ).fused_sigmoid_gating_delta_rule_update
