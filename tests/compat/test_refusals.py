@@ -206,6 +206,8 @@ def test_what_takes_images_is_served_for_text_unless_it_is_asked_for_them(
     assert refusal_of(with_images) is None
     roles = with_arguments(with_images, disaggregation_mode="decode")
     assert "untested between prefill and decode servers" in sentence(roles)
+    peers = with_arguments(with_images, attn_dp_size=2)
+    assert "images are untested with --enable-dp-attention" in sentence(peers)
     arguments = SimpleNamespace(
         device="cpu", enable_multimodal=None, enable_mixed_chunk=False, swa_full_tokens_ratio=None
     )
@@ -406,7 +408,7 @@ def test_machine_and_environment(taken: Launch, row: str) -> None:
 
 APART = {
     *("windows", "window_heads", "window_pool", "one_file", "recurrent_sessions", "disaggregation_release"),
-    "multimodal_roles",
+    *("multimodal_roles", "multimodal_peers", "lora_peers", "peers_release"),
 }
 """Rows with tests of their own."""
 
@@ -417,12 +419,13 @@ def test_every_row_has_its_case() -> None:
 
 
 @pytest.mark.newest
-def test_an_older_release_serves_no_disaggregation(taken: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = with_arguments(taken, disaggregation_mode="decode")
-    assert refusal_of(decode) is None
+def test_an_older_release_serves_fewer_launches(taken: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, peers = with_arguments(taken, disaggregation_mode="decode"), with_arguments(taken, attn_dp_size=2)
+    assert refusal_of(decode) is refusal_of(peers) is None
     monkeypatch.setattr(refusals, "has", lambda release: False)
     monkeypatch.setattr(refusals, "installed", lambda: "0.5.22")
     assert "SGLang 0.5.22 does not register" in str(refusal_of(decode))
+    assert "SGLang 0.5.22 makes no groups of ranks" in str(refusal_of(peers))
     assert refusal_of(taken) is None
 
 
@@ -433,6 +436,9 @@ def test_adapters_are_served_by_one_backend_a_device(taken: Launch) -> None:
     paths = {"enable_lora": None, "lora_paths": ["one=a"], "lora_backend": "triton"}
     assert "give --lora-backend torch_native" in sentence(with_arguments(taken, **paths))
     assert refusal_of(with_arguments(taken, **paths | {"enable_lora": False})) is None
+    peers = {**paths, "lora_backend": "torch_native", "attn_dp_size": 2}
+    assert "remove --enable-lora and --lora-paths" in sentence(with_arguments(taken, **peers))
+    assert refusal_of(with_arguments(taken, **peers | {"lora_paths": None})) is None
 
 
 def test_sglang_takes_adapters_beside_our_algorithm() -> None:

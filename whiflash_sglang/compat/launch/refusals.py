@@ -97,9 +97,12 @@ def _more_than_one(argument: str) -> Callable[["Launch"], Any]:
     return lambda launch: int(getattr(launch.args, argument) or 1) != 1
 
 
+_peers = _more_than_one("attn_dp_size")
+"""DP attention."""
+
+
 def _set_beside_peers(variable: str) -> Callable[["Launch"], Any]:
-    """A variable of SGLang's that is set, with DP attention."""
-    return lambda launch: _more_than_one("attn_dp_size")(launch) and launch.is_set(variable)
+    return lambda launch: _peers(launch) and launch.is_set(variable)
 
 
 def _foreign_flag(launch: "Launch") -> str | None:
@@ -131,13 +134,16 @@ def _foreign_attention(launch: "Launch") -> str | None:
     return next(iter(sorted(launch.attention_backends.difference(allowed))), None)
 
 
+def _has_adapters(launch: "Launch") -> bool:
+    return bool(launch.args.enable_lora or (launch.args.lora_paths and launch.args.enable_lora is None))
+
+
 def _foreign_adapters(launch: "Launch") -> tuple[str, str] | None:
     """The backend of LoRA that this device needs, and another one that is asked for."""
     # On a CPU SGLang's default is replaced (`platform/cpu.py`).
     takes = ("triton",) if launch.device == "cuda" else ("torch_native", "csgmv")
-    wanted = launch.args.enable_lora or (launch.args.lora_paths and launch.args.enable_lora is None)
     named = launch.args.lora_backend
-    return (takes[0], named) if wanted and named not in takes else None
+    return (takes[0], named) if _has_adapters(launch) and named not in takes else None
 
 
 def _captures(launch: "Launch", phase: str) -> bool:
@@ -365,6 +371,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "images are untested between prefill and decode servers; remove --enable-multimodal",
     ),
     Refusal(
+        "multimodal_peers",
+        lambda x: x.args.enable_multimodal and _peers(x),
+        "images are untested with --enable-dp-attention; remove --enable-multimodal",
+    ),
+    Refusal(
         "encoder",
         _architecture(lambda x: x.model.is_encoder_decoder or not x.model.is_generation),
         "{} does not continue a prompt token by token; serve it without WHIFLASH",
@@ -456,11 +467,22 @@ REFUSALS: tuple[Refusal, ...] = (
         _foreign_adapters,
         "--lora-backend {0[1]} lays out the rows of adapters for drafts of one length; give --lora-backend {0[0]}",
     ),
+    Refusal(
+        "lora_peers",
+        lambda x: _peers(x) and _has_adapters(x),
+        "with --enable-dp-attention SGLang lays out all ranks' rows of adapters, for drafts of one length and with "
+        "--lora-backend triton alone; remove --enable-lora and --lora-paths",
+    ),
     _removed("enable_lora_overlap_loading", "untested beside verifications"),
     Refusal(
         "disaggregation_release",
         lambda x: x.args.disaggregation_mode != "null" and not has("0.5.23") and installed(),
         "SGLang {} does not register how a prefill server's KV is laid out; with --disaggregation-mode install 0.5.23",
+    ),
+    Refusal(
+        "peers_release",
+        lambda x: _peers(x) and not has("0.5.23") and installed(),
+        "SGLang {} makes no groups of ranks on a CPU, so --enable-dp-attention is untested; install 0.5.23",
     ),
     _removed("enable_watermark", "its state is not kept per verified position"),
     _removed("enable_mis", "FlashInfer's masks of several items are untested with it"),
