@@ -137,6 +137,13 @@ class Engine:
 
         self.scheduler.close_session(CloseSessionReqInput(session_id=name))
 
+    def update_target(self, target: Path) -> None:
+        """Give the target other weights, of these files, as a client asks for it."""
+        from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+        request = UpdateWeightFromDiskReqInput(model_path=str(target), load_format="auto")
+        self.scheduler.process_input_requests([request])
+
     def start_over(self, router: str) -> None:
         """As after the start, with this policy: nothing is remembered, nothing is cached."""
         self.worker.reconfigure({"router": router})

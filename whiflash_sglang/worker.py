@@ -75,6 +75,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self._target_worker, self._draft_worker = target_worker, None
         self._server_args, self.settings = server_args, settings_of(server_args)
         self.target, self.ranks = Target(target_worker), ranks_of_model()
+        self.target.peers.on_written = self._copy_target
         self.host = HostView.of(self.target.device, late=not server_args.disable_overlap_schedule)
         self.spending = Spending(cuts=self.ranks.size == 1)
         self.drafters = build_drafters(self.settings, self.target, self.ranks, self.host, self.spending)
@@ -301,6 +302,21 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         """Drop text that a drafter keeps across requests: a tenant's, by its handle, or everybody's."""
         self.stages.lifecycle.forget_text(handle)
         self.publisher.flush()
+
+    def target_written(self) -> None:
+        """The target's weights were written: what was copied of them follows, with DP attention when all ranks' were.
+        They may not have heard of it in the same pass, and one of them may have failed.
+        """
+        self.target.peers.written += 1
+        if self.target.peers.size == 1:
+            self._copy_target()
+
+    @torch.no_grad()
+    def _copy_target(self) -> None:
+        with overlap.behind_forward(self.target.runner):
+            self.target.gather_head()
+            for drafter in self.kv_arms.values():
+                drafter.target_written()
 
     def between_rounds(self) -> None:
         """Switch the drafters' weights, if a version has been read that was asked for."""

@@ -12,6 +12,7 @@ from model_set import Models
 from overlap import overlapped
 from safetensors.torch import load_file
 from swapping import PROMPTS, parameters, serving, swap
+from tiny_models import tiny_target
 from versioned import trained, version
 
 from whiflash_sglang.learn import swap as learn_swap
@@ -97,6 +98,10 @@ def test_rows_that_were_copied_of_a_second_matrix_follow(models: Models, tmp_pat
         assert torch.equal(weight, now.weight)
         assert torch.equal(matrix, now.matrix)
         assert (torch.equal(weight, before[0]), torch.equal(matrix, before[1])) == (True, False)
+        e.update_target(tiny_target(tmp_path / "other", seed=5))
+        assert arm._head.weight is weight
+        assert torch.equal(weight, arm._chosen().weight)
+        assert not torch.equal(weight, before[0])
 
 
 def test_without_the_flag_nothing_is_kept(models: Models) -> None:

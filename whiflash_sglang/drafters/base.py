@@ -96,6 +96,9 @@ class KVDrafter(Drafter):
     def weights_written(self) -> None:
         """Its model's weights were written in place: what was copied of them follows."""
 
+    def target_written(self) -> None:
+        """The same of the target's."""
+
     def catch_up(self, rows: FeatureRows) -> None:
         """Ingest features KV-only: K and V are written, nothing is drafted (KV-only Prefill, arXiv 2606.07710).
 

@@ -8,7 +8,7 @@ from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.drafters.paged import PagedArm, dflash_weights
 from whiflash_sglang.learn.swap import rewrite
-from whiflash_sglang.models.choice import Choice, DraftHead
+from whiflash_sglang.models.choice import Choice, DraftHead, Projection
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.dflash_config import LayerSpan
 from whiflash_sglang.models.packed import pack
@@ -64,9 +64,16 @@ class DFlashArm(PagedArm):
         """The model has other weights, at the same addresses: so have the rows that were copied of its second matrix.
         The first one stays: the target's, or one that versions share.
         """
-        held, whole = self._head.matrix, self.model.head.matrix
-        if self._head.kept is not None and held is not None and whole is not None:
-            rewrite(held, whole[self._head.kept])
+        self._copy(self._head.matrix, self.model.head.matrix)
+
+    def target_written(self) -> None:
+        self._copy(self._head.weight, self.model.head.weight)
+
+    def _copy(self, held: torch.Tensor | Projection | None, whole: torch.Tensor | Projection | None) -> None:
+        """Write rows of `whole` into `held` again, which has some of them."""
+        kept = self._head.kept
+        if kept is not None and isinstance(held, torch.Tensor) and isinstance(whole, torch.Tensor):
+            rewrite(held, whole[kept])
 
     def catch_up(self, rows: FeatureRows) -> None:
         dflash_catch_up(rows.features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)

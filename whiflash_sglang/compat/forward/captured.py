@@ -183,6 +183,12 @@ class LoadedTarget:
             return whole_head(head, self.shape.vocab_size)
         return self._matrix("output head", head)
 
+    def gather_head(self) -> None:
+        """Write into `lm_head` what ranks have of it now, where they share one. All must call it alike."""
+        head = output_head(self._text)
+        if "lm_head" in vars(self) and is_shared_with_peers(head):
+            self.lm_head.copy_(whole_head(head, self.shape.vocab_size))
+
     def _matrix(self, what: str, module: Any) -> torch.Tensor:
         """Rows of the vocabulary of a module's weight. Raises CheckpointError where that is no plain matrix, though
         SGLang has no quantisation for it."""

@@ -8,7 +8,7 @@ rank's own requests and wait for nobody.
 SGLang decodes on no rank while another one prefills. A rank without a request joins with no row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,13 +35,16 @@ class Peers:
 
     Attributes:
         size: ranks with requests of their own; 1 without DP attention, where nothing is asked. rows: of each of them in
-            the next forward. replays: whether all replay a graph of so many.
+            the next forward. replays: whether all replay a graph of so many. written: requests that wrote the target's
+            weights here. on_written: called in all ranks at once when all have had one.
     """
 
     def __init__(self) -> None:
         self.size = int(get_parallel().attn_dp_size)
         self.rows: Sequence[int] = ()
         self.replays = False
+        self.written, self._answered = 0, 0
+        self.on_written: Callable[[], object] = int
 
     def agree(self, rows: int, graph: int | None) -> int:
         """Rows that this rank is to pack `rows` into; all ranks must ask at once.
@@ -54,11 +57,14 @@ class Peers:
         parallel = get_parallel()
         # Ranks that attend to the same requests take equal parts of them.
         padded = -(-rows // parallel.attn_tp_size) * parallel.attn_tp_size
-        mine = torch.tensor([padded, -1 if graph is None else graph])
-        every = mine.new_empty(2 * parallel.tp_size)
+        mine = torch.tensor([padded, -1 if graph is None else graph, self.written])
+        every = mine.new_empty(3 * parallel.tp_size)
         torch.distributed.all_gather_into_tensor(every, mine, group=parallel.tp_group.cpu_group)
         # They are next to each other.
-        every = every.view(self.size, -1, 2)[:, 0]
+        every = every.view(self.size, -1, 3)[:, 0]
+        if (written := int(every[:, 2].min())) > self._answered:
+            self._answered = written
+            self.on_written()
         self.replays = bool((every[:, 1] >= 0).all())
         self.rows = [int(every[:, 1].max())] * self.size if self.replays else every[:, 0].tolist()
         return self.rows[parallel.attn_dp_rank]

@@ -7,6 +7,11 @@ worker and its caches are there, and before it makes the parts that are ours.
 from dataclasses import fields
 from typing import Any
 
+from sglang.srt.managers.io_struct import (
+    EndWeightUpdateReqInput,
+    UpdateWeightFromDiskReqInput,
+    UpdateWeightsFromIPCReqInput,
+)
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
 from whiflash_sglang.compat.carried import is_ours
@@ -19,6 +24,9 @@ from whiflash_sglang.compat.scheduler import releases, step
 from whiflash_sglang.compat.scheduler.disaggregation import PreallocQueue
 from whiflash_sglang.compat.scheduler.stops import BatchResultProcessor
 from whiflash_sglang.metrics import SERIES, Labels, Series
+
+WRITES = (UpdateWeightFromDiskReqInput, UpdateWeightsFromIPCReqInput, EndWeightUpdateReqInput)
+"""Requests that write the target's weights, or end the writing of their parts."""
 
 
 class Prometheus:
@@ -128,6 +136,8 @@ class WhiflashScheduler:
     def process_input_requests(self, recv_reqs: Any) -> None:
         """Called in every pass of the loop, in all processes alike, also while nothing runs."""
         super().process_input_requests(recv_reqs)  # type: ignore[misc]
+        if any(isinstance(request, WRITES) for request in recv_reqs):
+            self.draft_worker.target_written()
         self.draft_worker.between_rounds()
 
     def process_batch_result(self, *args: Any, **named: Any) -> None:
