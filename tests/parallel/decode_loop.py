@@ -8,8 +8,10 @@ import torch
 from engine import Engine
 
 
-def run(e: Engine, on_pass: Callable[[], object] = lambda: None) -> None:
-    """Until nothing is left."""
+def run(
+    e: Engine, on_pass: Callable[[], object] = lambda: None, *, ends: Callable[[bool], bool] = bool
+) -> None:
+    """Until nothing is left here, and `ends` says that it may end."""
     scheduler, idle = e.scheduler, 0
     queue, arriving = scheduler.disagg_decode_prealloc_queue, scheduler.disagg_decode_transfer_queue
 
@@ -22,7 +24,7 @@ def run(e: Engine, on_pass: Callable[[], object] = lambda: None) -> None:
         if waiting and not running:
             time.sleep(0.001)  # other processes have the core meanwhile
         idle = 0 if running or waiting else idle + 1
-        scheduler.gracefully_exit = idle > 3
+        scheduler.gracefully_exit = ends(idle > 3)
         return []
 
     scheduler.gracefully_exit, scheduler.ingest_requests = False, ingest

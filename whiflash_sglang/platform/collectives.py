@@ -17,6 +17,11 @@ def reg_reduce_scatter_tensor(output: torch.Tensor, input: torch.Tensor, group_n
     _group(group_name)._reduce_scatter_tensor(output, input)
 
 
+def reg_all_to_all_single(output: torch.Tensor, input: torch.Tensor, group_name: str) -> None:
+    """[P·N] `output` of this rank's part of every rank's [P·N] `input`."""
+    _group(group_name)._all_to_all_single(output, input)
+
+
 def reduce_scatterv(upstream: Callable[..., Any]) -> Callable[..., Any]:
     """Parts of any sizes, by what SGLang has for deterministic inference: else it needs NCCL."""
 

@@ -101,6 +101,7 @@ _NAMES: tuple[Seam, ...] = (
     Seam("sglang.srt.layers.dp_attention", "memcpy_func", memcpy_cpu),
     Seam(_PARALLEL, "reg_all_gather_into_tensor", collectives.reg_all_gather_into_tensor),
     Seam(_PARALLEL, "reg_reduce_scatter_tensor", collectives.reg_reduce_scatter_tensor),
+    Seam(_PARALLEL, "reg_all_to_all_single", collectives.reg_all_to_all_single),
     Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul", layers.fused_gate_sigmoid_mul),
     Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul_add", layers.fused_gate_sigmoid_mul_add),
     Seam(
