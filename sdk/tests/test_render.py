@@ -130,7 +130,7 @@ SUMMARY = Trace.model_validate(
 )
 EMPTY = Trace.model_validate({"version": 1, "policy": "none", "rounds": 0, "tokens": 0})
 ESTIMATES = ("estimated speed over plain decoding", "tokens a second")
-MEANINGS = ("without a drafter it is 1", "DFlash: a block of tokens at once", "a hint demanded it")
+MEANINGS = ("without a drafter it is 1", "DFlash or DSpark: a block of tokens at once", "a hint demanded it")
 SHOWN: dict[str, tuple[Trace, tuple[str, ...], tuple[str, ...]]] = {
     "timed": (
         trace().model_copy(update={"seconds": 3.0, "gain": 1.25}),
