@@ -59,7 +59,7 @@ def asked() -> list[Arrival]:
             )[i % 3],
             abort_after=6 if i in (6, 8) else None,
         )
-        for i in range(15)
+        for i in range(12)
     ]
 
 
