@@ -76,7 +76,7 @@ def test_replayed_rounds_leave_the_kv_of_one_pass(
 ) -> None:
     """All arms at random, results at once or a round late, where catch-ups are padded."""
     plain = plain_texts(models.target, ARRIVALS, **SMALL)
-    with serving(models, lag, True, monkeypatch) as (e, oracle):
+    with serving(models, lag, True, monkeypatch) as (e, oracle, _):
         for arrival in ARRIVALS:
             oracle.learn(arrival.prompt, plain[arrival.rid])
         compare(models.reference.target, ARRIVALS, plain, play(e, ARRIVALS))
