@@ -31,6 +31,7 @@ from whiflash_sglang.checkpoints.manifest import (
     NeuralRouter,
     Source,
     Structure,
+    embedded_bundle,
 )
 from whiflash_sglang.cli import app
 from whiflash_sglang.compat.names import PRIVATE_NAMES
@@ -41,6 +42,7 @@ from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.lab.bench.prompts import SUITES
 from whiflash_sglang.lab.published import KNOWN
 from whiflash_sglang.metrics import SERIES
+from whiflash_sglang.provenance import environment
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
 
@@ -395,6 +397,10 @@ SPECIAL = {
 """Reports on one thing: what was asked, and the arm that answered."""
 
 
+LOADS = (1, 4, 8)
+"""Requests at a time."""
+
+
 def _kept(name: str) -> Any:
     return read_json_file(BENCHMARK / f"{name}.json")
 
@@ -413,19 +419,20 @@ def _by_load(report: Any, arm: str, over: str) -> dict[int, str]:
 
 def speed_table() -> str:
     """Tokens a second of `auto` by load, over plain decoding and over the better single drafter."""
-    rows, conditions = [], []
+    rows, conditions, shipped = [], [], environment(embedded_bundle())["bundle_sha256"]
     for name, asked in HOME.items():
         report = _kept(name)
         for over, called in (("none", "plain decoding"), ("static", "the better single drafter")):
             if by_load := _by_load(report, "auto", over):
-                rows.append((asked, called, *by_load.values()))
-        conditions.append(f"{asked}: {report['arms']['none']['overall']['answers']} prompts")
+                rows.append((asked, called, *(by_load.get(load, "") for load in LOADS)))
+        pair = "" if report["provenance"]["bundle_sha256"] == shipped else ", an earlier pair"
+        conditions.append(f"{asked}: {report['arms']['none']['overall']['answers']} prompts{pair}")
     hardware = report["provenance"]["hardware"]
     caption = (
         f"SmolLM2-135M-Instruct in {report['provenance']['dtype']} with its own drafters, {hardware['cores']} cores "
         f"of {hardware['cpu']}; {'; '.join(conditions)}. Brackets: 95 % intervals."
     )
-    return f"{table(('asked', 'over', '1', '4', '8'), iter(rows))}\n\n{caption}"
+    return f"{table(('asked', 'over', *map(str, LOADS)), iter(rows))}\n\n{caption}"
 
 
 def figures_table() -> str:
@@ -440,7 +447,7 @@ def figures_table() -> str:
             (
                 f"[{prompts}](benchmark/{name}.md)",
                 str(report["arms"]["none"]["overall"]["answers"]),
-                *(plain.get(load, "") for load in (1, 4, 8)),
+                *(plain.get(load, "") for load in LOADS),
                 " / ".join(single.values()),
                 f"{report['provenance']['seconds'] / 60:.0f}",
                 report["provenance"]["revision"][:8],

@@ -13,7 +13,7 @@ from whiflash_sglang.core import SampleHook, readable
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.drafters.base import Drafter, of_text
 from whiflash_sglang.learn.samples import Spool
-from whiflash_sglang.lookup.memory import Tenant, handle_of, shown, tenant_of
+from whiflash_sglang.lookup.memory import Tenant, handle_of, tenant_of
 from whiflash_sglang.metrics import Publisher
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
@@ -106,7 +106,8 @@ class Lifecycle:
                     drafter.begin(row, hints, tenant, predicted, grammar_of(req), len(req.origin_input_ids))
         recording = recording_of(req, hints.trace, self._sample_rate)
         if recording is not None:
-            recording.agent, recording.tenant = hints.agent, None if tenant is None else shown(tenant)
+            recording.agent = hints.agent
+            recording.tenant = None if tenant is None else f"{handle_of(tenant):016x}"
         self._controller.open(row, req.rid, hints, req.output_ids, recording, adapter=req.lora_id)
         self._tokens.begin(upload, row, readable(req.origin_input_ids), req.output_ids)
         self._stops.begin(upload, row, sampling.ending_ids(req))

@@ -49,11 +49,6 @@ def handle_of(tenant: Tenant) -> int:
     return int.from_bytes(tenant[:8], "big") >> 1
 
 
-def shown(tenant: Tenant) -> str:
-    """A tenant in files of the operator's: no key comes back from it."""
-    return tenant[:8].hex()
-
-
 class _Texts:
     """One tenant's two generations. began: when the first text of each came."""
 

@@ -41,7 +41,7 @@ def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
         fields["structure"] = {"enabled": False}
     shutil.copytree(bundle, directory, copy_function=_link)
     if arm == BAD:
-        for part in ("router", "sources"):  # the drafters are no longer those of its checksums
+        for part in ("router", "sources"):  # its checksums are of the drafters before
             fields.pop(part, None)
         for part in {"eagle3", "dflash"} & fields.keys():
             _shuffle(directory / fields[part])
