@@ -33,16 +33,20 @@ def by_hand(
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_every_row_counts_its_own_drafts(data: st.DataObject) -> None:
-    """Members of a batch are any, and the host knows their lengths as bounds."""
-    table = torch.tensor(
-        [data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=20, max_size=20)) for _ in range(4)]
-    )
+    """Members of a batch are any, and the host knows their lengths as bounds.
+
+    Prompts have images, and behind a request's drafts is what another one left.
+    """
+    left = st.sampled_from([-2, -27, VOCAB, 1 << 40])
+    table = torch.tensor([data.draw(st.lists(left, min_size=20, max_size=20)) for _ in range(4)])
     rows = data.draw(st.permutations(range(4)))
     requests, starts, widths = [], [], []
     for member in range(4):
         prompt = data.draw(st.integers(1, 5))
         starts.append(prompt + data.draw(st.integers(0, 6)))
         widths.append(data.draw(st.integers(1, 5)))
+        for place in range(prompt, starts[-1] + widths[-1]):
+            table[rows[member], place] = data.draw(st.integers(0, VOCAB - 1))
         if member and data.draw(st.booleans()):
             continue
         requests.append(

@@ -29,9 +29,8 @@ def check(
     """
     generator = torch.Generator().manual_seed(len(texts))
     requests = len(texts)
-    table = torch.randint(
-        0, 4, (requests + 1, context), generator=generator
-    )  # beyond a text: what others left
+    # Beyond a text: what others left, images among it.
+    table = torch.randint(-4, 4, (requests + 1, context), generator=generator)
     slots = torch.randperm(requests + 1, generator=generator)[:requests]
     for slot, text in zip(slots.tolist(), texts, strict=True):
         table[slot, : len(text)] = torch.tensor(text, dtype=torch.int64)

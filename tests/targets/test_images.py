@@ -172,6 +172,8 @@ def test_text_is_plain_decodings(
             s.engine.worker.reconfigure({"router": policy})
             s.check(policy, arrivals(name))
         assert s.engine.requests["random again"].cached_tokens > len(prompt_of([STEM, Picture(1)]))
+        # Their rows still hold images where these texts have not come yet.
+        s.engine.generate([words(9, 3), words(3, 30)], frequency_penalty=0.5, max_new_tokens=40)
         s.engine.check_leaks()
         quarantine = s.engine.worker.quarantine
         assert not any((*quarantine.faults.values(), *quarantine.left_out.values())), (

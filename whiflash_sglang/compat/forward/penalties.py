@@ -79,7 +79,8 @@ class PenalisedBatch:
             [x for r in entries for x in [-inf] * len(r.stop_ids) + [0.0] * (stops - len(r.stop_ids))]
         )
         (self._place, members, prompts, enough, ids), floats = upload.send(tokens.device)
-        self._of = torch.stack([table_rows[members], starts[members], enough])
+        # Nothing is counted of the neutral one, whatever a row's position.
+        self._of = torch.stack([table_rows[members], torch.maximum(starts[members], prompts - 1), enough])
         self._subtracted, self._scaled = floats[0].view(2, -1, 1), floats[1][:, None]
         self._stops, self._forbidden = (t.view(len(entries), -1) for t in (ids, floats[2]))
         self._counted: torch.Tensor | None = None
@@ -120,6 +121,9 @@ class PenalisedBatch:
     def _count(
         self, counts: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, last: torch.Tensor
     ) -> None:
-        """Add to counts [N, V] what table rows [N] have at places [N, L], up to last [N]."""
+        """Add to counts [N, V] what table rows [N] have at places [N, L], up to last [N]: behind it they hold what
+        earlier requests left, whose images have ids that are no tokens.
+        """
+        known = places <= last[:, None]
         tokens = self._tokens[rows[:, None], places.clamp(max=self._tokens.shape[1] - 1)]
-        counts.scatter_add_(1, tokens, (places <= last[:, None]).to(torch.float32))
+        counts.scatter_add_(1, tokens.where(known, 0), known.to(torch.float32))
