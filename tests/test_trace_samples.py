@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,9 @@ def test_processes_share_a_directory(tmp_path: Path) -> None:
     ("torn", "whole"), [(b'{"numb', 1), (b'{"number": 12345}\n{"nu', 2), (b'{"number": 12345}', 1)]
 )
 def test_what_a_crash_left_of_a_line_is_cut_off(tmp_path: Path, torn: bytes, whole: int) -> None:
-    (tmp_path / "traces.jsonl").write_bytes(LINE + torn)
+    file = tmp_path / "traces.jsonl"
+    file.touch(0o600)
+    file.write_bytes(LINE + torn)
     SampleFiles(tmp_path, 1 << 20).append(LINE)
     assert lines(tmp_path) == [LINE] * (whole + 1)
 
@@ -77,12 +80,40 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
     assert lines(tmp_path) == [LINE] * 2
 
 
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").write_bytes(b"")
-    (tmp_path / "traces.jsonl").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic"):
+OF_OTHERS: dict[str, Callable[[Path, Path], object]] = {
+    "is a link": lambda file, other: file.symlink_to(other),
+    "is another file, too": lambda file, other: file.hardlink_to(other),
+    "waits for a reader": lambda file, _: os.mkfifo(file, 0o600),
+    "is open to others": lambda file, _: (file.touch(), file.chmod(0o622)),
+    "is in a directory of all": lambda file, _: file.parent.chmod(0o1777),
+    "is behind a link": lambda file, other: (
+        file.parent.rmdir(),
+        (other.parent / "real").mkdir(0o700),
+        file.parent.symlink_to(other.parent / "real"),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", OF_OTHERS)
+def test_nothing_is_written_where_others_could_have_been(tmp_path: Path, how: str) -> None:
+    other, directory = tmp_path / "other", tmp_path / "traces"
+    other.touch(0o600)
+    directory.mkdir(0o700)
+    OF_OTHERS[how](directory / "traces.jsonl", other)
+    with pytest.raises((OSError, ConfigError)):
+        SampleFiles(directory, 1 << 20).append(LINE)
+    with pytest.raises(ConfigError, match="--whiflash-trace-dir"):
+        trace.check_directory(directory)
+    assert other.read_bytes() == b""
+    assert not any(path.stat().st_size for path in directory.iterdir())
+
+
+def test_another_users_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SampleFiles(tmp_path, 1 << 20).append(LINE)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(ConfigError, match="belongs to user"):
         SampleFiles(tmp_path, 1 << 20).append(LINE)
-    assert (tmp_path / "elsewhere").read_bytes() == b""
+    assert lines(tmp_path) == [LINE]
 
 
 class Disk(SampleFiles):

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import stat
 import tempfile
 from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -17,13 +16,12 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files import MOST_BYTES, open_regular, read_text
 
 DEEPEST: Final = 200
 """Objects and lists around a value at most: what reads it afterwards, or writes it again, calls itself for each."""
 LARGEST: Final = 2**64
 """An integer's magnitude is below it."""
-MOST_BYTES: Final = 64 << 20
-"""Bytes of the largest file that is read as one value."""
 
 _MANY_DIGITS: Final = re.compile(r"\d{19}")
 
@@ -52,12 +50,7 @@ def read_json(text: str | bytes | bytearray, *, finite: bool = True) -> Any:
 
 def read_json_file(path: Path, *, finite: bool = True) -> Any:
     """`read_json` of a file of at most `MOST_BYTES`. Raises OSError where it cannot be opened, ValueError."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("no regular file")
-        if found.st_size > MOST_BYTES:
-            raise ValueError(f"{found.st_size} bytes; at most {MOST_BYTES} are read")
+    with open_regular(path, MOST_BYTES) as file:
         return read_json(file.read(MOST_BYTES), finite=finite)
 
 
@@ -93,12 +86,10 @@ def _check_depth(value: Any) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a UTF-8 file so that a killed process leaves it whole, or as it was. Raises OSError, which names it."""
-    staged = path.with_name(path.name + ".part")
     try:
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
+        with staged(path) as place:
+            place.write_text(text, encoding="utf-8")
     except OSError as error:
-        staged.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
@@ -148,13 +139,7 @@ def parse_json_lines(text: str, source: object, *, may_be_torn: bool = False) ->
 
 def read_json_lines(path: Path) -> list[tuple[int, Any]]:
     """`parse_json_lines` of a UTF-8 file. Raises ConfigError where it cannot be read, too."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    return parse_json_lines(text, path)
+    return parse_json_lines(read_text(path, MOST_BYTES << 6), path)
 
 
 async def stream_lines(parts: AsyncIterable[bytes]) -> AsyncIterator[str]:

@@ -1,6 +1,7 @@
 """`whiflash bundle create` and `whiflash check --draft`, from directories and from a hub."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from whiflash_sglang.checkpoints.hub import sha256, verify
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.config import Flags, resolve
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.learn.versions import numbers, publish
 
 
 @pytest.fixture
@@ -168,6 +170,54 @@ def test_one_drafter_alone(models: dict[str, Path], tmp_path: Path, part: str) -
         create(Parts(str(models["target"]), **given, router="owner/router"), tmp_path / "other")
     with pytest.raises(WhiflashError, match="give --eagle3, --dflash or both"):
         create(Parts(str(models["target"]), None, None), tmp_path / "other")
+
+
+LEADING_OUT: dict[str, Callable[[Path, Path], object]] = {
+    "a secret": lambda file, secret: file.symlink_to(secret),
+    "a device": lambda file, _: file.symlink_to("/dev/zero"),
+    "a pipe": lambda file, _: os.mkfifo(file),
+    "no tensors": lambda file, secret: file.write_bytes(secret.read_bytes()),
+    "a directory": lambda file, _: file.mkdir(),
+}
+
+
+@pytest.mark.parametrize("how", LEADING_OUT)
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_checkpoints_file_that_is_none_of_its_own_is_not_copied(
+    models: dict[str, Path], tmp_path: Path, how: str, name: str
+) -> None:
+    (tmp_path / "secret").write_text("root:*:1:0:99999:7:::\n")
+    file = models["dflash"] / name
+    file.unlink(missing_ok=True)
+    LEADING_OUT[how](file, tmp_path / "secret")
+    if (how, name) == ("no tensors", "pytorch_model.bin"):
+        return  # it is unpickled as tensors alone, by whoever loads it
+    with pytest.raises(WhiflashError, match=str(file)):
+        create(parts(models), tmp_path / "bundle")
+    assert not list(tmp_path.glob("*bundle*"))
+    if how == "a directory":
+        return  # as a hub's client keeps beside what it has fetched
+    with pytest.raises(WhiflashError, match=str(file)):
+        publish(tmp_path / "versions", embedded_bundle(), None, {"diffusion": models["dflash"]})
+    assert not numbers(tmp_path / "versions")
+
+
+def test_a_hubs_snapshot_is_copied_with_the_modes_of_its_files(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its files are links into the `blobs` beside the snapshots."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    (tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in models["dflash"].iterdir():
+        blob = file.rename(tmp_path / "models--a--b" / "blobs" / file.name)
+        blob.chmod(0o400 if file.suffix == ".json" else 0o644)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    create(parts({**models, "dflash": snapshot}), tmp_path / "bundle")
+    copies = {file.name: file for file in (tmp_path / "bundle" / "dflash").iterdir()}
+    assert not any(file.is_symlink() for file in copies.values())
+    assert copies["config.json"].stat().st_mode & 0o777 == 0o600
+    assert copies["model.safetensors"].stat().st_mode & 0o777 == 0o644
 
 
 def test_a_bundle_is_not_written_over_another(models: dict[str, Path], tmp_path: Path) -> None:

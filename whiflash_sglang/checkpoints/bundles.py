@@ -1,13 +1,13 @@
 """A bundle written from drafters' files, and its manifest changed in one step. Imports no SGLang and no torch."""
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.checkpoints.hub import sha256
 from whiflash_sglang.checkpoints.manifest import MANIFEST, load_manifest
+from whiflash_sglang.files import copy_member
 from whiflash_sglang.jsonl import read_json_file, staged
 
 
@@ -18,12 +18,12 @@ def write_bundle(out: Path, facts: Mapping[str, Any], parts: Mapping[str, Iterab
         facts: keys of the manifest. parts: key of a part, which is also its directory, to its files.
 
     Raises:
-        ConfigError: the manifest would not be valid. OSError.
+        ConfigError, CheckpointError: the manifest would not be valid, or `copy_member` refuses a file. OSError.
     """
     manifest: dict[str, Any] = {"schema_version": 1, **facts, "sources": dict(facts.get("sources", {}))}
     for part, files in parts.items():
         (out / part).mkdir()
-        copies = [Path(shutil.copyfile(file, out / part / file.name)) for file in files]
+        copies = [copy_member(file, out / part) for file in files]
         manifest.setdefault(part, part)
         manifest["sources"][part] = {"files": digests(copies)}
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

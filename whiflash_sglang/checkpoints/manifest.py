@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from whiflash_sglang import arms
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files import roots_of
 from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.lookup.calibration import MatchCalibration, Seed
 
@@ -52,7 +53,7 @@ def check_members(bundle: Path, named: Mapping[str, str | None]) -> None:
     Raises:
         ConfigError: naming the key and the path.
     """
-    roots = _roots(bundle)
+    roots = roots_of(bundle)
     for key, value in named.items():
         if value is None:
             continue
@@ -69,13 +70,6 @@ def _reached(path: Path) -> Iterator[Path]:
     yield path.resolve()
     for directory, directories, files in os.walk(path):
         yield from (Path(directory, name).resolve() for name in (*directories, *files))
-
-
-def _roots(bundle: Path) -> tuple[Path, ...]:
-    bundle = bundle.resolve()
-    if bundle.parent.name != "snapshots":
-        return (bundle,)
-    return (bundle, bundle.parent.parent / "blobs")
 
 
 def _leaves(bundle: Path, key: str, value: str, how: str = "") -> ConfigError:

@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Final, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
-from filelock import BaseFileLock, FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files import check_own, locked, open_own
 from whiflash_sglang.lookup.memory import HANDLES
 
 logger = logging.getLogger(__name__)
@@ -122,47 +122,6 @@ def check_spool(directory: Path) -> None:
         raise ConfigError(
             f"--whiflash-learn: samples cannot be written to {directory}: {error.strerror}"
         ) from None
-
-
-def check_own(path: Path) -> None:
-    """Raise ConfigError where a directory is a link, another user's, or open to others. OSError."""
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode):
-        raise ConfigError(f"{path} is no directory but a link or a file: remove it, or use another directory")
-    _check_owner(path, found, "700")
-
-
-def open_own(path: Path) -> BinaryIO:
-    """A file that only this process's user may read and write, to be read; no link. Raises ConfigError, OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = os.fdopen(descriptor, "rb")
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(f"{path} is no regular file: remove it")
-        _check_owner(path, found, "600")
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def _check_owner(path: Path, found: os.stat_result, mode: str) -> None:
-    if found.st_uid != os.geteuid():
-        raise ConfigError(
-            f"{path} belongs to user {found.st_uid}, this process runs as user {os.geteuid()}: run it as that user, "
-            "or use another directory"
-        )
-    if found.st_mode & 0o077:
-        raise ConfigError(
-            f"{path} has mode {stat.S_IMODE(found.st_mode):o}, so that other users may read or write it: check what "
-            f"it holds, then `chmod {mode}`"
-        )
-
-
-def locked(directory: Path) -> BaseFileLock:
-    """A context in which nobody else changes the directory's files. Raises OSError."""
-    return FileLock(directory / ".lock", mode=0o600)
 
 
 def files_of(directory: Path) -> list[SampleFile]:
@@ -322,7 +281,7 @@ def _header(target: str, handles: set[int]) -> bytes:
 
 def _replace(path: Path, header: bytes, lines: Sequence[bytes]) -> None:
     staged = path.with_suffix(".part")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         with os.fdopen(os.open(staged, flags, 0o600), "wb") as file:
             file.writelines((header, *lines))

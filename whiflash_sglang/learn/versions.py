@@ -18,8 +18,8 @@ from whiflash_sglang.checkpoints.bundles import write_bundle
 from whiflash_sglang.checkpoints.hub import checksums, verify
 from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, PARTS, Manifest, Source, load_manifest
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files import locked
 from whiflash_sglang.jsonl import read_json_file, staged, write_whole
-from whiflash_sglang.learn.samples import locked
 
 CURRENT: Final = "current.json"
 NOTES: Final = "notes.json"
@@ -172,7 +172,8 @@ def publish(
         with staged(path_of(directory, number)) as made:
             made.mkdir(mode=0o700)
             files = {
-                PARTS[arm]: filter(Path.is_file, sorted(path.iterdir())) for arm, path in checkpoints.items()
+                PARTS[arm]: [file for file in sorted(path.iterdir()) if not file.is_dir()]
+                for arm, path in checkpoints.items()
             }
             write_bundle(made, facts, files)
             (made / NOTES).write_text(json.dumps(notes or {}, indent=2) + "\n", encoding="utf-8")

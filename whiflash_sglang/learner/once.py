@@ -23,9 +23,10 @@ from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import PARTS, Manifest, load_manifest, lookup_of
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files import check_own
 from whiflash_sglang.jsonl import read_json, read_json_file, write_whole
 from whiflash_sglang.lab.statistics import Interval, paired_ratio
-from whiflash_sglang.learn.samples import check_own, samples_of
+from whiflash_sglang.learn.samples import samples_of
 from whiflash_sglang.learn.swap import check_fits
 from whiflash_sglang.learn.versions import (
     is_number,

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.learn.samples import files_of, open_own, samples_of
+from whiflash_sglang.files import open_own
+from whiflash_sglang.learn.samples import files_of, samples_of
 from whiflash_sglang.learner.guard import Drop, Guard
 from whiflash_sglang.learner.once import (
     Learning,

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, BinaryIO, Final
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 from whiflash_sdk.hints import WIRE_VERSION, TraceLevel
 
 from whiflash_sglang.candidates import Part, first_of
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files import check_own, locked, open_own
 
 SAVED_DIGITS = 4
 """Digits of a second: estimates are no better known."""
@@ -267,10 +267,14 @@ class TraceSampling(BaseModel):
 
 
 def check_directory(directory: Path) -> None:
-    """Make it, for its owner alone, if it is not there. Raises ConfigError where nothing can be written in it."""
+    """Make it, for its owner alone, if it is not there. Raises ConfigError where nothing can be written in it, or
+    others could.
+    """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         SampleFiles(directory, 1 << 62).append(b"")  # turns nothing
+    except ConfigError as error:
+        raise ConfigError(f"--whiflash-trace-dir: {error}") from None
     except OSError as error:
         raise ConfigError(
             f"--whiflash-trace-dir {directory} cannot be written ({error.strerror}): give a directory that belongs to "
@@ -291,32 +295,22 @@ class SampleFiles:
         self._directory, self._part = directory, most // PARTS
 
     def append(self, line: bytes) -> None:
-        """Write `line`, all of it or nothing. Raises OSError."""
+        """Write `line`, all of it or nothing. Raises OSError; ConfigError: others may read or write there."""
         if len(line) > self._part > 0:
             raise OSError(errno.EFBIG, f"a sample of {len(line)} bytes is longer than a file may be")
-        with FileLock(self._directory / ".lock", mode=0o600):
-            handle = self._open()
-            try:
-                size = _mended(handle)
-                if size and size + len(line) > self._part:
-                    os.close(handle)
-                    self._rotate()
-                    handle = self._open()
-                    size = 0
-                try:
-                    written = os.write(handle, line)
-                except OSError:
-                    os.ftruncate(handle, size)
-                    raise
-                if written < len(line):
-                    os.ftruncate(handle, size)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            finally:
-                os.close(handle)
+        check_own(self._directory)
+        with locked(self._directory):
+            with self._open() as file:
+                size = _mended(file.fileno())
+                if not size or size + len(line) <= self._part:
+                    _written(file.fileno(), size, line)
+                    return
+            self._rotate()
+            with self._open() as file:
+                _written(file.fileno(), 0, line)
 
-    def _open(self) -> int:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(self._directory / CURRENT, flags, 0o600)
+    def _open(self) -> BinaryIO:
+        return open_own(self._directory / CURRENT, os.O_RDWR | os.O_APPEND | os.O_CREAT)
 
     def _rotate(self) -> None:
         stem, suffix = CURRENT.split(".")
@@ -324,6 +318,16 @@ class SampleFiles:
         for newer, older in reversed(list(pairwise(names))):
             if (self._directory / newer).exists():
                 os.replace(self._directory / newer, self._directory / older)
+
+
+def _written(handle: int, size: int, line: bytes) -> None:
+    """Append to a file of `size` bytes, which it keeps if not all of the line can be written. Raises OSError."""
+    try:
+        if os.write(handle, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        os.ftruncate(handle, size)
+        raise
 
 
 def _mended(handle: int) -> int:
