@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from card import phantom
-from watched import Pageable
+from torch.overrides import handle_torch_function, has_torch_function
+from watched import Pageable, Waits
 
 INTERPRETED = """
 import os
@@ -53,6 +57,25 @@ def test_copies_from_memory_that_is_not_pinned_are_seen_though_they_do_not_wait(
         torch.ones(3).cuda(non_blocking=True)
         on_card[1:] = torch.ones(2)
         assert copies.seen.total() == 4
+
+
+def read(tensor: Any) -> None:
+    """An operator that waits: the innermost frame of Python is the mode's, as of torch's own operators on a card."""
+    if has_torch_function((tensor,)):
+        return handle_torch_function(read, (tensor,), tensor)
+    warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=2)
+    return None
+
+
+def test_a_wait_is_counted_once_and_by_the_line_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: warnings.warn(notice, stacklevel=1))
+    waits, ours = Waits("cuda"), ("whiflash_sglang/round/draft.py", "whiflash_sglang/device/transfers.py")
+    with waits():
+        for path in (*ours, "sglang/srt/managers/scheduler.py", "sglang/kernels/spec.py"):
+            code = compile("read(torch.ones(1))", f"/site/{path}", "exec")
+            exec(code, {"read": read, "torch": torch})
+    assert waits.found == {f"{path}:1": 1 for path in ours}
 
 
 def test_what_stands_in_for_sglangs_operators_computes_the_same() -> None:

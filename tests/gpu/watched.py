@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -21,8 +20,8 @@ STEADY = 6
 """Rounds of a run before those that are watched: by then every drafter has drafted and nothing is new."""
 RUNTIME = ("cuda", "cu")
 """How the names of the driver's own calls begin in a trace."""
-
-
+WAIT = "called a synchronizing CUDA operation"
+"""How torch's warning of a wait begins; the mode's own first notice says "synchronizing", too."""
 ROWS_ON_HOST = "whiflash_sglang/compat/scheduler/spec_worker.py"
 """`row_ids_of` reads `req_pool_indices_cpu`, which is the host's on a GPU."""
 
@@ -135,16 +134,16 @@ class Waits:
                 )
                 self.found.update({site: found[site] for site in ours})
             return
-        pageable = Pageable()
-        with warnings.catch_warnings(record=True) as caught, pageable, warned(self._device):
+        with warnings.catch_warnings(), Pageable() as pageable, warned(self._device):
             warnings.simplefilter("always")
+            warnings.showwarning = self._shown
             yield
         self.found.update({at: n for at, n in pageable.seen.items() if at.startswith("whiflash")})
-        for warning in caught:
-            if "synchroniz" in str(warning.message):
-                path = Path(warning.filename)
-                if "sglang/srt" not in path.as_posix():
-                    self.found[f"{path.parent.name}/{path.name}:{warning.lineno}"] += 1
+
+    def _shown(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        """Counts a wait by the line that asked for it: the warning names the mode's own frame, `Pageable`'s."""
+        if str(message).startswith(WAIT) and not (at := site()).startswith("sglang/"):
+            self.found[at] += 1
 
 
 @contextmanager
