@@ -245,9 +245,9 @@ class _Weights:
         factor = columns**-0.5 if scale is None else scale
         return torch.randn(rows, columns, generator=self._generator) * factor
 
-    def decoder_layer(self, prefix: str, *, attention_input: int = HIDDEN) -> dict[str, torch.Tensor]:
-        """A Llama decoder layer in Hugging Face's names."""
-        kv = KV_HEADS * HEAD_DIM
+    def decoder_layer(self, prefix: str, *, attention_input: int = 0) -> dict[str, torch.Tensor]:
+        """A Llama decoder layer in Hugging Face's names. attention_input: width, `HIDDEN` if zero."""
+        kv, attention_input = KV_HEADS * HEAD_DIM, attention_input or HIDDEN
         return {
             f"{prefix}input_layernorm.weight": torch.ones(HIDDEN),
             f"{prefix}post_attention_layernorm.weight": torch.ones(HIDDEN),

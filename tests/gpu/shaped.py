@@ -61,7 +61,7 @@ class Shape:
 
 
 QWEN3_8B = Shape(4096, 12288, 32, 8, 128, 36, 151936, 32000, 16, 5)
-TINY = Shape(64, 128, 4, 2, 16, 6, 320, 300, 8, 2)
+TINY = Shape(96, 160, 4, 2, 16, 6, 320, 300, 8, 2)
 
 
 def write_models(root: Path, shape: Shape, dtype: str) -> dict[str, Any]:
