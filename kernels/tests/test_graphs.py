@@ -1,129 +1,93 @@
-"""Every op inside a CUDA graph: no host synchronisation, static shapes, new inputs at replay."""
+"""Every op inside a CUDA graph: no host synchronisation, static shapes, new inputs at replay.
 
-from collections.abc import Callable
+On a CPU a call takes the replay's place, which shows that an op reads its arguments anew at each call.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import whiflash_kernels
 from kernel_backends import DEVICE
-from test_catch_up import Shape, Source, dflash_weights, sentinel_pools
-from whiflash_kernels import (
-    BacklogRings,
-    accept_and_commit,
-    dflash_catch_up,
-    draft_attention,
-    park,
-    prepare_mixed_block,
-    router_mlp,
-    routing_stats,
-    unpark,
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+from cases import KERNELS, Bench, Case, Sizes, catch_up_cases
+from shapes import SHAPES
+
+SMALL = replace(
+    SHAPES["smollm2-135m"],
+    vocab=9_001,
+    hidden=64,
+    intermediate=96,
+    captured=3,
+    dflash_chunks=(0, 2),
+    eagle3_chunks=(0, 1, 2),
+    router_units=24,
+    dtype=torch.float32,
 )
-
-pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
-
-REQUESTS, WIDTH, ROWS, SLOTS, CONTEXT = 3, 4, 12, 8, 64
+OPS = [name for name in whiflash_kernels.__all__ if not isinstance(getattr(whiflash_kernels, name), type)]
 
 
-class Inputs:
-    """Static tensors of a round, refilled in place between replays."""
-
-    def __init__(self) -> None:
-        integers = {"dtype": torch.int64, "device": DEVICE}
-        self.bonus, self.drafts = (
-            torch.zeros(REQUESTS, **integers),
-            torch.zeros(REQUESTS, WIDTH - 1, **integers),
-        )
-        self.widths, self.seq_lens = torch.zeros(REQUESTS, **integers), torch.zeros(REQUESTS, **integers)
-        self.request_slots = torch.zeros(REQUESTS, **integers)
-        self.predictions = torch.zeros(ROWS, **integers)
-        self.table = torch.arange(SLOTS * CONTEXT, dtype=torch.int32, device=DEVICE).view(SLOTS, CONTEXT)
-        self.features, self.logits = (
-            torch.zeros(ROWS, 144, device=DEVICE),
-            torch.zeros(ROWS + 1, 9000, device=DEVICE),
-        )
-
-    def refill(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def below(limit: int, like: torch.Tensor) -> None:
-            like.copy_(torch.randint(0, limit, like.shape, generator=generator))
-
-        for tokens in (self.bonus, self.drafts, self.predictions):
-            below(3, tokens)
-        below(WIDTH + 1, self.widths)
-        below(CONTEXT - WIDTH, self.seq_lens)
-        self.request_slots.copy_(torch.randperm(SLOTS, generator=generator)[:REQUESTS])
-        self.features.copy_(torch.randn(self.features.shape, generator=generator))
-        self.logits.copy_(torch.randn(self.logits.shape, generator=generator))
+def cases(seed: int) -> dict[str, Case]:
+    """The first case of each op. Seeds differ in numbers, not in sizes."""
+    bench = Bench(SMALL, DEVICE, 6, Sizes((6,), (3,), (5,), 131))
+    assert bench.generator is not None
+    bench.generator.manual_seed(seed)
+    bench.text.copy_(bench.below(SMALL.vocab, *bench.text.shape))
+    found: dict[str, Case] = {}
+    for family in (*KERNELS, catch_up_cases):
+        for case in family(bench):
+            found.setdefault(case.op, case)
+    return found
 
 
-def whole_round(inputs: Inputs) -> Callable[[], list[torch.Tensor]]:
-    """A function that commits, parks, catches up and scores one round, and returns everything it wrote."""
-    shape, source = Shape(rows=ROWS), Source(torch.float32)
-    weights, rope = dflash_weights(source, shape), torch.rand(CONTEXT, shape.rotary, device=DEVICE)
-    rings = BacklogRings.allocate(SLOTS, 16, 144, dtype=torch.float32, device=DEVICE)
-    pools = sentinel_pools(Shape(slots=SLOTS * CONTEXT), torch.float32)
-    heads, dim = pools.k[0].shape[1:]
-    queries = torch.randn(REQUESTS * WIDTH, 2 * heads, dim, device=DEVICE)
-    stops = torch.full((SLOTS, 1), -1, dtype=torch.int64, device=DEVICE)
-    text = torch.zeros(SLOTS, CONTEXT + 1, dtype=torch.int64, device=DEVICE)
-    router = [torch.randn(size, device=DEVICE) for size in ((24, 48), (24,), (1, 24), (1,))]
-
-    def run() -> list[torch.Tensor]:
-        block = prepare_mixed_block(
-            inputs.bonus,
-            inputs.drafts,
-            inputs.widths,
-            inputs.seq_lens,
-            inputs.request_slots,
-            inputs.table,
-            rows=ROWS,
-        )
-        slots, begins = inputs.request_slots, inputs.seq_lens
-        committed = accept_and_commit(
-            inputs.predictions,
-            block.input_ids,
-            block.qo_indptr,
-            begins,
-            stride=WIDTH,
-            request_slots=slots,
-            stops=stops,
-            text=text,
-        )
-        lengths = committed.accept_lens
-        starts = block.qo_indptr[:-1]
-        park(rings, inputs.features, inputs.predictions, slots, begins, lengths, starts, max_length=WIDTH)
-        packed = unpark(rings, slots, begins, committed.seq_lens, inputs.table, rows=ROWS)
-        features, _, *places, _ = packed
-        fused = dflash_catch_up(features, *places, weights, rope, pools)
-        stats = routing_stats(inputs.logits, starts)
-        gains = router_mlp(fused, *router)
-        k, v = pools.k[0], pools.v[0]
-        attended = draft_attention(
-            queries, k, v, inputs.table, slots, begins, extra=WIDTH, width=WIDTH, causal=True, scale=0.5
-        )
-        return [*block, *committed, text, *packed, fused, *stats, gains, attended, *pools.k, *pools.v]
-
-    return run
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors of a call's arguments, or of what it returned, in one order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, partial):
+        yield from tensors([value.args, value.keywords])
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors(part)
+    elif is_dataclass(value):
+        yield from tensors([getattr(value, field.name) for field in fields(value)])
 
 
-def test_replays_equal_eager_runs() -> None:
-    inputs = Inputs()
-    inputs.refill(0)
-    torch.manual_seed(0)
-    captured = whole_round(inputs)
-    torch.manual_seed(0)
-    eager = whole_round(inputs)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        captured()  # compiles the kernels, picks cuBLAS's algorithms and builds the pools' address table
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = captured()
-    eager()
-    for seed in (1, 2, 3):
-        inputs.refill(seed)
-        graph.replay()
+@pytest.mark.parametrize("op", OPS)
+def test_replays_equal_eager_runs(op: str) -> None:
+    first = cases(0)[op].call
+
+    def refill(seed: int) -> None:
+        for into, value in zip(tensors(first), tensors(cases(seed)[op].call), strict=True):
+            into.copy_(value)
+
+    run = first
+    if DEVICE.type == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream()):
+            first()  # compiles the kernels, picks cuBLAS's algorithms and builds the pools' address table
         torch.cuda.synchronize()
-        for replayed, expected in zip(outputs, eager(), strict=True):
-            torch.testing.assert_close(replayed, expected, rtol=1e-5, atol=1e-5)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = first()
+
+        def run() -> Any:
+            graph.replay()
+            torch.cuda.synchronize()
+            return kept
+
+    for seed in (1, 2, 3):
+        refill(seed)
+        replayed = [value.clone() for value in tensors([run(), first])]
+        eager = cases(seed)[op].call
+        assert replayed
+        for found, expected in zip(replayed, tensors([eager(), eager]), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
