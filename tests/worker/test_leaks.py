@@ -10,9 +10,12 @@ import random
 from collections import Counter, deque
 from typing import Any
 
+import pytest
 import torch
 from engine import Engine, engine
 from model_set import Models
+from overlap import overlapped
+from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from traffic import Arrival, play
 
 from whiflash_sglang.spans.hints import TOOLS_KEY
@@ -97,6 +100,26 @@ def entries(root: Any) -> int:
                 if hasattr(kept, name)
             ]
     return total
+
+
+@pytest.mark.parametrize("start", [engine, overlapped])
+def test_new_weights_right_behind_an_answer_empty_the_tree(models: Models, start: Any) -> None:
+    """The scheduler has made no pass since; under overlap a round of the request that ended is under way."""
+    prompt = list(range(3, 43))
+    with start(models.target, whiflash=models.whiflash("random")) as e:
+        [text] = e.generate([prompt], max_new_tokens=20)
+        stop = next(i for i in range(5, 20) if text[i] not in text[:i])
+        for number in range(3):
+            e.submit(f"{number}", prompt, max_new_tokens=20, ignore_eos=False, stop_token_ids=[text[stop]])
+        while not all(e.requests[f"{number}"].finished() for number in range(3)):
+            e.step()
+        assert bool(e.scheduler.result_queue) is (start is overlapped)
+        request = UpdateWeightFromDiskReqInput(model_path=str(models.target), load_format="auto")
+        written = e.scheduler.weight_updater.update_weights_from_disk(request)
+        assert written.success, written.message
+        e.check_leaks()
+        assert e.generate([prompt], max_new_tokens=20) == [text]
+        assert not any(req.cached_tokens for rid, req in e.requests.items() if rid.startswith("g000004"))
 
 
 def test_many_requests_with_aborts(models: Models) -> None:

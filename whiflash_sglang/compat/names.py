@@ -127,6 +127,7 @@ sglang.srt.managers.schedule_batch
     Req.update_spec_cap_lens_histogram
     Req.update_spec_correct_drafts_histogram
     ScheduleBatch(multimodal_inputs)
+    ScheduleBatch.filter_batch
     ScheduleBatch(reqs, forward_mode, req_pool_indices, seq_lens, seq_lens_cpu, orig_seq_lens, spec_algorithm)
 sglang.srt.managers.scheduler
     Scheduler(server_args, port_args)
@@ -134,6 +135,7 @@ sglang.srt.managers.scheduler
     Scheduler.get_output_streamer_class
     Scheduler.init_batch_result_processor
     Scheduler.init_internal_state
+    Scheduler.is_fully_idle
     Scheduler.process_input_requests(recv_reqs)
     Scheduler.init_metrics_reporter
     Scheduler.init_request_receiver

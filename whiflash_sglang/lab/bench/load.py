@@ -117,10 +117,9 @@ def parse_stream(prompt: str, arrived: Sequence[tuple[float, str]]) -> Answer:
 
 def flush(client: httpx.Client) -> None:
     """Empty the prefix cache, so that no arm finds what another or an earlier repetition left there."""
-    for _ in range(500):
-        if client.post("/flush_cache").status_code == 200:
-            return
-        time.sleep(0.02)  # It is refused until the scheduler has put the last answer away.
+    # SGLang's scheduler waits so many seconds until it has put the last answer away.
+    if client.post("/flush_cache", params={"timeout": 10}).status_code == 200:
+        return
     raise RequestError(
         f"{client.base_url} does not empty its prefix cache, because requests still run there: end its other clients"
     )
