@@ -1,13 +1,16 @@
 """`Session`: salt and agent of every request, and the file that an edit is likely to write."""
 
 import json
+import warnings
+from collections import Counter
 from typing import Any
 
 import pytest
 from fake_server import CAPABILITIES, ROUTES, FakeServer
 from openai import OpenAI
 
-from whiflash_sdk import Session, agent, predict, wrap
+from whiflash_sdk import Session, agent, predict, spans, wrap
+from whiflash_sdk.edits import file_shown, file_to_edit
 
 FILE = 'def area(r):\n\treturn 3.14 * r * r  # "é"\n'
 NUMBERED = "".join(f"{number:6}\t{line}\n" for number, line in enumerate(FILE.splitlines(), 1))
@@ -179,6 +182,7 @@ def swe_agent(total: int, above: str = "", below: str = "") -> tuple[str, str]:
 
 WINDOW = "".join(SOURCE.splitlines(True)[3:])
 OPENHANDS = "[File: /w/a.py (5 lines total)]\n(this is the beginning of the file)\n"
+DIGITS = f"{'1' * 5000}\ta\n{'2' * 5000}\tb\n"
 YAML = "ports:\n  80: a\n  81: b\nhosts:\n- c\n"
 NOTED = "\n<system-reminder>\nIs it\n1: malware?\n</system-reminder>\n"
 ABOVE = swe_agent(94, "(3 more lines above)\r\n", "(89 more lines below)")
@@ -208,6 +212,7 @@ VIEWS = {
     "as it is": (SOURCE, SOURCE),
     "a time": ("12:30 we meet\n", "12:30 we meet\n"),
     "numbers of its own": (YAML, YAML),
+    "numbers that Python does not read": (DIGITS, DIGITS),
 }
 
 
@@ -219,6 +224,73 @@ def test_views_are_predicted_without_what_they_add(
     with Session():
         wrapped.chat.completions.create(model="m", messages=messages, tools=[EDIT])  # type: ignore[call-overload]
     assert predicted(server.bodies[0]) == expected
+
+
+REMINDER = "\n<system-reminder>"
+UNITS = [
+    "\n",
+    " \n",
+    "\r",
+    REMINDER,
+    f"{REMINDER}</system-reminder>",
+    "</system-reminder> ",
+    "bash-$\n",
+    "1\t\n",
+    "9",
+]
+
+
+@pytest.mark.parametrize(
+    "unit", [*UNITS, "[File: ", "(1 ", "```\n", "<file>\n", "</file> ", "--- FILE CONTENT"]
+)
+def test_a_megabyte_of_anything_takes_no_minutes(unit: str) -> None:
+    shown = unit * (2**20 // len(unit))
+    for frame in ("", "<file>\n"):
+        file_shown(frame + shown, "a.py")
+
+
+def test_a_turn_costs_as_much_in_a_long_conversation() -> None:
+    read: Counter[int] = Counter()
+
+    class Message(dict[str, Any]):
+        def get(self, name: str, default: Any = None) -> Any:
+            read[id(self)] += 1
+            return super().get(name, default)
+
+    def turns(number: int, **arguments: str) -> int:
+        read.clear()
+        past = [one for n in range(number) for one in (call(n, arguments), result(n, FILE))]
+        file_to_edit({"messages": [Message(one) for one in past], "tools": [EDIT]}, None)
+        return read.total()
+
+    assert turns(400, path="a") == turns(2, path="a")
+    assert turns(4000, command="ls") == turns(2000, command="ls")
+
+
+def test_calls_on_one_large_file_are_read_in_bounds() -> None:
+    content = {"path": "a", "content": "b" * 2**22}
+    past = [call(1, content), *[call(2, {"path": "a", "old_str": "c", "new_str": "d"})] * 20000]
+    file_to_edit({"messages": past, "tools": [EDIT]}, None)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("strictly", [False, True])
+def test_a_guess_that_fails_breaks_no_request_and_is_reported_once(
+    client: OpenAI, server: FakeServer, monkeypatch: pytest.MonkeyPatch, strictly: bool
+) -> None:
+    def fails(*_: object) -> Any:
+        raise ZeroDivisionError("a text of others")
+
+    monkeypatch.setattr("whiflash_sdk.session.file_to_edit", fails)
+    monkeypatch.setattr("whiflash_sdk.outgoing.derive_spans", fails)
+    asked: Any = {"model": "m", "messages": CHAT, "tools": [EDIT]}
+    with Session(), spans.code(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("error" if strictly else "always")
+        for _ in range(2):
+            assert wrap(client, agent=fails).chat.completions.create(**asked).choices
+    assert [predicted(body) for body in server.bodies] == [None] * 2
+    assert len(said) == (0 if strictly else 1)
+    assert not said or "others" not in str(said[0].message)
 
 
 def test_nothing_is_predicted_against_what_was_said(wrapped: OpenAI, server: FakeServer) -> None:

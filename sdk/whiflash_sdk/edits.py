@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
-from typing import Any, Final
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice, pairwise
+from typing import Any, Final, NamedTuple
 
 from whiflash_sdk.presets import MARKUP_ARGUMENTS
 from whiflash_sdk.reading import json_or_none, text_or_none
 
-_NUMBER: Final = re.compile(r" *L?(\d+) ?(\t|→|:|\||│)")
+_NUMBER: Final = re.compile(r" *L?(\d{1,9}) ?(\t|→|:|\||│)")
 """Before every line: `cat -n` and `nl` (tab), Claude Code (arrow), SWE-agent (colon), OpenHands (bar), bat (box)."""
 _BLANK_FOLLOWS: Final = (":", "|", "│")
 """Some tools write a blank after these."""
@@ -23,7 +23,7 @@ _AROUND: Final = re.compile(
     r"Here's the result of running `cat -n` on .*|--- FILE CONTENT.*---|</?(file|content|file_content|output)\b[^>]*>"
 )
 """Whole lines above and below a file."""
-_REMINDER: Final = re.compile(r"\n+<system-reminder>.*?</system-reminder>\s*\Z", re.DOTALL)
+_REMINDER: Final = ("\n<system-reminder>", "</system-reminder>")
 _ELEMENT: Final = re.compile(r"\s*<(file|content|file_content|output)\b[^>\n]*>\n(.*?)\n?</\1>\s*", re.DOTALL)
 _FENCE: Final = re.compile(r"(?:[^\n]*\n){0,2}```[^\n`]*\n(.*?)\n?```\s*", re.DOTALL)
 _FENCES_ITSELF: Final = (".md", ".mdx", ".rst", ".txt")
@@ -31,7 +31,7 @@ _FENCES_ITSELF: Final = (".md", ".mdx", ".rst", ".txt")
 
 def file_named(shown: str) -> str:
     """The path that a view's header names; empty without one."""
-    found = _HEADER.search(shown)
+    found = _HEADER.search(shown) if "[File: " in shown else None
     return found[1] if found else ""
 
 
@@ -40,7 +40,8 @@ def file_shown(shown: str, path: str, *, numbered: bool = False) -> str | None:
 
     numbered: results without numbers of lines are no views, as an edit's are.
     """
-    shown = _REMINDER.sub("\n", shown)
+    if shown.rstrip().endswith(_REMINDER[1]) and _REMINDER[0] in shown:
+        shown = shown.partition(_REMINDER[0])[0].rstrip("\n") + "\n"
     lines = shown.split("\n")
     found = {place: match for place, line in enumerate(lines) if (match := _NUMBER.match(line))}
     sign = Counter(match[2] for match in found.values()).most_common(1)
@@ -85,11 +86,12 @@ def _unframed(shown: str, path: str) -> str:
     if fenced:
         return fenced[1] + "\n"
     lines = shown.splitlines(keepends=True)
-    while lines and _AROUND.fullmatch(lines[0].strip()):
-        del lines[0]
-    while lines and _AROUND.fullmatch(lines[-1].strip()):
-        del lines[-1]
-    return "".join(lines)
+    first, last = 0, len(lines)
+    while first < last and _AROUND.fullmatch(lines[first].strip()):
+        first += 1
+    while first < last and _AROUND.fullmatch(lines[last - 1].strip()):
+        last -= 1
+    return "".join(lines[first:last])
 
 
 _PATHS: Final = ("path", "file_path", "filepath", "filename", "file", "target_file", "absolute_path")
@@ -100,45 +102,86 @@ _EDITS: Final = re.compile(r"edit|write|patch|replace|update", re.IGNORECASE)
 _SEARCHES: Final = ("pattern", "query", "regex", "glob")
 
 
+_LOOKED_AT: Final = 1024
+"""Messages, parts and calls that are read, from the end: a long conversation costs no more per turn."""
+_LONGEST: Final = 2**18
+"""Characters of a file or result that are read: more than a server takes of a prediction."""
+
+
 def file_to_edit(body: Mapping[str, Any], parser: str | None) -> str | None:
     """The file that was read or written last, as a call writes it, if the request offers a tool that edits.
 
     parser: the server's parser of tool calls: most write a file as a JSON string, some as it is.
     """
-    if not _offers_edits(body):
+    text = _last_file(_touches(islice(_parts(body), _LOOKED_AT))) if _offers_edits(body) else ""
+    if not text:
         return None
-    files: dict[str, str] = {}
-    calls: dict[str, tuple[str, bool]] = {}
-    for message in _messages(body):
-        for name, arguments in _calls(message):
-            path = _first(arguments, _PATHS)
-            if path and not _first(arguments, _SEARCHES):
-                calls[name] = path, _follow(files, path, arguments)
-        for name, shown in _results(message):
-            path, is_edit = calls.pop(name, ("", True))
-            known, path = path in files, path or file_named(shown)
-            text = file_shown(shown, path, numbered=is_edit) if path and not known else None
-            if text:  # else what was edited since is known better
-                files.pop(path, None)
-                files[path] = text
-    if not files:
-        return None
-    text = files[next(reversed(files))]
     return text if parser in MARKUP_ARGUMENTS else json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _follow(files: dict[str, str], path: str, arguments: Mapping[str, Any]) -> bool:
-    """Keep what a call makes of the file that it names: of one that reads it, nothing is known before its result.
+class _Touch(NamedTuple):
+    """A call on a file: what it writes, or replaces by what, and what came back; empty if there is none."""
 
-    Returns: whether it is an edit.
+    path: str
+    written: str
+    old: str
+    new: str
+    shown: str
+
+
+def _last_file(touches: Iterable[_Touch]) -> str:
+    """Text of the file that was touched last, by its calls from the last on; empty if it is not known.
+
+    A call that writes a file or reads it decides what is known, whatever was before.
     """
-    known = files.pop(path, None)
-    written, old, new = (_first(arguments, names) for names in (_CONTENTS, _OLD, _NEW))
-    if written:
-        files[path] = written
-    elif old and known is not None:
-        files[path] = known.replace(old, new, 1)
-    return bool(written or old or new)
+    touched: dict[str, list[_Touch]] = {}
+    latest: deque[str] = deque()
+    decided: set[str] = set()
+    for touch in touches:
+        if touch.path in decided:
+            continue
+        if touch.path not in touched:
+            latest.append(touch.path)
+        touched.setdefault(touch.path, []).append(touch)
+        if touch.written or not touch.old:
+            decided.add(touch.path)
+        while latest and latest[0] in decided:
+            if text := _replayed(touched[latest.popleft()]):
+                return text
+    return next(filter(None, (_replayed(touched[path]) for path in latest)), "")
+
+
+def _replayed(touches: list[_Touch]) -> str:
+    """The file after these calls, the last one first. If it was known, an edit's result shows no more of it."""
+    text = ""
+    for path, written, old, new, shown in reversed(touches):
+        text = written or (text.replace(old, new, 1) if old else "")
+        text = (text or file_shown(shown, path, numbered=bool(old or new)) or "")[:_LONGEST]
+    return text
+
+
+def _touches(parts: Iterable[Mapping[str, Any]]) -> Iterator[_Touch]:
+    """Calls on files. A result without its call, or of one that names no file, may name it."""
+    results: dict[str, str] = {}
+    for part in parts:
+        results.update(_results(part))
+        for name, arguments in _calls(part):
+            path = "" if _first(arguments, _SEARCHES) else _first(arguments, _PATHS)
+            shown = results.pop(name, "")
+            if path:
+                yield _Touch(path, *(_first(arguments, names) for names in (_CONTENTS, _OLD, _NEW)), shown)
+            else:
+                yield from _named_views(shown)
+    for shown in results.values():
+        yield from _named_views(shown)
+
+
+def _named_views(shown: str) -> Iterator[_Touch]:
+    """The view that names its file, as if it had been written."""
+    path = file_named(shown)
+    text = file_shown(shown, path, numbered=True) if path else None
+    if text:
+        yield _Touch(path, text, "", "", "")
 
 
 def _offers_edits(body: Mapping[str, Any]) -> bool:
@@ -151,50 +194,45 @@ def _offers_edits(body: Mapping[str, Any]) -> bool:
     )
 
 
-def _messages(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    found = body.get("messages", body.get("input"))
-    if isinstance(found, str):
-        return [{"role": "user", "content": found}]
-    return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list) else []
+def _parts(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Messages, their calls and the parts of their content, the last first: each route has calls and results among
+    these."""
+    messages = body.get("messages", body.get("input"))
+    for message in reversed(messages if isinstance(messages, list) else []):
+        if isinstance(message, Mapping):
+            for inside in (message.get("tool_calls"), message.get("content")):
+                parts = inside if isinstance(inside, list) else []
+                yield from (part for part in reversed(parts) if isinstance(part, Mapping))
+            yield message
 
 
-def _blocks(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The message and the parts of its content: each route has its calls and results somewhere among these."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    return [message, *(part for part in parts if isinstance(part, Mapping))]
+def _calls(part: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Id and arguments of the tool that it calls."""
+    function = part.get("function")
+    given = function.get("arguments") if isinstance(function, Mapping) else part.get("arguments")
+    given = part.get("input") if part.get("type") == "tool_use" else given
+    if isinstance(given, str):  # most calls name no file, and need not be read
+        given = json_or_none(given) if "path" in given or "file" in given else {}
+    if isinstance(given, Mapping):
+        yield text_or_none(part.get("call_id", part.get("id"))) or "", given
 
 
-def _calls(message: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Ids and arguments of the tools that it calls."""
-    called = message.get("tool_calls")
-    for call in called if isinstance(called, list) else _blocks(message):
-        if isinstance(call, Mapping):
-            function = call.get("function")
-            given = function.get("arguments") if isinstance(function, Mapping) else call.get("arguments")
-            given = call.get("input") if call.get("type") == "tool_use" else given
-            arguments = json_or_none(given) if isinstance(given, str) else given
-            if isinstance(arguments, Mapping):
-                yield text_or_none(call.get("call_id", call.get("id"))) or "", arguments
-
-
-def _results(message: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Ids of the calls that it answers, and what these brought."""
-    found = []
-    for block in _blocks(message):
-        if block.get("role") == "tool":
-            found.append((block.get("tool_call_id"), block.get("content")))
-        elif block.get("type") == "tool_result":
-            found.append((block.get("tool_use_id"), "" if block.get("is_error") else block.get("content")))
-        elif block.get("type") == "function_call_output":
-            found.append((block.get("call_id"), block.get("output")))
-    return [(text_or_none(name) or "", _plain(content)) for name, content in found]
+def _results(part: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Id of the call that it answers, and what this brought."""
+    if part.get("role") == "tool":
+        yield text_or_none(part.get("tool_call_id")) or "", _plain(part.get("content"))
+    elif part.get("type") == "tool_result":
+        content = "" if part.get("is_error") else part.get("content")
+        yield text_or_none(part.get("tool_use_id")) or "", _plain(content)
+    elif part.get("type") == "function_call_output":
+        yield text_or_none(part.get("call_id")) or "", _plain(part.get("output"))
 
 
 def _plain(content: object) -> str:
     """The text of a result."""
     parts = content if isinstance(content, list) else [{"text": content}]
-    return "".join(text_or_none(part.get("text")) or "" for part in parts if isinstance(part, Mapping))
+    texts = (text_or_none(part.get("text")) or "" for part in parts if isinstance(part, Mapping))
+    return "".join(texts)[:_LONGEST]
 
 
 def _first(arguments: Mapping[str, Any], names: tuple[str, ...]) -> str:

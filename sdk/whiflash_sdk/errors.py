@@ -11,10 +11,13 @@ them; under `strict=True` it is the client's `openai.BadRequestError`, whose mes
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import traceback
 import warnings
+from collections.abc import Callable
 from types import FrameType
-from typing import Final
+from typing import Final, TypeVar
 
 _SKIPPED: Final = frozenset(["whiflash_sdk", "openai", "anthropic", "httpx", "httpx2"])
 """Packages between a user's call and a warning about it."""
@@ -40,10 +43,35 @@ class UnsupportedServerWarning(UserWarning):
     """Once per base URL and reason: requests go out without hints, which the server does not read or has refused."""
 
 
-def warn_unsupported(message: str) -> None:
-    """Warn with `UnsupportedServerWarning` at the line that called the client."""
+def warn_unsupported(message: str, category: type[Warning] = UnsupportedServerWarning) -> None:
+    """Warn at the line that called the client."""
     frame: FrameType | None = sys._getframe()
     level = 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _SKIPPED:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UnsupportedServerWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
+
+
+ResultT = TypeVar("ResultT")
+_failed: set[str] = set()
+"""The first guess that failed."""
+
+
+def guessed(guess: Callable[..., ResultT], *args: object, otherwise: ResultT) -> ResultT:
+    """Result of a guess about a request, which breaks none: the first that fails is a warning, for all of them.
+
+    Its message may quote text of others: only its kind and place are named.
+    """
+    try:
+        return guess(*args)
+    except Exception as error:
+        if not _failed:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            _failed.add(last.name)
+            with contextlib.suppress(RuntimeWarning):  # where warnings are errors
+                warn_unsupported(
+                    f"a guess about a request failed: {type(error).__name__} in {last.name}, line {last.lineno} of "
+                    f"{last.filename}. Such requests go out without it. Please report this",
+                    RuntimeWarning,
+                )
+        return otherwise

@@ -12,7 +12,7 @@ from whiflash_sdk.blocks import predicted_text
 from whiflash_sdk.capabilities import Capabilities, Server
 from whiflash_sdk.collecting import start
 from whiflash_sdk.derive import derive_spans, open_first
-from whiflash_sdk.errors import warn_unsupported
+from whiflash_sdk.errors import guessed, warn_unsupported
 from whiflash_sdk.flow import Flow, ResultT
 from whiflash_sdk.hints import AGENT_FIELD, WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.reading import json_or_none, text_or_none
@@ -232,7 +232,7 @@ def _with_hints(
         if not names_agent:
             hints = _named(hints, told.agent)
         if opened := opened_span():
-            others = hints.spans or _derived(rest, route, hints, found)
+            others = hints.spans or guessed(_derived, rest, route, hints, found, otherwise=())
             hints = hints.model_copy(update={"spans": open_first(tuple(others), opened)})
         params[WIRE_KEY] = hints.encode()
         rest = {**_predicted(found, body, inside), **_salted(inside, told), **rest}
@@ -250,7 +250,7 @@ def _derived(
 
 def _named(hints: Hints, agent: Agent | None) -> Hints:
     """The hints, with the name of who asks where they say nothing of it."""
-    name = None if "agent" in hints.model_fields_set else name_of(agent)
+    name = None if "agent" in hints.model_fields_set else guessed(name_of, agent, otherwise=None)
     return hints if name is None else Hints(agent=name).over(hints)
 
 
@@ -266,7 +266,9 @@ def _predicted(found: Capabilities | bool, body: Mapping[str, Any], inside: Sess
     if "prediction" in body or known.prediction_tokens == 0:
         return {}
     parser = known.tool_call_parser
-    text = predicted_text(lambda: inside.prediction(body, parser) if inside else None)
+    text = predicted_text(
+        lambda: guessed(inside.prediction, body, parser, otherwise=None) if inside else None
+    )
     if text is None:
         return {}
     # A file may have been read with surrogates for bytes that are no text: no request can carry these.
