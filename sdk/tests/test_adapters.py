@@ -1,6 +1,7 @@
 """Each adapter in its real framework: one tool call to its end, hints on every request, traces back."""
 
 import asyncio
+from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -124,6 +125,33 @@ def test_langgraph_nodes_are_named_by_their_path(server: FakeServer) -> None:
     told.invoke("Outside.")
     assert server.said("agent")[5:] == [None, "mine", None, "told"]
     assert "trace" not in server.hints()
+
+
+@pytest.mark.parametrize(
+    ("agent", "namespace", "expected"),
+    [
+        ("researcher", "model:1", "researcher"),
+        ("researcher", "r:1|model:2", "researcher"),
+        ("researcher", "tools:1|2|model:3", "researcher"),
+        ("researcher", "", "researcher"),
+        ("researcher", "SummarizationMiddleware.before_model:1", "researcher"),
+        ("boss", "tools:1", "boss"),
+        ("boss", "tools:1|planner:2", "boss/planner"),
+        (None, "model:1", "model"),
+    ],
+)
+def test_agents_that_langchain_makes_have_their_own_names(
+    agent: str | None, namespace: str, expected: str
+) -> None:
+    """What `create_agent` of LangChain 1 says, which every graph of its tools inherits."""
+    config = pytest.importorskip("langchain_core.runnables.config")
+    pytest.importorskip("langchain_openai")
+    from whiflash_sdk.adapters.langchain import node
+
+    metadata = {"lc_agent_name": agent, "langgraph_checkpoint_ns": namespace}
+    said = copy_context()
+    said.run(config.var_child_runnable_config.set, {"metadata": metadata})
+    assert said.run(node) == expected
 
 
 def shared(framework: str, server: FakeServer) -> tuple[Any, list[Any]]:

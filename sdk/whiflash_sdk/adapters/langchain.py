@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from langchain_core.runnables.config import var_child_runnable_config
 from langchain_openai.chat_models.base import BaseChatOpenAI
@@ -17,7 +17,7 @@ ModelT = TypeVar("ModelT", bound=BaseChatOpenAI)
 def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
     """Give the model wrapped clients of its own, with the settings of `whiflash_sdk.wrap`, and return the model.
 
-    Calls from a graph carry its node's name as `agent`, unless something else is said.
+    Calls carry the name of their agent, or of their node in a graph, as `agent`, unless something else is said.
 
     Hints for one runnable alone: `model.bind(extra_body=Hints(…).extra_body())`.
     """
@@ -31,10 +31,21 @@ def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
     return model
 
 
+_OF_AGENTS: Final = ("", "model", "tools")
+"""Nodes of an agent that LangChain made; its middleware's have a dot in their names."""
+
+
 def node() -> str | None:
-    """The LangGraph node that is running here, inner graphs' behind outer ones': `team/planner`; None outside."""
+    """The agent that LangChain's `create_agent` made, or the LangGraph node, that is running here; None outside.
+
+    Inner graphs' nodes are behind outer ones': `team/planner`, and behind the agent whose tool runs their graph.
+    """
     config = var_child_runnable_config.get() or {}
     metadata = config.get("metadata") or {}
     path = str(metadata.get("langgraph_checkpoint_ns") or metadata.get("langgraph_node") or "")
     # A namespace holds `node:task id` for every graph, and numbers of tasks that one node started.
-    return "/".join(part.split(":")[0] for part in path.split("|") if not part.isdigit()) or None
+    nodes = [part.split(":")[0] for part in path.split("|") if not part.isdigit()]
+    agent = metadata.get("lc_agent_name")
+    if not agent:
+        return "/".join(nodes) or None
+    return str(agent) if nodes[-1] in _OF_AGENTS or "." in nodes[-1] else f"{agent}/{nodes[-1]}"
