@@ -6,17 +6,23 @@ import pytest
 from pydantic import ValidationError
 
 import whiflash_sdk
-from whiflash_sdk import HintError, Hints, Span, presets
+from whiflash_sdk import HintError, Hints, Span, agent, hinted, presets, spans
 from whiflash_sdk.hints import decode
 
 
 def test_what_the_server_would_refuse_is_refused() -> None:
     """The server reads hints by these models, and its tests have every field."""
-    for fields in ({"kind": "poem"}, {"begin": ""}, {"bias": {"ar": 17}}, {"colour": "red"}):
-        with pytest.raises(ValidationError):
-            Span(**{"kind": "json", "begin": "x", **fields})
-    with pytest.raises(ValidationError):
-        Hints(agent="")
+    named: Any = {"kind": "poem", "begin": "", "bias": {"ar": 17}, "colour": "red"}
+    for name, value in named.items():
+        with pytest.raises(HintError, match=rf"^Span\.{name}.*: "):
+            Span(**{"kind": "json", "begin": "x", name: value})
+    for opened in (lambda: agent("x" * 65), lambda: hinted(Hints(agent="")), lambda: Hints(**named)):
+        with pytest.raises(HintError, match=r"^Hints\.\w+: "):
+            opened()
+    with pytest.raises(HintError, match=r"Span\.prefer"), spans.code(prefer="xx"):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(ValidationError):  # others' text keeps the error that names every field
+        Hints.model_validate_json('{"agent": ""}')
 
 
 def test_encoding_is_short_and_comes_back() -> None:
@@ -36,11 +42,11 @@ def test_encoding_is_short_and_comes_back() -> None:
 
 
 def test_hints_too_long_for_a_request_are_refused() -> None:
-    spans = tuple(Span(kind="code", begin="é" * 64, end="\x01" * 64) for _ in range(16))
+    several = tuple(Span(kind="code", begin="é" * 64, end="\x01" * 64) for _ in range(16))
     with pytest.raises(HintError, match="8192"):
-        Hints(spans=spans).encode()
-    with pytest.raises(ValidationError):
-        Hints(spans=spans * 2)
+        Hints(spans=several).encode()
+    with pytest.raises(HintError, match="at most 16"):
+        Hints(spans=several * 2)
 
 
 def test_over_takes_only_what_was_set() -> None:

@@ -19,7 +19,7 @@ def agent(name: str) -> AbstractContextManager[Hints]:
 
     name: of 1 to 64 characters.
 
-    Raises: pydantic's ValidationError for what the server would refuse.
+    Raises: HintError for what the server would refuse.
     """
     return hinted(Hints(agent=name))
 

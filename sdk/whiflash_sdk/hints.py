@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -50,7 +50,22 @@ Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 BiasAmount = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]
 
 
-class Span(BaseModel):
+class _Hint(BaseModel):
+    """A model that raises HintError where it is made, and pydantic's error where others' text is validated."""
+
+    if not TYPE_CHECKING:  # checkers see the fields
+
+        def __init__(self, /, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                path, reason = first_fault(error, type(self))
+                raise HintError(f"{type(self).__name__}{path}: {reason}") from None
+
+        __init__.__pydantic_base_init__ = True  # validation goes on without it
+
+
+class Span(_Hint):
     """A kind of stretch that the output may contain, found by literal markers (no patterns).
 
     kind: what is written inside.
@@ -60,6 +75,8 @@ class Span(BaseModel):
     prefer: arm to favour inside it.
     pin: use `prefer` for every round inside it.
     bias: expected accepted tokens, -16 to 16, to add to an arm's score inside it.
+
+    Raises: HintError for what the server would refuse, as `Hints` does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -85,7 +102,7 @@ class Span(BaseModel):
         return self
 
 
-class Hints(BaseModel):
+class Hints(_Hint):
     """A request's wishes for its routing; only the fields that are set override outer levels.
 
     version: of this format.
@@ -163,14 +180,17 @@ def decode(text: object) -> Hints:
         raise HintError(f"{WIRE_KEY}{path}: {reason}") from None
 
 
-def first_fault(error: ValidationError) -> tuple[str, str]:
-    """The path of the first field that is wrong, such as `.spans[2].begin`, and what to change there."""
+def first_fault(error: ValidationError, of: type[BaseModel] = Hints) -> tuple[str, str]:
+    """The path of the first field that is wrong, such as `.spans[2].begin`, and what to change there.
+
+    of: the model that was validated.
+    """
     first = error.errors(include_url=False)[0]
     path, kind = list(first["loc"]), first["type"]
     if kind in ("begin", "prefer"):
         return f"{_path(path)}.{kind}", first["msg"]
     if kind == "extra_forbidden":
-        known = Span.model_fields if len(path) > 1 else Hints.model_fields
+        known = Span.model_fields if len(path) > 1 else of.model_fields
         return _path(path), f"is unknown; known are {', '.join(sorted(known))}"
     if path[-1:] == ["[key]"]:
         return _path(path[:-1]), f"is unknown; known are {_words(first)}"
