@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where it is set every process compiles what it imports: SGLang takes 24 s of a core then, and 14 s compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits canary audit check format docs prometheus site dist bare bench gpu gpu-evidence gpu-kit clean
+.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits canary audit check format docs prometheus site dist bare bench gpu gpu-evidence gpu-kit gpu-page clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -50,8 +50,8 @@ test: install ## All tests with seeded samples (a quarter of an hour on 2 quiet 
 fast: install ## Tests that need neither SGLang nor a server
 	$(RUN) pytest -n 2 --dist loadfile --fast -q
 
-evidence: install ## The full matrices; resumable; results go to results/evidence/
-	$(RUN) pytest --evidence -m evidence
+evidence: install ## The full matrices, or those of FILES; resumable; results go to results/evidence/
+	$(RUN) pytest --evidence -m evidence $(FILES)
 
 golden: install ## Answers, p-values and names, bit for bit with results/golden.json (5 minutes)
 	$(RUN) python tests/golden.py
@@ -122,6 +122,10 @@ gpu-evidence: ## The same, and tokens a second beside plain decoding, EAGLE3 and
 gpu-kit: install ## All of `make gpu` in one archive, dist/gpu-kit.tar.xz, for a GPU machine without a network
 	mkdir -p dist
 	$(RUN) python tests/gpu/kit.py dist/gpu-kit.tar.xz
+
+gpu-page: ## Keep what came back from a card, RECORDS=records.tgz, and its page, in results/gpu/
+	python3 tests/gpu/run.py --keep $(RECORDS)
+	$(MAKE) docs
 
 clean: ## Remove environments, caches and the built site
 	rm -rf .venv .uv .bare .tools site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -81,7 +81,6 @@ NIGHTLY = (
     "kernels/tests/test_interpreter.py",
     "tests/agents/test_examples.py",
     "tests/gpu/test_serving_part.py",
-    "tests/gpu/test_shaped_part.py",
     "tests/parallel/test_data_parallel.py",
     "tests/parallel/test_router.py",
     "tests/parallel/test_tensor_parallel.py",

@@ -1,6 +1,6 @@
 """Every op inside a CUDA graph: no host synchronisation, static shapes, new inputs at replay.
 
-On a CPU a call takes the replay's place, which shows that an op reads its arguments anew at each call.
+On a CPU a call takes the replay's place, which shows that an op reads its arguments at each call.
 """
 
 import sys

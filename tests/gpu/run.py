@@ -1,7 +1,9 @@
 """Checks that need a GPU, in parts that each end within ten minutes: `make gpu`, `make gpu-evidence`.
 
     python tests/gpu/run.py                        # what is left to do on this machine's GPU
-    python tests/gpu/run.py --only kernels         # parts whose name begins so
+    python tests/gpu/run.py --only kernels,shaped  # parts whose name begins so
+    python tests/gpu/run.py --only kernels --jobs 3  # side by side on one card: for what is not timed
+    python tests/gpu/run.py --keep records.tgz     # records that came back from a card, and their page
     python tests/gpu/run.py --device cpu           # a rehearsal: the parts' own code, on tiny models
     python tests/gpu/run.py --device phantom --only overlap-triton  # the same on the phantom card (`tests/phantom`)
 
@@ -23,8 +25,11 @@ import platform
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -38,6 +43,9 @@ SITE = ROOT / "site"
 PAGE = "README.md"
 LEFT_OUT = 77
 """Exit status of a part that found out by itself that it cannot run here (`checks.py`)."""
+HEAVY = 8 << 20
+"""Bytes of a trace that stays on the card's machine."""
+FAILED = ("failed", "timed out")
 PACKAGES = ("torch", "triton", "transformers", "sglang", "sglang-kernel", "flashinfer-python")
 SECONDS, GRACE = 570, 20
 """Limit of a part, and how long it may take to end when it is over."""
@@ -64,9 +72,9 @@ class Part:
 
 
 KERNEL_TESTS = {
+    "rounds": ("sample_rows", "graphs", "block", "backlog"),
     "layers": ("layers", "drafts", "draft_passes"),
     "attention": ("attention", "catch_up", "copies"),
-    "graphs": ("graphs", "backlog", "block", "packed"),
     "rest": (),
 }
 """Files of `kernels/tests`, riskiest first; the last part runs all that no other names."""
@@ -82,10 +90,17 @@ def kernel_tests(name: str) -> Part:
     return Part(f"kernels-{name}", shows, ("-m", "pytest", "-q", *paths), KERNELS)
 
 
-def sanitizer(tool: str) -> Part:
-    shows = f"compute-sanitizer's {tool} finds nothing in one case a kernel"
-    command = ("tests/gpu/sanitized.py", tool, "{device}", "{out}")
-    return Part(f"sanitizer-{tool}", shows, command, KERNELS, rehearsal=() if tool == "memcheck" else None)
+def sanitizer(tool: str, name: str = "", ops: str = "") -> Part:
+    shows = f"compute-sanitizer's {tool} finds nothing in one case of {ops or 'each kernel'}"
+    command = ("tests/gpu/sanitized.py", tool, "{device}", "{out}", *([ops] if ops else []))
+    rehearsal = () if tool == "memcheck" else None
+    return Part(f"sanitizer-{name or tool}", shows, command, KERNELS, rehearsal=rehearsal)
+
+
+def shaped(name: str, shows: str, *options: str) -> Part:
+    """Rounds of an 8B-shaped random pair with pinned acceptance."""
+    command = ("tests/gpu/shaped.py", "--device", "{device}", "--out", "{out}", *options)
+    return Part(name, f"an 8B-shaped random pair with pinned acceptance: {shows}", command, SERVER)
 
 
 def bench(name: str, shows: str, *options: str) -> Part:
@@ -131,10 +146,22 @@ COMPILED = (*SERVER, "sgl_kernel.flash_attn")
 """SGLang with its own operators, for which the kit has stand-ins that do not have this."""
 _SINKS = "sliding windows in a pool of their own and attention sinks (gpt-oss)"
 PARTS: tuple[Part, ...] = (
+    kernel_tests("rounds"),
+    overlap("triton", rehearsed=True),
     kernel_tests("layers"),
     kernel_tests("attention"),
+    Part(
+        "sampler",
+        "draws equal those of SGLang's default sampler on a card, FlashInfer's",
+        ("tests/gpu/sampler.py", "{device}", "{out}"),
+        KERNELS,
+    ),
+    shaped("shaped", "`diffusion` beside upstream's DFLASH and plain decoding; a trace; memory"),
+    shaped(
+        "contexts", "a verification by context", "--arms", "diffusion,none", "--contexts", "2048,32768,131072"
+    ),
+    sanitizer("memcheck", "first", "sample_rows,accept_and_commit,fill_slots,draft_attention"),
     serving("triton", rehearsed=True),
-    overlap("triton", rehearsed=True),
     bench(
         "first",
         "draft attention and proposals beside their references",
@@ -143,14 +170,8 @@ PARTS: tuple[Part, ...] = (
         "--no-compile",
     ),
     sanitizer("memcheck"),
-    Part(
-        "shaped",
-        "rounds of an 8B-shaped random pair with pinned acceptance, beside upstream's DFLASH; a trace; memory",
-        ("tests/gpu/shaped.py", "--device", "{device}", "--out", "{out}"),
-        SERVER,
-    ),
+    shaped("shaped-chain", "`ar`", "--arms", "ar", "--requests", "1,8,32,64"),
     overlap("fa3", rehearsed=False),
-    kernel_tests("graphs"),
     sanitizer("racecheck"),
     sanitizer("initcheck"),
     kernel_tests("rest"),
@@ -241,6 +262,8 @@ def run(part: Part, device: str, scratch: Path, seconds: float, pair: Sequence[s
         filled += pair
     paths = [ROOT, ROOT / "kernels", ROOT / "sdk", SITE, os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in paths if str(p))}
+    if (SITE / "sglang").is_dir():  # the kit's machine has no network: pip would try for 10 seconds
+        environment["PIP_NO_INDEX"] = "1"
     began = time.monotonic()
     with (scratch / f"{part.name}.log").open("w+") as log:
         process = subprocess.Popen(
@@ -299,10 +322,67 @@ def page(records: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def keep(archive: Path, records: Path) -> int:
+    """Copy a card's records out of an archive (tar), and write their page. Returns the exit status.
+
+    Traces and logs stay in the archive, and so do records of a rehearsal.
+    """
+    found: list[dict[str, Any]] = []
+    with tarfile.open(archive) as packed:
+        for member in packed:
+            if member.isfile() and member.name.endswith(".json") and (file := packed.extractfile(member)):
+                record = json.load(file)
+                if "part" in record and not record["machine"].startswith("rehearsal"):
+                    found.append(record)
+    names = {part.name for part in PARTS}
+    found = [record for record in found if record["part"] in names]
+    if not found:
+        print(f"{archive} has no record of a card", file=sys.stderr)
+        return 1
+    records.mkdir(parents=True, exist_ok=True)
+    for record in found:
+        (records / f"{record['part']}.json").write_text(json.dumps(record, indent=1) + "\n")
+    about = sorted({f"{r['machine']}; {r['code']}; {r['versions']}" for r in found})
+    (records / PAGE).write_text("\n".join(about) + f"\n\n{page(records)}")
+    print((records / PAGE).read_text())
+    return 0
+
+
+def pack(records: Path, archive: Path) -> None:
+    """Write all records and logs to one archive, without traces of more than `HEAVY` bytes."""
+    with tarfile.open(archive, "w:gz") as packed:
+        for path in sorted(records.iterdir()):
+            if path.is_file() and path.stat().st_size <= HEAVY:
+                packed.add(path, path.name)
+
+
+def run_kit(archive: Path, arguments: Sequence[str]) -> int:
+    """Unpack the kit beside its archive, if it is not there yet, and run its parts. Returns the exit status.
+
+    arguments: as they were given; paths in them are relative to where this is called.
+    """
+    place, command = archive.resolve().parent / "gpu-kit", list(arguments)
+    for name in ("--kit", "--records", "--pack"):
+        if name in command:
+            at = command.index(name) + 1
+            command[at] = str(Path(command[at]).resolve())
+    if not place.exists():
+        with tarfile.open(archive) as packed:
+            packed.extractall(place, filter="data")
+    del command[command.index("--kit") : command.index("--kit") + 2]
+    return subprocess.call([sys.executable, str(place / "tests" / "gpu" / "run.py"), *command])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu", "phantom"), default="cuda")
-    parser.add_argument("--only", default="", help="parts whose name begins so")
+    parser.add_argument("--only", default="", help="parts whose names begin so, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="parts that run side by side on one card")
+    parser.add_argument("--kit", type=Path, help="the kit's archive: unpack it and run what is in it")
+    parser.add_argument("--pack", type=Path, help="archive of the records, written at the end")
+    parser.add_argument(
+        "--keep", type=Path, help="an archive of records: keep a card's, write the page, run nothing"
+    )
     parser.add_argument(
         "--evidence", action="store_true", help="also what takes long: speed against other arms"
     )
@@ -315,6 +395,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model-path", help="target of the serving parts: directory or hub id")
     parser.add_argument("--bundle", help="its drafters: directory or hub id")
     chosen = parser.parse_args(arguments)
+    if chosen.keep:
+        return keep(chosen.keep, chosen.records)
+    if chosen.kit:
+        return run_kit(chosen.kit, sys.argv[1:] if arguments is None else list(arguments))
     sys.path.insert(0, str(SITE))
     if bool(chosen.model_path) != bool(chosen.bundle):
         parser.error("--model-path and --bundle are a pair: give both or none")
@@ -322,27 +406,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     card, code = machine(chosen.device), " ".join([digest(), *pair])
     records = chosen.records.resolve() / ("" if chosen.device == "cuda" else "rehearsal")
     records.mkdir(parents=True, exist_ok=True)
-    parts = [p for p in PARTS if p.name.startswith(chosen.only) and (chosen.evidence or not p.evidence)]
+    only = tuple(chosen.only.split(","))
+    parts = [p for p in PARTS if p.name.startswith(only) and (chosen.evidence or not p.evidence)]
     if chosen.device != "cuda":
         parts = [p for p in parts if p.rehearsal is not None]
-    # Parts that failed before are tried again when all others have run.
     before = {part.name: ended(records / f"{part.name}.json", code, card) for part in parts}
-    parts.sort(key=lambda part: before[part.name] not in (None, "passed"))
-    bad, until = 0, time.monotonic() + (chosen.within or math.inf)
-    for part in parts:
-        record = records / f"{part.name}.json"
+    parts.sort(key=lambda part: before[part.name] not in FAILED)  # what failed before comes first
+    until, writing = time.monotonic() + (chosen.within or math.inf), threading.Lock()
+
+    def done(part: Part) -> bool:
+        """Run a part unless it passed before. Whether it failed."""
         if not chosen.again and before[part.name] == "passed":
             print(f"{part.name:24} done before")
-            continue
+            return False
         if (left := until - time.monotonic()) < SHORTEST:
             print(f"{part.name:24} not begun")
-            continue
+            return False
         result = run(part, chosen.device, records, min(chosen.seconds, left), pair)
         facts = {"part": part.name, "machine": card, "code": code, "versions": versions()}
-        record.write_text(json.dumps({**facts, **result}, indent=1) + "\n")
-        bad += result["status"] in ("failed", "timed out")
+        with writing:
+            (records / f"{part.name}.json").write_text(json.dumps({**facts, **result}, indent=1) + "\n")
+            (records / PAGE).write_text(f"{card}; {code}\n\n{page(records)}")
         print(f"{part.name:24} {result['status']}  {result.get('why', result.get('seconds'))}", flush=True)
-        (records / PAGE).write_text(f"{card}; {code}\n\n{page(records)}")
+        return result["status"] in FAILED
+
+    with ThreadPoolExecutor(chosen.jobs) as beside:
+        bad = sum(beside.map(done, parts))
+    if chosen.pack:
+        pack(records, chosen.pack)
     print(page(records))
     return 1 if bad else 0
 

@@ -1,4 +1,4 @@
-"""One case of every kernel under compute-sanitizer: `python tests/gpu/sanitized.py memcheck cuda figures.json`.
+"""One case of every kernel under compute-sanitizer: `python tests/gpu/sanitized.py memcheck cuda figures.json [OP,OP]`.
 
 Sizes are small and odd, so that masks are at work. Memory is not cached by torch meanwhile, or a read beyond a tensor
 would be one of a neighbour. On a CPU Triton's interpreter runs the cases, without a sanitizer.
@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from checks import Checks
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "WHIFLASH_KERNELS": "triton"}
 
 
-def cases(device: str) -> Iterator[Any]:
-    """The first case of each op."""
+def cases(device: str, ops: Sequence[str]) -> Iterator[Any]:
+    """The first case of each op, or of `ops`."""
     import torch
     from cases import KERNELS, Bench, Sizes, catch_up_cases
     from shapes import SHAPES
@@ -32,16 +32,16 @@ def cases(device: str) -> Iterator[Any]:
     bench = Bench(shape, torch.device(device), 4, Sizes((3,), (3,), (5,), 131))
     seen = set[str]()
     for case in (case for family in (*KERNELS, catch_up_cases) for case in family(bench)):
-        if case.op not in seen:
+        if case.op not in seen and case.op in (ops or [case.op]):
             seen.add(case.op)
             yield case
 
 
 def main() -> int:
-    tool, device, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    tool, device, out, *chosen = sys.argv[1], sys.argv[2], Path(sys.argv[3]), *sys.argv[4:]
     if tool == "none":
         checks = Checks(out)
-        for case in cases(device):
+        for case in cases(device, chosen[0].split(",") if chosen else []):
             with checks.check(case.op):
                 case.call()
                 if device == "cuda":
@@ -54,7 +54,9 @@ def main() -> int:
         return Checks(out).leave_out("no compute-sanitizer is on the PATH")
     under = [str(sanitizer), "--tool", tool, "--error-exitcode", "1"] if device == "cuda" else []
     environment = os.environ | UNCACHED | ({} if device == "cuda" else {"TRITON_INTERPRET": "1"})
-    return subprocess.call([*under, sys.executable, __file__, "none", device, str(out)], env=environment)
+    return subprocess.call(
+        [*under, sys.executable, __file__, "none", device, str(out), *chosen], env=environment
+    )
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ its tokens are not; every figure says so. All in one process, in SGLang's overla
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from watched import Memory, Trace, Waits, stepping, watching
 
 LABEL = "8B-shaped target and drafters with random weights; acceptance pinned to the mean recorded on the embedded pair"
 REPORT = Path(__file__).resolve().parents[2] / "results" / "benchmark" / "report.json"
+POSITIONS = 1 << 18
+"""Positions of target and drafters, for the longest context."""
 ARMS = {"diffusion": "diffusion", "DFLASH": "diffusion", "ar": "EAGLE3", "none": "none"}
 """Servers, ours first, and the arm of the report whose acceptance length it gets; `none` is SGLang alone."""
 
@@ -55,7 +59,7 @@ class Shape:
     def of_models(self) -> Iterator[None]:
         """The sizes that `tiny_models` writes."""
         sizes = {"HIDDEN": self.hidden, "INTERMEDIATE": self.intermediate, "HEADS": self.heads}
-        sizes |= {"KV_HEADS": self.kv_heads, "HEAD_DIM": self.head_dim}
+        sizes |= {"KV_HEADS": self.kv_heads, "HEAD_DIM": self.head_dim, "MAX_POSITIONS": POSITIONS}
         with patch.multiple(tiny_models, **sizes):
             yield
 
@@ -124,14 +128,22 @@ def accepting(mean: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Load:
-    """requests: of each load. context, tokens: of a prompt and its answer."""
+    """requests, contexts: each of the ones with each of the others, if `most` holds them.
+
+    context: tokens of a prompt. tokens: of an answer. most: tokens of all prompts together that a card holds.
+    """
 
     requests: Sequence[int]
-    context: int
+    contexts: Sequence[int]
     tokens: int
+    most: int
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        pairs = itertools.product(self.contexts, self.requests)
+        return (pair for pair in pairs if math.prod(pair) <= self.most)
 
 
-CARD, REHEARSAL = Load((1, 8, 32, 64), 1024, 192), Load((1, 2), 24, 24)
+CARD, REHEARSAL = Load((1, 8, 32), (1024,), 192, 300_000), Load((1, 2), (24,), 24, 48)
 
 
 @contextmanager
@@ -141,9 +153,10 @@ def started(made: dict[str, Any], arm: str, device: str, load: Load) -> Iterator
     from overlap_loop import OverlapLoop
 
     most, card = max(load.requests), device != "cpu"
+    longest = max(context * requests for context, requests in load)
     options: dict[str, Any] = {"device": "cuda" if card else "cpu", "load_format": "dummy", "random_seed": 0}
     options |= {"dtype": "bfloat16" if device == "cuda" else "float32", "max_running_requests": most}
-    options |= {"max_total_tokens": 4096 + most * (load.context + 2 * load.tokens)}
+    options |= {"max_total_tokens": 4096 + longest + 2 * most * load.tokens}
     options["disable_overlap_schedule"] = not card
     if card and find_spec("sgl_kernel.flash_attn") is None:
         options |= {"attention_backend": "triton", "sampling_backend": "pytorch"}
@@ -156,13 +169,17 @@ def started(made: dict[str, Any], arm: str, device: str, load: Load) -> Iterator
         yield OverlapLoop(e.scheduler) if card else e
 
 
-def timed(e: Any, requests: int, load: Load, figures: dict[str, Any]) -> None:
-    """Requests that begin together: tokens a second and ms a pass of the second of two runs, with prompts cached."""
+def timed(e: Any, context: int, requests: int, load: Load, figures: dict[str, Any]) -> None:
+    """Requests that begin together: tokens a second and ms a pass of the second of two runs, with prompts cached.
+
+    Our rounds have the host's time to issue one, too.
+    """
     generator = torch.Generator().manual_seed(requests)
-    prompts = torch.randint(8, 256, (requests, load.context), generator=generator).tolist()
-    seconds, passes = 0.0, 0
+    prompts = torch.randint(8, 256, (requests, context), generator=generator).tolist()
+    seconds, passes, clock = 0.0, 0, getattr(e.worker, "clock", None)
     for _ in range(2):
         passes, step = 0, e.step
+        before = clock.snapshot() if clock else {}
 
         def counted(step: Any = step) -> bool:
             nonlocal passes
@@ -174,9 +191,13 @@ def timed(e: Any, requests: int, load: Load, figures: dict[str, Any]) -> None:
         with patch.object(e, "step", counted):
             e.generate(prompts, max_new_tokens=load.tokens)
         seconds = time.perf_counter() - began
-    figures[f"tokens_per_s_at_{requests}"] = requests * load.tokens / seconds
-    figures[f"ms_per_pass_at_{requests}"] = 1e3 * seconds / passes
-    figures[f"tokens_per_pass_at_{requests}"] = load.tokens / passes
+    at = f"{requests}_of_{context}"
+    figures[f"tokens_per_s_at_{at}"] = requests * load.tokens / seconds
+    figures[f"ms_per_pass_at_{at}"] = 1e3 * seconds / passes
+    figures[f"tokens_per_pass_at_{at}"] = load.tokens / passes
+    if clock:
+        spent = {name: value - before[name] for name, value in clock.snapshot().items()}
+        figures[f"host_ms_per_round_at_{at}"] = 1e3 * spent["round_seconds"] / spent["rounds"]
 
 
 def looked_at(e: Any, load: Load, device: str, figures: dict[str, Any], keep: Path) -> None:
@@ -184,7 +205,7 @@ def looked_at(e: Any, load: Load, device: str, figures: dict[str, Any], keep: Pa
     from whiflash_sglang.compat.scheduler.memory import sampling_bytes
 
     most, waits, used, trace = max(load.requests), Waits(device), Memory(device), Trace(device)
-    prompts = [list(range(8 + i, 8 + i + load.context)) for i in range(most)]
+    prompts = [list(range(8 + i, 8 + i + min(load.contexts))) for i in range(most)]
     prompts = [[token % 256 for token in prompt] for prompt in prompts]
     with watching(e.worker, used, full=most):
         e.generate(prompts, max_new_tokens=load.tokens)
@@ -210,19 +231,22 @@ def looked_at(e: Any, load: Load, device: str, figures: dict[str, Any], keep: Pa
     assert not others, f"rounds wait at {others}"
 
 
-def measure(checks: Checks, device: str, load: Load, shape: Shape, root: Path, keep: Path) -> None:
-    """Every arm at every load."""
-    made = write_models(root, shape, "bfloat16" if device == "cuda" else "float32")
-    for arm, mean in recorded().items():
+def measure(
+    checks: Checks, device: str, arms: Sequence[str], load: Load, shape: Shape, root: Path, keep: Path
+) -> None:
+    """The arms at every load."""
+    made, means = write_models(root, shape, "bfloat16" if device == "cuda" else "float32"), recorded()
+    for arm in arms:
+        mean = means[arm]
         with ExitStack() as stack:
             e: Any = None
             with checks.check(arm) as figures:
                 figures["acceptance_length_wanted"] = mean
                 stack.enter_context(accepting(mean))
                 e = stack.enter_context(started(made, arm, device, load))
-                for requests in load.requests:
-                    timed(e, requests, load, figures)
-            if e is not None and arm == "diffusion":
+                for context, requests in load:
+                    timed(e, context, requests, load, figures)
+            if e is not None and arm == "diffusion" and len(load.contexts) == 1:
                 with checks.check("rounds") as figures:
                     looked_at(e, load, device, figures, keep)
 
@@ -231,14 +255,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu", "phantom"), default="cuda")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", default="diffusion,DFLASH,none", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--requests", help="at a time, such as 1,8,32")
+    parser.add_argument("--contexts", help="tokens of a prompt, such as 2048,131072; 1 and 8 requests each")
     chosen = parser.parse_args(arguments)
     card = chosen.device == "cuda"
     if chosen.device == "cpu":
         os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"  # as on a card: the host reads nothing while it plans
     load, shape = (CARD, QWEN3_8B) if card else (REHEARSAL, TINY)
+    if chosen.requests and card:
+        load = replace(load, requests=tuple(map(int, chosen.requests.split(","))))
+    if chosen.contexts:
+        contexts = tuple(map(int, chosen.contexts.split(","))) if card else (24, 48)
+        load = replace(load, requests=load.requests[:2], contexts=contexts)
     checks = Checks(chosen.out, label=LABEL if card else f"a rehearsal with tiny models, not: {LABEL}")
     with tempfile.TemporaryDirectory() as root, on_device(chosen.device, Path(root)):
-        measure(checks, chosen.device, load, shape, Path(root), chosen.out.with_suffix(".trace.json.gz"))
+        measure(
+            checks,
+            chosen.device,
+            chosen.arms.split(","),
+            load,
+            shape,
+            Path(root),
+            chosen.out.with_suffix(".trace.json.gz"),
+        )
     return checks.exit_status
 
 

@@ -5,20 +5,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import shaped
 
 
+@pytest.mark.evidence
 def test_rounds_accept_as_much_as_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shaped, "recorded", lambda: {"diffusion": 2.5, "DFLASH": 3.0, "ar": 2.0, "none": 1.0})
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")  # restored, where the part sets it itself
-    assert shaped.main(["--device", "cpu", "--out", str(tmp_path / "out.json")]) == 0
+    arms = ",".join(shaped.ARMS)
+    assert shaped.main(["--device", "cpu", "--arms", arms, "--out", str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["label"].startswith("a rehearsal")
     # A prefill, and rounds that commit 23 tokens of each of two requests, which begin together.
-    passes = {arm: 24 / found["checks"][arm]["tokens_per_pass_at_2"] for arm in shaped.ARMS}
+    passes = {arm: 24 / found["checks"][arm]["tokens_per_pass_at_2_of_24"] for arm in shaped.ARMS}
     assert {arm: round(n) for arm, n in passes.items()} == {
         "diffusion": 10,
         "DFLASH": 9,
@@ -26,6 +29,15 @@ def test_rounds_accept_as_much_as_was_recorded(tmp_path: Path, monkeypatch: pyte
         "none": 24,
     }
     assert found["checks"]["rounds"]["on_host"]
+
+
+def test_drafters_are_as_wide_as_the_shape_and_no_other(tmp_path: Path) -> None:
+    made = shaped.write_models(tmp_path, shaped.TINY, "float32")
+    assert shaped.TINY.hidden != shaped.tiny_models.HIDDEN
+    for name, inputs in (("dflash", 1), ("eagle3", 2)):
+        weights = load_file(made[name] / "model.safetensors").items()
+        widths = {weight.shape[1] for key, weight in weights if key.endswith("q_proj.weight")}
+        assert widths == {inputs * shaped.TINY.hidden}
 
 
 def test_what_was_recorded_is_the_reports() -> None:

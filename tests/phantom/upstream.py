@@ -6,7 +6,7 @@ SGLang asks for a card while it is imported, so a process enters `phantom` and `
 - the driver's library, without which SGLang's compiled operators cannot be loaded: all of its functions fail;
 - FA3 and SGLang's Triton attention, by a formula; SGLang's other Triton kernels, by Triton's interpreter;
 - fused operators (norms, rotation, activations), by SGLang's own PyTorch implementations of them;
-- kernels that are compiled with `nvcc` when they are first wanted: none can be, and SGLang does without;
+- kernels that are compiled with `nvcc` or CUTLASS when they are first wanted: none can be, and SGLang does without;
 - NCCL, by gloo, for the one process that there is; and inference mode, in which nobody can wrap a tensor.
 """
 
@@ -59,6 +59,7 @@ def sglang_on_card(world: Streams) -> Iterator[Launches]:
     from sglang.kernels.ops.attention import extend_attention, flash_attention_v3
     from sglang.kernels.spec import KernelBackend
     from sglang.srt.layers import deep_gemm_wrapper
+    from sglang.srt.layers.dual_gemm import DualGemm
     from triton.runtime.interpreter import GridExecutor, InterpretedFunction, interpreter_builder
 
     fused_op.set_fused_op_backend(KernelBackend.TORCH)
@@ -98,6 +99,7 @@ def sglang_on_card(world: Streams) -> Iterator[Launches]:
             (interpreter_builder, "create_masked_store", noted),
             (flash_attention_v3, "_load_fa3_kernels", lambda: {"flash_attn_with_kvcache": fa3}),
             (extend_attention, "extend_attention_fwd", partial(launches.of, "extend_attention_fwd", extend)),
+            (DualGemm, "_select_mode", lambda *_: None),
             (deep_gemm_wrapper, "update_deep_gemm_config", lambda *_: None),
             (torch, "inference_mode", lambda mode=True: torch.no_grad()),
             (distributed, "init_process_group", _over_gloo(distributed.init_process_group)),

@@ -177,7 +177,7 @@ def weak_ref_tensor(tensor: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def standing_in() -> Iterator[None]:
     """SGLang and the drafters' layers take these, and nothing that is compiled with `nvcc` or CUTLASS at first use."""
-    from sglang.kernels.ops.attention import rope
+    from sglang.kernels.ops.attention import clamp_position, rope
     from sglang.srt.layers import activation
     from sglang.srt.layers.dual_gemm import DualGemm
     from sglang.srt.layers.rotary_embedding import base
@@ -196,6 +196,7 @@ def standing_in() -> Iterator[None]:
         for owner, name, value in (
             (activation, "_jit_act_supported", lambda _: False),
             (DualGemm, "_select_mode", lambda *_: None),
+            (clamp_position, "clamp_position_cuda", clamp_position._CLAMP_POSITION.forward_native),
             (base, "apply_rope_with_cos_sin_cache_inplace", rotate),
             (rope, "rotary_embedding", rotate_flat),
             (base.RotaryEmbedding, "try_bf16_rope_store", lambda *_, **__: None),
