@@ -20,7 +20,6 @@ CONFIGURATIONS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "torch_native": (None, {"attention_backend": "torch_native"}),
     "EAGLE3": ("EAGLE3", {}),
     "EAGLE3-paged": ("EAGLE3", PAGED),
-    "NGRAM": ("NGRAM", {}),
     "DFLASH": ("DFLASH", {}),
     "DFLASH-paged": ("DFLASH", PAGED),
 }

@@ -81,7 +81,6 @@ _OF_UPSTREAMS_DRAFTERS: tuple[Seam, ...] = (
         "assign_draft_cache_locs_contiguous_func",
         spec_ops.assign_draft_cache_locs_contiguous_func,
     ),
-    Seam(_CACHE_LOCS, "fill_front_out_cache_loc_func", spec_ops.fill_front_out_cache_loc_func),
     Seam(_SPEC_TREE, "build_tree_kernel_efficient_func", spec_ops.build_tree_kernel_efficient_func),
     Seam(_SPEC_TREE, "verify_tree_greedy_func", spec_ops.verify_tree_greedy_func),
     Seam(
@@ -111,7 +110,6 @@ _NAMES: tuple[Seam, ...] = (
     ),
     Seam("sglang.srt.mem_cache.allocation", "get_last_loc", spec_ops.get_last_loc),
     Seam("sglang.srt.mem_cache.pool_host.common", "_cuda_host_register", _leave_unregistered),
-    Seam(_EAGLE, "fill_accept_out_cache_loc_func", spec_ops.fill_accept_out_cache_loc_func),
     Seam(_EAGLE, "fill_bonus_tokens_func", spec_ops.fill_bonus_tokens_func),
     Seam(
         "sglang.kernels.ops.speculative.gather_spec_extras", "gather_spec_extras", spec_ops.gather_spec_extras
@@ -296,15 +294,6 @@ _METHODS: tuple[Seam, ...] = (
     ),
 )
 
-
-_TREE = Seam(
-    "sglang.kernels.ops.speculative.reconstruct_tree",
-    "reconstruct_indices_from_tree_mask_func",
-    spec_ops.reconstruct_indices_from_tree_mask_func,
-)
-MODULE_SEAMS = (_TREE,) if has("0.5.23") else ()
-"""Functions that are wanted of modules that cannot be imported here, because they import operators that no published
-wheel has."""
 
 SEAMS = (*_NAMES, *(_OF_UPSTREAMS_DRAFTERS if has("0.5.23") else ()), *_METHODS)
 

@@ -11,17 +11,14 @@ With the seams installed these upstream functions work on the CPU, for any specu
 ``assign_draft_cache_locs_contiguous_func``), the future map (``gather_spec_extras``), ``Tensor.record_stream``,
 chain trees (``build_tree_kernel_efficient``, ``verify_tree_greedy_func``, ``fill_bonus_tokens_func``), sampled
 verification (``eagle_sample``, ``compute_dflash_sampling_correct_drafts_and_bonus``) and
-``RaggedVerifyLayout.from_verify_lens`` (torch upstream). Upstream's ``EAGLE3`` (chain), ``DFLASH`` and ``NGRAM``
-(trees; its corpus is compiled at the first start, by the machine's C++ compiler) run unmodified.
+``RaggedVerifyLayout.from_verify_lens`` (torch upstream). Upstream's ``EAGLE3`` (chain) and ``DFLASH`` run
+unmodified; nothing verifies trees (``NGRAM``).
 """
 
-import ast
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Collection, Iterable
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +28,6 @@ from whiflash_sglang.compat.patching import Finding, replace, upstreams
 from whiflash_sglang.platform.seam_tables import (
     EARLY_SEAMS,
     MODEL_SEAMS,
-    MODULE_SEAMS,
     PINNING,
     SEAMS,
     Seam,
@@ -57,9 +53,6 @@ def install_seams() -> None:
         RuntimeError: a name is missing or has other parameters than its replacement.
     """
     _require(verify_seams())
-    for absent in MODULE_SEAMS:
-        sys.modules[absent.module] = stand_in = ModuleType(absent.module)
-        setattr(stand_in, absent.name, absent.replacement)
     _install(SEAMS)
     _install_record_stream()
     _install_pin_memory()
@@ -94,7 +87,7 @@ def _require(checks: Iterable[Finding]) -> None:
 
 def verify_seams() -> list[Finding]:
     """Check that every name exists with the parameters of its replacement. Imports SGLang; changes nothing."""
-    return [*map(_check, (*EARLY_SEAMS, *SEAMS)), *map(_check_module, MODULE_SEAMS)]
+    return [*map(_check, (*EARLY_SEAMS, *SEAMS))]
 
 
 def _check(seam: Seam) -> Finding:
@@ -112,18 +105,6 @@ def _check(seam: Seam) -> Finding:
     if not callable(upstream):
         return Finding(seam.path, False, f"expected a function, found {upstream!r}")
     return _compare(seam.path, list(inspect.signature(upstream).parameters), seam.made(upstream))
-
-
-def _check_module(seam: Seam) -> Finding:
-    """The module's source says what the function takes; importing it is what fails."""
-    parent, _, name = seam.module.rpartition(".")
-    source = Path(str(importlib.import_module(parent).__file__)).parent / f"{name}.py"
-    functions = ast.parse(source.read_text()).body if source.exists() else []
-    for function in functions:
-        if isinstance(function, ast.FunctionDef) and function.name == seam.name:
-            found = [argument.arg for argument in function.args.args]
-            return _compare(seam.path, found, seam.replacement)
-    return Finding(seam.path, False, "missing")
 
 
 def _compare(label: str, found: list[str], replacement: Callable[..., Any]) -> Finding:
