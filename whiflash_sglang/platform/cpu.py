@@ -108,6 +108,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             raise ValueError(
                 "--enable-prefill-delayer needs overlap scheduling, which the CPU platform does not have; remove it"
             )
+        if server_args.speculative_algorithm == "NGRAM":
+            raise ValueError(
+                "--speculative-algorithm NGRAM verifies trees, which a CPU cannot; use EAGLE3, DFLASH or WHIFLASH"
+            )
         from whiflash_sglang.platform.seams import install_early_seams
 
         install_early_seams()
@@ -150,7 +154,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return ATTENTION_BACKEND
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        return algorithm != "NGRAM"  # nothing here verifies trees
+        return True
 
     def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
         return backend == ATTENTION_BACKEND
