@@ -158,6 +158,8 @@ def started(made: dict[str, Any], arm: str, device: str, load: Load) -> Iterator
     options |= {"dtype": "bfloat16" if device == "cuda" else "float32", "max_running_requests": most}
     options |= {"max_total_tokens": 4096 + longest + 2 * most * load.tokens}
     options["disable_overlap_schedule"] = not card
+    if card:  # prompts are cached where passes are timed
+        options["cuda_graph_backend_prefill"] = "disabled"
     if card and find_spec("sgl_kernel.flash_attn") is None:
         options |= {"attention_backend": "triton", "sampling_backend": "pytorch"}
     if arm == "DFLASH":
