@@ -1,5 +1,7 @@
 """`wrap`: what goes out, from every way a completion can be asked for, and what is left alone."""
 
+import inspect
+import json
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -131,6 +133,17 @@ def test_every_way_of_asking_carries_hints_and_is_collected(client: OpenAI, serv
     assert server.paths.count(ROUTE) == 1
     assert parsed.choices[0].message.parsed == City(city="Zürich")
     assert whiflash_sdk.routing(parsed) == EXPECTED
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_body_of_bytes_goes_out_as_it_is(client: OpenAI, server: FakeServer) -> None:
+    names = {"body", "content"} & inspect.signature(
+        client.post
+    ).parameters.keys()  # the latter is of openai 3
+    for name in names:
+        given: Any = {name: json.dumps(ASKED).encode()}
+        wrap(client).post("/chat/completions", cast_to=object, **given)
+    assert server.bodies == [ASKED] * len(names)
 
 
 def test_async_clients_are_the_same(async_client: AsyncOpenAI, server: FakeServer, ran: Any) -> None:

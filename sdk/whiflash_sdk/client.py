@@ -185,17 +185,20 @@ def _hinting_request(client: Any) -> Callable[..., Any]:
 
 
 def _route(options: Any) -> str | None:
-    return route_of(options.url) if options.method.lower() == "post" else None
+    """The route that a JSON object is posted to; None for another request: bytes go out as they are."""
+    raw = getattr(options, "content", None) is not None or bool(options.files)
+    if raw or options.method.lower() != "post" or not isinstance(options.json_data, Mapping | None):
+        return None
+    return route_of(options.url)
 
 
 def _body(options: Any) -> Mapping[str, Any]:
-    body = options.json_data if isinstance(options.json_data, Mapping) else {}
-    return {**body, **(options.extra_json or {})}
+    return {**(options.json_data or {}), **(options.extra_json or {})}
 
 
 def _carrying(options: Any, body: Mapping[str, Any]) -> Any:
     """The request with this body; what is not in it is left out."""
-    own = options.json_data if isinstance(options.json_data, Mapping) else {}
+    own = options.json_data or {}
     extra = {name: value for name, value in body.items() if name not in own or own[name] is not value}
     kept = {name: value for name, value in own.items() if name in body}
     return options.model_copy(
