@@ -10,13 +10,15 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from fake_server import ASKED, CAPABILITIES, ROUTE, Clock, FakeServer, serving
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI, AzureOpenAI, OpenAI
 
 import whiflash_sdk
 from whiflash_sdk import Capabilities, Hints, UnsupportedServerError, UnsupportedServerWarning, wrap
@@ -146,6 +148,47 @@ def test_keys_that_are_made_anew_for_every_request_are_one_clients(server: FakeS
             ask(client)
     assert server.routed() == [True] * 3
     assert server.paths.count(ROUTE) == 1
+
+
+@pytest.mark.parametrize("setting", ["azure_ad_token_provider", "azure_ad_token"])
+def test_tokens_of_two_makers_are_two_askers(server: FakeServer, setting: str) -> None:
+    """Azure's are in no header until a request is sent: one that is refused says nothing of the other."""
+    server.capabilities_key = "good"
+    azure: Any = {"base_url": server.base_url, "api_version": "1"}
+    for token, routes in (("bad", False), ("good", True), ("bad", False)):
+        given: Any = token if setting == "azure_ad_token" else partial(str, token)
+        with AzureOpenAI(**azure, **{setting: given}) as client, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ask(wrap(client))
+        assert server.routed()[-1] is routes
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_probe_leaves_no_connection_of_its_event_loop(server: FakeServer, below: bool) -> None:
+    sent: dict[str, str] = {}
+
+    async def main() -> None:
+        async def note(request: Any) -> None:
+            sent[request.url.path] = request.headers["connection"]
+
+        inner = httpx.AsyncClient(event_hooks={"request": [note]})
+        http = whiflash_sdk.async_http_client(inner) if below else inner
+        async with AsyncOpenAI(base_url=server.base_url, api_key="key", http_client=http) as client:
+            await (client if below else wrap(client)).chat.completions.create(**ASKED)
+
+    asyncio.run(main())
+    asked = {ROUTE: "close", "/v1/models": "close"}
+    assert sent == {**asked, "/v1/chat/completions": "keep-alive"}
+
+
+def test_an_old_httpx_is_asked_too(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 0.25 an answer's status was raised, or nothing returned."""
+    raised = httpx.Response.raise_for_status
+    monkeypatch.setattr(httpx.Response, "raise_for_status", lambda answer: raised(answer) and None)
+    http = whiflash_sdk.http_client(httpx.Client())
+    with OpenAI(base_url=server.base_url, api_key="key", http_client=http) as client:
+        ask(client)
+    assert server.routed() == [True]
 
 
 def test_a_probe_may_take_what_the_request_may_and_no_more_than_its_own_bound(client: OpenAI) -> None:

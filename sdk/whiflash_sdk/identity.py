@@ -26,10 +26,16 @@ _SECRET_WORDS: Final = frozenset(
 )
 """Words of the names of headers that authenticate: `Authorization`, `X-Api-Key`, `OpenAI-Organization`."""
 _OF_ONE_REQUEST: Final = re.compile(
-    rb"content-.*|accept.*|if-.*|range|expect|te|trailer|transfer-encoding|idempotency-key", re.IGNORECASE
+    rb"connection|content-.*|accept.*|if-.*|range|expect|te|trailer|transfer-encoding|idempotency-key",
+    re.IGNORECASE,
 )
 """Headers that a question for capabilities does not take from the request that wants to know."""
 _READABLE: Final = [(b"accept", b"application/json"), (b"accept-encoding", b"identity")]
+_MAKERS: Final = (
+    *("_api_key_provider", "_azure_ad_token_provider", "_azure_ad_token"),  # of OpenAI's clients
+    *("workload_identity", "_provider", "credentials"),  # of its third version, and of Anthropic's
+)
+"""Attributes from which a client makes its keys, which are in no header before a request is sent."""
 
 
 def base_classes(name: str) -> tuple[type, ...]:
@@ -63,22 +69,30 @@ class OfClient:
 
         limits: seconds by phase. Raises: whatever the client raises.
         """
-        options = {"max_retries": 0, "timeout": self._library.Timeout(**limits), "follow_redirects": False}
+        headers = dict(_closing(self._client._client))
+        options = {
+            "headers": headers,
+            "max_retries": 0,
+            "timeout": self._library.Timeout(**limits),
+            "follow_redirects": False,
+        }
         return (yield self._client.get(url, cast_to=object, options=options))
 
     def fingerprint(self, url: str) -> bytes:
         """Address and authentication as a digest, so that no secret is kept.
 
         The cookie jar is left out: balancers set new cookies as they please. So is a key that is made for every
-        request: its maker identifies it. Two clients that differ only in their TLS certificates share an answer.
+        request: what makes it identifies it. Two clients that differ only in their TLS certificates share an answer.
         """
         client = self._client
         http: Any = client._client
-        maker = getattr(client, "_api_key_provider", None)
+        makers = [getattr(client, name, None) for name in _MAKERS]
+        key = client.api_key
         sent = {**http.headers, **client.default_headers, **client.default_query}
-        if maker is not None:
-            sent = {name: value for name, value in sent.items() if name.lower() != "authorization"}
-        return _digest(url, sent, client.api_key if maker is None else id(maker), id(http.auth))
+        if makers[0] is not None:
+            key, sent = None, {name: value for name, value in sent.items() if name.lower() != "authorization"}
+        made_from = [one if isinstance(one, str) else id(one) for one in makers]
+        return _digest(url, sent, key, made_from, id(http.auth))
 
 
 class OfRequest:
@@ -94,11 +108,12 @@ class OfRequest:
         asked = type(self._request)(
             "GET",
             self._request.url.copy_with(path=urlsplit(url).path),
-            headers=headers + _READABLE,
+            headers=[*headers, *_READABLE, *_closing(self._http)],
             extensions={"timeout": dict(limits)},
         )
         answer = yield self._http.send(asked, follow_redirects=False)
-        return read_json(answer.raise_for_status().content)
+        answer.raise_for_status()  # older HTTPX returns nothing
+        return read_json(answer.content)
 
     def fingerprint(self, url: str) -> bytes:
         """Cookies are left out, as `OfClient` does: balancers set new ones as they please."""
@@ -108,6 +123,11 @@ class OfRequest:
 
 
 Asker = OfClient | OfRequest
+
+
+def _closing(http: Any) -> list[tuple[str, str]]:
+    """Headers of a question: its connection is of one event loop, and an asynchronous client may serve several."""
+    return [("connection", "close")] if isinstance(http, base_classes("AsyncClient")) else []
 
 
 def _digest(url: str, sent: Mapping[str, Any], *more: object) -> bytes:
