@@ -114,6 +114,14 @@ def test_a_client_has_to_be_wrapped_and_forgets_its_blocks(client: OpenAI) -> No
     assert seen(collected) == []
 
 
+def test_an_answer_of_the_http_library_is_collected_too(client: OpenAI) -> None:
+    base = next(one for one in type(client._client).__mro__ if one.__name__ == "Client")
+    library: Any = sys.modules[base.__module__.partition(".")[0]]
+    with collect() as collected:
+        wrap(client).post("/chat/completions", cast_to=library.Response, body=ASKED)
+    assert seen(collected) == [EXPECTED]
+
+
 def test_a_broken_trace_never_breaks_the_call(client: OpenAI, server: FakeServer) -> None:
     server.trace = {"version": "x"}
     with collect() as collected:

@@ -111,14 +111,31 @@ def test_spans_get_what_a_call_came_to(client: OpenAI, server: FakeServer) -> No
     tracer = provider.get_tracer("test")
     wrap(client, agent="planner")
     client.chat.completions.create(**QUESTION)
-    with tracer.start_as_current_span("chat m"):
+    call: Any = {"kind": pytest.importorskip("opentelemetry.trace").SpanKind.CLIENT}
+    with tracer.start_as_current_span("chat m", **call):
         client.chat.completions.create(**QUESTION)
-    with tracer.start_as_current_span("stream"):
+    with tracer.start_as_current_span("stream", **call):
         list(client.chat.completions.create(**QUESTION, stream=True))
     server.trace = {"version": "x"}
     with tracer.start_as_current_span("broken"):
         client.chat.completions.create(**QUESTION)
-    whole, stream, broken = (dict(span.attributes) for span in exporter.get_finished_spans())
+    server.trace = PRICED
+    own = {"gen_ai.operation.name": "invoke_agent", "gen_ai.agent.name": "orchestrator"}
+    with (
+        tracer.start_as_current_span("POST /run") as around,
+        tracer.start_as_current_span("agent", attributes=own),
+    ):
+        for _ in range(3):
+            client.chat.completions.create(**QUESTION)
+        late = client.chat.completions.create(**QUESTION, stream=True)
+    assert not around.attributes
+    list(late)
+    whole, stream, broken, agent, _ = (dict(span.attributes) for span in exporter.get_finished_spans())
+    assert {name: agent.pop(name) for name in own} == own
+    assert agent.pop("whiflash.acceptance_length") == pytest.approx(14 / 3)
+    assert agent == {
+        name: 3 * value for name, value in whole.items() if "gen_ai" not in name and "length" not in name
+    }
     assert whole == stream
     assert broken == {}
     assert whole == {

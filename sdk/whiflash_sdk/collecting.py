@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from whiflash_sdk.blocks import BlockValue
 from whiflash_sdk.errors import TraceError
-from whiflash_sdk.otel import attributes, current_span
+from whiflash_sdk.otel import add_to, current_span
 from whiflash_sdk.reading import text_or_none
 from whiflash_sdk.report import Report, Share
 from whiflash_sdk.trace import (
@@ -72,8 +72,7 @@ class Call:
         if self.span is not None and self._sent:
             with contextlib.suppress(TraceError):  # whoever asks for the trace gets it
                 share = Share.of("", list(self.traces()))
-                named = {name: getattr(self, name) for name in ("response_id", "model", "agent")}
-                self.span.set_attributes(attributes(share, named))
+                add_to(self.span, share, (self.response_id, self.model, self.agent))
 
     @property
     def raw_traces(self) -> list[Any]:

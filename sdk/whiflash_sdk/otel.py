@@ -6,11 +6,14 @@ Nothing of OpenTelemetry is needed: a program that traces has imported it.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Final
 
 from whiflash_sdk.report import Share
+
+_ADDING: Final = threading.Lock()
 
 
 def current_span() -> Any:
@@ -26,19 +29,38 @@ def untraced() -> AbstractContextManager[Any]:
     return nullcontext() if tools is None else tools.suppress_instrumentation()
 
 
-def attributes(share: Share, call: Mapping[str, str | None]) -> dict[str, str | int | float]:
-    """Attributes of a span. share: sums over the choices of one answer. call: its id, model and agent."""
-    found: dict[str, Any] = {
-        "gen_ai.response.id": call["response_id"],
-        "gen_ai.response.model": call["model"],
-        "gen_ai.agent.name": call["agent"],
-        "whiflash.rounds": share.rounds,
-        "whiflash.tokens": share.tokens,
-        "whiflash.acceptance_length": share.acceptance_length,
-        "whiflash.seconds": share.seconds,
-        "whiflash.seconds_saved_estimate": share.saved,
-    }
-    for arm, totals in share.arms.items():
-        for name in ("rounds", "tokens", "proposed", "accepted"):
-            found[f"whiflash.arm.{arm}.{name}"] = getattr(totals, name)
-    return {name: value for name, value in found.items() if value is not None}
+def add_to(span: Any, share: Share, call: tuple[str | None, str | None, str | None]) -> None:
+    """Add an answer to its span, which may have others': figures are summed up, and what somebody set stays.
+
+    share: sums over the choices of the answer. call: its id, model and agent. The first two are for a span of one
+    inference, as the conventions have it.
+    """
+    with _ADDING:
+        if not span.is_recording():
+            return
+        held = getattr(span, "attributes", None) or {}
+        found: dict[str, Any] = {
+            "whiflash.rounds": share.rounds,
+            "whiflash.tokens": share.tokens,
+            "whiflash.seconds": share.seconds,
+            "whiflash.seconds_saved_estimate": share.saved,
+        }
+        for arm, totals in share.arms.items():
+            for name in ("rounds", "tokens", "proposed", "accepted"):
+                found[f"whiflash.arm.{arm}.{name}"] = getattr(totals, name)
+        found = {name: held.get(name, 0) + value for name, value in found.items() if value is not None}
+        if found["whiflash.rounds"]:
+            found["whiflash.acceptance_length"] = found["whiflash.tokens"] / found["whiflash.rounds"]
+        names = ("gen_ai.response.id", "gen_ai.response.model", "gen_ai.agent.name")
+        for name, value in list(zip(names, call, strict=True))[0 if _is_inference(span, held) else 2 :]:
+            if value is not None and name not in held:
+                found[name] = value
+        span.set_attributes(found)
+
+
+def _is_inference(span: Any, held: Mapping[str, Any]) -> bool:
+    """Whether a span is of one call of a model, and not of a request or an agent that makes several."""
+    operation, kind = held.get("gen_ai.operation.name"), held.get("openinference.span.kind")
+    if operation or kind:
+        return operation in ("chat", "text_completion", "generate_content") or kind == "LLM"
+    return getattr(getattr(span, "kind", None), "name", "") == "CLIENT"

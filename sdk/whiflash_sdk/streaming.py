@@ -49,7 +49,7 @@ class Passing:
         """Take bytes that arrived; return those to pass on. A stream's are whole events."""
         searched = max(len(self._waiting) - 3, 0)
         self._waiting += data
-        if self._is_document is None and (begun := self._waiting.lstrip(_BLANK)):
+        if self._is_document is None and (begun := data.lstrip(_BLANK)):
             self._is_document = begun.startswith(b"{")
         if self._is_document:
             passed, self._passed = bytes(self._waiting[self._passed :]), len(self._waiting)
@@ -175,13 +175,13 @@ def watch(response: Any, call: Call, *, whole_text: bool) -> None:
 def note(result: Any, call: Call, *, whole_text: bool) -> None:
     """Take the trace of a client's result: a parsed answer, a raw one, or a stream, which brings it when it ends."""
     if isinstance(result, BaseModel):
-        call.take(result)
+        _take(call, result)
         call.end()
         return
-    raw = getattr(result, "http_response", None)
+    answers = base_classes("Response")
+    raw = result if isinstance(result, answers) else getattr(result, "http_response", None)
     response: Any = raw or getattr(result, "response", None)
-    is_answer = isinstance(response, base_classes("Response"))
-    if not is_answer:
+    if not isinstance(response, answers):
         return
     watch(response, call, whole_text=whole_text)
     if raw is None and not hasattr(result, "__aiter__"):

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from whiflash_sdk.errors import TraceError
+from whiflash_sdk.reading import text_or_none
 
 Offset = Annotated[int, Field(ge=0)]
 
@@ -295,7 +296,7 @@ def _has_offsets(stretches: Any) -> bool:
 def text_of(choice: Any) -> str:
     """The text of one choice of a response or chunk, as an object or as JSON."""
     holder = field_of(choice, "message") or field_of(choice, "delta") or choice
-    return field_of(holder, "content") or field_of(choice, "text") or ""
+    return text_or_none(field_of(holder, "content") or field_of(choice, "text")) or ""
 
 
 def tools_called(response: Any) -> dict[int, tuple[str, ...]]:
