@@ -32,15 +32,17 @@ _UNUSED: Final = {
 class Finding:
     """One thing that hints need.
 
-    name: of what was looked at. ok: whether it is as hints need it. detail: what was found, and what would help.
+    name: of what was looked at. ok: whether it is as hints need it; None: nothing shows it. detail: what was found, and
+    what would help.
     """
 
     name: str
-    ok: bool
+    ok: bool | None
     detail: str
 
     def __str__(self) -> str:
-        return f"{'ok  ' if self.ok else 'FAIL'} {self.name}: {self.detail}"
+        sign = {True: "ok  ", False: "FAIL", None: "-   "}[self.ok]
+        return f"{sign} {self.name}: {self.detail}"
 
 
 def doctor(client: OpenAI, model: str | None = None) -> list[Finding]:
@@ -125,7 +127,8 @@ def explain(response: object, choice: int = 0) -> list[Finding]:
 
     response: as `routing` takes it. choice: index of the choice.
 
-    Returns: findings; one that fails names a hint without effect. A hint that was not sent does not fail.
+    Returns: findings; one that fails names a hint without effect. `ok` is None if a hint was not sent or too few drafts
+    show its effect.
 
     Raises: TraceError, TypeError as `routing` does.
     """
@@ -145,9 +148,9 @@ def _brought(trace: Trace) -> Iterator[Finding]:
     detail = f"{trace.rounds - plain} of {trace.rounds} rounds drafted"
     if off:
         detail = f"{off} rounds did not draft, because the hints say off=True"
-    elif plain == trace.rounds:
+    elif trace.rounds and plain == trace.rounds:
         detail += ": no drafter was worth its time, or none is loaded. doctor(client) looks at the server"
-    yield Finding("drafts", plain < trace.rounds, detail)
+    yield Finding("drafts", plain < trace.rounds if trace.rounds else None, detail)
     if pinned or spans:
         yield Finding(
             "spans", True, f"{pinned + spans} of {trace.rounds} rounds were routed by a pin or preference"
@@ -155,16 +158,17 @@ def _brought(trace: Trace) -> Iterator[Finding]:
     if not trace.sources:
         yield Finding(
             "sources",
-            False,
+            False if trace.rounds else None,
             "the server reports none: nothing was drafted, or the server is older than this SDK",
         )
         return
     for name in dict.fromkeys((*trace.sources, *_UNUSED)):
         told = trace.sources.get(name)
         if told is not None:
-            yield Finding(name, told.accepted > 0 or told.proposed < 16, _accepted(told))  # few say little
+            useless = False if told.proposed >= 16 else None  # few say little
+            yield Finding(name, True if told.accepted else useless, _accepted(told))
         else:
-            yield Finding(name, True, _UNUSED[name])
+            yield Finding(name, None, _UNUSED[name])
 
 
 def _accepted(told: SourceTotals) -> str:
