@@ -143,7 +143,7 @@ def test_langgraph_nodes_are_named_by_their_path(server: FakeServer) -> None:
 def test_agents_that_langchain_makes_have_their_own_names(
     agent: str | None, namespace: str, expected: str
 ) -> None:
-    """What `create_agent` of LangChain 1 says, which every graph of its tools inherits."""
+    """LangChain 1 names an agent in its metadata, which every graph of its tools inherits."""
     config = pytest.importorskip("langchain_core.runnables.config")
     pytest.importorskip("langchain_openai")
     from whiflash_sdk.adapters.langchain import node

@@ -375,7 +375,7 @@ def test_a_proxy_that_is_its_own_server_ends_the_circle() -> None:
     ],
 )
 def test_no_server_at_an_address_is_said_without_the_password(upstream: str) -> None:
-    with pytest.raises(ValueError, match="give http://HOST:PORT") as raised:
+    with pytest.raises(ValueError, match=r"^url: .*; give http://HOST:PORT") as raised:
         proxy.Proxy(upstream)
     assert "ter2" not in str(raised.value)
 

@@ -47,17 +47,17 @@ ROUTES: Final = re.compile(
 class Proxy:
     """Passes answers' routes below `/v1` and the capabilities on to one server.
 
-    upstream: the server's root URL.
+    url: the server's root URL.
     inner: the client that sends; None: one without limits but 10 s to connect.
     longest_body: bytes; a longer request is answered 413.
     settings: those of `wrap`, for requests that say nothing else. Traces come to requests that ask for them alone.
 
-    Raises: ValueError if `upstream` is no root URL.
+    Raises: ValueError if `url` is no root URL.
     """
 
     def __init__(
         self,
-        upstream: str,
+        url: str,
         inner: httpx.AsyncClient | None = None,
         *,
         longest_body: int = LONGEST_BODY,
@@ -68,7 +68,7 @@ class Proxy:
             max_connections=None, max_keepalive_connections=100, keepalive_expiry=IDLE_SECONDS
         )
         settings.setdefault("trace", False)
-        self._upstream = upstream.rstrip("/").removesuffix("/v1")
+        self._upstream = url.rstrip("/").removesuffix("/v1")
         self._root = _root(self._upstream)
         self._longest = longest_body
         self._via = f"whiflash-{secrets.token_hex(8)}".encode()
@@ -178,9 +178,9 @@ def _root(upstream: str) -> httpx.URL:
     try:
         url = httpx.URL(upstream)
     except httpx.InvalidURL:
-        raise ValueError(f"upstream: {shown!r} is no URL; give http://HOST:PORT") from None
+        raise ValueError(f"url: {shown!r} is no URL; give http://HOST:PORT") from None
     if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
-        raise ValueError(f"upstream: {shown!r} is no root URL of a server; give http://HOST:PORT")
+        raise ValueError(f"url: {shown!r} is no root URL of a server; give http://HOST:PORT")
     return url
 
 
