@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from whiflash_sglang import arms
 from whiflash_sglang.cli import app
-from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.lab.advise import ERROR, GPUS, Question, _card, advise
 from whiflash_sglang.lab.published import KNOWN, known
 from whiflash_sglang.lab.report import brought, by_caller, gain_of
@@ -117,6 +117,15 @@ def test_a_report_compares_with_the_servers_prices_and_counts_from_an_earlier_on
         brought(STATE, later)
     with pytest.raises(ConfigError, match="no round yet"):
         brought({"tokens": 0})
+    with pytest.raises(ConfigError, match="no round yet"):
+        brought({**later, "tokens": STATE["tokens"]}, STATE).as_json(hourly=1.0)
+
+
+def test_an_earlier_report_that_is_none_is_named(tmp_path: Path) -> None:
+    for state in ('{"tokens": "many"}', '{"tokens": 1e300}', "[]", "{}"):
+        (tmp_path / "monday.json").write_text(f'{{"http://127.0.0.1:1": {{"state": {state}}}}}')
+        ended = CliRunner().invoke(app, ["report", "--since", str(tmp_path / "monday.json")])
+        assert isinstance(ended.exception, WhiflashError), state
 
 
 def test_agents_and_tenants_are_reported_from_sampled_traces(tmp_path: Path) -> None:
@@ -130,7 +139,7 @@ def test_agents_and_tenants_are_reported_from_sampled_traces(tmp_path: Path) -> 
     coder = [sample("coder", "aa", 20, 1.0), sample("coder", "bb", 12, -1.0)]
     (tmp_path / "traces.1.jsonl").write_text("\n".join(coder))
     (tmp_path / "traces.jsonl").write_text(sample(None, "bb", 8, 3.0) + '\n{"torn')
-    found = by_caller(tmp_path)
+    found = by_caller(tmp_path).shares
     assert [(one.name, one.answers, one.tokens, gain_of(one)) for one in found["agent"]] == [
         ("coder", 2, 32, 1.0),
         ("none named", 1, 8, 2.5),

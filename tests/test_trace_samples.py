@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli.trace import turns_of
 from whiflash_sglang.config import Flags, parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.lab.report import by_caller
 from whiflash_sglang.telemetry import trace
 from whiflash_sglang.telemetry.trace import PARTS, SampleFiles, Sampler
 
@@ -217,3 +219,49 @@ def test_a_torn_last_line_takes_no_other_with_it(tmp_path: Path) -> None:
     file.write_text(line[:40])
     with pytest.raises(ConfigError, match=r"traces\.jsonl, line 1: not JSON"):
         turns_of(file)
+
+
+SUMS: dict[str, Any] = {"version": 1, "policy": "auto", "rounds": 1, "tokens": 2, "arms": {}}
+STRETCH = {"start": 0, "end": 10**9, "arm": "ar", "rounds": 10**9, "accepted": 0}
+ODD: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "another version": ({"version": 2}, {}, 1),
+    "a wrong type": ({"rounds": [1]}, {}, 1),
+    "a number of digits": ({"tokens": "9" * 3000}, {}, 1),
+    "seconds of no request": ({"seconds": 1e300}, {}, 1),
+    "sums that are too large together": ({"arms": {"ar": {"rounds": 1, "tokens": 1, "saved": 1e308}}}, {}, 1),
+    "rounds that nobody lists": ({"stretches": [STRETCH]}, {}, 0),
+    "no list of choices": ({}, {"choices": 5}, 1),
+    "a time of no calendar": ({}, {"time": 1e300}, 0),
+    "no text": ({}, {"choices": [{"message": {"tool_calls": [{"function": 3}]}}]}, 0),
+    "a caller that is none": ({}, {"agent": ["a"]}, 1),
+}
+"""Fields of a trace and of its answer, and how many lines a report skips for it."""
+
+
+@pytest.mark.parametrize("how", ODD)
+def test_a_line_that_does_not_fit_is_skipped_and_counted(tmp_path: Path, how: str) -> None:
+    """In a report; who looks at single answers is told which one it is."""
+    trace, answer, skipped = ODD[how]
+    good, odd = (
+        json.dumps({"id": "x", **more, "sglext": {"whiflash": one}})
+        for one, more in ((SUMS, {}), ({**SUMS, **trace}, answer))
+    )
+    file = tmp_path / "traces.jsonl"
+    file.write_text(f"{good}\n{odd}\n{good}\n")
+    found = by_caller(tmp_path)
+    assert (len(found.skipped), found.shares["tenant"][0].answers) == (skipped, 3 - skipped)
+    assert all(f"{file}, line 2: " in why for why in found.skipped)
+    if how != "a caller that is none":
+        with pytest.raises(ConfigError, match=f"{file}, response 2 "):
+            turns_of(file)
+
+
+def test_what_is_no_file_of_samples_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "traces.jsonl")
+    (tmp_path / "traces.1.jsonl").write_bytes(b"\xff\n[]\n")
+    (tmp_path / "traces.2.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match=r"has no sampled traces.*skipped .*traces\.1\.jsonl, line 1"):
+        by_caller(tmp_path)
+    for number in ("", ".1", ".2"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            turns_of(tmp_path / f"traces{number}.jsonl")

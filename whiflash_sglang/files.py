@@ -14,8 +14,10 @@ from whiflash_sglang.errors import CheckpointError, ConfigError
 
 MOST_BYTES: Final = 64 << 20
 """Bytes of the largest file that is read as one value."""
-MOST_VALUES: Final = 100_000
-"""Values of a YAML text, those of its aliases counted wherever they are used."""
+MOST_SETTINGS: Final = 1 << 18
+"""The same of a file that a person wrote: flags, or a configuration."""
+MOST_EXPANDED: Final = 1 << 20
+"""Values and their characters in a YAML text, those of its aliases counted wherever they are used."""
 
 
 def open_regular(path: Path, most: int | None = None, flags: int = os.O_RDONLY) -> BinaryIO:
@@ -45,29 +47,44 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
     raise ConfigError(f"{path} cannot be read: {reason}")
 
 
-def read_yaml(text: str) -> list[Any]:
-    """The documents of a YAML text. Raises ValueError: it is none, holds itself, or comes to more than `MOST_VALUES`."""
+def read_yaml(path: Path) -> Any:
+    """The one document of a YAML file of at most `MOST_SETTINGS`. Raises ConfigError, naming the file."""
+    try:
+        documents = yaml_documents(read_text(path, MOST_SETTINGS))
+    except ValueError as error:
+        raise (
+            error if isinstance(error, ConfigError) else ConfigError(f"{path} is not YAML: {error}")
+        ) from None
+    if len(documents) > 1:
+        raise ConfigError(f"{path} holds {len(documents)} documents: give one")
+    return documents[0] if documents else None
+
+
+def yaml_documents(text: str) -> list[Any]:
+    """The documents of a YAML text. Raises ValueError: it is none, holds itself, or comes to too much."""
     import yaml  # type: ignore[import-untyped]
 
     class Bounded(yaml.SafeLoader):  # type: ignore[misc]
-        values = 0
+        size = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            alias, before = self.check_event(yaml.AliasEvent), self.values
+            alias, before = self.check_event(yaml.AliasEvent), self.size
             node = super().compose_node(parent, index)
-            self.values += getattr(node, "values", MOST_VALUES) if alias else 1
-            if self.values > MOST_VALUES:
-                raise ValueError(f"it holds itself, or comes to more than {MOST_VALUES} values")
-            if not alias:
-                node.values = self.values - before
+            own = 1 + len(node.value) if isinstance(node, yaml.ScalarNode) else 1
+            self.size += getattr(node, "size", MOST_EXPANDED) if alias else own
+            if self.size > MOST_EXPANDED:
+                raise ValueError(
+                    f"it holds itself, or comes to more than {MOST_EXPANDED} values and characters"
+                )
+            node.size = self.size - before
             return node
 
     try:
         return list(yaml.load_all(text, Bounded))
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except (yaml.YAMLError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def check_own(path: Path) -> None:

@@ -20,6 +20,8 @@ from whiflash_sglang.files import MOST_BYTES, open_regular, read_text
 
 DEEPEST: Final = 200
 """Objects and lists around a value at most: what reads it afterwards, or writes it again, calls itself for each."""
+NOT_AS_WRITTEN: Final = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError)
+"""Errors of code that reads a value which is JSON, and has another shape than its writer gives it."""
 LARGEST: Final = 2**64
 """An integer's magnitude is below it."""
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,13 @@ def test_reading_yaml_and_json(write: Write) -> None:
     assert read(lines) == [Recipe("one", {"tp-size": "2"}), Recipe(str(lines), {"tp-size": "3"})]
 
 
+def nested(value: str) -> str:
+    """Ten names: each is a `value` that holds the one before nine times."""
+    names = pairwise("abcdefghij")
+    lines = (f"{name}: &{name} " + value.format(", ".join([f"*{held}"] * 9)) for held, name in names)
+    return "\n".join(["a: &a {x: 1}", *lines])
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -275,13 +283,24 @@ def test_reading_yaml_and_json(write: Write) -> None:
         ),
         ("a.json", '{"a":' * 3000, "cannot be read"),
         ("a.json", f'{{"a": {"9" * 5000}}}', "cannot be read"),
-        ("a.yaml", "[" * 3000, "cannot be read"),
-        ("a.yaml", f"a: {'9' * 5000}", "cannot be read"),
-        ("a.yaml", "a: &a {b: *a}", "cannot be read"),
-        ("a.yaml", "a: &a {b: [*a]}", "cannot be read"),
+        ("a.yaml", "[" * 3000, "nested too deeply"),
+        ("a.yaml", f"a: {'9' * 5000}", "is not YAML|cannot be read"),
+        ("a.yaml", "a: &a {b: *a}", "holds itself"),
+        ("a.yaml", "a: &a {b: [*a]}", "holds itself"),
+        ("a.yaml", nested("[{}]"), "comes to more than"),
+        ("a.yaml", nested("{{<<: [{}]}}"), "comes to more than"),
+        ("a.yaml", f"a: &a {'x' * 100_000}\nb: [{'*a, ' * 2000}]", "comes to more than"),
+        ("a.yaml", "a: 1" + ":1" * 3000 + ".5", "is not YAML"),
+        ("a.yaml", "a: !!bool x", "is not YAML"),
+        ("a.sh", "A=(${A[@]} ${A[@]})\n" + "B=()\n" * 99 + "sglang serve m ${A[@]}", "a launch of more than"),
+        ("a.sh", "\n" * 200_000, "has no flags"),
+        ("a.sh", "$((" * 80_000, "has no flags"),
+        ("a.sh", "sglang serve m\n" * 10_000, "more than 1000 launches"),
+        ("a.json", "{}" * 100_000, "more than 1000 launches"),
+        ("a.sh", "x" * 2**20, "at most 262144 are read"),
     ],
 )
-def test_files_that_are_no_recipes(write: Write, name: str, text: str, said: str) -> None:
+def test_files_that_are_no_recipes_end_soon(write: Write, name: str, text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said) as error:
         read(write(name, text))
     assert "\n" not in str(error.value)

@@ -113,5 +113,7 @@ def _with_guess(message: str) -> str:
 def _complain(message: str, code: int) -> int:
     if os.environ.get(DEBUG):
         traceback.print_exc()
-    typer.echo(f"whiflash: error: {message}", err=True)
+    from whiflash_sdk.render.aligned import printable
+
+    typer.echo(printable(f"whiflash: error: {message}"), err=True)
     return code

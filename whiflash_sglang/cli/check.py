@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from whiflash_sglang.cli import LOOK
-from whiflash_sglang.cli.options import JsonFlag
+from whiflash_sglang.cli.options import JsonFlag, say
 from whiflash_sglang.compat.patching import Finding
 
 PACKAGES = (
@@ -96,6 +96,7 @@ def check(
     whiflash check --recipe serve.sh
     """
     from rich.console import Console
+    from whiflash_sdk.render.aligned import printable
 
     if recipe is not None:
         if draft:
@@ -117,7 +118,7 @@ def check(
         for f in found if verbose else failed:
             mark = "[green]ok  [/]" if f.ok else "[red]FAIL[/]"
             console.print(mark, end=" ")
-            console.print(f"{f.name}: {f.detail}", markup=False)
+            console.print(printable(f"{f.name}: {f.detail}"), markup=False)
         console.print(
             f"{len(failed)} of {len(found)} failed" if failed else f"{len(found)} of {len(found)} right"
         )
@@ -133,7 +134,7 @@ def _check_recipes(path: Path, model_path: str | None, *, as_json: bool, verbose
         typer.echo(json.dumps([_as_json(name, verdict) for name, verdict in verdicts], indent=2))
     else:
         for name, verdict in verdicts:
-            typer.echo("\n".join(_lines(name, verdict, full=verbose or len(verdicts) == 1)))
+            say("\n".join(_lines(name, verdict, full=verbose or len(verdicts) == 1)))
         if len(verdicts) > 1:
             first = Counter(next(iter(verdict.obstacles)) for _, verdict in verdicts if not verdict.starts)
             parts = [f"{starting} of {len(verdicts)} start"]

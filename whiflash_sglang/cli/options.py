@@ -36,7 +36,14 @@ def report(result: Mapping[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(result))
         return
     for key, value in result.items():
-        typer.echo(f"{key}: {value}")
+        say(f"{key}: {value}")
+
+
+def say(text: str) -> None:
+    """Print text that others may have written: nothing in it steers a terminal."""
+    from whiflash_sdk.render.aligned import printable
+
+    typer.echo(printable(text))
 
 
 def authorization(api_key: str | None) -> dict[str, str]:

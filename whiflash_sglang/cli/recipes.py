@@ -5,16 +5,21 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from whiflash_sglang.errors import UsageError
+from whiflash_sglang.errors import ConfigError, UsageError
+from whiflash_sglang.files import MOST_SETTINGS, read_text, yaml_documents
 
 LAUNCH = re.compile(r"(?:sglang\.launch_server|(?:sglang|whiflash)\s+serve)(?=\s|$)")
-COMPUTED = re.compile(r"\$\(\(.*?\)\)|\$\([^()]*\)")
-ARRAY = re.compile(r"^\s*(\w+)\+?=\(([^()]*)\)", re.MULTILINE)
+COMPUTED = re.compile(r"\$\(\(.{0,200}?\)\)|\$\([^()]*\)")
+ARRAY = re.compile(r"^[ \t]*(\w+)\+?=\(([^()]*)\)", re.MULTILINE)
 OPEN_ARRAY = re.compile(r"=\([^()]*$")
+REFERENCE = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
 VARIABLE = re.compile(r"\b(SGLANG_\w+)=(\S+)")
+MOST_RECIPES, MOST_LINE, DEEPEST_ARRAY = 1000, 1 << 16, 16
+"""Launches of a file, characters of one after its arrays are filled in, and arrays that hold each other."""
 ROLES = "sglang_config"
 """Key of srt-slurm's recipes: a mapping of flags for each role, `prefill`, `decode` or `aggregated`."""
 
@@ -35,24 +40,18 @@ def read(path: Path) -> list[Recipe]:
     Raises:
         UsageError: the file is none of these, or has no launch in it.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UsageError(
-            f"--recipe {path} is not text: give flags in YAML, JSON lines or a shell line"
-        ) from None
     readers = {".yaml": _yaml, ".yml": _yaml, ".json": _json, ".jsonl": _json}
     try:
-        found = list(readers.get(path.suffix.lower(), _shell)(text, path))
-    except UsageError:
-        raise
-    except (
-        RecursionError,
-        ValueError,
-    ) as error:  # nested deeply or in itself, or a number of thousands of digits
+        text = read_text(path, MOST_SETTINGS)
+        found = list(islice(readers.get(path.suffix.lower(), _shell)(text, path), MOST_RECIPES + 1))
+    except ConfigError as error:
+        raise error if isinstance(error, UsageError) else UsageError(f"--recipe {error}") from None
+    except (RecursionError, ValueError) as error:  # nested deeply, or a number of thousands of digits
         raise UsageError(
             f"--recipe {path} cannot be read ({error}): flags are names and short values"
         ) from None
+    if len(found) > MOST_RECIPES:
+        raise UsageError(f"--recipe {path} has more than {MOST_RECIPES} launches: divide it")
     if not found:
         raise UsageError(
             f"--recipe {path} has no flags: give a launch such as `sglang serve MODEL --tp-size 2`"
@@ -61,13 +60,13 @@ def read(path: Path) -> list[Recipe]:
 
 
 def _yaml(text: str, path: Path) -> Iterator[Recipe]:
-    import yaml  # type: ignore[import-untyped]
-
     try:
-        documents = [document for document in yaml.safe_load_all(text) if document is not None]
-    except yaml.YAMLError as error:
-        raise UsageError(f"--recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+        documents = yaml_documents(text)
+    except ValueError as error:
+        raise UsageError(f"--recipe {path} is not YAML: {error}") from None
     for document in documents:
+        if document is None:
+            continue
         _need_mapping(document, path)
         backend = _backend(document)
         if backend is None:
@@ -90,10 +89,11 @@ def _backend(found: Any) -> dict[str, Any] | None:
 
 def _json(text: str, path: Path) -> Iterator[Recipe]:
     """Objects one after another: of flags, or with `flags` and, if given, `recipe` and `environment`."""
-    decoder, place = json.JSONDecoder(), 0
-    while text := text[place:].lstrip():
+    decoder, text, place = json.JSONDecoder(), text.rstrip(), 0
+    while place < len(text):
+        place = next(at for at in range(place, len(text)) if not text[at].isspace())
         try:
-            document, place = decoder.raw_decode(text)
+            document, place = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
             raise UsageError(f"--recipe {path} is not JSON: {error}") from None
         _need_mapping(document, path)
@@ -128,12 +128,12 @@ def _text(value: Any) -> str | list[str]:
 
 def _shell(text: str, path: Path) -> Iterator[Recipe]:
     """Each launch of a script; a text without one is flags only. Arrays are filled in with all that they may hold."""
-    text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
+    text = re.sub(r"^[ \t]*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
     text = COMPUTED.sub("$computed", text)
     arrays: dict[str, str] = {}
     for name, words in ARRAY.findall(text):
         arrays[name] = f"{arrays.get(name, '')} {words}"
-    launches = list(LAUNCH.finditer(text))
+    launches = list(islice(LAUNCH.finditer(text), MOST_RECIPES + 1))
     if not launches and text.lstrip().startswith("-"):
         yield Recipe(str(path), _of_words(text.replace("\n", " "), arrays, path))
     for number, launch in enumerate(launches, 1):
@@ -147,8 +147,11 @@ def _shell(text: str, path: Path) -> Iterator[Recipe]:
 
 
 def _of_words(line: str, arrays: Mapping[str, str], path: Path) -> dict[str, str | list[str]]:
-    for _ in arrays:  # an array may hold others
-        line = re.sub(r"\"?\$\{(\w+)\[[@*]\]\}\"?", lambda found: arrays.get(found[1], " "), line)
+    for _ in range(DEEPEST_ARRAY):
+        filled = len(line) + sum(len(arrays.get(name, " ")) for name in REFERENCE.findall(line))
+        if filled > MOST_LINE:
+            raise UsageError(f"--recipe {path}: a launch of more than {MOST_LINE} characters is not read")
+        line = REFERENCE.sub(lambda found: arrays.get(found[1], " "), line)
     lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&")
     lexer.whitespace_split, lexer.commenters = True, "#"
     flags: dict[str, list[str]] = {}

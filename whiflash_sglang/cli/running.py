@@ -17,6 +17,7 @@ from whiflash_sglang.cli.options import (
     authorization,
     for_tables,
     report,
+    say,
 )
 from whiflash_sglang.config import RouterName
 from whiflash_sglang.errors import ConfigError, ServerRefusedError, UsageError, WhiflashError
@@ -194,10 +195,10 @@ def _show_callers(directory: Path, as_json: bool) -> None:
 
     found = by_caller(directory)
     if as_json:
-        rows = {caller: [share.model_dump() for share in shares] for caller, shares in found.items()}
-        typer.echo(json.dumps(rows))
+        rows = {name: [share.model_dump() for share in shares] for name, shares in found.shares.items()}
+        typer.echo(json.dumps({**rows, "skipped": len(found.skipped)}))
         return
-    for caller, shares in found.items():
+    for caller, shares in found.shares.items():
         table = Table(caller, title_justify="left")
         for column in ("answers", "tokens", "tokens a round", "seconds", "saved", "over plain"):
             table.add_column(column, justify="right")
@@ -210,11 +211,14 @@ def _show_callers(directory: Path, as_json: bool) -> None:
     typer.echo(
         "Seconds saved are estimates by the server's prices of rounds without drafts; prefills are left out."
     )
+    if found.skipped:
+        say(f"{len(found.skipped)} lines were skipped, the first: {found.skipped[0]}")
 
 
 def _earlier(path: Path) -> dict[str, Any]:
     try:
-        return {url: one["state"] for url, one in read_json_file(path).items()}
+        found = {url: one["state"] for url, one in read_json_file(path).items()}
+        return {url: {**state, "tokens": int(state["tokens"] or 0)} for url, state in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"--since {path} is no output of `whiflash report --json`") from None
 

@@ -8,25 +8,29 @@ import typer
 
 from whiflash_sglang.cli import LOOK
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import parse_json_lines, read_json, write_whole
+from whiflash_sglang.files import read_text
+from whiflash_sglang.jsonl import NOT_AS_WRITTEN, parse_json_lines, read_json, write_whole
 
 if TYPE_CHECKING:
     from whiflash_sdk.render import Turn
+
+MOST_ROUNDS = 1 << 20
+"""Rounds that a file says there were, and does not list: each is drawn."""
 
 
 def turns_of(path: Path) -> "list[Turn]":
     """Turns with a trace, from a file of responses: one JSON object, a list of them, or one per line.
 
     Raises:
-        ConfigError: the file cannot be read, is not JSON, or holds no response with a routing trace.
+        ConfigError: the file cannot be read, is not JSON, holds no response with a routing trace, or one that cannot be
+            read.
     """
     from whiflash_sdk.render import Turn
     from whiflash_sdk.trace import routing
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    from whiflash_sglang.lab.report import check_figures
+
+    text = read_text(path)
     try:
         recorded: Any = read_json(text)
     except ValueError:
@@ -35,11 +39,21 @@ def turns_of(path: Path) -> "list[Turn]":
         except ConfigError as error:
             raise ConfigError(f"{path} is neither JSON nor JSON lines: {error}") from None
     responses = recorded if isinstance(recorded, list) else [recorded]
-    turns = []
+    turns, unlisted = [], 0
     for number, response in enumerate(responses, start=1):
-        trace = routing(response) if isinstance(response, dict) else None
-        if trace is not None:
+        try:
+            trace = routing(response) if isinstance(response, dict) else None
+            if trace is None:
+                continue
+            check_figures(trace)
             turns.append(Turn(_title_of(response, number), _text_of(response), trace, _model_of(response)))
+        except NOT_AS_WRITTEN as error:
+            raise ConfigError(
+                f"{path}, response {number} is no answer with a trace ({type(error).__name__}: {error}): remove it"
+            ) from None
+        unlisted += sum(each.rounds for each in trace.stretches if each.round_tokens is None)
+        if unlisted > MOST_ROUNDS:
+            raise ConfigError(f"{path}, response {number} has too many rounds to draw: remove it")
     if not turns:
         raise ConfigError(
             f'{path} holds no response with a routing trace; ask for one with the hint "trace": "full"'

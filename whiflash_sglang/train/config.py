@@ -4,10 +4,10 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files import read_text, read_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -284,11 +284,8 @@ class TrainConfig(_Strict):
 def load_config(path: Path) -> TrainConfig:
     """Read a .yaml, .yml or .toml file. Raises `ConfigError` naming the key that is wrong."""
     try:
-        text = path.read_text(encoding="utf-8")
-        raw: Any = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        raw: Any = tomllib.loads(read_text(path)) if path.suffix == ".toml" else read_yaml(path)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid: {error}") from None
     try:
         config = TrainConfig.model_validate(raw)

@@ -18,6 +18,7 @@ from whiflash_sglang.checkpoints.manifest import MANIFEST, check_router, load_ma
 from whiflash_sglang.compat.launch.refusals import refusals_of
 from whiflash_sglang.config import Flags, flag_of, parse_flags
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
+from whiflash_sglang.files import read_yaml
 
 ALGORITHM, DRAFT = "--speculative-algorithm", "--speculative-draft-model-path"
 MODEL = ("--model-path", "--model")
@@ -56,18 +57,14 @@ def configured(flags: list[str]) -> dict[str, Any]:
     """
     if "--config" not in flags:
         return {}
-    import yaml  # type: ignore[import-untyped]
-
     place = flags.index("--config") + 1
     if place == len(flags):
         raise UsageError("--config needs a value: the path of a YAML file")
     path = Path(flags[place])
     try:
-        settings: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+        settings = read_yaml(path)
+    except ConfigError as error:
+        raise ConfigError(f"--config {error}") from None
     if not isinstance(settings or {}, dict):
         raise ConfigError(f"--config {path}: keys and values expected, such as `model-path: OWNER/NAME`")
     return {f"--{str(key).replace('_', '-')}": value for key, value in (settings or {}).items()}

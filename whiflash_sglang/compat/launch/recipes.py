@@ -164,7 +164,10 @@ class _Parser(argparse.ArgumentParser):
         return found[0] if len({id(action) for action in found}) == 1 else None
 
     def fields(self, words: list[str]) -> dict[str, Any]:
-        return vars(self.parse_args(words, argparse.Namespace()))
+        try:
+            return vars(self.parse_args(words, argparse.Namespace()))
+        except AssertionError as error:  # some of its flags check their values so
+            self.error(str(error))
 
 
 @cache
