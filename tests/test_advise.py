@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from whiflash_sglang import arms
 from whiflash_sglang.cli import app
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.lab.advise import ERROR, GPUS, Question, _card, advise
+from whiflash_sglang.lab.advise import ERROR, GPUS, Question, Row, _card, advise
 from whiflash_sglang.lab.published import KNOWN, known
 from whiflash_sglang.lab.report import brought, by_caller, gain_of
 from whiflash_sglang.lab.simulate import Load, Pair, Simulation
@@ -80,9 +80,35 @@ def test_a_server_is_judged_by_its_own_prices() -> None:
     assert good.verdict.startswith("Turn it on")
     assert "prices of the running server" in good.assumed
     poor = {**STATE, "by_arm": {"ar": {"rounds": 200, "tokens": 202, "proposed": 1000, "accepted": 2}}}
+    poor["plain_seconds"] = 0.9 * STATE["timed_seconds"]
     assert advise(Question("anything", requests=(1, 8), answer=64), poor).verdict.startswith("Leave it off")
     with pytest.raises(ConfigError, match="fewer than 64 rounds"):
         advise(Question("anything"), {**STATE, "by_arm": {}})
+
+
+def test_what_a_server_copies_counts_as_its_report_counts_it() -> None:
+    """A pair that hardly drafts beside copies and forced text that pay."""
+    one = {"rounds": 300, "tokens": 303, "proposed": 1000, "accepted": 3}
+    copied = {"rounds": 200, "tokens": 900, "proposed": 1000, "accepted": 700}
+    pair = {"ar": one, "diffusion": one}
+    state = {**STATE, "plain_seconds": 13.4, "by_arm": {**pair, "lookup": copied, "structure": copied}}
+    found = advise(Question("Qwen3-8B", requests=(1, 4), answer=64), state)
+    assert found.verdict.startswith("Turn it on: 1.34 over plain decoding on the server's own traffic")
+    assert "Leave it off" not in found.verdict
+    assert all(row.ratio < 1.1 for row in found.rows)
+    assert "Train" not in str(found.settings)
+    assert "bundle create" not in str(found.settings)
+    without = {**state, "by_arm": {"lookup": copied}}
+    found = advise(Question("anything", requests=(1,)), without)
+    assert found.verdict.startswith("Turn it on: 1.34")
+    assert (found.rows, "Train" in str(found.settings)) == ([], True)
+
+
+def test_a_stock_algorithm_that_is_ahead_is_named() -> None:
+    rates = {"plain": 100.0, "eagle3": 190.0, "dflash": 240.0, "auto": 230.0}
+    assert Row(40, rates, 1.0, 3.0).verdict == "Take SGLang's own block drafter"
+    assert Row(40, {**rates, "dflash": 229.0}, 1.0, 3.0).verdict == "Turn it on"
+    assert Row(40, {"plain": 100.0, "auto": 99.0}, 1.0, 1.0).verdict == "Leave it off"
 
 
 def test_what_cannot_be_answered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,15 +119,17 @@ def test_what_cannot_be_answered_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(GPUS, "a100", GPUS["a100"]._replace(memory=40e9))
     (obstacle,) = advise(Question("gpt-oss-120b", gpu="a100", requests=(1,), answer=16)).obstacles
     assert "do not fit 1 × A100" in obstacle
+    assert not advise(Question("gpt-oss-120b", gpu="a100", cards=4, requests=(1,), answer=16)).obstacles
 
 
 def test_the_command_shows_and_prints_json() -> None:
     line = ["advise", "qwen3-8b", "--requests", "1", "--answer", "32", "--tools", "0.3"]
     shown = CliRunner().invoke(app, line)
-    assert shown.output.startswith("ESTIMATE")
+    assert shown.stdout.startswith("ESTIMATE")
+    assert "simulating loads" in shown.stderr
     for title in ("Over plain, as others measured:", "Drafters:", "Set:", "You give up:"):
         assert title in shown.output
-    found = json.loads(CliRunner().invoke(app, [*line, "--json"]).output)
+    found = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
     assert found["rows"][0]["ratio"] > 1
     assert CliRunner().invoke(app, ["advise", "x", "--requests", "1,many"]).exception is not None
 

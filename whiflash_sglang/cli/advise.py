@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from whiflash_sglang.cli import DECIDE
-from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, for_tables
+from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, for_tables, say
 from whiflash_sglang.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,9 +49,11 @@ def advise(
     whiflash advise Qwen/Qwen3-8B --gpu h100 --requests 40 --temperature 0.6 --tools 0.3
     whiflash advise gpt-oss-120b --count 4 --requests 1,16,64
     """
+    from whiflash_sglang.cli.recipes import read
     from whiflash_sglang.lab.advise import Question
     from whiflash_sglang.lab.advise import advise as answered
 
+    recipes = [] if recipe is None else read(recipe)  # before minutes of simulation
     sizes = tuple(int(size) for size in requests.split(",") if size.strip().isdecimal())
     if len(sizes) != len(requests.split(",")) or min(sizes) < 1:
         raise UsageError(f"--requests takes numbers from 1 on, such as 1,8,64; got {requests!r}")
@@ -61,10 +63,10 @@ def advise(
 
         state = steer(url.rstrip("/"), "/whiflash/state", None, api_key)
     found = answered(Question(target, gpu, count, sizes, temperature, tools, prompt, answer), state)
-    if recipe is not None:
+    if recipes:
         from whiflash_sglang.cli.check import verdicts_of
 
-        for name, verdict in verdicts_of(recipe, None):
+        for name, verdict in verdicts_of(recipes, None):
             found.obstacles += [f"{name}: {sentence}" for sentence in verdict.obstacles.values()]
     if as_json:
         typer.echo(json.dumps(found.as_json()))
@@ -75,9 +77,9 @@ def advise(
 def _show(found: "Advice") -> None:
     from rich.table import Table
 
-    typer.echo(f"{found.assumed}\n\n{found.verdict}\n")
+    say(f"{found.assumed}\n\n{found.verdict}\n")
     table = Table("requests", title="Tokens a second (estimates)", title_justify="left")
-    methods = list(found.rows[0].rates)
+    methods = list(found.rows[0].rates) if found.rows else []
     for method in methods:
         table.add_column(_CALLED.get(method, method), justify="right")
     for column in ("auto / plain", "by data set"):
@@ -85,7 +87,8 @@ def _show(found: "Advice") -> None:
     for row in found.rows:
         rates = (f"{row.rates[method]:,.0f}" for method in methods)
         table.add_row(str(row.requests), *rates, f"{row.ratio:.2f}", f"{row.low:.2f} to {row.high:.2f}")
-    for_tables().print(table)
+    if found.rows:
+        for_tables().print(table)
     lines = {
         "Over plain, as others measured": found.published,
         "Drafters": [*(f"EAGLE-3: {one}" for one in found.eagle3), *(f"block: {one}" for one in found.block)],
@@ -95,4 +98,4 @@ def _show(found: "Advice") -> None:
     }
     for title, said in lines.items():
         if said:
-            typer.echo("\n".join([f"\n{title}:", *(f"  {line}" for line in said)]))
+            say("\n".join([f"\n{title}:", *(f"  {line}" for line in said)]))

@@ -4,13 +4,16 @@ import json
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from whiflash_sglang.cli import LOOK
 from whiflash_sglang.cli.options import JsonFlag, say
 from whiflash_sglang.compat.patching import Finding
+
+if TYPE_CHECKING:
+    from whiflash_sglang.cli.recipes import Recipe
 
 PACKAGES = (
     "whiflash-sglang",
@@ -128,7 +131,9 @@ def check(
 
 def _check_recipes(path: Path, model_path: str | None, *, as_json: bool, verbose: bool) -> None:
     """Print a verdict on each launch in the file; exit code 1 unless all would start."""
-    verdicts = verdicts_of(path, model_path)
+    from whiflash_sglang.cli.recipes import read
+
+    verdicts = verdicts_of(read(path), model_path)
     starting = sum(verdict.starts for _, verdict in verdicts)
     if as_json:
         typer.echo(json.dumps([_as_json(name, verdict) for name, verdict in verdicts], indent=2))
@@ -144,11 +149,8 @@ def _check_recipes(path: Path, model_path: str | None, *, as_json: bool, verbose
         raise typer.Exit(1)
 
 
-def verdicts_of(path: Path, model_path: str | None) -> list[tuple[str, Any]]:
-    """A verdict on each launch in the file, by its name. model_path: the target, if the file names none."""
-    from whiflash_sglang.cli.recipes import read
-
-    recipes = read(path)  # before the seconds that importing SGLang takes
+def verdicts_of(recipes: "list[Recipe]", model_path: str | None) -> list[tuple[str, Any]]:
+    """A verdict on each launch, by its name. model_path: the target, if a launch names none."""
     from whiflash_sglang.checkpoints.hub import look_up
     from whiflash_sglang.compat.launch.recipes import judge
 

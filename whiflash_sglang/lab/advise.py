@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from whiflash_sglang import arms
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lab.published import KNOWN, Acceptance, Known, Shape, known
+from whiflash_sglang.lab.report import brought
 from whiflash_sglang.lab.simulate import (
     H100,
     PARAMETERS,
@@ -20,11 +21,15 @@ from whiflash_sglang.lab.simulate import (
     Pair,
     Simulation,
 )
+from whiflash_sglang.progress import tracked
 
 FULL = {arms.AR: 5, arms.DIFFUSION: 7}
 """Drafts of a full round, where published rounds have as many: WHIFLASH's longest chain, a block of eight rows."""
 ERROR = 0.26
 """How much too high a ratio may be, by those that others measured on an H100 (`tests/test_advise.py`)."""
+
+WORTH_IT = 1.03
+"""Speed over plain decoding below which drafting is not worth its memory."""
 
 
 class Gpu(NamedTuple):
@@ -89,11 +94,24 @@ class Row(NamedTuple):
         return self.rates["auto"] / self.rates["plain"]
 
     @property
+    def stock(self) -> str:
+        """The fastest method of stock SGLang."""
+        return max(STOCK, key=lambda method: self.rates.get(method, 0.0))
+
+    @property
+    def shown(self) -> str:
+        over = self.rates["auto"] / self.rates[self.stock]
+        beside = "" if self.stock == "plain" else f", {over:.2f} of SGLang's {STOCK[self.stock]},"
+        return f"{self.ratio:.2f} [{self.low:.2f}, {self.high:.2f}]{beside} at {self.requests}"
+
+    @property
     def verdict(self) -> str:
-        """It gains if it does with the error taken off."""
+        """It gains if it does with the error taken off, and if no algorithm of stock SGLang gains more."""
+        if self.rates["auto"] < self.rates[self.stock] and self.stock != "plain":
+            return f"Take SGLang's own {STOCK[self.stock]}"
         if self.ratio >= 1 + ERROR:
             return "Turn it on"
-        return "Leave it off" if self.ratio < 1.03 else "Try it with `whiflash bench`"
+        return "Leave it off" if self.ratio < WORTH_IT else "Try it with `whiflash bench`"
 
 
 @dataclass
@@ -127,6 +145,7 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
     if state is not None:
         card, pair, source = _of_server(state, question)
         target = target or Known(question.target, _QWEN, (), ())
+        own = _on_its_traffic(state)
         prices = "prices of the running server, host's time included"
     else:
         if target is None:
@@ -136,18 +155,19 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
             )
         card = _card(target.shape, _gpu(question.gpu), question.cards)
         acceptance, source = _acceptance(target)
-        pair = _pair(acceptance)
+        pair, own = _pair(acceptance), ""
         prices = (
             f"prices of {question.cards} × {card.name} bf16, fits to published tables scaled by bandwidth; ratios may "
             f"be {ERROR:.0%} too high"
         )
-    rows = [_row(card, pair, question, requests) for requests in question.requests]
+    loads = question.requests if pair.drafts else ()
+    rows = [_row(card, pair, question, requests) for requests in tracked(loads, "simulating loads")]
     advice = Advice(
         assumed=f"ESTIMATE, nothing measured here, and no GPU has run WhiFlash. {target.name}, {prices}. "
         f"Acceptance: {source}; yours at temperature {question.temperature:g} may differ. Prompts of "
         f"{question.prompt}, answers of {question.answer} tokens; grammars in {question.tools:.0%} of requests; "
         "no gain of copies and forced text.",
-        verdict=_verdict(rows),
+        verdict=_verdict(rows, own),
         rows=rows,
         published=[
             f"{one.what}: {', '.join(f'{ratio} at {at}' for at, ratio in one.by_requests.items())} requests"
@@ -155,7 +175,7 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
         ],
         eagle3=target.eagle3,
         block=target.block,
-        settings=list(_settings(target, question, rows)),
+        settings=list(_settings(target, question, (state or {}).get("by_arm", {}))),
     )
     if state is None:
         weights, gpu = _bytes(target.shape), _gpu(question.gpu)
@@ -223,7 +243,8 @@ def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, Pair
         for arm, one in by_arm.items()
         if arm in FULL and one["rounds"] >= 64
     }
-    if not drafted or not costs.get("verify"):
+    rounds = [one["rounds"] for arm, one in by_arm.items() if arm != arms.NONE]
+    if max(rounds, default=0) < 64 or not costs.get("verify"):
         raise ConfigError(
             "the server has drafted in fewer than 64 rounds of a drafter: send it requests, then ask again"
         )
@@ -242,7 +263,16 @@ def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, Pair
     return card, Pair(lengths, drafts, drafts), "of its traffic since the start"
 
 
+def _on_its_traffic(state: Mapping[str, Any]) -> str:
+    """Verdict on what a server's own rounds brought, copies and forced text with them. Raises ConfigError."""
+    gain = brought(state).gain
+    said = "Turn it on" if gain >= WORTH_IT else "Leave it off"
+    return f"{said}: {gain:.2f} over plain decoding on the server's own traffic, by its prices"
+
+
 METHODS = {"plain": arms.NONE, "eagle3": arms.AR, "dflash": arms.DIFFUSION, "auto": ""}
+STOCK = {"plain": "plain decoding", "eagle3": "EAGLE-3", "dflash": "block drafter"}
+"""Methods that SGLang has without this package."""
 
 
 def _row(card: Card, pair: Pair, question: Question, requests: int) -> Row:
@@ -265,16 +295,24 @@ def _row(card: Card, pair: Pair, question: Question, requests: int) -> Row:
     return Row(requests, rates, min(each), max(each))
 
 
-def _verdict(rows: Sequence[Row]) -> str:
+def _verdict(rows: Sequence[Row], own: str) -> str:
+    """own: of a server that has seen its traffic, which no estimate of drafters alone overrules."""
     parts: dict[str, list[str]] = {}
     for row in rows:
-        shown = f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}] at {row.requests}"
-        parts.setdefault(row.verdict, []).append(shown)
-    said = ". ".join(f"{verdict}: {', '.join(shown)}" for verdict, shown in parts.items())
+        parts.setdefault("Drafters alone, an estimate" if own else row.verdict, []).append(row.shown)
+    said = ". ".join(
+        [*filter(None, [own]), *(f"{verdict}: {', '.join(shown)}" for verdict, shown in parts.items())]
+    )
+    if not rows:
+        return f"{said}."
     return f"{said} (requests; tokens a second over plain decoding, range by data set)."
 
 
-def _settings(target: Known, question: Question, rows: Sequence[Row]) -> Iterator[str]:
+def _settings(target: Known, question: Question, by_arm: Mapping[str, Any]) -> Iterator[str]:
+    """by_arm: of a server that runs the target."""
+    if FULL.keys() & by_arm.keys():
+        yield "The server has drafters. `whiflash policy none --url URL` stops them while it serves, `auto` goes on."
+        return
     parts = [
         *(f"--eagle3 {one}" for one in target.eagle3[:1]),
         *(f"--dflash {one}" for one in target.block[:1]),
