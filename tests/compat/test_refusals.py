@@ -391,6 +391,10 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
         variable.lower(): ({"attn_dp_size": 2, "environment": {variable: "1"}}, f"unset {variable}")
         for variable in ("SGLANG_ENABLE_DP_SPEC_PREFILL_COORDINATION", "SGLANG_SCHEDULER_SKIP_ALL_GATHER")
     },
+    "storage_sessions": (
+        {"enable_streaming_session": True, "hicache_storage_backend": "file"},
+        "--hicache-storage-backend file beside --enable-streaming-session",
+    ),
     "post_capture_sizing": (
         {"environment": {"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "true"}},
         "unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",

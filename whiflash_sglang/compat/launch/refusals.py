@@ -11,6 +11,7 @@ that see the whole context. Windowed layers share them, or have a pool of their 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from whiflash_sglang.compat.carried import APP_PATH, WORKER_APP
@@ -86,6 +87,16 @@ def refusals_of(launch: "Launch", *, known_in_part: bool = False) -> Iterator[tu
 def refusal_of(launch: "Launch") -> str | None:
     """The first sentence that stops this launch, or None."""
     return next((sentence for _, sentence in refusals_of(launch)), None)
+
+
+def storage_refusal(server_args: Any, backend: str, draft_kv: bool) -> str | None:
+    """The sentence that stops this storage from being attached to a server that runs; None: nothing does."""
+    args = SimpleNamespace(
+        hicache_storage_backend=backend, enable_streaming_session=server_args.enable_streaming_session
+    )
+    launch: Any = SimpleNamespace(args=args, draft_kv=draft_kv)
+    rows = [row for row in REFUSALS if row.name in ("hicache_storage_backend", "storage_sessions")]
+    return next((row.sentence.format(found) for row in rows if (found := row.found(launch))), None)
 
 
 def _on(argument: str) -> Callable[["Launch"], Any]:
@@ -424,6 +435,12 @@ REFUSALS: tuple[Refusal, ...] = (
             and x.args.hicache_storage_backend
         ),
         "--hicache-storage-backend {} is untested with draft KV; give file, or give --whiflash-drafters none",
+    ),
+    Refusal(
+        "storage_sessions",
+        lambda x: x.args.enable_streaming_session and x.args.hicache_storage_backend,
+        "--hicache-storage-backend {} beside --enable-streaming-session: SGLang's scheduler ends at a session's second "
+        "turn; remove one of them",
     ),
     Refusal(
         "hicache_host_memory_mode",

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.decode import DecodePreallocQueue
+from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.managers.overlap_utils import FutureMap, RelayPayload
 from sglang.srt.runtime_context import get_disagg
 
@@ -88,6 +89,17 @@ def _with_layout(original: Any, self: Any, url: str, payload: Any) -> None:
 
 class PreallocQueue(DecodePreallocQueue):  # type: ignore[misc]
     """SGLang's, which ends a request with a sentence if its prefill server's KV cannot be continued here."""
+
+    def add(self, req: Any, is_retracted: bool = False, is_rebootstrap: bool = False) -> None:
+        """A room is one request's until its KV is here (sglang #40125)."""
+        late = (waiting for waiting, *_ in self.transfer_queue._deferred_releases)
+        rooms = {w.req.bootstrap_room for w in (*self.queue, *self.transfer_queue.queue, *late)}
+        again = is_retracted or is_rebootstrap or req.bootstrap_host == FAKE_BOOTSTRAP_HOST
+        if not again and req.bootstrap_room in rooms:
+            req.set_finish_with_abort(
+                f"bootstrap_room: {req.bootstrap_room} is another request's; give a free one"
+            )
+        super().add(req, is_retracted, is_rebootstrap)
 
     def _init_receiver(self, decode_req: Any, prefill_dp_rank: int) -> None:
         receiver, manager = decode_req.kv_receiver, self.kv_manager
