@@ -48,7 +48,7 @@ FORKING = (
     *("tests/bench/test_run.py", "tests/bench/test_recorded_bench.py"),
     *("tests/telemetry/test_server_metrics.py", "tests/targets/test_media_server.py"),
     *("tests/platform/test_server_host.py", "tests/platform/test_stock_command.py"),
-    *(f"tests/agents/test_{name}.py" for name in ("parsed_streams", "workers", "secrets")),
+    *(f"tests/agents/test_{name}.py" for name in ("parsed_streams", "workers", "secrets", "fields", "pairs")),
 )
 """Files of one worker, where SGLang is imported once by what forks servers, and once by what forks ranks. Every other
 file is one worker's by itself. The first three share a pair of servers, whose weights the last of them updates, after

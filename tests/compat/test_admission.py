@@ -5,22 +5,27 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from whiflash_sglang.compat.http.admission import check_bounds, check_media, check_scores
+from whiflash_sglang.compat.http.admission import (
+    check_bounds,
+    check_given,
+    check_media,
+    check_scores,
+    check_types,
+)
 from whiflash_sglang.compat.http.requests import check_native
 from whiflash_sglang.spans.carrier import Own
 from whiflash_sglang.spans.hints import TOOLS_KEY
 
 TOKENS = 320
-OVERRIDES = PositionalEmbeds(embeds=torch.zeros(1, 8), positions=[0])
 
 
 def check(ids: list[int] | None = None, sampling: dict[str, Any] | None = None, **fields: Any) -> None:
     obj = GenerateReqInput(input_ids=ids or [1], sampling_params=sampling or {}, **fields)
+    check_given(obj, native=True)
     obj.normalize_batch_and_arguments()
+    check_types(obj)
     check_bounds(obj, obj.input_ids, TOKENS)
 
 
@@ -37,7 +42,6 @@ def check(ids: list[int] | None = None, sampling: dict[str, Any] | None = None, 
         {"sampling": {"stop_token_ids": [TOKENS], "min_new_tokens": 0}},
         {"sampling": {"stop_token_ids": ["7", None], "min_new_tokens": 2}},
         {"session_params": {"id": "a", "rid": None, "offset": 3, "replace": True}},
-        {"positional_embed_overrides": OVERRIDES},
         {"sampling": {"beam_width": 1}},
     ],
     ids=str,
@@ -70,13 +74,26 @@ def test_media_that_are_not_served_are_named() -> None:
         ({"sampling": {"top_k": 2**31}}, "top_k: is 2147483648; at most 2147483647"),
         ({"sampling": {"stop_token_ids": [5, TOKENS], "min_new_tokens": 1}}, "stop_token_ids: token 320"),
         ({"sampling": {"stop_token_ids": [-1], "min_new_tokens": 1}}, "stop_token_ids: token -1"),
-        ({"session_params": {"id": ["a"]}}, "session_params.id: is ['a']; must be of the type str"),
+        (
+            {"session_params": {"id": ["a"]}},
+            "session_params.id: is ['a']; Expected `str | null`, got `array`",
+        ),
         ({"session_params": {"id": "a", "rid": 3}}, "session_params.rid"),
         (
             {"session_params": {"id": "a", "offset": "3"}},
-            "session_params.offset: is '3'; must be of the type int",
+            "session_params.offset: is '3'; Expected `int | null`, got `str`",
         ),
-        ({"positional_embed_overrides": {"a": 1}}, "positional_embed_overrides: only Engine.generate"),
+        ({"positional_embed_overrides": {"a": 1}}, "positional_embed_overrides: is filled in by the server"),
+        ({"lora_path": ["one"]}, "lora_path: is ['one']; Expected `str | null`, got `array`"),
+        ({"lora_id": "deadbeef"}, "lora_id: is filled in by the server only"),
+        ({"top_logprobs_num": [1]}, "top_logprobs_num: is [1]; Expected `int"),
+        ({"logprob_start_len": [0]}, "logprob_start_len: is [0]; Expected `int"),
+        ({"priority": 2**70}, f"priority: is {2**70}; can't serialize ints"),
+        ({"custom_logit_processor": "x"}, "custom_logit_processor: JSONDecodeError"),
+        ({"sampling": {"ignore_eos": 1}}, "sampling_params.ignore_eos: is 1; Expected `bool"),
+        ({"sampling": {"is_normalized": True}}, "sampling_params.is_normalized: is unknown"),
+        ({"sampling": {"n": None}}, "sampling_params.n: is None; Expected `int"),
+        ({"sampling": {"n": 2**31}}, f"n: is {2**31}; at most 4096"),
         ({"sampling": {"beam_width": 2}}, "beam_width: is 2; WHIFLASH drafts for one text a request"),
     ],
     ids=str,

@@ -1,5 +1,7 @@
 """Effects of our routes, and the line that each call leaves. Rights to call them: `test_authorisation.py`."""
 
+import asyncio
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +114,38 @@ def test_a_wrong_change_of_policy_is_a_400_and_reaches_no_scheduler(
     assert answer.json()
     assert "/" not in answer.text, "no path of the server"
     assert not manager.sent
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_what_is_not_called_json_steers_nothing(client: TestClient, manager: Manager, kind: str) -> None:
+    """A page sends those to any server without its leave."""
+    for path in STEERING:
+        body = json.dumps(BODIES[path])
+        assert client.post(path, content=body, headers={"Content-Type": kind}).status_code == 400
+    assert not manager.sent
+
+
+@pytest.mark.parametrize(
+    ("backend", "sessions", "said"),
+    [
+        ("shm", False, "give file"),
+        ("sim", False, "give file"),
+        ("file", True, "streaming-session"),
+        ("file", False, ""),
+    ],
+)
+def test_storage_is_attached_by_the_rules_of_a_launch(
+    manager: Manager, backend: str, sessions: bool, said: str
+) -> None:
+    """A server that is refused at its start does not become one while it serves."""
+    manager.server_args.enable_streaming_session = sessions
+
+    async def original(*_: Any) -> Any:
+        return SimpleNamespace(success=True, message="")
+
+    answer = asyncio.run(routes._attaching(original, manager, backend))
+    assert answer.success is (not said)
+    assert said in answer.message
 
 
 SALT = "a-tenant's-secret"

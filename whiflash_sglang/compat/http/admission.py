@@ -6,21 +6,85 @@ images and sound in chat messages there, but drops them without a word where `/g
 them.
 
 Values that it does not check, above all token ids that are not the target's, raise in its scheduler, and the server
-ends with the answers of everybody. Every route and `Engine` come through here, a batch request by request.
+ends with the answers of everybody. So does a message whose types the scheduler's decoder refuses: each field is written
+and read here first, as it will be there. Every route and `Engine` come through here, a batch request by request.
 """
 
+import dataclasses
+from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Optional, get_type_hints
 
-from sglang.srt.managers.embed_types import PositionalEmbeds
-from sglang.srt.managers.io_struct import GenerateReqInput
+import msgspec
+from sglang.api.v1 import api_types
+from sglang.srt.managers.io_struct import (
+    EmbeddingReqInput,
+    GenerateReqInput,
+    SessionParams,
+    TokenizedGenerateReqInput,
+)
 from sglang.srt.multimodal.mm_utils import has_valid_data
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.msgpack_utils import dec_hook, enc_hook, ext_hook
 
 from whiflash_sglang.compat.carried import asks_for_ours
 from whiflash_sglang.compat.patching import around
 
 INT32_MAX = 2**31 - 1
-SESSION_FIELDS: dict[str, type] = {"id": str, "rid": str, "offset": int}
+MOST_SAMPLES = 4096
+"""Answers to one request, at most: SGLang makes objects for all of them before it looks at one."""
+INTERNAL = (
+    *("background", "conversation_id", "encoder_urls", "external_trace_header", "http_worker_ipc", "lora_id"),
+    *("multi_item_delimiter_indices", "need_wait_for_mm_inputs", "num_items_assigned"),
+    *("positional_embed_overrides", "received_time", "return_bytes", "token_indices_to_pool"),
+)
+"""Fields of SGLang's native requests that its own code fills in; from a client nothing checks them."""
+
+
+_GIVEN = {field.name: field.default for field in dataclasses.fields(GenerateReqInput)}
+_SENT = get_type_hints(TokenizedGenerateReqInput)
+_SAMPLED = {*api_types.SamplingParams.__struct_fields__, "ebnf_full_assistant"}
+_KINDS: dict[str, dict[str, Any]] = {
+    "": {
+        name: _SENT[name] if default is not None else Optional[_SENT[name]]  # noqa: UP045 (a type that is computed)
+        for name, default in _GIVEN.items()
+        if name in _SENT and name not in ("input_ids", "kv_hints", "sampling_params", "session_params")
+    }
+    | {"lora_path": str | None},
+    # null means a default, but not yet where SGLang counts samples; it makes numbers of text in stop_token_ids
+    "sampling_params.": {
+        name: Optional[kind]  # noqa: UP045
+        for name, kind in get_type_hints(SamplingParams).items()
+        if name in _SAMPLED
+    }
+    | {"n": int, "stop_token_ids": list[int | str | None] | None, "watermark": Any},
+    "session_params.": get_type_hints(SessionParams),
+}
+_READERS = {
+    prefix: {
+        n: msgspec.msgpack.Decoder(kind, dec_hook=dec_hook, ext_hook=ext_hook) for n, kind in kinds.items()
+    }
+    for prefix, kinds in _KINDS.items()
+}
+"""Decoders of fields, as the scheduler has them."""
+
+
+@around(
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager._init_req_state",
+    params=("obj", "request"),
+    why="SGLang sends lists where it has one prompt, and its scheduler ends on types that it does not read",
+    until="SGLang checks what it sends by the types that its scheduler reads",
+)
+def _typed(original: Any, self: Any, obj: Any, request: Any = None) -> Any:
+    """Refuse types that the scheduler cannot read, before adapters are held. Raises ValueError, as below."""
+    if asks_for_ours(self.server_args) and isinstance(obj, GenerateReqInput):
+        check_types(obj)
+        if self.server_args.disaggregation_mode != "null" and getattr(obj, "parallel_sample_num", 1) > 1:
+            raise ValueError(
+                "n: all samples would meet in one bootstrap_room; send a request for each of them"
+            )
+    return original(self, obj, request)
 
 
 @around(
@@ -39,6 +103,60 @@ def _refusing(original: Any, self: Any, obj: Any, input_ids: Any) -> None:
     if ours and isinstance(obj, GenerateReqInput):
         check_bounds(obj, input_ids, self.model_config.vocab_size)
         check_scores(obj, input_ids, self.server_args)
+
+
+def check_given(obj: Any, *, native: bool) -> None:
+    """Check a request before SGLang parts it by prompts. native: its fields are the client's own.
+
+    Raises:
+        ValueError: a field is SGLang's own, or a sampling parameter is unknown or of another type.
+    """
+    if isinstance(obj, EmbeddingReqInput):
+        raise ValueError(
+            "this server only generates text; ask one with --is-embedding for embeddings and classes"
+        )
+    for name in INTERNAL if native else ():
+        if getattr(obj, name) != _GIVEN[name]:
+            raise ValueError(f"{name}: is filled in by the server only; leave it out")
+    given = obj.sampling_params
+    entries = given if isinstance(given, list) else [{} if given is None else given]
+    if not entries:
+        raise ValueError("sampling_params: is empty; give an object, or one for each prompt")
+    prompts = obj.text if isinstance(obj.text, list) else obj.input_ids
+    several = len(prompts) if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int) else 1
+    for entry in entries:
+        _check_kinds("sampling_params.", entry)
+        _check_range("n", entry.get("n", 1), least=1, most=max(1, MOST_SAMPLES // several))
+
+
+def check_types(obj: GenerateReqInput) -> None:
+    """Check the types of a request, prompt by prompt, after SGLang has parted it by prompts.
+
+    Raises:
+        ValueError: naming the field whose type the scheduler does not read.
+    """
+    one = getattr(obj, "is_single", True)
+    for name in () if one else _GIVEN:
+        value = getattr(obj, name)
+        if isinstance(value, list) and len(value) < len(obj.rid):
+            raise ValueError(f"{name}: has {len(value)} entries; give one for each of {len(obj.rid)} prompts")
+    for prompt in [obj] if one else [obj[number] for number in range(len(obj.rid))]:
+        _check_kinds("", {name: getattr(prompt, name) for name in _READERS[""]})
+        _check_kinds("session_params.", prompt.session_params or {})
+
+
+def _check_kinds(prefix: str, values: Any) -> None:
+    """Write each value, and read it as the scheduler will."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix[:-1]}: is {values!r:.60}; must be an object")
+    for name, value in values.items():
+        reader = _READERS[prefix].get(name)
+        if reader is None:
+            raise ValueError(f"{prefix}{name}: is unknown; leave it out")
+        try:
+            reader.decode(msgspec.msgpack.encode(value, enc_hook=enc_hook))
+        except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{prefix}{name}: is {value!r:.60}; {error}") from None
 
 
 def check_media(obj: Any, *, takes_images: bool) -> None:
@@ -74,6 +192,13 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
     # Also where no log-probabilities are asked for: the likeliest of a batch are taken for all of its requests.
     _check_range("top_logprobs_num (logprobs, top_logprobs)", obj.top_logprobs_num, most=vocabulary)
     _check_range("logprob_start_len", obj.logprob_start_len, least=-1)
+    if obj.custom_logit_processor:  # the scheduler runs it, so this process may read it
+        try:
+            CustomLogitProcessor.from_str(obj.custom_logit_processor)
+        except Exception as error:  # it is the client's code
+            raise ValueError(
+                f"custom_logit_processor: {error!r:.200}; give what its to_str returns"
+            ) from None
     params: Mapping[str, Any] = obj.sampling_params
     if params.get("beam_width") not in (None, 1):
         raise ValueError(
@@ -85,14 +210,6 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
         # Elsewhere stop tokens are only compared with what was sampled.
         stops = [int(token) for token in params.get("stop_token_ids") or () if token is not None]
         _check_ids("stop_token_ids", stops, vocabulary)
-    for name, kind in SESSION_FIELDS.items():
-        value = session.get(name)
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"session_params.{name}: is {value!r}; must be of the type {kind.__name__}")
-    if obj.positional_embed_overrides is not None and not isinstance(
-        obj.positional_embed_overrides, PositionalEmbeds
-    ):
-        raise ValueError("positional_embed_overrides: only Engine.generate takes them, as PositionalEmbeds")
 
 
 def check_scores(obj: GenerateReqInput, input_ids: Sequence[int] | None, server_args: Any) -> None:
@@ -127,6 +244,10 @@ def check_scores(obj: GenerateReqInput, input_ids: Sequence[int] | None, server_
 def _check_ids(field: str, ids: Sequence[int] | None, vocabulary: int) -> None:
     if ids is None or not len(ids):
         return
+    try:
+        array("q", ids)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"{field}: must be a list of token ids; {error}") from None
     for token in (min(ids), max(ids)):
         if not 0 <= token < vocabulary:
             raise ValueError(

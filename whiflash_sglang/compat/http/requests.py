@@ -76,6 +76,8 @@ def read(form: Form, body: object, manager: Any) -> Call:
     params = body.get("custom_params")
     if params is not None and not isinstance(params, dict):
         raise HintError("custom_params", "must be an object")
+    if not isinstance(body.get("response_format") or {}, dict):  # SGLang answers with 500
+        raise HintError("response_format", "must be an object")
     params = add_body_prediction(params, body)
     validate_custom_params(params)
     _check_long(manager, params)

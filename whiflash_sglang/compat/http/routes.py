@@ -10,7 +10,7 @@ from fastapi import Depends, HTTPException, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from sglang.srt.entrypoints import http_server
-from sglang.srt.managers.io_struct import SetInternalStateReq
+from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput, SetInternalStateReq
 
 from whiflash_sglang import __version__
 from whiflash_sglang.compat import patching
@@ -35,6 +35,7 @@ from whiflash_sglang.compat.http.control import (
     states_of,
     switched,
 )
+from whiflash_sglang.compat.launch.refusals import storage_refusal
 from whiflash_sglang.compat.patching import around
 from whiflash_sglang.config import changed
 from whiflash_sglang.errors import ConfigError
@@ -77,6 +78,7 @@ async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) ->
         if call is not None and call.form != "native":
             requests.fill(self, obj, call)
         requests.check_native(self, obj)
+        admission.check_given(obj, native=call is not None and call.form == "native")
         requests.keep_from_learning(self, obj)
         await predictions.encoded(self, obj)
         outputs = predictions.followed(self, obj, call, outputs)
@@ -85,6 +87,22 @@ async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) ->
             outputs = pieces.as_plain(self, obj, outputs)
     async for output in outputs:
         yield output
+
+
+@around(
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager.attach_hicache_storage",
+    params=("hicache_storage_backend",),
+    why="SGLang attaches any storage while it serves",
+    until="SGLang judges what is attached as it does a launch",
+)
+async def _attaching(original: Any, self: Any, hicache_storage_backend: str, *args: Any, **named: Any) -> Any:
+    """Storage that a launch is refused for is not attached later, either."""
+    if asks_for_ours(self.server_args):
+        draft_kv = bool(settings_of(self.server_args).drafters)
+        why = storage_refusal(self.server_args, hicache_storage_backend, draft_kv)
+        if why is not None:
+            return AttachHiCacheStorageReqOutput(success=False, message=why)
+    return await original(self, hicache_storage_backend, *args, **named)
 
 
 async def _capabilities() -> dict[str, object]:
@@ -141,12 +159,13 @@ async def _object(request: Request) -> dict[str, Any]:
     """The body of a request. SGLang's answer to another one would name a file of this machine.
 
     Raises:
-        HTTPException: it is no JSON object.
+        HTTPException: it is no JSON object. Browsers send what is not called JSON without asking.
     """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     with contextlib.suppress(ValueError):
-        if isinstance(body := read_json(await request.body()), dict):
+        if kind == "application/json" and isinstance(body := read_json(await request.body()), dict):
             return body
-    raise HTTPException(400, "the body is no JSON object")
+    raise HTTPException(400, "the body is no JSON object, or its content-type does not call it JSON")
 
 
 Body = Annotated[dict[str, Any], Depends(_object)]

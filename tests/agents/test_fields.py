@@ -1,0 +1,137 @@
+"""No field of any route ends the server, whatever is in it: a table made of SGLang's own models of requests, asked on
+one server with all that fields may turn on, while a neighbour streams.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any
+
+import httpx
+import pytest
+from adapters import LINEARS, make_adapter
+from model_set import Models
+from server_host import Server, ServerHost
+from sglang.api.v1.api_types import GenerateRequest
+from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.entrypoints.openai import protocol
+from sglang.srt.managers import io_struct
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from whiflash_sglang.compat.http import admission
+
+pytestmark = pytest.mark.server
+
+PROMPT = "one two three four one two three four one two"
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 2}
+NATIVE: dict[str, Any] = {"text": PROMPT, "sampling_params": {"max_new_tokens": 2, "temperature": 0}}
+WRONG = (["one"], [None], [[1]], {"a": 1}, "x", -1, 2**70, True, 1e400)
+"""Types and numbers; few fields take more than two of them."""
+ALONE = httpx.Limits(max_keepalive_connections=0)
+"""A connection each: SGLang closes one after a 500."""
+MODELS: tuple[tuple[str, Any, dict[str, Any]], ...] = (
+    ("/generate", io_struct.GenerateReqInput, NATIVE),
+    ("/v1/completions", protocol.CompletionRequest, {"model": "tiny", "prompt": PROMPT, "max_tokens": 2}),
+    ("/v1/chat/completions", protocol.ChatCompletionRequest, CHAT),
+    ("/v1/responses", protocol.ResponsesRequest, {"model": "tiny", "input": PROMPT, "max_output_tokens": 2}),
+    ("/v1/messages", AnthropicMessagesRequest, CHAT),
+    ("/v1/embeddings", protocol.EmbeddingRequest, {"model": "tiny", "input": PROMPT}),
+    ("/v1/score", protocol.ScoringRequest, {"query": "a", "items": ["b"], "label_token_ids": [1]}),
+    ("/v1/rerank", protocol.V1RerankReqInput, {"query": "a", "documents": ["b"]}),
+    ("/v1/tokenize", protocol.TokenizeRequest, {"model": "tiny", "prompt": PROMPT}),
+    ("/v1/detokenize", protocol.DetokenizeRequest, {"model": "tiny", "tokens": [1, 2]}),
+    ("/encode", io_struct.EmbeddingReqInput, {"text": PROMPT}),
+    ("/open_session", io_struct.OpenSessionReqInput, {"capacity_of_str_len": 1000}),
+    ("/close_session", io_struct.CloseSessionReqInput, {"session_id": "nobody's"}),
+)
+
+
+def names(model: Any) -> tuple[str, ...]:
+    if dataclasses.is_dataclass(model):
+        return tuple(field.name for field in dataclasses.fields(model))
+    return tuple(getattr(model, "__struct_fields__", None) or model.model_fields)
+
+
+def table() -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Route, body, and the field of it that is `WRONG`."""
+    for route, model, body in MODELS:
+        yield from ((route, {**body, name: value}, name) for name in names(model) for value in WRONG)
+    for name in names(SamplingParams):
+        for value in WRONG:
+            sampled = {**NATIVE["sampling_params"], name: value}
+            yield "/generate", {**NATIVE, "sampling_params": sampled}, name
+            given = {"instances": [{"text": PROMPT}], "parameters": {"sampling_params": sampled}}
+            yield "/vertex_generate", given, name
+    for name in names(io_struct.SessionParams):
+        yield from (("/generate", {**NATIVE, "session_params": {name: value}}, name) for value in WRONG)
+
+
+SENT = set(names(io_struct.TokenizedGenerateReqInput)) & set(names(io_struct.GenerateReqInput))
+
+
+@pytest.fixture(scope="module")
+def server(models: Models, tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterator[Server]:
+    adapter = make_adapter(models, tmp_path_factory.mktemp("adapters"), "one", seed=1, rank=4)
+    given = ["--model-path", str(models.target), "--served-model-name", "tiny", "--dtype", "float32"]
+    given += ["--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(models.dflash)]
+    given += ["--whiflash-eagle-draft", str(models.eagle3), "--lora-paths", f"one={adapter.path}"]
+    given += ["--max-lora-rank", "8", "--lora-target-modules", *LINEARS, "--max-loras-per-batch", "3"]
+    given += ["--enable-custom-logit-processor", "--return-hidden-states-mode", "full"]
+    given += ["--enable-priority-scheduling", "--enable-streaming-session"]
+    with host.running(*given) as running:
+        yield running
+
+
+def streamed(server: Server, until: Event) -> list[str]:
+    """A neighbour's answers, one after the other."""
+    body = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 200, "ignore_eos": True}
+    texts = []
+    while not texts or not until.is_set():
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json=body | {"stream": True}, timeout=None
+        ) as s:
+            events = [line.removeprefix("data: ") for line in s.iter_lines() if line.startswith("data: {")]
+        texts.append("".join(json.loads(event)["choices"][0]["text"] for event in events))
+    return texts
+
+
+def test_no_value_of_any_field_ends_the_server(server: Server) -> None:
+    over, wrong = Event(), []
+    with (
+        ThreadPoolExecutor(1) as pool,
+        httpx.Client(base_url=server.url, timeout=None, limits=ALONE) as client,
+    ):
+        neighbour = pool.submit(streamed, server, over)
+        try:
+            for route, body, name in table():
+                headers = {"content-type": "application/json"}
+                answer = client.post(route, content=json.dumps(body), headers=headers)
+                if answer.status_code >= 500:
+                    wrong.append((route, name, body.get(name, body), answer.text[:200]))
+        finally:
+            over.set()
+        assert len(set(neighbour.result())) == 1
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", sorted(SENT - {"input_ids", "input_embeds", "token_ids_logprob"}))
+def test_what_the_scheduler_cannot_read_is_named(server: Server, name: str) -> None:
+    """A list where there is one prompt passes SGLang's own models."""
+    answer = httpx.post(f"{server.url}/generate", json={**NATIVE, name: [None]}, timeout=None)
+    assert (answer.status_code, name in answer.text) == (400, True), answer.text
+
+
+def test_every_field_is_a_clients_or_the_servers() -> None:
+    """A new field of SGLang's is nobody's until somebody has looked at it."""
+    known = {
+        *names(GenerateRequest),
+        *names(protocol.ChatCompletionRequest),
+        *names(protocol.CompletionRequest),
+    }
+    known |= {*Engine.async_generate.__annotations__, *admission.INTERNAL}
+    served = {"input_embeds", "log_metrics", "no_logs", "return_entropy", "return_flat_raw_top_logprobs"}
+    served |= {"image_max_dynamic_patch", "return_indexer_topk", "video_max_dynamic_patch"}
+    assert {*names(io_struct.GenerateReqInput)} - known == served
