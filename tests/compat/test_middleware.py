@@ -15,6 +15,7 @@ from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
+from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from whiflash_sglang.compat.http import answers, middleware, pieces
 from whiflash_sglang.compat.http.call import CURRENT, Call, Form
@@ -157,6 +158,11 @@ class App:
         for path in (*ROUTES, "/generate", "/v1/embeddings"):
             self.app.post(path)(route)
         self.app.get("/server_info")(route)
+
+        @auth_level(AuthLevel.ADMIN_OPTIONAL)
+        async def flush() -> None: ...
+
+        self.app.post("/flush_cache")(flush)
         self.client = TestClient(self.app)
 
 
@@ -250,6 +256,29 @@ def test_a_salt_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     assert app.client.post("/v1/messages", json={"extra_key": "k"}).status_code == 200
     assert app.seen[0][1] is not None
     assert app.seen[0][1].keys == {"extra_key": "k"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "foreign"),
+    [
+        ({}, False),
+        ({"origin": "http://testserver"}, False),
+        ({"origin": "http://testserver:3000"}, True),
+        ({"origin": "null"}, True),
+        ({"sec-fetch-site": "cross-site"}, True),
+        ({"sec-fetch-site": "same-origin", "origin": "https://testserver"}, False),
+    ],
+)
+def test_a_page_of_another_origin_steers_no_server_without_keys(
+    monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], foreign: bool
+) -> None:
+    """It may ask for answers. With keys it has to know one."""
+    ours = manager()
+    app = App(monkeypatch, plain, ours)
+    assert app.client.post("/flush_cache", headers=headers).status_code == 200
+    ours.server_args.api_key = ours.server_args.admin_api_key = None
+    assert app.client.post("/flush_cache", headers=headers).status_code == (403 if foreign else 200)
+    assert app.client.post("/generate", json={}, headers=headers).status_code == 200
 
 
 def test_the_answer_of_server_info_has_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:

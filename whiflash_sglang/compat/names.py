@@ -249,6 +249,8 @@ sglang.srt.state_capturer.base
     TopkCaptureOutput(out_cache_loc, topk, host_cache)
 sglang.srt.utils
     broadcast_pyobj(data, rank, dist_group, src)
+sglang.srt.utils.auth
+    _get_auth_level_from_app_and_scope(app, scope)
 sglang.srt.utils.common
     async_d2h(tensor)
 sglang.srt.utils.watchdog
