@@ -36,11 +36,15 @@ def kept(row: Tensor, temperature: float, top_k: float, top_p: float, min_p: flo
     """Tokens of a row that may be drawn, and their chances before any was left out."""
     chances = torch.softmax(row.double().cpu() / temperature, dim=0).tolist()
     ordered = sorted(range(len(chances)), key=lambda token: -row[token].item())
-    found, likelier, mass = {}, 0, 0.0
+    found, likelier, mass, top = {}, 0, 0.0, 1.0
+    if min_p < 0 and top_k < len(chances):
+        last = row[ordered[int(top_k) - 1]]
+        top = sum(chances[token] for token in ordered if row[token] >= last)
     for place, token in enumerate(ordered):
         if place and row[token] < row[ordered[place - 1]]:
             likelier, mass = place, sum(chances[other] for other in ordered[:place])
-        if likelier < top_k and (top_p >= 1 or mass <= top_p) and chances[token] >= min_p * max(chances):
+        enough = chances[token] >= abs(min_p) * max(chances)
+        if likelier < top_k and (top_p >= 1 or mass <= top_p * top) and enough:
             found[token] = chances[token]
     return found
 

@@ -21,8 +21,11 @@ KINDS = [
     (0.6, 20.0, 0.95, 0.0),
     (1.0, 3.0, 1.0, 0.0),
     (2.0, 2.0**30, 1.0, 0.2),
-    (0.8, 40.0, 0.7, 0.05),
+    (0.8, 3.0, 0.75, 0.05),
     (1.5, 2.0**30, 1e-6, 0.0),
+    (0.8, 3.0, 0.75, -0.05),
+    (0.8, 2.0**30, 0.7, -0.05),
+    (0.8, 3.0, 1.0, -0.05),
 ]
 SLOTS = 300
 
@@ -105,8 +108,8 @@ def check(
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("coarse", [False, True])
 def test_every_kind_of_request_in_one_batch(backend: str, masked: bool, coarse: bool) -> None:
-    widths = [2, 1, 12, 12, 20, 12, 0, 2]
-    check(backend, widths, list(range(8)), 301, 3, masked=masked, padding=4, coarse=coarse)
+    widths = [2, 1, 12, 12, 20, 12, 12, 2, 20, 3, 2, 0]
+    check(backend, widths, [*range(len(KINDS)), 0], 301, 3, masked=masked, padding=4, coarse=coarse)
     check(backend, [2, 1, 3], [0, 1, 2], 301, 4, masked=masked, padding=4, nobody=True)
 
 
@@ -131,10 +134,16 @@ def test_more_is_kept_than_is_sorted_first(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_allowed_and_no_rows(backend: str) -> None:
-    own = table([FREE, GREEDY, KINDS[6]], [1, 2, 3], [1, 2, 3])
-    batch = integers([0, 1, 2, 3], torch.int32), integers([4, 5, 6]), integers([1, 2, 3])
+    """Nor is a number anything but allowed."""
+    own = table([FREE, GREEDY, KINDS[6], KINDS[8]], [1, 2, 3, 4], [1, 2, 3, 4])
+    batch = integers([0, 1, 2, 3, 4], torch.int32), integers([4, 5, 6, 7]), integers([1, 2, 3, 4])
     with running(backend):
-        assert sample_rows(torch.full((3, 70), -math.inf, device=DEVICE), *batch, own).tolist() == [0] * 3
+        assert sample_rows(torch.full((4, 70), -math.inf, device=DEVICE), *batch, own).tolist() == [0] * 4
+        for number in (math.nan, math.inf):
+            bad = torch.full((4, 70), number, device=DEVICE)
+            assert all(0 <= token < 70 for token in sample_rows(bad, *batch, own).tolist())
+            bad[:, 3:] = 1.0
+            assert all(0 <= token < 70 for token in sample_rows(bad, *batch, own).tolist())
         assert sample_rows(torch.zeros(0, 70, device=DEVICE), *batch, own).shape == (0,)
 
 
@@ -143,7 +152,7 @@ def test_nothing_allowed_and_no_rows(backend: str) -> None:
 @given(data=st.data())
 def test_any_batch(backend: str, data: st.DataObject) -> None:
     widths = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=6))
-    kinds = data.draw(st.lists(st.integers(0, 7), min_size=len(widths), max_size=len(widths)))
+    kinds = data.draw(st.lists(st.integers(0, len(KINDS) - 1), min_size=len(widths), max_size=len(widths)))
     vocab, seed = data.draw(st.integers(1, 80)), data.draw(st.integers(0, 1 << 20))
     masked, coarse = data.draw(st.booleans()), data.draw(st.booleans())
     check(backend, widths, kinds, vocab, seed, masked=masked, coarse=coarse, padding=seed % 3)

@@ -49,8 +49,8 @@ def sample_rows(
     x = logits[t, v]. Else it is the v that maximises x / temperature - ln E(seed of s, p, v) among those kept, with E
     independent and exponentially distributed: a draw from softmax(x / temperature) over what is kept (the Gumbel-max
     trick). Kept is v if fewer than top_k tokens are likelier, if these have at most the mass top_p of the whole
-    distribution, and if its chance is at least min_p of the likeliest's. So equally likely tokens are kept or left out
-    together.
+    distribution, and if its chance is at least |min_p| of the likeliest's. With min_p < 0 it is the mass top_p of those
+    with fewer than top_k likelier ones. So equally likely tokens are kept or left out together.
 
     Args:
         logits: [T, V] bf16, fp16 or fp32, last dimension contiguous; read only. A row with NaN or +inf
@@ -72,7 +72,8 @@ def sample_rows(
 
     Grid: (T, splits), each program reads one slice of a row once; then (T), which merges the slices and, if tokens may
     be left out, reads the row again until the best token so far is a kept one: what is no likelier than one left
-    out is left out, too. Rows of nobody are not read. Graph-capturable.
+    out is left out, too. With min_p < 0, top_k and top_p it first bisects for the mass of what top_k keeps. Rows of
+    nobody are not read. Graph-capturable.
     Numerics: float32; noise of 31 bits, dense near 0.
     Fallback: torch (a sort of the likeliest columns).
     Compared: SGLang samples in some 10 launches, sorts whole rows or draws with a state of the host
@@ -114,9 +115,13 @@ def _drawn(x: Tensor, parameters: Tensor, seeds: Tensor, positions: Tensor) -> T
     x -= largest.clamp_min(torch.finfo(x.dtype).min)
     x /= temperature[:, None]
     size, ids = x.shape[1], None
-    cuts = (top_k < size) | (top_p < 1) | (min_p > 0)
+    cuts = (top_k < size) | (top_p < 1) | (min_p != 0)
     if bool(cuts.any()):
         total = x.exp().sum(dim=1, keepdim=True) if bool((top_p < 1).any()) else x.new_ones(len(x), 1)
+        if len(rows := ((min_p < 0) & (top_k < size) & (top_p < 1)).nonzero().squeeze(1)):
+            some, last = x[rows], top_k[rows, None].long() - 1
+            least = some.sort(dim=1, descending=True).values.gather(1, last)
+            total[rows] = some.exp().masked_fill_(some < least, 0.0).sum(dim=1, keepdim=True)
         columns = min(FEWEST_SORTED, size)
         while True:
             found = x.topk(columns, dim=1) if columns < size else x.sort(dim=1, descending=True)
@@ -126,7 +131,7 @@ def _drawn(x: Tensor, parameters: Tensor, seeds: Tensor, positions: Tensor) -> T
                 break
             columns = min(16 * columns, size)
         kept = found.values >= least[:, None]
-        most = int(kept.sum(dim=1).max())
+        most = max(int(kept.sum(dim=1).max()), 1)  # nothing is kept of NaN
         ids = found.indices[:, :most]
         x = found.values[:, :most].masked_fill(~kept[:, :most], -torch.inf)
     best = (x - exponential(seeds, positions, size, ids).log_()).argmax(dim=1, keepdim=True)
@@ -144,7 +149,7 @@ def _least_kept(x: Tensor, total: Tensor, parameters: Tensor) -> Tensor:
     mass = x.exp()
     before = mass.cumsum(dim=1).sub_(mass)
     rank = torch.arange(x.shape[1], device=x.device)
-    kept = (rank < top_k) & ((before <= top_p * total) | (top_p >= 1)) & (mass >= min_p)
+    kept = (rank < top_k) & ((before <= top_p * total) | (top_p >= 1)) & (mass >= min_p.abs())
     return x.gather(1, kept.sum(dim=1, keepdim=True).sub_(1).clamp_min_(0)).squeeze(1)
 
 

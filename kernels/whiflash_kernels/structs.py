@@ -241,7 +241,8 @@ class SamplingTable(NamedTuple):
     """How the request of each slot is sampled; slot 0 is nobody's."""
 
     parameters: Tensor
-    """[slots, 4] float32, contiguous: temperature above 0, top_k, top_p, min_p."""
+    """[slots, 4] float32, contiguous: temperature above 0, top_k, top_p, min_p; min_p below 0: its absolute value, and
+    top_p counts from what top_k keeps."""
     seeds: Tensor
     """[slots] int64, of a request's noise."""
 

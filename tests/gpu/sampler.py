@@ -109,7 +109,7 @@ def by_flashinfer(
 def by_us(logits: torch.Tensor, asked: tuple[float, int, float, float], begin: int) -> torch.Tensor:
     """A token a row, [rows] int64: one request's rows at positions from `begin` on."""
     ints = {"dtype": torch.int64, "device": logits.device}
-    parameters = torch.tensor([asked, asked], device=logits.device)
+    parameters = torch.tensor([[*asked[:3], -asked[3]]] * 2, device=logits.device)  # as of this backend
     table = SamplingTable(parameters, torch.tensor([0, 7 << 40], **ints))
     indptr, lengths = torch.tensor([0, len(logits)], **ints), torch.tensor([begin], **ints)
     return sample_rows(logits, indptr.int(), lengths, torch.ones(1, **ints), table)

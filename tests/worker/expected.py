@@ -21,7 +21,10 @@ Tokens = tuple[int, ...]
 def next_probabilities(
     logits: torch.Tensor, generated: Sequence[int], params: Mapping[str, Any]
 ) -> torch.Tensor:
-    """[V] float64, the distribution of the token after `generated`. logits: [V], the target's raw ones."""
+    """[V] float64, the distribution of the token after `generated`.
+
+    logits: [V], the target's raw ones. params: `sequential`: top_p counts from what top_k keeps.
+    """
     x = logits.double().clone()
     counts = Counter(generated)
     for token, count in counts.items():
@@ -37,7 +40,8 @@ def next_probabilities(
     keep = torch.ones_like(p, dtype=torch.bool)
     if params.get("top_k"):
         keep[params["top_k"] :] = False
-    keep &= ordered.cumsum(0) - ordered <= params.get("top_p", 1.0)
+    whole = ordered[keep].sum() if params.get("sequential") else 1.0
+    keep &= ordered.cumsum(0) - ordered <= params.get("top_p", 1.0) * whole
     keep &= ordered >= params.get("min_p", 0.0) * ordered[0]
     filtered = torch.zeros_like(p).scatter_(0, ids, ordered * keep)
     return filtered / filtered.sum()

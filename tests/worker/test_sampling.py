@@ -16,6 +16,9 @@ from model_set import Models
 from oracle_arm import OracleArm
 from plain import adding_first, plain_texts
 from request_sets import PENALISED, penalised
+from sglang.srt.layers import sampler
+from sglang.srt.runtime_context import get_exec
+from torch.nn.functional import normalize
 from traffic import play
 
 from whiflash_sglang.platform.seams import install_seams
@@ -134,6 +137,38 @@ def test_the_test_can_fail(models: Models) -> None:
     for name, params in wrong.items():
         leaves = joint(models.reference.target, PROMPT, {**BASE, **params}, WINDOW, rare=5 / 200)
         assert goodness_of_fit(found[name], leaves).p_value < 1e-6, name
+
+
+def test_min_p_is_that_of_flashinfer(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's default sampler on a card, its operators by formulas, draws first tokens; the others are alike."""
+
+    def top_k(probs: torch.Tensor, ks: torch.Tensor) -> torch.Tensor:
+        least = probs.sort(1, descending=True).values.gather(1, ks[:, None].long() - 1)
+        return normalize(probs * (probs >= least), 1.0)
+
+    def top_p(probs: torch.Tensor, ps: torch.Tensor) -> torch.Tensor:
+        ordered, order = probs.sort(1, descending=True)
+        kept = ordered * (ordered.cumsum(1) - ordered < ps[:, None])
+        return normalize(torch.zeros_like(probs).scatter_(1, order, kept), 1.0)
+
+    def min_p(probs: torch.Tensor, ms: torch.Tensor) -> torch.Tensor:
+        return (probs * (probs >= probs.amax(1, True) * ms[:, None])).multinomial(1)[:, 0].int()
+
+    monkeypatch.setattr(sampler, "top_k_renorm_prob", top_k, raising=False)
+    monkeypatch.setattr(sampler, "top_p_renorm_prob", top_p, raising=False)
+    monkeypatch.setattr(sampler, "min_p_sampling_from_probs", min_p, raising=False)
+    asked = {"temperature": 0.4, "top_k": 3, "top_p": 0.75, "min_p": 0.01}
+    oracle, each = OracleArm(0.9, seed=4), 400
+    with (
+        sampling_engine(models, "random", oracle) as e,
+        get_exec().kernel.override(sampling_backend="flashinfer"),
+    ):
+        found = sample(e, oracle, {"cut": asked}, each=each, tokens=6)["cut"]
+    chances = [
+        goodness_of_fit(found, joint(models.reference.target, PROMPT, params, WINDOW, rare=5 / each)).p_value
+        for params in ({**BASE, **asked, "sequential": True}, {**BASE, **asked})
+    ]
+    assert chances[0] > 1e-4 > chances[1]
 
 
 @pytest.fixture(scope="module")

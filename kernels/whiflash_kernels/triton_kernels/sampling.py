@@ -128,6 +128,36 @@ def _scan_kernel(
     tl.store(best + partial, tl.min(tl.where(score == top, token, 2147483647), axis=0))
 
 
+@triton.jit
+def _reaching(x, least):
+    """Whether numbers reach one whose bits are ``least``, in the order of numbers."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # of one zero
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >= least
+
+
+@triton.jit
+def _mass_of_likeliest(base, words, vocab, scale, peak, top_k, TILE: tl.constexpr, MASKED: tl.constexpr):
+    """Mass of the tokens with fewer than top_k likelier ones; bisection finds the least of them."""
+    lane = tl.arange(0, TILE)
+    # At least top_k tokens reach ``low``, first -inf; fewer reach ``high``, first more than +inf.
+    low, high = tl.full([], -2139095041, tl.int32), tl.full([], 2139095041, tl.int32)
+    while low + 1 < high:
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        count = tl.zeros([TILE], tl.int32)
+        for start in range(0, vocab, TILE):
+            each = start + lane
+            x = _values(base, words, each, vocab, MASKED)
+            count += ((each < vocab) & _reaching(x, middle)).to(tl.int32)
+        found = tl.sum(count, axis=0)
+        low = tl.where(found >= top_k, middle, low)
+        high = tl.where(found > top_k, high, tl.where(found == top_k, low + 1, middle))
+    mass = tl.zeros([TILE], tl.float32)
+    for start in range(0, vocab, TILE):
+        x = _values(base, words, start + lane, vocab, MASKED)
+        mass += tl.where(_reaching(x, low), tl.exp2(x * scale - peak), 0.0)
+    return tl.sum(mass, axis=0)
+
+
 @triton.jit(do_not_specialize=["requests", "first", "splits"])
 def _pick_kernel(
     logits,
@@ -178,7 +208,9 @@ def _pick_kernel(
     if MASKED:
         words += tl.load(mask_of_row + first + row) * mask_stride
     lane = tl.arange(0, TILE)
-    pending = (top_k > 1.0) & ((top_k < vocab) | (top_p < 1.0) | (min_p > 0.0))
+    pending = (top_k > 1.0) & ((top_k < vocab) | (top_p < 1.0) | (min_p != 0.0))
+    if pending & (min_p < 0.0) & (top_k < vocab) & (top_p < 1.0):
+        total = _mass_of_likeliest(base, words, vocab, scale, peak, top_k, TILE // 2, MASKED)
     while pending:
         x_of_token = tl.load(base + token).to(tl.float32)
         mass = tl.zeros([TILE], tl.float32)
@@ -199,7 +231,7 @@ def _pick_kernel(
                 next_token = tl.where(better, each, next_token)
         above = tl.sum(count, axis=0)
         kept = (above < top_k) & ((top_p >= 1.0) | (tl.sum(mass, axis=0) <= top_p * total))
-        kept = kept & (tl.exp2(x_of_token * scale - peak) >= min_p)
+        kept = kept & (tl.exp2(x_of_token * scale - peak) >= tl.abs(min_p))
         highest = tl.max(score, axis=0)
         # Scaled, a finite logit may be -inf: then no likelier token has a score.
         pending = (above > 0) & (kept == 0) & (highest > float("-inf"))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.runtime_context import get_exec
 from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
 from sglang.srt.speculative import spec_utils
 from whiflash_kernels import MixedBlock
@@ -43,9 +44,13 @@ def changes_logits(batch: Any) -> bool:
 
 
 def parameters(req: Any) -> tuple[float, float, float, float]:
-    """Temperature, top_k, top_p and min_p of a request, as `SamplingRows` takes them."""
-    p = req.sampling_params
-    return p.temperature, p.top_k, p.top_p, p.min_p
+    """Temperature, top_k, top_p and min_p of a request, as `SamplingTable` has them.
+
+    If any request of a batch has min_p, SGLang's FlashInfer sampler takes top_p of what top_k keeps, for all of them.
+    Here it is the request's own min_p, so that its text does not depend on its neighbours.
+    """
+    p, sequential = req.sampling_params, get_exec().kernel.sampling_backend == "flashinfer"
+    return p.temperature, p.top_k, p.top_p, -p.min_p if sequential else p.min_p
 
 
 def is_penalised(req: Any) -> bool:
