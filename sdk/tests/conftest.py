@@ -41,7 +41,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         "_warned": set(),
     }.items():
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(sys.modules["whiflash_sdk.errors"], "_failed", set())
+    monkeypatch.setattr(sys.modules["whiflash_sdk.errors"], "_failed", [])
     return made
 
 

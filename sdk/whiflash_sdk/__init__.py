@@ -27,41 +27,9 @@ __version__ = "0.1.0"
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-__all__ = [
-    "Arm",
-    "ArmTotals",
-    "Capabilities",
-    "Collected",
-    "CollectedTrace",
-    "Finding",
-    "HintError",
-    "Hints",
-    "Kind",
-    "Report",
-    "Session",
-    "Share",
-    "SourceTotals",
-    "Span",
-    "Stretch",
-    "Trace",
-    "TraceError",
-    "TraceLevel",
-    "UnsupportedServerError",
-    "UnsupportedServerWarning",
-    "WhiFlashError",
-    "agent",
-    "async_capabilities",
-    "async_doctor",
-    "async_http_client",
-    "capabilities",
-    "collect",
-    "doctor",
-    "explain",
-    "hinted",
-    "http_client",
-    "predict",
-    "presets",
-    "routing",
-    "spans",
-    "wrap",
-]
+__all__ = ["Arm", "ArmTotals", "Capabilities", "Collected", "CollectedTrace", "Finding", "HintError"]
+__all__ += ["Hints", "Kind", "Report", "Session", "Share", "SourceTotals", "Span", "Stretch", "Trace"]
+__all__ += ["TraceError", "TraceLevel", "UnsupportedServerError", "UnsupportedServerWarning"]
+__all__ += ["WhiFlashError", "agent", "async_capabilities", "async_doctor", "async_http_client"]
+__all__ += ["capabilities", "collect", "doctor", "explain", "hinted", "http_client", "predict", "presets"]
+__all__ += ["routing", "spans", "wrap"]

@@ -75,18 +75,14 @@ def wrap(client: ClientT, **settings: Unpack[Settings]) -> ClientT:
         )
     told = Told.of(**settings)
     before = settings_of(client)
-    if before is not None and vars(client)[_ITSELF] and (others := _others(before, told)):
+    others = [one.name for one in fields(Told) if getattr(before, one.name, None) != getattr(told, one.name)]
+    if before is not None and vars(client)[_ITSELF] and others:
         raise ValueError(
             f"wrap: this client is wrapped already, with other {', '.join(others)}. Its other users would send the new "
             "ones too. Wrap a copy, client.with_options(), or a framework's model of its own"
         )
     _install(client, told)
     return client
-
-
-def _others(one: Told, other: Told) -> list[str]:
-    """Settings that differ."""
-    return [field.name for field in fields(Told) if getattr(one, field.name) != getattr(other, field.name)]
 
 
 def apart(client: Any, owner: object) -> Any:

@@ -14,7 +14,7 @@ from whiflash_sdk import presets
 from whiflash_sdk.capabilities import Capabilities, Server, ask, async_ask
 from whiflash_sdk.client import settings_of
 from whiflash_sdk.identity import OfClient
-from whiflash_sdk.trace import SourceTotals, Trace, routing
+from whiflash_sdk.trace import Trace, routing
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
@@ -95,20 +95,17 @@ def _wrapped(client: Any) -> Finding:
 def _drafters(found: Capabilities) -> Iterator[Finding]:
     neural = [arm for arm in found.arms if arm in ("ar", "diffusion")]
     yield Finding("drafters", bool(neural), ", ".join(neural) or "the server has loaded none")
-    copies = "lookup" in found.arms
-    detail = "answers are copied from prompts"
-    if not copies:
-        detail = "nothing is copied: the server was started with --whiflash-lookup off"
-    yield Finding("copies", copies, detail)
-    detail = f"up to {found.prediction_tokens} tokens are read"
-    if not found.prediction_tokens:
-        detail = "none is read: copies are off, or this device's drafters cannot read them, so leave them out"
-    yield Finding("predictions", found.prediction_tokens > 0, detail)
-    forced = "structure" in found.arms
-    detail = "what tools and schemas force is drafted"
-    if not forced:
-        detail = "nothing is drafted from tools: the server was started with --whiflash-structure off"
-    yield Finding("structure", forced, detail)
+    lacks = "nothing is copied: the server was started with --whiflash-lookup off"
+    yield _either("copies", "lookup" in found.arms, "answers are copied from prompts", lacks)
+    lacks = "none is read: copies are off, or this device's drafters cannot read them, so leave them out"
+    has = f"up to {found.prediction_tokens} tokens are read"
+    yield _either("predictions", found.prediction_tokens > 0, has, lacks)
+    lacks = "nothing is drafted from tools: the server was started with --whiflash-structure off"
+    yield _either("structure", "structure" in found.arms, "what tools and schemas force is drafted", lacks)
+
+
+def _either(name: str, ok: bool, has: str, lacks: str) -> Finding:
+    return Finding(name, ok, has if ok else lacks)
 
 
 def _parsers(found: Capabilities) -> Iterator[Finding]:
@@ -166,11 +163,8 @@ def _brought(trace: Trace) -> Iterator[Finding]:
         told = trace.sources.get(name)
         if told is not None:
             useless = False if told.proposed >= 16 else None  # few say little
-            yield Finding(name, True if told.accepted else useless, _accepted(told))
+            saved = "" if told.saved is None else f", {told.saved:.3f} s saved by estimate"
+            detail = f"{told.accepted} of {told.proposed} drafts accepted{saved}"
+            yield Finding(name, True if told.accepted else useless, detail)
         else:
             yield Finding(name, None, _UNUSED[name])
-
-
-def _accepted(told: SourceTotals) -> str:
-    saved = "" if told.saved is None else f", {told.saved:.3f} s saved by estimate"
-    return f"{told.accepted} of {told.proposed} drafts accepted{saved}"

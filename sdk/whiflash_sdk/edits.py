@@ -29,12 +29,6 @@ _FENCE: Final = re.compile(r"(?:[^\n]*\n){0,2}```[^\n`]*\n(.*?)\n?```\s*", re.DO
 _FENCES_ITSELF: Final = (".md", ".mdx", ".rst", ".txt")
 
 
-def file_named(shown: str) -> str:
-    """The path that a view's header names; empty without one."""
-    found = _HEADER.search(shown) if "[File: " in shown else None
-    return found[1] if found else ""
-
-
 def file_shown(shown: str, path: str, *, numbered: bool = False) -> str | None:
     """The file's lines in a tool's result; None if it is not clear which these are.
 
@@ -62,14 +56,9 @@ def _is_view(lines: list[str], found: dict[int, re.Match[str]]) -> bool:
     """Whether the numbers are a view's: something around them is, or most lines have one."""
     if any(_AROUND.fullmatch(line.strip()) for place, line in enumerate(lines) if place not in found):
         return bool(found)
-    if len(found) == 1 and not _counts(next(iter(found.values()))):
-        return False
+    if len(found) == 1 and (only := next(iter(found.values())))[1] != "1" and only[2] in _BLANK_FOLLOWS:
+        return False  # as in `12:30`
     return 2 * len(found) > sum(bool(line.strip()) for line in lines)
-
-
-def _counts(match: re.Match[str]) -> bool:
-    """Whether one line's number is one: `12:30` begins with none."""
-    return match[1] == "1" or match[2] not in _BLANK_FOLLOWS
 
 
 def _indent(texts: list[str]) -> int:
@@ -102,6 +91,12 @@ _EDITS: Final = re.compile(r"edit|write|patch|replace|update", re.IGNORECASE)
 _SEARCHES: Final = ("pattern", "query", "regex", "glob")
 
 
+_ANSWERS: Final = {
+    "tool": ("tool_call_id", "content"),
+    "tool_result": ("tool_use_id", "content"),
+    "function_call_output": ("call_id", "output"),
+}
+"""Fields of a call's result, by its role or type."""
 _LOOKED_AT: Final = 1024
 """Messages, parts and calls that are read, from the end: a long conversation costs no more per turn."""
 _LONGEST: Final = 2**18
@@ -120,7 +115,7 @@ def file_to_edit(body: Mapping[str, Any], parser: str | None) -> str | None:
 
 
 class _Touch(NamedTuple):
-    """A call on a file: what it writes, or replaces by what, and what came back; empty if there is none."""
+    """A call on a file: what it writes, or replaces by what, and what came back; an empty path if it is on none."""
 
     path: str
     written: str
@@ -138,7 +133,7 @@ def _last_file(touches: Iterable[_Touch]) -> str:
     latest: deque[str] = deque()
     decided: set[str] = set()
     for touch in touches:
-        if touch.path in decided:
+        if not touch.path or touch.path in decided:
             continue
         if touch.path not in touched:
             latest.append(touch.path)
@@ -161,27 +156,21 @@ def _replayed(touches: list[_Touch]) -> str:
 
 
 def _touches(parts: Iterable[Mapping[str, Any]]) -> Iterator[_Touch]:
-    """Calls on files. A result without its call, or of one that names no file, may name it."""
     results: dict[str, str] = {}
     for part in parts:
         results.update(_results(part))
-        for name, arguments in _calls(part):
-            path = "" if _first(arguments, _SEARCHES) else _first(arguments, _PATHS)
-            shown = results.pop(name, "")
-            if path:
-                yield _Touch(path, *(_first(arguments, names) for names in (_CONTENTS, _OLD, _NEW)), shown)
-            else:
-                yield from _named_views(shown)
-    for shown in results.values():
-        yield from _named_views(shown)
+        yield from (_touch(arguments, results.pop(name, "")) for name, arguments in _calls(part))
+    yield from (_touch({}, shown) for shown in results.values())
 
 
-def _named_views(shown: str) -> Iterator[_Touch]:
-    """The view that names its file, as if it had been written."""
-    path = file_named(shown)
-    text = file_shown(shown, path, numbered=True) if path else None
-    if text:
-        yield _Touch(path, text, "", "", "")
+def _touch(arguments: Mapping[str, Any], shown: str) -> _Touch:
+    """The touch of a call. A view that names its file itself counts as written."""
+    path = "" if _first(arguments, _SEARCHES) else _first(arguments, _PATHS)
+    if path:
+        return _Touch(path, *(_first(arguments, names) for names in (_CONTENTS, _OLD, _NEW)), shown)
+    header = _HEADER.search(shown) if "[File: " in shown else None
+    text = file_shown(shown, header[1], numbered=True) if header else None
+    return _Touch(header[1] if header and text else "", text or "", "", "", "")
 
 
 def _offers_edits(body: Mapping[str, Any]) -> bool:
@@ -219,13 +208,10 @@ def _calls(part: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _results(part: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Id of the call that it answers, and what this brought."""
-    if part.get("role") == "tool":
-        yield text_or_none(part.get("tool_call_id")) or "", _plain(part.get("content"))
-    elif part.get("type") == "tool_result":
-        content = "" if part.get("is_error") else part.get("content")
-        yield text_or_none(part.get("tool_use_id")) or "", _plain(content)
-    elif part.get("type") == "function_call_output":
-        yield text_or_none(part.get("call_id")) or "", _plain(part.get("output"))
+    for kind in ("role", "type"):
+        if names := _ANSWERS.get(text_or_none(part.get(kind)) or ""):
+            name, content = map(part.get, names)
+            yield text_or_none(name) or "", "" if part.get("is_error") else _plain(content)
 
 
 def _plain(content: object) -> str:

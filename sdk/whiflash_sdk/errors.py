@@ -1,9 +1,4 @@
-"""All errors, as one tree.
-
-WhiFlashError
-├── HintError               a hint that the server would refuse; nothing was sent
-├── UnsupportedServerError  `strict=True`, and the server does not route (plain SGLang, vLLM, OpenAI)
-└── TraceError              the response carries a trace that cannot be read
+"""All errors, as one tree below `WhiFlashError`, and warnings.
 
 Errors of the OpenAI client pass through as they are. A request that is refused for its hints is repeated without
 them; under `strict=True` it is the client's `openai.BadRequestError`, whose message names the field.
@@ -53,25 +48,21 @@ def warn_unsupported(message: str, category: type[Warning] = UnsupportedServerWa
 
 
 ResultT = TypeVar("ResultT")
-_failed: set[str] = set()
-"""The first guess that failed."""
+_failed: list[str] = []
 
 
 def guessed(guess: Callable[..., ResultT], *args: object, otherwise: ResultT) -> ResultT:
-    """Result of a guess about a request, which breaks none: the first that fails is a warning, for all of them.
+    """Result of a guess about a request, which breaks none: the first of all that fails is a warning.
 
-    Its message may quote text of others: only its kind and place are named.
+    It names the kind of the error and its place only, since a message may quote text of others.
     """
     try:
         return guess(*args)
     except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"a guess about a request failed: {type(error).__name__} in line {at.lineno} of {at.filename}"
         if not _failed:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            _failed.add(last.name)
+            _failed.append(said)
             with contextlib.suppress(RuntimeWarning):  # where warnings are errors
-                warn_unsupported(
-                    f"a guess about a request failed: {type(error).__name__} in {last.name}, line {last.lineno} of "
-                    f"{last.filename}. Such requests go out without it. Please report this",
-                    RuntimeWarning,
-                )
+                warn_unsupported(f"{said}. Requests go out without it. Please report this", RuntimeWarning)
         return otherwise

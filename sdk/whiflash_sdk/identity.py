@@ -31,6 +31,8 @@ _OF_ONE_REQUEST: Final = re.compile(
 )
 """Headers that a question for capabilities does not take from the request that wants to know."""
 _READABLE: Final = [(b"accept", b"application/json"), (b"accept-encoding", b"identity")]
+_CLOSES: Final = {"connection": "close"}
+"""Of a question: its connection is of one event loop, and an asynchronous client may serve several."""
 _MAKERS: Final = (
     *("_api_key_provider", "_azure_ad_token_provider", "_azure_ad_token"),  # of OpenAI's clients
     *("workload_identity", "_provider", "credentials"),  # of its third version, and of Anthropic's
@@ -69,13 +71,8 @@ class OfClient:
 
         limits: seconds by phase. Raises: whatever the client raises.
         """
-        headers = dict(_closing(self._client._client))
-        options = {
-            "headers": headers,
-            "max_retries": 0,
-            "timeout": self._library.Timeout(**limits),
-            "follow_redirects": False,
-        }
+        options = {"headers": _CLOSES, "max_retries": 0, "follow_redirects": False}
+        options["timeout"] = self._library.Timeout(**limits)
         return (yield self._client.get(url, cast_to=object, options=options))
 
     def fingerprint(self, url: str) -> bytes:
@@ -108,7 +105,7 @@ class OfRequest:
         asked = type(self._request)(
             "GET",
             self._request.url.copy_with(path=urlsplit(url).path),
-            headers=[*headers, *_READABLE, *_closing(self._http)],
+            headers=[*headers, *_READABLE, *_CLOSES.items()],
             extensions={"timeout": dict(limits)},
         )
         answer = yield self._http.send(asked, follow_redirects=False)
@@ -123,11 +120,6 @@ class OfRequest:
 
 
 Asker = OfClient | OfRequest
-
-
-def _closing(http: Any) -> list[tuple[str, str]]:
-    """Headers of a question: its connection is of one event loop, and an asynchronous client may serve several."""
-    return [("connection", "close")] if isinstance(http, base_classes("AsyncClient")) else []
 
 
 def _digest(url: str, sent: Mapping[str, Any], *more: object) -> bytes:

@@ -39,23 +39,22 @@ def add_to(span: Any, share: Share, call: tuple[str | None, str | None, str | No
         if not span.is_recording():
             return
         held = getattr(span, "attributes", None) or {}
-        found: dict[str, Any] = {
-            "whiflash.rounds": share.rounds,
-            "whiflash.tokens": share.tokens,
-            "whiflash.seconds": share.seconds,
-            "whiflash.seconds_saved_estimate": share.saved,
-        }
+        names = {"rounds": share.rounds, "tokens": share.tokens}
+        names |= {"seconds": share.seconds, "seconds_saved_estimate": share.saved}
         for arm, totals in share.arms.items():
             for name in ("rounds", "tokens", "proposed", "accepted"):
-                found[f"whiflash.arm.{arm}.{name}"] = getattr(totals, name)
-        found = {name: held.get(name, 0) + value for name, value in found.items() if value is not None}
-        if found["whiflash.rounds"]:
-            found["whiflash.acceptance_length"] = found["whiflash.tokens"] / found["whiflash.rounds"]
-        names = ("gen_ai.response.id", "gen_ai.response.model", "gen_ai.agent.name")
-        for name, value in list(zip(names, call, strict=True))[0 if _is_inference(span, held) else 2 :]:
-            if value is not None and name not in held:
-                found[name] = value
-        span.set_attributes(found)
+                names[f"arm.{arm}.{name}"] = getattr(totals, name)
+        ours = {f"whiflash.{name}": value for name, value in names.items() if value is not None}
+        sums = {name: held.get(name, 0) + value for name, value in ours.items()}
+        said = zip(("gen_ai.response.id", "gen_ai.response.model", "gen_ai.agent.name"), call, strict=True)
+        wanted = list(said)[0 if _is_inference(span, held) else 2 :]
+        span.set_attributes(
+            {
+                **{name: value for name, value in wanted if value is not None and name not in held},
+                **sums,
+                "whiflash.acceptance_length": sums["whiflash.tokens"] / max(sums["whiflash.rounds"], 1),
+            }
+        )
 
 
 def _is_inference(span: Any, held: Mapping[str, Any]) -> bool:

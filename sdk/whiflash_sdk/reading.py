@@ -9,9 +9,7 @@ from typing import Any, Final
 
 DEEPEST: Final = 200
 """Levels of lists and objects. Pydantic's reader has the same bound."""
-_SPACE: Final = re.compile(r"[ \t\r\n]*")
-_COLON: Final = re.compile(r"[ \t\r\n]*:[ \t\r\n]*")
-_COMMA: Final = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
+_BETWEEN: Final = re.compile(r"[ \t\r\n:,]*")
 _EMPTY: Final = re.compile(rb"[ \t\r\n]*\}")
 
 
@@ -100,15 +98,15 @@ def _member(name: str, value: str) -> str:
 def _members(text: str) -> Iterator[tuple[str, str, str]]:
     """Members of an object: the name of each, its text, and the text of its value."""
     decode = json.JSONDecoder().raw_decode
-    at = _end(_SPACE, text, text.index("{") + 1)
+    at = _next(text, text.index("{") + 1)
     while text[at] != "}":
         name, end = decode(text, at)
-        begin = _end(_COLON, text, end)
+        begin = _next(text, end)
         _, end = decode(text, begin)
         yield name, text[at:end], text[begin:end]
-        at = _end(_COMMA, text, end)
+        at = _next(text, end)
 
 
-def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
-    found = pattern.match(text, at)
+def _next(text: str, at: int) -> int:
+    found = _BETWEEN.match(text, at)
     return at if found is None else found.end()

@@ -122,22 +122,8 @@ def _template() -> Any:
         files("whiflash_sdk.render").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css")
     )
     environment = Environment(autoescape=True, finalize=_shown)
-    names = (
-        "SOURCES",
-        "REASONS",
-        "by_author",
-        "count",
-        "describe",
-        "everything",
-        "held_back",
-        "in_order",
-        "pieces",
-        "reasons",
-        "seconds",
-        "why",
-    )
     ours = (_before, _class_of, _percent, _quoted, _runs, _texts_of)
-    environment.globals.update({name: getattr(aligned, name) for name in names})
+    environment.globals.update({name: one for name, one in vars(aligned).items() if name[0] != "_"})
     environment.globals.update({one.__name__.removeprefix("_"): one for one in ours})
     environment.globals.update(
         columns_of=columns_of, ticks=ticks, zooms=zooms, style=Markup(style), LONG=_LONG
