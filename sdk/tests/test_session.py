@@ -130,6 +130,7 @@ def test_a_file_that_was_read_is_predicted_for_tools_that_edit(
         ([call(2, CHANGE)], [EDIT], FILE.replace("3.14", "pi")),
         ([call(2, CHANGE), result(2, "ok")], [EDIT], FILE.replace("3.14", "pi")),
         ([call(2, {"path": "b.py", "content": "b = 1\n"})], [EDIT], "b = 1\n"),
+        ([call(2, {"path": "b.py", "content": "b"}), call(3, CHANGE)], [EDIT], FILE.replace("3.14", "pi")),
         ([call(2, {"path": "a.py"}), result(2, "x = 2")], [EDIT], "x = 2"),
         ([call(2, {"command": "ls"}), result(2, "a.py")], [EDIT], FILE),
         ([call(2, {"path": ".", "pattern": "r"}), result(2, "a.py:1:def area(r):")], [EDIT], FILE),
@@ -227,22 +228,10 @@ def test_views_are_predicted_without_what_they_add(
 
 
 REMINDER = "\n<system-reminder>"
-UNITS = [
-    "\n",
-    " \n",
-    "\r",
-    REMINDER,
-    f"{REMINDER}</system-reminder>",
-    "</system-reminder> ",
-    "bash-$\n",
-    "1\t\n",
-    "9",
-]
+UNITS = ["\n", " \n", REMINDER, f"{REMINDER}</system-reminder>", "bash-$\n", "1\t\n", "9", "[File: ", "```\n"]
 
 
-@pytest.mark.parametrize(
-    "unit", [*UNITS, "[File: ", "(1 ", "```\n", "<file>\n", "</file> ", "--- FILE CONTENT"]
-)
+@pytest.mark.parametrize("unit", [*UNITS, "(1 ", "</file> ", "--- FILE CONTENT"])
 def test_a_megabyte_of_anything_takes_no_minutes(unit: str) -> None:
     shown = unit * (2**20 // len(unit))
     for frame in ("", "<file>\n"):

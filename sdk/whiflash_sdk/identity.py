@@ -32,7 +32,7 @@ _OF_ONE_REQUEST: Final = re.compile(
 """Headers that a question for capabilities does not take from the request that wants to know."""
 _READABLE: Final = [(b"accept", b"application/json"), (b"accept-encoding", b"identity")]
 _CLOSES: Final = {"connection": "close"}
-"""Of a question: its connection is of one event loop, and an asynchronous client may serve several."""
+"""A question leaves no connection: it would be of one event loop, and an asynchronous client may serve several."""
 _MAKERS: Final = (
     *("_api_key_provider", "_azure_ad_token_provider", "_azure_ad_token"),  # of OpenAI's clients
     *("workload_identity", "_provider", "credentials"),  # of its third version, and of Anthropic's
