@@ -111,6 +111,7 @@ def test_an_answer_shows_what_each_hint_brought() -> None:
 def test_an_answer_shows_why_nothing_came(trace: Any, name: str, said: str) -> None:
     assert explained(trace)[name].startswith("-" if "0 of 0" in said or not trace["rounds"] else "FAIL")
     assert said in explained(trace)[name]
+    assert ("doctor(client)" in explained(trace)[name]) is ("of 3 rounds" in said)
 
 
 def test_an_answer_without_a_trace_is_explained(client: OpenAI, server: FakeServer) -> None:

@@ -125,7 +125,8 @@ def test_spans_get_what_a_call_came_to(client: OpenAI, server: FakeServer) -> No
         tracer.start_as_current_span("POST /run") as around,
         tracer.start_as_current_span("agent", attributes=own),
     ):
-        for _ in range(3):
+        for more in (0, -5, 5):
+            server.trace = {**PRICED, "tokens": PRICED["tokens"] + more}
             client.chat.completions.create(**QUESTION)
         late = client.chat.completions.create(**QUESTION, stream=True)
     assert not around.attributes
