@@ -228,52 +228,6 @@ def test_an_image_is_a_400(server: Server, route: str) -> None:
     httpx.post(server.url + route, json=body, timeout=None).raise_for_status()
 
 
-OUTSIDE = 320
-"""The first id that is none of the tiny target's."""
-COMPLETION: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4}
-FATAL: list[tuple[str, dict[str, Any], str]] = [
-    ("/generate", {"input_ids": [[1, 2], [3, -1]]}, "input_ids"),
-    ("/generate", {"input_ids": [1, OUTSIDE], "stream": True}, "input_ids"),
-    ("/generate", {"text": ""}, "text"),
-    ("/generate", {"text": "", "session_params": {"id": None}}, "text"),
-    ("/generate", {"text": PROMPT, "top_logprobs_num": OUTSIDE + 1}, "top_logprobs_num"),
-    ("/generate", {"text": PROMPT, "return_logprob": True, "logprob_start_len": -5}, "logprob_start_len"),
-    ("/generate", {"text": PROMPT, "positional_embed_overrides": {"a": 1}}, "positional_embed_overrides"),
-    ("/v1/completions", {**COMPLETION, "prompt": ["a", ""]}, "empty"),
-    ("/v1/completions", {**COMPLETION, "prompt": [1, OUTSIDE], "stream": True}, "prompt"),
-    ("/v1/completions", {**COMPLETION, "stop_token_ids": [-1], "min_tokens": 2}, "stop_token_ids"),
-    (
-        "/v1/chat/completions",
-        {"model": "tiny", "messages": MESSAGES, "logprobs": True, "top_logprobs": OUTSIDE + 1},
-        "top_logprobs",
-    ),
-    ("/v1/score", {"model": "tiny", "query": [1], "items": [[OUTSIDE]], "label_token_ids": [1]}, "input_ids"),
-]
-"""Requests that end a plain server of SGLang 0.5.23: route, body, and the field that ours names."""
-
-
-def test_requests_that_would_end_the_server_are_400s_and_a_neighbour_streams_on(server: Server) -> None:
-    neighbour = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 600, "ignore_eos": True}
-    alone = post(server, "/v1/completions", neighbour).json()["choices"][0]["text"]
-    streamed, begun = "", False
-    with httpx.stream(
-        "POST", f"{server.url}/v1/completions", json=neighbour | {"stream": True}, timeout=None
-    ) as stream:
-        for line in stream.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            for route, body, field in [] if begun else FATAL:
-                answer = post(server, route, body)
-                # SGLang sends the native route's status before it reads the request.
-                in_stream = route == "/generate" and body.get("stream")
-                assert answer.status_code == (200 if in_stream else 400), (route, body, answer.text)
-                assert field in answer.text, (route, body)
-                assert not in_stream or '"code":400' in answer.text
-            begun = True
-            streamed += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-    assert streamed == alone
-
-
 @pytest.mark.parametrize(
     "params",
     [

@@ -50,6 +50,21 @@ def test_what_the_scheduler_can_serve_is_admitted(given: dict[str, Any]) -> None
     check(**given)
 
 
+def test_of_a_batch_each_prompt_has_its_values() -> None:
+    """SGLang leaves lists empty that it does not read, as a chat's `modalities`."""
+    check_types(batch(modalities=[], sampling_params={"n": 2}))
+    with pytest.raises(ValueError, match="sampling_params: has fewer entries than 2 prompts"):
+        check_types(batch(sampling_params=[{}]))
+    with pytest.raises(ValueError, match="priority: is 'x'"):
+        check_types(batch(priority="x"))
+
+
+def batch(**fields: Any) -> GenerateReqInput:
+    obj = GenerateReqInput(text=["a", "b"], **fields)
+    obj.normalize_batch_and_arguments()
+    return obj
+
+
 def test_media_that_are_not_served_are_named() -> None:
     image, video = GenerateReqInput(image_data="a"), GenerateReqInput(image_data="a", video_data="b")
     check_media(image, takes_images=True)

@@ -10,7 +10,6 @@ ends with the answers of everybody. So does a message whose types the scheduler'
 and read here first, as it will be there. Every route and `Engine` come through here, a batch request by request.
 """
 
-import dataclasses
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional, get_type_hints
@@ -41,23 +40,14 @@ INTERNAL = (
 )
 """Fields of SGLang's native requests that its own code fills in; from a client nothing checks them."""
 
-
-_GIVEN = {field.name: field.default for field in dataclasses.fields(GenerateReqInput)}
 _SENT = get_type_hints(TokenizedGenerateReqInput)
+_APART = {"input_ids", "kv_hints", "sampling_params", "session_params"}
 _SAMPLED = {*api_types.SamplingParams.__struct_fields__, "ebnf_full_assistant"}
 _KINDS: dict[str, dict[str, Any]] = {
-    "": {
-        name: _SENT[name] if default is not None else Optional[_SENT[name]]  # noqa: UP045 (a type that is computed)
-        for name, default in _GIVEN.items()
-        if name in _SENT and name not in ("input_ids", "kv_hints", "sampling_params", "session_params")
-    }
-    | {"lora_path": str | None},
+    "": {name: kind for name, kind in _SENT.items() if hasattr(GenerateReqInput, name) and name not in _APART}
+    | dict.fromkeys(("lora_path", "sampling_logprobs_mode"), str | None),
     # null means a default, but not yet where SGLang counts samples; it makes numbers of text in stop_token_ids
-    "sampling_params.": {
-        name: Optional[kind]  # noqa: UP045
-        for name, kind in get_type_hints(SamplingParams).items()
-        if name in _SAMPLED
-    }
+    "sampling_params.": {n: Optional[k] for n, k in get_type_hints(SamplingParams).items() if n in _SAMPLED}  # noqa: UP045
     | {"n": int, "stop_token_ids": list[int | str | None] | None, "watermark": Any},
     "session_params.": get_type_hints(SessionParams),
 }
@@ -106,17 +96,13 @@ def _refusing(original: Any, self: Any, obj: Any, input_ids: Any) -> None:
 
 
 def check_given(obj: Any, *, native: bool) -> None:
-    """Check a request before SGLang parts it by prompts. native: its fields are the client's own.
-
-    Raises:
-        ValueError: a field is SGLang's own, or a sampling parameter is unknown or of another type.
-    """
+    """Check a request before SGLang parts it by prompts; raises ValueError. native: its fields are the client's own."""
     if isinstance(obj, EmbeddingReqInput):
         raise ValueError(
             "this server only generates text; ask one with --is-embedding for embeddings and classes"
         )
     for name in INTERNAL if native else ():
-        if getattr(obj, name) != _GIVEN[name]:
+        if getattr(obj, name) != getattr(GenerateReqInput, name):
             raise ValueError(f"{name}: is filled in by the server only; leave it out")
     given = obj.sampling_params
     entries = given if isinstance(given, list) else [{} if given is None else given]
@@ -130,17 +116,16 @@ def check_given(obj: Any, *, native: bool) -> None:
 
 
 def check_types(obj: GenerateReqInput) -> None:
-    """Check the types of a request, prompt by prompt, after SGLang has parted it by prompts.
-
-    Raises:
-        ValueError: naming the field whose type the scheduler does not read.
-    """
-    one = getattr(obj, "is_single", True)
-    for name in () if one else _GIVEN:
-        value = getattr(obj, name)
-        if isinstance(value, list) and len(value) < len(obj.rid):
-            raise ValueError(f"{name}: has {len(value)} entries; give one for each of {len(obj.rid)} prompts")
-    for prompt in [obj] if one else [obj[number] for number in range(len(obj.rid))]:
+    """Check the types of a request after SGLang has parted it by prompts; raises ValueError, which names the field."""
+    try:
+        prompts = [obj] if getattr(obj, "is_single", True) else [obj[i] for i in range(len(obj.rid))]
+    except IndexError:
+        lists = {name: value for name, value in vars(obj).items() if isinstance(value, list)}
+        short = ", ".join(name for name, value in lists.items() if len(value) < len(obj.rid))
+        raise ValueError(
+            f"{short}: has fewer entries than {len(obj.rid)} prompts; give one for each"
+        ) from None
+    for prompt in prompts:
         _check_kinds("", {name: getattr(prompt, name) for name in _READERS[""]})
         _check_kinds("session_params.", prompt.session_params or {})
 

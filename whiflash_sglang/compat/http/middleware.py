@@ -55,10 +55,9 @@ class OurFields:
         self._app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if _is_foreign(scope) and _steers_openly(scope):
+        if _is_foreign(scope):
             why = "pages of other origins may not steer a server without keys; send it from elsewhere, or set keys"
-            error = {"message": why, "type": "PermissionDeniedError"}
-            await JSONResponse({"error": error}, 403)(scope, receive, send)
+            await JSONResponse({"error": {"message": why}}, 403)(scope, receive, send)
             return
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         form = FORMS.get(path) if scope.get("method") in ("POST", "PUT") else None
@@ -93,21 +92,17 @@ class OurFields:
 
 
 def _is_foreign(scope: Message) -> bool:
-    """Whether a browser sends this for a page of another origin: SGLang lets every page send and read (CORS)."""
+    """Whether a browser sends this for a page of another origin, all of which SGLang allows (CORS), to a route that is
+    an operator's and open to everybody."""
     headers = dict(scope.get("headers", ()))
     site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
-    if site is not None:
-        return site not in (b"same-origin", b"none")
-    return origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
-
-
-def _steers_openly(scope: Message) -> bool:
-    """Whether a route is an operator's, and open to everybody."""
-    server_args = http_server._global_state.tokenizer_manager.server_args
-    if not asks_for_ours(server_args) or server_args.api_key or server_args.admin_api_key:
+    same = (origin or b"").partition(b"://")[2] == headers.get(b"host")
+    if site in (b"same-origin", b"none") or (site is None and (origin is None or same)):
         return False
+    server_args = http_server._global_state.tokenizer_manager.server_args
     level = auth._get_auth_level_from_app_and_scope(http_server.app, dict(scope))
-    return bool(level != auth.AuthLevel.NORMAL)
+    is_open = not (server_args.api_key or server_args.admin_api_key)
+    return bool(asks_for_ours(server_args) and is_open and level != auth.AuthLevel.NORMAL)
 
 
 async def _parsed(receive: Receive) -> tuple[object, Receive]:
