@@ -114,6 +114,13 @@ def test_one_tenant_does_not_take_all() -> None:
     assert len(memory) == 2
 
 
+def test_both_generations_count_against_the_bound() -> None:
+    memory, rng = TenantMemory(LIMIT, MAX_AGE), random.Random(0)
+    for _ in range(300):
+        memory.remember(tenant(rng.choice(NAMES)), range(rng.choice([200, 490])))
+        assert memory.nbytes <= LIMIT
+
+
 def test_the_least_recently_used_tenant_makes_room() -> None:
     memory = TenantMemory(LIMIT, MAX_AGE)
     for name in ("a", "b"):
