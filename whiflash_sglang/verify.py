@@ -9,6 +9,7 @@ from whiflash_kernels import MixedBlock, prepare_mixed_block
 from whiflash_sglang.cache.tokens import NO_TOKEN, TokenTable
 from whiflash_sglang.compat.forward import sampling
 from whiflash_sglang.compat.forward.masks import Masks
+from whiflash_sglang.compat.forward.parallel import first_ranks, sends_tokens
 from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.core import Round, SampleHook, Verified
 from whiflash_sglang.device.transfers import HostView, sent
@@ -33,7 +34,7 @@ class VerifyStage:
         hooks: Sequence[SampleHook],
         spending: Spending,
     ) -> None:
-        self._spending = spending
+        self._spending, self._checks = spending, sampling.checks_numbers()
         self._target, self._tokens, self._host = target, tokens, host
         self._epilogue, self._hooks = epilogue, hooks
 
@@ -56,13 +57,18 @@ class VerifyStage:
         host_widths = chosen.widths.tolist() if self._host.exact else None
         block = padded if host_widths is None else packed(padded, sum(host_widths))
         masks = Masks(block, chosen.widths, round.ahead) if batch.has_grammar else None
-        unchanged = not (batch.has_grammar or sampling.changes_logits(batch) or sampling.is_sglangs(batch))
+        sends = sends_tokens(batch.has_grammar)
+        changed = batch.has_grammar or sampling.changes_logits(batch) or sampling.is_sglangs(batch)
+        unchanged = not (changed or sends or self._checks)
         self._epilogue.let_graphs_commit(unchanged, round.row_ids)
         verified = self._target.verify(batch, padded, chosen.widths, host_widths, round.stride)
         verified = verified._replace(starts=round.starts, request_rows=round.rows)
         masks = self._built(batch, masks, barrier)
+        if self._checks:
+            sampling.check_numbers(verified.logits)
         if verified.committed is None:
             predictions = self._sampled(batch, verified, block, round, masks)
+            predictions = first_ranks(predictions) if sends else predictions
             verified = verified._replace(predictions=predictions)
         if masks is not None and masks.rejected:
             block = _rejecting(block, masks.rejected)

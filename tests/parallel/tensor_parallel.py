@@ -19,6 +19,7 @@ from watching import unwatched
 
 from whiflash_sglang.core import Round
 from whiflash_sglang.device.clock import HostClock
+from whiflash_sglang.round import epilogue
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.structure import spending
 
@@ -206,8 +207,6 @@ def wild(checkpoints: Checkpoints, arrivals: list[Arrival], plain: Outputs, rank
 
 def goes_astray(checkpoints: Checkpoints, log: Path, rank: int, port: int) -> None:
     """From one round on the second rank commits other tokens than the target gave; rounds are told in `log`."""
-    from whiflash_sglang.round import epilogue
-
     accept, rounds = epilogue.accept_and_commit, 0
 
     def committing(predictions: Any, *args: Any, **kwargs: Any) -> Any:
@@ -219,3 +218,16 @@ def goes_astray(checkpoints: Checkpoints, log: Path, rank: int, port: int) -> No
 
     with patch.object(epilogue, "accept_and_commit", committing):
         play_ours(checkpoints, "random", mixed(seed=2, count=6, tokens=60), {}, rank, port)
+
+
+def draws_alone(checkpoints: Checkpoints, rank: int, port: int) -> Played:
+    """In batches with a grammar the second rank draws other tokens than the first."""
+    draw = epilogue.sample_rows
+
+    def drawing(*args: Any, masks: Any = None, **named: Any) -> Any:
+        return draw(*args, masks=masks, **named) + (0 if masks is None else rank)
+
+    regex = {"regex": "(red|green|blue)( (red|green|blue)){5}", "max_new_tokens": 24, "temperature": 1.0}
+    arrivals = [Arrival(f"r{i}", i, tuple(range(i, 20)), regex if i % 2 else {}) for i in range(4)]
+    with patch.object(epilogue, "sample_rows", drawing):
+        return play_ours(checkpoints, "random", arrivals, {}, rank, port, skip_tokenizer_init=False)

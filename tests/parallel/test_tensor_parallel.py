@@ -19,6 +19,7 @@ from tensor_parallel import (
     Checkpoints,
     Outputs,
     Played,
+    draws_alone,
     goes_astray,
     plainly,
     play_ours,
@@ -127,3 +128,10 @@ def test_a_rank_that_goes_astray_is_found_within_a_round(checkpoints: Checkpoint
     seen = log.read_text()
     assert "rank 1 verifies round 4\n" in seen
     assert "rank 1 verifies round 5\n" not in seen
+
+
+def test_under_grammars_all_ranks_have_the_tokens_of_the_first(checkpoints: Checkpoints) -> None:
+    """As SGLang's sampler sends them there."""
+    first, second = on_ranks(RANKS, partial(draws_alone, checkpoints))
+    assert first == second
+    assert all(first.outputs.values())

@@ -21,6 +21,7 @@ from sglang.srt.runtime_context import get_exec
 from torch.nn.functional import normalize
 from traffic import play
 
+from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.platform.seams import install_seams
 
 PROMPT = tuple(range(100, 130))
@@ -169,6 +170,23 @@ def test_min_p_is_that_of_flashinfer(models: Models, monkeypatch: pytest.MonkeyP
         for params in ({**BASE, **asked, "sequential": True}, {**BASE, **asked})
     ]
     assert chances[0] > 1e-4 > chances[1]
+
+
+def test_no_number_is_no_token_if_sglangs_switch_asks(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = Target.verify
+
+    def broken(target: Target, *args: Any) -> Any:
+        verified = verify(target, *args)
+        verified.logits[:, 7] = torch.nan
+        return verified
+
+    monkeypatch.setenv("SGLANG_SANITIZE_NAN_LOGITS", "1")
+    monkeypatch.setattr(Target, "verify", broken)
+    with engine(models.target, whiflash=models.whiflash("random")) as e:
+        [text] = e.generate([PROMPT], max_new_tokens=20)
+    assert 7 not in text
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.logits_processor import should_apply_lm_head_quant_method
+from sglang.srt.layers.sampler import SYNC_TOKEN_IDS_ACROSS_TP
 from sglang.srt.lora.layers import unwrap_lora_layer
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 from sglang.srt.runtime_context import get_parallel
@@ -35,6 +36,20 @@ def ranks_of_model() -> Ranks:
         return every
 
     return Ranks(group.rank_in_group, group.world_size, send, gather)
+
+
+def sends_tokens(grammars: bool) -> bool:
+    """Whether ranks take the first one's tokens, as of SGLang's sampler: under grammars, or if the environment says so.
+
+    A rank whose card draws another token would end the server.
+    """
+    return get_parallel().attn_tp_group.world_size > 1 and (grammars or SYNC_TOKEN_IDS_ACROSS_TP)
+
+
+def first_ranks(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens of the first rank, in place, in all that ask."""
+    sent: torch.Tensor = get_parallel().attn_tp_group.broadcast(tokens, src=0)
+    return sent
 
 
 def shared_vocabulary(model: Any, size: int) -> SharedVocabulary | None:

@@ -12,10 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.runtime_context import get_exec
 from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
 from sglang.srt.speculative import spec_utils
+from sglang.srt.utils.async_probe import sanitize_nan_logits
 from whiflash_kernels import MixedBlock
 
 from whiflash_sglang.compat.forward.masks import Masks
@@ -35,6 +37,21 @@ def is_sglangs(batch: Any) -> bool:
     info = batch.sampling_info
     seeded = info.sampling_seed is not None and not info.is_all_greedy
     return bool(seeded or batch.return_logprob or info.has_custom_logit_processor)
+
+
+def checks_numbers() -> bool:
+    """Whether SGLang's environment asks that NaN among logits is found, or replaced (`check_numbers`)."""
+    asked = (
+        envs.SGLANG_SANITIZE_NAN_LOGITS,
+        envs.SGLANG_ENABLE_NAN_LOGITS_CHECK,
+        envs.SGLANG_ENABLE_ASYNC_ASSERT,
+    )
+    return any(switch.get() for switch in asked)
+
+
+def check_numbers(logits: torch.Tensor) -> None:
+    """As SGLang's verifications do with logits, in place."""
+    sanitize_nan_logits(logits, "verify: target model logits")
 
 
 def changes_logits(batch: Any) -> bool:
