@@ -287,7 +287,7 @@ enable_attn_tp_input_scattered enable_layernorm_sp smg_grpc_mode grpc_mode use_r
 enable_lmcache enable_flexkv enable_unified_cache_external_linker enable_hisparse enable_unified_memory
 enable_page_major_kv_layout enable_memory_saver enable_linear_replayssm enable_linear_replayssm_spec
 enable_int8_mamba_checkpoint enable_watermark enable_mis enable_eplb enable_two_batch_overlap
-enable_single_batch_overlap enable_pdmux enable_lora_overlap_loading
+enable_single_batch_overlap enable_pdmux enable_lora_overlap_loading enable_torch_compile
 """
 ARGUMENTS: dict[str, tuple[Any, str]] = {
     **{switch: (True, f"--{switch.replace('_', '-')}(?!-)") for switch in SWITCHES.split()},
@@ -467,6 +467,7 @@ def test_on_cuda_what_was_left_open_is_what_works(monkeypatch: pytest.MonkeyPatc
         args = ServerArgs(model_path="unused")
         choose_for_cuda(args)
         assert (args.attention_backend, args.disable_overlap_schedule) == (attention, False)
+        assert args.lora_backend == "triton"
         assert (args.cuda_graph_backend_decode, args.cuda_graph_backend_prefill) == (None, "disabled")
     chosen = ServerArgs(
         model_path="unused", attention_backend="trtllm_mha", cuda_graph_backend_decode="disabled"

@@ -97,6 +97,8 @@ def choose_for_cuda(server_args: Any) -> list[str]:
     if server_args.attention_backend is None:
         server_args.attention_backend = attention
     attention = server_args.attention_backend
+    if server_args.lora_backend == "csgmv":  # SGLang's default, which lays rows out for drafts of one length
+        server_args.lora_backend = "triton"
     if server_args.cuda_graph_config is None and server_args.cuda_graph_backend_prefill is None:
         server_args.cuda_graph_backend_prefill = Backend.DISABLED
     # Its dummy forward is a verification without a layout.

@@ -502,6 +502,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "SGLang {} makes no groups of ranks on a CPU, so --enable-dp-attention is untested; install 0.5.23",
     ),
     _removed("enable_watermark", "its state is not kept per verified position"),
+    _removed("enable_torch_compile", "it compiles sizes in requests, and a verification's are rows"),
     _removed("enable_mis", "FlashInfer's masks of several items are untested with it"),
     _removed("enable_eplb", "experts that move while it serves are untested"),
     Refusal(
