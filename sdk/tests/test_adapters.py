@@ -127,31 +127,27 @@ def test_langgraph_nodes_are_named_by_their_path(server: FakeServer) -> None:
     assert "trace" not in server.hints()
 
 
-@pytest.mark.parametrize(
-    ("agent", "namespace", "expected"),
-    [
-        ("researcher", "model:1", "researcher"),
-        ("researcher", "r:1|model:2", "researcher"),
-        ("researcher", "tools:1|2|model:3", "researcher"),
-        ("researcher", "", "researcher"),
-        ("researcher", "SummarizationMiddleware.before_model:1", "researcher"),
-        ("boss", "tools:1", "boss"),
-        ("boss", "tools:1|planner:2", "boss/planner"),
-        (None, "model:1", "model"),
-    ],
-)
-def test_agents_that_langchain_makes_have_their_own_names(
-    agent: str | None, namespace: str, expected: str
-) -> None:
+OF_LANGCHAIN = {
+    ("researcher", "model:1"): "researcher",
+    ("researcher", "tools:1|2|model:3"): "researcher",
+    ("researcher", "Summarization.before_model:1"): "researcher",
+    ("boss", "tools:1"): "boss",
+    ("boss", "tools:1|planner:2"): "boss/planner",
+    ("boss", ""): "boss",
+    (None, "model:1"): "model",
+}
+
+
+@pytest.mark.parametrize(("said", "expected"), OF_LANGCHAIN.items())
+def test_agents_that_langchain_makes_have_their_own_names(said: tuple[str, str], expected: str) -> None:
     """LangChain 1 names an agent in its metadata, which every graph of its tools inherits."""
-    config = pytest.importorskip("langchain_core.runnables.config")
+    config = pytest.importorskip("langchain_core.runnables.config").var_child_runnable_config
     pytest.importorskip("langchain_openai")
     from whiflash_sdk.adapters.langchain import node
 
-    metadata = {"lc_agent_name": agent, "langgraph_checkpoint_ns": namespace}
-    said = copy_context()
-    said.run(config.var_child_runnable_config.set, {"metadata": metadata})
-    assert said.run(node) == expected
+    context = copy_context()
+    context.run(config.set, {"metadata": {"lc_agent_name": said[0], "langgraph_checkpoint_ns": said[1]}})
+    assert context.run(node) == expected
 
 
 def shared(framework: str, server: FakeServer) -> tuple[Any, list[Any]]:

@@ -340,14 +340,6 @@ def test_warnings_point_at_the_users_call(
     assert [one.filename for one in said] == [__file__]
 
 
-def test_a_tenant_is_sent_as_a_salt(client: OpenAI, server: FakeServer) -> None:
-    wrap(client, tenant="acme")
-    ask(client)
-    client.completions.create(model="m", prompt="x")
-    ask(client, extra_body={"cache_salt": "own"})
-    assert [body.get("cache_salt") for body in server.bodies] == ["acme", "acme", "own"]
-
-
 def test_what_is_nearer_to_the_call_says_who_asks(client: OpenAI, server: FakeServer) -> None:
     wrap(client, agent="client")
     ask(client)

@@ -167,7 +167,8 @@ def _touch(arguments: Mapping[str, Any], shown: str) -> _Touch:
     """The touch of a call. A view that names its file itself counts as written."""
     path = "" if _first(arguments, _SEARCHES) else _first(arguments, _PATHS)
     if path:
-        return _Touch(path, *(_first(arguments, names) for names in (_CONTENTS, _OLD, _NEW)), shown)
+        written, old, new = (_first(arguments, names) for names in (_CONTENTS, _OLD, _NEW))
+        return _Touch(path, written, old, new, shown)
     header = _HEADER.search(shown) if "[File: " in shown else None
     text = file_shown(shown, header[1], numbered=True) if header else None
     return _Touch(header[1] if header and text else "", text or "", "", "", "")

@@ -39,7 +39,7 @@ def add_to(span: Any, share: Share, call: tuple[str | None, str | None, str | No
         if not span.is_recording():
             return
         held = getattr(span, "attributes", None) or {}
-        names = {"rounds": share.rounds, "tokens": share.tokens}
+        names: dict[str, float | None] = {"rounds": share.rounds, "tokens": share.tokens}
         names |= {"seconds": share.seconds, "seconds_saved_estimate": share.saved}
         for arm, totals in share.arms.items():
             for name in ("rounds", "tokens", "proposed", "accepted"):

@@ -179,9 +179,10 @@ def note(result: Any, call: Call, *, whole_text: bool) -> None:
         call.end()
         return
     answers = base_classes("Response")
-    raw = result if isinstance(result, answers) else getattr(result, "http_response", None)
+    raw: Any = result if isinstance(result, answers) else getattr(result, "http_response", None)
     response: Any = raw or getattr(result, "response", None)
-    if not isinstance(response, answers):
+    is_answer = isinstance(response, answers)
+    if not is_answer:
         return
     watch(response, call, whole_text=whole_text)
     if raw is None and not hasattr(result, "__aiter__"):
