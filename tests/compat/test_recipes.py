@@ -181,7 +181,7 @@ def test_the_target_counts_if_it_is_there(
 
 
 SCRIPT = """#!/usr/bin/env bash
-# sglang serve: see the handbook (all of it)
+# sglang serve earlier/model (see the handbook)
 export SGLANG_ENABLE_SPEC_V2=1
 CACHE=()
 if [ "$OFFLOAD" = yes ]; then

@@ -60,9 +60,9 @@ def test_names_of_modules_that_are_gone_are_found(words: ModuleType) -> None:
 
 
 def test_pages_are_checked_for_words_openings_and_length(words: ModuleType) -> None:
-    page = f"It stands.\n\n`It stands`\n\nWhat it does.\n\n{'word ' * 40}"
+    page = f"It stands.\n\n`It stands`\n\nWhat it does.\n\n{'word ' * 32}\n\n{'word ' * 33}"
     assert words.found(page) == [
         (1, "'stands'"),
         (5, "a sentence opens with 'What'"),
-        (7, "a sentence of 40 words"),
+        (9, "a sentence of 33 words"),
     ]

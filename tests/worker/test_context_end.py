@@ -18,7 +18,7 @@ CONTEXT = 96
 PROMPTS = [[1, 2, 3], list(range(40))]
 
 
-@pytest.mark.parametrize("page_size", sampled([1, 16], 16))
+@pytest.mark.parametrize("page_size", sampled([1, 16], 1))
 def test_text_up_to_the_contexts_end(models: Models, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With drafts that are all right, so that rounds lead as far as they may, and with none."""
     options = {"context_length": CONTEXT, "max_running_requests": 2, "page_size": page_size}

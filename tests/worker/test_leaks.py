@@ -111,6 +111,8 @@ def test_new_weights_right_behind_an_answer_empty_the_tree(models: Models, start
         stop = next(i for i in range(5, 20) if text[i] not in text[:i])
         for number in range(3):
             e.submit(f"{number}", prompt, max_new_tokens=20, ignore_eos=False, stop_token_ids=[text[stop]])
+        e.step()
+        assert not e.scheduler.is_fully_idle(), "they have a first token, and are in the last batch only"
         while not all(e.requests[f"{number}"].finished() for number in range(3)):
             e.step()
         assert bool(e.scheduler.result_queue) is (start is overlapped)
