@@ -31,6 +31,8 @@ def test_a_server_of_ours_is_judged(
         monkeypatch.setattr("sys.argv", line)
         with pytest.raises(SystemExit, match=f"--port {port} of 127.0.0.1 is in use"):
             plugin._check_command_line()
+    monkeypatch.setattr("sys.argv", [*line, "--speculative-algorithm", "EAGLE3"])
+    plugin._check_command_line()  # the command line says more than the file
 
 
 @pytest.mark.parametrize(
