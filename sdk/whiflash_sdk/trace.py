@@ -48,6 +48,7 @@ class Stretch(BaseModel):
     span: kind of the open span.
     chars: offsets of these tokens in `Trace.text`, half-open.
     round_tokens: tokens committed by each round, bonus tokens counted.
+    round_proposed: draft tokens of each round.
     round_chars: characters of each round's accepted drafts and of its bonus token, which the target wrote.
     """
 
@@ -63,6 +64,7 @@ class Stretch(BaseModel):
     span: str | None = None
     chars: tuple[Offset, Offset] | None = None
     round_tokens: tuple[int, ...] | None = None
+    round_proposed: tuple[int, ...] | None = None
     round_chars: tuple[tuple[Offset, Offset], ...] | None = None
 
     @property

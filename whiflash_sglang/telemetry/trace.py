@@ -33,7 +33,7 @@ class Stretch:
     """Rounds of one request that followed each other with the same arm, reason and span.
 
     start: output token that the first of them committed first. tokens: committed by each round, the bonus token
-    included. proposed: draft tokens of all of them.
+    included. proposed: draft tokens of each.
     """
 
     start: int
@@ -41,7 +41,7 @@ class Stretch:
     reason: str
     span: str | None
     tokens: list[int] = field(default_factory=list)
-    proposed: int = 0
+    proposed: list[int] = field(default_factory=list)
     end: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class Recording:
             self.stretches.append(last)
         last.tokens.append(tokens)
         last.end += tokens
-        last.proposed += proposed
+        last.proposed.append(proposed)
 
     def price(self, arm: str, tokens: int, *, round_seconds: float, plain_seconds: float) -> float:
         """A round of `arm` that costs `round_seconds` committed `tokens`; one without drafts costs `plain_seconds`.
@@ -129,9 +129,8 @@ class Recording:
                     kept.append(min(tokens, completion_tokens - end))
                 end += tokens
             if kept:
-                yield Stretch(
-                    stretch.start, stretch.arm, stretch.reason, stretch.span, kept, stretch.proposed
-                )
+                proposed = stretch.proposed[: len(kept)]
+                yield Stretch(stretch.start, stretch.arm, stretch.reason, stretch.span, kept, proposed)
 
 
 def build_trace(recording: Recording, policy: str, completion_tokens: int) -> dict[str, Any]:
@@ -187,8 +186,8 @@ def span_attributes(
 
 
 def _counts(stretch: Stretch) -> dict[str, int]:
-    rounds, tokens = len(stretch.tokens), sum(stretch.tokens)
-    return {"rounds": rounds, "tokens": tokens, "proposed": stretch.proposed, "accepted": tokens - rounds}
+    rounds, tokens, proposed = len(stretch.tokens), sum(stretch.tokens), sum(stretch.proposed)
+    return {"rounds": rounds, "tokens": tokens, "proposed": proposed, "accepted": tokens - rounds}
 
 
 def _described(stretch: Stretch) -> dict[str, Any]:
@@ -203,6 +202,7 @@ def _described(stretch: Stretch) -> dict[str, Any]:
         "reason": stretch.reason,
         "span": stretch.span,
         "round_tokens": stretch.tokens,
+        "round_proposed": stretch.proposed,
     }
 
 
