@@ -1,0 +1,188 @@
+"""Identifiers repeated: every arm and width of verification of a server against its own plain decoding.
+
+Identifiers are opaque, so each token of a copy is unlikely until the target has read the right place. A position or a
+cache slot that is wrong at one width spoils one identifier in a hundred, which short texts do not show.
+"""
+
+import base64
+import itertools
+import json
+import math
+import random
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+
+from whiflash_sglang.arms import LOOKUP, NONE
+from whiflash_sglang.equality import TopTwo, Verdict, is_tie
+from whiflash_sglang.serving import ask
+
+AT_ONCE = 12
+"""Requests at once, and prompts of a sweep."""
+IDENTIFIERS, LENGTH, DRAFTS, RESUMED = 6, 160, 16, 4
+"""Identifiers of a prompt; most tokens of an answer; most drafts that short answers have room for; times that an answer
+goes on from plain decoding's text after a difference."""
+PLAIN, POLICY, PREFILL = "plain", "policy", ("prefill", 1)
+"""Plain decoding, many at once; the policy in force; a token that no round verified."""
+GRAMMARS: Sequence[Mapping[str, Any]] = (
+    {"regex": rf"(identifier [0-9A-Za-z+/=_.-]{{4,80}}\n){{{IDENTIFIERS}}}"},
+    {"json_schema": json.dumps({"type": "array", "items": {"type": "string"}, "maxItems": IDENTIFIERS})},
+)
+FREE: Mapping[str, Any] = {"ignore_eos": True}
+Body = dict[str, Any]
+Asked = tuple[Sequence[int], Mapping[str, Any]]
+"""A prompt's token ids, and its sampling parameters."""
+
+
+def over_http(client: httpx.Client, url: str, bodies: Sequence[Body]) -> Sequence[Body]:
+    """Answers of the server at `url` to bodies of `/generate`. Raises ServerRefusedError."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(lambda body: ask(client, url, "/generate", "output_ids", body), bodies))
+
+
+def prompts(seed: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Texts that list identifiers twice and begin once more, with sampling parameters: a third have a grammar."""
+    rng = random.Random(seed)
+    for params in itertools.cycle((FREE, FREE, GRAMMARS[0], FREE, FREE, GRAMMARS[1])):
+        raw = [rng.randbytes(16) for _ in range(IDENTIFIERS)]
+        forms = [raw[0].hex(), str(uuid.UUID(bytes=raw[1])), base64.b64encode(raw[2]).decode()]
+        forms += [str(int.from_bytes(raw[3])), f"log-{raw[4].hex()}.tar.gz", f"src/{raw[5][:9].hex()}.py"]
+        listed = "\n".join(["Identifiers:", *rng.sample(forms, len(forms)), "", ""])
+        yield f"{listed}{listed}Identifiers:\n", params
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A prompt and plain decoding's answer, its tokens and the gaps between the two best log-probabilities.
+
+    pin: the arm that is asked for the tokens from `begin` to `end`. key: of the prefix cache.
+    """
+
+    prompt: Sequence[int]
+    params: Mapping[str, Any]
+    end: int
+    key: str
+    tokens: Sequence[int] = ()
+    gaps: Sequence[float] = ()
+    pin: str = NONE
+    begin: int = 0
+
+    def body(self) -> Body:
+        """The request, as `/generate` takes it."""
+        hints: Body = {"trace": "full", "infer": False, "learn": False, "off": self.pin == NONE}
+        if self.pin not in (NONE, POLICY):
+            hints["spans"] = [{"kind": "prose", "open": True, "prefer": self.pin, "pin": True}]
+            hints["lookup"] = "memory" if self.pin == LOOKUP else "off"
+        params = {**self.params, "temperature": 0, "max_new_tokens": self.end - self.begin}
+        params["custom_params"] = {"whiflash": json.dumps(hints)}
+        ids = [*self.prompt, *self.tokens[: self.begin]]
+        return {"input_ids": ids, "extra_key": self.key, "sampling_params": params}
+
+
+@dataclass
+class Echo:
+    """Tokens that came back, counted by arm, width (1: no drafts) and verdict. ask: `/generate` of bodies at once.
+
+    length: most tokens of an answer. wrong: places of tokens that differ.
+    """
+
+    ask: Callable[[Sequence[Body]], Sequence[Body]]
+    arms: Sequence[str]
+    dtype: str
+    length: int = LENGTH
+    counts: Counter[tuple[str, int, Verdict]] = field(default_factory=Counter)
+    wrong: list[Body] = field(default_factory=list)
+    _spoiled: set[str] = field(default_factory=set)
+    _rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def sweep(self, asked: Sequence[Asked]) -> Iterator[None]:
+        """Ask for plain decoding's answers one by one, then for all of them of every arm; yields after each step."""
+        plain = list[Job]()
+        for one in asked:
+            plain.append(self._plain(Job(*one, self.length, _key())))
+            yield
+        pins = [NONE, *(arm for arm in self.arms if arm != NONE), POLICY]
+        for pinned in [*([pin] for pin in pins), pins]:  # the last time each request has its own arm
+            of_jobs = zip(plain, itertools.cycle(pinned), strict=False)
+            jobs = [replace(one, pin=pin, key=_key()) for one, pin in of_jobs]
+            self._run(jobs)  # its prompts are not in the prefix cache,
+            self._run(jobs)  # and now they are
+            # After KV that rounds wrote for right tokens, and so short that every width is verified often.
+            free = [job for job in jobs if job.params == FREE and job.key not in self._spoiled]
+            drawn = [(job, self._rng.randrange(self.length - DRAFTS)) for job in free for _ in range(DRAFTS)]
+            rooms = itertools.cycle(range(DRAFTS))
+            self._run([replace(job, begin=at, end=at + 2 + next(rooms)) for job, at in drawn])
+            yield
+
+    def rows(self) -> list[Body]:
+        """A row for each arm and width: tokens compared, ties, wrong ones, and wrong ones that are allowed.
+
+        None is in float32. Else plain decoding differs from itself, too: three deviations above its rate.
+        """
+        own = {verdict: self.counts[PLAIN, 1, verdict] for verdict in Verdict}
+        rate = (own[Verdict.DIFFERENT] + 1) / max(sum(own.values()), 1)
+        rows = []
+        for arm, width in sorted({key[:2] for key in self.counts}):
+            same, ties, wrong = (self.counts[arm, width, verdict] for verdict in Verdict)
+            tokens = same + ties + wrong
+            allowed = 0 if self.dtype == "float32" else int(rate * tokens + 3 * math.sqrt(rate * tokens))
+            row = {"arm": arm, "width": width, "tokens": tokens, "ties": ties, "wrong": wrong}
+            rows.append({**row, "allowed": allowed})
+        return rows
+
+    def _plain(self, job: Job) -> Job:
+        (answer,) = self.ask([job.body() | {"return_logprob": True, "top_logprobs_num": 2}])
+        tops = answer["meta_info"]["output_top_logprobs"]
+        best = [[one[0] for one in top if one[0] is not None] for top in tops]
+        gaps = [two[0] - two[1] if len(two) > 1 else math.inf for two in best]
+        return replace(job, tokens=answer["output_ids"], gaps=gaps)
+
+    def _run(self, jobs: Sequence[Job]) -> None:
+        for _ in range(1 + RESUMED):
+            answers = self.ask([job.body() for job in jobs]) if jobs else []
+            ends = [self._compared(job, answer) for job, answer in zip(jobs, answers, strict=True)]
+            # A grammar begins with its answer: only free text goes on, under a key that has no wrong KV.
+            jobs = [
+                replace(job, begin=end, key=_key())
+                for job, end in zip(jobs, ends, strict=True)
+                if end < job.end and job.params == FREE
+            ]
+
+    def _compared(self, job: Job, answer: Body) -> int:
+        """Count an answer's tokens up to the first difference; returns the place after them."""
+        rounds = dict(_rounds(answer["meta_info"]["whiflash"]))
+        both = itertools.zip_longest(job.tokens[job.begin : job.end], answer["output_ids"])
+        for at, (plain, got) in enumerate(both):
+            arm, width = rounds.get(at, PREFILL)
+            arm, place = PLAIN if job.pin == NONE == arm else arm, job.begin + at
+            verdict = Verdict.IDENTICAL if plain == got else Verdict.DIFFERENT
+            # Log-probabilities give the gap; the best logit, by which other dtypes decide, is unknown.
+            if plain != got and None not in (plain, got) and self.dtype == "float32":
+                tie = is_tie(TopTwo(best=0.0, gap=job.gaps[place]), self.dtype)
+                verdict = Verdict.TIE if tie else verdict
+            self.counts[arm, width, verdict] += 1
+            if verdict is Verdict.DIFFERENT:
+                of_place = {"arm": arm, "width": width, "asked": job.pin, "place": place}
+                self.wrong.append({**of_place, "plain": plain, "got": got})
+            if plain != got:
+                self._spoiled.add(job.key)
+                return place + 1
+        return job.end
+
+
+def _key() -> str:
+    return f"echo-{uuid.uuid4()}"
+
+
+def _rounds(trace: Body) -> Iterator[tuple[int, tuple[str, int]]]:
+    """Arm and width of the round that committed each output token."""
+    for stretch in trace["stretches"]:
+        at = stretch["start"]
+        for tokens, proposed in zip(stretch["round_tokens"], stretch["round_proposed"], strict=True):
+            yield from ((place, (stretch["arm"], 1 + proposed)) for place in range(at, at + tokens))
+            at += tokens
