@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from versioned import trained, version
 
 from whiflash_sglang.cache.tokens import DraftKV
 from whiflash_sglang.compat.http.streamer import recording_of
+from whiflash_sglang.compat.scheduler import draft_pool
 from whiflash_sglang.compat.scheduler.draft_pool import DraftPool
 from whiflash_sglang.errors import ConfigError
 
@@ -318,3 +320,13 @@ def test_drafters_that_one_host_pool_cannot_hold() -> None:
         DraftPool(pool, {"ar": kv, "diffusion": kv}, 3)
     views = DraftPool(pool, {"ar": kv, "diffusion": kv}, 4)
     assert [layer.data_ptr() for layer in views.k_buffer] == [layer.data_ptr() for layer in kv.k] * 2
+
+
+def test_pages_of_two_pools_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_pool, "copies_kv", lambda: True)
+    monkeypatch.setattr(draft_pool, "fingerprint", str)
+    drafters: dict[str, Any] = {"ar": SimpleNamespace(model="model")}
+    keys = set()
+    for pool in (object(), Mock(spec=draft_pool.BaseSWAKVPool)):
+        keys.add(draft_pool.layout_of(SimpleNamespace(runner=Mock(token_to_kv_pool=pool)), drafters))
+    assert len(keys) == 2

@@ -107,6 +107,8 @@ def test_stops_in_the_text_need_it(stops: dict[str, Any]) -> None:
         reqs=[req], sampling_info=sampling, return_logprob=False, return_hidden_states=False
     )
     assert step.needs_scheduler(batch) == bool(stops)
+    req.to_finish = object()  # it was aborted: SGLang ends it after its next forward
+    assert step.needs_scheduler(batch)
 
 
 def test_an_aborted_request_gets_one_more_round(running: Engine, steps: list[int]) -> None:
