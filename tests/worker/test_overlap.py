@@ -88,9 +88,10 @@ def test_what_is_said_a_round_late_is_drafted(models: Models, monkeypatch: pytes
     assert not {site for site in pageable if site.startswith("whiflash")}
 
 
+@pytest.mark.parametrize("backend", ["xgrammar", "llguidance"])
 @pytest.mark.parametrize("share", sampled(["one", "half", "all"], "half"))
 def test_a_grammar_takes_the_overlap_from_nobody(
-    models: Models, share: str, monkeypatch: pytest.MonkeyPatch
+    models: Models, share: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its masks are made while the target runs; the host waits for what was drafted, and for nothing else."""
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
@@ -100,7 +101,8 @@ def test_a_grammar_takes_the_overlap_from_nobody(
         Arrival(f"r{i}", 2 * i, tuple(range(30 + i, 60 + i)), next(kinds) if i % every == 0 else FREE)
         for i in range(12)
     ]
-    expected = plain_texts(models.target, arrivals, **OPTIONS)
+    options = {**OPTIONS, "grammar_backend": backend}
+    expected = plain_texts(models.target, arrivals, **options)
     judged, disabled = Scheduler.is_disable_overlap_for_batch, []
 
     def noted(scheduler: Any, batch: Any, last_batch: Any) -> bool:
@@ -109,7 +111,7 @@ def test_a_grammar_takes_the_overlap_from_nobody(
 
     monkeypatch.setattr(Scheduler, "is_disable_overlap_for_batch", noted)
     flags = models.whiflash("random")
-    with overlapped(models.target, whiflash=flags, host_lengths=False, **OPTIONS) as e:
+    with overlapped(models.target, whiflash=flags, host_lengths=False, **options) as e:
         assert play(e, arrivals) == expected
         races, stalls, waits = dict(e.streams.races), dict(e.streams.stalls), dict(e.streams.waits_of_host)
         pageable = {site for site in e.streams.pageable if site.startswith("whiflash")}
