@@ -256,12 +256,6 @@ def test_a_turn_costs_as_much_in_a_long_conversation() -> None:
     assert turns(4000, command="ls") == turns(2000, command="ls")
 
 
-def test_calls_on_one_large_file_are_read_in_bounds() -> None:
-    content = {"path": "a", "content": "b" * 2**22}
-    past = [call(1, content), *[call(2, {"path": "a", "old_str": "c", "new_str": "d"})] * 20000]
-    file_to_edit({"messages": past, "tools": [EDIT]}, None)
-
-
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("strictly", [False, True])
 def test_a_guess_that_fails_breaks_no_request_and_is_reported_once(
