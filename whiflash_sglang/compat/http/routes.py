@@ -78,9 +78,9 @@ async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) ->
         if call is not None and call.form != "native":
             requests.fill(self, obj, call)
         requests.check_native(self, obj)
-        admission.check_given(obj, native=call is not None and call.form == "native")
         requests.keep_from_learning(self, obj)
         await predictions.encoded(self, obj)
+        admission.check_given(obj, native=call is not None and call.form == "native")
         outputs = predictions.followed(self, obj, call, outputs)
         outputs = traces.followed(self, obj, call, outputs)
         if pieces.are_read_one_by_one(self, obj, call):
