@@ -168,9 +168,7 @@ def test_a_new_compiler_compiles_again(monkeypatch: pytest.MonkeyPatch, tmp_path
         newer.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo {version} && exit\nexec {real} "$@"\n')
         newer.chmod(0o755)
         compiler.load(source, tmp_path / "made")
-    monkeypatch.setattr(
-        compiler, "instructions", lambda: "those of another machine that shares the directory"
-    )
+    monkeypatch.setattr(compiler, "instructions", lambda: "another machine's")
     compiler.load(source, tmp_path / "made")
     assert len(list((tmp_path / "made").iterdir())) == 3
 

@@ -209,12 +209,14 @@ def test_a_hubs_snapshot_is_copied_with_the_modes_of_its_files(
     snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
     (tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
     snapshot.mkdir(parents=True)
+    (models["dflash"] / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     for file in models["dflash"].iterdir():
         blob = file.rename(tmp_path / "models--a--b" / "blobs" / file.name)
         blob.chmod(0o400 if file.suffix == ".json" else 0o644)
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     create(parts({**models, "dflash": snapshot}), tmp_path / "bundle")
     copies = {file.name: file for file in (tmp_path / "bundle" / "dflash").iterdir()}
+    assert copies.keys() == {file.name for file in snapshot.iterdir()}
     assert not any(file.is_symlink() for file in copies.values())
     assert copies["config.json"].stat().st_mode & 0o777 == 0o600
     assert copies["model.safetensors"].stat().st_mode & 0o777 == 0o644

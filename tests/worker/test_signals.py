@@ -1,7 +1,9 @@
-"""Signals of a round to the controller."""
+"""Signals and figures of a round to the controller and the trace."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from engine import engine
@@ -38,3 +40,18 @@ def test_entropy_is_read_seldom_where_nothing_is_drafted(
         assert len(read) >= rounds - 1
     else:
         assert len(read) == math.ceil(rounds / learning.PLAIN_ENTROPY_ROUNDS)
+
+
+def test_a_pass_counts_by_its_own_drafts_behind_which_a_copy_was_verified() -> None:
+    controller, other = MagicMock(**{"costs.knows_plain": False}), MagicMock()
+    learner = learning.Learner({}, controller, other, other, other, ["", "lookup"])
+    round = MagicMock(states=[MagicMock(recording=None)], routes=["ar"], parts=None, bounded=False)
+    told: dict[str, Any] = dict.fromkeys(("starts", "widths", "faults", "first_drafts", "source"), 1)
+    told |= {"tokens": [7, 8, 9, 1], "accept_lens": 4, "drafts": [7, 8, 3], "drafted": 3}
+    learner.learn(round, {name: [value] for name, value in told.items()})
+    assert controller.committed.call_args.args[-1] == {"lookup": 4, "ar": 3}
+
+
+def test_a_round_is_compared_with_one_that_verifies_a_row_of_each_request() -> None:
+    costs: Any = SimpleNamespace(draft=lambda _, requests: requests, verify=lambda rows, _: 10 * rows)
+    assert learning.round_prices(costs, ["ar", "ar", "none"], 9) == (92, 30)
