@@ -1,7 +1,7 @@
 """Known weaknesses of what `uv.lock` pins: `python scripts/audit.py`, or `make audit`.
 
 Asks an advisory database over the network, through pip-audit. Ends with 0 where nothing is known but what `ACCEPTED`
-lists, 1 where something is, and 2 where no database answered, so that nothing is known.
+lists, 1 where something is, and 2 where no database answered, or it knows few of the packages.
 """
 
 import json
@@ -15,6 +15,8 @@ from typing import Any
 
 ACCEPTED: Mapping[str, str] = {}
 """Advisory → why it does not matter here, and what would end that."""
+MOST_UNKNOWN = 0.5
+"""Share of packages that a database may not know; with more it is no answer."""
 
 
 def weaknesses(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -48,8 +50,16 @@ def main() -> int:
         reason = (done.stderr.strip().splitlines() or ["no answer"])[-1]
         print(f"audit: no advisory database answered, so nothing is known: {reason}", file=sys.stderr)
         return 2
-    lines = judged(weaknesses(report))
-    print("\n".join(lines) or f"{len(report['dependencies'])} packages, no known weakness")
+    packages, lines = report["dependencies"], judged(weaknesses(report))
+    unknown = [one["name"] for one in packages if "vulns" not in one]
+    if len(unknown) > MOST_UNKNOWN * len(packages) or not packages:
+        print(
+            f"audit: the database knows {len(packages) - len(unknown)} of {len(packages)} packages",
+            file=sys.stderr,
+        )
+        return 2
+    beside = f"; unknown to the database: {', '.join(unknown)}" if unknown else ""
+    print("\n".join(lines) or f"{len(packages) - len(unknown)} packages, no known weakness{beside}")
     return 1 if lines else 0
 
 
