@@ -231,6 +231,9 @@ def test_an_adapter_begins_with_what_the_target_has_taught() -> None:
         new.observe("ar", context, 4)
     assert new.expect("ar", context) == pytest.approx(4, abs=0.2)
     assert taught.expect("ar", context) == before
+    unseen, shift = Signals(frozenset(GOOD), entropy=2.0), new.usual("ar") - taught.usual("ar")
+    assert abs(shift) > 0.1
+    assert new.expect("ar", unseen) == pytest.approx(taught.expect("ar", unseen) + shift), "in all contexts"
 
 
 def test_adapters_that_nobody_uses_are_forgotten() -> None:

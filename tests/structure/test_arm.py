@@ -9,7 +9,7 @@ from whiflash_sdk.hints import LookupScope, Span
 
 from whiflash_sglang.candidates import NOTHING, Candidate
 from whiflash_sglang.checkpoints.manifest import Structure
-from whiflash_sglang.drafters.structure import StructureArm, _Look
+from whiflash_sglang.drafters.structure import LOOKS, StructureArm, _Look
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
 from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import RequestHints
@@ -279,3 +279,24 @@ def test_a_look_forgets_what_it_refused_when_the_text_passed_it() -> None:
     passed = look.behind([1, 2, 3])
     assert passed is not None
     assert passed.after([9, 5]) is None
+
+
+def test_the_newest_looks_are_kept(
+    arm: StructureArm, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm.begin(1, RequestHints(), None, None, Told(grammars))
+    request = arm._requests[1]
+    monkeypatch.setattr(arm, "_look", lambda _, ids, limit: _Look([*ids, 9], len(ids), (), None, True))
+    for token in range(LOOKS + 2):
+        arm._looked(request, Candidate([token], [1.0]), 8, FULL_LENGTH)
+    assert [look.ids[0] for look in request.looks] == list(range(LOOKS + 1, 1, -1))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_look_that_ended_for_want_of_time_is_not_whole(
+    late: bool, grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whiflash_sglang.drafters.structure.sketch", lambda *_, **__: ([], True))
+    arm = StructureArm(Structure(max_width=8), vocabulary, lambda: late)
+    arm.begin(1, RequestHints(), None, None, Told(grammars))
+    assert arm._look(arm._requests[1], [], 8).whole is not late
