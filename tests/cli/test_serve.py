@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from in_process import whiflash
 
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
+
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
 LAUNCHER = [str(Path(sys.executable).with_name("sglang")), "serve"]
 
@@ -89,6 +91,9 @@ def test_the_embedded_target_comes_with_what_keeps_its_calls_valid() -> None:
     assert words[:2] == ["env", "SGLANG_TOOL_STRICT_LEVEL=2"]
     assert words[2:4] == LAUNCHER
     assert "--constrained-json-disable-any-whitespace" in words
+    assert words[words.index("--speculative-draft-model-path") + 1] == str(embedded_bundle())
+    assert str(embedded_bundle()) not in printed("--speculative-algorithm", "EAGLE3")
+    assert str(embedded_bundle()) not in printed("--speculative-draft-model-path", "a/b")
     assert "--constrained-json-disable-any-whitespace" not in printed(
         "--constrained-json-max-whitespace-cnt=3"
     )

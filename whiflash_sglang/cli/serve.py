@@ -12,9 +12,12 @@ from urllib.parse import urlsplit
 import typer
 from typer.core import TyperCommand
 
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli import SERVE
 from whiflash_sglang.cli.options import DEFAULT_URL, JsonFlag
 from whiflash_sglang.compat.launch.early import (
+    ALGORITHM,
+    DRAFT,
     HOST,
     MODEL,
     PORT,
@@ -22,6 +25,7 @@ from whiflash_sglang.compat.launch.early import (
     check,
     check_port,
     configured,
+    named,
     pairs,
 )
 from whiflash_sglang.config import RouterName
@@ -42,10 +46,12 @@ def server_arguments(arguments: list[str]) -> list[str]:
     """
     given = _names(arguments)
     added = embedded_arguments(given) if is_embedded(arguments) else []
-    if "--speculative-algorithm" not in given:
-        added += ["--speculative-algorithm", "WHIFLASH"]
+    if ALGORITHM not in given:
+        added += [ALGORITHM, "WHIFLASH"]
     flags = as_flags(arguments)
     settings = configured(flags)
+    if is_embedded(arguments) and DRAFT not in given and named([*added, *flags]):
+        added += [DRAFT, str(embedded_bundle())]
     if not any(name in MODEL for name, _ in pairs(flags)):
         # `sglang serve` looks for the model on the command line only.
         added += [word for key in MODEL if key in settings for word in (MODEL[0], str(settings[key]))]
