@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from whiflash_sglang import plugin
+from whiflash_sglang.compat.launch import early
+from whiflash_sglang.errors import UsageError
 
 
 @pytest.fixture
@@ -47,3 +49,13 @@ def test_a_server_of_ours_is_judged(
 def test_what_is_not_ours_is_left_alone(line: list[str], port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", [*line, str(port)])
     plugin._check_command_line()
+
+
+def test_every_flag_of_sglang_is_known_without_importing_it() -> None:
+    from whiflash_sglang.compat.launch.recipes import _parser
+
+    flags = {name for action in _parser()._actions for name in action.option_strings if name[:2] == "--"}
+    assert len(flags) > 400
+    early._check_names(flags | {flag[:-1] for flag in flags if len(flag) > 6})
+    with pytest.raises(UsageError, match=r"--prot is no flag of SGLang .*; did you mean --port\?"):
+        early._check_names(["--prot"])

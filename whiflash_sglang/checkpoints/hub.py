@@ -60,17 +60,32 @@ def look_up(said: str, *, config: bool = True) -> Found:
         if config and not (local / "config.json").is_file():
             raise ConfigError(f"{local} has no config.json: give the directory of a checkpoint")
         return Found(str(local.resolve()), local.resolve() / "config.json", False, None)
+    if not _is_id(said):
+        raise _no_place(said)
     name, _, revision = said.partition("@")
-    if local.is_absolute() or said.startswith((".", "~")) or name.count("/") != 1:
-        raise ConfigError(
-            f"{said}: no such directory, and not a hub id of the form owner/name or owner/name@revision"
-        )
     found = (
         _config_from_hub(name, revision or None)
         if config
         else fetch(name, revision=revision or None) / "config.json"
     )
     return Found(name, found, True, found.parent.name)
+
+
+def check_place(said: str) -> None:
+    """Raise ConfigError for what is neither a file or directory that is here nor the form of a hub id."""
+    here = said == f"embedded:{EMBEDDED_BUNDLE}" or Path(said).expanduser().exists()
+    if not here and not _is_id(said):
+        raise _no_place(said)
+
+
+def _is_id(said: str) -> bool:
+    return said.partition("@")[0].count("/") == 1 and not said.startswith((".", "~", "/"))
+
+
+def _no_place(said: str) -> ConfigError:
+    return ConfigError(
+        f"{said}: no such directory, and not a hub id of the form owner/name or owner/name@revision"
+    )
 
 
 def _config_from_hub(name: str, revision: str | None) -> Path:

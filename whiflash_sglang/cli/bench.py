@@ -140,6 +140,10 @@ def bench(
         asked = read_suites(suites, suite_dir) if suites else load_prompts(prompts or str(shipped()))
         brought = load_tools(tools) if tools else brought
         chosen = with_tools(sample(asked, scale.per_category), brought, tool_choice, strict=strict)
+    from whiflash_sglang.checkpoints.hub import check_place
+
+    for place in filter(None, (model_path, bundle, *(str(file.absolute()) for file in recorded or ()))):
+        check_place(place)
     from whiflash_sglang.lab.bench.recorded import DEFAULT, read_talks, recorded_arms
     from whiflash_sglang.lab.bench.subject import build_subject
 

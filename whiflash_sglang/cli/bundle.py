@@ -57,6 +57,10 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
         Example:
         whiflash bundle create --target OWNER/TARGET --eagle3 OWNER/E3 --dflash OWNER/DF --out my-bundle
         """
+        from whiflash_sglang.checkpoints.hub import check_place
+
+        for place in filter(None, (target, eagle3, dflash, router)):
+            check_place(place)  # before the seconds that reading formats takes
         from whiflash_sglang.checkpoints.fit import Parts, create
 
         manifest = create(Parts(target, eagle3, dflash, router, router_sign), out, name)
@@ -102,12 +106,15 @@ def lookup_seed(
     """
     import json
 
+    from whiflash_sglang.checkpoints.hub import check_place
     from whiflash_sglang.checkpoints.manifest import Lookup, load_manifest
+
+    check_place(str(tokens.absolute()))
+    settings = (load_manifest(bundle).lookup if bundle is not None else None) or Lookup()
     from whiflash_sglang.lookup.seed import Answer, measure_seed
     from whiflash_sglang.progress import tracked
     from whiflash_sglang.train.answers.tokens import Exported
 
-    settings = (load_manifest(bundle).lookup if bundle is not None else None) or Lookup()
     exported = Exported(tokens)
     order = tracked(range(len(exported.ids)), "copying from answers")
     answers = (Answer(exported.tokens(i).tolist(), int(exported.columns["prompt_lengths"][i])) for i in order)

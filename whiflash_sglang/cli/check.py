@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from whiflash_sglang.cli import LOOK
-from whiflash_sglang.cli.options import JsonFlag, say
+from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, authorization, say
 from whiflash_sglang.compat.patching import Finding
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ def findings() -> list[Finding]:
 
 
 def _drafts(drafts: list[str], model_path: str | None) -> list[Finding]:
+    from whiflash_sglang.checkpoints.hub import check_place
+
+    if model_path is not None:
+        check_place(model_path)
     from whiflash_sglang.checkpoints.fit import judge, read_target
 
     target = None if model_path is None else read_target(model_path)
@@ -88,19 +92,41 @@ def check(
             "or JSON lines. Needs no GPU and no weights; with --model-path the target's layers count, too.",
         ),
     ] = None,
+    echo: Annotated[
+        str | None,
+        typer.Option(
+            "--echo",
+            metavar="URL",
+            help="Let this server repeat identifiers with every drafter and width, 12 requests at once, and compare "
+            "each token with its plain decoding. Its policy stays; users wait longer meanwhile.",
+        ),
+    ] = None,
+    sweeps: Annotated[
+        int, typer.Option("--sweeps", min=1, help="Times 12 prompts of --echo; each compares 25,000 tokens.")
+    ] = 1,
     as_json: JsonFlag = False,
+    api_key: AdminKeyOption = None,
 ) -> None:
     """Check versions, the plugin, the platform and every private SGLang name. Exit code 1 on any failure.
+
+    --echo checks the texts of a running server. In float32 only ties may differ from plain decoding; else no more
+    tokens than plain decoding itself changes between one request and 12 at once.
 
     \b
     Examples:
     whiflash check -v
     whiflash check --model-path Qwen/Qwen3-8B --draft z-lab/Qwen3-8B-DFlash-b16
     whiflash check --recipe serve.sh
+    whiflash check --echo http://127.0.0.1:30000 --sweeps 4
     """
     from rich.console import Console
     from whiflash_sdk.render.aligned import printable
 
+    if echo is not None:
+        if recipe or draft or model_path:
+            raise typer.BadParameter("--echo checks a server: leave --recipe, --draft and --model-path out")
+        _check_echo(echo.rstrip("/"), sweeps, api_key, as_json=as_json)
+        return
     if recipe is not None:
         if draft:
             raise typer.BadParameter("--recipe and --draft are two checks: run one, then the other")
@@ -129,6 +155,49 @@ def check(
         raise typer.Exit(1)
 
 
+def _check_echo(url: str, sweeps: int, api_key: str | None, *, as_json: bool) -> None:
+    """Print what came back by drafter and width; exit code 1 if more is wrong than may be."""
+    from functools import partial
+    from itertools import islice
+
+    import httpx
+
+    from whiflash_sglang.lab import echo
+    from whiflash_sglang.lab.bench.load import LIMITS
+    from whiflash_sglang.progress import progress
+    from whiflash_sglang.serving import ask
+
+    headers = authorization(api_key)
+    with httpx.Client(headers=headers, timeout=None, limits=LIMITS) as client, progress() as bar:
+        arms = ask(client, url, "/whiflash/capabilities", "arms")["arms"]
+        dtype = ask(client, url, "/server_info", "dtype")["dtype"]
+        over_http, texts = partial(echo.over_http, client, url), echo.prompts(seed=0)
+        found = echo.Echo(over_http, arms, dtype, echo.LENGTH)
+        steps = sweeps * (echo.AT_ONCE + len(arms) + 2)
+        task = bar.add_task(f"{url} repeats identifiers", total=steps)
+        for _ in range(sweeps):
+            prompts = [
+                (ask(client, url, "/tokenize", "tokens", {"prompt": text})["tokens"], params)
+                for text, params in islice(texts, echo.AT_ONCE)
+            ]
+            for _ in found.sweep(prompts):
+                bar.advance(task)
+    rows = found.rows()
+    right = all(row["wrong"] <= row["allowed"] for row in rows)
+    if as_json:
+        told = {"url": url, "dtype": dtype, "right": right, "rows": rows, "wrong": found.wrong[:10]}
+        typer.echo(json.dumps(told))
+    else:
+        for row in (rows[0], *(row.values() for row in rows)):
+            say("".join(f"{cell!s:>10}" for cell in row))
+        total = sum(row["tokens"] for row in rows)
+        say(
+            f"{len(found.wrong)} of {total:,} tokens are wrong ({dtype}): {'allowed' if right else 'TOO MANY'}"
+        )
+    if not right:
+        raise typer.Exit(1)
+
+
 def _check_recipes(path: Path, model_path: str | None, *, as_json: bool, verbose: bool) -> None:
     """Print a verdict on each launch in the file; exit code 1 unless all would start."""
     from whiflash_sglang.cli.recipes import read
@@ -152,9 +221,10 @@ def _check_recipes(path: Path, model_path: str | None, *, as_json: bool, verbose
 def verdicts_of(recipes: "list[Recipe]", model_path: str | None) -> list[tuple[str, Any]]:
     """A verdict on each launch, by its name. model_path: the target, if a launch names none."""
     from whiflash_sglang.checkpoints.hub import look_up
-    from whiflash_sglang.compat.launch.recipes import judge
 
     target = None if model_path is None else look_up(model_path).config.parent
+    from whiflash_sglang.compat.launch.recipes import judge
+
     return [(recipe.name, judge(recipe.flags, recipe.environment, target)) for recipe in recipes]
 
 

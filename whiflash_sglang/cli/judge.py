@@ -44,10 +44,12 @@ def evaluate_command(
     Example:
     whiflash lab evaluate --bundle my-bundle --prompts eval.jsonl --limit 70 --out figures.json
     """
+    from whiflash_sglang.checkpoints.hub import check_place
     from whiflash_sglang.checkpoints.manifest import load_manifest
 
     with readable_errors():
         load_manifest(bundle)
+        check_place(str(prompts.absolute()))
         import torch
 
         from whiflash_sglang.lab.evaluation import (
@@ -94,10 +96,10 @@ def calibrate_command(
 
     with readable_errors():
         load_manifest(bundle)
+        training = resolve_config(config)
         from whiflash_sglang.lab.calibration import CalibrationSettings, calibrate
 
-        settings = CalibrationSettings(resolve_config(config), per_category, round_ms)
-        result = calibrate(bundle, settings)
+        result = calibrate(bundle, CalibrationSettings(training, per_category, round_ms))
         keep(result, out)
     if as_json:
         typer.echo(json.dumps(result))

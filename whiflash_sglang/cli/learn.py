@@ -36,7 +36,11 @@ def learn(
     rate: Annotated[float, typer.Option(min=0, help="Learning rate at its peak.")] = 3e-4,
     replay: Annotated[
         Path | None,
-        typer.Option(help="Answers of the original training (.npz, whiflash lab export), learned as well."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Answers of the original training (.npz, whiflash lab export), learned as well.",
+        ),
     ] = None,
     url: Annotated[
         str | None, typer.Option(help="Server that is switched to the version, if there is one.")
@@ -74,9 +78,9 @@ def learn(
         )
     if bundle is not None and not (bundle / MANIFEST).is_file():
         raise ConfigError(f"--bundle {bundle} holds no {MANIFEST}")
-    from whiflash_sglang.learner.watch import progress_of
-
     if status:
+        from whiflash_sglang.learner.watch import progress_of
+
         report(_lines(progress_of(directory), as_json), as_json)
         return
     if config is None:

@@ -94,6 +94,8 @@ def train(
         raise UsageError(f"--start-from {start_from} is for one drafter: name it with --step")
     if out is None and step in (None, "bundle"):
         raise UsageError("--out is missing: name the directory of the bundle")
+    if start_from is not None and not start_from.is_dir():
+        raise ConfigError(f"--start-from {start_from}: no such directory")
     done: dict[str, Any] = {}
     with readable_errors():
         settings = resolve_config(config)
@@ -217,8 +219,12 @@ def features(
     """
     with readable_errors():
         settings = resolve_config(config)
-        from whiflash_sglang.train.answers.data import teacher_of
+        if not tokens.is_file():
+            raise ConfigError(f"{tokens} cannot be read: no such file; `whiflash lab export` writes one")
         from whiflash_sglang.train.answers.prompts import read_rows
+
+        wanted = None if only is None else {row["id"] for row in read_rows(only)}
+        from whiflash_sglang.train.answers.data import teacher_of
         from whiflash_sglang.train.answers.store import FeatureStore
         from whiflash_sglang.train.answers.tokens import rebuild_features
 
@@ -231,7 +237,6 @@ def features(
                 layers=settings.capture,
             )
             store.truncate_to_index()
-            wanted = None if only is None else {row["id"] for row in read_rows(only)}
             done = rebuild_features(tokens, target, store, wanted)
     report({"recomputed": done, "sequences": len(store.records)}, as_json)
 

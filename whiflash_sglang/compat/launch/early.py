@@ -6,9 +6,13 @@ plugins. Rows that need SGLang's defaults or a target's configuration are judged
 
 import errno
 import os
+import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +27,10 @@ from whiflash_sglang.files import read_yaml
 ALGORITHM, DRAFT = "--speculative-algorithm", "--speculative-draft-model-path"
 MODEL = ("--model-path", "--model")
 PREFIX = "--whiflash-"
+OTHERS = ("--help", "--model-type")
+"""Flags that `sglang serve` takes before its parser does."""
+_FIELD = re.compile(r"^    ([a-z]\w*): ", re.MULTILINE)
+_LITERAL = re.compile(r"[\"'](--[a-z][\w-]*)[\"']")
 HOST, PORT = "127.0.0.1", 30000
 """SGLang's defaults."""
 
@@ -91,6 +99,7 @@ def check(arguments: list[str]) -> None:
     flags = as_flags(arguments)
     said: dict[str, Any] = configured(flags) | dict(pairs(flags))
     settings = _settings(said)
+    _check_names(said)
     for name in MODEL:
         _check_place(name, said.get(name))
     _check_place(DRAFT, said.get(DRAFT), bundle=True)
@@ -120,6 +129,26 @@ def _settings(said: Mapping[str, Any]) -> Flags:
         return parse_flags(values)
     except ConfigError as error:
         raise UsageError(str(error)) from None
+
+
+def _check_names(said: Iterable[str]) -> None:
+    """Raise UsageError for a flag that SGLang's sources do not name; to import its parser takes half a minute."""
+    found = find_spec("sglang")
+    if found is None or not found.submodule_search_locations:
+        return
+    root = Path(found.submodule_search_locations[0]) / "srt"
+    files = [root / "server_args.py", *(root / "arg_groups").rglob("*.py")]
+    text = "\n".join(file.read_text("utf-8") for file in files if file.is_file())
+    known = {f"--{name.replace('_', '-')}" for name in _FIELD.findall(text)} | {
+        *_LITERAL.findall(text),
+        *OTHERS,
+    }
+    for name in said if MODEL[0] in known else ():
+        plain = f"--{name.removeprefix('--no-')}" if name.startswith("--no-") else name
+        if not name.startswith(PREFIX) and not any(flag.startswith(plain) for flag in known):
+            near = get_close_matches(name, known, n=1)
+            guess = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"{name} is no flag of SGLang {version('sglang')}{guess}")
 
 
 def _check_place(name: str, value: Any, *, bundle: bool = False) -> None:
