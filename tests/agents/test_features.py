@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,10 @@ import httpx
 import pytest
 from patience import wait_until
 from server_host import Server
+from typer.testing import CliRunner
+
+from whiflash_sglang.cli import app
+from whiflash_sglang.lab import echo
 
 pytestmark = pytest.mark.server
 
@@ -270,3 +274,26 @@ def test_a_weight_update(servers: tuple[Server, Server], both: Any) -> None:
     update(first)
     assert list(differences(drafting, plain)) == []
     assert list(differences(plain["generate"], both[0]["generate"])), "the weights are the old ones"
+
+
+def test_a_wrong_token_of_one_arm_fails_the_check(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`whiflash check --echo`: the answers of a real server, and a token that somebody changed on their way."""
+    asked = echo.over_http
+
+    def changed(client: httpx.Client, url: str, bodies: Sequence[echo.Body]) -> Sequence[echo.Body]:
+        answers = asked(client, url, bodies)
+        for body, answer in zip(bodies, answers, strict=True):
+            if '"prefer": "diffusion"' in body["sampling_params"]["custom_params"]["whiflash"]:
+                answer["output_ids"][-1] += 1
+        return answers
+
+    for name, value in {"AT_ONCE": 1, "LENGTH": 24, "DRAFTS": 2, "over_http": changed}.items():
+        monkeypatch.setattr(echo, name, value)
+    done = CliRunner().invoke(app, ["check", "--echo", server.url, "--json"])
+    found = json.loads(done.stdout)
+    assert (done.exit_code, found["right"], found["dtype"]) == (1, False, "float32")
+    assert {each["asked"] for each in found["wrong"]} == {"diffusion"}
+    monkeypatch.setattr(echo, "over_http", asked)
+    done = CliRunner().invoke(app, ["check", "--echo", server.url])
+    assert done.exit_code == 0, done.output
+    assert "0 of " in done.stdout

@@ -88,13 +88,13 @@ class Job:
 class Echo:
     """Tokens that came back, counted by arm, width (1: no drafts) and verdict. ask: `/generate` of bodies at once.
 
-    length: most tokens of an answer. wrong: places of tokens that differ.
+    length: tokens of an answer at most, as `LENGTH`. wrong: places of tokens that differ.
     """
 
     ask: Callable[[Sequence[Body]], Sequence[Body]]
     arms: Sequence[str]
     dtype: str
-    length: int = LENGTH
+    length: int
     counts: Counter[tuple[str, int, Verdict]] = field(default_factory=Counter)
     wrong: list[Body] = field(default_factory=list)
     _spoiled: set[str] = field(default_factory=set)
