@@ -20,6 +20,12 @@ from whiflash_sglang.routing.tables import LookedUpCosts
 
 SMALL: dict[str, Any] = {"max_running_requests": 2, "context_length": 128, "max_total_tokens": 512}
 H100 = "NVIDIA H100 80GB HBM3"
+ARGUMENTS = """
+    attention_backend bf16_gemm_backend context_length cpu_offload_gb cuda_graph_config deepep_mode dtype enable_lora
+    disable_custom_all_reduce disable_overlap_schedule enable_deterministic_inference enable_dp_lm_head enable_nccl_nvls
+    enable_symm_mem enable_tf32_matmul enable_torch_compile fuseep_mode kv_cache_dtype page_size quantization tp_size
+""".split()
+"""Some that change what work takes."""
 
 
 class Start:
@@ -115,6 +121,7 @@ def test_another_server_measures_its_own(
         lambda: monkeypatch.setattr(pricing.versions, "installed", lambda: "0.5.22"),
         lambda: monkeypatch.setattr(pricing, "_kernels", lambda: "another"),
     ]
+    assert all(map(pricing.PRICED.search, ARGUMENTS))
     for number, change in enumerate(others, start=2):
         change()
         start.price()
@@ -136,6 +143,8 @@ def test_another_server_measures_its_own(
         lambda known: json.dumps(known | {"key": {}}),
         lambda known: json.dumps(known | {"tables": {}}),
         lambda known: json.dumps(known).replace("0.001", "-1.0"),
+        lambda known: json.dumps(known).replace("0.001", "0.0"),
+        lambda known: json.dumps(known).replace("0.001", "1e300"),
         lambda known: json.dumps(known).replace("0.001", '"x"'),
         lambda known: json.dumps(known).replace('"short": ', '"short": 1000'),
     ],

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.jsonl import NOT_AS_WRITTEN
 from whiflash_sglang.models import dflash, dflash2, domino, dspark, eagle3, mtp, speculators
 from whiflash_sglang.models.config_json import read_json_config
 from whiflash_sglang.models.draft_format import DraftFormat, pick
@@ -42,6 +44,18 @@ def read_draft(path: Path, arm: str | None = None) -> Draft:
         CheckpointError: naming the file and the key that is missing, unknown or does not fit.
     """
     config = read_json_config(path)
+    try:
+        return _read(path, config, arm)
+    except NOT_AS_WRITTEN as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path}/config.json has a value of another kind than its format gives it ({type(error).__name__}: "
+            f"{error!s:.200}); fetch it again"
+        ) from None
+
+
+def _read(path: Path, config: dict[str, Any], arm: str | None) -> Draft:
     among = _BY_KEY if arm is None else {key: f for key, f in _BY_KEY.items() if f.arm == arm}
     draft_format = pick(among, config, path)
     return Draft(path, draft_format, draft_format.read(path, config))

@@ -18,6 +18,9 @@ from whiflash_sglang.routing.tables import CostTables, Sizes, Verifications
 
 logger = logging.getLogger("whiflash_sglang")
 
+LONGEST = 60.0
+"""Seconds; no pass takes as long."""
+
 
 @dataclass(frozen=True, slots=True)
 class KeptPrices:
@@ -97,6 +100,6 @@ def _sizes_of(raw: Any) -> Sizes:
     found = Sizes(tuple(raw["sizes"]), tuple(raw["seconds"]))
     if not all(type(size) is int and size > 0 for size in found.sizes):
         raise ValueError(f"sizes are whole numbers, got {found.sizes}")
-    if not all(type(seconds) is float and seconds >= 0.0 for seconds in found.seconds):
+    if not all(type(seconds) is float and 0.0 < seconds < LONGEST for seconds in found.seconds):
         raise ValueError(f"prices are seconds, got {found.seconds}")
     return found
