@@ -1,7 +1,7 @@
 """Agreements of ranks with requests of their own, with answers of the others made up."""
 
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,8 +13,7 @@ from whiflash_sglang.compat.forward.peers import Peers
 def test_weights_are_copied_when_all_ranks_have_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shared head is gathered of them all, once for each time."""
     others: list[list[int]] = []
-    group = SimpleNamespace(cpu_group=None)
-    parallel = SimpleNamespace(attn_dp_size=3, attn_tp_size=1, tp_size=3, attn_dp_rank=0, tp_group=group)
+    parallel = Mock(attn_dp_size=3, attn_tp_size=1, tp_size=3, attn_dp_rank=0)
 
     def gather(every: torch.Tensor, mine: torch.Tensor, **_: Any) -> None:
         every.copy_(torch.cat([mine, torch.tensor(others).flatten()]))

@@ -21,10 +21,7 @@ Tokens = tuple[int, ...]
 def next_probabilities(
     logits: torch.Tensor, generated: Sequence[int], params: Mapping[str, Any]
 ) -> torch.Tensor:
-    """[V] float64, the distribution of the token after `generated`.
-
-    logits: [V], the target's raw ones. params: `sequential`: top_p counts from what top_k keeps.
-    """
+    """[V] float64, the distribution of the token after `generated`. logits: [V], the target's raw ones."""
     x = logits.double().clone()
     counts = Counter(generated)
     for token, count in counts.items():

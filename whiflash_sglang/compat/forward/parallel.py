@@ -39,10 +39,7 @@ def ranks_of_model() -> Ranks:
 
 
 def sends_tokens(grammars: bool) -> bool:
-    """Whether ranks take the first one's tokens, as of SGLang's sampler: under grammars, or if the environment says so.
-
-    A rank whose card draws another token would end the server.
-    """
+    """Whether ranks take the first one's tokens, as of SGLang's sampler: one that draws another ends the server."""
     return get_parallel().attn_tp_group.world_size > 1 and (grammars or SYNC_TOKEN_IDS_ACROSS_TP)
 
 

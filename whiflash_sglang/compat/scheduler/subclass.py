@@ -103,10 +103,6 @@ class WhiflashScheduler:
     internal_state: Any
     disagg_decode_prealloc_queue: Any
     draft_worker: Any
-    last_batch: Any
-    running_batch: Any
-    chunked_req: Any
-    result_queue: Any
 
     def init_metrics_reporter(self) -> None:
         super().init_metrics_reporter()  # type: ignore[misc]
@@ -148,18 +144,17 @@ class WhiflashScheduler:
         with releases.together():
             super().process_batch_result(*args, **named)  # type: ignore[misc]
 
-    def is_fully_idle(self, *args: Any, **named: Any) -> bool:
-        """Called where a message needs an idle server. Nobody runs whose answer has left: SGLang's next pass would put
-        these requests away, and until then it refuses a flush, also that of new weights.
+    def is_fully_idle(self: Any, *args: Any, **named: Any) -> bool:
+        """Nobody runs whose answer has left. SGLang's next pass would put these requests away, and until then it
+        refuses a flush, also that of new weights.
         """
         batches = [batch for batch in (self.last_batch, self.running_batch) if batch is not None]
-        answered = all(req.finished() for batch in batches for req in batch.reqs)
-        if answered and self.chunked_req is None:
+        if self.chunked_req is None and all(req.finished() for batch in batches for req in batch.reqs):
             while self.result_queue:
                 self.process_batch_result(*self.result_queue.popleft())
             self.running_batch.filter_batch()
             self.running_batch.batch_is_full, self.last_batch = False, None
-        return bool(super().is_fully_idle(*args, **named))  # type: ignore[misc]
+        return bool(super().is_fully_idle(*args, **named))
 
 
 def _as(kind: type, made: Any) -> Any:
