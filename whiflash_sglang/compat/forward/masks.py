@@ -50,9 +50,6 @@ class Masks:
         # Rows that nothing constrains share the first mask.
         count = 1 + sum(widths[i] for i in grammars)
         bits = last.allocate_vocab_mask(vocab_size=vocabulary, batch_size=count, device="cpu")
-        if not bits.is_pinned():  # llguidance's: its copy would wait for the forward
-            pinned = torch.empty(bits.shape, dtype=bits.dtype, pin_memory=self._device.type == "cuda")
-            bits = pinned.copy_(bits)
         place, first, used = [0] * self._size, 0, 1
         for i, width in enumerate(widths):
             if i in grammars:
