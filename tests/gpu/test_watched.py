@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from card import phantom
+from host_reads import HostReads
 from torch.overrides import handle_torch_function, has_torch_function
 from watched import Pageable, Waits
 
@@ -83,3 +84,36 @@ def test_what_stands_in_for_sglangs_operators_computes_the_same() -> None:
     code = f"import sys; sys.path.insert(0, {path!r})\n{INTERPRETED}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: t.tolist(),
+        lambda t: bool(t[0]),
+        lambda t: t[t > 1],
+    ],
+)
+def test_the_detector_sees_a_planted_read(read: Any) -> None:
+    tensor = torch.arange(3)
+    with HostReads() as seen:
+        tensor + tensor[1:2]
+        torch.where(tensor > 1, tensor, 0)
+        assert seen.reads.total() == 0
+        read(tensor)
+    assert seen.reads.total() >= 1
+
+
+def test_the_detector_sees_a_planted_upload() -> None:
+    with HostReads() as seen:
+        torch.empty(3, pin_memory=False).to("cpu")
+        assert (seen.uploads.total(), seen.pageable.total()) == (1, 0)
+        torch.tensor([1, 2])
+        there = torch.empty(2, 3)
+        there[0] = 1
+        there[:, 1] = 2
+    assert (seen.uploads.total(), seen.pageable.total(), seen.reads.total()) == (1, 1, 0)
+    with HostReads() as seen:
+        there[0, -1] = 3
+        there[1][2] = 4
+    assert (seen.uploads.total(), seen.pageable.total(), seen.reads.total()) == (0, 2, 0)
