@@ -4,6 +4,7 @@ that depends on the prompt into the slots that a request gets: every server cont
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,8 @@ from request_sets import OPTIONS
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.mem_cache.pool_host import base
+
+from whiflash_sglang.compat.scheduler import disaggregation
 
 FIRST_TOKEN = 65
 """That the prefill server sampled."""
@@ -119,3 +122,5 @@ def test_an_aborted_neighbour(models: Models, plain: dict[str, list[int]]) -> No
         assert cut == plain["greedy-0"][: len(cut)]
         assert written == {rid: text for rid, text in plain.items() if rid != "greedy-0"}
         e.check_leaks()
+        prefill = SimpleNamespace(kv_layout=disaggregation._layout, attn_tp_size=2)
+        assert disaggregation.mismatch(prefill, 1, "there:1") is None, "no drafter's KV is cut by heads"
