@@ -42,6 +42,7 @@ def test_a_server_of_ours_is_judged(
     [
         *([*launcher, "--model-path", "/nowhere", "--port"] for launcher in LAUNCHERS),
         [*LAUNCHERS[0], "--config", "/nowhere.yaml", "--speculative-algorithm", "EAGLE3", "--port"],
+        ["/env/bin/sglang", "serve", "OWNER/MODEL", *OURS, "--node-rank", "1", "--port"],  # listens nowhere
         ["/env/bin/sglang", "generate", *OURS, "--port"],
         ["/env/bin/other", *OURS, "--port"],
     ],

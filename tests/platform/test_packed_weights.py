@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +97,15 @@ def test_layers_in_the_layout_of_other_kernels_are_left() -> None:
     packed_weights.pack_model(torch.nn.ModuleDict({"layer": layer, "lm_head": head}))
     assert not is_packed(layer.weight)
     assert not is_packed(head.weight)
+
+
+def test_a_head_with_an_adapter_is_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_weights, "has_kernel", lambda _: True)
+    monkeypatch.setattr(packed_weights, "linear", lambda *_: "ours")
+    compute: Any = packed_weights.compute_lm_head(lambda *_, **__: "SGLang's")  # type: ignore[arg-type,return-value]
+    processor, weight = SimpleNamespace(use_fp32_lm_head=False, rl_on_policy_target=None), torch.zeros(1)
+    assert compute(processor, weight, SimpleNamespace(weight=weight)) == "ours"
+    assert compute(processor, weight, SimpleNamespace(weight=weight, set_lora=None)) == "SGLang's"
 
 
 def test_what_the_log_says_is_of_weights_without_a_copy(caplog: pytest.LogCaptureFixture) -> None:
