@@ -24,7 +24,7 @@ ARGUMENTS = """
     attention_backend bf16_gemm_backend context_length cpu_offload_gb cuda_graph_config deepep_mode dtype enable_lora
     disable_custom_all_reduce disable_overlap_schedule enable_deterministic_inference enable_dp_lm_head enable_nccl_nvls
     enable_symm_mem enable_tf32_matmul enable_torch_compile fuseep_mode kv_cache_dtype page_size quantization tp_size
-""".split()
+"""
 """Some that change what work takes."""
 
 
@@ -121,7 +121,7 @@ def test_another_server_measures_its_own(
         lambda: monkeypatch.setattr(pricing.versions, "installed", lambda: "0.5.22"),
         lambda: monkeypatch.setattr(pricing, "_kernels", lambda: "another"),
     ]
-    assert all(map(pricing.PRICED.search, ARGUMENTS))
+    assert all(map(pricing.PRICED.search, ARGUMENTS.split()))
     for number, change in enumerate(others, start=2):
         change()
         start.price()
