@@ -119,7 +119,8 @@ def test_what_cannot_be_answered_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(GPUS, "a100", GPUS["a100"]._replace(memory=40e9))
     (obstacle,) = advise(Question("gpt-oss-120b", gpu="a100", requests=(1,), answer=16)).obstacles
     assert "do not fit 1 × A100" in obstacle
-    assert not advise(Question("gpt-oss-120b", gpu="a100", cards=4, requests=(1,), answer=16)).obstacles
+    two = advise(Question("gpt-oss-120b", gpu="a100", cards=2, requests=(1,), answer=16))
+    assert (two.obstacles, "--tp-size 2" in str(two.settings)) == ([], True)
 
 
 def test_the_command_shows_and_prints_json() -> None:

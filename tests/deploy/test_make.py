@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -113,3 +114,7 @@ def test_lines_and_records_beyond_their_budget_are_named(tmp_path: Path) -> None
     (tmp_path / "budgets.toml").write_text(f"{budgets}{known}\n")
     assert not any(line.startswith("server") for line in script.over(tmp_path))
     assert "whiflash_sglang.core:Round" in script.records()
+    (tmp_path / "scripts").mkdir()
+    copy = shutil.copy(ROOT / "scripts" / "budgets.py", tmp_path / "scripts")
+    (tmp_path / "budgets.toml").write_text(budgets.partition("[records]")[0])
+    assert subprocess.run([sys.executable, copy], stdout=subprocess.DEVNULL, check=False).returncode == 1
