@@ -152,7 +152,6 @@ def training_keys() -> str:
         ("dflash and dspark", config.DFlash, none),
         ("dspark only", config.DSpark, config.DFlash),
         ("loop, of each drafter", config.Loop, none),
-        ("router", config.RouterTraining, none),
     )
     return "\n\n".join(f"### {name}\n\n{fields(model, beyond)}" for name, model, beyond in sections)
 

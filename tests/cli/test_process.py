@@ -78,7 +78,6 @@ FAILING = [
     (("train", "--out", "b", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
     (("drafter", "--directory", "/nowhere"), "/nowhere: no such directory"),
     (("lab", "export", "out.npz", "--config", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
-    (("lab", "calibrate", "--bundle", "/nowhere/b", "--config", "tiny"), "/nowhere/b"),
     (("trace", "/nowhere/answers.json"), "/nowhere/answers.json"),
     (("policy", "none", "--url", "http://127.0.0.1:1"), "http://127.0.0.1:1"),
     (("lab", "lookup-seed", "/nowhere/tokens.npz"), "/nowhere/tokens.npz"),
@@ -100,7 +99,6 @@ FAILING = [
     (("bench", "--bundle", "/nowhere/b"), "/nowhere/b"),
     (("bench", "--recorded", "/nowhere/r.jsonl"), "/nowhere/r.jsonl"),
     (("train", "--config", "tiny", "--step", "eagle3", "--start-from", "/nowhere/c"), "/nowhere/c"),
-    (("lab", "calibrate", "--bundle", str(embedded_bundle()), "--config", "/nowhere/c"), "/nowhere/c"),
 ]
 
 ALL_IN_ONE = """

@@ -21,8 +21,6 @@ from server_host import Server, ServerHost
 from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang import __version__
-from whiflash_sglang.lab.bench.prompts import Prompt
-from whiflash_sglang.lab.calibration import measure_rounds
 from whiflash_sglang.metrics import PREFIX, SERIES
 from whiflash_sglang.models.router import Router
 
@@ -331,19 +329,6 @@ def test_the_kill_switch(load: Load) -> None:
     assert plain == total(last, "rounds_total") - total(behind, "rounds_total") == 4 * (LONG - 1)
     assert policy(server) == f"{server.url}: none"
     assert policy(server, "random") == f"{server.url}: random"
-
-
-# ---------------------------------------------------------------- rounds by arm
-
-
-MEASURED = [Prompt(f"p{i}", "chat", ({"role": "user", "content": "abc " * (i + 1)},)) for i in range(3)]
-
-
-def test_both_drafters_are_timed(server: Server) -> None:
-    seconds = measure_rounds(server.url, MEASURED)
-    server.post("/whiflash/policy", {"router": "random"})
-    assert seconds.keys() == {"ar", "diffusion"}
-    assert all(value > 0 for value in seconds.values())
 
 
 def test_the_neural_policy_over_http(server: Server) -> None:

@@ -27,13 +27,11 @@ from whiflash_sglang.lab.evaluation import (
 )
 from whiflash_sglang.train.answers import store
 from whiflash_sglang.train.answers.data import generate_data, teacher_of
-from whiflash_sglang.train.answers.provenance import digest_of
 from whiflash_sglang.train.answers.store import FeatureStore, open_stores
 from whiflash_sglang.train.answers.tokens import Exported, export_tokens, rebuild_features
 from whiflash_sglang.train.config import TrainConfig, load_config
 from whiflash_sglang.train.drafters.batches import SequenceBatches, token_frequencies
 from whiflash_sglang.train.drafters.runner import train_dflash, train_dspark, train_eagle3
-from whiflash_sglang.train.router import choose_answers
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
@@ -414,18 +412,3 @@ def test_prompts_longer_than_the_context_say_so(root: Path, config: TrainConfig,
     assert result.exit_code == 1
     assert "and 24 tokens exceed the context" in result.output
     assert "none of 1 prompts gave an answer" in str(result.exception)
-
-
-def test_answers_that_no_drafter_saw_come_first(root: Path, config: TrainConfig, tmp_path: Path) -> None:
-    store = open_stores(config)[0]
-    checkpoint = tmp_path / "checkpoint"
-    checkpoint.mkdir()
-    assert len(choose_answers([store], [checkpoint], 99)) == 24  # no record: it may have seen all of them
-    seen = {"sequences": 20, "index_sha256": digest_of(store.records[:20])}
-    (checkpoint / "provenance.json").write_text(json.dumps({"data": [seen]}))
-    chosen = [source.record.id for source in choose_answers([store], [checkpoint], 99)]
-    assert chosen[:4] == [record.id for record in store.records[20:]]
-    assert len(chosen) == 24
-    # Another shard with the same prompts brings nothing new.
-    assert [one.record.id for one in choose_answers([store, store], [checkpoint], 99)] == chosen
-    assert [one.record.id for one in choose_answers([store], [checkpoint], 2)] == chosen[:2]

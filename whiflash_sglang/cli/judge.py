@@ -1,6 +1,6 @@
-"""`whiflash lab evaluate` and `whiflash lab calibrate`: a bundle is judged without a server, its thresholds are chosen.
+"""`whiflash lab evaluate`: a bundle is judged without a server.
 
-Bundle and configuration are read before torch is imported: what is wrong with them is said at once.
+The bundle is read before torch is imported: errors in it come at once.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, for_tables
-from whiflash_sglang.cli.train import ConfigOption, readable_errors, resolve_config
+from whiflash_sglang.cli.train import readable_errors
 from whiflash_sglang.jsonl import write_whole
 
 BundleOption = Annotated[Path, typer.Option(help="Bundle directory.")]
@@ -73,43 +73,5 @@ def evaluate_command(
     for_tables().print(figures_table(result))
 
 
-def calibrate_command(
-    bundle: BundleOption,
-    config: ConfigOption,
-    per_category: Annotated[int, typer.Option(min=1, help="Most answers of each category.")] = 48,
-    round_ms: Annotated[
-        str | None,
-        typer.Option(help="Round times in ms instead of a server's: eagle3=31.0,dflash=28.5"),
-    ] = None,
-    as_json: JsonFlag = False,
-    out: OutOption = None,
-) -> None:
-    """Choose the routers' thresholds for the most tokens a second and write them to the bundle.
-
-    It takes the training's stored answers that the router has not seen.
-
-    \b
-    Example:
-    whiflash lab calibrate --bundle my-bundle --config smollm2-135m-instruct
-    """
-    from whiflash_sglang.checkpoints.manifest import load_manifest
-
-    with readable_errors():
-        load_manifest(bundle)
-        training = resolve_config(config)
-        from whiflash_sglang.lab.calibration import CalibrationSettings, calibrate
-
-        result = calibrate(bundle, CalibrationSettings(training, per_category, round_ms))
-        keep(result, out)
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    for name, part in result["routers"].items():
-        typer.echo(f"threshold of {name}: {part['threshold']:.4g}")
-    for name, value in result["tokens_per_second"].items():
-        typer.echo(f"tokens per second of {name}: {value:.4g}")
-
-
 def register(app: typer.Typer, lab: typer.Typer) -> None:
-    lab.command("calibrate")(calibrate_command)
     lab.command("evaluate")(evaluate_command)

@@ -1,4 +1,4 @@
-"""`whiflash train`: answers, drafters, router and bundle. Every step is resumable and writes its provenance.
+"""`whiflash train`: answers, drafters and bundle. Every step is resumable and writes its provenance.
 
 `whiflash lab split`, `features` and `export`: parts that a shared set of answers needs. A configuration is read before
 torch is imported: what is wrong with it is said at once.
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from whiflash_sglang import arms
 from whiflash_sglang.cli import TRAIN
 from whiflash_sglang.cli.options import JsonFlag, report
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
@@ -29,7 +28,7 @@ ConfigOption = Annotated[
         "--config", help="YAML or TOML file, or the name of a shipped one (smollm2-135m-instruct, tiny)."
     ),
 ]
-Step = Literal["data", "eagle3", "dflash", "dspark", "router", "bundle"]
+Step = Literal["data", "eagle3", "dflash", "dspark", "bundle"]
 
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:
@@ -59,11 +58,7 @@ class Asked(NamedTuple):
 def train(
     config: ConfigOption,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Bundle directory; an existing one keeps its thresholds. With --step router: a bundle whose drafters "
-            "are replayed, and which takes the router."
-        ),
+        Path | None, typer.Option(help="Bundle directory; an existing one keeps its router and thresholds.")
     ] = None,
     step: Annotated[
         Step | None, typer.Option(help="Take only this step. Default: all, in their order.")
@@ -76,11 +71,11 @@ def train(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train a pair of drafters and a router for a target, and make a bundle of them; rerun to resume.
+    """Train a pair of drafters for a target, and make a bundle of them; rerun to resume.
 
     The steps: answer the prompts with the target and store tokens and features (data), train the autoregressive
-    drafter (eagle3) and the block drafter (dflash or dspark), replay both for the router (router), put all together
-    (bundle). The target runs in SGLang's offline engine, for which data.engine of the configuration has arguments.
+    drafter (eagle3) and the block drafter (dflash or dspark), put all together (bundle). The target runs in SGLang's
+    offline engine, for which data.engine of the configuration has arguments.
 
     \b
     Examples:
@@ -99,11 +94,9 @@ def train(
     done: dict[str, Any] = {}
     with readable_errors():
         settings = resolve_config(config)
-        steps = ("data", "eagle3", settings.block_drafter, "router", "bundle") if step is None else (step,)
+        steps = ("data", "eagle3", settings.block_drafter, "bundle") if step is None else (step,)
         for name in steps:
-            # A router for the bundle that the last step makes; only a router's step of its own replays another one's.
-            options = asked._replace(out=None) if step is None and name == "router" else asked
-            done[name] = _STEPS[name](settings, options)
+            done[name] = _STEPS[name](settings, asked)
             if not as_json:
                 report({"step": name, **done[name]}, False)
     if as_json:
@@ -133,24 +126,6 @@ def _drafter(name: str) -> Callable[["TrainConfig", Asked], dict[str, Any]]:
     return step
 
 
-def _router(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
-    from whiflash_sglang.train.answers.data import target_path
-    from whiflash_sglang.train.bundle import install_router
-    from whiflash_sglang.train.replay import Parts
-    from whiflash_sglang.train.router import train_router
-
-    if asked.out is None:
-        parts = zip(arms.PAIR, ("eagle3", settings.block_drafter), strict=True)
-        trained = {arm: settings.work / part / "checkpoint" for arm, part in parts}
-        drafters = Parts(trained, settings.router.eagle_steps, settings.block.vocabulary)
-    else:
-        drafters = Parts.of_bundle(asked.out, settings.router.eagle_steps)
-    done = train_router(settings, target_path(settings.target), drafters)
-    if asked.out is not None:
-        install_router(asked.out, done.directory)
-    return {"router": str(done.directory), **done.report}
-
-
 def _bundle(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
     from whiflash_sglang.train.bundle import assemble
 
@@ -165,7 +140,6 @@ _STEPS: Mapping[str, Callable[["TrainConfig", Asked], dict[str, Any]]] = {
     "eagle3": _drafter("eagle3"),
     "dflash": _drafter("dflash"),
     "dspark": _drafter("dspark"),
-    "router": _router,
     "bundle": _bundle,
 }
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from rich.table import Table
+from torch import Tensor
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import Forecast
@@ -27,7 +29,6 @@ from whiflash_sglang.train.answers.store import FeatureStore
 from whiflash_sglang.train.config import Data, Hardware
 from whiflash_sglang.train.replay import JOINED, Pair, Parts, Replay, ReplayLog, Source, replay_answers
 from whiflash_sglang.train.rounds import Tally
-from whiflash_sglang.train.router import entropy_of
 from whiflash_sglang.train.walk import (
     LOOP,
     Choices,
@@ -39,6 +40,9 @@ from whiflash_sglang.train.walk import (
 
 REPLAYED = {**JOINED, arms.LOOKUP: arms.LOOKUP, arms.NONE: arms.NONE}
 """The controller's arms → what is replayed in their place."""
+
+ENTROPY_ROWS = 2048
+"""Rows of logits that are held at a time."""
 
 
 class Known(NamedTuple):
@@ -211,9 +215,7 @@ def load_router(bundle: Path, target: Vocabulary | Origin) -> Router:
     """The bundle's router in fp32. Raises `CheckpointError` where it cannot be used, and where it has none."""
     manifest = load_manifest(bundle)
     if manifest.router is None:
-        raise CheckpointError(
-            f"{bundle} has no router: run `whiflash train --step router --out {bundle}` first"
-        )
+        raise CheckpointError(f"{bundle} has no router: `whiflash bundle create --router` adds one")
     return Router.load(
         bundle / manifest.router.path,
         hidden_size=target.head.shape[1],
@@ -257,3 +259,13 @@ def figures_table(result: Mapping[str, Any]) -> Table:
         shares = [f"{figures['rounds_won'][arm]:.0%}" for arm in compared]
         table.add_row(category, *lengths, *shares)
     return table
+
+
+@torch.inference_mode()
+def entropy_of(states: Tensor, head: Tensor) -> Tensor:
+    """Nats of the target's own distribution: `states` [N, H] after its final norm, `head` [V, H] → [N] fp32."""
+    parts = []
+    for part in torch.split(states, ENTROPY_ROWS):
+        log = F.linear(part.to(head.device, head.dtype), head).float().log_softmax(-1)
+        parts.append(-(log.exp() * log).sum(-1).cpu())
+    return torch.cat(parts)

@@ -242,7 +242,7 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         store = _store(work / "judges", target, config.capture, chosen.judged, pace)
         trained = {arm: train_arm(config, arm, path, pace) for arm, path in checkpoints.items()}
 
-        pairs = [Pair.load(parts_of(manifest, paths, config), target) for paths in (checkpoints, trained)]
+        pairs = [Pair.load(parts_of(manifest, paths), target) for paths in (checkpoints, trained)]
         for arm in checkpoints:
             before, after = (pair.drafters[arm] for pair in pairs)
             check_fits(f"what was learned for {PARTS[arm]}", before, after)
@@ -494,6 +494,6 @@ def train_arm(config: TrainConfig, arm: str, checkpoint: Path, pace: Pace) -> Pa
     return train_drafter(name, config, target, checkpoint, held=True, after_step=pace.rest)
 
 
-def parts_of(manifest: Manifest, checkpoints: Mapping[str, Path], config: TrainConfig) -> Parts:
+def parts_of(manifest: Manifest, checkpoints: Mapping[str, Path]) -> Parts:
     """The checkpoints, by arm, with what the bundle says of the rest."""
-    return Parts(checkpoints, config.router.eagle_steps, manifest.dflash_vocabulary, lookup_of(manifest))
+    return Parts(checkpoints, dflash_vocabulary=manifest.dflash_vocabulary, lookup=lookup_of(manifest))

@@ -79,15 +79,6 @@ class Router(nn.Module):
             torch.cat([layer.bias.detach() for layer in seconds]),
         )
 
-    def standardised(self, mean: Tensor, deviation: Tensor) -> "Router":
-        """The same function of raw states that this router is of `(state - mean) / deviation`; both [H]."""
-        router = Router(self.first.in_features, self.first.out_features, heads=self.heads is not None)
-        router.load_state_dict(self.state_dict())
-        with torch.no_grad():
-            router.first.weight.div_(deviation)
-            router.first.bias.sub_(router.first.weight @ mean)
-        return router
-
     @classmethod
     def load(
         cls,

@@ -11,15 +11,11 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.jsonl import read_json_file
 from whiflash_sglang.train.config import TrainConfig
 
-ROUTER = "router"
-
 
 def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
-    """Copy EAGLE-3 and the configured block drafter (and the router, where there is one) from the work directory; write
-    `whiflash.json`.
+    """Copy EAGLE-3 and the configured block drafter from the work directory; write `whiflash.json`.
 
-    An existing bundle keeps what else its manifest says, its entropy threshold too; a router that is installed again
-    begins at threshold 0.
+    An existing bundle keeps what else its manifest says, its router and thresholds, too.
 
     Raises:
         ConfigError: a drafter has not been trained yet.
@@ -40,17 +36,7 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
         shutil.copyfile(config.chat_template, bundle / "chat_template.jinja")
         manifest["chat_template"] = "chat_template.jinja"
     update_manifest(bundle, manifest)
-    router = config.work / ROUTER / "checkpoint"
-    if router.is_dir():
-        install_router(bundle, router)
     return bundle
-
-
-def install_router(bundle: Path, trained: Path) -> None:
-    """Copy a trained router into the bundle; its threshold is 0 until `whiflash lab calibrate` finds a better one."""
-    replace_directory(trained, bundle / ROUTER)
-    sources = {**_sources(bundle), ROUTER: _source(bundle / ROUTER)}
-    update_manifest(bundle, {"router": {"path": ROUTER, "threshold": 0.0}, "sources": sources})
 
 
 def _sources(bundle: Path) -> dict[str, Any]:

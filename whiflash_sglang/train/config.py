@@ -210,31 +210,6 @@ class DraftLayers(_Strict):
     intermediate_size: Positive | None = None
 
 
-class RouterTraining(_Strict):
-    """The neural router.
-
-    Attributes:
-        answers: most stored answers that both drafters are replayed over.
-        held_out: share of the answers that choose the epoch and give the report.
-        eagle_steps: drafts of an EAGLE-3 round.
-        width: of the hidden layer.
-        epochs: passes over the positions.
-        batch: positions in a step.
-        learning_rate, weight_decay: of AdamW.
-        dropout: of inputs and hidden units.
-    """
-
-    answers: Positive = 1500
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    eagle_steps: Positive = 5
-    width: Annotated[int, Field(ge=2)] = 256
-    epochs: Positive = 10
-    batch: Positive = 512
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.35
-
-
 class TrainConfig(_Strict):
     """The whole file.
 
@@ -244,8 +219,8 @@ class TrainConfig(_Strict):
         capture: layers of the target whose outputs are stored, ascending.
         work: directory for data, checkpoints and results.
         seed: of every random draw.
-        hardware, data, draft_layers, eagle3, dflash, dspark, router: sections, below.
-        block_drafter: the block drafter that the router learns and the bundle takes.
+        hardware, data, draft_layers, eagle3, dflash, dspark: sections, below.
+        block_drafter: the block drafter that the bundle takes.
     """
 
     target: str = "embedded"
@@ -260,7 +235,6 @@ class TrainConfig(_Strict):
     dflash: DFlash
     dspark: DSpark | None = None
     block_drafter: Literal["dflash", "dspark"] = "dflash"
-    router: RouterTraining = RouterTraining()
 
     @property
     def block(self) -> DFlash | DSpark:

@@ -51,21 +51,6 @@ class Provenance:
         (directory / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def trained_on(checkpoint: Path, store: FeatureStore) -> int:
-    """How many of a shard's first sequences a checkpoint was trained on, by its `provenance.json`.
-
-    All of them where the checkpoint has no such record.
-    """
-    file = checkpoint / "provenance.json"
-    if not file.exists():
-        return len(store.records)
-    for shard in read_json_file(file).get("data", []):
-        count = int(shard["sequences"])
-        if count <= len(store.records) and digest_of(store.records[:count]) == shard["index_sha256"]:
-            return count
-    return 0
-
-
 def _describe(store: FeatureStore) -> dict[str, Any]:
     """Size of a shard and a digest of the sequences that it names."""
     return {"sequences": len(store.records), "index_sha256": digest_of(store.records)}
