@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
 from sglang.srt.arg_groups.overrides import resolving_view
@@ -150,7 +150,7 @@ def _words(option: str, value: Flag, *, is_switch: bool) -> list[str]:
 class _Parser(argparse.ArgumentParser):
     """SGLang's, which reads one flag at a time and answers with the fields that it sets."""
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         raise ConfigError(f"SGLang {installed()} does not take it: {message}; give another value")
 
     def meant(self, option: str) -> argparse.Action | None:

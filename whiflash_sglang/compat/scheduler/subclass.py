@@ -154,7 +154,7 @@ class WhiflashScheduler:
                 self.process_batch_result(*self.result_queue.popleft())
             self.running_batch.filter_batch()
             self.running_batch.batch_is_full, self.last_batch = False, None
-        return bool(super().is_fully_idle(*args, **named))
+        return bool(super().is_fully_idle(*args, **named))  # type: ignore[misc]
 
 
 def _as(kind: type, made: Any) -> Any:
