@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -256,14 +256,14 @@ def under_grammars(world: Streams, loop: Any) -> dict[str, Any]:
 def steady(loop: Any, launches: Any, **params: float) -> dict[str, int]:
     """Launches of a pass of the scheduler in which nobody comes or goes: four requests, each with another arm."""
     routes, passes = ("ar", "diffusion", "none", "none"), list[Counter[str]]()
-    controller = getattr(loop.worker, "controller", None)  # SGLang's workers have none
-    plan = controller and controller.route
+    controller = loop.worker.controller
+    plan = controller.route
 
     def route(rows: Any, forecasts: Any) -> list[str]:
         plan(rows, forecasts)
         return [arm if arm in may else "none" for arm, may in zip(routes, forecasts, strict=False)]
 
-    with patch.object(controller, "route", route) if controller else nullcontext():
+    with patch.object(controller, "route", route):
         rids = [f"steady {i} {params}" for i in range(len(routes))]
         for i, rid in enumerate(rids):
             prompt = [1 + i, 2, 3, 1 + i, 2, 3, 1 + i, 2]

@@ -45,6 +45,8 @@ ELSEWHERE = {
 
 MOST_LAUNCHES = {"whiflash": 15, "sglang": 9}
 """Launches of a pass with four requests that two drafters and copies draft for, by owner: a ratchet, never raised."""
+UPSTREAM = {"greedy": 34, "sampled": 54}
+"""Launches of such a pass of SGLang 0.5.23's DFLASH; EAGLE3 has more (`docs/dev/findings.md`)."""
 
 
 BESIDE_ROUNDS = {"write_req_to_token_pool_triton", "_small_copy_kernel", "_row_logsumexp_kernel"}
@@ -208,6 +210,7 @@ def test_launches_of_a_steady_pass(found: dict[str, Any], kind: str) -> None:
     print(dict(owners))
     assert launches.keys() >= {"fill_slots whiflash_kernels/dispatch.py:54"}, "nothing was counted"
     assert all(owners[owner] <= most for owner, most in MOST_LAUNCHES.items()), owners
+    assert owners.total() < UPSTREAM[kind]
 
 
 def test_serving_compiles_nothing_of_sglangs_for_rounds(found: dict[str, Any]) -> None:
