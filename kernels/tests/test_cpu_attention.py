@@ -1,7 +1,8 @@
-"""Attention compiled for a CPU against the formula in float64, alone and beside others."""
+"""A CPU's attention, compiled and in torch, against the formula in float64, alone and beside others."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,30 @@ from torch import Tensor
 from whiflash_kernels.cpu import compiler
 from whiflash_kernels.cpu import paged_attention as module
 from whiflash_kernels.cpu.paged_attention import CompiledAttention, compiled_attention, fits
+from whiflash_kernels.reference import grouping, paged_attention
+from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 SLOTS = 1600
 
 
-@pytest.fixture(scope="module", params=["this processor", "x86-64-v3"])
-def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CompiledAttention:
-    """Compiled for this processor, and for one without instructions for bfloat16."""
+@dataclass(frozen=True)
+class InTorch:
+    """Torch's plan, called as the compiled kernel is."""
+
+    dtype: torch.dtype
+
+    def plan(self, *lengths: Any, **kind: Any) -> PagedAttentionPlan:
+        return PagedAttentionPlan.build(*lengths, **kind, dtype=self.dtype)
+
+
+KERNELS = ["this processor", "x86-64-v3", torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", params=KERNELS, ids=str)
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Compiled for this processor, and for one without instructions for bfloat16; in torch."""
+    if isinstance(request.param, torch.dtype):
+        return InTorch(request.param)
     directory = tmp_path_factory.getbasetemp().parent / "compiled"
     try:
         if request.param == "this processor":
@@ -54,20 +72,28 @@ class Tensors:
     sinks: Tensor | None
 
 
-def tensors_of(case: Case) -> Tensors:
+@pytest.fixture
+def compiled(kernel: Any) -> CompiledAttention:
+    if isinstance(kernel, InTorch):
+        pytest.skip("of what is compiled")
+    found: CompiledAttention = kernel
+    return found
+
+
+def tensors_of(case: Case, dtype: torch.dtype = torch.bfloat16) -> Tensors:
     """Queries that are part of a wider tensor, as a model's are; rows of the slot table in any order; slots that nobody
     sees hold rubbish."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).bfloat16()
+        return torch.randn(*shape, generator=generator).to(dtype)
 
     bs, heads = len(case.q_lens), case.kv_heads * case.share
     slots = torch.randperm(SLOTS, generator=generator)
     table = torch.zeros(bs + 2, max(case.kv_lens), dtype=torch.int32)
     rows = torch.randperm(bs + 2, generator=generator)[:bs]
-    k = torch.full((SLOTS, case.kv_heads, case.size), float("nan")).bfloat16()
-    v = torch.full((SLOTS, case.kv_heads, case.v_size), float("nan")).bfloat16()
+    k = torch.full((SLOTS, case.kv_heads, case.size), float("nan")).to(dtype)
+    v = torch.full((SLOTS, case.kv_heads, case.v_size), float("nan")).to(dtype)
     used = 0
     for row, length in zip(rows.tolist(), case.kv_lens, strict=True):
         own = slots[used : used + length]
@@ -85,21 +111,22 @@ def tensors_of(case: Case) -> Tensors:
     )
 
 
-def run(kernel: CompiledAttention, case: Case, x: Tensors) -> Tensor:
+def run(kernel: Any, case: Case, x: Tensors, scale: float | None = None) -> Tensor:
     plan = kernel.plan(
         x.table, case.q_lens, case.kv_lens, causal=case.causal, request_rows=x.rows, window=case.window
     )
-    assert fits(x.q, x.k, x.v)
-    return plan.run(x.q, x.k, x.v, case.size**-0.5, x.sinks)
+    assert isinstance(kernel, InTorch) or fits(x.q, x.k, x.v)
+    found: Tensor = plan.run(x.q, x.k, x.v, scale or case.size**-0.5, x.sinks)
+    return found
 
 
-def by_formula(case: Case, x: Tensors) -> Tensor:
+def by_formula(case: Case, x: Tensors, scale: float | None = None) -> Tensor:
     out, row = torch.empty(*x.q.shape[:2], case.v_size, dtype=torch.float64), 0
     for request, m, n in zip(x.rows.tolist(), case.q_lens, case.kv_lens, strict=True):
         slots = x.table[request, :n].long()
         k = x.k[slots].double().repeat_interleave(case.share, 1)
         v = x.v[slots].double().repeat_interleave(case.share, 1)
-        scores = torch.einsum("thd,jhd->htj", x.q[row : row + m].double(), k) * case.size**-0.5
+        scores = torch.einsum("thd,jhd->htj", x.q[row : row + m].double(), k) * (scale or case.size**-0.5)
         last = torch.arange(n - m, n)[:, None] if case.causal else torch.full((m, 1), n - 1)
         entry = torch.arange(n)
         hidden = entry > last
@@ -132,17 +159,19 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def agrees(kernel: CompiledAttention, case: Case) -> None:
-    x = tensors_of(case)
-    found = run(kernel, case, x)
-    assert found.dtype == torch.bfloat16
-    # Weights and the result are rounded to 8 bits each.
-    torch.testing.assert_close(found.double(), by_formula(case, x), rtol=2**-7, atol=2**-7)
+def agrees(kernel: Any, case: Case, scale: float | None = None) -> None:
+    dtype = kernel.dtype if isinstance(kernel, InTorch) else torch.bfloat16
+    x = tensors_of(case, dtype)
+    found = run(kernel, case, x, scale)
+    assert found.dtype == dtype
+    # In bfloat16 weights and the result are rounded to 8 bits each.
+    most = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found.double(), by_formula(case, x, scale), rtol=most, atol=most)
 
 
 @settings(deadline=None, max_examples=120)
 @given(case=cases())
-def test_it_is_the_formula(kernel: CompiledAttention, case: Case) -> None:
+def test_it_is_the_formula(kernel: Any, case: Case) -> None:
     agrees(kernel, case)
 
 
@@ -159,27 +188,45 @@ def test_it_is_the_formula(kernel: CompiledAttention, case: Case) -> None:
     ],
     ids=["decode", "verify", "window", "sinks", "prefix", "block", "latent"],
 )
-def test_it_is_the_formula_over_several_chunks(kernel: CompiledAttention, case: Case) -> None:
+def test_it_is_the_formula_over_several_chunks(kernel: Any, case: Case) -> None:
     agrees(kernel, case)
 
 
-def test_values_may_be_a_part_of_keys(kernel: CompiledAttention) -> None:
+@pytest.mark.parametrize(("narrow", "wide", "cost"), [(3, 5, 0), (3, 5, grouping.GROUP), (64, 32, 0.1)])
+@settings(deadline=None, max_examples=100)
+@given(case=cases())
+def test_however_requests_are_grouped_and_split(case: Case, narrow: int, wide: int, cost: float) -> None:
+    """In blocks beside narrow requests; where no request is padded for another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged_attention, "NARROW_ROWS", narrow)
+        patch.setattr(paged_attention, "WIDE_ROWS", wide)
+        patch.setattr(grouping, "GROUP", cost)
+        agrees(InTorch(torch.float32), case)
+
+
+def test_scores_stay_in_fp32() -> None:
+    """At a scale of 8 scores reach a hundred: rounded to bfloat16 they would be off by a quarter."""
+    agrees(InTorch(torch.bfloat16), Case((100, 70), (160, 70), kv_heads=3, size=16, v_size=16, seed=5), 8.0)
+
+
+def test_values_may_be_a_part_of_keys(compiled: CompiledAttention) -> None:
     """As in latent attention, where the pool has one tensor for both."""
     case = Case((2, 9), (70, 9), kv_heads=1, share=4, size=80, v_size=64)
     x = tensors_of(case)
     shared = Tensors(x.q, x.k, x.k[..., :64], x.table, x.rows, None)
     torch.testing.assert_close(
-        run(kernel, case, shared).double(), by_formula(case, shared), rtol=2**-7, atol=2**-7
+        run(compiled, case, shared).double(), by_formula(case, shared), rtol=2**-7, atol=2**-7
     )
 
 
 @settings(deadline=None, max_examples=60)
 @given(case=cases(), others=st.integers(1, 3), threads=st.sampled_from([1, 3]))
 def test_a_request_does_not_depend_on_others_or_on_threads(
-    kernel: CompiledAttention, case: Case, others: int, threads: int
+    kernel: Any, case: Case, others: int, threads: int
 ) -> None:
-    """Bit by bit: alone as beside any others, on any number of threads."""
-    x = tensors_of(case)
+    """Alone as beside any others, on any number of threads; what is compiled bit by bit."""
+    exact = not isinstance(kernel, InTorch)
+    x = tensors_of(case, torch.bfloat16 if exact else kernel.dtype)
     together = run(kernel, case, x)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -195,21 +242,22 @@ def test_a_request_does_not_depend_on_others_or_on_threads(
                 window=case.window,
             )
             alone = plan.run(x.q[row : row + m], x.k, x.v, case.size**-0.5, x.sinks)
-            assert torch.equal(alone, together[row : row + m])
+            most = 0.0 if exact else 2e-6 if kernel.dtype == torch.float32 else 2**-7
+            torch.testing.assert_close(alone, together[row : row + m], rtol=most, atol=most)
             row += m
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("window", [None, 90])
-def test_a_verified_row_is_the_decoded_one(kernel: CompiledAttention, window: int | None) -> None:
+def test_a_verified_row_is_the_decoded_one(compiled: CompiledAttention, window: int | None) -> None:
     """Bit by bit: a token's row in a verification is that of decoding it alone."""
     m, n = 9, 1030
     case = Case((m,), (n,), window=window)
     x = tensors_of(case)
-    verified = run(kernel, case, x)
+    verified = run(compiled, case, x)
     for i in range(m):
-        plan = kernel.plan(x.table, [1], [n - m + i + 1], causal=True, request_rows=x.rows, window=window)
+        plan = compiled.plan(x.table, [1], [n - m + i + 1], causal=True, request_rows=x.rows, window=window)
         assert torch.equal(plan.run(x.q[i : i + 1], x.k, x.v, case.size**-0.5), verified[i : i + 1])
 
 
@@ -223,16 +271,24 @@ def test_what_it_does_not_take() -> None:
     assert not fits(q, k.transpose(1, 2), k)
 
 
-def test_lengths_are_checked(kernel: CompiledAttention) -> None:
-    table = torch.zeros(1, 8, dtype=torch.int32)
-    with pytest.raises(ValueError, match="request 0: 5 query rows do not fit 4 KV entries"):
-        kernel.plan(table, [5], [4], causal=True)
-    with pytest.raises(ValueError, match="9 KV entries, the slot table 8"):
-        kernel.plan(table, [1], [9], causal=True)
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens", "message"),
+    [
+        ([1, 1], [4], "2 requests"),
+        ([5], [4], "request 0: 5 query rows do not fit 4 KV entries"),
+        ([1], [0], "do not fit 0"),
+        ([1], [9], "9 KV entries, the slot table 8"),
+    ],
+)
+def test_lengths_are_checked(kernel: Any, q_lens: list[int], kv_lens: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kernel.plan(torch.zeros(1, 8, dtype=torch.int32), q_lens, kv_lens, causal=True)
 
 
-def test_no_rows_are_no_work(kernel: CompiledAttention) -> None:
-    x = tensors_of(Case((1,), (5,)))
+def test_no_rows_are_no_work(kernel: Any) -> None:
+    x = tensors_of(
+        Case((1,), (5,)), torch.bfloat16 if isinstance(kernel, CompiledAttention) else kernel.dtype
+    )
     for widths, lengths in (((), ()), ((0,), (5,))):
         plan = kernel.plan(x.table, widths, lengths, causal=True)
         assert plan.run(x.q[:0], x.k, x.v, 1.0).shape == (0, 6, 64)
