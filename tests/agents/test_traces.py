@@ -110,7 +110,7 @@ def incremental(
     flags = (
         "--tool-call-parser hermes --incremental-streaming-output --chunked-prefill-size 64 --enable-trace"
     )
-    flags += " --whiflash-trace-sample 1 --whiflash-trace-text on"
+    flags += " --whiflash-trace-sample 1 --whiflash-trace-text on --whiflash-trace-mib 1"
     arguments = [*served_pair(tmp_path_factory.mktemp("checkpoints")), *flags.split()]
     arguments += ["--whiflash-trace-dir", str(texts), "--otlp-traces-endpoint", collector.endpoint]
     with host.running(*arguments, env={"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}) as running:
