@@ -57,6 +57,8 @@ def test_of_a_batch_each_prompt_has_its_values() -> None:
         check_types(batch(sampling_params=[{}]))
     with pytest.raises(ValueError, match="priority: is 'x'"):
         check_types(batch(priority="x"))
+    with pytest.raises(ValueError, match="n: is 65; at most 64"):
+        check_given(GenerateReqInput(text=["a"] * 64, sampling_params={"n": 65}), native=False)
 
 
 def batch(**fields: Any) -> GenerateReqInput:
