@@ -266,6 +266,7 @@ def test_a_salt_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         ({"origin": "http://testserver:3000"}, True),
         ({"origin": "null"}, True),
         ({"sec-fetch-site": "cross-site"}, True),
+        ({"sec-fetch-site": "none"}, False),  # by its address bar
         ({"sec-fetch-site": "same-origin", "origin": "https://testserver"}, False),
     ],
 )
