@@ -26,6 +26,7 @@ KINDS = [
     (0.8, 3.0, 0.75, -0.05),
     (0.8, 2.0**30, 0.7, -0.05),
     (0.8, 3.0, 1.0, -0.05),
+    (2.0, 2.0**30, 1.0, -0.2),
 ]
 SLOTS = 300
 
@@ -108,9 +109,10 @@ def check(
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("coarse", [False, True])
 def test_every_kind_of_request_in_one_batch(backend: str, masked: bool, coarse: bool) -> None:
-    widths = [2, 1, 12, 12, 20, 12, 12, 2, 20, 3, 2, 0]
+    widths = [2, 1, 12, 12, 20, 12, 12, 2, 20, 3, 2, 12, 0]
     check(backend, widths, [*range(len(KINDS)), 0], 301, 3, masked=masked, padding=4, coarse=coarse)
     check(backend, [2, 1, 3], [0, 1, 2], 301, 4, masked=masked, padding=4, nobody=True)
+    check(backend, [40], [len(KINDS) - 1], 301, 5, masked=masked, coarse=coarse)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -23,6 +23,7 @@ from traffic import play
 
 from whiflash_sglang.compat.forward.target import Target
 from whiflash_sglang.platform.seams import install_seams
+from whiflash_sglang.round.epilogue import Epilogue
 
 PROMPT = tuple(range(100, 130))
 WINDOW = 4
@@ -179,11 +180,14 @@ def test_nan_is_replaced_if_sglangs_switch_asks(models: Models, monkeypatch: pyt
         verified.logits[:, 7] = torch.nan
         return verified
 
+    commits = list[bool]()
+    monkeypatch.setattr(Epilogue, "let_graphs_commit", lambda _, unchanged, rows: commits.append(unchanged))
     monkeypatch.setenv("SGLANG_SANITIZE_NAN_LOGITS", "1")
     monkeypatch.setattr(Target, "verify", broken)
     with engine(models.target, whiflash=models.whiflash("random")) as e:
         [text] = e.generate([PROMPT], max_new_tokens=20)
     assert 7 not in text
+    assert not any(commits), "a graph samples before NaN is replaced"
 
 
 @pytest.fixture(scope="module")
