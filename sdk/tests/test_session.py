@@ -127,7 +127,6 @@ def test_a_file_that_was_read_is_predicted_for_tools_that_edit(
 @pytest.mark.parametrize(
     ("more", "tools", "expected"),
     [
-        ([call(2, CHANGE)], [EDIT], FILE.replace("3.14", "pi")),
         ([call(2, CHANGE), result(2, "ok")], [EDIT], FILE.replace("3.14", "pi")),
         ([call(2, {"path": "b.py", "content": "b = 1\n"})], [EDIT], "b = 1\n"),
         ([call(2, {"path": "b.py", "content": "b"}), call(3, CHANGE)], [EDIT], FILE.replace("3.14", "pi")),

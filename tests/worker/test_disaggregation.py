@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -124,3 +124,14 @@ def test_an_aborted_neighbour(models: Models, plain: dict[str, list[int]]) -> No
         e.check_leaks()
         prefill = SimpleNamespace(kv_layout=disaggregation._layout, attn_tp_size=2)
         assert disaggregation.mismatch(prefill, 1, "there:1") is None, "no drafter's KV is cut by heads"
+
+
+def test_a_room_is_taken_wherever_its_request_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disaggregation.DecodePreallocQueue, "add", lambda *_: None)
+    held = [SimpleNamespace(req=SimpleNamespace(bootstrap_room=7))]
+    for here, there, late in ((held, [], []), ([], held, []), ([], [], [held])):
+        queue: Any = object.__new__(disaggregation.PreallocQueue)
+        queue.queue, queue.transfer_queue = here, SimpleNamespace(queue=there, _deferred_releases=late)
+        req = MagicMock(bootstrap_room=7)
+        queue.add(req)
+        req.set_finish_with_abort.assert_called_once()
