@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from whiflash_sglang.serving import ReplicaDiedError, SilentReplicaError, ended, together
+from whiflash_sglang.serving import SilentReplicaError, together
 
 
 def state(replica: int | None, rounds: int) -> dict[str, Any]:
@@ -36,19 +36,6 @@ def test_replicas_are_told_apart_and_added_up() -> None:
     assert found["costs"] == {"verify": 0.035, "draft": {"ar": 0.5}}
     assert [(own["replica"], own["rounds"]) for own in found["replicas"]] == [(0, 3), (1, 4)]
     assert "replica" not in found
-
-
-@pytest.mark.parametrize(
-    ("processes", "said"),
-    [
-        ([ended(1, 4711, -9)], "replica 1 (process 4711) was ended by SIGKILL (the server has 2)"),
-        ([ended(0, 4711, -99)], "replica 0 (process 4711) was ended by signal 99 (the server has 2)"),
-        ([ended(None, 4711, 3)], "a replica (process 4711) has ended with exit code 3 (the server has 2)"),
-        ([], "a replica failed; its own error is logged above (the server has 2)"),
-    ],
-)
-def test_a_dead_replica_is_named(processes: list[str], said: str) -> None:
-    assert str(ReplicaDiedError(processes, 2)) == said
 
 
 @pytest.mark.parametrize(

@@ -328,30 +328,6 @@ class SilentReplicaError(WhiflashError):
         super().__init__(f"{who} not answered in {seconds:g} s")
 
 
-def ended(replica: int | None, pid: int, code: int) -> str:
-    """How a process of a replica ended. replica: its number, if that is known. code: of its exit, -N after signal N."""
-    name = "a replica" if replica is None else f"replica {replica}"
-    if code >= 0:
-        return f"{name} (process {pid}) has ended with exit code {code}"
-    try:
-        by = signal.Signals(-code).name
-    except ValueError:
-        by = f"signal {-code}"
-    return f"{name} (process {pid}) was ended by {by}"
-
-
-class ReplicaDiedError(WhiflashError):
-    """Some replicas will never answer what they were given.
-
-    Args:
-        processes: how theirs `ended`; empty if one has reported an error of its own and not ended yet. size: replicas.
-    """
-
-    def __init__(self, processes: Sequence[str], size: int) -> None:
-        what = "; ".join(processes) or "a replica failed; its own error is logged above"
-        super().__init__(f"{what} (the server has {size})")
-
-
 def together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One state, that of the only replica, or what all of them sum up to (`costs`: on average) with each one's own
     under `replicas`.

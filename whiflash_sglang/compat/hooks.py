@@ -18,25 +18,24 @@ from whiflash_sglang.compat.carried import APP_PATH, WORKER_APP
 
 
 def in_launcher(server_args: Any) -> None:
-    """Validation, traces and routes, in the process that serves HTTP, which keeps its keys to itself; the controller's
-    watch. Idempotent. Several tokenizer workers serve HTTP from processes that SGLang starts with our module.
+    """Validation, traces and routes, in the process that serves HTTP, which keeps its keys to itself. Idempotent.
+    Several tokenizer workers serve HTTP from processes that SGLang starts with our module.
     """
     from whiflash_sglang.compat.http import routes
-    from whiflash_sglang.compat.launch import arguments, keys, replicas
+    from whiflash_sglang.compat.launch import arguments, keys
 
-    patching.install(arguments, replicas, keys)
+    patching.install(arguments, keys)
     routes.install()
     if server_args.tokenizer_worker_num > 1:
         os.environ.setdefault(APP_PATH, WORKER_APP)
 
 
 def in_engine() -> None:
-    """Figures and traces of answers, and what requests may bring, in the process that holds an `Engine`; the
-    controller's watch. Idempotent."""
+    """Figures and traces of answers, and what requests may bring, in the process that holds an `Engine`. Idempotent."""
     from whiflash_sglang.compat.http import admission, figures, streamer
-    from whiflash_sglang.compat.launch import arguments, replicas
+    from whiflash_sglang.compat.launch import arguments
 
-    patching.install(arguments, replicas, admission, figures, streamer)
+    patching.install(arguments, admission, figures, streamer)
 
 
 def in_scheduler() -> None:
