@@ -128,27 +128,20 @@ def test_layers_that_the_target_has_not(
         load(pair)
 
 
-@pytest.mark.parametrize("offset", [-1000, 1000])
-def test_a_draft_vocabulary_out_of_range(tmp_path: Path, offset: int) -> None:
+def test_a_draft_vocabulary_that_does_not_fit(tmp_path: Path) -> None:
     target = tiny_target(tmp_path / "target")
-    pair = (
-        tiny_eagle3(tmp_path / "eagle3", target, draft_vocab_size=128),
-        tiny_dflash(tmp_path / "dflash", target),
-    )
+    eagle3 = tiny_eagle3(tmp_path / "eagle3", target, draft_vocab_size=128)
+    pair = eagle3, tiny_dflash(tmp_path / "dflash", target)
     load(pair)
-    edit_weights(pair[0], lambda weights: weights["d2t"].__setitem__(7, offset))
-    with pytest.raises(CheckpointError, match=rf"{pair[0]}: .*d2t.*{7 + offset}"):
-        load(pair)
-
-
-def test_a_draft_vocabulary_of_another_size(tmp_path: Path) -> None:
-    target = tiny_target(tmp_path / "target")
-    pair = (
-        tiny_eagle3(tmp_path / "eagle3", target, draft_vocab_size=128),
-        tiny_dflash(tmp_path / "dflash", target),
-    )
-    edit_weights(pair[0], lambda weights: weights.update(d2t=torch.zeros(100, dtype=torch.int64)))
+    for offset in (-1000, 1000):
+        edit_weights(eagle3, lambda weights, by=offset: weights["d2t"].__setitem__(7, by))
+        with pytest.raises(CheckpointError, match=rf"{eagle3}: .*d2t.*{7 + offset}"):
+            load(pair)
+    edit_weights(eagle3, lambda weights: weights.update(d2t=torch.zeros(100, dtype=torch.int64)))
     with pytest.raises(CheckpointError, match=r"d2t has \[100\] entries, draft_vocab_size is 128"):
+        load(pair)
+    edit_weights(eagle3, lambda weights: weights.pop("d2t"))
+    with pytest.raises(CheckpointError, match="lack d2t"):
         load(pair)
 
 
