@@ -88,7 +88,6 @@ NIGHTLY = (
     "tests/phantom/test_adapters.py",
     "tests/targets/test_trained.py",
     "tests/worker/test_interpreted_rounds.py",
-    "tests/worker/test_layers.py",
     "tests/worker/test_upstream_sampling.py",
 )
 """Minutes each, and seldom red where the rest is green: `make evidence` runs them."""
