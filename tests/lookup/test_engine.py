@@ -16,7 +16,6 @@ from whiflash_kernels import Drafts
 
 from whiflash_sglang.cache import backlog
 from whiflash_sglang.candidates import Candidate
-from whiflash_sglang.lookup.memory import handle_of, tenant_of
 
 TOKENS = 160
 LONG = 240
@@ -73,30 +72,6 @@ def test_neither_another_tenant_nor_a_request_without_a_key_copies_it(running: E
         ask(running, "a")
     assert ask(running, "b") == cold
     assert ask(running, None) == cold
-
-
-def test_what_one_tenants_copies_teach_is_not_told_to_another(running: Engine) -> None:
-    """Short prompts under a running server: nothing is put back between them but by the tenants' keys."""
-    prompts = [random.Random(seed).choices(range(256), k=12) for seed in range(3)]
-    alone = [ask(running, "mine", prompt) for prompt in prompts]
-    running.worker.forget(None)
-    beside = []
-    for prompt in prompts:
-        for other in ("theirs", None):
-            ask(running, other, [7, 8, 9] * 20)
-        beside.append(ask(running, "mine", prompt))
-    assert beside == alone
-
-
-def test_forgetting_one_tenant_leaves_the_others(running: Engine, cold: Answer) -> None:
-    for salt in ("a", "b"):
-        ask(running, salt)
-    tenant = tenant_of(None, "a")
-    assert tenant is not None
-    running.worker.forget(handle_of(tenant))
-    assert ask(running, "a") == cold
-    assert ask(running, "b").rounds < cold.rounds
-    assert running.worker.snapshot()["lookup"]["tenants"] == 2
 
 
 @pytest.mark.parametrize("retracted", [False, True])
@@ -180,11 +155,6 @@ def test_whatever_extends_a_draft_the_text_is_the_same(
         running.submit(f"beside{number}-{len(running.requests)}", prompt, max_new_tokens=TOKENS)
     assert ask(running, None).tokens == cold.tokens
     assert max(widths) == running.worker.drafters["lookup"].max_drafts
-
-
-def test_indexes_end_with_their_requests(running: Engine) -> None:
-    ask(running, "a")
-    assert running.worker.snapshot()["lookup"]["index_bytes"] == 0
 
 
 @dataclass
