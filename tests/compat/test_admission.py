@@ -1,5 +1,6 @@
 """Requests that would end SGLang's scheduler are refused before they are scheduled, and no others."""
 
+import asyncio
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from whiflash_sglang.compat.http.admission import (
     check_scores,
     check_types,
 )
+from whiflash_sglang.compat.http.predictions import encoded
 from whiflash_sglang.compat.http.requests import check_native
 from whiflash_sglang.spans.carrier import Own
 from whiflash_sglang.spans.hints import TOOLS_KEY
@@ -167,22 +169,43 @@ def test_positions_are_of_a_prompt_that_is_prefilled_whole(
         check_scores(obj, [1, 2, 3], args)
 
 
-def test_a_text_prediction_needs_a_tokenizer() -> None:
-    """A stream of the native route has its status by then, and brings the error as an event."""
-    manager: Any = SimpleNamespace(tokenizer=None)
-    obj = GenerateReqInput(
-        input_ids=[1], sampling_params={"custom_params": {"whiflash_prediction": "text"}}, stream=True
-    )
-    with pytest.raises(ValueError, match="must be token ids: this server has no tokenizer"):
-        check_native(manager, obj)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"whiflash_prediction": "text"}, "must be token ids: this server has no tokenizer"),
+        *(
+            ({"whiflash_prediction": [1, one]}, "whiflash_prediction[1]: must be a token id below 320")
+            for one in (TOKENS, -1, "a", [1])
+        ),
+        ({"whiflash_prediction": 5}, "custom_params.whiflash_prediction: must be a string or a list"),
+        ({TOOLS_KEY: "[]"}, "whiflash_tools: is written by the server only"),
+        ({"whiflash": "\ud800"}, "custom_params.whiflash"),
+    ],
+    ids=ascii,
+)
+def test_parameters_of_the_native_route_are_checked(given: dict[str, Any], said: str) -> None:
+    """A stream of it has its status by then, and brings the error as an event."""
+    obj = GenerateReqInput(input_ids=[1], sampling_params={"custom_params": given}, stream=True)
+
+    async def checked() -> None:
+        check_native(without_tokenizer(), obj)
+        await encoded(without_tokenizer(), obj)
+
+    with pytest.raises(ValueError, match=re.escape(said)):
+        asyncio.run(checked())
+
+
+def without_tokenizer() -> Any:
+    own = SimpleNamespace(force_recorded=False, lookup=SimpleNamespace(prediction_tokens=9))
+    settings = SimpleNamespace(_whiflash=own)
+    model = SimpleNamespace(vocab_size=TOKENS)
+    return SimpleNamespace(tokenizer=None, model_config=model, server_args=settings)
 
 
 def test_parameters_may_be_served_twice() -> None:
     """Built-in tools of the Responses API send a conversation's parameters again with every turn."""
-    manager: Any = SimpleNamespace(tokenizer=None, model_config=SimpleNamespace(vocab_size=TOKENS))
-    manager.server_args = SimpleNamespace(_whiflash=SimpleNamespace(force_recorded=False))
     shared = {"custom_params": {TOOLS_KEY: Own("[]")}}
     for _ in range(2):
         obj = GenerateReqInput(input_ids=[1], sampling_params=shared)
-        check_native(manager, obj)
+        check_native(without_tokenizer(), obj)
         assert type(obj.sampling_params["custom_params"][TOOLS_KEY]) is str

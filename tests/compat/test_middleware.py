@@ -203,6 +203,10 @@ def test_other_routes_and_servers_without_us_have_no_call(monkeypatch: pytest.Mo
     assert [call for _, call in app.seen] == [None]
 
 
+def predicted(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"prediction": {"type": "content", "content": [*parts]}}
+
+
 @pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize(
     ("body", "field", "why"),
@@ -218,16 +222,8 @@ def test_other_routes_and_servers_without_us_have_no_call(monkeypatch: pytest.Mo
         ({"prediction": {"type": "diff"}}, "prediction.type", "must be content"),
         ({"prediction": "text"}, "prediction", "must be an object"),
         ({"prediction": {"type": "content"}}, "prediction.content", "must be a string or a list"),
-        (
-            {
-                "prediction": {
-                    "type": "content",
-                    "content": [{"type": "text", "text": "a"}, {"type": "image_url"}],
-                }
-            },
-            "prediction.content[1].type",
-            "",
-        ),
+        (predicted({"type": "text", "text": "a"}, {"type": "image_url"}), "prediction.content[1].type", ""),
+        (predicted({"type": "text", "text": 3}), "prediction.content[0].text", ""),
         ({"custom_params": {"whiflash_forced": [1]}}, "custom_params.whiflash_forced", "without --whiflash"),
         ({"custom_params": {TOOLS_KEY: "[]"}}, f"custom_params.{TOOLS_KEY}", "by the server only"),
     ],
