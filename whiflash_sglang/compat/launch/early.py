@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,8 @@ MODEL = ("--model-path", "--model")
 PREFIX = "--whiflash-"
 OTHERS = ("--help", "--model-type")
 """Flags that `sglang serve` takes before its parser does."""
+KNOWN_PLUGINS = ("whiflash", "smg-servicer", "smg-zmq")
+"""This one, and those that come with SGLang."""
 _FIELD = re.compile(r"^    ([a-z]\w*): ", re.MULTILINE)
 _LITERAL = re.compile(r"[\"'](--[a-z][\w-]*)[\"']")
 HOST, PORT = "127.0.0.1", 30000
@@ -134,7 +136,8 @@ def _settings(said: Mapping[str, Any]) -> Flags:
 def _check_names(said: Iterable[str]) -> None:
     """Raise UsageError for a flag that SGLang's sources do not name; to import its parser takes half a minute."""
     found = find_spec("sglang")
-    if found is None or not found.submodule_search_locations:
+    others = {plugin.name for plugin in entry_points(group="sglang.srt.plugins")} - {*KNOWN_PLUGINS}
+    if found is None or not found.submodule_search_locations or others:  # which may add flags
         return
     root = Path(found.submodule_search_locations[0]) / "srt"
     files = [root / "server_args.py", *(root / "arg_groups").rglob("*.py")]
