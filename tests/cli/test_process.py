@@ -41,7 +41,7 @@ WRONG: list[tuple[Any, ...]] = [
     (("lab", "export", "--config", "tiny"), "'out'"),
     (("train", "--config", "tiny", "--step", "dta"), "'dta'", "data"),
     (("train", "--config", "tiny"), "--out"),
-    (("train", "--config", "tiny", "--step", "router", "--shard", "0/2"), "--shard 0/2"),
+    (("train", "--config", "tiny", "--step", "eagle3", "--shard", "0/2"), "--shard 0/2"),
     (("train", "--config", "tiny", "--out", "b", "--start-from", "c"), "--start-from c"),
     (("drafter", "rollback"), "'rollback'"),
     (("drafter", "3", "--directory", "d"), "--directory"),
@@ -101,11 +101,30 @@ FAILING = [
     (("train", "--config", "tiny", "--step", "eagle3", "--start-from", "/nowhere/c"), "/nowhere/c"),
 ]
 
-ALL_IN_ONE = """
-import json, os, sys, tempfile
-from whiflash_sglang.cli import main
+LIGHT = [
+    ("policy", "nonee"),
+    ("demo", "--router", "atuo"),
+    ("bench", "--arms", "none,autoo"),
+    ("bench", "--recorded", "log.jsonl", "--arms", "atuo"),
+    ("bench", "--concurrency", "0"),
+    ("lab", "evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"),
+    ("serve", "--whiflash-router", "atuo"),
+    ("serve", "--port", "99999"),
+    ("serve", "--prot", "3"),
+    *(line for line, _ in FAILING),
+]
+"""Command lines that are refused before anything heavy is imported."""
+ALL_IN_ONE = f"""
+import json, os, shlex, sys, tempfile
+from typer.main import get_command
+from whiflash_sglang.cli import app, main
 
-def outcome(line):
+def commands(command, path=()):
+    yield path, command
+    for name, inner in getattr(command, "commands", {{}}).items():
+        yield from commands(inner, (*path, name))
+
+def outcome(*line):
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         kept = os.dup(1), os.dup(2)
         os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
@@ -120,27 +139,55 @@ def outcome(line):
         out.seek(0), err.seek(0)
         return code, out.read().decode(), err.read().decode()
 
-print(json.dumps([outcome(line) for line in json.load(sys.stdin)]))
+found = list(commands(get_command(app)))
+
+def parsed(line):
+    words = shlex.split(line.partition(" > ")[0])[1:]
+    command = get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    command.make_context(line, words)
+helps = {{" ".join(path): [outcome(*path, asked)[:2] for asked in ("--help", "-h")] for path, _ in found}}
+flags = {{" ".join(path): [(o.is_flag, o.help) for o in c.params if "--json" in o.opts] for path, c in found}}
+loaded = [name for name in {HEAVY!r} if name in sys.modules]
+examples = [
+    line.strip() for _, c in found for line in (c.help or "").splitlines() if line.strip().startswith("whiflash ")
+]
+for line in examples:
+    parsed(line)
+outcomes = [outcome(*line) for line in {LIGHT!r}]
+loaded += [name for name in {HEAVY[:3]!r} if name in sys.modules]
+outcomes += [outcome(*line) for line in json.load(sys.stdin)]
+print(json.dumps([helps, flags, loaded, outcomes]))
 """
+"""Help of every command, a look at every example, then command lines that fail."""
 Outcomes = dict[tuple[str, ...], subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> Outcomes:
-    """Outcomes of all command lines that fail, in one process: others below show what a process of its own does."""
-    lines = list(dict.fromkeys(arguments for arguments, *_ in WRONG + FAILING))
+def all_in_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any, Outcomes]:
+    """Helps, flags, what was imported, and outcomes, of one process: others below show what one of its own does."""
+    here = tmp_path_factory.mktemp("here")
+    (here / "serve.sh").touch()
+    others = list(dict.fromkeys(line for line, *_ in WRONG if line not in LIGHT))
     done = subprocess.run(
         [sys.executable, "-c", ALL_IN_ONE],
-        input=json.dumps(lines),
+        input=json.dumps(others),
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "COLUMNS": "200", "TERM": "dumb"},
+        cwd=here,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    return {
-        line: subprocess.CompletedProcess(line, *outcome) for line, outcome in zip(lines, found, strict=True)
-    }
+    helps, flags, loaded, found = json.loads(done.stdout)
+    lines = zip([*LIGHT, *others], found, strict=True)
+    return helps, flags, loaded, {line: subprocess.CompletedProcess(line, *each) for line, each in lines}
+
+
+@pytest.fixture
+def outcomes(all_in_one: tuple[Any, Any, Any, Outcomes]) -> Outcomes:
+    return all_in_one[3]
 
 
 @pytest.mark.parametrize("row", WRONG, ids=lambda row: " ".join(row[0]))
@@ -255,76 +302,13 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     assert "Exception" not in done.stderr
 
 
-LIGHT = f"""
-import contextlib, io, json, shlex, sys
-from typer.main import get_command
-from whiflash_sglang.cli import app, main
-
-def commands(command, path=()):
-    yield path, command
-    for name, inner in getattr(command, "commands", {{}}).items():
-        yield from commands(inner, (*path, name))
-
-def run(*line):
-    sys.argv, shown = ["whiflash", *line], io.StringIO()
-    try:
-        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):
-            main()
-    except SystemExit as left:
-        return left.code, shown.getvalue()
-
-found = list(commands(get_command(app)))
-
-def parsed(line):
-    words = shlex.split(line.partition(" > ")[0])[1:]
-    command = get_command(app)
-    while hasattr(command, "commands"):
-        command = command.commands[words.pop(0)]
-    command.make_context(line, words)
-helps = {{" ".join(path): [run(*path, asked) for asked in ("--help", "-h")] for path, _ in found}}
-flags = {{" ".join(path): [(o.is_flag, o.help) for o in c.params if "--json" in o.opts] for path, c in found}}
-loaded = [name for name in {HEAVY!r} if name in sys.modules]
-examples = [
-    line.strip() for _, c in found for line in (c.help or "").splitlines() if line.strip().startswith("whiflash ")
-]
-for line in examples:
-    parsed(line)
-wrong = [run(*line)[0] for line in json.load(sys.stdin)]
-loaded += [name for name in {HEAVY[:3]!r} if name in sys.modules]
-print(json.dumps([helps, flags, wrong, loaded]))
-"""
-"""Help of every command, a look at every example, then values that no option takes, in one process."""
-
-
 MOST_COMMANDS = 14
 """Without those of `whiflash lab`."""
 
 
-def test_help_and_wrong_values_import_nothing_heavy(tmp_path: Path) -> None:
-    (tmp_path / "serve.sh").touch()
-    lines = [
-        ("policy", "nonee"),
-        ("demo", "--router", "atuo"),
-        ("bench", "--arms", "autoo"),
-        ("bench", "--recorded", "log.jsonl", "--arms", "atuo"),
-        ("bench", "--concurrency", "0"),
-        ("lab", "evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"),
-        ("serve", "--whiflash-router", "atuo"),
-        ("serve", "--port", "99999"),
-        ("serve", "--prot", "3"),
-    ]
-    failing = [line for line, _ in FAILING]
-    done = subprocess.run(
-        [sys.executable, "-c", LIGHT],
-        input=json.dumps([*lines, *failing]),
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "COLUMNS": "200", "TERM": "dumb"},
-        cwd=tmp_path,
-    )
-    helps, flags, wrong, loaded = json.loads(done.stdout)
-    assert (wrong, loaded) == ([2] * len(lines) + [1] * len(failing), [])
+def test_help_and_wrong_values_import_nothing_heavy(all_in_one: tuple[Any, Any, Any, Outcomes]) -> None:
+    helps, flags, loaded, _ = all_in_one
+    assert loaded == []
     groups = {"", "lab", "bundle"}
     assert (
         len([name for name in helps if name not in groups and not name.startswith("lab ")]) <= MOST_COMMANDS
