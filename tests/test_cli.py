@@ -105,37 +105,24 @@ def test_mixed_chunks_are_switched_off_with_a_warning(
 def test_what_cannot_be_served_stops_before_weights_are_read(
     launch: Arguments, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """One line instead of a traceback, from the same call that a launcher makes."""
-    target = tmp_path / "target"
-    target.mkdir()
-    for file in checkpoints["target"].iterdir():
-        if file.suffix != ".safetensors":
-            (target / file.name).write_bytes(file.read_bytes())
-    for arguments, message in (
-        (["--pp-size", "2"], r"--pp-size must be 1 \(.*\)"),
-        (["--speculative-num-steps", "3"], "--speculative-num-steps belongs to .*; remove it"),
-        (["--attention-backend", "torch_native"], "not torch_native; remove the flag"),
+    """One line instead of a traceback, from the same call that a launcher makes: no directory holds weights."""
+    falcon = {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"}
+    for name, changes in (("target", {}), ("falcon", falcon)):
+        (tmp_path / name).mkdir()
+        for file in checkpoints["target"].iterdir():
+            if file.suffix != ".safetensors":
+                (tmp_path / name / file.name).write_bytes(file.read_bytes())
+        config = tmp_path / name / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    for name, arguments, message in (
+        ("target", ["--pp-size", "2"], r"--pp-size must be 1 \(.*\)"),
+        ("target", ["--speculative-num-steps", "3"], "--speculative-num-steps belongs to .*; remove it"),
+        ("target", ["--attention-backend", "torch_native"], "not torch_native; remove the flag"),
+        ("falcon", [], "FalconH1ForCausalLM keeps a recurrent state .*without (it|WHIFLASH)"),
     ):
         with pytest.raises(SystemExit, match=rf"^whiflash: error: .*{message}$"):
-            launch("--model-path", str(target), *arguments).resolve_once()  # type: ignore[attr-defined]
-    launch("--model-path", str(target)).resolve_once()  # type: ignore[attr-defined]
-
-
-def test_a_target_that_cannot_be_served_stops_there(
-    launch: Arguments, checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    """The directory holds no weights: nothing could be served from it in any case."""
-    changes = {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"}
-    for file in checkpoints["target"].iterdir():
-        if file.suffix != ".safetensors":
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(
-        SystemExit,
-        match=r"^whiflash: error: FalconH1ForCausalLM keeps a recurrent state .*without (it|WHIFLASH)$",
-    ):
-        launch("--model-path", str(tmp_path)).resolve_once()  # type: ignore[attr-defined]
+            launch("--model-path", str(tmp_path / name), *arguments).resolve_once()  # type: ignore[attr-defined]
+    launch("--model-path", str(tmp_path / "target")).resolve_once()  # type: ignore[attr-defined]
 
 
 def test_drafters_for_another_target_stop_there_too(launch: Arguments, tmp_path: Path) -> None:
