@@ -119,8 +119,8 @@ def test_flags_of_other_algorithms_are_replaced() -> None:
         ({"--pp-size": ""}, ["pp_size"]),  # a variable
         ({"--pp-size": "1"}, []),
         ({"enable-lora": "false"}, []),
-        ({"enable-lora": "True"}, ["lora_backend"]),
-        ({"lora-paths": ["one=a", "two=b"]}, ["lora_backend"]),
+        ({"enable-lora": "True"}, []),
+        ({"lora-paths": ["one=a", "two=b"], "lora-backend": "torch_native"}, ["lora_backend"]),
         ({"lora-paths": ["one=a", "two=b"], "lora-backend": "triton"}, []),
         ({"lora-paths": ["one=a"], "device": "cpu"}, []),
         ({"enable-dp-attention": ""}, []),  # of one rank
