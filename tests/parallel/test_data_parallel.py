@@ -49,6 +49,18 @@ def assert_policies_keep_texts(server: Server) -> None:
         assert texts(server) == plain
 
 
+def assert_both_count_and_forget(server: Server) -> None:
+    """Each replica for itself."""
+    samples = scraped(server.url)
+    for own in server.get("/whiflash/state")["replicas"]:
+        for arm, counts in own["by_arm"].items():
+            published = total(samples, "rounds_total", dp_rank=str(own["replica"]), arm=arm)
+            assert published == counts["rounds"]
+    assert values(samples, "dp_rank") == {"0", "1"}
+    state = server.post("/whiflash/forget", {"all": True})
+    assert [own["lookup"]["tenants"] for own in state["replicas"]] == [0, 0]
+
+
 def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
     flags = ("--dp-size", "2", "--enable-metrics")
     with host.running(*arguments(checkpoints, "none"), *flags, env=ENDS_AT_ONCE) as server:
@@ -57,15 +69,7 @@ def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
         assert [own["replica"] for own in state["replicas"]] == [0, 1]
         assert state["rounds"] == sum(own["rounds"] for own in state["replicas"])
         assert all(own["lookup"]["tenants"] for own in state["replicas"])
-        # Each replica counts for itself.
-        samples = scraped(server.url)
-        for own in state["replicas"]:
-            for arm, counts in own["by_arm"].items():
-                published = total(samples, "rounds_total", dp_rank=str(own["replica"]), arm=arm)
-                assert published == counts["rounds"]
-        assert values(samples, "dp_rank") == {"0", "1"}
-        state = server.post("/whiflash/forget", {"all": True})
-        assert [own["lookup"]["tenants"] for own in state["replicas"]] == [0, 0]
+        assert_both_count_and_forget(server)
         assert server.get("/whiflash/capabilities")["policy"] == "lookup"
         conversations_stay_where_they_say(server)
         a_replica_that_stands_still_is_named(server)

@@ -24,10 +24,9 @@ from families import FAMILIES, tiny_family
 from matrix import sampled
 from ranks_at_work import RankFailedError, on_ranks
 from reference import Comparison
-from scrape import scraped, total
 from server_host import ServerHost
 from tensor_parallel import ENDS_AT_ONCE, RANKS, Checkpoints, Outputs, Played
-from test_data_parallel import arguments, assert_policies_keep_texts
+from test_data_parallel import arguments, assert_both_count_and_forget, assert_policies_keep_texts
 from tiny_models import save_tokenizer, tiny_dflash, tiny_eagle3
 
 Made = tuple[Any, Checkpoints]
@@ -159,10 +158,4 @@ def test_a_server_of_two_ranks(host: ServerHost, moe: Made) -> None:
         after = server.get("/whiflash/state")["replicas"]
         assert after[0]["rounds"] == before[0]["rounds"]
         assert after[1]["rounds"] > before[1]["rounds"]
-        samples = scraped(server.url)
-        for own in after:
-            for arm, counts in own["by_arm"].items():
-                published = total(samples, "rounds_total", dp_rank=str(own["replica"]), arm=arm)
-                assert published == counts["rounds"]
-        state = server.post("/whiflash/forget", {"all": True})
-        assert [own["lookup"]["tenants"] for own in state["replicas"]] == [0, 0]
+        assert_both_count_and_forget(server)
