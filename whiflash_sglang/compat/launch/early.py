@@ -141,6 +141,7 @@ def _check_names(said: Iterable[str]) -> None:
         return
     root = Path(found.submodule_search_locations[0]) / "srt"
     files = [root / "server_args.py", *(root / "arg_groups").rglob("*.py")]
+    files += root.parent.with_name("smg_grpc_servicer").glob("*_flag.py")
     text = "\n".join(file.read_text("utf-8") for file in files if file.is_file())
     known = {f"--{name.replace('_', '-')}" for name in _FIELD.findall(text)} | {
         *_LITERAL.findall(text),
