@@ -36,7 +36,7 @@ def our_names() -> list[str]:
     modules = set(Tree(installed()).modules())
     names = [name for name in sources.imported() if name.replace(":", ".") not in modules]
     names += [*PRIVATE_NAMES, *(one.path.removesuffix(".__new__") for one in sources.replaced())]
-    names += [seam.path for seam in (*seams.EARLY_SEAMS, *seams.SEAMS, *seams.MODULE_SEAMS)]
+    names += [seam.path for seam in (*seams.EARLY_SEAMS, *seams.SEAMS)]
     return sorted(set(names))
 
 
