@@ -23,14 +23,14 @@ help: ## Show this help
 
 # With CPU_ONLY=1: without packages that a server on a CPU never imports.
 LEAVE_OUT := $(addprefix --no-install-package ,$(shell cat docs/cpu-leaves-out.txt))
-DISTRIBUTIONS := $(if $(findstring .uv,$(UV)),.uv/bin/uv) pyproject.toml uv.lock sdk/pyproject.toml kernels/pyproject.toml
+DISTRIBUTIONS := $(if $(findstring .uv,$(UV)),.uv/bin/uv) pyproject.toml uv.lock $(addsuffix /pyproject.toml,cpu kernels lab sdk train)
 
 .venv/.installed: $(DISTRIBUTIONS)
 	$(UV) sync --frozen --all-packages $(if $(CPU_ONLY),$(LEAVE_OUT))
 	@touch $@
 
-# Of SGLang's dependencies those of 480 MB that the demo never imports.
-DEMO_LEAVES_OUT := $(addprefix --no-install-package ,pyarrow llvmlite numba pandas modelscope modelscope-hub datasets grpcio humming-kernels cuda-tile airportsdata)
+# Of SGLang's dependencies those of 480 MB that the demo never imports, and what plots and training need.
+DEMO_LEAVES_OUT := $(addprefix --no-install-package ,pyarrow llvmlite numba pandas modelscope modelscope-hub datasets grpcio humming-kernels cuda-tile airportsdata accelerate matplotlib contourpy cycler fonttools kiwisolver pyparsing)
 
 # Enough for the demo: no development tools, and without a card nothing that only a card needs; all of it stays if it is there.
 .venv/.for-demo: $(DISTRIBUTIONS)
@@ -44,8 +44,8 @@ demo: .venv/.for-demo ## Start the server on the embedded model, ask it two ques
 	$(RUN) whiflash demo
 
 # Two processes, each of which runs whole files: what a file starts (a server, an engine) it starts once.
-test: install ## All tests with seeded samples (a quarter of an hour on 2 quiet cores)
-	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: install ## All tests with seeded samples (a quarter of an hour on 2 quiet cores), or those of PART (cpu, kernels, lab, sdk, train)
+	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(addsuffix /tests,$(PART))
 
 fast: install ## Tests that need neither SGLang nor a server
 	$(RUN) pytest -n 2 --dist loadfile --fast -q
@@ -98,7 +98,7 @@ prometheus: ## Put Prometheus into .tools, for the tests of dashboard and alerts
 site: install ## Build the documentation into site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
-dist: install ## Wheels and source distributions of the three packages, checked, in dist/
+dist: install ## Wheels and source distributions of the six packages, checked, in dist/
 	rm -rf dist
 	$(UV) build --all-packages -o dist
 	$(RUN) twine check --strict dist/*.whl dist/*.tar.gz

@@ -1,8 +1,14 @@
-"""Lines of Python and a server's record types against `budgets.toml`. Exits with 1 if there are too many."""
+"""Lines of Python and a server's record types against `budgets.toml`. Exits with 1 if there are too many.
+
+A commit that raises a bound is refused, too, unless lines `Removes: PATH (lines)` of its message come to as much.
+"""
 
 import ast
+import re
+import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +23,9 @@ PACKAGES = {
 }
 STARTS = ("whiflash_sglang.plugin", "whiflash_sglang.worker", "whiflash_sglang.compat.hooks")
 """Modules that SGLang loads; a server knows what they import."""
+BESIDE = ("deploy", "docs", "examples", "scripts", "training_data")
+"""Folders that are neither product nor tests."""
+REMOVES = re.compile(r"^Removes: \S+ \((\d+)\)$", re.MULTILINE)
 RECORD_BASES = {"NamedTuple", "TypedDict", "BaseModel"}
 
 
@@ -24,6 +33,8 @@ def over(root: Path = ROOT) -> Iterator[str]:
     """A message for each folder that has more lines than its budget, for each package without one, and for records."""
     budgets = tomllib.loads((root / "budgets.toml").read_text("utf-8"))
     yield from _lines(root, budgets["lines"])
+    yield from _totals(root, budgets.get("total", {}))
+    yield from _raised(root)
     most = budgets.get("records", {}).get("server")
     if most is not None and (known := len(records())) > most:
         yield f"server: {known} record types, budget {most}. Remove some, or raise it in a commit that says why."
@@ -42,6 +53,44 @@ def _lines(root: Path, budgets: dict[str, Any]) -> Iterator[str]:
     }
     for folder in sorted(packages - budgets.keys()):
         yield f"{folder}: no budget. Add its lines to budgets.toml in a commit that says why."
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False).stdout
+
+
+def _totals(root: Path, budgets: dict[str, int]) -> Iterator[str]:
+    """A message for each total of tracked Python that is beyond its bound."""
+    lines = Counter[str]()
+    for path in map(Path, filter(None, _git(root, "ls-files", "-z", "*.py").split("\0"))):
+        if (root / path).is_file() and path.parts[0] not in BESIDE:
+            kind = "tests" if "tests" in path.parts else "product"
+            lines[kind] += len((root / path).read_text("utf-8").splitlines())
+    for kind, most in budgets.items():
+        if lines[kind] > most:
+            yield f"{kind}: {lines[kind]:,} lines, budget {most:,}. Remove as many as you add: this bound only falls."
+
+
+def _raised(root: Path) -> Iterator[str]:
+    """A message for each commit since the first with totals that raises bounds and does not say what it removes."""
+
+    def bounds(revision: str) -> dict[str, int]:
+        found = tomllib.loads(_git(root, "show", f"{revision}:budgets.toml"))
+        return {
+            f"{table} {name}": most
+            for table in ("total", "lines")
+            for name, most in found.get(table, {}).items()
+        }
+
+    for commit in _git(root, "log", "--format=%h", "--", "budgets.toml").split():
+        before, after = bounds(f"{commit}^"), bounds(commit)
+        if not any(name.startswith("total") for name in before):
+            return
+        # A new folder brings its lines along: the totals count them.
+        more = {name: most - before[name] for name, most in after.items() if most > before.get(name, most)}
+        removed = sum(map(int, REMOVES.findall(_git(root, "log", "-1", "--format=%b", commit))))
+        if sum(more.values()) > removed:
+            yield f"{commit} raises {', '.join(more)} by {sum(more.values())}, and names {removed} removed lines."
 
 
 def records() -> list[str]:

@@ -24,6 +24,8 @@ from whiflash_sdk.capabilities import Capabilities
 from whiflash_sdk.hints import Hints, Span
 from whiflash_sdk.trace import Stretch, Trace
 
+from whiflash_lab.bench.prompts import SUITES
+from whiflash_lab.published import KNOWN
 from whiflash_sglang.checkpoints.manifest import (
     EntropyRouter,
     Lookup,
@@ -33,18 +35,16 @@ from whiflash_sglang.checkpoints.manifest import (
     Structure,
     embedded_bundle,
 )
-from whiflash_sglang.cli import app
+from whiflash_sglang.cli.app import app
 from whiflash_sglang.compat.names import PRIVATE_NAMES
 from whiflash_sglang.compat.sources import replaced
 from whiflash_sglang.config import PolicyChange, RouterName
 from whiflash_sglang.flags import flags
 from whiflash_sglang.jsonl import read_json_file
-from whiflash_sglang.lab.bench.prompts import SUITES
-from whiflash_sglang.lab.published import KNOWN
 from whiflash_sglang.metrics import SERIES
-from whiflash_sglang.provenance import environment
 from whiflash_sglang.telemetry.round_clock import RoundClock
 from whiflash_sglang.telemetry.tally import Tally
+from whiflash_train.provenance import environment
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -140,7 +140,7 @@ def meanings(model: type[BaseModel]) -> Mapping[str, str]:
 
 def training_keys() -> str:
     """Every key of a training configuration, a list for each section."""
-    from whiflash_sglang.train import config
+    from whiflash_train import config
 
     none = BaseModel
     sections = (

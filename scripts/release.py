@@ -1,7 +1,7 @@
 """One version in every place that says it: `python scripts/release.py 0.2.0`; without a version it says which there is.
 
-Writes the three packages' `__version__`, which their wheels and everything else read, the series that whiflash-sglang
-asks of the other two, `CITATION.cff`, and the changelog's heading. The rest is a look at the diff, `make check test
+Writes each package's `__version__`, which their wheels and everything else read, the series that they ask of each
+other, `CITATION.cff`, and the changelog's heading. The rest is a look at the diff, `make check test
 dist`, a commit, and a tag (`git tag v0.2.0`), which builds and publishes (`.github/workflows/release.yml`).
 """
 
@@ -18,7 +18,11 @@ PACKAGES = (
     "whiflash_sglang/__init__.py",
     "sdk/whiflash_sdk/__init__.py",
     "kernels/whiflash_kernels/__init__.py",
+    *(f"{part}/whiflash_{part}/__init__.py" for part in ("cpu", "lab", "train")),
 )
+ASKING = ("pyproject.toml", *(f"{part}/pyproject.toml" for part in ("cpu", "lab", "train")))
+"""Files that bound versions of our own packages, together `BOUNDS` times."""
+BOUNDS = 10
 PLACES: Mapping[str, str] = {
     **dict.fromkeys(PACKAGES, rf'(?m)^(__version__ = "){VERSION}(")$'),
     "CITATION.cff": rf"(?m)^(version: ){VERSION}()$",
@@ -53,12 +57,13 @@ def write(version: str, root: Path = ROOT, day: str | None = None) -> None:
         for name, pattern in PLACES.items()
     }
     series = ".".join(version.split(".")[:2])
-    project = (root / "pyproject.toml").read_text("utf-8")
-    texts["pyproject.toml"], bounds = re.subn(
-        rf'("whiflash-(?:kernels|sdk)~=){VERSION}"', rf'\g<1>{series}.0"', project
-    )
-    if bounds != 2:
-        raise ValueError(f"pyproject.toml: {bounds} bounds of our own packages where two are expected")
+    bounds = 0
+    for name in ASKING:
+        asked = (root / name).read_text("utf-8")
+        texts[name], count = re.subn(rf'("whiflash-[a-z]+~=){VERSION}"', rf'\g<1>{series}.0"', asked)
+        bounds += count
+    if bounds != BOUNDS:
+        raise ValueError(f"{bounds} bounds of our own packages where {BOUNDS} are expected")
     changes = (root / "CHANGELOG.md").read_text("utf-8")
     heading = f"## {version} ({day or datetime.now(UTC).date().isoformat()})"
     texts["CHANGELOG.md"], headings = re.subn(rf"(?m)^## {VERSION} \(unreleased\)$", heading, changes)

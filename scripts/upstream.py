@@ -29,9 +29,9 @@ RECORD = Path(__file__).with_suffix(".json")
 
 def our_names() -> list[str]:
     """Every name of SGLang's that we import, call or replace. Imports torch, and SGLang where it is installed."""
+    from whiflash_cpu import seam_tables as seams
     from whiflash_sglang.compat import sources
     from whiflash_sglang.compat.names import PRIVATE_NAMES
-    from whiflash_sglang.platform import seam_tables as seams
 
     modules = set(Tree(installed()).modules())
     names = [name for name in sources.imported() if name.replace(":", ".") not in modules]
@@ -147,11 +147,11 @@ def imported(place: Path) -> list[str]:
     """Findings of the server's own check of names and seams on these sources, with all else as installed."""
     code = (
         "import json; from whiflash_sglang.compat import hooks, patching\n"
-        "from whiflash_sglang.platform.seams import verify_seams\n"
+        "from whiflash_cpu.seams import verify_seams\n"
         "found = [*hooks.missing(), *patching.verify_names()[1:], *verify_seams()]\n"
         "print(json.dumps([f'{one.name}: {one.detail}' for one in found if not one.ok]))"
     )
-    paths = [str(place), *(str(ROOT / part) for part in ("", "kernels", "sdk"))]
+    paths = [str(place), *(str(ROOT / part) for part in ("", "cpu", "kernels", "lab", "sdk", "train"))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
@@ -164,6 +164,7 @@ def imported(place: Path) -> list[str]:
 SUITES = {
     "short": (
         "tests/compat",
+        "lab/tests/test_recipes.py",
         *(f"tests/worker/test_{name}.py" for name in ("plain_text", "radix", "hicache", "adapters")),
     ),
     "whole": ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"),

@@ -35,15 +35,16 @@ LONGEST = 32
 """Words of a sentence; CONTRIBUTING.md asks for 25."""
 
 DATA = "# words: data"
-CODE_FOLDERS = ("whiflash_sglang", "kernels", "sdk", "scripts", "examples")
+CODE_FOLDERS = ("whiflash_sglang", "cpu", "kernels", "lab", "sdk", "train", "scripts", "examples")
+PARTS = ("cpu", "lab", "train")
 NAME = re.compile(r"(:mod:)?`[~.]*(\w+(?:\.\w+)*)`")
-PLACES = ("", "whiflash_sglang")
+PLACES = ("", "whiflash_sglang", *PARTS)
 FILE = re.compile(r"`(([a-z]\w*)/[\w/]+\.py)`")
 
 
 def pages() -> list[Path]:
     """Pages that are written for users and developers."""
-    packages = ("kernels", "sdk", "tests", "training_data", "whiflash_sglang", "examples")
+    packages = (*CODE_FOLDERS, "tests", "training_data")
     described = [page for folder in packages for page in sorted((ROOT / folder).rglob("README.md"))]
     return [*sorted(ROOT.glob("*.md")), *described, *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -125,7 +126,7 @@ def openings(text: str) -> Iterator[tuple[int, str]]:
 def defined() -> dict[str, set[str]]:
     """Names that each module of the packages defines and each package holds, by its last name."""
     names = defaultdict[str, set[str]](set)
-    for file in (file for folder in CODE_FOLDERS[:3] for file in (ROOT / folder).rglob("*.py")):
+    for file in (file for folder in CODE_FOLDERS[:6] for file in (ROOT / folder).rglob("*.py")):
         *_, outer, own = (file.parent if file.stem == "__init__" else file.with_suffix("")).parts
         names[outer].add(own)
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
@@ -153,7 +154,8 @@ def stale(text: str) -> Iterator[tuple[int, str]]:
             if gone:
                 yield number, f"{match[0]} is not there"
         for path, folder in FILE.findall(line):
-            if any((ROOT / part / folder).is_dir() and not (ROOT / part / path).exists() for part in PLACES):
+            known_folder = any((ROOT / part / folder).is_dir() for part in PLACES)
+            if known_folder and not any((ROOT / part / path).exists() for part in PLACES):
                 yield number, f"`{path}` is not there"
 
 
@@ -162,7 +164,7 @@ def main(arguments: list[str]) -> int:
     for file in [Path(name) for name in arguments] or pages() + modules():
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".py":
-            in_tests = ROOT / "tests" in file.resolve().parents
+            in_tests = any(ROOT / part / "tests" in file.resolve().parents for part in ("", *PARTS))
             reasons = [*openings(text), *([] if in_tests else (*found_in_code(text), *stale(text)))]
         else:
             reasons = found(text)

@@ -24,9 +24,9 @@ SUMMARY = ROOT / "results" / "evidence" / "README.md"
 
 RELEVANT = (
     *("worker.py", "core.py", "assemble.py", "cache", "checkpoints", "compat", "device", "drafters"),
-    *("lookup", "models", "platform", "round", "routing", "structure"),
+    *("lookup", "models", "round", "routing", "structure"),
 )
-"""Parts of `whiflash_sglang` that decide what is generated; `whiflash_kernels` is the rest of it."""
+"""Parts of `whiflash_sglang` that decide what is generated, beside `whiflash_kernels` and `whiflash_cpu`."""
 
 AREAS = {
     "greedy-embedded": "Greedy losslessness, embedded target, fp32",
@@ -46,7 +46,9 @@ def code_digest() -> str:
     """Digest of the sources that results depend on, as they are on the disk."""
     digest = hashlib.sha256()
     package = ROOT / "whiflash_sglang"
-    files = [ROOT / "kernels" / "whiflash_kernels"] + [package / part for part in RELEVANT]
+    files = [ROOT / "cpu" / "whiflash_cpu", ROOT / "kernels" / "whiflash_kernels"] + [
+        package / part for part in RELEVANT
+    ]
     for path in sorted(_sources(files)):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -89,7 +91,10 @@ def provenance() -> Result:
     return {
         "command": " ".join(["pytest", *sys.argv[1:]]),
         "commit": commit,
-        "clean": _git("status", "--porcelain", "--", "whiflash_sglang", "kernels/whiflash_kernels") == "",
+        "clean": _git(
+            "status", "--porcelain", "--", "whiflash_sglang", "cpu/whiflash_cpu", "kernels/whiflash_kernels"
+        )
+        == "",
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},

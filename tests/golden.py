@@ -247,7 +247,7 @@ class Measured:
     def speed(self) -> dict[str, str]:
         """Tokens a second of `auto` over plain decoding's, of the embedded model."""
         out = self.root / "report.json"
-        command = "from whiflash_sglang.cli import main; main()"
+        command = "from whiflash_sglang.cli.app import main; main()"
         bench = "bench --arms none,auto --concurrency 1,4,8 --per-category 3 --max-tokens 64 --repetitions 1 --out"
         subprocess.run([sys.executable, "-c", command, *bench.split(), str(out)], check=True)
         ratios = {

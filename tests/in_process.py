@@ -6,7 +6,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from subprocess import CompletedProcess
 from unittest import mock
 
-from whiflash_sglang.cli import main
+from whiflash_sglang.cli.app import main
 
 
 def whiflash(*words: str) -> CompletedProcess[str]:

@@ -61,9 +61,9 @@ def overlapped(model: Path, *, host_lengths: bool = True, **arguments: Any) -> I
     """
     from sglang.srt.arg_groups import speculative_hook
 
-    from whiflash_sglang.platform.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
-    from whiflash_sglang.platform.cpu import CpuPlatform
-    from whiflash_sglang.platform.seams import install_early_seams, install_seams
+    from whiflash_cpu.attention import CpuAttentionBackend, CpuMultiStepDraftBackend
+    from whiflash_cpu.cpu import CpuPlatform
+    from whiflash_cpu.seams import install_early_seams, install_seams
 
     install_early_seams()
     install_seams()  # before the model of streams is: both have a `record_stream`

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from whiflash_sglang.models.origin import ORIGIN, vocabulary_file
-from whiflash_sglang.models.target import TargetModel
+from whiflash_train.origin import ORIGIN, vocabulary_file
+from whiflash_train.target import TargetModel
 
-OFFLINE = "whiflash_sglang.compat.training.offline"
+OFFLINE = "whiflash_train.engine.offline"
 
 
 class Place(NamedTuple):

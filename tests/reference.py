@@ -15,7 +15,7 @@ from whiflash_sglang.checkpoints.fit import target_layers
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
-from whiflash_sglang.models.target import TargetModel, TargetOutput
+from whiflash_train.target import TargetModel, TargetOutput
 
 TIE = 1e-4
 """Largest top-two logit gap at which fp32 decoding may choose either token."""

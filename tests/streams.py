@@ -41,7 +41,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
 HOST, PINNED = "host", "pinned"
-KERNELS = ("whiflash_sglang/platform/", "whiflash_kernels/reference/", "sglang/srt/mem_cache/memory_pool.py")
+KERNELS = ("whiflash_cpu/", "whiflash_kernels/reference/", "sglang/srt/mem_cache/memory_pool.py")
 """Files in which the CPU has Python in place of a kernel, as in the bodies of our ops; the last for `commit_lens`."""
 
 D2H = (

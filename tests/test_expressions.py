@@ -16,12 +16,18 @@ from time import process_time
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("sdk/whiflash_sdk", "whiflash_sglang")
+SOURCES = (
+    "sdk/whiflash_sdk",
+    "whiflash_sglang",
+    "cpu/whiflash_cpu",
+    "lab/whiflash_lab",
+    "train/whiflash_train",
+)
 CPU_SECONDS = 300
 """Bound of all expressions together, which take a fiftieth of it. A quadratic one takes more."""
 NOT_ASKED = {
-    "whiflash_sglang/train/answers/prompts.py": "the pattern is an argument of the command's own user",
-    "whiflash_sglang/lab/bench/arms.py": "names of arms, which the command's own user gives",
+    "train/whiflash_train/answers/prompts.py": "the pattern is an argument of the command's own user",
+    "lab/whiflash_lab/bench/arms.py": "names of arms, which the command's own user gives",
     "whiflash_sglang/compat/forward/captured.py": "the text is the source of the installed SGLang",
 }
 

@@ -11,6 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from whiflash_lab.bench.cells import Answer, Cell, Journal, Load
+from whiflash_lab.bench.load import Asker
+from whiflash_lab.bench.prompts import Prompt, load_prompts
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.jsonl import (
     DEEPEST,
@@ -20,10 +23,7 @@ from whiflash_sglang.jsonl import (
     read_json_lines,
     stream_lines,
 )
-from whiflash_sglang.lab.bench.cells import Answer, Cell, Journal, Load
-from whiflash_sglang.lab.bench.load import Asker
-from whiflash_sglang.lab.bench.prompts import Prompt, load_prompts
-from whiflash_sglang.train.answers.prompts import read_rows
+from whiflash_train.answers.prompts import read_rows
 
 ENDS = "\u2028 \u2029 \x85 \x1c \x0b \x0c"
 """Line ends of `str.splitlines`; JSON lets the first three be in a string as they are."""

@@ -1,4 +1,4 @@
-"""The three distributions as they are built and installed: what `pip install` would bring to an empty directory."""
+"""The six distributions as they are built and installed: what `pip install` would bring to an empty directory."""
 
 import importlib
 import json
@@ -17,7 +17,8 @@ import whiflash_sglang.checkpoints.manifest
 from whiflash_sglang.compat.versions import SUPPORTED
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"whiflash_sglang": ROOT, "whiflash_kernels": ROOT / "kernels", "whiflash_sdk": ROOT / "sdk"}
+PARTS = ("cpu", "kernels", "lab", "sdk", "train")
+PACKAGES = {"whiflash_sglang": ROOT, **{f"whiflash_{part}": ROOT / part for part in PARTS}}
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +57,17 @@ def metadata(wheel: Path) -> tuple[Mapping[str, str], list[str]]:
         return Parser().parsestr(archive.read(record).decode()), names
 
 
-def test_the_three_carry_one_version_and_ask_for_each_other(wheels: Mapping[str, Path]) -> None:
+def test_all_carry_one_version_and_ask_for_each_other(wheels: Mapping[str, Path]) -> None:
     versions = {name: metadata(wheel)[0]["Version"] for name, wheel in wheels.items()}
     assert len(set(versions.values())) == 1, versions
     (series,) = {version.rsplit(".", 1)[0] for version in versions.values()}
     wanted = metadata(wheels["whiflash_sglang"])[0].get_all("Requires-Dist")  # type: ignore[attr-defined]
     assert f"whiflash-kernels~={series}.0" in wanted
     assert f"whiflash-sdk~={series}.0" in wanted
+    for part in ("cpu", "lab", "train"):
+        assert f"whiflash-{part}~={series}.0; extra == '{part}'" in wanted
+        asked = metadata(wheels[f"whiflash_{part}"])[0].get_all("Requires-Dist")  # type: ignore[attr-defined]
+        assert f"whiflash-sglang~={series}.0" in asked
     assert {str(Requirement(one).specifier) for one in wanted if one.startswith("sglang")} == {
         f"<={SUPPORTED[-1]},>={SUPPORTED[0]}"
     }
@@ -82,20 +87,30 @@ def test_a_wheel_says_what_it_is_and_has_nothing_of_the_tests(wheels: Mapping[st
     run("-m", "twine", "check", "--strict", str(wheels[name]), cwd=wheels[name].parent)
 
 
-def test_a_wheel_names_what_the_shell_and_sglang_call(wheels: Mapping[str, Path]) -> None:
-    with zipfile.ZipFile(wheels["whiflash_sglang"]) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+CALLED = {
+    "whiflash_sglang": {"console_scripts", "sglang.srt.plugins"},
+    "whiflash_cpu": {"sglang.srt.platforms", "whiflash.checks"},
+    "whiflash_lab": {"whiflash.checks", "whiflash.commands", "whiflash.names"},
+    "whiflash_train": {"whiflash.commands", "whiflash.names"},
+}
+"""Groups of entry points."""
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_wheel_names_what_others_call(wheels: Mapping[str, Path], name: str) -> None:
+    with zipfile.ZipFile(wheels[name]) as archive:
+        (listed,) = (one for one in archive.namelist() if one.endswith(".dist-info/entry_points.txt"))
         groups = ConfigParser()
-        groups.read_string(archive.read(name).decode())
+        groups.read_string(archive.read(listed).decode())
         files = archive.namelist()
     called = {group: dict(groups[group]) for group in groups.sections()}
-    assert called.keys() == {"console_scripts", "sglang.srt.plugins", "sglang.srt.platforms"}
-    assert called["console_scripts"].keys() == {"whiflash"}
+    assert called.keys() == CALLED[name]
+    assert called.get("console_scripts", {"whiflash": ""}).keys() == {"whiflash"}
     for target in (target for names in called.values() for target in names.values()):
         module, _, function = target.partition(":")
         path = module.replace(".", "/")
         assert f"{path}.py" in files or f"{path}/__init__.py" in files, target
-        assert callable(getattr(importlib.import_module(module), function)), target
+        assert not function or callable(getattr(importlib.import_module(module), function)), target
 
 
 def test_installed_into_an_empty_directory_the_command_finds_its_bundle(
@@ -116,6 +131,6 @@ def test_installed_into_an_empty_directory_the_command_finds_its_bundle(
     bundle = Path(found[-1])
     shipped = Path(whiflash_sglang.checkpoints.manifest.embedded_bundle())
     assert files(bundle) == files(shipped)
-    command = "from whiflash_sglang.cli import main; main()"
+    command = "from whiflash_sglang.cli.app import main; main()"
     said = run("-c", command, "--version", cwd=tmp_path, path=str(tmp_path))
     assert whiflash_sglang.__version__ in said

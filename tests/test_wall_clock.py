@@ -5,7 +5,10 @@ from pathlib import Path
 
 PACKAGES = [
     Path(__file__).parents[1] / part
-    for part in ("whiflash_sglang", "kernels/whiflash_kernels", "sdk/whiflash_sdk")
+    for part in (
+        "whiflash_sglang",
+        *(f"{part}/whiflash_{part}" for part in ("cpu", "kernels", "lab", "sdk", "train")),
+    )
 ]
 WALL = re.compile(
     r"\btime\.time(_ns)?\(|\bdatetime\.(now|utcnow|today)\(|\bdate\.today\(|\btime\.(localtime|gmtime)\("
@@ -14,9 +17,9 @@ WALL = re.compile(
 DATES = {
     "sdk/whiflash_sdk/collecting.py",
     "whiflash_sglang/compat/http/samples.py",
-    "whiflash_sglang/learner/once.py",
+    "train/whiflash_train/learner/once.py",
     "whiflash_sglang/routing/kept.py",
-    "whiflash_sglang/train/answers/provenance.py",
+    "train/whiflash_train/answers/provenance.py",
 }
 """These name when something was. A training's length is computed from such dates, and the learner passes over a
 version whose date is ahead of now."""

@@ -24,6 +24,10 @@ import psutil
 from whiflash_sglang.device.cpu import CHILD_ENVIRONMENT, serves_here
 from whiflash_sglang.errors import ServerRefusedError, WhiflashError
 
+LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
+"""SGLang closes an idle connection after five seconds, httpx's own default: a request at that moment would fail. While
+another arm answers, a connection is idle."""
+
 
 class Closing:
     """A context manager that closes itself."""

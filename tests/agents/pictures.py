@@ -31,10 +31,10 @@ from server_host import Server, ServerHost
 from whiflash_sdk.render import Turn, conversation_html
 from whiflash_sdk.trace import routing
 
+from whiflash_lab.demo import run, show
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
+from whiflash_sglang.cli.top import LiveView, WatchedServer, screen
 from whiflash_sglang.embedded import COMPACT_JSON, STRICT_TOOLS, TARGET_NAME, ensure_target
-from whiflash_sglang.lab.demo import run, show
-from whiflash_sglang.lab.top import LiveView, WatchedServer, screen
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 QUESTION = "Find a flight from Paris to Rome on 2026-05-01 for two passengers."

@@ -11,9 +11,9 @@ import pytest
 from example_agents import AGENTS, IN_THIS_ENVIRONMENT, ROOT, run_example
 from server_host import Server, ServerHost
 
+from whiflash_lab.demo import MAX_TOKENS, QUESTIONS
 from whiflash_sglang.cli.serve import server_arguments, server_environment
 from whiflash_sglang.embedded import TARGET_NAME
-from whiflash_sglang.lab.demo import MAX_TOKENS, QUESTIONS
 
 ISOLATED = "pydantic_ai_agent.py"
 

@@ -14,8 +14,8 @@ from patience import wait_until
 from server_host import Server
 from typer.testing import CliRunner
 
-from whiflash_sglang.cli import app
-from whiflash_sglang.lab import echo
+from whiflash_sglang.cli import echo
+from whiflash_sglang.cli.app import app
 
 pytestmark = pytest.mark.server
 

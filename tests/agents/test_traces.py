@@ -22,9 +22,9 @@ from sse import ask, check, check_text, comparable
 from tiny_models import SPECIAL_TOKENS, served_pair
 from whiflash_sdk import routing, wrap
 
+from whiflash_sglang.cli.top import LiveView, WatchedServer
 from whiflash_sglang.cli.trace import turns_of
 from whiflash_sglang.jsonl import parse_json_lines
-from whiflash_sglang.lab.top import LiveView, WatchedServer
 
 pytestmark = pytest.mark.server
 

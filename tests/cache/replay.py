@@ -20,10 +20,10 @@ from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.models.dflash import DFlashDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
 from whiflash_sglang.models.formats import read_draft
-from whiflash_sglang.models.target import TargetModel
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.costs import FULL_LENGTH
+from whiflash_train.target import TargetModel
 
 torch.set_num_threads(1)
 

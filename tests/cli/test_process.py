@@ -117,7 +117,7 @@ LIGHT = [
 ALL_IN_ONE = f"""
 import json, os, shlex, sys, tempfile
 from typer.main import get_command
-from whiflash_sglang.cli import app, main
+from whiflash_sglang.cli.app import app, main
 
 def commands(command, path=()):
     yield path, command
@@ -331,7 +331,8 @@ def checked(findings: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`whiflash check` where what it finds is given: finding it imports SGLang."""
     script = f"""
 import sys
-from whiflash_sglang.cli import check, main
+from whiflash_sglang.cli import check
+from whiflash_sglang.cli.app import main
 from whiflash_sglang.compat.patching import Finding
 check.findings = lambda: {findings}
 sys.argv = ["whiflash", "check", *{list(arguments)!r}]

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from whiflash_sglang.cli import main
-from whiflash_sglang.lab.top import Reading, figures, screen, since
+from whiflash_sglang.cli.app import main
+from whiflash_sglang.cli.top import Reading, figures, screen, since
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
 

@@ -53,7 +53,7 @@ def test_what_is_not_ours_is_left_alone(line: list[str], port: int, monkeypatch:
 
 
 def test_every_flag_of_sglang_is_known_without_importing_it() -> None:
-    from whiflash_sglang.compat.launch.recipes import _parser
+    from whiflash_lab.recipes.judge import _parser
 
     flags = {name for action in _parser()._actions for name in action.option_strings if name[:2] == "--"}
     assert len(flags) > 400

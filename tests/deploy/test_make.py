@@ -20,7 +20,7 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("Makefile", "docs/cpu-leaves-out.txt", "pyproject.toml", "uv.lock"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("sdk/pyproject.toml", "kernels/pyproject.toml"):
+    for name in (f"{part}/pyproject.toml" for part in ("cpu", "kernels", "lab", "sdk", "train")):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
     program(tmp_path, "uv")
@@ -93,6 +93,30 @@ def test_what_is_installed(checkout: Path, words: str, there: tuple[str, ...], b
     left_out = [name for name in LEFT_OUT if f"--no-install-package {name}" in line]
     assert (bool(line), left_out) == (brought != NOTHING, LEFT_OUT if brought == CPU else [])
     assert ("--no-default-groups" in line) == (words == "demo" and ".venv/.installed" not in there)
+
+
+def test_a_bound_that_rises_names_what_goes(tmp_path: Path) -> None:
+    script = load_script("budgets")
+
+    def committed(total: int, folder: int, message: str) -> list[str]:
+        (tmp_path / "budgets.toml").write_text(f"[total]\nproduct = {total}\n[lines]\nsdk = {folder}\n")
+        for words in (["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", message]):
+            subprocess.run(["git", *words], cwd=tmp_path, check=True)
+        return [line.partition(" raises ")[2] or line.partition(".")[0] for line in script.over(tmp_path)]
+
+    (tmp_path / "sdk").mkdir()
+    (tmp_path / "sdk" / "a.py").write_text("a\n" * 7)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    assert committed(8, 9, "first") == []
+    assert committed(6, 9, "falls") == ["product: 7 lines, budget 6"]
+    assert committed(8, 9, "rises") == ["total product by 2, and names 0 removed lines."]
+    assert committed(8, 12, "moves\n\nRemoves: sdk/b.py (2)") == [
+        "lines sdk by 3, and names 2 removed lines.",
+        "total product by 2, and names 0 removed lines.",
+    ]
+    assert committed(9, 14, "moves\n\nRemoves: sdk/b.py (2)\nRemoves: sdk/c.py (1)")[0].startswith(
+        "lines sdk by 3"
+    )
 
 
 def test_lines_and_records_beyond_their_budget_are_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def release() -> ModuleType:
 @pytest.fixture
 def copy(release: ModuleType, tmp_path: Path) -> Path:
     """The files that hold a version, to write into."""
-    for name in (*release.PLACES, "pyproject.toml", "CHANGELOG.md"):
+    for name in (*release.PLACES, *release.ASKING, "CHANGELOG.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
@@ -38,6 +38,7 @@ def test_a_new_version_is_written_everywhere(release: ModuleType, copy: Path) ->
     project = (copy / "pyproject.toml").read_text("utf-8")
     assert '"whiflash-kernels~=0.2.0"' in project
     assert '"whiflash-sdk~=0.2.0"' in project
+    assert '"whiflash-train~=0.2.0"' in (copy / "lab" / "pyproject.toml").read_text("utf-8")
     assert "## 0.2.3 (2030-01-02)" in (copy / "CHANGELOG.md").read_text("utf-8")
     with pytest.raises(ValueError, match="unreleased is missing"):
         release.write("0.2.4", copy)

@@ -27,7 +27,7 @@ class Block:
 
 def pages() -> list[Path]:
     """Pages of the documentation, without reports: those are as their commands wrote them."""
-    parts = ("examples/agents", "kernels", "sdk", "tests")
+    parts = ("examples/agents", "cpu", "kernels", "lab", "sdk", "tests", "train")
     single = ("README.md", "CONTRIBUTING.md", *(f"{part}/README.md" for part in parts))
     return [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / name for name in single)]
 

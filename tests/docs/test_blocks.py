@@ -50,7 +50,7 @@ def test_python_blocks_run_as_they_stand(page: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_training_configurations_are_what_they_are_for(tmp_path: Path) -> None:
-    from whiflash_sglang.train.config import load_config
+    from whiflash_train.config import load_config
 
     whole, keys = (found for found in blocks(ROOT / "docs/how-to/training.md") if found.language == "yaml")
     (tmp_path / "my.yaml").write_text(whole.body, encoding="utf-8")

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NAMED = re.compile(r"`((?:kernels/|sdk/)?tests/[\w/]+\.py)(?:::(\w+))?(?:\[([\w-]+)\])?`")
+NAMED = re.compile(r"`((?:(?:cpu|kernels|lab|sdk|train)/)?tests/[\w/]+\.py)(?:::(\w+))?(?:\[([\w-]+)\])?`")
 
 
 def missing(page: str) -> list[str]:

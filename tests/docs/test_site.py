@@ -84,7 +84,15 @@ def test_the_public_names_of_the_packages_are_on_their_pages(site: Path) -> None
         assert any(anchor.endswith(f".{public}") for anchor in anchors), public
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "kernels/README.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        *(f"{part}/README.md" for part in ("cpu", "kernels", "lab", "train")),
+    ],
+)
 def test_files_outside_the_site_link_to_what_is_there(name: str) -> None:
     page = ROOT / name
     for link in MARKDOWN_LINK.findall(page.read_text(encoding="utf-8")):

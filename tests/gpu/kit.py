@@ -34,9 +34,12 @@ starlette typing-inspection uvicorn xgrammar
 """
 """Packages in the versions that are installed here."""
 SOURCES = (
+    "cpu/whiflash_cpu",
     "kernels",
+    "lab/whiflash_lab",
     "sdk/whiflash_sdk",
     "tests",
+    "train/whiflash_train",
     "whiflash_sglang",
     "pyproject.toml",
     "results/benchmark/report.json",
@@ -83,7 +86,10 @@ def packages(site: Path) -> None:
     plugin = site / f"whiflash_sglang-{version('whiflash-sglang')}.dist-info"
     plugin.mkdir()
     (plugin / "METADATA").write_text(f"Name: whiflash-sglang\nVersion: {version('whiflash-sglang')}\n")
-    groups = ("sglang.srt.plugins", "sglang.srt.platforms")
+    groups = (
+        *("sglang.srt.plugins", "sglang.srt.platforms"),
+        *("whiflash.checks", "whiflash.commands", "whiflash.names"),
+    )
     ours = {
         group: [e for e in entry_points(group=group) if e.value.startswith("whiflash")] for group in groups
     }

@@ -51,7 +51,10 @@ SECONDS, GRACE = 570, 20
 """Limit of a part, and how long it may take to end when it is over."""
 SHORTEST = 30
 """Seconds that must be left for a part to begin."""
-SOURCES = ("whiflash_sglang", "kernels/whiflash_kernels", "kernels/bench", "kernels/tests", "tests")
+SOURCES = (
+    *("whiflash_sglang", "cpu/whiflash_cpu", "lab/whiflash_lab", "train/whiflash_train"),
+    *("kernels/whiflash_kernels", "kernels/bench", "kernels/tests", "tests"),
+)
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,8 @@ def run(part: Part, device: str, scratch: Path, seconds: float, pair: Sequence[s
         filled += part.rehearsal or ()
     if part.serves:
         filled += pair
-    paths = [ROOT, ROOT / "kernels", ROOT / "sdk", SITE, os.environ.get("PYTHONPATH", "")]
+    parts = (ROOT / part for part in ("cpu", "kernels", "lab", "sdk", "train"))
+    paths = [ROOT, *parts, SITE, os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in paths if str(p))}
     if (SITE / "sglang").is_dir():  # the kit's machine has no network: pip would try for 10 seconds
         environment["PIP_NO_INDEX"] = "1"

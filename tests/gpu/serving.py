@@ -134,7 +134,7 @@ def tokenised(target: Path, scale: Scale) -> list[list[int]]:
     """The shipped prompts' words, as ids."""
     from transformers import AutoTokenizer
 
-    from whiflash_sglang.lab.bench.prompts import load_prompts, shipped
+    from whiflash_lab.bench.prompts import load_prompts, shipped
 
     tokenizer = AutoTokenizer.from_pretrained(str(target))
     texts = [
@@ -221,7 +221,7 @@ def best_logit(served: Served, tokens: Sequence[int]) -> float:
     if served.model:
         return float(served.model.logits(tokens).max())
 
-    from whiflash_sglang.models.target import TargetModel
+    from whiflash_train.target import TargetModel
 
     model = TargetModel(served.target, device=torch.device("cpu"), dtype=getattr(torch, served.dtype))
     return float(model.next_logits(tokens).max())

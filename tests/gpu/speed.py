@@ -32,8 +32,8 @@ def command(served: Served, concurrency: int, out: Path, scale: Sequence[str]) -
 
 def arms_of(served: Served) -> list[str]:
     """Plain decoding, upstream's arms of the pair's drafters, and `auto`."""
+    from whiflash_lab.bench.arms import block_arm
     from whiflash_sglang.checkpoints.manifest import load_manifest
-    from whiflash_sglang.lab.bench.arms import block_arm
     from whiflash_sglang.models.formats import read_draft
 
     block = read_draft(served.bundle / str(load_manifest(served.bundle).dflash)).format.name

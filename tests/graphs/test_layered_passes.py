@@ -29,7 +29,7 @@ from whiflash_sglang.drafters.dflash import DFlashArm
 from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.models.formats import read_draft
 from whiflash_sglang.models.mtp import MTPConfig, MTPDrafter, parse_glm
-from whiflash_sglang.models.target import TargetModel
+from whiflash_train.target import TargetModel
 
 __all__ = ["captured", "prepared"]
 

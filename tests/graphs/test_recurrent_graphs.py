@@ -28,14 +28,14 @@ from test_recurrent_trees import CASES, POOL, check_states, conversations, with_
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import play
 
-from whiflash_sglang.compat.forward.untried import recurrent as ragged_recurrent
-from whiflash_sglang.compat.forward.untried.recurrent import RaggedConvBackend, RaggedDelta, RaggedMamba2
-from whiflash_sglang.models.recurrent import Rows, gated_delta_rule, selective_scan
-from whiflash_sglang.platform.recurrent_backends import (
+from whiflash_cpu.recurrent_backends import (
     CpuChannelDeltaBackend,
     CpuDeltaBackend,
     CpuMamba2Backend,
 )
+from whiflash_sglang.compat.forward.untried import recurrent as ragged_recurrent
+from whiflash_sglang.compat.forward.untried.recurrent import RaggedConvBackend, RaggedDelta, RaggedMamba2
+from whiflash_sglang.models.recurrent import Rows, gated_delta_rule, selective_scan
 
 
 def fused_sigmoid_gating_delta_rule_update(
@@ -132,7 +132,7 @@ def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.layers.attention import hybrid_linear_attn_backend
     from sglang.srt.layers.attention.linear import gdn_backend, kda_backend, short_conv_backend
 
-    from whiflash_sglang.platform.seams import install_model_seams, install_seams
+    from whiflash_cpu.seams import install_model_seams, install_seams
 
     monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
     install_seams()

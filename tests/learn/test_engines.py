@@ -18,9 +18,9 @@ from versioned import trained, version
 from whiflash_sglang.learn import swap as learn_swap
 from whiflash_sglang.learn.versions import Served, path_of, record, served
 from whiflash_sglang.models.dflash_config import DFlashConfig
-from whiflash_sglang.models.target import TargetModel
-from whiflash_sglang.train.config import DSpark
-from whiflash_sglang.train.drafters.dspark import go_on_from
+from whiflash_train.config import DSpark
+from whiflash_train.drafters.dspark import go_on_from
+from whiflash_train.target import TargetModel
 
 
 def test_text_stays_through_retractions_and_chunks(

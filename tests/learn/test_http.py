@@ -20,15 +20,15 @@ from server_host import Server, ServerHost
 from typer.testing import CliRunner
 from versioned import trained, version
 
-from whiflash_sglang.cli import app
-from whiflash_sglang.cli.learn import LiveServer
+from whiflash_sglang.cli.app import app
 from whiflash_sglang.learn.samples import files_of, samples_of
 from whiflash_sglang.learn.versions import claims_of, path_of, versions_of
-from whiflash_sglang.learner import once, watch
-from whiflash_sglang.learner.guard import LEAST, Guard
-from whiflash_sglang.learner.once import Outcome
-from whiflash_sglang.learner.texts import LEAST as LEAST_JUDGES
 from whiflash_sglang.lookup.memory import handle_of, tenant_of
+from whiflash_train.cli.learn import LiveServer
+from whiflash_train.learner import once, watch
+from whiflash_train.learner.guard import LEAST, Guard
+from whiflash_train.learner.once import Outcome
+from whiflash_train.learner.texts import LEAST as LEAST_JUDGES
 
 pytestmark = pytest.mark.server
 

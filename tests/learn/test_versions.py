@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from versioned import bundle_of, trained, version
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.cli import app
+from whiflash_sglang.cli.app import app
 from whiflash_sglang.config import parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.learn.versions import (

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from whiflash_sglang.checkpoints.manifest import Lookup, embedded_bundle, load_manifest
-from whiflash_sglang.cli import app
+from whiflash_sglang.cli.app import app
 from whiflash_sglang.config import Flags, resolve
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.lookup.calibration import BUCKETS, EVEN_ODDS, Agreement, MatchCalibration

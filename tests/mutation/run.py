@@ -35,7 +35,10 @@ from outcomes import KILLED, SURVIVED, TIMEOUT, Result, read, report
 from planted import Mutant, planted
 
 HERE = Path(__file__).parent
-SOURCES = ("whiflash_sglang", "kernels/whiflash_kernels", "sdk/whiflash_sdk")
+SOURCES = (
+    "whiflash_sglang",
+    *(f"{part}/whiflash_{part}" for part in ("cpu", "kernels", "lab", "sdk", "train")),
+)
 
 
 @dataclass(frozen=True, slots=True)

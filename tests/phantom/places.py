@@ -16,8 +16,8 @@ import whiflash_sglang
 ROOTS = [
     Path(package.__file__).parents[1] for package in (whiflash_sglang, whiflash_kernels) if package.__file__
 ]
-LEFT_OUT = ("platform", "train", "cpu", "reference")
-"""Folders of what runs on a CPU, or before serving."""
+LEFT_OUT = ("cpu", "reference")
+"""Folders of what runs on a CPU."""
 
 Place = tuple[str, int]
 """A file below its root, and a line."""

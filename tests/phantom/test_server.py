@@ -18,7 +18,7 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from transformers import AutoTokenizer
 from versioned import trained, version
 
-from whiflash_sglang.models.target import TargetModel
+from whiflash_train.target import TargetModel
 
 if find_spec("sgl_kernel") is None or shutil.which("cc") is None:
     pytest.skip("without SGLang's operators for CUDA, or a C compiler", allow_module_level=True)

@@ -1,12 +1,13 @@
-"""On PYTHONPATH of a server: every Python process of it tells, on SIGUSR2, what of SGLang it runs as this package's.
+"""On PYTHONPATH of a server: every Python process of it tells, on SIGUSR2, what of SGLang it runs as ours.
 
 SIGUSR2 makes a process write `PID.json` into `$WHIFLASH_PROBE`: `{name of SGLang's: file of ours}` of every function of
-this package that stands in a module or class of SGLang's or in torch's tensors, plain or in a wrapper's closure.
+ours that stands in a module or class of SGLang's or in torch's tensors, plain or in a wrapper's closure.
 """
 
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 
 def _file_of(value: Any) -> str | None:
-    """The file of this package that a function, or one in its closure, was written in."""
+    """The file of ours that a function, or one in its closure, was written in."""
     function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
     if not isinstance(function, FunctionType):  # others may answer any question with an import
         return None
@@ -24,7 +25,8 @@ def _file_of(value: Any) -> str | None:
         with contextlib.suppress(ValueError):  # a cell that is still empty
             inner.append(cell.cell_contents)
     files = [f.__code__.co_filename for f in inner if isinstance(f, FunctionType)]
-    return next((file.split("/whiflash_sglang/")[1] for file in files if "/whiflash_sglang/" in file), None)
+    ours = (re.search(r"/(whiflash_(?:cpu|sglang)/.*)", file) for file in files)
+    return next((match[1] for match in ours if match), None)
 
 
 def _found() -> dict[str, str]:

@@ -4,7 +4,7 @@ Run by `test_interpreted_rounds.py` in a child process: Triton's interpreter mus
 imported, and would change every kernel of a process. The engine is the real one, on the CPU; the name of the CPU
 platform's attention stands for our subclass of SGLang's Triton backend here, so prefills and verifications run
 `extend_attention_fwd` on the plan that the subclass makes. The platform's replacements of other helpers of SGLang's
-(`platform/seams.py`: slots, bonus tokens) stay torch. It does not prove that compiled kernels do the same.
+(`whiflash_cpu/seams.py`: slots, bonus tokens) stay torch. It does not prove that compiled kernels do the same.
 """
 
 from collections import Counter

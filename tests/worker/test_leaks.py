@@ -42,7 +42,7 @@ SAID: list[dict[str, Any]] = [
 ]
 """Contents of requests: nothing, a grammar, tools, an open span, a prediction."""
 
-OWNERS = ("whiflash_sglang", "whiflash_kernels", "sglang")
+OWNERS = ("whiflash_sglang", "whiflash_cpu", "whiflash_kernels", "sglang")
 
 
 def requests(half: int) -> list[Arrival]:

@@ -21,8 +21,8 @@ from sglang.srt.runtime_context import get_exec
 from torch.nn.functional import normalize
 from traffic import play
 
+from whiflash_cpu.seams import install_seams
 from whiflash_sglang.compat.forward.target import Target
-from whiflash_sglang.platform.seams import install_seams
 from whiflash_sglang.round.epilogue import Epilogue
 
 PROMPT = tuple(range(100, 130))

@@ -7,7 +7,7 @@ from engine import engine
 from host_reads import Launches
 from model_set import Models
 
-from whiflash_sglang.lab.bench.cells import round_ms_of
+from whiflash_lab.bench.cells import round_ms_of
 
 
 def test_nothing_of_a_round_is_in_no_stage(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

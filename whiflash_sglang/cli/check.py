@@ -4,16 +4,15 @@ import json
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from whiflash_sglang.cli import LOOK
+from whiflash_sglang.cli.elsewhere import check_of, missing
 from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, authorization, say
 from whiflash_sglang.compat.patching import Finding
-
-if TYPE_CHECKING:
-    from whiflash_sglang.cli.recipes import Recipe
+from whiflash_sglang.errors import UsageError
 
 PACKAGES = (
     "whiflash-sglang",
@@ -64,9 +63,9 @@ def _platform() -> list[Finding]:
 
     if not serves_here():
         return [Finding("platform", True, "an accelerator is there: SGLang's own platform serves it")]
-    from whiflash_sglang.platform.seams import verify_seams
-
-    return [Finding("platform", True, "no accelerator: this package's CPU platform"), *verify_seams()]
+    if (verify := check_of("platform")) is None:
+        return [Finding("platform", False, f"no accelerator, and {missing('cpu')}")]
+    return [Finding("platform", True, "no accelerator: the CPU platform of whiflash-cpu"), *verify()]
 
 
 def check(
@@ -162,10 +161,9 @@ def _check_echo(url: str, sweeps: int, api_key: str | None, *, as_json: bool) ->
 
     import httpx
 
-    from whiflash_sglang.lab import echo
-    from whiflash_sglang.lab.bench.load import LIMITS
+    from whiflash_sglang.cli import echo
     from whiflash_sglang.progress import progress
-    from whiflash_sglang.serving import ask
+    from whiflash_sglang.serving import LIMITS, ask
 
     headers = authorization(api_key)
     with httpx.Client(headers=headers, timeout=None, limits=LIMITS) as client, progress() as bar:
@@ -200,9 +198,9 @@ def _check_echo(url: str, sweeps: int, api_key: str | None, *, as_json: bool) ->
 
 def _check_recipes(path: Path, model_path: str | None, *, as_json: bool, verbose: bool) -> None:
     """Print a verdict on each launch in the file; exit code 1 unless all would start."""
-    from whiflash_sglang.cli.recipes import read
-
-    verdicts = verdicts_of(read(path), model_path)
+    if (verdicts_in := check_of("recipe")) is None:
+        raise UsageError(f"--recipe: {missing('lab')}")
+    verdicts = verdicts_in(path, model_path)
     starting = sum(verdict.starts for _, verdict in verdicts)
     if as_json:
         typer.echo(json.dumps([_as_json(name, verdict) for name, verdict in verdicts], indent=2))
@@ -216,16 +214,6 @@ def _check_recipes(path: Path, model_path: str | None, *, as_json: bool, verbose
             typer.echo("; ".join(parts))
     if starting < len(verdicts):
         raise typer.Exit(1)
-
-
-def verdicts_of(recipes: "list[Recipe]", model_path: str | None) -> list[tuple[str, Any]]:
-    """A verdict on each launch, by its name. model_path: the target, if a launch names none."""
-    from whiflash_sglang.checkpoints.hub import look_up
-
-    target = None if model_path is None else look_up(model_path).config.parent
-    from whiflash_sglang.compat.launch.recipes import judge
-
-    return [(recipe.name, judge(recipe.flags, recipe.environment, target)) for recipe in recipes]
 
 
 def _as_json(name: str, verdict: Any) -> dict[str, Any]:

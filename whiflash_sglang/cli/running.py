@@ -108,7 +108,7 @@ def top(
     import httpx
     from rich.live import Live
 
-    from whiflash_sglang.lab.top import TIMEOUT, LiveView, WatchedServer, screen
+    from whiflash_sglang.cli.top import TIMEOUT, LiveView, WatchedServer, screen
 
     headers = authorization(api_key)
     with httpx.Client(headers=headers, timeout=TIMEOUT) as client:
@@ -164,7 +164,7 @@ def summary(
     whiflash report --json > monday.json
     whiflash report --traces /var/lib/whiflash/traces
     """
-    from whiflash_sglang.lab.report import CAVEAT, brought
+    from whiflash_sglang.cli.report import CAVEAT, brought
 
     if traces is not None:
         _show_callers(traces, as_json)
@@ -191,7 +191,7 @@ def _show_callers(directory: Path, as_json: bool) -> None:
     from rich.text import Text
     from whiflash_sdk.render.aligned import printable
 
-    from whiflash_sglang.lab.report import by_caller, gain_of
+    from whiflash_sglang.cli.report import by_caller, gain_of
 
     found = by_caller(directory)
     if as_json:

@@ -1,7 +1,6 @@
-"""Commands that serve: `whiflash serve` is `sglang serve` with the embedded bundle as default, `demo` asks such a
-server two questions, `proxy` adds hints for agents that cannot use the SDK."""
+"""Commands that serve: `whiflash serve` is `sglang serve` with the embedded bundle as default, `proxy` adds hints
+for agents that cannot use the SDK."""
 
-import json
 import os
 import shlex
 import sys
@@ -14,7 +13,7 @@ from typer.core import TyperCommand
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli import SERVE
-from whiflash_sglang.cli.options import DEFAULT_URL, JsonFlag
+from whiflash_sglang.cli.options import DEFAULT_URL
 from whiflash_sglang.compat.launch.early import (
     ALGORITHM,
     DRAFT,
@@ -28,7 +27,6 @@ from whiflash_sglang.compat.launch.early import (
     named,
     pairs,
 )
-from whiflash_sglang.config import RouterName
 from whiflash_sglang.embedded import STRICT_TOOLS, embedded_arguments
 from whiflash_sglang.errors import UsageError
 
@@ -137,33 +135,6 @@ def serve(
     os.execve(command[0], command, {**os.environ, **environment})
 
 
-def demo(
-    as_json: JsonFlag = False,
-    router: Annotated[RouterName, typer.Option(help="Policy to show.")] = "auto",
-    log_dir: Annotated[Path | None, typer.Option(help="Keep the servers' logs in this directory.")] = None,
-) -> None:
-    """Start a server on the embedded model, ask it a chat question and a tool call, and show who drafted what.
-
-    A second server decodes plainly: its answers must be the same, and its speed is the comparison.
-
-    \b
-    Example:
-    whiflash demo
-    """
-    from rich.console import Console
-
-    from whiflash_sglang.lab.demo import judge, run, show
-    from whiflash_sglang.progress import progress
-
-    with progress() as bar:
-        answers = run(router, log_dir, bar)
-    if as_json:
-        typer.echo(json.dumps([answer.as_json() for answer in answers], indent=2))
-    else:
-        show(answers, Console())
-    judge(answers)
-
-
 def proxy(
     url: Annotated[str, typer.Option(help="Root URL of the server, without /v1.")] = DEFAULT_URL,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
@@ -213,5 +184,4 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         options_metavar="[MODEL] [OPTIONS OF SGLANG SERVE]",
     )(serve)
-    app.command(rich_help_panel=SERVE)(demo)
     app.command(rich_help_panel=SERVE)(proxy)

@@ -28,7 +28,7 @@ def turns_of(path: Path) -> "list[Turn]":
     from whiflash_sdk.render import Turn
     from whiflash_sdk.trace import routing
 
-    from whiflash_sglang.lab.report import check_figures
+    from whiflash_sglang.cli.report import check_figures
 
     text = read_text(path)
     try:

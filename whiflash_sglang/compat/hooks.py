@@ -9,11 +9,12 @@ that it is called for is ours.
 
 import os
 from importlib import import_module
+from importlib.metadata import entry_points
 from pkgutil import walk_packages
 from typing import Any
 
 from whiflash_sglang import compat
-from whiflash_sglang.compat import patching
+from whiflash_sglang.compat import patching, sources
 from whiflash_sglang.compat.carried import APP_PATH, WORKER_APP
 
 
@@ -63,14 +64,15 @@ def in_scheduler() -> None:
 
 
 def missing() -> list[patching.Finding]:
-    """Import all modules of this package, so that what they replace is in the table; one finding for each that cannot
-    be imported."""
+    """Import all modules of this package, and those that other distributions name (`sources.BESIDE`), so that what they
+    replace is in the table; one finding for each that cannot be imported."""
     found = []
-    for module in walk_packages(compat.__path__, f"{compat.__name__}."):
-        if module.name.endswith(".http_worker"):  # it is an application
+    ours = [module.name for module in walk_packages(compat.__path__, f"{compat.__name__}.")]
+    for name in (*ours, *(one.value for one in entry_points(group=sources.BESIDE))):
+        if name.endswith(".http_worker"):  # it is an application
             continue
         try:
-            import_module(module.name)
+            import_module(name)
         except Exception as error:  # an import may fail in any way; all of them mean "does not fit"
-            found.append(patching.Finding(module.name, False, f"does not import ({error})"))
+            found.append(patching.Finding(name, False, f"does not import ({error})"))
     return found

@@ -2,12 +2,16 @@
 
 import ast
 from collections.abc import Iterator
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from whiflash_sglang.compat.patching import first_sentence
 
 ROOT = Path(__file__).parent
+BESIDE = "whiflash.names"
+"""Group of entry points: modules of other distributions that replace or import names of SGLang's."""
 
 
 class Replaced(NamedTuple):
@@ -24,7 +28,7 @@ class Replaced(NamedTuple):
     @property
     def sentence(self) -> str:
         """As the page of patches has it."""
-        return f"`{self.path}`: {self.does}. Reason: {self.why}. Until {self.until}. (`compat/{self.file}`)"
+        return f"`{self.path}`: {self.does}. Reason: {self.why}. Until {self.until}. (`{self.file}`)"
 
 
 def replaced() -> Iterator[Replaced]:
@@ -49,5 +53,9 @@ def imported() -> Iterator[str]:
 
 
 def _trees() -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted(ROOT.rglob("*.py")):
-        yield str(path.relative_to(ROOT)), ast.parse(path.read_text("utf-8"))
+    packages = {one.value.partition(".")[0] for one in entry_points(group=BESIDE)}
+    specs = (find_spec(name) for name in sorted(packages))
+    beside = (Path(spec.origin).parent for spec in specs if spec is not None and spec.origin)
+    for root in (ROOT, *beside):
+        for path in sorted(root.rglob("*.py")):
+            yield path.relative_to(root.parent).as_posix(), ast.parse(path.read_text("utf-8"))

@@ -1,6 +1,6 @@
 """A machine whose CPU serves: whether this is one, and what is chosen there where the user has left the choice open.
 
-`platform/` is what serves there. Imports nothing before it is asked.
+`whiflash_cpu/` is what serves there. Imports nothing before it is asked.
 """
 
 import os

@@ -14,6 +14,7 @@ from sglang.srt.runtime_context import get_platform
 
 from whiflash_sglang.compat.carried import asks_for_ours, settings_of
 from whiflash_sglang.compat.patching import around
+from whiflash_sglang.device.cpu import PLATFORM
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class Launch:
 
     args: SGLang's arguments as resolved so far. given: the same as the user gave them. model: SGLang's configuration
     of the target; None if only flags are known. device: `cpu` or `cuda`, or another accelerator's name. own_platform:
-    this package's CPU platform is active. xqa: TRT-LLM's attention would be its XQA kernel here (Hopper, SM120), which
+    the platform of whiflash-cpu is active. xqa: TRT-LLM's attention would be its XQA kernel here (Hopper, SM120), which
     takes one width. draft_kv: a drafter keeps KV of its own at the target's slots.
     """
 
@@ -44,7 +45,7 @@ class Launch:
         cfg = resolving_view(server_args)
         platform = get_platform()
         device = "hip" if cfg.device == "cuda" and platform.is_hip else str(cfg.device)
-        own = type(current_platform).__module__.startswith("whiflash_sglang.")
+        own = type(current_platform).__module__.partition(".")[0] == PLATFORM
         xqa = bool(platform.is_sm90 or platform.is_sm120)
         draft_kv = bool(settings_of(server_args).drafters)
         return cls(cfg, cfg._raw_input, model_config_of(cfg), device, own, xqa, draft_kv)

@@ -151,7 +151,7 @@ def _has_adapters(launch: "Launch") -> bool:
 
 def _foreign_adapters(launch: "Launch") -> tuple[str, str] | None:
     """The backend of LoRA that this device needs, and another one that is asked for."""
-    # On a CPU SGLang's default is replaced (`platform/cpu.py`).
+    # On a CPU SGLang's default is replaced (`whiflash_cpu/cpu.py`).
     takes = ("triton",) if launch.device == "cuda" else ("torch_native", "csgmv")
     named = launch.args.lora_backend
     return (takes[0], named) if _has_adapters(launch) and named not in takes else None
@@ -255,7 +255,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "cpu_engine",
         lambda x: x.device == "cpu" and not x.own_platform,
-        "WHIFLASH on the CPU needs this package's platform, which is off if a GPU is visible or "
+        "WHIFLASH on the CPU needs whiflash-cpu (pip install 'whiflash-sglang[cpu]'), which is off if a GPU is "
+        "visible or "
         "SGLANG_USE_CPU_ENGINE=1 is set; hide the GPU (CUDA_VISIBLE_DEVICES=) and unset SGLANG_USE_CPU_ENGINE",
     ),
     Refusal(

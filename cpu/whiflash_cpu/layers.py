@@ -1,0 +1,276 @@
+"""SGLang's norms, activations and rotations on the CPU: compiled (:mod:`whiflash_kernels.layers`) instead of a dozen
+operators of torch each; and what else targets' layers use of the kind.
+
+Registered for exact classes, as SGLang wants it of a platform; what the kernels do not take goes to the class's own
+torch code, and all of it does where they cannot be compiled.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+from torch import Tensor, nn
+from whiflash_kernels import layers
+from whiflash_kernels.cpu.compiler import available
+from whiflash_kernels.cpu.layers import compiled_layers
+from whiflash_kernels.packed import linear
+
+from whiflash_cpu.attention import CpuAttentionBackend
+from whiflash_sglang.device.cpu import ATTENTION_BACKEND
+from whiflash_sglang.embedded import cache_root
+
+
+def use_compiled_layers() -> None:
+    """Compute norms, activations and rotations of targets and drafters by compiled functions, where they can be had."""
+    if compiled := available("CPU arithmetic of layers", compiled_layers, cache_root() / "compiled"):
+        layers.use(compiled)
+        _register()
+
+
+def _register() -> None:
+    """Let SGLang's layers ask for what is in `whiflash_kernels.layers.use`, at every call."""
+    from sglang.kernels.fused_op import BaseFusedOp
+    from sglang.srt.layers.activation import SiluAndMul
+    from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+    from sglang.srt.platforms import current_platform
+
+    key = current_platform.get_dispatch_key_name()
+    BaseFusedOp.register_oot_forward(RMSNorm, rms_norm, key)
+    BaseFusedOp.register_oot_forward(GemmaRMSNorm, gemma_norm, key)
+    BaseFusedOp.register_oot_forward(SiluAndMul, silu_and_mul, key)
+    for kind in _with_subclasses(RotaryEmbedding):
+        if kind.forward_native is RotaryEmbedding.forward_native:  # others turn by other angles
+            BaseFusedOp.register_oot_forward(kind, rotate, key)
+
+
+def _with_subclasses(kind: Any) -> list[Any]:
+    children: list[Any] = kind.__subclasses__()
+    return [kind, *(below for child in children for below in _with_subclasses(child))]
+
+
+def rms_norm(
+    self: Any,
+    x: Tensor,
+    residual: Tensor | None = None,
+    post_residual_addition: Tensor | None = None,
+    quant_linear: Any = None,
+) -> Any:
+    """Forward of `RMSNorm`: x [..., H] → its norm; with `residual`, the norm of their sum, and the sum."""
+    plain = (
+        self.variance_size_override is None
+        and self.override_orig_dtype is None
+        and not (self.cast_x_before_out_mul or self.fp32_residual)
+    )
+    if not plain:
+        return self.forward_native(x, residual, post_residual_addition)
+    return _norm(self, x, residual, post_residual_addition, 0.0)
+
+
+def gemma_norm(
+    self: Any, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
+) -> Any:
+    """Forward of `GemmaRMSNorm`, whose weight is relative to one."""
+    return _norm(self, x, residual, post_residual_addition, 1.0)
+
+
+def _norm(self: Any, x: Tensor, residual: Tensor | None, addition: Tensor | None, offset: float) -> Any:
+    weight = self.weight
+    tensors = (x, weight) if residual is None else (x, weight, residual)
+    compiled = layers.compiled_for(*tensors)
+    if addition is not None or compiled is None:
+        return self.forward_native(x, residual, addition)
+    total, normed = compiled.norm(x, weight, self.variance_epsilon, offset, residual)
+    return normed if residual is None else (normed, total)
+
+
+def silu_and_mul(self: Any, x: Tensor) -> Tensor:
+    """Forward of `SiluAndMul`: [..., 2 * H] → [..., H]."""
+    compiled = layers.compiled_for(x)
+    return self.forward_native(x) if compiled is None else compiled.silu_and_mul(x)
+
+
+def rotate(
+    self: Any,
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    offsets: Tensor | None = None,
+    fused_set_kv_buffer_arg: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Forward of `RotaryEmbedding`: query and key [T, heads * D], turned in place, as SGLang's own kernels do."""
+    compiled = layers.compiled_for(query, key)
+    plain = (
+        self.is_neox_style
+        and offsets is None
+        and fused_set_kv_buffer_arg is None
+        and positions.ndim == 1
+        and positions.dtype == torch.int64
+        and positions.is_contiguous()
+    )
+    if compiled is None or not plain:
+        return self.forward_native(positions, query, key, offsets, fused_set_kv_buffer_arg)
+    rows = len(positions)
+    compiled.rotate(
+        query.view(rows, -1, self.head_size),
+        key.view(rows, -1, self.head_size),
+        self.cos_sin_cache,
+        positions,
+    )
+    return query, key
+
+
+_PLAIN = "_whiflash_plain"
+"""A layer's attribute: whether `_is_plain` was found of it at its first forward."""
+
+
+def forward(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Forward of `LlamaDecoderLayer` and `Qwen2DecoderLayer`: hidden states [T, H] and the batch's residual stream →
+    the same, on one CPU rank, without what SGLang decides again at every stage.
+
+    Parts that are left out decide nothing here: boundaries between stages (sums over ranks, rows that are scattered),
+    linear layers' groups, attention's graphs. They take longer than the layer's norms, rotation and activation
+    together. The residual stream is kept as SGLang keeps it, so layers of both ways may follow each other. A stack's
+    first layer takes SGLang's way.
+    """
+    from sglang.srt.layers.layer_boundary.residual.add_norm import PLAIN_ADD
+    from sglang.srt.model_executor.forward_context import get_attn_backend
+
+    def forward(
+        self: Any, positions: Tensor, hidden_states: Tensor, forward_batch: Any, capture_output: Any = None
+    ) -> Any:
+        stream, backend = forward_batch.residual_stream, get_attn_backend()
+        pending = None if stream is None else stream.pending
+        usual = (
+            pending is not None
+            and pending.value is hidden_states
+            and pending.owed is None
+            and pending.update.is_plain_add
+            and stream.residual is not None
+            and type(backend) is CpuAttentionBackend
+            and not forward_batch.forward_mode.is_idle()
+        )
+        plain = self.__dict__.get(_PLAIN)
+        if plain is None:
+            plain = self.__dict__[_PLAIN] = _is_plain(self)
+        if not (usual and plain):
+            return upstream(self, positions, hidden_states, forward_batch, capture_output)
+        normed, residual = self.input_layernorm(hidden_states, stream.residual)
+        if capture_output is not None:
+            capture_output(residual)  # which copies it
+        attended = _attention(self.self_attn, positions, normed, forward_batch, backend)
+        normed, residual = self.post_attention_layernorm(attended, residual)
+        mlp = self.mlp
+        mixed = _times(mlp.down_proj, mlp.act_fn(_times(mlp.gate_up_proj, normed)))
+        stream.write(residual)
+        return stream.record(mixed, PLAIN_ADD)
+
+    return forward
+
+
+def _attention(
+    self: Any, positions: Tensor, normed: Tensor, forward_batch: Any, backend: CpuAttentionBackend
+) -> Tensor:
+    q, k, v = _times(self.qkv_proj, normed).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+    q, k = self.rotary_emb(positions, q, k)
+    heads = (-1, self.num_kv_heads, self.head_dim)
+    attended = backend.forward_extend(q, k.view(heads), v.view(heads), self.attn, forward_batch)
+    return _times(self.o_proj, attended)
+
+
+def _times(layer: Any, x: Tensor) -> Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is made of SGLang's own unquantised parts, whole on this rank, and nobody hooks into them."""
+    from sglang.srt.layers import linear as linears
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.models import llama, qwen2
+    from sglang.srt.runtime_context import get_parallel
+
+    own = (
+        (llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP),
+        (qwen2.Qwen2DecoderLayer, qwen2.Qwen2Attention, qwen2.Qwen2MLP),
+    )
+    parts: Any = layer
+    if (type(layer), type(parts.self_attn), type(parts.mlp)) not in own or get_parallel().tp_size > 1:
+        return False
+    attention, mlp = parts.self_attn, parts.mlp
+    products = [attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
+    whole = (linears.QKVParallelLinear, linears.RowParallelLinear, linears.MergedColumnParallelLinear)
+    return (
+        all(type(part) in whole and not part.skip_bias_add for part in products)  # adapters wrap them
+        and all(type(part.quant_method) is UnquantizedLinearMethod for part in products)
+        and type(attention.attn) is RadixAttention
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
+    )
+
+
+def attention_backends_of(cfg: Any) -> tuple[str | None, str | None]:
+    """(prefill, decode) attention backends as the rules for single models see them.
+
+    Upstream lists the backends that serve gpt-oss (attention sinks beside windows) and Gemma 4 (windows, heads of two
+    sizes) by name. Ours does what Triton's does there, so it takes that name.
+    """
+    base = cfg.attention_backend
+    named = (cfg.prefill_attention_backend or base, cfg.decode_attention_backend or base)
+    prefill, decode = ("triton" if name == ATTENTION_BACKEND else name for name in named)
+    return prefill, decode
+
+
+def fused_gate_sigmoid_mul(
+    hidden_states: torch.Tensor, gate_weight: torch.Tensor, shared_output: torch.Tensor
+) -> torch.Tensor:
+    """``sigmoid(hidden_states @ gate_weight) * shared_output``.
+
+    Args:
+        hidden_states, shared_output: [T, H]. gate_weight: [H] or [1, H].
+
+    Returns:
+        [T, H] in the dtype of ``shared_output``, a new tensor.
+    """
+    gate = torch.sigmoid(hidden_states.float() @ gate_weight.view(-1, 1).float())
+    return (gate * shared_output.float()).to(shared_output.dtype)
+
+
+def fused_gate_sigmoid_mul_add(
+    hidden_states: torch.Tensor,
+    gate_weight: torch.Tensor,
+    shared_output: torch.Tensor,
+    final_hidden_states: torch.Tensor,
+) -> None:
+    """``final_hidden_states`` [T, H] (mutable) += :func:`fused_gate_sigmoid_mul` of the others."""
+    final_hidden_states += fused_gate_sigmoid_mul(hidden_states, gate_weight, shared_output)
+
+
+def experts_of_kimi(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """In place of the forward of Kimi Linear's `KimiMoE`, which leaves the routed experts' factor to their kernel, and
+    SGLang's torch experts leave it out. hidden_states: [T, H]. Returns [T, H]."""
+    routed = self.experts(hidden_states, self.topk(hidden_states, self.gate(hidden_states)[0]))
+    routed = routed * self.routed_scaling_factor
+    return routed if self.num_shared_experts is None else routed + self.shared_experts(hidden_states)
+
+
+def of_own_experts(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Forward of `UnquantizedFusedMoEMethod.forward_native`, with experts on several ranks: an id of -1 means another
+    rank's expert, which upstream's loop over experts takes for an index. It is given the pairs of a token and an expert
+    of this rank, as tokens with one expert each.
+    """
+
+    def forward_native(self: Any, layer: Any, dispatch_output: Any) -> Any:
+        if layer.moe_ep_size == 1:
+            return upstream(self, layer, dispatch_output)
+        states, chosen = dispatch_output.hidden_states, dispatch_output.topk_output
+        tokens, places = (chosen.topk_ids >= 0).nonzero(as_tuple=True)
+        found = torch.zeros_like(states)
+        if len(tokens):
+            ids, weights = (t[tokens, places, None] for t in (chosen.topk_ids, chosen.topk_weights))
+            own = chosen._replace(topk_ids=ids, topk_weights=weights)
+            pairs = dispatch_output._replace(hidden_states=states[tokens], topk_output=own)
+            found.index_add_(0, tokens, upstream(self, layer, pairs).hidden_states)
+        return StandardCombineInput(hidden_states=found)
+
+    return forward_native

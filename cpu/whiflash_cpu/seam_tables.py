@@ -1,0 +1,356 @@
+"""Every private SGLang name that the CPU platform replaces, in one table; `seams.py` puts them in place."""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.layers.dp_attention import memcpy_cpu
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+from whiflash_cpu import collectives, host_copies, layers, packed_weights, spec_ops
+from whiflash_cpu.attention import CpuAttentionBackend, CpuKVPool, CpuMultiStepDraftBackend
+from whiflash_sglang.compat.versions import has
+from whiflash_sglang.device.cpu import ATTENTION_BACKEND
+from whiflash_sglang.models import recurrent
+
+_CACHE_LOCS = "sglang.kernels.ops.speculative.cache_locs"
+_EAGLE = "sglang.kernels.ops.speculative.eagle"
+_SPEC_TREE = "sglang.kernels.ops.speculative.spec_tree"
+_EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
+_DFLASH_UTILS = "sglang.srt.speculative.dflash_utils"
+_ELEMENTWISE = "sglang.kernels.ops.elementwise.elementwise"
+_WEIGHT_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
+_PARALLEL = "sglang.srt.distributed.parallel_state"
+_CONV = "sglang.srt.layers.attention.mamba.causal_conv1d"
+
+
+class Seam(NamedTuple):
+    """One replaced name: `name` or `Owner.name` of a module."""
+
+    module: str
+    name: str
+    replacement: Any
+    """A function with the parameters of the original, or a value."""
+    absent: bool = False
+    """Upstream's value on this platform is None or False, or its module skips the import: no operator exists."""
+    wraps: bool = False
+    """The replacement is made by calling `replacement` with the original."""
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}:{self.name}"
+
+    def made(self, original: Any) -> Any:
+        """Replacement of SGLang's own."""
+        if not self.wraps:
+            return self.replacement
+        return self.replacement(original.__func__ if isinstance(original, staticmethod) else original)
+
+
+def _wrapped(module: str, owner: str, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> Seam:
+    return Seam(module, f"{owner}.{name}", wrap, wraps=True)
+
+
+def _tree_mask_mode() -> Any:
+    from sglang.kernels.ops.speculative.spec_tree import TreeMaskMode
+
+    return TreeMaskMode.QLEN_ONLY
+
+
+def _leave_unregistered(buffer: Any, registration_granularity_bytes: int | None = None) -> None:
+    """Host memory that no accelerator copies from needs no driver."""
+
+
+EARLY_SEAMS: tuple[Seam, ...] = (
+    Seam("sglang.srt.arg_groups.model_hook", "attention_backends_of", layers.attention_backends_of),
+)
+"""Names asked while the arguments are read, in the launcher's process too (:func:`install_early_seams`)."""
+
+PINNING = (
+    "sglang.srt.lora.layers",
+    "sglang.srt.lora.backend.torch_backend",
+    "sglang.srt.model_executor.forward_batch_info",
+)
+"""Modules that ask torch for pinned tensors, for the target's adapters and for DP attention."""
+
+_OF_UPSTREAMS_DRAFTERS: tuple[Seam, ...] = (
+    Seam(
+        _CACHE_LOCS,
+        "assign_draft_cache_locs_contiguous_func",
+        spec_ops.assign_draft_cache_locs_contiguous_func,
+    ),
+    Seam(_SPEC_TREE, "build_tree_kernel_efficient_func", spec_ops.build_tree_kernel_efficient_func),
+    Seam(_SPEC_TREE, "verify_tree_greedy_func", spec_ops.verify_tree_greedy_func),
+    Seam(
+        "sglang.kernels.ops.attention.table_qk_norm_rope", "table_qk_norm_rope_", spec_ops.table_qk_norm_rope_
+    ),
+)
+"""Names that upstream's own algorithms call since 0.5.23; before, the CPU serves plain decoding and WHIFLASH."""
+
+_NAMES: tuple[Seam, ...] = (
+    Seam(_CONV, "causal_conv1d_fn", recurrent.causal_conv1d_fn),
+    Seam(_CONV, "causal_conv1d_update", recurrent.causal_conv1d_update),
+    Seam(
+        "sglang.kernels.ops.mamba.mamba_state_scatter_triton",
+        "scatter_mamba_states_after_mtp_verify",
+        recurrent.scatter_mamba_states_after_mtp_verify,
+    ),
+    Seam("sglang.srt.layers.dp_attention", "memcpy_func", memcpy_cpu),
+    Seam(_PARALLEL, "reg_all_gather_into_tensor", collectives.reg_all_gather_into_tensor),
+    Seam(_PARALLEL, "reg_reduce_scatter_tensor", collectives.reg_reduce_scatter_tensor),
+    Seam(_PARALLEL, "reg_all_to_all_single", collectives.reg_all_to_all_single),
+    Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul", layers.fused_gate_sigmoid_mul),
+    Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul_add", layers.fused_gate_sigmoid_mul_add),
+    Seam(
+        "sglang.srt.mem_cache.allocation",
+        "assign_req_to_token_pool_func",
+        spec_ops.assign_req_to_token_pool_func,
+    ),
+    Seam("sglang.srt.mem_cache.allocation", "get_last_loc", spec_ops.get_last_loc),
+    Seam("sglang.srt.mem_cache.pool_host.common", "_cuda_host_register", _leave_unregistered),
+    Seam(_EAGLE, "fill_bonus_tokens_func", spec_ops.fill_bonus_tokens_func),
+    Seam(
+        "sglang.kernels.ops.speculative.gather_spec_extras", "gather_spec_extras", spec_ops.gather_spec_extras
+    ),
+    Seam("sglang.kernels.ops.sampling.murmur_hash", "murmur_hash32", spec_ops.murmur_hash32),
+    Seam(_EAGLE_UTILS, "default_tree_mask_mode", _tree_mask_mode),
+    *(
+        Seam(module, name, getattr(spec_ops, name), absent=True)
+        for module in (_EAGLE_UTILS, _DFLASH_UTILS)
+        for name in ("tree_speculative_sampling_target_only", "top_k_renorm_prob", "top_p_renorm_prob")
+    ),
+    Seam(_DFLASH_UTILS, "_DFLASH_SAMPLING_VERIFY_AVAILABLE", True, absent=True),
+    *(
+        Seam(f"sglang.srt.mem_cache.pool_host.{pool}", name, getattr(host_copies, name), absent=True)
+        for pool in ("mha", "mla", "mamba")
+        for name in (
+            "transfer_kv_direct",
+            "transfer_kv_per_layer_direct_pf_lf",
+            "transfer_kv_all_layer_direct_lf_pf",
+        )
+    ),
+)
+
+
+def _create_draft_backend(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Enter the CPU backend into both maps of the draft backend factory, which are local to its methods."""
+
+    def create(
+        self: Any, backend_name: str, backend_map: Any, error_template: str, stamps_children: bool = False
+    ) -> Any:
+        def decode_backend() -> tuple[str, Any]:
+            return ATTENTION_BACKEND, CpuMultiStepDraftBackend(
+                self.draft_model_runner, self.topk, self.speculative_num_steps
+            )
+
+        def extend_backend() -> tuple[str, Any]:
+            return ATTENTION_BACKEND, CpuAttentionBackend(self.draft_model_runner)
+
+        # Only the multi-step decode backend has children to stamp.
+        ours = decode_backend if stamps_children else extend_backend
+        backends = {**backend_map, ATTENTION_BACKEND: ours}
+        return upstream(self, backend_name, backends, error_template, stamps_children)
+
+    return create
+
+
+def _keep_embedding_dtype(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Upstream turns every input embedding into bfloat16, which a float32 draft model cannot take."""
+
+    def kwargs_of(self: Any, forward_batch: Any, pp_proxy_tensors: Any) -> Any:
+        kwargs = upstream(self, forward_batch, pp_proxy_tensors)
+        if forward_batch.input_embeds is not None and forward_batch.replace_embeds is None:
+            kwargs["input_embeds"] = forward_batch.input_embeds.to(self.dtype)
+        return kwargs
+
+    return kwargs_of
+
+
+def _hybrid_pool(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """A platform names the pool of a model whose every layer attends; upstream's keeps KV with Triton's copies."""
+
+    def pool_of(self: Any, *, mha_pool_class: type, mla_pool_class: type, dsa_pool_class: type) -> Any:
+        found = upstream(
+            self, mha_pool_class=mha_pool_class, mla_pool_class=mla_pool_class, dsa_pool_class=dsa_pool_class
+        )
+        return CpuKVPool if found is MHATokenToKVPool else found
+
+    return pool_of
+
+
+def _mask_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Masks of requests without a grammar of their own, as of --enable-strict-thinking: upstream's grammar objects
+    have this branch, its backend has not.
+    """
+
+    def apply_vocab_mask(logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
+        if logits.device.type != "cpu":
+            upstream(logits, vocab_mask)
+            return
+        from xgrammar import apply_token_bitmask_inplace
+
+        apply_token_bitmask_inplace(logits, vocab_mask, backend="cpu")
+
+    return staticmethod(apply_vocab_mask)
+
+
+class HostEvent:
+    """A moment on the host, for what upstream times by events of a device (--enable-forward-pass-metrics)."""
+
+    def __init__(self) -> None:
+        self._seconds = time.perf_counter()
+
+    def query(self) -> bool:
+        """Whether what was issued before it is done."""
+        return True
+
+    def elapsed_time(self, end: "HostEvent") -> float:
+        """Milliseconds."""
+        return (end._seconds - self._seconds) * 1000
+
+
+def _begin_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    def create(track_stream: bool = False) -> Any:
+        from sglang.srt.utils.device_timer import _TimingInterval
+
+        return _TimingInterval(start_event=HostEvent())
+
+    return staticmethod(create)
+
+
+def _end_on_host(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    def end(self: Any, metadata: dict[str, Any]) -> None:
+        self.end_event, self.metadata = HostEvent(), metadata
+
+    return end
+
+
+def _unpinned(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """Initialiser of the pools that keep KV in host memory: without an accelerator there is none to pin it for."""
+
+    @wraps(upstream)
+    def initialise(self: Any, **named: Any) -> None:
+        upstream(self, **named | {"pin_memory": False})
+
+    return initialise
+
+
+_METHODS: tuple[Seam, ...] = (
+    _wrapped(_PARALLEL, "GroupCoordinator", "reduce_scatterv", collectives.reduce_scatterv),
+    _wrapped("sglang.srt.mem_cache.pool_host.base", "HostKVCache", "__init__", _unpinned),
+    _wrapped(
+        "sglang.srt.mem_cache.kv_cache_configurator",
+        "KVCacheConfigurator",
+        "_hybrid_full_attention_pool_class",
+        _hybrid_pool,
+    ),
+    _wrapped(
+        "sglang.srt.speculative.draft_utils", "DraftBackendFactory", "_create_backend", _create_draft_backend
+    ),
+    _wrapped(
+        "sglang.srt.model_executor.model_runner",
+        "ModelRunner",
+        "_extend_forward_kwargs",
+        _keep_embedding_dtype,
+    ),
+    _wrapped("sglang.srt.utils.device_timer", "_TimingInterval", "create", _begin_on_host),
+    _wrapped("sglang.srt.utils.device_timer", "_TimingInterval", "end", _end_on_host),
+    _wrapped(
+        "sglang.srt.constrained.xgrammar_backend", "XGrammarGrammarBackend", "apply_vocab_mask", _mask_on_host
+    ),
+    _wrapped(
+        "sglang.srt.layers.quantization.unquant", "UnquantizedLinearMethod", "apply", packed_weights.apply
+    ),
+    _wrapped(
+        "sglang.srt.layers.quantization.unquant",
+        "UnquantizedFusedMoEMethod",
+        "forward_native",
+        layers.of_own_experts,
+    ),
+    _wrapped(
+        "sglang.srt.layers.logits_processor",
+        "LogitsProcessor",
+        "_compute_lm_head",
+        packed_weights.compute_lm_head,
+    ),
+    *(
+        _wrapped(_WEIGHT_UPDATER, "WeightUpdater", name, packed_weights.before_updates)
+        for name in ("begin_weight_update", "update_weights_from_tensor", "load_weights_from_distributed")
+    ),
+    *(
+        _wrapped(_WEIGHT_UPDATER, "WeightUpdater", name, packed_weights.around_updates)
+        for name in ("update_weights_from_disk", "update_weights_from_ipc", "end_weight_update")
+    ),
+    _wrapped(
+        "sglang.srt.utils.weight_checker", "WeightChecker", "_reset_tensors", packed_weights.around_updates
+    ),
+    _wrapped(
+        "sglang.srt.model_executor.model_runner",
+        "ModelRunner",
+        "finalize_startup_weight_load",
+        packed_weights.around_updates,
+    ),
+)
+
+
+SEAMS = (*_NAMES, *(_OF_UPSTREAMS_DRAFTERS if has("0.5.23") else ()), *_METHODS)
+
+
+def delta_seams() -> tuple[Seam, ...]:
+    """Names and methods that models with a gated delta rule use, by head or by channel. Imported for them only."""
+    from whiflash_cpu import recurrent_backends
+
+    linear = "sglang.srt.layers.attention.linear"
+    fla = "sglang.kernels.ops.attention.fla"
+    return (
+        Seam(f"{linear}.gdn_backend", "GDNAttnBackend", recurrent_backends.CpuDeltaBackend),
+        Seam(f"{linear}.kda_backend", "KDAAttnBackend", recurrent_backends.CpuChannelDeltaBackend),
+        *(
+            Seam(
+                "sglang.kernels.ops.attention.triton_gdn_fused_proj", name, getattr(recurrent_backends, name)
+            )
+            for name in ("fused_qkvzba_split_reshape_cat", "fused_qkvzba_split_reshape_cat_contiguous")
+        ),
+        Seam(_ELEMENTWISE, "fused_sigmoid_mul", recurrent_backends.fused_sigmoid_mul),
+        _wrapped(
+            f"{fla}.fused_norm_gate", "FusedRMSNormGated", "forward", lambda _: recurrent_backends.gated_norm
+        ),
+        _wrapped(f"{fla}.layernorm_gated", "RMSNorm", "forward", lambda _: recurrent_backends.norm_gated),
+    )
+
+
+def mamba2_seams() -> tuple[Seam, ...]:
+    """Names that models with Mamba 2's mixer use."""
+    from whiflash_cpu.recurrent_backends import CpuMamba2Backend
+
+    module = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
+    return (Seam(module, "Mamba2AttnBackend", CpuMamba2Backend),)
+
+
+def kimi_seams() -> tuple[Seam, ...]:
+    """Names that Kimi Linear's experts use."""
+    return (
+        _wrapped("sglang.srt.models.kimi_linear", "KimiMoE", "forward", lambda _: layers.experts_of_kimi),
+    )
+
+
+def llama_seams() -> tuple[Seam, ...]:
+    """Decoder layers of Llama's shape."""
+    return (_wrapped("sglang.srt.models.llama", "LlamaDecoderLayer", "forward", layers.forward),)
+
+
+def qwen2_seams() -> tuple[Seam, ...]:
+    """Decoder layers of Qwen2's, which are the same."""
+    return (_wrapped("sglang.srt.models.qwen2", "Qwen2DecoderLayer", "forward", layers.forward),)
+
+
+MODEL_SEAMS: Mapping[str, Callable[[], tuple[Seam, ...]]] = {
+    "RadixLinearAttention": delta_seams,
+    "MambaMixer2": mamba2_seams,
+    "KimiMoE": kimi_seams,
+    "LlamaDecoderLayer": llama_seams,
+    "Qwen2DecoderLayer": qwen2_seams,
+}
+"""Seams of models with such a layer, beside :data:`SEAMS`; put in place by :func:`install_model_seams`."""

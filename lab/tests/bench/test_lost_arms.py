@@ -1,0 +1,86 @@
+"""An arm whose server does not start: it is named at once, the others are measured, and the command fails."""
+
+import io
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from patience import wait_until
+from rich.console import Console
+
+from whiflash_lab.bench.arms import Arm
+from whiflash_lab.bench.fleet import Fleet
+from whiflash_lab.bench.runner import Plan, Runner
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.progress import Lines
+from whiflash_sglang.serving import ServerError
+
+LOG = "the server stopped:\nloading\nValueError: no such drafter\n"
+
+
+class Info(BaseHTTPRequestHandler):
+    """Answers everything with an empty record."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Info) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class Starting:
+    """A server with `--broken` does not start; any other one is not up before the user has heard of that."""
+
+    def __init__(self, arguments: Sequence[str], url: str, said: io.StringIO) -> None:
+        self.base_url, self._arguments, self._said = url, arguments, said
+
+    def __enter__(self) -> object:
+        if "--broken" in self._arguments:
+            raise ServerError(LOG)
+        wait_until(lambda: "no such drafter" in self._said.getvalue())
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+def started(names: Sequence[str], broken: Sequence[str], url: str) -> tuple[dict[str, str], str]:
+    """Starts a server for each arm; which are lost, and what is said of it."""
+    said = io.StringIO()
+    arms = [Arm(name, name, ("--broken",) if name in broken else ()) for name in names]
+    subject: Any = SimpleNamespace(hide_paths=list)
+    bar = Lines(Console(file=said, width=200))
+
+    def make(arguments: Sequence[str], log: Path | None, checkout: Path | None) -> Starting:
+        return Starting(arguments, url, said)
+
+    with Fleet(make) as fleet:
+        runner = Runner(Plan(subject, tuple(arms), ()), fleet, SimpleNamespace(), bar)  # type: ignore[arg-type]
+        runner._start(arms)
+        assert sorted(fleet.clients) == sorted(set(names) - set(broken))
+    return runner.unavailable, said.getvalue()
+
+
+def test_it_is_named_while_the_others_still_start(url: str) -> None:
+    lost, said = started(["none", "auto", "EAGLE3"], ["auto"], url)
+    assert lost == {"auto": "the server did not start: ValueError: no such drafter"}
+    assert "auto: the server did not start: ValueError: no such drafter\n" in said
+
+
+def test_nothing_is_measured_without_plain_decoding(url: str) -> None:
+    with pytest.raises(WhiflashError, match="plain decoding: the server did not start"):
+        started(["none", "auto"], ["none"], url)

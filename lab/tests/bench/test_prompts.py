@@ -1,0 +1,156 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from whiflash_lab.bench.prompts import (
+    digest_of,
+    load_prompts,
+    load_tools,
+    prompt_of,
+    sample,
+    shipped,
+    with_tools,
+)
+from whiflash_sglang.errors import ConfigError
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def test_the_shipped_sample() -> None:
+    prompts = load_prompts(str(shipped()))
+    categories = [prompt.category for prompt in prompts]
+    wanted = {"agent", "chat", "code", "json", "math", "summarisation", "tool_call"}
+    assert set(categories) == wanted
+    assert {categories.count(category) for category in wanted} == {6}
+    rows = [json.loads(line) for line in shipped().read_text(encoding="utf-8").strip().split("\n")]
+    assert all(row["license"] and row["source"] for row in rows)
+    requests = {prompt.category: prompt.request() for prompt in prompts}
+    assert requests["tool_call"]["tool_choice"] == "required"
+    assert requests["tool_call"]["tools"]
+    assert requests["json"]["response_format"]["type"] == "json_schema"
+    assert set(requests["chat"]) == {"messages"}
+
+
+def test_spec_bench_and_speed_bench_rows(tmp_path: Path) -> None:
+    spec = {"question_id": 81, "category": "writing", "turns": ["Write.", "Rewrite."], "reference": []}
+    speed = {
+        "question_id": "q-7",
+        "category": "coding",
+        "sub_category": "x",
+        "turns": ["Code."],
+        "multiturn": False,
+    }
+    first, second = load_prompts(write(tmp_path / "rows.jsonl", spec, speed))
+    assert (first.id, first.category, first.follow_ups) == ("81", "writing", ("Rewrite.",))
+    assert (second.id, second.messages) == ("q-7", ({"role": "user", "content": "Code."},))
+    turn = first.next_turn("Written.")
+    assert turn is not None
+    assert turn.id == "81#2"
+    assert [m["role"] for m in turn.messages] == ["user", "assistant", "user"]
+    assert [m["content"] for m in turn.messages] == ["Write.", "Written.", "Rewrite."]
+    assert turn.next_turn("RoundResult.") is None
+
+
+def test_three_turns_are_counted() -> None:
+    prompt = prompt_of({"id": "p", "turns": ["a", "b", "c"]}, "here")
+    second = prompt.next_turn("x")
+    assert second is not None
+    third = second.next_turn("y")
+    assert third is not None
+    assert third.id == "p#3"
+
+
+def test_a_json_list_reads_as_json_lines_do(tmp_path: Path) -> None:
+    row = {"id": "a", "category": "chat", "messages": MESSAGES}
+    (tmp_path / "list.json").write_text(json.dumps([row]))
+    assert load_prompts(str(tmp_path / "list.json")) == load_prompts(write(tmp_path / "lines.jsonl", row))
+
+
+def test_a_data_set_that_datasets_can_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hub ids go through `datasets`; here it loads a folder of that name."""
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    write(folder / "test.jsonl", {"question_id": 1, "category": "qa", "turns": ["Why?"]})
+    datasets = pytest.importorskip("datasets")
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: load(str(tmp_path / name), config))
+    (prompt,) = load_prompts("owner/name")
+    assert (prompt.id, prompt.category) == ("1", "qa")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([], "a row is a JSON object"),
+        ({"id": 1}, "neither 'messages' nor 'turns'"),
+        ({"turns": "Hello"}, "list of strings"),
+        ({"messages": ["Hello"]}, "an object with a 'role'"),
+    ],
+)
+def test_wrong_rows_are_named(row: object, message: str, tmp_path: Path) -> None:
+    good = {"messages": MESSAGES}
+    with pytest.raises(ConfigError, match=f"row 2: .*{message}"):
+        load_prompts(write(tmp_path / "rows.jsonl", good, row))
+
+
+def test_wrong_sources_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_prompts("nothing.jsonl")
+    (tmp_path / "broken.jsonl").write_text('{"messages": [}\n')
+    with pytest.raises(ConfigError, match=r"broken.jsonl, line 1: not JSON"):
+        load_prompts(str(tmp_path / "broken.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="holds no prompts"):
+        load_prompts(str(tmp_path / "empty.jsonl"))
+
+
+def test_sample_takes_turns_between_categories() -> None:
+    rows = [{"id": f"{c}{i}", "category": c, "messages": MESSAGES} for c in "ab" for i in range(3)]
+    prompts = [prompt_of(row, "here") for row in rows]
+    assert [p.id for p in sample(prompts, 2)] == ["a0", "b0", "a1", "b1"]
+    assert len(sample(prompts, None)) == 6
+    with pytest.raises(ConfigError, match="id 'a0'"):
+        sample([*prompts, prompts[0]], None)
+
+
+def test_the_digest_sees_what_is_asked() -> None:
+    row = {"id": "a", "messages": MESSAGES}
+    plain, tools = prompt_of(row, ""), prompt_of({**row, "tools": [{"type": "function"}]}, "")
+    assert digest_of([plain]) != digest_of([tools])
+    assert digest_of([plain]) == digest_of([prompt_of(dict(row), "")])
+
+
+def tool(name: str, **more: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, "parameters": {}, **more}}
+
+
+def test_tools_come_behind_those_of_a_prompt(tmp_path: Path) -> None:
+    """The prompt's own replaces one of the same name; an answer with a schema takes none."""
+    file = write(tmp_path / "tools.jsonl", tool("here", description="brought"), tool("more"))
+    rows = [
+        {"id": "plain", "messages": MESSAGES},
+        {"id": "calls", "messages": MESSAGES, "tools": [tool("own"), tool("here")]},
+        {"id": "object", "messages": MESSAGES, "response_format": {"type": "json_object"}},
+    ]
+    prompts = [prompt_of(row, "here") for row in rows]
+    plain, calls, as_object = (
+        p.request() for p in with_tools(prompts, load_tools(file), "auto", strict=True)
+    )
+    assert (plain["tool_choice"], calls["tool_choice"]) == ("auto", "auto")
+    assert plain["tools"] == [tool("here", description="brought", strict=True), tool("more", strict=True)]
+    assert calls["tools"] == [tool(name, strict=True) for name in ("own", "here", "more")]
+    assert set(as_object) == {"messages", "response_format"}
+    assert len(load_tools("sample")) == 10
+    with pytest.raises(ConfigError, match=r"bad\.jsonl: takes a list"):
+        load_tools(write(tmp_path / "bad.jsonl", tool("here"), {"name": "here"}))
+
+
+def test_seeds_are_of_prompts() -> None:
+    first, again, other = (prompt_of({"id": name, "messages": MESSAGES}, "here") for name in "aab")
+    assert first.seed == again.seed != other.seed

@@ -1,0 +1,231 @@
+"""Recorded conversations played against real servers that are forced along their text."""
+
+import asyncio
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+from server_host import Forked, ServerHost
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from whiflash_lab.bench.arms import Subject
+from whiflash_lab.bench.cells import Answer, Cell, Journal, Load
+from whiflash_lab.bench.fleet import Fleet
+from whiflash_lab.bench.load import RequestError
+from whiflash_lab.bench.pages import render
+from whiflash_lab.bench.recorded import BASE, Player, Replayer, Talk, recorded_arms, talks_of
+from whiflash_lab.bench.report import Report, build_report
+from whiflash_lab.bench.runner import Plan
+from whiflash_lab.bench.subject import build_subject
+from whiflash_lab.conversations import Conversation, RecordError, read_recorded, renderer_of
+from whiflash_sglang.cli.app import app
+from whiflash_sglang.errors import ConfigError
+
+SHIPPED = Path(__file__).parents[3] / "results" / "benchmark"
+EDITS = {"edits.jsonl": True, "edits-unseen.jsonl": False}
+"""Shipped edits, and whether the file that is edited stands in their prompts."""
+TEXTS = (
+    "the quick brown fox jumps over the lazy dog",
+    "my brown vow: sphinx of black quartz, judge it",
+    "pack a brown box with five dozen liquor jugs",
+)
+
+
+def rows() -> list[dict[str, Any]]:
+    found = []
+    for i in range(3):
+        asked, answer = {"role": "user", "content": f"Edit {i}."}, TEXTS[i].replace("brown", f"b{i}own")
+        said = [
+            asked,
+            {"role": "assistant", "content": f"Which one? {i}"},
+            {"role": "user", "content": "It."},
+        ]
+        messages = [*said, {"role": "assistant", "content": answer}]
+        prediction = {"type": "content", "content": TEXTS[i]}
+        found.append({"id": f"t{i}", "category": "edit", "messages": messages, "prediction": prediction})
+    return found
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation]:
+    path = tmp_path_factory.mktemp("recorded") / "log.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    return read_recorded(path)
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    root = tmp_path_factory.mktemp("bench")
+    target = tiny_target(root / "target")
+    tiny_eagle3(root / "bundle" / "eagle3", target)
+    tiny_dflash(root / "bundle" / "dflash", target)
+    manifest = {"schema_version": 1, "name": "tiny", "target": "tiny", "eagle3": "eagle3", "dflash": "dflash"}
+    (root / "bundle" / "whiflash.json").write_text(json.dumps(manifest))
+    return build_subject(str(target), str(root / "bundle"), "float32", (), root, ["lookup"])
+
+
+@pytest.fixture(scope="module")
+def talks(recorded: list[Conversation], subject: Subject) -> list[Talk]:
+    return talks_of(recorded, renderer_of(subject.target, subject.bundle), max_tokens=200, room=600)[0]
+
+
+def test_conversations_become_tasks(
+    talks: list[Talk], recorded: list[Conversation], subject: Subject
+) -> None:
+    assert [(talk.id, len(talk.tasks)) for talk in talks] == [("t0", 2), ("t1", 2), ("t2", 2)]
+    first, last = talks[0].tasks
+    assert not first.predictions
+    renderer = renderer_of(subject.target, subject.bundle)
+    tokenizer = AutoTokenizer.from_pretrained(subject.target)
+
+    def text(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens)))
+
+    assert text(last.answer[:-1]) == TEXTS[0].replace("brown", "b0own")
+    assert text(last.predictions["prediction"]) == TEXTS[0]
+    assert text(last.predictions["useless"]) in TEXTS[1:]
+    cut, left_out = talks_of(recorded, renderer, max_tokens=5, room=60)
+    assert list(left_out) == ["t0, answer 1", "t1, answer 1", "t2, answer 1"]
+    assert [[len(task.answer) for task in talk.tasks] for talk in cut] == [[5]] * 3
+    twice, _ = talks_of([recorded[0]] * 2, renderer, max_tokens=5, room=600)
+    assert [talk.id for talk in twice] == ["t0", "t0-2"], "each is played and has figures of its own"
+
+
+def test_predictions_must_have_been_recorded(subject: Subject) -> None:
+    with pytest.raises(ConfigError, match="no record has a prediction"):
+        recorded_arms(["auto+prediction"], subject, [])
+
+
+def test_a_malformed_prediction_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({**rows()[0], "prediction": {"type": "content", "content": 3}}))
+    with pytest.raises(RecordError, match=r"log.jsonl, line 1, prediction.content: must be a string"):
+        read_recorded(path)
+
+
+@pytest.mark.parametrize("file", EDITS)
+def test_the_shipped_edits_can_be_read(file: str) -> None:
+    found = read_recorded(SHIPPED / file)
+    assert {one.category for one in found} == {"code", "document"}
+    for one in found:
+        assert one.prediction
+        assert (one.prediction in one.messages[0]["content"]) is EDITS[file]
+        before, after = one.prediction.split("\n"), one.messages[-1]["content"].split("\n")
+        kept = len(set(before) & set(after)) / len(set(before))
+        assert 0.8 < kept < 0.98
+
+
+def test_a_conversation_s_answers_are_figures_of_one_prompt(talks: list[Talk]) -> None:
+    """Each answer's first token is a prefill's; nothing is streamed, so there is no first token's time."""
+    tokens = {talk.id: sum(len(task.answer) for task in talk.tasks) for talk in talks}
+    cells = [
+        Cell(
+            load=Load(value=1),
+            arm=arm,
+            repetition=repetition,
+            seconds=seconds,
+            answers=(
+                Answer(
+                    prompt=talk.id,
+                    seconds=seconds,
+                    ttft=None,
+                    tokens=tuple(range(tokens[talk.id])),
+                    forwards=(tokens[talk.id] - 2) // fewer,
+                    prefills=2,
+                ),
+            ),
+        )
+        for repetition in range(2)
+        for talk in talks
+        for arm, seconds, fewer in ((BASE, 2.0, 1), ("auto", 1.0, 2))
+    ]
+    report = build_report(cells, dict.fromkeys(tokens, "edit"), [], {}, {}, base=BASE)
+    auto, plain = report.arms["auto"]["overall"], report.arms[BASE]["overall"]
+    assert plain.acceptance_length == 1.0
+    rounds = sum((own - 2) // 2 for own in tokens.values())
+    assert auto.acceptance_length == pytest.approx((sum(tokens.values()) - 6) / rounds)
+    assert auto.output_tokens_per_s == pytest.approx(sum(tokens.values()) / 3)
+    assert (auto.ttft_ms, auto.tpot_ms) == (None, None)
+    assert report.ratios["auto"].none["overall"].ratio == pytest.approx(2.0)
+
+
+@pytest.fixture(scope="module")
+def fleet(host: ServerHost) -> Iterator[Fleet]:
+    with Fleet(lambda arguments, log, checkout: Forked(host, arguments)) as made:
+        yield made
+
+
+@pytest.mark.server
+def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet, tmp_path: Path) -> None:
+    """No time for a second repetition; what was measured is not played again."""
+    arms = recorded_arms(["lookup+prediction", "lookup+useless"], subject, talks)
+    loads = (Load(value=1), Load(value=2))
+    plan = Plan(
+        subject,
+        tuple(arms),
+        tuple(talks),
+        loads,
+        repetitions=2,
+        minutes=0,
+        over="lookup+useless",
+        recorded=("log",),
+    )
+    journal = Journal(tmp_path / "cells.jsonl", plan.fingerprint)
+
+    def run(*, resume: bool) -> Report:
+        return Replayer(plan, fleet, journal, Progress(console=Console(file=io.StringIO()))).run(
+            resume=resume
+        )
+
+    report = run(resume=False)
+    measured = journal.read()
+    assert {cell.repetition for cell in measured} == {0}
+    journal.begin(measured[1:])
+    assert run(resume=True).loads[0].arms.keys() == report.arms.keys()
+    again = journal.read()
+    assert (again[:-1], again[-1].key) == (measured[1:], measured[0].key)
+    assert (report.unavailable, report.differences) == ({}, [])
+    for load in report.loads:
+        lengths = {arm: figures["overall"].acceptance_length for arm, figures in load.arms.items()}
+        assert set(lengths) == {BASE, "lookup+prediction", "lookup+useless"}
+        assert lengths[BASE] == 1.0
+        assert lengths["lookup+prediction"] > 1.2 * lengths["lookup+useless"]
+        assert set(load.ratios["lookup+prediction"].over) == {
+            "overall",
+            *(["edit"] if load.load.is_alone else []),
+        }
+    page = render(report)
+    assert "Forced along the recorded text of log." in page
+    assert f"| arm | tokens/s | over {BASE} | over `lookup+useless` |" in page
+    assert "Every answer is the recorded one" in page
+
+    url = fleet.url("lookup+prediction")
+    task = talks[0].tasks[0]
+    params = {"max_new_tokens": 4, "custom_params": {"whiflash_forced": [1, 100_000]}}
+    body = {"input_ids": list(task.prompt), "sampling_params": params}
+    refused = httpx.post(f"{url}/generate", json=body, timeout=None)
+    assert refused.status_code == 400
+    assert "whiflash_forced[1]: must be a token id below" in refused.text
+    impossible = Talk("t", "edit", (), tasks=(type(task)(task.prompt, [*task.answer, 100_000]),))
+
+    async def played() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=None) as client:
+            await Player(client, 8, arms[1].request).ask(impossible)
+
+    with pytest.raises(RequestError, match="must be a token id"):
+        asyncio.run(played())
+
+
+def test_options_of_other_runs_are_not_passed_over() -> None:
+    command = ["bench", "--recorded", "log.jsonl", "--quick", "--suite", "gsm8k"]
+    said = CliRunner().invoke(app, command)
+    assert isinstance(said.exception, ConfigError)
+    assert "takes no --quick, --suite" in str(said.exception)

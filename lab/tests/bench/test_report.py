@@ -1,0 +1,318 @@
+"""Cells become figures, tables and pictures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from whiflash_lab.bench.cells import Answer, Cell, Load, round_ms_of, switch_share_of
+from whiflash_lab.bench.command import Outputs, judge
+from whiflash_lab.bench.pages import draw, render
+from whiflash_lab.bench.prompts import Prompt
+from whiflash_lab.bench.reference import Difference, Reference, differences
+from whiflash_lab.bench.report import Report, build_report
+from whiflash_sglang.equality import Verdict
+from whiflash_sglang.errors import WhiflashError
+
+ALONE, FOUR = Load(value=1), Load(value=4)
+GROUPS = {"c1": "chat", "c2": "chat", "t1": "tool_call", "l1": "loops"}
+TOKENS = {"c1": 13, "c2": 21, "t1": 41, "l1": 101}
+SPEED = {"none": 10.0, "EAGLE3": 15.0, "DFLASH": 12.0, "auto": 24.0}
+ACCEPTED = {"none": 1, "EAGLE3": 2, "DFLASH": 2, "auto": 4}
+ROUNDS = {f"{s}_seconds": 0.001 for s in ("route", "catch_up", "draft", "verify", "commit", "park")}
+SPENT = {
+    "route": 0.004,
+    "catch_up": 0.04,
+    "draft": 0.1,
+    "verify": 0.2,
+    "commit": 0.02,
+    "park": 0.008,
+    "extra_catch_up": 0.012,
+}
+PROVENANCE = {
+    "hardware": {"cpu": "a CPU", "cores": 2},
+    "packages": {"sglang": "0.5.23", "torch": "2"},
+    "command": ["whiflash", "bench"],
+    "threads": 2,
+    "dtype": "bfloat16",
+    "repetitions": 3,
+    "interleaved": True,
+    "max_tokens": 160,
+    "busy_before": {"load_1min": 0.1},
+    "busy_after": {"load_1min": 1.9},
+    "servers": {"none": {"arguments": ["--dtype", "bfloat16"], "attention_backend": "whiflash_cpu"}},
+}
+
+
+def speed(arm: str, prompt: str) -> float:
+    """DFLASH is the faster static drafter on tool calls."""
+    return 20.0 if (arm, prompt) == ("DFLASH", "t1") else SPEED[arm]
+
+
+def answer(arm: str, prompt: str) -> Answer:
+    count = TOKENS[prompt]
+    seconds = count / speed(arm, prompt)
+    forwards = (count - 1) // ACCEPTED[arm]
+    return Answer(prompt=prompt, seconds=seconds, ttft=0.1, tokens=tuple(range(count)), forwards=forwards)
+
+
+def clock(arm: str, rounds: int) -> dict[str, float] | None:
+    if arm != "auto":
+        return None
+    stages = {name: rounds * value for name, value in ROUNDS.items()}
+    return stages | {
+        "rounds": rounds,
+        "round_seconds": rounds * 0.0061,
+        "switches": 2,
+        "extra_catch_up_seconds": rounds * 0.0005,
+    }
+
+
+@pytest.fixture
+def report() -> Report:
+    cells = []
+    for repetition in range(3):
+        for arm in SPEED:
+            for prompt in TOKENS:
+                one = answer(arm, prompt)
+                cells.append(
+                    Cell(
+                        load=ALONE,
+                        arm=arm,
+                        repetition=repetition,
+                        seconds=one.seconds + 1,
+                        answers=(one,),
+                        rounds=clock(arm, one.forwards),
+                    )
+                )
+            together = tuple(answer(arm, p) for p in ("c1", "c2", "t1"))
+            cells.append(
+                Cell(
+                    load=FOUR,
+                    arm=arm,
+                    repetition=repetition,
+                    seconds=2.0,
+                    answers=together,
+                    rounds=clock(arm, 9),
+                )
+            )
+    found = [
+        Difference("auto", "closed-1", "c1", Verdict.TIE, 3, 0.01),
+        Difference("DFLASH", "closed-1", "t1", Verdict.DIFFERENT, 5, 3.0),
+        Difference("auto", "closed-4", "t1", Verdict.DIFFERENT, 5, None),
+    ]
+    return build_report(cells, GROUPS, found, PROVENANCE, {"NGRAM": "the server did not start: no kernel"})
+
+
+def test_rates_by_category_without_loops(report: Report) -> None:
+    auto = report.arms["auto"]
+    assert set(auto) == {"chat", "tool_call", "overall", "loops"}
+    assert auto["chat"].output_tokens_per_s == pytest.approx(24)
+    assert auto["overall"].output_tokens == 75
+    assert auto["overall"].answers == 9
+    assert auto["loops"].output_tokens == 101
+    dflash = report.arms["DFLASH"]["overall"]
+    assert dflash.output_tokens_per_s == pytest.approx(75 / (34 / 12 + 41 / 20))
+
+
+def test_acceptance_counts_tokens_per_target_forward(report: Report) -> None:
+    assert report.arms["none"]["overall"].acceptance_length == 1.0
+    assert report.arms["none"]["overall"].target_forwards == 72
+    assert report.arms["auto"]["tool_call"].acceptance_length == 4.0
+
+
+def test_latencies(report: Report) -> None:
+    chat = report.arms["none"]["chat"]
+    assert chat.ttft_ms is not None
+    assert chat.ttft_ms.p50 == pytest.approx(100)
+    assert chat.tpot_ms is not None
+    assert chat.tpot_ms.p99 == pytest.approx(100, rel=0.05)
+
+
+def test_rounds_add_up_and_switching_has_its_share(report: Report) -> None:
+    overall = report.arms["auto"]["overall"]
+    assert overall.round_ms is not None
+    assert overall.round_ms.verify == pytest.approx(1.0)
+    assert overall.round_ms.other == pytest.approx(0.1)
+    assert overall.switch_share == pytest.approx(2.5 / 6.1)
+    assert overall.switches_per_100_tokens == pytest.approx(100 * 2 * 9 / (3 * 75))
+    assert report.arms["EAGLE3"]["overall"].round_ms is None
+
+
+def test_stages_and_the_rest_are_the_round() -> None:
+    gained = {f"{stage}_seconds": spent for stage, spent in SPENT.items()} | {
+        "rounds": 4,
+        "round_seconds": 0.4,
+    }
+    found = round_ms_of(gained)
+    assert found.total == pytest.approx(100)
+    assert found.other == pytest.approx(7)
+    assert switch_share_of(gained) == pytest.approx((0.004 + 0.008 + 0.012) / 0.4)
+
+
+def test_mismatches_and_ties_belong_to_their_arm_and_load(report: Report) -> None:
+    assert (report.arms["auto"]["chat"].ties, report.arms["auto"]["overall"].mismatches) == (1, 0)
+    assert report.arms["DFLASH"]["tool_call"].mismatches == 1
+    assert report.loads[1].arms["auto"]["overall"].mismatches == 1
+
+
+def test_the_page_counts_mismatches_of_answers_that_end_in_a_loop_too() -> None:
+    different = [Difference("auto", "closed-1", "l1", Verdict.DIFFERENT, 5, 3.0)]
+    page = render(build_report(cells_of({"none": 10.0, "auto": 24.0}), GROUPS, different, PROVENANCE, {}))
+    first = next(line for line in page.splitlines() if line.startswith("| auto |"))
+    assert first.endswith("| 1 |")
+
+
+def test_ratios_to_plain_decoding_and_to_the_faster_static_drafter(report: Report) -> None:
+    auto = report.ratios["auto"]
+    assert auto.none["overall"].ratio == pytest.approx(2.4)
+    assert auto.static_arm == {
+        "chat": "EAGLE3",
+        "tool_call": "DFLASH",
+        "overall": "DFLASH",
+        "loops": "EAGLE3",
+    }
+    assert auto.static["chat"].ratio == pytest.approx(24 / 15)
+    assert report.ratios["EAGLE3"].static == {}
+
+
+def cells_of(arms: dict[str, float]) -> list[Cell]:
+    """Three repetitions of every prompt for arms of such speeds, in tokens a second."""
+    return [
+        Cell(
+            load=ALONE,
+            arm=arm,
+            repetition=repetition,
+            seconds=1.0,
+            answers=(answer("none", prompt).model_copy(update={"seconds": TOKENS[prompt] / speed}),),
+        )
+        for arm, speed in arms.items()
+        for repetition in range(3)
+        for prompt in TOKENS
+    ]
+
+
+def test_whiflash_pinned_to_a_drafter_is_a_static_drafter() -> None:
+    cells = cells_of({"none": 10.0, "EAGLE3": 12.0, "diffusion": 15.0, "auto": 24.0})
+    auto = build_report(cells, GROUPS, [], PROVENANCE, {}).ratios["auto"]
+    assert auto.static_arm["overall"] == "diffusion"
+    assert auto.static["overall"].ratio == pytest.approx(24 / 15)
+
+
+def test_every_arm_is_compared_with_the_one_that_was_asked_for() -> None:
+    """As with plain decoding, by category; an arm of another checkout is no static drafter."""
+    arms = {"none": 10.0, "auto": 24.0, "auto@beside": 16.0, "EAGLE3:3@beside": 40.0}
+    cells = cells_of(arms)
+    compared = build_report(cells, GROUPS, [], PROVENANCE, {}, over="auto@beside")
+    auto = compared.ratios["auto"]
+    assert {name: i.ratio for name, i in auto.over.items()} == pytest.approx(dict.fromkeys(auto.none, 1.5))
+    assert (auto.static, compared.ratios["auto@beside"].over) == ({}, {})
+
+
+def test_under_load_only_the_whole_mix_has_a_rate(report: Report) -> None:
+    four = report.loads[1].arms["auto"]
+    assert four["overall"].output_tokens_per_s == pytest.approx(75 / 2.0)
+    assert four["chat"].output_tokens_per_s is None
+    assert set(report.loads[1].ratios["auto"].none) == {"overall"}
+
+
+def test_the_schema_reads_back_and_refuses_what_it_does_not_know(report: Report) -> None:
+    text = report.model_dump_json()
+    assert Report.model_validate_json(text) == report
+    assert report.schema_version == 1
+    with pytest.raises(ValueError, match="schema_version"):
+        Report.model_validate_json(text.replace('"schema_version":1', '"schema_version":2'))
+
+
+def test_the_page_names_arms_that_are_missing_and_each_server_s_environment(report: Report) -> None:
+    """No kept page has any. Arguments that all servers share are printed once, and no flag is parted from its value."""
+    shared = ["--dtype", "bfloat16", "--tp-size"]
+    ranks = {"OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    servers = {
+        "none": {"arguments": [*shared, "1"], "attention_backend": "a"},
+        "none@tp2": {"arguments": [*shared, "2"], "attention_backend": "a", "environment": ranks},
+    }
+    page = render(report.model_copy(update={"provenance": {**report.provenance, "servers": servers}}))
+    assert "NGRAM: the server did not start: no kernel" in page
+    assert "`OMP_NUM_THREADS=2 python -m sglang.launch_server --dtype bfloat16`" in page
+    assert "- none: `--tp-size 1`" in page
+    assert "- none@tp2: `OMP_NUM_THREADS=1 SGLANG_CPU_OMP_THREADS_BIND='0|1' --tp-size 2`" in page
+
+
+def test_kept_pages_are_those_of_their_reports() -> None:
+    kept = Path(__file__).parents[3] / "results" / "benchmark"
+    pages = {path: path.with_suffix(".md") for path in kept.glob("*.json")}
+    reports = {path: page for path, page in pages.items() if "loads" in json.loads(path.read_text())}
+    assert len(reports) > 5
+    for path, page in reports.items():
+        assert page.read_text() == render(Report.model_validate_json(path.read_text())), page
+
+
+def test_pictures(report: Report, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = draw(report, tmp_path / "pictures")
+    assert file == tmp_path / "pictures" / "speedup.svg"
+    assert file.stat().st_size > 5000
+    assert "loops" not in file.read_text(encoding="utf-8")
+    assert draw(report.model_copy(update={"loads": report.loads[1:]}), tmp_path) is None
+
+
+def test_json_is_all_that_goes_to_stdout(
+    report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = Outputs(as_json=True, out=tmp_path / "new" / "r.json", markdown=tmp_path / "r.md", plots=None)
+    outputs.prepare()
+    outputs.publish(report)
+    printed = capsys.readouterr().out
+    assert Report.model_validate_json(printed) == report
+    assert (tmp_path / "new" / "r.json").read_text() == printed
+    assert (tmp_path / "r.md").read_text() == render(report)
+
+
+def test_a_failing_arm_of_ours_fails_the_command(report: Report) -> None:
+    report = report.model_copy(update={"unavailable": {}})
+    judge(report)  # what upstream's arms answer is told and no more
+    ours = {"auto": {"arguments": ["--speculative-algorithm", "WHIFLASH"]}}
+    of_ours = report.model_copy(update={"provenance": {**report.provenance, "servers": ours}})
+    with pytest.raises(WhiflashError, match="auto: answers differ"):
+        judge(of_ours)
+
+
+@pytest.mark.parametrize("arm", ["auto", "EAGLE3"])
+def test_an_arm_that_was_not_measured_fails_the_command(report: Report, arm: str) -> None:
+    """Its server is in no record: it never started."""
+    with pytest.raises(WhiflashError, match=f"{arm}: the server did not start"):
+        judge(report.model_copy(update={"unavailable": {arm: "the server did not start: why"}}))
+
+
+def test_differences_follow_the_tie_rule() -> None:
+    """Gap 0.1 at a logit of 20 is within two units in the last place of bfloat16 (0.125 each); 0.5 is not."""
+    prompt = Prompt("p", "chat", ())
+    references = {
+        "near": Reference(prompt, (1,), (5, 6, 7), (9.0, 0.1, 9.0), ""),
+        "far": Reference(prompt, (1,), (5, 6, 7), (9.0, 0.5, 9.0), ""),
+    }
+
+    def cell(arm: str, name: str, tokens: tuple[int, ...], repetition: int) -> Cell:
+        one = Answer(prompt=name, seconds=1, ttft=0.1, tokens=tokens, forwards=1)
+        return Cell(load=ALONE, arm=arm, repetition=repetition, seconds=1, answers=(one,))
+
+    cells = [cell("auto", name, (5, 9, 9), r) for name in references for r in range(3)]
+    cells += [cell("auto", "near", (5, 6, 7), 3), cell("ar", "near", (5, 6), 0)]
+    found = differences(cells, {"none": references}, lambda reference, position: 20.0, "bfloat16")
+    assert [(d.arm, d.prompt, d.verdict, d.position, d.gap) for d in found] == [
+        ("auto", "near", Verdict.TIE, 1, 0.1),
+        ("auto", "far", Verdict.DIFFERENT, 1, 0.5),
+        ("ar", "near", Verdict.DIFFERENT, 2, None),
+    ]
+
+
+def test_suites_are_reported_as_papers_do(report: Report) -> None:
+    """Plain means of the sets: none is weighed by its tokens."""
+    told = {"suites": {"gsm8k": "a folder (MIT)"}, "left_out": {"p": "too long"}}
+    page = render(report.model_copy(update={"provenance": PROVENANCE | told}))
+    assert "Left out: 1 prompts" in page
+    auto, figures = report.ratios["auto"].none, report.arms["auto"]
+    ratio = (auto["chat"].ratio + auto["tool_call"].ratio) / 2
+    length = (figures["chat"].acceptance_length + figures["tool_call"].acceptance_length) / 2
+    assert f" {ratio:.2f}; {length:.2f} |" in page

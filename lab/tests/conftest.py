@@ -1,0 +1,3 @@
+"""Options, fixtures and the order of all tests are those of `tests/suite.py`."""
+
+pytest_plugins = ("suite",)

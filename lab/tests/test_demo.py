@@ -1,0 +1,44 @@
+"""Output of the demo for given answers. `make demo` checks that it runs."""
+
+import io
+
+from rich.console import Console
+from whiflash_sdk.trace import Trace
+
+from whiflash_lab.demo import QUESTIONS, Answer, show
+from whiflash_sglang.equality import Comparison, Verdict
+
+ARMS = {"ar": {"rounds": 2, "tokens": 5}, "lookup": {"rounds": 1, "tokens": 7}}
+TRACE = Trace.model_validate(
+    {
+        "version": 1,
+        "policy": "auto",
+        "rounds": 3,
+        "tokens": 12,
+        "switches": 1,
+        "arms": ARMS,
+        "seconds": 0.75,
+        "gain": 1.7,
+    }
+)
+ANSWERS = [
+    Answer("chat", "Hello [bold]world", [], TRACE, 10.0, 25.0, Comparison(Verdict.IDENTICAL)),
+    Answer("tool call", "", ['f({"a": "[x]"})'], TRACE, 10.0, 12.5, Comparison(Verdict.IDENTICAL)),
+]
+
+
+def test_answers_calls_and_figures_are_shown() -> None:
+    """The trace's own clock has another answer's speed, which would disagree with the table's."""
+    out = io.StringIO()
+    show(ANSWERS, Console(file=out, width=120))
+    for shown in ("Hello [bold]world", 'call: f({"a": "[x]"})', "2.50", "1.25", "25.0"):
+        assert shown in out.getvalue()
+    for other in ("\x1b", "16.0", "tokens a second", "1.70"):
+        assert other not in out.getvalue()
+
+
+def test_the_tool_is_strict_and_the_answer_ends_with_the_call() -> None:
+    """Without it so small a model copies the schema into the arguments, and invents what the tool said."""
+    question = QUESTIONS["tool call"]
+    assert question["tools"][0]["function"]["strict"] is True
+    assert question["stop"] == ["</tool_call>"]

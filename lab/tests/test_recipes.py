@@ -1,0 +1,331 @@
+"""`whiflash check --recipe`: launches that other people published, judged by their flags."""
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from whiflash_lab.recipes.files import Recipe, read
+from whiflash_lab.recipes.judge import judge
+from whiflash_sglang.cli.app import app
+from whiflash_sglang.errors import ConfigError, UsageError
+
+PUBLISHED = Path(__file__).parents[2] / "tests" / "data" / "agent_recipes.jsonl"
+STARTING, WITHOUT_DRAFTERS = 35, 36
+"""Recipes that WHIFLASH would start, with drafters and without. They may grow only."""
+Write = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def file(name: str, text: str) -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return file
+
+
+def published() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in PUBLISHED.read_text().splitlines()]
+
+
+@pytest.mark.newest
+def test_recipes_that_others_published() -> None:
+    """If a rule went, correct the obstacles in the file and raise `STARTING`."""
+    verdicts = [judge(recipe["flags"]) for recipe in published()]
+    found = [list(verdict.obstacles) for verdict in verdicts]
+    for recipe, obstacles in zip(published(), found, strict=True):
+        assert obstacles == recipe["obstacles"], recipe["recipe"]
+    assert len(found) == 52
+    replaced = [sentence for verdict in verdicts for sentence in verdict.replaced if "flashinfer" in sentence]
+    assert [sentence.split(" (")[0] for sentence in replaced] == [
+        "--attention-backend flashinfer is replaced by triton"
+    ] * 2
+    assert sum(not obstacles for obstacles in found) == STARTING
+    assert sum(not verdict.without_drafters for verdict in verdicts) == WITHOUT_DRAFTERS
+
+
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+INDEX = {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 2}
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
+LINEAR = {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "head_dim": 16}
+BY_TARGET: dict[str, tuple[tuple[str, ...], int, dict[str, Any]]] = {
+    # Words in a recipe's name; how many of them start on a target of this kind.
+    "Qwen3_5MoeForConditionalGeneration": (
+        ("qwen3.5",),
+        22,
+        {"text_config": {**SIZES, **LINEAR}, "vision_config": {}},
+    ),
+    "GlmMoeDsaForCausalLM": (
+        ("glm5.2",),
+        0,
+        {**SIZES, **LATENT, **INDEX, "max_position_embeddings": 1 << 20},
+    ),
+    "DeepseekV4ForCausalLM": (
+        ("deepseek-v4", "dsv4"),
+        0,
+        {**SIZES, "head_dim": 16, "qk_rope_head_dim": 8, "sliding_window": 32, "index_head_dim": 16}
+        | {"compress_ratios": [4] * 4},
+    ),
+}
+KINDS = {"Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe", "GlmMoeDsaForCausalLM": "glm_moe_dsa"}
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("architecture", BY_TARGET)
+def test_recipes_on_their_targets(write: Write, tmp_path: Path, architecture: str) -> None:
+    """By flags and by the class that they are for. If a target's rule went, raise the number."""
+    words, starting, config = BY_TARGET[architecture]
+    kind = {
+        "architectures": [architecture],
+        "model_type": KINDS.get(architecture, "llama"),
+        "torch_dtype": "bfloat16",
+    }
+    write("config.json", json.dumps({**kind, **config}))
+    asked = [recipe["flags"] for recipe in published() if any(word in recipe["recipe"] for word in words)]
+    assert sum(judge(flags, target=tmp_path).starts for flags in asked) == starting
+
+
+def test_flags_of_other_algorithms_are_replaced() -> None:
+    verdict = judge(
+        {"speculative-algorithm": "NEXTN", "speculative-num-steps": "3", "speculative-adaptive": ""}
+    )
+    assert verdict.starts
+    assert [sentence.split(" is ")[0] for sentence in verdict.replaced] == [
+        "--speculative-algorithm NEXTN",
+        "--speculative-num-steps",
+        "--speculative-adaptive",
+    ]
+    assert "--whiflash-eagle-steps" in verdict.replaced[1]
+    ours = judge({"speculative-algorithm": "WHIFLASH", "speculative-num-steps": "3"})
+    assert list(ours.obstacles) == ["other_algorithms"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "obstacles"),
+    [
+        ({"tp": "8", "dp-size": "2"}, []),
+        ({"pp-size": "1", "pipeline_parallel_size": "2"}, ["pp_size"]),
+        ({"--pp-size": ""}, ["pp_size"]),  # a variable
+        ({"--pp-size": "1"}, []),
+        ({"enable-lora": "false"}, []),
+        ({"enable-lora": "True"}, []),
+        ({"lora-paths": ["one=a", "two=b"], "lora-backend": "torch_native"}, ["lora_backend"]),
+        ({"lora-paths": ["one=a", "two=b"], "lora-backend": "triton"}, []),
+        ({"lora-paths": ["one=a"], "device": "cpu"}, []),
+        ({"enable-dp-attention": ""}, []),  # of one rank
+        ({"enable-dp-attention": "", "dp": ""}, []),
+        ({"attention-backend": ""}, []),
+        ({"attention-backend": "flashmla"}, ["cuda_attention"]),
+        ({"device": "xpu"}, ["device"]),
+        ({"device": "cpu"}, []),
+        ({"device": "cpu", "attention-backend": "triton"}, ["cpu_attention"]),
+        ({"enable-multimodal": ""}, []),  # the target's class decides
+        ({"enable-multimodal": "", "disaggregation-mode": "decode"}, ["multimodal_roles"]),
+        ({"swa-full-tokens-ratio": "0.1"}, []),
+        ({"cuda-graph-backend-prefill": "full"}, ["cuda_prefill_graphs"]),
+        ({"disable-cuda-graph-padding": "true"}, ["cuda_graph_padding"]),
+        ({"disable-cuda-graph-padding": "true", "disable-cuda-graph": "true"}, []),
+        ({"enable-hierarchical-cache": "", "whiflash-drafters": "none"}, []),
+        ({"whiflash-router": "auto", "trust-remote-code": ""}, []),
+        ({"whiflash-router": "fastest"}, ["--whiflash-router"]),
+        ({"never-heard": "1"}, ["--never-heard"]),
+        ({"tp-size": "four", "pp-size": "2"}, ["--tp-size", "pp_size"]),
+        ({"enable-lora": "yes"}, ["--enable-lora"]),
+        ({"tp-size": ["1", "2"]}, ["--tp-size"]),
+        ({"enable-metrics": ["1"]}, ["--enable-metrics"]),
+    ],
+)
+def test_flags(flags: dict[str, Any], obstacles: list[str]) -> None:
+    verdict = judge(flags)
+    assert list(verdict.obstacles) == obstacles
+    assert not any("\n" in sentence or "{" in sentence for sentence in verdict.obstacles.values())
+
+
+def test_a_variable_that_no_rule_can_read_is_named() -> None:
+    assert "--attention-backend, whose value is a variable" in judge({"attention-backend": ""}).unread
+
+
+def test_variables_of_the_environment() -> None:
+    assert list(judge({}, {"SGLANG_RUST_SERVER": "1"}).obstacles) == ["rust_server"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "obstacles"),
+    [
+        ("LlamaForCausalLM", "llama", []),
+        ("FalconH1ForCausalLM", "falcon_h1", ["recurrent", "uncaptured"]),
+    ],
+)
+def test_the_target_counts_if_it_is_there(
+    write: Write, tmp_path: Path, architecture: str, model_type: str, obstacles: list[str]
+) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    config = {"architectures": [architecture], "model_type": model_type, "torch_dtype": "bfloat16", **sizes}
+    write("config.json", json.dumps(config))
+    for verdict in (judge({}, target=tmp_path), judge({"model-path": str(tmp_path)})):
+        assert list(verdict.obstacles) == obstacles
+        assert not verdict.unread
+    for elsewhere in ("owner/name", "x" * 5000):
+        assert "the target's layers" in judge({"model-path": elsewhere}).unread[0]
+
+
+SCRIPT = """#!/usr/bin/env bash
+# sglang serve earlier/model (see the handbook)
+export SGLANG_ENABLE_SPEC_V2=1
+CACHE=()
+if [ "$OFFLOAD" = yes ]; then
+    CACHE=(--page-size 64 --enable-hierarchical-cache)
+    CACHE+=(--hicache-size "$SIZE")
+fi
+ALL=("${CACHE[@]}" --stream-interval 50)
+COMMAND=(
+    python3 -m sglang.launch_server
+    --model-path="$MODEL" --tp "$TP"
+    # --pp-size 2
+    --trust-remote-code  # ours
+    --dist-init-addr "127.0.0.1:$((PORT + 1))"
+    "${ALL[@]}"
+)
+"${COMMAND[@]}" > log 2>&1 &
+"""
+IN_THE_SCRIPT = {
+    "model-path": "",
+    "tp": "",
+    "trust-remote-code": "",
+    "dist-init-addr": "",
+    "page-size": "64",
+    "enable-hierarchical-cache": "",
+    "hicache-size": "",
+    "stream-interval": "50",
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "[" * 3000,
+        '{"model_type": "llama", "num_attention_heads": 0}',
+        '{"model_type": "llama", "hidden_size": [1]}',
+    ],
+)
+def test_a_target_that_sglang_cannot_read_is_named(write: Write, text: str) -> None:
+    directory = write("config.json", text).parent
+    with pytest.raises(ConfigError, match=f"SGLang cannot read {directory}/config.json: "):
+        judge({"model-path": str(directory)})
+
+
+def test_reading_shell(write: Write) -> None:
+    script = write("serve.sh", SCRIPT)
+    assert read(script) == [Recipe(str(script), IN_THE_SCRIPT, {"SGLANG_ENABLE_SPEC_V2": "1"})]
+    line = "A=b SGLANG_RUST_SERVER=1 sglang serve owner/name \\\n --tp 2 --lora-paths 'a=b' c=d | tee log\necho done"
+    found = read(write("line", line))[0]
+    assert found.flags == {"model-path": "owner/name", "tp": "2", "lora-paths": ["a=b", "c=d"]}
+    assert found.environment == {"SGLANG_RUST_SERVER": "1"}
+    assert read(write("flags", "--tp=2\n--enable-metrics"))[0].flags == {"tp": "2", "enable-metrics": ""}
+    two = read(write("two", "sglang serve a/b --tp 1\nwhiflash serve --tp 2\n"))
+    assert [recipe.flags.get("tp") for recipe in two] == ["1", "2"]
+
+
+def test_reading_yaml_and_json(write: Write) -> None:
+    plain = read(
+        write("flags.yaml", "tp-size: 2\nenable-metrics: true\nlora-paths: [a, b]\nadmin-api-key:\n")
+    )
+    flags = {"tp-size": "2", "enable-metrics": "true", "lora-paths": ["a", "b"], "admin-api-key": ""}
+    assert plain[0].flags == flags
+    roles = {"prefill": {"tp-size": 8}, "decode": {"tp-size": 4}}
+    backend = {"sglang_config": roles, "decode_environment": {"SGLANG_RUST_SERVER": 1}}
+    file = write("roles.yml", json.dumps({"base": {"backend": backend}, "override": {}}))
+    assert read(file) == [
+        Recipe(f"{file}: prefill", {"tp-size": "8"}),
+        Recipe(f"{file}: decode", {"tp-size": "4"}, {"SGLANG_RUST_SERVER": "1"}),
+    ]
+    dated = read(write("dated.yaml", "preferred-sampling-params: {since: 2026-01-01}"))
+    assert dated[0].flags == {"preferred-sampling-params": '{"since": "2026-01-01"}'}
+    lines = write("some.jsonl", '{"recipe": "one", "flags": {"tp-size": 2}}\n{"tp-size": 3}\n')
+    assert read(lines) == [Recipe("one", {"tp-size": "2"}), Recipe(str(lines), {"tp-size": "3"})]
+
+
+def nested(value: str) -> str:
+    """Ten names: each is a `value` that holds the one before nine times."""
+    names = pairwise("abcdefghij")
+    lines = (f"{name}: &{name} " + value.format(", ".join([f"*{held}"] * 9)) for held, name in names)
+    return "\n".join(["a: &a {x: 1}", *lines])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.sh", "echo done", "has no flags"),
+        ("a.sh", "", "has no flags"),
+        ("a.sh", "sglang serve --host 'a", "is not a shell line: No closing quotation"),
+        ("a.yaml", "a: [", "is not YAML"),
+        ("a.yaml", "- a", "flags and values expected"),
+        ("a.json", "[1]", "flags and values expected"),
+        ("a.json", '{"a": 1', "is not JSON"),
+        ("a.json", '{"flags": 1}', "flags and values expected"),
+        ("a.json", '{"flags": {"tp-size": 2}, "environment": [1]}', "flags and values expected"),
+        (
+            "a.yaml",
+            "sglang_config: {prefill: {tp-size: 2}}\nprefill_environment: [1]",
+            "flags and values expected",
+        ),
+        ("a.json", '{"a":' * 3000, "cannot be read"),
+        ("a.json", f'{{"a": {"9" * 5000}}}', "cannot be read"),
+        ("a.yaml", "[" * 3000, "nested too deeply"),
+        ("a.yaml", f"a: {'9' * 5000}", "is not YAML|cannot be read"),
+        ("a.yaml", "a: &a {b: *a}", "holds itself"),
+        ("a.yaml", "a: &a {b: [*a]}", "holds itself"),
+        ("a.yaml", nested("[{}]"), "comes to more than"),
+        ("a.yaml", nested("{{<<: [{}]}}"), "comes to more than"),
+        ("a.yaml", f"a: &a {'x' * 100_000}\nb: [{'*a, ' * 2000}]", "comes to more than"),
+        ("a.yaml", "a: 1" + ":1" * 3000 + ".5", "is not YAML"),
+        ("a.yaml", "a: !!bool x", "is not YAML"),
+        ("a.sh", "A=(${A[@]} ${A[@]})\n" + "B=()\n" * 99 + "sglang serve m ${A[@]}", "a launch of more than"),
+        ("a.sh", "\n" * 200_000, "has no flags"),
+        ("a.sh", "$((" * 80_000, "has no flags"),
+        ("a.sh", "sglang serve m\n" * 10_000, "more than 1000 launches"),
+        ("a.json", "{}" * 100_000, "more than 1000 launches"),
+        ("a.sh", "x" * 2**20, "at most 262144 are read"),
+    ],
+)
+def test_files_that_are_no_recipes_end_soon(write: Write, name: str, text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as error:
+        read(write(name, text))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.newest
+def test_the_command(write: Write) -> None:
+    run = CliRunner().invoke
+    good, bad = (
+        write("good.yaml", "tp-size: 2"),
+        write("bad.yaml", "pp-size: 2\nspeculative-algorithm: EAGLE"),
+    )
+    started = run(app, ["check", "--recipe", str(good)])
+    assert (started.exit_code, started.output.splitlines()[0]) == (0, f"starts  {good}")
+    refused = run(app, ["check", "--recipe", str(bad), "--json"])
+    assert refused.exit_code == 1
+    (verdict,) = json.loads(refused.output)
+    assert (verdict["recipe"], verdict["starts"], list(verdict["obstacles"])) == (
+        str(bad),
+        False,
+        ["pp_size"],
+    )
+    assert verdict["without_drafters"] == {"starts": False, "obstacles": verdict["obstacles"]}
+    assert "is replaced by WHIFLASH" in verdict["replaced"][0]
+    several = run(app, ["check", "--recipe", str(PUBLISHED)])
+    assert f"{STARTING} of 52 start; " in several.output
+    for wrong in (["nowhere"], [str(good), "--draft", "x"]):
+        assert run(app, ["check", "--recipe", *wrong]).exit_code == 2

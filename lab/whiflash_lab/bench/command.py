@@ -1,0 +1,128 @@
+"""Requests of `whiflash bench`, carried out and published."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from whiflash_lab.bench.arms import FLAGS, KNOWN, NO_HINTS, QUICK, VARIANTS
+from whiflash_lab.bench.cells import Journal, Load
+from whiflash_lab.bench.fleet import Fleet, launcher
+from whiflash_lab.bench.pages import draw, render
+from whiflash_lab.bench.report import Report
+from whiflash_lab.bench.runner import Plan, Runner
+from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
+from whiflash_sglang.jsonl import write_whole
+from whiflash_sglang.progress import progress
+from whiflash_sglang.serving import ServerHost, shares_imports
+from whiflash_train.provenance import threads
+
+QUICK_MINUTES = 4.5
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured. per_category: prompts, None for all."""
+
+    arms: list[str]
+    per_category: int | None
+    max_tokens: int
+    minutes: float | None
+
+
+def scale_of(
+    quick: bool, arms: str | None, per_category: int | None, max_tokens: int | None, minutes: float | None
+) -> Scale:
+    """Scale of a run: its options, completed by the meaning of `--quick` or of a full run."""
+    names = [name.strip() for name in arms.split(",") if name.strip()] if arms else None
+    if quick:
+        return Scale(
+            names or list(QUICK),
+            per_category or 1,
+            max_tokens or 64,
+            QUICK_MINUTES if minutes is None else minutes,
+        )
+    everything = [name for name in KNOWN if name not in (NO_HINTS, *VARIANTS, *FLAGS)]
+    return Scale(names or everything, per_category, max_tokens or 160, minutes)
+
+
+def loads_of(concurrency: str) -> list[Load]:
+    """Raises UsageError where the option is wrong."""
+    try:
+        values = [int(part) for part in concurrency.split(",") if part.strip()]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise UsageError(f"--concurrency {concurrency}: takes whole numbers above zero, such as 1,4,8")
+    return [Load(value=value) for value in values]
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Destinations of the report. as_json: to stdout as JSON instead of tables; files: if wanted, plots a directory."""
+
+    as_json: bool
+    out: Path | None
+    markdown: Path | None
+    plots: Path | None
+
+    def prepare(self) -> None:
+        """Make the directories. Raises ConfigError where pictures cannot be drawn."""
+        if self.plots is not None and find_spec("matplotlib") is None:
+            raise ConfigError("--plots needs matplotlib: pip install 'whiflash-sglang[lab]'")
+        for file in (self.out, self.markdown):
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+
+    def publish(self, report: Report) -> None:
+        """Print one of its forms, and write those that are wanted, each file whole or not at all."""
+        text, as_json = render(report), report.model_dump_json(indent=1)
+        if self.plots is not None:
+            draw(report, self.plots)
+        if self.as_json:
+            print(as_json)
+        else:
+            console = Console()
+            # A pipe has no width to fit tables into.
+            console.print(Markdown(text)) if console.is_terminal else print(text)
+        if self.out is not None:
+            write_whole(self.out, as_json + "\n")
+        if self.markdown is not None:
+            write_whole(self.markdown, text)
+
+
+def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> Report:
+    """Carry out `plan` and show how far it is; the servers end with it.
+
+    They are forked from one process that has imported SGLang, if they can share it.
+    """
+    from whiflash_lab.bench.recorded import (
+        Replayer,
+    )  # with torch behind it, which wrong options do not need
+
+    with ExitStack() as stack:
+        bar, host = stack.enter_context(progress()), None
+        if shares_imports():
+            importing = bar.add_task("importing SGLang, once for all servers", total=None)
+            host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": str(threads())}))
+            host.wait()
+            bar.remove_task(importing)
+        fleet = stack.enter_context(Fleet(partial(launcher, host=host), log_dir))
+        runner = Replayer if plan.recorded else Runner
+        return runner(plan, fleet, Journal(cells, plan.fingerprint), bar).run(resume=resume)
+
+
+def judge(report: Report) -> None:
+    """Raise WhiflashError where an arm could not be measured, or one of WHIFLASH answered other than plain decoding."""
+    ours = [arm for arm, server in report.provenance["servers"].items() if "WHIFLASH" in server["arguments"]]
+    differs = sorted(
+        {d["arm"] for d in report.differences if d["arm"] in ours and d["verdict"] == "different"}
+    )
+    problems = [f"{arm}: {reason}" for arm, reason in report.unavailable.items()]
+    problems += [f"{arm}: answers differ from plain decoding's" for arm in differs]
+    if problems:
+        raise WhiflashError("; ".join(problems))

@@ -1,0 +1,144 @@
+"""The servers of a run: started at once or one by one, stopped whatever happens."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+
+from whiflash_lab.bench.arms import SEVERAL
+from whiflash_lab.bench.load import ANSWER_SECONDS
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.serving import LIMITS, Closing, Server, ServerHost
+from whiflash_train.provenance import threads
+
+CORES = "SGLANG_CPU_OMP_THREADS_BIND"
+
+
+class Running(Protocol):
+    """A server that can be started and stopped."""
+
+    @property
+    def base_url(self) -> str: ...
+
+    def __enter__(self) -> object: ...
+
+    def close(self) -> None: ...
+
+
+Make = Callable[[Sequence[str], Path | None, Path | None], Running]
+"""Arguments, log file and checkout of the project (None: this one) to a server that is not started yet."""
+
+
+def environment(arguments: Sequence[str]) -> dict[str, str]:
+    """Environment of a server with `arguments`: its ranks and replicas share the threads that it may use.
+
+    SGLang wants the cores of each named where a machine without accelerators has fewer memory nodes than ranks.
+    """
+    sizes = [int(arguments[arguments.index(flag) + 1]) for flag in SEVERAL.values() if flag in arguments]
+    ranks = prod(sizes)
+    env = {"OMP_NUM_THREADS": str(max(threads() // ranks, 1))}
+    if ranks > 1 and CORES not in os.environ:
+        env[CORES] = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(ranks))
+    return env
+
+
+def launcher(
+    arguments: Sequence[str],
+    log: Path | None,
+    checkout: Path | None = None,
+    *,
+    host: ServerHost | None = None,
+) -> Server:
+    """A server with as many threads as every other, among all its ranks, forked by `host` where there is one.
+
+    A checkout's server is a process of its own: what `host` has imported is this one's. It runs from the checkout's
+    sources: they go before what `PYTHONPATH` names, and the working directory, which may be this checkout, is left out.
+    Its environment is the checkout's own (`.venv`) where there is one, which its entry points may need, else this one.
+    """
+    env = environment(arguments)
+    if checkout is None:
+        return Server(arguments, host=host, log=log, env=env)
+    sources = [str(checkout / part) for part in ("", "cpu", "kernels", "sdk")]
+    env["PYTHONPATH"] = os.pathsep.join([*sources, *filter(None, [os.environ.get("PYTHONPATH")])])
+    env["PYTHONSAFEPATH"] = "1"
+    python = checkout / ".venv" / "bin" / "python"
+    return Server(arguments, log=log, env=env, python=python if python.is_file() else None)
+
+
+class Fleet(Closing):
+    """Running servers by key.
+
+    Args:
+        log_dir: keep the servers' logs there.
+    """
+
+    def __init__(self, make: Make = launcher, log_dir: Path | None = None) -> None:
+        self._make, self._log_dir = make, log_dir
+        self._servers: dict[str, Running] = {}
+        self.clients: dict[str, httpx.Client] = {}
+
+    def start(
+        self,
+        wanted: Mapping[str, Sequence[str]],
+        on_start: Callable[[str, str | None], None] = lambda key, reason: None,
+        checkouts: Mapping[str, Path] | None = None,
+    ) -> dict[str, str]:
+        """Start servers at the same time: arguments by key. Returns what did not start, and why.
+
+        Args:
+            on_start: called for each as it is ready or has failed, in another thread: its key, and why it did not
+                start. checkouts: of the project, by key, where a server is not this one's.
+        """
+        for key, arguments in wanted.items():
+            log = None if self._log_dir is None else self._log_dir / f"{key.replace(' ', '-')}.log"
+            self._servers[key] = self._make(arguments, log, (checkouts or {}).get(key))
+        failed: dict[str, str] = {}
+
+        def start(key: str) -> None:
+            try:
+                self._servers[key].__enter__()
+            except (WhiflashError, RuntimeError) as error:
+                failed[key] = reason_of(str(error))
+            on_start(key, failed.get(key))
+
+        with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
+            starting = [pool.submit(start, key) for key in wanted]
+            try:
+                for future in starting:
+                    future.result()
+            except BaseException:
+                # Threads wait for servers that nobody wants any more; without them they end by themselves.
+                for key in wanted:
+                    self._servers[key].close()
+                raise
+        for key in failed:
+            del self._servers[key]
+        for key in wanted.keys() - failed.keys():
+            self.clients[key] = httpx.Client(base_url=self.url(key), timeout=ANSWER_SECONDS, limits=LIMITS)
+        return failed
+
+    def url(self, key: str) -> str:
+        return self._servers[key].base_url
+
+    def stop(self, key: str) -> None:
+        self.clients.pop(key).close()
+        self._servers.pop(key).close()
+
+    def close(self) -> None:
+        for client in self.clients.values():
+            client.close()
+        for server in self._servers.values():
+            server.close()
+        self.clients.clear()
+        self._servers.clear()
+
+
+def reason_of(message: str) -> str:
+    """The line of a failed start's log that says why: the last exception, else the last line."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line.split(":")[0] or "error:" in line]
+    return (errors or lines or ["no output"])[-1].lstrip("- ")[:300]

@@ -1,0 +1,121 @@
+"""Asking a server and timing it: a closed loop, streamed as a user would."""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from whiflash_lab.bench.cells import Answer, Load
+from whiflash_lab.bench.prompts import Prompt
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.jsonl import read_json, stream_lines
+
+MODEL = "bench"
+ANSWER_SECONDS = 3600.0
+"""Seconds until an answer that never comes: a server that ends breaks its connections at once."""
+
+
+class RequestError(WhiflashError):
+    """A server refused or broke off a request."""
+
+
+class RefusedError(RequestError):
+    """A request is not one that the server takes: too long for the context, or malformed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """One server's streaming chat client. max_tokens: longest answer, in tokens. request: fields of every request."""
+
+    client: httpx.AsyncClient
+    max_tokens: int
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+    async def ask(self, prompt: Prompt) -> Answer:
+        """One answer, greedy unless `request` says otherwise.
+
+        Raises:
+            RequestError: the server answered with an error.
+        """
+        body = {
+            "model": MODEL,
+            "temperature": 0,
+            "seed": prompt.seed,
+            "max_tokens": self.max_tokens,
+            "stream": True,
+            "return_output_ids_in_sglext": True,
+            "return_spec_tokens_details": True,
+            **self.request,
+            **prompt.request(),
+        }
+        began = time.perf_counter()
+        try:
+            async with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.status_code != 200:
+                    raise RequestError(f"prompt {prompt.id}: {(await response.aread()).decode()[:500]}")
+                arrived = [
+                    (time.perf_counter() - began, line) async for line in stream_lines(response.aiter_bytes())
+                ]
+        except httpx.HTTPError as error:
+            raise RequestError(f"prompt {prompt.id}: {type(error).__name__} {error}") from None
+        # Parsed only now, so that parsing takes no time from the server that is measured on the same cores.
+        return parse_stream(prompt.id, arrived)
+
+    async def run(self, load: Load, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Answers in the order of `prompts`, asked under `load`. Raises RequestError for the first that failed."""
+        try:
+            return await self._closed_loop(prompts, load.value)
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    async def _closed_loop(self, prompts: Sequence[Prompt], concurrency: int) -> list[Answer]:
+        answers: dict[int, Answer] = {}
+        queue = iter(enumerate(prompts))
+
+        async def user() -> None:
+            for index, prompt in queue:
+                answers[index] = await self.ask(prompt)
+
+        async with asyncio.TaskGroup() as users:
+            for _ in range(min(concurrency, len(prompts))):
+                users.create_task(user())
+        return [answers[index] for index in range(len(prompts))]
+
+
+def parse_stream(prompt: str, arrived: Sequence[tuple[float, str]]) -> Answer:
+    """An answer from the lines of an event stream and when they came, in seconds after the request.
+
+    Raises:
+        RequestError: the stream holds an error, or ends without the tokens that were asked for.
+    """
+    first = last = None
+    extension: dict[str, Any] = {}
+    for at, line in arrived:
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            continue
+        event = read_json(line.removeprefix("data: "))
+        if "error" in event:
+            raise RequestError(f"prompt {prompt}: {event['error']}")
+        extension |= {key: value for key, value in (event.get("sglext") or {}).items() if value is not None}
+        if event.get("choices"):
+            first, last = (at if first is None else first), at
+    if first is None or last is None or "output_ids" not in extension:
+        raise RequestError(f"prompt {prompt}: the stream ended without output tokens")
+    tokens = tuple(extension["output_ids"][0])
+    details = extension.get("spec_tokens_details") or {}
+    # Plain decoding reports no verifications: every token after the first is a forward.
+    forwards = details.get("spec_verify_ct") or len(tokens) - 1
+    return Answer(prompt=prompt, seconds=last, ttft=first, tokens=tokens, forwards=forwards)
+
+
+def flush(client: httpx.Client) -> None:
+    """Empty the prefix cache, so that no arm finds what another or an earlier repetition left there."""
+    # SGLang's scheduler waits so many seconds until it has put the last answer away.
+    if client.post("/flush_cache", params={"timeout": 10}).status_code == 200:
+        return
+    raise RequestError(
+        f"{client.base_url} does not empty its prefix cache, because requests still run there: end its other clients"
+    )

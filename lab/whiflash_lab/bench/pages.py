@@ -1,0 +1,310 @@
+"""The report as a Markdown page, and as pictures. Needs no server."""
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress, takewhile
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from whiflash_lab.bench.arms import NONE
+from whiflash_lab.bench.cells import RoundMs
+from whiflash_lab.bench.report import (
+    LOOPS,
+    OVERALL,
+    Figures,
+    LoadReport,
+    Report,
+)
+from whiflash_sglang.equality import Verdict
+from whiflash_train.statistics import Interval, Percentiles
+
+
+def render(report: Report) -> str:
+    """Every load: an overview of the arms, then rates by category; then rounds, differences and provenance."""
+    parts = ["# Benchmark", _setting(report)]
+    for load in report.loads:
+        parts += [f"## {_title(load)}", _overview(load, report.over)]
+        if load.load.is_alone:
+            parts += [_by_category(report, load), _over(report, load)]
+    parts += [
+        _rounds(report),
+        _differences(report),
+        _unavailable(report),
+        _reproduce(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _setting(report: Report) -> str:
+    p = report.provenance
+    prompts = ", ".join(f"{count} {name}" for name, count in report.categories.items())
+    repetitions = "1 repetition" if p["repetitions"] == 1 else f"{p['repetitions']} repetitions"
+    order = "interleaved" if p["interleaved"] else "one arm after the other"
+    order += ", new servers for each" if p.get("restarted") else ""
+    return (
+        f"{p['hardware']['cpu']}, {p['hardware']['cores']} cores, {p['threads']} threads a server, {p['dtype']}, "
+        f"SGLang {p['packages']['sglang']}, torch {p['packages']['torch']}. {repetitions}, {order}. "
+        f"Prompts: {prompts}; answers of at most {p['max_tokens']} tokens. Load of the machine before "
+        f"{p['busy_before']['load_1min']:.1f}, after {p['busy_after']['load_1min']:.1f}."
+        f"{_asked_with(p)}{_taken_from(p)}\n\n"
+        "Rates include prefill and are medians of a prompt's repetitions. Brackets: 95 % paired bootstrap intervals. "
+        "*loops*: prompts whose plain answer ends in a repetition loop; only mismatches and ties hold them, too. "
+        "Acceptance length: tokens per target forward."
+    )
+
+
+def _asked_with(provenance: Mapping[str, Any]) -> str:
+    """How answers were sampled and which tools were sent; nothing in older reports, and of greedy requests."""
+    said = ""
+    if sampling := provenance.get("sampling"):
+        values = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
+        said += f" Sampled with {values}, a seed a prompt."
+    if tools := provenance.get("tools"):
+        strict = " strict" if tools["strict"] else ""
+        said += f" {tools['number']}{strict} tools with every prompt, tool_choice {tools['choice']}."
+    return said
+
+
+def _taken_from(provenance: Mapping[str, Any]) -> str:
+    """Origins of the prompts of suites, and those left out; reports of other prompts have neither."""
+    by_source: dict[str, list[str]] = {}
+    for name, source in provenance.get("suites", {}).items():
+        by_source.setdefault(source, []).append(name)
+    sources = [f"{', '.join(names)} from {source}" for source, names in by_source.items()]
+    said = f" Sets: {'; '.join(sources)}." if sources else ""
+    if recorded := provenance.get("recorded"):
+        said += f" Forced along the recorded text of {', '.join(recorded)}."
+    left_out = len(provenance.get("left_out", ()))
+    what = (
+        "answers of conversations, which had no room"
+        if recorded
+        else "prompts, which the server did not take"
+    )
+    return said + (f" Left out: {left_out} {what}." if left_out else "")
+
+
+def _title(load: LoadReport) -> str:
+    return f"Closed loop, concurrency {load.load.value}"
+
+
+def _overview(load: LoadReport, over: str | None) -> str:
+    """A row per arm. A column that no arm fills is left out; the JSON has more of each."""
+    base = NONE if NONE in load.arms else next(iter(load.arms))
+    header = ["arm", "tokens/s", f"over {base}", f"over `{over}`", "over faster static", "acceptance length"]
+    header += ["TTFT ms p50/p95", "TPOT ms p50/p95", "switches/100", "mismatches"]
+    rows = []
+    for arm, groups in load.arms.items():
+        figures = groups.get(OVERALL)
+        if figures is None:
+            continue
+        ratios = load.ratios.get(arm)
+        rows.append(
+            (
+                arm,
+                _number(figures.output_tokens_per_s),
+                _interval(ratios.none.get(OVERALL) if ratios else None),
+                _interval(ratios.over.get(OVERALL) if ratios else None),
+                _interval(ratios.static.get(OVERALL) if ratios else None),
+                f"{figures.acceptance_length:.2f}",
+                _percentiles(figures.ttft_ms, 0),
+                _percentiles(figures.tpot_ms, 1),
+                _number(figures.switches_per_100_tokens),
+                _mismatches(groups),
+            )
+        )
+    filled = [any(row[column] for row in rows) for column in range(len(header))]
+    return table(list(compress(header, filled)), [tuple(compress(row, filled)) for row in rows])
+
+
+def _mismatches(groups: Mapping[str, Figures]) -> str:
+    """Mismatches of all answers, looping ones too; empty if no answer was compared."""
+    counted = [groups[name].mismatches for name in (OVERALL, LOOPS) if name in groups]
+    return "" if None in counted else str(sum(filter(None, counted)))
+
+
+def _by_category(report: Report, load: LoadReport) -> str:
+    """Speed-up and acceptance length of each category, if there are several; of sets also the means, as papers do."""
+    means = bool(report.provenance.get("suites"))
+    names = [name for name in _names(load) if name != LOOPS] if means else _categories(report, load)
+    if len(names) < 2:
+        return ""
+    rows = []
+    for arm, ratios in load.ratios.items():
+        groups = load.arms[arm]
+        found = [
+            (ratios.none[name], groups[name].acceptance_length) if name in ratios.none else None
+            for name in names
+        ]
+        row = [f"{_interval(one[0])}; {one[1]:.2f}" if one else "" for one in found]
+        if means:
+            ratio, length = (
+                fmean(column) for column in zip(*((r.ratio, n) for r, n in filter(None, found)), strict=True)
+            )
+            row.append(f"{ratio:.2f}; {length:.2f}")
+        rows.append((arm, *row))
+    header = ("arm", *names, *(["mean of sets"] if means else []))
+    return f"### Speed-up over plain decoding; acceptance length\n\n{table(header, rows)}" if rows else ""
+
+
+def _over(report: Report, load: LoadReport) -> str:
+    compared = {arm: ratios.over for arm, ratios in load.ratios.items() if ratios.over}
+    names = [name for name in _categories(report, load) if any(name in own for own in compared.values())]
+    if len(names) < 2:
+        return ""
+    rows = [(arm, *(_interval(own.get(name)) for name in names)) for arm, own in compared.items()]
+    return f"### Output tokens per second, over `{report.over}`\n\n{table(('arm', *names), rows)}"
+
+
+def _rounds(report: Report) -> str:
+    rows, kept = [], []
+    for load in report.loads:
+        for arm, groups in load.arms.items():
+            figures: Figures | None = groups.get(OVERALL)
+            if figures is None or figures.round_ms is None or figures.switch_share is None:
+                continue
+            times = figures.round_ms
+            shares = [f"{value:.2f}" for value in (*times.model_dump().values(), times.total)]
+            rows.append((arm, load.load.label, *shares, f"{100 * figures.switch_share:.1f} %"))
+            if arm == "pinned-none":
+                share = 100 * (times.catch_up + times.park) / times.total
+                kept.append(f"{share:.1f} % ({load.load.label})")
+    if not rows:
+        return ""
+    stages = (name.replace("_", "-") for name in RoundMs.model_fields)
+    page = "## A round, in ms\n\n" + table(("arm", "load", *stages, "round", "switching"), rows)
+    if kept:
+        page += f"\n\nShare of a round that keeps both drafters' KV while `none` decodes: {', '.join(kept)}."
+    return page
+
+
+def _differences(report: Report) -> str:
+    """Mismatches one by one, ties counted; the JSON lists both."""
+    if report.provenance.get("recorded"):
+        return "Every answer is the recorded one, token for token."
+    if not report.provenance.get("compared", True):
+        return (
+            "Sampled answers were not compared: servers ignore seeds without `--enable-deterministic-inference`, "
+            "and a last bit of bfloat16 changes what is drawn."
+        )
+    if not report.differences:
+        return "Every answer of every arm equals plain decoding's, token for token."
+    ties = [d for d in report.differences if d["verdict"] == Verdict.TIE]
+    parts = ["## Answers that differ from plain decoding's"]
+    if ties:
+        widest = max(d["gap"] for d in ties)
+        parts.append(
+            f"Ties: {len(ties)}, listed in the JSON. Plain decoding's widest gap at one is {widest:.4f}."
+        )
+    mismatches = [
+        (d["arm"], d["load"], d["prompt"], str(d["position"]), _number(d["gap"], 4))
+        for d in report.differences
+        if d["verdict"] != Verdict.TIE
+    ]
+    if mismatches:
+        parts.append(
+            table(("arm", "load", "mismatch", "first difference", "plain decoding's gap"), mismatches)
+        )
+    return "\n\n".join(parts)
+
+
+def _unavailable(report: Report) -> str:
+    lines = [f"- {arm}: {reason}" for arm, reason in report.unavailable.items()]
+    return "## Not available\n\n" + "\n".join(lines) if lines else ""
+
+
+def _reproduce(report: Report) -> str:
+    """The command, the arguments that all servers share, and each arm's own."""
+    servers = report.provenance["servers"]
+    # Older reports have the same environment for all.
+    usual = {"OMP_NUM_THREADS": str(report.provenance["threads"])}
+    variables = {arm: _assigned(server.get("environment", usual)) for arm, server in servers.items()}
+    first = next(iter(variables.values()), "")
+    columns = zip(*(server["arguments"] for server in servers.values()), strict=False)
+    shared = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    while shared and shared[-1].startswith("--"):
+        shared.pop()  # its value may be an arm's own
+    lines = ["## How to reproduce", "", f"`{' '.join(report.provenance['command'])}`", ""]
+    backends = ", ".join(dict.fromkeys(server["attention_backend"] for server in servers.values()))
+    lines += [f"Every server (attention backend {backends}):", ""]
+    lines += [f"`{first} python -m sglang.launch_server {' '.join(shared)}`", "", "Each arm adds:", ""]
+    for arm, server in servers.items():
+        own = [*([variables[arm]] if variables[arm] != first else []), *server["arguments"][len(shared) :]]
+        lines.append(f"- {arm}: `{' '.join(own)}`" if own else f"- {arm}: nothing")
+    return "\n".join(lines)
+
+
+def _assigned(environment: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
+
+
+def _categories(report: Report, load: LoadReport) -> list[str]:
+    """Categories of several prompts."""
+    return [name for name in _names(load) if report.categories.get(name, 0) > 1]
+
+
+def _names(load: LoadReport) -> list[str]:
+    """All categories but `OVERALL`, whose figures are in the overview."""
+    names = dict.fromkeys(name for groups in load.arms.values() for name in groups)
+    return [name for name in names if name != OVERALL]
+
+
+def _interval(interval: Interval | None) -> str:
+    """An interval without width comes of a single measurement: it would claim a certainty that is not there."""
+    if interval is None:
+        return ""
+    width = f" [{interval.low:.2f}, {interval.high:.2f}]" if interval.low < interval.high else ""
+    return f"{interval.ratio:.2f}{width}"
+
+
+def _percentiles(values: Percentiles | None, digits: int) -> str:
+    return "/".join(f"{v:.{digits}f}" for v in (values.p50, values.p95)) if values else ""
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; the first column is text, the others are figures."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(report: Report, directory: Path) -> Path | None:
+    """Write `speedup.svg`; None where no request was asked alone."""
+    import matplotlib
+
+    load = next((load for load in report.loads if load.load.is_alone), None)
+    if load is None:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    directory.mkdir(parents=True, exist_ok=True)
+    figure = _speedups_plot(load, pyplot)
+    figure.tight_layout()
+    figure.savefig(directory / "speedup.svg", metadata={"Date": None})
+    pyplot.close(figure)
+    return directory / "speedup.svg"
+
+
+def _speedups_plot(load: LoadReport, pyplot: Any) -> Any:
+    """Bars of every arm by category, but for loops, which flatter every drafter."""
+    names = list(dict.fromkeys(name for ratios in load.ratios.values() for name in ratios.none))
+    names = [name for name in names if name != LOOPS]
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.5 * len(names) + 2), 4))
+    width = 0.8 / max(len(load.ratios), 1)
+    for index, (arm, ratios) in enumerate(load.ratios.items()):
+        present = [(place, ratios.none[name]) for place, name in enumerate(names) if name in ratios.none]
+        places = [place + (index + 0.5) * width - 0.4 for place, _ in present]
+        heights = [interval.ratio for _, interval in present]
+        # An interval of few repetitions may not contain its ratio; an error bar must.
+        below = [max(0.0, interval.ratio - interval.low) for _, interval in present]
+        above = [max(0.0, interval.high - interval.ratio) for _, interval in present]
+        axes.bar(places, heights, width, yerr=(below, above), label=arm, error_kw={"linewidth": 0.8})
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="dotted")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("output tokens/s over plain decoding")
+    axes.legend(fontsize="small", ncols=2)
+    return figure

@@ -1,0 +1,179 @@
+"""`whiflash bench --recorded`: recorded conversations played against servers that are forced along their text.
+
+Prompts, verification, routing and cost are real; only the tokens that the target samples are replaced by the recorded
+ones (`round/hooks.py`). So a small target can be measured on the text that another one wrote. A conversation is a
+prompt of the run, whose answers are asked one after the other.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from whiflash_lab.bench.arms import PREDICTION, USELESS, Arm, Subject, build_arms, check_names
+from whiflash_lab.bench.cells import Answer
+from whiflash_lab.bench.load import Asker, RequestError
+from whiflash_lab.bench.prompts import Prompt
+from whiflash_lab.bench.reference import Reference
+from whiflash_lab.bench.runner import Runner
+from whiflash_lab.bench.subject import CPU_KV_TOKENS
+from whiflash_lab.conversations import Conversation, Renderer, Turn, read_recorded, renderer_of
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.models.config_json import read_json_config
+
+BASE = "pinned-none"
+"""The arm that others are measured against: the same server, which drafts nothing."""
+
+DEFAULT = (BASE, "auto")
+
+MARGIN = 128
+"""Positions of a context that no conversation takes: the widest drafts go behind the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Talk(Prompt):
+    """A conversation. tasks: its answers, in order."""
+
+    tasks: tuple[Turn, ...] = ()
+
+    def request(self) -> dict[str, Any]:
+        return {"tasks": [[list(task.prompt), list(task.answer)] for task in self.tasks]}
+
+
+def talks_of(
+    recorded: Sequence[Conversation], renderer: Renderer, *, max_tokens: int, room: int
+) -> tuple[list[Talk], dict[str, str]]:
+    """Conversations in a target's tokens, and the answers that are left out because they have no room, with reasons.
+
+    Args:
+        max_tokens: of each answer, the rest is cut. room: tokens of prompt and answer.
+    """
+    expected = [None if one.prediction is None else renderer.encode(one.prediction) for one in recorded]
+    talks, left_out, taken = list[Talk](), dict[str, str](), set[str]()
+    for index, one in enumerate(recorded):
+        name = one.id
+        while name in taken:
+            name = f"{name}-{index + 1}"
+        taken.add(name)
+        tasks = [replace(turn, answer=turn.answer[:max_tokens]) for turn in renderer.turns(one)]
+        if tasks and expected[index] is not None:
+            others = [tokens for i, tokens in enumerate(expected) if tokens is not None and i != index]
+            useless = others[index % len(others)] if others else []
+            both = {PREDICTION: expected[index] or [], USELESS: useless}
+            tasks[-1] = replace(tasks[-1], predictions=both)
+        sizes = [len(task.prompt) + len(task.answer) for task in tasks]
+        left_out |= {f"{name}, answer {at}": f"{n} tokens" for at, n in enumerate(sizes) if n > room}
+        if kept := tuple(task for task, size in zip(tasks, sizes, strict=True) if size <= room):
+            talks.append(Talk(name, one.category, (), tasks=kept))
+    return talks, left_out
+
+
+def recorded_arms(names: Sequence[str], subject: Subject, talks: Iterable[Talk]) -> list[Arm]:
+    """Arms by name, each on a server of its own that takes forced answers; `BASE` is always the first.
+
+    Raises:
+        ConfigError: a name is unknown or given twice, or asks for predictions that nobody recorded.
+    """
+    wanted = [BASE, *(name for name in names if name != BASE)]
+    check_names(wanted, recorded=True)
+    predicted = any(task.predictions for talk in talks for task in talk.tasks)
+    arms = []
+    for name in wanted:
+        kind, _, brings = name.partition("+")
+        if brings and not predicted:
+            raise ConfigError(f"--arms {name}: no record has a prediction")
+        arm = build_arms([kind], subject)[-1]
+        forcing = (*arm.arguments, "--whiflash-force-recorded", "on")
+        arms.append(replace(arm, name=name, server=name, arguments=forcing, request={"brings": brings}))
+    return arms
+
+
+def read_talks(
+    paths: Iterable[Path], subject: Subject, max_tokens: int | None, at_once: int
+) -> tuple[list[Talk], dict[str, str]]:
+    """As `talks_of`, of files, with the room that `at_once` conversations have in a context.
+
+    Args:
+        max_tokens: of an answer, None: all of it.
+
+    Raises:
+        ConfigError: a file cannot be read, or nothing in it fits the context.
+    """
+    context = read_json_config(subject.target)["max_position_embeddings"]
+    talks, left_out = talks_of(
+        [one for path in paths for one in read_recorded(path)],
+        renderer_of(subject.target, subject.bundle),
+        max_tokens=max_tokens or context,
+        room=min(context, CPU_KV_TOKENS // at_once) - MARGIN,
+    )
+    if not talks:
+        raise ConfigError(f"no recorded answer fits a context of {context} tokens")
+    return talks, left_out
+
+
+class Player(Asker):
+    """One server's client that plays conversations: each answer after the one before."""
+
+    async def ask(self, prompt: Prompt) -> Answer:
+        """All answers of a conversation as one. An answer that is not streamed has no first token.
+
+        Raises:
+            RequestError: a request failed, or the answer is not the recorded one.
+        """
+        assert isinstance(prompt, Talk)
+        began = time.perf_counter()
+        forwards = sum([await self._answer(prompt.id, task) for task in prompt.tasks])
+        return Answer(
+            prompt=prompt.id,
+            seconds=time.perf_counter() - began,
+            ttft=None,
+            tokens=tuple(token for task in prompt.tasks for token in task.answer),
+            forwards=forwards,
+            prefills=len(prompt.tasks),
+        )
+
+    async def _answer(self, talk: str, task: Turn) -> int:
+        """Target forwards of one answer of a conversation after its prefill."""
+        custom: dict[str, Any] = {"whiflash_forced": list(task.answer)}
+        if self.request["brings"] in task.predictions:
+            custom["whiflash_prediction"] = list(task.predictions[self.request["brings"]])
+        params = {
+            "max_new_tokens": len(task.answer),
+            "temperature": 0,
+            "ignore_eos": True,
+            "custom_params": custom,
+        }
+        body = {"input_ids": list(task.prompt), "sampling_params": params}
+        try:
+            answer = await self.client.post("/generate", json=body)
+        except httpx.HTTPError as error:
+            raise RequestError(f"conversation {talk}: {type(error).__name__} {error}") from None
+        if answer.status_code != 200:
+            raise RequestError(f"conversation {talk}: {answer.text[:500]}")
+        found = answer.json()
+        if found["output_ids"] != list(task.answer):
+            raise RequestError(
+                "the server wrote another text than the recorded one, which makes its figures useless: start it with "
+                "--whiflash-force-recorded on"
+            )
+        return int(found["meta_info"].get("spec_verify_ct") or len(task.answer) - 1)
+
+
+class Replayer(Runner):
+    """A run whose prompts are recorded conversations: their text is known, so plain decoding is asked nothing."""
+
+    base = BASE
+    asker = Player
+
+    def _ask_references(self) -> None:
+        for talk in self._plan.prompts:
+            assert isinstance(talk, Talk)
+            tokens = tuple(token for task in talk.tasks for token in task.answer)
+            self._references[talk.id] = Reference(talk, (), tokens, (), "")
+
+    def _groups(self) -> dict[str, str]:
+        """No text is a loop of the target's."""
+        return {key: reference.prompt.category for key, reference in self._references.items()}

@@ -1,0 +1,179 @@
+"""Plain decoding's own answers: what every arm's output is compared with, which prompts loop, who follows up.
+
+Ranks round otherwise than one device does, so an arm on several of them is compared with plain decoding on as many.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import httpx
+
+from whiflash_lab.bench.arms import BESIDE, NONE, RANKS
+from whiflash_lab.bench.cells import Cell
+from whiflash_lab.bench.load import MODEL, RefusedError, RequestError
+from whiflash_lab.bench.prompts import Prompt
+from whiflash_sglang.equality import TopTwo, Verdict, compare
+from whiflash_train.rounds import loop_start
+
+logger = logging.getLogger("whiflash_sglang")
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Plain decoding's answer to one prompt.
+
+    input_ids, tokens: of the prompt and the answer. gaps: best minus second-best log-probability per token, which
+    is the gap of their logits. text, calls: the answer's content and its tool calls.
+    """
+
+    prompt: Prompt
+    input_ids: tuple[int, ...]
+    tokens: tuple[int, ...]
+    gaps: tuple[float, ...]
+    text: str
+    calls: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def loops(self) -> bool:
+        """Whether the answer ends in a repetition loop, which flatters every drafter."""
+        return loop_start(self.tokens) is not None
+
+
+def ask_reference(
+    client: httpx.Client, prompt: Prompt, max_tokens: int, request: Mapping[str, Any] = MappingProxyType({})
+) -> Reference:
+    """Plain decoding's answer with the gaps between its two best tokens. request: further fields.
+
+    Raises:
+        RefusedError: the server does not take the request. RequestError: it could not answer it.
+    """
+    body = {
+        "model": MODEL,
+        "temperature": 0,
+        "seed": prompt.seed,
+        "max_tokens": max_tokens,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "return_output_ids_in_sglext": True,
+        "return_input_ids_in_sglext": True,
+        **prompt.request(),
+        **request,
+    }
+    response = client.post("/v1/chat/completions", json=body)
+    if response.status_code != 200:
+        failed = RefusedError if response.status_code == 400 else RequestError
+        raise failed(f"prompt {prompt.id}: {response.text[:500]}")
+    answer = response.json()
+    choice = answer["choices"][0]
+    return Reference(
+        prompt=prompt,
+        input_ids=tuple(answer["sglext"]["input_ids"]),
+        tokens=tuple(answer["sglext"]["output_ids"][0]),
+        gaps=tuple(_gap(entry["top_logprobs"]) for entry in choice["logprobs"]["content"]),
+        text=choice["message"].get("content") or "",
+        calls=tuple(choice["message"].get("tool_calls") or ()),
+    )
+
+
+def _gap(best: Sequence[Mapping[str, Any]]) -> float:
+    """A token that a grammar left alone has no rival."""
+    return float(best[0]["logprob"] - best[1]["logprob"]) if len(best) > 1 else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """An answer that is not plain decoding's, token for token. position: of the first difference."""
+
+    arm: str
+    load: str
+    prompt: str
+    verdict: Verdict
+    position: int
+    gap: float | None
+
+
+def plain_of(arm: str) -> str:
+    """The arm of plain decoding with as many ranks as `arm` has: `none`, or `none@tp2` for `auto@tp2`."""
+    _, at, several = arm.removesuffix(BESIDE).partition(RANKS)
+    return f"{NONE}{at}{several}"
+
+
+def differences(
+    cells: Sequence[Cell],
+    references: Mapping[str, Mapping[str, Reference]],
+    best_logit: Callable[[Reference, int], float],
+    dtype: str,
+) -> list[Difference]:
+    """Compare every measured answer; each distinct answer of an arm under a load is judged once and counted once.
+
+    Args:
+        references: by arm of plain decoding (`plain_of`), then by prompt. `none` replaces one that is missing.
+        best_logit: of a reference's own token at a position. dtype: whose tie rule holds.
+    """
+    found: dict[tuple[str, str, str, tuple[int, ...]], Difference] = {}
+    for cell in cells:
+        plain = references.get(plain_of(cell.arm), references[NONE])
+        for answer in cell.answers:
+            reference = plain[answer.prompt]
+            key = (cell.arm, cell.load.label, answer.prompt, answer.tokens)
+            if key in found or answer.tokens == reference.tokens:
+                continue
+
+            def top_two_at(position: int, reference: Reference = reference) -> TopTwo:
+                return TopTwo(best_logit(reference, position), reference.gaps[position])
+
+            judged = compare(reference.tokens, answer.tokens, top_two_at, dtype)
+            if judged.position is None:
+                raise AssertionError("the tokens differ")
+            gap = None if judged.top_two is None else judged.top_two.gap
+            found[key] = Difference(*key[:3], judged.verdict, judged.position, gap)
+    return list(found.values())
+
+
+class BestLogit:
+    """The logit of plain decoding's own token, which log-probabilities lack, from a forward of the same weights."""
+
+    def __init__(self, target: Path, dtype: str) -> None:
+        self._target, self._dtype = target, dtype
+        self._known: dict[tuple[str, tuple[int, ...]], float] = {}
+        self._lost = False
+
+    def __call__(self, reference: Reference, position: int) -> float:
+        key = (reference.prompt.id, reference.tokens[: position + 1])
+        if key not in self._known:
+            self._known[key] = self._forward(reference, position)
+        return self._known[key]
+
+    def _forward(self, reference: Reference, position: int) -> float:
+        """0 where the target cannot run here. No bfloat16 gap is then a tie: answers count as different."""
+        if self._lost:
+            return 0.0
+        text = [*reference.input_ids, *reference.tokens[:position]]
+        try:
+            return float(self._model.next_logits(text)[reference.tokens[position]])
+        except Exception as error:  # whatever it is, what was measured must become a report
+            self._lost = True
+            logger.warning("%s does not run here, so no difference counts as a tie: %s", self._target, error)
+            return 0.0
+
+    @cached_property
+    def _model(self) -> Any:
+        """Raises `MemoryError` if the weights have no room, and what `TargetModel` raises."""
+        import torch
+
+        from whiflash_sglang.models.packed import free_memory
+        from whiflash_train.target import TargetModel
+
+        dtype = getattr(torch, self._dtype)
+        # Checkpoints have two bytes a value.
+        needed = sum(f.stat().st_size for f in self._target.glob("*.safetensors")) * dtype.itemsize // 2
+        if needed > free_memory():
+            raise MemoryError(
+                f"its weights take {needed >> 20} MiB, of {free_memory() >> 20} MiB that are free"
+            )
+        return TargetModel(self._target, device=torch.device("cpu"), dtype=dtype)

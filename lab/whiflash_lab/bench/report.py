@@ -1,0 +1,270 @@
+"""The result: its schema, and how it follows from the cells. Needs no server.
+
+`Report.arms` and `Report.ratios` are those of the first load; every load is under `Report.loads`.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel
+
+from whiflash_lab.bench.arms import BESIDE, NONE, PINNED, STATIC
+from whiflash_lab.bench.cells import Answer, Cell, Load, RoundMs, round_ms_of, switch_share_of
+from whiflash_lab.bench.reference import Difference
+from whiflash_sglang.equality import Verdict
+from whiflash_train.statistics import Floats, Interval, Percentiles, paired_ratio, percentiles_ms, rate
+
+Belongs = Callable[[str], bool]
+"""Whether a prompt counts."""
+OVERALL, LOOPS = "overall", "loops"
+
+
+def selections(cells: Sequence[Cell], groups: Mapping[str, str]) -> list[tuple[str, Belongs]]:
+    """Categories that occur, loops last, and what belongs to each; overall is everything but loops."""
+    occurring = {groups[answer.prompt] for cell in cells for answer in cell.answers}
+    names = sorted(occurring - {LOOPS})
+    chosen: list[tuple[str, Belongs]] = [(name, _member(groups, name)) for name in names]
+    if names:
+        chosen.append((OVERALL, lambda prompt: groups[prompt] != LOOPS))
+    if LOOPS in occurring:
+        chosen.append((LOOPS, _member(groups, LOOPS)))
+    return chosen
+
+
+def _member(groups: Mapping[str, str], name: str) -> Belongs:
+    return lambda prompt: groups[prompt] == name
+
+
+def samples(cells: Sequence[Cell]) -> tuple[Floats, Floats]:
+    """Tokens and seconds, [units, repetitions]: a unit is the prompts of one cell, asked in every repetition."""
+    units: dict[tuple[str, ...], dict[int, Cell]] = defaultdict(dict)
+    for cell in cells:
+        units[cell.key[3]][cell.repetition] = cell
+    rows = [list(by_repetition.values()) for _, by_repetition in sorted(units.items())]
+
+    def tokens_of(cell: Cell) -> int:
+        return sum(len(answer.tokens) for answer in cell.answers)
+
+    def seconds_of(cell: Cell) -> float:
+        answers: tuple[Answer, ...] = cell.answers
+        return answers[0].seconds if len(answers) == 1 else cell.seconds
+
+    return (
+        np.array([[tokens_of(cell) for cell in row] for row in rows], dtype=np.float64),
+        np.array([[seconds_of(cell) for cell in row] for row in rows], dtype=np.float64),
+    )
+
+
+def within(cells: Sequence[Cell], belongs: Belongs) -> list[Cell]:
+    """Cells whose prompts all count."""
+    return [cell for cell in cells if all(belongs(answer.prompt) for answer in cell.answers)]
+
+
+def paired(cells: Sequence[Cell], others: Sequence[Cell], groups: Mapping[str, str]) -> Interval:
+    """Rate of `cells` over that of `others`, which were asked the same; prompts are drawn within their group."""
+    strata = [groups[key[0]] for key in sorted({cell.key[3] for cell in cells})]
+    return paired_ratio(*samples(cells), *samples(others), strata)
+
+
+class Figures(BaseModel, frozen=True, extra="forbid"):
+    """One arm in one category.
+
+    answers: timed ones, over all repetitions. output_tokens_per_s: of the whole exchange, prefill included; None
+    where requests of several categories ran at the same time. acceptance_length: tokens per target forward.
+    target_forwards: of one repetition. switches_per_100_tokens, round_ms, switch_share: WHIFLASH only, if its
+    clock distinguishes categories. switch_share: route, park and the catch-up beyond one round's tokens, of the
+    round. mismatches: distinct answers that are not plain decoding's; ties: those where rounding decided; both None
+    where sampled answers were not compared.
+    """
+
+    answers: int
+    output_tokens: int
+    target_forwards: int
+    output_tokens_per_s: float | None
+    acceptance_length: float
+    ttft_ms: Percentiles | None
+    tpot_ms: Percentiles | None
+    switches_per_100_tokens: float | None
+    mismatches: int | None
+    ties: int | None
+    round_ms: RoundMs | None
+    switch_share: float | None
+
+
+class Ratios(BaseModel, frozen=True, extra="forbid"):
+    """Rates over those of another arm, by category. none: plain decoding. static: the fastest arm of one drafter there,
+    upstream's EAGLE3 and DFLASH or WHIFLASH pinned to it.
+
+    over: rates over those of the arm that was asked for (`Report.over`).
+    """
+
+    none: dict[str, Interval]
+    static: dict[str, Interval]
+    static_arm: dict[str, str]
+    over: dict[str, Interval] = {}
+
+
+class LoadReport(BaseModel, frozen=True, extra="forbid"):
+    """One load."""
+
+    load: Load
+    arms: dict[str, dict[str, Figures]]
+    ratios: dict[str, Ratios]
+
+
+class Report(BaseModel, frozen=True, extra="forbid"):
+    """Report that `--json` prints and `--out` writes.
+
+    unavailable: arms that did not start, and why. differences: every mismatch and tie. over: the arm that all others
+    are compared with besides.
+    """
+
+    schema_version: Literal[1] = 1
+    provenance: dict[str, Any]
+    arms: dict[str, dict[str, Figures]]
+    ratios: dict[str, Ratios]
+    loads: list[LoadReport]
+    unavailable: dict[str, str]
+    differences: list[dict[str, Any]]
+    categories: dict[str, int]
+    over: str | None = None
+
+
+def build_report(
+    cells: Sequence[Cell],
+    groups: Mapping[str, str],
+    found: Sequence[Difference] | None,
+    provenance: dict[str, Any],
+    unavailable: Mapping[str, str],
+    over: str | None = None,
+    base: str = NONE,
+) -> Report:
+    """The report of all cells.
+
+    Args:
+        groups: prompt id → category, or `loops` for prompts whose plain answer ends in a loop.
+        base: the arm of plain decoding.
+        found: None: answers were not compared.
+        over: an arm to compare all others with, besides plain decoding and the static drafters.
+    """
+    by_load: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        by_load[cell.load.label].append(cell)
+    loads = [_load_report(own, groups, found, over, base) for own in by_load.values()]
+    counts: dict[str, int] = defaultdict(int)
+    for group in groups.values():
+        counts[group] += 1
+    return Report(
+        provenance=provenance,
+        arms=loads[0].arms,
+        ratios=loads[0].ratios,
+        loads=loads,
+        unavailable=dict(unavailable),
+        differences=[
+            {"arm": d.arm, "load": d.load, "prompt": d.prompt, "verdict": d.verdict.value}
+            | {"position": d.position, "gap": d.gap}
+            for d in found or ()
+        ],
+        categories=dict(counts),
+        over=over,
+    )
+
+
+def _load_report(
+    cells: Sequence[Cell],
+    groups: Mapping[str, str],
+    found: Sequence[Difference] | None,
+    over: str | None,
+    base: str,
+) -> LoadReport:
+    load = cells[0].load
+    arms: dict[str, dict[str, Figures]] = {}
+    own: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        own[cell.arm].append(cell)
+    for arm, mine in own.items():
+        differing = None if found is None else [d for d in found if (d.load, d.arm) == (load.label, arm)]
+        arms[arm] = {
+            name: _figures(mine, belongs, differing, load, name) for name, belongs in selections(mine, groups)
+        }
+    ratios = {arm: _ratios(arm, own, groups, load, over, base) for arm in own if base in own and arm != base}
+    return LoadReport(load=load, arms=arms, ratios=ratios)
+
+
+def _figures(
+    cells: Sequence[Cell],
+    belongs: Belongs,
+    differing: Sequence[Difference] | None,
+    load: Load,
+    name: str,
+) -> Figures:
+    answers = [answer for cell in cells for answer in cell.answers if belongs(answer.prompt)]
+    repetitions = len({cell.repetition for cell in cells})
+    forwards = sum(answer.forwards for answer in answers)
+    drafted = sum(len(answer.tokens) - answer.prefills for answer in answers)
+    whole = [cell for cell in cells if all(belongs(answer.prompt) for answer in cell.answers)]
+    rounds = _rounds(whole)
+    tokens = sum(len(answer.tokens) for cell in whole for answer in cell.answers)
+    verdicts = None if differing is None else [d.verdict for d in differing if belongs(d.prompt)]
+    per_second = None
+    if load.is_alone or name == OVERALL:
+        per_second = rate(*samples(whole))
+    return Figures(
+        answers=len(answers),
+        output_tokens=sum(len(answer.tokens) for answer in answers) // repetitions,
+        target_forwards=forwards // repetitions,
+        output_tokens_per_s=per_second,
+        acceptance_length=drafted / forwards if forwards else 1.0,
+        ttft_ms=percentiles_ms([a.ttft for a in answers if a.ttft is not None]),
+        tpot_ms=percentiles_ms([a.tpot for a in answers if a.tpot is not None]),
+        switches_per_100_tokens=100 * rounds["switches"] / tokens if rounds else None,
+        mismatches=None if verdicts is None else verdicts.count(Verdict.DIFFERENT),
+        ties=None if verdicts is None else verdicts.count(Verdict.TIE),
+        round_ms=round_ms_of(rounds) if rounds else None,
+        switch_share=switch_share_of(rounds) if rounds else None,
+    )
+
+
+def _rounds(cells: Sequence[Cell]) -> dict[str, float]:
+    """WHIFLASH's clock over `cells`; empty where no round was drafted there."""
+    total: dict[str, float] = defaultdict(float)
+    for cell in cells:
+        for key, value in (cell.rounds or {}).items():
+            total[key] += value
+    return total if total.get("rounds") else {}
+
+
+def _ratios(
+    arm: str,
+    cells: Mapping[str, Sequence[Cell]],
+    groups: Mapping[str, str],
+    load: Load,
+    over: str | None,
+    base: str,
+) -> Ratios:
+    against_none: dict[str, Interval] = {}
+    against_static: dict[str, Interval] = {}
+    static_arm: dict[str, str] = {}
+    against_asked: dict[str, Interval] = {}
+    statics = [
+        name for name in cells if name.split(":")[0] in (*STATIC, *PINNED) and not name.endswith(BESIDE)
+    ]
+    for name, belongs in selections(cells[arm], groups):
+        if not load.is_alone and name != OVERALL:
+            continue
+        chosen = {key: within(own, belongs) for key, own in cells.items()}
+        against_none[name] = paired(chosen[arm], chosen[base], groups)
+        if over is not None and over in cells and over != arm:
+            against_asked[name] = paired(chosen[arm], chosen[over], groups)
+        if statics and arm not in statics:
+            best = max(statics, key=lambda key: rate(*samples(chosen[key])))
+            static_arm[name] = best
+            against_static[name] = paired(chosen[arm], chosen[best], groups)
+    return Ratios(
+        none=against_none,
+        static=against_static,
+        static_arm=static_arm,
+        over=against_asked,
+    )

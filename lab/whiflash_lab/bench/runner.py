@@ -1,0 +1,450 @@
+"""One run: servers up, plain decoding's answers, warm-up, then every step of the schedule.
+
+In which order arms are asked. Needs no server.
+
+Interleaved, every prompt is asked of each arm before the next prompt comes, so that drift of the machine hits all
+arms alike; who comes first rotates, so that no arm is always measured after the same other one.
+"""
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import httpx
+from rich.progress import Progress
+
+from whiflash_lab.bench.arms import NONE, Arm, Subject
+from whiflash_lab.bench.cells import Cell, Journal, Load
+from whiflash_lab.bench.fleet import Fleet, environment
+from whiflash_lab.bench.load import (
+    ANSWER_SECONDS,
+    Asker,
+    RefusedError,
+    RequestError,
+    flush,
+)
+from whiflash_lab.bench.prompts import Prompt, digest_of
+from whiflash_lab.bench.reference import BestLogit, Reference, ask_reference, differences, plain_of
+from whiflash_lab.bench.report import LOOPS, Report, build_report
+from whiflash_sglang import __version__
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.serving import LIMITS
+from whiflash_train import provenance
+
+
+class Step(NamedTuple):
+    """One cell to measure: `prompts` (ids) asked of `arm` under `load`."""
+
+    load: Load
+    arm: str
+    repetition: int
+    prompts: tuple[str, ...]
+
+    @property
+    def key(self) -> tuple[str, str, int, tuple[str, ...]]:
+        """As `Cell.key`."""
+        return self.load.label, self.arm, self.repetition, tuple(sorted(self.prompts))
+
+
+def sweep(
+    arms: Sequence[str],
+    loads: Sequence[Load],
+    repetition: int,
+    alone: Sequence[str],
+    together: Sequence[str],
+) -> Iterator[Step]:
+    """One repetition, interleaved.
+
+    Args:
+        alone: prompts asked one at a time. together: prompts asked under every other load.
+    """
+    turn = repetition
+    for load in loads:
+        units = [(prompt,) for prompt in alone] if load.is_alone else [tuple(together)]
+        for unit in units:
+            for arm in _rotated(arms, turn):
+                yield Step(load, arm, repetition, unit)
+            turn += 1
+
+
+def in_turn(
+    arms: Sequence[str],
+    loads: Sequence[Load],
+    repetitions: int,
+    alone: Sequence[str],
+    together: Sequence[str],
+) -> Iterator[Step]:
+    """Everything of one arm, then everything of the next: one server at a time."""
+    for arm in arms:
+        for repetition in range(repetitions):
+            yield from sweep([arm], loads, repetition, alone, together)
+
+
+def remaining(steps: Sequence[Step], cells: Collection[Cell]) -> list[Step]:
+    """The steps that were not measured yet."""
+    done = {cell.key for cell in cells}
+    return [step for step in steps if step.key not in done]
+
+
+def _rotated(arms: Sequence[str], turn: int) -> list[str]:
+    first = turn % len(arms)
+    return [*arms[first:], *arms[:first]]
+
+
+WARM_UP_PROMPTS = 3
+CLOSED_ALONE = Load(value=1)
+SEEDED = "--enable-deterministic-inference"
+"""SGLang ignores seeds without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Plan of a measurement.
+
+    repetitions: at most; minutes: stop before a repetition that would end later than that after the start.
+    over: the arm that all others are compared with, besides plain decoding.
+    interleave: all servers up at once, each prompt asked of each arm in turn; otherwise one server at a time.
+    suites: where prompts of named sets come from, with their licences, by name. recorded: files of conversations, if
+        those are the prompts. left_out: prompts that are not asked, by name, and why.
+    sampling: fields of every request. tools: what was sent with prompts, for the report.
+    restart: restart the servers for every repetition (interleaved runs only). Two processes that do the same may
+        differ by 1 % for as long as they live; without new ones that is taken for the arms'.
+    """
+
+    subject: Subject
+    arms: tuple[Arm, ...]
+    prompts: tuple[Prompt, ...]
+    loads: tuple[Load, ...] = (CLOSED_ALONE,)
+    repetitions: int = 3
+    max_tokens: int = 160
+    interleave: bool = True
+    restart: bool = False
+    minutes: float | None = None
+    over: str | None = None
+    suites: Mapping[str, str] = field(default_factory=dict)
+    recorded: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    tools: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def compares(self) -> bool:
+        """Whether answers should be plain decoding's: greedy ones, or seeded ones without bfloat16's rounding."""
+        return not self.sampling or (self.subject.dtype == "float32" and SEEDED in self.subject.common)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that two runs must share for their cells to belong together."""
+        parts = {
+            "version": __version__,
+            "arms": [[arm.name, self.subject.hide_paths(arm.arguments), arm.request] for arm in self.arms],
+            "prompts": digest_of(self.prompts),
+            "loads": [load.label for load in self.loads],
+            "max_tokens": self.max_tokens,
+            "sampling": dict(self.sampling),
+            "order": [self.interleave, self.restart],
+        }
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class Runner:
+    """Carries out a plan.
+
+    Args:
+        fleet: starts the servers; the caller closes it.
+        progress: shows what is going on and how long it will take.
+    """
+
+    base = NONE
+    """The arm of plain decoding."""
+    asker: type[Asker] = Asker
+
+    def __init__(self, plan: Plan, fleet: Fleet, journal: Journal, progress: Progress) -> None:
+        self._plan, self._fleet, self._journal, self._progress = plan, fleet, journal, progress
+        self._arms = {arm.name: arm for arm in plan.arms}
+        self._references: dict[str, Reference] = {}
+        self._apart: dict[str, dict[str, Reference]] = {}
+        self._routers: dict[str, str] = {}
+        self._servers: dict[str, dict[str, Any]] = {}
+        self.unavailable: dict[str, str] = {}
+        self.left_out = dict(plan.left_out)
+        self.cells: list[Cell] = []
+        self._began = time.monotonic()
+
+    def run(self, *, resume: bool) -> Report:
+        """Measure what is not measured yet, judge the outputs, build the report.
+
+        Raises:
+            WhiflashError: plain decoding could not be measured; the journal belongs to another plan.
+        """
+        record = {**provenance.environment(self._plan.subject.bundle), "busy_before": provenance.busy()}
+        self.cells = self._journal.read() if resume else []
+        self._journal.begin(self.cells)
+        if self._plan.interleave:
+            self._interleaved()
+        else:
+            self._in_turn()
+        cells = [cell for cell in self.cells if cell.arm not in self.unavailable]
+        judging = self._progress.add_task("comparing answers with plain decoding", total=None)
+        best = BestLogit(self._plan.subject.target, self._plan.subject.dtype)
+        references = {**self._apart, NONE: self._references}
+        found = (
+            differences(cells, references, best, self._plan.subject.dtype) if self._plan.compares else None
+        )
+        self._progress.remove_task(judging)
+        record |= self._provenance(cells)
+        return build_report(
+            cells, self._groups(), found, record, self.unavailable, self._plan.over, self.base
+        )
+
+    # ---------------------------------------------------------------- the two orders
+
+    def _interleaved(self) -> None:
+        self._start(self._plan.arms)
+        self._ask_references()
+        for name in self._available():
+            self._ask_apart(name)
+        self._warm_up_all()
+        task = self._progress.add_task("measuring", total=1)
+        # A repetition with new servers takes as long as they take to start.
+        began = self._began if self._plan.restart else time.monotonic()
+        done, planned, used = 0, self._plan.repetitions, False
+        while done < planned:
+            steps = list(sweep(self._available(), self._plan.loads, done, *self._prompt_ids()))
+            self._progress.update(task, total=planned * len(steps))
+            left = remaining(steps, self.cells)
+            if self._plan.restart and used and left:
+                self._renew()
+            used = used or bool(left)
+            asyncio.run(self._measure(left, task))
+            done += 1
+            self._progress.update(task, completed=done * len(steps))
+            planned = self._fitting(done, (time.monotonic() - began) / done)
+
+    def _renew(self) -> None:
+        """New servers. Raises WhiflashError where one does not start: what its arm has measured must not be lost."""
+        names = self._available()
+        self._fleet.close()
+        self._start([self._arms[name] for name in names])
+        lost = [f"{name}: {self.unavailable[name]}" for name in names if name in self.unavailable]
+        if lost:
+            raise WhiflashError(f"{'; '.join(lost)}; --resume goes on from what was measured")
+        self._warm_up_all()
+
+    def _fitting(self, done: int, seconds_each: float) -> int:
+        """Repetitions that fit into the time given, at least those that are done."""
+        if self._plan.minutes is None:
+            return self._plan.repetitions
+        left = self._plan.minutes * 60 - (time.monotonic() - self._began)
+        return min(self._plan.repetitions, done + max(0, int(left / seconds_each)))
+
+    def _in_turn(self) -> None:
+        plain = [arm for arm in self._plan.arms if arm.name == self.base]
+        for server in dict.fromkeys(arm.server for arm in (*plain, *self._plan.arms)):
+            group = [arm for arm in self._plan.arms if arm.server == server]
+            self._start(group)
+            if server == plain[0].server:
+                self._ask_references()
+            names = [arm.name for arm in group if arm.name not in self.unavailable]
+            for name in names:
+                self._ask_apart(name)
+                self._warm_up(name)
+            steps = list(in_turn(names, self._plan.loads, self._plan.repetitions, *self._prompt_ids()))
+            task = self._progress.add_task(f"measuring {', '.join(names)}", total=len(steps))
+            asyncio.run(self._measure(remaining(steps, self.cells), task))
+            self._progress.remove_task(task)
+            if names:
+                self._fleet.stop(server)
+
+    # ---------------------------------------------------------------- before measuring
+
+    def _start(self, arms: Sequence[Arm]) -> None:
+        servers: dict[str, list[str]] = {}
+        for arm in arms:
+            if arm.server not in servers:
+                self._routers[arm.server] = arm.router or ""
+                servers[arm.server] = _alone(arm)
+        task = self._progress.add_task("starting servers", total=len(servers))
+        checkouts = {arm.server: arm.checkout for arm in arms if arm.checkout is not None}
+
+        def on_start(server: str, reason: str | None) -> None:
+            if reason is not None:
+                for arm in arms:
+                    if arm.server == server:
+                        self._lose(arm.name, f"the server did not start: {reason}")
+            self._progress.advance(task)
+
+        self._fleet.start(servers, on_start, checkouts)
+        self._progress.remove_task(task)
+        for arm in arms:
+            if arm.name not in self.unavailable:
+                info = self._fleet.clients[arm.server].get("/server_info").json()
+                self._servers[arm.name] = {
+                    "arguments": self._plan.subject.hide_paths(_alone(arm)),
+                    "environment": environment(_alone(arm)),
+                    # This one's is in the provenance of the whole.
+                    **({} if arm.checkout is None else provenance.checkout(arm.checkout)),
+                    **{key: info.get(key) for key in ("dtype", "attention_backend", "sampling_backend")},
+                }
+        if self.base in self.unavailable:
+            raise WhiflashError(f"plain decoding: {self.unavailable[self.base]}")
+
+    def _lose(self, name: str, reason: str) -> None:
+        """Go on without an arm, and say so at once: the run may last for hours."""
+        self.unavailable[name] = reason
+        self._progress.console.print(f"{name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+
+    def _ask_references(self) -> None:
+        """Plain decoding's answers; rows of several turns become one prompt per turn, with its answers between."""
+        pending = list(self._plan.prompts)
+        task = self._progress.add_task("asking plain decoding", total=len(pending))
+        client = self._fleet.clients[NONE]
+        while pending:
+            prompt = pending.pop(0)
+            flush(client)  # As before every measured answer: a cached prefix rounds differently.
+            self._progress.advance(task)
+            try:
+                reference = ask_reference(client, prompt, self._plan.max_tokens, self._plan.sampling)
+            except RefusedError as refused:
+                self.left_out[prompt.id] = str(refused)
+                self._progress.console.print(f"left out: {refused}", markup=False, highlight=False)
+                continue
+            self._references[prompt.id] = replace(reference, prompt=replace(prompt, follow_ups=()))
+            follow_up = prompt.next_turn(reference.text, reference.calls)
+            if follow_up is not None:
+                pending.append(follow_up)
+                self._progress.update(task, total=len(self._references) + len(self.left_out) + len(pending))
+        self._progress.remove_task(task)
+        if not self._references:
+            raise WhiflashError(
+                f"plain decoding took no prompt: {next(iter(self.left_out.values()), 'there are none')}"
+            )
+
+    def _ask_apart(self, name: str) -> None:
+        """Ask `name`, if it is plain decoding on ranks, for its answers to the prompts that `none` has answered."""
+        if name == NONE or name != plain_of(name):
+            return
+        client, own = self._fleet.clients[self._arms[name].server], dict[str, Reference]()
+        for key, reference in self._progress.track(self._references.items(), description=f"asking {name}"):
+            flush(client)
+            own[key] = ask_reference(client, reference.prompt, self._plan.max_tokens, self._plan.sampling)
+        self._apart[name] = own
+
+    def _groups(self) -> dict[str, str]:
+        return {key: LOOPS if r.loops else r.prompt.category for key, r in self._references.items()}
+
+    def _prompt_ids(self) -> tuple[list[str], list[str]]:
+        """Prompts asked one at a time, and those asked together, whose looping answers could be confused."""
+        groups = self._groups()
+        together = [key for key, group in groups.items() if group != LOOPS]
+        return list(groups), together or list(groups)
+
+    def _warm_up_all(self) -> None:
+        for name in self._available():
+            self._warm_up(name)
+
+    def _warm_up(self, name: str) -> None:
+        prompts = tuple(list(self._references)[:WARM_UP_PROMPTS])
+        task = self._progress.add_task(f"warming up {name}", total=None)
+        asyncio.run(self._measure([Step(CLOSED_ALONE, name, -1, prompts)], None))
+        self._progress.remove_task(task)
+
+    def _available(self) -> list[str]:
+        return [name for name in self._arms if name not in self.unavailable]
+
+    # ---------------------------------------------------------------- measuring
+
+    async def _measure(self, steps: Sequence[Step], task: Any) -> None:
+        """Measure `steps` in order and keep their cells; without a `task` it is a warm-up, and nothing is kept."""
+        async with AsyncExitStack() as stack:
+            clients = {}
+            for key in self._fleet.clients:
+                client = httpx.AsyncClient(
+                    base_url=self._fleet.url(key), timeout=ANSWER_SECONDS, limits=LIMITS
+                )
+                clients[key] = await stack.enter_async_context(client)
+            for step in steps:
+                if step.arm in self.unavailable:
+                    continue
+                arm = self._arms[step.arm]
+                try:
+                    fields = {**self._plan.sampling, **arm.request}
+                    asker = self.asker(clients[arm.server], self._plan.max_tokens, fields)
+                    cell = await self._cell(step, asker)
+                except RequestError as error:
+                    if step.arm == self.base:
+                        raise
+                    self._lose(step.arm, f"a request failed: {error}")
+                    continue
+                if task is not None:
+                    self.cells.append(cell)
+                    self._journal.append(cell)
+                    self._progress.advance(task)
+
+    async def _cell(self, step: Step, asker: Asker) -> Cell:
+        arm = self._arms[step.arm]
+        client = self._fleet.clients[arm.server]
+        self._route(arm, client)
+        flush(client)
+        before = _state(arm, client)
+        prompts = [self._references[key].prompt for key in step.prompts]
+        began = time.perf_counter()
+        answers = await asker.run(step.load, prompts)
+        seconds = time.perf_counter() - began
+        after = _state(arm, client)
+        rounds = {key: after[key] - before[key] for key in after} if after else None
+        return Cell(
+            load=step.load,
+            arm=step.arm,
+            repetition=step.repetition,
+            seconds=seconds,
+            answers=tuple(answers),
+            rounds=rounds,
+        )
+
+    def _route(self, arm: Arm, client: httpx.Client) -> None:
+        if arm.router is None or self._routers[arm.server] == arm.router:
+            return
+        response = client.post("/whiflash/policy", json={"router": arm.router})
+        if response.status_code != 200:
+            raise RequestError(f"router {arm.router}: {response.json()['error']['message']}")
+        self._routers[arm.server] = arm.router
+
+    def _provenance(self, cells: Sequence[Cell]) -> dict[str, Any]:
+        plan = self._plan
+        return {
+            "dtype": plan.subject.dtype,
+            "busy_after": provenance.busy(),
+            "seconds": round(time.monotonic() - self._began, 1),
+            "interleaved": plan.interleave,
+            "restarted": plan.restart,
+            "repetitions": len({cell.repetition for cell in cells}),
+            "max_tokens": plan.max_tokens,
+            "prompts_sha256": digest_of(plan.prompts),
+            "left_out": self.left_out,
+            "recorded": list(plan.recorded),
+            "suites": plan.suites,
+            "sampling": dict(plan.sampling),
+            "tools": dict(plan.tools),
+            "compared": plan.compares,
+            "servers": self._servers,
+        }
+
+
+def _alone(arm: Arm) -> list[str]:
+    """Arguments of a server for this arm only."""
+    return [*arm.arguments, *(() if arm.router is None else ("--whiflash-router", arm.router))]
+
+
+def _state(arm: Arm, client: httpx.Client) -> dict[str, float]:
+    if arm.router is None:
+        return {}
+    state = client.get("/whiflash/state").raise_for_status().json()
+    return {
+        key: value for key, value in state.items() if isinstance(value, int | float) and key != "requests"
+    }

@@ -1,0 +1,129 @@
+"""Subject of a benchmark: the embedded target and its bundle, or the user's own."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from whiflash_lab.bench.arms import (
+    BAD,
+    NO_LOOKUP,
+    NO_STRUCTURE,
+    VARIANTS,
+    Subject,
+)
+from whiflash_lab.bench.load import MODEL
+from whiflash_sglang.arms import DIFFUSION
+from whiflash_sglang.checkpoints.hub import fetch, member
+from whiflash_sglang.checkpoints.manifest import MANIFEST, embedded_bundle, load_manifest
+from whiflash_sglang.device.cpu import serves_here
+from whiflash_sglang.errors import ConfigError
+
+
+def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
+    """Make the new `directory` a bundle that differs from `bundle` in what `arm` is about; returns it.
+
+    Files that do not change are links to the bundle's, where the file system allows.
+
+    Raises:
+        ValueError: an arm without a variant.
+    """
+    fields = load_manifest(bundle).model_dump(mode="json", exclude_none=True)
+    if arm not in (NO_LOOKUP, NO_STRUCTURE, BAD):
+        raise ValueError(f"{arm} serves the bundle as it is")
+    if arm in (NO_LOOKUP, BAD):
+        fields["lookup"] = {"enabled": False}
+    if arm in (NO_STRUCTURE, BAD):
+        fields["structure"] = {"enabled": False}
+    shutil.copytree(bundle, directory, copy_function=_link)
+    if arm == BAD:
+        for part in ("router", "sources"):  # its checksums are of the drafters before
+            fields.pop(part, None)
+        for part in {"eagle3", "dflash"} & fields.keys():
+            _shuffle(directory / fields[part])
+    (directory / MANIFEST).unlink()  # it is the bundle's own
+    (directory / MANIFEST).write_text(json.dumps(fields), encoding="utf-8")
+    return directory
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+def _shuffle(checkpoint: Path) -> None:
+    """Shuffle every matrix of a drafter: as slow as before, never right."""
+    random = torch.Generator().manual_seed(0)
+    for file in checkpoint.glob("*.safetensors"):
+        shuffled = {name: _shuffled(value, random) for name, value in load_file(file).items()}
+        file.unlink()  # it is the bundle's own
+        save_file(shuffled, file)
+
+
+def _shuffled(tensor: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    if tensor.ndim < 2:
+        return tensor
+    return tensor.flatten()[torch.randperm(tensor.numel(), generator=random)].view_as(tensor).contiguous()
+
+
+CPU_KV_TOKENS = 16384
+"""KV pool of a server on the CPU. All servers share the machine's memory when arms are interleaved."""
+
+
+def build_subject(
+    model_path: str | None,
+    bundle_path: str | None,
+    dtype: str,
+    extra: Sequence[str],
+    scratch: Path,
+    arms: Iterable[str],
+    beside: Path | None = None,
+) -> Subject:
+    """Find target and bundle, and the arguments that every arm shares.
+
+    Args:
+        model_path, bundle_path: directories or hub ids; None: the embedded ones.
+        extra: further server arguments, for every arm. scratch: an existing directory that outlives the servers.
+        arms: names of what is compared; those that serve a changed bundle get it under `scratch`.
+        beside: another checkout of this project, for the arms whose names ask for it.
+
+    Raises:
+        ConfigError: something is not there.
+    """
+    if beside is not None and not (beside / "whiflash_sglang" / "__init__.py").is_file():
+        raise ConfigError(
+            f"--beside {beside}: holds no whiflash_sglang/__init__.py; give the root of another clone of this project"
+        )
+    from whiflash_sglang.embedded import ensure_target
+    from whiflash_sglang.models.formats import read_draft
+
+    target = ensure_target() if model_path is None else fetch(model_path)
+    bundle = embedded_bundle() if bundle_path is None else fetch(bundle_path)
+    manifest = load_manifest(bundle)
+    common = ["--served-model-name", MODEL]
+    if manifest.chat_template:
+        common += ["--chat-template", str(bundle / manifest.chat_template)]
+    if manifest.tool_call_parser:
+        common += ["--tool-call-parser", manifest.tool_call_parser]
+    if serves_here():
+        common += ["--device", "cpu", "--max-total-tokens", str(CPU_KV_TOKENS)]
+    dflash = member(bundle, manifest, "dflash") if manifest.dflash else None
+    changed = VARIANTS.keys() & {name.partition("@")[0] for name in arms}
+    return Subject(
+        target=target,
+        bundle=bundle,
+        eagle3=member(bundle, manifest, "eagle3") if manifest.eagle3 else None,
+        dflash=dflash,
+        dtype=dtype,
+        common=(*common, *extra),
+        variants={arm: write_variant(arm, bundle, scratch / arm) for arm in changed},
+        beside=None if beside is None else beside.resolve(),
+        block_format="" if dflash is None else read_draft(dflash, DIFFUSION).format.name,
+    )

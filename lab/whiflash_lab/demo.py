@@ -1,0 +1,273 @@
+"""Two real questions to the embedded target: who drafted what, and how fast that was against plain decoding."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from whiflash_sdk.hints import Hints
+from whiflash_sdk.render import terminal
+from whiflash_sdk.trace import Trace, routing
+
+from whiflash_lab.bench.load import ANSWER_SECONDS
+from whiflash_lab.bench.prompts import Prompt
+from whiflash_lab.bench.reference import BestLogit, ask_reference
+from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
+from whiflash_sglang.embedded import STRICT_TOOLS, TARGET_NAME, embedded_arguments, ensure_target
+from whiflash_sglang.equality import Comparison, TopTwo, Verdict, compare
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.serving import Server, ServerHost, shares_imports
+
+TARGET = "SmolLM2-135M-Instruct, dequantised from Q4_1 to bfloat16"
+REPEATS = 3
+MAX_TOKENS = 160
+
+WEATHER_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Current weather of a city.",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Name of the city"},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city", "unit"],
+        },
+    },
+}
+
+QUESTIONS: dict[str, dict[str, Any]] = {
+    "chat": {
+        "messages": [
+            {
+                "role": "user",
+                "content": "Write a Python function that checks whether a number is even.",
+            }
+        ]
+    },
+    "tool call": {
+        "messages": [{"role": "user", "content": "What is the weather in Paris, in celsius?"}],
+        "tools": [WEATHER_TOOL],
+        "tool_choice": "required",
+        # The call is the answer; the grammar would let so small a model invent what the tool said.
+        "stop": ["</tool_call>"],
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question, asked of both servers.
+
+    calls: of tools, as a program would run them. Speeds are medians of interleaved runs, output tokens per second.
+    """
+
+    question: str
+    text: str
+    calls: list[str]
+    trace: Trace
+    plain_tokens_per_s: float
+    whiflash_tokens_per_s: float
+    comparison: Comparison
+
+    @property
+    def speedup(self) -> float:
+        return self.whiflash_tokens_per_s / self.plain_tokens_per_s
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "question": self.question,
+            "target": TARGET,
+            "text": self.text,
+            "calls": self.calls,
+            "trace": self.trace.model_dump(),
+            "plain_tokens_per_s": self.plain_tokens_per_s,
+            "whiflash_tokens_per_s": self.whiflash_tokens_per_s,
+            "comparison": asdict(self.comparison),
+        }
+
+
+def run(router: str, log_dir: Path | None, progress: Progress) -> list[Answer]:
+    """Start both servers, as `whiflash serve` starts one, ask every question of both, stop them."""
+    model = ensure_target()
+    common = [*embedded_arguments(set()), "--dtype", "bfloat16", "--max-total-tokens", "16384"]
+    bundle = embedded_bundle()
+    manifest = load_manifest(bundle)  # WHIFLASH reads it by itself; plain decoding has no bundle.
+    common += ["--chat-template", str(bundle / str(manifest.chat_template))]
+    common += ["--tool-call-parser", str(manifest.tool_call_parser)]
+    wanted = {
+        "plain": common,
+        "whiflash": [*common, "--speculative-algorithm", "WHIFLASH", "--whiflash-router", router],
+    }
+    with ExitStack() as stack:
+        plain, ours = _started(wanted, log_dir, progress, stack)
+        task = progress.add_task("asking both servers, in turn", total=len(QUESTIONS) * (REPEATS + 1))
+        answers = [
+            ask(name, question, plain, ours, model, lambda: progress.advance(task))
+            for name, question in QUESTIONS.items()
+        ]
+        progress.remove_task(task)
+    return answers
+
+
+def _started(
+    wanted: Mapping[str, Sequence[str]], log_dir: Path | None, progress: Progress, stack: ExitStack
+) -> list[Server]:
+    """Running servers, in order; `stack` ends them."""
+    host = None
+    if shares_imports():
+        task = progress.add_task("importing SGLang, once for both servers", total=None)
+        host = stack.enter_context(ServerHost())
+        host.wait()
+        progress.remove_task(task)
+    if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    servers = []
+    for name, arguments in wanted.items():
+        task = progress.add_task(f"starting {name}", total=None)
+        log = None if log_dir is None else log_dir / f"{name}.log"
+        server = Server(arguments, host=host, env=STRICT_TOOLS, log=log)
+        servers.append(stack.enter_context(server))
+        progress.remove_task(task)
+    return servers
+
+
+def ask(
+    name: str,
+    question: dict[str, Any],
+    plain: Server,
+    ours: Server,
+    model: Path,
+    on_step: Callable[[], None] = lambda: None,
+) -> Answer:
+    """Warm up, compare, then time both servers in turn."""
+    request = {"model": TARGET_NAME, "temperature": 0, "max_tokens": MAX_TOKENS, **question}
+    plainly, here = (
+        httpx.Client(base_url=server.base_url, timeout=ANSWER_SECONDS) for server in (plain, ours)
+    )
+    prompt = Prompt(name, name, tuple(question["messages"]))
+    with plainly, here:
+        reference = ask_reference(plainly, prompt, MAX_TOKENS, {**request, "no_stop_trim": True})
+        answer = _ask(
+            here,
+            {
+                **request,
+                **Hints(trace="full").extra_body(),
+                "return_output_ids_in_sglext": True,
+                "no_stop_trim": True,
+            },
+        )
+        trace = routing(answer)
+        if trace is None:
+            raise WhiflashError(
+                f"{name}: the answer has no trace, so its drafters are unknown: the server's log has the reason "
+                "(--log-dir keeps it)"
+            )
+        tokens = answer["sglext"]["output_ids"][0]
+        best = BestLogit(model, "bfloat16")
+        comparison = compare(
+            reference.tokens, tokens, lambda at: TopTwo(best(reference, at), reference.gaps[at]), "bfloat16"
+        )
+        on_step()
+        seconds: dict[httpx.Client, list[float]] = {plainly: [], here: []}
+        for _ in range(REPEATS):
+            for client in (plainly, here):
+                began = time.perf_counter()
+                _ask(client, request)
+                seconds[client].append(time.perf_counter() - began)
+            on_step()
+    speeds = [len(reference.tokens) / sorted(seconds[client])[REPEATS // 2] for client in (plainly, here)]
+    message = answer["choices"][0]["message"]
+    called = [call["function"] for call in message.get("tool_calls") or ()]
+    calls = [f"{call['name']}({call['arguments']})" for call in called]
+    return Answer(name, message.get("content") or "", calls, trace, speeds[0], speeds[1], comparison)
+
+
+def _ask(client: httpx.Client, request: Mapping[str, Any]) -> dict[str, Any]:
+    response = client.post("/v1/chat/completions", json=request)
+    if response.status_code != 200:
+        raise WhiflashError(f"{client.base_url} did not answer: {response.text[:500]}")
+    found: dict[str, Any] = response.json()
+    return found
+
+
+def judge(answers: list[Answer]) -> None:
+    """Raise WhiflashError when an answer differs from plain decoding's."""
+    different = [a.question for a in answers if a.comparison.verdict is Verdict.DIFFERENT]
+    if different:
+        raise WhiflashError(
+            f"answers to {', '.join(different)} differ from plain decoding's by more than a near tie, which is a "
+            "fault: run it again with --log-dir, and report the output"
+        )
+
+
+def show(answers: Sequence[Answer], console: Console) -> None:
+    """Answers and tables; if `console` has no colours, drafters' names precede their text."""
+    console.print(f"Target: {TARGET}")
+    _show_answers(answers, console)
+    console.print(_speeds(answers))
+    console.print(_drafters(answers))
+    ties = sum(a.comparison.verdict is Verdict.TIE for a in answers)
+    counted = f"{ties} {'tie' if ties == 1 else 'ties'} (rounding decided between two tokens)"
+    console.print(f"{len(answers)} answers compared with plain decoding, {counted}.")
+
+
+def _show_answers(answers: Sequence[Answer], console: Console) -> None:
+    colour = console.color_system is not None and not console.no_color
+    for answer in answers:
+        console.rule(f"[bold]{answer.question}[/]")
+        # The trace clocks one answer, the table repeated ones beside plain decoding: only the table shows speeds.
+        trace = answer.trace.model_copy(update={"seconds": None, "gain": None})
+        said = terminal(trace, answer.text, title=answer.question, colour=colour)
+        console.print(Text.from_ansi(said))
+        for call in answer.calls:
+            console.print(f"call: {call}\n", markup=False, highlight=False)
+
+
+def _speeds(answers: Sequence[Answer]) -> Table:
+    table = Table(title="Against plain decoding, interleaved in this run (output tokens per second, medians)")
+    for column in ("question", "plain", "WHIFLASH", "ratio", "acceptance length", "switches", "answer"):
+        table.add_column(column, justify="left" if column in ("question", "answer") else "right")
+    for a in answers:
+        table.add_row(
+            a.question,
+            f"{a.plain_tokens_per_s:.1f}",
+            f"{a.whiflash_tokens_per_s:.1f}",
+            f"{a.speedup:.2f}",
+            f"{a.trace.acceptance_length:.2f}",
+            str(a.trace.switches),
+            _verdict(a.comparison),
+        )
+    return table
+
+
+def _drafters(answers: Sequence[Answer]) -> Table:
+    table = Table(title="Acceptance length per drafter (tokens per target forward, bonus token included)")
+    for column in ("drafter", "rounds", "tokens", "acceptance length"):
+        table.add_column(column, justify="left" if column == "drafter" else "right")
+    totals: dict[str, list[int]] = {}
+    for a in answers:
+        for arm, total in a.trace.arms.items():
+            entry = totals.setdefault(arm, [0, 0])
+            entry[0] += total.rounds
+            entry[1] += total.tokens
+    for arm, (rounds, tokens) in sorted(totals.items()):
+        table.add_row(arm, str(rounds), str(tokens), f"{tokens / rounds:.2f}")
+    return table
+
+
+def _verdict(comparison: Comparison) -> str:
+    if comparison.verdict is Verdict.IDENTICAL:
+        return "identical"
+    gap = "" if comparison.top_two is None else f", gap {comparison.top_two.gap:.3f}"
+    return f"{comparison.verdict.value} at token {comparison.position}{gap}"

@@ -1,0 +1,271 @@
+"""`whiflash lab evaluate`: a bundle against held-out prompts; answers in, table and JSON out."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor
+
+from whiflash_sglang import arms
+from whiflash_sglang.candidates import Forecast
+from whiflash_sglang.checkpoints.manifest import load_manifest
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.router import Router
+from whiflash_sglang.routing.controller import route
+from whiflash_sglang.routing.neural import note
+from whiflash_sglang.routing.policies import AutoPolicy
+from whiflash_sglang.routing.request_state import RequestState
+from whiflash_sglang.spans.hints import RequestHints
+from whiflash_train.answers.data import answer_rows, target_path
+from whiflash_train.answers.prompts import balanced, read_rows
+from whiflash_train.answers.served import serve
+from whiflash_train.answers.store import FeatureStore
+from whiflash_train.config import Data, Hardware
+from whiflash_train.origin import Origin, Vocabulary
+from whiflash_train.replay import JOINED, Pair, Parts, Replay, ReplayLog, Source, replay_answers
+from whiflash_train.rounds import Tally
+from whiflash_train.walk import (
+    LOOP,
+    Choices,
+    RouterWalk,
+    choices_above,
+    tabulate,
+    walk,
+)
+
+REPLAYED = {**JOINED, arms.LOOKUP: arms.LOOKUP, arms.NONE: arms.NONE}
+"""The controller's arms → what is replayed in their place."""
+
+ENTROPY_ROWS = 2048
+"""Rows of logits that are held at a time."""
+
+
+class Known(NamedTuple):
+    """The controller's knowledge at every position: the target's entropy in nats [P], and the router's outputs [P][3]
+    (ΔAL, accepted drafts of EAGLE-3, of DFlash), empty without heads.
+    """
+
+    entropy: Sequence[float]
+    predicted: Sequence[Sequence[float]]
+
+
+def auto_choices(answers: Sequence[Replay], known: Sequence[Known]) -> list[Choices]:
+    """The arm of every round that `auto` comes to, answer by answer; it learns as it goes, as one server does.
+
+    Drafts have their full length. Nothing costs anything, so `auto` seeks acceptance length alone.
+    """
+    policy = AutoPolicy(heads=any(one.predicted for one in known))
+    chosen: list[Choices] = []
+    for answer, one in zip(answers, known, strict=True):
+        choices: dict[int, str] = {}
+        for begin, end in ((0, answer.loop_from), (answer.loop_from, answer.positions)):
+            run = _AutoRun(policy, answer, one, choices)
+            walk(answer, run.choose, begin, end, Tally(), learn=run.learn)
+        chosen.append(choices)
+    return chosen
+
+
+class _AutoRun:
+    """One request under `auto`: the server's own decision of every round, kept in `choices`."""
+
+    def __init__(
+        self,
+        policy: AutoPolicy,
+        answer: Replay,
+        known: Known,
+        choices: dict[int, str],
+    ) -> None:
+        self._policy, self._answer, self._known = policy, answer, known
+        self._state, self._choices = RequestState(answer.id, RequestHints()), choices
+
+    def choose(self, position: int) -> str:
+        answer, state = self._answer, self._state
+        forecast: dict[str, Forecast | None] = {
+            arm: None for arm, replayed in JOINED.items() if replayed in answer.accepted
+        }
+        if answer.copies[position] > 0:
+            forecast[arms.LOOKUP] = Forecast(
+                1 + float(answer.copies[position]), 1 + int(answer.proposed[position])
+            )
+        (arm,) = route(self._policy, [state], [forecast], None)
+        if arm == arms.NONE and state.decision.promised:
+            arm = arms.LOOKUP
+        self._choices[position] = REPLAYED[arm]
+        return REPLAYED[arm]
+
+    def learn(self, ended: int, emitted: int) -> None:
+        """Learn as a server does after a round: accepted tokens, and the signals at its end."""
+        state, arm = self._state, self._state.previous or arms.NONE
+        self._policy.observe(arm, state.decision, emitted)
+        state.committed(arm, [0] * emitted)
+        if ended < self._answer.positions:
+            if "entropy" in self._policy.needs:
+                state.entropy = self._known.entropy[ended]
+            if self._known.predicted:
+                note(state, self._known.predicted[ended])
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a bundle is evaluated.
+
+    Attributes:
+        limit: prompts used, balanced over the categories; None takes all.
+        work: where answers and replays are kept for the next evaluation; None keeps nothing.
+    """
+
+    limit: int | None = None
+    max_new_tokens: int = 160
+    eagle_steps: int = 5
+    seed: int = 1
+    work: Path | None = None
+    hardware: Hardware = field(default_factory=Hardware)
+
+
+@dataclass(frozen=True)
+class AnsweredBundle:
+    """A bundle's replays over the target's own answers to some prompts."""
+
+    target: Vocabulary
+    answers: list[Replay]
+    prompts: int
+    skipped: int
+
+
+def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -> dict[str, Any]:
+    """The figures of `tabulate`, with what they were measured on.
+
+    Raises `WhiflashError` for a bundle and `ValueError` for prompts that cannot be used.
+    """
+    done = answer_and_replay(bundle, read_rows(prompts), settings)
+    return {
+        "bundle": load_manifest(bundle).name,
+        "prompts": done.prompts,
+        "skipped": done.skipped,
+        "max_new_tokens": settings.max_new_tokens,
+        "dtype": settings.hardware.dtype,
+        **tabulate(done.answers, routers_of(bundle, done.answers, done.target)),
+    }
+
+
+def answer_and_replay(
+    bundle: Path, rows: Sequence[dict[str, Any]], settings: EvaluationSettings
+) -> AnsweredBundle:
+    """The target answers `rows` (the first `limit`, balanced), and the bundle's drafters are replayed."""
+    manifest = load_manifest(bundle)
+    capture = Parts.of_bundle(bundle).captured
+    template = None if manifest.chat_template is None else bundle / manifest.chat_template
+    if settings.hardware.threads:
+        torch.set_num_threads(settings.hardware.threads)
+    data = Data(prompts=[], tool_choice_required=1.0, max_new_tokens=settings.max_new_tokens)
+    chosen = list(balanced(rows, {}, settings.seed))[: settings.limit]
+    with tempfile.TemporaryDirectory() as scratch:
+        work = settings.work or Path(scratch)
+        with serve(
+            target_path(manifest.target),
+            manifest.target,
+            capture,
+            data,
+            settings.hardware,
+            work=work,
+            template=template,
+            seed=settings.seed,
+        ) as served:
+            store = FeatureStore(
+                work / "answers", vectors=len(capture) + 1, hidden=served.hidden_size, layers=capture
+            )
+            store.truncate_to_index()
+            summary = answer_rows(chosen, served, store, keep_loops=True)
+        target = Vocabulary.read(work / "target", manifest.target, settings.hardware.torch_dtype)
+        target = target.to(torch.device(settings.hardware.device))
+        wanted = {row["id"] for row in chosen}
+        pair = Pair.load(Parts.of_bundle(bundle, settings.eagle_steps), target)
+        sources = [Source(store, record) for record in store.records if record.id in wanted]
+        answers = replay_answers(pair, sources, ReplayLog(work / "replays", pair))
+    return AnsweredBundle(target, answers, len(chosen), summary.skipped)
+
+
+def routers_of(bundle: Path, answers: Sequence[Replay], target: Vocabulary) -> dict[str, RouterWalk]:
+    """The bundle's routers at its own thresholds, and `auto`, to which nothing costs anything. Beside one drafter alone
+    there are no routers that choose between two.
+    """
+    manifest = load_manifest(bundle)
+    tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
+    nats = [entropy_of(answer.final, target.head).tolist() for answer in answers]
+    walks = {}
+    if len(manifest.drafters) == 2:
+        walks["entropy"] = RouterWalk([choices_above(one, tau) for one in nats], dwell)
+    router = None
+    if manifest.router is not None:
+        router = load_router(bundle, target)
+        threshold, dwell = manifest.router.threshold, manifest.router.min_dwell
+        deltas = deltas_of(router, answers)
+        walks["neural"] = RouterWalk([choices_above(one, threshold) for one in deltas], dwell)
+    known = [Known(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)]
+    walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known), copies=True)
+    return walks
+
+
+def load_router(bundle: Path, target: Vocabulary | Origin) -> Router:
+    """The bundle's router in fp32. Raises `CheckpointError` where it cannot be used, and where it has none."""
+    manifest = load_manifest(bundle)
+    if manifest.router is None:
+        raise CheckpointError(f"{bundle} has no router: `whiflash bundle create --router` adds one")
+    return Router.load(
+        bundle / manifest.router.path,
+        hidden_size=target.head.shape[1],
+        device=target.head.device,
+        dtype=torch.float32,
+        delta_sign=manifest.router.delta_sign,
+    )
+
+
+@torch.inference_mode()
+def deltas_of(router: Router, answers: Sequence[Replay]) -> list[list[float]]:
+    """ΔAL as the router predicts it: [P] for every answer."""
+    return [router(answer.final).tolist() for answer in answers]
+
+
+@torch.inference_mode()
+def predictions(router: Router | None, answer: Replay) -> list[list[float]]:
+    """ΔAL and both heads at every position [P][3]; empty where there is no router, or one without heads."""
+    if router is None or router.heads is None:
+        return []
+    delta, accepted = router.predict(answer.final)
+    rows: list[list[float]] = torch.cat([delta[:, None], accepted], dim=1).tolist()
+    return rows
+
+
+def figures_table(result: Mapping[str, Any]) -> Table:
+    """The result for a terminal."""
+    names = list(result["overall"]["acceptance_length"])
+    table = Table(title=f"acceptance length, {result['bundle']}, {result['prompts']} prompts")
+    table.add_column("category")
+    for name in names:
+        table.add_column(name, justify="right")
+    compared = list(result["overall"]["rounds_won"])
+    for arm in compared:
+        table.add_column(f"{arm} better", justify="right")
+    groups = [*result["categories"].items(), ("overall", result["overall"]), (LOOP, result[LOOP])]
+    for category, figures in groups:
+        if figures is None:
+            continue
+        lengths = [f"{figures['acceptance_length'][name]:.2f}" for name in names]
+        shares = [f"{figures['rounds_won'][arm]:.0%}" for arm in compared]
+        table.add_row(category, *lengths, *shares)
+    return table
+
+
+@torch.inference_mode()
+def entropy_of(states: Tensor, head: Tensor) -> Tensor:
+    """Nats of the target's own distribution: `states` [N, H] after its final norm, `head` [V, H] → [N] fp32."""
+    parts = []
+    for part in torch.split(states, ENTROPY_ROWS):
+        log = F.linear(part.to(head.device, head.dtype), head).float().log_softmax(-1)
+        parts.append(-(log.exp() * log).sum(-1).cpu())
+    return torch.cat(parts)

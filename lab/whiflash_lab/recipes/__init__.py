@@ -1,0 +1,1 @@
+"""Launches that others published, judged by their flags."""

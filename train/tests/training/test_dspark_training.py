@@ -1,0 +1,329 @@
+"""DSpark training: each term of the loss by a plain formula, what a run begins with, and a trained drafter served."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from engine import engine
+from reference import Comparison, ReferenceTarget
+from tiny_models import MASK_TOKEN, tiny_dflash, tiny_target
+from torch import Tensor
+from typer.testing import CliRunner
+
+import whiflash_train as train
+from whiflash_lab.evaluation import EvaluationSettings, Hardware, evaluate_bundle
+from whiflash_sglang.checkpoints.fit import block_size_of
+from whiflash_sglang.cli.app import app
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.dspark import DSparkDrafter
+from whiflash_sglang.models.formats import read_draft
+from whiflash_train.answers.store import Sequence as Stored
+from whiflash_train.answers.store import SequenceRecord
+from whiflash_train.bundle import assemble
+from whiflash_train.config import DSpark, TrainConfig, load_config
+from whiflash_train.drafters.batches import Batch, unpack
+from whiflash_train.drafters.dspark import DSparkTraining, go_on_from, initialise
+from whiflash_train.drafters.runner import train_dspark, train_eagle3
+from whiflash_train.replay import Pair, Parts, replay_drafters
+from whiflash_train.target import TargetModel
+
+SETTINGS = DSpark(
+    target_layers=[1, 3, 4],
+    source_layers=[4, 5],
+    block_size=5,
+    mask_token_id=MASK_TOKEN,
+    markov_rank=8,
+    gamma=2.0,
+    anchors_per_token=0.5,
+    frequent=96,
+    sampled=32,
+)
+CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_target(tmp_path_factory.mktemp("dspark") / "target")
+
+
+@pytest.fixture(scope="module")
+def target(path: Path) -> TargetModel:
+    return TargetModel(path, **CPU)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    """Two random sequences; tokens that the loss's vocabulary has not are among them."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, prompts = torch.tensor([23, 12]), torch.tensor([4, 3])
+    rows = int(lengths.sum()) - len(lengths)
+    tokens = torch.randint(0, 250, (int(lengths.sum()),), generator=generator)
+    features = torch.randn(rows, 5, 64, generator=generator)
+    return unpack(tokens, features, torch.randn(rows, 64, generator=generator), lengths, prompts)
+
+
+def training(target: TargetModel, settings: DSpark) -> DSparkTraining:
+    """With heads that say something."""
+    torch.manual_seed(1)
+    drafter = initialise(target, settings)
+    with torch.no_grad():
+        for parameter in drafter.heads().values():
+            parameter.normal_(std=0.4)
+    columns = settings.target_layers
+    frequent = torch.arange(0, 2 * settings.frequent, 2)
+    given = {"columns": columns, "frequent": frequent, "sampled": settings.sampled}
+    return DSparkTraining(drafter, settings, anchors_per_token=settings.anchors_per_token, **given).train()
+
+
+def plain_loss(trained: DSparkTraining, batch: Batch, ids: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of all blocks of the same seed, draft by draft; and what its terms come to, weighted."""
+    drafter, settings = trained.drafter, trained.settings
+    torch.manual_seed(7)
+    examples = trained.examples(batch)
+    assert examples.ids.tolist() == ids
+    total, weight = {"cross_entropy": 0.0, "distance": 0.0, "confidence": 0.0}, torch.zeros(())
+    w1, w2 = drafter.markov_head["markov_w1"].weight, drafter.markov_head["markov_w2"].weight
+    confidence = drafter.confidence_head["proj"]
+    for block in range(len(examples.rows)):
+        drafts = []
+        for k in range(drafter.config.max_drafts):
+            row, before = examples.rows[block, k], int(examples.before[block, k])
+            wanted = examples.labels.weights[block * drafter.config.max_drafts + k]
+            emitted = int(examples.labels.ids[block * drafter.config.max_drafts + k])
+            if not examples.valid[block, k] or emitted < 0:
+                drafts.append(None)
+                continue
+            logits = examples.head.float() @ row + examples.bias + w2[ids] @ w1[before]
+            own = logits.exp() / logits.exp().sum()
+            distance = (own - wanted).abs().sum()
+            right = torch.minimum(own, wanted).sum().detach()
+            if settings.confidence_of == "choice":
+                right = torch.tensor(float(int(own.argmax()) == emitted))
+            sure = 1 / (1 + torch.exp(-(confidence(torch.cat([row, w1[before]]))[0])))
+            bce = -(right * sure.log() + (1 - right) * (1 - sure).log())
+            terms = {"cross_entropy": -(wanted * own.log()).sum(), "distance": distance, "confidence": bce}
+            drafts.append(terms)
+        for k, draft in enumerate(drafts):
+            if draft is None:
+                continue
+            w = torch.exp(torch.tensor(-k / settings.gamma))
+            weight = weight + w
+            total = {name: value + w * draft[name] for name, value in total.items()}
+    parts = {name: value / weight for name, value in total.items()}
+    return sum(getattr(settings, name) * value for name, value in parts.items()), parts
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"confidence_of": "choice"},
+        {"sample_from_anchor": False, "cross_entropy": 1.0, "distance": 0.0, "confidence": 0.3},
+    ],
+    ids=["published", "of choices", "cross-entropy"],
+)
+def test_the_loss_is_its_formula(target: TargetModel, batch: Batch, changes: dict[str, Any]) -> None:
+    settings = SETTINGS.model_copy(update=changes)
+    trained = training(target, settings)
+    torch.manual_seed(7)
+    examples = trained.examples(batch)
+    assert (examples.valid & ~examples.counted).any(), "no token without a label"
+    assert not examples.valid.all(), "no block beyond its text"
+    found = trained.loss(examples)
+    expected, parts = plain_loss(trained, batch, examples.ids.tolist())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert trained.metrics["confidence_loss"] == pytest.approx(float(parts["confidence"].detach()), rel=1e-4)
+    learned = dict(trained.drafter.named_parameters())
+    gradients = torch.autograd.grad(found, list(learned.values()))
+    same = torch.autograd.grad(expected, list(learned.values()))
+    for name, one, other in zip(learned, gradients, same, strict=True):
+        torch.testing.assert_close(
+            one, other, rtol=2e-3, atol=2e-5, msg=lambda said, name=name: f"{name}: {said}"
+        )
+
+
+def test_a_drafts_label_and_predecessor_are_the_texts(target: TargetModel, batch: Batch) -> None:
+    trained = training(target, SETTINGS.model_copy(update={"anchors_per_token": 1.0, "sampled": 1000}))
+    examples = trained.examples(batch)
+    row = 0
+    for span in batch.spans:
+        text = batch.tokens[span.token : span.token + span.length].tolist()
+        for anchor in range(span.prompt, span.length - 1):
+            for k in range(4):
+                assert bool(examples.valid[row, k]) == (anchor + 1 + k < span.length)
+                if examples.valid[row, k]:
+                    assert int(examples.before[row, k]) == text[anchor + k]
+                    label = int(examples.labels.ids[row * 4 + k])
+                    assert int(examples.ids[label]) == text[anchor + k + 1]
+            row += 1
+    assert row == len(examples.rows)
+
+
+@torch.no_grad()
+def test_it_goes_on_from_a_dflash_checkpoint_proposing_the_same(
+    path: Path, target: TargetModel, tmp_path: Path
+) -> None:
+    start = tiny_dflash(tmp_path / "dflash", path)
+    heads = {"target_embedding": target.embedding, "target_lm_head": target.head}
+    trunk = DFlashDrafter.load(start, **CPU, **heads)
+    settings = SETTINGS.model_copy(update={"target_layers": list(trunk.target_layer_ids), "block_size": 8})
+    drafter = go_on_from(start, target, settings)
+    assert (drafter.config.from_anchor, drafter.config.max_drafts) == (False, 7)
+    drafter.save(tmp_path / "saved", torch.float32)
+    again = read_draft(tmp_path / "saved").load(**CPU, **heads)
+    assert isinstance(again, DSparkDrafter)
+    assert again.config == replace(drafter.config)
+    states = torch.randn(5, 8, 64, generator=torch.Generator().manual_seed(4))
+    bonus = torch.arange(5)
+    expected = trunk.propose(states, bonus, 7, trunk.head).token
+    for one in (drafter, again):
+        assert torch.equal(one.propose(states, bonus, 7, one.head).token, expected)
+    own = dict(again.named_parameters())
+    assert all(torch.equal(own[name], parameter) for name, parameter in trunk.named_parameters())
+    again.markov_head["markov_w2"].weight.normal_()
+    again.save(tmp_path / "later", torch.float32)
+    later = go_on_from(tmp_path / "later", target, settings.model_copy(update={"block_size": 12}))
+    assert later.config.max_drafts == 11
+    assert all(torch.equal(one, own[name]) for name, one in later.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_layers": [1, 4]}, r"dspark\.target_layers asks for \(1, 4\)"),
+        ({"source_layers": [5]}, r"has 2, dspark\.source_layers asks for 1"),
+        ({"mask_token_id": 3}, r"dspark\.mask_token_id asks for 3"),
+        ({"markov_rank": 16}, r"has 8, dspark\.markov_rank asks for 16"),
+    ],
+)
+def test_a_start_of_another_shape_is_refused(
+    target: TargetModel, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    initialise(target, SETTINGS).save(tmp_path / "start")
+    with pytest.raises(ConfigError, match=message):
+        go_on_from(tmp_path / "start", target, SETTINGS.model_copy(update=changes))
+
+
+class Trained(NamedTuple):
+    """A run from the command line, and its configuration."""
+
+    config: TrainConfig
+    target: Path
+    checkpoint: Path
+
+
+@pytest.fixture(scope="module")
+def trained(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Some epochs on a random target's own greedy answers."""
+    root = tmp_path_factory.mktemp("trained")
+    rows = [{"id": f"r{i}", "messages": [{"role": "user", "content": f"say {i}"}]} for i in range(16)]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny = yaml.safe_load((Path(train.__path__[0]) / "configs/tiny.yaml").read_text())
+    tiny |= {"target": str(path), "work": str(root / "work"), "block_drafter": "dspark"}
+    tiny["data"] |= {"prompts": [str(root / "prompts.jsonl")], "temperature": 0.0}
+    tiny["dspark"]["loop"] |= {"epochs": 30, "learning_rate": 2e-3}
+    file = root / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tiny))
+    for command in ("data", "dspark"):
+        result = CliRunner().invoke(app, ["train", "--step", command, "--config", str(file), "--json"])
+        assert result.exit_code == 0, result.output
+    return Trained(load_config(file), path, Path(json.loads(result.stdout)["checkpoint"]))
+
+
+def test_the_loss_falls(trained: Trained) -> None:
+    log = json.loads((trained.checkpoint / "provenance.json").read_text())["log"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    first, last = (sum(part) / len(part) for part in (losses[:4], losses[-4:]))
+    print(f"loss {first:.3f} at the start, {last:.3f} at the end")
+    assert last < 0.9 * first
+    assert all(entry["confidence_loss"] > 0 for entry in log if "loss" in entry)
+
+
+def test_a_trained_drafter_is_served_and_accepts_what_its_replay_says(trained: Trained) -> None:
+    """Greedy text is plain decoding's; every round accepts what the Markov head's replay does."""
+    prompts = [list(range(30 + 7 * i, 60 + 9 * i)) for i in range(4)]
+    with engine(trained.target) as e:
+        expected = e.generate(prompts, max_new_tokens=48)
+    reference = ReferenceTarget(trained.target)
+    comparison, steps = Comparison(reference), {f"p{i}": [] for i in range(len(prompts))}
+    flags = {"draft": trained.checkpoint, "whiflash_router": "diffusion", "whiflash_lookup": "off"}
+    with engine(trained.target, whiflash=flags) as e:
+        for name, prompt in zip(steps, prompts, strict=True):
+            e.submit(name, prompt, max_new_tokens=48)
+        e.run(lambda: [steps[name].append(len(e.requests[name].output_ids)) for name in steps])
+        found = {name: e.output(name) for name in steps}
+    accepted = 0
+    for (name, prompt), wanted in zip(zip(steps, prompts, strict=True), expected, strict=True):
+        comparison.check(prompt, wanted, found[name], name)
+        rounds = replayed(reference, trained.checkpoint, [*prompt, *found[name]], len(prompt))
+        for before, after in pairwise(sorted({n for n in steps[name] if n})):
+            if after < 48:
+                assert after - before == int(rounds.accepted["diffusion"][before - 1]) + 1, (
+                    f"{name} at {before}"
+                )
+                accepted += after - before - 1
+    print(f"{comparison.summary()}; {accepted} drafts accepted, round by round as replayed")
+    assert accepted > 5
+
+
+def replayed(target: ReferenceTarget, checkpoint: Path, text: list[int], prompt: int) -> Any:
+    """Rounds of the block drafter at every position of the answer in `text`."""
+    capture = sorted(read_draft(checkpoint).config.target_layer_ids)
+    forward = target.forward(text[:-1], capture)
+    record = SequenceRecord("a", "chat", prompt, len(text), False, False, 0, 0)
+    pair = Pair.load(Parts({"diffusion": checkpoint}), target.model)
+    return replay_drafters(pair, Stored(record, torch.tensor(text), forward.features, forward.final), capture)
+
+
+def test_a_bundle_with_it_is_evaluated(trained: Trained, tmp_path: Path) -> None:
+    train_eagle3(trained.config, trained.target)
+    bundle = assemble(trained.config, tmp_path / "bundle", "tiny")
+    manifest = json.loads((bundle / "whiflash.json").read_text())
+    assert (manifest["dflash"], manifest["dflash_vocabulary"]) == ("dspark", "eagle3")
+    assert block_size_of(bundle / "dspark", None) == 5
+    options = EvaluationSettings(
+        max_new_tokens=24, work=tmp_path / "work", hardware=Hardware(dtype="float32")
+    )
+    result = evaluate_bundle(bundle, trained.config.work.parent / "prompts.jsonl", options)
+    assert result["overall"]["acceptance_length"]["diffusion"] > 1
+    assert "entropy" in result["overall"]["acceptance_length"]
+    assert "neural" not in result["overall"]["acceptance_length"], "the bundle has no router"
+    again = evaluate_bundle(bundle, trained.config.work.parent / "prompts.jsonl", options)
+    assert json.dumps(again) == json.dumps(result), "kept replays"
+
+
+def test_a_configuration_without_the_section_says_so(trained: Trained) -> None:
+    without = trained.config.model_copy(update={"dspark": None})
+    with pytest.raises(ConfigError, match="no section dspark"):
+        train_dspark(without, trained.target)
+
+
+def test_what_a_published_drafter_adds_is_not_lost(target: TargetModel, tmp_path: Path) -> None:
+    """A trunk with settings of its own is not gone on from: they could not be written."""
+    initialise(target, SETTINGS).save(tmp_path / "start")
+    config = json.loads((tmp_path / "start/config.json").read_text())
+    (tmp_path / "start/config.json").write_text(json.dumps(config | {"attention_value_scale": 2.0}))
+    with pytest.raises(ConfigError, match="settings of its own"):
+        go_on_from(tmp_path / "start", target, SETTINGS)
+
+
+def test_the_markov_head_reads_the_row_in_front(target: TargetModel) -> None:
+    """Every head type: latents of a whole block are those of drafting token by token."""
+    for kind in ("vanilla", "gated", "rnn"):
+        drafter = training(target, SETTINGS.model_copy(update={"markov_head": kind})).drafter.eval()
+        states = torch.randn(3, drafter.block_size, 64, generator=torch.Generator().manual_seed(6))
+        bonus = torch.tensor([5, 70, 80])
+        with torch.no_grad():
+            drafted = drafter.propose(states, bonus, 4, drafter.head).token
+            before = torch.cat([bonus[:, None], drafted[:, :-1]], 1)
+            rows = drafter.draft_rows(states, 4)
+            matrix = drafter.get_parameter("markov_head.markov_w2.weight")
+            logits = rows @ target.head.T + F.linear(drafter.latents(rows, before), matrix)
+        assert torch.equal(logits.argmax(-1), drafted), kind

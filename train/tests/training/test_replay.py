@@ -1,0 +1,163 @@
+"""Training's packed passes against drafting one token after the other, as a server would."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from torch import Tensor
+
+from whiflash_sglang.checkpoints.manifest import Lookup
+from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
+from whiflash_sglang.models.choice import Choice
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.dflash_config import LayerSpan
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_train.drafters.batches import Batch, unpack
+from whiflash_train.drafters.dflash import choose_anchors, run_blocks
+from whiflash_train.drafters.eagle3 import plan_chains, unroll
+from whiflash_train.replay import Chain, ReplayLog, Rounds, replay_lookup
+from whiflash_train.target import TargetModel
+
+CAPTURE = [0, 1, 2, 3, 4]
+LENGTHS, PROMPTS = [14, 9, 4], [5, 3, 3]
+
+
+class Pair:
+    """A tiny target with both drafters and a batch of three random sequences."""
+
+    def __init__(self, root: Path) -> None:
+        path = tiny_target(root / "target")
+        options = {"device": torch.device("cpu"), "dtype": torch.float32}
+        self.target = TargetModel(path, **options)
+        heads = {"target_embedding": self.target.embedding, "target_lm_head": self.target.head}
+        self.eagle3 = Eagle3Drafter.load(tiny_eagle3(root / "eagle3", path), **options, **heads)
+        self.dflash = DFlashDrafter.load(tiny_dflash(root / "dflash", path), **options, **heads)
+        torch.manual_seed(0)
+        rows = sum(LENGTHS) - len(LENGTHS)
+        self.batch: Batch = unpack(
+            torch.randint(0, 256, (sum(LENGTHS),)),
+            torch.randn(rows, len(CAPTURE), 64),
+            torch.randn(rows, 64),
+            torch.tensor(LENGTHS),
+            torch.tensor(PROMPTS),
+        )
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(tmp_path_factory.mktemp("pair"))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    share = q.shape[1] // k.shape[1]
+    parts = (q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1))
+    q, k, v = (part.transpose(0, 1)[None] for part in parts)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)[0].transpose(0, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("own_drafts", [False, True])
+def test_every_chain_equals_drafting_it_alone(pair: Pair, own_drafts: bool) -> None:
+    columns, steps = [0, 2, 4], 4
+    plan = plan_chains(pair.batch)
+    packed = list(unroll(pair.eagle3, pair.batch, plan, columns, steps, own_drafts))
+    row = 0
+    for span in pair.batch.spans:
+        tokens = pair.batch.tokens[span.token : span.token + span.length]
+        features = pair.batch.features[span.feature : span.feature + span.length - 1, columns].flatten(1)
+        fused = pair.eagle3.fuse(features)
+        for root in range(span.prompt - 1, span.length - 2):
+            places = torch.arange(root)
+            cache = [pair.eagle3.keys_values(tokens[1 : root + 1], fused[:root], places)]
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, cache: list = cache) -> Tensor:
+                cache.append((k, v))
+                return attention(q, torch.cat([k for k, _ in cache]), torch.cat([v for _, v in cache]))
+
+            hidden, drafted = fused[root : root + 1], tokens[root + 1 : root + 2]
+            for step in range(min(steps, span.length - 2 - root)):
+                place = root + step
+                given = drafted if own_drafts else tokens[place + 1 : place + 2]
+                hidden, logits_hidden = pair.eagle3(given, hidden, torch.tensor([place]), attend)
+                expected = pair.eagle3.logits(logits_hidden)[0]
+                torch.testing.assert_close(packed[step][row], expected, rtol=1e-4, atol=1e-4)
+                drafted = pair.eagle3.target_ids(expected.argmax(-1, keepdim=True))
+                assert pair.batch.tokens[plan.label_tokens[plan.label[row] + step]] == tokens[place + 2]
+            row += 1
+    assert row == len(plan.position)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spans", [(), (LayerSpan(True, 3), LayerSpan(True))], ids=["whole", "windows"])
+def test_every_block_equals_drafting_it_alone(
+    pair: Pair, spans: tuple[LayerSpan, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair.dflash, "config", replace(pair.dflash.config, spans=spans))
+    columns = list(pair.dflash.target_layer_ids)
+    blocks = choose_anchors(pair.batch, per_token=1.0)
+    packed = run_blocks(pair.dflash, pair.batch, blocks, columns)
+    row = 0
+    for span in pair.batch.spans:
+        features = pair.batch.features[span.feature : span.feature + span.length - 1, columns].flatten(1)
+        fused = pair.dflash.fuse(features)
+        for anchor in range(span.prompt, span.length - 1):
+            keys, values = pair.dflash.keys_values(fused[:anchor], torch.arange(anchor))
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, keys=keys, values=values) -> Tensor:
+                own, anchor = spans[layer] if spans else LayerSpan(), keys.shape[1]
+                back = torch.arange(anchor, anchor + 8)[:, None] - torch.arange(anchor + 8)
+                seen = (back >= 0) | torch.tensor(not own.causal)
+                if own.window is not None:
+                    seen &= back <= own.window
+                return attention(q, torch.cat([keys[layer], k]), torch.cat([values[layer], v]), seen)
+
+            inputs = torch.full((8,), pair.dflash.mask_token_id)
+            inputs[0] = pair.batch.tokens[span.token + anchor]
+            expected = pair.dflash(inputs[None], torch.arange(anchor, anchor + 8)[None], attend)[0]
+            torch.testing.assert_close(packed[row], expected, rtol=1e-4, atol=1e-4)
+            row += 1
+    assert row == len(blocks.anchor)
+
+
+def test_a_copy_goes_on_behind_drafts_right_or_wrong() -> None:
+    text = [1, 2, 3, 4, 5, 6, 7, 8]
+    prompt = [*text, 9, *text, 9]
+    right, wrong, unsure = Chain([3, 4], [1.0, 1.0]), Chain([6, 7], [1.0, 1.0]), Chain([3, 4], [0.1, 0.01])
+    copied = replay_lookup(
+        [*prompt, 2, 3, 4, 5],
+        len(prompt),
+        Lookup(),
+        MatchCalibration(EVEN_ODDS),
+        {"a": [right] * 3, "b": [wrong] * 3, "c": [unsure] * 3},
+    )
+    assert [copied.behind[arm][0].tokens[:1] for arm in "abc"] == [[5], [8], []]
+    assert copied.behind["a"][2].tokens == [], "nothing is left of the answer"
+    assert right.followed_by(copied.behind["a"][0]).tokens == [3, 4, 5]
+
+
+def test_a_drafter_expects_what_its_confidences_come_to() -> None:
+    rounds = Rounds({}, {}, {})
+    choice = Choice(torch.tensor([[7, 8, 9]]), torch.tensor([[0.5, 0.5, 1.0]]))
+    rounds.add("diffusion", torch.tensor([[True, False, True]]), choice)
+    assert rounds.accepted["diffusion"].tolist() == [1]
+    assert rounds.chains["diffusion"] == [Chain([7, 8, 9], [0.5, 0.25, 0.25])]
+
+
+def test_kept_rounds_are_read_again_and_a_half_written_answer_is_not(tmp_path: Path) -> None:
+    pair = SimpleNamespace(digest="x", drafters={"ar": None})
+    log = ReplayLog(tmp_path, pair)
+    tokens, alive = np.array([[5, 6], [7, 8]], np.int32), np.array([[0.75, 0.5], [0.5, 0.0]], np.float32)
+    for name in ("a", "b"):
+        log.add(name, Rounds({"ar": np.array([2, 0])}, {"ar": tokens}, {"ar": alive}))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    again = ReplayLog(tmp_path, pair)
+    assert list(again.known) == ["a"]
+    assert again.known["a"].accepted["ar"].tolist() == [2, 0]
+    assert again.known["a"].alive["ar"].sum(1).tolist() == [1.25, 0.5]
+    assert len(file.read_text().splitlines()) == 1

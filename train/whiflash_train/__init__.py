@@ -1,0 +1,3 @@
+"""Drafters, trained on answers of their target."""
+
+__version__ = "0.1.0"

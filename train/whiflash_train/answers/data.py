@@ -1,0 +1,192 @@
+"""`whiflash train --step data`: prompts in, the target's answers and features out, resumable at any sequence."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whiflash_sglang.embedded import ensure_target
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.progress import progress
+from whiflash_train.answers.prompts import PromptRow, balanced, check_ids, prepare, read_rows
+from whiflash_train.answers.provenance import check_same_run
+from whiflash_train.answers.served import Answer, ServedTarget, serve
+from whiflash_train.answers.store import FeatureStore, SequenceRecord, has_answers, open_stores
+from whiflash_train.config import Data, TrainConfig
+
+_MIN_ANSWER = 4
+_RESERVE = 2**30  # bytes left free on the disk
+
+
+@dataclass
+class DataSummary:
+    """Counts of a run. elsewhere: prompts of this share that another shard of the work directory has answered."""
+
+    sequences: int = 0
+    elsewhere: int = 0
+    answer_tokens: int = 0
+    skipped: int = 0
+    looped: int = 0
+    stopped: str | None = None
+
+
+def is_embedded(target: str) -> bool:
+    """Whether a configuration or a manifest names the embedded target."""
+    return target == "embedded" or target.startswith("embedded:")
+
+
+def target_path(name: str) -> Path:
+    """`embedded`, a local directory or a hub id → a local directory."""
+    if is_embedded(name):
+        return ensure_target()
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    files = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+    return Path(snapshot_download(name, allow_patterns=files))
+
+
+def teacher_of(config: TrainConfig, shard: str) -> AbstractContextManager[ServedTarget]:
+    """The configuration's target, for a shard of that name. Raises ConfigError if it cannot be run."""
+    return serve(
+        target_path(config.target),
+        config.target,
+        config.capture,
+        config.data,
+        config.hardware,
+        work=config.work,
+        template=config.chat_template,
+        seed=config.seed,
+        shard=shard,
+    )
+
+
+def generate_data(config: TrainConfig) -> DataSummary:
+    """Answer the configured prompts into `<work>/data/shard<i>of<n>`; goes on where a killed run stopped."""
+    if config.hardware.threads:
+        torch.set_num_threads(config.hardware.threads)
+    index, count = config.data.shard
+    rows = [row for source in config.data.prompts for row in read_prompts(source)]
+    check_ids(rows)
+    ordered = list(balanced(rows, config.data.category_weights, config.seed))[: config.data.limit][
+        index::count
+    ]
+    shard = f"shard{index}of{count}"
+    directory = config.work / "data" / shard
+    if has_answers(directory):
+        # Before the target is started: starting it writes what drafters of these data begin with.
+        check_same_run(directory, _facts(config), begun=True)
+    with teacher_of(config, shard) as target:
+        store = FeatureStore(
+            directory,
+            vectors=len(config.capture) + 1,
+            hidden=target.hidden_size,
+            layers=config.capture,
+        )
+        check_same_run(store.path, _facts(config), begun=bool(store.records))
+        store.truncate_to_index()
+        elsewhere = {r.id for other in open_stores(config) if other.path != store.path for r in other.records}
+        mine = [row for row in ordered if row["id"] not in elsewhere]
+        summary = answer_rows(mine, target, store)
+    summary.elsewhere = len(ordered) - len(mine)
+    if not store.records and not summary.elsewhere:
+        raise ValueError(
+            f"none of {len(ordered)} prompts gave an answer ({summary.skipped} skipped, for the reasons above)"
+        )
+    return summary
+
+
+def _facts(config: TrainConfig) -> dict[str, Any]:
+    """Facts that decide an answer, rounding apart."""
+    template = config.chat_template
+    engine = {"data.engine": config.data.engine} if config.data.engine else {}
+    return {
+        "configuration": {
+            **engine,
+            **config.model_dump(mode="json", include={"target", "seed"}),
+            "data": config.data.model_dump(
+                mode="json", include={"temperature", "max_new_tokens", "tool_choice_required"}
+            ),
+            "chat_template": None if template is None else template.read_text(encoding="utf-8"),
+            "hardware.dtype": config.hardware.dtype,
+        }
+    }
+
+
+def answer_rows(
+    rows: Sequence[dict[str, Any]],
+    target: ServedTarget,
+    store: FeatureStore,
+    *,
+    keep_loops: bool = False,
+) -> DataSummary:
+    """Generate answers to `rows` that `store` does not hold yet, and append them."""
+    known = {record.id for record in store.records}
+    settings, summary = target.settings, DataSummary(sequences=len(known))
+
+    def prompts() -> Iterator[PromptRow]:
+        for row in rows:
+            if row["id"] not in known:
+                yield prepare(row, target.tokenizer, target.template, settings.tool_choice_required)
+
+    def skip(prompt: PromptRow, reason: str) -> None:
+        summary.skipped += 1
+        bar.console.print(f"skipped {prompt.category} {prompt.id}: {reason}", highlight=False)
+
+    with progress() as bar:
+        task = bar.add_task("answering prompts", total=len(rows), completed=len(known))
+        for answer in target.answers(prompts(), skip, keep_loops=keep_loops):
+            bar.update(task, advance=1, description=f"{summary.answer_tokens:,} answer tokens")
+            summary.stopped = _out_of_space(store, settings)
+            if summary.stopped:
+                break
+            _keep(answer, store, summary)
+    return summary
+
+
+def read_prompts(source: str) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, or of a Hugging Face data set (`hf:<id>` with a `messages` column)."""
+    if not source.startswith("hf:"):
+        return read_rows(Path(source))
+    from datasets import load_dataset
+
+    rows = [dict(row) for row in load_dataset(source.removeprefix("hf:"), split="train")]
+    if not rows or "messages" not in rows[0]:
+        raise ConfigError(f"{source}: the data set needs a 'messages' column in the OpenAI format")
+    for number, row in enumerate(rows):
+        row.setdefault("id", f"{source}-{number}")
+        row.setdefault("category", "chat")
+    return rows
+
+
+def _keep(answer: Answer, store: FeatureStore, summary: DataSummary) -> None:
+    length = len(answer.tokens) - len(answer.prompt.tokens)
+    if length < _MIN_ANSWER:
+        return
+    record = SequenceRecord(
+        id=answer.prompt.id,
+        category=answer.prompt.category,
+        prompt_length=len(answer.prompt.tokens),
+        length=len(answer.tokens),
+        looped=answer.looped,
+        finished=answer.finished,
+        token_offset=0,
+        feature_offset=0,
+    )
+    store.append(record, answer.tokens, answer.states)
+    summary.sequences += 1
+    summary.answer_tokens += length
+    summary.looped += answer.looped
+
+
+def _out_of_space(store: FeatureStore, settings: Data) -> str | None:
+    if store.bytes_used > settings.max_disk_gb * 1e9:
+        return f"data.max_disk_gb ({settings.max_disk_gb}) is reached; everything so far is kept"
+    if shutil.disk_usage(store.path).free < _RESERVE:
+        return f"less than {_RESERVE >> 30} GiB are free in {store.path}; everything so far is kept"
+    return None

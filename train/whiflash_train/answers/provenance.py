@@ -1,0 +1,130 @@
+"""Records of a run, written beside what it makes.
+
+`provenance.json` holds command, revision, versions, data, hardware and time. `run.json` holds the data, the
+configuration and the starting point that a run which goes on must share with the run that began.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.jsonl import read_json, read_json_file, write_whole
+from whiflash_train.answers.store import FeatureStore, SequenceRecord
+from whiflash_train.config import TrainConfig
+from whiflash_train.provenance import made_by
+
+_PACKAGES = ("torch", "transformers", "xgrammar", "safetensors", "sglang", "whiflash-sglang")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """A record begun when a run starts and written when it ends."""
+
+    began: float
+    record: dict[str, Any]
+
+    @classmethod
+    def start(cls, config: TrainConfig, stores: list[FeatureStore]) -> "Provenance":
+        """Collect everything that is known at the start."""
+        settings = config.model_dump(mode="json", exclude={"work", "chat_template"})
+        return cls(
+            time.time(),
+            {
+                **made_by(_PACKAGES),
+                "threads": torch.get_num_threads(),
+                "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+                "config": settings,
+                "data": [_describe(store) for store in stores],
+            },
+        )
+
+    def finish(self, directory: Path, results: dict[str, Any]) -> None:
+        """Write `provenance.json` into `directory`."""
+        record = {**self.record, "wall_seconds": round(time.time() - self.began, 1), **results}
+        (directory / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _describe(store: FeatureStore) -> dict[str, Any]:
+    """Size of a shard and a digest of the sequences that it names."""
+    return {"sequences": len(store.records), "index_sha256": digest_of(store.records)}
+
+
+def digest_of(records: Sequence[SequenceRecord]) -> str:
+    """SHA-256 of an index: names data, not its content."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record).encode())
+    return digest.hexdigest()
+
+
+RECORD = "run.json"
+
+
+def check_same_run(directory: Path, facts: Mapping[str, Any], *, begun: bool) -> None:
+    """Compare `facts` with those that the run in `directory` began with; keep them where it begins now.
+
+    Args:
+        facts: JSON values by name, nested as they like.
+        begun: whether there is something to go on from.
+
+    Raises:
+        ConfigError: naming what has changed.
+    """
+    record = directory / RECORD
+    now = _flat(read_json(json.dumps(facts)))
+    if not begun:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(record, json.dumps(now, indent=1) + "\n")
+        return
+    if not record.exists():
+        raise ConfigError(
+            f"{directory} does not record the arguments of its run ({RECORD} is missing); remove it to start over"
+        )
+    before = read_json_file(record)
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if changed:
+        what = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed[:3])
+        more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ConfigError(
+            f"{directory} holds a run with other arguments: {what}{more}. Repeat them, "
+            "or remove that directory to start over"
+        )
+
+
+def data_digest(store: FeatureStore) -> str:
+    """SHA-256 of a shard's index and token ids; features follow from them."""
+    digest = hashlib.sha256()
+    for record in store.records:
+        digest.update(json.dumps(record).encode())
+    with (store.path / "tokens.bin").open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def checkpoint_digest(checkpoint: Path | None) -> str | None:
+    """SHA-256 of a checkpoint's configuration and weights; None for none."""
+    if checkpoint is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted((*checkpoint.glob("*.safetensors"), checkpoint / "config.json")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _flat(facts: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(facts, dict):
+        return {prefix: facts}
+    return {
+        name: value
+        for key, part in facts.items()
+        for name, value in _flat(part, f"{prefix}.{key}" if prefix else key).items()
+    }

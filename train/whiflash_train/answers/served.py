@@ -1,0 +1,183 @@
+"""Answers and features of a target that SGLang's offline engine runs and captures."""
+
+import os
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from whiflash_sglang.checkpoints.fit import TargetShape
+from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_train.answers.prompts import GrammarSpec, PromptRow, server_parameter
+from whiflash_train.config import Data, Hardware
+from whiflash_train.rounds import loop_start
+
+if TYPE_CHECKING:
+    from whiflash_train.engine.offline import OfflineEngine
+
+R = TypeVar("R")
+
+
+class Answer(NamedTuple):
+    """A finished generation: `tokens` prompt and answer, `states` [len(tokens) - 1, captured + 1, H]."""
+
+    prompt: PromptRow
+    tokens: list[int]
+    states: Tensor
+    looped: bool
+    finished: bool
+
+
+class Skipped(NamedTuple):
+    """A prompt that SGLang refuses."""
+
+    prompt: PromptRow
+    reason: str
+
+
+@dataclass(frozen=True)
+class ServedTarget:
+    """The target while data are made: it answers prompts, and gives the features of texts.
+
+    template: Jinja text instead of the tokenizer's own. capture: layers whose outputs are the features, ascending.
+    """
+
+    engine: "OfflineEngine"
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None
+    capture: list[int]
+    hidden_size: int
+    dtype: torch.dtype
+    settings: Data
+
+    def answers(
+        self,
+        prompts: Iterable[PromptRow],
+        on_skip: Callable[[PromptRow, str], None],
+        *,
+        keep_loops: bool = False,
+    ) -> Iterator[Answer]:
+        """Yield answers as they finish. Prompts that SGLang refuses, as those that are too long, go to `on_skip`.
+
+        A closing loop is cut off unless `keep_loops`.
+        """
+        requests = (self._answer(prompt, keep_loops) for prompt in prompts)
+        for done in self._completed(requests):
+            if isinstance(done, Skipped):
+                on_skip(*done)
+            else:
+                yield done
+
+    def states(self, texts: Iterable[tuple[int, list[int]]]) -> Iterator[tuple[int, Tensor]]:
+        """Features and final states [T, captured + 1, H] of texts, with their keys, as they are done."""
+
+        async def one(key: int, text: list[int]) -> tuple[int, Tensor]:
+            try:
+                return key, await self._features(text)
+            except ValueError as error:
+                raise WhiflashError(f"text {key}, of {len(text)} tokens: {error}") from error
+
+        yield from self._completed(one(*text) for text in texts)
+
+    def _completed(self, requests: Iterator[Coroutine[Any, Any, R]]) -> Iterator[R]:
+        return self.engine.completed(requests, self.settings.at_once)
+
+    async def _features(self, tokens: list[int]) -> Tensor:
+        states = await self.engine.features(tokens, self.dtype)
+        return states.view(len(tokens), len(self.capture) + 1, self.hidden_size)
+
+    async def _answer(self, prompt: PromptRow, keep_loops: bool) -> Answer | Skipped:
+        try:
+            answer, finished = await self.engine.answer(prompt.tokens, **self._sampling(prompt.grammar))
+            # The token that ends an answer is no part of a loop.
+            loop = loop_start(answer[:-1] if finished else answer)
+            if loop is not None and not keep_loops:
+                answer, finished = answer[:loop], False
+            tokens = [*prompt.tokens, *answer]
+            # SGLang takes prompts that are a few tokens shorter than what an answer may fill.
+            states = await self._features(tokens[:-1])
+        except WhiflashError:  # of this package: no refusal of SGLang's
+            raise
+        except ValueError as error:
+            return Skipped(prompt, str(error))
+        return Answer(prompt, tokens, states, looped=loop is not None, finished=finished)
+
+    def _sampling(self, grammar: GrammarSpec | None) -> dict[str, Any]:
+        settings = self.settings
+        chosen = {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
+        return chosen | ({} if grammar is None else server_parameter(grammar))
+
+
+@contextmanager
+def serve(
+    path: Path,
+    name: str,
+    capture: list[int],
+    data: Data,
+    hardware: Hardware,
+    *,
+    work: Path,
+    template: Path | None,
+    seed: int,
+    shard: str = "answers",
+) -> Iterator[ServedTarget]:
+    """The target at `path`, called `name`, in an engine. Tensors that drafters take over from it go to `work/target`.
+
+    Raises:
+        ConfigError: SGLang does not know its layers' outputs, or the engine cannot be started so.
+    """
+    from whiflash_train.engine.offline import OfflineEngine, Place
+
+    shape = TargetShape.read(path / "config.json")
+    if capture[-1] >= shape.num_layers - 1:
+        raise ConfigError(
+            f"capture {capture}: the layers that can be captured are 0 to {shape.num_layers - 2}"
+        )
+    if hardware.device == "cpu" and torch.cuda.is_available():
+        raise ConfigError(
+            "hardware.device 'cpu': this machine has a GPU, and SGLang computes there; give 'cuda', or hide the GPU "
+            "(CUDA_VISIBLE_DEVICES=)"
+        )
+    with _threads(hardware.threads):
+        engine = OfflineEngine(
+            path,
+            capture,
+            Place(name, work / "target", work / "passing" / shard),
+            data.engine,
+            dtype=hardware.dtype,
+            device=hardware.device,
+            random_seed=seed,
+        )
+    try:
+        remote = bool(data.engine.get("trust_remote_code"))
+        yield ServedTarget(
+            engine,
+            AutoTokenizer.from_pretrained(path, trust_remote_code=remote),
+            None if template is None else template.read_text(encoding="utf-8"),
+            capture,
+            shape.hidden_size,
+            hardware.torch_dtype,
+            data,
+        )
+    finally:
+        engine.close()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads in the processes that are started in here; 0: as many as there are cores."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    if count:
+        os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield
+    finally:
+        if count and before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        elif count and before is not None:
+            os.environ["OMP_NUM_THREADS"] = before

@@ -1,0 +1,176 @@
+"""An append-only store of generated sequences and the target's features, safe against being killed.
+
+Layout of a directory: `tokens.bin` (int32), `features.bin` (bf16, `[sum of lengths - 1, vectors, H]`), and
+`index.jsonl`, one line per sequence, written last. Sequences that the index does not name are cut off on reopening, so
+a reader or a resumed writer sees whole ones only.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whiflash_sglang.jsonl import lines_of, read_json, read_json_file
+from whiflash_train.config import TrainConfig
+
+
+class SequenceRecord(NamedTuple):
+    """One line of the index. `length` counts prompt and answer; `looped`: the answer was cut."""
+
+    id: str
+    category: str
+    prompt_length: int
+    length: int
+    looped: bool
+    finished: bool
+    token_offset: int
+    feature_offset: int
+
+    @property
+    def feature_length(self) -> int:
+        """Rows of features: the last token was never fed to the target."""
+        return self.length - 1
+
+
+class Sequence(NamedTuple):
+    """`tokens` [N] int64; `features` [N - 1, vectors - 1, H]; `final` [N - 1, H] (after the final norm)."""
+
+    record: SequenceRecord
+    tokens: Tensor
+    features: Tensor
+    final: Tensor
+
+
+class FeatureStore:
+    """Sequences on disk with `vectors` hidden states of size `hidden` per token, the last one the final
+    state.
+    """
+
+    def __init__(self, path: Path, *, vectors: int, hidden: int, layers: list[int]) -> None:
+        """Open or create. Raises `ValueError` where the directory was written with other layers or sizes."""
+        path.mkdir(parents=True, exist_ok=True)
+        self.path, self.vectors, self.hidden, self.layers = path, vectors, hidden, layers
+        shape = {"vectors": vectors, "hidden": hidden, "layers": layers}
+        meta = path / "meta.json"
+        if meta.exists():
+            found = read_json_file(meta)
+            if found != shape:
+                raise ValueError(
+                    f"{path} holds features of {found}, this run needs {shape}; use another directory"
+                )
+        else:
+            meta.write_text(json.dumps(shape))
+        self.records = _read_index(path / "index.jsonl")
+        self._row_bytes = vectors * hidden * 2
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of tokens and features that the index names."""
+        if not self.records:
+            return 0
+        last = self.records[-1]
+        return (last.token_offset + last.length) * 4 + self._feature_end() * self._row_bytes
+
+    def truncate_to_index(self) -> None:
+        """Drop what a killed writer left behind. Call once, before the first `append`."""
+        ends = {"tokens.bin": self._token_end() * 4, "features.bin": self._feature_end() * self._row_bytes}
+        for name, end in ends.items():
+            with (self.path / name).open("ab") as file:
+                file.truncate(end)
+        index = self.path / "index.jsonl"
+        index.write_text("".join(json.dumps(record._asdict()) + "\n" for record in self.records))
+
+    def append(self, record: SequenceRecord, tokens: list[int], states: Tensor) -> None:
+        """Add one sequence: `states` [length - 1, vectors, H]. Offsets in `record` are filled in here.
+
+        Raises `OSError` (no space) with everything before it intact.
+        """
+        record = record._replace(token_offset=self._token_end(), feature_offset=self._feature_end())
+        if states.shape != (record.feature_length, self.vectors, self.hidden):
+            raise ValueError(
+                f"{record.id}: features {tuple(states.shape)} do not fit a length of {record.length}"
+            )
+        payload = states.to(torch.bfloat16).contiguous().cpu().view(torch.int16).numpy()
+        _append(self.path / "tokens.bin", np.asarray(tokens, dtype=np.int32).tobytes())
+        _append(self.path / "features.bin", payload.tobytes())
+        _append(self.path / "index.jsonl", (json.dumps(record._asdict()) + "\n").encode())
+        self.records.append(record)
+
+    def read(self, record: SequenceRecord) -> Sequence:
+        """One sequence, copied into memory."""
+        raw = np.fromfile(
+            self.path / "features.bin",
+            dtype=np.int16,
+            count=record.feature_length * self.vectors * self.hidden,
+            offset=record.feature_offset * self._row_bytes,
+        )
+        states = torch.from_numpy(raw).view(torch.bfloat16).view(-1, self.vectors, self.hidden)
+        return Sequence(record, self.read_tokens(record), states[:, :-1], states[:, -1])
+
+    def read_tokens(self, record: SequenceRecord) -> Tensor:
+        """Token ids [length] int64 of one sequence."""
+        tokens = np.fromfile(
+            self.path / "tokens.bin", dtype=np.int32, count=record.length, offset=record.token_offset * 4
+        )
+        return torch.from_numpy(tokens).long()
+
+    def _token_end(self) -> int:
+        return self.records[-1].token_offset + self.records[-1].length if self.records else 0
+
+    def _feature_end(self) -> int:
+        return self.records[-1].feature_offset + self.records[-1].feature_length if self.records else 0
+
+
+def has_answers(path: Path) -> bool:
+    """Whether there are sequences in a directory, which need not exist."""
+    return bool(_read_index(path / "index.jsonl"))
+
+
+def unique_answers(stores: Iterable[FeatureStore]) -> list[tuple[FeatureStore, SequenceRecord]]:
+    """Every answer of `stores`, but one a prompt: where shards answered the same prompt, the first one's.
+
+    Two answers to a prompt are the target's two ways out of a tie; together they would count for twice as much.
+    """
+    found: dict[str, tuple[FeatureStore, SequenceRecord]] = {}
+    for store in stores:
+        for record in store.records:
+            found.setdefault(record.id, (store, record))
+    return list(found.values())
+
+
+def _append(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
+        file.flush()
+        if path.suffix == ".jsonl":
+            os.fsync(file.fileno())
+
+
+def _read_index(path: Path) -> list[SequenceRecord]:
+    if not path.exists():
+        return []
+    records = []
+    for _, line in lines_of(path.read_text(encoding="utf-8")):
+        try:
+            records.append(SequenceRecord(**read_json(line)))
+        except (ValueError, TypeError):
+            break  # a half-written last line of a killed run
+    return records
+
+
+def open_stores(config: TrainConfig) -> list[FeatureStore]:
+    """Every shard that `whiflash train --step data` has written so far under the work directory.
+
+    Raises `ValueError` where a shard holds other layers than the configuration captures.
+    """
+    stores = []
+    for path in sorted((config.work / "data").glob("shard*")):
+        meta = read_json_file(path / "meta.json")
+        shape = {"vectors": len(config.capture) + 1, "hidden": int(meta["hidden"])}
+        stores.append(FeatureStore(path, **shape, layers=config.capture))
+    return stores

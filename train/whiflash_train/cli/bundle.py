@@ -1,0 +1,130 @@
+"""`whiflash bundle`: drafters, router and manifest in one directory, from published checkpoints.
+
+`whiflash lab lookup-seed`: what a bundle's copying arm believes before it has seen anything."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from whiflash_sglang.cli import SERVE
+from whiflash_sglang.cli.options import JsonFlag, for_tables, report
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_ID = "hub id or directory"
+
+
+def register(app: typer.Typer, lab: typer.Typer) -> None:
+    bundle = typer.Typer(no_args_is_help=True)
+    app.add_typer(bundle, name="bundle", rich_help_panel=SERVE)
+
+    @bundle.callback()
+    def _bundle() -> None:
+        """Put drafters together for one target."""
+
+    lab.command("lookup-seed")(lookup_seed)
+
+    @bundle.command()
+    def create(
+        target: Annotated[str, typer.Option("--target", help=f"Served model: {_ID}.")],
+        out: Annotated[Path, typer.Option("--out", help="Directory to make; must not exist.")],
+        eagle3: Annotated[
+            str | None, typer.Option("--eagle3", help=f"Autoregressive drafter: {_ID}.")
+        ] = None,
+        dflash: Annotated[str | None, typer.Option("--dflash", help=f"Block drafter: {_ID}.")] = None,
+        router: Annotated[
+            str | None, typer.Option("--router", help=f"Neural router: {_ID}, or a .safetensors file.")
+        ] = None,
+        router_sign: Annotated[
+            Literal["ar-minus-diffusion", "diffusion-minus-ar"] | None,
+            typer.Option(
+                "--router-sign", help="Sign of the router's prediction, if its file does not name it."
+            ),
+        ] = None,
+        name: Annotated[
+            str | None, typer.Option("--name", help="Name of the bundle. Default: the directory's.")
+        ] = None,
+        as_json: JsonFlag = False,
+    ) -> None:
+        """Check that drafters fit a target by their config.json, and write a bundle that names them.
+
+        Hub ids (owner/name or owner/name@revision) are pinned to their current commit and fetched when the bundle is
+        served; directories are copied. One drafter is enough, but routers that choose between two are then refused.
+
+        \b
+        Example:
+        whiflash bundle create --target OWNER/TARGET --eagle3 OWNER/E3 --dflash OWNER/DF --out my-bundle
+        """
+        from whiflash_sglang.checkpoints.hub import check_place
+
+        for place in filter(None, (target, eagle3, dflash, router)):
+            check_place(place)  # before the seconds that reading formats takes
+        from whiflash_sglang.checkpoints.fit import Parts, create
+
+        manifest = create(Parts(target, eagle3, dflash, router, router_sign), out, name)
+        if as_json:
+            report(manifest, True)
+            return
+        parts = [part for part in ("target", "eagle3", "dflash") if part in manifest]
+        report({part: _place(manifest, part) for part in parts}, False)
+        model = target.partition("@")[0]
+        typer.echo(f"serve it: whiflash serve --model-path {model} --speculative-draft-model-path {out}")
+
+
+def _place(manifest: dict[str, object], part: str) -> str:
+    sources = manifest["sources"]
+    revision = sources[part].get("revision") if isinstance(sources, dict) else None
+    return f"{manifest[part]}{' at ' + revision if revision else ''}"
+
+
+def _table(seed: tuple[tuple[float, ...], ...]) -> "Table":
+    from rich.table import Table
+
+    from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
+
+    table = Table("match length", *(agreement.name.lower() for agreement in Agreement))
+    for length, chances in zip(BUCKETS, seed, strict=True):
+        table.add_row(f"{length} or more", *(f"{chance:.0%}" for chance in chances))
+    return table
+
+
+def lookup_seed(
+    tokens: Annotated[Path, typer.Argument(help="Token ids (.npz), as `whiflash lab export` writes them.")],
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Bundle whose whiflash.json takes the result. Default: print only."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure how often a copied token is right on a target's own answers, by match length and agreement.
+
+    \b
+    Example:
+    whiflash lab lookup-seed training_data/smollm2-135m-instruct/tokens.npz --bundle my-bundle
+    """
+    import json
+
+    from whiflash_sglang.checkpoints.hub import check_place
+    from whiflash_sglang.checkpoints.manifest import Lookup, load_manifest
+
+    check_place(str(tokens.absolute()))
+    settings = (load_manifest(bundle).lookup if bundle is not None else None) or Lookup()
+    from whiflash_sglang.lookup.seed import Answer, measure_seed
+    from whiflash_sglang.progress import tracked
+    from whiflash_train.answers.tokens import Exported
+
+    exported = Exported(tokens)
+    order = tracked(range(len(exported.ids)), "copying from answers")
+    answers = (Answer(exported.tokens(i).tolist(), int(exported.columns["prompt_lengths"][i])) for i in order)
+    seed = measure_seed(answers, settings.max_width)
+    if bundle is not None:
+        from whiflash_sglang.checkpoints.bundles import update_manifest
+
+        said = settings.model_dump(exclude_unset=True)
+        update_manifest(bundle, {"lookup": {**said, "seed": seed}})
+    if as_json:
+        typer.echo(json.dumps(seed))
+        return
+    for_tables().print(_table(seed))

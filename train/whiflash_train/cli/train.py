@@ -1,0 +1,264 @@
+"""`whiflash train`: answers, drafters and bundle. Every step is resumable and writes its provenance.
+
+`whiflash lab split`, `features` and `export`: parts that a shared set of answers needs. A configuration is read before
+torch is imported: what is wrong with it is said at once.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import typer
+
+from whiflash_sglang.cli import TRAIN
+from whiflash_sglang.cli.options import JsonFlag, report
+from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
+from whiflash_sglang.jsonl import write_whole
+from whiflash_train.answers.prompts import USERS
+
+if TYPE_CHECKING:
+    from whiflash_train.config import TrainConfig
+
+ConfigOption = Annotated[
+    Path,
+    typer.Option(
+        "--config", help="YAML or TOML file, or the name of a shipped one (smollm2-135m-instruct, tiny)."
+    ),
+]
+Step = Literal["data", "eagle3", "dflash", "dspark", "bundle"]
+
+
+def register(app: typer.Typer, lab: typer.Typer) -> None:
+    app.command(rich_help_panel=TRAIN)(train)
+    lab.command()(split)
+    lab.command()(features)
+    lab.command()(export)
+
+
+def resolve_config(path: Path) -> "TrainConfig":
+    """A file, or the name of a configuration shipped with the package."""
+    import whiflash_train as train
+    from whiflash_train.config import load_config
+
+    shipped = Path(train.__path__[0]) / "configs" / f"{path}.yaml"
+    return load_config(shipped if not path.exists() and shipped.exists() else path)
+
+
+class Asked(NamedTuple):
+    """Options of `whiflash train`: how each step differs from what the configuration says."""
+
+    out: Path | None = None
+    shard: tuple[int, int] | None = None
+    start_from: Path | None = None
+
+
+def train(
+    config: ConfigOption,
+    out: Annotated[
+        Path | None, typer.Option(help="Bundle directory; an existing one keeps its router and thresholds.")
+    ] = None,
+    step: Annotated[
+        Step | None, typer.Option(help="Take only this step. Default: all, in their order.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="With --step data: share of this process, such as 0/2.")
+    ] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="With --step of a drafter: checkpoint to continue from.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a pair of drafters for a target, and make a bundle of them; rerun to resume.
+
+    The steps: answer the prompts with the target and store tokens and features (data), train the autoregressive
+    drafter (eagle3) and the block drafter (dflash or dspark), put all together (bundle). The target runs in SGLang's
+    offline engine, for which data.engine of the configuration has arguments.
+
+    \b
+    Examples:
+    whiflash train --config smollm2-135m-instruct --out my-bundle
+    whiflash train --config smollm2-135m-instruct --step data --shard 0/2
+    """
+    asked = Asked(out, None if shard is None else _parse_shard(shard), start_from)
+    if shard is not None and step != "data":
+        raise UsageError(f"--shard {shard} divides answers: add --step data, or remove it")
+    if start_from is not None and step not in ("eagle3", "dflash", "dspark"):
+        raise UsageError(f"--start-from {start_from} is for one drafter: name it with --step")
+    if out is None and step in (None, "bundle"):
+        raise UsageError("--out is missing: name the directory of the bundle")
+    if start_from is not None and not start_from.is_dir():
+        raise ConfigError(f"--start-from {start_from}: no such directory")
+    done: dict[str, Any] = {}
+    with readable_errors():
+        settings = resolve_config(config)
+        steps = ("data", "eagle3", settings.block_drafter, "bundle") if step is None else (step,)
+        for name in steps:
+            done[name] = _STEPS[name](settings, asked)
+            if not as_json:
+                report({"step": name, **done[name]}, False)
+    if as_json:
+        report(done if step is None else done[step], True)
+
+
+def _answer(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    if asked.shard is not None:
+        data = settings.data.model_copy(update={"shard": asked.shard})
+        settings = settings.model_copy(update={"data": data})
+    from whiflash_train.answers.data import generate_data
+
+    return asdict(generate_data(settings))
+
+
+def _drafter(name: str) -> Callable[["TrainConfig", Asked], dict[str, Any]]:
+    def step(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
+        from whiflash_train.answers.data import target_path
+        from whiflash_train.drafters.runner import train_drafter
+
+        return {
+            "checkpoint": str(train_drafter(name, settings, target_path(settings.target), asked.start_from))
+        }
+
+    return step
+
+
+def _bundle(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
+    from whiflash_train.bundle import assemble
+
+    if asked.out is None:
+        raise AssertionError("checked by the caller")
+    assemble(settings, asked.out, asked.out.resolve().name)
+    return {"bundle": str(asked.out)}
+
+
+_STEPS: Mapping[str, Callable[["TrainConfig", Asked], dict[str, Any]]] = {
+    "data": _answer,
+    "eagle3": _drafter("eagle3"),
+    "dflash": _drafter("dflash"),
+    "dspark": _drafter("dspark"),
+    "bundle": _bundle,
+}
+
+
+def split(
+    train: Annotated[Path, typer.Argument(help="Training prompts (JSON lines).")],
+    held_out: Annotated[Path, typer.Argument(help="Evaluation prompts (JSON lines).")],
+    out: Annotated[Path, typer.Argument(help="File for the remaining training prompts.")],
+    users: Annotated[str, typer.Option(help="Regular expression of simulated users.")] = USERS,
+    as_json: JsonFlag = False,
+) -> None:
+    """Drop training prompts that share a user, conversation, tool or schema with an evaluation prompt.
+
+    \b
+    Example:
+    whiflash lab split train_prompts.jsonl eval_prompts.jsonl kept.jsonl
+    """
+    from whiflash_train.answers.prompts import read_rows
+    from whiflash_train.answers.prompts import split as parted
+
+    rows, evaluated = read_rows(train), read_rows(held_out)
+    done = parted(rows, evaluated, users)
+    write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.kept))
+    reasons = {f"dropped, {source}, {kind}": count for (source, kind), count in sorted(done.dropped.items())}
+    report(
+        {
+            "training prompts": len(rows),
+            "held-out prompts": len(evaluated),
+            "kept": len(done.kept),
+            "dropped": len(rows) - len(done.kept),
+            **reasons,
+        },
+        as_json,
+    )
+
+
+def features(
+    config: ConfigOption,
+    tokens: Annotated[Path, typer.Argument(help="Token ids (.npz), as `whiflash lab export` writes them.")],
+    only: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="Take only the answers to these prompts (JSON lines), by id."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Recompute the features of stored answers instead of generating answers.
+
+    \b
+    Example:
+    whiflash lab features training_data/smollm2-135m-instruct/tokens.npz --config smollm2-135m-instruct
+    """
+    with readable_errors():
+        settings = resolve_config(config)
+        if not tokens.is_file():
+            raise ConfigError(f"{tokens} cannot be read: no such file; `whiflash lab export` writes one")
+        from whiflash_train.answers.prompts import read_rows
+
+        wanted = None if only is None else {row["id"] for row in read_rows(only)}
+        from whiflash_train.answers.data import teacher_of
+        from whiflash_train.answers.store import FeatureStore
+        from whiflash_train.answers.tokens import rebuild_features
+
+        shard = f"shard-{tokens.stem}"
+        with teacher_of(settings, shard) as target:
+            store = FeatureStore(
+                settings.work / "data" / shard,
+                vectors=len(settings.capture) + 1,
+                hidden=target.hidden_size,
+                layers=settings.capture,
+            )
+            store.truncate_to_index()
+            done = rebuild_features(tokens, target, store, wanted)
+    report({"recomputed": done, "sequences": len(store.records)}, as_json)
+
+
+def export(
+    config: ConfigOption,
+    out: Annotated[Path, typer.Argument(help="File to write (.npz).")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Write the token ids of all generated answers to one small file.
+
+    \b
+    Example:
+    whiflash lab export tokens.npz --config smollm2-135m-instruct
+    """
+    with readable_errors():
+        settings = resolve_config(config)
+        from whiflash_train.answers.store import open_stores
+        from whiflash_train.answers.tokens import export_tokens
+
+        stores = open_stores(settings)
+        if not stores:
+            raise ConfigError(
+                f"{settings.work} holds no answers yet: run `whiflash train --step data` with this configuration first"
+            )
+        count = export_tokens(stores, out)
+    report({"tokens": count, "file": str(out)}, as_json)
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Make errors that a person can act on those of this package; what runs meanwhile shows its progress on stderr, so
+    that stdout holds the result alone.
+    """
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except WhiflashError:
+        raise
+    except ValueError as error:  # prompts, data or a checkpoint that cannot be used
+        raise WhiflashError(str(error)) from error
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise UsageError(f"--shard {text!r} is not of the form INDEX/COUNT, such as 0/2") from None
+    if not 0 <= index < count:
+        raise UsageError(f"--shard {text}: the index must be from 0 to {count - 1}")
+    return index, count

@@ -1,0 +1,235 @@
+"""Sequences packed into batches of about equal work, in an order fixed by the seed, and what a drafter learns from.
+
+That is the target's own distribution where the target chose freely, its token elsewhere. Under a grammar (or when
+sampled) the emitted token can differ from the target's first choice; the drafter is judged by what was emitted, so such
+positions get that token as a hard label.
+"""
+
+import random
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import Dataset
+
+from whiflash_train.answers.store import FeatureStore, SequenceRecord, unique_answers
+
+
+class Span(NamedTuple):
+    """The place of one sequence in a batch: its first token, its first feature row, its length and prompt
+    length.
+    """
+
+    token: int
+    feature: int
+    length: int
+    prompt: int
+
+
+class Batch(NamedTuple):
+    """Packed sequences: `tokens` [N], `features` [N - B, captured, H], `final` [N - B, H]."""
+
+    tokens: Tensor
+    features: Tensor
+    final: Tensor
+    spans: list[Span]
+
+
+def unpack(tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, prompts: Tensor) -> Batch:
+    """The batch that `SequenceBatches` packed, after the trainer moved its tensors to the device."""
+    spans = []
+    token = feature = 0
+    for length, prompt in zip(lengths.tolist(), prompts.tolist(), strict=True):
+        spans.append(Span(token, feature, length, prompt))
+        token += length
+        feature += length - 1
+    return Batch(tokens, features, final, spans)
+
+
+class SequenceBatches(Dataset[dict[str, Tensor]]):
+    """Item i is batch i of one epoch; the trainer shuffles the items every epoch.
+
+    Sequences of similar length are batched together, up to `answer_tokens` answer tokens and four times as
+    many in all, so that one agent prompt does not dominate memory.
+    """
+
+    def __init__(
+        self,
+        stores: SequenceOf[FeatureStore],
+        answer_tokens: int,
+        min_answer: int,
+        seed: int,
+        category_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """`category_weights`: how often answers of a category are held on average, 1 where not named.
+
+        Raises:
+            ValueError: no stored answer has `min_answer` tokens, or a weight is of a category that is not there, or
+                nothing is left.
+        """
+        weights = category_weights or {}
+        stored = [
+            entry
+            for entry in unique_answers(stores)
+            if entry[1].length - entry[1].prompt_length >= min_answer
+        ]
+        if not stored:
+            raise ValueError("no training data: run `whiflash train --step data` first")
+        there = sorted({record.category for _, record in stored})
+        if unknown := sorted(set(weights) - set(there)):
+            raise ValueError(
+                f"category_weights names {', '.join(unknown)}; the answers' categories are {', '.join(there)}"
+            )
+        draw = random.Random(seed)
+        entries = [
+            entry for entry in stored for _ in range(_times(weights.get(entry[1].category, 1.0), draw))
+        ]
+        if not entries:
+            raise ValueError(
+                f"category_weights {weights} leave no answer to train on: give a category of the data a weight above 0"
+            )
+        draw.shuffle(entries)
+        entries.sort(key=lambda entry: entry[1].length // 64)
+        self.batches: list[list[tuple[FeatureStore, SequenceRecord]]] = [[]]
+        answers = total = 0
+        for store, record in entries:
+            answer = record.length - record.prompt_length
+            full = answers + answer > answer_tokens or total + record.length > 4 * answer_tokens
+            if self.batches[-1] and full:
+                self.batches.append([])
+                answers = total = 0
+            self.batches[-1].append((store, record))
+            answers += answer
+            total += record.length
+        self.answer_tokens = sum(record.length - record.prompt_length for _, record in entries)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sequences = [store.read(record) for store, record in self.batches[index]]
+        return {
+            "tokens": torch.cat([sequence.tokens for sequence in sequences]),
+            "features": torch.cat([sequence.features for sequence in sequences]),
+            "final": torch.cat([sequence.final for sequence in sequences]),
+            "lengths": torch.tensor([sequence.record.length for sequence in sequences]),
+            "prompts": torch.tensor([sequence.record.prompt_length for sequence in sequences]),
+        }
+
+
+def _times(weight: float, draw: random.Random) -> int:
+    """`weight` on average, as a whole number."""
+    whole = int(weight)
+    return whole + (weight > whole and draw.random() < weight - whole)
+
+
+def token_frequencies(stores: SequenceOf[FeatureStore], vocab_size: int) -> Tensor:
+    """How often each token occurs in the answers: [V] int64."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for store, record in unique_answers(stores):
+        answer = store.read_tokens(record)[record.prompt_length :]
+        counts += torch.bincount(answer, minlength=vocab_size)
+    return counts
+
+
+ROWS = 64
+"""A batch's rows are filled up to a multiple of this, so that a training meets a few dozen sizes, not thousands."""
+
+
+class EvenRows(TorchFunctionMode):
+    """Inside, `torch.nn.functional.linear` fills a CPU tensor [..., H] up with rows of zeros that its result lacks."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is not F.linear or not args or args[0].device.type != "cpu":
+            return func(*args, **(kwargs or {}))
+        given: Tensor = args[0]
+        flat = given.reshape(-1, given.shape[-1])
+        rows = len(flat)
+        filled = F.pad(flat, (0, 0, 0, -rows % ROWS))
+        product: Tensor = F.linear(filled, *args[1:], **(kwargs or {}))
+        return product[:rows].view(*given.shape[:-1], product.shape[-1])
+
+
+class Labels(NamedTuple):
+    """Targets over a reduced vocabulary of size K.
+
+    `weights` [N, K] rows sum to 1 (soft or one-hot); `ids` [N] the emitted token's index in the vocabulary,
+    -1 where it is not in it; such rows do not count.
+    """
+
+    weights: Tensor
+    ids: Tensor
+
+    @property
+    def counted(self) -> Tensor:
+        """[N] bool: rows whose emitted token the vocabulary holds."""
+        return self.ids >= 0
+
+
+@torch.no_grad()
+def make_labels(
+    final: Tensor, emitted: Tensor, head: Tensor, index_of: Tensor, bias: Tensor | None
+) -> Labels:
+    """Labels of N positions.
+
+    Args:
+        final: [N, H] the target's states after the final norm.
+        emitted: [N] token ids that followed.
+        head: [K, H] rows of the target's head. bias: [K] added to the logits (sampling correction), or None.
+        index_of: [V] id → index among the K rows, -1 where absent.
+    """
+    logits = F.linear(final.to(head.dtype), head).float()
+    if bias is not None:
+        logits += bias
+    ids = index_of[emitted]
+    weights = logits.softmax(-1)
+    forced = (~first_choice(weights, ids) & (ids >= 0)).nonzero()[:, 0]
+    weights[forced] = 0.0
+    weights[forced, ids[forced]] = 1.0
+    return Labels(weights, ids)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """Keeps only the gradient, in the logits' own type: a third of the plain formula's memory traffic."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        wide = logits.to(torch.float32, copy=True)
+        normaliser = wide.logsumexp(-1)
+        loss: Tensor = normaliser - torch.linalg.vecdot(labels, wide)
+        ctx.save_for_backward(wide.sub_(normaliser[:, None]).exp_().sub_(labels).to(logits.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * grads[0][:, None].to(difference.dtype), None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-sum of labels · log softmax(logits) by row: [N, K], [N, K] → [N] fp32. `labels` rows sum to 1."""
+    loss: Tensor = _SoftCrossEntropy.apply(logits, labels)
+    return loss
+
+
+def first_choice(logits: Tensor, ids: Tensor) -> Tensor:
+    """[N, K] logits, [N] indices → [N] bool: whether the index holds the largest logit (False for -1)."""
+    chosen = logits.gather(-1, ids.clamp(min=0)[:, None])[:, 0]
+    return (ids >= 0) & (chosen >= logits.amax(-1))
+
+
+def index_map(ids: Tensor, vocab_size: int) -> Tensor:
+    """The inverse of `ids` [K]: [V] int64, -1 for tokens that are not in it."""
+    index = torch.full((vocab_size,), -1, dtype=torch.int64, device=ids.device)
+    index[ids] = torch.arange(len(ids), device=ids.device)
+    return index

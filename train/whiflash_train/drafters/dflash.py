@@ -1,0 +1,299 @@
+"""DFlash training (arXiv 2602.06036): random anchors, whole blocks, position-weighted loss, soft labels.
+
+A block at anchor n holds token n and masks; it sees the context features of tokens 0…n-1 and itself, in both
+directions, and predicts tokens n+1…n+B-1. The head is the target's; over a large vocabulary the loss uses the
+frequent tokens and a random sample of the others, whose logits are corrected by the log of the sampling rate.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.dflash_config import DFlashConfig, LayerSpan
+from whiflash_sglang.models.layers import Attend
+from whiflash_train.config import DFlash, DSpark
+from whiflash_train.drafters.batches import (
+    Batch,
+    Labels,
+    Span,
+    cross_entropy,
+    first_choice,
+    index_map,
+    make_labels,
+    unpack,
+)
+from whiflash_train.drafters.initialisation import blank, source_layer
+from whiflash_train.origin import Origin
+
+
+class Blocks(NamedTuple):
+    """Anchors of a batch: `anchor` [A] position in the sequence, `token`/`feature` [A] offsets of position 0
+    in the batch, `length` [A] of the sequence, and how many anchors each sequence has."""
+
+    anchor: Tensor
+    token: Tensor
+    feature: Tensor
+    length: Tensor
+    counts: list[int]
+
+
+class Examples(NamedTuple):
+    """Training examples of the A blocks of a batch, D drafts each.
+
+    rows: [A, D, H] the states that draft. before: [A, D] the text's tokens in front of those that are drafted. valid:
+    [A, D] bool, drafts of tokens that the text has. labels: those of A·D rows over the loss's vocabulary, `ids` [K].
+    head: [K, H] its rows, bfloat16. bias: [K] added to its logits for the tokens that were left out.
+    """
+
+    rows: Tensor
+    before: Tensor
+    valid: Tensor
+    labels: Labels
+    ids: Tensor
+    head: Tensor
+    bias: Tensor
+
+    @property
+    def counted(self) -> Tensor:
+        """[A, D] bool: drafts that have a label."""
+        return self.valid & self.labels.counted.view(self.valid.shape)
+
+    def logits(self) -> Tensor:
+        """[A·D, K], by the target's head."""
+        rows = self.rows.flatten(0, 1)
+        return F.linear(rows, self.head.to(rows.dtype)) + self.bias.to(rows.dtype)
+
+    def acceptance_length(self, logits: Tensor) -> float:
+        """Acceptance length of the blocks, bonus token included, if each row of `logits` [A·D, K] drafts its first."""
+        hits = self.valid & first_choice(logits.detach(), self.labels.ids).view(self.valid.shape)
+        return 1 + hits.cumprod(1).sum(1).float().mean().item()
+
+
+class BlockTraining(nn.Module):
+    """A block drafter and what its loss is taken over; `forward` takes a batch of `SequenceBatches`."""
+
+    def __init__(
+        self,
+        drafter: DFlashDrafter,
+        *,
+        columns: Sequence[int],
+        frequent: Tensor,
+        sampled: int,
+        anchors_per_token: float,
+    ) -> None:
+        """`columns`: which captured vectors the drafter reads. `frequent` [K] token ids always in the loss,
+        `sampled` more at random."""
+        super().__init__()
+        self.drafter, self.columns = drafter, list(columns)
+        self.frequent: Tensor
+        self.rest: Tensor
+        self.sampled, self.anchors_per_token = sampled, anchors_per_token
+        vocab = len(drafter.target_lm_head)
+        rest = torch.ones(vocab, dtype=torch.bool)
+        rest[frequent] = False
+        self.register_buffer("frequent", frequent, persistent=False)
+        self.register_buffer("rest", rest.nonzero()[:, 0], persistent=False)
+        self.metrics: dict[str, float] = {}
+
+    def forward(
+        self, tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, prompts: Tensor
+    ) -> dict[str, Tensor]:
+        """→ {"loss": scalar}."""
+        batch = unpack(tokens, features, final, lengths, prompts)
+        return {"loss": self.loss(self.examples(batch))}
+
+    def loss(self, examples: Examples) -> Tensor:
+        """A scalar; `metrics` are set on the way."""
+        raise NotImplementedError
+
+    def examples(self, batch: Batch) -> Examples:
+        """Blocks at random anchors, drafted."""
+        blocks = choose_anchors(batch, self.anchors_per_token)
+        drafts = self.drafter.config.max_drafts
+        offsets = torch.arange(1, drafts + 1, device=batch.tokens.device)
+        states = run_blocks(self.drafter, batch, blocks, self.columns)
+        wanted = blocks.anchor[:, None] + offsets
+        valid = wanted < blocks.length[:, None]
+        wanted = torch.minimum(wanted, blocks.length[:, None] - 1)
+        ids, bias = self._vocabulary()
+        head = self.drafter.target_lm_head[ids].to(torch.bfloat16)
+        labels = make_labels(
+            batch.final[(blocks.feature[:, None] + wanted - 1).flatten()],
+            batch.tokens[(blocks.token[:, None] + wanted).flatten()],
+            head,
+            index_map(ids, len(self.drafter.target_lm_head)),
+            bias,
+        )
+        before = batch.tokens[blocks.token[:, None] + wanted - 1]
+        return Examples(self.drafter.draft_rows(states, drafts), before, valid, labels, ids, head, bias)
+
+    def _vocabulary(self) -> tuple[Tensor, Tensor]:
+        """Token ids of this batch's loss [K], and what their logits are corrected by [K]."""
+        count = min(self.sampled, len(self.rest))
+        chosen = self.rest[torch.randperm(len(self.rest), device=self.rest.device)[:count]]
+        bias = torch.zeros(len(self.frequent) + count, device=chosen.device)
+        if count:
+            bias[len(self.frequent) :] = math.log(len(self.rest) / count)
+        return torch.cat([self.frequent, chosen]), bias
+
+
+class DFlashTraining(BlockTraining):
+    """Cross-entropy with the target's distribution; position k weighs exp(-(k-1)/`gamma`)."""
+
+    def __init__(self, drafter: DFlashDrafter, *, gamma: float, **given: Any) -> None:
+        """`given`: as `BlockTraining` takes it."""
+        super().__init__(drafter, **given)
+        self.position_weights: Tensor
+        self.register_buffer(
+            "position_weights", exponential(gamma, drafter.config.max_drafts), persistent=False
+        )
+
+    def loss(self, examples: Examples) -> Tensor:
+        """The weighted mean."""
+        logits = examples.logits()
+        each = cross_entropy(logits, examples.labels.weights).view(examples.valid.shape)
+        weights = self.position_weights * examples.counted
+        self.metrics = {"acceptance_length": examples.acceptance_length(logits)}
+        return weighted_mean(each, weights)
+
+
+def exponential(gamma: float, drafts: int) -> Tensor:
+    """Weights [drafts] of a block's positions: exp(-(k-1)/gamma), k from 1 on (arXiv 2602.06036)."""
+    return torch.exp(-torch.arange(drafts) / gamma)
+
+
+def weighted_mean(each: Tensor, weights: Tensor) -> Tensor:
+    """Scalar; both of one shape."""
+    return (each * weights).sum() / weights.sum().clamp(min=1e-6)
+
+
+def run_blocks(drafter: DFlashDrafter, batch: Batch, blocks: Blocks, columns: Sequence[int]) -> Tensor:
+    """Draft all blocks: final states of their rows, [A, rows, H], the bonus token's first."""
+    width = drafter.block_size
+    device = batch.tokens.device
+    fused = drafter.fuse(batch.features[:, columns].flatten(1).to(drafter.fc.weight.dtype))
+    places = torch.cat([torch.arange(span.length - 1, device=device) for span in batch.spans])
+    keys, values = drafter.keys_values(fused, places)
+    inputs = torch.full((len(blocks.anchor), width), drafter.mask_token_id, device=device)
+    inputs[:, 0] = batch.tokens[blocks.token + blocks.anchor]
+    positions = blocks.anchor[:, None] + torch.arange(width, device=device)
+    attend = _block_attention(batch.spans, blocks, width, keys, values, drafter.config.spans)
+    states: Tensor = drafter(inputs, positions, attend)
+    return states
+
+
+def choose_anchors(batch: Batch, per_token: float) -> Blocks:
+    """`per_token` anchors for each answer token that has one after it, at random; 1 takes them all."""
+    device = batch.tokens.device
+    parts, counts = [], []
+    for span in batch.spans:
+        candidates = span.length - 1 - span.prompt
+        count = max(1, round(candidates * per_token)) if candidates > 0 else 0
+        anchors = span.prompt + torch.randperm(candidates, device=device)[:count].sort().values
+        full = [torch.full_like(anchors, value) for value in (span.token, span.feature, span.length)]
+        parts.append((anchors, *full))
+        counts.append(len(anchors))
+    anchor, token, feature, length = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Blocks(anchor, token, feature, length, counts)
+
+
+def _block_attention(
+    spans: Sequence[Span],
+    blocks: Blocks,
+    width: int,
+    keys: Tensor,
+    values: Tensor,
+    seen: Sequence[LayerSpan],
+) -> Attend:
+    """Attention of blocks: context entries before the anchor, and the block itself.
+
+    `keys`, `values` [layers, features, Hkv, D]. seen: what a row of each layer sees; empty: everything.
+    """
+    rows_of = torch.arange(width, device=keys.device)
+    behind = rows_of[None] - rows_of[:, None]  # [row, other row]: how far the other one is after it
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        span_of = seen[layer] if seen else LayerSpan()
+        kv_heads, size = k.shape[1:]
+        grouped = q.view(-1, width, kv_heads, q.shape[1] // kv_heads, size) * size**-0.5
+        own_keys, own_values = k.view(-1, width, kv_heads, size), v.view(-1, width, kv_heads, size)
+        own = torch.einsum("abhgd,achd->habgc", grouped, own_keys).float()
+        if span_of != LayerSpan():
+            own = own.masked_fill(_hidden(behind, span_of)[None, None, :, None], float("-inf"))
+        mixed = []
+        start = 0
+        for span, count in zip(spans, blocks.counts, strict=True):
+            rows = slice(start, start + count)
+            start += count
+            if not count:
+                continue
+            anchors = blocks.anchor[rows]
+            last = int(anchors.max())
+            entries = slice(span.feature, span.feature + last)
+            scores = torch.einsum("abhgd,chd->habgc", grouped[rows], keys[layer, entries]).float()
+            places = torch.arange(last, device=q.device)
+            unseen = (places >= anchors[:, None])[:, None].expand(-1, width, -1)
+            if span_of.window is not None:
+                unseen = unseen | (places < (anchors[:, None] + rows_of)[..., None] - span_of.window)
+            scores = scores.masked_fill(unseen[None, :, :, None], float("-inf"))
+            weights = torch.cat([scores, own[:, rows]], dim=-1).softmax(-1).to(v.dtype)
+            out = torch.einsum("habgc,chd->abhgd", weights[..., :last], values[layer, entries])
+            out = out + torch.einsum("habgc,achd->abhgd", weights[..., last:], own_values[rows])
+            mixed.append(out)
+        return torch.cat(mixed).reshape(q.shape)
+
+    return attend
+
+
+def _hidden(behind: Tensor, seen: LayerSpan) -> Tensor:
+    """Rows of its own block that a row does not see, of the distances `behind`."""
+    hidden = behind > 0 if seen.causal else torch.zeros_like(behind, dtype=torch.bool)
+    return hidden if seen.window is None else hidden | (behind < -seen.window)
+
+
+def initialise(target: Origin, settings: DFlash | DSpark, *, block_size: int, section: str) -> DFlashDrafter:
+    """A drafter whose first layers start as the target's `source_layers`, those beyond them as layers that add nothing
+    yet. It reads the last captured feature unfused.
+
+    Raises:
+        ConfigError: naming the key of the configuration's `section`, where the target has no such layer.
+    """
+    sources = [source_layer(target, index, f"{section}.source_layers") for index in settings.source_layers]
+    config = DFlashConfig(
+        hidden_size=target.hidden_size,
+        intermediate_size=target.intermediate_size,
+        attention=target.attention_shape,
+        num_layers=settings.depth,
+        vocab_size=target.vocab_size,
+        block_size=block_size,
+        mask_token_id=settings.mask_token_id,
+        target_layer_ids=tuple(settings.target_layers),
+        num_target_layers=target.num_layers,
+        rope=target.rope,
+        max_position_embeddings=target.max_positions,
+        rms_norm_eps=target.eps,
+    )
+    drafter = DFlashDrafter(config, target.embedding.float(), target.head.float())
+    size = target.hidden_size
+    layers: list[Any] = list(drafter.layers)
+    with torch.no_grad():
+        drafter.fc.weight.zero_()
+        drafter.fc.weight[:, -size:] = torch.eye(size)
+        drafter.norm.weight.copy_(target.final_norm)
+        if sources:
+            drafter.hidden_norm.weight.copy_(sources[0].input_norm)
+        for layer, source in zip(layers, sources, strict=False):
+            layer.input_norm.weight.copy_(source.input_norm)
+            layer.attention.qkv.weight.copy_(source.qkv)
+            layer.attention.out.weight.copy_(source.out)
+            layer.mlp_norm.weight.copy_(source.post_norm)
+            layer.mlp.gate_up.weight.copy_(source.gate_up)
+            layer.mlp.down.weight.copy_(source.down)
+        for layer in layers[len(sources) :]:
+            blank(layer)
+    return drafter

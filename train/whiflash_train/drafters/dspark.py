@@ -1,0 +1,161 @@
+"""DSpark training (arXiv 2607.05147): DFlash's blocks, a Markov head fed the text's own tokens, a confidence head.
+
+The loss of a draft is `cross_entropy` · CE + `distance` · L1 of the target's and the drafter's distributions +
+`confidence` · BCE of the confidence head, as DeepSpec combines them; positions are weighted by a falling exponential.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whiflash_sglang import arms
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.dflash_config import DFlashConfig
+from whiflash_sglang.models.dspark import DSparkConfig, DSparkDrafter
+from whiflash_sglang.models.formats import read_draft
+from whiflash_train.config import DSpark
+from whiflash_train.drafters.batches import cross_entropy, first_choice
+from whiflash_train.drafters.dflash import BlockTraining, Examples, exponential, weighted_mean
+from whiflash_train.drafters.dflash import initialise as initialise_trunk
+from whiflash_train.origin import Origin
+
+
+class Terms(NamedTuple):
+    """The parts of the loss of every draft, [A, D] float32 each; `confidence` is None without such a head."""
+
+    cross_entropy: Tensor
+    distance: Tensor
+    confidence: Tensor | None
+
+
+class DSparkTraining(BlockTraining):
+    """The drafter with its loss."""
+
+    drafter: DSparkDrafter
+
+    def __init__(self, drafter: DSparkDrafter, settings: DSpark, **given: Any) -> None:
+        """`given`: as `BlockTraining` takes it."""
+        super().__init__(drafter, **given)
+        self.settings = settings
+        self.falling: Tensor
+        drafts = drafter.config.max_drafts
+        self.register_buffer("falling", exponential(settings.gamma, drafts), persistent=False)
+
+    def loss(self, examples: Examples) -> Tensor:
+        """The weighted mean of the terms."""
+        settings = self.settings
+        logits = self.corrected(examples)
+        terms = self.terms(examples, logits)
+        weights = self.falling * examples.counted
+        loss = settings.cross_entropy * weighted_mean(terms.cross_entropy, weights)
+        loss = loss + settings.distance * weighted_mean(terms.distance, weights)
+        self.metrics = {"acceptance_length": examples.acceptance_length(logits)}
+        if terms.confidence is not None:
+            error = weighted_mean(terms.confidence, weights)
+            loss = loss + settings.confidence * error
+            self.metrics["confidence_loss"] = error.item()
+        return loss
+
+    def corrected(self, examples: Examples) -> Tensor:
+        """[A·D, K]: the head's logits with what the Markov head adds behind the text's own tokens."""
+        logits = examples.logits()
+        if not self.drafter.config.markov_rank:
+            return logits
+        latents = self.drafter.latents(examples.rows, examples.before).flatten(0, 1)
+        matrix = self.drafter.get_parameter("markov_head.markov_w2.weight")[examples.ids]
+        return logits + F.linear(latents, matrix.to(latents.dtype))
+
+    def terms(self, examples: Examples, logits: Tensor) -> Terms:
+        """Loss terms of drafts with `logits` [A·D, K]."""
+        shape, wanted = examples.valid.shape, examples.labels.weights
+        distance = (logits.float().softmax(-1) - wanted).abs().sum(-1).view(shape)
+        confidence = None
+        if self.drafter.config.confidence:
+            # The chance that the target takes a draft: sampled, what both distributions share; greedy, 0 or 1.
+            right = 1 - distance.detach() / 2
+            if self.settings.confidence_of == "choice":
+                right = first_choice(logits.detach(), examples.labels.ids).view(shape).float()
+            found = self.drafter.confidence_logits(examples.rows, examples.before)
+            confidence = F.binary_cross_entropy_with_logits(found.float(), right, reduction="none")
+        return Terms(cross_entropy(logits, wanted).view(shape), distance, confidence)
+
+
+def initialise(target: Origin, settings: DSpark) -> DSparkDrafter:
+    """A drafter whose trunk begins as `dflash.initialise` makes it, with new heads."""
+    from_anchor = settings.sample_from_anchor is not False
+    trunk = initialise_trunk(target, settings, block_size=settings.block_size - from_anchor, section="dspark")
+    return with_heads(trunk, settings, from_anchor)
+
+
+def go_on_from(path: Path, target: Origin, settings: DSpark) -> DSparkDrafter:
+    """The drafter that begins as a DFlash checkpoint, proposing what it proposes, or as a DSpark one, heads and all.
+
+    Raises:
+        CheckpointError: it cannot be read. ConfigError: it is not of the configured shape.
+    """
+    draft = read_draft(path, arms.DIFFUSION)
+    found = draft.config
+    if found.variant or type(found) not in (DFlashConfig, DSparkConfig):
+        raise ConfigError(
+            f"--start-from {path}: a {draft.format.name} checkpoint with settings of its own cannot be trained"
+        )
+    asked: dict[str, tuple[Any, Any]] = {
+        "dspark.target_layers": (tuple(settings.target_layers), found.target_layer_ids),
+        "dspark.source_layers": (settings.depth, found.num_layers),
+        "dspark.mask_token_id": (settings.mask_token_id, found.mask_token_id),
+    }
+    if isinstance(found, DSparkConfig):
+        asked |= {
+            "dspark.markov_rank": (settings.markov_rank, found.markov_rank),
+            "dspark.markov_head": (settings.markov_head, found.markov_head),
+            "dspark.confidence_head": (settings.confidence_head, found.confidence),
+        }
+    for key, (wanted, has) in asked.items():
+        if wanted != has:
+            raise ConfigError(f"--start-from {path} has {has}, {key} asks for {wanted}")
+    trunk = draft.load(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        target_embedding=target.embedding.float(),
+        target_lm_head=target.head.float(),
+    )
+    if trunk.mask_embedding is not None:
+        raise ConfigError(
+            f"--start-from {path}: its trained mask embedding cannot be trained on, nor written"
+        )
+    from_anchor = settings.sample_from_anchor
+    return with_heads(trunk, settings, found.from_anchor if from_anchor is None else from_anchor)
+
+
+def with_heads(trunk: DFlashDrafter, settings: DSpark, from_anchor: bool) -> DSparkDrafter:
+    """The drafter with the trunk's weights, and its heads where it has any. New ones say nothing yet: W2 and the
+    confidence head are 0, so that it proposes what the trunk does."""
+    ours = ("from_anchor", "block_size")
+    kept = {
+        field.name: getattr(trunk.config, field.name)
+        for field in fields(DFlashConfig)
+        if field.name not in ours
+    }
+    config = DSparkConfig(
+        **kept,
+        from_anchor=from_anchor,
+        block_size=settings.block_size - from_anchor,
+        markov_rank=settings.markov_rank,
+        markov_head=settings.markov_head if settings.markov_rank else "vanilla",
+        confidence=settings.confidence_head,
+        confidence_with_markov=settings.confidence_head and settings.markov_rank > 0,
+    )
+    drafter = DSparkDrafter(config, trunk.target_embedding, trunk.target_lm_head)
+    with torch.no_grad():
+        for name, parameter in drafter.heads().items():
+            if name == "markov_head.markov_w1.weight":
+                nn.init.normal_(parameter, std=settings.markov_rank**-0.5)
+            elif name.startswith(("markov_head.markov_w2.", "confidence_head.")):
+                parameter.zero_()
+    drafter.load_state_dict({**drafter.state_dict(), **trunk.state_dict()})
+    return drafter

@@ -1,0 +1,217 @@
+"""EAGLE-3 training: training-time test (arXiv 2503.01840, section 3.2) with the target's soft labels.
+
+Row r is a chain rooted at entry r. Step 0 predicts token r+2 from the target's feature r; step j feeds back
+the state of step j-1, sees the target-fed entries up to r and its own chain, and predicts token r+j+2.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from whiflash_sglang.models.eagle3 import Eagle3Config, Eagle3Drafter
+from whiflash_sglang.models.layers import Attend
+from whiflash_train.config import Eagle3
+from whiflash_train.drafters.batches import (
+    Batch,
+    Span,
+    cross_entropy,
+    first_choice,
+    index_map,
+    make_labels,
+    unpack,
+)
+from whiflash_train.drafters.initialisation import blank, enlarged, source_layer
+from whiflash_train.origin import Origin
+
+
+class Chains(NamedTuple):
+    """All chains of a batch, one for every answer position that a round can start at.
+
+    `feature`, `token`, `position` [R]: the root's feature row, the index of the token after it, its position.
+    `label` [R]: row of step 0's label among the labels, whose feature rows and token indices are
+    `label_features` and `label_tokens`; step j's label is j rows further. `steps_left` [R]: steps with a
+    label.
+    """
+
+    feature: Tensor
+    token: Tensor
+    position: Tensor
+    label: Tensor
+    steps_left: Tensor
+    label_features: Tensor
+    label_tokens: Tensor
+
+
+class Eagle3Training(nn.Module):
+    """The drafter with its loss; `forward` takes a batch of `SequenceBatches`."""
+
+    def __init__(
+        self, drafter: Eagle3Drafter, target_head: Tensor, *, columns: Sequence[int], steps: int, decay: float
+    ) -> None:
+        """`columns`: which captured vectors the drafter reads. Step j weighs `decay ** j`."""
+        super().__init__()
+        self.drafter, self.columns, self.steps, self.decay = drafter, list(columns), steps, decay
+        self.teacher_head: Tensor
+        self.index_of: Tensor
+        ids = drafter.target_ids(torch.arange(drafter.draft_vocab_size))
+        self.register_buffer("teacher_head", target_head[ids].to(torch.bfloat16), persistent=False)
+        self.register_buffer("index_of", index_map(ids, len(target_head)), persistent=False)
+        self.metrics: dict[str, float] = {}
+
+    def forward(
+        self, tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, prompts: Tensor
+    ) -> dict[str, Tensor]:
+        """→ {"loss": scalar}."""
+        batch = unpack(tokens, features, final, lengths, prompts)
+        plan = plan_chains(batch)
+        labels = make_labels(
+            final[plan.label_features], tokens[plan.label_tokens], self.teacher_head, self.index_of, None
+        )
+        loss = final.new_zeros((), dtype=torch.float32)
+        hits = []
+        for step, logits in enumerate(unroll(self.drafter, batch, plan, self.columns, self.steps)):
+            valid = plan.steps_left > step
+            label = torch.where(valid, plan.label + step, 0)
+            counted = valid & labels.counted[label]
+            each = cross_entropy(logits, labels.weights[label])
+            loss = loss + self.decay**step * (each * counted).sum() / counted.sum().clamp(min=1)
+            hits.append(valid & first_choice(logits.detach(), labels.ids[label]))
+        self.metrics = {"acceptance_length": 1 + torch.stack(hits, 1).cumprod(1).sum(1).float().mean().item()}
+        return {"loss": loss / sum(self.decay**step for step in range(self.steps))}
+
+
+def unroll(
+    drafter: Eagle3Drafter,
+    batch: Batch,
+    plan: Chains,
+    columns: Sequence[int],
+    steps: int,
+    own_drafts: bool = False,
+) -> Iterator[Tensor]:
+    """Draft logits [rows, draft vocabulary] of every chain of `plan`, fed the sequence's tokens, step by step, or, as
+    in a server, what the chain itself drafted (`own_drafts`).
+
+    Rows whose sequence ends before a step (`steps_left`) compute something that does not count.
+    """
+    fused = drafter.fuse(batch.features[:, columns].flatten(1).to(drafter.fc.weight.dtype))
+    context = drafter.keys_values(*_entries(batch, fused))
+    chain: list[tuple[Tensor, Tensor]] = []
+    hidden = fused[plan.feature]
+    tokens = batch.tokens[plan.token]
+    for step in range(steps):
+        if step and not own_drafts:
+            tokens = batch.tokens[torch.where(plan.steps_left > step, plan.token + step, 0)]
+        attend = _chain_attention(batch.spans, context, chain, step)
+        hidden, logits_hidden = drafter(tokens, hidden, plan.position + step, attend)
+        logits = drafter.logits(logits_hidden)
+        if own_drafts:
+            tokens = drafter.target_ids(logits.argmax(-1))
+        yield logits
+
+
+def plan_chains(batch: Batch) -> Chains:
+    """Chains rooted at the last prompt token and at every answer token that has two more after it."""
+    device = batch.tokens.device
+    parts = []
+    labels = 0
+    for span in batch.spans:
+        roots = torch.arange(span.prompt - 1, span.length - 2, device=device)
+        order = torch.arange(len(roots), device=device)
+        features, tokens = span.feature + roots, span.token + roots + 1
+        parts.append((features, tokens, roots, labels + order, len(roots) - order, features + 1, tokens + 1))
+        labels += len(roots)
+    return Chains(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _entries(batch: Batch, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Next tokens, fused features and positions of all target-fed entries."""
+    tokens = torch.cat([batch.tokens[span.token + 1 : span.token + span.length] for span in batch.spans])
+    positions = torch.cat([torch.arange(span.length - 1, device=fused.device) for span in batch.spans])
+    return tokens, fused, positions
+
+
+def _chain_attention(
+    spans: Sequence[Span], context: tuple[Tensor, Tensor], chain: list[tuple[Tensor, Tensor]], step: int
+) -> Attend:
+    """Attention of step `step`: target-fed entries up to the root, then the chain's own entries."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if step > 0:
+            chain.append((k, v))
+        keys, values = context
+        kv_heads, size = k.shape[1:]
+        grouped = q.view(len(q), kv_heads, -1, size) * size**-0.5
+        own = [torch.einsum("rhgd,rhd->hrg", grouped, key) for key, _ in chain]
+        mixed = []
+        start = 0
+        for span in spans:
+            count = span.length - 1 - span.prompt
+            if count <= 0:
+                continue
+            rows = slice(start, start + count)
+            entries = slice(span.feature, span.feature + span.length - 1)
+            scores = torch.einsum("rhgd,chd->hrgc", grouped[rows], keys[entries]).float()
+            roots = torch.arange(span.prompt - 1, span.length - 2, device=q.device)
+            unseen = torch.arange(span.length - 1, device=q.device)[None] > roots[:, None]
+            scores = scores.masked_fill(unseen[None, :, None], float("-inf"))
+            tails = [part[:, rows, :, None].float() for part in own]
+            weights = torch.cat([scores, *tails], dim=-1).softmax(-1).to(v.dtype)
+            out = torch.einsum("hrgc,chd->rhgd", weights[..., : span.length - 1], values[entries])
+            for index, (_, value) in enumerate(chain):
+                weight = weights[..., span.length - 1 + index].permute(1, 0, 2)
+                out = out + weight[..., None] * value[rows][:, :, None]
+            mixed.append(out)
+            start += count
+        return torch.cat(mixed).reshape(q.shape)
+
+    return attend
+
+
+def initialise(target: Origin, settings: Eagle3, draft_ids: Tensor) -> Eagle3Drafter:
+    """A drafter that starts as the target's layer `settings.source_layer`, or as one that adds nothing yet. It reads
+    the last captured feature, unfused.
+
+    Args:
+        draft_ids: [K] the draft vocabulary, ascending target ids.
+
+    Raises:
+        ConfigError: its MLP would be narrower than the target's, or the target has no such layer.
+    """
+    config = Eagle3Config(
+        hidden_size=target.hidden_size,
+        target_hidden_size=target.hidden_size,
+        intermediate_size=target.intermediate_size,
+        attention=target.attention_shape,
+        num_layers=1,
+        vocab_size=target.vocab_size,
+        draft_vocab_size=len(draft_ids),
+        num_features=len(settings.target_layers),
+        target_layer_ids=tuple(settings.target_layers),
+        rope=target.rope,
+        max_position_embeddings=target.max_positions,
+        rms_norm_eps=target.eps,
+    )
+    drafter = Eagle3Drafter(config, target.embedding.float())
+    layer: Any = drafter.layers[0]
+    head = drafter.get_parameter("lm_head.weight")
+    size = target.hidden_size
+    with torch.no_grad():
+        drafter.fc.weight.zero_()
+        drafter.fc.weight[:, -size:] = torch.eye(size)
+        if settings.source_layer is None:
+            blank(layer)
+        else:
+            source = source_layer(target, settings.source_layer, "eagle3.source_layer")
+            nn.init.normal_(layer.attention.qkv.weight, std=0.02)
+            layer.attention.qkv.weight[:, size:] = source.qkv
+            layer.attention.out.weight.copy_(source.out)
+            layer.hidden_norm.weight.copy_(source.input_norm)
+            layer.mlp_norm.weight.copy_(source.post_norm)
+            layer.mlp.gate_up.weight.copy_(source.gate_up)
+            layer.mlp.down.weight.copy_(source.down)
+        drafter.norm.weight.copy_(target.final_norm)
+        head.copy_(target.head[draft_ids])
+        drafter.d2t = draft_ids - torch.arange(len(draft_ids))
+    return enlarged(drafter, target, draft_ids, settings.intermediate_size or target.intermediate_size)

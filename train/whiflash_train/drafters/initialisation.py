@@ -1,0 +1,189 @@
+"""How a drafter begins: with its target's vocabulary, and with layers of it, or with layers that add nothing yet."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_train.answers.store import FeatureStore, unique_answers
+from whiflash_train.config import Eagle3, TrainConfig
+from whiflash_train.origin import Origin, ServedOrigin
+from whiflash_train.target import TargetModel, unknown
+
+_NORM_ANSWERS = 64
+
+
+def origin_of(
+    config: TrainConfig,
+    path: Path,
+    stores: Sequence[FeatureStore],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Origin:
+    """The target at `path` as drafters begin from it: read whole where this package knows its layers, else what SGLang
+    wrote while the data of `stores` were made.
+
+    Raises:
+        ConfigError: the configuration asks for what only one of the two has. CheckpointError: SGLang wrote nothing yet.
+    """
+    sizes = config.draft_layers.model_dump(exclude_none=True)
+    if unknown(path) is None:
+        if sizes:
+            raise ConfigError(
+                f"draft_layers {sizes}: drafters for {path} have its own layers' sizes, which they may begin as; "
+                "leave draft_layers out"
+            )
+        return TargetModel(path, device=torch.device(device), dtype=dtype)
+    origin = ServedOrigin.read(path, config.target, config.origin, sizes, norm_weight(stores), dtype)
+    return origin.to(torch.device(device))
+
+
+def norm_weight(stores: Sequence[FeatureStore]) -> Tensor:
+    """First weights of a drafter's last norm, for a target whose own is not known: [H] float32.
+
+    Behind a norm every channel has its weight for size, as far as channels are alike in front of it: so the root of the
+    mean square of the target's final states, channel by channel. Their signs are lost, and are learned.
+
+    Raises:
+        ValueError: there are no answers yet.
+    """
+    answers = unique_answers(stores)[:_NORM_ANSWERS]
+    if not answers:
+        raise ValueError("no training data: run `whiflash train --step data` first")
+    states = torch.cat([store.read(record).final for store, record in answers])
+    return states.float().square().mean(0).sqrt()
+
+
+@torch.no_grad()
+def blank(layer: Any) -> None:
+    """Let a layer add nothing to what goes through it until it is trained: attention and MLP end in 0."""
+    for weight in (layer.attention.qkv.weight, layer.mlp.gate_up.weight):
+        nn.init.normal_(weight, std=0.02)
+    for weight in (layer.attention.out.weight, layer.mlp.down.weight):
+        nn.init.zeros_(weight)
+
+
+class SourceLayer(NamedTuple):
+    """Weights of a target's layer, joined as a drafter's modules hold them."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    out: Tensor
+    post_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+def source_layer(target: Origin, index: int, key: str) -> SourceLayer:
+    """A layer of the target. Raises ConfigError naming `key` of the configuration where there is none to begin as."""
+    if not target.layers:
+        raise ConfigError(
+            f"{key}: the target's layers are not of a drafter's kind, so a drafter cannot begin as one of them; "
+            f"leave {key} out"
+        )
+    if not 0 <= index < len(target.layers):
+        raise ConfigError(f"{key} {index}: the target has layers 0 to {len(target.layers) - 1}")
+    layer = target.layers[index]
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    return SourceLayer(
+        layer.input_layernorm.weight,
+        torch.cat(qkv),
+        attention.o_proj.weight,
+        layer.post_attention_layernorm.weight,
+        torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+        mlp.down_proj.weight,
+    )
+
+
+def go_on_from(path: Path, target: Origin, settings: Eagle3, frequencies: Tensor) -> Eagle3Drafter:
+    """The drafter of a checkpoint, of the configured sizes.
+
+    Args:
+        frequencies: [V] int64, how often the data has each token. If the configuration asks for more draft tokens than
+        the checkpoint has, the most frequent others join them; if for fewer, the most frequent stay.
+
+    Raises:
+        CheckpointError: it cannot be read. ConfigError: it reads other layers, has several, a wider MLP, an embedding
+            of its own or no head of its own.
+    """
+    drafter = Eagle3Drafter.load(
+        path,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        target_embedding=target.embedding.float(),
+        target_lm_head=target.head.float(),
+    )
+    config = drafter.config
+    found, wanted = config.layers_of(target.num_layers), tuple(settings.target_layers)
+    if found != wanted:
+        raise ConfigError(f"--start-from {path} has {found}, eagle3.target_layers asks for {wanted}")
+    if config.num_layers != 1 or config.brings_embedding or drafter.lm_head is None:
+        raise ConfigError(
+            f"--start-from {path}: only an EAGLE-3 drafter of one layer, with the target's embedding and a head of its "
+            "own, can be trained"
+        )
+    known = drafter.target_ids(torch.arange(drafter.draft_vocab_size))
+    preferred = torch.zeros_like(frequencies)
+    preferred[known] = frequencies.max() + 1
+    ids = choose_draft_vocabulary(frequencies + preferred, settings.draft_vocab_size)
+    return enlarged(drafter, target, ids, settings.intermediate_size or config.intermediate_size)
+
+
+def choose_draft_vocabulary(frequencies: Tensor, size: int) -> Tensor:
+    """The `size` most frequent tokens (ties: lower id first), ascending. `frequencies` [V]."""
+    order = torch.sort(frequencies, descending=True, stable=True).indices[:size]
+    return order.sort().values
+
+
+def enlarged(
+    drafter: Eagle3Drafter, target: Origin, draft_ids: Tensor, intermediate_size: int
+) -> Eagle3Drafter:
+    """The same drafter over the tokens `draft_ids` [K], ascending, with an MLP of that width.
+
+    Rows that it had of them are kept. A new token's row is the target's, moved as the known ones moved on average since
+    they were the target's. An offset common to all rows of a softmax decides nothing among them, so training lets it
+    drift; rows without it would win or lose everywhere. New units of the MLP add nothing until they are trained
+    (Net2Net, arXiv 1511.05641). Raises `ConfigError` if the MLP would be narrower.
+    """
+    found = drafter.config
+    if intermediate_size < found.intermediate_size:
+        raise ConfigError(
+            f"eagle3.intermediate_size {intermediate_size} is less than what it starts from has: "
+            f"{found.intermediate_size}"
+        )
+    known = drafter.target_ids(torch.arange(drafter.draft_vocab_size))
+    if intermediate_size == found.intermediate_size and torch.equal(known, draft_ids):
+        return drafter
+    config = replace(found, intermediate_size=intermediate_size, draft_vocab_size=len(draft_ids))
+    result = Eagle3Drafter(config, drafter.target_embedding)
+    parameters = dict(drafter.named_parameters())
+    with torch.no_grad():
+        for name, parameter in result.named_parameters():
+            if parameter.shape == parameters[name].shape:
+                parameter.copy_(parameters[name])
+        for mine, theirs in zip(result.layers, drafter.layers, strict=True):
+            _widen(mine, theirs)
+        head = result.get_parameter("lm_head.weight")
+        trained = parameters["lm_head.weight"]
+        head.copy_(target.head[draft_ids] + (trained - target.head[known]).mean(0))
+        kept = torch.isin(draft_ids, known)
+        head[kept] = trained[torch.searchsorted(known, draft_ids[kept])]
+        result.d2t = draft_ids - torch.arange(len(draft_ids))
+    return result
+
+
+def _widen(mine: Any, theirs: Any) -> None:
+    """Copy an MLP into one at least as wide."""
+    old, new = theirs.mlp.down.in_features, mine.mlp.down.in_features
+    nn.init.normal_(mine.mlp.gate_up.weight, std=0.02)
+    mine.mlp.gate_up.weight[:old] = theirs.mlp.gate_up.weight[:old]
+    mine.mlp.gate_up.weight[new : new + old] = theirs.mlp.gate_up.weight[old:]
+    mine.mlp.down.weight.zero_()
+    mine.mlp.down.weight[:, :old] = theirs.mlp.down.weight

@@ -1,0 +1,300 @@
+"""The drafters' training runs on transformers' Trainer: resumable, seeded, checkpointed as it goes.
+
+Weights that made the cached draft KV of a drafter that serves stay as they are (`Held`).
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.jsonl import read_json_file
+from whiflash_sglang.learn.swap import check_kind, first_frozen_row
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_train.answers.provenance import (
+    Provenance,
+    check_same_run,
+    checkpoint_digest,
+    data_digest,
+)
+from whiflash_train.answers.store import FeatureStore, open_stores
+from whiflash_train.config import DFlash, DSpark, Eagle3, Loop, TrainConfig
+from whiflash_train.drafters import dflash as dflash_training
+from whiflash_train.drafters import dspark as dspark_training
+from whiflash_train.drafters import eagle3 as eagle3_training
+from whiflash_train.drafters.batches import EvenRows, SequenceBatches, token_frequencies
+from whiflash_train.drafters.initialisation import choose_draft_vocabulary, go_on_from, origin_of
+from whiflash_train.origin import Origin
+
+AfterStep = Callable[[], object]
+
+
+class _Stepped(TrainerCallback):  # type: ignore[misc]
+    """Calls what it is given after every step."""
+
+    def __init__(self, call: AfterStep) -> None:
+        self._call = call
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._call()
+
+
+class _LoggingTrainer(Trainer):  # type: ignore[misc]
+    """Adds the training model's own figures to every log line."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with EvenRows():
+            return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        model: Any = self.model
+        super().log({**logs, **model.metrics}, *args, **kwargs)
+
+
+def train_drafter(
+    name: str,
+    config: TrainConfig,
+    target_path: Path,
+    start_from: Path | None = None,
+    *,
+    held: bool = False,
+    after_step: AfterStep | None = None,
+) -> Path:
+    """Train a drafter on the data so far; returns the directory of its checkpoint, in SGLang's format.
+
+    Args:
+        name: of `BUILDERS`, and of its section of the configuration.
+        held: keep what draft KV is made with as it is in `start_from`, so that a server can switch to the result.
+        after_step: called after every step.
+
+    Raises:
+        ConfigError: there is no such section, or `start_from` is not of its shape.
+    """
+    settings = config.dspark_section() if name == "dspark" else getattr(config, name)
+    stores = open_stores(config)
+    target = origin_of(config, target_path, stores)
+    build = partial(BUILDERS[name], config, settings, target, stores, start_from)
+    return _train(name, config, settings.loop, stores, build, start_from, held, after_step)
+
+
+train_eagle3 = partial(train_drafter, "eagle3")
+train_dflash = partial(train_drafter, "dflash")
+train_dspark = partial(train_drafter, "dspark")
+
+
+def _eagle3(
+    config: TrainConfig, settings: Eagle3, target: Origin, stores: list[FeatureStore], start: Path | None
+) -> nn.Module:
+    frequencies = token_frequencies(stores, target.vocab_size)
+    if start is None:
+        chosen = choose_draft_vocabulary(frequencies, settings.draft_vocab_size)
+        drafter = eagle3_training.initialise(target, settings, chosen)
+    else:
+        drafter = go_on_from(start, target, settings, frequencies)
+    columns = [config.capture.index(layer) for layer in settings.target_layers]
+    return eagle3_training.Eagle3Training(
+        drafter, target.head, columns=columns, steps=settings.steps, decay=settings.decay
+    )
+
+
+def _dflash(
+    config: TrainConfig, settings: DFlash, target: Origin, stores: list[FeatureStore], start: Path | None
+) -> nn.Module:
+    if start is None:
+        drafter = dflash_training.initialise(
+            target, settings, block_size=settings.block_size, section="dflash"
+        )
+    else:
+        drafter = DFlashDrafter.load(
+            start,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            target_embedding=target.embedding,
+            target_lm_head=target.head,
+        )
+    drafter.embedding_scale = target.embedding_scale
+    given = _block_options(config, settings, stores, target)
+    return dflash_training.DFlashTraining(drafter, gamma=settings.gamma, **given)
+
+
+def _dspark(
+    config: TrainConfig, settings: DSpark, target: Origin, stores: list[FeatureStore], start: Path | None
+) -> nn.Module:
+    if start is None:
+        drafter = dspark_training.initialise(target, settings)
+    else:
+        drafter = dspark_training.go_on_from(start, target, settings)
+    drafter.embedding_scale = target.embedding_scale
+    given = _block_options(config, settings, stores, target)
+    return dspark_training.DSparkTraining(drafter, settings, **given)
+
+
+BUILDERS: Mapping[str, Callable[..., nn.Module]] = {"eagle3": _eagle3, "dflash": _dflash, "dspark": _dspark}
+"""Drafter → what makes it, with its loss, as its training begins."""
+
+
+def _block_options(
+    config: TrainConfig, settings: DFlash | DSpark, stores: list[FeatureStore], target: Origin
+) -> dict[str, Any]:
+    """Options that every `BlockTraining` takes."""
+    frequencies = token_frequencies(stores, target.vocab_size)
+    return {
+        "columns": [config.capture.index(layer) for layer in settings.target_layers],
+        "frequent": choose_draft_vocabulary(frequencies, settings.frequent),
+        "sampled": settings.sampled,
+        "anchors_per_token": settings.anchors_per_token,
+    }
+
+
+def last_checkpoint(directory: Path) -> str | None:
+    """The last complete checkpoint of a killed run of the same output directory; None for a new one.
+
+    One that was being written when the run died (its state comes last) is removed: the one before it is still there.
+    """
+    found = directory.glob("checkpoint-*")
+    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            read_json_file(checkpoint / TRAINER_STATE_NAME, finite=False)
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+        else:
+            return str(checkpoint)
+    return None
+
+
+def _facts(
+    name: str, config: TrainConfig, stores: list[FeatureStore], start_from: Path | None
+) -> dict[str, Any]:
+    """Sources of a run's weights. Threads and the files' directories are not among them."""
+    settings = config.model_dump(mode="json", include={"target", "capture", "seed", "draft_layers", name})
+    return {
+        "data": {store.path.name: data_digest(store) for store in stores},
+        "configuration": {
+            **settings,
+            "hardware": config.hardware.model_dump(mode="json", exclude={"threads"}),
+        },
+        "--start-from": checkpoint_digest(start_from),
+    }
+
+
+def _train(
+    name: str,
+    config: TrainConfig,
+    loop: Loop,
+    stores: list[FeatureStore],
+    build: Callable[[], nn.Module],
+    start_from: Path | None,
+    held: bool,
+    after_step: AfterStep | None,
+) -> Path:
+    if config.hardware.threads:
+        torch.set_num_threads(config.hardware.threads)
+    torch.manual_seed(config.seed)
+    run = config.work / name
+    batches = SequenceBatches(stores, loop.answer_tokens, loop.min_answer, config.seed, loop.category_weights)
+    resumed = last_checkpoint(run / "trainer")
+    facts = _facts(name, config, stores, start_from) | ({"held": True} if held else {})
+    check_same_run(run / "trainer", facts, begun=resumed is not None)
+    provenance = Provenance.start(config, stores)
+    model: Any = build()
+    kept = Held(name, model.drafter) if held else None
+    model.train()
+    arguments = TrainingArguments(
+        output_dir=str(run / "trainer"),
+        num_train_epochs=loop.epochs,
+        per_device_train_batch_size=1,
+        learning_rate=loop.learning_rate,
+        weight_decay=loop.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=loop.clip,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(loop.warmup_share * loop.epochs * len(batches)),
+        bf16=config.hardware.dtype == "bfloat16",
+        use_cpu=config.hardware.device == "cpu",
+        logging_steps=loop.log_steps,
+        save_steps=loop.save_steps,
+        save_total_limit=1,
+        seed=config.seed,
+        data_seed=config.seed,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+    )
+    trainer = _LoggingTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=batches,
+        data_collator=lambda items: items[0],
+        callbacks=[] if after_step is None else [_Stepped(after_step)],
+    )
+    trainer.train(resume_from_checkpoint=resumed)
+    out = run / "checkpoint"
+    if kept is None or start_from is None:
+        model.drafter.save(out)
+    else:
+        kept.write_back()
+        model.drafter.save(out, stored_dtype(start_from))
+    provenance.finish(out, {"log": trainer.state.log_history, "answer_tokens": batches.answer_tokens})
+    return out
+
+
+FUSION = "fc.weight"
+
+
+class Held:
+    """The rows that `learn.swap.first_frozen_row` names, which get no gradients, and are written back at the end.
+
+    Args:
+        arm: for messages. drafter: float32, on any device; `requires_grad` of what is held whole becomes False.
+
+    Raises:
+        ConfigError: nobody has said what this kind's draft KV is made with.
+    """
+
+    def __init__(self, arm: str, drafter: nn.Module) -> None:
+        check_kind(arm, drafter)
+        self._rows: list[tuple[Tensor, Tensor, int]] = []
+        for name, parameter in drafter.named_parameters():
+            first = first_frozen_row(drafter, name)
+            if first is None:
+                continue
+            self._rows.append((parameter, parameter.detach()[first:].clone(), first))
+            if first == 0:
+                parameter.requires_grad_(False)
+            else:
+                parameter.register_hook(_without(first))  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Undo an optimiser's changes to them (weight decay, rounding)."""
+        for parameter, rows, first in self._rows:
+            parameter[first:] = rows
+
+
+def stored_dtype(checkpoint: Path) -> torch.dtype:
+    """Dtype of the weights in a drafter's file: what is held must be written as it was read."""
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if FUSION in set(file.keys()):
+                found: torch.dtype = file.get_tensor(FUSION).dtype
+                return found
+    raise CheckpointError(
+        f"{checkpoint} holds no {FUSION}: it is not a drafter whose training can be continued"
+    )
+
+
+def _without(first: int) -> Any:
+    def hook(gradient: Tensor) -> Tensor:
+        kept = gradient.clone()
+        kept[first:] = 0
+        return kept
+
+    return hook

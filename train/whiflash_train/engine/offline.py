@@ -1,0 +1,170 @@
+"""SGLang's offline engine for training data: it answers by plain decoding, and returns the features of texts.
+
+The engine is SGLang's own; its schedulers have a `Recorder` (`recorder.py`). A text's prefill computes
+all of it: prefixes are not cached, and prompts run without graphs.
+"""
+
+import asyncio
+import signal
+from collections.abc import Coroutine, Iterator, Mapping
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from fastapi import HTTPException
+from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.model_executor.cuda_graph_config import Backend
+from torch import Tensor
+
+from whiflash_sglang.compat import patching
+from whiflash_sglang.compat.forward.captured import may_capture
+from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.models.config_json import read_json_config
+from whiflash_train.engine import recorder
+
+R = TypeVar("R")
+TERMINATED = 143
+"""Exit code of a command that was sent SIGTERM."""
+_NOT_OURS = (
+    *("pp_size", "dp_size", "attn_dp_size", "attn_cp_size", "dcp_size", "enable_prefill_cp", "nnodes"),
+    *("enable_pdmux", "disaggregation_mode", "dllm_algorithm", "return_hidden_states_mode"),
+    *("allow_auto_truncate", "skip_tokenizer_init", "tokenizer_path"),
+)
+"""Arguments under which a scheduler has not every layer's output of every text, or grammars have no tokenizer."""
+
+
+class Place(NamedTuple):
+    """target: its name in the configuration. Directories: origin, for what drafters take over from it; states, for
+    features on their way."""
+
+    target: str
+    origin: Path
+    states: Path
+
+
+class Generated(NamedTuple):
+    """An answer's tokens, the one that ended it included, and whether one did."""
+
+    tokens: list[int]
+    finished: bool
+
+
+class OfflineEngine:
+    """SGLang's processes, until `close`. Requests are coroutines; `completed` runs them."""
+
+    def __init__(
+        self, model: Path, layers: list[int], place: Place, arguments: Mapping[str, Any], **chosen: Any
+    ) -> None:
+        """Args:
+            layers: of the target, ascending, whose outputs are features.
+            arguments: the user's, of SGLang's. chosen: those that the caller decides.
+
+        Raises:
+            ConfigError: the model's layers cannot be captured; the user's arguments are not SGLang's, or not for him
+                to choose here.
+            IncompatibleEngineError: this is another release.
+        """
+        patching.require_version()
+        architecture = (read_json_config(model).get("architectures") or ["?"])[0]
+        if not may_capture(architecture):
+            raise ConfigError(
+                f"{model} is a {architecture}, whose layers' outputs SGLang cannot capture: no drafter can be trained "
+                "for it"
+            )
+        options = {
+            "model_path": str(model),
+            "disable_radix_cache": True,
+            "enable_multimodal": False,
+            **chosen,
+        }
+        if chosen.get("device") == "cuda":
+            options["cuda_graph_backend_prefill"] = Backend.DISABLED
+        taken = [
+            name
+            for name in arguments
+            if name in options or name in _NOT_OURS or name.startswith("speculative")
+        ]
+        if taken:
+            raise ConfigError(
+                f"data.engine.{taken[0]} cannot be set: training data need plain decoding, one replica, and features "
+                "of whole texts; remove it"
+            )
+        for directory in (place.origin, place.states):
+            directory.mkdir(parents=True, exist_ok=True)
+        self._states, self._names = place.states, count()
+        self._clear()
+        # SGLang takes signals for the loop that it runs requests in, which nobody runs after the last of them.
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGQUIT)}
+        # SGLang's own way of giving an engine another scheduler.
+        started = partial(recorder.run, layers, *place)
+        kind = type("RecordingEngine", (Engine,), {"run_scheduler_process_func": staticmethod(started)})
+        try:
+            self._engine = kind(**options, **arguments)
+        except TypeError as error:
+            raise ConfigError(f"data.engine: {error}") from None
+
+    async def answer(self, tokens: list[int], **sampling: Any) -> Generated:
+        """The target's answer to a prompt. Raises ValueError where SGLang refuses the request."""
+        found = await self._ask(tokens, sampling)
+        reason = found["meta_info"]["finish_reason"]
+        if reason["type"] == "abort":
+            raise ValueError(reason.get("message", "SGLang aborted it"))
+        return Generated(list(found["output_ids"]), reason["type"] == "stop")
+
+    async def features(self, tokens: list[int], dtype: torch.dtype) -> Tensor:
+        """Outputs of the layers for every token of a text, followed by the state after the final norm.
+
+        Returns:
+            [T, (layers + 1) · H] of `dtype`, the target's.
+        """
+        name = f"{recorder.WANTED}{next(self._names)}"
+        sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
+        await self._ask(tokens, sampling, rid=name)
+        file = self._states / name
+        try:
+            states = torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype)
+        except FileNotFoundError:
+            raise WhiflashError(f"SGLang returned no features of a text of {len(tokens)} tokens") from None
+        file.unlink()
+        return states.view(len(tokens), -1)
+
+    async def _ask(self, tokens: list[int], sampling: dict[str, Any], **options: Any) -> Any:
+        try:
+            return await self._engine.async_generate(input_ids=tokens, sampling_params=sampling, **options)
+        except HTTPException as error:  # it has no room or ends, which another prompt would meet as well
+            raise WhiflashError(f"SGLang gave up a text of {len(tokens)} tokens: {error.detail}") from error
+
+    def completed(self, requests: Iterator[Coroutine[Any, Any, R]], at_once: int) -> Iterator[R]:
+        """Results of requests, as they are done, `at_once` of them under way. Raises SystemExit after SIGTERM."""
+        loop, running = self._engine.loop, set[asyncio.Task[R]]()
+        try:
+            while True:
+                while len(running) < at_once and (request := next(requests, None)) is not None:
+                    running.add(loop.create_task(request))
+                if not running:
+                    return
+                done, running = loop.run_until_complete(
+                    asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                )
+                yield from [task.result() for task in done]
+                if self._engine.tokenizer_manager.gracefully_exit:
+                    # SGLang takes SIGTERM for itself, and would wait until there are no requests any more.
+                    raise SystemExit(TERMINATED)
+        finally:
+            for task in running:
+                task.cancel()
+
+    def close(self) -> None:
+        """End SGLang's processes, and take signals as before. Features that nobody waited for any more are removed."""
+        for number, handler in self._handlers.items():
+            self._engine.loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+        self._engine.shutdown()
+        self._clear()
+
+    def _clear(self) -> None:
+        for left in self._states.glob(f"{recorder.WANTED}*"):
+            left.unlink()

@@ -1,0 +1,499 @@
+"""One pass: samples are read, the drafters that serve train on them and are judged, and a version is published, or not.
+
+Drafters are judged by what they accept of the same answers (`gains`). A pass may rest, to leave the processor to a
+server (`Pace`). Its files are in `learner` of the directory of `--whiflash-learn`, readable by the owner only, and gone
+when it ends. The next pass goes on with those of a killed one if it would learn the same.
+"""
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+from filelock import BaseFileLock, FileLock, Timeout
+from numpy.typing import NDArray
+
+from whiflash_sglang import arms
+from whiflash_sglang.checkpoints.hub import member
+from whiflash_sglang.checkpoints.manifest import PARTS, Manifest, load_manifest, lookup_of
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files import check_own
+from whiflash_sglang.jsonl import read_json, read_json_file, write_whole
+from whiflash_sglang.learn.samples import samples_of
+from whiflash_sglang.learn.swap import check_fits
+from whiflash_sglang.learn.versions import (
+    is_number,
+    notes_of,
+    numbers,
+    publish,
+    read_version,
+    served,
+    versions_of,
+)
+from whiflash_sglang.models.checkpoint import integer
+from whiflash_sglang.models.config_json import read_json_config
+from whiflash_sglang.models.dspark import DSparkDrafter
+from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.progress import tracked
+from whiflash_train.answers.data import is_embedded, target_path
+from whiflash_train.answers.store import FeatureStore, SequenceRecord
+from whiflash_train.answers.tokens import Exported
+from whiflash_train.config import TrainConfig
+from whiflash_train.drafters.runner import train_drafter
+from whiflash_train.learner.texts import LONGEST, Chosen, Text, answer_tokens, choose, texts_of
+from whiflash_train.replay import Pair, Parts, ReplayLog, replay_drafters
+from whiflash_train.rounds import Tally, rounds
+from whiflash_train.statistics import Interval, paired_ratio
+from whiflash_train.target import TargetModel, unknown
+
+SAVE_STEPS = 25
+"""Steps of training that a killed pass loses at most."""
+EPOCHS = 3.0
+"""Passes over the samples."""
+STEP_TOKENS = 1024
+"""Answer tokens in a step. With 256, EAGLE-3 lost 1 % of its acceptance length at the same rate: samples are few, and
+small steps of a fresh optimiser are mostly noise."""
+STATUS = "learner.json"
+WORK = "learner"
+CHOICE = "choice.json"
+"""File of the samples that the pass in `WORK` learns from, and its settings."""
+UNTIL = "until"
+"""Note of a version: when the newest sample was written that it was learned from or judged by."""
+OUTCOME = "outcome"
+"""Note of a version: all of its pass's outcome, for a pass that is killed after it published."""
+
+
+T = TypeVar("T")
+
+
+class Pace:
+    """Sleeps after work, so that this process uses a share of one core's time.
+
+    Args:
+        share: seconds of a processor for each second that passes; None: as many as there are.
+        used, now: seconds of processors that this process has used, and a clock's. sleep: waits so many seconds.
+        between: called at every rest, before it.
+    """
+
+    def __init__(
+        self,
+        share: float | None = None,
+        *,
+        between: Callable[[], object] = lambda: None,
+        used: Callable[[], float] = time.process_time,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self._share, self._between = share, between
+        self._used, self._now, self._sleep = used, now, sleep
+        self._began = used(), now()
+
+    def rest(self) -> None:
+        """Sleep for as long as the work since the last rest was beyond the share."""
+        self._between()
+        if self._share is not None:
+            used, passed = self._used() - self._began[0], self._now() - self._began[1]
+            self._sleep(max(0.0, used / self._share - passed))
+        self._began = self._used(), self._now()
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, with a rest after each."""
+        for item in items:
+            yield item
+            self.rest()
+
+
+class Gain(NamedTuple):
+    """before, after: tokens a round of a drafter alone, over all answers. ratio: of the two, with its interval."""
+
+    before: float
+    after: float
+    ratio: Interval
+
+    @property
+    def better(self) -> bool:
+        """Beyond its interval."""
+        return self.ratio.low > 1
+
+
+Walked = Mapping[str, Sequence[Tally]]
+"""Arm → a tally for each answer."""
+
+
+def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) -> Walked:
+    """Walk every stored answer with each drafter alone, as a server would draft, verify and commit it.
+
+    log: of the pair, for what was replayed before a killed walk.
+    """
+    found: dict[str, list[Tally]] = {arm: [] for arm in pair.drafters}
+    for record in pace.each(tracked(store.records, "judging")):
+        replayed = log.known.get(record.id)
+        if replayed is None:
+            replayed = replay_drafters(pair, store.read(record), store.layers)
+            log.add(record.id, replayed)
+        for arm, accepted in replayed.accepted.items():
+            walked = rounds(0, len(accepted), lambda at, accepted=accepted: int(accepted[at]))  # type: ignore[misc]
+            emitted = [tokens for _, tokens in walked]
+            found[arm].append(Tally(len(emitted), sum(emitted)))
+    return found
+
+
+def gains(before: Walked, after: Walked) -> dict[str, Gain]:
+    """Gains by arm. Answers are drawn together for both, so what is hard for both cancels out."""
+    return {name: _gain(before[name], after[name]) for name in after}
+
+
+def _gain(before: Sequence[Tally], after: Sequence[Tally]) -> Gain:
+    def column(tallies: Sequence[Tally], of: str) -> NDArray[np.float64]:
+        return np.array([[getattr(tally, of)] for tally in tallies], dtype=np.float64)
+
+    ratio = paired_ratio(
+        column(after, "tokens"),
+        column(after, "rounds"),
+        column(before, "tokens"),
+        column(before, "rounds"),
+        [""] * len(after),
+    )
+    lengths = [
+        float(column(tallies, "tokens").sum() / column(tallies, "rounds").sum())
+        for tallies in (before, after)
+    ]
+    return Gain(lengths[0], lengths[1], ratio)
+
+
+class Learning(NamedTuple):
+    """A pass's inputs.
+
+    directory: that of `--whiflash-learn`. bundle: the one that the server was started with. config: how its drafters
+    are trained. tokens: answer tokens to learn from. judged: requests that judge. rate: peak learning rate. replay: an
+    exported file of the original training's answers, of which as many tokens are learned; None: nothing is.
+    """
+
+    directory: Path
+    bundle: Path
+    config: TrainConfig
+    tokens: int
+    judged: int
+    rate: float
+    replay: Path | None
+
+
+class Outcome(NamedTuple):
+    """present: version that was learned from. version: that was published, or None. learned, judged: requests.
+    tokens: answer tokens that were learned from, replayed ones included. seconds: since the pass began, or went on.
+    until: when the newest of its requests was written, in seconds since the epoch. drafters: what each gained.
+    """
+
+    present: int
+    version: int | None
+    learned: int
+    judged: int
+    tokens: int
+    seconds: float
+    until: float
+    drafters: dict[str, Gain]
+
+    def facts(self) -> dict[str, Any]:
+        """Facts for JSON."""
+        gained = {
+            name: {"before": gain.before, "after": gain.after, **gain.ratio.model_dump()}
+            for name, gain in self.drafters.items()
+        }
+        return {**self._asdict(), "drafters": gained}
+
+
+def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
+    """Learn from the samples that are there, and publish the drafters that became better beyond their interval.
+
+    Args:
+        pace: rests after every step; None: there are no rests.
+
+    Raises:
+        TooFewError: of the samples. ConfigError: another learner is at work, or training ended in what cannot serve.
+    """
+    pace = pace or Pace()
+    with _alone(learning.directory) as work:
+        began = time.monotonic()
+        manifest = load_manifest(learning.bundle)
+        check_target(learning.config.target, manifest.target)
+        versions = versions_of(learning.directory)
+        present = served(versions).version
+        if published := _published(learning.directory, versions, present):
+            write_status(learning.directory, published.facts())
+            return published
+        checkpoints = _present(learning, manifest, versions, present)
+        chosen = _chosen(learning, manifest, present, work)
+        config = config_of(learning.config, checkpoints, work, learning.rate)
+        if config.hardware.threads:
+            torch.set_num_threads(config.hardware.threads)
+        path = target_path(config.target)
+        if reason := unknown(path):
+            raise ConfigError(f"{path}: drafters cannot go on training here, since {reason}")
+        target = TargetModel(path, **config.hardware.place)
+        tokens = answer_tokens(chosen.learned)
+        more = [] if learning.replay is None else replayed(learning.replay, tokens, config.seed)
+        _store(work / "data" / "shard0", target, config.capture, [*chosen.learned, *more], pace)
+        store = _store(work / "judges", target, config.capture, chosen.judged, pace)
+        trained = {arm: train_arm(config, arm, path, pace) for arm, path in checkpoints.items()}
+
+        pairs = [Pair.load(parts_of(manifest, paths), target) for paths in (checkpoints, trained)]
+        for arm in checkpoints:
+            before, after = (pair.drafters[arm] for pair in pairs)
+            check_fits(f"what was learned for {PARTS[arm]}", before, after)
+        walks = [walk_answers(pair, store, ReplayLog(work / "rounds", pair), pace) for pair in pairs]
+        found = {PARTS[arm]: gain for arm, gain in gains(*walks).items()}
+        better = {arm for arm in checkpoints if found[PARTS[arm]].better}
+        tokens += answer_tokens(more)
+        counts = len(chosen.learned), len(chosen.judged)
+        seconds = time.monotonic() - began
+        outcome = Outcome(present, None, *counts, tokens, seconds, chosen.until, found)
+        if better:
+            best = {arm: (trained if arm in better else checkpoints)[arm] for arm in checkpoints}
+            notes = {UNTIL: chosen.until, "tokens": tokens, "from": present, OUTCOME: outcome.facts()}
+            notes |= {name: round(gain.ratio.ratio, 3) for name, gain in found.items()}
+            outcome = outcome._replace(version=publish(versions, learning.bundle, notes, best))
+        write_status(learning.directory, outcome.facts())
+        return outcome
+
+
+def check_target(configured: str, served: str) -> None:
+    """Raise ConfigError where a training's configuration and a server's bundle are for different targets.
+
+    Equal names, or names of one directory, are one target.
+    """
+    if configured == served or (is_embedded(configured) and is_embedded(served)):
+        return
+    local = [
+        Path(name).expanduser().resolve() for name in (configured, served) if Path(name).expanduser().is_dir()
+    ]
+    if len(local) != 2 or local[0] != local[1]:
+        raise ConfigError(
+            f"--config is for the target {configured}, the server's bundle for {served}: drafters would learn from "
+            "another model; name the configuration and the bundle of the same one"
+        )
+
+
+def _published(directory: Path, versions: Path, present: int) -> Outcome | None:
+    """The outcome of a pass that was killed after it published, before its status was written."""
+    number = max(numbers(versions), default=0)
+    notes, used = notes_of(versions, number), served(versions)
+    if notes.get("from") != present or used.before == number:  # somebody went back from it
+        return None
+    status = status_of(directory)
+    try:
+        facts = notes[OUTCOME]
+        gained = {
+            name: Gain(one.pop("before"), one.pop("after"), Interval(**one))
+            for name, one in facts.pop("drafters").items()
+        }
+        found = Outcome(**facts, drafters=gained)._replace(version=number)
+    except (KeyError, TypeError, ValueError, AttributeError):  # another release wrote it, or nobody
+        return None
+    return found if until(found._asdict()) > until(status) else None
+
+
+def is_past(date: object) -> bool:
+    """Whether it is a date, in seconds since the epoch, that is not ahead of now, as of a clock that was."""
+    return is_number(date) and cast("float", date) <= time.time()
+
+
+def until(notes: Mapping[str, Any]) -> float:
+    """As of `UNTIL`; 0 if the notes have no such date: no sample would ever be newer than one ahead of now."""
+    return float(notes[UNTIL]) if is_past(notes.get(UNTIL)) else 0.0
+
+
+def write_status(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Write the facts that `status_of` returns from now on."""
+    write_whole(directory / STATUS, json.dumps(facts, indent=1) + "\n")
+
+
+def status_of(directory: Path) -> dict[str, Any]:
+    """Status of the last pass of a directory; empty before there was one. Raises ConfigError if it is damaged."""
+    file = directory / STATUS
+    try:
+        found = read_json_file(file)
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}): remove it; the next pass writes it again") from None
+    return found
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[Path]:
+    """A directory to work in, as the only learner; what a killed one left is in it.
+
+    Raises ConfigError where there is another, or no spool.
+    """
+    if not samples_of(directory).is_dir():
+        raise ConfigError(f"{directory} has no samples: name the directory of the server's --whiflash-learn")
+    check_own(samples_of(directory))
+    work = directory / WORK
+    try:
+        lock = _lock(directory).acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(
+            f"another learner works in {directory}: two would learn the same; wait for it, or end it"
+        ) from None
+    with lock:
+        work.mkdir(mode=0o700, exist_ok=True)
+        check_own(work)
+        try:
+            yield work
+        except KeyboardInterrupt:  # as a pass that was killed: the next one goes on
+            raise
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _lock(directory: Path) -> BaseFileLock:
+    return FileLock(directory / ".learner", mode=0o600)
+
+
+def is_at_work(directory: Path) -> bool:
+    """Whether a learner works in the directory now."""
+    if not (directory / ".learner").exists():
+        return False
+    try:
+        with _lock(directory).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
+def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) -> Chosen:
+    """Choice of a killed pass, if all of it is there still and it began as this one does; or the newest samples.
+
+    `work` holds the files made from the choice, or nothing.
+    """
+    target = target_path(learning.config.target)
+    shape = read_json_config(target)
+    longest = min(LONGEST, integer(shape, "max_position_embeddings", target, default=LONGEST))
+    vocabulary = integer(shape, "vocab_size", target)
+    found = texts_of(samples_of(learning.directory), manifest.target, vocabulary, longest)
+    texts = [text for text in found if is_past(text.written)]
+    settings = learning._replace(config=learning.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
+    settings |= {"present": present, "epochs": EPOCHS, "step_tokens": STEP_TOKENS}
+    begun = read_json(json.dumps(settings, default=str))
+    file, known = work / CHOICE, {text.name: text for text in texts}
+    try:
+        was = read_json_file(file)
+        if was["begun"] == begun:
+            learned, judged = ([known[name] for name in was[side]] for side in ("learned", "judged"))
+            return Chosen(learned, judged, was[UNTIL])
+    except (OSError, ValueError, KeyError, TypeError):  # there was no pass, or a sample of it was forgotten
+        pass
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(mode=0o700)
+    versions = versions_of(learning.directory)
+    since = max((until(notes_of(versions, number)) for number in numbers(versions)), default=0.0)
+    chosen = choose(texts, since, learning.tokens, learning.judged)
+    names = {side: [text.name for text in getattr(chosen, side)] for side in ("learned", "judged")}
+    write_whole(file, json.dumps({"begun": begun, **names, UNTIL: chosen.until}))
+    return chosen
+
+
+def _present(learning: Learning, manifest: Manifest, versions: Path, number: int) -> dict[str, Path]:
+    """Arm → checkpoint of the drafters that serve."""
+    found = {arm: member(learning.bundle, manifest, PARTS[arm]) for arm in manifest.drafters}
+    return found | (read_version(versions, number, manifest.target) if number else {})
+
+
+def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, rate: float) -> TrainConfig:
+    """Configuration of a training on the samples in `work` that goes on from the checkpoints, of their sizes.
+
+    Args:
+        checkpoints: by arm. rate: of learning, at its peak.
+    """
+
+    def section(name: str, **changes: Any) -> Any:
+        found = getattr(config, name)
+        if found is None:
+            return None
+        loop = {
+            "epochs": EPOCHS,
+            "answer_tokens": STEP_TOKENS,
+            "learning_rate": rate,
+            "category_weights": {},
+            "save_steps": SAVE_STEPS,
+        }
+        return found.model_copy(update={"loop": found.loop.model_copy(update=loop), **changes})
+
+    sizes = {}
+    if arms.AR in checkpoints:
+        found = read_draft(checkpoints[arms.AR], arms.AR).config
+        sizes = {"draft_vocab_size": found.draft_vocab_size, "intermediate_size": found.intermediate_size}
+    return config.model_copy(
+        update={
+            "work": work,
+            "eagle3": section("eagle3", **sizes),
+            "dflash": section("dflash"),
+            "dspark": section("dspark"),
+        }
+    )
+
+
+def _store(
+    path: Path, target: TargetModel, capture: list[int], texts: Iterable[Text], pace: Pace
+) -> FeatureStore:
+    """The texts with their features, of which the target computes those that are not there yet.
+
+    Args:
+        capture: layers whose outputs are the features, ascending.
+    """
+    store = FeatureStore(path, vectors=len(capture) + 1, hidden=target.hidden_size, layers=capture)
+    store.truncate_to_index()
+    known = {record.id for record in store.records}
+    left = [text for text in texts if text.name not in known]
+    order = tracked(range(len(left)), "reading samples")
+    eos = target.config["eos_token_id"]
+    ends = set(eos) if isinstance(eos, list) else {eos}
+    for at in pace.each(order):
+        text = left[at]
+        tokens = [*text.prompt, *text.answer]
+        finished = text.answer[-1] in ends
+        record = SequenceRecord(text.name, "served", len(text.prompt), len(tokens), False, finished, 0, 0)
+        store.append(record, tokens, target.states(tokens[:-1], capture))
+    return store
+
+
+def replayed(file: Path, tokens: int, seed: int) -> list[Text]:
+    """Whole answers of the original training, drawn at random, until they have so many tokens together."""
+    exported = Exported(file)
+    order = [indices[0] for indices in exported.copies().values()]
+    random.Random(seed).shuffle(order)
+    found: list[Text] = []
+    left = tokens
+    for index in order:
+        if left <= 0:
+            break
+        whole, length = exported.tokens(index).tolist(), int(exported.columns["prompt_lengths"][index])
+        found.append(Text(exported.ids[index], 0.0, tuple(whole[:length]), tuple(whole[length:])))
+        left -= len(whole) - length
+    return found
+
+
+def train_arm(config: TrainConfig, arm: str, checkpoint: Path, pace: Pace) -> Path:
+    """Train the arm's drafter on from the checkpoint, or go on with that; returns where the result is."""
+    name = PARTS[arm]
+    if arm == arms.DIFFUSION and read_draft(checkpoint, arm).format.model is DSparkDrafter:
+        name = "dspark"
+    target = target_path(config.target)
+    return train_drafter(name, config, target, checkpoint, held=True, after_step=pace.rest)
+
+
+def parts_of(manifest: Manifest, checkpoints: Mapping[str, Path]) -> Parts:
+    """The checkpoints, by arm, with what the bundle says of the rest."""
+    return Parts(checkpoints, dflash_vocabulary=manifest.dflash_vocabulary, lookup=lookup_of(manifest))

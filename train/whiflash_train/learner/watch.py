@@ -1,0 +1,142 @@
+"""Pass after pass beside a server, as its samples come, with an eye on what the server was switched to."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.files import open_own
+from whiflash_sglang.learn.samples import files_of, samples_of
+from whiflash_train.learner.guard import Drop, Guard
+from whiflash_train.learner.once import (
+    Learning,
+    Outcome,
+    Pace,
+    is_at_work,
+    is_past,
+    learn_once,
+    status_of,
+    until,
+    write_status,
+)
+from whiflash_train.learner.texts import LEAST, TooFewError
+
+POLL = 15.0
+"""Seconds between two looks at the samples, and at the server."""
+
+T = TypeVar("T")
+Say = Callable[[dict[str, Any]], object]
+
+
+class Watch:
+    """Learns whenever there are enough new samples.
+
+    Args:
+        guard: of the server that versions are offered to; None: they are only published. say: takes what happens, as
+            JSON. share: as of `Pace`. now, sleep: a clock in seconds, and what waits.
+    """
+
+    def __init__(
+        self,
+        learning: Learning,
+        guard: Guard | None,
+        say: Say,
+        share: float | None = None,
+        *,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self._learning, self._guard, self._say = learning, guard, say
+        self._now, self._sleep = now, sleep
+        self._looked = -POLL
+        self._silent = False
+        self._pace = Pace(share, between=self.look)
+
+    def run(self) -> NoReturn:
+        """Until the process ends."""
+        while True:
+            self.look()
+            if self.step() is None:
+                self._sleep(POLL)
+
+    def step(self) -> Outcome | None:
+        """A pass over the samples, if enough came since the last one's."""
+        if new_samples(self._learning.directory) < 2 * LEAST:
+            return None
+        try:
+            found = learn_once(self._learning, self._pace)
+        except TooFewError:  # most of them cannot be learned from
+            return None
+        self._say(found.facts())
+        if found.version is not None:
+            self._offer(found)
+        return found
+
+    def look(self) -> None:
+        """Look at the server, at most every `POLL` seconds: a version that accepts less than before is left."""
+        if self._guard is None or self._now() - self._looked < POLL:
+            return
+        self._looked = self._now()
+        drop = self._asked(self._guard.look)
+        if drop is not None:
+            self._roll_back(drop)
+
+    def _roll_back(self, drop: Drop) -> None:
+        fact = {
+            "rolled_back": drop.version,
+            "serves": drop.now,
+            "accepted": {name: found._asdict() for name, found in drop.changes.items()},
+        }
+        write_status(self._learning.directory, {**status_of(self._learning.directory), **fact})
+        self._say(fact)
+
+    def _offer(self, found: Outcome) -> None:
+        """Have the server use the version, if it still uses what that was compared with."""
+        guard, number = self._guard, found.version
+        if guard is None or number is None:
+            return
+        self.look()
+        serves = self._asked(guard.serves)
+        if serves is None:
+            return
+        if serves != found.present:
+            why = f"the server was switched from {found.present} to {serves} meanwhile"
+            self._say({"not_offered": number, "why": f"{why}; whiflash drafter {number} switches to it"})
+            return
+        self._asked(lambda: guard.switch(number))
+
+    def _asked(self, ask: Callable[[], T]) -> T | None:
+        """Answer of the server; None if it does not answer, which is said once."""
+        try:
+            answer = ask()
+        except WhiflashError as error:
+            if not self._silent:
+                self._say({"server": str(error)})
+            self._silent = True
+            return None
+        self._silent = False
+        return answer
+
+
+def new_samples(directory: Path) -> int:
+    """Samples that were written after those of the last pass. Nobody has looked whether they can be learned from."""
+    since = until(status_of(directory))
+    count = 0
+    for file in files_of(samples_of(directory)):
+        if file.written > since and is_past(file.written):
+            try:
+                with open_own(file.path) as samples:
+                    count += max(sum(1 for _ in samples) - 1, 0)  # the first line is no sample
+            except (ConfigError, OSError):  # others wrote it, or it was dropped meanwhile
+                continue
+    return count
+
+
+def progress_of(directory: Path) -> dict[str, Any]:
+    """The last pass, whether one is under way, and how many samples wait for the next one."""
+    return {
+        **status_of(directory),
+        "learning": is_at_work(directory),
+        "new_samples": new_samples(directory),
+    }

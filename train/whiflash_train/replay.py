@@ -1,0 +1,397 @@
+"""Drafts that every arm would have had accepted at every position of an answer, without a server.
+
+The text is the target's own whichever arm drafts, so an arm is replayed at every answer position: how many of its draft
+tokens agree with the text that followed. All arms start from the same committed prefix (same-round counterfactuals,
+arXiv 2606.07710), which is what routers learn from and what oracles are made of.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from whiflash_sglang import arms
+from whiflash_sglang.candidates import NOTHING
+from whiflash_sglang.checkpoints.hub import member
+from whiflash_sglang.checkpoints.manifest import PARTS, Lookup, load_manifest, lookup_of
+from whiflash_sglang.jsonl import lines_of, read_json, write_whole
+from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
+from whiflash_sglang.lookup.copier import Copier
+from whiflash_sglang.models.choice import Choice, DraftHead, choose
+from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.progress import tracked
+from whiflash_sglang.routing.costs import LEAST_CHANCE
+from whiflash_train.answers.store import FeatureStore, SequenceRecord
+from whiflash_train.answers.store import Sequence as Stored
+from whiflash_train.drafters.batches import Batch, unpack
+from whiflash_train.drafters.dflash import choose_anchors, run_blocks
+from whiflash_train.drafters.eagle3 import plan_chains, unroll
+from whiflash_train.origin import Origin, Vocabulary
+from whiflash_train.rounds import agreed, loop_start
+
+
+class Parts(NamedTuple):
+    """A server's means of drafting: checkpoints by arm, in the order of `arms.PAIR`, drafts of a chain, the vocabulary
+    of blocks, copying.
+    """
+
+    checkpoints: Mapping[str, Path]
+    eagle_steps: int = 5
+    dflash_vocabulary: str = "full"
+    lookup: Lookup = Lookup()
+
+    @classmethod
+    def of_bundle(cls, bundle: Path, eagle_steps: int = 5) -> "Parts":
+        """As the bundle's manifest says."""
+        manifest = load_manifest(bundle)
+        checkpoints = {arm: member(bundle, manifest, PARTS[arm]) for arm in manifest.drafters}
+        return cls(checkpoints, eagle_steps, manifest.dflash_vocabulary, lookup_of(manifest))
+
+    @property
+    def captured(self) -> list[int]:
+        """Target layers that they read, ascending."""
+        drafts = map(read_draft, self.checkpoints.values())
+        return sorted({layer for draft in drafts for layer in draft.config.target_layer_ids})
+
+
+class Pair(NamedTuple):
+    """The drafters by arm, loaded, one of which may be missing, and the settings of the copying arm.
+
+    `block_head`: what a block drafter chooses from. `digest`: of everything that decides what they draft; replays are
+    kept under it.
+    """
+
+    drafters: Mapping[str, Any]
+    eagle_steps: int
+    block_head: DraftHead | None
+    digest: str
+    lookup: Lookup
+
+    @classmethod
+    def load(cls, parts: Parts, target: Vocabulary | Origin) -> "Pair":
+        """Read the checkpoints. Raises `CheckpointError` where one does not fit the target."""
+        digest = hashlib.sha256(json.dumps([parts.eagle_steps, parts.dflash_vocabulary]).encode())
+        for path in parts.checkpoints.values():
+            for file in (path / "config.json", *sorted(path.glob("*.safetensors"))):
+                digest.update(file.read_bytes())
+        options: dict[str, Any] = {
+            "device": target.head.device,
+            "dtype": target.head.dtype,
+            "target_embedding": target.embedding,
+            "target_lm_head": target.head,
+        }
+        drafters = {arm: read_draft(path, arm).load(**options) for arm, path in parts.checkpoints.items()}
+        chain, block = (drafters.get(arm) for arm in arms.PAIR)
+        head = None
+        if block is not None:
+            block.embedding_scale, head = target.embedding_scale, block.head
+        if head is not None and chain is not None and parts.dflash_vocabulary == "eagle3":
+            rows = torch.arange(chain.draft_vocab_size, device=target.head.device)
+            head = head.within(chain.target_ids(rows))
+        return cls(drafters, parts.eagle_steps, head, digest.hexdigest()[:16], parts.lookup)
+
+
+class Chain(NamedTuple):
+    """Drafts of one round. tokens: the target's ids. alive: the chance that each and all before it are accepted."""
+
+    tokens: Sequence[int]
+    alive: Sequence[float]
+
+    def followed_by(self, more: "Chain") -> "Chain":
+        """With `more` behind it, whose chances count what is before."""
+        return Chain([*self.tokens, *more.tokens], [*self.alive, *more.alive])
+
+
+class Copied(NamedTuple):
+    """`accepted` [P] copied tokens that were right in a round at answer position i; `expected` [P] fp64: how many
+    the arm expected; `proposed` [P]: tokens that were copied;
+    `behind`: arm → [P] what would be copied behind its drafts.
+    """
+
+    accepted: NDArray[np.int64]
+    expected: NDArray[np.float64]
+    proposed: NDArray[np.int64]
+    behind: dict[str, list[Chain]]
+
+
+def replay_lookup(
+    tokens: Sequence[int],
+    prompt_length: int,
+    settings: Lookup,
+    calibration: MatchCalibration,
+    drafted: Mapping[str, Sequence[Chain]] = {},
+) -> Copied:
+    """Replay the arm at every position of an answer, without memory across requests. Switched off it copies nothing.
+
+    `calibration` and the request's own learn as it goes, a token at a time: from the first token of every proposal.
+
+    Args:
+        tokens: prompt and answer. prompt_length: tokens of the prompt. drafted: arm → [P] drafts of a trained drafter;
+            a copy goes on behind them, up to the width of both together.
+    """
+    positions = len(tokens) - prompt_length - 1
+    accepted, proposed = (np.zeros(positions, dtype=np.int64) for _ in range(2))
+    expected = np.zeros(positions)
+    copied = Copied(accepted, expected, proposed, {arm: [] for arm in drafted})
+    if not settings.enabled:
+        nothing = [Chain((), ())] * positions
+        return copied._replace(behind=dict.fromkeys(drafted, nothing))
+    widest = max(
+        [settings.max_width, *(len(one.tokens) for chains in drafted.values() for one in chains[:1])]
+    )
+    copier = Copier(calibration, settings.min_match)
+    copier.extend(tokens[:prompt_length])
+    for position in range(positions):
+        known = prompt_length + position + 1  # the bonus token is known, its KV is not
+        copier.extend(tokens[known - 1 : known])
+        limit = min(settings.max_width, positions - position)
+        proposal = copier.look(limit, LEAST_CHANCE)
+        drafts, expected[position] = proposal.tokens, sum(proposal.alive)
+        for arm, chains in drafted.items():
+            own, sure = chains[position]
+            room = min(widest, positions - position) - len(own)
+            beyond = copier.look_beyond(own, sure[-1], room, LEAST_CHANCE) if own and room > 0 else NOTHING
+            copied.behind[arm].append(Chain(list(beyond.tokens), list(beyond.alive)))
+        proposed[position] = len(drafts)
+        accepted[position] = agreed(drafts, tokens[known : known + len(drafts)])
+    return copied
+
+
+JOINED = {arm: f"{arm}+{arms.LOOKUP}" for arm in arms.PAIR}
+"""A trained drafter whose drafts are followed by the copy that they lead into, as `auto` serves it."""
+
+ALL_ARMS = (*arms.PAIR, arms.LOOKUP)
+
+_BLOCKS = 64  # whose drafts are multiplied with the whole vocabulary at once
+
+Lengths = NDArray[np.int64]
+
+
+class Rounds(NamedTuple):
+    """Rounds of the trained drafters, at every position where a round can start, [P] each.
+
+    accepted: arm → drafts accepted. tokens: arm → [P, D] int32, its drafts. alive: arm → [P, D] fp32, the products of
+    its confidences so far.
+    """
+
+    accepted: dict[str, Lengths]
+    tokens: dict[str, NDArray[np.int32]]
+    alive: dict[str, NDArray[np.float32]]
+
+    def add(self, arm: str, right: Tensor, choice: Choice) -> None:
+        """`right` [P, D] bool: drafts that equal the text. `choice`: the drafts, [P, D] each."""
+        self.accepted[arm] = right.cumprod(1).sum(1).cpu().numpy()
+        self.tokens[arm] = choice.token.int().cpu().numpy()
+        self.alive[arm] = choice.confidence.double().cumprod(1).cpu().numpy().round(4).astype(np.float32)
+
+    @property
+    def chains(self) -> dict[str, list[Chain]]:
+        """Arm → [P] its drafts."""
+        return {
+            arm: list(map(Chain, tokens.tolist(), self.alive[arm].tolist()))
+            for arm, tokens in self.tokens.items()
+        }
+
+
+class Replay(NamedTuple):
+    """One answer with what each arm would have accepted.
+
+    `accepted` arm (of `ALL_ARMS` and `JOINED`, those that are there) → [P] draft tokens accepted by a round starting at
+    answer position i (its bonus token is answer token i, P = answer tokens - 1). `final` [P, H] the target's state at
+    the last committed token of that round. `loop_from`: answer position from which the text repeats itself, P where
+    it never does.
+    `copies` [P] fp64: how many copied tokens the lookup arm expected to be accepted, of those likely enough to copy.
+    `proposed` [P]: how many tokens the lookup arm would copy.
+    """
+
+    id: str
+    category: str
+    accepted: dict[str, Lengths]
+    final: Tensor
+    loop_from: int
+    copies: NDArray[np.float64]
+    proposed: Lengths
+
+    @property
+    def positions(self) -> int:
+        """P: places where a round can start."""
+        return len(self.accepted[arms.LOOKUP])
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The trained drafters that were replayed."""
+        return tuple(arm for arm in arms.PAIR if arm in self.accepted)
+
+    def drafts_accepted(self, arm: str, position: int) -> int:
+        """Drafts accepted in a round of `arm` at `position`; an arm that was not replayed drafts nothing."""
+        return int(self.accepted[arm][position]) if arm in self.accepted else 0
+
+
+class ReplayLog:
+    """Rounds of the trained drafters on disk, one line an answer, so that a killed replay goes on."""
+
+    def __init__(self, directory: Path, pair: Pair) -> None:
+        """Open or create `<directory>/rounds-<digest>.jsonl`; a half-written last line is dropped."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / f"rounds-{pair.digest}.jsonl"
+        self.known: dict[str, Rounds] = {}
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        lines = [line for _, line in lines_of(text)]
+        for line in lines:
+            try:
+                row = read_json(line)
+                accepted = {arm: np.array(row["accepted"][arm], dtype=np.int64) for arm in pair.drafters}
+                tokens = {arm: np.array(row["tokens"][arm], dtype=np.int32) for arm in pair.drafters}
+                alive = {arm: np.array(row["alive"][arm], dtype=np.float32) for arm in pair.drafters}
+            except (ValueError, KeyError):
+                break
+            self.known[row["id"]] = Rounds(accepted, tokens, alive)
+        if len(self.known) < len(lines):
+            write_whole(self._path, "".join(_line(name, rounds) for name, rounds in self.known.items()))
+
+    def add(self, name: str, rounds: Rounds) -> None:
+        """Append one answer."""
+        self.known[name] = rounds
+        with self._path.open("a") as file:
+            file.write(_line(name, rounds))
+
+
+def _line(name: str, rounds: Rounds) -> str:
+    row: dict[str, Any] = {"id": name, "accepted": {arm: a.tolist() for arm, a in rounds.accepted.items()}}
+    row["tokens"] = {arm: tokens.tolist() for arm, tokens in rounds.tokens.items()}
+    row["alive"] = {arm: alive.round(4).tolist() for arm, alive in rounds.alive.items()}
+    return json.dumps(row) + "\n"
+
+
+def replay_name(store: FeatureStore, record: SequenceRecord) -> str:
+    """Key of a replay: two shards may have answered the same prompt, a rounding apart."""
+    return f"{store.path.name}/{record.id}"
+
+
+class Source(NamedTuple):
+    """Place of a stored answer."""
+
+    store: FeatureStore
+    record: SequenceRecord
+
+
+def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog) -> list[Replay]:
+    """Replay all arms over stored answers, in this order; answers too short to hold a round are left out.
+
+    The lookup arm's calibration learns from answer to answer, as in one server.
+
+    Raises:
+        ValueError: no answer is long enough.
+    """
+    calibration = MatchCalibration(pair.lookup.seed or EVEN_ODDS)
+    answers = []
+    for store, record in tracked(list(sources), "replaying drafters"):
+        if record.length - record.prompt_length < 2:
+            continue
+        sequence = store.read(record)
+        name = replay_name(store, record)
+        rounds = log.known.get(name)
+        if rounds is None:
+            rounds = replay_drafters(pair, sequence, store.layers)
+            log.add(name, rounds)
+        answers.append(_assemble(sequence, rounds, pair, calibration))
+    if not answers:
+        raise ValueError("no answer is long enough to replay: raise max_new_tokens or use other prompts")
+    return answers
+
+
+def _assemble(sequence: Stored, rounds: Rounds, pair: Pair, calibration: MatchCalibration) -> Replay:
+    record, drafted = sequence.record, rounds.chains
+    tokens = sequence.tokens.tolist()
+    copied = replay_lookup(tokens, record.prompt_length, pair.lookup, calibration, drafted)
+    answer = tokens[record.prompt_length :]
+    joined = {
+        JOINED[arm]: [one.followed_by(copy) for one, copy in zip(chains, copied.behind[arm], strict=True)]
+        for arm, chains in drafted.items()
+    }
+    right = {
+        arm: np.array([agreed(one.tokens, answer[at:]) for at, one in enumerate(chains, 1)])
+        for arm, chains in joined.items()
+    }
+    positions = record.length - record.prompt_length - 1
+    start = loop_start(answer[:-1] if record.finished else answer)
+    return Replay(
+        record.id,
+        record.category,
+        {**rounds.accepted, **right, arms.LOOKUP: copied.accepted},
+        # A copy: a view would keep the features of the whole sequence in memory.
+        sequence.final[record.prompt_length - 1 : record.length - 2].clone(),
+        positions if start is None else min(start, positions),
+        copied.expected,
+        copied.proposed,
+    )
+
+
+@torch.inference_mode()
+def replay_drafters(pair: Pair, sequence: Stored, capture: Sequence[int]) -> Rounds:
+    """Rounds of the trained drafters at every answer position."""
+    record = sequence.record
+    batch = unpack(
+        sequence.tokens,
+        sequence.features,
+        sequence.final,
+        torch.tensor([record.length]),
+        torch.tensor([record.prompt_length]),
+    )
+    rounds = Rounds({}, {}, {})
+    if arms.AR in pair.drafters:
+        rounds.add(arms.AR, *_unrolled(pair.drafters[arms.AR], batch, capture, pair.eagle_steps))
+    if pair.block_head is not None:
+        rounds.add(arms.DIFFUSION, *_blocks(pair.drafters[arms.DIFFUSION], pair.block_head, batch, capture))
+    return rounds
+
+
+def _unrolled(
+    drafter: Eagle3Drafter, batch: Batch, capture: Sequence[int], steps: int
+) -> tuple[Tensor, Choice]:
+    """Whether each draft is right [P, steps], and the drafts."""
+    layers = drafter.config.target_layer_ids
+    if not layers:
+        raise ValueError(
+            "config.json of the EAGLE-3 checkpoint lacks eagle_aux_hidden_state_layer_ids, the target's layers that it "
+            "reads: add them"
+        )
+    plan = plan_chains(batch)
+    columns = [list(capture).index(layer) for layer in layers]
+    wanted = batch.tokens[plan.label_tokens]
+    right, tokens, sure = [], [], []
+    for step, logits in enumerate(unroll(drafter, batch, plan, columns, steps, own_drafts=True)):
+        choice = choose(logits)
+        valid = plan.steps_left > step
+        label = torch.where(valid, plan.label + step, 0)
+        tokens.append(drafter.target_ids(choice.token))
+        right.append(valid & (tokens[-1] == wanted[label]))
+        sure.append(choice.confidence)
+    return torch.stack(right, 1), Choice(torch.stack(tokens, 1), torch.stack(sure, 1))
+
+
+def _blocks(
+    drafter: DFlashDrafter, head: DraftHead, batch: Batch, capture: Sequence[int]
+) -> tuple[Tensor, Choice]:
+    """Whether each draft is right [P, drafts], and the drafts."""
+    blocks = choose_anchors(batch, per_token=1.0)
+    columns = [list(capture).index(layer) for layer in drafter.target_layer_ids]
+    states = run_blocks(drafter, batch, blocks, columns)
+    bonus, drafts = batch.tokens[blocks.token + blocks.anchor], drafter.config.max_drafts
+    parts = [
+        drafter.propose(one, token, drafts, head)
+        for one, token in zip(torch.split(states, _BLOCKS), torch.split(bonus, _BLOCKS), strict=True)
+    ]
+    choice = Choice(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    wanted = blocks.anchor[:, None] + torch.arange(1, drafts + 1, device=choice.token.device)
+    valid = wanted < blocks.length[:, None]
+    text = batch.tokens[blocks.token[:, None] + torch.minimum(wanted, blocks.length[:, None] - 1)]
+    return valid & (choice.token == text), choice

@@ -1,0 +1,112 @@
+"""The `whiflash` command: commands of this package, and those of other distributions that are installed."""
+
+import os
+import re
+import signal
+import sys
+import traceback
+import warnings
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from whiflash_sglang.cli import MORE, elsewhere
+from whiflash_sglang.errors import UsageError, WhiflashError
+
+DEBUG = "WHIFLASH_DEBUG"
+"""Environment variable: with any value, an error comes with its traceback."""
+INTERRUPTED = 130
+_NOT_AMONG = re.compile(r"(?:Value error, )?('([^'\n]*)' is not one of (.+))", re.DOTALL)
+
+app = typer.Typer(
+    name="whiflash",
+    help="Speculative decoding with several drafters, chosen for every request and round, for stock SGLang.",
+    epilog=f"Exit codes: 0 done, 1 failed, 2 wrong command line, {INTERRUPTED} interrupted. {DEBUG}=1 shows "
+    "tracebacks, NO_COLOR=1 leaves colours out.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"whiflash {version('whiflash-sglang')} (sglang {version('sglang')})")
+        raise typer.Exit
+
+
+@app.callback()
+def _whiflash(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+lab = typer.Typer(
+    help="Commands that few need: simulations, judges of a bundle, parts of a training.", no_args_is_help=True
+)
+
+MODULES = (
+    *("serve", "demo", "bundle", "check", "running", "trace"),
+    *("advise", "bench", "drafter", "learn", "train", "judge"),
+)
+"""Modules of this package and entry points of others (`elsewhere.py`), in the order of the help."""
+
+for _name in MODULES:
+    if _name in elsewhere.BROUGHT:
+        elsewhere.register(_name, app, lab)
+    else:
+        import_module(f"whiflash_sglang.cli.{_name}").register(app, lab)
+elsewhere.register_others(app, lab)
+app.add_typer(lab, name="lab", rich_help_panel=MORE)
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code; errors that a person can act on are one line."""
+    # Engine and torch warn about accelerators they look for; here that is noise around the answer.
+    warnings.simplefilter("ignore")
+    # A terminated command still ends the servers that it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        # Typer returns an exit code that was raised, also for Ctrl-C; commands themselves return None.
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:  # a wrong command line
+        context = getattr(error, "ctx", None)
+        more = "" if context is None else f" (see {context.command_path} --help)"
+        message, code = error.format_message().rstrip("."), error.exit_code
+        if message:  # else a group without a command, whose help is printed
+            _complain(f"{_with_guess(message)}{more}", code)
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    except UsageError as error:
+        code = _complain(f"{_with_guess(str(error))} (see whiflash {sys.argv[1]} --help)", 2)
+    except WhiflashError as error:
+        code = _complain(str(error), 1)
+    except OSError as error:
+        code = _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+    sys.exit(code)
+
+
+def _with_guess(message: str) -> str:
+    """`message`, with the nearest choice when it names a value that is none of the choices it lists."""
+    found = _NOT_AMONG.search(message)
+    if found is None:
+        return message
+    near = get_close_matches(found[2], re.findall(r"[^\s',]+", found[3]), n=1)
+    return message[: found.start()] + found[1] + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _complain(message: str, code: int) -> int:
+    if os.environ.get(DEBUG):
+        traceback.print_exc()
+    from whiflash_sdk.render.aligned import printable
+
+    typer.echo(printable(f"whiflash: error: {message}"), err=True)
+    return code

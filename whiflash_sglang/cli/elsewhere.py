@@ -1,0 +1,69 @@
+"""Commands and checks that other distributions bring, found by their entry points."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import typer
+
+COMMANDS = "whiflash.commands"
+"""Group of entry points: functions that register commands, given the application and its group `lab`."""
+CHECKS = "whiflash.checks"
+"""Group of entry points: functions that `whiflash check` calls."""
+BROUGHT: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "demo": ("lab", ("demo",)),
+    "bundle": ("train", ("bundle", "lab lookup-seed")),
+    "advise": ("lab", ("advise",)),
+    "bench": ("lab", ("bench", "lab simulate")),
+    "learn": ("train", ("learn",)),
+    "train": ("train", ("train", "lab split", "lab features", "lab export")),
+    "judge": ("lab", ("lab evaluate",)),
+}
+"""Entry points of our own distributions: the extra of whiflash-sglang that brings each, and its commands."""
+
+
+@cache
+def installed(group: str) -> Mapping[str, EntryPoint]:
+    """Entry points of a group by their names."""
+    return {one.name: one for one in entry_points(group=group)}
+
+
+def check_of(name: str) -> Callable[..., Any] | None:
+    """The check of this name; None if no installed distribution brings it."""
+    found = installed(CHECKS).get(name)
+    return None if found is None else found.load()
+
+
+def missing(part: str) -> str:
+    """A sentence on a distribution that is not installed, by the extra that brings it."""
+    return f"whiflash-{part} is not installed: pip install 'whiflash-sglang[{part}]'"
+
+
+def register(name: str, app: typer.Typer, lab: typer.Typer) -> None:
+    """Register the commands of an entry point. One that is not installed leaves commands that say what brings them."""
+    if found := installed(COMMANDS).get(name):
+        found.load()(app, lab)
+        return
+    part, commands = BROUGHT[name]
+    for command in commands:
+        group, _, last = command.rpartition(" ")
+        _stand_in(lab if group else app, last, f"{command}: {missing(part)}")
+
+
+def register_others(app: typer.Typer, lab: typer.Typer) -> None:
+    """Register commands of distributions that are not ours."""
+    for name, found in installed(COMMANDS).items():
+        if name not in BROUGHT:
+            found.load()(app, lab)
+
+
+def _stand_in(group: typer.Typer, name: str, reason: str) -> None:
+    """A command that takes any words, names the missing distribution, and ends with 2."""
+
+    def refuse() -> None:
+        typer.echo(f"whiflash: error: {reason}", err=True)
+        raise typer.Exit(2)
+
+    takes_any = {"ignore_unknown_options": True, "allow_extra_args": True}
+    group.command(name, hidden=True, add_help_option=False, context_settings=takes_any)(refuse)

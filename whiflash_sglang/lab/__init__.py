@@ -1,1 +1,0 @@
-"""Measuring: benchmarks of servers, recorded conversations, judges of drafters. Serving imports none of it."""
