@@ -150,7 +150,7 @@ def copy_member(file: Path, place: Path) -> Path:
     if not any(real.is_relative_to(root) for root in roots_of(file.parent)):
         raise ConfigError(f"{file} is a link to {real}, outside its checkpoint: put a copy of the file there")
     try:
-        source = open_regular(real)
+        source = open_regular(real, flags=os.O_RDONLY | os.O_NOFOLLOW)  # no link since it was resolved
     except ValueError as error:
         raise ConfigError(f"{file}: {error}; put a copy of the file there") from None
     with source:

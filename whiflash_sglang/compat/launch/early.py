@@ -137,11 +137,11 @@ def _check_names(said: Iterable[str]) -> None:
     """Raise UsageError for a flag that SGLang's sources do not name; to import its parser takes half a minute."""
     found = find_spec("sglang")
     others = {plugin.name for plugin in entry_points(group="sglang.srt.plugins")} - {*KNOWN_PLUGINS}
-    if found is None or not found.submodule_search_locations or others:  # which may add flags
+    if found is None or not found.submodule_search_locations or others:  # other plugins may add flags
         return
     root = Path(found.submodule_search_locations[0]) / "srt"
     files = [root / "server_args.py", *(root / "arg_groups").rglob("*.py")]
-    files += root.parent.with_name("smg_grpc_servicer").glob("*_flag.py")
+    files += root.parent.with_name("smg_grpc_servicer").glob("*_flag.py")  # the known plugins' flags
     text = "\n".join(file.read_text("utf-8") for file in files if file.is_file())
     known = {f"--{name.replace('_', '-')}" for name in _FIELD.findall(text)} | {
         *_LITERAL.findall(text),
