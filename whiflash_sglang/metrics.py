@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
 
 from whiflash_sglang import __version__
 from whiflash_sglang.config import PolicyChange, RouterName, Settings
-from whiflash_sglang.routing.assign import Costs
+from whiflash_sglang.routing.costs import Costs
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 
 from whiflash_sglang.candidates import Forecast
-from whiflash_sglang.routing.policies import FIRST_PROBE, HOPELESS, PROBE_ROUNDS, AutoPolicy
+from whiflash_sglang.routing.costs import PROBE_ROUNDS
+from whiflash_sglang.routing.policies import FIRST_PROBE, HOPELESS, AutoPolicy
 from whiflash_sglang.routing.signals import Signals
 
 BOTH = frozenset({"ar", "diffusion"})

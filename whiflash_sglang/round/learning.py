@@ -16,8 +16,8 @@ from whiflash_sglang.device.transfers import Download
 from whiflash_sglang.drafters.base import Drafter, TextDrafter
 from whiflash_sglang.lookup.copier import CONTEXT
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.routing.assign import Costs
 from whiflash_sglang.routing.controller import Controller
+from whiflash_sglang.routing.costs import Costs
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.telemetry.round_clock import RoundClock, RoundTime

@@ -6,46 +6,21 @@ per second; with a handful of arms that is at most a few dozen subsets.
 """
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import PLAIN, Forecast
+from whiflash_sglang.routing.costs import Costs
 from whiflash_sglang.routing.policies import Scores
 
 WITHOUT_A_PASS = (arms.PROMISED, arms.NONE)
 """Choices that run no drafter."""
-
-
-class Costs(Protocol):
-    """Measured latencies, in seconds."""
-
-    @abstractmethod
-    def draft(self, arm: str, requests: int) -> float:
-        """One draft pass of `arm`, catch-up included, for `requests` requests."""
-        ...
-
-    @abstractmethod
-    def verify(self, rows: float, requests: int) -> float:
-        """One target forward over `rows` packed rows, and the round's fixed cost."""
-        ...
-
-    @abstractmethod
-    def width(self, arm: str) -> float:
-        """Rows that a request routed to `arm` usually adds to verification (drafts + 1)."""
-        ...
-
-    @abstractmethod
-    def timings(self, arm: str) -> int:
-        """How often a draft of `arm` was timed since its price was last found wrong."""
-        ...
 
 
 MARGIN = 0.05

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from whiflash_sglang import arms
 from whiflash_sglang.candidates import PLAIN, Forecast
-from whiflash_sglang.routing.assign import MARGIN, Costs, assign
-from whiflash_sglang.routing.costs import FULL_LENGTH, WorkerCosts, Worth
-from whiflash_sglang.routing.policies import PROBE_ROUNDS, Policy, Scores
+from whiflash_sglang.routing.assign import MARGIN, assign
+from whiflash_sglang.routing.costs import FULL_LENGTH, PROBE_ROUNDS, Costs, WorkerCosts, Worth
+from whiflash_sglang.routing.policies import Policy, Scores
 from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.spans.hints import RequestHints

@@ -10,12 +10,14 @@ import math
 from abc import abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from whiflash_sglang.routing.assign import Costs
+from whiflash_sglang.rates import Mean
 from whiflash_sglang.routing.fits import LIMIT, MEMORY, WINDOW, Line, Plane, median
-from whiflash_sglang.routing.signals import Mean
 from whiflash_sglang.telemetry.round_clock import RoundTime
+
+PROBE_ROUNDS = 256
+"""Rounds of the batch between two probes of an arm that is well known."""
 
 DRAFTS_MEMORY = 32.0
 """Requests' rounds after which a number of drafts counts for little: text that is copied begins and ends."""
@@ -60,6 +62,30 @@ class Worth(NamedTuple):
 
 FULL_LENGTH = Worth(0.0, 0.0)
 """Every draft is worth it: drafts are as long as they may be."""
+
+
+class Costs(Protocol):
+    """Measured latencies, in seconds."""
+
+    @abstractmethod
+    def draft(self, arm: str, requests: int) -> float:
+        """One draft pass of `arm`, catch-up included, for `requests` requests."""
+        ...
+
+    @abstractmethod
+    def verify(self, rows: float, requests: int) -> float:
+        """One target forward over `rows` packed rows, and the round's fixed cost."""
+        ...
+
+    @abstractmethod
+    def width(self, arm: str) -> float:
+        """Rows that a request routed to `arm` usually adds to verification (drafts + 1)."""
+        ...
+
+    @abstractmethod
+    def timings(self, arm: str) -> int:
+        """How often a draft of `arm` was timed since its price was last found wrong."""
+        ...
 
 
 class WorkerCosts(Costs):

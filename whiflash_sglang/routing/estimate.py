@@ -12,7 +12,8 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 
-from whiflash_sglang.routing.signals import Mean, Signals
+from whiflash_sglang.rates import Mean
+from whiflash_sglang.routing.signals import Signals
 
 ENTROPY_EDGES = (0.05, 0.5, 1.5, 3.0)
 """Nats that separate the entropy bins."""

@@ -12,14 +12,13 @@ from typing import Protocol
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang import arms
+from whiflash_sglang.rates import Mean
+from whiflash_sglang.routing.costs import PROBE_ROUNDS
 from whiflash_sglang.routing.estimate import AcceptanceEstimator
-from whiflash_sglang.routing.signals import Mean, Signals
-
-PROBE_ROUNDS = 256
-"""Rounds of the batch between two probes of an arm that is well known."""
+from whiflash_sglang.routing.signals import Signals
 
 FIRST_PROBE = 4
-"""The same for one that is not known; doubles with every probe."""
+"""Rounds of the batch between two probes of an arm that is not known; doubles with every probe."""
 
 HOPELESS = 0.25
 """Accepted drafts a round: an arm with fewer than one is tried the more seldom, down to what this many earn."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang.candidates import Forecast
+from whiflash_sglang.rates import Mean
 from whiflash_sglang.routing.policies import Policy, Scores, apply_hints
-from whiflash_sglang.routing.signals import Mean, Signals
+from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.telemetry.tally import ArmCounts

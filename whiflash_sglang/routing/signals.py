@@ -7,25 +7,7 @@ from dataclasses import dataclass, field
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang.candidates import Forecast
-
-
-@dataclass(slots=True)
-class Mean:
-    """A decayed mean: `total / weight`."""
-
-    total: float = 0.0
-    weight: float = 0.0
-
-    def add(self, value: float, memory: float, weight: float = 1.0) -> None:
-        """`value` counts `weight`; what came before counts 1/e less after `memory` values of weight 1."""
-        keep = 1.0 - weight / memory
-        self.total = self.total * keep + value * weight
-        self.weight = self.weight * keep + weight
-
-    @property
-    def value(self) -> float:
-        """The mean; at least one value must have been added."""
-        return self.total / self.weight
+from whiflash_sglang.rates import Mean
 
 
 @dataclass(slots=True)

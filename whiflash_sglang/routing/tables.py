@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from whiflash_sglang.routing.costs import FULL_LENGTH, WorkerCosts, Worth
+from whiflash_sglang.rates import Mean
+from whiflash_sglang.routing.costs import FULL_LENGTH, PROBE_ROUNDS, WorkerCosts, Worth
 from whiflash_sglang.routing.fits import MEMORY, DriftDetector, within
-from whiflash_sglang.routing.policies import PROBE_ROUNDS
-from whiflash_sglang.routing.signals import Mean
 from whiflash_sglang.telemetry.round_clock import RoundTime
 
 
