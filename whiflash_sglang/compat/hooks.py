@@ -33,10 +33,10 @@ def in_launcher(server_args: Any) -> None:
 
 def in_engine() -> None:
     """Figures and traces of answers, and what requests may bring, in the process that holds an `Engine`. Idempotent."""
-    from whiflash_sglang.compat.http import admission, figures, streamer
+    from whiflash_sglang.compat.http import admission, figures, recordings
     from whiflash_sglang.compat.launch import arguments
 
-    patching.install(arguments, admission, figures, streamer)
+    patching.install(arguments, admission, figures, recordings)
 
 
 def in_scheduler() -> None:

@@ -22,8 +22,8 @@ from whiflash_sglang.compat.http import (
     middleware,
     pieces,
     predictions,
+    recordings,
     requests,
-    streamer,
     traces,
 )
 from whiflash_sglang.compat.http.call import CURRENT
@@ -51,7 +51,7 @@ from whiflash_sglang.spans.capabilities import capabilities
 def install() -> None:
     """Idempotent. Called in the processes that serve HTTP: the launcher's, or each tokenizer worker's."""
     answers.allow_extensions()
-    patching.install(admission, answers, figures, streamer, sys.modules[__name__])
+    patching.install(admission, answers, figures, recordings, sys.modules[__name__])
     middleware.install()
     known = {getattr(route, "path", None) for route in http_server.app.routes}
     if "/whiflash/capabilities" not in known:

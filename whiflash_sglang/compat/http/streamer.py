@@ -1,5 +1,5 @@
-"""Recordings of traced requests: on SGLang's own requests, and out of the scheduler with a request's last output,
-where they become traces.
+"""Recordings of traced requests: on SGLang's own requests, and out of the scheduler with a request's last output.
+`compat.http.recordings` makes traces of them.
 
 Traces are read off the requests themselves, so they end with them, however they end. The output of requests that did
 not ask is the one that SGLang sends without us.
@@ -12,12 +12,10 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from whiflash_sdk.hints import TraceLevel
 
 from whiflash_sglang.compat.carried import META_KEY, settings_of
-from whiflash_sglang.compat.patching import around
 from whiflash_sglang.telemetry.tally import CACHED
-from whiflash_sglang.telemetry.trace import Recording, build_trace, span_attributes
+from whiflash_sglang.telemetry.trace import Recording
 
 _RECORDING = "_whiflash_recording"
-_ATTRIBUTES = "_whiflash_attributes"
 
 
 def recording_of(req: Any, level: TraceLevel | None, rate: float = 0.0) -> Recording | None:
@@ -57,38 +55,3 @@ class OutputStreamer(SchedulerOutputStreamer):  # type: ignore[misc]
                 recording.policy = settings_of(self.server_args).router
                 recording.cached = cached_of(req)
         return {META_KEY: [[] if recording is None else [recording] for recording in recordings]}
-
-
-@around(
-    "sglang.srt.managers.tokenizer_manager:TokenizerManager.update_request_meta_info",
-    params=("meta_info", "state", "customized_info", "index", "finish_reason"),
-    why="SGLang cuts records by token offsets and repeats them with every output",
-    until="it has records of a whole request",
-)
-def _taking_recordings(
-    original: Any, self: Any, meta_info: Any, state: Any, customized_info: Any, index: int, finish_reason: Any
-) -> None:
-    """Keep recordings out of what SGLang cuts by token offsets and repeats with every output."""
-    others = {key: values for key, values in customized_info.items() if key != META_KEY}
-    original(self, meta_info, state, others, index, finish_reason)
-    for recording in customized_info[META_KEY][index] if META_KEY in customized_info else ():
-        if recording.level is not None:
-            meta_info[META_KEY] = build_trace(recording, recording.policy, meta_info["completion_tokens"])
-        if recording.sampled:
-            from whiflash_sglang.compat.http import samples  # which imports what serves HTTP
-
-            samples.take(self, state, meta_info, recording)
-        if recording.spanned:
-            attributes = span_attributes(recording, recording.policy, meta_info["completion_tokens"])
-            setattr(state, _ATTRIBUTES, attributes)
-
-
-@around(
-    "sglang.srt.managers.tokenizer_manager:TokenizerManager.convert_to_span_attrs",
-    params=("state",),
-    why="algorithms cannot add to spans",
-    until="they can",
-)
-def _telling_spans(original: Any, self: Any, state: Any, *args: Any) -> dict[str, Any]:
-    """The span of a request (`--enable-trace`) says who drafted it."""
-    return {**original(self, state, *args), **getattr(state, _ATTRIBUTES, {})}
