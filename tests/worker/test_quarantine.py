@@ -1,7 +1,6 @@
 """A drafter that misbehaves is left out and named, for one request or for all; no text changes."""
 
 import logging
-import math
 import random
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -36,7 +35,7 @@ from whiflash_sglang.structure.spending import Spending
 PROMPTS = [random.Random(i).choices(range(256), k=12 + 5 * i) * 2 for i in range(4)]
 TOKENS = 40
 SOUND = 3
-"""Calls of the spoiled method that are as they were, unless there is one a request."""
+"""Calls of the spoiled method that are as they were."""
 
 
 def nan(values: torch.Tensor) -> torch.Tensor:
@@ -48,27 +47,17 @@ def fails(_: Any) -> NoReturn:
 
 
 FAULTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
-    "ids above": ("ar", "draft", lambda d: d._replace(tokens=d.tokens + 320)),
-    "ids below": ("diffusion", "draft", lambda d: d._replace(tokens=d.tokens - 320)),
-    "confidences": ("ar", "draft", lambda d: d._replace(confidences=nan(d.confidences))),
+    "ids": ("ar", "draft", lambda d: d._replace(tokens=d.tokens + 320)),
     "chances": ("diffusion", "draft", lambda d: d._replace(alive=nan(d.alive))),
-    "counts": ("ar", "draft", lambda d: d._replace(counts=d.counts - 100)),
-    "draft raises": ("ar", "draft", fails),
-    "catch-up raises": ("diffusion", "catch_up", fails),
-    "propose raises": ("lookup", "propose", fails),
     "ids of a candidate": ("lookup", "propose", lambda v: v and v._replace(tokens=[1 << 40] * len(v.tokens))),
-    "chances of a candidate": (
-        "lookup",
-        "propose",
-        lambda v: v and v._replace(alive=[math.nan] * len(v.alive)),
-    ),
-    "extend raises": ("lookup", "extend_drafts", fails),
     "ids behind drafts": ("lookup", "extend_drafts", lambda v: v.followed_by([1 << 40], [0.5], "context")),
-    "begin raises": ("lookup", "begin", fails),
+    "catch-up raises": ("diffusion", "catch_up", fails),
     "calibration raises": ("ar", "calibration", fails),
-    "observe raises": ("ar", "observe", fails),
-    "finish raises": ("lookup", "finish", fails),
+    "copies raise": ("lookup", "copy", fails),
 }
+"""Of everybody. What else cannot be a draft: `kernels/tests/test_drafts.py`, `test_candidates.py`."""
+RESIDENT = ("ids", "chances", "copies raise")
+"""What is asked in another way if the host reads nothing from the device."""
 
 
 class Gauges(dict[tuple[str, Labels], float]):
@@ -87,28 +76,12 @@ def plain(models: Models) -> list[list[int]]:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, drafter: Any, method: str, made: Callable[[Any], Any]) -> None:
     original, calls = getattr(drafter, method), count()
-    sound = 0 if method in ("begin", "finish") else SOUND
 
     def spoiled(*args: Any) -> Any:
         result = original(*args)
-        return result if next(calls) < sound else made(result)
+        return result if next(calls) < SOUND else made(result)
 
     monkeypatch.setattr(drafter, method, spoiled)
-
-
-def watch(monkeypatch: pytest.MonkeyPatch, drafter: Any) -> list[str]:
-    """Calls of a drafter from now on, but for those that have it drop something."""
-    asked: list[str] = []
-    every = ("begin", "catch_up", "calibration", "propose", "draft", "extend_drafts", "observe", "finish")
-    for method in [method for method in every if hasattr(drafter, method)]:
-        original = getattr(drafter, method)
-
-        def noted(*args: Any, original: Any = original, method: str = method) -> Any:
-            asked.append(method)
-            return original(*args)
-
-        monkeypatch.setattr(drafter, method, noted)
-    return asked
 
 
 @pytest.mark.parametrize("resident", [False, True])
@@ -119,16 +92,13 @@ def test_requests_go_on_without_it(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    if resident:
-        monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", str(int(resident)))
     with engine(models.target, whiflash=models.whiflash("random")) as e:
         gauges = Gauges()
         e.worker.publish_to(gauges)
         for name, (arm, method, made) in FAULTS.items():
-            if resident and method == "extend_drafts":
-                method, made = "copy", fails  # the device copies
-            elif resident and method != "draft":
-                continue  # the same calls on the host
+            if (name in RESIDENT) != resident and name != "ids":
+                continue
             before = dict(e.worker.quarantine.faults)
             caplog.clear()
             with monkeypatch.context() as m:
@@ -141,8 +111,7 @@ def test_requests_go_on_without_it(
                     if arm in e.worker.quarantine:
                         break
             e.check_leaks()
-            out = e.worker.snapshot()["quarantined"]
-            assert list(out) == [arm], name
+            assert list(e.worker.snapshot()["quarantined"]) == [arm], name
             # With the faults of one round several requests' drafts are judged behind the one that decided.
             faults = {a: n - before[a] for a, n in e.worker.quarantine.faults.items()}
             assert faults.pop(arm) >= (MOST_FAULTS if made is not fails else 0), name
@@ -156,17 +125,10 @@ def test_requests_go_on_without_it(
             }
             assert gauges["faulty_drafts_total", (arm,)] == e.worker.quarantine.faults[arm]
             used = rounds_of(e)
-            with monkeypatch.context() as m:
-                asked = watch(m, e.worker.drafters[arm])
-                e.generate(PROMPTS, max_new_tokens=TOKENS)
-            # Its KV is kept whole for the time after, unless it has holes already.
-            still = set() if method == "catch_up" else {"catch_up"}
-            assert set(asked) <= still, f"{name}: {arm} is still asked to {asked[0]}"
+            e.generate(PROMPTS, max_new_tokens=TOKENS)
             assert {a for a, n in rounds_of(e).items() if n > used[a]} == used.keys() - {arm}, name
             e.worker.quarantine.__init__(e.worker.drafters)  # type: ignore[misc]
             e.start_over("random")
-        for arm in ("ar", "diffusion"):
-            assert all(map(math.isfinite, e.worker.drafters[arm].calibration([], FULL_LENGTH)))
 
 
 def ask(e: Engine) -> list[list[int]]:
@@ -261,126 +223,113 @@ def plant(e: Engine, monkeypatch: pytest.MonkeyPatch, arm: str, method: str, nam
     return raised
 
 
+class History:
+    """A quarantine, its clock, and requests for which arms raise."""
+
+    def __init__(self, *arms: str) -> None:
+        self.now = 0.0
+        self.held = Quarantine(arms or ["ar"], clock=lambda: self.now)
+
+    def fail(self, *callers: str | None, arm: str = "ar") -> None:
+        """A request of each caller, for which the arm raises."""
+        for caller in callers:
+            self.held.begin("r", caller)
+            with self.held.guard(arm, "r"):
+                fails(None)
+            assert not self.held.serves(arm, "r")
+            self.held.end("r")
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.held.tick()
+
+
 def test_an_arm_is_out_for_everybody_behind_several_requests_of_several_callers() -> None:
-    now = [0.0]
-    held = Quarantine(["ar", "diffusion"], clock=lambda: now[0])
-    failing(held, *["one"] * 9)
-    assert not held.reasons, "one caller takes it from nobody"
-    failing(held, "two")
-    assert held.reasons == {"ar": "raised RuntimeError, for 10 requests in a row"}
-    assert held.left_out == {"ar": 10, "diffusion": 0}
+    """One caller takes it from nobody, and so many in a row are the arm's fault, whoever sent them."""
+    history = History("ar", "diffusion")
+    held = history.held
+    history.fail(*[None] * (MANY_REQUESTS - 1))
+    assert not held.reasons
+    history.fail("two")
+    assert held.reasons == {"ar": f"raised RuntimeError, for {MANY_REQUESTS} requests in a row"}
+    assert held.left_out == {"ar": MANY_REQUESTS, "diffusion": 0}
     held.begin("during", "three")
     for turn in range(10):
         seconds = min(FIRST_SECONDS * 2**turn, LONGEST_SECONDS)
-        now[0] += seconds - 1
-        held.tick()
+        history.wait(seconds - 1)
         assert "ar" in held
-        now[0] += 1
-        held.tick()
+        history.wait(1)
         assert "ar" not in held
-        failing(held, "one", "one", "two")
+        history.fail("one", "one", "two")
         assert "ar" in held, "it is out again, for twice as long"
-    now[0] += LONGEST_SECONDS
-    held.tick()
+    history.wait(LONGEST_SECONDS)
     assert not held.serves("ar", "during"), "what began without it goes on without it"
     assert held.serves("diffusion", "during")
+    history.fail(*[None] * MANY_REQUESTS)
+    assert "ar" in held
 
 
 def test_a_request_that_an_arm_served_well_excuses_it() -> None:
-    held = Quarantine(["ar"])
+    """But none that it served before a quarantine, or that was planned then and not asked any more."""
+    history = History()
+    held = history.held
     for number in range(9):
-        failing(held, None, None)
+        history.fail(None, None)
         held.begin(f"sound {number}", None)
         held.judge("ar", f"sound {number}", faulty=False)
         held.end(f"sound {number}")
     assert held.left_out == {"ar": 18}
     assert not held.reasons
-
-
-def test_requests_without_a_salt_are_one_callers() -> None:
-    held = Quarantine(["ar"])
-    failing(held, *[None] * (MANY_REQUESTS - 1))
-    assert not held.reasons
-    failing(held, None)
-    assert "ar" in held, "so many in a row are the arm's fault, whoever sent them"
+    for rid in ("before", "planned"):
+        held.begin(rid, None)
+    held.judge("ar", "before", faulty=False)
+    history.fail("one", "one", "two")
+    held.judge("ar", "planned", faulty=False)
+    history.wait(FIRST_SECONDS)
+    for rid in ("before", "planned"):
+        held.end(rid)
+    history.fail("one", "one", "two")
+    history.wait(FIRST_SECONDS)
+    assert "ar" in held, "it is out again, for twice as long"
 
 
 def test_holes_in_its_kv_end_no_more_than_the_server_does() -> None:
     """An arm goes on ingesting while it is quarantined, and may fail at that, too."""
-    now = [0.0]
-    held = Quarantine(["ar"], clock=lambda: now[0])
-    failing(held, "one", "one", "two")
-    with held.guard_ingestion("ar"):
+    history = History()
+    history.fail("one", "one", "two")
+    with history.held.guard_ingestion("ar"):
         fails(None)
-    now[0] += 2 * LONGEST_SECONDS
-    held.tick()
-    assert not held.ingests("ar")
-    assert held.reasons == {"ar": "raised RuntimeError while it ingested"}
+    history.wait(2 * LONGEST_SECONDS)
+    assert not history.held.ingests("ar")
+    assert history.held.reasons == {"ar": "raised RuntimeError while it ingested"}
 
 
-def test_what_fails_behind_a_quarantine_counts_for_no_other_one(caplog: pytest.LogCaptureFixture) -> None:
-    """Results of rounds that were under way, and a batch of which others had decided already."""
-    now = [0.0]
-    held = Quarantine(["ar"], clock=lambda: now[0])
-    rids = [f"r{i}" for i in range(9)]
+def test_faults_in_a_row_are_what_counts(caplog: pytest.LogCaptureFixture) -> None:
+    """What fails behind a quarantine counts for no other one: results of rounds that were under way."""
+    history = History("ar", "diffusion")
+    held, rids = history.held, [f"r{i}" for i in range(9)]
     for rid in rids:
         held.begin(rid, rid)
+    for faulty in [*[True] * (MOST_FAULTS - 1), False] * 3:
+        held.judge("ar", "r0", faulty=faulty)
+        held.judge("diffusion", "r0", faulty=False)
+    assert held.faults == {"ar": 3 * (MOST_FAULTS - 1), "diffusion": 0}
+    assert held.serves("ar", "r0")
     for rid in rids:
         for _ in range(MOST_FAULTS):
             held.judge("ar", rid, faulty=True)
+    held.judge("ar", "gone", faulty=True)  # results may be known behind a request's end
     assert "ar" in held
+    assert held.serves("diffusion", "r0")
     assert sum("is left out" in r.getMessage() for r in caplog.records) == SEVERAL_REQUESTS
-    now[0] += FIRST_SECONDS
-    held.tick()
+    history.wait(FIRST_SECONDS)
     assert not any(held.serves("ar", rid) for rid in rids)
-    failing(held, "another")
+    history.fail("another")
     assert not held.reasons, "the next one request is one again"
 
 
-def test_what_was_sound_before_a_quarantine_does_not_excuse_what_comes_behind() -> None:
-    now = [0.0]
-    held = Quarantine(["ar"], clock=lambda: now[0])
-    for rid in ("before", "planned"):
-        held.begin(rid, None)
-    held.judge("ar", "before", faulty=False)
-    failing(held, "one", "one", "two")
-    held.judge("ar", "planned", faulty=False)  # routed to it, and not asked any more
-    now[0] += FIRST_SECONDS
-    held.tick()
-    for rid in ("before", "planned"):
-        held.end(rid)
-    failing(held, "one", "one", "two")
-    now[0] += FIRST_SECONDS
-    held.tick()
-    assert "ar" in held, "it is out again, for twice as long"
-
-
-def failing(held: Quarantine, *callers: str | None, arm: str = "ar") -> None:
-    """A request of each caller, for which the arm raises."""
-    for caller in callers:
-        held.begin("r", caller)
-        with held.guard(arm, "r"):
-            fails(None)
-        assert not held.serves(arm, "r")
-        held.end("r")
-
-
-def test_faults_in_a_row_are_what_counts() -> None:
-    held = Quarantine(["ar", "diffusion"])
-    held.begin("r", None)
-    for faulty in [*[True] * (MOST_FAULTS - 1), False] * 3:
-        held.judge("ar", "r", faulty=faulty)
-        held.judge("diffusion", "r", faulty=False)
-    assert held.faults == {"ar": 3 * (MOST_FAULTS - 1), "diffusion": 0}
-    assert held.serves("ar", "r")
-    for _ in range(MOST_FAULTS):
-        held.judge("ar", "r", faulty=True)
-    assert not held.serves("ar", "r")
-    assert held.serves("diffusion", "r")
-    held.judge("ar", "gone", faulty=True)  # results may be known behind a request's end
-
-
 def test_a_batch_that_raises_is_asked_request_by_request() -> None:
+    """Until the request that decides; if none of them raises alone, the batch does."""
     held = Quarantine(["ar"])
     rids = {4: "a", 1: "b", 7: "c"}
     for rid in rids.values():
@@ -404,22 +353,13 @@ def test_a_batch_that_raises_is_asked_request_by_request() -> None:
 
     assert held.attempt("ar", rids, together) == ((), None)
     assert held.reasons == {"ar": "raised RuntimeError for a batch and for no request of it"}
-
-
-def test_nobody_is_asked_behind_the_request_that_decided() -> None:
-    held = Quarantine(["ar"])
-    rids = {i: f"r{i}" for i in range(64)}
-    for rid in rids.values():
+    held, asked = Quarantine(["ar"]), list[Any]()
+    many = {i: f"r{i}" for i in range(64)}
+    for rid in many.values():
         held.begin(rid, rid)
-    calls: list[Any] = []
-
-    def call(chosen: Any) -> None:
-        calls.append(chosen)
-        fails(None)
-
-    assert held.attempt("ar", rids, call) == ((), None)
+    assert held.attempt("ar", many, lambda chosen: (asked.append(chosen), fails(None))) == ((), None)
     assert "ar" in held
-    assert len(calls) == 1 + SEVERAL_REQUESTS
+    assert len(asked) == 1 + SEVERAL_REQUESTS
 
 
 def test_the_rest_of_a_batch_is_not_asked() -> None:
@@ -452,7 +392,8 @@ def test_the_rest_of_a_batch_is_not_asked() -> None:
 
 def test_drafts_that_the_device_took_were_sound() -> None:
     """No plan names whose they are, so only the device's results show that it serves well."""
-    held = Quarantine(["ar", "lookup"])
+    history = History("ar", "lookup")
+    held = history.held
     held.begin("sound", None)
     proposers = ("", "structure", "lookup", "lookup")
     learner = Learner({}, MagicMock(), MagicMock(), MagicMock(), held, proposers)
@@ -465,11 +406,11 @@ def test_drafts_that_the_device_took_were_sound() -> None:
         limits={"pass": [0] * 2},
         bounded=True,
     )
-    failing(held, "one", "one", arm="lookup")
+    history.fail("one", "one", arm="lookup")
     results = {name: [count] * 2 for name, count in {"starts": 9, "widths": 3, "faults": 0}.items()}
     learner.learn(round, {**results, "first_drafts": [0] * 2, "source": [-1, 0]}, kept=[[], []])
     held.end("sound")
-    failing(held, "two", arm="lookup")
+    history.fail("two", arm="lookup")
     assert not held.reasons
 
 
