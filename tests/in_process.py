@@ -9,8 +9,10 @@ from unittest import mock
 from whiflash_sglang.cli.app import main
 
 
-def whiflash(*words: str) -> CompletedProcess[str]:
+def whiflash(*words: str, terminal: bool = False) -> CompletedProcess[str]:
+    """terminal: what stdout says that it is."""
     out, err, code = io.StringIO(), io.StringIO(), 0
+    out.isatty = lambda: terminal  # type: ignore[method-assign]
     with redirect_stdout(out), redirect_stderr(err), mock.patch.object(sys, "argv", ["whiflash", *words]):
         try:
             main()

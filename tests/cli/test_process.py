@@ -6,22 +6,20 @@ import signal
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import whiflash
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
+from whiflash_sglang.cli import check
+from whiflash_sglang.compat.patching import Finding
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
 HEAVY = ("torch", "sglang", "transformers", "numpy", "openai", "matplotlib", "datasets")
 """Modules that take seconds to import, which nobody who asks for help is to wait for."""
-
-
-def whiflash(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [WHIFLASH, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}
-    )
 
 
 def said_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -213,7 +211,7 @@ def test_a_failure_ends_with_1_and_names_the_thing(
 def test_a_process_ends_as_its_command_does() -> None:
     wrong, failing = WRONG[0][0], FAILING[3][0]
     for arguments, code in ((wrong, 2), (failing, 1)):
-        done = whiflash(*arguments)
+        done = subprocess.run([WHIFLASH, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == code
         said_in_one_line(done)
 
@@ -237,8 +235,9 @@ def test_a_missing_drafter_is_named_once() -> None:
     assert done.stdout.count("/nowhere/draft") == 1, done.stdout
 
 
-def test_a_traceback_is_there_for_whoever_asks() -> None:
-    done = whiflash("trace", "/nowhere/answers.json", env={"WHIFLASH_DEBUG": "1"})
+def test_a_traceback_is_there_for_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHIFLASH_DEBUG", "1")
+    done = whiflash("trace", "/nowhere/answers.json")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert done.stderr.endswith(
@@ -249,8 +248,6 @@ def test_a_traceback_is_there_for_whoever_asks() -> None:
 def test_version() -> None:
     done = whiflash("--version")
     assert (done.returncode, done.stderr) == (0, "")
-    from importlib.metadata import version
-
     assert done.stdout == f"whiflash {version('whiflash-sglang')} (sglang {version('sglang')})\n"
 
 
@@ -327,32 +324,17 @@ def test_help_and_wrong_values_import_nothing_heavy(all_in_one: tuple[Any, Any, 
     assert switches == [[[True, "Print only the result, as JSON."]]] * len(switches)
 
 
-def checked(findings: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`whiflash check` where what it finds is given: finding it imports SGLang."""
-    script = f"""
-import sys
-from whiflash_sglang.cli import check
-from whiflash_sglang.cli.app import main
-from whiflash_sglang.compat.patching import Finding
-check.findings = lambda: {findings}
-sys.argv = ["whiflash", "check", *{list(arguments)!r}]
-main()
-"""
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-
-
-ONE_WRONG = "[Finding('python', True, '3.11'), Finding('x:y', False, 'missing'), Finding('z', True, 'there')]"
-ALL_RIGHT = "[Finding('python', True, '3.11'), Finding('x:y', True, 'there')]"
-
-
-def test_check_shows_failures_all_or_json() -> None:
+def test_check_shows_failures_all_or_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Finding("python", True, "3.11"), Finding("x:y", False, "missing"), Finding("z", True, "there")]
+    monkeypatch.setattr(check, "findings", lambda: found)
     lines = ["ok   python: 3.11", "FAIL x:y: missing", "ok   z: there", "1 of 3 failed"]
-    done = checked(ONE_WRONG)
+    done = whiflash("check")
     assert (done.returncode, done.stdout.splitlines()) == (1, [lines[1], lines[3]])
-    done = checked(ONE_WRONG, "-v")
+    done = whiflash("check", "-v")
     assert (done.returncode, done.stdout.splitlines()) == (1, lines)
-    done = checked(ONE_WRONG, "--json")
+    done = whiflash("check", "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)[1] == {"name": "x:y", "ok": False, "detail": "missing"}
-    done = checked(ALL_RIGHT)
+    del found[1]
+    done = whiflash("check")
     assert (done.returncode, done.stdout) == (0, "2 of 2 right\n")

@@ -2,26 +2,22 @@
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import whiflash
 from rich.console import Console
 
 from whiflash_sglang import progress
 from whiflash_sglang.progress import Lines, tracked
-
-WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
 
 
 def test_a_long_command_says_what_it_does_and_how_far_it_is(tmp_path: Path) -> None:
     tokens = np.tile(np.arange(20, dtype=np.uint16), 10)
     columns = {"ids": ["a", "b"], "lengths": [100, 100], "prompt_lengths": [40, 40]}
     np.savez(tmp_path / "tokens.npz", tokens=tokens, **columns)
-    command = [WHIFLASH, "lab", "lookup-seed", str(tmp_path / "tokens.npz"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = whiflash("lab", "lookup-seed", str(tmp_path / "tokens.npz"), "--json")
     assert len(json.loads(done.stdout)) == 8
     begins, ends = done.stderr.splitlines()
     assert begins == "copying from answers …"

@@ -1,16 +1,12 @@
 """`whiflash trace` on a terminal, in a pipe and without colours: who drafted what can always be told."""
 
 import json
-import os
-import pty
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from in_process import whiflash
 
-WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
-ESCAPE = "\x1b["
+ESCAPE, MARKS = "\x1b[", "‹ar›Hello ‹lookup›world"
 
 
 @pytest.fixture
@@ -33,50 +29,25 @@ def recorded(tmp_path: Path) -> Path:
     return tmp_path / "answers.json"
 
 
-def in_a_pipe(*arguments: str, **env: str) -> str:
-    command = [WHIFLASH, "trace", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **env})
-    return done.stdout
-
-
-def on_a_terminal(*arguments: str, **env: str) -> str:
-    ours, theirs = pty.openpty()
-    command = [WHIFLASH, "trace", *arguments]
-    clean = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
-    shown = subprocess.Popen(command, stdout=theirs, env={**clean, "TERM": "xterm-256color", **env})
-    os.close(theirs)
-    said = b""
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        said += part
-    os.close(ours)
-    assert shown.wait() == 0
-    return said.decode()
-
-
-def test_a_pipe_gets_marks_instead_of_colours(recorded: Path) -> None:
-    said = in_a_pipe(str(recorded))
-    assert ESCAPE not in said
-    assert "‹ar›Hello ‹lookup›world" in said
-
-
-def test_a_terminal_gets_colours(recorded: Path) -> None:
-    said = on_a_terminal(str(recorded))
-    assert ESCAPE in said
-    assert "‹ar›" not in said
-
-
-def test_no_color_is_honoured(recorded: Path) -> None:
-    said = on_a_terminal(str(recorded), NO_COLOR="1")
-    assert ESCAPE not in said
-    assert "‹ar›Hello ‹lookup›world" in said
-
-
-def test_who_asks_for_colours_gets_them_in_a_pipe(recorded: Path) -> None:
-    assert ESCAPE in in_a_pipe(str(recorded), "--colour")
-    assert ESCAPE not in on_a_terminal(str(recorded), "--no-colour")
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "words", "coloured"),
+    [
+        (False, "", (), False),
+        (True, "", (), True),
+        (True, "1", (), False),
+        (False, "", ("--colour",), True),
+        (True, "", ("--no-colour",), False),
+    ],
+)
+def test_a_terminal_and_who_asks_for_them_get_colours_others_marks(
+    recorded: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    terminal: bool,
+    no_color: str,
+    words: tuple[str, ...],
+    coloured: bool,
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    done = whiflash("trace", str(recorded), *words, terminal=terminal)
+    assert (done.returncode, ESCAPE in done.stdout, MARKS in done.stdout) == (0, coloured, not coloured)
