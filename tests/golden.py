@@ -80,7 +80,7 @@ LAUNCHES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "lookup": ("lookup", {}),
     "entropy": ("entropy", {"keys": ENTROPY}),
     "auto": ("auto", {}),
-    "auto, one request": ("auto", {"max_running_requests": 1, "whiflash_lookup_memory_mib": 4}),
+    "auto, one request": ("auto", {"max_running_requests": 1}),
     "auto, pages": ("auto", {"page_size": 16}),
     "auto, chunks": ("auto", {"chunked_prefill_size": 16}),
     "auto, small pool": ("auto", SMALL),

@@ -6,7 +6,7 @@ own, which grows by two tokens a round; what the device would copy is known. Pri
 milliseconds of one process.
 
 With `--agents` requests are an agent's, and the structure arm looks, too: each has twenty tools in its prompt, writes
-a line of prose and a call in turn, half of them as JSON and half in markup, and shares a tenant's memory; of three one
+a line of prose and a call in turn, half of them as JSON and half in markup; of three one
 is under a grammar. A round commits what a candidate of the host has right, and one token more; printed is also how many
 these are.
 """
@@ -37,7 +37,6 @@ from whiflash_sglang.drafters.lookup import LookupArm
 from whiflash_sglang.drafters.structure import StructureArm
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.lookup.calibration import Agreement
-from whiflash_sglang.lookup.memory import TenantMemory
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner, rows_of
@@ -85,7 +84,7 @@ class Batch:
         self.drafters: dict[str, Drafter] = {
             arms.AR: Silent(arms.AR, 5),
             arms.DIFFUSION: Silent(arms.DIFFUSION, 15),
-            arms.LOOKUP: LookupArm(Lookup(), host, time.monotonic),
+            arms.LOOKUP: LookupArm(Lookup(), host),
             **self._more_drafters(spending),
         }
         held = Quarantine(self.drafters, from_text=of_text(self.drafters))
@@ -262,13 +261,7 @@ class Agents(Batch):
         return {arms.STRUCTURE: StructureArm(Structure(), vocabulary(), spending.exhausted)}
 
     def _request(self, row: int) -> tuple[Any, RequestHints, bytes | None]:
-        copies = self.drafters[arms.LOOKUP]
-        assert isinstance(copies, LookupArm)
         form, encode = FORMS[row % 2], vocabulary().encode
-        if copies.memory is None:
-            copies.memory = TenantMemory(1 << 24, 3600.0)
-            for each in FORMS * 4:
-                copies.memory.remember(b"tenant", encode("".join(self._turn(each) for _ in range(8))))
         tools = carried_tools(TOOLS, form)
         assert tools is not None
         text = encode(tools + "".join(self._turn(form) for _ in range(3)))
@@ -323,9 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32, 48, 128])
     parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument(
-        "--agents", action="store_true", help="with tools, forms of calls, grammars and memory"
-    )
+    parser.add_argument("--agents", action="store_true", help="with tools, forms of calls and grammars")
     given = parser.parse_args()
     for size in given.requests:
         batch = (Agents if given.agents else Batch)(size)

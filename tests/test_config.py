@@ -191,9 +191,9 @@ def test_a_neural_policy_needs_a_router(bundle: Path) -> None:
 
 
 def test_flags_win_over_the_manifest(bundle: Path) -> None:
-    write(bundle, {**MANIFEST, "entropy": {"tau": 0.7, "min_dwell": 3}, "lookup": {"memory_mib": 8}})
-    settings = resolve(parse_flags({"lookup_memory_mib": "4"}), bundle)
-    assert (settings.entropy.tau, settings.entropy.min_dwell, settings.lookup.memory_mib) == (0.7, 3, 4)
+    write(bundle, {**MANIFEST, "entropy": {"tau": 0.7, "min_dwell": 3}, "lookup": {"enabled": True}})
+    settings = resolve(parse_flags({"lookup": "off"}), bundle)
+    assert (settings.entropy.tau, settings.entropy.min_dwell, settings.lookup.enabled) == (0.7, 3, False)
     assert settings.drafters == {"ar": bundle / "e", "diffusion": bundle / "d"}
 
 

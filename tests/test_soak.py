@@ -58,7 +58,7 @@ def test_text_is_plain_decodings_and_nothing_is_left_behind(host: ServerHost, tm
     prompts = [tuple(rng.choices(range(32, 127), k=rng.randint(100, 160))) for _ in range(80)]
     ours = ["--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path"]
     ours += [str(tiny_dflash(tmp_path / "dflash", target)), "--whiflash-eagle-draft"]
-    ours += [str(tiny_eagle3(tmp_path / "eagle3", target)), "--whiflash-lookup-memory-mib", "8"]
+    ours += [str(tiny_eagle3(tmp_path / "eagle3", target))]
     model = ("--model-path", str(target), "--dtype", "float32")
     with host.running(*model) as plain:
         asked = [{"input_ids": prompt, "sampling_params": {"max_new_tokens": TOKENS}} for prompt in prompts]

@@ -102,7 +102,7 @@ def build_drafters(
         words = vocabulary_of(target.tokenizer)
         drafters.append(StructureArm(settings.structure, words, spending.exhausted))
     if settings.lookup.enabled:
-        drafters.append(LookupArm(settings.lookup, host, ranks.now))
+        drafters.append(LookupArm(settings.lookup, host))
     return {drafter.arm: drafter for drafter in drafters}
 
 

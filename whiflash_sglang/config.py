@@ -59,7 +59,6 @@ class Flags(Strict):
     eagle_steps: Positive = 5
     block_size: Annotated[int, Field(ge=2)] | None = None
     lookup: Literal["on", "off"] | None = None
-    lookup_memory_mib: Annotated[int, Field(ge=0)] | None = None
     structure: Literal["on", "off"] | None = None
     force_recorded: Literal["on", "off"] = "off"
     trace_sample: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -274,11 +273,7 @@ def _neural(
 
 
 def _lookup(flags: Flags, manifest: Manifest | None) -> Lookup:
-    return _updated(
-        lookup_of(manifest),
-        enabled=None if flags.lookup is None else flags.lookup == "on",
-        memory_mib=flags.lookup_memory_mib,
-    )
+    return _updated(lookup_of(manifest), enabled=None if flags.lookup is None else flags.lookup == "on")
 
 
 def _structure(flags: Flags, manifest: Manifest | None) -> Structure:

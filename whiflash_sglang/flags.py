@@ -17,8 +17,6 @@ MEANING = {
     "eagle_steps": "Longest EAGLE-3 chain.",
     "block_size": "Longest DFlash block, bonus token included; at most the checkpoint's.",
     "lookup": "The copying arm. Default: the bundle's, else on.",
-    "lookup_memory_mib": "MiB of recent outputs that later requests of the same tenant may copy. "
-    "Default: the bundle's, else 0.",
     "structure": "The arm of forced text. Default: the bundle's, else on.",
     "force_recorded": "For benchmarks only: requests may force their answer's tokens, which then are not the target's.",
     "trace_sample": "Share of requests, from 0 to 1, whose traces are written to --whiflash-trace-dir. Default: 0.",

@@ -306,7 +306,7 @@ SERIES = (
         "memory_bytes",
         "gauge",
         "bytes by scope: `draft_kv` beside the target's slots, `backlog` (parked features), `text` of running "
-        "requests, `lookup_index` of their copying arm, `lookup_memory` across requests",
+        "requests, `lookup_index` of their copying arm",
         _each(memory_of),
         ("scope",),
     ),

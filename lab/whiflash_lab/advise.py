@@ -325,5 +325,3 @@ def _settings(target: Known, question: Question, by_arm: Mapping[str, Any]) -> I
     parsers = f" {target.parsers}" if target.parsers else ""
     most = f" --max-running-requests {max(question.requests)}" if max(question.requests) > 48 else ""
     yield f"whiflash serve {target.name} --speculative-draft-model-path my-bundle{spread}{parsers}{most}"
-    if question.tools:
-        yield "With agents that repeat themselves add --whiflash-lookup-memory-mib 256, and send a tenant."

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 _UNUSED: Final = {
     "prediction": "no draft was taken from one: send it with predict(…) or a Session; the answer may not follow it",
-    "memory": "no draft was taken from earlier answers: send a tenant with every request, and start the "
-    "server with --whiflash-lookup-memory-mib",
     "tools": "no draft was taken from calls: offer tools, and start the server with their --tool-call-parser",
 }
 """Help by source of drafts, if nothing was taken from it."""

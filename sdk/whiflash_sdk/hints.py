@@ -110,8 +110,8 @@ class Hints(_Hint):
     off: decode without drafting.
     infer: without spans, let the SDK and the server infer them from the request.
     trace: ask for the routing trace. True is "summary", sums by drafter; "full" has the stretches.
-    lookup: sources of copies: `memory` (the request's context, and recent outputs of the same cache salt if the server
-        keeps them), `context` (the request's context; nothing is kept), `off`.
+    lookup: whether text is copied: `memory` (how well is remembered for the same cache salt), `context` (nothing of it
+        is kept), `off`.
     agent: name of the agent, 1 to 64 characters, by which reports count.
     learn: false keeps the request from a server that trains its drafters on what it serves.
     """

@@ -13,6 +13,16 @@ def handle(extra_key: str | None, cache_salt: str | None) -> int:
     return handle_of(tenant)
 
 
+def test_no_key_no_tenant() -> None:
+    assert tenant_of(None, None) is None
+    assert tenant_of("", "") is None
+
+
+def test_the_two_keys_do_not_run_into_each_other() -> None:
+    keys = [("ab", "c"), ("a", "bc"), ("abc", None), (None, "abc"), ("1:a", ""), ("a", "")]
+    assert len({tenant_of(*pair) for pair in keys}) == len(keys)
+
+
 def test_one_tenant_is_named_as_its_requests_named_it() -> None:
     assert parse_forget({"cache_salt": "s"}) == handle(None, "s")
     assert parse_forget({"cache_salt": "s", "extra_key": "k"}) == handle("k", "s")

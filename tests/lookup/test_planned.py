@@ -8,7 +8,6 @@ from whiflash_sglang import arms
 from whiflash_sglang.core import Round
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
-from whiflash_sglang.lookup.memory import TenantMemory
 from whiflash_sglang.round.planning import Planner
 from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import RequestHints
@@ -66,16 +65,6 @@ def test_where_the_whole_text_is_known_the_host_looks(
     batch = Batch(1)
     batch.round()
     assert batch.drafters[arms.LOOKUP].host_bytes()["index"] > 0
-    assert plans[0].decisions[0].expected[arms.LOOKUP].length > 1
-
-
-def test_where_texts_may_be_shared_the_host_looks(plans: list[Round]) -> None:
-    batch = Batch(1)
-    copies = batch.drafters[arms.LOOKUP]
-    copies.memory = TenantMemory(1 << 20, 60.0)
-    copies.begin(1, RequestHints(), b"salt")
-    batch.round()
-    assert copies.host_bytes()["index"] > 0
     assert plans[0].decisions[0].expected[arms.LOOKUP].length > 1
 
 

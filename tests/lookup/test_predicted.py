@@ -17,7 +17,7 @@ WIDEST = 16
 
 @pytest.fixture(scope="module")
 def running(models: Models) -> Iterator[Engine]:
-    flags = models.whiflash("lookup", {"lookup": {"memory_mib": 1, "prediction_tokens": 500}})
+    flags = models.whiflash("lookup", {"lookup": {"prediction_tokens": 500}})
     with engine(models.target, whiflash=flags, page_size=1, enable_streaming_session=True) as started:
         yield started
 

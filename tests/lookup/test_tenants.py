@@ -19,7 +19,7 @@ WIDTH = 24
 
 
 def arm() -> LookupArm:
-    return LookupArm(Lookup(max_width=WIDTH, memory_mib=1), EXACT, lambda: 0.0)
+    return LookupArm(Lookup(max_width=WIDTH), EXACT)
 
 
 @dataclass
@@ -37,7 +37,6 @@ class Client:
         """A round that commits `tokens`, or the prompt of a new request; then a proposal. Nothing: the request ends."""
         if not tokens:
             if self.text is not None:
-                self.arm.finish(self.row, self.text)
                 self.arm.release(self.row)
             self.text = None
             return

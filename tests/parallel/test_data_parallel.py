@@ -19,7 +19,6 @@ def arguments(checkpoints: Checkpoints, router: str) -> list[str]:
         *("--model-path", str(checkpoints.target), "--dtype", "float32", "--enable-cache-report"),
         *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(checkpoints.dflash)),
         *("--whiflash-eagle-draft", str(checkpoints.eagle3), "--whiflash-router", router),
-        *("--whiflash-lookup-memory-mib", "1"),
     ]
 
 

@@ -52,7 +52,7 @@ def routed(host: ServerHost) -> Iterator[Routed]:
 
     def started(policy: str) -> Server:
         flags = ["--context-length", "4096", "--dtype", "float32", "--enable-cache-report"]
-        flags += ["--whiflash-router", policy, "--whiflash-lookup-memory-mib", "1"]
+        flags += ["--whiflash-router", policy]
         return host.start(*server_arguments(flags), env=server_environment(flags))
 
     with ThreadPoolExecutor(2) as pool:
@@ -107,7 +107,7 @@ def text(answer: Any) -> str:
 
 
 def tenants(server: Server) -> int:
-    """Requests whose text the copying arm remembers."""
+    """Tenants whose text taught the copying arm."""
     return int(server.get("/whiflash/state")["lookup"]["tenants"])
 
 

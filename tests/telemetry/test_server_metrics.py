@@ -97,7 +97,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterat
         *("--model-path", target, "--served-model-name", "tiny", "--dtype", "float32", "--enable-metrics"),
         *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", bundle),
         *("--whiflash-router", "random", "--tool-call-parser", "hermes", "--chat-template", template),
-        *("--whiflash-lookup-memory-mib", "1", "--decode-log-interval", "1", "--enable-cache-report"),
+        *("--decode-log-interval", "1", "--enable-cache-report"),
         *("--whiflash-learn", root / "learning"),
     ]
     with host.running(*map(str, arguments)) as running:

@@ -127,7 +127,7 @@ def test_new_weights_right_behind_an_answer_empty_the_tree(models: Models, start
 def test_many_requests_with_aborts(models: Models) -> None:
     with engine(
         models.target,
-        whiflash=models.whiflash("random", whiflash_lookup_memory_mib=1),
+        whiflash=models.whiflash("random"),
         skip_tokenizer_init=False,
         max_running_requests=6,
         max_total_tokens=1024,

@@ -120,7 +120,6 @@ class Lookup(Strict):
 
     enabled: whether the arm is loaded. max_width: most drafts. min_match: shortest match to copy from, in tokens.
     seed: initial chances that a copied token is right, from `whiflash lab lookup-seed` (default: embedded bundle's).
-    memory_mib: MiB of recent outputs to copy from in later requests. memory_minutes: their longest age.
     prediction_tokens: most tokens of a prediction; the rest is cut.
     """
 
@@ -128,8 +127,6 @@ class Lookup(Strict):
     max_width: Positive = 16
     min_match: Positive = 1
     seed: tuple[tuple[Annotated[float, Field(gt=0, lt=1)], ...], ...] | None = None
-    memory_mib: Annotated[int, Field(ge=0)] = 0
-    memory_minutes: Positive = 30
     prediction_tokens: Positive = 16384
 
     @field_validator("seed")

@@ -7,7 +7,7 @@ If the host would know a text a round late, the device copies from it (`propose_
 how far copies can be trusted, and keeps what tenants share.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,8 +31,7 @@ from whiflash_sglang.lookup.calibration import (
     RequestCalibration,
 )
 from whiflash_sglang.lookup.copier import SOURCES, Copier, teach
-from whiflash_sglang.lookup.index import SuffixIndex
-from whiflash_sglang.lookup.memory import Tenant, TenantMemory, handle_of
+from whiflash_sglang.lookup.memory import Tenant, handle_of
 from whiflash_sglang.lookup.prediction import Prediction
 from whiflash_sglang.routing.costs import Worth
 from whiflash_sglang.spans.hints import RequestHints
@@ -43,7 +42,7 @@ from whiflash_sglang.structure.matchers import Grammar
 class _Request:
     """A request's state.
 
-    learns: chances of its tenant, or of itself alone. tenant: who may share text with it; None: nobody. prediction:
+    learns: chances of its tenant, or of itself alone. tenant: who shares them; None: nobody. prediction:
     what its caller expects back. alone: whether it may copy from its own text only, and nothing is known of what it
     writes. copier: made when it is looked at first. copies: how well it does. promised: by the device's newest known
     copy for it.
@@ -62,21 +61,17 @@ class LookupArm(TextDrafter):
     """Proposes what followed the longest earlier occurrence of the text's end.
 
     Args:
-        settings: widths, shortest match, chances before anything was seen, memory across requests.
-        clock: seconds that never run backwards, by which memory ages.
+        settings: widths, shortest match, chances before anything was seen.
     """
 
     arm = arms.LOOKUP
     sources = SOURCES
 
-    def __init__(self, settings: Lookup, host: HostView, clock: Callable[[], float]) -> None:
+    def __init__(self, settings: Lookup, host: HostView) -> None:
         self.on_device, self._late = not host.exact, host.late
         self.max_drafts = settings.max_width
         self._calibrations = PerTenant(partial(MatchCalibration, settings.seed or EVEN_ODDS))
         self._unlearned = self._calibrations.fresh()
-        self.memory: TenantMemory | None = None
-        if settings.memory_mib:
-            self.memory = TenantMemory(settings.memory_mib << 20, settings.memory_minutes * 60.0, clock)
         self._min_match = settings.min_match
         self._requests: dict[int, _Request] = {}
         self._back: torch.Tensor | None = None
@@ -109,8 +104,7 @@ class LookupArm(TextDrafter):
         self._requests[row] = request
         if predicted is not None:
             request.prediction = Prediction(predicted, prompt, self._calibrations.fresh())
-        remembers = self.memory is not None and request.tenant is not None
-        request.alone = not (remembers or hints.tools) and request.prediction is None and grammar is None
+        request.alone = not hints.tools and request.prediction is None and grammar is None
 
     def serves(self, row: int) -> bool:
         return row in self._requests
@@ -124,11 +118,7 @@ class LookupArm(TextDrafter):
         copier = request.copier
         if copier is None:
             copier = request.copier = Copier(
-                request.learns,
-                self._min_match,
-                partial(self._texts, request),
-                request.prediction,
-                request.copies,
+                request.learns, self._min_match, request.prediction, request.copies
             )
         copier.extend(history(len(copier.text)))
         copy = copier.look(self.max_drafts + under_way, worth.least_chance)
@@ -197,20 +187,9 @@ class LookupArm(TextDrafter):
             request.promised = copy.outlook()
             teach(copy, committed, request.learns, request.copies)
 
-    def finish(self, row: int, output: Sequence[int]) -> None:
-        """Remember a finished request's output for its tenant."""
-        request = self._requests.get(row)
-        if request is None or request.tenant is None or self.memory is None or not output:
-            return
-        self.memory.remember(request.tenant, output)
-
     def forget(self, handle: int | None) -> None:
-        """Drop what is known of a tenant, or of all; its requests that run now neither read texts nor leave or teach
-        anything.
-        """
+        """Drop what is known of a tenant, or of all; its requests that run now teach nobody."""
         self._calibrations.forget(handle)
-        if self.memory is not None:
-            self.memory.forget(handle)
         for request in self._requests.values():
             if request.tenant is not None and handle in (None, handle_of(request.tenant)):
                 request.tenant = None
@@ -222,28 +201,22 @@ class LookupArm(TextDrafter):
         self._requests.pop(row, None)
 
     def host_bytes(self) -> Mapping[str, int]:
-        """Bytes of the running requests' indexes, and of the memory across requests."""
+        """Bytes of the running requests' indexes."""
         return {
             "index": sum(
                 request.copier.text.nbytes
                 for request in self._requests.values()
                 if request.copier is not None
             ),
-            "memory": self.memory.nbytes if self.memory is not None else 0,
         }
 
     def snapshot(self) -> Mapping[str, Any]:
-        """Bytes: of the running requests' indexes, and of the memory across requests; tenants in it."""
+        """Bytes of the running requests' indexes; tenants that something was learned of."""
         return {
             **{f"{name}_bytes": size for name, size in self.host_bytes().items()},
-            "tenants": len(self.memory) if self.memory is not None else 0,
+            "tenants": len(self._calibrations),
         }
 
     def _copier(self, row: int) -> Copier | None:
         request = self._requests.get(row)
         return None if request is None else request.copier
-
-    def _texts(self, request: _Request) -> Iterable[SuffixIndex]:
-        if request.tenant is None or self.memory is None:
-            return ()
-        return self.memory.texts(request.tenant)

@@ -1,11 +1,11 @@
-"""One request's copies: from its own text, and from texts that it may share.
+"""One request's copies: from its own text, and from what its caller expects back.
 
 The longest match wins, the newest of equals. Counting which continuation is the most frequent did no better on
 training answers; how much the places agree shows instead how far to trust the copy (see `calibration`).
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from operator import mul, neg
 
@@ -14,16 +14,11 @@ from whiflash_sglang.lookup.calibration import Agreement, MatchCalibration, Requ
 from whiflash_sglang.lookup.index import MAX_MATCH, Place, SuffixIndex
 from whiflash_sglang.lookup.prediction import Prediction
 
-Shared = Callable[[], Iterable[SuffixIndex]]
-"""Texts that a request may copy from besides its own, as they are now."""
-
-OWN_TEXT_ONLY: Shared = tuple
-
 Match = tuple[Place, Sequence[int]]
 """A place that matches, and what followed there."""
 
-SOURCES = CONTEXT, PREDICTION, MEMORY = "context", "prediction", "memory"
-"""The sources of a copy: prompt and answer, what the caller expects back, other texts that the request may share."""
+SOURCES = CONTEXT, PREDICTION = "context", "prediction"
+"""The sources of a copy: prompt and answer, what the caller expects back."""
 
 
 def teach(
@@ -45,22 +40,20 @@ class Copier:
 
     Args:
         calibration: shared by the tenant's requests. min_match: shortest match worth copying from, in tokens.
-        shared: further texts to copy from. prediction: what the caller expects back, preferred to all of these where
-            they match as long. request: what is known of how it copies; None: nothing.
+        prediction: what the caller expects back, preferred to the text where both match as long. request: what is known
+            of how it copies; None: nothing.
     """
 
     def __init__(
         self,
         calibration: MatchCalibration,
         min_match: int = 1,
-        shared: Shared = OWN_TEXT_ONLY,
         prediction: Prediction | None = None,
         request: RequestCalibration | None = None,
     ) -> None:
         self.text = SuffixIndex()
         self.calibration, self._request = calibration, request or RequestCalibration()
-        self._min_match, self._shared = min_match, shared
-        self._prediction = prediction
+        self._min_match, self._prediction = min_match, prediction
         self._copy = NOTHING
         self._source: Place | None = None
 
@@ -99,15 +92,10 @@ class Copier:
         return copy if copy.alive[0] >= worth else NOTHING
 
     def _find(self, drafts: Sequence[int], limit: int) -> list[Match]:
-        """Places that match the text's end, `drafts` behind it included, and what followed there: the text's own
-        places first, newest first.
-        """
+        """Places that match the text's end, `drafts` behind it included, and what followed there, newest first."""
         end = [*self.text.end, *drafts][-MAX_MATCH:] if drafts else self.text.end
-        shared = list(self._shared())
         places = list(self.text.places_of(end) if drafts else self.text.places())
-        for other in shared:
-            places += other.places_of(end)
-        copied_on = self._copied_on(end, shared, len(drafts))
+        copied_on = self._copied_on(end, len(drafts))
         if copied_on is not None:
             if copied_on in places:
                 places.remove(copied_on)
@@ -122,13 +110,12 @@ class Copier:
             if place.length >= least and (tokens := place.text.continuation(place.source, limit, drafts))
         ]
 
-    def _copied_on(self, end: Sequence[int], shared: Iterable[SuffixIndex], drafts: int) -> Place | None:
+    def _copied_on(self, end: Sequence[int], drafts: int) -> Place | None:
         """The place of the last copy, moved on: a chain's newest places may have left it behind."""
         last = self._source
-        # A text that was forgotten since must not be proposed.
-        if last is None or not (last.text is self.text or any(last.text is text for text in shared)):
+        if last is None or last.text is not self.text:
             return None
-        return last.text.place_at(last.source + drafts, end)
+        return self.text.place_at(last.source + drafts, end)
 
     def _propose(self, matches: Sequence[Match], best: int, worth: float, chance: float = 1.0) -> Candidate:
         """The copy from place `best`; `chance`: that everything before it is accepted."""
@@ -148,10 +135,7 @@ class Copier:
 
     def _origin(self, place: Place) -> str:
         """The source of a copy from `place`."""
-        if place.text is self.text:
-            return CONTEXT
-        is_predicted = self._prediction is not None and place.text is self._prediction.text
-        return PREDICTION if is_predicted else MEMORY
+        return CONTEXT if place.text is self.text else PREDICTION
 
     def _judge(self, place: Place) -> MatchCalibration:
         """The features by which a copy from `place` is judged."""

@@ -20,7 +20,7 @@ MAX_MATCH = 32
 """Longest match that is distinguished from longer ones."""
 
 GAP = -1
-"""Separates the texts of one index; no token has this id. Ids below it are positions of images (`core.readable`)."""
+"""In front of a text's first token; no token has this id. Ids below it are positions of images (`core.readable`)."""
 
 _FIRST_HEADS = 256
 _MIX = 0x9E3779B1  # Knuth's multiplicative hash: 2^32 over the golden ratio
@@ -35,7 +35,7 @@ class Place(NamedTuple):
 
 
 class SuffixIndex:
-    """Texts, extended at the end only. A request has one of its own; a tenant's memory holds several texts in one.
+    """A text, extended at the end only.
 
     Args:
         growing: what is searched for is the end of this text itself, so a copy that reaches the end goes on with what

@@ -37,7 +37,7 @@ ALGORITHMS = {
     "NEXTN": _EAGLE,
     "DFLASH": _BLOCKS,
     "DSPARK": _BLOCKS,
-    "NGRAM": "arm `lookup`, which copies from the request's text and its tenant's memory",
+    "NGRAM": "arm `lookup`, which copies from the request's text",
 }
 """SGLang's algorithms, and which part of WHIFLASH drafts like them."""
 SETTINGS = {

@@ -54,7 +54,6 @@ class Piece(NamedTuple):
 SOURCES: Final = {
     "context": "the conversation and the answer so far",
     "prediction": "the answer that was predicted",
-    "memory": "earlier answers of the same tenant",
     "grammar": "what a grammar forces or suggests",
     "tools": "what calls of the request's tools look like",
     "ar": "EAGLE-3",
