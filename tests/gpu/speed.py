@@ -36,7 +36,7 @@ def arms_of(served: Served) -> list[str]:
     from whiflash_sglang.checkpoints.manifest import load_manifest
     from whiflash_sglang.models.formats import read_draft
 
-    block = read_draft(served.bundle / str(load_manifest(served.bundle).dflash)).format.name
+    block = read_draft(served.bundle / str(load_manifest(served.bundle).dflash)).format
     return ["none", "EAGLE3", block_arm(block, on_cpu=False), "auto"]
 
 

@@ -4,13 +4,16 @@ Asserted are the format, the target that it fits, which layers it reads, how man
 """
 
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from whiflash_lab.bench.arms import DRAFTERS
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.models.draft_format import DraftFormat
 from whiflash_sglang.models.formats import FORMATS, read_draft
 
 QWEN3_8B = TargetShape(4096, 36, 151936)
@@ -206,3 +209,11 @@ def test_what_is_not_loaded_is_named(changes: dict[str, Any], message: str, tmp_
 
 def test_a_key_belongs_to_one_format() -> None:
     assert len({key for one in FORMATS for key in one.keys}) == sum(len(one.keys) for one in FORMATS)
+
+
+def test_every_format_says_what_serves_it_upstream_and_whether_it_can_be_swapped() -> None:
+    """Neither has a default. Weights are swapped by model, so formats of one model agree."""
+    assert all(field.default is MISSING and field.default_factory is MISSING for field in fields(DraftFormat))
+    for one in FORMATS:
+        assert one.upstream in (None, "EAGLE") or one.arm in DRAFTERS[one.upstream], one.name
+        assert {other.swappable for other in FORMATS if other.model is one.model} == {one.swappable}, one.name

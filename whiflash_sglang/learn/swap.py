@@ -28,17 +28,15 @@ from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.learn.staging import Staged, Staging
 from whiflash_sglang.learn.versions import Served, gain_of, path_of, read_version, record, served
-from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.dspark import DSparkDrafter
 from whiflash_sglang.models.eagle3 import Eagle3Drafter
-from whiflash_sglang.models.formats import Draft, read_draft
+from whiflash_sglang.models.formats import FORMATS, Draft, read_draft
 
 logger = logging.getLogger("whiflash_sglang")
 
 Load = Callable[[Draft], nn.Module]
 """A checkpoint whose configuration was read → its drafter on the CPU, in the dtype that serves."""
 
-KINDS = (Eagle3Drafter, DFlashDrafter, DSparkDrafter)
+KINDS = tuple(dict.fromkeys(one.model for one in FORMATS if one.swappable))
 """Drafters whose weights may be replaced: of others nobody has said what their KV is made with."""
 
 TARGETS = ("target_embedding", "target_lm_head")

@@ -413,4 +413,6 @@ FORMAT = DraftFormat(
     model=DFlashDrafter,
     published="z-lab, SpecForge, modal-labs",
     defined_by="SGLang's `dflash.py`",
+    upstream="DFLASH",
+    swappable=True,
 )

@@ -123,4 +123,6 @@ FORMAT = DraftFormat(
     model=DFlash2Drafter,
     published="z-lab, incoai, lightseekorg",
     defined_by="SGLang's `dflash.py`",
+    upstream="DFLASH",
+    swappable=False,
 )

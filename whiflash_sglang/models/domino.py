@@ -123,4 +123,6 @@ FORMAT = DraftFormat(
     model=DominoDrafter,
     published="SpecForge",
     defined_by="SGLang's `domino_utils.py`",
+    upstream="DFLASH",
+    swappable=False,
 )

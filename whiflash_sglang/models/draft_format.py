@@ -22,6 +22,9 @@ class DraftFormat:
         read: `config.json` → the arm's configuration; raises `CheckpointError` naming the key that does not fit.
         model: the drafter's class; its `load` reads the weights.
         published: who publishes it, for the documentation. defined_by: the implementation it is compared with.
+        upstream: SGLang's algorithm for these checkpoints, which benchmarks compare with; None: it has none.
+        swappable: whether weights may be replaced while they serve: `learn.swap.first_frozen_row` knows the parts of
+            its model that cached draft KV was made with.
     """
 
     name: str
@@ -32,6 +35,8 @@ class DraftFormat:
     model: Any
     published: str
     defined_by: str
+    upstream: str | None
+    swappable: bool
 
 
 def merged(path: Path, config: Json, *sections: str) -> dict[str, Any]:

@@ -216,4 +216,6 @@ FORMAT = DraftFormat(
     model=DSparkDrafter,
     published="DeepSpec (also its DFlash), SpecForge",
     defined_by="SGLang's `dspark.py`; rank 0: DeepSpec",
+    upstream="DSPARK",
+    swappable=True,
 )

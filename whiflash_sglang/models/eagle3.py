@@ -468,6 +468,8 @@ FORMAT = DraftFormat(
     model=Eagle3Drafter,
     published="SpecForge, lmsys, AngelSlim, nvidia, WhiFlash; yuhuili's originals",
     defined_by="SGLang's `llama_eagle3.py`",
+    upstream="EAGLE3",
+    swappable=True,
 )
 DEEPSPEC = DraftFormat(
     name="DeepSpec EAGLE-3",
@@ -478,4 +480,6 @@ DEEPSPEC = DraftFormat(
     model=Eagle3Drafter,
     published="deepseek-ai",
     defined_by="DeepSpec",
+    upstream=None,
+    swappable=True,
 )

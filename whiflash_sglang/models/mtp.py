@@ -427,6 +427,8 @@ FORMATS = (
         model=MTPDrafter,
         published="XiaomiMiMo, in the target",
         defined_by="SGLang's `mimo_mtp.py`",
+        upstream="EAGLE",
+        swappable=False,
     ),
     DraftFormat(
         name="GLM-4.5's own head",
@@ -437,5 +439,7 @@ FORMATS = (
         model=MTPDrafter,
         published="zai-org (GLM-4.5, 4.6, 4.7), in the target",
         defined_by="SGLang's `glm4_moe_nextn.py`",
+        upstream="EAGLE",
+        swappable=False,
     ),
 )

@@ -129,6 +129,8 @@ FORMATS = (
         model=DFlashDrafter,
         published="RedHatAI",
         defined_by="speculators",
+        upstream=None,
+        swappable=True,
     ),
     DraftFormat(
         name="speculators DSpark",
@@ -139,6 +141,8 @@ FORMATS = (
         model=DSparkDrafter,
         published="RedHatAI",
         defined_by="speculators",
+        upstream=None,
+        swappable=True,
     ),
     DraftFormat(
         name="speculators EAGLE-3",
@@ -149,5 +153,7 @@ FORMATS = (
         model=Eagle3Drafter,
         published="RedHatAI",
         defined_by="speculators",
+        upstream=None,
+        swappable=True,
     ),
 )

@@ -15,7 +15,9 @@ from whiflash_lab.bench.subject import build_subject, write_variant
 from whiflash_sglang.checkpoints.hub import checksums, verify
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.models.formats import FORMATS
 
+BY_NAME = {one.name: one for one in FORMATS}
 SUBJECT = Subject(
     target=Path("/models/t"),
     bundle=Path("/models/b"),
@@ -24,6 +26,7 @@ SUBJECT = Subject(
     dtype="bfloat16",
     common=("--device", "cpu"),
     variants={arm: Path("/scratch") / arm for arm in VARIANTS},
+    block_format=BY_NAME["DFlash"],
 )
 
 
@@ -133,7 +136,7 @@ def test_a_bundle_of_one_drafter_is_compared_as_far_as_it_goes() -> None:
 
 
 def test_the_block_drafters_arm_is_the_one_that_upstream_has_for_its_format() -> None:
-    dspark = replace(SUBJECT, block_format="DSpark")
+    dspark = replace(SUBJECT, block_format=BY_NAME["DSpark"])
     card = replace(dspark, common=())
     assert those_with_drafters(QUICK, SUBJECT) == ["none", "EAGLE3", "DFLASH", "auto"]
     assert those_with_drafters(QUICK, dspark) == ["none", "EAGLE3", "diffusion", "auto"]
@@ -144,7 +147,7 @@ def test_the_block_drafters_arm_is_the_one_that_upstream_has_for_its_format() ->
         *("--speculative-algorithm", "DSPARK"),
         *("--speculative-draft-model-path", str(card.dflash)),
     )
-    speculators = replace(card, block_format="speculators DSpark")
+    speculators = replace(card, block_format=BY_NAME["speculators DSpark"])
     assert those_with_drafters(QUICK, speculators) == ["none", "EAGLE3", "diffusion", "auto"]
     assert those_with_drafters(QUICK, replace(card, common=("--tool-call-parser", "cpu")))[2] == "DSPARK"
     with pytest.raises(ConfigError, match="DSPARK: upstream serves it on GPUs only; the arm `diffusion`"):

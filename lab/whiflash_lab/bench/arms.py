@@ -14,6 +14,7 @@ from typing import Any
 from whiflash_sglang.arms import AR, DIFFUSION
 from whiflash_sglang.checkpoints.manifest import NEEDED, PARTS, check_arms
 from whiflash_sglang.errors import ConfigError, UsageError
+from whiflash_sglang.models.draft_format import DraftFormat
 
 NONE = "none"
 STATIC = ("EAGLE3", "DFLASH", "DSPARK")
@@ -21,8 +22,6 @@ STATIC = ("EAGLE3", "DFLASH", "DSPARK")
 WITH_WIDTH = ("EAGLE3", "DFLASH")
 PINNED = ("ar", "diffusion")
 """WHIFLASH with one drafter."""
-ELSEWHERE = {"DSpark": "DSPARK", "speculators DFlash": None, "speculators DSpark": None}
-"""Formats of block drafters (`models/formats.py`) that upstream does not serve as DFLASH: its arm for them, or none."""
 ROUTERS = {
     "auto": "auto",
     "neural": "neural",
@@ -70,8 +69,8 @@ class Subject:
 
     target, bundle: directories. eagle3, dflash: the bundle's checkpoints, one of which may be missing. common:
     arguments of every server. variants: arm → the changed bundle that it serves, for the arms that are wanted. beside:
-    another checkout of this project, which serves the arms whose names say so. block_format: of the block drafter, by
-    its name in `models/formats.py`.
+    another checkout of this project, which serves the arms whose names say so. block_format: of the block drafter; None
+    if there is none.
     """
 
     target: Path
@@ -82,7 +81,7 @@ class Subject:
     common: tuple[str, ...] = ()
     variants: Mapping[str, Path] = field(default_factory=dict)
     beside: Path | None = None
-    block_format: str = "DFlash"
+    block_format: DraftFormat | None = None
 
     @property
     def drafters(self) -> tuple[str, ...]:
@@ -168,9 +167,9 @@ def _needed(kind: str) -> tuple[str, ...]:
     return DRAFTERS.get(kind) or NEEDED.get({**ROUTERS, **VARIANTS}.get(kind, ""), ())
 
 
-def block_arm(block_format: str, on_cpu: bool) -> str:
+def block_arm(block_format: DraftFormat | None, on_cpu: bool) -> str:
     """The arm of a bundle's block drafter alone: upstream's for its format (DSPARK: on GPUs only), else WHIFLASH's."""
-    upstream = ELSEWHERE.get(block_format, "DFLASH")
+    upstream = None if block_format is None else block_format.upstream
     return "diffusion" if upstream is None or (upstream == "DSPARK" and on_cpu) else upstream
 
 
@@ -232,10 +231,11 @@ def _upstream(kind: str, width: str, subject: Subject) -> tuple[str, ...]:
     if kind == ADAPTIVE:
         return ("--speculative-draft-model-path", str(subject.eagle3), "--speculative-adaptive")
     if kind in ("DFLASH", "DSPARK"):
-        if ELSEWHERE.get(subject.block_format, "DFLASH") != kind:
+        block = subject.block_format
+        if block is None or block.upstream != kind:
             raise ConfigError(
-                f"--arms {kind}: upstream's does not read {subject.block_format} checkpoints such as {subject.dflash}; "
-                f"{_PINNED_INSTEAD}"
+                f"--arms {kind}: upstream's does not read {block.name if block else 'unknown'} checkpoints such as "
+                f"{subject.dflash}; {_PINNED_INSTEAD}"
             )
         if kind == "DSPARK" and subject.on_cpu:
             raise ConfigError(f"--arms DSPARK: upstream serves it on GPUs only; {_PINNED_INSTEAD}")

@@ -125,5 +125,5 @@ def build_subject(
         common=(*common, *extra),
         variants={arm: write_variant(arm, bundle, scratch / arm) for arm in changed},
         beside=None if beside is None else beside.resolve(),
-        block_format="" if dflash is None else read_draft(dflash, DIFFUSION).format.name,
+        block_format=None if dflash is None else read_draft(dflash, DIFFUSION).format,
     )

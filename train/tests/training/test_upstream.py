@@ -133,8 +133,8 @@ def upstream_reads(which: str, arm: str) -> bool:
     if (which, arm) != ("embedded", arms.DIFFUSION):
         return True
     bundle = embedded_bundle()
-    name = read_draft(bundle / str(load_manifest(bundle).dflash)).format.name
-    return block_arm(name, on_cpu=True) == "DFLASH"
+    block_format = read_draft(bundle / str(load_manifest(bundle).dflash)).format
+    return block_arm(block_format, on_cpu=True) == "DFLASH"
 
 
 CASES = [(which, arm) for which in ("tiny", "embedded") for arm in arms.PAIR if upstream_reads(which, arm)]
