@@ -36,13 +36,13 @@ from whiflash_sglang.checkpoints.manifest import (
     embedded_bundle,
 )
 from whiflash_sglang.cli.app import app
-from whiflash_sglang.compat.names import PRIVATE_NAMES
-from whiflash_sglang.compat.sources import replaced
-from whiflash_sglang.config import PolicyChange, RouterName
-from whiflash_sglang.flags import flags
-from whiflash_sglang.jsonl import read_json_file
-from whiflash_sglang.metrics import SERIES
-from whiflash_sglang.telemetry.round_clock import RoundClock
+from whiflash_sglang.engine.names import PRIVATE_NAMES
+from whiflash_sglang.engine.patches import replaced
+from whiflash_sglang.files.jsonl import read_json_file
+from whiflash_sglang.prices.round_clock import RoundClock
+from whiflash_sglang.serve.metrics import SERIES
+from whiflash_sglang.settings.config import PolicyChange, RouterName
+from whiflash_sglang.settings.flags import flags
 from whiflash_sglang.telemetry.tally import Tally
 from whiflash_train.provenance import environment
 
@@ -158,7 +158,7 @@ def training_keys() -> str:
 
 def formats_table() -> str:
     """Draft formats, each with what `config.json` says where a checkpoint is of it."""
-    from whiflash_sglang.models.formats import FORMATS
+    from whiflash_sglang.formats.table import FORMATS
 
     rows = (
         (one.name, f"`{one.arm}`", ", ".join(f"`{key}`" for key in one.keys), one.published, one.defined_by)

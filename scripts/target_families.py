@@ -1,7 +1,7 @@
 """Targets that WHIFLASH serves, with the evidence: the classes of SGLang 0.5.23 whose layers' outputs can be captured.
 
 `scripts/reference.py` writes it into the documentation, and `tests/targets/` holds it against SGLang. No server reads
-it: conditions on a target's configuration refuse it (:mod:`whiflash_sglang.compat.launch.refusals`).
+it: conditions on a target's configuration refuse it (:mod:`whiflash_sglang.engine.launch.refusals`).
 """
 
 import re

@@ -30,12 +30,12 @@ RECORD = Path(__file__).with_suffix(".json")
 def our_names() -> list[str]:
     """Every name of SGLang's that we import, call or replace. Imports torch, and SGLang where it is installed."""
     from whiflash_cpu import seam_tables as seams
-    from whiflash_sglang.compat import sources
-    from whiflash_sglang.compat.names import PRIVATE_NAMES
+    from whiflash_sglang.engine import patches
+    from whiflash_sglang.engine.names import PRIVATE_NAMES
 
     modules = set(Tree(installed()).modules())
-    names = [name for name in sources.imported() if name.replace(":", ".") not in modules]
-    names += [*PRIVATE_NAMES, *(one.path.removesuffix(".__new__") for one in sources.replaced())]
+    names = [name for name in patches.imported() if name.replace(":", ".") not in modules]
+    names += [*PRIVATE_NAMES, *(one.path.removesuffix(".__new__") for one in patches.replaced())]
     names += [seam.path for seam in (*seams.EARLY_SEAMS, *seams.SEAMS)]
     return sorted(set(names))
 
@@ -146,7 +146,7 @@ def sources(said: str) -> Iterator[Path]:
 def imported(place: Path) -> list[str]:
     """Findings of the server's own check of names and seams on these sources, with all else as installed."""
     code = (
-        "import json; from whiflash_sglang.compat import hooks, patching\n"
+        "import json; from whiflash_sglang.engine import hooks, patching\n"
         "from whiflash_cpu.seams import verify_seams\n"
         "found = [*hooks.missing(), *patching.verify_names()[1:], *verify_seams()]\n"
         "print(json.dumps([f'{one.name}: {one.detail}' for one in found if not one.ok]))"

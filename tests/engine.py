@@ -336,7 +336,7 @@ def _unwatched() -> Iterator[None]:
 @contextlib.contextmanager
 def _with_arms(arms: Sequence[Any]) -> Iterator[None]:
     """Let the worker find `arms` beside the drafters that it builds itself."""
-    from whiflash_sglang import worker
+    from whiflash_sglang.serve import worker
 
     build = worker.build_drafters
     worker.build_drafters = lambda *args: build(*args) | {arm.arm: arm for arm in arms}

@@ -23,8 +23,8 @@ RESULTS = ROOT / "results" / "evidence" / "records"
 SUMMARY = ROOT / "results" / "evidence" / "README.md"
 
 RELEVANT = (
-    *("worker.py", "core.py", "assemble.py", "cache", "checkpoints", "compat", "device", "drafters"),
-    *("lookup", "models", "round", "routing", "structure"),
+    *("arms", "cache", "checkpoints", "copying", "device", "drafts", "engine", "formats", "prices"),
+    *("records", "round", "routing", "serve", "structure"),
 )
 """Parts of `whiflash_sglang` that decide what is generated, beside `whiflash_kernels` and `whiflash_cpu`."""
 

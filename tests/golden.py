@@ -62,7 +62,7 @@ from whiflash_sdk.capabilities import Capabilities
 from whiflash_sdk.hints import Hints
 from whiflash_sdk.trace import Trace
 
-from whiflash_sglang.metrics import SERIES
+from whiflash_sglang.serve.metrics import SERIES
 
 RECORD = HERE.parent / "results" / "golden.json"
 FIGURES = ("planning", "speed")

@@ -43,14 +43,14 @@ UPLOADS = frozenset({"tensor", "as_tensor", "from_numpy", "asarray"})
 STAND_INS = (
     "whiflash_kernels/reference/",
     "whiflash_cpu/",
-    "whiflash_sglang/models/recurrent.py",
+    "whiflash_sglang/engine/forward/recurrences.py",
 )
 """Files in which a CPU does the work of kernels, as the bodies of our ops do: nobody would wait for what these read."""
 
 
 PACKAGES = ("whiflash_sglang/", "whiflash_cpu/", "whiflash_kernels/", "sglang/srt/")
 
-GRAPHS = (*STAND_INS, "whiflash_sglang/models/", "sglang/srt/model_executor/")
+GRAPHS = (*STAND_INS, "whiflash_sglang/formats/", "sglang/srt/model_executor/")
 """Files whose work is one kernel on a GPU, or may be replayed from a graph: kernels, drafters, the target."""
 
 

@@ -26,17 +26,19 @@ import xgrammar
 from transformers import AutoTokenizer
 from whiflash_sdk.presets import TOOL_CALL_PARSERS
 
-from whiflash_sglang import arms
-from whiflash_sglang.candidates import common_prefix
+from whiflash_sglang.arms.base import Drafter, KVDrafter, of_text, widest_of
+from whiflash_sglang.arms.length import DraftLength
+from whiflash_sglang.arms.lookup import LookupArm
+from whiflash_sglang.arms.structure import StructureArm
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
-from whiflash_sglang.core import Round
+from whiflash_sglang.copying.calibration import Agreement
 from whiflash_sglang.device.transfers import HostView
-from whiflash_sglang.drafters.base import Drafter, KVDrafter, of_text, widest_of
-from whiflash_sglang.drafters.length import DraftLength
-from whiflash_sglang.drafters.lookup import LookupArm
-from whiflash_sglang.drafters.structure import StructureArm
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.candidates import common_prefix
 from whiflash_sglang.embedded import ensure_target
-from whiflash_sglang.lookup.calibration import Agreement
+from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
+from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
+from whiflash_sglang.records.core import Round
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner, rows_of
@@ -44,13 +46,11 @@ from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary, vocabulary_of
 from whiflash_sglang.structure.matchers import Matcher, XGrammarMatcher
 from whiflash_sglang.structure.spending import Spending
 from whiflash_sglang.structure.tools import carried_tools
-from whiflash_sglang.telemetry.round_clock import RoundClock, RoundTime
 from whiflash_sglang.telemetry.tally import Tally
 
 VOCABULARY, PROMPT, CONTEXT, NEW, COPIED = 1000, 64, 8192, 2, 24

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from whiflash_sglang.checkpoints.fit import target_layers
-from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
-from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.eagle3 import Eagle3Drafter
+from whiflash_sglang.formats.table import read_draft
 from whiflash_train.target import TargetModel, TargetOutput
 
 TIE = 1e-4

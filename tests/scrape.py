@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from whiflash_sglang.metrics import PREFIX
+from whiflash_sglang.serve.metrics import PREFIX
 
 Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
 """Value by name and sorted labels."""

@@ -48,7 +48,7 @@ D2H = (
     ("sglang.srt.utils.common", "async_d2h"),
     ("sglang.srt.managers.utils", "_async_d2h"),
     ("sglang.srt.layers.logprob_processor", "async_d2h"),
-    ("whiflash_sglang.compat.forward.masks", "async_d2h"),
+    ("whiflash_sglang.engine.forward.masks", "async_d2h"),
 )
 
 Clock = dict[str, int]

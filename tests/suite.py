@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from patience import at_start, pytest_report_header, pytest_timeout_set_timer  # noqa: F401  (hooks)
 from server_host import ServerHost
 
-from whiflash_sglang.compat import versions
+from whiflash_sglang.engine import supported
 
 WITH_HELPERS = (
     *("cache", "graphs", "learn", "lookup", "models", "parallel"),
@@ -28,10 +28,10 @@ WITH_HELPERS = (
 """Folders whose modules tests import by name."""
 sys.path[1:1] = [str(Path(__file__).parent / name) for name in WITH_HELPERS]
 
-NEWEST = versions.SUPPORTED[-1]
-if os.environ.get("WHIFLASH_CANARY") and versions.installed() not in versions.SUPPORTED:
+NEWEST = supported.SUPPORTED[-1]
+if os.environ.get("WHIFLASH_CANARY") and supported.installed() not in supported.SUPPORTED:
     # `scripts/upstream.py --test`: before anything imports what is supported
-    versions.SUPPORTED += (str(versions.installed()),)
+    supported.SUPPORTED += (str(supported.installed()),)
 
 if TYPE_CHECKING:
     from model_set import Models
@@ -165,7 +165,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path in nightly:
             item.add_marker("evidence")
-    if versions.installed() != NEWEST:
+    if supported.installed() != NEWEST:
         lists = pytest.mark.skip(reason=f"a list of SGLang {NEWEST}")
         for item in items:
             if "newest" in item.keywords:

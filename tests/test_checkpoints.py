@@ -12,8 +12,8 @@ from tiny_models import HIDDEN, tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang.checkpoints.fit import TargetShape, block_size_of, check_drafters
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 
 LAYERS, VOCAB = 6, 320
 TARGET = TargetShape(HIDDEN, LAYERS, VOCAB)

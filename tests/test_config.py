@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
-from whiflash_sglang.config import changed, parse_flags, resolve
 from whiflash_sglang.errors import CheckpointError, ConfigError
+from whiflash_sglang.settings.config import changed, parse_flags, resolve
 
 MANIFEST = {"schema_version": 1, "name": "tiny", "target": "tiny/target", "eagle3": "e", "dflash": "d"}
 

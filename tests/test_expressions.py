@@ -28,7 +28,7 @@ CPU_SECONDS = 300
 NOT_ASKED = {
     "train/whiflash_train/answers/prompts.py": "the pattern is an argument of the command's own user",
     "lab/whiflash_lab/bench/arms.py": "names of arms, which the command's own user gives",
-    "whiflash_sglang/compat/forward/captured.py": "the text is the source of the installed SGLang",
+    "whiflash_sglang/engine/forward/captured.py": "the text is the source of the installed SGLang",
 }
 
 

@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 
-from whiflash_sglang.config import Flags, RouterName, flag_of, parse_flags
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.flags import flags
+from whiflash_sglang.settings.config import Flags, RouterName, flag_of, parse_flags
+from whiflash_sglang.settings.flags import flags
 
 
 def test_every_flag_is_there_with_its_choices() -> None:

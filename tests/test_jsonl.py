@@ -15,7 +15,7 @@ from whiflash_lab.bench.cells import Answer, Cell, Journal, Load
 from whiflash_lab.bench.load import Asker
 from whiflash_lab.bench.prompts import Prompt, load_prompts
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import (
+from whiflash_sglang.files.jsonl import (
     DEEPEST,
     parse_json_lines,
     read_json,

@@ -6,9 +6,9 @@ from unittest.mock import Mock, call
 
 import pytest
 
-from whiflash_sglang import lifecycle
-from whiflash_sglang.drafters.base import TextDrafter
+from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.serve import lifecycle
 from whiflash_sglang.spans.hints import RequestHints
 
 
@@ -19,7 +19,7 @@ def request(custom_params: Any) -> Any:
 def test_malformed_hints_are_dropped_and_told(caplog: pytest.LogCaptureFixture) -> None:
     assert lifecycle._hints_of(request({"whiflash": '{"off": 1}'})) == RequestHints()
     [record] = caplog.records
-    assert record.name == "whiflash_sglang.lifecycle"
+    assert record.name == "whiflash_sglang.serve.lifecycle"
     assert "r7" in record.getMessage()
     assert "custom_params.whiflash.off" in record.getMessage()
 

@@ -3,7 +3,7 @@
 import pytest
 
 from whiflash_sglang.device import clock as clocks
-from whiflash_sglang.telemetry.round_clock import RoundClock, RoundTime
+from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
 
 
 class Events:

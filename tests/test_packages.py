@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import whiflash_sglang.checkpoints.manifest
-from whiflash_sglang.compat.versions import SUPPORTED
+from whiflash_sglang.engine.supported import SUPPORTED
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("cpu", "kernels", "lab", "sdk", "train")

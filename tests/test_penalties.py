@@ -6,7 +6,7 @@ from host_reads import HostReads, Launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.compat.forward.penalties import PenalisedBatch, PenaltyRequest
+from whiflash_sglang.engine.forward.penalties import PenalisedBatch, PenaltyRequest
 
 VOCAB = 11
 

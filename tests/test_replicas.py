@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from whiflash_sglang.serving import SilentReplicaError, together
+from whiflash_sglang.files.hosts import SilentReplicaError, together
 
 
 def state(replica: int | None, rounds: int) -> dict[str, Any]:

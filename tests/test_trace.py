@@ -7,7 +7,7 @@ import pytest
 from whiflash_sdk import routing
 from whiflash_sdk.hints import TraceLevel
 
-from whiflash_sglang.candidates import Part
+from whiflash_sglang.drafts.candidates import Part
 from whiflash_sglang.telemetry.trace import Recording, build_trace, pieces_of, place
 
 PROMPT = 7

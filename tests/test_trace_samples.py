@@ -13,8 +13,8 @@ import pytest
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli.report import by_caller
 from whiflash_sglang.cli.trace import turns_of
-from whiflash_sglang.config import Flags, parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.settings.config import Flags, parse_flags, resolve
 from whiflash_sglang.telemetry import trace
 from whiflash_sglang.telemetry.trace import PARTS, SampleFiles, Sampler
 

@@ -16,9 +16,9 @@ WALL = re.compile(
 
 DATES = {
     "sdk/whiflash_sdk/collecting.py",
-    "whiflash_sglang/compat/http/samples.py",
+    "whiflash_sglang/engine/http/sampled.py",
     "train/whiflash_train/learner/once.py",
-    "whiflash_sglang/routing/kept.py",
+    "whiflash_sglang/prices/kept.py",
     "train/whiflash_train/answers/provenance.py",
 }
 """These name when something was. A training's length is computed from such dates, and the learner passes over a

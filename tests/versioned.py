@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from whiflash_sglang.checkpoints.fit import Parts, create
-from whiflash_sglang.learn.versions import publish
+from whiflash_sglang.updates.versions import publish
 
 FROZEN = ("fc.", "k_proj", "v_proj", "k_norm", "input_layernorm", "hidden_norm", "d2t", "t2d")
 """Parts of the tiny EAGLE-3's file that draft KV is made with."""

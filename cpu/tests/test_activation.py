@@ -9,7 +9,7 @@ from sglang.srt.server_args import ServerArgs
 
 import whiflash_cpu as platform
 from whiflash_cpu.cpu import CpuPlatform
-from whiflash_sglang.device.cpu import PLATFORM
+from whiflash_sglang.files.cpu import PLATFORM
 
 from .conftest import Checkpoints
 

@@ -16,8 +16,8 @@ from tiny_models import tiny_target
 from whiflash_kernels.packed import is_packed, linear, packable
 
 from whiflash_cpu import packed_weights
-from whiflash_sglang.drafters.paged import dflash_weights, eagle3_weights
-from whiflash_sglang.models import packed
+from whiflash_sglang.arms.paged import dflash_weights, eagle3_weights
+from whiflash_sglang.formats import packed
 
 from .conftest import Checkpoints
 

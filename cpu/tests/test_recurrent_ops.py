@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from whiflash_sglang.models.recurrent import (
+from whiflash_sglang.engine.forward.recurrences import (
     Rows,
     causal_conv1d_fn,
     causal_conv1d_update,

@@ -9,7 +9,7 @@ import pytest
 from whiflash_cpu import activate, seams
 from whiflash_cpu.cpu import CpuPlatform
 from whiflash_cpu.seam_tables import EARLY_SEAMS, MODEL_SEAMS, SEAMS, Seam
-from whiflash_sglang.compat import patching
+from whiflash_sglang.engine import patching
 
 
 def test_every_seam_fits_the_installed_sglang() -> None:

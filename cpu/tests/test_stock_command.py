@@ -12,14 +12,14 @@ import pytest
 from patience import wait_until
 from server_host import Server, ServerHost, free_port, runs
 
-from whiflash_sglang.device.cpu import DEFAULT_KV_TOKENS
+from whiflash_sglang.files.cpu import DEFAULT_KV_TOKENS
 
 from .conftest import Checkpoints
 
 pytestmark = pytest.mark.server
 
 PROBE = Path(__file__).parents[2] / "tests" / "probe"
-STAND_INS = ("whiflash_cpu/", "whiflash_sglang/models/recurrent.py")
+STAND_INS = ("whiflash_cpu/", "whiflash_sglang/engine/forward/recurrences.py")
 """Files of what the CPU platform puts in SGLang's place."""
 OFFERED = {
     "sglang.srt.entrypoints.engine.Engine.server_args_class",

@@ -3,7 +3,7 @@
 Nothing imports it: SGLang and `whiflash check` find it by its entry points.
 """
 
-from whiflash_sglang.device.cpu import serves_here
+from whiflash_sglang.files.cpu import serves_here
 
 __version__ = "0.1.0"
 

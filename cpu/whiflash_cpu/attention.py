@@ -25,8 +25,8 @@ from whiflash_kernels.cpu.paged_attention import CompiledAttention, CompiledPlan
 from whiflash_kernels.layers import write_rows
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
-from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 from whiflash_sglang.embedded import cache_root
+from whiflash_sglang.files.cpu import ATTENTION_BACKEND
 
 
 class CpuAttentionBackend(AttentionBackend):

@@ -19,7 +19,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
 
-from whiflash_sglang.device.cpu import ATTENTION_BACKEND, CHILD_ENVIRONMENT, DEFAULT_KV_TOKENS
+from whiflash_sglang.files.cpu import ATTENTION_BACKEND, CHILD_ENVIRONMENT, DEFAULT_KV_TOKENS
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from whiflash_kernels.cpu.layers import compiled_layers
 from whiflash_kernels.packed import linear
 
 from whiflash_cpu.attention import CpuAttentionBackend
-from whiflash_sglang.device.cpu import ATTENTION_BACKEND
 from whiflash_sglang.embedded import cache_root
+from whiflash_sglang.files.cpu import ATTENTION_BACKEND
 
 
 def use_compiled_layers() -> None:

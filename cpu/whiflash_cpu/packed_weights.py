@@ -18,7 +18,7 @@ from whiflash_kernels.packed import has_kernel, is_packed, linear, packable, unp
 from whiflash_kernels.processor import onednn_has_bfloat16
 
 from whiflash_sglang.embedded import cache_root
-from whiflash_sglang.models import packed
+from whiflash_sglang.formats import packed
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from whiflash_cpu import collectives, host_copies, layers, packed_weights, spec_ops
 from whiflash_cpu.attention import CpuAttentionBackend, CpuKVPool, CpuMultiStepDraftBackend
-from whiflash_sglang.compat.versions import has
-from whiflash_sglang.device.cpu import ATTENTION_BACKEND
-from whiflash_sglang.models import recurrent
+from whiflash_sglang.engine.forward import recurrences
+from whiflash_sglang.engine.supported import has
+from whiflash_sglang.files.cpu import ATTENTION_BACKEND
 
 _CACHE_LOCS = "sglang.kernels.ops.speculative.cache_locs"
 _EAGLE = "sglang.kernels.ops.speculative.eagle"
@@ -90,12 +90,12 @@ _OF_UPSTREAMS_DRAFTERS: tuple[Seam, ...] = (
 """Names that upstream's own algorithms call since 0.5.23; before, the CPU serves plain decoding and WHIFLASH."""
 
 _NAMES: tuple[Seam, ...] = (
-    Seam(_CONV, "causal_conv1d_fn", recurrent.causal_conv1d_fn),
-    Seam(_CONV, "causal_conv1d_update", recurrent.causal_conv1d_update),
+    Seam(_CONV, "causal_conv1d_fn", recurrences.causal_conv1d_fn),
+    Seam(_CONV, "causal_conv1d_update", recurrences.causal_conv1d_update),
     Seam(
         "sglang.kernels.ops.mamba.mamba_state_scatter_triton",
         "scatter_mamba_states_after_mtp_verify",
-        recurrent.scatter_mamba_states_after_mtp_verify,
+        recurrences.scatter_mamba_states_after_mtp_verify,
     ),
     Seam("sglang.srt.layers.dp_attention", "memcpy_func", memcpy_cpu),
     Seam(_PARALLEL, "reg_all_gather_into_tensor", collectives.reg_all_gather_into_tensor),

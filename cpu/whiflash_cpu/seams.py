@@ -31,7 +31,7 @@ from whiflash_cpu.seam_tables import (
     SEAMS,
     Seam,
 )
-from whiflash_sglang.compat.patching import Finding, replace, upstreams
+from whiflash_sglang.engine.patching import Finding, replace, upstreams
 
 
 def install_early_seams() -> None:

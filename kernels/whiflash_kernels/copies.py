@@ -77,7 +77,7 @@ def propose_copies(
     Fallback: torch, which reads the longest length back to the host.
     Compared: SGLang's NGRAM and ArcticInference's suffix trees are host structures, so that a round waits for the
     previous one's tokens on the host.
-    Source: prompt lookup decoding; the bucketed chances are `whiflash_sglang.lookup.calibration`'s.
+    Source: prompt lookup decoding; the bucketed chances are `whiflash_sglang.copying.calibration`'s.
     """
     slots, lengths = request_slots.long(), seq_lens.long() + 1
     chance = torch.ones_like(lengths, dtype=torch.float32)

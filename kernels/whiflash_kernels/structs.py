@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+PADDING = -(1 << 20)
+"""``starts`` of a padding request: before position 0 at whatever step."""
+
 PAD_ROW = -1
 """Marks rows without an owner: ``cache_slots`` and ``request_of_row`` of padding rows of a backlog."""
 

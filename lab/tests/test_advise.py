@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from whiflash_lab.advise import ERROR, GPUS, Question, Row, _card, advise
 from whiflash_lab.published import KNOWN, known
 from whiflash_lab.simulate import Load, Pair, Simulation
-from whiflash_sglang import arms
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.cli.report import brought, by_caller, gain_of
+from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError, WhiflashError
 
 

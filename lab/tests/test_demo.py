@@ -6,7 +6,7 @@ from rich.console import Console
 from whiflash_sdk.trace import Trace
 
 from whiflash_lab.demo import QUESTIONS, Answer, show
-from whiflash_sglang.equality import Comparison, Verdict
+from whiflash_sglang.files.equality import Comparison, Verdict
 
 ARMS = {"ar": {"rounds": 2, "tokens": 5}, "lookup": {"rounds": 1, "tokens": 7}}
 TRACE = Trace.model_validate(

@@ -20,8 +20,8 @@ from whiflash_lab.simulate import (
     expected,
     row_seconds,
 )
-from whiflash_sglang import arms
 from whiflash_sglang.cli.app import app
+from whiflash_sglang.drafts import arms
 
 STATED = {
     "H20 verifications": 0.14,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from whiflash_lab.bench.cells import Answer, Cell, Load
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import BestLogit, Reference, differences
-from whiflash_sglang.equality import Verdict
+from whiflash_sglang.files.equality import Verdict
 from whiflash_train.target import TargetModel, unknown
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}

@@ -18,10 +18,10 @@ from whiflash_lab.simulate import (
     Pair,
     Simulation,
 )
-from whiflash_sglang import arms
 from whiflash_sglang.cli.report import brought
+from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.progress import tracked
+from whiflash_sglang.files.progress import tracked
 
 FULL = {arms.AR: 5, arms.DIFFUSION: 7}
 """Drafts of a full round, where published rounds have as many: WHIFLASH's longest chain, a block of eight rows."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import lines_of, read_json
+from whiflash_sglang.files.jsonl import lines_of, read_json
 from whiflash_sglang.spans.hints import HintError
 from whiflash_sglang.spans.prediction import body_prediction
 from whiflash_sglang.spans.vocabulary import token_bytes

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from whiflash_sglang import arms
-from whiflash_sglang.candidates import Forecast
 from whiflash_sglang.checkpoints.manifest import load_manifest
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.router import Router
+from whiflash_sglang.formats.router import Router
+from whiflash_sglang.records.request import RequestState
 from whiflash_sglang.routing.controller import route
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_train.answers.data import answer_rows, target_path
 from whiflash_train.answers.prompts import balanced, read_rows

@@ -7,7 +7,7 @@ others than those that are listed.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from whiflash_sglang import arms
+from whiflash_sglang.drafts import arms
 
 AR, BLOCK = arms.AR, arms.DIFFUSION
 SETS = ("GSM8K", "MATH", "HumanEval", "LCB", "MT-Bench")

@@ -13,12 +13,12 @@ from itertools import cycle
 from math import ceil
 from typing import NamedTuple
 
-from whiflash_sglang import arms
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.prices.round_clock import RoundTime
+from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.telemetry.round_clock import RoundTime
 from whiflash_train.rounds import agreed
 
 METHODS = ("plain", "eagle3", "dflash", "cut", "auto")

@@ -24,7 +24,7 @@ from whiflash_sdk import routing, wrap
 
 from whiflash_sglang.cli.top import LiveView, WatchedServer
 from whiflash_sglang.cli.trace import turns_of
-from whiflash_sglang.jsonl import parse_json_lines
+from whiflash_sglang.files.jsonl import parse_json_lines
 
 pytestmark = pytest.mark.server
 

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
+from whiflash_sglang.arms.block import DFlashArm
+from whiflash_sglang.arms.chain import Eagle3Arm
+from whiflash_sglang.arms.length import CALIBRATION
+from whiflash_sglang.arms.paged import PagedArm
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.checkpoints.fit import target_layers
-from whiflash_sglang.core import DraftBatch
 from whiflash_sglang.device.capture import Recorder
-from whiflash_sglang.drafters.chain import Eagle3Arm
-from whiflash_sglang.drafters.dflash import DFlashArm
-from whiflash_sglang.drafters.length import CALIBRATION
-from whiflash_sglang.drafters.paged import PagedArm
-from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
-from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.eagle3 import Eagle3Drafter
+from whiflash_sglang.formats.table import read_draft
+from whiflash_sglang.prices.costs import FULL_LENGTH
+from whiflash_sglang.records.core import DraftBatch
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
-from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_train.target import TargetModel
 
 torch.set_num_threads(1)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import ROWS, Arms, Replay, load_arms
 
-from whiflash_sglang.drafters.paged import MOST_ROWS, blocks_of
-from whiflash_sglang.models.choice import Choice
+from whiflash_sglang.arms.paged import MOST_ROWS, blocks_of
+from whiflash_sglang.formats.choice import Choice
 
 LAYERS = 3
 

@@ -11,7 +11,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from whiflash_sglang.cli import check, elsewhere
-from whiflash_sglang.device import cpu
+from whiflash_sglang.files import cpu
 
 
 def commands(group: typer.Typer) -> list[str]:

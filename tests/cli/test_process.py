@@ -15,7 +15,7 @@ from in_process import whiflash
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli import check
-from whiflash_sglang.compat.patching import Finding
+from whiflash_sglang.engine.patching import Finding
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
 HEAVY = ("torch", "sglang", "transformers", "numpy", "openai", "matplotlib", "datasets")

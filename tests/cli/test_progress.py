@@ -9,8 +9,8 @@ import pytest
 from in_process import whiflash
 from rich.console import Console
 
-from whiflash_sglang import progress
-from whiflash_sglang.progress import Lines, tracked
+from whiflash_sglang.files import progress
+from whiflash_sglang.files.progress import Lines, tracked
 
 
 def test_a_long_command_says_what_it_does_and_how_far_it_is(tmp_path: Path) -> None:

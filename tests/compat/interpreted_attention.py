@@ -37,9 +37,9 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from transformers import PretrainedConfig
 from whiflash_kernels import prepare_mixed_block
 
-from whiflash_sglang.compat.forward.graphs import VerifyGraphs, spare_slots
-from whiflash_sglang.compat.forward.target import verify_input
 from whiflash_sglang.device.capture import graded
+from whiflash_sglang.engine.forward.graphs import VerifyGraphs, spare_slots
+from whiflash_sglang.engine.forward.target import verify_input
 
 CONFIGURED = 17
 """`speculative_num_draft_tokens` of a server with lookup: its widest block."""

@@ -23,10 +23,10 @@ from interpreted_attention import (
 from sglang.srt.layers.attention import flashinfer_mla_backend, trtllm_mla_backend
 from sglang.srt.layers.attention.trtllm_mla_backend import TRTLLMMLABackend
 
-from whiflash_sglang.compat.forward import recurrent
-from whiflash_sglang.compat.forward.recurrent import rows_counted
-from whiflash_sglang.compat.forward.target import verify_input
 from whiflash_sglang.device.capture import graded
+from whiflash_sglang.engine.forward import recurrent
+from whiflash_sglang.engine.forward.recurrent import rows_counted
+from whiflash_sglang.engine.forward.target import verify_input
 
 PAGE, HEADS, LATENT, ROPE = 32, 2, 512, 64
 SIZE = LATENT + ROPE

@@ -19,16 +19,16 @@ from sglang.kernels.ops.mamba.mamba_state_scatter_triton import scatter_mamba_st
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
 from sglang.srt.mem_cache.memory_pool import MambaPool
 
-from whiflash_sglang.compat import patching
-from whiflash_sglang.compat.forward.recurrent import tracked_rows
-from whiflash_sglang.compat.forward.untried import recurrent as ragged_recurrent
-from whiflash_sglang.compat.forward.untried.recurrent import (
+from whiflash_sglang.engine import patching
+from whiflash_sglang.engine.forward import recurrent_untried as ragged_recurrent
+from whiflash_sglang.engine.forward.recurrences import causal_conv1d_update
+from whiflash_sglang.engine.forward.recurrent import tracked_rows
+from whiflash_sglang.engine.forward.recurrent_untried import (
     RaggedChannelDeltaBackend,
     RaggedConvBackend,
     RaggedDeltaBackend,
     RaggedMamba2Backend,
 )
-from whiflash_sglang.models.recurrent import causal_conv1d_update
 
 SLOTS = 8
 OWN = [3, 6, 1]

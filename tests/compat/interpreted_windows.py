@@ -28,9 +28,9 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from whiflash_sglang.compat.forward.triton_backend import RaggedTritonBackend, widest_window
-from whiflash_sglang.compat.launch import refusals
 from whiflash_sglang.device.capture import graded
+from whiflash_sglang.engine.forward.triton_backend import RaggedTritonBackend, widest_window
+from whiflash_sglang.engine.launch import refusals
 
 SGLANG = "sglang.srt.layers.attention"
 HEADS, KV_HEADS, SIZE, SCALE = 4, 2, 16, 0.3

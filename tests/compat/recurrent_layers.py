@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from whiflash_cpu.recurrent_backends import CpuChannelDeltaBackend, CpuDeltaBackend
-from whiflash_sglang.compat.forward.untried.recurrent import (
+from whiflash_sglang.engine.forward.recurrences import Rows, gated_delta_rule, selective_scan, split_mixed
+from whiflash_sglang.engine.forward.recurrent_untried import (
     RaggedChannelDeltaBackend,
     RaggedDeltaBackend,
     RaggedMamba2Backend,
 )
-from whiflash_sglang.models.recurrent import Rows, gated_delta_rule, selective_scan, split_mixed
 
 KEY_HEADS, HEADS, KEY, VALUE, GROUPS, TAPS = 2, 4, 16, 32, 2, 4
 VERIFICATION = SimpleNamespace(forward_mode=SimpleNamespace(is_target_verify=lambda: True))

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from whiflash_sglang.compat.http.admission import (
+from whiflash_sglang.engine.http.admission import (
     check_bounds,
     check_given,
     check_media,
     check_scores,
     check_types,
 )
-from whiflash_sglang.compat.http.predictions import encoded
-from whiflash_sglang.compat.http.requests import check_native
+from whiflash_sglang.engine.http.predictions import encoded
+from whiflash_sglang.engine.http.requests import check_native
 from whiflash_sglang.spans.carrier import Own
 from whiflash_sglang.spans.hints import TOOLS_KEY
 

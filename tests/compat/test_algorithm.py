@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from whiflash_sglang.checkpoints.manifest import Lookup, Structure
-from whiflash_sglang.compat import algorithm
-from whiflash_sglang.compat.forward import triton_backend
+from whiflash_sglang.engine import algorithm
+from whiflash_sglang.engine.forward import triton_backend
 
 
 def widths_of(monkeypatch: pytest.MonkeyPatch, *, copies: int, forced: int = 4) -> int:

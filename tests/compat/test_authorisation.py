@@ -12,9 +12,9 @@ from sglang.srt.entrypoints import elastic_ep, engine, http_server, v1_loads
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.auth import add_api_key_middleware
 
-from whiflash_sglang.compat import patching
-from whiflash_sglang.compat.http import routes as http_routes
-from whiflash_sglang.compat.launch import keys
+from whiflash_sglang.engine import patching
+from whiflash_sglang.engine.http import routes as http_routes
+from whiflash_sglang.engine.launch import keys
 
 PROBES = {"/health", "/health_generate", "/ready", "/metrics"}
 """Open to all, whatever keys there are: orchestrators and Prometheus have none."""
@@ -137,7 +137,7 @@ def test_keys_are_cut_out_wherever_they_stand() -> None:
 
 
 def test_sglangs_log_would_tell_them() -> None:
-    """Else there is nothing to cut out any more, and `compat/launch/keys.py` can go."""
+    """Else there is nothing to cut out any more, and `engine/launch/keys.py` can go."""
     patching.install(keys)
     given = ServerArgs(model_path="unused", api_key="user-key", admin_api_key="boss-user-key")
     assert "user-key" in str(engine._server_args_for_logging.__wrapped__(given))

@@ -14,7 +14,7 @@ import pytest
 from sglang.srt.plugins import load_plugins
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from whiflash_sglang.compat.carried import ALGORITHM
+from whiflash_sglang.engine.carried import ALGORITHM
 
 PAGE = Path(__file__).parents[2] / "docs" / "dev" / "conditions.md"
 FIELD = "speculative_algorithm"

@@ -11,11 +11,11 @@ from sglang.srt.managers.io_struct import GetInternalStateReqOutput, SetInternal
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.compat.http import control
-from whiflash_sglang.config import Flags, PolicyChange, Settings, changed, resolve
+from whiflash_sglang.copying.memory import HANDLES
+from whiflash_sglang.engine.scheduler import control
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lookup.memory import HANDLES
-from whiflash_sglang.worker import WhiFlashWorker
+from whiflash_sglang.serve.worker import WhiFlashWorker
+from whiflash_sglang.settings.config import Flags, PolicyChange, Settings, changed, resolve
 
 KEYS = [*(f"{control.KEY}.{field}" for field in PolicyChange.model_fields), control.FORGET, control.VERSION]
 NUMBERS = st.one_of(

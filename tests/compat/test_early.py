@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from whiflash_sglang import plugin
-from whiflash_sglang.compat.launch import early
+from whiflash_sglang.engine.launch import early
 from whiflash_sglang.errors import UsageError
+from whiflash_sglang.serve import plugin
 
 
 @pytest.fixture

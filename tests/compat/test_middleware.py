@@ -17,9 +17,9 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
-from whiflash_sglang.compat.http import answers, middleware, pieces
-from whiflash_sglang.compat.http.call import CURRENT, Call, Form
-from whiflash_sglang.compat.http.requests import as_chat, fill, implied
+from whiflash_sglang.engine.http import answers, middleware, pieces
+from whiflash_sglang.engine.http.call import CURRENT, Call, Form
+from whiflash_sglang.engine.http.requests import as_chat, fill, implied
 from whiflash_sglang.spans.hints import TOOLS_KEY, parse_hints
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -457,7 +457,7 @@ async def sent(path: str, body: dict[str, Any], parts: list[bytes], text: str = 
 
 @pytest.fixture(autouse=True)
 def widest(monkeypatch: pytest.MonkeyPatch) -> None:
-    from whiflash_sglang.compat.http import figures
+    from whiflash_sglang.engine.scheduler import figures
 
     monkeypatch.setattr(figures, "get_spec", lambda: SimpleNamespace(speculative_num_draft_tokens=4))
 
@@ -536,7 +536,7 @@ def test_a_stream_whose_route_fails_fails(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_another_algorithms_figures_stay() -> None:
-    from whiflash_sglang.compat.http import figures
+    from whiflash_sglang.engine.scheduler import figures
 
     answer = {"spec_num_proposed_drafts": 7, "spec_accept_rate": 0.5}
     manager = SimpleNamespace(server_args=SimpleNamespace())

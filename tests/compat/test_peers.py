@@ -6,8 +6,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from whiflash_sglang.compat.forward import peers
-from whiflash_sglang.compat.forward.peers import Peers
+from whiflash_sglang.engine.forward import peers
+from whiflash_sglang.engine.forward.peers import Peers
 
 
 def test_weights_are_copied_when_all_ranks_have_theirs(monkeypatch: pytest.MonkeyPatch) -> None:

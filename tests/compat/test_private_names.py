@@ -1,4 +1,4 @@
-"""Only `compat/` imports SGLang for a server, and what is used of it is checked."""
+"""Only `engine/` imports SGLang for a server, and what is used of it is checked."""
 
 import ast
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import whiflash_sglang
-from whiflash_sglang.compat import hooks, patching, sources
+from whiflash_sglang.engine import hooks, patches, patching
 
 PACKAGE = Path(whiflash_sglang.__file__).parent
 
@@ -26,7 +26,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_only_one_folder_imports_the_engine() -> None:
-    allowed = {"compat"}
+    allowed = {"engine"}
     offenders = [
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")
@@ -44,7 +44,7 @@ def test_every_name_exists_with_the_expected_parameters() -> None:
 def test_the_table_of_patches_is_what_the_sources_decorate() -> None:
     """A module that replaces something and is not listed would be checked only where it is installed."""
     hooks.missing()
-    decorated = {one.path for one in sources.replaced()}
+    decorated = {one.path for one in patches.replaced()}
     assert decorated == patching.PATCHES.keys()
     assert len(decorated) <= 32
 

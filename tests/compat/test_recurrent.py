@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from whiflash_sglang.compat.forward import recurrent
-from whiflash_sglang.compat.forward.recurrent import commit, tracked_rows, verify_packed
-from whiflash_sglang.models.recurrent import (
+from whiflash_sglang.engine.forward import recurrent
+from whiflash_sglang.engine.forward.recurrences import (
     causal_conv1d_update,
     scatter_mamba_states_after_mtp_verify,
 )
+from whiflash_sglang.engine.forward.recurrent import commit, tracked_rows, verify_packed
 
 WIDTH, TAPS, SLOTS, STEPS, EVERY = 6, 3, 7, 5, 4
 TREE = SimpleNamespace(page_size=1)

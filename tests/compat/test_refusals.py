@@ -14,11 +14,11 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 from sglang.srt.server_args import ServerArgs
 
-from whiflash_sglang.compat import patching
-from whiflash_sglang.compat.launch import arguments as launches
-from whiflash_sglang.compat.launch import refusals
-from whiflash_sglang.compat.launch.arguments import Launch, choose_for_cuda
-from whiflash_sglang.compat.launch.refusals import REFUSALS, refusal_of, refusals_of
+from whiflash_sglang.engine import patching
+from whiflash_sglang.engine.launch import arguments as launches
+from whiflash_sglang.engine.launch import refusals
+from whiflash_sglang.engine.launch.arguments import Launch, choose_for_cuda
+from whiflash_sglang.engine.launch.refusals import REFUSALS, refusal_of, refusals_of
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

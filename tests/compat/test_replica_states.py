@@ -11,8 +11,8 @@ from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateReqOutput
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 
-from whiflash_sglang.compat.http import control
-from whiflash_sglang.serving import SilentReplicaError
+from whiflash_sglang.engine.scheduler import control
+from whiflash_sglang.files.hosts import SilentReplicaError
 
 
 class Server:

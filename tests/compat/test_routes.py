@@ -15,10 +15,10 @@ from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import http_server
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.compat.http import routes
-from whiflash_sglang.config import Flags, resolve
-from whiflash_sglang.lookup.memory import parse_forget
-from whiflash_sglang.serving import SilentReplicaError
+from whiflash_sglang.copying.memory import parse_forget
+from whiflash_sglang.engine.http import routes
+from whiflash_sglang.files.hosts import SilentReplicaError
+from whiflash_sglang.settings.config import Flags, resolve
 
 STEERING = ("/whiflash/policy", "/whiflash/forget", "/whiflash/drafters")
 FOR = {("GET", "/whiflash/capabilities"), ("GET", "/whiflash/state"), *(("POST", path) for path in STEERING)}

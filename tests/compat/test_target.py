@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from whiflash_sglang.compat.forward.captured import Captured
+from whiflash_sglang.engine.forward.captured import Captured
 from whiflash_sglang.errors import CheckpointError
 
 

@@ -56,8 +56,8 @@ def doctored(tree: Any, module: str, before: str, after: str) -> Doctored:
 @pytest.mark.newest
 def test_every_name_of_ours_is_found_and_takes_what_python_sees(known: Any) -> None:
     """Names read off the sources are those that `whiflash check` asks of the imported ones."""
-    from whiflash_sglang.compat.names import PRIVATE_NAMES
-    from whiflash_sglang.compat.sources import replaced
+    from whiflash_sglang.engine.names import PRIVATE_NAMES
+    from whiflash_sglang.engine.patches import replaced
 
     assert [path for path, said in known.names.items() if said is None] == []
     unclear = [path for path, said in known.names.items() if said["kind"] == "unclear"]

@@ -137,7 +137,7 @@ def test_lines_and_records_beyond_their_budget_are_named(tmp_path: Path) -> None
     ]
     (tmp_path / "budgets.toml").write_text(f"{budgets}{known}\n")
     assert not any(line.startswith("server") for line in script.over(tmp_path))
-    assert "whiflash_sglang.core:Round" in script.records()
+    assert "whiflash_sglang.records.core:Round" in script.records()
     (tmp_path / "scripts").mkdir()
     copy = shutil.copy(ROOT / "scripts" / "budgets.py", tmp_path / "scripts")
     (tmp_path / "budgets.toml").write_text(budgets.partition("[records]")[0])

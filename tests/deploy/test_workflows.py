@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from whiflash_sglang.compat.versions import SUPPORTED
+from whiflash_sglang.engine.supported import SUPPORTED
 
 ROOT = Path(__file__).parents[2]
 GITHUB = ROOT / ".github"

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from blocks import ROOT, blocks, pages, python_blocks
 
 from whiflash_sglang.checkpoints.manifest import Manifest
-from whiflash_sglang.config import Flags, RouterName, flag_of
+from whiflash_sglang.settings.config import Flags, RouterName, flag_of
 
 MARKS = {"", "server"}
 PAGES = [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in pages()]

@@ -41,7 +41,7 @@ def test_code_is_checked_in_comments_docstrings_and_messages(words: ModuleType) 
     assert openings == [(10, "'Of'"), (14, "'Where'"), (20, "'Whoever'")]
 
 
-STALE = """Names `queue.Queue`, `metrics.SERIES`, :mod:`.tables`, `assign.Costs.draft` and `routing/costs.py`.
+STALE = """Names `queue.Queue`, `metrics.SERIES`, :mod:`.tables`, `costs.Costs.draft` and `prices/costs.py`.
 
 Names `metrics.SERIALS`, `gone.SERIES`, :mod:`.looked_up`, `telemetry.series` and `routing/looked_up.py`.
 """

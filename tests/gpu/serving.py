@@ -7,7 +7,7 @@ before the next round is planned.
 The real scheduler, worker and pools in one process (`tests/engine.py`): that they start, that 40 greedy answers with
 every arm in turn are plain decoding's, that what agents send is served side by side under `auto`, where a steady round
 waits for the device, what the largest batch takes, and which operators a round is made of. Greedy answers are judged as
-everywhere (`whiflash_sglang/equality.py`).
+everywhere (`whiflash_sglang/files/equality.py`).
 """
 
 import argparse
@@ -201,7 +201,7 @@ def agents(case: Case, e: Any, figures: dict[str, Any]) -> None:
 
 def equality(case: Case, ours: Sequence[Sequence[int]], figures: dict[str, Any]) -> None:
     """Compare with plain decoding on the same backend. Raises AssertionError where an answer differs."""
-    from whiflash_sglang.equality import TopTwo, compare
+    from whiflash_sglang.files.equality import TopTwo, compare
 
     verdicts: Counter[str] = Counter()
     for prompt, plain, answer in zip(case.prompts, case.plain(), ours, strict=True):
@@ -252,7 +252,7 @@ def waits(case: Case, e: Any, figures: dict[str, Any]) -> None:
 
 def memory(case: Case, e: Any, figures: dict[str, Any]) -> None:
     """The largest batch, sampled. Raises AssertionError where a round takes more than was kept for it."""
-    from whiflash_sglang.compat.scheduler.memory import sampling_bytes
+    from whiflash_sglang.engine.scheduler.kv_budget import sampling_bytes
 
     sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "min_p": 0.01}
     used, largest = Memory(case.device), min(case.scale.running, len(case.prompts))

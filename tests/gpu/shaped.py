@@ -204,7 +204,7 @@ def timed(e: Any, context: int, requests: int, load: Load, figures: dict[str, An
 
 def looked_at(e: Any, load: Load, device: str, figures: dict[str, Any], keep: Path) -> None:
     """Our rounds: where they wait, what they launch, what the largest batch takes beside what was kept for it."""
-    from whiflash_sglang.compat.scheduler.memory import sampling_bytes
+    from whiflash_sglang.engine.scheduler.kv_budget import sampling_bytes
 
     most, waits, used, trace = max(load.requests), Waits(device), Memory(device), Trace(device)
     prompts = [list(range(8 + i, 8 + i + min(load.contexts))) for i in range(most)]

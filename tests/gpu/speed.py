@@ -34,7 +34,7 @@ def arms_of(served: Served) -> list[str]:
     """Plain decoding, upstream's arms of the pair's drafters, and `auto`."""
     from whiflash_lab.bench.arms import block_arm
     from whiflash_sglang.checkpoints.manifest import load_manifest
-    from whiflash_sglang.models.formats import read_draft
+    from whiflash_sglang.formats.table import read_draft
 
     block = read_draft(served.bundle / str(load_manifest(served.bundle).dflash)).format
     return ["none", "EAGLE3", block_arm(block, on_cpu=False), "auto"]

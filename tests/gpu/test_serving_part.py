@@ -69,7 +69,7 @@ def test_waits_and_a_wrong_token_are_found(tmp_path: Path, monkeypatch: pytest.M
     """In a round, in a prefill and in a release."""
     from whiflash_sglang.cache.backlog import Watermarks
     from whiflash_sglang.round.catch_up import DraftSync
-    from whiflash_sglang.verify import VerifyStage
+    from whiflash_sglang.serve.verify import VerifyStage
 
     verify, put, leave = VerifyStage.verify, Watermarks.put, DraftSync.leave
 
@@ -118,7 +118,7 @@ def test_what_whiflash_refuses_is_left_out_and_what_fails_to_start_is_a_failure(
 
 
 def test_every_backend_that_is_allowed_has_its_part() -> None:
-    from whiflash_sglang.compat.launch.refusals import CUDA_ATTENTIONS
+    from whiflash_sglang.engine.launch.refusals import CUDA_ATTENTIONS
 
     served = {part.name.removeprefix("serving-") for part in run.PARTS if part.name.startswith("serving-")}
     # TRT-LLM's latent attention needs a target that has it, which no pair of `make gpu` does.

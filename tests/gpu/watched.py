@@ -22,7 +22,7 @@ RUNTIME = ("cuda", "cu")
 """How the names of the driver's own calls begin in a trace."""
 WAIT = "called a synchronizing CUDA operation"
 """How torch's warning of a wait begins; the mode's own first notice says "synchronizing", too."""
-ROWS_ON_HOST = "whiflash_sglang/compat/scheduler/spec_worker.py"
+ROWS_ON_HOST = "whiflash_sglang/engine/scheduler/spec_worker.py"
 """`row_ids_of` reads `req_pool_indices_cpu`, which is the host's on a GPU."""
 
 

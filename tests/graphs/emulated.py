@@ -16,9 +16,9 @@ from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
 from sglang.srt.model_executor.runner import decode_cuda_graph_runner as dcgr
 from sglang.srt.model_executor.runner_backend.base_cuda_graph_backend import BaseCudaGraphBackend
 
-from whiflash_sglang.compat.forward.graphs import VerifyGraphs
-from whiflash_sglang.compat.scheduler.spec_worker import max_running_requests
-from whiflash_sglang.drafters.paged import PagedArm
+from whiflash_sglang.arms.paged import PagedArm
+from whiflash_sglang.engine.forward.graphs import VerifyGraphs
+from whiflash_sglang.engine.scheduler.spec_worker import max_running_requests
 
 
 class TapeBackend(BaseCudaGraphBackend):

@@ -33,8 +33,8 @@ LARGE = 1 << 30
 KERNELS = (
     "whiflash_sglang.cache.backlog.park",
     "whiflash_sglang.cache.backlog.unpark",
-    "whiflash_sglang.drafters.dflash.dflash_catch_up",
-    "whiflash_sglang.drafters.chain.eagle3_catch_up",
+    "whiflash_sglang.arms.block.dflash_catch_up",
+    "whiflash_sglang.arms.chain.eagle3_catch_up",
     "whiflash_sglang.round.epilogue.accept_and_commit",
     "whiflash_sglang.round.epilogue.sample_rows",
     "sglang.srt.distributed.parallel_state.reg_all_gather_into_tensor",

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from op_tape import TapeRecorder
 from replay import CONTEXT, Arms, Replay
 from test_passes import ARMS, prepared, requests
+from whiflash_kernels import PADDING
 
-from whiflash_sglang.core import PADDING, DraftBatch
+from whiflash_sglang.arms.length import CALIBRATION
+from whiflash_sglang.arms.paged import PagedArm
 from whiflash_sglang.device.capture import doubling, graded
-from whiflash_sglang.drafters.length import CALIBRATION
-from whiflash_sglang.drafters.paged import PagedArm
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.models import choice as choices
-from whiflash_sglang.routing.costs import FULL_LENGTH
+from whiflash_sglang.formats import choice as choices
+from whiflash_sglang.prices.costs import FULL_LENGTH
+from whiflash_sglang.records.core import DraftBatch
 
 __all__ = ["prepared"]
 

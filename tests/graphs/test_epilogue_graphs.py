@@ -13,9 +13,9 @@ from test_verify_graphs import REQUESTS, WIDEST, Bench, Stopped, decoding, layou
 from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang.cache.tokens import FEW, NO_TOKEN, StopTable
-from whiflash_sglang.core import Verified
 from whiflash_sglang.device.transfers import Upload
-from whiflash_sglang.models.router import Layers
+from whiflash_sglang.formats.router import Layers
+from whiflash_sglang.records.core import Verified
 from whiflash_sglang.round.epilogue import Epilogue
 
 CASES = [[3, 1, 5], [2, 2, 2, 4], [WIDEST] * 2, [1] * REQUESTS, [9, 1, WIDEST, 4, 7]]

@@ -13,10 +13,10 @@ from emulated import emulated_graphs
 from engine import Engine, engine
 from model_set import Models
 
-from whiflash_sglang.compat.scheduler import pricing
 from whiflash_sglang.device.clock import HostClock
 from whiflash_sglang.device.ranks import Message, Ranks
-from whiflash_sglang.routing.tables import LookedUpCosts
+from whiflash_sglang.engine.scheduler import pricing
+from whiflash_sglang.prices.tables import LookedUpCosts
 
 SMALL: dict[str, Any] = {"max_running_requests": 2, "context_length": 128, "max_total_tokens": 512}
 H100 = "NVIDIA H100 80GB HBM3"

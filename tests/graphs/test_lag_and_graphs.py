@@ -22,8 +22,8 @@ from test_sampling import PARAMETERS, judge, sample
 from traffic import mixed, play
 from trees import assert_tree_is_true
 
-from whiflash_sglang.compat.forward.graphs import VerifyGraphs
-from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
+from whiflash_sglang.engine.forward.graphs import VerifyGraphs
+from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
 
 SMALL: dict[str, Any] = {"max_running_requests": 5, "context_length": 96, "max_total_tokens": 2048}
 ARRIVALS = [

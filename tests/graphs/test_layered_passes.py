@@ -22,13 +22,13 @@ from tiny_models import tiny_dflash, tiny_target
 from traffic import play
 from trees import assert_tree_is_true
 
+from whiflash_sglang.arms.block import DFlashArm
+from whiflash_sglang.arms.chain import MTPArm
+from whiflash_sglang.arms.paged import PagedArm
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.checkpoints.fit import target_layers
-from whiflash_sglang.drafters.chain import MTPArm
-from whiflash_sglang.drafters.dflash import DFlashArm
-from whiflash_sglang.drafters.paged import PagedArm
-from whiflash_sglang.models.formats import read_draft
-from whiflash_sglang.models.mtp import MTPConfig, MTPDrafter, parse_glm
+from whiflash_sglang.formats.mtp import MTPConfig, MTPDrafter, parse_glm
+from whiflash_sglang.formats.table import read_draft
 from whiflash_train.target import TargetModel
 
 __all__ = ["captured", "prepared"]

@@ -13,10 +13,10 @@ from emulated import TapeBackend, emulated_graphs
 from engine import Engine, engine
 from model_set import Models
 
-from whiflash_sglang.compat.forward.graphs import VerifyGraphs
-from whiflash_sglang.compat.scheduler import pricing
 from whiflash_sglang.device.capture import CapturedPass, doubling, graded
-from whiflash_sglang.routing.tables import CostTables
+from whiflash_sglang.engine.forward.graphs import VerifyGraphs
+from whiflash_sglang.engine.scheduler import pricing
+from whiflash_sglang.prices.tables import CostTables
 
 REQUESTS, WIDEST, CONTEXT = 3, 17, 256
 SMALL: dict[str, Any] = {

@@ -33,9 +33,9 @@ from whiflash_cpu.recurrent_backends import (
     CpuDeltaBackend,
     CpuMamba2Backend,
 )
-from whiflash_sglang.compat.forward.untried import recurrent as ragged_recurrent
-from whiflash_sglang.compat.forward.untried.recurrent import RaggedConvBackend, RaggedDelta, RaggedMamba2
-from whiflash_sglang.models.recurrent import Rows, gated_delta_rule, selective_scan
+from whiflash_sglang.engine.forward import recurrent_untried as ragged_recurrent
+from whiflash_sglang.engine.forward.recurrences import Rows, gated_delta_rule, selective_scan
+from whiflash_sglang.engine.forward.recurrent_untried import RaggedConvBackend, RaggedDelta, RaggedMamba2
 
 
 def fused_sigmoid_gating_delta_rule_update(

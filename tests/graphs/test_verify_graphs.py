@@ -16,9 +16,9 @@ from model_set import Models
 from tiny_models import tiny_dflash
 from whiflash_kernels import prepare_mixed_block
 
-from whiflash_sglang.compat.forward import graphs
-from whiflash_sglang.compat.forward.graphs import VerifyGraphs, bytes_for, most_rows, spare_slots
 from whiflash_sglang.device.capture import MOST_DRAFTS, graded
+from whiflash_sglang.engine.forward import graphs
+from whiflash_sglang.engine.forward.graphs import VerifyGraphs, bytes_for, most_rows, spare_slots
 
 REQUESTS, WIDEST = 5, 17
 Stopped = tuple[Engine, Any]

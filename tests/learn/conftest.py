@@ -21,7 +21,7 @@ def directory(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three versions: near the start, far from it, and one that names one drafter only."""
     from versioned import bundle_of, changed, trained, version
 
-    from whiflash_sglang.learn.versions import publish
+    from whiflash_sglang.updates.versions import publish
 
     root = tmp_path_factory.mktemp("versions")
     for number, strength in enumerate((0.05, 0.5)):

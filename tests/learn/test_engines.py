@@ -15,9 +15,9 @@ from swapping import PROMPTS, parameters, serving, swap
 from tiny_models import tiny_target
 from versioned import trained, version
 
-from whiflash_sglang.learn import swap as learn_swap
-from whiflash_sglang.learn.versions import Served, path_of, record, served
-from whiflash_sglang.models.dflash_config import DFlashConfig
+from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig
+from whiflash_sglang.updates import swap as learn_swap
+from whiflash_sglang.updates.versions import Served, path_of, record, served
 from whiflash_train.config import DSpark
 from whiflash_train.drafters.dspark import go_on_from
 from whiflash_train.target import TargetModel

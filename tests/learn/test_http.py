@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from versioned import trained, version
 
 from whiflash_sglang.cli.app import app
-from whiflash_sglang.learn.samples import files_of, samples_of
-from whiflash_sglang.learn.versions import claims_of, path_of, versions_of
-from whiflash_sglang.lookup.memory import handle_of, tenant_of
+from whiflash_sglang.copying.memory import handle_of, tenant_of
+from whiflash_sglang.updates.samples import files_of, samples_of
+from whiflash_sglang.updates.versions import claims_of, path_of, versions_of
 from whiflash_train.cli.learn import LiveServer
 from whiflash_train.learner import once, watch
 from whiflash_train.learner.guard import LEAST, Guard

@@ -8,8 +8,8 @@ import pytest
 from engine import Engine, engine
 from model_set import Models
 
-from whiflash_sglang.learn.samples import Sample, files_of, read_samples
-from whiflash_sglang.lookup.memory import handle_of, tenant_of
+from whiflash_sglang.copying.memory import handle_of, tenant_of
+from whiflash_sglang.updates.samples import Sample, files_of, read_samples
 
 
 def hinted(hints: str) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from filelock import Timeout
 from patience import wait_until
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.config import parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.learn import samples
-from whiflash_sglang.learn.samples import (
+from whiflash_sglang.settings.config import parse_flags, resolve
+from whiflash_sglang.updates import samples
+from whiflash_sglang.updates.samples import (
     Sample,
     Spool,
     Spooling,

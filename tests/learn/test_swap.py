@@ -23,10 +23,10 @@ from whiflash_kernels import packed
 
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.learn.swap import KINDS, LiveWeights, fingerprint, first_frozen_row, rewrite
-from whiflash_sglang.learn.versions import path_of, publish
-from whiflash_sglang.models.eagle3 import Eagle3Config, Eagle3Drafter
-from whiflash_sglang.models.layers import AttentionShape
+from whiflash_sglang.formats.eagle3 import Eagle3Config, Eagle3Drafter
+from whiflash_sglang.formats.layers import AttentionShape
+from whiflash_sglang.updates.swap import KINDS, LiveWeights, fingerprint, first_frozen_row, rewrite
+from whiflash_sglang.updates.versions import path_of, publish
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +401,7 @@ def test_a_server_that_ends_waits_for_no_version() -> None:
     """A disk that does not answer must not keep its process."""
     code = """
 from threading import Event
-from whiflash_sglang.learn.swap import Reading
+from whiflash_sglang.updates.swap import Reading
 
 reading = Reading(1, lambda _: Event().wait())
 reading.start()

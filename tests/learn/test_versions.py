@@ -11,9 +11,9 @@ from versioned import bundle_of, trained, version
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli.app import app
-from whiflash_sglang.config import parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.learn.versions import (
+from whiflash_sglang.settings.config import parse_flags, resolve
+from whiflash_sglang.updates.versions import (
     CURRENT,
     Served,
     Wanted,

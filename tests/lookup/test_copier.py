@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.candidates import NOTHING, Candidate
-from whiflash_sglang.core import PLACEHOLDERS, readable
-from whiflash_sglang.lookup.calibration import BUCKETS, EVEN_ODDS, Agreement, MatchCalibration
-from whiflash_sglang.lookup.copier import Copier
-from whiflash_sglang.lookup.prediction import Prediction
+from whiflash_sglang.copying.calibration import BUCKETS, EVEN_ODDS, Agreement, MatchCalibration
+from whiflash_sglang.copying.copier import Copier
+from whiflash_sglang.copying.predicted import Prediction
+from whiflash_sglang.drafts.candidates import NOTHING, Candidate
+from whiflash_sglang.records.core import PLACEHOLDERS, readable
 
 
 def copier_of(*tokens: int, **options: object) -> Copier:

@@ -15,7 +15,7 @@ from model_set import Models
 from whiflash_kernels import Drafts
 
 from whiflash_sglang.cache import backlog
-from whiflash_sglang.candidates import Candidate
+from whiflash_sglang.drafts.candidates import Candidate
 
 TOKENS = 160
 LONG = 240

@@ -2,9 +2,9 @@
 
 import pytest
 
-from whiflash_sglang.compat.http.control import EVERYBODY, FORGET, encode_forget
+from whiflash_sglang.copying.memory import handle_of, parse_forget, tenant_of
+from whiflash_sglang.engine.scheduler.control import EVERYBODY, FORGET, encode_forget
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.lookup.memory import handle_of, parse_forget, tenant_of
 
 
 def handle(extra_key: str | None, cache_salt: str | None) -> int:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.lookup.index import GAP, MAX_CANDIDATES, MAX_MATCH, MAX_STEPS, SuffixIndex
+from whiflash_sglang.copying.index import GAP, MAX_CANDIDATES, MAX_MATCH, MAX_STEPS, SuffixIndex
 
 TEXTS = st.lists(st.integers(0, 3), max_size=60)
 

@@ -4,12 +4,12 @@ import planning_time
 import pytest
 from planning_time import Batch
 
-from whiflash_sglang import arms
-from whiflash_sglang.core import Round
+from whiflash_sglang.copying.calibration import BUCKETS, Agreement
 from whiflash_sglang.device.transfers import HostView
-from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.prices.costs import FULL_LENGTH
+from whiflash_sglang.records.core import Round
 from whiflash_sglang.round.planning import Planner
-from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import RequestHints
 
 ROUNDS = 3

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.lookup.calibration import MatchCalibration
-from whiflash_sglang.lookup.copier import Copier
-from whiflash_sglang.lookup.index import MAX_CANDIDATES, MAX_STEPS, SuffixIndex
-from whiflash_sglang.lookup.prediction import NEAR, Prediction
+from whiflash_sglang.copying.calibration import MatchCalibration
+from whiflash_sglang.copying.copier import Copier
+from whiflash_sglang.copying.index import MAX_CANDIDATES, MAX_STEPS, SuffixIndex
+from whiflash_sglang.copying.predicted import NEAR, Prediction
 
 TEXT = list(range(100, 140))
 PROMPT = [1, 2, 3]

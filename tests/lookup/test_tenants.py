@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.candidates import NOTHING
+from whiflash_sglang.arms.lookup import LookupArm
 from whiflash_sglang.checkpoints.manifest import Lookup
+from whiflash_sglang.copying.calibration import Agreement, MatchCalibration, PerTenant
+from whiflash_sglang.copying.memory import Tenant, handle_of, tenant_of
 from whiflash_sglang.device.transfers import EXACT
-from whiflash_sglang.drafters.lookup import LookupArm
-from whiflash_sglang.lookup.calibration import Agreement, MatchCalibration, PerTenant
-from whiflash_sglang.lookup.memory import Tenant, handle_of, tenant_of
-from whiflash_sglang.routing.costs import FULL_LENGTH
+from whiflash_sglang.drafts.candidates import NOTHING
+from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import RequestHints
 
 WIDTH = 24

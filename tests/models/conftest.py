@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from whiflash_sglang.models.checkpoint import Unfilled
+from whiflash_sglang.formats.checkpoint import Unfilled
 
 
 @pytest.fixture(autouse=True)

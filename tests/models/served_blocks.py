@@ -8,12 +8,12 @@ import torch
 from published import HIDDEN, TARGET_LAYERS, VOCAB, target_tensors
 from torch import Tensor
 
-from whiflash_sglang import arms
+from whiflash_sglang.arms.block import DFlashArm
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.checkpoints.fit import TargetShape, block_size_of, check_fit, target_layers
-from whiflash_sglang.core import DraftBatch
-from whiflash_sglang.drafters.dflash import DFlashArm
-from whiflash_sglang.models.formats import Draft, read_draft
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.formats.table import Draft, read_draft
+from whiflash_sglang.records.core import DraftBatch
 
 LENGTHS = (11, 6)
 BONUS = (70, 41)

@@ -7,12 +7,12 @@ from published import HIDDEN, TARGET_LAYERS, VOCAB, target_tensors
 from served_blocks import BONUS, CONTEXT, LENGTHS
 from torch import Tensor
 
-from whiflash_sglang import arms
-from whiflash_sglang.assemble import chain_arm
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
-from whiflash_sglang.core import DraftBatch
-from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.formats.table import read_draft
+from whiflash_sglang.records.core import DraftBatch
+from whiflash_sglang.serve.assemble import chain_arm
 
 STEPS = 5
 

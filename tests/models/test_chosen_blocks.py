@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from upstream_drafts import UpstreamBlocks, blocks, load, one_rank
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.formats.table import read_draft
 
 
 def upstream_states(served: Served, upstream: UpstreamBlocks) -> list[Tensor]:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_dflash, tiny_target
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 
 
 @pytest.fixture(scope="module")

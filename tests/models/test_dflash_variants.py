@@ -21,7 +21,7 @@ from served_blocks import BONUS, LENGTHS, Served, serve
 from torch import Tensor
 from upstream_drafts import UpstreamBlocks, blocks, load, one_rank
 
-from whiflash_sglang.models.layers import rotary_width
+from whiflash_sglang.formats.layers import rotary_width
 
 LAYERS, BLOCK = 3, 8
 NESTED = {

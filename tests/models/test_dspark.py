@@ -26,8 +26,8 @@ from upstream_drafts import UpstreamBlocks, blocks, load, one_rank
 
 from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.checkpoint import read_weights
-from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.formats.checkpoint import read_weights
+from whiflash_sglang.formats.table import read_draft
 
 LAYERS, DRAFTS, RANK = 2, 7, 24
 HEADS_OF = {

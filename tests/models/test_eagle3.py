@@ -10,7 +10,7 @@ from tiny_models import tiny_eagle3, tiny_target
 from torch import Tensor
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 
 LENGTH = 9
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from upstream_drafts import load, one_rank
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.formats.table import read_draft
 
 DRAFTED = 100
 LLAMA = {"model_type": "llama", "rope_theta": 10000.0, "num_hidden_layers": 1, "mlp_bias": False} | DIMENSIONS

@@ -7,7 +7,7 @@ import pytest
 import torch
 from whiflash_kernels.packed import is_packed, packable
 
-from whiflash_sglang.models import packed
+from whiflash_sglang.formats import packed
 
 MIB = 2**20
 

@@ -28,9 +28,9 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 
 from whiflash_sglang.checkpoints.fit import Parts, create, judge, read_target, target_mtp
 from whiflash_sglang.errors import CheckpointError, ConfigError
-from whiflash_sglang.models.checkpoint import WeightReader
-from whiflash_sglang.models.formats import read_draft
-from whiflash_sglang.models.mtp import Experts, read_routed
+from whiflash_sglang.formats.checkpoint import WeightReader
+from whiflash_sglang.formats.mtp import Experts, read_routed
+from whiflash_sglang.formats.table import read_draft
 
 MIMO = (
     DIMENSIONS

@@ -13,8 +13,8 @@ import pytest
 from whiflash_lab.bench.arms import DRAFTERS
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.draft_format import DraftFormat
-from whiflash_sglang.models.formats import FORMATS, read_draft
+from whiflash_sglang.formats.draft_format import DraftFormat
+from whiflash_sglang.formats.table import FORMATS, read_draft
 
 QWEN3_8B = TargetShape(4096, 36, 151936)
 QWEN3 = {

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from whiflash_kernels import router_mlp
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.models.router import AR_MINUS_DIFFUSION, DIFFUSION_MINUS_AR, Router
+from whiflash_sglang.formats.router import AR_MINUS_DIFFUSION, DIFFUSION_MINUS_AR, Router
 
 HIDDEN = 8
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from whiflash_kernels import routing_stats
 
-from whiflash_sglang.models import choice
-from whiflash_sglang.models.choice import Choice, DraftHead, Shard, choose
+from whiflash_sglang.formats import choice
+from whiflash_sglang.formats.choice import Choice, DraftHead, Shard, choose
 
 VOCABULARY, SIZE = 23, 5
 

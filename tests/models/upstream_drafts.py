@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from whiflash_sglang.models.checkpoint import read_weights
+from whiflash_sglang.formats.checkpoint import read_weights
 
 
 @contextmanager

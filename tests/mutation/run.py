@@ -1,7 +1,7 @@
 """Mutation testing: plants single faults and asks the tests whether they notice.
 
     python tests/mutation/run.py --most 20 --out results.jsonl            # every target, 20 faults a module
-    python tests/mutation/run.py --only 'routing/costs' --most 1000       # one module, every fault
+    python tests/mutation/run.py --only 'prices/costs' --most 1000       # one module, every fault
     python tests/mutation/run.py --out results.jsonl --report             # the table of what was found
     python tests/mutation/run.py --only triton_kernels --out kernels.jsonl # faults planted by hand (planted.toml)
 

@@ -159,7 +159,7 @@ def alike(rank: int) -> None:
 
 def stays_away(rank: int) -> None:
     """The second rank takes part in nothing while it has no request."""
-    from whiflash_sglang.compat.forward.target import Target
+    from whiflash_sglang.engine.forward.target import Target
 
     if rank:
         patch.object(Target, "join", lambda *_: None).start()

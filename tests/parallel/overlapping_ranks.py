@@ -80,9 +80,9 @@ def play_overlapping(
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.scheduler_components import dp_attn
 
-    from whiflash_sglang.compat.forward import parallel
-    from whiflash_sglang.compat.forward.peers import Peers
-    from whiflash_sglang.compat.forward.target import Target
+    from whiflash_sglang.engine.forward import parallel
+    from whiflash_sglang.engine.forward.peers import Peers
+    from whiflash_sglang.engine.forward.target import Target
 
     os.environ["WHIFLASH_DEVICE_RESIDENT"] = "1"
     disables, disabled, engines = Scheduler.is_disable_overlap_for_batch, list[bool](), list[Any]()

@@ -17,8 +17,8 @@ from ranks_at_work import on_ranks
 from traffic import Arrival, mixed, play
 from watching import unwatched
 
-from whiflash_sglang.core import Round
 from whiflash_sglang.device.clock import HostClock
+from whiflash_sglang.records.core import Round
 from whiflash_sglang.round import epilogue
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.structure import spending
@@ -179,7 +179,7 @@ def switching(
 
 def go_wild(rank: int) -> None:
     """From now on clocks jump in this process, mail comes and goes, times are known late and grammars look dear."""
-    from whiflash_sglang.compat.scheduler import step
+    from whiflash_sglang.engine.scheduler import step
 
     rng = random.Random(rank)
     clock = [0.0]

@@ -137,7 +137,7 @@ def test_no_pass_is_without_overlap(moe: Made, plain: Sequence[Outputs]) -> None
         assert each.passes
         assert each.apart == 0
         assert not each.races
-        assert all("compat/forward/masks.py" in site for site in each.waits), each.waits
+        assert all("engine/forward/masks.py" in site for site in each.waits), each.waits
 
 
 @pytest.mark.evidence

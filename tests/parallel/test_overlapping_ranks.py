@@ -9,7 +9,7 @@ from ranks_at_work import RankFailedError, on_ranks
 from reference import Comparison, ReferenceTarget
 from tensor_parallel import RANKS, Checkpoints, Outputs, play_plain
 
-MASKS = "whiflash_sglang/compat/forward/masks.py"
+MASKS = "whiflash_sglang/engine/forward/masks.py"
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,9 @@ from sglang.srt.mem_cache.pool_host import base
 from tiny_models import tiny_dflash, tiny_eagle3
 from trees import close
 
-from whiflash_sglang.compat.scheduler import disaggregation
+from whiflash_sglang.engine.scheduler import disaggregation
+from whiflash_sglang.files.hosts import free_port
 from whiflash_sglang.round.planning import Planner
-from whiflash_sglang.serving import free_port
 
 sys.path.append(STAND_INS)
 

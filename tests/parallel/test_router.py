@@ -22,7 +22,7 @@ from patience import wait_until
 from server_host import Server, ServerHost, answers
 
 from whiflash_sglang.cli.serve import server_arguments, server_environment
-from whiflash_sglang.serving import free_port
+from whiflash_sglang.files.hosts import free_port
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 

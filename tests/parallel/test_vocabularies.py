@@ -13,7 +13,7 @@ from tensor_parallel import Checkpoints
 from traffic import mixed
 from vocabularies import TOKENS, find, states, stepped, tied, without_head
 
-from whiflash_sglang.models.choice import choose
+from whiflash_sglang.formats.choice import choose
 
 ARRIVALS = mixed(seed=4, count=8, tokens=14)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from traffic import Arrival, play
 
-from whiflash_sglang.models.choice import Choice
+from whiflash_sglang.formats.choice import Choice
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENS = torch.arange(0, 320, 7)

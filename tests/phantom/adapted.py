@@ -43,7 +43,7 @@ def adapted(world: Streams, target: Path, eagle3: Path, dflash: Path, *adapters:
     from sglang.srt.managers import scheduler
     from traffic import mixed, play
 
-    from whiflash_sglang.compat.scheduler import pricing
+    from whiflash_sglang.engine.scheduler import pricing
 
     refs = [
         LoRARef(lora_id=path.name, lora_name=path.name, lora_path=str(path), pinned=False)

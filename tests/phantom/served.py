@@ -104,7 +104,7 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any], attention: st
     from sglang.srt.managers import scheduler
     from traffic import Arrival, mixed, play
 
-    from whiflash_sglang.compat.scheduler import pricing
+    from whiflash_sglang.engine.scheduler import pricing
 
     whole = "whiflash_versions" in whiflash
     arrivals = [
@@ -193,7 +193,7 @@ def addresses(worker: Any) -> list[int]:
 @contextmanager
 def reading_beside(world: Streams) -> Iterator[None]:
     """Versions are read by a thread that is none: the model's modes are this one's. Its end shows two passes later."""
-    from whiflash_sglang.learn.swap import Reading
+    from whiflash_sglang.updates.swap import Reading
 
     looks: dict[Any, int] = {}
 

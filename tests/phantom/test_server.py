@@ -38,7 +38,7 @@ ELSEWHERE = {
     "whiflash_kernels/dispatch.py": 1,  # Triton is forced on a CPU
     "whiflash_kernels/triton_kernels/attention.py": 1,
     "whiflash_kernels/triton_kernels/launch.py": 2,
-    "whiflash_sglang/drafters/profile.py": 1,  # a card's prices are looked up
+    "whiflash_sglang/arms/profile.py": 1,  # a card's prices are looked up
 }
 """Places that ask for a card and that no server here reaches: how many of a file."""
 
@@ -138,8 +138,8 @@ def test_the_scheduler_waits_for_nothing(found: dict[str, Any]) -> None:
 def test_who_reads_a_version_waits_beside_the_rounds(found: dict[str, Any]) -> None:
     """It waits to compare the version with the one that serves, and for every part that goes to the card."""
     assert {site.rpartition(":")[0] for site in found["beside"]} == {
-        "whiflash_sglang/learn/staging.py",
-        "whiflash_sglang/learn/swap.py",
+        "whiflash_sglang/updates/staging.py",
+        "whiflash_sglang/updates/swap.py",
     }
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.candidates import Forecast
+from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.routing.assign import MARGIN, assign
 
 ARMS = ("ar", "diffusion", "lookup")

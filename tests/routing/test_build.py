@@ -4,12 +4,12 @@ from typing import get_args
 
 import pytest
 
-from whiflash_sglang.assemble import build_policy
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.config import RouterName, Settings, parse_flags, resolve
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.routing.neural import NeuralPolicy
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, RandomPolicy
+from whiflash_sglang.serve.assemble import build_policy
+from whiflash_sglang.settings.config import RouterName, Settings, parse_flags, resolve
 
 POLICIES = {
     "auto": AutoPolicy,

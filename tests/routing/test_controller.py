@@ -6,13 +6,13 @@ from unittest.mock import patch
 import pytest
 from whiflash_sdk.hints import Span
 
-from whiflash_sglang import arms
-from whiflash_sglang.candidates import Forecast
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.candidates import Forecast
+from whiflash_sglang.prices.costs import MeasuredCosts
+from whiflash_sglang.records.request import RequestState
 from whiflash_sglang.routing import controller as routes
 from whiflash_sglang.routing.controller import Controller, _of_passes
-from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy, RandomPolicy
-from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.spans.hints import RequestHints
 
 EVERY = {arms.AR, arms.DIFFUSION, arms.LOOKUP}

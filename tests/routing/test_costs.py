@@ -5,12 +5,12 @@ import random
 import pytest
 from whiflash_sdk.hints import Span
 
-from whiflash_sglang.rates import Mean
-from whiflash_sglang.routing.costs import PLAIN_ROUNDS, PRIOR_SHARE, MeasuredCosts
+from whiflash_sglang.drafts.rates import Mean
+from whiflash_sglang.prices.costs import PLAIN_ROUNDS, PRIOR_SHARE, MeasuredCosts
+from whiflash_sglang.prices.fits import Line, Plane
+from whiflash_sglang.prices.round_clock import RoundTime
+from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceEstimator
-from whiflash_sglang.routing.fits import Line, Plane
-from whiflash_sglang.routing.signals import Signals
-from whiflash_sglang.telemetry.round_clock import RoundTime
 
 BOTH = frozenset({"ar", "diffusion"})
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.drafters.length import EDGES, DraftLength, chances
-from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts, Worth
+from whiflash_sglang.arms.length import EDGES, DraftLength, chances
+from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts, Worth
 
 
 class Request(NamedTuple):

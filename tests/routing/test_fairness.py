@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 import pytest
 from whiflash_sdk.hints import Span
 
+from whiflash_sglang.prices.costs import MeasuredCosts
+from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.controller import Controller
-from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.estimate import AcceptanceEstimator
 from whiflash_sglang.routing.policies import MOST_ADAPTERS, AutoPolicy
-from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.spans.hints import RequestHints
 
 WIDTHS = {"ar": 6, "diffusion": 8, "none": 1}

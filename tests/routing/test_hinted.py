@@ -13,10 +13,10 @@ import pytest
 from matrix import sampled
 from whiflash_sdk.hints import Span
 
-from whiflash_sglang.rates import Mean
+from whiflash_sglang.drafts.rates import Mean
+from whiflash_sglang.records.request import RequestState
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import PREFERENCE, RANKS, AutoPolicy, apply_hints
-from whiflash_sglang.routing.request_state import RequestState
 from whiflash_sglang.spans.hints import RequestHints
 
 VOCABULARY = (b"x", b"<t>", b"</t>")

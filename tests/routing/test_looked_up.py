@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from whiflash_sglang.prices.costs import FULL_LENGTH
+from whiflash_sglang.prices.round_clock import RoundTime
+from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.routing.assign import assign
-from whiflash_sglang.routing.costs import FULL_LENGTH
-from whiflash_sglang.routing.tables import CostTables, LookedUpCosts, Sizes, Verifications
-from whiflash_sglang.telemetry.round_clock import RoundTime
 
 ROWS = (1, 2, 4, 8, 16)
 SCORES = {"ar": 3.0, "diffusion": 2.5, "none": 1.0}

@@ -4,14 +4,14 @@ import math
 
 import pytest
 
-from whiflash_sglang.rates import Mean
+from whiflash_sglang.drafts.rates import Mean
+from whiflash_sglang.prices.costs import MeasuredCosts
+from whiflash_sglang.records.request import RequestState
+from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.controller import Controller
-from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.estimate import LEVEL_PRIOR
 from whiflash_sglang.routing.neural import NeuralPolicy, note
 from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.routing.request_state import RequestState
-from whiflash_sglang.routing.signals import Signals
 from whiflash_sglang.spans.hints import RequestHints
 
 BOTH = frozenset({"ar", "diffusion"})

@@ -5,9 +5,9 @@ import math
 import pytest
 from whiflash_sdk.hints import Span
 
+from whiflash_sglang.records.request import RequestState
+from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, RandomPolicy, apply_hints
-from whiflash_sglang.routing.request_state import RequestState
-from whiflash_sglang.routing.signals import Signals
 
 BOTH = frozenset({"ar", "diffusion"})
 

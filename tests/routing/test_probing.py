@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 
-from whiflash_sglang.candidates import Forecast
-from whiflash_sglang.routing.costs import PROBE_ROUNDS
+from whiflash_sglang.drafts.candidates import Forecast
+from whiflash_sglang.prices.costs import PROBE_ROUNDS
+from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.policies import FIRST_PROBE, HOPELESS, AutoPolicy
-from whiflash_sglang.routing.signals import Signals
 
 BOTH = frozenset({"ar", "diffusion"})
 

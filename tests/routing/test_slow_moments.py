@@ -11,9 +11,9 @@ from collections import Counter
 import pytest
 from matrix import sampled
 
-from whiflash_sglang.candidates import Forecast
+from whiflash_sglang.drafts.candidates import Forecast
+from whiflash_sglang.prices.costs import MeasuredCosts
 from whiflash_sglang.routing.controller import Controller
-from whiflash_sglang.routing.costs import MeasuredCosts
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.spans.hints import RequestHints
 

@@ -3,9 +3,9 @@
 import pytest
 
 from whiflash_sglang.device.clock import HostClock, clock_of, measure
-from whiflash_sglang.routing.fits import WINDOW
-from whiflash_sglang.routing.tables import Correction, CostTables, Sizes, Verifications
-from whiflash_sglang.telemetry.round_clock import RoundTime
+from whiflash_sglang.prices.fits import WINDOW
+from whiflash_sglang.prices.round_clock import RoundTime
+from whiflash_sglang.prices.tables import Correction, CostTables, Sizes, Verifications
 
 
 class Moved:

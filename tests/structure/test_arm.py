@@ -7,11 +7,11 @@ import pytest
 from structure_grammars import Grammars
 from whiflash_sdk.hints import LookupScope, Span
 
-from whiflash_sglang.candidates import NOTHING, Candidate
+from whiflash_sglang.arms.structure import LOOKS, StructureArm, _Look
 from whiflash_sglang.checkpoints.manifest import Structure
-from whiflash_sglang.drafters.structure import LOOKS, StructureArm, _Look
-from whiflash_sglang.lookup.memory import handle_of, tenant_of
-from whiflash_sglang.routing.costs import FULL_LENGTH
+from whiflash_sglang.copying.memory import handle_of, tenant_of
+from whiflash_sglang.drafts.candidates import NOTHING, Candidate
+from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind
@@ -224,7 +224,7 @@ def test_a_prompt_is_decoded_once_however_many_tools_there_are(
         decoded.append(len(tokens))
         return text_of(vocabulary, tokens)
 
-    monkeypatch.setattr("whiflash_sglang.drafters.structure.text_of", counting)
+    monkeypatch.setattr("whiflash_sglang.arms.structure.text_of", counting)
     tools = carried_tools([(f"find_{i}", SCHEMA) for i in range(MOST_FUNCTIONS)], "qwen3_coder") or ""
     spans = (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
     arm.begin(1, RequestHints(tools=tools, spans=spans), MINE)
@@ -296,7 +296,7 @@ def test_the_newest_looks_are_kept(
 def test_a_look_that_ended_for_want_of_time_is_not_whole(
     late: bool, grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("whiflash_sglang.drafters.structure.sketch", lambda *_, **__: ([], True))
+    monkeypatch.setattr("whiflash_sglang.arms.structure.sketch", lambda *_, **__: ([], True))
     arm = StructureArm(Structure(max_width=8), vocabulary, lambda: late)
     arm.begin(1, RequestHints(), None, None, Told(grammars))
     assert arm._look(arm._requests[1], [], 8).whole is not late

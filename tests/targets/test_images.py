@@ -24,8 +24,8 @@ from records import assert_same_logprobs, logprobs
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import Arrival, play
 
-from whiflash_sglang.compat.launch.refusals import IMAGES
-from whiflash_sglang.core import PLACEHOLDERS, readable
+from whiflash_sglang.engine.launch.refusals import IMAGES
+from whiflash_sglang.records.core import PLACEHOLDERS, readable
 
 POLICIES = ("ar", "diffusion", "lookup", "auto", "none")
 QWEN = "Qwen2_5_VLForConditionalGeneration"

@@ -16,8 +16,8 @@ from reference import Comparison
 from tiny_models import tiny_dflash
 from traffic import mixed, play
 
+from whiflash_sglang.arms.chain import MTPArm
 from whiflash_sglang.checkpoints.fit import Parts, create
-from whiflash_sglang.drafters.chain import MTPArm
 
 
 @pytest.mark.parametrize(

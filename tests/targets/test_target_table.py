@@ -8,8 +8,8 @@ import sglang
 from families import FAMILIES
 from loaded_scripts import load_script
 
-from whiflash_sglang.compat.forward.captured import may_capture
-from whiflash_sglang.compat.launch.refusals import IMAGES
+from whiflash_sglang.engine.forward.captured import may_capture
+from whiflash_sglang.engine.launch.refusals import IMAGES
 
 TABLE = load_script("target_families")
 

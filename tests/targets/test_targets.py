@@ -18,7 +18,7 @@ from reference import Comparison
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import Arrival, mixed, play
 
-from whiflash_sglang.drafters.base import with_kv
+from whiflash_sglang.arms.base import with_kv
 
 SAMPLE = (
     "DeepseekV3ForCausalLM",  # latent attention, experts

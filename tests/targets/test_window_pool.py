@@ -27,10 +27,10 @@ from traffic import mixed, play
 from trees import assert_tree_is_true
 
 from whiflash_sglang.checkpoints.fit import target_layers
-from whiflash_sglang.compat.scheduler import memory
-from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
-from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.engine.scheduler import kv_budget
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.eagle3 import Eagle3Drafter
+from whiflash_sglang.formats.table import read_draft
 
 LAGUNA = "LagunaForCausalLM"
 
@@ -270,7 +270,7 @@ def test_the_pools_leave_room_for_what_the_worker_allocates(laguna: Models) -> N
         full += sum(of_slot(*kv.k.unbind(0), *kv.v.unbind(0)) for kv in drafts)
         assert len(drafts) == 2
         assert sizes.full_max_total_num_tokens == int(
-            (budget - memory._reservation.fixed) // (full + ratio * own)
+            (budget - kv_budget._reservation.fixed) // (full + ratio * own)
         )
         assert sizes.swa_max_total_num_tokens == int(sizes.full_max_total_num_tokens * ratio)
-        assert memory.bytes_of_token()[1] == int(full + ratio * own)
+        assert kv_budget.bytes_of_token()[1] == int(full + ratio * own)

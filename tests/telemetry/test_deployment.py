@@ -10,7 +10,7 @@ import pytest
 import yaml
 from prometheus_server import ROOT, RULES, program
 
-from whiflash_sglang.metrics import PREFIX, SERIES
+from whiflash_sglang.serve.metrics import PREFIX, SERIES
 
 PRODUCTION = ROOT / "docs" / "how-to" / "production.md"
 DASHBOARD = ROOT / "deploy" / "grafana" / "whiflash.json"

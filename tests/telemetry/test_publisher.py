@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from whiflash_sglang import metrics
-from whiflash_sglang.metrics import INTERVAL, SERIES, Labels, Points, Publisher, Series
+from whiflash_sglang.serve import metrics
+from whiflash_sglang.serve.metrics import INTERVAL, SERIES, Labels, Points, Publisher, Series
 from whiflash_sglang.telemetry.tally import MOST_PENDING, ArmCounts, Tally
 
 

@@ -21,8 +21,8 @@ from server_host import Server, ServerHost
 from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
 
 from whiflash_sglang import __version__
-from whiflash_sglang.metrics import PREFIX, SERIES
-from whiflash_sglang.models.router import Router
+from whiflash_sglang.formats.router import Router
+from whiflash_sglang.serve.metrics import PREFIX, SERIES
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 

@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rounds of every step, however long they take."""
-    from whiflash_sglang import worker
+    from whiflash_sglang.serve import worker
 
     found: list[int] = []
 

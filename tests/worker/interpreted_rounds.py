@@ -25,10 +25,10 @@ from tiny_models import tiny_dflash, tiny_eagle3
 from whiflash_kernels import MixedBlock
 from whiflash_kernels.triton_kernels import attention, backlog, block, catch_up, drafts, passes, routing
 
-from whiflash_sglang import worker
-from whiflash_sglang.compat.forward.triton_backend import RaggedTritonBackend
-from whiflash_sglang.compat.scheduler import pricing
-from whiflash_sglang.device.cpu import ATTENTION_BACKEND
+from whiflash_sglang.engine.forward.triton_backend import RaggedTritonBackend
+from whiflash_sglang.engine.scheduler import pricing
+from whiflash_sglang.files.cpu import ATTENTION_BACKEND
+from whiflash_sglang.serve import worker
 
 ARMS = ("ar", "diffusion", "lookup", "none")
 PROMPTS = [[1, 2, 3, 4, 1, 2, 3, 4, 1, 2], [70, 9] * 12, [200], list(range(30, 50)) * 2]

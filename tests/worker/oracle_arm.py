@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from whiflash_kernels import Drafts
 
-from whiflash_sglang.candidates import Candidate
-from whiflash_sglang.core import DraftBatch, History
-from whiflash_sglang.drafters.base import TextDrafter
-from whiflash_sglang.routing.costs import Worth
+from whiflash_sglang.arms.base import TextDrafter
+from whiflash_sglang.drafts.candidates import Candidate
+from whiflash_sglang.prices.costs import Worth
+from whiflash_sglang.records.core import DraftBatch, History
 
 ARM = "oracle"
 

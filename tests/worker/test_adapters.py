@@ -26,10 +26,10 @@ from sglang.srt.managers import scheduler
 from traffic import Arrival, mixed, play
 from trees import assert_tree_is_true
 
-from whiflash_sglang.compat.forward import lora
-from whiflash_sglang.compat.forward.parallel import input_embedding, output_head
-from whiflash_sglang.compat.forward.target import Target
-from whiflash_sglang.lookup.memory import handle_of, tenant_of
+from whiflash_sglang.copying.memory import handle_of, tenant_of
+from whiflash_sglang.engine.forward import lora
+from whiflash_sglang.engine.forward.parallel import input_embedding, output_head
+from whiflash_sglang.engine.forward.target import Target
 
 PARAMETERS: tuple[dict[str, Any], ...] = (
     {},

@@ -13,9 +13,9 @@ from oracle_arm import OracleArm
 from plain import compare, plain_texts
 from traffic import mixed, play, without_a_pass
 
-from whiflash_sglang.candidates import Candidate, Part
-from whiflash_sglang.core import History
-from whiflash_sglang.routing.costs import Worth
+from whiflash_sglang.drafts.candidates import Candidate, Part
+from whiflash_sglang.prices.costs import Worth
+from whiflash_sglang.records.core import History
 
 
 def candidate(tokens: list[int], alive: list[float]) -> Candidate:

@@ -12,7 +12,7 @@ from request_sets import OPTIONS, constrained
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 from traffic import Arrival, play
 
-from whiflash_sglang import worker
+from whiflash_sglang.serve import worker
 from whiflash_sglang.structure import spending
 from whiflash_sglang.structure.matchers import XGrammarMatcher
 from whiflash_sglang.structure.spending import REQUEST_SECONDS, Spending

@@ -10,9 +10,9 @@ from matrix import sampled
 from model_set import Models
 from oracle_arm import OracleArm
 
-from whiflash_sglang.compat.forward import sampling
-from whiflash_sglang.compat.scheduler.spec_worker import round_batch
-from whiflash_sglang.verify import VerifyStage
+from whiflash_sglang.engine.forward import sampling
+from whiflash_sglang.engine.scheduler.spec_worker import round_batch
+from whiflash_sglang.serve.verify import VerifyStage
 
 CONTEXT = 96
 PROMPTS = [[1, 2, 3], list(range(40))]

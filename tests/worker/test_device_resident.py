@@ -11,8 +11,8 @@ from engine import Engine, engine
 from model_set import Models
 from oracle_arm import OracleArm
 
-from whiflash_sglang.compat.http.streamer import recording_of
-from whiflash_sglang.core import Round
+from whiflash_sglang.engine.scheduler.streamer import recording_of
+from whiflash_sglang.records.core import Round
 from whiflash_sglang.telemetry.trace import build_trace
 
 PROMPTS = [[*random.Random(seed).choices(range(256), k=10), *[7, 8, 9, 10] * 6] for seed in range(4)]
@@ -82,7 +82,7 @@ def test_traces_name_the_sources_of_drafts(running: Engine) -> None:
 
 def test_few_rows_are_sampled_at_a_time(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under each request's own parameters, whichever rows are sampled with its own; each leaves one token to draw."""
-    from whiflash_sglang.compat.forward import sampling
+    from whiflash_sglang.engine.forward import sampling
 
     running.worker.reconfigure({"router": "none"})
 

@@ -19,7 +19,7 @@ from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.mem_cache.pool_host import base
 
-from whiflash_sglang.compat.scheduler import disaggregation
+from whiflash_sglang.engine.scheduler import disaggregation
 
 FIRST_TOKEN = 65
 """That the prefill server sampled."""

@@ -11,7 +11,7 @@ from model_set import Models
 from oracle_arm import ARM, OracleArm
 from tiny_models import tiny_eagle3
 
-from whiflash_sglang.routing.costs import Worth
+from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.routing.policies import Pinned
 
 PROMPTS = [random.Random(seed).choices(range(256), k=30) for seed in range(4)]

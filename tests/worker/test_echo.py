@@ -14,11 +14,11 @@ from families import FAMILIES, tiny_family
 from oracle_arm import ARM, OracleArm
 from tiny_models import save_tokenizer, tiny_dflash, tiny_eagle3
 
-from whiflash_sglang import verify
-from whiflash_sglang.arms import AR, DIFFUSION
 from whiflash_sglang.cli import echo
 from whiflash_sglang.cli.echo import Echo
-from whiflash_sglang.compat.http.streamer import _RECORDING
+from whiflash_sglang.drafts.arms import AR, DIFFUSION
+from whiflash_sglang.engine.scheduler.streamer import _RECORDING
+from whiflash_sglang.serve import verify
 from whiflash_sglang.telemetry.trace import build_trace
 
 TARGETS = {"dense": "Qwen3ForCausalLM", "windowed": "Gemma3ForCausalLM", "recurrent": "Qwen3_5ForCausalLM"}

@@ -25,9 +25,9 @@ from trees import TOLERANCE, assert_tree_is_true, matched_slots, sequences
 from versioned import trained, version
 
 from whiflash_sglang.cache.tokens import DraftKV
-from whiflash_sglang.compat.http.streamer import recording_of
-from whiflash_sglang.compat.scheduler import draft_pool
-from whiflash_sglang.compat.scheduler.draft_pool import DraftPool
+from whiflash_sglang.engine.scheduler import draft_pool
+from whiflash_sglang.engine.scheduler.draft_pool import DraftPool
+from whiflash_sglang.engine.scheduler.streamer import recording_of
 from whiflash_sglang.errors import ConfigError
 
 HOST: dict[str, Any] = {

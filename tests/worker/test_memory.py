@@ -10,11 +10,11 @@ from engine import Engine, engine
 from model_set import Models
 from test_rehearsal import peak_bytes
 
-from whiflash_sglang.compat.scheduler import memory
-from whiflash_sglang.drafters.base import KVDrafter
-from whiflash_sglang.drafters.paged import LOGIT_BYTES
-from whiflash_sglang.models import choice
-from whiflash_sglang.worker import WhiFlashWorker
+from whiflash_sglang.arms.base import KVDrafter
+from whiflash_sglang.arms.paged import LOGIT_BYTES
+from whiflash_sglang.engine.scheduler import kv_budget
+from whiflash_sglang.formats import choice
+from whiflash_sglang.serve.worker import WhiFlashWorker
 
 BUDGET = 8 * 2**20
 
@@ -48,8 +48,8 @@ def reached(worker: Any) -> dict[int, int]:
             return
         seen.add(id(thing))
         if isinstance(thing, torch.Tensor):
-            memory = thing.untyped_storage()
-            found[memory.data_ptr()] = memory.nbytes()
+            kv_budget = thing.untyped_storage()
+            found[kv_budget.data_ptr()] = kv_budget.nbytes()
         elif isinstance(thing, Mapping):
             for value in thing.values():
                 visit(value)
@@ -96,7 +96,7 @@ def test_the_pool_leaves_room_for_what_the_worker_allocates(
         others = {t.untyped_storage().data_ptr() for kv in drafts for t in (kv.k, kv.v)}
         others |= {e.worker.target.slot_table.untyped_storage().data_ptr(), *before}
         fixed = sum(size for address, size in reached(e.worker).items() if address not in others)
-        assert fixed == memory._reservation.fixed
+        assert fixed == kv_budget._reservation.fixed
         assert pool_tokens(e) == (BUDGET - fixed) // per_slot
 
 

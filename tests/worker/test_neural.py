@@ -12,7 +12,7 @@ from plain import plain_texts
 from traffic import Arrival, play
 
 from whiflash_sglang.errors import CheckpointError, ConfigError
-from whiflash_sglang.models.router import Router
+from whiflash_sglang.formats.router import Router
 
 RNG = random.Random(5)
 ARRIVALS = [

@@ -14,10 +14,10 @@ from request_sets import CONSTRAINED, GRAMMARS, OPTIONS
 from sglang.srt.managers.scheduler import Scheduler
 from traffic import Arrival, play
 
-from whiflash_sglang.compat.forward.target import Target
+from whiflash_sglang.engine.forward.target import Target
 
 FREE = {"max_new_tokens": 50}
-MASKS = "whiflash_sglang/compat/forward/masks.py"
+MASKS = "whiflash_sglang/engine/forward/masks.py"
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def test_a_flush_that_does_not_follow_the_forward_is_found(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request's parked features go into the tree's slots when it ends, while a round of it is under way."""
-    from whiflash_sglang.compat.scheduler import releases
+    from whiflash_sglang.engine.scheduler import releases
 
     monkeypatch.setattr(releases, "behind_forward", lambda _: nullcontext())
     with overlapped(models.target, whiflash=models.whiflash("none"), host_lengths=False) as e:

@@ -12,7 +12,7 @@ from model_set import Models
 from whiflash_kernels import accept_and_commit
 
 from whiflash_sglang.cache.tokens import NO_TOKEN
-from whiflash_sglang.round.hooks import PinnedAcceptance
+from whiflash_sglang.round.forcing import PinnedAcceptance
 
 RNG = random.Random(35)
 PROMPTS = [RNG.choices(range(256), k=n) for n in (5, 40, 19)]

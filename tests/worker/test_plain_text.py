@@ -27,12 +27,12 @@ from traffic import Arrival, play
 from transformers import AutoTokenizer
 from trees import assert_tree_is_true
 
-from whiflash_sglang import worker
 from whiflash_sglang.cache import backlog
-from whiflash_sglang.compat.forward.target import Target
+from whiflash_sglang.engine.forward.target import Target
+from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
 from whiflash_sglang.routing.controller import Controller
-from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
 from whiflash_sglang.routing.policies import Pinned
+from whiflash_sglang.serve import worker
 
 EVERYTHING = {
     **OPTIONS,

@@ -11,8 +11,8 @@ from engine import engine
 from model_set import Models
 from reference import Comparison
 
-from whiflash_sglang.compat.scheduler import pricing
-from whiflash_sglang.routing.tables import LookedUpCosts
+from whiflash_sglang.engine.scheduler import pricing
+from whiflash_sglang.prices.tables import LookedUpCosts
 
 SMALL: dict[str, Any] = {"max_running_requests": 2, "context_length": 96, "max_total_tokens": 512}
 PROMPTS = [[1, 2, 3, 4] * 4, [7] * 9]

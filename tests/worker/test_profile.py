@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from whiflash_kernels import Drafts
 
+from whiflash_sglang.arms import profile
+from whiflash_sglang.arms.base import KVDrafter
 from whiflash_sglang.cache.backlog import FeatureRings
-from whiflash_sglang.core import DraftBatch
-from whiflash_sglang.drafters import profile
-from whiflash_sglang.drafters.base import KVDrafter
-from whiflash_sglang.routing.costs import MeasuredCosts
+from whiflash_sglang.prices.costs import MeasuredCosts
+from whiflash_sglang.records.core import DraftBatch
 
 SLOW, QUICK = 0.2, 0.002
 

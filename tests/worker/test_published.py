@@ -9,11 +9,11 @@ from engine import Engine, engine
 from host_reads import HostReads
 from model_set import Models
 
-from whiflash_sglang.drafters.base import KVDrafter
-from whiflash_sglang.metrics import Labels, Series
+from whiflash_sglang.arms.base import KVDrafter
+from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
+from whiflash_sglang.prices.fits import Plane
 from whiflash_sglang.round.draft import DraftStage
-from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
-from whiflash_sglang.routing.fits import Plane
+from whiflash_sglang.serve.metrics import Labels, Series
 
 PROMPTS = [random.Random(i).choices(range(256), k=12 + 5 * i) * 2 for i in range(4)]
 

@@ -14,9 +14,10 @@ from engine import Engine, engine
 from model_set import Models
 from reference import Comparison
 
+from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.device.transfers import EXACT
-from whiflash_sglang.drafters.base import TextDrafter
-from whiflash_sglang.metrics import Labels, Series
+from whiflash_sglang.prices.costs import FULL_LENGTH
+from whiflash_sglang.records.request import RequestState
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner
 from whiflash_sglang.round.quarantine import (
@@ -28,8 +29,7 @@ from whiflash_sglang.round.quarantine import (
     Quarantine,
 )
 from whiflash_sglang.round.sources import DraftSources
-from whiflash_sglang.routing.costs import FULL_LENGTH
-from whiflash_sglang.routing.request_state import RequestState
+from whiflash_sglang.serve.metrics import Labels, Series
 from whiflash_sglang.structure.spending import Spending
 
 PROMPTS = [random.Random(i).choices(range(256), k=12 + 5 * i) * 2 for i in range(4)]
@@ -55,9 +55,9 @@ FAULTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "calibration raises": ("ar", "calibration", fails),
     "copies raise": ("lookup", "copy", fails),
 }
-"""Of everybody. What else cannot be a draft: `kernels/tests/test_drafts.py`, `test_candidates.py`."""
+"""Faults for everybody. Other things that are no draft: `kernels/tests/test_drafts.py`, `test_candidates.py`."""
 RESIDENT = ("ids", "chances", "copies raise")
-"""What is asked in another way if the host reads nothing from the device."""
+"""Faults that are asked in another way if the host reads nothing from the device."""
 
 
 class Gauges(dict[tuple[str, Labels], float]):
@@ -305,7 +305,7 @@ def test_holes_in_its_kv_end_no_more_than_the_server_does() -> None:
 
 
 def test_faults_in_a_row_are_what_counts(caplog: pytest.LogCaptureFixture) -> None:
-    """What fails behind a quarantine counts for no other one: results of rounds that were under way."""
+    """A fault behind a quarantine counts for no other one: results of rounds that were under way."""
     history = History("ar", "diffusion")
     held, rids = history.held, [f"r{i}" for i in range(9)]
     for rid in rids:

@@ -17,8 +17,8 @@ from request_sets import OPTIONS, SCHEMA, structured
 from traffic import mixed, play
 from trees import assert_tree_is_true, sequences
 
-from whiflash_sglang import lifecycle
-from whiflash_sglang.compat.http.streamer import recording_of
+from whiflash_sglang.engine.scheduler.streamer import recording_of
+from whiflash_sglang.serve import lifecycle
 from whiflash_sglang.spans.hints import CARRIED_PREDICTION, TOOLS_KEY
 from whiflash_sglang.structure.tools import carried_tools
 

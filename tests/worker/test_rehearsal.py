@@ -11,15 +11,15 @@ from engine import engine
 from model_set import Models
 from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 
-from whiflash_sglang.assemble import reserve
+from whiflash_sglang.arms.paged import LOGIT_BYTES
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.cache.tokens import FEW
-from whiflash_sglang.compat.forward import graphs
-from whiflash_sglang.compat.forward.sampling import SAMPLED_ROWS
-from whiflash_sglang.compat.scheduler import memory
-from whiflash_sglang.drafters.paged import LOGIT_BYTES
+from whiflash_sglang.engine.forward import graphs
+from whiflash_sglang.engine.forward.sampling import SAMPLED_ROWS
+from whiflash_sglang.engine.scheduler import kv_budget
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.round.epilogue import Epilogue
+from whiflash_sglang.serve.assemble import reserve
 
 
 def peak_bytes(body: Any, trace: Path) -> int:
@@ -41,12 +41,12 @@ def test_the_pool_leaves_room_for_sampling_at_its_peak(models: Models, tmp_path:
         vocabulary = runner.model_config.vocab_size
 
         def sampled() -> None:
-            memory.rehearse_sampling(runner, 5 * rows)  # no more than are sampled at once
+            kv_budget.rehearse_sampling(runner, 5 * rows)  # no more than are sampled at once
 
         sampled()
         peak = peak_bytes(sampled, tmp_path / "trace.json")
         print(f"{peak / (rows * vocabulary):.1f} bytes a logit")
-        assert 0.8 * memory.LOGIT_BYTES < peak / (rows * vocabulary) <= memory.LOGIT_BYTES
+        assert 0.8 * kv_budget.LOGIT_BYTES < peak / (rows * vocabulary) <= kv_budget.LOGIT_BYTES
 
 
 def test_a_card_that_has_no_room_for_it_ends_the_start_with_a_sentence() -> None:
@@ -55,22 +55,22 @@ def test_a_card_that_has_no_room_for_it_ends_the_start_with_a_sentence() -> None
 
     runner = SimpleNamespace(model_config=SimpleNamespace(vocab_size=8), device="cpu", sampler=full)
     with pytest.raises(ConfigError, match="16 rows of 8 logits"):
-        memory.rehearse_sampling(runner, 16)
+        kv_budget.rehearse_sampling(runner, 16)
 
 
 def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
     config = default_cuda_graph_config()
     execution = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=config))
     monkeypatch.setattr(graphs, "get_exec", lambda: execution)
-    monkeypatch.setattr(memory.kv_cache_configurator, "get_req_to_token_extra_context_len", lambda: 6)
+    monkeypatch.setattr(kv_budget.kv_cache_configurator, "get_req_to_token_extra_context_len", lambda: 6)
 
     def reserved(device: str) -> int:
         shape = SimpleNamespace(vocab_size=1000)
         target = SimpleNamespace(device=torch.device(device), shape=shape, context_len=90, row_bytes=10)
-        return sum(memory.for_requests(target, 2, 4, Epilogue.bytes_for(4)).values())
+        return sum(kv_budget.for_requests(target, 2, 4, Epilogue.bytes_for(4)).values())
 
     table = 3 * (90 + 6 + 4) * 8 + 3 * FEW * 8 + 3 * 24
-    sampled = 8 * 1000 * memory.LOGIT_BYTES
+    sampled = 8 * 1000 * kv_budget.LOGIT_BYTES
     assert reserved("cpu") == table
     row = 10 + Epilogue.bytes_for(4)
     captured = table + sampled + 8 * 1000 * 4 + (1 + 2 + 3 + 4 + 6 + 8) * row
@@ -86,11 +86,11 @@ def test_a_large_batch_leaves_memory_to_kv(
     """GB for Qwen3-8B, blocks of 17 rows and eight captured layers: sums of `docs/how-to/serve-your-model.md`."""
     execution = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=default_cuda_graph_config()))
     monkeypatch.setattr(graphs, "get_exec", lambda: execution)
-    monkeypatch.setattr(memory.kv_cache_configurator, "get_req_to_token_extra_context_len", lambda: 34)
+    monkeypatch.setattr(kv_budget.kv_cache_configurator, "get_req_to_token_extra_context_len", lambda: 34)
     shape, captured = SimpleNamespace(vocab_size=151_936), 8 * 4096
     target = SimpleNamespace(device=torch.device("cuda"), shape=shape, context_len=40_960)
     target.row_bytes = captured * 2
-    parts = memory.for_requests(target, requests, 17, Epilogue.bytes_for(17))
+    parts = kv_budget.for_requests(target, requests, 17, Epilogue.bytes_for(17))
     parts["rings"] = FeatureRings.bytes_for(requests + 1, 64, captured, torch.bfloat16)
     parts["drafters"] = int(requests * 16 * shape.vocab_size * LOGIT_BYTES)
     print({name: f"{size / 1e9:.2f}" for name, size in parts.items()}, f"{sum(parts.values()) / 1e9:.2f}")
@@ -106,7 +106,7 @@ def test_where_passes_are_captured_their_memory_is_reckoned_with(
 
         def promised() -> int:
             reserve(worker.drafters, worker.sync, worker.target, 5)
-            return memory._reservation.fixed
+            return kv_budget._reservation.fixed
 
         eager = promised()
         monkeypatch.setattr(graphs, "captures_passes", lambda _: True)

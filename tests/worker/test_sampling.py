@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 from traffic import play
 
 from whiflash_cpu.seams import install_seams
-from whiflash_sglang.compat.forward.target import Target
+from whiflash_sglang.engine.forward.target import Target
 from whiflash_sglang.round.epilogue import Epilogue
 
 PROMPT = tuple(range(100, 130))

@@ -13,7 +13,7 @@ from oracle_arm import OracleArm
 from overlap import overlapped
 from trees import close
 
-from whiflash_sglang.routing.costs import FULL_LENGTH, MeasuredCosts
+from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
 
 OPTIONS: dict[str, Any] = {
     "max_running_requests": 16,  # between its turns a streaming session keeps its place

@@ -19,12 +19,12 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.state_capturer.base import TopkCaptureOutput
 from traffic import Arrival
 
-from whiflash_sglang import worker
-from whiflash_sglang.compat.scheduler import step
-from whiflash_sglang.compat.scheduler.spec_worker import round_result, step_result
-from whiflash_sglang.core import Verified
+from whiflash_sglang.arms.base import widest_of
 from whiflash_sglang.device.transfers import Download
-from whiflash_sglang.drafters.base import widest_of
+from whiflash_sglang.engine.scheduler import step
+from whiflash_sglang.engine.scheduler.spec_worker import round_result, step_result
+from whiflash_sglang.records.core import Verified
+from whiflash_sglang.serve import worker
 
 PROMPT, TOKENS = [1, 2, 3], 30
 

@@ -17,11 +17,11 @@ from plain import plain_texts
 from request_sets import GRAMMARS, OPTIONS, SCHEMA, structured
 from traffic import play, without_a_pass
 
-from whiflash_sglang import lifecycle
-from whiflash_sglang.compat.http.streamer import recording_of
-from whiflash_sglang.core import Round
-from whiflash_sglang.drafters import structure
+from whiflash_sglang.arms import structure
+from whiflash_sglang.engine.scheduler.streamer import recording_of
+from whiflash_sglang.records.core import Round
 from whiflash_sglang.round.draft import DraftStage
+from whiflash_sglang.serve import lifecycle
 from whiflash_sglang.spans.hints import TOOLS_KEY
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.sketch import Token, is_text

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from whiflash_sglang.candidates import Candidate
-from whiflash_sglang.drafters.base import TextDrafter
+from whiflash_sglang.arms.base import TextDrafter
+from whiflash_sglang.drafts.candidates import Candidate
+from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.sources import DraftSources
-from whiflash_sglang.routing.costs import FULL_LENGTH
 from whiflash_sglang.structure.spending import Spending
 
 ROOM = 12

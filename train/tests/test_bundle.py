@@ -13,9 +13,9 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from whiflash_sglang.checkpoints.fit import Parts, create, judge, read_target
 from whiflash_sglang.checkpoints.hub import sha256, verify
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
-from whiflash_sglang.config import Flags, resolve
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.learn.versions import numbers, publish
+from whiflash_sglang.settings.config import Flags, resolve
+from whiflash_sglang.updates.versions import numbers, publish
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from transformers import AutoTokenizer
 
-from whiflash_sglang.drafters.base import with_kv
+from whiflash_sglang.arms.base import with_kv
 from whiflash_sglang.errors import CheckpointError
 from whiflash_train.answers.prompts import GrammarSpec, PromptRow, tool_call_grammar
 from whiflash_train.answers.served import Answer, ServedTarget

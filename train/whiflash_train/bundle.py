@@ -8,7 +8,7 @@ from typing import Any
 from whiflash_sglang.checkpoints.bundles import digests, update_manifest
 from whiflash_sglang.checkpoints.manifest import EMBEDDED_BUNDLE, MANIFEST
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import read_json_file
+from whiflash_sglang.files.jsonl import read_json_file
 from whiflash_train.config import TrainConfig
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files import read_text, read_yaml
+from whiflash_sglang.files.disk import read_text, read_yaml
 
 if TYPE_CHECKING:
     import torch

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.jsonl import read_json_file
-from whiflash_sglang.models.checkpoint import attention_shape, integer, number
-from whiflash_sglang.models.config_json import read_json_config
-from whiflash_sglang.models.draft_format import merged
-from whiflash_sglang.models.layers import AttentionShape, rope_parameters
+from whiflash_sglang.files.jsonl import read_json_file
+from whiflash_sglang.formats.checkpoint import attention_shape, integer, number
+from whiflash_sglang.formats.config_json import read_json_config
+from whiflash_sglang.formats.draft_format import merged
+from whiflash_sglang.formats.layers import AttentionShape, rope_parameters
 from whiflash_train.target import TargetModel
 
 ORIGIN = "target.json"

@@ -16,19 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from whiflash_sglang import arms
-from whiflash_sglang.candidates import NOTHING
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import PARTS, Lookup, load_manifest, lookup_of
-from whiflash_sglang.jsonl import lines_of, read_json, write_whole
-from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
-from whiflash_sglang.lookup.copier import Copier
-from whiflash_sglang.models.choice import Choice, DraftHead, choose
-from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
-from whiflash_sglang.models.formats import read_draft
-from whiflash_sglang.progress import tracked
-from whiflash_sglang.routing.costs import LEAST_CHANCE
+from whiflash_sglang.copying.calibration import EVEN_ODDS, MatchCalibration
+from whiflash_sglang.copying.copier import Copier
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.candidates import NOTHING
+from whiflash_sglang.files.jsonl import lines_of, read_json, write_whole
+from whiflash_sglang.files.progress import tracked
+from whiflash_sglang.formats.choice import Choice, DraftHead, choose
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.eagle3 import Eagle3Drafter
+from whiflash_sglang.formats.table import read_draft
+from whiflash_sglang.prices.costs import LEAST_CHANCE
 from whiflash_train.answers.store import FeatureStore, SequenceRecord
 from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.drafters.batches import Batch, unpack

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whiflash_sglang.jsonl import read_json_file
-from whiflash_sglang.models.checkpoint import attention_shape
-from whiflash_sglang.models.layers import rope_parameters
+from whiflash_sglang.files.jsonl import read_json_file
+from whiflash_sglang.formats.checkpoint import attention_shape
+from whiflash_sglang.formats.layers import rope_parameters
 
 _SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from whiflash_sglang import arms
+from whiflash_sglang.drafts import arms
 from whiflash_train.replay import ALL_ARMS, Replay
 from whiflash_train.rounds import Tally, rounds
 

@@ -8,9 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from whiflash_kernels import BacklogRings, Claims, PassInputs, claim_backlogs, draft_inputs, park, unpark
-
-from whiflash_sglang.core import PADDING
+from whiflash_kernels import (
+    PADDING,
+    BacklogRings,
+    Claims,
+    PassInputs,
+    claim_backlogs,
+    draft_inputs,
+    park,
+    unpark,
+)
 
 TOKENS = 64  # of features that a request's ring holds for its idle drafters before a flush
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from whiflash_sglang.checkpoints.hub import sha256
 from whiflash_sglang.checkpoints.manifest import MANIFEST, load_manifest
-from whiflash_sglang.files import copy_member
-from whiflash_sglang.jsonl import read_json_file, staged
+from whiflash_sglang.files.disk import copy_member
+from whiflash_sglang.files.jsonl import read_json_file, staged
 
 
 def write_bundle(out: Path, facts: Mapping[str, Any], parts: Mapping[str, Iterable[Path]]) -> dict[str, Any]:

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.bundles import digests, write_bundle
 from whiflash_sglang.checkpoints.hub import Found, checksums, fetch, look_up, parts_of, verify
 from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, NAMES, PARTS, check_arms, load_manifest
+from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import CheckpointError, ConfigError, WhiflashError
-from whiflash_sglang.jsonl import staged
-from whiflash_sglang.models.checkpoint import attention_shape, holds, integer
-from whiflash_sglang.models.config_json import read_json_config
-from whiflash_sglang.models.draft_format import merged
-from whiflash_sglang.models.formats import Draft, read_draft
+from whiflash_sglang.files.jsonl import staged
+from whiflash_sglang.formats.checkpoint import attention_shape, holds, integer
+from whiflash_sglang.formats.config_json import read_json_config
+from whiflash_sglang.formats.draft_format import merged
+from whiflash_sglang.formats.table import Draft, read_draft
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from typing import Annotated, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from whiflash_sglang import arms
+from whiflash_sglang.copying.calibration import MatchCalibration, Seed
+from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files import roots_of
-from whiflash_sglang.jsonl import read_json_file
-from whiflash_sglang.lookup.calibration import MatchCalibration, Seed
+from whiflash_sglang.files.disk import roots_of
+from whiflash_sglang.files.jsonl import read_json_file
 
 PARTS: Final[Mapping[str, str]] = {arms.AR: "eagle3", arms.DIFFUSION: "dflash"}
 """Arm → key of its checkpoint in a manifest."""

@@ -11,7 +11,7 @@ import typer
 from whiflash_sglang.cli import LOOK
 from whiflash_sglang.cli.elsewhere import check_of, missing
 from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, authorization, say
-from whiflash_sglang.compat.patching import Finding
+from whiflash_sglang.engine.patching import Finding
 from whiflash_sglang.errors import UsageError
 
 PACKAGES = (
@@ -30,8 +30,8 @@ def findings() -> list[Finding]:
     """Versions, the plugin's registration, the platform, every private name and every seam."""
     import platform
 
-    from whiflash_sglang.compat import hooks
-    from whiflash_sglang.compat.patching import check_registration, replaced_names, verify_names
+    from whiflash_sglang.engine import hooks
+    from whiflash_sglang.engine.patching import check_registration, replaced_names, verify_names
 
     found = [Finding("python", True, platform.python_version())]
     for package in PACKAGES:
@@ -59,7 +59,7 @@ def _drafts(drafts: list[str], model_path: str | None) -> list[Finding]:
 
 
 def _platform() -> list[Finding]:
-    from whiflash_sglang.device.cpu import serves_here
+    from whiflash_sglang.files.cpu import serves_here
 
     if not serves_here():
         return [Finding("platform", True, "an accelerator is there: SGLang's own platform serves it")]
@@ -162,8 +162,8 @@ def _check_echo(url: str, sweeps: int, api_key: str | None, *, as_json: bool) ->
     import httpx
 
     from whiflash_sglang.cli import echo
-    from whiflash_sglang.progress import progress
-    from whiflash_sglang.serving import LIMITS, ask
+    from whiflash_sglang.files.hosts import LIMITS, ask
+    from whiflash_sglang.files.progress import progress
 
     headers = authorization(api_key)
     with httpx.Client(headers=headers, timeout=None, limits=LIMITS) as client, progress() as bar:

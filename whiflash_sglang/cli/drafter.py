@@ -65,7 +65,7 @@ def drafter(
 
 def _list(directory: Path, as_json: bool) -> None:
     """Print the versions of a directory; a star marks the one that its server used last."""
-    from whiflash_sglang.learn.versions import notes_of, numbers, served
+    from whiflash_sglang.updates.versions import notes_of, numbers, served
 
     if not directory.is_dir():
         raise ConfigError(f"--directory {directory}: no such directory")
@@ -90,6 +90,6 @@ def add_version(
     Example:
     whiflash lab add-version my-bundle /var/lib/whiflash/versions
     """
-    from whiflash_sglang.learn.versions import publish
+    from whiflash_sglang.updates.versions import publish
 
     report({"version": publish(directory, bundle)}, as_json)

@@ -18,9 +18,9 @@ from typing import Any
 
 import httpx
 
-from whiflash_sglang.arms import LOOKUP, NONE
-from whiflash_sglang.equality import TopTwo, Verdict, is_tie
-from whiflash_sglang.serving import ask
+from whiflash_sglang.drafts.arms import LOOKUP, NONE
+from whiflash_sglang.files.equality import TopTwo, Verdict, is_tie
+from whiflash_sglang.files.hosts import ask
 
 AT_ONCE = 12
 """Requests at once, and prompts of a sweep."""

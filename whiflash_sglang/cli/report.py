@@ -10,8 +10,8 @@ from whiflash_sdk.trace import Trace, routing
 
 from whiflash_sglang.cli.top import less
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files import MOST_BYTES, open_regular
-from whiflash_sglang.jsonl import NOT_AS_WRITTEN, read_json
+from whiflash_sglang.files.disk import MOST_BYTES, open_regular
+from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, read_json
 
 CAVEAT = (
     "Plain seconds are the server's prices of rounds without drafts for the same tokens, not a second run. Prefills "

@@ -19,9 +19,9 @@ from whiflash_sglang.cli.options import (
     report,
     say,
 )
-from whiflash_sglang.config import RouterName
 from whiflash_sglang.errors import ConfigError, ServerRefusedError, UsageError, WhiflashError
-from whiflash_sglang.jsonl import read_json_file
+from whiflash_sglang.files.jsonl import read_json_file
+from whiflash_sglang.settings.config import RouterName
 
 PATIENCE = 60.0
 """Seconds that a server may take to answer: it does between two steps of its scheduler."""
@@ -43,7 +43,7 @@ def steer(url: str, path: str, body: dict[str, Any] | None, api_key: str | None)
     """
     import httpx
 
-    from whiflash_sglang.serving import ask
+    from whiflash_sglang.files.hosts import ask
 
     with httpx.Client(headers=authorization(api_key), timeout=PATIENCE) as client:
         return ask(client, url, "/whiflash/state" if body is None else path, "policy", body)

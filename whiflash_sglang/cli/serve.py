@@ -14,7 +14,8 @@ from typer.core import TyperCommand
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.cli import SERVE
 from whiflash_sglang.cli.options import DEFAULT_URL
-from whiflash_sglang.compat.launch.early import (
+from whiflash_sglang.embedded import STRICT_TOOLS, embedded_arguments
+from whiflash_sglang.engine.launch.early import (
     ALGORITHM,
     DRAFT,
     HOST,
@@ -27,7 +28,6 @@ from whiflash_sglang.compat.launch.early import (
     named,
     pairs,
 )
-from whiflash_sglang.embedded import STRICT_TOOLS, embedded_arguments
 from whiflash_sglang.errors import UsageError
 
 LANGUAGE_MODEL = ("--model-type", "llm")
@@ -87,7 +87,7 @@ class ServeCommand(TyperCommand):
         from rich.console import Console
         from rich.padding import Padding
 
-        from whiflash_sglang.flags import flags
+        from whiflash_sglang.settings.flags import flags
 
         console = Console(highlight=False)
         console.print("Flags of WHIFLASH, beside those of `sglang serve`:\n", markup=False)

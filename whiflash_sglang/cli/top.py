@@ -15,7 +15,7 @@ from rich.text import Text
 from whiflash_sdk.render.aligned import printable
 
 from whiflash_sglang.errors import ServerRefusedError
-from whiflash_sglang.serving import ask
+from whiflash_sglang.files.hosts import ask
 
 _COLOURS = {
     "ar": "blue",

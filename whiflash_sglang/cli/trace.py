@@ -8,8 +8,8 @@ import typer
 
 from whiflash_sglang.cli import LOOK
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files import read_text
-from whiflash_sglang.jsonl import NOT_AS_WRITTEN, parse_json_lines, read_json, write_whole
+from whiflash_sglang.files.disk import read_text
+from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, parse_json_lines, read_json, write_whole
 
 if TYPE_CHECKING:
     from whiflash_sdk.render import Turn

@@ -2,7 +2,7 @@
 
 A pass is a function of tensors that reads no value of them on the host. Captured, it reads its inputs where they were
 when it was captured, so they have a place of their own: the kernel that makes them writes them there, with padding
-behind, where a size has more. A :class:`Recorder` captures: CUDA graphs on a GPU (`compat/forward/graphs.py`), a tape
+behind, where a size has more. A :class:`Recorder` captures: CUDA graphs on a GPU (`engine/forward/graphs.py`), a tape
 of operators in tests, and none on a CPU, where every pass runs as it is written. The pass is the same function for all
 of them.
 """

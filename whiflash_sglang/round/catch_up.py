@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from whiflash_kernels import Claims
 
+from whiflash_sglang.arms.base import Drafter, with_kv
+from whiflash_sglang.arms.length import CALIBRATION
 from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows, Watermarks
-from whiflash_sglang.core import Due
 from whiflash_sglang.device.capture import CapturedPass, Recorder, doubling
 from whiflash_sglang.device.transfers import Ints, Upload
-from whiflash_sglang.drafters.base import Drafter, with_kv
-from whiflash_sglang.drafters.length import CALIBRATION
+from whiflash_sglang.records.core import Due
 from whiflash_sglang.round.quarantine import Quarantine
 
 FEWEST_ROWS = 4

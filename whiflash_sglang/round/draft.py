@@ -7,19 +7,19 @@ import torch
 from whiflash_kernels import Drafts, SamplingTable, choose_drafts, lay_drafts
 from whiflash_kernels.warm import Served, warm_up
 
-from whiflash_sglang import arms
+from whiflash_sglang.arms.base import Drafter, padded, widest_of, with_kv
+from whiflash_sglang.arms.length import CALIBRATION, EDGES
 from whiflash_sglang.cache.backlog import columns_of
-from whiflash_sglang.candidates import NOTHING, Candidate
-from whiflash_sglang.core import DraftBatch, Round
+from whiflash_sglang.copying.calibration import BUCKETS
 from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder
 from whiflash_sglang.device.transfers import HostView, sent
-from whiflash_sglang.drafters.base import Drafter, padded, widest_of, with_kv
-from whiflash_sglang.drafters.length import CALIBRATION, EDGES
-from whiflash_sglang.lookup.calibration import BUCKETS
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.candidates import NOTHING, Candidate
+from whiflash_sglang.prices.round_clock import RoundClock
+from whiflash_sglang.records.core import DraftBatch, Round
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.sources import DraftSources
-from whiflash_sglang.telemetry.round_clock import RoundClock
 
 
 @dataclass(frozen=True, slots=True)

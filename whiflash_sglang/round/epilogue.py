@@ -24,8 +24,8 @@ from whiflash_kernels import (
 
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.cache.tokens import StopTable
-from whiflash_sglang.core import Verified
-from whiflash_sglang.models.router import Layers
+from whiflash_sglang.formats.router import Layers
+from whiflash_sglang.records.core import Verified
 
 GATE_BYTES = torch.int64.itemsize
 """Bytes of the scalar that lets graphs commit; every epilogue has one."""

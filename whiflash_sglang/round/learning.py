@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from whiflash_kernels import Committed
 
-from whiflash_sglang import arms
-from whiflash_sglang.candidates import Candidate, Part, behind, common_prefix, first_of
-from whiflash_sglang.core import Round
+from whiflash_sglang.arms.base import Drafter, TextDrafter
+from whiflash_sglang.copying.copier import CONTEXT
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import Download
-from whiflash_sglang.drafters.base import Drafter, TextDrafter
-from whiflash_sglang.lookup.copier import CONTEXT
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.candidates import Candidate, Part, behind, common_prefix, first_of
+from whiflash_sglang.prices.costs import Costs
+from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
+from whiflash_sglang.records.core import Round
+from whiflash_sglang.records.request import RequestState
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.controller import Controller
-from whiflash_sglang.routing.costs import Costs
 from whiflash_sglang.routing.neural import note
-from whiflash_sglang.routing.request_state import RequestState
-from whiflash_sglang.telemetry.round_clock import RoundClock, RoundTime
 from whiflash_sglang.telemetry.tally import Tally
 from whiflash_sglang.telemetry.trace import Recording
 

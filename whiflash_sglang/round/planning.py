@@ -7,17 +7,17 @@ from typing import Any
 
 from whiflash_kernels import Drafts
 
-from whiflash_sglang import arms
-from whiflash_sglang.candidates import NOTHING, Candidate, Forecast
-from whiflash_sglang.core import DECIDED, Round
+from whiflash_sglang.arms.base import Drafter, of_text, side_by_side, widest_of
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import Floats, HostView, Upload
-from whiflash_sglang.drafters.base import Drafter, of_text, side_by_side, widest_of
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.candidates import NOTHING, Candidate, Forecast
+from whiflash_sglang.prices.round_clock import RoundClock
+from whiflash_sglang.records.core import DECIDED, Round
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.routing.controller import Controller
-from whiflash_sglang.telemetry.round_clock import RoundClock
 
 
 @dataclass(frozen=True, slots=True)

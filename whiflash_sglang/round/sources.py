@@ -5,10 +5,10 @@ SGLang.
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from whiflash_sglang.candidates import Candidate, common_prefix
-from whiflash_sglang.core import Round
-from whiflash_sglang.drafters.base import Drafter, of_text, widest_of
-from whiflash_sglang.lookup.copier import CONTEXT
+from whiflash_sglang.arms.base import Drafter, of_text, widest_of
+from whiflash_sglang.copying.copier import CONTEXT
+from whiflash_sglang.drafts.candidates import Candidate, common_prefix
+from whiflash_sglang.records.core import Round
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.structure.spending import LOOKING, Spending
 

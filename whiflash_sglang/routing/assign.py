@@ -14,9 +14,9 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from whiflash_sglang import arms
-from whiflash_sglang.candidates import PLAIN, Forecast
-from whiflash_sglang.routing.costs import Costs
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.candidates import PLAIN, Forecast
+from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.routing.policies import Scores
 
 WITHOUT_A_PASS = (arms.PROMISED, arms.NONE)

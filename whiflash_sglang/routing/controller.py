@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from whiflash_sglang import arms
-from whiflash_sglang.candidates import PLAIN, Forecast
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.candidates import PLAIN, Forecast
+from whiflash_sglang.prices.costs import FULL_LENGTH, PROBE_ROUNDS, Costs, WorkerCosts, Worth
+from whiflash_sglang.records.request import RequestState
+from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.assign import MARGIN, assign
-from whiflash_sglang.routing.costs import FULL_LENGTH, PROBE_ROUNDS, Costs, WorkerCosts, Worth
-from whiflash_sglang.routing.policies import Policy, Scores
-from whiflash_sglang.routing.request_state import RequestState
-from whiflash_sglang.routing.signals import Signals
+from whiflash_sglang.routing.policies import Policy, Scores, apply_hints
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.telemetry.trace import Recording
@@ -132,7 +132,7 @@ def route(
     previous = [state.decision.keeps for state in states]
     scores, sources, promised, teachers = [], [], [], []
     for state, forecast, kept in zip(states, forecasts, previous, strict=True):
-        scored = state.score(policy, forecast)
+        scored = _scored(state, policy, forecast)
         signals = state.decision
         scored, source = _of_passes(scored, signals.expected, priced=policy.prices_batches)
         promised.append(signals.expected.get(source, PLAIN))
@@ -194,3 +194,17 @@ def _ordered(
     drafting, span = source if arm == arms.PROMISED else arm, signals.span
     bias = sum(added for biased, added in span.bias.items() if biased == drafting) if span else 0.0
     return {arm: max(scores[arm] - bias, 1.0)}
+
+
+def _scored(state: RequestState, policy: Policy, forecast: Mapping[str, Forecast | None]) -> Scores:
+    """The policy's scores with a request's hints applied; remembers what decided."""
+    signals = state.signals(forecast)
+    scores, reason = apply_hints(
+        policy.score(signals),
+        signals.span,
+        signals.allowed,
+        off=state.hints.off,
+        measured=signals.recent if policy.prices_batches else None,
+    )
+    signals.reason, state.decision = reason, signals
+    return scores

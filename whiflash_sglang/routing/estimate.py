@@ -12,8 +12,8 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 
-from whiflash_sglang.rates import Mean
-from whiflash_sglang.routing.signals import Signals
+from whiflash_sglang.drafts.rates import Mean
+from whiflash_sglang.records.signals import Signals
 
 ENTROPY_EDGES = (0.05, 0.5, 1.5, 3.0)
 """Nats that separate the entropy bins."""

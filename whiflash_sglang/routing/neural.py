@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from whiflash_sglang import arms
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.records.request import RequestState
+from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.policies import Blind, Scores, order_pair
-from whiflash_sglang.routing.request_state import RequestState
-from whiflash_sglang.routing.signals import Signals
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from typing import Protocol
 
 from whiflash_sdk.hints import Span
 
-from whiflash_sglang import arms
-from whiflash_sglang.rates import Mean
-from whiflash_sglang.routing.costs import PROBE_ROUNDS
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.rates import Mean
+from whiflash_sglang.prices.costs import PROBE_ROUNDS
+from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.estimate import AcceptanceEstimator
-from whiflash_sglang.routing.signals import Signals
 
 FIRST_PROBE = 4
 """Rounds of the batch between two probes of an arm that is not known; doubles with every probe."""

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from whiflash_sdk.hints import INFERRED_KEY, MAX_BYTES, WIRE_KEY
 
-from whiflash_sglang.jsonl import read_json
+from whiflash_sglang.files.jsonl import read_json
 from whiflash_sglang.spans.hints import (
     CARRIED_FORCED,
     CARRIED_PREDICTION,

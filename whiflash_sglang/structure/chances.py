@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
-from whiflash_sglang.lookup.calibration import SURE
-from whiflash_sglang.rates import Rates
+from whiflash_sglang.copying.calibration import SURE
+from whiflash_sglang.drafts.rates import Rates
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind
 from whiflash_sglang.structure.layout import Habit
 

@@ -7,7 +7,7 @@ Only what a matcher takes is guessed, so nothing here knows schemas: it asks whi
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
-from whiflash_sglang.candidates import common_prefix
+from whiflash_sglang.drafts.candidates import common_prefix
 from whiflash_sglang.structure.chances import Kind, Piece
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Matcher

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from whiflash_sglang import arms
+from whiflash_sglang.drafts import arms
 from whiflash_sglang.spans.hints import HINT_SOURCES, HintSource
 from whiflash_sglang.telemetry.lengths import Lengths
 

@@ -17,9 +17,9 @@ from typing import Annotated, Any, BinaryIO, Final
 from pydantic import BaseModel, ConfigDict, Field
 from whiflash_sdk.hints import WIRE_VERSION, TraceLevel
 
-from whiflash_sglang.candidates import Part, first_of
+from whiflash_sglang.drafts.candidates import Part, first_of
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files import check_own, locked, open_own
+from whiflash_sglang.files.disk import check_own, locked, open_own
 
 SAVED_DIGITS = 4
 """Digits of a second: estimates are no better known."""

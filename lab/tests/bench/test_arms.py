@@ -15,7 +15,7 @@ from whiflash_lab.bench.subject import build_subject, write_variant
 from whiflash_sglang.checkpoints.hub import checksums, verify
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.models.formats import FORMATS
+from whiflash_sglang.formats.table import FORMATS
 
 BY_NAME = {one.name: one for one in FORMATS}
 SUBJECT = Subject(

@@ -11,8 +11,8 @@ from whiflash_lab.bench.pages import draw, render
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import Difference, Reference, differences
 from whiflash_lab.bench.report import Report, build_report
-from whiflash_sglang.equality import Verdict
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.files.equality import Verdict
 
 ALONE, FOUR = Load(value=1), Load(value=4)
 GROUPS = {"c1": "chat", "c2": "chat", "t1": "tool_call", "l1": "loops"}

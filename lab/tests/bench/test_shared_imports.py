@@ -15,7 +15,7 @@ from rich.console import Console
 from whiflash_lab import demo
 from whiflash_lab.bench import command
 from whiflash_lab.bench.fleet import Fleet
-from whiflash_sglang.progress import Lines
+from whiflash_sglang.files.progress import Lines
 
 WANTED: dict[str, list[str]] = {"plain": ["--served-model-name", "a"], "ours": ["--served-model-name", "b"]}
 HEALTHY = """

@@ -11,10 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from whiflash_sglang.arms import AR, DIFFUSION
 from whiflash_sglang.checkpoints.manifest import NEEDED, PARTS, check_arms
+from whiflash_sglang.drafts.arms import AR, DIFFUSION
 from whiflash_sglang.errors import ConfigError, UsageError
-from whiflash_sglang.models.draft_format import DraftFormat
+from whiflash_sglang.formats.draft_format import DraftFormat
 
 NONE = "none"
 STATIC = ("EAGLE3", "DFLASH", "DSPARK")

@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, ValidationError
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import lines_of, read_json, write_whole
-from whiflash_sglang.telemetry.round_clock import STAGES
+from whiflash_sglang.files.jsonl import lines_of, read_json, write_whole
+from whiflash_sglang.prices.round_clock import STAGES
 
 
 class Load(BaseModel, frozen=True, extra="forbid"):

@@ -16,9 +16,9 @@ from whiflash_lab.bench.pages import draw, render
 from whiflash_lab.bench.report import Report
 from whiflash_lab.bench.runner import Plan, Runner
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
-from whiflash_sglang.jsonl import write_whole
-from whiflash_sglang.progress import progress
-from whiflash_sglang.serving import ServerHost, shares_imports
+from whiflash_sglang.files.hosts import ServerHost, shares_imports
+from whiflash_sglang.files.jsonl import write_whole
+from whiflash_sglang.files.progress import progress
 from whiflash_train.provenance import threads
 
 QUICK_MINUTES = 4.5

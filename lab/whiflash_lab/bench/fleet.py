@@ -12,7 +12,7 @@ import httpx
 from whiflash_lab.bench.arms import SEVERAL
 from whiflash_lab.bench.load import ANSWER_SECONDS
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.serving import LIMITS, Closing, Server, ServerHost
+from whiflash_sglang.files.hosts import LIMITS, Closing, Server, ServerHost
 from whiflash_train.provenance import threads
 
 CORES = "SGLANG_CPU_OMP_THREADS_BIND"

@@ -11,7 +11,7 @@ import httpx
 from whiflash_lab.bench.cells import Answer, Load
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.jsonl import read_json, stream_lines
+from whiflash_sglang.files.jsonl import read_json, stream_lines
 
 MODEL = "bench"
 ANSWER_SECONDS = 3600.0

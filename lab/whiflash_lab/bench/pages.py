@@ -16,7 +16,7 @@ from whiflash_lab.bench.report import (
     LoadReport,
     Report,
 )
-from whiflash_sglang.equality import Verdict
+from whiflash_sglang.files.equality import Verdict
 from whiflash_train.statistics import Interval, Percentiles
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from whiflash_lab.conversations import read_recorded
 from whiflash_sglang.errors import ConfigError, UsageError
-from whiflash_sglang.jsonl import parse_json_lines, read_json
+from whiflash_sglang.files.jsonl import parse_json_lines, read_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """`whiflash bench --recorded`: recorded conversations played against servers that are forced along their text.
 
 Prompts, verification, routing and cost are real; only the tokens that the target samples are replaced by the recorded
-ones (`round/hooks.py`). So a small target can be measured on the text that another one wrote. A conversation is a
+ones (`round/forcing.py`). So a small target can be measured on the text that another one wrote. A conversation is a
 prompt of the run, whose answers are asked one after the other.
 """
 
@@ -22,7 +22,7 @@ from whiflash_lab.bench.runner import Runner
 from whiflash_lab.bench.subject import CPU_KV_TOKENS
 from whiflash_lab.conversations import Conversation, Renderer, Turn, read_recorded, renderer_of
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.models.config_json import read_json_config
+from whiflash_sglang.formats.config_json import read_json_config
 
 BASE = "pinned-none"
 """The arm that others are measured against: the same server, which drafts nothing."""

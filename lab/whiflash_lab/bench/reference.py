@@ -17,7 +17,7 @@ from whiflash_lab.bench.arms import BESIDE, NONE, RANKS
 from whiflash_lab.bench.cells import Cell
 from whiflash_lab.bench.load import MODEL, RefusedError, RequestError
 from whiflash_lab.bench.prompts import Prompt
-from whiflash_sglang.equality import TopTwo, Verdict, compare
+from whiflash_sglang.files.equality import TopTwo, Verdict, compare
 from whiflash_train.rounds import loop_start
 
 logger = logging.getLogger("whiflash_sglang")
@@ -166,7 +166,7 @@ class BestLogit:
         """Raises `MemoryError` if the weights have no room, and what `TargetModel` raises."""
         import torch
 
-        from whiflash_sglang.models.packed import free_memory
+        from whiflash_sglang.formats.packed import free_memory
         from whiflash_train.target import TargetModel
 
         dtype = getattr(torch, self._dtype)

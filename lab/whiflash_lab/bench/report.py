@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from whiflash_lab.bench.arms import BESIDE, NONE, PINNED, STATIC
 from whiflash_lab.bench.cells import Answer, Cell, Load, RoundMs, round_ms_of, switch_share_of
 from whiflash_lab.bench.reference import Difference
-from whiflash_sglang.equality import Verdict
+from whiflash_sglang.files.equality import Verdict
 from whiflash_train.statistics import Floats, Interval, Percentiles, paired_ratio, percentiles_ms, rate
 
 Belongs = Callable[[str], bool]

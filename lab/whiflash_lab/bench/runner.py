@@ -33,7 +33,7 @@ from whiflash_lab.bench.reference import BestLogit, Reference, ask_reference, di
 from whiflash_lab.bench.report import LOOPS, Report, build_report
 from whiflash_sglang import __version__
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.serving import LIMITS
+from whiflash_sglang.files.hosts import LIMITS
 from whiflash_train import provenance
 
 

@@ -17,11 +17,11 @@ from whiflash_lab.bench.arms import (
     Subject,
 )
 from whiflash_lab.bench.load import MODEL
-from whiflash_sglang.arms import DIFFUSION
 from whiflash_sglang.checkpoints.hub import fetch, member
 from whiflash_sglang.checkpoints.manifest import MANIFEST, embedded_bundle, load_manifest
-from whiflash_sglang.device.cpu import serves_here
+from whiflash_sglang.drafts.arms import DIFFUSION
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files.cpu import serves_here
 
 
 def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
@@ -102,7 +102,7 @@ def build_subject(
             f"--beside {beside}: holds no whiflash_sglang/__init__.py; give the root of another clone of this project"
         )
     from whiflash_sglang.embedded import ensure_target
-    from whiflash_sglang.models.formats import read_draft
+    from whiflash_sglang.formats.table import read_draft
 
     target = ensure_target() if model_path is None else fetch(model_path)
     bundle = embedded_bundle() if bundle_path is None else fetch(bundle_path)

@@ -8,7 +8,7 @@ import typer
 
 from whiflash_sglang.cli import SERVE
 from whiflash_sglang.cli.options import JsonFlag
-from whiflash_sglang.config import RouterName
+from whiflash_sglang.settings.config import RouterName
 
 
 def demo(
@@ -27,7 +27,7 @@ def demo(
     from rich.console import Console
 
     from whiflash_lab.demo import judge, run, show
-    from whiflash_sglang.progress import progress
+    from whiflash_sglang.files.progress import progress
 
     with progress() as bar:
         answers = run(router, log_dir, bar)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, for_tables
-from whiflash_sglang.jsonl import write_whole
+from whiflash_sglang.files.jsonl import write_whole
 from whiflash_train.cli.train import readable_errors
 
 BundleOption = Annotated[Path, typer.Option(help="Bundle directory.")]

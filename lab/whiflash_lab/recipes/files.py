@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from whiflash_sglang.errors import ConfigError, UsageError
-from whiflash_sglang.files import MOST_SETTINGS, read_text, yaml_documents
+from whiflash_sglang.files.disk import MOST_SETTINGS, read_text, yaml_documents
 
 LAUNCH = re.compile(r"(?:sglang\.launch_server|(?:sglang|whiflash)\s+serve)(?=\s|$)")
 COMPUTED = re.compile(r"\$\(\(.{0,200}?\)\)|\$\([^()]*\)")

@@ -1,6 +1,6 @@
 """A launch judged by its flags: without weights, without a GPU, and if need be without the target's configuration.
 
-The rules are those of a start (:mod:`whiflash_sglang.compat.launch.refusals`), and SGLang's own parser reads the
+The rules are those of a start (:mod:`whiflash_sglang.engine.launch.refusals`), and SGLang's own parser reads the
 flags. Flags of SGLang's other algorithms count as replaced by WHIFLASH.
 """
 
@@ -18,12 +18,12 @@ from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.arg_groups.parallel_hook import handle_deprecated_dp_attention
 from sglang.srt.server_args import ServerArgs
 
-from whiflash_sglang.compat.carried import ALGORITHM
-from whiflash_sglang.compat.launch.arguments import Launch, choose, choose_for_cuda
-from whiflash_sglang.compat.launch.refusals import FOREIGN, UNCAPTURED, refusals_of
-from whiflash_sglang.compat.versions import installed
-from whiflash_sglang.config import Flags, flag_of, parse_flags
+from whiflash_sglang.engine.carried import ALGORITHM
+from whiflash_sglang.engine.launch.arguments import Launch, choose, choose_for_cuda
+from whiflash_sglang.engine.launch.refusals import FOREIGN, UNCAPTURED, refusals_of
+from whiflash_sglang.engine.supported import installed
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.settings.config import Flags, flag_of, parse_flags
 
 Flag = str | Sequence[str]
 """A flag's value: `true` or `false` for a switch, words for a list. Empty: a switch that is on, or a value that a

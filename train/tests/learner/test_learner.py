@@ -21,9 +21,9 @@ from whiflash_sglang.checkpoints.fit import Parts, create
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.learn.samples import Sample, check_spool, files_of, samples_of, write_file
-from whiflash_sglang.learn.versions import Served as Used
-from whiflash_sglang.learn.versions import gain_of, notes_of, numbers, path_of, record, served, versions_of
+from whiflash_sglang.updates.samples import Sample, check_spool, files_of, samples_of, write_file
+from whiflash_sglang.updates.versions import Served as Used
+from whiflash_sglang.updates.versions import gain_of, notes_of, numbers, path_of, record, served, versions_of
 from whiflash_train.answers.store import FeatureStore, SequenceRecord
 from whiflash_train.answers.tokens import export_tokens
 from whiflash_train.config import TrainConfig, load_config

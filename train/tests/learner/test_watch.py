@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from whiflash_sglang.errors import ServerRefusedError
-from whiflash_sglang.learn.samples import Sample, check_spool, files_of, samples_of, write_file
 from whiflash_sglang.telemetry.lengths import Lengths
+from whiflash_sglang.updates.samples import Sample, check_spool, files_of, samples_of, write_file
 from whiflash_train.config import TrainConfig
 from whiflash_train.learner import watch
 from whiflash_train.learner.guard import LEAST, MOST, Guard, change

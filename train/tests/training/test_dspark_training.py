@@ -21,9 +21,9 @@ from whiflash_lab.evaluation import EvaluationSettings, Hardware, evaluate_bundl
 from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.dspark import DSparkDrafter
-from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.dflash.dspark import DSparkDrafter
+from whiflash_sglang.formats.table import read_draft
 from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.answers.store import SequenceRecord
 from whiflash_train.bundle import assemble

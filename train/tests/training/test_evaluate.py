@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.arms import LOOKUP, PAIR
+from whiflash_sglang.drafts.arms import LOOKUP, PAIR
 from whiflash_train.replay import ALL_ARMS, Replay
 from whiflash_train.rounds import Tally
 from whiflash_train.walk import (

@@ -10,7 +10,7 @@ from tiny_models import tiny_target
 from torch import Tensor
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_train.config import Eagle3
 from whiflash_train.drafters.eagle3 import initialise
 from whiflash_train.drafters.initialisation import enlarged, go_on_from

@@ -12,11 +12,11 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from torch import Tensor
 
 from whiflash_sglang.checkpoints.manifest import Lookup
-from whiflash_sglang.lookup.calibration import EVEN_ODDS, MatchCalibration
-from whiflash_sglang.models.choice import Choice
-from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.dflash_config import LayerSpan
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.copying.calibration import EVEN_ODDS, MatchCalibration
+from whiflash_sglang.formats.choice import Choice
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.dflash.dflash_config import LayerSpan
+from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_train.drafters.batches import Batch, unpack
 from whiflash_train.drafters.dflash import choose_anchors, run_blocks
 from whiflash_train.drafters.eagle3 import plan_chains, unroll

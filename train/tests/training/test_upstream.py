@@ -16,11 +16,11 @@ from transformers import AutoTokenizer
 
 from whiflash_lab.bench.arms import block_arm
 from whiflash_lab.bench.prompts import load_prompts, shipped
-from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
+from whiflash_sglang.drafts import arms
 from whiflash_sglang.embedded import ensure_target
-from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.formats.table import read_draft
 from whiflash_train.answers.data import generate_data
 from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.answers.store import SequenceRecord

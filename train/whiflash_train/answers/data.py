@@ -11,7 +11,7 @@ import torch
 
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.progress import progress
+from whiflash_sglang.files.progress import progress
 from whiflash_train.answers.prompts import PromptRow, balanced, check_ids, prepare, read_rows
 from whiflash_train.answers.provenance import check_same_run
 from whiflash_train.answers.served import Answer, ServedTarget, serve

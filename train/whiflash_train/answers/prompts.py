@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import read_json, read_json_lines
+from whiflash_sglang.files.jsonl import read_json, read_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import read_json, read_json_file, write_whole
+from whiflash_sglang.files.jsonl import read_json, read_json_file, write_whole
 from whiflash_train.answers.store import FeatureStore, SequenceRecord
 from whiflash_train.config import TrainConfig
 from whiflash_train.provenance import made_by

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whiflash_sglang.jsonl import lines_of, read_json, read_json_file
+from whiflash_sglang.files.jsonl import lines_of, read_json, read_json_file
 from whiflash_train.config import TrainConfig
 
 

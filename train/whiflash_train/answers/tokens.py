@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.jsonl import staged
-from whiflash_sglang.progress import progress
+from whiflash_sglang.files.jsonl import staged
+from whiflash_sglang.files.progress import progress
 from whiflash_train.answers.served import ServedTarget
 from whiflash_train.answers.store import FeatureStore, SequenceRecord, unique_answers
 

@@ -82,7 +82,7 @@ def _place(manifest: dict[str, object], part: str) -> str:
 def _table(seed: tuple[tuple[float, ...], ...]) -> "Table":
     from rich.table import Table
 
-    from whiflash_sglang.lookup.calibration import BUCKETS, Agreement
+    from whiflash_sglang.copying.calibration import BUCKETS, Agreement
 
     table = Table("match length", *(agreement.name.lower() for agreement in Agreement))
     for length, chances in zip(BUCKETS, seed, strict=True):
@@ -111,8 +111,8 @@ def lookup_seed(
 
     check_place(str(tokens.absolute()))
     settings = (load_manifest(bundle).lookup if bundle is not None else None) or Lookup()
-    from whiflash_sglang.lookup.seed import Answer, measure_seed
-    from whiflash_sglang.progress import tracked
+    from whiflash_sglang.copying.seed import Answer, measure_seed
+    from whiflash_sglang.files.progress import tracked
     from whiflash_train.answers.tokens import Exported
 
     exported = Exported(tokens)

@@ -89,7 +89,7 @@ def learn(
 
     with readable_errors():
         settings = resolve_config(config)
-    from whiflash_sglang.learn.versions import versions_of
+    from whiflash_sglang.updates.versions import versions_of
     from whiflash_train.learner.once import Learning, Pace, learn_once
 
     server = None if url is None else LiveServer(url.rstrip("/"), api_key, versions_of(directory))
@@ -113,7 +113,7 @@ class LiveServer:
         return self._checked(steer(self._url, "/whiflash/state", None, self._api_key))
 
     def use(self, version: int) -> dict[str, Any]:
-        from whiflash_sglang.learn.versions import claims_of
+        from whiflash_sglang.updates.versions import claims_of
 
         body = {"version": version, **claims_of(self._versions, version)}
         return self._checked(steer(self._url, "/whiflash/drafters", body, self._api_key))

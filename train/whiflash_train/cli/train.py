@@ -16,7 +16,7 @@ import typer
 from whiflash_sglang.cli import TRAIN
 from whiflash_sglang.cli.options import JsonFlag, report
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
-from whiflash_sglang.jsonl import write_whole
+from whiflash_sglang.files.jsonl import write_whole
 from whiflash_train.answers.prompts import USERS
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.dflash_config import DFlashConfig, LayerSpan
-from whiflash_sglang.models.layers import Attend
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, LayerSpan
+from whiflash_sglang.formats.layers import Attend
 from whiflash_train.config import DFlash, DSpark
 from whiflash_train.drafters.batches import (
     Batch,

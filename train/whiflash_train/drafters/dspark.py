@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whiflash_sglang import arms
+from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.models.dflash import DFlashDrafter
-from whiflash_sglang.models.dflash_config import DFlashConfig
-from whiflash_sglang.models.dspark import DSparkConfig, DSparkDrafter
-from whiflash_sglang.models.formats import read_draft
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig
+from whiflash_sglang.formats.dflash.dspark import DSparkConfig, DSparkDrafter
+from whiflash_sglang.formats.table import read_draft
 from whiflash_train.config import DSpark
 from whiflash_train.drafters.batches import cross_entropy, first_choice
 from whiflash_train.drafters.dflash import BlockTraining, Examples, exponential, weighted_mean

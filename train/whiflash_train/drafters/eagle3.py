@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from whiflash_sglang.models.eagle3 import Eagle3Config, Eagle3Drafter
-from whiflash_sglang.models.layers import Attend
+from whiflash_sglang.formats.eagle3 import Eagle3Config, Eagle3Drafter
+from whiflash_sglang.formats.layers import Attend
 from whiflash_train.config import Eagle3
 from whiflash_train.drafters.batches import (
     Batch,
@@ -170,8 +170,8 @@ def _chain_attention(
 
 
 def initialise(target: Origin, settings: Eagle3, draft_ids: Tensor) -> Eagle3Drafter:
-    """A drafter that starts as the target's layer `settings.source_layer`, or as one that adds nothing yet. It reads
-    the last captured feature, unfused.
+    """A drafter that starts as the target's layer `source_layer`, or as one that adds nothing yet. It reads the last
+    captured feature, unfused.
 
     Args:
         draft_ids: [K] the draft vocabulary, ascending target ids.

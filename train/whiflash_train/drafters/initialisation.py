@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.models.eagle3 import Eagle3Drafter
+from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_train.answers.store import FeatureStore, unique_answers
 from whiflash_train.config import Eagle3, TrainConfig
 from whiflash_train.origin import Origin, ServedOrigin

@@ -16,9 +16,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.jsonl import read_json_file
-from whiflash_sglang.learn.swap import check_kind, first_frozen_row
-from whiflash_sglang.models.dflash import DFlashDrafter
+from whiflash_sglang.files.jsonl import read_json_file
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.updates.swap import check_kind, first_frozen_row
 from whiflash_train.answers.provenance import (
     Provenance,
     check_same_run,
@@ -250,7 +250,7 @@ FUSION = "fc.weight"
 
 
 class Held:
-    """The rows that `learn.swap.first_frozen_row` names, which get no gradients, and are written back at the end.
+    """The rows that `updates.swap.first_frozen_row` names, which get no gradients, and are written back at the end.
 
     Args:
         arm: for messages. drafter: float32, on any device; `requires_grad` of what is held whole becomes False.

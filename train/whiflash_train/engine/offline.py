@@ -19,10 +19,10 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from torch import Tensor
 
-from whiflash_sglang.compat import patching
-from whiflash_sglang.compat.forward.captured import may_capture
+from whiflash_sglang.engine import patching
+from whiflash_sglang.engine.forward.captured import may_capture
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.models.config_json import read_json_config
+from whiflash_sglang.formats.config_json import read_json_config
 from whiflash_train.engine import recorder
 
 R = TypeVar("R")

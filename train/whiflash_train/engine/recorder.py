@@ -1,7 +1,7 @@
 """Features of texts in the scheduler of an offline engine, written to files as their prompts are prefilled.
 
 A text whose features are wanted comes as a prompt whose name begins with `WANTED`. Its prefill is asked for hidden
-states as our worker asks (`compat/forward/captured.py`), and they go to a file of that name before the
+states as our worker asks (`engine/forward/captured.py`), and they go to a file of that name before the
 scheduler hears of the result. Other requests run as they would without this, by plain decoding.
 """
 
@@ -18,8 +18,8 @@ from sglang.srt.managers import scheduler
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.runtime_context import get_parallel
 
-from whiflash_sglang.compat.forward.captured import Captured, LoadedTarget
-from whiflash_sglang.compat.patching import around, install
+from whiflash_sglang.engine.forward.captured import Captured, LoadedTarget
+from whiflash_sglang.engine.patching import around, install
 from whiflash_sglang.errors import CheckpointError
 from whiflash_train.origin import ORIGIN, vocabulary_file
 

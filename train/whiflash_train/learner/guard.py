@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from whiflash_sglang.checkpoints.manifest import PARTS
-from whiflash_sglang.jsonl import read_json_file, write_whole
+from whiflash_sglang.files.jsonl import read_json_file, write_whole
 from whiflash_sglang.telemetry.lengths import Lengths
 
 LEAST, MOST = 32, 1024

@@ -19,15 +19,20 @@ import torch
 from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 
-from whiflash_sglang import arms
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import PARTS, Manifest, load_manifest, lookup_of
+from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files import check_own
-from whiflash_sglang.jsonl import read_json, read_json_file, write_whole
-from whiflash_sglang.learn.samples import samples_of
-from whiflash_sglang.learn.swap import check_fits
-from whiflash_sglang.learn.versions import (
+from whiflash_sglang.files.disk import check_own
+from whiflash_sglang.files.jsonl import read_json, read_json_file, write_whole
+from whiflash_sglang.files.progress import tracked
+from whiflash_sglang.formats.checkpoint import integer
+from whiflash_sglang.formats.config_json import read_json_config
+from whiflash_sglang.formats.dflash.dspark import DSparkDrafter
+from whiflash_sglang.formats.table import read_draft
+from whiflash_sglang.updates.samples import samples_of
+from whiflash_sglang.updates.swap import check_fits
+from whiflash_sglang.updates.versions import (
     is_number,
     notes_of,
     numbers,
@@ -36,11 +41,6 @@ from whiflash_sglang.learn.versions import (
     served,
     versions_of,
 )
-from whiflash_sglang.models.checkpoint import integer
-from whiflash_sglang.models.config_json import read_json_config
-from whiflash_sglang.models.dspark import DSparkDrafter
-from whiflash_sglang.models.formats import read_draft
-from whiflash_sglang.progress import tracked
 from whiflash_train.answers.data import is_embedded, target_path
 from whiflash_train.answers.store import FeatureStore, SequenceRecord
 from whiflash_train.answers.tokens import Exported

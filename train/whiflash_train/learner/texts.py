@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.learn.samples import files_of, read_samples
+from whiflash_sglang.updates.samples import files_of, read_samples
 from whiflash_train.rounds import loop_start
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.files import open_own
-from whiflash_sglang.learn.samples import files_of, samples_of
+from whiflash_sglang.files.disk import open_own
+from whiflash_sglang.updates.samples import files_of, samples_of
 from whiflash_train.learner.guard import Drop, Guard
 from whiflash_train.learner.once import (
     Learning,

@@ -1,0 +1,256 @@
+"""The interface of a drafter to the worker."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from whiflash_kernels import Drafts, PassInputs
+
+from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
+from whiflash_sglang.cache.tokens import DraftKV
+from whiflash_sglang.copying.memory import Tenant
+from whiflash_sglang.device.capture import Recorder
+from whiflash_sglang.device.transfers import Floats, Upload
+from whiflash_sglang.drafts.candidates import Candidate, Forecast
+from whiflash_sglang.prices.costs import Worth
+from whiflash_sglang.records.core import DraftBatch, History
+from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.structure.matchers import Grammar
+
+
+class Drafter:
+    """Every arm.
+
+    arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token). sources:
+    what its drafts are taken from, if that is not its name. features: which of the target's captured layers it reads,
+    None: all. tail_width: columns of feature n-1 that a draft begins with, 0 if it reads none.
+    """
+
+    arm: str
+    max_drafts: int
+    sources: tuple[str, ...] = ()
+    features: FeatureSlice | None = None
+    tail_width: int = 0
+
+    def place(self, requests: int) -> PassInputs | None:
+        """Inputs that `draft` reads for so many requests, and padding after them; None: they may be anywhere."""
+        return None
+
+    def draft(self, batch: DraftBatch) -> Drafts:
+        """Propose tokens for requests at their `place`. KV writes at positions >= n are provisional."""
+        raise NotImplementedError
+
+    def calibration(self, row_ids: Sequence[int], worth: Worth) -> Floats:
+        """Numbers that judge its drafts for the requests in `row_ids`, uploaded with the round's plan.
+
+        worth: what a further draft must bring.
+        """
+        return ()
+
+    def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
+        """`accepted` of its `proposed` drafts of a round were right, which it drafted with these `confidences`.
+
+        Drafts that a caller ordered do not count.
+        """
+
+
+class KVDrafter(Drafter):
+    """An arm with KV at the target's slots, which it ingests from the target's features.
+
+    Lifecycle: `allocate` once → per request `catch_up` with the prompt's rows, then rounds of `catch_up` and
+    `draft` in any order with other arms' rounds between them.
+
+    captured_layers: target layers whose *outputs* it reads. attends_text: whether it attends over a request's text
+    while it ingests: then rows have `requests`. kv: of all slots, once they are allocated.
+    """
+
+    kv: DraftKV
+    captured_layers: tuple[int, ...] = ()
+    attends_text: bool = False
+
+    @property
+    def lengths(self) -> list[int]:
+        """Drafts of the passes that are captured, ascending; the longest make `max_drafts`."""
+        return [self.max_drafts]
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes its KV adds to one target slot."""
+        raise NotImplementedError
+
+    def captured_bytes(self, requests: int) -> int:
+        """Bytes that a captured draft of so many requests takes at its peak."""
+        raise NotImplementedError
+
+    def allocate(self, slots: int) -> None:
+        """Allocate KV for `slots` target slots."""
+        raise NotImplementedError
+
+    def capture(self, recorder: Recorder, inputs: DraftBatch) -> None:
+        """Have `draft` captured for groups of up to as many requests as `inputs` has, whose memory captures read.
+
+        Raises ConfigError where it cannot be captured.
+        """
+        raise NotImplementedError
+
+    def weights_written(self) -> None:
+        """Its model's weights were written in place: what was copied of them follows."""
+
+    def target_written(self) -> None:
+        """The same of the target's."""
+
+    def catch_up(self, rows: FeatureRows) -> None:
+        """Ingest features KV-only: K and V are written, nothing is drafted (KV-only Prefill, arXiv 2606.07710).
+
+        rows: with the columns of `features` only, and with their requests where it `attends_text`.
+        """
+        raise NotImplementedError
+
+
+class TextDrafter(Drafter):
+    """An arm that drafts from the texts of requests and keeps something of each.
+
+    Lifecycle per request: `begin` → `propose` in every round that may be its own → `finish` if it ended → `release`.
+
+    proposes: whether it drafts by `propose`, before the round is planned and without a pass; else `draft` is asked.
+    forbids: whether it drops of another arm's drafts what may not follow. on_device: whether the device drafts for it
+    too, for all requests, where the host knows texts a round late: by `copy`.
+    """
+
+    proposes: bool = True
+    forbids: bool = False
+    on_device: bool = False
+
+    def bytes_for(self, rows: int) -> int:
+        """Bytes that it keeps on the device for so many rows of the request table."""
+        return 0
+
+    def begin(
+        self,
+        row: int,
+        hints: RequestHints,
+        tenant: Tenant | None,
+        predicted: Sequence[int] | None = None,
+        grammar: Grammar | None = None,
+        prompt: int = 0,
+    ) -> None:
+        """A request begins in `row`, or begins again after a retraction.
+
+        Args:
+            tenant: who may share text with it. predicted: tokens of the answer that its caller expects. grammar: what
+                constrains it. prompt: tokens of its text before the answer.
+        """
+        self.release(row)
+
+    def serves(self, row: int) -> bool:
+        """Whether the request in `row` lets it draft at all."""
+        return True
+
+    def propose(
+        self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
+    ) -> Candidate | None:
+        """Tokens that may follow the text of the request in `row`; None: nothing. Asked in every round that may be
+        its own, whichever arm drafts then.
+
+        The text ends where `history` does. Tokens committed since its last look, from any arm, show how right it
+        would have been.
+
+        Args:
+            row: of the request table. length: n at most. history: the request's committed tokens. worth: what a further
+                draft must bring. under_way: tokens at most that earlier rounds may commit before its candidate counts.
+        """
+        raise NotImplementedError
+
+    def extends(self, row: int) -> bool:
+        """Whether it has looked at the request in `row`, and so knows what may follow drafts of others."""
+        return False
+
+    def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Worth) -> Candidate:
+        """`drafts` as far as they may follow the text that it looked at, and what it knows to follow them; asked if it
+        `extends`.
+
+        Args:
+            room: tokens at most, all together. worth: what each of its own must bring.
+        """
+        return drafts
+
+    def copy(self, batch: DraftBatch, drafts: Drafts | None = None) -> Drafts:
+        """Drafts that `propose_copies` makes of every request's text, or of its text and the `drafts` after it;
+        called if it drafts `on_device`.
+
+        `batch.caps` are tokens at most, `drafts` among them.
+        """
+        raise NotImplementedError
+
+    def promised(self, row: int) -> Forecast | None:
+        """Forecast of the device's newest known copy for the request in `row`: then it need not propose.
+
+        None: it must, since it knows the whole text, or texts that the device does not copy from.
+        """
+        return None
+
+    def copied(self, row: int, copy: Candidate, committed: Sequence[int]) -> None:
+        """The device made this `copy` for the request in `row`, and its round committed these tokens."""
+
+    def finish(self, row: int, output: Sequence[int]) -> None:
+        """The request in `row` ended with `output`; `release` follows."""
+
+    def release(self, row: int) -> None:
+        """The request in `row` is gone, or another begins there."""
+
+    def forget(self, handle: int | None) -> None:
+        """Drop text kept across requests: of the tenant with this handle, or of all."""
+
+    def host_bytes(self) -> Mapping[str, int]:
+        """Bytes that it keeps on the host, by scope; empty for most."""
+        return {}
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """Its part of the server's state; empty for most."""
+        return {}
+
+
+def with_kv(drafters: Mapping[str, Drafter]) -> dict[str, KVDrafter]:
+    """Drafters that keep KV."""
+    return {arm: drafter for arm, drafter in drafters.items() if isinstance(drafter, KVDrafter)}
+
+
+def of_text(drafters: Mapping[str, Drafter]) -> dict[str, TextDrafter]:
+    """Drafters that read texts."""
+    return {arm: drafter for arm, drafter in drafters.items() if isinstance(drafter, TextDrafter)}
+
+
+def widest_of(drafters: Mapping[str, Drafter]) -> int:
+    """Most drafts of a round, whoever drafts them."""
+    return max((drafter.max_drafts for drafter in drafters.values()), default=0)
+
+
+def side_by_side(
+    candidates: Sequence[Candidate], width: int
+) -> tuple[np.ndarray[Any, Any], list[int], np.ndarray[Any, Any]]:
+    """As far as `width` columns hold them: tokens [N, width] int64, how many each has, and chances [N, width] float32,
+    with zeros behind.
+    """
+    counts = [min(len(candidate.tokens), width) for candidate in candidates]
+    tokens = np.zeros((len(candidates), width), dtype=np.int64)
+    alive = np.zeros((len(candidates), width), dtype=np.float32)
+    for number, (candidate, count) in enumerate(zip(candidates, counts, strict=True)):
+        if count:
+            tokens[number, :count] = candidate.tokens[:count]
+            alive[number, :count] = candidate.alive[:count]
+    return tokens, counts, alive
+
+
+def padded(candidates: Sequence[Candidate], device: torch.device, width: int) -> Drafts:
+    """The same on the device, one a request."""
+    tokens, counts, alive = side_by_side(candidates, width)
+    upload = Upload()
+    tokens_at, counts_at = upload.ints(tokens.ravel()), upload.ints(counts)
+    alive_at = upload.floats(alive.ravel())
+    ints, floats = upload.send(device)
+    return Drafts(
+        ints[tokens_at].view(tokens.shape),
+        ints[counts_at],
+        alive=floats[alive_at].view(alive.shape),
+        passes=0,
+    )

@@ -1,0 +1,93 @@
+"""The diffusion arm: one DFlash block in one non-causal pass (arXiv 2602.06036)."""
+
+import torch
+from whiflash_kernels import Drafts, dflash_catch_up
+
+from whiflash_sglang.arms.paged import PagedArm, dflash_weights
+from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.formats.choice import Choice, DraftHead, Projection
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.dflash.dflash_config import LayerSpan
+from whiflash_sglang.formats.packed import pack
+from whiflash_sglang.records.core import DraftBatch
+from whiflash_sglang.updates.swap import rewrite
+
+
+class DFlashArm(PagedArm):
+    """One block: the bonus token at position n, then mask tokens, drafted together.
+
+    Drafts that are not expected to pay for their verification are cut off the block's end.
+
+    Entry p comes from feature p alone, at position p; context enters only as K and V, shared by all layers.
+
+    Args:
+        model: loaded checkpoint. captured: the union of captured layers. layers: the checkpoint's own.
+        block: tokens that a block verifies, the bonus token included; at most as many as the checkpoint drafts and it.
+        positions: rotary positions that may occur.
+        vocabulary: [K] int64 target ids that it chooses from; None: all of them.
+    """
+
+    arm = arms.DIFFUSION
+
+    def __init__(
+        self,
+        model: DFlashDrafter,
+        captured: tuple[int, ...],
+        layers: tuple[int, ...],
+        block: int,
+        positions: int,
+        vocabulary: torch.Tensor | None = None,
+    ) -> None:
+        config = model.config
+        weight = model.fc.weight
+        super().__init__(config.num_layers, config.attention, weight.dtype, weight.device)
+        self.model = model
+        self._weights = dflash_weights(model)
+        self._rope = model.rotary.tabulate(positions, weight.device)
+        self.captured_layers = layers
+        self.max_drafts = block - 1
+        self._rows = config.rows(self.max_drafts)
+        self._spans = config.spans or (LayerSpan(),) * config.num_layers
+        self._vocabulary = vocabulary
+        self._head = self._chosen()
+        # Not the target's, which is packed with the target, and again when its weights are updated.
+        parts = [part for part in (self._head.weight, self._head.matrix) if part is not model.target_lm_head]
+        pack(part for part in parts if isinstance(part, torch.Tensor))
+        self.features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
+
+    def _chosen(self) -> DraftHead:
+        head = self.model.head
+        return head if self._vocabulary is None else head.within(self._vocabulary)
+
+    def weights_written(self) -> None:
+        """The model has other weights, at the same addresses: so have the rows that were copied of its second matrix.
+        The first one stays: the target's, or one that versions share.
+        """
+        self._copy(self._head.matrix, self.model.head.matrix)
+
+    def target_written(self) -> None:
+        self._copy(self._head.weight, self.model.head.weight)
+
+    def _copy(self, held: torch.Tensor | Projection | None, whole: torch.Tensor | Projection | None) -> None:
+        """Write rows of `whole` into `held` again, which has some of them."""
+        kept = self._head.kept
+        if kept is not None and isinstance(held, torch.Tensor) and isinstance(whole, torch.Tensor):
+            rewrite(held, whole[kept])
+
+    def catch_up(self, rows: FeatureRows) -> None:
+        dflash_catch_up(rows.features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)
+
+    def whole(self, batch: DraftBatch, wanted: int) -> Choice:
+        rows, size = self._rows, len(batch)
+        positions, slots, ids = batch.rows_from(0, rows, fill=self.model.mask_token_id)
+        assert ids is not None
+        attend = self.attend_at(slots.view(-1), batch, self._spans, extra=rows, width=rows)
+        states = self.model(ids.view(size, rows), positions.view(size, rows), attend)
+        return self.model.propose(states, batch.bonus, wanted, self._head)
+
+    def logits_at_once(self, requests: int) -> int:
+        return requests * self.max_drafts * len(self._head.weight)
+
+    def draft(self, batch: DraftBatch) -> Drafts:
+        return self.drafted(batch)

@@ -1,0 +1,184 @@
+"""The autoregressive arm: a chain that drafts a token a step (EAGLE-3, arXiv 2503.01840, section 3)."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from whiflash_kernels import Drafts, eagle3_catch_up
+
+from whiflash_sglang.arms.paged import PagedArm, eagle3_weights
+from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.formats.choice import Choice
+from whiflash_sglang.formats.dflash.dflash_config import LayerSpan
+from whiflash_sglang.formats.eagle3 import Eagle3Drafter
+from whiflash_sglang.formats.layers import Attend, AttentionShape
+from whiflash_sglang.formats.mtp import MTPDrafter
+from whiflash_sglang.records.core import DraftBatch
+
+SHORTER = (2, 3)
+"""Steps of chains that are captured beside the longest."""
+
+
+class ChainModel(Protocol):
+    """A drafter that drafts token after token; shapes as in `Eagle3Drafter`."""
+
+    @property
+    def draft_vocab_size(self) -> int: ...
+
+    def fuse(self, features: Tensor) -> Tensor: ...
+
+    def __call__(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def choose(self, logits_hidden: Tensor) -> Choice: ...
+
+
+class ChainArm(PagedArm):
+    """Chain of up to `steps` drafts; it ends where another pass is not expected to pay.
+
+    Entry p pairs feature p with the embedding of token p+1, at slot and RoPE position p. A chain's first step
+    runs all of the model at position n-1; every later step feeds back the drafter's own hidden state.
+
+    Args:
+        model: loaded checkpoint. depth: its layers.
+        shape: heads of a layer. weight: one of its matrices, which says dtype and device.
+        captured: the union of layers that the target captures, in layer order.
+        layers: the checkpoint's own, in the order in which it reads them. width: columns of their outputs.
+        steps: drafts of a round at most.
+    """
+
+    arm = arms.AR
+
+    def __init__(
+        self,
+        model: ChainModel,
+        depth: int,
+        shape: AttentionShape,
+        weight: Tensor,
+        captured: tuple[int, ...],
+        layers: tuple[int, ...],
+        width: int,
+        steps: int,
+    ) -> None:
+        super().__init__(depth, shape, weight.dtype, weight.device)
+        self._chain = model
+        self._spans = (LayerSpan(causal=True),) * depth
+        self.captured_layers = layers
+        self.max_drafts = steps
+        self.tail_width = width
+        self.features = FeatureSlice(captured, layers, width // len(layers))
+
+    @property
+    def lengths(self) -> list[int]:
+        return [*(steps for steps in SHORTER if steps < self.max_drafts), self.max_drafts]
+
+    def chain(self, batch: DraftBatch, steps: int) -> Iterator[Choice]:
+        """The chain, step by step: of every request the target's id [G] and how sure the drafter is of it [G].
+
+        Nothing is read on the host between steps; who may read stops before.
+        """
+        positions, slots, _ = batch.rows_from(-1, steps)
+        token, hidden = batch.bonus, self._chain.fuse(batch.tail)
+        by_step = positions.t().contiguous()
+        for step in range(steps):
+            attend = self.attend_at(slots[:, step], batch, self._spans, extra=step, width=1)
+            hidden, logits_hidden = self._chain(token, hidden, by_step[step], attend)
+            choice = self._chain.choose(logits_hidden)
+            token = choice.token
+            yield choice
+
+    def whole(self, batch: DraftBatch, wanted: int) -> Choice:
+        tokens, confidences = zip(*self.chain(batch, wanted), strict=True)
+        return Choice(torch.stack(tokens, 1), torch.stack(confidences, 1))
+
+    def logits_at_once(self, requests: int) -> int:
+        return requests * self._chain.draft_vocab_size
+
+    def draft(self, batch: DraftBatch) -> Drafts:
+        # Running all steps costs less if reading would wait for the device at every step, or if all are one launch.
+        if not batch.host.exact or self.captured_for(batch) is not None:
+            drafts = self.drafted(batch)
+            return drafts._replace(passes=drafts.tokens.shape[1])
+        tokens, confidences = [], []
+        for choice in self.chain(batch, max(batch.limits)):
+            tokens.append(choice.token)
+            confidences.append(choice.confidence)
+            if not self.length.goes_on(confidences, batch):
+                break
+        return self.cut(torch.stack(tokens, 1), torch.stack(confidences, 1), batch, passes=len(tokens))
+
+
+class Eagle3Arm(ChainArm):
+    """A chain whose features are fused outputs of several layers of the target.
+
+    One layer ingests by products alone. K and V of a layer above it come from what the layers below put out, so these
+    attend over the request's text.
+
+    Args:
+        model: loaded checkpoint. captured, layers, steps: as of `ChainArm`. positions: rotary positions that may occur.
+    """
+
+    def __init__(
+        self,
+        model: Eagle3Drafter,
+        captured: tuple[int, ...],
+        layers: tuple[int, ...],
+        steps: int,
+        positions: int,
+    ) -> None:
+        heads, fc, depth = model.config.attention, model.fc, model.num_layers
+        super().__init__(model, depth, heads, fc.weight, captured, layers, fc.in_features, steps)
+        self.model = model
+        self.attends_text = depth > 1
+        self._weights = None if self.attends_text else eagle3_weights(model)
+        self._rope = model.rotary.tabulate(positions, fc.weight.device)
+
+    def catch_up(self, rows: FeatureRows) -> None:
+        features, tokens, weights = rows.features, rows.next_tokens, self._weights
+        if weights is None:
+            fused = self.model.fuse(features)
+            embedded = rows.embedded(self.model.embed)
+            k, v = self.model.keys_values(embedded, fused, rows.positions, self.attend_text(rows))
+            # Padding goes to slot 0, which is nobody's: which rows are padding is not for the host to know.
+            self.kv.write(self.model.num_layers - 1, rows.slots.clamp(min=0), k, v)
+            return
+        if rows.images is not None or not self.model.embeds_alone:
+            # Embeddings that the processes looked up together, or that images have, take the matrix's place, a row a
+            # token.
+            weights = replace(weights, embedding=rows.embedded(self.model.embed))
+            tokens = torch.arange(len(tokens), device=tokens.device)
+        eagle3_catch_up(features, tokens, rows.positions, rows.slots, weights, self._rope, self.kv.pools)
+
+
+class MTPArm(ChainArm):
+    """A chain whose feature is the target's state behind the final norm.
+
+    Args:
+        model: loaded from the target's files. captured, layers, steps: as of `ChainArm`. positions: rotary positions
+            that may occur.
+    """
+
+    def __init__(
+        self,
+        model: MTPDrafter,
+        captured: tuple[int, ...],
+        layers: tuple[int, ...],
+        steps: int,
+        positions: int,
+    ) -> None:
+        config, weight = model.config, model.projection.weight
+        super().__init__(model, 1, config.attention, weight, captured, layers, config.hidden_size, steps)
+        self.model = model
+        model.rotary.tabulate(positions, weight.device)
+
+    def catch_up(self, rows: FeatureRows) -> None:
+        k, v = self.model.keys_values(rows.embedded(self.model.embed), rows.features, rows.positions)
+        # Padding goes to slot 0, which is nobody's: which rows are padding is not for the host to know.
+        self.kv.write(0, rows.slots.clamp(min=0), k, v)
+
+    def captured_bytes(self, requests: int) -> int:
+        return super().captured_bytes(requests) + self.model.peak_bytes(requests)

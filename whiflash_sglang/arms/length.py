@@ -1,0 +1,73 @@
+"""Draft length by expectation: a draft goes on as long as one more token is expected to pay for itself.
+
+A drafter's confidence in a token (its own top-1 probability) is calibrated while serving into the chance that the
+target accepts it, given that it accepted everything before. The product of these chances along a draft is what one
+more token is expected to bring; `Worth` says what it costs. Imports no SGLang.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from whiflash_kernels import cut_drafts
+
+from whiflash_sglang.drafts.rates import Rates
+from whiflash_sglang.prices.costs import FULL_LENGTH, Worth
+from whiflash_sglang.records.core import DraftBatch
+
+EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
+"""Top-1 probabilities that separate the bins of confidence."""
+
+CALIBRATION = len(EDGES) + 3
+"""Numbers that drafts are judged by: of each bin, their mean, and a row's worth."""
+
+PRIOR_WEIGHT = 8.0
+"""Tokens for which a bin is believed to be calibrated as it is: as often right as it is sure."""
+
+DECAY = 0.998
+"""Weight of a bin's earlier observations after every new one."""
+
+
+def chances() -> Rates:
+    """Chance of acceptance per bin of confidence, given that all before it were; the confidence itself is the prior."""
+    return Rates(((low + high) / 2 for low, high in pairwise((0.0, *EDGES, 1.0))), PRIOR_WEIGHT, DECAY)
+
+
+class DraftLength:
+    """One drafter's chances, learned on the host; what they say of a round's drafts is worked out on the device."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.chances = chances()
+        self._edges = torch.tensor(EDGES, device=device)
+
+    def calibration(self, worth: Worth = FULL_LENGTH) -> list[float]:
+        """Numbers that a round's plan uploads, `CALIBRATION` of them: the chance of every bin of confidence, their
+        mean, and the worth of a row.
+        """
+        return [*self.chances.all, self.chances.mean, worth.row]
+
+    def cut(self, confidences: torch.Tensor, batch: DraftBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many drafts are worth their rows, of those with `confidences` [B, W] float32: counts [B] int64, and the
+        chances [B, W] that all so far are right.
+
+        Always the first, so that a drafter that was wrong for a while is not forgotten.
+        """
+        return cut_drafts(confidences, batch.calibration, self._edges, batch.caps)
+
+    def goes_on(self, confidences: Sequence[torch.Tensor], batch: DraftBatch) -> bool:
+        """Whether another pass pays after drafts with these `confidences`, [B] each. Reads the device."""
+        depth, worth = len(confidences), batch.worth
+        counts, alive = self.cut(torch.stack(list(confidences), 1), batch)
+        growing = [
+            chance
+            for chance, count, limit in zip(alive[:, -1].tolist(), counts.tolist(), batch.limits, strict=True)
+            if count == depth < limit
+        ]
+        gain = sum(growing) * float(batch.calibration[-2])
+        return bool(growing) and gain >= worth.draft + worth.row * len(growing)
+
+    def observe(self, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
+        """The first `accepted` of the `proposed` drafts with these `confidences` were right, the next one was not."""
+        for depth, confidence in enumerate(confidences[: min(accepted + 1, proposed)]):
+            self.chances.observe(bisect_right(EDGES, confidence), depth < accepted)

@@ -1,0 +1,173 @@
+"""One request's copies: from its own text, and from what its caller expects back.
+
+The longest match wins, the newest of equals. Counting which continuation is the most frequent did no better on
+training answers; how much the places agree shows instead how far to trust the copy (see `calibration`).
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from operator import mul, neg
+
+from whiflash_sglang.copying.calibration import Agreement, MatchCalibration, RequestCalibration
+from whiflash_sglang.copying.index import MAX_MATCH, Place, SuffixIndex
+from whiflash_sglang.copying.predicted import Prediction
+from whiflash_sglang.drafts.candidates import NOTHING, Candidate, Part, common_prefix
+
+Match = tuple[Place, Sequence[int]]
+"""A place that matches, and what followed there."""
+
+SOURCES = CONTEXT, PREDICTION = "context", "prediction"
+"""The sources of a copy: prompt and answer, what the caller expects back."""
+
+
+def teach(
+    copy: Candidate, committed: Sequence[int], judge: MatchCalibration, request: RequestCalibration | None
+) -> None:
+    """Show `judge`, and what is known of the `request` itself, how right a `copy` was: `committed` followed."""
+    compared = zip(copy.tokens, copy.agreements, committed, strict=False)
+    for length, (copied, agreement, token) in enumerate(compared, copy.matched):
+        right = copied == token
+        if length == copy.matched and request is not None:
+            request.observe(judge.chance(length, agreement), right)
+        judge.observe(length, agreement, right)
+        if not right:
+            break
+
+
+class Copier:
+    """One request. `look` proposes, and whatever is committed next shows how right it was, whoever drafted.
+
+    Args:
+        calibration: shared by the tenant's requests. min_match: shortest match worth copying from, in tokens.
+        prediction: what the caller expects back, preferred to the text where both match as long. request: what is known
+            of how it copies; None: nothing.
+    """
+
+    def __init__(
+        self,
+        calibration: MatchCalibration,
+        min_match: int = 1,
+        prediction: Prediction | None = None,
+        request: RequestCalibration | None = None,
+    ) -> None:
+        self.text = SuffixIndex()
+        self.calibration, self._request = calibration, request or RequestCalibration()
+        self._min_match, self._prediction = min_match, prediction
+        self._copy = NOTHING
+        self._source: Place | None = None
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append what was committed since: the prompt first, then round by round."""
+        judge = self.calibration if self._source is None else self._judge(self._source)
+        teach(self._copy, tokens, judge, self._request if judge is self.calibration else None)
+        self._copy = NOTHING
+        if self._prediction is not None:
+            self._prediction.follow(tokens)
+        if self._source is not None:
+            self._source = self._source._replace(source=self._source.source + len(tokens))
+        self.text.extend(tokens)
+
+    def look(self, limit: int, worth: float) -> Candidate:
+        """The copy after the text's end: up to `limit` tokens, the first in any case, each of the others accepted with
+        a chance of at least `worth`.
+        """
+        self._copy = NOTHING
+        matches = self._find((), limit)
+        if matches:
+            best = _best(matches)
+            self._source = matches[best][0]
+            self._copy = self._propose(matches, best, worth)
+        return self._copy
+
+    def look_beyond(self, drafts: Sequence[int], alive: float, limit: int, worth: float) -> Candidate:
+        """Up to `limit` tokens to copy after `drafts`, which are accepted with a chance of `alive`.
+
+        Every one is worth verifying. Nothing is learned from them: what they say is looked for again once committed.
+        """
+        matches = self._find(drafts, limit) if alive >= worth else []
+        if not matches:
+            return NOTHING
+        copy = self._propose(matches, _best(matches), worth, alive)
+        return copy if copy.alive[0] >= worth else NOTHING
+
+    def _find(self, drafts: Sequence[int], limit: int) -> list[Match]:
+        """Places that match the text's end, `drafts` behind it included, and what followed there, newest first."""
+        end = [*self.text.end, *drafts][-MAX_MATCH:] if drafts else self.text.end
+        places = list(self.text.places_of(end) if drafts else self.text.places())
+        copied_on = self._copied_on(end, len(drafts))
+        if copied_on is not None:
+            if copied_on in places:
+                places.remove(copied_on)
+            places.insert(0, copied_on)
+        if self._prediction is not None:
+            at = 0 if self._prediction.is_followed else len(places)
+            places.insert(at, self._prediction.place_behind(drafts))
+        least = self._min_match
+        return [
+            (place, tokens)
+            for place in places
+            if place.length >= least and (tokens := place.text.continuation(place.source, limit, drafts))
+        ]
+
+    def _copied_on(self, end: Sequence[int], drafts: int) -> Place | None:
+        """The place of the last copy, moved on: a chain's newest places may have left it behind."""
+        last = self._source
+        if last is None or last.text is not self.text:
+            return None
+        return self.text.place_at(last.source + drafts, end)
+
+    def _propose(self, matches: Sequence[Match], best: int, worth: float, chance: float = 1.0) -> Candidate:
+        """The copy from place `best`; `chance`: that everything before it is accepted."""
+        place, copy = matches[best]
+        judge, length = self._judge(place), place.length
+        agreements: list[int] = []
+        known: list[float] = []
+        for agreement, count in _votes(matches, copy):
+            known += judge.along(length + len(known), agreement, count)
+            agreements += [agreement] * count
+        if judge is self.calibration:
+            known[0] = self._request.adjust(judge.chance(length, agreements[0]))
+        alive = list(accumulate(known, mul, initial=chance))[1:]
+        paid = len(alive) if alive[-1] >= worth else bisect_right(alive, -worth, 1, key=neg)
+        parts = [Part(self._origin(place), paid)]
+        return Candidate(list(copy[:paid]), alive[:paid], parts, 0, length, agreements[:paid])
+
+    def _origin(self, place: Place) -> str:
+        """The source of a copy from `place`."""
+        return CONTEXT if place.text is self.text else PREDICTION
+
+    def _judge(self, place: Place) -> MatchCalibration:
+        """The features by which a copy from `place` is judged."""
+        predicted = self._prediction
+        return (
+            self.calibration
+            if predicted is None or place.text is not predicted.text
+            else predicted.calibration
+        )
+
+
+def _best(matches: Sequence[Match]) -> int:
+    """The longest match, the first of equals."""
+    lengths = [place.length for place, _ in matches]
+    return lengths.index(max(lengths))
+
+
+def _votes(matches: Sequence[Match], copy: Sequence[int]) -> Iterator[tuple[Agreement, int]]:
+    """How places judge the tokens of a `copy` from one of them: for how many in a row alike.
+
+    At each token those vote that agreed with the copy so far.
+    """
+    shared = [len(copy) if ahead == copy else common_prefix(ahead, copy) for _, ahead in matches]
+    following: Sequence[int] = range(len(matches))
+    begin = 0
+    for at in sorted({count for count in shared if count < len(copy)}):
+        if at > begin:
+            yield Agreement.UNANIMOUS, at - begin
+        same = [i for i in following if shared[i] > at]
+        longest = max(matches[i][0].length for i in same)
+        leads = all(matches[i][0].length < longest for i in following if shared[i] == at)
+        yield Agreement.LEADING if leads else Agreement.CONTESTED, 1
+        following, begin = same, at + 1
+    if begin < len(copy):
+        yield Agreement.ALONE if len(following) == 1 else Agreement.UNANIMOUS, len(copy) - begin

@@ -1,0 +1,1 @@
+"""Names of arms, what a draft is, and how often one is right."""

@@ -1,0 +1,145 @@
+"""Our flags on SGLang's own command lines and on `Engine(...)`.
+
+The values ride on `server_args._whiflash`: SGLang pickles underscore attributes to its child processes.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from whiflash_sglang.checkpoints import hub
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.engine import hooks, patching
+from whiflash_sglang.engine.carried import ALGORITHM
+from whiflash_sglang.engine.patching import around
+from whiflash_sglang.errors import ConfigError, WhiflashError
+from whiflash_sglang.settings.config import Flags, flag_of, parse_flags, resolve
+from whiflash_sglang.settings.flags import flags
+
+
+def offer() -> None:
+    """Add the flags to every launcher. Idempotent.
+
+    SGLang has to know them before it can see whether WHIFLASH is asked for; without it they change nothing.
+    """
+    patching.install(sys.modules[__name__])
+
+
+def _dest(field: str) -> str:
+    return flag_of(field)[2:].replace("-", "_")
+
+
+@around(
+    "sglang.srt.server_args:ServerArgs.add_cli_args",
+    params=("parser",),
+    why="plugins cannot add flags",
+    until="SGLang asks an algorithm for its flags",
+)
+def _add_flags(original: Any, parser: argparse.ArgumentParser) -> None:
+    """Command lines have our flags."""
+    original(parser)
+    group = parser.add_argument_group(
+        "WhiFlash",
+        "with --speculative-algorithm WHIFLASH; --speculative-draft-model-path takes a bundle, or nothing",
+    )
+    for flag in flags():
+        group.add_argument(
+            flag.name, dest=_dest(flag.field), default=None, metavar=flag.takes, help=flag.meaning
+        )
+
+
+@around(
+    "sglang.srt.server_args:ServerArgs.from_cli_args",
+    params=("args",),
+    why="plugins cannot add flags",
+    until="SGLang asks an algorithm for its flags",
+)
+def _read_flags(original: Any, cls: Any, args: argparse.Namespace) -> Any:
+    """Our flags are read where the algorithm is ours."""
+    server_args = original(cls, args)
+    given = {field: getattr(args, _dest(field), None) for field in Flags.model_fields}
+    try:
+        if not _wanted(server_args):
+            _require_nothing(given)
+            return server_args
+        attach(server_args, given)
+    except WhiflashError as error:
+        raise SystemExit(f"whiflash: error: {error}") from None
+    server_args._whiflash_from_command_line = True
+    hooks.in_launcher(server_args)
+    return server_args
+
+
+@around(
+    "sglang.srt.entrypoints.engine:Engine.server_args_class",
+    why="plugins cannot add keywords",
+    until="SGLang asks an algorithm for its flags",
+    makes=True,
+)
+def _engine_arguments(original: Any) -> Any:
+    """`Engine` has our flags as keywords."""
+
+    def build(**kwargs: Any) -> Any:
+        given = {field: kwargs.pop(_dest(field), None) for field in Flags.model_fields}
+        server_args = original(**kwargs)
+        if _wanted(server_args):
+            attach(server_args, given)
+            hooks.in_engine()
+        else:
+            _require_nothing(given)
+        return server_args
+
+    return staticmethod(build)
+
+
+def _wanted(server_args: Any) -> bool:
+    return (server_args.speculative_algorithm or "").upper() == ALGORITHM
+
+
+def _require_nothing(given: dict[str, Any]) -> None:
+    for field, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"{flag_of(field)} has no effect without --speculative-algorithm WHIFLASH: give both, or remove it"
+            )
+
+
+def attach(server_args: Any, given: dict[str, Any]) -> None:
+    """Resolve the flags and put the settings on the record, before SGLang's own resolution reads the draft path.
+
+    Raises:
+        ConfigError: naming the flag or the file.
+        IncompatibleEngineError: a private name of SGLang is missing or has changed.
+    """
+    patching.require_names()
+    from whiflash_sglang.checkpoints.fit import target_mtp
+    from whiflash_sglang.engine.launch.arguments import choose
+
+    flags = parse_flags(given)
+    path, download_dir = server_args.speculative_draft_model_path, server_args.download_dir
+    revision = server_args.speculative_draft_model_revision
+    local = (
+        hub.fetch(path, revision=revision, download_dir=download_dir)
+        if path
+        else hub.default_bundle_for(server_args.model_path)
+    )
+    if flags.eagle_draft:
+        eagle = hub.fetch(flags.eagle_draft, download_dir=download_dir)
+        flags = flags.model_copy(update={"eagle_draft": str(eagle)})
+    if flags.neural_router_path and not Path(flags.neural_router_path).is_file():
+        router = hub.fetch(flags.neural_router_path, download_dir=download_dir)
+        flags = flags.model_copy(update={"neural_router_path": str(router)})
+    head = partial(target_mtp, server_args.model_path, server_args.revision, download_dir)
+    settings = resolve(flags, local, download_dir, head)
+    server_args._whiflash = settings
+    choose(server_args)
+    # SGLang reads the draft path as a checkpoint before any validator of ours runs.
+    draft = settings.drafters.get(arms.DIFFUSION) or settings.drafters.get(arms.AR)
+    server_args.speculative_draft_model_path = None if draft is None else str(draft)
+    # Without a tokenizer there is nothing that a template could be put into, and nobody chats.
+    if server_args.chat_template is None and settings.chat_template is not None:
+        server_args.chat_template = None if server_args.skip_tokenizer_init else str(settings.chat_template)
+    if server_args.tool_call_parser is None and settings.tool_call_parser is not None:
+        server_args.tool_call_parser = settings.tool_call_parser

@@ -1,0 +1,206 @@
+"""Outputs of a loaded target's layers: one capture, in serving and for training data.
+
+Which of SGLang's model classes let their layers' outputs be captured.
+
+Read from their sources: it is asked when the arguments are read, and importing a model's class takes seconds.
+"""
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache, cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+
+from whiflash_sglang.checkpoints.fit import TargetShape
+from whiflash_sglang.engine.forward.parallel import (
+    input_embedding,
+    is_quantised,
+    is_shared_with_peers,
+    output_head,
+    rows_here,
+    shared_vocabulary,
+    whole_head,
+)
+from whiflash_sglang.engine.supported import has
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.formats.choice import SharedVocabulary
+
+SETTERS = ("set_dflash_layers_to_capture", "set_eagle3_layers_to_capture", "set_dspark_layers_to_capture")
+"""Methods that say which layers, in the order in which a loaded model is asked for them."""
+_DSPARK_ALONE = ("KimiLinearForCausalLM",)
+"""Classes that have the last one alone, and capture layers' outputs by it: DeepSeek-V4's are no layer's output."""
+
+
+def may_capture(architecture: str) -> bool:
+    """Whether a class has a setter, its own or an inherited one. A class from
+    outside SGLang is known only once its model is loaded, so it counts as having one."""
+    return _has_setter(architecture) is not False
+
+
+def _has_setter(name: str) -> bool | None:
+    """None where the class is not among SGLang's models."""
+    if name not in _classes():
+        return None
+    bases, body = _classes()[name]
+    # MiniCPM-V's classes hand them on to another one, which they choose by version.
+    setters = SETTERS if name in _DSPARK_ALONE else (*SETTERS[:2], "__getattr__")
+    if any(f"def {setter}(" in body for setter in setters):
+        return True
+    return any(_has_setter(base) for base in re.findall(r"\w+", bases) if base != name)
+
+
+@cache
+def _classes() -> dict[str, tuple[str, str]]:
+    """Bases and body of every class in the modules of SGLang's models."""
+    classes: dict[str, tuple[str, str]] = {}
+    for file in (Path(str(files("sglang"))) / "srt" / "models").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for one in re.finditer(r"^class (\w+)(?:\(([^)]*)\))?:\n((?:[ \t].*\n|\n)*)", text, re.MULTILINE):
+            classes[one[1]] = one[2] or "", one[3]
+    return classes
+
+
+class Captured:
+    """Outputs of some layers, and the state behind the final norm, of every forward that asks for hidden states.
+
+    Attributes:
+        read: states of a row that drafters read. vectors: those that are kept. mode: what a forward is asked to keep
+            for them.
+    """
+
+    def __init__(self, model: Any, num_layers: int, layers: Sequence[int], *, keeps_final: bool) -> None:
+        """Upstream's setters write one list and the second would overwrite the first, so the union is set once.
+
+        Args:
+            model: SGLang's. layers: ascending; `num_layers` means the state after the final norm, which is then
+                the last of the features. keeps_final: that state is kept beside the features.
+
+        Raises:
+            CheckpointError: the model cannot capture what its layers put out.
+        """
+        self._layers = [layer for layer in layers if layer < num_layers]
+        self.read, self._joins_final = len(layers), len(self._layers) < len(layers)
+        if self._layers:
+            _set_layers(model, self._layers)
+        if self._layers and (keeps_final or self._joins_final):
+            processor = language_model(model).logits_processor
+            processor.keep_last_hidden_states = True
+            if not has("0.5.23"):
+                processor.register_forward_hook(self._join)
+        self._width = 0  # of the features, where `_join` puts the final states behind them
+        self.vectors = self.read + (keeps_final and not self._joins_final)
+        self.mode = CaptureHiddenMode.FULL if self.vectors else CaptureHiddenMode.NULL
+
+    def take(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`states` of a forward, which SGLang's record then has no longer."""
+        states = self.states(output)
+        output.hidden_states = output.last_hidden_states = None
+        return states
+
+    def _join(self, _: Any, args: tuple[Any, ...], output: Any) -> None:
+        """SGLang 0.5.22 keeps the features only, also of a graph: the final states go behind them."""
+        if output.hidden_states is not None:
+            self._width = output.hidden_states.shape[-1]
+            output.hidden_states = torch.cat([output.hidden_states, args[1]], -1)
+
+    def states(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Features [T, F] and final states [T, H] of a forward. F is 0 if no drafter reads any."""
+        features: Any = output.hidden_states
+        final: Any = getattr(output, "last_hidden_states", None)
+        if not self.read:
+            logits = output.next_token_logits
+            return logits.new_empty((len(logits), 0)), features
+        if not self._layers:
+            # Without a layer to capture SGLang keeps what its head reads.
+            return features, features
+        if self._width:
+            split = features.tensor_split([self._width], -1)
+            return features if self._joins_final else split[0].contiguous(), split[1].contiguous()
+        return torch.cat([features, final], -1) if self._joins_final else features, final
+
+
+def language_model(model: Any) -> Any:
+    """The part of SGLang's `model` that has the head: the model itself, or what it holds beside a tower for images."""
+    while not hasattr(model, "logits_processor") and hasattr(model, "language_model"):
+        model = model.language_model
+    return model
+
+
+def _set_layers(model: Any, layers: list[int]) -> None:
+    for name in SETTERS:
+        # Qwen3-VL's hands on the first to its text model, which has the other one alone.
+        if hasattr(model, name):
+            with suppress(AttributeError):
+                getattr(model, name)(layers)
+                return
+    raise CheckpointError(
+        f"{type(model).__name__} has no hidden-state capture in SGLang, so no drafter can read it"
+    )
+
+
+class LoadedTarget:
+    """The target that a worker of SGLang's serves."""
+
+    def __init__(self, target_worker: Any) -> None:
+        self.worker = target_worker
+        self.runner = target_worker.model_runner
+        self.model = self.runner.model
+        self._text = language_model(self.model)
+        self.shape = TargetShape.of(target_worker.model_config)
+        self.dtype: torch.dtype = self.runner.dtype
+        self.device = torch.device(self.runner.device)
+
+    @property
+    def shared(self) -> SharedVocabulary | None:
+        """The vocabulary where several processes have parts of it, or it is quantised; else None."""
+        return shared_vocabulary(self._text, self.shape.vocab_size)
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """[V, H] input embedding, without padding rows; those of this process where it is split, none if quantised."""
+        return self._matrix("input embedding", input_embedding(self._text))
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor of rows of `embedding` before the first layer; those of `shared` are multiplied already."""
+        return 1.0 if self.shared and self.shared.embed else self.row_scale
+
+    @property
+    def row_scale(self) -> float:
+        """Factor by which the embedding's own module multiplies its rows (Gemma)."""
+        return float(getattr(input_embedding(self._text), "embed_scale", 1.0))
+
+    @cached_property
+    def lm_head(self) -> torch.Tensor:
+        """[V, H] output projection, as `embedding`; all of it where ranks with requests of their own share it."""
+        head = output_head(self._text)
+        if is_shared_with_peers(head):
+            return whole_head(head, self.shape.vocab_size)
+        return self._matrix("output head", head)
+
+    def gather_head(self) -> None:
+        """Write into `lm_head` what ranks have of it now, where they share one. All must call it alike."""
+        head = output_head(self._text)
+        if "lm_head" in vars(self) and is_shared_with_peers(head):
+            self.lm_head.copy_(whole_head(head, self.shape.vocab_size))
+
+    def _matrix(self, what: str, module: Any) -> torch.Tensor:
+        """Rows of the vocabulary of a module's weight. Raises CheckpointError where that is no plain matrix, though
+        SGLang has no quantisation for it."""
+        hidden_size = self.shape.hidden_size
+        if is_quantised(module):
+            return torch.empty(0, hidden_size, dtype=self.dtype, device=self.device)
+        weight: torch.Tensor = module.weight
+        if not weight.is_floating_point() or weight.itemsize < 2 or weight.shape[1] != hidden_size:
+            raise CheckpointError(
+                f"the target's {what} is {weight.dtype} {list(weight.shape)}, no matrix of 16 or 32 bits over "
+                f"{hidden_size}; use another checkpoint"
+            )
+        rows = rows_here(module, self.shape.vocab_size)
+        # Itself where there is no padding: a packed copy stays with the tensor object, and so serves drafters too.
+        return weight if rows == len(weight) else weight[:rows]

@@ -1,0 +1,258 @@
+"""Verifications replayed from captured graphs: one graph for a number of packed rows, whatever each request's width.
+
+SGLang's own runner does the capturing and the replaying. Its graphs of ragged verifications ("compact") come in sizes
+that are multiples of the widest block, so that three requests of one row each would replay seventeen rows; here the
+sizes are counts of rows. The widths are data: only their sum chooses the graph.
+
+A graph's rows beyond those of the batch belong to slots without a request. There are always enough of them that no
+request of the batch is prolonged and no slot has more than `widest` rows, the bound that attention kernels are
+captured with. Their K and V go to KV slot 0, which nobody reads.
+
+The device's work after the forward is captured with it (`Target.end_graphs_with`): a function in the model runner's
+`capture_tail_hooks` is called as `hook(runner, output, forward_batch, rows)` inside the captured region. There
+`forward_batch.spec_info.ragged_verify_layout` holds a replay's widths on the device, padded to the graph's slots.
+"""
+
+from collections.abc import Callable
+from math import ceil
+from typing import Any, TypeVar
+
+import torch
+from sglang.srt.environ import envs
+from sglang.srt.mem_cache.allocation import assign_req_to_token_pool_func
+from sglang.srt.model_executor.cuda_graph_buffer_registry import PaddingPolicy
+from sglang.srt.model_executor.cuda_graph_config import Backend
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+from sglang.srt.model_executor.runner_utils.pool import (
+    get_or_create_global_graph_capture_stream,
+    get_or_create_global_graph_memory_pool,
+    graph_pool_capture_scope,
+    graph_pool_replay_scope,
+)
+from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
+from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+from sglang.srt.speculative.ragged_verify import (
+    RaggedVerifyLayout,
+    RaggedVerifyMode,
+    resolve_ragged_verify_layout,
+    round_up_grid,
+)
+from triton.runtime.errors import OutOfResources
+from whiflash_kernels import GraphSlots, fill_slots
+
+from whiflash_sglang.device.capture import MOST_DRAFTS, Recorder, doubling, graded
+from whiflash_sglang.engine.forward.recurrent import rows_counted
+from whiflash_sglang.engine.supported import has
+
+T = TypeVar("T")
+
+WARM_UPS = 2
+"""Runs before a capture: kernels are compiled, libraries pick their algorithms, and tables of addresses are made."""
+
+
+class CudaRecorder:
+    """Captures drafters' passes into the memory that the target's graphs share (no GPU has run this).
+
+    Two graphs never replay at once, so their temporary tensors may share memory.
+    """
+
+    def record(self, body: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        stream = get_or_create_global_graph_capture_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                try:
+                    body()
+                except (
+                    OutOfResources
+                ) as error:  # what a kernel needs of a multiprocessor, which is no RuntimeError
+                    raise RuntimeError(str(error)) from error
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        pool = get_or_create_global_graph_memory_pool(torch.cuda)
+        with graph_pool_capture_scope(), torch.cuda.graph(graph, pool=pool, stream=stream):
+            result = body()
+
+        def again() -> None:
+            with graph_pool_replay_scope():
+                graph.replay()
+
+        return again, result
+
+
+def enabled(device: torch.device) -> bool:
+    """Whether this server captures graphs: not on a CPU, nor with `--disable-cuda-graph`."""
+    return device.type == "cuda" and get_exec().graph.cuda_graph_config.decode.backend != Backend.DISABLED
+
+
+def captures_passes(device: torch.device) -> bool:
+    """Whether drafters' passes are captured too: not where several ranks choose each draft together."""
+    return enabled(device) and get_parallel().attn_tp_size == 1
+
+
+def recorder(model_runner: Any) -> Recorder | None:
+    """Recorder that captures drafters' passes; None if every pass runs as it is written."""
+    return CudaRecorder() if captures_passes(torch.device(model_runner.device)) else None
+
+
+def install(model_runner: Any, mode: CaptureHiddenMode) -> None:
+    """Let the target's runner capture these graphs, should it capture any. mode: hidden states that they keep."""
+    graphs = type(VerifyGraphs.__name__, (VerifyGraphs,), {"mode": mode})
+    model_runner._decode_cuda_graph_runner_cls = lambda: graphs
+
+    def logits_rows() -> int:
+        """Rows of the largest graph, which the buffer of logits has: SGLang counts each request at its widest."""
+        widest = int(get_spec().speculative_num_draft_tokens)
+        return most_rows(type(model_runner).max_decode_logits_rows(model_runner) // widest, widest)
+
+    model_runner.max_decode_logits_rows = logits_rows
+
+
+def most_rows(requests: int, widest: int) -> int:
+    """Rows of the largest verification of up to so many requests, `widest` each at most."""
+    return requests + min(requests * (widest - 1), MOST_DRAFTS)
+
+
+def spare_slots(requests: int, widest: int) -> int:
+    """Slots beyond the requests that hold what any batch leaves of its graph, `widest` rows each.
+
+    The host packs for more drafts than there may be, so a batch may leave all rows but one a request.
+    """
+    return max(ceil((most_rows(requests, widest) - requests) / widest), 1)
+
+
+def bytes_for(requests: int, widest: int, *, vocabulary: int, row_bytes: int) -> int:
+    """Bytes that graphs of up to so many requests keep for good, beside memory that they share while one is replayed.
+
+    Args:
+        vocabulary: all graphs write their logits to the same 32-bit buffer. row_bytes: those of the features and hidden
+        states of one row, of which every graph has its own.
+    """
+    buckets = graded(most_rows(requests, widest))
+    return buckets[-1] * vocabulary * 4 + sum(buckets) * row_bytes
+
+
+class GraphLayout(RaggedVerifyLayout, frozen=True):  # type: ignore[call-arg, misc]
+    """The layout of a graph, at the places that the graph reads: of its requests and of the slots beside them."""
+
+    slots: GraphSlots | None = None
+
+    def padded_to_bucket(self, *, padded_bs: int, cap: int | None = None) -> "GraphLayout":
+        """Itself: no slot has more than `VerifyGraphs.widest` rows."""
+        return self
+
+
+class VerifyGraphs(DecodeCudaGraphRunner):  # type: ignore[misc]
+    """The target's graphs, by rows.
+
+    requests: most requests of a batch that is replayed; widest: most rows of one of them. mode: hidden states to keep.
+    """
+
+    capture_bs: list[int]
+    mode = CaptureHiddenMode.FULL
+
+    def __init__(self, model_runner: Any, *, attn_backend: Any = None) -> None:
+        self.widest = int(get_spec().speculative_num_draft_tokens)
+        # Upstream refuses adapters beside packed rows; its backend of theirs reads the layout (`lora`).
+        self._adapters, model_runner.lora_manager = model_runner.lora_manager, None
+        try:
+            # Upstream counts its shapes in requests of one width; with a width of one it counts rows.
+            with envs.SGLANG_RAGGED_VERIFY_MODE.override(RaggedVerifyMode.COMPACT.value):
+                super().__init__(model_runner, attn_backend=attn_backend, speculative_num_draft_tokens=1)
+        finally:
+            model_runner.lora_manager = self._adapters
+        for name in ("seq_lens", "req_pool_indices"):  # `load_batch` fills them
+            slot = self.buffer_registry.get_slot(name)
+            slot.copy_from_fb, slot.padding_policy = False, PaddingPolicy.KEEP_PAD
+        if torch.device(self.device).type == "cuda":
+            self._compile_allocation()
+
+    def _compile_allocation(self) -> None:
+        """Launch what SGLang writes new slots of a batch to its table with, which Triton compiles for each doubling of
+        requests and for slots at odd places, for no slots."""
+        none = torch.zeros(self.requests, dtype=torch.int32, device=self.device)
+        rows, slots = none.long(), torch.zeros(2, dtype=torch.int64, device=self.device)
+        for size in doubling(1, self.requests):
+            for first in range(2):
+                assign_req_to_token_pool_func(
+                    rows, self.model_runner.req_to_token_pool.req_to_token, none, none, slots[first:], size
+                )
+
+    def capture(self) -> None:
+        self.model_runner.lora_manager = self._adapters
+        if self._adapters is not None:
+            name = "init_decode_cuda_graph_batch_info" if has("0.5.23") else "init_cuda_graph_batch_info"
+            getattr(self._adapters, name)(self.max_bs, num_tokens_per_req=self.widest)
+        super().capture()
+
+    def rows_for(self, total: int, requests: int) -> int | None:
+        """Rows to pack a batch into: the smallest graph's that holds them; None where none does."""
+        if requests > self.requests or total > self.capture_num_tokens[-1]:
+            return None
+        return int(round_up_grid(total, self.capture_num_tokens))
+
+    def get_spec_info(self, num_tokens: int) -> DFlashVerifyInput:
+        """Input of every captured verification: `num_tokens` rows under a layout whose tensors the graph keeps."""
+        return DFlashVerifyInput(
+            draft_token=None,
+            positions=None,
+            draft_token_num=rows_counted(self.model_runner, min(num_tokens, self.widest)),
+            capture_hidden_mode=self.mode,
+            ragged_verify_layout=self._capture_ragged_verify_layout(num_tokens),
+        )
+
+    def _build_ragged_verify_token_buckets(self) -> list[int]:
+        self.requests = max(self.capture_bs)
+        # With DP attention, ranks that attend together take equal parts of a graph's rows.
+        parallel = get_parallel()
+        multiple = parallel.attn_tp_size if parallel.attn_dp_size > 1 else 1
+        sizes = graded(most_rows(self.requests, self.widest))
+        buckets = sorted({-(-rows // multiple) * multiple for rows in sizes})
+        self.max_bs = self.requests + spare_slots(self.requests, self.widest)
+        self.capture_bs = buckets
+        return buckets
+
+    def _autotune_buffers(self) -> tuple[Any, int]:
+        # The dummy forward has the widest block for each of so many requests, and there are rows for no more.
+        return self.buffers, self.requests
+
+    def _capture_ragged_verify_layout(self, num_tokens: int) -> GraphLayout:
+        layouts = self._captured_ragged_layouts
+        if num_tokens not in layouts:
+            count = self._ragged_capture_slots(num_tokens)
+            widths, offsets, ends = (
+                torch.zeros(size, dtype=torch.int32, device=self.device) for size in (count, count + 1, count)
+            )
+            rows, starts = self.buffers.req_pool_indices[:count], self.buffers.seq_lens[:count]
+            slots = GraphSlots(widths, offsets, starts, ends, rows)
+            # Captured without a request, which compiles the kernel.
+            fill_slots(
+                widths[:0], starts[:0], rows[:0], slots, rows=num_tokens, empty=self.seq_len_fill_value
+            )
+            tier = round_up_grid(num_tokens, self.capture_num_tokens)
+            layouts[num_tokens] = GraphLayout(
+                widths, tier, offsets[:-1], offsets, total_verify_tokens=tier, slots=slots
+            )
+        return layouts[num_tokens]
+
+    def load_batch(self, forward_batch: Any, pp_proxy_tensors: Any = None) -> None:
+        live = resolve_ragged_verify_layout(forward_batch)
+        if live is not None and not isinstance(live, GraphLayout):
+            layout, rows = self._captured_ragged_layouts[live.graph_num_tokens], live.graph_num_tokens
+            requests = live.verify_lens, forward_batch.seq_lens, forward_batch.req_pool_indices
+            fill_slots(*requests, layout.slots, rows=rows, empty=self.seq_len_fill_value)
+            forward_batch.spec_info.ragged_verify_layout = layout
+        super().load_batch(forward_batch, pp_proxy_tensors)
+
+    def _stage_ragged_verify_layout(self, ragged_layout: RaggedVerifyLayout, graph_size_key: int) -> None:
+        """`load_batch` has done it."""
+
+    def _can_run_ragged_verify_graph(self, forward_batch: Any, ragged_layout: RaggedVerifyLayout) -> bool:
+        # Upstream replays the tier above; rows are packed before, so theirs must be a graph's.
+        rows, requests = ragged_layout.graph_num_tokens, forward_batch.batch_size
+        return (
+            rows in self.capture_num_tokens
+            and requests <= min(rows, self.requests)
+            and bool(super()._can_run_ragged_verify_graph(forward_batch, ragged_layout))
+        )

@@ -1,0 +1,158 @@
+"""Targets whose layers keep a state beside KV: what a verification reads, and what it leaves behind.
+
+The state goes on with every row, drafts included, so a verification only reads it and writes down the state behind each
+of its rows; when it is known which are accepted, the last one's is committed (:func:`commit`), as SGLang's own workers
+do. SGLang verifies blocks of one width; rows here are packed.
+
+SGLang's tree keeps such a state for where a prefill or a request ended, or with its extra buffer for multiples of an
+interval: then a commit also copies the state behind the row that reached one.
+
+Known: short convolutions (LFM2), whose state are a request's last K - 1 inputs; and what has a matrix beside them: the
+gated delta rule (Qwen3-Next and Qwen3.5), that rule with a decay for each channel (Kimi Linear's KDA), and Mamba 2
+(Nemotron-H).
+"""
+
+import sys
+from typing import Any
+
+import torch
+from sglang.srt.configs.hybrid_arch import mambaish_config
+from sglang.srt.configs.kimi_linear import KimiLinearConfig
+from sglang.srt.configs.lfm2 import Lfm2Config
+from sglang.srt.configs.lfm2_moe import Lfm2MoeConfig
+from sglang.srt.configs.lfm2_vl import Lfm2VlConfig
+from sglang.srt.configs.model_config import is_kimi_k3
+from sglang.srt.configs.nemotron_h import NemotronHConfig
+from sglang.srt.configs.qwen3_5 import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
+from sglang.srt.configs.qwen3_next import Qwen3NextConfig
+from sglang.srt.runtime_context import get_spec, mamba_track_grid
+
+from whiflash_sglang.engine import patching
+from whiflash_sglang.engine.forward.recurrences import Rows, packed_verification
+from whiflash_sglang.engine.patching import around
+
+KNOWN = (
+    Lfm2Config,
+    Lfm2MoeConfig,
+    Lfm2VlConfig,
+    Qwen3NextConfig,
+    Qwen3_5TextConfig,
+    Qwen3_5MoeTextConfig,
+    KimiLinearConfig,
+    NemotronHConfig,
+)
+"""Not what inherits from them: that has states of its own beside (Qwen4-Exp)."""
+
+
+def has_state(model_config: Any) -> bool:
+    """Whether a target of this configuration has recurrent layers."""
+    return mambaish_config(model_config) is not None
+
+
+def is_known(model_config: Any) -> bool:
+    """Whether they are of a kind whose state is read and committed here."""
+    if is_kimi_k3(model_config.hf_config):  # Kimi Linear's configuration, but layers that no test has run
+        return False
+    return type(mambaish_config(model_config)) in KNOWN
+
+
+def install(model_config: Any, device: torch.device) -> None:
+    """Let the recurrent layers of a loaded model of SGLang's verify packed rows, if it has some. Idempotent.
+
+    Called before SGLang makes the target's attention. The CPU platform has made its own of those with a matrix.
+    """
+    if device.type == "cuda" and has_state(model_config):
+        from whiflash_sglang.engine.forward import recurrent_untried as untried
+
+        patching.install(untried)
+    if has_state(model_config) and "sglang.srt.models.lfm2" in sys.modules:
+        patching.install(sys.modules[__name__])
+
+
+def commit(attention: Any, model: Any, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
+    """After a verification: let the state behind each request's last accepted row be its state, if it has one, and the
+    one that the tree is to have be kept beside it.
+
+    Args:
+        attention: SGLang's attention backend, as it verified. batch: SGLang's, whose verification this was.
+        starts: [B] int, n per request. accept_lens: [B] int, rows that were accepted, the bonus token's row included.
+    """
+    if not hasattr(attention, "linear_attn_backend"):
+        return
+    every = tracks_every(batch)
+    attention.update_mamba_state_after_mtp_verify(
+        last_correct_step_indices=accept_lens.long() - 1,
+        mamba_track_indices=None if every is None else batch.mamba_track_indices,
+        mamba_steps_to_track=None if every is None else tracked_rows(starts, accept_lens, every),
+        model=model,
+    )
+
+
+def tracks_every(batch: Any) -> int | None:
+    """Number of tokens at whose multiples the tree is to have the states of a verified `batch`; None: at none."""
+    if batch.mamba_track_indices is None:
+        return None
+    return int(mamba_track_grid(batch.tree_cache.page_size))
+
+
+def tracked_rows(starts: torch.Tensor, accept_lens: torch.Tensor, every: int) -> torch.Tensor:
+    """The row of each request behind which it has a multiple of `every` tokens, the last such among those accepted.
+
+    Args:
+        starts: [B] int, n per request. accept_lens: [B] int.
+
+    Returns:
+        [B] int64; -1 where no accepted row is one.
+    """
+    before = starts.long()
+    reached = (before + accept_lens) // every * every
+    return torch.where(reached > before, reached - before - 1, -1)
+
+
+@around(
+    "sglang.srt.models.lfm2:shortconv_target_verify",
+    params=("conv", "meta", "draft_token_num", "arch"),
+    why="SGLang verifies blocks of one width",
+    until="its short convolutions read a ragged layout",
+    makes=True,
+    everywhere=True,
+)
+def _packed(original: Any) -> Any:
+    """Short convolutions verify packed rows."""
+    return verify_packed
+
+
+def verify_packed(conv: Any, x: torch.Tensor, meta: Any, draft_token_num: int, arch: str) -> torch.Tensor:
+    """A short convolution over the packed rows of B requests, each of which goes on from its state.
+
+    Args:
+        conv: the layer: `conv_weight` [D, K], `conv_bias` [D] or None. x: [T, D], its inputs.
+        meta: SGLang's record: `query_start_loc` [B + 1] int, where requests' rows begin; `cache_indices` [B] int and
+            `layer_cache`, as of `packed_verification`.
+        draft_token_num, arch: SGLang's; unused.
+
+    Returns:
+        [T, D] in the dtype of `x`.
+    """
+    rows = Rows.of(meta.query_start_loc.long(), len(x))
+    return packed_verification(
+        x, conv.conv_weight, conv.conv_bias, meta.layer_cache, meta.cache_indices, rows
+    )
+
+
+PADDED_ATTENTIONS = frozenset({"trtllm_mla"})
+"""Backends that pad the rows of every request to one width (see `rows_counted`)."""
+
+
+def rows_counted(runner: Any, widest: int) -> int:
+    """Rows of each request as the attention of `runner` is to count them, if none has more than `widest`.
+
+    TRT-LLM's MLA ends the keys of every request as many positions behind its context as the server's widest block has,
+    and its kernel takes queries for the last of them: laid out to any other width, they would be taken for later ones.
+    If layers keep a state, SGLang gives no slot of a graph more rows than are counted, nor those that take what a batch
+    leaves of it.
+    """
+    names = {runner.prefill_attention_backend_str, runner.decode_attention_backend_str}
+    if names & PADDED_ATTENTIONS or has_state(runner.model_config):
+        return int(get_spec().speculative_num_draft_tokens)
+    return widest

@@ -1,0 +1,216 @@
+"""SGLang's backends of recurrent layers, for verifications whose requests have different widths.
+
+Upstream lays a verification out as a block of one width for each request. Its kernel of the gated delta rule, KDA's
+too, takes any (`cu_seqlens`); what does not are the convolutions before it and LFM2's (:func:`packed_verification` in
+place of them all), and Mamba 2's kernel, for which rows are laid out here: as many of every request as one may have.
+
+Nothing is read on the host, so a captured verification is what an eager one is. No GPU has run it: the kernels were run
+under Triton's interpreter (`tests/compat/interpreted_recurrent.py`), and replays of all but them on a tape
+(`tests/graphs/test_recurrent_graphs.py`).
+"""
+
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from sglang.kernels.ops.mamba.triton_ops.mamba_ssm import selective_state_update
+from sglang.srt.layers.attention.hybrid_linear_attn_backend import Mamba2AttnBackend, MambaAttnBackendBase
+from sglang.srt.layers.attention.linear.gdn_backend import GDNAttnBackend
+from sglang.srt.layers.attention.linear.kda_backend import KDAAttnBackend
+from sglang.srt.layers.attention.linear.short_conv_backend import ShortConvAttnBackend
+
+from whiflash_sglang.engine.carried import serves_ours
+from whiflash_sglang.engine.forward.recurrences import (
+    PAD_SLOT,
+    Rows,
+    activated,
+    convolution_of,
+    mixer_forward,
+    packed_verification,
+    split_mixed,
+    transposed,
+)
+from whiflash_sglang.engine.patching import around
+from whiflash_sglang.engine.supported import has
+
+_LINEAR = "linear" if has("0.5.23") else "fla"
+fused_sigmoid_gating_delta_rule_update = import_module(
+    f"sglang.kernels.ops.attention.{_LINEAR}.fused_sigmoid_gating_recurrent"
+).fused_sigmoid_gating_delta_rule_update
+
+
+@around(
+    "sglang.srt.layers.attention.hybrid_linear_attn_backend:MambaAttnBackendBase.__new__",
+    why="SGLang's recurrent layers verify blocks of one width, and their backends are in no registry",
+    until="they read a ragged layout",
+    makes=True,
+)
+def _chosen(original: Any) -> Any:
+    """Recurrent layers get our backends. Upstream's names stay classes: SGLang asks what is an instance of them."""
+
+    def new(kind: Any, *_: Any, **__: Any) -> Any:
+        return object.__new__(OURS.get(kind, kind) if serves_ours() else kind)
+
+    return staticmethod(new)
+
+
+class _Ragged(MambaAttnBackendBase):  # type: ignore[misc]
+    supports_ragged_verify_graph = True
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Allocate what the plans of captured verifications are written to. Upstream's wants as many rows of each
+        request, for trees of drafts alone."""
+        super().init_cuda_graph_state(max_bs, max_bs)
+
+
+class RaggedConvBackend(_Ragged, ShortConvAttnBackend):  # type: ignore[misc]
+    """`ShortConvAttnBackend`: what it hands to the model's convolutions is right for every width."""
+
+
+class RaggedDelta(_Ragged):
+    """Packed verifications for a backend of the gated delta rule, whose other forwards are its own.
+
+    by_channel: the decay is each key channel's own, and the convolution's inputs are transposed (KDA).
+    """
+
+    by_channel = False
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        super().init_cuda_graph_state(max_bs, max_num_tokens)
+        # Places of the states after each slot's rows; a graph's slots beyond the requests share one.
+        known, spare = self.verify_intermediate_state_indices, self.req_to_token_pool.size
+        more = known.new_full((max(max_bs - len(known), 0),), spare)
+        self.verify_intermediate_state_indices: torch.Tensor = torch.cat([known, more])
+
+    def forward_extend(self, layer: Any, forward_batch: Any, **inputs: Any) -> torch.Tensor:
+        if not forward_batch.forward_mode.is_target_verify():
+            found: torch.Tensor = super().forward_extend(layer=layer, forward_batch=forward_batch, **inputs)
+            return found
+        return self._verify(layer, inputs["mixed_qkv"], inputs["a"], inputs["b"])
+
+    def _verify(self, layer: Any, mixed_qkv: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """mixed_qkv: [T, 2 Hk K + H V]; a: [T, H], or [T, H K] by channel; b: [T, H] or [1, T, H]. Returns
+        [1, T, H, V], zeros where a row is nobody's."""
+        cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
+        starts, slots = self.forward_metadata.query_start_loc, self.forward_metadata.mamba_cache_indices
+        rows, inputs = Rows.of(starts.long(), len(mixed_qkv)), transposed(cache) if self.by_channel else cache
+        mixed = packed_verification(mixed_qkv, layer.conv_weights, layer.bias, inputs, slots, rows)
+        q, k, v = activated(mixed, layer.activation).split([layer.q_dim, layer.k_dim, layer.v_dim], -1)
+        out = fused_sigmoid_gating_delta_rule_update(
+            A_log=layer.A_log,
+            a=a,
+            dt_bias=layer.dt_bias,
+            softplus_beta=1.0,
+            softplus_threshold=20.0,
+            q=q.unflatten(-1, (-1, layer.head_q_dim))[None],
+            k=k.unflatten(-1, (-1, layer.head_k_dim))[None],
+            v=v.unflatten(-1, (-1, layer.head_v_dim))[None],
+            b=b,
+            initial_state_source=cache.temporal,
+            initial_state_indices=slots,
+            use_qk_l2norm_in_kernel=True,
+            cu_seqlens=starts,
+            is_kda=self.by_channel,
+            lower_bound=layer.lower_bound,
+            disable_state_update=True,
+            intermediate_states_buffer=cache.intermediate_ssm,
+            intermediate_state_indices=self.verify_intermediate_state_indices,
+        )
+        # The kernel writes no row beyond the last request's, and what comes after reads all of them.
+        return out.where(rows.covered[:, None, None], 0.0)
+
+
+class RaggedDeltaBackend(RaggedDelta, GDNAttnBackend):  # type: ignore[misc]
+    """`GDNAttnBackend`, with the rows of a verification packed."""
+
+
+class RaggedChannelDeltaBackend(RaggedDelta, KDAAttnBackend):  # type: ignore[misc]
+    """`KDAAttnBackend`, with the rows of a verification packed."""
+
+    by_channel = True
+
+    @staticmethod
+    def _can_fuse_accept_state(verify_backend: Any) -> bool:
+        """Not with FlashInfer's kernel either, which would read the accepted state where its own verification left it:
+        here every state is committed."""
+        return False
+
+
+class RaggedMamba2(_Ragged):
+    """Packed verifications for a backend of Mamba 2, whose other forwards are its own."""
+
+    def forward(
+        self,
+        mixer: Any,
+        hidden_states: torch.Tensor,
+        output: torch.Tensor | None,
+        layer_id: int,
+        forward_batch: Any,
+        mup_vector: torch.Tensor | None = None,
+        use_triton_causal_conv: bool = False,
+    ) -> torch.Tensor:
+        """As of `mixer_forward`."""
+        if not forward_batch.forward_mode.is_target_verify():
+            found: torch.Tensor = super().forward(
+                mixer,
+                hidden_states,
+                output,
+                layer_id,
+                forward_batch,
+                mup_vector=mup_vector,
+                use_triton_causal_conv=use_triton_causal_conv,
+            )
+            return found
+        cache = self.req_to_token_pool.mamba2_layer_cache(layer_id)
+        return mixer_forward(partial(self._verify, mixer, cache), mixer, hidden_states, output, mup_vector)
+
+    def _verify(self, mixer: Any, cache: Any, x: torch.Tensor, dt: torch.Tensor) -> torch.Tensor:
+        """x: [T, D]; dt: [T, H]. Returns [T, H, P], zeros where a row is nobody's."""
+        starts, slots = self.forward_metadata.query_start_loc, self.forward_metadata.mamba_cache_indices
+        rows, (weight, bias, activation) = Rows.of(starts.long(), len(x)), convolution_of(mixer)
+        mixed = activated(packed_verification(x, weight, bias, cache, slots, rows), activation)
+        # Row i of request r is at [r, i]; rows of no request share one row after all others.
+        most = min(len(x), cache.intermediate_ssm.shape[1])
+        nobodys = len(slots) * most
+        live = rows.covered & (slots[rows.owner] > 0)
+        place = (rows.owner * most + rows.step).where(live, nobodys)
+        laid = mixed.new_zeros(nobodys + 1, mixed.shape[1] + dt.shape[1])
+        laid[place] = torch.cat([mixed, dt], -1)
+        wide, time = laid[:-1].unflatten(0, (-1, most)).split([mixed.shape[1], dt.shape[1]], -1)
+        h, b, c = split_mixed(mixer, wide)
+        out = h.new_zeros(nobodys + 1, *h.shape[2:])
+        by_channel = mixer.A.shape[0], mixer.head_dim
+        selective_state_update(
+            cache.temporal,
+            h,
+            time[..., None].expand_as(h),
+            mixer.A.float()[:, None, None].expand(*by_channel, b.shape[-1]),
+            b,
+            c,
+            mixer.D[:, None].expand(by_channel),
+            dt_bias=mixer.dt_bias[:, None].expand(by_channel),
+            dt_softplus=True,
+            # A slot of a graph without a request, of which the kernel keeps nothing.
+            state_batch_indices=slots.where(slots > 0, PAD_SLOT),
+            pad_slot_id=PAD_SLOT,
+            out=out[:-1].unflatten(0, (-1, most)),
+            disable_state_update=True,
+            intermediate_states_buffer=cache.intermediate_ssm,
+            cache_steps=cache.intermediate_ssm.shape[1],
+            intermediate_state_indices=torch.arange(len(slots), dtype=torch.int32, device=slots.device),
+        )
+        return out[place]
+
+
+class RaggedMamba2Backend(RaggedMamba2, Mamba2AttnBackend):  # type: ignore[misc]
+    """`Mamba2AttnBackend`, with the rows of a verification packed."""
+
+
+OURS = {
+    ShortConvAttnBackend: RaggedConvBackend,
+    GDNAttnBackend: RaggedDeltaBackend,
+    KDAAttnBackend: RaggedChannelDeltaBackend,
+    Mamba2AttnBackend: RaggedMamba2Backend,
+}
+"""Our backends by upstream's, for which they are made."""

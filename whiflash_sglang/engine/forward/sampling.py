@@ -1,0 +1,313 @@
+"""Logits that every verified position is sampled from, under each request's own parameters.
+
+`whiflash_kernels.sample_rows` draws from the logits, or from copies with bias and penalties. If SGLang's sampler must
+draw (`is_sglangs`), it runs on the packed rows with the requests' parameters repeated row by row: what plain decoding
+would have sampled at a position is what is sampled here. Drafts are deterministic, so accepting while the draft agrees
+leaves the output distribution exactly the target's.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from sglang.srt.environ import envs
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.runtime_context import get_exec
+from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
+from sglang.srt.speculative import spec_utils
+from sglang.srt.utils.async_probe import sanitize_nan_logits
+from whiflash_kernels import MixedBlock
+
+from whiflash_sglang.device.transfers import sent
+from whiflash_sglang.engine.forward.masks import Masks
+from whiflash_sglang.engine.forward.penalties import PenalisedBatch, PenaltyRequest
+from whiflash_sglang.records.core import Round
+
+SAMPLED_ROWS = CHANGED_ROWS = 128
+"""Rows that SGLang's sampler takes at once, and that are changed at once: they fill a card with the vocabularies that
+there are."""
+
+
+def is_sglangs(batch: Any) -> bool:
+    """Whether SGLang's sampler draws: its seeds are keyed by ranks of sorted chances, it alone calls custom processors,
+    and log-probabilities come with its tokens.
+    """
+    info = batch.sampling_info
+    seeded = info.sampling_seed is not None and not info.is_all_greedy
+    return bool(seeded or batch.return_logprob or info.has_custom_logit_processor)
+
+
+def checks_numbers() -> bool:
+    """Whether SGLang's environment asks that NaN among logits is found, or replaced (`check_numbers`)."""
+    asked = (
+        envs.SGLANG_SANITIZE_NAN_LOGITS,
+        envs.SGLANG_ENABLE_NAN_LOGITS_CHECK,
+        envs.SGLANG_ENABLE_ASYNC_ASSERT,
+    )
+    return any(switch.get() for switch in asked)
+
+
+def check_numbers(logits: torch.Tensor) -> None:
+    """As SGLang's verifications do with logits, in place."""
+    sanitize_nan_logits(logits, "verify: target model logits")
+
+
+def changes_logits(batch: Any) -> bool:
+    """Whether a request's logits have a bias or penalties before they are sampled from."""
+    info = batch.sampling_info
+    return info.logit_bias is not None or any(map(is_penalised, batch.reqs))
+
+
+def parameters(req: Any) -> tuple[float, float, float, float]:
+    """Temperature, top_k, top_p and min_p of a request, as `SamplingTable` has them.
+
+    If any request of a batch has min_p, SGLang's FlashInfer sampler takes top_p of what top_k keeps, for all of them.
+    Here it is the request's own min_p, so that its text does not depend on its neighbours.
+    """
+    p, sequential = req.sampling_params, get_exec().kernel.sampling_backend == "flashinfer"
+    return p.temperature, p.top_k, p.top_p, -p.min_p if sequential else p.min_p
+
+
+def is_penalised(req: Any) -> bool:
+    """Whether a request's next token depends on the tokens it generated, as a count of each or of all."""
+    p = req.sampling_params
+    return bool(
+        p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0 or p.min_new_tokens > 0
+    )
+
+
+def takes_single_tokens(req: Any) -> bool:
+    """Whether a token can only be judged when the scheduler has dealt with the one before it.
+
+    A custom processor reads its request, and may keep state from one call to the next: it must be called once a token,
+    as the text is then. "last" hidden states are those of the token that ends the text, which the scheduler finds.
+    """
+    p = req.sampling_params
+    ends_in_text = bool(p.stop_strs or p.stop_regex_strs)
+    return bool(req.custom_logit_processor or (req.return_hidden_states == "last" and ends_in_text))
+
+
+def changed_logits(
+    batch: Any, logits: torch.Tensor, block: MixedBlock, round: Round, tokens: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Logits with what `changes_logits`, [rows, V], a few rows at a time: the first row, and a copy of them, for the
+    controller reads the raw distribution.
+
+    Args:
+        round: the lengths, rows and stride of the batch, for penalties.
+        tokens: token table with this round's drafts written, for penalties.
+    """
+    penalised = _penalised_batch(batch, round, tokens)
+    for first in range(0, len(logits), CHANGED_ROWS):
+        rows = slice(first, first + CHANGED_ROWS)
+        part = logits[rows].clone()
+        _without_parameters(batch.sampling_info, block, rows, penalised).apply_logits_bias(part)
+        yield first, part
+
+
+def sample_as_sglang(
+    runner: Any,
+    batch: Any,
+    output: Any,
+    block: MixedBlock,
+    round: Round,
+    masks: Masks | None,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
+    """The token of SGLang's sampler at each packed row: [T] int64.
+
+    A few rows at a time, since it takes much memory for each logit. If the batch asks for log-probabilities, `output`
+    gets them row by row, from the logits that were sampled from. Then, and if a custom processor sees them, it is all
+    rows at a time.
+
+    Args:
+        runner: the target's model runner. output: SGLang's logits output of the verification. round, tokens: as of
+            `changed_logits`. masks: of a batch with grammars.
+    """
+    owner, logits, penalised = block.request_of_row, output.next_token_logits, None
+    if changes_logits(batch):
+        penalised = _penalised_batch(batch, round, tokens)
+    whole = batch.return_logprob or batch.sampling_info.has_custom_logit_processor
+    records: tuple[bool, list[Any], list[Any]] = (False, [], [])
+    if batch.return_logprob:
+        records = True, [max(batch.top_logprobs_nums)] * len(owner), _asked_ids(batch, owner)
+    sampled, step = [], len(owner) if whole else SAMPLED_ROWS
+    for begin in range(0, len(owner), step):
+        rows = slice(begin, begin + step)
+        info = _expand(_without_parameters(batch.sampling_info, block, rows, penalised), owner[rows])
+        if masks is not None:
+            info.grammar_mask = masks.of(rows)
+        part = output if whole else LogitsProcessorOutput(next_token_logits=None)
+        part.next_token_logits = logits[rows].clone()
+        info.apply_logits_bias(part.next_token_logits)
+        # They are in the logits: their memory is the sampler's.
+        info.acc_additive_penalties = info.acc_scaling_penalties = None
+        sampled.append(runner.sampler(part, info, *records, block.positions[rows]))
+    return torch.cat(sampled).to(torch.int64)
+
+
+def simulated_acceptance(widest: int) -> tuple[Callable[[], int], bool] | None:
+    """Request of `SGLANG_SIMULATE_ACC_LEN`, `_METHOD` and `_TOKEN_MODE`: tokens that every request commits in the next
+    round, and whether they are its drafts. None: nothing is simulated.
+
+    One length is drawn a round for all requests, as upstream's workers do. A request's block is as wide as it was
+    drafted, so one with fewer rows commits them all: upstream's draw for a block of that width.
+
+    Args:
+        widest: most rows of a request. Raises ValueError: a mode or method that upstream does not know.
+    """
+    length, method = spec_utils.SIMULATE_ACC_LEN, spec_utils.SIMULATE_ACC_METHOD
+    if length <= 0:
+        return None
+    spec_utils.check_simulate_acc_token_mode()
+    draw = partial(spec_utils.sample_simulated_acc_len, length, method, widest)
+    draw()  # an unknown method ends the start, not the first round
+    return draw, spec_utils.SIMULATE_ACC_TOKEN_MODE == "real-draft-token"
+
+
+def _asked_ids(batch: Any, owner: torch.Tensor) -> list[list[int] | None]:
+    """The ids whose log-probabilities each row's request asks for. The host waits for the rows' owners if any does."""
+    asked = batch.token_ids_logprobs
+    if all(ids is None for ids in asked):
+        return [None] * len(owner)
+    return [asked[i] for i in owner.tolist()]
+
+
+LIKELIEST = ("next_token_top_logprobs_val", "next_token_top_logprobs_idx")
+ASKED = ("next_token_token_ids_logprobs_val", "next_token_token_ids_logprobs_idx")
+"""SGLang's records of log-probabilities with one entry a row: tensors of one length, and what each asked for by id."""
+
+
+def keep_rows(output: Any, index: torch.Tensor) -> None:
+    """Keep the log-probabilities of the rows in `index`, of any shape, if `output` has any.
+
+    The host waits for the index only if a request asks for tokens by id.
+    """
+    if output.next_token_logprobs is not None:
+        output.next_token_logprobs = output.next_token_logprobs[index]
+    for name in LIKELIEST:
+        if rows := getattr(output, name):
+            setattr(output, name, list(torch.stack(rows)[index.flatten()]))
+    if output.next_token_token_ids_logprobs_val:
+        flat = index.flatten().tolist()
+        for name in ASKED:
+            setattr(output, name, [getattr(output, name)[row] for row in flat])
+
+
+def cut_likeliest(output: Any, counts: Sequence[int], stride: int) -> None:
+    """Leave each request as many likeliest tokens as it asks for; all rows have as many as any does.
+
+    Args:
+        counts: by request. stride: rows of each.
+    """
+    for name in LIKELIEST:
+        if rows := getattr(output, name):
+            setattr(output, name, [row[: counts[i // stride]] for i, row in enumerate(rows)])
+
+
+def count_earlier_output(batch: Any) -> None:
+    """Before a prefill: requests that were retracted are penalised for the answer that they had, too.
+
+    Upstream's penalisers know a request since its last prefill, so its plain decoding forgets there what was generated
+    before, and a text depends on who else was served. Here it is that of plain decoding which nobody interrupted.
+    `batch.sampling_info` is upstream's copy for one forward, whose penalties are replaced.
+    """
+    reqs = batch.reqs
+    if not any(req.output_ids and is_penalised(req) for req in reqs):
+        return
+    info = batch.sampling_info
+    longest, device = max(len(req.output_ids) for req in reqs), info.temperatures.device
+    output = [id for req in reqs for id in (*req.output_ids, *[0] * (longest - len(req.output_ids)))]
+    last = [len(req.output_ids) - 1 for req in reqs]
+    uploaded = sent([*last, *range(len(reqs)), *output], device)
+    ends, rows = uploaded[: len(reqs)], uploaded[len(reqs) : 2 * len(reqs)]
+    tokens = uploaded[2 * len(reqs) :].view(len(reqs), longest)
+    members = [_penalty_request(req, i, 0, last[i]) for i, req in enumerate(reqs) if is_penalised(req)]
+    penalised = PenalisedBatch(members, rows, ends, tokens, 1, info.vocab_size)
+    info.acc_additive_penalties, info.acc_scaling_penalties = penalised.at(rows, ends)
+
+
+def _without_parameters(
+    info: SamplingBatchInfo, block: MixedBlock, rows: slice, penalised: PenalisedBatch | None
+) -> SamplingBatchInfo:
+    """Parameters that change the logits of packed rows; the rest is still by request."""
+    owner = block.request_of_row[rows]
+    additive, scaling = (None, None) if penalised is None else penalised.at(owner, block.positions[rows])
+    return dataclasses.replace(
+        info,
+        logit_bias=None if info.logit_bias is None else info.logit_bias[owner],
+        penalizer_orchestrator=None,
+        grammars=None,
+        grammar_mask=None,
+        acc_additive_penalties=additive,
+        acc_scaling_penalties=scaling,
+    )
+
+
+def _expand(info: SamplingBatchInfo, owner: torch.Tensor) -> SamplingBatchInfo:
+    """With the requests' parameters, one entry per packed row."""
+    rows = dataclasses.replace(
+        info,
+        temperatures=info.temperatures[owner],
+        top_ps=info.top_ps[owner],
+        top_ks=info.top_ks[owner],
+        min_ps=info.min_ps[owner],
+        sampling_seed=None if info.sampling_seed is None else info.sampling_seed[owner],
+    )
+    if info.has_custom_logit_processor:
+        owners = owner.tolist()
+        rows.custom_params = [info.custom_params[i] for i in owners]
+        rows.custom_logit_processor = {
+            key: _expand_processor(entry, owners, owner.device)
+            for key, entry in info.custom_logit_processor.items()
+        }
+    return rows
+
+
+def _expand_processor(entry: ProcessorEntry, owners: list[int], device: torch.device) -> ProcessorEntry:
+    members = set(entry.rows)
+    rows = [row for row, request in enumerate(owners) if request in members]
+    return ProcessorEntry(entry.processor, rows, torch.tensor(rows, dtype=torch.long, device=device))
+
+
+def _penalised_batch(batch: Any, round: Round, tokens: torch.Tensor) -> PenalisedBatch | None:
+    members = [
+        _penalty_request(req, member, len(req.origin_input_ids), length)
+        for member, (req, length) in enumerate(zip(batch.reqs, round.most, strict=True))
+        if is_penalised(req)
+    ]
+    if not members:
+        return None
+    vocabulary = batch.sampling_info.vocab_size
+    return PenalisedBatch(members, round.rows, round.starts, tokens, round.stride, vocabulary)
+
+
+def _penalty_request(req: Any, member: int, prompt: int, length: int) -> PenaltyRequest:
+    p = req.sampling_params
+    return PenaltyRequest(
+        member,
+        prompt,
+        length,
+        p.frequency_penalty,
+        p.presence_penalty,
+        p.repetition_penalty,
+        p.min_new_tokens,
+        stop_ids(req),
+    )
+
+
+def stop_ids(req: Any) -> tuple[int, ...]:
+    """The tokens that end a request, in order: those that upstream's min_new_tokens penaliser forbids."""
+    ids = set(req.sampling_params.stop_token_ids or ()) | set(req.eos_token_ids or ())
+    if req.tokenizer is not None:
+        ids |= set(req.tokenizer.additional_stop_token_ids or ())
+        if req.tokenizer.eos_token_id is not None:
+            ids.add(req.tokenizer.eos_token_id)
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def ending_ids(req: Any) -> tuple[int, ...]:
+    """The tokens that end this request; what a grammar ends with does so in any case."""
+    return () if req.sampling_params.ignore_eos and req.grammar is None else stop_ids(req)

@@ -1,0 +1,293 @@
+"""The target model as the worker sees it: one capture, a prefill, a packed verification.
+
+A target that takes images counts a token's time, height and width (M-RoPE). Those of text are equal. Behind an image
+they differ from the position by the request's delta. SGLang lays them out for drafts of one length.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import (
+    CaptureHiddenMode,
+    ForwardBatch,
+    ForwardMode,
+    get_server_return_hidden_states_mode,
+)
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
+from sglang.srt.speculative.spec_utils import prepare_mamba_track_for_verify
+from whiflash_kernels import Committed, MixedBlock, prepare_mixed_block
+
+from whiflash_sglang.device.transfers import sent
+from whiflash_sglang.engine.forward import graphs, lora, recurrent
+from whiflash_sglang.engine.forward.captured import Captured, LoadedTarget
+from whiflash_sglang.engine.forward.peers import PackedBatch, Peers
+from whiflash_sglang.engine.forward.recurrent import rows_counted
+from whiflash_sglang.engine.forward.sampling import count_earlier_output
+from whiflash_sglang.engine.patching import around
+from whiflash_sglang.records.core import Verified
+
+
+class GraphEnd(Protocol):
+    """End of a verification's graph, captured after its forward (`round/epilogue.py`)."""
+
+    def capture(self, graph: Hashable, rows: Verified) -> None: ...
+
+    def outcome(self, graph: Hashable, requests: int) -> tuple[Committed, dict[str, torch.Tensor]] | None: ...
+
+
+class Target(LoadedTarget):
+    """Wraps the target's worker. Raises CheckpointError where the model cannot capture what drafters need."""
+
+    def __init__(self, target_worker: Any) -> None:
+        super().__init__(target_worker)
+        self.context_len = int(target_worker.model_config.context_len)
+        self.tokenizer: Any = target_worker.tokenizer
+        # The same in all ranks of a replica, another one in each replica.
+        self.random_seed = int(target_worker.random_seed) + (get_parallel().dp_rank or 0)
+        self._epilogue: GraphEnd | None = None
+        self.peers = Peers()
+        recurrent.install(target_worker.model_config, self.device)
+        lora.require_plain_layers(self.runner)
+
+    @property
+    def slot_table(self) -> torch.Tensor:
+        """[request rows, ctx] int32: request row and position → KV slot."""
+        table: torch.Tensor = self.runner.req_to_token_pool.req_to_token
+        return table
+
+    @property
+    def kv_slots(self) -> int:
+        """Slots of the target's KV pool, the padding page included."""
+        pool = self.runner.token_to_kv_pool
+        return int(pool.size) + int(pool.page_size)
+
+    def capture(self, layers: Sequence[int], *, final_hidden: bool) -> None:
+        """Capture the outputs of `layers` (ascending) in every forward that asks for hidden states; their number itself
+        means the state after the final norm.
+
+        A server whose clients may ask for hidden states keeps the final ones too, as does one with `final_hidden`.
+        `row_bytes` is then what is captured of a row.
+        """
+        keeps_final = final_hidden or get_server_return_hidden_states_mode().need_capture()
+        self._captured = Captured(self.model, self.shape.num_layers, layers, keeps_final=keeps_final)
+        self.row_bytes = self._captured.vectors * self.shape.hidden_size * self.dtype.itemsize
+        graphs.install(self.runner, self._captured.mode)
+
+    def prefill(self, batch: Any) -> tuple[Any, torch.Tensor]:
+        """Target forward and first token of an extend batch: SGLang's result, and features [tokens, F].
+
+        The result has the hidden states that the batch's requests asked for, if any.
+        """
+        count_earlier_output(batch)
+        result = self.worker.forward_batch_generation(batch, capture_hidden_mode=self._captured.mode)
+        output = result.logits_output
+        if output.next_token_logits is None:
+            # Scores of positions: SGLang keeps no states of them, and no slot, since it asks for a cache that is off.
+            return result, self._no_features(sum(batch.extend_lens))
+        features, final = self._captured.take(output)
+        # SGLang leaves rows that the batch was padded with for its peers.
+        features = features[: len(batch.input_ids)]
+        if batch.return_hidden_states:
+            if final is None:
+                raise AssertionError("SGLang admits such requests only where the server keeps hidden states")
+            asked = max(batch.return_hidden_states_mode, get_server_return_hidden_states_mode())
+            ends = sent(batch.extend_lens, final.device).cumsum(0)
+            output.hidden_states = final if asked.is_full() else final[ends - 1]
+        return result, features
+
+    def _no_features(self, tokens: int) -> torch.Tensor:
+        width = self._captured.read * self.shape.hidden_size
+        return torch.zeros((tokens, width), dtype=self.dtype, device=self.device)
+
+    def rows_for(self, rows: int, requests: int) -> int:
+        """Rows to pack `rows` of so many requests into: more than asked for where a graph of that size waits."""
+        graph = self._graph_for(rows, requests)
+        return rows if graph is None else graph
+
+    def agreed_rows(self, rows: int, requests: int) -> int:
+        """`rows_for` of the next verification. With DP attention it is of all ranks, which must ask at once."""
+        return self.peers.agree(rows, self._graph_for(rows, requests))
+
+    def _graph_for(self, rows: int, requests: int) -> int | None:
+        runner = self.runner.decode_cuda_graph_runner
+        return runner.rows_for(rows, requests) if isinstance(runner, graphs.VerifyGraphs) else None
+
+    def join(self, batch: Any) -> None:
+        """Take part in the other ranks' verification without a request. batch: SGLang's, idle."""
+        if self.peers.size == 1:
+            return
+        rows = self.peers.agree(0, self._graph_for(1, 1))
+        if not self.peers.replays:
+            self._forward(batch)
+            return
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        widths = none.to(torch.int32)
+        block = prepare_mixed_block(none, none[:, None], widths, none, none, self.slot_table, rows=rows)
+        self._verification(batch, block, widths, None, 1)
+
+    def _verification(
+        self,
+        batch: Any,
+        block: MixedBlock,
+        verify_lens: torch.Tensor,
+        widths: Sequence[int] | None,
+        stride: int,
+    ) -> Any:
+        """SGLang's result of a verification's forward. Arguments as of `verify`."""
+        batch.out_cache_loc = block.cache_slots
+        counted = rows_counted(self.runner, stride)
+        batch.input_ids, batch.forward_mode = block.input_ids, ForwardMode.TARGET_VERIFY
+        batch.spec_info = verify_input(block, verify_lens, widths, counted, self._captured.mode)
+        prepare_mamba_track_for_verify(batch)
+        return self._forward(batch)
+
+    def _forward(self, batch: Any) -> Any:
+        self.peers.count(batch)
+        # The runner plans the attention of every verification: a plan of `prepare_for_verify` would be a second one.
+        mode = {"capture_hidden_mode": self._captured.mode, "return_hidden_states_before_norm": False}
+        forward_batch = PackedBatch.init_new(batch, self.runner, **mode)
+        return self.worker.forward_batch_generation(batch=None, forward_batch=forward_batch, is_verify=True)
+
+    def end_graphs_with(self, epilogue: GraphEnd) -> None:
+        """Have `epilogue` captured behind the forward of every verification's graph."""
+        self._epilogue = epilogue
+
+        def end(runner: Any, output: Any, forward_batch: Any, rows: int) -> None:
+            layout = forward_batch.spec_info.ragged_verify_layout
+            if layout is None:
+                return
+            features, final = self._captured.states(output)
+            verified = Verified(
+                output.next_token_logits,
+                features,
+                final,
+                forward_batch.input_ids,
+                layout.qo_indptr_device,
+                forward_batch.seq_lens,
+                forward_batch.req_pool_indices,
+            )
+            epilogue.capture((id(runner), rows), verified)
+
+        self.runner.capture_tail_hooks.append(end)
+
+    def _with_outcome(self, verified: Verified, rows: int, requests: int) -> Verified:
+        """With what the graph of so many rows, which was just replayed, committed."""
+        if self._epilogue is None:
+            return verified
+        graph = id(self.runner.decode_cuda_graph_runner), rows
+        outcome = self._epilogue.outcome(graph, requests)
+        return verified if outcome is None else verified._replace(committed=outcome[0], signals=outcome[1])
+
+    def verify(
+        self,
+        batch: Any,
+        block: MixedBlock,
+        verify_lens: torch.Tensor,
+        widths: Sequence[int] | None,
+        stride: int,
+    ) -> Verified:
+        """One forward over the packed rows of all requests (design: a narrow row costs what it is wide).
+
+        `block` has `agreed_rows` of its rows; those beyond the widths' sum go through the forward with the others. The
+        result is without them if the widths are known. verify_lens, widths, stride: as of `verify_input`.
+        """
+        result = self._verification(batch, block, verify_lens, widths, stride)
+        output, total = result.logits_output, None if widths is None else sum(widths)
+        features, final_hidden = self._captured.take(output)
+        output.next_token_logits = output.next_token_logits[:total]
+        verified = Verified(
+            output.next_token_logits,
+            features[:total],
+            None if final_hidden is None else final_hidden[:total],
+            block.input_ids[:total],
+            block.qo_indptr,
+            batch.seq_lens,
+            batch.req_pool_indices,
+            forward=result,
+        )
+        if not result.can_run_cuda_graph:
+            return verified
+        return self._with_outcome(verified, len(block.input_ids), len(verify_lens))
+
+    def commit(self, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
+        """After `verify`: what the target keeps of a request beside KV goes on behind its last accepted row.
+
+        starts: [B] int, n per request. accept_lens: [B] int, rows that were accepted of each, the first included.
+        """
+        recurrent.commit(self.runner.attn_backend, self.model, batch, starts, accept_lens)
+
+
+def verify_input(
+    block: MixedBlock,
+    verify_lens: torch.Tensor,
+    widths: Sequence[int] | None,
+    stride: int,
+    mode: CaptureHiddenMode = CaptureHiddenMode.FULL,
+) -> DFlashVerifyInput:
+    """A verification as SGLang's attention backends read it: packed rows, and how many of them each request has.
+
+    verify_lens: [B] int32, what `block` was packed by; widths: the same on the host. The layout goes with equal widths
+    too: without one a backend may take the widest block that the server was configured for (fa3 does). fa3
+    reads the widest of the host's widths; None where the host may not know them, then all
+    rows of the block are planned for. stride: of the widest request, at least. A graph is chosen by the rows of
+    `block`, its padding included. mode: hidden states that the forward keeps.
+    """
+    total = int(block.input_ids.shape[0]) if widths is None else sum(widths)
+    layout = RaggedVerifyLayout(
+        verify_lens=verify_lens,
+        graph_num_tokens=int(block.input_ids.shape[0]),
+        extend_start_loc=block.qo_indptr[:-1],
+        qo_indptr_device=block.qo_indptr,
+        verify_lens_cpu=None if widths is None else list(widths),
+        total_verify_tokens=total,
+    )
+    return DFlashVerifyInput(
+        draft_token=block.input_ids,
+        positions=block.positions,
+        draft_token_num=stride,
+        capture_hidden_mode=mode,
+        ragged_verify_layout=layout,
+    )
+
+
+@around(
+    "sglang.srt.model_executor.forward_batch_info:ForwardBatch.compute_spec_mrope_positions",
+    params=("model_runner", "batch"),
+    why="SGLang lays positions out for one width",
+    until="it asks the layout",
+)
+def _of_packed_rows(
+    original: Any, self: ForwardBatch, model_runner: Any, batch: Any, *args: Any, **named: Any
+) -> None:
+    """Positions follow packed rows.
+
+    `mrope_positions` [3, T] int64 of T rows, packed by a layout of any widths and padded behind.
+    """
+    layout = getattr(batch.spec_info, "ragged_verify_layout", None)
+    if layout is None:
+        original(self, model_runner, batch, *args, **named)
+        return
+    positions = batch.spec_info.positions.to(torch.int64)
+    media = batch.multimodal_inputs or ()
+    deltas = [0 if each is None else int(each.mrope_position_delta.item()) for each in media]
+    if any(deltas):
+        rows = torch.arange(len(positions), device=positions.device)
+        requests = torch.searchsorted(layout.qo_indptr_device[1:].to(torch.int64), rows, right=True)
+        positions = positions + sent(deltas, positions.device)[requests.clamp(max=len(deltas) - 1)]
+    self.mrope_positions = positions.repeat(3, 1)
+
+
+@around(
+    "sglang.srt.managers.mm_utils:prepare_mm_inputs",
+    why="SGLang keeps what a target reads of images for EAGLE only; its layers write over it",
+    until="it asks the algorithm",
+)
+def _kept_images(original: Any, input_ids: Any, forward_batch: Any, *args: Any, **named: Any) -> Any:
+    """A prefill's `mm_input_embeds` [T, H], rows of text and images as the first layer reads them, stay."""
+    read = original(input_ids, forward_batch, *args, **named)
+    if forward_batch.mm_input_embeds is not None:
+        forward_batch.mm_input_embeds = forward_batch.mm_input_embeds.clone()
+    return read

@@ -1,0 +1,105 @@
+"""SGLang's Triton attention for verifications whose requests have different widths.
+
+Upstream's kernel (`extend_attention_fwd`) takes any number of query rows per request from `qo_indptr`; only what
+:class:`TritonAttnBackend` plans for a verification gives every request the same number. Keys and values of the prefix
+are planned from `seq_lens` and are right for every width.
+"""
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.speculative.ragged_verify import resolve_ragged_verify_layout
+
+from whiflash_sglang.engine.carried import serves_ours
+
+
+class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
+    """`TritonAttnBackend`, with the rows of a verification laid out as its `RaggedVerifyLayout` says."""
+
+    supports_ragged_verify_graph = True
+
+    def __init__(self, runner: Any, *args: Any, **named: Any) -> None:
+        super().__init__(runner, *args, **named)
+        # With one pool for all layers SGLang asks the model for its window, which not every class answers (Laguna),
+        # and without one the layers that have it are planned no keys. The kernel masks the narrower one of several.
+        window = widest_window(runner.model)
+        if window is not None:
+            self.sliding_window_size = window
+        self._make_room(0)
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Plan a forward over the packed rows of `forward_batch`, once for all layers."""
+        super().init_forward_metadata(forward_batch)
+        if not forward_batch.forward_mode.is_target_verify():
+            return
+        layout = resolve_ragged_verify_layout(forward_batch)
+        if layout is not None:
+            # The widest request's rows, `max_extend_len`, are upstream's `num_tokens_per_req` already.
+            self.forward_metadata.qo_indptr = layout.qo_indptr_device
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *buffers: Any, **named: Any) -> None:
+        """Allocate what the plans of captured verifications are written to.
+
+        Upstream sizes decoding's inputs by rows: room for a whole context each (and the splits of its kernel). Here
+        every captured forward is a verification, in which a request reads one context, however many rows it has. Its
+        offsets have room for the server's requests, and a graph has slots beside them.
+        """
+        super().init_cuda_graph_state(max_bs, max_bs, *buffers, **named)
+        self._make_room(max_bs)
+        if self.use_sliding_window_kv_pool:
+            # Slots that a row writes to in the windowed layers' pool.
+            self.cuda_graph_swa_out_cache_loc = torch.zeros(
+                max_num_tokens, dtype=torch.int64, device=self.device
+            )
+
+    def _make_room(self, slots: int) -> None:
+        """Offsets of as many requests as the server takes, or of `slots` if those are more: of query rows, of keys, and
+        of the keys within a window, [requests + 1] each."""
+        requests = max(slots, int(self.req_to_token_pool.size))
+
+        def offsets(dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(requests + 1, dtype=dtype, device=self.device)
+
+        self.kv_indptr = offsets(torch.int32)
+        self.qo_indptr, self.mask_indptr = offsets(torch.int64), offsets(torch.int64)
+        if self.sliding_window_size is not None and self.sliding_window_size > 0:
+            self.window_kv_indptr = offsets(torch.int32)
+
+    def _update_target_verify_buffers(
+        self, plan: Any, bs: int, seq_lens: Any, spec_info: Any, req_pool_indices: Any
+    ) -> Any:
+        written = super()._update_target_verify_buffers(plan, bs, seq_lens, spec_info, req_pool_indices)
+        layout = spec_info.ragged_verify_layout
+        if layout is not None:
+            self.qo_indptr[: bs + 1].copy_(layout.padded_to_bucket(padded_bs=bs).qo_indptr_device)
+        return written
+
+    def _build_cuda_graph_forward_metadata(
+        self, bs: int, forward_mode: Any, spec_info: Any, *rest: Any
+    ) -> Any:
+        metadata = super()._build_cuda_graph_forward_metadata(bs, forward_mode, spec_info, *rest)
+        if forward_mode.is_target_verify() and spec_info.ragged_verify_layout is not None:
+            # Captured as a number, so it must hold for every replay: the server's widest block.
+            metadata.max_extend_len = self.num_draft_tokens
+        return metadata
+
+
+def widest_window(model: Any) -> int | None:
+    """Keys before its own that a row sees in the layer of a loaded `model` with the widest window; None without one."""
+    layers = (module for module in model.modules() if isinstance(module, RadixAttention))
+    return max((size for layer in layers if (size := layer.sliding_window_size) > 0), default=None)
+
+
+_upstreams = ATTENTION_BACKENDS["triton"]
+
+
+def install() -> None:
+    """Let SGLang's name for it name ours in a server of ours. Idempotent."""
+    register_attention_backend("triton")(_make)
+
+
+def _make(runner: Any) -> Any:
+    return RaggedTritonBackend(runner) if serves_ours() else _upstreams(runner)

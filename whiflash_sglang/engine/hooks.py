@@ -1,0 +1,81 @@
+"""When a process is given its hooks: as soon as its arguments ask for WHIFLASH, and not before.
+
+The launcher knows when it has read the command line, `Engine` its keywords, and the scheduler when SGLang asks the
+registered algorithm for its worker: before pools, caches, grammars and the output streamer exist. The data-parallel
+controller, where there is one, is started by a function of ours. No other process of a server is changed, and a server
+without WHIFLASH does not even import the hooks. They stay for the life of a process, so each asks whether the server
+that it is called for is ours.
+"""
+
+import os
+from importlib import import_module
+from importlib.metadata import entry_points
+from pkgutil import walk_packages
+from typing import Any
+
+from whiflash_sglang import engine
+from whiflash_sglang.engine import patches, patching
+from whiflash_sglang.engine.carried import APP_PATH, WORKER_APP
+
+
+def in_launcher(server_args: Any) -> None:
+    """Validation, traces and routes, in the process that serves HTTP, which keeps its keys to itself. Idempotent.
+    Several tokenizer workers serve HTTP from processes that SGLang starts with our module.
+    """
+    from whiflash_sglang.engine.http import routes
+    from whiflash_sglang.engine.launch import arguments, keys
+
+    patching.install(arguments, keys)
+    routes.install()
+    if server_args.tokenizer_worker_num > 1:
+        os.environ.setdefault(APP_PATH, WORKER_APP)
+
+
+def in_engine() -> None:
+    """Figures and traces of answers, and what requests may bring, in the process that holds an `Engine`. Idempotent."""
+    from whiflash_sglang.engine.http import admission, recordings
+    from whiflash_sglang.engine.launch import arguments
+    from whiflash_sglang.engine.scheduler import figures
+
+    patching.install(arguments, admission, figures, recordings)
+
+
+def in_scheduler() -> None:
+    """Install what the worker needs around it. Idempotent.
+
+    Raises:
+        IncompatibleEngineError: a private name is missing or has changed.
+    """
+    patching.require_names()
+    from whiflash_sglang.engine.forward import flash_backend, lora, target, triton_backend
+    from whiflash_sglang.engine.scheduler import (
+        disaggregation,
+        hicache,
+        kv_budget,
+        radix,
+        releases,
+        scores,
+        stops,
+        subclass,
+    )
+
+    patching.install(
+        disaggregation, hicache, lora, kv_budget, radix, releases, scores, stops, subclass, target
+    )
+    triton_backend.install()
+    flash_backend.install()
+
+
+def missing() -> list[patching.Finding]:
+    """Import all modules of this package, and those that other distributions name (`patches.BESIDE`), so that what they
+    replace is in the table; one finding for each that cannot be imported."""
+    found = []
+    ours = [module.name for module in walk_packages(engine.__path__, f"{engine.__name__}.")]
+    for name in (*ours, *(one.value for one in entry_points(group=patches.BESIDE))):
+        if name.endswith(".http_worker"):  # it is an application
+            continue
+        try:
+            import_module(name)
+        except Exception as error:  # an import may fail in any way; all of them mean "does not fit"
+            found.append(patching.Finding(name, False, f"does not import ({error})"))
+    return found

@@ -1,0 +1,233 @@
+"""Traces, the parts of predictions that appeared, and vLLM's figures of acceptance, in what routes send.
+
+OpenAI's chat and text completions have traces in SGLang's extension `sglext`, of a stream in a last chunk of its own;
+what of predictions appeared is in their usage. Responses and Messages have no place for either, so both go into
+`sglext`: of an answer, of the `response` in a stream's last event, or of the event `message_delta`.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from functools import partial
+from typing import Any
+
+from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
+
+from whiflash_sglang.engine.carried import META_KEY
+from whiflash_sglang.engine.http import traces
+from whiflash_sglang.engine.http.call import CURRENT, Call
+from whiflash_sglang.engine.http.predictions import summed
+from whiflash_sglang.engine.patching import around
+from whiflash_sglang.engine.scheduler import figures
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+EXTENSION, PREDICTION = "sglext", "prediction"
+_DETAILS = "completion_tokens_details"
+_ENDED = ("response.completed", "response.incomplete", "response.failed")
+"""Types of a Responses stream's last event."""
+
+
+def extending(call: Call, send: Send) -> Send:
+    """`send` for an answer to this call: SGLang's own where nothing of ours was asked for."""
+    figures_too = bool(call.body.get("return_spec_tokens_details"))
+    if call.params is None and not figures_too:
+        return send
+
+    def holds() -> bool:  # what SGLang keeps of Responses has its extension already
+        return call.form != "responses" and bool(call.traces or call.counts or figures_too)
+
+    return _Sent(send, partial(extended, call), holds, _Events(call)).send
+
+
+def rewriting(send: Send, change: Change) -> Send:
+    """`send` for an answer in JSON, which `change` gets."""
+    return _Sent(send, change, lambda: True, None).send
+
+
+class _Sent:
+    """An answer that is changed on its way: an answer in JSON as a whole, a stream event by event.
+
+    holds: asked when an answer begins, whether `change` has something for it. events: None where streams stay.
+    """
+
+    def __init__(
+        self, send: Send, change: Change, holds: Callable[[], bool], events: "_Events | None"
+    ) -> None:
+        self._send, self._change, self._holds, self._events = send, change, holds, events
+        self._start: Message | None = None
+        """The beginning of an answer in JSON, whose length is not known yet."""
+        self._body = b""
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif message["type"] != "http.response.body":
+            await self._send(message)
+        elif self._start is not None:
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._whole(self._start)
+        elif self._events is not None:
+            more = message.get("more_body", False)
+            body = self._events.take(message.get("body", b""), ends=not more)
+            if body or not more:
+                await self._send({**message, "body": body})
+        else:
+            await self._send(message)
+
+    async def _begin(self, message: Message) -> None:
+        kind = dict(message.get("headers", ())).get(b"content-type", b"") if message["status"] == 200 else b""
+        if not kind.startswith(b"text/event-stream"):
+            self._events = None
+        if kind.startswith(b"application/json") and self._holds():
+            self._start = message
+        else:
+            await self._send(message)
+
+    async def _whole(self, start: Message) -> None:
+        answer = json.loads(self._body)  # noqa: TID251  (this server wrote it)
+        changed = self._change(answer) if isinstance(answer, dict) else answer
+        body = self._body if changed is answer else _json(changed).encode()
+        headers = [pair for pair in start.get("headers", ()) if pair[0] != b"content-length"]
+        await self._send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def extended(call: Call, answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer in JSON with what this call asked for; the same object where there is nothing."""
+    if call.form == "messages":
+        extension = extension_of(call)
+        return {**answer, EXTENSION: extension} if extension else answer
+    answer = _with_figures(call, answer)
+    if call.traces and "choices" in answer:
+        shown = {
+            c["index"]: (c["message"]["content"] if "message" in c else c["text"]) for c in answer["choices"]
+        }
+        answer = {**answer, EXTENSION: {**(answer.get(EXTENSION) or {}), META_KEY: _traces(call, shown)}}
+    return answer
+
+
+def extension_of(call: Call) -> dict[str, Any]:
+    """The extension of Responses and Messages; empty if their request asked for nothing."""
+    extension: dict[str, Any] = {META_KEY: _traces(call, {})} if call.traces else {}
+    return {**extension, PREDICTION: summed(call.counts)} if call.counts else extension
+
+
+def _traces(call: Call, shown: Mapping[int, str | None]) -> Any:
+    """shown: what clients see of a choice's text, which the trace brings where it is another one."""
+    made = [
+        traces.with_text(trace, text, shown.get(trace["choice"]))
+        for trace, text in sorted(call.traces, key=lambda entry: int(entry[0]["choice"]))
+    ]
+    return made[0] if len(made) == 1 else made
+
+
+def _with_figures(call: Call, answer: dict[str, Any], *, usage_too: bool = True) -> dict[str, Any]:
+    """An answer or a chunk of OpenAI's, with what of predictions appeared in its usage, and vLLM's `metrics`."""
+    usage = answer.get("usage")
+    if usage_too and usage and call.counts:
+        details = usage.get(_DETAILS) or {"reasoning_tokens": usage.get("reasoning_tokens") or 0}
+        answer = {**answer, "usage": {**usage, _DETAILS: {**details, **summed(call.counts)}}}
+    acceptance = figures.acceptance_in(answer)
+    return answer if acceptance is None else {**answer, figures.METRICS: acceptance}
+
+
+class _Events:
+    """The events of a stream."""
+
+    def __init__(self, call: Call) -> None:
+        self._call, self._rest, self._last = call, b"", b""
+        self._change = self._converted if call.form in ("responses", "messages") else self._openai
+        whole = call.form in ("chat", "completion") and traces.asks_text([{"custom_params": call.params}])
+        self._shown: dict[int, str] | None = {} if whole else None
+
+    def take(self, data: bytes, *, ends: bool) -> bytes:
+        """Bytes to send when `data` has come: whole events, however SGLang cut them."""
+        *events, self._rest = (self._rest + data).split(b"\n\n")
+        sent = b"".join(self._change(event) + b"\n\n" for event in events)
+        if ends:
+            sent, self._rest = sent + self._rest, b""
+        return sent
+
+    def _openai(self, event: bytes) -> bytes:
+        if event.startswith(b"data: [DONE]"):
+            return (self._trace_chunk() + b"\n\n" if self._call.traces else b"") + event
+        if not event.startswith(b"data: {"):
+            return event
+        self._last = event
+        counted = self._call.counts and b'"usage":{' in event
+        if self._shown is None and not counted and figures.DETAILS.encode() not in event:
+            return event
+        chunk = _data(event.removeprefix(b"data: "))
+        self._note(chunk)
+        changed = _with_figures(self._call, chunk, usage_too=not chunk.get("choices"))
+        return event if changed is chunk else b"data: " + _json(changed).encode()
+
+    def _note(self, chunk: dict[str, Any]) -> None:
+        """Add a chunk to the text of each choice."""
+        for choice in chunk.get("choices") or () if self._shown is not None else ():
+            text = (choice.get("delta") or {}).get("content") or choice.get("text") or ""
+            self._shown = self._shown or {}
+            self._shown[choice["index"]] = self._shown.get(choice["index"], "") + text
+
+    def _trace_chunk(self) -> bytes:
+        """A last chunk without choices, as SGLang's own extension chunks are."""
+        last = _data(self._last.removeprefix(b"data: ")) if self._last else {}
+        chunk: dict[str, Any] = {
+            "id": "whiflash-trace",
+            "object": "chat.completion.chunk" if self._call.form == "chat" else "text_completion",
+            "created": 0,
+            "model": last.get("model") or self._call.body.get("model"),
+            "choices": [],
+            EXTENSION: {META_KEY: _traces(self._call, self._shown or {})},
+        }
+        return f"data: {json.dumps(chunk)}".encode()
+
+    def _converted(self, event: bytes) -> bytes:
+        name, mark, text = event.partition(b"\ndata: ")
+        extension = extension_of(self._call) if mark else {}
+        if not extension:
+            return event
+        data = _data(text)
+        if data["type"] == "message_delta":
+            data[EXTENSION] = extension
+        elif data["type"] in _ENDED:
+            data["response"][EXTENSION] = extension
+        else:
+            return event
+        return name + mark + _json(data).encode()
+
+
+def _data(text: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(text)  # noqa: TID251  (this server wrote it)
+    return found
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+@around(
+    "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses.responses_full_generator",
+    params=("request", "sampling_params", "result_generator"),
+    why="SGLang keeps answers of Responses and returns them again, also those that ran in the background",
+    until="SGLang carries `meta_info` of algorithms over",
+    optional=True,
+)
+async def _extending_response(original: Any, self: Any, *args: Any, **named: Any) -> Any:
+    """An answer of Responses has traces and what of predictions appeared."""
+    response = await original(self, *args, **named)
+    call = CURRENT.get()
+    extension = extension_of(call) if call is not None else {}
+    if extension and isinstance(response, ResponsesResponse):
+        setattr(response, EXTENSION, extension)
+    return response
+
+
+def allow_extensions() -> None:
+    """Let answers of Responses carry a field of ours. Idempotent."""
+    if ResponsesResponse.model_config.get("extra") != "allow":
+        ResponsesResponse.model_config["extra"] = "allow"
+        ResponsesResponse.model_rebuild(force=True)

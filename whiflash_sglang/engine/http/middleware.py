@@ -1,0 +1,144 @@
+"""One middleware for all routes whose requests or answers have something of ours.
+
+SGLang's models drop fields that they do not know, and its answers have no place for ours. So what is for WHIFLASH is
+read from a body before its route, and refused in the route's form; `TokenizerManager.generate_request` takes it up
+(`routes`), and what is added to an answer goes into what the route sends (`answers`). Requests without a field of ours
+and their answers stay SGLang's own, and so do servers without WHIFLASH. In the process that serves HTTP.
+"""
+
+import os
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+import orjson
+from fastapi.responses import JSONResponse, Response
+from sglang.srt.entrypoints import http_server
+from sglang.srt.utils import auth
+from starlette.middleware import Middleware
+
+from whiflash_sglang.engine.carried import asks_for_ours
+from whiflash_sglang.engine.http import answers
+from whiflash_sglang.engine.http.call import CURRENT, Call, Form
+from whiflash_sglang.engine.http.requests import read
+from whiflash_sglang.engine.launch.keys import without_keys
+from whiflash_sglang.spans.hints import HintError
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+FORMS: Mapping[str, Form] = {
+    os.environ.get("AIP_PREDICT_ROUTE", "/vertex_generate"): "native",  # SGLang's other routes come before it
+    "/v1/chat/completions": "chat",
+    "/invocations": "chat",
+    "/v1/completions": "completion",
+    "/v1/responses": "responses",
+    "/v1/messages": "messages",
+    "/generate": "native",
+}
+INFO = ("/server_info", "/get_server_info")
+"""Routes whose answers show SGLang's arguments."""
+
+
+def install() -> None:
+    """Put it behind all others of SGLang's application, so that keys are checked first. Idempotent."""
+    app = http_server.app
+    if not any(entry.cls is OurFields for entry in app.user_middleware):
+        app.user_middleware.append(Middleware(OurFields))
+        app.middleware_stack = None  # it is built when the next request comes
+
+
+class OurFields:
+    """The middleware."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if _is_foreign(scope):
+            why = "pages of other origins may not steer a server without keys; send it from elsewhere, or set keys"
+            await JSONResponse({"error": {"message": why}}, 403)(scope, receive, send)
+            return
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        form = FORMS.get(path) if scope.get("method") in ("POST", "PUT") else None
+        if form is None and path not in INFO:
+            await self._serve(None, scope, receive, send)
+            return
+        manager = http_server._global_state.tokenizer_manager
+        if not asks_for_ours(manager.server_args):
+            await self._app(scope, receive, send)
+        elif form is None:
+            cut = answers.rewriting(send, lambda info: without_keys(info, manager.server_args))
+            await self._app(scope, receive, cut)
+        elif form == "native":
+            await self._serve(Call(form), scope, receive, send)
+        else:
+            body, receive = await _parsed(receive)
+            try:
+                call = read(form, body, manager)
+                del body  # the call keeps what is needed of it while the answer is written
+            except HintError as error:
+                await _refusal(form, error)(scope, receive, send)
+                return
+            await self._serve(call, scope, receive, answers.extending(call, send))
+
+    async def _serve(self, call: Call | None, scope: Message, receive: Receive, send: Send) -> None:
+        # A request that was sent before the last one was answered starts with that one's context.
+        token = CURRENT.set(call)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            CURRENT.reset(token)
+
+
+def _is_foreign(scope: Message) -> bool:
+    """Whether a browser sends this for a page of another origin, all of which SGLang allows (CORS), to a route that is
+    an operator's and open to everybody."""
+    headers = dict(scope.get("headers", ()))
+    site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
+    same = (origin or b"").partition(b"://")[2] == headers.get(b"host")
+    if site in (b"same-origin", b"none") or (site is None and (origin is None or same)):
+        return False
+    server_args = http_server._global_state.tokenizer_manager.server_args
+    level = auth._get_auth_level_from_app_and_scope(http_server.app, dict(scope))
+    is_open = not (server_args.api_key or server_args.admin_api_key)
+    return bool(asks_for_ours(server_args) and is_open and level != auth.AuthLevel.NORMAL)
+
+
+async def _parsed(receive: Receive) -> tuple[object, Receive]:
+    """The parsed body, None where SGLang will refuse it; and what gives that body again, then what comes after it."""
+    parts: list[bytes] = []
+    message = await receive()
+    while message["type"] == "http.request":
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            message = {"type": "http.request", "body": b"".join(parts), "more_body": False}
+            break
+        message = await receive()
+    waiting = [message]
+
+    async def again() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    try:
+        return orjson.loads(message.get("body", b"")), again
+    except orjson.JSONDecodeError:
+        return None, again
+
+
+def _refusal(form: Form, error: HintError) -> Response:
+    """The route's own form of an error."""
+    state = http_server.app.state
+    refused: Response
+    if form == "messages":
+        refused = state.anthropic_serving._error_response(400, "invalid_request_error", str(error))
+    else:
+        serving = state.openai_serving_responses if form == "responses" else state.openai_serving_chat
+        refused = serving.create_error_response(str(error), param=error.field)
+    return refused
+
+
+def routes() -> tuple[str, ...]:
+    """Below `/v1`: whose requests may carry hints. SGLang's application may serve no Responses."""
+    responses = ("responses",) if hasattr(http_server.app.state, "openai_serving_responses") else ()
+    return "chat/completions", "completions", "messages", *responses

@@ -1,0 +1,283 @@
+"""Routes that WHIFLASH adds to SGLang's HTTP process. Hints: `requests`; traces: `traces`."""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import Depends, HTTPException, Query, Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from sglang.srt.entrypoints import http_server
+from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput, SetInternalStateReq
+
+from whiflash_sglang import __version__
+from whiflash_sglang.copying.memory import parse_forget
+from whiflash_sglang.engine import patching
+from whiflash_sglang.engine.carried import asks_for_ours, replace_settings, settings_of
+from whiflash_sglang.engine.http import (
+    admission,
+    answers,
+    middleware,
+    pieces,
+    predictions,
+    recordings,
+    requests,
+    traces,
+)
+from whiflash_sglang.engine.http.call import CURRENT
+from whiflash_sglang.engine.http.steering import log_steering, loggable
+from whiflash_sglang.engine.launch.refusals import storage_refusal
+from whiflash_sglang.engine.patching import around
+from whiflash_sglang.engine.scheduler import figures
+from whiflash_sglang.engine.scheduler.control import (
+    VERSION,
+    change_request,
+    encode,
+    encode_forget,
+    states_of,
+    switched,
+)
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files.hosts import SilentReplicaError, together
+from whiflash_sglang.files.jsonl import read_json
+from whiflash_sglang.settings.config import changed
+from whiflash_sglang.spans.capabilities import capabilities
+from whiflash_sglang.updates.samples import forget_samples
+from whiflash_sglang.updates.versions import Wanted, check_wanted
+
+
+def install() -> None:
+    """Idempotent. Called in the processes that serve HTTP: the launcher's, or each tokenizer worker's."""
+    answers.allow_extensions()
+    patching.install(admission, answers, figures, recordings, sys.modules[__name__])
+    middleware.install()
+    known = {getattr(route, "path", None) for route in http_server.app.routes}
+    if "/whiflash/capabilities" not in known:
+        http_server.app.get("/whiflash/capabilities")(_capabilities)
+        # As SGLang's own /set_internal_state: with --admin-api-key, only for its holder. Two readings of the state
+        # reveal what was accepted of the requests in between.
+        admin_only = http_server.auth_level(http_server.AuthLevel.ADMIN_OPTIONAL)
+        http_server.app.get("/whiflash/state")(admin_only(_state))
+        http_server.app.post("/whiflash/policy")(admin_only(_set_policy))
+        http_server.app.post("/whiflash/forget")(admin_only(_forget))
+        http_server.app.post("/whiflash/drafters")(admin_only(_use_version))
+
+
+@around(
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request",
+    params=("obj", "request"),
+    why="all requests and outputs pass here; readers of streams want one token an output (sglang #31915, #37634)",
+    until="SGLang lets algorithms see requests, and its parsers read outputs of several tokens",
+)
+async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+    """Hints are taken up and checked, answers are followed for traces, and streams are cut as plain ones."""
+    outputs, call = original(self, obj, request), CURRENT.get()
+    if asks_for_ours(self.server_args):
+        if call is not None and call.form != "native":
+            requests.fill(self, obj, call)
+        requests.check_native(self, obj)
+        requests.keep_from_learning(self, obj)
+        await predictions.encoded(self, obj)
+        admission.check_given(obj, native=call is not None and call.form == "native")
+        outputs = predictions.followed(self, obj, call, outputs)
+        outputs = traces.followed(self, obj, call, outputs)
+        if pieces.are_read_one_by_one(self, obj, call):
+            outputs = pieces.as_plain(self, obj, outputs)
+    async for output in outputs:
+        yield output
+
+
+@around(
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager.attach_hicache_storage",
+    params=("hicache_storage_backend",),
+    why="SGLang attaches any storage while it serves",
+    until="SGLang judges what is attached as it does a launch",
+)
+async def _attaching(original: Any, self: Any, hicache_storage_backend: str, *args: Any, **named: Any) -> Any:
+    """Storage that a launch is refused for is not attached later, either."""
+    if asks_for_ours(self.server_args):
+        draft_kv = bool(settings_of(self.server_args).drafters)
+        why = storage_refusal(self.server_args, hicache_storage_backend, draft_kv)
+        if why is not None:
+            return AttachHiCacheStorageReqOutput(success=False, message=why)
+    return await original(self, hicache_storage_backend, *args, **named)
+
+
+async def _capabilities() -> dict[str, object]:
+    manager = http_server._global_state.tokenizer_manager
+    server_args = manager.server_args
+    settings = settings_of(server_args)
+    return capabilities(
+        server_version=__version__,
+        model=server_args.served_model_name or server_args.model_path,
+        policy=await _policy(manager),
+        arms=(
+            *settings.drafters,
+            *(("structure",) if settings.structure.enabled else ()),
+            *(("lookup",) if settings.lookup.enabled else ()),
+            "none",
+        ),
+        routes=middleware.routes(),
+        prediction_tokens=settings.lookup.prediction_tokens if settings.lookup.enabled else 0,
+        tool_call_parser=manager.config_value("tool_call_parser"),
+        reasoning_parser=manager.config_value("reasoning_parser"),
+    )
+
+
+async def _policy(manager: Any) -> str:
+    """The policy in force. Another tokenizer worker may have changed it: only the schedulers know."""
+    if manager.server_args.tokenizer_worker_num > 1:
+        with contextlib.suppress(SilentReplicaError):
+            return str(together(await _states())["policy"])
+    return settings_of(manager.server_args).router
+
+
+Seconds = Annotated[float | None, Query(gt=0, allow_inf_nan=False)]
+
+
+async def _state(timeout: Seconds = None) -> JSONResponse:
+    """Policy in force, running requests, and where the rounds' time went, of every replica and together.
+
+    Args:
+        timeout: seconds to wait for a replica; without one as many as a step may last before SGLang ends the server.
+    """
+    try:
+        state = together(await _states(timeout))
+    except SilentReplicaError as error:
+        return _error(504, "GatewayTimeout", str(error))
+    return JSONResponse(state)
+
+
+async def _states(timeout: float | None = None) -> list[dict[str, Any]]:
+    manager = http_server._global_state.tokenizer_manager
+    return await states_of(manager, timeout or manager.config_value("watchdog_timeout"))
+
+
+async def _object(request: Request) -> dict[str, Any]:
+    """The body of a request. SGLang's answer to another one would name a file of this machine.
+
+    Raises:
+        HTTPException: it is no JSON object. Browsers send what is not called JSON without asking.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    with contextlib.suppress(ValueError):
+        if kind == "application/json" and isinstance(body := read_json(await request.body()), dict):
+            return body
+    raise HTTPException(400, "the body is no JSON object, or its content-type does not call it JSON")
+
+
+Body = Annotated[dict[str, Any], Depends(_object)]
+
+
+async def _set_policy(change: Body, request: Request) -> JSONResponse:
+    """Change router, thresholds or dwell while serving."""
+    answer = await _changed(change)
+    log_steering(_client(request), "policy", loggable(change), answer.status_code)
+    return answer
+
+
+async def _changed(change: dict[str, Any]) -> JSONResponse:
+    manager = http_server._global_state.tokenizer_manager
+    settings = settings_of(manager.server_args)
+    try:
+        settings = changed(settings, change)
+    except ConfigError as error:
+        return _bad_request(str(error))
+    answer = await _send(change_request(encode(change)))
+    if answer.status_code == 200:
+        replace_settings(manager.server_args, settings)
+    return answer
+
+
+async def _forget(who: Body, request: Request) -> JSONResponse:
+    """Drop what is kept of one tenant's outputs, or of everybody's: copies and samples."""
+    told: dict[str, Any] = {}
+    try:
+        handle = parse_forget(who)
+    except ConfigError as error:
+        answer = _bad_request(str(error))
+    else:
+        # Not the tenant's keys: who has them is the tenant.
+        told = {"all": True} if handle is None else {"tenant": f"{handle:016x}"}
+        answer = await _send(change_request(encode_forget(handle)))
+        if answer.status_code == 200:
+            answer = await _forget_samples(handle) or answer
+    log_steering(_client(request), "forget", told, answer.status_code)
+    return answer
+
+
+async def _use_version(which: Body, request: Request) -> JSONResponse:
+    """Draft with another version of the drafters' weights; running requests continue."""
+    told: dict[str, Any] = {}
+    try:
+        wanted = Wanted.model_validate(which)
+    except ValidationError:
+        answer = _bad_request(
+            'give the number of a version, as {"version": 3}, and its "target" and "files" if you have them; 0 is what '
+            "the server was started with"
+        )
+    else:
+        told = {"version": wanted.version}
+        answer = await _used(wanted)
+    log_steering(_client(request), "drafters", told, answer.status_code)
+    return answer
+
+
+async def _used(wanted: Wanted) -> JSONResponse:
+    directory = settings_of(http_server._global_state.tokenizer_manager.server_args).versions
+    if directory is None:
+        return _bad_request("this server was started without --whiflash-versions or --whiflash-learn")
+    try:
+        await asyncio.to_thread(check_wanted, directory, wanted)
+    except (ConfigError, OSError) as error:
+        return _bad_request(str(error))
+    manager, request = http_server._global_state.tokenizer_manager, change_request({VERSION: wanted.version})
+    answer = await _send(request)
+    if answer.status_code != 200:
+        return answer
+    try:
+        why = await switched(manager, request.rid, manager.config_value("watchdog_timeout"))
+    except SilentReplicaError as error:
+        return _error(504, "GatewayTimeout", f"the switch goes on: {error}")
+    return _bad_request(why) if why else await _state()
+
+
+async def _forget_samples(handle: int | None) -> JSONResponse | None:
+    """Drop samples on disk; an answer only where that fails. No scheduler has any of them in memory any more."""
+    directory = settings_of(http_server._global_state.tokenizer_manager.server_args).samples.directory
+    if directory is None:
+        return None
+    try:
+        await asyncio.to_thread(forget_samples, directory, handle)
+    except OSError as error:
+        return _error(
+            500, "InternalServerError", f"samples in {directory} were not dropped: {error.strerror}"
+        )
+    return None
+
+
+def _client(request: Request) -> str | None:
+    return request.client.host if request.client else None
+
+
+async def _send(request: SetInternalStateReq) -> JSONResponse:
+    """Send to every scheduler; returns the state afterwards. If one does not answer, none changes."""
+    manager = http_server._global_state.tokenizer_manager
+    try:
+        await _states()
+    except SilentReplicaError as error:
+        return _error(504, "GatewayTimeout", f"nothing was changed: {error}")
+    answers = await manager.set_internal_state(request)
+    if not all(answers):
+        return _bad_request("the change was refused; the server's log says why")
+    return await _state()
+
+
+def _bad_request(message: str) -> JSONResponse:
+    return _error(400, "BadRequestError", message)
+
+
+def _error(status: int, kind: str, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status)

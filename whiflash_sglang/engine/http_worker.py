@@ -1,0 +1,15 @@
+"""SGLang's application with WHIFLASH's hooks, for the processes of `--tokenizer-worker-num` above one.
+
+SGLang imports it in each of them (`SGLANG_HTTP_SERVER_APP_PATH`), with the launcher's arguments in shared memory.
+"""
+
+from sglang.srt.entrypoints import http_server
+from sglang.srt.managers.multi_tokenizer_mixin import get_main_process_id, read_from_shared_memory
+from sglang.srt.plugins import load_plugins
+
+from whiflash_sglang.engine import hooks
+
+load_plugins()  # SGLang's own application does not, and its workers ask the algorithm by name
+_, _server_args, _ = read_from_shared_memory(f"multi_tokenizer_args_{get_main_process_id()}")
+hooks.in_launcher(_server_args)
+app = http_server.app

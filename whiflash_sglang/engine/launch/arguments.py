@@ -1,0 +1,124 @@
+"""A launch of SGLang as WHIFLASH sees it when the arguments are read, before any weight is loaded."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+from sglang.srt.model_executor.cuda_graph_config import Backend
+from sglang.srt.platforms import current_platform
+from sglang.srt.runtime_context import get_platform
+
+from whiflash_sglang.engine.carried import asks_for_ours, settings_of
+from whiflash_sglang.engine.patching import around
+from whiflash_sglang.files.cpu import PLATFORM
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """The facts by which a launch is judged.
+
+    args: SGLang's arguments as resolved so far. given: the same as the user gave them. model: SGLang's configuration
+    of the target; None if only flags are known. device: `cpu` or `cuda`, or another accelerator's name. own_platform:
+    the platform of whiflash-cpu is active. xqa: TRT-LLM's attention would be its XQA kernel here (Hopper, SM120), which
+    takes one width. draft_kv: a drafter keeps KV of its own at the target's slots.
+    """
+
+    args: Any
+    given: Mapping[str, Any]
+    model: Any
+    device: str
+    own_platform: bool
+    xqa: bool = False
+    draft_kv: bool = True
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+    @classmethod
+    def of(cls, server_args: Any) -> "Launch":
+        cfg = resolving_view(server_args)
+        platform = get_platform()
+        device = "hip" if cfg.device == "cuda" and platform.is_hip else str(cfg.device)
+        own = type(current_platform).__module__.partition(".")[0] == PLATFORM
+        xqa = bool(platform.is_sm90 or platform.is_sm120)
+        draft_kv = bool(settings_of(server_args).drafters)
+        return cls(cfg, cfg._raw_input, model_config_of(cfg), device, own, xqa, draft_kv)
+
+    @property
+    def attention_backends(self) -> set[str]:
+        """Every attention backend that these arguments name."""
+        return {name for f in ATTENTION_FIELDS if (name := getattr(self.args, f))}
+
+    @property
+    def architecture(self) -> str:
+        return "the target" if self.model is None else str(self.model.hf_config.architectures[0])
+
+    def is_set(self, variable: str) -> bool:
+        """Whether a switch of SGLang's environment is on."""
+        return self.environment.get(variable, "").lower() in ("1", "true", "yes", "y", "t", "on")
+
+
+def choose(server_args: Any) -> None:
+    """Fill in what works where the user left the choice open."""
+    if server_args.swa_full_tokens_ratio is None:
+        # One KV pool for all layers, since no GPU has run a verification in two.
+        server_args.disable_hybrid_swa_memory = True
+    if server_args.enable_multimodal is None:
+        # Unless it is asked for, a target that takes images is served for text, as SGLang serves Gemma 3 by itself.
+        server_args.enable_multimodal = False
+    if server_args.enable_mixed_chunk:
+        logger.warning(
+            "--enable-mixed-chunk is switched off: WHIFLASH's step is a prefill or a round, never both"
+        )
+        server_args.enable_mixed_chunk = False
+    if torch.cuda.is_available() and not torch.version.hip and server_args.device in (None, "cuda"):
+        for sentence in choose_for_cuda(server_args):
+            logger.warning("%s", sentence)
+
+
+def choose_for_cuda(server_args: Any) -> list[str]:
+    """Fill in what works on CUDA where the user left the choice open; what the user chose is judged by
+    :mod:`whiflash_sglang.engine.launch.refusals`.
+
+    Returns: a sentence on each choice of the user's that is replaced.
+    """
+    # Upstream's own choice on Hopper; elsewhere it would be FlashInfer, for which every round would wait.
+    attention = "fa3" if get_platform().is_sm90 else "triton"
+    replaced = [name for name in ATTENTION_FIELDS if getattr(server_args, name) == "flashinfer"]
+    for name in replaced:
+        setattr(
+            server_args, name, None
+        )  # a half that is None follows --attention-backend, whatever SGLang makes of that
+    if server_args.attention_backend is None:
+        server_args.attention_backend = attention
+    attention = server_args.attention_backend
+    if server_args.lora_backend == "csgmv":  # SGLang's default, which lays rows out for drafts of one length
+        server_args.lora_backend = "triton"
+    if server_args.cuda_graph_config is None and server_args.cuda_graph_backend_prefill is None:
+        server_args.cuda_graph_backend_prefill = Backend.DISABLED
+    # Its dummy forward is a verification without a layout.
+    server_args.disable_flashinfer_autotune = True
+    return [
+        f"--{name.replace('_', '-')} flashinfer is replaced by {attention} (--attention-backend, or else fa3 on Hopper "
+        "and triton on other cards): FlashInfer plans a verification on the host, so every round would wait for its "
+        "drafts. The text stays the target's own; only another kernel computes attention"
+        for name in replaced
+    ]
+
+
+@around(
+    "sglang.srt.arg_groups.lora_hook:check_lora_speculative_compatibility",
+    params=("server_args",),
+    why="SGLang names the algorithms that go with LoRA",
+    until="it asks the algorithm",
+)
+def _adapters_beside_drafts(original: Any, server_args: Any) -> None:
+    """LoRA starts with WHIFLASH."""
+    if not asks_for_ours(server_args):
+        original(server_args)

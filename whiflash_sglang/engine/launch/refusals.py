@@ -1,0 +1,545 @@
+"""Launches that WHIFLASH does not take: one table of conditions.
+
+Launches that are refused here start in SGLang and then serve wrong text, crash later or silently do something else.
+Each sentence names the flag or the model and says what to do.
+
+On CUDA some attention backends do not verify drafts in layers that attend through a sliding window. A verification is a
+plain causal block at the end of each request, so a backend is right where every row of it, not the request as a whole,
+sees the keys of its window, and where attention sinks (gpt-oss) reach the kernel. Draft KV uses the slots of layers
+that see the whole context. Windowed layers share them, or have a pool of their own (`launch.arguments.choose`).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from whiflash_sglang.engine.carried import APP_PATH, WORKER_APP
+from whiflash_sglang.engine.supported import has, installed
+from whiflash_sglang.files.cpu import ATTENTION_BACKEND
+
+if TYPE_CHECKING:
+    from whiflash_sglang.engine.launch.arguments import Launch
+
+CUDA_ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha", "trtllm_mla")
+"""Backends that plan a verification of several widths rightly, eagerly and for a captured graph (shown on CPU tensors;
+no GPU has run any of them). `triton` has a replacement in `engine/forward/`."""
+ATTENTIONS = ("triton", "fa3", "fa4", "trtllm_mha")
+"""Attention backends on CUDA for layers with windows. `triton` runs under Triton's interpreter as a formula says; the
+others get what their documentation asks for (`tests/compat/interpreted_windows.py`; no GPU has run any).
+"""
+
+
+IMAGES = (
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+)
+"""Classes that are served with images, as `tests/targets/test_images.py` compares them with plain decoding."""
+
+
+def has_windows(model: Any) -> bool:
+    """Whether layers of a target (SGLang's `ModelConfig`) have one, also where SGLang itself keeps their KV whole
+    (Gemma 2 and 3, OLMo 3)."""
+    from sglang.srt.configs.model_config import is_hybrid_swa_model
+
+    text = model.hf_text_config
+    return bool(
+        model.is_hybrid_swa
+        or is_hybrid_swa_model(model.hf_config.architectures, text)
+        or "sliding_attention" in (getattr(text, "layer_types", None) or ())
+    )
+
+
+def has_heads_of_two_shapes(model: Any) -> bool:
+    """Whether windowed layers have other heads of K and V than the others (Gemma 4, MiMo-V2), so that one pool does not
+    hold both."""
+    if not has_windows(model):
+        return False
+    windowed = (model.swa_head_dim, model.swa_v_head_dim, model.get_swa_num_kv_heads(1))
+    return bool(windowed != (model.head_dim, model.v_head_dim, model.get_num_kv_heads(1)))
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """`found` gives None or False if a launch is fine, else what `sentence` names in its braces."""
+
+    name: str
+    found: Callable[["Launch"], Any]
+    sentence: str
+
+
+def refusals_of(launch: "Launch", *, known_in_part: bool = False) -> Iterator[tuple[str, str]]:
+    """Name and sentence of every row that stops this launch. known_in_part: rows that lack a fact are left out."""
+    for refusal in REFUSALS:
+        try:
+            found = refusal.found(launch)
+        except AttributeError:
+            if not known_in_part:
+                raise
+            continue
+        if found not in (None, False):
+            yield refusal.name, refusal.sentence.format(found)
+
+
+def refusal_of(launch: "Launch") -> str | None:
+    """The first sentence that stops this launch, or None."""
+    return next((sentence for _, sentence in refusals_of(launch)), None)
+
+
+def storage_refusal(server_args: Any, backend: str, draft_kv: bool) -> str | None:
+    """The sentence that stops this storage from being attached to a server that runs; None: nothing does."""
+    args = SimpleNamespace(
+        hicache_storage_backend=backend, enable_streaming_session=server_args.enable_streaming_session
+    )
+    launch: Any = SimpleNamespace(args=args, draft_kv=draft_kv)
+    rows = [row for row in REFUSALS if row.name in ("hicache_storage_backend", "storage_sessions")]
+    return next((row.sentence.format(found) for row in rows if (found := row.found(launch))), None)
+
+
+def _on(argument: str) -> Callable[["Launch"], Any]:
+    """An argument that is off by default."""
+    return lambda launch: bool(getattr(launch.args, argument))
+
+
+def _more_than_one(argument: str) -> Callable[["Launch"], Any]:
+    return lambda launch: int(getattr(launch.args, argument) or 1) != 1
+
+
+_peers = _more_than_one("attn_dp_size")
+"""DP attention."""
+
+
+def _set_beside_peers(variable: str) -> Callable[["Launch"], Any]:
+    return lambda launch: _peers(launch) and launch.is_set(variable)
+
+
+def _foreign_flag(launch: "Launch") -> str | None:
+    """The first flag of SGLang's other algorithms that the user gave."""
+    given = (f for f, default in FOREIGN.items() if launch.given.get(f, default) != default)
+    return next((f"--{field.replace('_', '-')}" for field in given), None)
+
+
+def _architecture(condition: Callable[["Launch"], Any]) -> Callable[["Launch"], Any]:
+    """The target's architecture if `condition` holds; None if only flags are known."""
+    return lambda launch: launch.architecture if launch.model is not None and condition(launch) else None
+
+
+def _is_uncaptured(launch: "Launch") -> bool:
+    from whiflash_sglang.engine.forward.captured import may_capture
+
+    return not may_capture(launch.architecture)
+
+
+def _recurrent() -> Any:
+    """Imported when a target is judged: flags alone need none of its models' configurations."""
+    from whiflash_sglang.engine.forward import recurrent
+
+    return recurrent
+
+
+def _foreign_attention(launch: "Launch") -> str | None:
+    allowed = CUDA_ATTENTIONS if launch.device == "cuda" else (ATTENTION_BACKEND,)
+    return next(iter(sorted(launch.attention_backends.difference(allowed))), None)
+
+
+def _has_adapters(launch: "Launch") -> bool:
+    return bool(launch.args.enable_lora or (launch.args.lora_paths and launch.args.enable_lora is None))
+
+
+def _foreign_adapters(launch: "Launch") -> tuple[str, str] | None:
+    """The backend of LoRA that this device needs, and another one that is asked for."""
+    # On a CPU SGLang's default is replaced (`whiflash_cpu/cpu.py`).
+    takes = ("triton",) if launch.device == "cuda" else ("torch_native", "csgmv")
+    named = launch.args.lora_backend
+    return (takes[0], named) if _has_adapters(launch) and named not in takes else None
+
+
+def _captures(launch: "Launch", phase: str) -> bool:
+    if launch.device != "cuda":
+        return False
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    return bool(getattr(launch.args.cuda_graph_config, phase).backend != Backend.DISABLED)
+
+
+def _foreign_windowed_attention(launch: "Launch") -> str | None:
+    if launch.device != "cuda" or launch.model is None or not has_windows(launch.model):
+        return None
+    return next(iter(sorted(launch.attention_backends.difference(ATTENTIONS))), None)
+
+
+def _is_compressed(launch: "Launch") -> bool:
+    from sglang.srt.configs.model_config import is_deepseek_v4
+
+    return bool(is_deepseek_v4(launch.model.hf_config))
+
+
+def _is_sparse(launch: "Launch") -> bool:
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
+    return bool(is_deepseek_dsa(launch.model.hf_config))
+
+
+def _has_chunks(launch: "Launch") -> bool:
+    kinds = getattr(launch.model.hf_text_config, "layer_types", None) or ()
+    return bool(launch.model.is_local_attention_model or "chunked_attention" in kinds)
+
+
+def _untested_media(launch: "Launch") -> str | None:
+    """The target's architecture if it takes media that no test of it has; None if only flags are known."""
+    model = launch.model
+    if model is None or not (model.is_multimodal or model.is_audio_model):
+        return None
+    return None if launch.architecture in IMAGES else launch.architecture
+
+
+def _one_file(launch: "Launch") -> str | None:
+    """The format of a checkpoint that is one file of packed weights."""
+    method = None if launch.model is None else launch.model.quantization
+    return str(method) if method in ("gguf", "expert_pack") else None
+
+
+FOREIGN: dict[str, Any] = {
+    "speculative_num_steps": None,
+    "speculative_eagle_topk": None,
+    "speculative_num_draft_tokens": None,
+    "speculative_token_map": None,
+    "speculative_accept_threshold_single": 1.0,
+    "speculative_accept_threshold_acc": 1.0,
+    "speculative_use_rejection_sampling": False,
+    "speculative_draft_attention_backend": None,
+    "speculative_draft_window_size": None,
+    "speculative_draft_model_quantization": None,
+    "speculative_draft_kv_cache_dtype": None,
+    "speculative_adaptive": False,
+    "enable_multi_layer_eagle": False,
+}
+"""Arguments of SGLang's other algorithms, and what they are where nobody gave them."""
+_ONE_OF = {
+    "pp_size": "a round is planned, drafted and verified by a process that has all layers",
+    "dwdp_size": "its ranks do not count each other's rows, as a verification needs",
+    "attn_cp_size": "drafters read the KV of all positions",
+    "dcp_size": "drafters read the KV of all positions",
+}
+"""Ways to spread a model, and why WHIFLASH does not go with more than one."""
+_REMOVE = "WHIFLASH does not work with {}; remove it"
+_ONE_TOKEN = "it decodes one token a step, and a verification has several"
+_HTTP = "WHIFLASH needs SGLang's own HTTP server, for its routes, checks and traces; "
+
+
+def _removed(argument: str, reason: str = "") -> Refusal:
+    """A switch that cannot be on."""
+    flag = f"--{argument.replace('_', '-')}"
+    return Refusal(argument, _on(argument), _REMOVE.format(f"{flag} ({reason})" if reason else flag))
+
+
+def _removed_beside_draft_kv(argument: str, reason: str) -> Refusal:
+    """A switch that cannot be on where a drafter keeps KV, or reads features, of its own."""
+    flag = f"--{argument.replace('_', '-')}"
+    sentence = (
+        f"WHIFLASH's drafters do not work with {flag} ({reason}); remove it, or give --whiflash-drafters none"
+    )
+    return Refusal(argument, lambda launch: launch.draft_kv and _on(argument)(launch), sentence)
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    # where it runs
+    Refusal(
+        "device",
+        lambda x: x.device not in ("cpu", "cuda") and x.device,
+        "WHIFLASH runs on the CPU and on CUDA, not on {}; serve without it",
+    ),
+    Refusal(
+        "cpu_engine",
+        lambda x: x.device == "cpu" and not x.own_platform,
+        "WHIFLASH on the CPU needs whiflash-cpu (pip install 'whiflash-sglang[cpu]'), which is off if a GPU is "
+        "visible or "
+        "SGLANG_USE_CPU_ENGINE=1 is set; hide the GPU (CUDA_VISIBLE_DEVICES=) and unset SGLANG_USE_CPU_ENGINE",
+    ),
+    Refusal(
+        "cpu_attention",
+        lambda x: x.device == "cpu" and _foreign_attention(x),
+        f"WHIFLASH on the CPU needs --attention-backend {ATTENTION_BACKEND}, its default, not {{}}; remove the flag",
+    ),
+    Refusal(
+        "cuda_attention",
+        lambda x: x.device == "cuda" and _foreign_attention(x),
+        f"WHIFLASH on CUDA needs --attention-backend {', '.join(CUDA_ATTENTIONS)}, not {{}}, "
+        "which is untested with drafts of several lengths; remove the flag",
+    ),
+    Refusal(
+        "cuda_xqa",
+        lambda x: x.device == "cuda" and x.xqa and "trtllm_mha" in x.attention_backends,
+        "--attention-backend trtllm_mha runs the XQA kernel on this GPU, which cannot verify drafts of several "
+        "lengths; remove the flag",
+    ),
+    Refusal(
+        "cuda_prefill_graphs",
+        lambda x: x.draft_kv and _captures(x, "prefill"),
+        "prefills in CUDA graphs keep no features for WHIFLASH's drafters; give --cuda-graph-backend-prefill disabled",
+    ),
+    Refusal(
+        "cuda_graph_padding",
+        lambda x: _captures(x, "decode") and x.args.disable_cuda_graph_padding,
+        "WHIFLASH pads verifications to the size of a CUDA graph; remove --disable-cuda-graph-padding, or give "
+        "--cuda-graph-backend-decode disabled",
+    ),
+    Refusal(
+        "cuda_metadata_glue",
+        lambda x: _captures(x, "decode") and x.is_set("SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
+        "the plan of a verification changes its addresses every round and cannot be captured; unset "
+        "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+    ),
+    Refusal(
+        "cuda_deterministic",
+        lambda x: x.device == "cuda" and x.args.enable_deterministic_inference,
+        "WHIFLASH on CUDA cannot keep --enable-deterministic-inference: it verifies several rows together; remove it",
+    ),
+    *(
+        Refusal(
+            argument,
+            _more_than_one(argument),
+            f"WHIFLASH scales with --tp-size, --dp-size and --enable-dp-attention; "
+            f"--{argument.replace('_', '-')} must be 1 ({reason})",
+        )
+        for argument, reason in _ONE_OF.items()
+    ),
+    *(
+        Refusal(
+            variable.lower(),
+            _set_beside_peers(variable),
+            f"with --enable-dp-attention WHIFLASH verifies on all ranks at once, by the rows of each; unset {variable}",
+        )
+        for variable in ("SGLANG_ENABLE_DP_SPEC_PREFILL_COORDINATION", "SGLANG_SCHEDULER_SKIP_ALL_GATHER")
+    ),
+    Refusal(
+        "moe_a2a_backend",
+        lambda x: x.args.moe_a2a_backend not in (None, "none") and x.args.moe_a2a_backend,
+        "--moe-a2a-backend {} has buffers for a bounded number of rows a rank, which rounds do not keep to; remove it: "
+        "--ep-size works without it",
+    ),
+    _removed_beside_draft_kv(
+        "enable_attn_tp_input_scattered", "a rank would keep features of its own tokens only"
+    ),
+    _removed_beside_draft_kv("enable_layernorm_sp", "a rank would keep features of its own tokens only"),
+    # which target
+    Refusal(
+        "recurrent",
+        _architecture(lambda x: _recurrent().has_state(x.model) and not _recurrent().is_known(x.model)),
+        "{} keeps a recurrent state that cannot be set back to the last accepted draft; serve it without WHIFLASH",
+    ),
+    Refusal(
+        "recurrent_sessions",
+        _architecture(lambda x: _recurrent().has_state(x.model) and x.args.enable_streaming_session),
+        "{} keeps a recurrent state that cannot be set back to a session's last kept token; remove "
+        "--enable-streaming-session",
+    ),
+    Refusal(
+        "compressed",
+        _architecture(_is_compressed),
+        "{} compresses KV in pools of its own, which are untested with verifications of several widths; serve it "
+        "without WHIFLASH",
+    ),
+    Refusal(
+        "sparse",
+        _architecture(_is_sparse),
+        "{} attends to tokens that an index picks (DSA): SGLang's dsa backend verifies one length, and others "
+        "attend to all tokens; serve it without WHIFLASH",
+    ),
+    Refusal(
+        "windows",
+        _foreign_windowed_attention,
+        "the target has layers with a sliding window, whose rows {} is not known to mask one by one; "
+        f"give --attention-backend {', '.join(ATTENTIONS[:-1])} or {ATTENTIONS[-1]}",
+    ),
+    Refusal(
+        "window_heads",
+        _architecture(lambda x: not x.model.is_hybrid_swa and has_heads_of_two_shapes(x.model)),
+        "{} has windowed layers with KV heads of another shape than its other layers, which one pool cannot hold; "
+        "give --swa-full-tokens-ratio (SGLang's default is 0.8), without --disable-hybrid-swa-memory",
+    ),
+    Refusal(
+        "window_pool",
+        _architecture(lambda x: x.model.is_hybrid_swa and not x.model.full_attention_layer_ids),
+        "{} has no layer that keeps plain KV for the whole context, and drafters keep theirs at the slots of one; "
+        "remove --swa-full-tokens-ratio",
+    ),
+    Refusal(
+        "chunked_windows",
+        _architecture(_has_chunks),
+        "{} attends within chunks, and a block of drafts may cross their bounds; serve it without WHIFLASH",
+    ),
+    Refusal(
+        "multimodal",
+        _untested_media,
+        "{} is untested with images and sound; remove --enable-multimodal to serve its text",
+    ),
+    Refusal(
+        "multimodal_roles",
+        lambda x: x.args.enable_multimodal and x.args.disaggregation_mode != "null",
+        "images are untested between prefill and decode servers; remove --enable-multimodal",
+    ),
+    Refusal(
+        "multimodal_peers",
+        lambda x: x.args.enable_multimodal and _peers(x),
+        "images are untested with --enable-dp-attention; remove --enable-multimodal",
+    ),
+    Refusal(
+        "encoder",
+        _architecture(lambda x: x.model.is_encoder_decoder or not x.model.is_generation),
+        "{} does not continue a prompt token by token; serve it without WHIFLASH",
+    ),
+    Refusal(
+        "one_file",
+        _one_file,
+        "the target is a {} file, which SGLang reads only on GPUs, untested with WHIFLASH; use a checkpoint in "
+        "safetensors",
+    ),
+    # who serves it
+    Refusal(
+        "workers_keys",
+        lambda x: _more_than_one("tokenizer_worker_num")(x) and bool(x.args.api_key or x.args.admin_api_key),
+        "SGLang checks no keys with --tokenizer-worker-num above 1; remove it, or --api-key and --admin-api-key",
+    ),
+    Refusal(
+        "workers_app",
+        lambda x: (
+            _more_than_one("tokenizer_worker_num")(x)
+            and x.environment.get(APP_PATH, WORKER_APP) != WORKER_APP
+        ),
+        f"tokenizer workers need WHIFLASH's application for its routes, checks and traces; unset {APP_PATH}",
+    ),
+    Refusal(
+        "rust_server",
+        lambda x: x.is_set("SGLANG_RUST_SERVER"),
+        _HTTP + "unset SGLANG_RUST_SERVER",
+    ),
+    *(
+        Refusal(argument, _on(argument), _HTTP + f"remove --{argument.replace('_', '-')}")
+        # The old name first: resolved, it is the new one too.
+        for argument in ("grpc_mode", "smg_grpc_mode", "use_ray", "encoder_only")
+    ),
+    Refusal(
+        "decoupled_spec_role",
+        lambda x: x.args.decoupled_spec_role not in (None, "null"),
+        _REMOVE.format("--decoupled-spec-role (drafters run in the target's process)"),
+    ),
+    # caches and memory
+    Refusal(
+        "hicache_storage_backend",
+        lambda x: (
+            x.draft_kv
+            and x.args.hicache_storage_backend not in (None, "file")
+            and x.args.hicache_storage_backend
+        ),
+        "--hicache-storage-backend {} is untested with draft KV; give file, or give --whiflash-drafters none",
+    ),
+    Refusal(
+        "storage_sessions",
+        lambda x: x.args.enable_streaming_session and x.args.hicache_storage_backend,
+        "--hicache-storage-backend {} beside --enable-streaming-session: SGLang's scheduler ends at a session's second "
+        "turn; remove one of them",
+    ),
+    Refusal(
+        "hicache_host_memory_mode",
+        lambda x: (
+            x.draft_kv and x.args.hicache_host_memory_mode != "cache" and x.args.hicache_host_memory_mode
+        ),
+        "--hicache-host-memory-mode {} is untested with draft KV; remove it, or give --whiflash-drafters none",
+    ),
+    _removed("enable_lmcache", "SGLang serves no speculative algorithm with it"),
+    _removed_beside_draft_kv("enable_flexkv", "draft KV would not follow the target's"),
+    _removed_beside_draft_kv(
+        "enable_unified_cache_external_linker", "draft KV would not follow the target's"
+    ),
+    _removed("enable_hisparse", "untested with verifications of several rows"),
+    _removed("enable_unified_memory", "untested with verifications of several rows"),
+    _removed_beside_draft_kv("enable_page_major_kv_layout", "draft KV has a layout of its own"),
+    _removed("enable_memory_saver", "the drafters' memory is not released on sleep, and waking is untested"),
+    *(
+        _removed(argument, "it does not keep the state after each verified row")
+        for argument in ("enable_linear_replayssm", "enable_linear_replayssm_spec")
+    ),
+    _removed("enable_int8_mamba_checkpoint", "untested with WHIFLASH"),
+    Refusal(
+        "mamba_radix_cache_strategy",
+        lambda x: x.args.mamba_radix_cache_strategy == "extra_buffer_lazy",
+        "--mamba-radix-cache-strategy extra_buffer_lazy plans slots for drafts of one length; use extra_buffer",
+    ),
+    Refusal(
+        "radix_cache_backend",
+        lambda x: x.args.radix_cache_backend,
+        "WHIFLASH needs SGLang's own radix cache; remove --radix-cache-backend {}",
+    ),
+    Refusal(
+        "post_capture_sizing",
+        lambda x: x.is_set("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
+        "the drafters' KV needs the size of the target's KV at the start; unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+    ),
+    # what the scheduler does
+    Refusal(
+        "lora_backend",
+        _foreign_adapters,
+        "--lora-backend {0[1]} lays out the rows of adapters for drafts of one length; give --lora-backend {0[0]}",
+    ),
+    Refusal(
+        "lora_peers",
+        lambda x: _peers(x) and _has_adapters(x),
+        "with --enable-dp-attention SGLang lays out all ranks' rows of adapters, for drafts of one length and with "
+        "--lora-backend triton alone; remove --enable-lora and --lora-paths",
+    ),
+    _removed("enable_lora_overlap_loading", "untested beside verifications"),
+    Refusal(
+        "disaggregation_release",
+        lambda x: x.args.disaggregation_mode != "null" and not has("0.5.23") and installed(),
+        "SGLang {} does not register how a prefill server's KV is laid out; with --disaggregation-mode install 0.5.23",
+    ),
+    Refusal(
+        "peers_release",
+        lambda x: _peers(x) and not has("0.5.23") and installed(),
+        "SGLang {} makes no groups of ranks on a CPU, so --enable-dp-attention is untested; install 0.5.23",
+    ),
+    _removed("enable_watermark", "its state is not kept per verified position"),
+    _removed("enable_torch_compile", "it compiles sizes in requests, and a verification's are rows"),
+    _removed("enable_mis", "FlashInfer's masks of several items are untested with it"),
+    _removed("enable_eplb", "experts that move while it serves are untested"),
+    Refusal(
+        "enable_return_routed_experts",
+        _architecture(
+            lambda x: (
+                x.args.enable_return_routed_experts
+                and not getattr(x.model.hf_text_config, "num_experts_per_tok", None)
+            )
+        ),
+        "{} has no experts to return; remove --enable-return-routed-experts",
+    ),
+    _removed("enable_two_batch_overlap", _ONE_TOKEN),
+    _removed("enable_single_batch_overlap", _ONE_TOKEN),
+    _removed("enable_pdmux", _ONE_TOKEN),
+    Refusal(
+        "dllm_algorithm",
+        lambda x: bool(x.args.dllm_algorithm),
+        _REMOVE.format("--dllm-algorithm (a diffusion target does not decode token by token)"),
+    ),
+    Refusal(
+        "grammar_backend",
+        lambda x: x.args.grammar_backend == "outlines",
+        "WHIFLASH does not work with --grammar-backend outlines (it cannot take a token back, as drafts need); use "
+        "xgrammar or llguidance",
+    ),
+    Refusal(
+        "other_algorithms",
+        _foreign_flag,
+        "{} belongs to SGLang's other speculative algorithms and has no effect; WHIFLASH's bounds are "
+        "--whiflash-eagle-steps and --whiflash-block-size; remove it",
+    ),
+)
+UNCAPTURED = Refusal(
+    "uncaptured",
+    _architecture(_is_uncaptured),
+    "{} has no hidden-state capture in SGLang, so no drafter can read it; give --whiflash-drafters none",
+)
+"""Beside the table: it stops a launch only if a drafter reads layers of the target."""

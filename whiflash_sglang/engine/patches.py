@@ -1,0 +1,61 @@
+"""Names of SGLang's that we replace or import, read off our sources: pages and comparisons need no SGLang."""
+
+import ast
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from whiflash_sglang.engine.patching import first_sentence
+
+ROOT = Path(__file__).parent
+BESIDE = "whiflash.names"
+"""Group of entry points: modules of other distributions that replace or import names of SGLang's."""
+
+
+class Replaced(NamedTuple):
+    """An entry of the table of patches: a name with the parameters that are relied on, what the replacement does, why,
+    until when, and our file."""
+
+    path: str
+    params: tuple[str, ...]
+    does: str
+    why: str
+    until: str
+    file: str
+
+    @property
+    def sentence(self) -> str:
+        """As the page of patches has it."""
+        return f"`{self.path}`: {self.does}. Reason: {self.why}. Until {self.until}. (`{self.file}`)"
+
+
+def replaced() -> Iterator[Replaced]:
+    """Names that `around` replaces."""
+    for file, tree in _trees():
+        functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+        for function in functions:
+            for call in function.decorator_list:
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "around":
+                    told = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+                    does = first_sentence(ast.get_docstring(function))
+                    for path in map(ast.literal_eval, call.args):
+                        yield Replaced(path, told.get("params", ()), does, told["why"], told["until"], file)
+
+
+def imported() -> Iterator[str]:
+    """`module:name` of every import from SGLang; a name may be a module."""
+    for _, tree in _trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang"):
+                yield from (f"{node.module}:{alias.name}" for alias in node.names)
+
+
+def _trees() -> Iterator[tuple[str, ast.Module]]:
+    packages = {one.value.partition(".")[0] for one in entry_points(group=BESIDE)}
+    specs = (find_spec(name) for name in sorted(packages))
+    beside = (Path(spec.origin).parent for spec in specs if spec is not None and spec.origin)
+    for root in (ROOT, *beside):
+        for path in sorted(root.rglob("*.py")):
+            yield path.relative_to(root.parent).as_posix(), ast.parse(path.read_text("utf-8"))

@@ -1,0 +1,242 @@
+"""The table of SGLang's names that are replaced, made by one decorator, and the check that all names are as expected.
+
+Upstream's plugin loading swallows exceptions, so nothing here relies on it: the version is checked when the plugin is
+loaded, every name that is used (`engine/names.py`) when WHIFLASH is asked for, and what is replaced before the first of
+it is. Findings stop the start. `docs/dev/patches.md` shows the table.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+from whiflash_sglang.engine.names import HEAVY, PRIVATE_NAMES
+from whiflash_sglang.engine.supported import SUPPORTED, installed
+from whiflash_sglang.errors import IncompatibleEngineError
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of a self-check."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One name of SGLang's that is replaced.
+
+    path: `module:owner.name`. params: those that the replacement relies on. why, until: the reason, and when it may go.
+    module: ours, which `install` is called for. replaced: makes the replacement of SGLang's own. everywhere: modules
+    that imported the name by `from` get it, too. optional: not where its module cannot be imported.
+    """
+
+    path: str
+    params: tuple[str, ...]
+    does: str
+    why: str
+    until: str
+    module: str
+    replaced: Callable[[Any], Any]
+    everywhere: bool = False
+    optional: bool = False
+
+
+PATCHES: dict[str, Patch] = {}
+"""Patches by the paths of the names."""
+
+_replaced: dict[str, Any] = {}
+"""SGLang's own, by the paths of names that are replaced in this process, by the CPU platform too."""
+
+
+def around(
+    *paths: str,
+    params: tuple[str, ...] = (),
+    why: str,
+    until: str,
+    makes: bool = False,
+    everywhere: bool = False,
+    optional: bool = False,
+) -> Callable[[Function], Function]:
+    """Enter `function(original, ...)` into the table: it is called with what it replaces, and the call's arguments.
+
+    Args:
+        paths: `module:owner.name`. params: that each must take. makes: the function is called once, with the original,
+            and returns what takes its place. Its docstring's first sentence says what the replacement does.
+    """
+
+    def enter(function: Function) -> Function:
+        does = first_sentence(function.__doc__)
+        if not does:
+            raise ValueError(f"{function.__qualname__}: has no docstring, which the table of patches shows")
+        made = function if makes else _wrapping(function)
+        for path in paths:
+            if path in PATCHES and PATCHES[path].module != function.__module__:
+                raise ValueError(f"{path}: is replaced by {PATCHES[path].module} already")
+            entry = (path, params, does, why, until, function.__module__, made, everywhere, optional)
+            PATCHES[path] = Patch(*entry)
+        return function
+
+    return enter
+
+
+def first_sentence(docstring: str | None) -> str:
+    """On one line, without its full stop; empty without a docstring."""
+    return " ".join((docstring or "").split()).partition(". ")[0].rstrip(".")
+
+
+def _wrapping(function: Function) -> Callable[[Any], Any]:
+    def replaced(original: Any) -> Any:
+        bound = isinstance(original, classmethod | staticmethod)
+        inner = original.__func__ if bound else original
+
+        @wraps(inner)
+        def call(*args: Any, **named: Any) -> Any:
+            return function(inner, *args, **named)
+
+        return type(original)(call) if bound else call
+
+    return replaced
+
+
+def install(*modules: ModuleType) -> None:
+    """Replace what these modules of ours have in the table. Idempotent: a process may start one server after another.
+
+    Raises:
+        IncompatibleEngineError: a name is missing or has changed; nothing is replaced then.
+    """
+    names = {module.__name__ for module in modules}
+    patches = [patch for path, patch in PATCHES.items() if patch.module in names and path not in _replaced]
+    patches = [patch for patch in patches if not (patch.optional and _is_absent(patch))]
+    for patch in patches:
+        _require(_check_name(patch.path, patch.params))
+    for patch in patches:
+        replace(patch.path, patch.replaced, everywhere=patch.everywhere)
+
+
+def replace(path: str, made: Callable[[Any], Any], *, everywhere: bool = False) -> None:
+    """Put what is `made` of SGLang's own in its place, once in a process. Arguments: as of `Patch`; a name that is not
+    there is made of None."""
+    if path in _replaced:
+        return
+    owner, attribute = owner_of(path)
+    original = inspect.getattr_static(owner, attribute, None)
+    replacement = made(original)
+    _replaced[path] = original
+    setattr(owner, attribute, replacement)
+    if everywhere:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("sglang.") and vars(module).get(attribute) is original:
+                setattr(module, attribute, replacement)
+
+
+def owner_of(path: str) -> tuple[Any, str]:
+    """The owner of a name, and its last part."""
+    module, _, names = path.partition(":")
+    *owners, attribute = names.split(".")
+    found: Any = importlib.import_module(module)
+    for owner in owners:
+        found = getattr(found, owner)
+    return found, attribute
+
+
+def upstreams(path: str) -> Any:
+    """SGLang's own value of a name, whether this process has replaced it or not."""
+    owner, attribute = (None, "") if path in _replaced else owner_of(path)
+    value = _replaced[path] if owner is None else getattr(owner, attribute)
+    return value.__func__ if isinstance(value, classmethod | staticmethod) else value
+
+
+def _is_absent(patch: Patch) -> bool:
+    try:
+        importlib.import_module(patch.path.partition(":")[0])
+    except ImportError:
+        return True
+    return False
+
+
+def replaced_names() -> tuple[str, ...]:
+    """The upstream names that this process runs with a replacement of ours."""
+    return tuple(sorted(_replaced))
+
+
+def verify_names(*, heavy: bool = True) -> list[Finding]:
+    """Check SGLang's version, every name that is used, those of the HTTP process if `heavy`, and what is in the table
+    of patches so far (`hooks.missing` enters all); never raises."""
+    names = dict(PRIVATE_NAMES)
+    if heavy:
+        names |= {patch.path: patch.params for patch in PATCHES.values()}
+    return [
+        _check_version(),
+        *(_check_name(*name) for name in names.items() if heavy or not name[0].startswith(HEAVY)),
+    ]
+
+
+def check_registration() -> Finding:
+    """Load the plugins as SGLang does and ask its registry for WHIFLASH; never raises."""
+    try:
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+        load_plugins()
+        algorithm = SpeculativeAlgorithm.from_string("WHIFLASH")
+    except (Exception, SystemExit) as error:
+        return Finding("WHIFLASH registered", False, str(error))
+    return Finding("WHIFLASH registered", True, type(algorithm).__name__)
+
+
+def require_version() -> None:
+    """Raise IncompatibleEngineError where SGLang has another version; imports nothing of it."""
+    _require(_check_version())
+
+
+def require_names() -> None:
+    """Raise IncompatibleEngineError naming the first thing that does not fit, before anything is replaced."""
+    for finding in verify_names(heavy=False):
+        _require(finding)
+
+
+def _require(finding: Finding) -> None:
+    if not finding.ok:
+        raise IncompatibleEngineError(
+            f"WHIFLASH needs sglang {' or '.join(SUPPORTED)}; {finding.name}: {finding.detail}"
+        )
+
+
+def _check_version() -> Finding:
+    found = installed()
+    if found is None:
+        return Finding("sglang", False, "not installed")
+    return Finding("sglang", found in SUPPORTED, f"{found} installed, {' or '.join(SUPPORTED)} expected")
+
+
+def _check_name(path: str, params: tuple[str, ...]) -> Finding:
+    module, _, attribute = path.partition(":")
+    try:
+        value: Any = importlib.import_module(module)
+        name = f"{module}:"
+        for part in attribute.split("."):
+            name += part
+            # If it is replaced, by us or by the CPU platform, SGLang's own is looked up.
+            value = _replaced[name] if name in _replaced else getattr(value, part)
+            name += "."
+        value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
+    except Exception as error:  # an import may fail in any way; all of them mean "does not fit"
+        return Finding(path, False, f"missing ({error})")
+    if params:
+        try:
+            known = inspect.signature(inspect.unwrap(value)).parameters
+        except (TypeError, ValueError) as error:
+            return Finding(path, False, f"has no signature ({error})")
+        lost = [parameter for parameter in params if parameter not in known]
+        if lost:
+            return Finding(path, False, f"lost its parameters {lost}")
+    return Finding(path, True, "as expected")

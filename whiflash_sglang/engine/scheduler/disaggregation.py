@@ -1,0 +1,138 @@
+"""Prompts that one server computes and another continues (`--disaggregation-mode`).
+
+A prefill server sends drafters' KV behind the target's. Requests of a decode server see no prefill: they begin where
+SGLang asks for the first draft input. The last feature does not travel, so drafters that begin with it wait a round.
+
+SGLang pairs what is sent and received by place, so both servers have the same drafters. A prefill server's registration
+has a field for layouts of KV, and it carries ours.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.decode import DecodePreallocQueue
+from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+from sglang.srt.managers.overlap_utils import FutureMap, RelayPayload
+from sglang.srt.runtime_context import get_disagg
+
+from whiflash_sglang.engine.carried import serves_ours
+from whiflash_sglang.engine.patching import around
+from whiflash_sglang.engine.scheduler.releases import nobody
+from whiflash_sglang.engine.scheduler.spec_worker import DraftInput
+
+_worker: Callable[[], Any] = nobody
+_layout: str | None = None
+_copies = WeakKeyDictionary[Any, Any]()
+"""Draft KV of retracted requests."""
+
+
+def notify(worker: Any, layout: str | None) -> None:
+    """Call `worker.adopt` with every batch of requests that arrive from now on; it is not kept alive.
+
+    layout: as of `draft_pool.layout_of`.
+    """
+    global _worker, _layout
+    _worker, _layout = ref(worker), layout
+    _copies.clear()
+
+
+def prefills_only() -> bool:
+    """Whether this server's requests end with their first token here."""
+    return bool(get_disagg().disaggregation_mode == "prefill")
+
+
+def draft_input(batch: Any, bonus: Any, future_map: FutureMap) -> DraftInput:
+    """Input of the first round of the batch's requests. bonus: [B] int64, the first token of each."""
+    worker = _worker()
+    assert worker is not None, "requests came before the worker was made"
+    for req in batch.reqs:
+        copy = _copies.pop(req, None)
+        if copy is not None:
+            worker.primary_draft_kv_pool.load_cpu_copy(copy, _slots(worker, req))
+    worker.adopt(batch)
+    made = DraftInput(bonus, batch.seq_lens)
+    if batch.enable_overlap:
+        made.future_indices = batch.req_pool_indices
+        future_map.publish(made.future_indices, batch.seq_lens)
+        future_map.stash(made.future_indices, RelayPayload(bonus_tokens=bonus))
+    return made
+
+
+def save(req: Any) -> None:
+    """A retracted request's draft KV waits on the host, as the target's does; its slots are given up next."""
+    worker = _worker()
+    if worker is not None and worker.primary_draft_kv_pool is not None:
+        _copies[req] = worker.primary_draft_kv_pool.get_cpu_copy(_slots(worker, req))
+
+
+def _slots(worker: Any, req: Any) -> torch.Tensor:
+    """[n] int64, of a request's KV."""
+    slots: torch.Tensor = worker.target.slot_table[req.kv.req_pool_idx, : req.seqlen - 1].long()
+    return slots
+
+
+@around(
+    "sglang.srt.disaggregation.common.conn:CommonKVManager._register_topology_row",
+    params=("payload",),
+    why="a prefill server registers nothing of its drafters",
+    until="a worker may name what its KV depends on",
+)
+def _with_layout(original: Any, self: Any, url: str, payload: Any) -> None:
+    """A prefill server registers what its draft KV was made with, in the field for layouts of KV."""
+    if serves_ours() and _layout is not None:
+        payload = {**payload, "kv_layout": _layout}
+    original(self, url, payload)
+
+
+class PreallocQueue(DecodePreallocQueue):  # type: ignore[misc]
+    """SGLang's, which ends a request with a sentence if its prefill server's KV cannot be continued here."""
+
+    def add(self, req: Any, is_retracted: bool = False, is_rebootstrap: bool = False) -> None:
+        """A room is one request's until its KV is here (sglang #40125)."""
+        late = (waiting for waiting, *_ in self.transfer_queue._deferred_releases)
+        rooms = {w.req.bootstrap_room for w in (*self.queue, *self.transfer_queue.queue, *late)}
+        again = is_retracted or is_rebootstrap or req.bootstrap_host == FAKE_BOOTSTRAP_HOST
+        if not again and req.bootstrap_room in rooms:
+            req.set_finish_with_abort(
+                f"bootstrap_room: {req.bootstrap_room} is another request's; give a free one"
+            )
+        super().add(req, is_retracted, is_rebootstrap)
+
+    def _init_receiver(self, decode_req: Any, prefill_dp_rank: int) -> None:
+        receiver, manager = decode_req.kv_receiver, self.kv_manager
+        address = receiver.bootstrap_addr
+        info = manager.prefill_info_table.get(address)
+        reason = None if info is None else mismatch(info, manager.attn_tp_size, address)
+        if reason is None:
+            super()._init_receiver(decode_req, prefill_dp_rank)
+            return
+        # The record stays: asking again would wait for the other server in the scheduler's loop. A server that is
+        # restarted misses heartbeats, and then SGLang drops it.
+        manager.record_failure(receiver.bootstrap_room, reason)
+        manager.update_status(receiver.bootstrap_room, KVPoll.Failed)
+        receiver.conclude_state = KVPoll.Failed
+
+
+def mismatch(info: Any, ranks: int, address: str) -> str | None:
+    """Why a prefill server's KV cannot be continued here, if it cannot.
+
+    Args:
+        info: SGLang's record of it. ranks: of this server that share attention. address: where it registers.
+    """
+    if info.kv_layout != _layout:
+        return (
+            f"the prefill server {address} sends KV of the layout {info.kv_layout or 'of plain SGLang'}, and this "
+            f"decode server reads {_layout or 'that of plain SGLang'}; start both with WHIFLASH, the same drafters and "
+            "the same --swa-full-tokens-ratio"
+        )
+    worker = _worker()
+    if info.attn_tp_size != ranks and worker is not None and worker.primary_draft_kv_pool is not None:
+        return (
+            f"ranks that attend together: {info.attn_tp_size} of the prefill server {address}, {ranks} of this decode "
+            "server. Each has whole drafters, and SGLang would cut their KV by heads; give both the same --tp-size and "
+            "DP attention, or --whiflash-drafters none"
+        )
+    return None

@@ -1,0 +1,94 @@
+"""Draft KV as SGLang copies it beside the target's: to host memory and back, and from a prefill server to a decode
+server. To SGLang all drafters' KV is one more pool at the target's slots.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.runtime_context import get_disagg, get_memory
+
+from whiflash_sglang.arms.base import KVDrafter
+from whiflash_sglang.cache.tokens import DraftKV
+from whiflash_sglang.engine.launch.refusals import has_windows
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.updates.swap import fingerprint
+
+COPYING = "--enable-hierarchical-cache and --disaggregation-mode"
+
+
+class DraftPool(MHATokenToKVPool):  # type: ignore[misc]
+    """All drafters' layers, one after the other, over the tensors that the drafters hold.
+
+    Args:
+        target: the target's pool, whose slots it shares. kvs: of the drafters, by arm. layers: of the target, with
+            each of which one of the drafters' is loaded from the host.
+
+    Raises:
+        ConfigError: one pool of SGLang's cannot hold them.
+    """
+
+    def __init__(self, target: Any, kvs: Mapping[str, DraftKV], layers: int) -> None:
+        shapes = {arm: tuple(kv.k.shape[2:]) for arm, kv in kvs.items()}
+        if len(set(shapes.values())) != 1:
+            told = ", ".join(
+                f"{arm!r} has {heads} heads of {width}" for arm, (heads, width) in shapes.items()
+            )
+            raise ConfigError(
+                f"{COPYING} copy all drafters' KV as one pool, but it differs in shape ({told}); remove them, or one "
+                "of the drafters"
+            )
+        self._k = [layer for kv in kvs.values() for layer in kv.k.unbind(0)]
+        self._v = [layer for kv in kvs.values() for layer in kv.v.unbind(0)]
+        if len(self._k) > layers:
+            raise ConfigError(
+                f"{COPYING} copy one layer of the drafters with each of the target's, but the target has {layers} and "
+                f"the drafters have {len(self._k)}; remove them, or one of the drafters"
+            )
+        first = self._k[0]
+        heads, width = first.shape[1:]
+        super().__init__(
+            target.size,
+            target.page_size,
+            first.dtype,
+            heads,
+            width,
+            len(self._k),
+            str(first.device),
+            enable_memory_saver=False,
+            enable_alt_stream=False,
+            kv_cache_layout="nhd",
+            allocation_label="drafters",
+        )
+
+    def _create_buffers_normal(self) -> None:
+        self.k_buffer, self.v_buffer = self._k, self._v
+
+
+def copies_kv() -> bool:
+    """Whether KV of this server is copied: to host memory, or between a prefill and a decode server."""
+    return bool(get_memory().enable_hierarchical_cache or get_disagg().disaggregation_mode != "null")
+
+
+def pool_of(target: Any, drafters: Mapping[str, KVDrafter]) -> DraftPool | None:
+    """Pool that is copied beside the target's; None without drafters with KV. target: the wrapped target."""
+    if not drafters or not copies_kv():
+        return None
+    kvs = {arm: drafter.kv for arm, drafter in drafters.items()}
+    return DraftPool(target.runner.token_to_kv_pool, kvs, target.shape.num_layers)
+
+
+def layout_of(target: Any, drafters: Mapping[str, KVDrafter]) -> str | None:
+    """Equal for servers that can read each other's copies; None if plain SGLang can, and if nothing is copied.
+
+    A page has the drafters' KV, and all layers of the target or those without windows.
+    """
+    if not copies_kv():
+        return None
+    two_pools = isinstance(target.runner.token_to_kv_pool, BaseSWAKVPool)
+    if not drafters:
+        # Plain SGLang has two.
+        return "whiflash-one-pool" if not two_pools and has_windows(target.runner.model_config) else None
+    models = {arm: getattr(drafter, "model") for arm, drafter in drafters.items()}  # noqa: B009  (each has one)
+    return f"whiflash-{fingerprint(models)}{'-two-pools' if two_pools else ''}"

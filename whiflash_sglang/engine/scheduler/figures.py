@@ -1,0 +1,106 @@
+"""SGLang's own figures of speculation: of the rounds that ran and the drafts that were proposed.
+
+Upstream takes every step for one forward that proposes the widest block to every request. Here a step has several
+rounds, and a round proposes what was expected to pay. How many rows a forward verified upstream counts where a
+drafter sets it from request to request: its `cap` figures (the bonus token's row among them), which the worker fills.
+Rows less forwards are the drafts, and the acceptance rates are put on them.
+
+Requests for them on an OpenAI route (`return_spec_tokens_details`) get them in vLLM's shape, too, which harnesses read.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
+from sglang.srt.runtime_context import get_spec
+
+from whiflash_sglang.engine.carried import asks_for_ours
+from whiflash_sglang.engine.patching import around
+
+
+def accept_rate(accepted: int, proposed: int) -> float:
+    """Share of the drafts that were right; 0 where nothing was proposed, as upstream has it."""
+    return accepted / proposed if proposed else 0.0
+
+
+class MetricsReporter(SchedulerMetricsReporter):  # type: ignore[misc]
+    """SGLang's, of a scheduler of ours: counts, log lines, Prometheus."""
+
+    spec_num_correct_drafts: Any
+
+    def update_spec_metrics(
+        self,
+        bs: int,
+        num_correct_drafts: int,
+        num_accept_tokens: int,
+        *args: Any,
+        num_cap_tokens: int = 0,
+        **named: Any,
+    ) -> None:
+        """Upstream counts one forward of every request a step; each forward commits one token that is no draft.
+
+        All but the last of a step verify one row of every request.
+        """
+        forwards = num_accept_tokens - num_correct_drafts
+        num_cap_tokens += forwards - bs
+        super().update_spec_metrics(
+            forwards, num_correct_drafts, num_accept_tokens, *args, num_cap_tokens=num_cap_tokens, **named
+        )
+
+    def report_decode_stats(self, *args: Any, **named: Any) -> None:
+        """Upstream divides accepted drafts by forwards times the widest block, in the middle of its report: the
+        dividend is scaled for as long as it takes, so that the quotient is the rate.
+        """
+        accepted, forwards = self.spec_num_correct_drafts, self.spec_num_forward_ct
+        rate = accept_rate(accepted, self.spec_num_cap_tokens - forwards)
+        self.spec_num_correct_drafts = rate * forwards * (get_spec().speculative_num_draft_tokens - 1)
+        super().report_decode_stats(*args, **named)
+        if self.spec_num_forward_ct:  # it was not time to report, and counting goes on
+            self.spec_num_correct_drafts = accepted
+
+
+@around(
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager._calculate_spec_decoding_metrics",
+    params=("meta_info", "recv_obj", "i"),
+    why="SGLang takes the widest block for what was proposed",
+    until="it rates by its own `cap` figures",
+)
+def _of_an_answer(original: Any, self: Any, meta_info: dict[str, Any], recv_obj: Any, i: int) -> None:
+    """Figures of an answer count the drafts that were proposed."""
+    original(self, meta_info, recv_obj, i)
+    if asks_for_ours(self.server_args) and "spec_num_proposed_drafts" in meta_info:
+        proposed = recv_obj.spec_num_cap_tokens[i] - recv_obj.spec_verify_ct[i]
+        meta_info["spec_num_proposed_drafts"] = proposed
+        meta_info["spec_accept_rate"] = accept_rate(meta_info["spec_num_correct_drafts"], proposed)
+
+
+METRICS = "metrics"
+DETAILS = "spec_tokens_details"
+
+
+def acceptance_of(details: Mapping[str, Any]) -> dict[str, Any]:
+    """`metrics` of an OpenAI answer as vLLM has it, from SGLang's `spec_tokens_details` of its one choice.
+
+    A round that drafted nothing is a step that accepted nothing. The histogram has a count for every number of drafts
+    that fits a block. Source: github.com/vllm-project/vllm/pull/48915.
+    """
+    rounds, accepted = details["spec_verify_ct"], details["spec_num_correct_drafts"]
+    widest = get_spec().speculative_num_draft_tokens - 1
+    counts = details["spec_correct_drafts_histogram"]
+    return {
+        "speculative_decoding": {
+            "mean_acceptance_length": 1 + accepted / rounds,
+            "draft_acceptance_rate": details["spec_accept_rate"],
+            "acceptance_histogram": [*counts, *[0] * (widest + 1 - len(counts))],
+            "num_spec_steps": rounds,
+            "num_accepted_draft_tokens": accepted,
+            "num_draft_tokens": details["spec_num_proposed_drafts"],
+            "num_spec_tokens": widest,
+        }
+    }
+
+
+def acceptance_in(answer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """vLLM's `metrics` of an answer or a chunk with SGLang's details; None without, or of several choices."""
+    details = (answer.get("sglext") or {}).get(DETAILS)
+    return acceptance_of(details) if isinstance(details, dict) else None

@@ -1,0 +1,89 @@
+"""Draft KV follows the target's into host memory and storage (`--enable-hierarchical-cache`).
+
+To SGLang the drafters' pool (`DraftPool`) is a sidecar: copied with the target's pages, loaded before the target's last
+layer, and required of every page that storage offers.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from sglang.srt.managers.cache_controller import HiCacheController
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.runtime_context import get_memory
+from sglang.srt.speculative.base_spec_worker import HiCacheDraftMode, HiCacheDraftPlan
+
+from whiflash_sglang.engine.carried import serves_ours
+from whiflash_sglang.engine.patching import around
+from whiflash_sglang.engine.scheduler import releases
+from whiflash_sglang.engine.scheduler.draft_pool import DraftPool
+
+_namespace: str | None = None
+_whole: Callable[[], bool] | None = None
+
+
+def plan(
+    pool: DraftPool | None, layout: str | None, arms: Sequence[str], ingests: Callable[[str], bool]
+) -> HiCacheDraftPlan:
+    """The pools that SGLang copies beside the target's KV: none without a host tier, or without drafters with KV.
+
+    Args:
+        layout: as of `draft_pool.layout_of`. arms: of the pool. ingests: whether an arm's KV has no holes.
+    """
+    global _namespace, _whole
+    _namespace = _whole = None
+    if not get_memory().enable_hierarchical_cache:
+        return HiCacheDraftPlan()
+    _namespace = layout
+    if pool is None:
+        return HiCacheDraftPlan()
+    _whole = partial(_all_ingest, arms, ingests)
+    return HiCacheDraftPlan(HiCacheDraftMode.SIDECAR, (pool,))
+
+
+def _all_ingest(arms: Sequence[str], ingests: Callable[[str], bool]) -> bool:
+    return all(map(ingests, arms))
+
+
+@around(
+    "sglang.srt.managers.cache_controller:HiCacheController.start_writing",
+    why="SGLang submits copies of slots whose drafters' KV is not whole yet",
+    until="SGLang asks its worker before it copies",
+)
+def _flushing_first(original: Any, self: HiCacheController) -> None:
+    """All copies to the host are submitted here, also those of slots that were released a moment ago: what is parked
+    of these is ingested first.
+    """
+    if self.write_queue and serves_ours():
+        releases.flush()
+    original(self)
+
+
+@around(
+    "sglang.srt.managers.cache_controller:storage_model_name",
+    params=("model_name", "host_pool"),
+    why="storage is keyed by the target alone",
+    until="a sidecar names what its pages depend on",
+)
+def _of_these_drafters(original: Any, model_name: str | None, host_pool: Any) -> str | None:
+    """Storage is keyed by the drafters, too.
+
+    It outlives the server. Another pair would read this one's draft KV, a server without drafters has keys of another
+    kind, and one whose windowed layers have a pool of their own other pages.
+    """
+    name: str | None = original(model_name, host_pool)
+    if _namespace is None or not serves_ours():
+        return name
+    return f"{name}-{_namespace}" if name else _namespace
+
+
+@around(
+    "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.write_backup_storage",
+    params=("node_id",),
+    why="SGLang stores every page",
+    until="a sidecar may decline a page",
+)
+def _while_whole(original: Any, self: UnifiedRadixCache, node_id: Any) -> None:
+    """Nothing is stored once a drafter's KV has holes: here it drafts no more, but the next server's would."""
+    if _whole is None or not serves_ours() or _whole():
+        original(self, node_id)

@@ -1,0 +1,215 @@
+"""The drafters' share of the KV budget, room for what is reserved beyond a request's text, and the largest sampled
+verification, once at the start.
+
+SGLang sizes its KV pool from bytes per token and a fixed overhead. Both drafters keep KV beside every target
+slot, and the rings are allocated up front, so both numbers grow by what the worker reserves.
+
+A decoding request holds slots for two blocks beyond its text, but with pages of one token a row of the request table
+has room for little more than one behind the context's end: near it the write would leave the row.
+
+Greedy verifications need little beside the graph that they replay. A sampled one copies logits, a few rows at a time,
+and sorts probabilities, and it may come first when the KV pool has taken the rest. So the pool leaves it room
+(`sampling_bytes`), and the scheduler lets the worker run it before the first request: what does not fit ends the start,
+not a request.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.mem_cache import kv_cache_configurator
+from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+from sglang.srt.model_executor import pool_configurator
+from sglang.srt.runtime_context import get_disagg
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
+from whiflash_sglang.engine.carried import serves_ours
+from whiflash_sglang.engine.forward import graphs, sampling
+from whiflash_sglang.engine.launch import refusals
+from whiflash_sglang.engine.patching import around
+from whiflash_sglang.errors import ConfigError
+
+LOGIT_BYTES = 26
+"""Bytes that sampling may take at its peak for one logit, the copy that it works in included. The way that sorts,
+torch's own top-k and top-p, is held to it by `tests/worker/test_rehearsal.py`; FlashInfer's sorts nothing.
+"""
+
+
+def sampling_bytes(rows: int, vocabulary: int) -> int:
+    """Bytes that sampling `rows` rows takes at its peak."""
+    return min(rows, sampling.SAMPLED_ROWS) * vocabulary * LOGIT_BYTES
+
+
+def rehearse_sampling(runner: Any, rows: int) -> None:
+    """Sample `rows` rows, or as many as are sampled at once, with everything on that takes memory, on the runner's
+    device.
+
+    Raises:
+        ConfigError: there is no room for it.
+    """
+    vocabulary, device, rows = runner.model_config.vocab_size, runner.device, min(rows, sampling.SAMPLED_ROWS)
+    info = SamplingBatchInfo(
+        temperatures=torch.ones((rows, 1), device=device),
+        top_ps=torch.full((rows,), 0.95, device=device),
+        top_ks=torch.full((rows,), vocabulary // 2, dtype=torch.int32, device=device),
+        min_ps=torch.full((rows,), 0.01, device=device),
+        is_all_greedy=False,
+        is_any_greedy=False,
+        need_top_p_sampling=True,
+        need_top_k_sampling=True,
+        need_min_p_sampling=True,
+        vocab_size=vocabulary,
+    )
+    positions = torch.zeros(rows, dtype=torch.int64, device=device)
+    try:
+        logits = torch.zeros((rows, vocabulary), device=device)
+        runner.sampler(LogitsProcessorOutput(next_token_logits=logits), info, False, [], [], positions)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"no memory is left to sample {rows} rows of {vocabulary} logits, as the largest batch does; lower "
+            "--mem-fraction-static or --max-running-requests"
+        ) from error
+
+
+logger = logging.getLogger("whiflash_sglang")
+
+
+@dataclass(slots=True)
+class Reservation:
+    """Memory that the worker of this process asks for: bytes per KV slot, and bytes independent of the slots.
+
+    rows: those of the largest verification. whole: bytes of a KV slot with the target's, once the pools are sized.
+    """
+
+    per_token: int = 0
+    fixed: int = 0
+    rows: int = 0
+    whole: int = 0
+
+
+_reservation = Reservation()
+
+
+def reserve(
+    parts: Mapping[str, int], *, per_token: int, requests: int, widest: int, device: torch.device
+) -> None:
+    """Called by the worker before the pools are sized.
+
+    Args:
+        parts: bytes of what it allocates for up to so many requests, by name. per_token: of the drafters' KV. widest:
+            most rows of a request.
+    """
+    _reservation.per_token, _reservation.fixed = per_token, sum(parts.values())
+    _reservation.rows = requests * widest
+    if device.type == "cuda":
+        logger.info(
+            "WHIFLASH keeps %.2f GB beside KV, for %d requests of %d rows: %s",
+            _reservation.fixed / 1e9,
+            requests,
+            widest,
+            ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()),
+        )
+
+
+def bytes_of_token() -> tuple[int, int]:
+    """Bytes of a token's KV: the drafters', and all of it; known once the pools are sized."""
+    return _reservation.per_token, _reservation.whole
+
+
+def request_rows(requests: int) -> int:
+    """Rows of the request table for so many that run. A decode server has more, of requests that arrive."""
+    disaggregation = get_disagg()
+    decodes = disaggregation.disaggregation_mode == "decode"
+    return requests + 1 + (disaggregation.disaggregation_decode_extra_slots or 0 if decodes else 0)
+
+
+def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dict[str, int]:
+    """Bytes for so many requests beside their rings: tables of text and of stops, and what verifying them takes.
+
+    Upstream sizes its reserve for graphs and activations by requests and by the prefill's chunk. It does not know of
+    verified rows: their logits in 32 bits, each graph's features, and what sampling all of them takes. On a
+    CPU nothing is sized by what is left, so that part is left out there.
+
+    Args:
+        target: the wrapped target, whose capture has been set. widest: most rows of a request. end_bytes: what the end
+            of a graph keeps of one request.
+    """
+    columns = target.context_len + int(kv_cache_configurator.get_req_to_token_extra_context_len())
+    rows = request_rows(requests)
+    table = TokenTable.bytes_for(rows, columns, widest)
+    table += StopTable.bytes_for(rows) + SamplingRows.bytes_for(rows)
+    if target.device.type != "cuda":
+        return {"tables": table}
+    vocabulary, kept = target.shape.vocab_size, 0
+    if graphs.enabled(target.device):
+        row_bytes = target.row_bytes + end_bytes
+        # Tables of attention are in SGLang's own reserve for graphs.
+        kept = graphs.bytes_for(requests, widest, vocabulary=vocabulary, row_bytes=row_bytes)
+    sampled = sampling_bytes(graphs.most_rows(requests, widest), vocabulary)
+    return {"tables": table, "graphs": kept, "sampling": sampled}
+
+
+@around(
+    "sglang.srt.state_capturer.base:BaseTopkCapturer.__init__",
+    params=("max_batch_size",),
+    why="SGLang sizes records of a forward by prefills and requests",
+    until="it sizes them by verified rows",
+)
+def _holding_verified_rows(original: Any, self: Any, *args: Any, max_batch_size: int, **named: Any) -> None:
+    """Records of a forward (routed experts, an indexer's choices), which SGLang sizes by prefills and requests."""
+    rows = _reservation.rows if serves_ours() else 0
+    original(self, *args, max_batch_size=max(max_batch_size, rows), **named)
+
+
+@around(
+    "sglang.srt.mem_cache.kv_cache_configurator:get_req_to_token_extra_context_len",
+    why="near the context's end two blocks are reserved and one has room",
+    until="SGLang makes rows as long as it reserves",
+)
+def _holding_the_reserve(original: Any) -> int:
+    """Rows of the request table have room for what is reserved. Columns of a request's row beyond the context."""
+    reserve = get_alloc_reserve_per_decode() if serves_ours() else 0
+    return max(int(original()), reserve)
+
+
+@around(
+    "sglang.srt.model_executor.pool_configurator:create_memory_pool_configurator",
+    params=("kvc",),
+    why="SGLang sizes pools for its own drafters only",
+    until="a worker may reserve bytes",
+)
+def _accounting(original: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
+    """Pools leave room for draft KV and rings."""
+    configurator = original(kvc, *args, **kwargs)
+    if not serves_ours() or kvc.is_draft_worker:
+        return configurator
+    if isinstance(configurator, pool_configurator.HybridSWAPoolConfigurator):
+        # Draft KV is at the slots of layers that see the whole context. Upstream has no fixed bytes here.
+        configurator._draft_cell_size += _reservation.per_token
+        configurator._recompute_cell_size()
+        configurator.calculate_pool_sizes = partial(_beside_fixed, configurator.calculate_pool_sizes)
+    elif type(configurator) is pool_configurator.DefaultPoolConfigurator:
+        configurator._cell_size += _reservation.per_token
+        configurator._fixed_overhead_bytes += _reservation.fixed
+    else:
+        raise ConfigError(
+            f"WHIFLASH cannot size drafters' KV beside this target's cache ({type(configurator).__name__}): "
+            "serve this target without WHIFLASH"
+        )
+    _reservation.whole = int(configurator._cell_size)
+    if refusals.has_windows(kvc.model_config) and not kvc.is_hybrid_swa:
+        logger.info(
+            "WHIFLASH keeps the KV of windowed layers for the whole context: %d bytes a token with the drafters'; "
+            "--swa-full-tokens-ratio gives them a pool of their own",
+            _reservation.whole,
+        )
+    return configurator
+
+
+def _beside_fixed(calculate: Any, available_bytes: int, page_size: int) -> Any:
+    return calculate(max(available_bytes - _reservation.fixed, 0), page_size)

@@ -1,0 +1,25 @@
+"""Requests for a prompt's log-probabilities alone (`max_new_tokens` 0, `/v1/score`), served as by plain decoding.
+
+SGLang samples nothing for a batch of them and reads scores at chosen positions, but not with a speculative algorithm:
+an algorithm of its own may draft from what a prefill sampled.
+"""
+
+from sglang.srt.managers.schedule_batch import Req
+
+from whiflash_sglang.engine.carried import serves_ours
+from whiflash_sglang.engine.patching import around
+
+
+@around(
+    "sglang.srt.managers.schedule_batch:Req.is_prefill_only",
+    why="SGLang samples for scores where an algorithm speculates",
+    until="an algorithm may say that it needs no sample",
+    makes=True,
+)
+def _as_plain(original: property) -> property:
+    """A request for scores alone is served as by plain decoding."""
+
+    def is_prefill_only(self: Req) -> bool:
+        return self.sampling_params.max_new_tokens == 0 if serves_ours() else bool(original.__get__(self))
+
+    return property(is_prefill_only)

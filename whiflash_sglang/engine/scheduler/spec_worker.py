@@ -1,0 +1,287 @@
+"""The scheduler's contract with a speculative worker (spec v2)."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.runtime_context import get_schedule
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
+from sglang.srt.state_capturer.base import TopkCaptureOutput
+
+from whiflash_sglang.cache.backlog import FeatureRows
+from whiflash_sglang.device.transfers import Download, Upload
+from whiflash_sglang.engine.forward import recurrent, sampling
+from whiflash_sglang.records.core import PLACEHOLDERS, Round, Verified, readable
+
+logger = logging.getLogger("whiflash_sglang")
+
+__all__ = [
+    "BaseSpecWorker",
+    "DraftInput",
+    "any_ended",
+    "any_tracked",
+    "idle_result",
+    "max_running_requests",
+    "next_round",
+    "prefill_rows",
+    "round_batch",
+    "round_result",
+    "row_ids_of",
+    "step_result",
+]
+
+
+@dataclass
+class DraftInput(SpecInput):  # type: ignore[misc]
+    """Input of a round from the last one: the bonus token and the new length of every request, on the device.
+
+    bonus_tokens: [B] int64. new_seq_lens: [B] int64. The relay of overlap scheduling asks for the EAGLE-shaped
+    fields too; they are None.
+    """
+
+    bonus_tokens: torch.Tensor
+    new_seq_lens: torch.Tensor
+    topk_p: torch.Tensor | None = None
+    topk_index: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
+    future_indices: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(spec_input_type=SpecInputType.DFLASH_DRAFT)
+        self.num_tokens_per_req = 1
+        self.num_tokens_for_logprob_per_req = 1
+
+    def filter_batch(self, new_indices: torch.Tensor, new_indices_cpu: list[int] | None = None) -> None:
+        if self.future_indices is not None:
+            self.future_indices = self.future_indices[new_indices]
+            return
+        self.bonus_tokens = self.bonus_tokens[new_indices]
+        self.new_seq_lens = self.new_seq_lens[new_indices]
+
+    def merge_batch(self, other: "DraftInput") -> None:
+        if self.future_indices is not None and other.future_indices is not None:
+            self.future_indices = torch.cat([self.future_indices, other.future_indices])
+            return
+        self.bonus_tokens = torch.cat([self.bonus_tokens, other.bonus_tokens])
+        self.new_seq_lens = torch.cat([self.new_seq_lens, other.new_seq_lens])
+
+
+def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -> Round:
+    """A round of a decode batch of SGLang's. under_way: rows that earlier rounds verify for the request in a row."""
+    row_ids = row_ids_of(batch)
+    least, most = _lengths(batch, row_ids, under_way)
+    budgets = [
+        1
+        if sampling.takes_single_tokens(r)
+        else min(r.sampling_params.max_new_tokens - len(r.output_ids), context_len - 1 - n)
+        for r, n in zip(batch.reqs, most, strict=True)
+    ]
+    return Round(
+        batch.req_pool_indices.to(torch.int64),
+        row_ids,
+        batch.seq_lens.to(torch.int64),
+        least,
+        most,
+        batch.spec_info.bonus_tokens.to(torch.int64),
+        list(batch.reqs),
+        [max(budget, 1) for budget in budgets],
+        [[] for _ in batch.reqs],
+    )
+
+
+def next_round(batch: Any, round: Round, done: GenerationBatchResult, tokens: Sequence[list[int]]) -> Round:
+    """The same requests a round later, in the same step of the scheduler; `batch` follows.
+
+    done: `round_result` of a round that drafted nothing. tokens: that it committed, per request, on the host.
+    """
+    lengths = [n + len(run) for n, run in zip(round.most, tokens, strict=True)]
+    starts = done.new_seq_lens
+    # Both stay where they are.
+    batch.seq_lens, batch.seq_lens_cpu = starts, torch.from_numpy(np.array(lengths))
+    batch.seq_lens_sum = sum(lengths)
+    for req in round.reqs:
+        # Upstream counts the last forward of a step; this one is not the last, and drafted nothing.
+        req.spec_verify_ct += 1
+        req.update_spec_correct_drafts_histogram(0)
+        req.spec_num_cap_tokens += 1
+        req.update_spec_cap_lens_histogram(1)
+    return replace(
+        round,
+        starts=starts,
+        least=lengths,
+        most=lengths,
+        bonus=done.next_draft_input.bonus_tokens,
+        budgets=[left - len(run) for left, run in zip(round.budgets, tokens, strict=True)],
+        ahead=[known + run for known, run in zip(round.ahead, tokens, strict=True)],
+    )
+
+
+def any_ended(round: Round, tokens: Sequence[list[int]]) -> bool:
+    """Whether a request may end with the `tokens` of a round: no budget is left, or its last token stops it."""
+    return any(
+        left <= len(run) or run[-1] in sampling.ending_ids(req)
+        for req, left, run in zip(round.reqs, round.budgets, tokens, strict=True)
+    )
+
+
+def any_tracked(batch: Any, round: Round, tokens: Sequence[list[int]]) -> bool:
+    """Whether the round of these `tokens` kept a state for the tree: the scheduler looks for that at the end of a
+    step's last round.
+    """
+    every = recurrent.tracks_every(batch)
+    return every is not None and any(
+        n // every != (n + len(run)) // every for n, run in zip(round.most, tokens, strict=True)
+    )
+
+
+def _lengths(
+    batch: Any, row_ids: Sequence[int], under_way: Callable[[int], int]
+) -> tuple[list[int], list[int]]:
+    """n per request, at least and at most: the same if the attention backend asked for it."""
+    if batch.seq_lens_cpu is not None:
+        exact = batch.seq_lens_cpu.tolist()
+        return exact, exact
+    known = [req.kv.kv_committed_len for req in batch.reqs]
+    rows = [under_way(row) for row in row_ids]
+    least = [n + min(more, 1) for n, more in zip(known, rows, strict=True)]
+    return least, [n + more for n, more in zip(known, rows, strict=True)]
+
+
+def row_ids_of(batch: Any) -> list[int]:
+    """The requests' rows of the request table."""
+    indices = batch.req_pool_indices if batch.req_pool_indices_cpu is None else batch.req_pool_indices_cpu
+    rows: list[int] = indices.tolist()
+    return rows
+
+
+def prefill_rows(
+    batch: Any,
+    input_ids: torch.Tensor,
+    features: torch.Tensor,
+    next_token_ids: torch.Tensor,
+    upload: Upload,
+    read: torch.Tensor | None = None,
+) -> tuple[FeatureRows, list[int], torch.Tensor, torch.Tensor]:
+    """Describe an extend batch. Facts that the device does not know go there with `upload`, which is sent.
+
+    At a chunk's end the next token is the prompt's, not the sampled one, which SGLang throws away; it is one of the
+    output if a request begins again after a retraction. Before an image's position it is token 0, and `read` [tokens,
+    H], what the target read, has the position itself, unless it is the next chunk's.
+
+    Returns the packed prompt tokens, tokens of each request that have KV behind them, the last packed row of each [B],
+    and the token behind each [B], as `core.readable` has it.
+    """
+    lens, prefixes = list(batch.extend_lens), list(batch.prefix_lens)
+    lengths = [prefix + length for prefix, length in zip(prefixes, lens, strict=True)]
+    texts = [req.full_untruncated_fill_ids for req in batch.reqs]
+    following = [
+        readable(text[: n + 1], n)[0] if n < len(text) else -1 for text, n in zip(texts, lengths, strict=True)
+    ]
+    places = np.concatenate([np.arange(n - length, n) for n, length in zip(lengths, lens, strict=True)])
+    at = [upload.ints(values) for values in (np.cumsum(lens) - 1, following, places)]
+    if any(media is not None for media in batch.multimodal_inputs or ()):
+        chunks = zip(texts, prefixes, lengths, strict=True)
+        ahead = [np.asarray(text[begin + 1 : end]) >= PLACEHOLDERS for text, begin, end in chunks]
+        at.append(upload.ints(np.concatenate([np.append(image, False) for image in ahead])))
+    ints, _ = upload.send(input_ids.device)
+    last_rows, known, positions, *images = (ints[i] for i in at)
+    next_tokens = torch.empty_like(input_ids, dtype=torch.int64)
+    next_tokens[:-1] = input_ids[1:]
+    after = torch.where(known == -1, next_token_ids.to(torch.int64), known)
+    next_tokens[last_rows] = after.clamp(min=0)
+    rows = FeatureRows(features, positions, batch.out_cache_loc.to(torch.int64), next_tokens, runs=lens)
+    if images:
+        where = images[0] > 0
+        next_tokens.masked_fill_(where, 0)
+        rows = replace(rows, images=None if read is None else (where, read[: len(where)].roll(-1, 0)))
+    return rows, lengths, last_rows, after
+
+
+class RoundResult(GenerationBatchResult):  # type: ignore[misc]
+    """The result of a round, whose tensors come down in one buffer. results: of `learning.results_of`."""
+
+    results: Download
+
+    def copy_to_cpu(self, *args: Any, **named: Any) -> None:
+        """As upstream, which copies what is in the buffer again, field by field."""
+        self.next_token_ids, self.accept_lens, self.cap_lens = torch.empty(0), None, None
+        super().copy_to_cpu(*args, **named)
+        self.next_token_ids = self.results["tokens"].reshape(-1)
+        self.accept_lens, self.cap_lens = self.results["accept_lens"], self.results["widths"]
+
+
+def round_result(verified: Verified, results: Download) -> GenerationBatchResult:
+    """The record the scheduler reads: `stride` columns of tokens per request, of which accept_lens count. All else is
+    the forward's.
+
+    Proposals differ from request to request: `cap_lens` is upstream's record of that, the rows that were verified.
+    results: those of `learning.results_of`.
+    """
+    tokens = results["tokens"]
+    made = replace(
+        verified.forward,
+        next_token_ids=tokens.reshape(-1),
+        accept_lens=results["accept_lens"],
+        cap_lens=results["widths"],
+        num_non_draft_tokens_per_req=1,
+        next_draft_input=DraftInput(results["bonus"], results["seq_lens"]),
+        speculative_num_draft_tokens=tokens.shape[1],
+        speculative_output_stride=tokens.shape[1],
+        new_seq_lens=results["seq_lens"],
+    )
+    if results.learn is not None:  # SGLang carries them
+        made.__class__, made.results = RoundResult, results
+    return made
+
+
+def step_result(rounds: Sequence[GenerationBatchResult]) -> GenerationBatchResult:
+    """One record of several rounds: only the last of them may have drafted, so the others have a column each."""
+    last, size = rounds[-1], len(rounds[-1].accept_lens)
+    if len(rounds) == 1:
+        return last
+    columns = [done.next_token_ids.view(size, -1) for done in rounds]
+    tokens = torch.cat([*(each[:, :1] for each in columns[:-1]), columns[-1]], dim=1)
+    return replace(
+        last,
+        next_token_ids=tokens.reshape(-1),
+        accept_lens=last.accept_lens + (len(rounds) - 1),
+        num_non_draft_tokens_per_req=len(rounds),
+        speculative_num_draft_tokens=tokens.shape[1],
+        speculative_output_stride=tokens.shape[1],
+        routed_experts_output=_joined([done.routed_experts_output for done in rounds]),
+        indexer_topk_output=_joined([done.indexer_topk_output for done in rounds]),
+    )
+
+
+def _joined(records: Sequence[TopkCaptureOutput | None]) -> TopkCaptureOutput | None:
+    """One record of those that forwards left for the host to keep, if they left any."""
+    left = [record for record in records if record is not None]
+    if not left:
+        return None
+    return replace(
+        left[-1],
+        out_cache_loc=torch.cat([record.out_cache_loc for record in left]),
+        topk=torch.cat([record.topk for record in left]),
+    )
+
+
+def idle_result(device: torch.device) -> GenerationBatchResult:
+    """The result of a round without requests."""
+    empty = torch.empty((0,), dtype=torch.int64, device=device)
+    return GenerationBatchResult(
+        next_token_ids=empty,
+        accept_lens=empty.to(torch.int32),
+        next_draft_input=DraftInput(empty, empty),
+        speculative_num_draft_tokens=1,
+        new_seq_lens=empty,
+    )
+
+
+def max_running_requests() -> int:
+    """Requests that may run at once, as the scheduler resolved it."""
+    return int(get_schedule().max_running_requests)

@@ -1,0 +1,71 @@
+"""Runs of accepted tokens end where plain decoding ends, before anything counts or keeps them.
+
+SGLang looks for stop strings and patterns in all the text of a run at once, when its tokens are in the request: the
+first string of its list wins over the first one in the text, a string behind a stop token over the token, and a pattern
+meets other beginnings and ends. By then the tokens behind the stop are counted as reasoning and committed. So a run is
+cut where SGLang cuts those that complete a grammar, and only its last token can end the request. Under overlap
+scheduling a run may also pass the token limit. The worker itself ends runs at stop tokens (`StopTable`).
+"""
+
+from copy import copy
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
+
+from whiflash_sglang.engine.carried import serves_ours
+from whiflash_sglang.engine.patching import around
+
+
+class BatchResultProcessor(SchedulerBatchResultProcessor):  # type: ignore[misc]
+    """SGLang's, of a scheduler of ours."""
+
+    __slots__ = ()
+
+    def _resolve_spec_v2_tokens(self, result: Any, batch: Any) -> list[list[int]]:
+        """Committed tokens by request: a run ends at the token that ends the request."""
+        runs: list[list[int]] = super()._resolve_spec_v2_tokens(result, batch)
+        for i, req in enumerate(batch.reqs):
+            if req.is_retracted or req.finished() or req.to_finish:
+                continue
+            kept = _kept(req, runs[i])
+            if kept < len(runs[i]):
+                req.kv.kv_committed_len -= len(runs[i]) - kept
+                runs[i] = runs[i][:kept]
+                # SGLang reads here that a recurrent state is ahead of the tokens.
+                result.grammar_retained_tokens = result.grammar_retained_tokens or [None] * len(runs)
+                result.grammar_retained_tokens[i] = runs[i]
+        return runs
+
+
+def _kept(req: Req, run: list[int]) -> int:
+    """Tokens of a run up to the one that ends the request if they come one by one; all if none does."""
+    room = min(len(run), req.sampling_params.max_new_tokens - len(req.output_ids))
+    if room < 2 or not _ends_in_text(req):
+        return room
+    seen = copy(req)
+    seen.grammar = None  # It has taken the whole run already.
+    seen.output_ids = req.output_ids[-req._stop_match_tail_len(1) :]
+    for kept, token in enumerate(run[:room], 1):
+        seen.output_ids.append(token)
+        seen.update_finish_state(1)
+        if seen.finished():
+            return kept
+    return room
+
+
+def _ends_in_text(req: Req) -> bool:
+    return bool(req.sampling_params.stop_strs or req.sampling_params.stop_regex_strs)
+
+
+@around(
+    "sglang.srt.managers.schedule_batch:Req.update_finish_state",
+    params=("new_accepted_len",),
+    why="SGLang looks for stop strings in a run as a whole",
+    until="it finds the first stop of a run",
+)
+def _by_the_last_token(original: Any, self: Req, new_accepted_len: int = 1) -> None:
+    """Only the last token of a run ends a request by its text."""
+    if new_accepted_len > 1 and _ends_in_text(self) and serves_ours():
+        new_accepted_len = 1
+    original(self, new_accepted_len)

@@ -1,0 +1,57 @@
+"""Recordings of traced requests: on SGLang's own requests, and out of the scheduler with a request's last output.
+`compat.http.recordings` makes traces of them.
+
+Traces are read off the requests themselves, so they end with them, however they end. The output of requests that did
+not ask is the one that SGLang sends without us.
+"""
+
+import random
+from typing import Any
+
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from whiflash_sdk.hints import TraceLevel
+
+from whiflash_sglang.engine.carried import META_KEY, settings_of
+from whiflash_sglang.telemetry.tally import CACHED
+from whiflash_sglang.telemetry.trace import Recording
+
+_RECORDING = "_whiflash_recording"
+
+
+def recording_of(req: Any, level: TraceLevel | None, rate: float = 0.0) -> Recording | None:
+    """The request's recording, begun now if it has none yet; None if nobody is to see it.
+
+    rate: chance that the operator samples it.
+    """
+    found: Recording | None = getattr(req, _RECORDING, None)
+    if found is None:
+        sampled, spanned = random.random() < rate, bool(req.time_stats.trace_ctx.tracing_enable)
+        if level is None and not sampled and not spanned:
+            return None
+        found = Recording(level, len(req.origin_input_ids), sampled=sampled, spanned=spanned)
+        setattr(req, _RECORDING, found)
+    return found
+
+
+def cached_of(req: Any) -> dict[str, int]:
+    """Tokens of a prompt whose KV was kept, by where it was: on the `device`, in `host` memory or in `storage`."""
+    places = {place: int(getattr(req, f"cached_tokens_{place}")) for place in CACHED}
+    return {place: tokens for place, tokens in places.items() if tokens}
+
+
+class OutputStreamer(SchedulerOutputStreamer):  # type: ignore[misc]
+    """SGLang's, of a scheduler of ours: a request's recording leaves with its last output."""
+
+    __slots__ = ()
+    has_additional_customized_info = True
+
+    def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
+        """A list of at most one recording for each of `reqs`, where one that ends has any."""
+        recordings = [getattr(req, _RECORDING, None) if req.finished() else None for req in reqs]
+        if not any(recordings):
+            return {}
+        for req, recording in zip(reqs, recordings, strict=True):
+            if recording is not None:
+                recording.policy = settings_of(self.server_args).router
+                recording.cached = cached_of(req)
+        return {META_KEY: [[] if recording is None else [recording] for recording in recordings]}

@@ -1,0 +1,114 @@
+"""SGLang's scheduler in a server of ours: a class of its own, with SGLang's override points.
+
+Nobody can choose a scheduler's class where a server starts, so the instance becomes one while it is made: when its
+worker and its caches are there, and before it makes the parts that are ours.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+from sglang.srt.managers.io_struct import (
+    EndWeightUpdateReqInput,
+    UpdateWeightFromDiskReqInput,
+    UpdateWeightsFromIPCReqInput,
+)
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+
+from whiflash_sglang.engine.carried import is_ours
+from whiflash_sglang.engine.forward.parallel import RequestReceiver
+from whiflash_sglang.engine.patching import around
+from whiflash_sglang.engine.scheduler import releases, step
+from whiflash_sglang.engine.scheduler.control import InternalState
+from whiflash_sglang.engine.scheduler.disaggregation import PreallocQueue
+from whiflash_sglang.engine.scheduler.figures import MetricsReporter
+from whiflash_sglang.engine.scheduler.stops import BatchResultProcessor
+from whiflash_sglang.engine.scheduler.streamer import OutputStreamer
+
+WRITES = (UpdateWeightFromDiskReqInput, UpdateWeightsFromIPCReqInput, EndWeightUpdateReqInput)
+"""Requests that write the target's weights, or end the writing of their parts."""
+
+
+@around(
+    "sglang.srt.managers.scheduler:Scheduler.emit_metrics_constants",
+    why="a server that speculates with a plugin's algorithm cannot choose its scheduler's class",
+    until="an algorithm may name a subclass of `Scheduler`",
+)
+def _becoming(original: Any, self: Any) -> None:
+    """A scheduler of ours becomes a `WhiflashScheduler`. SGLang calls this once, when its collector has its labels and
+    the worker its memory.
+    """
+    original(self)
+    if not is_ours(self):
+        return
+    self.__class__ = type("WhiflashScheduler", (WhiflashScheduler, type(self)), {})
+    step.notice(self)
+    if self.metrics_collector is not None:
+        self.draft_worker.publish_to(self.metrics_collector)
+
+
+class WhiflashScheduler:
+    """Our scheduler's additions to SGLang's, before which it comes among the bases."""
+
+    metrics_reporter: Any
+    request_receiver: Any
+    batch_result_processor: Any
+    internal_state: Any
+    disagg_decode_prealloc_queue: Any
+    draft_worker: Any
+
+    def init_metrics_reporter(self) -> None:
+        super().init_metrics_reporter()  # type: ignore[misc]
+        self.metrics_reporter.__class__ = MetricsReporter
+
+    def init_request_receiver(self) -> None:
+        super().init_request_receiver()  # type: ignore[misc]
+        self.request_receiver = _as(RequestReceiver, self.request_receiver)
+
+    def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
+        return OutputStreamer
+
+    def init_batch_result_processor(self) -> None:
+        super().init_batch_result_processor()  # type: ignore[misc]
+        self.batch_result_processor = _as(BatchResultProcessor, self.batch_result_processor)
+
+    def init_disaggregation(self) -> None:
+        super().init_disaggregation()  # type: ignore[misc]
+        if self.disagg_decode_prealloc_queue is not None:
+            self.disagg_decode_prealloc_queue.__class__ = PreallocQueue
+
+    def init_internal_state(self) -> None:
+        super().init_internal_state()  # type: ignore[misc]
+        self.internal_state = InternalState(self, self.internal_state.record_step_time)
+
+    def init_req_max_new_tokens(self, req: Any) -> None:
+        """Called once for each request that arrives, which has its session by then."""
+        super().init_req_max_new_tokens(req)  # type: ignore[misc]
+        releases.arrived(req)
+
+    def process_input_requests(self, recv_reqs: Any) -> None:
+        """Called in every pass of the loop, in all processes alike, also while nothing runs."""
+        super().process_input_requests(recv_reqs)  # type: ignore[misc]
+        if any(isinstance(request, WRITES) for request in recv_reqs):
+            self.draft_worker.target_written()
+        self.draft_worker.between_rounds()
+
+    def process_batch_result(self, *args: Any, **named: Any) -> None:
+        with releases.together():
+            super().process_batch_result(*args, **named)  # type: ignore[misc]
+
+    def is_fully_idle(self: Any, *args: Any, **named: Any) -> bool:
+        """Nobody runs whose answer has left. SGLang's next pass would put these requests away, and until then it
+        refuses a flush, also that of new weights.
+        """
+        batches = [batch for batch in (self.last_batch, self.running_batch) if batch is not None]
+        if self.chunked_req is None and all(req.finished() for batch in batches for req in batch.reqs):
+            while self.result_queue:
+                self.process_batch_result(*self.result_queue.popleft())
+            self.running_batch.filter_batch()
+            self.running_batch.batch_is_full, self.last_batch = False, None
+        return bool(super().is_fully_idle(*args, **named))  # type: ignore[misc]
+
+
+def _as(kind: type, made: Any) -> Any:
+    """A dataclass's instance as one of its subclass `kind`."""
+    return kind(**{field.name: getattr(made, field.name) for field in fields(made)})

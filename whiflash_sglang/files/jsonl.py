@@ -1,0 +1,155 @@
+"""Reading JSON of others, whole or in lines (values divided by line feeds, and by nothing else), and writing files.
+
+`str.splitlines`, and what HTTP clients call lines, also ends at U+2028, U+0085 and others, which a JSON string may hold
+as they are.
+"""
+
+import codecs
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files.disk import MOST_BYTES, open_regular, read_text
+
+DEEPEST: Final = 200
+"""Objects and lists around a value at most: what reads it afterwards, or writes it again, calls itself for each."""
+NOT_AS_WRITTEN: Final = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError)
+"""Errors of code that reads a value which is JSON, and has another shape than its writer gives it."""
+LARGEST: Final = 2**64
+"""An integer's magnitude is below it."""
+
+_MANY_DIGITS: Final = re.compile(r"\d{19}")
+
+
+def read_json(text: str | bytes | bytearray, *, finite: bool = True) -> Any:
+    """The value of a JSON text that anybody may have written; bytes: UTF-8.
+
+    finite: whether NaN and infinities are refused, which JSON does not have, but configurations of models do.
+
+    Raises:
+        ValueError: it is no JSON, is nested deeper than `DEEPEST`, or has a number that is too large or none.
+    """
+    if not isinstance(text, str):
+        text = text.decode("utf-8")
+    numbers: dict[str, Any] = {"parse_float": _finite, "parse_constant": _no_number} if finite else {}
+    if _MANY_DIGITS.search(text):
+        numbers["parse_int"] = _integer
+    try:
+        value = json.loads(text, **numbers)  # noqa: TID251  (the one place)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEEPEST}") from None
+    if text.count("[") + text.count("{") > DEEPEST:
+        _check_depth(value)
+    return value
+
+
+def read_json_file(path: Path, *, finite: bool = True) -> Any:
+    """`read_json` of a file of at most `MOST_BYTES`. Raises OSError where it cannot be opened, ValueError."""
+    with open_regular(path, MOST_BYTES) as file:
+        return read_json(file.read(MOST_BYTES), finite=finite)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 21 or abs(value := int(digits)) >= LARGEST:
+        raise ValueError(f"an integer of {len(digits)} characters is too large: below 2^64 is expected")
+    return value
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:32]} is too large for a number")
+    return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number that JSON allows")
+
+
+def _check_depth(value: Any) -> None:
+    """Level by level, so that nothing here is nested either."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        inside = [one for one in level if isinstance(one, dict | list)]
+        if inside and depth > DEEPEST:
+            raise ValueError(f"nested deeper than {DEEPEST}")
+        level = [
+            one for parent in inside for one in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 file so that a killed process leaves it whole, or as it was. Raises OSError, which names it."""
+    try:
+        with staged(path) as place:
+            place.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextmanager
+def staged(place: Path) -> Iterator[Path]:
+    """A path for a file or a directory that takes its place when the block ends: whole and on the disk, or not at all.
+
+    It replaces a file, but no directory. A killed process leaves `.writing-*` beside it.
+    """
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=place.parent) as scratch:
+        path = Path(scratch) / place.name
+        yield path
+        for part in [*path.rglob("*"), path]:
+            descriptor = os.open(part, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        path.replace(place)
+
+
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line.removesuffix("\r")
+
+
+def parse_json_lines(text: str, source: object, *, may_be_torn: bool = False) -> list[tuple[int, Any]]:
+    """The value of every line that is not blank, with its number.
+
+    may_be_torn: whoever wrote the text may have been ended in its last line, which then counts for nothing.
+
+    Raises:
+        ConfigError: naming `source` and the line that is not JSON.
+    """
+    found: list[tuple[int, Any]] = []
+    for number, line in lines_of(text):
+        try:
+            found.append((number, read_json(line)))
+        except ValueError as error:
+            if may_be_torn and found and text.endswith(line):
+                break
+            raise ConfigError(f"{source}, line {number}: not JSON ({error})") from None
+    return found
+
+
+def read_json_lines(path: Path) -> list[tuple[int, Any]]:
+    """`parse_json_lines` of a UTF-8 file. Raises ConfigError where it cannot be read, too."""
+    return parse_json_lines(read_text(path, MOST_BYTES << 6), path)
+
+
+async def stream_lines(parts: AsyncIterable[bytes]) -> AsyncIterator[str]:
+    """Lines of a UTF-8 stream, each as soon as it is whole; the last one when the stream ends."""
+    decode, rest = codecs.getincrementaldecoder("utf-8")(), ""
+    async for part in parts:
+        *whole, rest = (rest + decode.decode(part)).split("\n")
+        for line in whole:
+            yield line.removesuffix("\r")
+    if rest:
+        yield rest.removesuffix("\r")

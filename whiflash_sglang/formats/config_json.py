@@ -1,0 +1,37 @@
+"""Reading `config.json` of a checkpoint, without importing what builds the model."""
+
+from pathlib import Path
+from typing import Any
+
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.files.jsonl import read_json_file
+
+
+def read_json_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint directory. Raises `CheckpointError` where it is missing or damaged."""
+    file = path / "config.json"
+    try:
+        config = read_json_file(file, finite=False)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file} is missing, which names a checkpoint's format: give the checkpoint's directory, or fetch it again"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{file} is damaged: a JSON object is expected, not {type(config).__name__}; fetch it again"
+        )
+    return config
+
+
+def read_config_of(path: Path, architectures: tuple[str, ...]) -> dict[str, Any]:
+    """`config.json` of a checkpoint of one of `architectures`. Raises `CheckpointError` where it is missing, damaged,
+    or says another one.
+    """
+    config = read_json_config(path)
+    if not set(architectures).intersection(config.get("architectures") or []):
+        raise CheckpointError(
+            f"{path}/config.json: architectures is {config.get('architectures')}, expected {list(architectures)}"
+        )
+    return config

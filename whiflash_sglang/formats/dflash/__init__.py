@@ -1,0 +1,1 @@
+"""DFlash and its family: one block in one pass."""

@@ -1,0 +1,424 @@
+"""The DFlash block drafter (arXiv 2602.06036) in the `DFlashDraftModel` checkpoint format, without SGLang.
+
+A block is the last committed (bonus) token followed by mask tokens; one non-causal pass drafts them all. The
+context enters only as extra K/V, projected by every layer from one fused feature per token. Embedding and LM
+head are the target's. Numerics follow `sglang/srt/models/dflash.py` of SGLang 0.5.23.
+
+Other formats share this trunk: they add to its layers, or to how its states become tokens (`propose`).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.formats.checkpoint import (
+    Unfilled,
+    WeightReader,
+    attention_weights,
+    mlp_weights,
+    read_weights,
+    write_checkpoint,
+)
+from whiflash_sglang.formats.choice import Choice, DraftHead, SharedVocabulary, borrowed_head
+from whiflash_sglang.formats.dflash.dflash_config import (
+    ALIASES,
+    ARCHITECTURE,
+    BlockConvolution,
+    DFlashConfig,
+    parse,
+)
+from whiflash_sglang.formats.draft_format import DraftFormat
+from whiflash_sglang.formats.layers import (
+    Angles,
+    Attend,
+    Attention,
+    GemmaRMSNorm,
+    RMSNorm,
+    Rotary,
+    SwiGLU,
+    half_split,
+    rotary_width,
+    rotate,
+)
+from whiflash_sglang.formats.packed import Linear
+
+
+class BlockConv(nn.Module):
+    """Depthwise convolutions around a sublayer f, back over the rows of one block, whose kernels follow the input x.
+
+    y = conv(f(conv(x, before)), after)        conv(x, w)_t = Σ_j w_tj · x_{t-j}, rows of the same block
+    [before_t | after_t] = base + P x_t, one P x_t for every `group` channels
+    """
+
+    def __init__(self, size: int, shape: BlockConvolution) -> None:
+        super().__init__()
+        self.shape = shape
+        base = torch.zeros(2, shape.taps, size)
+        base[:, 0] = 1.0  # untrained: the sublayer alone
+        self.base_kernel = nn.Parameter(base)
+        self.kernel_projection = Linear(size, 2 * shape.taps * (size // shape.group), bias=False)
+
+    def kernels(self, x: Tensor) -> Tensor:
+        """`x` [T, H] → [2, T, taps, H], of the input and of the output."""
+        taps, group = self.shape
+        moved: Tensor = self.kernel_projection(x).view(len(x), 2, taps, -1).repeat_interleave(group, -1)
+        return (self.base_kernel + moved).transpose(0, 1)
+
+    def convolve(self, x: Tensor, kernel: Tensor, rows: int) -> Tensor:
+        """`x` [T, H], whole blocks of `rows`, by `kernel` [T, taps, H] → [T, H]."""
+        out = kernel[:, 0] * x
+        blocks = x.view(-1, rows, x.shape[-1])
+        for tap in range(1, min(self.shape.taps, rows)):
+            earlier = F.pad(blocks[:, :-tap], (0, 0, tap, 0)).view_as(x)
+            out = out + kernel[:, tap] * earlier
+        return out
+
+    def fill(self, reader: WeightReader, prefix: str) -> None:
+        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        reader.fill(self.base_kernel, f"{prefix}base_kernel")
+        reader.fill(self.kernel_projection.weight, f"{prefix}kernel_projection.weight")
+
+
+class DFlashLayer(nn.Module):
+    """A decoder layer; its K and V are computed in the same way from the context."""
+
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        norm = norm_of(config)
+        self.input_norm = norm(size, eps)
+        self.attention = Attention(
+            size, size, config.attention, head_norm_eps=eps, bias=config.attention_bias, norm=norm
+        )
+        self.mlp_norm = norm(size, eps)
+        self.mlp = SwiGLU(size, config.intermediate_size, config.clamped)
+        self.convolutions = nn.ModuleDict()
+        if config.convolution is not None:
+            for name in ("attention_conv", "mlp_conv"):
+                self.convolutions[name] = BlockConv(size, config.convolution)
+
+    def forward(self, hidden: Tensor, angles: Angles, index: int, attend: Attend, rows: int) -> Tensor:
+        """`hidden` [T, H], whole blocks of `rows`, which is given up, → [T, H]."""
+
+        def attention(x: Tensor) -> Tensor:
+            mixed: Tensor = self.attention(x, angles, index, attend)
+            return mixed
+
+        attended = self._within("attention_conv", attention, self.input_norm(hidden), rows)
+        hidden, normed = self.mlp_norm.add(hidden, attended)
+        return hidden + self._within("mlp_conv", self.mlp, normed, rows)
+
+    def _within(self, name: str, sublayer: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+        """`sublayer` of `x` [T, H], between its convolutions where the checkpoint has them."""
+        if name not in self.convolutions:
+            return sublayer(x)
+        around: Any = self.convolutions[name]
+        before, after = around.kernels(x)
+        mixed: Tensor = around.convolve(sublayer(around.convolve(x, before, rows)), after, rows)
+        return mixed
+
+    def fill(self, reader: WeightReader, prefix: str) -> None:
+        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        reader.fill_attention(self.attention, f"{prefix}self_attn.")
+        reader.fill_mlp(self.mlp, f"{prefix}mlp.")
+        reader.fill(self.input_norm.weight, f"{prefix}input_layernorm.weight")
+        reader.fill(self.mlp_norm.weight, f"{prefix}post_attention_layernorm.weight")
+        convolutions: Any = self.convolutions.items()
+        for name, convolution in convolutions:
+            convolution.fill(reader, f"{prefix}{name}.")
+
+
+def norm_of(config: DFlashConfig) -> type[RMSNorm]:
+    """The kind of norm that a checkpoint has throughout."""
+    return GemmaRMSNorm if config.gemma_norm else RMSNorm
+
+
+@torch.no_grad()
+def fold_variants(config: DFlashConfig, attention: Attention) -> None:
+    """Variants that are plain attention with other weights: V's scale, and RoPE over neighbouring dimensions."""
+    heads, kv_heads, head_dim = attention.shape
+    rotated = (heads + kv_heads) * head_dim
+    width = rotary_width(config.rope, head_dim)
+    for rows in (attention.qkv.weight, attention.qkv.bias):
+        if rows is not None:
+            rows[rotated:] *= config.value_scale
+            if config.neighbours:
+                rows[:rotated] = half_split(rows[:rotated], heads + kv_heads, width)
+    if config.neighbours and attention.q_norm is not None and attention.k_norm is not None:
+        for norm in (attention.q_norm, attention.k_norm):
+            norm.weight.copy_(half_split(norm.weight, 1, width))
+
+
+def layer_weights(layer: Any, prefix: str) -> dict[str, Tensor]:
+    """The inverse of `DFlashLayer.fill`, of a plain layer."""
+    return {
+        **attention_weights(layer.attention, f"{prefix}self_attn."),
+        **mlp_weights(layer.mlp, f"{prefix}mlp."),
+        f"{prefix}input_layernorm.weight": layer.input_norm.weight,
+        f"{prefix}post_attention_layernorm.weight": layer.mlp_norm.weight,
+    }
+
+
+_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
+"""Tensor names of other exporters."""
+
+MASK_EMBEDDING = "mask_embedding.pt"
+"""A trained embedding of the mask token beside the weights, as SGLang 0.5.23 reads it."""
+
+
+class DFlashDrafter(nn.Module):
+    """A block-diffusion drafter.
+
+    Attributes: `target_embedding` and `target_lm_head` [V, H], the target's, not part of the checkpoint;
+    `embedding_scale`, what that target multiplies its embedding by (Gemma), to be set for it; `head`, what it chooses
+    from.
+    """
+
+    target_embedding: Tensor
+    embedding_scale: float = 1.0
+    target_lm_head: Tensor
+    target_mtp: Tensor | None
+    own_ids: Tensor | None
+    mask_embedding: Tensor | None
+    shared: SharedVocabulary | None = None
+    """The target's parts if its vocabulary is split or quantised: two matrices hold this process's rows, or none."""
+
+    def __init__(self, config: DFlashConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
+        """Untrained."""
+        super().__init__()
+        self.config = config
+        size, eps = config.hidden_size, config.rms_norm_eps
+        norm = norm_of(config)
+        self.fc = Linear(config.num_features * size, size, bias=False)
+        self.hidden_norm = norm(size, eps)
+        self.layers = nn.ModuleList(DFlashLayer(config) for _ in range(config.num_layers))
+        self.norm = norm(size, eps)
+        self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
+        self.register_buffer("target_embedding", target_embedding, persistent=False)
+        self.register_buffer("target_lm_head", target_lm_head, persistent=False)
+        for name in ("target_mtp", "own_ids", "mask_embedding"):
+            self.register_buffer(name, None, persistent=False)
+        self._context: tuple[Tensor, Tensor | None, Tensor] | None = None
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block, the bonus token included."""
+        return self.config.block_size
+
+    @property
+    def mask_token_id(self) -> int:
+        """The token at the positions to be drafted."""
+        return self.config.mask_token_id
+
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]:
+        """Target layers whose outputs `fuse` takes, in its order."""
+        return self.config.target_layer_ids
+
+    @property
+    def num_layers(self) -> int:
+        """Draft layers, each with K/V of its own."""
+        return self.config.num_layers
+
+    @property
+    def head(self) -> DraftHead:
+        """The head that it chooses by: its own, over the target ids that it drafts, or the target's."""
+        if self.target_mtp is not None:
+            return DraftHead(self.target_mtp, self.own_ids)
+        return borrowed_head(self.target_lm_head, self.shared)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """`features` [T, len(target_layer_ids) · H] → the context feature [T, H] that all layers share."""
+        fused: Tensor = self.hidden_norm(self.fc(features))
+        return fused
+
+    def keys_values(self, fused: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """KV-only pass for every layer at once, one projection: `fused` [T, H], `positions` [T].
+
+        Returns k and v, each [layers, T, Hkv, D], k normed and rotated. Exact for any number of layers.
+        """
+        _, kv_heads, head_dim = self.config.attention
+        weight, bias, k_norm = self._context_projection()
+        kv = F.linear(fused, weight, bias).view(len(fused), self.num_layers, 2, kv_heads, head_dim)
+        k, v = kv.permute(2, 1, 0, 3, 4)
+        k = F.rms_norm(k, (head_dim,), None, self.config.rms_norm_eps) * k_norm.to(k.dtype)
+        rotated = rotate(k.flatten(0, 1), self.rotary.angles(positions.repeat(self.num_layers)))
+        return rotated.view(k.shape), v
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[T] int64 → [T, H], as the target embeds them."""
+        if self.shared is not None and self.shared.embed is not None:
+            hidden = self.shared.embed(tokens)
+        else:
+            hidden = F.embedding(tokens, self.target_embedding)
+        return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Blocks: bonus and mask ids [B, rows] int64 at `positions` [B, rows] → final-normed states [B, rows, H]."""
+        size, rows = tokens.shape
+        ids = tokens.flatten()
+        hidden = self.embed(ids)
+        if self.mask_embedding is not None:
+            trained = self.mask_embedding * self.embedding_scale
+            hidden = torch.where((ids == self.mask_token_id)[:, None], trained, hidden)
+        angles = self.rotary.angles(positions.flatten())
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, angles, index, attend, rows)
+        normed: Tensor = self.norm(hidden)
+        return normed.view(size, rows, -1)
+
+    def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
+        """The first `wanted` drafts of every block.
+
+        Args:
+            states: [B, rows, H] of `forward`, the bonus token's row first. bonus: [B] int64, the token at that row.
+            head: `head`, or a part of it.
+
+        Returns:
+            tokens, the target's ids, and confidences, each [B, wanted].
+        """
+        rows = self.draft_rows(states, wanted)
+        choice = head.choose(head.logits(rows.flatten(0, 1)))
+        return Choice(head.target_ids(choice.token).view(-1, wanted), choice.confidence.view(-1, wanted))
+
+    def draft_rows(self, states: Tensor, wanted: int) -> Tensor:
+        """[B, rows, H] → the states [B, wanted, H] that draft."""
+        first = 0 if self.config.from_anchor else 1
+        return states[:, first : first + wanted]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, H] → [T, K], by its head."""
+        return self.head.logits(hidden)
+
+    def train(self, mode: bool = True) -> "DFlashDrafter":
+        """Switch modes; the stacked projection is kept in evaluation mode only."""
+        super().train(mode)
+        self._context = None if mode else self._stack()
+        return self
+
+    def _context_projection(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        return self._stack() if self._context is None else self._context
+
+    def _stack(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """K and V rows of all layers [layers · 2 · Hkv · D, H], their biases, and the K norms [layers, 1, 1, D]."""
+        attentions: list[Any] = [layer.attention for layer in self.layers]
+        rows = attentions[0].query_size
+        weight = torch.cat([attention.qkv.weight[rows:] for attention in attentions])
+        bias = None
+        if self.config.attention_bias:
+            bias = torch.cat([attention.qkv.bias[rows:] for attention in attentions])
+        return (
+            weight,
+            bias,
+            torch.stack([attention.k_norm.scale() for attention in attentions])[:, None, None],
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        target_embedding: Tensor,
+        target_lm_head: Tensor,
+        shared: SharedVocabulary | None = None,
+        config: DFlashConfig | None = None,
+    ) -> "DFlashDrafter":
+        """Read a checkpoint directory; `config`: where it is not a `DFlashDraftModel`'s own.
+
+        Raises:
+            CheckpointError: naming what is missing or does not fit.
+        """
+        config = config or DFlashConfig.read(path)
+        _check_target(
+            path, config, shared.size if shared else len(target_embedding), target_embedding.shape[1]
+        )
+        found = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
+        reader = WeightReader(path, {_NAMES.get(name, name): tensor for name, tensor in found.items()})
+        with Unfilled(dtype):
+            drafter = cls(config, target_embedding, target_lm_head)
+        drafter.shared = shared
+        drafter.fill(reader)
+        drafter.mask_embedding = _mask_embedding(path, config)
+        return drafter.to(device=device, dtype=dtype).eval()
+
+    def fill(self, reader: WeightReader) -> None:
+        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        for name in ("fc", "hidden_norm", "norm"):
+            reader.fill(self.get_parameter(f"{name}.weight"), f"{name}.weight")
+        layers: list[Any] = list(self.layers)
+        for index, layer in enumerate(layers):
+            layer.fill(reader, f"layers.{index}.")
+            fold_variants(self.config, layer.attention)
+        if self.config.draft_vocab_size is not None:
+            self.target_mtp, self.own_ids = reader.reduced_head(
+                self.config.draft_vocab_size, self.config.vocab_size
+            )
+
+    def save(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write `config.json` and `model.safetensors`; SGLang's `DFLASH` loads the result as it is.
+
+        Raises:
+            ValueError: a variant, which is read only.
+        """
+        write_checkpoint(path, self.config.to_json(), self.tensors(), dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The checkpoint's, by their published names."""
+        tensors: dict[str, Tensor] = {
+            f"{name}.weight": self.get_parameter(f"{name}.weight") for name in ("fc", "hidden_norm", "norm")
+        }
+        for index, layer in enumerate(self.layers):
+            tensors.update(layer_weights(layer, f"layers.{index}."))
+        return tensors
+
+
+def _check_target(path: Path, config: DFlashConfig, vocab: int, hidden: int) -> None:
+    if hidden != config.hidden_size:
+        raise CheckpointError(
+            f"{path}: this DFlash drafter is for a target of hidden size {config.hidden_size}, "
+            f"the embedding handed in has {hidden}"
+        )
+    if config.mask_token_id >= vocab:
+        raise CheckpointError(
+            f"{path}: mask_token_id {config.mask_token_id} is outside the target's vocabulary of {vocab}"
+        )
+
+
+def _mask_embedding(path: Path, config: DFlashConfig) -> Tensor | None:
+    file = path / MASK_EMBEDDING
+    if not file.is_file():
+        return None
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        embedding, token = found["embedding"], int(found["mask_token_id"])
+    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {type(error).__name__}; fetch it again") from None
+    if found.get("per_position") or embedding.shape != (config.hidden_size,) or token != config.mask_token_id:
+        raise CheckpointError(
+            f"{file} must hold one embedding [{config.hidden_size}] of mask_token_id {config.mask_token_id}, got "
+            f"{list(embedding.shape)} of {token}"
+        )
+    return torch.as_tensor(embedding)
+
+
+FORMAT = DraftFormat(
+    name="DFlash",
+    arm=arms.DIFFUSION,
+    keys=(ARCHITECTURE, *ALIASES),
+    layers_key="target_layer_ids",
+    read=lambda path, config: parse(path, config, DFlashConfig),
+    model=DFlashDrafter,
+    published="z-lab, SpecForge, modal-labs",
+    defined_by="SGLang's `dflash.py`",
+    upstream="DFLASH",
+    swappable=True,
+)

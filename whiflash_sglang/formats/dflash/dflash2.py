@@ -1,0 +1,128 @@
+"""DFlash2: DFlash's trunk with convolutions, and a selector that walks the likeliest candidates of every row.
+
+    score_k(c) = unary_k(c) + <A[token_{k-1}] * P h_k, B[c]>, c among row k's candidates, token_0 the bonus token
+    unary = cap · tanh(m · logits / cap), or m · logits where there is no cap
+
+Each draft is the best candidate behind the one chosen before it, so of SGLang's lattice of pairs one row is computed.
+Its confidence is its share among the candidates, times theirs of the whole vocabulary by their unary scores: what is no
+candidate may be right, too. Numerics follow `DFlash2DraftModel` of SGLang 0.5.23.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.formats.checkpoint import WeightReader, integer, number
+from whiflash_sglang.formats.choice import Choice, DraftHead, choose
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
+from whiflash_sglang.formats.draft_format import DraftFormat, merged
+from whiflash_sglang.formats.packed import Linear
+
+ARCHITECTURES = ("DFlash2DraftModel", "DFlash2BeamDraftModel", "MiniMaxDFlash2DraftModel")
+_READ_HERE = ("selector_rank", "output_multiplier", "final_logit_softcapping")
+
+
+@dataclass(frozen=True, slots=True)
+class DFlash2Config(DFlashConfig):
+    """selector_rank: of A, B and P. top: candidates of a row. multiplier, softcap: of their logits; 0 for no cap."""
+
+    selector_rank: int = 0
+    top: int = 0
+    multiplier: float = 1.0
+    softcap: float = 0.0
+
+
+def read_dflash2(path: Path, config: Mapping[str, Any]) -> DFlash2Config:
+    """Read `config.json`. Raises CheckpointError naming the field that does not fit."""
+    settings = merged(path, config, "dflash_config")
+    multiplier = number(settings, "output_multiplier", path, default=1.0)
+    if multiplier <= 0:
+        raise CheckpointError(f"{path}/config.json: output_multiplier must be above 0, got {multiplier}")
+    return parse(
+        path,
+        config,
+        DFlash2Config,
+        known=_READ_HERE,
+        selector_rank=integer(settings, "selector_rank", path),
+        top=integer(settings, "selector_top_k", path),
+        multiplier=multiplier,
+        softcap=max(number(settings, "final_logit_softcapping", path, default=0.0), 0.0),
+    )
+
+
+class CandidateSelector(nn.Module):
+    """A and B, [V, R] each, and P [R, H]."""
+
+    def __init__(self, config: DFlash2Config) -> None:
+        super().__init__()
+        self.predecessor_codebook = nn.Parameter(torch.zeros(config.vocab_size, config.selector_rank))
+        self.successor_codebook = nn.Parameter(torch.zeros(config.vocab_size, config.selector_rank))
+        self.hidden_projection = Linear(config.hidden_size, config.selector_rank, bias=False)
+
+    def scores(self, previous: Tensor, projected: Tensor, candidates: Tensor) -> Tensor:
+        """[B, K]: of `candidates` [B, K] behind tokens `previous` [B], in rows projected to [B, R]."""
+        keys = self.successor_codebook[candidates]
+        return torch.einsum("br,bkr->bk", self.predecessor_codebook[previous] * projected, keys)
+
+
+class DFlash2Drafter(DFlashDrafter):
+    """A block drafter whose tokens are chosen among candidates, each by the one before it."""
+
+    config: DFlash2Config
+
+    def __init__(self, config: DFlash2Config, target_embedding: Tensor, target_lm_head: Tensor) -> None:
+        """Untrained."""
+        super().__init__(config, target_embedding, target_lm_head)
+        self.candidate_selector = CandidateSelector(config)
+
+    def fill(self, reader: WeightReader) -> None:
+        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        super().fill(reader)
+        for name, parameter in self.candidate_selector.named_parameters():
+            reader.fill(parameter, f"candidate_selector.{name}")
+
+    def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
+        """As `DFlashDrafter.propose`, among the candidates of every row."""
+        rows = self.draft_rows(states, wanted)
+        logits = head.logits(rows.flatten(0, 1))
+        ids, largest = head.candidates(logits, self.config.top)
+        ids, unary = ids.view(len(rows), wanted, -1), self._unary(largest).view(len(rows), wanted, -1)
+        of_all = unary.logsumexp(-1) - head.total(self._unary(logits)).view(len(rows), wanted)
+        projected = self.candidate_selector.hidden_projection(rows)
+        previous, tokens, sure = bonus, [], []
+        for step in range(wanted):
+            scores = unary[:, step] + self.candidate_selector.scores(
+                previous, projected[:, step], ids[:, step]
+            )
+            best = choose(scores)
+            previous = ids[:, step].gather(-1, best.token[:, None])[:, 0]
+            tokens.append(previous)
+            sure.append(best.confidence)
+        return Choice(torch.stack(tokens, 1), torch.stack(sure, 1) * of_all.exp())
+
+    def _unary(self, logits: Tensor) -> Tensor:
+        """Logits, any shape, scaled and capped."""
+        scaled = logits * self.config.multiplier
+        cap = self.config.softcap
+        return cap * torch.tanh(scaled / cap) if cap else scaled
+
+
+FORMAT = DraftFormat(
+    name="DFlash2",
+    arm=arms.DIFFUSION,
+    keys=ARCHITECTURES,
+    layers_key="target_layer_ids",
+    read=read_dflash2,
+    model=DFlash2Drafter,
+    published="z-lab, incoai, lightseekorg",
+    defined_by="SGLang's `dflash.py`",
+    upstream="DFLASH",
+    swappable=False,
+)

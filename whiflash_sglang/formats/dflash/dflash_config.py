@@ -1,0 +1,301 @@
+"""A block drafter's `config.json`, in the `DFlashDraftModel` format and what later ones share with it.
+
+Keys are read as `parse_dflash_draft_config` of SGLang 0.5.23 reads them: one in `dflash_config` wins over
+the same key at the top level.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.formats.checkpoint import attention_shape, integer, layer_ids, number
+from whiflash_sglang.formats.config_json import read_config_of
+from whiflash_sglang.formats.draft_format import merged
+from whiflash_sglang.formats.layers import AttentionShape, Clamped, rope_parameters
+
+ARCHITECTURE = "DFlashDraftModel"
+ALIASES = ("MuseGlimmerAssistantModel",)
+"""Other architectures that are the same model."""
+DEFAULT_BLOCK = 16
+"""Default of a checkpoint that names none, as in SGLang."""
+
+_PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
+    "selector_rank": (None, 0),
+    "output_multiplier": (None, 1.0),
+    "final_logit_softcapping": (None, 0.0),
+    "attention_sink_bias": (None, False),
+    "has_embed_tokens": (None, False),
+    "quantization_config": (None,),
+}
+"""Settings that change the draft pass in ways that only some formats know, and the values at which they do not."""
+
+
+class LayerSpan(NamedTuple):
+    """A row's view in one layer. causal: nothing after it in its block. window: entries before it at most, None: all;
+    a window goes with causal.
+    """
+
+    causal: bool = False
+    window: int | None = None
+
+
+class BlockConvolution(NamedTuple):
+    """Norms of a block's rows, around each sublayer.
+
+    taps: rows that count, a row's own included. group: channels that share a kernel's change.
+    """
+
+    taps: int
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class DFlashConfig:
+    """Sizes and variants of a checkpoint.
+
+    Attributes:
+        block_size: rows of a draft pass, the bonus token's included.
+        mask_token_id: the token at the positions to be drafted.
+        target_layer_ids: target layers whose outputs are concatenated, in this order; empty where SGLang's default is
+            left. num_target_layers: as the checkpoint says, None where it does not.
+        spans: per layer, what a row sees; empty: everything.
+        from_anchor: the bonus token's row drafts too, so that a block gives as many drafts as it has rows.
+        draft_vocab_size: rows of the drafter's own head; None where it uses the target's.
+        value_scale: what V is multiplied by. neighbours: RoPE turns neighbouring dimensions, not halves.
+        convolution: around the sublayers of every layer; None: there is none.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    attention: AttentionShape
+    num_layers: int
+    vocab_size: int
+    block_size: int
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int | None
+    rope: dict[str, Any]
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-5
+    spans: tuple[LayerSpan, ...] = ()
+    from_anchor: bool = False
+    draft_vocab_size: int | None = None
+    attention_bias: bool = False
+    gemma_norm: bool = False
+    value_scale: float = 1.0
+    neighbours: bool = False
+    clamped: Clamped | None = None
+    convolution: BlockConvolution | None = None
+
+    @property
+    def num_features(self) -> int:
+        """Captured features that `fc` takes."""
+        return len(self.target_layer_ids) or self.num_layers
+
+    @property
+    def max_drafts(self) -> int:
+        """Tokens that one block drafts."""
+        return self.block_size if self.from_anchor else self.block_size - 1
+
+    def rows(self, drafts: int) -> int:
+        """Rows of a draft pass for that many drafts."""
+        return drafts + (not self.from_anchor)
+
+    @property
+    def target_hidden_size(self) -> int:
+        """Size of one captured feature: the target's own."""
+        return self.hidden_size
+
+    def layers_of(self, num_target_layers: int) -> tuple[int, ...]:
+        """Target layers whose outputs are read, for a target of that many: those named, else evenly from 1 to L-3."""
+        if self.target_layer_ids:
+            return self.target_layer_ids
+        if self.num_layers == 1:
+            return (num_target_layers // 2,)
+        span = num_target_layers - 4
+        return tuple(round(1 + index * span / (self.num_layers - 1)) for index in range(self.num_layers))
+
+    @classmethod
+    def read(cls, path: Path) -> "DFlashConfig":
+        """Parse a `DFlashDraftModel`'s `config.json`. Raises `CheckpointError` naming the field that does not fit."""
+        return parse(path, read_config_of(path, (ARCHITECTURE, *ALIASES)), cls)
+
+    def to_json(self) -> dict[str, Any]:
+        """The `config.json` that SGLang reads. Raises ValueError for variants, which are read only."""
+        if self.variant or self.from_anchor or type(self) is not DFlashConfig:
+            raise ValueError("only plain DFlash drafters are written")
+        layers = {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)}
+        return {
+            **self.trunk_json(),
+            "architectures": [ARCHITECTURE],
+            "block_size": self.block_size,
+            "dflash_config": layers,
+        }
+
+    def trunk_json(self) -> dict[str, Any]:
+        """Sizes, as every format of the family spells them."""
+        return {
+            "model_type": "qwen3",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_attention_heads": self.attention.heads,
+            "num_key_value_heads": self.attention.kv_heads,
+            "head_dim": self.attention.head_dim,
+            "num_hidden_layers": self.num_layers,
+            "layer_types": ["full_attention"] * self.num_layers,
+            "vocab_size": self.vocab_size,
+            "num_target_layers": self.num_target_layers,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope["rope_theta"],
+            "rope_scaling": None if self.rope["rope_type"] == "default" else self.rope,
+            "torch_dtype": "bfloat16",
+        }
+
+    @property
+    def variant(self) -> bool:
+        """Whether a layer of the trunk, or what it chooses from, differs from the published model."""
+        plain = (False, None, False, False, 1.0, False, None, None)
+        found = (
+            any(span != LayerSpan() for span in self.spans),
+            self.draft_vocab_size,
+            self.attention_bias,
+            self.gemma_norm,
+            self.value_scale,
+            self.neighbours,
+            self.clamped,
+            self.convolution,
+        )
+        return found != plain
+
+
+C = TypeVar("C", bound=DFlashConfig)
+
+
+def parse(
+    path: Path, config: Mapping[str, Any], kind: type[C], *, known: tuple[str, ...] = (), **decided: Any
+) -> C:
+    """A block drafter's configuration from a `config.json` of z-lab's layout, nested keys first.
+
+    Args:
+        kind: what to make of it. known: variants of `_PLAIN_VALUES` that the caller reads itself. decided: fields that
+            the format adds or decides.
+
+    Raises:
+        CheckpointError: naming the field that does not fit, or the variant that this format has no draft pass for.
+    """
+    settings = merged(path, config, "text_config", "dflash_config")
+    _refuse_variants(path, settings, known)
+    vocab = integer(settings, "vocab_size", path)
+    layers = integer(settings, "num_hidden_layers", path)
+    parsed = {
+        "hidden_size": integer(settings, "hidden_size", path),
+        "intermediate_size": integer(settings, "intermediate_size", path),
+        "attention": attention_shape(settings, path),
+        "num_layers": layers,
+        "vocab_size": vocab,
+        "mask_token_id": _mask(path, settings, vocab),
+        **_target_layers(path, settings),
+        "rope": rope_parameters(settings),
+        "max_position_embeddings": integer(settings, "max_position_embeddings", path, default=32768),
+        "rms_norm_eps": number(settings, "rms_norm_eps", path, default=1e-6),
+        "spans": _spans(path, settings, layers),
+        "attention_bias": bool(settings.get("attention_bias", False)),
+        "gemma_norm": bool(settings.get("use_gemma_norm", False)),
+        "value_scale": number(settings, "attention_value_scale", path, default=1.0),
+        "neighbours": not settings.get("rope_is_neox_style", settings.get("is_neox_style", True)),
+        "clamped": _activation(path, settings),
+        "convolution": _convolution(path, settings),
+    }
+    if "block_size" not in decided:
+        decided["block_size"] = integer(settings, "block_size", path, minimum=2, default=DEFAULT_BLOCK)
+    return kind(**{**parsed, **decided})
+
+
+def _refuse_variants(path: Path, settings: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key, plain in _PLAIN_VALUES.items():
+        if key not in known and settings.get(key) not in plain:
+            raise CheckpointError(
+                f"{path}/config.json: {key} {settings[key]!r} belongs to a drafter that is not supported "
+                f"in this format (supported: {plain[-1]!r})"
+            )
+
+
+def _mask(path: Path, settings: Mapping[str, Any], vocab: int) -> int:
+    mask = settings.get("mask_token_id")
+    if not isinstance(mask, int) or isinstance(mask, bool) or not 0 <= mask < vocab:
+        raise CheckpointError(
+            f"{path}/config.json: mask_token_id {mask!r} is not in the target's vocabulary of {vocab}"
+            + (" (a mask_token without its id is not looked up)" if mask is None else "")
+        )
+    return mask
+
+
+def _target_layers(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    named, count = settings.get("target_layer_ids"), settings.get("num_target_layers")
+    layers = () if named is None else layer_ids(settings, "target_layer_ids", path)
+    count = None if count is None else integer(settings, "num_target_layers", path)
+    wrong = [layer for layer in layers if count is not None and not 0 <= layer < count]
+    if wrong:
+        raise CheckpointError(
+            f"{path}/config.json: target_layer_ids names layers {wrong}; the target has layers 0 to "
+            f"{integer(settings, 'num_target_layers', path) - 1}"
+        )
+    return {"target_layer_ids": layers, "num_target_layers": count}
+
+
+def _spans(path: Path, settings: Mapping[str, Any], layers: int) -> tuple[LayerSpan, ...]:
+    """As SGLang takes them: full layers see the whole block and sliding ones what is before, unless `is_causal` says
+    otherwise; Hugging Face's window counts the token itself.
+    """
+    kinds, causal = settings.get("layer_types"), settings.get("is_causal")
+    if kinds is None:
+        return ()
+    if not isinstance(kinds, list) or len(kinds) < layers:
+        raise CheckpointError(f"{path}/config.json: layer_types must name {layers} layers, got {kinds!r}")
+    spans = []
+    for kind in kinds[:layers]:
+        if kind == "full_attention":
+            spans.append(LayerSpan(bool(causal)))
+        elif kind != "sliding_attention":
+            raise CheckpointError(
+                f"{path}/config.json: layer_types names {kind!r}; full_attention and sliding_attention are supported"
+            )
+        elif causal is False:
+            raise CheckpointError(
+                f"{path}/config.json: is_causal false with sliding_attention is not supported: windows look back only"
+            )
+        else:
+            spans.append(LayerSpan(True, integer(settings, "sliding_window", path) - 1))
+    return tuple(spans) if set(spans) != {LayerSpan()} else ()
+
+
+def _activation(path: Path, settings: Mapping[str, Any]) -> Clamped | None:
+    name = settings.get("hidden_act", "silu")
+    if name == "silu":
+        return None
+    if name == "swigluoai":
+        return Clamped(number(settings, "swiglu_alpha", path), number(settings, "swiglu_limit", path))
+    raise CheckpointError(
+        f"{path}/config.json: hidden_act {name!r} is not supported, only silu and swigluoai"
+    )
+
+
+def _convolution(path: Path, settings: Mapping[str, Any]) -> BlockConvolution | None:
+    taps, group = (
+        integer(settings, f"conv_{name}_size", path, minimum=0, default=0) for name in ("kernel", "group")
+    )
+    if not taps and not group:
+        return None
+    hidden = integer(settings, "hidden_size", path)
+    if not taps or not group or hidden % group:
+        raise CheckpointError(
+            f"{path}/config.json: conv_kernel_size {taps} and conv_group_size {group} go together, and the latter "
+            f"divides hidden_size {hidden}"
+        )
+    return BlockConvolution(taps, group)

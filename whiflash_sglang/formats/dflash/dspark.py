@@ -1,0 +1,221 @@
+"""DSpark (arXiv 2607.05147): DFlash's trunk, a Markov head that corrects the block token by token, a confidence head.
+
+    logits_k = head · h_k + W2 · latent(W1[token_k-1], h_k)       confidence_k = sigmoid(w · [h_k | W1[token_k-1]] + b)
+
+Every row of a block drafts, the bonus token's too, unless `sample_from_anchor` is false. A Markov rank of 0 is
+DeepSpec's DFlash. Numerics follow `sglang/srt/models/dspark.py` of SGLang 0.5.23, which refuses rank 0.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.formats.checkpoint import WeightReader, integer
+from whiflash_sglang.formats.choice import Choice, DraftHead
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
+from whiflash_sglang.formats.draft_format import DraftFormat, merged
+from whiflash_sglang.formats.packed import Linear
+
+ARCHITECTURES = ("Qwen3DSparkModel", "DSparkDraftModel", "LingDSparkModel")
+HEAD_TYPES = ("vanilla", "gated", "rnn")
+DEFAULT_ROWS = 7
+"""Drafts of a block, of a checkpoint that does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class DSparkConfig(DFlashConfig):
+    """A DFlash trunk and its heads.
+
+    Attributes:
+        markov_rank: 0 for no Markov head. markov_head: one of `HEAD_TYPES`.
+        confidence: whether there is a confidence head; confidence_with_markov: it reads the previous token's W1 too.
+    """
+
+    markov_rank: int = 0
+    markov_head: str = "vanilla"
+    confidence: bool = False
+    confidence_with_markov: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """DeepSpec's `config.json`, which SGLang reads too. Raises ValueError for variants of the trunk."""
+        if self.variant:
+            raise ValueError("only plain DSpark drafters are written")
+        return {
+            **self.trunk_json(),
+            "architectures": [ARCHITECTURES[0]],
+            "block_size": self.max_drafts,
+            "mask_token_id": self.mask_token_id,
+            "target_layer_ids": list(self.target_layer_ids),
+            "sample_from_anchor": self.from_anchor,
+            "markov_rank": self.markov_rank,
+            "markov_head_type": self.markov_head,
+            "enable_confidence_head": self.confidence,
+            "confidence_head_with_markov": self.confidence_with_markov,
+        }
+
+
+def read_dspark(path: Path, config: Mapping[str, Any]) -> DSparkConfig:
+    """Read DeepSpec's or SpecForge's `config.json`, whose `block_size` counts drafts.
+
+    Raises:
+        CheckpointError: naming the field that does not fit.
+    """
+    settings = merged(path, config, "dflash_config", "dspark_config")
+    from_anchor = bool(settings.get("sample_from_anchor", True))
+    drafts = integer(settings, "block_size", path, default=DEFAULT_ROWS)
+    heads = read_heads(path, settings)
+    return parse(
+        path, settings, DSparkConfig, from_anchor=from_anchor, block_size=drafts + (not from_anchor), **heads
+    )
+
+
+def read_heads(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that `DSparkConfig` adds. Raises CheckpointError naming the one that does not fit."""
+    rank = integer(settings, "markov_rank", path, minimum=0, default=0)
+    kind = settings.get("markov_head_type") or ("vanilla" if rank == 0 else None)
+    if kind not in HEAD_TYPES:
+        raise CheckpointError(
+            f"{path}/config.json: markov_head_type {kind!r} is not one of {', '.join(HEAD_TYPES)}"
+        )
+    # A checkpoint that does not say has one, as SGLang takes it.
+    with_markov = bool(settings.get("confidence_head_with_markov", rank > 0))
+    confidence = bool(settings.get("enable_confidence_head", True))
+    if confidence and with_markov and not rank:
+        raise CheckpointError(f"{path}/config.json: confidence_head_with_markov needs markov_rank above 0")
+    return {
+        "markov_rank": rank,
+        "markov_head": kind,
+        "confidence": confidence,
+        "confidence_with_markov": with_markov,
+    }
+
+
+class DSparkDrafter(DFlashDrafter):
+    """A block drafter whose tokens depend on those before them in the block."""
+
+    config: DSparkConfig
+
+    def __init__(self, config: DSparkConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
+        """Untrained."""
+        super().__init__(config, target_embedding, target_lm_head)
+        rank, size = config.markov_rank, config.hidden_size
+        self.markov_head = nn.ModuleDict()
+        if rank:
+            self.markov_head["markov_w1"] = nn.Embedding(config.vocab_size, rank)
+            rows = config.draft_vocab_size or config.vocab_size
+            self.markov_head["markov_w2"] = Linear(rank, rows, bias=False)
+        if config.markov_head == "gated":
+            self.markov_head["gate_proj"] = Linear(size + rank, rank)
+        elif config.markov_head == "rnn":
+            self.markov_head["joint_proj"] = Linear(size + 2 * rank, 3 * rank)
+        width = size + (rank if config.confidence_with_markov else 0)
+        self.confidence_head = nn.ModuleDict({"proj": Linear(width, 1)} if config.confidence else {})
+
+    @property
+    def head(self) -> DraftHead:
+        """Its or the target's head, with the rows of W2 beside it."""
+        rows = self.get_parameter("markov_head.markov_w2.weight") if self.config.markov_rank else None
+        return super().head.beside(rows)
+
+    def fill(self, reader: WeightReader) -> None:
+        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
+        super().fill(reader)
+        for name, parameter in self.heads().items():
+            reader.fill(parameter, name)
+
+    def heads(self) -> dict[str, nn.Parameter]:
+        """Parts that it adds to the trunk, by published names."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith(("markov_head.", "confidence_head."))
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The checkpoint's, by their published names."""
+        return {**super().tensors(), **self.heads()}
+
+    def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
+        """As `DFlashDrafter.propose`, each token corrected by the one before it."""
+        rows = self.draft_rows(states, wanted)
+        if not self.config.markov_rank:
+            chosen = super().propose(states, bonus, wanted, head)
+            before = torch.cat([bonus[:, None], chosen.token[:, :-1]], 1)
+            return Choice(chosen.token, self._confidence(rows, before, chosen.confidence))
+        logits = head.logits(rows)
+        previous, state = bonus, self._begin(rows)
+        tokens, sure = [], []
+        for step in range(wanted):
+            latent, state = self._latent(self._embedded(previous), rows[:, step], state)
+            choice = head.choose(logits[:, step] + head.second(latent))
+            previous = head.target_ids(choice.token)
+            tokens.append(previous)
+            sure.append(choice.confidence)
+        token = torch.stack(tokens, 1)
+        before = torch.cat([bonus[:, None], token[:, :-1]], 1)
+        return Choice(token, self._confidence(rows, before, torch.stack(sure, 1)))
+
+    def latents(self, rows: Tensor, before: Tensor) -> Tensor:
+        """The input of W2, [B, D, R], of states `rows` [B, D, H] behind tokens `before` [B, D]."""
+        state, latents = self._begin(rows), []
+        embedded = self._embedded(before)  # at once: each look-up's gradient is as large as the whole table
+        for step in range(rows.shape[1]):
+            latent, state = self._latent(embedded[:, step], rows[:, step], state)
+            latents.append(latent)
+        return torch.stack(latents, 1)
+
+    def _begin(self, rows: Tensor) -> Tensor:
+        return rows.new_zeros(len(rows), self.config.markov_rank)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """W1's rows of `tokens` [...]: [..., R]."""
+        embedded: Tensor = self.markov_head["markov_w1"](tokens)
+        return embedded
+
+    def _latent(self, embedded: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """W2's input and next `state`, [B, R] each. embedded: [B, R] earlier tokens' rows of W1. hidden: [B,
+        H] states.
+        """
+        if self.config.markov_head == "vanilla":
+            return embedded, state
+        if self.config.markov_head == "gated":
+            gate = torch.sigmoid(self.markov_head["gate_proj"](torch.cat([hidden, embedded], -1)))
+            return gate * embedded, state
+        joint = self.markov_head["joint_proj"](torch.cat([state, embedded, hidden], -1))
+        gate, candidate, output = joint.chunk(3, -1)
+        gate = torch.sigmoid(gate)
+        return torch.tanh(output), gate * state + (1 - gate) * torch.tanh(candidate)
+
+    def _confidence(self, rows: Tensor, before: Tensor, probability: Tensor) -> Tensor:
+        """[B, D] float32: what the confidence head says of drafts behind tokens `before` [B, D]; else `probability`."""
+        return torch.sigmoid(self.confidence_logits(rows, before)) if self.config.confidence else probability
+
+    def confidence_logits(self, rows: Tensor, before: Tensor) -> Tensor:
+        """The confidence head's output, [B, D] float32, of states `rows` [B, D, H] behind tokens `before` [B, D]."""
+        features = rows
+        if self.config.confidence_with_markov:
+            features = torch.cat([rows, self._embedded(before)], -1)
+        weight, bias = (self.get_parameter(f"confidence_head.proj.{name}") for name in ("weight", "bias"))
+        return F.linear(features.float(), weight.float(), bias.float())[..., 0]
+
+
+FORMAT = DraftFormat(
+    name="DSpark",
+    arm=arms.DIFFUSION,
+    keys=ARCHITECTURES,
+    layers_key="target_layer_ids",
+    read=read_dspark,
+    model=DSparkDrafter,
+    published="DeepSpec (also its DFlash), SpecForge",
+    defined_by="SGLang's `dspark.py`; rank 0: DeepSpec",
+    upstream="DSPARK",
+    swappable=True,
+)

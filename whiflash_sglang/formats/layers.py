@@ -1,0 +1,289 @@
+"""Layers that both drafters share: attention whose context and cache belong to the caller, norm, MLP, rotary positions.
+
+Rotary positions are a Hugging Face configuration's, in NeoX (half-split) layout. Checkpoints that rotate neighbouring
+pairs instead are permuted when they are loaded (`half_split`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from whiflash_kernels.layers import add_rms_norm, rms_norm, rotate_in_place, rotates_fused, silu_and_mul
+
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.formats.packed import Linear
+
+
+class Angles(NamedTuple):
+    """Angles of T rows; R <= head_dim is the rotary width, the rest passes through.
+
+    table: [N, R] fp32, cosines in the first half of a row, sines in the second. rows: [T] int64, each row's in `table`;
+    None: 0 … T-1.
+    """
+
+    table: Tensor
+    rows: Tensor | None = None
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, [T, 1, R // 2] each."""
+        table = self.table if self.rows is None else self.table[self.rows]
+        cosine, sine = table[:, None].chunk(2, dim=-1)
+        return cosine, sine
+
+
+_OF_THE_TARGET = ("mrope_section", "mrope_interleaved")
+"""Copied from targets that count positions in three dimensions; a drafter of text has one."""
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration's rotary settings in one dictionary, whichever of the two spellings it uses.
+
+    transformers ≥ 5 writes `rope_parameters`; older files write `rope_theta` and `rope_scaling`. If only a part of a
+    head is rotated, `rope_dim` says how many of its dimensions, or `partial_rotary_factor` which share.
+    """
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = parameters.pop("type", "default")
+    parameters.setdefault("rope_type", kind)
+    parameters.setdefault("rope_theta", float(config.get("rope_theta", 10000.0)))
+    for key in _OF_THE_TARGET:
+        parameters.pop(key, None)
+    if parameters["rope_type"] == "mrope":
+        parameters["rope_type"] = "default"
+    factor = parameters.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if "rope_dim" not in parameters and factor not in (None, 1, 1.0):
+        parameters["partial_rotary_factor"] = factor
+    return parameters
+
+
+def rotary_width(parameters: Mapping[str, Any], head_dim: int) -> int:
+    """How many of a head's first dimensions are rotated."""
+    return int(parameters.get("rope_dim") or head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+
+def half_split(rows: Tensor, heads: int, width: int) -> Tensor:
+    """Rows [heads · D, …] of a projection (or a norm's [D], one head) whose neighbours 2i, 2i+1 rotate together,
+    reordered so that i and i + `width` / 2 do. Scores stay: queries and keys are permuted alike.
+    """
+    size = len(rows) // heads
+    order = torch.cat([torch.arange(0, width, 2), torch.arange(1, width, 2), torch.arange(width, size)])
+    return rows.view(heads, size, *rows.shape[1:])[:, order].flatten(0, 1)
+
+
+class Rotary(nn.Module):
+    """Angles of positions; frequencies by transformers' `ROPE_INIT_FUNCTIONS`, everything in fp32.
+
+    Raises `CheckpointError` for a rope type that transformers does not know, or a rotary width that a head has not.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> None:
+        """`parameters` as `rope_parameters` returns them."""
+        super().__init__()
+        kind, width = parameters["rope_type"], rotary_width(parameters, head_dim)
+        if not 2 <= width <= head_dim or width % 2:
+            raise CheckpointError(
+                f"{width} of a head's {head_dim} dimensions cannot be rotated (rope_dim, partial_rotary_factor)"
+            )
+        self.scale = 1.0
+        if kind == "default":
+            exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+            self._frequencies = 1.0 / parameters["rope_theta"] ** exponents
+        elif kind in ROPE_INIT_FUNCTIONS:
+            whole = {
+                key: value
+                for key, value in parameters.items()
+                if key not in ("rope_dim", "partial_rotary_factor")
+            }
+            config = PretrainedConfig(
+                hidden_size=width,
+                num_attention_heads=1,
+                head_dim=width,
+                max_position_embeddings=max_positions,
+                rope_parameters=whole,
+            )
+            self._frequencies, self.scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        else:
+            known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
+            raise CheckpointError(f"rope_type {kind!r} is unknown; transformers knows {known}")
+        self._table: Tensor | None = None
+
+    def tabulate(self, positions: int, device: torch.device) -> Tensor:
+        """Compute the angles of positions 0 … `positions` - 1 once: from now on they are looked up.
+
+        Returns [positions, R] fp32, as `Angles.table`.
+        """
+        self._table = None
+        self._table = self.angles(torch.arange(positions, device=device)).table
+        return self._table
+
+    def angles(self, positions: Tensor) -> Angles:
+        """Angles of `positions` [T] int64; if there is a table, each is below its length."""
+        if self._table is not None:
+            return Angles(self._table, positions)
+        # Held outside the module's buffers: `.to(bfloat16)` must not round the frequencies.
+        self._frequencies = self._frequencies.to(positions.device)
+        angles = positions.to(torch.float32)[:, None] * self._frequencies
+        table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        rows = torch.arange(len(table), device=table.device) if table.is_cuda else None
+        return Angles(table if self.scale == 1.0 else table * self.scale, rows)
+
+
+def rotate(x: Tensor, angles: Angles) -> Tensor:
+    """Rotate `x` [T, heads, head_dim] by `angles` of its rows; computed in fp32, returned in `x`'s dtype."""
+    cosine, sine = angles.halves()
+    width = 2 * cosine.shape[-1]
+    first, second = x[..., :width].float().chunk(2, dim=-1)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    if width < x.shape[-1]:
+        turned.append(x[..., width:].float())
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+def rotates_at_once(q: Tensor, angles: Angles) -> bool:
+    """Whether one kernel rotates queries [T, heads, head_dim] with their keys where they are."""
+    return rotates_fused(q, angles.table.shape[-1])
+
+
+def rotate_both(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and keys, which nobody else may need unrotated: it may write to them."""
+    if not rotates_at_once(q, angles):
+        return rotate(q, angles), rotate(k, angles)
+    rotate_in_place(q, k, angles.table, angles.rows)
+    return q, k
+
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""`attend(layer, q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,D]) -> [T,Hq,D]`.
+
+The caller decides where k and v are stored and what every query sees (paged pools in the server, masked SDPA
+in training); scores are scaled by `D ** -0.5`.
+"""
+
+
+class AttentionShape(NamedTuple):
+    """Query heads, key/value heads and the size of one head."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, in fp32 inside, in `x`'s dtype outside."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] → [..., size]."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of two [T, size], which are given up, and its norm."""
+        return add_rms_norm(residual, x, self.weight, self.eps)
+
+    def scale(self) -> Tensor:
+        """[size], what the normed input is multiplied by."""
+        return self.weight
+
+
+class GemmaRMSNorm(RMSNorm):
+    """x / rms(x) · (1 + weight), multiplied in fp32: near one, bf16 would lose the weight's digits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] → [..., size]."""
+        return rms_norm(x, self.weight, self.eps, unit_offset=True)
+
+    def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of two [T, size], which are given up, and its norm."""
+        return add_rms_norm(residual, x, self.weight, self.eps, unit_offset=True)
+
+    def scale(self) -> Tensor:
+        """[size] fp32, what the normed input is multiplied by."""
+        return 1.0 + self.weight.float()
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one fused projection, and optional per-head query and key norms."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        shape: AttentionShape,
+        *,
+        head_norm_eps: float | None,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        norm: type[RMSNorm] = RMSNorm,
+    ) -> None:
+        """`width` is the input's size (2H in EAGLE-3's first layer), `hidden` the output's. `bias`: of all four
+        projections; `out_bias`: of the last, where it differs. `norm`: of the heads.
+        """
+        super().__init__()
+        self.shape = shape
+        self.query_size = shape.heads * shape.head_dim
+        self.qkv = Linear(width, (shape.heads + 2 * shape.kv_heads) * shape.head_dim, bias=bias)
+        self.out = Linear(self.query_size, hidden, bias=bias if out_bias is None else out_bias)
+        self.q_norm = self.k_norm = None
+        if head_norm_eps is not None:
+            self.q_norm = norm(shape.head_dim, head_norm_eps)
+            self.k_norm = norm(shape.head_dim, head_norm_eps)
+
+    def forward(self, x: Tensor, angles: Angles, layer: int, attend: Attend) -> Tensor:
+        """`x` [T, width] → [T, hidden]."""
+        heads, kv_heads, head_dim = self.shape
+        qkv = self.qkv(x).view(len(x), heads + 2 * kv_heads, head_dim)
+        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rotate_both(self.q_norm(q), self.k_norm(k), angles)
+        elif rotates_at_once(q, angles):
+            q, k = rotate_both(q, k, angles)
+        else:
+            q, k = torch.split(rotate(qkv[:, : heads + kv_heads], angles), [heads, kv_heads], dim=1)
+        mixed: Tensor = self.out(attend(layer, q, k, v).reshape(len(x), self.query_size))
+        return mixed
+
+    def keys_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+        """`x` [T, width] → k and v, each [T, Hkv, D]; neither queries nor attention are computed."""
+        bias = None if self.qkv.bias is None else self.qkv.bias[self.query_size :]
+        kv = F.linear(x, self.qkv.weight[self.query_size :], bias).view(len(x), 2 * self.shape.kv_heads, -1)
+        k, v = kv.chunk(2, dim=1)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        return rotate(k, angles), v
+
+
+class Clamped(NamedTuple):
+    """gpt-oss's activation: gate · sigmoid(alpha · gate) · (up + 1), the gate cut above and `up` at ± `limit`."""
+
+    alpha: float
+    limit: float
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)), gate and up in one projection; with `clamped`, gpt-oss's form of it."""
+
+    def __init__(self, hidden: int, intermediate: int, clamped: Clamped | None = None) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden, 2 * intermediate, bias=False)
+        self.down = Linear(intermediate, hidden, bias=False)
+        self.clamped = clamped
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, hidden] → [T, hidden]."""
+        gate_up = self.gate_up(x)
+        if self.clamped is None:
+            activated = silu_and_mul(gate_up)
+        else:
+            alpha, limit = self.clamped
+            gate, up = gate_up.chunk(2, dim=-1)
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
+            activated = gate * torch.sigmoid(alpha * gate) * up
+        mixed: Tensor = self.down(activated)
+        return mixed

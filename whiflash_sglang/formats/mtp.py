@@ -1,0 +1,445 @@
+"""A target's own next-token head (multi-token prediction, arXiv 2412.19437, section 2.2), without SGLang.
+
+One decoder layer over projection([norm(embedding of the next token); norm(the target's state)]). Entry p of its cache
+pairs the embedding of token p+1 with the target's state at p, behind the final norm, at RoPE position p; a later draft
+step feeds back the head's own state behind its final norm. Numerics follow `mimo_mtp.py` and `glm4_moe_nextn.py` in the
+`models/` of SGLang 0.5.23, whose EAGLE worker runs one layer so, step after step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from whiflash_kernels.layers import silu_and_mul
+
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.formats.checkpoint import WeightReader, attention_shape, integer, number, read_weights
+from whiflash_sglang.formats.choice import Choice, DraftHead, SharedVocabulary, borrowed_head
+from whiflash_sglang.formats.draft_format import DraftFormat
+from whiflash_sglang.formats.layers import (
+    Attend,
+    Attention,
+    AttentionShape,
+    RMSNorm,
+    Rotary,
+    SwiGLU,
+    rope_parameters,
+)
+from whiflash_sglang.formats.packed import Linear
+
+GATHERING = 3
+"""Memory traffic of a gathered weight: it is read, written and read again."""
+
+
+class Routed(NamedTuple):
+    """experts: how many, in `groups` of which `open_groups` are chosen from; each row goes to `chosen` experts.
+    intermediate_size: of an expert; shared_size: of the one that all rows go to, 0 where there is none. normalised:
+    whether the weights of a row's experts sum to one before they are multiplied by `scale`.
+    """
+
+    experts: int
+    chosen: int
+    groups: int
+    open_groups: int
+    intermediate_size: int
+    shared_size: int
+    normalised: bool
+    scale: float
+
+
+def read_routed(path: Path, config: Mapping[str, Any]) -> Routed:
+    """The experts of a GLM-4.5 layer. Raises `CheckpointError` naming the key that does not fit."""
+    for key, served in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("hidden_act", "silu")):
+        if config.get(key, served) != served:
+            raise CheckpointError(
+                f"{path}/config.json: {key} {config[key]!r} is not supported, only {served}"
+            )
+    size = integer(config, "moe_intermediate_size", path)
+    return Routed(
+        experts=integer(config, "n_routed_experts", path),
+        chosen=integer(config, "num_experts_per_tok", path),
+        groups=integer(config, "n_group", path, default=1),
+        open_groups=integer(config, "topk_group", path, default=1),
+        intermediate_size=size,
+        shared_size=size * integer(config, "n_shared_experts", path, minimum=0, default=0),
+        normalised=bool(config.get("norm_topk_prob", True)),
+        scale=number(config, "routed_scaling_factor", path, default=1.0),
+    )
+
+
+class Experts(nn.Module):
+    """SwiGLU experts and DeepSeek-V3's way to choose among them (arXiv 2412.19437, section 2.1.2): by sigmoids, with a
+    bias that decides who is chosen and not what it weighs.
+
+    Attributes:
+        gate: [E, H], and bias: [E], in float32 whatever the other weights are in; held outside the parameters, which
+            are rounded. gate_up: [E, 2I, H]; down: [E, I, H].
+    """
+
+    gate: Tensor
+    bias: Tensor
+
+    def __init__(self, hidden: int, routed: Routed) -> None:
+        super().__init__()
+        self.routed = routed
+        self.gate_up = nn.Parameter(torch.empty(routed.experts, 2 * routed.intermediate_size, hidden))
+        self.down = nn.Parameter(torch.empty(routed.experts, routed.intermediate_size, hidden))
+        self.shared = SwiGLU(hidden, routed.shared_size) if routed.shared_size else None
+
+    def fill(self, reader: WeightReader, prefix: str) -> None:
+        """Read the weights below `prefix`, where they were moved to already."""
+        device = self.down.device
+        self.gate = reader.tensor(f"{prefix}gate.weight").to(device, torch.float32)
+        self.bias = reader.tensor(f"{prefix}gate.e_score_correction_bias").to(device, torch.float32)
+        gate_up, down = self.gate_up.detach(), self.down.detach()
+        for expert in range(self.routed.experts):
+            own = f"{prefix}experts.{expert}."
+            reader.fill(gate_up[expert], f"{own}gate_proj.weight", f"{own}up_proj.weight")
+            reader.fill(down[expert].t(), f"{own}down_proj.weight")
+        if self.shared is not None:
+            reader.fill_mlp(self.shared, f"{prefix}shared_experts.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] → [T, H]."""
+        weights, ids = self.route(x)
+        mixed = self._gathered(x, weights, ids) if self._few(len(x)) else self._all(x, weights, ids)
+        return mixed if self.shared is None else mixed + self.shared(x)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [T, H] → weights [T, chosen] float32 and experts [T, chosen] int64."""
+        routed = self.routed
+        scores = torch.sigmoid(x.float() @ self.gate.t())
+        biased = scores + self.bias
+        if routed.groups > 1:
+            grouped = biased.view(len(x), routed.groups, -1)
+            strongest = grouped.topk(2, dim=-1).values.sum(-1).topk(routed.open_groups, dim=-1).indices
+            closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, strongest, value=False)
+            biased = grouped.masked_fill(closed[..., None], float("-inf")).flatten(1)
+        ids = biased.topk(routed.chosen, dim=-1).indices
+        weights = scores.gather(1, ids)
+        if routed.normalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * routed.scale, ids
+
+    def peak_bytes(self, rows: int) -> int:
+        """Bytes that a pass over so many rows holds beside its weights at most."""
+        experts, _, hidden = self.down.shape
+        size = self.routed.intermediate_size
+        of_a_row = (2 * size * hidden) if self._few(rows) else 3 * experts * size
+        return rows * of_a_row * self.down.element_size()
+
+    def _few(self, rows: int) -> bool:
+        """Whether gathering the weights of each row's experts moves less than reading those of all experts."""
+        return GATHERING * rows * self.routed.chosen <= self.routed.experts
+
+    def _gathered(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        mixed = torch.zeros_like(x)
+        for place in range(self.routed.chosen):
+            own = ids[:, place]
+            inner = silu_and_mul(torch.bmm(self.gate_up[own], x[:, :, None])[..., 0])
+            inner = inner * weights[:, place, None].to(x.dtype)
+            mixed = mixed + torch.bmm(inner[:, None], self.down[own])[:, 0]
+        return mixed
+
+    def _all(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """Two products over all experts; those that were not chosen weigh nothing."""
+        dense = torch.zeros(len(x), self.routed.experts, device=x.device).scatter(1, ids, weights)
+        inner = silu_and_mul((x @ self.gate_up.flatten(0, 1).t()).view(len(x) * self.routed.experts, -1))
+        inner = inner.view(len(x), self.routed.experts, -1) * dense[..., None].to(x.dtype)
+        mixed: Tensor = inner.flatten(1) @ self.down.flatten(0, 1)
+        return mixed
+
+
+COUNT = "num_nextn_predict_layers"
+
+
+class Names(NamedTuple):
+    """Tensors of a head beside its decoder layer, behind the head's prefix. hidden_first: the projection reads the
+    target's state before the embedding.
+    """
+
+    embedding_norm: str
+    hidden_norm: str
+    projection: str
+    norm: str
+    hidden_first: bool
+
+
+DEEPSEEK = Names("enorm", "hnorm", "eh_proj", "shared_head.norm", hidden_first=False)
+MIMO = Names("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm", hidden_first=True)
+
+
+@dataclass(frozen=True, slots=True)
+class MTPConfig:
+    """Sizes and variants of a head.
+
+    Attributes:
+        prefix: what its tensors' names begin with in the target's files.
+        attention: heads of what its KV keeps.
+        routed: its experts; None where `intermediate_size` is that of one network.
+        head_norms: queries and keys are normed. blank_first: at position 0 no embedding is read.
+    """
+
+    prefix: str
+    names: Names
+    hidden_size: int
+    intermediate_size: int
+    attention: AttentionShape
+    routed: Routed | None
+    vocab_size: int
+    rope: dict[str, Any]
+    max_position_embeddings: int
+    rms_norm_eps: float
+    attention_bias: bool = False
+    head_norms: bool = False
+    blank_first: bool = False
+
+    @property
+    def target_hidden_size(self) -> int:
+        """It is part of the target."""
+        return self.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, each with K/V of its own."""
+        return 1
+
+    def layers_of(self, num_target_layers: int) -> tuple[int, ...]:
+        """It reads the state behind the final norm, as SGLang hands it to a next-token head."""
+        return (num_target_layers,)
+
+
+def parse_mimo(path: Path, config: Mapping[str, Any]) -> MTPConfig:
+    """MiMo's: a Qwen2 layer in `model.mtp_layers`. Raises `CheckpointError` naming the key that does not fit."""
+    _check(path, config)
+    return MTPConfig(
+        prefix="model.mtp_layers.0.",
+        names=MIMO,
+        intermediate_size=integer(config, "intermediate_size", path),
+        routed=None,
+        attention=attention_shape(config, path),
+        attention_bias=True,
+        blank_first=True,
+        **_common(path, config),
+    )
+
+
+def parse_glm(path: Path, config: Mapping[str, Any]) -> MTPConfig:
+    """GLM-4.5's: one more layer, with experts. Raises `CheckpointError` naming the key that does not fit."""
+    _check(path, config)
+    rotated = {"partial_rotary_factor": 0.5} | dict(config)
+    return MTPConfig(
+        prefix=f"model.layers.{integer(config, 'num_hidden_layers', path)}.",
+        names=DEEPSEEK,
+        intermediate_size=0,
+        routed=read_routed(path, config),
+        attention=attention_shape(config, path),
+        attention_bias=bool(config.get("attention_bias", False)),
+        head_norms=bool(config.get("use_qk_norm", False)),
+        **_common(path, rotated),
+    )
+
+
+def _check(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` where the target has no head, several, or one that is not read."""
+    count = config.get(COUNT) or 0
+    if not count:
+        raise CheckpointError(
+            f"{path}/config.json: {COUNT} is {config.get(COUNT)}: this target has no next-token head of its own"
+        )
+    if count != 1:
+        raise CheckpointError(
+            f"{path}/config.json: {COUNT} is {count}; only one next-token head is supported"
+        )
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"{path}/config.json: quantization_config: the next-token head of a quantised target is not supported"
+        )
+
+
+def _common(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "hidden_size": integer(config, "hidden_size", path),
+        "vocab_size": integer(config, "vocab_size", path),
+        "rope": rope_parameters(config),
+        "max_position_embeddings": integer(config, "max_position_embeddings", path, default=32768),
+        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+    }
+
+
+class MTPDrafter(nn.Module):
+    """A chain drafter of one decoder layer that shares the target's embedding and head.
+
+    Attributes:
+        target_embedding, target_lm_head: [V, H], the target's, not read from its files again.
+        shared: of the target, where its vocabulary is split or quantised: the two matrices hold this process's rows, or
+            none.
+    """
+
+    target_embedding: Tensor
+    target_lm_head: Tensor
+
+    def __init__(
+        self,
+        config: MTPConfig,
+        target_embedding: Tensor,
+        target_lm_head: Tensor,
+        shared: SharedVocabulary | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.shared = config, shared
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.embedding_norm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
+        self.projection = Linear(2 * size, size, bias=False)
+        self.input_norm = RMSNorm(size, eps)
+        self.attention = Attention(
+            size,
+            size,
+            config.attention,
+            head_norm_eps=eps if config.head_norms else None,
+            bias=config.attention_bias,
+            out_bias=False,
+        )
+        self.mlp_norm = RMSNorm(size, eps)
+        self.mlp: SwiGLU | Experts = (
+            SwiGLU(size, config.intermediate_size) if config.routed is None else Experts(size, config.routed)
+        )
+        self.norm = RMSNorm(size, eps)
+        self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
+        self.register_buffer("target_embedding", target_embedding, persistent=False)
+        self.register_buffer("target_lm_head", target_lm_head, persistent=False)
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Rows of the head that drafts."""
+        return self.config.vocab_size
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """The target's states [T, H] as they are."""
+        return features
+
+    def keys_values(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """KV-only pass: next-token ids [T], the target's states [T, H], positions [T] → k, v each [T, Hkv, D]."""
+        entry = self._entry(tokens, hidden, positions)
+        return self.attention.keys_values(self.input_norm(entry), self.rotary.angles(positions))
+
+    def forward(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """One step, as of `Eagle3Drafter`: next-token ids, the target's or fed-back states, positions."""
+        angles = self.rotary.angles(positions)
+        residual = self._entry(tokens, hidden, positions)
+        residual = residual + self.attention(self.input_norm(residual), angles, 0, attend)
+        residual = residual + self.mlp(self.mlp_norm(residual))
+        normed = self.norm(residual)
+        return normed, normed
+
+    def choose(self, logits_hidden: Tensor) -> Choice:
+        """[T, H] → the first choice for each, and how sure the head is of it."""
+        head = self.head
+        return head.choose(head.logits(logits_hidden))
+
+    @property
+    def head(self) -> DraftHead:
+        """The head that it chooses by."""
+        return borrowed_head(self.target_lm_head, self.shared)
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """It drafts the target's ids."""
+        return draft_ids
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [T] int64 → [T, H]; what is embedded already stays as it is."""
+        if tokens.is_floating_point():
+            return tokens
+        shared = None if self.shared is None else self.shared.embed
+        return F.embedding(tokens, self.target_embedding) if shared is None else shared(tokens)
+
+    def peak_bytes(self, rows: int) -> int:
+        """Bytes that its experts take for so many rows of a draft pass."""
+        return self.mlp.peak_bytes(rows) if isinstance(self.mlp, Experts) else 0
+
+    def _entry(self, tokens: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
+        embedded = self.embed(tokens).to(hidden.dtype)
+        if self.config.blank_first:
+            embedded = embedded.masked_fill((positions == 0)[:, None], 0)
+        entry: Tensor = self.projection(
+            torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], dim=-1)
+        )
+        return entry
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        target_embedding: Tensor,
+        target_lm_head: Tensor,
+        shared: SharedVocabulary | None = None,
+        config: MTPConfig,
+    ) -> "MTPDrafter":
+        """Read the head from the target's own directory.
+
+        Raises:
+            CheckpointError: naming what is missing or does not fit.
+        """
+        reader = WeightReader(path, read_weights(path, config.prefix))
+        drafter = cls(config, target_embedding, target_lm_head, shared).to(device=device, dtype=dtype)
+        drafter._fill(reader)
+        return drafter.eval()
+
+    def _fill(self, reader: WeightReader) -> None:
+        prefix, names = self.config.prefix, self.config.names
+        norms = {
+            names.embedding_norm: self.embedding_norm,
+            names.hidden_norm: self.hidden_norm,
+            names.norm: self.norm,
+            "input_layernorm": self.input_norm,
+            "post_attention_layernorm": self.mlp_norm,
+        }
+        for name, norm in norms.items():
+            reader.fill(norm.weight, f"{prefix}{name}.weight")
+        reader.fill(self.projection.weight, f"{prefix}{names.projection}.weight")
+        if names.hidden_first:
+            with torch.no_grad():
+                self.projection.weight.copy_(torch.cat(self.projection.weight.chunk(2, 1)[::-1], 1))
+        reader.fill_attention(self.attention, f"{prefix}self_attn.")
+        if isinstance(self.mlp, Experts):
+            self.mlp.fill(reader, f"{prefix}mlp.")
+        else:
+            reader.fill_mlp(self.mlp, f"{prefix}mlp.")
+
+
+FORMATS = (
+    DraftFormat(
+        name="MiMo's own head",
+        arm=arms.AR,
+        keys=("MiMoForCausalLM",),
+        layers_key=None,
+        read=parse_mimo,
+        model=MTPDrafter,
+        published="XiaomiMiMo, in the target",
+        defined_by="SGLang's `mimo_mtp.py`",
+        upstream="EAGLE",
+        swappable=False,
+    ),
+    DraftFormat(
+        name="GLM-4.5's own head",
+        arm=arms.AR,
+        keys=("Glm4MoeForCausalLM",),
+        layers_key=None,
+        read=parse_glm,
+        model=MTPDrafter,
+        published="zai-org (GLM-4.5, 4.6, 4.7), in the target",
+        defined_by="SGLang's `glm4_moe_nextn.py`",
+        upstream="EAGLE",
+        swappable=False,
+    ),
+)

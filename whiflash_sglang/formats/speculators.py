@@ -1,0 +1,159 @@
+"""RedHat's speculators: EAGLE-3, DFlash and DSpark with the decoder's settings in `transformer_layer_config`.
+
+`speculators_model_type` names the format. Layer ids name what the verifier's layers *read*, which is what the layer
+before put out; a reduced `draft_vocab_size` comes with a head of its own and `d2t`. Follows the classes of
+vllm-project/speculators, which SGLang 0.5.23 does not load.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.formats import eagle3
+from whiflash_sglang.formats.checkpoint import integer, layer_ids
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
+from whiflash_sglang.formats.dflash.dspark import DSparkConfig, DSparkDrafter, read_heads
+from whiflash_sglang.formats.draft_format import DraftFormat
+from whiflash_sglang.formats.eagle3 import Eagle3Config, Eagle3Drafter
+
+_WINDOW_KEYS = ("layer_types", "sliding_window", "use_sliding_window")
+
+
+def read_dflash(path: Path, config: Mapping[str, Any]) -> DFlashConfig:
+    """A `DFlashSpeculator`'s. Raises CheckpointError naming the field that does not fit."""
+    settings = _block_settings(path, config)
+    return parse(path, settings, DFlashConfig, **_block_fields(path, settings, from_anchor=False))
+
+
+def read_dspark(path: Path, config: Mapping[str, Any]) -> DSparkConfig:
+    """A `DSparkSpeculator`'s. Raises CheckpointError naming the field that does not fit."""
+    settings = _block_settings(path, config)
+    heads = read_heads(path, settings)
+    return parse(path, settings, DSparkConfig, **heads, **_block_fields(path, settings, from_anchor=True))
+
+
+def read_eagle3(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
+    """An `Eagle3Speculator`'s. Raises CheckpointError naming the field that does not fit."""
+    layer = _decoder(path, config)
+    key = eagle3.LAYERS_KEY
+    named = _outputs(path, config, key) if config.get(key) else ()
+    before = config.get("norm_before_residual")
+    if not isinstance(before, bool):
+        raise CheckpointError(
+            f"{path}/config.json: norm_before_residual must be true or false, got {before!r}"
+        )
+    if "sliding_attention" in (layer.get("layer_types") or ()):
+        raise CheckpointError(
+            f"{path}/config.json: layer_types of an EAGLE-3 drafter must be full_attention; windows are not supported"
+        )
+    flags = {name: bool(config.get(name, False)) for name in ("norm_before_fc", "fc_norm", "norm_output")}
+    read = eagle3.parse(
+        path,
+        {**layer, **flags, "draft_vocab_size": _reduced(path, config, layer), "tie_word_embeddings": False},
+    )
+    eagle3.check_one_layer(path, read)
+    return replace(
+        read,
+        target_layer_ids=named,
+        num_features=len(named) or 3,
+        norm_before_residual=before,
+        head_norms=layer["model_type"] == "qwen3",
+        attention_bias=bool(layer.get("attention_bias", False)),
+        own_embedding=bool(config.get("embed_requires_grad", False)),
+    )
+
+
+def _decoder(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`transformer_layer_config` with what it leaves out: files hold what differs from the class's defaults."""
+    said = config.get("transformer_layer_config")
+    kind = said.get("model_type") if isinstance(said, dict) else None
+    if not isinstance(said, dict) or kind not in ("qwen3", "llama"):
+        raise CheckpointError(
+            f"{path}/config.json: transformer_layer_config must be a qwen3 or llama decoder, got model_type {kind!r}"
+        )
+    whole = AutoConfig.for_model(**said).to_dict()
+    rope = whole.get("rope_parameters") or {}
+    if "sliding_attention" in rope:  # one for each kind of layer: the drafter has the first
+        whole["rope_parameters"] = rope["sliding_attention"]
+    return {**whole, **{key: said[key] for key in _WINDOW_KEYS if said.get(key) is not None}}
+
+
+def _block_settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    settings = _decoder(path, config) | {key: value for key, value in config.items() if value is not None}
+    if settings.get("sliding_window_non_causal") and "sliding_attention" in (
+        settings.get("layer_types") or ()
+    ):
+        raise CheckpointError(
+            f"{path}/config.json: sliding_window_non_causal is not supported: windows look back only"
+        )
+    return settings
+
+
+def _block_fields(path: Path, settings: Mapping[str, Any], *, from_anchor: bool) -> dict[str, Any]:
+    return {
+        "target_layer_ids": _outputs(path, settings, "aux_hidden_state_layer_ids"),
+        "from_anchor": bool(settings.get("sample_from_anchor", from_anchor)),
+        "block_size": integer(settings, "block_size", path, minimum=2, default=8),
+        "draft_vocab_size": _reduced(path, settings, settings),
+        "num_target_layers": None,
+    }
+
+
+def _outputs(path: Path, settings: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """Layers whose outputs are captured, from ids of the layers that read them."""
+    layers = layer_ids(settings, key, path)
+    if 0 in layers:
+        raise CheckpointError(f"{path}/config.json: {key} asks for the embedding (0), which is not captured")
+    return tuple(layer - 1 for layer in layers)
+
+
+def _reduced(path: Path, config: Mapping[str, Any], layer: Mapping[str, Any]) -> int | None:
+    """Rows of the drafter's own head; None where it drafts from the whole vocabulary, with the target's."""
+    rows = integer(config, "draft_vocab_size", path)
+    return None if rows == integer(layer, "vocab_size", path) else rows
+
+
+FORMATS = (
+    DraftFormat(
+        name="speculators DFlash",
+        arm=arms.DIFFUSION,
+        keys=("speculators/dflash",),
+        layers_key="aux_hidden_state_layer_ids",
+        read=read_dflash,
+        model=DFlashDrafter,
+        published="RedHatAI",
+        defined_by="speculators",
+        upstream=None,
+        swappable=True,
+    ),
+    DraftFormat(
+        name="speculators DSpark",
+        arm=arms.DIFFUSION,
+        keys=("speculators/dspark",),
+        layers_key="aux_hidden_state_layer_ids",
+        read=read_dspark,
+        model=DSparkDrafter,
+        published="RedHatAI",
+        defined_by="speculators",
+        upstream=None,
+        swappable=True,
+    ),
+    DraftFormat(
+        name="speculators EAGLE-3",
+        arm=arms.AR,
+        keys=("speculators/eagle3",),
+        layers_key=eagle3.LAYERS_KEY,
+        read=read_eagle3,
+        model=Eagle3Drafter,
+        published="RedHatAI",
+        defined_by="speculators",
+        upstream=None,
+        swappable=True,
+    ),
+)

@@ -1,0 +1,253 @@
+"""Latencies that the worker measures itself while it serves, and what it learns beside them for every way to price.
+
+On a CPU drafting is a line and verification a plane, refitted every round (`MeasuredCosts`); on a device that
+works behind the host prices are looked up (`tables.LookedUpCosts`). Both learn from the times of all rounds, pinned
+requests' too. One slow moment counts for little, whichever stage it fell in; a machine that is slower for most of a few
+rounds is believed at once (`fits.DriftDetector`).
+"""
+
+import math
+from abc import abstractmethod
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from whiflash_sglang.drafts.rates import Mean
+from whiflash_sglang.prices.fits import LIMIT, MEMORY, WINDOW, Line, Plane, median
+from whiflash_sglang.prices.round_clock import RoundTime
+
+PROBE_ROUNDS = 256
+"""Rounds of the batch between two probes of an arm that is well known."""
+
+DRAFTS_MEMORY = 32.0
+"""Requests' rounds after which a number of drafts counts for little: text that is copied begins and ends."""
+
+RATE_ROUNDS = 32
+"""Rounds that the server's present rate is taken from: it changes with every request that comes or goes."""
+
+PLAIN_ROUNDS = 8
+"""Rounds without drafts that were timed before the price of plain decoding is shown."""
+
+FIRST_ROUND = 0.020
+"""Seconds of a verification before the first one was timed."""
+
+FIRST_DRAFT = 0.0002
+"""Seconds that one more request adds to a draft pass, before their number differed."""
+
+SHORTEST = 1e-6
+"""Seconds; a clock may not have moved."""
+
+PRIOR_SHARE = 0.03
+"""The price of one more draft or request in a verification, as a share of it, before their number differed."""
+
+
+LEAST_CHANCE = 0.1
+"""Chance of being accepted below which a draft is not worth its row, where rows are not priced."""
+
+
+class Worth(NamedTuple):
+    """Expected accepted tokens that a further draft token must bring to pay for itself, at the server's present rate.
+
+    row: to verify one more row of one request. draft: to run the drafter once more, for the whole batch.
+    """
+
+    row: float
+    draft: float
+
+    @property
+    def least_chance(self) -> float:
+        """Chance of being accepted below which a draft that costs its row alone is not worth it."""
+        return self.row or LEAST_CHANCE
+
+
+FULL_LENGTH = Worth(0.0, 0.0)
+"""Every draft is worth it: drafts are as long as they may be."""
+
+
+class Costs(Protocol):
+    """Measured latencies, in seconds."""
+
+    @abstractmethod
+    def draft(self, arm: str, requests: int) -> float:
+        """One draft pass of `arm`, catch-up included, for `requests` requests."""
+        ...
+
+    @abstractmethod
+    def verify(self, rows: float, requests: int) -> float:
+        """One target forward over `rows` packed rows, and the round's fixed cost."""
+        ...
+
+    @abstractmethod
+    def width(self, arm: str) -> float:
+        """Rows that a request routed to `arm` usually adds to verification (drafts + 1)."""
+        ...
+
+    @abstractmethod
+    def timings(self, arm: str) -> int:
+        """How often a draft of `arm` was timed since its price was last found wrong."""
+        ...
+
+
+class WorkerCosts(Costs):
+    """Inputs to the price of routes that every way to price learns from rounds: widths, and the server's rate.
+
+    Args:
+        width: arm → most rows that a request routed to it verifies, of its own drafts; a measured mean replaces it.
+    """
+
+    def __init__(self, width: Callable[[str], int]) -> None:
+        self._widest = width
+        self._rows: defaultdict[str, Mean] = defaultdict(Mean)
+        self._drafts: defaultdict[str, tuple[Mean, Mean]] = defaultdict(lambda: (Mean(), Mean()))
+        """Per route, drafts that there were, and their squares."""
+        self._context = self._requests = 0
+        self._recent: deque[tuple[int, float, float]] = deque(maxlen=RATE_ROUNDS)
+        self._rate = self._gap = 0.0
+
+    @property
+    @abstractmethod
+    def knows_plain(self) -> bool:
+        """Whether it is known what a round without drafts costs."""
+
+    @abstractmethod
+    def worth(self, arm: str) -> Worth:
+        """The value that a further draft token of `arm` must have. Full length until a rate was measured."""
+
+    @abstractmethod
+    def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
+        """Seconds by kind of work, and by arm where it is an arm's (`metrics.SERIES` says what each means).
+
+        0 of what was not timed yet.
+        """
+
+    @abstractmethod
+    def observe(self, previous: RoundTime) -> None:
+        """A round and the pause after it were timed: the only way in which rounds teach what work takes."""
+
+    def set_contexts(self, contexts: Sequence[int]) -> None:
+        """The round that is planned next is for requests that have so many tokens, at most."""
+        self._context, self._requests = sum(contexts), len(contexts)
+
+    def widened(self, arm: str, rows: int) -> None:
+        """A request routed to `arm` verified `rows` rows."""
+        self._rows[arm].add(rows, MEMORY)
+
+    def wanted(self, route: str, drafts: int) -> None:
+        """A request routed to `route` had `drafts` drafts, its own or another arm's, before some were left out."""
+        mean, squares = self._drafts[route]
+        mean.add(drafts, DRAFTS_MEMORY)
+        squares.add(drafts**2, DRAFTS_MEMORY)
+
+    def committed(self, tokens: int, seconds: float, gap: float = 0.0) -> None:
+        """A whole round took `seconds` and committed `tokens`; the engine took `gap` seconds until the next."""
+        self._recent.append((tokens, seconds, gap))
+        longest = LIMIT * median([round_seconds for _, round_seconds, _ in self._recent])
+        gaps = sum(min(pause, longest) for *_, pause in self._recent)
+        spent = gaps + sum(min(round_seconds, longest) for _, round_seconds, _ in self._recent)
+        self._rate = sum(count for count, *_ in self._recent) / max(spent, SHORTEST)
+        self._gap = gaps / len(self._recent)
+
+    def room(self, route: str) -> float:
+        """Drafts that a round makes room for, of a request routed to `route`: the mean, and one deviation of a batch's.
+
+        Blocks that are always full need no more, and requests that differ even out: few drafts are left out, few rows
+        are padding. Room for fewer than there are would never show that, so drafts count before some are left out.
+        """
+        if route not in self._drafts:
+            return self._widest(route) - 1
+        drafts, squares = self._drafts[route]
+        variance = max(squares.value - drafts.value**2, 0.0)
+        return drafts.value + math.sqrt(variance / max(self._requests, 1))
+
+    def length(self, arm: str, requests: int, most: int) -> int:
+        """Drafts that a pass of `arm` for so many requests makes at most, of at most `most`; chosen before it runs."""
+        return most
+
+    def width(self, arm: str) -> float:
+        rows = self._rows.get(arm)
+        return rows.value if rows else self._widest(arm)
+
+    def snapshot(self, arms: Iterable[str]) -> dict[str, Any]:
+        """`fitted` as `GET /whiflash/state` has it: by kind of work, and below that by arm where it is an arm's."""
+        prices: dict[str, Any] = {}
+        for (work, arm), seconds in self.fitted(arms).items():
+            if arm:
+                prices.setdefault(work, {})[arm] = seconds
+            else:
+                prices[work] = seconds
+        return prices
+
+
+class MeasuredCosts(WorkerCosts):
+    """Costs measured in the running worker, on the host's clock.
+
+    Verification is everything of a round that is not drafting, and what the engine takes between two rounds on
+    average: rounds without drafts share a step of its scheduler, so by the round it would be charged to drafts. A
+    drafter that was never timed is free, so that it is tried; one that only looks is never timed: it looks in every
+    round, and says how many rows it would add.
+    """
+
+    def __init__(self, width: Callable[[str], int]) -> None:
+        super().__init__(width)
+        self._verify = Plane(FIRST_ROUND, PRIOR_SHARE)
+        self._draft: dict[str, Line] = {}
+        self._timings: dict[str, int] = {}
+        self._passes: dict[str, deque[float]] = {}
+        self._plain_rounds = 0
+
+    def drafted(self, arm: str, requests: int, passes: int, seconds: float, catch_up: float = 0.0) -> None:
+        """An arm drafted (`RoundTime.drafts`): in a round, or at the start, when every arm is profiled."""
+        seconds = max(seconds, SHORTEST)
+        before = self.draft(arm, requests)
+        wrong = self._draft.setdefault(arm, Line(FIRST_DRAFT)).add(requests, seconds + catch_up)
+        # A price below that of one more row decides nothing.
+        matters = max(before, self.draft(arm, requests)) > PRIOR_SHARE * self._verify.at(0, requests)
+        self._timings[arm] = 0 if wrong and matters else self.timings(arm) + 1
+        self._passes.setdefault(arm, deque(maxlen=WINDOW)).append(seconds / passes)
+
+    def timings(self, arm: str) -> int:
+        return self._timings.get(arm, 0)
+
+    def observe(self, previous: RoundTime) -> None:
+        for draft in previous.drafts:
+            self.drafted(*draft)
+        self.verified(previous.rows, previous.requests, previous.rest)
+        self.committed(previous.tokens, previous.seconds, previous.gap)
+
+    def verified(self, rows: int, requests: int, seconds: float) -> None:
+        """The rest of a round that verified `rows` rows of `requests` requests took `seconds`."""
+        self._plain_rounds += rows == requests
+        self._verify.add(rows - requests, requests, max(seconds, SHORTEST))
+
+    @property
+    def knows_plain(self) -> bool:
+        """Whether rounds without drafts were timed: before, what they cost rests on guesses about drafts."""
+        return self._plain_rounds >= PLAIN_ROUNDS
+
+    def worth(self, arm: str) -> Worth:
+        if not self._rate:
+            return FULL_LENGTH
+        passes = self._passes.get(arm)
+        return Worth(self._rate * self._verify.slopes[0], self._rate * median(passes) if passes else 0.0)
+
+    def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
+        draft, request, step = self._verify.slopes
+        prices = {
+            ("verify", ""): self._verify.at(0, 1),
+            ("verify_draft", ""): draft,
+            ("verify_request", ""): request,
+            ("verify_several", ""): step,
+            ("between", ""): self._gap,
+        }
+        for arm in arms:
+            line = self._draft.get(arm)
+            prices["draft", arm] = self.draft(arm, 1)
+            prices["draft_request", arm] = line.slope if line else 0.0
+        return prices
+
+    def draft(self, arm: str, requests: int) -> float:
+        line = self._draft.get(arm)
+        return line.at(requests) if line else 0.0
+
+    def verify(self, rows: float, requests: int) -> float:
+        return self._verify.at(rows - requests, requests) + self._gap

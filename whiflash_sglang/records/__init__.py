@@ -1,0 +1,1 @@
+"""A round and a request: what stages say to each other."""

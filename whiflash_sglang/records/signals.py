@@ -1,0 +1,72 @@
+"""The controller's knowledge of a request at the start of a round."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from whiflash_sdk.hints import Span
+
+from whiflash_sglang.drafts.candidates import Forecast
+from whiflash_sglang.drafts.rates import Mean
+
+
+@dataclass(slots=True)
+class Signals:
+    """Signals of a request's round, and what was decided on them. Host-side ones may lag a round (overlap scheduling).
+
+    entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last
+        verified position, where nothing is drafted of up to seven rounds before; NaN when it was not measured.
+    recent: arm → decayed mean of the request's own acceptance lengths with that arm in the open span's kind, or
+        outside spans (bonus token included).
+    expected: what arms that look before they draft expect of the next round. predicted: arm → its acceptance length, if
+        a router's heads predict it.
+    delta: the router's ΔAL = AL(EAGLE-3) − AL(DFlash), NaN without one.
+    span: the innermost open one at the end of the committed text.
+    rounds: how many the request has begun. tried: arm → those of them that it was routed to. last: arm → number of the
+        last one of them; arms that it was never routed to are absent.
+    previous: the arm of the request's last round, None before the first. dwell: rounds since it was chosen.
+    allowed: arms that may draft for this request.
+    adapter: id of the target's adapter (LoRA) that writes its text; None: the target itself does.
+
+    Decided, in place when the round is routed: reason: why it was routed as it was (`apply_hints`). only: the one draft
+        source whose candidates may be verified, or `none`; None: all. promised: whether a round without a pass is
+        expected to verify one of them. keeps: the choice that the margin of the next round favours; None after a probe,
+        and before the first round.
+    """
+
+    allowed: frozenset[str] = frozenset()
+    entropy: float = math.nan
+    recent: Mapping[str, Mean] = field(default_factory=dict)
+    expected: Mapping[str, Forecast] = field(default_factory=dict)
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    delta: float = math.nan
+    span: Span | None = None
+    rounds: int = 0
+    tried: Mapping[str, int] = field(default_factory=dict)
+    last: Mapping[str, int] = field(default_factory=dict)
+    previous: str | None = None
+    dwell: int = 0
+    adapter: str | None = None
+    reason: str = "score"
+    only: str | None = None
+    promised: bool = False
+    keeps: str | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether the request's caller left this round to the policy: decoding is not off, nothing pinned or biased.
+
+        Only such a round may be a probe, and only such a round is evidence of what other requests may expect: what its
+        caller ordered was drafted where nothing else would have, and as often as its caller likes. A preference is no
+        order: it counts for one round.
+        """
+        return self.reason not in ("pin", "off") and not (self.span and any(self.span.bias.values()))
+
+    @property
+    def unforeseen(self) -> frozenset[str]:
+        """Allowed arms that expect nothing before a round of theirs."""
+        return self.allowed - self.expected.keys()
+
+    def without(self, arm: str) -> float:
+        """Rounds that the request has gone since it was last routed to `arm`; infinite if it never was."""
+        return self.rounds - self.last[arm] if arm in self.last else math.inf

@@ -1,0 +1,1 @@
+"""The worker of a server: made of its settings, it serves rounds."""

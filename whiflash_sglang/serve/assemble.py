@@ -1,0 +1,352 @@
+"""Turns settings into a worker's parts: drafters, router, policy, and the stages of a round."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from whiflash_sglang.arms.base import Drafter, KVDrafter, of_text, widest_of, with_kv
+from whiflash_sglang.arms.block import DFlashArm
+from whiflash_sglang.arms.chain import ChainArm, Eagle3Arm, MTPArm
+from whiflash_sglang.arms.lookup import LookupArm
+from whiflash_sglang.arms.structure import StructureArm
+from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
+from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
+from whiflash_sglang.checkpoints.hub import verify
+from whiflash_sglang.checkpoints.manifest import NeuralRouter
+from whiflash_sglang.device.ranks import Ranks
+from whiflash_sglang.device.transfers import HostView
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.engine.forward import graphs
+from whiflash_sglang.engine.forward.sampling import simulated_acceptance
+from whiflash_sglang.engine.forward.target import Target
+from whiflash_sglang.engine.scheduler import kv_budget, overlap, pricing
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.formats.eagle3 import Eagle3Drafter
+from whiflash_sglang.formats.mtp import MTPDrafter
+from whiflash_sglang.formats.packed import pack_modules
+from whiflash_sglang.formats.router import Layers, Router
+from whiflash_sglang.formats.table import Draft, read_draft
+from whiflash_sglang.prices.round_clock import RoundClock
+from whiflash_sglang.records.core import SampleHook
+from whiflash_sglang.round.catch_up import DraftSync
+from whiflash_sglang.round.draft import DraftStage
+from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
+from whiflash_sglang.round.forcing import Forcing, PinnedAcceptance
+from whiflash_sglang.round.learning import Learner
+from whiflash_sglang.round.planning import Planner, rows_of
+from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.round.sources import DraftSources
+from whiflash_sglang.routing.controller import Controller
+from whiflash_sglang.routing.neural import NeuralPolicy
+from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy, RandomPolicy
+from whiflash_sglang.serve.lifecycle import Lifecycle
+from whiflash_sglang.serve.metrics import Publisher
+from whiflash_sglang.serve.verify import VerifyStage
+from whiflash_sglang.settings.config import NO_ROUTER, Settings
+from whiflash_sglang.spans.prediction import prediction_reader
+from whiflash_sglang.spans.vocabulary import token_bytes, vocabulary_of
+from whiflash_sglang.structure.spending import Spending
+from whiflash_sglang.telemetry.tally import Tally
+from whiflash_sglang.updates.samples import Spool
+from whiflash_sglang.updates.swap import LiveWeights, Versions
+
+
+def build_drafters(
+    settings: Settings, target: Target, ranks: Ranks, host: HostView, spending: Spending
+) -> dict[str, Drafter]:
+    """Load the checkpoints, which were checked against the target when the arguments were read.
+
+    Tokens that a grammar forces come before those that may be copied: they are surer. Without a tokenizer there are
+    no grammars, and text is copied unchanged.
+
+    Raises:
+        CheckpointError: a file is missing or damaged. ConfigError: it is not the one that its bundle was made with.
+    """
+    verify(settings.checksums)
+    drafts = {arm: read_draft(path, arm) for arm, path in settings.drafters.items()}
+    layers = {arm: target_layers(draft, target.shape.num_layers) for arm, draft in drafts.items()}
+    captured = tuple(sorted({layer for wanted in layers.values() for layer in wanted}))
+    models = {
+        arm: draft.load(
+            device=target.device,
+            dtype=target.dtype,
+            target_embedding=target.embedding,
+            target_lm_head=target.lm_head,
+            shared=target.shared,
+        ).requires_grad_(False)
+        for arm, draft in drafts.items()
+    }
+    for model in models.values():
+        pack_modules(model)
+    named = settings.drafters.get(arms.DIFFUSION)
+    block = block_size_of(named, settings.block_size) if named else 0
+    positions = target.context_len + max(block, settings.eagle_steps)
+    drafters: list[Drafter] = []
+    if arms.AR in models:
+        steps = settings.eagle_steps
+        drafters.append(chain_arm(models[arms.AR], captured, layers[arms.AR], steps, positions))
+    if arms.DIFFUSION in models:
+        vocabulary = None
+        if settings.dflash_vocabulary == "eagle3":
+            ids = torch.arange(models[arms.AR].draft_vocab_size, device=target.device)
+            vocabulary = models[arms.AR].target_ids(ids)
+        wanted = layers[arms.DIFFUSION]
+        # A block starts from the target's embedding module, as SGLang's; EAGLE-3 norms rows of its matrix.
+        models[arms.DIFFUSION].embedding_scale = target.embedding_scale
+        drafters.append(DFlashArm(models[arms.DIFFUSION], captured, wanted, block, positions, vocabulary))
+    if settings.structure.enabled and target.tokenizer is not None:
+        words = vocabulary_of(target.tokenizer)
+        drafters.append(StructureArm(settings.structure, words, spending.exhausted))
+    if settings.lookup.enabled:
+        drafters.append(LookupArm(settings.lookup, host))
+    return {drafter.arm: drafter for drafter in drafters}
+
+
+def chain_arm(
+    model: Eagle3Drafter | MTPDrafter,
+    captured: tuple[int, ...],
+    layers: tuple[int, ...],
+    steps: int,
+    positions: int,
+) -> ChainArm:
+    """The autoregressive arm of a loaded checkpoint; arguments as of `Eagle3Arm`."""
+    if isinstance(model, MTPDrafter):
+        return MTPArm(model, captured, layers, steps, positions)
+    return Eagle3Arm(model, captured, layers, steps, positions)
+
+
+def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
+    """The router's weights in fp32 on the target's device; None where the settings name no router.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, does not fit the target, or does not say its sign.
+    """
+    if settings is None:
+        return None
+    router = Router.load(
+        Path(settings.path),
+        hidden_size=target.shape.hidden_size,
+        device=target.device,
+        dtype=torch.float32,
+        delta_sign=settings.delta_sign,
+    )
+    return router.layers()
+
+
+def live_weights(
+    settings: Settings, target: Target, drafters: Mapping[str, KVDrafter], ranks: Ranks
+) -> LiveWeights | None:
+    """The writer of other versions into the neural drafters' weights, if the operator names a directory of versions.
+    It begins with the version that was served last.
+    """
+    if settings.versions is None:
+        return None
+
+    def load(draft: Draft) -> torch.nn.Module:
+        # Only its own tensors are compared and written: the target's parts have their shapes and take no memory.
+        parts = {
+            name: torch.zeros((), dtype=target.dtype).expand(matrix.shape)
+            for name, matrix in (("target_embedding", target.embedding), ("target_lm_head", target.lm_head))
+        }
+        with torch.inference_mode(False), torch.no_grad():
+            model: torch.nn.Module = draft.load(
+                device=torch.device("cpu"), dtype=target.dtype, shared=target.shared, **parts
+            )
+        return model
+
+    def written() -> None:
+        for drafter in drafters.values():
+            drafter.weights_written()
+
+    live = LiveWeights(
+        {arm: getattr(drafters[arm], "model") for arm in settings.drafters},  # noqa: B009  (every neural arm has one)
+        Versions(settings.versions, settings.target, settings.drafters),
+        load=load,
+        written=written,
+        ranks=ranks,
+        behind=lambda: overlap.behind_forward(target.runner),
+    )
+    live.restore()
+    return live
+
+
+def spool_of(settings: Settings, model: str) -> Spool | None:
+    """Spool of finished requests for a learner, if the operator wants one. model: what the server was given."""
+    if settings.samples.directory is None:
+        return None
+    return Spool(settings.samples, settings.target or model)
+
+
+def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Target, requests: int) -> None:
+    """Before the pools are sized: what the worker will allocate for up to so many requests."""
+    widest, kv = widest_of(drafters) + 1, with_kv(drafters).values()
+    parts = kv_budget.for_requests(target, requests, widest, Epilogue.bytes_for(widest))
+    parts["tables"] += GATE_BYTES
+    rows = kv_budget.request_rows(requests)
+    parts["rings"] = sync.bytes_for(rows)
+    parts["drafters"] = sum(drafter.bytes_for(rows) for drafter in of_text(drafters).values())
+    if graphs.captures_passes(target.device):
+        parts["drafters"] += sync.captured_bytes(requests)
+        # Passes are captured into the same memory, one at a time.
+        parts["drafters"] += max((drafter.captured_bytes(requests) for drafter in kv), default=0)
+    per_token = sum(drafter.kv_bytes_per_token() for drafter in kv)
+    kv_budget.reserve(parts, per_token=per_token, requests=requests, widest=widest, device=target.device)
+
+
+def build_controller(
+    settings: Settings, target: Target, drafters: Mapping[str, Drafter], *, heads: bool
+) -> Controller:
+    """heads: as of `build_policy`."""
+    vocabulary = token_bytes(target.tokenizer) if target.tokenizer else ()
+    costs = pricing.costs_of(target.device, partial(rows_of, drafters))
+    return Controller(build_policy(settings, heads=heads), costs, vocabulary)
+
+
+def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
+    """`heads`: whether the loaded router predicts acceptance lengths. Raises ConfigError where a router is missing."""
+    match settings.router:
+        case "auto":
+            return AutoPolicy(heads=heads, passes=bool(settings.drafters))
+        case "entropy":
+            return EntropyPolicy(settings.entropy.tau, settings.entropy.min_dwell)
+        case "ar" | "diffusion" | "lookup" | "none":
+            return Pinned(settings.router)
+        case "random":
+            return RandomPolicy()
+        case "neural":
+            if settings.neural is None:
+                raise ConfigError(NO_ROUTER)
+            return NeuralPolicy(settings.neural.threshold, settings.neural.min_dwell)
+
+
+def build_hooks(
+    settings: Settings, tokens: TokenTable, target: Target, ranks: Ranks, widest: int
+) -> list[SampleHook]:
+    """Hooks that replace sampled tokens if a benchmark asks for it; else none. widest: most rows of a request."""
+    hooks: list[SampleHook] = []
+    if settings.force_recorded:
+        rows, width = tokens.data.shape
+        hooks.append(Forcing(rows, width, target.shape.vocab_size, target.device))
+    if (simulated := simulated_acceptance(widest)) is not None:
+        draw, real = simulated
+        hooks.append(PinnedAcceptance(partial(ranks.broadcast, draw), real=real))
+    return hooks
+
+
+class Parts(Protocol):
+    """Parts that the stages of a worker share; the worker has them when the pools are there."""
+
+    settings: Settings
+    target: Target
+    ranks: Ranks
+    drafters: Mapping[str, Drafter]
+    router: Layers | None
+    host: HostView
+    spending: Spending
+    clock: RoundClock
+    tally: Tally
+    quarantine: Quarantine
+    publisher: Publisher
+    controller: Controller
+    sync: DraftSync
+    tokens: TokenTable
+    spool: Spool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The stages of a worker's rounds, and who opens and closes requests. hooks: as of `build_hooks`."""
+
+    hooks: Sequence[SampleHook]
+    lifecycle: Lifecycle
+    planner: Planner
+    drafting: DraftStage
+    verifier: VerifyStage
+    epilogue: Epilogue
+    learner: Learner
+
+
+def build_stages(parts: Parts) -> Stages:
+    """Before graphs are captured: the verifications' end with the epilogue, where a token is what the target says."""
+    target, tokens, widest = parts.target, parts.tokens, widest_of(parts.drafters) + 1
+    stops = StopTable(len(tokens.data), target.device)
+    hooks = build_hooks(parts.settings, tokens, target, parts.ranks, widest)
+    rows = SamplingRows(len(tokens.data), target.random_seed, target.device)
+    epilogue = Epilogue(
+        parts.sync.rings,
+        tokens.data,
+        stops,
+        rows.data,
+        parts.router,
+        widest,
+        lambda: parts.controller.policy.needs,
+    )
+    if not hooks:
+        target.end_graphs_with(epilogue)
+    sources = DraftSources(parts.drafters, parts.quarantine, target.shape.vocab_size, parts.spending)
+    return Stages(
+        hooks=hooks,
+        lifecycle=_lifecycle(parts, stops, rows, hooks),
+        planner=Planner(
+            drafters=parts.drafters,
+            sync=parts.sync,
+            controller=parts.controller,
+            clock=parts.clock,
+            quarantine=parts.quarantine,
+            sources=sources,
+            host=parts.host,
+            ranks=parts.ranks,
+        ),
+        drafting=_drafting(parts, stops, rows, sources),
+        verifier=VerifyStage(target, tokens, parts.host, epilogue, hooks, parts.spending),
+        epilogue=epilogue,
+        learner=Learner(
+            drafters=parts.drafters,
+            controller=parts.controller,
+            clock=parts.clock,
+            tally=parts.tally,
+            quarantine=parts.quarantine,
+            proposers=sources.proposers,
+            ranks=parts.ranks,
+            verifying=parts.sync.verifying,
+        ),
+    )
+
+
+def _lifecycle(parts: Parts, stops: StopTable, rows: SamplingRows, hooks: Sequence[SampleHook]) -> Lifecycle:
+    longest, vocabulary = parts.settings.lookup.prediction_tokens, parts.target.shape.vocab_size
+    return Lifecycle(
+        parts.drafters,
+        parts.sync,
+        parts.controller,
+        parts.tokens,
+        stops,
+        rows,
+        prediction_reader(parts.target.tokenizer, longest, vocabulary),
+        hooks=hooks,
+        sample_rate=parts.settings.traces.rate,
+        quarantine=parts.quarantine,
+        tally=parts.tally,
+        publisher=parts.publisher,
+        spool=parts.spool,
+    )
+
+
+def _drafting(parts: Parts, stops: StopTable, rows: SamplingRows, sources: DraftSources) -> DraftStage:
+    return DraftStage(
+        drafters=parts.drafters,
+        sync=parts.sync,
+        clock=parts.clock,
+        slot_table=parts.target.slot_table,
+        text=parts.tokens.data,
+        stops=stops.few,
+        sampling=rows.data,
+        host=parts.host,
+        sources=sources,
+        quarantine=parts.quarantine,
+        rows_for=parts.target.rows_for,
+    )

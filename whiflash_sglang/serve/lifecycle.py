@@ -1,0 +1,218 @@
+"""A request's beginning and end, for everything that keeps something per row of the request table."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from whiflash_sglang.arms.base import Drafter, of_text
+from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
+from whiflash_sglang.copying.memory import Tenant, handle_of, tenant_of
+from whiflash_sglang.device.transfers import Upload
+from whiflash_sglang.engine.forward import sampling
+from whiflash_sglang.engine.scheduler.grammars import grammar_of
+from whiflash_sglang.engine.scheduler.streamer import cached_of, recording_of
+from whiflash_sglang.records.core import SampleHook, readable
+from whiflash_sglang.round.catch_up import DraftSync
+from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.routing.controller import Controller
+from whiflash_sglang.serve.metrics import Publisher
+from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
+from whiflash_sglang.spans.prediction import ReadPrediction
+from whiflash_sglang.telemetry.tally import Tally
+from whiflash_sglang.updates.samples import Spool
+
+logger = logging.getLogger(__name__)
+
+MALFORMED = RequestHints()
+"""In place of hints that could not be read."""
+
+FINISHED = ("stop", "length")
+"""Reasons for a request's end, as answers name them, of those that were neither aborted nor left by their client."""
+
+
+class Consent(NamedTuple):
+    """Consent of a request, or of all turns of a session so far, to being learned from.
+
+    agrees: whether every one does. forgets: how often something had been forgotten when the first of them arrived.
+    handles: as of `Sample`, of them all.
+    """
+
+    agrees: bool
+    forgets: int
+    handles: tuple[int, ...]
+
+
+class Lifecycle:
+    """Opens and closes what drafters, backlog, controller and tables keep of a request. Arms in `quarantine` only
+    drop.
+    """
+
+    def __init__(
+        self,
+        drafters: Mapping[str, Drafter],
+        sync: DraftSync,
+        controller: Controller,
+        tokens: TokenTable,
+        stops: StopTable,
+        sampling_rows: SamplingRows,
+        read_prediction: ReadPrediction,
+        *,
+        hooks: Sequence[SampleHook] = (),
+        sample_rate: float = 0.0,
+        quarantine: Quarantine,
+        tally: Tally,
+        publisher: Publisher,
+        spool: Spool | None = None,
+    ) -> None:
+        self._spool = spool
+        self._consents: WeakKeyDictionary[Any, Consent] = WeakKeyDictionary()
+        """Consents by session, else by request."""
+        self._forgets, self._begun = 0, WeakKeyDictionary[Any, int]()
+        """How often text was forgotten, and how often it had been when a request first began."""
+        self._read_prediction, self._hooks = read_prediction, hooks
+        self._sample_rate = sample_rate
+        self._drafters, self._sync, self._controller = of_text(drafters), sync, controller
+        self._tokens, self._stops, self._sampling_rows = tokens, stops, sampling_rows
+        self._quarantine, self._tally, self._publisher = quarantine, tally, publisher
+
+    def arrived(self, req: Any) -> None:
+        """A request came, which may wait long before it begins: from now on it may be forgotten."""
+        if self._spool is not None:
+            whole = req.session or req
+            known = self._consents.get(whole, Consent(True, self._forgets, ()))
+            agrees, handles = _consent_of(req)
+            both = tuple(dict.fromkeys((*known.handles, *handles)))
+            self._consents[whole] = known._replace(agrees=known.agrees and agrees, handles=both)
+
+    def begin(self, row: int, req: Any, upload: Upload) -> None:
+        """A prefill of `req` into `row`: a request begins, or begins again after a retraction, or goes on (a chunk).
+
+        The device's part of its state goes there with `upload`.
+        """
+        # With output it was retracted: what its row still holds may date from before an earlier retraction.
+        if not req.output_ids and self._controller.holds(row, req.rid):
+            return
+        hints, tenant = _hints_of(req), _tenant_of(req)
+        if not req.retracted_stain:
+            self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
+        predicted = self._predicted(req)
+        self._quarantine.begin(req.rid, tenant)
+        if self._begun.setdefault(req, self._forgets) != self._forgets:
+            tenant = None  # it wrote before something was forgotten: nobody shares that
+        for arm, drafter in self._drafters.items():
+            if self._quarantine.serves(arm, req.rid):
+                with self._quarantine.guard(arm, req.rid):
+                    drafter.begin(row, hints, tenant, predicted, grammar_of(req), len(req.origin_input_ids))
+        recording = recording_of(req, hints.trace, self._sample_rate)
+        if recording is not None:
+            recording.agent = hints.agent
+            recording.tenant = None if tenant is None else f"{handle_of(tenant):016x}"
+        self._controller.open(row, req.rid, hints, req.output_ids, recording, adapter=req.lora_id)
+        self._tokens.begin(upload, row, readable(req.origin_input_ids), req.output_ids)
+        self._stops.begin(upload, row, sampling.ending_ids(req))
+        self._sampling_rows.begin(upload, row, sampling.parameters(req))
+        for hook in self._hooks:
+            hook.begin(upload, row, req)
+
+    def forget_text(self, handle: int | None) -> None:
+        """Drop text that a drafter keeps across requests: a tenant's, by its handle, or everybody's. Requests that were
+        retracted leave nothing when they end, either.
+        """
+        self._forgets += 1
+        for drafter in self._drafters.values():
+            drafter.forget(handle)
+        if self._spool is not None:
+            self._spool.forget(handle)
+
+    def released(self, req: Any, *, kept: bool) -> None:
+        """The request gives its slots up. If the tree, a session or the host keeps them, `flush` must follow."""
+        row = req.kv.req_pool_idx
+        if row is None or not self._controller.holds(row, req.rid):
+            return
+        if kept:
+            self._sync.leave(row, req.owned_kv_len())
+        if kept and req.finished():
+            for arm, drafter in self._drafters.items():
+                if self._quarantine.serves(arm, req.rid):
+                    with self._quarantine.guard(arm, req.rid):
+                        drafter.finish(row, req.output_ids_through_stop)
+        if self._spool is not None and kept and req.finished():
+            self._sample(self._spool, req)
+        cached = cached_of(req) if kept and req.finished() else {}
+        self._tally.ended(self._controller.states[row].counts, cached)
+        self._forget(row)
+        if not self._controller.states:
+            self._publisher.flush()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether requests were released whose slots lack what was parked."""
+        return bool(self._sync.leaving)
+
+    def flush(self) -> None:
+        """Write the parked features of released requests into the slots that they gave up."""
+        self._sync.flush()
+
+    def forget_all(self) -> None:
+        """Every slot is free, so nothing that was parked has a home."""
+        for row in list(self._controller.states):
+            self._forget(row)
+
+    def _sample(self, spool: Spool, req: Any) -> None:
+        """Offer a finished request to the learner, if it consents and tokens are all that the target read of it.
+
+        A turn's prompt holds the turns before it. If anything was forgotten since the first of them arrived, they may
+        be part of that.
+        """
+        text = req.multimodal_inputs is None and req.input_embeds is None
+        consent = self._consents.get(req.session or req)
+        agrees = consent is not None and consent.agrees and consent.forgets == self._forgets
+        finished = req.finished_reason.to_json()["type"] in FINISHED
+        if consent is None or not (text and agrees and finished) or self._hooks:
+            spool.decline()
+            return
+        spool.offer(req.origin_input_ids, req.output_ids_through_stop, consent.handles)
+
+    def _predicted(self, req: Any) -> Sequence[int] | None:
+        """Tokens that the request's caller expects back. Malformed: as of `_hints_of`."""
+        try:
+            read = self._read_prediction(req.sampling_params.custom_params)
+        except HintError as error:
+            logger.warning("request %s: a malformed prediction is ignored (%s)", req.rid, error)
+            return None
+        return read.tokens if read is not None and read.tokens else None
+
+    def _forget(self, row: int) -> None:
+        rid = self._controller.states[row].rid
+        self._sync.forget(row)
+        self._controller.forget(row)
+        for arm, drafter in self._drafters.items():
+            with self._quarantine.guard(arm, rid):
+                drafter.release(row)
+        self._quarantine.end(rid)
+
+
+def _hints_of(req: Any) -> RequestHints:
+    """The request's hints. HTTP refuses malformed ones; an embedded engine has no HTTP, so there they are dropped."""
+    try:
+        return parse_hints(req.sampling_params.custom_params)
+    except HintError as error:
+        logger.warning("request %s: malformed hints are ignored (%s)", req.rid, error)
+        return MALFORMED
+
+
+def _tenant_of(req: Any) -> Tenant | None:
+    """Callers that share text with the request, by its keys: SGLang appends the adapter's id to one of them."""
+    return tenant_of((req.extra_key or "").removesuffix(req.lora_id or ""), req.cache_salt)
+
+
+def _consent_of(req: Any) -> tuple[bool, Sequence[int]]:
+    """Whether a request may be learned from, and the handles that it is forgotten by.
+
+    `lookup: context` says that nothing is to be kept, and a malformed hint may have said so. Text of an adapter would
+    teach drafters that serve every adapter.
+    """
+    hints, tenant = _hints_of(req), _tenant_of(req)
+    agrees = hints is not MALFORMED and hints.learn and hints.lookup == "memory" and req.lora_id is None
+    return agrees, () if tenant is None else (handle_of(tenant),)

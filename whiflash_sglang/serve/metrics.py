@@ -1,0 +1,446 @@
+"""The metrics of a WHIFLASH server, each with its source: `docs/reference/metrics.md` is made of this table.
+
+Names and units by the conventions of Prometheus: base units, `_total` for what only grows. No label has a value per
+request or tenant. SGLang's own labels (`model_name`, `tp_rank`, `dp_rank` of replicas and others) are put before ours.
+
+`state_of` gives a worker's figures as one object, for `GET /whiflash/state`. `Publisher` writes series at intervals,
+since writing them takes longer than counting. Imports no SGLang.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
+
+from whiflash_sglang import __version__
+from whiflash_sglang.prices.costs import Costs
+from whiflash_sglang.settings.config import RouterName, Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from whiflash_sglang.arms.base import Drafter, KVDrafter, TextDrafter
+    from whiflash_sglang.cache.tokens import TokenTable
+    from whiflash_sglang.prices.round_clock import RoundClock
+    from whiflash_sglang.round.catch_up import DraftSync
+    from whiflash_sglang.round.quarantine import Quarantine
+    from whiflash_sglang.routing.controller import Controller
+    from whiflash_sglang.telemetry.tally import Tally
+    from whiflash_sglang.updates.samples import Spool
+    from whiflash_sglang.updates.swap import LiveWeights
+
+
+class Cached(Protocol):
+    """A target's KV cache: its slots, and the slot table [request rows, ctx] int32."""
+
+    kv_slots: int
+    slot_table: "torch.Tensor"
+
+
+class Observed(Protocol):
+    """The source of figures: a worker."""
+
+    settings: Settings
+    clock: "RoundClock"
+    tally: "Tally"
+    controller: "Controller"
+    sync: "DraftSync"
+    quarantine: "Quarantine"
+    drafters: Mapping[str, "Drafter"]
+    kv_arms: Mapping[str, "KVDrafter"]
+    text_arms: Mapping[str, "TextDrafter"]
+    target: Cached
+    tokens: "TokenTable"
+    spool: "Spool | None"
+    weights: "LiveWeights | None"
+
+
+def state_of(worker: Observed) -> dict[str, Any]:
+    """State for `GET /whiflash/state` and the benchmark: policy, running requests, the rounds' time by stage."""
+    return {
+        "policy": worker.controller.policy.name,
+        "arms": sorted(worker.drafters),
+        "requests": len(worker.controller.states),
+        "quarantined": dict(worker.quarantine.reasons),
+        "left_out": dict(worker.quarantine.left_out),
+        "faulty_drafts": dict(worker.quarantine.faults),
+        **worker.clock.snapshot(),
+        **worker.tally.snapshot(),
+        "costs": worker.controller.costs.snapshot(worker.drafters),
+        "memory": memory_of(worker),
+        **({} if worker.weights is None else {"drafters": worker.weights.snapshot()}),
+        **({} if worker.spool is None else {"samples": worker.spool.snapshot()}),
+        **{arm: state for arm, d in worker.text_arms.items() if (state := d.snapshot())},
+    }
+
+
+def memory_of(worker: Observed) -> dict[str, int]:
+    """Bytes by scope, beside the target and its cache, without weights."""
+    draft_kv = sum(drafter.kv_bytes_per_token() for drafter in worker.kv_arms.values())
+    kept = {
+        f"{arm}_{name}": size
+        for arm, drafter in worker.text_arms.items()
+        for name, size in drafter.host_bytes().items()
+    }
+    return {
+        "draft_kv": draft_kv * worker.target.kv_slots,
+        "backlog": worker.sync.bytes_for(len(worker.target.slot_table)),
+        "text": worker.tokens.data.nbytes,
+        **kept,
+    }
+
+
+PREFIX = "sglang:whiflash_"
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+TOKENS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0)
+
+Labels = tuple[str, ...]
+Points = Iterable[tuple[Labels, float]]
+T = TypeVar("T")
+
+
+Read = Callable[[Observed], Points]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One metric.
+
+    name: without `PREFIX`. meaning: one sentence. labels: names of our own. read: label values with a number: a
+    counter's total since the start, a gauge's value now, one observation of a histogram, which is taken out by reading.
+    buckets: upper bounds, of a histogram.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    meaning: str
+    read: Read
+    labels: Labels = ()
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        return PREFIX + self.name
+
+
+def _by_arm(count: str) -> Read:
+    return lambda w: [((arm,), getattr(counts, count)) for arm, counts in w.tally.by_arm.items()]
+
+
+def _one(value: Callable[[Observed], float]) -> Read:
+    return lambda w: [((), value(w))]
+
+
+def _each(values: Callable[[Observed], Mapping[Any, float]]) -> Read:
+    return lambda w: [((str(name),), value) for name, value in values(w).items()]
+
+
+def _taken(pending: deque[T]) -> Iterator[T]:
+    while pending:
+        yield pending.popleft()
+
+
+SERIES = (
+    Series("rounds_total", "counter", "rounds of requests", _by_arm("rounds"), ("arm",)),
+    Series(
+        "tokens_total",
+        "counter",
+        "tokens committed by rounds, including bonus tokens, excluding the first token of a prefill",
+        _by_arm("tokens"),
+        ("arm",),
+    ),
+    Series("draft_tokens_total", "counter", "drafts verified", _by_arm("proposed"), ("arm",)),
+    Series("accepted_draft_tokens_total", "counter", "drafts accepted", _by_arm("accepted"), ("arm",)),
+    Series(
+        "joined_draft_tokens_total",
+        "counter",
+        "drafts with which another arm continued those of `arm`; also in `draft_tokens`",
+        _by_arm("joined"),
+        ("arm",),
+    ),
+    Series(
+        "accepted_joined_draft_tokens_total",
+        "counter",
+        "the accepted ones of these; also in `accepted_draft_tokens`",
+        _by_arm("joined_accepted"),
+        ("arm",),
+    ),
+    Series(
+        "faulty_drafts_total",
+        "counter",
+        "rounds of requests in which the arm returned invalid drafts (unknown ids or NaN)",
+        _each(lambda w: w.quarantine.faults),
+        ("arm",),
+    ),
+    Series(
+        "left_out_requests_total",
+        "counter",
+        "requests that continued without the arm after its error or invalid drafts",
+        _each(lambda w: w.quarantine.left_out),
+        ("arm",),
+    ),
+    Series(
+        "quarantined",
+        "gauge",
+        "1 for an arm that is left out for everybody; the server's log has the reason",
+        lambda w: [((arm,), float(arm in w.quarantine)) for arm in w.drafters],
+        ("arm",),
+    ),
+    Series(
+        "request_acceptance_length",
+        "histogram",
+        "tokens a round, including the bonus token, of each ended request",
+        lambda w: (((arm,), length) for arm, length in _taken(w.tally.acceptance)),
+        ("arm",),
+        TOKENS,
+    ),
+    Series(
+        "cached_prompt_tokens_total",
+        "counter",
+        "prompt tokens of ended requests whose KV was kept: on the `device`, in `host` memory or in `storage`",
+        _each(lambda w: w.tally.cached),
+        ("place",),
+    ),
+    Series(
+        "loaded_rounds_total",
+        "counter",
+        "rounds of ended requests whose prompt's KV came in part from the host or from storage",
+        lambda w: [((arm,), counts.rounds) for arm, counts in w.tally.loaded.items()],
+        ("arm",),
+    ),
+    Series(
+        "loaded_tokens_total",
+        "counter",
+        "tokens committed by these rounds; over `loaded_rounds_total`, their acceptance length",
+        lambda w: [((arm,), counts.tokens) for arm, counts in w.tally.loaded.items()],
+        ("arm",),
+    ),
+    Series(
+        "routes_total",
+        "counter",
+        "rounds of requests by routing reason: `score`, `policy`, `span`, `pin` or `off`",
+        _each(lambda w: w.tally.reasons),
+        ("reason",),
+    ),
+    Series(
+        "switches_total",
+        "counter",
+        "rounds of requests drafted by another arm than the round before",
+        _one(lambda w: w.clock.switches),
+    ),
+    Series(
+        "requests_total",
+        "counter",
+        "started requests by the origin of their hints: the `request`, spans `inferred` by the server, `none`, or "
+        "`malformed` ones that were ignored",
+        _each(lambda w: w.tally.requests),
+        ("hints",),
+    ),
+    Series(
+        "round_seconds",
+        "histogram",
+        "time of a round of the whole batch, on the host's clock",
+        lambda w: (((), seconds) for seconds in _taken(w.tally.round_seconds)),
+        buckets=SECONDS,
+    ),
+    Series(
+        "stage_seconds_total",
+        "counter",
+        "seconds by stage of the round (`GET /whiflash/state` explains them)",
+        _each(lambda w: w.clock.seconds),
+        ("stage",),
+    ),
+    Series(
+        "decode_seconds_total",
+        "counter",
+        "seconds of consecutive rounds and of the time between them",
+        _one(lambda w: w.tally.timed_seconds),
+    ),
+    Series(
+        "plain_decode_seconds_total",
+        "counter",
+        "estimate of plain decoding's seconds for the same tokens; over `decode_seconds_total`, the speed-up",
+        _one(lambda w: w.tally.plain_seconds),
+    ),
+    Series(
+        "verified_rows_total",
+        "counter",
+        "rows that the target verified, on CUDA with padding",
+        _one(lambda w: w.clock.rows),
+    ),
+    Series(
+        "catch_up_tokens_total",
+        "counter",
+        "upper bound of the tokens that a drafter ingested after others had drafted",
+        _each(lambda w: w.sync.caught_up),
+        ("arm",),
+    ),
+    Series(
+        "catch_up_extra_seconds_total",
+        "counter",
+        "seconds of catching up that a drafter used in every round would not have spent",
+        _one(lambda w: w.clock.extra_catch_up_seconds),
+    ),
+    Series(
+        "backlog_tokens",
+        "gauge",
+        "upper bound of the tokens of running requests that a drafter has yet to ingest",
+        _each(lambda w: w.sync.backlog()),
+        ("arm",),
+    ),
+    Series(
+        "cost_seconds",
+        "gauge",
+        "prices of routes, fitted or (on CUDA) looked up: `draft` of one request with its catch-up and "
+        "`draft_request` of each further one, by arm; `verify` of one request without drafts, `verify_draft` of each "
+        "draft, `verify_request` of each further request, `verify_several` of a single request's first draft (on a "
+        "CPU); the engine's time `between` rounds",
+        lambda w: w.controller.costs.fitted(w.drafters).items(),
+        ("work", "arm"),
+    ),
+    Series(
+        "memory_bytes",
+        "gauge",
+        "bytes by scope: `draft_kv` beside the target's slots, `backlog` (parked features), `text` of running "
+        "requests, `lookup_index` of their copying arm",
+        _each(memory_of),
+        ("scope",),
+    ),
+    Series(
+        "learn_samples_total",
+        "counter",
+        "finished requests by outcome for `--whiflash-learn`: `written`, `declined` (no consent, or not only text), "
+        "`dropped` (more than could be written) or `failed` (by the disk)",
+        lambda w: [] if w.spool is None else [((name,), count) for name, count in w.spool.counts.items()],
+        ("outcome",),
+    ),
+    Series(
+        "learn_spool_bytes",
+        "gauge",
+        "bytes of samples on disk",
+        lambda w: [] if w.spool is None else [((), w.spool.size)],
+    ),
+    Series(
+        "drafter_version",
+        "gauge",
+        "version of the drafters' weights that serves; 0 is that of the start",
+        lambda w: [] if w.weights is None else [((), w.weights.used.version)],
+    ),
+    Series(
+        "drafter_gain",
+        "gauge",
+        "tokens a round of the version that serves, divided by those of the version it was learned from, on "
+        "requests that neither has learned from, by drafter",
+        lambda w: [] if w.weights is None else [((name,), gain) for name, gain in w.weights.gain.items()],
+        ("drafter",),
+    ),
+    Series(
+        "drafter_swaps_total",
+        "counter",
+        "versions of the drafters' weights that were `taken` or `refused` while serving",
+        lambda w: [] if w.weights is None else [((name,), count) for name, count in w.weights.swaps.items()],
+        ("outcome",),
+    ),
+    Series(
+        "policy",
+        "gauge",
+        "1 for the policy in force, 0 for others",
+        lambda w: [((name,), float(name == w.settings.router)) for name in get_args(RouterName)],
+        ("policy",),
+    ),
+    Series(
+        "info",
+        "gauge",
+        "always 1; labels name the package's version and the bundle",
+        lambda w: [((__version__, w.settings.bundle or ""), 1.0)],
+        ("version", "bundle"),
+    ),
+)
+
+
+logger = logging.getLogger("whiflash_sglang")
+
+NO_DRAFTER = (
+    "no drafter: copies, forced structure, predictions and a tenant's memory are drafted; an EAGLE-3 or DFlash "
+    "checkpoint (--speculative-draft-model-path) would draft free text too"
+)
+"""The start of a server without draft KV names what it lacks."""
+
+INTERVAL = 1.0
+"""Seconds between two writings while rounds run; when the last request has ended what is left is written at once."""
+
+
+class Sink(Protocol):
+    """The receiver of series."""
+
+    def write(self, series: Series, labels: Labels, number: float) -> None:
+        """Add to a counter, set a gauge, or let a histogram observe."""
+        ...
+
+
+class Publisher:
+    """Writes what has changed. Does nothing until it has a sink.
+
+    Args:
+        worker: whose figures. now: seconds that never run backwards.
+    """
+
+    def __init__(self, worker: Observed, now: Callable[[], float] = time.monotonic) -> None:
+        self._worker, self._now = worker, now
+        self._sink: Sink | None = None
+        self._written: dict[tuple[str, Labels], float] = {}
+        self._due = 0.0
+
+    def start(self, sink: Sink) -> None:
+        """Write to `sink` from now on; every series that has a value has one there at once."""
+        self._sink = sink
+        self.flush()
+
+    def tick(self) -> None:
+        """A step is done: write if it is time."""
+        if self._sink is not None and self._now() >= self._due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has changed since the last time."""
+        if self._sink is None:
+            return
+        for series in SERIES:
+            for labels, number in series.read(self._worker):
+                if series.kind == "histogram":
+                    self._sink.write(series, labels, number)
+                elif (before := self._written.get((series.name, labels))) != number:
+                    self._written[series.name, labels] = number
+                    self._sink.write(
+                        series, labels, number - (before or 0.0) if series.kind == "counter" else number
+                    )
+        self._due = self._now() + INTERVAL
+
+
+def log_start(
+    policy: str, drafters: "Mapping[str, Drafter]", costs: Costs, *, draft_bytes: int, token_bytes: int
+) -> None:
+    """Log the arms that may draft, their width and price.
+
+    Args:
+        draft_bytes: of a token's KV, the drafters' part. token_bytes: all of it.
+    """
+    arms = []
+    for arm, drafter in drafters.items():
+        seconds = costs.draft(arm, 1)
+        price = f", {1000 * seconds:.2f} ms a draft" if seconds else ""
+        arms.append(f"{arm} (up to {drafter.max_drafts} drafts{price})")
+    if not draft_bytes:
+        logger.info("WHIFLASH: policy %s; arms %s; %s", policy, ", ".join(arms) or "none", NO_DRAFTER)
+        return
+    logger.info(
+        "WHIFLASH: policy %s; arms %s; drafters' KV %d of %d bytes a token (%.1f%%)",
+        policy,
+        ", ".join(arms),
+        draft_bytes,
+        token_bytes,
+        100 * draft_bytes / token_bytes if token_bytes else 0.0,
+    )

@@ -1,0 +1,73 @@
+"""Entry point of the group `sglang.srt.plugins`.
+
+SGLang calls it in every process of every server, whatever that serves, so it adds names and replaces nothing: the
+algorithm goes into SGLang's registry and the flags onto its command line. The other replacements are made
+if the arguments ask for WHIFLASH (:mod:`whiflash_sglang.engine.hooks`).
+
+SGLang logs a failing plugin and starts without it. So with another version of SGLang nothing is registered, and a
+command line that asks for WHIFLASH ends at once.
+"""
+
+import logging
+import multiprocessing
+import sys
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_registered = False
+
+
+def register() -> None:
+    """Register the algorithm and the flags. Idempotent.
+
+    Raises:
+        SystemExit: WHIFLASH is asked for on an engine it does not fit. (Upstream swallows every `Exception`.)
+    """
+    global _registered
+    if _registered:
+        return
+    from whiflash_sglang.engine import patching
+    from whiflash_sglang.errors import IncompatibleEngineError
+
+    try:
+        patching.require_version()
+    except IncompatibleEngineError as error:
+        if any(argument.upper().endswith("WHIFLASH") for argument in sys.argv):
+            raise SystemExit(f"whiflash: error: {error}") from None
+        logger.warning("WHIFLASH is not available: %s", error)
+        return
+    _check_command_line()
+    from whiflash_sglang.engine import algorithm, command_line
+
+    algorithm.register(_worker)
+    command_line.offer()
+    _registered = True
+
+
+def _check_command_line() -> None:
+    """Judge a command line that names WHIFLASH before SGLang reads it. Raises SystemExit.
+
+    SGLang's own servers, its other commands and the processes of a server are left alone.
+    """
+    launcher, *arguments = sys.argv
+    if multiprocessing.parent_process():
+        return
+    if Path(launcher).name == "sglang" and arguments[:1] == ["serve"]:
+        arguments = arguments[1:]
+    elif Path(launcher).name != "launch_server.py":
+        return
+    from whiflash_sglang.engine.launch import early
+    from whiflash_sglang.errors import WhiflashError
+
+    try:
+        if early.named(arguments):
+            early.check(arguments)
+    except WhiflashError as error:
+        raise SystemExit(f"whiflash: error: {error}") from None
+
+
+def _worker() -> type:
+    from whiflash_sglang.serve.worker import WhiFlashWorker
+
+    return WhiFlashWorker

@@ -1,0 +1,52 @@
+"""Series as prometheus_client has them, with the labels of SGLang's own."""
+
+from typing import Any
+
+from whiflash_sglang.serve.metrics import SERIES, Labels, Series
+
+
+class Prometheus:
+    """A sink with the labels, and the kinds of metrics, of SGLang's collector.
+
+    With several processes prometheus_client writes to files that they share; the process that serves HTTP adds them up.
+    """
+
+    def __init__(self, collector: Any) -> None:
+        # Which values it makes depends on the environment when it is imported first, as upstream notes.
+        import prometheus_client
+
+        kinds = {
+            "counter": collector._counter_cls or prometheus_client.Counter,
+            "gauge": collector._gauge_cls or prometheus_client.Gauge,
+            "histogram": collector._histogram_cls or prometheus_client.Histogram,
+        }
+        self._labels = dict(collector.labels)
+        self._metrics = {series.name: self._metric(kinds[series.kind], series) for series in SERIES}
+        self._children: dict[tuple[str, Labels], Any] = {}
+
+    def _metric(self, kind: Any, series: Series) -> Any:
+        options: dict[str, Any] = {}
+        if series.kind == "gauge":
+            options["multiprocess_mode"] = "mostrecent"
+        if series.kind == "histogram":
+            options["buckets"] = series.buckets
+        return kind(
+            name=series.full_name,
+            documentation=series.meaning,
+            labelnames=[*self._labels, *series.labels],
+            **options,
+        )
+
+    def write(self, series: Series, labels: Labels, number: float) -> None:
+        child = self._children.get((series.name, labels))
+        if child is None:
+            own = dict(zip(series.labels, labels, strict=True))
+            child = self._children[series.name, labels] = self._metrics[series.name].labels(
+                **self._labels, **own
+            )
+        if series.kind == "counter":
+            child.inc(number)
+        elif series.kind == "gauge":
+            child.set(number)
+        else:
+            child.observe(number)

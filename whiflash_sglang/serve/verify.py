@@ -1,0 +1,122 @@
+"""The verify stage of a round: one forward of the target over bonus tokens and drafts, and its token at every row."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from whiflash_kernels import MixedBlock, prepare_mixed_block
+
+from whiflash_sglang.cache.tokens import NO_TOKEN, TokenTable
+from whiflash_sglang.device.transfers import HostView, sent
+from whiflash_sglang.engine.forward import sampling
+from whiflash_sglang.engine.forward.masks import Masks
+from whiflash_sglang.engine.forward.parallel import first_ranks, sends_tokens
+from whiflash_sglang.engine.forward.target import Target
+from whiflash_sglang.records.core import Round, SampleHook, Verified
+from whiflash_sglang.round.epilogue import Epilogue
+from whiflash_sglang.structure.spending import Spending
+
+
+class VerifyStage:
+    """The target judges drafts.
+
+    Args:
+        tokens: committed text, for penalties. epilogue: what graphs of the target's end with, where they may.
+        hooks: replace what was sampled, one after the other. spending: on grammars.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        tokens: TokenTable,
+        host: HostView,
+        epilogue: Epilogue,
+        hooks: Sequence[SampleHook],
+        spending: Spending,
+    ) -> None:
+        self._spending, self._checks = spending, sampling.checks_numbers()
+        self._target, self._tokens, self._host = target, tokens, host
+        self._epilogue, self._hooks = epilogue, hooks
+
+    def verify(self, batch: Any, round: Round, barrier: Any) -> Verified:
+        """Run the target over bonus tokens and drafts.
+
+        Args:
+            barrier: of SGLang: what a grammar needs before its masks are made; None: nothing.
+        """
+        table, chosen = self._target.slot_table, round.chosen
+        padded = prepare_mixed_block(
+            round.bonus,
+            chosen.tokens,
+            chosen.widths,
+            round.starts,
+            round.rows,
+            table,
+            rows=self._target.agreed_rows(round.packed_rows, len(round)),
+        )
+        host_widths = chosen.widths.tolist() if self._host.exact else None
+        block = padded if host_widths is None else packed(padded, sum(host_widths))
+        masks = Masks(block, chosen.widths, round.ahead) if batch.has_grammar else None
+        sends = sends_tokens(batch.has_grammar)
+        changed = batch.has_grammar or sampling.changes_logits(batch) or sampling.is_sglangs(batch)
+        unchanged = not (changed or sends or self._checks)
+        self._epilogue.let_graphs_commit(unchanged, round.row_ids)
+        verified = self._target.verify(batch, padded, chosen.widths, host_widths, round.stride)
+        verified = verified._replace(starts=round.starts, request_rows=round.rows)
+        masks = self._built(batch, masks, barrier)
+        if self._checks:
+            sampling.check_numbers(verified.logits)
+        if verified.committed is None:
+            predictions = self._sampled(batch, verified, block, round, masks)
+            predictions = first_ranks(predictions) if sends else predictions
+            verified = verified._replace(predictions=predictions)
+        if masks is not None and masks.rejected:
+            block = _rejecting(block, masks.rejected)
+            verified = verified._replace(input_ids=block.input_ids)
+        for hook in self._hooks:
+            verified = hook.verified(verified, block)
+        return verified
+
+    def _sampled(
+        self, batch: Any, verified: Verified, block: MixedBlock, round: Round, masks: Masks | None
+    ) -> torch.Tensor:
+        """[T] int64, the target's token at each row."""
+        runner, text = self._target.runner, self._tokens.data
+        if sampling.is_sglangs(batch):
+            return sampling.sample_as_sglang(runner, batch, verified.output, block, round, masks, text)
+        of_rows = None if masks is None else masks.of_rows
+        if not sampling.changes_logits(batch):
+            return self._epilogue.sample(verified, of_rows)
+        return torch.cat(
+            [
+                self._epilogue.sample(verified._replace(logits=logits), of_rows, first)
+                for first, logits in sampling.changed_logits(batch, verified.logits, block, round, text)
+            ]
+        )
+
+    def _built(self, batch: Any, masks: Masks | None, barrier: Any) -> Masks | None:
+        """`masks` when their bits are made, while the target runs; None if no request has a grammar.
+
+        The barrier has grammars take the tokens of the last round, whose results the scheduler has not processed yet.
+        """
+        if masks is None:
+            return None
+        if barrier is not None:
+            barrier()
+        return masks if masks.build(batch, self._spending) else None
+
+
+def _rejecting(block: MixedBlock, rows: Sequence[int]) -> MixedBlock:
+    """`block` as it is judged if the drafts in `rows` are wrong whatever the target predicts."""
+    ids = block.input_ids
+    return block._replace(input_ids=ids.index_fill(0, sent(rows, ids.device), NO_TOKEN))
+
+
+def packed(block: MixedBlock, rows: int) -> MixedBlock:
+    """`block` without the padding behind its first `rows` rows."""
+    return block._replace(
+        input_ids=block.input_ids[:rows],
+        positions=block.positions[:rows],
+        cache_slots=block.cache_slots[:rows],
+        request_of_row=block.request_of_row[:rows],
+    )

@@ -1,0 +1,330 @@
+"""The round: route → catch_up → draft → verify → commit → park (arXiv 2606.07710, figure of the system)."""
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+
+from whiflash_sglang.arms.base import of_text, widest_of, with_kv
+from whiflash_sglang.cache import backlog
+from whiflash_sglang.cache.tokens import TokenTable
+from whiflash_sglang.device.clock import clock_of
+from whiflash_sglang.device.transfers import HostView, Upload
+from whiflash_sglang.engine.carried import replace_settings, settings_of
+from whiflash_sglang.engine.forward import graphs
+from whiflash_sglang.engine.forward.parallel import ranks_of_model
+from whiflash_sglang.engine.forward.target import Target
+from whiflash_sglang.engine.scheduler import (
+    disaggregation,
+    draft_pool,
+    hicache,
+    kv_budget,
+    overlap,
+    pricing,
+    releases,
+    step,
+)
+from whiflash_sglang.engine.scheduler.kv_budget import rehearse_sampling
+from whiflash_sglang.engine.scheduler.spec_worker import (
+    BaseSpecWorker,
+    DraftInput,
+    any_ended,
+    any_tracked,
+    idle_result,
+    max_running_requests,
+    next_round,
+    prefill_rows,
+    round_batch,
+    round_result,
+    row_ids_of,
+    step_result,
+)
+from whiflash_sglang.prices.round_clock import RoundClock
+from whiflash_sglang.records.core import Round
+from whiflash_sglang.round.catch_up import DraftSync
+from whiflash_sglang.round.learning import results_of
+from whiflash_sglang.round.quarantine import Quarantine
+from whiflash_sglang.serve.assemble import (
+    build_controller,
+    build_drafters,
+    build_policy,
+    build_stages,
+    live_weights,
+    load_router,
+    reserve,
+    spool_of,
+)
+from whiflash_sglang.serve.metrics import Publisher, log_start, state_of
+from whiflash_sglang.serve.prometheus import Prometheus
+from whiflash_sglang.settings.config import Settings, changed
+from whiflash_sglang.structure.spending import Spending
+from whiflash_sglang.telemetry.tally import Tally
+
+STEP_ROUNDS, STEP_SECONDS = 4, 0.1
+"""A step that had so many rounds or lasted so long is not given another one: clients see its tokens when it ends."""
+
+
+class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
+    """Owns the drafters, their KV and the controller; the target stays SGLang's own worker."""
+
+    # The scheduler's rounds run in inference mode or without gradients, its start does not. Not inference mode: what
+    # it makes could not be written without it.
+    @torch.no_grad()
+    def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any) -> None:
+        super().__init__()
+        self._target_worker, self._draft_worker = target_worker, None
+        self._server_args, self.settings = server_args, settings_of(server_args)
+        self.target, self.ranks = Target(target_worker), ranks_of_model()
+        self.target.peers.on_written = self._copy_target
+        self.host = HostView.of(self.target.device, late=not server_args.disable_overlap_schedule)
+        self.spending = Spending(cuts=self.ranks.size == 1)
+        self.drafters = build_drafters(self.settings, self.target, self.ranks, self.host, self.spending)
+        self.kv_arms, self.text_arms = with_kv(self.drafters), of_text(self.drafters)
+        captured = sorted({i for d in self.kv_arms.values() for i in d.captured_layers})
+        self.router = load_router(self.settings.neural, self.target)
+        self.target.capture(captured, final_hidden=self.router is not None)
+        self.clock, self.tally = RoundClock(clock_of(self.target.device)), Tally.of(self.drafters)
+        self.quarantine = Quarantine(self.drafters, alone=self.ranks.size == 1, from_text=self.text_arms)
+        # A prefill server has one token of an answer.
+        learns = self.ranks.leads and not disaggregation.prefills_only()
+        self.spool = spool_of(self.settings, server_args.model_path) if learns else None
+        self.publisher = Publisher(self)
+        self.controller = build_controller(self.settings, self.target, self.drafters, heads=self._has_heads)
+        self.sync = DraftSync(
+            self.drafters,
+            max(backlog.TOKENS, widest_of(self.drafters) + 2),  # more than a round commits
+            len(captured) * self.target.shape.hidden_size,
+            self.target.dtype,
+            self.quarantine,
+        )
+        self.weights = live_weights(self.settings, self.target, self.kv_arms, self.ranks)
+        reserve(self.drafters, self.sync, self.target, max_running_requests())
+
+    def __getattr__(self, name: str) -> Any:
+        # The scheduler asks its model worker for things that only the target's worker knows.
+        if name == "_target_worker":
+            raise AttributeError(name)
+        return getattr(self._target_worker, name)
+
+    @torch.no_grad()
+    def alloc_memory_pool(self, **pools: Any) -> None:
+        """Drafters' KV beside the target's slots, rings and token table beside its request rows."""
+        super().alloc_memory_pool(**pools)
+        for drafter in self.kv_arms.values():
+            drafter.allocate(self.target.kv_slots)
+        self.sync.allocate(self.target.slot_table)
+        rows, context = self.target.slot_table.shape
+        self.tokens = TokenTable(rows, context, widest_of(self.drafters) + 1, self.target.device)
+        self.stages = build_stages(self)
+        releases.notify(self.stages.lifecycle, self.target.runner, disaggregation.save)
+
+    def init_hicache_draft_plan(self) -> None:
+        """Called by the scheduler when the pools are allocated: draft KV follows the target's into host memory, and
+        from a prefill server to a decode server.
+        """
+        self._draft_pool = draft_pool.pool_of(self.target, self.kv_arms)
+        layout, ingests = draft_pool.layout_of(self.target, self.kv_arms), self.quarantine.ingests
+        self._hicache_draft_plan = hicache.plan(self._draft_pool, layout, tuple(self.kv_arms), ingests)
+        disaggregation.notify(self, layout)
+
+    @property
+    def primary_draft_kv_pool(self) -> Any:
+        """KV pool that a prefill server sends after the target's; None: nothing."""
+        return self._draft_pool
+
+    @torch.no_grad()
+    def init_cuda_graphs(self) -> None:
+        """Called by the scheduler when the target's are captured: the drafters' passes, and what all of it costs."""
+        requests, costs = max_running_requests(), self.controller.costs
+        self.stages.drafting.capture(graphs.recorder(self.target.runner), requests)
+        clock = self.clock.timer
+        pricing.price(costs, self.target, self.drafters, self.sync, self.host, clock, requests, self.ranks)
+        if self.ranks.leads:
+            draft, whole = kv_budget.bytes_of_token()
+            policy = self.controller.policy.name
+            log_start(policy, self.drafters, costs, draft_bytes=draft, token_bytes=whole)
+
+    def prewarm_sampling(self) -> Any:
+        """Called by the scheduler when everything is allocated and captured."""
+        if self.target.device.type == "cuda":
+            widest = widest_of(self.drafters) + 1
+            rehearse_sampling(self.target.runner, graphs.most_rows(max_running_requests(), widest))
+        return super().prewarm_sampling()
+
+    def forward_batch_generation(
+        self, batch: Any, on_publish: Any = None, grammar_barrier: Any = None, pp_proxy_tensors: Any = None
+    ) -> Any:
+        """SGLang's spec-v2 contract: prefill an extend batch, or run a step of a decode batch."""
+        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+            return self._prefill(batch, on_publish)
+        if batch.forward_mode.is_idle() or not batch.reqs:
+            return self._join(batch, on_publish)
+        return self._step(batch, on_publish, grammar_barrier)
+
+    def _join(self, batch: Any, on_publish: Any) -> Any:
+        """A round without requests: other ranks may have some, and compute with this one (DP attention)."""
+        self.target.join(batch)
+        result = idle_result(self.target.device)
+        if on_publish is not None:
+            on_publish(result.new_seq_lens)
+        return result
+
+    def _prefill(self, batch: Any, on_publish: Any) -> Any:
+        """Target forward, then K and V of both drafters for every prompt token: the tree takes the slots next."""
+        self.clock.interrupt()
+        self.ranks.note([req.rid for req in batch.reqs], batch.extend_lens)
+        self.ranks.broadcast(lambda: None)  # The forward would wait for a missing rank.
+        input_ids = batch.input_ids
+        result, features = self.target.prefill(batch)
+        result.new_seq_lens = batch.seq_lens
+        if on_publish is not None:
+            on_publish(batch.seq_lens)
+        if batch.forward_mode.is_idle():
+            result.next_draft_input = idle_result(self.target.device).next_draft_input
+            return result
+        for hook in self.stages.hooks:
+            until = [prefix + more for prefix, more in zip(batch.prefix_lens, batch.extend_lens, strict=True)]
+            result.next_token_ids = hook.prefilled(batch.reqs, until, result.next_token_ids)
+        upload = Upload()
+        row_ids, rows = row_ids_of(batch), batch.req_pool_indices.to(torch.int64)
+        for req, row in zip(batch.reqs, row_ids, strict=True):
+            self.stages.lifecycle.begin(row, req, upload)
+        read = result.logits_output.mm_input_embeds
+        prompt, lengths, last, following = prefill_rows(
+            batch, input_ids, features, result.next_token_ids, upload, read
+        )
+        self.sync.prefill(prompt, row_ids, lengths, rows, last)
+        self.tokens.put_block(rows, prompt.positions[last] + 1, following[:, None])
+        result.next_draft_input = DraftInput(
+            result.next_token_ids.to(torch.int64), batch.seq_lens.to(torch.int64)
+        )
+        return result
+
+    def adopt(self, batch: Any) -> None:
+        """Requests begin whose prompt another server computed, and all drafters' KV of it."""
+        upload, row_ids = Upload(), row_ids_of(batch)
+        for req, row in zip(batch.reqs, row_ids, strict=True):
+            self.stages.lifecycle.begin(row, req, upload)
+        rows = batch.req_pool_indices.to(torch.int64)
+        self.sync.adopt(row_ids, batch.seq_lens_cpu.tolist(), rows, batch.seq_lens.to(torch.int64))
+        upload.send(self.target.device)
+
+    def _step(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
+        """One round, or more while they draft nothing and nobody needs the scheduler: its share of a token shrinks.
+
+        It keeps KV slots for two of the widest blocks beyond n, so rounds of one token may fill the first of them. With
+        DP attention a step has one round, as other ranks' steps have.
+        """
+        began = time.perf_counter()
+        round = round_batch(batch, self.target.context_len, self.stages.planner.under_way)
+        most = min(STEP_ROUNDS, widest_of(self.drafters) + 1)
+        if on_publish is not None or self.target.peers.size > 1 or step.needs_scheduler(batch):
+            most = 1
+        result, tokens = self._round(batch, round, on_publish, grammar_barrier)
+        rounds = [result]
+        while (
+            tokens
+            and len(rounds) < most
+            and not any_ended(round, tokens)
+            and not any_tracked(batch, round, tokens)
+            and self.ranks.broadcast(
+                lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail()
+            )
+        ):
+            round = next_round(batch, round, result, tokens)
+            result, tokens = self._round(batch, round, on_publish, grammar_barrier)
+            rounds.append(result)
+        self.publisher.tick()
+        return step_result(rounds)
+
+    def _round(
+        self, batch: Any, round: Round, on_publish: Any, grammar_barrier: Any
+    ) -> tuple[Any, list[list[int]]]:
+        """`round_result`; and what was committed per request, if another round may follow: nothing was drafted, and
+        the host knows.
+        """
+        clock, stages = self.clock, self.stages
+        for previous in clock.begin():
+            stages.learner.timed(previous)
+        with clock.stage("route"):
+            stages.planner.plan(round)
+        with clock.stage("catch_up"):
+            self.sync.catch_up(round.due, round.on_device["due", ""], round.rows, round.starts)
+            clock.extra_catch_up_seconds += self.sync.beyond_usual(round.due, round.row_ids, round.routes)
+        with clock.stage("draft"):
+            stages.drafting.draft(round)
+            self.sync.verifying.append(round.packed_rows)
+        with clock.stage("verify"):
+            verified = stages.verifier.verify(batch, round, grammar_barrier)
+        with clock.stage("commit"):
+            committed = stages.epilogue.commit(verified, round.stride)
+            self.target.commit(batch, round.starts, committed.accept_lens)
+            overlap.attach(batch, verified, committed.tokens.shape[1])
+        with clock.stage("park"):
+            stages.epilogue.park(verified, committed)
+            signals = stages.epilogue.signals(verified, committed, stages.learner.needs(round))
+            results = results_of(round, committed, signals)
+            if on_publish is None:
+                tokens = stages.learner.learn(round, results.read())
+            else:
+                on_publish(results["seq_lens"])
+                tokens = overlap.carry(verified.output, results, partial(stages.learner.learn, round))
+        self.tally.round_seconds.append(clock.end(round.timed()))
+        return round_result(verified, results), [] if round.stride > 1 else tokens
+
+    def clear_cache_pool(self) -> None:
+        """`flush_cache`."""
+        self.stages.lifecycle.forget_all()
+
+    def settings_with(self, change: Any) -> Settings:
+        """The settings after a change of policy. Raises ConfigError naming the field that is wrong."""
+        settings = changed(self.settings, change)
+        build_policy(settings, heads=self._has_heads)
+        return settings
+
+    def reconfigure(self, change: Any) -> None:
+        """Change the policy while serving; running requests go on under the new one."""
+        self.settings = self.settings_with(change)
+        replace_settings(self._server_args, self.settings)
+        self.controller.policy = build_policy(self.settings, heads=self._has_heads)
+        self.publisher.flush()
+
+    def snapshot(self) -> dict[str, Any]:
+        """`state_of` this worker."""
+        return state_of(self)
+
+    def publish_to(self, collector: Any) -> None:
+        """Write metrics beside those of SGLang's `collector` if this process decides: of several ranks one counts."""
+        if self.ranks.leads:
+            self.publisher.start(Prometheus(collector))
+
+    def forget(self, handle: int | None) -> None:
+        """Drop text that a drafter keeps across requests: a tenant's, by its handle, or everybody's."""
+        self.stages.lifecycle.forget_text(handle)
+        self.publisher.flush()
+
+    def target_written(self) -> None:
+        """The target's weights were written: what was copied of them follows, with DP attention when all ranks' were.
+        They may not have heard of it in the same pass, and one of them may have failed.
+        """
+        self.target.peers.written += 1
+        if self.target.peers.size == 1:
+            self._copy_target()
+
+    @torch.no_grad()
+    def _copy_target(self) -> None:
+        with overlap.behind_forward(self.target.runner):
+            self.target.gather_head()
+            for drafter in self.kv_arms.values():
+                drafter.target_written()
+
+    def between_rounds(self) -> None:
+        """Switch the drafters' weights, if a version has been read that was asked for."""
+        if self.weights is not None and self.weights.advance():
+            self.publisher.flush()
+
+    @property
+    def _has_heads(self) -> bool:
+        """Whether the router predicts acceptance lengths too."""
+        return self.router is not None and len(self.router.w2) > 1

@@ -1,0 +1,333 @@
+"""Flags, and what they resolve to together with a bundle. Imports no SGLang.
+
+A *bundle* is a directory (or hub id) with `whiflash.json`: drafters, the router and its thresholds, given to SGLang's
+own `--speculative-draft-model-path`. Without it, that path is a DFlash checkpoint and `--whiflash-eagle-draft` names
+the EAGLE-3 one; or it is the only drafter. Without any drafter, rounds draft from texts only: copies and structure.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from whiflash_sglang.checkpoints.hub import checksums, member
+from whiflash_sglang.checkpoints.manifest import (
+    MANIFEST,
+    NAMES,
+    PARTS,
+    DraftVocabulary,
+    EntropyRouter,
+    Lookup,
+    Manifest,
+    Nats,
+    NeuralRouter,
+    Positive,
+    Rounds,
+    Strict,
+    Structure,
+    check_arms,
+    check_router,
+    first_problem,
+    load_manifest,
+    lookup_of,
+)
+from whiflash_sglang.drafts import arms
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.telemetry.trace import TraceSampling, check_directory
+from whiflash_sglang.updates.samples import Spooling, check_spool, samples_of
+from whiflash_sglang.updates.versions import versions_of
+
+RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "none", "random"]
+T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
+NO_ROUTER = "--whiflash-router neural needs --whiflash-neural-router-path or a bundle with a router"
+
+
+class Flags(Strict):
+    """The user's values on the command line or in `Engine(...)`; None if none was given.
+
+    Names and meanings of the first five are the published release's (arXiv 2606.07710). The rest of what can be set is
+    in a bundle's manifest, and the thresholds of a policy in `PolicyChange`, too.
+    """
+
+    eagle_draft: str | None = None
+    drafters: Literal["df-e3", "none"] = "df-e3"
+    router: RouterName | None = None
+    neural_router_path: str | None = None
+    neural_router_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    eagle_steps: Positive = 5
+    block_size: Annotated[int, Field(ge=2)] | None = None
+    lookup: Literal["on", "off"] | None = None
+    structure: Literal["on", "off"] | None = None
+    force_recorded: Literal["on", "off"] = "off"
+    trace_sample: Annotated[float, Field(ge=0, le=1)] | None = None
+    trace_dir: str | None = None
+    trace_text: Literal["on", "off"] | None = None
+    trace_mib: Positive | None = None
+    learn: str | None = None
+    learn_mib: Positive | None = None
+    learn_hours: Positive | None = None
+    versions: str | None = None
+
+
+class Settings(Strict):
+    """Everything a worker needs to build itself: resolved paths and values, picklable.
+
+    drafters: arm → directory of its checkpoint, of `arms.PAIR` and in its order. checksums: SHA-256 by file, as the
+    bundle lists them. target: the model that the bundle names, empty without one.
+    """
+
+    drafters: Mapping[str, Path]
+    router: RouterName
+    entropy: EntropyRouter
+    neural: NeuralRouter | None
+    lookup: Lookup
+    structure: Structure
+    eagle_steps: int
+    block_size: int | None
+    dflash_vocabulary: DraftVocabulary
+    force_recorded: bool = False
+    traces: TraceSampling = TraceSampling()
+    samples: Spooling = Spooling()
+    versions: Path | None = None
+    target: str = ""
+    chat_template: Path | None = None
+    tool_call_parser: str | None = None
+    bundle: str | None = None
+    checksums: Mapping[str, str] = {}
+
+
+def parse_flags(given: dict[str, Any]) -> Flags:
+    """Validate raw flag values.
+
+    Raises:
+        ConfigError: naming the flag and what it takes.
+    """
+    try:
+        return Flags(**{key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigError(first_problem(error, Flags, flag_of)) from None
+
+
+def flag_of(field: str) -> str:
+    """The command-line spelling of a `Flags` field."""
+    return "--whiflash-" + field.replace("_", "-")
+
+
+def resolve(
+    flags: Flags,
+    draft_path: Path | None,
+    download_dir: str | None = None,
+    target_mtp: Callable[[], Path | None] = lambda: None,
+) -> Settings:
+    """Turn flags and a local draft path into settings; fetch what a bundle names on the hub.
+
+    Args:
+        draft_path: a bundle or a checkpoint, already on disk; None: no drafter but what the flags name. download_dir:
+            where downloads are kept. target_mtp: gives the target's directory if it can draft by itself; asked if no
+            autoregressive drafter is named.
+
+    Raises:
+        ConfigError: a needed part is missing. CheckpointError: the only drafter is of no known format.
+    """
+    if draft_path is not None and not draft_path.is_dir():
+        raise ConfigError(f"--speculative-draft-model-path {draft_path}: no such directory")
+    manifest = load_manifest(draft_path) if draft_path and (draft_path / MANIFEST).exists() else None
+    if flags.drafters == "none":
+        manifest = _without_drafters(flags, manifest, draft_path)
+    drafters = _drafters(flags, manifest, draft_path, download_dir)
+    if flags.drafters != "none" and arms.AR not in drafters and (own := target_mtp()) is not None:
+        drafters[arms.AR] = own
+    for arm, path in drafters.items():
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"the {NAMES[arm]} checkpoint {path} has no config.json: give the directory of a drafter"
+            )
+    check_router(flags.router or "auto", drafters)
+    if flags.neural_router_path:
+        check_arms("--whiflash-neural-router-path", NAMES, drafters)
+    return Settings(
+        drafters={arm: drafters[arm] for arm in arms.PAIR if arm in drafters},
+        router=flags.router or "auto",
+        entropy=manifest.entropy if manifest else EntropyRouter(),
+        neural=_neural(flags, manifest, draft_path, download_dir),
+        lookup=_lookup(flags, manifest),
+        structure=_structure(flags, manifest),
+        eagle_steps=flags.eagle_steps,
+        block_size=flags.block_size,
+        dflash_vocabulary=manifest.dflash_vocabulary if manifest else "full",
+        force_recorded=flags.force_recorded == "on",
+        traces=_traces(flags),
+        samples=_samples(flags),
+        versions=_versions(flags, drafters),
+        target=manifest.target if manifest else "",
+        chat_template=_template(manifest, draft_path),
+        tool_call_parser=manifest.tool_call_parser if manifest else None,
+        bundle=manifest.name if manifest else None,
+        checksums=_checksums(flags, manifest, draft_path),
+    )
+
+
+def _without_drafters(flags: Flags, manifest: Manifest | None, draft_path: Path | None) -> Manifest | None:
+    """The rest of a bundle. Raises ConfigError where a flag names a drafter all the same."""
+    if flags.eagle_draft or (draft_path is not None and manifest is None):
+        named = "--whiflash-eagle-draft" if flags.eagle_draft else "--speculative-draft-model-path"
+        raise ConfigError(f"--whiflash-drafters none leaves nothing for {named}; remove one of the two")
+    parts = {"eagle3": None, "dflash": None, "router": None, "dflash_vocabulary": "full"}
+    return None if manifest is None else manifest.model_copy(update=parts)
+
+
+def _drafters(
+    flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
+) -> dict[str, Path]:
+    """Arm → its checkpoint. A path that is no bundle is one checkpoint, whose format says which arm it is for."""
+    if draft_path is None:
+        named = {}
+    elif manifest is not None:
+        named = {
+            arm: member(draft_path, manifest, PARTS[arm], download_dir=download_dir)
+            for arm in manifest.drafters
+            if not (arm == arms.AR and flags.eagle_draft)
+        }
+    elif flags.eagle_draft:
+        named = {arms.DIFFUSION: draft_path}
+    else:
+        from whiflash_sglang.formats.table import read_draft
+
+        named = {read_draft(draft_path).format.arm: draft_path}
+    return {**named, **({arms.AR: Path(flags.eagle_draft)} if flags.eagle_draft else {})}
+
+
+def _checksums(flags: Flags, manifest: Manifest | None, bundle: Path | None) -> dict[str, str]:
+    """Checksums of what is served from the bundle: a flag may name another file."""
+    if bundle is None or manifest is None:
+        return {}
+    served = [PARTS[arm] for arm in manifest.drafters if not (arm == arms.AR and flags.eagle_draft)]
+    if manifest.router is not None and flags.neural_router_path is None:
+        served.append("router")
+    return checksums(bundle, manifest, served)
+
+
+class PolicyChange(Strict):
+    """The settings that may change while serving; None leaves a value as it is.
+
+    router: policy from now on. entropy_threshold: nats above which `entropy` leaves DFlash. min_dwell: least rounds
+    with an arm under `entropy` and `neural`. neural_router_threshold: predicted gain in tokens above which `neural`
+    takes EAGLE-3.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    router: RouterName | None = None
+    entropy_threshold: Nats | None = None
+    min_dwell: Rounds | None = None
+    neural_router_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
+def changed(settings: Settings, change: Any) -> Settings:
+    """`settings` after a `PolicyChange` given as a dictionary.
+
+    Raises:
+        ConfigError: naming the field that is wrong.
+    """
+    try:
+        wanted = PolicyChange.model_validate(change)
+    except ValidationError as error:
+        raise ConfigError(first_problem(error, PolicyChange, repr)) from None
+    check_router(wanted.router or settings.router, settings.drafters)
+    neural = settings.neural
+    if neural is None and (wanted.router == "neural" or wanted.neural_router_threshold is not None):
+        raise ConfigError(f"this server has no neural router, so its policy stays as it was: {NO_ROUTER}")
+    if neural is not None:
+        neural = _updated(neural, threshold=wanted.neural_router_threshold, min_dwell=wanted.min_dwell)
+    entropy = _updated(settings.entropy, tau=wanted.entropy_threshold, min_dwell=wanted.min_dwell)
+    return _updated(settings, router=wanted.router, entropy=entropy, neural=neural)
+
+
+def _updated(model: Model, **values: Any) -> Model:
+    """`model` with those of the values that are not None."""
+    return model.model_copy(update={name: value for name, value in values.items() if value is not None})
+
+
+def _template(manifest: Manifest | None, bundle: Path | None) -> Path | None:
+    named = manifest.chat_template if manifest else None
+    return bundle / named if bundle and named else None
+
+
+def _neural(
+    flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
+) -> NeuralRouter | None:
+    shipped = manifest.router if manifest else None
+    if flags.neural_router_path is None and shipped is None:
+        if flags.router == "neural":
+            raise ConfigError(NO_ROUTER)
+        return None
+    if flags.neural_router_path is None:
+        path = member(_need(draft_path), _need(manifest), "router", download_dir=download_dir)
+        base = _need(shipped).model_copy(update={"path": str(path)})
+    else:
+        # Another file: the bundle's threshold and sign were made for its own.
+        base = NeuralRouter(path=flags.neural_router_path)
+    return _updated(base, threshold=flags.neural_router_threshold)
+
+
+def _lookup(flags: Flags, manifest: Manifest | None) -> Lookup:
+    return _updated(lookup_of(manifest), enabled=None if flags.lookup is None else flags.lookup == "on")
+
+
+def _structure(flags: Flags, manifest: Manifest | None) -> Structure:
+    shipped = manifest.structure if manifest else Structure()
+    return _updated(shipped, enabled=None if flags.structure is None else flags.structure == "on")
+
+
+def _traces(flags: Flags) -> TraceSampling:
+    if not flags.trace_sample:
+        for field in ("trace_dir", "trace_text", "trace_mib"):
+            if getattr(flags, field) is not None:
+                raise ConfigError(
+                    f"{flag_of(field)} has no effect without --whiflash-trace-sample above 0: give both, or remove it"
+                )
+        return TraceSampling()
+    if flags.trace_dir is None:
+        raise ConfigError(
+            f"--whiflash-trace-sample {flags.trace_sample} needs a place for the traces: give --whiflash-trace-dir "
+            "DIRECTORY"
+        )
+    directory = Path(flags.trace_dir).absolute()
+    check_directory(directory)
+    traces = TraceSampling(rate=flags.trace_sample, directory=directory, text=flags.trace_text == "on")
+    return _updated(traces, mib=flags.trace_mib)
+
+
+def _samples(flags: Flags) -> Spooling:
+    if flags.learn is None:
+        for field in ("learn_mib", "learn_hours"):
+            if getattr(flags, field) is not None:
+                raise ConfigError(f"{flag_of(field)} does something only with --whiflash-learn")
+        return Spooling()
+    if flags.force_recorded == "on":
+        raise ConfigError(
+            "--whiflash-learn cannot learn from --whiflash-force-recorded: forced text is not the target's"
+        )
+    directory = samples_of(Path(flags.learn).absolute())
+    check_spool(directory)
+    return _updated(Spooling(directory=directory), mib=flags.learn_mib, hours=flags.learn_hours)
+
+
+def _versions(flags: Flags, drafters: Mapping[str, Path]) -> Path | None:
+    if not drafters:
+        if flags.versions is not None:
+            raise ConfigError(
+                "--whiflash-versions switches drafters' weights, and this server has no drafter; remove it"
+            )
+        return None
+    if flags.versions is not None:
+        return Path(flags.versions).absolute()
+    return None if flags.learn is None else versions_of(Path(flags.learn).absolute())
+
+
+def _need(value: T | None) -> T:
+    if value is None:
+        raise AssertionError("checked by the caller")
+    return value

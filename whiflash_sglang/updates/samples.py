@@ -1,0 +1,350 @@
+"""Finished requests' tokens on disk, for a learner: bounded in bytes and age, written by a thread of its own.
+
+A file holds the requests of some seconds. Its first line is a header, every other line is a `Sample`; it is written
+under another name and renamed, so that a reader sees whole files only. Directory and files belong to the server's user
+only, and whatever does not is refused. Features are not among it: the learner computes them by a pass of the target,
+which takes a thousandth of their size on disk. Imports no SGLang and no torch.
+"""
+
+import json
+import logging
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from whiflash_sglang.copying.memory import HANDLES
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files.disk import check_own, locked, open_own
+
+logger = logging.getLogger(__name__)
+
+FORMAT: Final = 1
+SUFFIX: Final = ".jsonl"
+BATCH: Final = 64
+"""Requests of a file at most."""
+SECONDS: Final = 10.0
+"""Longest time that a finished request waits to be written."""
+WAITING: Final = 1 << 20
+"""Tokens of requests that wait to be written at most."""
+
+_NAME: Final = re.compile(r"([0-9]{20})-[0-9]+\.jsonl", re.ASCII)
+_HANDLES_KEY: Final = b'"handles":'
+
+Outcome = Literal["written", "declined", "dropped", "failed"]
+"""Fate of a finished request. written: on disk. declined: not offered, since it does not consent or its tokens cannot
+be learned from. dropped: more came than could be written. failed: the disk did not take it.
+"""
+
+
+class Spooling(BaseModel):
+    """directory: of the samples; None: nothing is kept. mib: MiB of all files at most. hours: their longest age."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    directory: Path | None = None
+    mib: Annotated[int, Field(ge=1)] = 256
+    hours: Annotated[int, Field(ge=1)] = 168
+
+
+class Sample(NamedTuple):
+    """A finished request's token ids. handles: names that it is forgotten by (`copying.memory.handle_of`), the
+    tenant's own first.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    handles: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of both."""
+        return len(self.prompt) + len(self.answer)
+
+
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Handle = Annotated[int, Field(ge=0, lt=HANDLES)]
+
+
+class _Named(BaseModel):
+    """The end of every line of a file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    handles: list[Handle]
+
+
+class _Header(_Named):
+    """A file's first line. handles: of all its samples."""
+
+    format: int
+    target: str
+
+
+class _Line(_Named):
+    """Every other line of a file: a `Sample`."""
+
+    prompt: list[Token]
+    answer: list[Token]
+
+
+class SampleFile(NamedTuple):
+    """A file of samples. written: seconds since the epoch."""
+
+    path: Path
+    written: float
+    size: int
+
+
+def samples_of(learning: Path) -> Path:
+    """The samples' directory in the one that `--whiflash-learn` names."""
+    return learning / "samples"
+
+
+def check_spool(directory: Path) -> None:
+    """Make it, for its owner alone, if it is not there.
+
+    Raises:
+        ConfigError: nothing can be written in it, or others can.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_own(directory)
+        with locked(directory):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--whiflash-learn: samples cannot be written to {directory}: {error.strerror}"
+        ) from None
+
+
+def files_of(directory: Path) -> list[SampleFile]:
+    """The files of samples, oldest first, without links; none of a directory that is not there."""
+    found = []
+    for path in sorted(directory.glob(f"[0-9]*{SUFFIX}")):
+        name = _NAME.fullmatch(path.name)
+        try:
+            status = path.lstat()
+        except FileNotFoundError:  # dropped meanwhile
+            continue
+        if name is not None and stat.S_ISREG(status.st_mode):
+            found.append(SampleFile(path, int(name[1]) / 1e9, status.st_size))
+    return found
+
+
+def read_samples(path: Path, target: str) -> list[Sample]:
+    """The samples of a file; none of a file that was dropped meanwhile, or is of another format or target.
+
+    Raises:
+        ConfigError: others may have written it, or it holds anything else.
+    """
+    try:
+        with open_own(path) as file:
+            header = _Header.model_validate_json(file.readline())
+            if (header.format, header.target) != (FORMAT, target):
+                return []
+            lines = [_Line.model_validate_json(line) for line in file]
+        known = set(header.handles)
+        if not all(known.issuperset(line.handles) for line in lines):
+            raise ValueError("a handle is not in the header")
+        return [Sample(line.prompt, line.answer, line.handles) for line in lines]
+    except FileNotFoundError:
+        return []
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} holds no samples ({type(error).__name__}): remove it; a server writes whole files only"
+        ) from None
+
+
+class Spool:
+    """Takes finished requests, and writes them behind the caller's back.
+
+    Args:
+        settings: with a directory that was checked. target: name of the model whose tokens they are.
+        now: seconds since the epoch.
+
+    Attributes:
+        counts: finished requests by outcome. failing: whether the last file could not be written. size: bytes on disk
+            when a file was written last.
+    """
+
+    def __init__(self, settings: Spooling, target: str, now: Callable[[], float] = time.time) -> None:
+        if settings.directory is None:
+            raise ValueError("a spool needs a directory")
+        self.counts: dict[str, int] = dict.fromkeys(get_args(Outcome), 0)
+        self.failing, self.size = False, 0
+        self._directory, self._settings, self._target, self._now = settings.directory, settings, target, now
+        self._waiting: list[Sample] = []
+        self._taken: list[Sample] = []
+        """Samples that are being written: the writer looks once more when it has the directory's lock."""
+        self._tokens = 0
+        self._changed = threading.Condition()
+        self._writing = threading.Lock()
+        threading.Thread(target=self._run, name="whiflash-samples", daemon=True).start()
+
+    def offer(self, prompt: Sequence[int], answer: Sequence[int], handles: Iterable[int] = ()) -> None:
+        """Write a finished request sooner or later, or drop it. Never waits, never raises."""
+        sample = Sample(list(prompt), list(answer), list(handles))
+        with self._changed:
+            if self._tokens + sample.tokens > WAITING:
+                self.counts["dropped"] += 1
+                return
+            self._waiting.append(sample)
+            self._tokens += sample.tokens
+            self._changed.notify()
+
+    def decline(self) -> None:
+        """Count a finished request that is not to be kept."""
+        self.counts["declined"] += 1
+
+    def snapshot(self) -> dict[str, Any]:
+        """Counts for `GET /whiflash/state`."""
+        return {**self.counts, "bytes": self.size, "failing": self.failing}
+
+    def flush(self) -> None:
+        """Write what waits, now."""
+        with self._writing:
+            with self._changed:
+                self._taken, self._waiting, self._tokens = self._waiting, [], 0
+            if self._taken:
+                self._write()
+
+    def forget(self, handle: int | None) -> None:
+        """Drop samples of `handle` that wait or are about to be written; None: all. Never waits for the disk.
+
+        `forget_samples` drops those on disk: either the writer has the directory's lock first, or it does not write
+        what was dropped here.
+        """
+        with self._changed:
+            self._waiting, self._taken = (
+                [sample for sample in samples if handle is not None and handle not in sample.handles]
+                for samples in (self._waiting, self._taken)
+            )
+            self._tokens = sum(sample.tokens for sample in self._waiting)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                self._changed.wait_for(lambda: len(self._waiting) >= BATCH, SECONDS)
+            self.flush()
+
+    def _write(self) -> None:
+        samples = self._taken
+        try:
+            with locked(self._directory):
+                with self._changed:
+                    samples, self._taken = self._taken, []
+                if samples:
+                    write_file(self._directory, self._target, samples, self._now())
+                self.size = prune(self._directory, self._settings, self._now())
+        except OSError as error:
+            self.counts["failed"] += len(samples)
+            if not self.failing:
+                self.failing = True
+                logger.warning(
+                    "no samples are kept for learning: %s: %s (said once, until some are written again); make room, or "
+                    "lower --whiflash-learn-mib",
+                    self._directory,
+                    error.strerror,
+                )
+            return
+        self.counts["written"] += len(samples)
+        if self.failing:
+            self.failing = False
+            logger.info("samples are kept for learning again")
+
+
+def write_file(directory: Path, target: str, samples: Sequence[Sample], now: float) -> Path:
+    """Write a file of samples, whole or not at all; the caller has `locked` the directory. Raises OSError."""
+    path = directory / f"{int(now * 1e9):020d}-{os.getpid()}{SUFFIX}"
+    handles = {handle for sample in samples for handle in sample.handles}
+    _replace(path, _header(target, handles), [_json(sample._asdict()) for sample in samples])
+    return path
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+def _header(target: str, handles: set[int]) -> bytes:
+    return _json({"format": FORMAT, "target": target, "handles": sorted(handles)})
+
+
+def _replace(path: Path, header: bytes, lines: Sequence[bytes]) -> None:
+    staged = path.with_suffix(".part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        with os.fdopen(os.open(staged, flags, 0o600), "wb") as file:
+            file.writelines((header, *lines))
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def prune(directory: Path, settings: Spooling, now: float) -> int:
+    """Drop what a killed writer left, files that are too old, and the oldest beyond the bytes: bytes that are left.
+
+    The caller has `locked` the directory. Raises OSError.
+    """
+    _drop_parts(directory)
+    files = files_of(directory)
+    total = sum(file.size for file in files)
+    for file in files:
+        old = now - file.written > settings.hours * 3600
+        if not old and total <= settings.mib << 20:
+            break
+        file.path.unlink(missing_ok=True)
+        total -= file.size
+    return total
+
+
+def _drop_parts(directory: Path) -> None:
+    """Remove the parts that a killed writer left: nobody writes while the directory is `locked`."""
+    for part in directory.glob("*.part"):
+        part.unlink(missing_ok=True)
+
+
+def forget_samples(directory: Path, handle: int | None) -> None:
+    """Drop every sample on disk that `handle` names, and files that cannot be read; None: all. Raises OSError.
+
+    No tokens are read: other threads of the caller go on meanwhile.
+    """
+    with locked(directory):
+        _drop_parts(directory)
+        for file in files_of(directory):
+            if handle is None or not _without(file.path, handle):
+                file.path.unlink(missing_ok=True)
+
+
+def _without(path: Path, handle: int) -> bool:
+    """Write a file again without what `handle` names; whether anything of it is to stay."""
+    try:
+        with open_own(path) as file:
+            header = _Header.model_validate_json(file.readline())
+            if handle not in header.handles:
+                return True
+            named = [(line, _handles(line)) for line in file]
+    except ValueError:  # ConfigError is one; nobody knows whose it is
+        return False
+    kept = [(line, handles) for line, handles in named if handle not in handles]
+    if kept:
+        left = {one for _, handles in kept for one in handles}
+        _replace(path, _header(header.target, left), [line for line, _ in kept])
+    return bool(kept)
+
+
+def _handles(line: bytes) -> list[int]:
+    """Handles in a `Sample`'s line, which ends with them. Raises ValueError."""
+    return _Named.model_validate_json(b"{" + _HANDLES_KEY + line.rpartition(_HANDLES_KEY)[2]).handles
