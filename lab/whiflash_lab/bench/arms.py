@@ -239,6 +239,6 @@ def _upstream(kind: str, width: str, subject: Subject) -> tuple[str, ...]:
             )
         if kind == "DSPARK" and subject.on_cpu:
             raise ConfigError(f"--arms DSPARK: upstream serves it on GPUs only; {_PINNED_INSTEAD}")
-        block = ("--speculative-num-draft-tokens", width) if width else ()
-        return ("--speculative-draft-model-path", str(subject.dflash), *block)
+        rows = ("--speculative-num-draft-tokens", width) if width else ()
+        return ("--speculative-draft-model-path", str(subject.dflash), *rows)
     return ()
