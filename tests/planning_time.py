@@ -38,7 +38,7 @@ from whiflash_sglang.drafts.candidates import common_prefix
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
 from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
-from whiflash_sglang.records.core import Round
+from whiflash_sglang.records.core import Results, Round
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner, rows_of
@@ -160,31 +160,33 @@ class Batch:
         """Tokens that the round commits of a request."""
         return NEW
 
-    def _results(self, round: Round, lengths: list[int]) -> dict[str, list[Any]]:
+    def _results(self, round: Round, lengths: list[int]) -> Results:
         """The results of such a round: three drafts each."""
         many = self.size
         copies = [self._following(req, COPIED) for req in self.requests]
         new = [copy[: self._brought(round, index)] for index, copy in enumerate(copies)]
         self.rounds, self.tokens = self.rounds + 1, self.tokens + sum(map(len, new))
-        return {
-            "starts": lengths,
-            "widths": [4] * many,
-            "first_drafts": [3] * many,
-            "drafts": [[run[0], 0, 0] for run in new],
-            "drafted": [3] * many,
-            "source": [0] * many,
-            "tokens": new,
-            "accept_lens": [len(run) for run in new],
-            "confidences": [[0.7, 0.5, 0.4]] * many,
-            "faults": [0] * many,
-            "wanted": [3] * many,
-            "entropy": [0.4] * many,
-            "copies": copies,
-            "copied": [COPIED] * many,
-            "copy_alive": [[0.9**depth for depth in range(1, COPIED + 1)]] * many,
-            "copy_matched": [32] * many,
-            "copy_agreements": [[Agreement.UNANIMOUS] * COPIED] * many,
-        }
+        return Results(
+            starts=lengths,
+            widths=[4] * many,
+            first_drafts=[3] * many,
+            drafts=[[run[0], 0, 0] for run in new],
+            drafted=[3] * many,
+            source=[0] * many,
+            bonus=[0] * many,
+            seq_lens=lengths,
+            tokens=new,
+            accept_lens=[len(run) for run in new],
+            confidences=[[0.7, 0.5, 0.4]] * many,
+            faults=[0] * many,
+            wanted=[3] * many,
+            entropy=[0.4] * many,
+            copies=copies,
+            copied=[COPIED] * many,
+            copy_alive=[[0.9**depth for depth in range(1, COPIED + 1)]] * many,
+            copy_matched=[32] * many,
+            copy_agreements=[[Agreement.UNANIMOUS] * COPIED] * many,
+        )
 
 
 TOOLS = [
@@ -301,7 +303,7 @@ class Agents(Batch):
     def _brought(self, round: Round, index: int) -> int:
         req, most = self.requests[index], widest_of(self.drafters)
         right = [0]
-        for each in round.candidates[index].values():
+        for each in round.plan.candidates[index].values():
             at = each.at - len(req.origin_input_ids)
             right.append(common_prefix(each.tokens[:most], req.answer[at : at + most]))
         return 1 + max(right)

@@ -1,5 +1,7 @@
 """One buffer up and one down, whatever is in them."""
 
+from typing import Any, NamedTuple
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,13 +26,21 @@ def test_what_is_sent_arrives(ints: list[list[int]], floats: list[list[float]]) 
 
 
 def test_a_download_keeps_shapes_and_kinds() -> None:
-    fields = {
-        "tokens": torch.tensor([[1, 2], [3, 4]]),
-        "counts": torch.tensor([2, 1], dtype=torch.int32),
-        "entropy": torch.tensor([0.5, float("inf")]),
-        "none": torch.zeros((2, 0)),
-    }
-    download = Download(**fields)
-    wanted = {name: field.tolist() for name, field in fields.items()}
+    class Record(NamedTuple):
+        counts: Any
+        tokens: Any
+        entropy: Any
+        nothing: Any
+        absent: Any = None
+
+    record = Record(
+        torch.tensor([2, 1], dtype=torch.int32),
+        torch.tensor([[1, 2], [3, 4]]),
+        torch.tensor([0.5, float("inf")]),
+        torch.zeros((2, 0)),
+    )
+    download = Download(record)
+    wanted = Record([2, 1], [[1, 2], [3, 4]], [0.5, float("inf")], [[], []])
     assert download.read() == wanted
+    assert torch.equal(download[download.at.tokens], record.tokens)
     assert download.copy_to_host(torch.clone).read() == wanted, "of the copy"

@@ -32,10 +32,10 @@ def test_what_the_device_copies_itself_is_not_sent(plans: list[Round]) -> None:
     batch = Batch(3)
     for _ in range(ROUNDS):
         batch.round()
-    for plan in plans:
-        assert all(plan.limits["copied"])
-        assert not any(plan.candidates)
-        assert plan.host_drafts is None
+    for round in plans:
+        assert all(round.plan.limits.copied)
+        assert not any(round.plan.candidates)
+        assert round.on_device.candidates is None
     assert batch.drafters[arms.LOOKUP].host_bytes()["index"] == 0, "no text is indexed on the host"
 
 
@@ -75,12 +75,13 @@ def test_what_the_device_cannot_find_is_sent(plans: list[Round]) -> None:
     batch.drafters[arms.LOOKUP].begin(row, RequestHints(), None, predicted, prompt=len(text.origin_input_ids))
     text.output_ids = predicted[:1]
     batch.round()
-    (plan,) = plans
+    (round,) = plans
+    plan = round.plan
     assert [list(by_arm) for by_arm in plan.candidates] == [[], [arms.LOOKUP], []]
     candidate = plan.candidates[1][arms.LOOKUP]
     assert {part.source for part in candidate.parts} == {"prediction"}
-    assert plan.host_drafts is not None
-    sent, _ = plan.host_drafts
+    assert round.on_device.candidates is not None
+    sent, _ = round.on_device.candidates
     count = len(candidate.tokens)
     assert sent.counts.flatten().tolist() == [0, count, 0]
     assert sent.tokens[1, 0, :count].tolist() == list(candidate.tokens) == predicted[1 : 1 + count]

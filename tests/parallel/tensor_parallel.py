@@ -118,8 +118,8 @@ def play_ours(
         with unwatched():
             tokens, widths = round.chosen.tokens.tolist(), round.chosen.widths.tolist()
         drafts = [each[: width - 1] for each, width in zip(tokens, widths, strict=True)]
-        rounds.append((round.routes, round.due, drafts))
-        proposers.update(arm for by_arm in round.candidates for arm in by_arm)
+        rounds.append((round.plan.routes, round.due, drafts))
+        proposers.update(arm for by_arm in round.plan.candidates for arm in by_arm)
 
     oracle = OracleArm(0.93, seed=3)
     for arrival in arrivals:

@@ -117,7 +117,7 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
         observed.clear()
         tokens = learn(self, round, found)
         for i, state in enumerate(round.states):
-            if found["source"][i] and found["drafted"][i] and self.controller.keeps(state):
+            if found.source[i] and found.drafted[i] and self.controller.keeps(state):
                 assert state.row in observed, "its drafts lost, and nobody learned how right they were"
                 lost += 1
         return tokens
@@ -142,7 +142,7 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     copied = [
         accepted - 1
         for found in seen
-        for source, accepted in zip(found["source"], found["accept_lens"], strict=True)
+        for source, accepted in zip(found.source, found.accept_lens, strict=True)
         if source
     ]
     assert copied

@@ -17,6 +17,7 @@ from reference import Comparison
 from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.device.transfers import EXACT
 from whiflash_sglang.prices.costs import FULL_LENGTH
+from whiflash_sglang.records.core import Limits, Results
 from whiflash_sglang.records.request import RequestState
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner
@@ -381,7 +382,7 @@ def test_the_rest_of_a_batch_is_not_asked() -> None:
     round: Any = SimpleNamespace(
         names=list(enumerate(rids)),
         most=[9] * 64,
-        worth={"lookup": FULL_LENGTH},
+        plan=SimpleNamespace(worth={"lookup": FULL_LENGTH}),
         history=lambda *_: [],
     )
     for index, rid in enumerate(rids):
@@ -400,15 +401,16 @@ def test_drafts_that_the_device_took_were_sound() -> None:
     round: Any = SimpleNamespace(
         parts=None,
         accepted=(),
-        routes=["none"] * 2,
         states=[RequestState(rid, under_way=[3]) for rid in ("sound", "gone")],
         decisions=[None] * 2,
-        limits={"pass": [0] * 2},
+        plan=SimpleNamespace(routes=["none"] * 2, limits=Limits([0] * 2, [0] * 2, [0] * 2, [0] * 2)),
         bounded=True,
     )
     history.fail("one", "one", arm="lookup")
-    results = {name: [count] * 2 for name, count in {"starts": 9, "widths": 3, "faults": 0}.items()}
-    learner.learn(round, {**results, "first_drafts": [0] * 2, "source": [-1, 0]}, kept=[[], []])
+    results = Results(*[None] * 12)._replace(
+        starts=[9] * 2, widths=[3] * 2, faults=[0] * 2, first_drafts=[0] * 2, source=[-1, 0]
+    )
+    learner.learn(round, results, kept=[[], []])
     held.end("sound")
     history.fail("two", arm="lookup")
     assert not held.reasons

@@ -23,7 +23,7 @@ from whiflash_sglang.arms.base import widest_of
 from whiflash_sglang.device.transfers import Download
 from whiflash_sglang.engine.scheduler import step
 from whiflash_sglang.engine.scheduler.spec_worker import round_result, step_result
-from whiflash_sglang.records.core import Verified
+from whiflash_sglang.records.core import Results, Verified
 from whiflash_sglang.serve import worker
 
 PROMPT, TOKENS = [1, 2, 3], 30
@@ -194,7 +194,8 @@ def test_every_field_of_a_result_is_handed_on() -> None:
         said = {name: f"{name} of {slots}" for name in names - joined} | dict.fromkeys(joined, chosen)
         verified = Verified(*[None] * 7, forward=GenerationBatchResult(**said))  # type: ignore[arg-type]
         names_of_results = "tokens", "accept_lens", "widths", "bonus", "seq_lens"
-        results = Download(**dict.fromkeys(names_of_results, torch.ones((1, 1), dtype=torch.int32)))
+        known = dict.fromkeys(names_of_results, torch.ones((1, 1), dtype=torch.int32))
+        results = Download(Results(*[None] * 12)._replace(**known))
         result = round_result(verified, results)
         assert {name for name in names if getattr(result, name) is not said[name]} == ours
         return result

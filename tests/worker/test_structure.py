@@ -43,7 +43,7 @@ def forbidden(e: Engine, round: Round) -> int:
     for index, row in enumerate(round.row_ids):
         own = arm._requests.get(row)
         matcher = own and own.grammar and own.grammar.matcher(arm._vocabulary)
-        if not matcher or not round.limits["joined"][index] or own.known != round.most[index] + 1:
+        if not matcher or not round.plan.limits.joined[index] or own.known != round.most[index] + 1:
             continue
         drafts = round.chosen.tokens[index, : int(round.chosen.widths[index]) - 1].tolist()
         with matcher.trying():

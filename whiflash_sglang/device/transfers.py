@@ -4,13 +4,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 Ints = Sequence[int] | np.ndarray[Any, Any]
 Floats = Sequence[float] | np.ndarray[Any, Any]
+RecordT = TypeVar("RecordT", bound=NamedTuple)
 
 
 class Upload:
@@ -87,33 +88,36 @@ def sent(values: Ints, device: torch.device) -> torch.Tensor:
     return upload.send(device)[0][0]
 
 
-class Download:
+class Download(Generic[RecordT]):
     """Tensors of the device on their way to the host, packed into one buffer of its own: no later round writes to it.
 
     It is SGLang's `DeviceAuxiliaryOutput` and, when the copy has come, its `HostAuxiliaryOutput`.
 
-    packed: [N] int32 on the device, where each of the tensors has its name, as an int of 32 or 64 bits or a float of
-    32. learn: takes what is read, and what the scheduler kept of each request's tokens; set by whoever lets SGLang
+    packed: [N] int32 on the device, with every tensor as an int of 32 or 64 bits or a float of 32. at: where each field
+    lies. learn: takes what is read, and what the scheduler kept of each request's tokens; set by whoever lets SGLang
     carry the results.
 
     Args:
-        fields: tensors of 64-bit ints, of other ints whose values fit into 32, or of floats.
+        record: a NamedTuple of tensors of 64-bit ints, of other ints whose values fit into 32, or of floats. Some may
+            be None, and stay so.
     """
 
-    def __init__(self, **fields: torch.Tensor) -> None:
+    def __init__(self, record: RecordT) -> None:
+        fields = {name: field for name, field in record._asdict().items() if field is not None}
         # Fields of 64 bits come first: they must start at an even place.
         ordered = sorted(fields.items(), key=lambda field: field[1].dtype != torch.int64)
         parts = [_as_int32(field) for _, field in ordered]
         ends = list(accumulate(part.numel() for part in parts))
-        self._fields = {
+        places = {
             name: (slice(begin, end), _sent(field.dtype), tuple(field.shape))
             for (name, field), begin, end in zip(ordered, [0, *ends], ends, strict=False)
         }
+        self.at = record._replace(**places)
         self.packed = torch.cat(parts)
-        self.learn: Callable[[dict[str, list[Any]], Sequence[Sequence[int]]], object] | None = None
+        self.learn: Callable[[RecordT, Sequence[Sequence[int]]], object] | None = None
         self._copy: torch.Tensor | None = None
 
-    def copy_to_host(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> "Download":
+    def copy_to_host(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> "Download[RecordT]":
         """Called by SGLang, on another stream. `packed` is kept: the copy may still read it."""
         self._copy = copy(self.packed)
         return self
@@ -125,18 +129,17 @@ class Download:
         kept = [() if commit is None else commit.token_ids for commit in commits]
         learn(self.read(), kept)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """Field of the host's copy, once it is on its way."""
-        place, dtype, shape = self._fields[name]
+    def __getitem__(self, at: tuple[slice, torch.dtype, tuple[int, ...]]) -> torch.Tensor:
+        """Field of the host's copy, once it is on its way. at: one of `Download.at`."""
+        place, dtype, shape = at
         return (self.packed if self._copy is None else self._copy)[place].view(dtype).view(shape)
 
-    def read(self) -> dict[str, list[Any]]:
-        """The fields as nested lists. Before it was copied to the host this waits for the device."""
+    def read(self) -> RecordT:
+        """The record with nested lists. Before it was copied to the host this waits for the device."""
         flat = (self.packed if self._copy is None else self._copy).numpy(force=True)
-        return {
-            name: flat[place].view(_NUMPY[dtype]).reshape(shape).tolist()
-            for name, (place, dtype, shape) in self._fields.items()
-        }
+        return self.at._make(
+            None if at is None else flat[at[0]].view(_NUMPY[at[1]]).reshape(at[2]).tolist() for at in self.at
+        )
 
 
 _NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32}

@@ -8,7 +8,7 @@ B is the number of requests, W a padded width, T a number of packed rows.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,18 +27,73 @@ Due = Mapping[str, tuple[list[int], int]]
 to ingest together, never 0; exactly those if n is known.
 """
 
-DECIDED = (
-    "limits",
-    "undrafted",
-    "routes",
-    "asked",
-    "priced_as",
-    "row_estimates",
-    "candidates",
-    "worth",
-    "calibration",
-)
-"""Fields of a `Round` that the first rank decides from what it alone looks at; the others take them over."""
+NumbersT = TypeVar("NumbersT")
+
+
+class Limits(NamedTuple, Generic[NumbersT]):
+    """Drafts at most, of each request of a round: a list on the host, [B] int64 on the device.
+
+    passes: of its pass, 0 without one. joined: with those that other arms put behind, 0 if none may. copied: that the
+    device may copy in their place. drafts: of whatever source.
+    """
+
+    passes: NumbersT
+    joined: NumbersT
+    copied: NumbersT
+    drafts: NumbersT
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """The first rank's decisions about a round, from what it alone looks at; the others take them over.
+
+    A value a request: undrafted: indices of those whose grammar is too dear for drafts. asked: arms that were asked
+    what they propose. routes: neural pass of each, or `none`. candidates: that may be verified without a pass.
+    priced_as: what drafts are learned by: the route, or `promised`. row_estimates: drafts that rows are there for
+    (`WorkerCosts.room`).
+
+    A value an arm: worth: what a further draft must bring. calibration: `Drafter.calibration` of all that draft.
+    """
+
+    undrafted: list[int]
+    asked: list[list[str]]
+    worth: dict[str, Worth]
+    routes: list[str] = field(init=False)
+    candidates: list[dict[str, Candidate]] = field(init=False)
+    limits: Limits[list[int]] = field(init=False)
+    priced_as: list[str] = field(init=False)
+    row_estimates: list[float] = field(init=False)
+    calibration: dict[str, Floats] = field(init=False)
+
+    @property
+    def speculates(self) -> bool:
+        """Whether anything was promised, or a model drafts."""
+        return any(arm != arms.NONE for arm in self.priced_as)
+
+    @property
+    def row_worth(self) -> float:
+        """Tokens that a verified row must bring, whichever arm drafts it."""
+        return max(worth.row for worth in self.worth.values())
+
+    @property
+    def usual_drafts(self) -> int:
+        """Drafts that the round has rows for, where the host may not count them."""
+        return math.ceil(sum(map(min, self.limits.drafts, self.row_estimates)))
+
+
+@dataclass(slots=True, eq=False)
+class Planned:
+    """What the device needs of a plan; nothing but `due` if nobody drafts and nobody catches up.
+
+    due: [arms * B] int64, `DraftSync.flags`. members: [M] int64, and calibration: float32, by arm. candidates: those of
+    the host, and positions of their first tokens, [B, K] int64; None if the host places them itself.
+    """
+
+    due: torch.Tensor
+    limits: Limits[torch.Tensor] = field(init=False)
+    members: dict[str, torch.Tensor] = field(init=False)
+    calibration: dict[str, torch.Tensor] = field(init=False)
+    candidates: tuple[Drafts, torch.Tensor] | None = None
 
 
 @dataclass(eq=False, repr=False)  # a repr would read what no stage has filled, and wait for the device
@@ -60,31 +115,13 @@ class Round:
     budgets: list[int]
     ahead: list[list[int]]  # tokens that each committed in earlier rounds of this step
 
-    # Filled by route (round/planning.py), a value a request.
+    # Filled by route (round/planning.py).
     states: list[RequestState] = field(init=False)  # the controller's; a later request in the row has another
     decisions: list[Signals] = field(init=False)  # on what each was decided
-    undrafted: list[int] = field(init=False)  # indices of those whose grammar is too dear for drafts
-    routes: list[str] = field(init=False)  # neural pass of each, or `none`
-    asked: list[list[str]] = field(init=False)  # arms that were asked what they propose
-    candidates: list[dict[str, Candidate]] = field(init=False)  # that may be verified without a pass
-    # Drafts at most. `pass`: of the pass, 0 without one. `joined`: with those that other arms put behind, 0 if none
-    # may. `copied`: that the device may copy in their place. `all`: of whatever source.
-    limits: dict[str, list[int]] = field(init=False)
-    priced_as: list[str] = field(init=False)  # what drafts are learned by: the route, or `promised`
-    row_estimates: list[float] = field(init=False)  # drafts that rows are there for (`WorkerCosts.room`)
-
-    # Filled by route, a value an arm.
-    worth: dict[str, Worth] = field(init=False)  # what a further draft must bring
-    calibration: dict[str, Floats] = field(init=False)  # `Drafter.calibration` of all that draft
-    members: dict[str, list[int]] = field(init=False)  # indices of the requests that it drafts for
+    plan: Plan = field(init=False)
+    members: dict[str, list[int]] = field(init=False)  # by arm, indices of the requests that it drafts for
     due: Due = field(init=False)  # which requests it catches up
-
-    # Filled by route, on the device; nothing but `due` if nobody drafts and nobody catches up. ("limit", name): [B]
-    # int64 of each of `limits`. ("members", arm): [M] int64. ("calibration", arm): float32. ("due", ""): [arms * B]
-    # int64, `DraftSync.flags`.
-    on_device: dict[tuple[str, str], torch.Tensor] = field(init=False)
-    # `candidates`, and positions of their first tokens, [B, K] int64; None if the host places them itself.
-    host_drafts: tuple[Drafts, torch.Tensor] | None = field(init=False)
+    on_device: Planned = field(init=False)
 
     # Filled by draft (round/draft.py).
     drafts: Drafts = field(init=False)  # of the passes, whether or not they are verified
@@ -122,21 +159,6 @@ class Round:
     def answer(self, index: int, start: int) -> Sequence[int]:
         """The same of its output, from output token `start` on."""
         return self.history(index, len(self.reqs[index].origin_input_ids) + start)
-
-    @property
-    def speculates(self) -> bool:
-        """Whether anything was promised, or a model drafts."""
-        return any(arm != arms.NONE for arm in self.priced_as)
-
-    @property
-    def row_worth(self) -> float:
-        """Tokens that a verified row must bring, whichever arm drafts it."""
-        return max(worth.row for worth in self.worth.values())
-
-    @property
-    def usual_drafts(self) -> int:
-        """Drafts that the round has rows for, where the host may not count them."""
-        return math.ceil(sum(map(min, self.limits["all"], self.row_estimates)))
 
     def draft_nothing(self) -> None:
         """Every request verifies its bonus token."""
@@ -260,6 +282,44 @@ class SampleHook:
     def verified(self, verified: "Verified", block: MixedBlock) -> "Verified":
         """In place of what was sampled at the rows of `block`."""
         return verified
+
+
+Values = Any
+"""Of B requests, as a tensor on the device and as nested lists on the host; None where it was not computed."""
+
+
+class Results(NamedTuple):
+    """All that `Learner.learn` and the scheduler read of a round of B requests.
+
+    Ints are [B] if nothing else is said. starts: int64, n. widths: int32, verified rows. first_drafts: int32, how many
+    of the verified drafts are the first arm's. drafts: [B, W] int64, of the passes, of which `drafted`, int64, count,
+    whether or not they were verified; confidences: [B, C] float32, theirs; faults: int32, 1 where a pass's drafts were
+    none. source: int32, as of `Chosen`. bonus, seq_lens: int64, and tokens: [B, W] int64, of which `accept_lens`,
+    int32, count, as of `Committed`. wanted: int32, drafts before the bound on rows was kept to, where there is one.
+    copies: [B, L] int64, of which `copied`, int64, count, and what is known of them, as of `propose_copies`, where the
+    device copies. entropy: [B] float32, and outputs: [B, K] float32, as of `Epilogue.signals`.
+    """
+
+    starts: Values
+    widths: Values
+    first_drafts: Values
+    drafts: Values
+    drafted: Values
+    source: Values
+    bonus: Values
+    seq_lens: Values
+    tokens: Values
+    accept_lens: Values
+    confidences: Values
+    faults: Values
+    wanted: Values = None
+    copies: Values = None
+    copied: Values = None
+    copy_alive: Values = None
+    copy_matched: Values = None
+    copy_agreements: Values = None
+    entropy: Values = None
+    outputs: Values = None
 
 
 class Verified(NamedTuple):

@@ -78,7 +78,7 @@ class DraftStage:
 
     def draft(self, round: Round) -> None:
         """Each arm drafts for its own requests; the results are laid side by side."""
-        if not any(round.limits["all"]):
+        if not any(round.plan.limits.drafts):
             round.draft_nothing()
             return
         parts = []
@@ -108,13 +108,14 @@ class DraftStage:
     def _choose(self, round: Round, parts: Sequence[tuple[torch.Tensor, Drafts]]) -> None:
         """Choose the drafts that are verified, of all passes and of what the draft sources know."""
         # The device looks up what follows drafts behind the text.
-        behind = any(round.limits["joined"]) and not self.host.exact
+        limits = round.plan.limits
+        behind = any(limits.joined) and not self.host.exact
         round.drafts = lay_drafts(
             parts,
             round.rows,
             round.starts,
-            width=max(round.limits["all"]),
-            confidences=max(round.limits["pass"]),
+            width=max(limits.drafts),
+            confidences=max(limits.passes),
             vocabulary=self.sources.vocabulary,
             text=self.text if behind else None,
         )
@@ -141,11 +142,11 @@ class DraftStage:
         """The device chooses among drafts, the host's candidates and its own copies, as many as there are rows for, the
         likeliest first. appended: copies that follow the drafts.
         """
-        size = len(round)
-        copies = round.copies = self._copies(round) if any(round.limits["copied"]) else None
-        most = min(round.usual_drafts, sum(round.limits["all"]), MOST_DRAFTS)
+        size, plan = len(round), round.plan
+        copies = round.copies = self._copies(round) if any(plan.limits.copied) else None
+        most = min(plan.usual_drafts, sum(plan.limits.drafts), MOST_DRAFTS)
         most = self.rows_for(size + most, size) - size
-        from_host, at = round.host_drafts or (None, None)
+        from_host, at = round.on_device.candidates or (None, None)
         round.chosen = choose_drafts(
             round.drafts,
             round.rows,
@@ -155,26 +156,26 @@ class DraftStage:
             from_host=from_host,
             at=at,
             copies=copies,
-            limits=round.on_device["limit", "all"],
-            worth=round.row_worth,
+            limits=round.on_device.limits.drafts,
+            worth=plan.row_worth,
             most_drafts=most,
         )
-        round.packed_rows, round.stride, round.bounded = size + most, 1 + max(round.limits["all"]), True
+        round.packed_rows, round.stride, round.bounded = size + most, 1 + max(plan.limits.drafts), True
 
     def _chains(self, round: Round) -> tuple[list[Candidate], list[int]]:
         """Drafts of each request that are verified, and how many of these are left of its pass or candidate. A
         request without a pass takes its likeliest candidate; tokens that other sources know to follow are appended.
         """
-        chains, left = [], []
-        for i, (drafted, route) in enumerate(zip(_rows(round.drafts), round.routes, strict=True)):
+        chains, left, plan = [], [], round.plan
+        for i, (drafted, route) in enumerate(zip(_rows(round.drafts), plan.routes, strict=True)):
             candidates = {route: NOTHING.followed_by(*drafted, route)}
             if route == arms.NONE:
                 candidates |= {
-                    arm: each.first(round.limits["all"][i]) for arm, each in round.candidates[i].items()
+                    arm: each.first(plan.limits.drafts[i]) for arm, each in plan.candidates[i].items()
                 }
-            first, chain = max(candidates.items(), key=lambda one: one[1].gain(round.row_worth))
+            first, chain = max(candidates.items(), key=lambda one: one[1].gain(plan.row_worth))
             kept = len(chain.tokens)
-            if room := round.limits["joined"][i]:
+            if room := plan.limits.joined[i]:
                 chain, valid = self.sources.extended(round, i, first, chain, room)
                 kept = min(kept, valid)
             chains.append(chain)
@@ -191,14 +192,14 @@ class DraftStage:
 
     def _batch(self, round: Round, arm: str, members: Sequence[int]) -> DraftBatch:
         """The requests that `arm` drafts for: `members` of the batch."""
-        drafter, caps = self.drafters[arm], round.on_device["limit", "pass"]
+        drafter, caps = self.drafters[arm], round.on_device.limits.passes
         rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
             _index(round, arm, members) if len(members) < len(round) else None,
             round.rows,
             round.starts,
             round.bonus,
             caps,
-            round.on_device["calibration", arm],
+            round.on_device.calibration[arm],
             drafter.features,
             tail=drafter.tail_width > 0,
             into=drafter.place(len(members)),
@@ -211,15 +212,16 @@ class DraftStage:
             self.slot_table,
             longest=max(round.most[i] for i in members),
             caps=caps,
-            limits=[round.limits["pass"][i] for i in members],
+            limits=[round.plan.limits.passes[i] for i in members],
             row_ids=[round.row_ids[i] for i in members],
             calibration=calibration,
-            worth=round.worth[arm],
+            worth=round.plan.worth[arm],
             host=self.host,
         )
 
     def _whole_batch(self, round: Round, arm: str, behind: bool) -> DraftBatch:
         """All requests, for an arm that drafts from their text only, or after their drafts (`behind`)."""
+        limits = round.on_device.limits
         return DraftBatch(
             round.rows,
             round.starts,
@@ -227,9 +229,9 @@ class DraftStage:
             round.bonus.new_empty((len(round), 0)),
             self.slot_table,
             longest=max(round.most),
-            caps=round.on_device["limit", "joined" if behind else "copied"],
-            calibration=round.on_device["calibration", arm],
-            worth=round.worth[arm],
+            caps=limits.joined if behind else limits.copied,
+            calibration=round.on_device.calibration[arm],
+            worth=round.plan.worth[arm],
             host=self.host,
             text=self.text,
         )
@@ -237,7 +239,7 @@ class DraftStage:
 
 def _index(round: Round, arm: str, members: Sequence[int]) -> torch.Tensor:
     """Some or all of the members of `arm` on the device."""
-    every = round.on_device["members", arm]
+    every = round.on_device.members[arm]
     return every if len(members) == len(every) else sent(members, every.device)
 
 

@@ -3,7 +3,6 @@
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from whiflash_kernels import Committed
@@ -11,21 +10,17 @@ from whiflash_kernels import Committed
 from whiflash_sglang.arms.base import Drafter, TextDrafter
 from whiflash_sglang.copying.copier import CONTEXT
 from whiflash_sglang.device.ranks import Ranks
-from whiflash_sglang.device.transfers import Download
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Candidate, Part, behind, common_prefix, first_of
 from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
-from whiflash_sglang.records.core import Round
+from whiflash_sglang.records.core import Results, Round
 from whiflash_sglang.records.request import RequestState
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.telemetry.tally import Tally
 from whiflash_sglang.telemetry.trace import Recording
-
-Results = Mapping[str, list[Any]]
-"""`results_of` a round, on the host."""
 
 PLAIN_ENTROPY_ROUNDS = 8
 """Rounds between two readings of the entropy if nothing is drafted: it costs as much as all else that is kept."""
@@ -58,13 +53,13 @@ class Learner:
     def needs(self, round: Round) -> Collection[str]:
         """Signals that the policy reads after a round."""
         needs = self.controller.policy.needs
-        often = round.speculates or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
+        often = round.plan.speculates or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
         return needs if often else needs - {"entropy"}
 
     def learn(
         self, round: Round, results: Results, kept: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
-        """Learn from a round's results, as `Download.read` gives them. Returns the tokens that it committed.
+        """Learn from a round's results, on the host. Returns the tokens that it committed.
 
         Args:
             kept: what the scheduler kept of each request's tokens, where it has seen them already: nothing of one that
@@ -73,12 +68,12 @@ class Learner:
         if self.verifying:
             self.verifying.popleft()
         if kept is None:
-            kept = [run[:count] for run, count in zip(results["tokens"], results["accept_lens"], strict=True)]
+            kept = [run[:count] for run, count in zip(results.tokens, results.accept_lens, strict=True)]
         tokens = [list(run) for run in kept]
-        self.ranks.note(results["starts"], results["widths"], results["faults"], tokens)
+        self.ranks.note(results.starts, results.widths, results.faults, tokens)
         costs = self.controller.costs
         priced = costs.knows_plain and any(state.recording for state in round.states)
-        prices = round_prices(costs, round.routes, sum(results["widths"])) if priced else None
+        prices = round_prices(costs, round.plan.routes, sum(results.widths)) if priced else None
         for i, state in enumerate(round.states):
             state.under_way.pop(0)
             parts = round.parts[i] if round.parts is not None else ()
@@ -92,16 +87,16 @@ class Learner:
 
     def _first_arm(self, round: Round, results: Results, i: int, parts: Sequence[Part]) -> tuple[str, int]:
         """The arm whose drafts a request verified first, and how many were this arm's; the quarantine judges it."""
-        rid, arm = round.states[i].rid, round.routes[i]
-        source, drafted = results["source"][i], results["first_drafts"][i]
-        if round.limits["pass"][i]:
-            self.quarantine.judge(arm, rid, faulty=bool(results["faults"][i]))
+        rid, arm = round.states[i].rid, round.plan.routes[i]
+        source, drafted = results.source[i], results.first_drafts[i]
+        if round.plan.limits.passes[i]:
+            self.quarantine.judge(arm, rid, faulty=bool(results.faults[i]))
         if source:
-            arm, drafted = self.proposers[source], results["widths"][i] - 1
+            arm, drafted = self.proposers[source], results.widths[i] - 1
         elif parts and not round.bounded:
             first = parts[0].source
             arm = next((arm for arm, drafter in self.drafters.items() if first in drafter.sources), first)
-        if arm != round.routes[i]:
+        if arm != round.plan.routes[i]:
             self.quarantine.judge(arm, rid, faulty=False)
         return arm, drafted
 
@@ -122,18 +117,16 @@ class Learner:
             arm, first_drafts: as of `_first_arm`. prices: `round_prices`, if they are wanted. parts: those of its
             drafts.
         """
-        state, decision, route = round.states[i], round.decisions[i], round.routes[i]
-        width = results["widths"][i]
+        state, decision, route = round.states[i], round.decisions[i], round.plan.routes[i]
+        width = results.widths[i]
         if round.bounded:
-            self.controller.costs.wanted(round.priced_as[i], results["wanted"][i])
-        drafts = results["drafts"][i][: results["drafted"][i]]
+            self.controller.costs.wanted(round.plan.priced_as[i], results.wanted[i])
+        drafts = results.drafts[i][: results.drafted[i]]
         agreed = common_prefix(drafts, tokens)
         lengths = {arm: len(tokens)}
-        if arm != route and results["drafted"][i]:
+        if arm != route and results.drafted[i]:
             lengths[route] = agreed + 1  # what its drafts alone would have brought, or at least that
-        evidence = self.controller.committed(
-            state, decision, arm, tokens, width, results["starts"][i], lengths
-        )
+        evidence = self.controller.committed(state, decision, arm, tokens, width, results.starts[i], lengths)
         self.tally.committed(
             state.counts,
             arm,
@@ -148,33 +141,33 @@ class Learner:
         if evidence and route in self.drafters and keeps:
             known = min(len(drafts), len(tokens))
             with self.quarantine.guard(route, state.rid):
-                self.drafters[route].observe(state.row, known, agreed, results["confidences"][i][:known])
-        if "copies" in results and keeps:
+                self.drafters[route].observe(state.row, known, agreed, results.confidences[i][:known])
+        if results.copies is not None and keeps:
             self._copied(self.proposers[-1], state, results, i, tokens)
-        if "entropy" in results:
-            state.entropy = results["entropy"][i]
-        if "outputs" in results:
-            note(state, results["outputs"][i])
+        if results.entropy is not None:
+            state.entropy = results.entropy[i]
+        if results.outputs is not None:
+            note(state, results.outputs[i])
 
     def _copied(self, arm: str, state: RequestState, results: Results, i: int, tokens: Sequence[int]) -> None:
         """The device copied for `arm`, whoever's drafts the round verified."""
-        drafter, count = self.drafters[arm], results["copied"][i]
+        drafter, count = self.drafters[arm], results.copied[i]
         assert isinstance(drafter, TextDrafter)
-        copied, alive = results["copies"][i][:count], results["copy_alive"][i][:count]
-        matched, agreements = results["copy_matched"][i], results["copy_agreements"][i]
+        copied, alive = results.copies[i][:count], results.copy_alive[i][:count]
+        matched, agreements = results.copy_matched[i], results.copy_agreements[i]
         copy = Candidate(copied, alive, [Part(CONTEXT, count)], 0, matched, agreements)
         with self.quarantine.guard(arm, state.rid):
             drafter.copied(state.row, copy, tokens)
 
     def _chosen_parts(self, round: Round, results: Results, i: int) -> Sequence[Part]:
         """The sources of the drafts that the device chose for a request."""
-        drafts, source = results["widths"][i] - 1, results["source"][i]
+        drafts, source = results.widths[i] - 1, results.source[i]
         if source > 0:
-            candidate = round.candidates[i][self.proposers[source]]
-            parts = list(behind(candidate.parts, results["starts"][i] + 1 - candidate.at))
+            candidate = round.plan.candidates[i][self.proposers[source]]
+            parts = list(behind(candidate.parts, results.starts[i] + 1 - candidate.at))
         else:
-            first_drafts = 0 if source else results["first_drafts"][i]
-            parts = [Part(round.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
+            first_drafts = 0 if source else results.first_drafts[i]
+            parts = [Part(round.plan.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
         return [part for part in first_of(parts, drafts) if part.drafts]
 
 
@@ -198,27 +191,16 @@ def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float,
     return drafting + costs.verify(rows, requests), costs.verify(requests, requests)
 
 
-def results_of(round: Round, committed: Committed, signals: Mapping[str, torch.Tensor]) -> Download:
-    """All that `Learner.learn` and the scheduler read of a round of B requests.
-
-    `starts`, `widths`, `first_drafts` [B], how many of the verified drafts are the first arm's; `drafts` [B, W] of the
-    passes, of which `drafted` [B] count, whether or not they were verified, and their `confidences` [B, C]; `bonus`,
-    `seq_lens` [B] and `tokens` [B, W], of which `accept_lens` [B] count, as of `Committed`; `faults` [B], 1 where a
-    pass's drafts were none; `source` [B], as of `Chosen`; `wanted` [B], drafts before the bound on rows was kept to,
-    where there is one; `copies` [B, L] and what is known of them, as of `propose_copies`, where the device copies;
-    `signals`, as of `Epilogue.signals`.
-    """
+def results_of(round: Round, committed: Committed, signals: Mapping[str, torch.Tensor]) -> Results:
+    """The results of a round, on the device. signals: as of `Epilogue.signals`."""
     chosen, drafts = round.chosen, round.drafts
     assert drafts.confidences is not None
     assert drafts.faults is not None
-    more = {"wanted": chosen.wanted} if round.bounded else {}
+    copied: dict[str, torch.Tensor | None] = {}
     if (copies := round.copies) is not None:
-        assert copies.alive is not None
-        assert copies.matched is not None
-        assert copies.agreements is not None
-        more |= {"copies": copies.tokens, "copied": copies.counts, "copy_alive": copies.alive}
-        more |= {"copy_matched": copies.matched, "copy_agreements": copies.agreements}
-    return Download(
+        copied = {"copies": copies.tokens, "copied": copies.counts, "copy_alive": copies.alive}
+        copied |= {"copy_matched": copies.matched, "copy_agreements": copies.agreements}
+    return Results(
         starts=round.starts,
         widths=chosen.widths,
         first_drafts=chosen.first_drafts,
@@ -231,6 +213,7 @@ def results_of(round: Round, committed: Committed, signals: Mapping[str, torch.T
         accept_lens=committed.accept_lens,
         confidences=drafts.confidences,
         faults=drafts.faults,
-        **more,
+        wanted=chosen.wanted if round.bounded else None,
+        **copied,
         **signals,
     )

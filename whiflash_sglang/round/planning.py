@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from whiflash_kernels import Drafts
 
@@ -13,7 +12,7 @@ from whiflash_sglang.device.transfers import Floats, HostView, Upload
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate, Forecast
 from whiflash_sglang.prices.round_clock import RoundClock
-from whiflash_sglang.records.core import DECIDED, Round
+from whiflash_sglang.records.core import Limits, Plan, Planned, Round
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.sources import DraftSources
@@ -39,17 +38,19 @@ class Planner:
         self.ranks.note(round.names, round.least, round.most)
         round.states = [self.controller.state(*name) for name in round.names]
         self.sources.spending.begin([rid for _, rid in round.names])
-        decided = self.ranks.broadcast(lambda: self._decide(round))
+        round.plan = self.ranks.broadcast(lambda: self._decide(round))
         if not self.ranks.leads:
-            for name, value in zip(DECIDED, decided, strict=True):
-                setattr(round, name, value)
-            round.take_single(round.undrafted)
-            for index, names in enumerate(round.asked):  # what drafters note here is what they draft later
+            round.take_single(round.plan.undrafted)
+            for index, names in enumerate(
+                round.plan.asked
+            ):  # what drafters note here is what they draft later
                 self._proposed(round, index, [arm for arm in names if self._notes(arm)])
-        widths = [1 + most for most in round.limits["all"]]
-        members = {arm: [i for i, route in enumerate(round.routes) if route == arm] for arm in self.drafters}
+        widths = [1 + most for most in round.plan.limits.drafts]
+        members = {
+            arm: [i for i, route in enumerate(round.plan.routes) if route == arm] for arm in self.drafters
+        }
         round.members = {arm: indices for arm, indices in members.items() if indices}
-        round.due = self.sync.due(round.row_ids, round.least, round.most, round.routes, widths)
+        round.due = self.sync.due(round.row_ids, round.least, round.most, round.plan.routes, widths)
         for state, width in zip(round.states, widths, strict=True):
             state.under_way.append(width)
         self.ranks.note(round.due)
@@ -67,29 +68,29 @@ class Planner:
         """
         return self.host.exact or arm not in self.sources.proposing
 
-    def _decide(self, round: Round) -> list[Any]:
-        """Fill the fields of `DECIDED`, and return them for other ranks."""
+    def _decide(self, round: Round) -> Plan:
+        """Fill the round's plan, and return it for other ranks."""
         states = round.states
-        round.undrafted = [i for i, (_, rid) in enumerate(round.names) if self.sources.spending.is_dear(rid)]
-        round.take_single(round.undrafted)
-        round.asked = [self._askable(round, i) for i in range(len(round))]
-        round.worth = {arm: self.controller.worth(arm) for arm in self.drafters}
-        round.routes, proposed = self._route(round)
+        undrafted = [i for i, (_, rid) in enumerate(round.names) if self.sources.spending.is_dear(rid)]
+        round.take_single(undrafted)
+        asked = [self._askable(round, i) for i in range(len(round))]
+        worth = {arm: self.controller.worth(arm) for arm in self.drafters}
+        plan = round.plan = Plan(undrafted, asked, worth)
+        plan.routes, proposed = self._route(round)
         for i, state in enumerate(states):
-            if self.host.exact and round.routes[i] == arms.NONE and not state.decision.promised:
+            if self.host.exact and plan.routes[i] == arms.NONE and not state.decision.promised:
                 proposed[i] = {}  # its rows would not pay
-        round.candidates = [self._verifiable(round, i, by_arm) for i, by_arm in enumerate(proposed)]
-        most = {arm: self._rows(round, arm) for arm in set(round.routes)}
-        limits = [self._limits(round, i, most[arm]) for i, arm in enumerate(round.routes)]
-        names = "pass", "joined", "copied", "all"
-        round.limits = dict(zip(names, map(list, zip(*limits, strict=True)), strict=True))
-        round.priced_as = [
+        plan.candidates = [self._verifiable(round, i, by_arm) for i, by_arm in enumerate(proposed)]
+        most = {arm: self._rows(plan, arm) for arm in set(plan.routes)}
+        limits = [self._limits(round, i, most[arm]) for i, arm in enumerate(plan.routes)]
+        plan.limits = Limits(*map(list, zip(*limits, strict=True)))
+        plan.priced_as = [
             arms.PROMISED if arm == arms.NONE and state.decision.promised else arm
-            for arm, state in zip(round.routes, states, strict=True)
+            for arm, state in zip(plan.routes, states, strict=True)
         ]
-        round.row_estimates = [self.controller.costs.room(arm) for arm in round.priced_as]
-        round.calibration = self._calibrations(round)
-        return [getattr(round, name) for name in DECIDED]
+        plan.row_estimates = [self.controller.costs.room(arm) for arm in plan.priced_as]
+        plan.calibration = self._calibrations(round)
+        return plan
 
     def _verifiable(
         self, round: Round, index: int, proposed: Mapping[str, Candidate]
@@ -108,17 +109,17 @@ class Planner:
             }
         return {arm: each for arm, each in usable.items() if not self.sources.copies_itself(arm, each)}
 
-    def _rows(self, round: Round, arm: str) -> int:
+    def _rows(self, plan: Plan, arm: str) -> int:
         """Most rows of a request's pass; where drafts must pay, as many as the pass is expected to pay for."""
         rows = rows_of(self.drafters, arm)
-        if arm not in self.drafters or not round.worth[arm].row:
+        if arm not in self.drafters or not plan.worth[arm].row:
             return rows
-        return 1 + self.controller.costs.length(arm, round.routes.count(arm), rows - 1)
+        return 1 + self.controller.costs.length(arm, plan.routes.count(arm), rows - 1)
 
     def _limits(self, round: Round, index: int, widest: int) -> tuple[int, int, int, int]:
-        """`Round.limits` of a request, in their order. widest: rows of its pass."""
+        """`Limits` of a request, in their order. widest: rows of its pass."""
         (row, rid), most, controller = round.names[index], round.budgets[index] - 1, self.controller
-        limit, candidates = min(widest - 1, most), round.candidates[index]
+        limit, candidates = min(widest - 1, most), round.plan.candidates[index]
         if not controller.holds(row, rid):
             return limit, 0, 0, 0
         longest = copying = 0
@@ -142,9 +143,9 @@ class Planner:
         """Numbers that judge drafts of the round, of every arm that may make some."""
         by_arm = {}
         for arm, drafter in self.drafters.items():
-            if (arm in round.routes or arm in self.sources.on_device) and arm not in self.quarantine:
+            if (arm in round.plan.routes or arm in self.sources.on_device) and arm not in self.quarantine:
                 with self.quarantine.guard(arm):
-                    by_arm[arm] = drafter.calibration(round.row_ids, round.worth[arm])
+                    by_arm[arm] = drafter.calibration(round.row_ids, round.plan.worth[arm])
         return by_arm
 
     def _askable(self, round: Round, index: int) -> list[str]:
@@ -177,7 +178,7 @@ class Planner:
                     forecasts[arm] = promised
                 continue
             if drafter is not None and drafter.serves(row):
-                history, worth = partial(round.history, index), round.worth[arm]
+                history, worth = partial(round.history, index), round.plan.worth[arm]
                 propose = partial(drafter.propose, row, n, history, worth, self.under_way(row))
                 candidate = self.sources.checked(arm, rid, propose)
             if candidate and candidate.tokens:
@@ -202,7 +203,7 @@ class Planner:
             state = self.controller.states[rows[i]]
             if state.tracker is not None:
                 state.begin(partial(round.answer, i))
-            candidates[i], expected = self._proposed(round, i, round.asked[i])
+            candidates[i], expected = self._proposed(round, i, round.plan.asked[i])
             forecasts.append(expected)
         chosen = self.controller.route([rows[i] for i in running], forecasts) if running else []
         for i, old, new in zip(running, before, chosen, strict=True):
@@ -213,32 +214,35 @@ class Planner:
 
     def _upload(self, round: Round) -> None:
         """Send what the device needs of the plan, in one transfer."""
-        round.on_device, round.host_drafts = {("due", ""): round.rows.new_empty(0)}, None
-        if not round.due and not any(round.limits["all"]):
+        plan = round.plan
+        if not round.due and not any(plan.limits.drafts):
+            round.on_device = Planned(round.rows.new_empty(0))
             return
         upload = Upload()
-        ints = {("limit", name): upload.ints(values) for name, values in round.limits.items()}
-        ints |= {("members", arm): upload.ints(members) for arm, members in round.members.items()}
-        ints["due", ""] = upload.ints(self.sync.flags(round.due, len(round)))
-        floats = {("calibration", arm): upload.floats(values) for arm, values in round.calibration.items()}
+        limits = [upload.ints(values) for values in plan.limits]
+        members = {arm: upload.ints(indices) for arm, indices in round.members.items()}
+        due = upload.ints(self.sync.flags(round.due, len(round)))
+        calibration = {arm: upload.floats(values) for arm, values in plan.calibration.items()}
         proposing, width = self.sources.proposing, self.sources.width
-        from_host = not self.host.exact and any(round.candidates)
+        from_host = not self.host.exact and any(plan.candidates)
         if from_host:
-            candidates = [by_arm.get(arm, NOTHING) for by_arm in round.candidates for arm in proposing]
+            candidates = [by_arm.get(arm, NOTHING) for by_arm in plan.candidates for arm in proposing]
             tokens, counts, alive = side_by_side(candidates, width)
             at = [
                 upload.ints(values) for values in (tokens.ravel(), counts, [each.at for each in candidates])
             ]
             alive_at = upload.floats(alive.ravel())
-        sent_ints, sent_floats = upload.send(round.rows.device)
-        round.on_device |= {name: sent_ints[place] for name, place in ints.items()}
-        round.on_device |= {name: sent_floats[place] for name, place in floats.items()}
+        ints, floats = upload.send(round.rows.device)
+        on_device = round.on_device = Planned(ints[due])
+        on_device.limits = Limits(*(ints[place] for place in limits))
+        on_device.members = {arm: ints[place] for arm, place in members.items()}
+        on_device.calibration = {arm: floats[place] for arm, place in calibration.items()}
         if from_host:
             shape = len(round), len(proposing)
-            ids, most, places = (sent_ints[place] for place in at)
-            chances = sent_floats[alive_at].view(*shape, width)
+            ids, most, places = (ints[place] for place in at)
+            chances = floats[alive_at].view(*shape, width)
             drafts = Drafts(ids.view(*shape, width), most.view(shape), chances)
-            round.host_drafts = drafts, places.view(shape)
+            on_device.candidates = drafts, places.view(shape)
 
 
 def rows_of(drafters: Mapping[str, Drafter], arm: str) -> int:

@@ -80,7 +80,7 @@ class DraftSources:
                 or not drafter.extends(row)
             ):
                 continue
-            extend = partial(drafter.extend_drafts, row, drafts, room, round.worth[arm])
+            extend = partial(drafter.extend_drafts, row, drafts, room, round.plan.worth[arm])
             longer = self.checked(arm, rid, extend)
             if longer is None:
                 continue

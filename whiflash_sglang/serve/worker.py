@@ -10,7 +10,7 @@ from whiflash_sglang.arms.base import of_text, widest_of, with_kv
 from whiflash_sglang.cache import backlog
 from whiflash_sglang.cache.tokens import TokenTable
 from whiflash_sglang.device.clock import clock_of
-from whiflash_sglang.device.transfers import HostView, Upload
+from whiflash_sglang.device.transfers import Download, HostView, Upload
 from whiflash_sglang.engine.carried import replace_settings, settings_of
 from whiflash_sglang.engine.forward import graphs
 from whiflash_sglang.engine.forward.parallel import ranks_of_model
@@ -250,8 +250,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         with clock.stage("route"):
             stages.planner.plan(round)
         with clock.stage("catch_up"):
-            self.sync.catch_up(round.due, round.on_device["due", ""], round.rows, round.starts)
-            clock.extra_catch_up_seconds += self.sync.beyond_usual(round.due, round.row_ids, round.routes)
+            self.sync.catch_up(round.due, round.on_device.due, round.rows, round.starts)
+            clock.extra_catch_up_seconds += self.sync.beyond_usual(
+                round.due, round.row_ids, round.plan.routes
+            )
         with clock.stage("draft"):
             stages.drafting.draft(round)
             self.sync.verifying.append(round.packed_rows)
@@ -264,11 +266,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         with clock.stage("park"):
             stages.epilogue.park(verified, committed)
             signals = stages.epilogue.signals(verified, committed, stages.learner.needs(round))
-            results = results_of(round, committed, signals)
+            results = Download(results_of(round, committed, signals))
             if on_publish is None:
                 tokens = stages.learner.learn(round, results.read())
             else:
-                on_publish(results["seq_lens"])
+                on_publish(results[results.at.seq_lens])
                 tokens = overlap.carry(verified.output, results, partial(stages.learner.learn, round))
         self.tally.round_seconds.append(clock.end(round.timed()))
         return round_result(verified, results), [] if round.stride > 1 else tokens

@@ -10,10 +10,10 @@ from sglang.srt.runtime_context import get_schedule
 
 from whiflash_sglang.device.transfers import Download
 from whiflash_sglang.engine.forward.sampling import cut_likeliest, keep_rows
-from whiflash_sglang.records.core import Verified
+from whiflash_sglang.records.core import Results, Verified
 
 
-def carry(output: Any, results: Download, learn: Callable[..., object]) -> list[list[int]]:
+def carry(output: Any, results: Download[Results], learn: Callable[..., object]) -> list[list[int]]:
     """Have the results travel with `output`, SGLang's record of the forward, until the scheduler processes it and
     `learn` takes them. Returns what is known of the round's tokens: nothing.
     """

@@ -16,7 +16,7 @@ from sglang.srt.state_capturer.base import TopkCaptureOutput
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.device.transfers import Download, Upload
 from whiflash_sglang.engine.forward import recurrent, sampling
-from whiflash_sglang.records.core import PLACEHOLDERS, Round, Verified, readable
+from whiflash_sglang.records.core import PLACEHOLDERS, Results, Round, Verified, readable
 
 logger = logging.getLogger("whiflash_sglang")
 
@@ -203,36 +203,37 @@ def prefill_rows(
 
 
 class RoundResult(GenerationBatchResult):  # type: ignore[misc]
-    """The result of a round, whose tensors come down in one buffer. results: of `learning.results_of`."""
+    """The result of a round, whose tensors come down in one buffer."""
 
-    results: Download
+    results: Download[Results]
 
     def copy_to_cpu(self, *args: Any, **named: Any) -> None:
         """As upstream, which copies what is in the buffer again, field by field."""
         self.next_token_ids, self.accept_lens, self.cap_lens = torch.empty(0), None, None
         super().copy_to_cpu(*args, **named)
-        self.next_token_ids = self.results["tokens"].reshape(-1)
-        self.accept_lens, self.cap_lens = self.results["accept_lens"], self.results["widths"]
+        results, at = self.results, self.results.at
+        self.next_token_ids = results[at.tokens].reshape(-1)
+        self.accept_lens, self.cap_lens = results[at.accept_lens], results[at.widths]
 
 
-def round_result(verified: Verified, results: Download) -> GenerationBatchResult:
+def round_result(verified: Verified, results: Download[Results]) -> GenerationBatchResult:
     """The record the scheduler reads: `stride` columns of tokens per request, of which accept_lens count. All else is
     the forward's.
 
     Proposals differ from request to request: `cap_lens` is upstream's record of that, the rows that were verified.
-    results: those of `learning.results_of`.
     """
-    tokens = results["tokens"]
+    at = results.at
+    tokens, seq_lens = results[at.tokens], results[at.seq_lens]
     made = replace(
         verified.forward,
         next_token_ids=tokens.reshape(-1),
-        accept_lens=results["accept_lens"],
-        cap_lens=results["widths"],
+        accept_lens=results[at.accept_lens],
+        cap_lens=results[at.widths],
         num_non_draft_tokens_per_req=1,
-        next_draft_input=DraftInput(results["bonus"], results["seq_lens"]),
+        next_draft_input=DraftInput(results[at.bonus], seq_lens),
         speculative_num_draft_tokens=tokens.shape[1],
         speculative_output_stride=tokens.shape[1],
-        new_seq_lens=results["seq_lens"],
+        new_seq_lens=seq_lens,
     )
     if results.learn is not None:  # SGLang carries them
         made.__class__, made.results = RoundResult, results
