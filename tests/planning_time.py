@@ -39,6 +39,7 @@ from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
 from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.records.core import Results, Round
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner, rows_of
@@ -64,7 +65,7 @@ class Silent(KVDrafter):
         self.arm, self.max_drafts = arm, most
         self.length = DraftLength()
 
-    def calibration(self, row_ids: Any, worth: Any) -> list[float]:
+    def calibration(self, requests: Any, worth: Any) -> list[float]:
         return self.length.calibration(worth)
 
     def observe(self, row: int, proposed: int, accepted: int, confidences: Any) -> None:
@@ -101,14 +102,16 @@ class Batch:
             self.drafters, controller, clock, Tally.of(self.drafters), held, sources.proposers
         )
         self.requests: list[Any] = []
+        self.running = controller.states
         for row in range(1, size + 1):
-            request, hints, tenant = self._request(row)
-            self.requests.append(request)
-            held.begin(request.rid, None)
-            controller.open(row, request.rid, hints, ())
+            req, hints, tenant = self._request(row)
+            self.requests.append(req)
+            prompt = len(req.origin_input_ids)
+            request = Request(req.rid, hints, row, tenant, grammar=req.grammar, prompt=prompt)
+            controller.open(request, ())
+            held.begin(request)
             for drafter in of_text(self.drafters).values():
-                prompt = len(request.origin_input_ids)
-                drafter.begin(row, hints, tenant, grammar=request.grammar, prompt=prompt)
+                drafter.begin(request)
 
     def _more_drafters(self, spending: Spending) -> dict[str, Drafter]:
         return {}

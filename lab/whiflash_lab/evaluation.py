@@ -16,7 +16,7 @@ from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.router import Router
-from whiflash_sglang.records.request import RequestState
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.routing.controller import route
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import AutoPolicy
@@ -81,7 +81,7 @@ class _AutoRun:
         choices: dict[int, str],
     ) -> None:
         self._policy, self._answer, self._known = policy, answer, known
-        self._state, self._choices = RequestState(answer.id, RequestHints()), choices
+        self._state, self._choices = Request(answer.id, RequestHints()), choices
 
     def choose(self, position: int) -> str:
         answer, state = self._answer, self._state

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.prices.round_clock import RoundTime
 from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
+from whiflash_sglang.records.request import Request as ServedRequest
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.spans.hints import RequestHints
 from whiflash_train.rounds import agreed
 
 METHODS = ("plain", "eagle3", "dflash", "cut", "auto")
@@ -220,7 +220,7 @@ class Simulation:
         constrained = int((self.opened + 1) * self.load.grammars) > int(self.opened * self.load.grammars)
         self.opened += 1
         self.running.append(Request(row, constrained, chances, self.load.answer, self.load.prompt))
-        self.controller.open(row, str(row), RequestHints(), ())
+        self.controller.open(ServedRequest(str(row), row=row), ())
 
     def _round(self) -> None:
         running, controller = self.running, self.controller
@@ -251,7 +251,7 @@ class Simulation:
                 controller.committed(state, state.decision, arm, [0] * emitted, width + 1)
             if not request.left:
                 running.remove(request)
-                controller.forget(request.row)
+                controller.close(controller.states[request.row])
                 self.free.append(request.row)
         if self.method == "auto":
             time = RoundTime(padded, len(routes), context, drafted, tokens=tokens, seconds=seconds)
@@ -274,7 +274,7 @@ class Simulation:
     def _routes(self) -> list[str]:
         if self.method == "auto":
             said = [dict.fromkeys(self.pair.drafts) for _ in self.running]
-            return self.controller.route([request.row for request in self.running], said)
+            return self.controller.route([self.controller.states[one.row] for one in self.running], said)
         arm = {"plain": arms.NONE, "eagle3": arms.AR}.get(self.method, arms.DIFFUSION)
         return [arm] * len(self.running)
 

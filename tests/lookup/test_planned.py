@@ -10,7 +10,6 @@ from whiflash_sglang.drafts import arms
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.core import Round
 from whiflash_sglang.round.planning import Planner
-from whiflash_sglang.spans.hints import RequestHints
 
 ROUNDS = 3
 
@@ -36,20 +35,22 @@ def test_what_the_device_copies_itself_is_not_sent(plans: list[Round]) -> None:
         assert all(round.plan.limits.copied)
         assert not any(round.plan.candidates)
         assert round.on_device.candidates is None
-    assert batch.drafters[arms.LOOKUP].host_bytes()["index"] == 0, "no text is indexed on the host"
+    assert batch.drafters[arms.LOOKUP].host_bytes(batch.running.values())["index"] == 0, (
+        "no text is indexed on the host"
+    )
 
 
 def test_what_the_device_copied_promises_and_teaches(plans: list[Round]) -> None:
     batch = Batch(2)
     copies = batch.drafters[arms.LOOKUP]
-    before = copies.calibration([1, 2], FULL_LENGTH)
+    before = copies.calibration([*batch.running.values()], FULL_LENGTH)
     for _ in range(2):
         batch.round()
     first, second = ([own.expected for own in plan.decisions] for plan in plans)
     assert first == [{}, {}], "nothing was copied yet"
     alive = [0.9**depth for depth in range(1, 25)]
     assert [own[arms.LOOKUP] for own in second] == [(pytest.approx(1 + sum(alive)), 25)] * 2
-    after = copies.calibration([1, 2], FULL_LENGTH)
+    after = copies.calibration([*batch.running.values()], FULL_LENGTH)
     changed = [place for place, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
     unanimous, tables = 4 * (len(BUCKETS) - 1) + Agreement.UNANIMOUS, (2, 2 + 4 * len(BUCKETS))
     assert changed == [0, 1, *(table + unanimous for table in tables)], (
@@ -64,7 +65,7 @@ def test_where_the_whole_text_is_known_the_host_looks(
     monkeypatch.setattr(planning_time, "HostView", lambda **_: HostView(exact=False))
     batch = Batch(1)
     batch.round()
-    assert batch.drafters[arms.LOOKUP].host_bytes()["index"] > 0
+    assert batch.drafters[arms.LOOKUP].host_bytes(batch.running.values())["index"] > 0
     assert plans[0].decisions[0].expected[arms.LOOKUP].length > 1
 
 
@@ -72,7 +73,8 @@ def test_what_the_device_cannot_find_is_sent(plans: list[Round]) -> None:
     batch = Batch(3)
     row, text = 2, batch.requests[1]
     predicted = list(range(500, 520))
-    batch.drafters[arms.LOOKUP].begin(row, RequestHints(), None, predicted, prompt=len(text.origin_input_ids))
+    batch.running[row].prediction = predicted
+    batch.drafters[arms.LOOKUP].begin(batch.running[row])
     text.output_ids = predicted[:1]
     batch.round()
     (round,) = plans

@@ -107,10 +107,10 @@ def test_an_aborted_one_leaves_nothing(running: Engine, cold: tuple[list[int], i
     name = submit(running, cold[0])
     for _ in range(3):
         running.step()
-    assert any(request.prediction is not None for request in drafter._requests.values())
+    assert any(request.kept[drafter.arm].prediction is not None for request in running.states.values())
     running.abort(name)
     running.run()
-    assert not drafter._requests
+    assert not running.states
     assert running.worker.snapshot()["lookup"]["index_bytes"] == 0
     assert ask(running) == cold
 

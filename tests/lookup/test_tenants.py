@@ -13,6 +13,7 @@ from whiflash_sglang.copying.memory import Tenant, handle_of, tenant_of
 from whiflash_sglang.device.transfers import EXACT
 from whiflash_sglang.drafts.candidates import NOTHING
 from whiflash_sglang.prices.costs import FULL_LENGTH
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.hints import RequestHints
 
 WIDTH = 24
@@ -24,36 +25,37 @@ def arm() -> LookupArm:
 
 @dataclass
 class Client:
-    """One tenant's requests, one at a time, in a row of its own."""
+    """One tenant's requests, one at a time."""
 
     arm: LookupArm
-    row: int
     tenant: Tenant | None
     scope: str = "memory"
     text: list[int] | None = None
+    request: Request = field(default_factory=lambda: Request("r"))
     seen: list[tuple[float, list[int]]] = field(default_factory=list)
 
     def say(self, tokens: Sequence[int]) -> None:
         """A round that commits `tokens`, or the prompt of a new request; then a proposal. Nothing: the request ends."""
         if not tokens:
             if self.text is not None:
-                self.arm.release(self.row)
+                self.arm.end(self.request)
             self.text = None
             return
         if self.text is None:
             self.text = []
             hints = RequestHints(lookup=self.scope)  # type: ignore[arg-type]
-            self.arm.begin(self.row, hints, self.tenant)
+            self.request = Request("r", hints, tenant=self.tenant)
+            self.arm.begin(self.request)
         self.text += tokens
         text = self.text
-        said = self.arm.propose(self.row, len(text), lambda start: text[start:], FULL_LENGTH) or NOTHING
+        said = self.arm.propose(self.request, len(text), lambda start: text[start:], FULL_LENGTH) or NOTHING
         self.seen.append((said.outlook().length, list(said.tokens)))
 
 
 def proposals(
     mine: Iterable[Sequence[int]], between: Iterable[Sequence[Sequence[int]]], other: Client
 ) -> list[object]:
-    client = Client(other.arm, 0, tenant_of(None, "mine"))
+    client = Client(other.arm, tenant_of(None, "mine"))
     for tokens, others in zip(mine, between, strict=True):
         for theirs in others:
             other.say(theirs)
@@ -74,17 +76,15 @@ def test_a_tenants_proposals_are_those_it_gets_alone(
     script: list[tuple[list[int], list[list[int]]]], salt: str | None, scope: str
 ) -> None:
     mine = [own for own, _ in script]
-    alone = proposals(mine, [()] * len(mine), Client(arm(), 1, None))
-    other = Client(arm(), 1, tenant_of(None, salt), scope)
+    alone = proposals(mine, [()] * len(mine), Client(arm(), None))
+    other = Client(arm(), tenant_of(None, salt), scope)
     beside = proposals(mine, [others for _, others in script], other)
     assert beside == alone
 
 
 def test_requests_without_a_key_learn_together_and_from_no_tenant() -> None:
     server = arm()
-    first, second, keyed = (
-        Client(server, row, tenant) for row, tenant in enumerate((None, None, tenant_of(None, "a")))
-    )
+    first, second, keyed = (Client(server, tenant) for tenant in (None, None, tenant_of(None, "a")))
     text = [1, 2, 3, 4] * 30
     for client in (keyed, first, second):
         client.say(text[:8])
@@ -98,10 +98,10 @@ def test_requests_without_a_key_learn_together_and_from_no_tenant() -> None:
 def test_a_request_that_keeps_nothing_leaves_no_chances() -> None:
     server = arm()
     tenant = tenant_of(None, "a")
-    private, alone = Client(server, 0, tenant, "context"), Client(arm(), 0, tenant)
+    private, alone = Client(server, tenant, "context"), Client(arm(), tenant)
     for _ in range(5):
         private.say([1, 2, 3] * 10)
-    after = Client(server, 1, tenant)
+    after = Client(server, tenant)
     for client in (after, alone):
         client.say([1, 2, 3] * 10)
     assert after.seen == alone.seen
@@ -126,18 +126,17 @@ def test_who_runs_while_its_tenant_is_forgotten_leaves_and_teaches_nothing() -> 
     server, tenant = arm(), tenant_of(None, "a")
     assert tenant is not None
     for handle in (handle_of(tenant), None):
-        running = Client(server, 0, tenant)
+        running = Client(server, tenant)
         running.say([1, 2, 3] * 3)
-        server.forget(handle)
+        server.forget(handle, [running.request])
         for _ in range(3):
             running.say([1, 2, 3])
         running.say([])
-        assert server.snapshot()["tenants"] == 0
-        after, alone = Client(server, 1, tenant), Client(arm(), 1, tenant)
+        assert server.snapshot([])["tenants"] == 0
+        after, alone = Client(server, tenant), Client(arm(), tenant)
         for client in (after, alone):
             client.say([1, 2, 3] * 10)
         assert after.seen == alone.seen
-        server.release(1)
 
 
 def test_tenants_are_bounded_and_the_least_recent_one_begins_again() -> None:
@@ -154,9 +153,10 @@ def test_it_learns_from_rounds_that_others_draft() -> None:
 
     def looks(text: list[int]) -> list[float]:
         own = arm()
-        own.begin(0, RequestHints(), tenant_of(None, "a"))
+        request = Request("r", tenant=tenant_of(None, "a"))
+        own.begin(request)
         found = [
-            (own.propose(0, at, lambda start, at=at: text[start:at], FULL_LENGTH) or NOTHING).outlook()  # type: ignore[misc]
+            (own.propose(request, at, lambda start, at=at: text[start:at], FULL_LENGTH) or NOTHING).outlook()  # type: ignore[misc]
             for at in range(8, 100, 2)
         ]
         assert all(1 <= look.length <= look.rows <= 1 + WIDTH for look in found)

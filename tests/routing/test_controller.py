@@ -9,7 +9,7 @@ from whiflash_sdk.hints import Span
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.prices.costs import MeasuredCosts
-from whiflash_sglang.records.request import RequestState
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.routing import controller as routes
 from whiflash_sglang.routing.controller import Controller, _of_passes
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy, RandomPolicy
@@ -22,8 +22,8 @@ ROW = 3
 def asked(policy: Policy, hints: RequestHints) -> set[str]:
     """The drafting arms that the request is asked about, in the middle of its output."""
     controller = Controller(policy, MeasuredCosts(lambda arm: 4), [b"a", b"b"])
-    controller.open(ROW, "r", hints, [0, 1])
-    return {arm for arm in EVERY if controller.may_name(ROW, arm)}
+    controller.open(Request("r", hints, ROW), [0, 1])
+    return {arm for arm in EVERY if controller.may_name(controller.states[ROW], arm)}
 
 
 @pytest.mark.parametrize(
@@ -67,14 +67,14 @@ def test_whose_candidates_may_be_verified_beside_a_pass(
 ) -> None:
     """Every draft source where arms are joined; else it alone, where there is no pass."""
     controller = opened(policy, hints)
-    controller.route([ROW], [{arms.AR: None, arms.DIFFUSION: None}])
-    assert controller.may_use(ROW, arms.LOOKUP) == expected
+    controller.route([controller.states[ROW]], [{arms.AR: None, arms.DIFFUSION: None}])
+    assert controller.may_use(controller.states[ROW], arms.LOOKUP) == expected
 
 
 def opened(policy: Policy, hints: RequestHints) -> Controller:
     """With one request, in the middle of its output."""
     controller = Controller(policy, MeasuredCosts(lambda arm: 4), [b"a", b"b"])
-    controller.open(ROW, "r", hints, [0, 1])
+    controller.open(Request("r", hints, ROW), [0, 1])
     return controller
 
 
@@ -99,9 +99,11 @@ def test_whose_candidates_may_be_verified_without_a_pass(
 ) -> None:
     """A pin or a policy that joins nothing keeps to one draft source, and who wants plain decoding to none."""
     controller = opened(policy, RequestHints(spans=(Span(kind="json", open=True, **span),)))
-    asked = {arm: each for arm, each in EXPECTED.items() if controller.may_name(ROW, arm)}
-    assert controller.route([ROW], [asked]) == [arms.NONE]
-    assert {arm for arm in (arms.LOOKUP, arms.STRUCTURE) if controller.may_use(ROW, arm)} == usable
+    asked = {arm: each for arm, each in EXPECTED.items() if controller.may_name(controller.states[ROW], arm)}
+    assert controller.route([controller.states[ROW]], [asked]) == [arms.NONE]
+    assert {
+        arm for arm in (arms.LOOKUP, arms.STRUCTURE) if controller.may_use(controller.states[ROW], arm)
+    } == usable
     decision = controller.states[ROW].decision
     assert decision.promised == bool(usable)
 
@@ -109,11 +111,11 @@ def test_whose_candidates_may_be_verified_without_a_pass(
 def test_a_request_without_a_pass_is_worth_its_best_candidate() -> None:
     controller = opened(AutoPolicy(), RequestHints())
     with patch.object(routes, "assign", wraps=routes.assign) as priced:
-        assert controller.route([ROW], [EXPECTED]) == [arms.NONE]
+        assert controller.route([controller.states[ROW]], [EXPECTED]) == [arms.NONE]
     assert priced.call_args.args[0][0][arms.PROMISED] == LONG.length
     short = {**EXPECTED, arms.LOOKUP: Forecast(1.1, 2), arms.STRUCTURE: Forecast(1.05, 2)}
-    assert controller.route([ROW], [short]) == [arms.AR]
-    assert controller.may_join(ROW)
+    assert controller.route([controller.states[ROW]], [short]) == [arms.AR]
+    assert controller.states[ROW].may_join
 
 
 @pytest.mark.parametrize("arm", [arms.LOOKUP, arms.STRUCTURE, arms.AR])
@@ -123,9 +125,13 @@ def test_a_bias_is_no_token_that_a_round_promises(arm: str) -> None:
     controller = opened(AutoPolicy(), RequestHints(spans=(span,)))
     sources = {arms.LOOKUP: Forecast(3.0, 3), arms.STRUCTURE: Forecast(2.0, 2)}
     asked = {arms.AR: None, **sources}
-    plain = AutoPolicy().score(RequestState("r").signals(asked))
+    other = Request("r")
+    other.foresee(asked)
+    plain = AutoPolicy().score(other)
     with patch.object(routes, "assign", wraps=routes.assign) as priced:
-        assert controller.route([ROW], [asked]) == [arms.AR if arm == arms.AR else arms.NONE]
+        assert controller.route([controller.states[ROW]], [asked]) == [
+            arms.AR if arm == arms.AR else arms.NONE
+        ]
     expected = sources[arm].length if arm in sources else plain[arm]
     assert priced.call_args.args[0] == [
         {arms.AR if arm == arms.AR else arms.PROMISED: pytest.approx(expected)}
@@ -137,12 +143,12 @@ def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> Non
     hints = RequestHints(spans=(Span(kind="tool_call", begin="<c>", end="</c>"),))
     controller = Controller(RandomPolicy(), MeasuredCosts(lambda arm: 4), [b"<c", b">", b"x"])
 
-    def kind(state: RequestState) -> str | None:
+    def kind(state: Request) -> str | None:
         return state.span.kind if state.span else None
 
     for before in ([], [2, 2]):
         known = list(before)
-        controller.open(ROW, "r", hints, before)
+        controller.open(Request("r", hints, ROW), before)
         state = controller.states[ROW]
         state.begin(lambda start, known=known: known[start:])  # type: ignore[misc]
         for token in (0, 1):
@@ -152,7 +158,7 @@ def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> Non
             if token:
                 state.committed("ar", [token])
             assert kind(state) == (None, "tool_call")[token]
-    controller.open(ROW, "r", hints, [])
+    controller.open(Request("r", hints, ROW), [])
     state = controller.states[ROW]
     state.committed("ar", [1, 2])
     state.begin(lambda start: [0, 1, 2, 1][start:])

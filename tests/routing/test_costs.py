@@ -163,7 +163,7 @@ def test_an_untried_drafter_is_free() -> None:
 
 
 def test_estimates_move_from_the_prior_to_what_was_seen() -> None:
-    estimator, signals = AcceptanceEstimator(), Signals(BOTH, entropy=0.3)
+    estimator, signals = AcceptanceEstimator(), Signals(allowed=BOTH, entropy=0.3)
     before = estimator.expect("ar", signals)
     for _ in range(50):
         estimator.observe("ar", signals, 4)
@@ -174,7 +174,9 @@ def test_estimates_move_from_the_prior_to_what_was_seen() -> None:
 def test_predictions_are_brought_to_the_level_of_what_is_accepted() -> None:
     """Drafts are cut where rows are dear, so that full-length predictions are too high for every request."""
     estimator = AcceptanceEstimator()
-    cut, lower = (Signals(BOTH, predicted={"ar": length, "diffusion": length}) for length in (4.0, 2.0))
+    cut, lower = (
+        Signals(allowed=BOTH, predicted={"ar": length, "diffusion": length}) for length in (4.0, 2.0)
+    )
     assert estimator.expect("ar", cut) == 4.0
     for _ in range(200):
         estimator.observe("ar", cut, 2)
@@ -187,7 +189,7 @@ def test_predictions_are_brought_to_the_level_of_what_is_accepted() -> None:
 
 
 def test_a_text_that_copies_well_does_not_raise_predictions_for_all() -> None:
-    estimator, signals = AcceptanceEstimator(), Signals(BOTH, predicted={"ar": 3.0})
+    estimator, signals = AcceptanceEstimator(), Signals(allowed=BOTH, predicted={"ar": 3.0})
     for _ in range(200):
         estimator.observe("ar", signals, 20)
     assert estimator.expect("ar", signals) == 1 + 2 * LEVEL_LIMIT
@@ -196,8 +198,8 @@ def test_a_text_that_copies_well_does_not_raise_predictions_for_all() -> None:
 def test_contexts_differ() -> None:
     estimator = AcceptanceEstimator()
     prose, tool = (
-        Signals(BOTH, entropy=2.0),
-        Signals(BOTH, entropy=2.0, span=Span(kind="tool_call", open=True)),
+        Signals(allowed=BOTH, entropy=2.0),
+        Signals(allowed=BOTH, entropy=2.0, span=Span(kind="tool_call", open=True)),
     )
     for _ in range(40):
         estimator.observe("ar", prose, 1)
@@ -208,11 +210,11 @@ def test_contexts_differ() -> None:
 def test_a_requests_own_rounds_count() -> None:
     estimator = AcceptanceEstimator()
     for _ in range(40):
-        estimator.observe("ar", Signals(BOTH, entropy=0.0), 2)
+        estimator.observe("ar", Signals(allowed=BOTH, entropy=0.0), 2)
     own = Mean()
     for _ in range(10):
         own.add(6.0, 8.0)
-    fresh, known = Signals(BOTH, entropy=0.0), Signals(BOTH, entropy=0.0, recent={"ar": own})
+    fresh, known = Signals(allowed=BOTH, entropy=0.0), Signals(allowed=BOTH, entropy=0.0, recent={"ar": own})
     assert estimator.expect("ar", known) > estimator.expect("ar", fresh) + 1.5
 
 

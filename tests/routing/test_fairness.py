@@ -11,6 +11,7 @@ import pytest
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang.prices.costs import MeasuredCosts
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.estimate import AcceptanceEstimator
@@ -54,16 +55,18 @@ class Server:
         text: Mapping[str, int] = GOOD,
         adapter: str | None = None,
     ) -> None:
-        self.controller.open(row, f"r{row}", hints, [0], adapter=adapter)
+        self.controller.open(Request(f"r{row}", hints, row, adapter=adapter), [0])
         self.text[row] = text
 
     def close(self, row: int) -> None:
-        self.controller.forget(row)
+        self.controller.close(self.controller.states[row])
         del self.text[row]
 
     def round(self, rows: Sequence[int]) -> dict[int, str]:
         """The arm of every row."""
-        routes = self.controller.route(rows, [{"ar": None, "diffusion": None}] * len(rows))
+        routes = self.controller.route(
+            [self.controller.states[row] for row in rows], [{"ar": None, "diffusion": None}] * len(rows)
+        )
         for arm in set(routes) & SECONDS.keys():
             self.costs.drafted(arm, routes.count(arm), 1, SECONDS[arm])
         verified = sum(WIDTHS[arm] for arm in routes)
@@ -223,7 +226,7 @@ def test_an_adapter_begins_with_what_the_target_has_taught() -> None:
     policy = server.controller.policy
     assert isinstance(policy, AutoPolicy)
     taught, new = policy.estimator, AcceptanceEstimator(policy.estimator)
-    for context in (Signals(frozenset(GOOD)), Signals(frozenset(GOOD), entropy=0.3)):
+    for context in (Signals(allowed=frozenset(GOOD)), Signals(allowed=frozenset(GOOD), entropy=0.3)):
         for arm in GOOD:
             assert new.expect(arm, context) == pytest.approx(taught.expect(arm, context))
     before = taught.expect("ar", context)
@@ -231,7 +234,7 @@ def test_an_adapter_begins_with_what_the_target_has_taught() -> None:
         new.observe("ar", context, 4)
     assert new.expect("ar", context) == pytest.approx(4, abs=0.2)
     assert taught.expect("ar", context) == before
-    unseen, shift = Signals(frozenset(GOOD), entropy=2.0), new.usual("ar") - taught.usual("ar")
+    unseen, shift = Signals(allowed=frozenset(GOOD), entropy=2.0), new.usual("ar") - taught.usual("ar")
     assert abs(shift) > 0.1
     assert new.expect("ar", unseen) == pytest.approx(taught.expect("ar", unseen) + shift), "in all contexts"
 
@@ -248,7 +251,7 @@ def test_adapters_that_nobody_uses_are_forgotten() -> None:
     assert len(policy._adapters) == MOST_ADAPTERS
     assert "used" in policy._adapters
     for number in range(2000):  # no round is observed meanwhile
-        policy.score(Signals(frozenset(GOOD), adapter=f"dropped {number % (2 * MOST_ADAPTERS)}"))
+        policy.score(Signals(allowed=frozenset(GOOD), adapter=f"dropped {number % (2 * MOST_ADAPTERS)}"))
     means = [each for each in gc.get_objects() if isinstance(each, AcceptanceEstimator)]
     assert sum(each._base is policy.estimator for each in means) == MOST_ADAPTERS, "dropped ones stay alive"
 

@@ -14,7 +14,7 @@ from matrix import sampled
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang.drafts.rates import Mean
-from whiflash_sglang.records.request import RequestState
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import PREFERENCE, RANKS, AutoPolicy, apply_hints
 from whiflash_sglang.spans.hints import RequestHints
@@ -77,14 +77,14 @@ def tokens_per_second(
     tokens, seconds = 0, 0.0
     for number in range(warm + requests):
         own = hints if number >= warm else RequestHints(spans=(TOOL,) if hints.spans else ())
-        controller.open(0, str(number), own, ())
+        controller.open(Request(str(number), own), ())
         for piece, length in PIECES:
             state = controller.states[0]
             controller.committed(state, state.decision, "none", [1 if piece == "tool" else 2], 1)
             left = length
             while left > 0:
                 controller.states[0].entropy = rng.choice(ENTROPIES)
-                (arm,) = controller.route([0], [dict.fromkeys(world.prose)])
+                (arm,) = controller.route([controller.states[0]], [dict.fromkeys(world.prose)])
                 accepted = world.accepted(rng, piece, arm)
                 state = controller.states[0]
                 controller.committed(state, state.decision, arm, [0] * accepted, WIDTHS[arm])
@@ -92,7 +92,7 @@ def tokens_per_second(
                 if number >= warm:
                     tokens += accepted
                     seconds += machine.verify(machine.width(arm), 1) + machine.draft(arm, 1)
-        controller.forget(0)
+        controller.close(controller.states[0])
     return tokens / seconds
 
 
@@ -161,9 +161,11 @@ def test_the_reason_tells_measurement_from_order() -> None:
 
 def test_a_lane_measures_every_kind_of_span_by_itself() -> None:
     controller = Controller(AutoPolicy(), Machine(), VOCABULARY)  # type: ignore[arg-type]
-    controller.open(0, "r", SPANS, ())
-    state: RequestState = controller.states[0]
+    controller.open(Request("r", SPANS), ())
+    state: Request = controller.states[0]
     state.committed("ar", [0, 0, 0, 1])
-    assert state.signals({"ar": None}).recent == {}
+    state.foresee({"ar": None})
+    assert state.recent == {}
     state.committed("ar", [0, 2])
-    assert state.signals({"ar": None}).recent == {"ar": Mean(4.0, 1.0)}
+    state.foresee({"ar": None})
+    assert state.recent == {"ar": Mean(4.0, 1.0)}

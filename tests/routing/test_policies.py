@@ -5,7 +5,7 @@ import math
 import pytest
 from whiflash_sdk.hints import Span
 
-from whiflash_sglang.records.request import RequestState
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, RandomPolicy, apply_hints
 
@@ -20,7 +20,7 @@ def best(scores: dict[str, float]) -> str:
     ("entropy", "arm"), [(0.2, "diffusion"), (1.0, "diffusion"), (1.5, "ar"), (math.nan, "diffusion")]
 )
 def test_entropy_threshold(entropy: float, arm: str) -> None:
-    scores = EntropyPolicy(tau=1.0).score(Signals(BOTH, entropy=entropy))
+    scores = EntropyPolicy(tau=1.0).score(Signals(allowed=BOTH, entropy=entropy))
     assert best(scores) == arm
     assert sorted(scores.values())[-1] > sorted(scores.values())[-2], (
         "no tie that the order of names would settle"
@@ -29,8 +29,10 @@ def test_entropy_threshold(entropy: float, arm: str) -> None:
 
 def test_entropy_keeps_an_arm_for_its_dwell() -> None:
     policy = EntropyPolicy(tau=1.0, min_dwell=2)
-    assert best(policy.score(Signals(BOTH, entropy=3.0, previous="diffusion", dwell=1))) == "diffusion"
-    assert best(policy.score(Signals(BOTH, entropy=3.0, previous="diffusion", dwell=2))) == "ar"
+    assert (
+        best(policy.score(Signals(allowed=BOTH, entropy=3.0, previous="diffusion", dwell=1))) == "diffusion"
+    )
+    assert best(policy.score(Signals(allowed=BOTH, entropy=3.0, previous="diffusion", dwell=2))) == "ar"
 
 
 @pytest.mark.parametrize(
@@ -48,35 +50,38 @@ def test_entropy_keeps_an_arm_for_its_dwell() -> None:
     ],
 )
 def test_hints_move_scores(span: Span | None, off: bool, arm: str, reason: str) -> None:
-    scores = EntropyPolicy(tau=1.0).score(Signals(BOTH, entropy=0.0))
+    scores = EntropyPolicy(tau=1.0).score(Signals(allowed=BOTH, entropy=0.0))
     moved, why = apply_hints(scores, span, BOTH, off=off)
     assert (best(moved), why) == (arm, reason)
 
 
 def test_a_pin_overrides_a_pinned_policy() -> None:
     span = Span(kind="json", open=True, prefer="diffusion", pin=True)
-    assert best(apply_hints(Pinned("ar").score(Signals(BOTH)), span, BOTH, off=False)[0]) == "diffusion"
+    assert (
+        best(apply_hints(Pinned("ar").score(Signals(allowed=BOTH)), span, BOTH, off=False)[0]) == "diffusion"
+    )
 
 
 def test_pinned_falls_back_to_plain_decoding() -> None:
-    assert best(Pinned("ar").score(Signals(BOTH))) == "ar"
-    assert best(Pinned("ar").score(Signals(frozenset({"diffusion"})))) == "none"
-    assert best(Pinned("none").score(Signals(BOTH))) == "none"
+    assert best(Pinned("ar").score(Signals(allowed=BOTH))) == "ar"
+    assert best(Pinned("ar").score(Signals(allowed=frozenset({"diffusion"})))) == "none"
+    assert best(Pinned("none").score(Signals(allowed=BOTH))) == "none"
 
 
 def test_random_reaches_every_arm() -> None:
     policy = RandomPolicy(seed=1)
-    assert {best(policy.score(Signals(BOTH))) for _ in range(200)} == {"ar", "diffusion", "none"}
+    assert {best(policy.score(Signals(allowed=BOTH))) for _ in range(200)} == {"ar", "diffusion", "none"}
 
 
 def test_lane_counts_dwell_and_remembers_acceptance() -> None:
-    state = RequestState("r")
+    state = Request("r")
     for arm in ("ar", "ar", "diffusion"):
         state.chose(arm)
     assert (state.previous, state.dwell) == ("diffusion", 1)
     state.committed("diffusion", [1, 2, 3, 4])
     state.committed("diffusion", [1, 2])
-    recent = state.signals({}).recent["diffusion"]
+    state.foresee({})
+    recent = state.recent["diffusion"]
     assert 2.0 < recent.total / recent.weight < 4.0
 
 

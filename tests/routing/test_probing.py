@@ -15,7 +15,7 @@ BOTH = frozenset({"ar", "diffusion"})
 
 def in_use(arm: str, round_number: int) -> Signals:
     """A request that drafts with `arm` in every round."""
-    return Signals(BOTH, rounds=round_number, last={arm: round_number - 1} if round_number else {})
+    return Signals(allowed=BOTH, rounds=round_number, last={arm: round_number - 1} if round_number else {})
 
 
 def rounds_with_probes(
@@ -37,7 +37,7 @@ def rounds_with_probes(
             left[:1] = []
         for index in range(batch):
             arm = probes.get(index, "ar")
-            policy.observe(arm, Signals(BOTH), 6 if arm == "ar" else accepted)
+            policy.observe(arm, Signals(allowed=BOTH), 6 if arm == "ar" else accepted)
     return found
 
 
@@ -83,7 +83,7 @@ def test_whoever_went_without_it_longest_tries_it() -> None:
     policy, last = AutoPolicy(), [dict[str, int]() for _ in range(3)]
     tried = []
     for number in range(PROBE_ROUNDS * 6):
-        signals = [Signals(BOTH, rounds=number, last={**seen, "ar": number - 1}) for seen in last]
+        signals = [Signals(allowed=BOTH, rounds=number, last={**seen, "ar": number - 1}) for seen in last]
         for index, arm in policy.probe(signals, lambda _: 10**6).items():
             last[index][arm] = number
             tried.append((arm, index))
@@ -98,7 +98,7 @@ def test_what_says_what_it_expects_is_never_tried() -> None:
     """It learns from every round. Another request's arm of that name, which says nothing yet, is tried like any."""
     policy, tells = AutoPolicy(), {"diffusion": Forecast(1.1, 2)}
     for number in range(1, 3000):
-        signals = Signals(BOTH, rounds=number, last={"ar": number - 1}, expected=tells)
+        signals = Signals(allowed=BOTH, rounds=number, last={"ar": number - 1}, expected=tells)
         assert not policy.probe([signals], lambda _: 0)
         policy.observe("diffusion", signals, 9)
     assert policy.estimator.rounds("diffusion") == 0
@@ -131,7 +131,7 @@ def share_of_probes(
             last = dict[str, int]()
             adapter = f"of {begun % adapters}" if adapters and number >= known else None
             age = answer // batch * (batch - begun - 1) if begun < batch else 0
-            running.append((Signals(BOTH, rounds=age, last=last, adapter=adapter), last))
+            running.append((Signals(allowed=BOTH, rounds=age, last=last, adapter=adapter), last))
             running, begun = running[-batch:], begun + 1
         probed = policy.probe([signals for signals, _ in running], lambda _: 10**6)
         probes += number >= known and "ar" in probed.values()

@@ -13,9 +13,9 @@ from matrix import sampled
 
 from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.prices.costs import MeasuredCosts
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_sglang.spans.hints import RequestHints
 
 WIDTHS = {"ar": 6, "diffusion": 8, "none": 1}
 ACCEPTED = {"ar": 3, "diffusion": 3, "none": 1}
@@ -32,7 +32,7 @@ class Machine:
         self.copies: Forecast | None = None
         self.costs = MeasuredCosts(lambda arm: WIDTHS.get(arm, 17))
         self.controller = Controller(AutoPolicy(), self.costs, [b"a"])
-        self.controller.open(0, "r", RequestHints(), [0])
+        self.controller.open(Request("r"), [0])
         self._rng, self._noise = random.Random(seed), noise
 
     def took(self, seconds: float) -> float:
@@ -50,7 +50,7 @@ class Machine:
         forecast: dict[str, Forecast | None] = {"ar": None, "diffusion": None}
         if self.copies is not None:
             forecast["lookup"] = self.copies
-        (arm,) = self.controller.route([0], [forecast])
+        (arm,) = self.controller.route([self.controller.states[0]], [forecast])
         if arm == "none" and self.controller.states[0].decision.promised:
             arm = "lookup"
         drafting = 0.0

@@ -12,6 +12,7 @@ from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.copying.memory import handle_of, tenant_of
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate
 from whiflash_sglang.prices.costs import FULL_LENGTH
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind
@@ -64,21 +65,30 @@ def arm(vocabulary: Vocabulary) -> StructureArm:
     return StructureArm(Structure(max_width=8), vocabulary, lambda: False)
 
 
+def begun(
+    arm: StructureArm, hints: RequestHints | None = None, tenant: Any = None, grammar: Any = None
+) -> Request:
+    """A request that has begun."""
+    request = Request("r", hints or RequestHints(), tenant=tenant, grammar=grammar)
+    arm.begin(request)
+    return request
+
+
 @pytest.fixture
 def play(arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary) -> Any:
     """Requests that are written one token a round by somebody else, the arm looking on; what it expected at first."""
 
-    def write(tenant: Any, lookup: LookupScope = "memory", row: int = 1) -> float:
+    def write(tenant: Any, lookup: LookupScope = "memory") -> float:
         told = Told(grammars)
-        arm.begin(row, RequestHints(lookup=lookup), tenant, None, told)
+        request = begun(arm, RequestHints(lookup=lookup), tenant, told)
         document = told.matcher(vocabulary).forced()
         tokens = vocabulary.encode(document)
         told.tell(tokens[:1])
         expected = []
         for token in [*tokens[1:], *vocabulary.encode("k")]:
-            expected.append(outlook(arm.propose(row, len(told.text) - 1, told.history, FULL_LENGTH)))
+            expected.append(outlook(arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH)))
             told.tell([token])
-        arm.release(row)
+        arm.end(request)
         return expected[0]
 
     return write
@@ -98,20 +108,19 @@ def test_what_one_tenant_teaches_no_other_is_proposed(arm: StructureArm, play: A
         for _ in range(20):
             play(tenant, lookup)
     second = play(MINE)
-    arm.forget(None)
+    arm.forget(None, ())
     assert play(MINE) == first
     assert second == play(MINE), "as after one request of its own"
     assert MINE is not None
-    arm.forget(handle_of(MINE))
+    arm.forget(handle_of(MINE), ())
     assert play(MINE) == first
 
 
-def test_a_released_request_leaves_nothing(arm: StructureArm, play: Any) -> None:
-    play(MINE)
-    assert not arm._requests
-    assert not arm.serves(1)
-    assert arm.propose(1, 3, lambda start: [], FULL_LENGTH) is None
-    assert not arm.extends(1)
+def test_a_request_that_it_does_not_serve_gets_nothing(arm: StructureArm) -> None:
+    request = begun(arm)
+    assert not arm.serves(request)
+    assert arm.propose(request, 3, lambda start: [], FULL_LENGTH) is None
+    assert not arm.extends(request)
 
 
 def test_what_is_said_while_rounds_are_under_way_follows_what_is_known(
@@ -119,10 +128,10 @@ def test_what_is_said_while_rounds_are_under_way_follows_what_is_known(
 ) -> None:
     """Their tokens are missing in the history: where it ends is told with what is forced there."""
     told = Told(grammars)
-    arm.begin(1, RequestHints(), MINE, None, told)
+    request = begun(arm, None, MINE, told)
     told.tell(vocabulary.encode(told.matcher(vocabulary).forced())[:1])
-    now = arm.propose(1, len(told.text) - 1, told.history, FULL_LENGTH)
-    late = arm.propose(1, len(told.text) + 2, told.history, FULL_LENGTH, 8)
+    now = arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH)
+    late = arm.propose(request, len(told.text) + 2, told.history, FULL_LENGTH, 8)
     assert now is not None
     assert late is not None
     assert now.at == late.at == len(told.text)
@@ -143,18 +152,15 @@ def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
     arm: StructureArm, grammars: Grammars, vocabulary: Vocabulary
 ) -> None:
     tools = RequestHints(tools=carried_tools([("find", {"description": "x"})], "hermes") or "")
-    told, texts = Told(grammars), {1: list(PROMPT), 2: [*PROMPT, *vocabulary.encode("<tool_call>")]}
-    arm.begin(1, tools, MINE, None, told)
-    arm.begin(
-        2,
-        RequestHints(
-            tools=tools.tools, spans=(Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
-        ),
-        MINE,
-    )
-    arm.propose(2, len(PROMPT), lambda start: texts[2][: len(PROMPT) + 1][start:], FULL_LENGTH)
-    for row, source in ((1, "grammar"), (2, "tools")):
-        said = arm.propose(row, len(texts[row]) - 1, lambda start, row=row: texts[row][start:], FULL_LENGTH)  # type: ignore[misc]
+    told, written = Told(grammars), [*PROMPT, *vocabulary.encode("<tool_call>")]
+    calls = (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
+    alone = begun(arm, RequestHints(tools=tools.tools, spans=calls), MINE)
+    arm.propose(alone, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], FULL_LENGTH)
+    for request, text, source in (
+        (begun(arm, tools, MINE, told), list(PROMPT), "grammar"),
+        (alone, written, "tools"),
+    ):
+        said = arm.propose(request, len(text) - 1, lambda start, text=text: text[start:], FULL_LENGTH)  # type: ignore[misc]
         assert said is not None
         assert said.parts == [(source, len(said.tokens))]
 
@@ -169,13 +175,13 @@ def test_where_calls_are_rare_none_is_guessed(arm: StructureArm, vocabulary: Voc
     hints = RequestHints(tools=tools, spans=spans)
 
     def answer(tenant: Any, text: str) -> float:
-        arm.begin(1, hints, tenant)
+        request = begun(arm, hints, tenant)
         written = [*PROMPT, *vocabulary.encode("<think>So</think>\n\n")]
-        arm.propose(1, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], worth)
-        expected = outlook(arm.propose(1, len(written) - 1, lambda start: written[start:], worth))
+        arm.propose(request, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], worth)
+        expected = outlook(arm.propose(request, len(written) - 1, lambda start: written[start:], worth))
         written += vocabulary.encode(text)
-        arm.propose(1, len(written) - 1, lambda start: written[start:], worth)
-        arm.release(1)
+        arm.propose(request, len(written) - 1, lambda start: written[start:], worth)
+        arm.end(request)
         return expected
 
     worth = FULL_LENGTH._replace(row=0.05)
@@ -196,14 +202,14 @@ def test_it_cuts_text_as_its_target_cut_it_for_the_tenant(
 
     def first_of_an_answer(tenant: Any) -> int:
         told = Told(grammars)
-        arm.begin(1, RequestHints(), tenant, None, told)
+        request = begun(arm, None, tenant, told)
         text = told.matcher(vocabulary).forced()
-        said = arm.propose(1, len(told.text) - 1, told.history, FULL_LENGTH)
+        said = arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH)
         assert said is not None
         for character in text[:6]:
             told.tell(vocabulary.encode(character))
-            arm.propose(1, len(told.text) - 1, told.history, FULL_LENGTH)
-        arm.release(1)
+            arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH)
+        arm.end(request)
         return said.tokens[0]
 
     usual, (alone,) = first_of_an_answer(MINE), vocabulary.encode("{")
@@ -211,7 +217,7 @@ def test_it_cuts_text_as_its_target_cut_it_for_the_tenant(
     assert first_of_an_answer(MINE) == alone
     assert first_of_an_answer(THEIRS) == usual
     assert MINE is not None
-    arm.forget(handle_of(MINE))
+    arm.forget(handle_of(MINE), ())
     assert first_of_an_answer(MINE) == usual
 
 
@@ -227,11 +233,11 @@ def test_a_prompt_is_decoded_once_however_many_tools_there_are(
     monkeypatch.setattr("whiflash_sglang.arms.structure.text_of", counting)
     tools = carried_tools([(f"find_{i}", SCHEMA) for i in range(MOST_FUNCTIONS)], "qwen3_coder") or ""
     spans = (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
-    arm.begin(1, RequestHints(tools=tools, spans=spans), MINE)
+    request = begun(arm, RequestHints(tools=tools, spans=spans), MINE)
     prompt = vocabulary.encode("find_1 or find_2?" * 20)
     text = [*prompt, *vocabulary.encode("<tool_call>")]
     for length in (len(prompt), len(text)):
-        arm.propose(1, length - 1, lambda start, length=length: text[start:length], FULL_LENGTH)
+        arm.propose(request, length - 1, lambda start, length=length: text[start:length], FULL_LENGTH)
     assert sum(length > len(prompt) // 2 for length in decoded) == 1
 
 
@@ -250,26 +256,26 @@ def test_a_look_is_kept_while_the_text_goes_on_as_it_said(
     told, fresh = Told(grammars), StructureArm(Structure(max_width=8), vocabulary, lambda: False)
     document = vocabulary.encode(told.matcher(vocabulary).forced())
     drafts = NOTHING.followed_by([*document[:3], *vocabulary.encode("?")], [0.9] * 4, "copy")
-    arm.begin(1, RequestHints(), MINE, None, told)
+    request = begun(arm, None, MINE, told)
     told.tell(document[:1])
     proposals = []
     for _ in range(3):
-        candidate = arm.propose(1, len(told.text) - 1, told.history, FULL_LENGTH)
+        candidate = arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH)
         rest = NOTHING.followed_by(drafts.tokens[len(proposals) + 1 :], [0.9] * (3 - len(proposals)), "copy")
-        longer = arm.extend_drafts(1, rest, 6, FULL_LENGTH)
+        longer = arm.extend_drafts(request, rest, 6, FULL_LENGTH)
         proposals.append((candidate, longer))
         seen = len(looks)
-        fresh.begin(1, RequestHints(), THEIRS, None, told)
-        anew = fresh.propose(1, len(told.text) - 1, told.history, FULL_LENGTH)
+        other = begun(fresh, None, THEIRS, told)
+        anew = fresh.propose(other, len(told.text) - 1, told.history, FULL_LENGTH)
         assert candidate is not None
         assert anew is not None
         assert candidate.tokens == anew.tokens[: len(candidate.tokens)]
-        assert longer.tokens == fresh.extend_drafts(1, rest, 6, FULL_LENGTH).tokens
+        assert longer.tokens == fresh.extend_drafts(other, rest, 6, FULL_LENGTH).tokens
         del looks[seen:]
         told.tell([document[len(proposals)]])
     assert len(looks) == 2, "once behind the text, and once behind the drafts"
     told.tell(vocabulary.encode(text_of(vocabulary, document[4:])[:1]))
-    arm.propose(1, len(told.text) - 1, told.history, FULL_LENGTH)
+    arm.propose(request, len(told.text) - 1, told.history, FULL_LENGTH)
     assert len(looks) == 3, "the text is cut otherwise than was said"
 
 
@@ -284,12 +290,12 @@ def test_a_look_forgets_what_it_refused_when_the_text_passed_it() -> None:
 def test_the_newest_looks_are_kept(
     arm: StructureArm, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arm.begin(1, RequestHints(), None, None, Told(grammars))
-    request = arm._requests[1]
+    request = begun(arm, None, None, Told(grammars))
+    kept = request.kept[arm.arm]
     monkeypatch.setattr(arm, "_look", lambda _, ids, limit: _Look([*ids, 9], len(ids), (), None, True))
     for token in range(LOOKS + 2):
-        arm._looked(request, Candidate([token], [1.0]), 8, FULL_LENGTH)
-    assert [look.ids[0] for look in request.looks] == list(range(LOOKS + 1, 1, -1))
+        arm._looked(kept, Candidate([token], [1.0]), 8, FULL_LENGTH)
+    assert [look.ids[0] for look in kept.looks] == list(range(LOOKS + 1, 1, -1))
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -298,5 +304,5 @@ def test_a_look_that_ended_for_want_of_time_is_not_whole(
 ) -> None:
     monkeypatch.setattr("whiflash_sglang.arms.structure.sketch", lambda *_, **__: ([], True))
     arm = StructureArm(Structure(max_width=8), vocabulary, lambda: late)
-    arm.begin(1, RequestHints(), None, None, Told(grammars))
-    assert arm._look(arm._requests[1], [], 8).whole is not late
+    request = begun(arm, None, None, Told(grammars))
+    assert arm._look(request.kept[arm.arm], [], 8).whole is not late

@@ -14,6 +14,7 @@ from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.drafts.candidates import Candidate
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import DraftBatch, History
+from whiflash_sglang.records.request import Request
 
 ARM = "oracle"
 
@@ -57,11 +58,11 @@ class OracleArm(TextDrafter):
         self.rejected = 0
 
     def propose(
-        self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
+        self, request: Request, length: int, history: History, worth: Worth, under_way: int = 0
     ) -> Candidate | None:
         known = list(history(0))
         texts = [text for text in self._texts if text[: len(known)] == known]
-        self._ahead[row] = self._random.choice(texts)[len(known) :] if texts else []
+        self._ahead[request.row] = self._random.choice(texts)[len(known) :] if texts else []
         return None
 
     def draft(self, batch: DraftBatch) -> Drafts:
@@ -86,5 +87,5 @@ class OracleArm(TextDrafter):
         self.accepted.append(accepted)
         self.rejected += proposed - accepted
 
-    def release(self, row: int) -> None:
-        self._ahead.pop(row, None)
+    def end(self, request: Request, output: Sequence[int] = ()) -> None:
+        self._ahead.pop(request.row, None)

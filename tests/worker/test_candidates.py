@@ -16,6 +16,7 @@ from traffic import mixed, play, without_a_pass
 from whiflash_sglang.drafts.candidates import Candidate, Part
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import History
+from whiflash_sglang.records.request import Request
 
 
 def candidate(tokens: list[int], alive: list[float]) -> Candidate:
@@ -40,10 +41,10 @@ class Free(OracleArm):
         self.arm = arm
 
     def propose(
-        self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
+        self, request: Request, length: int, history: History, worth: Worth, under_way: int = 0
     ) -> Candidate | None:
-        super().propose(row, length, history, worth, under_way)
-        ahead = self._ahead[row][: self.max_drafts]
+        super().propose(request, length, history, worth, under_way)
+        ahead = self._ahead[request.row][: self.max_drafts]
         tokens = [
             a if self._random.random() < self._accuracy else self._random.choice(self._alphabet)
             for a in ahead

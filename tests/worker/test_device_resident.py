@@ -12,7 +12,7 @@ from model_set import Models
 from oracle_arm import OracleArm
 
 from whiflash_sglang.engine.scheduler.streamer import recording_of
-from whiflash_sglang.records.core import Round
+from whiflash_sglang.records.core import Plan
 from whiflash_sglang.telemetry.trace import build_trace
 
 PROMPTS = [[*random.Random(seed).choices(range(256), k=10), *[7, 8, 9, 10] * 6] for seed in range(4)]
@@ -116,9 +116,9 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
         seen.append(found)
         observed.clear()
         tokens = learn(self, round, found)
-        for i, state in enumerate(round.states):
-            if found.source[i] and found.drafted[i] and self.controller.keeps(state):
-                assert state.row in observed, "its drafts lost, and nobody learned how right they were"
+        for i, request in enumerate(round.requests):
+            if found.source[i] and found.drafted[i] and request.running:
+                assert request.row in observed, "its drafts lost, and nobody learned how right they were"
                 lost += 1
         return tokens
 
@@ -133,8 +133,8 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     controller = running.worker.controller
     route = controller.route
 
-    def to_ar(rows: Any, forecasts: Any) -> list[str]:
-        route(rows, forecasts)
+    def to_ar(requests: Any, forecasts: Any) -> list[str]:
+        route(requests, forecasts)
         return ["ar" if "ar" in may else "none" for may in forecasts]
 
     monkeypatch.setattr(controller, "route", to_ar)
@@ -171,7 +171,7 @@ def test_rows_are_those_of_a_graph(
     running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much is drafted, a verification has the rows that the host picked, of those that graphs have."""
-    monkeypatch.setattr(Round, "usual_drafts", property(lambda self: 2))
+    monkeypatch.setattr(Plan, "usual_drafts", property(lambda self: 2))
     rows, grid = [], (3, 5, 7, 9)
     stages = running.worker.stages
     stage = replace(stages.drafting, rows_for=lambda rows, _: next(n for n in grid if n >= rows))

@@ -408,7 +408,6 @@ def check_kept(serving: Serving, row: Row) -> None:
     """Nothing of requests that have ended, but KV in the tree, which is right."""
     e = serving.engine
     assert not e.states
-    assert not e.worker.drafters["structure"]._requests
     assert not any(e.worker.sync.watermarks.known(at) for at in range(16))
     assert not any(e.worker.quarantine.left_out.values())
     if serving.mode == "overlap":

@@ -48,7 +48,7 @@ def full_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
 def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter[str], HostReads]:
     """Records written while requests ran, counts of their rounds, and the device reads of writing."""
     found, own, reads = Recorded(), Counter[str](), HostReads()
-    e.worker.publish_to(found)
+    e.worker.publisher.start(found)
     run = e.worker._round
 
     def counted(batch: Any, round: Any, *rest: Any) -> Any:
@@ -146,7 +146,7 @@ def test_the_backlog_is_what_idle_drafters_have_missed(
     most: Counter[Labels] = Counter()
     with engine(models.target, whiflash=models.whiflash("ar")) as e:
         found = Recorded()
-        e.worker.publish_to(found)
+        e.worker.publisher.start(found)
 
         def step() -> None:
             e.worker.publisher.flush()

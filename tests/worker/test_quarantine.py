@@ -18,7 +18,7 @@ from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.device.transfers import EXACT
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.core import Limits, Results
-from whiflash_sglang.records.request import RequestState
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner
 from whiflash_sglang.round.quarantine import (
@@ -96,7 +96,7 @@ def test_requests_go_on_without_it(
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", str(int(resident)))
     with engine(models.target, whiflash=models.whiflash("random")) as e:
         gauges = Gauges()
-        e.worker.publish_to(gauges)
+        e.worker.publisher.start(gauges)
         for name, (arm, method, made) in FAULTS.items():
             if (name in RESIDENT) != resident and name != "ids":
                 continue
@@ -169,7 +169,7 @@ def running(shared: Engine) -> Engine:
         ("lookup", "propose"),
         ("lookup", "begin"),
         ("ar", "observe"),
-        ("lookup", "finish"),
+        ("lookup", "end"),
     ],
 )
 def test_an_error_of_one_request_takes_the_arm_from_nobody(
@@ -202,26 +202,25 @@ def plant(e: Engine, monkeypatch: pytest.MonkeyPatch, arm: str, method: str, nam
     """Let `method` of `arm` raise whenever it works for the request `name`; when it did, is added to the result."""
     drafter, raised = e.worker.drafters[arm], list[str]()
     original = getattr(drafter, method)
-    begun: list[str] = []
-    begin = e.worker.stages.lifecycle.begin
-
-    def noted(row: int, req: Any, upload: Any) -> None:
-        begun.append(req.rid)
-        begin(row, req, upload)
 
     def rows_of(given: Any) -> Any:
         return getattr(given, "row_ids", [given])
 
     def spoiled(given: Any, *more: Any, **named: Any) -> Any:
-        rids = [begun[-1]] if method == "begin" else [e.states[row].rid for row in rows_of(given)]
+        rids = [given.rid] if isinstance(given, Request) else [e.states[row].rid for row in rows_of(given)]
         if name in rids:
             raised.append(name)
             raise RuntimeError("planted")
         return original(given, *more, **named)
 
-    monkeypatch.setattr(e.worker.stages.lifecycle, "begin", noted)
     monkeypatch.setattr(drafter, method, spoiled)
     return raised
+
+
+def begun(held: Quarantine, rid: str = "r", caller: str | None = None) -> Request:
+    request = Request(rid, caller=caller, running=True)
+    held.begin(request)
+    return request
 
 
 class History:
@@ -234,11 +233,11 @@ class History:
     def fail(self, *callers: str | None, arm: str = "ar") -> None:
         """A request of each caller, for which the arm raises."""
         for caller in callers:
-            self.held.begin("r", caller)
-            with self.held.guard(arm, "r"):
+            request = begun(self.held, caller=caller)
+            with self.held.guard(arm, request):
                 fails(None)
-            assert not self.held.serves(arm, "r")
-            self.held.end("r")
+            assert not self.held.serves(arm, request)
+            self.held.end(request)
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -254,7 +253,7 @@ def test_an_arm_is_out_for_everybody_behind_several_requests_of_several_callers(
     history.fail("two")
     assert held.reasons == {"ar": f"raised RuntimeError, for {MANY_REQUESTS} requests in a row"}
     assert held.left_out == {"ar": MANY_REQUESTS, "diffusion": 0}
-    held.begin("during", "three")
+    during = begun(held, caller="three")
     for turn in range(10):
         seconds = min(FIRST_SECONDS * 2**turn, LONGEST_SECONDS)
         history.wait(seconds - 1)
@@ -264,8 +263,8 @@ def test_an_arm_is_out_for_everybody_behind_several_requests_of_several_callers(
         history.fail("one", "one", "two")
         assert "ar" in held, "it is out again, for twice as long"
     history.wait(LONGEST_SECONDS)
-    assert not held.serves("ar", "during"), "what began without it goes on without it"
-    assert held.serves("diffusion", "during")
+    assert not held.serves("ar", during), "what began without it goes on without it"
+    assert held.serves("diffusion", during)
     history.fail(*[None] * MANY_REQUESTS)
     assert "ar" in held
 
@@ -276,19 +275,18 @@ def test_a_request_that_an_arm_served_well_excuses_it() -> None:
     held = history.held
     for number in range(9):
         history.fail(None, None)
-        held.begin(f"sound {number}", None)
-        held.judge("ar", f"sound {number}", faulty=False)
-        held.end(f"sound {number}")
+        sound = begun(held, f"sound {number}")
+        held.judge("ar", sound, faulty=False)
+        held.end(sound)
     assert held.left_out == {"ar": 18}
     assert not held.reasons
-    for rid in ("before", "planned"):
-        held.begin(rid, None)
-    held.judge("ar", "before", faulty=False)
+    before, planned = begun(held, "before"), begun(held, "planned")
+    held.judge("ar", before, faulty=False)
     history.fail("one", "one", "two")
-    held.judge("ar", "planned", faulty=False)
+    held.judge("ar", planned, faulty=False)
     history.wait(FIRST_SECONDS)
-    for rid in ("before", "planned"):
-        held.end(rid)
+    for request in (before, planned):
+        held.end(request)
     history.fail("one", "one", "two")
     history.wait(FIRST_SECONDS)
     assert "ar" in held, "it is out again, for twice as long"
@@ -308,23 +306,22 @@ def test_holes_in_its_kv_end_no_more_than_the_server_does() -> None:
 def test_faults_in_a_row_are_what_counts(caplog: pytest.LogCaptureFixture) -> None:
     """A fault behind a quarantine counts for no other one: results of rounds that were under way."""
     history = History("ar", "diffusion")
-    held, rids = history.held, [f"r{i}" for i in range(9)]
-    for rid in rids:
-        held.begin(rid, rid)
+    held = history.held
+    requests = [begun(held, f"r{i}", f"r{i}") for i in range(9)]
     for faulty in [*[True] * (MOST_FAULTS - 1), False] * 3:
-        held.judge("ar", "r0", faulty=faulty)
-        held.judge("diffusion", "r0", faulty=False)
+        held.judge("ar", requests[0], faulty=faulty)
+        held.judge("diffusion", requests[0], faulty=False)
     assert held.faults == {"ar": 3 * (MOST_FAULTS - 1), "diffusion": 0}
-    assert held.serves("ar", "r0")
-    for rid in rids:
+    assert held.serves("ar", requests[0])
+    for request in requests:
         for _ in range(MOST_FAULTS):
-            held.judge("ar", rid, faulty=True)
-    held.judge("ar", "gone", faulty=True)  # results may be known behind a request's end
+            held.judge("ar", request, faulty=True)
+    held.judge("ar", Request("gone"), faulty=True)  # results may be known behind a request's end
     assert "ar" in held
-    assert held.serves("diffusion", "r0")
+    assert held.serves("diffusion", requests[0])
     assert sum("is left out" in r.getMessage() for r in caplog.records) == SEVERAL_REQUESTS
     history.wait(FIRST_SECONDS)
-    assert not any(held.serves("ar", rid) for rid in rids)
+    assert not any(held.serves("ar", request) for request in requests)
     history.fail("another")
     assert not held.reasons, "the next one request is one again"
 
@@ -332,9 +329,7 @@ def test_faults_in_a_row_are_what_counts(caplog: pytest.LogCaptureFixture) -> No
 def test_a_batch_that_raises_is_asked_request_by_request() -> None:
     """Until the request that decides; if none of them raises alone, the batch does."""
     held = Quarantine(["ar"])
-    rids = {4: "a", 1: "b", 7: "c"}
-    for rid in rids.values():
-        held.begin(rid, rid)
+    requests = {index: begun(held, str(index), str(index)) for index in (4, 1, 7)}
     calls: list[list[int]] = []
 
     def call(chosen: Any) -> list[int]:
@@ -343,35 +338,32 @@ def test_a_batch_that_raises_is_asked_request_by_request() -> None:
             raise RuntimeError("planted")
         return [10 * i for i in chosen]
 
-    assert held.attempt("ar", rids, call) == ([4, 7], [40, 70])
+    assert held.attempt("ar", requests, call) == ([4, 7], [40, 70])
     assert calls == [[4, 1, 7], [4], [1], [7], [4, 7]]
-    assert [held.serves("ar", rid) for rid in rids.values()] == [True, False, True]
-    assert held.attempt("ar", {1: "b"}, lambda _: fails(None)) == ((), None)
+    assert [held.serves("ar", request) for request in requests.values()] == [True, False, True]
+    assert held.attempt("ar", {1: requests[1]}, lambda _: fails(None)) == ((), None)
 
     def together(chosen: Any) -> None:
         if len(chosen) > 1:
             raise RuntimeError("planted")
 
-    assert held.attempt("ar", rids, together) == ((), None)
+    assert held.attempt("ar", requests, together) == ((), None)
     assert held.reasons == {"ar": "raised RuntimeError for a batch and for no request of it"}
     held, asked = Quarantine(["ar"]), list[Any]()
-    many = {i: f"r{i}" for i in range(64)}
-    for rid in many.values():
-        held.begin(rid, rid)
+    many = {i: begun(held, f"r{i}", f"r{i}") for i in range(64)}
     assert held.attempt("ar", many, lambda chosen: (asked.append(chosen), fails(None))) == ((), None)
     assert "ar" in held
     assert len(asked) == 1 + SEVERAL_REQUESTS
 
 
 def test_the_rest_of_a_batch_is_not_asked() -> None:
-    rids = [f"r{i}" for i in range(64)]
     held, asked = Quarantine(["lookup"]), list[int]()
 
     class Failing(TextDrafter):
         max_drafts = 1
 
-        def propose(self, row: int, *_: Any, **__: Any) -> NoReturn:
-            asked.append(row)
+        def propose(self, request: Request, *_: Any, **__: Any) -> NoReturn:
+            asked.append(request.row)
             fails(None)
 
     drafters: Any = {"lookup": Failing()}
@@ -380,13 +372,13 @@ def test_the_rest_of_a_batch_is_not_asked() -> None:
     sources = DraftSources(drafters, held, 99, Spending())
     planner = Planner(drafters, nothing, controller, nothing, held, sources, EXACT)
     round: Any = SimpleNamespace(
-        names=list(enumerate(rids)),
+        requests=[Request(f"r{row}", row=row, caller=row, running=True) for row in range(64)],
         most=[9] * 64,
         plan=SimpleNamespace(worth={"lookup": FULL_LENGTH}),
         history=lambda *_: [],
     )
-    for index, rid in enumerate(rids):
-        held.begin(rid, rid)
+    for index, request in enumerate(round.requests):
+        held.begin(request)
         assert planner._proposed(round, index, ["lookup"]) == ({}, {})
     assert asked == [*range(SEVERAL_REQUESTS)]
 
@@ -395,13 +387,15 @@ def test_drafts_that_the_device_took_were_sound() -> None:
     """No plan names whose they are, so only the device's results show that it serves well."""
     history = History("ar", "lookup")
     held = history.held
-    held.begin("sound", None)
+    requests = [begun(held, "sound"), Request("gone")]
+    for request in requests:
+        request.under_way.append(3)
     proposers = ("", "structure", "lookup", "lookup")
     learner = Learner({}, MagicMock(), MagicMock(), MagicMock(), held, proposers)
     round: Any = SimpleNamespace(
         parts=None,
         accepted=(),
-        states=[RequestState(rid, under_way=[3]) for rid in ("sound", "gone")],
+        requests=requests,
         decisions=[None] * 2,
         plan=SimpleNamespace(routes=["none"] * 2, limits=Limits([0] * 2, [0] * 2, [0] * 2, [0] * 2)),
         bounded=True,
@@ -411,7 +405,7 @@ def test_drafts_that_the_device_took_were_sound() -> None:
         starts=[9] * 2, widths=[3] * 2, faults=[0] * 2, first_drafts=[0] * 2, source=[-1, 0]
     )
     learner.learn(round, results, kept=[[], []])
-    held.end("sound")
+    held.end(requests[0])
     history.fail("two", arm="lookup")
     assert not held.reasons
 
@@ -430,38 +424,38 @@ def test_drafts_that_the_device_took_were_sound() -> None:
 )
 def test_what_the_machine_raises_is_no_arms(error: Exception) -> None:
     held = Quarantine(["ar"])
-    held.begin("r", None)
-    for ways in (held.guard("ar"), held.guard("ar", "r"), held.guard_ingestion("ar")):
+    request = begun(held)
+    for ways in (held.guard("ar"), held.guard("ar", request), held.guard_ingestion("ar")):
         with pytest.raises(type(error)), ways:
             raise error
 
     def fails_too(_: Any) -> None:
         raise error
 
-    for rids in ({0: "r"}, {0: "r", 1: "s"}):
+    for requests in ({0: request}, {0: request, 1: begun(held)}):
         with pytest.raises(type(error)):
-            held.attempt("ar", rids, fails_too)
-    assert held.serves("ar", "r")
+            held.attempt("ar", requests, fails_too)
+    assert held.serves("ar", request)
 
 
 def test_several_ranks_agree() -> None:
     """Another rank may have drafted, so to go on without would leave it waiting in a collective call. Clocks differ."""
     clock: Any = lambda: pytest.fail("a rank's clock is its own")  # noqa: E731
     held = Quarantine(["ar", "lookup"], alone=False, from_text=["lookup"], clock=clock)
-    held.begin("r", None)
-    with held.guard("lookup", "r"):
+    request = begun(held)
+    with held.guard("lookup", request):
         fails(None)
-    assert not held.serves("lookup", "r"), "it raises in every rank alike"
+    assert not held.serves("lookup", request), "it raises in every rank alike"
     with pytest.raises(RuntimeError, match="planted"), held.guard("lookup"):
         fails(None)
-    with pytest.raises(RuntimeError, match="planted"), held.guard("ar", "r"):
+    with pytest.raises(RuntimeError, match="planted"), held.guard("ar", request):
         fails(None)
     with pytest.raises(RuntimeError, match="planted"):
-        held.attempt("ar", {0: "r", 1: "s"}, lambda _: fails(None))
+        held.attempt("ar", {0: request, 1: begun(held)}, lambda _: fails(None))
     assert not held.left_out["ar"]
-    for rid in "abc":
-        held.begin(rid, rid)
+    for caller in "abc":
+        request = begun(held, caller=caller)
         for _ in range(MOST_FAULTS):
-            held.judge("ar", rid, faulty=True)
+            held.judge("ar", request, faulty=True)
     held.tick()
     assert "ar" in held

@@ -20,6 +20,7 @@ from traffic import play, without_a_pass
 from whiflash_sglang.arms import structure
 from whiflash_sglang.engine.scheduler.streamer import recording_of
 from whiflash_sglang.records.core import Round
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.serve import lifecycle
 from whiflash_sglang.spans.hints import TOOLS_KEY
@@ -41,7 +42,7 @@ def forbidden(e: Engine, round: Round) -> int:
     """Drafts of a round that are verified though the grammars of their requests forbid them."""
     arm, found = e.worker.drafters["structure"], 0
     for index, row in enumerate(round.row_ids):
-        own = arm._requests.get(row)
+        own = e.states[row].kept.get(arm.arm) if row in e.states else None
         matcher = own and own.grammar and own.grammar.matcher(arm._vocabulary)
         if not matcher or not round.plan.limits.joined[index] or own.known != round.most[index] + 1:
             continue
@@ -77,7 +78,6 @@ def test_joined_with_every_other_arm(models: Models, backend: str, monkeypatch: 
     monkeypatch.setattr(DraftStage, "draft", drafted)
     with engine(models.target, whiflash=flags, arms=[oracle], grammar_backend=backend, **OPTIONS) as e:
         assert play(e, arrivals, lambda: used.update(*(state.counts for state in e.states.values()))) == plain
-        assert e.worker.drafters["structure"]._requests == {}
     assert {"structure", "lookup", "ar", "diffusion", "oracle", "none"} <= used
     assert len(wrong) > 20
     assert not any(wrong)
@@ -87,7 +87,7 @@ def use_only(arm: str, controller: Any, monkeypatch: pytest.MonkeyPatch) -> None
     """From now on no model drafts, and one draft source is used."""
     monkeypatch.setattr(controller, "route", partial(without_a_pass, controller))
     monkeypatch.setattr(controller, "may_use", lambda _, other: other == arm)
-    monkeypatch.setattr(controller, "may_join", lambda _: False)
+    monkeypatch.setattr(Request, "may_join", property(lambda _: False))
 
 
 def test_a_draft_that_the_grammar_forbids_makes_room_for_what_it_forces(
@@ -136,7 +136,6 @@ def test_tools_without_a_grammar(
                 use_only("structure", e.worker.controller, monkeypatch)
             assert play(e, arrivals) == expected
             accepted = {rid: e.rounds(rid)[1] for rid in expected}
-            assert e.worker.drafters["structure"]._requests == {}
         if router == "auto":
             assert accepted["tag/0"] > 10
             assert accepted["free/0"] == accepted["regex/0"] == 0

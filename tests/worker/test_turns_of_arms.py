@@ -9,6 +9,7 @@ import pytest
 from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.drafts.candidates import Candidate
 from whiflash_sglang.prices.costs import FULL_LENGTH
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.structure.spending import Spending
@@ -22,10 +23,10 @@ class Grammar(TextDrafter):
 
     arm, max_drafts, forbids = "structure", 9, True
 
-    def extends(self, row: int) -> bool:
+    def extends(self, request: Request) -> bool:
         return True
 
-    def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Any) -> Candidate:
+    def extend_drafts(self, request: Request, drafts: Candidate, room: int, worth: Any) -> Candidate:
         own = list(drafts.tokens)
         allowed = drafts.first(own.index(FORBIDDEN) if FORBIDDEN in own else len(own))
         last = allowed.tokens[-1]
@@ -40,10 +41,10 @@ class Copy(TextDrafter):
     def __init__(self, known: dict[int, list[int]]) -> None:
         self.known = known
 
-    def extends(self, row: int) -> bool:
+    def extends(self, request: Request) -> bool:
         return True
 
-    def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Any) -> Candidate:
+    def extend_drafts(self, request: Request, drafts: Candidate, room: int, worth: Any) -> Candidate:
         more = self.known.get(drafts.tokens[-1], [])
         return drafts.followed_by(more, [0.8] * len(more), self.arm)
 
@@ -52,7 +53,9 @@ def verified(drafters: Sequence[Any], first: Sequence[int], route: str) -> tuple
     """Drafts verified of one request whose own arm drafted `first`, and how many of these are left."""
     by_arm = {drafter.arm: drafter for drafter in drafters}
     sources = DraftSources(by_arm, Quarantine(["ar", *by_arm]), 100, Spending())
-    round: Any = SimpleNamespace(names=[(0, "r")], worth=dict.fromkeys(by_arm, FULL_LENGTH))
+    round: Any = SimpleNamespace(
+        requests=[Request("r")], plan=SimpleNamespace(worth=dict.fromkeys(by_arm, FULL_LENGTH))
+    )
     drafts = Candidate().followed_by(first, [0.9] * len(first), route)
     chain, left = sources.extended(round, 0, route, drafts, ROOM)
     assert sum(part.drafts for part in chain.parts) == len(chain.tokens) == len(chain.alive)

@@ -83,9 +83,8 @@ def mixed(
     return arrivals
 
 
-def without_a_pass(controller: Any, rows: Sequence[int], _: Any) -> list[str]:
+def without_a_pass(controller: Any, requests: Sequence[Any], _: Any) -> list[str]:
     """In place of `Controller.route`: no model drafts, and what draft sources propose is verified."""
-    for row in rows:
-        state = controller.states[row]
-        state.decision.promised = True
-    return ["none"] * len(rows)
+    for request in requests:
+        request.decision.promised = True
+    return ["none"] * len(requests)

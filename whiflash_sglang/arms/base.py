@@ -1,6 +1,6 @@
 """The interface of a drafter to the worker."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,14 +9,12 @@ from whiflash_kernels import Drafts, PassInputs
 
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.cache.tokens import DraftKV
-from whiflash_sglang.copying.memory import Tenant
 from whiflash_sglang.device.capture import Recorder
 from whiflash_sglang.device.transfers import Floats, Upload
 from whiflash_sglang.drafts.candidates import Candidate, Forecast
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import DraftBatch, History
-from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.structure.matchers import Grammar
+from whiflash_sglang.records.request import Request
 
 
 class Drafter:
@@ -41,8 +39,8 @@ class Drafter:
         """Propose tokens for requests at their `place`. KV writes at positions >= n are provisional."""
         raise NotImplementedError
 
-    def calibration(self, row_ids: Sequence[int], worth: Worth) -> Floats:
-        """Numbers that judge its drafts for the requests in `row_ids`, uploaded with the round's plan.
+    def calibration(self, requests: Sequence[Request], worth: Worth) -> Floats:
+        """Numbers that judge its drafts for these requests, uploaded with the round's plan.
 
         worth: what a further draft must bring.
         """
@@ -110,7 +108,8 @@ class KVDrafter(Drafter):
 class TextDrafter(Drafter):
     """An arm that drafts from the texts of requests and keeps something of each.
 
-    Lifecycle per request: `begin` → `propose` in every round that may be its own → `finish` if it ended → `release`.
+    Lifecycle per request: `begin` → `propose` in every round that may be its own → `end`. Between these `Request.kept`
+    has what it keeps, by its name.
 
     proposes: whether it drafts by `propose`, before the round is planned and without a pass; else `draft` is asked.
     forbids: whether it drops of another arm's drafts what may not follow. on_device: whether the device drafts for it
@@ -125,47 +124,33 @@ class TextDrafter(Drafter):
         """Bytes that it keeps on the device for so many rows of the request table."""
         return 0
 
-    def begin(
-        self,
-        row: int,
-        hints: RequestHints,
-        tenant: Tenant | None,
-        predicted: Sequence[int] | None = None,
-        grammar: Grammar | None = None,
-        prompt: int = 0,
-    ) -> None:
-        """A request begins in `row`, or begins again after a retraction.
+    def begin(self, request: Request) -> None:
+        """A request begins, or begins again after a retraction: then `end` was called before."""
 
-        Args:
-            tenant: who may share text with it. predicted: tokens of the answer that its caller expects. grammar: what
-                constrains it. prompt: tokens of its text before the answer.
-        """
-        self.release(row)
-
-    def serves(self, row: int) -> bool:
-        """Whether the request in `row` lets it draft at all."""
+    def serves(self, request: Request) -> bool:
+        """Whether a request lets it draft at all."""
         return True
 
     def propose(
-        self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
+        self, request: Request, length: int, history: History, worth: Worth, under_way: int = 0
     ) -> Candidate | None:
-        """Tokens that may follow the text of the request in `row`; None: nothing. Asked in every round that may be
+        """Tokens that may follow the text of a request; None: nothing. Asked in every round that may be
         its own, whichever arm drafts then.
 
         The text ends where `history` does. Tokens committed since its last look, from any arm, show how right it
         would have been.
 
         Args:
-            row: of the request table. length: n at most. history: the request's committed tokens. worth: what a further
+            length: n at most. history: the request's committed tokens. worth: what a further
                 draft must bring. under_way: tokens at most that earlier rounds may commit before its candidate counts.
         """
         raise NotImplementedError
 
-    def extends(self, row: int) -> bool:
-        """Whether it has looked at the request in `row`, and so knows what may follow drafts of others."""
+    def extends(self, request: Request) -> bool:
+        """Whether it has looked at a request, and so knows what may follow drafts of others."""
         return False
 
-    def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Worth) -> Candidate:
+    def extend_drafts(self, request: Request, drafts: Candidate, room: int, worth: Worth) -> Candidate:
         """`drafts` as far as they may follow the text that it looked at, and what it knows to follow them; asked if it
         `extends`.
 
@@ -182,30 +167,27 @@ class TextDrafter(Drafter):
         """
         raise NotImplementedError
 
-    def promised(self, row: int) -> Forecast | None:
-        """Forecast of the device's newest known copy for the request in `row`: then it need not propose.
+    def promised(self, request: Request) -> Forecast | None:
+        """Forecast of the device's newest known copy for a request: then it need not propose.
 
         None: it must, since it knows the whole text, or texts that the device does not copy from.
         """
         return None
 
-    def copied(self, row: int, copy: Candidate, committed: Sequence[int]) -> None:
-        """The device made this `copy` for the request in `row`, and its round committed these tokens."""
+    def copied(self, request: Request, copy: Candidate, committed: Sequence[int]) -> None:
+        """The device made this `copy` for a request, and its round committed these tokens."""
 
-    def finish(self, row: int, output: Sequence[int]) -> None:
-        """The request in `row` ended with `output`; `release` follows."""
+    def end(self, request: Request, output: Sequence[int] = ()) -> None:
+        """A request is gone; `output`: of one that finished."""
 
-    def release(self, row: int) -> None:
-        """The request in `row` is gone, or another begins there."""
+    def forget(self, handle: int | None, running: Iterable[Request]) -> None:
+        """Drop text kept across requests: of the tenant with this handle, or of all. Those that run go on."""
 
-    def forget(self, handle: int | None) -> None:
-        """Drop text kept across requests: of the tenant with this handle, or of all."""
-
-    def host_bytes(self) -> Mapping[str, int]:
+    def host_bytes(self, running: Iterable[Request]) -> Mapping[str, int]:
         """Bytes that it keeps on the host, by scope; empty for most."""
         return {}
 
-    def snapshot(self) -> Mapping[str, Any]:
+    def snapshot(self, running: Iterable[Request]) -> Mapping[str, Any]:
         """Its part of the server's state; empty for most."""
         return {}
 

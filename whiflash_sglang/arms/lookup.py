@@ -7,7 +7,7 @@ If the host would know a text a round late, the device copies from it (`propose_
 how far copies can be trusted, and keeps what tenants share.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,13 +34,12 @@ from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import PLAIN, Candidate, Forecast
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import DraftBatch, History
-from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.structure.matchers import Grammar
+from whiflash_sglang.records.request import Request
 
 
 @dataclass(slots=True)
-class _Request:
-    """A request's state.
+class _Kept:
+    """What is kept of a request.
 
     learns: chances of its tenant, or of itself alone. tenant: who shares them; None: nobody. prediction:
     what its caller expects back. alone: whether it may copy from its own text only, and nothing is known of what it
@@ -73,7 +72,6 @@ class LookupArm(TextDrafter):
         self._calibrations = PerTenant(partial(MatchCalibration, settings.seed or EVEN_ODDS))
         self._unlearned = self._calibrations.fresh()
         self._min_match = settings.min_match
-        self._requests: dict[int, _Request] = {}
         self._back: torch.Tensor | None = None
         """[request rows] int64: tokens from where a request copies to its text's end; 0 where it has not copied."""
         self._buckets: torch.Tensor | None = None
@@ -82,66 +80,57 @@ class LookupArm(TextDrafter):
         size = rows * torch.int64.itemsize + len(BUCKETS) * torch.int32.itemsize
         return size if self.on_device else 0
 
-    def begin(
-        self,
-        row: int,
-        hints: RequestHints,
-        tenant: Tenant | None,
-        predicted: Sequence[int] | None = None,
-        grammar: Grammar | None = None,
-        prompt: int = 0,
-    ) -> None:
-        """A request begins in `row`, or begins again; `hints.lookup` says what it wants copied."""
-        self.release(row)
+    def begin(self, request: Request) -> None:
+        """`hints.lookup` says what it wants copied."""
         if self._back is not None:
-            self._back[row].fill_(0)  # assigning a number copies it, for which the host would wait
+            self._back[request.row].fill_(0)  # assigning a number copies it, for which the host would wait
+        hints, prediction = request.hints, request.prediction
         if hints.lookup == "off":
             return
         if hints.lookup == "context":
-            request = _Request(self._calibrations.fresh())
+            kept = _Kept(self._calibrations.fresh())
         else:
-            request = _Request(self._calibrations.of(tenant), tenant)
-        self._requests[row] = request
-        if predicted is not None:
-            request.prediction = Prediction(predicted, prompt, self._calibrations.fresh())
-        request.alone = not hints.tools and request.prediction is None and grammar is None
+            kept = _Kept(self._calibrations.of(request.tenant), request.tenant)
+        request.kept[self.arm] = kept
+        if prediction is not None:
+            kept.prediction = Prediction(prediction, request.prompt, self._calibrations.fresh())
+        kept.alone = not hints.tools and kept.prediction is None and request.grammar is None
 
-    def serves(self, row: int) -> bool:
-        return row in self._requests
+    def serves(self, request: Request) -> bool:
+        return self.arm in request.kept
 
     def propose(
-        self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
+        self, request: Request, length: int, history: History, worth: Worth, under_way: int = 0
     ) -> Candidate | None:
-        request = self._requests.get(row)
-        if request is None:
+        kept: _Kept | None = request.kept.get(self.arm)
+        if kept is None:
             return None
-        copier = request.copier
+        copier = kept.copier
         if copier is None:
-            copier = request.copier = Copier(
-                request.learns, self._min_match, request.prediction, request.copies
-            )
+            copier = kept.copier = Copier(kept.learns, self._min_match, kept.prediction, kept.copies)
         copier.extend(history(len(copier.text)))
         copy = copier.look(self.max_drafts + under_way, worth.least_chance)
         return copy._replace(at=len(copier.text), agreements=())
 
-    def extends(self, row: int) -> bool:
-        return self._copier(row) is not None
+    def extends(self, request: Request) -> bool:
+        kept: _Kept | None = request.kept.get(self.arm)
+        return kept is not None and kept.copier is not None
 
-    def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Worth) -> Candidate:
+    def extend_drafts(self, request: Request, drafts: Candidate, room: int, worth: Worth) -> Candidate:
         """`drafts`, and the copy that they lead into."""
-        copier, room = self._copier(row), min(room - len(drafts.tokens), self.max_drafts)
-        if copier is None or not drafts.tokens or room <= 0:
+        copier, room = request.kept[self.arm].copier, min(room - len(drafts.tokens), self.max_drafts)
+        if not drafts.tokens or room <= 0:
             return drafts
         copy = copier.look_beyond(drafts.tokens, drafts.alive[-1], room, worth.least_chance)
         return drafts.followed_by(copy.tokens, copy.alive, copy.parts[0].source) if copy.tokens else drafts
 
-    def calibration(self, row_ids: Sequence[int], worth: Worth) -> Floats:
+    def calibration(self, requests: Sequence[Request], worth: Worth) -> Floats:
         """Starting factors of each request's copies, and its table of chances, if the device copies."""
         if not self.on_device:
             return ()
-        requests = [self._requests.get(row) for row in row_ids]
-        factors = [1.0 if request is None else request.copies.factor for request in requests]
-        known = [self._unlearned if request is None else request.learns for request in requests]
+        own: list[_Kept | None] = [request.kept.get(self.arm) for request in requests]
+        factors = [1.0 if kept is None else kept.copies.factor for kept in own]
+        known = [self._unlearned if kept is None else kept.learns for kept in own]
         # Many requests share a table.
         chances = {table: np.array(table.chances, dtype=np.float32) for table in set(known)}
         values: Floats = np.concatenate(
@@ -175,48 +164,40 @@ class LookupArm(TextDrafter):
             behind=behind,
         )
 
-    def promised(self, row: int) -> Forecast | None:
-        request = self._requests.get(row)
-        if not (self.on_device and self._late) or request is None:
+    def promised(self, request: Request) -> Forecast | None:
+        kept: _Kept | None = request.kept.get(self.arm)
+        if not (self.on_device and self._late) or kept is None:
             return None
-        return request.promised if request.alone and request.copier is None else None
+        return kept.promised if kept.alone and kept.copier is None else None
 
-    def copied(self, row: int, copy: Candidate, committed: Sequence[int]) -> None:
-        request = self._requests.get(row)
-        if request is not None and request.alone and request.copier is None:
-            request.promised = copy.outlook()
-            teach(copy, committed, request.learns, request.copies)
+    def copied(self, request: Request, copy: Candidate, committed: Sequence[int]) -> None:
+        kept: _Kept | None = request.kept.get(self.arm)
+        if kept is not None and kept.alone and kept.copier is None:
+            kept.promised = copy.outlook()
+            teach(copy, committed, kept.learns, kept.copies)
 
-    def forget(self, handle: int | None) -> None:
+    def forget(self, handle: int | None, running: Iterable[Request]) -> None:
         """Drop what is known of a tenant, or of all; its requests that run now teach nobody."""
         self._calibrations.forget(handle)
-        for request in self._requests.values():
-            if request.tenant is not None and handle in (None, handle_of(request.tenant)):
-                request.tenant = None
-                request.learns = self._calibrations.fresh()
-                if request.copier is not None:
-                    request.copier.calibration = request.learns
+        for kept in self._of(running):
+            if kept.tenant is not None and handle in (None, handle_of(kept.tenant)):
+                kept.tenant = None
+                kept.learns = self._calibrations.fresh()
+                if kept.copier is not None:
+                    kept.copier.calibration = kept.learns
 
-    def release(self, row: int) -> None:
-        self._requests.pop(row, None)
-
-    def host_bytes(self) -> Mapping[str, int]:
+    def host_bytes(self, running: Iterable[Request]) -> Mapping[str, int]:
         """Bytes of the running requests' indexes."""
         return {
-            "index": sum(
-                request.copier.text.nbytes
-                for request in self._requests.values()
-                if request.copier is not None
-            ),
+            "index": sum(kept.copier.text.nbytes for kept in self._of(running) if kept.copier is not None)
         }
 
-    def snapshot(self) -> Mapping[str, Any]:
+    def snapshot(self, running: Iterable[Request]) -> Mapping[str, Any]:
         """Bytes of the running requests' indexes; tenants that something was learned of."""
         return {
-            **{f"{name}_bytes": size for name, size in self.host_bytes().items()},
+            **{f"{name}_bytes": size for name, size in self.host_bytes(running).items()},
             "tenants": len(self._calibrations),
         }
 
-    def _copier(self, row: int) -> Copier | None:
-        request = self._requests.get(row)
-        return None if request is None else request.copier
+    def _of(self, running: Iterable[Request]) -> Iterator[_Kept]:
+        return (request.kept[self.arm] for request in running if self.arm in request.kept)

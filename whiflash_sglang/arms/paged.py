@@ -22,6 +22,7 @@ from whiflash_sglang.formats.layers import Attend, AttentionShape
 from whiflash_sglang.formats.packed import pack
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import DraftBatch
+from whiflash_sglang.records.request import Request
 
 LOGIT_BYTES = 2.5
 """Bytes that choosing takes at its peak for one logit of 16 bits on a GPU, itself included: most of what a pass takes.
@@ -112,7 +113,7 @@ class PagedArm(KVDrafter):
         shape = self._shape
         self.kv = DraftKV(self._layers, slots, shape.kv_heads, shape.head_dim, self._dtype, self._device)
 
-    def calibration(self, row_ids: Sequence[int], worth: Worth) -> Sequence[float]:
+    def calibration(self, requests: Sequence[Request], worth: Worth) -> Sequence[float]:
         """As of `DraftLength`."""
         return self.length.calibration(worth)
 

@@ -61,7 +61,7 @@ def idle_batch(
     starts, caps = torch.full_like(rows, CONTEXT), torch.full_like(rows, drafter.max_drafts)
     bonus = torch.zeros_like(rows)
     reads_tail, place = drafter.tail_width > 0, drafter.place(size)
-    values = drafter.calibration(range(size), FULL_LENGTH)
+    values = drafter.calibration((), FULL_LENGTH)
     calibration = torch.tensor(values, dtype=torch.float32, device=rows.device)
     rows, starts, bonus, caps, tail, calibration = rings.inputs(
         None, rows, starts, bonus, caps, calibration, drafter.features, tail=reads_tail, into=place

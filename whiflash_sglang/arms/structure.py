@@ -6,7 +6,7 @@ It drafts from the text only. Forced stretches are short, so they matter most af
 """
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -17,12 +17,11 @@ from typing import NamedTuple
 from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.copying.calibration import PerTenant
-from whiflash_sglang.copying.memory import Tenant
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import History
-from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, is_text
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import StructureChances
@@ -76,8 +75,8 @@ class _Look(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Request:
-    """A request's state.
+class _Kept:
+    """What is kept of a request.
 
     grammar: what constrains it, if anything does. calls: those of its tools, if any are known. guesses: those of its
     schemas' words, made when it is looked at first. layout: that of its output, without its newest tokens,
@@ -116,131 +115,119 @@ class StructureArm(TextDrafter):
         self.max_drafts = settings.max_width
         self._vocabulary, self._exhausted = vocabulary, exhausted
         self._chances = PerTenant(StructureChances)
-        self._requests: dict[int, _Request] = {}
 
-    def begin(
-        self,
-        row: int,
-        hints: RequestHints,
-        tenant: Tenant | None,
-        predicted: Sequence[int] | None = None,
-        grammar: Grammar | None = None,
-        prompt: int = 0,
-    ) -> None:
-        """A request begins in `row`, or begins again."""
-        self.release(row)
+    def begin(self, request: Request) -> None:
+        hints, grammar = request.hints, request.grammar
         known = grammar is not None and all_forced(grammar.schema, hints.tools)
         calls = Calls(hints.tools, hints.spans) if hints.tools and not known else None
         if grammar is not None or calls is not None:
             # A request that asks for nothing to be kept of its text teaches nobody.
             shared = hints.lookup == "memory"
-            chances = self._chances.of(tenant) if shared else self._chances.fresh()
-            self._requests[row] = _Request(chances, grammar, calls, hints.tools)
+            chances = self._chances.of(request.tenant) if shared else self._chances.fresh()
+            request.kept[self.arm] = _Kept(chances, grammar, calls, hints.tools)
 
-    def serves(self, row: int) -> bool:
-        return row in self._requests
+    def serves(self, request: Request) -> bool:
+        return self.arm in request.kept
 
     def propose(
-        self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
+        self, request: Request, length: int, history: History, worth: Worth, under_way: int = 0
     ) -> Candidate | None:
-        request = self._requests.get(row)
-        if request is None:
+        kept: _Kept | None = request.kept.get(self.arm)
+        if kept is None:
             return None
-        written = [*history(request.known)]
-        self._learn(request, written)
-        if request.guesses is None:
-            self._look_first(request, history, min(length, len(written)))
+        written = [*history(kept.known)]
+        self._learn(kept, written)
+        if kept.guesses is None:
+            self._look_first(kept, history, min(length, len(written)))
         else:
-            request.unfollowed += written
-        request.known += len(written)
-        request.tail = [*request.tail, *written][-TAIL:]
-        request.unseen = history(request.grammar.known) if request.grammar else ()
-        request.looks = [look for each in request.looks if (look := each.behind(written)) is not None]
-        request.tokens, _ = self._looked(request, NOTHING, self.max_drafts + under_way, worth)
-        forced = self._behind(request, NOTHING._replace(at=request.known), request.tokens, worth)
+            kept.unfollowed += written
+        kept.known += len(written)
+        kept.tail = [*kept.tail, *written][-TAIL:]
+        kept.unseen = history(kept.grammar.known) if kept.grammar else ()
+        kept.looks = [look for each in kept.looks if (look := each.behind(written)) is not None]
+        kept.tokens, _ = self._looked(kept, NOTHING, self.max_drafts + under_way, worth)
+        forced = self._behind(kept, NOTHING._replace(at=kept.known), kept.tokens, worth)
         return forced if forced.tokens else None
 
-    def extends(self, row: int) -> bool:
-        request = self._requests.get(row)
-        return request is not None and request.known > 0
+    def extends(self, request: Request) -> bool:
+        kept: _Kept | None = request.kept.get(self.arm)
+        return kept is not None and kept.known > 0
 
-    def extend_drafts(self, row: int, drafts: Candidate, room: int, worth: Worth) -> Candidate:
+    def extend_drafts(self, request: Request, drafts: Candidate, room: int, worth: Worth) -> Candidate:
         """Tokens of `drafts` that the grammar allows, and tokens that are forced after them."""
-        request = self._requests[row]
-        tokens, allowed = self._looked(request, drafts, room, worth)
-        return self._behind(request, drafts.first(allowed), tokens, worth)
+        kept: _Kept = request.kept[self.arm]
+        tokens, allowed = self._looked(kept, drafts, room, worth)
+        return self._behind(kept, drafts.first(allowed), tokens, worth)
 
-    def _behind(
-        self, request: _Request, drafts: Candidate, tokens: Sequence[Token], worth: Worth
-    ) -> Candidate:
+    def _behind(self, kept: _Kept, drafts: Candidate, tokens: Sequence[Token], worth: Worth) -> Candidate:
         """`drafts`, and those of `tokens` behind them that are worth their rows."""
         least = worth.least_chance
-        alive = list(takewhile(lambda chance: chance >= least, self._chances_of(request, drafts, tokens)))
-        source = TOOLS if request.grammar is None else GRAMMAR
+        alive = list(takewhile(lambda chance: chance >= least, self._chances_of(kept, drafts, tokens)))
+        source = TOOLS if kept.grammar is None else GRAMMAR
         return drafts.followed_by([token.token for token in tokens[: len(alive)]], alive, source)
 
-    def _chances_of(self, request: _Request, drafts: Candidate, tokens: Sequence[Token]) -> Iterator[float]:
+    def _chances_of(self, kept: _Kept, drafts: Candidate, tokens: Sequence[Token]) -> Iterator[float]:
         """That each of `tokens` behind `drafts` is accepted, and all before it."""
         before = drafts.alive[-1] if drafts.tokens else 1.0
-        chances = accumulate((request.chances.of(token.kind) for token in tokens), mul, initial=before)
+        chances = accumulate((kept.chances.of(token.kind) for token in tokens), mul, initial=before)
         return islice(chances, 1, None)
 
-    def forget(self, handle: int | None) -> None:
+    def forget(self, handle: int | None, running: Iterable[Request]) -> None:
         """Drop what was learned of one tenant or of all; requests that run now teach nobody any more."""
         self._chances.forget(handle)
 
-    def release(self, row: int) -> None:
-        request = self._requests.pop(row, None)
-        if request is None or request.grammar is None:
+    def end(self, request: Request, output: Sequence[int] = ()) -> None:
+        kept: _Kept | None = request.kept.get(self.arm)
+        if kept is None or kept.grammar is None:
             return
-        self._follow(request)
-        if "{" in request.layout.seen:
-            framed = request.layout.frames is not NO_FRAMES
-            request.chances.habits[framed] = request.layout.as_habit()
+        self._follow(kept)
+        if "{" in kept.layout.seen:
+            framed = kept.layout.frames is not NO_FRAMES
+            kept.chances.habits[framed] = kept.layout.as_habit()
 
-    def _learn(self, request: _Request, committed: Sequence[int]) -> None:
+    def _learn(self, kept: _Kept, committed: Sequence[int]) -> None:
         """Compare what was proposed with what was committed since, whoever drafted that."""
-        if not request.tokens:
+        if not kept.tokens:
             return
-        before = request.tail[-1]
-        for number, (token, written) in enumerate(zip(request.tokens, committed, strict=False)):
-            request.chances.observe(token.kind, token.token == written)
+        before = kept.tail[-1]
+        for number, (token, written) in enumerate(zip(kept.tokens, committed, strict=False)):
+            kept.chances.observe(token.kind, token.token == written)
             if token.token != written:
-                self._learn_cut(request, number, before, written)
+                self._learn_cut(kept, number, before, written)
                 break
             before = written
 
-    def _learn_cut(self, request: _Request, number: int, before: int, written: int) -> None:
+    def _learn_cut(self, kept: _Kept, number: int, before: int, written: int) -> None:
         """Another token was written behind `before` than was proposed: it may begin the same text."""
-        proposed = [token.token for token in request.tokens[number:]]
+        proposed = [token.token for token in kept.tokens[number:]]
         begin = bytes_of(self._vocabulary, [written])
         if begin and bytes_of(self._vocabulary, proposed).startswith(begin):
-            token = request.tokens[number]
-            request.chances.cuts.learn(before, token.token if token.usual is None else token.usual, written)
+            token = kept.tokens[number]
+            kept.chances.cuts.learn(before, token.token if token.usual is None else token.usual, written)
 
-    def _look_first(self, request: _Request, history: History, length: int) -> None:
+    def _look_first(self, kept: _Kept, history: History, length: int) -> None:
         """Keep what later looks need of the text so far. length: of the prompt, if no grammar says it."""
-        begin = request.grammar.prompt if request.grammar else length
-        schema = words_of(request.grammar.schema) if request.grammar else ()
-        if request.grammar:
-            request.layout.frames = frames = frames_of(request.grammar.schema)
-            request.layout.habit = request.chances.habits.get(frames is not NO_FRAMES)
-        words = tuple(dict.fromkeys((*schema, *words_of_tools(request.tools))))
+        begin = kept.grammar.prompt if kept.grammar else length
+        schema = words_of(kept.grammar.schema) if kept.grammar else ()
+        if kept.grammar:
+            kept.layout.frames = frames = frames_of(kept.grammar.schema)
+            kept.layout.habit = kept.chances.habits.get(frames is not NO_FRAMES)
+        words = tuple(dict.fromkeys((*schema, *words_of_tools(kept.tools))))
         prompt = history(0)[:begin]  # kept until there is a choice of words, or the request ends
-        request.guesses = Guesses(words, partial(self._used, prompt))
-        if request.calls is not None:
-            request.calls.prompt = cache(partial(text_of, self._vocabulary, prompt))
-        request.unfollowed = [*history(begin)]
+        kept.guesses = Guesses(words, partial(self._used, prompt))
+        if kept.calls is not None:
+            kept.calls.prompt = cache(partial(text_of, self._vocabulary, prompt))
+        kept.unfollowed = [*history(begin)]
 
-    def _follow(self, request: _Request) -> None:
+    def _follow(self, kept: _Kept) -> None:
         """The layout of what was written since, and the call in it."""
-        if not request.unfollowed:
+        if not kept.unfollowed:
             return
-        text = request.decoder.decode(bytes_of(self._vocabulary, request.unfollowed))
-        request.unfollowed = []
-        request.layout.follow(text)
-        if request.calls is not None:
-            request.calls.follow(text)
+        text = kept.decoder.decode(bytes_of(self._vocabulary, kept.unfollowed))
+        kept.unfollowed = []
+        kept.layout.follow(text)
+        if kept.calls is not None:
+            kept.calls.follow(text)
 
     def _used(self, prompt: Sequence[int], words: Sequence[str]) -> dict[str, int]:
         """How often a prompt holds each word as a whole string."""
@@ -248,7 +235,7 @@ class StructureArm(TextDrafter):
         return {word: text.count(f'"{word}"') for word in words}
 
     def _looked(
-        self, request: _Request, drafts: Candidate, limit: int, worth: Worth
+        self, kept: _Kept, drafts: Candidate, limit: int, worth: Worth
     ) -> tuple[Sequence[Token], int]:
         """Tokens that follow `drafts` as far as the grammar allows, and how many of these it does; `limit` tokens
         together.
@@ -256,32 +243,32 @@ class StructureArm(TextDrafter):
         A new look is taken only if no earlier one saw so far, or as far as rows are worth it.
         """
         ids = [*drafts.tokens]
-        if (known := self._known(request, ids, drafts, limit, worth)) is not None:
+        if (known := self._known(kept, ids, drafts, limit, worth)) is not None:
             return known
-        if request.grammar is None and limit <= len(ids):
+        if kept.grammar is None and limit <= len(ids):
             return (), len(ids)  # nothing is forbidden, and there is no room
-        self._follow(request)
-        look = self._look(request, ids, limit + self.max_drafts)  # it answers for longer
-        request.looks = [look, *request.looks][:LOOKS]
+        self._follow(kept)
+        look = self._look(kept, ids, limit + self.max_drafts)  # it answers for longer
+        kept.looks = [look, *kept.looks][:LOOKS]
         return look.tokens[: max(limit - look.allowed, 0)], look.allowed
 
     def _known(
-        self, request: _Request, ids: list[int], drafts: Candidate, limit: int, worth: Worth
+        self, kept: _Kept, ids: list[int], drafts: Candidate, limit: int, worth: Worth
     ) -> tuple[Sequence[Token], int] | None:
         """Answer of an earlier look, as of `_looked`; None: none saw far enough."""
-        for look in request.looks:
+        for look in kept.looks:
             if (known := look.after(ids)) is not None:
                 tokens, allowed = known
-                chances = self._chances_of(request, drafts, tokens)
+                chances = self._chances_of(kept, drafts, tokens)
                 far = len(tokens) >= limit - allowed or min(chances, default=1.0) < worth.least_chance
                 if look.whole or far:
                     return tokens[: max(limit - allowed, 0)], allowed
         return None
 
-    def _look(self, request: _Request, drafts: Sequence[int], limit: int) -> _Look:
+    def _look(self, kept: _Kept, drafts: Sequence[int], limit: int) -> _Look:
         """Look at what follows `drafts` now; `limit` tokens together."""
-        matcher = request.grammar.matcher(self._vocabulary) if request.grammar else None
-        calls, after, refused = request.calls, len(drafts), None
+        matcher = kept.grammar.matcher(self._vocabulary) if kept.grammar else None
+        calls, after, refused = kept.calls, len(drafts), None
         nothing = _Look(drafts, after, (), None, False)
         if matcher is None and calls is None:
             return nothing
@@ -292,18 +279,18 @@ class StructureArm(TextDrafter):
                 if state is not None:
                     stack.enter_context(state.trying())
             if matcher is not None:
-                if not all(map(matcher.accept_token, request.unseen)):
+                if not all(map(matcher.accept_token, kept.unseen)):
                     return nothing
                 after = self._allowed(matcher, drafts)
                 refused = drafts[after] if after < len(drafts) and not self._exhausted() else None
-                for look in request.looks:
+                for look in kept.looks:
                     if (
                         refused is not None
                         and look.whole
                         and (known := look.after(drafts[:after])) is not None
                     ):
                         return _Look(look.ids, after, known[0], refused, True)
-            layout, text = request.layout, text_of(self._vocabulary, drafts[:after])
+            layout, text = kept.layout, text_of(self._vocabulary, drafts[:after])
             if text:
                 layout = layout.copy()
                 layout.follow(text)
@@ -313,14 +300,14 @@ class StructureArm(TextDrafter):
             tokens, whole = sketch(
                 matcher,
                 self._vocabulary,
-                [*request.tail, *drafts[:after]],
+                [*kept.tail, *drafts[:after]],
                 limit - after,
-                end=request.grammar.end if request.grammar else None,
-                likelihood=request.chances.of,
-                guesses=request.guesses,
+                end=kept.grammar.end if kept.grammar else None,
+                likelihood=kept.chances.of,
+                guesses=kept.guesses,
                 layout=layout,
                 calls=calls,
-                cuts=request.chances.cuts,
+                cuts=kept.chances.cuts,
             )
         return _Look(
             [*drafts[:after], *(token.token for token in tokens)],

@@ -19,8 +19,8 @@ from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Candidate, Part
 from whiflash_sglang.prices.costs import FULL_LENGTH, Worth
 from whiflash_sglang.prices.round_clock import RoundTime
-from whiflash_sglang.records.request import RequestState
-from whiflash_sglang.records.signals import Signals
+from whiflash_sglang.records.request import Request
+from whiflash_sglang.records.signals import Decision
 
 Due = Mapping[str, tuple[list[int], int]]
 """Requests of a batch that an arm has to catch up before a round, by arm: their indices, and most tokens that they have
@@ -116,8 +116,8 @@ class Round:
     ahead: list[list[int]]  # tokens that each committed in earlier rounds of this step
 
     # Filled by route (round/planning.py).
-    states: list[RequestState] = field(init=False)  # the controller's; a later request in the row has another
-    decisions: list[Signals] = field(init=False)  # on what each was decided
+    requests: list[Request] = field(init=False)  # of the controller; a later one in the row is another
+    decisions: list[Decision] = field(init=False)
     plan: Plan = field(init=False)
     members: dict[str, list[int]] = field(init=False)  # by arm, indices of the requests that it drafts for
     due: Due = field(init=False)  # which requests it catches up

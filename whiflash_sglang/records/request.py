@@ -1,15 +1,14 @@
-"""The controller's memory of one running request. Imports neither SGLang nor CUDA."""
+"""All that is known of one running request. Imports neither SGLang nor CUDA."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from whiflash_sdk.hints import Span
-
+from whiflash_sglang.copying.memory import Tenant
 from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.drafts.rates import Mean
-from whiflash_sglang.records.signals import Signals
+from whiflash_sglang.records.signals import Decision, Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.telemetry.tally import ArmCounts
@@ -19,63 +18,64 @@ RECENT_ROUNDS = 8.0
 """Rounds after which a request's own acceptance with an arm counts for little."""
 
 
-@dataclass(slots=True)
-class RequestState:
-    """Host-side state of a request, from its prefill to its end. row: of the request table.
+@dataclass(slots=True, eq=False)
+class Request(Signals):
+    """A request on the host, from its prefill to its end or its retraction. row: of the request table.
 
-    entropy, delta, predicted, adapter: see `Signals`. recent_by_kind: `Signals.recent` per kind of span,
-    None outside spans, since what an arm accepts in prose says little of tool calls. rounds, tried, last: see
-    `Signals`. decision: signals of the newest round, with what was decided. under_way: rows, at most, of each round
-    whose results are not known yet. recording: of a request that asked for its trace. counts: of its rounds, by the arm
-    that drafted. begun: whether the span tracker has the token that the prefill sampled, which no round commits.
+    Asked, and read once: hints. tenant: who may share text with it. prediction: tokens of the answer that its caller
+    expects. grammar: what constrains it (`structure.matchers.Grammar`). prompt: tokens of its text before the answer.
+
+    running: whether it has not ended, nor been retracted and begun again. kept: what an arm that goes by texts keeps of
+    it, by arm, until its end. recording: of a request that asked for its trace. counts: of its rounds, by the arm that
+    drafted.
+
+    Of the quarantine: caller: who sent it, None for all whose caller nobody knows. left_out: arms that are left out for
+    it. sound: arms that drafted for it, and how often each had been quarantined. in_a_row: faulty drafts since the last
+    sound one, by arm.
+
+    begun: whether the span tracker has the token that the prefill sampled, which no round commits. recent_by_kind:
+    `Signals.recent` per kind of span, None outside spans, since what an arm accepts in prose says little of tool calls.
+    decision: of its newest round. under_way: rows, at most, of each round whose results are not known yet.
     """
 
     rid: str
     hints: RequestHints = field(default_factory=RequestHints)
     row: int = 0
+    tenant: Tenant | None = None
+    prediction: Sequence[int] | None = None
+    grammar: Any = None
+    prompt: int = 0
+    running: bool = False
+    kept: dict[str, Any] = field(default_factory=dict)
+    caller: object = None
+    left_out: set[str] = field(default_factory=set)
+    sound: dict[str, int] = field(default_factory=dict)
+    in_a_row: dict[str, int] = field(default_factory=dict)
+    recording: Recording | None = None
+    counts: dict[str, ArmCounts] = field(default_factory=dict)
     tracker: SpanTracker | None = None
-    rounds: int = 0
-    tried: dict[str, int] = field(default_factory=dict)
-    last: dict[str, int] = field(default_factory=dict)
-    previous: str | None = None
-    dwell: int = 0
-    entropy: float = math.nan
-    delta: float = math.nan
-    predicted: dict[str, float] = field(default_factory=dict)
+    begun: bool = False
     recent_by_kind: defaultdict[str | None, defaultdict[str, Mean]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(Mean))
     )
-    decision: Signals = field(default_factory=Signals)
+    decision: Decision = field(default_factory=Decision)
     under_way: list[int] = field(default_factory=list)
-    recording: Recording | None = None
-    counts: dict[str, ArmCounts] = field(default_factory=dict)
-    adapter: str | None = None
-    begun: bool = False
 
     @property
-    def span(self) -> Span | None:
-        """The innermost open span at the end of the committed text."""
-        return None if self.tracker is None else self.tracker.span
+    def may_join(self) -> bool:
+        """Whether its drafts may be prolonged by other arms."""
+        return self.decision.only is None
 
-    def signals(self, forecast: Mapping[str, Forecast | None]) -> Signals:
-        """Signals for a policy; `forecast`: arms that may draft, with what they expect of the round or None."""
-        span = self.span
-        known = {arm: expected for arm, expected in forecast.items() if expected is not None}
-        return Signals(
-            allowed=frozenset(forecast),
-            entropy=self.entropy,
-            recent=self.recent_by_kind.get(span.kind if span else None, {}),
-            expected=known,
-            predicted=self.predicted,
-            delta=self.delta,
-            span=span,
-            rounds=self.rounds,
-            tried=self.tried,
-            last=self.last,
-            previous=self.previous,
-            dwell=self.dwell,
-            adapter=self.adapter,
-        )
+    def follow(self, tracker: SpanTracker, tokens: Sequence[int]) -> None:
+        """Its text goes on with `tokens`, in which spans open and close."""
+        tracker.push(tokens)
+        self.tracker, self.span = tracker, tracker.span
+
+    def foresee(self, forecast: Mapping[str, Forecast | None]) -> None:
+        """A round is to be decided; `forecast`: arms that may draft, with what they expect of the round or None."""
+        self.allowed = frozenset(forecast)
+        self.expected = {arm: expected for arm, expected in forecast.items() if expected is not None}
+        self.recent = self.recent_by_kind.get(self.span.kind if self.span else None, {})
 
     def begin(self, answer: Callable[[int], Sequence[int]]) -> None:
         """Before a round: a marker may begin with the token that the prefill sampled.
@@ -85,7 +85,7 @@ class RequestState:
         if self.tracker is None or self.begun:
             return
         sampled = answer(self.tracker.length)[:1]
-        self.tracker.push(sampled)
+        self.follow(self.tracker, sampled)
         self.begun = bool(sampled)
 
     def chose(self, arm: str) -> None:
@@ -112,8 +112,7 @@ class RequestState:
 
         start: n when it began. reason: of its decision. lengths: as of `Controller.committed`.
         """
-        span = self.span
-        kind = span.kind if span else None
+        kind = self.span.kind if self.span else None
         recent = self.recent_by_kind[kind]
         for each, length in (lengths or {arm: len(tokens)}).items():
             recent[each].add(length, RECENT_ROUNDS)
@@ -121,4 +120,4 @@ class RequestState:
             self.recording.add(start, arm, len(tokens), proposed=proposed, reason=reason, span=kind)
         if self.tracker is not None:
             self.begun = True  # what the prefill sampled can no longer go before these
-            self.tracker.push(tokens)
+            self.follow(self.tracker, tokens)

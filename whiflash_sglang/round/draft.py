@@ -103,7 +103,7 @@ class DraftStage:
         def draft(some: Sequence[int]) -> Drafts:
             return self.drafters[arm].draft(self._batch(round, arm, some))
 
-        return self.quarantine.attempt(arm, {i: round.reqs[i].rid for i in members}, draft)
+        return self.quarantine.attempt(arm, {i: round.requests[i] for i in members}, draft)
 
     def _choose(self, round: Round, parts: Sequence[tuple[torch.Tensor, Drafts]]) -> None:
         """Choose the drafts that are verified, of all passes and of what the draft sources know."""

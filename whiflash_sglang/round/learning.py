@@ -15,7 +15,7 @@ from whiflash_sglang.drafts.candidates import Candidate, Part, behind, common_pr
 from whiflash_sglang.prices.costs import Costs
 from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
 from whiflash_sglang.records.core import Results, Round
-from whiflash_sglang.records.request import RequestState
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
@@ -72,13 +72,13 @@ class Learner:
         tokens = [list(run) for run in kept]
         self.ranks.note(results.starts, results.widths, results.faults, tokens)
         costs = self.controller.costs
-        priced = costs.knows_plain and any(state.recording for state in round.states)
+        priced = costs.knows_plain and any(request.recording for request in round.requests)
         prices = round_prices(costs, round.plan.routes, sum(results.widths)) if priced else None
-        for i, state in enumerate(round.states):
-            state.under_way.pop(0)
+        for i, request in enumerate(round.requests):
+            request.under_way.pop(0)
             parts = round.parts[i] if round.parts is not None else ()
             if round.bounded:
-                parts = () if state.recording is None else self._chosen_parts(round, results, i)
+                parts = () if request.recording is None else self._chosen_parts(round, results, i)
             arm, drafted = self._first_arm(round, results, i, parts)
             if tokens[i] and self.ranks.leads:
                 self._learn(round, results, i, arm, drafted, tokens[i], prices, parts)
@@ -87,17 +87,17 @@ class Learner:
 
     def _first_arm(self, round: Round, results: Results, i: int, parts: Sequence[Part]) -> tuple[str, int]:
         """The arm whose drafts a request verified first, and how many were this arm's; the quarantine judges it."""
-        rid, arm = round.states[i].rid, round.plan.routes[i]
+        request, arm = round.requests[i], round.plan.routes[i]
         source, drafted = results.source[i], results.first_drafts[i]
         if round.plan.limits.passes[i]:
-            self.quarantine.judge(arm, rid, faulty=bool(results.faults[i]))
+            self.quarantine.judge(arm, request, faulty=bool(results.faults[i]))
         if source:
             arm, drafted = self.proposers[source], results.widths[i] - 1
         elif parts and not round.bounded:
             first = parts[0].source
             arm = next((arm for arm, drafter in self.drafters.items() if first in drafter.sources), first)
         if arm != round.plan.routes[i]:
-            self.quarantine.judge(arm, rid, faulty=False)
+            self.quarantine.judge(arm, request, faulty=False)
         return arm, drafted
 
     def _learn(
@@ -117,7 +117,7 @@ class Learner:
             arm, first_drafts: as of `_first_arm`. prices: `round_prices`, if they are wanted. parts: those of its
             drafts.
         """
-        state, decision, route = round.states[i], round.decisions[i], round.plan.routes[i]
+        request, decision, route = round.requests[i], round.decisions[i], round.plan.routes[i]
         width = results.widths[i]
         if round.bounded:
             self.controller.costs.wanted(round.plan.priced_as[i], results.wanted[i])
@@ -126,38 +126,40 @@ class Learner:
         lengths = {arm: len(tokens)}
         if arm != route and results.drafted[i]:
             lengths[route] = agreed + 1  # what its drafts alone would have brought, or at least that
-        evidence = self.controller.committed(state, decision, arm, tokens, width, results.starts[i], lengths)
+        evidence = self.controller.committed(
+            request, decision, arm, tokens, width, results.starts[i], lengths
+        )
         self.tally.committed(
-            state.counts,
+            request.counts,
             arm,
             decision.reason,
             tokens=len(tokens),
             proposed=width - 1,
             first=first_drafts,
         )
-        if state.recording is not None:
-            _record(state.recording, arm, len(tokens), prices, parts)
-        keeps = self.controller.keeps(state)  # a request's last round ends what drafters keep of it
-        if evidence and route in self.drafters and keeps:
+        if request.recording is not None:
+            _record(request.recording, arm, len(tokens), prices, parts)
+        # A request's last round ends what drafters keep of it.
+        if evidence and route in self.drafters and request.running:
             known = min(len(drafts), len(tokens))
-            with self.quarantine.guard(route, state.rid):
-                self.drafters[route].observe(state.row, known, agreed, results.confidences[i][:known])
-        if results.copies is not None and keeps:
-            self._copied(self.proposers[-1], state, results, i, tokens)
+            with self.quarantine.guard(route, request):
+                self.drafters[route].observe(request.row, known, agreed, results.confidences[i][:known])
+        if results.copies is not None and request.running:
+            self._copied(self.proposers[-1], request, results, i, tokens)
         if results.entropy is not None:
-            state.entropy = results.entropy[i]
+            request.entropy = results.entropy[i]
         if results.outputs is not None:
-            note(state, results.outputs[i])
+            note(request, results.outputs[i])
 
-    def _copied(self, arm: str, state: RequestState, results: Results, i: int, tokens: Sequence[int]) -> None:
+    def _copied(self, arm: str, request: Request, results: Results, i: int, tokens: Sequence[int]) -> None:
         """The device copied for `arm`, whoever's drafts the round verified."""
         drafter, count = self.drafters[arm], results.copied[i]
         assert isinstance(drafter, TextDrafter)
         copied, alive = results.copies[i][:count], results.copy_alive[i][:count]
         matched, agreements = results.copy_matched[i], results.copy_agreements[i]
         copy = Candidate(copied, alive, [Part(CONTEXT, count)], 0, matched, agreements)
-        with self.quarantine.guard(arm, state.rid):
-            drafter.copied(state.row, copy, tokens)
+        with self.quarantine.guard(arm, request):
+            drafter.copied(request, copy, tokens)
 
     def _chosen_parts(self, round: Round, results: Results, i: int) -> Sequence[Part]:
         """The sources of the drafts that the device chose for a request."""

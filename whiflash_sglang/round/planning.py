@@ -36,7 +36,7 @@ class Planner:
         """Route every request, and decide what the round takes for it; what catches up counts as done from now on."""
         self.quarantine.tick()
         self.ranks.note(round.names, round.least, round.most)
-        round.states = [self.controller.state(*name) for name in round.names]
+        round.requests = [self.controller.state(*name) for name in round.names]
         self.sources.spending.begin([rid for _, rid in round.names])
         round.plan = self.ranks.broadcast(lambda: self._decide(round))
         if not self.ranks.leads:
@@ -51,16 +51,16 @@ class Planner:
         }
         round.members = {arm: indices for arm, indices in members.items() if indices}
         round.due = self.sync.due(round.row_ids, round.least, round.most, round.plan.routes, widths)
-        for state, width in zip(round.states, widths, strict=True):
-            state.under_way.append(width)
+        for request, width in zip(round.requests, widths, strict=True):
+            request.under_way.append(width)
         self.ranks.note(round.due)
-        round.decisions = [state.decision for state in round.states]
+        round.decisions = [request.decision for request in round.requests]
         self._upload(round)
 
     def under_way(self, row: int) -> int:
         """Rows that are being verified for the request in `row`, at most."""
-        state = self.controller.states.get(row)
-        return 0 if state is None else sum(state.under_way)
+        request = self.controller.states.get(row)
+        return 0 if request is None else sum(request.under_way)
 
     def _notes(self, arm: str) -> bool:
         """Whether what `arm` notes when it is asked is read later in the round; a device takes proposals as candidates,
@@ -70,23 +70,23 @@ class Planner:
 
     def _decide(self, round: Round) -> Plan:
         """Fill the round's plan, and return it for other ranks."""
-        states = round.states
+        requests = round.requests
         undrafted = [i for i, (_, rid) in enumerate(round.names) if self.sources.spending.is_dear(rid)]
         round.take_single(undrafted)
         asked = [self._askable(round, i) for i in range(len(round))]
         worth = {arm: self.controller.worth(arm) for arm in self.drafters}
         plan = round.plan = Plan(undrafted, asked, worth)
         plan.routes, proposed = self._route(round)
-        for i, state in enumerate(states):
-            if self.host.exact and plan.routes[i] == arms.NONE and not state.decision.promised:
+        for i, request in enumerate(requests):
+            if self.host.exact and plan.routes[i] == arms.NONE and not request.decision.promised:
                 proposed[i] = {}  # its rows would not pay
         plan.candidates = [self._verifiable(round, i, by_arm) for i, by_arm in enumerate(proposed)]
         most = {arm: self._rows(plan, arm) for arm in set(plan.routes)}
         limits = [self._limits(round, i, most[arm]) for i, arm in enumerate(plan.routes)]
         plan.limits = Limits(*map(list, zip(*limits, strict=True)))
         plan.priced_as = [
-            arms.PROMISED if arm == arms.NONE and state.decision.promised else arm
-            for arm, state in zip(plan.routes, states, strict=True)
+            arms.PROMISED if arm == arms.NONE and request.decision.promised else arm
+            for arm, request in zip(plan.routes, requests, strict=True)
         ]
         plan.row_estimates = [self.controller.costs.room(arm) for arm in plan.priced_as]
         plan.calibration = self._calibrations(round)
@@ -98,12 +98,12 @@ class Planner:
         """Candidates of a request that may be verified; where texts are known late, with what others know to follow."""
         if not proposed:
             return {}
-        row, _ = round.names[index]
-        usable = {arm: each for arm, each in proposed.items() if self.controller.may_use(row, arm)}
+        request = round.requests[index]
+        usable = {arm: each for arm, each in proposed.items() if self.controller.may_use(request, arm)}
         if self.host.exact:
             return usable
-        if self.controller.may_join(row):
-            room = widest_of(self.drafters) + self.under_way(row)
+        if request.may_join:
+            room = widest_of(self.drafters) + sum(request.under_way)
             usable = {
                 arm: self.sources.extended(round, index, arm, each, room)[0] for arm, each in usable.items()
             }
@@ -118,20 +118,20 @@ class Planner:
 
     def _limits(self, round: Round, index: int, widest: int) -> tuple[int, int, int, int]:
         """`Limits` of a request, in their order. widest: rows of its pass."""
-        (row, rid), most, controller = round.names[index], round.budgets[index] - 1, self.controller
+        request, most = round.requests[index], round.budgets[index] - 1
         limit, candidates = min(widest - 1, most), round.plan.candidates[index]
-        if not controller.holds(row, rid):
+        if not request.running:
             return limit, 0, 0, 0
         longest = copying = 0
         extending = self.sources.proposing if self.host.exact else self.sources.on_device
-        joins = (limit or (self.host.exact and candidates)) and controller.may_join(row)
-        for arm in self.quarantine.serving(self.sources.of_text, rid):
+        joins = (limit or (self.host.exact and candidates)) and request.may_join
+        for arm in self.quarantine.serving(self.sources.of_text, request):
             drafter = self.sources.of_text[arm]
-            if not drafter.serves(row):
+            if not drafter.serves(request):
                 continue
             if joins and arm in extending:
                 longest = max(longest, drafter.max_drafts, limit)
-            if arm in self.sources.on_device and controller.may_use(row, arm):
+            if arm in self.sources.on_device and self.controller.may_use(request, arm):
                 copying = min(drafter.max_drafts, most)
         room = max(limit, longest, copying)
         if candidates:
@@ -145,19 +145,17 @@ class Planner:
         for arm, drafter in self.drafters.items():
             if (arm in round.plan.routes or arm in self.sources.on_device) and arm not in self.quarantine:
                 with self.quarantine.guard(arm):
-                    by_arm[arm] = drafter.calibration(round.row_ids, round.plan.worth[arm])
+                    by_arm[arm] = drafter.calibration(round.requests, round.plan.worth[arm])
         return by_arm
 
     def _askable(self, round: Round, index: int) -> list[str]:
         """Arms that may draft for a request, if they have anything to propose; none for one that has ended."""
         # The last token a request may commit needs no draft: it is the bonus token.
-        if round.budgets[index] <= 1 or not self.controller.holds(*round.names[index]):
+        request, may_name = round.requests[index], self.controller.may_name
+        if round.budgets[index] <= 1 or not request.running:
             return []
-        row, rid = round.names[index]
-        serving = self.quarantine.serving(self.drafters, rid)
-        return [
-            arm for arm in serving if self.controller.may_name(row, arm) and self.sync.may_draft(row, arm)
-        ]
+        serving = self.quarantine.serving(self.drafters, request)
+        return [arm for arm in serving if may_name(request, arm) and self.sync.may_draft(request.row, arm)]
 
     def _proposed(
         self, round: Round, index: int, asked: Sequence[str]
@@ -165,26 +163,26 @@ class Planner:
         """Candidates of those of `asked` that may draft; and what each of these expects, None where it proposes nothing
         before a pass.
         """
-        (row, rid), n = round.names[index], round.most[index]
+        request, n = round.requests[index], round.most[index]
         candidates: dict[str, Candidate] = {}
         forecasts: dict[str, Forecast | None] = {}
         for arm in asked:
             if arm in self.quarantine:
                 continue  # since an earlier request of the batch was asked
             drafter, candidate = self.sources.of_text.get(arm), None
-            promised = None if drafter is None else drafter.promised(row)
+            promised = None if drafter is None else drafter.promised(request)
             if promised is not None and self.controller.policy.joins_arms:
                 if promised.length > 1:
                     forecasts[arm] = promised
                 continue
-            if drafter is not None and drafter.serves(row):
+            if drafter is not None and drafter.serves(request):
                 history, worth = partial(round.history, index), round.plan.worth[arm]
-                propose = partial(drafter.propose, row, n, history, worth, self.under_way(row))
-                candidate = self.sources.checked(arm, rid, propose)
+                propose = partial(drafter.propose, request, n, history, worth, sum(request.under_way))
+                candidate = self.sources.checked(arm, request, propose)
             if candidate and candidate.tokens:
                 candidates[arm] = candidate
                 forecasts[arm] = candidate.outlook(self.drafters[arm].max_drafts)
-            elif arm not in self.sources.proposing and self.quarantine.serves(arm, rid):
+            elif arm not in self.sources.proposing and self.quarantine.serves(arm, request):
                 forecasts[arm] = None
         return candidates, forecasts
 
@@ -192,20 +190,19 @@ class Planner:
         """A pass for each request, or none, and its candidates; nothing of one that ended after the scheduler had put
         it into the batch.
         """
-        running = [i for i, name in enumerate(round.names) if self.controller.holds(*name)]
-        rows = round.row_ids
-        before = [self.controller.states[rows[i]].previous for i in running]
-        routes = [arms.NONE] * len(rows)
-        candidates: list[dict[str, Candidate]] = [{} for _ in rows]
+        requests = round.requests
+        running = [i for i, request in enumerate(requests) if request.running]
+        before = [requests[i].previous for i in running]
+        routes = [arms.NONE] * len(requests)
+        candidates: list[dict[str, Candidate]] = [{} for _ in requests]
         self.controller.costs.set_contexts(round.most)
         forecasts = []
         for i in running:
-            state = self.controller.states[rows[i]]
-            if state.tracker is not None:
-                state.begin(partial(round.answer, i))
+            if requests[i].tracker is not None:
+                requests[i].begin(partial(round.answer, i))
             candidates[i], expected = self._proposed(round, i, round.plan.asked[i])
             forecasts.append(expected)
-        chosen = self.controller.route([rows[i] for i in running], forecasts) if running else []
+        chosen = self.controller.route([requests[i] for i in running], forecasts) if running else []
         for i, old, new in zip(running, before, chosen, strict=True):
             routes[i] = new
             # Before its last token a request has nothing to switch to.

@@ -18,6 +18,8 @@ from typing import TypeVar
 
 import torch
 
+from whiflash_sglang.records.request import Request
+
 logger = logging.getLogger("whiflash_sglang")
 
 MOST_FAULTS = 4
@@ -30,18 +32,6 @@ FIRST_SECONDS, LONGEST_SECONDS = 60.0, 3600.0
 """Durations of a quarantine: the first, and the longest. Each is twice as long as the one before it."""
 
 ResultT = TypeVar("ResultT")
-
-
-@dataclass(slots=True)
-class _Request:
-    """A running request. caller: who sent it. without: arms that are left out for it. sound: arms that drafted for it.
-    in_a_row: faulty drafts since the last sound one, by arm.
-    """
-
-    caller: object
-    without: set[str]
-    sound: set[str] = field(default_factory=set)
-    in_a_row: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -63,14 +53,14 @@ class _Guard:
 
     quarantine: "Quarantine"
     arm: str
-    rid: str | None
+    request: Request | None
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, where: object) -> bool:
         if isinstance(error, Exception):
-            self.quarantine.raised(self.arm, error, self.rid)
+            self.quarantine.raised(self.arm, error, self.request)
         return isinstance(error, Exception)
 
 
@@ -102,7 +92,7 @@ class Quarantine:
         self.left_out = dict.fromkeys(self.faults, 0)
         self.reasons: dict[str, str] = {}
         self._alone, self._from_text, self._clock = alone, frozenset(from_text), clock
-        self._requests: dict[str, _Request] = {}
+        self._times = dict.fromkeys(self.faults, 0)  # that an arm was quarantined
         self._streaks = {arm: _Streak() for arm in self.faults}
         self._seconds = dict.fromkeys(self.faults, FIRST_SECONDS)
         self._until: dict[str, float] = {}
@@ -111,34 +101,28 @@ class Quarantine:
     def __contains__(self, arm: str) -> bool:
         return arm in self.reasons
 
-    def serving(self, arms: Collection[str], rid: str) -> Collection[str]:
-        """Arms of `arms` that may be asked for the request `rid`."""
-        request = self._requests.get(rid)
-        if not self.reasons and (request is None or not request.without):
+    def serving(self, arms: Collection[str], request: Request) -> Collection[str]:
+        """Arms of `arms` that may be asked for a request."""
+        if not self.reasons and not request.left_out:
             return arms
-        return [arm for arm in arms if self.serves(arm, rid)]
+        return [arm for arm in arms if self.serves(arm, request)]
 
-    def serves(self, arm: str, rid: str) -> bool:
-        """Whether `arm` may be asked for the request `rid`."""
-        request = self._requests.get(rid)
-        return arm not in self.reasons and (request is None or arm not in request.without)
+    def serves(self, arm: str, request: Request) -> bool:
+        """Whether `arm` may be asked for a request."""
+        return arm not in self.reasons and arm not in request.left_out
 
     def ingests(self, arm: str) -> bool:
         """Whether the KV of `arm` is whole. It is kept so while the arm is quarantined, for the time after."""
         return arm not in self._without_kv
 
-    def begin(self, rid: str, caller: object) -> None:
-        """A request begins. Arms that are quarantined now know nothing of it, so they stay out for it.
+    def begin(self, request: Request) -> None:
+        """A request begins. Arms that are quarantined now know nothing of it, so they stay out for it."""
+        request.left_out.update(self.reasons)
 
-        caller: equal for requests of one caller; None for all whose caller nobody knows.
-        """
-        self._requests[rid] = _Request(caller, set(self.reasons))
-
-    def end(self, rid: str) -> None:
+    def end(self, request: Request) -> None:
         """A request ends. An arm that served it well owes its earlier faults to other requests."""
-        request = self._requests.pop(rid, None)
-        if request is not None:
-            for arm in request.sound - request.without - self.reasons.keys():
+        for arm, times in request.sound.items():
+            if self.serves(arm, request) and times == self._times[arm]:
                 self._streaks[arm] = _Streak()
                 self._seconds[arm] = FIRST_SECONDS
 
@@ -148,37 +132,35 @@ class Quarantine:
             del self._until[arm], self.reasons[arm]
             logger.warning("WHIFLASH: the quarantine of drafter %r is over; it is asked again.", arm)
 
-    def judge(self, arm: str, rid: str, *, faulty: bool) -> None:
-        """`arm` drafted for `rid`: token ids of the target and numbers, or something else."""
+    def judge(self, arm: str, request: Request, *, faulty: bool) -> None:
+        """`arm` drafted for a request: token ids of the target and numbers, or something else."""
         self.faults[arm] += faulty
-        request = self._requests.get(rid)
-        if request is None:
+        if not request.running:
             return
         if not faulty:
-            if self.serves(
-                arm, rid
-            ):  # else it was left out behind the plan of the round, and drafted nothing
-                request.sound.add(arm)
+            # Else it was left out behind the plan of the round, and drafted nothing.
+            if self.serves(arm, request):
+                request.sound[arm] = self._times[arm]
             request.in_a_row.pop(arm, None)
             return
         request.in_a_row[arm] = request.in_a_row.get(arm, 0) + 1
         if request.in_a_row[arm] == MOST_FAULTS:
-            self._leave_out(arm, rid, f"{MOST_FAULTS} drafts in a row with ids of no token, or NaN")
+            self._leave_out(arm, request, f"{MOST_FAULTS} drafts in a row with ids of no token, or NaN")
 
-    def raised(self, arm: str, error: Exception, rid: str | None = None) -> None:
-        """`arm` raised an error for the request `rid`; None: for whatever it is asked.
+    def raised(self, arm: str, error: Exception, request: Request | None = None) -> None:
+        """`arm` raised an error for a request; None: for whatever it is asked.
 
         Raises it again if it is the machine's and no arm's, or if other ranks may not have it.
         """
-        self._reraise(arm, error, rid)
-        if rid is None:
+        self._reraise(arm, error, request)
+        if request is None:
             self._quarantine(arm, _describe(error), error)
         else:
-            self._leave_out(arm, rid, _describe(error), error)
+            self._leave_out(arm, request, _describe(error), error)
 
-    def guard(self, arm: str, rid: str | None = None) -> "_Guard":
+    def guard(self, arm: str, request: Request | None = None) -> "_Guard":
         """Handle an exception that `arm` raises in here as `raised` does."""
-        return _Guard(self, arm, rid)
+        return _Guard(self, arm, request)
 
     @contextmanager
     def guard_ingestion(self, arm: str) -> Iterator[None]:
@@ -191,22 +173,22 @@ class Quarantine:
             self._quarantine(arm, f"{_describe(error)} while it ingested", error)
 
     def attempt(
-        self, arm: str, rids: Mapping[int, str], call: Callable[[Sequence[int]], ResultT]
+        self, arm: str, requests: Mapping[int, Request], call: Callable[[Sequence[int]], ResultT]
     ) -> tuple[Sequence[int], ResultT | None]:
-        """Results of `call` for indices of requests, and these: all of `rids`, or if that raises, those that do not
+        """Results of `call` for indices of `requests`, and these: all of them, or if that raises, those that do not
         raise when called for separately. None: it returns nothing for any of them.
         """
-        members = list(rids)
+        members = list(requests)
         try:
             return members, call(members)
         except Exception as error:
-            first = rids[members[0]]
+            first = requests[members[0]]
             if len(members) == 1:
                 self.raised(arm, error, first)
                 return (), None
             self._reraise(arm, error, first)
             raised = error
-        sound = [i for i in members if arm not in self.reasons and self._succeeds(arm, rids[i], call, i)]
+        sound = [i for i in members if arm not in self.reasons and self._succeeds(arm, requests[i], call, i)]
         if len(sound) == len(members):  # no request to leave out, and it may raise every round
             self._quarantine(arm, f"{_describe(raised)} for a batch and for no request of it", raised)
         if not sound or arm in self.reasons:
@@ -215,25 +197,26 @@ class Quarantine:
             return sound, call(sound)
         return (), None
 
-    def _succeeds(self, arm: str, rid: str, call: Callable[[Sequence[int]], object], index: int) -> bool:
+    def _succeeds(
+        self, arm: str, request: Request, call: Callable[[Sequence[int]], object], index: int
+    ) -> bool:
         try:
             call([index])
         except Exception as error:
-            self.raised(arm, error, rid)
+            self.raised(arm, error, request)
             return False
         return True
 
-    def _reraise(self, arm: str, error: Exception, rid: str | None = None) -> None:
+    def _reraise(self, arm: str, error: Exception, request: Request | None = None) -> None:
         # The first rank alone asks what is nobody's request.
-        alike = self._alone or (rid is not None and arm in self._from_text)
+        alike = self._alone or (request is not None and arm in self._from_text)
         if not alike or _is_the_machines(error):
             raise error
 
-    def _leave_out(self, arm: str, rid: str, reason: str, error: Exception | None = None) -> None:
-        request = self._requests.get(rid)
-        if request is None or arm in request.without:
+    def _leave_out(self, arm: str, request: Request, reason: str, error: Exception | None = None) -> None:
+        if not request.running or arm in request.left_out:
             return
-        request.without.add(arm)
+        request.left_out.add(arm)
         if arm in self.reasons:
             return  # that it fails is known: a result of a round that was under way, or the rest of a batch
         first = not self.left_out[arm]
@@ -241,7 +224,7 @@ class Quarantine:
         logger.warning(
             "WHIFLASH: drafter %r is left out for request %s: %s. The request goes on without it.",
             arm,
-            rid,
+            request.rid,
             reason,
             exc_info=error if first else None,
         )
@@ -258,8 +241,7 @@ class Quarantine:
         self.reasons[arm] = reason
         self._until.pop(arm, None)
         self._streaks[arm] = _Streak()
-        for request in self._requests.values():
-            request.sound.discard(arm)
+        self._times[arm] += 1
         seconds = self._seconds[arm]
         if ends:
             self._until[arm] = self._clock() + seconds

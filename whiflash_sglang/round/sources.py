@@ -9,6 +9,7 @@ from whiflash_sglang.arms.base import Drafter, of_text, widest_of
 from whiflash_sglang.copying.copier import CONTEXT
 from whiflash_sglang.drafts.candidates import Candidate, common_prefix
 from whiflash_sglang.records.core import Round
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.structure.spending import LOOKING, Spending
 
@@ -44,15 +45,17 @@ class DraftSources:
         forbidding = [(arm, drafter) for arm, drafter in proposing.items() if drafter.forbids]
         self._turns = [*proposing.items(), *proposing.items(), *forbidding]
 
-    def checked(self, arm: str, rid: str, propose: Callable[[], Candidate | None]) -> Candidate | None:
-        """Candidate of `arm` for the request `rid`, as far as it can be drafts. None: nothing, or it raised."""
+    def checked(
+        self, arm: str, request: Request, propose: Callable[[], Candidate | None]
+    ) -> Candidate | None:
+        """Candidate of `arm` for a request, as far as it can be drafts. None: nothing, or it raised."""
         valid = None
-        with self._quarantine.guard(arm, rid):
+        with self._quarantine.guard(arm, request):
             priced = self.of_text[arm].forbids
-            candidate = self.spending.on(rid, propose, LOOKING) if priced else propose()
+            candidate = self.spending.on(request.rid, propose, LOOKING) if priced else propose()
             valid = candidate and candidate.valid(self.vocabulary)
             if candidate and valid and len(valid.tokens) < len(candidate.tokens):
-                self._quarantine.judge(arm, rid, faulty=True)
+                self._quarantine.judge(arm, request, faulty=True)
         return valid
 
     def copies_itself(self, arm: str, candidate: Candidate) -> bool:
@@ -70,18 +73,18 @@ class DraftSources:
         Args:
             index: of the request. first: the arm whose `drafts` they are. room: tokens at most.
         """
-        (row, rid), left, last = round.names[index], len(drafts.tokens), first
+        request, left, last = round.requests[index], len(drafts.tokens), first
         answered: dict[str, Candidate] = {}
         for arm, drafter in self._turns:
             if (
                 arm == last
                 or answered.get(arm) is drafts
-                or not self._quarantine.serves(arm, rid)
-                or not drafter.extends(row)
+                or not self._quarantine.serves(arm, request)
+                or not drafter.extends(request)
             ):
                 continue
-            extend = partial(drafter.extend_drafts, row, drafts, room, round.plan.worth[arm])
-            longer = self.checked(arm, rid, extend)
+            extend = partial(drafter.extend_drafts, request, drafts, room, round.plan.worth[arm])
+            longer = self.checked(arm, request, extend)
             if longer is None:
                 continue
             kept = common_prefix(drafts.tokens, longer.tokens)

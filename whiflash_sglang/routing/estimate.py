@@ -4,7 +4,7 @@ level of what is accepted.
 A context is the target's entropy at the last verified position, where it is computed, and the kind of the open
 span. A request's own recent rounds outweigh the shared means the more of them there are.
 
-Rounds teach the shared means if the request's caller left the route to the policy (`Signals.free`). A request's later
+Rounds teach the shared means if the request's caller left the route to the policy (`Decision.free`). A request's later
 rounds with an arm count ever less (`REQUEST_ROUNDS`), so that one that never ends does not decide for all.
 """
 
@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections import defaultdict
 
 from whiflash_sglang.drafts.rates import Mean
-from whiflash_sglang.records.signals import Signals
+from whiflash_sglang.records.signals import Context, Signals
 
 ENTROPY_EDGES = (0.05, 0.5, 1.5, 3.0)
 """Nats that separate the entropy bins."""
@@ -44,13 +44,14 @@ LEVEL_PRIOR = 20.0
 LEVEL_LIMIT = 2.0
 """No level is higher: copies behind drafts may be many times as long as what is predicted."""
 
-Context = tuple[int, str | None]
+Place = tuple[int, str | None]
+"""Entropy bin, -1 if it is unknown, and kind of the open span."""
 
 
-def context_of(signals: Signals) -> Context:
-    """Entropy bin (-1 when unknown) and kind of the open span."""
-    entropy = -1 if math.isnan(signals.entropy) else bisect_right(ENTROPY_EDGES, signals.entropy)
-    return entropy, signals.span.kind if signals.span else None
+def place_of(context: Context) -> Place:
+    """Where its means are."""
+    entropy = -1 if math.isnan(context.entropy) else bisect_right(ENTROPY_EDGES, context.entropy)
+    return entropy, context.span.kind if context.span else None
 
 
 class AcceptanceEstimator:
@@ -62,22 +63,22 @@ class AcceptanceEstimator:
     def __init__(self, base: "AcceptanceEstimator | None" = None) -> None:
         self._base = base
         self._by_arm: defaultdict[str, Mean] = defaultdict(Mean)
-        self._by_context: defaultdict[tuple[str, Context], Mean] = defaultdict(Mean)
+        self._by_context: defaultdict[tuple[str, Place], Mean] = defaultdict(Mean)
         self._levels: dict[str, tuple[Mean, Mean]] = {}
         """Per arm, drafts that were accepted and those that the router predicted."""
-        self._shared: dict[tuple[AcceptanceEstimator, str, Context], float] = base._shared if base else {}
+        self._shared: dict[tuple[AcceptanceEstimator, str, Place], float] = base._shared if base else {}
         """Estimates from all requests' rounds, kept until the next round is seen; shared by all adapters."""
 
-    def observe(self, arm: str, signals: Signals, length: int) -> None:
-        """A round of `arm`, decided on `signals`, committed `length` tokens."""
-        weight = min(REQUEST_ROUNDS / max(signals.tried.get(arm, 1), 1), 1.0)
+    def observe(self, arm: str, context: Context, length: int) -> None:
+        """A round of `arm`, decided on `context`, committed `length` tokens."""
+        weight = min(REQUEST_ROUNDS / max(context.tried.get(arm, 1), 1), 1.0)
         self.forget_asked()
         self._by_arm[arm].add(length, MEMORY, weight)
-        self._by_context[arm, context_of(signals)].add(length, MEMORY, weight)
-        if arm in signals.predicted:
+        self._by_context[arm, place_of(context)].add(length, MEMORY, weight)
+        if arm in context.predicted:
             accepted, predicted = self._levels.setdefault(arm, (Mean(), Mean()))
             accepted.add(length - 1, LEVEL_MEMORY, weight)
-            predicted.add(signals.predicted[arm] - 1, LEVEL_MEMORY, weight)
+            predicted.add(context.predicted[arm] - 1, LEVEL_MEMORY, weight)
 
     def forget_asked(self) -> None:
         """Drop computed means of all adapters: they have changed, or keep the means of a dropped adapter alive."""
@@ -98,20 +99,20 @@ class AcceptanceEstimator:
         if arm in signals.predicted:
             believed, weight = 1 + (signals.predicted[arm] - 1) * self._level(arm), PREDICTED_WEIGHT
         else:
-            believed, weight = self._believed(arm, context_of(signals)), SHARED_WEIGHT
+            believed, weight = self._believed(arm, place_of(signals)), SHARED_WEIGHT
         recent = signals.recent.get(arm)
         if recent is None:
             return believed
         return (believed * weight + recent.total) / (weight + recent.weight)
 
-    def _believed(self, arm: str, context: Context) -> float:
-        """Acceptance length of `arm` in this context."""
-        key = self, arm, context
+    def _believed(self, arm: str, place: Place) -> float:
+        """Acceptance length of `arm` in this place."""
+        key = self, arm, place
         if key not in self._shared:
             usual = self.usual(arm)
             if self._base:
-                usual = max(self._base._believed(arm, context) + usual - self._base.usual(arm), 1.0)
-            self._shared[key] = self._shrunk(self._by_context.get((arm, context)), usual, 4.0)
+                usual = max(self._base._believed(arm, place) + usual - self._base.usual(arm), 1.0)
+            self._shared[key] = self._shrunk(self._by_context.get((arm, place)), usual, 4.0)
         return self._shared[key]
 
     def _level(self, arm: str) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.records.request import RequestState
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.policies import Blind, Scores, order_pair
 
@@ -28,11 +28,13 @@ class NeuralPolicy(Blind):
         return order_pair(signals, ar_first=delta > self.threshold, min_dwell=self.min_dwell)
 
 
-def note(state: RequestState, outputs: Sequence[float]) -> None:
+def note(request: Request, outputs: Sequence[float]) -> None:
     """Keep a router's outputs for a request's next round: ΔAL, and the accepted drafts of `arms.PAIR` from its heads.
 
-    A router without heads leaves `state.predicted` empty.
+    A router without heads leaves `Request.predicted` empty.
     """
     delta, *accepted = outputs
-    state.delta = delta
-    state.predicted = {arm: 1.0 + max(drafts, 0.0) for arm, drafts in zip(arms.PAIR, accepted, strict=False)}
+    request.delta = delta
+    request.predicted = {
+        arm: 1.0 + max(drafts, 0.0) for arm, drafts in zip(arms.PAIR, accepted, strict=False)
+    }

@@ -30,7 +30,6 @@ from whiflash_sglang.formats.mtp import MTPDrafter
 from whiflash_sglang.formats.packed import pack_modules
 from whiflash_sglang.formats.router import Layers, Router
 from whiflash_sglang.formats.table import Draft, read_draft
-from whiflash_sglang.prices.round_clock import RoundClock
 from whiflash_sglang.records.core import SampleHook
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.draft import DraftStage
@@ -38,19 +37,17 @@ from whiflash_sglang.round.epilogue import GATE_BYTES, Epilogue
 from whiflash_sglang.round.forcing import Forcing, PinnedAcceptance
 from whiflash_sglang.round.learning import Learner
 from whiflash_sglang.round.planning import Planner, rows_of
-from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.sources import DraftSources
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import NeuralPolicy
 from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, Policy, RandomPolicy
 from whiflash_sglang.serve.lifecycle import Lifecycle
-from whiflash_sglang.serve.metrics import Publisher
+from whiflash_sglang.serve.metrics import Observed, Publisher
 from whiflash_sglang.serve.verify import VerifyStage
 from whiflash_sglang.settings.config import NO_ROUTER, Settings
 from whiflash_sglang.spans.prediction import prediction_reader
 from whiflash_sglang.spans.vocabulary import token_bytes, vocabulary_of
 from whiflash_sglang.structure.spending import Spending
-from whiflash_sglang.telemetry.tally import Tally
 from whiflash_sglang.updates.samples import Spool
 from whiflash_sglang.updates.swap import LiveWeights, Versions
 
@@ -237,24 +234,15 @@ def build_hooks(
     return hooks
 
 
-class Parts(Protocol):
+class Parts(Observed, Protocol):
     """Parts that the stages of a worker share; the worker has them when the pools are there."""
 
-    settings: Settings
     target: Target
     ranks: Ranks
-    drafters: Mapping[str, Drafter]
     router: Layers | None
     host: HostView
     spending: Spending
-    clock: RoundClock
-    tally: Tally
-    quarantine: Quarantine
     publisher: Publisher
-    controller: Controller
-    sync: DraftSync
-    tokens: TokenTable
-    spool: Spool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,19 +308,19 @@ def build_stages(parts: Parts) -> Stages:
 def _lifecycle(parts: Parts, stops: StopTable, rows: SamplingRows, hooks: Sequence[SampleHook]) -> Lifecycle:
     longest, vocabulary = parts.settings.lookup.prediction_tokens, parts.target.shape.vocab_size
     return Lifecycle(
-        parts.drafters,
+        of_text(parts.drafters),
         parts.sync,
         parts.controller,
         parts.tokens,
         stops,
         rows,
         prediction_reader(parts.target.tokenizer, longest, vocabulary),
-        hooks=hooks,
-        sample_rate=parts.settings.traces.rate,
-        quarantine=parts.quarantine,
-        tally=parts.tally,
-        publisher=parts.publisher,
-        spool=parts.spool,
+        hooks,
+        parts.settings.traces.rate,
+        parts.quarantine,
+        parts.tally,
+        parts.publisher,
+        parts.spool,
     )
 
 

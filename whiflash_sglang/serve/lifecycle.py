@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from whiflash_sglang.arms.base import Drafter, of_text
+from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
 from whiflash_sglang.copying.memory import Tenant, handle_of, tenant_of
 from whiflash_sglang.device.transfers import Upload
@@ -13,6 +14,7 @@ from whiflash_sglang.engine.forward import sampling
 from whiflash_sglang.engine.scheduler.grammars import grammar_of
 from whiflash_sglang.engine.scheduler.streamer import cached_of, recording_of
 from whiflash_sglang.records.core import SampleHook, readable
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.controller import Controller
@@ -43,42 +45,35 @@ class Consent(NamedTuple):
     handles: tuple[int, ...]
 
 
+@dataclass(eq=False)
 class Lifecycle:
     """Opens and closes what drafters, backlog, controller and tables keep of a request. Arms in `quarantine` only
     drop.
     """
 
-    def __init__(
-        self,
-        drafters: Mapping[str, Drafter],
-        sync: DraftSync,
-        controller: Controller,
-        tokens: TokenTable,
-        stops: StopTable,
-        sampling_rows: SamplingRows,
-        read_prediction: ReadPrediction,
-        *,
-        hooks: Sequence[SampleHook] = (),
-        sample_rate: float = 0.0,
-        quarantine: Quarantine,
-        tally: Tally,
-        publisher: Publisher,
-        spool: Spool | None = None,
-    ) -> None:
-        self._spool = spool
-        self._consents: WeakKeyDictionary[Any, Consent] = WeakKeyDictionary()
-        """Consents by session, else by request."""
-        self._forgets, self._begun = 0, WeakKeyDictionary[Any, int]()
-        """How often text was forgotten, and how often it had been when a request first began."""
-        self._read_prediction, self._hooks = read_prediction, hooks
-        self._sample_rate = sample_rate
-        self._drafters, self._sync, self._controller = of_text(drafters), sync, controller
-        self._tokens, self._stops, self._sampling_rows = tokens, stops, sampling_rows
-        self._quarantine, self._tally, self._publisher = quarantine, tally, publisher
+    drafters: Mapping[str, TextDrafter]
+    sync: DraftSync
+    controller: Controller
+    tokens: TokenTable
+    stops: StopTable
+    sampling_rows: SamplingRows
+    read_prediction: ReadPrediction
+    hooks: Sequence[SampleHook]
+    sample_rate: float
+    quarantine: Quarantine
+    tally: Tally
+    publisher: Publisher
+    spool: Spool | None
+
+    # Consents by session, else by request. How often text was forgotten, and how often it had been when a request first
+    # began.
+    _consents: WeakKeyDictionary[Any, Consent] = field(default_factory=WeakKeyDictionary, init=False)
+    _forgets: int = field(default=0, init=False)
+    _begun: WeakKeyDictionary[Any, int] = field(default_factory=WeakKeyDictionary, init=False)
 
     def arrived(self, req: Any) -> None:
         """A request came, which may wait long before it begins: from now on it may be forgotten."""
-        if self._spool is not None:
+        if self.spool is not None:
             whole = req.session or req
             known = self._consents.get(whole, Consent(True, self._forgets, ()))
             agrees, handles = _consent_of(req)
@@ -90,29 +85,44 @@ class Lifecycle:
 
         The device's part of its state goes there with `upload`.
         """
-        # With output it was retracted: what its row still holds may date from before an earlier retraction.
-        if not req.output_ids and self._controller.holds(row, req.rid):
-            return
+        former = self.controller.states.get(row)
+        if former is not None:
+            # With output it was retracted: what its row still holds may date from before an earlier retraction.
+            if former.rid == req.rid and not req.output_ids:
+                return
+            self._drop(former)
         hints, tenant = _hints_of(req), _tenant_of(req)
         if not req.retracted_stain:
-            self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
-        predicted = self._predicted(req)
-        self._quarantine.begin(req.rid, tenant)
+            self.tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
+        caller = tenant
         if self._begun.setdefault(req, self._forgets) != self._forgets:
             tenant = None  # it wrote before something was forgotten: nobody shares that
-        for arm, drafter in self._drafters.items():
-            if self._quarantine.serves(arm, req.rid):
-                with self._quarantine.guard(arm, req.rid):
-                    drafter.begin(row, hints, tenant, predicted, grammar_of(req), len(req.origin_input_ids))
-        recording = recording_of(req, hints.trace, self._sample_rate)
+        recording = recording_of(req, hints.trace, self.sample_rate)
         if recording is not None:
             recording.agent = hints.agent
             recording.tenant = None if tenant is None else f"{handle_of(tenant):016x}"
-        self._controller.open(row, req.rid, hints, req.output_ids, recording, adapter=req.lora_id)
-        self._tokens.begin(upload, row, readable(req.origin_input_ids), req.output_ids)
-        self._stops.begin(upload, row, sampling.ending_ids(req))
-        self._sampling_rows.begin(upload, row, sampling.parameters(req))
-        for hook in self._hooks:
+        request = Request(
+            req.rid,
+            hints,
+            row,
+            tenant,
+            self._predicted(req),
+            grammar_of(req),
+            len(req.origin_input_ids),
+            caller=caller,
+            recording=recording,
+            adapter=req.lora_id,
+        )
+        self.quarantine.begin(request)
+        self.controller.open(request, req.output_ids)
+        for arm, drafter in self.drafters.items():
+            if self.quarantine.serves(arm, request):
+                with self.quarantine.guard(arm, request):
+                    drafter.begin(request)
+        self.tokens.begin(upload, row, readable(req.origin_input_ids), req.output_ids)
+        self.stops.begin(upload, row, sampling.ending_ids(req))
+        self.sampling_rows.begin(upload, row, sampling.parameters(req))
+        for hook in self.hooks:
             hook.begin(upload, row, req)
 
     def forget_text(self, handle: int | None) -> None:
@@ -120,44 +130,40 @@ class Lifecycle:
         retracted leave nothing when they end, either.
         """
         self._forgets += 1
-        for drafter in self._drafters.values():
-            drafter.forget(handle)
-        if self._spool is not None:
-            self._spool.forget(handle)
+        for drafter in self.drafters.values():
+            drafter.forget(handle, self.controller.states.values())
+        if self.spool is not None:
+            self.spool.forget(handle)
 
     def released(self, req: Any, *, kept: bool) -> None:
         """The request gives its slots up. If the tree, a session or the host keeps them, `flush` must follow."""
         row = req.kv.req_pool_idx
-        if row is None or not self._controller.holds(row, req.rid):
+        request = None if row is None else self.controller.states.get(row)
+        if request is None or request.rid != req.rid:
             return
         if kept:
-            self._sync.leave(row, req.owned_kv_len())
-        if kept and req.finished():
-            for arm, drafter in self._drafters.items():
-                if self._quarantine.serves(arm, req.rid):
-                    with self._quarantine.guard(arm, req.rid):
-                        drafter.finish(row, req.output_ids_through_stop)
-        if self._spool is not None and kept and req.finished():
-            self._sample(self._spool, req)
-        cached = cached_of(req) if kept and req.finished() else {}
-        self._tally.ended(self._controller.states[row].counts, cached)
-        self._forget(row)
-        if not self._controller.states:
-            self._publisher.flush()
+            self.sync.leave(row, req.owned_kv_len())
+        finished = kept and req.finished()
+        if self.spool is not None and finished:
+            self._sample(self.spool, req)
+        self.tally.ended(request.counts, cached_of(req) if finished else {})
+        self._drop(request, req.output_ids_through_stop if finished else ())
+        if not self.controller.states:
+            self.publisher.flush()
 
     @property
     def leaving(self) -> bool:
         """Whether requests were released whose slots lack what was parked."""
-        return bool(self._sync.leaving)
+        return bool(self.sync.leaving)
 
     def flush(self) -> None:
         """Write the parked features of released requests into the slots that they gave up."""
-        self._sync.flush()
+        self.sync.flush()
 
     def forget_all(self) -> None:
         """Every slot is free, so nothing that was parked has a home."""
-        for row in list(self._controller.states):
-            self._forget(row)
+        for request in list(self.controller.states.values()):
+            self._drop(request)
 
     def _sample(self, spool: Spool, req: Any) -> None:
         """Offer a finished request to the learner, if it consents and tokens are all that the target read of it.
@@ -169,7 +175,7 @@ class Lifecycle:
         consent = self._consents.get(req.session or req)
         agrees = consent is not None and consent.agrees and consent.forgets == self._forgets
         finished = req.finished_reason.to_json()["type"] in FINISHED
-        if consent is None or not (text and agrees and finished) or self._hooks:
+        if consent is None or not (text and agrees and finished) or self.hooks:
             spool.decline()
             return
         spool.offer(req.origin_input_ids, req.output_ids_through_stop, consent.handles)
@@ -177,20 +183,21 @@ class Lifecycle:
     def _predicted(self, req: Any) -> Sequence[int] | None:
         """Tokens that the request's caller expects back. Malformed: as of `_hints_of`."""
         try:
-            read = self._read_prediction(req.sampling_params.custom_params)
+            read = self.read_prediction(req.sampling_params.custom_params)
         except HintError as error:
             logger.warning("request %s: a malformed prediction is ignored (%s)", req.rid, error)
             return None
         return read.tokens if read is not None and read.tokens else None
 
-    def _forget(self, row: int) -> None:
-        rid = self._controller.states[row].rid
-        self._sync.forget(row)
-        self._controller.forget(row)
-        for arm, drafter in self._drafters.items():
-            with self._quarantine.guard(arm, rid):
-                drafter.release(row)
-        self._quarantine.end(rid)
+    def _drop(self, request: Request, output: Sequence[int] = ()) -> None:
+        """Everything that is kept of a request goes. output: as of `TextDrafter.end`."""
+        self.sync.forget(request.row)
+        for arm, drafter in self.drafters.items():
+            serves = self.quarantine.serves(arm, request)
+            with self.quarantine.guard(arm, request):
+                drafter.end(request, output if serves else ())
+        self.controller.close(request)
+        self.quarantine.end(request)
 
 
 def _hints_of(req: Any) -> RequestHints:

@@ -35,8 +35,11 @@ if TYPE_CHECKING:
 class Cached(Protocol):
     """A target's KV cache: its slots, and the slot table [request rows, ctx] int32."""
 
-    kv_slots: int
-    slot_table: "torch.Tensor"
+    @property
+    def kv_slots(self) -> int: ...
+
+    @property
+    def slot_table(self) -> "torch.Tensor": ...
 
 
 class Observed(Protocol):
@@ -59,10 +62,11 @@ class Observed(Protocol):
 
 def state_of(worker: Observed) -> dict[str, Any]:
     """State for `GET /whiflash/state` and the benchmark: policy, running requests, the rounds' time by stage."""
+    running = worker.controller.states.values()
     return {
         "policy": worker.controller.policy.name,
         "arms": sorted(worker.drafters),
-        "requests": len(worker.controller.states),
+        "requests": len(running),
         "quarantined": dict(worker.quarantine.reasons),
         "left_out": dict(worker.quarantine.left_out),
         "faulty_drafts": dict(worker.quarantine.faults),
@@ -72,7 +76,7 @@ def state_of(worker: Observed) -> dict[str, Any]:
         "memory": memory_of(worker),
         **({} if worker.weights is None else {"drafters": worker.weights.snapshot()}),
         **({} if worker.spool is None else {"samples": worker.spool.snapshot()}),
-        **{arm: state for arm, d in worker.text_arms.items() if (state := d.snapshot())},
+        **{arm: state for arm, d in worker.text_arms.items() if (state := d.snapshot(running))},
     }
 
 
@@ -82,7 +86,7 @@ def memory_of(worker: Observed) -> dict[str, int]:
     kept = {
         f"{arm}_{name}": size
         for arm, drafter in worker.text_arms.items()
-        for name, size in drafter.host_bytes().items()
+        for name, size in drafter.host_bytes(worker.controller.states.values()).items()
     }
     return {
         "draft_kv": draft_kv * worker.target.kv_slots,
