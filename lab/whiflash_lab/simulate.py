@@ -191,8 +191,7 @@ class Simulation:
         self.tables = card.tables(largest, context, pair.drafts.get(arms.AR, 0))
         self.card = card
         costs = LookedUpCosts(lambda arm: pair.drafts.get(arm, 0) + 1)
-        # The server learns its correction in tables of its own; those of the card stay as they are.
-        costs.tables = CostTables(self.tables.verifications, self.tables.drafts, {})
+        costs.tables = self.tables
         self.controller = Controller(AutoPolicy(), costs, ())
         self.free = list(range(load.requests))
         self.opened = 0
@@ -234,7 +233,7 @@ class Simulation:
             # Rows are there for usual drafts. More of them lengthen the round here, where none is left out.
             usual = (min(controller.costs.room(arm), self.pair.drafts.get(arm, 0)) for arm in routes)
             padded = max(padded, len(running) + ceil(sum(usual)))
-        verify = self.tables.verify(padded, context)
+        verify = self.tables.verifications.at(padded, context)
         seconds = self._with_host(sum(self.tables.draft(arm, n) for arm, n in drafted.items()), verify)
         tokens = 0
         for request, arm, width in zip(list(running), routes, drafts, strict=True):
@@ -291,7 +290,9 @@ class Simulation:
                 for each, most, worth in zip(chances, full, worths, strict=True)
             ]
         context = sum(request.context for request in self.running)
-        return cut(chances, full[0], lambda rows: self.tables.verify(rows, context) + self.card.block)
+        return cut(
+            chances, full[0], lambda rows: self.tables.verifications.at(rows, context) + self.card.block
+        )
 
 
 def cut(chances: Sequence[float], most: int, price: Callable[[float], float]) -> list[int]:

@@ -16,7 +16,7 @@ from model_set import Models
 from whiflash_sglang.device.clock import HostClock
 from whiflash_sglang.device.ranks import Message, Ranks
 from whiflash_sglang.engine.scheduler import pricing
-from whiflash_sglang.prices.tables import LookedUpCosts
+from whiflash_sglang.prices.tables import CostTables, LookedUpCosts
 
 SMALL: dict[str, Any] = {"max_running_requests": 2, "context_length": 128, "max_total_tokens": 512}
 H100 = "NVIDIA H100 80GB HBM3"
@@ -34,22 +34,12 @@ class Start:
     def __init__(self, e: Engine) -> None:
         self.worker, self.device, self.runs = e.worker, H100, 0
 
-    def price(self, ranks: Ranks | None = None, requests: int = 2) -> tuple[Any, ...]:
-        worker, costs = self.worker, LookedUpCosts(lambda arm: 2)
-        self.runs = 0
+    def price(self, ranks: Ranks | None = None, requests: int = 2) -> CostTables:
+        worker, costs, self.runs = self.worker, LookedUpCosts(lambda arm: 2), 0
+        start = worker.target, worker.drafters, worker.sync, worker.host, HostClock(), requests
         with torch.no_grad():
-            pricing.price(
-                costs,
-                worker.target,
-                worker.drafters,
-                worker.sync,
-                worker.host,
-                HostClock(),
-                requests,
-                ranks or Ranks(),
-            )
-        self.tables = costs.tables
-        return self.tables.verifications, self.tables.drafts, self.tables.catch_up
+            pricing.price(costs, pricing.Start(*start), ranks or Ranks())
+        return costs.tables
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +84,6 @@ def test_the_second_start_measures_nothing(
     assert start.price() == first
     assert start.runs == 0
     assert f"those of {file}, measured at {json.loads(file.read_text())['measured']}" in caplog.text
-
-
-def test_what_rounds_corrected_is_not_kept(start: Start) -> None:
-    start.price()
-    start.tables.correction.add(1.0, 3.0)
-    start.price()
-    assert start.tables.correction.factor == 1.0
 
 
 def test_another_server_measures_its_own(
@@ -186,5 +169,5 @@ def test_all_processes_do_what_the_first_one_does(start: Start, tmp_path: Path) 
     assert start.price(second) == tables
     assert start.runs > 0
     file.unlink()
-    start.price(Ranks(1, 2, lambda _: Message(0, 0, 0.0, start.tables), lambda reason: [reason]))
+    start.price(Ranks(1, 2, lambda _: Message(0, 0, 0.0, tables), lambda reason: [reason]))
     assert (start.runs, kept(tmp_path)) == (0, [])

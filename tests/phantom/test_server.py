@@ -38,7 +38,6 @@ ELSEWHERE = {
     "whiflash_kernels/dispatch.py": 1,  # Triton is forced on a CPU
     "whiflash_kernels/triton_kernels/attention.py": 1,
     "whiflash_kernels/triton_kernels/launch.py": 2,
-    "whiflash_sglang/arms/profile.py": 1,  # a card's prices are looked up
 }
 """Places that ask for a card and that no server here reaches: how many of a file."""
 

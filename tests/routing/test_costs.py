@@ -6,8 +6,8 @@ import pytest
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang.drafts.rates import Mean
-from whiflash_sglang.prices.costs import PLAIN_ROUNDS, PRIOR_SHARE, MeasuredCosts
-from whiflash_sglang.prices.fits import Line, Plane
+from whiflash_sglang.prices.costs import PLAIN_ROUNDS, PRIOR_SHARE, MeasuredCosts, verification, work_of
+from whiflash_sglang.prices.fits import Fit
 from whiflash_sglang.prices.round_clock import RoundTime
 from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceEstimator
@@ -15,46 +15,38 @@ from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceEstimator
 BOTH = frozenset({"ar", "diffusion"})
 
 
-def test_a_line_finds_intercept_and_slope() -> None:
-    rng, line = random.Random(0), Line(0.002)
+def test_a_fit_of_one_kind_finds_intercept_and_slope() -> None:
+    rng, line = random.Random(0), Fit(lambda _: (0.002,))
     for _ in range(400):
         x = rng.randrange(1, 40)
-        line.add(x, 0.02 + 0.0005 * x + rng.gauss(0, 0.0005))
-    assert line.at(1) == pytest.approx(0.0205, abs=0.002)
-    assert line.at(40) == pytest.approx(0.040, abs=0.003)
+        line.add((x,), 0.02 + 0.0005 * x + rng.gauss(0, 0.0005))
+    assert line.at((1,)) == pytest.approx(0.0205, abs=0.002)
+    assert line.at((40,)) == pytest.approx(0.040, abs=0.003)
 
 
-def test_a_line_follows_a_machine_that_slows_down() -> None:
-    line = Line(0.0)
-    for _ in range(300):
-        line.add(8, 0.01)
-    for _ in range(600):
-        line.add(8, 0.03)
-    assert line.at(8) == pytest.approx(0.03, rel=0.1)
+def added(fit: Fit, drafts: int, requests: int, seconds: float) -> None:
+    fit.add(work_of(requests + drafts, requests), seconds)
 
 
-def test_noise_never_makes_more_work_faster() -> None:
-    line = Line(0.0)
-    for x, y in ((1, 0.03), (2, 0.02), (3, 0.01)) * 20:
-        line.add(x, y)
-    assert line.at(10) >= line.at(1) > 0
+def at(fit: Fit, drafts: int, requests: int) -> float:
+    return fit.at(work_of(requests + drafts, requests))
 
 
-def busy_server(rounds: int, requests: list[int], seed: int = 0) -> Plane:
+def busy_server(rounds: int, requests: list[int], seed: int = 0) -> Fit:
     """Verifications that take 30 ms, 4 ms a request and 2 ms a draft; who serves more requests verifies more drafts."""
-    rng, plane = random.Random(seed), Plane(0.02, PRIOR_SHARE)
+    rng, fit = random.Random(seed), verification()
     for _ in range(rounds):
         count = rng.choice(requests)
         drafts = sum(rng.choice([0, 1, 1, 5]) for _ in range(count))
-        plane.add(drafts, count, 0.030 + 0.004 * count + 0.002 * drafts + rng.gauss(0, 0.002))
-    return plane
+        added(fit, drafts, count, 0.030 + 0.004 * count + 0.002 * drafts + rng.gauss(0, 0.002))
+    return fit
 
 
 def test_a_draft_is_not_charged_for_the_requests_beside_it() -> None:
-    plane = busy_server(600, [1, 2, 4, 8])
-    assert plane.slopes[:2] == pytest.approx((0.002, 0.004), rel=0.15)
-    assert plane.at(0, 8) == pytest.approx(0.062, rel=0.05)
-    assert plane.at(24, 8) == pytest.approx(0.110, rel=0.05)
+    fit = busy_server(600, [1, 2, 4, 8])
+    assert fit.slopes[:2] == pytest.approx((0.002, 0.004), rel=0.15)
+    assert at(fit, 0, 8) == pytest.approx(0.062, rel=0.05)
+    assert at(fit, 24, 8) == pytest.approx(0.110, rel=0.05)
 
 
 def test_what_never_differed_keeps_its_prior() -> None:
@@ -64,21 +56,22 @@ def test_what_never_differed_keeps_its_prior() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_plane_never_makes_more_work_faster(seed: int) -> None:
-    rng, plane = random.Random(seed), Plane(0.02, PRIOR_SHARE)
+def test_noise_never_makes_more_work_faster(seed: int) -> None:
+    rng, fit = random.Random(seed), verification()
     for _ in range(300):
         drafts, requests = rng.randrange(20), rng.randrange(1, 9)
-        plane.add(drafts, requests, max(0.001, 0.05 - 0.001 * drafts - 0.002 * requests + rng.gauss(0, 0.01)))
-    assert min(plane.slopes) >= 0
-    assert plane.at(20, 8) >= plane.at(0, 1) > 0
+        seconds = max(0.001, 0.05 - 0.001 * drafts - 0.002 * requests + rng.gauss(0, 0.01))
+        added(fit, drafts, requests, seconds)
+    assert min(fit.slopes) >= 0
+    assert at(fit, 20, 8) >= at(fit, 0, 1) > 0
 
 
 def test_a_busy_server_that_drafts_less_does_not_make_drafts_free() -> None:
     """Alone both slopes would be negative here; of the planes that do not fall the best one has dear drafts."""
-    plane = Plane(0.02, PRIOR_SHARE)
+    fit = verification()
     for drafts, requests, seconds in ((0, 8, 0.040), (20, 1, 0.060), (20, 8, 0.035)) * 100:
-        plane.add(drafts, requests, seconds)
-    draft, request, _ = plane.slopes
+        added(fit, drafts, requests, seconds)
+    draft, request, _ = fit.slopes
     assert draft == pytest.approx(0.00037, abs=0.0001)
     assert request == 0
 
@@ -88,71 +81,43 @@ def test_a_second_row_may_cost_more_than_all_behind_it(seed: int) -> None:
     """In float32 on two cores a round of one row took 77 ms, one of two to eight rows some 125. On one line through
     both a draft cost 5 ms, so copies of which one in twelve was right looked worth it.
     """
-    rng, plane = random.Random(seed), Plane(0.02, PRIOR_SHARE)
+    rng, fit = random.Random(seed), verification()
     for _ in range(60):
         drafts = rng.choice([0, 0, 0, 1, 2, 4, 8])
-        plane.add(drafts, 1, (0.077 if not drafts else 0.124 + 0.001 * drafts) * rng.lognormvariate(0, 0.08))
-    assert plane.at(0, 1) == pytest.approx(0.077, rel=0.06)
-    assert plane.at(1, 1) == pytest.approx(0.125, rel=0.08)
+        added(fit, drafts, 1, (0.077 if not drafts else 0.124 + 0.001 * drafts) * rng.lognormvariate(0, 0.08))
+    assert at(fit, 0, 1) == pytest.approx(0.077, rel=0.06)
+    assert at(fit, 1, 1) == pytest.approx(0.125, rel=0.08)
     for _ in range(1000):  # what was seen long ago is forgotten, so that drafts are tried again
-        plane.add(0, 1, 0.077)
-    assert plane.at(1, 1) < 0.095
+        added(fit, 0, 1, 0.077)
+    assert at(fit, 1, 1) < 0.095
 
 
 def test_a_small_step_is_none() -> None:
     """Packed bfloat16 weights: seven rows take as long as one, more take longer."""
-    rng, plane = random.Random(0), Plane(0.02, PRIOR_SHARE)
+    rng, fit = random.Random(0), verification()
     for _ in range(300):
         drafts = rng.choice([0, 1, 3, 5, 8, 16])
-        plane.add(drafts, 1, 0.035 + 0.0004 * drafts + 0.003 * (drafts > 0) + rng.gauss(0, 0.001))
-    assert plane.slopes[2] == 0.0
+        added(fit, drafts, 1, 0.035 + 0.0004 * drafts + 0.003 * (drafts > 0) + rng.gauss(0, 0.001))
+    assert fit.slopes[2] == 0.0
 
 
-def test_a_plane_before_and_after_its_first_round() -> None:
-    plane = Plane(0.02, PRIOR_SHARE)
-    assert plane.at(0, 1) == 0.02
-    assert plane.at(5, 3) == pytest.approx(0.02 * (1 + 7 * PRIOR_SHARE))
-    plane.add(5, 3, 0.05)
-    assert plane.at(5, 3) == pytest.approx(0.05)
-    assert plane.at(0, 1) == pytest.approx(0.05 * (1 - 7 * PRIOR_SHARE))
+def test_a_verification_before_and_after_its_first_round() -> None:
+    fit = verification()
+    assert at(fit, 0, 1) == 0.02
+    assert at(fit, 5, 3) == pytest.approx(0.02 * (1 + 7 * PRIOR_SHARE))
+    added(fit, 5, 3, 0.05)
+    assert at(fit, 5, 3) == pytest.approx(0.05)
+    assert at(fit, 0, 1) == pytest.approx(0.05 * (1 - 7 * PRIOR_SHARE))
 
 
 def test_what_the_engine_takes_between_rounds_is_charged_to_all_alike() -> None:
     """Rounds without drafts share its steps; by the round, the gap would make every draft dearer."""
     costs = MeasuredCosts({"ar": 4}.__getitem__)
     for _ in range(50):
-        costs.verified(4, 1, 0.023)
-        costs.committed(2, 0.023, gap=0.004)
-        costs.verified(1, 1, 0.020)
-        costs.committed(1, 0.020)
+        costs.observe(RoundTime(4, 1, tokens=2, seconds=0.023, gap=0.004))
+        costs.observe(RoundTime(1, 1, tokens=1, seconds=0.020))
     assert costs.verify(4, 1) - costs.verify(1, 1) == pytest.approx(0.003, rel=0.05)
     assert costs.verify(1, 1) == pytest.approx(0.022, rel=0.02)
-
-
-def test_one_observation_teaches_what_its_parts_do() -> None:
-    """A round's drafts, its verification and the server's rate, from the one record that the clock gives back."""
-    together, apart = (MeasuredCosts({"ar": 6, "diffusion": 9}.__getitem__) for _ in range(2))
-    rng = random.Random(0)
-    for _ in range(300):
-        requests, tokens = rng.choice((1, 2, 4)), rng.randrange(1, 9)
-        rows, gap = requests + rng.randrange(0, 12), 0.001 * rng.random()
-        drafts = [
-            (arm, requests, 5, 0.004 + 0.002 * rng.random(), 0.001)
-            for arm in ("ar", "diffusion")
-            if rng.random() < 0.6
-        ]
-        drafting = sum(seconds + catch_up for *_, seconds, catch_up in drafts)
-        seconds = drafting + 0.02 + 0.0006 * rows
-        time = RoundTime(rows, requests, tokens=tokens, seconds=seconds, gap=gap)
-        time.drafting, time.drafts = drafting, drafts
-        together.observe(time)
-        for draft in drafts:
-            apart.drafted(*draft)
-        apart.verified(rows, requests, seconds - drafting)
-        apart.committed(tokens, seconds, gap)
-        assert together.fitted(("ar", "diffusion")) == apart.fitted(("ar", "diffusion"))
-        assert together.worth("ar") == apart.worth("ar")
-    assert together.draft("diffusion", 2) > 0.004
 
 
 def test_an_untried_drafter_is_free() -> None:
@@ -221,9 +186,8 @@ def test_a_requests_own_rounds_count() -> None:
 def test_what_plain_decoding_costs_is_told_when_it_was_timed() -> None:
     costs = MeasuredCosts(lambda arm: 4)
     for _ in range(100):
-        costs.verified(rows=8, requests=2, seconds=0.02)
-    assert not costs.knows_plain
+        costs.observe(RoundTime(8, 2, seconds=0.02))
     for _ in range(PLAIN_ROUNDS):
         assert not costs.knows_plain
-        costs.verified(rows=2, requests=2, seconds=0.01)
+        costs.observe(RoundTime(2, 2, seconds=0.01))
     assert costs.knows_plain

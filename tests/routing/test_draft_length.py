@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from whiflash_sglang.arms.length import EDGES, DraftLength, chances
 from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts, Worth
+from whiflash_sglang.prices.round_clock import RoundTime
 
 
 class Request(NamedTuple):
@@ -120,12 +121,11 @@ def test_a_slow_drafter_must_bring_more() -> None:
     costs = MeasuredCosts({"ar": 6}.__getitem__)
     assert costs.worth("ar") == FULL_LENGTH
     for _ in range(20):
-        costs.drafted("ar", 1, 5, 0.010, 0.001)
-        costs.verified(6, 1, 0.015)
-        costs.committed(2, 0.025)
+        drafts = [("ar", 1, 5, 0.010, 0.001)]
+        costs.observe(RoundTime(6, 1, tokens=2, seconds=0.026, drafting=0.011, drafts=drafts))
     worth = costs.worth("ar")
-    assert worth.draft == pytest.approx(80 * 0.002)
-    assert worth.row == pytest.approx(80 * 0.015 * 0.03)
+    assert worth.draft == pytest.approx(2 / 0.026 * 0.002)
+    assert worth.row == pytest.approx(2 / 0.026 * 0.015 * 0.03)
 
 
 def test_bins_cover_every_confidence() -> None:

@@ -11,6 +11,7 @@ import pytest
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang.prices.costs import MeasuredCosts
+from whiflash_sglang.prices.round_clock import RoundTime
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.records.signals import Signals
 from whiflash_sglang.routing.controller import Controller
@@ -70,8 +71,10 @@ class Server:
         for arm in set(routes) & SECONDS.keys():
             self.costs.drafted(arm, routes.count(arm), 1, SECONDS[arm])
         verified = sum(WIDTHS[arm] for arm in routes)
-        self.costs.verified(verified, len(rows), 0.03 + 0.0006 * verified)
-        self.costs.committed(2 * len(rows), 0.045)
+        drafting = 0.015 - 0.0006 * verified
+        self.costs.observe(
+            RoundTime(verified, len(rows), tokens=2 * len(rows), seconds=0.045, drafting=drafting)
+        )
         for row, arm in zip(rows, routes, strict=True):
             state = self.controller.states[row]
             self.controller.committed(

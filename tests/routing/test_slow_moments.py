@@ -13,6 +13,7 @@ from matrix import sampled
 
 from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.prices.costs import MeasuredCosts
+from whiflash_sglang.prices.round_clock import RoundTime
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
@@ -53,19 +54,21 @@ class Machine:
         (arm,) = self.controller.route([self.controller.states[0]], [forecast])
         if arm == "none" and self.controller.states[0].decision.promised:
             arm = "lookup"
-        drafting = 0.0
+        drafts = []
         if arm in self.seconds:
-            drafting = self.took(self.seconds[arm]) + late["draft"]
-            catch_up = self.took(0.001) + late["catch_up"]
-            self.costs.drafted(arm, 1, 5, drafting, catch_up)
-            drafting += catch_up
+            drafting, catch_up = self.took(self.seconds[arm]), self.took(0.001)
+            drafts = [(arm, 1, 5, drafting + late["draft"], catch_up + late["catch_up"])]
         # Arms that copy looked before, whichever arm drafts: that is no drafting, but the rest of the round.
         copied = self.copies or Forecast(1, 1)
         rows = WIDTHS.get(arm, copied.rows)
         verifying = self.took(0.030 + 0.0006 * rows) + 0.0001 * self.slower + late["verify"] + late["look"]
-        self.costs.verified(rows, 1, verifying)
         tokens = ACCEPTED.get(arm) or round(copied.length)
-        self.costs.committed(tokens, drafting + verifying, gap=self.took(0.004) + late["gap"])
+        spent, gap = sum(sum(each[3:]) for each in drafts), self.took(0.004) + late["gap"]
+        self.costs.observe(
+            RoundTime(
+                rows, 1, tokens=tokens, seconds=spent + verifying, gap=gap, drafting=spent, drafts=drafts
+            )
+        )
         state = self.controller.states[0]
         self.controller.committed(state, state.decision, arm, [0] * tokens, rows)
         return arm

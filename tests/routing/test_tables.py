@@ -1,11 +1,32 @@
-"""Prices from tables, on a clock that the test moves."""
+"""Prices that are looked up, and routes by them: nothing here has a clock but what measures, and that one is moved."""
 
 import pytest
 
-from whiflash_sglang.device.clock import HostClock, clock_of, measure
-from whiflash_sglang.prices.fits import WINDOW
+from whiflash_sglang.device.clock import measure
+from whiflash_sglang.prices.costs import FULL_LENGTH
+from whiflash_sglang.prices.fits import WINDOW, Correction
 from whiflash_sglang.prices.round_clock import RoundTime
-from whiflash_sglang.prices.tables import Correction, CostTables, Sizes, Verifications
+from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
+from whiflash_sglang.routing.assign import assign
+
+ROWS = (1, 2, 4, 8, 16)
+SCORES = {"ar": 3.0, "diffusion": 2.5, "none": 1.0}
+
+
+def costs(row: float = 0.1, ar: float = 0.5, context: float = 0.0, short: float = 0.0) -> LookedUpCosts:
+    """A verification of 10 and `row` a row, and `context` for each thousand tokens beyond a hundred; two arms that
+    draft three. short: a pass of EAGLE-3 with two drafts; 0: there is none.
+    """
+    found = LookedUpCosts({"ar": 4, "diffusion": 4, "none": 1}.__getitem__)
+    near = tuple(10.0 + row * n for n in ROWS)
+    catch_up = Sizes((4, 8, 64), (0.1, 0.2, 1.6))
+    found.tables = CostTables(
+        Verifications(100, 1100, Sizes(ROWS, near), Sizes(ROWS, tuple(s + context for s in near))),
+        {"ar": Sizes((1, 2, 4), (ar, ar, ar)), "diffusion": Sizes((1, 2, 4), (0.5, 0.5, 0.5))},
+        {"ar": catch_up, "diffusion": catch_up},
+        {"ar": {2: Sizes((1, 2, 4), (short, short, short))}} if short else {},
+    )
+    return found
 
 
 class Moved:
@@ -29,23 +50,14 @@ class Moved:
         return end - begin
 
 
-def test_a_measurement_is_the_median_behind_a_first_run_and_waits_for_each() -> None:
-    clock, durations = Moved(), iter([50.0, 1.0, 9.0, 2.0, 3.0, 2.5])
+@pytest.mark.parametrize(("options", "seconds"), [({}, 2.5), ({"repeats": 3, "of": min}, 1.0)])
+def test_a_measurement_is_behind_a_first_run_and_waits_for_each(options: dict, seconds: float) -> None:
+    clock, durations = Moved(), iter([0.5, 1.0, 9.0, 2.0, 3.0, 2.5])
 
     def body() -> None:
         clock.now += next(durations)
 
-    assert measure(body, clock) == 2.5
-
-
-def test_the_hosts_clock_does_not_run_backwards() -> None:
-    import torch
-
-    clock = clock_of(torch.device("cpu"))
-    assert isinstance(clock, HostClock)
-    begin = clock.record()
-    assert clock.passed(begin)
-    assert clock.elapsed(begin, clock.record()) >= 0.0
+    assert measure(body, clock, **options) == seconds
 
 
 def test_a_price_is_the_graphs_that_holds_the_rows() -> None:
@@ -61,35 +73,21 @@ def test_tables_without_order_are_refused() -> None:
         Verifications(10, 10, Sizes((1,), (1.0,)), Sizes((1,), (1.0,)))
 
 
-def tables() -> CostTables:
-    verifications = Verifications(
-        100, 1100, Sizes((1, 4, 8), (1.0, 1.6, 2.4)), Sizes((1, 4, 8), (2.0, 2.6, 4.4))
-    )
-    return CostTables(verifications, {"ar": Sizes((1, 2), (0.5, 0.6))}, {"ar": Sizes((8,), (0.1,))})
-
-
-def test_a_verification_grows_with_its_context() -> None:
-    costs = tables()
-    assert [costs.verify(3, n) for n in (0, 100, 600, 1100, 2100)] == pytest.approx([1.6, 1.6, 2.1, 2.6, 3.6])
-    assert costs.draft("ar", 2) == 0.6
-    assert costs.draft("lookup", 2) == costs.draft("ar", 0) == 0.0
+def test_a_verification_grows_with_the_context_of_its_batch() -> None:
+    found = costs(context=2.0)
+    for contexts, seconds in (([], 10.4), ([100], 10.4), ([300, 300], 11.4), ([1100], 12.4), ([2100], 14.4)):
+        found.set_contexts(contexts)
+        assert found.verify(3, 1) == found.verify(4, 1) == pytest.approx(seconds)
 
 
 def test_a_row_costs_the_slope_around_the_load() -> None:
-    costs = tables()
-    assert costs.row(1, 100) == costs.row(3, 100) == pytest.approx(0.2)
-    assert costs.row(4, 100) == costs.row(100, 100) == pytest.approx(0.2)
-    assert costs.row(4, 1100) == pytest.approx(0.45)
+    near, far = Sizes((1, 4, 8), (1.0, 1.6, 2.4)), Sizes((1, 4, 8), (2.0, 2.6, 4.4))
+    tables = CostTables(Verifications(100, 1100, near, far), {}, {})
+    assert tables.row(1, 100) == tables.row(3, 100) == pytest.approx(0.2)
+    assert tables.row(4, 100) == tables.row(100, 100) == pytest.approx(0.2)
+    assert tables.row(4, 1100) == pytest.approx(0.45)
     alone = Verifications(0, 1, Sizes((4,), (2.0,)), Sizes((4,), (2.0,)))
     assert CostTables(alone, {}, {}).row(1, 0) == 0.5
-
-
-def test_rounds_correct_everything_by_one_factor() -> None:
-    costs = tables()
-    for _ in range(50):
-        costs.took(RoundTime(4, 3, 100, {"ar": 2, "lookup": 1}, {"ar": 3}, seconds=2 * (1.6 + 0.6 + 0.1)))
-    assert costs.correction.factor == pytest.approx(2.0, rel=0.02)
-    assert costs.draft("ar", 2) == pytest.approx(1.2, rel=0.02)
 
 
 def test_a_slow_moment_moves_little_and_a_slower_machine_is_believed() -> None:
@@ -101,5 +99,86 @@ def test_a_slow_moment_moves_little_and_a_slower_machine_is_believed() -> None:
     for _ in range(WINDOW):
         correction.add(1.0, 5.0)
     assert correction.factor == pytest.approx(5.0, rel=0.1)
-    with pytest.raises(ValueError, match="takes time"):
-        correction.add(1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("prices", "route"),
+    [({}, "ar"), ({"row": 25.0}, "none"), ({"ar": 9.0}, "diffusion")],
+    ids=["all cheap", "rows dear", "ar dear"],
+)
+def test_the_router_goes_by_the_tables(prices: dict[str, float], route: str) -> None:
+    assert assign([SCORES], costs(**prices)) == [route]
+
+
+def test_a_pass_is_as_long_as_pays() -> None:
+    """And its price is that of its length. A length that is too short is left again."""
+    found = costs(short=0.2)
+    assert found.length("ar", 1, 3) == 3, "before a rate is known"
+    found.observe(RoundTime(1, 1, tokens=3, seconds=1.0))
+    found.correction = Correction()
+    for kept, longest in ((1, 2), (2, 3), (3, 3), (1, 2)):
+        for _ in range(100):
+            found.wanted("ar", kept)
+        assert found.length("ar", 1, 3) == longest
+        assert found.draft("ar", 1) == (0.2 if longest == 2 else 0.5)
+    assert found.length("diffusion", 1, 3) == 3
+
+
+def test_a_block_that_is_always_full_takes_the_rows_that_it_has() -> None:
+    found = costs()
+    assert found.width("diffusion") == 4, "before any was seen"
+    for _ in range(100):
+        found.wanted("diffusion", 3)
+    assert found.width("diffusion") == pytest.approx(4)
+
+
+def test_room_is_made_for_what_differs_and_less_of_it_where_many_even_out() -> None:
+    found = costs()
+    for drafts in (0, 0, 0, 12) * 100:
+        found.wanted("none", drafts)
+    found.set_contexts([9])
+    alone = found.room("none")
+    assert alone == pytest.approx(3 + 5.2, rel=0.15)
+    found.set_contexts([9] * 16)
+    assert found.room("none") == pytest.approx(3 + 5.2 / 4, rel=0.15)
+    assert found.width("none") == 1 + found.room("none")
+
+
+def test_rounds_move_all_prices_alike_and_no_route() -> None:
+    """An arm's price has the catch-up that is usual of it, for as many requests as draft."""
+    found = costs()
+    assert found.draft("ar", 2) == 0.5
+    for _ in range(60):
+        found.observe(RoundTime(8, 2, 0, {"ar": 2}, {"ar": 6}, seconds=3 * (10.8 + 0.5 + 0.2)))
+    assert found.correction.factor == pytest.approx(3.0, rel=0.02)
+    assert found.verify(8, 1) == pytest.approx(3 * 10.8, rel=0.02)
+    assert found.draft("ar", 2) == pytest.approx(3 * 0.7, rel=0.02)
+    assert found.draft("ar", 1) == pytest.approx(3 * 0.6, rel=0.02)
+    assert found.draft("diffusion", 1) == pytest.approx(3 * 0.5, rel=0.02)
+    assert assign([SCORES], found) == ["ar"]
+
+
+def test_the_pause_between_rounds_is_charged_to_all_alike() -> None:
+    found = costs()
+    found.observe(RoundTime(1, 1, seconds=10.1, gap=2.0))
+    assert found.verify(4, 1) - found.verify(1, 1) == pytest.approx(0.3)
+    assert found.verify(1, 1) == pytest.approx(12.1)
+
+
+def test_a_further_draft_must_bring_what_its_row_costs_at_this_load() -> None:
+    found = costs()
+    assert found.worth("ar") == FULL_LENGTH
+    found.observe(RoundTime(4, 1, tokens=2, seconds=10.4))
+    assert found.worth("ar").row == pytest.approx(2 / 10.4 * 0.1)
+    assert found.worth("ar").draft == 0.0, "a chain runs whole"
+
+
+def test_prices_are_known_from_the_start() -> None:
+    found = costs()
+    assert found.knows_plain
+    assert found.timings("ar") == found.timings("lookup") > 100
+    fitted = found.fitted(("ar", "lookup"))
+    assert fitted["verify", ""] == pytest.approx(10.1)
+    assert fitted["draft", "ar"] == 0.5
+    assert fitted["draft", "lookup"] == fitted["draft_request", "lookup"] == found.draft("ar", 0) == 0.0
+    assert found.snapshot(("ar",))["draft"] == {"ar": 0.5}

@@ -113,7 +113,7 @@ def on_torch_and_triton(
     """Rounds on Triton, which are those on torch."""
     # Interpreted drafts have no price worth measuring, no step may end early because one took long, and nothing is read
     # that a GPU would have to be waited for.
-    monkeypatch.setattr(pricing, "profile_drafts", lambda *_: None)
+    monkeypatch.setattr(pricing.Start, "profile", lambda *_: None)
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
     monkeypatch.setattr(worker, "STEP_SECONDS", float("inf"))
     monkeypatch.setenv("WHIFLASH_KERNELS", "torch")

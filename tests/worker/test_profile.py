@@ -1,13 +1,16 @@
 """The start-up profile of the drafters."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from whiflash_kernels import Drafts
 
-from whiflash_sglang.arms import profile
 from whiflash_sglang.arms.base import KVDrafter
 from whiflash_sglang.cache.backlog import FeatureRings
+from whiflash_sglang.device import clock
+from whiflash_sglang.device.transfers import EXACT
+from whiflash_sglang.engine.scheduler import pricing
 from whiflash_sglang.prices.costs import MeasuredCosts
 from whiflash_sglang.records.core import DraftBatch
 
@@ -29,12 +32,10 @@ class Disturbed(KVDrafter):
 
 
 def test_something_else_at_the_start_does_not_make_an_arm_dear(monkeypatch: Any) -> None:
-    monkeypatch.setattr(profile, "BATCHES", (1, 2))
-    slot_table = torch.zeros((2, 64), dtype=torch.int32)
-    rings = FeatureRings(2, 8, 4, torch.float32, "cpu")
-    costs = MeasuredCosts(lambda arm: 4)
-    drafter = Disturbed()
-    monkeypatch.setattr(profile.time, "perf_counter", lambda: drafter.now)
-    profile.profile_drafts([drafter], rings, slot_table, costs)
+    target = SimpleNamespace(slot_table=torch.zeros((2, 64), dtype=torch.int32))
+    sync: Any = SimpleNamespace(rings=FeatureRings(2, 8, 4, torch.float32, "cpu"))
+    costs, drafter = MeasuredCosts(lambda arm: 4), Disturbed()
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: drafter.now)
+    pricing.Start(target, {"disturbed": drafter}, sync, EXACT, clock.HostClock(), 2).profile(costs)
     assert costs.draft("disturbed", 1) < SLOW / 2
     assert costs.draft("disturbed", 2) < SLOW / 2

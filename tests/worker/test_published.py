@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from model_set import Models
 
 from whiflash_sglang.arms.base import KVDrafter
 from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
-from whiflash_sglang.prices.fits import Plane
+from whiflash_sglang.prices.fits import Fit
 from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.serve.metrics import Labels, Series
 
@@ -163,12 +164,13 @@ def test_the_backlog_is_what_idle_drafters_have_missed(
 
 def test_prices_are_published_as_they_are_used(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a busy machine what is fitted may fall below the least that a price can be, where no slope tells it.
-    add = Plane.add
-    monkeypatch.setattr(
-        Plane,
-        "add",
-        lambda fit, drafts, requests, _: add(fit, drafts, requests, (9 + drafts + 2 * requests) / 1e3),
-    )
+    add = Fit.add
+
+    def added(fit: Fit, counts: Sequence[float], seconds: float) -> bool:
+        of_rounds = len(counts) == 3  # drafts, requests and a step
+        return add(fit, counts, (9 + counts[0] + 2 * counts[1]) / 1e3 if of_rounds else seconds)
+
+    monkeypatch.setattr(Fit, "add", added)
     with engine(models.target, whiflash=models.whiflash("random")) as e:
         found, _, _ = serve(e, monkeypatch)
         costs = e.worker.controller.costs

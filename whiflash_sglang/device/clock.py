@@ -81,8 +81,14 @@ def clock_of(device: "torch.device") -> Clock:
     return EventClock(device) if device.type == "cuda" else HostClock()
 
 
-def measure(body: Callable[[], object], clock: Clock, *, repeats: int = REPEATS) -> float:
-    """Seconds that `body` takes: the median of `repeats` runs, behind one that is not counted. Waits for each."""
+def measure(
+    body: Callable[[], object],
+    clock: Clock,
+    *,
+    repeats: int = REPEATS,
+    of: Callable[[list[float]], float] = median,
+) -> float:
+    """Seconds that `body` takes: `of` those of `repeats` runs, behind one that is not counted. Waits for each."""
     body()
     seconds = []
     for _ in range(repeats):
@@ -91,4 +97,4 @@ def measure(body: Callable[[], object], clock: Clock, *, repeats: int = REPEATS)
         end = clock.record()
         clock.wait(end)
         seconds.append(clock.elapsed(begin, end))
-    return median(seconds)
+    return of(seconds)

@@ -1,19 +1,19 @@
-"""Latencies that the worker measures itself while it serves, and what it learns beside them for every way to price.
+"""Prices of a round's work in seconds: what `assign` compares, what ends drafts that do not pay, what metrics show.
 
-On a CPU drafting is a line and verification a plane, refitted every round (`MeasuredCosts`); on a device that
-works behind the host prices are looked up (`tables.LookedUpCosts`). Both learn from the times of all rounds, pinned
-requests' too. One slow moment counts for little, whichever stage it fell in; a machine that is slower for most of a few
-rounds is believed at once (`fits.DriftDetector`).
+`Costs` is what every server learns of its rounds. On a CPU drafting is a line and verification a plane, refitted every
+round (`MeasuredCosts`); on a device that works behind the host prices are looked up (`tables.LookedUpCosts`). Both
+learn from the times of all rounds, pinned requests' too. One slow moment counts for little, whichever stage it fell in;
+a machine that is slower for most of a few rounds is believed at once (`fits.DriftDetector`).
 """
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from whiflash_sglang.drafts.rates import Mean
-from whiflash_sglang.prices.fits import LIMIT, MEMORY, WINDOW, Line, Plane, median
+from whiflash_sglang.prices.fits import LIMIT, MEMORY, STIFFNESS, WINDOW, Fit, median
 from whiflash_sglang.prices.round_clock import RoundTime
 
 PROBE_ROUNDS = 256
@@ -40,6 +40,8 @@ SHORTEST = 1e-6
 PRIOR_SHARE = 0.03
 """The price of one more draft or request in a verification, as a share of it, before their number differed."""
 
+LEAST_STEP = 0.25
+"""A share of a verification's mean: a step from one row to several that is smaller is none."""
 
 LEAST_CHANCE = 0.1
 """Chance of being accepted below which a draft is not worth its row, where rows are not priced."""
@@ -64,32 +66,8 @@ FULL_LENGTH = Worth(0.0, 0.0)
 """Every draft is worth it: drafts are as long as they may be."""
 
 
-class Costs(Protocol):
-    """Measured latencies, in seconds."""
-
-    @abstractmethod
-    def draft(self, arm: str, requests: int) -> float:
-        """One draft pass of `arm`, catch-up included, for `requests` requests."""
-        ...
-
-    @abstractmethod
-    def verify(self, rows: float, requests: int) -> float:
-        """One target forward over `rows` packed rows, and the round's fixed cost."""
-        ...
-
-    @abstractmethod
-    def width(self, arm: str) -> float:
-        """Rows that a request routed to `arm` usually adds to verification (drafts + 1)."""
-        ...
-
-    @abstractmethod
-    def timings(self, arm: str) -> int:
-        """How often a draft of `arm` was timed since its price was last found wrong."""
-        ...
-
-
-class WorkerCosts(Costs):
-    """Inputs to the price of routes that every way to price learns from rounds: widths, and the server's rate.
+class Costs(ABC):
+    """Prices in seconds, and what every way to price learns of rounds: how wide they are, and the server's rate.
 
     Args:
         width: arm → most rows that a request routed to it verifies, of its own drafts; a measured mean replaces it.
@@ -103,6 +81,18 @@ class WorkerCosts(Costs):
         self._context = self._requests = 0
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=RATE_ROUNDS)
         self._rate = self._gap = 0.0
+
+    @abstractmethod
+    def draft(self, arm: str, requests: int) -> float:
+        """One draft pass of `arm`, catch-up included, for `requests` requests."""
+
+    @abstractmethod
+    def verify(self, rows: float, requests: int) -> float:
+        """One target forward over `rows` packed rows, and the round's fixed cost."""
+
+    @abstractmethod
+    def timings(self, arm: str) -> int:
+        """How often a draft of `arm` was timed since its price was last found wrong."""
 
     @property
     @abstractmethod
@@ -120,9 +110,14 @@ class WorkerCosts(Costs):
         0 of what was not timed yet.
         """
 
-    @abstractmethod
     def observe(self, previous: RoundTime) -> None:
         """A round and the pause after it were timed: the only way in which rounds teach what work takes."""
+        self._recent.append((previous.tokens, previous.seconds, previous.gap))
+        longest = LIMIT * median([seconds for _, seconds, _ in self._recent])
+        gaps = sum(min(gap, longest) for *_, gap in self._recent)
+        spent = gaps + sum(min(seconds, longest) for _, seconds, _ in self._recent)
+        self._rate = sum(tokens for tokens, *_ in self._recent) / max(spent, SHORTEST)
+        self._gap = gaps / len(self._recent)
 
     def set_contexts(self, contexts: Sequence[int]) -> None:
         """The round that is planned next is for requests that have so many tokens, at most."""
@@ -137,15 +132,6 @@ class WorkerCosts(Costs):
         mean, squares = self._drafts[route]
         mean.add(drafts, DRAFTS_MEMORY)
         squares.add(drafts**2, DRAFTS_MEMORY)
-
-    def committed(self, tokens: int, seconds: float, gap: float = 0.0) -> None:
-        """A whole round took `seconds` and committed `tokens`; the engine took `gap` seconds until the next."""
-        self._recent.append((tokens, seconds, gap))
-        longest = LIMIT * median([round_seconds for _, round_seconds, _ in self._recent])
-        gaps = sum(min(pause, longest) for *_, pause in self._recent)
-        spent = gaps + sum(min(round_seconds, longest) for _, round_seconds, _ in self._recent)
-        self._rate = sum(count for count, *_ in self._recent) / max(spent, SHORTEST)
-        self._gap = gaps / len(self._recent)
 
     def room(self, route: str) -> float:
         """Drafts that a round makes room for, of a request routed to `route`: the mean, and one deviation of a batch's.
@@ -164,6 +150,7 @@ class WorkerCosts(Costs):
         return most
 
     def width(self, arm: str) -> float:
+        """Rows that a request routed to `arm` usually adds to verification (drafts + 1)."""
         rows = self._rows.get(arm)
         return rows.value if rows else self._widest(arm)
 
@@ -178,7 +165,29 @@ class WorkerCosts(Costs):
         return prices
 
 
-class MeasuredCosts(WorkerCosts):
+def verification() -> Fit:
+    """Seconds by `work_of` a verification.
+
+    A busy server verifies more drafts *and* serves more requests: on one line a draft would be charged for both. One
+    row is another product than several: in float32 on two cores a second row made rounds 1.6 times as long, and eight
+    more did not. A step below `LEAST_STEP` is none: drafts' slopes say as much, and packed bfloat16 weights have none.
+    The step's spread is a quarter at most, so its prior counts for less.
+    """
+    return Fit(
+        lambda mean: (mean * PRIOR_SHARE, mean * PRIOR_SHARE, 0.0),
+        stiffness=(STIFFNESS, STIFFNESS, 1.0),
+        least=(0.0, 0.0, LEAST_STEP),
+        first=FIRST_ROUND,
+        at=work_of(1, 1),
+    )
+
+
+def work_of(rows: float, requests: int) -> tuple[float, ...]:
+    """Drafts, requests, and 1 where a single request has drafts."""
+    return rows - requests, requests, rows > requests == 1
+
+
+class MeasuredCosts(Costs):
     """Costs measured in the running worker, on the host's clock.
 
     Verification is everything of a round that is not drafting, and what the engine takes between two rounds on
@@ -189,21 +198,23 @@ class MeasuredCosts(WorkerCosts):
 
     def __init__(self, width: Callable[[str], int]) -> None:
         super().__init__(width)
-        self._verify = Plane(FIRST_ROUND, PRIOR_SHARE)
-        self._draft: dict[str, Line] = {}
+        self._verify = verification()
+        self._draft = defaultdict[str, Fit](lambda: Fit(lambda _: (FIRST_DRAFT,)))
         self._timings: dict[str, int] = {}
-        self._passes: dict[str, deque[float]] = {}
+        self._passes = defaultdict[str, deque[float]](lambda: deque(maxlen=WINDOW))
         self._plain_rounds = 0
 
     def drafted(self, arm: str, requests: int, passes: int, seconds: float, catch_up: float = 0.0) -> None:
         """An arm drafted (`RoundTime.drafts`): in a round, or at the start, when every arm is profiled."""
         seconds = max(seconds, SHORTEST)
         before = self.draft(arm, requests)
-        wrong = self._draft.setdefault(arm, Line(FIRST_DRAFT)).add(requests, seconds + catch_up)
+        wrong = self._draft[arm].add((requests,), seconds + catch_up)
         # A price below that of one more row decides nothing.
-        matters = max(before, self.draft(arm, requests)) > PRIOR_SHARE * self._verify.at(0, requests)
+        matters = max(before, self.draft(arm, requests)) > PRIOR_SHARE * self._verify.at(
+            work_of(requests, requests)
+        )
         self._timings[arm] = 0 if wrong and matters else self.timings(arm) + 1
-        self._passes.setdefault(arm, deque(maxlen=WINDOW)).append(seconds / passes)
+        self._passes[arm].append(seconds / passes)
 
     def timings(self, arm: str) -> int:
         return self._timings.get(arm, 0)
@@ -211,13 +222,9 @@ class MeasuredCosts(WorkerCosts):
     def observe(self, previous: RoundTime) -> None:
         for draft in previous.drafts:
             self.drafted(*draft)
-        self.verified(previous.rows, previous.requests, previous.rest)
-        self.committed(previous.tokens, previous.seconds, previous.gap)
-
-    def verified(self, rows: int, requests: int, seconds: float) -> None:
-        """The rest of a round that verified `rows` rows of `requests` requests took `seconds`."""
-        self._plain_rounds += rows == requests
-        self._verify.add(rows - requests, requests, max(seconds, SHORTEST))
+        self._plain_rounds += previous.rows == previous.requests
+        self._verify.add(work_of(previous.rows, previous.requests), previous.rest)
+        super().observe(previous)
 
     @property
     def knows_plain(self) -> bool:
@@ -233,21 +240,19 @@ class MeasuredCosts(WorkerCosts):
     def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
         draft, request, step = self._verify.slopes
         prices = {
-            ("verify", ""): self._verify.at(0, 1),
+            ("verify", ""): self._verify.at(work_of(1, 1)),
             ("verify_draft", ""): draft,
             ("verify_request", ""): request,
             ("verify_several", ""): step,
             ("between", ""): self._gap,
         }
         for arm in arms:
-            line = self._draft.get(arm)
             prices["draft", arm] = self.draft(arm, 1)
-            prices["draft_request", arm] = line.slope if line else 0.0
+            prices["draft_request", arm] = self._draft[arm].slopes[0] if arm in self._draft else 0.0
         return prices
 
     def draft(self, arm: str, requests: int) -> float:
-        line = self._draft.get(arm)
-        return line.at(requests) if line else 0.0
+        return self._draft[arm].at((requests,)) if arm in self._draft else 0.0
 
     def verify(self, rows: float, requests: int) -> float:
-        return self._verify.at(rows - requests, requests) + self._gap
+        return self._verify.at(work_of(rows, requests)) + self._gap

@@ -1,7 +1,7 @@
-"""Fits of measured seconds: a line, and a plane, of which neither falls. Imports nothing of the server."""
+"""Fits of measured seconds that follow a machine and pass over its slow moments. Imports nothing of the server."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,9 +11,6 @@ WINDOW = 7
 
 LIMIT = 3.0
 """An observation counts as at most so many times what was expected, and as no less than that part of it."""
-
-LEAST_STEP = 0.25
-"""A share of a verification's mean: a step from one row to several that is smaller is none."""
 
 DRIFT = 1.6
 """A level that most of the window is off by more than this factor was wrong. The median of seven is as far off about
@@ -25,10 +22,21 @@ CHEAPER = 0.5
 faster for a moment, but much makes it slower.
 """
 
+MEMORY = 200.0
+"""Rounds after which an old measurement counts for little; machines get slower and faster while they serve."""
+
+STIFFNESS = 10.0
+"""How much data a prior slope counts for: rounds times the spread of what they differ in."""
+
 
 def median(values: Sequence[float]) -> float:
     """The lower of two in the middle: what is too slow is the more likely error. At least one value."""
     return sorted(values)[(len(values) - 1) // 2]
+
+
+def within(seconds: float, expected: float) -> float:
+    """`seconds`, no further from `expected` than `LIMIT` allows."""
+    return min(max(seconds, expected / LIMIT), expected * LIMIT)
 
 
 class DriftDetector:
@@ -51,102 +59,69 @@ class DriftDetector:
         return off
 
 
-def within(seconds: float, expected: float) -> float:
-    """`seconds`, no further from `expected` than `LIMIT` allows."""
-    return min(max(seconds, expected / LIMIT), expected * LIMIT)
-
-
-MEMORY = 200.0
-"""Rounds after which an old measurement counts for little; machines get slower and faster while they serve."""
-
-STIFFNESS = 10.0
-"""How much data a prior slope counts for: rounds times the spread of what they differ in."""
-
-PLANE_STIFFNESS = np.array((STIFFNESS, STIFFNESS, 1.0))
-"""The same of a draft, a request and the step between one row and several: their spread is a quarter at most."""
-
-
 @dataclass(slots=True)
-class Line:
-    """seconds ≈ a + b·x by decayed least squares; b is pulled towards `prior_b` while there is little data.
+class Correction:
+    """The ratio of rounds' seconds to those that were expected."""
 
-    The slope is never negative: more work is not faster, only noise says so. Something must have been added.
-    """
-
-    prior_b: float
-    _w: float = 0.0
-    _x: float = 0.0
-    _y: float = 0.0
-    _xx: float = 0.0
-    _xy: float = 0.0
+    factor: float = 1.0
+    _weight: float = 0.0
     _watch: DriftDetector = field(default_factory=DriftDetector)
 
-    def add(self, x: float, seconds: float) -> bool:
-        """Returns whether what was expected turned out wrong: most of the last ones differ, or this took far less."""
-        expected = self.at(x) if self._w else seconds
-        off = self._watch.judge(seconds / expected)
-        self._y, self._xy = self._y * off, self._xy * off
-        y, keep = within(seconds, expected * off), 1.0 - 1.0 / MEMORY
-        self._w = self._w * keep + 1.0
-        self._x = self._x * keep + x
-        self._y = self._y * keep + y
-        self._xx = self._xx * keep + x * x
-        self._xy = self._xy * keep + x * y
-        return off != 1.0 or seconds < expected * CHEAPER
-
-    @property
-    def slope(self) -> float:
-        """Seconds that one more of x costs."""
-        mean_x, mean_y = self._x / self._w, self._y / self._w
-        spread = self._xx / self._w - mean_x * mean_x
-        if spread <= 1e-6:
-            return self.prior_b
-        fitted = (self._xy / self._w - mean_x * mean_y) / spread
-        trust = self._w * spread / (self._w * spread + STIFFNESS)
-        return max(0.0, trust * fitted + (1 - trust) * self.prior_b)
-
-    def at(self, x: float) -> float:
-        """Seconds at `x`, never below a tenth of the mean that was measured."""
-        mean_x, mean_y = self._x / self._w, self._y / self._w
-        return max(mean_y + self.slope * (x - mean_x), mean_y * 0.1)
+    def add(self, expected: float, seconds: float) -> None:
+        """A round that was expected to take `expected`, uncorrected, took `seconds`; both above 0."""
+        ratio = seconds / expected
+        self.factor *= self._watch.judge(ratio / self.factor)
+        self._weight = self._weight * (1.0 - 1.0 / MEMORY) + 1.0
+        self.factor += (within(ratio, self.factor) - self.factor) / max(self._weight, 2.0)
 
 
-class Plane:
-    """seconds ≈ a + b·drafts + c·requests + d·[one request, with drafts], fitted like `Line`.
+class Fit:
+    """seconds ≈ a + b·x by decayed least squares, x the counts of some kinds of work.
 
-    A busy server verifies more drafts *and* serves more requests: on one line a draft would be charged for both. One
-    row is another product than several: in float32 on two cores a second row made rounds 1.6 times as long, and eight
-    more did not. A step below `LEAST_STEP` is none: drafts' slopes say as much, and packed bfloat16 weights have none.
-    Before there is data a draft and a request each cost `share` of the mean, the step nothing.
+    The slopes b are pulled towards priors while there is little data, and none is negative: more work is not faster,
+    only noise says so. slopes: seconds that one more of each kind costs.
+
+    Args:
+        prior: slopes where the mean is so many seconds. stiffness: how much data each counts for (`STIFFNESS`). least:
+            shares of the mean; a slope below its own is none. Empty: 0. first: seconds of the counts `at`, before the
+            first observation.
     """
 
-    def __init__(self, first: float, share: float) -> None:
-        self._first, self._share = first, share
-        self._w, self._y = 0.0, 0.0
-        self._x, self._xy, self._xx = np.zeros(3), np.zeros(3), np.zeros((3, 3))
+    def __init__(
+        self,
+        prior: Callable[[float], Sequence[float]],
+        stiffness: Sequence[float] = (STIFFNESS,),
+        least: Sequence[float] = (),
+        first: float = 0.0,
+        at: Sequence[float] = (0.0,),
+    ) -> None:
+        kinds = len(stiffness)
+        self._prior, self._stiffness = prior, np.array(stiffness)
+        self._least = np.array(least) if least else np.zeros(kinds)
+        self._w = self._y = 0.0
+        self._x, self._xy, self._xx = np.zeros(kinds), np.zeros(kinds), np.zeros((kinds, kinds))
         self._watch = DriftDetector()
-        self.slopes = first * share, first * share, 0.0
-        """Seconds that one more draft, one more request, and the first draft of a single request cost."""
+        self._mean, self._counts, self.slopes = first, at, prior(first)
 
-    def add(self, drafts: float, requests: float, seconds: float) -> None:
-        expected = self.at(drafts, requests) if self._w else seconds
+    def add(self, counts: Sequence[float], seconds: float) -> bool:
+        """Returns whether what was expected turned out wrong: most of the last ones differ, or this took far less."""
+        expected = self.at(counts) if self._w else seconds
         off = self._watch.judge(seconds / expected)
-        keep, y = 1.0 - 1.0 / MEMORY, within(seconds, expected * off)
-        x = np.array((drafts, requests, drafts > 0 and requests == 1), dtype=float)
+        keep, y, x = 1.0 - 1.0 / MEMORY, within(seconds, expected * off), np.array(counts, dtype=float)
         self._w = self._w * keep + 1.0
         self._y = self._y * off * keep + y
         self._x = self._x * keep + x
         self._xy = self._xy * (off * keep) + x * y
         self._xx = self._xx * keep + np.outer(x, x)
+        self._mean, self._counts = self._y / self._w, (self._x / self._w).tolist()
         self.slopes = self._fitted()
+        return off != 1.0 or seconds < expected * CHEAPER
 
-    def _fitted(self) -> tuple[float, float, float]:
-        """Ridge regression of the centred sums towards the prior; of planes that do not fall, the best."""
-        prior = self._share * self._y / self._w
-        spread = self._xx - np.outer(self._x, self._x) / self._w + np.diag(PLANE_STIFFNESS)
-        pull = self._xy - self._x * self._y / self._w + PLANE_STIFFNESS * (prior, prior, 0.0)
-        slopes, free = np.zeros(3), [0, 1, 2]
-        least = np.array((0.0, 0.0, LEAST_STEP * self._y / self._w))
+    def _fitted(self) -> Sequence[float]:
+        """Ridge regression of the centred sums towards the prior; of fits that do not fall, the best."""
+        spread = self._xx - np.outer(self._x, self._x) / self._w + np.diag(self._stiffness)
+        pull = self._xy - self._x * self._y / self._w + self._stiffness * self._prior(self._mean)
+        slopes, free, least = np.zeros(len(pull)), list(range(len(pull))), self._least * self._mean
         while free:
             slopes[free] = np.linalg.solve(spread[np.ix_(free, free)], pull[free])
             lowest = min(free, key=(slopes - least).__getitem__)
@@ -154,16 +129,10 @@ class Plane:
                 break
             slopes[lowest] = 0.0
             free.remove(lowest)
-        draft, request, step = map(float, slopes)
-        return draft, request, step
+        fitted: list[float] = slopes.tolist()
+        return fitted
 
-    def at(self, drafts: float, requests: float) -> float:
+    def at(self, counts: Sequence[float]) -> float:
         """Seconds, never below a tenth of the mean that was measured."""
-        draft, request, step = self.slopes
-        if not self._w:
-            return self._first + draft * drafts + request * (requests - 1)
-        mean = self._y / self._w
-        mean_drafts, mean_requests, mean_step = (self._x / self._w).tolist()
-        added = draft * (drafts - mean_drafts) + request * (requests - mean_requests)
-        seconds: float = mean + added + step * ((drafts > 0 and requests == 1) - mean_step)
-        return max(seconds, 0.1 * mean)
+        each = zip(self.slopes, counts, self._counts, strict=True)
+        return max(self._mean + sum(b * (count - mean) for b, count, mean in each), 0.1 * self._mean)

@@ -7,19 +7,25 @@ CPU keeps nothing: there prices are fitted to the rounds themselves.
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel
 
 from whiflash_sglang.files.jsonl import read_json_file, staged
-from whiflash_sglang.prices.tables import CostTables, Sizes, Verifications
+from whiflash_sglang.prices.tables import CostTables
 
 logger = logging.getLogger("whiflash_sglang")
 
-LONGEST = 60.0
-"""Seconds; no pass takes as long."""
+
+class File(BaseModel):
+    """The text of a file. measured: when."""
+
+    measured: str
+    key: dict[str, str]
+    tables: CostTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +43,26 @@ class KeptPrices:
     def read(self) -> CostTables | None:
         """The prices that an earlier start measured; None, with a warning if there is a file that cannot be used."""
         try:
-            known = read_json_file(self.path)
-            if known["key"] != dict(self.key):
+            known = File.model_validate(read_json_file(self.path))
+            if known.key != self.key:
                 raise ValueError("it is another server's")
-            tables, measured = _tables_of(known["tables"]), str(known["measured"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             logger.warning(
                 "WHIFLASH: prices in %s cannot be used (%s: %.200s) and are measured again",
                 self.path,
                 type(error).__name__,
-                error,
+                " ".join(str(error).split()),
             )
             return None
-        logger.info("WHIFLASH: prices are those of %s, measured at %s", self.path, measured)
-        return tables
+        logger.info("WHIFLASH: prices are those of %s, measured at %s", self.path, known.measured)
+        return known.tables
 
     def write(self, tables: CostTables) -> None:
         """Write tables for later starts. If they cannot be written, the log says so."""
         measured = datetime.now(UTC).isoformat(timespec="seconds")
-        known = {"measured": measured, "key": dict(self.key), "tables": _json_of(tables)}
+        known = File(measured=measured, key=dict(self.key), tables=tables).model_dump(mode="json")
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with staged(self.path) as file:
@@ -68,38 +73,3 @@ class KeptPrices:
             )
             return
         logger.info("WHIFLASH: prices were measured, and are kept in %s", self.path)
-
-
-def _json_of(tables: CostTables) -> dict[str, Any]:
-    named = {"drafts": tables.drafts, "catch_up": tables.catch_up}
-    by_arm = {name: {arm: asdict(sizes) for arm, sizes in each.items()} for name, each in named.items()}
-    shorter = {
-        arm: {str(length): asdict(sizes) for length, sizes in each.items()}
-        for arm, each in tables.shorter.items()
-    }
-    return {"verifications": asdict(tables.verifications), "shorter": shorter, **by_arm}
-
-
-def _tables_of(raw: Any) -> CostTables:
-    """Raises ValueError, TypeError, KeyError or AttributeError for what `_json_of` did not make."""
-    at = raw["verifications"]
-    verifications = Verifications(
-        at["short"], at["long"], _sizes_of(at["at_short"]), _sizes_of(at["at_long"])
-    )
-    drafts, catch_up = (
-        {arm: _sizes_of(each) for arm, each in raw[name].items()} for name in ("drafts", "catch_up")
-    )
-    shorter = {
-        arm: {int(length): _sizes_of(sizes) for length, sizes in each.items()}
-        for arm, each in raw["shorter"].items()
-    }
-    return CostTables(verifications, drafts, catch_up, shorter=shorter)
-
-
-def _sizes_of(raw: Any) -> Sizes:
-    found = Sizes(tuple(raw["sizes"]), tuple(raw["seconds"]))
-    if not all(type(size) is int and size > 0 for size in found.sizes):
-        raise ValueError(f"sizes are whole numbers, got {found.sizes}")
-    if not all(type(seconds) is float and 0.0 < seconds < LONGEST for seconds in found.seconds):
-        raise ValueError(f"prices are seconds, got {found.seconds}")
-    return found

@@ -42,9 +42,7 @@ class RoundTime:
     next_begin: Any = None
     tokens: int = 0  # that were known to be committed since the round before it began
     seconds: float = 0.0  # from its begin to its end
-    gap: float = (
-        0.0  # from its end to the next round's begin, at most as long as itself: a longer one was a pause
-    )
+    gap: float = 0.0  # from its end to the next round's begin, at most `seconds`: a longer one was a pause
 
     @property
     def rest(self) -> float:

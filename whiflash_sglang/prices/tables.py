@@ -1,5 +1,5 @@
-"""`Costs` for a device that works behind the host: tables of captured work that were measured at the start, and one
-slow factor from the rounds that follow.
+"""`Costs` of a device that works behind the host: tables of captured work that were measured at the start, and one slow
+factor from the rounds that follow.
 
 There the host's clock says how long launching took, so nothing is fitted to it.
 
@@ -14,29 +14,32 @@ device's events.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Annotated
+
+from pydantic import Field
 
 from whiflash_sglang.drafts.rates import Mean
-from whiflash_sglang.prices.costs import FULL_LENGTH, PROBE_ROUNDS, WorkerCosts, Worth
-from whiflash_sglang.prices.fits import MEMORY, DriftDetector, within
+from whiflash_sglang.prices.costs import FULL_LENGTH, PROBE_ROUNDS, Costs, Worth
+from whiflash_sglang.prices.fits import MEMORY, Correction
 from whiflash_sglang.prices.round_clock import RoundTime
+
+LONGEST = 60.0
+"""Seconds; no pass takes as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Seconds by size. sizes: ascending. Beyond the last one the price grows in proportion."""
+    """Seconds by size. sizes: ascending. Beyond the last one the price grows in proportion. A file's are bounded."""
 
-    sizes: tuple[int, ...]
-    seconds: tuple[float, ...]
+    sizes: tuple[Annotated[int, Field(gt=0, strict=True)], ...]
+    seconds: tuple[Annotated[float, Field(gt=0, lt=LONGEST, strict=True)], ...]
 
     def __post_init__(self) -> None:
-        if (
-            not self.sizes
-            or len(self.sizes) != len(self.seconds)
-            or list(self.sizes) != sorted(set(self.sizes))
-        ):
+        ascending = self.sizes == tuple(sorted(set(self.sizes)))
+        if not self.sizes or len(self.sizes) != len(self.seconds) or not ascending:
             raise ValueError(f"sizes must ascend and have a price each, got {self.sizes} and {self.seconds}")
 
     @classmethod
@@ -46,10 +49,9 @@ class Sizes:
         return cls(ordered, tuple(accumulate(map(price, ordered), max)))
 
     def at(self, size: float) -> float:
-        index = bisect_left(self.sizes, size)
-        if index < len(self.sizes):
-            return self.seconds[index]
-        return self.seconds[-1] * size / self.sizes[-1]
+        if size > self.sizes[-1]:
+            return self.seconds[-1] * size / self.sizes[-1]
+        return self.seconds[bisect_left(self.sizes, size)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +69,11 @@ class Verifications:
 
     @classmethod
     def measured(
-        cls, short: int, long: int, sizes: Iterable[int], price: Callable[[int, int], float]
+        cls, short: int, long: int, sizes: Collection[int], price: Callable[[int, int], float]
     ) -> "Verifications":
         """`price(rows, context)` of each of `sizes` at both contexts."""
-        rows = list(sizes)
-
-        def at(context: int) -> Sizes:
-            return Sizes.measured(rows, lambda size: price(size, context))
-
-        return cls(short, long, at(short), at(long))
+        near, far = (Sizes.measured(sizes, lambda rows, at=at: price(rows, at)) for at in (short, long))
+        return cls(short, long, near, far)
 
     def at(self, rows: float, context: float) -> float:
         """Seconds for requests of `context` tokens together; fewer than `short` cost as `short` do."""
@@ -84,73 +82,37 @@ class Verifications:
         return near + share * max(far - near, 0.0)
 
 
-@dataclass(slots=True)
-class Correction:
-    """The ratio of rounds' seconds to the tables'."""
-
-    factor: float = 1.0
-    _weight: float = 0.0
-    _watch: DriftDetector = field(default_factory=DriftDetector)
-
-    def add(self, expected: float, seconds: float) -> None:
-        """A round that the tables, uncorrected, priced at `expected` took `seconds`."""
-        if expected <= 0.0 or seconds <= 0.0:
-            raise ValueError(f"a round takes time: expected {expected} s, took {seconds} s")
-        ratio = seconds / expected
-        self.factor *= self._watch.judge(ratio / self.factor)
-        self._weight = self._weight * (1.0 - 1.0 / MEMORY) + 1.0
-        self.factor += (within(ratio, self.factor) - self.factor) / max(self._weight, 2.0)
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class CostTables:
     """A round's price, from what was captured.
 
     drafts, catch_up: arm → seconds by requests that draft, and by rows that are caught up. shorter: of passes that
-    make fewer drafts, by how many. lengths: drafts that the passes of an arm make now, if they are shorter ones.
+    make fewer drafts, by how many.
     """
 
     verifications: Verifications
     drafts: dict[str, Sizes]
     catch_up: dict[str, Sizes]
-    correction: Correction = field(default_factory=Correction)
     shorter: dict[str, dict[int, Sizes]] = field(default_factory=dict)
-    lengths: dict[str, int] = field(default_factory=dict)
 
-    def verify(self, rows: float, context: float) -> float:
-        return self.correction.factor * self.verifications.at(rows, context)
-
-    def draft(self, arm: str, requests: int) -> float:
-        """0 for an arm that runs no model."""
-        return self.correction.factor * self._drafts(arm, requests)
+    def draft(self, arm: str, requests: int, length: int = 0) -> float:
+        """A pass, of `length` drafts if there are shorter ones of it. 0 for an arm that runs no model."""
+        if not requests or arm not in self.drafts:
+            return 0.0
+        return self.shorter.get(arm, {}).get(length, self.drafts[arm]).at(requests)
 
     def catch(self, arm: str, tokens: float) -> float:
         """0 for an arm that keeps no KV."""
-        return self.correction.factor * self._catch(arm, tokens)
+        return self.catch_up[arm].at(tokens) if tokens and arm in self.catch_up else 0.0
 
     def row(self, rows: float, context: float) -> float:
         """The price of one more row at this load: the slope to the next measured size, as rows fill it evenly."""
-        sizes = self.verifications.at_short.sizes
+        verify, sizes = self.verifications.at, self.verifications.at_short.sizes
         upper = sizes[min(bisect_left(sizes, rows + 1), len(sizes) - 1)]
         lower = sizes[max(bisect_left(sizes, upper) - 1, 0)]
         if upper == lower:
-            return self.verify(upper, context) / upper
-        return (self.verify(upper, context) - self.verify(lower, context)) / (upper - lower)
-
-    def took(self, time: RoundTime) -> None:
-        """Correct the prices by a whole round."""
-        expected = self.verifications.at(time.rows, time.context)
-        expected += sum(self._drafts(arm, requests) for arm, requests in time.drafted.items())
-        expected += sum(self._catch(arm, tokens) for arm, tokens in time.caught_up.items())
-        self.correction.add(expected, time.seconds)
-
-    def _drafts(self, arm: str, requests: int) -> float:
-        if not requests or arm not in self.drafts:
-            return 0.0
-        return self.shorter.get(arm, {}).get(self.lengths.get(arm, 0), self.drafts[arm]).at(requests)
-
-    def _catch(self, arm: str, tokens: float) -> float:
-        return self.catch_up[arm].at(tokens) if tokens and arm in self.catch_up else 0.0
+            return verify(upper, context) / upper
+        return (verify(upper, context) - verify(lower, context)) / (upper - lower)
 
 
 def continuing(mean: float, most: int) -> float:
@@ -162,7 +124,7 @@ def continuing(mean: float, most: int) -> float:
     return low
 
 
-class LookedUpCosts(WorkerCosts):
+class LookedUpCosts(Costs):
     """Prices from `tables`, which must be set before anything is priced.
 
     A round pads its verification to the drafts that it makes room for, so that is what rows are looked up by.
@@ -173,16 +135,22 @@ class LookedUpCosts(WorkerCosts):
 
     def __init__(self, width: Callable[[str], int]) -> None:
         super().__init__(width)
+        self.correction = Correction()
         self._verified = 0
         self._behind: dict[str, Mean] = {}
+        self._lengths: dict[str, int] = {}
+        """Drafts that the passes of an arm make now, if they are shorter ones."""
 
     def observe(self, previous: RoundTime) -> None:
+        super().observe(previous)
         self._verified = previous.rows
         for arm, requests in previous.drafted.items():
             self._behind.setdefault(arm, Mean()).add(previous.caught_up.get(arm, 0) / requests, MEMORY)
-        self.committed(previous.tokens, previous.seconds, previous.gap)
         if previous.seconds > 0.0:
-            self.tables.took(previous)
+            expected = self.tables.verifications.at(previous.rows, previous.context)
+            expected += sum(self._pass(arm, requests) for arm, requests in previous.drafted.items())
+            expected += sum(self.tables.catch(arm, tokens) for arm, tokens in previous.caught_up.items())
+            self.correction.add(expected, previous.seconds)
 
     def timings(self, arm: str) -> int:
         """Every price was measured, and what is corrected is all of them at once: no arm is tried for its own."""
@@ -191,42 +159,38 @@ class LookedUpCosts(WorkerCosts):
     def draft(self, arm: str, requests: int) -> float:
         behind = self._behind.get(arm)
         catch_up = self.tables.catch(arm, requests * behind.value) if behind else 0.0
-        return self.tables.draft(arm, requests) + catch_up
+        return self.correction.factor * (self._pass(arm, requests) + catch_up)
 
     def length(self, arm: str, requests: int, most: int) -> int:
         """The length whose time and whose loss are least. Lost are drafts behind its end that would have been kept, as
         if each were right, so that a pass is shortened only if that pays for certain.
         """
-        tables, shorter = self.tables, self.tables.shorter.get(arm)
+        shorter, before = self.tables.shorter.get(arm), self._lengths.pop(arm, most)
         if not shorter or not self._rate or arm not in self._drafts:
-            tables.lengths.pop(arm, None)
             return most
-        goes_on = continuing(self._drafts[arm][0].value, tables.lengths.get(arm, most))
+        goes_on = continuing(self._drafts[arm][0].value, before)
 
-        def costs(length: int) -> float:
-            tables.lengths[arm] = length
+        def price(length: int) -> float:
             lost = requests * sum(goes_on**i for i in range(length, most))
-            return lost + self._rate * tables.draft(arm, requests)
+            return lost + self._rate * self.correction.factor * self.tables.draft(arm, requests, length)
 
-        tables.lengths[arm] = min((most, *shorter), key=costs)
-        return tables.lengths[arm]
+        self._lengths[arm] = min((most, *shorter), key=price)
+        return self._lengths[arm]
 
     def width(self, arm: str) -> float:
         return 1 + self.room(arm)
 
     def verify(self, rows: float, requests: int) -> float:
-        return self.tables.verify(rows, self._context) + self._gap
+        return self._verification(rows) + self._gap
 
     def worth(self, arm: str) -> Worth:
         """A pass drafts its full length at once, so a further draft costs its row alone."""
-        if not self._rate:
-            return FULL_LENGTH
-        return Worth(self._rate * self.tables.row(self._verified, self._context), 0.0)
+        return Worth(self._rate * self._row(self._verified), 0.0) if self._rate else FULL_LENGTH
 
     def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
-        row = self.tables.row(1, self._context)
+        row = self._row(1)
         prices = {
-            ("verify", ""): self.tables.verify(1, self._context),
+            ("verify", ""): self._verification(1),
             ("verify_draft", ""): row,
             ("verify_request", ""): row,
             ("between", ""): self._gap,
@@ -235,3 +199,13 @@ class LookedUpCosts(WorkerCosts):
             alone = self.draft(arm, 1)
             prices["draft", arm], prices["draft_request", arm] = alone, self.draft(arm, 2) - alone
         return prices
+
+    def _pass(self, arm: str, requests: int) -> float:
+        """Uncorrected, of the length that its passes have now."""
+        return self.tables.draft(arm, requests, self._lengths.get(arm, 0))
+
+    def _verification(self, rows: float) -> float:
+        return self.correction.factor * self.tables.verifications.at(rows, self._context)
+
+    def _row(self, rows: float) -> float:
+        return self.correction.factor * self.tables.row(rows, self._context)

@@ -50,7 +50,7 @@ class Plan:
     A value a request: undrafted: indices of those whose grammar is too dear for drafts. asked: arms that were asked
     what they propose. routes: neural pass of each, or `none`. candidates: that may be verified without a pass.
     priced_as: what drafts are learned by: the route, or `promised`. row_estimates: drafts that rows are there for
-    (`WorkerCosts.room`).
+    (`Costs.room`).
 
     A value an arm: worth: what a further draft must bring. calibration: `Drafter.calibration` of all that draft.
     """

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import PLAIN, Forecast
-from whiflash_sglang.prices.costs import FULL_LENGTH, PROBE_ROUNDS, Costs, WorkerCosts, Worth
+from whiflash_sglang.prices.costs import FULL_LENGTH, PROBE_ROUNDS, Costs, Worth
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.records.signals import Decision, Signals
 from whiflash_sglang.routing.assign import MARGIN, assign
@@ -24,7 +24,7 @@ class Controller:
         token_bytes: bytes of every token, for spans; empty: spans are not followed.
     """
 
-    def __init__(self, policy: Policy, costs: WorkerCosts, token_bytes: Sequence[bytes]) -> None:
+    def __init__(self, policy: Policy, costs: Costs, token_bytes: Sequence[bytes]) -> None:
         self.policy = policy
         self.costs = costs
         self.states: dict[int, Request] = {}

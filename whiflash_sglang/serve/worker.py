@@ -138,8 +138,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         """Called by the scheduler when the target's are captured: the drafters' passes, and what all of it costs."""
         requests, costs = max_running_requests(), self.controller.costs
         self.stages.drafting.capture(graphs.recorder(self.target.runner), requests)
-        clock = self.clock.timer
-        pricing.price(costs, self.target, self.drafters, self.sync, self.host, clock, requests, self.ranks)
+        start = self.target, self.drafters, self.sync, self.host, self.clock.timer, requests
+        pricing.price(costs, pricing.Start(*start), self.ranks)
         if self.ranks.leads:
             draft, whole = kv_budget.bytes_of_token()
             policy = self.controller.policy.name

@@ -1,10 +1,10 @@
-"""Prices of work, measured at the start on requests that are none: the tables that routes are looked up in.
+"""Prices of work, measured at the start on requests that are none: tables, or a profile of drafters on a CPU.
 
 Everything is issued as it will be while serving, by the same functions, from graphs where they were captured: a
 verification for every number of rows at two contexts, a draft of every arm for every size of a group, a catch-up for
 every number of tokens. A clock times it (:mod:`whiflash_sglang.device.clock`): events on a GPU, or the host's.
 
-Measured prices are kept for later starts (:mod:`whiflash_sglang.prices.kept`), under all that they depend on.
+Tables are kept for later starts (:mod:`whiflash_sglang.prices.kept`), under all that they depend on.
 
 Nothing is cached yet, so the slot table and the KV slots are free to be used: verified rows read distinct slots, as
 contexts do while serving, and drafts write to the padding slot.
@@ -13,7 +13,7 @@ contexts do while serving, and drafts write to the padding slot.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -28,7 +28,6 @@ from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang import __version__
 from whiflash_sglang.arms.base import Drafter, KVDrafter, widest_of, with_kv
-from whiflash_sglang.arms.profile import idle_batch, profile_drafts
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.device.capture import graded
 from whiflash_sglang.device.clock import Clock, measure
@@ -38,15 +37,27 @@ from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.engine import supported
 from whiflash_sglang.engine.forward.graphs import VerifyGraphs, most_rows
 from whiflash_sglang.engine.forward.target import Target
-from whiflash_sglang.prices.costs import MeasuredCosts, WorkerCosts
+from whiflash_sglang.prices.costs import FULL_LENGTH, Costs, MeasuredCosts
 from whiflash_sglang.prices.kept import KeptPrices
 from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
+from whiflash_sglang.records.core import DraftBatch
 
 LONGEST = 16384
 """Tokens of context that verifications are timed with at most."""
 
 SHORTER = 16
 """The shorter context is this part of the longer one."""
+
+BATCHES = (1, 2, 4, 8)
+"""Requests that drafters are profiled with."""
+
+CONTEXT = 32
+"""Tokens that every request of a draft pass pretends to have."""
+
+TIMINGS = 3
+"""A profile takes the fastest of so many: an arm that looks dear because something else ran at the start is timed again
+only by probes, one that looks cheap by its next round.
+"""
 
 PRICED = re.compile(
     "attention|backend|compile|context|deepep|determin|dtype|eager|expert|fp32|fp8|fus|graph|layers|lm_head|lora|moe|nvls|"
@@ -55,8 +66,6 @@ PRICED = re.compile(
 """Arguments of a server that may change what work takes, by their names. A price of another server would be wrong for
 good; one more measurement takes seconds.
 """
-
-Body = Callable[[], object]
 
 
 class CatchUps(Protocol):
@@ -67,155 +76,184 @@ class CatchUps(Protocol):
 
     def sizes(self, rows: int) -> list[int]: ...
 
-    def idle(self, arm: str, tokens: int) -> Body: ...
+    def idle(self, arm: str, tokens: int) -> Callable[[], object]: ...
 
 
-def looks_up(device: torch.device) -> bool:
-    """Whether prices are measured at the start and looked up: where the host's clock would time launches."""
-    return device.type == "cuda"
+def costs_of(device: torch.device, width: Callable[[str], int]) -> Costs:
+    """Prices of routes on a device: looked up where the host's clock would time launches. width: as of `Costs`."""
+    return LookedUpCosts(width) if device.type == "cuda" else MeasuredCosts(width)
 
 
-def costs_of(device: torch.device, width: Callable[[str], int]) -> WorkerCosts:
-    """Prices of routes on a device. width: as of `WorkerCosts`."""
-    return LookedUpCosts(width) if looks_up(device) else MeasuredCosts(width)
-
-
-def price(
-    costs: WorkerCosts,
-    target: Target,
-    drafters: Mapping[str, Drafter],
-    sync: CatchUps,
-    host: HostView,
-    clock: Clock,
-    requests: int,
-    ranks: Ranks,
-) -> None:
+def price(costs: Costs, start: "Start", ranks: Ranks) -> None:
     """Learn what `costs` must know before the first request: what an earlier start kept, or what is measured now.
 
     The first process looks for it and keeps it; all measure, or none does.
     """
     if isinstance(costs, LookedUpCosts):
-        kept = KeptPrices(cache_root() / "prices", key_of(target, drafters, sync, requests, ranks.size))
+        kept = KeptPrices(cache_root() / "prices", start.key(ranks.size))
         tables = ranks.broadcast(kept.read)
         if tables is None:
-            tables = measured(target, drafters, sync, host, clock, requests)
+            tables = start.tables()
             if ranks.leads:
                 kept.write(tables)
         costs.tables = tables
     elif isinstance(costs, MeasuredCosts):
-        profile_drafts(with_kv(drafters).values(), sync.rings, target.slot_table, costs, host)
+        start.profile(costs)
 
 
-def key_of(
-    target: Target, drafters: Mapping[str, Drafter], sync: CatchUps, requests: int, size: int
-) -> dict[str, str]:
-    """All that prices depend on. requests: as of `measured`. size: processes that serve the model."""
-    runner, widest = target.runner, widest_of(drafters) + 1
-    values = {
-        "device": _name(target.device),
-        "processes": size,
-        "target": _digest(runner.model_config.hf_config.to_json_string()),
-        "attention": type(runner.attn_backend).__name__,
-        "arguments": {
-            name: value
-            for name, value in sorted(get_context().resolved_server_args_dict().items())
-            if PRICED.search(name)
-        },
-        # Memory of a pass says how many rows its head has, which no configuration says.
-        "drafters": {
-            arm: f"{drafter.lengths} {drafter.captured_bytes(requests)} {_digest(vars(drafter)['model'].config)}"
-            for arm, drafter in with_kv(drafters).items()
-        },
-        "sizes": [
-            *_sizes(target, requests, widest),
-            *_contexts(target, widest),
-            *sync.sizes(requests * widest),
-        ],
-        "versions": f"{supported.installed()} {__version__} {torch.__version__} {_kernels()}",
-    }
-    return {name: str(value) for name, value in values.items()}
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A server before its first request. requests: that a batch has at most."""
 
+    target: Target
+    drafters: Mapping[str, Drafter]
+    sync: CatchUps
+    host: HostView
+    clock: Clock
+    requests: int
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _kernels() -> str:
-    """Equal for kernels of the same sources: versions of a checkout have one number."""
-    sources = sorted(Path(whiflash_kernels.__file__).parent.rglob("*.py"))
-    return _digest([source.read_bytes() for source in sources])
-
-
-def _digest(thing: object) -> str:
-    return blake2b(str(thing).encode(), digest_size=8).hexdigest()
-
-
-def measured(
-    target: Target,
-    drafters: Mapping[str, Drafter],
-    sync: CatchUps,
-    host: HostView,
-    clock: Clock,
-    requests: int,
-) -> CostTables:
-    """Tables for batches of up to so many requests. Waits for the device; before the first request only."""
-    widest = widest_of(drafters) + 1
-    sizes, most = _sizes(target, requests, widest)
-    short, long = _contexts(target, widest)
-    with _spread_slots(target, most, long + widest):
-        verifications = Verifications.measured(
-            short,
-            long,
-            sizes,
-            lambda rows, context: measure(_verification(target, host, rows, context, most), clock),
-        )
-    # The scheduler would wait for the last of these verifications in place of the first prefill.
-    target.runner.shared_read_done_event = None
-    by_length = {
-        arm: {
-            length: Sizes.measured(
-                graded(requests), partial(_draft, drafter, target, sync, host, clock, length)
-            )
-            for length in drafter.lengths
+    def key(self, size: int) -> dict[str, str]:
+        """All that prices depend on. size: processes that serve the model."""
+        runner = self.target.runner
+        values = {
+            "device": _name(self.target.device),
+            "processes": size,
+            "target": _digest(runner.model_config.hf_config.to_json_string()),
+            "attention": type(runner.attn_backend).__name__,
+            "arguments": {
+                name: value
+                for name, value in sorted(get_context().resolved_server_args_dict().items())
+                if PRICED.search(name)
+            },
+            # Memory of a pass says how many rows its head has, which no configuration says.
+            "drafters": {
+                arm: f"{d.lengths} {d.captured_bytes(self.requests)} {_digest(vars(d)['model'].config)}"
+                for arm, d in with_kv(self.drafters).items()
+            },
+            "sizes": [*self._rows(), *self._contexts(), *self._tokens()],
+            "versions": f"{supported.installed()} {__version__} {torch.__version__} {_kernels()}",
         }
-        for arm, drafter in with_kv(drafters).items()
-    }
-    drafts = {arm: prices.pop(drafters[arm].max_drafts) for arm, prices in by_length.items()}
-    tokens = sync.sizes(requests * widest)
-    catch_up = {arm: Sizes.measured(tokens, partial(_catch_up, sync, arm, clock)) for arm in sync.arms}
-    return CostTables(verifications, drafts, catch_up, shorter=by_length)
+        return {name: str(value) for name, value in values.items()}
 
+    def tables(self) -> CostTables:
+        """Measure. Waits for the device."""
+        (sizes, most), (short, long) = self._rows(), self._contexts()
+        with _spread_slots(self.target, most, long + self._widest):
+            verify = partial(self._verification, most)
+            verifications = Verifications.measured(short, long, sizes, verify)
+        # The scheduler would wait for the last of these verifications in place of the first prefill.
+        self.target.runner.shared_read_done_event = None
+        groups, drafts, shorter = graded(self.requests), {}, {}
+        for arm, drafter in with_kv(self.drafters).items():
+            lengths = {n: Sizes.measured(groups, partial(self._pass, drafter, n)) for n in drafter.lengths}
+            drafts[arm], shorter[arm] = lengths.pop(drafter.max_drafts), lengths
+        tokens = self._tokens()
+        catch_up = {arm: Sizes.measured(tokens, partial(self._catch_up, arm)) for arm in self.sync.arms}
+        return CostTables(verifications, drafts, catch_up, shorter)
 
-def _draft(
-    drafter: KVDrafter,
-    target: Target,
-    sync: CatchUps,
-    host: HostView,
-    clock: Clock,
-    length: int,
-    requests: int,
-) -> float:
-    batch = idle_batch(requests, drafter, sync.rings, target.slot_table, host)
-    batch = replace(batch, limits=[length] * requests)
-    return measure(lambda: drafter.draft(batch), clock)
+    def profile(self, costs: MeasuredCosts) -> None:
+        """Time drafts of arms with KV, for a few batch sizes. Every write goes to the engine's padding slot."""
+        for arm, drafter in with_kv(self.drafters).items():
+            for size in (size for size in BATCHES if size <= len(self.target.slot_table)):
+                draft = partial(drafter.draft, self._batch(drafter, drafter.max_drafts, size))
+                passes = draft().passes
+                costs.drafted(arm, size, passes, measure(draft, self.clock, repeats=TIMINGS, of=min))
 
+    @property
+    def _widest(self) -> int:
+        """Rows that a request verifies at most."""
+        return widest_of(self.drafters) + 1
 
-def _catch_up(sync: CatchUps, arm: str, clock: Clock, tokens: int) -> float:
-    return measure(sync.idle(arm, tokens), clock)
+    def _rows(self) -> tuple[list[int], int]:
+        """Rows of the verifications that are timed, and the most requests of one: the graphs' where there are any."""
+        graphs = self.target.runner.decode_cuda_graph_runner
+        if isinstance(graphs, VerifyGraphs):
+            return graphs.capture_num_tokens, graphs.requests
+        return graded(most_rows(self.requests, self._widest)), self.requests
 
+    def _contexts(self) -> tuple[int, int]:
+        """Tokens of context that verifications are timed with."""
+        long = min(self.target.context_len - self._widest, self.target.kv_slots, LONGEST)
+        return long // SHORTER, long
 
-def _sizes(target: Target, requests: int, widest: int) -> tuple[list[int], int]:
-    """Rows of the verifications that are timed, and the most requests of one: the graphs' where there are any."""
-    graphs = target.runner.decode_cuda_graph_runner
-    if isinstance(graphs, VerifyGraphs):
-        return graphs.capture_num_tokens, graphs.requests
-    return graded(most_rows(requests, widest)), requests
+    def _tokens(self) -> list[int]:
+        """Tokens of the catch-ups that are timed."""
+        return self.sync.sizes(self.requests * self._widest)
 
+    def _pass(self, drafter: KVDrafter, length: int, requests: int) -> float:
+        return measure(partial(drafter.draft, self._batch(drafter, length, requests)), self.clock)
 
-def _contexts(target: Target, widest: int) -> tuple[int, int]:
-    """Tokens of context that verifications are timed with."""
-    long = min(target.context_len - widest, target.kv_slots, LONGEST)
-    return long // SHORTER, long
+    def _batch(self, drafter: KVDrafter, length: int, requests: int) -> DraftBatch:
+        """A batch of so many requests that are none, with at most `length` drafts each."""
+        slot_table = self.target.slot_table
+        rows = torch.arange(requests, device=slot_table.device)
+        starts, caps = torch.full_like(rows, CONTEXT), torch.full_like(rows, drafter.max_drafts)
+        calibration = torch.tensor(
+            drafter.calibration((), FULL_LENGTH), dtype=torch.float32, device=rows.device
+        )
+        rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
+            None,
+            rows,
+            starts,
+            torch.zeros_like(rows),
+            caps,
+            calibration,
+            drafter.features,
+            tail=drafter.tail_width > 0,
+            into=drafter.place(requests),
+        )
+        return DraftBatch(
+            rows,
+            starts,
+            bonus,
+            tail,
+            slot_table,
+            CONTEXT,
+            caps,
+            limits=[length] * requests,
+            row_ids=range(requests),
+            calibration=calibration,
+            host=self.host,
+        )
+
+    def _catch_up(self, arm: str, tokens: int) -> float:
+        return measure(self.sync.idle(arm, tokens), self.clock)
+
+    def _verification(self, requests: int, rows: int, context: int) -> float:
+        """Seconds for `rows` rows of up to so many requests, which have `context` tokens together."""
+        target, device = self.target, self.target.device
+        count = min(rows, requests)
+        widths = [rows // count + (i < rows % count) for i in range(count)]
+        ids = torch.arange(1, count + 1, device=device)
+        starts = torch.full_like(ids, max(context // count, 1))
+        verify_lens = torch.tensor(widths, dtype=torch.int32, device=device)
+        block = prepare_mixed_block(
+            torch.zeros_like(ids),
+            ids.new_zeros((count, max(widths) - 1)),
+            verify_lens,
+            starts,
+            ids,
+            target.slot_table,
+            rows=rows,
+        )
+        on_host = starts.cpu()
+
+        def verify() -> Any:
+            target.agreed_rows(rows, count)
+            batch = ScheduleBatch(
+                reqs=[],
+                device=str(device),
+                forward_mode=ForwardMode.DECODE,
+                req_pool_indices=ids,
+                seq_lens=starts,
+                seq_lens_cpu=on_host,
+                seq_lens_sum=int(on_host.sum()),
+                orig_seq_lens=starts.to(torch.int32),
+                spec_algorithm=target.runner.spec_algorithm,
+            )
+            return target.verify(batch, block, verify_lens, widths if self.host.exact else None, max(widths))
+
+        return measure(verify, self.clock)
 
 
 @contextmanager
@@ -242,38 +280,15 @@ def _spread_slots(target: Target, requests: int, columns: int) -> Iterator[None]
         slots.zero_()
 
 
-def _verification(target: Target, host: HostView, rows: int, context: int, requests: int) -> Body:
-    """A call that verifies `rows` rows of up to so many requests, which have `context` tokens together."""
-    device = target.device
-    count = min(rows, requests)
-    widths = [rows // count + (i < rows % count) for i in range(count)]
-    ids = torch.arange(1, count + 1, device=device)
-    starts = torch.full_like(ids, max(context // count, 1))
-    verify_lens = torch.tensor(widths, dtype=torch.int32, device=device)
-    block = prepare_mixed_block(
-        torch.zeros_like(ids),
-        ids.new_zeros((count, max(widths) - 1)),
-        verify_lens,
-        starts,
-        ids,
-        target.slot_table,
-        rows=rows,
-    )
-    on_host = starts.cpu()
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
-    def verify() -> Any:
-        target.agreed_rows(rows, count)
-        batch = ScheduleBatch(
-            reqs=[],
-            device=str(device),
-            forward_mode=ForwardMode.DECODE,
-            req_pool_indices=ids,
-            seq_lens=starts,
-            seq_lens_cpu=on_host,
-            seq_lens_sum=int(on_host.sum()),
-            orig_seq_lens=starts.to(torch.int32),
-            spec_algorithm=target.runner.spec_algorithm,
-        )
-        return target.verify(batch, block, verify_lens, widths if host.exact else None, max(widths))
 
-    return verify
+def _kernels() -> str:
+    """Equal for kernels of the same sources: versions of a checkout have one number."""
+    sources = sorted(Path(whiflash_kernels.__file__).parent.rglob("*.py"))
+    return _digest([source.read_bytes() for source in sources])
+
+
+def _digest(thing: object) -> str:
+    return blake2b(str(thing).encode(), digest_size=8).hexdigest()
