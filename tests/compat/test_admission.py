@@ -15,10 +15,8 @@ from whiflash_sglang.engine.http.admission import (
     check_scores,
     check_types,
 )
-from whiflash_sglang.engine.http.predictions import encoded
-from whiflash_sglang.engine.http.requests import check_native
-from whiflash_sglang.spans.carrier import Own
-from whiflash_sglang.spans.hints import TOOLS_KEY
+from whiflash_sglang.engine.http.requests import Asked, Call, take_up
+from whiflash_sglang.spans.hints import TOOLS_KEY, RequestHints
 
 TOKENS = 320
 
@@ -186,26 +184,23 @@ def test_positions_are_of_a_prompt_that_is_prefilled_whole(
 def test_parameters_of_the_native_route_are_checked(given: dict[str, Any], said: str) -> None:
     """A stream of it has its status by then, and brings the error as an event."""
     obj = GenerateReqInput(input_ids=[1], sampling_params={"custom_params": given}, stream=True)
-
-    async def checked() -> None:
-        check_native(without_tokenizer(), obj)
-        await encoded(without_tokenizer(), obj)
-
     with pytest.raises(ValueError, match=re.escape(said)):
-        asyncio.run(checked())
+        asyncio.run(take_up(without_tokenizer(), obj, None))
 
 
 def without_tokenizer() -> Any:
     own = SimpleNamespace(force_recorded=False, lookup=SimpleNamespace(prediction_tokens=9))
     settings = SimpleNamespace(_whiflash=own)
     model = SimpleNamespace(vocab_size=TOKENS)
-    return SimpleNamespace(tokenizer=None, model_config=model, server_args=settings)
+    return SimpleNamespace(tokenizer=None, model_config=model, server_args=settings, server_status=None)
 
 
 def test_parameters_may_be_served_twice() -> None:
     """Built-in tools of the Responses API send a conversation's parameters again with every turn."""
-    shared = {"custom_params": {TOOLS_KEY: Own("[]")}}
+    shared = {"custom_params": {TOOLS_KEY: "[]"}}
+    call = Call("responses", asked=Asked({"whiflash_prediction": [1]}, RequestHints(infer=False)))
     for _ in range(2):
         obj = GenerateReqInput(input_ids=[1], sampling_params=shared)
-        check_native(without_tokenizer(), obj)
-        assert type(obj.sampling_params["custom_params"][TOOLS_KEY]) is str
+        asyncio.run(take_up(without_tokenizer(), obj, call))
+        assert obj.sampling_params == {"custom_params": {TOOLS_KEY: "[]", "whiflash_prediction": [1]}}
+    assert shared == {"custom_params": {TOOLS_KEY: "[]"}}

@@ -18,8 +18,16 @@ from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingRespons
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from whiflash_sglang.engine.http import answers, middleware, pieces
-from whiflash_sglang.engine.http.call import CURRENT, Call, Form
-from whiflash_sglang.engine.http.requests import as_chat, fill, implied
+from whiflash_sglang.engine.http.requests import (
+    CURRENT,
+    Asked,
+    Call,
+    Form,
+    as_chat,
+    asked_by,
+    implied,
+    take_up,
+)
 from whiflash_sglang.spans.hints import TOOLS_KEY, parse_hints
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -35,12 +43,14 @@ ROUTES: dict[str, Form] = {
 
 def manager(**more: Any) -> Any:
     """SGLang's manager of a server of ours."""
-    settings = SimpleNamespace(structure=SimpleNamespace(enabled=True), force_recorded=False)
+    enabled, longest = SimpleNamespace(enabled=True), SimpleNamespace(prediction_tokens=9)
+    settings = SimpleNamespace(structure=enabled, lookup=longest, force_recorded=False)
     return SimpleNamespace(
         config_value=lambda name: "hermes" if name == "tool_call_parser" else None,
         server_args=SimpleNamespace(_whiflash=settings, api_key="user", admin_api_key="boss", **more),
         model_config=SimpleNamespace(vocab_size=8),
-        tokenizer=object(),
+        tokenizer=SimpleNamespace(encode=lambda text, **_: [ord(character) % 8 for character in text]),
+        server_status=None,
     )
 
 
@@ -85,7 +95,8 @@ BUILT_IN: dict[Form, dict[str, Any]] = {
 
 def implied_by(form: Form, **body: Any) -> tuple[list[tuple[str, bool]], str | None]:
     """Spans by kind, and whether they are open; and what is carried of the tools."""
-    params = implied(manager(), as_chat(Call(form, body)), None)
+    params = implied(manager(), as_chat(Call(form, body)), Asked())
+    assert params is not None
     return [(span.kind, span.open) for span in parse_hints(params).spans], params.get(TOOLS_KEY)
 
 
@@ -120,9 +131,11 @@ def test_a_named_tool_is_the_only_one_that_is_carried(form: Form, named: str) ->
 def test_an_internal_request_gets_hints_and_salts() -> None:
     sglangs = {"__sglang_reasoning_in_grammar": True}
     obj = SimpleNamespace(sampling_params={"custom_params": sglangs}, cache_salt=None, extra_key=None)
-    call = Call("messages", {}, {"whiflash": '{"infer":false}'}, {"cache_salt": "acme"})
-    fill(manager(), obj, call)
-    assert obj.sampling_params == {"custom_params": {**sglangs, **(call.params or {})}}
+    hints = {"whiflash": '{"infer":false}'}
+    asked = asyncio.run(asked_by(manager(), hints))
+    call = Call("messages", {}, asked, {"cache_salt": "acme"})
+    assert asyncio.run(take_up(manager(), obj, call)) == [asked]
+    assert obj.sampling_params == {"custom_params": {**sglangs, **hints}}
     assert (obj.cache_salt, obj.extra_key) == ("acme", None)
 
 
@@ -181,8 +194,9 @@ def test_a_route_gets_its_body_and_its_call(monkeypatch: pytest.MonkeyPatch, pat
     assert (first.decode(), second) == (body, b"[1")
     assert call is not None
     assert nothing is not None
-    assert (call.form, call.params) == (ROUTES[path], {**FULL, "whiflash_prediction": "abc"})
-    assert (nothing.body, nothing.params) == ({}, None)
+    assert call.asked is not None
+    assert (call.form, call.asked.hints.trace, call.asked.prediction) == (ROUTES[path], "full", [1, 2, 3])
+    assert (nothing.body, nothing.asked) == ({}, None)
     assert CURRENT.get() is None
 
 
@@ -437,7 +451,7 @@ STREAMS: dict[str, list[str]] = {
 async def sent(path: str, body: dict[str, Any], parts: list[bytes], text: str = "Köln") -> list[bytes]:
     """Bodies that a client gets of a stream that a route sends in these parts."""
     form = ROUTES[path]
-    call = Call(form, body, body.get("custom_params"))
+    call = Call(form, body, await asked_by(manager(), body.get("custom_params")))
     found: list[bytes] = []
 
     async def send(message: Any) -> None:

@@ -12,7 +12,6 @@ from structure_grammars import Grammars
 from whiflash_sdk.hints import Span
 from whiflash_sdk.presets import LLAMA3
 
-from whiflash_sglang.spans.carrier import Own, validate_custom_params
 from whiflash_sglang.spans.hints import MAX_TOOLS_CHARS, TOOLS_KEY, parse_hints
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.calls import Calls, compiled
@@ -243,7 +242,6 @@ def test_only_calls_of_known_forms_are_told_of_and_only_so_much() -> None:
     assert carried_tools(FUNCTIONS, "qwen3_coder") is not None
     assert carried_tools(FUNCTIONS, "pythonic") is carried_tools(FUNCTIONS, None) is None
     assert carried_tools([("long", {"description": "x" * MAX_TOOLS_CHARS})], "hermes") is None
-    validate_custom_params({TOOLS_KEY: Own("x" * MAX_TOOLS_CHARS)})
 
 
 @pytest.mark.parametrize(

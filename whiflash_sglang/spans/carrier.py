@@ -18,13 +18,6 @@ from whiflash_sglang.spans.hints import (
     utf8,
 )
 
-
-class Own(str):
-    """Text that this process wrote for the scheduler; a client's is never one."""
-
-    __slots__ = ()
-
-
 _MAX_VALUES: Final = 1024
 _MAX_CHARS: Final = 16384
 
@@ -41,11 +34,6 @@ def validate_custom_params(custom_params: object) -> RequestHints:
     if isinstance(custom_params, dict):
         _check_carrier(custom_params)
     return hints
-
-
-def as_carried(custom_params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters that were validated, as SGLang can send them: without types of ours."""
-    return {key: str(value) if isinstance(value, Own) else value for key, value in custom_params.items()}
 
 
 def add_hints(custom_params: Mapping[str, Any] | None, fields: Mapping[str, object]) -> dict[str, Any] | None:
@@ -65,8 +53,6 @@ def _check_carrier(params: dict[object, object]) -> None:
         if key in (CARRIED_PREDICTION, CARRIED_FORCED):
             continue  # They have bounds of their own.
         if key == TOOLS_KEY:
-            if isinstance(value, Own):
-                continue
             raise _carrier_error(key, "is written by the server only; leave it out")
         if key == INFERRED_KEY and value is not True:
             raise _carrier_error(key, "must be true; leave it out if the spans are the caller's own")

@@ -50,21 +50,6 @@ def body_prediction(body: object) -> str | None:
     return "".join(_part(f"prediction.content[{i}]", part) for i, part in enumerate(content))
 
 
-def add_body_prediction(custom_params: dict[str, Any] | None, body: object) -> dict[str, Any] | None:
-    """`custom_params` that carry the `prediction` of a request's body too.
-
-    Raises: HintError, and nothing else, naming the field that is wrong.
-    """
-    text = body_prediction(body)
-    if text is None:
-        return custom_params
-    if CARRIED_PREDICTION in (custom_params or {}):
-        raise HintError(
-            "prediction", f"given twice, also as custom_params.{CARRIED_PREDICTION}; give one of them"
-        )
-    return {**(custom_params or {}), CARRIED_PREDICTION: text}
-
-
 def carried_prediction(custom_params: object) -> str | list[object] | None:
     """The prediction in `custom_params`: a text or token ids, neither measured nor looked into.
 

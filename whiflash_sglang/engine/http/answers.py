@@ -14,8 +14,7 @@ from sglang.srt.entrypoints.openai.protocol import ResponsesResponse
 
 from whiflash_sglang.engine.carried import META_KEY
 from whiflash_sglang.engine.http import traces
-from whiflash_sglang.engine.http.call import CURRENT, Call
-from whiflash_sglang.engine.http.predictions import summed
+from whiflash_sglang.engine.http.requests import CURRENT, Call
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.engine.scheduler import figures
 
@@ -32,7 +31,7 @@ _ENDED = ("response.completed", "response.incomplete", "response.failed")
 def extending(call: Call, send: Send) -> Send:
     """`send` for an answer to this call: SGLang's own where nothing of ours was asked for."""
     figures_too = bool(call.body.get("return_spec_tokens_details"))
-    if call.params is None and not figures_too:
+    if (call.asked is None or call.asked.params is None) and not figures_too:
         return send
 
     def holds() -> bool:  # what SGLang keeps of Responses has its extension already
@@ -112,7 +111,7 @@ def extended(call: Call, answer: dict[str, Any]) -> dict[str, Any]:
 def extension_of(call: Call) -> dict[str, Any]:
     """The extension of Responses and Messages; empty if their request asked for nothing."""
     extension: dict[str, Any] = {META_KEY: _traces(call, {})} if call.traces else {}
-    return {**extension, PREDICTION: summed(call.counts)} if call.counts else extension
+    return {**extension, PREDICTION: traces.summed(call.counts)} if call.counts else extension
 
 
 def _traces(call: Call, shown: Mapping[int, str | None]) -> Any:
@@ -129,7 +128,7 @@ def _with_figures(call: Call, answer: dict[str, Any], *, usage_too: bool = True)
     usage = answer.get("usage")
     if usage_too and usage and call.counts:
         details = usage.get(_DETAILS) or {"reasoning_tokens": usage.get("reasoning_tokens") or 0}
-        answer = {**answer, "usage": {**usage, _DETAILS: {**details, **summed(call.counts)}}}
+        answer = {**answer, "usage": {**usage, _DETAILS: {**details, **traces.summed(call.counts)}}}
     acceptance = figures.acceptance_in(answer)
     return answer if acceptance is None else {**answer, figures.METRICS: acceptance}
 
@@ -140,7 +139,8 @@ class _Events:
     def __init__(self, call: Call) -> None:
         self._call, self._rest, self._last = call, b"", b""
         self._change = self._converted if call.form in ("responses", "messages") else self._openai
-        whole = call.form in ("chat", "completion") and traces.asks_text([{"custom_params": call.params}])
+        full = call.asked is not None and call.asked.hints.trace == "full"
+        whole = full and call.form in ("chat", "completion")
         self._shown: dict[int, str] | None = {} if whole else None
 
     def take(self, data: bytes, *, ends: bool) -> bytes:

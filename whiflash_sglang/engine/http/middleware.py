@@ -18,8 +18,7 @@ from starlette.middleware import Middleware
 
 from whiflash_sglang.engine.carried import asks_for_ours
 from whiflash_sglang.engine.http import answers
-from whiflash_sglang.engine.http.call import CURRENT, Call, Form
-from whiflash_sglang.engine.http.requests import read
+from whiflash_sglang.engine.http.requests import CURRENT, Call, Form, read
 from whiflash_sglang.engine.launch.keys import without_keys
 from whiflash_sglang.spans.hints import HintError
 
@@ -75,7 +74,7 @@ class OurFields:
         else:
             body, receive = await _parsed(receive)
             try:
-                call = read(form, body, manager)
+                call = await read(form, body, manager)
                 del body  # the call keeps what is needed of it while the answer is written
             except HintError as error:
                 await _refusal(form, error)(scope, receive, send)

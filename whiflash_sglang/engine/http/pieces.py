@@ -21,9 +21,7 @@ from sglang.srt.managers.tokenizer_manager import _INCREMENTAL_STREAMING_META_IN
 from sglang.srt.runtime_context import get_serving
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from whiflash_sglang.engine.http import predictions
-from whiflash_sglang.engine.http.call import Call
-from whiflash_sglang.engine.http.requests import as_chat
+from whiflash_sglang.engine.http.requests import Call, as_chat, of_choice, parameters_of
 from whiflash_sglang.engine.supported import has
 
 _CONTEXT_TOKENS, _CONTEXT_CHARACTERS = 5, 32
@@ -68,7 +66,7 @@ async def as_plain(manager: Any, obj: Any, outputs: AsyncIterator[Any]) -> Async
     async for output in outputs:
         choice = output.get("index", 0)
         if choice not in choices:
-            own = predictions.of_choice(predictions.parameters_of(obj), obj, choice) or {}
+            own = of_choice(parameters_of(obj), obj, choice) or {}
             parameters = {**(manager.preferred_sampling_params or {}), **own}
             decoder = Detokenizer(manager, _context(manager, obj, choice), parameters)
             choices[choice] = Cutter(decoder, increments=manager.incremental_streaming_output)
@@ -80,7 +78,7 @@ def _context(manager: Any, obj: Any, choice: int) -> list[int]:
     """The last token ids of the prompt that a choice answers."""
     prompt: Any = obj.input_ids or obj.text or []
     if not isinstance(prompt, str) and not all(isinstance(token, int) for token in prompt):
-        prompt = predictions.of_choice(prompt, obj, choice)
+        prompt = of_choice(prompt, obj, choice)
     if isinstance(prompt, str):
         prompt = manager.tokenizer.encode(prompt[-_CONTEXT_CHARACTERS:])
     return list(prompt[-_CONTEXT_TOKENS:])

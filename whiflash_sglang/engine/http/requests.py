@@ -1,10 +1,16 @@
-"""Parameters of requests for WHIFLASH: read from their bodies, checked before anything is scheduled, and completed by
-what they imply. In the process that serves HTTP.
+"""All that a request says to WHIFLASH, read and checked once, before anything is scheduled: hints, a prediction, a
+forced answer, whose text it is. In the process that serves HTTP.
+
+Requests of routes that SGLang converts are read by their bodies (`read`), before SGLang drops what it does not know,
+and completed by what they imply; others by the parameters that they hand on (`take_up`).
 """
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.entrypoints.openai.responses_adapters import custom_tool_parameters
@@ -13,59 +19,73 @@ from whiflash_sdk.hints import INFERRED_KEY, WIRE_KEY, Span
 from whiflash_sdk.presets import likely_spans
 
 from whiflash_sglang.engine.carried import settings_of
-from whiflash_sglang.engine.http.call import Call, Form
-from whiflash_sglang.spans.carrier import Own, add_hints, as_carried, validate_custom_params
+from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
 from whiflash_sglang.spans.forced import check_forced
-from whiflash_sglang.spans.hints import TOOLS_KEY, HintError, parse_hints
-from whiflash_sglang.spans.prediction import FIELD, add_body_prediction, carried_prediction
+from whiflash_sglang.spans.hints import CARRIED_PREDICTION, TOOLS_KEY, HintError, RequestHints
+from whiflash_sglang.spans.prediction import body_prediction, prediction_reader
 from whiflash_sglang.structure.tools import carried_tools
 
+T = TypeVar("T")
+Form = Literal["chat", "completion", "responses", "messages", "native"]
+"""The form of a request. A native one has `sampling_params`, which carry hints."""
 
-def check_native(manager: Any, obj: Any) -> None:
-    """Check a request of the native route, which hands its parameters on unseen.
 
-    Raises:
-        ValueError: they are malformed; SGLang answers it with 400.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One set of sampling parameters, read.
+
+    params: its `custom_params`, with what other fields say and a prediction as token ids; None if there are none.
+    notes: on the prediction, for its choices' traces.
     """
-    params = getattr(obj, "sampling_params", None)
-    if isinstance(params, list):
-        obj.sampling_params = [_carried(manager, entry) for entry in params]
-    elif params is not None:
-        obj.sampling_params = _carried(manager, params)
+
+    params: dict[str, Any] | None = None
+    hints: RequestHints = field(default_factory=RequestHints)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def prediction(self) -> Sequence[int] | None:
+        """Token ids that are expected back."""
+        return (self.params or {}).get(CARRIED_PREDICTION)
 
 
-def keep_from_learning(manager: Any, obj: Any) -> None:
-    """A health check, and whatever comes before the server is up, its warm-up, are nobody's text: no samples."""
-    params, rid = getattr(obj, "sampling_params", None), getattr(obj, "rid", None)
-    own = isinstance(rid, str) and rid.startswith(HEALTH_CHECK_RID_PREFIX)
-    if not own and manager.server_status != ServerStatus.Starting:
-        return
-    if settings_of(manager.server_args).samples.directory is not None:
-        several = isinstance(params, list)
-        entries: list[Any] = params if several else [params]  # type: ignore[assignment]
-        marked = [_marked(entry or {}) for entry in entries]
-        obj.sampling_params = marked if several else marked[0]
+@dataclass(slots=True)
+class Call:
+    """One request of a route that SGLang converts, or whose outputs are only added up, on its way to its answer.
+
+    body: as SGLang parses it, without its texts; empty of a native one, and if SGLang will refuse it. asked: None then.
+    keys: whose text it is, as far as SGLang's model has no field for it.
+    """
+
+    form: Form
+    body: Mapping[str, Any] = field(default_factory=dict)
+    asked: Asked | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    # Filled by `generate_request` while outputs pass:
+    traces: list[tuple[dict[str, Any], str | None]] = field(default_factory=list)
+    """Traces of choices that have ended, with the texts that those with offsets count in."""
+    counts: dict[int, dict[str, int]] = field(default_factory=dict)
+    """Tokens of its predictions that appeared, by choice."""
 
 
-def _marked(params: dict[str, Any]) -> dict[str, Any]:
-    given = params.get("custom_params")
-    return {**params, "custom_params": add_hints(given, {"learn": False}) or {WIRE_KEY: '{"learn": false}'}}
+CURRENT: ContextVar[Call | None] = ContextVar("whiflash_call", default=None)
+"""The call that is served; None on other routes, over gRPC and in an `Engine`."""
 
 
-def _carried(manager: Any, params: Any) -> Any:
-    """One request's parameters as SGLang can send them. The given ones stay: SGLang may serve them again."""
-    custom_params = params.get("custom_params") if isinstance(params, dict) else None
-    if custom_params is None:
-        return params
-    try:
-        validate_custom_params(custom_params)
-        _check_long(manager, custom_params)
-        return {**params, "custom_params": as_carried(custom_params)}
-    except HintError as error:
-        raise ValueError(str(error)) from None
+def parameters_of(obj: Any) -> list[Any]:
+    """The sampling parameters of an internal request: one for all prompts, or one for each."""
+    given = getattr(obj, "sampling_params", None)
+    return given if isinstance(given, list) else [given]
 
 
-def read(form: Form, body: object, manager: Any) -> Call:
+def of_choice(values: Sequence[T], obj: Any, choice: int) -> T:
+    """The value of the prompt that `choice` answers: SGLang numbers the choices of a batch prompt by prompt.
+
+    values: one for all prompts, or one for each, repeated or not.
+    """
+    return values[choice // getattr(obj, "parallel_sample_num", 1)] if len(values) > 1 else values[0]
+
+
+async def read(form: Form, body: object, manager: Any) -> Call:
     """A request of a route that SGLang converts, by its body.
 
     Raises:
@@ -78,10 +98,83 @@ def read(form: Form, body: object, manager: Any) -> Call:
         raise HintError("custom_params", "must be an object")
     if not isinstance(body.get("response_format") or {}, dict):  # SGLang answers with 500
         raise HintError("response_format", "must be an object")
-    params = add_body_prediction(params, body)
-    validate_custom_params(params)
-    _check_long(manager, params)
-    return Call(form, _without_texts(body), params, _keys(body) if form == "messages" else {})
+    if (text := body_prediction(body)) is not None:
+        if CARRIED_PREDICTION in (params or {}):
+            why = f"given twice, also as custom_params.{CARRIED_PREDICTION}; give one of them"
+            raise HintError("prediction", why)
+        params = {**(params or {}), CARRIED_PREDICTION: text}
+    asked = await asked_by(manager, params)
+    return Call(form, _without_texts(body), asked, _keys(body) if form == "messages" else {})
+
+
+async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Asked]:
+    """Read an internal request of SGLang's: one record for all prompts, or one for each. Its sampling parameters become
+    those that the scheduler gets; the given ones stay, since SGLang may serve them again.
+
+    call: its call, if there is one. Parameters of a request without a body that was read are checked here.
+
+    Raises:
+        HintError: they are malformed; SGLang answers it with 400.
+    """
+    entries, asked = parameters_of(obj), []
+    for entry in entries:
+        if call is not None and call.asked is not None:
+            one = replace(call.asked, params=implied(manager, as_chat(call), call.asked))
+        else:
+            one = await asked_by(manager, entry.get("custom_params") if isinstance(entry, dict) else None)
+        asked.append(_unlearned(one) if _is_nobodys(manager, obj) else one)
+    for name, value in call.keys.items() if call is not None else ():
+        setattr(obj, name, value)
+    if any(one.params is not None for one in asked):
+        filled = [_filled(entry, one.params) for entry, one in zip(entries, asked, strict=True)]
+        obj.sampling_params = filled if isinstance(obj.sampling_params, list) else filled[0]
+    return asked
+
+
+def _filled(entry: Any, params: dict[str, Any] | None) -> Any:
+    """Sampling parameters that carry these; SGLang may have put keys of its own there while it converted a request."""
+    known = entry or {}
+    return (
+        entry
+        if params is None
+        else {**known, "custom_params": {**(known.get("custom_params") or {}), **params}}
+    )
+
+
+async def asked_by(manager: Any, custom_params: Any) -> Asked:
+    """The record of `custom_params`. A predicted text is encoded beside the event loop.
+
+    Raises:
+        HintError: naming the field that is wrong.
+    """
+    hints = validate_custom_params(custom_params)
+    if custom_params is None:
+        return Asked(None, hints)
+    settings, vocabulary = settings_of(manager.server_args), manager.model_config.vocab_size
+    check_forced(custom_params, vocabulary, allowed=settings.force_recorded)
+    if custom_params.get(CARRIED_PREDICTION) is None:
+        return Asked(custom_params, hints)
+    longest = settings.lookup.prediction_tokens
+    reader = prediction_reader(manager.tokenizer, longest, vocabulary)
+    found = await asyncio.get_running_loop().run_in_executor(None, reader, custom_params)
+    assert found is not None
+    note = f"the prediction was cut to its first {longest} tokens (lookup.prediction_tokens of the bundle)"
+    return Asked({**custom_params, CARRIED_PREDICTION: found.tokens}, hints, (note,) if found.is_cut else ())
+
+
+def _is_nobodys(manager: Any, obj: Any) -> bool:
+    """Whether samples are kept, and a request is a health check, or comes before the server is up, as its warm-up."""
+    rid = getattr(obj, "rid", None)
+    own = isinstance(rid, str) and rid.startswith(HEALTH_CHECK_RID_PREFIX)
+    if not own and manager.server_status != ServerStatus.Starting:
+        return False
+    return settings_of(manager.server_args).samples.directory is not None
+
+
+def _unlearned(asked: Asked) -> Asked:
+    """Nobody's text becomes no sample."""
+    params = add_hints(asked.params, {"learn": False})
+    return replace(asked, params=params or {**(asked.params or {}), WIRE_KEY: '{"learn": false}'})
 
 
 def _without_texts(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,16 +195,6 @@ def _keys(body: Mapping[str, Any]) -> dict[str, str]:
         if not isinstance(value, str):
             raise HintError(name, "must be text")
     return keys
-
-
-def fill(manager: Any, obj: Any, call: Call) -> None:
-    """Put what a call carries, and what it implies, into the internal request that SGLang has made of it."""
-    params = implied(manager, as_chat(call), call.params)
-    if params is not None:  # SGLang may have put keys of its own there while it converted the request
-        known = obj.sampling_params.get("custom_params") or {}
-        obj.sampling_params = {**obj.sampling_params, "custom_params": {**known, **params}}
-    for name, value in call.keys.items():
-        setattr(obj, name, value)
 
 
 def as_chat(call: Call) -> SimpleNamespace:
@@ -172,27 +255,16 @@ def _named(choice: Mapping[str, Any]) -> Any:
     return SimpleNamespace(function=SimpleNamespace(name=name)) if name else "auto"
 
 
-def implied(manager: Any, request: Any, custom_params: Any) -> Any:
-    """`custom_params`, which are valid, with the spans and the tools that the request implies.
-
-    request: in the form of a chat's.
-    """
-    hints = parse_hints(custom_params)
-    if not hints.infer:
-        return custom_params
-    if not hints.spans and (spans := _inferred(manager, request)):
-        told = add_hints(custom_params, {"spans": [span.model_dump(exclude_defaults=True) for span in spans]})
-        custom_params = custom_params if told is None else {**told, INFERRED_KEY: True}
+def implied(manager: Any, request: Any, asked: Asked) -> dict[str, Any] | None:
+    """`custom_params` with the spans and the tools that the request implies. request: in the form of a chat's."""
+    params = asked.params
+    if not asked.hints.infer:
+        return params
+    if not asked.hints.spans and (spans := _inferred(manager, request)):
+        told = add_hints(params, {"spans": [span.model_dump(exclude_defaults=True) for span in spans]})
+        params = params if told is None else {**told, INFERRED_KEY: True}
     tools = _tools(manager, request)
-    return custom_params if tools is None else {**(custom_params or {}), TOOLS_KEY: Own(tools)}
-
-
-def _check_long(manager: Any, custom_params: Any) -> None:
-    """Check parameters that may be long: the form of a prediction, and a forced answer. Raises HintError."""
-    if isinstance(carried_prediction(custom_params), str) and manager.tokenizer is None:
-        raise HintError(FIELD, "must be token ids: this server has no tokenizer")
-    allowed = settings_of(manager.server_args).force_recorded
-    check_forced(custom_params, manager.model_config.vocab_size, allowed=allowed)
+    return params if tools is None else {**(params or {}), TOOLS_KEY: tools}
 
 
 def _tools(manager: Any, request: Any) -> str | None:

@@ -16,17 +16,7 @@ from whiflash_sglang import __version__
 from whiflash_sglang.copying.memory import parse_forget
 from whiflash_sglang.engine import patching
 from whiflash_sglang.engine.carried import asks_for_ours, replace_settings, settings_of
-from whiflash_sglang.engine.http import (
-    admission,
-    answers,
-    middleware,
-    pieces,
-    predictions,
-    recordings,
-    requests,
-    traces,
-)
-from whiflash_sglang.engine.http.call import CURRENT
+from whiflash_sglang.engine.http import admission, answers, middleware, pieces, recordings, requests, traces
 from whiflash_sglang.engine.http.steering import log_steering, loggable
 from whiflash_sglang.engine.launch.refusals import storage_refusal
 from whiflash_sglang.engine.patching import around
@@ -73,16 +63,11 @@ def install() -> None:
 )
 async def _accepting(original: Any, self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
     """Hints are taken up and checked, answers are followed for traces, and streams are cut as plain ones."""
-    outputs, call = original(self, obj, request), CURRENT.get()
+    outputs, call = original(self, obj, request), requests.CURRENT.get()
     if asks_for_ours(self.server_args):
-        if call is not None and call.form != "native":
-            requests.fill(self, obj, call)
-        requests.check_native(self, obj)
-        requests.keep_from_learning(self, obj)
-        await predictions.encoded(self, obj)
+        asked = await requests.take_up(self, obj, call)
         admission.check_given(obj, native=call is not None and call.form == "native")
-        outputs = predictions.followed(self, obj, call, outputs)
-        outputs = traces.followed(self, obj, call, outputs)
+        outputs = traces.followed(self, obj, call, asked, outputs)
         if pieces.are_read_one_by_one(self, obj, call):
             outputs = pieces.as_plain(self, obj, outputs)
     async for output in outputs:

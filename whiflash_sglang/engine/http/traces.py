@@ -1,66 +1,88 @@
-"""Traces in SGLang's HTTP process: completed with what only text shows, and put where clients look for them.
+"""Outputs of a request that asked, completed while they pass in SGLang's HTTP process: traces by what only text shows,
+and the last ones by what of a prediction appeared.
 
-A trace arrives in the `meta_info` of its request's last output; the OpenAI routes show it as `sglext`.
+A trace arrives in the `meta_info` of its request's last output; the OpenAI routes show it as `sglext`. Counts of a
+prediction are of tokens alone, so they are the same whoever drafted and whatever ran beside the request.
 """
 
-from collections.abc import AsyncIterator, Iterable
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from whiflash_sglang.copying.predicted import Prediction
 from whiflash_sglang.engine.carried import META_KEY
-from whiflash_sglang.engine.http import predictions
-from whiflash_sglang.engine.http.call import Call
-from whiflash_sglang.spans.hints import HintError, parse_hints
+from whiflash_sglang.engine.http.requests import Asked, Call, of_choice, parameters_of
 from whiflash_sglang.spans.vocabulary import token_bytes
 from whiflash_sglang.telemetry.trace import pieces_of, place
 
+ACCEPTED, REJECTED = "accepted_prediction_tokens", "rejected_prediction_tokens"
 
-async def followed(
-    manager: Any, obj: Any, call: Call | None, outputs: AsyncIterator[Any]
+
+def followed(
+    manager: Any, obj: Any, call: Call | None, asked: list[Asked], outputs: AsyncIterator[Any]
 ) -> AsyncIterator[Any]:
-    """The outputs of a request, with its traces completed: the choice that each is of, and what only text shows.
-
-    They stay in outputs that clients see; of other calls they are kept for what is sent (`answers`).
+    """The outputs of a request. Traces have the choice that each is of, and stay in outputs that clients see; of other
+    calls they are kept for what is sent (`answers`). Requests that asked for nothing get SGLang's own outputs.
     """
-    arrived = _Arrived(manager, obj, call)
-    async for output in outputs:
-        for choice, item in predictions.choices_of(output):
-            arrived.take(item, choice)
-        yield output
+    if all(one.hints.trace is None and one.prediction is None for one in asked):
+        return outputs
+    return _Answers(manager, obj, call, asked).follow(outputs)
 
 
-class _Arrived:
-    """Answers of one request so far. Streams of increments are put together for those that need the whole."""
+class _Answers:
+    """Answers to one request so far. Streams of increments are put together."""
 
-    def __init__(self, manager: Any, obj: Any, call: Call | None) -> None:
-        self._manager, self._obj = manager, obj
-        self._call = None if call is None or call.form == "native" else call
-        increments = bool(getattr(obj, "stream", False)) and manager.incremental_streaming_output
-        self._earlier: dict[int, tuple[list[int], list[str]]] | None = (
-            {} if increments and asks_text(predictions.parameters_of(obj)) else None
-        )
+    def __init__(self, manager: Any, obj: Any, call: Call | None, asked: list[Asked]) -> None:
+        self._manager, self._obj, self._call, self._asked = manager, obj, call, asked
+        self._increments = bool(getattr(obj, "stream", False)) and manager.incremental_streaming_output
+        self._earlier: dict[int, tuple[list[int], list[str]]] = {}
 
-    def take(self, item: dict[str, Any], choice: int) -> None:
+    async def follow(self, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for output in outputs:
+            for number, item in enumerate(output if isinstance(output, list) else [output]):
+                if isinstance(item, dict) and isinstance(item.get("meta_info"), dict):
+                    await self._take(item, item.get("index", number))
+            yield output
+
+    async def _take(self, item: dict[str, Any], choice: int) -> None:
+        asked, meta = of_choice(self._asked, self._obj, choice), item["meta_info"]
         tokens, text = item.get("output_ids") or [], item.get("text")
-        if self._earlier is not None:
+        if self._increments:
             before = self._earlier.setdefault(choice, ([], []))
             before[0].extend(tokens)
             before[1].append(text or "")
-        trace = item["meta_info"].get(META_KEY)
+            tokens = before[0]
+        if asked.prediction is not None and meta.get("finish_reason"):
+            counts = await _counted(asked.prediction, tokens)
+            meta.update(counts)
+            if self._call is not None:
+                self._call.counts[choice] = counts
+        trace = meta.get(META_KEY)
         if trace is None:
             return
-        if self._earlier is not None:
-            tokens, text = before[0], "".join(before[1])
+        text = "".join(before[1]) if self._increments else text
         trace["choice"] = choice
-        if notes := predictions.notes_of(self._obj, choice):
-            trace["notes"] = notes
-        is_whole = len(tokens) == item["meta_info"]["completion_tokens"]
+        if asked.notes:
+            trace["notes"] = [*asked.notes]
+        is_whole = len(tokens) == meta["completion_tokens"]
         if "stretches" in trace and is_whole and self._manager.tokenizer is not None:
             place_text(self._manager, self._obj, choice, trace, tokens, text)
-            if self._earlier is not None:
+            if self._increments:
                 trace.setdefault("text", text)  # the answer's last line holds its end alone
-        if self._call is not None:
+        if self._call is not None and self._call.form != "native":
             # Taken out: with `return_meta_info` the response would carry it twice.
-            self._call.traces.append((item["meta_info"].pop(META_KEY), text))
+            self._call.traces.append((meta.pop(META_KEY), text))
+
+
+async def _counted(prediction: Sequence[int], answer: Sequence[int]) -> dict[str, int]:
+    found = Prediction(prediction)
+    await asyncio.get_running_loop().run_in_executor(None, found.follow, answer)
+    return {ACCEPTED: found.accepted, REJECTED: found.rejected}
+
+
+def summed(counts: Mapping[int, Mapping[str, int]]) -> dict[str, int]:
+    """Counts of a request's predictions that appeared, over all its choices."""
+    return {name: sum(one[name] for one in counts.values()) for name in (ACCEPTED, REJECTED)}
 
 
 def place_text(
@@ -72,20 +94,8 @@ def place_text(
     place(trace, pieces_of(tokens, vocabulary, skipped), text)
 
 
-def asks_text(every: Iterable[Any]) -> bool:
-    """Whether any of these sampling parameters ask for a full trace, which is the kind that speaks of text."""
-    for parameters in every:
-        if isinstance(parameters, dict):
-            try:
-                if parse_hints(parameters.get("custom_params")).trace == "full":
-                    return True
-            except HintError:
-                continue
-    return False
-
-
 def _skips_special_tokens(obj: Any, choice: int) -> bool:
-    own = predictions.of_choice(predictions.parameters_of(obj), obj, choice)
+    own = of_choice(parameters_of(obj), obj, choice)
     return bool(own.get("skip_special_tokens", True)) if isinstance(own, dict) else True
 
 
