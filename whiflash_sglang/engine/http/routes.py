@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import Depends, HTTPException, Query, Request
@@ -50,9 +50,10 @@ def install() -> None:
         # reveal what was accepted of the requests in between.
         admin_only = http_server.auth_level(http_server.AuthLevel.ADMIN_OPTIONAL)
         http_server.app.get("/whiflash/state")(admin_only(_state))
-        http_server.app.post("/whiflash/policy")(admin_only(_set_policy))
-        http_server.app.post("/whiflash/forget")(admin_only(_forget))
-        http_server.app.post("/whiflash/drafters")(admin_only(_use_version))
+        for name, change in (("policy", _set_policy), ("forget", _forget), ("drafters", _use_version)):
+            http_server.app.post(f"/whiflash/{name}", name=change.__name__, description=change.__doc__)(
+                admin_only(_steering(name, change))
+            )
 
 
 @around(
@@ -128,11 +129,11 @@ async def _state(timeout: Seconds = None) -> JSONResponse:
     Args:
         timeout: seconds to wait for a replica; without one as many as a step may last before SGLang ends the server.
     """
-    try:
-        state = together(await _states(timeout))
-    except SilentReplicaError as error:
-        return _error(504, "GatewayTimeout", str(error))
-    return JSONResponse(state)
+    return await _answered(_together(timeout))
+
+
+async def _together(timeout: float | None = None) -> dict[str, Any]:
+    return together(await _states(timeout))
 
 
 async def _states(timeout: float | None = None) -> list[dict[str, Any]]:
@@ -154,115 +155,100 @@ async def _object(request: Request) -> dict[str, Any]:
 
 
 Body = Annotated[dict[str, Any], Depends(_object)]
+Change = Callable[[dict[str, Any], dict[str, Any]], Awaitable[dict[str, Any]]]
+"""Fills in what of a body may be logged, and returns the state afterwards. A ConfigError is a 400."""
 
 
-async def _set_policy(change: Body, request: Request) -> JSONResponse:
+def _steering(name: str, change: Change) -> Callable[..., Awaitable[JSONResponse]]:
+    """The route of a change, which answers with the state afterwards and leaves a line in the log."""
+
+    async def steer(body: Body, request: Request) -> JSONResponse:
+        told: dict[str, Any] = {}
+        answer = await _answered(change(body, told))
+        client = request.client.host if request.client else None
+        log_steering(client, name, told, answer.status_code)
+        return answer
+
+    return steer
+
+
+async def _set_policy(change: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     """Change router, thresholds or dwell while serving."""
-    answer = await _changed(change)
-    log_steering(_client(request), "policy", loggable(change), answer.status_code)
-    return answer
+    told.update(loggable(change))
+    server_args = http_server._global_state.tokenizer_manager.server_args
+    settings = changed(settings_of(server_args), change)
+    state = await _send(change_request(encode(change)))
+    replace_settings(server_args, settings)
+    return state
 
 
-async def _changed(change: dict[str, Any]) -> JSONResponse:
-    manager = http_server._global_state.tokenizer_manager
-    settings = settings_of(manager.server_args)
-    try:
-        settings = changed(settings, change)
-    except ConfigError as error:
-        return _bad_request(str(error))
-    answer = await _send(change_request(encode(change)))
-    if answer.status_code == 200:
-        replace_settings(manager.server_args, settings)
-    return answer
-
-
-async def _forget(who: Body, request: Request) -> JSONResponse:
+async def _forget(who: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     """Drop what is kept of one tenant's outputs, or of everybody's: copies and samples."""
-    told: dict[str, Any] = {}
-    try:
-        handle = parse_forget(who)
-    except ConfigError as error:
-        answer = _bad_request(str(error))
-    else:
-        # Not the tenant's keys: who has them is the tenant.
-        told = {"all": True} if handle is None else {"tenant": f"{handle:016x}"}
-        answer = await _send(change_request(encode_forget(handle)))
-        if answer.status_code == 200:
-            answer = await _forget_samples(handle) or answer
-    log_steering(_client(request), "forget", told, answer.status_code)
-    return answer
+    handle = parse_forget(who)
+    # Not the tenant's keys: who has them is the tenant.
+    told.update({"all": True} if handle is None else {"tenant": f"{handle:016x}"})
+    state = await _send(change_request(encode_forget(handle)))
+    directory = settings_of(http_server._global_state.tokenizer_manager.server_args).samples.directory
+    if directory is not None:  # No scheduler has any of them in memory any more.
+        try:
+            await asyncio.to_thread(forget_samples, directory, handle)
+        except OSError as error:
+            why = f"samples in {directory} were not dropped: {error.strerror}"
+            raise _FailedError(500, "InternalServerError", why) from None
+    return state
 
 
-async def _use_version(which: Body, request: Request) -> JSONResponse:
+async def _use_version(which: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     """Draft with another version of the drafters' weights; running requests continue."""
-    told: dict[str, Any] = {}
     try:
         wanted = Wanted.model_validate(which)
     except ValidationError:
-        answer = _bad_request(
+        raise ConfigError(
             'give the number of a version, as {"version": 3}, and its "target" and "files" if you have them; 0 is what '
             "the server was started with"
-        )
-    else:
-        told = {"version": wanted.version}
-        answer = await _used(wanted)
-    log_steering(_client(request), "drafters", told, answer.status_code)
-    return answer
-
-
-async def _used(wanted: Wanted) -> JSONResponse:
-    directory = settings_of(http_server._global_state.tokenizer_manager.server_args).versions
+        ) from None
+    told["version"] = wanted.version
+    manager, request = http_server._global_state.tokenizer_manager, change_request({VERSION: wanted.version})
+    directory = settings_of(manager.server_args).versions
     if directory is None:
-        return _bad_request("this server was started without --whiflash-versions or --whiflash-learn")
+        raise ConfigError("this server was started without --whiflash-versions or --whiflash-learn")
     try:
         await asyncio.to_thread(check_wanted, directory, wanted)
-    except (ConfigError, OSError) as error:
-        return _bad_request(str(error))
-    manager, request = http_server._global_state.tokenizer_manager, change_request({VERSION: wanted.version})
-    answer = await _send(request)
-    if answer.status_code != 200:
-        return answer
+    except OSError as error:
+        raise ConfigError(str(error)) from None
+    await _send(request)
     try:
         why = await switched(manager, request.rid, manager.config_value("watchdog_timeout"))
     except SilentReplicaError as error:
-        return _error(504, "GatewayTimeout", f"the switch goes on: {error}")
-    return _bad_request(why) if why else await _state()
+        raise _FailedError(504, "GatewayTimeout", f"the switch goes on: {error}") from None
+    if why:
+        raise ConfigError(why)
+    return await _together()
 
 
-async def _forget_samples(handle: int | None) -> JSONResponse | None:
-    """Drop samples on disk; an answer only where that fails. No scheduler has any of them in memory any more."""
-    directory = settings_of(http_server._global_state.tokenizer_manager.server_args).samples.directory
-    if directory is None:
-        return None
-    try:
-        await asyncio.to_thread(forget_samples, directory, handle)
-    except OSError as error:
-        return _error(
-            500, "InternalServerError", f"samples in {directory} were not dropped: {error.strerror}"
-        )
-    return None
-
-
-def _client(request: Request) -> str | None:
-    return request.client.host if request.client else None
-
-
-async def _send(request: SetInternalStateReq) -> JSONResponse:
+async def _send(request: SetInternalStateReq) -> dict[str, Any]:
     """Send to every scheduler; returns the state afterwards. If one does not answer, none changes."""
-    manager = http_server._global_state.tokenizer_manager
     try:
         await _states()
     except SilentReplicaError as error:
-        return _error(504, "GatewayTimeout", f"nothing was changed: {error}")
-    answers = await manager.set_internal_state(request)
-    if not all(answers):
-        return _bad_request("the change was refused; the server's log says why")
-    return await _state()
+        raise _FailedError(504, "GatewayTimeout", f"nothing was changed: {error}") from None
+    if not all(await http_server._global_state.tokenizer_manager.set_internal_state(request)):
+        raise ConfigError("the change was refused; the server's log says why")
+    return await _together()
 
 
-def _bad_request(message: str) -> JSONResponse:
-    return _error(400, "BadRequestError", message)
+class _FailedError(Exception):
+    """A status, and SGLang's kind and text of its error."""
 
 
-def _error(status: int, kind: str, message: str) -> JSONResponse:
+async def _answered(state: Awaitable[dict[str, Any]]) -> JSONResponse:
+    """A state, or why there is none."""
+    try:
+        return JSONResponse(await state)
+    except ConfigError as error:
+        status, kind, message = 400, "BadRequestError", str(error)
+    except SilentReplicaError as error:
+        status, kind, message = 504, "GatewayTimeout", str(error)
+    except _FailedError as error:
+        status, kind, message = error.args
     return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status)
