@@ -15,7 +15,7 @@ from swapping import PROMPTS, parameters, serving, swap
 from tiny_models import tiny_target
 from versioned import trained, version
 
-from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig
+from whiflash_sglang.formats.table import read_draft
 from whiflash_sglang.updates import swap as learn_swap
 from whiflash_sglang.updates.versions import Served, path_of, record, served
 from whiflash_train.config import DSpark
@@ -76,7 +76,7 @@ def test_a_restart_begins_with_what_was_served(models: Models, directory: Path) 
 def test_rows_that_were_copied_of_a_second_matrix_follow(models: Models, tmp_path: Path) -> None:
     """A drafter that chooses from EAGLE-3's vocabulary keeps rows of its own matrices; the first one stays."""
     target = TargetModel(models.target, device=torch.device("cpu"), dtype=torch.float32)
-    trunk = DFlashConfig.read(models.dflash)
+    trunk = read_draft(models.dflash).config
     settings = DSpark(
         markov_rank=8,
         target_layers=list(trunk.target_layer_ids),

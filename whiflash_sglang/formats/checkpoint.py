@@ -15,15 +15,28 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.files.jsonl import read_json_file
-from whiflash_sglang.formats.layers import Attention, AttentionShape, SwiGLU
+from whiflash_sglang.formats.layers import AttentionShape, rope_parameters
 
 WEIGHTS = "model.safetensors"
+
+IN_FILES = {
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.out": ("self_attn.o_proj",),
+    "attention.q_norm": ("self_attn.q_norm",),
+    "attention.k_norm": ("self_attn.k_norm",),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down": ("mlp.down_proj",),
+    "embedding_norm": ("input_layernorm",),
+    "input_norm": ("input_layernorm",),
+    "mlp_norm": ("post_attention_layernorm",),
+}
+"""Parts of a decoder layer, and what files call them, stacked by rows; others have the same name."""
 
 
 def integer(
@@ -71,6 +84,50 @@ def attention_shape(config: Mapping[str, Any], path: Path) -> AttentionShape:
             f"{path}/config.json: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}"
         )
     return AttentionShape(heads, kv_heads, integer(config, "head_dim", path, default=hidden // heads))
+
+
+def trunk(config: Mapping[str, Any], path: Path, *, positions: int, eps: float) -> dict[str, Any]:
+    """Fields of a configuration that every format has; `positions` and `eps` if the file leaves them out.
+
+    Raises:
+        CheckpointError: naming file and key of what does not fit.
+    """
+    return {
+        "hidden_size": integer(config, "hidden_size", path),
+        "attention": attention_shape(config, path),
+        "vocab_size": integer(config, "vocab_size", path),
+        "rope": rope_parameters(config),
+        "max_position_embeddings": integer(config, "max_position_embeddings", path, default=positions),
+        "rms_norm_eps": number(config, "rms_norm_eps", path, default=eps),
+    }
+
+
+def trunk_json(config: Any) -> dict[str, Any]:
+    """The inverse of `trunk`, as all formats spell it, with what all drafters that we write have in common."""
+    sizes = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "rms_norm_eps")
+    return {
+        **{name: getattr(config, name) for name in sizes},
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "num_attention_heads": config.attention.heads,
+        "num_key_value_heads": config.attention.kv_heads,
+        "head_dim": config.attention.head_dim,
+        "num_hidden_layers": config.num_layers,
+        "rope_theta": config.rope["rope_theta"],
+        "rope_scaling": None if config.rope["rope_type"] == "default" else config.rope,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def check_target(path: Path, name: str, config: Any, embedding: Tensor, vocab: int) -> None:
+    """Raise CheckpointError where a drafter, by `name`, does not fit the matrix that it embeds with, or `vocab` ids."""
+    if embedding.shape[1] != config.hidden_size:
+        raise CheckpointError(
+            f"{path}: this {name} drafter is for a target of hidden size {config.target_hidden_size}, "
+            f"the embedding handed in has {embedding.shape[1]}"
+        )
+    if vocab < config.vocab_size:
+        raise CheckpointError(f"{path}: vocab_size {config.vocab_size} exceeds the target's {vocab} tokens")
 
 
 def read_weights(path: Path, prefix: str = "") -> dict[str, Tensor]:
@@ -171,6 +228,12 @@ class WeightReader:
     def __init__(self, path: Path, weights: Mapping[str, Tensor]) -> None:
         self._path, self._weights = path, weights
 
+    @classmethod
+    def of(cls, path: Path, renamed: Mapping[str, str]) -> "WeightReader":
+        """Of a directory, whose names may begin with `model.`; renamed: other exporters' names, and the usual ones."""
+        found = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
+        return cls(path, {renamed.get(name, name): tensor for name, tensor in found.items()})
+
     def __contains__(self, name: str) -> bool:
         return name in self._weights
 
@@ -198,26 +261,26 @@ class WeightReader:
         with torch.no_grad():
             parameter.copy_(value)
 
-    def fill_mlp(self, mlp: SwiGLU, prefix: str) -> None:
-        """`<prefix>{gate,up,down}_proj`."""
-        self.fill(mlp.gate_up.weight, f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight")
-        self.fill(mlp.down.weight, f"{prefix}down_proj.weight")
+    def fill_drafter(self, drafter: nn.Module, names: Mapping[str, str]) -> None:
+        """Every parameter; `names`: outside its layers, those that files call otherwise. Raises `CheckpointError`."""
+        for name, parameter in _outside_layers(drafter).items():
+            self.fill(parameter, names.get(name, name))
+        layers: Any = drafter.layers
+        for index, layer in enumerate(layers):
+            first = index == 0 and "midlayer.hidden_norm.weight" in self
+            self.fill_layer(dict(layer.named_parameters()), "midlayer." if first else f"layers.{index}.")
 
-    def fill_attention(self, attention: Attention, prefix: str) -> None:
-        """`<prefix>{q,k,v,o}_proj` with their biases and `{q,k}_norm` where the module has them; also where a file
-        holds one `qkv_proj`.
-        """
-        for kind, fused in (("weight", attention.qkv.weight), ("bias", attention.qkv.bias)):
-            if fused is not None:
-                whole = f"{prefix}qkv_proj.{kind}"
-                parts = (f"{prefix}{name}_proj.{kind}" for name in "qkv")
-                self.fill(fused, *((whole,) if whole in self else parts))
-        self.fill(attention.out.weight, f"{prefix}o_proj.weight")
-        if attention.out.bias is not None:
-            self.fill(attention.out.bias, f"{prefix}o_proj.bias")
-        if attention.q_norm is not None and attention.k_norm is not None:
-            self.fill(attention.q_norm.weight, f"{prefix}q_norm.weight")
-            self.fill(attention.k_norm.weight, f"{prefix}k_norm.weight")
+    def fill_layer(
+        self, layer: Mapping[str, Tensor], prefix: str, names: Mapping[str, tuple[str, ...]] = IN_FILES
+    ) -> None:
+        """Parameters of a decoder layer, by their names in it; queries, keys and values also from one `qkv_proj`."""
+        for name, parameter in layer.items():
+            part, kind, parts = _in_files(name, names)
+            whole = f"{prefix}self_attn.qkv_proj.{kind}"
+            if part == "attention.qkv" and whole in self:
+                self.fill(parameter, whole)
+            else:
+                self.fill(parameter, *(f"{prefix}{each}.{kind}" for each in parts))
 
     def reduced_head(self, rows: int, vocab: int) -> tuple[Tensor, Tensor]:
         """A head over some of the target's ids: `lm_head` [rows, H] and those ids [rows] int64, from `d2t`'s offsets.
@@ -260,27 +323,31 @@ class WeightReader:
         return offsets
 
 
-def attention_weights(attention: Attention, prefix: str) -> dict[str, Tensor]:
-    """The inverse of `WeightReader.fill_attention`."""
-    heads, kv_heads, head_dim = attention.shape
-    sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
-    parts = torch.split(attention.qkv.weight, sizes)
-    named = {f"{prefix}{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
-    named[f"{prefix}o_proj.weight"] = attention.out.weight
-    if attention.q_norm is not None and attention.k_norm is not None:
-        named[f"{prefix}q_norm.weight"] = attention.q_norm.weight
-        named[f"{prefix}k_norm.weight"] = attention.k_norm.weight
-    return named
+def _in_files(name: str, names: Mapping[str, tuple[str, ...]]) -> tuple[str, str, tuple[str, ...]]:
+    """A parameter of a layer: its part, whether it is a weight or a bias, and the part's names in files."""
+    part, _, kind = name.rpartition(".")
+    return part, kind, names.get(part, (part.removeprefix("convolutions."),))
 
 
-def mlp_weights(mlp: SwiGLU, prefix: str) -> dict[str, Tensor]:
-    """The inverse of `WeightReader.fill_mlp`."""
-    gate, up = mlp.gate_up.weight.chunk(2)
-    return {
-        f"{prefix}gate_proj.weight": gate,
-        f"{prefix}up_proj.weight": up,
-        f"{prefix}down_proj.weight": mlp.down.weight,
-    }
+def _outside_layers(drafter: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in drafter.named_parameters() if not name.startswith("layers.")}
+
+
+def drafter_weights(drafter: nn.Module, first: str = "layers.0.") -> dict[str, Tensor]:
+    """The inverse of `WeightReader.fill_drafter`; `first`: the prefix of the first layer."""
+    weights: dict[str, Tensor] = dict(_outside_layers(drafter))
+    layers: Any = drafter.layers
+    for index, layer in enumerate(layers):
+        prefix = f"layers.{index}." if index else first
+        heads, kv_heads, head_dim = layer.attention.shape
+        for name, parameter in layer.named_parameters():
+            part, kind, parts = _in_files(name, IN_FILES)
+            sizes: Any = len(parameter) // len(parts)
+            if part == "attention.qkv":
+                sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+            split = zip(parts, parameter.split(sizes), strict=True)
+            weights.update({f"{prefix}{each}.{kind}": rows for each, rows in split})
+    return weights
 
 
 def write_checkpoint(

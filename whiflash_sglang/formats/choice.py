@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from whiflash_kernels import routing_stats
 from whiflash_kernels.dispatch import backend_for
 from whiflash_kernels.packed import linear
@@ -213,3 +213,53 @@ def borrowed_head(matrix: Tensor, shared: SharedVocabulary | None) -> DraftHead:
     if shared is None:
         return DraftHead(matrix, None)
     return DraftHead(matrix if shared.head is None else shared.head, None, shard=shared.shard)
+
+
+class TargetsParts(nn.Module):
+    """A drafter, which embeds and chooses as the target does unless it has a matrix of its own.
+
+    Attributes:
+        target_embedding, target_lm_head: [V, H], the target's, not part of the checkpoint.
+        shared: the target's parts if its vocabulary is split or quantised: the matrices hold this process's rows, if
+            any.
+    """
+
+    target_embedding: Tensor
+    target_lm_head: Tensor
+    shared: SharedVocabulary | None = None
+
+    def __init__(self, target_embedding: Tensor, target_lm_head: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("target_embedding", target_embedding, persistent=False)
+        self.register_buffer("target_lm_head", target_lm_head, persistent=False)
+
+    @property
+    def shared_embedding(self) -> Callable[[Tensor], Tensor] | None:
+        """What it embeds with if this process does not have the whole matrix."""
+        return None if self.shared is None else self.shared.embed
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [T] int64 → [T, H]; what is embedded already stays as it is."""
+        if tokens.is_floating_point():
+            return tokens
+        shared = self.shared_embedding
+        return F.embedding(tokens, self.target_embedding) if shared is None else shared(tokens)
+
+    @property
+    def head(self) -> DraftHead:
+        """The head that it chooses by: its own, or the target's."""
+        return borrowed_head(self.target_lm_head, self.shared)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, H] → [T, K], by its head, this process's part of it."""
+        return self.head.logits(hidden)
+
+    def choose(self, hidden: Tensor) -> Choice:
+        """[T, H] → the first choice for each: the target's id, and how sure the drafter is of it."""
+        head = self.head
+        choice = head.choose(head.logits(hidden))
+        return Choice(self.target_ids(choice.token), choice.confidence)
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Ids in the draft vocabulary → ids in the target's, any shape."""
+        return draft_ids

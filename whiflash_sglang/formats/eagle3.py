@@ -7,12 +7,11 @@ at p, at RoPE position p; a later draft step feeds back the last layer's state b
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whiflash_sglang.drafts import arms
@@ -20,15 +19,15 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.checkpoint import (
     Unfilled,
     WeightReader,
-    attention_shape,
-    attention_weights,
+    check_target,
+    drafter_weights,
     integer,
     layer_ids,
-    mlp_weights,
-    read_weights,
+    trunk,
+    trunk_json,
     write_checkpoint,
 )
-from whiflash_sglang.formats.choice import Choice, DraftHead, SharedVocabulary, borrowed_head
+from whiflash_sglang.formats.choice import DraftHead, SharedVocabulary, TargetsParts
 from whiflash_sglang.formats.config_json import read_config_of
 from whiflash_sglang.formats.draft_format import DraftFormat
 from whiflash_sglang.formats.layers import (
@@ -39,7 +38,6 @@ from whiflash_sglang.formats.layers import (
     RMSNorm,
     Rotary,
     SwiGLU,
-    rope_parameters,
 )
 from whiflash_sglang.formats.packed import Linear
 
@@ -87,11 +85,6 @@ class Eagle3Config:
         """Whether it embeds with a matrix of its file instead of the target's."""
         return self.own_embedding or self.target_hidden_size != self.hidden_size
 
-    @classmethod
-    def read(cls, path: Path) -> "Eagle3Config":
-        """Parse `config.json`. Raises `CheckpointError` naming the field that does not fit."""
-        return parse(path, read_config_of(path, (ARCHITECTURE,)))
-
     def layers_of(self, num_target_layers: int) -> tuple[int, ...]:
         """Target layers whose outputs are read, for a target of that many.
 
@@ -105,30 +98,17 @@ class Eagle3Config:
         """The `config.json` that SGLang reads. Raises ValueError for variants that it does not know."""
         if self.norm_before_residual or self.head_norms or self.attention_bias or self.own_embedding:
             raise ValueError("only what SGLang loads is written")
-        plain = asdict(self)
-        for name in ("norm_before_residual", "head_norms", "attention_bias", "own_embedding"):
-            del plain[name]
-        heads = plain.pop("attention")
-        rope = plain.pop("rope")
-        layers = list(plain.pop("target_layer_ids"))
-        plain["num_hidden_layers"] = plain.pop("num_layers")
-        plain["bias"] = plain.pop("fc_bias")
-        features = plain.pop("num_features")
-        if not layers and features != 3:
-            plain["num_aux_hidden_states"] = features
+        layers = list(self.target_layer_ids)
+        own = ("target_hidden_size", "draft_vocab_size", "norm_before_fc", "fc_norm", "norm_output")
+        features = {} if layers or self.num_features == 3 else {"num_aux_hidden_states": self.num_features}
         return {
-            **plain,
+            **trunk_json(self),
+            **{name: getattr(self, name) for name in own},
+            **features,
             "architectures": [ARCHITECTURE],
             "model_type": "llama",
-            "hidden_act": "silu",
-            "tie_word_embeddings": False,
-            "num_attention_heads": heads[0],
-            "num_key_value_heads": heads[1],
-            "head_dim": heads[2],
-            "rope_theta": rope["rope_theta"],
-            "rope_scaling": None if rope["rope_type"] == "default" else rope,
-            "eagle_config": {"eagle_aux_hidden_state_layer_ids": layers} if layers else {},
-            "torch_dtype": "bfloat16",
+            "bias": self.fc_bias,
+            "eagle_config": {LAYERS_KEY: layers} if layers else {},
         }
 
 
@@ -151,20 +131,15 @@ def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
     eagle = config.get("eagle_config") or {}
     layers = layer_ids(eagle, LAYERS_KEY, path, "eagle_config.") if eagle.get(LAYERS_KEY) else ()
     draft_vocab = config.get("draft_vocab_size")
-    hidden = integer(config, "hidden_size", path)
+    common = trunk(config, path, positions=8192, eps=1e-5)
     return Eagle3Config(
-        hidden_size=hidden,
-        target_hidden_size=integer(config, "target_hidden_size", path, default=hidden),
+        **common,
+        target_hidden_size=integer(config, "target_hidden_size", path, default=common["hidden_size"]),
         intermediate_size=integer(config, "intermediate_size", path),
-        attention=attention_shape(config, path),
         num_layers=integer(config, "num_hidden_layers", path),
-        vocab_size=integer(config, "vocab_size", path),
         draft_vocab_size=None if draft_vocab is None else integer(config, "draft_vocab_size", path),
         num_features=integer(config, "num_aux_hidden_states", path, default=len(layers) or 3),
         target_layer_ids=layers,
-        rope=rope_parameters(config),
-        max_position_embeddings=integer(config, "max_position_embeddings", path, default=8192),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
         fc_bias=bool(config.get("bias", False)),
         norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
         fc_norm=bool(config.get("fc_norm") or config.get("use_aux_norm", False)),
@@ -226,25 +201,25 @@ class _Layer(nn.Module):
         return norm.add(residual, self.mlp(self.mlp_norm(residual)))
 
 
-class Eagle3Drafter(nn.Module):
+class Eagle3Drafter(TargetsParts):
     """An EAGLE-3 chain drafter.
 
     Attributes:
-        target_embedding: [V, H], the target's, not part of the checkpoint.
         d2t: [draft_vocab] int64 offsets, target id = d2t[i] + i; None where the vocabularies are the same.
     """
 
-    target_embedding: Tensor
-    target_lm_head: Tensor
     d2t: Tensor | None
-    shared: SharedVocabulary | None = None
-    """The target's parts if its vocabulary is split or quantised: two matrices hold this process's rows, or none."""
 
     def __init__(
         self, config: Eagle3Config, target_embedding: Tensor, target_lm_head: Tensor | None = None
     ) -> None:
         """Untrained. `target_lm_head` [V, H] serves where `draft_vocab_size` is None."""
-        super().__init__()
+        borrows = config.draft_vocab_size is None
+        super().__init__(target_embedding, target_lm_head if borrows else None)
+        if borrows and target_lm_head is None:
+            raise CheckpointError(
+                "this EAGLE-3 drafter has no head of its own; the target's must be handed in"
+            )
         self.config = config
         eps = config.rms_norm_eps
         width = config.num_features * config.target_hidden_size
@@ -255,14 +230,8 @@ class Eagle3Drafter(nn.Module):
         self.layers = nn.ModuleList(_Layer(config, first=index == 0) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps)
         self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
-        self.register_buffer("target_embedding", target_embedding, persistent=False)
         if config.draft_vocab_size is None:
-            if target_lm_head is None:
-                raise CheckpointError(
-                    "this EAGLE-3 drafter has no head of its own; the target's must be handed in"
-                )
             self.lm_head = None
-            self.register_buffer("target_lm_head", target_lm_head, persistent=False)
             self.register_buffer("d2t", None)
         else:
             self.lm_head = Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -324,19 +293,7 @@ class Eagle3Drafter(nn.Module):
     @property
     def head(self) -> DraftHead:
         """The head that it chooses by: its own, or the target's."""
-        if self.lm_head is None:
-            return borrowed_head(self.target_lm_head, self.shared)
-        return DraftHead(self.lm_head.weight, None)
-
-    def logits(self, logits_hidden: Tensor) -> Tensor:
-        """[T, H] → [T, draft_vocab], this process's part of it."""
-        return self.head.logits(logits_hidden)
-
-    def choose(self, logits_hidden: Tensor) -> Choice:
-        """[T, H] → the first choice for each: the target's id, and how sure the drafter is of it."""
-        head = self.head
-        choice = head.choose(head.logits(logits_hidden))
-        return Choice(self.target_ids(choice.token), choice.confidence)
+        return super().head if self.lm_head is None else DraftHead(self.lm_head.weight, None)
 
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """Ids in the draft vocabulary → ids in the target's, any shape."""
@@ -345,18 +302,12 @@ class Eagle3Drafter(nn.Module):
     @property
     def embeds_alone(self) -> bool:
         """Whether this process has the whole matrix that it embeds with."""
-        return self._shared_embedding is None
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [T] int64 → [T, H]; what is embedded already stays as it is."""
-        if tokens.is_floating_point():
-            return tokens
-        shared = self._shared_embedding
-        return F.embedding(tokens, self.target_embedding) if shared is None else shared(tokens)
+        return self.shared_embedding is None
 
     @property
-    def _shared_embedding(self) -> Callable[[Tensor], Tensor] | None:
-        return None if self.shared is None or self.config.brings_embedding else self.shared.embed
+    def shared_embedding(self) -> Callable[[Tensor], Tensor] | None:
+        """None too if it brings an embedding."""
+        return None if self.config.brings_embedding else super().shared_embedding
 
     def _below_last(
         self, tokens: Tensor, hidden: Tensor, angles: Angles, attend: Attend | None
@@ -389,74 +340,29 @@ class Eagle3Drafter(nn.Module):
         Raises:
             CheckpointError: naming what is missing or does not fit.
         """
-        config = config or Eagle3Config.read(path)
-        found = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
-        reader = WeightReader(path, {_NAMES.get(name, name): tensor for name, tensor in found.items()})
+        config = config or parse(path, read_config_of(path, (ARCHITECTURE,)))
+        reader = WeightReader.of(path, _NAMES)
         vocab = shared.size if shared else len(target_embedding)
         if config.brings_embedding:
             target_embedding = reader.tensor("embed_tokens.weight").to(device=device, dtype=dtype)
             vocab = len(target_embedding)
-        _check_target(path, config, vocab, target_embedding.shape[1])
+        check_target(path, "EAGLE-3", config, target_embedding, vocab)
         with Unfilled(dtype):
             drafter = cls(config, target_embedding, target_lm_head)
         drafter.shared = shared
-        for name, parameter in drafter._plain_parameters().items():
-            reader.fill(parameter, name)
-        for index, layer in enumerate(drafter.layers):
-            prefix = (
-                "midlayer." if index == 0 and "midlayer.hidden_norm.weight" in reader else f"layers.{index}."
-            )
-            _fill_layer(reader, layer, prefix)
+        reader.fill_drafter(drafter, {})
         if config.draft_vocab_size is not None:
             drafter.d2t = reader.offsets("d2t", config.draft_vocab_size, config.vocab_size)
         return drafter.to(device=device, dtype=dtype).eval()
 
     def save(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write `config.json` and `model.safetensors`; SGLang's `EAGLE3` loads the result as it is."""
-        weights: dict[str, Tensor] = dict(self._plain_parameters())
-        for index, layer in enumerate(self.layers):
-            weights.update(_layer_weights(layer, "midlayer." if index == 0 else f"layers.{index}."))
+        weights = drafter_weights(self, "midlayer.")
         if self.d2t is not None:
             known = torch.zeros(self.config.vocab_size, dtype=torch.bool)
             known[self.target_ids(torch.arange(len(self.d2t), device=self.d2t.device)).cpu()] = True
             weights |= {"d2t": self.d2t, "t2d": known}
         write_checkpoint(path, self.config.to_json(), weights, dtype)
-
-    def _plain_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters whose name in the checkpoint is their name here."""
-        layers = tuple(f"layers.{index}." for index in range(self.num_layers))
-        return {name: value for name, value in self.named_parameters() if not name.startswith(layers)}
-
-
-def _fill_layer(reader: WeightReader, layer: Any, prefix: str) -> None:
-    reader.fill_attention(layer.attention, f"{prefix}self_attn.")
-    reader.fill_mlp(layer.mlp, f"{prefix}mlp.")
-    reader.fill(layer.hidden_norm.weight, f"{prefix}hidden_norm.weight")
-    reader.fill(layer.mlp_norm.weight, f"{prefix}post_attention_layernorm.weight")
-    if layer.embedding_norm is not None:
-        reader.fill(layer.embedding_norm.weight, f"{prefix}input_layernorm.weight")
-
-
-def _layer_weights(layer: Any, prefix: str) -> dict[str, Tensor]:
-    weights = {
-        **attention_weights(layer.attention, f"{prefix}self_attn."),
-        **mlp_weights(layer.mlp, f"{prefix}mlp."),
-        f"{prefix}hidden_norm.weight": layer.hidden_norm.weight,
-        f"{prefix}post_attention_layernorm.weight": layer.mlp_norm.weight,
-    }
-    if layer.embedding_norm is not None:
-        weights[f"{prefix}input_layernorm.weight"] = layer.embedding_norm.weight
-    return weights
-
-
-def _check_target(path: Path, config: Eagle3Config, vocab: int, hidden: int) -> None:
-    if hidden != config.hidden_size:
-        raise CheckpointError(
-            f"{path}: this EAGLE-3 drafter is for a target of hidden size {config.target_hidden_size}, "
-            f"the embedding handed in has {hidden}"
-        )
-    if vocab < config.vocab_size:
-        raise CheckpointError(f"{path}: vocab_size {config.vocab_size} exceeds the target's {vocab} tokens")
 
 
 FORMAT = DraftFormat(

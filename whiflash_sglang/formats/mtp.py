@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from whiflash_kernels.layers import silu_and_mul
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.formats.checkpoint import WeightReader, attention_shape, integer, number, read_weights
-from whiflash_sglang.formats.choice import Choice, DraftHead, SharedVocabulary, borrowed_head
+from whiflash_sglang.formats.checkpoint import IN_FILES, WeightReader, integer, number, read_weights, trunk
+from whiflash_sglang.formats.choice import SharedVocabulary, TargetsParts
 from whiflash_sglang.formats.draft_format import DraftFormat
 from whiflash_sglang.formats.layers import (
     Attend,
@@ -28,7 +27,6 @@ from whiflash_sglang.formats.layers import (
     RMSNorm,
     Rotary,
     SwiGLU,
-    rope_parameters,
 )
 from whiflash_sglang.formats.packed import Linear
 
@@ -102,7 +100,9 @@ class Experts(nn.Module):
             reader.fill(gate_up[expert], f"{own}gate_proj.weight", f"{own}up_proj.weight")
             reader.fill(down[expert].t(), f"{own}down_proj.weight")
         if self.shared is not None:
-            reader.fill_mlp(self.shared, f"{prefix}shared_experts.")
+            shared = (f"{prefix}shared_experts.{name}_proj.weight" for name in ("gate", "up"))
+            reader.fill(self.shared.gate_up.weight, *shared)
+            reader.fill(self.shared.down.weight, f"{prefix}shared_experts.down_proj.weight")
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] → [T, H]."""
@@ -156,6 +156,8 @@ class Experts(nn.Module):
 
 
 COUNT = "num_nextn_predict_layers"
+POSITIONS, EPS = 32768, 1e-6
+"""Defaults of a target that names none."""
 
 
 class Names(NamedTuple):
@@ -222,10 +224,9 @@ def parse_mimo(path: Path, config: Mapping[str, Any]) -> MTPConfig:
         names=MIMO,
         intermediate_size=integer(config, "intermediate_size", path),
         routed=None,
-        attention=attention_shape(config, path),
         attention_bias=True,
         blank_first=True,
-        **_common(path, config),
+        **trunk(config, path, positions=POSITIONS, eps=EPS),
     )
 
 
@@ -238,10 +239,9 @@ def parse_glm(path: Path, config: Mapping[str, Any]) -> MTPConfig:
         names=DEEPSEEK,
         intermediate_size=0,
         routed=read_routed(path, config),
-        attention=attention_shape(config, path),
         attention_bias=bool(config.get("attention_bias", False)),
         head_norms=bool(config.get("use_qk_norm", False)),
-        **_common(path, rotated),
+        **trunk(rotated, path, positions=POSITIONS, eps=EPS),
     )
 
 
@@ -262,27 +262,8 @@ def _check(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _common(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "hidden_size": integer(config, "hidden_size", path),
-        "vocab_size": integer(config, "vocab_size", path),
-        "rope": rope_parameters(config),
-        "max_position_embeddings": integer(config, "max_position_embeddings", path, default=32768),
-        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-    }
-
-
-class MTPDrafter(nn.Module):
-    """A chain drafter of one decoder layer that shares the target's embedding and head.
-
-    Attributes:
-        target_embedding, target_lm_head: [V, H], the target's, not read from its files again.
-        shared: of the target, where its vocabulary is split or quantised: the two matrices hold this process's rows, or
-            none.
-    """
-
-    target_embedding: Tensor
-    target_lm_head: Tensor
+class MTPDrafter(TargetsParts):
+    """A chain drafter of one decoder layer that shares the target's embedding and head, which are not read again."""
 
     def __init__(
         self,
@@ -291,7 +272,7 @@ class MTPDrafter(nn.Module):
         target_lm_head: Tensor,
         shared: SharedVocabulary | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(target_embedding, target_lm_head)
         self.config, self.shared = config, shared
         size, eps = config.hidden_size, config.rms_norm_eps
         self.embedding_norm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
@@ -311,8 +292,6 @@ class MTPDrafter(nn.Module):
         )
         self.norm = RMSNorm(size, eps)
         self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
-        self.register_buffer("target_embedding", target_embedding, persistent=False)
-        self.register_buffer("target_lm_head", target_lm_head, persistent=False)
 
     @property
     def draft_vocab_size(self) -> int:
@@ -338,27 +317,6 @@ class MTPDrafter(nn.Module):
         residual = residual + self.mlp(self.mlp_norm(residual))
         normed = self.norm(residual)
         return normed, normed
-
-    def choose(self, logits_hidden: Tensor) -> Choice:
-        """[T, H] → the first choice for each, and how sure the head is of it."""
-        head = self.head
-        return head.choose(head.logits(logits_hidden))
-
-    @property
-    def head(self) -> DraftHead:
-        """The head that it chooses by."""
-        return borrowed_head(self.target_lm_head, self.shared)
-
-    def target_ids(self, draft_ids: Tensor) -> Tensor:
-        """It drafts the target's ids."""
-        return draft_ids
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [T] int64 → [T, H]; what is embedded already stays as it is."""
-        if tokens.is_floating_point():
-            return tokens
-        shared = None if self.shared is None else self.shared.embed
-        return F.embedding(tokens, self.target_embedding) if shared is None else shared(tokens)
 
     def peak_bytes(self, rows: int) -> int:
         """Bytes that its experts take for so many rows of a draft pass."""
@@ -397,24 +355,17 @@ class MTPDrafter(nn.Module):
 
     def _fill(self, reader: WeightReader) -> None:
         prefix, names = self.config.prefix, self.config.names
-        norms = {
-            names.embedding_norm: self.embedding_norm,
-            names.hidden_norm: self.hidden_norm,
-            names.norm: self.norm,
-            "input_layernorm": self.input_norm,
-            "post_attention_layernorm": self.mlp_norm,
+        own = {
+            name: (getattr(names, name),) for name in ("embedding_norm", "hidden_norm", "projection", "norm")
         }
-        for name, norm in norms.items():
-            reader.fill(norm.weight, f"{prefix}{name}.weight")
-        reader.fill(self.projection.weight, f"{prefix}{names.projection}.weight")
+        experts = isinstance(self.mlp, Experts)
+        plain = {name: p for name, p in self.named_parameters() if not (experts and name.startswith("mlp."))}
+        reader.fill_layer(plain, prefix, {**IN_FILES, **own})
         if names.hidden_first:
             with torch.no_grad():
                 self.projection.weight.copy_(torch.cat(self.projection.weight.chunk(2, 1)[::-1], 1))
-        reader.fill_attention(self.attention, f"{prefix}self_attn.")
         if isinstance(self.mlp, Experts):
             self.mlp.fill(reader, f"{prefix}mlp.")
-        else:
-            reader.fill_mlp(self.mlp, f"{prefix}mlp.")
 
 
 FORMATS = (

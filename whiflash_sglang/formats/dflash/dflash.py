@@ -7,10 +7,10 @@ head are the target's. Numerics follow `sglang/srt/models/dflash.py` of SGLang 0
 Other formats share this trunk: they add to its layers, or to how its states become tokens (`propose`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,12 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.checkpoint import (
     Unfilled,
     WeightReader,
-    attention_weights,
-    mlp_weights,
-    read_weights,
+    check_target,
+    drafter_weights,
     write_checkpoint,
 )
-from whiflash_sglang.formats.choice import Choice, DraftHead, SharedVocabulary, borrowed_head
+from whiflash_sglang.formats.choice import Choice, DraftHead, SharedVocabulary, TargetsParts
+from whiflash_sglang.formats.config_json import read_config_of
 from whiflash_sglang.formats.dflash.dflash_config import (
     ALIASES,
     ARCHITECTURE,
@@ -80,11 +80,6 @@ class BlockConv(nn.Module):
             out = out + kernel[:, tap] * earlier
         return out
 
-    def fill(self, reader: WeightReader, prefix: str) -> None:
-        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
-        reader.fill(self.base_kernel, f"{prefix}base_kernel")
-        reader.fill(self.kernel_projection.weight, f"{prefix}kernel_projection.weight")
-
 
 class DFlashLayer(nn.Module):
     """A decoder layer; its K and V are computed in the same way from the context."""
@@ -124,16 +119,6 @@ class DFlashLayer(nn.Module):
         mixed: Tensor = around.convolve(sublayer(around.convolve(x, before, rows)), after, rows)
         return mixed
 
-    def fill(self, reader: WeightReader, prefix: str) -> None:
-        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
-        reader.fill_attention(self.attention, f"{prefix}self_attn.")
-        reader.fill_mlp(self.mlp, f"{prefix}mlp.")
-        reader.fill(self.input_norm.weight, f"{prefix}input_layernorm.weight")
-        reader.fill(self.mlp_norm.weight, f"{prefix}post_attention_layernorm.weight")
-        convolutions: Any = self.convolutions.items()
-        for name, convolution in convolutions:
-            convolution.fill(reader, f"{prefix}{name}.")
-
 
 def norm_of(config: DFlashConfig) -> type[RMSNorm]:
     """The kind of norm that a checkpoint has throughout."""
@@ -156,16 +141,6 @@ def fold_variants(config: DFlashConfig, attention: Attention) -> None:
             norm.weight.copy_(half_split(norm.weight, 1, width))
 
 
-def layer_weights(layer: Any, prefix: str) -> dict[str, Tensor]:
-    """The inverse of `DFlashLayer.fill`, of a plain layer."""
-    return {
-        **attention_weights(layer.attention, f"{prefix}self_attn."),
-        **mlp_weights(layer.mlp, f"{prefix}mlp."),
-        f"{prefix}input_layernorm.weight": layer.input_norm.weight,
-        f"{prefix}post_attention_layernorm.weight": layer.mlp_norm.weight,
-    }
-
-
 _NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 """Tensor names of other exporters."""
 
@@ -173,26 +148,23 @@ MASK_EMBEDDING = "mask_embedding.pt"
 """A trained embedding of the mask token beside the weights, as SGLang 0.5.23 reads it."""
 
 
-class DFlashDrafter(nn.Module):
+class DFlashDrafter(TargetsParts):
     """A block-diffusion drafter.
 
-    Attributes: `target_embedding` and `target_lm_head` [V, H], the target's, not part of the checkpoint;
-    `embedding_scale`, what that target multiplies its embedding by (Gemma), to be set for it; `head`, what it chooses
-    from.
+    Attributes: `embedding_scale`, what the target multiplies its embedding by (Gemma), to be set for it; `head`, its
+    own, over the target ids that it drafts, or the target's.
     """
 
-    target_embedding: Tensor
     embedding_scale: float = 1.0
-    target_lm_head: Tensor
     target_mtp: Tensor | None
     own_ids: Tensor | None
     mask_embedding: Tensor | None
-    shared: SharedVocabulary | None = None
-    """The target's parts if its vocabulary is split or quantised: two matrices hold this process's rows, or none."""
+    names: ClassVar[Mapping[str, str]] = {}
+    """Parameters that a format adds to the trunk, and other names of theirs in files."""
 
     def __init__(self, config: DFlashConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
         """Untrained."""
-        super().__init__()
+        super().__init__(target_embedding, target_lm_head)
         self.config = config
         size, eps = config.hidden_size, config.rms_norm_eps
         norm = norm_of(config)
@@ -201,8 +173,6 @@ class DFlashDrafter(nn.Module):
         self.layers = nn.ModuleList(DFlashLayer(config) for _ in range(config.num_layers))
         self.norm = norm(size, eps)
         self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
-        self.register_buffer("target_embedding", target_embedding, persistent=False)
-        self.register_buffer("target_lm_head", target_lm_head, persistent=False)
         for name in ("target_mtp", "own_ids", "mask_embedding"):
             self.register_buffer(name, None, persistent=False)
         self._context: tuple[Tensor, Tensor | None, Tensor] | None = None
@@ -229,10 +199,8 @@ class DFlashDrafter(nn.Module):
 
     @property
     def head(self) -> DraftHead:
-        """The head that it chooses by: its own, over the target ids that it drafts, or the target's."""
-        if self.target_mtp is not None:
-            return DraftHead(self.target_mtp, self.own_ids)
-        return borrowed_head(self.target_lm_head, self.shared)
+        """As of the class."""
+        return super().head if self.target_mtp is None else DraftHead(self.target_mtp, self.own_ids)
 
     def fuse(self, features: Tensor) -> Tensor:
         """`features` [T, len(target_layer_ids) · H] → the context feature [T, H] that all layers share."""
@@ -254,10 +222,7 @@ class DFlashDrafter(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[T] int64 → [T, H], as the target embeds them."""
-        if self.shared is not None and self.shared.embed is not None:
-            hidden = self.shared.embed(tokens)
-        else:
-            hidden = F.embedding(tokens, self.target_embedding)
+        hidden = super().embed(tokens)
         return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -292,10 +257,6 @@ class DFlashDrafter(nn.Module):
         """[B, rows, H] → the states [B, wanted, H] that draft."""
         first = 0 if self.config.from_anchor else 1
         return states[:, first : first + wanted]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[T, H] → [T, K], by its head."""
-        return self.head.logits(hidden)
 
     def train(self, mode: bool = True) -> "DFlashDrafter":
         """Switch modes; the stacked projection is kept in evaluation mode only."""
@@ -337,12 +298,10 @@ class DFlashDrafter(nn.Module):
         Raises:
             CheckpointError: naming what is missing or does not fit.
         """
-        config = config or DFlashConfig.read(path)
-        _check_target(
-            path, config, shared.size if shared else len(target_embedding), target_embedding.shape[1]
-        )
-        found = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
-        reader = WeightReader(path, {_NAMES.get(name, name): tensor for name, tensor in found.items()})
+        config = config or parse(path, read_config_of(path, (ARCHITECTURE, *ALIASES)), DFlashConfig)
+        vocab = shared.size if shared else len(target_embedding)
+        check_target(path, "DFlash", config, target_embedding, vocab)
+        reader = WeightReader.of(path, _NAMES)
         with Unfilled(dtype):
             drafter = cls(config, target_embedding, target_lm_head)
         drafter.shared = shared
@@ -352,11 +311,9 @@ class DFlashDrafter(nn.Module):
 
     def fill(self, reader: WeightReader) -> None:
         """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
-        for name in ("fc", "hidden_norm", "norm"):
-            reader.fill(self.get_parameter(f"{name}.weight"), f"{name}.weight")
+        reader.fill_drafter(self, self.names)
         layers: list[Any] = list(self.layers)
-        for index, layer in enumerate(layers):
-            layer.fill(reader, f"layers.{index}.")
+        for layer in layers:
             fold_variants(self.config, layer.attention)
         if self.config.draft_vocab_size is not None:
             self.target_mtp, self.own_ids = reader.reduced_head(
@@ -369,28 +326,7 @@ class DFlashDrafter(nn.Module):
         Raises:
             ValueError: a variant, which is read only.
         """
-        write_checkpoint(path, self.config.to_json(), self.tensors(), dtype)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The checkpoint's, by their published names."""
-        tensors: dict[str, Tensor] = {
-            f"{name}.weight": self.get_parameter(f"{name}.weight") for name in ("fc", "hidden_norm", "norm")
-        }
-        for index, layer in enumerate(self.layers):
-            tensors.update(layer_weights(layer, f"layers.{index}."))
-        return tensors
-
-
-def _check_target(path: Path, config: DFlashConfig, vocab: int, hidden: int) -> None:
-    if hidden != config.hidden_size:
-        raise CheckpointError(
-            f"{path}: this DFlash drafter is for a target of hidden size {config.hidden_size}, "
-            f"the embedding handed in has {hidden}"
-        )
-    if config.mask_token_id >= vocab:
-        raise CheckpointError(
-            f"{path}: mask_token_id {config.mask_token_id} is outside the target's vocabulary of {vocab}"
-        )
+        write_checkpoint(path, self.config.to_json(), drafter_weights(self), dtype)
 
 
 def _mask_embedding(path: Path, config: DFlashConfig) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.formats.checkpoint import WeightReader, integer, number
+from whiflash_sglang.formats.checkpoint import integer, number
 from whiflash_sglang.formats.choice import Choice, DraftHead, choose
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
@@ -81,12 +81,6 @@ class DFlash2Drafter(DFlashDrafter):
         """Untrained."""
         super().__init__(config, target_embedding, target_lm_head)
         self.candidate_selector = CandidateSelector(config)
-
-    def fill(self, reader: WeightReader) -> None:
-        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
-        super().fill(reader)
-        for name, parameter in self.candidate_selector.named_parameters():
-            reader.fill(parameter, f"candidate_selector.{name}")
 
     def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
         """As `DFlashDrafter.propose`, among the candidates of every row."""

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.formats.checkpoint import attention_shape, integer, layer_ids, number
-from whiflash_sglang.formats.config_json import read_config_of
+from whiflash_sglang.formats.checkpoint import integer, layer_ids, number, trunk, trunk_json
 from whiflash_sglang.formats.draft_format import merged
-from whiflash_sglang.formats.layers import AttentionShape, Clamped, rope_parameters
+from whiflash_sglang.formats.layers import AttentionShape, Clamped
 
 ARCHITECTURE = "DFlashDraftModel"
 ALIASES = ("MuseGlimmerAssistantModel",)
@@ -117,11 +116,6 @@ class DFlashConfig:
         span = num_target_layers - 4
         return tuple(round(1 + index * span / (self.num_layers - 1)) for index in range(self.num_layers))
 
-    @classmethod
-    def read(cls, path: Path) -> "DFlashConfig":
-        """Parse a `DFlashDraftModel`'s `config.json`. Raises `CheckpointError` naming the field that does not fit."""
-        return parse(path, read_config_of(path, (ARCHITECTURE, *ALIASES)), cls)
-
     def to_json(self) -> dict[str, Any]:
         """The `config.json` that SGLang reads. Raises ValueError for variants, which are read only."""
         if self.variant or self.from_anchor or type(self) is not DFlashConfig:
@@ -137,24 +131,11 @@ class DFlashConfig:
     def trunk_json(self) -> dict[str, Any]:
         """Sizes, as every format of the family spells them."""
         return {
+            **trunk_json(self),
             "model_type": "qwen3",
-            "hidden_act": "silu",
             "attention_bias": False,
-            "tie_word_embeddings": False,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_attention_heads": self.attention.heads,
-            "num_key_value_heads": self.attention.kv_heads,
-            "head_dim": self.attention.head_dim,
-            "num_hidden_layers": self.num_layers,
             "layer_types": ["full_attention"] * self.num_layers,
-            "vocab_size": self.vocab_size,
             "num_target_layers": self.num_target_layers,
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope["rope_theta"],
-            "rope_scaling": None if self.rope["rope_type"] == "default" else self.rope,
-            "torch_dtype": "bfloat16",
         }
 
     @property
@@ -191,19 +172,13 @@ def parse(
     """
     settings = merged(path, config, "text_config", "dflash_config")
     _refuse_variants(path, settings, known)
-    vocab = integer(settings, "vocab_size", path)
     layers = integer(settings, "num_hidden_layers", path)
     parsed = {
-        "hidden_size": integer(settings, "hidden_size", path),
+        **trunk(settings, path, positions=32768, eps=1e-6),
         "intermediate_size": integer(settings, "intermediate_size", path),
-        "attention": attention_shape(settings, path),
         "num_layers": layers,
-        "vocab_size": vocab,
-        "mask_token_id": _mask(path, settings, vocab),
+        "mask_token_id": _mask(path, settings),
         **_target_layers(path, settings),
-        "rope": rope_parameters(settings),
-        "max_position_embeddings": integer(settings, "max_position_embeddings", path, default=32768),
-        "rms_norm_eps": number(settings, "rms_norm_eps", path, default=1e-6),
         "spans": _spans(path, settings, layers),
         "attention_bias": bool(settings.get("attention_bias", False)),
         "gemma_norm": bool(settings.get("use_gemma_norm", False)),
@@ -226,8 +201,8 @@ def _refuse_variants(path: Path, settings: Mapping[str, Any], known: tuple[str, 
             )
 
 
-def _mask(path: Path, settings: Mapping[str, Any], vocab: int) -> int:
-    mask = settings.get("mask_token_id")
+def _mask(path: Path, settings: Mapping[str, Any]) -> int:
+    vocab, mask = integer(settings, "vocab_size", path), settings.get("mask_token_id")
     if not isinstance(mask, int) or isinstance(mask, bool) or not 0 <= mask < vocab:
         raise CheckpointError(
             f"{path}/config.json: mask_token_id {mask!r} is not in the target's vocabulary of {vocab}"

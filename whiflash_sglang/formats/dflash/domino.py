@@ -10,27 +10,19 @@ that the block likes best.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.formats.checkpoint import WeightReader, integer
+from whiflash_sglang.formats.checkpoint import integer
 from whiflash_sglang.formats.choice import Choice, DraftHead
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
 from whiflash_sglang.formats.draft_format import DraftFormat, merged
 from whiflash_sglang.formats.packed import Linear
-
-_PARAMETERS = {
-    "prefix_gru.weight_ih": "prefix_gru.weight_ih_l0",
-    "prefix_gru.weight_hh": "prefix_gru.weight_hh_l0",
-    "embed_proj.0.weight": "embed_proj.0.weight",
-    "embed_proj.2.weight": "embed_proj.2.weight",
-}
-"""Parts that it adds to the trunk: here, and in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +64,10 @@ class DominoDrafter(DFlashDrafter):
     """A block drafter whose tokens depend on all of those before them in the block."""
 
     config: DominoConfig
+    names: ClassVar[Mapping[str, str]] = {
+        "prefix_gru.weight_ih": "prefix_gru.weight_ih_l0",
+        "prefix_gru.weight_hh": "prefix_gru.weight_hh_l0",
+    }
 
     def __init__(self, config: DominoConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
         """Untrained."""
@@ -88,12 +84,6 @@ class DominoDrafter(DFlashDrafter):
     def head(self) -> DraftHead:
         """The target's head, with the rows of W2 beside it."""
         return super().head.beside(self.get_parameter("embed_proj.2.weight"))
-
-    def fill(self, reader: WeightReader) -> None:
-        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
-        super().fill(reader)
-        for name, published in _PARAMETERS.items():
-            reader.fill(self.get_parameter(name), published)
 
     def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
         """As `DFlashDrafter.propose`, each token but the first corrected by the state of those before it."""

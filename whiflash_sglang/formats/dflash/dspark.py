@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.formats.checkpoint import WeightReader, integer
+from whiflash_sglang.formats.checkpoint import integer
 from whiflash_sglang.formats.choice import Choice, DraftHead
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
@@ -125,12 +125,6 @@ class DSparkDrafter(DFlashDrafter):
         rows = self.get_parameter("markov_head.markov_w2.weight") if self.config.markov_rank else None
         return super().head.beside(rows)
 
-    def fill(self, reader: WeightReader) -> None:
-        """Fill it from the checkpoint's tensors; raises `CheckpointError` naming what is missing or does not fit."""
-        super().fill(reader)
-        for name, parameter in self.heads().items():
-            reader.fill(parameter, name)
-
     def heads(self) -> dict[str, nn.Parameter]:
         """Parts that it adds to the trunk, by published names."""
         return {
@@ -138,10 +132,6 @@ class DSparkDrafter(DFlashDrafter):
             for name, parameter in self.named_parameters()
             if name.startswith(("markov_head.", "confidence_head."))
         }
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The checkpoint's, by their published names."""
-        return {**super().tensors(), **self.heads()}
 
     def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
         """As `DFlashDrafter.propose`, each token corrected by the one before it."""
