@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.files.jsonl import read_json_file
+from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.layers import AttentionShape, rope_parameters
 
 WEIGHTS = "model.safetensors"
@@ -47,9 +48,7 @@ def integer(
     if value is None:
         value = default
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise CheckpointError(
-            f"{path}/config.json: {key} must be an integer of at least {minimum}, got {value!r:.200}"
-        )
+        raise misfit(path, f"{key} must be an integer of at least {minimum}, got {value!r:.200}")
     return value
 
 
@@ -59,7 +58,7 @@ def number(config: Mapping[str, Any], key: str, path: Path, *, default: float | 
     if value is None:
         value = default
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise CheckpointError(f"{path}/config.json: {key} must be a number, got {value!r:.200}")
+        raise misfit(path, f"{key} must be a number, got {value!r:.200}")
     return float(value)
 
 
@@ -68,9 +67,7 @@ def layer_ids(config: Mapping[str, Any], key: str, path: Path, section: str = ""
     layers = config.get(key)
     whole = isinstance(layers, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in layers)
     if not isinstance(layers, list) or not layers or not whole:
-        raise CheckpointError(
-            f"{path}/config.json: {section}{key} must be a list of layer numbers, got {layers!r:.200}"
-        )
+        raise misfit(path, f"{section}{key} must be a list of layer numbers, got {layers!r:.200}")
     return tuple(layers)
 
 
@@ -80,9 +77,7 @@ def attention_shape(config: Mapping[str, Any], path: Path) -> AttentionShape:
     kv_heads = integer(config, "num_key_value_heads", path, default=heads)
     hidden = integer(config, "hidden_size", path)
     if heads % kv_heads:
-        raise CheckpointError(
-            f"{path}/config.json: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}"
-        )
+        raise misfit(path, f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
     return AttentionShape(heads, kv_heads, integer(config, "head_dim", path, default=hidden // heads))
 
 

@@ -7,6 +7,11 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.files.jsonl import read_json_file
 
 
+def misfit(path: Path, text: str) -> CheckpointError:
+    """`text` of the `config.json` of a checkpoint directory, which does not fit."""
+    return CheckpointError(f"{path}/config.json: {text}")
+
+
 def read_json_config(path: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint directory. Raises `CheckpointError` where it is missing or damaged."""
     file = path / "config.json"
@@ -31,7 +36,5 @@ def read_config_of(path: Path, architectures: tuple[str, ...]) -> dict[str, Any]
     """
     config = read_json_config(path)
     if not set(architectures).intersection(config.get("architectures") or []):
-        raise CheckpointError(
-            f"{path}/config.json: architectures is {config.get('architectures')}, expected {list(architectures)}"
-        )
+        raise misfit(path, f"architectures is {config.get('architectures')}, expected {list(architectures)}")
     return config

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.formats.config_json import misfit
 
 Json = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ def merged(path: Path, config: Json, *sections: str) -> dict[str, Any]:
     for name in sections:
         section = config.get(name) or {}
         if not isinstance(section, Mapping):
-            raise CheckpointError(f"{path}/config.json: {name} must be an object, got {section!r}")
+            raise misfit(path, f"{name} must be an object, got {section!r}")
         settings |= section
     return settings
 
@@ -70,9 +70,10 @@ def pick(formats: Mapping[str, DraftFormat], config: Json, path: Path) -> DraftF
     key = format_key(path, config)
     if key in formats:
         return formats[str(key)]
-    raise CheckpointError(
-        f"{path}/config.json: {_spelled(path, config)} is no draft architecture that is known here "
-        f"(known: {', '.join(sorted(formats))})"
+    raise misfit(
+        path,
+        f"{_spelled(path, config)} is no draft architecture that is known here "
+        f"(known: {', '.join(sorted(formats))})",
     )
 
 

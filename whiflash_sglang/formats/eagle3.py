@@ -28,7 +28,7 @@ from whiflash_sglang.formats.checkpoint import (
     write_checkpoint,
 )
 from whiflash_sglang.formats.choice import DraftHead, SharedVocabulary, TargetsParts
-from whiflash_sglang.formats.config_json import read_config_of
+from whiflash_sglang.formats.config_json import misfit, read_config_of
 from whiflash_sglang.formats.draft_format import DraftFormat
 from whiflash_sglang.formats.layers import (
     Angles,
@@ -115,19 +115,13 @@ class Eagle3Config:
 def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
     """A `LlamaForCausalLMEagle3`'s configuration. Raises `CheckpointError` naming the field that does not fit."""
     if config.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(
-            f"{path}/config.json: hidden_act {config['hidden_act']!r} is not supported, only silu"
-        )
+        raise misfit(path, f"hidden_act {config['hidden_act']!r} is not supported, only silu")
     if config.get("architectures") == ["LlamaForCausalLM"] and not config.get("draft_vocab_size"):
-        raise CheckpointError(
-            f"{path}/config.json: a LlamaForCausalLM without draft_vocab_size is a target, not an EAGLE-3 drafter"
-        )
+        raise misfit(path, "a LlamaForCausalLM without draft_vocab_size is a target, not an EAGLE-3 drafter")
     if config.get("rope_is_neox_style") is False:
-        raise CheckpointError(f"{path}/config.json: rope_is_neox_style false is not supported")
+        raise misfit(path, "rope_is_neox_style false is not supported")
     if config.get("tie_word_embeddings"):
-        raise CheckpointError(
-            f"{path}/config.json: tie_word_embeddings is not supported for an EAGLE-3 drafter"
-        )
+        raise misfit(path, "tie_word_embeddings is not supported for an EAGLE-3 drafter")
     eagle = config.get("eagle_config") or {}
     layers = layer_ids(eagle, LAYERS_KEY, path, "eagle_config.") if eagle.get(LAYERS_KEY) else ()
     draft_vocab = config.get("draft_vocab_size")
@@ -166,9 +160,10 @@ def parse_deepspec(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
 def check_one_layer(path: Path, config: Eagle3Config) -> None:
     """Raise CheckpointError for several layers in a format whose upper layers no public code defines."""
     if config.num_layers != 1:
-        raise CheckpointError(
-            f"{path}/config.json: num_hidden_layers {config.num_layers}: several layers of EAGLE-3 are read from a "
-            f"{ARCHITECTURE} only"
+        raise misfit(
+            path,
+            f"num_hidden_layers {config.num_layers}: several layers of EAGLE-3 are read from a "
+            f"{ARCHITECTURE} only",
         )
 
 

@@ -8,6 +8,7 @@ step feeds back the head's own state behind its final norm. Numerics follow `mim
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from whiflash_kernels.layers import silu_and_mul
 
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.checkpoint import IN_FILES, WeightReader, integer, number, read_weights, trunk
 from whiflash_sglang.formats.choice import SharedVocabulary, TargetsParts
+from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.draft_format import DraftFormat
 from whiflash_sglang.formats.layers import (
     Attend,
@@ -54,9 +55,7 @@ def read_routed(path: Path, config: Mapping[str, Any]) -> Routed:
     """The experts of a GLM-4.5 layer. Raises `CheckpointError` naming the key that does not fit."""
     for key, served in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("hidden_act", "silu")):
         if config.get(key, served) != served:
-            raise CheckpointError(
-                f"{path}/config.json: {key} {config[key]!r} is not supported, only {served}"
-            )
+            raise misfit(path, f"{key} {config[key]!r} is not supported, only {served}")
     size = integer(config, "moe_intermediate_size", path)
     return Routed(
         experts=integer(config, "n_routed_experts", path),
@@ -249,17 +248,11 @@ def _check(path: Path, config: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` where the target has no head, several, or one that is not read."""
     count = config.get(COUNT) or 0
     if not count:
-        raise CheckpointError(
-            f"{path}/config.json: {COUNT} is {config.get(COUNT)}: this target has no next-token head of its own"
-        )
+        raise misfit(path, f"{COUNT} is {config.get(COUNT)}: this target has no next-token head of its own")
     if count != 1:
-        raise CheckpointError(
-            f"{path}/config.json: {COUNT} is {count}; only one next-token head is supported"
-        )
+        raise misfit(path, f"{COUNT} is {count}; only one next-token head is supported")
     if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{path}/config.json: quantization_config: the next-token head of a quantised target is not supported"
-        )
+        raise misfit(path, "quantization_config: the next-token head of a quantised target is not supported")
 
 
 class MTPDrafter(TargetsParts):
@@ -368,29 +361,22 @@ class MTPDrafter(TargetsParts):
             self.mlp.fill(reader, f"{prefix}mlp.")
 
 
+_format = partial(
+    DraftFormat, arm=arms.AR, layers_key=None, model=MTPDrafter, upstream="EAGLE", swappable=False
+)
 FORMATS = (
-    DraftFormat(
-        name="MiMo's own head",
-        arm=arms.AR,
+    _format(
+        "MiMo's own head",
         keys=("MiMoForCausalLM",),
-        layers_key=None,
         read=parse_mimo,
-        model=MTPDrafter,
         published="XiaomiMiMo, in the target",
         defined_by="SGLang's `mimo_mtp.py`",
-        upstream="EAGLE",
-        swappable=False,
     ),
-    DraftFormat(
-        name="GLM-4.5's own head",
-        arm=arms.AR,
+    _format(
+        "GLM-4.5's own head",
         keys=("Glm4MoeForCausalLM",),
-        layers_key=None,
         read=parse_glm,
-        model=MTPDrafter,
         published="zai-org (GLM-4.5, 4.6, 4.7), in the target",
         defined_by="SGLang's `glm4_moe_nextn.py`",
-        upstream="EAGLE",
-        swappable=False,
     ),
 )

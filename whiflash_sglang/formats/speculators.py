@@ -7,15 +7,16 @@ vllm-project/speculators, which SGLang 0.5.23 does not load.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats import eagle3
 from whiflash_sglang.formats.checkpoint import integer, layer_ids
+from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
 from whiflash_sglang.formats.dflash.dspark import DSparkConfig, DSparkDrafter, read_heads
@@ -45,12 +46,10 @@ def read_eagle3(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
     named = _outputs(path, config, key) if config.get(key) else ()
     before = config.get("norm_before_residual")
     if not isinstance(before, bool):
-        raise CheckpointError(
-            f"{path}/config.json: norm_before_residual must be true or false, got {before!r}"
-        )
+        raise misfit(path, f"norm_before_residual must be true or false, got {before!r}")
     if "sliding_attention" in (layer.get("layer_types") or ()):
-        raise CheckpointError(
-            f"{path}/config.json: layer_types of an EAGLE-3 drafter must be full_attention; windows are not supported"
+        raise misfit(
+            path, "layer_types of an EAGLE-3 drafter must be full_attention; windows are not supported"
         )
     flags = {name: bool(config.get(name, False)) for name in ("norm_before_fc", "fc_norm", "norm_output")}
     read = eagle3.parse(
@@ -74,8 +73,8 @@ def _decoder(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     said = config.get("transformer_layer_config")
     kind = said.get("model_type") if isinstance(said, dict) else None
     if not isinstance(said, dict) or kind not in ("qwen3", "llama"):
-        raise CheckpointError(
-            f"{path}/config.json: transformer_layer_config must be a qwen3 or llama decoder, got model_type {kind!r}"
+        raise misfit(
+            path, f"transformer_layer_config must be a qwen3 or llama decoder, got model_type {kind!r}"
         )
     whole = AutoConfig.for_model(**said).to_dict()
     rope = whole.get("rope_parameters") or {}
@@ -89,9 +88,7 @@ def _block_settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("sliding_window_non_causal") and "sliding_attention" in (
         settings.get("layer_types") or ()
     ):
-        raise CheckpointError(
-            f"{path}/config.json: sliding_window_non_causal is not supported: windows look back only"
-        )
+        raise misfit(path, "sliding_window_non_causal is not supported: windows look back only")
     return settings
 
 
@@ -109,7 +106,7 @@ def _outputs(path: Path, settings: Mapping[str, Any], key: str) -> tuple[int, ..
     """Layers whose outputs are captured, from ids of the layers that read them."""
     layers = layer_ids(settings, key, path)
     if 0 in layers:
-        raise CheckpointError(f"{path}/config.json: {key} asks for the embedding (0), which is not captured")
+        raise misfit(path, f"{key} asks for the embedding (0), which is not captured")
     return tuple(layer - 1 for layer in layers)
 
 
@@ -119,41 +116,17 @@ def _reduced(path: Path, config: Mapping[str, Any], layer: Mapping[str, Any]) ->
     return None if rows == integer(layer, "vocab_size", path) else rows
 
 
+_format = partial(DraftFormat, published="RedHatAI", defined_by="speculators", upstream=None, swappable=True)
+_block = partial(_format, arm=arms.DIFFUSION, layers_key="aux_hidden_state_layer_ids")
 FORMATS = (
-    DraftFormat(
-        name="speculators DFlash",
-        arm=arms.DIFFUSION,
-        keys=("speculators/dflash",),
-        layers_key="aux_hidden_state_layer_ids",
-        read=read_dflash,
-        model=DFlashDrafter,
-        published="RedHatAI",
-        defined_by="speculators",
-        upstream=None,
-        swappable=True,
-    ),
-    DraftFormat(
-        name="speculators DSpark",
-        arm=arms.DIFFUSION,
-        keys=("speculators/dspark",),
-        layers_key="aux_hidden_state_layer_ids",
-        read=read_dspark,
-        model=DSparkDrafter,
-        published="RedHatAI",
-        defined_by="speculators",
-        upstream=None,
-        swappable=True,
-    ),
-    DraftFormat(
-        name="speculators EAGLE-3",
+    _block("speculators DFlash", keys=("speculators/dflash",), read=read_dflash, model=DFlashDrafter),
+    _block("speculators DSpark", keys=("speculators/dspark",), read=read_dspark, model=DSparkDrafter),
+    _format(
+        "speculators EAGLE-3",
         arm=arms.AR,
         keys=("speculators/eagle3",),
         layers_key=eagle3.LAYERS_KEY,
         read=read_eagle3,
         model=Eagle3Drafter,
-        published="RedHatAI",
-        defined_by="speculators",
-        upstream=None,
-        swappable=True,
     ),
 )

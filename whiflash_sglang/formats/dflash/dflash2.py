@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.checkpoint import integer, number
 from whiflash_sglang.formats.choice import Choice, DraftHead, choose
+from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
 from whiflash_sglang.formats.draft_format import DraftFormat, merged
@@ -44,7 +44,7 @@ def read_dflash2(path: Path, config: Mapping[str, Any]) -> DFlash2Config:
     settings = merged(path, config, "dflash_config")
     multiplier = number(settings, "output_multiplier", path, default=1.0)
     if multiplier <= 0:
-        raise CheckpointError(f"{path}/config.json: output_multiplier must be above 0, got {multiplier}")
+        raise misfit(path, f"output_multiplier must be above 0, got {multiplier}")
     return parse(
         path,
         config,

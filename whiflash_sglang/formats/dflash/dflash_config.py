@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.checkpoint import integer, layer_ids, number, trunk, trunk_json
+from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.draft_format import merged
 from whiflash_sglang.formats.layers import AttentionShape, Clamped
 
@@ -195,18 +195,20 @@ def parse(
 def _refuse_variants(path: Path, settings: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key, plain in _PLAIN_VALUES.items():
         if key not in known and settings.get(key) not in plain:
-            raise CheckpointError(
-                f"{path}/config.json: {key} {settings[key]!r} belongs to a drafter that is not supported "
-                f"in this format (supported: {plain[-1]!r})"
+            raise misfit(
+                path,
+                f"{key} {settings[key]!r} belongs to a drafter that is not supported "
+                f"in this format (supported: {plain[-1]!r})",
             )
 
 
 def _mask(path: Path, settings: Mapping[str, Any]) -> int:
     vocab, mask = integer(settings, "vocab_size", path), settings.get("mask_token_id")
     if not isinstance(mask, int) or isinstance(mask, bool) or not 0 <= mask < vocab:
-        raise CheckpointError(
-            f"{path}/config.json: mask_token_id {mask!r} is not in the target's vocabulary of {vocab}"
-            + (" (a mask_token without its id is not looked up)" if mask is None else "")
+        raise misfit(
+            path,
+            f"mask_token_id {mask!r} is not in the target's vocabulary of {vocab}"
+            + (" (a mask_token without its id is not looked up)" if mask is None else ""),
         )
     return mask
 
@@ -217,9 +219,10 @@ def _target_layers(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     count = None if count is None else integer(settings, "num_target_layers", path)
     wrong = [layer for layer in layers if count is not None and not 0 <= layer < count]
     if wrong:
-        raise CheckpointError(
-            f"{path}/config.json: target_layer_ids names layers {wrong}; the target has layers 0 to "
-            f"{integer(settings, 'num_target_layers', path) - 1}"
+        raise misfit(
+            path,
+            f"target_layer_ids names layers {wrong}; the target has layers 0 to "
+            f"{integer(settings, 'num_target_layers', path) - 1}",
         )
     return {"target_layer_ids": layers, "num_target_layers": count}
 
@@ -232,18 +235,18 @@ def _spans(path: Path, settings: Mapping[str, Any], layers: int) -> tuple[LayerS
     if kinds is None:
         return ()
     if not isinstance(kinds, list) or len(kinds) < layers:
-        raise CheckpointError(f"{path}/config.json: layer_types must name {layers} layers, got {kinds!r}")
+        raise misfit(path, f"layer_types must name {layers} layers, got {kinds!r}")
     spans = []
     for kind in kinds[:layers]:
         if kind == "full_attention":
             spans.append(LayerSpan(bool(causal)))
         elif kind != "sliding_attention":
-            raise CheckpointError(
-                f"{path}/config.json: layer_types names {kind!r}; full_attention and sliding_attention are supported"
+            raise misfit(
+                path, f"layer_types names {kind!r}; full_attention and sliding_attention are supported"
             )
         elif causal is False:
-            raise CheckpointError(
-                f"{path}/config.json: is_causal false with sliding_attention is not supported: windows look back only"
+            raise misfit(
+                path, "is_causal false with sliding_attention is not supported: windows look back only"
             )
         else:
             spans.append(LayerSpan(True, integer(settings, "sliding_window", path) - 1))
@@ -256,9 +259,7 @@ def _activation(path: Path, settings: Mapping[str, Any]) -> Clamped | None:
         return None
     if name == "swigluoai":
         return Clamped(number(settings, "swiglu_alpha", path), number(settings, "swiglu_limit", path))
-    raise CheckpointError(
-        f"{path}/config.json: hidden_act {name!r} is not supported, only silu and swigluoai"
-    )
+    raise misfit(path, f"hidden_act {name!r} is not supported, only silu and swigluoai")
 
 
 def _convolution(path: Path, settings: Mapping[str, Any]) -> BlockConvolution | None:
@@ -269,8 +270,9 @@ def _convolution(path: Path, settings: Mapping[str, Any]) -> BlockConvolution | 
         return None
     hidden = integer(settings, "hidden_size", path)
     if not taps or not group or hidden % group:
-        raise CheckpointError(
-            f"{path}/config.json: conv_kernel_size {taps} and conv_group_size {group} go together, and the latter "
-            f"divides hidden_size {hidden}"
+        raise misfit(
+            path,
+            f"conv_kernel_size {taps} and conv_group_size {group} go together, and the latter "
+            f"divides hidden_size {hidden}",
         )
     return BlockConvolution(taps, group)

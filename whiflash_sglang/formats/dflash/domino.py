@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.checkpoint import integer
 from whiflash_sglang.formats.choice import Choice, DraftHead
+from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
 from whiflash_sglang.formats.draft_format import DraftFormat, merged
@@ -47,9 +47,9 @@ def read_domino(path: Path, config: Mapping[str, Any]) -> DominoConfig:
     settings = merged(path, config, "dflash_config")
     shifted, uncorrected = settings.get("shift_label"), settings.get("pure_draft_prefix_len")
     if not isinstance(shifted, bool):
-        raise CheckpointError(f"{path}/config.json: shift_label must be true or false, got {shifted!r}")
+        raise misfit(path, f"shift_label must be true or false, got {shifted!r}")
     if uncorrected != 1:
-        raise CheckpointError(f"{path}/config.json: pure_draft_prefix_len must be 1, got {uncorrected!r}")
+        raise misfit(path, f"pure_draft_prefix_len must be 1, got {uncorrected!r}")
     return parse(
         path,
         config,

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.checkpoint import integer
 from whiflash_sglang.formats.choice import Choice, DraftHead
+from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
 from whiflash_sglang.formats.draft_format import DraftFormat, merged
@@ -82,14 +82,12 @@ def read_heads(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     rank = integer(settings, "markov_rank", path, minimum=0, default=0)
     kind = settings.get("markov_head_type") or ("vanilla" if rank == 0 else None)
     if kind not in HEAD_TYPES:
-        raise CheckpointError(
-            f"{path}/config.json: markov_head_type {kind!r} is not one of {', '.join(HEAD_TYPES)}"
-        )
+        raise misfit(path, f"markov_head_type {kind!r} is not one of {', '.join(HEAD_TYPES)}")
     # A checkpoint that does not say has one, as SGLang takes it.
     with_markov = bool(settings.get("confidence_head_with_markov", rank > 0))
     confidence = bool(settings.get("enable_confidence_head", True))
     if confidence and with_markov and not rank:
-        raise CheckpointError(f"{path}/config.json: confidence_head_with_markov needs markov_rank above 0")
+        raise misfit(path, "confidence_head_with_markov needs markov_rank above 0")
     return {
         "markov_rank": rank,
         "markov_head": kind,
