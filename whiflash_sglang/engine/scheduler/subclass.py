@@ -1,7 +1,8 @@
 """SGLang's scheduler in a server of ours: a class of its own, with SGLang's override points.
 
-Nobody can choose a scheduler's class where a server starts, so the instance becomes one while it is made: when its
-worker and its caches are there, and before it makes the parts that are ours.
+SGLang's registry of hooks (`srt/plugins/hook_registry.py`) could replace the class, but for every server of a process,
+and it swallows a hook that fails. So the instance becomes one while it is made: when its worker and its caches are
+there, and before it makes the parts that are ours.
 """
 
 from dataclasses import fields
@@ -30,7 +31,7 @@ WRITES = (UpdateWeightFromDiskReqInput, UpdateWeightsFromIPCReqInput, EndWeightU
 
 @around(
     "sglang.srt.managers.scheduler:Scheduler.emit_metrics_constants",
-    why="a server that speculates with a plugin's algorithm cannot choose its scheduler's class",
+    why="SGLang's registry replaces the class for every server of a process, and swallows a hook that fails",
     until="an algorithm may name a subclass of `Scheduler`",
 )
 def _becoming(original: Any, self: Any) -> None:
