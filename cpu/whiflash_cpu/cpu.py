@@ -56,10 +56,10 @@ def shared_cores(ranks: int, cores: Sequence[int]) -> dict[str, str]:
     Ranks beyond the number of cores share them, too. SGLang starts no more ranks than there are memory nodes unless
     the cores of each are named.
     """
-    each = max(len(cores) // ranks, 1)
-    own = [[cores[(rank * each + n) % len(cores)] for n in range(each)] for rank in range(ranks)]
+    cores_each = max(len(cores) // ranks, 1)
+    own = [[cores[(rank * cores_each + n) % len(cores)] for n in range(cores_each)] for rank in range(ranks)]
     named = "|".join(",".join(map(str, some)) for some in own)
-    return {"SGLANG_CPU_OMP_THREADS_BIND": named, "OMP_NUM_THREADS": str(each)}
+    return {"SGLANG_CPU_OMP_THREADS_BIND": named, "OMP_NUM_THREADS": str(cores_each)}
 
 
 _shared: dict[str, str] = {}
@@ -68,13 +68,13 @@ _shared: dict[str, str] = {}
 
 def share_cores(ranks: int) -> None:
     """Set what `shared_cores` gives, unless the user has set it; an engine before may have had other ranks."""
-    wanted = shared_cores(ranks, sorted(os.sched_getaffinity(0))) if ranks > 1 else {}
-    for name in {**_shared, **wanted}:
+    cores = shared_cores(ranks, sorted(os.sched_getaffinity(0))) if ranks > 1 else {}
+    for name in {**_shared, **cores}:
         if os.environ.get(name) != _shared.pop(name, None):
             continue
         os.environ.pop(name, None)
-        if name in wanted:
-            os.environ[name] = _shared[name] = wanted[name]
+        if name in cores:
+            os.environ[name] = _shared[name] = cores[name]
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):

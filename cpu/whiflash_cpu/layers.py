@@ -202,10 +202,12 @@ def _is_plain(layer: nn.Module) -> bool:
     products = [attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
     whole = (linears.QKVParallelLinear, linears.RowParallelLinear, linears.MergedColumnParallelLinear)
     return (
-        all(type(part) in whole and not part.skip_bias_add for part in products)  # adapters wrap them
-        and all(type(part.quant_method) is UnquantizedLinearMethod for part in products)
+        all(
+            type(product) in whole and not product.skip_bias_add for product in products
+        )  # adapters wrap them
+        and all(type(product.quant_method) is UnquantizedLinearMethod for product in products)
         and type(attention.attn) is RadixAttention
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
+        and not any(product._forward_hooks or product._forward_pre_hooks for product in layer.modules())
     )
 
 

@@ -35,17 +35,17 @@ def use_compiled_products() -> None:
 def pack_model(model: nn.Module) -> None:
     """Pack the matrices that SGLang multiplies by unquantised, and say what it takes or why it was left."""
     missing = {id(weight): weight for weight in _weights(model) if packable(weight) and not is_packed(weight)}
-    wanted = sum(weight.nbytes for weight in missing.values())
-    taken = packed.pack(missing.values(), at_most=wanted if model in _had_room else None)
+    size = sum(weight.nbytes for weight in missing.values())
+    taken = packed.pack(missing.values(), at_most=size if model in _had_room else None)
     if taken:
         _had_room.add(model)
         logger.info("weights laid out for this CPU's matrix kernels: %.2f GB more memory", taken / 1e9)
-    elif wanted:
+    elif size:
         share = f"{packed.MEMORY_SHARE:.0%}"
         logger.info(
             "weights are not laid out for this CPU's matrix kernels: the copies' %.2f GB would be more than %s of the "
             "free memory; small batches take up to twice as long without",
-            wanted / 1e9,
+            size / 1e9,
             share,
         )
 

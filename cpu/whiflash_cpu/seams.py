@@ -107,16 +107,16 @@ def _check(seam: Seam) -> Finding:
     return _compare(seam.path, list(inspect.signature(upstream).parameters), seam.made(upstream))
 
 
-def _compare(label: str, found: list[str], replacement: Callable[..., Any]) -> Finding:
+def _compare(label: str, names: list[str], replacement: Callable[..., Any]) -> Finding:
     """Whether upstream's function takes exactly the parameters of its replacement.
 
     An older release may lack the last ones, if the replacement does without.
     """
     parameters = inspect.signature(replacement).parameters
     expected, required = list(parameters), [p.name for p in parameters.values() if p.default is p.empty]
-    if found != expected[: len(found)] or not set(required) <= set(found):
-        return Finding(label, False, f"parameters are {found}, expected {expected}")
-    return Finding(label, True, f"{len(found)} parameters as expected")
+    if names != expected[: len(names)] or not set(required) <= set(names):
+        return Finding(label, False, f"parameters are {names}, expected {expected}")
+    return Finding(label, True, f"{len(names)} parameters as expected")
 
 
 def _install_record_stream() -> None:
@@ -147,7 +147,7 @@ class Unpinned(ModuleType):
     """torch, whose functions make no pinned tensors unless there is an accelerator."""
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(torch, name)
+        member = getattr(torch, name)
         if name not in ("tensor", "zeros") or torch.cuda.is_available():
-            return found
-        return lambda *args, pin_memory=False, **named: found(*args, **named)
+            return member
+        return lambda *args, pin_memory=False, **named: member(*args, **named)

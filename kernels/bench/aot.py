@@ -197,8 +197,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
 def kernel_names() -> set[str]:
     """Every kernel that the package defines, by Triton's decorator and the naming rule ``*_kernel``."""
     modules = [
-        importlib.import_module(f"{triton_kernels.__name__}.{found.name}")
-        for found in pkgutil.iter_modules(triton_kernels.__path__)
+        importlib.import_module(f"{triton_kernels.__name__}.{info.name}")
+        for info in pkgutil.iter_modules(triton_kernels.__path__)
     ]
     names = [
         name
@@ -236,13 +236,13 @@ def choose(
     from_host: Drafts | None,
     appended: Drafts | None,
     copies: Drafts | None,
-    most: int,
+    limit: int,
 ) -> Chosen:
     laid = drafted(requests, width) if isinstance(width, int) else width
     slots = index(requests)
     beside = {"appended": appended, "from_host": from_host, "at": index(requests, CANDIDATES)}
     beside |= {"copies": copies, "limits": slots}
-    return choose_drafts(laid, slots, slots, TEXT, **beside, worth=0.1, most_drafts=most)
+    return choose_drafts(laid, slots, slots, TEXT, **beside, worth=0.1, most_drafts=limit)
 
 
 def copy(requests: int, *, behind: bool) -> None:
@@ -329,11 +329,11 @@ def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> di
         warm_up(served)
         for count in range(1, most_requests + most_requests // 16 + 1):  # where graphs are captured
             fill(0, count)
-        known = set(keys)
+        earlier = set(keys)
         for _ in range(batches):
             run_round(rng, most_requests, widest)
-    found = dict.fromkeys((key[0] for key in known), 0) | Counter(key[0] for key in keys - known)
-    return dict(sorted(found.items()))
+    counts = dict.fromkeys((key[0] for key in earlier), 0) | Counter(key[0] for key in keys - earlier)
+    return dict(sorted(counts.items()))
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -390,8 +390,8 @@ def markdown(report: list[Compiled], origin: dict[str, str]) -> str:
         rows.setdefault((entry.case, entry.kernel), {})[entry.target] = entry
     for (case, kernel), by_target in rows.items():
         warps = " or ".join(str(n) for n in sorted({entry.warps for entry in by_target.values()}))
-        found = [by_target[t] for t in targets]
-        cells = [f"{each.registers} / {each.shared_bytes}" for each in found]
+        programs = [by_target[t] for t in targets]
+        cells = [f"{program.registers} / {program.shared_bytes}" for program in programs]
         stack = max(entry.stack_bytes for entry in by_target.values())
         lines.append(f"| {case} | `{kernel}` | {warps} | {' | '.join(cells)} | {stack} |")
     return "\n".join(lines) + "\n"

@@ -132,7 +132,7 @@ def _check_chosen(
 ) -> None:
     if from_host is not None and (at is None or limits is None):
         raise ValueError("the host's candidates need their positions and limits")
-    if any(part is not None and part.alive is None for part in (drafts, from_host, copies)):
+    if any(source is not None and source.alive is None for source in (drafts, from_host, copies)):
         raise ValueError("drafts, candidates and copies need chances")
 
 

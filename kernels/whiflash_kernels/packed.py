@@ -93,12 +93,12 @@ def pack(weights: Iterable[Tensor], at_most: float) -> int:
     Returns:
         Bytes of the copies that were made.
     """
-    wanted = {id(weight): weight for weight in weights if packable(weight) and not is_packed(weight)}
-    size = sum(weight.nbytes for weight in wanted.values())
+    packed = {id(weight): weight for weight in weights if packable(weight) and not is_packed(weight)}
+    size = sum(weight.nbytes for weight in packed.values())
     if size > at_most:
         return 0
     with torch.inference_mode(False), torch.no_grad():
-        for weight in wanted.values():
+        for weight in packed.values():
             setattr(weight, _COPY, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None))
     return size
 

@@ -150,7 +150,7 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
     else:
         if target is None:
             raise ConfigError(
-                f"{question.target}: nothing is known of it; name one of {', '.join(one.name for one in KNOWN)}, "
+                f"{question.target}: nothing is known of it; name one of {', '.join(entry.name for entry in KNOWN)}, "
                 "or give --url of a server that runs it"
             )
         card = _card(target.shape, _gpu(question.gpu), question.cards)
@@ -170,8 +170,8 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
         verdict=_verdict(rows, own),
         rows=rows,
         published=[
-            f"{one.what}: {', '.join(f'{ratio} at {at}' for at, ratio in one.by_requests.items())} requests"
-            for one in target.ratios
+            f"{entry.what}: {', '.join(f'{ratio} at {at}' for at, ratio in entry.by_requests.items())} requests"
+            for entry in target.ratios
         ],
         eagle3=target.eagle3,
         block=target.block,
@@ -231,7 +231,7 @@ def _acceptance(target: Known) -> tuple[Acceptance, str]:
 
 
 def _pair(acceptance: Acceptance) -> Pair:
-    drafts = {arm: min(FULL[arm], most) for arm, most in acceptance.drafts.items()}
+    drafts = {arm: min(FULL[arm], drafted) for arm, drafted in acceptance.drafts.items()}
     return Pair(acceptance.lengths, acceptance.drafts, drafts)
 
 
@@ -239,18 +239,18 @@ def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, Pair
     """Prices and acceptance that a server found. Raises ConfigError: it has drafted too little to say."""
     costs, by_arm = state.get("costs") or {}, state.get("by_arm") or {}
     drafted = {
-        arm: (one["tokens"] / one["rounds"], max(1, round(one["proposed"] / one["rounds"])))
-        for arm, one in by_arm.items()
-        if arm in FULL and one["rounds"] >= 64
+        arm: (sums["tokens"] / sums["rounds"], max(1, round(sums["proposed"] / sums["rounds"])))
+        for arm, sums in by_arm.items()
+        if arm in FULL and sums["rounds"] >= 64
     }
-    rounds = [one["rounds"] for arm, one in by_arm.items() if arm != arms.NONE]
+    rounds = [sums["rounds"] for arm, sums in by_arm.items() if arm != arms.NONE]
     if max(rounds, default=0) < 64 or not costs.get("verify"):
         raise ConfigError(
             "the server has drafted in fewer than 64 rounds of a drafter: send it requests, then ask again"
         )
     row = max(costs.get("verify_draft", 0.0), 1e-9)
     draft = costs.get("draft") or {}
-    drafts = {arm: most for arm, (_, most) in drafted.items()}
+    drafts = {arm: longest for arm, (_, longest) in drafted.items()}
     card = Card(
         "server",
         fixed=costs["verify"] + costs.get("between", 0.0) - row,
@@ -266,8 +266,8 @@ def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, Pair
 def _on_its_traffic(state: Mapping[str, Any]) -> str:
     """Verdict on what a server's own rounds brought, copies and forced text with them. Raises ConfigError."""
     gain = brought(state).gain
-    said = "Turn it on" if gain >= WORTH_IT else "Leave it off"
-    return f"{said}: {gain:.2f} over plain decoding on the server's own traffic, by its prices"
+    verdict = "Turn it on" if gain >= WORTH_IT else "Leave it off"
+    return f"{verdict}: {gain:.2f} over plain decoding on the server's own traffic, by its prices"
 
 
 METHODS = {"plain": arms.NONE, "eagle3": arms.AR, "dflash": arms.DIFFUSION, "auto": ""}
@@ -291,8 +291,8 @@ def _row(card: Card, pair: Pair, question: Question, requests: int) -> Row:
 
     methods = [method for method, arm in METHODS.items() if arm in ("", arms.NONE, *pair.drafts)]
     rates = {method: rate(method, pair.lengths) for method in methods}
-    each = [rate("auto", {name: lengths}) / rates["plain"] for name, lengths in pair.lengths.items()]
-    return Row(requests, rates, min(each), max(each))
+    ratios = [rate("auto", {name: lengths}) / rates["plain"] for name, lengths in pair.lengths.items()]
+    return Row(requests, rates, min(ratios), max(ratios))
 
 
 def _verdict(rows: Sequence[Row], own: str) -> str:
@@ -300,12 +300,12 @@ def _verdict(rows: Sequence[Row], own: str) -> str:
     parts: dict[str, list[str]] = {}
     for row in rows:
         parts.setdefault("Drafters alone, an estimate" if own else row.verdict, []).append(row.shown)
-    said = ". ".join(
+    sentence = ". ".join(
         [*filter(None, [own]), *(f"{verdict}: {', '.join(shown)}" for verdict, shown in parts.items())]
     )
     if not rows:
-        return f"{said}."
-    return f"{said} (requests; tokens a second over plain decoding, range by data set)."
+        return f"{sentence}."
+    return f"{sentence} (requests; tokens a second over plain decoding, range by data set)."
 
 
 def _settings(target: Known, question: Question, by_arm: Mapping[str, Any]) -> Iterator[str]:
@@ -314,8 +314,8 @@ def _settings(target: Known, question: Question, by_arm: Mapping[str, Any]) -> I
         yield "The server has drafters. `whiflash policy none --url URL` stops them while it serves, `auto` goes on."
         return
     parts = [
-        *(f"--eagle3 {one}" for one in target.eagle3[:1]),
-        *(f"--dflash {one}" for one in target.block[:1]),
+        *(f"--eagle3 {drafter}" for drafter in target.eagle3[:1]),
+        *(f"--dflash {drafter}" for drafter in target.block[:1]),
     ]
     if not parts:
         yield "Train drafters: `whiflash train`; until then `whiflash serve` copies and drafts forced text."
@@ -323,5 +323,5 @@ def _settings(target: Known, question: Question, by_arm: Mapping[str, Any]) -> I
     yield f"whiflash bundle create --target {target.name} {' '.join(parts)} --out my-bundle"
     spread = f" --tp-size {question.cards}" if question.cards > 1 else ""
     parsers = f" {target.parsers}" if target.parsers else ""
-    most = f" --max-running-requests {max(question.requests)}" if max(question.requests) > 48 else ""
-    yield f"whiflash serve {target.name} --speculative-draft-model-path my-bundle{spread}{parsers}{most}"
+    bound = f" --max-running-requests {max(question.requests)}" if max(question.requests) > 48 else ""
+    yield f"whiflash serve {target.name} --speculative-draft-model-path my-bundle{spread}{parsers}{bound}"

@@ -65,23 +65,23 @@ def conversation(
     """
     if len(messages) > MAX_MESSAGES:
         raise RecordError(f"{where}: {len(messages)} messages; at most {MAX_MESSAGES} are read")
-    found = tuple(_message(f"{where}, messages[{i}]", message) for i, message in enumerate(messages))
+    normalised = tuple(_message(f"{where}, messages[{i}]", message) for i, message in enumerate(messages))
     offered = () if tools is None else tools_of(f"{where}, tools", tools)
-    chars = len(json.dumps(found)) + len(json.dumps(offered))
+    chars = len(json.dumps(normalised)) + len(json.dumps(offered))
     if chars > MAX_CHARS:
         raise RecordError(f"{where}: {chars} characters; at most {MAX_CHARS} are read")
-    return Conversation(name, category, found, offered)
+    return Conversation(name, category, normalised, offered)
 
 
 def tools_of(where: str, value: object) -> tuple[Mapping[str, Any], ...]:
     """Tools of a request: a list in OpenAI's form."""
-    found = []
-    for i, given in enumerate(list_of(where, value)):
-        function = object_of(f"{where}[{i}].function", object_of(f"{where}[{i}]", given).get("function"))
+    tools = []
+    for i, tool in enumerate(list_of(where, value)):
+        function = object_of(f"{where}[{i}].function", object_of(f"{where}[{i}]", tool).get("function"))
         if not text_of(f"{where}[{i}].function.name", function.get("name")):
             raise RecordError(f"{where}[{i}].function.name: is missing")
-        found.append(given)
-    return tuple(found)
+        tools.append(tool)
+    return tuple(tools)
 
 
 def text_of(where: str, value: object) -> str:
@@ -89,7 +89,7 @@ def text_of(where: str, value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, list):
-        return "".join(_part(f"{where}[{i}]", part) for i, part in enumerate(value))
+        return "".join(_part(f"{where}[{i}]", content) for i, content in enumerate(value))
     if not isinstance(value, str):
         raise RecordError(f"{where}: must be text or a list of text parts, not {type(value).__name__}")
     try:
@@ -118,35 +118,37 @@ def call(name: str, arguments: object) -> Message:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _part(where: str, part: object) -> str:
-    kind = object_of(where, part).get("type")
+def _part(where: str, content: object) -> str:
+    kind = object_of(where, content).get("type")
     if kind not in ("text", "input_text", "output_text"):
         raise RecordError(f"{where}.type: {kind!r} is not text; other parts are not read")
-    return text_of(f"{where}.text", object_of(where, part).get("text"))
+    return text_of(f"{where}.text", object_of(where, content).get("text"))
 
 
 def _message(where: str, raw: object) -> Message:
-    given = object_of(where, raw)
-    role = given.get("role")
+    fields = object_of(where, raw)
+    role = fields.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise RecordError(f"{where}.role: {role!r} is not one of {', '.join(ROLES)}")
-    message: Message = {"role": ROLES[role], "content": text_of(f"{where}.content", given.get("content"))}
+    message: Message = {"role": ROLES[role], "content": text_of(f"{where}.content", fields.get("content"))}
     if role == "assistant":
-        thought = text_of(f"{where}.reasoning_content", given.get("reasoning_content"))
-        calls = given.get("tool_calls") or []
+        thought = text_of(f"{where}.reasoning_content", fields.get("reasoning_content"))
+        calls = fields.get("tool_calls") or []
         listed = list_of(f"{where}.tool_calls", calls)
         if thought:
             message["reasoning_content"] = thought
         if listed:
-            message["tool_calls"] = [_call(f"{where}.tool_calls[{i}]", one) for i, one in enumerate(listed)]
-    elif role == "tool" and given.get("tool_call_id") is not None:
-        message["tool_call_id"] = text_of(f"{where}.tool_call_id", given["tool_call_id"])
+            message["tool_calls"] = [
+                _call(f"{where}.tool_calls[{i}]", entry) for i, entry in enumerate(listed)
+            ]
+    elif role == "tool" and fields.get("tool_call_id") is not None:
+        message["tool_call_id"] = text_of(f"{where}.tool_call_id", fields["tool_call_id"])
     return message
 
 
 def _call(where: str, raw: object) -> Message:
-    given = object_of(where, raw)
-    function = object_of(f"{where}.function", given.get("function"))
+    fields = object_of(where, raw)
+    function = object_of(f"{where}.function", fields.get("function"))
     name = text_of(f"{where}.function.name", function.get("name"))
     if not name:
         raise RecordError(f"{where}.function.name: is missing")
@@ -192,12 +194,12 @@ class Renderer:
 
     def __init__(self, tokenizer: Tokenizer, template: str | None = None) -> None:
         self._tokenizer, self._template = tokenizer, template
-        known = token_bytes(tokenizer)
+        vocabulary = token_bytes(tokenizer)
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._endings = {
-            known[token].decode(): token
+            vocabulary[token].decode(): token
             for token in sorted(special | set(tokenizer.all_special_ids))
-            if known[token]
+            if vocabulary[token]
         }
 
     def encode(self, text: str) -> list[int]:
@@ -248,11 +250,11 @@ class Renderer:
         thought = recorded.messages[index].get("reasoning_content")
         return (f"<think>\n{thought}\n</think>\n\n{text}" if thought else text), ending
 
-    def _extend(self, known_text: str, known: list[int], text: str) -> list[int]:
+    def _extend(self, known_text: str, known_tokens: list[int], text: str) -> list[int]:
         """Tokens of `text`; of what is known of it only what follows: a special token parts the two."""
         rest = text.removeprefix(known_text) if known_text else ""
         if rest and len(rest) < len(text) and rest.startswith(tuple(self._endings)):
-            return known + self.encode(rest)
+            return known_tokens + self.encode(rest)
         return self.encode(text)
 
 
@@ -281,18 +283,18 @@ def read_recorded(path: Path) -> list[Conversation]:
         RecordError: the file cannot be read, is no JSON, or a record is of no known format; it names file, line or
             record, and field. Also where no conversation has an answer.
     """
-    found = []
-    records = (part for record in _records(path) for part in _unpacked(*record))
+    conversations = []
+    records = (record_of_file for record in _records(path) for record_of_file in _unpacked(*record))
     for where, name, record in records:
         reader = next((reader for fits, reader in FORMATS if fits(record)), None)
         if reader is None:
             raise RecordError(f"{where}: of no known format ({KNOWN})")
         read = reader(where, name, record)
         if read.answers:
-            found.append(read)
-    if not found:
+            conversations.append(read)
+    if not conversations:
         raise RecordError(f"{path}: holds no recorded answer of an assistant")
-    return found
+    return conversations
 
 
 def _records(path: Path) -> Iterator[tuple[str, str, Any]]:
@@ -353,9 +355,9 @@ def _unpacked(where: str, name: str, document: Any) -> Iterator[tuple[str, str, 
         yield where, name, document
         return
     info = object_of(f"{where}, info", document.get("info"))
-    for index, given in enumerate(list_of(f"{where}, simulations", document["simulations"])):
+    for index, simulation in enumerate(list_of(f"{where}, simulations", document["simulations"])):
         place = f"{where}, simulations[{index}]"
-        yield place, name, {**object_of(place, given), _ENVIRONMENT: info.get("environment_info")}
+        yield place, name, {**object_of(place, simulation), _ENVIRONMENT: info.get("environment_info")}
 
 
 def _tau2(where: str, name: str, record: dict[str, Any]) -> Conversation:
@@ -372,12 +374,12 @@ def _tau2(where: str, name: str, record: dict[str, Any]) -> Conversation:
     policy = text_of(f"{where}, info.environment_info.policy", environment.get("policy"))
     domain = text_of(f"{where}, info.environment_info.domain_name", environment.get("domain_name"))
     messages: list[object] = [{"role": "system", "content": policy}] if policy else []
-    for index, given in enumerate(list_of(f"{where}, messages", record.get("messages"))):
-        message = object_of(f"{where}, messages[{index}]", given)
+    for index, raw in enumerate(list_of(f"{where}, messages", record.get("messages"))):
+        message = object_of(f"{where}, messages[{index}]", raw)
         if message.get("requestor") != _USER and not _only_calls(message):
             messages.append(_tau2_message(f"{where}, messages[{index}]", message))
-    found = f"{name}/task {record.get('task_id')} trial {record.get('trial', 0)}"
-    return conversation(where, found, f"tau2 {domain}".strip(), messages, environment.get("tool_defs"))
+    identity = f"{name}/task {record.get('task_id')} trial {record.get('trial', 0)}"
+    return conversation(where, identity, f"tau2 {domain}".strip(), messages, environment.get("tool_defs"))
 
 
 def _only_calls(message: Message) -> bool:
@@ -385,12 +387,15 @@ def _only_calls(message: Message) -> bool:
     return message.get("role") == _USER and bool(message.get("tool_calls")) and not message.get("content")
 
 
-def _tau2_message(where: str, given: Message) -> Message:
-    calls = list_of(f"{where}.tool_calls", given.get("tool_calls") or [])
-    if given.get("role") == "tool":
-        return {**given, "tool_call_id": given.get("id")}
-    made = [object_of(f"{where}.tool_calls[{i}]", one) for i, one in enumerate(calls)]
-    return {**given, "tool_calls": [call(one.get("name", ""), one.get("arguments")) for one in made]}
+def _tau2_message(where: str, message: Message) -> Message:
+    calls = list_of(f"{where}.tool_calls", message.get("tool_calls") or [])
+    if message.get("role") == "tool":
+        return {**message, "tool_call_id": message.get("id")}
+    made = [object_of(f"{where}.tool_calls[{i}]", entry) for i, entry in enumerate(calls)]
+    return {
+        **message,
+        "tool_calls": [call(entry.get("name", ""), entry.get("arguments")) for entry in made],
+    }
 
 
 # SWE-agent
@@ -415,14 +420,14 @@ def _swe_agent(where: str, name: str, record: Any) -> Conversation:
     shown to the model come as one message, and what the agent's driver noted when it ended (`role: exit`) was never
     sent.
     """
-    given: dict[str, Any] = {"messages": record} if isinstance(record, list) else record
-    key = "messages" if "messages" in given else "history"
+    trajectory: dict[str, Any] = {"messages": record} if isinstance(record, list) else record
+    key = "messages" if "messages" in trajectory else "history"
     messages = [
         entry
-        for entry in list_of(f"{where}, {key}", given[key])
+        for entry in list_of(f"{where}, {key}", trajectory[key])
         if not (isinstance(entry, dict) and entry.get("role") == "exit")
     ]
-    name = text_of(f"{where}, instance_id", given.get("instance_id")) or name
+    name = text_of(f"{where}, instance_id", trajectory.get("instance_id")) or name
     return conversation(where, name, "SWE-agent", messages)
 
 
@@ -438,20 +443,20 @@ def _openai_log(where: str, name: str, record: dict[str, Any]) -> Conversation:
     Gateways log the second form; the first choice is the recorded answer. A prediction is of the last answer.
     """
     if "messages" in record:
-        given, messages = record, list_of(f"{where}, messages", record["messages"])
+        request, messages = record, list_of(f"{where}, messages", record["messages"])
     else:
-        given = object_of(f"{where}, request", record["request"])
+        request = object_of(f"{where}, request", record["request"])
         answer = _message_of(f"{where}, response", record.get("response"))
-        messages = [*list_of(f"{where}, request.messages", given.get("messages")), answer]
-    found = conversation(
+        messages = [*list_of(f"{where}, request.messages", request.get("messages")), answer]
+    logged = conversation(
         where,
         text_of(f"{where}, id", record.get("id")) or name,
         text_of(f"{where}, category", record.get("category")) or "log",
         messages,
-        given.get("tools"),
+        request.get("tools"),
     )
     try:
-        return replace(found, prediction=body_prediction(given))
+        return replace(logged, prediction=body_prediction(request))
     except HintError as error:
         raise RecordError(f"{where}, {error}") from None
 

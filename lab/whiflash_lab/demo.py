@@ -105,12 +105,12 @@ def run(router: str, log_dir: Path | None, progress: Progress) -> list[Answer]:
     manifest = load_manifest(bundle)  # WHIFLASH reads it by itself; plain decoding has no bundle.
     common += ["--chat-template", str(bundle / str(manifest.chat_template))]
     common += ["--tool-call-parser", str(manifest.tool_call_parser)]
-    wanted = {
+    arguments = {
         "plain": common,
         "whiflash": [*common, "--speculative-algorithm", "WHIFLASH", "--whiflash-router", router],
     }
     with ExitStack() as stack:
-        plain, ours = _started(wanted, log_dir, progress, stack)
+        plain, ours = _started(arguments, log_dir, progress, stack)
         task = progress.add_task("asking both servers, in turn", total=len(QUESTIONS) * (REPEATS + 1))
         answers = [
             ask(name, question, plain, ours, model, lambda: progress.advance(task))
@@ -121,7 +121,7 @@ def run(router: str, log_dir: Path | None, progress: Progress) -> list[Answer]:
 
 
 def _started(
-    wanted: Mapping[str, Sequence[str]], log_dir: Path | None, progress: Progress, stack: ExitStack
+    arguments_by_name: Mapping[str, Sequence[str]], log_dir: Path | None, progress: Progress, stack: ExitStack
 ) -> list[Server]:
     """Running servers, in order; `stack` ends them."""
     host = None
@@ -133,7 +133,7 @@ def _started(
     if log_dir is not None:
         log_dir.mkdir(parents=True, exist_ok=True)
     servers = []
-    for name, arguments in wanted.items():
+    for name, arguments in arguments_by_name.items():
         task = progress.add_task(f"starting {name}", total=None)
         log = None if log_dir is None else log_dir / f"{name}.log"
         server = Server(arguments, host=host, env=STRICT_TOOLS, log=log)
@@ -197,8 +197,8 @@ def _ask(client: httpx.Client, request: Mapping[str, Any]) -> dict[str, Any]:
     response = client.post("/v1/chat/completions", json=request)
     if response.status_code != 200:
         raise WhiflashError(f"{client.base_url} did not answer: {response.text[:500]}")
-    found: dict[str, Any] = response.json()
-    return found
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 def judge(answers: list[Answer]) -> None:
@@ -228,8 +228,8 @@ def _show_answers(answers: Sequence[Answer], console: Console) -> None:
         console.rule(f"[bold]{answer.question}[/]")
         # The trace clocks one answer, the table repeated ones beside plain decoding: only the table shows speeds.
         trace = answer.trace.model_copy(update={"seconds": None, "gain": None})
-        said = terminal(trace, answer.text, title=answer.question, colour=colour)
-        console.print(Text.from_ansi(said))
+        coloured = terminal(trace, answer.text, title=answer.question, colour=colour)
+        console.print(Text.from_ansi(coloured))
         for call in answer.calls:
             console.print(f"call: {call}\n", markup=False, highlight=False)
 

@@ -183,9 +183,9 @@ def answer_and_replay(
             summary = answer_rows(chosen, served, store, keep_loops=True)
         target = Vocabulary.read(work / "target", manifest.target, settings.hardware.torch_dtype)
         target = target.to(torch.device(settings.hardware.device))
-        wanted = {row["id"] for row in chosen}
+        chosen_ids = {row["id"] for row in chosen}
         pair = Pair.load(Parts.of_bundle(bundle, settings.eagle_steps), target)
-        sources = [Source(store, record) for record in store.records if record.id in wanted]
+        sources = [Source(store, record) for record in store.records if record.id in chosen_ids]
         answers = replay_answers(pair, sources, ReplayLog(work / "replays", pair))
     return AnsweredBundle(target, answers, len(chosen), summary.skipped)
 
@@ -265,7 +265,7 @@ def figures_table(result: Mapping[str, Any]) -> Table:
 def entropy_of(states: Tensor, head: Tensor) -> Tensor:
     """Nats of the target's own distribution: `states` [N, H] after its final norm, `head` [V, H] → [N] fp32."""
     parts = []
-    for part in torch.split(states, ENTROPY_ROWS):
-        log = F.linear(part.to(head.device, head.dtype), head).float().log_softmax(-1)
+    for rows in torch.split(states, ENTROPY_ROWS):
+        log = F.linear(rows.to(head.device, head.dtype), head).float().log_softmax(-1)
         parts.append(-(log.exp() * log).sum(-1).cpu())
     return torch.cat(parts)

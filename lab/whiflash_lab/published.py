@@ -55,7 +55,7 @@ class Known(NamedTuple):
 
 
 def _deepspec(ar: tuple[float, ...], block: tuple[float, ...]) -> Acceptance:
-    lengths = {name: {AR: one, BLOCK: other} for name, one, other in zip(SETS, ar, block, strict=True)}
+    lengths = {name: {AR: chain, BLOCK: other} for name, chain, other in zip(SETS, ar, block, strict=True)}
     source = (
         "DeepSeek's EAGLE-3 and DSpark, chains and blocks of 7, temperature 1 (arXiv 2607.05147, table 1)"
     )
@@ -188,5 +188,8 @@ KNOWN = (
 
 def known(target: str) -> Known | None:
     """A target by its hub id or the end of it, case apart."""
-    wanted = target.lower()
-    return next((one for one in KNOWN if wanted in (one.name.lower(), one.name.lower().split("/")[1])), None)
+    name = target.lower()
+    return next(
+        (entry for entry in KNOWN if name in (entry.name.lower(), entry.name.lower().split("/")[1])),
+        None,
+    )

@@ -63,9 +63,9 @@ def chance(length: float, drafts: int) -> float:
     return low
 
 
-def expected(each: float, drafts: int) -> float:
+def expected(chance: float, drafts: int) -> float:
     """Tokens of a round, bonus token included."""
-    return sum(each**place for place in range(drafts + 1))
+    return sum(chance**place for place in range(drafts + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +237,8 @@ class Simulation:
         seconds = self._with_host(sum(self.tables.draft(arm, n) for arm, n in drafted.items()), verify)
         tokens = 0
         for request, arm, width in zip(list(running), routes, drafts, strict=True):
-            each = request.chances.get(arm, 0.0)
-            accepted = agreed((self.random.random() < each for _ in range(width)), [True] * width)
+            chance = request.chances.get(arm, 0.0)
+            accepted = agreed((self.random.random() < chance for _ in range(width)), [True] * width)
             emitted = min(accepted + 1, request.left)
             tokens += emitted
             request.left -= emitted
@@ -272,8 +272,9 @@ class Simulation:
 
     def _routes(self) -> list[str]:
         if self.method == "auto":
-            said = [dict.fromkeys(self.pair.drafts) for _ in self.running]
-            return self.controller.route([self.controller.states[one.row] for one in self.running], said)
+            forecasts = [dict.fromkeys(self.pair.drafts) for _ in self.running]
+            requests = [self.controller.states[request.row] for request in self.running]
+            return self.controller.route(requests, forecasts)
         arm = {"plain": arms.NONE, "eagle3": arms.AR}.get(self.method, arms.DIFFUSION)
         return [arm] * len(self.running)
 
@@ -286,8 +287,8 @@ class Simulation:
         if self.method == "auto":
             worths = [self.controller.worth(arm).row for arm in routes]
             return [
-                sum(each ** (place + 1) >= worth for place in range(most))
-                for each, most, worth in zip(chances, full, worths, strict=True)
+                sum(chance ** (place + 1) >= worth for place in range(longest))
+                for chance, longest, worth in zip(chances, full, worths, strict=True)
             ]
         context = sum(request.context for request in self.running)
         return cut(
@@ -295,19 +296,19 @@ class Simulation:
         )
 
 
-def cut(chances: Sequence[float], most: int, price: Callable[[float], float]) -> list[int]:
+def cut(chances: Sequence[float], longest: int, price: Callable[[float], float]) -> list[int]:
     """Drafts of each request such that the batch has most expected tokens a second: the likeliest drafts first."""
-    found = sorted(
-        ((each ** (k + 1), i) for i, each in enumerate(chances) for k in range(most)), reverse=True
+    likeliest = sorted(
+        ((chance ** (k + 1), i) for i, chance in enumerate(chances) for k in range(longest)), reverse=True
     )
     total, best, keep = float(len(chances)), len(chances) / price(len(chances)), 0
-    for kept, (alive, _) in enumerate(found, 1):
+    for kept, (alive, _) in enumerate(likeliest, 1):
         total += alive
         rate = total / price(len(chances) + kept)
         if rate > best:
             best, keep = rate, kept
     drafts = [0] * len(chances)
-    for _, index in found[:keep]:
+    for _, index in likeliest[:keep]:
         drafts[index] += 1
     return drafts
 

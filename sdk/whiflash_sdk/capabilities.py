@@ -169,10 +169,10 @@ class Server:
                 f"{reason}. Start the server with `whiflash serve`, wrap with strict=False, or say what it can "
                 "do with wrap(client, capabilities=…)"
             )
-        said = (self.url, trouble)
+        warning = (self.url, trouble)
         # A request says itself that nothing was reached. Its model is anybody's text, so warnings are bounded.
-        if trouble != "could not be reached" and said not in _warned and len(_warned) < MOST_WARNINGS:
-            _warned.add(said)
+        if trouble != "could not be reached" and warning not in _warned and len(_warned) < MOST_WARNINGS:
+            _warned.add(warning)
             warn_unsupported(f"{reason}. Requests go out without hints")
         return None
 
@@ -299,15 +299,15 @@ def _longest(limits: dict[str, float]) -> float:
     return max(limits.get("read", 0.0), limits.get("connect", 0.0))
 
 
-def _names(found: Capabilities, model: str | None) -> bool:
+def _names(capabilities: Capabilities, model: str | None) -> bool:
     """Whether the document is of this model by name; a request without a name goes to whoever answers."""
-    return model is None or found.model in ("", model)
+    return model is None or capabilities.model in ("", model)
 
 
 def _read(body: object) -> Capabilities | None:
     try:
-        found = Capabilities.model_validate(body)
+        capabilities = Capabilities.model_validate(body)
     except ValidationError:  # a page or a catch-all route, not our document
         return None
     # All of it was answered: what a server leaves out it does not have (`assumed`).
-    return found.model_copy(update=dict(found)) if found.version == 1 else None
+    return capabilities.model_copy(update=dict(capabilities)) if capabilities.version == 1 else None

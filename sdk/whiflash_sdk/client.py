@@ -75,7 +75,9 @@ def wrap(client: ClientT, **settings: Unpack[Settings]) -> ClientT:
         )
     told = Told.of(**settings)
     before = settings_of(client)
-    others = [one.name for one in fields(Told) if getattr(before, one.name, None) != getattr(told, one.name)]
+    others = [
+        item.name for item in fields(Told) if getattr(before, item.name, None) != getattr(told, item.name)
+    ]
     if before is not None and vars(client)[_ITSELF] and others:
         raise ValueError(
             f"wrap: this client is wrapped already, with other {', '.join(others)}. Its other users would send the new "
@@ -90,8 +92,8 @@ def apart(client: Any, owner: object) -> Any:
 
     A tracer set on the client only goes on seeing the copy's requests.
     """
-    known = vars(client).get(_OWNER)
-    if known is not None and known() is owner:
+    held = vars(client).get(_OWNER)
+    if held is not None and held() is owner:
         return client
     try:
         made = client.with_options()

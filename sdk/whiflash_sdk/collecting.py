@@ -58,10 +58,10 @@ class Call:
             self._texts.setdefault(choice, []).append(text)
         for choice, names in tools_called(body).items():
             self.tools[choice] = (*self.tools.get(choice, ()), *names)
-        found = sent_traces(body)
-        for raw in found:
+        traces = sent_traces(body)
+        for raw in traces:
             self._sent[raw.get("choice", 0) if isinstance(raw, dict) else 0] = raw
-        return bool(found)
+        return bool(traces)
 
     def end(self) -> None:
         """The answer is complete, or nobody reads on."""
@@ -83,11 +83,11 @@ class Call:
     def traces(self) -> Iterator[CollectedTrace]:
         """One a choice, once the answer has ended. Raises: TraceError for a broken one."""
         names = ("response_id", "model", "agent", "started", "ended")
-        known = {name: getattr(self, name) for name in names}
+        fields = {name: getattr(self, name) for name in names}
         for raw in self.raw_traces if self.ended else ():
             trace = parse_trace(raw)
             tools = self.tools.get(trace.choice, ())
-            yield CollectedTrace.model_construct(**dict(trace), **known, tools=tools)
+            yield CollectedTrace.model_construct(**dict(trace), **fields, tools=tools)
 
 
 class Collected:

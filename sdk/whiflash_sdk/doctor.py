@@ -60,21 +60,21 @@ async def async_doctor(client: AsyncOpenAI, model: str | None = None) -> list[Fi
 
 def _findings(client: Any, server: Server, model: str | None) -> Iterator[Finding]:
     yield _wrapped(client)
-    found = server.found
-    if found is None:
+    answer = server.found
+    if answer is None:
         help_ = (
             "Start it with `whiflash serve`, and let every proxy in between pass GET /whiflash/capabilities"
         )
         yield Finding("server", False, f"{server.url} {server.trouble}. {help_}")
         return
-    yield Finding("server", True, f"whiflash-sglang {found.server_version}, policy {found.policy}")
-    alone = server.alone or model is None or found.model in ("", model)
-    detail = f"the server answers for {found.model!r}"
+    yield Finding("server", True, f"whiflash-sglang {answer.server_version}, policy {answer.policy}")
+    alone = server.alone or model is None or answer.model in ("", model)
+    detail = f"the server answers for {answer.model!r}"
     if not alone:
-        detail += f", and requests for {model!r} go elsewhere: ask for {found.model!r}"
+        detail += f", and requests for {model!r} go elsewhere: ask for {answer.model!r}"
     yield Finding("model", bool(alone), detail)
-    yield from _drafters(found)
-    yield from _parsers(found)
+    yield from _drafters(answer)
+    yield from _parsers(answer)
 
 
 def _wrapped(client: Any) -> Finding:
@@ -90,24 +90,24 @@ def _wrapped(client: Any) -> Finding:
     return Finding("client", True, "it sends hints")
 
 
-def _drafters(found: Capabilities) -> Iterator[Finding]:
-    neural = [arm for arm in found.arms if arm in ("ar", "diffusion")]
+def _drafters(answer: Capabilities) -> Iterator[Finding]:
+    neural = [arm for arm in answer.arms if arm in ("ar", "diffusion")]
     yield Finding("drafters", bool(neural), ", ".join(neural) or "the server has loaded none")
     lacks = "nothing is copied: the server was started with --whiflash-lookup off"
-    yield _either("copies", "lookup" in found.arms, "answers are copied from prompts", lacks)
+    yield _either("copies", "lookup" in answer.arms, "answers are copied from prompts", lacks)
     lacks = "none is read: copies are off, or this device's drafters cannot read them, so leave them out"
-    has = f"up to {found.prediction_tokens} tokens are read"
-    yield _either("predictions", found.prediction_tokens > 0, has, lacks)
+    has = f"up to {answer.prediction_tokens} tokens are read"
+    yield _either("predictions", answer.prediction_tokens > 0, has, lacks)
     lacks = "nothing is drafted from tools: the server was started with --whiflash-structure off"
-    yield _either("structure", "structure" in found.arms, "what tools and schemas force is drafted", lacks)
+    yield _either("structure", "structure" in answer.arms, "what tools and schemas force is drafted", lacks)
 
 
 def _either(name: str, ok: bool, has: str, lacks: str) -> Finding:
     return Finding(name, ok, has if ok else lacks)
 
 
-def _parsers(found: Capabilities) -> Iterator[Finding]:
-    parser = found.tool_call_parser
+def _parsers(answer: Capabilities) -> Iterator[Finding]:
+    parser = answer.tool_call_parser
     if parser is None:
         detail = "none is set, so spans of calls are not known: start the server with --tool-call-parser"
     elif parser not in presets.TOOL_CALL_PARSERS:

@@ -37,28 +37,28 @@ def file_shown(shown: str, path: str, *, numbered: bool = False) -> str | None:
     if shown.rstrip().endswith(_REMINDER[1]) and _REMINDER[0] in shown:
         shown = shown.partition(_REMINDER[0])[0].rstrip("\n") + "\n"
     lines = shown.split("\n")
-    found = {place: match for place, line in enumerate(lines) if (match := _NUMBER.match(line))}
-    sign = Counter(match[2] for match in found.values()).most_common(1)
-    found = {place: match for place, match in found.items() if match[2] == sign[0][0]}
-    if not _is_view(lines, found):
+    matches = {place: match for place, line in enumerate(lines) if (match := _NUMBER.match(line))}
+    sign = Counter(match[2] for match in matches.values()).most_common(1)
+    matches = {place: match for place, match in matches.items() if match[2] == sign[0][0]}
+    if not _is_view(lines, matches):
         return None if numbered else _unframed(shown, path)
-    for (place, match), (next_place, next_match) in pairwise(found.items()):
+    for (place, match), (next_place, next_match) in pairwise(matches.items()):
         step = int(next_match[1]) - int(match[1])
         if step < 1 or (step == 1) != (next_place == place + 1):
             return None  # results of a search, two views, or lines that were wrapped
-    texts = [lines[place][match.end() :].removesuffix("\r") for place, match in found.items()]
+    texts = [lines[place][match.end() :].removesuffix("\r") for place, match in matches.items()]
     if sign[0][0] in _BLANK_FOLLOWS and _indent(texts) % 2:
         texts = [text.removeprefix(" ") for text in texts]
-    return "\n".join(texts) + ("\n" if max(found) + 1 < len(lines) else "")
+    return "\n".join(texts) + ("\n" if max(matches) + 1 < len(lines) else "")
 
 
-def _is_view(lines: list[str], found: dict[int, re.Match[str]]) -> bool:
+def _is_view(lines: list[str], numbered: dict[int, re.Match[str]]) -> bool:
     """Whether the numbers are a view's: something around them is, or most lines have one."""
-    if any(_AROUND.fullmatch(line.strip()) for place, line in enumerate(lines) if place not in found):
-        return bool(found)
-    if len(found) == 1 and (only := next(iter(found.values())))[1] != "1" and only[2] in _BLANK_FOLLOWS:
+    if any(_AROUND.fullmatch(line.strip()) for place, line in enumerate(lines) if place not in numbered):
+        return bool(numbered)
+    if len(numbered) == 1 and (only := next(iter(numbered.values())))[1] != "1" and only[2] in _BLANK_FOLLOWS:
         return False  # as in `12:30`
-    return 2 * len(found) > sum(bool(line.strip()) for line in lines)
+    return 2 * len(numbered) > sum(bool(line.strip()) for line in lines)
 
 
 def _indent(texts: list[str]) -> int:
@@ -157,9 +157,9 @@ def _replayed(touches: list[_Touch]) -> str:
 
 def _touches(parts: Iterable[Mapping[str, Any]]) -> Iterator[_Touch]:
     results: dict[str, str] = {}
-    for part in parts:
-        results.update(_results(part))
-        yield from (_touch(arguments, results.pop(name, "")) for name, arguments in _calls(part))
+    for message in parts:
+        results.update(_results(message))
+        yield from (_touch(arguments, results.pop(name, "")) for name, arguments in _calls(message))
     yield from (_touch({}, shown) for shown in results.values())
 
 
@@ -180,7 +180,9 @@ def _offers_edits(body: Mapping[str, Any]) -> bool:
         return False
     described = [tool.get("function", tool) for tool in tools if isinstance(tool, Mapping)]
     return any(
-        _EDITS.search(text_or_none(one.get("name")) or "") for one in described if isinstance(one, Mapping)
+        _EDITS.search(text_or_none(entry.get("name")) or "")
+        for entry in described
+        if isinstance(entry, Mapping)
     )
 
 
@@ -192,33 +194,33 @@ def _parts(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         if isinstance(message, Mapping):
             for inside in (message.get("tool_calls"), message.get("content")):
                 parts = inside if isinstance(inside, list) else []
-                yield from (part for part in reversed(parts) if isinstance(part, Mapping))
+                yield from (item for item in reversed(parts) if isinstance(item, Mapping))
             yield message
 
 
-def _calls(part: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _calls(item: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Id and arguments of the tool that it calls."""
-    function = part.get("function")
-    given = function.get("arguments") if isinstance(function, Mapping) else part.get("arguments")
-    given = part.get("input") if part.get("type") == "tool_use" else given
-    if isinstance(given, str):  # most calls name no file, and need not be read
-        given = json_or_none(given) if "path" in given or "file" in given else {}
-    if isinstance(given, Mapping):
-        yield text_or_none(part.get("call_id", part.get("id"))) or "", given
+    function = item.get("function")
+    arguments = function.get("arguments") if isinstance(function, Mapping) else item.get("arguments")
+    arguments = item.get("input") if item.get("type") == "tool_use" else arguments
+    if isinstance(arguments, str):  # most calls name no file, and need not be read
+        arguments = json_or_none(arguments) if "path" in arguments or "file" in arguments else {}
+    if isinstance(arguments, Mapping):
+        yield text_or_none(item.get("call_id", item.get("id"))) or "", arguments
 
 
-def _results(part: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _results(item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Id of the call that it answers, and what this brought."""
     for kind in ("role", "type"):
-        if names := _ANSWERS.get(text_or_none(part.get(kind)) or ""):
-            name, content = map(part.get, names)
-            yield text_or_none(name) or "", "" if part.get("is_error") else _plain(content)
+        if names := _ANSWERS.get(text_or_none(item.get(kind)) or ""):
+            name, content = map(item.get, names)
+            yield text_or_none(name) or "", "" if item.get("is_error") else _plain(content)
 
 
 def _plain(content: object) -> str:
     """The text of a result."""
     parts = content if isinstance(content, list) else [{"text": content}]
-    texts = (text_or_none(part.get("text")) or "" for part in parts if isinstance(part, Mapping))
+    texts = (text_or_none(item.get("text")) or "" for item in parts if isinstance(item, Mapping))
     return "".join(texts)[:_LONGEST]
 
 

@@ -190,18 +190,18 @@ def first_fault(error: ValidationError, of: type[BaseModel] = Hints) -> tuple[st
     if kind in ("begin", "prefer"):
         return f"{_path(path)}.{kind}", first["msg"]
     if kind == "extra_forbidden":
-        known = Span.model_fields if len(path) > 1 else of.model_fields
-        return _path(path), f"is unknown; known are {', '.join(sorted(known))}"
+        fields = Span.model_fields if len(path) > 1 else of.model_fields
+        return _path(path), f"is unknown; known are {', '.join(sorted(fields))}"
     if path[-1:] == ["[key]"]:
         return _path(path[:-1]), f"is unknown; known are {_words(first)}"
     if path and path[0] in _REASONS:
         return _path(path[:1]), _REASONS[str(path[0])]
     if kind not in _REASONS:
         return _path(path), first["msg"]
-    given = first["input"]
+    value = first["input"]
     values = {
         "words": _words(first),
-        "length": len(given) if isinstance(given, Sequence) else 0,
+        "length": len(value) if isinstance(value, Sequence) else 0,
         "name": path[-1:],
     }
     return _path(path), _REASONS[kind].format(**values, **first.get("ctx", {}))
@@ -237,4 +237,4 @@ def _words(error: ErrorDetails) -> str:
 
 def _path(parts: Iterable[int | str]) -> str:
     """Names are a client's: cut, and without characters that no log shows."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{ascii(part[:32])[1:-1]}" for part in parts)
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{ascii(key[:32])[1:-1]}" for key in parts)

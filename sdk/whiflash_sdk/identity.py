@@ -88,7 +88,7 @@ class OfClient:
         sent = {**http.headers, **client.default_headers, **client.default_query}
         if makers[0] is not None:
             key, sent = None, {name: value for name, value in sent.items() if name.lower() != "authorization"}
-        made_from = [one if isinstance(one, str) else id(one) for one in makers]
+        made_from = [maker if isinstance(maker, str) else id(maker) for maker in makers]
         return _digest(url, sent, key, made_from, id(http.auth))
 
 

@@ -103,11 +103,11 @@ class Outgoing:
     """
 
     def __init__(self, body: Mapping[str, Any], route: str, told: Told, server: Server | None) -> None:
-        found = _found(told, server, model_of(body))
+        capabilities = _found(told, server, model_of(body))
         self.body = self.plain = body
         self._strict, self._server, self._is_read = told.strict, server, False
-        if _takes(found, route):
-            self.body = _with_hints(body, route, told, found)
+        if _takes(capabilities, route):
+            self.body = _with_hints(body, route, told, capabilities)
             self.plain = _with_hints(body, route, told, None)
         said = _said(self.body)
         self.agent: str | None = text_or_none(said.get("agent")) or text_or_none(self.body.get(AGENT_FIELD))
@@ -120,7 +120,7 @@ class Outgoing:
         """Field of ours that the server names as it refuses the request; None: it names none, or `strict` is set."""
         if status not in REFUSALS or self._strict:
             return None
-        self._is_read = any(part in text for part in _INSIDE)
+        self._is_read = any(field in text for field in _INSIDE)
         added = (name for name in _ADDED if self.body.get(name) != self.plain.get(name))
         return next((name for name in added if name in text), None)
 
@@ -183,37 +183,37 @@ def exchange(
 
 def _found(told: Told, server: Server | None, model: str | None) -> Capabilities | bool | None:
     """Capabilities to go by for a request for this model."""
-    given = told.capabilities
+    capabilities = told.capabilities
     if server is not None:
         return server.require(model, strict=told.strict)
-    if isinstance(given, Capabilities) and given.model not in ("", model):
+    if isinstance(capabilities, Capabilities) and capabilities.model not in ("", model):
         return None
-    return given
+    return capabilities
 
 
-def _takes(found: Capabilities | bool | None, route: str) -> bool:
+def _takes(capabilities: Capabilities | bool | None, route: str) -> bool:
     """Whether requests of this route may say anything to the server."""
     if route in _DERIVED:
         return True
-    if isinstance(found, Capabilities):
-        return route.removeprefix("v1/") in found.routes
-    return bool(found)
+    if isinstance(capabilities, Capabilities):
+        return route.removeprefix("v1/") in capabilities.routes
+    return bool(capabilities)
 
 
 def _said(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """The hints that go out; malformed ones say nothing, and the server refuses them."""
     params = body.get("custom_params")
     sent = params.get(WIRE_KEY) if isinstance(params, Mapping) else None
-    said = json_or_none(sent) if isinstance(sent, str) else None
-    return said if isinstance(said, Mapping) else {}
+    hints = json_or_none(sent) if isinstance(sent, str) else None
+    return hints if isinstance(hints, Mapping) else {}
 
 
 def _with_hints(
-    body: Mapping[str, Any], route: str, told: Told, found: Capabilities | bool | None
+    body: Mapping[str, Any], route: str, told: Told, capabilities: Capabilities | bool | None
 ) -> Mapping[str, Any]:
     """The body with its final hints; without any where the server has no use for them.
 
-    found: True where the server's parsers are not known.
+    capabilities: True where the server's parsers are not known.
     """
     params = body.get("custom_params")
     if params is not None and not isinstance(params, Mapping):
@@ -221,7 +221,7 @@ def _with_hints(
     rest = {name: value for name, value in body.items() if name != "custom_params"}
     params = dict(params or {})
     carried = params.pop(WIRE_KEY, None)
-    if found:
+    if capabilities:
         inside = session()
         hints = block_hints().over(inside.hints() if inside else Hints()).over(told.hints)
         names_agent = AGENT_FIELD in body  # a server takes the name once: in the body or in the hints
@@ -232,20 +232,20 @@ def _with_hints(
         if not names_agent:
             hints = _named(hints, told.agent)
         if opened := opened_span():
-            others = hints.spans or guessed(_derived, rest, route, hints, found, otherwise=())
+            others = hints.spans or guessed(_derived, rest, route, hints, capabilities, otherwise=())
             hints = hints.model_copy(update={"spans": open_first(tuple(others), opened)})
         params[WIRE_KEY] = hints.encode()
-        rest = {**_predicted(found, body, inside), **_salted(inside, told), **rest}
+        rest = {**_predicted(capabilities, body, inside), **_salted(inside, told), **rest}
     return {**rest, "custom_params": params} if params else rest
 
 
 def _derived(
-    body: Mapping[str, Any], route: str, hints: Hints, found: Capabilities | bool
+    body: Mapping[str, Any], route: str, hints: Hints, capabilities: Capabilities | bool
 ) -> tuple[Span, ...]:
     """The spans beside a block's: the server infers none for a request that brings one."""
-    if not (hints.infer and isinstance(found, Capabilities) and route in _DERIVED):
+    if not (hints.infer and isinstance(capabilities, Capabilities) and route in _DERIVED):
         return ()
-    return derive_spans(body, found.tool_call_parser, found.reasoning_parser)
+    return derive_spans(body, capabilities.tool_call_parser, capabilities.reasoning_parser)
 
 
 def _named(hints: Hints, agent: Agent | None) -> Hints:
@@ -260,12 +260,14 @@ def _salted(inside: Session | None, told: Told) -> dict[str, Any]:
     return {} if tenant is None else {"cache_salt": tenant}
 
 
-def _predicted(found: Capabilities | bool, body: Mapping[str, Any], inside: Session | None) -> dict[str, Any]:
+def _predicted(
+    capabilities: Capabilities | bool, body: Mapping[str, Any], inside: Session | None
+) -> dict[str, Any]:
     """The enclosing block's prediction, or its session's, if the server understands it; the request's own one wins."""
-    known = found if isinstance(found, Capabilities) else Capabilities(version=1).assumed()
-    if "prediction" in body or known.prediction_tokens == 0:
+    assumed = capabilities if isinstance(capabilities, Capabilities) else Capabilities(version=1).assumed()
+    if "prediction" in body or assumed.prediction_tokens == 0:
         return {}
-    parser = known.tool_call_parser
+    parser = assumed.tool_call_parser
     text = predicted_text(
         lambda: guessed(inside.prediction, body, parser, otherwise=None) if inside else None
     )

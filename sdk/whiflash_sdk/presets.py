@@ -146,8 +146,8 @@ def _after(span: Span, text: str) -> Span:
     """The span as `text` leaves it: the output goes on where the text stops."""
     is_open, at = span.open, 0
     while marker := span.end if is_open else span.begin:
-        found = text.find(marker, at)
-        if found < 0:
+        place = text.find(marker, at)
+        if place < 0:
             break
-        at, is_open = found + len(marker), not is_open
+        at, is_open = place + len(marker), not is_open
     return span.model_copy(update={"open": is_open}) if is_open or span.begin else span

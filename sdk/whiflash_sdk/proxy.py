@@ -95,8 +95,8 @@ class Proxy:
     async def _answer(
         self, scope: Mapping[str, Any], receive: Receive, send: Send, group: anyio.abc.TaskGroup
     ) -> None:
-        given: Headers = list(scope["headers"])
-        if any(name.lower() == b"via" and self._via in value for name, value in given):
+        sent: Headers = list(scope["headers"])
+        if any(name.lower() == b"via" and self._via in value for name, value in sent):
             return await _refuse(
                 send, 508, "the proxy's upstream leads back to the proxy: give it a server's URL"
             )
@@ -109,14 +109,14 @@ class Proxy:
                 send, 404, "the proxy passes on only the routes of answers, and /whiflash/capabilities"
             )
         try:
-            session = _session(front, given)
+            session = _session(front, sent)
         except ValueError as error:
             return await _refuse(send, 400, str(error))
         body = await _read(receive, self._longest)
         if body is None:
             return await _refuse(send, 413, f"the request is longer than {self._longest} bytes")
         group.start_soon(_cancelling, receive, group.cancel_scope)
-        headers = [(name, value) for name, value in _passing(given) if name.lower() != b"content-length"]
+        headers = [(name, value) for name, value in _passing(sent) if name.lower() != b"content-length"]
         request = httpx.Request(
             scope["method"],
             url,
@@ -137,8 +137,8 @@ class Proxy:
 
     def _address(self, path: bytes, query: bytes) -> tuple[str, httpx.URL | str]:
         """Names of the asker in the path, and the address for the server; or why there is none."""
-        found = _NAMED.fullmatch(path.decode("latin-1"))
-        front, rest = found.groups() if found else ("", "/")
+        match = _NAMED.fullmatch(path.decode("latin-1"))
+        front, rest = match.groups() if match else ("", "/")
         asked = quote(query, safe=_PRINTABLE)
         try:
             return front, httpx.URL(self._upstream + rest + (f"?{asked}" if asked else ""))
@@ -147,7 +147,7 @@ class Proxy:
 
     def _is_open(self, url: httpx.URL) -> bool:
         """Whether this address, which is the one that is sent, asks for a route of the list."""
-        path, base = (one.raw_path.partition(b"?")[0].decode("ascii") for one in (url, self._root))
+        path, base = (address.raw_path.partition(b"?")[0].decode("ascii") for address in (url, self._root))
         base = base.rstrip("/")
         return path.startswith(base) and bool(ROUTES.fullmatch(unquote(path[len(base) :])))
 
@@ -194,17 +194,17 @@ def _session(front: str, headers: Headers) -> Session:
 
     Raises: ValueError for an empty name.
     """
-    said = {}
-    for part in front.split("/")[1:]:
-        name, _, value = part.partition("=")
-        said[name] = unquote(value)
-    for key, given in headers:
+    names = {}
+    for field in front.split("/")[1:]:
+        name, _, value = field.partition("=")
+        names[name] = unquote(value)
+    for key, header in headers:
         if key.lower().startswith(_PREFIX):
-            said[key.lower().removeprefix(_PREFIX).decode("latin-1")] = _text(given)
+            names[key.lower().removeprefix(_PREFIX).decode("latin-1")] = _text(header)
     for name in ("agent", "session", "tenant"):
-        if said.get(name) == "":
+        if names.get(name) == "":
             raise ValueError(f"{name}: is empty. Give a name, or leave it out")
-    return Session(tenant=said.get("tenant") or said.get("session"), agent=said.get("agent"))
+    return Session(tenant=names.get("tenant") or names.get("session"), agent=names.get("agent"))
 
 
 def _text(value: bytes) -> str:

@@ -26,13 +26,13 @@ def read_json(text: str | bytes) -> Any:
     Raises: ValueError for text that is not JSON; TooDeepError, which is one, for more than `DEEPEST` levels.
     """
     try:
-        found = json.loads(text)  # noqa: TID251 (here it is bounded)
+        value = json.loads(text)  # noqa: TID251 (here it is bounded)
     except RecursionError:
         raise TooDeepError from None
     marks = ("[", "{") if isinstance(text, str) else (b"[", b"{")
-    if sum(map(text.count, marks)) > DEEPEST and _is_deep(found):  # type: ignore[arg-type]
+    if sum(map(text.count, marks)) > DEEPEST and _is_deep(value):  # type: ignore[arg-type]
         raise TooDeepError
-    return found
+    return value
 
 
 def json_or_none(text: str | bytes) -> Any:
@@ -48,8 +48,8 @@ def text_or_none(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _is_deep(found: Any) -> bool:
-    holders = [found]
+def _is_deep(document: Any) -> bool:
+    holders = [document]
     for _ in range(DEEPEST):
         inside = (holder.values() if isinstance(holder, dict) else holder for holder in holders)
         holders = [value for values in inside for value in values if isinstance(value, dict | list)]
@@ -108,5 +108,5 @@ def _members(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _next(text: str, at: int) -> int:
-    found = _BETWEEN.match(text, at)
-    return at if found is None else found.end()
+    match = _BETWEEN.match(text, at)
+    return at if match is None else match.end()

@@ -56,8 +56,8 @@ class Passing:
             return passed
         end = 0
         events = []
-        while found := _EVENT_END.search(self._waiting, max(end, searched)):
-            event, end = bytes(self._waiting[end : found.end()]), found.end()
+        while match := _EVENT_END.search(self._waiting, max(end, searched)):
+            event, end = bytes(self._waiting[end : match.end()]), match.end()
             if not self._takes(event):
                 events.append(event)
         del self._waiting[:end]
@@ -78,10 +78,10 @@ class Passing:
         if not (first or self._whole_text or _TELLS.search(event)):
             return False
         body = json_or_none(b"\n".join(_DATA.findall(event)))
-        found = _take(self._call, body)
+        answer = _take(self._call, body)
         if first and self._call.response_id is not None:
             keep_stream(self._call.response_id, self._call)
-        return found and _holds_nothing_else(body)
+        return answer and _holds_nothing_else(body)
 
 
 def _take(call: Call, body: Any) -> bool:

@@ -104,16 +104,16 @@ class ArmTotals(BaseModel):
     def sum(cls, totals: Iterable[ArmTotals]) -> ArmTotals:
         """The sums; of drafts only if every one of them has these."""
         rows = list(totals)
-        is_told = all(one.proposed is not None and one.accepted is not None for one in rows)
+        is_told = all(row.proposed is not None and row.accepted is not None for row in rows)
         names = ("rounds", "tokens", "proposed", "accepted") if is_told else ("rounds", "tokens")
-        sums = {name: sum(getattr(one, name) for one in rows) for name in names}
-        return cls(**sums, saved=sum_known(one.saved for one in rows))
+        sums = {name: sum(getattr(row, name) for row in rows) for name in names}
+        return cls(**sums, saved=sum_known(row.saved for row in rows))
 
 
 def sum_known(values: Iterable[float | None]) -> float | None:
     """The sum of those that are known; None: none is."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) if numbers else None
 
 
 class SourceTotals(BaseModel):
@@ -219,8 +219,8 @@ def routing(response: object, choice: int = 0) -> Trace | None:
         TraceError: there is a trace that does not follow the schema.
         TypeError: the response has to be awaited first.
     """
-    for found in raw_traces(response):
-        trace = parse_trace(found)
+    for raw in raw_traces(response):
+        trace = parse_trace(raw)
         if trace.choice == choice:
             return trace
     return None
@@ -276,9 +276,9 @@ def sent_traces(body: Any) -> list[Any]:
         fields = holder if isinstance(holder, Mapping) else getattr(holder, "model_extra", None) or {}
         for name in ("sglext", "meta_info"):
             extension = fields.get(name)
-            found = extension.get("whiflash") if isinstance(extension, Mapping) else None
-            if found is not None:
-                return found if isinstance(found, list) else [found]
+            traces = extension.get("whiflash") if isinstance(extension, Mapping) else None
+            if traces is not None:
+                return traces if isinstance(traces, list) else [traces]
     return []
 
 
@@ -306,19 +306,19 @@ def tools_called(response: Any) -> dict[int, tuple[str, ...]]:
 
     The event that ends a response of the Responses API holds all of it; Messages begin a block for each call.
     """
-    found = {}
+    names_by_choice = {}
     for choice in field_of(response, "choices") or ():
         holder = field_of(choice, "message") or field_of(choice, "delta")
         names = [
             field_of(field_of(call, "function"), "name") for call in field_of(holder, "tool_calls") or ()
         ]
-        found[field_of(choice, "index") or 0] = tuple(name for name in names if name)
+        names_by_choice[field_of(choice, "index") or 0] = tuple(name for name in names if name)
     blocks = field_of(answer_in(response), "output") or field_of(response, "content")
     block = field_of(response, "content_block")
     for called in blocks if isinstance(blocks, list) else [block]:
         if field_of(called, "type") in ("function_call", "tool_use") and (name := field_of(called, "name")):
-            found[0] = (*found.get(0, ()), name)
-    return {index: names for index, names in found.items() if names}
+            names_by_choice[0] = (*names_by_choice.get(0, ()), name)
+    return {index: names for index, names in names_by_choice.items() if names}
 
 
 def texts_of(response: Any) -> dict[int, str]:

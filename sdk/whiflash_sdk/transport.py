@@ -132,7 +132,7 @@ def _transports(library: Any) -> tuple[type, type]:
 
 
 async def _joined(parts: AsyncIterator[bytes]) -> bytes:
-    return b"".join([part async for part in parts])
+    return b"".join([chunk async for chunk in parts])
 
 
 class _FailedError(Exception):

@@ -140,7 +140,7 @@ def test_who_runs_while_its_tenant_is_forgotten_leaves_and_teaches_nothing() -> 
 
 
 def test_tenants_are_bounded_and_the_least_recent_one_begins_again() -> None:
-    book = PerTenant(MatchCalibration, most=2)
+    book = PerTenant(MatchCalibration, limit=2)
     for name in ("a", "b", "a", "c"):
         book.of(tenant_of(None, name)).observe(3, Agreement.ALONE, True)
     assert len(book) == 2

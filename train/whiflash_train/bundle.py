@@ -45,9 +45,9 @@ def _sources(bundle: Path) -> dict[str, Any]:
     return dict(read_json_file(path).get("sources", {})) if path.exists() else {}
 
 
-def _source(part: Path) -> dict[str, Any]:
+def _source(directory: Path) -> dict[str, Any]:
     """The manifest's record of a part's files, against which they are checked when they are loaded."""
-    return {"files": digests(sorted([*part.glob("config.json"), *part.glob("*.safetensors")]))}
+    return {"files": digests(sorted([*directory.glob("config.json"), *directory.glob("*.safetensors")]))}
 
 
 def replace_directory(source: Path, place: Path) -> None:

@@ -265,7 +265,7 @@ def load_config(path: Path) -> TrainConfig:
         config = TrainConfig.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        place = ".".join(str(key) for key in first["loc"]) or "the file"
         raise ConfigError(f"{path}: {place}: {first['msg']} ({error.error_count()} problem(s))") from None
     if config.capture != sorted(set(config.capture)):
         raise ConfigError(f"{path}: capture must be ascending and without repetition, got {config.capture}")

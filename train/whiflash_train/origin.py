@@ -54,8 +54,8 @@ class Vocabulary(NamedTuple):
         parts: dict[str, list[Tensor]] = {"embedding": [], "head": []}
         for rank in range(facts["ranks"]):
             with safe_open(vocabulary_file(directory, rank), framework="pt") as file:
-                for part, rows in parts.items():
-                    rows.append(file.get_tensor(part).to(dtype))
+                for key, rows in parts.items():
+                    rows.append(file.get_tensor(key).to(dtype))
         return cls(torch.cat(parts["embedding"]), torch.cat(parts["head"]), float(facts["embedding_scale"]))
 
     def to(self, device: torch.device) -> "Vocabulary":
@@ -111,10 +111,10 @@ class ServedOrigin:
         config = {**merged(target, read_json_config(target), "text_config"), **layers}
         embedding, head, scale = Vocabulary.read(told, name, dtype)
         hidden, vocab = (integer(config, key, target) for key in ("hidden_size", "vocab_size"))
-        for part, matrix in (("embedding", embedding), ("head", head)):
+        for tensor_name, matrix in (("embedding", embedding), ("head", head)):
             if matrix.shape != (vocab, hidden):
                 raise CheckpointError(
-                    f"{told} holds a target's {part} of {list(matrix.shape)}, {target}/config.json says "
+                    f"{told} holds a target's {tensor_name} of {list(matrix.shape)}, {target}/config.json says "
                     f"{[vocab, hidden]}: run `whiflash train --step data` for this target first"
                 )
         return cls(

@@ -20,7 +20,7 @@ def made_by(packages: Sequence[str]) -> dict[str, Any]:
     return {
         "command": [
             Path(sys.argv[0]).name,
-            *(Path(one).name if one.startswith("/") else one for one in sys.argv[1:]),
+            *(Path(argument).name if argument.startswith("/") else argument for argument in sys.argv[1:]),
         ],
         **checkout(Path(__file__).parent),
         "python": platform.python_version(),
@@ -61,9 +61,9 @@ def checkout(directory: Path) -> dict[str, Any]:
 
 def busy() -> dict[str, float]:
     """How busy the machine is: load averages of 1 and 5 minutes, free memory in GB."""
-    one, five, _ = os.getloadavg()
+    minute, five, _ = os.getloadavg()
     return {
-        "load_1min": one,
+        "load_1min": minute,
         "load_5min": five,
         "free_memory_gb": round(psutil.virtual_memory().available / 2**30, 1),
     }

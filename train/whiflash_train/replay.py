@@ -145,13 +145,13 @@ def replay_lookup(
         nothing = [Chain((), ())] * positions
         return copied._replace(behind=dict.fromkeys(drafted, nothing))
     widest = max(
-        [settings.max_width, *(len(one.tokens) for chains in drafted.values() for one in chains[:1])]
+        [settings.max_width, *(len(chain.tokens) for chains in drafted.values() for chain in chains[:1])]
     )
     copier = Copier(calibration, settings.min_match)
     copier.extend(tokens[:prompt_length])
     for position in range(positions):
-        known = prompt_length + position + 1  # the bonus token is known, its KV is not
-        copier.extend(tokens[known - 1 : known])
+        begin = prompt_length + position + 1  # the bonus token is known, its KV is not
+        copier.extend(tokens[begin - 1 : begin])
         limit = min(settings.max_width, positions - position)
         proposal = copier.look(limit, LEAST_CHANCE)
         drafts, expected[position] = proposal.tokens, sum(proposal.alive)
@@ -161,7 +161,7 @@ def replay_lookup(
             beyond = copier.look_beyond(own, sure[-1], room, LEAST_CHANCE) if own and room > 0 else NOTHING
             copied.behind[arm].append(Chain(list(beyond.tokens), list(beyond.alive)))
         proposed[position] = len(drafts)
-        accepted[position] = agreed(drafts, tokens[known : known + len(drafts)])
+        accepted[position] = agreed(drafts, tokens[begin : begin + len(drafts)])
     return copied
 
 
@@ -314,11 +314,11 @@ def _assemble(sequence: Stored, rounds: Rounds, pair: Pair, calibration: MatchCa
     copied = replay_lookup(tokens, record.prompt_length, pair.lookup, calibration, drafted)
     answer = tokens[record.prompt_length :]
     joined = {
-        JOINED[arm]: [one.followed_by(copy) for one, copy in zip(chains, copied.behind[arm], strict=True)]
+        JOINED[arm]: [chain.followed_by(copy) for chain, copy in zip(chains, copied.behind[arm], strict=True)]
         for arm, chains in drafted.items()
     }
     right = {
-        arm: np.array([agreed(one.tokens, answer[at:]) for at, one in enumerate(chains, 1)])
+        arm: np.array([agreed(chain.tokens, answer[at:]) for at, chain in enumerate(chains, 1)])
         for arm, chains in joined.items()
     }
     positions = record.length - record.prompt_length - 1
@@ -366,14 +366,14 @@ def _unrolled(
         )
     plan = plan_chains(batch)
     columns = [list(capture).index(layer) for layer in layers]
-    wanted = batch.tokens[plan.label_tokens]
+    labels = batch.tokens[plan.label_tokens]
     right, tokens, sure = [], [], []
     for step, logits in enumerate(unroll(drafter, batch, plan, columns, steps, own_drafts=True)):
         choice = choose(logits)
         valid = plan.steps_left > step
         label = torch.where(valid, plan.label + step, 0)
         tokens.append(drafter.target_ids(choice.token))
-        right.append(valid & (tokens[-1] == wanted[label]))
+        right.append(valid & (tokens[-1] == labels[label]))
         sure.append(choice.confidence)
     return torch.stack(right, 1), Choice(torch.stack(tokens, 1), torch.stack(sure, 1))
 
@@ -387,11 +387,11 @@ def _blocks(
     states = run_blocks(drafter, batch, blocks, columns)
     bonus, drafts = batch.tokens[blocks.token + blocks.anchor], drafter.config.max_drafts
     parts = [
-        drafter.propose(one, token, drafts, head)
-        for one, token in zip(torch.split(states, _BLOCKS), torch.split(bonus, _BLOCKS), strict=True)
+        drafter.propose(rows, token, drafts, head)
+        for rows, token in zip(torch.split(states, _BLOCKS), torch.split(bonus, _BLOCKS), strict=True)
     ]
     choice = Choice(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    wanted = blocks.anchor[:, None] + torch.arange(1, drafts + 1, device=choice.token.device)
-    valid = wanted < blocks.length[:, None]
-    text = batch.tokens[blocks.token[:, None] + torch.minimum(wanted, blocks.length[:, None] - 1)]
+    places = blocks.anchor[:, None] + torch.arange(1, drafts + 1, device=choice.token.device)
+    valid = places < blocks.length[:, None]
+    text = batch.tokens[blocks.token[:, None] + torch.minimum(places, blocks.length[:, None] - 1)]
     return valid & (choice.token == text), choice

@@ -145,12 +145,12 @@ def _gain_shares(lengths: Mapping[str, float], routers: Mapping[str, RouterWalk]
 
 def _mean_figures(parts: Sequence[dict[str, Any]], routers: Mapping[str, RouterWalk]) -> dict[str, Any]:
     def mean(key: str) -> dict[str, float]:
-        return {name: float(np.mean([part[key][name] for part in parts])) for name in parts[0][key]}
+        return {name: float(np.mean([figures[key][name] for figures in parts])) for name in parts[0][key]}
 
     lengths = mean("acceptance_length")
     return {
-        "answers": sum(part["answers"] for part in parts),
-        "positions": sum(part["positions"] for part in parts),
+        "answers": sum(figures["answers"] for figures in parts),
+        "positions": sum(figures["positions"] for figures in parts),
         "acceptance_length": lengths,
         "rounds_won": mean("rounds_won"),
         "oracle_gain_share": _gain_shares(lengths, routers),

@@ -35,11 +35,11 @@ class FeatureSlice:
         ValueError: a wanted layer is not captured.
     """
 
-    def __init__(self, captured: tuple[int, ...], wanted: tuple[int, ...], hidden: int) -> None:
-        missing = sorted(set(wanted) - set(captured))
+    def __init__(self, captured: tuple[int, ...], layers: tuple[int, ...], hidden: int) -> None:
+        missing = sorted(set(layers) - set(captured))
         if missing:
             raise ValueError(f"layers {missing} are not captured; the target captures {list(captured)}")
-        index = tuple(captured.index(layer) for layer in wanted)
+        index = tuple(captured.index(layer) for layer in layers)
         self.hidden, self._layers = hidden, len(captured)
         self.chunks = None if index == tuple(range(len(captured))) else index
         """Places of its layers among the captured ones, as kernels take them; None: they are the captured ones."""
@@ -166,9 +166,9 @@ class FeatureRows:
     def __len__(self) -> int:
         return int(self.positions.shape[0])
 
-    def of(self, wanted: FeatureSlice | None) -> "FeatureRows":
+    def of(self, columns: FeatureSlice | None) -> "FeatureRows":
         """The same with the columns of one drafter only; None: all."""
-        return self if wanted is None else replace(self, features=wanted(self.features))
+        return self if columns is None else replace(self, features=columns(self.features))
 
     def embedded(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Embeddings of the position behind each row for a drafter, [N, H']: tokens by its `embed`, images as the
@@ -181,9 +181,9 @@ class FeatureRows:
         return torch.where(where[:, None], read.to(tokens.dtype), tokens)
 
 
-def columns_of(wanted: FeatureSlice | None) -> tuple[tuple[int, ...] | None, int]:
+def columns_of(columns: FeatureSlice | None) -> tuple[tuple[int, ...] | None, int]:
     """Chunks of a captured row and their width, as kernels take what a drafter reads; None: the whole row."""
-    return (None, 0) if wanted is None else (wanted.chunks, wanted.hidden)
+    return (None, 0) if columns is None else (columns.chunks, columns.hidden)
 
 
 class FeatureRings:

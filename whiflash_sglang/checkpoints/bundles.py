@@ -21,11 +21,11 @@ def write_bundle(out: Path, facts: Mapping[str, Any], parts: Mapping[str, Iterab
         ConfigError, CheckpointError: the manifest would not be valid, or `copy_member` refuses a file. OSError.
     """
     manifest: dict[str, Any] = {"schema_version": 1, **facts, "sources": dict(facts.get("sources", {}))}
-    for part, files in parts.items():
-        (out / part).mkdir()
-        copies = [copy_member(file, out / part) for file in files]
-        manifest.setdefault(part, part)
-        manifest["sources"][part] = {"files": digests(copies)}
+    for key, files in parts.items():
+        (out / key).mkdir()
+        copies = [copy_member(file, out / key) for file in files]
+        manifest.setdefault(key, key)
+        manifest["sources"][key] = {"files": digests(copies)}
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     load_manifest(out)
     return manifest

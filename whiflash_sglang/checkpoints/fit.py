@@ -42,20 +42,20 @@ class TargetShape:
         return cls(*(integer(text, key, path.parent) for key in keys))
 
 
-def block_size_of(checkpoint: Path, wanted: int | None) -> int:
-    """Tokens that a block of the diffusion arm verifies, the bonus token included: `wanted`, or as many as its
+def block_size_of(checkpoint: Path, asked: int | None) -> int:
+    """Tokens that a block of the diffusion arm verifies, the bonus token included: `asked`, or as many as its
     checkpoint drafts.
 
     Raises:
-        CheckpointError: no usable block size, or `wanted` exceeds what the drafter was trained at.
+        CheckpointError: no usable block size, or `asked` exceeds what the drafter was trained at.
     """
     trained = int(read_draft(checkpoint, arms.DIFFUSION).config.max_drafts) + 1
-    if wanted is not None and wanted > trained:
+    if asked is not None and asked > trained:
         raise CheckpointError(
-            f"--whiflash-block-size {wanted} exceeds the checkpoint's block of {trained}; "
+            f"--whiflash-block-size {asked} exceeds the checkpoint's block of {trained}; "
             "a drafter works at shorter blocks than it was trained at, not at longer ones"
         )
-    return wanted or trained
+    return asked or trained
 
 
 def target_layers(draft: Draft, num_layers: int) -> tuple[int, ...]:
@@ -160,9 +160,9 @@ class Judged(NamedTuple):
     detail: str
 
 
-def read_target(said: str) -> Target:
+def read_target(place: str) -> Target:
     """A target from its directory or hub id. Raises WhiflashError naming what is missing."""
-    config = look_up(said).config
+    config = look_up(place).config
     settings = read_json_config(config.parent)
     text = merged(config.parent, settings, "text_config")
     element = BYTES.get(str(text.get("dtype") or text.get("torch_dtype")), 2)
@@ -175,12 +175,12 @@ def read_target(said: str) -> Target:
     return Target(TargetShape.read(config), layers * numbers * element, element)
 
 
-def judge(said: str, target: Target | None) -> Iterator[Judged]:
+def judge(checkpoint: str, target: Target | None) -> Iterator[Judged]:
     """A drafter, or all drafters of a bundle, by directory or hub id."""
     try:
-        parts = _parts(said)
+        parts = _parts(checkpoint)
     except WhiflashError as error:
-        yield Judged(said, False, _reason(error, said))
+        yield Judged(checkpoint, False, _reason(error, checkpoint))
         return
     for name, place in parts.items():
         try:
@@ -194,22 +194,22 @@ def _reason(error: WhiflashError, place: str) -> str:
     return str(error).removeprefix(f"{place}: ")
 
 
-def _parts(said: str) -> dict[str, str]:
-    """Names and places of the drafters behind `said`; a bundle's files must be those that it was made with."""
-    bundle = Path(said).expanduser()
+def _parts(place: str) -> dict[str, str]:
+    """Names and places of the drafters behind `place`; a bundle's files must be those that it was made with."""
+    bundle = Path(place).expanduser()
     if not (bundle / MANIFEST).is_file():
-        return {said: said}
+        return {place: place}
     manifest = load_manifest(bundle)
     verify(checksums(bundle, manifest, parts_of(manifest)))
     places = {}
     for arm, value in manifest.drafters.items():
-        part = PARTS[arm]
+        key = PARTS[arm]
         if value.startswith(HUB):
-            source = manifest.sources.get(part)
+            source = manifest.sources.get(key)
             at = f"@{source.revision}" if source and source.revision else ""
-            places[f"{said}: {part}"] = value.removeprefix(HUB) + at
+            places[f"{place}: {key}"] = value.removeprefix(HUB) + at
             continue
-        places[f"{said}: {part}"] = str(bundle / value)
+        places[f"{place}: {key}"] = str(bundle / value)
     return places
 
 
@@ -264,8 +264,8 @@ def create(parts: Parts, out: Path, name: str | None = None) -> dict[str, Any]:
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; give --out a new directory")
-    said = {arms.AR: parts.eagle3, arms.DIFFUSION: parts.diffusion}
-    places = {arm: place for arm, place in said.items() if place is not None}
+    checkpoints = {arms.AR: parts.eagle3, arms.DIFFUSION: parts.diffusion}
+    places = {arm: place for arm, place in checkpoints.items() if place is not None}
     if not places:
         raise ConfigError("a bundle needs a drafter: give --eagle3, --dflash or both")
     if parts.router is not None:
@@ -286,24 +286,24 @@ def create(parts: Parts, out: Path, name: str | None = None) -> dict[str, Any]:
         given["router"] = look_up(parts.router, config=False)
     sources: dict[str, Any] = {"target": {"revision": target.revision}}
     facts = {"name": name or out.name, "target": target.name, "sources": sources}
-    for part, found in given.items():
-        facts[part] = HUB + found.name if found.hub else part
+    for key, found in given.items():
+        facts[key] = HUB + found.name if found.hub else key
         if found.hub:
-            known = [found.config] if found.config.is_file() else []
-            sources[part] = {"revision": found.revision, "files": digests(known)}
+            configs = [found.config] if found.config.is_file() else []
+            sources[key] = {"revision": found.revision, "files": digests(configs)}
     if parts.router is not None:
         sign = {"delta_sign": parts.router_sign} if parts.router_sign else {}
         facts["router"] = {"path": facts["router"], **sign}
     out.parent.mkdir(parents=True, exist_ok=True)
     with staged(out) as made:
         made.mkdir()
-        copied = {part: _members(found, part) for part, found in given.items() if not found.hub}
+        copied = {key: _members(found, key) for key, found in given.items() if not found.hub}
         return write_bundle(made, facts, copied)
 
 
-def _members(found: Found, part: str) -> list[Path]:
+def _members(found: Found, key: str) -> list[Path]:
     """Files of a directory that are copied; a router may be given as its one file."""
-    if part == "router" and found.config.name != "config.json":
+    if key == "router" and found.config.name != "config.json":
         return [found.config]
-    patterns = ("*.safetensors",) if part == "router" else _KEPT
+    patterns = ("*.safetensors",) if key == "router" else _KEPT
     return sorted({file for pattern in patterns for file in found.config.parent.glob(pattern)})

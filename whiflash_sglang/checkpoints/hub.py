@@ -44,7 +44,7 @@ class Found(NamedTuple):
     revision: str | None
 
 
-def look_up(said: str, *, config: bool = True) -> Found:
+def look_up(place: str, *, config: bool = True) -> Found:
     """The place of a directory or a hub id ("owner/name" or "owner/name@revision") leads, with its `config.json` alone.
 
     Args:
@@ -53,16 +53,16 @@ def look_up(said: str, *, config: bool = True) -> Found:
     Raises:
         ConfigError: neither a directory with that file nor something the hub knows.
     """
-    local = Path(said).expanduser()
+    local = Path(place).expanduser()
     if local.is_file() and not config:
-        return Found(said, local.resolve(), False, None)
+        return Found(place, local.resolve(), False, None)
     if local.is_dir():
         if config and not (local / "config.json").is_file():
             raise ConfigError(f"{local} has no config.json: give the directory of a checkpoint")
         return Found(str(local.resolve()), local.resolve() / "config.json", False, None)
-    if not _is_id(said):
-        raise _no_place(said)
-    name, _, revision = said.partition("@")
+    if not _is_id(place):
+        raise _no_place(place)
+    name, _, revision = place.partition("@")
     found = (
         _config_from_hub(name, revision or None)
         if config
@@ -71,20 +71,20 @@ def look_up(said: str, *, config: bool = True) -> Found:
     return Found(name, found, True, found.parent.name)
 
 
-def check_place(said: str) -> None:
+def check_place(place: str) -> None:
     """Raise ConfigError for what is neither a file or directory that is here nor the form of a hub id."""
-    here = said == f"embedded:{EMBEDDED_BUNDLE}" or Path(said).expanduser().exists()
-    if not here and not _is_id(said):
-        raise _no_place(said)
+    here = place == f"embedded:{EMBEDDED_BUNDLE}" or Path(place).expanduser().exists()
+    if not here and not _is_id(place):
+        raise _no_place(place)
 
 
-def _is_id(said: str) -> bool:
-    return said.partition("@")[0].count("/") == 1 and not said.startswith((".", "~", "/"))
+def _is_id(place: str) -> bool:
+    return place.partition("@")[0].count("/") == 1 and not place.startswith((".", "~", "/"))
 
 
-def _no_place(said: str) -> ConfigError:
+def _no_place(place: str) -> ConfigError:
     return ConfigError(
-        f"{said}: no such directory, and not a hub id of the form owner/name or owner/name@revision"
+        f"{place}: no such directory, and not a hub id of the form owner/name or owner/name@revision"
     )
 
 
@@ -158,10 +158,10 @@ def member(bundle: Path, manifest: Manifest, part: str, *, download_dir: str | N
         return bundle / value
     source = manifest.sources.get(part)
     revision = source.revision if source else None
-    found = fetch(value.removeprefix(HUB), revision=revision, download_dir=download_dir)
+    fetched = fetch(value.removeprefix(HUB), revision=revision, download_dir=download_dir)
     if source is not None and "config.json" in source.files:
-        verify({str(found / "config.json"): source.files["config.json"]})
-    return found
+        verify({str(fetched / "config.json"): source.files["config.json"]})
+    return fetched
 
 
 def parts_of(manifest: Manifest) -> dict[str, str | None]:
@@ -172,14 +172,14 @@ def parts_of(manifest: Manifest) -> dict[str, str | None]:
 
 def checksums(bundle: Path, manifest: Manifest, served: Iterable[str]) -> dict[str, str]:
     """SHA-256 by file, for the parts of `served` inside the bundle whose files its manifest lists."""
-    found: dict[str, str] = {}
+    sums: dict[str, str] = {}
     for part in served:
         value, source = parts_of(manifest)[part], manifest.sources.get(part)
         if value is not None and source is not None and not value.startswith(HUB):
             place = bundle / value
             directory = place if place.is_dir() else place.parent
-            found |= {str(directory / name): digest for name, digest in source.files.items()}
-    return found
+            sums |= {str(directory / name): digest for name, digest in source.files.items()}
+    return sums
 
 
 def verify(files: Mapping[str, str]) -> None:

@@ -188,7 +188,7 @@ class Manifest(Strict):
     @property
     def drafters(self) -> Mapping[str, str]:
         """Arm → path of its checkpoint, of those that the bundle names."""
-        return {arm: value for arm, part in PARTS.items() if (value := getattr(self, part))}
+        return {arm: value for arm, key in PARTS.items() if (value := getattr(self, key))}
 
 
 def embedded_bundle() -> Path:
@@ -233,12 +233,12 @@ def load_manifest(bundle: Path) -> Manifest:
 
 def lookup_of(manifest: Manifest | None) -> Lookup:
     """A bundle's section on the copying arm, with the embedded bundle's seed if it has none."""
-    said = (manifest.lookup if manifest else None) or Lookup()
-    if said.seed is not None:
-        return said
+    settings = (manifest.lookup if manifest else None) or Lookup()
+    if settings.seed is not None:
+        return settings
     # Chances of a small model's answers are nearer to any other's than even odds, and are soon overwritten.
     shipped = load_manifest(embedded_bundle()).lookup or Lookup()
-    return said.model_copy(update={"seed": shipped.seed})
+    return settings.model_copy(update={"seed": shipped.seed})
 
 
 def first_problem(error: ValidationError, model: type[BaseModel], spell: Callable[[str], str]) -> str:
@@ -246,10 +246,10 @@ def first_problem(error: ValidationError, model: type[BaseModel], spell: Callabl
     problem = error.errors()[0]
     name = str(problem["loc"][0]) if problem["loc"] else "value"
     if problem["type"] == "extra_forbidden":
-        nested = "".join(f".{part}" for part in problem["loc"][1:])
-        known = ", ".join(sorted(_known_keys(model, problem["loc"])))
-        return f"{spell(name)}{nested} is unknown; known: {known}"
-    where = ".".join([spell(name), *(str(part) for part in problem["loc"][1:])])
+        nested = "".join(f".{key}" for key in problem["loc"][1:])
+        keys = ", ".join(sorted(_known_keys(model, problem["loc"])))
+        return f"{spell(name)}{nested} is unknown; known: {keys}"
+    where = ".".join([spell(name), *(str(key) for key in problem["loc"][1:])])
     if problem["type"] == "literal_error":
         return f"{where}: {problem['input']!r:.200} is not one of {problem['ctx']['expected']}"
     return f"{where}: {problem['msg']} (got {problem['input']!r:.200})"
@@ -257,8 +257,8 @@ def first_problem(error: ValidationError, model: type[BaseModel], spell: Callabl
 
 def _known_keys(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
     """Keys of the model that the key at `place` was given to."""
-    for part in place[:-1]:
-        annotation = model.model_fields[str(part)].annotation
+    for key in place[:-1]:
+        annotation = model.model_fields[str(key)].annotation
         candidates = get_args(annotation) or (annotation,)
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return list(model.model_fields)

@@ -34,8 +34,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"whiflash {version('whiflash-sglang')} (sglang {version('sglang')})")
         raise typer.Exit
 
@@ -96,11 +96,11 @@ def main() -> None:
 
 def _with_guess(message: str) -> str:
     """`message`, with the nearest choice when it names a value that is none of the choices it lists."""
-    found = _NOT_AMONG.search(message)
-    if found is None:
+    match = _NOT_AMONG.search(message)
+    if match is None:
         return message
-    near = get_close_matches(found[2], re.findall(r"[^\s',]+", found[3]), n=1)
-    return message[: found.start()] + found[1] + (f"; did you mean {near[0]}?" if near else "")
+    near = get_close_matches(match[2], re.findall(r"[^\s',]+", match[3]), n=1)
+    return message[: match.start()] + match[1] + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _complain(message: str, code: int) -> int:

@@ -33,18 +33,18 @@ def findings() -> list[Finding]:
     from whiflash_sglang.engine import hooks
     from whiflash_sglang.engine.patching import check_registration, replaced_names, verify_names
 
-    found = [Finding("python", True, platform.python_version())]
+    results = [Finding("python", True, platform.python_version())]
     for package in PACKAGES:
         try:
-            found.append(Finding(package, True, version(package)))
+            results.append(Finding(package, True, version(package)))
         except PackageNotFoundError:
-            found.append(Finding(package, False, "not installed"))
-    found += hooks.missing()
-    found += verify_names()
-    found.append(check_registration())
-    found += [Finding(name, True, "replaced by this package") for name in replaced_names()]
-    found += _platform()
-    return found
+            results.append(Finding(package, False, "not installed"))
+    results += hooks.missing()
+    results += verify_names()
+    results.append(check_registration())
+    results += [Finding(name, True, "replaced by this package") for name in replaced_names()]
+    results += _platform()
+    return results
 
 
 def _drafts(drafts: list[str], model_path: str | None) -> list[Finding]:
@@ -55,7 +55,7 @@ def _drafts(drafts: list[str], model_path: str | None) -> list[Finding]:
     from whiflash_sglang.checkpoints.fit import judge, read_target
 
     target = None if model_path is None else read_target(model_path)
-    return [Finding(*judged) for said in drafts for judged in judge(said, target)]
+    return [Finding(*judged) for place in drafts for judged in judge(place, target)]
 
 
 def _platform() -> list[Finding]:
@@ -135,20 +135,20 @@ def check(
         raise typer.BadParameter(
             "--model-path has no effect without --draft or --recipe: give one of them, or leave it out"
         )
-    found = _drafts(draft, model_path) if draft else findings()
+    results = _drafts(draft, model_path) if draft else findings()
     verbose = verbose or bool(draft)
-    failed = [f for f in found if not f.ok]
+    failed = [f for f in results if not f.ok]
     if as_json:
-        listed = [{"name": f.name, "ok": f.ok, "detail": f.detail} for f in found]
+        listed = [{"name": f.name, "ok": f.ok, "detail": f.detail} for f in results]
         typer.echo(json.dumps(listed, indent=2))
     else:
         console = Console(highlight=False, soft_wrap=True)
-        for f in found if verbose else failed:
+        for f in results if verbose else failed:
             mark = "[green]ok  [/]" if f.ok else "[red]FAIL[/]"
             console.print(mark, end=" ")
             console.print(printable(f"{f.name}: {f.detail}"), markup=False)
         console.print(
-            f"{len(failed)} of {len(found)} failed" if failed else f"{len(found)} of {len(found)} right"
+            f"{len(failed)} of {len(results)} failed" if failed else f"{len(results)} of {len(results)} right"
         )
     if failed:
         raise typer.Exit(1)
@@ -170,7 +170,7 @@ def _check_echo(url: str, sweeps: int, api_key: str | None, *, as_json: bool) ->
         arms = ask(client, url, "/whiflash/capabilities", "arms")["arms"]
         dtype = ask(client, url, "/server_info", "dtype")["dtype"]
         over_http, texts = partial(echo.over_http, client, url), echo.prompts(seed=0)
-        found = echo.Echo(over_http, arms, dtype, echo.LENGTH)
+        result = echo.Echo(over_http, arms, dtype, echo.LENGTH)
         steps = sweeps * (echo.AT_ONCE + len(arms) + 2)
         task = bar.add_task(f"{url} repeats identifiers", total=steps)
         for _ in range(sweeps):
@@ -178,19 +178,19 @@ def _check_echo(url: str, sweeps: int, api_key: str | None, *, as_json: bool) ->
                 (ask(client, url, "/tokenize", "tokens", {"prompt": text})["tokens"], params)
                 for text, params in islice(texts, echo.AT_ONCE)
             ]
-            for _ in found.sweep(prompts):
+            for _ in result.sweep(prompts):
                 bar.advance(task)
-    rows = found.rows()
+    rows = result.rows()
     right = all(row["wrong"] <= row["allowed"] for row in rows)
     if as_json:
-        told = {"url": url, "dtype": dtype, "right": right, "rows": rows, "wrong": found.wrong[:10]}
+        told = {"url": url, "dtype": dtype, "right": right, "rows": rows, "wrong": result.wrong[:10]}
         typer.echo(json.dumps(told))
     else:
         for row in (rows[0], *(row.values() for row in rows)):
             say("".join(f"{cell!s:>10}" for cell in row))
         total = sum(row["tokens"] for row in rows)
         say(
-            f"{len(found.wrong)} of {total:,} tokens are wrong ({dtype}): {'allowed' if right else 'TOO MANY'}"
+            f"{len(result.wrong)} of {total:,} tokens are wrong ({dtype}): {'allowed' if right else 'TOO MANY'}"
         )
     if not right:
         raise typer.Exit(1)

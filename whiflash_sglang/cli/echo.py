@@ -103,13 +103,13 @@ class Echo:
     def sweep(self, asked: Sequence[Asked]) -> Iterator[None]:
         """Ask for plain decoding's answers one by one, then for all of them of every arm; yields after each step."""
         plain = list[Job]()
-        for one in asked:
-            plain.append(self._plain(Job(*one, self.length, _key())))
+        for request in asked:
+            plain.append(self._plain(Job(*request, self.length, _key())))
             yield
         pins = [NONE, *(arm for arm in self.arms if arm != NONE), POLICY]
         for pinned in [*([pin] for pin in pins), pins]:  # the last time each request has its own arm
             of_jobs = zip(plain, itertools.cycle(pinned), strict=False)
-            jobs = [replace(one, pin=pin, key=_key()) for one, pin in of_jobs]
+            jobs = [replace(request, pin=pin, key=_key()) for request, pin in of_jobs]
             self._run(jobs)  # its prompts are not in the prefix cache,
             self._run(jobs)  # and now they are
             # After KV that rounds wrote for right tokens, and so short that every width is verified often.
@@ -138,7 +138,7 @@ class Echo:
     def _plain(self, job: Job) -> Job:
         (answer,) = self.ask([job.body() | {"return_logprob": True, "top_logprobs_num": 2}])
         tops = answer["meta_info"]["output_top_logprobs"]
-        best = [[one[0] for one in top if one[0] is not None] for top in tops]
+        best = [[entry[0] for entry in top if entry[0] is not None] for top in tops]
         gaps = [two[0] - two[1] if len(two) > 1 else math.inf for two in best]
         return replace(job, tokens=answer["output_ids"], gaps=gaps)
 

@@ -26,36 +26,36 @@ BROUGHT: Mapping[str, tuple[str, tuple[str, ...]]] = {
 @cache
 def installed(group: str) -> Mapping[str, EntryPoint]:
     """Entry points of a group by their names."""
-    return {one.name: one for one in entry_points(group=group)}
+    return {point.name: point for point in entry_points(group=group)}
 
 
 def check_of(name: str) -> Callable[..., Any] | None:
     """The check of this name; None if no installed distribution brings it."""
-    found = installed(CHECKS).get(name)
-    return None if found is None else found.load()
+    point = installed(CHECKS).get(name)
+    return None if point is None else point.load()
 
 
-def missing(part: str) -> str:
+def missing(package: str) -> str:
     """A sentence on a distribution that is not installed, by the extra that brings it."""
-    return f"whiflash-{part} is not installed: pip install 'whiflash-sglang[{part}]'"
+    return f"whiflash-{package} is not installed: pip install 'whiflash-sglang[{package}]'"
 
 
 def register(name: str, app: typer.Typer, lab: typer.Typer) -> None:
     """Register the commands of an entry point. One that is not installed leaves commands that say what brings them."""
-    if found := installed(COMMANDS).get(name):
-        found.load()(app, lab)
+    if point := installed(COMMANDS).get(name):
+        point.load()(app, lab)
         return
-    part, commands = BROUGHT[name]
+    package, commands = BROUGHT[name]
     for command in commands:
         group, _, last = command.rpartition(" ")
-        _stand_in(lab if group else app, last, f"{command}: {missing(part)}")
+        _stand_in(lab if group else app, last, f"{command}: {missing(package)}")
 
 
 def register_others(app: typer.Typer, lab: typer.Typer) -> None:
     """Register commands of distributions that are not ours."""
-    for name, found in installed(COMMANDS).items():
+    for name, point in installed(COMMANDS).items():
         if name not in BROUGHT:
-            found.load()(app, lab)
+            point.load()(app, lab)
 
 
 def _stand_in(group: typer.Typer, name: str, reason: str) -> None:

@@ -63,7 +63,7 @@ def brought(state: Mapping[str, Any], before: Mapping[str, Any] | None = None) -
     seconds, plain = counts.get("timed_seconds", 0.0), counts.get("plain_seconds", 0.0)
     if min(seconds, plain, counts.get("tokens", 0)) <= 0:
         raise ConfigError("the server has timed no round yet: send it requests, then ask again")
-    by_arm = {arm: one["tokens"] for arm, one in (counts.get("by_arm") or {}).items() if one["tokens"]}
+    by_arm = {arm: sums["tokens"] for arm, sums in (counts.get("by_arm") or {}).items() if sums["tokens"]}
     return Brought(counts["tokens"], seconds, plain, by_arm)
 
 
@@ -103,7 +103,9 @@ def by_caller(directory: Path) -> Callers:
             f"{directory} has no sampled traces: start the server with --whiflash-trace-sample{why}"
         )
     shares = {
-        caller: sorted((Share.of(*each) for each in named.items()), key=lambda share: -share.tokens)
+        caller: sorted(
+            (Share.of(*caller_traces) for caller_traces in named.items()), key=lambda share: -share.tokens
+        )
         for caller, named in traces.items()
     }
     return Callers(shares, skipped)
@@ -126,7 +128,7 @@ def _add(line: bytes, traces: Mapping[str, dict[str, list[Trace]]]) -> None:
 def check_figures(trace: Trace) -> None:
     """Raise ValueError where a trace's seconds or counts are those of no request."""
     held = [trace, *trace.stretches, *trace.arms.values(), *trace.sources.values()]
-    figures = (value for each in held for _, value in each if isinstance(value, int | float))
+    figures = (value for holder in held for _, value in holder if isinstance(value, int | float))
     if any(abs(value) > MOST for value in figures):
         raise ValueError(f"a figure is above {MOST:.0e}, which no request comes to")
 

@@ -54,14 +54,14 @@ def ask_every(urls: list[str] | None, act: Callable[[str], Any], as_json: bool) 
 
     Raises: WhiflashError, for those that refused, after every server was asked.
     """
-    found, failed = {}, []
-    for one in dict.fromkeys(urls or [DEFAULT_URL]):
+    results, failed = {}, []
+    for address in dict.fromkeys(urls or [DEFAULT_URL]):
         try:
-            found[one] = act(one.rstrip("/"))
+            results[address] = act(address.rstrip("/"))
         except ServerRefusedError as error:
             failed.append(str(error))
-    if found:
-        report(found, as_json)
+    if results:
+        report(results, as_json)
     if failed:
         raise WhiflashError("; ".join(failed))
 
@@ -112,27 +112,27 @@ def top(
 
     headers = authorization(api_key)
     with httpx.Client(headers=headers, timeout=TIMEOUT) as client:
-        view = LiveView([WatchedServer(one, client) for one in dict.fromkeys(url or [DEFAULT_URL])])
+        view = LiveView([WatchedServer(server, client) for server in dict.fromkeys(url or [DEFAULT_URL])])
         console = for_tables()
         once = once or not (console.is_terminal or as_json)
-        found = view.look()
-        failed = [one["error"] for one in found if "error" in one]
-        if len(failed) == len(found) or (once and failed):
+        readings = view.look()
+        failed = [server["error"] for server in readings if "error" in server]
+        if len(failed) == len(readings) or (once and failed):
             if once and as_json:
-                typer.echo(json.dumps(found))
-            elif len(failed) < len(found):
-                console.print(screen(found))
+                typer.echo(json.dumps(readings))
+            elif len(failed) < len(readings):
+                console.print(screen(readings))
             raise WhiflashError("\n".join(failed))
         if as_json:
-            typer.echo(json.dumps(found))
+            typer.echo(json.dumps(readings))
             while not once:
                 time.sleep(interval)
                 typer.echo(json.dumps(view.look()))
         elif once:
-            console.print(screen(found))
+            console.print(screen(readings))
         else:
             # On a screen of its own, which is gone when it is left, however that happens.
-            with Live(screen(found), console=console, screen=True, auto_refresh=False) as live:
+            with Live(screen(readings), console=console, screen=True, auto_refresh=False) as live:
                 while True:
                     time.sleep(interval)
                     live.update(screen(view.look()), refresh=True)
@@ -175,11 +175,11 @@ def summary(
     def ask(server: str) -> dict[str, Any] | str:
         state = steer(server, "/whiflash/state", None, api_key)
         try:
-            found = brought(state, before.get(server)).as_json(hourly)
+            figures = brought(state, before.get(server)).as_json(hourly)
         except ConfigError as error:
             raise ServerRefusedError(f"{server}: {error}") from None
         counted = {name: state.get(name) for name in ("tokens", "timed_seconds", "plain_seconds", "by_arm")}
-        return {**found, "state": counted} if as_json else _sentences(found)
+        return {**figures, "state": counted} if as_json else _sentences(figures)
 
     ask_every(url, ask, as_json)
     if not as_json:
@@ -193,47 +193,49 @@ def _show_callers(directory: Path, as_json: bool) -> None:
 
     from whiflash_sglang.cli.report import by_caller, gain_of
 
-    found = by_caller(directory)
+    callers = by_caller(directory)
     if as_json:
-        rows = {name: [share.model_dump() for share in shares] for name, shares in found.shares.items()}
-        typer.echo(json.dumps({**rows, "skipped": len(found.skipped)}))
+        rows = {name: [share.model_dump() for share in shares] for name, shares in callers.shares.items()}
+        typer.echo(json.dumps({**rows, "skipped": len(callers.skipped)}))
         return
-    for caller, shares in found.shares.items():
+    for caller, shares in callers.shares.items():
         table = Table(caller, title_justify="left")
         for column in ("answers", "tokens", "tokens a round", "seconds", "saved", "over plain"):
             table.add_column(column, justify="right")
         for share in shares:
-            known = (share.seconds, share.saved, gain_of(share))
-            figures = ("" if value is None else f"{value:.2f}" for value in known)
+            estimates = (share.seconds, share.saved, gain_of(share))
+            figures = ("" if value is None else f"{value:.2f}" for value in estimates)
             counts = (f"{share.answers:,}", f"{share.tokens:,}", f"{share.acceptance_length:.2f}")
             table.add_row(Text(printable(share.name)), *counts, *figures)
         for_tables().print(table)
     typer.echo(
         "Seconds saved are estimates by the server's prices of rounds without drafts; prefills are left out."
     )
-    if found.skipped:
-        say(f"{len(found.skipped)} lines were skipped, the first: {found.skipped[0]}")
+    if callers.skipped:
+        say(f"{len(callers.skipped)} lines were skipped, the first: {callers.skipped[0]}")
 
 
 def _earlier(path: Path) -> dict[str, Any]:
     try:
-        found = {url: one["state"] for url, one in read_json_file(path).items()}
-        return {url: {**state, "tokens": int(state["tokens"] or 0)} for url, state in found.items()}
+        states = {url: report["state"] for url, report in read_json_file(path).items()}
+        return {url: {**state, "tokens": int(state["tokens"] or 0)} for url, state in states.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"--since {path} is no output of `whiflash report --json`") from None
 
 
-def _sentences(found: dict[str, Any]) -> str:
-    arms = ", ".join(f"{arm} {count / found['tokens']:.0%}" for arm, count in found["tokens_by_arm"].items())
+def _sentences(figures: dict[str, Any]) -> str:
+    arms = ", ".join(
+        f"{arm} {count / figures['tokens']:.0%}" for arm, count in figures["tokens_by_arm"].items()
+    )
     lines = [
-        f"{found['tokens']:,} tokens, {found['tokens_per_second']:.1f} a second for "
-        f"{found['plain_tokens_per_second']:.1f} without drafts: {found['gain']:.2f} times",
+        f"{figures['tokens']:,} tokens, {figures['tokens_per_second']:.1f} a second for "
+        f"{figures['plain_tokens_per_second']:.1f} without drafts: {figures['gain']:.2f} times",
         f"tokens by drafter: {arms}",
     ]
-    if "saved_cost" in found:
+    if "saved_cost" in figures:
         lines.append(
-            f"a million tokens cost {found['cost_per_million_tokens']:.4g} for "
-            f"{found['plain_cost_per_million_tokens']:.4g}; saved {found['saved_cost']:.4g}"
+            f"a million tokens cost {figures['cost_per_million_tokens']:.4g} for "
+            f"{figures['plain_cost_per_million_tokens']:.4g}; saved {figures['saved_cost']:.4g}"
         )
     return "\n  ".join(["", *lines])
 

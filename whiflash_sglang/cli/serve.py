@@ -42,13 +42,13 @@ def server_arguments(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: the file of `--config` cannot be read.
     """
-    given = _names(arguments)
-    added = embedded_arguments(given) if is_embedded(arguments) else []
-    if ALGORITHM not in given:
+    names = _names(arguments)
+    added = embedded_arguments(names) if is_embedded(arguments) else []
+    if ALGORITHM not in names:
         added += [ALGORITHM, "WHIFLASH"]
     flags = as_flags(arguments)
     settings = configured(flags)
-    if is_embedded(arguments) and DRAFT not in given and named([*added, *flags]):
+    if is_embedded(arguments) and DRAFT not in names and named([*added, *flags]):
         added += [DRAFT, str(embedded_bundle())]
     if not any(name in MODEL for name, _ in pairs(flags)):
         # `sglang serve` looks for the model on the command line only.

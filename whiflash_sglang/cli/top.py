@@ -31,16 +31,16 @@ def screen(records: Sequence[Mapping[str, Any]]) -> RenderableType:
     return Group(*map(_server, records))
 
 
-def _server(found: Mapping[str, Any]) -> RenderableType:
-    if "error" in found:
+def _server(record: Mapping[str, Any]) -> RenderableType:
+    if "error" in record:
         return Panel(
-            Text(printable(found["error"])),
-            title=_plain(found["url"]),
+            Text(printable(record["error"])),
+            title=_plain(record["url"]),
             border_style="red",
             title_align="left",
         )
-    state, now, total = found["state"], found["now"] or {}, found["total"]
-    title = f"[bold]{_plain(found['model'])}[/] {_plain(found['url'])}"
+    state, now, total = record["state"], record["now"] or {}, record["total"]
+    title = f"[bold]{_plain(record['model'])}[/] {_plain(record['url'])}"
     lines: list[RenderableType] = [_headline(state, now, total)]
     if "arms" in total:
         lines += ["", _arms(state, now, total), ""]
@@ -111,7 +111,10 @@ def _facts(state: Mapping[str, Any], total: Mapping[str, Any]) -> Iterator[tuple
         held = sorted(memory.items(), key=lambda entry: -entry[1])
         yield "memory", " · ".join(f"{scope.replace('_', ' ')} {_bytes(size)}" for scope, size in held)
     if replicas := state.get("replicas"):
-        parts = (f"{one['replica']}: {one['requests']} running, {one['tokens']} tokens" for one in replicas)
+        parts = (
+            f"{replica['replica']}: {replica['requests']} running, {replica['tokens']} tokens"
+            for replica in replicas
+        )
         yield "replicas", " · ".join(parts)
 
 
@@ -185,9 +188,9 @@ class LiveView:
                 return error
 
         with ThreadPoolExecutor(len(self._servers)) as pool:
-            found = list(pool.map(read, self._servers))
+            readings = list(pool.map(read, self._servers))
         looked: list[dict[str, Any]] = []
-        for place, (server, now) in enumerate(zip(self._servers, found, strict=True)):
+        for place, (server, now) in enumerate(zip(self._servers, readings, strict=True)):
             if isinstance(now, ServerRefusedError):
                 looked.append({"url": server.url, "error": str(now)})
                 continue
@@ -219,36 +222,36 @@ def figures(counts: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     tokens, by_arm = counts.get("tokens", 0), counts.get("by_arm") or {}
     rounds = sum(arm["rounds"] for arm in by_arm.values())
     made = sum(arm["tokens"] for arm in by_arm.values())
-    found: dict[str, Any] = {
+    rates: dict[str, Any] = {
         "tokens_per_second": _ratio(tokens, seconds),
         "switches_per_second": _ratio(counts.get("switches", 0), seconds),
     }
     if by_arm:
-        found["acceptance_length"] = _ratio(made, rounds)
-        found["arms"] = {
+        rates["acceptance_length"] = _ratio(made, rounds)
+        rates["arms"] = {
             arm: {
-                "share": _ratio(one["tokens"], made),
-                "acceptance_length": _ratio(one["tokens"], one["rounds"]),
-                "drafts_accepted": _ratio(one["accepted"], one["proposed"]),
+                "share": _ratio(sums["tokens"], made),
+                "acceptance_length": _ratio(sums["tokens"], sums["rounds"]),
+                "drafts_accepted": _ratio(sums["accepted"], sums["proposed"]),
             }
-            for arm, one in by_arm.items()
+            for arm, sums in by_arm.items()
         }
     if "plain_seconds" in counts:
-        found["gain"] = _ratio(counts["plain_seconds"], counts.get("timed_seconds", 0))
+        rates["gain"] = _ratio(counts["plain_seconds"], counts.get("timed_seconds", 0))
     if reasons := counts.get("reasons"):
-        found["reasons"] = {reason: _ratio(count, sum(reasons.values())) for reason, count in reasons.items()}
-    return found
+        rates["reasons"] = {reason: _ratio(count, sum(reasons.values())) for reason, count in reasons.items()}
+    return rates
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole > 0 else None
+def _ratio(count: float, whole: float) -> float | None:
+    return count / whole if whole > 0 else None
 
 
 def less(after: Any, before: Any) -> Any:
     """Numbers of `after` less those of `before`, also those inside; what is no number as it is."""
     if isinstance(after, Mapping):
-        known = before if isinstance(before, Mapping) else {}
-        return {key: less(value, known.get(key, 0)) for key, value in after.items()}
+        earlier = before if isinstance(before, Mapping) else {}
+        return {key: less(value, earlier.get(key, 0)) for key, value in after.items()}
     if isinstance(after, int | float) and isinstance(before, int | float):
         return after - before
     return after

@@ -51,7 +51,7 @@ def turns_of(path: Path) -> "list[Turn]":
             raise ConfigError(
                 f"{path}, response {number} is no answer with a trace ({type(error).__name__}: {error}): remove it"
             ) from None
-        unlisted += sum(each.rounds for each in trace.stretches if each.round_tokens is None)
+        unlisted += sum(stretch.rounds for stretch in trace.stretches if stretch.round_tokens is None)
         if unlisted > MOST_ROUNDS:
             raise ConfigError(f"{path}, response {number} has too many rounds to draw: remove it")
     if not turns:
@@ -108,9 +108,9 @@ def trace(
     turns = turns_of(file)
     if html is None:
         console = Console()
-        wanted = console.is_terminal and not console.no_color if colour is None else colour
+        in_colour = console.is_terminal and not console.no_color if colour is None else colour
         # Not through typer, which takes colours that were asked for out of a pipe.
-        print(conversation_terminal(turns, colour=wanted))
+        print(conversation_terminal(turns, colour=in_colour))
         return
     write_whole(html, conversation_html(turns, title=file.name))
     typer.echo(f"{html}: {len(turns)} turns")

@@ -109,11 +109,11 @@ class PerTenant(Generic[Table]):
     too, have one table together, which no tenant reads.
 
     Args:
-        fresh: a table that nothing was learned in. most: tenants that are kept.
+        fresh: a table that nothing was learned in. limit: tenants that are kept.
     """
 
-    def __init__(self, fresh: Callable[[], Table], most: int = TENANTS) -> None:
-        self._fresh, self._most = fresh, most
+    def __init__(self, fresh: Callable[[], Table], limit: int = TENANTS) -> None:
+        self._fresh, self._most = fresh, limit
         self._keyless = fresh()
         self._tenants: OrderedDict[Tenant, Table] = OrderedDict()
 
@@ -129,11 +129,11 @@ class PerTenant(Generic[Table]):
         """The table that the tenant's requests share; None: those without a key."""
         if tenant is None:
             return self._keyless
-        known = self._tenants.pop(tenant, None) or self.fresh()
-        self._tenants[tenant] = known
+        table = self._tenants.pop(tenant, None) or self.fresh()
+        self._tenants[tenant] = table
         if len(self._tenants) > self._most:
             self._tenants.popitem(last=False)
-        return known
+        return table
 
     def forget(self, handle: int | None = None) -> None:
         """Drop what was learned of one tenant, or of everybody; requests that run now teach nobody any more."""

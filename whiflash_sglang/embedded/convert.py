@@ -110,14 +110,14 @@ def _tensors(reader: gguf.GGUFReader, config: dict[str, Any]) -> Iterator[tuple[
             name = _TOP_TENSORS[tensor.name]
         else:
             try:
-                block, layer, part, suffix = tensor.name.split(".")
-                name = f"model.layers.{int(layer)}.{_LAYER_TENSORS[part]}.{suffix}"
+                block, layer, module, suffix = tensor.name.split(".")
+                name = f"model.layers.{int(layer)}.{_LAYER_TENSORS[module]}.{suffix}"
             except (ValueError, KeyError):
                 raise ValueError(f"tensor {tensor.name!r} has no place in a Llama checkpoint") from None
             if block != "blk":
                 raise ValueError(f"tensor {tensor.name!r} has no place in a Llama checkpoint")
-            if part in heads:
-                values = _separate_rotary_halves(values, heads[part])
+            if module in heads:
+                values = _separate_rotary_halves(values, heads[module])
         yield name, torch.from_numpy(np.array(values)).to(torch.bfloat16).contiguous()
 
 

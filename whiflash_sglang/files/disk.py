@@ -20,26 +20,26 @@ MOST_EXPANDED: Final = 1 << 20
 """Values and their characters in a YAML text, those of its aliases counted wherever they are used."""
 
 
-def open_regular(path: Path, most: int | None = None, flags: int = os.O_RDONLY) -> BinaryIO:
-    """A regular file of at most `most` bytes, to be read; a pipe is not waited for. Raises OSError, ValueError."""
+def open_regular(path: Path, limit: int | None = None, flags: int = os.O_RDONLY) -> BinaryIO:
+    """A regular file of at most `limit` bytes, to be read; a pipe is not waited for. Raises OSError, ValueError."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600)
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("no regular file")
-        if most is not None and found.st_size > most:
-            raise ValueError(f"{found.st_size} bytes; at most {most} are read")
+        if limit is not None and status.st_size > limit:
+            raise ValueError(f"{status.st_size} bytes; at most {limit} are read")
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """A UTF-8 file. Raises ConfigError: it cannot be read, is no regular file, no text, or longer than `most` bytes."""
+def read_text(path: Path, limit: int = MOST_BYTES) -> str:
+    """A UTF-8 file. Raises ConfigError: it cannot be read, is no file, no text, or longer than `limit` bytes."""
     try:
-        with open_regular(path, most) as file:
-            return file.read(most).decode("utf-8").replace("\r\n", "\n")
+        with open_regular(path, limit) as file:
+            return file.read(limit).decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
         reason = error.strerror
     except ValueError as error:  # UnicodeDecodeError is one
@@ -89,10 +89,10 @@ def yaml_documents(text: str) -> list[Any]:
 
 def check_own(path: Path) -> None:
     """Raise ConfigError where a directory is a link, another user's, or open to others. OSError."""
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode):
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
         raise ConfigError(f"{path} is no directory but a link or a file: remove it, or use another directory")
-    _check_owner(path, found, "700")
+    _check_owner(path, status, "700")
 
 
 def open_own(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
@@ -104,25 +104,25 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
     except ValueError:
         raise ConfigError(f"{path} is no regular file: remove it") from None
     try:
-        found = os.fstat(file.fileno())
-        if found.st_nlink > 1:
+        status = os.fstat(file.fileno())
+        if status.st_nlink > 1:
             raise ConfigError(f"{path} is another file, too, by a hard link: remove it")
-        _check_owner(path, found, "600")
+        _check_owner(path, status, "600")
     except BaseException:
         file.close()
         raise
     return file
 
 
-def _check_owner(path: Path, found: os.stat_result, mode: str) -> None:
-    if found.st_uid != os.geteuid():
+def _check_owner(path: Path, status: os.stat_result, mode: str) -> None:
+    if status.st_uid != os.geteuid():
         raise ConfigError(
-            f"{path} belongs to user {found.st_uid}, this process runs as user {os.geteuid()}: run it as that user, "
+            f"{path} belongs to user {status.st_uid}, this process runs as user {os.geteuid()}: run it as that user, "
             "or use another directory"
         )
-    if found.st_mode & 0o077:
+    if status.st_mode & 0o077:
         raise ConfigError(
-            f"{path} has mode {stat.S_IMODE(found.st_mode):o}, so that other users may read or write it: check what "
+            f"{path} has mode {stat.S_IMODE(status.st_mode):o}, so that other users may read or write it: check what "
             f"it holds, then `chmod {mode}`"
         )
 
@@ -135,7 +135,7 @@ def locked(directory: Path) -> BaseFileLock:
 def roots_of(directory: Path) -> tuple[Path, ...]:
     """Directories that links in a checkpoint or a bundle may lead to: its own, and the `blobs` of a hub's snapshot."""
     whole = directory.resolve()
-    snapshot = next((one for one in (whole, *whole.parents) if one.parent.name == "snapshots"), None)
+    snapshot = next((folder for folder in (whole, *whole.parents) if folder.parent.name == "snapshots"), None)
     return (whole,) if snapshot is None else (whole, snapshot.parent.parent / "blobs")
 
 

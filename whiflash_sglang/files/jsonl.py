@@ -78,11 +78,11 @@ def _check_depth(value: Any) -> None:
     level, depth = [value], 0
     while level:
         depth += 1
-        inside = [one for one in level if isinstance(one, dict | list)]
+        inside = [item for item in level if isinstance(item, dict | list)]
         if inside and depth > DEEPEST:
             raise ValueError(f"nested deeper than {DEEPEST}")
         level = [
-            one for parent in inside for one in (parent.values() if isinstance(parent, dict) else parent)
+            item for parent in inside for item in (parent.values() if isinstance(parent, dict) else parent)
         ]
 
 
@@ -104,8 +104,8 @@ def staged(place: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=place.parent) as scratch:
         path = Path(scratch) / place.name
         yield path
-        for part in [*path.rglob("*"), path]:
-            descriptor = os.open(part, os.O_RDONLY)
+        for entry in [*path.rglob("*"), path]:
+            descriptor = os.open(entry, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
@@ -128,15 +128,15 @@ def parse_json_lines(text: str, source: object, *, may_be_torn: bool = False) ->
     Raises:
         ConfigError: naming `source` and the line that is not JSON.
     """
-    found: list[tuple[int, Any]] = []
+    rows: list[tuple[int, Any]] = []
     for number, line in lines_of(text):
         try:
-            found.append((number, read_json(line)))
+            rows.append((number, read_json(line)))
         except ValueError as error:
-            if may_be_torn and found and text.endswith(line):
+            if may_be_torn and rows and text.endswith(line):
                 break
             raise ConfigError(f"{source}, line {number}: not JSON ({error})") from None
-    return found
+    return rows
 
 
 def read_json_lines(path: Path) -> list[tuple[int, Any]]:
@@ -147,8 +147,8 @@ def read_json_lines(path: Path) -> list[tuple[int, Any]]:
 async def stream_lines(parts: AsyncIterable[bytes]) -> AsyncIterator[str]:
     """Lines of a UTF-8 stream, each as soon as it is whole; the last one when the stream ends."""
     decode, rest = codecs.getincrementaldecoder("utf-8")(), ""
-    async for part in parts:
-        *whole, rest = (rest + decode.decode(part)).split("\n")
+    async for chunk in parts:
+        *whole, rest = (rest + decode.decode(chunk)).split("\n")
         for line in whole:
             yield line.removesuffix("\r")
     if rest:

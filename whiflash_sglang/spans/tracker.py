@@ -51,8 +51,8 @@ class SpanTracker:
         self._spans = spans
         self._rules = [_Rule(span) for span in spans]
         self._token_bytes = token_bytes
-        known = [marker for rule in self._rules for marker in (rule.begin, rule.end) if marker]
-        self._keep = max(map(len, known), default=1) - 1
+        markers = [marker for rule in self._rules for marker in (rule.begin, rule.end) if marker]
+        self._keep = max(map(len, markers), default=1) - 1
         self._tail = b""
         self._bytes = 0
         self._length = 0

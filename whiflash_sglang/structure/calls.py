@@ -308,10 +308,10 @@ class Calls:
         text = self._waiting + text
         places = [(text.find(span.begin or ""), span) for span in self._spans]
         at, span = min(
-            ((at, span) for at, span in places if at >= 0), default=(-1, None), key=lambda one: one[0]
+            ((at, span) for at, span in places if at >= 0), default=(-1, None), key=lambda place: place[0]
         )
         if span is None or span.begin is None:
-            longest = max(map(len, [*self._ends, *(one.begin or "" for one in self._spans)]))
+            longest = max(map(len, [*self._ends, *(place.begin or "" for place in self._spans)]))
             self._waiting = text[-longest:]
             return ""
         self._waiting = ""

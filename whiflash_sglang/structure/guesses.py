@@ -63,8 +63,8 @@ class Guesses:
         best = max(rests, key=lambda word: used.get(word, 0))
         others = [word for word in rests if word != best]
         # A list of tools names each of them once.
-        most = max((used.get(word, 0) for word in others), default=0)
-        kind = Kind.USED if used.get(best, 0) > most else Kind.WORD
+        highest = max((used.get(word, 0) for word in others), default=0)
+        kind = Kind.USED if used.get(best, 0) > highest else Kind.WORD
         return parted(rests[best], [rests[word] for word in others], kind)
 
 

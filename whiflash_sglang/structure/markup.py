@@ -96,7 +96,7 @@ class MarkupCall:
             fitting = [option for option in options if body.startswith(option.text)]
             if not fitting:
                 return self._pending
-            option = max(fitting, key=lambda each: len(each.text))
+            option = max(fitting, key=lambda spelling: len(spelling.text))
             self.seen[option.part] = self._pending[: len(self._pending) - len(body)]
             self._take(option)
             self._pending = body[len(option.text) :]
@@ -237,21 +237,21 @@ class MarkupCall:
         if self._place is not _Place.CALL:
             return fitting[0], Kind.CLOSED if fitting[0].part == "end" else Kind.CHOICE
         used = [self._used(option.text) for option in fitting]
-        most = max(used)
-        return fitting[used.index(most)], Kind.USED if used.count(most) == 1 and most else Kind.WORD
+        highest = max(used)
+        return fitting[used.index(highest)], Kind.USED if used.count(highest) == 1 and highest else Kind.WORD
 
-    def _usual(self, part: str) -> tuple[str, bool]:
+    def _usual(self, place: str) -> tuple[str, bool]:
         """Blanks before a part, and whether such a place was seen."""
-        if part in self.seen:
-            return self.seen[part], True
+        if place in self.seen:
+            return self.seen[place], True
         before, behind = self._form.value.split("{value}")
         texts = {**self._form._asdict(), "value": before, "inside": before if not self._begins else ""}
-        text = behind if part == "behind" else texts[part]
+        text = behind if place == "behind" else texts[place]
         return text[: len(text) - len(text.lstrip(BLANKS))], False
 
-    def _blanks(self, part: str, written: str) -> list[Piece]:
+    def _blanks(self, place: str, written: str) -> list[Piece]:
         """The part of them that is still to come."""
-        usual, seen = self._usual(part)
+        usual, seen = self._usual(place)
         if not usual.startswith(written) or usual == written:
             return []
         return [Piece(usual[len(written) :], Kind.LAYOUT if seen else Kind.USUAL)]

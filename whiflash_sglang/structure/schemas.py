@@ -65,19 +65,19 @@ class Essence:
             essence["items"] = self.of(schema["items"], level + 1)
         alternatives = schema.get("anyOf")
         if isinstance(alternatives, list) and 0 < len(alternatives) <= self._nodes:
-            essence["anyOf"] = [self.of(part, level + 1) for part in alternatives]
+            essence["anyOf"] = [self.of(alternative, level + 1) for alternative in alternatives]
         return essence
 
     def _object(self, schema: dict[str, Any], level: int) -> dict[str, Any]:
-        known: dict[str, Any] = {}
-        for name, part in schema["properties"].items():
+        properties: dict[str, Any] = {}
+        for name, value in schema["properties"].items():
             if self._nodes <= 0 or not self.knows(name):
-                return {"properties": known}  # others may follow
-            known[name] = self.of(part, level + 1)
+                return {"properties": properties}  # others may follow
+            properties[name] = self.of(value, level + 1)
         asked = schema.get("required")
-        required = [name for name in known if name in asked] if isinstance(asked, list) else []
+        required = [name for name in properties if name in asked] if isinstance(asked, list) else []
         closed = {"additionalProperties": False} if schema.get("additionalProperties") is False else {}
-        return {"properties": known, "required": required, **closed}
+        return {"properties": properties, "required": required, **closed}
 
     def _takes(self, listed: list[Any]) -> bool:
         self._nodes -= len(listed)
@@ -109,16 +109,18 @@ def is_plain(text: str) -> bool:
     if not isinstance(open_[0], dict):
         return False
     while open_:
-        part = open_.pop()
-        if isinstance(part, list):
-            open_ += part
-        elif isinstance(part, dict):
-            types = part.get("type", [])
+        schema_inside = open_.pop()
+        if isinstance(schema_inside, list):
+            open_ += schema_inside
+        elif isinstance(schema_inside, dict):
+            types = schema_inside.get("type", [])
             if not TYPES.issuperset(types if isinstance(types, list) else [str(types)]):
                 return False
-            if not REPEATING.isdisjoint(part) or any(part.get(name, 0) not in (0, 1) for name in COUNTS):
+            if not REPEATING.isdisjoint(schema_inside) or any(
+                schema_inside.get(name, 0) not in (0, 1) for name in COUNTS
+            ):
                 return False
-            open_ += part.values()
+            open_ += schema_inside.values()
     return True
 
 
@@ -142,8 +144,8 @@ def frames_of(text: str) -> Frames:
     """The text around the JSON in a structural tag, in either of SGLang's formats; nothing if it is none."""
     begins: dict[str, None] = {}
     ends: dict[str, None] = {}
-    for part in _parts(text):
-        begin, end = part.get("begin"), part.get("end")
+    for tag in _parts(text):
+        begin, end = tag.get("begin"), tag.get("end")
         if isinstance(begin, str) and isinstance(end, str) and '"' in begin and len(begins) < MOST_WORDS:
             begins[begin], ends[end] = None, None
     return Frames(tuple(begins), tuple(filter(None, ends))) if begins else NO_FRAMES
@@ -153,9 +155,9 @@ def frames_of(text: str) -> Frames:
 def forced_contents(text: str) -> frozenset[str]:
     """The schemas in a structural tag that must be used, as `canonical` writes them; else none."""
     parts = list(_parts(text))
-    if not any(part.get("at_least_one") is True for part in parts):
+    if not any(tag.get("at_least_one") is True for tag in parts):
         return frozenset()
-    return frozenset(canonical(part[name]) for part in parts for name in CONTENTS if name in part)
+    return frozenset(canonical(tag[name]) for tag in parts for name in CONTENTS if name in tag)
 
 
 def canonical(schema: Any) -> str:
@@ -167,12 +169,12 @@ def _parts(text: str) -> Iterator[dict[str, Any]]:
     """Objects of a structural tag; schemas are data."""
     open_ = [_read(text)]
     while open_:
-        part = open_.pop()
-        if isinstance(part, list):
-            open_ += reversed(part)
-        elif isinstance(part, dict):
-            yield part
-            open_ += reversed([value for name, value in part.items() if name not in CONTENTS])
+        tag = open_.pop()
+        if isinstance(tag, list):
+            open_ += reversed(tag)
+        elif isinstance(tag, dict):
+            yield tag
+            open_ += reversed([value for name, value in tag.items() if name not in CONTENTS])
 
 
 @lru_cache(maxsize=4)
@@ -188,20 +190,20 @@ def _words(schema: Any) -> Iterator[str]:
     """Breadth does not matter, order does: a key comes before what is inside it."""
     open_ = [schema]
     while open_:
-        part = open_.pop()
-        if isinstance(part, list):
-            open_ += reversed(part)
-        elif isinstance(part, dict):
-            properties = part.get("properties")
+        node = open_.pop()
+        if isinstance(node, list):
+            open_ += reversed(node)
+        elif isinstance(node, dict):
+            properties = node.get("properties")
             if isinstance(properties, dict):
                 yield from (name for name in properties if isinstance(name, str))
             for name in LISTED:
-                listed = part.get(name)
+                listed = node.get(name)
                 values = listed if isinstance(listed, list) else [listed]
                 yield from (value for value in values if isinstance(value, str))
-            begin = part.get("begin")
+            begin = node.get("begin")
             if isinstance(begin, str):
                 yield from begin.split('"')[3:4]  # <tool_call>{"name":"NAME", …
             open_ += reversed(
-                [value for name, value in part.items() if name not in LISTED or isinstance(value, dict)]
+                [value for name, value in node.items() if name not in LISTED or isinstance(value, dict)]
             )

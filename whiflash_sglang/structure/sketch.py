@@ -58,21 +58,21 @@ def sketch(
             nothing is forced; layout: of the text so far, for them. calls: of the request's tools, which forbid
             nothing. cuts: how such text was cut before.
     """
-    most = limit * CHARS_PER_TOKEN
+    chars = limit * CHARS_PER_TOKEN
     sources: list[list[Piece]] = []
     if matcher is not None:
-        sources.append(likely(matcher, most, guesses, layout, likelihood))
+        sources.append(likely(matcher, chars, guesses, layout, likelihood))
     if calls is not None:
-        sources.append(calls.pieces(most, guesses, likelihood))
+        sources.append(calls.pieces(chars, guesses, likelihood))
     best: list[Token] = []
     whole = True
     for pieces in sources:
         tokens = cut(vocabulary, tail, pieces, likelihood, cuts, limit + 1) if pieces else []
-        whole &= len(tokens) <= limit and is_whole(pieces, most, likelihood)
+        whole &= len(tokens) <= limit and is_whole(pieces, chars, likelihood)
         tokens = tokens[:limit]
         if matcher is not None:
             tokens = _allowed(matcher, vocabulary, tokens, limit, end)
-        best = max(best, tokens, key=lambda each: _expected(each, likelihood))
+        best = max(best, tokens, key=lambda option: _expected(option, likelihood))
     return best, whole
 
 
@@ -89,9 +89,11 @@ def _allowed(
     with matcher.trying():
         ids = [token.token for token in tokens]
         text = text_of(vocabulary, ids)  # none if it ends inside a character
-        known = bool(text) and all(is_text(vocabulary, each) for each in ids) and matcher.accept_text(text)
+        is_allowed = (
+            bool(text) and all(is_text(vocabulary, index) for index in ids) and matcher.accept_text(text)
+        )
         for token in tokens:
-            if not (known or (is_text(vocabulary, token.token) and matcher.accept_token(token.token))):
+            if not (is_allowed or (is_text(vocabulary, token.token) and matcher.accept_token(token.token))):
                 return allowed
             allowed.append(token)
         if end is not None and len(allowed) < limit and matcher.may_end and not matcher.forced():
@@ -139,7 +141,7 @@ def cut(
         last = piece
         while bounds[last] < stop:
             last += 1
-        kinds += [each.kind for each in pieces[piece : last + 1]]
+        kinds += [piece_inside.kind for piece_inside in pieces[piece : last + 1]]
         chosen.append(Token(token, min(kinds, key=likelihood), None if usual == token else usual))
         begin = stop
     return chosen

@@ -126,7 +126,7 @@ def check_spool(directory: Path) -> None:
 
 def files_of(directory: Path) -> list[SampleFile]:
     """The files of samples, oldest first, without links; none of a directory that is not there."""
-    found = []
+    files = []
     for path in sorted(directory.glob(f"[0-9]*{SUFFIX}")):
         name = _NAME.fullmatch(path.name)
         try:
@@ -134,8 +134,8 @@ def files_of(directory: Path) -> list[SampleFile]:
         except FileNotFoundError:  # dropped meanwhile
             continue
         if name is not None and stat.S_ISREG(status.st_mode):
-            found.append(SampleFile(path, int(name[1]) / 1e9, status.st_size))
-    return found
+            files.append(SampleFile(path, int(name[1]) / 1e9, status.st_size))
+    return files
 
 
 def read_samples(path: Path, target: str) -> list[Sample]:
@@ -150,8 +150,8 @@ def read_samples(path: Path, target: str) -> list[Sample]:
             if (header.format, header.target) != (FORMAT, target):
                 return []
             lines = [_Line.model_validate_json(line) for line in file]
-        known = set(header.handles)
-        if not all(known.issuperset(line.handles) for line in lines):
+        handles_of_file = set(header.handles)
+        if not all(handles_of_file.issuperset(line.handles) for line in lines):
             raise ValueError("a handle is not in the header")
         return [Sample(line.prompt, line.answer, line.handles) for line in lines]
     except FileNotFoundError:

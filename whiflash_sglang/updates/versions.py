@@ -97,8 +97,8 @@ def _manifest_of(directory: Path, number: int) -> Manifest:
     """Manifest of a version; raises ConfigError if it is missing or damaged."""
     bundle = path_of(directory, number)
     if not bundle.is_dir():
-        known = ", ".join(map(str, [0, *numbers(directory)]))
-        raise ConfigError(f"{directory} has no version {number}; it has {known}")
+        there = ", ".join(map(str, [0, *numbers(directory)]))
+        raise ConfigError(f"{directory} has no version {number}; it has {there}")
     return load_manifest(bundle)
 
 
@@ -119,19 +119,19 @@ def claims_of(directory: Path, number: int) -> dict[str, Any]:
     return {"target": manifest.target, "files": files}
 
 
-def check_wanted(directory: Path, wanted: Wanted) -> None:
-    """Raise ConfigError where a version is not what `wanted` says of it, naming what differs. OSError."""
-    if wanted.target is None and not wanted.files:
+def check_wanted(directory: Path, asked: Wanted) -> None:
+    """Raise ConfigError where a version is not what `asked` says of it, naming what differs. OSError."""
+    if asked.target is None and not asked.files:
         return
-    number, own = wanted.version, claims_of(directory, wanted.version)
-    if wanted.target != own.get("target"):
+    number, own = asked.version, claims_of(directory, asked.version)
+    if asked.target != own.get("target"):
         raise ConfigError(
             f"version {number} of {directory} is for the target {own.get('target')}, the one that is asked for is for "
-            f"{wanted.target!r:.200}: name the directory that this server reads its versions from"
+            f"{asked.target!r:.200}: name the directory that this server reads its versions from"
         )
     files = own.get("files", {})
-    if files != wanted.files:
-        name = min(name for name in {**files, **wanted.files} if files.get(name) != wanted.files.get(name))
+    if files != asked.files:
+        name = min(name for name in {**files, **asked.files} if files.get(name) != asked.files.get(name))
         raise ConfigError(
             f"version {number} of {directory} is another than the one that is asked for: {name:.200} differs; name the "
             "directory that this server reads its versions from"
@@ -191,14 +191,14 @@ def served(directory: Path) -> Served:
     """Versions that a server of this directory used last. Raises ConfigError if the record is damaged."""
     file = directory / CURRENT
     try:
-        found = Served(**read_json_file(file))
+        record = Served(**read_json_file(file))
     except FileNotFoundError:
         return Served()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{file} is damaged ({error}): remove it, and choose a version again") from None
-    if not all(type(number) is int and 0 <= number < MOST for number in found):
-        raise ConfigError(f"{file} is damaged ({found}): remove it, and choose a version again")
-    return found
+    if not all(type(number) is int and 0 <= number < MOST for number in record):
+        raise ConfigError(f"{file} is damaged ({record}): remove it, and choose a version again")
+    return record
 
 
 def record(directory: Path, used: Served) -> None:
@@ -210,10 +210,10 @@ def record(directory: Path, used: Served) -> None:
 def notes_of(directory: Path, number: int) -> dict[str, Any]:
     """Notes of a version's maker; empty if there are none that can be read."""
     try:
-        found = read_json_file(path_of(directory, number) / NOTES)
+        notes = read_json_file(path_of(directory, number) / NOTES)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return notes if isinstance(notes, dict) else {}
 
 
 def gain_of(directory: Path, number: int) -> dict[str, float]:
@@ -221,7 +221,7 @@ def gain_of(directory: Path, number: int) -> dict[str, float]:
     from, as whoever made it says; 1 where nobody does.
     """
     notes = notes_of(directory, number)
-    return {part: float(notes[part]) if is_number(notes.get(part)) else 1.0 for part in PARTS.values()}
+    return {key: float(notes[key]) if is_number(notes.get(key)) else 1.0 for key in PARTS.values()}
 
 
 def is_number(value: object) -> bool:

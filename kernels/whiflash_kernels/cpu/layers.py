@@ -203,4 +203,4 @@ def _agrees(layers: CompiledLayers) -> bool:
         (layers.silu_and_mul(x), F.silu(x[:, :50]) * x[:, 50:]),
         (heads, turned),
     )
-    return all(torch.allclose(found, expected, rtol=1e-4, atol=1e-5) for found, expected in pairs)
+    return all(torch.allclose(result, expected, rtol=1e-4, atol=1e-5) for result, expected in pairs)

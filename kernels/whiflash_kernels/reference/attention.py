@@ -82,8 +82,8 @@ def grouped(
     if len(layout) == 1 and layout[0].members is None:
         return layout[0].run(q, k, v, req_to_token, request_slots, scale)
     out = q.new_zeros(q.shape)
-    for part in layout:
-        out[part.rows] = part.run(q[part.rows], k, v, req_to_token, request_slots[part.members], scale)
+    for block in layout:
+        out[block.rows] = block.run(q[block.rows], k, v, req_to_token, request_slots[block.members], scale)
     return out
 
 

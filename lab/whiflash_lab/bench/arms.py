@@ -139,15 +139,15 @@ def check_names(names: Sequence[str], *, recorded: bool = False) -> None:
     for name in names:
         if recorded:
             kind, _, brings = name.partition("+")
-            known: tuple[str, ...] = (*ROUTERS, *VARIANTS, *FLAGS)
-            right = kind in known and brings in ("", PREDICTION, USELESS)
+            names_known: tuple[str, ...] = (*ROUTERS, *VARIANTS, *FLAGS)
+            right = kind in names_known and brings in ("", PREDICTION, USELESS)
             more = f"; each also with +{PREDICTION} or +{USELESS}"
         else:
-            known = KNOWN
+            names_known = KNOWN
             right = _SPELLED.fullmatch(name) is not None
             more = f"; also EAGLE3:STEPS, DFLASH:BLOCK, and each with @tpN, @dpN or {BESIDE}"
         if not right:
-            raise UsageError(f"--arms: {name!r} is not one of {', '.join(known)}{more}")
+            raise UsageError(f"--arms: {name!r} is not one of {', '.join(names_known)}{more}")
 
 
 def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
@@ -158,9 +158,9 @@ def build_arms(names: Sequence[str], subject: Subject) -> list[Arm]:
         ConfigError: a name is unknown or given twice, needs a drafter that the bundle has not, or another checkout
             where there is none.
     """
-    wanted = list(names) if NONE in names else [NONE, *names]
-    check_names(wanted)
-    return [_arm(name, subject) for name in wanted]
+    chosen = list(names) if NONE in names else [NONE, *names]
+    check_names(chosen)
+    return [_arm(name, subject) for name in chosen]
 
 
 def _needed(kind: str) -> tuple[str, ...]:

@@ -97,10 +97,10 @@ class Journal:
             return []
         lines = [line for _, line in lines_of(self.path.read_text(encoding="utf-8"))]
         try:
-            found = read_json(lines[0])["fingerprint"] if lines else None
+            fingerprint = read_json(lines[0])["fingerprint"] if lines else None
         except (ValueError, KeyError, TypeError):
-            found = None
-        if found != self._fingerprint:
+            fingerprint = None
+        if fingerprint != self._fingerprint:
             raise ConfigError(
                 f"{self.path} was written by another plan (arms, prompts, loads or versions differ); "
                 "remove it or run without --resume"

@@ -53,7 +53,7 @@ def scale_of(
 def loads_of(concurrency: str) -> list[Load]:
     """Raises UsageError where the option is wrong."""
     try:
-        values = [int(part) for part in concurrency.split(",") if part.strip()]
+        values = [int(number) for number in concurrency.split(",") if number.strip()]
     except ValueError:
         values = []
     if not values or min(values) < 1:

@@ -62,7 +62,7 @@ def launcher(
     env = environment(arguments)
     if checkout is None:
         return Server(arguments, host=host, log=log, env=env)
-    sources = [str(checkout / part) for part in ("", "cpu", "kernels", "sdk")]
+    sources = [str(checkout / folder) for folder in ("", "cpu", "kernels", "sdk")]
     env["PYTHONPATH"] = os.pathsep.join([*sources, *filter(None, [os.environ.get("PYTHONPATH")])])
     env["PYTHONSAFEPATH"] = "1"
     python = checkout / ".venv" / "bin" / "python"
@@ -83,7 +83,7 @@ class Fleet(Closing):
 
     def start(
         self,
-        wanted: Mapping[str, Sequence[str]],
+        arguments_by_key: Mapping[str, Sequence[str]],
         on_start: Callable[[str, str | None], None] = lambda key, reason: None,
         checkouts: Mapping[str, Path] | None = None,
     ) -> dict[str, str]:
@@ -93,7 +93,7 @@ class Fleet(Closing):
             on_start: called for each as it is ready or has failed, in another thread: its key, and why it did not
                 start. checkouts: of the project, by key, where a server is not this one's.
         """
-        for key, arguments in wanted.items():
+        for key, arguments in arguments_by_key.items():
             log = None if self._log_dir is None else self._log_dir / f"{key.replace(' ', '-')}.log"
             self._servers[key] = self._make(arguments, log, (checkouts or {}).get(key))
         failed: dict[str, str] = {}
@@ -105,19 +105,19 @@ class Fleet(Closing):
                 failed[key] = reason_of(str(error))
             on_start(key, failed.get(key))
 
-        with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
-            starting = [pool.submit(start, key) for key in wanted]
+        with ThreadPoolExecutor(max(len(arguments_by_key), 1)) as pool:
+            starting = [pool.submit(start, key) for key in arguments_by_key]
             try:
                 for future in starting:
                     future.result()
             except BaseException:
                 # Threads wait for servers that nobody wants any more; without them they end by themselves.
-                for key in wanted:
+                for key in arguments_by_key:
                     self._servers[key].close()
                 raise
         for key in failed:
             del self._servers[key]
-        for key in wanted.keys() - failed.keys():
+        for key in arguments_by_key.keys() - failed.keys():
             self.clients[key] = httpx.Client(base_url=self.url(key), timeout=ANSWER_SECONDS, limits=LIMITS)
         return failed
 

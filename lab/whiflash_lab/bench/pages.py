@@ -33,7 +33,7 @@ def render(report: Report) -> str:
         _unavailable(report),
         _reproduce(report),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(section for section in parts if section) + "\n"
 
 
 def _setting(report: Report) -> str:
@@ -56,14 +56,14 @@ def _setting(report: Report) -> str:
 
 def _asked_with(provenance: Mapping[str, Any]) -> str:
     """How answers were sampled and which tools were sent; nothing in older reports, and of greedy requests."""
-    said = ""
+    sentences = ""
     if sampling := provenance.get("sampling"):
         values = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
-        said += f" Sampled with {values}, a seed a prompt."
+        sentences += f" Sampled with {values}, a seed a prompt."
     if tools := provenance.get("tools"):
         strict = " strict" if tools["strict"] else ""
-        said += f" {tools['number']}{strict} tools with every prompt, tool_choice {tools['choice']}."
-    return said
+        sentences += f" {tools['number']}{strict} tools with every prompt, tool_choice {tools['choice']}."
+    return sentences
 
 
 def _taken_from(provenance: Mapping[str, Any]) -> str:
@@ -72,16 +72,16 @@ def _taken_from(provenance: Mapping[str, Any]) -> str:
     for name, source in provenance.get("suites", {}).items():
         by_source.setdefault(source, []).append(name)
     sources = [f"{', '.join(names)} from {source}" for source, names in by_source.items()]
-    said = f" Sets: {'; '.join(sources)}." if sources else ""
+    sentences = f" Sets: {'; '.join(sources)}." if sources else ""
     if recorded := provenance.get("recorded"):
-        said += f" Forced along the recorded text of {', '.join(recorded)}."
+        sentences += f" Forced along the recorded text of {', '.join(recorded)}."
     left_out = len(provenance.get("left_out", ()))
     what = (
         "answers of conversations, which had no room"
         if recorded
         else "prompts, which the server did not take"
     )
-    return said + (f" Left out: {left_out} {what}." if left_out else "")
+    return sentences + (f" Left out: {left_out} {what}." if left_out else "")
 
 
 def _title(load: LoadReport) -> str:
@@ -132,14 +132,14 @@ def _by_category(report: Report, load: LoadReport) -> str:
     rows = []
     for arm, ratios in load.ratios.items():
         groups = load.arms[arm]
-        found = [
+        pairs = [
             (ratios.none[name], groups[name].acceptance_length) if name in ratios.none else None
             for name in names
         ]
-        row = [f"{_interval(one[0])}; {one[1]:.2f}" if one else "" for one in found]
+        row = [f"{_interval(pair[0])}; {pair[1]:.2f}" if pair else "" for pair in pairs]
         if means:
             ratio, length = (
-                fmean(column) for column in zip(*((r.ratio, n) for r, n in filter(None, found)), strict=True)
+                fmean(column) for column in zip(*((r.ratio, n) for r, n in filter(None, pairs)), strict=True)
             )
             row.append(f"{ratio:.2f}; {length:.2f}")
         rows.append((arm, *row))

@@ -54,8 +54,8 @@ class Prompt:
         if not self.follow_ups:
             return None
         called = {"tool_calls": list(calls)} if calls else {}
-        said, user = {"role": "assistant", "content": answer}, {"role": "user", "content": self.follow_ups[0]}
-        messages = (*self.messages, {**said, **called}, user)
+        reply = {"role": "assistant", "content": answer, **called}
+        messages = (*self.messages, reply, {"role": "user", "content": self.follow_ups[0]})
         stem, _, turn = self.id.partition("#")
         return replace(
             self, id=f"{stem}#{int(turn or 1) + 1}", messages=messages, follow_ups=self.follow_ups[1:]
@@ -240,10 +240,10 @@ class Suite:
     read: Callable[[Path], Iterator[Prompt]] | None = None
 
 
-def suites_of(given: str) -> list[str]:
+def suites_of(listed: str) -> list[str]:
     """Names of suites, separated by commas, groups resolved. Raises UsageError: a name is unknown."""
-    parts = [part.strip() for part in given.split(",") if part.strip()]
-    names = list(dict.fromkeys(name for part in parts for name in GROUPS.get(part, (part,))))
+    parts = [label.strip() for label in listed.split(",") if label.strip()]
+    names = list(dict.fromkeys(name for label in parts for name in GROUPS.get(label, (label,))))
     for name in names:
         if name not in SUITES:
             raise UsageError(f"--suite: {name!r} is not one of {', '.join((*SUITES, *GROUPS))}")
@@ -257,7 +257,7 @@ def read_suites(names: Sequence[str], folder: Path | None) -> list[Prompt]:
         UsageError: nobody says where the files are. ConfigError: they are not there, or a row is wrong; it names the
             file.
     """
-    found: list[Prompt] = []
+    prompts: list[Prompt] = []
     for name in names:
         suite = SUITES[name]
         root = folder or _of_wheel(name, suite)
@@ -265,8 +265,8 @@ def read_suites(names: Sequence[str], folder: Path | None) -> list[Prompt]:
         if not files:
             raise ConfigError(f"--suite {name}: no {suite.files} in {root}; it is in {suite.source}")
         for file in files:
-            found += _asked(name, suite, file) if suite.read is None else suite.read(file)
-    return found
+            prompts += _asked(name, suite, file) if suite.read is None else suite.read(file)
+    return prompts
 
 
 def _of_wheel(name: str, suite: Suite) -> Path:
@@ -295,7 +295,9 @@ def _asked(name: str, suite: Suite, file: Path) -> Iterator[Prompt]:
 def _recorded(file: Path) -> Iterator[Prompt]:
     """Recorded agents, each asked once, for the answer in the middle of its conversation."""
     for number, talk in enumerate(read_recorded(file), start=1):
-        answers = [place for place, said in enumerate(talk.messages) if said["role"] == "assistant" and place]
+        answers = [
+            place for place, message in enumerate(talk.messages) if message["role"] == "assistant" and place
+        ]
         if answers:
             before = talk.messages[: answers[len(answers) // 2]]
             yield Prompt(f"{file.parent.name}/{file.stem}-{number}", talk.category, before)
@@ -339,7 +341,7 @@ def _bfcl(file: Path) -> Iterator[Prompt]:
                 category=category,
                 messages=tuple(first),
                 follow_ups=tuple("\n".join(message["content"] for message in turn) for turn in later),
-                tools=tuple({"type": "function", "function": _function(one)} for one in functions),
+                tools=tuple({"type": "function", "function": _function(function)} for function in functions),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
@@ -363,19 +365,19 @@ def _functions(folder: Path, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]
                 yield function
 
 
-def _function(given: Mapping[str, Any]) -> dict[str, Any]:
+def _function(function: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAI's form: names without dots, JSON schema's types, no description of what comes back."""
-    kept = {key: given[key] for key in ("name", "description", "parameters")}
-    return {**_typed(kept), "name": given["name"].replace(".", "_")}
+    kept = {key: function[key] for key in ("name", "description", "parameters")}
+    return {**_typed(kept), "name": function["name"].replace(".", "_")}
 
 
-def _typed(given: Any) -> Any:
-    """`given` with every `type` in JSON schema's words; a property that is called `type` holds an object, and stays."""
-    if isinstance(given, list):
-        return [_typed(one) for one in given]
-    if not isinstance(given, dict):
-        return given
-    typed = {key: _typed(value) for key, value in given.items()}
+def _typed(schema: Any) -> Any:
+    """`schema` with every `type` in JSON schema's words; a property called `type` holds an object, and stays."""
+    if isinstance(schema, list):
+        return [_typed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    typed = {key: _typed(value) for key, value in schema.items()}
     if isinstance(typed.get("type"), str):
         typed["type"] = BFCL_TYPES.get(typed["type"], "string")
     return typed

@@ -51,14 +51,16 @@ def talks_of(
     Args:
         max_tokens: of each answer, the rest is cut. room: tokens of prompt and answer.
     """
-    expected = [None if one.prediction is None else renderer.encode(one.prediction) for one in recorded]
+    expected = [
+        None if record.prediction is None else renderer.encode(record.prediction) for record in recorded
+    ]
     talks, left_out, taken = list[Talk](), dict[str, str](), set[str]()
-    for index, one in enumerate(recorded):
-        name = one.id
+    for index, record in enumerate(recorded):
+        name = record.id
         while name in taken:
             name = f"{name}-{index + 1}"
         taken.add(name)
-        tasks = [replace(turn, answer=turn.answer[:max_tokens]) for turn in renderer.turns(one)]
+        tasks = [replace(turn, answer=turn.answer[:max_tokens]) for turn in renderer.turns(record)]
         if tasks and expected[index] is not None:
             others = [tokens for i, tokens in enumerate(expected) if tokens is not None and i != index]
             useless = others[index % len(others)] if others else []
@@ -67,7 +69,7 @@ def talks_of(
         sizes = [len(task.prompt) + len(task.answer) for task in tasks]
         left_out |= {f"{name}, answer {at}": f"{n} tokens" for at, n in enumerate(sizes) if n > room}
         if kept := tuple(task for task, size in zip(tasks, sizes, strict=True) if size <= room):
-            talks.append(Talk(name, one.category, (), tasks=kept))
+            talks.append(Talk(name, record.category, (), tasks=kept))
     return talks, left_out
 
 
@@ -77,11 +79,11 @@ def recorded_arms(names: Sequence[str], subject: Subject, talks: Iterable[Talk])
     Raises:
         ConfigError: a name is unknown or given twice, or asks for predictions that nobody recorded.
     """
-    wanted = [BASE, *(name for name in names if name != BASE)]
-    check_names(wanted, recorded=True)
+    chosen = [BASE, *(name for name in names if name != BASE)]
+    check_names(chosen, recorded=True)
     predicted = any(task.predictions for talk in talks for task in talk.tasks)
     arms = []
-    for name in wanted:
+    for name in chosen:
         kind, _, brings = name.partition("+")
         if brings and not predicted:
             raise ConfigError(f"--arms {name}: no record has a prediction")
@@ -104,7 +106,7 @@ def read_talks(
     """
     context = read_json_config(subject.target)["max_position_embeddings"]
     talks, left_out = talks_of(
-        [one for path in paths for one in read_recorded(path)],
+        [conversation for path in paths for conversation in read_recorded(path)],
         renderer_of(subject.target, subject.bundle),
         max_tokens=max_tokens or context,
         room=min(context, CPU_KV_TOKENS // at_once) - MARGIN,
@@ -153,13 +155,13 @@ class Player(Asker):
             raise RequestError(f"conversation {talk}: {type(error).__name__} {error}") from None
         if answer.status_code != 200:
             raise RequestError(f"conversation {talk}: {answer.text[:500]}")
-        found = answer.json()
-        if found["output_ids"] != list(task.answer):
+        reply = answer.json()
+        if reply["output_ids"] != list(task.answer):
             raise RequestError(
                 "the server wrote another text than the recorded one, which makes its figures useless: start it with "
                 "--whiflash-force-recorded on"
             )
-        return int(found["meta_info"].get("spec_verify_ct") or len(task.answer) - 1)
+        return int(reply["meta_info"].get("spec_verify_ct") or len(task.answer) - 1)
 
 
 class Replayer(Runner):

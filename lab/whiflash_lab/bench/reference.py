@@ -115,13 +115,13 @@ def differences(
         references: by arm of plain decoding (`plain_of`), then by prompt. `none` replaces one that is missing.
         best_logit: of a reference's own token at a position. dtype: whose tie rule holds.
     """
-    found: dict[tuple[str, str, str, tuple[int, ...]], Difference] = {}
+    judged_by_answer: dict[tuple[str, str, str, tuple[int, ...]], Difference] = {}
     for cell in cells:
         plain = references.get(plain_of(cell.arm), references[NONE])
         for answer in cell.answers:
             reference = plain[answer.prompt]
             key = (cell.arm, cell.load.label, answer.prompt, answer.tokens)
-            if key in found or answer.tokens == reference.tokens:
+            if key in judged_by_answer or answer.tokens == reference.tokens:
                 continue
 
             def top_two_at(position: int, reference: Reference = reference) -> TopTwo:
@@ -131,8 +131,8 @@ def differences(
             if judged.position is None:
                 raise AssertionError("the tokens differ")
             gap = None if judged.top_two is None else judged.top_two.gap
-            found[key] = Difference(*key[:3], judged.verdict, judged.position, gap)
-    return list(found.values())
+            judged_by_answer[key] = Difference(*key[:3], judged.verdict, judged.position, gap)
+    return list(judged_by_answer.values())
 
 
 class BestLogit:

@@ -135,7 +135,7 @@ class Report(BaseModel, frozen=True, extra="forbid"):
 def build_report(
     cells: Sequence[Cell],
     groups: Mapping[str, str],
-    found: Sequence[Difference] | None,
+    compared: Sequence[Difference] | None,
     provenance: dict[str, Any],
     unavailable: Mapping[str, str],
     over: str | None = None,
@@ -146,13 +146,13 @@ def build_report(
     Args:
         groups: prompt id → category, or `loops` for prompts whose plain answer ends in a loop.
         base: the arm of plain decoding.
-        found: None: answers were not compared.
+        compared: None: answers were not compared.
         over: an arm to compare all others with, besides plain decoding and the static drafters.
     """
     by_load: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         by_load[cell.load.label].append(cell)
-    loads = [_load_report(own, groups, found, over, base) for own in by_load.values()]
+    loads = [_load_report(own, groups, compared, over, base) for own in by_load.values()]
     counts: dict[str, int] = defaultdict(int)
     for group in groups.values():
         counts[group] += 1
@@ -165,7 +165,7 @@ def build_report(
         differences=[
             {"arm": d.arm, "load": d.load, "prompt": d.prompt, "verdict": d.verdict.value}
             | {"position": d.position, "gap": d.gap}
-            for d in found or ()
+            for d in compared or ()
         ],
         categories=dict(counts),
         over=over,
@@ -175,7 +175,7 @@ def build_report(
 def _load_report(
     cells: Sequence[Cell],
     groups: Mapping[str, str],
-    found: Sequence[Difference] | None,
+    compared: Sequence[Difference] | None,
     over: str | None,
     base: str,
 ) -> LoadReport:
@@ -185,7 +185,9 @@ def _load_report(
     for cell in cells:
         own[cell.arm].append(cell)
     for arm, mine in own.items():
-        differing = None if found is None else [d for d in found if (d.load, d.arm) == (load.label, arm)]
+        differing = (
+            None if compared is None else [d for d in compared if (d.load, d.arm) == (load.label, arm)]
+        )
         arms[arm] = {
             name: _figures(mine, belongs, differing, load, name) for name, belongs in selections(mine, groups)
         }

@@ -193,13 +193,13 @@ class Runner:
         judging = self._progress.add_task("comparing answers with plain decoding", total=None)
         best = BestLogit(self._plan.subject.target, self._plan.subject.dtype)
         references = {**self._apart, NONE: self._references}
-        found = (
+        compared = (
             differences(cells, references, best, self._plan.subject.dtype) if self._plan.compares else None
         )
         self._progress.remove_task(judging)
         record |= self._provenance(cells)
         return build_report(
-            cells, self._groups(), found, record, self.unavailable, self._plan.over, self.base
+            cells, self._groups(), compared, record, self.unavailable, self._plan.over, self.base
         )
 
     # ---------------------------------------------------------------- the two orders

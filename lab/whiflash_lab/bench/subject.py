@@ -41,10 +41,10 @@ def write_variant(arm: str, bundle: Path, directory: Path) -> Path:
         fields["structure"] = {"enabled": False}
     shutil.copytree(bundle, directory, copy_function=_link)
     if arm == BAD:
-        for part in ("router", "sources"):  # its checksums are of the drafters before
-            fields.pop(part, None)
-        for part in {"eagle3", "dflash"} & fields.keys():
-            _shuffle(directory / fields[part])
+        for key in ("router", "sources"):  # its checksums are of the drafters before
+            fields.pop(key, None)
+        for key in {"eagle3", "dflash"} & fields.keys():
+            _shuffle(directory / fields[key])
     (directory / MANIFEST).unlink()  # it is the bundle's own
     (directory / MANIFEST).write_text(json.dumps(fields), encoding="utf-8")
     return directory

@@ -62,40 +62,43 @@ def advise(
         from whiflash_sglang.cli.running import steer
 
         state = steer(url.rstrip("/"), "/whiflash/state", None, api_key)
-    found = answered(Question(target, gpu, count, sizes, temperature, tools, prompt, answer), state)
+    advice = answered(Question(target, gpu, count, sizes, temperature, tools, prompt, answer), state)
     if recipes:
         from whiflash_lab.recipes.verdicts import verdicts_of
 
         for name, verdict in verdicts_of(recipes, None):
-            found.obstacles += [f"{name}: {sentence}" for sentence in verdict.obstacles.values()]
+            advice.obstacles += [f"{name}: {sentence}" for sentence in verdict.obstacles.values()]
     if as_json:
-        typer.echo(json.dumps(found.as_json()))
+        typer.echo(json.dumps(advice.as_json()))
         return
-    _show(found)
+    _show(advice)
 
 
-def _show(found: "Advice") -> None:
+def _show(advice: "Advice") -> None:
     from rich.table import Table
 
-    say(f"{found.assumed}\n\n{found.verdict}\n")
+    say(f"{advice.assumed}\n\n{advice.verdict}\n")
     table = Table("requests", title="Tokens a second (estimates)", title_justify="left")
-    methods = list(found.rows[0].rates) if found.rows else []
+    methods = list(advice.rows[0].rates) if advice.rows else []
     for method in methods:
         table.add_column(_CALLED.get(method, method), justify="right")
     for column in ("auto / plain", "by data set"):
         table.add_column(column, justify="right")
-    for row in found.rows:
+    for row in advice.rows:
         rates = (f"{row.rates[method]:,.0f}" for method in methods)
         table.add_row(str(row.requests), *rates, f"{row.ratio:.2f}", f"{row.low:.2f} to {row.high:.2f}")
-    if found.rows:
+    if advice.rows:
         for_tables().print(table)
     lines = {
-        "Over plain, as others measured": found.published,
-        "Drafters": [*(f"EAGLE-3: {one}" for one in found.eagle3), *(f"block: {one}" for one in found.block)],
-        "Set": found.settings,
-        "You give up": found.lost,
-        "In the way": found.obstacles,
+        "Over plain, as others measured": advice.published,
+        "Drafters": [
+            *(f"EAGLE-3: {name}" for name in advice.eagle3),
+            *(f"block: {name}" for name in advice.block),
+        ],
+        "Set": advice.settings,
+        "You give up": advice.lost,
+        "In the way": advice.obstacles,
     }
-    for title, said in lines.items():
-        if said:
-            say("\n".join([f"\n{title}:", *(f"  {line}" for line in said)]))
+    for title, entries in lines.items():
+        if entries:
+            say("\n".join([f"\n{title}:", *(f"  {line}" for line in entries)]))

@@ -117,9 +117,9 @@ def bench(
         "--temperature": temperature,
         "--tools": tools,
     }
-    given = [name for name, value in others.items() if value]
-    if recorded and given:
-        raise UsageError(f"--recorded plays whole files and takes no {', '.join(given)}: remove it")
+    refused = [name for name, value in others.items() if value]
+    if recorded and refused:
+        raise UsageError(f"--recorded plays whole files and takes no {', '.join(refused)}: remove it")
     if top_p != 1 and not temperature:
         raise UsageError(
             f"--top-p {top_p:g} changes nothing in greedy answers: add --temperature, or remove it"
@@ -162,9 +162,9 @@ def bench(
         else:
             left_out, longest = {}, scale.max_tokens
             measured = build_arms(scale.arms if arms else those_with_drafters(scale.arms, subject), subject)
-        wanted = [arm.name for arm in measured]
-        if over is not None and over not in wanted:
-            raise UsageError(f"--over {over} is not measured, only {', '.join(wanted)} are: add it to --arms")
+        shown = [arm.name for arm in measured]
+        if over is not None and over not in shown:
+            raise UsageError(f"--over {over} is not measured, only {', '.join(shown)} are: add it to --arms")
         plan = Plan(
             subject=subject,
             arms=tuple(measured),

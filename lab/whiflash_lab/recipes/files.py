@@ -43,20 +43,20 @@ def read(path: Path) -> list[Recipe]:
     readers = {".yaml": _yaml, ".yml": _yaml, ".json": _json, ".jsonl": _json}
     try:
         text = read_text(path, MOST_SETTINGS)
-        found = list(islice(readers.get(path.suffix.lower(), _shell)(text, path), MOST_RECIPES + 1))
+        recipes = list(islice(readers.get(path.suffix.lower(), _shell)(text, path), MOST_RECIPES + 1))
     except ConfigError as error:
         raise error if isinstance(error, UsageError) else UsageError(f"--recipe {error}") from None
     except (RecursionError, ValueError) as error:  # nested deeply, or a number of thousands of digits
         raise UsageError(
             f"--recipe {path} cannot be read ({error}): flags are names and short values"
         ) from None
-    if len(found) > MOST_RECIPES:
+    if len(recipes) > MOST_RECIPES:
         raise UsageError(f"--recipe {path} has more than {MOST_RECIPES} launches: divide it")
-    if not found:
+    if not recipes:
         raise UsageError(
             f"--recipe {path} has no flags: give a launch such as `sglang serve MODEL --tp-size 2`"
         )
-    return found
+    return recipes
 
 
 def _yaml(text: str, path: Path) -> Iterator[Recipe]:
@@ -78,13 +78,13 @@ def _yaml(text: str, path: Path) -> Iterator[Recipe]:
             yield Recipe(f"{path}: {role}", _flags(flags), environment)
 
 
-def _backend(found: Any) -> dict[str, Any] | None:
-    """The first mapping in `found` that has roles; overrides, which come after it, are not read."""
-    if not isinstance(found, dict):
+def _backend(document: Any) -> dict[str, Any] | None:
+    """The first mapping in `document` that has roles; overrides, which come after it, are not read."""
+    if not isinstance(document, dict):
         return None
-    if isinstance(found.get(ROLES), dict):
-        return found
-    return next((inner for value in found.values() if (inner := _backend(value))), None)
+    if isinstance(document.get(ROLES), dict):
+        return document
+    return next((inner for value in document.values() if (inner := _backend(value))), None)
 
 
 def _json(text: str, path: Path) -> Iterator[Recipe]:
@@ -103,19 +103,21 @@ def _json(text: str, path: Path) -> Iterator[Recipe]:
         yield Recipe(str(document.get("recipe", path)), _flags(flags), environment)
 
 
-def _need_mapping(found: Any, path: Path) -> None:
-    if not isinstance(found, dict):
-        raise UsageError(f"--recipe {path}: flags and values expected, such as tp-size: 2, not {found!r:.60}")
+def _need_mapping(document: Any, path: Path) -> None:
+    if not isinstance(document, dict):
+        raise UsageError(
+            f"--recipe {path}: flags and values expected, such as tp-size: 2, not {document!r:.60}"
+        )
 
 
-def _environment(found: Any, path: Path) -> dict[str, str]:
-    variables = {} if found is None else found
+def _environment(document: Any, path: Path) -> dict[str, str]:
+    variables = {} if document is None else document
     _need_mapping(variables, path)
     return {str(name): str(value) for name, value in variables.items()}
 
 
-def _flags(found: Mapping[Any, Any]) -> dict[str, str | list[str]]:
-    return {str(name): _text(value) for name, value in found.items()}
+def _flags(document: Mapping[Any, Any]) -> dict[str, str | list[str]]:
+    return {str(name): _text(value) for name, value in document.items()}
 
 
 def _text(value: Any) -> str | list[str]:
@@ -151,7 +153,7 @@ def _of_words(line: str, arrays: Mapping[str, str], path: Path) -> dict[str, str
         filled = len(line) + sum(len(arrays.get(name, " ")) for name in REFERENCE.findall(line))
         if filled > MOST_LINE:
             raise UsageError(f"--recipe {path}: a launch of more than {MOST_LINE} characters is not read")
-        line = REFERENCE.sub(lambda found: arrays.get(found[1], " "), line)
+        line = REFERENCE.sub(lambda reference: arrays.get(reference[1], " "), line)
     lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&")
     lexer.whitespace_split, lexer.commenters = True, "#"
     flags: dict[str, list[str]] = {}

@@ -104,10 +104,10 @@ def judge(
 
 
 def _obstacles(launch: Launch) -> dict[str, str]:
-    found = dict(refusals_of(launch))
+    obstacles = dict(refusals_of(launch))
     if launch.draft_kv and UNCAPTURED.found(launch):
-        found[UNCAPTURED.name] = UNCAPTURED.sentence.format(launch.architecture)
-    return found
+        obstacles[UNCAPTURED.name] = UNCAPTURED.sentence.format(launch.architecture)
+    return obstacles
 
 
 def _read(flags: Mapping[str, Flag]) -> _Read:
@@ -124,9 +124,9 @@ def _read(flags: Mapping[str, Flag]) -> _Read:
                     f"{option} is no flag of SGLang {installed()}; remove it, or give its new name"
                 )
             elif value == "" and action.nargs != 0:
-                found = parser.fields([option, _MORE_THAN_ONE]) if action.type in (int, float) else {}
-                read.fields |= found
-                read.unread += [] if found else [f"{option}, whose value is a variable"]
+                fields = parser.fields([option, _MORE_THAN_ONE]) if action.type in (int, float) else {}
+                read.fields |= fields
+                read.unread += [] if fields else [f"{option}, whose value is a variable"]
             else:
                 read.fields |= parser.fields(_words(option, value, is_switch=action.nargs == 0))
         except ConfigError as error:
@@ -156,12 +156,12 @@ class _Parser(argparse.ArgumentParser):
     def meant(self, option: str) -> argparse.Action | None:
         """The flag of this name, or the only one that begins with it."""
         named = {name: action for action in self._actions for name in action.option_strings}
-        found = (
+        fitting = (
             [named[option]]
             if option in named
             else [a for name, a in named.items() if name.startswith(option)]
         )
-        return found[0] if len({id(action) for action in found}) == 1 else None
+        return fitting[0] if len({id(action) for action in fitting}) == 1 else None
 
     def fields(self, words: list[str]) -> dict[str, Any]:
         try:
@@ -186,8 +186,8 @@ def _replace(fields: dict[str, Any]) -> list[str]:
     algorithm = fields.pop("speculative_algorithm", None)
     if algorithm is None or algorithm.upper() == ALGORITHM:
         return []
-    part = ALGORITHMS.get(algorithm.upper(), "its own arms")
-    sentences = [f"--speculative-algorithm {algorithm} is replaced by {ALGORITHM}: {part}"]
+    drafter = ALGORITHMS.get(algorithm.upper(), "its own arms")
+    sentences = [f"--speculative-algorithm {algorithm} is replaced by {ALGORITHM}: {drafter}"]
     for name in FOREIGN:
         if name in fields:
             del fields[name]

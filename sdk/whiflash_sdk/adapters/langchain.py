@@ -44,7 +44,7 @@ def node() -> str | None:
     metadata = config.get("metadata") or {}
     path = str(metadata.get("langgraph_checkpoint_ns") or metadata.get("langgraph_node") or "")
     # A namespace holds `node:task id` for every graph, and numbers of tasks that one node started.
-    nodes = [part.split(":")[0] for part in path.split("|") if not part.isdigit()]
+    nodes = [step.split(":")[0] for step in path.split("|") if not step.isdigit()]
     agent = metadata.get("lc_agent_name")
     if not agent:
         return "/".join(nodes) or None

@@ -102,8 +102,8 @@ def printable(text: str) -> str:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Drafters' names, each once: those that are known first."""
-    found = set(names)
-    return [arm for arm in KNOWN_ARMS if arm in found] + sorted(found.difference(KNOWN_ARMS))
+    distinct = set(names)
+    return [arm for arm in KNOWN_ARMS if arm in distinct] + sorted(distinct.difference(KNOWN_ARMS))
 
 
 def describe(stretch: Stretch) -> str:
@@ -118,17 +118,17 @@ def describe(stretch: Stretch) -> str:
 def why(stretch: Stretch, before: Stretch | None) -> str:
     """Reason for which a stretch began, in one line: the change of drafter, or of what is around it."""
     if before is None:
-        said = f"Began with {stretch.arm}"
+        sentence = f"Began with {stretch.arm}"
     elif before.arm != stretch.arm:
-        said = f"Switched from {before.arm} to {stretch.arm}"
+        sentence = f"Switched from {before.arm} to {stretch.arm}"
     else:
-        said = f"Stayed with {stretch.arm}"
+        sentence = f"Stayed with {stretch.arm}"
     span = before.span if before else None
     if stretch.span != span:
-        said += f", {stretch.span} began" if stretch.span else f", {span} ended"
+        sentence += f", {stretch.span} began" if stretch.span else f", {span} ended"
     if stretch.reason:
-        said += f": {REASONS[stretch.reason]}" if stretch.reason in REASONS else f": by {stretch.reason}"
-    return printable(said)
+        sentence += f": {REASONS[stretch.reason]}" if stretch.reason in REASONS else f": by {stretch.reason}"
+    return printable(sentence)
 
 
 def summary(trace: Trace) -> str:
@@ -151,8 +151,8 @@ def everything(trace: Trace) -> ArmTotals:
 
 def reasons(trace: Trace) -> str:
     """Rounds by what decided about them, in one line."""
-    found = (f"{count(rounds, 'round')} by {reason}" for reason, rounds in trace.reasons.items())
-    return printable(" · ".join(found))
+    counts = (f"{count(rounds, 'round')} by {reason}" for reason, rounds in trace.reasons.items())
+    return printable(" · ".join(counts))
 
 
 def held_back(trace: Trace) -> str:
@@ -162,11 +162,11 @@ def held_back(trace: Trace) -> str:
     if not arm or missing[arm] < 0.5:
         return ""
     sums = trace.arms[arm]
-    said = f"{arm} took {sums.rounds} of {count(trace.rounds, 'round')}"
-    said += f" for {sums.tokens} of {count(trace.tokens, 'token')}"
+    sentence = f"{arm} took {sums.rounds} of {count(trace.rounds, 'round')}"
+    sentence += f" for {sums.tokens} of {count(trace.tokens, 'token')}"
     if sums.proposed:
-        said += f"; {sums.accepted} of its {count(sums.proposed, 'draft')} were accepted"
-    return printable(f"Why not more: {said}.")
+        sentence += f"; {sums.accepted} of its {count(sums.proposed, 'draft')} were accepted"
+    return printable(f"Why not more: {sentence}.")
 
 
 def seconds(saved: float | None) -> str:
@@ -174,6 +174,6 @@ def seconds(saved: float | None) -> str:
     return "" if saved is None else f"{saved:.2f} s"
 
 
-def count(number: int, one: str, many: str = "") -> str:
+def count(number: int, singular: str, many: str = "") -> str:
     """A number of things, in words."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
+    return f"{number} {singular if number == 1 else many or singular + 's'}"

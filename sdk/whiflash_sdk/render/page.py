@@ -44,15 +44,15 @@ class Column(NamedTuple):
 
 def columns_of(stretches: Sequence[Stretch]) -> list[Column]:
     """The columns of a timeline, from left to right."""
-    found: list[Column] = []
+    columns: list[Column] = []
     end, before = 0, None
     for number, stretch in enumerate(stretches, 1):
         if stretch.start > end:
-            found.append(Column(len(found) + 1, end, stretch.start - end))
+            columns.append(Column(len(columns) + 1, end, stretch.start - end))
         tokens = max(stretch.tokens, 0)
-        found.append(Column(len(found) + 1, stretch.start, tokens, stretch, before, number))
+        columns.append(Column(len(columns) + 1, stretch.start, tokens, stretch, before, number))
         end, before = max(end, stretch.end), stretch
-    return found
+    return columns
 
 
 def zooms(tokens: int) -> list[int]:
@@ -67,12 +67,12 @@ def ticks(tokens: int) -> list[tuple[int, float]]:
     """Numbers below the lanes, each with the zoom from which it is shown."""
     step = next(step for step in _steps() if tokens <= step * _TICKS)
     # A narrow page has room for half of them.
-    found: dict[int, float] = dict.fromkeys(range(0, tokens + 1, 2 * step), 0.5)
+    zooms_by_place: dict[int, float] = dict.fromkeys(range(0, tokens + 1, 2 * step), 0.5)
     for level in zooms(tokens):
         if step % level == 0:
             for place in range(0, tokens + 1, step // level):
-                found.setdefault(place, level)
-    return sorted(found.items())
+                zooms_by_place.setdefault(place, level)
+    return sorted(zooms_by_place.items())
 
 
 def _steps() -> Iterator[int]:
@@ -123,8 +123,8 @@ def _template() -> Any:
     )
     environment = Environment(autoescape=True, finalize=_shown)
     ours = (_before, _class_of, _percent, _quoted, _runs, _texts_of)
-    environment.globals.update({name: one for name, one in vars(aligned).items() if name[0] != "_"})
-    environment.globals.update({one.__name__.removeprefix("_"): one for one in ours})
+    environment.globals.update({name: value for name, value in vars(aligned).items() if name[0] != "_"})
+    environment.globals.update({value.__name__.removeprefix("_"): value for value in ours})
     environment.globals.update(
         columns_of=columns_of, ticks=ticks, zooms=zooms, style=Markup(style), LONG=_LONG
     )
@@ -150,12 +150,12 @@ def _before(trace: Trace, number: int) -> Stretch | None:
 
 def _texts_of(parts: Sequence[Piece]) -> dict[int, str]:
     """Texts by number of the stretch."""
-    return {part.number: part.text for part in parts if part.stretch is not None}
+    return {piece.number: piece.text for piece in parts if piece.stretch is not None}
 
 
 def _runs(parts: Iterable[Piece | Column]) -> list[tuple[str | None, list[Piece | Column]]]:
     """Neighbours in the same span, with it."""
-    return [(span, list(run)) for span, run in groupby(parts, key=lambda part: part.span)]
+    return [(span, list(run)) for span, run in groupby(parts, key=lambda piece: piece.span)]
 
 
 def _quoted(text: str) -> str:

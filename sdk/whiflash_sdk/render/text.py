@@ -91,21 +91,21 @@ def _turn(turn: Turn, number: int, colour: bool) -> Iterator[str]:
 
 def _text(parts: Sequence[Piece], colour: bool) -> Iterator[str]:
     span = ""
-    for part in parts:
-        kind = printable(part.span or "")
+    for piece in parts:
+        kind = printable(piece.span or "")
         if kind != span:
             yield f"{' ' + span + ']' if span else ''}{'[' + kind + ' ' if kind else ''}"
             span = kind
-        if part.stretch is None:
-            yield printable(part.text)
+        if piece.stretch is None:
+            yield printable(piece.text)
         elif colour:
-            code = _code(part.stretch.arm)
-            for text, is_targets in by_author(part):
+            code = _code(piece.stretch.arm)
+            for text, is_targets in by_author(piece):
                 # A colour must not run over a line's end: pagers reset colours at each line.
                 lines = printable(text).split("\n")
                 yield "\n".join(_paint(line, code, not is_targets) for line in lines)
         else:
-            yield f"‹{printable(part.stretch.arm)}›{printable(part.text)}"
+            yield f"‹{printable(piece.stretch.arm)}›{printable(piece.text)}"
     if span:
         yield f" {span}]"
 
@@ -120,15 +120,15 @@ def _paint(text: str, code: str, colour: bool) -> str:
 
 def _strip(trace: Trace, colour: bool) -> str:
     """Every round, by the tokens that it committed; a mean where the server sent no counts."""
-    found = [
+    rounds = [
         (tokens, stretch.arm)
         for stretch in trace.stretches
         for tokens in stretch.round_tokens or (stretch.acceptance_length,) * stretch.rounds
     ]
-    longest = max((tokens for tokens, _ in found), default=0) or 1
+    longest = max((tokens for tokens, _ in rounds), default=0) or 1
     levels = len(_LEVELS) - 1
     return "".join(
-        _paint(_LEVELS[round(tokens / longest * levels)], _code(arm), colour) for tokens, arm in found
+        _paint(_LEVELS[round(tokens / longest * levels)], _code(arm), colour) for tokens, arm in rounds
     )
 
 

@@ -126,12 +126,12 @@ def answer_rows(
     keep_loops: bool = False,
 ) -> DataSummary:
     """Generate answers to `rows` that `store` does not hold yet, and append them."""
-    known = {record.id for record in store.records}
-    settings, summary = target.settings, DataSummary(sequences=len(known))
+    stored = {record.id for record in store.records}
+    settings, summary = target.settings, DataSummary(sequences=len(stored))
 
     def prompts() -> Iterator[PromptRow]:
         for row in rows:
-            if row["id"] not in known:
+            if row["id"] not in stored:
                 yield prepare(row, target.tokenizer, target.template, settings.tool_choice_required)
 
     def skip(prompt: PromptRow, reason: str) -> None:
@@ -139,7 +139,7 @@ def answer_rows(
         bar.console.print(f"skipped {prompt.category} {prompt.id}: {reason}", highlight=False)
 
     with progress() as bar:
-        task = bar.add_task("answering prompts", total=len(rows), completed=len(known))
+        task = bar.add_task("answering prompts", total=len(rows), completed=len(stored))
         for answer in target.answers(prompts(), skip, keep_loops=keep_loops):
             bar.update(task, advance=1, description=f"{summary.answer_tokens:,} answer tokens")
             summary.stopped = _out_of_space(store, settings)

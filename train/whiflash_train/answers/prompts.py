@@ -164,9 +164,9 @@ class Split:
 
 def topics_of(row: dict[str, Any], users: re.Pattern[str]) -> set[Topic]:
     """Topics of a row."""
-    said = [message for message in row["messages"] if message["role"] != "system"]
-    turns = [_text(message) for message in said if message["role"] == "user"]
-    topics = {("user", name) for name in users.findall(json.dumps(said))}
+    dialogue = [message for message in row["messages"] if message["role"] != "system"]
+    turns = [_text(message) for message in dialogue if message["role"] == "user"]
+    topics = {("user", name) for name in users.findall(json.dumps(dialogue))}
     if turns:
         topics.add(("conversation", " ".join(turns[0].split()).casefold()))
     if len(turns) == 1:

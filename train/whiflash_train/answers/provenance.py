@@ -125,6 +125,6 @@ def _flat(facts: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: facts}
     return {
         name: value
-        for key, part in facts.items()
-        for name, value in _flat(part, f"{prefix}.{key}" if prefix else key).items()
+        for key, inner in facts.items()
+        for name, value in _flat(inner, f"{prefix}.{key}" if prefix else key).items()
     }

@@ -58,10 +58,10 @@ class FeatureStore:
         shape = {"vectors": vectors, "hidden": hidden, "layers": layers}
         meta = path / "meta.json"
         if meta.exists():
-            found = read_json_file(meta)
-            if found != shape:
+            stored = read_json_file(meta)
+            if stored != shape:
                 raise ValueError(
-                    f"{path} holds features of {found}, this run needs {shape}; use another directory"
+                    f"{path} holds features of {stored}, this run needs {shape}; use another directory"
                 )
         else:
             meta.write_text(json.dumps(shape))
@@ -136,11 +136,11 @@ def unique_answers(stores: Iterable[FeatureStore]) -> list[tuple[FeatureStore, S
 
     Two answers to a prompt are the target's two ways out of a tie; together they would count for twice as much.
     """
-    found: dict[str, tuple[FeatureStore, SequenceRecord]] = {}
+    first_answers: dict[str, tuple[FeatureStore, SequenceRecord]] = {}
     for store in stores:
         for record in store.records:
-            found.setdefault(record.id, (store, record))
-    return list(found.values())
+            first_answers.setdefault(record.id, (store, record))
+    return list(first_answers.values())
 
 
 def _append(path: Path, data: bytes) -> None:

@@ -66,15 +66,15 @@ class Exported:
     def tokens(self, index: int) -> Tensor:
         """Prompt and answer."""
         end = int(self._ends[index])
-        part = self.columns["tokens"][end - int(self.columns["lengths"][index]) : end]
-        return torch.from_numpy(part.astype(np.int64))
+        ids = self.columns["tokens"][end - int(self.columns["lengths"][index]) : end]
+        return torch.from_numpy(ids.astype(np.int64))
 
     def copies(self) -> dict[str, list[int]]:
         """Sequences of every prompt, in their order. More than one where shards answered the same prompt."""
-        found: dict[str, list[int]] = {}
+        places: dict[str, list[int]] = {}
         for index, name in enumerate(self.ids):
-            found.setdefault(name, []).append(index)
-        return found
+            places.setdefault(name, []).append(index)
+        return places
 
 
 def rebuild_features(
@@ -89,11 +89,11 @@ def rebuild_features(
     """
     exported = Exported(path)
     columns = exported.columns
-    known = {record.id for record in store.records}
+    stored = {record.id for record in store.records}
     missing = [
         indices[0]
         for name, indices in exported.copies().items()
-        if name not in known and (prompts is None or name in prompts)
+        if name not in stored and (prompts is None or name in prompts)
     ]
     # All but the last token, which the target was never fed.
     texts = ((index, exported.tokens(index)[:-1].tolist()) for index in missing)

@@ -122,8 +122,8 @@ def lookup_seed(
     if bundle is not None:
         from whiflash_sglang.checkpoints.bundles import update_manifest
 
-        said = settings.model_dump(exclude_unset=True)
-        update_manifest(bundle, {"lookup": {**said, "seed": seed}})
+        manifest_fields = settings.model_dump(exclude_unset=True)
+        update_manifest(bundle, {"lookup": {**manifest_fields, "seed": seed}})
     if as_json:
         typer.echo(json.dumps(seed))
         return

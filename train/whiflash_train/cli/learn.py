@@ -94,13 +94,13 @@ def learn(
 
     server = None if url is None else LiveServer(url.rstrip("/"), api_key, versions_of(directory))
     with readable_errors():
-        given = Learning(directory, bundle or embedded_bundle(), settings, tokens, judged, rate, replay)
+        learning = Learning(directory, bundle or embedded_bundle(), settings, tokens, judged, rate, replay)
         if watch:
-            _watch(given, server, share, as_json)
-        found = learn_once(given, Pace(share)).facts()
-    if server is not None and found["version"] is not None:
-        found["served"] = server.use(found["version"])["drafters"]["version"]
-    report(_lines(found, as_json), as_json)
+            _watch(learning, server, share, as_json)
+        outcome = learn_once(learning, Pace(share)).facts()
+    if server is not None and outcome["version"] is not None:
+        outcome["served"] = server.use(outcome["version"])["drafters"]["version"]
+    report(_lines(outcome, as_json), as_json)
 
 
 class LiveServer:
@@ -135,13 +135,13 @@ def _watch(learning: "Learning", server: LiveServer | None, share: float | None,
     Watch(learning, guard, lambda fact: report(_lines(fact, as_json), as_json), share).run()
 
 
-def _lines(found: dict[str, Any], as_json: bool) -> dict[str, Any]:
+def _lines(facts: dict[str, Any], as_json: bool) -> dict[str, Any]:
     """A line for each drafter, for a person."""
-    if as_json or "drafters" not in found:
-        return found
-    lines = {key: value for key, value in found.items() if key != "drafters"}
-    lines["seconds"] = f"{found['seconds']:.0f}"
-    for name, gain in found["drafters"].items():
+    if as_json or "drafters" not in facts:
+        return facts
+    lines = {key: value for key, value in facts.items() if key != "drafters"}
+    lines["seconds"] = f"{facts['seconds']:.0f}"
+    for name, gain in facts["drafters"].items():
         interval = f"{gain['ratio']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]"
         lines[name] = f"{gain['before']:.2f} → {gain['after']:.2f} tokens a round, {interval}"
     return lines

@@ -197,7 +197,7 @@ def features(
             raise ConfigError(f"{tokens} cannot be read: no such file; `whiflash lab export` writes one")
         from whiflash_train.answers.prompts import read_rows
 
-        wanted = None if only is None else {row["id"] for row in read_rows(only)}
+        chosen_ids = None if only is None else {row["id"] for row in read_rows(only)}
         from whiflash_train.answers.data import teacher_of
         from whiflash_train.answers.store import FeatureStore
         from whiflash_train.answers.tokens import rebuild_features
@@ -211,7 +211,7 @@ def features(
                 layers=settings.capture,
             )
             store.truncate_to_index()
-            done = rebuild_features(tokens, target, store, wanted)
+            done = rebuild_features(tokens, target, store, chosen_ids)
     report({"recomputed": done, "sequences": len(store.records)}, as_json)
 
 
@@ -256,7 +256,7 @@ def readable_errors() -> Iterator[None]:
 
 def _parse_shard(text: str) -> tuple[int, int]:
     try:
-        index, count = (int(part) for part in text.split("/"))
+        index, count = (int(number) for number in text.split("/"))
     except ValueError:
         raise UsageError(f"--shard {text!r} is not of the form INDEX/COUNT, such as 0/2") from None
     if not 0 <= index < count:

@@ -152,12 +152,12 @@ class EvenRows(TorchFunctionMode):
     ) -> Any:
         if func is not F.linear or not args or args[0].device.type != "cpu":
             return func(*args, **(kwargs or {}))
-        given: Tensor = args[0]
-        flat = given.reshape(-1, given.shape[-1])
+        inputs: Tensor = args[0]
+        flat = inputs.reshape(-1, inputs.shape[-1])
         rows = len(flat)
         filled = F.pad(flat, (0, 0, 0, -rows % ROWS))
         product: Tensor = F.linear(filled, *args[1:], **(kwargs or {}))
-        return product[:rows].view(*given.shape[:-1], product.shape[-1])
+        return product[:rows].view(*inputs.shape[:-1], product.shape[-1])
 
 
 class Labels(NamedTuple):

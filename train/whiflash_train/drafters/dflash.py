@@ -117,19 +117,19 @@ class BlockTraining(nn.Module):
         drafts = self.drafter.config.max_drafts
         offsets = torch.arange(1, drafts + 1, device=batch.tokens.device)
         states = run_blocks(self.drafter, batch, blocks, self.columns)
-        wanted = blocks.anchor[:, None] + offsets
-        valid = wanted < blocks.length[:, None]
-        wanted = torch.minimum(wanted, blocks.length[:, None] - 1)
+        positions = blocks.anchor[:, None] + offsets
+        valid = positions < blocks.length[:, None]
+        positions = torch.minimum(positions, blocks.length[:, None] - 1)
         ids, bias = self._vocabulary()
         head = self.drafter.target_lm_head[ids].to(torch.bfloat16)
         labels = make_labels(
-            batch.final[(blocks.feature[:, None] + wanted - 1).flatten()],
-            batch.tokens[(blocks.token[:, None] + wanted).flatten()],
+            batch.final[(blocks.feature[:, None] + positions - 1).flatten()],
+            batch.tokens[(blocks.token[:, None] + positions).flatten()],
             head,
             index_map(ids, len(self.drafter.target_lm_head)),
             bias,
         )
-        before = batch.tokens[blocks.token[:, None] + wanted - 1]
+        before = batch.tokens[blocks.token[:, None] + positions - 1]
         return Examples(self.drafter.draft_rows(states, drafts), before, valid, labels, ids, head, bias)
 
     def _vocabulary(self) -> tuple[Tensor, Tensor]:
@@ -145,9 +145,9 @@ class BlockTraining(nn.Module):
 class DFlashTraining(BlockTraining):
     """Cross-entropy with the target's distribution; position k weighs exp(-(k-1)/`gamma`)."""
 
-    def __init__(self, drafter: DFlashDrafter, *, gamma: float, **given: Any) -> None:
-        """`given`: as `BlockTraining` takes it."""
-        super().__init__(drafter, **given)
+    def __init__(self, drafter: DFlashDrafter, *, gamma: float, **options: Any) -> None:
+        """`options`: as `BlockTraining` takes it."""
+        super().__init__(drafter, **options)
         self.position_weights: Tensor
         self.register_buffer(
             "position_weights", exponential(gamma, drafter.config.max_drafts), persistent=False
@@ -156,10 +156,10 @@ class DFlashTraining(BlockTraining):
     def loss(self, examples: Examples) -> Tensor:
         """The weighted mean."""
         logits = examples.logits()
-        each = cross_entropy(logits, examples.labels.weights).view(examples.valid.shape)
+        losses = cross_entropy(logits, examples.labels.weights).view(examples.valid.shape)
         weights = self.position_weights * examples.counted
         self.metrics = {"acceptance_length": examples.acceptance_length(logits)}
-        return weighted_mean(each, weights)
+        return weighted_mean(losses, weights)
 
 
 def exponential(gamma: float, drafts: int) -> Tensor:
@@ -167,9 +167,9 @@ def exponential(gamma: float, drafts: int) -> Tensor:
     return torch.exp(-torch.arange(drafts) / gamma)
 
 
-def weighted_mean(each: Tensor, weights: Tensor) -> Tensor:
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Scalar; both of one shape."""
-    return (each * weights).sum() / weights.sum().clamp(min=1e-6)
+    return (values * weights).sum() / weights.sum().clamp(min=1e-6)
 
 
 def run_blocks(drafter: DFlashDrafter, batch: Batch, blocks: Blocks, columns: Sequence[int]) -> Tensor:

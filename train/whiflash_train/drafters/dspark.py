@@ -38,9 +38,9 @@ class DSparkTraining(BlockTraining):
 
     drafter: DSparkDrafter
 
-    def __init__(self, drafter: DSparkDrafter, settings: DSpark, **given: Any) -> None:
-        """`given`: as `BlockTraining` takes it."""
-        super().__init__(drafter, **given)
+    def __init__(self, drafter: DSparkDrafter, settings: DSpark, **options: Any) -> None:
+        """`options`: as `BlockTraining` takes it."""
+        super().__init__(drafter, **options)
         self.settings = settings
         self.falling: Tensor
         drafts = drafter.config.max_drafts
@@ -72,17 +72,19 @@ class DSparkTraining(BlockTraining):
 
     def terms(self, examples: Examples, logits: Tensor) -> Terms:
         """Loss terms of drafts with `logits` [A·D, K]."""
-        shape, wanted = examples.valid.shape, examples.labels.weights
-        distance = (logits.float().softmax(-1) - wanted).abs().sum(-1).view(shape)
+        shape, targets = examples.valid.shape, examples.labels.weights
+        distance = (logits.float().softmax(-1) - targets).abs().sum(-1).view(shape)
         confidence = None
         if self.drafter.config.confidence:
             # The chance that the target takes a draft: sampled, what both distributions share; greedy, 0 or 1.
             right = 1 - distance.detach() / 2
             if self.settings.confidence_of == "choice":
                 right = first_choice(logits.detach(), examples.labels.ids).view(shape).float()
-            found = self.drafter.confidence_logits(examples.rows, examples.before)
-            confidence = F.binary_cross_entropy_with_logits(found.float(), right, reduction="none")
-        return Terms(cross_entropy(logits, wanted).view(shape), distance, confidence)
+            confidence_logits = self.drafter.confidence_logits(examples.rows, examples.before)
+            confidence = F.binary_cross_entropy_with_logits(
+                confidence_logits.float(), right, reduction="none"
+            )
+        return Terms(cross_entropy(logits, targets).view(shape), distance, confidence)
 
 
 def initialise(target: Origin, settings: DSpark) -> DSparkDrafter:
@@ -99,25 +101,25 @@ def go_on_from(path: Path, target: Origin, settings: DSpark) -> DSparkDrafter:
         CheckpointError: it cannot be read. ConfigError: it is not of the configured shape.
     """
     draft = read_draft(path, arms.DIFFUSION)
-    found = draft.config
-    if found.variant or type(found) not in (DFlashConfig, DSparkConfig):
+    config = draft.config
+    if config.variant or type(config) not in (DFlashConfig, DSparkConfig):
         raise ConfigError(
             f"--start-from {path}: a {draft.format.name} checkpoint with settings of its own cannot be trained"
         )
     asked: dict[str, tuple[Any, Any]] = {
-        "dspark.target_layers": (tuple(settings.target_layers), found.target_layer_ids),
-        "dspark.source_layers": (settings.depth, found.num_layers),
-        "dspark.mask_token_id": (settings.mask_token_id, found.mask_token_id),
+        "dspark.target_layers": (tuple(settings.target_layers), config.target_layer_ids),
+        "dspark.source_layers": (settings.depth, config.num_layers),
+        "dspark.mask_token_id": (settings.mask_token_id, config.mask_token_id),
     }
-    if isinstance(found, DSparkConfig):
+    if isinstance(config, DSparkConfig):
         asked |= {
-            "dspark.markov_rank": (settings.markov_rank, found.markov_rank),
-            "dspark.markov_head": (settings.markov_head, found.markov_head),
-            "dspark.confidence_head": (settings.confidence_head, found.confidence),
+            "dspark.markov_rank": (settings.markov_rank, config.markov_rank),
+            "dspark.markov_head": (settings.markov_head, config.markov_head),
+            "dspark.confidence_head": (settings.confidence_head, config.confidence),
         }
-    for key, (wanted, has) in asked.items():
-        if wanted != has:
-            raise ConfigError(f"--start-from {path} has {has}, {key} asks for {wanted}")
+    for key, (configured, has) in asked.items():
+        if configured != has:
+            raise ConfigError(f"--start-from {path} has {has}, {key} asks for {configured}")
     trunk = draft.load(
         device=torch.device("cpu"),
         dtype=torch.float32,
@@ -129,7 +131,7 @@ def go_on_from(path: Path, target: Origin, settings: DSpark) -> DSparkDrafter:
             f"--start-from {path}: its trained mask embedding cannot be trained on, nor written"
         )
     from_anchor = settings.sample_from_anchor
-    return with_heads(trunk, settings, found.from_anchor if from_anchor is None else from_anchor)
+    return with_heads(trunk, settings, config.from_anchor if from_anchor is None else from_anchor)
 
 
 def with_heads(trunk: DFlashDrafter, settings: DSpark, from_anchor: bool) -> DSparkDrafter:

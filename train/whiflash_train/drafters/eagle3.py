@@ -75,8 +75,8 @@ class Eagle3Training(nn.Module):
             valid = plan.steps_left > step
             label = torch.where(valid, plan.label + step, 0)
             counted = valid & labels.counted[label]
-            each = cross_entropy(logits, labels.weights[label])
-            loss = loss + self.decay**step * (each * counted).sum() / counted.sum().clamp(min=1)
+            losses = cross_entropy(logits, labels.weights[label])
+            loss = loss + self.decay**step * (losses * counted).sum() / counted.sum().clamp(min=1)
             hits.append(valid & first_choice(logits.detach(), labels.ids[label]))
         self.metrics = {"acceptance_length": 1 + torch.stack(hits, 1).cumprod(1).sum(1).float().mean().item()}
         return {"loss": loss / sum(self.decay**step for step in range(self.steps))}
@@ -156,7 +156,7 @@ def _chain_attention(
             roots = torch.arange(span.prompt - 1, span.length - 2, device=q.device)
             unseen = torch.arange(span.length - 1, device=q.device)[None] > roots[:, None]
             scores = scores.masked_fill(unseen[None, :, None], float("-inf"))
-            tails = [part[:, rows, :, None].float() for part in own]
+            tails = [scores_of_step[:, rows, :, None].float() for scores_of_step in own]
             weights = torch.cat([scores, *tails], dim=-1).softmax(-1).to(v.dtype)
             out = torch.einsum("hrgc,chd->rhgd", weights[..., : span.length - 1], values[entries])
             for index, (_, value) in enumerate(chain):

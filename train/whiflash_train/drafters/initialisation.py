@@ -121,17 +121,17 @@ def go_on_from(path: Path, target: Origin, settings: Eagle3, frequencies: Tensor
         target_lm_head=target.head.float(),
     )
     config = drafter.config
-    found, wanted = config.layers_of(target.num_layers), tuple(settings.target_layers)
-    if found != wanted:
-        raise ConfigError(f"--start-from {path} has {found}, eagle3.target_layers asks for {wanted}")
+    layers, configured = config.layers_of(target.num_layers), tuple(settings.target_layers)
+    if layers != configured:
+        raise ConfigError(f"--start-from {path} has {layers}, eagle3.target_layers asks for {configured}")
     if config.num_layers != 1 or config.brings_embedding or drafter.lm_head is None:
         raise ConfigError(
             f"--start-from {path}: only an EAGLE-3 drafter of one layer, with the target's embedding and a head of its "
             "own, can be trained"
         )
-    known = drafter.target_ids(torch.arange(drafter.draft_vocab_size))
+    had = drafter.target_ids(torch.arange(drafter.draft_vocab_size))
     preferred = torch.zeros_like(frequencies)
-    preferred[known] = frequencies.max() + 1
+    preferred[had] = frequencies.max() + 1
     ids = choose_draft_vocabulary(frequencies + preferred, settings.draft_vocab_size)
     return enlarged(drafter, target, ids, settings.intermediate_size or config.intermediate_size)
 
@@ -152,16 +152,16 @@ def enlarged(
     drift; rows without it would win or lose everywhere. New units of the MLP add nothing until they are trained
     (Net2Net, arXiv 1511.05641). Raises `ConfigError` if the MLP would be narrower.
     """
-    found = drafter.config
-    if intermediate_size < found.intermediate_size:
+    before = drafter.config
+    if intermediate_size < before.intermediate_size:
         raise ConfigError(
             f"eagle3.intermediate_size {intermediate_size} is less than what it starts from has: "
-            f"{found.intermediate_size}"
+            f"{before.intermediate_size}"
         )
-    known = drafter.target_ids(torch.arange(drafter.draft_vocab_size))
-    if intermediate_size == found.intermediate_size and torch.equal(known, draft_ids):
+    had = drafter.target_ids(torch.arange(drafter.draft_vocab_size))
+    if intermediate_size == before.intermediate_size and torch.equal(had, draft_ids):
         return drafter
-    config = replace(found, intermediate_size=intermediate_size, draft_vocab_size=len(draft_ids))
+    config = replace(before, intermediate_size=intermediate_size, draft_vocab_size=len(draft_ids))
     result = Eagle3Drafter(config, drafter.target_embedding)
     parameters = dict(drafter.named_parameters())
     with torch.no_grad():
@@ -172,9 +172,9 @@ def enlarged(
             _widen(mine, theirs)
         head = result.get_parameter("lm_head.weight")
         trained = parameters["lm_head.weight"]
-        head.copy_(target.head[draft_ids] + (trained - target.head[known]).mean(0))
-        kept = torch.isin(draft_ids, known)
-        head[kept] = trained[torch.searchsorted(known, draft_ids[kept])]
+        head.copy_(target.head[draft_ids] + (trained - target.head[had]).mean(0))
+        kept = torch.isin(draft_ids, had)
+        head[kept] = trained[torch.searchsorted(had, draft_ids[kept])]
         result.d2t = draft_ids - torch.arange(len(draft_ids))
     return result
 

@@ -121,8 +121,8 @@ def _dflash(
             target_lm_head=target.head,
         )
     drafter.embedding_scale = target.embedding_scale
-    given = _block_options(config, settings, stores, target)
-    return dflash_training.DFlashTraining(drafter, gamma=settings.gamma, **given)
+    options = _block_options(config, settings, stores, target)
+    return dflash_training.DFlashTraining(drafter, gamma=settings.gamma, **options)
 
 
 def _dspark(
@@ -133,8 +133,8 @@ def _dspark(
     else:
         drafter = dspark_training.go_on_from(start, target, settings)
     drafter.embedding_scale = target.embedding_scale
-    given = _block_options(config, settings, stores, target)
-    return dspark_training.DSparkTraining(drafter, settings, **given)
+    options = _block_options(config, settings, stores, target)
+    return dspark_training.DSparkTraining(drafter, settings, **options)
 
 
 BUILDERS: Mapping[str, Callable[..., nn.Module]] = {"eagle3": _eagle3, "dflash": _dflash, "dspark": _dspark}
@@ -159,8 +159,8 @@ def last_checkpoint(directory: Path) -> str | None:
 
     One that was being written when the run died (its state comes last) is removed: the one before it is still there.
     """
-    found = directory.glob("checkpoint-*")
-    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    checkpoints = directory.glob("checkpoint-*")
+    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
             read_json_file(checkpoint / TRAINER_STATE_NAME, finite=False)
         except (OSError, ValueError):
@@ -284,8 +284,8 @@ def stored_dtype(checkpoint: Path) -> torch.dtype:
     for path in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             if FUSION in set(file.keys()):
-                found: torch.dtype = file.get_tensor(FUSION).dtype
-                return found
+                dtype: torch.dtype = file.get_tensor(FUSION).dtype
+                return dtype
     raise CheckpointError(
         f"{checkpoint} holds no {FUSION}: it is not a drafter whose training can be continued"
     )

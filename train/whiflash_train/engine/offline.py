@@ -108,11 +108,11 @@ class OfflineEngine:
 
     async def answer(self, tokens: list[int], **sampling: Any) -> Generated:
         """The target's answer to a prompt. Raises ValueError where SGLang refuses the request."""
-        found = await self._ask(tokens, sampling)
-        reason = found["meta_info"]["finish_reason"]
+        result = await self._ask(tokens, sampling)
+        reason = result["meta_info"]["finish_reason"]
         if reason["type"] == "abort":
             raise ValueError(reason.get("message", "SGLang aborted it"))
-        return Generated(list(found["output_ids"]), reason["type"] == "stop")
+        return Generated(list(result["output_ids"]), reason["type"] == "stop")
 
     async def features(self, tokens: list[int], dtype: torch.dtype) -> Tensor:
         """Outputs of the layers for every token of a text, followed by the state after the final norm.

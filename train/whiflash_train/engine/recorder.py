@@ -83,9 +83,9 @@ class Recorder:
         features, _ = self._captured.take(result.logits_output)
         if get_parallel().tp_rank == 0:
             parts = features[: sum(length for _, length in rows)].split([length for _, length in rows])
-            for (rid, _), part in zip(rows, parts, strict=True):
+            for (rid, _), rows_of_text in zip(rows, parts, strict=True):
                 if rid.startswith(WANTED):
-                    _append(self._states / rid, part.to(self.target.dtype))
+                    _append(self._states / rid, rows_of_text.to(self.target.dtype))
         return result
 
     def tell(self, place: Path, name: str) -> None:

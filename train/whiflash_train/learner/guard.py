@@ -98,12 +98,12 @@ class Guard:
             for arm, earlier in self._watched.earlier.items()
             if arm in later and earlier.requests >= LEAST and LEAST <= later[arm].requests <= MOST
         }
-        if not any(found.high < 1 for found in changes.values()):
+        if not any(change_of_arm.high < 1 for change_of_arm in changes.values()):
             return None
         back = self._server.use(int(state["drafters"]["before"]))
         now = int(back["drafters"]["version"])
         self._watch(Watched(now, _lengths(back), {}))
-        return Drop(serves, now, {PARTS[arm]: found for arm, found in changes.items()})
+        return Drop(serves, now, {PARTS[arm]: change_of_arm for arm, change_of_arm in changes.items()})
 
     def _between(self, state: Mapping[str, Any]) -> ByArm:
         """The requests that ended since what serves began to."""
@@ -132,8 +132,8 @@ def _lengths(state: Mapping[str, Any]) -> ByArm:
 def _read(file: Path) -> Watched | None:
     """State of an earlier learner; None if it cannot be read."""
     try:
-        found = read_json_file(file)
-        sides = [{a: Lengths(**sums) for a, sums in found[side].items()} for side in ("since", "earlier")]
-        return Watched(int(found["version"]), *sides)
+        stored = read_json_file(file)
+        sides = [{a: Lengths(**sums) for a, sums in stored[side].items()} for side in ("since", "earlier")]
+        return Watched(int(stored["version"]), *sides)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -131,7 +131,7 @@ def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) ->
 
     log: of the pair, for what was replayed before a killed walk.
     """
-    found: dict[str, list[Tally]] = {arm: [] for arm in pair.drafters}
+    tallies: dict[str, list[Tally]] = {arm: [] for arm in pair.drafters}
     for record in pace.each(tracked(store.records, "judging")):
         replayed = log.known.get(record.id)
         if replayed is None:
@@ -140,8 +140,8 @@ def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) ->
         for arm, accepted in replayed.accepted.items():
             walked = rounds(0, len(accepted), lambda at, accepted=accepted: int(accepted[at]))  # type: ignore[misc]
             emitted = [tokens for _, tokens in walked]
-            found[arm].append(Tally(len(emitted), sum(emitted)))
-    return found
+            tallies[arm].append(Tally(len(emitted), sum(emitted)))
+    return tallies
 
 
 def gains(before: Walked, after: Walked) -> dict[str, Gain]:
@@ -247,16 +247,16 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
             before, after = (pair.drafters[arm] for pair in pairs)
             check_fits(f"what was learned for {PARTS[arm]}", before, after)
         walks = [walk_answers(pair, store, ReplayLog(work / "rounds", pair), pace) for pair in pairs]
-        found = {PARTS[arm]: gain for arm, gain in gains(*walks).items()}
-        better = {arm for arm in checkpoints if found[PARTS[arm]].better}
+        gained = {PARTS[arm]: gain for arm, gain in gains(*walks).items()}
+        better = {arm for arm in checkpoints if gained[PARTS[arm]].better}
         tokens += answer_tokens(more)
         counts = len(chosen.learned), len(chosen.judged)
         seconds = time.monotonic() - began
-        outcome = Outcome(present, None, *counts, tokens, seconds, chosen.until, found)
+        outcome = Outcome(present, None, *counts, tokens, seconds, chosen.until, gained)
         if better:
             best = {arm: (trained if arm in better else checkpoints)[arm] for arm in checkpoints}
             notes = {UNTIL: chosen.until, "tokens": tokens, "from": present, OUTCOME: outcome.facts()}
-            notes |= {name: round(gain.ratio.ratio, 3) for name, gain in found.items()}
+            notes |= {name: round(gain.ratio.ratio, 3) for name, gain in gained.items()}
             outcome = outcome._replace(version=publish(versions, learning.bundle, notes, best))
         write_status(learning.directory, outcome.facts())
         return outcome
@@ -289,13 +289,13 @@ def _published(directory: Path, versions: Path, present: int) -> Outcome | None:
     try:
         facts = notes[OUTCOME]
         gained = {
-            name: Gain(one.pop("before"), one.pop("after"), Interval(**one))
-            for name, one in facts.pop("drafters").items()
+            name: Gain(figures.pop("before"), figures.pop("after"), Interval(**figures))
+            for name, figures in facts.pop("drafters").items()
         }
-        found = Outcome(**facts, drafters=gained)._replace(version=number)
+        outcome = Outcome(**facts, drafters=gained)._replace(version=number)
     except (KeyError, TypeError, ValueError, AttributeError):  # another release wrote it, or nobody
         return None
-    return found if until(found._asdict()) > until(status) else None
+    return outcome if until(outcome._asdict()) > until(status) else None
 
 
 def is_past(date: object) -> bool:
@@ -317,14 +317,14 @@ def status_of(directory: Path) -> dict[str, Any]:
     """Status of the last pass of a directory; empty before there was one. Raises ConfigError if it is damaged."""
     file = directory / STATUS
     try:
-        found = read_json_file(file)
-        if not isinstance(found, dict):
+        status = read_json_file(file)
+        if not isinstance(status, dict):
             raise ValueError("no object")
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise ConfigError(f"{file} is damaged ({error}): remove it; the next pass writes it again") from None
-    return found
+    return status
 
 
 @contextmanager
@@ -382,16 +382,16 @@ def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) ->
     shape = read_json_config(target)
     longest = min(LONGEST, integer(shape, "max_position_embeddings", target, default=LONGEST))
     vocabulary = integer(shape, "vocab_size", target)
-    found = texts_of(samples_of(learning.directory), manifest.target, vocabulary, longest)
-    texts = [text for text in found if is_past(text.written)]
+    samples = texts_of(samples_of(learning.directory), manifest.target, vocabulary, longest)
+    texts = [text for text in samples if is_past(text.written)]
     settings = learning._replace(config=learning.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
     settings |= {"present": present, "epochs": EPOCHS, "step_tokens": STEP_TOKENS}
     begun = read_json(json.dumps(settings, default=str))
-    file, known = work / CHOICE, {text.name: text for text in texts}
+    file, by_name = work / CHOICE, {text.name: text for text in texts}
     try:
         was = read_json_file(file)
         if was["begun"] == begun:
-            learned, judged = ([known[name] for name in was[side]] for side in ("learned", "judged"))
+            learned, judged = ([by_name[name] for name in was[side]] for side in ("learned", "judged"))
             return Chosen(learned, judged, was[UNTIL])
     except (OSError, ValueError, KeyError, TypeError):  # there was no pass, or a sample of it was forgotten
         pass
@@ -407,8 +407,8 @@ def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) ->
 
 def _present(learning: Learning, manifest: Manifest, versions: Path, number: int) -> dict[str, Path]:
     """Arm → checkpoint of the drafters that serve."""
-    found = {arm: member(learning.bundle, manifest, PARTS[arm]) for arm in manifest.drafters}
-    return found | (read_version(versions, number, manifest.target) if number else {})
+    checkpoints = {arm: member(learning.bundle, manifest, PARTS[arm]) for arm in manifest.drafters}
+    return checkpoints | (read_version(versions, number, manifest.target) if number else {})
 
 
 def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, rate: float) -> TrainConfig:
@@ -455,8 +455,8 @@ def _store(
     """
     store = FeatureStore(path, vectors=len(capture) + 1, hidden=target.hidden_size, layers=capture)
     store.truncate_to_index()
-    known = {record.id for record in store.records}
-    left = [text for text in texts if text.name not in known]
+    stored = {record.id for record in store.records}
+    left = [text for text in texts if text.name not in stored]
     order = tracked(range(len(left)), "reading samples")
     eos = target.config["eos_token_id"]
     ends = set(eos) if isinstance(eos, list) else {eos}
@@ -474,15 +474,15 @@ def replayed(file: Path, tokens: int, seed: int) -> list[Text]:
     exported = Exported(file)
     order = [indices[0] for indices in exported.copies().values()]
     random.Random(seed).shuffle(order)
-    found: list[Text] = []
+    answers: list[Text] = []
     left = tokens
     for index in order:
         if left <= 0:
             break
         whole, length = exported.tokens(index).tolist(), int(exported.columns["prompt_lengths"][index])
-        found.append(Text(exported.ids[index], 0.0, tuple(whole[:length]), tuple(whole[length:])))
+        answers.append(Text(exported.ids[index], 0.0, tuple(whole[:length]), tuple(whole[length:])))
         left -= len(whole) - length
-    return found
+    return answers
 
 
 def train_arm(config: TrainConfig, arm: str, checkpoint: Path, pace: Pace) -> Path:

@@ -66,9 +66,9 @@ def texts_of(directory: Path, target: str, vocabulary: int, longest: int = LONGE
             continue
         for sample in samples:
             answer = sample.answer[: loop_start(sample.answer)]
-            known = max(sample.prompt + answer, default=0) < vocabulary
+            is_known = max(sample.prompt + answer, default=0) < vocabulary
             fits = len(answer) >= SHORTEST and len(sample.prompt) + len(answer) <= longest
-            if known and fits and sample.prompt:
+            if is_known and fits and sample.prompt:
                 name = sha256(json.dumps([sample.prompt, answer]).encode()).hexdigest()[:24]
                 tenant = next(iter(sample.handles), None)
                 yield Text(name, file.written, tuple(sample.prompt), tuple(answer), tenant)
@@ -84,30 +84,30 @@ def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> Cho
     Raises:
         TooFewError: came since.
     """
-    found = list({text.prompt: text for text in texts}.values())
-    found.sort(key=lambda text: text.written)
-    unseen = [text for text in found if text.written > since]
-    shares = min(TENANTS, len({text.tenant for text in found}) or 1)
-    most = min(judged, len(unseen) // 2)
-    judges = _newest(unseen, most, -(-judged // shares), lambda text: 1)
+    newest = list({text.prompt: text for text in texts}.values())
+    newest.sort(key=lambda text: text.written)
+    unseen = [text for text in newest if text.written > since]
+    shares = min(TENANTS, len({text.tenant for text in newest}) or 1)
+    limit = min(judged, len(unseen) // 2)
+    judges = _newest(unseen, limit, -(-judged // shares), lambda text: 1)
     if len(judges) < LEAST:
         raise TooFewError(
             f"{len(unseen)} samples are newer than the newest version, {len(judges)} of them can judge as {shares} "
             f"tenants share that; {2 * LEAST} are needed, half of them to judge: wait for more requests"
         )
     chosen = {text.name for text in judges}
-    others = [text for text in found if text.name not in chosen]
+    others = [text for text in newest if text.name not in chosen]
     learned = _newest(others, tokens, -(-tokens // shares), lambda text: len(text.answer))
-    return Chosen(learned, judges, found[-1].written)
+    return Chosen(learned, judges, newest[-1].written)
 
 
-def _newest(texts: Sequence[Text], most: int, share: int, weight: Callable[[Text], int]) -> list[Text]:
+def _newest(texts: Sequence[Text], limit: int, share: int, weight: Callable[[Text], int]) -> list[Text]:
     """The newest texts of so much weight at most, and a tenant's of its share; one at least, if there are any."""
     chosen: list[Text] = []
     used: Counter[int | None] = Counter()
     for text in reversed(texts):
         more = weight(text)
-        if chosen and used.total() + more > most:
+        if chosen and used.total() + more > limit:
             break
         if not chosen or used[text.tenant] + more <= share:
             chosen.append(text)

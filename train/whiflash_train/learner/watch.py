@@ -65,13 +65,13 @@ class Watch:
         if new_samples(self._learning.directory) < 2 * LEAST:
             return None
         try:
-            found = learn_once(self._learning, self._pace)
+            outcome = learn_once(self._learning, self._pace)
         except TooFewError:  # most of them cannot be learned from
             return None
-        self._say(found.facts())
-        if found.version is not None:
-            self._offer(found)
-        return found
+        self._say(outcome.facts())
+        if outcome.version is not None:
+            self._offer(outcome)
+        return outcome
 
     def look(self) -> None:
         """Look at the server, at most every `POLL` seconds: a version that accepts less than before is left."""
@@ -86,22 +86,22 @@ class Watch:
         fact = {
             "rolled_back": drop.version,
             "serves": drop.now,
-            "accepted": {name: found._asdict() for name, found in drop.changes.items()},
+            "accepted": {name: change._asdict() for name, change in drop.changes.items()},
         }
         write_status(self._learning.directory, {**status_of(self._learning.directory), **fact})
         self._say(fact)
 
-    def _offer(self, found: Outcome) -> None:
+    def _offer(self, outcome: Outcome) -> None:
         """Have the server use the version, if it still uses what that was compared with."""
-        guard, number = self._guard, found.version
+        guard, number = self._guard, outcome.version
         if guard is None or number is None:
             return
         self.look()
         serves = self._asked(guard.serves)
         if serves is None:
             return
-        if serves != found.present:
-            why = f"the server was switched from {found.present} to {serves} meanwhile"
+        if serves != outcome.present:
+            why = f"the server was switched from {outcome.present} to {serves} meanwhile"
             self._say({"not_offered": number, "why": f"{why}; whiflash drafter {number} switches to it"})
             return
         self._asked(lambda: guard.switch(number))
