@@ -1,8 +1,7 @@
 """SGLang's attention on the CPU: one backend for every forward mode.
 
 bfloat16 runs in a compiled kernel (:mod:`whiflash_kernels.cpu.paged_attention`) where this machine can compile it;
-other dtypes, trees of drafts and machines without a compiler run in torch
-(:mod:`whiflash_kernels.reference.paged_attention`).
+other dtypes, and machines without a compiler, run in torch (:mod:`whiflash_kernels.reference.paged_attention`).
 
 The plan of a forward (slots, masks) is built at its first layer and shared by all others; a model that
 mixes causal, non-causal and sliding-window layers gets one plan per kind. Windowed layers may have a pool of their own
@@ -48,7 +47,6 @@ class CpuAttentionBackend(AttentionBackend):
         self._q_lens: Sequence[int] = ()
         self._kv_lens: Sequence[int] = ()
         self._rows: torch.Tensor | None = None
-        self._trees: Sequence[torch.Tensor] | None = None
         self._plans: dict[
             tuple[bool, int | None, torch.dtype | None, bool], PagedAttentionPlan | CompiledPlan
         ] = {}
@@ -57,7 +55,6 @@ class CpuAttentionBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Read the batch's lengths once; plans are built from them as layers ask for them."""
         self._plans = {}
-        self._trees = None
         self._rows = forward_batch.req_pool_indices
         mode = forward_batch.forward_mode
         seq_lens: list[int] = forward_batch.seq_lens.tolist()
@@ -68,7 +65,6 @@ class CpuAttentionBackend(AttentionBackend):
             # A verification's seq_lens leave out the rows that are being verified.
             self._q_lens = _verify_widths(forward_batch.spec_info, len(seq_lens))
             self._kv_lens = [n + m for n, m in zip(seq_lens, self._q_lens, strict=True)]
-            self._trees = _verified_trees(forward_batch.spec_info, seq_lens, self._q_lens)
         else:
             self._q_lens = forward_batch.extend_seq_lens.tolist()
             self._kv_lens = seq_lens
@@ -80,7 +76,7 @@ class CpuAttentionBackend(AttentionBackend):
     ) -> PagedAttentionPlan | CompiledPlan:
         causal = not (layer.is_cross_attention or layer.attn_type == AttentionType.ENCODER_ONLY)
         window = layer.sliding_window_size if layer.sliding_window_size not in (None, -1) else None
-        compiled = attention_kernel() if self._trees is None and fits(q, k_cache, v_cache) else None
+        compiled = attention_kernel() if fits(q, k_cache, v_cache) else None
         own_pool = layer.layer_id in self._own_pool
         key = (causal, window if causal else None, None if compiled else q.dtype, own_pool)
         plan = self._plans.get(key)
@@ -94,14 +90,7 @@ class CpuAttentionBackend(AttentionBackend):
             plan = compiled.plan(table, q_lens, kv_lens, causal=causal, request_rows=rows, window=key[1])
         else:
             plan = PagedAttentionPlan.build(
-                table,
-                q_lens,
-                kv_lens,
-                causal=causal,
-                dtype=q.dtype,
-                request_rows=rows,
-                window=key[1],
-                trees=self._trees,
+                table, q_lens, kv_lens, causal=causal, dtype=q.dtype, request_rows=rows, window=key[1]
             )
         self._plans[key] = plan
         return plan
@@ -199,22 +188,6 @@ def _verify_widths(spec_info: Any, batch_size: int) -> list[int]:
         widths = layout.verify_lens_cpu
         return list(widths) if widths is not None else layout.verify_lens.tolist()
     return [spec_info.draft_token_num] * batch_size
-
-
-def _verified_trees(
-    spec_info: Any, seq_lens: Sequence[int], q_lens: Sequence[int]
-) -> list[torch.Tensor] | None:
-    """Rows of each request that see each other, [m, m] bool each; None if drafts are chains.
-
-    Upstream packs, per request, [m, committed + m] of what every row sees.
-    """
-    if getattr(spec_info, "tree_topk", 1) == 1:
-        return None
-    packed, trees, at = spec_info.custom_mask, [], 0
-    for n, m in zip(seq_lens, q_lens, strict=True):
-        trees.append(packed[at : at + m * (n + m)].view(m, n + m)[:, n:])
-        at += m * (n + m)
-    return trees
 
 
 def _refuse_unsupported(layer: RadixAttention) -> None:

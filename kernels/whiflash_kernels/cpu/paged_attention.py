@@ -1,7 +1,7 @@
 """Attention over a paged KV pool on a CPU, read in place: no gathered copies, no masks, a call a layer.
 
 `paged_attention.cpp` says what is computed and how. It takes bfloat16, and every layout that
-:class:`whiflash_kernels.reference.paged_attention.PagedAttentionPlan` takes but trees.
+:class:`whiflash_kernels.reference.paged_attention.PagedAttentionPlan` takes.
 """
 
 import ctypes

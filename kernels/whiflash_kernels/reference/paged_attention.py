@@ -196,7 +196,6 @@ class PagedAttentionPlan:
         dtype: torch.dtype,
         request_rows: torch.Tensor | None = None,
         window: int | None = None,
-        trees: Sequence[torch.Tensor] | None = None,
     ) -> "PagedAttentionPlan":
         """Plan the attention of a batch of ``bs`` requests.
 
@@ -208,8 +207,6 @@ class PagedAttentionPlan:
             dtype: dtype of q (masks are made in it).
             request_rows: [bs] int, the row of ``slot_table`` of each request; None: rows 0..bs-1.
             window: with ``causal``, a row at position p sees entries p-window..p only; ignored without.
-            trees: per request [m, m] bool: of its own m rows, those that each row sees besides what came before
-                (drafts in branches); requests of up to ``NARROW_ROWS`` rows only.
 
         Raises:
             ValueError: lengths that do not fit each other or the slot table.
@@ -228,16 +225,14 @@ class PagedAttentionPlan:
             for i, m in enumerate(q_lens)
             if m > NARROW_ROWS
         )
-        groups = []
         seen = (
             kv_lens if window is None else [min(n, m + window) for m, n in zip(q_lens, kv_lens, strict=True)]
         )
-        for members in group(narrow, q_lens, seen):
-            planned = _plan_narrow(slot_table, members, starts, q_lens, kv_lens, causal, dtype, window)
-            if trees is not None:
-                _hide_other_branches(planned, [trees[i] for i in members])
-            groups.append(planned)
-        return PagedAttentionPlan(num_rows=starts[-1], narrow=tuple(groups), wide=wide)
+        groups = tuple(
+            _plan_narrow(slot_table, members, starts, q_lens, kv_lens, causal, dtype, window)
+            for members in group(narrow, q_lens, seen)
+        )
+        return PagedAttentionPlan(num_rows=starts[-1], narrow=groups, wide=wide)
 
     def run(
         self,
@@ -342,17 +337,6 @@ def _plan_narrow(
     if not every_row:
         targets = torch.tensor([starts[i] + j for i in members for j in range(q_lens[i])], device=device)
     return NarrowGroup(bs, width, kv_width, slots, mask, gather_rows, scatter_rows, targets)
-
-
-def _hide_other_branches(narrow: NarrowGroup, trees: Sequence[torch.Tensor]) -> None:
-    """Let every row of a request, the last entries there, see its tree's only."""
-    if narrow.mask is None:
-        return  # One row each: there is no other branch.
-    hidden = narrow.mask.view(len(trees), narrow.width, narrow.kv_width)
-    for rows, tree in zip(hidden, trees, strict=True):
-        # The last row that sees the most shows where the request's entries end.
-        end = int((rows[len(tree) - 1] == 0).nonzero()[-1]) + 1
-        rows[: len(tree), end - len(tree) : end].masked_fill_(~tree, float("-inf"))
 
 
 def _plan_wide(
