@@ -184,12 +184,6 @@ class Trace(BaseModel):
 
         return figures(self)
 
-    def _repr_html_(self) -> str:
-        """Its page, as a notebook shows a trace."""
-        from whiflash_sdk.render.page import fragment
-
-        return fragment(self)
-
 
 class CollectedTrace(Trace):
     """A trace of a `collect` block, with the call that it is of.

@@ -132,22 +132,6 @@ class ServedOrigin:
             number(config, "rms_norm_eps", target, default=1e-6),
         )
 
-    def to(self, device: torch.device) -> "ServedOrigin":
-        """The same with its tensors there."""
-        for name in ("embedding", "head", "final_norm"):
-            setattr(self, name, getattr(self, name).to(device))
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Device of its tensors."""
-        return self.embedding.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of its tensors."""
-        return self.embedding.dtype
-
 
 Origin = TargetModel | ServedOrigin
 """A target, as drafters begin from it."""

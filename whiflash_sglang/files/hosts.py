@@ -246,9 +246,9 @@ class Server(Closing):
             return [self._process.pid, *(child.pid for child in self._process.children(recursive=True))]
         return []
 
-    def tail(self, lines: int = 15) -> str:
+    def tail(self) -> str:
         """The last lines of the server's output."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
 
     def close(self) -> None:
         """End the server and everything it started. Safe to call twice."""

@@ -93,8 +93,6 @@ def write_kv(
     cache_slots: Tensor,
     rope_table: Tensor,
     pools: KVPools,
-    *,
-    warps: int = 4,
 ) -> None:
     """Norm and rotate K, and scatter K and V of ``kv`` ``[N, L*2*Hkv*D]`` into the pools."""
     layers, (_, heads, dim) = len(pools.k), pools.k[0].shape
@@ -124,7 +122,7 @@ def write_kv(
         REST_BLOCK=power_of_two(dim - 2 * half) if dim > 2 * half else 0,
         DIM_BLOCK=power_of_two(dim),
         ALIGNED=pools.aligned,
-        num_warps=warps,
+        num_warps=4,
     )
 
 
@@ -175,7 +173,7 @@ def _layer_input_kernel(
     tl.store(target, (x * scale * weight).to(out.dtype.element_ty), mask=mask)
 
 
-def layer_input(fused: Tensor, next_tokens: Tensor, weights: Eagle3Weights, *, warps: int = 8) -> Tensor:
+def layer_input(fused: Tensor, next_tokens: Tensor, weights: Eagle3Weights) -> Tensor:
     """[RMSNorm(embedding of the next token) | RMSNorm(fused)]: [N, 2H] in the dtype of ``fused``."""
     rows, hidden = fused.shape
     out = torch.empty(rows, 2 * hidden, dtype=fused.dtype, device=fused.device)
@@ -192,7 +190,7 @@ def layer_input(fused: Tensor, next_tokens: Tensor, weights: Eagle3Weights, *, w
             weights.embedding.stride(0),
             fused.stride(0),
             BLOCK=power_of_two(hidden),
-            num_warps=warps,
+            num_warps=8,
         )
     return out
 

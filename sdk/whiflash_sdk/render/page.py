@@ -7,7 +7,6 @@ from functools import cache
 from importlib.resources import files
 from itertools import groupby
 from typing import Any, Final, NamedTuple
-from zlib import crc32
 
 from jinja2 import Environment
 from markupsafe import Markup
@@ -104,15 +103,9 @@ def conversation_html(turns: Sequence[Turn], *, title: str = "WhiFlash trace") -
     return str(_template().conversation(title, turns, arms))
 
 
-def report_html(found: Report, *, title: str = "WhiFlash report") -> str:
+def report_html(report: Report) -> str:
     """A self-contained page: what several answers came to, by agent, tool, turn and drafter."""
-    return str(_template().report(found, title))
-
-
-def fragment(trace: Trace) -> str:
-    """The same of one trace as a part of somebody else's page, such as a notebook's: no script, nothing loaded."""
-    prefix = f"trace-{crc32(repr(trace).encode('utf-8', 'replace')):08x}"
-    return str(_template().fragment(Turn("", "", trace), prefix))
+    return str(_template().report(report, "WhiFlash report"))
 
 
 @cache

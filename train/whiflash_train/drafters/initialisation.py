@@ -18,14 +18,7 @@ from whiflash_train.target import TargetModel, unknown
 _NORM_ANSWERS = 64
 
 
-def origin_of(
-    config: TrainConfig,
-    path: Path,
-    stores: Sequence[FeatureStore],
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Origin:
+def origin_of(config: TrainConfig, path: Path, stores: Sequence[FeatureStore]) -> Origin:
     """The target at `path` as drafters begin from it: read whole where this package knows its layers, else what SGLang
     wrote while the data of `stores` were made.
 
@@ -39,9 +32,8 @@ def origin_of(
                 f"draft_layers {sizes}: drafters for {path} have its own layers' sizes, which they may begin as; "
                 "leave draft_layers out"
             )
-        return TargetModel(path, device=torch.device(device), dtype=dtype)
-    origin = ServedOrigin.read(path, config.target, config.origin, sizes, norm_weight(stores), dtype)
-    return origin.to(torch.device(device))
+        return TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
+    return ServedOrigin.read(path, config.target, config.origin, sizes, norm_weight(stores), torch.float32)
 
 
 def norm_weight(stores: Sequence[FeatureStore]) -> Tensor:
