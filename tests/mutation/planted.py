@@ -1,6 +1,6 @@
 """Faults planted by hand: in the Triton kernels, where most of what operators change is a size that nobody sees.
 
-`planted.toml` names a function, what is wrong with it, and the text that is replaced, which the function has once.
+`planted.toml` has of each function what is wrong, the text that is replaced (it is there once), and the new one.
 """
 
 import ast
@@ -26,21 +26,17 @@ class Mutant:
 
 def planted(module: str, source: str) -> list[Mutant]:
     """Every fault of planted.toml in a module. Raises ValueError naming one whose text is not there once."""
-    with (HERE / "planted.toml").open("rb") as file:
-        faults = [fault for fault in tomllib.load(file)["fault"] if fault["module"] == Path(module).name]
+    faults = tomllib.loads((HERE / "planted.toml").read_text("utf-8")).get(Path(module).name, {})
     found = []
-    for fault in faults:
-        begin, end = _place(source, fault["function"])
+    for name, by_fault in faults.items():
+        begin, end = _place(source, name)
         function = source[begin:end]
-        if function.count(fault["old"]) != 1:
-            times = function.count(fault["old"])
-            raise ValueError(
-                f"{module}, {fault['function']}: {fault['old']!r} is there {times} times, not once"
-            )
-        at = begin + function.index(fault["old"])
-        harmed = source[:at] + fault["new"] + source[at + len(fault["old"]) :]
-        line = source.count("\n", 0, at) + 1
-        found.append(Mutant(module, fault["fault"], line, harmed, fault["function"]))
+        for fault, (old, new) in by_fault.items():
+            if (times := function.count(old)) != 1:
+                raise ValueError(f"{module}, {name}: {old!r} is there {times} times, not once")
+            at = begin + function.index(old)
+            harmed = source[:at] + new + source[at + len(old) :]
+            found.append(Mutant(module, fault, source.count("\n", 0, at) + 1, harmed, name))
     return found
 
 

@@ -27,7 +27,7 @@ import time
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,25 +52,30 @@ class Target:
     modules: tuple[str, ...]
     tests: tuple[str, ...]
     warm: tuple[str, ...]
-    select: str
-    planted: bool
-    environment: Mapping[str, str]
+    select: str = ""
+    planted: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def targets() -> list[Target]:
     """Targets of targets.toml."""
-    with (HERE / "targets.toml").open("rb") as file:
-        return [
-            Target(
-                tuple(t["modules"]),
-                tuple(t["tests"]),
-                tuple(t["warm"]),
-                t.get("select", ""),
-                t.get("planted", False),
-                t.get("environment", {}),
-            )
-            for t in tomllib.load(file)["target"]
-        ]
+    table = tomllib.loads((HERE / "targets.toml").read_text("utf-8"))
+    sources = [
+        Target(tuple(t["modules"]), tuple(t["tests"]), tuple(table["warm"].get(str(t["warm"]), t["warm"])))
+        for t in table["target"]
+    ]
+    kernels = [
+        Target(
+            (f"kernels/whiflash_kernels/triton_kernels/{module}.py",),
+            tuple(f"kernels/tests/test_{name}.py" for name in tests),
+            ("torch", "triton", "hypothesis", "numpy"),
+            "triton",
+            True,
+            {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        )
+        for module, tests in table["planted"].items()
+    ]
+    return sources + kernels
 
 
 def _of_one_process() -> list[list[int]]:
