@@ -252,8 +252,8 @@ def test_as_many_drafts_are_right_as_in_one_server(models: Models, prefills: dic
 
     def noted(planner: Planner, round: Any) -> None:
         plan(planner, round)
-        for (_, rid), route in zip(round.names, round.plan.routes, strict=True):
-            first.setdefault(rid, route)
+        for req, route in zip(round.reqs, round.plan.routes, strict=True):
+            first.setdefault(req.rid, route)
 
     with decoding(models, models.whiflash("diffusion")) as e:
         found = texts(e, prefills["pair"], {"greedy": {}})

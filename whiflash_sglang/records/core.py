@@ -133,9 +133,14 @@ class Round:
     copies: Drafts | None = field(default=None, init=False)  # by the device, whether or not they are verified
 
     def __post_init__(self) -> None:
-        # A row alone may be another request's by the time that its round's results are known.
-        self.names = [(row, req.rid) for row, req in zip(self.row_ids, self.reqs, strict=True)]
-        assert len(self.names) == len(self.least) == len(self.most) == len(self.budgets) == len(self.ahead)
+        assert (
+            len(self.row_ids)
+            == len(self.reqs)
+            == len(self.least)
+            == len(self.most)
+            == len(self.budgets)
+            == len(self.ahead)
+        )
 
     def __len__(self) -> int:
         return len(self.row_ids)

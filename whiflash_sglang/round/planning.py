@@ -35,9 +35,10 @@ class Planner:
     def plan(self, round: Round) -> None:
         """Route every request, and decide what the round takes for it; what catches up counts as done from now on."""
         self.quarantine.tick()
-        self.ranks.note(round.names, round.least, round.most)
-        round.requests = [self.controller.state(*name) for name in round.names]
-        self.sources.spending.begin([rid for _, rid in round.names])
+        rids = [req.rid for req in round.reqs]
+        self.ranks.note(round.row_ids, rids, round.least, round.most)
+        round.requests = list(map(self.controller.state, round.row_ids, rids))
+        self.sources.spending.begin(rids)
         round.plan = self.ranks.broadcast(lambda: self._decide(round))
         if not self.ranks.leads:
             round.take_single(round.plan.undrafted)
@@ -71,7 +72,7 @@ class Planner:
     def _decide(self, round: Round) -> Plan:
         """Fill the round's plan, and return it for other ranks."""
         requests = round.requests
-        undrafted = [i for i, (_, rid) in enumerate(round.names) if self.sources.spending.is_dear(rid)]
+        undrafted = [i for i, request in enumerate(requests) if self.sources.spending.is_dear(request.rid)]
         round.take_single(undrafted)
         asked = [self._askable(round, i) for i in range(len(round))]
         worth = {arm: self.controller.worth(arm) for arm in self.drafters}
