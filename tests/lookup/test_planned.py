@@ -34,7 +34,7 @@ def test_what_the_device_copies_itself_is_not_sent(plans: list[Round]) -> None:
     for round in plans:
         assert all(round.plan.limits.copied)
         assert not any(round.plan.candidates)
-        assert round.on_device.candidates is None
+        assert round.host_drafts is None
     assert batch.drafters[arms.LOOKUP].host_bytes(batch.running.values())["index"] == 0, (
         "no text is indexed on the host"
     )
@@ -82,8 +82,8 @@ def test_what_the_device_cannot_find_is_sent(plans: list[Round]) -> None:
     assert [list(by_arm) for by_arm in plan.candidates] == [[], [arms.LOOKUP], []]
     candidate = plan.candidates[1][arms.LOOKUP]
     assert {part.source for part in candidate.parts} == {"prediction"}
-    assert round.on_device.candidates is not None
-    sent, _ = round.on_device.candidates
+    assert round.host_drafts is not None
+    sent, _ = round.host_drafts
     count = len(candidate.tokens)
     assert sent.counts.flatten().tolist() == [0, count, 0]
     assert sent.tokens[1, 0, :count].tolist() == list(candidate.tokens) == predicted[1 : 1 + count]

@@ -56,9 +56,9 @@ FAULTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "calibration raises": ("ar", "calibration", fails),
     "copies raise": ("lookup", "copy", fails),
 }
-"""Faults for everybody. Other things that are no draft: `kernels/tests/test_drafts.py`, `test_candidates.py`."""
+"""For everybody. Other drafts that cannot be any: `kernels/tests/test_drafts.py`, `test_candidates.py`."""
 RESIDENT = ("ids", "chances", "copies raise")
-"""Faults that are asked in another way if the host reads nothing from the device."""
+"""Faults asked in another way if the host reads nothing from the device."""
 
 
 class Gauges(dict[tuple[str, Labels], float]):
@@ -304,7 +304,7 @@ def test_holes_in_its_kv_end_no_more_than_the_server_does() -> None:
 
 
 def test_faults_in_a_row_are_what_counts(caplog: pytest.LogCaptureFixture) -> None:
-    """A fault behind a quarantine counts for no other one: results of rounds that were under way."""
+    """A failure behind a quarantine counts for no other one: results of rounds that were under way."""
     history = History("ar", "diffusion")
     held = history.held
     requests = [begun(held, f"r{i}", f"r{i}") for i in range(9)]

@@ -39,7 +39,7 @@ from whiflash_sglang.records.request import Request
 
 @dataclass(slots=True)
 class _Kept:
-    """What is kept of a request.
+    """The arm's part of a request.
 
     learns: chances of its tenant, or of itself alone. tenant: who shares them; None: nobody. prediction:
     what its caller expects back. alone: whether it may copy from its own text only, and nothing is known of what it

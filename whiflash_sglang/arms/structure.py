@@ -76,7 +76,7 @@ class _Look(NamedTuple):
 
 @dataclass(slots=True)
 class _Kept:
-    """What is kept of a request.
+    """The arm's part of a request.
 
     grammar: what constrains it, if anything does. calls: those of its tools, if any are known. guesses: those of its
     schemas' words, made when it is looked at first. layout: that of its output, without its newest tokens,

@@ -93,13 +93,9 @@ class Download(Generic[RecordT]):
 
     It is SGLang's `DeviceAuxiliaryOutput` and, when the copy has come, its `HostAuxiliaryOutput`.
 
-    packed: [N] int32 on the device, with every tensor as an int of 32 or 64 bits or a float of 32. at: where each field
-    lies. learn: takes what is read, and what the scheduler kept of each request's tokens; set by whoever lets SGLang
-    carry the results.
-
-    Args:
-        record: a NamedTuple of tensors of 64-bit ints, of other ints whose values fit into 32, or of floats. Some may
-            be None, and stay so.
+    packed: [N] int32 on the device, with every tensor as an int of 32 or 64 bits or a float of 32. at: each field's
+    place. learn: takes what is read, and what the scheduler kept of each request's tokens; set by whoever lets SGLang
+    carry the results. record: tensors of 64-bit ints, of other ints whose values fit into 32, or of floats, or None.
     """
 
     def __init__(self, record: RecordT) -> None:
@@ -130,7 +126,7 @@ class Download(Generic[RecordT]):
         learn(self.read(), kept)
 
     def __getitem__(self, at: tuple[slice, torch.dtype, tuple[int, ...]]) -> torch.Tensor:
-        """Field of the host's copy, once it is on its way. at: one of `Download.at`."""
+        """Field at one of `Download.at` of the host's copy, once it is on its way."""
         place, dtype, shape = at
         return (self.packed if self._copy is None else self._copy)[place].view(dtype).view(shape)
 

@@ -81,21 +81,6 @@ class Plan:
         return math.ceil(sum(map(min, self.limits.drafts, self.row_estimates)))
 
 
-@dataclass(slots=True, eq=False)
-class Planned:
-    """What the device needs of a plan; nothing but `due` if nobody drafts and nobody catches up.
-
-    due: [arms * B] int64, `DraftSync.flags`. members: [M] int64, and calibration: float32, by arm. candidates: those of
-    the host, and positions of their first tokens, [B, K] int64; None if the host places them itself.
-    """
-
-    due: torch.Tensor
-    limits: Limits[torch.Tensor] = field(init=False)
-    members: dict[str, torch.Tensor] = field(init=False)
-    calibration: dict[str, torch.Tensor] = field(init=False)
-    candidates: tuple[Drafts, torch.Tensor] | None = None
-
-
 @dataclass(eq=False, repr=False)  # a repr would read what no stage has filled, and wait for the device
 class Round:
     """One round of a decode batch of B requests. Each stage fills its part of it. A part that no stage has filled yet
@@ -121,7 +106,14 @@ class Round:
     plan: Plan = field(init=False)
     members: dict[str, list[int]] = field(init=False)  # by arm, indices of the requests that it drafts for
     due: Due = field(init=False)  # which requests it catches up
-    on_device: Planned = field(init=False)
+
+    # The same on the device; nothing but `catches_up` if nobody drafts and nobody catches up.
+    catches_up: torch.Tensor = field(init=False)  # [arms * B] int64, `DraftSync.flags`
+    limits: Limits[torch.Tensor] = field(init=False)
+    member_indices: dict[str, torch.Tensor] = field(init=False)  # by arm, [M] int64
+    calibration: dict[str, torch.Tensor] = field(init=False)  # by arm, float32
+    # Candidates of the host, and positions of their first tokens, [B, K] int64; None if the host places them itself.
+    host_drafts: tuple[Drafts, torch.Tensor] | None = field(default=None, init=False)
 
     # Filled by draft (round/draft.py).
     drafts: Drafts = field(init=False)  # of the passes, whether or not they are verified
@@ -290,7 +282,7 @@ class SampleHook:
 
 
 Values = Any
-"""Of B requests, as a tensor on the device and as nested lists on the host; None where it was not computed."""
+"""A tensor on the device, nested lists on the host; None where it was not computed."""
 
 
 class Results(NamedTuple):

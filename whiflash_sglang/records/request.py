@@ -25,12 +25,12 @@ class Request(Signals):
     Asked, and read once: hints. tenant: who may share text with it. prediction: tokens of the answer that its caller
     expects. grammar: what constrains it (`structure.matchers.Grammar`). prompt: tokens of its text before the answer.
 
-    running: whether it has not ended, nor been retracted and begun again. kept: what an arm that goes by texts keeps of
+    running: whether it has not ended, nor been retracted and begun again. kept: what an arm that reads texts keeps of
     it, by arm, until its end. recording: of a request that asked for its trace. counts: of its rounds, by the arm that
     drafted.
 
-    Of the quarantine: caller: who sent it, None for all whose caller nobody knows. left_out: arms that are left out for
-    it. sound: arms that drafted for it, and how often each had been quarantined. in_a_row: faulty drafts since the last
+    For the quarantine: caller: who sent it, None for all whose caller nobody knows. left_out: arms that go without it.
+    sound: arms that drafted for it, and how often each had been quarantined. in_a_row: faulty drafts since the last
     sound one, by arm.
 
     begun: whether the span tracker has the token that the prefill sampled, which no round commits. recent_by_kind:

@@ -1,4 +1,4 @@
-"""What routes are decided on, and what was decided."""
+"""Signals that routes are decided on, and decisions."""
 
 import math
 from collections.abc import Mapping
@@ -10,36 +10,23 @@ from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.drafts.rates import Mean
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class Context:
-    """The part of a round's signals by which others learn from it. Host-side ones may lag a round (overlap scheduling).
+@dataclass(slots=True, eq=False)
+class Decision:
+    """A decided round, which the request's next rounds leave behind.
 
-    entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last
-        verified position, where nothing is drafted of up to seven rounds before; NaN when it was not measured.
-    span: the innermost open one at the end of the committed text.
-    expected: what arms that look before they draft expect of the next round. predicted: arm → its acceptance length, if
-        a router's heads predict it.
-    tried: arm → rounds of the request that were routed to it, by now.
-    adapter: id of the target's adapter (LoRA) that writes its text; None: the target itself does.
-    """
-
-    entropy: float = math.nan
-    span: Span | None = None
-    expected: Mapping[str, Forecast] = field(default_factory=dict)
-    predicted: Mapping[str, float] = field(default_factory=dict)
-    tried: dict[str, int] = field(default_factory=dict)
-    adapter: str | None = None
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Decision(Context):
-    """A decided round: on what, which later rounds of the request leave behind, and what.
+    On what, as of `Signals`: entropy, span, expected, predicted, tried (as it is by now) and adapter.
 
     reason: why it was routed as it was (`apply_hints`). only: the one draft source whose candidates may be verified, or
         `none`; None: all. promised: whether a round without a pass is expected to verify one of them. keeps: the choice
         that the margin of the next round favours; None after a probe, and before the first round.
     """
 
+    entropy: float = math.nan
+    span: Span | None = None
+    expected: Mapping[str, Forecast] = field(default_factory=dict)
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    tried: Mapping[str, int] = field(default_factory=dict)
+    adapter: str | None = None
     reason: str = "score"
     only: str | None = None
     promised: bool = False
@@ -57,25 +44,37 @@ class Decision(Context):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Signals(Context):
-    """Signals of a request's next round, which a policy reads.
+class Signals:
+    """Signals of a request's next round, which a policy reads. Host-side ones may lag a round (overlap scheduling).
 
     allowed: arms that may draft for this request.
+    entropy: nats, of the target's raw distribution (before temperature, penalties and masks) at the last
+        verified position, where nothing is drafted of up to seven rounds before; NaN when it was not measured.
     recent: arm → decayed mean of the request's own acceptance lengths with that arm in the open span's kind, or
         outside spans (bonus token included).
+    expected: what arms that look before they draft expect of the next round. predicted: arm → its acceptance length, if
+        a router's heads predict it.
     delta: the router's ΔAL = AL(EAGLE-3) − AL(DFlash), NaN without one.
-    rounds: how many the request has begun. last: arm → number of the last one of them that it was routed to; arms that
-        it was never routed to are absent.
+    span: the innermost open one at the end of the committed text.
+    rounds: how many the request has begun. tried: arm → those of them that it was routed to. last: arm → number of the
+        last one of them; arms that it was never routed to are absent.
     previous: the arm of the request's last round, None before the first. dwell: rounds since it was chosen.
+    adapter: id of the target's adapter (LoRA) that writes its text; None: the target itself does.
     """
 
     allowed: frozenset[str] = frozenset()
+    entropy: float = math.nan
     recent: Mapping[str, Mean] = field(default_factory=dict)
+    expected: Mapping[str, Forecast] = field(default_factory=dict)
+    predicted: Mapping[str, float] = field(default_factory=dict)
     delta: float = math.nan
+    span: Span | None = None
     rounds: int = 0
+    tried: dict[str, int] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
     previous: str | None = None
     dwell: int = 0
+    adapter: str | None = None
 
     @property
     def unforeseen(self) -> frozenset[str]:

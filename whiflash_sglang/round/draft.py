@@ -146,7 +146,7 @@ class DraftStage:
         copies = round.copies = self._copies(round) if any(plan.limits.copied) else None
         most = min(plan.usual_drafts, sum(plan.limits.drafts), MOST_DRAFTS)
         most = self.rows_for(size + most, size) - size
-        from_host, at = round.on_device.candidates or (None, None)
+        from_host, at = round.host_drafts or (None, None)
         round.chosen = choose_drafts(
             round.drafts,
             round.rows,
@@ -156,7 +156,7 @@ class DraftStage:
             from_host=from_host,
             at=at,
             copies=copies,
-            limits=round.on_device.limits.drafts,
+            limits=round.limits.drafts,
             worth=plan.row_worth,
             most_drafts=most,
         )
@@ -192,14 +192,14 @@ class DraftStage:
 
     def _batch(self, round: Round, arm: str, members: Sequence[int]) -> DraftBatch:
         """The requests that `arm` drafts for: `members` of the batch."""
-        drafter, caps = self.drafters[arm], round.on_device.limits.passes
+        drafter, caps = self.drafters[arm], round.limits.passes
         rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
             _index(round, arm, members) if len(members) < len(round) else None,
             round.rows,
             round.starts,
             round.bonus,
             caps,
-            round.on_device.calibration[arm],
+            round.calibration[arm],
             drafter.features,
             tail=drafter.tail_width > 0,
             into=drafter.place(len(members)),
@@ -221,7 +221,7 @@ class DraftStage:
 
     def _whole_batch(self, round: Round, arm: str, behind: bool) -> DraftBatch:
         """All requests, for an arm that drafts from their text only, or after their drafts (`behind`)."""
-        limits = round.on_device.limits
+        limits = round.limits
         return DraftBatch(
             round.rows,
             round.starts,
@@ -230,7 +230,7 @@ class DraftStage:
             self.slot_table,
             longest=max(round.most),
             caps=limits.joined if behind else limits.copied,
-            calibration=round.on_device.calibration[arm],
+            calibration=round.calibration[arm],
             worth=round.plan.worth[arm],
             host=self.host,
             text=self.text,
@@ -239,7 +239,7 @@ class DraftStage:
 
 def _index(round: Round, arm: str, members: Sequence[int]) -> torch.Tensor:
     """Some or all of the members of `arm` on the device."""
-    every = round.on_device.members[arm]
+    every = round.member_indices[arm]
     return every if len(members) == len(every) else sent(members, every.device)
 
 

@@ -12,7 +12,7 @@ from whiflash_sglang.device.transfers import Floats, HostView, Upload
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate, Forecast
 from whiflash_sglang.prices.round_clock import RoundClock
-from whiflash_sglang.records.core import Limits, Plan, Planned, Round
+from whiflash_sglang.records.core import Limits, Plan, Round
 from whiflash_sglang.round.catch_up import DraftSync
 from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.round.sources import DraftSources
@@ -214,7 +214,7 @@ class Planner:
         """Send what the device needs of the plan, in one transfer."""
         plan = round.plan
         if not round.due and not any(plan.limits.drafts):
-            round.on_device = Planned(round.rows.new_empty(0))
+            round.catches_up = round.rows.new_empty(0)
             return
         upload = Upload()
         limits = [upload.ints(values) for values in plan.limits]
@@ -231,16 +231,15 @@ class Planner:
             ]
             alive_at = upload.floats(alive.ravel())
         ints, floats = upload.send(round.rows.device)
-        on_device = round.on_device = Planned(ints[due])
-        on_device.limits = Limits(*(ints[place] for place in limits))
-        on_device.members = {arm: ints[place] for arm, place in members.items()}
-        on_device.calibration = {arm: floats[place] for arm, place in calibration.items()}
+        round.catches_up, round.limits = ints[due], Limits(*(ints[place] for place in limits))
+        round.member_indices = {arm: ints[place] for arm, place in members.items()}
+        round.calibration = {arm: floats[place] for arm, place in calibration.items()}
         if from_host:
             shape = len(round), len(proposing)
             ids, most, places = (ints[place] for place in at)
             chances = floats[alive_at].view(*shape, width)
             drafts = Drafts(ids.view(*shape, width), most.view(shape), chances)
-            on_device.candidates = drafts, places.view(shape)
+            round.host_drafts = drafts, places.view(shape)
 
 
 def rows_of(drafters: Mapping[str, Drafter], arm: str) -> int:

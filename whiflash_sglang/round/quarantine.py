@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -34,26 +33,13 @@ FIRST_SECONDS, LONGEST_SECONDS = 60.0, 3600.0
 ResultT = TypeVar("ResultT")
 
 
-@dataclass(slots=True)
-class _Streak:
-    """Requests in a row for which an arm was left out, and who sent them."""
-
-    requests: int = 0
-    callers: set[object] = field(default_factory=set)
-
-    @property
-    def is_everybodys(self) -> bool:
-        several = self.requests >= SEVERAL_REQUESTS and len(self.callers) >= SEVERAL_CALLERS
-        return several or self.requests >= MANY_REQUESTS
-
-
-@dataclass(frozen=True, slots=True)
 class _Guard:
     """`Quarantine.guard`. Every request of a round is guarded, which a generator would take a microsecond for."""
 
-    quarantine: "Quarantine"
-    arm: str
-    request: Request | None
+    __slots__ = "arm", "quarantine", "request"
+
+    def __init__(self, quarantine: "Quarantine", arm: str, request: Request | None) -> None:
+        self.quarantine, self.arm, self.request = quarantine, arm, request
 
     def __enter__(self) -> None:
         pass
@@ -93,7 +79,8 @@ class Quarantine:
         self.reasons: dict[str, str] = {}
         self._alone, self._from_text, self._clock = alone, frozenset(from_text), clock
         self._times = dict.fromkeys(self.faults, 0)  # that an arm was quarantined
-        self._streaks = {arm: _Streak() for arm in self.faults}
+        self._streaks: dict[str, list[object]] = {arm: [] for arm in self.faults}
+        """Callers of requests in a row for which an arm was left out."""
         self._seconds = dict.fromkeys(self.faults, FIRST_SECONDS)
         self._until: dict[str, float] = {}
         self._without_kv: set[str] = set()
@@ -123,7 +110,7 @@ class Quarantine:
         """A request ends. An arm that served it well owes its earlier faults to other requests."""
         for arm, times in request.sound.items():
             if self.serves(arm, request) and times == self._times[arm]:
-                self._streaks[arm] = _Streak()
+                self._streaks[arm].clear()
                 self._seconds[arm] = FIRST_SECONDS
 
     def tick(self) -> None:
@@ -229,10 +216,10 @@ class Quarantine:
             exc_info=error if first else None,
         )
         streak = self._streaks[arm]
-        streak.requests += 1
-        streak.callers.add(request.caller)
-        if streak.is_everybodys:
-            self._quarantine(arm, f"{reason}, for {streak.requests} requests in a row", error)
+        streak.append(request.caller)
+        several = len(streak) >= SEVERAL_REQUESTS and len(set(streak)) >= SEVERAL_CALLERS
+        if several or len(streak) >= MANY_REQUESTS:
+            self._quarantine(arm, f"{reason}, for {len(streak)} requests in a row", error)
 
     def _quarantine(self, arm: str, reason: str, error: Exception | None) -> None:
         ends = self._alone and arm not in self._without_kv
@@ -240,7 +227,7 @@ class Quarantine:
             return  # it is out for as long already
         self.reasons[arm] = reason
         self._until.pop(arm, None)
-        self._streaks[arm] = _Streak()
+        self._streaks[arm].clear()
         self._times[arm] += 1
         seconds = self._seconds[arm]
         if ends:

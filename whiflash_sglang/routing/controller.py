@@ -183,12 +183,6 @@ def _scored(request: Request, policy: Policy, forecast: Forecasts) -> Scores:
         measured=request.recent if policy.prices_batches else None,
     )
     request.decision = Decision(
-        entropy=request.entropy,
-        span=request.span,
-        expected=request.expected,
-        predicted=request.predicted,
-        tried=request.tried,
-        adapter=request.adapter,
-        reason=reason,
+        request.entropy, request.span, request.expected, request.predicted, request.tried, request.adapter, reason
     )
     return scores

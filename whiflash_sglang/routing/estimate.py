@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections import defaultdict
 
 from whiflash_sglang.drafts.rates import Mean
-from whiflash_sglang.records.signals import Context, Signals
+from whiflash_sglang.records.signals import Decision, Signals
 
 ENTROPY_EDGES = (0.05, 0.5, 1.5, 3.0)
 """Nats that separate the entropy bins."""
@@ -48,10 +48,10 @@ Place = tuple[int, str | None]
 """Entropy bin, -1 if it is unknown, and kind of the open span."""
 
 
-def place_of(context: Context) -> Place:
-    """Where its means are."""
-    entropy = -1 if math.isnan(context.entropy) else bisect_right(ENTROPY_EDGES, context.entropy)
-    return entropy, context.span.kind if context.span else None
+def place_of(signals: Signals | Decision) -> Place:
+    """The place of its means."""
+    entropy = -1 if math.isnan(signals.entropy) else bisect_right(ENTROPY_EDGES, signals.entropy)
+    return entropy, signals.span.kind if signals.span else None
 
 
 class AcceptanceEstimator:
@@ -69,16 +69,16 @@ class AcceptanceEstimator:
         self._shared: dict[tuple[AcceptanceEstimator, str, Place], float] = base._shared if base else {}
         """Estimates from all requests' rounds, kept until the next round is seen; shared by all adapters."""
 
-    def observe(self, arm: str, context: Context, length: int) -> None:
-        """A round of `arm`, decided on `context`, committed `length` tokens."""
-        weight = min(REQUEST_ROUNDS / max(context.tried.get(arm, 1), 1), 1.0)
+    def observe(self, arm: str, decision: Decision, length: int) -> None:
+        """A round of `arm`, of this `decision`, committed `length` tokens."""
+        weight = min(REQUEST_ROUNDS / max(decision.tried.get(arm, 1), 1), 1.0)
         self.forget_asked()
         self._by_arm[arm].add(length, MEMORY, weight)
-        self._by_context[arm, place_of(context)].add(length, MEMORY, weight)
-        if arm in context.predicted:
+        self._by_context[arm, place_of(decision)].add(length, MEMORY, weight)
+        if arm in decision.predicted:
             accepted, predicted = self._levels.setdefault(arm, (Mean(), Mean()))
             accepted.add(length - 1, LEVEL_MEMORY, weight)
-            predicted.add(context.predicted[arm] - 1, LEVEL_MEMORY, weight)
+            predicted.add(decision.predicted[arm] - 1, LEVEL_MEMORY, weight)
 
     def forget_asked(self) -> None:
         """Drop computed means of all adapters: they have changed, or keep the means of a dropped adapter alive."""

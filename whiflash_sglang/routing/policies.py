@@ -14,7 +14,7 @@ from whiflash_sdk.hints import Span
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.rates import Mean
 from whiflash_sglang.prices.costs import PROBE_ROUNDS
-from whiflash_sglang.records.signals import Context, Signals
+from whiflash_sglang.records.signals import Decision, Signals
 from whiflash_sglang.routing.estimate import AcceptanceEstimator
 
 FIRST_PROBE = 4
@@ -153,8 +153,8 @@ class Policy(Protocol):
         """
         ...
 
-    def observe(self, arm: str, context: Context, length: int) -> None:
-        """A request's round of `arm`, decided on `context`, committed `length` tokens; its caller ordered nothing."""
+    def observe(self, arm: str, decision: Decision, length: int) -> None:
+        """A request's round of `arm`, of this `decision`, committed `length` tokens; its caller ordered nothing."""
         ...
 
 
@@ -169,7 +169,7 @@ class Blind:
         """Nothing to try."""
         return {}
 
-    def observe(self, arm: str, context: Context, length: int) -> None:
+    def observe(self, arm: str, decision: Decision, length: int) -> None:
         """Nothing to learn."""
 
 
@@ -250,9 +250,9 @@ class AutoPolicy:
     def probe(self, teachers: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
         return self._probes.choose(teachers, timings)
 
-    def observe(self, arm: str, context: Context, length: int) -> None:
-        if arm != arms.NONE and arm not in context.expected:
-            self._known(context.adapter).observe(arm, context, length)
+    def observe(self, arm: str, decision: Decision, length: int) -> None:
+        if arm != arms.NONE and arm not in decision.expected:
+            self._known(decision.adapter).observe(arm, decision, length)
 
     def _expect(self, arm: str, signals: Signals) -> float:
         if arm in signals.expected:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -45,35 +44,39 @@ class Consent(NamedTuple):
     handles: tuple[int, ...]
 
 
-@dataclass(eq=False)
 class Lifecycle:
     """Opens and closes what drafters, backlog, controller and tables keep of a request. Arms in `quarantine` only
     drop.
     """
 
-    drafters: Mapping[str, TextDrafter]
-    sync: DraftSync
-    controller: Controller
-    tokens: TokenTable
-    stops: StopTable
-    sampling_rows: SamplingRows
-    read_prediction: ReadPrediction
-    hooks: Sequence[SampleHook]
-    sample_rate: float
-    quarantine: Quarantine
-    tally: Tally
-    publisher: Publisher
-    spool: Spool | None
-
-    # Consents by session, else by request. How often text was forgotten, and how often it had been when a request first
-    # began.
-    _consents: WeakKeyDictionary[Any, Consent] = field(default_factory=WeakKeyDictionary, init=False)
-    _forgets: int = field(default=0, init=False)
-    _begun: WeakKeyDictionary[Any, int] = field(default_factory=WeakKeyDictionary, init=False)
+    def __init__(
+        self,
+        drafters: Mapping[str, TextDrafter],
+        sync: DraftSync,
+        controller: Controller,
+        tokens: TokenTable,
+        stops: StopTable,
+        sampling_rows: SamplingRows,
+        read_prediction: ReadPrediction,
+        hooks: Sequence[SampleHook],
+        sample_rate: float,
+        quarantine: Quarantine,
+        tally: Tally,
+        publisher: Publisher,
+        spool: Spool | None,
+    ) -> None:
+        self._drafters, self._sync, self._controller = drafters, sync, controller
+        self._tokens, self._stops, self._sampling_rows = tokens, stops, sampling_rows
+        self._read_prediction, self._hooks, self._sample_rate = read_prediction, hooks, sample_rate
+        self._quarantine, self._tally, self._publisher, self._spool = quarantine, tally, publisher, spool
+        self._consents: WeakKeyDictionary[Any, Consent] = WeakKeyDictionary()
+        """Consents by session, else by request."""
+        self._forgets, self._begun = 0, WeakKeyDictionary[Any, int]()
+        """How often text was forgotten, and how often it had been when a request first began."""
 
     def arrived(self, req: Any) -> None:
         """A request came, which may wait long before it begins: from now on it may be forgotten."""
-        if self.spool is not None:
+        if self._spool is not None:
             whole = req.session or req
             known = self._consents.get(whole, Consent(True, self._forgets, ()))
             agrees, handles = _consent_of(req)
@@ -85,7 +88,7 @@ class Lifecycle:
 
         The device's part of its state goes there with `upload`.
         """
-        former = self.controller.states.get(row)
+        former = self._controller.states.get(row)
         if former is not None:
             # With output it was retracted: what its row still holds may date from before an earlier retraction.
             if former.rid == req.rid and not req.output_ids:
@@ -93,11 +96,11 @@ class Lifecycle:
             self._drop(former)
         hints, tenant = _hints_of(req), _tenant_of(req)
         if not req.retracted_stain:
-            self.tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
+            self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
         caller = tenant
         if self._begun.setdefault(req, self._forgets) != self._forgets:
             tenant = None  # it wrote before something was forgotten: nobody shares that
-        recording = recording_of(req, hints.trace, self.sample_rate)
+        recording = recording_of(req, hints.trace, self._sample_rate)
         if recording is not None:
             recording.agent = hints.agent
             recording.tenant = None if tenant is None else f"{handle_of(tenant):016x}"
@@ -113,16 +116,16 @@ class Lifecycle:
             recording=recording,
             adapter=req.lora_id,
         )
-        self.quarantine.begin(request)
-        self.controller.open(request, req.output_ids)
-        for arm, drafter in self.drafters.items():
-            if self.quarantine.serves(arm, request):
-                with self.quarantine.guard(arm, request):
+        self._quarantine.begin(request)
+        self._controller.open(request, req.output_ids)
+        for arm, drafter in self._drafters.items():
+            if self._quarantine.serves(arm, request):
+                with self._quarantine.guard(arm, request):
                     drafter.begin(request)
-        self.tokens.begin(upload, row, readable(req.origin_input_ids), req.output_ids)
-        self.stops.begin(upload, row, sampling.ending_ids(req))
-        self.sampling_rows.begin(upload, row, sampling.parameters(req))
-        for hook in self.hooks:
+        self._tokens.begin(upload, row, readable(req.origin_input_ids), req.output_ids)
+        self._stops.begin(upload, row, sampling.ending_ids(req))
+        self._sampling_rows.begin(upload, row, sampling.parameters(req))
+        for hook in self._hooks:
             hook.begin(upload, row, req)
 
     def forget_text(self, handle: int | None) -> None:
@@ -130,39 +133,39 @@ class Lifecycle:
         retracted leave nothing when they end, either.
         """
         self._forgets += 1
-        for drafter in self.drafters.values():
-            drafter.forget(handle, self.controller.states.values())
-        if self.spool is not None:
-            self.spool.forget(handle)
+        for drafter in self._drafters.values():
+            drafter.forget(handle, self._controller.states.values())
+        if self._spool is not None:
+            self._spool.forget(handle)
 
     def released(self, req: Any, *, kept: bool) -> None:
         """The request gives its slots up. If the tree, a session or the host keeps them, `flush` must follow."""
         row = req.kv.req_pool_idx
-        request = None if row is None else self.controller.states.get(row)
+        request = None if row is None else self._controller.states.get(row)
         if request is None or request.rid != req.rid:
             return
         if kept:
-            self.sync.leave(row, req.owned_kv_len())
+            self._sync.leave(row, req.owned_kv_len())
         finished = kept and req.finished()
-        if self.spool is not None and finished:
-            self._sample(self.spool, req)
-        self.tally.ended(request.counts, cached_of(req) if finished else {})
+        if self._spool is not None and finished:
+            self._sample(self._spool, req)
+        self._tally.ended(request.counts, cached_of(req) if finished else {})
         self._drop(request, req.output_ids_through_stop if finished else ())
-        if not self.controller.states:
-            self.publisher.flush()
+        if not self._controller.states:
+            self._publisher.flush()
 
     @property
     def leaving(self) -> bool:
         """Whether requests were released whose slots lack what was parked."""
-        return bool(self.sync.leaving)
+        return bool(self._sync.leaving)
 
     def flush(self) -> None:
         """Write the parked features of released requests into the slots that they gave up."""
-        self.sync.flush()
+        self._sync.flush()
 
     def forget_all(self) -> None:
         """Every slot is free, so nothing that was parked has a home."""
-        for request in list(self.controller.states.values()):
+        for request in list(self._controller.states.values()):
             self._drop(request)
 
     def _sample(self, spool: Spool, req: Any) -> None:
@@ -175,7 +178,7 @@ class Lifecycle:
         consent = self._consents.get(req.session or req)
         agrees = consent is not None and consent.agrees and consent.forgets == self._forgets
         finished = req.finished_reason.to_json()["type"] in FINISHED
-        if consent is None or not (text and agrees and finished) or self.hooks:
+        if consent is None or not (text and agrees and finished) or self._hooks:
             spool.decline()
             return
         spool.offer(req.origin_input_ids, req.output_ids_through_stop, consent.handles)
@@ -183,7 +186,7 @@ class Lifecycle:
     def _predicted(self, req: Any) -> Sequence[int] | None:
         """Tokens that the request's caller expects back. Malformed: as of `_hints_of`."""
         try:
-            read = self.read_prediction(req.sampling_params.custom_params)
+            read = self._read_prediction(req.sampling_params.custom_params)
         except HintError as error:
             logger.warning("request %s: a malformed prediction is ignored (%s)", req.rid, error)
             return None
@@ -191,13 +194,13 @@ class Lifecycle:
 
     def _drop(self, request: Request, output: Sequence[int] = ()) -> None:
         """Everything that is kept of a request goes. output: as of `TextDrafter.end`."""
-        self.sync.forget(request.row)
-        for arm, drafter in self.drafters.items():
-            serves = self.quarantine.serves(arm, request)
-            with self.quarantine.guard(arm, request):
+        self._sync.forget(request.row)
+        for arm, drafter in self._drafters.items():
+            serves = self._quarantine.serves(arm, request)
+            with self._quarantine.guard(arm, request):
                 drafter.end(request, output if serves else ())
-        self.controller.close(request)
-        self.quarantine.end(request)
+        self._controller.close(request)
+        self._quarantine.end(request)
 
 
 def _hints_of(req: Any) -> RequestHints:

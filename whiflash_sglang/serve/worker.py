@@ -250,7 +250,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         with clock.stage("route"):
             stages.planner.plan(round)
         with clock.stage("catch_up"):
-            self.sync.catch_up(round.due, round.on_device.due, round.rows, round.starts)
+            self.sync.catch_up(round.due, round.catches_up, round.rows, round.starts)
             clock.extra_catch_up_seconds += self.sync.beyond_usual(
                 round.due, round.row_ids, round.plan.routes
             )

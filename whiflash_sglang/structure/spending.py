@@ -7,7 +7,6 @@ when it is looked for, when it is extended, and when its mask is made.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 REQUEST_SECONDS = 0.05
@@ -25,13 +24,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 16, 1024
 ResultT = TypeVar("ResultT")
 
 
-@dataclass(slots=True)
 class _Request:
     """spent: seconds in this round. pause: rounds of its last pause; left: those of them that are still to come."""
 
-    spent: float = 0.0
-    pause: int = 0
-    left: int = 0
+    spent, pause, left = 0.0, 0, 0
 
 
 class Spending:

@@ -222,8 +222,7 @@ def round_result(verified: Verified, results: Download[Results]) -> GenerationBa
 
     Proposals differ from request to request: `cap_lens` is upstream's record of that, the rows that were verified.
     """
-    at = results.at
-    tokens, seq_lens = results[at.tokens], results[at.seq_lens]
+    at, tokens, seq_lens = results.at, results[results.at.tokens], results[results.at.seq_lens]
     made = replace(
         verified.forward,
         next_token_ids=tokens.reshape(-1),
