@@ -135,7 +135,7 @@ class Batch:
         """CPU seconds of planning a round and of learning from it."""
         lengths = [len(req.origin_input_ids) + len(req.output_ids) - 1 for req in self.requests]
         starts = torch.tensor(lengths)
-        round = Round(
+        turn = Round(
             rows=torch.arange(1, self.size + 1),
             row_ids=list(range(1, self.size + 1)),
             starts=starts,
@@ -147,27 +147,27 @@ class Batch:
             ahead=[[]] * self.size,
         )
         began = time.process_time()
-        self.planner.plan(round)
+        self.planner.plan(turn)
         spent = time.process_time() - began
-        round.bounded = True
-        results = self._results(round, lengths)
+        turn.bounded = True
+        results = self._results(turn, lengths)
         began = time.process_time()
-        tokens = self.learner.learn(round, results)
+        tokens = self.learner.learn(turn, results)
         self.learner.timed(RoundTime(4 * self.size, self.size, tokens=NEW * self.size, seconds=0.01))
         spent += time.process_time() - began
         for req, new in zip(self.requests, tokens, strict=True):
             self._committed(req, new)
         return spent
 
-    def _brought(self, round: Round, index: int) -> int:
+    def _brought(self, turn: Round, index: int) -> int:
         """Tokens that the round commits of a request."""
         return NEW
 
-    def _results(self, round: Round, lengths: list[int]) -> Results:
+    def _results(self, turn: Round, lengths: list[int]) -> Results:
         """The results of such a round: three drafts each."""
         many = self.size
         copies = [self._following(req, COPIED) for req in self.requests]
-        new = [copy[: self._brought(round, index)] for index, copy in enumerate(copies)]
+        new = [copy[: self._brought(turn, index)] for index, copy in enumerate(copies)]
         self.rounds, self.tokens = self.rounds + 1, self.tokens + sum(map(len, new))
         return Results(
             starts=lengths,
@@ -303,10 +303,10 @@ class Agents(Batch):
         at = len(req.output_ids)
         return list(req.answer[at : at + count])
 
-    def _brought(self, round: Round, index: int) -> int:
+    def _brought(self, turn: Round, index: int) -> int:
         req, most = self.requests[index], widest_of(self.drafters)
         right = [0]
-        for each in round.plan.candidates[index].values():
+        for each in turn.plan.candidates[index].values():
             at = each.at - len(req.origin_input_ids)
             right.append(common_prefix(each.tokens[:most], req.answer[at : at + most]))
         return 1 + max(right)

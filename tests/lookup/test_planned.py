@@ -19,9 +19,9 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Round]:
     """Rounds that are planned from now on."""
     made, plan = list[Round](), Planner.plan
 
-    def noting(self: Planner, round: Round) -> None:
-        plan(self, round)
-        made.append(round)
+    def noting(self: Planner, turn: Round) -> None:
+        plan(self, turn)
+        made.append(turn)
 
     monkeypatch.setattr(Planner, "plan", noting)
     return made
@@ -31,10 +31,10 @@ def test_what_the_device_copies_itself_is_not_sent(plans: list[Round]) -> None:
     batch = Batch(3)
     for _ in range(ROUNDS):
         batch.round()
-    for round in plans:
-        assert all(round.plan.limits.copied)
-        assert not any(round.plan.candidates)
-        assert round.host_drafts is None
+    for turn in plans:
+        assert all(turn.plan.limits.copied)
+        assert not any(turn.plan.candidates)
+        assert turn.host_drafts is None
     assert batch.drafters[arms.LOOKUP].host_bytes(batch.running.values())["index"] == 0, (
         "no text is indexed on the host"
     )
@@ -77,13 +77,13 @@ def test_what_the_device_cannot_find_is_sent(plans: list[Round]) -> None:
     batch.drafters[arms.LOOKUP].begin(batch.running[row])
     text.output_ids = predicted[:1]
     batch.round()
-    (round,) = plans
-    plan = round.plan
+    (turn,) = plans
+    plan = turn.plan
     assert [list(by_arm) for by_arm in plan.candidates] == [[], [arms.LOOKUP], []]
     candidate = plan.candidates[1][arms.LOOKUP]
     assert {part.source for part in candidate.parts} == {"prediction"}
-    assert round.host_drafts is not None
-    sent, _ = round.host_drafts
+    assert turn.host_drafts is not None
+    sent, _ = turn.host_drafts
     count = len(candidate.tokens)
     assert sent.counts.flatten().tolist() == [0, count, 0]
     assert sent.tokens[1, 0, :count].tolist() == list(candidate.tokens) == predicted[1 : 1 + count]

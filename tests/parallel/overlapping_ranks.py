@@ -169,7 +169,7 @@ def decides(rank: int) -> None:
     go_wild(rank)
     plan = Planner.plan
 
-    def by_itself(planner: Planner, round: Any) -> None:
+    def by_itself(planner: Planner, turn: Any) -> None:
         broadcast = planner.ranks.broadcast
 
         def decided(decide: Callable[[], Any]) -> Any:
@@ -177,6 +177,6 @@ def decides(rank: int) -> None:
             return decide()
 
         with patch.object(planner.ranks, "broadcast", decided):
-            plan(planner, round)
+            plan(planner, turn)
 
     patch.object(Planner, "plan", by_itself).start()

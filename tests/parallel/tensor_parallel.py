@@ -113,13 +113,13 @@ def play_ours(
     proposers: set[str] = set()
     original = DraftStage.draft
 
-    def noting(self: DraftStage, round: Round) -> None:
-        original(self, round)
+    def noting(self: DraftStage, turn: Round) -> None:
+        original(self, turn)
         with unwatched():
-            tokens, widths = round.chosen.tokens.tolist(), round.chosen.widths.tolist()
+            tokens, widths = turn.chosen.tokens.tolist(), turn.chosen.widths.tolist()
         drafts = [each[: width - 1] for each, width in zip(tokens, widths, strict=True)]
-        rounds.append((round.plan.routes, round.due, drafts))
-        proposers.update(arm for by_arm in round.plan.candidates for arm in by_arm)
+        rounds.append((turn.plan.routes, turn.due, drafts))
+        proposers.update(arm for by_arm in turn.plan.candidates for arm in by_arm)
 
     oracle = OracleArm(0.93, seed=3)
     for arrival in arrivals:

@@ -31,9 +31,9 @@ def test_text_up_to_the_contexts_end(models: Models, page_size: int, monkeypatch
     ends: list[int] = []
     verify = VerifyStage.verify
 
-    def noted(self: Any, batch: Any, round: Any, barrier: Any) -> Any:
-        ends.append(int((round.starts + round.chosen.widths).max()))
-        return verify(self, batch, round, barrier)
+    def noted(self: Any, batch: Any, turn: Any, barrier: Any) -> Any:
+        ends.append(int((turn.starts + turn.chosen.widths).max()))
+        return verify(self, batch, turn, barrier)
 
     monkeypatch.setattr(VerifyStage, "verify", noted)
     with engine(models.target, whiflash=models.whiflash("random"), arms=[oracle], **options) as e:

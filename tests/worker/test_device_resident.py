@@ -111,12 +111,12 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
     learner, seen, observed, lost = running.worker.stages.learner, [], list[int](), 0
     learn, drafter = type(learner).learn, running.worker.drafters["ar"]
 
-    def noting(self: Any, round: Any, found: Any) -> Any:
+    def noting(self: Any, turn: Any, found: Any) -> Any:
         nonlocal lost
         seen.append(found)
         observed.clear()
-        tokens = learn(self, round, found)
-        for i, request in enumerate(round.requests):
+        tokens = learn(self, turn, found)
+        for i, request in enumerate(turn.requests):
             if found.source[i] and found.drafted[i] and request.running:
                 assert request.row in observed, "its drafts lost, and nobody learned how right they were"
                 lost += 1
@@ -178,9 +178,9 @@ def test_rows_are_those_of_a_graph(
     monkeypatch.setattr(running.worker, "stages", replace(stages, drafting=stage))
     draft = type(stage).draft
 
-    def noting(self: Any, round: Any) -> None:
-        draft(self, round)
-        rows.append((round.packed_rows, int(round.chosen.widths.sum()), len(round)))
+    def noting(self: Any, turn: Any) -> None:
+        draft(self, turn)
+        rows.append((turn.packed_rows, int(turn.chosen.widths.sum()), len(turn)))
 
     monkeypatch.setattr(type(stage), "draft", noting)
     running.worker.reconfigure({"router": "random"})

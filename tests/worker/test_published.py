@@ -52,8 +52,8 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
     e.worker.publisher.start(found)
     run = e.worker._round
 
-    def counted(batch: Any, round: Any, *rest: Any) -> Any:
-        done, tokens = run(batch, round, *rest)
+    def counted(batch: Any, turn: Any, *rest: Any) -> Any:
+        done, tokens = run(batch, turn, *rest)
         widths = done.cap_lens.tolist()
         own.update(rounds=len(widths), rows=sum(widths), batches=1, accepted=int(done.accept_lens.sum()))
         with reads:
@@ -63,9 +63,9 @@ def serve(e: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Counter
     monkeypatch.setattr(e.worker, "_round", counted)
     draft = DraftStage.draft
 
-    def noted(self: DraftStage, round: Any) -> None:
-        draft(self, round)
-        chosen = round.chosen
+    def noted(self: DraftStage, turn: Any) -> None:
+        draft(self, turn)
+        chosen = turn.chosen
         joined = chosen.widths - 1 - chosen.first_drafts
         own.update(joined=int(joined[chosen.source == 0].sum()))
 

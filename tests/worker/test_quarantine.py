@@ -371,15 +371,15 @@ def test_the_rest_of_a_batch_is_not_asked() -> None:
     controller: Any = SimpleNamespace(states={})
     sources = DraftSources(drafters, held, 99, Spending())
     planner = Planner(drafters, nothing, controller, nothing, held, sources, EXACT)
-    round: Any = SimpleNamespace(
+    turn: Any = SimpleNamespace(
         requests=[Request(f"r{row}", row=row, caller=row, running=True) for row in range(64)],
         most=[9] * 64,
         plan=SimpleNamespace(worth={"lookup": FULL_LENGTH}),
         history=lambda *_: [],
     )
-    for index, request in enumerate(round.requests):
+    for index, request in enumerate(turn.requests):
         held.begin(request)
-        assert planner._proposed(round, index, ["lookup"]) == ({}, {})
+        assert planner._proposed(turn, index, ["lookup"]) == ({}, {})
     assert asked == [*range(SEVERAL_REQUESTS)]
 
 
@@ -392,7 +392,7 @@ def test_drafts_that_the_device_took_were_sound() -> None:
         request.under_way.append(3)
     proposers = ("", "structure", "lookup", "lookup")
     learner = Learner({}, MagicMock(), MagicMock(), MagicMock(), held, proposers)
-    round: Any = SimpleNamespace(
+    turn: Any = SimpleNamespace(
         parts=None,
         accepted=(),
         requests=requests,
@@ -404,7 +404,7 @@ def test_drafts_that_the_device_took_were_sound() -> None:
     results = Results(*[None] * 12)._replace(
         starts=[9] * 2, widths=[3] * 2, faults=[0] * 2, first_drafts=[0] * 2, source=[-1, 0]
     )
-    learner.learn(round, results, kept=[[], []])
+    learner.learn(turn, results, kept=[[], []])
     held.end(requests[0])
     history.fail("two", arm="lookup")
     assert not held.reasons

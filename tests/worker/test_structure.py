@@ -38,15 +38,15 @@ def expected(models: Models) -> dict[str, list[int]]:
     return plain_texts(models.target, structured(), **OPTIONS)
 
 
-def forbidden(e: Engine, round: Round) -> int:
+def forbidden(e: Engine, turn: Round) -> int:
     """Drafts of a round that are verified though the grammars of their requests forbid them."""
     arm, found = e.worker.drafters["structure"], 0
-    for index, row in enumerate(round.row_ids):
+    for index, row in enumerate(turn.row_ids):
         own = e.states[row].kept.get(arm.arm) if row in e.states else None
         matcher = own and own.grammar and own.grammar.matcher(arm._vocabulary)
-        if not matcher or not round.plan.limits.joined[index] or own.known != round.most[index] + 1:
+        if not matcher or not turn.plan.limits.joined[index] or own.known != turn.most[index] + 1:
             continue
-        drafts = round.chosen.tokens[index, : int(round.chosen.widths[index]) - 1].tolist()
+        drafts = turn.chosen.tokens[index, : int(turn.chosen.widths[index]) - 1].tolist()
         with matcher.trying():
             assert all(map(matcher.accept_token, own.unseen))
             found += not all(
@@ -71,9 +71,9 @@ def test_joined_with_every_other_arm(models: Models, backend: str, monkeypatch: 
     used: set[str | None] = set()
     draft, wrong = DraftStage.draft, list[int]()
 
-    def drafted(stage: Any, round: Round) -> None:
-        draft(stage, round)
-        wrong.append(forbidden(e, round))
+    def drafted(stage: Any, turn: Round) -> None:
+        draft(stage, turn)
+        wrong.append(forbidden(e, turn))
 
     monkeypatch.setattr(DraftStage, "draft", drafted)
     with engine(models.target, whiflash=flags, arms=[oracle], grammar_backend=backend, **OPTIONS) as e:

@@ -53,11 +53,11 @@ def verified(drafters: Sequence[Any], first: Sequence[int], route: str) -> tuple
     """Drafts verified of one request whose own arm drafted `first`, and how many of these are left."""
     by_arm = {drafter.arm: drafter for drafter in drafters}
     sources = DraftSources(by_arm, Quarantine(["ar", *by_arm]), 100, Spending())
-    round: Any = SimpleNamespace(
+    turn: Any = SimpleNamespace(
         requests=[Request("r")], plan=SimpleNamespace(worth=dict.fromkeys(by_arm, FULL_LENGTH))
     )
     drafts = Candidate().followed_by(first, [0.9] * len(first), route)
-    chain, left = sources.extended(round, 0, route, drafts, ROOM)
+    chain, left = sources.extended(turn, 0, route, drafts, ROOM)
     assert sum(part.drafts for part in chain.parts) == len(chain.tokens) == len(chain.alive)
     return list(chain.tokens), left
 

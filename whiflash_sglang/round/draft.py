@@ -76,98 +76,98 @@ class DraftStage:
             drafter.capture(recorder, inputs)
         self.sync.capture(recorder, requests, requests * (widest_of(self.drafters) + 1))
 
-    def draft(self, round: Round) -> None:
+    def draft(self, turn: Round) -> None:
         """Each arm drafts for its own requests; the results are laid side by side."""
-        if not any(round.plan.limits.drafts):
-            round.draft_nothing()
+        if not any(turn.plan.limits.drafts):
+            turn.draft_nothing()
             return
         parts = []
-        for arm, members in round.members.items():
+        for arm, members in turn.members.items():
             began = self.clock.now()
-            drafted_for, drafts = self._drafted(round, arm, members)
+            drafted_for, drafts = self._drafted(turn, arm, members)
             if drafts is None:
                 continue  # its requests verify their bonus tokens
             if drafts.passes:  # what is left is the round's, whoever drafts
                 seconds, catch_up = self.clock.now() - began, self.sync.seconds.get(arm, 0.0)
                 self.clock.drafted(arm, len(drafted_for), drafts.passes, seconds, catch_up)
-            parts.append((_index(round, arm, drafted_for), drafts))
+            parts.append((_index(turn, arm, drafted_for), drafts))
         began = self.clock.now()
-        self._choose(round, parts)
+        self._choose(turn, parts)
         self.clock.proposed(self.clock.now() - began)
 
-    def _drafted(self, round: Round, arm: str, members: Sequence[int]) -> tuple[Sequence[int], Drafts | None]:
+    def _drafted(self, turn: Round, arm: str, members: Sequence[int]) -> tuple[Sequence[int], Drafts | None]:
         """Drafts of `arm` for `members` of the batch, and the members that have some."""
         if arm in self.quarantine:
             return (), None
 
         def draft(some: Sequence[int]) -> Drafts:
-            return self.drafters[arm].draft(self._batch(round, arm, some))
+            return self.drafters[arm].draft(self._batch(turn, arm, some))
 
-        return self.quarantine.attempt(arm, {i: round.requests[i] for i in members}, draft)
+        return self.quarantine.attempt(arm, {i: turn.requests[i] for i in members}, draft)
 
-    def _choose(self, round: Round, parts: Sequence[tuple[torch.Tensor, Drafts]]) -> None:
+    def _choose(self, turn: Round, parts: Sequence[tuple[torch.Tensor, Drafts]]) -> None:
         """Choose the drafts that are verified, of all passes and of what the draft sources know."""
         # The device looks up what follows drafts behind the text.
-        limits = round.plan.limits
+        limits = turn.plan.limits
         behind = any(limits.joined) and not self.host.exact
-        round.drafts = lay_drafts(
+        turn.drafts = lay_drafts(
             parts,
-            round.rows,
-            round.starts,
+            turn.rows,
+            turn.starts,
             width=max(limits.drafts),
             confidences=max(limits.passes),
             vocabulary=self.sources.vocabulary,
             text=self.text if behind else None,
         )
         if self.host.exact:
-            self._choose_known(round)
+            self._choose_known(turn)
         else:
-            self._choose_unread(round, self._copies(round, round.drafts) if behind else None)
+            self._choose_unread(turn, self._copies(turn, turn.drafts) if behind else None)
 
-    def _choose_known(self, round: Round) -> None:
+    def _choose_known(self, turn: Round) -> None:
         """The host reads all drafts, and each request's are verified whole."""
-        chains, left = self._chains(round)
-        round.parts = [chain.parts for chain in chains]
+        chains, left = self._chains(turn)
+        turn.parts = [chain.parts for chain in chains]
         widths = [1 + len(chain.tokens) for chain in chains]
-        round.packed_rows, round.stride = sum(widths), max(widths)
-        round.chosen = choose_drafts(
-            padded(chains, self.text.device, round.stride - 1),
-            round.rows,
-            round.starts,
+        turn.packed_rows, turn.stride = sum(widths), max(widths)
+        turn.chosen = choose_drafts(
+            padded(chains, self.text.device, turn.stride - 1),
+            turn.rows,
+            turn.starts,
             self.text,
             first_counts=sent(left, self.text.device),
         )
 
-    def _choose_unread(self, round: Round, appended: Drafts | None) -> None:
+    def _choose_unread(self, turn: Round, appended: Drafts | None) -> None:
         """The device chooses among drafts, the host's candidates and its own copies, as many as there are rows for, the
         likeliest first. appended: copies that follow the drafts.
         """
-        size, plan = len(round), round.plan
-        copies = round.copies = self._copies(round) if any(plan.limits.copied) else None
+        size, plan = len(turn), turn.plan
+        copies = turn.copies = self._copies(turn) if any(plan.limits.copied) else None
         most = min(plan.usual_drafts, sum(plan.limits.drafts), MOST_DRAFTS)
         most = self.rows_for(size + most, size) - size
-        from_host, at = round.host_drafts or (None, None)
-        round.chosen = choose_drafts(
-            round.drafts,
-            round.rows,
-            round.starts,
+        from_host, at = turn.host_drafts or (None, None)
+        turn.chosen = choose_drafts(
+            turn.drafts,
+            turn.rows,
+            turn.starts,
             self.text,
             appended=appended,
             from_host=from_host,
             at=at,
             copies=copies,
-            limits=round.limits.drafts,
+            limits=turn.limits.drafts,
             worth=plan.row_worth,
             most_drafts=most,
         )
-        round.packed_rows, round.stride, round.bounded = size + most, 1 + max(plan.limits.drafts), True
+        turn.packed_rows, turn.stride, turn.bounded = size + most, 1 + max(plan.limits.drafts), True
 
-    def _chains(self, round: Round) -> tuple[list[Candidate], list[int]]:
+    def _chains(self, turn: Round) -> tuple[list[Candidate], list[int]]:
         """Drafts of each request that are verified, and how many of these are left of its pass or candidate. A
         request without a pass takes its likeliest candidate; tokens that other sources know to follow are appended.
         """
-        chains, left, plan = [], [], round.plan
-        for i, (drafted, route) in enumerate(zip(_rows(round.drafts), plan.routes, strict=True)):
+        chains, left, plan = [], [], turn.plan
+        for i, (drafted, route) in enumerate(zip(_rows(turn.drafts), plan.routes, strict=True)):
             candidates = {route: NOTHING.followed_by(*drafted, route)}
             if route == arms.NONE:
                 candidates |= {
@@ -176,30 +176,30 @@ class DraftStage:
             first, chain = max(candidates.items(), key=lambda one: one[1].gain(plan.row_worth))
             kept = len(chain.tokens)
             if room := plan.limits.joined[i]:
-                chain, valid = self.sources.extended(round, i, first, chain, room)
+                chain, valid = self.sources.extended(turn, i, first, chain, room)
                 kept = min(kept, valid)
             chains.append(chain)
             left.append(kept)
         return chains, left
 
-    def _copies(self, round: Round, drafts: Drafts | None = None) -> Drafts | None:
+    def _copies(self, turn: Round, drafts: Drafts | None = None) -> Drafts | None:
         """Copies that the device drafts for all requests: after their text, or after the `drafts` that follow it."""
         for arm, drafter in self.sources.on_device.items():
             if arm not in self.quarantine:
                 with self.quarantine.guard(arm):
-                    return drafter.copy(self._whole_batch(round, arm, drafts is not None), drafts)
+                    return drafter.copy(self._whole_batch(turn, arm, drafts is not None), drafts)
         return None
 
-    def _batch(self, round: Round, arm: str, members: Sequence[int]) -> DraftBatch:
+    def _batch(self, turn: Round, arm: str, members: Sequence[int]) -> DraftBatch:
         """The requests that `arm` drafts for: `members` of the batch."""
-        drafter, caps = self.drafters[arm], round.limits.passes
+        drafter, caps = self.drafters[arm], turn.limits.passes
         rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
-            _index(round, arm, members) if len(members) < len(round) else None,
-            round.rows,
-            round.starts,
-            round.bonus,
+            _index(turn, arm, members) if len(members) < len(turn) else None,
+            turn.rows,
+            turn.starts,
+            turn.bonus,
             caps,
-            round.calibration[arm],
+            turn.calibration[arm],
             drafter.features,
             tail=drafter.tail_width > 0,
             into=drafter.place(len(members)),
@@ -210,36 +210,36 @@ class DraftStage:
             bonus,
             tail,
             self.slot_table,
-            longest=max(round.most[i] for i in members),
+            longest=max(turn.most[i] for i in members),
             caps=caps,
-            limits=[round.plan.limits.passes[i] for i in members],
-            row_ids=[round.row_ids[i] for i in members],
+            limits=[turn.plan.limits.passes[i] for i in members],
+            row_ids=[turn.row_ids[i] for i in members],
             calibration=calibration,
-            worth=round.plan.worth[arm],
+            worth=turn.plan.worth[arm],
             host=self.host,
         )
 
-    def _whole_batch(self, round: Round, arm: str, behind: bool) -> DraftBatch:
+    def _whole_batch(self, turn: Round, arm: str, behind: bool) -> DraftBatch:
         """All requests, for an arm that drafts from their text only, or after their drafts (`behind`)."""
-        limits = round.limits
+        limits = turn.limits
         return DraftBatch(
-            round.rows,
-            round.starts,
-            round.bonus,
-            round.bonus.new_empty((len(round), 0)),
+            turn.rows,
+            turn.starts,
+            turn.bonus,
+            turn.bonus.new_empty((len(turn), 0)),
             self.slot_table,
-            longest=max(round.most),
+            longest=max(turn.most),
             caps=limits.joined if behind else limits.copied,
-            calibration=round.calibration[arm],
-            worth=round.plan.worth[arm],
+            calibration=turn.calibration[arm],
+            worth=turn.plan.worth[arm],
             host=self.host,
             text=self.text,
         )
 
 
-def _index(round: Round, arm: str, members: Sequence[int]) -> torch.Tensor:
+def _index(turn: Round, arm: str, members: Sequence[int]) -> torch.Tensor:
     """Some or all of the members of `arm` on the device."""
-    every = round.member_indices[arm]
+    every = turn.member_indices[arm]
     return every if len(members) == len(every) else sent(members, every.device)
 
 

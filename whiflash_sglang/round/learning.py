@@ -50,14 +50,14 @@ class Learner:
         plain_seconds = previous.tokens / requests * costs.verify(requests, requests)
         self.tally.timed(previous.seconds + previous.gap, plain_seconds)
 
-    def needs(self, round: Round) -> Collection[str]:
+    def needs(self, turn: Round) -> Collection[str]:
         """Signals that the policy reads after a round."""
         needs = self.controller.policy.needs
-        often = round.plan.speculates or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
+        often = turn.plan.speculates or self.clock.rounds % PLAIN_ENTROPY_ROUNDS == 0
         return needs if often else needs - {"entropy"}
 
     def learn(
-        self, round: Round, results: Results, kept: Sequence[Sequence[int]] | None = None
+        self, turn: Round, results: Results, kept: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
         """Learn from a round's results, on the host. Returns the tokens that it committed.
 
@@ -72,37 +72,37 @@ class Learner:
         tokens = [list(run) for run in kept]
         self.ranks.note(results.starts, results.widths, results.faults, tokens)
         costs = self.controller.costs
-        priced = costs.knows_plain and any(request.recording for request in round.requests)
-        prices = round_prices(costs, round.plan.routes, sum(results.widths)) if priced else None
-        for i, request in enumerate(round.requests):
+        priced = costs.knows_plain and any(request.recording for request in turn.requests)
+        prices = round_prices(costs, turn.plan.routes, sum(results.widths)) if priced else None
+        for i, request in enumerate(turn.requests):
             request.under_way.pop(0)
-            parts = round.parts[i] if round.parts is not None else ()
-            if round.bounded:
-                parts = () if request.recording is None else self._chosen_parts(round, results, i)
-            arm, drafted = self._first_arm(round, results, i, parts)
+            parts = turn.parts[i] if turn.parts is not None else ()
+            if turn.bounded:
+                parts = () if request.recording is None else self._chosen_parts(turn, results, i)
+            arm, drafted = self._first_arm(turn, results, i, parts)
             if tokens[i] and self.ranks.leads:
-                self._learn(round, results, i, arm, drafted, tokens[i], prices, parts)
+                self._learn(turn, results, i, arm, drafted, tokens[i], prices, parts)
         self.clock.learned(sum(map(len, tokens)))
         return tokens
 
-    def _first_arm(self, round: Round, results: Results, i: int, parts: Sequence[Part]) -> tuple[str, int]:
+    def _first_arm(self, turn: Round, results: Results, i: int, parts: Sequence[Part]) -> tuple[str, int]:
         """The arm whose drafts a request verified first, and how many were this arm's; the quarantine judges it."""
-        request, arm = round.requests[i], round.plan.routes[i]
+        request, arm = turn.requests[i], turn.plan.routes[i]
         source, drafted = results.source[i], results.first_drafts[i]
-        if round.plan.limits.passes[i]:
+        if turn.plan.limits.passes[i]:
             self.quarantine.judge(arm, request, faulty=bool(results.faults[i]))
         if source:
             arm, drafted = self.proposers[source], results.widths[i] - 1
-        elif parts and not round.bounded:
+        elif parts and not turn.bounded:
             first = parts[0].source
             arm = next((arm for arm, drafter in self.drafters.items() if first in drafter.sources), first)
-        if arm != round.plan.routes[i]:
+        if arm != turn.plan.routes[i]:
             self.quarantine.judge(arm, request, faulty=False)
         return arm, drafted
 
     def _learn(
         self,
-        round: Round,
+        turn: Round,
         results: Results,
         i: int,
         arm: str,
@@ -117,10 +117,10 @@ class Learner:
             arm, first_drafts: as of `_first_arm`. prices: `round_prices`, if they are wanted. parts: those of its
             drafts.
         """
-        request, decision, route = round.requests[i], round.decisions[i], round.plan.routes[i]
+        request, decision, route = turn.requests[i], turn.decisions[i], turn.plan.routes[i]
         width = results.widths[i]
-        if round.bounded:
-            self.controller.costs.wanted(round.plan.priced_as[i], results.wanted[i])
+        if turn.bounded:
+            self.controller.costs.wanted(turn.plan.priced_as[i], results.wanted[i])
         drafts = results.drafts[i][: results.drafted[i]]
         agreed = common_prefix(drafts, tokens)
         lengths = {arm: len(tokens)}
@@ -161,15 +161,15 @@ class Learner:
         with self.quarantine.guard(arm, request):
             drafter.copied(request, copy, tokens)
 
-    def _chosen_parts(self, round: Round, results: Results, i: int) -> Sequence[Part]:
+    def _chosen_parts(self, turn: Round, results: Results, i: int) -> Sequence[Part]:
         """The sources of the drafts that the device chose for a request."""
         drafts, source = results.widths[i] - 1, results.source[i]
         if source > 0:
-            candidate = round.plan.candidates[i][self.proposers[source]]
+            candidate = turn.plan.candidates[i][self.proposers[source]]
             parts = list(behind(candidate.parts, results.starts[i] + 1 - candidate.at))
         else:
             first_drafts = 0 if source else results.first_drafts[i]
-            parts = [Part(round.plan.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
+            parts = [Part(turn.plan.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
         return [part for part in first_of(parts, drafts) if part.drafts]
 
 
@@ -193,17 +193,17 @@ def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float,
     return drafting + costs.verify(rows, requests), costs.verify(requests, requests)
 
 
-def results_of(round: Round, committed: Committed, signals: Mapping[str, torch.Tensor]) -> Results:
+def results_of(turn: Round, committed: Committed, signals: Mapping[str, torch.Tensor]) -> Results:
     """The results of a round, on the device. signals: as of `Epilogue.signals`."""
-    chosen, drafts = round.chosen, round.drafts
+    chosen, drafts = turn.chosen, turn.drafts
     assert drafts.confidences is not None
     assert drafts.faults is not None
     copied: dict[str, torch.Tensor | None] = {}
-    if (copies := round.copies) is not None:
+    if (copies := turn.copies) is not None:
         copied = {"copies": copies.tokens, "copied": copies.counts, "copy_alive": copies.alive}
         copied |= {"copy_matched": copies.matched, "copy_agreements": copies.agreements}
     return Results(
-        starts=round.starts,
+        starts=turn.starts,
         widths=chosen.widths,
         first_drafts=chosen.first_drafts,
         drafts=drafts.tokens,
@@ -215,7 +215,7 @@ def results_of(round: Round, committed: Committed, signals: Mapping[str, torch.T
         accept_lens=committed.accept_lens,
         confidences=drafts.confidences,
         faults=drafts.faults,
-        wanted=chosen.wanted if round.bounded else None,
+        wanted=chosen.wanted if turn.bounded else None,
         **copied,
         **signals,
     )

@@ -32,31 +32,31 @@ class Planner:
     host: HostView
     ranks: Ranks = field(default_factory=Ranks)
 
-    def plan(self, round: Round) -> None:
+    def plan(self, turn: Round) -> None:
         """Route every request, and decide what the round takes for it; what catches up counts as done from now on."""
         self.quarantine.tick()
-        rids = [req.rid for req in round.reqs]
-        self.ranks.note(round.row_ids, rids, round.least, round.most)
-        round.requests = list(map(self.controller.state, round.row_ids, rids))
+        rids = [req.rid for req in turn.reqs]
+        self.ranks.note(turn.row_ids, rids, turn.least, turn.most)
+        turn.requests = list(map(self.controller.state, turn.row_ids, rids))
         self.sources.spending.begin(rids)
-        round.plan = self.ranks.broadcast(lambda: self._decide(round))
+        turn.plan = self.ranks.broadcast(lambda: self._decide(turn))
         if not self.ranks.leads:
-            round.take_single(round.plan.undrafted)
+            turn.take_single(turn.plan.undrafted)
             for index, names in enumerate(
-                round.plan.asked
+                turn.plan.asked
             ):  # what drafters note here is what they draft later
-                self._proposed(round, index, [arm for arm in names if self._notes(arm)])
-        widths = [1 + most for most in round.plan.limits.drafts]
+                self._proposed(turn, index, [arm for arm in names if self._notes(arm)])
+        widths = [1 + most for most in turn.plan.limits.drafts]
         members = {
-            arm: [i for i, route in enumerate(round.plan.routes) if route == arm] for arm in self.drafters
+            arm: [i for i, route in enumerate(turn.plan.routes) if route == arm] for arm in self.drafters
         }
-        round.members = {arm: indices for arm, indices in members.items() if indices}
-        round.due = self.sync.due(round.row_ids, round.least, round.most, round.plan.routes, widths)
-        for request, width in zip(round.requests, widths, strict=True):
+        turn.members = {arm: indices for arm, indices in members.items() if indices}
+        turn.due = self.sync.due(turn.row_ids, turn.least, turn.most, turn.plan.routes, widths)
+        for request, width in zip(turn.requests, widths, strict=True):
             request.under_way.append(width)
-        self.ranks.note(round.due)
-        round.decisions = [request.decision for request in round.requests]
-        self._upload(round)
+        self.ranks.note(turn.due)
+        turn.decisions = [request.decision for request in turn.requests]
+        self._upload(turn)
 
     def under_way(self, row: int) -> int:
         """Rows that are being verified for the request in `row`, at most."""
@@ -69,44 +69,42 @@ class Planner:
         """
         return self.host.exact or arm not in self.sources.proposing
 
-    def _decide(self, round: Round) -> Plan:
+    def _decide(self, turn: Round) -> Plan:
         """Fill the round's plan, and return it for other ranks."""
-        requests = round.requests
+        requests = turn.requests
         undrafted = [i for i, request in enumerate(requests) if self.sources.spending.is_dear(request.rid)]
-        round.take_single(undrafted)
-        asked = [self._askable(round, i) for i in range(len(round))]
+        turn.take_single(undrafted)
+        asked = [self._askable(turn, i) for i in range(len(turn))]
         worth = {arm: self.controller.worth(arm) for arm in self.drafters}
-        plan = round.plan = Plan(undrafted, asked, worth)
-        plan.routes, proposed = self._route(round)
+        plan = turn.plan = Plan(undrafted, asked, worth)
+        plan.routes, proposed = self._route(turn)
         for i, request in enumerate(requests):
             if self.host.exact and plan.routes[i] == arms.NONE and not request.decision.promised:
                 proposed[i] = {}  # its rows would not pay
-        plan.candidates = [self._verifiable(round, i, by_arm) for i, by_arm in enumerate(proposed)]
+        plan.candidates = [self._verifiable(turn, i, by_arm) for i, by_arm in enumerate(proposed)]
         most = {arm: self._rows(plan, arm) for arm in set(plan.routes)}
-        limits = [self._limits(round, i, most[arm]) for i, arm in enumerate(plan.routes)]
+        limits = [self._limits(turn, i, most[arm]) for i, arm in enumerate(plan.routes)]
         plan.limits = Limits(*map(list, zip(*limits, strict=True)))
         plan.priced_as = [
             arms.PROMISED if arm == arms.NONE and request.decision.promised else arm
             for arm, request in zip(plan.routes, requests, strict=True)
         ]
         plan.row_estimates = [self.controller.costs.room(arm) for arm in plan.priced_as]
-        plan.calibration = self._calibrations(round)
+        plan.calibration = self._calibrations(turn)
         return plan
 
-    def _verifiable(
-        self, round: Round, index: int, proposed: Mapping[str, Candidate]
-    ) -> dict[str, Candidate]:
+    def _verifiable(self, turn: Round, index: int, proposed: Mapping[str, Candidate]) -> dict[str, Candidate]:
         """Candidates of a request that may be verified; where texts are known late, with what others know to follow."""
         if not proposed:
             return {}
-        request = round.requests[index]
+        request = turn.requests[index]
         usable = {arm: each for arm, each in proposed.items() if self.controller.may_use(request, arm)}
         if self.host.exact:
             return usable
         if request.may_join:
             room = widest_of(self.drafters) + sum(request.under_way)
             usable = {
-                arm: self.sources.extended(round, index, arm, each, room)[0] for arm, each in usable.items()
+                arm: self.sources.extended(turn, index, arm, each, room)[0] for arm, each in usable.items()
             }
         return {arm: each for arm, each in usable.items() if not self.sources.copies_itself(arm, each)}
 
@@ -117,10 +115,10 @@ class Planner:
             return rows
         return 1 + self.controller.costs.length(arm, plan.routes.count(arm), rows - 1)
 
-    def _limits(self, round: Round, index: int, widest: int) -> tuple[int, int, int, int]:
+    def _limits(self, turn: Round, index: int, widest: int) -> tuple[int, int, int, int]:
         """`Limits` of a request, in their order. widest: rows of its pass."""
-        request, most = round.requests[index], round.budgets[index] - 1
-        limit, candidates = min(widest - 1, most), round.plan.candidates[index]
+        request, most = turn.requests[index], turn.budgets[index] - 1
+        limit, candidates = min(widest - 1, most), turn.plan.candidates[index]
         if not request.running:
             return limit, 0, 0, 0
         longest = copying = 0
@@ -140,31 +138,31 @@ class Planner:
             room = max(room, min(most_tokens, widest_of(self.drafters)))
         return limit, min(longest, most), copying, min(room, most)
 
-    def _calibrations(self, round: Round) -> dict[str, Floats]:
+    def _calibrations(self, turn: Round) -> dict[str, Floats]:
         """Numbers that judge drafts of the round, of every arm that may make some."""
         by_arm = {}
         for arm, drafter in self.drafters.items():
-            if (arm in round.plan.routes or arm in self.sources.on_device) and arm not in self.quarantine:
+            if (arm in turn.plan.routes or arm in self.sources.on_device) and arm not in self.quarantine:
                 with self.quarantine.guard(arm):
-                    by_arm[arm] = drafter.calibration(round.requests, round.plan.worth[arm])
+                    by_arm[arm] = drafter.calibration(turn.requests, turn.plan.worth[arm])
         return by_arm
 
-    def _askable(self, round: Round, index: int) -> list[str]:
+    def _askable(self, turn: Round, index: int) -> list[str]:
         """Arms that may draft for a request, if they have anything to propose; none for one that has ended."""
         # The last token a request may commit needs no draft: it is the bonus token.
-        request, may_name = round.requests[index], self.controller.may_name
-        if round.budgets[index] <= 1 or not request.running:
+        request, may_name = turn.requests[index], self.controller.may_name
+        if turn.budgets[index] <= 1 or not request.running:
             return []
         serving = self.quarantine.serving(self.drafters, request)
         return [arm for arm in serving if may_name(request, arm) and self.sync.may_draft(request.row, arm)]
 
     def _proposed(
-        self, round: Round, index: int, asked: Sequence[str]
+        self, turn: Round, index: int, asked: Sequence[str]
     ) -> tuple[dict[str, Candidate], dict[str, Forecast | None]]:
         """Candidates of those of `asked` that may draft; and what each of these expects, None where it proposes nothing
         before a pass.
         """
-        request, n = round.requests[index], round.most[index]
+        request, n = turn.requests[index], turn.most[index]
         candidates: dict[str, Candidate] = {}
         forecasts: dict[str, Forecast | None] = {}
         for arm in asked:
@@ -177,7 +175,7 @@ class Planner:
                     forecasts[arm] = promised
                 continue
             if drafter is not None and drafter.serves(request):
-                history, worth = partial(round.history, index), round.plan.worth[arm]
+                history, worth = partial(turn.history, index), turn.plan.worth[arm]
                 propose = partial(drafter.propose, request, n, history, worth, sum(request.under_way))
                 candidate = self.sources.checked(arm, request, propose)
             if candidate and candidate.tokens:
@@ -187,39 +185,39 @@ class Planner:
                 forecasts[arm] = None
         return candidates, forecasts
 
-    def _route(self, round: Round) -> tuple[list[str], list[dict[str, Candidate]]]:
+    def _route(self, turn: Round) -> tuple[list[str], list[dict[str, Candidate]]]:
         """A pass for each request, or none, and its candidates; nothing of one that ended after the scheduler had put
         it into the batch.
         """
-        requests = round.requests
+        requests = turn.requests
         running = [i for i, request in enumerate(requests) if request.running]
         before = [requests[i].previous for i in running]
         routes = [arms.NONE] * len(requests)
         candidates: list[dict[str, Candidate]] = [{} for _ in requests]
-        self.controller.costs.set_contexts(round.most)
+        self.controller.costs.set_contexts(turn.most)
         forecasts = []
         for i in running:
             if requests[i].tracker is not None:
-                requests[i].begin(partial(round.answer, i))
-            candidates[i], expected = self._proposed(round, i, round.plan.asked[i])
+                requests[i].begin(partial(turn.answer, i))
+            candidates[i], expected = self._proposed(turn, i, turn.plan.asked[i])
             forecasts.append(expected)
         chosen = self.controller.route([requests[i] for i in running], forecasts) if running else []
         for i, old, new in zip(running, before, chosen, strict=True):
             routes[i] = new
             # Before its last token a request has nothing to switch to.
-            self.clock.switches += round.budgets[i] > 1 and old not in (None, new)
+            self.clock.switches += turn.budgets[i] > 1 and old not in (None, new)
         return routes, candidates
 
-    def _upload(self, round: Round) -> None:
+    def _upload(self, turn: Round) -> None:
         """Send what the device needs of the plan, in one transfer."""
-        plan = round.plan
-        if not round.due and not any(plan.limits.drafts):
-            round.catches_up = round.rows.new_empty(0)
+        plan = turn.plan
+        if not turn.due and not any(plan.limits.drafts):
+            turn.catches_up = turn.rows.new_empty(0)
             return
         upload = Upload()
         limits = [upload.ints(values) for values in plan.limits]
-        members = {arm: upload.ints(indices) for arm, indices in round.members.items()}
-        due = upload.ints(self.sync.flags(round.due, len(round)))
+        members = {arm: upload.ints(indices) for arm, indices in turn.members.items()}
+        due = upload.ints(self.sync.flags(turn.due, len(turn)))
         calibration = {arm: upload.floats(values) for arm, values in plan.calibration.items()}
         proposing, width = self.sources.proposing, self.sources.width
         from_host = not self.host.exact and any(plan.candidates)
@@ -230,16 +228,16 @@ class Planner:
                 upload.ints(values) for values in (tokens.ravel(), counts, [each.at for each in candidates])
             ]
             alive_at = upload.floats(alive.ravel())
-        ints, floats = upload.send(round.rows.device)
-        round.catches_up, round.limits = ints[due], Limits(*(ints[place] for place in limits))
-        round.member_indices = {arm: ints[place] for arm, place in members.items()}
-        round.calibration = {arm: floats[place] for arm, place in calibration.items()}
+        ints, floats = upload.send(turn.rows.device)
+        turn.catches_up, turn.limits = ints[due], Limits(*(ints[place] for place in limits))
+        turn.member_indices = {arm: ints[place] for arm, place in members.items()}
+        turn.calibration = {arm: floats[place] for arm, place in calibration.items()}
         if from_host:
-            shape = len(round), len(proposing)
+            shape = len(turn), len(proposing)
             ids, most, places = (ints[place] for place in at)
             chances = floats[alive_at].view(*shape, width)
             drafts = Drafts(ids.view(*shape, width), most.view(shape), chances)
-            round.host_drafts = drafts, places.view(shape)
+            turn.host_drafts = drafts, places.view(shape)
 
 
 def rows_of(drafters: Mapping[str, Drafter], arm: str) -> int:

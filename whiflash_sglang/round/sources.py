@@ -63,7 +63,7 @@ class DraftSources:
         return arm in self.on_device and all(part.source == CONTEXT for part in candidate.parts)
 
     def extended(
-        self, round: Round, index: int, first: str, drafts: Candidate, room: int
+        self, turn: Round, index: int, first: str, drafts: Candidate, room: int
     ) -> tuple[Candidate, int]:
         """Drafts of a request with what other arms know to follow, such as the copy that a chain leads into; and how
         many of the first are left.
@@ -73,7 +73,7 @@ class DraftSources:
         Args:
             index: of the request. first: the arm whose `drafts` they are. room: tokens at most.
         """
-        request, left, last = round.requests[index], len(drafts.tokens), first
+        request, left, last = turn.requests[index], len(drafts.tokens), first
         answered: dict[str, Candidate] = {}
         for arm, drafter in self._turns:
             if (
@@ -83,7 +83,7 @@ class DraftSources:
                 or not drafter.extends(request)
             ):
                 continue
-            extend = partial(drafter.extend_drafts, request, drafts, room, round.plan.worth[arm])
+            extend = partial(drafter.extend_drafts, request, drafts, room, turn.plan.worth[arm])
             longer = self.checked(arm, request, extend)
             if longer is None:
                 continue

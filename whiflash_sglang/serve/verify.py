@@ -38,36 +38,36 @@ class VerifyStage:
         self._target, self._tokens, self._host = target, tokens, host
         self._epilogue, self._hooks = epilogue, hooks
 
-    def verify(self, batch: Any, round: Round, barrier: Any) -> Verified:
+    def verify(self, batch: Any, turn: Round, barrier: Any) -> Verified:
         """Run the target over bonus tokens and drafts.
 
         Args:
             barrier: of SGLang: what a grammar needs before its masks are made; None: nothing.
         """
-        table, chosen = self._target.slot_table, round.chosen
+        table, chosen = self._target.slot_table, turn.chosen
         padded = prepare_mixed_block(
-            round.bonus,
+            turn.bonus,
             chosen.tokens,
             chosen.widths,
-            round.starts,
-            round.rows,
+            turn.starts,
+            turn.rows,
             table,
-            rows=self._target.agreed_rows(round.packed_rows, len(round)),
+            rows=self._target.agreed_rows(turn.packed_rows, len(turn)),
         )
         host_widths = chosen.widths.tolist() if self._host.exact else None
         block = padded if host_widths is None else packed(padded, sum(host_widths))
-        masks = Masks(block, chosen.widths, round.ahead) if batch.has_grammar else None
+        masks = Masks(block, chosen.widths, turn.ahead) if batch.has_grammar else None
         sends = sends_tokens(batch.has_grammar)
         changed = batch.has_grammar or sampling.changes_logits(batch) or sampling.is_sglangs(batch)
         unchanged = not (changed or sends or self._checks)
-        self._epilogue.let_graphs_commit(unchanged, round.row_ids)
-        verified = self._target.verify(batch, padded, chosen.widths, host_widths, round.stride)
-        verified = verified._replace(starts=round.starts, request_rows=round.rows)
+        self._epilogue.let_graphs_commit(unchanged, turn.row_ids)
+        verified = self._target.verify(batch, padded, chosen.widths, host_widths, turn.stride)
+        verified = verified._replace(starts=turn.starts, request_rows=turn.rows)
         masks = self._built(batch, masks, barrier)
         if self._checks:
             sampling.check_numbers(verified.logits)
         if verified.committed is None:
-            predictions = self._sampled(batch, verified, block, round, masks)
+            predictions = self._sampled(batch, verified, block, turn, masks)
             predictions = first_ranks(predictions) if sends else predictions
             verified = verified._replace(predictions=predictions)
         if masks is not None and masks.rejected:
@@ -78,19 +78,19 @@ class VerifyStage:
         return verified
 
     def _sampled(
-        self, batch: Any, verified: Verified, block: MixedBlock, round: Round, masks: Masks | None
+        self, batch: Any, verified: Verified, block: MixedBlock, turn: Round, masks: Masks | None
     ) -> torch.Tensor:
         """[T] int64, the target's token at each row."""
         runner, text = self._target.runner, self._tokens.data
         if sampling.is_sglangs(batch):
-            return sampling.sample_as_sglang(runner, batch, verified.output, block, round, masks, text)
+            return sampling.sample_as_sglang(runner, batch, verified.output, block, turn, masks, text)
         of_rows = None if masks is None else masks.of_rows
         if not sampling.changes_logits(batch):
             return self._epilogue.sample(verified, of_rows)
         return torch.cat(
             [
                 self._epilogue.sample(verified._replace(logits=logits), of_rows, first)
-                for first, logits in sampling.changed_logits(batch, verified.logits, block, round, text)
+                for first, logits in sampling.changed_logits(batch, verified.logits, block, turn, text)
             ]
         )
 

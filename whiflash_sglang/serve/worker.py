@@ -217,29 +217,29 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         DP attention a step has one round, as other ranks' steps have.
         """
         began = time.perf_counter()
-        round = round_batch(batch, self.target.context_len, self.stages.planner.under_way)
+        turn = round_batch(batch, self.target.context_len, self.stages.planner.under_way)
         most = min(STEP_ROUNDS, widest_of(self.drafters) + 1)
         if on_publish is not None or self.target.peers.size > 1 or step.needs_scheduler(batch):
             most = 1
-        result, tokens = self._round(batch, round, on_publish, grammar_barrier)
+        result, tokens = self._round(batch, turn, on_publish, grammar_barrier)
         rounds = [result]
         while (
             tokens
             and len(rounds) < most
-            and not any_ended(round, tokens)
-            and not any_tracked(batch, round, tokens)
+            and not any_ended(turn, tokens)
+            and not any_tracked(batch, turn, tokens)
             and self.ranks.broadcast(
                 lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail()
             )
         ):
-            round = next_round(batch, round, result, tokens)
-            result, tokens = self._round(batch, round, on_publish, grammar_barrier)
+            turn = next_round(batch, turn, result, tokens)
+            result, tokens = self._round(batch, turn, on_publish, grammar_barrier)
             rounds.append(result)
         self.publisher.tick()
         return step_result(rounds)
 
     def _round(
-        self, batch: Any, round: Round, on_publish: Any, grammar_barrier: Any
+        self, batch: Any, turn: Round, on_publish: Any, grammar_barrier: Any
     ) -> tuple[Any, list[list[int]]]:
         """`round_result`; and what was committed per request, if another round may follow: nothing was drafted, and
         the host knows.
@@ -248,32 +248,30 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         for previous in clock.begin():
             stages.learner.timed(previous)
         with clock.stage("route"):
-            stages.planner.plan(round)
+            stages.planner.plan(turn)
         with clock.stage("catch_up"):
-            self.sync.catch_up(round.due, round.catches_up, round.rows, round.starts)
-            clock.extra_catch_up_seconds += self.sync.beyond_usual(
-                round.due, round.row_ids, round.plan.routes
-            )
+            self.sync.catch_up(turn.due, turn.catches_up, turn.rows, turn.starts)
+            clock.extra_catch_up_seconds += self.sync.beyond_usual(turn.due, turn.row_ids, turn.plan.routes)
         with clock.stage("draft"):
-            stages.drafting.draft(round)
-            self.sync.verifying.append(round.packed_rows)
+            stages.drafting.draft(turn)
+            self.sync.verifying.append(turn.packed_rows)
         with clock.stage("verify"):
-            verified = stages.verifier.verify(batch, round, grammar_barrier)
+            verified = stages.verifier.verify(batch, turn, grammar_barrier)
         with clock.stage("commit"):
-            committed = stages.epilogue.commit(verified, round.stride)
-            self.target.commit(batch, round.starts, committed.accept_lens)
+            committed = stages.epilogue.commit(verified, turn.stride)
+            self.target.commit(batch, turn.starts, committed.accept_lens)
             overlap.attach(batch, verified, committed.tokens.shape[1])
         with clock.stage("park"):
             stages.epilogue.park(verified, committed)
-            signals = stages.epilogue.signals(verified, committed, stages.learner.needs(round))
-            results = Download(results_of(round, committed, signals))
+            signals = stages.epilogue.signals(verified, committed, stages.learner.needs(turn))
+            results = Download(results_of(turn, committed, signals))
             if on_publish is None:
-                tokens = stages.learner.learn(round, results.read())
+                tokens = stages.learner.learn(turn, results.read())
             else:
                 on_publish(results[results.at.seq_lens])
-                tokens = overlap.carry(verified.output, results, partial(stages.learner.learn, round))
-        self.tally.round_seconds.append(clock.end(round.timed()))
-        return round_result(verified, results), [] if round.stride > 1 else tokens
+                tokens = overlap.carry(verified.output, results, partial(stages.learner.learn, turn))
+        self.tally.round_seconds.append(clock.end(turn.timed()))
+        return round_result(verified, results), [] if turn.stride > 1 else tokens
 
     def clear_cache_pool(self) -> None:
         """`flush_cache`."""

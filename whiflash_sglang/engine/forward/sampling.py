@@ -90,7 +90,7 @@ def takes_single_tokens(req: Any) -> bool:
 
 
 def changed_logits(
-    batch: Any, logits: torch.Tensor, block: MixedBlock, round: Round, tokens: torch.Tensor
+    batch: Any, logits: torch.Tensor, block: MixedBlock, turn: Round, tokens: torch.Tensor
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Logits with what `changes_logits`, [rows, V], a few rows at a time: the first row, and a copy of them, for the
     controller reads the raw distribution.
@@ -99,7 +99,7 @@ def changed_logits(
         round: the lengths, rows and stride of the batch, for penalties.
         tokens: token table with this round's drafts written, for penalties.
     """
-    penalised = _penalised_batch(batch, round, tokens)
+    penalised = _penalised_batch(batch, turn, tokens)
     for first in range(0, len(logits), CHANGED_ROWS):
         rows = slice(first, first + CHANGED_ROWS)
         part = logits[rows].clone()
@@ -112,7 +112,7 @@ def sample_as_sglang(
     batch: Any,
     output: Any,
     block: MixedBlock,
-    round: Round,
+    turn: Round,
     masks: Masks | None,
     tokens: torch.Tensor,
 ) -> torch.Tensor:
@@ -128,7 +128,7 @@ def sample_as_sglang(
     """
     owner, logits, penalised = block.request_of_row, output.next_token_logits, None
     if changes_logits(batch):
-        penalised = _penalised_batch(batch, round, tokens)
+        penalised = _penalised_batch(batch, turn, tokens)
     whole = batch.return_logprob or batch.sampling_info.has_custom_logit_processor
     records: tuple[bool, list[Any], list[Any]] = (False, [], [])
     if batch.return_logprob:
@@ -272,16 +272,16 @@ def _expand_processor(entry: ProcessorEntry, owners: list[int], device: torch.de
     return ProcessorEntry(entry.processor, rows, torch.tensor(rows, dtype=torch.long, device=device))
 
 
-def _penalised_batch(batch: Any, round: Round, tokens: torch.Tensor) -> PenalisedBatch | None:
+def _penalised_batch(batch: Any, turn: Round, tokens: torch.Tensor) -> PenalisedBatch | None:
     members = [
         _penalty_request(req, member, len(req.origin_input_ids), length)
-        for member, (req, length) in enumerate(zip(batch.reqs, round.most, strict=True))
+        for member, (req, length) in enumerate(zip(batch.reqs, turn.most, strict=True))
         if is_penalised(req)
     ]
     if not members:
         return None
     vocabulary = batch.sampling_info.vocab_size
-    return PenalisedBatch(members, round.rows, round.starts, tokens, round.stride, vocabulary)
+    return PenalisedBatch(members, turn.rows, turn.starts, tokens, turn.stride, vocabulary)
 
 
 def _penalty_request(req: Any, member: int, prompt: int, length: int) -> PenaltyRequest:

@@ -94,48 +94,48 @@ def round_batch(batch: Any, context_len: int, under_way: Callable[[int], int]) -
     )
 
 
-def next_round(batch: Any, round: Round, done: GenerationBatchResult, tokens: Sequence[list[int]]) -> Round:
+def next_round(batch: Any, turn: Round, done: GenerationBatchResult, tokens: Sequence[list[int]]) -> Round:
     """The same requests a round later, in the same step of the scheduler; `batch` follows.
 
     done: `round_result` of a round that drafted nothing. tokens: that it committed, per request, on the host.
     """
-    lengths = [n + len(run) for n, run in zip(round.most, tokens, strict=True)]
+    lengths = [n + len(run) for n, run in zip(turn.most, tokens, strict=True)]
     starts = done.new_seq_lens
     # Both stay where they are.
     batch.seq_lens, batch.seq_lens_cpu = starts, torch.from_numpy(np.array(lengths))
     batch.seq_lens_sum = sum(lengths)
-    for req in round.reqs:
+    for req in turn.reqs:
         # Upstream counts the last forward of a step; this one is not the last, and drafted nothing.
         req.spec_verify_ct += 1
         req.update_spec_correct_drafts_histogram(0)
         req.spec_num_cap_tokens += 1
         req.update_spec_cap_lens_histogram(1)
     return replace(
-        round,
+        turn,
         starts=starts,
         least=lengths,
         most=lengths,
         bonus=done.next_draft_input.bonus_tokens,
-        budgets=[left - len(run) for left, run in zip(round.budgets, tokens, strict=True)],
-        ahead=[known + run for known, run in zip(round.ahead, tokens, strict=True)],
+        budgets=[left - len(run) for left, run in zip(turn.budgets, tokens, strict=True)],
+        ahead=[known + run for known, run in zip(turn.ahead, tokens, strict=True)],
     )
 
 
-def any_ended(round: Round, tokens: Sequence[list[int]]) -> bool:
+def any_ended(turn: Round, tokens: Sequence[list[int]]) -> bool:
     """Whether a request may end with the `tokens` of a round: no budget is left, or its last token stops it."""
     return any(
         left <= len(run) or run[-1] in sampling.ending_ids(req)
-        for req, left, run in zip(round.reqs, round.budgets, tokens, strict=True)
+        for req, left, run in zip(turn.reqs, turn.budgets, tokens, strict=True)
     )
 
 
-def any_tracked(batch: Any, round: Round, tokens: Sequence[list[int]]) -> bool:
+def any_tracked(batch: Any, turn: Round, tokens: Sequence[list[int]]) -> bool:
     """Whether the round of these `tokens` kept a state for the tree: the scheduler looks for that at the end of a
     step's last round.
     """
     every = recurrent.tracks_every(batch)
     return every is not None and any(
-        n // every != (n + len(run)) // every for n, run in zip(round.most, tokens, strict=True)
+        n // every != (n + len(run)) // every for n, run in zip(turn.most, tokens, strict=True)
     )
 
 
