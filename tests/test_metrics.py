@@ -1,30 +1,17 @@
 """The round's clock, as the cost model reads it."""
 
 import pytest
+from device_clock import DeviceClock
 
 from whiflash_sglang.device import clock as clocks
 from whiflash_sglang.prices.round_clock import RoundClock, RoundTime
 
 
-class Events:
-    """A device's events, which come when the test says so; a mark is its time."""
-
-    def __init__(self) -> None:
-        self.now, self.done = 0.0, -1.0
-
-    def record(self) -> float:
-        return self.now
-
-    def passed(self, mark: float) -> bool:
-        return mark <= self.done
+class Events(DeviceClock):
+    """A device's events, which come when the test says so."""
 
     def wait(self, mark: float) -> None:
         raise AssertionError("a round does not wait for its own time")
-
-    def elapsed(self, begin: float, end: float) -> float:
-        if not (self.passed(begin) and self.passed(end)):
-            raise AssertionError("read before it has come")
-        return end - begin
 
 
 @pytest.mark.parametrize(("pause", "gap"), [(0.002, 0.002), (60.0, 0.030)])

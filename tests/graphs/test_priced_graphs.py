@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_clock import DeviceClock
 from emulated import TapeBackend, emulated_graphs
 from engine import Engine, engine
 from model_set import Models
@@ -41,30 +42,16 @@ def pass_seconds(name: str, size: int) -> float:
     return DRAFT[name] + 0.2 * size if name in DRAFT else CATCH_UP[name] + 0.05 * size
 
 
-class Device:
-    """Its clock; a mark is the device's time, in seconds."""
+class Device(DeviceClock):
+    """Its clock, which work moves."""
 
     def __init__(self) -> None:
-        self.now, self._come = 0.0, -1.0
+        super().__init__()
         self._seen: set[Any] = set()
 
     def works(self, what: Any, seconds: float) -> None:
         self.now += seconds * (1.0 if what in self._seen else FIRST)
         self._seen.add(what)
-
-    def record(self) -> float:
-        return self.now
-
-    def passed(self, mark: float) -> bool:
-        return mark <= self._come
-
-    def wait(self, mark: float) -> None:
-        self._come = max(self._come, mark)
-
-    def elapsed(self, begin: float, end: float) -> float:
-        if not self.passed(end):
-            raise AssertionError("read before it has come")
-        return end - begin
 
 
 class Bench:

@@ -1,6 +1,7 @@
 """Prices that are looked up, and routes by them: nothing here has a clock but what measures, and that one is moved."""
 
 import pytest
+from device_clock import DeviceClock
 
 from whiflash_sglang.device.clock import measure
 from whiflash_sglang.prices.costs import FULL_LENGTH
@@ -29,30 +30,9 @@ def costs(row: float = 0.1, ar: float = 0.5, context: float = 0.0, short: float 
     return found
 
 
-class Moved:
-    """A clock whose work is done when somebody waits for it, as a device's is."""
-
-    def __init__(self) -> None:
-        self.now, self.done = 0.0, -1.0
-
-    def record(self) -> float:
-        return self.now
-
-    def passed(self, mark: float) -> bool:
-        return mark <= self.done
-
-    def wait(self, mark: float) -> None:
-        self.done = max(self.done, mark)
-
-    def elapsed(self, begin: float, end: float) -> float:
-        if not (self.passed(begin) and self.passed(end)):
-            raise AssertionError("read before it has come")
-        return end - begin
-
-
 @pytest.mark.parametrize(("options", "seconds"), [({}, 2.5), ({"repeats": 3, "of": min}, 1.0)])
 def test_a_measurement_is_behind_a_first_run_and_waits_for_each(options: dict, seconds: float) -> None:
-    clock, durations = Moved(), iter([0.5, 1.0, 9.0, 2.0, 3.0, 2.5])
+    clock, durations = DeviceClock(), iter([0.5, 1.0, 9.0, 2.0, 3.0, 2.5])
 
     def body() -> None:
         clock.now += next(durations)

@@ -72,8 +72,11 @@ class Verifications:
         cls, short: int, long: int, sizes: Collection[int], price: Callable[[int, int], float]
     ) -> "Verifications":
         """`price(rows, context)` of each of `sizes` at both contexts."""
-        near, far = (Sizes.measured(sizes, lambda rows, at=at: price(rows, at)) for at in (short, long))
-        return cls(short, long, near, far)
+
+        def at(context: int) -> Sizes:
+            return Sizes.measured(sizes, lambda rows: price(rows, context))
+
+        return cls(short, long, at(short), at(long))
 
     def at(self, rows: float, context: float) -> float:
         """Seconds for requests of `context` tokens together; fewer than `short` cost as `short` do."""

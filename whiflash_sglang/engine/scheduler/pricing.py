@@ -185,35 +185,18 @@ class Start:
 
     def _batch(self, drafter: KVDrafter, length: int, requests: int) -> DraftBatch:
         """A batch of so many requests that are none, with at most `length` drafts each."""
-        slot_table = self.target.slot_table
-        rows = torch.arange(requests, device=slot_table.device)
-        starts, caps = torch.full_like(rows, CONTEXT), torch.full_like(rows, drafter.max_drafts)
-        calibration = torch.tensor(
-            drafter.calibration((), FULL_LENGTH), dtype=torch.float32, device=rows.device
-        )
+        table = self.target.slot_table
+        rows = torch.arange(requests, device=table.device)
+        starts, caps, bonus = (torch.full_like(rows, n) for n in (CONTEXT, drafter.max_drafts, 0))
+        values = drafter.calibration((), FULL_LENGTH)
+        calibration = torch.tensor(values, dtype=torch.float32, device=rows.device)
+        reads_tail, place = drafter.tail_width > 0, drafter.place(requests)
         rows, starts, bonus, caps, tail, calibration = self.sync.rings.inputs(
-            None,
-            rows,
-            starts,
-            torch.zeros_like(rows),
-            caps,
-            calibration,
-            drafter.features,
-            tail=drafter.tail_width > 0,
-            into=drafter.place(requests),
+            None, rows, starts, bonus, caps, calibration, drafter.features, tail=reads_tail, into=place
         )
+        limits, ids, host = [length] * requests, range(requests), self.host
         return DraftBatch(
-            rows,
-            starts,
-            bonus,
-            tail,
-            slot_table,
-            CONTEXT,
-            caps,
-            limits=[length] * requests,
-            row_ids=range(requests),
-            calibration=calibration,
-            host=self.host,
+            rows, starts, bonus, tail, table, CONTEXT, caps, limits, ids, calibration, host=host
         )
 
     def _catch_up(self, arm: str, tokens: int) -> float:
@@ -227,15 +210,8 @@ class Start:
         ids = torch.arange(1, count + 1, device=device)
         starts = torch.full_like(ids, max(context // count, 1))
         verify_lens = torch.tensor(widths, dtype=torch.int32, device=device)
-        block = prepare_mixed_block(
-            torch.zeros_like(ids),
-            ids.new_zeros((count, max(widths) - 1)),
-            verify_lens,
-            starts,
-            ids,
-            target.slot_table,
-            rows=rows,
-        )
+        bonus, drafts = torch.zeros_like(ids), ids.new_zeros((count, max(widths) - 1))
+        block = prepare_mixed_block(bonus, drafts, verify_lens, starts, ids, target.slot_table, rows=rows)
         on_host = starts.cpu()
 
         def verify() -> Any:
