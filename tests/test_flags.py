@@ -16,6 +16,7 @@ from whiflash_sglang.settings.flags import flags
 def test_every_flag_is_there_with_its_choices() -> None:
     shown = {flag.field: flag for flag in flags()}
     assert set(shown) == set(Flags.model_fields)
+    assert all(info.description for info in Flags.model_fields.values())
     assert shown["router"].takes.split("|") == list(get_args(RouterName))
     assert shown["eagle_steps"].takes == "INTEGER"
     assert shown["eagle_draft"].takes == "PATH"

@@ -5,7 +5,7 @@ own `--speculative-draft-model-path`. Without it, that path is a DFlash checkpoi
 the EAGLE-3 one; or it is the only drafter. Without any drafter, rounds draft from texts only: copies and structure.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -39,7 +39,6 @@ from whiflash_sglang.updates.samples import Spooling, check_spool, samples_of
 from whiflash_sglang.updates.versions import versions_of
 
 RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "none", "random"]
-T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 NO_ROUTER = "--whiflash-router neural needs --whiflash-neural-router-path or a bundle with a router"
 
@@ -49,26 +48,50 @@ class Flags(Strict):
 
     Names and meanings of the first five are the published release's (arXiv 2606.07710). The rest of what can be set is
     in a bundle's manifest, and the thresholds of a policy in `PolicyChange`, too.
+    Docstrings of fields are the help of the flags.
     """
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     eagle_draft: str | None = None
+    """EAGLE-3 checkpoint (directory or hub id), beside a DFlash draft path or instead of the bundle's."""
     drafters: Literal["df-e3", "none"] = "df-e3"
+    """df-e3 (the paper's name): all drafters that are named. none: no drafter, also if a bundle names some."""
     router: RouterName | None = None
+    """Policy: auto (most expected tokens a second), entropy or neural (the paper's rules), or one pinned arm.
+    Default: auto; random is for tests."""
     neural_router_path: str | None = None
+    """Neural router: hub id, directory or .safetensors file."""
     neural_router_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Threshold on the neural router's output (tokens of acceptance length)."""
     eagle_steps: Positive = 5
+    """Longest EAGLE-3 chain."""
     block_size: Annotated[int, Field(ge=2)] | None = None
+    """Longest DFlash block, bonus token included; at most the checkpoint's."""
     lookup: Literal["on", "off"] | None = None
+    """The copying arm. Default: the bundle's, else on."""
     structure: Literal["on", "off"] | None = None
+    """The arm of forced text. Default: the bundle's, else on."""
     force_recorded: Literal["on", "off"] = "off"
+    """For benchmarks only: requests may force their answer's tokens, which then are not the target's."""
     trace_sample: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of requests, from 0 to 1, whose traces are written to --whiflash-trace-dir. Default: 0."""
     trace_dir: str | None = None
+    """Directory for sampled traces, as JSON lines (see whiflash trace)."""
     trace_text: Literal["on", "off"] | None = None
+    """Whether sampled traces hold the answer's text and stretches. Default: off, only sums."""
     trace_mib: Positive | None = None
+    """Most MiB of sampled traces on disk; the oldest go first. Default: 64."""
     learn: str | None = None
+    """Directory for token ids of finished requests, to train drafters on (docs/how-to/learning.md). Default:
+    nothing is kept."""
     learn_mib: Positive | None = None
+    """Most MiB of such samples on disk; the oldest go first. Default: 256."""
     learn_hours: Positive | None = None
+    """Longest age of such samples, in hours. Default: 168."""
     versions: str | None = None
+    """Directory of versions of the drafters' weights, to switch while serving. Default: versions in the directory
+    of --whiflash-learn."""
 
 
 class Settings(Strict):
@@ -264,8 +287,9 @@ def _neural(
             raise ConfigError(NO_ROUTER)
         return None
     if flags.neural_router_path is None:
-        path = member(_need(draft_path), _need(manifest), "router", download_dir=download_dir)
-        base = _need(shipped).model_copy(update={"path": str(path)})
+        assert draft_path is not None and manifest is not None and shipped is not None  # noqa: PT018
+        path = member(draft_path, manifest, "router", download_dir=download_dir)
+        base = shipped.model_copy(update={"path": str(path)})
     else:
         # Another file: the bundle's threshold and sign were made for its own.
         base = NeuralRouter(path=flags.neural_router_path)
@@ -281,13 +305,16 @@ def _structure(flags: Flags, manifest: Manifest | None) -> Structure:
     return _updated(shipped, enabled=None if flags.structure is None else flags.structure == "on")
 
 
+def _require_none(flags: Flags, fields: Iterable[str], why: str) -> None:
+    for field in fields:
+        if getattr(flags, field) is not None:
+            raise ConfigError(f"{flag_of(field)} {why}")
+
+
 def _traces(flags: Flags) -> TraceSampling:
     if not flags.trace_sample:
-        for field in ("trace_dir", "trace_text", "trace_mib"):
-            if getattr(flags, field) is not None:
-                raise ConfigError(
-                    f"{flag_of(field)} has no effect without --whiflash-trace-sample above 0: give both, or remove it"
-                )
+        why = "has no effect without --whiflash-trace-sample above 0: give both, or remove it"
+        _require_none(flags, ("trace_dir", "trace_text", "trace_mib"), why)
         return TraceSampling()
     if flags.trace_dir is None:
         raise ConfigError(
@@ -302,9 +329,7 @@ def _traces(flags: Flags) -> TraceSampling:
 
 def _samples(flags: Flags) -> Spooling:
     if flags.learn is None:
-        for field in ("learn_mib", "learn_hours"):
-            if getattr(flags, field) is not None:
-                raise ConfigError(f"{flag_of(field)} does something only with --whiflash-learn")
+        _require_none(flags, ("learn_mib", "learn_hours"), "does something only with --whiflash-learn")
         return Spooling()
     if flags.force_recorded == "on":
         raise ConfigError(
@@ -325,9 +350,3 @@ def _versions(flags: Flags, drafters: Mapping[str, Path]) -> Path | None:
     if flags.versions is not None:
         return Path(flags.versions).absolute()
     return None if flags.learn is None else versions_of(Path(flags.learn).absolute())
-
-
-def _need(value: T | None) -> T:
-    if value is None:
-        raise AssertionError("checked by the caller")
-    return value

@@ -30,7 +30,7 @@ PREFIX = "--whiflash-"
 OTHERS = ("--help", "--model-type")
 """Flags that `sglang serve` takes before its parser does."""
 KNOWN_PLUGINS = ("whiflash", "smg-servicer", "smg-zmq")
-"""This one, and those that come with SGLang."""
+"""This one, and those that come with SGLang, whose flags are in files `*_flag.py` of their packages."""
 _FIELD = re.compile(r"^    ([a-z]\w*): ", re.MULTILINE)
 _LITERAL = re.compile(r"[\"'](--[a-z][\w-]*)[\"']")
 HOST, PORT = "127.0.0.1", 30000
@@ -135,13 +135,15 @@ def _settings(said: Mapping[str, Any]) -> Flags:
 
 def _check_names(said: Iterable[str]) -> None:
     """Raise UsageError for a flag that SGLang's sources do not name; to import its parser takes half a minute."""
-    found = find_spec("sglang")
-    others = {plugin.name for plugin in entry_points(group="sglang.srt.plugins")} - {*KNOWN_PLUGINS}
-    if found is None or not found.submodule_search_locations or others:  # other plugins may add flags
+    plugins = entry_points(group="sglang.srt.plugins")
+    packages = ["sglang", *(plugin.module.partition(".")[0] for plugin in plugins)]
+    specs = [spec for package in packages if (spec := find_spec(package)) is not None]
+    places = [Path(place) for spec in specs for place in spec.submodule_search_locations or ()]
+    if not places or plugins.names - {*KNOWN_PLUGINS}:  # other plugins may add flags
         return
-    root = Path(found.submodule_search_locations[0]) / "srt"
+    root = places[0] / "srt"
     files = [root / "server_args.py", *(root / "arg_groups").rglob("*.py")]
-    files += root.parent.with_name("smg_grpc_servicer").glob("*_flag.py")  # the known plugins' flags
+    files += [file for place in places for file in place.glob("*_flag.py")]
     text = "\n".join(file.read_text("utf-8") for file in files if file.is_file())
     known = {f"--{name.replace('_', '-')}" for name in _FIELD.findall(text)} | {
         *_LITERAL.findall(text),
