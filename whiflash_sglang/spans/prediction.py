@@ -5,7 +5,6 @@ before it is scheduled; ids are taken too, as SGLang takes `input_ids`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 from whiflash_sglang.spans.hints import CARRIED_PREDICTION, HintError, utf8
@@ -14,9 +13,6 @@ FIELD: Final = f"custom_params.{CARRIED_PREDICTION}"
 
 MAX_TOKEN_CHARS: Final = 16
 """Characters that a token of a prediction holds on average at most: what is behind them is not even encoded."""
-
-Encode = Callable[[str], Sequence[int]]
-"""Text → token ids, without special tokens."""
 
 
 class Read(NamedTuple):
@@ -50,48 +46,32 @@ def body_prediction(body: object) -> str | None:
     return "".join(_part(f"prediction.content[{i}]", part) for i, part in enumerate(content))
 
 
-def carried_prediction(custom_params: object) -> str | list[object] | None:
-    """The prediction in `custom_params`: a text or token ids, neither measured nor looked into.
-
-    Raises: HintError, and nothing else, naming the field that is wrong.
-    """
-    carried = custom_params.get(CARRIED_PREDICTION) if isinstance(custom_params, dict) else None
-    if isinstance(carried, str):
-        return _text(FIELD, carried)
-    if carried is None or isinstance(carried, list):
-        return carried
-    raise HintError(FIELD, "must be a string or a list of token ids")
-
-
 def prediction_reader(tokenizer: Any, most: int, vocabulary: int) -> ReadPrediction:
-    """`prediction_tokens` for a server. tokenizer: of `transformers`, or None."""
-    encode = None if tokenizer is None else partial(tokenizer.encode, add_special_tokens=False)
-    return partial(prediction_tokens, encode=encode, most=most, vocabulary=vocabulary)
-
-
-def prediction_tokens(
-    custom_params: object, encode: Encode | None, most: int, vocabulary: int
-) -> Read | None:
-    """The first `most` tokens of what `custom_params` carry; None where they carry none.
+    """Reads the first `most` tokens of what `custom_params` carry.
 
     A prediction changes no text, so one that is too long is cut and not refused: the beginning is worth copying from.
 
     Args:
-        encode: None where there is no tokenizer. most: tokens that are read. vocabulary: ids that the target has.
-
-    Raises: HintError, and nothing else, naming the field that is wrong.
+        tokenizer: of `transformers`, or None. vocabulary: ids that the target has.
     """
-    carried = carried_prediction(custom_params)
-    if carried is None:
-        return None
-    if isinstance(carried, str):
-        if encode is None:
-            raise HintError(FIELD, "must be token ids: this server has no tokenizer")
-        text, carried = carried, list(encode(carried[: most * MAX_TOKEN_CHARS]))
-        is_cut = len(carried) > most or len(text) > most * MAX_TOKEN_CHARS
-    else:
-        is_cut = len(carried) > most
-    return Read([_token(i, token, vocabulary) for i, token in enumerate(carried[:most])], is_cut)
+
+    def read(custom_params: object) -> Read | None:
+        carried = custom_params.get(CARRIED_PREDICTION) if isinstance(custom_params, dict) else None
+        if carried is None:
+            return None
+        characters = most * MAX_TOKEN_CHARS
+        is_cut = isinstance(carried, str) and len(carried) > characters
+        if isinstance(carried, str):
+            _text(FIELD, carried)
+            if tokenizer is None:
+                raise HintError(FIELD, "must be token ids: this server has no tokenizer")
+            carried = list(tokenizer.encode(carried[:characters], add_special_tokens=False))
+        elif not isinstance(carried, list):
+            raise HintError(FIELD, "must be a string or a list of token ids")
+        tokens = [_token(i, token, vocabulary) for i, token in enumerate(carried[:most])]
+        return Read(tokens, is_cut or len(carried) > most)
+
+    return read
 
 
 def _token(index: int, token: object, vocabulary: int) -> int:
