@@ -170,13 +170,14 @@ def resolve(
     check_router(flags.router or "auto", drafters)
     if flags.neural_router_path:
         check_arms("--whiflash-neural-router-path", NAMES, drafters)
+    template = manifest.chat_template if manifest else None
     return Settings(
         drafters={arm: drafters[arm] for arm in arms.PAIR if arm in drafters},
         router=flags.router or "auto",
         entropy=manifest.entropy if manifest else EntropyRouter(),
         neural=_neural(flags, manifest, draft_path, download_dir),
-        lookup=_lookup(flags, manifest),
-        structure=_structure(flags, manifest),
+        lookup=_switched(lookup_of(manifest), flags.lookup),
+        structure=_switched(manifest.structure if manifest else Structure(), flags.structure),
         eagle_steps=flags.eagle_steps,
         block_size=flags.block_size,
         dflash_vocabulary=manifest.dflash_vocabulary if manifest else "full",
@@ -185,7 +186,7 @@ def resolve(
         samples=_samples(flags),
         versions=_versions(flags, drafters),
         target=manifest.target if manifest else "",
-        chat_template=_template(manifest, draft_path),
+        chat_template=draft_path / template if draft_path and template else None,
         tool_call_parser=manifest.tool_call_parser if manifest else None,
         bundle=manifest.name if manifest else None,
         checksums=_checksums(flags, manifest, draft_path),
@@ -273,9 +274,9 @@ def _updated(model: Model, **values: Any) -> Model:
     return model.model_copy(update={name: value for name, value in values.items() if value is not None})
 
 
-def _template(manifest: Manifest | None, bundle: Path | None) -> Path | None:
-    named = manifest.chat_template if manifest else None
-    return bundle / named if bundle and named else None
+def _switched(arm: Model, switch: str | None, **values: Any) -> Model:
+    """A bundle's settings of an arm, with what flags say of it. switch: `on`, `off` or None."""
+    return _updated(arm, enabled=None if switch is None else switch == "on", **values)
 
 
 def _neural(
@@ -294,15 +295,6 @@ def _neural(
         # Another file: the bundle's threshold and sign were made for its own.
         base = NeuralRouter(path=flags.neural_router_path)
     return _updated(base, threshold=flags.neural_router_threshold)
-
-
-def _lookup(flags: Flags, manifest: Manifest | None) -> Lookup:
-    return _updated(lookup_of(manifest), enabled=None if flags.lookup is None else flags.lookup == "on")
-
-
-def _structure(flags: Flags, manifest: Manifest | None) -> Structure:
-    shipped = manifest.structure if manifest else Structure()
-    return _updated(shipped, enabled=None if flags.structure is None else flags.structure == "on")
 
 
 def _require_none(flags: Flags, fields: Iterable[str], why: str) -> None:
