@@ -17,17 +17,8 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
-from whiflash_sglang.engine.http import answers, middleware, pieces
-from whiflash_sglang.engine.http.requests import (
-    CURRENT,
-    Asked,
-    Call,
-    Form,
-    as_chat,
-    asked_by,
-    implied,
-    take_up,
-)
+from whiflash_sglang.engine.http import answers, middleware, pieces, requests
+from whiflash_sglang.engine.http.requests import CURRENT, Asked, Call, Form, as_chat, implied
 from whiflash_sglang.spans.hints import TOOLS_KEY, parse_hints
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -95,8 +86,7 @@ BUILT_IN: dict[Form, dict[str, Any]] = {
 
 def implied_by(form: Form, **body: Any) -> tuple[list[tuple[str, bool]], str | None]:
     """Spans by kind, and whether they are open; and what is carried of the tools."""
-    params = implied(manager(), as_chat(Call(form, body)), Asked())
-    assert params is not None
+    params = implied(manager(), as_chat(Call(form, body)), Asked()) or {}
     return [(span.kind, span.open) for span in parse_hints(params).spans], params.get(TOOLS_KEY)
 
 
@@ -132,9 +122,8 @@ def test_an_internal_request_gets_hints_and_salts() -> None:
     sglangs = {"__sglang_reasoning_in_grammar": True}
     obj = SimpleNamespace(sampling_params={"custom_params": sglangs}, cache_salt=None, extra_key=None)
     hints = {"whiflash": '{"infer":false}'}
-    asked = asyncio.run(asked_by(manager(), hints))
-    call = Call("messages", {}, asked, {"cache_salt": "acme"})
-    assert asyncio.run(take_up(manager(), obj, call)) == [asked]
+    call = Call("messages", {}, asyncio.run(requests.asked_by(manager(), hints)), {"cache_salt": "acme"})
+    assert asyncio.run(requests.take_up(manager(), obj, call)) == [call.asked]
     assert obj.sampling_params == {"custom_params": {**sglangs, **hints}}
     assert (obj.cache_salt, obj.extra_key) == ("acme", None)
 
@@ -451,7 +440,7 @@ STREAMS: dict[str, list[str]] = {
 async def sent(path: str, body: dict[str, Any], parts: list[bytes], text: str = "Köln") -> list[bytes]:
     """Bodies that a client gets of a stream that a route sends in these parts."""
     form = ROUTES[path]
-    call = Call(form, body, await asked_by(manager(), body.get("custom_params")))
+    call = Call(form, body, await requests.asked_by(manager(), body.get("custom_params")))
     found: list[bytes] = []
 
     async def send(message: Any) -> None:

@@ -190,7 +190,7 @@ class Lifecycle:
         except HintError as error:
             logger.warning("request %s: a malformed prediction is ignored (%s)", req.rid, error)
             return None
-        return read.tokens if read is not None and read.tokens else None
+        return read[0] if read is not None and read[0] else None
 
     def _drop(self, request: Request, output: Sequence[int] = ()) -> None:
         """Everything that is kept of a request goes. output: as of `TextDrafter.end`."""

@@ -5,7 +5,7 @@ before it is scheduled; ids are taken too, as SGLang takes `input_ids`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from whiflash_sglang.spans.hints import CARRIED_PREDICTION, HintError, utf8
 
@@ -14,16 +14,9 @@ FIELD: Final = f"custom_params.{CARRIED_PREDICTION}"
 MAX_TOKEN_CHARS: Final = 16
 """Characters that a token of a prediction holds on average at most: what is behind them is not even encoded."""
 
-
-class Read(NamedTuple):
-    """Token ids of a prediction. is_cut: whether it had more than are read."""
-
-    tokens: Sequence[int]
-    is_cut: bool
-
-
-ReadPrediction = Callable[[object], Read | None]
-"""The prediction in `custom_params`, None if there is none. Raises HintError."""
+ReadPrediction = Callable[[object], tuple[Sequence[int], bool] | None]
+"""Token ids of the prediction in `custom_params`, and whether it had more than are read; None if there is none. Raises
+HintError."""
 
 
 def body_prediction(body: object) -> str | None:
@@ -55,7 +48,7 @@ def prediction_reader(tokenizer: Any, most: int, vocabulary: int) -> ReadPredict
         tokenizer: of `transformers`, or None. vocabulary: ids that the target has.
     """
 
-    def read(custom_params: object) -> Read | None:
+    def read(custom_params: object) -> tuple[Sequence[int], bool] | None:
         carried = custom_params.get(CARRIED_PREDICTION) if isinstance(custom_params, dict) else None
         if carried is None:
             return None
@@ -69,7 +62,7 @@ def prediction_reader(tokenizer: Any, most: int, vocabulary: int) -> ReadPredict
         elif not isinstance(carried, list):
             raise HintError(FIELD, "must be a string or a list of token ids")
         tokens = [_token(i, token, vocabulary) for i, token in enumerate(carried[:most])]
-        return Read(tokens, is_cut or len(carried) > most)
+        return tokens, is_cut or len(carried) > most
 
     return read
 

@@ -158,8 +158,9 @@ async def asked_by(manager: Any, custom_params: Any) -> Asked:
     reader = prediction_reader(manager.tokenizer, longest, vocabulary)
     found = await asyncio.get_running_loop().run_in_executor(None, reader, custom_params)
     assert found is not None
+    tokens, is_cut = found
     note = f"the prediction was cut to its first {longest} tokens (lookup.prediction_tokens of the bundle)"
-    return Asked({**custom_params, CARRIED_PREDICTION: found.tokens}, hints, (note,) if found.is_cut else ())
+    return Asked({**custom_params, CARRIED_PREDICTION: tokens}, hints, (note,) if is_cut else ())
 
 
 def _is_nobodys(manager: Any, obj: Any) -> bool:
