@@ -274,9 +274,9 @@ def _updated(model: Model, **values: Any) -> Model:
     return model.model_copy(update={name: value for name, value in values.items() if value is not None})
 
 
-def _switched(arm: Model, switch: str | None, **values: Any) -> Model:
+def _switched(arm: Model, switch: str | None) -> Model:
     """A bundle's settings of an arm, with what flags say of it. switch: `on`, `off` or None."""
-    return _updated(arm, enabled=None if switch is None else switch == "on", **values)
+    return _updated(arm, enabled=None if switch is None else switch == "on")
 
 
 def _neural(
