@@ -72,7 +72,7 @@ def serve(path: Path) -> Served:
     seen: list[Tensor] = []
     propose = model.propose
     model.propose = lambda states, *rest: (seen.append(states.clone()), propose(states, *rest))[1]
-    drafts = arm.draft(_batch(arm, table))
+    drafts = arm.draft(batch(arm, table, torch.zeros(len(LENGTHS), 0)))
     assert drafts.confidences is not None
     return Served(draft, arm, own, drafts.tokens, drafts.confidences, seen[0], context)
 
@@ -82,15 +82,15 @@ def _features(row: int, length: int, captured: tuple[int, ...]) -> Tensor:
     return torch.randn(length, len(captured) * HIDDEN, generator=generator)
 
 
-def _batch(arm: DFlashArm, table: Tensor) -> DraftBatch:
-    starts = torch.tensor(LENGTHS)
+def batch(arm: Any, table: Tensor, tail: Tensor) -> DraftBatch:
+    """Both requests, whose drafts are as long as they may be."""
     return DraftBatch(
         rows=torch.arange(len(LENGTHS)),
         row_ids=range(len(LENGTHS)),
         longest=max(LENGTHS),
-        starts=starts,
+        starts=torch.tensor(LENGTHS),
         bonus=torch.tensor(BONUS),
-        tail=torch.zeros(len(LENGTHS), 0),
+        tail=tail,
         slot_table=table,
         limits=[arm.max_drafts] * len(LENGTHS),
         caps=torch.full((len(LENGTHS),), arm.max_drafts),

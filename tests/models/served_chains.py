@@ -4,14 +4,13 @@ from pathlib import Path
 
 import torch
 from published import HIDDEN, TARGET_LAYERS, VOCAB, target_tensors
-from served_blocks import BONUS, CONTEXT, LENGTHS
+from served_blocks import BONUS, CONTEXT, LENGTHS, batch
 from torch import Tensor
 
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.formats.table import read_draft
-from whiflash_sglang.records.core import DraftBatch
 from whiflash_sglang.serve.assemble import chain_arm
 
 STEPS = 5
@@ -52,18 +51,5 @@ def serve(path: Path) -> tuple[list[list[int]], list[Tensor], list[list[int]]]:
                 runs if known else None,
             )
         )
-    drafts = arm.draft(
-        DraftBatch(
-            rows=torch.arange(len(LENGTHS)),
-            row_ids=range(len(LENGTHS)),
-            longest=max(LENGTHS),
-            starts=torch.tensor(LENGTHS),
-            bonus=torch.tensor(BONUS),
-            tail=torch.stack([rows[-1] for rows in features]),
-            slot_table=table,
-            limits=[STEPS] * len(LENGTHS),
-            caps=torch.full((len(LENGTHS),), STEPS),
-            calibration=torch.tensor(arm.length.calibration()),
-        )
-    )
+    drafts = arm.draft(batch(arm, table, torch.stack([rows[-1] for rows in features])))
     return drafts.tokens.tolist(), features, tokens

@@ -79,6 +79,15 @@ def mimo_tensors() -> dict[str, Tensor]:
     return draw(shapes) | {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
 
 
+def expert_tensors() -> dict[str, Tensor]:
+    """GLM's experts, without their prefix."""
+    shapes: Shapes = {"gate.weight": (16, HIDDEN), "gate.e_score_correction_bias": (16,)}
+    for name in (*(f"experts.{i}" for i in range(16)), "shared_experts"):
+        shapes |= {f"{name}.{part}_proj.weight": (48, HIDDEN) for part in ("gate", "up")}
+        shapes[f"{name}.down_proj.weight"] = (HIDDEN, 48)
+    return draw(shapes)
+
+
 def test_a_head_in_several_files_is_the_one_in_one(tmp_path: Path) -> None:
     one, several = (
         write(tmp_path / files, MIMO, mimo_tensors(), files=files) for files in ("one", "sharded")
@@ -93,11 +102,7 @@ def test_a_head_in_several_files_is_the_one_in_one(tmp_path: Path) -> None:
 def test_experts_are_those_of_hugging_faces_layer(rows: int, changes: dict[str, Any], tmp_path: Path) -> None:
     said = GLM | changes
     layer = Glm4MoeMoE(Glm4MoeConfig(**{**said, "experts_implementation": "eager"}))
-    shapes: Shapes = {"gate.weight": (16, HIDDEN), "gate.e_score_correction_bias": (16,)}
-    for name in (*(f"experts.{i}" for i in range(16)), "shared_experts"):
-        shapes |= {f"{name}.{part}_proj.weight": (48, HIDDEN) for part in ("gate", "up")}
-        shapes[f"{name}.down_proj.weight"] = (HIDDEN, 48)
-    weights = draw(shapes)
+    weights = expert_tensors()
     ours = Experts(HIDDEN, read_routed(tmp_path, said))
     with torch.no_grad():
         ours.fill(WeightReader(tmp_path, weights), "")
@@ -116,11 +121,7 @@ def test_experts_are_those_of_hugging_faces_layer(rows: int, changes: dict[str, 
 def test_a_rounded_model_routes_by_the_gate_as_it_is_published(tmp_path: Path) -> None:
     """Eight bits of mantissa would send rows to other experts than the target's own layers."""
     experts = Experts(HIDDEN, read_routed(tmp_path, GLM)).to(torch.bfloat16)
-    shapes: Shapes = {"gate.weight": (16, HIDDEN), "gate.e_score_correction_bias": (16,)}
-    for name in (*(f"experts.{i}" for i in range(16)), "shared_experts"):
-        shapes |= {f"{name}.{part}_proj.weight": (48, HIDDEN) for part in ("gate", "up")}
-        shapes[f"{name}.down_proj.weight"] = (HIDDEN, 48)
-    weights = draw(shapes)
+    weights = expert_tensors()
     experts.fill(WeightReader(tmp_path, weights), "")
     assert experts.down.dtype == torch.bfloat16
     assert torch.equal(experts.gate, weights["gate.weight"])

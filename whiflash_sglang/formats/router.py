@@ -49,24 +49,20 @@ class Router(nn.Module):
 
     def forward(self, final: Tensor) -> Tensor:
         """`final` [B, H] states after the target's final norm, at the last committed position → ΔAL [B]."""
-        predicted: Tensor = self.second(self.hidden(final))[:, 0]
+        predicted: Tensor = self.second(self._hidden(final))[:, 0]
         return predicted
 
     def predict(self, final: Tensor) -> tuple[Tensor, Tensor]:
-        """`read` of `final` [B, H]."""
-        return self.read(self.hidden(final))
-
-    def read(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs for the hidden layer's units [B, M]: ΔAL [B], and drafts accepted of EAGLE-3 and of DFlash [B, 2].
+        """`final` [B, H] → ΔAL [B], and drafts accepted of EAGLE-3 and of DFlash [B, 2].
 
         Raises `CheckpointError` if the router has no heads.
         """
         if self.heads is None:
             raise CheckpointError("this router predicts ΔAL only; it has no heads")
+        hidden = self._hidden(final)
         return self.second(hidden)[:, 0], self.heads(hidden)
 
-    def hidden(self, final: Tensor) -> Tensor:
-        """`final` [B, H] → the hidden layer's units [B, M]."""
+    def _hidden(self, final: Tensor) -> Tensor:
         return F.gelu(self.first(final.to(self.first.weight.dtype)))
 
     def layers(self) -> Layers:

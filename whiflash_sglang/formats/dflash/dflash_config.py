@@ -5,7 +5,7 @@ the same key at the top level.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -141,18 +141,11 @@ class DFlashConfig:
     @property
     def variant(self) -> bool:
         """Whether a layer of the trunk, or what it chooses from, differs from the published model."""
-        plain = (False, None, False, False, 1.0, False, None, None)
-        found = (
-            any(span != LayerSpan() for span in self.spans),
-            self.draft_vocab_size,
-            self.attention_bias,
-            self.gemma_norm,
-            self.value_scale,
-            self.neighbours,
-            self.clamped,
-            self.convolution,
+        others = ("rms_norm_eps", "max_position_embeddings", "from_anchor")
+        variants = (field for field in fields(DFlashConfig) if field.default is not MISSING)
+        return any(
+            getattr(self, field.name) != field.default for field in variants if field.name not in others
         )
-        return found != plain
 
 
 C = TypeVar("C", bound=DFlashConfig)
