@@ -32,6 +32,11 @@ QWEN3 = {
 OF_QWEN3_8B = QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 151936}
 SPREAD = [1, 9, 17, 25, 33]
 """Layers of the five-feature drafters of Qwen3-8B."""
+BLOCKS = OF_QWEN3_8B | {
+    "num_hidden_layers": 5,
+    "num_target_layers": 36,
+    "layer_types": ["full_attention"] * 5,
+}
 
 
 class Published(NamedTuple):
@@ -50,14 +55,9 @@ class Published(NamedTuple):
 IDS = {
     # SpecForge, configs/qwen3-8b-dflash.json: the layout of z-lab/Qwen3-8B-DFlash-b16
     "DFlash of Qwen3-8B": Published(
-        OF_QWEN3_8B
-        | {
-            "architectures": ["DFlashDraftModel"],
-            "num_hidden_layers": 5,
-            "block_size": 16,
-            "num_target_layers": 36,
-        }
-        | {"layer_types": ["full_attention"] * 5, "sliding_window": None, "use_sliding_window": False}
+        BLOCKS
+        | {"architectures": ["DFlashDraftModel"], "block_size": 16}
+        | {"sliding_window": None, "use_sliding_window": False}
         | {"dflash_config": {"mask_token_id": 151669, "target_layer_ids": SPREAD}},
         QWEN3_8B,
         "DFlash",
@@ -83,14 +83,9 @@ IDS = {
     ),
     # deepseek-ai/dspark_qwen3_8b_block7: DeepSpec, deepspec/modeling/dspark/qwen3/config.py and config/dspark
     "DSpark of Qwen3-8B": Published(
-        OF_QWEN3_8B
-        | {
-            "architectures": ["Qwen3DSparkModel"],
-            "num_hidden_layers": 5,
-            "block_size": 7,
-            "num_target_layers": 36,
-        }
-        | {"layer_types": ["full_attention"] * 5, "mask_token_id": 151669, "target_layer_ids": SPREAD}
+        BLOCKS
+        | {"architectures": ["Qwen3DSparkModel"], "block_size": 7}
+        | {"mask_token_id": 151669, "target_layer_ids": SPREAD}
         | {"num_anchors": 512, "enable_confidence_head": True, "confidence_head_with_markov": True}
         | {"markov_rank": 256, "markov_head_type": "vanilla", "tie_word_embeddings": False},
         QWEN3_8B,

@@ -1,4 +1,4 @@
-"""A drafter in sixty lines: it expects what followed the text's last token before.
+"""A drafter in fifty lines: it expects what followed the text's last token before.
 
 `docs/dev/add-a-drafter.md` walks through it; `test_example_arm.py` serves requests with it.
 """
@@ -15,7 +15,7 @@ ARM = "again"
 
 
 class AgainArm(TextDrafter):
-    """Drafts the tokens behind the last token's newest earlier place. It keeps one dictionary of each request.
+    """Drafts the tokens behind the last token's newest earlier place. It keeps the text of each request.
 
     Attributes:
         judged: of each round, how many tokens were proposed, and how many of them were right.
@@ -27,19 +27,14 @@ class AgainArm(TextDrafter):
         self.judged: list[tuple[int, int]] = []
         self._right = Rates([0.5], weight=4.0, decay=0.98)
         self._texts: dict[int, list[int]] = {}
-        self._places: dict[int, dict[int, int]] = {}
 
     def propose(
         self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
     ) -> Candidate | None:
-        text, places = self._texts.setdefault(row, []), self._places.setdefault(row, {})
-        new = history(len(text))  # costs what it returns: ask for what was not seen
-        for token in new:
-            if text:
-                places[text[-1]] = len(text)  # where what follows that token begins
-            text.append(token)
-        begin = places.get(text[-1])
-        if begin is None:
+        text = self._texts.setdefault(row, [])
+        text.extend(history(len(text)))  # costs what it returns: ask for what was not seen
+        begin = next((place + 1 for place in range(len(text) - 2, -1, -1) if text[place] == text[-1]), 0)
+        if not begin:
             return None
         chance, alive = self._right.of(0), []
         while len(alive) < self.max_drafts and chance ** (len(alive) + 1) >= worth.least_chance:
@@ -54,4 +49,3 @@ class AgainArm(TextDrafter):
 
     def release(self, row: int) -> None:
         self._texts.pop(row, None)
-        self._places.pop(row, None)

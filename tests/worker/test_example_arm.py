@@ -9,7 +9,7 @@ from plain import compare, plain_texts
 from traffic import mixed, play
 
 
-def test_a_drafter_of_sixty_lines_serves(tmp_path: Path) -> None:
+def test_a_drafter_of_fifty_lines_serves(tmp_path: Path) -> None:
     """The target repeats tokens, as the drafter expects of it."""
     models = build_models(tmp_path, peaked=True)
     arrivals = mixed(seed=3, count=8, shared=24, aborts=0.1, tokens=48)

@@ -225,7 +225,7 @@ class WeightReader:
 
     @classmethod
     def of(cls, path: Path, renamed: Mapping[str, str]) -> "WeightReader":
-        """Of a directory, whose names may begin with `model.`; renamed: other exporters' names, and the usual ones."""
+        """Read a directory, whose names may begin with `model.`; renamed: other exporters' names → the usual ones."""
         found = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
         return cls(path, {renamed.get(name, name): tensor for name, tensor in found.items()})
 

@@ -235,7 +235,7 @@ class TargetsParts(nn.Module):
 
     @property
     def shared_embedding(self) -> Callable[[Tensor], Tensor] | None:
-        """What it embeds with if this process does not have the whole matrix."""
+        """It embeds by this if its process does not have the whole matrix."""
         return None if self.shared is None else self.shared.embed
 
     def embed(self, tokens: Tensor) -> Tensor:

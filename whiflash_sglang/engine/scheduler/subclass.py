@@ -1,8 +1,7 @@
 """SGLang's scheduler in a server of ours: a class of its own, with SGLang's override points.
 
-SGLang's registry of hooks (`srt/plugins/hook_registry.py`) could replace the class, but for every server of a process,
-and it swallows a hook that fails. So the instance becomes one while it is made: when its worker and its caches are
-there, and before it makes the parts that are ours.
+SGLang's registry of hooks replaces a class for all servers of a process, and swallows failures. So the instance becomes
+one while it is made: when its worker and its caches are there, and before it makes the parts that are ours.
 """
 
 from dataclasses import fields
