@@ -6,15 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from chosen_formats import (
-    BLOCK,
-    DFLASH2,
-    DOMINO,
-    OF_DFLASH2,
-    OF_DOMINO,
-    dflash2_tensors,
-    domino_tensors,
-)
+from chosen_formats import BLOCK, DFLASH2, DOMINO, OF_DFLASH2, OF_DOMINO, dflash2_tensors, domino_tensors
 from published import MASK, VOCAB, target_tensors, write
 from served_blocks import BONUS, LENGTHS, Served, serve
 from torch import Tensor, nn

@@ -74,10 +74,7 @@ THREE = {f"fc_norm__{i}__weight": NORM for i in range(3)}
 SGLANG_CASES: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
     "default layers": ({}, tensors(3, "midlayer.")),
     "named layers, layers.0": (AUX, tensors(3, "layers.0.")),
-    "two features": (
-        {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 6]}},
-        tensors(2, "midlayer."),
-    ),
+    "two features": ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 6]}}, tensors(2, "midlayer.")),
     "fc_norm": (AUX | {"fc_norm": True}, tensors(3, "midlayer.", **THREE)),
     "aux norms of before": (
         AUX | {"use_aux_norm": True},
