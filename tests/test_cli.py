@@ -10,7 +10,7 @@ import pytest
 from engine import engine
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.checkpoints.fit import Parts, create
+from whiflash_sglang.checkpoints.fit import BundleParts, create
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.errors import CheckpointError, ConfigError, UsageError
 
@@ -155,7 +155,7 @@ def test_a_worker_does_not_start_on_a_damaged_checkpoint(
     ):
         pass
     bundle = tmp_path / "bundle"
-    create(Parts(*(str(checkpoints[part]) for part in ("target", "eagle3", "dflash"))), bundle)
+    create(BundleParts(*(str(checkpoints[part]) for part in ("target", "eagle3", "dflash"))), bundle)
     weights = bundle / "dflash" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")  # which torch would load
     with (

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from whiflash_sglang.checkpoints.fit import Parts, create
+from whiflash_sglang.checkpoints.fit import BundleParts, create
 from whiflash_sglang.updates.versions import publish
 
 FROZEN = ("fc.", "k_proj", "v_proj", "k_norm", "input_layernorm", "hidden_norm", "d2t", "t2d")
@@ -56,7 +56,7 @@ def changed(original: Path, into: Path, change: Change, config: Mapping[str, obj
 
 def bundle_of(models: Pair, root: Path, eagle3: Path | None = None, dflash: Path | None = None) -> Path:
     """A bundle of these checkpoints."""
-    parts = Parts(str(models.target), str(eagle3) if eagle3 else None, str(dflash) if dflash else None)
+    parts = BundleParts(str(models.target), str(eagle3) if eagle3 else None, str(dflash) if dflash else None)
     create(parts, root)
     return root
 

@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One implementation of one case."""
 
     op: str
@@ -61,7 +61,7 @@ def variants(case: Case, device: torch.device, compiled: bool) -> Iterator[tuple
 
 def measure(
     case: Case, device: torch.device, limits: Ceilings | None, *, compiled: bool, budget_ms: int
-) -> Iterator[Row]:
+) -> Iterator[BenchRow]:
     for name, call in variants(case, device, compiled):
         with forced("triton" if name == "triton" else "torch"):
             timing = time_call(call, device, budget_ms)
@@ -69,7 +69,7 @@ def measure(
         if limits is not None:
             floor = limits.floor_us(case.moved_bytes, case.flops)
             share = case.moved_bytes / (1e-6 * timing.median_us) / limits.copy_bytes_per_second
-        yield Row(case.op, case.label, name, timing, floor, share)
+        yield BenchRow(case.op, case.label, name, timing, floor, share)
 
 
 def all_cases(bench: Bench, only: Sequence[str] = ()) -> Iterator[Case]:
@@ -81,19 +81,19 @@ def all_cases(bench: Bench, only: Sequence[str] = ()) -> Iterator[Case]:
         yield from (case for case in cases if not only or case.op in only)
 
 
-def switch_rows(bench: Bench, budget_ms: int) -> Iterator[Row]:
+def switch_rows(bench: Bench, budget_ms: int) -> Iterator[BenchRow]:
     """A verification round and a whole switch to either drafter, as graphs where there are graphs."""
     device, tokens = bench.device, bench.shape.block
     label = f"batch 1, {tokens} tokens, context 2048"
     verification = as_graph(verify_round(bench.shape, device, tokens, 2048), device)
-    yield Row("verify round", label, "torch", time_call(verification, device, budget_ms), None, None)
+    yield BenchRow("verify round", label, "torch", time_call(verification, device, budget_ms), None, None)
     for arm in ("diffusion", "ar"):
         with forced("auto"):
             timing = time_call(as_graph(switch_call(bench, arm), device), device, budget_ms)
-        yield Row("switch", f"batch 1, 16 tokens, to {arm}", "auto", timing, None, None)
+        yield BenchRow("switch", f"batch 1, 16 tokens, to {arm}", "auto", timing, None, None)
 
 
-def markdown(document: dict, rows: list[Row]) -> str:
+def markdown(document: dict, rows: list[BenchRow]) -> str:
     lines = [f"# Ops at the shapes of {document['shape']} on {document['device']}", ""]
     lines += [f"- {key}: {value}" for key, value in document["provenance"].items()]
     limits = document["ceilings"]
@@ -137,7 +137,7 @@ def main() -> int:
     shape = SHAPES[arguments.shape]
     limits = ceilings(device) if device.type == "cuda" else None
     bench = Bench(shape, device, largest_batch=256 if device.type == "cuda" else 32)
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     only = [op for op in arguments.only.split(",") if op]
     for case in all_cases(bench, only):
         print(f"{case.op}, {case.label}", file=sys.stderr, flush=True)

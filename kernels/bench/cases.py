@@ -61,7 +61,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class CaseSizes:
     """Requests of a batch, parked rows and ingested rows that are measured, and positions of a request."""
 
     batches: tuple[int, ...] = (1, 8, 32)
@@ -74,7 +74,7 @@ class Bench:
     """Random tensors of one model on one device; on `meta` tensors without numbers."""
 
     def __init__(
-        self, shape: ModelShape, device: torch.device, largest_batch: int, sizes: Sizes = Sizes()
+        self, shape: ModelShape, device: torch.device, largest_batch: int, sizes: CaseSizes = CaseSizes()
     ) -> None:
         self.shape, self.device, self.slots, self.sizes = shape, device, largest_batch + 1, sizes
         self.generator = None if device.type == "meta" else torch.Generator(device=device).manual_seed(0)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from whiflash_lab.advise import ERROR, GPUS, Question, Row, _card, advise
+from whiflash_lab.advise import ERROR, GPUS, Estimate, Question, _card, advise
 from whiflash_lab.published import KNOWN, known
-from whiflash_lab.simulate import Load, Pair, Simulation
+from whiflash_lab.simulate import PublishedPair, SimulatedLoad, Simulation
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.cli.report import brought, by_caller, gain_of
 from whiflash_sglang.drafts import arms
@@ -39,8 +39,11 @@ def ratio(
     """Tokens a second over plain, on one H100."""
     shape = known(target)
     assert shape is not None
-    card, load = _card(shape.shape, GPUS["h100"], 1), Load(requests, 2 * requests + 40, grammars=1e-9)
-    pair = Pair({"published": lengths}, drafts, drafts)
+    card, load = (
+        _card(shape.shape, GPUS["h100"], 1),
+        SimulatedLoad(requests, 2 * requests + 40, grammars=1e-9),
+    )
+    pair = PublishedPair({"published": lengths}, drafts, drafts)
     speculating, plain = (Simulation(card, load, name, pair=pair).run().rate for name in (method, "plain"))
     return speculating / plain
 
@@ -106,9 +109,9 @@ def test_what_a_server_copies_counts_as_its_report_counts_it() -> None:
 
 def test_a_stock_algorithm_that_is_ahead_is_named() -> None:
     rates = {"plain": 100.0, "eagle3": 190.0, "dflash": 240.0, "auto": 230.0}
-    assert Row(40, rates, 1.0, 3.0).verdict == "Take SGLang's own block drafter"
-    assert Row(40, {**rates, "dflash": 229.0}, 1.0, 3.0).verdict == "Turn it on"
-    assert Row(40, {"plain": 100.0, "auto": 99.0}, 1.0, 1.0).verdict == "Leave it off"
+    assert Estimate(40, rates, 1.0, 3.0).verdict == "Take SGLang's own block drafter"
+    assert Estimate(40, {**rates, "dflash": 229.0}, 1.0, 3.0).verdict == "Turn it on"
+    assert Estimate(40, {"plain": 100.0, "auto": 99.0}, 1.0, 1.0).verdict == "Leave it off"
 
 
 def test_what_cannot_be_answered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

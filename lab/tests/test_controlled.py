@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from whiflash_lab.evaluation import Known, auto_choices
+from whiflash_lab.evaluation import KnownSignals, auto_choices
 from whiflash_train.replay import JOINED, Replay
 from whiflash_train.walk import RouterWalk, tabulate
 
 SIZE = 240
-NOTHING = Known([0.0] * SIZE, [])
+NOTHING = KnownSignals([0.0] * SIZE, [])
 
 
 def answer(eagle3: int, dflash: int, copied: int = 0, loop_from: int = SIZE) -> Replay:
@@ -45,7 +45,7 @@ def test_it_walks_with_one_drafter_alone(arm: str) -> None:
     assert set(choices.values()) <= {JOINED[arm], "lookup", "none"}
 
 
-def taking_turns() -> tuple[Replay, Known]:
+def taking_turns() -> tuple[Replay, KnownSignals]:
     """The drafters take turns every five tokens, and the heads say so; means over the answer could not know."""
     even = np.arange(SIZE) % 10 < 5
     drafted = {"ar": np.where(even, 4, 0), "diffusion": np.where(even, 0, 4)}
@@ -54,10 +54,10 @@ def taking_turns() -> tuple[Replay, Known]:
     nothing = np.zeros(SIZE)
     replay = Replay("a", "chat", accepted, torch.zeros(SIZE, 2), SIZE, nothing, nothing.astype(int))
     heads = [[4.0, 4.0, 0.0] if first else [-4.0, 0.0, 4.0] for first in even]
-    return replay, Known([0.0] * SIZE, heads)
+    return replay, KnownSignals([0.0] * SIZE, heads)
 
 
-def length_with(replay: Replay, known: Known) -> float:
+def length_with(replay: Replay, known: KnownSignals) -> float:
     walk = RouterWalk(auto_choices([replay], [known]), copies=True)
     figures = tabulate([replay], {"auto": walk})["overall"]["acceptance_length"]
     return float(figures["auto"])

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 from whiflash_sdk.trace import Trace
 
-from whiflash_lab.demo import QUESTIONS, Answer, show
+from whiflash_lab.demo import QUESTIONS, DemoAnswer, show
 from whiflash_sglang.files.equality import Comparison, Verdict
 
 ARMS = {"ar": {"rounds": 2, "tokens": 5}, "lookup": {"rounds": 1, "tokens": 7}}
@@ -22,8 +22,8 @@ TRACE = Trace.model_validate(
     }
 )
 ANSWERS = [
-    Answer("chat", "Hello [bold]world", [], TRACE, 10.0, 25.0, Comparison(Verdict.IDENTICAL)),
-    Answer("tool call", "", ['f({"a": "[x]"})'], TRACE, 10.0, 12.5, Comparison(Verdict.IDENTICAL)),
+    DemoAnswer("chat", "Hello [bold]world", [], TRACE, 10.0, 25.0, Comparison(Verdict.IDENTICAL)),
+    DemoAnswer("tool call", "", ['f({"a": "[x]"})'], TRACE, 10.0, 12.5, Comparison(Verdict.IDENTICAL)),
 ]
 
 

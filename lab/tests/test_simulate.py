@@ -13,7 +13,7 @@ from whiflash_lab.simulate import (
     H100,
     PAIR,
     WAITS,
-    Load,
+    SimulatedLoad,
     Simulation,
     chance,
     cut,
@@ -154,7 +154,7 @@ def test_a_cut_keeps_the_likeliest_drafts_that_pay() -> None:
 
 @pytest.mark.parametrize("method", ["plain", "eagle3", "dflash"])
 def test_a_closed_load_decodes_at_the_published_length(method: str) -> None:
-    load = Load(4, total=40, prompt=1, answer=400)
+    load = SimulatedLoad(4, total=40, prompt=1, answer=400)
     simulation = Simulation(H100, load, method)
     result = simulation.run()
     assert result.tokens == 40 * 400
@@ -170,7 +170,7 @@ def test_a_closed_load_decodes_at_the_published_length(method: str) -> None:
 
 def test_the_controller_leaves_a_drafter_whose_drafts_are_refused() -> None:
     pair = PAIR._replace(lengths={"one": {arms.AR: 1.05, arms.DIFFUSION: 6.0}})
-    routed = Simulation(H100, Load(4, total=40), "auto", pair=pair).run().routed
+    routed = Simulation(H100, SimulatedLoad(4, total=40), "auto", pair=pair).run().routed
     assert routed[arms.DIFFUSION] > 0.9 * sum(routed.values())
 
 
@@ -190,7 +190,7 @@ def test_the_first_line_names_what_is_assumed() -> None:
 
 
 def test_grammars_cost_the_hosts_time_only_where_a_batch_waits_for_it() -> None:
-    load = Load(8, total=60, grammars=1 / 3)
+    load = SimulatedLoad(8, total=60, grammars=1 / 3)
     rates = {method: Simulation(H100, load, method).run().rate for method in ("auto", WAITS)}
     free = Simulation(H100, load._replace(grammars=0.0), "auto").run().rate
     assert rates[WAITS] < 0.9 * rates["auto"] <= 0.9 * free
@@ -206,6 +206,6 @@ def test_a_wrong_number_of_requests_is_refused() -> None:
 @pytest.mark.parametrize("seed", [1, 3, 4])
 def test_a_batch_finds_the_better_drafter_whatever_its_first_probes_accepted(seed: int) -> None:
     """When one request probed at a time, 16 requests kept EAGLE-3 with seeds 3 and 4, and 8 did with seed 1."""
-    load = Load(8 if seed == 1 else 16)
+    load = SimulatedLoad(8 if seed == 1 else 16)
     known = Simulation(H100, load, "cut", seed).run()
     assert Simulation(H100, load, "auto", seed).run().rate > 0.93 * known.rate

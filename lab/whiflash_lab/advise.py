@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from whiflash_lab.published import KNOWN, Acceptance, Known, Shape, known
+from whiflash_lab.published import KNOWN, Acceptance, PublishedTarget, Shape, known
 from whiflash_lab.simulate import (
     H100,
     PARAMETERS,
     PLANNING_OF_AGENTS,
     Card,
-    Load,
-    Pair,
+    PublishedPair,
+    SimulatedLoad,
     Simulation,
 )
 from whiflash_sglang.cli.report import brought
@@ -81,7 +81,7 @@ class Question(NamedTuple):
     answer: int = 256
 
 
-class Row(NamedTuple):
+class Estimate(NamedTuple):
     """Tokens a second by method at some requests. low, high: `auto` over plain on the worst and the best text."""
 
     requests: int
@@ -122,7 +122,7 @@ class Advice:
 
     assumed: str
     verdict: str
-    rows: list[Row]
+    rows: list[Estimate]
     published: list[str]
     eagle3: Sequence[str]
     block: Sequence[str]
@@ -144,7 +144,7 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
     target = known(question.target)
     if state is not None:
         card, pair, source = _of_server(state, question)
-        target = target or Known(question.target, _QWEN, (), ())
+        target = target or PublishedTarget(question.target, _QWEN, (), ())
         own = _on_its_traffic(state)
         prices = "prices of the running server, host's time included"
     else:
@@ -221,7 +221,7 @@ def _card(shape: Shape, gpu: Gpu, count: int) -> Card:
     )
 
 
-def _acceptance(target: Known) -> tuple[Acceptance, str]:
+def _acceptance(target: PublishedTarget) -> tuple[Acceptance, str]:
     if target.acceptance is not None:
         return target.acceptance, target.acceptance.source
     other = known("Qwen3-8B")
@@ -230,12 +230,12 @@ def _acceptance(target: Known) -> tuple[Acceptance, str]:
     return other.acceptance, f"none is published, so Qwen3-8B's: {other.acceptance.source}"
 
 
-def _pair(acceptance: Acceptance) -> Pair:
+def _pair(acceptance: Acceptance) -> PublishedPair:
     drafts = {arm: min(FULL[arm], drafted) for arm, drafted in acceptance.drafts.items()}
-    return Pair(acceptance.lengths, acceptance.drafts, drafts)
+    return PublishedPair(acceptance.lengths, acceptance.drafts, drafts)
 
 
-def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, Pair, str]:
+def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, PublishedPair, str]:
     """Prices and acceptance that a server found. Raises ConfigError: it has drafted too little to say."""
     costs, by_arm = state.get("costs") or {}, state.get("by_arm") or {}
     drafted = {
@@ -260,7 +260,7 @@ def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, Pair
         block=draft.get(arms.DIFFUSION, 0.0),
     )
     lengths = {"its traffic": {arm: length for arm, (length, _) in drafted.items()}}
-    return card, Pair(lengths, drafts, drafts), "of its traffic since the start"
+    return card, PublishedPair(lengths, drafts, drafts), "of its traffic since the start"
 
 
 def _on_its_traffic(state: Mapping[str, Any]) -> str:
@@ -275,9 +275,9 @@ STOCK = {"plain": "plain decoding", "eagle3": "EAGLE-3", "dflash": "block drafte
 """Methods that SGLang has without this package."""
 
 
-def _row(card: Card, pair: Pair, question: Question, requests: int) -> Row:
+def _row(card: Card, pair: PublishedPair, question: Question, requests: int) -> Estimate:
     # A share above 0 takes the host's time into account.
-    load = Load(
+    load = SimulatedLoad(
         requests,
         2 * requests + 40,
         question.prompt,
@@ -292,10 +292,10 @@ def _row(card: Card, pair: Pair, question: Question, requests: int) -> Row:
     methods = [method for method, arm in METHODS.items() if arm in ("", arms.NONE, *pair.drafts)]
     rates = {method: rate(method, pair.lengths) for method in methods}
     ratios = [rate("auto", {name: lengths}) / rates["plain"] for name, lengths in pair.lengths.items()]
-    return Row(requests, rates, min(ratios), max(ratios))
+    return Estimate(requests, rates, min(ratios), max(ratios))
 
 
-def _verdict(rows: Sequence[Row], own: str) -> str:
+def _verdict(rows: Sequence[Estimate], own: str) -> str:
     """own: of a server that has seen its traffic, which no estimate of drafters alone overrules."""
     parts: dict[str, list[str]] = {}
     for row in rows:
@@ -308,7 +308,7 @@ def _verdict(rows: Sequence[Row], own: str) -> str:
     return f"{sentence} (requests; tokens a second over plain decoding, range by data set)."
 
 
-def _settings(target: Known, question: Question, by_arm: Mapping[str, Any]) -> Iterator[str]:
+def _settings(target: PublishedTarget, question: Question, by_arm: Mapping[str, Any]) -> Iterator[str]:
     """by_arm: of a server that runs the target."""
     if FULL.keys() & by_arm.keys():
         yield "The server has drafters. `whiflash policy none --url URL` stops them while it serves, `auto` goes on."

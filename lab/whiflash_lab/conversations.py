@@ -173,7 +173,7 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Turn:
+class RecordedTurn:
     """One recorded answer.
 
     prompt: tokens before it, as its template renders them. answer: its tokens, the end of the turn included.
@@ -206,7 +206,7 @@ class Renderer:
         """Tokens of `text`, without special ones added."""
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def turns(self, recorded: Conversation) -> Iterator[Turn]:
+    def turns(self, recorded: Conversation) -> Iterator[RecordedTurn]:
         """Every answer that is not empty, in order.
 
         Raises:
@@ -221,7 +221,7 @@ class Renderer:
                 answer = self.encode(answer_text)
                 known_text, known_tokens = prompt_text + answer_text, prompt + answer
                 if answer:
-                    yield Turn(prompt, [*answer, ending])
+                    yield RecordedTurn(prompt, [*answer, ending])
 
     def _render(self, recorded: Conversation, count: int, prompt: bool) -> str:
         messages = [

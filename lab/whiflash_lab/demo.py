@@ -66,7 +66,7 @@ QUESTIONS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class DemoAnswer:
     """One question, asked of both servers.
 
     calls: of tools, as a program would run them. Speeds are medians of interleaved runs, output tokens per second.
@@ -97,7 +97,7 @@ class Answer:
         }
 
 
-def run(router: str, log_dir: Path | None, progress: Progress) -> list[Answer]:
+def run(router: str, log_dir: Path | None, progress: Progress) -> list[DemoAnswer]:
     """Start both servers, as `whiflash serve` starts one, ask every question of both, stop them."""
     model = ensure_target()
     common = [*embedded_arguments(set()), "--dtype", "bfloat16", "--max-total-tokens", "16384"]
@@ -149,7 +149,7 @@ def ask(
     ours: Server,
     model: Path,
     on_step: Callable[[], None] = lambda: None,
-) -> Answer:
+) -> DemoAnswer:
     """Warm up, compare, then time both servers in turn."""
     request = {"model": TARGET_NAME, "temperature": 0, "max_tokens": MAX_TOKENS, **question}
     plainly, here = (
@@ -190,7 +190,7 @@ def ask(
     message = answer["choices"][0]["message"]
     called = [call["function"] for call in message.get("tool_calls") or ()]
     calls = [f"{call['name']}({call['arguments']})" for call in called]
-    return Answer(name, message.get("content") or "", calls, trace, speeds[0], speeds[1], comparison)
+    return DemoAnswer(name, message.get("content") or "", calls, trace, speeds[0], speeds[1], comparison)
 
 
 def _ask(client: httpx.Client, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _ask(client: httpx.Client, request: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def judge(answers: list[Answer]) -> None:
+def judge(answers: list[DemoAnswer]) -> None:
     """Raise WhiflashError when an answer differs from plain decoding's."""
     different = [a.question for a in answers if a.comparison.verdict is Verdict.DIFFERENT]
     if different:
@@ -211,7 +211,7 @@ def judge(answers: list[Answer]) -> None:
         )
 
 
-def show(answers: Sequence[Answer], console: Console) -> None:
+def show(answers: Sequence[DemoAnswer], console: Console) -> None:
     """Answers and tables; if `console` has no colours, drafters' names precede their text."""
     console.print(f"Target: {TARGET}")
     _show_answers(answers, console)
@@ -222,7 +222,7 @@ def show(answers: Sequence[Answer], console: Console) -> None:
     console.print(f"{len(answers)} answers compared with plain decoding, {counted}.")
 
 
-def _show_answers(answers: Sequence[Answer], console: Console) -> None:
+def _show_answers(answers: Sequence[DemoAnswer], console: Console) -> None:
     colour = console.color_system is not None and not console.no_color
     for answer in answers:
         console.rule(f"[bold]{answer.question}[/]")
@@ -234,7 +234,7 @@ def _show_answers(answers: Sequence[Answer], console: Console) -> None:
             console.print(f"call: {call}\n", markup=False, highlight=False)
 
 
-def _speeds(answers: Sequence[Answer]) -> Table:
+def _speeds(answers: Sequence[DemoAnswer]) -> Table:
     table = Table(title="Against plain decoding, interleaved in this run (output tokens per second, medians)")
     for column in ("question", "plain", "WHIFLASH", "ratio", "acceptance length", "switches", "answer"):
         table.add_column(column, justify="left" if column in ("question", "answer") else "right")
@@ -251,7 +251,7 @@ def _speeds(answers: Sequence[Answer]) -> Table:
     return table
 
 
-def _drafters(answers: Sequence[Answer]) -> Table:
+def _drafters(answers: Sequence[DemoAnswer]) -> Table:
     table = Table(title="Acceptance length per drafter (tokens per target forward, bonus token included)")
     for column in ("drafter", "rounds", "tokens", "acceptance length"):
         table.add_column(column, justify="left" if column == "drafter" else "right")

@@ -26,9 +26,9 @@ from whiflash_train.answers.prompts import balanced, read_rows
 from whiflash_train.answers.served import serve
 from whiflash_train.answers.store import FeatureStore
 from whiflash_train.config import Data, Hardware
-from whiflash_train.origin import Origin, Vocabulary
-from whiflash_train.replay import JOINED, Pair, Parts, Replay, ReplayLog, Source, replay_answers
-from whiflash_train.rounds import Tally
+from whiflash_train.origin import Origin, VocabularyMatrices
+from whiflash_train.replay import JOINED, Pair, PairParts, Replay, ReplayLog, StoredAnswer, replay_answers
+from whiflash_train.rounds import RoundTally
 from whiflash_train.walk import (
     LOOP,
     Choices,
@@ -45,7 +45,7 @@ ENTROPY_ROWS = 2048
 """Rows of logits that are held at a time."""
 
 
-class Known(NamedTuple):
+class KnownSignals(NamedTuple):
     """The controller's knowledge at every position: the target's entropy in nats [P], and the router's outputs [P][3]
     (ΔAL, accepted drafts of EAGLE-3, of DFlash), empty without heads.
     """
@@ -54,7 +54,7 @@ class Known(NamedTuple):
     predicted: Sequence[Sequence[float]]
 
 
-def auto_choices(answers: Sequence[Replay], known: Sequence[Known]) -> list[Choices]:
+def auto_choices(answers: Sequence[Replay], known: Sequence[KnownSignals]) -> list[Choices]:
     """The arm of every round that `auto` comes to, answer by answer; it learns as it goes, as one server does.
 
     Drafts have their full length. Nothing costs anything, so `auto` seeks acceptance length alone.
@@ -65,7 +65,7 @@ def auto_choices(answers: Sequence[Replay], known: Sequence[Known]) -> list[Choi
         choices: dict[int, str] = {}
         for begin, end in ((0, answer.loop_from), (answer.loop_from, answer.positions)):
             run = _AutoRun(policy, answer, one, choices)
-            walk(answer, run.choose, begin, end, Tally(), learn=run.learn)
+            walk(answer, run.choose, begin, end, RoundTally(), learn=run.learn)
         chosen.append(choices)
     return chosen
 
@@ -77,7 +77,7 @@ class _AutoRun:
         self,
         policy: AutoPolicy,
         answer: Replay,
-        known: Known,
+        known: KnownSignals,
         choices: dict[int, str],
     ) -> None:
         self._policy, self._answer, self._known = policy, answer, known
@@ -131,7 +131,7 @@ class EvaluationSettings:
 class AnsweredBundle:
     """A bundle's replays over the target's own answers to some prompts."""
 
-    target: Vocabulary
+    target: VocabularyMatrices
     answers: list[Replay]
     prompts: int
     skipped: int
@@ -158,7 +158,7 @@ def answer_and_replay(
 ) -> AnsweredBundle:
     """The target answers `rows` (the first `limit`, balanced), and the bundle's drafters are replayed."""
     manifest = load_manifest(bundle)
-    capture = Parts.of_bundle(bundle).captured
+    capture = PairParts.of_bundle(bundle).captured
     template = None if manifest.chat_template is None else bundle / manifest.chat_template
     if settings.hardware.threads:
         torch.set_num_threads(settings.hardware.threads)
@@ -181,16 +181,16 @@ def answer_and_replay(
             )
             store.truncate_to_index()
             summary = answer_rows(chosen, served, store, keep_loops=True)
-        target = Vocabulary.read(work / "target", manifest.target, settings.hardware.torch_dtype)
+        target = VocabularyMatrices.read(work / "target", manifest.target, settings.hardware.torch_dtype)
         target = target.to(torch.device(settings.hardware.device))
         chosen_ids = {row["id"] for row in chosen}
-        pair = Pair.load(Parts.of_bundle(bundle, settings.eagle_steps), target)
-        sources = [Source(store, record) for record in store.records if record.id in chosen_ids]
+        pair = Pair.load(PairParts.of_bundle(bundle, settings.eagle_steps), target)
+        sources = [StoredAnswer(store, record) for record in store.records if record.id in chosen_ids]
         answers = replay_answers(pair, sources, ReplayLog(work / "replays", pair))
     return AnsweredBundle(target, answers, len(chosen), summary.skipped)
 
 
-def routers_of(bundle: Path, answers: Sequence[Replay], target: Vocabulary) -> dict[str, RouterWalk]:
+def routers_of(bundle: Path, answers: Sequence[Replay], target: VocabularyMatrices) -> dict[str, RouterWalk]:
     """The bundle's routers at its own thresholds, and `auto`, to which nothing costs anything. Beside one drafter alone
     there are no routers that choose between two.
     """
@@ -206,12 +206,14 @@ def routers_of(bundle: Path, answers: Sequence[Replay], target: Vocabulary) -> d
         threshold, dwell = manifest.router.threshold, manifest.router.min_dwell
         deltas = deltas_of(router, answers)
         walks["neural"] = RouterWalk([choices_above(one, threshold) for one in deltas], dwell)
-    known = [Known(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)]
+    known = [
+        KnownSignals(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)
+    ]
     walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known), copies=True)
     return walks
 
 
-def load_router(bundle: Path, target: Vocabulary | Origin) -> Router:
+def load_router(bundle: Path, target: VocabularyMatrices | Origin) -> Router:
     """The bundle's router in fp32. Raises `CheckpointError` where it cannot be used, and where it has none."""
     manifest = load_manifest(bundle)
     if manifest.router is None:

@@ -42,7 +42,7 @@ class Shape(NamedTuple):
     expert_bytes: float = 2.0
 
 
-class Known(NamedTuple):
+class PublishedTarget(NamedTuple):
     """A target. eagle3, block: its drafters, hub ids, first those that `acceptance` is of. ratios: of others."""
 
     name: str
@@ -67,7 +67,7 @@ def _deepseek(kind: str) -> str:
 
 
 KNOWN = (
-    Known(
+    PublishedTarget(
         "Qwen/Qwen3-4B",
         Shape(4.0e9, 4.0e9, 36, 147456),
         ("deepseek-ai/eagle3_qwen3_4b_ttt7", "AngelSlim/Qwen3-4B_eagle3"),
@@ -75,7 +75,7 @@ KNOWN = (
         _deepspec((5.14, 4.62, 4.16, 3.77, 2.39), (6.11, 5.70, 5.38, 4.86, 3.64)),
         parsers="--reasoning-parser qwen3 --tool-call-parser qwen25",
     ),
-    Known(
+    PublishedTarget(
         "Qwen/Qwen3-8B",
         Shape(8.2e9, 8.2e9, 36, 147456),
         (
@@ -106,7 +106,7 @@ KNOWN = (
         ),
         "--reasoning-parser qwen3 --tool-call-parser qwen25",
     ),
-    Known(
+    PublishedTarget(
         "meta-llama/Llama-3.1-8B-Instruct",
         Shape(8.0e9, 8.0e9, 32, 131072),
         ("lmsys/SGLang-EAGLE3-Llama-3.1-8B-Instruct-SpecForge", "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B"),
@@ -119,7 +119,7 @@ KNOWN = (
         (Ratio("EAGLE-3, SGLang, chains of 7, by data set (SpecForge)", {1: "1.3 to 3.4"}),),
         "--tool-call-parser llama3",
     ),
-    Known(
+    PublishedTarget(
         "Qwen/Qwen3-14B",
         Shape(14.8e9, 14.8e9, 40, 163840),
         ("deepseek-ai/eagle3_qwen3_14b_ttt7", "AngelSlim/Qwen3-14B_eagle3"),
@@ -128,14 +128,14 @@ KNOWN = (
         (Ratio("EAGLE-3, vLLM (AngelSlim)", {1: "1.56"}),),
         "--reasoning-parser qwen3 --tool-call-parser qwen25",
     ),
-    Known(
+    PublishedTarget(
         "openai/gpt-oss-20b",
         Shape(20.9e9, 3.6e9, 24, 49152, 32, 4, 0.53),
         ("zhuyksir/EAGLE3-gpt-oss-20b-bf16",),
         ("z-lab/gpt-oss-20b-DFlash",),
         parsers="--reasoning-parser gpt-oss --tool-call-parser gpt-oss",
     ),
-    Known(
+    PublishedTarget(
         "Qwen/Qwen3-Coder-30B-A3B-Instruct",
         Shape(30.5e9, 3.3e9, 48, 98304, 128, 8),
         ("lmsys/SGLang-EAGLE3-Qwen3-Coder-30B-A3B-Instruct-SpecForge",),
@@ -144,7 +144,7 @@ KNOWN = (
         (Ratio("EAGLE-3, SGLang, chains of 3, HumanEval and LCB (SpecForge)", {8: "1.99 to 2.02"}),),
         "--tool-call-parser qwen3_coder",
     ),
-    Known(
+    PublishedTarget(
         "Qwen/Qwen3-30B-A3B-Instruct-2507",
         Shape(30.5e9, 3.3e9, 48, 98304, 128, 8),
         ("lmsys/SGLang-EAGLE3-Qwen3-30B-A3B-Instruct-2507-SpecForge-Nex",),
@@ -153,7 +153,7 @@ KNOWN = (
         (Ratio("EAGLE-3, SGLang, chains of 3, three sets (SpecForge)", {8: "1.39 to 1.92"}),),
         "--tool-call-parser qwen25",
     ),
-    Known(
+    PublishedTarget(
         "Qwen/Qwen3-32B",
         Shape(32.8e9, 32.8e9, 64, 262144),
         ("AngelSlim/Qwen3-32B_eagle3", "RedHatAI/Qwen3-32B-speculator.eagle3"),
@@ -166,7 +166,7 @@ KNOWN = (
         (Ratio("EAGLE-3, vLLM (AngelSlim)", {1: "1.71"}),),
         "--reasoning-parser qwen3 --tool-call-parser qwen25",
     ),
-    Known(
+    PublishedTarget(
         "openai/gpt-oss-120b",
         Shape(116.8e9, 5.1e9, 36, 73728, 128, 4, 0.53),
         ("lmsys/EAGLE3-gpt-oss-120b-bf16", "RedHatAI/gpt-oss-120b-speculator.eagle3"),
@@ -186,7 +186,7 @@ KNOWN = (
 """By size."""
 
 
-def known(target: str) -> Known | None:
+def known(target: str) -> PublishedTarget | None:
     """A target by its hub id or the end of it, case apart."""
     name = target.lower()
     return next(

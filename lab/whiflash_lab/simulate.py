@@ -37,7 +37,7 @@ ACCEPTANCE = {
 """Tokens a round. EAGLE-3: Llama-3.1-8B, 7 steps (SpecForge). DFlash: Qwen3-8B, 15 drafts, T = 1 (AngelSlim)."""
 
 
-class Pair(NamedTuple):
+class PublishedPair(NamedTuple):
     """Drafters by what was published of them.
 
     lengths: text → arm → tokens a round. published: arm → drafts of a round at that length. drafts: of a full round.
@@ -48,7 +48,7 @@ class Pair(NamedTuple):
     drafts: Mapping[str, int]
 
 
-PAIR = Pair(ACCEPTANCE, {arms.AR: 7, arms.DIFFUSION: 15}, DRAFTS)
+PAIR = PublishedPair(ACCEPTANCE, {arms.AR: 7, arms.DIFFUSION: 15}, DRAFTS)
 
 
 def chance(length: float, drafts: int) -> float:
@@ -141,7 +141,7 @@ PLANNING_OF_AGENTS = 0.25e-3
 requests for 1.5 ms of copies alone (`tests/planning_time.py --agents`)."""
 
 
-class Load(NamedTuple):
+class SimulatedLoad(NamedTuple):
     """requests: at once; the next follows when one ends. total: requests, 0: four for each place, 100 at least.
     prompt, answer: tokens of each. grammars: the share of requests under a grammar. planning: the host's seconds for
     a request of `auto` beyond `HOST`.
@@ -183,7 +183,9 @@ class Result:
 class Simulation:
     """One card under one load, by one of `METHODS`."""
 
-    def __init__(self, card: Card, load: Load, method: str, seed: int = 1, pair: Pair = PAIR) -> None:
+    def __init__(
+        self, card: Card, load: SimulatedLoad, method: str, seed: int = 1, pair: PublishedPair = PAIR
+    ) -> None:
         self.load, self.random, self.pair = load, random.Random(seed), pair
         self.method, self.waits = ("auto", True) if method == WAITS else (method, False)
         largest = load.requests * (max(pair.drafts.values()) + 1)
@@ -313,13 +315,13 @@ def cut(chances: Sequence[float], longest: int, price: Callable[[float], float])
     return drafts
 
 
-def table(card: Card, sizes: Sequence[int], load: Load) -> list[Result]:
+def table(card: Card, sizes: Sequence[int], load: SimulatedLoad) -> list[Result]:
     """A result for every size and method, the sizes in order. load: its `requests` are the sizes'."""
     methods = (*METHODS, WAITS) if load.grammars else METHODS
     return [Simulation(card, load._replace(requests=n), method).run() for n in sizes for method in methods]
 
 
-def assumed(card: Card, load: Load) -> str:
+def assumed(card: Card, load: SimulatedLoad) -> str:
     """One line: what a table rests on."""
     return (
         f"SIMULATED, nothing measured: Qwen3-8B bf16 on an {card.name}, closed load, prompts of {load.prompt}, "

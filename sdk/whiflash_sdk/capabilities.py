@@ -80,7 +80,7 @@ class Capabilities(BaseModel):
 
 
 @dataclass(eq=False)
-class Server:
+class AskedServer:
     """State of one base URL, as one key sees it.
 
     One caller asks; those that come meanwhile wait for its answer, or go on with the one that is being renewed.
@@ -190,8 +190,8 @@ class Server:
 
 
 # Known servers, the oldest first; locks that asyncio or trio tasks of one event loop wait at; what was warned of.
-_servers: dict[tuple[int, bytes], Server] = {}
-_LOCKS: RunVar[WeakKeyDictionary[Server, anyio.Lock]] = RunVar("whiflash_locks")
+_servers: dict[tuple[int, bytes], AskedServer] = {}
+_LOCKS: RunVar[WeakKeyDictionary[AskedServer, anyio.Lock]] = RunVar("whiflash_locks")
 _warned: set[tuple[str, str]] = set()
 
 
@@ -208,7 +208,9 @@ async def async_capabilities(client: AsyncOpenAI) -> Capabilities | None:
     return (await async_ask(OfClient(client))).found
 
 
-def ask(asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: str | None = None) -> Server:
+def ask(
+    asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: str | None = None
+) -> AskedServer:
     """State of the asker's server, asked again if it is time.
 
     timeout: that of the request that wants to know, which the probe does not outlast; not given, the asker's. model:
@@ -227,7 +229,7 @@ def ask(asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: 
 
 async def async_ask(
     asker: Asker, timeout: float | Timeout | NotGiven | None = None, model: str | None = None
-) -> Server:
+) -> AskedServer:
     """`ask` for an asynchronous asker."""
     url, server = _server(asker)
     if server.is_due(model) and not ((lock := _lock(server)).locked() and server.is_known(model)):
@@ -243,7 +245,9 @@ async def async_ask(
     return server
 
 
-def _probe(asker: Asker, url: str, server: Server, limits: dict[str, float], model: str | None) -> Flow[None]:
+def _probe(
+    asker: Asker, url: str, server: AskedServer, limits: dict[str, float], model: str | None
+) -> Flow[None]:
     """Ask for what is due: the document, and the list of models if it decides."""
     with untraced():
         if server.is_due(None):
@@ -258,7 +262,7 @@ def _probe(asker: Asker, url: str, server: Server, limits: dict[str, float], mod
                 server.listed(None)
 
 
-def _lock(server: Server) -> anyio.Lock:
+def _lock(server: AskedServer) -> anyio.Lock:
     """Lock at which the running event loop's tasks wait for this server's answer."""
     try:
         locks = _LOCKS.get()
@@ -268,7 +272,7 @@ def _lock(server: Server) -> anyio.Lock:
     return locks.setdefault(server, anyio.Lock())
 
 
-def _server(asker: Asker) -> tuple[str, Server]:
+def _server(asker: Asker) -> tuple[str, AskedServer]:
     """The address to ask, and what is known of it under the asker's key in this process."""
     base = urlsplit(asker.base)
     # The server's root is the base URL without its API version: `/v1` is where OpenAI's routes live.
@@ -278,7 +282,7 @@ def _server(asker: Asker) -> tuple[str, Server]:
         for netloc in (base.netloc, base.netloc.rpartition("@")[2])
     )
     # A fork has locks of its own: nobody there will release those that its parent's threads held.
-    server = _servers.setdefault((os.getpid(), asker.fingerprint(url)), Server(shown))
+    server = _servers.setdefault((os.getpid(), asker.fingerprint(url)), AskedServer(shown))
     for oldest in list(_servers)[:-MOST_SERVERS]:
         _servers.pop(oldest, None)
     return url, server

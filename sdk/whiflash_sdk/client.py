@@ -15,7 +15,7 @@ from whiflash_sdk.capabilities import ask, async_ask
 from whiflash_sdk.collecting import open_scope
 from whiflash_sdk.flow import Flow, run, run_async
 from whiflash_sdk.identity import OfClient, api_clients
-from whiflash_sdk.outgoing import Settings, Told, exchange, route_of
+from whiflash_sdk.outgoing import ClientSettings, Told, exchange, route_of
 from whiflash_sdk.streaming import note
 
 
@@ -38,7 +38,7 @@ _OWNER: Final = "_whiflash_owner"
 _DOORS: Final = ("copy", "with_options", "request")
 
 
-def wrap(client: ClientT, **settings: Unpack[Settings]) -> ClientT:
+def wrap(client: ClientT, **settings: Unpack[ClientSettings]) -> ClientT:
     """Make `client` send routing hints, and return it: the same object, of the same type.
 
     Hints come from the request itself (tools, tool choice, response format, a prefilled answer), then

@@ -32,7 +32,7 @@ from whiflash_sdk.trace import (
 
 
 @dataclass(eq=False)
-class Call:
+class CollectedCall:
     """One call of a wrapped client.
 
     began: by a clock that never jumps. span: OpenTelemetry's, if one records.
@@ -94,9 +94,9 @@ class Collected:
     """The traces of the calls that wrapped clients made inside one `collect` block."""
 
     def __init__(self) -> None:
-        self._calls: list[Call] = []
+        self._calls: list[CollectedCall] = []
 
-    def add(self, call: Call) -> None:
+    def add(self, call: CollectedCall) -> None:
         """Keep a call that starts."""
         self._calls.append(call)
 
@@ -163,9 +163,9 @@ def _scope(client: Any) -> list[Collected]:
     return scopes[-1]
 
 
-def start(client: Any, agent: str | None) -> Call:
+def start(client: Any, agent: str | None) -> CollectedCall:
     """A call of this client, made now and here, in every block that it belongs to."""
-    call = Call(agent)
+    call = CollectedCall(agent)
     by_client = (collected for scope in vars(client)[_SCOPES] for collected in scope)
     for collected in dict.fromkeys((*_COLLECTING.get(), *by_client)):
         collected.add(call)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from whiflash_sdk import presets
-from whiflash_sdk.capabilities import Capabilities, Server, ask, async_ask
+from whiflash_sdk.capabilities import AskedServer, Capabilities, ask, async_ask
 from whiflash_sdk.client import settings_of
 from whiflash_sdk.identity import OfClient
 from whiflash_sdk.trace import Trace, routing
@@ -58,7 +58,7 @@ async def async_doctor(client: AsyncOpenAI, model: str | None = None) -> list[Fi
     return list(_findings(client, await async_ask(OfClient(client), model=model), model))
 
 
-def _findings(client: Any, server: Server, model: str | None) -> Iterator[Finding]:
+def _findings(client: Any, server: AskedServer, model: str | None) -> Iterator[Finding]:
     yield _wrapped(client)
     answer = server.found
     if answer is None:

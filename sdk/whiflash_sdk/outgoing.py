@@ -9,7 +9,7 @@ from typing import Any, Final, TypedDict
 
 from whiflash_sdk.agents import Agent, name_of
 from whiflash_sdk.blocks import predicted_text
-from whiflash_sdk.capabilities import Capabilities, Server
+from whiflash_sdk.capabilities import AskedServer, Capabilities
 from whiflash_sdk.collecting import start
 from whiflash_sdk.derive import derive_spans, open_first
 from whiflash_sdk.errors import guessed, warn_unsupported
@@ -32,7 +32,7 @@ _FLAGS: Final = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
 )
 
 
-class Settings(TypedDict, total=False):
+class ClientSettings(TypedDict, total=False):
     """The arguments of `wrap`, as the adapters and `http_client` pass them on."""
 
     hints: Hints | None
@@ -102,7 +102,7 @@ class Outgoing:
     Raises: HintError for hints of the call's own that are malformed; UnsupportedServerError if the client is strict.
     """
 
-    def __init__(self, body: Mapping[str, Any], route: str, told: Told, server: Server | None) -> None:
+    def __init__(self, body: Mapping[str, Any], route: str, told: Told, server: AskedServer | None) -> None:
         capabilities = _found(told, server, model_of(body))
         self.body = self.plain = body
         self._strict, self._server, self._is_read = told.strict, server, False
@@ -181,7 +181,7 @@ def exchange(
     return answer
 
 
-def _found(told: Told, server: Server | None, model: str | None) -> Capabilities | bool | None:
+def _found(told: Told, server: AskedServer | None, model: str | None) -> Capabilities | bool | None:
     """Capabilities to go by for a request for this model."""
     capabilities = told.capabilities
     if server is not None:

@@ -16,7 +16,7 @@ import anyio
 import httpx
 from typing_extensions import Unpack
 
-from whiflash_sdk.outgoing import Settings
+from whiflash_sdk.outgoing import ClientSettings
 from whiflash_sdk.session import Session
 from whiflash_sdk.transport import passing_client
 
@@ -61,7 +61,7 @@ class Proxy:
         inner: httpx.AsyncClient | None = None,
         *,
         longest_body: int = LONGEST_BODY,
-        **settings: Unpack[Settings],
+        **settings: Unpack[ClientSettings],
     ) -> None:
         timeout = httpx.Timeout(None, connect=10)
         limits = httpx.Limits(

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from whiflash_sdk.collecting import Call
+from whiflash_sdk.collecting import CollectedCall
 from whiflash_sdk.identity import base_classes
 from whiflash_sdk.reading import json_or_none
 from whiflash_sdk.trace import CALL, keep_stream
@@ -39,7 +39,7 @@ class Passing:
     call: takes the traces in them. whole_text: the trace may count in the answer's text, so all of it is read.
     """
 
-    def __init__(self, call: Call, *, whole_text: bool) -> None:
+    def __init__(self, call: CollectedCall, *, whole_text: bool) -> None:
         self._call, self._whole_text = call, whole_text
         self._waiting = bytearray()
         self._is_document: bool | None = None
@@ -84,7 +84,7 @@ class Passing:
         return answer and _holds_nothing_else(body)
 
 
-def _take(call: Call, body: Any) -> bool:
+def _take(call: CollectedCall, body: Any) -> bool:
     """`call.take`, of an answer that may have other types than OpenAI's: reading it breaks nobody's stream."""
     try:
         return call.take(body)
@@ -113,14 +113,14 @@ def decodes(library: Any, coding: str) -> bool:
 def _streams(library: Any) -> tuple[type, type]:
     """The byte streams of an HTTP library (HTTPX, or HTTPX 2), with `Passing` in between."""
 
-    class Shared:
+    class SharedStream:
         def __init__(self, stream: Any, items: Any, passing: Passing) -> None:
             self._stream, self._items, self._passing = stream, items, passing
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._stream, name)  # what others keep there
 
-    class Sync(Shared, library.SyncByteStream):  # type: ignore[misc]
+    class SyncStream(SharedStream, library.SyncByteStream):  # type: ignore[misc]
         def __iter__(self) -> Iterator[bytes]:
             for data in self._items:
                 if passed := self._passing.feed(data):
@@ -132,7 +132,7 @@ def _streams(library: Any) -> tuple[type, type]:
             self._passing.end()
             self._stream.close()
 
-    class Async(Shared, library.AsyncByteStream):  # type: ignore[misc]
+    class AsyncStream(SharedStream, library.AsyncByteStream):  # type: ignore[misc]
         async def __aiter__(self) -> AsyncIterator[bytes]:
             async for data in self._items:
                 if passed := self._passing.feed(data):
@@ -144,10 +144,10 @@ def _streams(library: Any) -> tuple[type, type]:
             self._passing.end()
             await self._stream.aclose()
 
-    return Sync, Async
+    return SyncStream, AsyncStream
 
 
-def watch(response: Any, call: Call, *, whole_text: bool) -> None:
+def watch(response: Any, call: CollectedCall, *, whole_text: bool) -> None:
     """Have an HTTP response read as it passes. Its stream is replaced, or read where that has happened."""
     response.extensions[CALL] = call
     if response.is_closed:
@@ -172,7 +172,7 @@ def watch(response: Any, call: Call, *, whole_text: bool) -> None:
     response.stream = _streams(library)[is_async](stream, items if is_async else iter(items), passing)
 
 
-def note(result: Any, call: Call, *, whole_text: bool) -> None:
+def note(result: Any, call: CollectedCall, *, whole_text: bool) -> None:
     """Take the trace of a client's result: a parsed answer, a raw one, or a stream, which brings it when it ends."""
     if isinstance(result, BaseModel):
         _take(call, result)

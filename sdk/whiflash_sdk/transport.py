@@ -20,7 +20,7 @@ from whiflash_sdk.collecting import open_scope
 from whiflash_sdk.errors import HintError
 from whiflash_sdk.flow import Flow, run, run_async
 from whiflash_sdk.identity import OfRequest, base_classes
-from whiflash_sdk.outgoing import REFUSALS, Settings, Told, at_once, exchange, route_of
+from whiflash_sdk.outgoing import REFUSALS, ClientSettings, Told, at_once, exchange, route_of
 from whiflash_sdk.reading import TooDeepError, edit_json, read_json
 from whiflash_sdk.streaming import decodes, watch
 
@@ -48,10 +48,10 @@ HttpT = TypeVar("HttpT", bound=HttpClient)
 
 
 @overload
-def http_client(inner: None = None, **settings: Unpack[Settings]) -> DefaultHttpxClient: ...
+def http_client(inner: None = None, **settings: Unpack[ClientSettings]) -> DefaultHttpxClient: ...
 @overload
-def http_client(inner: HttpT, **settings: Unpack[Settings]) -> HttpT: ...
-def http_client(inner: Any = None, **settings: Unpack[Settings]) -> Any:
+def http_client(inner: HttpT, **settings: Unpack[ClientSettings]) -> HttpT: ...
+def http_client(inner: Any = None, **settings: Unpack[ClientSettings]) -> Any:
     """An HTTP client that sends routing hints with completions, responses and messages, and takes traces out.
 
     Libraries that take an HTTP client need no support of their own: hints go in as `wrap` puts them in, by the same
@@ -72,22 +72,24 @@ def http_client(inner: Any = None, **settings: Unpack[Settings]) -> Any:
 
 
 @overload
-def async_http_client(inner: None = None, **settings: Unpack[Settings]) -> DefaultAsyncHttpxClient: ...
+def async_http_client(inner: None = None, **settings: Unpack[ClientSettings]) -> DefaultAsyncHttpxClient: ...
 @overload
-def async_http_client(inner: HttpT, **settings: Unpack[Settings]) -> HttpT: ...
-def async_http_client(inner: Any = None, **settings: Unpack[Settings]) -> Any:
+def async_http_client(inner: HttpT, **settings: Unpack[ClientSettings]) -> HttpT: ...
+def async_http_client(inner: Any = None, **settings: Unpack[ClientSettings]) -> Any:
     """`http_client` for asynchronous clients: `httpx.AsyncClient` and `httpx2.AsyncClient`."""
     import openai
 
     return _above(inner or openai.DefaultAsyncHttpxClient(), "AsyncClient", settings)
 
 
-def passing_client(inner: Any, settings: Settings, base: str) -> Any:
+def passing_client(inner: Any, settings: ClientSettings, base: str) -> Any:
     """`async_http_client` for a proxy: answers pass unread, traces included. base: of every request."""
     return _above(inner, "AsyncClient", settings, reads=False, base=base)
 
 
-def _above(inner: Any, name: str, settings: Settings, *, reads: bool = True, base: str | None = None) -> Any:
+def _above(
+    inner: Any, name: str, settings: ClientSettings, *, reads: bool = True, base: str | None = None
+) -> Any:
     client = next((client for client in base_classes(name) if isinstance(inner, client)), None)
     if client is None:
         raise TypeError(f"inner: give {name} of httpx or httpx2, not {type(inner).__name__}")

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from whiflash_sglang.cli.app import main
-from whiflash_sglang.cli.top import Reading, figures, screen, since
+from whiflash_sglang.cli.top import StateReading, figures, screen, since
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
 
@@ -113,7 +113,7 @@ def shown(*records: dict[str, Any], width: int = 120) -> str:
 
 
 def test_figures_are_of_what_happened_in_between() -> None:
-    found = since(Reading(10.0, state(1)), Reading(12.0, state(3)))
+    found = since(StateReading(10.0, state(1)), StateReading(12.0, state(3)))
     assert found is not None
     assert (found["seconds"], found["tokens_per_second"], found["switches_per_second"]) == (2.0, 50.0, 4.0)
     assert found["acceptance_length"] == 2.5
@@ -124,12 +124,12 @@ def test_figures_are_of_what_happened_in_between() -> None:
 
 
 def test_a_server_that_began_anew_has_no_past() -> None:
-    assert since(Reading(10.0, state(3)), Reading(12.0, state(1))) is None
-    assert since(None, Reading(12.0, state(1))) is None
+    assert since(StateReading(10.0, state(3)), StateReading(12.0, state(1))) is None
+    assert since(None, StateReading(12.0, state(1))) is None
 
 
 def test_an_idle_server_has_no_rates_of_rounds() -> None:
-    found = since(Reading(10.0, state(1)), Reading(12.0, state(1)))
+    found = since(StateReading(10.0, state(1)), StateReading(12.0, state(1)))
     assert found is not None
     assert (found["tokens_per_second"], found["acceptance_length"], found["gain"]) == (0.0, None, None)
     assert found["arms"]["ar"] == {"share": None, "acceptance_length": None, "drafts_accepted": None}
@@ -171,7 +171,7 @@ def test_a_screen_has_every_figure() -> None:
         ],
     }
     told = {name: value for name, value in state().items() if name in ("policy", "requests", "tokens")}
-    now = since(Reading(10.0, state(1)), Reading(12.0, after))
+    now = since(StateReading(10.0, state(1)), StateReading(12.0, after))
     whole = {"url": "http://a", "model": "tiny", "state": after, "now": now, "total": figures(after, 1.5)}
     bare = {"url": "http://b", "model": hostile, "state": told, "now": None, "total": {}}
     page = shown(whole, bare, {"url": "http://c", "error": "http://c does not answer: gone"})

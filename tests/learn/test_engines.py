@@ -17,7 +17,7 @@ from versioned import trained, version
 
 from whiflash_sglang.formats.table import read_draft
 from whiflash_sglang.updates import swap as learn_swap
-from whiflash_sglang.updates.versions import Served, path_of, record, served
+from whiflash_sglang.updates.versions import VersionInUse, path_of, record, served
 from whiflash_train.config import DSpark
 from whiflash_train.drafters.dspark import go_on_from
 from whiflash_train.target import TargetModel
@@ -62,15 +62,15 @@ def test_a_restart_begins_with_what_was_served(models: Models, directory: Path) 
     with serving(models, directory) as e:
         swap(e, 1)
         swap(e, 2)
-    assert served(directory) == Served(2, 1)
+    assert served(directory) == VersionInUse(2, 1)
     with serving(models, directory) as e:
-        assert e.worker.weights.used == Served(2, 1)
+        assert e.worker.weights.used == VersionInUse(2, 1)
         file = load_file(path_of(directory, 2) / "dflash" / "model.safetensors")
         assert torch.equal(parameters(e, "diffusion")["norm.weight"], file["norm.weight"])
-    record(directory, Served(998, 0))
+    record(directory, VersionInUse(998, 0))
     with serving(models, directory) as e:
-        assert e.worker.weights.used == Served(0, 0)
-    record(directory, Served(0, 0))
+        assert e.worker.weights.used == VersionInUse(0, 0)
+    record(directory, VersionInUse(0, 0))
 
 
 def test_rows_that_were_copied_of_a_second_matrix_follow(models: Models, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.settings.config import parse_flags, resolve
 from whiflash_sglang.updates.versions import (
     CURRENT,
-    Served,
+    VersionInUse,
     Wanted,
     check_wanted,
     claims_of,
@@ -172,9 +172,9 @@ def test_a_killed_publisher_leaves_no_version(
 
 
 def test_the_record_of_what_is_served(tmp_path: Path) -> None:
-    assert served(tmp_path) == Served(0, 0)
-    record(tmp_path, Served(4, 2))
-    assert served(tmp_path) == Served(4, 2)
+    assert served(tmp_path) == VersionInUse(0, 0)
+    record(tmp_path, VersionInUse(4, 2))
+    assert served(tmp_path) == VersionInUse(4, 2)
     for damaged in (
         "{",
         '{"version": -1, "before": 0}',
@@ -201,7 +201,7 @@ def test_the_command_line_adds_and_lists(models: Models, directory: Path, tmp_pa
     bundle = bundle_of(models, tmp_path / "more", dflash=models.dflash)
     run = CliRunner().invoke(app, ["lab", "add-version", str(bundle), str(directory)])
     assert run.stdout.strip() == "version: 3"
-    record(directory, Served(2, 1))
+    record(directory, VersionInUse(2, 1))
     run = CliRunner().invoke(app, ["drafter", "--directory", str(directory), "--json"])
     found = json.loads(run.stdout)
     assert (found["served"], found["before"], list(found["versions"])) == (2, 1, ["1", "2", "3"])

@@ -11,19 +11,19 @@ from typer.testing import CliRunner
 from whiflash_sglang.checkpoints.manifest import Lookup, embedded_bundle, load_manifest
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.copying.calibration import BUCKETS, EVEN_ODDS, Agreement, MatchCalibration
-from whiflash_sglang.copying.seed import Answer, measure_seed
+from whiflash_sglang.copying.seed import AnsweredPrompt, measure_seed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.settings.config import Flags, resolve
 
 
-def sometimes(chance: float, seed: int = 0, length: int = 4000) -> Answer:
+def sometimes(chance: float, seed: int = 0, length: int = 4000) -> AnsweredPrompt:
     """A text of one prompt repeated, in which every token is replaced with a new one with `1 - chance`."""
     rng = random.Random(seed)
     unit = list(range(50))
     tokens = [*unit]
     while len(tokens) < length:
         tokens.append(unit[len(tokens) % 50] if rng.random() < chance else 1000 + len(tokens))
-    return Answer(tokens, len(unit))
+    return AnsweredPrompt(tokens, len(unit))
 
 
 def test_measured_chances_are_those_of_the_text() -> None:
@@ -36,8 +36,8 @@ def test_measured_chances_are_those_of_the_text() -> None:
 def test_only_tokens_of_the_answer_are_asked_for() -> None:
     """The prefill gives its first: an answer of one token says nothing, whatever its prompt repeats."""
     prompt = [*range(20)] * 3
-    assert measure_seed([Answer([*prompt, 0], len(prompt))]) == measure_seed([])
-    assert measure_seed([Answer([*prompt, 0, 1], len(prompt))]) != measure_seed([])
+    assert measure_seed([AnsweredPrompt([*prompt, 0], len(prompt))]) == measure_seed([])
+    assert measure_seed([AnsweredPrompt([*prompt, 0, 1], len(prompt))]) != measure_seed([])
 
 
 def test_what_never_occurred_stays_at_even_odds() -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 
-from whiflash_sglang.checkpoints.fit import Parts, create, judge, read_target, target_mtp
+from whiflash_sglang.checkpoints.fit import BundleParts, create, judge, read_target, target_mtp
 from whiflash_sglang.errors import CheckpointError, ConfigError
 from whiflash_sglang.formats.checkpoint import WeightReader
 from whiflash_sglang.formats.mtp import Experts, read_routed
@@ -201,5 +201,5 @@ def test_a_bundle_does_not_name_its_target_as_drafter(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="is a target with a next-token head of its own, which drafts wherever"
     ):
-        create(Parts(str(path), str(path), None), tmp_path / "bundle")
+        create(BundleParts(str(path), str(path), None), tmp_path / "bundle")
     assert read_draft(path).config.vocab_size == VOCAB

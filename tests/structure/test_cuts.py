@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind
-from whiflash_sglang.structure.chances import KEPT, MOST, Cuts, Kind, Piece
+from whiflash_sglang.structure.chances import KEPT, MOST, Cuts, Kind, LikelyText
 from whiflash_sglang.structure.sketch import cut
 
 
@@ -50,7 +50,7 @@ def test_a_sketch_says_what_it_put_in_the_place_of_what(vocabulary: Vocabulary) 
     first, *_ = vocabulary.encode(text)
     cuts = Cuts()
     cuts.learn(-1, first, vocabulary.encode('"')[0])
-    found = cut(vocabulary, [], [Piece(text, Kind.FORCED)], lambda kind: 1.0, cuts, 99)
+    found = cut(vocabulary, [], [LikelyText(text, Kind.FORCED)], lambda kind: 1.0, cuts, 99)
     if bytes_of(vocabulary, [first]) != b'"':
         assert found[0].usual == first
     assert {token.usual for token in found[1:]} == {None}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from structure_grammars import Grammars
 
 from whiflash_sglang.spans.vocabulary import Vocabulary
-from whiflash_sglang.structure.chances import Cuts, Kind, Piece
+from whiflash_sglang.structure.chances import Cuts, Kind, LikelyText
 from whiflash_sglang.structure.guesses import STEPS, Guesses, likely, parted
 from whiflash_sglang.structure.layout import NO_FRAMES, Frames, Layout
 from whiflash_sglang.structure.matchers import XGrammarMatcher
@@ -184,14 +184,17 @@ def test_frames_are_those_of_the_tag_and_none_of_its_schemas(modern: bool) -> No
 
 def test_only_what_parts_a_word_from_others_is_unsure() -> None:
     assert parted('get_time"', ['get_weather"', 'go"'], Kind.WORD) == [
-        Piece("g", Kind.FORCED),
-        Piece("e", Kind.WORD),
-        Piece("t_", Kind.FORCED),
-        Piece("t", Kind.WORD),
-        Piece('ime"', Kind.FORCED),
+        LikelyText("g", Kind.FORCED),
+        LikelyText("e", Kind.WORD),
+        LikelyText("t_", Kind.FORCED),
+        LikelyText("t", Kind.WORD),
+        LikelyText('ime"', Kind.FORCED),
     ]
-    assert parted('get"', ['get_it"'], Kind.USED) == [Piece("get", Kind.FORCED), Piece('"', Kind.USED)]
-    assert parted('a"', [], Kind.WORD) == [Piece("a", Kind.WORD), Piece('"', Kind.FORCED)]
+    assert parted('get"', ['get_it"'], Kind.USED) == [
+        LikelyText("get", Kind.FORCED),
+        LikelyText('"', Kind.USED),
+    ]
+    assert parted('a"', [], Kind.WORD) == [LikelyText("a", Kind.WORD), LikelyText('"', Kind.FORCED)]
 
 
 TAG = {

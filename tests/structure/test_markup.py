@@ -10,7 +10,7 @@ from whiflash_sdk.hints import Span
 
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.calls import Calls
-from whiflash_sglang.structure.chances import Cuts, Kind, Piece
+from whiflash_sglang.structure.chances import Cuts, Kind, LikelyText
 from whiflash_sglang.structure.guesses import STEPS
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.sketch import sketch, text_of
@@ -112,13 +112,13 @@ def test_a_wrong_guess_lowers_its_own_kind() -> None:
     calls.follow("<tool_call>")
     unsure = [piece for piece in calls.pieces(1000, None, lambda kind: 1.0) if piece.kind is not Kind.FORCED]
     assert unsure == [
-        Piece("\n", Kind.USUAL),
-        Piece("g", Kind.WORD),
-        Piece(">", Kind.WORD),
-        Piece("\n", Kind.USUAL),
-        Piece("p", Kind.CHOICE),
-        Piece("c", Kind.CHOICE),
-        Piece("\n", Kind.USUAL),
+        LikelyText("\n", Kind.USUAL),
+        LikelyText("g", Kind.WORD),
+        LikelyText(">", Kind.WORD),
+        LikelyText("\n", Kind.USUAL),
+        LikelyText("p", Kind.CHOICE),
+        LikelyText("c", Kind.CHOICE),
+        LikelyText("\n", Kind.USUAL),
     ]
     calls = Calls(QWEN, SPANS)
     calls.follow(f"{CITY}\n")

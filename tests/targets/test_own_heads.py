@@ -17,7 +17,7 @@ from tiny_models import tiny_dflash
 from traffic import mixed, play
 
 from whiflash_sglang.arms.chain import MTPArm
-from whiflash_sglang.checkpoints.fit import Parts, create
+from whiflash_sglang.checkpoints.fit import BundleParts, create
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_text_is_plain_decodings(name: str, block: bool, tmp_path: Path) -> None
     model = tiny_with_head(target, name)
     policies = ["ar", "lookup", "auto", "none"]
     if block:
-        create(Parts(str(target), None, str(tiny_dflash(tmp_path / "dflash", target))), draft)
+        create(BundleParts(str(target), None, str(tiny_dflash(tmp_path / "dflash", target))), draft)
         policies += ["diffusion", "entropy"]
     arrivals = mixed(seed=5, count=8, shared=24, longest=50, stops=0.1, tokens=36)
     with engine(target) as e:

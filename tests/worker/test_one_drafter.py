@@ -10,7 +10,7 @@ from model_set import Models
 from plain import compare, plain_texts
 from traffic import mixed, play
 
-from whiflash_sglang.checkpoints.fit import Parts, create
+from whiflash_sglang.checkpoints.fit import BundleParts, create
 from whiflash_sglang.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def test_the_drafter_that_is_there_drafts(models: Models, tmp_path: Path, arm: s
     flags: dict[str, Any] = {"whiflash_router": "random"}
     if arm is not None:
         eagle3, dflash = (str(models.eagle3), None) if arm == "ar" else (None, str(models.dflash))
-        create(Parts(str(models.target), eagle3, dflash), tmp_path / "bundle")
+        create(BundleParts(str(models.target), eagle3, dflash), tmp_path / "bundle")
         flags["draft"] = tmp_path / "bundle"
     arms = {arm, "lookup"} - {None}
     arrivals = mixed(seed=3, count=8, shared=40, aborts=0.1, stops=0.3)

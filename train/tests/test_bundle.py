@@ -10,7 +10,7 @@ import pytest
 from in_process import whiflash
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.checkpoints.fit import Parts, create, judge, read_target
+from whiflash_sglang.checkpoints.fit import BundleParts, create, judge, read_target
 from whiflash_sglang.checkpoints.hub import sha256, verify
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.errors import WhiflashError
@@ -34,8 +34,8 @@ def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (checkpoint / "config.json").write_text(json.dumps(config))
 
 
-def parts(models: dict[str, Path]) -> Parts:
-    return Parts(*(str(models[name]) for name in ("target", "eagle3", "dflash")))
+def parts(models: dict[str, Path]) -> BundleParts:
+    return BundleParts(*(str(models[name]) for name in ("target", "eagle3", "dflash")))
 
 
 def test_directories_become_a_bundle_that_is_served_from_itself(
@@ -166,14 +166,14 @@ def test_one_drafter_alone(models: dict[str, Path], tmp_path: Path, part: str) -
     given = {"eagle3": None, "diffusion": None}
     given["eagle3" if part == "eagle3" else "diffusion"] = str(models[part])
     out = tmp_path / "bundle"
-    create(Parts(str(models["target"]), **given), out)
+    create(BundleParts(str(models["target"]), **given), out)
     assert set(load_manifest(out).sources) == {"target", part}
     assert list(resolve(Flags(), out).drafters.values()) == [out / part]
     assert list(resolve(Flags(), models[part]).drafters.values()) == [models[part]]
     with pytest.raises(WhiflashError, match="--router needs EAGLE-3 and DFlash; the drafters here are: "):
-        create(Parts(str(models["target"]), **given, router="owner/router"), tmp_path / "other")
+        create(BundleParts(str(models["target"]), **given, router="owner/router"), tmp_path / "other")
     with pytest.raises(WhiflashError, match="give --eagle3, --dflash or both"):
-        create(Parts(str(models["target"]), None, None), tmp_path / "other")
+        create(BundleParts(str(models["target"]), None, None), tmp_path / "other")
 
 
 LEADING_OUT: dict[str, Callable[[Path, Path], object]] = {
@@ -257,7 +257,7 @@ def test_ids_stay_ids_at_the_commit_they_were_at(
     monkeypatch.setattr("huggingface_hub.hf_hub_download", config)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     out, pinned = tmp_path / "bundle", f"owner/eagle3@{commits['eagle3']}"
-    create(Parts("owner/target", pinned, "owner/dflash"), out)
+    create(BundleParts("owner/target", pinned, "owner/dflash"), out)
     assert asked == [("owner/target", None), ("owner/eagle3", commits["eagle3"]), ("owner/dflash", None)]
     manifest = load_manifest(out)
     named = (manifest.target, manifest.eagle3, manifest.dflash)
@@ -270,4 +270,4 @@ def test_ids_stay_ids_at_the_commit_they_were_at(
     }
     assert asked == [(f"owner/{part}", commits[part]) for part in ("eagle3", "dflash")]
     with pytest.raises(WhiflashError, match=r"^owner/none: not a directory here, and the hub gave nothing"):
-        create(Parts("owner/target", pinned, "owner/none"), tmp_path / "second")
+        create(BundleParts("owner/target", pinned, "owner/none"), tmp_path / "second")

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer
 from whiflash_sglang.arms.base import with_kv
 from whiflash_sglang.errors import CheckpointError
 from whiflash_train.answers.prompts import GrammarSpec, PromptRow, tool_call_grammar
-from whiflash_train.answers.served import Answer, ServedTarget
+from whiflash_train.answers.served import GeneratedAnswer, ServedTarget
 from whiflash_train.config import Data
 from whiflash_train.engine.offline import Generated
-from whiflash_train.engine.recorder import WANTED, Recorder
+from whiflash_train.engine.recorder import WANTED, FeatureRecorder
 from whiflash_train.origin import ORIGIN, ServedOrigin, vocabulary_file
 from whiflash_train.target import TargetModel
 
@@ -44,7 +44,7 @@ class InProcess:
     def __init__(self, e: Engine, states: Path) -> None:
         states.mkdir()
         self.e, self.states, self.count = e, states, 0
-        self.recorder = Recorder(e.scheduler.tp_worker, CAPTURE, states)
+        self.recorder = FeatureRecorder(e.scheduler.tp_worker, CAPTURE, states)
 
     def completed(self, requests: Iterator[Coroutine[Any, Any, Any]], at_once: int) -> Iterator[Any]:
         for request in requests:
@@ -73,7 +73,7 @@ class InProcess:
 def recorded(e: Engine, states: Path, texts: Sequence[list[int]]) -> list[torch.Tensor]:
     """All at once, beside an answer that nobody records: [T, (captured + 1) · H] each."""
     states.mkdir()
-    Recorder(e.scheduler.tp_worker, CAPTURE, states).tell(states.parent / "origin", "tiny")
+    FeatureRecorder(e.scheduler.tp_worker, CAPTURE, states).tell(states.parent / "origin", "tiny")
     for index, text in enumerate(texts):
         e.submit(f"{WANTED}{index}", text, max_new_tokens=1)
         e.submit(f"beside{index}", text, max_new_tokens=4)
@@ -143,7 +143,7 @@ def test_features_are_those_of_serving(name: str, tmp_path: Path) -> None:
 class Taught(NamedTuple):
     """Answers of a teacher by their prompts' ids, and why others have none."""
 
-    answers: dict[str, Answer]
+    answers: dict[str, GeneratedAnswer]
     skipped: list[str]
 
     @classmethod

@@ -120,7 +120,7 @@ class Eagle3(_Strict):
     loop: Loop = Loop()
 
 
-class _Block(_Strict):
+class _BlockSection(_Strict):
     """Settings that the training of all block drafters shares.
 
     Attributes:
@@ -162,7 +162,7 @@ class _Block(_Strict):
         return self
 
 
-class DFlash(_Block):
+class DFlash(_BlockSection):
     """The block drafter.
 
     Attributes:
@@ -172,7 +172,7 @@ class DFlash(_Block):
     block_size: Annotated[int, Field(ge=2)] = 8
 
 
-class DSpark(_Block):
+class DSpark(_BlockSection):
     """The block drafter with a Markov and a confidence head.
 
     Attributes:

@@ -26,7 +26,7 @@ def vocabulary_file(directory: Path, rank: int) -> Path:
     return directory / f"vocabulary-{rank}.safetensors"
 
 
-class Vocabulary(NamedTuple):
+class VocabularyMatrices(NamedTuple):
     """embedding, head: [V, H]. embedding_scale: what the target multiplies rows of its embedding by."""
 
     embedding: Tensor
@@ -34,7 +34,7 @@ class Vocabulary(NamedTuple):
     embedding_scale: float
 
     @classmethod
-    def read(cls, directory: Path, name: str, dtype: torch.dtype) -> "Vocabulary":
+    def read(cls, directory: Path, name: str, dtype: torch.dtype) -> "VocabularyMatrices":
         """The tensors that SGLang wrote for the target of that name: the rows of all processes together.
 
         Raises:
@@ -58,7 +58,7 @@ class Vocabulary(NamedTuple):
                     rows.append(file.get_tensor(key).to(dtype))
         return cls(torch.cat(parts["embedding"]), torch.cat(parts["head"]), float(facts["embedding_scale"]))
 
-    def to(self, device: torch.device) -> "Vocabulary":
+    def to(self, device: torch.device) -> "VocabularyMatrices":
         """The same with its tensors there."""
         return self._replace(embedding=self.embedding.to(device), head=self.head.to(device))
 
@@ -109,7 +109,7 @@ class ServedOrigin:
             CheckpointError: something is missing, or does not fit the target.
         """
         config = {**merged(target, read_json_config(target), "text_config"), **layers}
-        embedding, head, scale = Vocabulary.read(told, name, dtype)
+        embedding, head, scale = VocabularyMatrices.read(told, name, dtype)
         hidden, vocab = (integer(config, key, target) for key in ("hidden_size", "vocab_size"))
         for tensor_name, matrix in (("embedding", embedding), ("head", head)):
             if matrix.shape != (vocab, hidden):

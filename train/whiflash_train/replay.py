@@ -34,11 +34,11 @@ from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.drafters.batches import Batch, unpack
 from whiflash_train.drafters.dflash import choose_anchors, run_blocks
 from whiflash_train.drafters.eagle3 import plan_chains, unroll
-from whiflash_train.origin import Origin, Vocabulary
+from whiflash_train.origin import Origin, VocabularyMatrices
 from whiflash_train.rounds import agreed, loop_start
 
 
-class Parts(NamedTuple):
+class PairParts(NamedTuple):
     """A server's means of drafting: checkpoints by arm, in the order of `arms.PAIR`, drafts of a chain, the vocabulary
     of blocks, copying.
     """
@@ -49,7 +49,7 @@ class Parts(NamedTuple):
     lookup: Lookup = Lookup()
 
     @classmethod
-    def of_bundle(cls, bundle: Path, eagle_steps: int = 5) -> "Parts":
+    def of_bundle(cls, bundle: Path, eagle_steps: int = 5) -> "PairParts":
         """As the bundle's manifest says."""
         manifest = load_manifest(bundle)
         checkpoints = {arm: member(bundle, manifest, PARTS[arm]) for arm in manifest.drafters}
@@ -76,7 +76,7 @@ class Pair(NamedTuple):
     lookup: Lookup
 
     @classmethod
-    def load(cls, parts: Parts, target: Vocabulary | Origin) -> "Pair":
+    def load(cls, parts: PairParts, target: VocabularyMatrices | Origin) -> "Pair":
         """Read the checkpoints. Raises `CheckpointError` where one does not fit the target."""
         digest = hashlib.sha256(json.dumps([parts.eagle_steps, parts.dflash_vocabulary]).encode())
         for path in parts.checkpoints.values():
@@ -276,14 +276,14 @@ def replay_name(store: FeatureStore, record: SequenceRecord) -> str:
     return f"{store.path.name}/{record.id}"
 
 
-class Source(NamedTuple):
+class StoredAnswer(NamedTuple):
     """Place of a stored answer."""
 
     store: FeatureStore
     record: SequenceRecord
 
 
-def replay_answers(pair: Pair, sources: Iterable[Source], log: ReplayLog) -> list[Replay]:
+def replay_answers(pair: Pair, sources: Iterable[StoredAnswer], log: ReplayLog) -> list[Replay]:
     """Replay all arms over stored answers, in this order; answers too short to hold a round are left out.
 
     The lookup arm's calibration learns from answer to answer, as in one server.

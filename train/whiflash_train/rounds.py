@@ -10,7 +10,7 @@ from operator import eq
 
 
 @dataclass
-class Tally:
+class RoundTally:
     """Rounds, and the tokens that they emitted (the bonus token included).
 
     won: arm → rounds that it drafted, where there are several.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from whiflash_sglang.drafts import arms
 from whiflash_train.replay import ALL_ARMS, Replay
-from whiflash_train.rounds import Tally, rounds
+from whiflash_train.rounds import RoundTally, rounds
 
 LOOP = "loop"
 ORACLE = "oracle"
@@ -36,7 +36,7 @@ def walk(
     choose: Choices | Callable[[int], str] | str,
     begin: int,
     end: int,
-    tally: Tally,
+    tally: RoundTally,
     min_dwell: int = 0,
     learn: Callable[[int, int], None] = lambda ended, emitted: None,
 ) -> None:
@@ -107,7 +107,7 @@ def _figures(
 ) -> dict[str, Any]:
     trained = answers[0].trained
     every = (*trained, arms.LOOKUP)
-    walks = {name: Tally() for name in (*every, *routers, ORACLE, ORACLE_OF_THREE)}
+    walks = {name: RoundTally() for name in (*every, *routers, ORACLE, ORACLE_OF_THREE)}
     pair = trained if len(trained) == 2 else ()
     strictly = dict.fromkeys(pair, 0)
     positions = 0

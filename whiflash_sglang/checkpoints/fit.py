@@ -144,7 +144,7 @@ BYTES = {"float32": 4, "float": 4}
 """Bytes of an element of KV, by the target's dtype; 2 for all others."""
 
 
-class Target(NamedTuple):
+class TargetFit(NamedTuple):
     """shape: what drafters must fit. kv_bytes: its KV of one token. element: bytes of one number of it."""
 
     shape: TargetShape
@@ -160,7 +160,7 @@ class Judged(NamedTuple):
     detail: str
 
 
-def read_target(place: str) -> Target:
+def read_target(place: str) -> TargetFit:
     """A target from its directory or hub id. Raises WhiflashError naming what is missing."""
     config = look_up(place).config
     settings = read_json_config(config.parent)
@@ -172,10 +172,10 @@ def read_target(place: str) -> Target:
     else:
         _, kv_heads, head_dim = attention_shape(text, config.parent)
         numbers = 2 * kv_heads * head_dim
-    return Target(TargetShape.read(config), layers * numbers * element, element)
+    return TargetFit(TargetShape.read(config), layers * numbers * element, element)
 
 
-def judge(checkpoint: str, target: Target | None) -> Iterator[Judged]:
+def judge(checkpoint: str, target: TargetFit | None) -> Iterator[Judged]:
     """A drafter, or all drafters of a bundle, by directory or hub id."""
     try:
         parts = _parts(checkpoint)
@@ -213,7 +213,7 @@ def _parts(place: str) -> dict[str, str]:
     return places
 
 
-def _describe(draft: Draft, target: Target | None) -> str:
+def _describe(draft: Draft, target: TargetFit | None) -> str:
     config = draft.config
     element = target.element if target else 2
     _, kv_heads, head_dim = config.attention
@@ -237,7 +237,7 @@ _KEPT = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_mo
 """Files of a drafter that its loader reads."""
 
 
-class Parts(NamedTuple):
+class BundleParts(NamedTuple):
     """Directories or hub ids, each with @revision if wanted. eagle3, diffusion: one of them may be None.
     router_sign: for a router that does not say its own.
     """
@@ -249,7 +249,7 @@ class Parts(NamedTuple):
     router_sign: str | None = None
 
 
-def create(parts: Parts, out: Path, name: str | None = None) -> dict[str, Any]:
+def create(parts: BundleParts, out: Path, name: str | None = None) -> dict[str, Any]:
     """Write a bundle into `out`: `whiflash.json`, and copies of what was given as a directory.
 
     Hub ids stay ids, pinned to the commit they are at now, and are fetched when the bundle is served. Nothing is

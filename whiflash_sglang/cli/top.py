@@ -148,7 +148,7 @@ TIMEOUT = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class StateReading:
     """A server's state (`GET /whiflash/state`) at `at`, in seconds of a clock that does not jump."""
 
     at: float
@@ -163,12 +163,12 @@ class WatchedServer:
         self.model = ""
         self._client = client
 
-    def read(self) -> Reading:
+    def read(self) -> StateReading:
         """Its state now. Raises: ServerRefusedError."""
         if not self.model:
             self.model = str(ask(self._client, self.url, "/whiflash/capabilities", "model")["model"])
         state = ask(self._client, self.url, "/whiflash/state", "policy")
-        return Reading(time.monotonic(), state)
+        return StateReading(time.monotonic(), state)
 
 
 class LiveView:
@@ -176,12 +176,12 @@ class LiveView:
 
     def __init__(self, servers: Sequence[WatchedServer]) -> None:
         self._servers = servers
-        self._before: list[Reading | None] = [None] * len(servers)
+        self._before: list[StateReading | None] = [None] * len(servers)
 
     def look(self) -> list[dict[str, Any]]:
         """By server `url` and `error`, or `model`, `state`, and `figures` since the last look and the start."""
 
-        def read(server: WatchedServer) -> Reading | ServerRefusedError:
+        def read(server: WatchedServer) -> StateReading | ServerRefusedError:
             try:
                 return server.read()
             except ServerRefusedError as error:
@@ -204,7 +204,7 @@ class LiveView:
         return looked
 
 
-def since(before: Reading | None, after: Reading) -> dict[str, Any] | None:
+def since(before: StateReading | None, after: StateReading) -> dict[str, Any] | None:
     """Events between two readings (`figures`), with their `seconds`; None if the server was restarted."""
     if before is None or after.state.get("rounds", 0) < before.state.get("rounds", 0):
         return None

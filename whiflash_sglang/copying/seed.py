@@ -7,14 +7,14 @@ from whiflash_sglang.copying.calibration import BUCKETS, SEED_WEIGHT, Agreement,
 from whiflash_sglang.copying.copier import Copier
 
 
-class Answer(NamedTuple):
+class AnsweredPrompt(NamedTuple):
     """tokens: prompt and answer. prompt_length: tokens of the prompt."""
 
     tokens: Sequence[int]
     prompt_length: int
 
 
-def measure_seed(answers: Iterable[Answer], width: int = 16) -> tuple[tuple[float, ...], ...]:
+def measure_seed(answers: Iterable[AnsweredPrompt], width: int = 16) -> tuple[tuple[float, ...], ...]:
     """Share of copied tokens that are right, per bucket of match length and agreement of the places.
 
     Copies up to `width` tokens from every position of every answer; a token counts if all before it were right. A

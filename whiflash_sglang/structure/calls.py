@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 import xgrammar
 from whiflash_sdk.hints import Span
 
-from whiflash_sglang.structure.chances import Kind, Piece
+from whiflash_sglang.structure.chances import Kind, LikelyText
 from whiflash_sglang.structure.guesses import Guesses, Likelihood, likely
 from whiflash_sglang.structure.layout import BLANKS, Layout
 from whiflash_sglang.structure.markup import MarkupCall
@@ -141,15 +141,15 @@ class JsonCall:
             return self._closing(rest)
         return rest or None
 
-    def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[Piece]:
+    def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
         """Its probable continuation: at most `limit` characters."""
         ending = self._lead + self._end if self._end else ""
         if self._state is _State.CLOSING:
-            return [Piece(ending.removeprefix(self._waiting)[:limit], Kind.CLOSED)]
-        lead: list[Piece] = []
+            return [LikelyText(ending.removeprefix(self._waiting)[:limit], Kind.CLOSED)]
+        lead: list[LikelyText] = []
         if self._state is _State.LEAD and self._lead.startswith(self._waiting):
             rest = self._lead[len(self._waiting) :][:limit]
-            lead = [Piece(rest, Kind.OPENED)] if rest else []
+            lead = [LikelyText(rest, Kind.OPENED)] if rest else []
             limit -= len(rest)
         return lead + likely(self._matcher, limit, guesses, self._layout, likelihood, ending)
 
@@ -194,7 +194,7 @@ LOOKED_AT_CHARS = 1024
 """Characters of each of them that are looked at."""
 
 
-class Call(Protocol):
+class OpenCall(Protocol):
     """The text after a marker."""
 
     @property
@@ -206,11 +206,11 @@ class Call(Protocol):
         """Go on with what was written. Returns what is none of its own; None while it is open."""
         ...
 
-    def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[Piece]:
+    def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
         """Its probable continuation: at most `limit` characters."""
         ...
 
-    def copy(self) -> "Call":
+    def copy(self) -> "OpenCall":
         """A copy to look ahead with, inside `trying` only."""
         ...
 
@@ -241,7 +241,7 @@ class Calls:
         """Since the answer began or its reasoning ended; None: something else was written."""
         self._usual = ""
         """Their usual values."""
-        self._call: Call | None = None
+        self._call: OpenCall | None = None
         self._seen: dict[str, str] | None = None
         self._used: dict[str, int] = {}
 
@@ -261,7 +261,7 @@ class Calls:
             with self._call.trying():
                 yield
 
-    def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[Piece]:
+    def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
         """The probable continuation, at most `limit` characters; empty: nothing is known."""
         if self._call is not None:
             return self._call.pieces(limit, guesses, likelihood)
@@ -274,7 +274,7 @@ class Calls:
             return []
         # The first character of its marker shows that one begins.
         parts = (blanks, Kind.USUAL), (begun[1][:1], first), (begun[1][1:], Kind.OPENED)
-        pieces = [Piece(text[:limit], kind) for text, kind in parts if text]
+        pieces = [LikelyText(text[:limit], kind) for text, kind in parts if text]
         return pieces + call.pieces(limit - len(blanks + begun[1]), guesses, likelihood)
 
     def follow(self, text: str) -> None:
@@ -327,7 +327,7 @@ class Calls:
         if self._blanks is not None:
             self._blanks = None if text.strip(BLANKS) else (self._blanks + text)[:LOOKED_AT_CHARS]
 
-    def _behind_marker(self, span: Span) -> Call | None:
+    def _behind_marker(self, span: Span) -> OpenCall | None:
         """The expected text there; None: nothing is known of such calls."""
         assert span.begin is not None
         read, end = read_tools(self._tools), span.end or ""

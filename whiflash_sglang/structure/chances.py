@@ -140,7 +140,7 @@ class StructureChances:
         self._rates.observe(kind, right)
 
 
-class Piece(NamedTuple):
+class LikelyText(NamedTuple):
     """text: never empty. kind: why it is likely."""
 
     text: str

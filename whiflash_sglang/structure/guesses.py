@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 from whiflash_sglang.drafts.candidates import common_prefix
-from whiflash_sglang.structure.chances import Kind, Piece
+from whiflash_sglang.structure.chances import Kind, LikelyText
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Matcher
 
@@ -34,7 +34,7 @@ class Guesses:
         self._words, self._count = words, used
         self._used: Mapping[str, int] | None = None
 
-    def next(self, matcher: Matcher, layout: Layout) -> list[Piece]:
+    def next(self, matcher: Matcher, layout: Layout) -> list[LikelyText]:
         """A likely continuation where nothing is forced; nothing if all are equally likely."""
         if matcher.allows(FREE):
             return []
@@ -46,7 +46,7 @@ class Guesses:
             return []  # a number may go on
         return _closing(matcher, layout)
 
-    def _word(self, matcher: Matcher, partial: str) -> list[Piece]:
+    def _word(self, matcher: Matcher, partial: str) -> list[LikelyText]:
         """The rest of a name or a listed value; if others are allowed there, its kind is that of what parts it from
         them.
         """
@@ -68,18 +68,18 @@ class Guesses:
         return parted(rests[best], [rests[word] for word in others], kind)
 
 
-def parted(text: str, others: Sequence[str], kind: Kind) -> list[Piece]:
+def parted(text: str, others: Sequence[str], kind: Kind) -> list[LikelyText]:
     """`text` in pieces: `kind` are its characters that part it from one of the others, where none does its first."""
     places = sorted({common_prefix(text, other) for other in others} - {len(text)}) or [0]
     pieces, done = [], 0
     for place in places:
-        pieces += [Piece(text[done:place], Kind.FORCED)] if place > done else []
-        pieces.append(Piece(text[place], kind))
+        pieces += [LikelyText(text[done:place], Kind.FORCED)] if place > done else []
+        pieces.append(LikelyText(text[place], kind))
         done = place + 1
-    return pieces + ([Piece(text[done:], Kind.FORCED)] if done < len(text) else [])
+    return pieces + ([LikelyText(text[done:], Kind.FORCED)] if done < len(text) else [])
 
 
-def _opening(matcher: Matcher, layout: Layout) -> list[Piece]:
+def _opening(matcher: Matcher, layout: Layout) -> list[LikelyText]:
     """A key or a value begins, or its brackets close at once."""
     possible = [value for value in VALUES if matcher.allows(value)]
     if not possible:
@@ -88,15 +88,15 @@ def _opening(matcher: Matcher, layout: Layout) -> list[Piece]:
         return []
     value = possible[0]
     blank, seen = layout.blank_before(value)
-    pieces = [Piece(blank, Kind.LAYOUT if seen else Kind.USUAL)] if blank else []
+    pieces = [LikelyText(blank, Kind.LAYOUT if seen else Kind.USUAL)] if blank else []
     if value in OPENING and len(possible) > 1:
-        pieces.append(Piece(value, Kind.CHOICE))
+        pieces.append(LikelyText(value, Kind.CHOICE))
     elif value in OPENING:
-        pieces = [Piece(blank + value, Kind.LAYOUT if seen else Kind.USUAL)]
+        pieces = [LikelyText(blank + value, Kind.LAYOUT if seen else Kind.USUAL)]
     return pieces if pieces and matcher.allows("".join(piece.text for piece in pieces)) else []
 
 
-def _closing(matcher: Matcher, layout: Layout) -> list[Piece]:
+def _closing(matcher: Matcher, layout: Layout) -> list[LikelyText]:
     """A key or a value has ended."""
     possible = [mark for mark in ":,}]" if matcher.allows(mark)]
     if not possible:
@@ -107,8 +107,8 @@ def _closing(matcher: Matcher, layout: Layout) -> list[Piece]:
     if blank and not matcher.allows(text):
         return []
     if len(possible) > 1:
-        return [Piece(text, Kind.CHOICE)]
-    return [Piece(text, Kind.LAYOUT if seen else Kind.USUAL)]
+        return [LikelyText(text, Kind.CHOICE)]
+    return [LikelyText(text, Kind.LAYOUT if seen else Kind.USUAL)]
 
 
 STEPS = 32
@@ -121,13 +121,15 @@ Likelihood = Callable[[Kind], float]
 """Likelihood of a kind."""
 
 
-def gather(step: Callable[[int], Sequence[Piece] | None], limit: int, likelihood: Likelihood) -> list[Piece]:
+def gather(
+    step: Callable[[int], Sequence[LikelyText] | None], limit: int, likelihood: Likelihood
+) -> list[LikelyText]:
     """Pieces of `step`, called again and again until it returns None: `limit` characters and `STEPS` pieces at most.
 
     Args:
         step: pieces of at most so many characters, if it likes; the rest is cut off.
     """
-    pieces: list[Piece] = []
+    pieces: list[LikelyText] = []
     chance = 1.0
     for _ in range(STEPS):
         more = step(limit) if limit > 0 and chance >= HOPELESS and len(pieces) < STEPS else None
@@ -141,7 +143,7 @@ def gather(step: Callable[[int], Sequence[Piece] | None], limit: int, likelihood
     return pieces
 
 
-def is_whole(pieces: Sequence[Piece], limit: int, likelihood: Likelihood) -> bool:
+def is_whole(pieces: Sequence[LikelyText], limit: int, likelihood: Likelihood) -> bool:
     """Whether no bound of `gather` ended what it returned."""
     chance = prod(likelihood(piece.kind) for piece in pieces)
     return len(pieces) < STEPS and chance >= HOPELESS and sum(len(piece.text) for piece in pieces) < limit
@@ -154,7 +156,7 @@ def likely(
     layout: Layout,
     likelihood: Likelihood,
     ending: str = "",
-) -> list[Piece]:
+) -> list[LikelyText]:
     """Forced text and, if nothing is forced, what `guesses` say; at most `limit` characters.
 
     The matcher is as it was.
@@ -164,9 +166,11 @@ def likely(
     """
     layout = layout.copy()
 
-    def step(limit: int) -> list[Piece] | None:
+    def step(limit: int) -> list[LikelyText] | None:
         forced = matcher.forced()[:limit]
-        pieces = [Piece(forced, Kind.FORCED)] if forced else guesses.next(matcher, layout) if guesses else []
+        pieces = (
+            [LikelyText(forced, Kind.FORCED)] if forced else guesses.next(matcher, layout) if guesses else []
+        )
         text = "".join(piece.text for piece in pieces)
         if not text or not matcher.accept_text(text):
             return None
@@ -177,5 +181,5 @@ def likely(
         pieces = gather(step, limit, likelihood)
         limit -= sum(len(piece.text) for piece in pieces)
         if ending and limit >= len(ending) and matcher.may_end and not matcher.forced():
-            pieces.append(Piece(ending, Kind.CLOSED))
+            pieces.append(LikelyText(ending, Kind.CLOSED))
     return pieces

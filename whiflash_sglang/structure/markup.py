@@ -10,7 +10,7 @@ from copy import copy
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
-from whiflash_sglang.structure.chances import Kind, Piece
+from whiflash_sglang.structure.chances import Kind, LikelyText
 from whiflash_sglang.structure.guesses import Guesses, Likelihood, gather, parted
 from whiflash_sglang.structure.layout import BLANKS
 from whiflash_sglang.structure.schemas import MOST_WORDS
@@ -102,12 +102,12 @@ class MarkupCall:
             self._pending = body[len(option.text) :]
         return self._pending
 
-    def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[Piece]:
+    def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
         """Its probable continuation: at most `limit` characters."""
         ahead = self.copy()
         return gather(lambda _: ahead._step(), limit, likelihood)
 
-    def _step(self) -> list[Piece] | None:
+    def _step(self) -> list[LikelyText] | None:
         """Goes on with what probably follows, as far as one part of the call goes; None: it is anybody's guess.
 
         Empty: a part was complete without more.
@@ -206,7 +206,7 @@ class MarkupCall:
         self._pending, self._place = behind, _Place.ARGUMENT
         return True
 
-    def _rest_of_value(self) -> list[Piece] | None:
+    def _rest_of_value(self) -> list[LikelyText] | None:
         """The rest of a listed value; of another one its end, if that has begun."""
         pending, end = self._pending, self._around[1]
         closing = self._usual("behind")[0] + end
@@ -249,18 +249,18 @@ class MarkupCall:
         text = behind if place == "behind" else texts[place]
         return text[: len(text) - len(text.lstrip(BLANKS))], False
 
-    def _blanks(self, place: str, written: str) -> list[Piece]:
+    def _blanks(self, place: str, written: str) -> list[LikelyText]:
         """The part of them that is still to come."""
         usual, seen = self._usual(place)
         if not usual.startswith(written) or usual == written:
             return []
-        return [Piece(usual[len(written) :], Kind.LAYOUT if seen else Kind.USUAL)]
+        return [LikelyText(usual[len(written) :], Kind.LAYOUT if seen else Kind.USUAL)]
 
 
-def _pieces(text: str, others: Sequence[str], kind: Kind) -> list[Piece]:
+def _pieces(text: str, others: Sequence[str], kind: Kind) -> list[LikelyText]:
     """`text`, which may follow, as others may."""
     if not others:
-        return [Piece(text, Kind.FORCED)] if text else []
+        return [LikelyText(text, Kind.FORCED)] if text else []
     return parted(text, others, kind) if text else []
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, is_text
 from whiflash_sglang.structure.calls import Calls
-from whiflash_sglang.structure.chances import Cuts, Kind, Piece
+from whiflash_sglang.structure.chances import Cuts, Kind, LikelyText
 from whiflash_sglang.structure.guesses import FREE, Guesses, Likelihood, is_whole, likely
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Matcher
@@ -59,7 +59,7 @@ def sketch(
             nothing. cuts: how such text was cut before.
     """
     chars = limit * CHARS_PER_TOKEN
-    sources: list[list[Piece]] = []
+    sources: list[list[LikelyText]] = []
     if matcher is not None:
         sources.append(likely(matcher, chars, guesses, layout, likelihood))
     if calls is not None:
@@ -110,7 +110,7 @@ def _allowed(
 def cut(
     vocabulary: Vocabulary,
     tail: Sequence[int],
-    pieces: Sequence[Piece],
+    pieces: Sequence[LikelyText],
     likelihood: Likelihood,
     cuts: Cuts,
     limit: int,

@@ -29,7 +29,7 @@ from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.formats.table import FORMATS, Draft, read_draft
 from whiflash_sglang.updates.staging import Staged, Staging
-from whiflash_sglang.updates.versions import Served, gain_of, path_of, read_version, record, served
+from whiflash_sglang.updates.versions import VersionInUse, gain_of, path_of, read_version, record, served
 
 logger = logging.getLogger("whiflash_sglang")
 
@@ -104,7 +104,7 @@ class LiveWeights:
         ranks: Ranks,
         behind: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self.used, self.gain = Served(), gain_of(versions.directory, 0)
+        self.used, self.gain = VersionInUse(), gain_of(versions.directory, 0)
         self.swaps = {"taken": 0, "refused": 0}
         self.why = ""
         self.outcomes: dict[str, str] = {}
@@ -160,7 +160,7 @@ class LiveWeights:
         why = self._ranks.objection(reading.why)
         if why is None:
             before = self.used.before if number == self.used.version else self.used.version
-            self._write(Served(number, before), reading)
+            self._write(VersionInUse(number, before), reading)
             self._remember()
         else:
             logger.warning("WHIFLASH: version %d is refused: %s", number, why)
@@ -189,12 +189,12 @@ class LiveWeights:
                 error.strerror,
             )
 
-    def _served_last(self) -> Served:
+    def _served_last(self) -> VersionInUse:
         try:
             return served(self._versions.directory)
         except (ConfigError, OSError) as error:
             logger.warning("WHIFLASH: the server begins with its own drafters, version 0: %s", error)
-            return Served()
+            return VersionInUse()
 
     def _read(self, reading: Reading) -> None:
         """Put a version beside what serves in this process; or say why it cannot be used.
@@ -233,7 +233,7 @@ class LiveWeights:
             reading.why = f"version {number}: {place} cannot be read: {type(error).__name__}: {reason:.200}"
 
     @torch.no_grad()
-    def _write(self, used: Served, reading: Reading) -> None:
+    def _write(self, used: VersionInUse, reading: Reading) -> None:
         left: list[Any] = []
         with self._behind(), self._staging.read():
             for arm, staged in reading.staged.items():

@@ -28,7 +28,7 @@ MOST: Final = 10**6
 """Versions of a directory."""
 
 
-class Served(NamedTuple):
+class VersionInUse(NamedTuple):
     """version: that a server uses. before: the one that it used before that, for a rollback."""
 
     version: int = 0
@@ -187,13 +187,13 @@ def _inside(bundle: Path, place: str) -> Path:
     return bundle / place
 
 
-def served(directory: Path) -> Served:
+def served(directory: Path) -> VersionInUse:
     """Versions that a server of this directory used last. Raises ConfigError if the record is damaged."""
     file = directory / CURRENT
     try:
-        record = Served(**read_json_file(file))
+        record = VersionInUse(**read_json_file(file))
     except FileNotFoundError:
-        return Served()
+        return VersionInUse()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{file} is damaged ({error}): remove it, and choose a version again") from None
     if not all(type(number) is int and 0 <= number < MOST for number in record):
@@ -201,7 +201,7 @@ def served(directory: Path) -> Served:
     return record
 
 
-def record(directory: Path, used: Served) -> None:
+def record(directory: Path, used: VersionInUse) -> None:
     """Record the versions that a server that starts later uses. Raises OSError."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_whole(directory / CURRENT, json.dumps(used._asdict()))

@@ -22,7 +22,7 @@ from whiflash_lab.bench.fleet import Fleet
 from whiflash_lab.bench.load import RequestError
 from whiflash_lab.bench.pages import render
 from whiflash_lab.bench.recorded import BASE, Player, Replayer, Talk, recorded_arms, talks_of
-from whiflash_lab.bench.report import Report, build_report
+from whiflash_lab.bench.report import BenchReport, build_report
 from whiflash_lab.bench.runner import Plan
 from whiflash_lab.bench.subject import build_subject
 from whiflash_lab.conversations import Conversation, RecordError, read_recorded, renderer_of
@@ -180,7 +180,7 @@ def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet, tmp_p
     )
     journal = Journal(tmp_path / "cells.jsonl", plan.fingerprint)
 
-    def run(*, resume: bool) -> Report:
+    def run(*, resume: bool) -> BenchReport:
         return Replayer(plan, fleet, journal, Progress(console=Console(file=io.StringIO()))).run(
             resume=resume
         )

@@ -10,7 +10,7 @@ from whiflash_lab.bench.command import Outputs, judge
 from whiflash_lab.bench.pages import draw, render
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import Difference, Reference, differences
-from whiflash_lab.bench.report import Report, build_report
+from whiflash_lab.bench.report import BenchReport, build_report
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files.equality import Verdict
 
@@ -69,7 +69,7 @@ def clock(arm: str, rounds: int) -> dict[str, float] | None:
 
 
 @pytest.fixture
-def report() -> Report:
+def report() -> BenchReport:
     cells = []
     for repetition in range(3):
         for arm in SPEED:
@@ -104,7 +104,7 @@ def report() -> Report:
     return build_report(cells, GROUPS, found, PROVENANCE, {"NGRAM": "the server did not start: no kernel"})
 
 
-def test_rates_by_category_without_loops(report: Report) -> None:
+def test_rates_by_category_without_loops(report: BenchReport) -> None:
     auto = report.arms["auto"]
     assert set(auto) == {"chat", "tool_call", "overall", "loops"}
     assert auto["chat"].output_tokens_per_s == pytest.approx(24)
@@ -115,13 +115,13 @@ def test_rates_by_category_without_loops(report: Report) -> None:
     assert dflash.output_tokens_per_s == pytest.approx(75 / (34 / 12 + 41 / 20))
 
 
-def test_acceptance_counts_tokens_per_target_forward(report: Report) -> None:
+def test_acceptance_counts_tokens_per_target_forward(report: BenchReport) -> None:
     assert report.arms["none"]["overall"].acceptance_length == 1.0
     assert report.arms["none"]["overall"].target_forwards == 72
     assert report.arms["auto"]["tool_call"].acceptance_length == 4.0
 
 
-def test_latencies(report: Report) -> None:
+def test_latencies(report: BenchReport) -> None:
     chat = report.arms["none"]["chat"]
     assert chat.ttft_ms is not None
     assert chat.ttft_ms.p50 == pytest.approx(100)
@@ -129,7 +129,7 @@ def test_latencies(report: Report) -> None:
     assert chat.tpot_ms.p99 == pytest.approx(100, rel=0.05)
 
 
-def test_rounds_add_up_and_switching_has_its_share(report: Report) -> None:
+def test_rounds_add_up_and_switching_has_its_share(report: BenchReport) -> None:
     overall = report.arms["auto"]["overall"]
     assert overall.round_ms is not None
     assert overall.round_ms.verify == pytest.approx(1.0)
@@ -150,7 +150,7 @@ def test_stages_and_the_rest_are_the_round() -> None:
     assert switch_share_of(gained) == pytest.approx((0.004 + 0.008 + 0.012) / 0.4)
 
 
-def test_mismatches_and_ties_belong_to_their_arm_and_load(report: Report) -> None:
+def test_mismatches_and_ties_belong_to_their_arm_and_load(report: BenchReport) -> None:
     assert (report.arms["auto"]["chat"].ties, report.arms["auto"]["overall"].mismatches) == (1, 0)
     assert report.arms["DFLASH"]["tool_call"].mismatches == 1
     assert report.loads[1].arms["auto"]["overall"].mismatches == 1
@@ -163,7 +163,7 @@ def test_the_page_counts_mismatches_of_answers_that_end_in_a_loop_too() -> None:
     assert first.endswith("| 1 |")
 
 
-def test_ratios_to_plain_decoding_and_to_the_faster_static_drafter(report: Report) -> None:
+def test_ratios_to_plain_decoding_and_to_the_faster_static_drafter(report: BenchReport) -> None:
     auto = report.ratios["auto"]
     assert auto.none["overall"].ratio == pytest.approx(2.4)
     assert auto.static_arm == {
@@ -209,22 +209,22 @@ def test_every_arm_is_compared_with_the_one_that_was_asked_for() -> None:
     assert (auto.static, compared.ratios["auto@beside"].over) == ({}, {})
 
 
-def test_under_load_only_the_whole_mix_has_a_rate(report: Report) -> None:
+def test_under_load_only_the_whole_mix_has_a_rate(report: BenchReport) -> None:
     four = report.loads[1].arms["auto"]
     assert four["overall"].output_tokens_per_s == pytest.approx(75 / 2.0)
     assert four["chat"].output_tokens_per_s is None
     assert set(report.loads[1].ratios["auto"].none) == {"overall"}
 
 
-def test_the_schema_reads_back_and_refuses_what_it_does_not_know(report: Report) -> None:
+def test_the_schema_reads_back_and_refuses_what_it_does_not_know(report: BenchReport) -> None:
     text = report.model_dump_json()
-    assert Report.model_validate_json(text) == report
+    assert BenchReport.model_validate_json(text) == report
     assert report.schema_version == 1
     with pytest.raises(ValueError, match="schema_version"):
-        Report.model_validate_json(text.replace('"schema_version":1', '"schema_version":2'))
+        BenchReport.model_validate_json(text.replace('"schema_version":1', '"schema_version":2'))
 
 
-def test_the_page_names_arms_that_are_missing_and_each_server_s_environment(report: Report) -> None:
+def test_the_page_names_arms_that_are_missing_and_each_server_s_environment(report: BenchReport) -> None:
     """No kept page has any. Arguments that all servers share are printed once, and no flag is parted from its value."""
     shared = ["--dtype", "bfloat16", "--tp-size"]
     ranks = {"OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
@@ -245,10 +245,10 @@ def test_kept_pages_are_those_of_their_reports() -> None:
     reports = {path: page for path, page in pages.items() if "loads" in json.loads(path.read_text())}
     assert len(reports) > 5
     for path, page in reports.items():
-        assert page.read_text() == render(Report.model_validate_json(path.read_text())), page
+        assert page.read_text() == render(BenchReport.model_validate_json(path.read_text())), page
 
 
-def test_pictures(report: Report, tmp_path: Path) -> None:
+def test_pictures(report: BenchReport, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = draw(report, tmp_path / "pictures")
     assert file == tmp_path / "pictures" / "speedup.svg"
@@ -258,18 +258,18 @@ def test_pictures(report: Report, tmp_path: Path) -> None:
 
 
 def test_json_is_all_that_goes_to_stdout(
-    report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    report: BenchReport, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outputs = Outputs(as_json=True, out=tmp_path / "new" / "r.json", markdown=tmp_path / "r.md", plots=None)
     outputs.prepare()
     outputs.publish(report)
     printed = capsys.readouterr().out
-    assert Report.model_validate_json(printed) == report
+    assert BenchReport.model_validate_json(printed) == report
     assert (tmp_path / "new" / "r.json").read_text() == printed
     assert (tmp_path / "r.md").read_text() == render(report)
 
 
-def test_a_failing_arm_of_ours_fails_the_command(report: Report) -> None:
+def test_a_failing_arm_of_ours_fails_the_command(report: BenchReport) -> None:
     report = report.model_copy(update={"unavailable": {}})
     judge(report)  # what upstream's arms answer is told and no more
     ours = {"auto": {"arguments": ["--speculative-algorithm", "WHIFLASH"]}}
@@ -279,7 +279,7 @@ def test_a_failing_arm_of_ours_fails_the_command(report: Report) -> None:
 
 
 @pytest.mark.parametrize("arm", ["auto", "EAGLE3"])
-def test_an_arm_that_was_not_measured_fails_the_command(report: Report, arm: str) -> None:
+def test_an_arm_that_was_not_measured_fails_the_command(report: BenchReport, arm: str) -> None:
     """Its server is in no record: it never started."""
     with pytest.raises(WhiflashError, match=f"{arm}: the server did not start"):
         judge(report.model_copy(update={"unavailable": {arm: "the server did not start: why"}}))
@@ -307,7 +307,7 @@ def test_differences_follow_the_tie_rule() -> None:
     ]
 
 
-def test_suites_are_reported_as_papers_do(report: Report) -> None:
+def test_suites_are_reported_as_papers_do(report: BenchReport) -> None:
     """Plain means of the sets: none is weighed by its tokens."""
     told = {"suites": {"gsm8k": "a folder (MIT)"}, "left_out": {"p": "too long"}}
     page = render(report.model_copy(update={"provenance": PROVENANCE | told}))

@@ -16,7 +16,7 @@ from whiflash_lab.bench.cells import Journal, Load
 from whiflash_lab.bench.fleet import Fleet
 from whiflash_lab.bench.pages import render
 from whiflash_lab.bench.prompts import Prompt
-from whiflash_lab.bench.report import Report
+from whiflash_lab.bench.report import BenchReport
 from whiflash_lab.bench.runner import SEEDED, Plan, Runner
 from whiflash_lab.bench.subject import build_subject
 from whiflash_sglang.errors import WhiflashError
@@ -86,7 +86,9 @@ def fleet(host: ServerHost) -> Iterator[Callable[..., Fleet]]:
 
 
 @pytest.fixture(scope="module")
-def report(plan: Plan, fleet: Callable[..., Fleet], journal: Journal, started: list[Sequence[str]]) -> Report:
+def report(
+    plan: Plan, fleet: Callable[..., Fleet], journal: Journal, started: list[Sequence[str]]
+) -> BenchReport:
     with fleet(started) as servers, _silent() as progress:
         return Runner(plan, servers, journal, progress).run(resume=False)
 
@@ -95,7 +97,7 @@ def _silent() -> Progress:
     return Progress(console=Console(file=io.StringIO()))
 
 
-def test_every_arm_answers_every_prompt(report: Report, plan: Plan) -> None:
+def test_every_arm_answers_every_prompt(report: BenchReport, plan: Plan) -> None:
     assert report.unavailable == {}
     assert [load.load for load in report.loads] == list(LOADS)
     for load in report.loads:
@@ -109,13 +111,13 @@ def test_every_arm_answers_every_prompt(report: Report, plan: Plan) -> None:
 
 
 def test_every_repetition_has_servers_of_its_own(
-    report: Report, plan: Plan, started: list[Sequence[str]]
+    report: BenchReport, plan: Plan, started: list[Sequence[str]]
 ) -> None:
     assert len(started) == plan.repetitions * len({arm.server for arm in plan.arms})
     assert "new servers for each" in render(report)
 
 
-def test_outputs_equal_plain_decoding(report: Report) -> None:
+def test_outputs_equal_plain_decoding(report: BenchReport) -> None:
     """float32: only ties may differ, and they are listed."""
     assert [d for d in report.differences if d["verdict"] != "tie"] == []
 
@@ -139,7 +141,7 @@ def test_seeded_answers_equal_plain_decoding(plan: Plan, fleet: Callable[..., Fl
     assert not replace(sampled, subject=replace(plan.subject, dtype="bfloat16")).compares
 
 
-def test_acceptance_and_rounds(report: Report) -> None:
+def test_acceptance_and_rounds(report: BenchReport) -> None:
     assert report.arms["none"]["overall"].acceptance_length == 1.0
     for arm in ("auto", "ar", "diffusion"):
         overall = report.arms[arm]["overall"]
@@ -152,18 +154,18 @@ def test_acceptance_and_rounds(report: Report) -> None:
     assert report.arms["EAGLE3"]["overall"].round_ms is None
 
 
-def test_ratios_and_page(report: Report) -> None:
+def test_ratios_and_page(report: BenchReport) -> None:
     auto = report.ratios["auto"]
     assert auto.none["overall"].low <= auto.none["overall"].high
     assert auto.static_arm["overall"] in ("EAGLE3", "ar", "diffusion")
     page = render(report)
     assert "| auto |" in page
     assert "/tmp" not in page, "no directory of this machine in a report"
-    assert Report.model_validate_json(report.model_dump_json()) == report
+    assert BenchReport.model_validate_json(report.model_dump_json()) == report
 
 
 def test_a_finished_run_resumes_without_asking_again(
-    plan: Plan, fleet: Callable[..., Fleet], journal: Journal, report: Report
+    plan: Plan, fleet: Callable[..., Fleet], journal: Journal, report: BenchReport
 ) -> None:
     before, servers = journal.read(), []
     with fleet(servers) as started, _silent() as progress:

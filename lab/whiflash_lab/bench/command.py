@@ -13,7 +13,7 @@ from whiflash_lab.bench.arms import FLAGS, KNOWN, NO_HINTS, QUICK, VARIANTS
 from whiflash_lab.bench.cells import Journal, Load
 from whiflash_lab.bench.fleet import Fleet, launcher
 from whiflash_lab.bench.pages import draw, render
-from whiflash_lab.bench.report import Report
+from whiflash_lab.bench.report import BenchReport
 from whiflash_lab.bench.runner import Plan, Runner
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
 from whiflash_sglang.files.hosts import ServerHost, shares_imports
@@ -78,7 +78,7 @@ class Outputs:
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
 
-    def publish(self, report: Report) -> None:
+    def publish(self, report: BenchReport) -> None:
         """Print one of its forms, and write those that are wanted, each file whole or not at all."""
         text, as_json = render(report), report.model_dump_json(indent=1)
         if self.plots is not None:
@@ -95,7 +95,7 @@ class Outputs:
             write_whole(self.markdown, text)
 
 
-def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> Report:
+def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> BenchReport:
     """Carry out `plan` and show how far it is; the servers end with it.
 
     They are forked from one process that has imported SGLang, if they can share it.
@@ -116,7 +116,7 @@ def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> Repor
         return runner(plan, fleet, Journal(cells, plan.fingerprint), bar).run(resume=resume)
 
 
-def judge(report: Report) -> None:
+def judge(report: BenchReport) -> None:
     """Raise WhiflashError where an arm could not be measured, or one of WHIFLASH answered other than plain decoding."""
     ours = [arm for arm, server in report.provenance["servers"].items() if "WHIFLASH" in server["arguments"]]
     differs = sorted(

@@ -12,15 +12,15 @@ from whiflash_lab.bench.cells import RoundMs
 from whiflash_lab.bench.report import (
     LOOPS,
     OVERALL,
+    BenchReport,
     Figures,
     LoadReport,
-    Report,
 )
 from whiflash_sglang.files.equality import Verdict
 from whiflash_train.statistics import Interval, Percentiles
 
 
-def render(report: Report) -> str:
+def render(report: BenchReport) -> str:
     """Every load: an overview of the arms, then rates by category; then rounds, differences and provenance."""
     parts = ["# Benchmark", _setting(report)]
     for load in report.loads:
@@ -36,7 +36,7 @@ def render(report: Report) -> str:
     return "\n\n".join(section for section in parts if section) + "\n"
 
 
-def _setting(report: Report) -> str:
+def _setting(report: BenchReport) -> str:
     p = report.provenance
     prompts = ", ".join(f"{count} {name}" for name, count in report.categories.items())
     repetitions = "1 repetition" if p["repetitions"] == 1 else f"{p['repetitions']} repetitions"
@@ -123,7 +123,7 @@ def _mismatches(groups: Mapping[str, Figures]) -> str:
     return "" if None in counted else str(sum(filter(None, counted)))
 
 
-def _by_category(report: Report, load: LoadReport) -> str:
+def _by_category(report: BenchReport, load: LoadReport) -> str:
     """Speed-up and acceptance length of each category, if there are several; of sets also the means, as papers do."""
     means = bool(report.provenance.get("suites"))
     names = [name for name in _names(load) if name != LOOPS] if means else _categories(report, load)
@@ -147,7 +147,7 @@ def _by_category(report: Report, load: LoadReport) -> str:
     return f"### Speed-up over plain decoding; acceptance length\n\n{table(header, rows)}" if rows else ""
 
 
-def _over(report: Report, load: LoadReport) -> str:
+def _over(report: BenchReport, load: LoadReport) -> str:
     compared = {arm: ratios.over for arm, ratios in load.ratios.items() if ratios.over}
     names = [name for name in _categories(report, load) if any(name in own for own in compared.values())]
     if len(names) < 2:
@@ -156,7 +156,7 @@ def _over(report: Report, load: LoadReport) -> str:
     return f"### Output tokens per second, over `{report.over}`\n\n{table(('arm', *names), rows)}"
 
 
-def _rounds(report: Report) -> str:
+def _rounds(report: BenchReport) -> str:
     rows, kept = [], []
     for load in report.loads:
         for arm, groups in load.arms.items():
@@ -178,7 +178,7 @@ def _rounds(report: Report) -> str:
     return page
 
 
-def _differences(report: Report) -> str:
+def _differences(report: BenchReport) -> str:
     """Mismatches one by one, ties counted; the JSON lists both."""
     if report.provenance.get("recorded"):
         return "Every answer is the recorded one, token for token."
@@ -208,12 +208,12 @@ def _differences(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def _unavailable(report: Report) -> str:
+def _unavailable(report: BenchReport) -> str:
     lines = [f"- {arm}: {reason}" for arm, reason in report.unavailable.items()]
     return "## Not available\n\n" + "\n".join(lines) if lines else ""
 
 
-def _reproduce(report: Report) -> str:
+def _reproduce(report: BenchReport) -> str:
     """The command, the arguments that all servers share, and each arm's own."""
     servers = report.provenance["servers"]
     # Older reports have the same environment for all.
@@ -238,7 +238,7 @@ def _assigned(environment: Mapping[str, str]) -> str:
     return " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
 
 
-def _categories(report: Report, load: LoadReport) -> list[str]:
+def _categories(report: BenchReport, load: LoadReport) -> list[str]:
     """Categories of several prompts."""
     return [name for name in _names(load) if report.categories.get(name, 0) > 1]
 
@@ -271,7 +271,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def draw(report: Report, directory: Path) -> Path | None:
+def draw(report: BenchReport, directory: Path) -> Path | None:
     """Write `speedup.svg`; None where no request was asked alone."""
     import matplotlib
 

@@ -20,7 +20,7 @@ from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import Reference
 from whiflash_lab.bench.runner import Runner
 from whiflash_lab.bench.subject import CPU_KV_TOKENS
-from whiflash_lab.conversations import Conversation, Renderer, Turn, read_recorded, renderer_of
+from whiflash_lab.conversations import Conversation, RecordedTurn, Renderer, read_recorded, renderer_of
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.config_json import read_json_config
 
@@ -37,7 +37,7 @@ MARGIN = 128
 class Talk(Prompt):
     """A conversation. tasks: its answers, in order."""
 
-    tasks: tuple[Turn, ...] = ()
+    tasks: tuple[RecordedTurn, ...] = ()
 
     def request(self) -> dict[str, Any]:
         return {"tasks": [[list(task.prompt), list(task.answer)] for task in self.tasks]}
@@ -137,7 +137,7 @@ class Player(Asker):
             prefills=len(prompt.tasks),
         )
 
-    async def _answer(self, talk: str, task: Turn) -> int:
+    async def _answer(self, talk: str, task: RecordedTurn) -> int:
         """Target forwards of one answer of a conversation after its prefill."""
         custom: dict[str, Any] = {"whiflash_forced": list(task.answer)}
         if self.request["brings"] in task.predictions:

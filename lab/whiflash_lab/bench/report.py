@@ -114,7 +114,7 @@ class LoadReport(BaseModel, frozen=True, extra="forbid"):
     ratios: dict[str, Ratios]
 
 
-class Report(BaseModel, frozen=True, extra="forbid"):
+class BenchReport(BaseModel, frozen=True, extra="forbid"):
     """Report that `--json` prints and `--out` writes.
 
     unavailable: arms that did not start, and why. differences: every mismatch and tie. over: the arm that all others
@@ -140,7 +140,7 @@ def build_report(
     unavailable: Mapping[str, str],
     over: str | None = None,
     base: str = NONE,
-) -> Report:
+) -> BenchReport:
     """The report of all cells.
 
     Args:
@@ -156,7 +156,7 @@ def build_report(
     counts: dict[str, int] = defaultdict(int)
     for group in groups.values():
         counts[group] += 1
-    return Report(
+    return BenchReport(
         provenance=provenance,
         arms=loads[0].arms,
         ratios=loads[0].ratios,

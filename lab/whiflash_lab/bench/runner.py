@@ -30,7 +30,7 @@ from whiflash_lab.bench.load import (
 )
 from whiflash_lab.bench.prompts import Prompt, digest_of
 from whiflash_lab.bench.reference import BestLogit, Reference, ask_reference, differences, plain_of
-from whiflash_lab.bench.report import LOOPS, Report, build_report
+from whiflash_lab.bench.report import LOOPS, BenchReport, build_report
 from whiflash_sglang import __version__
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files.hosts import LIMITS
@@ -176,7 +176,7 @@ class Runner:
         self.cells: list[Cell] = []
         self._began = time.monotonic()
 
-    def run(self, *, resume: bool) -> Report:
+    def run(self, *, resume: bool) -> BenchReport:
         """Measure what is not measured yet, judge the outputs, build the report.
 
         Raises:

@@ -221,7 +221,7 @@ def simulate(
     Example:
     whiflash lab simulate --requests 1,8,64 --answer 256
     """
-    from whiflash_lab.simulate import H100, Load, assumed, table
+    from whiflash_lab.simulate import H100, SimulatedLoad, assumed, table
 
     try:
         sizes = [int(size) for size in requests.split(",")]
@@ -229,7 +229,7 @@ def simulate(
         sizes = []
     if not sizes or min(sizes) < 1:
         raise UsageError(f"--requests takes numbers from 1 on, such as 1,8,64; got {requests!r}")
-    load = Load(1, prompt=prompt, answer=answer, grammars=grammars)
+    load = SimulatedLoad(1, prompt=prompt, answer=answer, grammars=grammars)
     line, results = assumed(H100, load), table(H100, sizes, load)
     if as_json:
         rates = [{"requests": r.requests, "method": r.method, "simulated": r.rate} for r in results]

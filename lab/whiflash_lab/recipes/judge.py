@@ -48,7 +48,7 @@ SETTINGS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class LaunchVerdict:
     """Whether WHIFLASH would start.
 
     obstacles: name of a rule or flag → the sentence that says what to do, all of them, the start's own first.
@@ -78,7 +78,7 @@ class _Read:
 
 def judge(
     flags: Mapping[str, Flag], environment: Mapping[str, str] | None = None, target: Path | None = None
-) -> Verdict:
+) -> LaunchVerdict:
     """A launch with these flags, named with or without dashes.
 
     Args:
@@ -100,7 +100,7 @@ def judge(
     launch = replace(launch, draft_kv=read.drafters)
     obstacles = read.wrong | _obstacles(launch)
     without = read.wrong | _obstacles(replace(launch, draft_kv=False))
-    return Verdict(obstacles, without, [*replaced, *chosen], read.unread)
+    return LaunchVerdict(obstacles, without, [*replaced, *chosen], read.unread)
 
 
 def _obstacles(launch: Launch) -> dict[str, str]:

@@ -9,12 +9,12 @@ from langchain_openai.chat_models.base import BaseChatOpenAI
 from typing_extensions import Unpack
 
 from whiflash_sdk.client import apart, wrap
-from whiflash_sdk.outgoing import Settings
+from whiflash_sdk.outgoing import ClientSettings
 
 ModelT = TypeVar("ModelT", bound=BaseChatOpenAI)
 
 
-def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
+def wrap_model(model: ModelT, **settings: Unpack[ClientSettings]) -> ModelT:
     """Give the model wrapped clients of its own, with the settings of `whiflash_sdk.wrap`, and return the model.
 
     Calls carry the name of their agent, or of their node in a graph, as `agent`, unless something else is said.

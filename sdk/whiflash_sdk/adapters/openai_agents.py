@@ -9,12 +9,12 @@ from agents.tracing import AgentSpanData
 from typing_extensions import Unpack
 
 from whiflash_sdk.client import apart, wrap
-from whiflash_sdk.outgoing import Settings
+from whiflash_sdk.outgoing import ClientSettings
 
 ModelT = TypeVar("ModelT", OpenAIChatCompletionsModel, OpenAIResponsesModel)
 
 
-def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
+def wrap_model(model: ModelT, **settings: Unpack[ClientSettings]) -> ModelT:
     """Give the model a wrapped client of its own, with the settings of `whiflash_sdk.wrap`, and return the model.
 
     Calls carry the running agent's name, unless something else is said. Hints for one agent alone go into its

@@ -9,7 +9,7 @@ from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel  # t
 from typing_extensions import Unpack
 
 from whiflash_sdk.client import apart, wrap
-from whiflash_sdk.outgoing import Settings
+from whiflash_sdk.outgoing import ClientSettings
 
 try:
     from pydantic_ai._run_context import get_current_run_context  # type: ignore[import-not-found]
@@ -19,7 +19,7 @@ except ImportError:  # older versions
 ModelT = TypeVar("ModelT", OpenAIChatModel, OpenAIResponsesModel)
 
 
-def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
+def wrap_model(model: ModelT, **settings: Unpack[ClientSettings]) -> ModelT:
     """Give the model a wrapped client of its own, with the settings of `whiflash_sdk.wrap`, and return the model.
 
     Calls carry the running agent's name, unless something else is said. Hints for one run alone:

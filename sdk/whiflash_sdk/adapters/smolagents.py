@@ -10,12 +10,12 @@ from smolagents import MultiStepAgent, OpenAIModel  # type: ignore[import-untype
 from typing_extensions import Unpack
 
 from whiflash_sdk.client import apart, wrap
-from whiflash_sdk.outgoing import Settings
+from whiflash_sdk.outgoing import ClientSettings
 
 ModelT = TypeVar("ModelT", bound=OpenAIModel)
 
 
-def wrap_model(model: ModelT, **settings: Unpack[Settings]) -> ModelT:
+def wrap_model(model: ModelT, **settings: Unpack[ClientSettings]) -> ModelT:
     """Give the model a wrapped client of its own, with the settings of `whiflash_sdk.wrap`, and return the model.
 
     Calls carry the running agent's name, of one without a name its class's, unless something else is said. Hints for

@@ -17,12 +17,12 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from typer.testing import CliRunner
 
 import whiflash_train as train
-from whiflash_sglang.checkpoints.fit import Parts, create
+from whiflash_sglang.checkpoints.fit import BundleParts, create
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.updates.samples import Sample, check_spool, files_of, samples_of, write_file
-from whiflash_sglang.updates.versions import Served as Used
+from whiflash_sglang.updates.versions import VersionInUse as Used
 from whiflash_sglang.updates.versions import gain_of, notes_of, numbers, path_of, record, served, versions_of
 from whiflash_train.answers.store import FeatureStore, SequenceRecord
 from whiflash_train.answers.tokens import export_tokens
@@ -59,7 +59,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     root: Path = tmp_path_factory.mktemp("pair")
     target = tiny_target(root / "target")
     create(
-        Parts(
+        BundleParts(
             str(target), str(tiny_eagle3(root / "eagle3", target)), str(tiny_dflash(root / "dflash", target))
         ),
         root / "bundle",
@@ -279,7 +279,7 @@ def test_a_dspark_drafter_learns(pair: Pair, tmp_path: Path) -> None:
     torch.manual_seed(0)
     origin = TargetModel(target, device=torch.device("cpu"), dtype=torch.float32)
     initialise(origin, config.dspark_section()).save(tmp_path / "dspark")
-    create(Parts(str(target), None, str(tmp_path / "dspark")), tmp_path / "bundle")
+    create(BundleParts(str(target), None, str(tmp_path / "dspark")), tmp_path / "bundle")
     directory = tmp_path / "learning"
     serve(directory, str(target), 160, 7)
     found = learn_once(Learning(directory, tmp_path / "bundle", config, 20_000, 48, 5e-3, None))

@@ -31,7 +31,7 @@ from whiflash_train.config import DSpark, TrainConfig, load_config
 from whiflash_train.drafters.batches import Batch, unpack
 from whiflash_train.drafters.dspark import DSparkTraining, go_on_from, initialise
 from whiflash_train.drafters.runner import train_dspark, train_eagle3
-from whiflash_train.replay import Pair, Parts, replay_drafters
+from whiflash_train.replay import Pair, PairParts, replay_drafters
 from whiflash_train.target import TargetModel
 
 SETTINGS = DSpark(
@@ -278,7 +278,7 @@ def replayed(target: ReferenceTarget, checkpoint: Path, text: list[int], prompt:
     capture = sorted(read_draft(checkpoint).config.target_layer_ids)
     forward = target.forward(text[:-1], capture)
     record = SequenceRecord("a", "chat", prompt, len(text), False, False, 0, 0)
-    pair = Pair.load(Parts({"diffusion": checkpoint}), target.model)
+    pair = Pair.load(PairParts({"diffusion": checkpoint}), target.model)
     return replay_drafters(pair, Stored(record, torch.tensor(text), forward.features, forward.final), capture)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from whiflash_sglang.drafts.arms import LOOKUP, PAIR
 from whiflash_train.replay import ALL_ARMS, Replay
-from whiflash_train.rounds import Tally
+from whiflash_train.rounds import RoundTally
 from whiflash_train.walk import (
     ORACLE,
     ORACLE_OF_THREE,
@@ -36,7 +36,7 @@ def answer(
 def test_a_walk_by_hand() -> None:
     # Rounds at 0 (2 accepted, 3 tokens), 3 (0, 1 token), 4 (5 accepted, cut to the 2 tokens that are left).
     one = answer([2, 9, 9, 0, 5, 9], [0] * 6)
-    tally = Tally()
+    tally = RoundTally()
     walk(one, "ar", 0, 6, tally)
     assert (tally.rounds, tally.tokens) == (3, 6)
     assert tally.acceptance_length == 2.0
@@ -84,7 +84,7 @@ def test_dwell_delays_a_switch() -> None:
     one = answer([0] * 4, [0] * 4)
     wishes = {0: "ar", 1: "diffusion", 2: "ar", 3: "diffusion"}
     for dwell, eagle3 in ((0, 2), (2, 3), (4, 4)):
-        tally = Tally()
+        tally = RoundTally()
         walk(one, wishes, 0, 4, tally, dwell)
         assert tally.won["ar"] == eagle3
 
@@ -104,7 +104,7 @@ def test_a_router_that_copies_has_an_oracle_of_three() -> None:
 def test_every_walk_emits_every_token_once(pairs: list[tuple[int, int]]) -> None:
     one = answer([first for first, _ in pairs], [second for _, second in pairs])
     for choose in (*PAIR, best_arms(one)):
-        tally = Tally()
+        tally = RoundTally()
         walk(one, choose, 0, len(pairs), tally)
         assert tally.tokens == len(pairs)
         assert sum(tally.won.values()) == tally.rounds

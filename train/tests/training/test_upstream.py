@@ -27,7 +27,7 @@ from whiflash_train.answers.store import SequenceRecord
 from whiflash_train.cli.train import resolve_config
 from whiflash_train.config import TrainConfig
 from whiflash_train.drafters.runner import train_dflash, train_eagle3
-from whiflash_train.replay import Pair, Parts, Rounds, replay_drafters
+from whiflash_train.replay import Pair, PairParts, Rounds, replay_drafters
 
 STEPS = 5
 
@@ -123,7 +123,7 @@ def replayed(target: ReferenceTarget, trained: Trained, prompt: Sequence[int], o
     tokens = [*prompt, *output]
     forward = target.forward(tokens[:-1], capture)
     record = SequenceRecord("a", "chat", len(prompt), len(tokens), False, False, 0, 0)
-    pair = Pair.load(Parts({"ar": trained.eagle3, "diffusion": trained.dflash}, STEPS), target.model)
+    pair = Pair.load(PairParts({"ar": trained.eagle3, "diffusion": trained.dflash}, STEPS), target.model)
     sequence = Stored(record, torch.tensor(tokens), forward.features, forward.final)
     return replay_drafters(pair, sequence, capture)
 

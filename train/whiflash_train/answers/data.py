@@ -14,7 +14,7 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.progress import progress
 from whiflash_train.answers.prompts import PromptRow, balanced, check_ids, prepare, read_rows
 from whiflash_train.answers.provenance import check_same_run
-from whiflash_train.answers.served import Answer, ServedTarget, serve
+from whiflash_train.answers.served import GeneratedAnswer, ServedTarget, serve
 from whiflash_train.answers.store import FeatureStore, SequenceRecord, has_answers, open_stores
 from whiflash_train.config import Data, TrainConfig
 
@@ -164,7 +164,7 @@ def read_prompts(source: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _keep(answer: Answer, store: FeatureStore, summary: DataSummary) -> None:
+def _keep(answer: GeneratedAnswer, store: FeatureStore, summary: DataSummary) -> None:
     length = len(answer.tokens) - len(answer.prompt.tokens)
     if length < _MIN_ANSWER:
         return

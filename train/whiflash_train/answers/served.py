@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class Answer(NamedTuple):
+class GeneratedAnswer(NamedTuple):
     """A finished generation: `tokens` prompt and answer, `states` [len(tokens) - 1, captured + 1, H]."""
 
     prompt: PromptRow
@@ -61,7 +61,7 @@ class ServedTarget:
         on_skip: Callable[[PromptRow, str], None],
         *,
         keep_loops: bool = False,
-    ) -> Iterator[Answer]:
+    ) -> Iterator[GeneratedAnswer]:
         """Yield answers as they finish. Prompts that SGLang refuses, as those that are too long, go to `on_skip`.
 
         A closing loop is cut off unless `keep_loops`.
@@ -91,7 +91,7 @@ class ServedTarget:
         states = await self.engine.features(tokens, self.dtype)
         return states.view(len(tokens), len(self.capture) + 1, self.hidden_size)
 
-    async def _answer(self, prompt: PromptRow, keep_loops: bool) -> Answer | Skipped:
+    async def _answer(self, prompt: PromptRow, keep_loops: bool) -> GeneratedAnswer | Skipped:
         try:
             answer, finished = await self.engine.answer(prompt.tokens, **self._sampling(prompt.grammar))
             # The token that ends an answer is no part of a loop.
@@ -105,7 +105,7 @@ class ServedTarget:
             raise
         except ValueError as error:
             return Skipped(prompt, str(error))
-        return Answer(prompt, tokens, states, looped=loop is not None, finished=finished)
+        return GeneratedAnswer(prompt, tokens, states, looped=loop is not None, finished=finished)
 
     def _sampling(self, grammar: GrammarSpec | None) -> dict[str, Any]:
         settings = self.settings
@@ -131,7 +131,7 @@ def serve(
     Raises:
         ConfigError: SGLang does not know its layers' outputs, or the engine cannot be started so.
     """
-    from whiflash_train.engine.offline import OfflineEngine, Place
+    from whiflash_train.engine.offline import EnginePlace, OfflineEngine
 
     shape = TargetShape.read(path / "config.json")
     if capture[-1] >= shape.num_layers - 1:
@@ -147,7 +147,7 @@ def serve(
         engine = OfflineEngine(
             path,
             capture,
-            Place(name, work / "target", work / "passing" / shard),
+            EnginePlace(name, work / "target", work / "passing" / shard),
             data.engine,
             dtype=hardware.dtype,
             device=hardware.device,

@@ -61,9 +61,9 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
 
         for place in filter(None, (target, eagle3, dflash, router)):
             check_place(place)  # before the seconds that reading formats takes
-        from whiflash_sglang.checkpoints.fit import Parts, create
+        from whiflash_sglang.checkpoints.fit import BundleParts, create
 
-        manifest = create(Parts(target, eagle3, dflash, router, router_sign), out, name)
+        manifest = create(BundleParts(target, eagle3, dflash, router, router_sign), out, name)
         if as_json:
             report(manifest, True)
             return
@@ -111,13 +111,15 @@ def lookup_seed(
 
     check_place(str(tokens.absolute()))
     settings = (load_manifest(bundle).lookup if bundle is not None else None) or Lookup()
-    from whiflash_sglang.copying.seed import Answer, measure_seed
+    from whiflash_sglang.copying.seed import AnsweredPrompt, measure_seed
     from whiflash_sglang.files.progress import tracked
     from whiflash_train.answers.tokens import Exported
 
     exported = Exported(tokens)
     order = tracked(range(len(exported.ids)), "copying from answers")
-    answers = (Answer(exported.tokens(i).tolist(), int(exported.columns["prompt_lengths"][i])) for i in order)
+    answers = (
+        AnsweredPrompt(exported.tokens(i).tolist(), int(exported.columns["prompt_lengths"][i])) for i in order
+    )
     seed = measure_seed(answers, settings.max_width)
     if bundle is not None:
         from whiflash_sglang.checkpoints.bundles import update_manifest

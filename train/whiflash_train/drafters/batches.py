@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from whiflash_train.answers.store import FeatureStore, SequenceRecord, unique_answers
 
 
-class Span(NamedTuple):
+class SequenceSpan(NamedTuple):
     """The place of one sequence in a batch: its first token, its first feature row, its length and prompt
     length.
     """
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     tokens: Tensor
     features: Tensor
     final: Tensor
-    spans: list[Span]
+    spans: list[SequenceSpan]
 
 
 def unpack(tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, prompts: Tensor) -> Batch:
@@ -44,7 +44,7 @@ def unpack(tokens: Tensor, features: Tensor, final: Tensor, lengths: Tensor, pro
     spans = []
     token = feature = 0
     for length, prompt in zip(lengths.tolist(), prompts.tolist(), strict=True):
-        spans.append(Span(token, feature, length, prompt))
+        spans.append(SequenceSpan(token, feature, length, prompt))
         token += length
         feature += length - 1
     return Batch(tokens, features, final, spans)

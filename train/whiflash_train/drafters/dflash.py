@@ -20,7 +20,7 @@ from whiflash_train.config import DFlash, DSpark
 from whiflash_train.drafters.batches import (
     Batch,
     Labels,
-    Span,
+    SequenceSpan,
     cross_entropy,
     first_choice,
     index_map,
@@ -203,7 +203,7 @@ def choose_anchors(batch: Batch, per_token: float) -> Blocks:
 
 
 def _block_attention(
-    spans: Sequence[Span],
+    spans: Sequence[SequenceSpan],
     blocks: Blocks,
     width: int,
     keys: Tensor,

@@ -15,7 +15,7 @@ from whiflash_sglang.formats.layers import Attend
 from whiflash_train.config import Eagle3
 from whiflash_train.drafters.batches import (
     Batch,
-    Span,
+    SequenceSpan,
     cross_entropy,
     first_choice,
     index_map,
@@ -133,7 +133,10 @@ def _entries(batch: Batch, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _chain_attention(
-    spans: Sequence[Span], context: tuple[Tensor, Tensor], chain: list[tuple[Tensor, Tensor]], step: int
+    spans: Sequence[SequenceSpan],
+    context: tuple[Tensor, Tensor],
+    chain: list[tuple[Tensor, Tensor]],
+    step: int,
 ) -> Attend:
     """Attention of step `step`: target-fed entries up to the root, then the chain's own entries."""
 

@@ -1,6 +1,6 @@
 """SGLang's offline engine for training data: it answers by plain decoding, and returns the features of texts.
 
-The engine is SGLang's own; its schedulers have a `Recorder` (`recorder.py`). A text's prefill computes
+The engine is SGLang's own; its schedulers have a `FeatureRecorder` (`recorder.py`). A text's prefill computes
 all of it: prefixes are not cached, and prompts run without graphs.
 """
 
@@ -36,7 +36,7 @@ _NOT_OURS = (
 """Arguments under which a scheduler has not every layer's output of every text, or grammars have no tokenizer."""
 
 
-class Place(NamedTuple):
+class EnginePlace(NamedTuple):
     """target: its name in the configuration. Directories: origin, for what drafters take over from it; states, for
     features on their way."""
 
@@ -56,7 +56,7 @@ class OfflineEngine:
     """SGLang's processes, until `close`. Requests are coroutines; `completed` runs them."""
 
     def __init__(
-        self, model: Path, layers: list[int], place: Place, arguments: Mapping[str, Any], **chosen: Any
+        self, model: Path, layers: list[int], place: EnginePlace, arguments: Mapping[str, Any], **chosen: Any
     ) -> None:
         """Args:
             layers: of the target, ascending, whose outputs are features.

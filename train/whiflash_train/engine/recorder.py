@@ -34,7 +34,7 @@ _wanted: tuple[Sequence[int], str, Path, Path] | None = None
 def run(
     layers: Sequence[int], name: str, origin: Path, states: Path, *arguments: Any, **options: Any
 ) -> None:
-    """A scheduler's process, as SGLang starts it, with a `Recorder`. The rest are SGLang's own arguments."""
+    """A scheduler's process, as SGLang starts it, with a `FeatureRecorder`. The rest are SGLang's own arguments."""
     global _wanted
     _wanted = layers, name, origin, states
     install(sys.modules[__name__])
@@ -52,10 +52,10 @@ def _recorded(original: Any, self: Any, *arguments: Any, **options: Any) -> None
     original(self, *arguments, **options)
     if _wanted is not None:
         layers, name, origin, states = _wanted
-        Recorder(self.tp_worker, layers, states).tell(origin, name)
+        FeatureRecorder(self.tp_worker, layers, states).tell(origin, name)
 
 
-class Recorder:
+class FeatureRecorder:
     """Takes the place of a worker's forward, and writes what it captures of wanted texts."""
 
     def __init__(self, worker: Any, layers: Sequence[int], states: Path) -> None:

@@ -23,7 +23,7 @@ FILE = "guard.json"
 ByArm = dict[str, Lengths]
 
 
-class Server(Protocol):
+class VersionedServer(Protocol):
     """A running server with versions. Both return its state."""
 
     def state(self) -> dict[str, Any]: ...
@@ -69,7 +69,7 @@ class Drop(NamedTuple):
 class Guard:
     """Guard of one server. Its state is kept in the learner's directory, so that a killed learner goes on."""
 
-    def __init__(self, server: Server, directory: Path) -> None:
+    def __init__(self, server: VersionedServer, directory: Path) -> None:
         self._server, self._file = server, directory / FILE
         self._watched = _read(self._file)
 

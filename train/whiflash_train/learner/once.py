@@ -46,9 +46,9 @@ from whiflash_train.answers.store import FeatureStore, SequenceRecord
 from whiflash_train.answers.tokens import Exported
 from whiflash_train.config import TrainConfig
 from whiflash_train.drafters.runner import train_drafter
-from whiflash_train.learner.texts import LONGEST, Chosen, Text, answer_tokens, choose, texts_of
-from whiflash_train.replay import Pair, Parts, ReplayLog, replay_drafters
-from whiflash_train.rounds import Tally, rounds
+from whiflash_train.learner.texts import LONGEST, ChosenTexts, Text, answer_tokens, choose, texts_of
+from whiflash_train.replay import Pair, PairParts, ReplayLog, replay_drafters
+from whiflash_train.rounds import RoundTally, rounds
 from whiflash_train.statistics import Interval, paired_ratio
 from whiflash_train.target import TargetModel, unknown
 
@@ -122,7 +122,7 @@ class Gain(NamedTuple):
         return self.ratio.low > 1
 
 
-Walked = Mapping[str, Sequence[Tally]]
+Walked = Mapping[str, Sequence[RoundTally]]
 """Arm → a tally for each answer."""
 
 
@@ -131,7 +131,7 @@ def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) ->
 
     log: of the pair, for what was replayed before a killed walk.
     """
-    tallies: dict[str, list[Tally]] = {arm: [] for arm in pair.drafters}
+    tallies: dict[str, list[RoundTally]] = {arm: [] for arm in pair.drafters}
     for record in pace.each(tracked(store.records, "judging")):
         replayed = log.known.get(record.id)
         if replayed is None:
@@ -140,7 +140,7 @@ def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) ->
         for arm, accepted in replayed.accepted.items():
             walked = rounds(0, len(accepted), lambda at, accepted=accepted: int(accepted[at]))  # type: ignore[misc]
             emitted = [tokens for _, tokens in walked]
-            tallies[arm].append(Tally(len(emitted), sum(emitted)))
+            tallies[arm].append(RoundTally(len(emitted), sum(emitted)))
     return tallies
 
 
@@ -149,8 +149,8 @@ def gains(before: Walked, after: Walked) -> dict[str, Gain]:
     return {name: _gain(before[name], after[name]) for name in after}
 
 
-def _gain(before: Sequence[Tally], after: Sequence[Tally]) -> Gain:
-    def column(tallies: Sequence[Tally], of: str) -> NDArray[np.float64]:
+def _gain(before: Sequence[RoundTally], after: Sequence[RoundTally]) -> Gain:
+    def column(tallies: Sequence[RoundTally], of: str) -> NDArray[np.float64]:
         return np.array([[getattr(tally, of)] for tally in tallies], dtype=np.float64)
 
     ratio = paired_ratio(
@@ -373,7 +373,7 @@ def is_at_work(directory: Path) -> bool:
         return False
 
 
-def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) -> Chosen:
+def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) -> ChosenTexts:
     """Choice of a killed pass, if all of it is there still and it began as this one does; or the newest samples.
 
     `work` holds the files made from the choice, or nothing.
@@ -392,7 +392,7 @@ def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) ->
         was = read_json_file(file)
         if was["begun"] == begun:
             learned, judged = ([by_name[name] for name in was[side]] for side in ("learned", "judged"))
-            return Chosen(learned, judged, was[UNTIL])
+            return ChosenTexts(learned, judged, was[UNTIL])
     except (OSError, ValueError, KeyError, TypeError):  # there was no pass, or a sample of it was forgotten
         pass
     shutil.rmtree(work, ignore_errors=True)
@@ -494,6 +494,6 @@ def train_arm(config: TrainConfig, arm: str, checkpoint: Path, pace: Pace) -> Pa
     return train_drafter(name, config, target, checkpoint, held=True, after_step=pace.rest)
 
 
-def parts_of(manifest: Manifest, checkpoints: Mapping[str, Path]) -> Parts:
+def parts_of(manifest: Manifest, checkpoints: Mapping[str, Path]) -> PairParts:
     """The checkpoints, by arm, with what the bundle says of the rest."""
-    return Parts(checkpoints, dflash_vocabulary=manifest.dflash_vocabulary, lookup=lookup_of(manifest))
+    return PairParts(checkpoints, dflash_vocabulary=manifest.dflash_vocabulary, lookup=lookup_of(manifest))

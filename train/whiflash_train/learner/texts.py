@@ -41,7 +41,7 @@ class Text(NamedTuple):
     tenant: int | None = None
 
 
-class Chosen(NamedTuple):
+class ChosenTexts(NamedTuple):
     """learned, judged: no prompt is in both. until: when the newest of all was written."""
 
     learned: list[Text]
@@ -74,7 +74,7 @@ def texts_of(directory: Path, target: str, vocabulary: int, longest: int = LONGE
                 yield Text(name, file.written, tuple(sample.prompt), tuple(answer), tenant)
 
 
-def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> Chosen:
+def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> ChosenTexts:
     """Split samples, oldest first, each prompt's newest answer alone, and of a tenant its share alone.
 
     Args:
@@ -98,7 +98,7 @@ def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> Cho
     chosen = {text.name for text in judges}
     others = [text for text in newest if text.name not in chosen]
     learned = _newest(others, tokens, -(-tokens // shares), lambda text: len(text.answer))
-    return Chosen(learned, judges, newest[-1].written)
+    return ChosenTexts(learned, judges, newest[-1].written)
 
 
 def _newest(texts: Sequence[Text], limit: int, share: int, weight: Callable[[Text], int]) -> list[Text]:
