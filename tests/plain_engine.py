@@ -21,7 +21,7 @@ OFFLINE = "whiflash_train.engine.offline"
 
 
 class Place(NamedTuple):
-    """As `offline.Place`."""
+    """As `offline.EnginePlace`."""
 
     target: str
     origin: Path

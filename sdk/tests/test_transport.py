@@ -93,7 +93,7 @@ def test_events_cut_anywhere_are_whole_again() -> None:
     events = b'data: {"id":"r","model":"m","choices":[{"index":0}]}\r\n\r\n: comment\r\n\r\n'
     trace = b'data: {"choices":[],"sglext":{"whiflash":%s}}\r\n\r\n' % json.dumps(TRACE).encode()
     for size in (1, 2, 3, 7, 4096):
-        call = collecting.Call(None)
+        call = collecting.CollectedCall(None)
         passing = streaming.Passing(call, whole_text=False)
         whole = events + trace + b"data: [DONE]\r\n\r\nrest"
         parts = [passing.feed(whole[at : at + size]) for at in range(0, len(whole), size)]
@@ -118,7 +118,7 @@ def test_a_stream_is_one_whatever_its_content_type_says(server: FakeServer, way:
 def test_an_answer_of_other_types_passes(choices: Any) -> None:
     event = b'data: {"id":"r","choices":%s,"sglext":5}\n\n' % json.dumps(choices).encode()
     for text in (event, event[6:], b"data: " + b"[" * 3_000 + b"\n\n"):
-        passing = streaming.Passing(collecting.Call(None), whole_text=True)
+        passing = streaming.Passing(collecting.CollectedCall(None), whole_text=True)
         assert passing.feed(text[:9]) + passing.feed(text[9:]) + passing.end() == text
 
 

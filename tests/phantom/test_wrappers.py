@@ -61,7 +61,7 @@ def test_launching_waits_for_nothing(
     import cases
     from shapes import SHAPES
 
-    few = cases.Sizes(batches=(2, 4), context=256)
+    few = cases.CaseSizes(batches=(2, 4), context=256)
     sizes = {"hidden": 256, "heads": 16, "kv_heads": 2, "dim": 128, "vocab": 32768, "router_units": 32}
     monkeypatch.setattr(cases, "torch", HostsNumbers())
     monkeypatch.setattr(
