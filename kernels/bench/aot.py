@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton
-from cases import KERNELS, Bench, Sizes, attention_cases, catch_up_cases, router_cases, routing_cases
+from cases import KERNELS, Bench, CaseSizes, attention_cases, catch_up_cases, router_cases, routing_cases
 from provenance import provenance
 from shapes import SHAPES
 from triton.backends.compiler import GPUTarget
@@ -161,7 +161,7 @@ def chances(*size: int) -> torch.Tensor:
 
 
 QWEN, SMOL = SHAPES["qwen3-8b"], SHAPES["smollm2-135m"]
-SIZES = Sizes(batches=(1, 32, 256), backlogs=(64,), rows=(16,), context=40_960)
+SIZES = CaseSizes(batches=(1, 32, 256), backlogs=(64,), rows=(16,), context=40_960)
 EIGHT = replace(SIZES, batches=(8,))
 CASES = (
     (QWEN, SIZES, (*KERNELS, catch_up_cases)),

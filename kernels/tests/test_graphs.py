@@ -17,7 +17,7 @@ from kernel_backends import DEVICE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
-from cases import KERNELS, Bench, Case, Sizes, catch_up_cases
+from cases import KERNELS, Bench, Case, CaseSizes, catch_up_cases
 from shapes import SHAPES
 
 SMALL = replace(
@@ -36,7 +36,7 @@ OPS = [name for name in whiflash_kernels.__all__ if not isinstance(getattr(whifl
 
 def cases(seed: int) -> dict[str, Case]:
     """The first case of each op. Seeds differ in numbers, not in sizes."""
-    bench = Bench(SMALL, DEVICE, 6, Sizes((6,), (3,), (5,), 131))
+    bench = Bench(SMALL, DEVICE, 6, CaseSizes((6,), (3,), (5,), 131))
     assert bench.generator is not None
     bench.generator.manual_seed(seed)
     bench.text.copy_(bench.below(SMALL.vocab, *bench.text.shape))
