@@ -24,12 +24,12 @@ UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "WHIFLASH_KERNELS": "triton"}
 def cases(device: str, ops: Sequence[str]) -> Iterator[Any]:
     """The first case of each op, or of `ops`."""
     import torch
-    from cases import KERNELS, Bench, Sizes, catch_up_cases
+    from cases import KERNELS, Bench, CaseSizes, catch_up_cases
     from shapes import SHAPES
 
     shape = replace(SHAPES["smollm2-135m"], vocab=1_003, hidden=64, intermediate=96, captured=3)
     shape = replace(shape, dflash_chunks=(0, 2), eagle3_chunks=(0, 1, 2), router_units=24)
-    bench = Bench(shape, torch.device(device), 4, Sizes((3,), (3,), (5,), 131))
+    bench = Bench(shape, torch.device(device), 4, CaseSizes((3,), (3,), (5,), 131))
     seen = set[str]()
     for case in (case for family in (*KERNELS, catch_up_cases) for case in family(bench)):
         if case.op not in seen and case.op in (ops or [case.op]):

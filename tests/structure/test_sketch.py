@@ -11,7 +11,7 @@ from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Cuts, Kind, StructureChances
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Matcher
-from whiflash_sglang.structure.sketch import Piece, Token, cut, sketch, text_of
+from whiflash_sglang.structure.sketch import LikelyText, Token, cut, sketch, text_of
 
 LIKELIHOOD = StructureChances().of
 
@@ -115,12 +115,12 @@ def test_a_word_that_is_open_at_the_seam_is_cut_as_a_whole(vocabulary: Vocabular
     cuts = [text_of(vocabulary, whole[:count]) for count in range(1, len(whole))]
     for written, count in zip(cuts, range(1, len(whole)), strict=True):
         rest = '{"city": "Paris"'[len(written) :]
-        found = cut(vocabulary, whole[:count], [Piece(rest, Kind.FORCED)], LIKELIHOOD, Cuts(), 99)
+        found = cut(vocabulary, whole[:count], [LikelyText(rest, Kind.FORCED)], LIKELIHOOD, Cuts(), 99)
         assert ids(found) == whole[count:]
         assert {token.kind for token in found[:-1]} <= {Kind.FORCED}
         assert found[-1].kind is Kind.EDGE
     alone = [vocabulary.encode(char)[0] for char in "Par"]
-    found = cut(vocabulary, alone, [Piece('is", "unit"', Kind.FORCED)], LIKELIHOOD, Cuts(), 99)
+    found = cut(vocabulary, alone, [LikelyText('is", "unit"', Kind.FORCED)], LIKELIHOOD, Cuts(), 99)
     assert found[0].kind is Kind.SEAM, "the whole word is one token, which begins before it"
     assert {token.kind for token in found[1:-1]} == {Kind.FORCED}
     assert text_of(vocabulary, ids(found)) == 'is", "unit"'
