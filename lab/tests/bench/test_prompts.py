@@ -72,18 +72,6 @@ def test_a_json_list_reads_as_json_lines_do(tmp_path: Path) -> None:
     assert load_prompts(str(tmp_path / "list.json")) == load_prompts(write(tmp_path / "lines.jsonl", row))
 
 
-def test_a_data_set_that_datasets_can_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hub ids go through `datasets`; here it loads a folder of that name."""
-    folder = tmp_path / "owner" / "name"
-    folder.mkdir(parents=True)
-    write(folder / "test.jsonl", {"question_id": 1, "category": "qa", "turns": ["Why?"]})
-    datasets = pytest.importorskip("datasets")
-    load = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: load(str(tmp_path / name), config))
-    (prompt,) = load_prompts("owner/name")
-    assert (prompt.id, prompt.category) == ("1", "qa")
-
-
 @pytest.mark.parametrize(
     ("row", "message"),
     [

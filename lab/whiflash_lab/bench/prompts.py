@@ -1,4 +1,4 @@
-"""Prompts of the benchmark: our rows, SPEED-Bench's and Spec-Bench's files, data sets of the hub. Needs no server.
+"""Prompts of the benchmark: our rows, SPEED-Bench's and Spec-Bench's files. Needs no server.
 
 A published suite is a row of `SUITES`: the files of a folder, how a row of them asks, licence, and where the folder
 comes from. Nothing of it is fetched.
@@ -68,7 +68,7 @@ def shipped() -> Path:
 
 
 def load_prompts(source: str) -> list[Prompt]:
-    """Read a JSONL or JSON file, or a data set of the hub as `owner/name[:config]`.
+    """Read a JSONL or JSON file.
 
     Rows are ours (`messages`, optionally `tools` and `response_format`), or SPEED-Bench's and Spec-Bench's
     (`question_id`, `category`, `turns`).
@@ -77,8 +77,10 @@ def load_prompts(source: str) -> list[Prompt]:
         ConfigError: naming the file and the row that is wrong.
     """
     path = Path(source).expanduser()
-    rows = rows_of_file(path) if path.exists() else _rows_of_hub(source)
-    prompts = [prompt_of(row, f"{source}, row {number}") for number, row in enumerate(rows, start=1)]
+    if not path.exists():
+        raise ConfigError(f"{source}: no such file; give JSON lines or a JSON list")
+    rows = enumerate(rows_of_file(path), start=1)
+    prompts = [prompt_of(row, f"{source}, row {number}") for number, row in rows]
     if not prompts:
         raise ConfigError(f"{source} holds no prompts")
     return prompts
@@ -193,26 +195,6 @@ def rows_of_file(path: Path) -> list[Any]:
         except ValueError as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
     return [row for _, row in parse_json_lines(text, path)]
-
-
-def _rows_of_hub(source: str) -> list[Any]:
-    name, _, config = source.partition(":")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ConfigError(f"{source}: no such file, and not a data set of the form owner/name[:config]")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ConfigError("data sets of the hub need: pip install 'whiflash-sglang[lab]'") from None
-    try:
-        splits = load_dataset(name, config or None)
-    except (
-        Exception
-    ) as error:  # The library raises a dozen unrelated types; the first line says which it was.
-        raise ConfigError(
-            f"{source} cannot be loaded from the hub ({str(error).splitlines()[0]}): check its name, its configuration "
-            "and the network"
-        ) from None
-    return list(splits["test"] if "test" in splits else next(iter(splits.values())))
 
 
 REASONING = "\nPlease reason step by step, and put your final answer within \\boxed{{}}."

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def bench(
     quick: Annotated[bool, typer.Option(help="Four arms in under five minutes.")] = False,
     arms: Annotated[str | None, typer.Option(help=f"Comma-separated: {', '.join(KNOWN)}.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="JSONL file or data set of the hub.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="JSON lines, or a JSON list.")] = None,
     suite: Annotated[
         str | None,
         typer.Option(help=f"Published prompt sets, comma-separated: {', '.join((*SUITES, *GROUPS))}."),
