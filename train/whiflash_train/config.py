@@ -74,7 +74,6 @@ class Loop(_Strict):
     """Optimisation.
 
     Attributes:
-        category_weights: how often a category's answers are used, drawn once for all epochs; 1 if not named.
         epochs: passes over the answers.
         answer_tokens: answer tokens in a batch.
         min_answer: shortest answer used, in tokens.
@@ -85,7 +84,6 @@ class Loop(_Strict):
         log_steps: steps between log lines.
     """
 
-    category_weights: dict[str, Annotated[float, Field(ge=0, le=100)]] = {}
     epochs: Annotated[float, Field(gt=0)] = 3.0
     answer_tokens: Positive = 1024
     min_answer: Annotated[int, Field(ge=3)] = 4

@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -240,23 +239,6 @@ def test_a_prompt_that_was_answered_twice_is_learned_from_once(
         assert rebuild_features(tmp_path / "double.npz", target, store) == 24
         assert rebuild_features(tmp_path / "double.npz", target, store) == 0
     assert [record.id for record in store.records] == Exported(tmp_path / "tokens.npz").ids
-
-
-def test_categories_are_held_as_often_as_they_weigh(config: TrainConfig) -> None:
-    stores = open_stores(config)
-    all_of = Counter(record.category for store in stores for record in store.records)
-    (first, count), *others = all_of.items()
-    weights = {first: 2.5} | {name: 0.0 for name, _ in others}
-    held = SequenceBatches(stores, 256, 0, 0, weights)
-    found = Counter(record.id for batch in held.batches for _, record in batch)
-    assert {record.category for batch in held.batches for _, record in batch} == {first}
-    assert (set(found.values()) <= {2, 3}, len(found)) == (True, count)
-    assert found.total() > 2 * count
-    with pytest.raises(ValueError, match="category_weights names maths; the answers' categories are"):
-        SequenceBatches(stores, 256, 0, 0, {"maths": 2.0})
-    with pytest.raises(ValueError, match="leave no answer"):
-        SequenceBatches(stores, 256, 0, 0, dict.fromkeys(all_of, 0.0))
-    assert SequenceBatches(stores, 256, 0, 0, {}).batches == SequenceBatches(stores, 256, 0, 0).batches
 
 
 @pytest.mark.parametrize(

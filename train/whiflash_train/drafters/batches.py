@@ -58,41 +58,17 @@ class SequenceBatches(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self,
-        stores: SequenceOf[FeatureStore],
-        answer_tokens: int,
-        min_answer: int,
-        seed: int,
-        category_weights: Mapping[str, float] | None = None,
+        self, stores: SequenceOf[FeatureStore], answer_tokens: int, min_answer: int, seed: int
     ) -> None:
-        """`category_weights`: how often answers of a category are held on average, 1 where not named.
-
-        Raises:
-            ValueError: no stored answer has `min_answer` tokens, or a weight is of a category that is not there, or
-                nothing is left.
-        """
-        weights = category_weights or {}
-        stored = [
+        """Raises ValueError: no stored answer has `min_answer` tokens."""
+        entries = [
             entry
             for entry in unique_answers(stores)
             if entry[1].length - entry[1].prompt_length >= min_answer
         ]
-        if not stored:
-            raise ValueError("no training data: run `whiflash train --step data` first")
-        there = sorted({record.category for _, record in stored})
-        if unknown := sorted(set(weights) - set(there)):
-            raise ValueError(
-                f"category_weights names {', '.join(unknown)}; the answers' categories are {', '.join(there)}"
-            )
-        draw = random.Random(seed)
-        entries = [
-            entry for entry in stored for _ in range(_times(weights.get(entry[1].category, 1.0), draw))
-        ]
         if not entries:
-            raise ValueError(
-                f"category_weights {weights} leave no answer to train on: give a category of the data a weight above 0"
-            )
-        draw.shuffle(entries)
+            raise ValueError("no training data: run `whiflash train --step data` first")
+        random.Random(seed).shuffle(entries)
         entries.sort(key=lambda entry: entry[1].length // 64)
         self.batches: list[list[tuple[FeatureStore, SequenceRecord]]] = [[]]
         answers = total = 0
@@ -119,12 +95,6 @@ class SequenceBatches(Dataset[dict[str, Tensor]]):
             "lengths": torch.tensor([sequence.record.length for sequence in sequences]),
             "prompts": torch.tensor([sequence.record.prompt_length for sequence in sequences]),
         }
-
-
-def _times(weight: float, draw: random.Random) -> int:
-    """`weight` on average, as a whole number."""
-    whole = int(weight)
-    return whole + (weight > whole and draw.random() < weight - whole)
 
 
 def token_frequencies(stores: SequenceOf[FeatureStore], vocab_size: int) -> Tensor:

@@ -199,7 +199,7 @@ def _train(
         torch.set_num_threads(config.hardware.threads)
     torch.manual_seed(config.seed)
     run = config.work / name
-    batches = SequenceBatches(stores, loop.answer_tokens, loop.min_answer, config.seed, loop.category_weights)
+    batches = SequenceBatches(stores, loop.answer_tokens, loop.min_answer, config.seed)
     resumed = last_checkpoint(run / "trainer")
     facts = _facts(name, config, stores, start_from) | ({"held": True} if held else {})
     check_same_run(run / "trainer", facts, begun=resumed is not None)

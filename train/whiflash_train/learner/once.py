@@ -426,7 +426,6 @@ def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, 
             "epochs": EPOCHS,
             "answer_tokens": STEP_TOKENS,
             "learning_rate": rate,
-            "category_weights": {},
             "save_steps": SAVE_STEPS,
         }
         return found.model_copy(update={"loop": found.loop.model_copy(update=loop), **changes})
