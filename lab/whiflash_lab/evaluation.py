@@ -191,8 +191,8 @@ def answer_and_replay(
 
 
 def routers_of(bundle: Path, answers: Sequence[Replay], target: VocabularyMatrices) -> dict[str, RouterWalk]:
-    """The bundle's routers at its own thresholds, and `auto`, to which nothing costs anything. Beside one drafter alone
-    there are no routers that choose between two.
+    """The entropy router at the bundle's own threshold, if there are two drafters, and `auto`, to which nothing costs
+    anything.
     """
     manifest = load_manifest(bundle)
     tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
@@ -200,12 +200,7 @@ def routers_of(bundle: Path, answers: Sequence[Replay], target: VocabularyMatric
     walks = {}
     if len(manifest.drafters) == 2:
         walks["entropy"] = RouterWalk([choices_above(one, tau) for one in nats], dwell)
-    router = None
-    if manifest.router is not None:
-        router = load_router(bundle, target)
-        threshold, dwell = manifest.router.threshold, manifest.router.min_dwell
-        deltas = deltas_of(router, answers)
-        walks["neural"] = RouterWalk([choices_above(one, threshold) for one in deltas], dwell)
+    router = None if manifest.router is None else load_router(bundle, target)
     known = [
         KnownSignals(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)
     ]
@@ -225,12 +220,6 @@ def load_router(bundle: Path, target: VocabularyMatrices | Origin) -> Router:
         dtype=torch.float32,
         delta_sign=manifest.router.delta_sign,
     )
-
-
-@torch.inference_mode()
-def deltas_of(router: Router, answers: Sequence[Replay]) -> list[list[float]]:
-    """ΔAL as the router predicts it: [P] for every answer."""
-    return [router(answer.final).tolist() for answer in answers]
 
 
 @torch.inference_mode()
