@@ -8,11 +8,11 @@ A call that is one JSON object follows a grammar of what it probably looks like.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from copy import copy
 from enum import Enum, auto
 from functools import lru_cache
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import xgrammar
 from whiflash_sdk.hints import Span
@@ -194,29 +194,8 @@ LOOKED_AT_CHARS = 1024
 """Characters of each of them that are looked at."""
 
 
-class OpenCall(Protocol):
-    """The text after a marker."""
-
-    @property
-    def seen(self) -> dict[str, str]:
-        """How it is laid out, as the next one will be."""
-        ...
-
-    def follow(self, text: str) -> str | None:
-        """Go on with what was written. Returns what is none of its own; None while it is open."""
-        ...
-
-    def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
-        """Its probable continuation: at most `limit` characters."""
-        ...
-
-    def copy(self) -> "OpenCall":
-        """A copy to look ahead with, inside `trying` only."""
-        ...
-
-    def trying(self) -> AbstractContextManager[None]:
-        """Look ahead: afterwards it is as it was."""
-        ...
+OpenCall = JsonCall | MarkupCall
+"""The text after a marker."""
 
 
 class Calls:
