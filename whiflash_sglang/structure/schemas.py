@@ -1,7 +1,7 @@
 """The words of a schema: names of properties and tools, and the values that it lists."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -105,22 +105,15 @@ def is_plain(text: str) -> bool:
     Args:
         text: as of `words_of`; empty where the grammar is made of none.
     """
-    open_ = [_read(text)] if len(text) <= MOST_PLAIN_CHARS else [None]
-    if not isinstance(open_[0], dict):
+    whole = _read(text) if len(text) <= MOST_PLAIN_CHARS else None
+    if not isinstance(whole, dict):
         return False
-    while open_:
-        schema_inside = open_.pop()
-        if isinstance(schema_inside, list):
-            open_ += schema_inside
-        elif isinstance(schema_inside, dict):
-            types = schema_inside.get("type", [])
-            if not TYPES.issuperset(types if isinstance(types, list) else [str(types)]):
-                return False
-            if not REPEATING.isdisjoint(schema_inside) or any(
-                schema_inside.get(name, 0) not in (0, 1) for name in COUNTS
-            ):
-                return False
-            open_ += schema_inside.values()
+    for schema in _objects(whole, lambda schema: schema.values()):
+        types = schema.get("type", [])
+        if not TYPES.issuperset(map(str, types if isinstance(types, list) else [types])):
+            return False
+        if not REPEATING.isdisjoint(schema) or any(schema.get(name, 0) not in (0, 1) for name in COUNTS):
+            return False
     return True
 
 
@@ -167,14 +160,19 @@ def canonical(schema: Any) -> str:
 
 def _parts(text: str) -> Iterator[dict[str, Any]]:
     """Objects of a structural tag; schemas are data."""
-    open_ = [_read(text)]
+    return _objects(_read(text), lambda tag: [value for name, value in tag.items() if name not in CONTENTS])
+
+
+def _objects(whole: Any, inside: Callable[[dict[str, Any]], Iterable[Any]]) -> Iterator[dict[str, Any]]:
+    """The objects in JSON, each before what is `inside` it, which is looked into, too."""
+    open_ = [whole]
     while open_:
-        tag = open_.pop()
-        if isinstance(tag, list):
-            open_ += reversed(tag)
-        elif isinstance(tag, dict):
-            yield tag
-            open_ += reversed([value for name, value in tag.items() if name not in CONTENTS])
+        value = open_.pop()
+        if isinstance(value, list):
+            open_ += reversed(value)
+        elif isinstance(value, dict):
+            yield value
+            open_ += reversed(list(inside(value)))
 
 
 @lru_cache(maxsize=4)
@@ -188,22 +186,18 @@ def _read(text: str) -> Any:
 
 def _words(schema: Any) -> Iterator[str]:
     """Breadth does not matter, order does: a key comes before what is inside it."""
-    open_ = [schema]
-    while open_:
-        node = open_.pop()
-        if isinstance(node, list):
-            open_ += reversed(node)
-        elif isinstance(node, dict):
-            properties = node.get("properties")
-            if isinstance(properties, dict):
-                yield from (name for name in properties if isinstance(name, str))
-            for name in LISTED:
-                listed = node.get(name)
-                values = listed if isinstance(listed, list) else [listed]
-                yield from (value for value in values if isinstance(value, str))
-            begin = node.get("begin")
-            if isinstance(begin, str):
-                yield from begin.split('"')[3:4]  # <tool_call>{"name":"NAME", …
-            open_ += reversed(
-                [value for name, value in node.items() if name not in LISTED or isinstance(value, dict)]
-            )
+
+    def inside(node: dict[str, Any]) -> list[Any]:
+        return [value for name, value in node.items() if name not in LISTED or isinstance(value, dict)]
+
+    for node in _objects(schema, inside):
+        properties = node.get("properties")
+        if isinstance(properties, dict):
+            yield from (name for name in properties if isinstance(name, str))
+        for name in LISTED:
+            listed = node.get(name)
+            values = listed if isinstance(listed, list) else [listed]
+            yield from (value for value in values if isinstance(value, str))
+        begin = node.get("begin")
+        if isinstance(begin, str):
+            yield from begin.split('"')[3:4]  # <tool_call>{"name":"NAME", …
