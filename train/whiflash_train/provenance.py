@@ -1,6 +1,5 @@
 """Origin of a result: command, revision, versions, hardware, and load of the machine."""
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from whiflash_sglang.files.disk import sha256
 
 _MEASURED = ("whiflash-sglang", "whiflash-kernels", "sglang", "torch", "transformers", "triton", "openai")
 
@@ -45,8 +46,7 @@ def environment(bundle: Path) -> dict[str, Any]:
         **made_by(_MEASURED),
         "threads": threads(),
         "bundle_sha256": {
-            str(path.relative_to(bundle)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(bundle.rglob("*.safetensors"))
+            str(path.relative_to(bundle)): sha256(path) for path in sorted(bundle.rglob("*.safetensors"))
         },
     }
 

@@ -5,9 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from whiflash_sglang.checkpoints.hub import sha256
 from whiflash_sglang.checkpoints.manifest import MANIFEST, load_manifest
-from whiflash_sglang.files.disk import copy_member
+from whiflash_sglang.files.disk import copy_member, sha256
 from whiflash_sglang.files.jsonl import read_json_file, staged
 
 

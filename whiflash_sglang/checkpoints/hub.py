@@ -1,6 +1,5 @@
 """Checkpoints, bundles and their parts on disk: from a directory or a hub id, at the revision that a manifest pins."""
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import NamedTuple
 
 from whiflash_sglang.checkpoints.manifest import EMBEDDED_BUNDLE, HUB, Manifest, embedded_bundle
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files.disk import sha256
 
 
 def fetch(path: str, *, revision: str | None = None, download_dir: str | None = None) -> Path:
@@ -195,9 +195,3 @@ def verify(files: Mapping[str, str]) -> None:
                 f"{file} is not the file that its bundle was made with (SHA-256 {digest}): damaged, or replaced; "
                 "fetch the bundle again, or rebuild it with `whiflash bundle create`"
             )
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

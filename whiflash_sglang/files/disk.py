@@ -2,6 +2,7 @@
 them. Imports no SGLang and no torch.
 """
 
+import hashlib
 import os
 import shutil
 import stat
@@ -33,6 +34,12 @@ def open_regular(path: Path, limit: int | None = None, flags: int = os.O_RDONLY)
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, limit: int = MOST_BYTES) -> str:
