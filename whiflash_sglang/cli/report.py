@@ -103,9 +103,7 @@ def by_caller(directory: Path) -> Callers:
             f"{directory} has no sampled traces: start the server with --whiflash-trace-sample{why}"
         )
     shares = {
-        caller: sorted(
-            (Share.of(*caller_traces) for caller_traces in named.items()), key=lambda share: -share.tokens
-        )
+        caller: sorted((Share.of(*pair) for pair in named.items()), key=lambda share: -share.tokens)
         for caller, named in traces.items()
     }
     return Callers(shares, skipped)

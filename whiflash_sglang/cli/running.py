@@ -223,19 +223,17 @@ def _earlier(path: Path) -> dict[str, Any]:
         raise UsageError(f"--since {path} is no output of `whiflash report --json`") from None
 
 
-def _sentences(figures: dict[str, Any]) -> str:
-    arms = ", ".join(
-        f"{arm} {count / figures['tokens']:.0%}" for arm, count in figures["tokens_by_arm"].items()
-    )
+def _sentences(sums: dict[str, Any]) -> str:
+    arms = ", ".join(f"{arm} {count / sums['tokens']:.0%}" for arm, count in sums["tokens_by_arm"].items())
     lines = [
-        f"{figures['tokens']:,} tokens, {figures['tokens_per_second']:.1f} a second for "
-        f"{figures['plain_tokens_per_second']:.1f} without drafts: {figures['gain']:.2f} times",
+        f"{sums['tokens']:,} tokens, {sums['tokens_per_second']:.1f} a second for "
+        f"{sums['plain_tokens_per_second']:.1f} without drafts: {sums['gain']:.2f} times",
         f"tokens by drafter: {arms}",
     ]
-    if "saved_cost" in figures:
+    if "saved_cost" in sums:
         lines.append(
-            f"a million tokens cost {figures['cost_per_million_tokens']:.4g} for "
-            f"{figures['plain_cost_per_million_tokens']:.4g}; saved {figures['saved_cost']:.4g}"
+            f"a million tokens cost {sums['cost_per_million_tokens']:.4g} for "
+            f"{sums['plain_cost_per_million_tokens']:.4g}; saved {sums['saved_cost']:.4g}"
         )
     return "\n  ".join(["", *lines])
 

@@ -111,10 +111,7 @@ def _facts(state: Mapping[str, Any], total: Mapping[str, Any]) -> Iterator[tuple
         held = sorted(memory.items(), key=lambda entry: -entry[1])
         yield "memory", " · ".join(f"{scope.replace('_', ' ')} {_bytes(size)}" for scope, size in held)
     if replicas := state.get("replicas"):
-        parts = (
-            f"{replica['replica']}: {replica['requests']} running, {replica['tokens']} tokens"
-            for replica in replicas
-        )
+        parts = (f"{own['replica']}: {own['requests']} running, {own['tokens']} tokens" for own in replicas)
         yield "replicas", " · ".join(parts)
 
 
