@@ -183,6 +183,12 @@ def _scored(request: Request, policy: Policy, forecast: Forecasts) -> Scores:
         measured=request.recent if policy.prices_batches else None,
     )
     request.decision = Decision(
-        request.entropy, request.span, request.expected, request.predicted, request.tried, request.adapter, reason
+        request.entropy,
+        request.span,
+        request.expected,
+        request.predicted,
+        request.tried,
+        request.adapter,
+        reason,
     )
     return scores
