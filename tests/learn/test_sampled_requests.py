@@ -16,6 +16,12 @@ def hinted(hints: str) -> dict[str, Any]:
     return {"custom_params": {"whiflash": hints}}
 
 
+def handle(salt: str) -> int:
+    tenant = tenant_of(None, salt)
+    assert tenant is not None
+    return handle_of(tenant)
+
+
 @pytest.fixture(scope="module")
 def served(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Path]]:
     learning = tmp_path_factory.mktemp("learning")
@@ -39,9 +45,7 @@ def test_a_finished_request_is_kept_as_it_was(served: tuple[Engine, Path]) -> No
     e.submit("plain", [1, 2, 3], max_new_tokens=9)
     e.submit("salted", [4, 5, 6], max_new_tokens=7, cache_salt="s")
     e.run()
-    tenant = tenant_of(None, "s")
-    assert tenant is not None
-    salted = Sample([4, 5, 6], e.output("salted"), [handle_of(tenant)])
+    salted = Sample([4, 5, 6], e.output("salted"), [handle("s")])
     found = sorted(kept(served), key=lambda sample: sample.prompt)
     assert found == [Sample([1, 2, 3], e.output("plain"), []), salted]
 
@@ -71,27 +75,16 @@ def test_an_aborted_request_leaves_nothing(served: tuple[Engine, Path]) -> None:
     assert kept(served) == []
 
 
-def test_forgetting_reaches_what_waits(served: tuple[Engine, Path]) -> None:
+@pytest.mark.parametrize("steps", [0, 3, 1000])
+def test_forgetting_reaches_who_waits_runs_or_has_ended(served: tuple[Engine, Path], steps: int) -> None:
+    """Of others, too, only what had ended is kept."""
     e, _ = served
-    e.submit("a", [1, 2, 3], cache_salt="a")
-    e.submit("b", [3, 2, 1], cache_salt="b")
+    e.submit(f"a{steps}", [1, 2, 3], cache_salt="a", max_new_tokens=40)
+    e.submit(f"b{steps}", [3, 2, 1], cache_salt="b", max_new_tokens=40)
+    assert all(e.step() for _ in range(steps)) is (steps < 1000)
+    e.worker.forget(handle("a"))
     e.run()
-    tenant = tenant_of(None, "a")
-    assert tenant is not None
-    e.worker.forget(handle_of(tenant))
-    assert [sample.prompt for sample in kept(served)] == [[3, 2, 1]]
-
-
-def test_forgetting_reaches_what_runs(served: tuple[Engine, Path]) -> None:
-    e, _ = served
-    e.submit("runs", [4, 5, 6], cache_salt="a", max_new_tokens=40)
-    for _ in range(3):
-        e.step()
-    tenant = tenant_of(None, "a")
-    assert tenant is not None
-    e.worker.forget(handle_of(tenant))
-    e.run()
-    assert kept(served) == []
+    assert [sample.prompt for sample in kept(served)] == ([] if steps < 1000 else [[3, 2, 1]])
 
 
 def test_the_state_and_metrics_say_what_was_kept(served: tuple[Engine, Path]) -> None:
@@ -118,11 +111,9 @@ def test_a_session_consents_as_its_strictest_turn(served: tuple[Engine, Path], s
     e.run()
     e.submit(f"{other}b", [4, 5, 6], session={"id": other, "rid": f"{other}a"}, cache_salt="s")
     e.run()
-    tenant = tenant_of(None, "s")
-    assert tenant is not None
     first, second = kept(served)
     assert second.prompt[:3] == first.prompt == [1, 2, 3]
-    assert second.handles == first.handles == [handle_of(tenant)]
+    assert second.handles == first.handles == [handle("s")]
     for session in (name, other):
         e.close_session(session)
 
@@ -135,9 +126,7 @@ def test_a_forgotten_turn_does_not_come_back(served: tuple[Engine, Path], stream
     e.submit(f"{name}a", [1, 2, 3], session={"id": name}, cache_salt="a")
     e.run()
     kept(served)
-    tenant = tenant_of(None, "a")
-    assert tenant is not None
-    e.worker.forget(handle_of(tenant))
+    e.worker.forget(handle("a"))
     e.submit(f"{name}b", [4, 5, 6], session={"id": name, "rid": f"{name}a"}, cache_salt="a")
     e.run()
     e.close_session(name)
@@ -153,14 +142,4 @@ def test_a_turn_that_was_refused_counts_for_its_session(served: tuple[Engine, Pa
     e.submit("refused-2", [4], session={"id": "refused", "rid": "refused-1"}, **hinted('{"learn": false}'))
     e.run()
     e.close_session("refused")
-    assert kept(served) == []
-
-
-def test_forgetting_reaches_requests_that_wait(served: tuple[Engine, Path]) -> None:
-    e, _ = served
-    e.submit("waits", [4, 5, 6], cache_salt="a")
-    tenant = tenant_of(None, "a")
-    assert tenant is not None
-    e.worker.forget(handle_of(tenant))
-    e.run()
     assert kept(served) == []
