@@ -74,14 +74,6 @@ def test_a_repeated_unit_continues_itself() -> None:
     assert list(place.text.continuation(place.source, 7)) == [5, 6, 7, 5, 6, 7, 5]
 
 
-def test_nothing_to_copy() -> None:
-    assert SuffixIndex([]).places() == []
-    assert SuffixIndex([4]).places() == []
-    assert SuffixIndex(range(100)).places() == []
-    assert SuffixIndex(growing=False).places_of([1, 2]) == []
-    assert SuffixIndex([1, 2], growing=False).places_of([]) == []
-
-
 def de_bruijn(symbols: int) -> list[int]:
     """Every pair of symbols once, by walking all edges of the complete graph (Hierholzer)."""
     ahead = {a: list(range(symbols)) for a in range(symbols)}

@@ -12,9 +12,7 @@ from work import lines_run
 from whiflash_sglang.spans.hints import KINDS
 from whiflash_sglang.spans.tracker import SpanTracker
 
-TOOL = Span(kind="tool_call", begin="<tool_call>", end="</tool_call>", prefer="lookup", bias={"lookup": 1.0})
 FENCE = Span(kind="code", begin="```", end="```")
-THINK = Span(kind="reasoning", end="</think>", open=True)
 
 
 @dataclass(frozen=True)
@@ -121,39 +119,6 @@ def test_spans_equal_those_of_the_whole_text_at_length(
     case: tuple[list[Span], list[bytes], list[int]],
 ) -> None:
     check_case(case)
-
-
-def kinds_by_token(hints: list[Span], text: str) -> list[str | None]:
-    """Active kind after each byte of `text`, one byte a token."""
-    pieces = [bytes((byte,)) for byte in text.encode()]
-    tracker = SpanTracker(hints, pieces)
-    kinds = []
-    for index in range(len(pieces)):
-        tracker.push([index])
-        kinds.append(tracker.span.kind if tracker.span else None)
-    return kinds
-
-
-def test_a_marker_split_over_tokens_opens_after_its_last_byte() -> None:
-    kinds = kinds_by_token([TOOL], "x<tool_call>{}</tool_call>y")
-    assert kinds == [None] * 11 + ["tool_call"] * 14 + [None] * 2
-
-
-def test_a_begin_inside_an_open_span_does_not_keep_it_open() -> None:
-    kinds = kinds_by_token([TOOL], '<tool_call>{"q":"<tool_call>"}</tool_call>.')
-    assert kinds[-2:] == [None, None]
-
-
-def test_equal_markers_toggle_and_spans_overlap() -> None:
-    tracker = SpanTracker([TOOL, FENCE], [b"```", b"<tool_call>", b"</tool_call>"])
-    for token, span in [(0, FENCE), (1, TOOL), (0, TOOL), (2, None)]:
-        tracker.push([token])
-        assert tracker.span == span
-
-
-def test_of_spans_opened_together_the_first_listed_is_active() -> None:
-    forced = Span(kind="json", open=True)
-    assert kinds_by_token([THINK, forced], "a</think>b") == ["reasoning"] * 8 + ["json"] * 2
 
 
 def test_unknown_token_ids_count_as_tokens_without_bytes() -> None:

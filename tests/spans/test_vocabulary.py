@@ -5,9 +5,7 @@ from collections.abc import Callable
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from whiflash_sdk.hints import Span
 
-from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.spans.vocabulary import token_bytes
 
 CORPUS = ['The tool call is {"name": "search", "arguments": {"q": "été à Zürich"}}\n'] * 20
@@ -67,22 +65,6 @@ def test_added_tokens_stand_for_their_text() -> None:
     table = token_bytes(tokenizer)
     assert table[tokenizer.token_to_id("<|im_end|>")] == b"<|im_end|>"
     assert table[tokenizer.token_to_id("Ġé")] == "Ġé".encode()
-
-
-def test_a_tracker_follows_real_tokens() -> None:
-    tokenizer = byte_level()
-    tracker = SpanTracker(
-        [Span(kind="tool_call", begin="<tool_call>", end="</tool_call>")], token_bytes(tokenizer)
-    )
-    states = []
-    for token in tokenizer.encode(
-        'é<tool_call>{"name": "search"}</tool_call>é', add_special_tokens=False
-    ).ids:
-        tracker.push([token])
-        states.append(tracker.span.kind if tracker.span else None)
-    assert states[0] is None
-    assert states[-1] is None
-    assert "tool_call" in states
 
 
 def test_a_tokenizer_without_vocabulary_is_refused() -> None:
