@@ -314,6 +314,16 @@ def save_tokenizer(path: Path, pieces: Sequence[bytes] = ()) -> None:
     fast.save_pretrained(path)
 
 
+def tiny_bundle(root: Path) -> tuple[Path, Path]:
+    """A target, and a bundle of its two drafters, under `root`."""
+    target, bundle = tiny_target(root / "target"), root / "bundle"
+    tiny_eagle3(bundle / "eagle3", target)
+    tiny_dflash(bundle / "dflash", target)
+    manifest = {"schema_version": 1, "name": "tiny", "target": "tiny", "eagle3": "eagle3", "dflash": "dflash"}
+    (bundle / "whiflash.json").write_text(json.dumps(manifest))
+    return target, bundle
+
+
 def served_pair(root: Path) -> list[str]:
     """Checkpoints of a peaked target and its two drafters under `root`; arguments of a server with them."""
     target = tiny_target(root / "target", peaked=True)

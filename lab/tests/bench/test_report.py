@@ -70,32 +70,16 @@ def clock(arm: str, rounds: int) -> dict[str, float] | None:
 
 @pytest.fixture
 def report() -> BenchReport:
-    cells = []
-    for repetition in range(3):
-        for arm in SPEED:
-            for prompt in TOKENS:
-                one = answer(arm, prompt)
-                cells.append(
-                    Cell(
-                        load=ALONE,
-                        arm=arm,
-                        repetition=repetition,
-                        seconds=one.seconds + 1,
-                        answers=(one,),
-                        rounds=clock(arm, one.forwards),
-                    )
-                )
-            together = tuple(answer(arm, p) for p in ("c1", "c2", "t1"))
-            cells.append(
-                Cell(
-                    load=FOUR,
-                    arm=arm,
-                    repetition=repetition,
-                    seconds=2.0,
-                    answers=together,
-                    rounds=clock(arm, 9),
-                )
-            )
+    together = {arm: tuple(answer(arm, prompt) for prompt in ("c1", "c2", "t1")) for arm in SPEED}
+    cells = [
+        Cell(load=load, arm=arm, repetition=r, seconds=seconds, answers=own, rounds=clock(arm, rounds))
+        for r in range(3)
+        for arm in SPEED
+        for load, seconds, own, rounds in (
+            *((ALONE, a.seconds + 1, (a,), a.forwards) for a in (answer(arm, p) for p in TOKENS)),
+            (FOUR, 2.0, together[arm], 9),
+        )
+    ]
     found = [
         Difference("auto", "closed-1", "c1", Verdict.TIE, 3, 0.01),
         Difference("DFLASH", "closed-1", "t1", Verdict.DIFFERENT, 5, 3.0),

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 from server_host import Forked, Server, ServerHost
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import tiny_bundle
 
 from whiflash_lab.bench.arms import build_arms
 from whiflash_lab.bench.cells import Journal, Load
@@ -44,15 +44,9 @@ def prompts() -> tuple[Prompt, ...]:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     root = tmp_path_factory.mktemp("bench")
-    target = tiny_target(root / "target")
-    tiny_eagle3(root / "bundle" / "eagle3", target)
-    tiny_dflash(root / "bundle" / "dflash", target)
-    manifest = (
-        '{"schema_version": 1, "name": "tiny", "target": "tiny", "eagle3": "eagle3", "dflash": "dflash"}'
-    )
-    (root / "bundle" / "whiflash.json").write_text(manifest)
+    target, bundle = tiny_bundle(root)
     (root / "scratch").mkdir()
-    subject = build_subject(str(target), str(root / "bundle"), "float32", (SEEDED,), root / "scratch", ARMS)
+    subject = build_subject(str(target), str(bundle), "float32", (SEEDED,), root / "scratch", ARMS)
     arms = build_arms(ARMS, subject)
     return Plan(subject, tuple(arms), prompts(), loads=LOADS, repetitions=2, max_tokens=16, restart=True)
 

@@ -186,6 +186,11 @@ BAD: list[tuple[str, Any, str]] = [
     ),
     ("tools", {"messages": MESSAGES, "tools": [{"function": {}}]}, r"tools\[0\]\.function\.name: is missing"),
     ("messages", {"messages": "x"}, r"messages: must be a list, not str"),
+    (
+        "a prediction",
+        {"messages": MESSAGES, "prediction": {"type": "content", "content": 3}},
+        r"prediction\.content: must be a string",
+    ),
     ("a simulation", {"info": {}, "simulations": [7]}, r"simulations\[0\]: must be an object"),
     (
         "choices",
