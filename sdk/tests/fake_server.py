@@ -55,6 +55,11 @@ CAPABILITIES: dict[str, Any] = {
 }
 
 
+def ask(client: Any, **more: Any) -> Any:
+    """A chat completion."""
+    return client.chat.completions.create(**{**ASKED, **more})
+
+
 class Clock:
     """A clock that the test sets."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fake_server import ASKED, CAPABILITIES, ROUTE, Clock, FakeServer, serving
+from fake_server import ASKED, CAPABILITIES, ROUTE, Clock, FakeServer, ask, serving
 from openai import AsyncOpenAI, AzureOpenAI, OpenAI
 
 import whiflash_sdk
@@ -29,10 +29,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnsupportedServerWarning)
         yield
-
-
-def ask(client: OpenAI) -> None:
-    client.chat.completions.create(**ASKED)
 
 
 def test_the_document_is_read_and_not_completed(client: OpenAI, server: FakeServer, clock: Clock) -> None:

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 import pytest
-from fake_server import ASKED, EXPECTED, FakeServer
+from fake_server import ASKED, EXPECTED, FakeServer, ask
 from openai import AsyncOpenAI, OpenAI
 
 from whiflash_sdk import Collected, Hints, Trace, TraceError, agent, collect, wrap
@@ -18,10 +18,6 @@ from whiflash_sdk import Collected, Hints, Trace, TraceError, agent, collect, wr
 def seen(collected: Collected) -> list[Trace]:
     """The traces without the calls that they are of."""
     return [Trace.model_validate(trace.model_dump()) for trace in collected.traces]
-
-
-def ask(client: OpenAI) -> None:
-    client.chat.completions.create(**ASKED)
 
 
 def from_threads(client: OpenAI, before: ThreadPoolExecutor) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from fake_server import ASKED, EXPECTED, ROUTE, FakeServer
+from fake_server import ASKED, EXPECTED, ROUTE, FakeServer, ask
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
@@ -38,10 +38,6 @@ OWN = Hints(spans=(Span(kind="code", begin="<code>"),))
 
 class City(BaseModel):
     city: str
-
-
-def ask(client: OpenAI, **more: Any) -> Any:
-    return client.chat.completions.create(**{**ASKED, **more})
 
 
 def test_hints_join_what_the_call_says_and_nothing_else_changes(client: OpenAI, server: FakeServer) -> None:
