@@ -74,44 +74,25 @@ class Batch:
         assert_close(out, expected, "attention", self.dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("width", [1, 3, 8])
-def test_random_requests(backend: str, dtype: torch.dtype, causal: bool, width: int) -> None:
-    Batch((5, 131, 64, 1), extra=width, width=width, causal=causal, dtype=dtype).check(backend)
+BOTH = (True, False)
+BATCHES = [
+    *(Batch((5, 131, 64, 1), n, n, causal, dtype=t) for n in (1, 3, 8) for causal in BOTH for t in DTYPES),
+    *(
+        Batch((70, 9), 4, 4, False, heads, kv_heads, dim)
+        for heads, kv_heads, dim in ((9, 3, 64), (1, 1, 8), (8, 1, 40), (6, 6, 16), (20, 1, 320))
+    ),
+    Batch((70, 9), 4, 4, True, wide_values=True),
+    Batch((77, 3), 17, 17, True, heads=8, kv_heads=1),  # rows of several tiles
+    *(Batch((150, 2), 5, 5, causal, window=n) for n in (0, 1, 63, 64, 500) for causal in BOTH),
+    *(Batch(lengths, 4, 4, causal) for lengths in ((12, -4, 0), (-4, -9)) for causal in BOTH),  # padding
+    *(Batch((40, 7), 1 + step, 1, True) for step in range(3)),  # a chain's
+]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(9, 3, 64), (1, 1, 8), (8, 1, 40), (6, 6, 16), (20, 1, 320)]
-)
-def test_shapes_of_heads(backend: str, heads: int, kv_heads: int, dim: int) -> None:
-    Batch((70, 9), extra=4, width=4, causal=False, heads=heads, kv_heads=kv_heads, dim=dim).check(backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_pools_of_different_strides(backend: str) -> None:
-    Batch((70, 9), extra=4, width=4, causal=True, wide_values=True).check(backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_several_tiles(backend: str) -> None:
-    Batch((77, 3), extra=17, width=17, causal=True, heads=8, kv_heads=1).check(backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [0, 1, 63, 64, 500])
-def test_windows(backend: str, causal: bool, window: int) -> None:
-    Batch((150, 2), extra=5, width=5, causal=causal, window=window).check(backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_padding_request_is_zero(backend: str, causal: bool) -> None:
-    Batch((12, -4, 0), extra=4, width=4, causal=causal).check(backend)
-    Batch((-4, -9), extra=4, width=4, causal=causal).check(backend)
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_batches(backend: str, batch: Batch) -> None:
+    batch.check(backend)
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -126,12 +107,6 @@ def test_padding_without_reading_lengths_is_the_same(
 
     monkeypatch.setattr(reference, "grouped", unread)
     Batch((70, -9, 1, 40), extra=4, width=4, causal=causal, window=window).check("torch")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_steps_of_a_chain_share_their_lengths(backend: str) -> None:
-    for step in range(3):
-        Batch((40, 7), extra=1 + step, width=1, causal=True).check(backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,6 +1,7 @@
 """Both catch-ups against float64 loops over rows, layers and heads."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import kernel_oracles as oracles
 import pytest
@@ -124,27 +125,41 @@ def check_pools(pools: KVPools, rows, k_norm, positions, slots, rope, dtype: tor
 
 
 def check_dflash(
-    backend: str, shape: Shape, dtype: torch.dtype, layout: str = "separate", **options: bool
+    backend: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    layout: str = "separate",
+    sliced: bool = False,
+    pool_dtype: torch.dtype | None = None,
+    **options: bool,
 ) -> None:
-    source = Source(dtype)
+    """sliced: the drafter's columns are a view into the captured union."""
+    source, kept = Source(dtype), pool_dtype or dtype
     weights = dflash_weights(source, shape, **options)
     features, rope = source.features(shape), source.rope(shape)
+    if sliced:
+        features = torch.cat([features, features], dim=1)[:, shape.hidden : shape.hidden * 4]
     positions, slots = source.places(shape)
-    pools = sentinel_pools(shape, dtype, layout)
+    pools = sentinel_pools(shape, kept, layout)
     with running(backend), guarded_outputs():
         fused = dflash_catch_up(features, positions, slots, weights, rope, pools)
     assert fused.shape == (shape.rows, shape.hidden)
     rows = oracles.dflash_rows(features, weights)
-    check_pools(pools, rows, weights.k_norm, positions, slots, rope, dtype)
+    check_pools(pools, rows, weights.k_norm, positions, slots, rope, kept)
 
 
-def check_eagle3(backend: str, shape: Shape, dtype: torch.dtype, **options: object) -> None:
+def check_eagle3(
+    backend: str, shape: Shape, dtype: torch.dtype, *, sliced: bool = False, **options: object
+) -> None:
+    """sliced: the rotations are a part of a wider table."""
     source = Source(dtype)
     weights = replace(
         eagle3_weights(source, shape),
         **{name: make(source) if callable(make) else make for name, make in options.items()},
     )
     features, rope = source.features(shape), source.rope(shape)
+    rope = torch.cat([rope, rope], dim=1)[:, : shape.rotary] if sliced else rope
     positions, slots = source.places(shape)
     next_tokens = torch.arange(shape.rows, device=DEVICE) * 7 % 50
     pools = sentinel_pools(shape, dtype)
@@ -178,47 +193,23 @@ def test_dflash(backend: str, dtype: torch.dtype, shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", ["strided", "spaced", "unaligned"])
-def test_dflash_pool_layouts(backend: str, layout: str) -> None:
-    check_dflash(backend, Shape(), torch.float32, layout)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dflash_without_k_norm_and_with_biases(backend: str) -> None:
-    check_dflash(backend, Shape(), torch.float32, norm=False, bias=True)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"layout": layout} for layout in ("strided", "spaced", "unaligned")),
+        {"norm": False, "bias": True},
+        {"sliced": True},
+        {"pool_dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+def test_dflash_variants(backend: str, options: dict[str, Any]) -> None:
+    check_dflash(backend, Shape(), torch.float32, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dflash_256_rows(backend: str) -> None:
     check_dflash(backend, Shape(rows=256, slots=300, layers=1, heads=1, dim=8, rotary=8), torch.float32)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dflash_of_a_slice_of_the_features(backend: str) -> None:
-    """The drafter's columns may be a view into the captured union."""
-    shape, source = Shape(), Source(torch.float32)
-    weights = dflash_weights(source, shape)
-    wide = torch.cat([source.features(shape), source.features(shape)], dim=1)
-    features = wide[:, shape.hidden : shape.hidden * 4]
-    positions, slots = source.places(shape)
-    rope, pools = source.rope(shape), sentinel_pools(shape, torch.float32)
-    with running(backend):
-        dflash_catch_up(features, positions, slots, weights, rope, pools)
-    rows = oracles.dflash_rows(features, weights)
-    check_pools(pools, rows, weights.k_norm, positions, slots, rope, torch.float32)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_pools_in_another_dtype(backend: str) -> None:
-    shape, source = Shape(), Source(torch.float32)
-    weights = dflash_weights(source, shape)
-    features, rope = source.features(shape), source.rope(shape)
-    positions, slots = source.places(shape)
-    pools = sentinel_pools(shape, torch.bfloat16)
-    with running(backend):
-        dflash_catch_up(features, positions, slots, weights, rope, pools)
-    rows = oracles.dflash_rows(features, weights)
-    check_pools(pools, rows, weights.k_norm, positions, slots, rope, torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -237,6 +228,7 @@ def test_eagle3_variants(backend: str) -> None:
     shape = Shape(layers=1)
     check_eagle3(backend, shape, torch.float32, chunk_norms=lambda source: source(3, 48) * 7)
     check_eagle3(backend, shape, torch.float32, concat_norm=lambda source: source(3 * 48))
+    check_eagle3(backend, shape, torch.float32, sliced=True, embedding=lambda source: source(50, 64)[:, 8:56])
     check_eagle3(
         backend,
         shape,
@@ -245,20 +237,6 @@ def test_eagle3_variants(backend: str) -> None:
         fc_bias=lambda source: source(48),
         kv_bias=lambda source: source(64),
     )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_tables_that_are_a_part_of_wider_ones(backend: str) -> None:
-    shape, source = Shape(layers=1), Source(torch.float32)
-    weights = replace(eagle3_weights(source, shape), embedding=source(50, 64)[:, 8:56])
-    features, rope = source.features(shape), source.rope(shape)
-    positions, slots = source.places(shape)
-    next_tokens, pools = positions + 3, sentinel_pools(shape, torch.float32)
-    wide = torch.cat([rope, rope], dim=1)[:, : shape.rotary]
-    with running(backend):
-        eagle3_catch_up(features, next_tokens, positions, slots, weights, wide, pools)
-    rows, _ = oracles.eagle3_rows(features, next_tokens.tolist(), weights)
-    check_pools(pools, rows, None, positions, slots, rope, torch.float32)
 
 
 def test_rejects_what_does_not_fit() -> None:

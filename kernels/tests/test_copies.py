@@ -1,5 +1,7 @@
 """propose_copies against a loop over every place of a text."""
 
+from typing import Any
+
 import kernel_oracles as oracles
 import pytest
 import torch
@@ -85,14 +87,41 @@ def check(
     assert on_device[3].tolist() == expected_back.tolist()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_text_that_repeats(backend: str) -> None:
-    check(backend, [[5, 6, 7, 8, 9, 5, 6, 7], [1, 2, 3], [4], [], [3] * 40, [1, 2] * 30])
+NOISE = list(range(100, 1200))
+OFTEN = [token for i in range(200) for token in (1, 2, 10 + i % 7)]
+TEXTS: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
+    "repeats": ([[5, 6, 7, 8, 9, 5, 6, 7], [1, 2, 3], [4], [], [3] * 40, [1, 2] * 30], {}),
+    "places disagree": ([[1, 2, 9, 1, 2, 9, 8, 1, 2, 7, 1, 2], [8, 1, 2, 5, 3, 1, 2, 6, 8, 1, 2]], {}),
+    "more places than are kept": ([[*OFTEN, 1, 2], [*OFTEN, 1], [*OFTEN * 4, 1, 2]], {}),
+    "a copy goes on where it was": (
+        [[1, 2, 3, 4, 9, *[1, 2, 8] * 10, 1, 2]] * 4,
+        {"sources": [2, 5, 0, 10_000]},
+    ),
+    "a chance that equals its price": ([[5, 6, 7, 8, 9, 5, 6, 7]], {"worth": 0.25, "right": 0.5}),
+    "no chance is certain": ([[5, 6, 7, 8, 9, 5, 6, 7]], {"right": 1.0}),
+    "the last copy is remembered where nothing matches": ([[5, 6, 7, 8, 9]], {"sources": [3]}),
+    # The longest match is the second newest of four, with one in each of the tiles before.
+    "places of three tiles": (
+        [[1, 2, 30, *NOISE, 1, 2, 31, *NOISE, 9, 1, 2, 32, 8, 1, 2, 33, *NOISE[:10], 9, 1, 2]],
+        {},
+    ),
+    "two tokens match behind many places where one does": ([[1, 2, 7, *[3, 2] * 600, 5, 1, 2]], {}),
+    **{
+        f"matches of {shortest}": (
+            [[1, 5, 2, 1], [3, 1, 5, 2, 3, 1], [4, 3, 1, 5, 4, 3, 1]],
+            {"min_match": shortest},
+        )
+        for shortest in (1, 2, 3, 40)
+    },
+    "no requests": ([], {}),
+}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_places_disagree(backend: str) -> None:
-    check(backend, [[1, 2, 9, 1, 2, 9, 8, 1, 2, 7, 1, 2], [8, 1, 2, 5, 3, 1, 2, 6, 8, 1, 2]])
+@pytest.mark.parametrize("case", TEXTS)
+def test_texts(backend: str, case: str) -> None:
+    texts, options = TEXTS[case]
+    check(backend, texts, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -104,57 +133,11 @@ def test_far_back(backend: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_more_places_than_are_kept(backend: str) -> None:
-    often = [token for i in range(200) for token in (1, 2, 10 + i % 7)]
-    check(backend, [[*often, 1, 2], [*often, 1], [*often * 4, 1, 2]])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_copy_goes_on_where_it_was(backend: str) -> None:
-    text = [1, 2, 3, 4, 9, *[1, 2, 8] * 10, 1, 2]
-    check(backend, [text] * 4, sources=[2, 5, 0, 10_000])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("drafts", [None, 0, 1, 3])
 def test_limits_and_worth(backend: str, drafts: int | None) -> None:
     text = [5, 6, 7, 8, 9, 5, 6, 7]
     for worth in (0.0, 0.3, 0.9, 1.1):
         check(backend, [text] * 3, limits=[0, 1, 4], worth=worth, drafts=drafts)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_chance_that_equals_its_price_is_worth_it_and_none_is_certain(backend: str) -> None:
-    check(backend, [[5, 6, 7, 8, 9, 5, 6, 7]], worth=0.25, right=0.5)
-    check(backend, [[5, 6, 7, 8, 9, 5, 6, 7]], right=1.0)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_last_copy_is_remembered_where_nothing_matches(backend: str) -> None:
-    check(backend, [[5, 6, 7, 8, 9]], sources=[3])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_places_of_three_tiles(backend: str) -> None:
-    """The longest match is the second newest of four, with one in each of the tiles before."""
-    noise = list(range(100, 1200))
-    check(backend, [[1, 2, 30, *noise, 1, 2, 31, *noise, 9, 1, 2, 32, 8, 1, 2, 33, *noise[:10], 9, 1, 2]])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_tokens_match_behind_many_places_where_one_does(backend: str) -> None:
-    check(backend, [[1, 2, 7, *[3, 2] * 600, 5, 1, 2]])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_shortest_match(backend: str) -> None:
-    for shortest in (1, 2, 3, 40):
-        check(backend, [[1, 5, 2, 1], [3, 1, 5, 2, 3, 1], [4, 3, 1, 5, 4, 3, 1]], min_match=shortest)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_requests(backend: str) -> None:
-    check(backend, [])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
