@@ -182,11 +182,15 @@ class Engine:
         return req.spec_verify_ct, req.spec_num_correct_drafts
 
     def check_leaks(self) -> None:
-        """SGLang's own idle check: every slot is free or in the tree, every request row is free. Raises otherwise."""
+        """SGLang's own idle check: every slot is free or in the tree, every request row is free. Nor do we keep a row.
+        Raises otherwise.
+        """
         checker = self.scheduler.invariant_checker
         leaking, messages = checker._check_all_pools(self.scheduler.pool_stats_observer.get_pool_stats())
         assert not leaking, "\n".join(messages)
         checker._check_req_pool()
+        if hasattr(self.worker, "check_integrity"):
+            assert not self.worker.stages.lifecycle.leaks()
 
 
 @contextlib.contextmanager

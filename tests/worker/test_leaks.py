@@ -103,7 +103,9 @@ def entries(root: Any) -> int:
 
 
 @pytest.mark.parametrize("start", [engine, overlapped])
-def test_new_weights_right_behind_an_answer_empty_the_tree(models: Models, start: Any) -> None:
+def test_new_weights_right_behind_an_answer_empty_the_tree(
+    models: Models, start: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """The scheduler has made no pass since; under overlap a round of the request that ended is under way."""
     prompt = list(range(3, 43))
     with start(models.target, whiflash=models.whiflash("random")) as e:
@@ -121,6 +123,15 @@ def test_new_weights_right_behind_an_answer_empty_the_tree(models: Models, start
         assert written.success, written.message
         e.check_leaks()
         assert e.generate([prompt], max_new_tokens=20) == [text]
+        e.worker.stages.lifecycle._drop = e.worker.sync.watermarks.forget = lambda *_: None  # nothing goes
+        e.generate([prompt], max_new_tokens=2)
+        caplog.clear()
+        for _ in range(2):
+            e.scheduler.on_idle()
+        said = [record.getMessage() for record in caplog.records if "nothing runs" in record.getMessage()]
+        assert len(said) == 2, "once for each that keeps something"
+        assert "requests are kept in rows [" in said[0]
+        assert "backlogs are kept in rows [" in said[1]
         assert not any(req.cached_tokens for rid, req in e.requests.items() if rid.startswith("g000004"))
 
 

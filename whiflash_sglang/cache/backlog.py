@@ -4,7 +4,7 @@ Conventions: at the start of a round a request has n committed tokens *with* tar
 `synced[arm]` = s means the drafter's KV is valid on [0, s). Features of [min(s), n) and of n-1 are parked.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,6 +89,11 @@ class Watermarks:
 
     def known(self, row: int) -> bool:
         return row in self._lower
+
+    @property
+    def rows(self) -> Set[int]:
+        """Rows of requests that run."""
+        return self._lower.keys()
 
     def claim(
         self, rows: torch.Tensor, lengths: torch.Tensor, due: torch.Tensor, into: Claims | None = None

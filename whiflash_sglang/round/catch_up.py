@@ -243,6 +243,12 @@ class DraftSync:
         self._routed.pop(row, None)
         self._last.pop(row, None)
 
+    @property
+    def rows(self) -> set[int]:
+        """Rows that something is kept of, also of requests that have left and are not flushed."""
+        left = (row for row, _, _ in self.leaving)
+        return {*self.watermarks.rows, *self._tailless, *self._routed, *self._last, *left}
+
     def capture(self, recorder: Recorder, requests: int, rows: int) -> None:
         """Have catch-ups captured for up to so many requests and up to `rows` rows together.
 

@@ -163,6 +163,20 @@ class Lifecycle:
         """Write the parked features of released requests into the slots that they gave up."""
         self._sync.flush()
 
+    def leaks(self) -> dict[str, list[int]]:
+        """Rows of the request table that are kept by whom; nobody keeps any while no request runs."""
+        holders = {"requests": self._controller.states.keys(), "backlogs": self._sync.rows}
+        return {holder: sorted(rows) for holder, rows in holders.items() if rows}
+
+    def check_integrity(self) -> None:
+        """No request runs: log what is kept of some."""
+        for holder, rows in self.leaks().items():
+            logger.error(
+                "WHIFLASH: nothing runs, but %s are kept in rows %s; report the log so far.",
+                holder,
+                rows,
+            )
+
     def forget_all(self) -> None:
         """Every slot is free, so nothing that was parked has a home."""
         for request in list(self._controller.states.values()):

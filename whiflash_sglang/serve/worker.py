@@ -299,6 +299,10 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         if self.ranks.leads:
             self.publisher.start(Prometheus(collector))
 
+    def check_integrity(self) -> None:
+        """Log what is kept of requests though none runs. SGLang checks its own slots and rows."""
+        self.stages.lifecycle.check_integrity()
+
     def forget(self, handle: int | None) -> None:
         """Drop text that a drafter keeps across requests: a tenant's, by its handle, or everybody's."""
         self.stages.lifecycle.forget_text(handle)

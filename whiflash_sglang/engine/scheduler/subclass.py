@@ -55,6 +55,8 @@ class WhiflashScheduler:
     internal_state: Any
     disagg_decode_prealloc_queue: Any
     draft_worker: Any
+    has_run = False
+    """Whether a batch has run since the scheduler was idle."""
 
     def init_metrics_reporter(self) -> None:
         super().init_metrics_reporter()  # type: ignore[misc]
@@ -93,8 +95,16 @@ class WhiflashScheduler:
         self.draft_worker.between_rounds()
 
     def process_batch_result(self, *args: Any, **named: Any) -> None:
+        self.has_run = True
         with releases.together():
             super().process_batch_result(*args, **named)  # type: ignore[misc]
+
+    def on_idle(self) -> None:
+        """SGLang checks its pools here, and we ours: once, behind the last batch."""
+        if self.has_run and self.is_fully_idle():
+            self.has_run = False
+            self.draft_worker.check_integrity()
+        super().on_idle()  # type: ignore[misc]
 
     def is_fully_idle(self: Any, *args: Any, **named: Any) -> bool:
         """Nobody runs whose answer has left. SGLang's next pass would put these requests away, and until then it
