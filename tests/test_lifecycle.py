@@ -134,34 +134,29 @@ class History:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_kept_is_what_sglang_runs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After any history of prefills, chunks, tokens, retractions, aborts and ends."""
+    """After any history of prefills, chunks, retractions, aborts and ends, and of rows that were not given up."""
     history, rng = History(monkeypatch), random.Random(seed)
     for _ in range(200):
-        row, step = rng.randrange(3), rng.choice(["begin", "begin", "commit", "retract", "abort", "finish"])
+        row = rng.randrange(3)
+        step = rng.choice(["begin", "begin", "commit", "retract", "abort", "finish", "replace"])
         before = history.controller.states.get(row)
-        if step in ("begin", "commit"):
-            getattr(history, step)(row)
+        if step == "replace":
+            history.rows.pop(row, None)
+        if step in ("begin", "replace"):
+            history.begin(row)
+        elif step == "commit":
+            history.commit(row)
         else:
             history.release(row, step)
-            if before is not None:
-                assert not before.running
-                assert not before.kept
-                history.sync.forget.assert_called_with(row)
         history.check()
+        if before is not None and before is not history.controller.states.get(row):
+            assert not before.running
+            assert not before.kept
+            history.sync.forget.assert_called_with(row)
     for row in range(3):
         history.release(row, "abort")
     history.check()
     assert not history.controller.states
-
-
-def test_a_request_in_a_row_that_was_not_given_up_finds_nothing_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    history = History(monkeypatch)
-    history.begin(1)
-    del history.rows[1]
-    history.begin(1)
-    history.check()
 
 
 def test_flushing_forgets_every_request(monkeypatch: pytest.MonkeyPatch) -> None:

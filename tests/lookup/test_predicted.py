@@ -102,19 +102,6 @@ def test_a_request_that_wants_nothing_copied_gets_nothing_copied(
     assert ask(running, cold[0], custom_params={"whiflash": hints}) == (cold[0], TOKENS - 1)
 
 
-def test_an_aborted_one_leaves_nothing(running: Engine, cold: tuple[list[int], int]) -> None:
-    drafter = running.worker.drafters["lookup"]
-    name = submit(running, cold[0])
-    for _ in range(3):
-        running.step()
-    assert any(request.kept[drafter.arm].prediction is not None for request in running.states.values())
-    running.abort(name)
-    running.run()
-    assert not running.states
-    assert running.worker.snapshot()["lookup"]["index_bytes"] == 0
-    assert ask(running) == cold
-
-
 def test_an_answer_begun_again_is_found_in_its_prediction(
     running: Engine, cold: tuple[list[int], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
