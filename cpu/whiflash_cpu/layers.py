@@ -202,12 +202,10 @@ def _is_plain(layer: nn.Module) -> bool:
     products = [attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
     whole = (linears.QKVParallelLinear, linears.RowParallelLinear, linears.MergedColumnParallelLinear)
     return (
-        all(
-            type(product) in whole and not product.skip_bias_add for product in products
-        )  # adapters wrap them
-        and all(type(product.quant_method) is UnquantizedLinearMethod for product in products)
+        all(type(linear) in whole and not linear.skip_bias_add for linear in products)  # adapters wrap them
+        and all(type(linear.quant_method) is UnquantizedLinearMethod for linear in products)
         and type(attention.attn) is RadixAttention
-        and not any(product._forward_hooks or product._forward_pre_hooks for product in layer.modules())
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
     )
 
 
