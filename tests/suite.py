@@ -82,13 +82,10 @@ NIGHTLY = (
     "tests/agents/test_examples.py",
     "tests/gpu/test_serving_part.py",
     "tests/parallel/test_data_parallel.py",
-    "tests/parallel/test_router.py",
     "tests/parallel/test_tensor_parallel.py",
     "tests/parallel/test_tensor_parallel_server.py",
-    "tests/phantom/test_adapters.py",
     "train/tests/test_trained.py",
     "tests/worker/test_interpreted_rounds.py",
-    "tests/worker/test_upstream_sampling.py",
 )
 """Minutes each, and seldom red where the rest is green: `make evidence` runs them."""
 

@@ -21,7 +21,7 @@ from traffic import Arrival, play
 STOPS = ("stop", "stop_token_ids", "stop_regex")
 GRAMMARS = ("json_schema", "structural_tag", "regex", "ebnf")
 UNADJUSTED = {*STOPS, *GRAMMARS, "custom_params", "ignore_eos", "max_new_tokens", "no_stop_trim", "priority"}
-UNADJUSTED |= {"return_hidden_states", "require_reasoning"}
+UNADJUSTED |= {"return_hidden_states", "require_reasoning", "lora_id"}
 """Parameters with which a token is the likeliest, or the likeliest that a grammar allows."""
 
 
@@ -136,10 +136,12 @@ def compare(
     return comparison
 
 
-def check(target: ReferenceTarget, arrivals: Sequence[Arrival], expected: Answers, answers: Answers) -> None:
+def check(
+    target: ReferenceTarget, arrivals: Sequence[Arrival], expected: Answers, answers: Answers
+) -> Comparison:
     """Texts, and of those that were not aborted also why they ended, log-probabilities and hidden states."""
     texts = {rid: answer.tokens for rid, answer in answers.items()}
-    compare(target, arrivals, {rid: answer.tokens for rid, answer in expected.items()}, texts)
+    comparison = compare(target, arrivals, {rid: answer.tokens for rid, answer in expected.items()}, texts)
     for a in arrivals:
         ours, wanted = answers[a.rid], expected[a.rid]
         if a.abort_after is not None or ours.tokens != wanted.tokens:
@@ -153,3 +155,4 @@ def check(target: ReferenceTarget, arrivals: Sequence[Arrival], expected: Answer
             # SGLang returns what a prompt's last chunk had: chunks depend on who else is there.
             rows = min(len(state), len(plain_state))
             torch.testing.assert_close(state[-rows:], plain_state[-rows:], atol=1e-4, rtol=1e-4)
+    return comparison

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -330,9 +331,52 @@ def prioritised() -> list[Arrival]:
     return [*low, *high]
 
 
+ADAPTED: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"return_logprob": True, "top_logprobs_num": 3},
+    {"ignore_eos": False, "json_schema": SHORT_SCHEMA, "max_new_tokens": 60},
+    {"regex": "(red|green|blue)( (red|green|blue)){5}", "ignore_eos": False, "max_new_tokens": 40},
+    {"frequency_penalty": 0.6},
+    {"return_logprob": True, "top_logprobs_num": 1, "frequency_penalty": 0.4},
+)
+
+
+def adapted() -> list[Arrival]:
+    """Requests of two adapters, by name, and of the target itself, with common prefixes; some are aborted.
+
+    None with a grammar: SGLang gives one token to a request that is aborted while its grammar is compiled.
+    """
+    names, params = cycle(["one", None, "two"]), cycle(ADAPTED)
+    found = mixed(7, 18, shared=24, longest=30, aborts=0.2, stops=0.2, tokens=30)
+    asked = [replace(a, params={**a.params, **next(params), "lora_id": next(names)}) for a in found]
+    return [replace(a, abort_after=None) if a.params.keys() & {"json_schema", "regex"} else a for a in asked]
+
+
+def loads() -> list[Arrival]:
+    """Three loads of twenty requests, one after the other."""
+    return [
+        replace(a, rid=f"{seed}-{a.rid}", step=a.step + 60 * number)
+        for number, seed in enumerate((101, 102, 103))
+        for a in mixed(seed, count=20, shared=40, aborts=0.2, stops=0.3)
+    ]
+
+
+def short() -> list[Arrival]:
+    """For a small context. Half of them are sampled from adjusted logits, row by row."""
+    return [
+        replace(a, params=a.params | {"frequency_penalty": 0.3 * (i % 2)})
+        for i, a in enumerate(mixed(17, 6, shared=12, longest=30, stops=0.3, tokens=24))
+    ]
+
+
 SETS: dict[str, Callable[[], list[Arrival]]] = {
     "traffic": partial(mixed, seed=2, count=14, shared=40, aborts=0.15, stops=0.3),
     "long prompts": partial(mixed, seed=46, count=10, shared=70, stops=0.2),
+    "three loads": loads,
+    "short": short,
+    "adapted": adapted,
+    "adapted, few": lambda: adapted()[:9],
     "counted": counted,
     "constrained": constrained,
     "structured": structured,

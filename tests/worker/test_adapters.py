@@ -1,149 +1,30 @@
-"""Adapters (LoRA) of the target: a text is its adapter's, whatever drafts and whoever shares the batch.
+"""Adapters (LoRA) of the target: they come and go, what is sampled, kept and learned. Texts: `test_plain_text.py`.
 
 Plain decoding serves the same adapters. Each is also merged with the target into a checkpoint, whose one pass gives the
 drafters' right KV and the distribution of sampled tokens.
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from itertools import cycle, product
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters import ATTENTION, Adapter, make_adapter, serving
+from adapters import Adapter, serving
 from engine import Engine, engine
 from expected import goodness_of_fit, joint
 from matrix import sampled
 from model_set import Models
 from oracle_arm import OracleArm
-from overlap import overlapped, publishing
-from plain import GRAMMARS, Answers, check, plain, read
-from request_sets import OPTIONS, SHORT_SCHEMA
-from sglang.srt.managers import scheduler
-from traffic import Arrival, mixed, play
 from trees import assert_tree_is_true
 
 from whiflash_sglang.copying.memory import handle_of, tenant_of
-from whiflash_sglang.engine.forward import lora
 from whiflash_sglang.engine.forward.parallel import input_embedding, output_head
-from whiflash_sglang.engine.forward.target import Target
-
-PARAMETERS: tuple[dict[str, Any], ...] = (
-    {},
-    {},
-    {"return_logprob": True, "top_logprobs_num": 3},
-    {"ignore_eos": False, "json_schema": SHORT_SCHEMA, "max_new_tokens": 60},
-    {"regex": "(red|green|blue)( (red|green|blue)){5}", "ignore_eos": False, "max_new_tokens": 40},
-    {"frequency_penalty": 0.6},
-    {"return_logprob": True, "top_logprobs_num": 1, "frequency_penalty": 0.4},
-)
-
-
-@pytest.fixture(scope="module")
-def adapters(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
-    root = tmp_path_factory.mktemp("adapters")
-    made = (
-        make_adapter(models, root, "one", seed=1, rank=4),
-        make_adapter(models, root, "two", seed=2, rank=8, modules=ATTENTION),
-        make_adapter(models, root, "three", seed=3, rank=2),
-    )
-    return {adapter.name: adapter for adapter in made}
 
 
 @pytest.fixture
 def adapted(adapters: dict[str, Adapter]) -> dict[str, Models]:
     return {adapter.id: adapter.models for adapter in adapters.values()}
-
-
-def arrivals(adapters: dict[str, Adapter]) -> list[Arrival]:
-    """Requests of two adapters and of the target itself, with common prefixes; some are aborted.
-
-    None with a grammar: SGLang gives one token to a request that is aborted while its grammar is compiled.
-    """
-    ids, params = cycle([adapters["one"].id, None, adapters["two"].id]), cycle(PARAMETERS)
-    found = mixed(7, 18, shared=24, longest=30, aborts=0.2, stops=0.2, tokens=30)
-    asked = [replace(a, params={**a.params, **next(params), "lora_id": next(ids)}) for a in found]
-    return [replace(a, abort_after=None) if a.params.keys() & {*GRAMMARS} else a for a in asked]
-
-
-def without_adapter(arrival: Arrival) -> Arrival:
-    """As a request of the target that the adapter is merged into, whose ties `check` knows."""
-    return replace(arrival, params={k: v for k, v in arrival.params.items() if k != "lora_id"})
-
-
-MODES: dict[str, dict[str, Any]] = {
-    "batch": {},
-    "chunks": {"chunked_prefill_size": 16, "page_size": 16},
-    "full pool": {"max_total_tokens": 240, "max_running_requests": 4, "chunked_prefill_size": 32},
-    "resident": {},
-    "overlap": {"max_running_requests": 4},
-}
-"""The host reads nothing from the device in `resident` and `overlap`, where it is a round late."""
-
-
-@contextmanager
-def started(models: Models, router: str, mode: str, **arguments: Any) -> Iterator[Engine]:
-    with pytest.MonkeyPatch.context() as patch:
-        start: Any = engine
-        if mode in ("resident", "overlap"):
-            patch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
-        if mode == "overlap":
-            patch.setattr(Target, "verify", publishing(Target.verify))
-            start, arguments = overlapped, {**arguments, "host_lengths": False}
-        with start(models.target, whiflash=models.whiflash(router), **arguments) as e:
-            yield e
-
-
-def asked_of_plain(models: Models, adapters: dict[str, Adapter]) -> Answers:
-    return plain(models.target, arrivals(adapters), **OPTIONS, **serving(*list(adapters.values())[:2]))
-
-
-@pytest.mark.parametrize(
-    ("mode", "router"),
-    sampled(
-        product(MODES, ("ar", "diffusion", "lookup", "none", "entropy", "random", "auto")),
-        ("batch", "auto"),
-        ("chunks", "random"),
-        ("full pool", "random"),
-        ("resident", "ar"),
-        ("overlap", "random"),
-    ),
-)
-def test_text_is_plain_decodings(
-    models: Models,
-    adapters: dict[str, Adapter],
-    adapted: dict[str, Models],
-    mode: str,
-    router: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    wanted, played = asked_of_plain(models, adapters), arrivals(adapters)
-    if mode == "overlap":
-        played = played[:9]  # its streams take a second a pass
-    monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
-    monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 6)
-    oracle = OracleArm(0.9, seed=3)
-    options = {**OPTIONS, **serving(*list(adapters.values())[:2]), **MODES[mode]}
-    with started(models, router, mode, arms=[oracle], **options) as e:
-        for a in played if router == "random" else ():
-            oracle.learn(a.prompt, wanted[a.rid].tokens)
-        play(e, played)
-        answers = read(e, played)
-        for adapter, of in {None: models, **adapted}.items():
-            its = [a for a in played if a.params["lora_id"] == adapter]
-            check(of.reference.target, [without_adapter(a) for a in its], wanted, answers)
-        assert assert_tree_is_true(e, models, adapted) > 50
-        assert any(req.retraction_count for req in e.requests.values())
-        if mode == "overlap":
-            assert not e.streams.races  # type: ignore[attr-defined]
-        by_adapter = {a.params["lora_id"]: 0 for a in played}
-        for a in played:
-            by_adapter[a.params["lora_id"]] += e.rounds(a.rid)[1]
-        print("accepted by adapter", by_adapter)
-        assert router != "random" or all(by_adapter.values())
 
 
 def test_the_requests_can_show_a_fault(models: Models, adapters: dict[str, Adapter]) -> None:
@@ -160,18 +41,6 @@ def test_the_requests_can_show_a_fault(models: Models, adapters: dict[str, Adapt
         target = of[adapter].reference.target
         logits = target.model.logits(target.forward([*prompt, *text]).final)[len(prompt) - 1 : -1]
         assert logits.argmax(-1).tolist() == text
-
-
-def test_rows_of_a_neighbours_adapter_are_seen(
-    models: Models, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As SGLang lays rows out, for one width."""
-    wanted, played = asked_of_plain(models, adapters), arrivals(adapters)
-    monkeypatch.setattr(lora, "_layout", lambda _: None)
-    with started(models, "random", "batch", **OPTIONS, **serving(*list(adapters.values())[:2])) as e:
-        found = play(e, [replace(a, abort_after=None) for a in played])
-    wrong = {a.params["lora_id"] for a in played if found[a.rid] != wanted[a.rid].tokens}
-    assert len(wrong) > 1
 
 
 def test_adapters_come_and_go(models: Models, adapters: dict[str, Adapter]) -> None:

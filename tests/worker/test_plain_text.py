@@ -1,7 +1,8 @@
 """Text is plain decoding's: one table of server arguments, requests, policies and modes.
 
 Rows with the same arguments share an engine, all rows plain decoding's answers. Behind every row both drafters' KV in
-the radix tree is that of one pass over each text, and nothing is kept of requests that have ended.
+the radix tree is that of one pass over each text, no draft was verified that a grammar forbids, and nothing is kept of
+requests that have ended. `make evidence` runs all rows, and keeps records of the matrix of policies and arguments.
 """
 
 import itertools
@@ -9,13 +10,18 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters import Adapter
+from adapters import serving as with_adapters
+from emulated import emulated_graphs
 from engine import Engine, engine
+from evidence import Result, cell
 from model_set import Models, build_models
 from oracle_arm import ARM, OracleArm
 from overlap import overlapped, publishing
@@ -23,16 +29,21 @@ from plain import Answers, check, plain_sets, read
 from request_sets import CASES, CONTEXT, OPTIONS, SETS
 from sglang.srt.layers import sampler
 from sglang.srt.managers import scheduler
+from test_sampling import PARAMETERS, judge, sample
 from traffic import Arrival, play
 from transformers import AutoTokenizer
 from trees import assert_tree_is_true
 
 from whiflash_sglang.cache import backlog
+from whiflash_sglang.checkpoints.fit import Parts, create
 from whiflash_sglang.engine.forward.target import Target
 from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
+from whiflash_sglang.records.core import Round
+from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import Pinned
 from whiflash_sglang.serve import worker
+from whiflash_sglang.structure.sketch import is_text
 
 EVERYTHING = {
     **OPTIONS,
@@ -47,25 +58,50 @@ ENTROPY = {"entropy": {"tau": 2.0, "min_dwell": 1}}
 @dataclass(frozen=True)
 class Setting:
     """Settings of an engine. plain: arguments that change plain decoding's text, too. mode: `host`, `resident` (the
-    host reads nothing from the device) or `overlap` (the same in SGLang's overlap loop). host_lengths: as of
-    `overlapped`. layers: those of EAGLE-3. ring: tokens of one.
+    host reads nothing from the device) or `overlap` (the same in SGLang's overlap loop). graphs: whether all that runs
+    is replayed, as on a card. host_lengths: as of `overlapped`. drafters: `pair`, one of it, or `none`. layers: of
+    EAGLE-3. ring: tokens of one. adapters: of the target, `one` and `two`.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
     plain: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
     mode: str = "host"
+    graphs: bool = False
     host_lengths: bool = False
+    drafters: str = "pair"
     layers: int = 1
     ring: int = 64
+    adapters: bool = False
 
 
 SEEDS = {"enable_deterministic_inference": True, "max_running_requests": 16, "chunked_prefill_size": None}
 THINKING = {"reasoning_parser": "deepseek-r1", "enable_strict_thinking": True}
+SMALL: dict[str, Any] = {
+    "plain": {"context_length": 96, "enable_return_hidden_states": False},
+    "arguments": {"max_running_requests": 5, "max_total_tokens": 2048},
+    "graphs": True,
+}
+"""A small engine, whose graphs are tapes of operators."""
+ADAPTED: dict[str, dict[str, Any]] = {
+    "batch": {},
+    "chunks": {"arguments": CASES["chunks in pages"]},
+    "full pool": {"arguments": {"max_total_tokens": 240, "max_running_requests": 4}},
+    "resident": {"mode": "resident"},
+    "overlap": {"arguments": {"max_running_requests": 4}, "mode": "overlap"},
+}
 SETTINGS = {
     **{name: Setting(arguments) for name, arguments in CASES.items()},
     "two requests": Setting({"max_running_requests": 2}),
     "small rings": Setting(ring=32),
+    **{f"{drafters} alone": Setting(drafters=drafters) for drafters in ("ar", "diffusion", "none")},
+    "no structure arm": Setting(flags={"whiflash_structure": "off"}),
+    "graphs": Setting(**SMALL),
+    "graphs, overlap": Setting(mode="overlap", **SMALL),
+    "graphs, two layers": Setting(layers=2, **SMALL),
+    "graphs, two layers, overlap": Setting(layers=2, mode="overlap", **SMALL),
+    **{f"adapters, {name}": Setting(adapters=True, **more) for name, more in ADAPTED.items()},
+    "eager, overlap": Setting(mode="overlap", **{**SMALL, "graphs": False}),
     "as for agents": Setting(
         {
             "page_size": 64,
@@ -117,8 +153,9 @@ class Row:
     """requests: of `SETS`. router: a policy, or `oracle`, which pins the arm that knows.
 
     happens: what must have happened for the row to show anything: `KNOWING`, `retractions`, `pushed` (out of the
-    batch), `shared steps`, `aborted while it waits`, `aborted while it runs`, and arms that drafted.
-    predicted: some requests bring predictions, right, partly right and useless ones. retracted: every so many steps.
+    batch), `shared steps`, `aborted while it waits`, `aborted while it runs`, and arms that drafted. predicted: some
+    requests bring predictions, right, partly right and useless ones. retracted: every so many steps. sees: the fault
+    that no other row of `make test` sees, if one is known.
     """
 
     setting: str
@@ -127,6 +164,7 @@ class Row:
     happens: frozenset[str] = frozenset()
     predicted: bool = False
     retracted: int = 0
+    sees: str = ""
     evidence: bool = False
     """Whether only `make evidence` runs it: one policy if `random`, which takes each arm, has a row with the same."""
 
@@ -140,7 +178,18 @@ def row(setting: str, router: str, requests: str, *happens: str, **more: Any) ->
 
 
 ALL = ("ar", "diffusion", "lookup", "none")
+POLICIES = (*ALL, "entropy", "auto", "random")
+ADAPTED_DAILY = {
+    "batch": "auto",
+    "chunks": "random",
+    "full pool": "",
+    "resident": "ar",
+    "overlap": "random",
+}
+MATRIX = [row(case, policy, "three loads", evidence=True) for case in CASES for policy in POLICIES]
+"""Records of these are kept (`evidence.py`)."""
 ROWS = [
+    *MATRIX,
     *(row("batch", router, "traffic", router) for router in ("ar", "diffusion", "lookup", "none")),
     row("batch", "entropy", "traffic", "ar", "diffusion"),
     row("batch", "auto", "traffic", "ar", "lookup"),
@@ -150,6 +199,12 @@ ROWS = [
     *(row("batch", router, "constrained", router, evidence=True) for router in ("ar", "diffusion")),
     row("batch", "random", "constrained", "structure", *KNOWING),
     row("batch", "none", "structured", "shared steps"),
+    row("batch", "random", "structured", *ALL, "structure", *KNOWING, sees="a forbidden draft is verified"),
+    row("no structure arm", "random", "structured", sees="its switch leaves the arm in"),
+    *(
+        row(f"{arm} alone", "random", "traffic", arm, "lookup", *KNOWING, sees=f"all need more than {arm!r}")
+        for arm in ("ar", "diffusion", "none")
+    ),
     row("batch", "oracle", "stops", "runs"),
     row("batch", "random", "calls", "structure"),
     *(row("batch", router, "penalised", router, evidence=True) for router in ("ar", "diffusion")),
@@ -168,7 +223,7 @@ ROWS = [
     row("whole prompts", "random", "processed", "oracle"),
     row("whole prompts", "none", "unprocessed"),
     row("one request", "random", "traffic", *KNOWING),
-    row("two requests", "random", "structured", "shared steps"),
+    row("two requests", "random", "structured", "shared steps", "structure"),
     row("pages", "random", "traffic", *KNOWING, evidence=True),
     row("small chunks", "random", "traffic", *KNOWING),
     row("small chunks", "random", "traffic", predicted=True),
@@ -209,9 +264,8 @@ ROWS = [
     row("resident", "random", "constrained"),
     row("overlap", "random", "traffic", *ALL, *KNOWING, "retractions", retracted=5),
     row("overlap", "random", "constrained", "retractions", retracted=5),
-    # `test_overlap.py` asks for these grammars beside free texts, and counts waits.
     row("overlap", "random", "structured", "structure", "lookup", evidence=True),
-    row("overlap", "auto", "calls"),
+    row("overlap", "auto", "calls", evidence=True),
     row("overlap, llguidance", "random", "structured"),
     # `oracle` where something must happen: a grammar joins when it is compiled, so `random` takes other arms each time.
     row("thinking, overlap", "oracle", "thinking", "oracle", *KNOWING),
@@ -220,14 +274,46 @@ ROWS = [
     row("overlap, lengths", "lookup", "traffic", "retractions", retracted=5),
     row("overlap, lengths", "ar", "traffic", retracted=5, evidence=True),
     row("overlap", "random", "states", "oracle", "rejections"),
+    *(
+        row(
+            f"adapters, {name}",
+            router,
+            "adapted, few" if name == "overlap" else "adapted",
+            "retractions",
+            retracted=6,
+            evidence=router != ADAPTED_DAILY[name],
+        )
+        for name in ADAPTED
+        for router in POLICIES
+    ),
+    row("graphs", "random", "short", "oracle", evidence=True),
+    row("eager, overlap", "random", "short", "oracle", evidence=True),
+    row("graphs, overlap", "random", "short", "oracle", evidence=True),
+    row("graphs, two layers", "random", "short", "oracle", sees="a graph keeps a value of its capture"),
+    row("graphs, two layers, overlap", "random", "short", "oracle", evidence=True),
     row("overlap", "random", "processed together", "oracle"),
 ]
 
 
-def plain_arguments(row: Row) -> dict[str, Any]:
+Adapters = dict[str, Adapter]
+
+
+def asked_of(row: Row, adapters: Adapters) -> list[Arrival]:
+    """Requests of a row, which name adapters as SGLang does."""
+    ids = {name: adapter.id for name, adapter in adapters.items()}
+    return [
+        replace(a, params={**a.params, "lora_id": ids.get(a.params["lora_id"])})
+        if "lora_id" in a.params
+        else a
+        for a in SETS[row.requests]()
+    ]
+
+
+def plain_arguments(row: Row, adapters: Adapters) -> dict[str, Any]:
     """Arguments of the engine that gives a row's texts; of `SETTINGS` only those that change these."""
     together = {"start": overlapped, "host_lengths": False} if row.requests == "processed together" else {}
-    return {**EVERYTHING, **SETTINGS[row.setting].plain, **together}
+    adapted = with_adapters(adapters["one"], adapters["two"]) if SETTINGS[row.setting].adapters else {}
+    return {**EVERYTHING, **SETTINGS[row.setting].plain, **together, **adapted}
 
 
 @contextmanager
@@ -241,7 +327,7 @@ def surroundings(requests: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def expected(request: pytest.FixtureRequest, models: Models) -> dict[str, Answers]:
+def expected(request: pytest.FixtureRequest, models: Models, adapters: Adapters) -> dict[str, Answers]:
     """Plain decoding's answers of all rows that are to run: an engine for each set of arguments that change texts."""
     items = [
         item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")
@@ -249,15 +335,15 @@ def expected(request: pytest.FixtureRequest, models: Models) -> dict[str, Answer
     run = [item.callspec.params["row"] for item in items if not list(item.iter_markers("skip"))]
     groups: dict[str, list[Row]] = {}
     for each in run:
-        groups.setdefault(repr(plain_arguments(each)), []).append(each)
+        groups.setdefault(repr(plain_arguments(each, adapters)), []).append(each)
     answers: dict[str, Answers] = {}
     for rows in groups.values():
         for apart in (lambda each: each.requests == "rated seeds, original", lambda each: True):
             chosen = [each for each in rows if apart(each) and str(each) not in answers]
             if chosen:
-                sets = {each.requests: SETS[each.requests]() for each in chosen}
+                sets = {each.requests: asked_of(each, adapters) for each in chosen}
                 with surroundings(chosen[0].requests):
-                    known = plain_sets(models.target, sets, **plain_arguments(chosen[0]))
+                    known = plain_sets(models.target, sets, **plain_arguments(chosen[0], adapters))
                 answers |= {str(each): known[each.requests] for each in chosen}
     return answers
 
@@ -278,19 +364,46 @@ class Serving:
     engine: Engine
     oracle: OracleArm
     models: Models
-    mode: str
+    adapters: Adapters
+    setting: Setting
     happened: set[str]
     learned: Learned
+    forbidden: list[int]
+    graphs: Any
+
+    @property
+    def mode(self) -> str:
+        return self.setting.mode
+
+
+def flags_of(setting: Setting, models: Models, bundle: Path) -> dict[str, Any]:
+    """Arguments of `engine(whiflash=...)`. bundle: of one drafter, which is written there."""
+    if setting.drafters == "pair":
+        return models.whiflash("none", ENTROPY, **setting.flags)
+    flags: dict[str, Any] = {"whiflash_router": "none"}
+    if setting.drafters != "none":
+        pair = {"ar": (str(models.eagle3), None), "diffusion": (None, str(models.dflash))}
+        create(Parts(str(models.target), *pair[setting.drafters]), bundle)
+        flags["draft"] = bundle
+    return flags
 
 
 @pytest.fixture(scope="module")
 def serving(
-    request: pytest.FixtureRequest, models: Models, layered: Models, expected: dict[str, Answers]
+    request: pytest.FixtureRequest,
+    models: Models,
+    layered: Models,
+    adapters: Adapters,
+    expected: dict[str, Answers],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Serving]:
     setting, oracle, happened = SETTINGS[request.param], OracleArm(0.92, seed=3), set[str]()
     learned: Learned = defaultdict(list)
+    wrong, draft = list[int](), DraftStage.draft
     start, ticks, joined, committed = engine, itertools.count(), worker.step_result, Controller.committed
     options = {"arms": [oracle], **EVERYTHING, **setting.plain, **setting.arguments}
+    if setting.adapters:
+        options |= with_adapters(adapters["one"], adapters["two"])
     if setting.layers > 1:
         models = layered
     if setting.mode == "overlap":
@@ -307,20 +420,29 @@ def serving(
         learned[state.rid].append((start, list(tokens)))
         return committed(self, state, decision, arm, tokens, width, start, *more)
 
-    with pytest.MonkeyPatch.context() as patch:
+    def drafted(stage: DraftStage, round: Round) -> None:
+        draft(stage, round)
+        wrong.append(forbidden(e, round))
+
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as running:
         patch.setattr(Controller, "committed", noted)
         if setting.mode != "host":
             patch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
         if setting.mode == "overlap":
             patch.setattr(MeasuredCosts, "worth", lambda self, arm: FULL_LENGTH)
-            patch.setattr(Target, "verify", publishing(Target.verify))
+            if not setting.graphs:
+                patch.setattr(Target, "verify", publishing(Target.verify))
         # `auto` goes by prices: a clock that advances by a millisecond with every reading makes them the same anywhere.
         patch.setattr(time, "perf_counter", lambda: next(ticks) / 1000)
         patch.setattr(worker, "step_result", counted)
         patch.setattr(backlog, "TOKENS", setting.ring)
-        flags = models.whiflash("none", ENTROPY, **setting.flags)
-        with surroundings(request.param), start(models.target, whiflash=flags, **options) as e:
-            yield Serving(e, oracle, models, setting.mode, happened, learned)
+        flags = flags_of(setting, models, tmp_path_factory.mktemp("bundle") / "one")
+        running.enter_context(surroundings(request.param))
+        e = running.enter_context(start(models.target, whiflash=flags, **options))
+        graphs = running.enter_context(emulated_graphs(e)) if setting.graphs else None
+        if setting.mode == "host" and "structure" in e.worker.drafters:
+            patch.setattr(DraftStage, "draft", drafted)
+        yield Serving(e, oracle, models, adapters, setting, happened, learned, wrong, graphs)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +456,21 @@ def serving(
 def test_text_is_plain_decodings(
     serving: Serving, row: Row, expected: dict[str, Answers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    e, oracle, wanted, arrivals = serving.engine, serving.oracle, expected[str(row)], SETS[row.requests]()
+    if row in MATRIX:
+        cell(
+            "greedy-tiny",
+            f"{row.router}-{row.setting}",
+            lambda: play_row(serving, row, expected, monkeypatch),
+        )
+    else:
+        play_row(serving, row, expected, monkeypatch)
+
+
+def play_row(
+    serving: Serving, row: Row, expected: dict[str, Answers], monkeypatch: pytest.MonkeyPatch
+) -> Result:
+    e, oracle, wanted = serving.engine, serving.oracle, expected[str(row)]
+    arrivals = asked_of(row, serving.adapters)
     e.requests.clear()
     e.start_over("none" if row.router == "oracle" else row.router)
     if row.router == "oracle":
@@ -347,18 +483,64 @@ def test_text_is_plain_decodings(
                 oracle.learn(a.prompt, beyond)
     monkeypatch.setattr(scheduler, "TEST_RETRACT", row.retracted > 0)
     monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", row.retracted or 3)
-    serving.happened.clear()
-    serving.learned.clear()
+    for noted in (serving.happened, serving.learned, serving.forbidden):
+        noted.clear()
+    before = replays(serving)
     with surroundings(row.requests):
         played = [replace(a, params=deepcopy(a.params)) for a in arrivals]
         play(e, predicting(played, wanted) if row.predicted else played, lambda: watch(serving))
         answers = read(e, arrivals)
     drawn_alike = row.setting == "seeded"  # elsewhere a sampled text is another one each time
     compared = [a for a in arrivals if drawn_alike or not a.params.get("temperature")]
-    check(serving.models.reference.target, compared, wanted, answers)
+    comparisons = [
+        check(
+            of.reference.target, [a for a in compared if a.params.get("lora_id") == adapter], wanted, answers
+        )
+        for adapter, of in models_of(serving).items()
+    ]
     check_kept(serving, row)
     check_learned(serving, arrivals)
+    assert not any(serving.forbidden)
     assert judged(serving, arrivals) >= row.happens
+    retractions = sum(req.retraction_count for req in e.requests.values())
+    if serving.graphs is not None:
+        check_replayed(serving, before)
+    return {
+        "requests": sum(each.compared for each in comparisons),
+        "tokens": sum(len(answer.tokens) for answer in answers.values()),
+        "ties": sum(len(each.ties) for each in comparisons),
+        "retractions": retractions,
+    }
+
+
+def models_of(serving: Serving) -> dict[str | None, Models]:
+    """By the ids of adapters, and the target itself."""
+    adapters = serving.adapters.values() if serving.setting.adapters else ()
+    return {None: serving.models, **{adapter.id: adapter.models for adapter in adapters}}
+
+
+def replays(serving: Serving) -> tuple[int, int, int]:
+    """Rounds, and how many of them graphs verified and committed."""
+    graphs, rounds = serving.graphs, serving.engine.worker.clock.rounds
+    return (rounds, len(graphs.backend.replayed), len(graphs.committed)) if graphs else (rounds, 0, 0)
+
+
+def check_replayed(serving: Serving, before: tuple[int, int, int]) -> None:
+    """Every round was a replay. Penalties are committed behind the graph; samples in it, as the target draws them."""
+    e, graphs = serving.engine, serving.graphs
+    rounds, verified, committed = (now - then for now, then in zip(replays(serving), before, strict=True))
+    assert rounds == verified == committed
+    assert len(set(graphs.backend.replayed)) > 5
+    assert graphs.passes.replays > rounds / 2
+    assert set(graphs.committed[before[2] :]) == {True, False}
+    played = len(graphs.committed)
+    e.requests.clear()
+    [sampled] = judge(
+        serving.models, sample(e, serving.oracle, {"top-k": PARAMETERS["top-k"]}, each=56, tokens=5)
+    )
+    assert set(graphs.committed[played:]) == {True}
+    assert sampled.test.p_value > 1e-4
+    assert sampled.test.freedom >= 5
 
 
 def test_the_sets_can_show_a_fault(models: Models, expected: dict[str, Answers]) -> None:
@@ -413,7 +595,26 @@ def check_kept(serving: Serving, row: Row) -> None:
     if serving.mode == "overlap":
         assert not e.streams.races  # type: ignore[attr-defined]
     if hasattr(e.scheduler.tree_cache, "tree_core") and row.setting not in ("fp8", "no tree"):
-        assert assert_tree_is_true(e, serving.models) > 50
+        assert assert_tree_is_true(e, serving.models, models_of(serving)) > 50
+        chained = serving.setting.drafters in ("pair", "ar")
+        assert e.scheduler.tree_cache.tree_core.is_eagle == chained, "only EAGLE-3 needs bigrams"
+
+
+def forbidden(e: Engine, round: Round) -> int:
+    """Drafts of a round that are verified though the grammars of their requests forbid them."""
+    arm, found = e.worker.drafters["structure"], 0
+    for index, row in enumerate(round.row_ids):
+        own = arm._requests.get(row)
+        matcher = own and own.grammar and own.grammar.matcher(arm._vocabulary)
+        if not matcher or not round.limits["joined"][index] or own.known != round.most[index] + 1:
+            continue
+        drafts = round.chosen.tokens[index, : int(round.chosen.widths[index]) - 1].tolist()
+        with matcher.trying():
+            assert all(map(matcher.accept_token, own.unseen))
+            found += not all(
+                matcher.accept_token(draft) for draft in drafts if is_text(arm._vocabulary, draft)
+            )
+    return found
 
 
 def check_learned(serving: Serving, arrivals: list[Arrival]) -> None:
@@ -435,6 +636,11 @@ def check_learned(serving: Serving, arrivals: list[Arrival]) -> None:
         assert sum(len(tokens) for _, tokens in learned[rid]) >= len(output) - 1 - req.retraction_count
 
 
+def read_reason(req: Any) -> str | None:
+    """SGLang says none of a request that is aborted while it waits again."""
+    return req.finished_reason and req.finished_reason.to_json()["type"]
+
+
 def judged(serving: Serving, arrivals: list[Arrival]) -> set[str]:
     """Events that have happened. Requests with a processor take no drafts: a block of theirs could not be judged."""
     e, oracle, happened = serving.engine, serving.oracle, serving.happened
@@ -451,6 +657,6 @@ def judged(serving: Serving, arrivals: list[Arrival]) -> set[str]:
         req = e.requests[a.rid]
         if a.abort_after is not None and not req.output_ids:
             happened.add("aborted while it waits")
-        elif a.abort_after is not None and req.finished_reason.to_json()["type"] == "abort":
+        elif a.abort_after is not None and read_reason(req) == "abort":
             happened.add("aborted while it runs")
     return happened

@@ -1,6 +1,5 @@
 """The structure arm in the real scheduler: text is plain decoding's, whatever it joins, wherever it is wrong."""
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -141,13 +140,6 @@ def test_tools_without_a_grammar(
             assert accepted["free/0"] == accepted["regex/0"] == 0
 
 
-def test_switched_off(models: Models, expected: dict[str, list[int]]) -> None:
-    flags = models.whiflash("random", whiflash_structure="off")
-    with engine(models.target, whiflash=flags, **OPTIONS) as e:
-        assert "structure" not in e.worker.drafters
-        assert play(e, structured()) == expected
-
-
 @pytest.fixture(scope="module")
 def shared(models: Models, expected: dict[str, list[int]]) -> Iterator[Engine]:
     with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
@@ -176,26 +168,6 @@ def test_what_is_forced_is_accepted_at_once(
             assert accepted == 0
         else:
             assert accepted > len(output) // 3, rid
-
-
-def test_behind_rounds_that_share_a_step(
-    running: Engine, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, steps: list[int]
-) -> None:
-    """The grammar has not been told what they committed; what it forces behind that is what is proposed."""
-    turns = itertools.cycle(["none", "structure"])
-    e = running
-    controller = e.worker.controller
-
-    def route(rows: Any, forecasts: Any) -> list[str]:
-        use_only(next(turns), controller, monkeypatch)
-        monkeypatch.setattr(controller, "route", route)
-        return without_a_pass(controller, rows, forecasts)
-
-    monkeypatch.setattr(controller, "route", route)
-    assert play(e, structured()) == expected
-    accepted = {rid: e.rounds(rid)[1] for rid in expected}
-    assert max(steps) > 1
-    assert all((count > 0) != rid.startswith("free") for rid, count in accepted.items())
 
 
 @pytest.mark.parametrize("routes", ["structure", "random"])
