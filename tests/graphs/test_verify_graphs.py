@@ -1,4 +1,6 @@
-"""Replayed verifications give what eager ones give, whatever their graph was captured with."""
+"""Replayed verifications give what eager ones give, whatever their graph was captured with; and the end of a graph
+commits what the same functions commit behind an eager one, or nothing where it may not.
+"""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -13,78 +15,130 @@ from emulated import emulated_graphs
 from engine import Engine, engine
 from families import FAMILIES, tiny_family
 from model_set import Models
+from op_tape import NotCapturableError
 from tiny_models import tiny_dflash
 from whiflash_kernels import prepare_mixed_block
 
+from whiflash_sglang.cache.tokens import FEW, NO_TOKEN
 from whiflash_sglang.device.capture import MOST_DRAFTS, graded
+from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.engine.forward import graphs
 from whiflash_sglang.engine.forward.graphs import VerifyGraphs, bytes_for, most_rows, spare_slots
+from whiflash_sglang.formats.router import Layers
+from whiflash_sglang.records.core import Verified
+from whiflash_sglang.round.epilogue import Epilogue
 
 REQUESTS, WIDEST = 5, 17
 Stopped = tuple[Engine, Any]
 PROMPTS = [[7] * 3, [1, 2, 3, 4, 5, 6], [9] * 17, [3, 1, 4, 1, 5], [2, 7, 1, 8, 2, 8, 1, 8]]
+CASES = [[3, 1, 5], [2, 2, 2, 4], [WIDEST] * 2, [1] * REQUESTS, [9, 1, WIDEST, 4, 7]]
 SMALL = {"max_running_requests": REQUESTS, "context_length": 96, "max_total_tokens": 1024}
 
 
 class Bench:
-    """A decode batch of a running engine, to be verified with any widths."""
+    """A decode batch of a running engine, to be verified and committed with any widths; everything is put back.
+
+    right: the target's own tokens of every request, from which drafts part at a random place.
+    """
 
     def __init__(self, engine: Engine, graphs: VerifyGraphs, batch: Any) -> None:
-        self.target, self.graphs, self._batch = engine.worker.target, graphs, batch
-        pool = self.target.runner.token_to_kv_pool
-        self._pools = [*pool.k_buffer, *pool.v_buffer]
+        worker = engine.worker
+        self.target, self.graphs, self.batch = worker.target, graphs, batch
+        self.epilogue: Epilogue = worker.stages.epilogue
+        pool, rings = self.target.runner.token_to_kv_pool, worker.sync.rings.rings
+        self.pools = [*pool.k_buffer, *pool.v_buffer]
+        self.kept = [worker.tokens.data, rings.features, rings.next_tokens]
+        self.right = torch.zeros((REQUESTS, WIDEST), dtype=torch.int64)
 
-    def _first(self, count: int) -> Any:
+    def answer(self) -> None:
+        """Find `right`."""
+        for column in range(WIDEST):
+            rows, _ = self.verify([WIDEST] * REQUESTS, self.right[:, :-1], REQUESTS * WIDEST)
+            self.right[:, column] = rows.logits.argmax(-1).view(REQUESTS, WIDEST)[:, column]
+
+    def stop(self, row: int, stops: Sequence[int]) -> None:
+        """A request with these stops begins in `row`."""
+        upload = Upload()
+        self.epilogue._stops.begin(upload, row, stops)
+        upload.send(torch.device("cpu"))
+
+    def drafts(self, widths: Sequence[int]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(sum(widths))
+        drafts = self.right[: len(widths), : max(widths) - 1].clone()
+        for own, width in zip(drafts, widths, strict=True):
+            wrong = int(torch.randint(width, (), generator=generator))
+            if wrong < width - 1:
+                own[wrong] = (own[wrong] + 1) % 256
+        return drafts
+
+    def first(self, count: int) -> Any:
         """The first requests of the batch; a verification changes what it is given."""
-        batch = copy.copy(self._batch)
+        batch = copy.copy(self.batch)
         batch.reqs = batch.reqs[:count]
         for name in ("req_pool_indices", "seq_lens", "seq_lens_cpu", "orig_seq_lens"):
             setattr(batch, name, getattr(batch, name)[:count])
         batch.seq_lens_sum = int(batch.seq_lens.sum())
         return batch
 
-    def verify(self, widths: Sequence[int], rows: int, pad_slot: int = 0) -> list[torch.Tensor]:
-        """Logits and features, and the K and V of every slot but the first, as they are afterwards."""
-        batch, count = self._first(len(widths)), len(widths)
-        drafts = torch.randint(
-            256, (count, max(widths) - 1), generator=torch.Generator().manual_seed(sum(widths))
-        )
+    def verify(
+        self,
+        widths: Sequence[int],
+        drafts: torch.Tensor,
+        rows: int,
+        *,
+        greedy: bool = False,
+        pad_slot: int = 0,
+    ) -> tuple[Verified, list[int]]:
+        """A verification of so many rows, and the requests' rows. greedy: a graph may commit."""
+        batch, count = self.first(len(widths)), len(widths)
         verify_lens = torch.tensor(widths, dtype=torch.int32)
+        request_rows = batch.req_pool_indices.long()
         block = prepare_mixed_block(
             torch.arange(60, 60 + count),
             drafts,
             verify_lens,
             batch.seq_lens,
-            batch.req_pool_indices.long(),
+            request_rows,
             self.target.slot_table,
             rows=rows,
             pad_slot=pad_slot,
         )
-        before = [pool.clone() for pool in self._pools]
-        verified = self.target.verify(batch, block, verify_lens, widths, max(widths))
-        found = [
-            verified.logits.clone(),
-            verified.features.clone(),
-            *(pool[1:].clone() for pool in self._pools),
-        ]
-        for pool, old in zip(self._pools, before, strict=True):
-            pool.copy_(old)
+        row_ids = request_rows.tolist()
+        self.epilogue.let_graphs_commit(greedy, row_ids)
+        verified = self.target.verify(batch, block, verify_lens, None, WIDEST)
+        if verified.committed is None:
+            verified = verified._replace(predictions=verified.logits.argmax(-1))
+        return verified._replace(request_rows=request_rows), row_ids
+
+    def committed(self, widths: Sequence[int], *, replayed: bool = True) -> list[torch.Tensor]:
+        """Results and signals of a round of greedy tokens, logits and features; then every request's text and rings,
+        and the K and V of every slot but the first, as they are afterwards.
+        """
+        before = [*self.pools, *self.kept]
+        copies = [tensor.clone() for tensor in before]
+        rows = self.target.rows_for(sum(widths), len(widths)) if replayed else sum(widths)
+        verified, row_ids = self.verify(widths, self.drafts(widths), rows, greedy=replayed)
+        assert (verified.committed is not None) == replayed
+        committed = self.epilogue.commit(verified, WIDEST)
+        self.epilogue.park(verified, committed)
+        signals = self.epilogue.signals(verified, committed, {"entropy", "delta"})
+        given = [t[: sum(widths)] for t in (verified.logits, verified.features)]
+        kept = [*(kept[row_ids] for kept in self.kept), *(pool[1:] for pool in self.pools)]
+        found = [t.clone() for t in (*committed, *signals.values(), *given, *kept)]
+        for tensor, held in zip(before, copies, strict=True):
+            tensor.copy_(held)
         return found
 
-    def compare(self, widths: Sequence[int], pad_slot: int = 0) -> None:
+    def compare(self, widths: Sequence[int]) -> list[torch.Tensor]:
         """Replayed against eager."""
         rows, before = self.target.rows_for(sum(widths), len(widths)), len(self.graphs.backend.replayed)
-        replayed = self.verify(widths, rows, pad_slot)
+        replayed = self.committed(widths)
         assert self.graphs.backend.replayed[before:] == [rows]
         with _without(self.target.runner):
-            eager = self.verify(widths, sum(widths))
+            eager = self.committed(widths, replayed=False)
         for a, b in zip(replayed, eager, strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
-
-    @property
-    def live_slot(self) -> int:
-        """The slot of a committed token."""
-        return int(self.target.slot_table[self._batch.req_pool_indices[0], 1])
+        return replayed
 
 
 @contextmanager
@@ -108,6 +162,13 @@ def stopped(
         tiny_family(target, FAMILIES[family])
         flags = {"draft": tiny_dflash(root / "dflash", target), "whiflash_router": "none"}
     with decoding(target, flags) as found:
+        epilogue, target = found[0].worker.stages.epilogue, found[0].worker.target
+        hidden, generator = target.shape.hidden_size, torch.Generator().manual_seed(0)
+        target._text.logits_processor.keep_last_hidden_states = True
+        epilogue._needs = lambda: {"entropy", "delta"}
+        epilogue._router = Layers(
+            *(torch.randn(shape, generator=generator) for shape in ((8, hidden), (8,), (3, 8), (3,)))
+        )
         yield found
 
 
@@ -133,10 +194,17 @@ def decoding(target: Path, whiflash: dict[str, Any]) -> Iterator[Stopped]:
 
 
 @contextmanager
-def bench(stopped: Stopped, attention: Callable[[Any], Any] = CapturedAttention) -> Iterator[Bench]:
+def benched(stopped: Stopped, attention: Callable[[Any], Any] = CapturedAttention) -> Iterator[Bench]:
     """Every graph captured."""
     with emulated_graphs(stopped[0], attention) as captured:
         yield Bench(stopped[0], captured, stopped[1])
+
+
+@pytest.fixture(scope="module")
+def bench(stopped: Stopped) -> Iterator[Bench]:
+    with benched(stopped) as found:
+        found.answer()
+        yield found
 
 
 def layouts(buckets: Sequence[int]) -> list[list[int]]:
@@ -156,13 +224,74 @@ def layouts(buckets: Sequence[int]) -> list[list[int]]:
     return found
 
 
-def test_every_graph_gives_what_an_eager_verification_gives(stopped: Stopped) -> None:
-    with bench(stopped) as b:
-        buckets = b.graphs.capture_num_tokens
-        assert buckets == graded(REQUESTS * WIDEST)
-        for widths in layouts(buckets):
-            b.compare(widths)
-        assert set(b.graphs.backend.replayed) == set(buckets)
+def test_every_graph_gives_and_commits_what_an_eager_verification_does(bench: Bench) -> None:
+    accepted, buckets = set(), bench.graphs.capture_num_tokens
+    assert buckets == graded(REQUESTS * WIDEST)
+    for widths in [*layouts(buckets), *CASES]:
+        accepted |= set(bench.compare(widths)[0].tolist())
+    assert set(bench.graphs.backend.replayed) >= set(buckets)
+    assert {1, 2, WIDEST} <= accepted
+
+
+def test_a_graph_that_may_not_commit_leaves_everything_as_it_was(bench: Bench) -> None:
+    """Tokens are sampled, so what the graph would take are others."""
+    for widths in CASES:
+        rows = bench.target.rows_for(sum(widths), len(widths))
+        before, replays = [kept[1:].clone() for kept in bench.kept], len(bench.graphs.backend.replayed)
+        verified, _ = bench.verify(widths, bench.drafts(widths), rows)
+        assert verified.committed is None
+        assert bench.graphs.backend.replayed[replays:] == [rows]
+        for kept, held in zip(bench.kept, before, strict=True):
+            assert torch.equal(kept[1:], held)
+
+
+def test_a_block_ends_at_a_stop_in_a_graph_too(bench: Bench) -> None:
+    """A batch with a request that has many stops is committed after the graph, and its neighbours' stops stay."""
+    widths, rows = [9, 9, 9], bench.batch.req_pool_indices.tolist()
+    lengths, tokens = bench.committed(widths)[:2]
+    cut = int(lengths.argmax())
+    assert lengths[cut] > 1
+    bench.stop(rows[cut], [int(tokens[cut, 0])])
+    try:
+        assert bench.compare(widths)[0][cut] == 1
+        bench.stop(rows[cut - 1], range(300, 300 + FEW + 1))
+        with pytest.raises(AssertionError):
+            bench.committed(widths)
+        with _without(bench.target.runner):
+            assert bench.committed(widths, replayed=False)[0][cut] == 1
+        bench.stop(rows[cut - 1], [])
+        assert bench.compare(widths)[0][cut] == 1
+        bench.stop(rows[cut], [])
+        stops = bench.epilogue._stops
+        assert torch.equal(stops.few, stops.data[:, :FEW])
+        assert (stops.few[rows] == NO_TOKEN).all()
+        assert torch.equal(bench.compare(widths)[0], lengths)
+    finally:
+        for row in rows:
+            bench.stop(row, [])
+
+
+def test_a_batch_without_a_graph_is_verified_eagerly(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.graphs, "requests", REQUESTS - 1)
+    assert bench.target.rows_for(7, 5) == 7
+    assert bench.target.rows_for(7, 4) == 8
+    before, widths = len(bench.graphs.backend.replayed), [2, 1, 1, 1, 3]
+    bench.verify(widths, bench.drafts(widths), 8)  # as many rows as a graph, by chance
+    assert len(bench.graphs.backend.replayed) == before
+
+
+def test_an_epilogue_that_reads_the_device_is_no_end_of_a_graph(
+    stopped: Stopped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = Epilogue.capture
+
+    def reading(self: Epilogue, graph: Any, rows: Verified) -> None:
+        assert bool(rows.starts.max() > 0)
+        capture(self, graph, rows)
+
+    monkeypatch.setattr(Epilogue, "capture", reading)
+    with pytest.raises(NotCapturableError, match="reads"), benched(stopped):
+        pass
 
 
 def test_a_tail_is_captured_and_sees_the_widths_of_its_replay(stopped: Stopped) -> None:
@@ -176,11 +305,11 @@ def test_a_tail_is_captured_and_sees_the_widths_of_its_replay(stopped: Stopped) 
     hooks = stopped[0].worker.target.runner.capture_tail_hooks
     hooks.append(tail)
     try:
-        with bench(stopped) as b:
+        with benched(stopped) as b:
             for case in ([3, 1, 5], [2, 2, 2, 4]):
                 tokens.fill_(-1)
-                logits = b.verify(case, b.target.rows_for(sum(case), len(case)))[0]
-                assert tokens[: sum(case)].tolist() == logits.argmax(-1).tolist()
+                found, _ = b.verify(case, b.drafts(case), b.target.rows_for(sum(case), len(case)))
+                assert tokens[: sum(case)].tolist() == found.logits[: sum(case)].argmax(-1).tolist()
                 assert widths[: len(case)].tolist() == case
     finally:
         hooks.remove(tail)
@@ -192,7 +321,7 @@ def test_what_is_reserved_for_graphs_is_what_they_keep(
 ) -> None:
     """Also if there are fewer rows than all requests at their widest would have."""
     monkeypatch.setattr(graphs, "MOST_DRAFTS", most_drafts)
-    with bench(stopped) as b:
+    with benched(stopped) as b:
         outputs = b.graphs.backend.outputs.values()
         vocabulary, features = b.target.shape.vocab_size, next(iter(outputs)).hidden_states
         row_bytes = features.shape[1] * features.itemsize
@@ -202,15 +331,6 @@ def test_what_is_reserved_for_graphs_is_what_they_keep(
         }
         kept += sum(shared.untyped_storage().nbytes() for shared in logits.values())
         assert kept == bytes_for(REQUESTS, WIDEST, vocabulary=vocabulary, row_bytes=row_bytes)
-
-
-def test_a_batch_without_a_graph_is_verified_eagerly(stopped: Stopped) -> None:
-    with bench(stopped) as b:
-        b.graphs.requests = REQUESTS - 1
-        assert b.target.rows_for(7, 5) == 7
-        assert b.target.rows_for(7, 4) == 8
-        b.verify([2, 1, 1, 1, 3], 8)  # as many rows as a graph, by chance
-        assert b.graphs.backend.replayed == []
 
 
 class KeepsItsLengths(CapturedAttention):
@@ -223,7 +343,7 @@ class KeepsItsLengths(CapturedAttention):
 
 
 def test_attention_that_keeps_what_it_was_captured_with_is_found(stopped: Stopped) -> None:
-    with bench(stopped, KeepsItsLengths) as b, pytest.raises(AssertionError, match="not close"):
+    with benched(stopped, KeepsItsLengths) as b, pytest.raises(AssertionError, match="not close"):
         b.compare([3, 1, 5])
 
 
@@ -246,7 +366,7 @@ def test_sizes(requests: int, widest: int) -> None:
 @pytest.mark.parametrize("stopped", ["Qwen3VLForConditionalGeneration"], indirect=True)
 def test_positions_in_three_dimensions_are_refreshed(stopped: Stopped) -> None:
     """The target has M-RoPE, and its layers read no other positions."""
-    with bench(stopped) as b:
+    with benched(stopped) as b:
         for widths in ([3, 1, 5], [2, 2, 2, 4], [WIDEST] * 2):
             b.compare(widths)
         b.graphs.buffer_registry.get_slot("mrope_positions").copy_from_fb = False
