@@ -1,8 +1,8 @@
 """A process in which stock SGLang serves on a phantom H100 with WHIFLASH; what it found goes to a file as JSON.
 
-python served.py FILE ATTENTION[,ATTENTION] TARGET [EAGLE3 DFLASH VERSIONS]
+python served.py FILE ATTENTION[,ATTENTION] TARGET [EAGLE3 DFLASH [VERSIONS | ADAPTER ADAPTER]]
 
-One backend of attention after the other; the first has the versions.
+One backend of attention after the other; the first has the versions. Adapters are of the target.
 """
 
 import json
@@ -10,9 +10,10 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import count
+from dataclasses import replace
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -79,18 +80,34 @@ def main() -> None:
     """The command line."""
     file, attentions, target, *given = sys.argv[1:]
     names = ("whiflash_eagle_draft", "draft", "whiflash_versions")
+    adapters = list(map(Path, given[2:])) if len(given) > len(names) else []
+    given = given[:2] if adapters else given
     whiflash = {"whiflash_router": "random", **dict(zip(names, given, strict=False))}
     with tempfile.TemporaryDirectory() as name, phantom() as world:
         driver(Path(name))
         os.environ["WHIFLASH_CACHE"] = name  # so that every run measures prices
         found = {}
         for attention in attentions.split(","):
-            found[attention] = served(world, Path(target), whiflash, attention)
+            found[attention] = served(world, Path(target), whiflash, attention, adapters)
             whiflash.pop("whiflash_versions", None)
         Path(file).write_text(json.dumps(found))
 
 
-def served(world: Streams, target: Path, whiflash: dict[str, Any], attention: str) -> dict[str, Any]:
+def with_adapters(adapters: Sequence[Path]) -> dict[str, Any]:
+    """Arguments of an engine with these."""
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    refs = [
+        LoRARef(lora_id=path.name, lora_name=path.name, lora_path=str(path), pinned=False)
+        for path in adapters
+    ]
+    lora = {"enable_lora": True, "lora_paths": refs, "lora_backend": "triton", "max_lora_rank": 8}
+    return {**lora, "max_loras_per_batch": 3, "max_running_requests": 4}
+
+
+def served(
+    world: Streams, target: Path, whiflash: dict[str, Any], attention: str, adapters: Sequence[Path]
+) -> dict[str, Any]:
     """Requests of different lengths and times, some aborted, some retracted, under SGLang's overlap loop. With versions
     more is asked (`in_detail`), and without there are half as many requests.
 
@@ -114,11 +131,15 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any], attention: st
             for name, params in (NOT_GREEDY | RATED).items()
         ),
     ]
+    options = OPTIONS
+    if adapters:
+        options, names = OPTIONS | with_adapters(adapters), cycle([*(path.name for path in adapters), None])
+        arrivals = [replace(a, params={**a.params, "lora_id": next(names)}) for a in arrivals]
     with sglang_on_card(world) as launches, reading_beside(world), ExitStack() as running:
         wanted = places_for_cards() if whole else set()
         with reached(wanted) as places, patch.object(pricing, "measure", timed):
             started = running.enter_context(
-                engine(target, whiflash=whiflash, attention_backend=attention, **OPTIONS)
+                engine(target, whiflash=whiflash, attention_backend=attention, **options)
             )
         torch.cuda.synchronize()
         address = addresses(started.worker)
@@ -153,6 +174,7 @@ def served(world: Streams, target: Path, whiflash: dict[str, Any], attention: st
             "compiled": compiled,
             "texts": {rid: text for rid, text in texts.items() if rid not in NOT_GREEDY},
             "prompts": {arrival.rid: arrival.prompt for arrival in arrivals},
+            "adapters": {arrival.rid: arrival.params.get("lora_id") for arrival in arrivals},
             "retracted": sum(req.retraction_count for req in loop.requests.values()),
             "attention": started.scheduler.server_args.attention_backend,
             "switches": switches,

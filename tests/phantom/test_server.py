@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import xgrammar
+from adapters import ATTENTION, make_adapter
+from model_set import Models
+from reference import ReferenceDrafters
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from transformers import AutoTokenizer
 from versioned import trained, version
@@ -26,6 +29,8 @@ if find_spec("sgl_kernel") is None or shutil.which("cc") is None:
 DRAW, LENGTHS = "sglang/srt/layers/sampler.py", "sglang/srt/speculative/eagle_utils.py"
 """SGLang waits when PyTorch draws samples in place of FlashInfer. It copies lengths from pageable memory twice a round,
 for every speculative algorithm."""
+SEGMENTS = "sglang/srt/lora/backend/triton_backend.py"
+"""SGLang copies segments of adapters from pageable memory twice a prefill."""
 RATED = "sglang/srt/layers/logprob_processor.py"
 """SGLang waits at two lines in a prefill whose request asks for log-probabilities; two requests of `served.py` do."""
 NOT_OURS = re.compile(
@@ -142,11 +147,11 @@ def test_who_reads_a_version_waits_beside_the_rounds(found: dict[str, Any]) -> N
     }
 
 
-def check_waits(found: dict[str, Any]) -> None:
+def check_waits(found: dict[str, Any], elsewhere: tuple[str, ...] = (LENGTHS,)) -> None:
     assert not [site for site in found["stalls"] if not site.startswith((DRAW, RATED))]
     prefills = 2 + found["retracted"]
     assert {site: n for site, n in found["stalls"].items() if site.startswith(RATED) and n > prefills} == {}
-    assert not [site for site in found["pageable"] if not site.startswith(LENGTHS)]
+    assert not [site for site in found["pageable"] if not site.startswith(elsewhere)]
     assert not [site for site in found["waits_of_host"] if site.startswith("whiflash")]
     assert not [race for race in found["races"] if not NOT_OURS.fullmatch(race)]
     assert not found["dangling"]
@@ -221,7 +226,25 @@ def test_serving_compiles_nothing_of_sglangs_for_rounds(found: dict[str, Any]) -
 def test_without_a_drafter(target: Target, tmp_path: Path) -> None:
     found = served(tmp_path / "found.json", "fa3", target.target)["fa3"]
     check_waits(found)
-    assert set(found["rounds"]) == {"lookup", "none"}
-    assert all(found["rounds"].values())
+    assert set(found["rounds"]) == {"lookup", "none", "structure"}
+    assert found["rounds"]["lookup"] * found["rounds"]["none"] > 0
     assert not {"park", "unpark", "claim_backlogs"} & found["launches"].keys()  # nothing is captured or kept
     check_texts(found, target)
+
+
+@pytest.mark.evidence
+def test_replayed_rows_meet_their_requests_adapter(target: Target, tmp_path: Path) -> None:
+    """Each text is that of the target into which its adapter is merged; nothing waits for a width."""
+    pair = target.eagle3, target.dflash
+    models = Models(target.target, *pair, ReferenceDrafters(target.target, *pair))
+    one = make_adapter(models, tmp_path, "one", seed=1, rank=4, modules=ATTENTION)
+    two = make_adapter(models, tmp_path, "two", seed=2, rank=8)
+    found = served(tmp_path / "found.json", "fa3", *target[:3], one.path, two.path)["fa3"]
+    check_waits(found, (LENGTHS, SEGMENTS))
+    of = {None: target.model, **{each.name: each.models.reference.target.model for each in (one, two)}}
+    for rid, text in found["texts"].items():
+        its = target._replace(model=of[found["adapters"][rid]])
+        assert text == its.likeliest(found["prompts"][rid], text), rid
+    assert found["retracted"]
+    assert found["replays"] > found["launches"]["prepare_mixed_block"] == found["launches"]["fill_slots"]
+    assert found["launches"]["_sgemm_lora_a_kernel"]
