@@ -51,7 +51,7 @@ def talk(
         assert answer["meta_info"]["completion_tokens"]
 
 
-@pytest.mark.parametrize("pair", sampled(PAIRS, *REFUSED, "adapters + streaming sessions"))
+@pytest.mark.parametrize("pair", sampled(PAIRS, *REFUSED))
 def test_two_turns_of_a_pair(host: ServerHost, models: Models, tmp_path: Path, pair: str) -> None:
     given = ["--model-path", str(models.target), "--dtype", "float32", "--speculative-algorithm", "WHIFLASH"]
     given += [

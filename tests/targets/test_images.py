@@ -220,18 +220,6 @@ def test_a_prefix_with_an_image_comes_back_from_the_host(
         assert quarantine.ingests("ar")
 
 
-def test_another_image_has_another_prefix(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If images had one id, the tree would hand the slots of another one out, and these tests would see it."""
-    from sglang.srt.managers.schedule_batch import MultimodalDataItem
-
-    with serving(made(QWEN), tmp_path) as s:
-        monkeypatch.setattr(MultimodalDataItem, "set_pad_value", lambda item: item.set_hash(1))
-        with pytest.raises(AssertionError, match="is wrong by"):
-            s.check("random", arrivals(QWEN)[:3])
-
-
 def test_requests_that_are_retracted_go_on(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,20 +98,6 @@ def test_without_a_drafter(name: str, tmp_path: Path) -> None:
     assert s.oracle.rejected > 0, "nothing was rejected"
 
 
-@pytest.mark.parametrize("name", ["Qwen2_5_VLForConditionalGeneration", "Lfm2ForCausalLM"])
-def test_requests_that_are_retracted_go_on(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The targets keep more of a request than KV, or count positions in another way."""
-    from sglang.srt.managers import scheduler
-
-    with serving(name, tmp_path) as s:
-        monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
-        comparison = Comparison(s.model)
-        check_policies(s.engine, comparison, s.arrivals, s.expected, ())
-        assert sum(req.retraction_count for req in s.engine.requests.values()) > 5
-
-
 def check_features(e: Engine, model: HuggingFace, tolerance: float) -> None:
     """Features of a prompt that drafters read are the outputs of Hugging Face's layers."""
     prompt = list(range(60, 90))
