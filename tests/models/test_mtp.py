@@ -1,6 +1,6 @@
 """A target's own next-token head is read from its files, experts too, and what cannot draft is refused by name.
 
-Its drafts are compared with SGLang's classes in engines: `targets/test_own_heads.py`.
+Its drafts are compared with SGLang's classes in engines: `targets/test_parity.py`.
 """
 
 import logging

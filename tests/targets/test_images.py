@@ -20,7 +20,6 @@ from matrix import chosen, sampled
 from oracle_arm import OracleArm
 from overlap import overlapped
 from pictures import IMAGE, VISION_START, Part, Picture, asking, prompt_of, words
-from records import assert_same_logprobs, logprobs
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import Arrival, play
 
@@ -229,18 +228,6 @@ def test_requests_that_are_retracted_go_on(
         monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
         s.check("random", arrivals(QWEN))
         assert sum(req.retraction_count for req in s.engine.requests.values()) > 5
-
-
-def test_logprobs_are_plain_decodings(made: Made, tmp_path: Path) -> None:
-    """Those of prompts, too, as SGLang gives them for an image's positions."""
-    asked = arrivals(QWEN, return_logprob=True, logprob_start_len=0)
-    with serving(made(QWEN), tmp_path) as s:
-        play(s.engine, asked)
-        found = {rid: logprobs(s.engine, rid) for rid in ASKED}
-    with engine(made(QWEN).path, **OPTIONS) as e:
-        play(e, asked)
-        for rid, rates in found.items():
-            assert_same_logprobs(rates, logprobs(e, rid), rid)
 
 
 def test_a_sessions_turns_have_images(made: Made, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Every family of targets that a CPU runs: text is plain decoding's whatever drafts, features are layers' outputs."""
+"""Every family of targets that a CPU runs: text is plain decoding's whatever drafts, features are layers' outputs. Some
+bring a next-token head of their own, whose KV is that of one pass.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,24 +11,24 @@ from typing import Any
 import pytest
 import torch
 from engine import Engine, engine
-from families import FAMILIES, Family, HuggingFace, tiny_family
+from families import FAMILIES, LAYERS, HuggingFace, tiny_family
 from matrix import chosen, sampled
 from oracle_arm import ARM, OracleArm
 from overlap import overlapped
-from policy_checks import check_policies
+from own_heads import tiny_with_head
 from reference import Comparison
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import Arrival, mixed, play
 
 from whiflash_sglang.arms.base import with_kv
+from whiflash_sglang.arms.chain import MTPArm
+from whiflash_sglang.checkpoints.fit import Parts, create
 
 SAMPLE = (
     "DeepseekV3ForCausalLM",  # latent attention, experts
-    "Gemma3ForCausalLM",  # windows
     "GptOssForCausalLM",  # windows with sinks
-    "Qwen2_5_VLForConditionalGeneration",  # positions in three dimensions
-    "Qwen3NextForCausalLM",  # recurrent layers
 )
+"""Positions in three dimensions are in `test_images.py`, recurrent layers in `test_recurrent_trees.py`."""
 POLICIES = ("ar", "diffusion", "lookup", "entropy", "auto", "none")
 
 
@@ -37,7 +39,6 @@ class Served:
     Prompts are chunked, and some share a prefix. expected: plain decoding's tokens of each.
     """
 
-    family: Family
     model: HuggingFace
     engine: Engine
     oracle: OracleArm
@@ -53,49 +54,109 @@ def whole_states(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def serving(name: str, root: Path, *, drafters: bool = True) -> Iterator[Served]:
-    family, target = FAMILIES[name], root / "target"
-    model = tiny_family(target, family)
-    flags: dict[str, Any] = {"whiflash_router": "random"}
-    if drafters:
-        flags["draft"] = tiny_dflash(root / "dflash", target)
-        flags["whiflash_eagle_draft"] = str(tiny_eagle3(root / "eagle3", target))
-    arrivals = mixed(seed=5, count=8, shared=24, longest=50, stops=0.1, tokens=36)
+def serving(root: Path, model: HuggingFace, flags: dict[str, Any]) -> Iterator[Served]:
+    """The target in `root / "target"`. flags: its drafters."""
+    target, arrivals = root / "target", mixed(seed=5, count=8, shared=24, longest=50, stops=0.1, tokens=36)
     with engine(target) as e:
         expected = play(e, arrivals)
     oracle = OracleArm(0.95, seed=3)
     for a in arrivals:
         oracle.learn(a.prompt, expected[a.rid])
     options = {"max_running_requests": 4, "chunked_prefill_size": 32}
-    with engine(target, whiflash=flags, arms=[oracle], **options) as e:
-        assert type(e.worker.target.model).__name__ == name
-        yield Served(family, model, e, oracle, arrivals, expected)
+    with engine(target, whiflash={**flags, "whiflash_router": "random"}, arms=[oracle], **options) as e:
+        yield Served(model, e, oracle, arrivals, expected)
+
+
+def pair(root: Path) -> dict[str, Any]:
+    """Both drafters for the target in `root / "target"`."""
+    target = root / "target"
+    eagle3 = str(tiny_eagle3(root / "eagle3", target))
+    return {"draft": tiny_dflash(root / "dflash", target), "whiflash_eagle_draft": eagle3}
+
+
+def check_policies(s: Served, *policies: str) -> set[str | None]:
+    """Text is plain decoding's under random routing for all requests, then under each policy for the first two.
+
+    Returns the arms that drafted.
+    """
+    used, comparison = set[str | None](), Comparison(s.model)
+    for policy in ("random", *policies):
+        s.engine.worker.reconfigure({"router": policy})
+        chosen = s.arrivals if policy == "random" else s.arrivals[:2]
+        found = play(
+            s.engine,
+            [replace(a, rid=f"{policy} {a.rid}") for a in chosen],
+            lambda: used.update(*(state.counts for state in s.engine.states.values())),
+        )
+        for a in chosen:
+            comparison.check(a.prompt, s.expected[a.rid], found[f"{policy} {a.rid}"], f"{policy} {a.rid}")
+    print(comparison.summary())
+    assert s.oracle.rejected > 0, "nothing was rejected"
+    return used - {None}
 
 
 @pytest.mark.parametrize("name", sampled(FAMILIES, *SAMPLE))
 def test_text_is_plain_decodings(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """Under random routing, then under every policy."""
-    policies = chosen(pytestconfig, POLICIES, "auto")
-    with serving(name, tmp_path) as s:
-        if s.family.captured:
-            check_features(s.engine, s.model, s.family.tolerance)
-        comparison = Comparison(s.model)
-        used = check_policies(s.engine, comparison, s.arrivals, s.expected, policies)
-    print(comparison.summary())
-    assert used - {None} == {"ar", "diffusion", "lookup", "none", ARM}
+    family = FAMILIES[name]
+    model = tiny_family(tmp_path / "target", family)
+    with serving(tmp_path, model, pair(tmp_path)) as s:
+        assert type(s.engine.worker.target.model).__name__ == name
+        if family.captured:
+            check_features(s.engine, model, family.tolerance)
+        used = check_policies(s, *chosen(pytestconfig, POLICIES, "auto"))
+    assert used == {"ar", "diffusion", "lookup", "none", ARM}
     assert max(s.oracle.accepted) == s.oracle.max_drafts, "no full block was accepted"
-    assert s.oracle.rejected > 0, "nothing was rejected"
 
 
-@pytest.mark.parametrize("name", sampled(FAMILIES, "Qwen3NextForCausalLM"))
+@pytest.mark.parametrize("name", sampled(FAMILIES))
 def test_without_a_drafter(name: str, tmp_path: Path) -> None:
-    with serving(name, tmp_path, drafters=False) as s:
-        comparison = Comparison(s.model)
-        used = check_policies(s.engine, comparison, s.arrivals, s.expected, ("lookup", "auto", "none"))
+    with serving(tmp_path, tiny_family(tmp_path / "target", FAMILIES[name]), {}) as s:
+        assert check_policies(s, "lookup", "auto", "none") == {"lookup", "none", ARM}
         s.engine.check_leaks()
-    print(comparison.summary())
-    assert used - {None} == {"lookup", "none", ARM}
-    assert s.oracle.rejected > 0, "nothing was rejected"
+
+
+@pytest.mark.parametrize(("name", "block"), sampled([("mimo", False), ("glm", True)], ("glm", True)))
+def test_a_head_of_the_targets_own(name: str, block: bool, tmp_path: Path) -> None:
+    """SGLang captures no layers of MiMo, so there is no block drafter for it; a bundle with a block drafter alone gets
+    GLM's head beside it."""
+    target, draft = tmp_path / "target", tmp_path / "bundle"
+    model, policies = tiny_with_head(target, name), ["ar", "lookup", "auto", "none"]
+    if block:
+        create(Parts(str(target), None, str(tiny_dflash(tmp_path / "dflash", target))), draft)
+        policies += ["diffusion", "entropy"]
+    with serving(tmp_path, model, {"draft": draft if block else target}) as s:
+        assert isinstance(s.engine.worker.drafters["ar"], MTPArm)
+        assert ("diffusion" in s.engine.worker.drafters) == block
+        check_keys_values(s.engine, model, range(60, 90))
+        assert check_policies(s, *policies) >= {"ar", "lookup", "none"}
+
+
+def check_keys_values(e: Engine, model: HuggingFace, prompt: Sequence[int]) -> None:
+    """After rounds of any arm the head's KV is that of one pass over what Hugging Face's target puts out behind its
+    final norm, as far as it has caught up."""
+    arm, worker = e.worker.drafters["ar"], e.worker
+    e.submit("kv", list(prompt), max_new_tokens=60)
+    req, caught_up = e.requests["kv"], 0
+    while len(req.output_ids) < 50:
+        e.step()
+        known = [*prompt, *req.output_ids]
+        row = req.kv.req_pool_idx
+        synced = worker.sync.watermarks.synced(row, "ar")
+        if synced <= max(caught_up, len(prompt)):
+            continue
+        caught_up = synced
+        with torch.inference_mode():
+            ids = torch.tensor([known[:synced]])
+            states = model.model.model(ids, use_cache=False).last_hidden_state[0]
+            following, positions = torch.tensor(known[1 : synced + 1]), torch.arange(synced)
+            keys, values = arm.model.keys_values(following, states, positions)
+        slots = worker.target.slot_table[row, :synced].long()
+        torch.testing.assert_close(arm.kv.k[0][slots], keys, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(arm.kv.v[0][slots], values, atol=1e-3, rtol=1e-3)
+    e.run()
+    assert caught_up > len(prompt) + 10, "it was hardly ever used"
+    assert worker.drafters["ar"].captured_layers == (LAYERS,)
 
 
 def check_features(e: Engine, model: HuggingFace, tolerance: float) -> None:
@@ -122,7 +183,6 @@ def test_routed_experts_are_plain_decodings(loop: str, tmp_path: Path) -> None:
     """In small chunks, so that a verification has more rows than any prefill."""
     target, start = tmp_path / "target", overlapped if loop == "overlap" else engine
     tiny_family(target, FAMILIES["Qwen3MoeForCausalLM"])
-    eagle3, dflash = tiny_eagle3(tmp_path / "eagle3", target), tiny_dflash(tmp_path / "dflash", target)
     options = {"max_running_requests": 4, "chunked_prefill_size": 16, "enable_return_routed_experts": True}
     arrivals = [
         replace(a, params={**a.params, "return_routed_experts": True})
@@ -131,7 +191,7 @@ def test_routed_experts_are_plain_decodings(loop: str, tmp_path: Path) -> None:
     with engine(target, **options) as e:
         expected = play(e, arrivals)
         wanted = {rid: e.requests[rid].routed_experts for rid in expected}
-    flags = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
+    flags = {**pair(tmp_path), "whiflash_router": "random"}
     oracle = OracleArm(0.9, seed=3)
     for a in arrivals:
         oracle.learn(a.prompt, expected[a.rid])

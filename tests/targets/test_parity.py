@@ -1,4 +1,6 @@
-"""Variants of draft formats that SGLang loads, too: rounds accept what those of upstream's algorithms accept."""
+"""Each arm accepts in every round what upstream's algorithm accepts: of other targets than dense ones, of targets with
+a head of their own, and with variants of draft formats that SGLang loads, too.
+"""
 
 import json
 from collections.abc import Callable
@@ -8,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, tiny_family
 from matrix import sampled
 from model_set import Models
+from own_heads import HEADS, tiny_with_head
 from parity import compare
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, MASK_TOKEN, tiny_dflash, tiny_eagle3
@@ -30,7 +34,7 @@ def upper_norms() -> dict[str, torch.Tensor]:
     }
 
 
-CASES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]]]] = {
+VARIANTS: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]]]] = {
     "other layers": ("diffusion", {"dflash_config": NAMED}, dict),
     "windows": (
         "diffusion",
@@ -46,9 +50,9 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]
 }
 
 
-@pytest.mark.parametrize("case", sampled(CASES, "EAGLE 3.1"))
-def test_a_variant_accepts_what_upstream_accepts(models: Models, tmp_path: Path, case: str) -> None:
-    arm, changes, more = CASES[case]
+@pytest.mark.parametrize("case", sampled(VARIANTS, "EAGLE 3.1"))
+def test_a_variant_of_a_format(models: Models, tmp_path: Path, case: str) -> None:
+    arm, changes, more = VARIANTS[case]
     eagle3 = partial(tiny_eagle3, num_layers=changes.get("num_hidden_layers", 1))
     make = eagle3 if arm == "ar" else tiny_dflash
     compare(models.target, arm, edited(make(tmp_path / "drafter", models.target), changes, more()))
@@ -63,3 +67,31 @@ def edited(checkpoint: Path, changes: dict[str, Any], more: dict[str, torch.Tens
         {name: value.clone() for name, value in (weights | more).items()}, checkpoint / "model.safetensors"
     )
     return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    sampled(
+        [
+            ("Gemma4ForCausalLM", "ar"),  # from rows of the embedding as they are
+            ("Gemma4ForCausalLM", "diffusion"),  # from the scaled embedding
+            ("GptOssForCausalLM", "diffusion"),
+            ("Qwen3MoeForCausalLM", "ar"),
+            ("DeepseekV3ForCausalLM", "diffusion"),
+        ],
+        ("Gemma4ForCausalLM", "ar"),
+        ("Gemma4ForCausalLM", "diffusion"),
+    ),
+)
+def test_a_family(name: str, arm: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    tiny_family(target, FAMILIES[name])
+    make = tiny_eagle3 if arm == "ar" else tiny_dflash
+    compare(target, arm, make(tmp_path / "drafter", target))
+
+
+@pytest.mark.parametrize("name", sampled(HEADS, "mimo"))
+def test_a_head_of_the_targets_own(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # SGLang's GLM-4.5 asks for it on a CPU, too
+    tiny_with_head(tmp_path / "target", name)
+    compare(tmp_path / "target", "ar", tmp_path / "target", speculative_algorithm="EAGLE")
