@@ -4,7 +4,7 @@ one server with all that fields may turn on, while a neighbour streams.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from adapters import LINEARS, make_adapter
+from matrix import chosen
 from model_set import Models
 from server_host import Server, ServerHost
 from sglang.api.v1.api_types import GenerateRequest
@@ -30,6 +31,8 @@ CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content"
 NATIVE: dict[str, Any] = {"text": PROMPT, "sampling_params": {"max_new_tokens": 2, "temperature": 0}}
 WRONG = (["one"], [None], [[1]], {"a": 1}, "x", -1, 2**70, True, 1e400)
 """Types and numbers; few fields take more than two of them."""
+DAILY = ([None], -1, 2**70)
+"""Values that may pass a model of SGLang's and end what is behind it."""
 ALONE = httpx.Limits(max_keepalive_connections=0)
 """A connection each: SGLang closes one after a 500."""
 MODELS: tuple[tuple[str, Any, dict[str, Any]], ...] = (
@@ -67,19 +70,19 @@ def names(model: Any) -> tuple[str, ...]:
     return tuple(getattr(model, "__struct_fields__", None) or model.model_fields)
 
 
-def table() -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Route, body, and the field of it that is `WRONG`."""
+def table(wrong: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Route, body, and the field of it that is wrong."""
     yield from FATAL
     for route, model, body in MODELS:
-        yield from ((route, {**body, name: value}, name) for name in names(model) for value in WRONG)
+        yield from ((route, {**body, name: value}, name) for name in names(model) for value in wrong)
     for name in names(SamplingParams):
-        for value in WRONG:
+        for value in wrong:
             sampled = {**NATIVE["sampling_params"], name: value}
             yield "/generate", {**NATIVE, "sampling_params": sampled}, name
             given = {"instances": [{"text": PROMPT}], "parameters": {"sampling_params": sampled}}
             yield "/vertex_generate", given, name
     for name in names(io_struct.SessionParams):
-        yield from (("/generate", {**NATIVE, "session_params": {name: value}}, name) for value in WRONG)
+        yield from (("/generate", {**NATIVE, "session_params": {name: value}}, name) for value in wrong)
 
 
 SENT = {*names(io_struct.TokenizedGenerateReqInput)} & {*names(io_struct.GenerateReqInput)} - {
@@ -115,7 +118,7 @@ def streamed(server: Server, until: Event) -> list[str]:
     return texts
 
 
-def test_no_value_of_any_field_ends_the_server(server: Server) -> None:
+def test_no_value_of_any_field_ends_the_server(server: Server, pytestconfig: pytest.Config) -> None:
     over, wrong = Event(), []
     with (
         ThreadPoolExecutor(1) as pool,
@@ -123,7 +126,7 @@ def test_no_value_of_any_field_ends_the_server(server: Server) -> None:
     ):
         neighbour = pool.submit(streamed, server, over)
         try:
-            for route, body, name in table():
+            for route, body, name in table(chosen(pytestconfig, WRONG, *DAILY)):
                 headers = {"content-type": "application/json"}
                 answer = client.post(route, content=json.dumps(body), headers=headers)
                 one = route == "/generate" and name in SENT and body.get(name) == [None]

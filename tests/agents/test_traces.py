@@ -216,21 +216,6 @@ def test_every_choice_has_its_trace(full: OpenAI) -> None:
         check(routing(response, choice), 24, response.choices[choice].message.content)
 
 
-def test_a_traced_prompt_that_is_given_up_in_its_prefill_leaves_others_alone(incremental: Server) -> None:
-    body = {**plain("/v1/completions", stream=True, n=1), "max_tokens": 200}
-    alone = comparable(ask(incremental.url, "/v1/completions", body))
-    long = {"text": PROMPT * 40, "stream": True, "rid": "given-up", "sampling_params": dict(NATIVE)}
-    long["sampling_params"]["custom_params"] = {"whiflash": '{"trace":"full"}'}
-    with ThreadPoolExecutor(5) as pool:
-        beside = [pool.submit(ask, incremental.url, "/v1/completions", body) for _ in range(4)]
-        for _ in range(4):
-            given_up = pool.submit(httpx.post, f"{incremental.url}/generate", json=long, timeout=None)
-            while not given_up.done():
-                httpx.post(f"{incremental.url}/abort_request", json={"rid": "given-up"}, timeout=None)
-    assert [comparable(future.result()) for future in beside] == [alone] * 4
-    assert comparable(ask(incremental.url, "/v1/completions", body)) == alone
-
-
 @contextmanager
 def traced_neighbour(server: Server) -> Iterator[None]:
     """Somebody who asks for traces has a request running as long as the block lasts."""
