@@ -3,14 +3,13 @@ commits what the same functions commit behind an eager one, or nothing where it 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from captured_attention import CapturedAttention
 from emulated import emulated_graphs
 from engine import Engine, engine
 from families import FAMILIES, tiny_family
@@ -194,9 +193,9 @@ def decoding(target: Path, whiflash: dict[str, Any]) -> Iterator[Stopped]:
 
 
 @contextmanager
-def benched(stopped: Stopped, attention: Callable[[Any], Any] = CapturedAttention) -> Iterator[Bench]:
+def benched(stopped: Stopped) -> Iterator[Bench]:
     """Every graph captured."""
-    with emulated_graphs(stopped[0], attention) as captured:
+    with emulated_graphs(stopped[0]) as captured:
         yield Bench(stopped[0], captured, stopped[1])
 
 
@@ -294,27 +293,6 @@ def test_an_epilogue_that_reads_the_device_is_no_end_of_a_graph(
         pass
 
 
-def test_a_tail_is_captured_and_sees_the_widths_of_its_replay(stopped: Stopped) -> None:
-    tokens, widths = torch.zeros(REQUESTS * WIDEST, dtype=torch.int64), torch.zeros(64, dtype=torch.int32)
-
-    def tail(runner: Any, output: Any, forward_batch: Any, rows: int) -> None:
-        layout = forward_batch.spec_info.ragged_verify_layout
-        tokens[:rows].copy_(output.next_token_logits.argmax(-1))
-        widths[: layout.bs].copy_(layout.verify_lens)
-
-    hooks = stopped[0].worker.target.runner.capture_tail_hooks
-    hooks.append(tail)
-    try:
-        with benched(stopped) as b:
-            for case in ([3, 1, 5], [2, 2, 2, 4]):
-                tokens.fill_(-1)
-                found, _ = b.verify(case, b.drafts(case), b.target.rows_for(sum(case), len(case)))
-                assert tokens[: sum(case)].tolist() == found.logits[: sum(case)].argmax(-1).tolist()
-                assert widths[: len(case)].tolist() == case
-    finally:
-        hooks.remove(tail)
-
-
 @pytest.mark.parametrize("most_drafts", [MOST_DRAFTS, 30])
 def test_what_is_reserved_for_graphs_is_what_they_keep(
     stopped: Stopped, monkeypatch: pytest.MonkeyPatch, most_drafts: int
@@ -331,20 +309,6 @@ def test_what_is_reserved_for_graphs_is_what_they_keep(
         }
         kept += sum(shared.untyped_storage().nbytes() for shared in logits.values())
         assert kept == bytes_for(REQUESTS, WIDEST, vocabulary=vocabulary, row_bytes=row_bytes)
-
-
-class KeepsItsLengths(CapturedAttention):
-    """Copies no lengths before a replay."""
-
-    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        before = self.starts.clone()
-        super().init_forward_metadata_out_graph(forward_batch, in_capture)
-        self.starts.copy_(before)
-
-
-def test_attention_that_keeps_what_it_was_captured_with_is_found(stopped: Stopped) -> None:
-    with benched(stopped, KeepsItsLengths) as b, pytest.raises(AssertionError, match="not close"):
-        b.compare([3, 1, 5])
 
 
 @pytest.mark.parametrize(("requests", "widest"), [(1, 1), (1, 17), (8, 5), (48, 17), (48, 9), (256, 17)])
