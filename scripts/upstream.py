@@ -165,7 +165,7 @@ SUITES = {
     "short": (
         "tests/compat",
         "lab/tests/test_recipes.py",
-        *(f"tests/worker/test_{name}.py" for name in ("plain_text", "radix", "hicache", "adapters")),
+        *(f"tests/worker/test_{name}.py" for name in ("plain_text", "hicache", "adapters")),
     ),
     "whole": ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"),
 }

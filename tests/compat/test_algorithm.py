@@ -35,7 +35,7 @@ def test_the_widest_arm_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_lengths_come_to_the_host_where_the_attention_asks_for_them(asked: bool) -> None:
-    """TRT-LLM's does; fa3 and Triton do without, and a plan does with bounds (`tests/worker/test_overlap.py`)."""
+    """TRT-LLM's does; fa3 and Triton do without, and a plan does with bounds (`tests/phantom/test_server.py`)."""
     ours = algorithm.WhiflashAlgorithm("WHIFLASH", lambda _: object, supports_overlap=True)
     pool = SimpleNamespace(req_to_token=torch.zeros(3, 8, dtype=torch.int32))
     future_map = ours.create_future_map("cpu", pool, needs_cpu_seq_lens=asked)

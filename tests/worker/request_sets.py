@@ -353,6 +353,12 @@ def adapted() -> list[Arrival]:
     return [replace(a, abort_after=None) if a.params.keys() & {"json_schema", "regex"} else a for a in asked]
 
 
+def sampled() -> list[Arrival]:
+    """Long enough to be retracted in the middle of their outputs."""
+    found = mixed(seed=8, count=10, shared=30, aborts=0.3, tokens=70)
+    return [replace(a, params={**a.params, "temperature": 1.0}) for a in found]
+
+
 def loads() -> list[Arrival]:
     """Three loads of twenty requests, one after the other."""
     return [
@@ -378,6 +384,7 @@ SETS: dict[str, Callable[[], list[Arrival]]] = {
     "adapted": adapted,
     "adapted, few": lambda: adapted()[:9],
     "counted": counted,
+    "sampled": sampled,
     "constrained": constrained,
     "structured": structured,
     "thinking": thinking,

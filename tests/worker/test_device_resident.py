@@ -10,6 +10,7 @@ import pytest
 from engine import Engine, engine
 from model_set import Models
 from oracle_arm import OracleArm
+from overlap import overlapped
 
 from whiflash_sglang.engine.scheduler.streamer import recording_of
 from whiflash_sglang.records.core import Plan
@@ -23,6 +24,22 @@ TOKENS = 60
 def plain(models: Models) -> list[list[int]]:
     with engine(models.target) as e:
         return e.generate(PROMPTS, max_new_tokens=TOKENS)
+
+
+def test_what_is_said_a_round_late_is_drafted(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prediction, of which the host knows how far the text is only when the next round has begun."""
+    monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
+    prompt, tokens = [random.Random(3).randrange(256) for _ in range(20)], 60
+    with overlapped(models.target, whiflash=models.whiflash("lookup"), host_lengths=False) as e:
+        e.submit("first", prompt, max_new_tokens=tokens)
+        e.run()
+        custom = {"whiflash_prediction": e.output("first")}
+        e.submit("again", prompt, max_new_tokens=tokens, custom_params=custom)
+        e.run()
+        assert e.output("again") == e.output("first")
+        verified, accepted = e.rounds("again")
+    assert accepted > 0.8 * tokens
+    assert verified < tokens / 4
 
 
 @pytest.fixture(scope="module")

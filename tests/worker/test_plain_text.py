@@ -92,6 +92,7 @@ ADAPTED: dict[str, dict[str, Any]] = {
 }
 SETTINGS = {
     **{name: Setting(arguments) for name, arguments in CASES.items()},
+    "chunks of 8 in pages": Setting({"chunked_prefill_size": 8, "page_size": 4}),
     "two requests": Setting({"max_running_requests": 2}),
     "small rings": Setting(ring=32),
     **{f"{drafters} alone": Setting(drafters=drafters) for drafters in ("ar", "diffusion", "none")},
@@ -152,10 +153,11 @@ KNOWING = {"runs", "rejections"}
 class Row:
     """requests: of `SETS`. router: a policy, or `oracle`, which pins the arm that knows.
 
-    happens: what must have happened for the row to show anything: `KNOWING`, `retractions`, `pushed` (out of the
-    batch), `shared steps`, `aborted while it waits`, `aborted while it runs`, and arms that drafted. predicted: some
-    requests bring predictions, right, partly right and useless ones. retracted: every so many steps. sees: the fault
-    that no other row of `make test` sees, if one is known.
+    happens: what must have happened for the row to show anything: `KNOWING`, `retractions`, `penalised retractions`,
+    `chunks in outputs` (of requests that were retracted), `pushed` (out of the batch), `shared steps`, `aborted while
+    it waits`, `aborted while it runs`, and arms that drafted. predicted: some requests bring predictions, right, partly
+    right and useless ones. retracted: every so many steps. sees: the fault that no other row of `make test` sees, if
+    one is known.
     """
 
     setting: str
@@ -182,7 +184,7 @@ POLICIES = (*ALL, "entropy", "auto", "random")
 ADAPTED_DAILY = {
     "batch": "auto",
     "chunks": "random",
-    "full pool": "",
+    "full pool": "random",
     "resident": "ar",
     "overlap": "random",
 }
@@ -209,6 +211,7 @@ ROWS = [
     row("batch", "random", "calls", "structure"),
     *(row("batch", router, "penalised", router, evidence=True) for router in ("ar", "diffusion")),
     row("batch", "random", "penalised", *KNOWING),
+    row("batch", "random", "penalised", "penalised retractions", retracted=3),
     *(row("batch", router, "rated", evidence=True) for router in ("ar", "diffusion", "none")),
     row("batch", "auto", "rated"),
     row("batch", "random", "rated", "runs"),
@@ -227,6 +230,10 @@ ROWS = [
     row("pages", "random", "traffic", *KNOWING, evidence=True),
     row("small chunks", "random", "traffic", *KNOWING),
     row("small chunks", "random", "traffic", predicted=True),
+    *(
+        row(setting, "random", "sampled", "chunks in outputs", retracted=13)
+        for setting in ("small chunks", "chunks of 8 in pages")
+    ),
     row("chunks in pages", "random", "traffic", *KNOWING),
     row("full pool", "random", "traffic", *KNOWING, "retractions"),
     row("full pool", "random", "traffic", "retractions", predicted=True),
@@ -485,6 +492,9 @@ def play_row(
     monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", row.retracted or 3)
     for noted in (serving.happened, serving.learned, serving.forbidden):
         noted.clear()
+    if serving.mode == "overlap":
+        for waits in (e.streams.stalls, e.streams.pageable):  # type: ignore[attr-defined]
+            waits.clear()
     before = replays(serving)
     with surroundings(row.requests):
         played = [replace(a, params=deepcopy(a.params)) for a in arrivals]
@@ -575,11 +585,18 @@ def predicting(arrivals: list[Arrival], wanted: Answers) -> list[Arrival]:
 
 
 def watch(serving: Serving) -> None:
-    """Behind every step: who drafts, who waits again, and that the worker knows the tokens of those it penalises."""
+    """Behind every step: who drafts, who waits again, and that the worker knows the tokens of those it penalises. KV
+    that a running request has put into the tree at its prefill is as good as KV that it leaves at its end.
+    """
     e, happened = serving.engine, serving.happened
     happened.update(*(filter(None, state.counts) for state in e.states.values()))
     if any(req.output_ids for req in e.scheduler.waiting_queue):
         happened.add("pushed")
+    chunked = e.scheduler.chunked_req
+    if chunked is not None and chunked.extend_end > len(chunked.origin_input_ids):
+        happened.add("chunks in outputs")
+    if serving.setting == SETTINGS["small chunks"] and e.scheduler.forward_ct % 20 == 0:
+        assert_tree_is_true(e, serving.models)
     for req in e.scheduler.running_batch.reqs if serving.mode == "host" else ():
         if req.kv.req_pool_idx is not None and req.output_ids and req.sampling_params.frequency_penalty:
             prompt, output = len(req.origin_input_ids), list(req.output_ids)
@@ -594,6 +611,8 @@ def check_kept(serving: Serving, row: Row) -> None:
     assert not any(e.worker.quarantine.left_out.values())
     if serving.mode == "overlap":
         assert not e.streams.races  # type: ignore[attr-defined]
+        waits = {*e.streams.stalls, *e.streams.pageable} if row.requests == "structured" else set()  # type: ignore[attr-defined]
+        assert not [site for site in waits if site.startswith("whiflash")], "a grammar's host waits"
     if hasattr(e.scheduler.tree_cache, "tree_core") and row.setting not in ("fp8", "no tree"):
         assert assert_tree_is_true(e, serving.models, models_of(serving)) > 50
         chained = serving.setting.drafters in ("pair", "ar")
@@ -653,6 +672,10 @@ def judged(serving: Serving, arrivals: list[Arrival]) -> set[str]:
         happened.add("rejections")
     if any(req.retraction_count for req in e.requests.values()):
         happened.add("retractions")
+    if {"frequency", "presence", "repetition"} <= {
+        rid.split("/")[0] for rid, req in e.requests.items() if req.retraction_count
+    }:
+        happened.add("penalised retractions")
     for a in arrivals:
         req = e.requests[a.rid]
         if a.abort_after is not None and not req.output_ids:
