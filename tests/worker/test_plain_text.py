@@ -230,10 +230,7 @@ ROWS = [
     row("pages", "random", "traffic", *KNOWING, evidence=True),
     row("small chunks", "random", "traffic", *KNOWING),
     row("small chunks", "random", "traffic", predicted=True),
-    *(
-        row(setting, "random", "sampled", "chunks in outputs", retracted=13)
-        for setting in ("small chunks", "chunks of 8 in pages")
-    ),
+    row("chunks of 8 in pages", "random", "sampled", "chunks in outputs", retracted=13),
     row("chunks in pages", "random", "traffic", *KNOWING),
     row("full pool", "random", "traffic", *KNOWING, "retractions"),
     row("full pool", "random", "traffic", "retractions", predicted=True),
@@ -672,9 +669,8 @@ def judged(serving: Serving, arrivals: list[Arrival]) -> set[str]:
         happened.add("rejections")
     if any(req.retraction_count for req in e.requests.values()):
         happened.add("retractions")
-    if {"frequency", "presence", "repetition"} <= {
-        rid.split("/")[0] for rid, req in e.requests.items() if req.retraction_count
-    }:
+    again = {rid.split("/")[0] for rid, req in e.requests.items() if req.retraction_count}
+    if again & {"frequency", "presence", "repetition"}:
         happened.add("penalised retractions")
     for a in arrivals:
         req = e.requests[a.rid]
