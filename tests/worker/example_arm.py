@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 
 from whiflash_sglang.arms.base import TextDrafter
-from whiflash_sglang.drafts.candidates import Candidate, Part
+from whiflash_sglang.drafts.candidates import Candidate, Part, common_prefix
 from whiflash_sglang.drafts.rates import Rates
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import History
@@ -18,7 +18,7 @@ class AgainArm(TextDrafter):
     """Drafts the tokens behind the last token's newest earlier place. It keeps the text of each request.
 
     Attributes:
-        judged: of each round, how many tokens were proposed, and how many of them were right.
+        judged: of each proposal, how many tokens are known to be right or wrong, and how many were right.
     """
 
     arm, sources, max_drafts = ARM, (ARM,), 4
@@ -27,25 +27,30 @@ class AgainArm(TextDrafter):
         self.judged: list[tuple[int, int]] = []
         self._right = Rates([0.5], weight=4.0, decay=0.98)
         self._texts: dict[int, list[int]] = {}
+        self._proposed: dict[int, list[int]] = {}
 
     def propose(
         self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
     ) -> Candidate | None:
         text = self._texts.setdefault(row, [])
-        text.extend(history(len(text)))  # costs what it returns: ask for what was not seen
+        new = history(len(text))  # costs what it returns: ask for what was not seen
+        self._judge(self._proposed.pop(row, ()), new)
+        text.extend(new)
         begin = next((place + 1 for place in range(len(text) - 2, -1, -1) if text[place] == text[-1]), 0)
         if not begin:
             return None
-        chance, alive = self._right.of(0), []
-        while len(alive) < self.max_drafts and chance ** (len(alive) + 1) >= worth.least_chance:
-            alive.append(chance ** (len(alive) + 1))
-        tokens = text[begin:][: len(alive)]
-        return Candidate(tokens, alive[: len(tokens)], [Part(ARM, len(tokens))], at=len(text))
+        expected = self._proposed[row] = text[begin:][: self.max_drafts]
+        alive = [self._right.of(0) ** (place + 1) for place in range(len(expected))]
+        count = sum(chance >= worth.least_chance for chance in alive)
+        return Candidate(expected[:count], alive[:count], [Part(ARM, count)], at=len(text))
 
-    def observe(self, row: int, proposed: int, accepted: int, confidences: Sequence[float]) -> None:
-        self.judged.append((proposed, accepted))
-        for place in range(min(proposed, accepted + 1)):  # behind the first that is wrong nothing is known
-            self._right.observe(0, place < accepted)
+    def _judge(self, proposed: Sequence[int], committed: Sequence[int]) -> None:
+        """The text shows how right a proposal was, whoever drafted; behind the first wrong token nothing is known."""
+        known, right = min(len(proposed), len(committed)), common_prefix(proposed, committed)
+        self.judged.append((known, right))
+        for place in range(min(known, right + 1)):
+            self._right.observe(0, place < right)
 
     def release(self, row: int) -> None:
         self._texts.pop(row, None)
+        self._proposed.pop(row, None)
