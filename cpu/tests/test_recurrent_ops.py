@@ -62,66 +62,31 @@ def test_chunks_and_single_inputs_go_on_from_each_other(activation: str | None, 
     assert torch.equal(states[1], untouched)
 
 
-def test_the_delta_rule_is_transformers() -> None:
-    """Three requests of different lengths, in two parts, the second with every state; two query heads a key head. The
-    state behind some of a request's rows is kept beside the last one's."""
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_the_delta_rule_is_transformers(by_channel: bool) -> None:
+    """Three requests of different lengths, in two parts, the second with every state; by channel as KDA has it, else
+    with two query heads a key head. The state behind some of a request's rows is kept beside the last one's."""
+    from transformers.models.kimi_linear.modeling_kimi_linear import recurrent_kimi_delta_attention
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
-    heads, per_key, size, width = 4, 2, 5, 3
-    lengths = [4, 1, 6]
+    rule = recurrent_kimi_delta_attention if by_channel else torch_recurrent_gated_delta_rule
+    heads, per_key, size, width, lengths = 4, 1 if by_channel else 2, 5, 3, [4, 1, 6]
     starts = torch.tensor([0, *lengths]).cumsum(0)
     total, rows = sum(lengths), Rows.of(starts, sum(lengths))
-    parts = []
+    states, marks = torch.zeros(3, heads, width, size), torch.tensor([4, 0, 2])
     for part in range(2):
         q, k = (draw(total, heads // per_key, size, seed=10 * part + i) for i in range(2))
         v = draw(total, heads, width, seed=10 * part + 2)
-        decay, beta = (
-            -draw(total, heads, seed=10 * part + 3).abs(),
-            draw(total, heads, seed=10 * part + 4).sigmoid(),
-        )
-        parts.append((q, k, v, decay, beta))
-    states, marks = torch.zeros(3, heads, width, size), torch.tensor([4, 0, 2])
-    for part, (q, k, v, decay, beta) in enumerate(parts):
-        out, behind, marked = gated_delta_rule(
-            q, k, v, decay, beta, states, starts, rows, every=part == 1, marks=marks
-        )
-        for i, (begin, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
-            one = [x[None, begin:end] for x in (q, k, v, decay, beta)]
-            repeated = [x.repeat_interleave(per_key, 2) for x in one[:2]]
-            expected, last = torch_recurrent_gated_delta_rule(
-                *repeated,
-                *one[2:],
-                initial_state=states[i][None].transpose(2, 3),
-                output_final_state=True,
-                use_qk_l2norm_in_kernel=True,
-            )
-            torch.testing.assert_close(out[begin:end], expected[0], atol=1e-5, rtol=1e-4)
-            final = behind[i, end - begin - 1] if part else behind[i]
-            torch.testing.assert_close(final, last[0].transpose(1, 2), atol=1e-5, rtol=1e-4)
-            if part:
-                kept = behind[i, marks[i] - 1] if marks[i] else states[i]
-                assert torch.equal(marked[i], kept)
-        states = behind
-
-
-def test_the_delta_rule_by_channel_is_transformers() -> None:
-    """The same of KDA: three requests of different lengths, in two parts, the second with every state."""
-    from transformers.models.kimi_linear.modeling_kimi_linear import recurrent_kimi_delta_attention
-
-    heads, size, width, lengths = 4, 5, 3, [4, 1, 6]
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    total, rows, marks = sum(lengths), Rows.of(starts, sum(lengths)), torch.tensor([2, 1, 0])
-    states = torch.zeros(3, heads, width, size)
-    for part in range(2):
-        q, k, v = (draw(total, heads, n, seed=10 * part + i) for i, n in enumerate((size, size, width)))
-        decay = -draw(total, heads, size, seed=10 * part + 3).abs()
+        decay = -draw(total, heads, *[size] * by_channel, seed=10 * part + 3).abs()
         beta = draw(total, heads, seed=10 * part + 4).sigmoid()
         out, behind, marked = gated_delta_rule(
             q, k, v, decay, beta, states, starts, rows, every=part == 1, marks=marks
         )
         for i, (begin, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
-            expected, last = recurrent_kimi_delta_attention(
-                *(x[None, begin:end] for x in (q, k, v, decay, beta)),
+            one = [x[None, begin:end] for x in (q, k, v, decay, beta)]
+            expected, last = rule(
+                *(x.repeat_interleave(per_key, 2) for x in one[:2]),
+                *one[2:],
                 initial_state=states[i][None].mT,
                 output_final_state=True,
                 use_qk_l2norm_in_kernel=True,

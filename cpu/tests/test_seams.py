@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from whiflash_cpu import activate, seams
+from whiflash_cpu import seams
 from whiflash_cpu.cpu import CpuPlatform
 from whiflash_cpu.seam_tables import EARLY_SEAMS, MODEL_SEAMS, SEAMS, Seam
 from whiflash_sglang.engine import patching
@@ -23,14 +23,6 @@ def test_the_seams_of_some_layers_fit_too(layer: str) -> None:
     checks = [seams._check(seam) for seam in MODEL_SEAMS[layer]()]
     assert checks
     assert [check for check in checks if not check.ok] == []
-
-
-def test_the_platform_is_chosen_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    assert activate() == "whiflash_cpu.cpu:CpuPlatform"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert activate() is None
 
 
 @pytest.fixture
