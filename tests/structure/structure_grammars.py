@@ -1,6 +1,7 @@
 """Grammars of both engines over one tokenizer, and documents that fit schemas which nobody chose."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import llguidance
@@ -79,6 +80,20 @@ class Grammars:
     def accept(self, raw: Any, token: int) -> None:
         """Move the engine's own matcher."""
         assert raw.accept_token(token) if self.engine == "xgrammar" else raw.consume_token(token)
+
+    def forbidden(self, raw: Any, tokens: Sequence[int]) -> int:
+        """How many of the tokens the engine's own masks do not allow, one behind the other; `raw` stays as it was."""
+        steps = refused = 0
+        for number, token in enumerate(tokens):
+            if not self.allowed(raw)[token]:
+                refused = len(tokens) - number
+            if refused or token == self.end:
+                break
+            self.accept(raw, token)
+            steps += 1
+        if steps:
+            raw.rollback(steps)
+        return refused
 
 
 def leaf() -> st.SearchStrategy[Case]:

@@ -11,10 +11,10 @@ from whiflash_sdk.hints import Span
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import Cuts, Kind, LikelyText
-from whiflash_sglang.structure.guesses import STEPS
+from whiflash_sglang.structure.guesses import STEPS, Guesses
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.sketch import sketch, text_of
-from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools
+from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools, words_of_tools
 
 SPANS = [Span(kind="tool_call", begin="<tool_call>", end="</tool_call>")]
 WEATHER: dict[str, Any] = {
@@ -125,40 +125,47 @@ def test_a_wrong_guess_lowers_its_own_kind() -> None:
     assert calls.pieces(1000, None, lambda kind: 1.0)[0].kind is Kind.ENDED
 
 
-WORDS = (
-    "<tool",
-    "_call>",
+MARKUP = (
     "<function=",
     "sing",
     "get_weather",
     ">",
-    "\n",
     "</function>",
     "<parameter=",
     "city",
-    "é",
+    "</parameter>",
+    CITY,
 )
+IN_JSON = (
+    *("{", '"name"', ': "sing"', ', "arguments": {}', "}", "</", " ", '<tool_call>\n{"name"'),
+    '<tool_call>{"name": "sing", "arguments": {}}',
+)
+FORMS = {"markup": (QWEN, MARKUP), "JSON": (carried_tools(FUNCTIONS, "hermes") or "", IN_JSON)}
 
 
+@pytest.mark.parametrize("form", FORMS)
 @settings(deadline=None)
-@given(
-    st.lists(st.sampled_from((*WORDS, "</parameter>", "</tool_call>", CITY)), max_size=16), st.integers(0, 3)
-)
-def test_a_call_is_the_same_however_its_text_comes(pieces: list[str], seed: int) -> None:
+@given(data=st.data(), seed=st.integers(0, 3))
+def test_a_call_is_the_same_however_its_text_comes(form: str, data: st.DataObject, seed: int) -> None:
     """And looking behind drafts is following them, and leaves no trace."""
-    text, rng = "".join(pieces), random.Random(seed)
-    whole, parts = Calls(QWEN, SPANS), Calls(QWEN, SPANS)
+    tools, words = FORMS[form]
+    words = (*words, "<tool", "_call>", "</tool_call>", "\n", "é")
+    text, rng = "".join(data.draw(st.lists(st.sampled_from(words), max_size=16))), random.Random(seed)
+    whole, parts = Calls(tools, SPANS), Calls(tools, SPANS)
+
+    def expected_of(calls: Calls) -> object:
+        return calls.pieces(1000, Guesses(words_of_tools(tools), lambda words: {}), lambda kind: 1.0)
+
     whole.follow(text)
-    expected = whole.pieces(1000, None, lambda kind: 1.0)
+    expected = expected_of(whole)
     cuts = sorted(rng.randint(0, len(text)) for _ in range(6))
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        rest = text[begin:]
-        before = parts.pieces(1000, None, lambda kind: 1.0)
+        before = expected_of(parts)
         with parts.trying():
-            assert parts.behind(rest).pieces(1000, None, lambda kind: 1.0) == expected
-        assert parts.pieces(1000, None, lambda kind: 1.0) == before
+            assert expected_of(parts.behind(text[begin:])) == expected
+        assert expected_of(parts) == before
         parts.follow(text[begin:end])
-    assert parts.pieces(1000, None, lambda kind: 1.0) == expected
+    assert expected_of(parts) == expected
 
 
 def test_work_is_bounded_for_any_tools_and_any_value(vocabulary: Vocabulary) -> None:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from structure_grammars import SCHEMAS, Case, Grammars
 
 from whiflash_sglang.spans.vocabulary import Vocabulary
-from whiflash_sglang.structure.chances import Cuts, Kind, StructureChances
+from whiflash_sglang.structure.chances import Cuts, StructureChances
 from whiflash_sglang.structure.guesses import Guesses
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.schemas import words_of
-from whiflash_sglang.structure.sketch import CHARS_PER_TOKEN, TAIL, Token, sketch, text_of
+from whiflash_sglang.structure.sketch import CHARS_PER_TOKEN, TAIL, sketch, text_of
 
 WIDTH = 16
 """Tokens of a proposal, as the arm has it."""
@@ -81,7 +81,7 @@ def walk_schema(
             done.most_looks = max(done.most_looks, len(counting.calls))
         done.moved += not np.array_equal(before, grammars.allowed(raw))
         done.proposed += len(found)
-        done.forbidden += _forbidden(grammars, judge, found)
+        done.forbidden += grammars.forbidden(judge, [token.token for token in found])
         going = found[0].token if found and rng.random() < FREE else _drawn(before, rng)
         if going is None or going == grammars.end:
             break
@@ -96,21 +96,6 @@ def _drawn(allowed: Any, rng: random.Random) -> int | None:
     """Any token that may follow; what ends the text only where nothing else may."""
     choices = np.flatnonzero(allowed)
     return int(rng.choice(choices)) if len(choices) else None
-
-
-def _forbidden(grammars: Grammars, judge: Any, found: list[Token]) -> int:
-    """How many of the tokens the engine's own masks do not allow, one behind the other; `judge` stays as it was."""
-    steps = forbidden = 0
-    for number, token in enumerate(found):
-        if not grammars.allowed(judge)[token.token]:
-            forbidden = len(found) - number
-        if forbidden or token.kind is Kind.END:
-            break
-        grammars.accept(judge, token.token)
-        steps += 1
-    if steps:
-        judge.rollback(steps)
-    return forbidden
 
 
 ANYTHING: dict[str, Any] = {}

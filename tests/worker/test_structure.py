@@ -18,6 +18,7 @@ from trees import assert_tree_is_true
 
 from whiflash_sglang.arms import structure
 from whiflash_sglang.engine.scheduler.streamer import recording_of
+from whiflash_sglang.records.request import Request
 from whiflash_sglang.serve import lifecycle
 from whiflash_sglang.spans.hints import TOOLS_KEY
 from whiflash_sglang.structure.chances import Kind
