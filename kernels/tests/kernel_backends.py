@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,6 +17,11 @@ BACKENDS = ["torch", "triton"] if DEVICE.type == "cuda" or INTERPRETING else ["t
 """On a CPU, Triton runs only in the child process that `test_interpreter.py` starts with TRITON_INTERPRET=1."""
 
 GUARD = 64
+
+
+def integers(values: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """On the device."""
+    return torch.as_tensor(values, dtype=dtype).to(DEVICE)
 
 
 def examples(number: int) -> int:

@@ -36,14 +36,15 @@ def kept(row: Tensor, temperature: float, top_k: float, top_p: float, min_p: flo
     """Tokens of a row that may be drawn, and their chances before any was left out."""
     chances = torch.softmax(row.double().cpu() / temperature, dim=0).tolist()
     ordered = sorted(range(len(chances)), key=lambda token: -row[token].item())
-    found, likelier, mass, top = {}, 0, 0.0, 1.0
+    found, likelier, mass, passed, top = {}, 0, 0.0, 0.0, 1.0
     if min_p < 0 and top_k < len(chances):
         last = row[ordered[int(top_k) - 1]]
         top = sum(chances[token] for token in ordered if row[token] >= last)
     for place, token in enumerate(ordered):
         if place and row[token] < row[ordered[place - 1]]:
-            likelier, mass = place, sum(chances[other] for other in ordered[:place])
-        enough = chances[token] >= abs(min_p) * max(chances)
+            likelier, mass = place, passed
+        passed += chances[token]
+        enough = chances[token] >= abs(min_p) * chances[ordered[0]]
         if likelier < top_k and (top_p >= 1 or mass <= top_p * top) and enough:
             found[token] = chances[token]
     return found

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, integers, running
 from whiflash_kernels import BacklogRings, park, unpark
 
 SENTINEL = -77
@@ -28,10 +28,6 @@ def batches(draw: st.DrawFn, longest: int) -> Ragged:
     return Ragged(
         slots, [draw(st.integers(0, 40)) for _ in slots], [draw(st.integers(0, longest)) for _ in slots]
     )
-
-
-def integers(values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
 def sentinel_rings(

@@ -5,18 +5,12 @@ from itertools import accumulate
 import kernel_oracles as oracles
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, integers, running
 from whiflash_kernels import GraphSlots, MixedBlock, accept_and_commit, fill_slots, prepare_mixed_block
 
 SLOTS, CONTEXT = 300, 96
-
-
-def integers(
-    values: list[int] | list[list[int]] | torch.Tensor, dtype: torch.dtype = torch.int64
-) -> torch.Tensor:
-    return torch.as_tensor(values, dtype=dtype).to(DEVICE)
 
 
 def slot_table() -> torch.Tensor:
@@ -108,9 +102,17 @@ def check_round(
     widths=st.lists(st.integers(0, 17), max_size=9),
     seed=st.integers(0, 1000),
     padding=st.one_of(st.none(), st.integers(0, 40)),
+    dtype=st.sampled_from([torch.int32, torch.int64]),
 )
-def test_any_round(backend: str, widths: list[int], seed: int, padding: int | None) -> None:
-    check_round(backend, widths, seed, padding=padding)
+@example([], 2, 3, torch.int32)
+@example([0], 2, 3, torch.int32)
+@example([1, 1, 1], 2, 3, torch.int32)
+@example([8, 4, 1, 16], 1, None, torch.int32)
+@example([0, 1, 1], 2, 3, torch.int64)
+def test_any_round(
+    backend: str, widths: list[int], seed: int, padding: int | None, dtype: torch.dtype
+) -> None:
+    check_round(backend, widths, seed, padding=padding, dtype=dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -124,14 +126,6 @@ def test_any_round_that_may_end(backend: str, data: st.DataObject, widths: list[
     check_round(
         backend, widths, seed, stops=stops, dtype=data.draw(st.sampled_from([torch.int32, torch.int64]))
     )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("widths", [[], [0], [1], [16], [1, 1, 1], [0, 1, 1], [8, 4, 1, 16], [0, 5, 0]])
-def test_rounds(backend: str, dtype: torch.dtype, widths: list[int]) -> None:
-    check_round(backend, widths, 1, dtype=dtype)
-    check_round(backend, widths, 2, padding=3, dtype=dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

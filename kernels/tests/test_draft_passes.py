@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, integers, running
 from whiflash_kernels import BacklogRings, Claims, PassInputs, claim_backlogs, draft_inputs, pass_rows
 
 SLOTS, CONTEXT, CAPACITY = 12, 40, 7
@@ -15,10 +15,6 @@ spares = st.none() | st.integers(0, 3)
 """Requests that a captured pass reads beyond the batch; None: nothing is captured."""
 OLD = 77
 """A captured pass read this before."""
-
-
-def integers(values: list[int] | list[list[int]], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
 def memory(tensor: torch.Tensor) -> int:

@@ -5,16 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, integers, running
 from whiflash_kernels import Drafts, choose_drafts, cut_drafts, lay_drafts
 
 SLOTS, CONTEXT = 12, 40
 
 Draft = tuple[int, float]
-
-
-def integers(values: object, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
 def floats(values: object) -> torch.Tensor:

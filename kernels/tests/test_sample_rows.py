@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, integers, running
 from whiflash_kernels import SamplingTable, sample_rows
 
 FREE = (1.0, 2.0**30, 1.0, 0.0)
@@ -37,10 +37,6 @@ def table(parameters: list[tuple[float, ...]], slots: list[int], seeds: list[int
     for slot, values, seed in zip(slots, parameters, seeds, strict=True):
         rows[slot], own[slot] = torch.tensor(values), seed
     return SamplingTable(rows.to(DEVICE), own.to(DEVICE))
-
-
-def integers(values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
 def bits(allowed: torch.Tensor) -> torch.Tensor:
