@@ -17,7 +17,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import whiflash_train as train
-from whiflash_lab.evaluation import EvaluationSettings, Hardware, evaluate_bundle
 from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError
@@ -26,7 +25,6 @@ from whiflash_sglang.formats.dflash.dspark import DSparkDrafter
 from whiflash_sglang.formats.table import read_draft
 from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.answers.store import SequenceRecord
-from whiflash_train.bundle import assemble
 from whiflash_train.config import DSpark, TrainConfig, load_config
 from whiflash_train.drafters.batches import Batch, unpack
 from whiflash_train.drafters.dspark import DSparkTraining, go_on_from, initialise
@@ -282,20 +280,32 @@ def replayed(target: ReferenceTarget, checkpoint: Path, text: list[int], prompt:
     return replay_drafters(pair, Stored(record, torch.tensor(text), forward.features, forward.final), capture)
 
 
+def run(*arguments: object) -> None:
+    result = CliRunner().invoke(app, [str(word) for word in arguments])
+    assert result.exit_code == 0, f"{arguments}\n{result.output}\n{result.exception!r}"
+
+
 def test_a_bundle_with_it_is_evaluated(trained: Trained, tmp_path: Path) -> None:
+    """As a user would type it, twice."""
     train_eagle3(trained.config, trained.target)
-    bundle = assemble(trained.config, tmp_path / "bundle", "tiny")
+    root, bundle = trained.config.work.parent, tmp_path / "bundle"
+    run("train", "--step", "bundle", "--out", bundle, "--config", root / "tiny.yaml", "--json")
     manifest = json.loads((bundle / "whiflash.json").read_text())
     assert (manifest["dflash"], manifest["dflash_vocabulary"]) == ("dspark", "eagle3")
     assert block_size_of(bundle / "dspark", None) == 5
-    options = EvaluationSettings(
-        max_new_tokens=24, work=tmp_path / "work", hardware=Hardware(dtype="float32")
-    )
-    result = evaluate_bundle(bundle, trained.config.work.parent / "prompts.jsonl", options)
-    assert result["overall"]["acceptance_length"]["diffusion"] > 1
-    assert "entropy" in result["overall"]["acceptance_length"]
-    again = evaluate_bundle(bundle, trained.config.work.parent / "prompts.jsonl", options)
-    assert json.dumps(again) == json.dumps(result), "kept replays"
+    options = ["--bundle", bundle, "--prompts", root / "prompts.jsonl", "--max-new-tokens", 24]
+    options += ["--dtype", "float32", "--work", tmp_path / "work", "--out"]
+    for name in ("first.json", "again.json"):
+        run("lab", "evaluate", *options, tmp_path / name)
+    figures, again = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "again.json"))
+    assert again["overall"] == figures["overall"], "kept replays"
+    lengths = figures["overall"]["acceptance_length"]
+    arms, routers = {"ar", "diffusion", "lookup"}, {"entropy", "auto-unpriced"}
+    assert lengths.keys() == arms | routers | {"oracle", "oracle-of-three"}, "the bundle has no router"
+    assert lengths["diffusion"] > 1
+    assert figures["overall"]["oracle_gain_share"].keys() == routers
+    assert set(figures["overall"]["rounds_won"]) == {"ar", "diffusion"}
+    assert max(lengths[arm] for arm in arms) <= lengths["oracle-of-three"] + 1e-9
 
 
 def test_a_configuration_without_the_section_says_so(trained: Trained) -> None:

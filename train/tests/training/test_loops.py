@@ -6,11 +6,6 @@ from hypothesis import strategies as st
 from whiflash_train.rounds import MAX_PERIOD, MIN_REPEATS, MIN_SPAN, loop_start
 
 
-def test_a_repeated_phrase_is_cut_after_its_first_pass() -> None:
-    text = [1, 2, 3] + [7, 8, 9, 10, 11, 12] * 5
-    assert loop_start(text) == 3 + 6
-
-
 def test_three_passes_are_not_a_loop() -> None:
     assert loop_start([1, 2, 3] + list(range(10, 20)) * 3) is None
 

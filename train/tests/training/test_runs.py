@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "category": ("chat", "code")[i % 2],
             "messages": [{"role": "user", "content": f"say {i}"}],
         }
+        | ({"category": "tool_call", "tools": [TOOL]} if i % 8 == 0 else {})
         for i in range(24)
     ]
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -73,6 +76,24 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
 
+@contextmanager
+def dying() -> Iterator[None]:
+    """A run that is killed in its seventh step, which is behind its first checkpoint."""
+    from transformers import Trainer
+
+    original = Trainer.training_step
+
+    def dies(self: Trainer, *args: object, **kwargs: object) -> torch.Tensor:
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "training_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
 def test_data_goes_on_where_it_stopped(root: Path, config: TrainConfig, tmp_path: Path) -> None:
     part = config.model_copy(update={"work": tmp_path, "data": config.data.model_copy(update={"limit": 10})})
     assert generate_data(part).sequences == 10
@@ -86,10 +107,8 @@ def test_data_goes_on_where_it_stopped(root: Path, config: TrainConfig, tmp_path
     "train", sampled([train_eagle3, train_dflash, train_dspark], train_eagle3, train_dspark)
 )
 def test_a_killed_run_resumes_to_the_same_weights(
-    train: object, root: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: object, root: Path, config: TrainConfig, tmp_path: Path
 ) -> None:
-    from transformers import Trainer
-
     def run(work: Path) -> Path:
         work.mkdir(exist_ok=True)
         if not (work / "data").exists():
@@ -97,17 +116,8 @@ def test_a_killed_run_resumes_to_the_same_weights(
         return train(config.model_copy(update={"work": work}), root / "target")
 
     expected = weights(run(tmp_path / "whole"))
-    original = Trainer.training_step
-
-    def dies(self: Trainer, *args: object, **kwargs: object) -> torch.Tensor:
-        if self.state.global_step == 6:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "training_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "killed")
+    with dying():
+        run(tmp_path / "killed")
     found = weights(run(tmp_path / "killed"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
@@ -118,22 +128,11 @@ def test_a_killed_run_resumes_to_the_same_weights(
 @pytest.fixture(scope="module")
 def killed(root: Path, config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A run that ended after its first checkpoint."""
-    from transformers import Trainer
-
     work = tmp_path_factory.mktemp("killed")
     shutil.copytree(config.work / "data", work / "data")
     begun = config.model_copy(update={"work": work})
-    original = Trainer.training_step
-
-    def dies(self: Trainer, *args: object, **kwargs: object) -> torch.Tensor:
-        if self.state.global_step == 6:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "training_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train_eagle3(begun, root / "target")
+    with dying():
+        train_eagle3(begun, root / "target")
     return begun
 
 
@@ -247,7 +246,7 @@ def test_a_prompt_that_was_answered_twice_is_learned_from_once(
 def test_a_bundle_of_one_drafter_is_evaluated(
     root: Path, config: TrainConfig, tmp_path: Path, part: str, arm: str, train: Any
 ) -> None:
-    """`train/tests/training/test_tiny.py` evaluates both drafters."""
+    """`test_dspark_training.py` evaluates both drafters."""
     bundle = tmp_path / "bundle"
     shutil.copytree(train(config, root / "target"), bundle / part)
     manifest = {"schema_version": 1, "name": "tiny", "target": str(root / "target"), part: part}
