@@ -116,6 +116,12 @@ def test_a_wrong_change_of_policy_is_a_400_and_reaches_no_scheduler(
     assert not manager.sent
 
 
+def test_capabilities_name_the_policy_in_force(client: TestClient) -> None:
+    assert client.get("/whiflash/capabilities").json()["policy"] == "auto"
+    assert client.post("/whiflash/policy", json={"router": "none"}).status_code == 200
+    assert client.get("/whiflash/capabilities").json()["policy"] == "none"
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
 def test_what_is_not_called_json_steers_nothing(client: TestClient, manager: Manager, kind: str) -> None:
     """A page sends those to any server without its leave."""
@@ -160,6 +166,8 @@ DONE, REFUSED = "done", "refused with 400"
         ("forget", {"all": True}, '{"all": true}', DONE),
         ("forget", {"cache_salt": SALT}, f'{{"tenant": "{TENANT}"}}', DONE),
         ("drafters", {"version": 3}, '{"version": 3}', DONE),
+        ("drafters", {"version": "3"}, "{}", REFUSED),
+        ("drafters", {"version": 3, "files": ["a"]}, "{}", REFUSED),
         ("forget", {"cache_salt": SALT, "agent": "planner"}, "{}", REFUSED),
         ("policy", {"router": "nonsense", "\nforged": 1}, '{"router": "nonsense"}', REFUSED),
         ("policy", {"router": "x\ny" * 100}, '{"router": "..."}', REFUSED),

@@ -77,7 +77,7 @@ def test_an_aborted_request_leaves_nothing(served: tuple[Engine, Path]) -> None:
 
 @pytest.mark.parametrize("steps", [0, 3, 1000])
 def test_forgetting_reaches_who_waits_runs_or_has_ended(served: tuple[Engine, Path], steps: int) -> None:
-    """Samples of others, too, are kept of what had ended only."""
+    """Samples of others stay only if they had ended."""
     e, _ = served
     e.submit(f"a{steps}", [1, 2, 3], cache_salt="a", max_new_tokens=40)
     e.submit(f"b{steps}", [3, 2, 1], cache_salt="b", max_new_tokens=40)
