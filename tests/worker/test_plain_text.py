@@ -616,21 +616,21 @@ def check_kept(serving: Serving, row: Row) -> None:
         assert e.scheduler.tree_cache.tree_core.is_eagle == chained, "only EAGLE-3 needs bigrams"
 
 
-def forbidden(e: Engine, round: Round) -> int:
+def forbidden(e: Engine, turn: Round) -> int:
     """Drafts of a round that are verified though the grammars of their requests forbid them."""
-    arm, found = e.worker.drafters["structure"], 0
-    for index, row in enumerate(round.row_ids):
-        own = arm._requests.get(row)
+    arm, count = e.worker.drafters["structure"], 0
+    for index, row in enumerate(turn.row_ids):
+        own = e.states[row].kept.get(arm.arm) if row in e.states else None
         matcher = own and own.grammar and own.grammar.matcher(arm._vocabulary)
-        if not matcher or not round.limits["joined"][index] or own.known != round.most[index] + 1:
+        if not matcher or not turn.plan.limits.joined[index] or own.known != turn.most[index] + 1:
             continue
-        drafts = round.chosen.tokens[index, : int(round.chosen.widths[index]) - 1].tolist()
+        drafts = turn.chosen.tokens[index, : int(turn.chosen.widths[index]) - 1].tolist()
         with matcher.trying():
             assert all(map(matcher.accept_token, own.unseen))
-            found += not all(
+            count += not all(
                 matcher.accept_token(draft) for draft in drafts if is_text(arm._vocabulary, draft)
             )
-    return found
+    return count
 
 
 def check_learned(serving: Serving, arrivals: list[Arrival]) -> None:
