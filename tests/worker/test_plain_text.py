@@ -424,9 +424,9 @@ def serving(
         learned[state.rid].append((start, list(tokens)))
         return committed(self, state, decision, arm, tokens, width, start, *more)
 
-    def drafted(stage: DraftStage, round: Round) -> None:
-        draft(stage, round)
-        wrong.append(forbidden(e, round))
+    def drafted(stage: DraftStage, turn: Round) -> None:
+        draft(stage, turn)
+        wrong.append(forbidden(e, turn))
 
     with pytest.MonkeyPatch.context() as patch, ExitStack() as running:
         patch.setattr(Controller, "committed", noted)
