@@ -40,11 +40,7 @@ READS = frozenset(
 UPLOADS = frozenset({"tensor", "as_tensor", "from_numpy", "asarray"})
 
 
-STAND_INS = (
-    "whiflash_kernels/reference/",
-    "whiflash_cpu/",
-    "whiflash_sglang/engine/forward/recurrences.py",
-)
+STAND_INS = ("whiflash_kernels/reference/", "whiflash_cpu/")
 """Files in which a CPU does the work of kernels, as the bodies of our ops do: nobody would wait for what these read."""
 
 

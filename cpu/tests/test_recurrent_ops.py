@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from whiflash_sglang.engine.forward.recurrences import (
-    Rows,
+from whiflash_cpu.recurrent_ops import (
     causal_conv1d_fn,
     causal_conv1d_update,
     gated_delta_rule,
     scatter_mamba_states_after_mtp_verify,
     selective_scan,
 )
+from whiflash_sglang.engine.forward.recurrences import Rows
 
 WIDTH, TAPS, SLOTS = 6, 4, 7
 

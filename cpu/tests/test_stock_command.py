@@ -19,7 +19,7 @@ from .conftest import Checkpoints
 pytestmark = pytest.mark.server
 
 PROBE = Path(__file__).parents[2] / "tests" / "probe"
-STAND_INS = ("whiflash_cpu/", "whiflash_sglang/engine/forward/recurrences.py")
+STAND_INS = ("whiflash_cpu/",)
 """Files of what the CPU platform puts in SGLang's place."""
 OFFERED = {
     "sglang.srt.entrypoints.engine.Engine.server_args_class",

@@ -3,7 +3,7 @@ Kimi Linear's by channel) and Mamba 2 (Nemotron-H).
 
 They replace backends whose kernels are Triton's and whose verifications have one width: here rows are packed. A
 verification reads the states and writes down the one behind each of its rows; the commit follows
-(:func:`whiflash_sglang.engine.forward.recurrences.scatter_mamba_states_after_mtp_verify`).
+(:func:`whiflash_cpu.recurrent_ops.scatter_mamba_states_after_mtp_verify`).
 """
 
 from collections.abc import Callable
@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
 
+from whiflash_cpu.recurrent_ops import gated_delta_rule, selective_scan
 from whiflash_sglang.engine.forward.recurrences import (
     Rows,
     activated,
     convolution_of,
-    gated_delta_rule,
     mixer_forward,
     packed_convolution,
     packed_verification,
-    selective_scan,
     split_mixed,
     transposed,
 )

@@ -9,9 +9,8 @@ import torch
 from sglang.srt.layers.dp_attention import memcpy_cpu
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from whiflash_cpu import collectives, host_copies, layers, packed_weights, spec_ops
+from whiflash_cpu import collectives, host_copies, layers, packed_weights, recurrent_ops, spec_ops
 from whiflash_cpu.attention import CpuAttentionBackend, CpuKVPool, CpuMultiStepDraftBackend
-from whiflash_sglang.engine.forward import recurrences
 from whiflash_sglang.engine.supported import has
 from whiflash_sglang.files.cpu import ATTENTION_BACKEND
 
@@ -90,12 +89,12 @@ _OF_UPSTREAMS_DRAFTERS: tuple[Seam, ...] = (
 """Names that upstream's own algorithms call since 0.5.23; before, the CPU serves plain decoding and WHIFLASH."""
 
 _NAMES: tuple[Seam, ...] = (
-    Seam(_CONV, "causal_conv1d_fn", recurrences.causal_conv1d_fn),
-    Seam(_CONV, "causal_conv1d_update", recurrences.causal_conv1d_update),
+    Seam(_CONV, "causal_conv1d_fn", recurrent_ops.causal_conv1d_fn),
+    Seam(_CONV, "causal_conv1d_update", recurrent_ops.causal_conv1d_update),
     Seam(
         "sglang.kernels.ops.mamba.mamba_state_scatter_triton",
         "scatter_mamba_states_after_mtp_verify",
-        recurrences.scatter_mamba_states_after_mtp_verify,
+        recurrent_ops.scatter_mamba_states_after_mtp_verify,
     ),
     Seam("sglang.srt.layers.dp_attention", "memcpy_func", memcpy_cpu),
     Seam(_PARALLEL, "reg_all_gather_into_tensor", collectives.reg_all_gather_into_tensor),

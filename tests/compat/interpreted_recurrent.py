@@ -19,9 +19,9 @@ from sglang.kernels.ops.mamba.mamba_state_scatter_triton import scatter_mamba_st
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBackendBase
 from sglang.srt.mem_cache.memory_pool import MambaPool
 
+from whiflash_cpu.recurrent_ops import causal_conv1d_update
 from whiflash_sglang.engine import patching
 from whiflash_sglang.engine.forward import recurrent_untried as ragged_recurrent
-from whiflash_sglang.engine.forward.recurrences import causal_conv1d_update
 from whiflash_sglang.engine.forward.recurrent import tracked_rows
 from whiflash_sglang.engine.forward.recurrent_untried import (
     RaggedChannelDeltaBackend,

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from whiflash_cpu.recurrent_backends import CpuChannelDeltaBackend, CpuDeltaBackend
-from whiflash_sglang.engine.forward.recurrences import Rows, gated_delta_rule, selective_scan, split_mixed
+from whiflash_cpu.recurrent_ops import gated_delta_rule, selective_scan
+from whiflash_sglang.engine.forward.recurrences import Rows, split_mixed
 from whiflash_sglang.engine.forward.recurrent_untried import (
     RaggedChannelDeltaBackend,
     RaggedDeltaBackend,

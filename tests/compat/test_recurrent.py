@@ -7,11 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from whiflash_cpu.recurrent_ops import causal_conv1d_update, scatter_mamba_states_after_mtp_verify
 from whiflash_sglang.engine.forward import recurrent
-from whiflash_sglang.engine.forward.recurrences import (
-    causal_conv1d_update,
-    scatter_mamba_states_after_mtp_verify,
-)
 from whiflash_sglang.engine.forward.recurrent import commit, tracked_rows, verify_packed
 
 WIDTH, TAPS, SLOTS, STEPS, EVERY = 6, 3, 7, 5, 4

@@ -33,8 +33,9 @@ from whiflash_cpu.recurrent_backends import (
     CpuDeltaBackend,
     CpuMamba2Backend,
 )
+from whiflash_cpu.recurrent_ops import gated_delta_rule, selective_scan
 from whiflash_sglang.engine.forward import recurrent_untried as ragged_recurrent
-from whiflash_sglang.engine.forward.recurrences import Rows, gated_delta_rule, selective_scan
+from whiflash_sglang.engine.forward.recurrences import Rows
 from whiflash_sglang.engine.forward.recurrent_untried import RaggedConvBackend, RaggedDelta, RaggedMamba2
 
 
