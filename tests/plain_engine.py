@@ -20,7 +20,7 @@ from whiflash_train.target import TargetModel
 OFFLINE = "whiflash_train.engine.offline"
 
 
-class Place(NamedTuple):
+class EnginePlace(NamedTuple):
     """As `offline.EnginePlace`."""
 
     target: str
@@ -32,7 +32,7 @@ class PlainEngine:
     """As `offline.OfflineEngine`, without grammars."""
 
     def __init__(
-        self, model: Path, layers: list[int], place: Place, arguments: dict[str, Any], **chosen: Any
+        self, model: Path, layers: list[int], place: EnginePlace, arguments: dict[str, Any], **chosen: Any
     ) -> None:
         self.target, self.layers = _target(model, chosen["dtype"]), layers
         place.origin.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def _answer(target: TargetModel, prompt: tuple[int, ...], temperature: float, lo
 def plain_engine() -> Iterator[None]:
     """Training's engine is a `PlainEngine`; SGLang is not imported for it."""
     module = ModuleType(OFFLINE)
-    vars(module).update(OfflineEngine=PlainEngine, Place=Place)
+    vars(module).update(OfflineEngine=PlainEngine, EnginePlace=EnginePlace)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, OFFLINE, module)
         yield

@@ -19,7 +19,6 @@ from whiflash_kernels.router import router_mlp
 from whiflash_kernels.routing import routing_stats
 from whiflash_kernels.sampling import sample_rows
 from whiflash_kernels.structs import (
-    PADDING,
     BacklogRings,
     Chosen,
     Claims,
@@ -37,7 +36,6 @@ from whiflash_kernels.structs import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "PADDING",
     "BacklogRings",
     "Chosen",
     "Claims",

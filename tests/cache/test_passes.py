@@ -9,7 +9,7 @@ from host_reads import HostReads
 from replay import CONTEXT, SLOTS, VOCAB, Arms
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from whiflash_kernels import PADDING
+from whiflash_kernels.structs import PADDING
 
 from whiflash_sglang.arms.paged import PagedArm
 from whiflash_sglang.records.core import DraftBatch

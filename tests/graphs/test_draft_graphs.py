@@ -16,7 +16,7 @@ from op_tape import TapeRecorder
 from replay import CONTEXT, SLOTS, Arms, Replay, load_arms
 from test_passes import ARMS, prepared, requests
 from tiny_models import tiny_dflash, tiny_target
-from whiflash_kernels import PADDING
+from whiflash_kernels.structs import PADDING
 
 from whiflash_sglang.arms.block import DFlashArm
 from whiflash_sglang.arms.chain import MTPArm

@@ -101,7 +101,7 @@ def test_another_server_measures_its_own(
         lambda: monkeypatch.setattr(
             pricing, "get_context", lambda: SimpleNamespace(resolved_server_args_dict=dict)
         ),
-        lambda: monkeypatch.setattr(pricing.versions, "installed", lambda: "0.5.22"),
+        lambda: monkeypatch.setattr(pricing.supported, "installed", lambda: "0.5.22"),
         lambda: monkeypatch.setattr(pricing, "_kernels", lambda: "another"),
     ]
     assert all(map(pricing.PRICED.search, ARGUMENTS.split()))

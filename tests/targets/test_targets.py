@@ -22,7 +22,7 @@ from traffic import Arrival, mixed, play
 
 from whiflash_sglang.arms.base import with_kv
 from whiflash_sglang.arms.chain import MTPArm
-from whiflash_sglang.checkpoints.fit import Parts, create
+from whiflash_sglang.checkpoints.fit import BundleParts, create
 
 SAMPLE = (
     "DeepseekV3ForCausalLM",  # latent attention, experts
@@ -123,7 +123,7 @@ def test_a_head_of_the_targets_own(name: str, block: bool, tmp_path: Path) -> No
     target, draft = tmp_path / "target", tmp_path / "bundle"
     model, policies = tiny_with_head(target, name), ["ar", "lookup", "auto", "none"]
     if block:
-        create(Parts(str(target), None, str(tiny_dflash(tmp_path / "dflash", target))), draft)
+        create(BundleParts(str(target), None, str(tiny_dflash(tmp_path / "dflash", target))), draft)
         policies += ["diffusion", "entropy"]
     with serving(tmp_path, model, {"draft": draft if block else target}) as s:
         assert isinstance(s.engine.worker.drafters["ar"], MTPArm)

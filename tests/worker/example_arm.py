@@ -10,12 +10,13 @@ from whiflash_sglang.drafts.candidates import Candidate, Part, common_prefix
 from whiflash_sglang.drafts.rates import Rates
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import History
+from whiflash_sglang.records.request import Request
 
 ARM = "again"
 
 
 class AgainArm(TextDrafter):
-    """Drafts the tokens behind the last token's newest earlier place. It keeps the text of each request.
+    """Drafts the tokens behind the last token's newest earlier place. It keeps nothing itself: a request has its text.
 
     Attributes:
         judged: of each proposal, how many tokens are known to be right or wrong, and how many were right.
@@ -26,20 +27,19 @@ class AgainArm(TextDrafter):
     def __init__(self) -> None:
         self.judged: list[tuple[int, int]] = []
         self._right = Rates([0.5], weight=4.0, decay=0.98)
-        self._texts: dict[int, list[int]] = {}
-        self._proposed: dict[int, list[int]] = {}
 
     def propose(
-        self, row: int, length: int, history: History, worth: Worth, under_way: int = 0
+        self, request: Request, length: int, history: History, worth: Worth, under_way: int = 0
     ) -> Candidate | None:
-        text = self._texts.setdefault(row, [])
+        text, proposed = request.kept.pop(ARM, ([], []))
         new = history(len(text))  # costs what it returns: ask for what was not seen
-        self._judge(self._proposed.pop(row, ()), new)
+        self._judge(proposed, new)
         text.extend(new)
         begin = next((place + 1 for place in range(len(text) - 2, -1, -1) if text[place] == text[-1]), 0)
-        if not begin:
+        expected = text[begin:][: self.max_drafts] if begin else []
+        request.kept[ARM] = text, expected
+        if not expected:
             return None
-        expected = self._proposed[row] = text[begin:][: self.max_drafts]
         alive = [self._right.of(0) ** (place + 1) for place in range(len(expected))]
         count = sum(chance >= worth.least_chance for chance in alive)
         return Candidate(expected[:count], alive[:count], [Part(ARM, count)], at=len(text))
@@ -50,7 +50,3 @@ class AgainArm(TextDrafter):
         self.judged.append((known, right))
         for place in range(min(known, right + 1)):
             self._right.observe(0, place < right)
-
-    def release(self, row: int) -> None:
-        self._texts.pop(row, None)
-        self._proposed.pop(row, None)

@@ -18,8 +18,8 @@ def test_a_drafter_of_fifty_lines_serves(tmp_path: Path) -> None:
     with engine(models.target, whiflash=models.whiflash("random"), arms=[again], max_running_requests=4) as e:
         found = play(e, arrivals, lambda: used.update(*(state.counts for state in e.states.values())))
         assert ARM in e.worker.snapshot()["arms"]
+        assert not e.states, "nothing is kept of requests that ended"
     compare(models.reference.target, arrivals, expected, found)
     assert ARM in used, "rounds verified its drafts"
     assert sum(right for _, right in again.judged) > 0, "some of its drafts were right"
     assert any(right < known for known, right in again.judged), "others were not"
-    assert not again._texts, "nothing is kept of requests that ended"

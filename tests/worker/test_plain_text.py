@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 from trees import assert_tree_is_true
 
 from whiflash_sglang.cache import backlog
-from whiflash_sglang.checkpoints.fit import Parts, create
+from whiflash_sglang.checkpoints.fit import BundleParts, create
 from whiflash_sglang.engine.forward.target import Target
 from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
 from whiflash_sglang.records.core import Round
@@ -387,7 +387,7 @@ def flags_of(setting: Setting, models: Models, bundle: Path) -> dict[str, Any]:
     flags: dict[str, Any] = {"whiflash_router": "none"}
     if setting.drafters != "none":
         pair = {"ar": (str(models.eagle3), None), "diffusion": (None, str(models.dflash))}
-        create(Parts(str(models.target), *pair[setting.drafters]), bundle)
+        create(BundleParts(str(models.target), *pair[setting.drafters]), bundle)
         flags["draft"] = bundle
     return flags
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from whiflash_kernels import (
-    PADDING,
     BacklogRings,
     Claims,
     PassInputs,
@@ -18,6 +17,7 @@ from whiflash_kernels import (
     park,
     unpark,
 )
+from whiflash_kernels.structs import PADDING
 
 TOKENS = 64  # of features that a request's ring holds for its idle drafters before a flush
 

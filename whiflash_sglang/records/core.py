@@ -12,7 +12,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from whiflash_kernels import PADDING, Chosen, Committed, Drafts, MixedBlock, PassInputs, pass_rows
+from whiflash_kernels import Chosen, Committed, Drafts, MixedBlock, PassInputs, pass_rows
+from whiflash_kernels.structs import PADDING
 
 from whiflash_sglang.device.transfers import EXACT, Floats, HostView, Upload
 from whiflash_sglang.drafts import arms
