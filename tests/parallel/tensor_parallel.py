@@ -191,7 +191,7 @@ def go_wild(rank: int) -> None:
     for p in (
         patch.object(time, "perf_counter", jumping),
         patch.object(time, "monotonic", jumping),
-        patch.object(step, "has_mail", lambda: rng.random() < 0.5),
+        patch.object(step, "has_mail", lambda _: rng.random() < 0.5),
         patch.object(HostClock, "passed", lambda *_: rng.random() < 0.5),
         patch.object(spending, "REQUEST_SECONDS", 0.0),
     ):

@@ -336,8 +336,8 @@ def test_servers_that_do_not_fit(models: Models, prefills: dict[str, Prefill]) -
                 assert "start both with WHIFLASH, the same drafters" in message
         assert texts(e, prefills["pair"], {"greedy": {}})
         e.check_leaks()
-        infos = [SimpleNamespace(kv_layout=disaggregation._layout, attn_tp_size=ranks) for ranks in (1, 2)]
-        same, more = (disaggregation.mismatch(info, 1, "there:1") for info in infos)
+        infos = [SimpleNamespace(kv_layout=e.worker.draft_layout, attn_tp_size=ranks) for ranks in (1, 2)]
+        same, more = (disaggregation.mismatch(e.worker, info, 1, "there:1") for info in infos)
         assert same is None
         assert "2 of the prefill server there:1, 1 of this decode" in str(more)
 

@@ -122,8 +122,9 @@ def test_an_aborted_neighbour(models: Models, plain: dict[str, list[int]]) -> No
         assert cut == plain["greedy-0"][: len(cut)]
         assert written == {rid: text for rid, text in plain.items() if rid != "greedy-0"}
         e.check_leaks()
-        prefill = SimpleNamespace(kv_layout=disaggregation._layout, attn_tp_size=2)
-        assert disaggregation.mismatch(prefill, 1, "there:1") is None, "no drafter's KV is cut by heads"
+        prefill = SimpleNamespace(kv_layout=e.worker.draft_layout, attn_tp_size=2)
+        reason = disaggregation.mismatch(e.worker, prefill, 1, "there:1")
+        assert reason is None, "no drafter's KV is cut by heads"
 
 
 def test_a_room_is_taken_wherever_its_request_waits(monkeypatch: pytest.MonkeyPatch) -> None:

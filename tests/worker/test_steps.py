@@ -165,18 +165,18 @@ def test_the_mailbox_is_the_schedulers(running: Engine) -> None:
     """
     receiver, manager = running.scheduler.request_receiver, running.scheduler.grammar_manager
     assert receiver.recv_requests() == []
-    assert not step.has_mail()
+    assert not step.has_mail(running.scheduler)
     with zmq.Context() as context, context.socket(zmq.PUSH) as sender:
         sender.bind(receiver.recv_from_tokenizer.getsockopt_string(zmq.LAST_ENDPOINT))
         sender.send(b"a request")
         assert receiver.recv_from_tokenizer.poll()
-        assert step.has_mail()
+        assert step.has_mail(running.scheduler)
         receiver.recv_from_tokenizer.recv()
-        assert not step.has_mail()
+        assert not step.has_mail(running.scheduler)
     manager.grammar_queue.append(object())
-    assert step.has_mail()
+    assert step.has_mail(running.scheduler)
     manager.grammar_queue.clear()
-    assert not step.has_mail()
+    assert not step.has_mail(running.scheduler)
 
 
 def test_every_field_of_a_result_is_handed_on() -> None:

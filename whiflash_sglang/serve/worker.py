@@ -3,6 +3,7 @@
 import time
 from functools import partial
 from typing import Any
+from weakref import ReferenceType
 
 import torch
 
@@ -68,6 +69,9 @@ STEP_ROUNDS, STEP_SECONDS = 4, 0.1
 class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     """Owns the drafters, their KV and the controller; the target stays SGLang's own worker."""
 
+    scheduler: ReferenceType[Any]  # from when it is ours
+    flushes_later = False  # what is parked of released requests
+
     # The scheduler's rounds run in inference mode or without gradients, its start does not. Not inference mode: what
     # it makes could not be written without it.
     @torch.no_grad()
@@ -117,16 +121,15 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         rows, context = self.target.slot_table.shape
         self.tokens = TokenTable(rows, context, widest_of(self.drafters) + 1, self.target.device)
         self.stages = build_stages(self)
-        releases.notify(self.stages.lifecycle, self.target.runner, disaggregation.save)
+        releases.notify(self)
 
     def init_hicache_draft_plan(self) -> None:
         """Called by the scheduler when the pools are allocated: draft KV follows the target's into host memory, and
         from a prefill server to a decode server.
         """
         self._draft_pool = draft_pool.pool_of(self.target, self.kv_arms)
-        layout, ingests = draft_pool.layout_of(self.target, self.kv_arms), self.quarantine.ingests
-        self._hicache_draft_plan = hicache.plan(self._draft_pool, layout, tuple(self.kv_arms), ingests)
-        disaggregation.notify(self, layout)
+        self.draft_layout = draft_pool.layout_of(self.target, self.kv_arms)
+        self._hicache_draft_plan = hicache.plan(self._draft_pool)
 
     @property
     def primary_draft_kv_pool(self) -> Any:
@@ -229,7 +232,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             and not any_ended(turn, tokens)
             and not any_tracked(batch, turn, tokens)
             and self.ranks.broadcast(
-                lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail()
+                lambda: time.perf_counter() - began < STEP_SECONDS and not step.has_mail(self.scheduler())
             )
         ):
             turn = next_round(batch, turn, result, tokens)

@@ -7,36 +7,17 @@ SGLang pairs what is sent and received by place, so both servers have the same d
 has a field for layouts of KV, and it carries ours.
 """
 
-from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
-import torch
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.decode import DecodePreallocQueue
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.managers.overlap_utils import FutureMap, RelayPayload
 from sglang.srt.runtime_context import get_disagg
 
-from whiflash_sglang.engine.carried import serves_ours
 from whiflash_sglang.engine.patching import around
-from whiflash_sglang.engine.scheduler.releases import nobody
+from whiflash_sglang.engine.scheduler.releases import our_worker, slots_of
 from whiflash_sglang.engine.scheduler.spec_worker import DraftInput
-
-_worker: Callable[[], Any] = nobody
-_layout: str | None = None
-_copies = WeakKeyDictionary[Any, Any]()
-"""Draft KV of retracted requests."""
-
-
-def notify(worker: Any, layout: str | None) -> None:
-    """Call `worker.adopt` with every batch of requests that arrive from now on; it is not kept alive.
-
-    layout: as of `draft_pool.layout_of`.
-    """
-    global _worker, _layout
-    _worker, _layout = ref(worker), layout
-    _copies.clear()
 
 
 def prefills_only() -> bool:
@@ -46,12 +27,12 @@ def prefills_only() -> bool:
 
 def draft_input(batch: Any, bonus: Any, future_map: FutureMap) -> DraftInput:
     """Input of the first round of the batch's requests. bonus: [B] int64, the first token of each."""
-    worker = _worker()
+    worker = our_worker()
     assert worker is not None, "requests came before the worker was made"
     for req in batch.reqs:
-        copy = _copies.pop(req, None)
+        copy = req.__dict__.pop("_whiflash_kv", None)  # of one that was retracted
         if copy is not None:
-            worker.primary_draft_kv_pool.load_cpu_copy(copy, _slots(worker, req))
+            worker.primary_draft_kv_pool.load_cpu_copy(copy, slots_of(worker, req))
     worker.adopt(batch)
     made = DraftInput(bonus, batch.seq_lens)
     if batch.enable_overlap:
@@ -59,19 +40,6 @@ def draft_input(batch: Any, bonus: Any, future_map: FutureMap) -> DraftInput:
         future_map.publish(made.future_indices, batch.seq_lens)
         future_map.stash(made.future_indices, RelayPayload(bonus_tokens=bonus))
     return made
-
-
-def save(req: Any) -> None:
-    """A retracted request's draft KV waits on the host, as the target's does; its slots are given up next."""
-    worker = _worker()
-    if worker is not None and worker.primary_draft_kv_pool is not None:
-        _copies[req] = worker.primary_draft_kv_pool.get_cpu_copy(_slots(worker, req))
-
-
-def _slots(worker: Any, req: Any) -> torch.Tensor:
-    """[n] int64, of a request's KV."""
-    slots: torch.Tensor = worker.target.slot_table[req.kv.req_pool_idx, : req.seqlen - 1].long()
-    return slots
 
 
 @around(
@@ -82,8 +50,9 @@ def _slots(worker: Any, req: Any) -> torch.Tensor:
 )
 def _with_layout(original: Any, self: Any, url: str, payload: Any) -> None:
     """A prefill server registers what its draft KV was made with, in the field for layouts of KV."""
-    if serves_ours() and _layout is not None:
-        payload = {**payload, "kv_layout": _layout}
+    worker = our_worker()
+    if worker is not None and worker.draft_layout is not None:
+        payload = {**payload, "kv_layout": worker.draft_layout}
     original(self, url, payload)
 
 
@@ -103,9 +72,9 @@ class PreallocQueue(DecodePreallocQueue):  # type: ignore[misc]
 
     def _init_receiver(self, decode_req: Any, prefill_dp_rank: int) -> None:
         receiver, manager = decode_req.kv_receiver, self.kv_manager
-        address = receiver.bootstrap_addr
+        address, worker = receiver.bootstrap_addr, self.scheduler.draft_worker
         info = manager.prefill_info_table.get(address)
-        reason = None if info is None else mismatch(info, manager.attn_tp_size, address)
+        reason = None if info is None else mismatch(worker, info, manager.attn_tp_size, address)
         if reason is None:
             super()._init_receiver(decode_req, prefill_dp_rank)
             return
@@ -116,20 +85,19 @@ class PreallocQueue(DecodePreallocQueue):  # type: ignore[misc]
         receiver.conclude_state = KVPoll.Failed
 
 
-def mismatch(info: Any, ranks: int, address: str) -> str | None:
+def mismatch(worker: Any, info: Any, ranks: int, address: str) -> str | None:
     """Why a prefill server's KV cannot be continued here, if it cannot.
 
     Args:
         info: SGLang's record of it. ranks: of this server that share attention. address: where it registers.
     """
-    if info.kv_layout != _layout:
+    if info.kv_layout != worker.draft_layout:
         return (
             f"the prefill server {address} sends KV of the layout {info.kv_layout or 'of plain SGLang'}, and this "
-            f"decode server reads {_layout or 'that of plain SGLang'}; start both with WHIFLASH, the same drafters and "
-            "the same --swa-full-tokens-ratio"
+            f"decode server reads {worker.draft_layout or 'that of plain SGLang'}; start both with WHIFLASH, the same "
+            "drafters and the same --swa-full-tokens-ratio"
         )
-    worker = _worker()
-    if info.attn_tp_size != ranks and worker is not None and worker.primary_draft_kv_pool is not None:
+    if info.attn_tp_size != ranks and worker.primary_draft_kv_pool is not None:
         return (
             f"ranks that attend together: {info.attn_tp_size} of the prefill server {address}, {ranks} of this decode "
             "server. Each has whole drafters, and SGLang would cut their KV by heads; give both the same --tp-size and "

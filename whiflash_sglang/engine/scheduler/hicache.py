@@ -4,8 +4,6 @@ To SGLang the drafters' pool (`DraftPool`) is a sidecar: copied with the target'
 layer, and required of every page that storage offers.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from sglang.srt.managers.cache_controller import HiCacheController
@@ -13,36 +11,16 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_memory
 from sglang.srt.speculative.base_spec_worker import HiCacheDraftMode, HiCacheDraftPlan
 
-from whiflash_sglang.engine.carried import serves_ours
 from whiflash_sglang.engine.patching import around
-from whiflash_sglang.engine.scheduler import releases
 from whiflash_sglang.engine.scheduler.draft_pool import DraftPool
-
-_namespace: str | None = None
-_whole: Callable[[], bool] | None = None
+from whiflash_sglang.engine.scheduler.releases import flush, our_worker
 
 
-def plan(
-    pool: DraftPool | None, layout: str | None, arms: Sequence[str], ingests: Callable[[str], bool]
-) -> HiCacheDraftPlan:
-    """The pools that SGLang copies beside the target's KV: none without a host tier, or without drafters with KV.
-
-    Args:
-        layout: as of `draft_pool.layout_of`. arms: of the pool. ingests: whether an arm's KV has no holes.
-    """
-    global _namespace, _whole
-    _namespace = _whole = None
-    if not get_memory().enable_hierarchical_cache:
+def plan(pool: DraftPool | None) -> HiCacheDraftPlan:
+    """The pools that SGLang copies beside the target's KV: none without a host tier, or without drafters with KV."""
+    if pool is None or not get_memory().enable_hierarchical_cache:
         return HiCacheDraftPlan()
-    _namespace = layout
-    if pool is None:
-        return HiCacheDraftPlan()
-    _whole = partial(_all_ingest, arms, ingests)
     return HiCacheDraftPlan(HiCacheDraftMode.SIDECAR, (pool,))
-
-
-def _all_ingest(arms: Sequence[str], ingests: Callable[[str], bool]) -> bool:
-    return all(map(ingests, arms))
 
 
 @around(
@@ -54,8 +32,9 @@ def _flushing_first(original: Any, self: HiCacheController) -> None:
     """All copies to the host are submitted here, also those of slots that were released a moment ago: what is parked
     of these is ingested first.
     """
-    if self.write_queue and serves_ours():
-        releases.flush()
+    worker = our_worker()
+    if self.write_queue and worker is not None:
+        flush(worker)
     original(self)
 
 
@@ -72,9 +51,10 @@ def _of_these_drafters(original: Any, model_name: str | None, host_pool: Any) ->
     kind, and one whose windowed layers have a pool of their own other pages.
     """
     name: str | None = original(model_name, host_pool)
-    if _namespace is None or not serves_ours():
+    worker = our_worker()
+    if worker is None or worker.draft_layout is None or not get_memory().enable_hierarchical_cache:
         return name
-    return f"{name}-{_namespace}" if name else _namespace
+    return f"{name}-{worker.draft_layout}" if name else str(worker.draft_layout)
 
 
 @around(
@@ -85,5 +65,6 @@ def _of_these_drafters(original: Any, model_name: str | None, host_pool: Any) ->
 )
 def _while_whole(original: Any, self: UnifiedRadixCache, node_id: Any) -> None:
     """Nothing is stored once a drafter's KV has holes: here it drafts no more, but the next server's would."""
-    if _whole is None or not serves_ours() or _whole():
+    worker = our_worker()
+    if worker is None or all(map(worker.quarantine.ingests, worker.kv_arms)):
         original(self, node_id)

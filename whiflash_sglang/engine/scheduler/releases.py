@@ -4,11 +4,11 @@ worker.
 Its own hook covers finished requests only; `release_kv_cache` is the one function they all go through.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 from weakref import ref
 
+import torch
 from sglang.srt.session.streaming_session import StreamingSession
 
 from whiflash_sglang.engine.carried import serves_ours
@@ -16,36 +16,21 @@ from whiflash_sglang.engine.patching import around
 from whiflash_sglang.engine.scheduler.overlap import behind_forward
 
 
-class Owner(Protocol):
-    """Keeper of something per request. leaving: whether there is something to flush."""
-
-    @property
-    def leaving(self) -> bool: ...
-
-    def arrived(self, req: Any) -> None: ...
-
-    def released(self, req: Any, *, kept: bool) -> None: ...
-
-    def flush(self) -> None: ...
-
-
 def nobody() -> None: ...  # before a worker is made
 
 
-_owner: Callable[[], Any] = nobody
-_runner: Callable[[], Any] = nobody
-_save: Callable[[Any], None] | None = None
-_together = False
-"""Whether releases are flushed together: until the next batch is made nobody writes to the rows that they had."""
+_worker: Callable[[], Any] = nobody
 
 
-def notify(owner: Owner, runner: Any, save: Callable[[Any], None]) -> None:
-    """Call `owner` on every arrival and release from now on, after the forwards of `runner`; neither is kept alive.
+def notify(worker: Any) -> None:
+    """Functions of SGLang that lead to no scheduler find this worker from now on; it is not kept alive."""
+    global _worker
+    _worker = ref(worker)
 
-    save: called before a request gives its slots up whose KV waits on the host.
-    """
-    global _owner, _runner, _save
-    _owner, _runner, _save = ref(owner), ref(runner), save
+
+def our_worker() -> Any:
+    """The worker of this process's engine; None if that is not one of ours."""
+    return _worker() if serves_ours() else None
 
 
 @around(
@@ -57,44 +42,31 @@ def notify(owner: Owner, runner: Any, save: Callable[[Any], None]) -> None:
 )
 def _noting(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
     """The worker hears of every end of a request's KV."""
-    owner = _owner()
-    if owner is not None and serves_ours():
+    worker = our_worker()
+    if worker is not None:
         saved = req.kv.retraction_backup is not None  # by a decode server that retracts it
         # A session keeps the slots of a turn that is retracted, too.
         kept = checkpoint or saved or (req.session is not None and req.session.streaming)
-        owner.released(req, kept=kept)
-        if kept and (saved or not _together):
-            flush()
-        if saved and _save is not None:
-            _save(req)
+        worker.stages.lifecycle.released(req, kept=kept)
+        if kept and (saved or not worker.flushes_later):
+            flush(worker)
+        if saved and worker.primary_draft_kv_pool is not None:
+            # The draft KV waits on the host, as the target's does; its slots are given up next.
+            req._whiflash_kv = worker.primary_draft_kv_pool.get_cpu_copy(slots_of(worker, req))
     original(req, tree_cache, checkpoint=checkpoint)
 
 
-def arrived(req: Any) -> None:
-    """A request has arrived."""
-    owner = _owner()
-    if owner is not None:
-        owner.arrived(req)
+def slots_of(worker: Any, req: Any) -> torch.Tensor:
+    """[n] int64, of a request's KV."""
+    slots: torch.Tensor = worker.target.slot_table[req.kv.req_pool_idx, : req.seqlen - 1].long()
+    return slots
 
 
-@contextmanager
-def together() -> Iterator[None]:
-    """Flush requests that are released in the block at its end."""
-    global _together
-    _together = True
-    try:
-        yield
-    finally:
-        _together = False
-        flush()
-
-
-def flush() -> None:
+def flush(worker: Any) -> None:
     """Ingest what is parked of requests that were released, if there is anything."""
-    owner, runner = _owner(), _runner()
-    if owner is not None and runner is not None and owner.leaving:
-        with behind_forward(runner):
-            owner.flush()
+    if worker.stages.lifecycle.leaving:
+        with behind_forward(worker.target.runner):
+            worker.stages.lifecycle.flush()
 
 
 @around(

@@ -5,26 +5,14 @@ decoding pays less for that than a speculative round does, so rounds that draft 
 """
 
 from typing import Any
-from weakref import ReferenceType, ref
 
 from whiflash_sglang.engine.forward import sampling
 
-_scheduler: ReferenceType[Any] | None = None
 
-
-def notice(scheduler: Any) -> None:
-    """Ask this scheduler for mail from now on; it is not kept alive."""
-    global _scheduler
-    _scheduler = ref(scheduler)
-
-
-def has_mail() -> bool:
+def has_mail(scheduler: Any) -> bool:
     """Whether requests, aborts or messages wait for the scheduler, or requests whose grammars are compiled, of which it
     alone notices that one is ready. True where its mailbox cannot be asked.
     """
-    scheduler = None if _scheduler is None else _scheduler()
-    if scheduler is None:
-        return False
     receiver = scheduler.request_receiver
     sockets = [
         socket for socket in (receiver.recv_from_tokenizer, receiver.recv_from_rpc) if socket is not None

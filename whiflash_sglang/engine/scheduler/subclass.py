@@ -6,6 +6,7 @@ one while it is made: when its worker and its caches are there, and before it ma
 
 from dataclasses import fields
 from typing import Any
+from weakref import ref
 
 from sglang.srt.managers.io_struct import (
     EndWeightUpdateReqInput,
@@ -17,7 +18,7 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from whiflash_sglang.engine.carried import is_ours
 from whiflash_sglang.engine.forward.parallel import RequestReceiver
 from whiflash_sglang.engine.patching import around
-from whiflash_sglang.engine.scheduler import releases, step
+from whiflash_sglang.engine.scheduler import releases
 from whiflash_sglang.engine.scheduler.control import InternalState
 from whiflash_sglang.engine.scheduler.disaggregation import PreallocQueue
 from whiflash_sglang.engine.scheduler.figures import MetricsReporter
@@ -41,7 +42,7 @@ def _becoming(original: Any, self: Any) -> None:
     if not is_ours(self):
         return
     self.__class__ = type("WhiflashScheduler", (WhiflashScheduler, type(self)), {})
-    step.notice(self)
+    self.draft_worker.scheduler = ref(self)
     if self.metrics_collector is not None:
         self.draft_worker.publish_to(self.metrics_collector)
 
@@ -85,7 +86,7 @@ class WhiflashScheduler:
     def init_req_max_new_tokens(self, req: Any) -> None:
         """Called once for each request that arrives, which has its session by then."""
         super().init_req_max_new_tokens(req)  # type: ignore[misc]
-        releases.arrived(req)
+        self.draft_worker.stages.lifecycle.arrived(req)
 
     def process_input_requests(self, recv_reqs: Any) -> None:
         """Called in every pass of the loop, in all processes alike, also while nothing runs."""
@@ -95,9 +96,14 @@ class WhiflashScheduler:
         self.draft_worker.between_rounds()
 
     def process_batch_result(self, *args: Any, **named: Any) -> None:
+        """Requests that end here are flushed together: until the next batch is made nobody writes to their rows."""
         self.has_run = True
-        with releases.together():
+        self.draft_worker.flushes_later = True
+        try:
             super().process_batch_result(*args, **named)  # type: ignore[misc]
+        finally:
+            self.draft_worker.flushes_later = False
+            releases.flush(self.draft_worker)
 
     def on_idle(self) -> None:
         """SGLang checks its pools here, and we ours: once, behind the last batch."""
