@@ -27,7 +27,6 @@ from traffic import mixed, play
 from trees import assert_tree_is_true
 
 from whiflash_sglang.checkpoints.fit import target_layers
-from whiflash_sglang.engine.scheduler import kv_budget
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.formats.table import read_draft
@@ -269,8 +268,7 @@ def test_the_pools_leave_room_for_what_the_worker_allocates(laguna: Models) -> N
         )
         full += sum(of_slot(*kv.k.unbind(0), *kv.v.unbind(0)) for kv in drafts)
         assert len(drafts) == 2
-        assert sizes.full_max_total_num_tokens == int(
-            (budget - kv_budget._reservation.fixed) // (full + ratio * own)
-        )
+        left = budget - e.worker.reservation.fixed
+        assert sizes.full_max_total_num_tokens == int(left // (full + ratio * own))
         assert sizes.swa_max_total_num_tokens == int(sizes.full_max_total_num_tokens * ratio)
-        assert kv_budget.bytes_of_token()[1] == int(full + ratio * own)
+        assert e.worker.reservation.whole == int(full + ratio * own)

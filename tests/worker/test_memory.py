@@ -12,7 +12,6 @@ from test_rehearsal import peak_bytes
 
 from whiflash_sglang.arms.base import KVDrafter
 from whiflash_sglang.arms.paged import LOGIT_BYTES
-from whiflash_sglang.engine.scheduler import kv_budget
 from whiflash_sglang.formats import choice
 from whiflash_sglang.serve.worker import WhiFlashWorker
 
@@ -96,7 +95,7 @@ def test_the_pool_leaves_room_for_what_the_worker_allocates(
         others = {t.untyped_storage().data_ptr() for kv in drafts for t in (kv.k, kv.v)}
         others |= {e.worker.target.slot_table.untyped_storage().data_ptr(), *before}
         fixed = sum(size for address, size in reached(e.worker).items() if address not in others)
-        assert fixed == kv_budget._reservation.fixed
+        assert fixed == e.worker.reservation.fixed
         assert pool_tokens(e) == (BUDGET - fixed) // per_slot
 
 

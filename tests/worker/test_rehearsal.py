@@ -105,8 +105,7 @@ def test_where_passes_are_captured_their_memory_is_reckoned_with(
         worker, arms = e.worker, e.worker.kv_arms.values()
 
         def promised() -> int:
-            reserve(worker.drafters, worker.sync, worker.target, 5)
-            return kv_budget._reservation.fixed
+            return reserve(worker.drafters, worker.sync, worker.target, 5).fixed
 
         eager = promised()
         monkeypatch.setattr(graphs, "captures_passes", lambda _: True)

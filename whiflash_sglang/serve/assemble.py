@@ -178,7 +178,9 @@ def spool_of(settings: Settings, model: str) -> Spool | None:
     return Spool(settings.samples, settings.target or model)
 
 
-def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Target, requests: int) -> None:
+def reserve(
+    drafters: Mapping[str, Drafter], sync: DraftSync, target: Target, requests: int
+) -> kv_budget.Reservation:
     """Before the pools are sized: what the worker will allocate for up to so many requests."""
     widest, kv = widest_of(drafters) + 1, with_kv(drafters).values()
     parts = kv_budget.for_requests(target, requests, widest, Epilogue.bytes_for(widest))
@@ -191,7 +193,9 @@ def reserve(drafters: Mapping[str, Drafter], sync: DraftSync, target: Target, re
         # Passes are captured into the same memory, one at a time.
         parts["drafters"] += max((drafter.captured_bytes(requests) for drafter in kv), default=0)
     per_token = sum(drafter.kv_bytes_per_token() for drafter in kv)
-    kv_budget.reserve(parts, per_token=per_token, requests=requests, widest=widest, device=target.device)
+    return kv_budget.reserve(
+        parts, per_token=per_token, requests=requests, widest=widest, device=target.device
+    )
 
 
 def build_controller(

@@ -20,7 +20,6 @@ from whiflash_sglang.engine.scheduler import (
     disaggregation,
     draft_pool,
     hicache,
-    kv_budget,
     overlap,
     pricing,
     releases,
@@ -103,7 +102,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             self.quarantine,
         )
         self.weights = live_weights(self.settings, self.target, self.kv_arms, self.ranks)
-        reserve(self.drafters, self.sync, self.target, max_running_requests())
+        self.reservation = reserve(self.drafters, self.sync, self.target, max_running_requests())
+        releases.notify(self)
 
     def __getattr__(self, name: str) -> Any:
         # The scheduler asks its model worker for things that only the target's worker knows.
@@ -121,7 +121,6 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         rows, context = self.target.slot_table.shape
         self.tokens = TokenTable(rows, context, widest_of(self.drafters) + 1, self.target.device)
         self.stages = build_stages(self)
-        releases.notify(self)
 
     def init_hicache_draft_plan(self) -> None:
         """Called by the scheduler when the pools are allocated: draft KV follows the target's into host memory, and
@@ -144,9 +143,8 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         start = self.target, self.drafters, self.sync, self.host, self.clock.timer, requests
         pricing.price(costs, pricing.Start(*start), self.ranks)
         if self.ranks.leads:
-            draft, whole = kv_budget.bytes_of_token()
-            policy = self.controller.policy.name
-            log_start(policy, self.drafters, costs, draft_bytes=draft, token_bytes=whole)
+            kv, policy = self.reservation, self.controller.policy.name
+            log_start(policy, self.drafters, costs, draft_bytes=kv.per_token, token_bytes=kv.whole)
 
     def prewarm_sampling(self) -> Any:
         """Called by the scheduler when everything is allocated and captured."""

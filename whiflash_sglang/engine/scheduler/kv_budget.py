@@ -32,6 +32,7 @@ from whiflash_sglang.engine.carried import serves_ours
 from whiflash_sglang.engine.forward import graphs, sampling
 from whiflash_sglang.engine.launch import refusals
 from whiflash_sglang.engine.patching import around
+from whiflash_sglang.engine.scheduler.releases import our_worker
 from whiflash_sglang.errors import ConfigError
 
 LOGIT_BYTES = 26
@@ -81,44 +82,36 @@ logger = logging.getLogger("whiflash_sglang")
 
 @dataclass(slots=True)
 class Reservation:
-    """Memory that the worker of this process asks for: bytes per KV slot, and bytes independent of the slots.
+    """Memory that a worker asks for: bytes per KV slot, and bytes independent of the slots.
 
     rows: those of the largest verification. whole: bytes of a KV slot with the target's, once the pools are sized.
     """
 
-    per_token: int = 0
-    fixed: int = 0
-    rows: int = 0
+    per_token: int
+    fixed: int
+    rows: int
     whole: int = 0
-
-
-_reservation = Reservation()
 
 
 def reserve(
     parts: Mapping[str, int], *, per_token: int, requests: int, widest: int, device: torch.device
-) -> None:
+) -> Reservation:
     """Called by the worker before the pools are sized.
 
     Args:
         parts: bytes of what it allocates for up to so many requests, by name. per_token: of the drafters' KV. widest:
             most rows of a request.
     """
-    _reservation.per_token, _reservation.fixed = per_token, sum(parts.values())
-    _reservation.rows = requests * widest
+    reservation = Reservation(per_token, sum(parts.values()), requests * widest)
     if device.type == "cuda":
         logger.info(
             "WHIFLASH keeps %.2f GB beside KV, for %d requests of %d rows: %s",
-            _reservation.fixed / 1e9,
+            reservation.fixed / 1e9,
             requests,
             widest,
             ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()),
         )
-
-
-def bytes_of_token() -> tuple[int, int]:
-    """Bytes of a token's KV: the drafters', and all of it; known once the pools are sized."""
-    return _reservation.per_token, _reservation.whole
+    return reservation
 
 
 def request_rows(requests: int) -> int:
@@ -162,7 +155,8 @@ def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dic
 )
 def _holding_verified_rows(original: Any, self: Any, *args: Any, max_batch_size: int, **named: Any) -> None:
     """Records of a forward (routed experts, an indexer's choices), which SGLang sizes by prefills and requests."""
-    rows = _reservation.rows if serves_ours() else 0
+    worker = our_worker()
+    rows = 0 if worker is None else worker.reservation.rows
     original(self, *args, max_batch_size=max(max_batch_size, rows), **named)
 
 
@@ -186,30 +180,33 @@ def _holding_the_reserve(original: Any) -> int:
 def _accounting(original: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
     """Pools leave room for draft KV and rings."""
     configurator = original(kvc, *args, **kwargs)
-    if not serves_ours() or kvc.is_draft_worker:
+    worker = our_worker()
+    if worker is None or kvc.is_draft_worker:
         return configurator
+    reservation: Reservation = worker.reservation
     if isinstance(configurator, pool_configurator.HybridSWAPoolConfigurator):
         # Draft KV is at the slots of layers that see the whole context. Upstream has no fixed bytes here.
-        configurator._draft_cell_size += _reservation.per_token
+        configurator._draft_cell_size += reservation.per_token
         configurator._recompute_cell_size()
-        configurator.calculate_pool_sizes = partial(_beside_fixed, configurator.calculate_pool_sizes)
+        calculate = configurator.calculate_pool_sizes
+        configurator.calculate_pool_sizes = partial(_beside, reservation.fixed, calculate)
     elif type(configurator) is pool_configurator.DefaultPoolConfigurator:
-        configurator._cell_size += _reservation.per_token
-        configurator._fixed_overhead_bytes += _reservation.fixed
+        configurator._cell_size += reservation.per_token
+        configurator._fixed_overhead_bytes += reservation.fixed
     else:
         raise ConfigError(
             f"WHIFLASH cannot size drafters' KV beside this target's cache ({type(configurator).__name__}): "
             "serve this target without WHIFLASH"
         )
-    _reservation.whole = int(configurator._cell_size)
+    reservation.whole = int(configurator._cell_size)
     if refusals.has_windows(kvc.model_config) and not kvc.is_hybrid_swa:
         logger.info(
             "WHIFLASH keeps the KV of windowed layers for the whole context: %d bytes a token with the drafters'; "
             "--swa-full-tokens-ratio gives them a pool of their own",
-            _reservation.whole,
+            reservation.whole,
         )
     return configurator
 
 
-def _beside_fixed(calculate: Any, available_bytes: int, page_size: int) -> Any:
-    return calculate(max(available_bytes - _reservation.fixed, 0), page_size)
+def _beside(fixed: int, calculate: Any, available_bytes: int, page_size: int) -> Any:
+    return calculate(max(available_bytes - fixed, 0), page_size)
