@@ -13,7 +13,6 @@ contexts do while serving, and drafts write to the padding slot.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -101,16 +100,20 @@ def price(costs: Costs, start: "Start", ranks: Ranks) -> None:
         start.profile(costs)
 
 
-@dataclass(frozen=True, slots=True)
 class Start:
     """A server before its first request. requests: that a batch has at most."""
 
-    target: Target
-    drafters: Mapping[str, Drafter]
-    sync: CatchUps
-    host: HostView
-    clock: Clock
-    requests: int
+    def __init__(
+        self,
+        target: Target,
+        drafters: Mapping[str, Drafter],
+        sync: CatchUps,
+        host: HostView,
+        clock: Clock,
+        requests: int,
+    ) -> None:
+        self.target, self.drafters, self.sync = target, drafters, sync
+        self.host, self.clock, self.requests = host, clock, requests
 
     def key(self, size: int) -> dict[str, str]:
         """All that prices depend on. size: processes that serve the model."""
