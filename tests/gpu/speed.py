@@ -48,7 +48,7 @@ def short_prompts(path: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from whiflash_sglang.cli import main as whiflash
+    from whiflash_sglang.cli.app import main as whiflash
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--concurrency", type=int, required=True)
