@@ -11,7 +11,7 @@ from sglang.srt.managers.io_struct import GetInternalStateReqOutput, SetInternal
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.copying.memory import HANDLES
+from whiflash_sglang.copying.tenants import HANDLES
 from whiflash_sglang.engine.scheduler import control
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.serve.worker import WhiFlashWorker

@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import http_server
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
-from whiflash_sglang.copying.memory import parse_forget
+from whiflash_sglang.copying.tenants import parse_forget
 from whiflash_sglang.engine.http import routes
 from whiflash_sglang.files.hosts import SilentReplicaError
 from whiflash_sglang.settings.config import Flags, resolve

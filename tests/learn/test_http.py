@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from versioned import trained, version
 
 from whiflash_sglang.cli.app import app
-from whiflash_sglang.copying.memory import handle_of, tenant_of
+from whiflash_sglang.copying.tenants import handle_of, tenant_of
 from whiflash_sglang.updates.samples import files_of, samples_of
 from whiflash_sglang.updates.versions import claims_of, path_of, versions_of
 from whiflash_train.cli.learn import LiveServer

@@ -8,7 +8,7 @@ import pytest
 from engine import Engine, engine
 from model_set import Models
 
-from whiflash_sglang.copying.memory import handle_of, tenant_of
+from whiflash_sglang.copying.tenants import handle_of, tenant_of
 from whiflash_sglang.updates.samples import Sample, files_of, read_samples
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from whiflash_sglang.copying.memory import handle_of, parse_forget, tenant_of
+from whiflash_sglang.copying.tenants import handle_of, parse_forget, tenant_of
 from whiflash_sglang.engine.scheduler.control import EVERYBODY, FORGET, encode_forget
 from whiflash_sglang.errors import ConfigError
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from whiflash_sglang.arms.lookup import LookupArm
 from whiflash_sglang.checkpoints.manifest import Lookup
 from whiflash_sglang.copying.calibration import Agreement, MatchCalibration, PerTenant
-from whiflash_sglang.copying.memory import Tenant, handle_of, tenant_of
+from whiflash_sglang.copying.tenants import Tenant, handle_of, tenant_of
 from whiflash_sglang.device.transfers import EXACT
 from whiflash_sglang.drafts.candidates import NOTHING
 from whiflash_sglang.prices.costs import FULL_LENGTH

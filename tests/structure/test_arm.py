@@ -9,7 +9,7 @@ from whiflash_sdk.hints import LookupScope, Span
 
 from whiflash_sglang.arms.structure import LOOKS, StructureArm, _Look
 from whiflash_sglang.checkpoints.manifest import Structure
-from whiflash_sglang.copying.memory import handle_of, tenant_of
+from whiflash_sglang.copying.tenants import handle_of, tenant_of
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.request import Request

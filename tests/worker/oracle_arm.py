@@ -87,5 +87,5 @@ class OracleArm(TextDrafter):
         self.accepted.append(accepted)
         self.rejected += proposed - accepted
 
-    def end(self, request: Request, output: Sequence[int] = ()) -> None:
+    def end(self, request: Request) -> None:
         self._ahead.pop(request.row, None)

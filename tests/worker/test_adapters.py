@@ -18,7 +18,7 @@ from model_set import Models
 from oracle_arm import OracleArm
 from trees import assert_tree_is_true
 
-from whiflash_sglang.copying.memory import handle_of, tenant_of
+from whiflash_sglang.copying.tenants import handle_of, tenant_of
 from whiflash_sglang.engine.forward.parallel import input_embedding, output_head
 
 

@@ -177,11 +177,11 @@ class TextDrafter(Drafter):
     def copied(self, request: Request, copy: Candidate, committed: Sequence[int]) -> None:
         """The device made this `copy` for a request, and its round committed these tokens."""
 
-    def end(self, request: Request, output: Sequence[int] = ()) -> None:
-        """A request is gone; `output`: of one that finished."""
+    def end(self, request: Request) -> None:
+        """A request is gone."""
 
     def forget(self, handle: int | None, running: Iterable[Request]) -> None:
-        """Drop text kept across requests: of the tenant with this handle, or of all. Those that run go on."""
+        """Drop what was learned of the tenant with this handle, or of all. Those that run go on."""
 
     def host_bytes(self, running: Iterable[Request]) -> Mapping[str, int]:
         """Bytes that it keeps on the host, by scope; empty for most."""

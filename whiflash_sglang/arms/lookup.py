@@ -27,8 +27,8 @@ from whiflash_sglang.copying.calibration import (
     RequestCalibration,
 )
 from whiflash_sglang.copying.copier import SOURCES, Copier, teach
-from whiflash_sglang.copying.memory import Tenant, handle_of
 from whiflash_sglang.copying.predicted import Prediction
+from whiflash_sglang.copying.tenants import Tenant, handle_of
 from whiflash_sglang.device.transfers import Floats, HostView, sent
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import PLAIN, Candidate, Forecast

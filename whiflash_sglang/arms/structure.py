@@ -176,7 +176,7 @@ class StructureArm(TextDrafter):
         """Drop what was learned of one tenant or of all; requests that run now teach nobody any more."""
         self._chances.forget(handle)
 
-    def end(self, request: Request, output: Sequence[int] = ()) -> None:
+    def end(self, request: Request) -> None:
         kept: _Kept | None = request.kept.get(self.arm)
         if kept is None or kept.grammar is None:
             return

@@ -11,7 +11,7 @@ from enum import IntEnum
 from itertools import chain
 from typing import Generic, TypeVar
 
-from whiflash_sglang.copying.memory import Tenant, handle_of
+from whiflash_sglang.copying.tenants import Tenant, handle_of
 from whiflash_sglang.drafts.rates import Rates
 
 BUCKETS = (1, 2, 3, 4, 6, 9, 14, 22)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from whiflash_sglang.copying.memory import Tenant
+from whiflash_sglang.copying.tenants import Tenant
 from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.drafts.rates import Mean
 from whiflash_sglang.records.signals import Decision, Signals

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
-from whiflash_sglang.copying.memory import Tenant, handle_of, tenant_of
+from whiflash_sglang.copying.tenants import Tenant, handle_of, tenant_of
 from whiflash_sglang.device.transfers import Upload
 from whiflash_sglang.engine.forward import sampling
 from whiflash_sglang.engine.scheduler.grammars import grammar_of
@@ -129,8 +129,8 @@ class Lifecycle:
             hook.begin(upload, row, req)
 
     def forget_text(self, handle: int | None) -> None:
-        """Drop text that a drafter keeps across requests: a tenant's, by its handle, or everybody's. Requests that were
-        retracted leave nothing when they end, either.
+        """Drop what is kept across requests: of a tenant, by its handle, or of everybody. Requests that were retracted
+        leave nothing when they end, either.
         """
         self._forgets += 1
         for drafter in self._drafters.values():
@@ -150,7 +150,7 @@ class Lifecycle:
         if self._spool is not None and finished:
             self._sample(self._spool, req)
         self._tally.ended(request.counts, cached_of(req) if finished else {})
-        self._drop(request, req.output_ids_through_stop if finished else ())
+        self._drop(request)
         if not self._controller.states:
             self._publisher.flush()
 
@@ -206,13 +206,12 @@ class Lifecycle:
             return None
         return read[0] if read is not None and read[0] else None
 
-    def _drop(self, request: Request, output: Sequence[int] = ()) -> None:
-        """Everything that is kept of a request goes. output: as of `TextDrafter.end`."""
+    def _drop(self, request: Request) -> None:
+        """Everything that is kept of a request goes."""
         self._sync.forget(request.row)
         for arm, drafter in self._drafters.items():
-            serves = self._quarantine.serves(arm, request)
             with self._quarantine.guard(arm, request):
-                drafter.end(request, output if serves else ())
+                drafter.end(request)
         self._controller.close(request)
         self._quarantine.end(request)
 

@@ -305,7 +305,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.stages.lifecycle.check_integrity()
 
     def forget(self, handle: int | None) -> None:
-        """Drop text that a drafter keeps across requests: a tenant's, by its handle, or everybody's."""
+        """Drop what is kept across requests: of a tenant, by its handle, or of everybody."""
         self.stages.lifecycle.forget_text(handle)
         self.publisher.flush()
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from whiflash_sglang.copying.memory import HANDLES
+from whiflash_sglang.copying.tenants import HANDLES
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import check_own, locked, open_own
 
@@ -54,7 +54,7 @@ class Spooling(BaseModel):
 
 
 class Sample(NamedTuple):
-    """A finished request's token ids. handles: names that it is forgotten by (`copying.memory.handle_of`), the
+    """A finished request's token ids. handles: names that it is forgotten by (`copying.tenants.handle_of`), the
     tenant's own first.
     """
 

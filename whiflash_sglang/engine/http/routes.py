@@ -13,7 +13,7 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput, SetInternalStateReq
 
 from whiflash_sglang import __version__
-from whiflash_sglang.copying.memory import parse_forget
+from whiflash_sglang.copying.tenants import parse_forget
 from whiflash_sglang.engine import patching
 from whiflash_sglang.engine.carried import asks_for_ours, replace_settings, settings_of
 from whiflash_sglang.engine.http import admission, answers, middleware, pieces, recordings, requests, traces

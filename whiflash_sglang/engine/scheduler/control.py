@@ -11,7 +11,7 @@ from sglang.srt.managers.scheduler_components import internal_state
 from sglang.srt.managers.scheduler_components.internal_state import SchedulerInternalStateController
 from sglang.srt.runtime_context import get_parallel
 
-from whiflash_sglang.copying.memory import HANDLES
+from whiflash_sglang.copying.tenants import HANDLES
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.hosts import SilentReplicaError
 from whiflash_sglang.settings.config import PolicyChange, RouterName
