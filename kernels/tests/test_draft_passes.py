@@ -87,7 +87,7 @@ def test_any_members(
     calibration = torch.rand(5, generator=generator).to(DEVICE)
     chosen, into = range(requests) if members is None else members, None
     if spare is not None:
-        size = len(chosen) + spare
+        size = max(len(chosen) + spare, 1)
         tail = features.new_full((size, len(columns)), OLD)
         numbers = [integers([OLD]).expand(size).clone() for _ in range(4)]
         into = PassInputs(*numbers, tail, torch.full_like(calibration, OLD))
@@ -112,7 +112,7 @@ def test_any_members(
     if into is not None:
         assert list(map(memory, (*found, tails, judged))) == list(map(memory, into))
         padding = [place[len(chosen) :].tolist() for place in into[:4]]
-        assert padding == [[value] * (spare or 0) for value in (0, -9, 0, 0)]
+        assert padding == [[value] * (len(into.tail) - len(chosen)) for value in (0, -9, 0, 0)]
         assert (into.tail[len(chosen) :] == OLD).all()
 
 

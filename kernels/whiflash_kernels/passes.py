@@ -46,8 +46,8 @@ def draft_inputs(
 
     For member m, b = members[m] and s = request_slots[b]: the four numbers of request b, and
     tail[m] = rings.features[s, (seq_lens[b] - 1) % capacity], of which only the columns of ``chunks``. With ``into``
-    that is where they go, M of its S requests, and ``calibration``. Each further one has request slot 0, ``padding``
-    tokens, bonus token and limit 0, and the tail that it had.
+    that is where they go, M of its S requests (S at least 1), and ``calibration``. Each further one has request slot 0,
+    ``padding`` tokens, bonus token and limit 0, and the tail that it had.
 
     Args:
         rings: read only.

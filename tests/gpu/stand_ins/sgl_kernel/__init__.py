@@ -183,6 +183,7 @@ def standing_in() -> Iterator[None]:
     from sglang.srt.layers.rotary_embedding import base
     from sglang.srt.mem_cache import memory_pool
     from sglang.srt.models import utils
+    from sglang.srt.speculative import dflash_worker_v2
     from whiflash_kernels import layers
 
     def for_drafters(positions: Any, q: Any, k: Any, _: int, table: Any, *, is_neox: bool) -> None:
@@ -203,6 +204,11 @@ def standing_in() -> Iterator[None]:
             (memory_pool, "can_use_store_cache", lambda *sizes: len(set(sizes)) == 1),
             (memory_pool, "store_cache", store),
             (utils, "can_use_fused_inplace_qknorm", lambda *_: False),
+            (
+                dflash_worker_v2,
+                "is_dflash_sampling_verify_available",
+                lambda: False,
+            ),  # FlashInfer's operators
             (layers, "AVAILABLE", True),
             (layers, "_flashinfer", lambda _: flashinfer),
         ):
