@@ -23,12 +23,13 @@ class Checks:
         self._out = out
         self._found: dict[str, Any] = {**facts, "checks": {}}
         self.failed: list[str] = []
-        self._write()
+        self.save()
 
     @contextmanager
     def check(self, name: str) -> Iterator[dict[str, Any]]:
         """Figures for the caller to fill in. An exception is the check's failure, and goes no further."""
-        figures: dict[str, Any] = {}
+        figures: dict[str, Any] = {"status": "cut short"}
+        self._found["checks"][name] = figures
         began, status = time.monotonic(), "passed"
         try:
             yield figures
@@ -37,22 +38,23 @@ class Checks:
             status, figures["why"] = "failed", f"{type(error).__name__}: {error}"[:2000]
             self.failed.append(name)
         self._found["checks"][name] = {
+            **figures,
             "status": status,
             "seconds": round(time.monotonic() - began, 1),
-            **figures,
         }
         print(f"{name}: {status} {figures}", flush=True)
-        self._write()
+        self.save()
 
     def leave_out(self, why: str) -> int:
         """Say why the part cannot run here. Returns its exit status."""
         self._found["why"] = why
-        self._write()
+        self.save()
         return LEFT_OUT
 
     @property
     def exit_status(self) -> int:
         return 1 if self.failed else 0
 
-    def _write(self) -> None:
+    def save(self) -> None:
+        """Write all figures, those of a check that is under way, too."""
         self._out.write_text(json.dumps(self._found, indent=1) + "\n")

@@ -307,7 +307,7 @@ def ended(record: Path, code: str, card: str) -> str | None:
 
 def page(records: Path) -> str:
     """How every part ended, its checks that failed, and its figures: one line a part."""
-    lines = ["| part | ended | seconds | found |", "|---|---|---:|---|"]
+    lines = ["| part | ended | seconds | card | found |", "|---|---|---:|---|---|"]
     for part in PARTS:
         record = records / f"{part.name}.json"
         if record.exists():
@@ -322,7 +322,13 @@ def page(records: Path) -> str:
             shown = (
                 told.replace("|", "/").replace("\n", " ")[:300] or f"{part.shows}{passed and f' ({passed})'}"
             )
-            lines.append(f"| {part.name} | {result['status']} | {result.get('seconds', '')} | {shown} |")
+            facts = (
+                part.name,
+                result["status"],
+                result.get("seconds", ""),
+                result["machine"].partition(",")[0],
+            )
+            lines.append(f"| {' | '.join(map(str, facts))} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
@@ -346,8 +352,13 @@ def keep(archive: Path, records: Path) -> int:
     records.mkdir(parents=True, exist_ok=True)
     for record in found:
         (records / f"{record['part']}.json").write_text(json.dumps(record, indent=1) + "\n")
-    about = sorted({f"{r['machine']}; {r['code']}; {r['versions']}" for r in found})
-    (records / PAGE).write_text("\n".join(about) + f"\n\n{page(records)}")
+    kept = [
+        json.loads((records / f"{name}.json").read_text())
+        for name in names
+        if (records / f"{name}.json").exists()
+    ]
+    about = sorted({f"{r['machine']}; {r['code']}; {r['versions']}" for r in kept})
+    (records / PAGE).write_text("\n\n".join(about) + f"\n\n{page(records)}")
     print((records / PAGE).read_text())
     return 0
 

@@ -248,6 +248,7 @@ def measure(
                 e = stack.enter_context(started(made, arm, device, load))
                 for context, requests in load:
                     timed(e, context, requests, load, figures)
+                    checks.save()  # a long context may be the last
             if e is not None and arm == "diffusion" and len(load.contexts) == 1:
                 with checks.check("rounds") as figures:
                     looked_at(e, load, device, figures, keep)
