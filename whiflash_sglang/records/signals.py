@@ -58,7 +58,7 @@ class Signals:
     span: the innermost open one at the end of the committed text.
     rounds: how many the request has begun. tried: arm → those of them that it was routed to. last: arm → number of the
         last one of them; arms that it was never routed to are absent.
-    previous: the arm of the request's last round, None before the first. dwell: rounds since it was chosen.
+    previous: the last round's route, `none` if it copied, None before the first. dwell: rounds since it was chosen.
     adapter: id of the target's adapter (LoRA) that writes its text; None: the target itself does.
     """
 
