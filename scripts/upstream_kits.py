@@ -29,8 +29,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from whiflash_lab.servers import Server, ServerHost, runs
 from whiflash_sglang.engine.supported import installed
-from whiflash_sglang.files.hosts import Server, ServerHost, runs
 from whiflash_train import provenance
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -1,5 +1,5 @@
 """Real SGLang servers for tests, several configurations for the price of one import: those of the package's own host
-(``whiflash_sglang.files.hosts``), which imports SGLang once and forks.
+(``whiflash_lab.servers``), which imports SGLang once and forks.
 
 Tests share one: the fixture `host`.
 
@@ -22,8 +22,8 @@ import httpx
 import psutil
 from patience import wait_until
 
-from whiflash_sglang.files import hosts
-from whiflash_sglang.files.hosts import free_port, listens, runs
+from whiflash_lab import servers
+from whiflash_lab.servers import free_port, listens, runs
 
 SMALL = (
     "--device",
@@ -115,7 +115,7 @@ class ServerHost:
         self._numbers = itertools.count()
         paths = os.pathsep.join(filter(None, (STAND_INS, os.environ.get("PYTHONPATH"))))
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-        self._host = hosts.ServerHost(environment, cwd=Path(self._directory.name))
+        self._host = servers.ServerHost(environment, cwd=Path(self._directory.name))
 
     @contextmanager
     def running(self, *args: str, env: Mapping[str, str] | None = None, threads: int = 1) -> Iterator[Server]:

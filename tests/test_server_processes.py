@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from whiflash_sglang.files.hosts import listens
+from whiflash_lab.servers import listens
 
 
 @pytest.mark.parametrize("error", [psutil.NoSuchProcess, psutil.AccessDenied])

@@ -11,7 +11,7 @@ import server_host
 from patience import wait_until
 from server_host import ServerHost, answers
 
-from whiflash_sglang.files import hosts
+from whiflash_lab import servers
 from whiflash_sglang.files.cpu import CHILD_ENVIRONMENT
 
 from .conftest import Checkpoints
@@ -53,7 +53,7 @@ def test_openmp_is_told_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch
     for name in CHILD_ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     own = next(iter(CHILD_ENVIRONMENT))
-    with hosts.ServerHost({"OMP_NUM_THREADS": "3", own: "mine"}) as running:
+    with servers.ServerHost({"OMP_NUM_THREADS": "3", own: "mine"}) as running:
         # The kernel shows them a moment after the process was started.
         wait_until(lambda: psutil.Process(running.pid).environ())
         found = psutil.Process(running.pid).environ()
@@ -66,8 +66,8 @@ def test_openmp_is_told_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch
 def test_a_host_that_cannot_import_says_why(tmp_path: Path) -> None:
     (tmp_path / "sglang.py").write_text("raise ImportError('no such engine')")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    with hosts.ServerHost({"PYTHONPATH": path}) as running:
-        with pytest.raises(hosts.ServerHostError, match="no such engine"):
+    with servers.ServerHost({"PYTHONPATH": path}) as running:
+        with pytest.raises(servers.ServerHostError, match="no such engine"):
             running.wait()
-        with pytest.raises(hosts.ServerHostError, match="no such engine"):
+        with pytest.raises(servers.ServerHostError, match="no such engine"):
             running.fork([], tmp_path / "log")

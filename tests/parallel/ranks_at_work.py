@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from whiflash_sglang.files.hosts import free_port
+from whiflash_lab.servers import free_port
 
 Work = Callable[[int, int], Any]
 

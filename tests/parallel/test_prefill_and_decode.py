@@ -33,8 +33,8 @@ from sglang.srt.mem_cache.pool_host import base
 from tiny_models import tiny_dflash, tiny_eagle3
 from trees import close
 
+from whiflash_lab.servers import free_port
 from whiflash_sglang.engine.scheduler import disaggregation
-from whiflash_sglang.files.hosts import free_port
 from whiflash_sglang.round.planning import Planner
 
 sys.path.append(STAND_INS)

@@ -21,8 +21,8 @@ from openai import APIError, OpenAI
 from patience import wait_until
 from server_host import Server, ServerHost, answers
 
+from whiflash_lab.servers import free_port
 from whiflash_sglang.cli.serve import server_arguments, server_environment
-from whiflash_sglang.files.hosts import free_port
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 

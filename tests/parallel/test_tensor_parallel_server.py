@@ -19,7 +19,7 @@ from tensor_parallel import ARRIVALS, ENDS_AT_ONCE, RANKS, SAMPLE, Checkpoints, 
 from traffic import Arrival
 from versioned import trained, version
 
-from whiflash_sglang.files.hosts import runs
+from whiflash_lab.servers import runs
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 

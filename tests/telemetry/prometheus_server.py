@@ -14,7 +14,7 @@ import httpx
 import yaml
 from patience import wait_until
 
-from whiflash_sglang.files.hosts import free_port
+from whiflash_lab.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus"

@@ -15,8 +15,8 @@ from rich.console import Console
 from whiflash_lab.bench.arms import Arm
 from whiflash_lab.bench.fleet import Fleet
 from whiflash_lab.bench.runner import Plan, Runner
+from whiflash_lab.servers import ServerError
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.files.hosts import ServerError
 from whiflash_sglang.files.progress import Lines
 
 LOG = "the server stopped:\nloading\nValueError: no such drafter\n"

@@ -15,8 +15,8 @@ from whiflash_lab.bench.fleet import Fleet, launcher
 from whiflash_lab.bench.pages import draw, render
 from whiflash_lab.bench.report import BenchReport
 from whiflash_lab.bench.runner import Plan, Runner
+from whiflash_lab.servers import ServerHost, shares_imports
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
-from whiflash_sglang.files.hosts import ServerHost, shares_imports
 from whiflash_sglang.files.jsonl import write_whole
 from whiflash_sglang.files.progress import progress
 from whiflash_train.provenance import threads

@@ -11,8 +11,9 @@ import httpx
 
 from whiflash_lab.bench.arms import SEVERAL
 from whiflash_lab.bench.load import ANSWER_SECONDS
+from whiflash_lab.servers import Closing, Server, ServerHost
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.files.hosts import LIMITS, Closing, Server, ServerHost
+from whiflash_sglang.files.hosts import LIMITS
 from whiflash_train.provenance import threads
 
 CORES = "SGLANG_CPU_OMP_THREADS_BIND"

@@ -1,4 +1,4 @@
-"""A process that imports SGLang once and forks servers; `whiflash_sglang.files.hosts` starts and talks to it.
+"""A process that imports SGLang once and forks servers; `whiflash_lab.servers` starts and talks to it.
 
 A server is three processes (HTTP server, scheduler, detokeniser), each of which spends half a minute of a core on
 importing SGLang. Forked ones have everything imported. They are those of `python -m sglang.launch_server`, with `fork`

@@ -1,0 +1,275 @@
+"""Servers as processes that never outlive their owner. Imports no SGLang.
+
+Servers that share one import of SGLang (`ServerHost`) start in seconds, several for the price of one.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import httpx
+import psutil
+
+from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.files.cpu import CHILD_ENVIRONMENT, serves_here
+
+
+class Closing:
+    """A context manager that closes itself."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ServerHostError(WhiflashError):
+    """The process that forks servers ended. The message ends with the last lines of its output."""
+
+
+def shares_imports() -> bool:
+    """Whether servers may be forked here: not beside an accelerator, which a process that was forked cannot use."""
+    return serves_here()
+
+
+class ServerHost(Closing):
+    """A process that has imported SGLang and forks servers, where `shares_imports`.
+
+    Leaving it, or the end of its owner, ends every server. Threads may fork at the same time.
+
+    Args:
+        env: additions to the environment. OpenMP reads its variables when torch is imported, so they belong here and
+            not to a server; but for `OMP_NUM_THREADS`, which a server may have of its own.
+        cwd: working directory of the servers, the owner's where there is none.
+    """
+
+    def __init__(self, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
+        self._log = Path(tempfile.mkstemp(prefix="whiflash-host-", suffix=".log")[1])
+        self._asking = threading.Lock()
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "whiflash_lab.forked"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                # The platform sets these for the processes it spawns; here they are needed before torch is imported.
+                cwd=cwd,
+                env={**CHILD_ENVIRONMENT, **os.environ, **(env or {})},
+                # Ctrl-C reaches the owner alone, and the owner ends the servers.
+                start_new_session=True,
+            )
+        self._ready = False
+
+    @property
+    def pid(self) -> int:
+        """The id of the process that forks."""
+        return self._process.pid
+
+    def wait(self) -> None:
+        """Until SGLang is imported, half a minute and more.
+
+        Raises:
+            ServerHostError: it cannot be imported.
+        """
+        with self._asking:
+            self._wait()
+
+    def fork(self, arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> int:
+        """Fork a server; its process id, which is also that of its session.
+
+        Args:
+            arguments: of `sglang.launch_server`. log: takes its output. env: additions to the environment.
+
+        Raises:
+            ServerHostError: the host has ended.
+        """
+        request = {"arguments": list(arguments), "log": str(log.absolute()), "environment": dict(env or {})}
+        # One question and its answer at a time: a thread that read another's would stop the wrong server.
+        with self._asking:
+            self._wait()
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps(request), file=self._process.stdin, flush=True)
+            return int(self._answer())
+
+    def _wait(self) -> None:
+        if not self._ready:
+            self._answer()
+            self._ready = True
+
+    def _answer(self) -> str:
+        if self._process.stdout is None:
+            raise AssertionError("started with pipes")
+        answer = self._process.stdout.readline()
+        if not answer:
+            last = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+            raise ServerHostError(f"SGLang could not be imported (exit code {self._process.wait()}):\n{last}")
+        return answer
+
+    def close(self) -> None:
+        """End the host and every server. Safe to call twice."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        if not self._ready:  # It would finish its imports before it sees that nobody asks any more.
+            self._process.kill()
+        self._process.wait()
+        self._log.unlink(missing_ok=True)
+
+
+class ServerError(WhiflashError):
+    """The server did not start, or died. The message ends with the last lines of its log."""
+
+
+_ports = set[int]()
+"""Given out before: a server that still starts has not bound its own."""
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago, below the range that the system hands to outgoing connections.
+
+    Raises:
+        ServerError: there is none.
+    """
+    for port in random.sample(range(20000, 32000), 200):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _ports:
+                _ports.add(port)
+                return port
+    raise ServerError("no free TCP port between 20000 and 32000")
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether the process itself, not another one, listens on the TCP port."""
+    # One that has just ended belongs to root until its parent waits for it.
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        sockets = psutil.Process(pid).net_connections("inet")
+        return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
+    return False
+
+
+def runs(pid: int) -> bool:
+    """Whether the process exists and has not ended; one that nobody has waited for yet has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+class Server(Closing):
+    """`python -m sglang.launch_server` with `arguments`, on the loopback interface.
+
+    Use as a context manager. Entering it waits until the server is ready or has ended; leaving it, by whatever way,
+    ends the server and all its children.
+
+    Args:
+        arguments: flags after `--host` and `--port`.
+        host: fork the server from there, with SGLang imported; None: start a new interpreter.
+        env: additions to the environment.
+        log: where its output goes; None: a temporary file that is removed at the end.
+        python: the interpreter of a new process; None: this one's.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        host: ServerHost | None = None,
+        env: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        python: Path | None = None,
+    ) -> None:
+        self.port = free_port()
+        self.base_url = f"http://127.0.0.1:{self.port}"
+        self._arguments = ["--host", "127.0.0.1", "--port", str(self.port), *arguments]
+        self._host = host
+        self._python = python or sys.executable
+        self._env = dict(env or {})
+        self._keep_log = log is not None
+        self.log = log or Path(tempfile.mkstemp(prefix="whiflash-server-", suffix=".log")[1])
+        self._process: psutil.Process | None = None
+
+    def __enter__(self) -> Self:
+        self._process = self._spawn() if self._host is None else self._fork(self._host)
+        try:
+            self._wait_until_ready(self._process)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _spawn(self) -> psutil.Process:
+        with self.log.open("ab") as log:
+            # A session of its own, so that Ctrl-C reaches the owner alone and the owner ends the tree.
+            return psutil.Popen(
+                [self._python, "-m", "sglang.launch_server", *self._arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **self._env},
+                start_new_session=True,
+            )
+
+    def _fork(self, host: ServerHost) -> psutil.Process:
+        pid = host.fork(self._arguments, self.log, self._env)
+        try:
+            return psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            raise ServerError(f"the server stopped:\n{self.tail()}") from None
+
+    @property
+    def pids(self) -> list[int]:
+        """The server's process and all its descendants."""
+        if self._process is None:
+            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [self._process.pid, *(child.pid for child in self._process.children(recursive=True))]
+        return []
+
+    def tail(self) -> str:
+        """The last lines of the server's output."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+
+    def close(self) -> None:
+        """End the server and everything it started. Safe to call twice."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree = [process, *process.children(recursive=True)]
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            _, alive = psutil.wait_procs(tree, timeout=5)
+            for survivor in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    survivor.kill()
+            psutil.wait_procs(alive)
+        if not self._keep_log:
+            self.log.unlink(missing_ok=True)
+
+    def _wait_until_ready(self, process: psutil.Process) -> None:
+        """However long it takes, unless it ends: on a busy machine importing SGLang alone takes minutes."""
+        with httpx.Client(base_url=self.base_url, timeout=None) as client:
+            while True:
+                if not runs(process.pid):
+                    raise ServerError(f"the server stopped:\n{self.tail()}")
+                with contextlib.suppress(httpx.HTTPError):
+                    if listens(process.pid, self.port) and client.get("/health").status_code == 200:
+                        return
+                time.sleep(0.25)
