@@ -10,9 +10,9 @@ import pytest
 from engine import engine
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.checkpoints.fit import BundleParts, create
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.errors import CheckpointError, ConfigError, UsageError
+from whiflash_train.bundle import BundleParts, create
 
 Arguments = Callable[..., list[str]]
 

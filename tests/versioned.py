@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from whiflash_sglang.checkpoints.fit import BundleParts, create
 from whiflash_sglang.updates.versions import publish
+from whiflash_train.bundle import BundleParts, create
 
 FROZEN = ("fc.", "k_proj", "v_proj", "k_norm", "input_layernorm", "hidden_norm", "d2t", "t2d")
 """Parts of the tiny EAGLE-3's file that draft KV is made with."""

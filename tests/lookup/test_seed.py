@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from whiflash_sglang.checkpoints.manifest import Lookup, embedded_bundle, load_manifest
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.copying.calibration import BUCKETS, EVEN_ODDS, Agreement, MatchCalibration
-from whiflash_sglang.copying.seed import AnsweredPrompt, measure_seed
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.settings.config import Flags, resolve
+from whiflash_train.seed import AnsweredPrompt, measure_seed
 
 
 def sometimes(chance: float, seed: int = 0, length: int = 4000) -> AnsweredPrompt:

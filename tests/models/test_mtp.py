@@ -26,11 +26,12 @@ from torch import Tensor
 from transformers import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
 
-from whiflash_sglang.checkpoints.fit import BundleParts, create, judge, read_target, target_mtp
+from whiflash_sglang.checkpoints.fit import judge, read_target, target_mtp
 from whiflash_sglang.errors import CheckpointError, ConfigError
 from whiflash_sglang.formats.checkpoint import WeightReader
 from whiflash_sglang.formats.mtp import Experts, read_routed
 from whiflash_sglang.formats.table import read_draft
+from whiflash_train.bundle import BundleParts, create
 
 MIMO = (
     DIMENSIONS

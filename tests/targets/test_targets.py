@@ -22,7 +22,7 @@ from traffic import Arrival, mixed, play
 
 from whiflash_sglang.arms.base import with_kv
 from whiflash_sglang.arms.chain import MTPArm
-from whiflash_sglang.checkpoints.fit import BundleParts, create
+from whiflash_train.bundle import BundleParts, create
 
 SAMPLE = (
     "DeepseekV3ForCausalLM",  # latent attention, experts

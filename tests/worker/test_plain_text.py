@@ -35,7 +35,6 @@ from transformers import AutoTokenizer
 from trees import assert_tree_is_true
 
 from whiflash_sglang.cache import backlog
-from whiflash_sglang.checkpoints.fit import BundleParts, create
 from whiflash_sglang.engine.forward.target import Target
 from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
 from whiflash_sglang.records.core import Round
@@ -44,6 +43,7 @@ from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import Pinned
 from whiflash_sglang.serve import worker
 from whiflash_sglang.structure.sketch import is_text
+from whiflash_train.bundle import BundleParts, create
 
 EVERYTHING = {
     **OPTIONS,

@@ -10,13 +10,14 @@ import pytest
 from in_process import whiflash
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 
-from whiflash_sglang.checkpoints.fit import BundleParts, create, judge, read_target
+from whiflash_sglang.checkpoints.fit import judge, read_target
 from whiflash_sglang.checkpoints.hub import verify
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files.disk import sha256
 from whiflash_sglang.settings.config import Flags, resolve
 from whiflash_sglang.updates.versions import numbers, publish
+from whiflash_train.bundle import BundleParts, create
 
 
 @pytest.fixture

@@ -1,14 +1,28 @@
-"""Bundles put together from trained parts."""
+"""Bundles put together from trained parts, or from published ones, whose weights are fetched when they are served."""
 
+import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from whiflash_sglang.checkpoints.bundles import digests, update_manifest
-from whiflash_sglang.checkpoints.manifest import EMBEDDED_BUNDLE, MANIFEST
+from whiflash_sglang.checkpoints.bundles import digests, write_bundle
+from whiflash_sglang.checkpoints.fit import TargetShape, check_fit
+from whiflash_sglang.checkpoints.hub import Found, look_up
+from whiflash_sglang.checkpoints.manifest import (
+    EMBEDDED_BUNDLE,
+    HUB,
+    MANIFEST,
+    NAMES,
+    PARTS,
+    check_arms,
+    load_manifest,
+)
+from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files.jsonl import read_json_file
+from whiflash_sglang.files.jsonl import read_json_file, staged
+from whiflash_sglang.formats.table import read_draft
 from whiflash_train.config import TrainConfig
 
 
@@ -58,3 +72,92 @@ def replace_directory(source: Path, place: Path) -> None:
         if place.exists():
             place.rename(old)
         copied.rename(place)
+
+
+def update_manifest(bundle: Path, changes: Mapping[str, Any]) -> None:
+    """Change keys of `whiflash.json`; the file is replaced whole or not at all.
+
+    Raises:
+        ConfigError: the manifest would not be valid.
+    """
+    path = bundle / MANIFEST
+    fields = read_json_file(path) if path.exists() else {}
+    with staged(path) as file:
+        file.write_text(json.dumps({**fields, **changes}, indent=2) + "\n", encoding="utf-8")
+        load_manifest(file.parent)
+
+
+_KEPT = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "mask_embedding.pt")
+"""Files of a drafter that its loader reads."""
+
+
+class BundleParts(NamedTuple):
+    """Directories or hub ids, each with @revision if wanted. eagle3, diffusion: one of them may be None.
+    router_sign: for a router that does not say its own.
+    """
+
+    target: str
+    eagle3: str | None
+    diffusion: str | None
+    router: str | None = None
+    router_sign: str | None = None
+
+
+def create(parts: BundleParts, out: Path, name: str | None = None) -> dict[str, Any]:
+    """Write a bundle into `out`: `whiflash.json`, and copies of what was given as a directory.
+
+    Hub ids stay ids, pinned to the commit they are at now, and are fetched when the bundle is served. Nothing is
+    written where something does not fit.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ConfigError: `out` exists, the hub gave nothing, no drafter was given, or one beside a router.
+        CheckpointError: a drafter is not known or does not fit the target, naming the file and the key.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already; give --out a new directory")
+    checkpoints = {arms.AR: parts.eagle3, arms.DIFFUSION: parts.diffusion}
+    places = {arm: place for arm, place in checkpoints.items() if place is not None}
+    if not places:
+        raise ConfigError("a bundle needs a drafter: give --eagle3, --dflash or both")
+    if parts.router is not None:
+        check_arms("--router", NAMES, places)
+    target = look_up(parts.target)
+    shape = TargetShape.read(target.config)
+    drafts = {arm: look_up(place) for arm, place in places.items()}
+    for arm, found in drafts.items():
+        draft = read_draft(found.config.parent, arm)
+        if draft.format.layers_key is None:
+            raise ConfigError(
+                f"{places[arm]} is a target with a next-token head of its own, which drafts wherever a bundle names no "
+                f"{NAMES[arm]} checkpoint: leave it out"
+            )
+        check_fit(draft, shape)
+    given = {PARTS[arm]: found for arm, found in drafts.items()}
+    if parts.router is not None:
+        given["router"] = look_up(parts.router, config=False)
+    sources: dict[str, Any] = {"target": {"revision": target.revision}}
+    facts = {"name": name or out.name, "target": target.name, "sources": sources}
+    for key, found in given.items():
+        facts[key] = HUB + found.name if found.hub else key
+        if found.hub:
+            configs = [found.config] if found.config.is_file() else []
+            sources[key] = {"revision": found.revision, "files": digests(configs)}
+    if parts.router is not None:
+        sign = {"delta_sign": parts.router_sign} if parts.router_sign else {}
+        facts["router"] = {"path": facts["router"], **sign}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with staged(out) as made:
+        made.mkdir()
+        copied = {key: _members(found, key) for key, found in given.items() if not found.hub}
+        return write_bundle(made, facts, copied)
+
+
+def _members(found: Found, key: str) -> list[Path]:
+    """Files of a directory that are copied; a router may be given as its one file."""
+    if key == "router" and found.config.name != "config.json":
+        return [found.config]
+    patterns = ("*.safetensors",) if key == "router" else _KEPT
+    return sorted({file for pattern in patterns for file in found.config.parent.glob(pattern)})

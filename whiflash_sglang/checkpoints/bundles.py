@@ -1,4 +1,4 @@
-"""A bundle written from drafters' files, and its manifest changed in one step. Imports no SGLang and no torch."""
+"""A bundle written from drafters' files. Imports no SGLang and no torch."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,6 @@ from typing import Any
 
 from whiflash_sglang.checkpoints.manifest import MANIFEST, load_manifest
 from whiflash_sglang.files.disk import copy_member, sha256
-from whiflash_sglang.files.jsonl import read_json_file, staged
 
 
 def write_bundle(out: Path, facts: Mapping[str, Any], parts: Mapping[str, Iterable[Path]]) -> dict[str, Any]:
@@ -33,16 +32,3 @@ def write_bundle(out: Path, facts: Mapping[str, Any], parts: Mapping[str, Iterab
 def digests(files: Iterable[Path]) -> dict[str, str]:
     """SHA-256 by name."""
     return {file.name: sha256(file) for file in files}
-
-
-def update_manifest(bundle: Path, changes: Mapping[str, Any]) -> None:
-    """Change keys of `whiflash.json`; the file is replaced whole or not at all.
-
-    Raises:
-        ConfigError: the manifest would not be valid.
-    """
-    path = bundle / MANIFEST
-    fields = read_json_file(path) if path.exists() else {}
-    with staged(path) as file:
-        file.write_text(json.dumps({**fields, **changes}, indent=2) + "\n", encoding="utf-8")
-        load_manifest(file.parent)

@@ -17,7 +17,6 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from typer.testing import CliRunner
 
 import whiflash_train as train
-from whiflash_sglang.checkpoints.fit import BundleParts, create
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError
@@ -26,6 +25,7 @@ from whiflash_sglang.updates.versions import VersionInUse as Used
 from whiflash_sglang.updates.versions import gain_of, notes_of, numbers, path_of, record, served, versions_of
 from whiflash_train.answers.store import FeatureStore, SequenceRecord
 from whiflash_train.answers.tokens import export_tokens
+from whiflash_train.bundle import BundleParts, create
 from whiflash_train.config import TrainConfig, load_config
 from whiflash_train.drafters.dspark import initialise
 from whiflash_train.learner import once

@@ -61,7 +61,7 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
 
         for place in filter(None, (target, eagle3, dflash, router)):
             check_place(place)  # before the seconds that reading formats takes
-        from whiflash_sglang.checkpoints.fit import BundleParts, create
+        from whiflash_train.bundle import BundleParts, create
 
         manifest = create(BundleParts(target, eagle3, dflash, router, router_sign), out, name)
         if as_json:
@@ -111,9 +111,9 @@ def lookup_seed(
 
     check_place(str(tokens.absolute()))
     settings = (load_manifest(bundle).lookup if bundle is not None else None) or Lookup()
-    from whiflash_sglang.copying.seed import AnsweredPrompt, measure_seed
     from whiflash_sglang.files.progress import tracked
     from whiflash_train.answers.tokens import Exported
+    from whiflash_train.seed import AnsweredPrompt, measure_seed
 
     exported = Exported(tokens)
     order = tracked(range(len(exported.ids)), "copying from answers")
@@ -122,7 +122,7 @@ def lookup_seed(
     )
     seed = measure_seed(answers, settings.max_width)
     if bundle is not None:
-        from whiflash_sglang.checkpoints.bundles import update_manifest
+        from whiflash_train.bundle import update_manifest
 
         manifest_fields = settings.model_dump(exclude_unset=True)
         update_manifest(bundle, {"lookup": {**manifest_fields, "seed": seed}})
