@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whiflash_lab.bench.cells import Answer, Cell, Journal, Load
-from whiflash_lab.bench.load import Asker
+from whiflash_lab.bench.load import Asker, stream_lines
 from whiflash_lab.bench.prompts import Prompt, load_prompts
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.jsonl import (
@@ -20,8 +20,6 @@ from whiflash_sglang.files.jsonl import (
     parse_json_lines,
     read_json,
     read_json_file,
-    read_json_lines,
-    stream_lines,
 )
 from whiflash_train.answers.prompts import read_rows
 
@@ -44,9 +42,9 @@ def test_the_line_that_is_wrong_is_named(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(dumps({"a": TEXT}) + "\n\n{oops\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"rows\.jsonl, line 3: not JSON"):
-        read_json_lines(file)
+        read_rows(file)
     with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read"):
-        read_json_lines(tmp_path / "none.jsonl")
+        read_rows(tmp_path / "none.jsonl")
 
 
 def test_prompts_are_read_whole(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from patience import wait_until
 from server_host import Server, ServerHost, free_port, runs
 
-from whiflash_sglang.files.cpu import DEFAULT_KV_TOKENS
+from whiflash_cpu.cpu import DEFAULT_KV_TOKENS
 
 from .conftest import Checkpoints
 

@@ -19,9 +19,15 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import KVPoolKind, PlatformCapabilities, SRTPlatform
 
-from whiflash_sglang.files.cpu import ATTENTION_BACKEND, CHILD_ENVIRONMENT, DEFAULT_KV_TOKENS
+from whiflash_sglang.files.cpu import ATTENTION_BACKEND, CHILD_ENVIRONMENT
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_KV_TOKENS = 65536
+"""KV slots where neither ``--max-total-tokens`` nor ``--mem-fraction-static`` was given.
+
+SGLang sizes its pool to fill the device. On a CPU the device is the whole machine's memory.
+"""
 
 
 def _offer_attention_backend() -> None:

@@ -5,8 +5,9 @@ import io
 from rich.console import Console
 from whiflash_sdk.trace import Trace
 
+from whiflash_lab.bench.reference import Comparison
 from whiflash_lab.demo import QUESTIONS, DemoAnswer, show
-from whiflash_sglang.files.equality import Comparison, Verdict
+from whiflash_sglang.files.equality import Verdict
 
 ARMS = {"ar": {"rounds": 2, "tokens": 5}, "lookup": {"rounds": 1, "tokens": 7}}
 TRACE = Trace.model_validate(

@@ -18,12 +18,12 @@ from whiflash_sdk.trace import Trace, routing
 
 from whiflash_lab.bench.load import ANSWER_SECONDS
 from whiflash_lab.bench.prompts import Prompt
-from whiflash_lab.bench.reference import BestLogit, ask_reference
+from whiflash_lab.bench.reference import BestLogit, Comparison, ask_reference, compare
 from whiflash_lab.servers import Server, ServerHost, shares_imports
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.embedded import STRICT_TOOLS, TARGET_NAME, embedded_arguments, ensure_target
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.files.equality import Comparison, TopTwo, Verdict, compare
+from whiflash_sglang.files.equality import TopTwo, Verdict
 
 TARGET = "SmolLM2-135M-Instruct, dequantised from Q4_1 to bfloat16"
 REPEATS = 3

@@ -201,7 +201,8 @@ def agents(case: Case, e: Any, figures: dict[str, Any]) -> None:
 
 def equality(case: Case, ours: Sequence[Sequence[int]], figures: dict[str, Any]) -> None:
     """Compare with plain decoding on the same backend. Raises AssertionError where an answer differs."""
-    from whiflash_sglang.files.equality import TopTwo, compare
+    from whiflash_lab.bench.reference import compare
+    from whiflash_sglang.files.equality import TopTwo
 
     verdicts: Counter[str] = Counter()
     for prompt, plain, answer in zip(case.prompts, case.plain(), ours, strict=True):

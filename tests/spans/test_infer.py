@@ -1,6 +1,7 @@
 """Inference, and that the SDK and the server mean the same by the same bytes."""
 
 from itertools import groupby
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -8,9 +9,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from whiflash_sdk import Hints, Span
 from whiflash_sdk import hints as sdk_hints
+from whiflash_sdk.hints import Arm
 from whiflash_sdk.presets import likely_spans
 
-from whiflash_sglang.spans.hints import ARMS, KINDS, parse_hints
+from whiflash_sglang.spans.hints import KINDS, parse_hints
 from whiflash_sglang.spans.tracker import SpanTracker
 
 
@@ -68,7 +70,7 @@ def test_parsers_mark_their_formats(
     assert walk(inferred(tool_parser, reasoning_parser), text) == expected
 
 
-BIAS = st.dictionaries(st.sampled_from(ARMS), st.floats(-16, 16))
+BIAS = st.dictionaries(st.sampled_from(get_args(Arm)), st.floats(-16, 16))
 MARKER = st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=64)
 SPAN = st.builds(
     lambda **fields: fields,
@@ -76,7 +78,7 @@ SPAN = st.builds(
     begin=MARKER,
     end=MARKER,
     open=st.booleans(),
-    prefer=st.none() | st.sampled_from(ARMS),
+    prefer=st.none() | st.sampled_from(get_args(Arm)),
     pin=st.booleans(),
     bias=BIAS,
 )

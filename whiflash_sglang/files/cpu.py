@@ -11,12 +11,6 @@ PLATFORM = "whiflash_cpu"
 ATTENTION_BACKEND = "whiflash_cpu"
 """Name of this package's attention backend in SGLang's registry and flags."""
 
-DEFAULT_KV_TOKENS = 65536
-"""KV slots where neither ``--max-total-tokens`` nor ``--mem-fraction-static`` was given.
-
-SGLang sizes its pool to fill the device. On a CPU the device is the whole machine's memory.
-"""
-
 CHILD_ENVIRONMENT = {
     # A dozen helpers are decorated with torch.compile when their modules load. On a CPU that needs a C++
     # compiler, takes half a minute at the first request and gains nothing.

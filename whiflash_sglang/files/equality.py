@@ -6,7 +6,6 @@ counted and shown, never ignored.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -31,15 +30,6 @@ class TopTwo:
     gap: float
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """position: of the first difference, None when identical. top_two: there, where it was asked for."""
-
-    verdict: Verdict
-    position: int | None = None
-    top_two: TopTwo | None = None
-
-
 def bf16_ulp(value: float) -> float:
     """Distance between neighbouring bfloat16 numbers at `value`."""
     if value == 0:
@@ -54,23 +44,3 @@ def is_tie(top_two: TopTwo, dtype: str) -> bool:
     if dtype == "bfloat16":
         return top_two.gap <= BF16_ULPS * bf16_ulp(top_two.best)
     raise ValueError(f"no tie rule for dtype {dtype!r}; known: float32, bfloat16")
-
-
-def compare(
-    plain: Sequence[int], other: Sequence[int], top_two_at: Callable[[int], TopTwo], dtype: str
-) -> Comparison:
-    """Compare output tokens.
-
-    Args:
-        top_two_at: plain decoding's two best logits for output token i, asked only at the first difference.
-    """
-    if list(plain) == list(other):
-        return Comparison(Verdict.IDENTICAL)
-    position = next(
-        (i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b), min(len(plain), len(other))
-    )
-    if position >= len(plain) or position >= len(other):
-        return Comparison(Verdict.DIFFERENT, position)
-    top_two = top_two_at(position)
-    verdict = Verdict.TIE if is_tie(top_two, dtype) else Verdict.DIFFERENT
-    return Comparison(verdict, position, top_two)

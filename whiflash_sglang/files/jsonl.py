@@ -4,19 +4,18 @@
 as they are.
 """
 
-import codecs
 import json
 import math
 import os
 import re
 import tempfile
-from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files.disk import MOST_BYTES, open_regular, read_text
+from whiflash_sglang.files.disk import MOST_BYTES, open_regular
 
 DEEPEST: Final = 200
 """Objects and lists around a value at most: what reads it afterwards, or writes it again, calls itself for each."""
@@ -137,19 +136,3 @@ def parse_json_lines(text: str, source: object, *, may_be_torn: bool = False) ->
                 break
             raise ConfigError(f"{source}, line {number}: not JSON ({error})") from None
     return rows
-
-
-def read_json_lines(path: Path) -> list[tuple[int, Any]]:
-    """`parse_json_lines` of a UTF-8 file. Raises ConfigError where it cannot be read, too."""
-    return parse_json_lines(read_text(path, MOST_BYTES << 6), path)
-
-
-async def stream_lines(parts: AsyncIterable[bytes]) -> AsyncIterator[str]:
-    """Lines of a UTF-8 stream, each as soon as it is whole; the last one when the stream ends."""
-    decode, rest = codecs.getincrementaldecoder("utf-8")(), ""
-    async for chunk in parts:
-        *whole, rest = (rest + decode.decode(chunk)).split("\n")
-        for line in whole:
-            yield line.removesuffix("\r")
-    if rest:
-        yield rest.removesuffix("\r")

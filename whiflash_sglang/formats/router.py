@@ -20,7 +20,6 @@ from whiflash_sglang.errors import CheckpointError
 AR_MINUS_DIFFUSION = "ar-minus-diffusion"
 DIFFUSION_MINUS_AR = "diffusion-minus-ar"
 SIGNS = (AR_MINUS_DIFFUSION, DIFFUSION_MINUS_AR)
-ROUTER_FILE = "router.safetensors"
 _HEADS = "heads."
 
 

@@ -19,7 +19,6 @@ from whiflash_sdk.hints import (
     MAX_BYTES,
     MAX_SPANS,
     WIRE_KEY,
-    Arm,
     Hints,
     Kind,
     TraceLevel,
@@ -69,7 +68,6 @@ CARRIED_FORCED: Final = "whiflash_forced"
 """The same for an answer that a benchmark forces (`spans.forced`)."""
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
-ARMS: Final[tuple[Arm, ...]] = get_args(Arm)
 
 HintSource = Literal["request", "inferred", "none", "malformed"]
 """The source of a request's hints."""

@@ -1,8 +1,9 @@
 """Asking a server and timing it: a closed loop, streamed as a user would."""
 
 import asyncio
+import codecs
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import httpx
 from whiflash_lab.bench.cells import Answer, Load
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.files.jsonl import read_json, stream_lines
+from whiflash_sglang.files.jsonl import read_json
 
 MODEL = "bench"
 ANSWER_SECONDS = 3600.0
@@ -119,3 +120,14 @@ def flush(client: httpx.Client) -> None:
     raise RequestError(
         f"{client.base_url} does not empty its prefix cache, because requests still run there: end its other clients"
     )
+
+
+async def stream_lines(parts: AsyncIterable[bytes]) -> AsyncIterator[str]:
+    """Lines of a UTF-8 stream, each as soon as it is whole; the last one when the stream ends."""
+    decode, rest = codecs.getincrementaldecoder("utf-8")(), ""
+    async for chunk in parts:
+        *whole, rest = (rest + decode.decode(chunk)).split("\n")
+        for line in whole:
+            yield line.removesuffix("\r")
+    if rest:
+        yield rest.removesuffix("\r")

@@ -17,10 +17,39 @@ from whiflash_lab.bench.arms import BESIDE, NONE, RANKS
 from whiflash_lab.bench.cells import Cell
 from whiflash_lab.bench.load import MODEL, RefusedError, RequestError
 from whiflash_lab.bench.prompts import Prompt
-from whiflash_sglang.files.equality import TopTwo, Verdict, compare
+from whiflash_sglang.files.equality import TopTwo, Verdict, is_tie
 from whiflash_train.rounds import loop_start
 
 logger = logging.getLogger("whiflash_sglang")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """position: of the first difference, None when identical. top_two: there, where it was asked for."""
+
+    verdict: Verdict
+    position: int | None = None
+    top_two: TopTwo | None = None
+
+
+def compare(
+    plain: Sequence[int], other: Sequence[int], top_two_at: Callable[[int], TopTwo], dtype: str
+) -> Comparison:
+    """Compare output tokens.
+
+    Args:
+        top_two_at: plain decoding's two best logits for output token i, asked only at the first difference.
+    """
+    if list(plain) == list(other):
+        return Comparison(Verdict.IDENTICAL)
+    position = next(
+        (i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b), min(len(plain), len(other))
+    )
+    if position >= len(plain) or position >= len(other):
+        return Comparison(Verdict.DIFFERENT, position)
+    top_two = top_two_at(position)
+    verdict = Verdict.TIE if is_tie(top_two, dtype) else Verdict.DIFFERENT
+    return Comparison(verdict, position, top_two)
 
 
 @dataclass(frozen=True, slots=True)

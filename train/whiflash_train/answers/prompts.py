@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files.jsonl import read_json, read_json_lines
+from whiflash_sglang.files.disk import MOST_BYTES, read_text
+from whiflash_sglang.files.jsonl import parse_json_lines, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,7 +81,7 @@ class PromptRow(NamedTuple):
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL prompt file, each with an id and a category. Raises ConfigError naming the line that is wrong."""
     rows = []
-    for number, row in read_json_lines(path):
+    for number, row in parse_json_lines(read_text(path, MOST_BYTES << 6), path):
         if not isinstance(row, dict) or not row.get("messages"):
             raise ConfigError(f"{path}, line {number}: a row needs a non-empty 'messages' list")
         content = json.dumps(row, sort_keys=True, ensure_ascii=False)
