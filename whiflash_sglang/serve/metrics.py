@@ -113,17 +113,22 @@ Read = Callable[[Observed], Points]
 class Series:
     """One metric.
 
-    name: without `PREFIX`. meaning: one sentence. labels: names of our own. read: label values with a number: a
-    counter's total since the start, a gauge's value now, one observation of a histogram, which is taken out by reading.
-    buckets: upper bounds, of a histogram.
+    name: without `PREFIX`; a counter's ends with `_total`. meaning: one sentence. labels: names of our own. read: label
+    values with a number: a counter's total since the start, a gauge's value now, one observation of a histogram, which
+    is taken out by reading. buckets: upper bounds, of a histogram.
     """
 
     name: str
-    kind: Literal["counter", "gauge", "histogram"]
     meaning: str
     read: Read
     labels: Labels = ()
     buckets: tuple[float, ...] = ()
+
+    @property
+    def kind(self) -> Literal["counter", "gauge", "histogram"]:
+        if self.buckets:
+            return "histogram"
+        return "counter" if self.name.endswith("_total") else "gauge"
 
     @property
     def full_name(self) -> str:
@@ -148,54 +153,47 @@ def _taken(pending: deque[T]) -> Iterator[T]:
 
 
 SERIES = (
-    Series("rounds_total", "counter", "rounds of requests", _by_arm("rounds"), ("arm",)),
+    Series("rounds_total", "rounds of requests", _by_arm("rounds"), ("arm",)),
     Series(
         "tokens_total",
-        "counter",
         "tokens committed by rounds, including bonus tokens, excluding the first token of a prefill",
         _by_arm("tokens"),
         ("arm",),
     ),
-    Series("draft_tokens_total", "counter", "drafts verified", _by_arm("proposed"), ("arm",)),
-    Series("accepted_draft_tokens_total", "counter", "drafts accepted", _by_arm("accepted"), ("arm",)),
+    Series("draft_tokens_total", "drafts verified", _by_arm("proposed"), ("arm",)),
+    Series("accepted_draft_tokens_total", "drafts accepted", _by_arm("accepted"), ("arm",)),
     Series(
         "joined_draft_tokens_total",
-        "counter",
         "drafts with which another arm continued those of `arm`; also in `draft_tokens`",
         _by_arm("joined"),
         ("arm",),
     ),
     Series(
         "accepted_joined_draft_tokens_total",
-        "counter",
         "the accepted ones of these; also in `accepted_draft_tokens`",
         _by_arm("joined_accepted"),
         ("arm",),
     ),
     Series(
         "faulty_drafts_total",
-        "counter",
         "rounds of requests in which the arm returned invalid drafts (unknown ids or NaN)",
         _each(lambda w: w.quarantine.faults),
         ("arm",),
     ),
     Series(
         "left_out_requests_total",
-        "counter",
         "requests that continued without the arm after its error or invalid drafts",
         _each(lambda w: w.quarantine.left_out),
         ("arm",),
     ),
     Series(
         "quarantined",
-        "gauge",
         "1 for an arm that is left out for everybody; the server's log has the reason",
         lambda w: [((arm,), float(arm in w.quarantine)) for arm in w.drafters],
         ("arm",),
     ),
     Series(
         "request_acceptance_length",
-        "histogram",
         "tokens a round, including the bonus token, of each ended request",
         lambda w: (((arm,), length) for arm, length in _taken(w.tally.acceptance)),
         ("arm",),
@@ -203,41 +201,35 @@ SERIES = (
     ),
     Series(
         "cached_prompt_tokens_total",
-        "counter",
         "prompt tokens of ended requests whose KV was kept: on the `device`, in `host` memory or in `storage`",
         _each(lambda w: w.tally.cached),
         ("place",),
     ),
     Series(
         "loaded_rounds_total",
-        "counter",
         "rounds of ended requests whose prompt's KV came in part from the host or from storage",
         lambda w: [((arm,), counts.rounds) for arm, counts in w.tally.loaded.items()],
         ("arm",),
     ),
     Series(
         "loaded_tokens_total",
-        "counter",
         "tokens committed by these rounds; over `loaded_rounds_total`, their acceptance length",
         lambda w: [((arm,), counts.tokens) for arm, counts in w.tally.loaded.items()],
         ("arm",),
     ),
     Series(
         "routes_total",
-        "counter",
         "rounds of requests by routing reason: `score`, `policy`, `span`, `pin` or `off`",
         _each(lambda w: w.tally.reasons),
         ("reason",),
     ),
     Series(
         "switches_total",
-        "counter",
         "rounds of requests drafted by another arm than the round before",
         _one(lambda w: w.clock.switches),
     ),
     Series(
         "requests_total",
-        "counter",
         "started requests by the origin of their hints: the `request`, spans `inferred` by the server, `none`, or "
         "`malformed` ones that were ignored",
         _each(lambda w: w.tally.requests),
@@ -245,59 +237,50 @@ SERIES = (
     ),
     Series(
         "round_seconds",
-        "histogram",
         "time of a round of the whole batch, on the host's clock",
         lambda w: (((), seconds) for seconds in _taken(w.tally.round_seconds)),
         buckets=SECONDS,
     ),
     Series(
         "stage_seconds_total",
-        "counter",
         "seconds by stage of the round (`GET /whiflash/state` explains them)",
         _each(lambda w: w.clock.seconds),
         ("stage",),
     ),
     Series(
         "decode_seconds_total",
-        "counter",
         "seconds of consecutive rounds and of the time between them",
         _one(lambda w: w.tally.timed_seconds),
     ),
     Series(
         "plain_decode_seconds_total",
-        "counter",
         "estimate of plain decoding's seconds for the same tokens; over `decode_seconds_total`, the speed-up",
         _one(lambda w: w.tally.plain_seconds),
     ),
     Series(
         "verified_rows_total",
-        "counter",
         "rows that the target verified, on CUDA with padding",
         _one(lambda w: w.clock.rows),
     ),
     Series(
         "catch_up_tokens_total",
-        "counter",
         "upper bound of the tokens that a drafter ingested after others had drafted",
         _each(lambda w: w.sync.caught_up),
         ("arm",),
     ),
     Series(
         "catch_up_extra_seconds_total",
-        "counter",
         "seconds of catching up that a drafter used in every round would not have spent",
         _one(lambda w: w.clock.extra_catch_up_seconds),
     ),
     Series(
         "backlog_tokens",
-        "gauge",
         "upper bound of the tokens of running requests that a drafter has yet to ingest",
         _each(lambda w: w.sync.backlog()),
         ("arm",),
     ),
     Series(
         "cost_seconds",
-        "gauge",
         "prices of routes, fitted or (on CUDA) looked up: `draft` of one request with its catch-up and "
         "`draft_request` of each further one, by arm; `verify` of one request without drafts, `verify_draft` of each "
         "draft, `verify_request` of each further request, `verify_several` of a single request's first draft (on a "
@@ -307,7 +290,6 @@ SERIES = (
     ),
     Series(
         "memory_bytes",
-        "gauge",
         "bytes by scope: `draft_kv` beside the target's slots, `backlog` (parked features), `text` of running "
         "requests, `lookup_index` of their copying arm",
         _each(memory_of),
@@ -315,7 +297,6 @@ SERIES = (
     ),
     Series(
         "learn_samples_total",
-        "counter",
         "finished requests by outcome for `--whiflash-learn`: `written`, `declined` (no consent, or not only text), "
         "`dropped` (more than could be written) or `failed` (by the disk)",
         lambda w: [] if w.spool is None else [((name,), count) for name, count in w.spool.counts.items()],
@@ -323,19 +304,16 @@ SERIES = (
     ),
     Series(
         "learn_spool_bytes",
-        "gauge",
         "bytes of samples on disk",
         lambda w: [] if w.spool is None else [((), w.spool.size)],
     ),
     Series(
         "drafter_version",
-        "gauge",
         "version of the drafters' weights that serves; 0 is that of the start",
         lambda w: [] if w.weights is None else [((), w.weights.used.version)],
     ),
     Series(
         "drafter_gain",
-        "gauge",
         "tokens a round of the version that serves, divided by those of the version it was learned from, on "
         "requests that neither has learned from, by drafter",
         lambda w: [] if w.weights is None else [((name,), gain) for name, gain in w.weights.gain.items()],
@@ -343,21 +321,18 @@ SERIES = (
     ),
     Series(
         "drafter_swaps_total",
-        "counter",
         "versions of the drafters' weights that were `taken` or `refused` while serving",
         lambda w: [] if w.weights is None else [((name,), count) for name, count in w.weights.swaps.items()],
         ("outcome",),
     ),
     Series(
         "policy",
-        "gauge",
         "1 for the policy in force, 0 for others",
         lambda w: [((name,), float(name == w.settings.router)) for name in get_args(RouterName)],
         ("policy",),
     ),
     Series(
         "info",
-        "gauge",
         "always 1; labels name the package's version and the bundle",
         lambda w: [((__version__, w.settings.bundle or ""), 1.0)],
         ("version", "bundle"),
