@@ -106,7 +106,7 @@ def judge(
 def _obstacles(launch: Launch) -> dict[str, str]:
     obstacles = dict(refusals_of(launch))
     if launch.draft_kv and UNCAPTURED.found(launch):
-        obstacles[UNCAPTURED.name] = UNCAPTURED.sentence.format(launch.architecture)
+        obstacles["uncaptured"] = UNCAPTURED.sentence.format(launch.architecture)
     return obstacles
 
 

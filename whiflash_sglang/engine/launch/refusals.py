@@ -10,9 +10,8 @@ that see the whole context. Windowed layers share them, or have a pool of their 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from whiflash_sglang.engine.carried import APP_PATH, WORKER_APP
 from whiflash_sglang.engine.supported import has, installed
@@ -62,18 +61,16 @@ def has_heads_of_two_shapes(model: Any) -> bool:
     return bool(windowed != (model.head_dim, model.v_head_dim, model.get_num_kv_heads(1)))
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     """`found` gives None or False if a launch is fine, else what `sentence` names in its braces."""
 
-    name: str
     found: Callable[["Launch"], Any]
     sentence: str
 
 
 def refusals_of(launch: "Launch", *, known_in_part: bool = False) -> Iterator[tuple[str, str]]:
     """Name and sentence of every row that stops this launch. known_in_part: rows that lack a fact are left out."""
-    for refusal in REFUSALS:
+    for name, refusal in REFUSALS.items():
         try:
             found = refusal.found(launch)
         except AttributeError:
@@ -81,7 +78,7 @@ def refusals_of(launch: "Launch", *, known_in_part: bool = False) -> Iterator[tu
                 raise
             continue
         if found not in (None, False):
-            yield refusal.name, refusal.sentence.format(found)
+            yield name, refusal.sentence.format(found)
 
 
 def refusal_of(launch: "Launch") -> str | None:
@@ -95,7 +92,7 @@ def storage_refusal(server_args: Any, backend: str, draft_kv: bool) -> str | Non
         hicache_storage_backend=backend, enable_streaming_session=server_args.enable_streaming_session
     )
     launch: Any = SimpleNamespace(args=args, draft_kv=draft_kv)
-    rows = [row for row in REFUSALS if row.name in ("hicache_storage_backend", "storage_sessions")]
+    rows = (REFUSALS["hicache_storage_backend"], REFUSALS["storage_sessions"])
     return next((row.sentence.format(found) for row in rows if (found := row.found(launch))), None)
 
 
@@ -119,7 +116,7 @@ def _set_beside_peers(variable: str) -> Callable[["Launch"], Any]:
 def _foreign_flag(launch: "Launch") -> str | None:
     """The first flag of SGLang's other algorithms that the user gave."""
     given = (f for f, default in FOREIGN.items() if launch.given.get(f, default) != default)
-    return next((f"--{field.replace('_', '-')}" for field in given), None)
+    return next(map(_flag, given), None)
 
 
 def _architecture(condition: Callable[["Launch"], Any]) -> Callable[["Launch"], Any]:
@@ -230,206 +227,185 @@ _ONE_TOKEN = "it decodes one token a step, and a verification has several"
 _HTTP = "WHIFLASH needs SGLang's own HTTP server, for its routes, checks and traces; "
 
 
-def _removed(argument: str, reason: str = "") -> Refusal:
-    """A switch that cannot be on."""
-    flag = f"--{argument.replace('_', '-')}"
-    return Refusal(argument, _on(argument), _REMOVE.format(f"{flag} ({reason})" if reason else flag))
+def _flag(argument: str) -> str:
+    return f"--{argument.replace('_', '-')}"
 
 
-def _removed_beside_draft_kv(argument: str, reason: str) -> Refusal:
-    """A switch that cannot be on where a drafter keeps KV, or reads features, of its own."""
-    flag = f"--{argument.replace('_', '-')}"
-    sentence = (
-        f"WHIFLASH's drafters do not work with {flag} ({reason}); remove it, or give --whiflash-drafters none"
-    )
-    return Refusal(argument, lambda launch: launch.draft_kv and _on(argument)(launch), sentence)
+def _removed(**reasons: str) -> dict[str, Refusal]:
+    """Switches that cannot be on, and why."""
+    return {
+        argument: Refusal(_on(argument), _REMOVE.format(f"{_flag(argument)} ({reason})"))
+        for argument, reason in reasons.items()
+    }
 
 
-REFUSALS: tuple[Refusal, ...] = (
+def _removed_beside_draft_kv(**reasons: str) -> dict[str, Refusal]:
+    """Switches that cannot be on where a drafter keeps KV, or reads features, of its own."""
+
+    def row(argument: str, reason: str) -> Refusal:
+        sentence = (
+            f"WHIFLASH's drafters do not work with {_flag(argument)} ({reason}); remove it, or give "
+            "--whiflash-drafters none"
+        )
+        return Refusal(lambda launch: launch.draft_kv and _on(argument)(launch), sentence)
+
+    return {argument: row(argument, reason) for argument, reason in reasons.items()}
+
+
+REFUSALS: dict[str, Refusal] = {
     # where it runs
-    Refusal(
-        "device",
+    "device": Refusal(
         lambda x: x.device not in ("cpu", "cuda") and x.device,
         "WHIFLASH runs on the CPU and on CUDA, not on {}; serve without it",
     ),
-    Refusal(
-        "cpu_engine",
+    "cpu_engine": Refusal(
         lambda x: x.device == "cpu" and not x.own_platform,
         "WHIFLASH on the CPU needs whiflash-cpu (pip install 'whiflash-sglang[cpu]'), which is off if a GPU is "
         "visible or "
         "SGLANG_USE_CPU_ENGINE=1 is set; hide the GPU (CUDA_VISIBLE_DEVICES=) and unset SGLANG_USE_CPU_ENGINE",
     ),
-    Refusal(
-        "cpu_attention",
+    "cpu_attention": Refusal(
         lambda x: x.device == "cpu" and _foreign_attention(x),
         f"WHIFLASH on the CPU needs --attention-backend {ATTENTION_BACKEND}, its default, not {{}}; remove the flag",
     ),
-    Refusal(
-        "cuda_attention",
+    "cuda_attention": Refusal(
         lambda x: x.device == "cuda" and _foreign_attention(x),
         f"WHIFLASH on CUDA needs --attention-backend {', '.join(CUDA_ATTENTIONS)}, not {{}}, "
         "which is untested with drafts of several lengths; remove the flag",
     ),
-    Refusal(
-        "cuda_xqa",
+    "cuda_xqa": Refusal(
         lambda x: x.device == "cuda" and x.xqa and "trtllm_mha" in x.attention_backends,
         "--attention-backend trtllm_mha runs the XQA kernel on this GPU, which cannot verify drafts of several "
         "lengths; remove the flag",
     ),
-    Refusal(
-        "cuda_prefill_graphs",
+    "cuda_prefill_graphs": Refusal(
         lambda x: x.draft_kv and _captures(x, "prefill"),
         "prefills in CUDA graphs keep no features for WHIFLASH's drafters; give --cuda-graph-backend-prefill disabled",
     ),
-    Refusal(
-        "cuda_graph_padding",
+    "cuda_graph_padding": Refusal(
         lambda x: _captures(x, "decode") and x.args.disable_cuda_graph_padding,
         "WHIFLASH pads verifications to the size of a CUDA graph; remove --disable-cuda-graph-padding, or give "
         "--cuda-graph-backend-decode disabled",
     ),
-    Refusal(
-        "cuda_metadata_glue",
+    "cuda_metadata_glue": Refusal(
         lambda x: _captures(x, "decode") and x.is_set("SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
         "the plan of a verification changes its addresses every round and cannot be captured; unset "
         "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
     ),
-    Refusal(
-        "cuda_deterministic",
+    "cuda_deterministic": Refusal(
         lambda x: x.device == "cuda" and x.args.enable_deterministic_inference,
         "WHIFLASH on CUDA cannot keep --enable-deterministic-inference: it verifies several rows together; remove it",
     ),
-    *(
-        Refusal(
-            argument,
+    **{
+        argument: Refusal(
             _more_than_one(argument),
             f"WHIFLASH scales with --tp-size, --dp-size and --enable-dp-attention; "
-            f"--{argument.replace('_', '-')} must be 1 ({reason})",
+            f"{_flag(argument)} must be 1 ({reason})",
         )
         for argument, reason in _ONE_OF.items()
-    ),
-    *(
-        Refusal(
-            variable.lower(),
+    },
+    **{
+        variable.lower(): Refusal(
             _set_beside_peers(variable),
             f"with --enable-dp-attention WHIFLASH verifies on all ranks at once, by the rows of each; unset {variable}",
         )
         for variable in ("SGLANG_ENABLE_DP_SPEC_PREFILL_COORDINATION", "SGLANG_SCHEDULER_SKIP_ALL_GATHER")
-    ),
-    Refusal(
-        "moe_a2a_backend",
+    },
+    "moe_a2a_backend": Refusal(
         lambda x: x.args.moe_a2a_backend not in (None, "none") and x.args.moe_a2a_backend,
         "--moe-a2a-backend {} has buffers for a bounded number of rows a rank, which rounds do not keep to; remove it: "
         "--ep-size works without it",
     ),
-    _removed_beside_draft_kv(
-        "enable_attn_tp_input_scattered", "a rank would keep features of its own tokens only"
+    **_removed_beside_draft_kv(
+        enable_attn_tp_input_scattered="a rank would keep features of its own tokens only",
+        enable_layernorm_sp="a rank would keep features of its own tokens only",
     ),
-    _removed_beside_draft_kv("enable_layernorm_sp", "a rank would keep features of its own tokens only"),
     # which target
-    Refusal(
-        "recurrent",
+    "recurrent": Refusal(
         _architecture(lambda x: _recurrent().has_state(x.model) and not _recurrent().is_known(x.model)),
         "{} keeps a recurrent state that cannot be set back to the last accepted draft; serve it without WHIFLASH",
     ),
-    Refusal(
-        "recurrent_sessions",
+    "recurrent_sessions": Refusal(
         _architecture(lambda x: _recurrent().has_state(x.model) and x.args.enable_streaming_session),
         "{} keeps a recurrent state that cannot be set back to a session's last kept token; remove "
         "--enable-streaming-session",
     ),
-    Refusal(
-        "compressed",
+    "compressed": Refusal(
         _architecture(_is_compressed),
         "{} compresses KV in pools of its own, which are untested with verifications of several widths; serve it "
         "without WHIFLASH",
     ),
-    Refusal(
-        "sparse",
+    "sparse": Refusal(
         _architecture(_is_sparse),
         "{} attends to tokens that an index picks (DSA): SGLang's dsa backend verifies one length, and others "
         "attend to all tokens; serve it without WHIFLASH",
     ),
-    Refusal(
-        "windows",
+    "windows": Refusal(
         _foreign_windowed_attention,
         "the target has layers with a sliding window, whose rows {} is not known to mask one by one; "
         f"give --attention-backend {', '.join(ATTENTIONS[:-1])} or {ATTENTIONS[-1]}",
     ),
-    Refusal(
-        "window_heads",
+    "window_heads": Refusal(
         _architecture(lambda x: not x.model.is_hybrid_swa and has_heads_of_two_shapes(x.model)),
         "{} has windowed layers with KV heads of another shape than its other layers, which one pool cannot hold; "
         "give --swa-full-tokens-ratio (SGLang's default is 0.8), without --disable-hybrid-swa-memory",
     ),
-    Refusal(
-        "window_pool",
+    "window_pool": Refusal(
         _architecture(lambda x: x.model.is_hybrid_swa and not x.model.full_attention_layer_ids),
         "{} has no layer that keeps plain KV for the whole context, and drafters keep theirs at the slots of one; "
         "remove --swa-full-tokens-ratio",
     ),
-    Refusal(
-        "chunked_windows",
+    "chunked_windows": Refusal(
         _architecture(_has_chunks),
         "{} attends within chunks, and a block of drafts may cross their bounds; serve it without WHIFLASH",
     ),
-    Refusal(
-        "multimodal",
+    "multimodal": Refusal(
         _untested_media,
         "{} is untested with images and sound; remove --enable-multimodal to serve its text",
     ),
-    Refusal(
-        "multimodal_roles",
+    "multimodal_roles": Refusal(
         lambda x: x.args.enable_multimodal and x.args.disaggregation_mode != "null",
         "images are untested between prefill and decode servers; remove --enable-multimodal",
     ),
-    Refusal(
-        "multimodal_peers",
+    "multimodal_peers": Refusal(
         lambda x: x.args.enable_multimodal and _peers(x),
         "images are untested with --enable-dp-attention; remove --enable-multimodal",
     ),
-    Refusal(
-        "encoder",
+    "encoder": Refusal(
         _architecture(lambda x: x.model.is_encoder_decoder or not x.model.is_generation),
         "{} does not continue a prompt token by token; serve it without WHIFLASH",
     ),
-    Refusal(
-        "one_file",
+    "one_file": Refusal(
         _one_file,
         "the target is a {} file, which SGLang reads only on GPUs, untested with WHIFLASH; use a checkpoint in "
         "safetensors",
     ),
     # who serves it
-    Refusal(
-        "workers_keys",
+    "workers_keys": Refusal(
         lambda x: _more_than_one("tokenizer_worker_num")(x) and bool(x.args.api_key or x.args.admin_api_key),
         "SGLang checks no keys with --tokenizer-worker-num above 1; remove it, or --api-key and --admin-api-key",
     ),
-    Refusal(
-        "workers_app",
+    "workers_app": Refusal(
         lambda x: (
             _more_than_one("tokenizer_worker_num")(x)
             and x.environment.get(APP_PATH, WORKER_APP) != WORKER_APP
         ),
         f"tokenizer workers need WHIFLASH's application for its routes, checks and traces; unset {APP_PATH}",
     ),
-    Refusal(
-        "rust_server",
+    "rust_server": Refusal(
         lambda x: x.is_set("SGLANG_RUST_SERVER"),
         _HTTP + "unset SGLANG_RUST_SERVER",
     ),
-    *(
-        Refusal(argument, _on(argument), _HTTP + f"remove --{argument.replace('_', '-')}")
-        # The old name first: resolved, it is the new one too.
+    **{  # The old name first: resolved, it is the new one too.
+        argument: Refusal(_on(argument), _HTTP + f"remove {_flag(argument)}")
         for argument in ("grpc_mode", "smg_grpc_mode", "use_ray", "encoder_only")
-    ),
-    Refusal(
-        "decoupled_spec_role",
+    },
+    "decoupled_spec_role": Refusal(
         lambda x: x.args.decoupled_spec_role not in (None, "null"),
         _REMOVE.format("--decoupled-spec-role (drafters run in the target's process)"),
     ),
     # caches and memory
-    Refusal(
-        "hicache_storage_backend",
+    "hicache_storage_backend": Refusal(
         lambda x: (
             x.draft_kv
             and x.args.hicache_storage_backend not in (None, "file")
@@ -437,77 +413,71 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
         "--hicache-storage-backend {} is untested with draft KV; give file, or give --whiflash-drafters none",
     ),
-    Refusal(
-        "storage_sessions",
+    "storage_sessions": Refusal(
         lambda x: x.args.enable_streaming_session and x.args.hicache_storage_backend,
         "--hicache-storage-backend {} beside --enable-streaming-session: SGLang's scheduler ends at a session's second "
         "turn; remove one of them",
     ),
-    Refusal(
-        "hicache_host_memory_mode",
+    "hicache_host_memory_mode": Refusal(
         lambda x: (
             x.draft_kv and x.args.hicache_host_memory_mode != "cache" and x.args.hicache_host_memory_mode
         ),
         "--hicache-host-memory-mode {} is untested with draft KV; remove it, or give --whiflash-drafters none",
     ),
-    _removed("enable_lmcache", "SGLang serves no speculative algorithm with it"),
-    _removed_beside_draft_kv("enable_flexkv", "draft KV would not follow the target's"),
-    _removed_beside_draft_kv(
-        "enable_unified_cache_external_linker", "draft KV would not follow the target's"
+    **_removed(enable_lmcache="SGLang serves no speculative algorithm with it"),
+    **_removed_beside_draft_kv(
+        enable_flexkv="draft KV would not follow the target's",
+        enable_unified_cache_external_linker="draft KV would not follow the target's",
     ),
-    _removed("enable_hisparse", "untested with verifications of several rows"),
-    _removed("enable_unified_memory", "untested with verifications of several rows"),
-    _removed_beside_draft_kv("enable_page_major_kv_layout", "draft KV has a layout of its own"),
-    _removed("enable_memory_saver", "the drafters' memory is not released on sleep, and waking is untested"),
-    *(
-        _removed(argument, "it does not keep the state after each verified row")
-        for argument in ("enable_linear_replayssm", "enable_linear_replayssm_spec")
+    **_removed(
+        enable_hisparse="untested with verifications of several rows",
+        enable_unified_memory="untested with verifications of several rows",
     ),
-    _removed("enable_int8_mamba_checkpoint", "untested with WHIFLASH"),
-    Refusal(
-        "mamba_radix_cache_strategy",
+    **_removed_beside_draft_kv(enable_page_major_kv_layout="draft KV has a layout of its own"),
+    **_removed(enable_memory_saver="the drafters' memory is not released on sleep, and waking is untested"),
+    **_removed(
+        enable_linear_replayssm="it does not keep the state after each verified row",
+        enable_linear_replayssm_spec="it does not keep the state after each verified row",
+    ),
+    **_removed(enable_int8_mamba_checkpoint="untested with WHIFLASH"),
+    "mamba_radix_cache_strategy": Refusal(
         lambda x: x.args.mamba_radix_cache_strategy == "extra_buffer_lazy",
         "--mamba-radix-cache-strategy extra_buffer_lazy plans slots for drafts of one length; use extra_buffer",
     ),
-    Refusal(
-        "radix_cache_backend",
+    "radix_cache_backend": Refusal(
         lambda x: x.args.radix_cache_backend,
         "WHIFLASH needs SGLang's own radix cache; remove --radix-cache-backend {}",
     ),
-    Refusal(
-        "post_capture_sizing",
+    "post_capture_sizing": Refusal(
         lambda x: x.is_set("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
         "the drafters' KV needs the size of the target's KV at the start; unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
     ),
     # what the scheduler does
-    Refusal(
-        "lora_backend",
+    "lora_backend": Refusal(
         _foreign_adapters,
         "--lora-backend {0[1]} lays out the rows of adapters for drafts of one length; give --lora-backend {0[0]}",
     ),
-    Refusal(
-        "lora_peers",
+    "lora_peers": Refusal(
         lambda x: _peers(x) and _has_adapters(x),
         "with --enable-dp-attention SGLang lays out all ranks' rows of adapters, for drafts of one length and with "
         "--lora-backend triton alone; remove --enable-lora and --lora-paths",
     ),
-    _removed("enable_lora_overlap_loading", "untested beside verifications"),
-    Refusal(
-        "disaggregation_release",
+    **_removed(enable_lora_overlap_loading="untested beside verifications"),
+    "disaggregation_release": Refusal(
         lambda x: x.args.disaggregation_mode != "null" and not has("0.5.23") and installed(),
         "SGLang {} does not register how a prefill server's KV is laid out; with --disaggregation-mode install 0.5.23",
     ),
-    Refusal(
-        "peers_release",
+    "peers_release": Refusal(
         lambda x: _peers(x) and not has("0.5.23") and installed(),
         "SGLang {} makes no groups of ranks on a CPU, so --enable-dp-attention is untested; install 0.5.23",
     ),
-    _removed("enable_watermark", "its state is not kept per verified position"),
-    _removed("enable_torch_compile", "it compiles sizes in requests, and a verification's are rows"),
-    _removed("enable_mis", "FlashInfer's masks of several items are untested with it"),
-    _removed("enable_eplb", "experts that move while it serves are untested"),
-    Refusal(
-        "enable_return_routed_experts",
+    **_removed(
+        enable_watermark="its state is not kept per verified position",
+        enable_torch_compile="it compiles sizes in requests, and a verification's are rows",
+        enable_mis="FlashInfer's masks of several items are untested with it",
+        enable_eplb="experts that move while it serves are untested",
+    ),
+    "enable_return_routed_experts": Refusal(
         _architecture(
             lambda x: (
                 x.args.enable_return_routed_experts
@@ -516,29 +486,29 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
         "{} has no experts to return; remove --enable-return-routed-experts",
     ),
-    _removed("enable_two_batch_overlap", _ONE_TOKEN),
-    _removed("enable_single_batch_overlap", _ONE_TOKEN),
-    _removed("enable_pdmux", _ONE_TOKEN),
-    Refusal(
-        "dllm_algorithm",
+    **_removed(
+        enable_two_batch_overlap=_ONE_TOKEN,
+        enable_single_batch_overlap=_ONE_TOKEN,
+        enable_pdmux=_ONE_TOKEN,
+    ),
+    "dllm_algorithm": Refusal(
         lambda x: bool(x.args.dllm_algorithm),
         _REMOVE.format("--dllm-algorithm (a diffusion target does not decode token by token)"),
     ),
-    Refusal(
-        "grammar_backend",
+    "grammar_backend": Refusal(
         lambda x: x.args.grammar_backend == "outlines",
         "WHIFLASH does not work with --grammar-backend outlines (it cannot take a token back, as drafts need); use "
         "xgrammar or llguidance",
     ),
-    Refusal(
-        "other_algorithms",
+    "other_algorithms": Refusal(
         _foreign_flag,
         "{} belongs to SGLang's other speculative algorithms and has no effect; WHIFLASH's bounds are "
         "--whiflash-eagle-steps and --whiflash-block-size; remove it",
     ),
-)
+}
+"""The rows by their names: the first that stops a launch is shown."""
+
 UNCAPTURED = Refusal(
-    "uncaptured",
     _architecture(_is_uncaptured),
     "{} has no hidden-state capture in SGLang, so no drafter can read it; give --whiflash-drafters none",
 )
