@@ -189,7 +189,7 @@ class Engine:
         leaking, messages = checker._check_all_pools(self.scheduler.pool_stats_observer.get_pool_stats())
         assert not leaking, "\n".join(messages)
         checker._check_req_pool()
-        if hasattr(self.worker, "check_integrity"):
+        if hasattr(self.worker, "stages"):
             assert not self.worker.stages.lifecycle.leaks()
 
 

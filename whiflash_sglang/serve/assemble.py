@@ -53,7 +53,7 @@ from whiflash_sglang.updates.swap import LiveWeights, Versions
 
 
 def build_drafters(
-    settings: Settings, target: Target, ranks: Ranks, host: HostView, spending: Spending
+    settings: Settings, target: Target, host: HostView, spending: Spending
 ) -> dict[str, Drafter]:
     """Load the checkpoints, which were checked against the target when the arguments were read.
 

@@ -139,7 +139,8 @@ class Lifecycle:
             self._spool.forget(handle)
 
     def released(self, req: Any, *, kept: bool) -> None:
-        """The request gives its slots up. If the tree, a session or the host keeps them, `flush` must follow."""
+        """The request gives its slots up. If the tree, a session or the host keeps them, `DraftSync.flush` must
+        follow."""
         row = req.kv.req_pool_idx
         request = None if row is None else self._controller.states.get(row)
         if request is None or request.rid != req.rid:
@@ -153,15 +154,6 @@ class Lifecycle:
         self._drop(request)
         if not self._controller.states:
             self._publisher.flush()
-
-    @property
-    def leaving(self) -> bool:
-        """Whether requests were released whose slots lack what was parked."""
-        return bool(self._sync.leaving)
-
-    def flush(self) -> None:
-        """Write the parked features of released requests into the slots that they gave up."""
-        self._sync.flush()
 
     def leaks(self) -> dict[str, list[int]]:
         """Rows of the request table that are kept by whom; nobody keeps any while no request runs."""

@@ -82,7 +82,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.target.peers.on_written = self._copy_target
         self.host = HostView.of(self.target.device, late=not server_args.disable_overlap_schedule)
         self.spending = Spending(cuts=self.ranks.size == 1)
-        self.drafters = build_drafters(self.settings, self.target, self.ranks, self.host, self.spending)
+        self.drafters = build_drafters(self.settings, self.target, self.host, self.spending)
         self.kv_arms, self.text_arms = with_kv(self.drafters), of_text(self.drafters)
         captured = sorted({i for d in self.kv_arms.values() for i in d.captured_layers})
         self.router = load_router(self.settings.neural, self.target)
@@ -299,10 +299,6 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         """Write metrics beside those of SGLang's `collector` if this process decides: of several ranks one counts."""
         if self.ranks.leads:
             self.publisher.start(Prometheus(collector))
-
-    def check_integrity(self) -> None:
-        """Log what is kept of requests though none runs. SGLang checks its own slots and rows."""
-        self.stages.lifecycle.check_integrity()
 
     def forget(self, handle: int | None) -> None:
         """Drop what is kept across requests: of a tenant, by its handle, or of everybody."""

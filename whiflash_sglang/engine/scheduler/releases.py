@@ -64,9 +64,9 @@ def slots_of(worker: Any, req: Any) -> torch.Tensor:
 
 def flush(worker: Any) -> None:
     """Ingest what is parked of requests that were released, if there is anything."""
-    if worker.stages.lifecycle.leaving:
+    if worker.sync.leaving:
         with behind_forward(worker.target.runner):
-            worker.stages.lifecycle.flush()
+            worker.sync.flush()
 
 
 @around(

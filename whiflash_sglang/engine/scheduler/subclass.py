@@ -109,7 +109,7 @@ class WhiflashScheduler:
         """SGLang checks its pools here, and we ours: once, behind the last batch."""
         if self.has_run and self.is_fully_idle():
             self.has_run = False
-            self.draft_worker.check_integrity()
+            self.draft_worker.stages.lifecycle.check_integrity()
         super().on_idle()  # type: ignore[misc]
 
     def is_fully_idle(self: Any, *args: Any, **named: Any) -> bool:
