@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
@@ -17,7 +19,6 @@ from whiflash_sglang.copying.tenants import parse_forget
 from whiflash_sglang.engine import patching
 from whiflash_sglang.engine.carried import asks_for_ours, replace_settings, settings_of
 from whiflash_sglang.engine.http import admission, answers, middleware, pieces, recordings, requests, traces
-from whiflash_sglang.engine.http.steering import log_steering, loggable
 from whiflash_sglang.engine.launch.refusals import storage_refusal
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.engine.scheduler import figures
@@ -32,10 +33,12 @@ from whiflash_sglang.engine.scheduler.control import (
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.hosts import SilentReplicaError, together
 from whiflash_sglang.files.jsonl import read_json
-from whiflash_sglang.settings.config import changed
+from whiflash_sglang.settings.config import PolicyChange, changed
 from whiflash_sglang.spans.capabilities import capabilities
 from whiflash_sglang.updates.samples import forget_samples
 from whiflash_sglang.updates.versions import Wanted, check_wanted
+
+logger = logging.getLogger("whiflash_sglang")
 
 
 def install() -> None:
@@ -165,16 +168,29 @@ def _steering(name: str, change: Change) -> Callable[..., Awaitable[JSONResponse
     async def steer(body: Body, request: Request) -> JSONResponse:
         told: dict[str, Any] = {}
         answer = await _answered(change(body, told))
+        # A gateway's, if there is one before us.
         client = request.client.host if request.client else None
-        log_steering(client, name, told, answer.status_code)
+        done = "done" if answer.status_code == 200 else f"refused with {answer.status_code}"
+        logger.info("control: %s %s, from %s: %s", name, json.dumps(told), client or "nowhere", done)
         return answer
 
     return steer
 
 
+def _loggable(change: dict[str, Any]) -> dict[str, Any]:
+    """A change of policy as the log may have it: the fields that exist, with what they were given if that is short."""
+    found = {}
+    for name in PolicyChange.model_fields:
+        if name in change:
+            value = change[name]
+            short = isinstance(value, bool | int | float | str | None) and len(repr(value)) <= 32
+            found[name] = value if short else "..."
+    return found
+
+
 async def _set_policy(change: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     """Change router, thresholds or dwell while serving."""
-    told.update(loggable(change))
+    told.update(_loggable(change))
     server_args = http_server._global_state.tokenizer_manager.server_args
     settings = changed(settings_of(server_args), change)
     state = await _send(change_request(encode(change)))
