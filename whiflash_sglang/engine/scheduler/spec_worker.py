@@ -1,6 +1,5 @@
 """The scheduler's contract with a speculative worker (spec v2)."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_schedule
-from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker as BaseSpecWorker  # for `serve.worker`
 from sglang.srt.speculative.spec_info import SpecInput, SpecInputType
 from sglang.srt.state_capturer.base import TopkCaptureOutput
 
@@ -17,23 +16,6 @@ from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.device.transfers import Download, Upload
 from whiflash_sglang.engine.forward import recurrent, sampling
 from whiflash_sglang.records.core import PLACEHOLDERS, Results, Round, Verified, readable
-
-logger = logging.getLogger("whiflash_sglang")
-
-__all__ = [
-    "BaseSpecWorker",
-    "DraftInput",
-    "any_ended",
-    "any_tracked",
-    "idle_result",
-    "max_running_requests",
-    "next_round",
-    "prefill_rows",
-    "round_batch",
-    "round_result",
-    "row_ids_of",
-    "step_result",
-]
 
 
 @dataclass
