@@ -80,6 +80,8 @@ NIGHTLY = (
     "kernels/tests/test_interpreter.py",
     "tests/agents/test_examples.py",
     "tests/gpu/test_serving_part.py",
+    "tests/parallel/test_data_parallel.py",
+    "tests/parallel/test_router.py",
     "tests/parallel/test_tensor_parallel.py",
     "tests/parallel/test_tensor_parallel_server.py",
     "train/tests/test_trained.py",
