@@ -52,7 +52,8 @@ def test_text_is_plain_decodings(checkpoints: Checkpoints, texts: Outputs, route
         assert all(site.startswith(f"waits_of_host: {MASKS}") for site in each.waits), each.waits
 
 
-@pytest.mark.parametrize("astray", sampled([learns_late, decides], learns_late))
+@pytest.mark.evidence
+@pytest.mark.parametrize("astray", [learns_late, decides])
 def test_a_rank_that_goes_its_own_way_is_found(
     checkpoints: Checkpoints, texts: Outputs, astray: object
 ) -> None:

@@ -343,10 +343,11 @@ def test_servers_that_do_not_fit(models: Models, prefills: dict[str, Prefill]) -
         assert "2 of the prefill server there:1, 1 of this decode" in str(more)
 
 
+@pytest.mark.evidence
 def test_over_http(
     host: ServerHost, models: Models, prefills: dict[str, Prefill], plain: dict[str, Any]
 ) -> None:
-    """Streams of the decode server add up to the text."""
+    """Streams of the decode server add up to the text. It would see a process of the server that does not start."""
     given = arguments(models, "pair", "decode")
     given += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
     with host.running(*given) as server, ThreadPoolExecutor() as pool:

@@ -13,7 +13,6 @@ import pytest
 from adapters import Adapter, serving
 from engine import Engine, engine
 from expected import goodness_of_fit, joint
-from matrix import sampled
 from model_set import Models
 from oracle_arm import OracleArm
 from trees import assert_tree_is_true
@@ -91,11 +90,15 @@ def test_adapters_come_and_go(models: Models, adapters: dict[str, Adapter]) -> N
     assert found == wanted
 
 
-@pytest.mark.parametrize("router", sampled(["ar", "diffusion", "random"], "random"))
+@pytest.mark.evidence
+@pytest.mark.parametrize("router", ["ar", "diffusion", "random"])
 def test_sampled_tokens_have_the_adapters_distribution(
     models: Models, adapters: dict[str, Adapter], adapted: dict[str, Models], router: str
 ) -> None:
-    """The first three tokens, sampled at 0.6, of all adapters' requests side by side."""
+    """The first three tokens, sampled at 0.6, of all adapters' requests side by side.
+
+    It would see a sampler that draws from another request's logits. Greedy rows see logits of a wrong adapter.
+    """
     of: dict[str | None, Models] = {None: models, **dict(list(adapted.items())[:2])}
     prompt, each, params = tuple(range(100, 124)), 160, {"temperature": 0.6, "top_k": 4}
     oracle, drawn = OracleArm(0.9, seed=4), {adapter: list[list[int]]() for adapter in of}

@@ -181,18 +181,12 @@ def row(setting: str, router: str, requests: str, *happens: str, **more: Any) ->
 
 ALL = ("ar", "diffusion", "lookup", "none")
 POLICIES = (*ALL, "entropy", "auto", "random")
-ADAPTED_DAILY = {
-    "batch": "auto",
-    "chunks": "random",
-    "full pool": "random",
-    "resident": "ar",
-    "overlap": "random",
-}
+ADAPTED_DAILY = {"chunks": "random", "full pool": "random", "overlap": "random"}
 MATRIX = [row(case, policy, "three loads", evidence=True) for case in CASES for policy in POLICIES]
 """Records of these are kept (`evidence.py`)."""
 ROWS = [
     *MATRIX,
-    *(row("batch", router, "traffic", router) for router in ("ar", "diffusion", "lookup", "none")),
+    *(row("batch", router, "traffic", router, evidence=True) for router in ALL),
     row("batch", "entropy", "traffic", "ar", "diffusion"),
     row("batch", "auto", "traffic", "ar", "lookup"),
     row("batch", "random", "traffic", *ALL, *KNOWING),
@@ -213,7 +207,7 @@ ROWS = [
     row("batch", "random", "penalised", *KNOWING),
     row("batch", "random", "penalised", "penalised retractions", retracted=3),
     *(row("batch", router, "rated", evidence=True) for router in ("ar", "diffusion", "none")),
-    row("batch", "auto", "rated"),
+    row("batch", "auto", "rated", evidence=True),
     row("batch", "random", "rated", "runs"),
     row("batch", "random", "rated beside samples", "runs"),
     *(row("batch", router, "states", evidence=True) for router in ("ar", "none")),
@@ -222,14 +216,14 @@ ROWS = [
         row("whole prompts", router, "processed", evidence=True)
         for router in ("ar", "diffusion", "lookup", "none")
     ),
-    row("whole prompts", "auto", "processed"),
+    row("whole prompts", "auto", "processed", evidence=True),
     row("whole prompts", "random", "processed", "oracle"),
     row("whole prompts", "none", "unprocessed"),
     row("one request", "random", "traffic", *KNOWING),
     row("two requests", "random", "structured", "shared steps", "structure"),
     row("pages", "random", "traffic", *KNOWING, evidence=True),
     row("small chunks", "random", "traffic", *KNOWING),
-    row("small chunks", "random", "traffic", predicted=True),
+    row("small chunks", "random", "traffic", predicted=True, evidence=True),
     row("chunks of 8 in pages", "random", "sampled", "chunks in outputs", retracted=13),
     row("chunks in pages", "random", "traffic", *KNOWING),
     row("full pool", "random", "traffic", *KNOWING, "retractions"),
@@ -238,7 +232,8 @@ ROWS = [
     row("small rings", "random", "traffic", *KNOWING),
     row("as for agents", "random", "long prompts"),
     row("fp8", "random", "long prompts"),
-    *(row("priorities", router, "priorities", "pushed") for router in ("random", "auto")),
+    row("priorities", "auto", "priorities", "pushed", evidence=True),
+    row("priorities", "random", "priorities", "pushed"),
     *(
         row(
             "everything at once",
@@ -257,14 +252,14 @@ ROWS = [
         for requests in ("rated seeds", "rated seeds, original", "filtered seeds")
     ),
     row("two layers", "ar", "traffic", "ar", evidence=True),
-    row("two layers", "auto", "traffic", "ar"),
+    row("two layers", "auto", "traffic", "ar", evidence=True),
     row("two layers", "random", "traffic", *KNOWING),
     row("two layers, full pool", "random", "traffic", "retractions"),
     *(row("resident", router, "traffic", router, evidence=True) for router in ("ar", "diffusion", "lookup")),
-    row("resident", "auto", "traffic"),
+    row("resident", "auto", "traffic", evidence=True),
     row("resident", "random", "traffic", *ALL, *KNOWING),
-    row("resident", "random", "traffic", predicted=True),
-    row("resident", "none", "structured"),
+    row("resident", "random", "traffic", predicted=True, evidence=True),
+    row("resident", "none", "structured", evidence=True),
     row("resident", "random", "constrained"),
     row("overlap", "random", "traffic", *ALL, *KNOWING, "retractions", retracted=5),
     row("overlap", "random", "constrained", "retractions", retracted=5),
@@ -285,7 +280,7 @@ ROWS = [
             "adapted, few" if name == "overlap" else "adapted",
             "retractions",
             retracted=6,
-            evidence=router != ADAPTED_DAILY[name],
+            evidence=router != ADAPTED_DAILY.get(name),
         )
         for name in ADAPTED
         for router in POLICIES
