@@ -168,18 +168,6 @@ def test_a_worker_does_not_start_on_a_damaged_checkpoint(
         assert len(e.generate([[1, 2, 3]], max_new_tokens=4)[0]) == 4
 
 
-def test_serve_fills_in_what_is_left_open() -> None:
-    from whiflash_sglang.cli.serve import server_arguments, server_environment
-    from whiflash_sglang.embedded import COMPACT_JSON
-
-    given = server_arguments(["--model-path", "owner/model", "--port", "33001"])
-    assert given[:2] == ["--speculative-algorithm", "WHIFLASH"]
-    assert given[-4:] == ["--model-path", "owner/model", "--port", "33001"]
-    assert "WHIFLASH" not in server_arguments(["--model-path=x", "--speculative-algorithm", "EAGLE3"])
-    assert COMPACT_JSON not in given
-    assert server_environment(["--model-path=x"]) == {}
-
-
 def test_the_proxy_prints_no_password(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

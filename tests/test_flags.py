@@ -1,12 +1,10 @@
 """The help of WHIFLASH's flags is what the code takes. The documentation: `tests/docs/`."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import get_args
 
 import pytest
+from in_process import whiflash
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.settings.config import Flags, RouterName, flag_of, parse_flags
@@ -29,8 +27,7 @@ def test_every_flag_is_there_with_its_choices() -> None:
 
 
 def test_help_shows_them_with_their_choices() -> None:
-    command = [str(Path(sys.executable).with_name("whiflash")), "serve", "--help"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = whiflash("serve", "--help").stdout
     for field in Flags.model_fields:
         assert flag_of(field) in said
     words = set(re.findall(r"[\w-]+", said))
