@@ -9,7 +9,7 @@ import pytest
 from matrix import sampled
 
 HERE = Path(__file__).parent
-SAMPLE = "interpreted_windows.py", "ragged and (wide and own or whole and one) or not rows_see"
+SAMPLE = "interpreted_windows.py", "ragged and wide and triton"
 RUNS = (
     SAMPLE,
     ("interpreted_windows.py", ""),
