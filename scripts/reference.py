@@ -17,7 +17,6 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from patches import replaced
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from target_families import FAMILIES, Shown
@@ -38,6 +37,7 @@ from whiflash_sglang.checkpoints.manifest import (
 )
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.engine.names import PRIVATE_NAMES
+from whiflash_sglang.engine.patches import replaced
 from whiflash_sglang.files.jsonl import read_json_file
 from whiflash_sglang.prices.round_clock import RoundClock
 from whiflash_sglang.serve.metrics import SERIES

@@ -29,9 +29,8 @@ RECORD = Path(__file__).with_suffix(".json")
 
 def our_names() -> list[str]:
     """Every name of SGLang's that we import, call or replace. Imports torch, and SGLang where it is installed."""
-    import patches
-
     from whiflash_cpu import seam_tables as seams
+    from whiflash_sglang.engine import patches
     from whiflash_sglang.engine.names import PRIVATE_NAMES
 
     modules = set(Tree(installed()).modules())

@@ -7,10 +7,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from loaded_scripts import load_script
 
 import whiflash_sglang
-from whiflash_sglang.engine import hooks, patching
+from whiflash_sglang.engine import hooks, patches, patching
 
 PACKAGE = Path(whiflash_sglang.__file__).parent
 
@@ -45,7 +44,7 @@ def test_every_name_exists_with_the_expected_parameters() -> None:
 def test_the_table_of_patches_is_what_the_sources_decorate() -> None:
     """A module that replaces something and is not listed would be checked only where it is installed."""
     hooks.missing()
-    decorated = {one.path for one in load_script("patches").replaced()}
+    decorated = {one.path for one in patches.replaced()}
     assert decorated == patching.PATCHES.keys()
     assert len(decorated) <= 32
 

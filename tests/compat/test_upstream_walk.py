@@ -57,11 +57,12 @@ def doctored(tree: Any, module: str, before: str, after: str) -> Doctored:
 def test_every_name_of_ours_is_found_and_takes_what_python_sees(known: Any) -> None:
     """Names read off the sources are those that `whiflash check` asks of the imported ones."""
     from whiflash_sglang.engine.names import PRIVATE_NAMES
+    from whiflash_sglang.engine.patches import replaced
 
     assert [path for path, said in known.names.items() if said is None] == []
     unclear = [path for path, said in known.names.items() if said["kind"] == "unclear"]
     assert len(unclear) <= 0.1 * len(known.names), unclear
-    used = [*PRIVATE_NAMES.items(), *((one.path, one.params) for one in load_script("patches").replaced())]
+    used = [*PRIVATE_NAMES.items(), *((one.path, one.params) for one in replaced())]
     for path, parameters in used:
         said = known.names[path.removesuffix(".__new__")]
         assert said["kind"] == "unclear" or set(parameters) <= set(said.get("parameters", ())), path

@@ -14,11 +14,8 @@ from pkgutil import walk_packages
 from typing import Any
 
 from whiflash_sglang import engine
-from whiflash_sglang.engine import patching
+from whiflash_sglang.engine import patches, patching
 from whiflash_sglang.engine.carried import APP_PATH, WORKER_APP
-
-BESIDE = "whiflash.names"
-"""Group of entry points: modules of other distributions that replace or import names of SGLang's."""
 
 
 def in_launcher(server_args: Any) -> None:
@@ -70,11 +67,11 @@ def in_scheduler() -> None:
 
 
 def missing() -> list[patching.Finding]:
-    """Import all modules of this package, and those that other distributions name (`BESIDE`), so that what they
+    """Import all modules of this package, and those that other distributions name (`patches.BESIDE`), so that what they
     replace is in the table; one finding for each that cannot be imported."""
     found = []
     ours = [module.name for module in walk_packages(engine.__path__, f"{engine.__name__}.")]
-    for name in (*ours, *(one.value for one in entry_points(group=BESIDE))):
+    for name in (*ours, *(one.value for one in entry_points(group=patches.BESIDE))):
         if name.endswith(".http_worker"):  # it is an application
             continue
         try:

@@ -1,4 +1,4 @@
-"""Names of SGLang's that we replace or import, read off our sources: needs no SGLang."""
+"""Names of SGLang's that we replace or import, read off our sources: pages and comparisons need no SGLang."""
 
 import ast
 from collections.abc import Iterator
@@ -7,10 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from whiflash_sglang.engine.hooks import BESIDE
 from whiflash_sglang.engine.patching import first_sentence
 
-ROOT = Path(__file__).parents[1] / "whiflash_sglang" / "engine"
+ROOT = Path(__file__).parent
+BESIDE = "whiflash.names"
+"""Group of entry points: modules of other distributions that replace or import names of SGLang's."""
 
 
 class Replaced(NamedTuple):
