@@ -53,7 +53,6 @@ class Data(_Strict):
         max_new_tokens: longest answer.
         at_once: prompts that are answered at once.
         temperature: 0 is greedy.
-        shard: [index, count]; this process answers rows index, index + count, …
         limit: most prompts.
         max_disk_gb: the run stops before the stored features exceed it.
     """
@@ -65,7 +64,6 @@ class Data(_Strict):
     max_new_tokens: Positive = 256
     at_once: Positive = 48
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    shard: tuple[int, int] = (0, 1)
     limit: Positive | None = None
     max_disk_gb: Annotated[float, Field(gt=0)] = 20.0
 

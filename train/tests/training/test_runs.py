@@ -27,7 +27,7 @@ from whiflash_lab.evaluation import (
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError
 from whiflash_train.answers import store
-from whiflash_train.answers.data import generate_data, teacher_of
+from whiflash_train.answers.data import SHARD, generate_data, teacher_of
 from whiflash_train.answers.store import FeatureStore, open_stores
 from whiflash_train.answers.tokens import Exported, export_tokens, rebuild_features
 from whiflash_train.config import TrainConfig, load_config
@@ -193,19 +193,16 @@ def test_answers_do_not_go_on_under_another_configuration(config: TrainConfig, t
         generate_data(hotter)
 
 
-def test_two_shards_answer_no_prompt_twice(config: TrainConfig, tmp_path: Path) -> None:
-    """Shares may be cut in any way: the second run has another count than the first."""
-    half = config.data.model_copy(update={"shard": (0, 2)})
-    assert generate_data(config.model_copy(update={"work": tmp_path, "data": half})).sequences == 12
-    rest = generate_data(config.model_copy(update={"work": tmp_path}))
-    assert (rest.sequences, rest.elsewhere) == (12, 12)
-    again = generate_data(config.model_copy(update={"work": tmp_path}))
-    assert (again.sequences, again.elsewhere) == (12, 12)
-    names = [
-        record.id
-        for shard in open_stores(config.model_copy(update={"work": tmp_path}))
-        for record in shard.records
-    ]
+def test_what_another_shard_has_answered_is_not_answered_again(config: TrainConfig, tmp_path: Path) -> None:
+    """As one that `whiflash lab features` has written."""
+    shutil.copytree(config.work / "data" / SHARD, tmp_path / "data" / "shard-kept")
+    kept = tmp_path / "data" / "shard-kept" / "index.jsonl"
+    kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:12]))
+    for _ in range(2):
+        rest = generate_data(config.model_copy(update={"work": tmp_path}))
+        assert (rest.sequences, rest.elsewhere) == (12, 12)
+    stores = open_stores(config.model_copy(update={"work": tmp_path}))
+    names = [record.id for shard in stores for record in shard.records]
     assert len(names) == len(set(names)) == 24
 
 

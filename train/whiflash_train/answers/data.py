@@ -19,12 +19,14 @@ from whiflash_train.answers.store import FeatureStore, SequenceRecord, has_answe
 from whiflash_train.config import Data, TrainConfig
 
 _MIN_ANSWER = 4
+SHARD = "shard0of1"
+"""Named as when processes could divide prompts: runs that began then go on."""
 _RESERVE = 2**30  # bytes left free on the disk
 
 
 @dataclass
 class DataSummary:
-    """Counts of a run. elsewhere: prompts of this share that another shard of the work directory has answered."""
+    """Counts of a run. elsewhere: prompts that another shard of the work directory has answered."""
 
     sequences: int = 0
     elsewhere: int = 0
@@ -67,21 +69,17 @@ def teacher_of(config: TrainConfig, shard: str) -> AbstractContextManager[Served
 
 
 def generate_data(config: TrainConfig) -> DataSummary:
-    """Answer the configured prompts into `<work>/data/shard<i>of<n>`; goes on where a killed run stopped."""
+    """Answer the configured prompts into `<work>/data/shard0of1`; goes on where a killed run stopped."""
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
-    index, count = config.data.shard
     rows = [row for source in config.data.prompts for row in read_prompts(source)]
     check_ids(rows)
-    ordered = list(balanced(rows, config.data.category_weights, config.seed))[: config.data.limit][
-        index::count
-    ]
-    shard = f"shard{index}of{count}"
-    directory = config.work / "data" / shard
+    ordered = list(balanced(rows, config.data.category_weights, config.seed))[: config.data.limit]
+    directory = config.work / "data" / SHARD
     if has_answers(directory):
         # Before the target is started: starting it writes what drafters of these data begin with.
         check_same_run(directory, _facts(config), begun=True)
-    with teacher_of(config, shard) as target:
+    with teacher_of(config, SHARD) as target:
         store = FeatureStore(
             directory,
             vectors=len(config.capture) + 1,

@@ -51,7 +51,6 @@ class Asked(NamedTuple):
     """Options of `whiflash train`: how each step differs from what the configuration says."""
 
     out: Path | None = None
-    shard: tuple[int, int] | None = None
     start_from: Path | None = None
 
 
@@ -62,9 +61,6 @@ def train(
     ] = None,
     step: Annotated[
         Step | None, typer.Option(help="Take only this step. Default: all, in their order.")
-    ] = None,
-    shard: Annotated[
-        str | None, typer.Option(help="With --step data: share of this process, such as 0/2.")
     ] = None,
     start_from: Annotated[
         Path | None, typer.Option(help="With --step of a drafter: checkpoint to continue from.")
@@ -80,11 +76,9 @@ def train(
     \b
     Examples:
     whiflash train --config smollm2-135m-instruct --out my-bundle
-    whiflash train --config smollm2-135m-instruct --step data --shard 0/2
+    whiflash train --config smollm2-135m-instruct --step data
     """
-    asked = Asked(out, None if shard is None else _parse_shard(shard), start_from)
-    if shard is not None and step != "data":
-        raise UsageError(f"--shard {shard} divides answers: add --step data, or remove it")
+    asked = Asked(out, start_from)
     if start_from is not None and step not in ("eagle3", "dflash", "dspark"):
         raise UsageError(f"--start-from {start_from} is for one drafter: name it with --step")
     if out is None and step in (None, "bundle"):
@@ -106,9 +100,6 @@ def train(
 def _answer(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
     from dataclasses import asdict
 
-    if asked.shard is not None:
-        data = settings.data.model_copy(update={"shard": asked.shard})
-        settings = settings.model_copy(update={"data": data})
     from whiflash_train.answers.data import generate_data
 
     return asdict(generate_data(settings))
@@ -252,13 +243,3 @@ def readable_errors() -> Iterator[None]:
         raise
     except ValueError as error:  # prompts, data or a checkpoint that cannot be used
         raise WhiflashError(str(error)) from error
-
-
-def _parse_shard(text: str) -> tuple[int, int]:
-    try:
-        index, count = (int(number) for number in text.split("/"))
-    except ValueError:
-        raise UsageError(f"--shard {text!r} is not of the form INDEX/COUNT, such as 0/2") from None
-    if not 0 <= index < count:
-        raise UsageError(f"--shard {text}: the index must be from 0 to {count - 1}")
-    return index, count
