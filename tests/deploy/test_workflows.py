@@ -50,16 +50,7 @@ def test_only_a_tag_publishes_and_only_what_was_built() -> None:
     assert not any("checkout" in step.get("uses", "") for step in publish["steps"])
 
 
-def test_at_night_all_runs_with_every_release_and_what_is_red_is_an_issue() -> None:
+def test_at_night_all_runs_with_every_release() -> None:
     (nightly,) = (path for path in WORKFLOWS if path.stem == "nightly")
     read = yaml.safe_load(nightly.read_text("utf-8"))
     assert tuple(read["jobs"]["releases"]["strategy"]["matrix"]["version"]) == SUPPORTED
-    crons = {each["cron"] for each in read[True]["schedule"]}
-    for name, command in (("releases", "make canary SUITE=whole "), ("evidence", "make evidence ")):
-        job = read["jobs"][name]
-        assert job["if"].removeprefix("github.event.schedule != ").strip("'") in crons
-        *_, ran, opened = job["steps"]
-        assert ran["run"].startswith(command)
-        assert ran["shell"] == "bash", "of another shell's pipe the last command decides"
-        assert opened["if"] == "failure()"
-        assert job["permissions"]["issues"] == "write"

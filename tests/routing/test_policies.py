@@ -7,7 +7,7 @@ from whiflash_sdk.hints import Span
 
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.records.signals import Signals
-from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, RandomPolicy, apply_hints
+from whiflash_sglang.routing.policies import EntropyPolicy, Pinned, RandomPolicy, apply_hints
 
 BOTH = frozenset({"ar", "diffusion"})
 
@@ -55,13 +55,6 @@ def test_hints_move_scores(span: Span | None, off: bool, arm: str, reason: str) 
     assert (best(moved), why) == (arm, reason)
 
 
-def test_a_pin_overrides_a_pinned_policy() -> None:
-    span = Span(kind="json", open=True, prefer="diffusion", pin=True)
-    assert (
-        best(apply_hints(Pinned("ar").score(Signals(allowed=BOTH)), span, BOTH, off=False)[0]) == "diffusion"
-    )
-
-
 def test_pinned_falls_back_to_plain_decoding() -> None:
     assert best(Pinned("ar").score(Signals(allowed=BOTH))) == "ar"
     assert best(Pinned("ar").score(Signals(allowed=frozenset({"diffusion"})))) == "none"
@@ -83,7 +76,3 @@ def test_lane_counts_dwell_and_remembers_acceptance() -> None:
     state.foresee({})
     recent = state.recent["diffusion"]
     assert 2.0 < recent.total / recent.weight < 4.0
-
-
-def test_auto_asks_for_one_pass_over_the_round_whichever_signal_it_has() -> None:
-    assert (AutoPolicy().needs, AutoPolicy(heads=True).needs) == ({"entropy"}, {"delta"})

@@ -40,17 +40,6 @@ def inferred(
     )
 
 
-def test_a_forced_call_starts_inside_the_span() -> None:
-    spans = inferred("hermes", None, forced=True)
-    assert spans == (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>", open=True),)
-    text = '<tool_call>{"name":"a"}</tool_call>\n<tool_call>{"name":"b"}</tool_call>'
-    assert walk(spans, text) == ["tool_call", None, "tool_call", None]
-
-
-def test_a_schema_starts_inside_json_after_the_reasoning() -> None:
-    assert walk(inferred(None, "qwen3", "json_schema"), 'hm</think>{"a":1}') == ["reasoning", "json"]
-
-
 @pytest.mark.parametrize(
     ("tool_parser", "reasoning_parser", "text", "expected"),
     [
