@@ -32,7 +32,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton
-from cases import KERNELS, Bench, CaseSizes, attention_cases, catch_up_cases, router_cases, routing_cases
+from cases import (
+    KERNELS,
+    Bench,
+    CaseSizes,
+    attention_cases,
+    catch_up_cases,
+    router_cases,
+    routing_cases,
+    verify_cases,
+)
 from provenance import provenance
 from shapes import SHAPES
 from triton.backends.compiler import GPUTarget
@@ -60,6 +69,7 @@ from whiflash_kernels import (
     sample_rows,
     triton_kernels,
     unpark,
+    verify_attention,
 )
 from whiflash_kernels.reference import attention
 from whiflash_kernels.warm import Served, warm_up
@@ -165,9 +175,13 @@ SIZES = CaseSizes(batches=(1, 32, 256), backlogs=(64,), rows=(16,), context=40_9
 EIGHT = replace(SIZES, batches=(8,))
 CASES = (
     (QWEN, SIZES, (*KERNELS, catch_up_cases)),
-    (SMOL, EIGHT, (attention_cases, catch_up_cases)),
-    (replace(QWEN, name="8 heads of queries to one of keys", heads=64), EIGHT, (attention_cases,)),
-    (replace(QWEN, name="heads of 256", heads=16, dim=256), EIGHT, (attention_cases,)),
+    (SMOL, EIGHT, (attention_cases, verify_cases, catch_up_cases)),
+    (
+        replace(QWEN, name="8 heads of queries to one of keys", heads=64),
+        EIGHT,
+        (attention_cases, verify_cases),
+    ),
+    (replace(QWEN, name="heads of 256", heads=16, dim=256), EIGHT, (attention_cases, verify_cases)),
     (replace(QWEN, name="fp32", dtype=torch.float32), EIGHT, (routing_cases, router_cases)),
     (replace(SMOL, name="fp16, odd rows", vocab=50_257, dtype=torch.float16), EIGHT, (routing_cases,)),
 )
@@ -185,6 +199,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     q, pool, table = meta(512, 32, 128), meta(4096, 8, 128), meta(257, 40_960, dtype=torch.int32)
     arguments = (q, pool, pool, table, slots, slots, 16, 16, False, 128**-0.5, 4096, 40_960)
     yield "draft_attention, 32 x 16 rows in a window, Qwen3-8B", lambda: attention.draft_attention(*arguments)
+    for label, shape, pool_dtype, how in VERIFIED:
+        yield f"verify_attention, {label}", partial(verify, shape, pool_dtype, **how)
     yield (
         "choose_drafts, 32 requests, the host's candidates",
         lambda: choose(32, 24, host_drafts(32, 49), None, None, 128),
@@ -192,6 +208,21 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "propose_copies, 32 requests, behind drafts", lambda: copy(32, behind=True)
     for masked in (False, True):
         yield f"sample_rows, 160 rows, Qwen3-8B{', masked' * masked}", partial(sample, 32, 160, masked)
+
+
+VERIFIED: tuple[tuple[str, tuple[int, int, int], torch.dtype, dict[str, Any]], ...] = (
+    ("8-bit KV", (32, 8, 128), torch.float8_e5m2, {}),
+    ("a window and sinks, gpt-oss", (64, 8, 64), torch.bfloat16, {"window": 128, "sinks": meta(64)}),
+    ("a window and a cap, Gemma 2", (16, 8, 256), torch.bfloat16, {"window": 4096, "cap": 50.0}),
+)
+"""Verifications: heads, KV heads and their dimensions, the pools' dtype, and what masks or caps them."""
+
+
+def verify(shape: tuple[int, int, int], pool_dtype: torch.dtype, **how: Any) -> None:
+    heads, kv_heads, dim = shape
+    q, kv, pool = meta(512, heads, dim), meta(512, kv_heads, dim), meta(4096, kv_heads, dim, dtype=pool_dtype)
+    plan = index(33), ints(33), index(4096)
+    verify_attention(q, kv, kv, meta(512, heads, dim), pool, pool, *plan, most=17, scale=dim**-0.5, **how)
 
 
 def kernel_names() -> set[str]:

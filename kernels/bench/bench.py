@@ -21,6 +21,7 @@ from cases import (
     KERNELS,
     Bench,
     Case,
+    CaseSizes,
     backlog_cases,
     catch_up_cases,
     layer_cases,
@@ -136,7 +137,9 @@ def main() -> int:
     origin = provenance()
     shape = SHAPES[arguments.shape]
     limits = ceilings(device) if device.type == "cuda" else None
-    bench = Bench(shape, device, largest_batch=256 if device.type == "cuda" else 32)
+    on_gpu = device.type == "cuda"
+    sizes = CaseSizes(long=(32_768, 131_072) if on_gpu else ())
+    bench = Bench(shape, device, 256 if on_gpu else 32, sizes)
     rows: list[BenchRow] = []
     only = [op for op in arguments.only.split(",") if op]
     for case in all_cases(bench, only):

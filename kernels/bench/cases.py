@@ -34,6 +34,7 @@ from whiflash_kernels import (
     routing_stats,
     sample_rows,
     unpark,
+    verify_attention,
 )
 from whiflash_kernels.layers import rms_norm, silu_and_mul
 from whiflash_kernels.reference import attention
@@ -68,6 +69,8 @@ class CaseSizes:
     backlogs: tuple[int, ...] = (1, 16, 64)
     rows: tuple[int, ...] = (1, 16, 64, 512)
     context: int = 2048
+    long: tuple[int, ...] = ()
+    """Positions of the requests whose verification is measured beside."""
 
 
 class Bench:
@@ -275,6 +278,59 @@ def attention_cases(bench: Bench) -> Iterator[Case]:
             )
 
 
+WIDEST = 17
+"""Rows of a request that is verified, at most."""
+MOST_TOKENS = 1 << 20
+"""Tokens of all prefixes of a case, at most: of more, K and V would not fit beside the rest."""
+
+
+def verify_cases(bench: Bench) -> Iterator[Case]:
+    """Rows of several widths behind prefixes of any lengths, then as many of each behind equally long ones."""
+    for context in (bench.sizes.context, *bench.sizes.long):
+        for batch in (n for n in bench.sizes.batches if n * context <= MOST_TOKENS or not bench.sizes.long):
+            ragged = [(1, 8, WIDEST)[i % 3] for i in range(batch)]
+            yield verify_case(
+                bench, f"{batch} x 1, 8 or 17", ragged, bench.below(context, batch) + 1, context
+            )
+            lengths = torch.full((batch,), context, device=bench.device)
+            for width in (1, 8, WIDEST):
+                yield verify_case(bench, f"{batch} x {width}", [width] * batch, lengths, context)
+
+
+def verify_case(bench: Bench, label: str, widths: list[int], lengths: torch.Tensor, context: int) -> Case:
+    s, total, slots = bench.shape, sum(widths), len(widths) * context
+    q, out = bench.random(total, s.heads, s.dim), bench.random(total, s.heads, s.dim)
+    k, v = (bench.random(total, s.kv_heads, s.dim) for _ in range(2))
+    pools = [bench.random(slots, s.kv_heads, s.dim) for _ in range(2)]
+    qo, kv = (
+        F.pad(n.cumsum(0), (1, 0)).to(dtype)
+        for n, dtype in ((torch.tensor(widths, device=bench.device), torch.int64), (lengths, torch.int32))
+    )
+    arguments = (q, k, v, out, *pools, qo, kv, bench.order(slots))
+    most = min(total, WIDEST)
+    options = {"most": most, "scale": s.dim**-0.5}
+    return Case(
+        "verify_attention",
+        f"{label} rows behind up to {context}",
+        partial(verify_attention, *arguments, **options),
+        2 * slots * s.kv_heads * s.dim * q.element_size() + 2 * q.nbytes + 2 * k.nbytes,
+        4 * slots * max(widths) * s.heads * s.dim,
+        others=upstream_verification(bench, arguments, most),
+    )
+
+
+def upstream_verification(bench: Bench, arguments: tuple, most: int) -> dict[str, Call]:
+    """SGLang's own kernel for the same, if SGLang and a GPU are available."""
+    if bench.device.type != "cuda":
+        return {}
+    try:
+        from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+    except ImportError:
+        return {}
+    rest = (None, True, None, most, 1.0, 1.0, bench.shape.dim**-0.5)
+    return {"sglang": partial(extend_attention_fwd, *arguments, *rest)}
+
+
 def contiguous_attention(bench: Bench, q: torch.Tensor, batch: int, width: int) -> Call:
     """torch's fused attention where nothing is paged and all contexts are equally long: what it does at best."""
     s = bench.shape
@@ -433,6 +489,7 @@ KERNELS = (
     sampling_cases,
     backlog_cases,
     attention_cases,
+    verify_cases,
     block_cases,
     pass_cases,
     draft_cases,

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -77,3 +77,26 @@ def guarded_outputs() -> Iterator[None]:
         guards = torch.cat([buffer[:GUARD], buffer[GUARD + count :]])
         untouched = guards.isnan() if isinstance(sentinel, float) else guards == sentinel
         assert untouched.all(), f"a write landed outside an output of {count} elements"
+
+
+@contextmanager
+def watched_merges() -> Iterator[list[tuple[list[tuple[int, ...]], torch.Tensor]]]:
+    """Arguments of merging launches: (request, its first place, its shares) of all that were cut, and the sums."""
+    from whiflash_kernels.triton_kernels import shares
+
+    found: list[tuple[list[tuple[int, ...]], torch.Tensor]] = []
+    kernel = shares._merge_shares_kernel
+
+    class Watched:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(
+                partial: torch.Tensor, peaks: torch.Tensor, merges: torch.Tensor, *rest: Any, **options: Any
+            ) -> None:
+                count, *listed = merges.tolist()
+                found.append(([tuple(listed[3 * i : 3 * i + 3]) for i in range(count)], partial.clone()))
+                kernel[grid](partial, peaks, merges, *rest, **options)
+
+            return launch
+
+    with mock.patch.object(shares, "_merge_shares_kernel", Watched()):
+        yield found

@@ -214,6 +214,30 @@ def draft_attention(q, k, v, table, request_slots, ends, width, causal, scale, w
     return out
 
 
+def verify_attention(q, k, v, k_pool, v_pool, lists, widths, scale, window, cap, sinks, k_scale, v_scale):
+    """[sum(widths), Hq, D] in float64, one head of one row at a time; ``lists`` has each request's slots."""
+    out, groups, begun = (
+        torch.zeros((sum(widths), *q.shape[1:]), dtype=torch.float64),
+        q.shape[1] // k.shape[1],
+        0,
+    )
+    q, k, v, k_pool, v_pool = (tensor.double().cpu() for tensor in (q, k, v, k_pool, v_pool))
+    for slots, width in zip(lists, widths, strict=True):
+        for row in range(begun, begun + width):
+            keys = torch.cat((k_pool[slots] * k_scale, k[begun : row + 1]))
+            values = torch.cat((v_pool[slots] * v_scale, v[begun : row + 1]))
+            if window is not None:
+                keys, values = keys[-window - 1 :], values[-window - 1 :]
+            for head in range(q.shape[1]):
+                scores = scale * (keys[:, head // groups] @ q[row, head])
+                scores = cap * torch.tanh(scores / cap) if cap else scores
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[head : head + 1].double().cpu()))
+                out[row, head] = torch.softmax(scores, 0)[: len(keys)] @ values[:, head // groups]
+        begun += width
+    return out
+
+
 def propose_copy(
     text, source, limit, alive, factor, chances, boundaries, width, worth, min_match, keep_first
 ):

@@ -1,17 +1,13 @@
 """draft_attention against a float64 oracle, whatever a pool holds where nobody looks."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-from unittest import mock
 
 import kernel_oracles as oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running, watched_merges
 from kernel_tolerances import assert_close
 from whiflash_kernels import attention, draft_attention
 from whiflash_kernels.cpu.paged_attention import compiled_attention
@@ -222,29 +218,6 @@ class TestTritonShares:
         ((cut, partial),) = merges
         assert cut == []
         assert partial.isnan().all()
-
-
-@contextmanager
-def watched_merges() -> Iterator[list[tuple[list[tuple[int, ...]], torch.Tensor]]]:
-    """Arguments of merging launches: (request, its first place, its shares) of all that were cut, and the sums."""
-    from whiflash_kernels.triton_kernels import attention as kernels
-
-    found: list[tuple[list[tuple[int, ...]], torch.Tensor]] = []
-    kernel = kernels._merge_shares_kernel
-
-    class Watched:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(
-                partial: torch.Tensor, peaks: torch.Tensor, merges: torch.Tensor, *rest: Any, **options: Any
-            ) -> None:
-                count, *listed = merges.tolist()
-                found.append(([tuple(listed[3 * i : 3 * i + 3]) for i in range(count)], partial.clone()))
-                kernel[grid](partial, peaks, merges, *rest, **options)
-
-            return launch
-
-    with mock.patch.object(kernels, "_merge_shares_kernel", Watched()):
-        yield found
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -32,6 +32,7 @@ from whiflash_kernels.structs import (
     PassInputs,
     SamplingTable,
 )
+from whiflash_kernels.verify import verify_attention
 
 __version__ = "0.1.0"
 
@@ -66,4 +67,5 @@ __all__ = [
     "routing_stats",
     "sample_rows",
     "unpark",
+    "verify_attention",
 ]

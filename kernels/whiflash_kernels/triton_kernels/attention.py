@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.triton_kernels.launch import is_hopper, lanes, multiprocessors, power_of_two
+from whiflash_kernels.triton_kernels.launch import is_hopper, lanes, power_of_two
+from whiflash_kernels.triton_kernels.shares import LEAST, LOG2E, filling, merge, product, shares_of, sums_for
 
 ENTRIES = 64
 """Entries of one step of the loop."""
@@ -22,31 +23,6 @@ WIDE = 256
 FEWEST_ENTRIES = 64
 """Entries of a share at least. At one request a program's steps are what is waited for, and its sums are few bytes."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
-MERGED = 4096
-"""Sums that a program merges at once."""
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-_MASKED = tl.constexpr(-1e30)
-
-
-@triton.jit
-def _product(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """float32 product of two tiles; Triton's interpreter multiplies bfloat16 as if it were integers."""
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def _shares_of(entries, shares, fewest, STEP: tl.constexpr):
-    """How many shares each of the requests' ``entries`` is cut into, at least one: ``shares - 1`` above that in all.
-
-    No share is longer than all entries over ``shares``, or ``fewest``, rounded up to whole steps; none is empty.
-    """
-    most = tl.maximum(tl.cdiv(tl.sum(entries.to(tl.int64), axis=0), shares).to(tl.int32), fewest)
-    count = tl.maximum(tl.cdiv(entries, tl.cdiv(most, STEP) * STEP), 1)
-    evenly = tl.maximum(tl.cdiv(tl.cdiv(entries, count), STEP) * STEP, STEP)
-    return tl.maximum(tl.cdiv(entries, evenly), 1)
 
 
 @triton.jit(do_not_specialize=["extra", "window", "requests", "shares", "fewest"])
@@ -98,7 +74,7 @@ def _attend_kernel(
         if WINDOWED:
             entries = tl.minimum(entries, WIDTH + window)
         entries = tl.where(lane < requests, tl.maximum(entries, 0), 0)
-        counts = tl.where(lane < requests, _shares_of(entries, shares, fewest, STEP), 0)
+        counts = tl.where(lane < requests, shares_of(entries, shares, fewest, STEP), 0)
         ends = tl.cumsum(counts, axis=0)
         if item >= tl.sum(counts, axis=0):
             return
@@ -134,7 +110,7 @@ def _attend_kernel(
     stop = tl.minimum(begin + size, end)
     slots = table + tl.load(request_slots + request).to(tl.int64) * table_row
 
-    peak = tl.full([ROWS], _MASKED, tl.float32)
+    peak = tl.full([ROWS], LEAST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(begin, stop, STEP):
@@ -145,7 +121,7 @@ def _attend_kernel(
         keys = tl.load(
             k + slot[:, None] * k_slot + kv_head * k_head + column[None, :], mask=wanted, other=0.0
         )
-        scores = _product(query, tl.trans(keys), PRECISION, WIDEN) * (scale * _LOG2E)
+        scores = product(query, tl.trans(keys), PRECISION, WIDEN) * (scale * LOG2E)
         seen = there[None, :] & live[:, None]
         if CAUSAL:
             seen &= entry[None, :] <= position[:, None]
@@ -159,7 +135,7 @@ def _attend_kernel(
         values = tl.load(
             v + slot[:, None] * v_slot + kv_head * v_head + column[None, :], mask=wanted, other=0.0
         )
-        added = _product(weights.to(values.dtype), values, PRECISION, WIDEN)
+        added = product(weights.to(values.dtype), values, PRECISION, WIDEN)
         sums = sums * fade[:, None] + added
         peak = new_peak
 
@@ -173,47 +149,6 @@ def _attend_kernel(
         tl.store(partial + kept[:, None] * DIM + column[None, :], sums, mask=inside & (count > 1))
         tl.store(peaks + kept * 2, peak, mask=live & (count > 1))
         tl.store(peaks + kept * 2 + 1, total, mask=live & (count > 1))
-
-
-@triton.jit
-def _merge_shares_kernel(
-    partial,
-    peaks,
-    merges,
-    out,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    SHARES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    which = tl.program_id(1)
-    if which >= tl.load(merges):
-        return
-    request, place = tl.load(merges + 1 + 3 * which), tl.load(merges + 2 + 3 * which)
-    count = tl.load(merges + 3 + 3 * which)
-    program, column = tl.program_id(0), tl.arange(0, COLUMNS)
-    peak, whole = tl.full([], _MASKED, tl.float32), tl.full([], 0.0, tl.float32)
-    sums = tl.zeros([COLUMNS], tl.float32)
-    for begin in range(0, count, SHARES):
-        share = begin + tl.arange(0, SHARES)
-        there = share < count
-        kept = (place + share).to(tl.int64) * (KV_HEADS * WIDTH * GROUPS) + program
-        peaks_here = tl.load(peaks + kept * 2, mask=there, other=_MASKED)
-        totals = tl.load(peaks + kept * 2 + 1, mask=there, other=0.0)
-        inside = there[:, None] & (column < DIM)[None, :]
-        parts = tl.load(partial + kept[:, None] * DIM + column[None, :], mask=inside, other=0.0)
-        new_peak = tl.maximum(peak, tl.max(peaks_here, axis=0))
-        weights, fade = tl.exp2(peaks_here - new_peak), tl.exp2(peak - new_peak)
-        whole = whole * fade + tl.sum(totals * weights, axis=0)
-        sums = sums * fade + tl.sum(parts * weights[:, None], axis=0)
-        peak = new_peak
-    row, kv_head = program % (WIDTH * GROUPS), program // (WIDTH * GROUPS)
-    packed = (request * WIDTH + row // GROUPS).to(tl.int64)
-    result = packed * (KV_HEADS * GROUPS) + kv_head * GROUPS + row % GROUPS
-    mean = sums / tl.where(whole > 0, whole, 1.0)
-    tl.store(out + result * DIM + column, mean.to(out.dtype.element_ty), mask=column < DIM)
 
 
 def draft_attention(
@@ -243,17 +178,11 @@ def draft_attention(
     rows = 16 if wide else max(16, power_of_two(min(width * groups, most_rows)))
     tiles = triton.cdiv(width * groups, rows)
     shares = shares_for(requests, kv_heads * tiles, longest, q.device)
-    # Shares above one a request are fewer than `shares`, and so are the requests that are cut.
-    items, cut = requests + shares - 1, min(requests, shares - 1)
-    partial = peaks = merges = None
-    if cut:
-        kept = min(2 * (shares - 1), items) * width * heads
-        partial = torch.empty(kept, dim, dtype=torch.float32, device=q.device)
-        peaks = torch.empty(kept, 2, dtype=torch.float32, device=q.device)
-        merges = torch.empty(1 + 3 * cut, dtype=torch.int32, device=q.device)
+    cut = min(requests, shares - 1)
+    sums = sums_for(requests, shares, width * heads, dim, q.device) if cut else None
     # Hopper multiplies 64 rows by four warps; of eight, four would do the same again.
     warps = 4 if rows * columns < 64 * 128 or (rows == 64 and is_hopper(q)) else 8
-    _attend_kernel[(tiles * kv_heads, items)](
+    _attend_kernel[(tiles * kv_heads, requests + shares - 1)](
         q,
         k,
         v,
@@ -261,9 +190,7 @@ def draft_attention(
         request_slots.contiguous(),
         seq_lens.contiguous(),
         out,
-        partial,
-        peaks,
-        merges,
+        *(sums or (None, None, None)),
         extra,
         window or 0,
         requests,
@@ -294,20 +221,8 @@ def draft_attention(
         num_warps=warps,
         num_stages=1 if wide else 2,
     )
-    if cut:
-        _merge_shares_kernel[(width * heads, cut)](
-            partial,
-            peaks,
-            merges,
-            out,
-            WIDTH=width,
-            GROUPS=groups,
-            KV_HEADS=kv_heads,
-            DIM=dim,
-            SHARES=max(1, min(32, MERGED // columns)),
-            COLUMNS=columns,
-            num_warps=4,
-        )
+    if sums is not None:
+        merge(sums, out, width, kv_heads, columns)
     return out
 
 
@@ -316,5 +231,5 @@ def shares_for(requests: int, programs: int, longest: int, device: torch.device)
 
     It depends on sizes that the host knows, not on lengths: a captured launch keeps it.
     """
-    fill: int = triton.cdiv(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR, programs)
+    fill = filling(programs, device, PROGRAMS_PER_MULTIPROCESSOR)
     return min(fill, requests * (triton.cdiv(longest, FEWEST_ENTRIES) - 1) + 1)

@@ -1,0 +1,172 @@
+"""verify_attention against a float64 oracle, whatever a pool holds where nobody looks."""
+
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import kernel_oracles as oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, integers, running, watched_merges
+from kernel_tolerances import assert_close
+from whiflash_kernels import verify_attention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Random requests over one pool, whose slots that nobody owns hold NaN."""
+
+    widths: tuple[int, ...]
+    lengths: tuple[int, ...]
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 16
+    window: int | None = None
+    cap: float = 0.0
+    sunk: bool = False
+    dtype: torch.dtype = torch.float32
+    pool: torch.dtype | None = None
+    """8 bits, or q's."""
+    spare: int = 0
+    """Rows of nobody, behind the requests'."""
+    roomy: int = 0
+    """`most` above the widest request."""
+    planned: int = 0
+    """Keys beyond the layer's window that the plan has: of another layer's window."""
+
+    def check(self, backend: str) -> None:
+        generator = torch.Generator().manual_seed(sum(self.lengths) + sum(self.widths))
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator)
+
+        total, owned = sum(self.widths), sum(self.lengths)
+        q, k, v = (normal(total + self.spare, n, self.dim) for n in (self.heads, *[self.kv_heads] * 2))
+        # Keys and values are parts of wider rows.
+        pools = torch.full((2, owned + 9, self.kv_heads, self.dim + 3), torch.nan)
+        order = torch.randperm(owned + 9, generator=generator)[:owned]
+        pools[:, order, :, : self.dim] = normal(2, owned, self.kv_heads, self.dim)
+        pools = pools[..., : self.dim].to(DEVICE)
+        lists = order.split(self.lengths)
+        k_pool, v_pool = (pools * 2).to(self.pool) if self.pool else pools.to(self.dtype)
+        q, k, v = (tensor.to(self.dtype).to(DEVICE) for tensor in (q, k, v))
+        sinks = torch.linspace(-2, 3, self.heads, device=DEVICE) if self.sunk else None
+        how = {"scale": self.dim**-0.5, "window": self.window, "cap": self.cap, "sinks": sinks}
+        how |= {"k_scale": 0.5, "v_scale": 0.25} if self.pool else {"k_scale": 1.0, "v_scale": 1.0}
+        expected = oracles.verify_attention(q, k, v, k_pool, v_pool, lists, self.widths, **how)
+        if self.window is not None:
+            lists = [slots[max(len(slots) - self.window - self.planned, 0) :] for slots in lists]
+        qo, kv = (integers([0, *torch.tensor(n).cumsum(0)]) for n in (self.widths, [len(s) for s in lists]))
+        # Places behind the lists hold what no pool has.
+        indices = torch.cat((*lists, torch.full((64,), 10**9))).to(DEVICE)
+        out = torch.full_like(q, torch.nan)
+        most = max(*self.widths, 1) + self.roomy
+        with running(backend), guarded_outputs():
+            verify_attention(q, k, v, out, k_pool, v_pool, qo, kv.int(), indices, most=most, **how)
+        assert_close(out[:total], expected, "attention", self.dtype)
+        assert out[total:].isnan().all()
+
+
+BATCHES = [
+    *(Batch((5, 1, 3), (300, 2, 90), dtype=t, pool=p) for t in DTYPES for p in (None, torch.float8_e4m3fn)),
+    Batch((3, 1, 5, 17, 2, 0, 0, 0), (300, 2, 90, 1, 1, 1, 1, 1)),  # a graph with slots of nobody
+    Batch((33, 1), (70, 300), heads=8, kv_heads=1),  # rows of several tiles
+    *(Batch((5, 1), (130, 70), 8, 1, dim, dtype=torch.float16) for dim in (64, 128, 256)),
+    *(Batch((9, 1, 2), (150, 2, 0), window=n, planned=p) for n in (1, 7, 63, 500) for p in (0, 40)),
+    Batch((0, 0), (0, 3), spare=2),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_batches(backend: str, batch: Batch) -> None:
+    with cut(backend, 9, 64):
+        batch.check(backend)
+
+
+def cut(backend: str, shares: int, fewest: int) -> mock._patch:
+    """Into so many shares, of so many keys at least."""
+    if backend == "torch":
+        return mock.patch.dict({})
+    from whiflash_kernels.triton_kernels import verify
+
+    return mock.patch.multiple(verify, shares_for=lambda *_: shares, FEWEST_KEYS=fewest)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=examples(60), deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(
+            st.sampled_from((0, 1, 1, 2, 3, 8, 17, 33)),
+            st.sampled_from((0, 1, 63, 64, 65)) | st.integers(0, 700),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    heads=st.sampled_from(((1, 1), (2, 2), (6, 2), (8, 1))),
+    dim=st.sampled_from((8, 16, 40)),
+    window=st.none() | st.sampled_from((1, 2, 7, 64, 300)),
+    cap=st.sampled_from((0.0, 0.7, 5.0)),
+    sunk=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    rest=st.tuples(*[st.sampled_from((0, 3))] * 3),
+    shares=st.sampled_from((2, 5, 40)),
+    fewest=st.sampled_from((1, 64, 256)),
+)
+def test_any_batch(backend, requests, heads, dim, window, cap, sunk, dtype, rest, shares, fewest) -> None:
+    widths, lengths = zip(*requests, strict=True)
+    with cut(backend, shares, fewest):
+        Batch(widths, lengths, *heads, dim, window, cap, sunk, dtype, None, *rest).check(backend)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or the interpreter")
+class TestTritonCuts:
+    def test_a_long_request_alone_is_cut(self) -> None:
+        """Into shares of 64 of its 2,100 keys, and only these leave sums, which the account of memory has room for."""
+        batch = Batch((4, 1, 9, 1), (2100, 3, 0, 64))
+        with cut("triton", 33, 64), watched_merges() as merges:
+            batch.check("triton")
+            from whiflash_kernels.triton_kernels import verify
+
+            counted = verify.sums_bytes(4, 9, batch.heads, batch.kv_heads, batch.dim, DEVICE)
+        ((cuts, partial),) = merges
+        assert cuts == [(0, 0, 17)]
+        assert int((~partial.isnan().any(1)).sum()) == 17 * 4 * batch.heads
+        assert counted == len(partial) * (batch.dim + 2) * 4
+
+    def test_rows_beyond_the_most_are_left_out(self) -> None:
+        """So a wrong count writes over nobody else's sums."""
+        batch = Batch((5, 2), (300, 300))
+        with cut("triton", 9, 64), pytest.raises(AssertionError, match="nan"):
+            replace(batch, roomy=-2).check("triton")
+
+
+def test_rejects_what_does_not_fit() -> None:
+    q, k, pool, offsets = (
+        torch.zeros(4, 4, 8),
+        torch.zeros(4, 2, 8),
+        torch.zeros(9, 2, 8),
+        torch.tensor([0, 4]),
+    )
+
+    def attend(q=q, k=k, v=k, out=q, k_pool=pool, v_pool=pool, kv=offsets, most=4, sinks=None):
+        verify_attention(
+            q, k, v, out, k_pool, v_pool, offsets, kv, offsets, most=most, scale=1.0, sinks=sinks
+        )
+
+    attend()
+    for error, wrong in {
+        "most must be": {"most": 0},
+        "and out the same": {"out": q[:3]},
+        "k and v must": {"v": k[:, :1]},
+        "pools must": {"v_pool": pool.to(torch.uint8)},
+        "must be \\[B": {"kv": offsets[:1]},
+        "sinks must": {"sinks": q[0, :3, 0]},
+        "last dimension": {"k_pool": torch.zeros(9, 8, 2).transpose(1, 2)},
+    }.items():
+        with pytest.raises(ValueError, match=error):
+            attend(**wrong)

@@ -1,0 +1,139 @@
+# ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Attention whose long requests are cut into shares, as the kernels of drafts and of verifications cut them.
+
+The device alone knows lengths, so a grid depends on sizes only. Every program counts how many shares each request's
+entries are cut into, and takes one. Only cut requests leave sums, which a second launch merges.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from whiflash_kernels.triton_kernels.launch import multiprocessors
+
+MERGED = 4096
+"""Sums that a program merges at once."""
+MERGERS = 8
+"""Programs that merge a row of a head: each takes every eighth of the requests that are cut."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(-1e30)
+"""A peak below all scores."""
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """float32 product of two tiles; Triton's interpreter multiplies bfloat16 as if it were integers."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def shares_of(entries, shares, fewest, STEP: tl.constexpr):
+    """How many shares each of the requests' ``entries`` is cut into, at least one: ``shares - 1`` above that in all.
+
+    No share is longer than all entries over ``shares``, or ``fewest``, rounded up to whole steps; none is empty.
+    """
+    most = tl.maximum(tl.cdiv(tl.sum(entries.to(tl.int64), axis=0), shares).to(tl.int32), fewest)
+    count = tl.maximum(tl.cdiv(entries, tl.cdiv(most, STEP) * STEP), 1)
+    evenly = tl.maximum(tl.cdiv(tl.cdiv(entries, count), STEP) * STEP, STEP)
+    return tl.maximum(tl.cdiv(entries, evenly), 1)
+
+
+@triton.jit(do_not_specialize=["width"])
+def _merge_shares_kernel(
+    partial,
+    peaks,
+    merges,
+    qo_indptr,
+    out,
+    width,
+    GROUPS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    SHARES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program, column = tl.program_id(0), tl.arange(0, COLUMNS)
+    row, kv_head = program % (width * GROUPS), program // (width * GROUPS)
+    for which in range(tl.program_id(1), tl.load(merges), tl.num_programs(1)):
+        request, place = tl.load(merges + 1 + 3 * which), tl.load(merges + 2 + 3 * which)
+        count = tl.load(merges + 3 + 3 * which)
+        first, rows = request * width, width
+        if qo_indptr is not None:
+            first = tl.load(qo_indptr + request).to(tl.int32)
+            rows = tl.load(qo_indptr + request + 1).to(tl.int32) - first
+        live = row // GROUPS < rows
+        peak, whole = tl.full([], LEAST, tl.float32), tl.full([], 0.0, tl.float32)
+        sums = tl.zeros([COLUMNS], tl.float32)
+        for begin in range(0, tl.where(live, count, 0), SHARES):
+            share = begin + tl.arange(0, SHARES)
+            there = share < count
+            kept = (place + share).to(tl.int64) * (KV_HEADS * width * GROUPS) + program
+            peaks_here = tl.load(peaks + kept * 2, mask=there, other=LEAST)
+            totals = tl.load(peaks + kept * 2 + 1, mask=there, other=0.0)
+            inside = there[:, None] & (column < DIM)[None, :]
+            parts = tl.load(partial + kept[:, None] * DIM + column[None, :], mask=inside, other=0.0)
+            new_peak = tl.maximum(peak, tl.max(peaks_here, axis=0))
+            weights, fade = tl.exp2(peaks_here - new_peak), tl.exp2(peak - new_peak)
+            whole = whole * fade + tl.sum(totals * weights, axis=0)
+            sums = sums * fade + tl.sum(parts * weights[:, None], axis=0)
+            peak = new_peak
+        result = (first + row // GROUPS).to(tl.int64) * (KV_HEADS * GROUPS) + kv_head * GROUPS + row % GROUPS
+        mean = sums / tl.where(whole > 0, whole, 1.0)
+        tl.store(out + result * DIM + column, mean.to(out.dtype.element_ty), mask=live & (column < DIM))
+
+
+class Sums(NamedTuple):
+    """Sums of cut requests' shares: of weighted V [places * rows, D] and peaks with totals [places * rows, 2], float32;
+    merges: int32, how many requests are cut, and of each itself, its first place and its shares."""
+
+    partial: Tensor
+    peaks: Tensor
+    merges: Tensor
+
+
+def places(requests: int, shares: int) -> int:
+    """Shares that leave sums, at most: those above one a request are fewer than ``shares``, and so are cut requests."""
+    return min(2 * (shares - 1), requests + shares - 1)
+
+
+def sums_for(requests: int, shares: int, rows: int, dim: int, device: torch.device) -> Sums:
+    """Room for the sums of ``rows`` (of all heads) of each cut request."""
+    kept = places(requests, shares) * rows
+    return Sums(
+        torch.empty(kept, dim, dtype=torch.float32, device=device),
+        torch.empty(kept, 2, dtype=torch.float32, device=device),
+        torch.empty(1 + 3 * min(requests, shares - 1), dtype=torch.int32, device=device),
+    )
+
+
+def merge(
+    sums: Sums, out: Tensor, width: int, kv_heads: int, columns: int, qo_indptr: Tensor | None = None
+) -> None:
+    """Write the rows of cut requests to ``out`` [rows, Hq, D]; ``width`` of each, or at most, by ``qo_indptr``."""
+    heads, dim = out.shape[1:]
+    cut = (len(sums.merges) - 1) // 3
+    _merge_shares_kernel[(width * heads, min(cut, MERGERS))](
+        *sums,
+        qo_indptr,
+        out,
+        width,
+        GROUPS=heads // kv_heads,
+        KV_HEADS=kv_heads,
+        DIM=dim,
+        SHARES=max(1, min(32, MERGED // columns)),
+        COLUMNS=columns,
+        num_warps=4,
+    )
+
+
+def filling(programs: int, device: torch.device, each: int) -> int:
+    """Shares, of ``programs`` each, that give every multiprocessor ``each`` programs."""
+    count: int = triton.cdiv(multiprocessors(device) * each, programs)
+    return count
