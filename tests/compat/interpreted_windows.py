@@ -1,14 +1,17 @@
 """Verifications in layers with a sliding window and attention sinks, as SGLang's attention backends attend to them.
 
 Run by `test_attention.py` in a child process, as `interpreted_attention.py`, whose batches it takes. Each backend's own
-`forward_extend` runs on the plan that it made. Triton's kernel runs too, under the interpreter. The kernels of FA3, FA4
-and TRT-LLM are loops that do what their documentation says (`attention_formulas.py`). All are compared with one formula
+`forward_extend` runs on the plan that it made. Triton's kernels, SGLang's and ours ("split"), run too, under the
+interpreter. The kernels of FA3, FA4 and TRT-LLM are loops that do what their documentation says
+(`attention_formulas.py`). All are compared with one formula
 in 64 bits, which knows positions and the table of slots, and no plan. K and V of windowed layers are in one pool with
 the others', or in their own (`--swa-full-tokens-ratio`).
 """
 
+import os
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,9 +30,11 @@ from sglang.srt.layers.attention.trtllm_mha_backend import TRTLLMHAAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from whiflash_kernels.triton_kernels import verify as kernel
 
 from whiflash_sglang.device.capture import graded
-from whiflash_sglang.engine.forward.triton_backend import RaggedTritonBackend, widest_window
+from whiflash_sglang.engine.forward import triton_backend
+from whiflash_sglang.engine.forward.triton_backend import RaggedTritonBackend, verify, widest_window
 from whiflash_sglang.engine.launch import refusals
 
 SGLANG = "sglang.srt.layers.attention"
@@ -130,6 +135,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     decode = SimpleNamespace(trtllm_batch_decode_with_kv_cache=trtllm_decode)
     given = SimpleNamespace(decode=decode)
     monkeypatch.setattr(f"{SGLANG}.trtllm_mha_backend.flashinfer", given, raising=False)
+    # Ours cuts even these prefixes, and reads windows of any width.
+    for owner, name, value in (
+        (kernel, "KEYS", 16),
+        (kernel, "FEWEST_KEYS", 1),
+        (kernel, "shares_for", lambda *_: 4),
+        (triton_backend, "NARROWEST", 0),
+    ):
+        monkeypatch.setattr(owner, name, value)
 
 
 def with_pool(backend: Any, case: Any) -> Any:
@@ -167,6 +180,19 @@ def of_triton(case: Verification, window: int, cls: type = RaggedTritonBackend) 
     )
     backend.sliding_window_size = window if window > 0 else None
     return with_pool(backend, case)
+
+
+def split(*args: Any, **named: Any) -> bool:
+    """Our kernel, which may leave nothing to SGLang's."""
+    with mock.patch.dict(os.environ, {"WHIFLASH_KERNELS": "triton"}):
+        assert verify(*args, **named)
+    return True
+
+
+def of_split(case: Verification, window: int) -> Any:
+    backend = of_triton(case, window)
+    backend.use_verify_splitkv, backend.verify_splitkv_fwd = True, split
+    return backend
 
 
 def of_fa3(case: Verification, window: int, version: int = 3) -> Any:
@@ -220,7 +246,7 @@ def of_trtllm_mha(case: Verification, window: int) -> Any:
     return with_pool(backend, case)
 
 
-BACKENDS = {"triton": of_triton, "fa3": of_fa3, "fa4": of_fa4, "trtllm_mha": of_trtllm_mha}
+BACKENDS = {"triton": of_triton, "split": of_split, "fa3": of_fa3, "fa4": of_fa4, "trtllm_mha": of_trtllm_mha}
 
 
 def forward(
@@ -279,7 +305,7 @@ def test_replayed_rows_see_what_eager_ones_do(
     eager_case = verification(widths, window, pool)
     eager = BACKENDS[backend](eager_case, window)
     eager.init_forward_metadata(eager_case.batch)
-    if backend == "triton" and window > 0:
+    if backend in ("triton", "split") and window > 0:
         many, (now, then) = len(widths), (made.forward_metadata, eager.forward_metadata)
         assert now.window_kv_indptr[: many + 1].tolist() == then.window_kv_indptr.tolist()
         keys = int(then.window_kv_indptr[-1])
@@ -290,7 +316,7 @@ def test_replayed_rows_see_what_eager_ones_do(
 
 def test_capped_scores_are_capped_within_a_window() -> None:
     """Gemma 2's; TRT-LLM's backend hands on no cap."""
-    for name in ("triton", "fa3", "fa4"):
+    for name in ("triton", "split", "fa3", "fa4"):
         case = verification(WIDTHS["ragged"], 7, "one")
         made = BACKENDS[name](case, 7)
         made.init_forward_metadata(case.batch)
@@ -319,7 +345,8 @@ def test_what_is_wrong_is_told_apart() -> None:
         right, expected = forward(made, case, 7, sinks=SINKS)
         assert close(right, expected)
         for window, sinks in ((6, SINKS), (8, SINKS), (7, None), (-1, SINKS)):
-            if not (name == "triton" and window == 8):  # a layer's own may not be wider than what was planned
+            # A layer's own may not be wider than what was planned.
+            if window != 8 or name not in ("triton", "split"):
                 assert not close(forward(made, case, window, sinks=sinks)[0], expected), (name, window)
 
 
@@ -361,4 +388,37 @@ def test_what_is_refused_plans_other_rows() -> None:
 
 
 def test_every_backend_that_is_allowed_is_asked() -> None:
-    assert set(BACKENDS) == set(refusals.ATTENTIONS)
+    assert set(BACKENDS) - {"split"} == set(refusals.ATTENTIONS)
+
+
+def test_what_is_left_to_sglangs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "NARROWEST", 2048)
+    monkeypatch.setenv("WHIFLASH_KERNELS", "triton")
+    monkeypatch.setattr(triton_backend, "verify_attention", lambda *args, **named: handed.append(named))
+    q, k, pool, indptr = torch.zeros(3, 4, 16), torch.zeros(3, 2, 16), torch.zeros(9, 2, 16), torch.zeros(2)
+    usual = {"logit_cap": 0.0, "sliding_window_size": -1, "sinks": None, "xai_temperature_len": -1}
+    handed: list[Any] = []
+
+    def ran(
+        q: Any = q, k: Any = k, pools: Any = (pool, pool), mask: Any = None, causal: bool = True, **named: Any
+    ) -> bool:
+        v = k[..., : pools[1].shape[2]]
+        tensors = q, k, v, torch.zeros_like(q), *pools, indptr, indptr, indptr
+        return verify(*tensors, mask, causal, None, 3, 1.0, 1.0, SCALE, **usual | named, max_bs=4)
+
+    assert all(ran(sliding_window_size=window) for window in (-1, 0, 2048, 4096))
+    assert [named["window"] for named in handed] == [None, None, 2048, 4096]
+    eight = pool.to(torch.float8_e4m3fn)
+    assert ran(pools=(eight, eight))
+    for refused in (
+        {"mask": torch.zeros(1)},
+        {"causal": False},
+        {"xai_temperature_len": 1},
+        {"sliding_window_size": 2047},
+        {"pools": (pool.to(torch.uint8),) * 2},
+        {"pools": (pool, pool[..., :8])},
+        {"q": q.repeat(1, 1, 20), "k": k.repeat(1, 1, 20), "pools": (pool.repeat(1, 1, 20),) * 2},
+    ):
+        assert not ran(**refused), refused
+    monkeypatch.setenv("WHIFLASH_KERNELS", "torch")
+    assert not ran()

@@ -78,6 +78,7 @@ KERNEL_TESTS = {
     "rounds": ("sample_rows", "graphs", "block", "backlog"),
     "layers": ("layers", "drafts", "draft_passes"),
     "attention": ("attention", "catch_up", "copies"),
+    "verify": ("verify",),
     "rest": (),
 }
 """Files of `kernels/tests`, riskiest first; the last part runs all that no other names."""
@@ -153,6 +154,7 @@ PARTS: tuple[Part, ...] = (
     overlap("triton", rehearsed=True),
     kernel_tests("layers"),
     kernel_tests("attention"),
+    kernel_tests("verify"),
     Part(
         "sampler",
         "draws equal those of SGLang's default sampler on a card, FlashInfer's",
@@ -163,13 +165,22 @@ PARTS: tuple[Part, ...] = (
     shaped(
         "contexts", "a verification by context", "--arms", "diffusion,none", "--contexts", "2048,32768,131072"
     ),
-    sanitizer("memcheck", "first", "sample_rows,accept_and_commit,fill_slots,draft_attention"),
+    sanitizer(
+        "memcheck", "first", "sample_rows,accept_and_commit,fill_slots,draft_attention,verify_attention"
+    ),
     serving("triton", rehearsed=True),
     bench(
         "first",
         "draft attention and proposals beside their references",
         "--only",
         "draft_attention,propose_copies",
+        "--no-compile",
+    ),
+    bench(
+        "verify",
+        "a verification beside SGLang's kernel at 2,048, 32,768 and 131,072 tokens",
+        "--only",
+        "verify_attention",
         "--no-compile",
     ),
     sanitizer("memcheck"),

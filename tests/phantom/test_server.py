@@ -200,7 +200,7 @@ def test_with_triton_attention(target: Target, by_attention: dict[str, dict[str,
     found = by_attention["triton"]
     check_waits(found)
     assert found["attention"] == "triton"
-    assert found["launches"]["extend_attention_fwd"]
+    assert found["launches"]["extend_attention_fwd"] * found["launches"]["verify_attention"]
     check_texts(found, target)
 
 

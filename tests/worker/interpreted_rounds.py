@@ -2,9 +2,9 @@
 
 Run by `test_interpreted_rounds.py` in a child process: Triton's interpreter must be chosen before Triton is first
 imported, and would change every kernel of a process. The engine is the real one, on the CPU; the name of the CPU
-platform's attention stands for our subclass of SGLang's Triton backend here, so prefills and verifications run
-`extend_attention_fwd` on the plan that the subclass makes. The platform's replacements of other helpers of SGLang's
-(`whiflash_cpu/seams.py`: slots, bonus tokens) stay torch. It does not prove that compiled kernels do the same.
+platform's attention stands for our subclass of SGLang's Triton backend here, so prefills run `extend_attention_fwd` and
+verifications `verify_attention` on the plan that the subclass makes. The platform's replacements of other helpers of
+SGLang's (`whiflash_cpu/seams.py`: slots, bonus tokens) stay torch. It does not prove that compiled kernels do the same.
 """
 
 from collections import Counter
@@ -23,7 +23,16 @@ from reference import Comparison
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from tiny_models import tiny_dflash, tiny_eagle3
 from whiflash_kernels import MixedBlock
-from whiflash_kernels.triton_kernels import attention, backlog, block, catch_up, drafts, passes, routing
+from whiflash_kernels.triton_kernels import (
+    attention,
+    backlog,
+    block,
+    catch_up,
+    drafts,
+    passes,
+    routing,
+    verify,
+)
 
 from whiflash_sglang.engine.forward.triton_backend import RaggedTritonBackend
 from whiflash_sglang.engine.scheduler import pricing
@@ -42,6 +51,7 @@ KERNELS = {
     drafts: ("choose_drafts", "cut_drafts", "lay_drafts"),
     passes: ("draft_inputs", "pass_rows"),
     routing: ("routing_stats",),
+    verify: ("verify_attention",),
 }
 """Launchers of our kernels that the rounds here need."""
 
@@ -116,6 +126,7 @@ def on_torch_and_triton(
     monkeypatch.setattr(pricing.Start, "profile", lambda *_: None)
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
     monkeypatch.setattr(worker, "STEP_SECONDS", float("inf"))
+    monkeypatch.setattr(verify, "shares_for", lambda *_: 4)
     monkeypatch.setenv("WHIFLASH_KERNELS", "torch")
     on_torch = speculate(models, **options)
     assert not launched

@@ -9,12 +9,13 @@ import pytest
 import torch
 from engine import engine
 from model_set import Models
+from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 
 from whiflash_sglang.arms.paged import LOGIT_BYTES
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.cache.tokens import FEW
-from whiflash_sglang.engine.forward import graphs
+from whiflash_sglang.engine.forward import graphs, triton_backend
 from whiflash_sglang.engine.forward.sampling import SAMPLED_ROWS
 from whiflash_sglang.engine.scheduler import kv_budget
 from whiflash_sglang.errors import ConfigError
@@ -77,6 +78,25 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
     assert reserved("cuda") == captured
     config.decode.backend = Backend.DISABLED
     assert reserved("cuda") == table + sampled
+
+
+def test_sums_of_cut_prefixes_are_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Qwen3-8B on an H100: of 66 shares (132 on two ranks) twice as many less two may leave sums."""
+    config = SimpleNamespace(attention_arch=AttentionArch.MHA, head_dim=128)
+    config.get_max_num_attention_heads, config.get_num_kv_heads = lambda: 32, lambda ranks: 8 // ranks
+    kernel = SimpleNamespace(prefill_attention_backend="fa3", decode_attention_backend=None)
+
+    def kept(attention: str, ranks: int = 1) -> int:
+        kernel.attention_backend = attention
+        monkeypatch.setattr(triton_backend, "get_exec", lambda: SimpleNamespace(kernel=kernel))
+        monkeypatch.setattr(triton_backend, "get_parallel", lambda: SimpleNamespace(attn_tp_size=ranks))
+        return triton_backend.kept_bytes(SimpleNamespace(model_config=config, device="cpu"), 94, 17)
+
+    assert kept("triton") == 130 * 17 * 32 * (128 + 2) * 4
+    assert kept("triton", 2) == (94 + 131) * 17 * 16 * (128 + 2) * 4
+    assert kept("fa3") == 0
+    config.attention_arch = AttentionArch.MLA
+    assert kept("triton") == 0
 
 
 @pytest.mark.parametrize(("requests", "most"), [(48, 2.0), (256, 5.0)])

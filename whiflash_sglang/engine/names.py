@@ -14,6 +14,9 @@ sglang.kernels.ops.attention.linear.fused_sigmoid_gating_recurrent  # since 0.5.
 sglang.kernels.ops.mamba.triton_ops.mamba_ssm
     selective_state_update(state_batch_indices, pad_slot_id, out, disable_state_update, intermediate_states_buffer)
     selective_state_update(cache_steps, intermediate_state_indices)
+sglang.kernels.ops.attention.verify_splitkv
+    verify_splitkv_fwd(custom_mask, is_causal, mask_indptr, max_len_extend, k_scale, v_scale, sm_scale, logit_cap)
+    verify_splitkv_fwd(sliding_window_size, sinks, xai_temperature_len)
 sglang.launch_server
     run_server(server_args)
 sglang.srt.arg_groups.cuda_graph_hook

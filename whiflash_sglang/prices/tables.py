@@ -5,7 +5,8 @@ There the host's clock says how long launching took, so nothing is fitted to it.
 
 A graph costs what it was captured for: 17 rows in a graph of 20 cost 20. So a price is looked up at the smallest size
 that was measured and holds what is asked for, not interpolated between sizes. A verification also reads the context of
-all its requests; it is measured at two sums of them, and sums between or beyond are on the line through them.
+all its requests, long ones cut over the chip; it is measured at two sums of them, and sums between or beyond are on the
+line through them.
 
 Rounds show what the tables cannot know (clocks that drop, a neighbour, the host's share): their seconds over the
 tables' price, as one factor for everything. It moves slowly, and at once if most of the last rounds agree that it is

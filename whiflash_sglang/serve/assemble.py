@@ -20,7 +20,7 @@ from whiflash_sglang.checkpoints.manifest import NeuralRouter
 from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.engine.forward import graphs
+from whiflash_sglang.engine.forward import graphs, triton_backend
 from whiflash_sglang.engine.forward.sampling import simulated_acceptance
 from whiflash_sglang.engine.forward.target import Target
 from whiflash_sglang.engine.scheduler import kv_budget, overlap, pricing
@@ -185,6 +185,8 @@ def reserve(
     widest, kv = widest_of(drafters) + 1, with_kv(drafters).values()
     parts = kv_budget.for_requests(target, requests, widest, Epilogue.bytes_for(widest))
     parts["tables"] += GATE_BYTES
+    slots = requests + graphs.spare_slots(requests, widest)
+    parts["attention"] = triton_backend.kept_bytes(target.runner, slots, widest)
     rows = kv_budget.request_rows(requests)
     parts["rings"] = sync.bytes_for(rows)
     parts["drafters"] = sum(drafter.bytes_for(rows) for drafter in of_text(drafters).values())

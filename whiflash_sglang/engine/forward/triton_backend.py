@@ -3,17 +3,31 @@
 Upstream's kernel (`extend_attention_fwd`) takes any number of query rows per request from `qo_indptr`; only what
 :class:`TritonAttnBackend` plans for a verification gives every request the same number. Keys and values of the prefix
 are planned from `seq_lens` and are right for every width.
+
+That kernel walks a request's prefix in one program for each query head, so a verification takes as long as its longest
+request. SGLang asks `verify_splitkv_fwd` before it; here that is `verify_attention`, which cuts long prefixes over the
+chip and takes as long as all prefixes together.
 """
 
 from typing import Any
 
 import torch
+from sglang.srt.arg_groups.model_override_base import attention_backends_of
+from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.runtime_context import get_exec, get_parallel
 from sglang.srt.speculative.ragged_verify import resolve_ragged_verify_layout
+from whiflash_kernels import dispatch, verify_attention
+from whiflash_kernels.verify import EIGHT_BITS, sums_bytes
 
 from whiflash_sglang.engine.carried import serves_ours
+
+NARROWEST = 2048
+"""Keys of a window, at least, that `verify_attention` reads: of fewer there is little to cut."""
+WIDEST = 256
+"""Dimensions of a head, at most: a tile of wider ones does not fit."""
 
 
 class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
@@ -28,6 +42,8 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
         window = widest_window(runner.model)
         if window is not None:
             self.sliding_window_size = window
+        self.use_verify_splitkv = not self.use_mla
+        self.verify_splitkv_fwd = torch.compiler.disable(verify)
         self._make_room(0)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
@@ -82,9 +98,74 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
     ) -> Any:
         metadata = super()._build_cuda_graph_forward_metadata(bs, forward_mode, spec_info, *rest)
         if forward_mode.is_target_verify() and spec_info.ragged_verify_layout is not None:
-            # Captured as a number, so it must hold for every replay: the server's widest block.
-            metadata.max_extend_len = self.num_draft_tokens
+            # Captured as a number, so it must hold for every replay: the server's widest block, or all rows.
+            rows = spec_info.ragged_verify_layout.graph_num_tokens
+            metadata.max_extend_len = min(self.num_draft_tokens, rows)
         return metadata
+
+
+def verify(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    custom_mask: torch.Tensor | None,
+    causal: bool,
+    mask_indptr: torch.Tensor | None,
+    most: int,
+    k_scale: float,
+    v_scale: float,
+    scale: float,
+    *,
+    logit_cap: float,
+    sliding_window_size: int,
+    sinks: torch.Tensor | None,
+    xai_temperature_len: int,
+    **_: Any,
+) -> bool:
+    """Attention of one layer of a verification, as SGLang calls `verify_splitkv_fwd`: shapes as of `verify_attention`.
+
+    Returns:
+        Whether it has run. Else `out` is as it was, and SGLang runs its own kernel: for a tree's masks, values that are
+        not as wide as keys, pools that are packed, narrow windows, and with ``WHIFLASH_KERNELS=torch``.
+    """
+    narrow = 0 < sliding_window_size < NARROWEST
+    if custom_mask is not None or not causal or xai_temperature_len > 0 or narrow:
+        return False
+    shapes = {tensor.shape[1:] for tensor in (k, v, k_pool, v_pool)}
+    readable = {k_pool.dtype, v_pool.dtype} <= {q.dtype, *EIGHT_BITS}
+    if len(shapes) > 1 or q.shape[2] != k.shape[2] or q.shape[2] > WIDEST or not readable:
+        return False
+    if dispatch.backend_for(q) == "torch":
+        return False
+    # SGLang's kernel takes a window of 0 for none, though its backend plans one.
+    window = sliding_window_size if sliding_window_size > 0 else None
+    verify_attention(
+        *(q, k, v, out, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices),
+        most=most,
+        scale=scale,
+        window=window,
+        cap=logit_cap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+    return True
+
+
+def kept_bytes(runner: Any, slots: int, widest: int) -> int:
+    """Bytes of sums between the launches of a layer's verification of so many requests; 0 with another attention."""
+    config, parallel = runner.model_config, get_parallel()
+    if "triton" not in attention_backends_of(get_exec().kernel) or config.attention_arch == AttentionArch.MLA:
+        return 0
+    heads = config.get_max_num_attention_heads() // parallel.attn_tp_size
+    kv_heads = config.get_num_kv_heads(parallel.attn_tp_size)
+    return sums_bytes(slots, widest, heads, kv_heads, config.head_dim, torch.device(runner.device))
 
 
 def widest_window(model: Any) -> int | None:

@@ -42,7 +42,12 @@ from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Veri
 from whiflash_sglang.records.core import DraftBatch
 
 LONGEST = 16384
-"""Tokens of context that verifications are timed with at most."""
+"""Tokens of context, of all requests together, that verifications are timed with at most.
+
+FA3, and `verify_attention` behind Triton attention, cut long prefixes over the chip: a verification takes as long as
+the sum of contexts, however it is divided, and larger sums are on the line (`results/gpu/verification.json`: 2.7 to
+3.4 ns a token and layer from 32,768 to 819,200 tokens). So servers of any context are timed in the same seconds.
+"""
 
 SHORTER = 16
 """The shorter context is this part of the longer one."""
