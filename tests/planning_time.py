@@ -9,9 +9,13 @@ With `--agents` requests are an agent's, and the structure arm looks, too: each 
 a line of prose and a call in turn, half of them as JSON and half in markup; of three one
 is under a grammar. A round commits what a candidate of the host has right, and one token more; printed is also how many
 these are.
+
+With `--hash` no time is taken, so nothing is cut or left out for it, and a digest of what was planned is printed:
+routes, what they were chosen on, and all candidates with their chances and parts. A faster planner has the same.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import time
@@ -78,10 +82,11 @@ class Batch:
     vocabulary = VOCABULARY
     token_bytes: Sequence[bytes] = ()
 
-    def __init__(self, size: int, seed: int = 0) -> None:
+    def __init__(self, size: int, seed: int = 0, *, timed: bool = True) -> None:
         host, self.random, self.size = HostView(exact=False, late=True), random.Random(seed), size
         self.rounds = self.tokens = 0
-        spending = Spending()
+        self.planned = hashlib.sha256()
+        spending = Spending() if timed else Spending(clock=float, wall=float, cuts=False)
         self.drafters: dict[str, Drafter] = {
             arms.AR: Silent(arms.AR, 5),
             arms.DIFFUSION: Silent(arms.DIFFUSION, 15),
@@ -150,6 +155,7 @@ class Batch:
         self.planner.plan(turn)
         spent = time.process_time() - began
         turn.bounded = True
+        self._note(turn)
         results = self._results(turn, lengths)
         began = time.process_time()
         tokens = self.learner.learn(turn, results)
@@ -158,6 +164,17 @@ class Batch:
         for req, new in zip(self.requests, tokens, strict=True):
             self._committed(req, new)
         return spent
+
+    def _note(self, turn: Round) -> None:
+        """Add what was planned to the digest."""
+        for route, decision, by_arm in zip(
+            turn.plan.routes, turn.decisions, turn.plan.candidates, strict=True
+        ):
+            candidates = [
+                (arm, list(each.tokens), list(each.alive), list(map(tuple, each.parts)), each.at)
+                for arm, each in by_arm.items()
+            ]
+            self.planned.update(repr((route, dict(decision.expected), candidates)).encode())
 
     def _brought(self, turn: Round, index: int) -> int:
         """Tokens that the round commits of a request."""
@@ -258,9 +275,9 @@ class Constraint:
 class Agents(Batch):
     """So many requests of agents."""
 
-    def __init__(self, size: int, seed: int = 0) -> None:
+    def __init__(self, size: int, seed: int = 0, *, timed: bool = True) -> None:
         self.vocabulary, self.token_bytes = len(vocabulary().token_bytes), vocabulary().token_bytes
-        super().__init__(size, seed)
+        super().__init__(size, seed, timed=timed)
 
     def _more_drafters(self, spending: Spending) -> dict[str, Drafter]:
         return {arms.STRUCTURE: StructureArm(Structure(), vocabulary(), spending.exhausted)}
@@ -322,14 +339,15 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32, 48, 128])
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--agents", action="store_true", help="with tools, forms of calls and grammars")
+    parser.add_argument("--hash", action="store_true", help="print a digest of what was planned")
     given = parser.parse_args()
     for size in given.requests:
-        batch = (Agents if given.agents else Batch)(size)
+        batch = (Agents if given.agents else Batch)(size, timed=not given.hash)
         spent = [batch.round() for _ in range(given.rounds)]
         brought = batch.tokens / batch.rounds / size
         print(
             f"{size:4d} requests: {1000 * median(spent):.2f} ms to plan and learn a round, {1000 * min(spent):.2f} at "
-            f"least; {brought:.2f} tokens a request",
+            f"least; {brought:.2f} tokens a request{given.hash * f'; {batch.planned.hexdigest()[:12]}'}",
             flush=True,
         )
 
