@@ -190,7 +190,7 @@ def test_a_kernel_that_computes_something_else(monkeypatch: pytest.MonkeyPatch, 
     ("kernels", "avx2", "said"),
     [
         ("torch", True, None),
-        ("auto", False, "attention in torch: this processor has no AVX2, which the compiled kernels are for"),
+        ("auto", False, "attention without compiled kernels: this processor has no AVX2, which they are for"),
         ("auto", True, "there is no C++ compiler (c++, g++ or clang++) on the PATH"),
     ],
 )

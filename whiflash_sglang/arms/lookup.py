@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from whiflash_kernels import Drafts, propose_copies
+from whiflash_kernels.cpu.compiler import available
+from whiflash_kernels.cpu.copies import compiled_copies
 
 from whiflash_sglang.arms.base import TextDrafter
 from whiflash_sglang.checkpoints.manifest import Lookup
@@ -32,6 +34,7 @@ from whiflash_sglang.copying.tenants import Tenant, handle_of
 from whiflash_sglang.device.transfers import Floats, HostView, sent
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import PLAIN, Candidate, Forecast
+from whiflash_sglang.embedded import cache_root
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import DraftBatch, History
 from whiflash_sglang.records.request import Request
@@ -72,6 +75,7 @@ class LookupArm(TextDrafter):
         self._calibrations = PerTenant(partial(MatchCalibration, settings.seed or EVEN_ODDS))
         self._unlearned = self._calibrations.fresh()
         self._min_match = settings.min_match
+        self._compiled = available("search for copies", compiled_copies, cache_root() / "compiled")
         self._back: torch.Tensor | None = None
         """[request rows] int64: tokens from where a request copies to its text's end; 0 where it has not copied."""
         self._buckets: torch.Tensor | None = None
@@ -107,7 +111,9 @@ class LookupArm(TextDrafter):
             return None
         copier = kept.copier
         if copier is None:
-            copier = kept.copier = Copier(kept.learns, self._min_match, kept.prediction, kept.copies)
+            copier = kept.copier = Copier(
+                kept.learns, self._min_match, kept.prediction, kept.copies, self._compiled
+            )
         copier.extend(history(len(copier.text)))
         copy = copier.look(self.max_drafts + under_way, worth.least_chance)
         return copy._replace(at=len(copier.text), agreements=())

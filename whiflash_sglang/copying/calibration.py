@@ -90,6 +90,11 @@ class MatchCalibration:
         return chances
 
     @property
+    def addresses(self) -> tuple[int, int]:
+        """Those of its rates, for compiled code."""
+        return self._rates.addresses
+
+    @property
     def chances(self) -> list[float]:
         """Chance of every bucket and agreement, bucket by bucket."""
         return self._rates.all

@@ -8,11 +8,15 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from operator import mul, neg
+from typing import TYPE_CHECKING
 
 from whiflash_sglang.copying.calibration import Agreement, MatchCalibration, RequestCalibration
 from whiflash_sglang.copying.index import MAX_MATCH, Place, SuffixIndex
 from whiflash_sglang.copying.predicted import Prediction
 from whiflash_sglang.drafts.candidates import NOTHING, Candidate, Part, common_prefix
+
+if TYPE_CHECKING:
+    from whiflash_kernels.cpu.copies import CompiledCopies
 
 Match = tuple[Place, Sequence[int]]
 """A place that matches, and what followed there."""
@@ -41,7 +45,8 @@ class Copier:
     Args:
         calibration: shared by the tenant's requests. min_match: shortest match worth copying from, in tokens.
         prediction: what the caller expects back, preferred to the text where both match as long. request: what is known
-            of how it copies; None: nothing.
+            of how it copies; None: nothing. compiled: searches in place of `_find` and `_propose`, where nothing is
+            predicted; None: there is no compiler.
     """
 
     def __init__(
@@ -50,8 +55,10 @@ class Copier:
         min_match: int = 1,
         prediction: Prediction | None = None,
         request: RequestCalibration | None = None,
+        compiled: "CompiledCopies | None" = None,
     ) -> None:
-        self.text = SuffixIndex()
+        self.text = SuffixIndex(compiled=compiled)
+        self._compiled = compiled if prediction is None else None
         self.calibration, self._request = calibration, request or RequestCalibration()
         self._min_match, self._prediction = min_match, prediction
         self._copy = NOTHING
@@ -73,6 +80,11 @@ class Copier:
         a chance of at least `worth`.
         """
         self._copy = NOTHING
+        if self._compiled is not None:
+            self._copy, source = self._searched(self._compiled, (), limit, (worth, 1.0))
+            if self._copy.tokens:
+                self._source = Place(self._copy.matched, source, self.text)
+            return self._copy
         matches = self._find((), limit)
         if matches:
             best = _best(matches)
@@ -85,11 +97,29 @@ class Copier:
 
         Every one is worth verifying. Nothing is learned from them: what they say is looked for again once committed.
         """
-        matches = self._find(drafts, limit) if alive >= worth else []
-        if not matches:
+        if alive < worth:
             return NOTHING
-        copy = self._propose(matches, _best(matches), worth, alive)
-        return copy if copy.alive[0] >= worth else NOTHING
+        if self._compiled is not None:
+            copy, _ = self._searched(self._compiled, drafts, limit, (worth, alive))
+        else:
+            matches = self._find(drafts, limit)
+            copy = self._propose(matches, _best(matches), worth, alive) if matches else NOTHING
+        return copy if copy.tokens and copy.alive[0] >= worth else NOTHING
+
+    def _searched(
+        self, compiled: "CompiledCopies", drafts: Sequence[int], limit: int, chances: tuple[float, float]
+    ) -> tuple[Candidate, int]:
+        """The copy behind `drafts`, and where it begins. chances: as `worth` and `chance` of `_propose`."""
+        if limit <= 0 or not len(self.text):
+            return NOTHING, 0
+        copied_from = -1 if self._source is None else self._source.source
+        factors = self._request.factor, *chances
+        tokens, alive, agreements, matched, source = compiled.copy(
+            self.text.fields, drafts, copied_from, self._min_match, limit, self.calibration.addresses, factors
+        )
+        if not tokens:
+            return NOTHING, 0
+        return Candidate(tokens, alive, [Part(CONTEXT, len(tokens))], 0, matched, agreements), source
 
     def _find(self, drafts: Sequence[int], limit: int) -> list[Match]:
         """Places that match the text's end, `drafts` behind it included, and what followed there, newest first."""

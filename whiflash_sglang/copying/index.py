@@ -8,7 +8,10 @@ tokens at each. Memory is four flat arrays and two tables of heads: 20 to 28 byt
 from array import array
 from collections.abc import Iterable, Sequence
 from sys import getsizeof
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from whiflash_kernels.cpu.copies import CompiledCopies
 
 MAX_CANDIDATES = 8
 """Earlier occurrences that a query keeps, newest first. Four did as well as 32 on training answers."""
@@ -40,10 +43,22 @@ class SuffixIndex:
     Args:
         growing: what is searched for is the end of this text itself, so a copy that reaches the end goes on with what
             it copied; otherwise it ends there.
+        compiled: links the chains in place of `_link`; None: there is no compiler.
+
+    Attributes:
+        fields: the arrays' addresses and sizes, for compiled code; as of the last `extend`.
     """
 
-    def __init__(self, tokens: Iterable[int] = (), *, growing: bool = True) -> None:
-        self._growing, self._broken = growing, False
+    fields = array("q")
+
+    def __init__(
+        self,
+        tokens: Iterable[int] = (),
+        *,
+        growing: bool = True,
+        compiled: "CompiledCopies | None" = None,
+    ) -> None:
+        self._growing, self._broken, self._compiled = growing, False, compiled
         self._tokens = array("i")
         # Chain entry i: the last place before i with the same hash of its last token, or of its last two; -1: none.
         self._one_before, self._two_before = array("i"), array("i")
@@ -74,7 +89,19 @@ class SuffixIndex:
             self._one_heads, self._two_heads = _empty_heads(size), _empty_heads(size)
             self._one_before, self._two_before = array("i"), array("i")
             start = 0
-        self._link(start)
+        if self._compiled is None:
+            self._link(start)
+        else:
+            self._link_compiled(self._compiled, start)
+
+    def _link_compiled(self, compiled: "CompiledCopies", start: int) -> None:
+        room = bytes((len(self._tokens) - start) * self._tokens.itemsize)
+        self._one_before.frombytes(room)
+        self._two_before.frombytes(room)
+        arrays = self._tokens, self._one_before, self._two_before, self._one_heads, self._two_heads
+        sizes = len(self._tokens), len(self._one_heads) - 1, self._broken
+        self.fields = array("q", (*[each.buffer_info()[0] for each in arrays], *sizes))
+        compiled.link(self.fields, start)
 
     def _link(self, start: int) -> None:
         text, ones, twos = self._tokens, self._one_heads, self._two_heads

@@ -1,5 +1,6 @@
 """Decayed means, and decayed chances with a prior, learned while serving. Imports no torch."""
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -33,12 +34,17 @@ class Rates:
 
     def __init__(self, priors: Iterable[float], weight: float, decay: float) -> None:
         self._decay = decay
-        self._right = [prior * weight for prior in priors]
-        self._seen = [weight] * len(self._right)
+        self._right = array("d", (prior * weight for prior in priors))
+        self._seen = array("d", [weight]) * len(self._right)
 
     def of(self, kind: int) -> float:
         """Chance of a kind."""
         return self._right[kind] / self._seen[kind]
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Addresses of the observations of each kind that were right, and of all of them, as float64."""
+        return self._right.buffer_info()[0], self._seen.buffer_info()[0]
 
     @property
     def all(self) -> list[float]:

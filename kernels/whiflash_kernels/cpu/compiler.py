@@ -37,19 +37,19 @@ def profiled(name: str) -> Any:
 
 
 def available(what: str, compiled: Callable[[Path], K], directory: Path) -> K | None:
-    """``compiled(directory)``, where it can be had; a log line says why it cannot, and torch runs.
+    """``compiled(directory)``, where it can be had; a log line says why it cannot, and torch, or Python, runs.
 
     The kernels' loops are written for AVX2 and AVX-512. ``WHIFLASH_KERNELS=torch`` leaves torch's.
     """
     if os.environ.get("WHIFLASH_KERNELS") == "torch":
         return None
     if not has_avx2():
-        logger.info("%s in torch: this processor has no AVX2, which the compiled kernels are for", what)
+        logger.info("%s without compiled kernels: this processor has no AVX2, which they are for", what)
         return None
     try:
         return compiled(directory)
     except OSError as error:
-        logger.warning("compiled %s is unavailable, torch's is used, which is slower: %s", what, error)
+        logger.warning("compiled %s is unavailable, what is slower runs instead: %s", what, error)
         return None
 
 
