@@ -25,10 +25,10 @@ from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, is_text
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import StructureChances
-from whiflash_sglang.structure.guesses import Guesses
+from whiflash_sglang.structure.guesses import Guesses, Tables
 from whiflash_sglang.structure.layout import NO_FRAMES, Layout
 from whiflash_sglang.structure.matchers import Grammar, Matcher
-from whiflash_sglang.structure.schemas import frames_of, words_of
+from whiflash_sglang.structure.schemas import frames_of, words_of, words_of_places
 from whiflash_sglang.structure.sketch import TAIL, Token, sketch, text_of
 from whiflash_sglang.structure.tools import all_forced, words_of_tools
 
@@ -115,6 +115,7 @@ class StructureArm(TextDrafter):
         self.max_drafts = settings.max_width
         self._vocabulary, self._exhausted = vocabulary, exhausted
         self._chances = PerTenant(StructureChances)
+        self._tables = Tables()
 
     def begin(self, request: Request) -> None:
         hints, grammar = request.hints, request.grammar
@@ -212,9 +213,10 @@ class StructureArm(TextDrafter):
         if kept.grammar:
             kept.layout.frames = frames = frames_of(kept.grammar.schema)
             kept.layout.habit = kept.chances.habits.get(frames is not NO_FRAMES)
+            kept.layout.words, kept.layout.source = words_of_places(kept.grammar.schema), kept.grammar.schema
         words = tuple(dict.fromkeys((*schema, *words_of_tools(kept.tools))))
         prompt = history(0)[:begin]  # kept until there is a choice of words, or the request ends
-        kept.guesses = Guesses(words, partial(self._used, prompt))
+        kept.guesses = Guesses(words, partial(self._used, prompt), self._tables)
         if kept.calls is not None:
             kept.calls.prompt = cache(partial(text_of, self._vocabulary, prompt))
         kept.unfollowed = [*history(begin)]
@@ -225,7 +227,8 @@ class StructureArm(TextDrafter):
             return
         text = kept.decoder.decode(bytes_of(self._vocabulary, kept.unfollowed))
         kept.unfollowed = []
-        kept.layout.follow(text)
+        if kept.grammar is not None:
+            kept.layout.follow(text)
         if kept.calls is not None:
             kept.calls.follow(text)
 
@@ -292,8 +295,9 @@ class StructureArm(TextDrafter):
                         return _Look(look.ids, after, known[0], refused, True)
             layout, text = kept.layout, text_of(self._vocabulary, drafts[:after])
             if text:
-                layout = layout.copy()
-                layout.follow(text)
+                if matcher is not None:
+                    layout = layout.copy()
+                    layout.follow(text)
                 calls = calls.behind(text) if calls is not None else None
             elif after:
                 calls = None  # the drafts end inside a character

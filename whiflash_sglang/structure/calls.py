@@ -9,7 +9,6 @@ A call that is one JSON object follows a grammar of what it probably looks like.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from enum import Enum, auto
 from functools import lru_cache
 from typing import Any, Final
@@ -22,7 +21,7 @@ from whiflash_sglang.structure.guesses import Guesses, Likelihood, likely
 from whiflash_sglang.structure.layout import BLANKS, Layout
 from whiflash_sglang.structure.markup import MarkupCall
 from whiflash_sglang.structure.matchers import Matcher, XGrammarMatcher
-from whiflash_sglang.structure.schemas import Essence
+from whiflash_sglang.structure.schemas import Essence, words_of_places
 from whiflash_sglang.structure.tools import ARGUMENTS, KEPT, PARSERS, read_tools
 
 NO_ARGUMENTS: Final = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -38,15 +37,8 @@ _NO_VOCABULARY = ("a", "</s>")
 
 
 @lru_cache(maxsize=KEPT)
-def compiled(tools: str) -> xgrammar.CompiledGrammar | None:
-    """The grammar of a call; None where its calls are no JSON, their names too long, or xgrammar refuses a schema.
-
-    It is compiled in the scheduler's thread, alike in every rank, so schemas are cut to their essence: a client's
-    text must not decide how long everybody waits.
-
-    Args:
-        tools: what `carried_tools` wrote, or anything.
-    """
+def schema_of(tools: str) -> str | None:
+    """The schema of a call; None where its calls are no JSON, or their names too long."""
     read = read_tools(tools)
     if read is None or read.form not in ARGUMENTS.values():
         return None
@@ -57,8 +49,24 @@ def compiled(tools: str) -> xgrammar.CompiledGrammar | None:
         _call(read.form, function, essence.of(parameters) if parameters else NO_ARGUMENTS)
         for function, parameters in read.functions
     ]
+    return json.dumps({"anyOf": calls})
+
+
+@lru_cache(maxsize=KEPT)
+def compiled(tools: str) -> xgrammar.CompiledGrammar | None:
+    """The grammar of `schema_of`; None where there is none, or xgrammar refuses it.
+
+    It is compiled in the scheduler's thread, alike in every rank, so schemas are cut to their essence: a client's
+    text must not decide how long everybody waits.
+
+    Args:
+        tools: what `carried_tools` wrote, or anything.
+    """
+    schema = schema_of(tools)
+    if schema is None:
+        return None
     try:
-        return _compiler().compile_json_schema(json.dumps({"anyOf": calls}), any_whitespace=True)
+        return _compiler().compile_json_schema(schema, any_whitespace=True)
     except (ValueError, TypeError, RecursionError, RuntimeError):
         return None
 
@@ -97,12 +105,12 @@ class JsonCall:
 
     Args:
         matcher: of what a call looks like, at its beginning. seen: how earlier calls were laid out, the blanks before
-            them among it (`LEAD`). end: marks its end; empty: nothing does.
+            them among it (`LEAD`). end: marks its end; empty: nothing does. tools: of the request.
     """
 
-    def __init__(self, matcher: Matcher, seen: dict[str, str], end: str) -> None:
+    def __init__(self, matcher: Matcher, seen: dict[str, str], end: str, tools: str) -> None:
         self._matcher, self._end = matcher, end
-        self._layout = Layout(seen=dict(seen))
+        self._layout = Layout(seen=dict(seen), words=words_of_places(schema_of(tools) or ""), source=tools)
         self._state = _State.LEAD
         self._waiting = ""
 
@@ -117,7 +125,8 @@ class JsonCall:
 
     def copy(self) -> "JsonCall":
         """A copy to look ahead with, inside `trying` only."""
-        ahead = copy(self)
+        ahead = object.__new__(JsonCall)
+        ahead.__dict__.update(self.__dict__)
         ahead._layout = self._layout.copy()
         return ahead
 
@@ -226,7 +235,8 @@ class Calls:
 
     def behind(self, text: str) -> "Calls":
         """As it would be behind `text`; inside `trying` alone."""
-        ahead = copy(self)
+        ahead = object.__new__(Calls)
+        ahead.__dict__.update(self.__dict__)
         ahead._call = self._call and self._call.copy()
         ahead.follow(text)
         return ahead
@@ -318,8 +328,8 @@ class Calls:
         if matcher is None:
             return None
         if not span.begin.startswith("{"):
-            return JsonCall(matcher, self._habits(span), end)
-        call = JsonCall(matcher, {**(self._seen or {}), LEAD: ""}, end)
+            return JsonCall(matcher, self._habits(span), end, self._tools)
+        call = JsonCall(matcher, {**(self._seen or {}), LEAD: ""}, end, self._tools)
         # Llama 3's marker is the beginning of the call itself.
         return call if call.follow(span.begin) is None else None
 

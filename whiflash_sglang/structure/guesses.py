@@ -4,7 +4,8 @@ words of the schema.
 Only what a matcher takes is guessed, so nothing here knows schemas: it asks which of a few texts may follow.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from math import prod
 
 from whiflash_sglang.drafts.candidates import common_prefix
@@ -22,19 +23,87 @@ FREE = "‡"
 """Allowed only where nearly anything is: in free text, and inside a string without bounds."""
 
 
+Rests = dict[str, str]
+"""Words that may follow, and what of each is still to come."""
+
+
+class Place:
+    """What a grammar answered at one place of its texts.
+
+    pieces: text that is forced or likely; of words the `rests` instead, since requests use them differently. parts:
+    pieces of words. then: places after a text; None: it is refused. ends: whether the text may end, and nothing is
+    forced. Each None where nobody asked.
+    """
+
+    __slots__ = ("ends", "parts", "pieces", "rests", "then")
+
+    def __init__(self) -> None:
+        self.pieces: Sequence[LikelyText] | None = None
+        self.rests: Rests = {}
+        self.parts: dict[tuple[str, Kind], list[LikelyText]] = {}
+        self.then: dict[str, Place | None] = {}
+        self.ends: bool | None = None
+
+
+TABLES = 64
+"""Schemas and lists of tools whose places are kept, the one that was asked for least recently goes first."""
+
+PLACES = 1024
+"""Places that are kept of each, a kilobyte or two each. Beyond, all of them begin again."""
+
+Table = dict[Hashable, Place]
+
+
+class Tables:
+    """Places of texts, shared by requests of one server: its engine of grammars is one."""
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[Hashable, Table] = OrderedDict()
+
+    def of(self, *key: Hashable) -> Table:
+        """The places of equal schemas, words and habits."""
+        table = self._tables.pop(key, {})
+        self._tables[key] = table
+        if len(self._tables) > TABLES:
+            self._tables.popitem(last=False)
+        return table
+
+
 class Guesses:
     """Guesses for one request.
 
     Args:
         words: names and values of its schema, in its order. used: how often each of them was used in the conversation,
-            asked once, when there is a choice.
+            asked once, when there is a choice. tables: what grammars answered before; None: nothing.
     """
 
-    def __init__(self, words: Sequence[str], used: Callable[[Sequence[str]], Mapping[str, int]]) -> None:
-        self._words, self._count = words, used
+    def __init__(
+        self,
+        words: Sequence[str],
+        used: Callable[[Sequence[str]], Mapping[str, int]],
+        tables: Tables | None = None,
+    ) -> None:
+        self._words, self._count, self._tables = words, used, tables or Tables()
         self._used: Mapping[str, int] | None = None
+        self._own: dict[str, Table] = {}
 
-    def next(self, matcher: Matcher, layout: Layout) -> list[LikelyText]:
+    def place(self, layout: Layout) -> Place:
+        """The place at the end of a text; a new one where its schema does not say which it is."""
+        key = layout.place
+        if key is None:
+            return Place()
+        table = self._own.get(layout.source)
+        if table is None:
+            habit = layout.habit and (frozenset(layout.habit.seen.items()), layout.habit.unit)
+            table = self._own[layout.source] = self._tables.of(layout.source, tuple(self._words), habit)
+        place = table.get(key)
+        if place is None:
+            if len(table) >= PLACES:
+                table.clear()
+            place = table[key] = Place()
+        return place
+
+    def next(self, matcher: Matcher, layout: Layout) -> list[LikelyText] | Rests:
         """A likely continuation where nothing is forced; nothing if all are equally likely."""
         if matcher.allows(FREE):
             return []
@@ -46,17 +115,17 @@ class Guesses:
             return []  # a number may go on
         return _closing(matcher, layout)
 
-    def _word(self, matcher: Matcher, partial: str) -> list[LikelyText]:
-        """The rest of a name or a listed value; if others are allowed there, its kind is that of what parts it from
-        them.
-        """
-        rests = {
+    def _word(self, matcher: Matcher, partial: str) -> Rests:
+        """The rests of names or listed values."""
+        return {
             word: word[len(partial) :] + '"'
             for word in self._words
             if word.startswith(partial) and matcher.allows(word[len(partial) :] + '"')
         }
-        if not rests:
-            return []
+
+    def of_words(self, place: Place) -> list[LikelyText]:
+        """The rest of the likeliest word; if others are allowed there, its kind is that of what parts it from them."""
+        rests = place.rests
         if self._used is None:
             self._used = self._count(self._words)
         used = self._used
@@ -65,7 +134,9 @@ class Guesses:
         # A list of tools names each of them once.
         highest = max((used.get(word, 0) for word in others), default=0)
         kind = Kind.USED if used.get(best, 0) > highest else Kind.WORD
-        return parted(rests[best], [rests[word] for word in others], kind)
+        if (best, kind) not in place.parts:
+            place.parts[best, kind] = parted(rests[best], [rests[word] for word in others], kind)
+        return place.parts[best, kind]
 
 
 def parted(text: str, others: Sequence[str], kind: Kind) -> list[LikelyText]:
@@ -164,22 +235,89 @@ def likely(
     Args:
         layout: of the text so far; left as it is. ending: what follows a text that is complete.
     """
-    layout = layout.copy()
-
-    def step(limit: int) -> list[LikelyText] | None:
-        forced = matcher.forced()[:limit]
-        pieces = (
-            [LikelyText(forced, Kind.FORCED)] if forced else guesses.next(matcher, layout) if guesses else []
-        )
-        text = "".join(piece.text for piece in pieces)
-        if not text or not matcher.accept_text(text):
-            return None
-        layout.follow(text)
-        return pieces
-
+    ahead = _Ahead(matcher, layout, guesses)
     with matcher.trying():
-        pieces = gather(step, limit, likelihood)
+        pieces = gather(lambda _: ahead.step(), limit, likelihood)
         limit -= sum(len(piece.text) for piece in pieces)
-        if ending and limit >= len(ending) and matcher.may_end and not matcher.forced():
+        if ending and limit >= len(ending) and ahead.ends():
             pieces.append(LikelyText(ending, Kind.CLOSED))
     return pieces
+
+
+class _Ahead:
+    """A text that is looked ahead in. Its matcher and its layout go on with it only where a place was not asked yet."""
+
+    def __init__(self, matcher: Matcher, layout: Layout, guesses: Guesses | None) -> None:
+        self._matcher, self._layout, self._guesses = matcher, layout, guesses
+        self._place = guesses.place(layout) if guesses else Place()
+        self._own: Layout | None = None
+        self._passed: list[str] = []
+        self._lost = False
+        """What passed is not what the matcher takes: no time is left."""
+
+    def step(self) -> Sequence[LikelyText] | None:
+        """Goes on with what is forced or likely; None: neither."""
+        place = self._place
+        if place.pieces is None and not self._asked(place):
+            return None
+        pieces = self._guesses.of_words(place) if place.rests and self._guesses else place.pieces
+        if not pieces:
+            return None
+        text = pieces[0].text if len(pieces) == 1 else "".join(piece.text for piece in pieces)
+        if text in place.then:
+            then = place.then[text]
+            self._passed.append(text)
+        else:
+            then = self._followed(place, text)
+        if then is None:
+            return None
+        self._place = then
+        return pieces
+
+    def ends(self) -> bool:
+        """Whether the text may end, and nothing is forced."""
+        place = self._place
+        if place.ends is None:
+            matcher, _ = self._now()
+            ends = matcher.may_end and not matcher.forced()
+            if self._lost or matcher.exhausted():
+                return False
+            place.ends = ends
+        return place.ends
+
+    def _now(self) -> tuple[Matcher, Layout]:
+        """Matcher and layout at the place."""
+        if self._own is None:
+            self._own = self._layout.copy()
+        for text in self._passed:
+            self._lost = self._lost or not self._matcher.accept_text(text)
+            self._own.follow(text)
+        self._passed.clear()
+        return self._matcher, self._own
+
+    def _asked(self, place: Place) -> bool:
+        """Ask the matcher what follows; False: no time is left."""
+        matcher, layout = self._now()
+        forced, rests = matcher.forced(), dict[str, str]()
+        pieces = [LikelyText(forced, Kind.FORCED)] if forced else []
+        if not forced and self._guesses is not None:
+            known = self._guesses.next(matcher, layout)
+            if isinstance(known, dict):
+                rests = known
+            else:
+                pieces = known
+        if self._lost or matcher.exhausted():
+            return False
+        place.rests, place.pieces = rests, pieces
+        return True
+
+    def _followed(self, place: Place, text: str) -> Place | None:
+        """The place after `text`; None: it is refused, or no time is left."""
+        matcher, layout = self._now()
+        if matcher.accept_text(text) and not self._lost:
+            layout.follow(text)
+            place.then[text] = then = self._guesses.place(layout) if self._guesses else Place()
+            return then
+        if not (self._lost or matcher.exhausted()):
+            place.then[text] = None
+        return None

@@ -1,8 +1,9 @@
 """How a JSON text is laid out, as far as it was written: whitespace is free, but nobody changes it in the middle."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple
+from bisect import bisect_left
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
 
 BLANKS = " \t\r\n"
 
@@ -39,7 +40,7 @@ class Habit(NamedTuple):
     unit: int
 
 
-@dataclass(slots=True)
+@dataclass
 class Layout:
     """Follows a text character by character.
 
@@ -49,6 +50,8 @@ class Layout:
     is neither blank nor inside a string, a closing quote among them. blanks: those after it so far. seen: the
     blanks between a character and the next one, the newest of equals; where a bracket closes that counts by itself.
     depth: brackets that are open. unit: blanks that each of them indents by.
+    words: names and listed values of its schema, sorted, where `place` is all that a text depends on; None: it is not.
+    source: of the schema.
     """
 
     inside: bool = False
@@ -60,13 +63,39 @@ class Layout:
     habit: Habit | None = None
     depth: int = 0
     unit: int = 0
+    words: Sequence[str] | None = None
+    source: str = ""
+    _open: tuple[tuple[str, Hashable, Any], ...] = ()
+    """Containers that are open: bracket, key and what each holds so far."""
+    _key: Hashable = ""
+    _value: Hashable = ""
+    """The newest in the innermost one, as far as it has gone on."""
+    _seen_so: frozenset[tuple[str, str]] | None = None
     _escaped: bool = False
     _tail: str = ""
     _within: dict[str, str] = field(default_factory=dict)
 
     def copy(self) -> "Layout":
         """A copy to look ahead with."""
-        return replace(self, seen=dict(self.seen))
+        ahead = object.__new__(Layout)
+        ahead.__dict__.update(self.__dict__)
+        ahead.seen = dict(self.seen)
+        return ahead
+
+    @property
+    def place(self) -> Hashable:
+        """Equal for texts that go on alike under their schema; None: that is not known.
+
+        Free text and digits are all the same, and an array's items count once each, whatever their order: nothing in
+        such a schema counts or orders them. Those of an array that is the whole text do not count.
+        """
+        if self.words is None:
+            return None
+        if self._seen_so is None:
+            self._seen_so = frozenset(self.seen.items())
+        written = self._listed(self.partial, whole=False) if self.inside else None
+        state = self.last, written, self._escaped, self.blanks, self.unit, self._seen_so
+        return self._open, self._key, self._value, *state
 
     def follow(self, text: str) -> None:
         """Go on with what was written."""
@@ -122,17 +151,66 @@ class Layout:
         return habit
 
     def _follow(self, text: str) -> None:
-        for character in text:
+        at, size = 0, len(text)
+        while at < size:
+            character = text[at]
+            if self.inside and character not in '"\\' and not self._escaped:
+                ends = (end for end in (text.find('"', at), text.find("\\", at)) if end >= 0)
+                stop = min(ends, default=size)
+                self.partial += text[at:stop]
+                at = stop
+                continue
+            at += 1
             if self.inside:
                 self._inside(character)
             elif character in BLANKS:
                 self.blanks += character
             else:
                 self.depth -= character in "]}" and self.depth > 0
-                self.seen[_place(self.last, character)] = self._indented()
+                place, blanks = _place(self.last, character), self._indented()
+                if self.seen.get(place) != blanks:
+                    self.seen[place], self._seen_so = blanks, None
                 self.depth += character in "[{"
                 self.inside, self.partial = character == '"', ""
                 self.last, self.blanks = character, ""
+                if self.words is not None:
+                    self._mark(character)
+
+    def _mark(self, character: str) -> None:
+        """Go on with what `place` is made of. Text that is no JSON, such as thoughts before it, has no places."""
+        value, scalar = self._value, character not in '{[":,]}'
+        if character in "{[":
+            strange = value != ""
+        elif character == '"':
+            strange = value != "" or not self._open
+        else:
+            strange = not self._open or (scalar and (isinstance(value, tuple) or str(value)[:1] == '"'))
+        if strange:
+            self.words = None
+        elif character == ":":
+            self._key, self._value = value, ""
+        elif character in "{[":
+            self._open, self._key = (*self._open, (character, self._key, ())), ""
+        elif scalar:
+            character = "0" if character.isdigit() else character
+            self._value = value if character == "0" and str(value)[-1:] == "0" else f"{value}{character}"
+        elif character != '"':
+            *around, (bracket, key, held) = self._open
+            if bracket == "[":
+                held = frozenset((*held, value)) if around and value != "" else ()
+            elif value != "":
+                held = (*held, (self._key, value))
+            if character == ",":
+                self._open, self._key, self._value = (*around, (bracket, key, held)), "", ""
+            else:
+                self._open, self._key, self._value = tuple(around), key, (bracket, held)
+
+    def _listed(self, text: str, *, whole: bool) -> str:
+        """`text`, if a word of the schema is it, or begins with it; else free text."""
+        words = self.words or ()
+        at = bisect_left(words, text)
+        listed = at < len(words) and (words[at] == text if whole else words[at].startswith(text))
+        return text if listed else "\0"
 
     def _indented(self) -> str:
         """The blanks before a character, as they would be at any depth."""
@@ -146,6 +224,8 @@ class Layout:
     def _inside(self, character: str) -> None:
         if not self._escaped and character == '"':
             self.inside = False
+            if self.words is not None:
+                self._value = f'"{self._listed(self.partial, whole=True)}"'
             return
         self._escaped = character == "\\" and not self._escaped
         self.partial += character

@@ -6,7 +6,6 @@ blanks there as they were before.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
@@ -67,7 +66,8 @@ class MarkupCall:
 
     def copy(self) -> "MarkupCall":
         """A copy to look ahead with."""
-        ahead = copy(self)
+        ahead = object.__new__(MarkupCall)
+        ahead.__dict__.update(self.__dict__)
         ahead.seen = dict(self.seen)
         return ahead
 

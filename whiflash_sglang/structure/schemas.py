@@ -117,6 +117,45 @@ def is_plain(text: str) -> bool:
     return True
 
 
+PLACED = {"type", "properties", "required", "items", "anyOf", "enum", "const", "additionalProperties"} | {
+    *("$ref", "$defs", "definitions", "$schema", "title", "description", "default", "examples")
+}
+"""Keywords under which a text goes on as its place says (`Layout.place`): none of them counts, or looks into text."""
+
+
+@lru_cache(maxsize=256)
+def words_of_places(text: str) -> tuple[str, ...] | None:
+    """All names and listed values of a schema, sorted, if its texts go on as their place says; else None.
+
+    Args:
+        text: a JSON schema.
+    """
+    whole = _read(text)
+    roots = whole.get("anyOf", [whole]) if isinstance(whole, dict) else []
+    if not roots or any(
+        not isinstance(root, dict) or root.get("type") not in ("object", "array") for root in roots
+    ):
+        return None
+    if len(roots) > 1 and any(root["type"] == "array" for root in roots):
+        return None  # the items of a whole text tell its alternatives apart
+    words: set[str] = set()
+    open_ = [whole]
+    while open_:
+        node = open_.pop()
+        if isinstance(node, bool):
+            continue
+        if not isinstance(node, dict) or not PLACED.issuperset(node):
+            return None
+        named = [node.get(name, {}) for name in ("properties", "$defs", "definitions")]
+        listed = [*node.get("enum", []), *([node["const"]] if "const" in node else [])]
+        words |= {*named[0], *(value for value in listed if isinstance(value, str))}
+        if not all(value is None or isinstance(value, str | bool) for value in listed):
+            return None
+        open_ += [schema for schemas in named for schema in schemas.values()] + [*node.get("anyOf", [])]
+        open_ += [node[name] for name in ("items", "additionalProperties") if name in node]
+    return tuple(sorted(words)) if all(json.dumps(word) == f'"{word}"' for word in words) else None
+
+
 @lru_cache(maxsize=256)
 def words_of(text: str) -> tuple[str, ...]:
     """Words as JSON strings hold them, in the schema's order, each once; empty if it is not JSON.
