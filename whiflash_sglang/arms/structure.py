@@ -6,12 +6,10 @@ It drafts from the text only. Forced stretches are short, so they matter most af
 """
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import accumulate, islice, takewhile
-from operator import mul
 from typing import NamedTuple
 
 from whiflash_sglang.arms.base import TextDrafter
@@ -162,16 +160,20 @@ class StructureArm(TextDrafter):
 
     def _behind(self, kept: _Kept, drafts: Candidate, tokens: Sequence[Token], worth: Worth) -> Candidate:
         """`drafts`, and those of `tokens` behind them that are worth their rows."""
-        least = worth.least_chance
-        alive = list(takewhile(lambda chance: chance >= least, self._chances_of(kept, drafts, tokens)))
+        alive = self._worth(kept, drafts, tokens, worth)
         source = TOOLS if kept.grammar is None else GRAMMAR
         return drafts.followed_by([token.token for token in tokens[: len(alive)]], alive, source)
 
-    def _chances_of(self, kept: _Kept, drafts: Candidate, tokens: Sequence[Token]) -> Iterator[float]:
-        """That each of `tokens` behind `drafts` is accepted, and all before it."""
-        before = drafts.alive[-1] if drafts.tokens else 1.0
-        chances = accumulate((kept.chances.of(token.kind) for token in tokens), mul, initial=before)
-        return islice(chances, 1, None)
+    def _worth(self, kept: _Kept, drafts: Candidate, tokens: Sequence[Token], worth: Worth) -> list[float]:
+        """Chances that each of `tokens` behind `drafts` is accepted, and all before it, of those worth their rows."""
+        chance, least = drafts.alive[-1] if drafts.tokens else 1.0, worth.least_chance
+        alive = []
+        for token in tokens:
+            chance *= kept.chances.of(token.kind)
+            if not chance >= least:
+                break
+            alive.append(chance)
+        return alive
 
     def forget(self, handle: int | None, running: Iterable[Request]) -> None:
         """Drop what was learned of one tenant or of all; requests that run now teach nobody any more."""
@@ -262,9 +264,8 @@ class StructureArm(TextDrafter):
         for look in kept.looks:
             if (known := look.after(ids)) is not None:
                 tokens, allowed = known
-                chances = self._chances_of(kept, drafts, tokens)
-                far = len(tokens) >= limit - allowed or min(chances, default=1.0) < worth.least_chance
-                if look.whole or far:
+                far = look.whole or len(tokens) >= limit - allowed
+                if far or len(self._worth(kept, drafts, tokens, worth)) < len(tokens):
                     return tokens[: max(limit - allowed, 0)], allowed
         return None
 
@@ -277,10 +278,13 @@ class StructureArm(TextDrafter):
             return nothing
         if matcher is not None:
             matcher.exhausted = self._exhausted
-        with ExitStack() as stack:
-            for state in (matcher, calls):
-                if state is not None:
-                    stack.enter_context(state.trying())
+        elif (
+            calls is not None
+            and calls.is_free(text := text_of(self._vocabulary, drafts))
+            and (text or not after)
+        ):
+            return nothing._replace(whole=not self._exhausted())
+        with matcher.trying() if matcher else nullcontext(), calls.trying() if calls else nullcontext():
             if matcher is not None:
                 if not all(map(matcher.accept_token, kept.unseen)):
                     return nothing

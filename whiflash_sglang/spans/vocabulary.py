@@ -42,7 +42,8 @@ class Vocabulary(NamedTuple):
 def bytes_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> bytes:
     """The text of tokens; ids outside the vocabulary have none."""
     table = vocabulary.token_bytes
-    return b"".join(table[token] if 0 <= token < len(table) else b"" for token in tokens)
+    size = len(table)
+    return b"".join([table[token] for token in tokens if 0 <= token < size])
 
 
 def is_text(vocabulary: Vocabulary, token: int) -> bool:

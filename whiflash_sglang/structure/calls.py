@@ -7,8 +7,8 @@ A call that is one JSON object follows a grammar of what it probably looks like.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
 from functools import lru_cache
 from typing import Any, Final
@@ -130,11 +130,13 @@ class JsonCall:
         ahead._layout = self._layout.copy()
         return ahead
 
-    @contextmanager
-    def trying(self) -> Iterator[None]:
+    def trying(self) -> AbstractContextManager[None]:
         """Look ahead: afterwards its matcher is as it was."""
-        with self._matcher.trying():
-            yield
+        return self._matcher.trying()
+
+    def is_free(self, text: str) -> bool:
+        """Whether `text` goes on in a value that may be anything."""
+        return self._state is _State.INSIDE and self._layout.is_free(text)
 
     def follow(self, text: str) -> str | None:
         """Go on with what was written.
@@ -225,6 +227,7 @@ class Calls:
         )
         thoughts = [span for span in spans if span.kind == "reasoning"]
         self._ends = [span.end for span in thoughts if span.end]
+        self._longest = max(map(len, [*self._ends, *(span.begin or "" for span in self._spans)]), default=0)
         self._blanks = None if any(span.open for span in thoughts) else ""
         """Since the answer began or its reasoning ended; None: something else was written."""
         self._usual = ""
@@ -232,6 +235,12 @@ class Calls:
         self._call: OpenCall | None = None
         self._seen: dict[str, str] | None = None
         self._used: dict[str, int] = {}
+        self._known: dict[Hashable, Any] = {}
+        """Of calls in markup."""
+
+    def is_free(self, text: str) -> bool:
+        """Whether `text` goes on in a value of JSON that may be anything: nothing is known behind it."""
+        return isinstance(self._call, JsonCall) and self._call.is_free(text)
 
     def behind(self, text: str) -> "Calls":
         """As it would be behind `text`; inside `trying` alone."""
@@ -241,14 +250,9 @@ class Calls:
         ahead.follow(text)
         return ahead
 
-    @contextmanager
-    def trying(self) -> Iterator[None]:
+    def trying(self) -> AbstractContextManager[None]:
         """Look ahead: afterwards everything is as it was."""
-        if self._call is None:
-            yield
-        else:
-            with self._call.trying():
-                yield
+        return self._call.trying() if isinstance(self._call, JsonCall) else nullcontext()
 
     def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
         """The probable continuation, at most `limit` characters; empty: nothing is known."""
@@ -300,8 +304,7 @@ class Calls:
             ((at, span) for at, span in places if at >= 0), default=(-1, None), key=lambda place: place[0]
         )
         if span is None or span.begin is None:
-            longest = max(map(len, [*self._ends, *(place.begin or "" for place in self._spans)]))
-            self._waiting = text[-longest:]
+            self._waiting = text[-self._longest :]
             return ""
         self._waiting = ""
         self._call = self._behind_marker(span)
@@ -323,7 +326,7 @@ class Calls:
         if read is None:
             return None
         if (form := PARSERS.get(read.form)) is not None:
-            return MarkupCall(read, form, end, self._habits(span), self._uses)
+            return MarkupCall(read, form, end, self._habits(span), self._uses, self._known)
         matcher = matcher_of(self._tools)
         if matcher is None:
             return None

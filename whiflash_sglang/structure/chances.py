@@ -6,9 +6,9 @@ and does so every time.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from whiflash_sglang.copying.calibration import SURE
 from whiflash_sglang.drafts.rates import Rates
@@ -28,6 +28,8 @@ class Cuts:
     def __init__(self) -> None:
         self._written: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._usual: dict[tuple[str, str], list[int] | None] = {}
+        self.reasons: OrderedDict[Hashable, Any] = OrderedDict()
+        """Texts as they are cut now (`sketch.cut`), by all that it depends on but chances."""
 
     def usual(self, vocabulary: Vocabulary, written: str, text: str) -> list[int] | None:
         """`cut_behind`, kept: calls of the same tools are cut again and again. Nobody changes the list."""
@@ -40,11 +42,13 @@ class Cuts:
 
     def learn(self, before: int, usual: int, written: int) -> None:
         """After `before`, where the tokenizer has `usual`, the same text was begun with `written`."""
-        self._written.pop((before, usual), None)
+        if self._written.pop((before, usual), usual) != written:
+            self.reasons.clear()
         if written != usual:
             self._written[before, usual] = written
         if len(self._written) > KEPT:
             self._written.popitem(last=False)
+            self.reasons.clear()
 
     def applied(self, vocabulary: Vocabulary, before: int, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """The text of `tokens`, which follow `before`, as it was cut when it was seen last.
@@ -128,16 +132,16 @@ class StructureChances:
 
     def __init__(self) -> None:
         self._rates = Rates(SEED, SEED_WEIGHT, DECAY)
+        self._chances = [min(chance, SURE) for chance in self._rates.all]
+        self.of: Callable[[Kind], float] = self._chances.__getitem__
+        """Chance that a token of a kind is right."""
         self.cuts = Cuts()
         self.habits: dict[bool, Habit] = {}
-
-    def of(self, kind: Kind) -> float:
-        """Chance that a token of this kind is right."""
-        return min(self._rates.of(kind), SURE)
 
     def observe(self, kind: Kind, right: bool) -> None:
         """A token of this kind, with all before it right, was `right` or not."""
         self._rates.observe(kind, right)
+        self._chances[kind] = min(self._rates.of(kind), SURE)
 
 
 class LikelyText(NamedTuple):

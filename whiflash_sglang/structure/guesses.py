@@ -6,7 +6,6 @@ Only what a matcher takes is guessed, so nothing here knows schemas: it asks whi
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from math import prod
 
 from whiflash_sglang.drafts.candidates import common_prefix
 from whiflash_sglang.structure.chances import Kind, LikelyText
@@ -193,31 +192,35 @@ Likelihood = Callable[[Kind], float]
 
 
 def gather(
-    step: Callable[[int], Sequence[LikelyText] | None], limit: int, likelihood: Likelihood
+    step: Callable[[], Sequence[LikelyText] | None], limit: int, likelihood: Likelihood
 ) -> list[LikelyText]:
     """Pieces of `step`, called again and again until it returns None: `limit` characters and `STEPS` pieces at most.
 
     Args:
-        step: pieces of at most so many characters, if it likes; the rest is cut off.
+        step: pieces of any length; what is beyond the limit is cut off.
     """
     pieces: list[LikelyText] = []
     chance = 1.0
     for _ in range(STEPS):
-        more = step(limit) if limit > 0 and chance >= HOPELESS and len(pieces) < STEPS else None
+        more = step() if limit > 0 and chance >= HOPELESS and len(pieces) < STEPS else None
         if more is None:
             break
         for piece in more:
+            text, kind = piece
             if limit > 0:
-                pieces.append(piece._replace(text=piece.text[:limit]))
-            limit -= len(piece.text)
-            chance *= likelihood(piece.kind)
+                pieces.append(piece if len(text) <= limit else LikelyText(text[:limit], kind))
+            limit -= len(text)
+            chance *= likelihood(kind)
     return pieces
 
 
 def is_whole(pieces: Sequence[LikelyText], limit: int, likelihood: Likelihood) -> bool:
     """Whether no bound of `gather` ended what it returned."""
-    chance = prod(likelihood(piece.kind) for piece in pieces)
-    return len(pieces) < STEPS and chance >= HOPELESS and sum(len(piece.text) for piece in pieces) < limit
+    chance = 1.0
+    for text, kind in pieces:
+        chance *= likelihood(kind)
+        limit -= len(text)
+    return len(pieces) < STEPS and chance >= HOPELESS and limit > 0
 
 
 def likely(
@@ -237,7 +240,7 @@ def likely(
     """
     ahead = _Ahead(matcher, layout, guesses)
     with matcher.trying():
-        pieces = gather(lambda _: ahead.step(), limit, likelihood)
+        pieces = gather(ahead.step, limit, likelihood)
         limit -= sum(len(piece.text) for piece in pieces)
         if ending and limit >= len(ending) and ahead.ends():
             pieces.append(LikelyText(ending, Kind.CLOSED))
@@ -264,11 +267,10 @@ class _Ahead:
         if not pieces:
             return None
         text = pieces[0].text if len(pieces) == 1 else "".join(piece.text for piece in pieces)
-        if text in place.then:
-            then = place.then[text]
-            self._passed.append(text)
-        else:
+        if text not in place.then:
             then = self._followed(place, text)
+        elif (then := place.then[text]) is not None:
+            self._passed.append(text)
         if then is None:
             return None
         self._place = then

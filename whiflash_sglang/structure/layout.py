@@ -19,6 +19,9 @@ CLOSING: Final = "}}"
 MARKS = frozenset('{}[]:,"')
 """Blanks between these are a habit; others occur in prose, and in numbers."""
 
+ASKED = MARKS.union("el")
+"""Blanks behind these are asked for: a name ends with one of the letters, and a number may go on."""
+
 LONGEST = 32
 """Characters of blanks that may be a habit."""
 
@@ -92,10 +95,16 @@ class Layout:
         if self.words is None:
             return None
         if self._seen_so is None:
-            self._seen_so = frozenset(self.seen.items())
+            self._seen_so = frozenset([item for item in self.seen.items() if ASKED.issuperset(item[0])])
         written = self._listed(self.partial, whole=False) if self.inside else None
         state = self.last, written, self._escaped, self.blanks, self.unit, self._seen_so
         return self._open, self._key, self._value, *state
+
+    def is_free(self, text: str) -> bool:
+        """Whether `text` goes on in free text, behind which anything may follow; False: that is not known."""
+        if self.words is None or not self.inside or self._escaped or not text.isprintable():
+            return False
+        return not ('"' in text or "\\" in text) and self._listed(self.partial, whole=False) != self.partial
 
     def follow(self, text: str) -> None:
         """Go on with what was written."""

@@ -4,8 +4,7 @@ Nothing of it is nested, so no grammar is needed: at every place there are a few
 blanks there as they were before.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
@@ -14,6 +13,9 @@ from whiflash_sglang.structure.guesses import Guesses, Likelihood, gather, parte
 from whiflash_sglang.structure.layout import BLANKS
 from whiflash_sglang.structure.schemas import MOST_WORDS
 from whiflash_sglang.structure.tools import Form, Tools, listed_of, properties_of, required_of
+
+MOST_KNOWN = 256
+"""Answers that are kept of a request's calls. Beyond, they begin again."""
 
 LONGEST = 256
 """Characters of a value that are kept: its end is looked for in them."""
@@ -47,11 +49,18 @@ class MarkupCall:
     Args:
         tools: of the request. form: of its parser's calls. end: marks the end of the span. seen: blanks
             before the parts of a call, the newest of equals; what is seen is put there. used: how often a text occurs
-            in the conversation.
+            in the conversation. known: what its request's other calls were asked, by all that the answer depends on;
+            it goes on with what this one is asked.
     """
 
     def __init__(
-        self, tools: Tools, form: Form, end: str, seen: dict[str, str], used: Callable[[str], int]
+        self,
+        tools: Tools,
+        form: Form,
+        end: str,
+        seen: dict[str, str],
+        used: Callable[[str], int],
+        known: dict[Hashable, Any] | None = None,
     ) -> None:
         self._functions = dict(tools.functions[:MOST_WORDS])
         self._form, self._end, self._used = form, end, used
@@ -59,8 +68,8 @@ class MarkupCall:
         self._place = _Place.CALL
         self._pending = ""
         self._calls = 0
-        self._by_number: dict[int, Sequence[_Option]] = {}
-        self._parameters: Any = None
+        self._known = {} if known is None else known
+        self._tool = ""
         self._key = ""
         self._written: frozenset[str] = frozenset()
 
@@ -70,11 +79,6 @@ class MarkupCall:
         ahead.__dict__.update(self.__dict__)
         ahead.seen = dict(self.seen)
         return ahead
-
-    @contextmanager
-    def trying(self) -> Iterator[None]:
-        """Only copies look ahead: nothing is to be taken back."""
-        yield
 
     def follow(self, text: str) -> str | None:
         """Go on with what was written.
@@ -105,7 +109,7 @@ class MarkupCall:
     def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
         """Its probable continuation: at most `limit` characters."""
         ahead = self.copy()
-        return gather(lambda _: ahead._step(), limit, likelihood)
+        return gather(ahead._step, limit, likelihood)
 
     def _step(self) -> list[LikelyText] | None:
         """Goes on with what probably follows, as far as one part of the call goes; None: it is anybody's guess.
@@ -114,6 +118,17 @@ class MarkupCall:
         """
         if self._place is _Place.DONE:
             return None
+        if self._place is _Place.VALUE and self._pending:
+            return self._rest_of_value()
+        before = *self._state, self._pending, *self.seen.items()
+        if before not in self._known:
+            pieces = self._step_now()
+            self._known[before] = pieces, (self._place, *self._state[2:], self._pending)
+        pieces, after = self._known[before]
+        self._place, self._calls, self._tool, self._key, self._written, self._pending = after
+        return pieces
+
+    def _step_now(self) -> list[LikelyText] | None:
         if self._place is _Place.VALUE:
             return self._rest_of_value()
         body = self._pending.lstrip(BLANKS)
@@ -129,8 +144,28 @@ class MarkupCall:
 
     def _options(self) -> Sequence[_Option]:
         """The likelier ones first, where the conversation does not say otherwise."""
+        state = self._state
+        if state not in self._known:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[state] = self._options_now()
+        options: Sequence[_Option] = self._known[state]
+        return options
+
+    @property
+    def _state(self) -> tuple[Hashable, ...]:
+        """All that options depend on."""
+        return self._end, self._place, self._calls, self._tool, self._key, self._written
+
+    @property
+    def _parameters(self) -> object:
+        return self._functions.get(self._tool)
+
+    def _options_now(self) -> Sequence[_Option]:
         form = self._form
-        calls = self._openings if self._place in (_Place.CALL, _Place.CLOSED) else ()
+        calls: Sequence[_Option] = ()
+        if self._place in (_Place.CALL, _Place.CLOSED):
+            calls = [_Option(self._call(name), "call", _Place.ARGUMENT, name) for name in self._functions]
         ended = [_Option(self._end, "end", _Place.DONE)] if self._end else []
         if self._place is _Place.CALL:
             return calls
@@ -147,15 +182,6 @@ class MarkupCall:
             option = _Option(self._argument(key), "argument", then, key)
             (needed if key in required else free).append(option)
         return [*needed, *closing, *free]
-
-    @property
-    def _openings(self) -> Sequence[_Option]:
-        """A call of each tool. Copies share them: all that they depend on is how many calls there were."""
-        if self._calls not in self._by_number:
-            self._by_number[self._calls] = [
-                _Option(self._call(name), "call", _Place.ARGUMENT, name) for name in self._functions
-            ]
-        return self._by_number[self._calls]
 
     @property
     def _keys(self) -> list[str]:
@@ -189,7 +215,7 @@ class MarkupCall:
         self._place = option.then
         if option.part == "call":
             self._calls += 1
-            self._parameters, self._written = self._functions[option.name], frozenset()
+            self._tool, self._written = option.name, frozenset()
         elif option.part == "argument":
             self._key = option.name
             self._written |= {option.name}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, is_text
 from whiflash_sglang.structure.calls import Calls
-from whiflash_sglang.structure.chances import Cuts, Kind, LikelyText
+from whiflash_sglang.structure.chances import KEPT, Cuts, Kind, LikelyText
 from whiflash_sglang.structure.guesses import FREE, Guesses, Likelihood, is_whole, likely
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Matcher
@@ -72,7 +72,7 @@ def sketch(
         tokens = tokens[:limit]
         if matcher is not None:
             tokens = _allowed(matcher, vocabulary, tokens, limit, end)
-        best = max(best, tokens, key=lambda option: _expected(option, likelihood))
+        best = max(best, tokens, key=lambda option: _expected(option, likelihood)) if best else tokens
     return best, whole
 
 
@@ -120,6 +120,23 @@ def cut(
     The tail is cut again together with the text, since a word that it leaves open is cut otherwise alone; where no
     token begins at the seam, the text is cut by itself.
     """
+    key = *tail[-TAIL:], *pieces
+    reasons = cuts.reasons.pop(key, None)
+    if reasons is None:
+        reasons = _reasons(vocabulary, tail, pieces, cuts)
+        if len(cuts.reasons) >= KEPT:
+            cuts.reasons.popitem(last=False)
+    cuts.reasons[key] = reasons
+    return [
+        token if kinds is None else Token(token.token, min(kinds, key=likelihood), token.usual)
+        for token, kinds in reasons[:limit]
+    ]
+
+
+def _reasons(
+    vocabulary: Vocabulary, tail: Sequence[int], pieces: Sequence[LikelyText], cuts: Cuts
+) -> list[tuple[Token, Sequence[Kind] | None]]:
+    """Tokens of `cut`, and the kinds of each; None: it is of that kind only."""
     text = "".join(piece.text for piece in pieces)
     written = text_of(vocabulary, tail[-TAIL:])
     tokens = cuts.usual(vocabulary, written, text)
@@ -130,19 +147,28 @@ def cut(
         return []
     before = tail[-1] if tail else NOTHING
     pairs = cuts.applied(vocabulary, before, tokens)
-    ends = list(accumulate(len(vocabulary.token_bytes[token]) for token, _ in pairs))
     bounds = list(accumulate(len(piece.text.encode()) for piece in pieces))
-    chosen, piece, begin = [], 0, 0
-    for number, ((token, usual), stop) in enumerate(zip(pairs[:limit], ends, strict=False)):
-        kinds = [first] if number == 0 else []
-        kinds += [Kind.EDGE] if number == len(pairs) - 1 else []
+    chosen: list[tuple[Token, Sequence[Kind] | None]] = []
+    piece = begin = 0
+    for number, (token, usual) in enumerate(pairs):
+        stop = begin + len(vocabulary.token_bytes[token])
         while bounds[piece] <= begin:
             piece += 1
+        if stop <= bounds[piece] and 0 < number < len(pairs) - 1:
+            reason = Token(token, pieces[piece].kind, None if usual == token else usual)
+            chosen.append((reason, None))
+            begin = stop
+            continue
         last = piece
         while bounds[last] < stop:
             last += 1
-        kinds += [piece_inside.kind for piece_inside in pieces[piece : last + 1]]
-        chosen.append(Token(token, min(kinds, key=likelihood), None if usual == token else usual))
+        kinds = [inside.kind for inside in pieces[piece : last + 1]]
+        if number == len(pairs) - 1:
+            kinds.insert(0, Kind.EDGE)
+        if number == 0:
+            kinds.insert(0, first)
+        reason = Token(token, kinds[0], None if usual == token else usual)
+        chosen.append((reason, kinds if len(kinds) > 1 else None))
         begin = stop
     return chosen
 
@@ -150,7 +176,9 @@ def cut(
 def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
     """The end of the text of tokens, from the first character that is whole; empty where the last one is not."""
     data = bytes_of(vocabulary, tokens)
-    begin = next((i for i, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))
+    begin = 0
+    while begin < len(data) and data[begin] & 0xC0 == 0x80:
+        begin += 1
     try:
         return data[begin:].decode()
     except UnicodeDecodeError:
