@@ -236,7 +236,7 @@ class Calls:
         self._seen: dict[str, str] | None = None
         self._used: dict[str, int] = {}
         self._known: dict[Hashable, Any] = {}
-        """Of calls in markup."""
+        """Answers to earlier calls in markup."""
 
     def is_free(self, text: str) -> bool:
         """Whether `text` goes on in a value of JSON that may be anything: nothing is known behind it."""

@@ -18,6 +18,9 @@ from whiflash_sglang.structure.layout import Habit
 KEPT = 512
 """Places that are remembered; the one that was seen least recently goes first."""
 
+REASONS = 256
+"""Texts of a tenant that are kept with the reasons of their tokens, some three kilobytes each."""
+
 MOST = 4
 """Places of one text that are cut otherwise: after each of them the rest is cut again."""
 

@@ -23,11 +23,11 @@ FREE = "‡"
 
 
 Rests = dict[str, str]
-"""Words that may follow, and what of each is still to come."""
+"""Words that may follow, and the part of each that is still to come."""
 
 
 class Place:
-    """What a grammar answered at one place of its texts.
+    """A grammar's answers at one place of its texts.
 
     pieces: text that is forced or likely; of words the `rests` instead, since requests use them differently. parts:
     pieces of words. then: places after a text; None: it is refused. ends: whether the text may end, and nothing is
@@ -256,7 +256,7 @@ class _Ahead:
         self._own: Layout | None = None
         self._passed: list[str] = []
         self._lost = False
-        """What passed is not what the matcher takes: no time is left."""
+        """The matcher refused a text that passed: no time is left."""
 
     def step(self) -> Sequence[LikelyText] | None:
         """Goes on with what is forced or likely; None: neither."""

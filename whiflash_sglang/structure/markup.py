@@ -122,8 +122,9 @@ class MarkupCall:
             return self._rest_of_value()
         before = *self._state, self._pending, *self.seen.items()
         if before not in self._known:
-            pieces = self._step_now()
-            self._known[before] = pieces, (self._place, *self._state[2:], self._pending)
+            asked = self._step_now()
+            self._known[before] = asked, (self._place, *self._state[2:], self._pending)
+        pieces: list[LikelyText] | None
         pieces, after = self._known[before]
         self._place, self._calls, self._tool, self._key, self._written, self._pending = after
         return pieces

@@ -137,7 +137,7 @@ def words_of_places(text: str) -> tuple[str, ...] | None:
     ):
         return None
     if len(roots) > 1 and any(root["type"] == "array" for root in roots):
-        return None  # the items of a whole text tell its alternatives apart
+        return None  # items of a whole text part its alternatives
     words: set[str] = set()
     open_ = [whole]
     while open_:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, is_text
 from whiflash_sglang.structure.calls import Calls
-from whiflash_sglang.structure.chances import KEPT, Cuts, Kind, LikelyText
+from whiflash_sglang.structure.chances import REASONS, Cuts, Kind, LikelyText
 from whiflash_sglang.structure.guesses import FREE, Guesses, Likelihood, is_whole, likely
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Matcher
@@ -124,7 +124,7 @@ def cut(
     reasons = cuts.reasons.pop(key, None)
     if reasons is None:
         reasons = _reasons(vocabulary, tail, pieces, cuts)
-        if len(cuts.reasons) >= KEPT:
+        if len(cuts.reasons) >= REASONS:
             cuts.reasons.popitem(last=False)
     cuts.reasons[key] = reasons
     return [

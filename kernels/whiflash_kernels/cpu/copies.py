@@ -10,9 +10,6 @@ from whiflash_kernels.cpu import compiler
 
 _SOURCE = Path(__file__).with_name("copies.cpp")
 
-Addresses = tuple[int, ...]
-"""Of tokens, chains and tables, then the numbers of `Text`."""
-
 
 class CompiledCopies:
     """The compiled functions. One of a process and directory, for one thread; `compiled_copies` makes it."""
