@@ -81,7 +81,7 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
 
 
 def test_sums_of_cut_prefixes_are_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of Qwen3-8B on an H100: of 66 shares (132 on two ranks) twice as many less two may leave sums."""
+    """Qwen3-8B on an H100 has 66 shares (132 on two ranks): twice as many less two may leave sums."""
     config = SimpleNamespace(attention_arch=AttentionArch.MHA, head_dim=128)
     config.get_max_num_attention_heads, config.get_num_kv_heads = lambda: 32, lambda ranks: 8 // ranks
     kernel = SimpleNamespace(prefill_attention_backend="fa3", decode_attention_backend=None)
