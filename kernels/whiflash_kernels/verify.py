@@ -113,7 +113,7 @@ def verify_attention(
         turn = torch.arange(rows.stop - rows.start, device=q.device)
         keys = torch.cat((k_pool[slots].float() * k_scale, k[rows].float()))
         values = torch.cat((v_pool[slots].float() * v_scale, v[rows].float()))
-        queries = q[rows].float().reshape(len(turn), kv_heads, -1, q.shape[2])
+        queries = q[rows].float().reshape(len(turn), kv_heads, q.shape[1] // kv_heads, q.shape[2])
         scores = torch.einsum("tkgd,skd->tkgs", queries, keys) * scale
         if cap:
             scores = cap * torch.tanh(scores / cap)
