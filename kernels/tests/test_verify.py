@@ -138,6 +138,10 @@ class TestTritonCuts:
         assert int((~partial.isnan().any(1)).sum()) == 17 * 4 * batch.heads
         assert counted == len(partial) * (batch.dim + 2) * 4
 
+    def test_a_program_merges_several_requests(self) -> None:
+        with cut("triton", 40, 64):
+            Batch((1, 2) * 5, (130,) * 10).check("triton")
+
     def test_rows_beyond_the_most_are_left_out(self) -> None:
         """So a wrong count writes over nobody else's sums."""
         batch = Batch((5, 2), (300, 300))
@@ -146,12 +150,8 @@ class TestTritonCuts:
 
 
 def test_rejects_what_does_not_fit() -> None:
-    q, k, pool, offsets = (
-        torch.zeros(4, 4, 8),
-        torch.zeros(4, 2, 8),
-        torch.zeros(9, 2, 8),
-        torch.tensor([0, 4]),
-    )
+    q, k, pool = torch.zeros(4, 4, 8), torch.zeros(4, 2, 8), torch.zeros(9, 2, 8)
+    offsets = torch.tensor([0, 4])
 
     def attend(q=q, k=k, v=k, out=q, k_pool=pool, v_pool=pool, kv=offsets, most=4, sinks=None):
         verify_attention(
