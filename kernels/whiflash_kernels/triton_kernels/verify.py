@@ -183,7 +183,7 @@ def _verify_kernel(
     sums *= v_scale
 
     last = share == count - 1
-    for start in range(0, tl.where(last, rows, 0), STEP):
+    for start in tl.range(0, tl.where(last, rows, 0), STEP, num_stages=1):
         entry = start + tl.arange(0, STEP)
         there = entry < rows
         wanted = there[:, None] & wide[None, :]
