@@ -36,7 +36,6 @@ GRAMMAR, TOOLS = "grammar", "tools"
 _Decoder = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
 """A token may end inside a character."""
 
-
 LOOKS = 4
 """Looks that are kept of a request: behind its text, a copy, and what the two lead into."""
 
@@ -178,6 +177,7 @@ class StructureArm(TextDrafter):
     def forget(self, handle: int | None, running: Iterable[Request]) -> None:
         """Drop what was learned of one tenant or of all; requests that run now teach nobody any more."""
         self._chances.forget(handle)
+        self._tables = Tables()  # of tenants' schemas
 
     def end(self, request: Request) -> None:
         kept: _Kept | None = request.kept.get(self.arm)
