@@ -121,11 +121,8 @@ class MarkupCall:
         if self._place is _Place.VALUE and self._pending:
             return self._rest_of_value()
         before = *self._state, self._pending, *self.seen.items()
-        if before not in self._known:
-            asked = self._step_now()
-            self._known[before] = asked, (self._place, *self._state[2:], self._pending)
         pieces: list[LikelyText] | None
-        pieces, after = self._known[before]
+        pieces, after = self._kept(before, lambda: (self._step_now(), (*self._state[1:], self._pending)))
         self._place, self._calls, self._tool, self._key, self._written, self._pending = after
         return pieces
 
@@ -145,13 +142,16 @@ class MarkupCall:
 
     def _options(self) -> Sequence[_Option]:
         """The likelier ones first, where the conversation does not say otherwise."""
-        state = self._state
-        if state not in self._known:
+        options: Sequence[_Option] = self._kept(self._state, self._options_now)
+        return options
+
+    def _kept(self, key: Hashable, ask: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            answer = ask()
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
-            self._known[state] = self._options_now()
-        options: Sequence[_Option] = self._known[state]
-        return options
+            self._known[key] = answer
+        return self._known[key]
 
     @property
     def _state(self) -> tuple[Hashable, ...]:
