@@ -12,7 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from whiflash_kernels.triton_kernels.launch import is_hopper, lanes, power_of_two
-from whiflash_kernels.triton_kernels.shares import LEAST, LOG2E, filling, merge, product, shares_of, sums_for
+from whiflash_kernels.triton_kernels.shares import (
+    LEAST,
+    LOG2E,
+    filling,
+    merge,
+    product,
+    share_of,
+    shares_of,
+    sums_for,
+)
 
 ENTRIES = 64
 """Entries of one step of the loop."""
@@ -75,21 +84,10 @@ def _attend_kernel(
             entries = tl.minimum(entries, WIDTH + window)
         entries = tl.where(lane < requests, tl.maximum(entries, 0), 0)
         counts = tl.where(lane < requests, shares_of(entries, shares, fewest, STEP), 0)
-        ends = tl.cumsum(counts, axis=0)
         if item >= tl.sum(counts, axis=0):
             return
-        cut = counts > 1
-        places = tl.cumsum(tl.where(cut, counts, 0), axis=0) - counts
-        request = tl.sum((ends <= item).to(tl.int32), axis=0)
-        count = tl.sum(tl.where(lane == request, counts, 0), axis=0)
-        share = item - tl.sum(tl.where(lane == request, ends - counts, 0), axis=0)
-        place = tl.sum(tl.where(lane == request, places, 0), axis=0) + share
-        if (item == 0) & (tl.program_id(0) == 0):
-            rank = tl.cumsum(cut.to(tl.int32), axis=0) - 1
-            tl.store(merges, tl.sum(cut.to(tl.int32), axis=0))
-            tl.store(merges + 1 + 3 * rank, lane, mask=cut)
-            tl.store(merges + 2 + 3 * rank, places, mask=cut)
-            tl.store(merges + 3 + 3 * rank, counts, mask=cut)
+        lists = (item == 0) & (tl.program_id(0) == 0)
+        request, share, count, place = share_of(item, lane, counts, merges, lists)
     end = tl.load(seq_lens + request).to(tl.int32) + extra
     row = tile * ROWS + tl.arange(0, ROWS)
     position = end - WIDTH + row // GROUPS

@@ -45,6 +45,27 @@ def shares_of(entries, shares, fewest, STEP: tl.constexpr):
     return tl.maximum(tl.cdiv(entries, evenly), 1)
 
 
+@triton.jit
+def share_of(item, lane, counts, merges, lists):
+    """Share ``item`` of requests with so many each: its request, which of its shares, of how many, and its sums' place.
+
+    A program that ``lists`` writes to ``merges`` which requests are cut, as of `Sums`.
+    """
+    ends, cut = tl.cumsum(counts, axis=0), counts > 1
+    firsts = tl.cumsum(tl.where(cut, counts, 0), axis=0) - counts
+    request = tl.sum((ends <= item).to(tl.int32), axis=0)
+    count = tl.sum(tl.where(lane == request, counts, 0), axis=0)
+    share = item - tl.sum(tl.where(lane == request, ends - counts, 0), axis=0)
+    place = tl.sum(tl.where(lane == request, firsts, 0), axis=0) + share
+    if lists:
+        rank = tl.cumsum(cut.to(tl.int32), axis=0) - 1
+        tl.store(merges, tl.sum(cut.to(tl.int32), axis=0))
+        tl.store(merges + 1 + 3 * rank, lane, mask=cut)
+        tl.store(merges + 2 + 3 * rank, firsts, mask=cut)
+        tl.store(merges + 3 + 3 * rank, counts, mask=cut)
+    return request, share, count, place
+
+
 @triton.jit(do_not_specialize=["width"])
 def _merge_shares_kernel(
     partial,

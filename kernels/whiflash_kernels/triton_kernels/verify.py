@@ -18,6 +18,7 @@ from whiflash_kernels.triton_kernels.shares import (
     merge,
     places,
     product,
+    share_of,
     shares_of,
     sums_for,
 )
@@ -30,29 +31,6 @@ FEWEST_KEYS = 256
 """Keys of a share at least."""
 PROGRAMS_PER_MULTIPROCESSOR = 4
 """Programs that all keys are cut for, beside one a request: two waves of two resident ones."""
-
-
-@triton.jit
-def _share_of(item, lane, served, entries, shares, fewest, merges, lists, STEP: tl.constexpr):
-    """Share ``item``: how many there are, its request, which of its request's it is, of how many, and its sums' place.
-
-    entries: of each lane's request, 0 of those that are not ``served``. A program that ``lists`` writes what is merged.
-    """
-    counts = tl.where(served, shares_of(entries, shares, fewest, STEP), 0)
-    ends = tl.cumsum(counts, axis=0)
-    cut = counts > 1
-    places = tl.cumsum(tl.where(cut, counts, 0), axis=0) - counts
-    request = tl.sum((ends <= item).to(tl.int32), axis=0)
-    count = tl.sum(tl.where(lane == request, counts, 0), axis=0)
-    share = item - tl.sum(tl.where(lane == request, ends - counts, 0), axis=0)
-    place = tl.sum(tl.where(lane == request, places, 0), axis=0) + share
-    if lists:
-        rank = tl.cumsum(cut.to(tl.int32), axis=0) - 1
-        tl.store(merges, tl.sum(cut.to(tl.int32), axis=0))
-        tl.store(merges + 1 + 3 * rank, lane, mask=cut)
-        tl.store(merges + 2 + 3 * rank, places, mask=cut)
-        tl.store(merges + 3 + 3 * rank, counts, mask=cut)
-    return tl.sum(counts, axis=0), request, share, count, place
 
 
 @triton.jit
@@ -132,11 +110,10 @@ def _verify_kernel(
     if WINDOWED:
         entries = tl.minimum(entries, window)
     entries = tl.where(widths > 0, entries, 0)
+    counts = tl.where(widths > 0, shares_of(entries, shares, fewest, STEP), 0)
     lists = (item == 0) & (tl.program_id(0) == 0)
-    items, request, share, count, place = _share_of(
-        item, lane, widths > 0, entries, shares, fewest, merges, lists, STEP
-    )
-    if item >= items:
+    request, share, count, place = share_of(item, lane, counts, merges, lists)
+    if item >= tl.sum(counts, axis=0):
         return
     first_row = tl.load(qo_indptr + request).to(tl.int32)
     rows = tl.minimum(tl.load(qo_indptr + request + 1).to(tl.int32) - first_row, most)
