@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,12 @@ LABEL = "8B-shaped target and drafters with random weights; acceptance pinned to
 REPORT = Path(__file__).resolve().parents[2] / "results" / "benchmark" / "report.json"
 POSITIONS = 1 << 18
 """Positions of target and drafters, for the longest context."""
-ARMS = {"diffusion": "diffusion", "DFLASH": "diffusion", "ar": "EAGLE3", "none": "none"}
-"""Servers, ours first, and the arm of the report whose acceptance length it gets; `none` is SGLang alone."""
+ARMS = {"auto": "diffusion", "diffusion": "diffusion", "DFLASH": "diffusion", "ar": "EAGLE3", "none": "none"}
+"""Servers, ours first, and the arm of the report whose acceptance length it gets; `none` is SGLang alone.
+
+`auto` chooses between both drafters, at their measured prices, without arms that copy: a pinned acceptance would make
+all copies as good as drafts.
+"""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class Load:
         return (pair for pair in pairs if math.prod(pair) <= self.most)
 
 
-CARD, REHEARSAL = Load((1, 8, 32), (1024,), 192, 300_000), Load((1, 2), (24,), 24, 48)
+CARD, REHEARSAL = Load((1, 8, 32, 48), (1024,), 192, 300_000), Load((1, 2), (24,), 24, 48)
 
 
 @contextmanager
@@ -166,7 +170,7 @@ def started(made: dict[str, Any], arm: str, device: str, load: Load) -> Iterator
         options |= {"speculative_algorithm": arm, "speculative_draft_model_path": str(made["dflash"])}
     elif arm != "none":
         flags = {"draft": made["dflash"], "whiflash_eagle_draft": str(made["eagle3"]), "whiflash_router": arm}
-        options["whiflash"] = flags
+        options["whiflash"] = flags | {"whiflash_lookup": "off", "whiflash_structure": "off"}
     with engine(made["model"], **options) as e:
         yield OverlapLoop(e.scheduler) if card else e
 
@@ -206,7 +210,7 @@ def looked_at(e: Any, load: Load, device: str, figures: dict[str, Any], keep: Pa
     """Our rounds: where they wait, what they launch, what the largest batch takes beside what was kept for it."""
     from whiflash_sglang.engine.scheduler.kv_budget import sampling_bytes
 
-    most, waits, used, trace = max(load.requests), Waits(device), Memory(device), Trace(device)
+    most, waits, used = max(load.requests), Waits(device), Memory(device)
     prompts = [list(range(8 + i, 8 + i + min(load.contexts))) for i in range(most)]
     prompts = [[token % 256 for token in prompt] for prompt in prompts]
     with watching(e.worker, used, full=most):
@@ -217,9 +221,10 @@ def looked_at(e: Any, load: Load, device: str, figures: dict[str, Any], keep: Pa
     with stepping(e, waits):
         e.generate(prompts[:8], max_new_tokens=load.tokens)
     figures["waits"] = dict(waits.found)
-    with watching(e.worker) as rounds, trace.profile:
-        e.generate(prompts[:8], max_new_tokens=24)
-    figures |= trace.figures(rounds.seen)
+    for requests, trace in ((most, Trace(device)), (8, Trace(device))):
+        with watching(e.worker) as rounds, trace.profile:
+            e.generate(prompts[:requests], max_new_tokens=24)
+        figures[f"trace_of_{len(prompts[:requests])}"] = trace.figures(rounds.seen)
     trace.profile.export_chrome_trace(str(keep))
     if device == "cuda":
         figures["allocated_bytes"], figures["free_bytes"] = (
@@ -246,6 +251,8 @@ def measure(
                 figures["acceptance_length_wanted"] = mean
                 stack.enter_context(accepting(mean))
                 e = stack.enter_context(started(made, arm, device, load))
+                if arm == "auto" and device == "cuda":
+                    figures["prices"] = asdict(e.worker.controller.costs.tables)
                 for context, requests in load:
                     timed(e, context, requests, load, figures)
                     checks.save()  # a long context may be the last
@@ -258,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu", "phantom"), default="cuda")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--arms", default="diffusion,DFLASH,none", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--arms", default="auto,diffusion,DFLASH,none", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--requests", help="at a time, such as 1,8,32")
     parser.add_argument("--contexts", help="tokens of a prompt, such as 2048,131072; 1 and 8 requests each")
     chosen = parser.parse_args(arguments)

@@ -11,10 +11,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import shaped
 
+PINNED = {"auto": 2.5, "diffusion": 2.5, "DFLASH": 3.0, "ar": 2.0, "none": 1.0}
+
 
 @pytest.mark.evidence
 def test_rounds_accept_as_much_as_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shaped, "recorded", lambda: {"diffusion": 2.5, "DFLASH": 3.0, "ar": 2.0, "none": 1.0})
+    monkeypatch.setattr(shaped, "recorded", lambda: PINNED)
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")  # restored, where the part sets it itself
     arms = ",".join(shaped.ARMS)
     assert shaped.main(["--device", "cpu", "--arms", arms, "--out", str(tmp_path / "out.json")]) == 0
@@ -22,13 +24,14 @@ def test_rounds_accept_as_much_as_was_recorded(tmp_path: Path, monkeypatch: pyte
     assert found["label"].startswith("a rehearsal")
     # A prefill, and rounds that commit 23 tokens of each of two requests, which begin together.
     passes = {arm: 24 / found["checks"][arm]["tokens_per_pass_at_2_of_24"] for arm in shaped.ARMS}
+    assert 10 <= passes.pop("auto") <= 24
     assert {arm: round(n) for arm, n in passes.items()} == {
         "diffusion": 10,
         "DFLASH": 9,
         "ar": 13,
         "none": 24,
     }
-    assert found["checks"]["rounds"]["on_host"]
+    assert found["checks"]["rounds"]["trace_of_2"]["on_host"]
 
 
 def test_drafters_are_as_wide_as_the_shape_and_no_other(tmp_path: Path) -> None:

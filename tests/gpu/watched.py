@@ -20,6 +20,8 @@ STEADY = 6
 """Rounds of a run before those that are watched: by then every drafter has drafted and nothing is new."""
 RUNTIME = ("cuda", "cu")
 """How the names of the driver's own calls begin in a trace."""
+NAMED = 100
+"""Characters of an operator's name that are kept."""
 WAIT = "called a synchronizing CUDA operation"
 """How torch's warning of a wait begins; the mode's own first notice says "synchronizing", too."""
 ROWS_ON_HOST = "whiflash_sglang/engine/scheduler/spec_worker.py"
@@ -188,13 +190,13 @@ class Trace:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self.profile = torch.profiler.profile(activities=activities)
 
-    def figures(self, rounds: int, top: int = 15) -> dict[str, Any]:
+    def figures(self, rounds: int, top: int = 24) -> dict[str, Any]:
         """Figures of one of `rounds` rounds: driver calls, and the dearest operators on device and host, in ms."""
-        events = self.profile.key_averages()
+        events = [e for e in self.profile.key_averages() if not e.is_user_annotation]
         calls = {e.key: e.count / rounds for e in events if e.key.startswith(RUNTIME)}
 
         def dearest(attribute: str) -> dict[str, float]:
-            spent = {e.key: getattr(e, attribute) / 1000 / rounds for e in events}
+            spent = {e.key[:NAMED]: getattr(e, attribute) / 1000 / rounds for e in events}
             return dict(sorted(spent.items(), key=lambda item: -item[1])[:top])
 
         return {
