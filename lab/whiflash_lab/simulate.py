@@ -7,6 +7,8 @@ Imports no torch.
 """
 
 import random
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -230,15 +232,15 @@ class Simulation:
         drafts = self._cut(routes)
         drafted = {arm: routes.count(arm) for arm in set(routes) - {arms.NONE}}
         context = sum(request.context for request in running)
-        padded = len(running) + sum(drafts)
+        padded, wanted = len(running) + sum(drafts), drafts
         if self.method == "auto":
-            # Rows are there for usual drafts. More of them lengthen the round here, where none is left out.
             usual = (min(controller.costs.room(arm), self.pair.drafts.get(arm, 0)) for arm in routes)
-            padded = max(padded, len(running) + ceil(sum(usual)))
+            padded = self._graph(len(running) + controller.costs.packed(len(running), ceil(sum(usual))))
+            drafts = self._likeliest(routes, drafts, padded - len(running))
         verify = self.tables.verifications.at(padded, context)
         seconds = self._with_host(sum(self.tables.draft(arm, n) for arm, n in drafted.items()), verify)
         tokens = 0
-        for request, arm, width in zip(list(running), routes, drafts, strict=True):
+        for request, arm, width, before in zip(list(running), routes, drafts, wanted, strict=True):
             chance = request.chances.get(arm, 0.0)
             accepted = agreed((self.random.random() < chance for _ in range(width)), [True] * width)
             emitted = min(accepted + 1, request.left)
@@ -248,7 +250,7 @@ class Simulation:
             self.result.routed[arm] = self.result.routed.get(arm, 0) + 1
             if self.method == "auto":
                 state = controller.states[request.row]
-                controller.costs.wanted(arm, width)
+                controller.costs.wanted(arm, before)
                 controller.committed(state, state.decision, arm, [0] * emitted, width + 1)
             if not request.left:
                 running.remove(request)
@@ -271,6 +273,19 @@ class Simulation:
             return max(draft + verify, HOST.seconds(requests) + planning)
         host = HOST_OF_GRAMMARS.seconds(requests) + planning
         return draft + (verify + host if self.waits else max(verify, host))
+
+    def _graph(self, rows: int) -> int:
+        sizes = self.tables.verifications.at_short.sizes
+        return sizes[min(bisect_left(sizes, rows), len(sizes) - 1)]
+
+    def _likeliest(self, routes: Sequence[str], drafts: Sequence[int], most: int) -> list[int]:
+        """Drafts of each request if there are rows for `most`, as `choose_drafts` leaves out the least likely."""
+        chances = [request.chances.get(arm, 0.0) for request, arm in zip(self.running, routes, strict=True)]
+        alive = [
+            (-(chances[i] ** (place + 1)), i) for i, longest in enumerate(drafts) for place in range(longest)
+        ]
+        kept = Counter(i for _, i in sorted(alive)[:most])
+        return [kept[i] for i in range(len(drafts))]
 
     def _routes(self) -> list[str]:
         if self.method == "auto":

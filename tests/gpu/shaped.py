@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -31,6 +32,8 @@ from checks import Checks
 from safetensors.torch import save_file
 from served import on_device
 from watched import Memory, Trace, Waits, stepping, watching
+
+from whiflash_lab.simulate import chance
 
 LABEL = "8B-shaped target and drafters with random weights; acceptance pinned to the mean recorded on the embedded pair"
 REPORT = Path(__file__).resolve().parents[2] / "results" / "benchmark" / "report.json"
@@ -100,30 +103,31 @@ def recorded() -> dict[str, float]:
     return {ours: arms[theirs]["overall"]["acceptance_length"] for ours, theirs in ARMS.items()}
 
 
-def pinned(rows: Any, mean: float) -> torch.Tensor:
-    """Predictions that agree with drafts until `mean` tokens of a request are committed on average, the bonus among
-    them. How many in one round follows from where it begins. Nothing is read, so a graph may do it.
+def pinned(rows: Any, chance: float) -> torch.Tensor:
+    """Predictions that agree with a draft by `chance`, whatever came before: its request and position say whether.
+
+    Nothing is read, so a graph may do it.
     """
     ends, device = rows.indptr[1:], rows.indptr.device
-    wanted = ((rows.starts * 0.6180339887).frac() + mean).floor().long()
     row = torch.arange(len(rows.predictions), device=device)
     request = torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
-    follows = row - rows.indptr[request] + 1 < wanted[request]
+    place = rows.starts[request] + row - rows.indptr[request]
+    follows = (torch.sin(place * 12.9898 + request * 78.233) * 43758.5453).frac().abs() < chance
     draft = rows.input_ids[: len(row)].roll(-1)
     return torch.where(follows, draft, (draft + 1) % rows.logits.shape[-1])
 
 
 @contextmanager
 def accepting(mean: float) -> Iterator[None]:
-    """Our rounds and upstream's DFLASH's commit `mean` tokens, if so many were drafted. Enter it before a capture."""
+    """Full blocks of our rounds and of upstream's DFLASH commit `mean` tokens on average. Enter it before a capture."""
     from sglang.srt.speculative import dflash_worker_v2
 
     from whiflash_sglang.round.epilogue import Epilogue
 
-    accept = Epilogue._accept
+    accept, right = Epilogue._accept, chance(mean, QWEN3_8B.block - 1)
 
     def agreed(self: Any, rows: Any, *rest: Any) -> Any:
-        return accept(self, rows._replace(predictions=pinned(rows, mean)), *rest)
+        return accept(self, rows._replace(predictions=pinned(rows, right)), *rest)
 
     upstream = {"SIMULATE_ACC_LEN": mean, "SIMULATE_ACC_TOKEN_MODE": "real-draft-token"}
     with patch.object(Epilogue, "_accept", agreed), patch.multiple(dflash_worker_v2, **upstream):
@@ -182,15 +186,15 @@ def timed(e: Any, context: int, requests: int, load: Load, figures: dict[str, An
     """
     generator = torch.Generator().manual_seed(requests)
     prompts = torch.randint(8, 256, (requests, context), generator=generator).tolist()
-    seconds, passes, clock = 0.0, 0, getattr(e.worker, "clock", None)
+    seconds, passes, clock = 0.0, list[float](), getattr(e.worker, "clock", None)
     for _ in range(2):
-        passes, step = 0, e.step
+        passes, step = [], e.step
         before = clock.snapshot() if clock else {}
 
-        def counted(step: Any = step) -> bool:
-            nonlocal passes
-            ran = bool(step())
-            passes += ran
+        def counted(step: Any = step, passes: list[float] = passes) -> bool:
+            began = time.perf_counter()
+            if ran := bool(step()):
+                passes.append(time.perf_counter() - began)
             return ran
 
         began = time.perf_counter()
@@ -199,11 +203,13 @@ def timed(e: Any, context: int, requests: int, load: Load, figures: dict[str, An
         seconds = time.perf_counter() - began
     at = f"{requests}_of_{context}"
     figures[f"tokens_per_s_at_{at}"] = requests * load.tokens / seconds
-    figures[f"ms_per_pass_at_{at}"] = 1e3 * seconds / passes
-    figures[f"tokens_per_pass_at_{at}"] = load.tokens / passes
+    figures[f"ms_per_pass_at_{at}"] = 1e3 * seconds / len(passes)
+    figures[f"median_ms_at_{at}"], figures[f"most_ms_at_{at}"] = 1e3 * median(passes), 1e3 * max(passes)
+    figures[f"tokens_per_pass_at_{at}"] = load.tokens / len(passes)
     if clock:
         spent = {name: value - before[name] for name, value in clock.snapshot().items()}
         figures[f"host_ms_per_round_at_{at}"] = 1e3 * spent["round_seconds"] / spent["rounds"]
+        figures[f"rows_per_round_at_{at}"] = spent["rows"] / spent["rounds"]
 
 
 def looked_at(e: Any, load: Load, device: str, figures: dict[str, Any], keep: Path) -> None:

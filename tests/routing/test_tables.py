@@ -7,7 +7,7 @@ from whiflash_sglang.device.clock import measure
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.prices.fits import WINDOW, Correction
 from whiflash_sglang.prices.round_clock import RoundTime
-from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
+from whiflash_sglang.prices.tables import LEFT_OUT, CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.routing.assign import assign
 
 ROWS = (1, 2, 4, 8, 16)
@@ -61,13 +61,30 @@ def test_a_verification_grows_with_the_context_of_its_batch() -> None:
 
 
 def test_a_row_costs_the_slope_around_the_load() -> None:
-    near, far = Sizes((1, 4, 8), (1.0, 1.6, 2.4)), Sizes((1, 4, 8), (2.0, 2.6, 4.4))
+    sizes = (1, 4, 8, 16, 32)
+    near, far = Sizes(sizes, (1.0, 1.6, 2.4, 2.4, 5.6)), Sizes(sizes, (2.0, 2.6, 4.4, 4.4, 7.6))
     tables = CostTables(Verifications(100, 1100, near, far), {}, {})
-    assert tables.row(1, 100) == tables.row(3, 100) == pytest.approx(0.2)
-    assert tables.row(4, 100) == tables.row(100, 100) == pytest.approx(0.2)
-    assert tables.row(4, 1100) == pytest.approx(0.45)
+    assert tables.row(2, 100) == pytest.approx(0.2)
+    assert tables.row(8, 100) == pytest.approx(0.8 / 12), "a step of nothing does not make a row free"
+    assert tables.row(16, 100) == pytest.approx(3.2 / 24)
+    assert tables.row(100, 100) == pytest.approx(5.6 / 32), "beyond the largest, seconds are in proportion"
+    assert tables.row(2, 1100) == pytest.approx(0.2)
     alone = Verifications(0, 1, Sizes((4,), (2.0,)), Sizes((4,), (2.0,)))
     assert CostTables(alone, {}, {}).row(1, 0) == 0.5
+
+
+def test_few_drafts_do_not_begin_a_larger_graph() -> None:
+    """A step from 16 to 32 rows costs 4: three drafts of it are left out, and twelve are worth it."""
+    found, sizes = LookedUpCosts(lambda arm: 8), Sizes((1, 8, 16, 32), (1.0, 2.0, 3.0, 7.0))
+    found.tables = CostTables(Verifications(1, 2, sizes, sizes), {}, {})
+    found.set_contexts([1] * 4)
+    assert found.packed(4, 15) == 12
+    assert found.packed(4, 24) == 24
+    assert found.packed(4, 12) == 12
+    assert found.packed(4, 0) == 0
+    row = found.tables.row(19, 4)
+    assert found.verify(19, 4) == pytest.approx(3.0 + 3 * LEFT_OUT * row), "routes are priced so, too"
+    assert found.packed(17, 1) == 1, "each request keeps the row of its own token"
 
 
 def test_a_slow_moment_moves_little_and_a_slower_machine_is_believed() -> None:

@@ -145,6 +145,10 @@ class Costs(ABC):
         variance = max(squares.value - drafts.value**2, 0.0)
         return drafts.value + math.sqrt(variance / max(self._requests, 1))
 
+    def packed(self, requests: int, drafts: int) -> int:
+        """Drafts that a round of so many requests verifies, if its requests have `drafts`."""
+        return drafts
+
     def length(self, arm: str, requests: int, most: int) -> int:
         """Drafts that a pass of `arm` for so many requests makes at most, of at most `most`; chosen before it runs."""
         return most

@@ -14,7 +14,8 @@ wrong (:mod:`whiflash_sglang.prices.fits`), as the fitted prices of :mod:`.costs
 device's events.
 """
 
-from bisect import bisect_left
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -86,6 +87,12 @@ class Verifications:
         return near + share * max(far - near, 0.0)
 
 
+LEFT_OUT = 2.0
+"""Prices of a row that the least likely drafts of a batch are worth, if each is worth one at least."""
+AROUND = 2.0
+"""How many times fewer and more rows a row's price is taken over."""
+
+
 @dataclass(frozen=True, slots=True)
 class CostTables:
     """A round's price, from what was captured.
@@ -110,13 +117,16 @@ class CostTables:
         return self.catch_up[arm].at(tokens) if tokens and arm in self.catch_up else 0.0
 
     def row(self, rows: float, context: float) -> float:
-        """The price of one more row at this load: the slope to the next measured size, as rows fill it evenly."""
+        """The price of one more row at this load: the slope around it, from `AROUND` times fewer rows to as many more.
+
+        The step to the next size alone would be free or dear by chance: what a batch adds or leaves out are many rows.
+        """
         verify, sizes = self.verifications.at, self.verifications.at_short.sizes
-        upper = sizes[min(bisect_left(sizes, rows + 1), len(sizes) - 1)]
-        lower = sizes[max(bisect_left(sizes, upper) - 1, 0)]
+        lower = sizes[max(bisect_right(sizes, rows / AROUND) - 1, 0)]
+        upper = sizes[min(bisect_left(sizes, rows * AROUND), len(sizes) - 1)]
         if upper == lower:
             return verify(upper, context) / upper
-        return (verify(upper, context) - verify(lower, context)) / (upper - lower)
+        return max(verify(upper, context) - verify(lower, context), 0.0) / (upper - lower)
 
 
 def continuing(mean: float, most: int) -> float:
@@ -185,7 +195,7 @@ class LookedUpCosts(Costs):
         return 1 + self.room(arm)
 
     def verify(self, rows: float, requests: int) -> float:
-        return self._verification(rows) + self._gap
+        return self.correction.factor * self._filled(requests, rows)[1] + self._gap
 
     def worth(self, arm: str) -> Worth:
         """A pass drafts its full length at once, so a further draft costs its row alone."""
@@ -208,8 +218,26 @@ class LookedUpCosts(Costs):
         """Uncorrected, of the length that its passes have now."""
         return self.tables.draft(arm, requests, self._lengths.get(arm, 0))
 
+    def _filled(self, requests: int, rows: float) -> tuple[int, float]:
+        """Rows that are verified in place of `rows`, and seconds, uncorrected, with what is lost by those left out.
+
+        A graph of a few rows more than the one before it is not begun: the step costs more than its drafts bring. Those
+        left out are the least likely, so each is worth little more than a row costs.
+        """
+        verify, sizes = self.tables.verifications.at, self.tables.verifications.at_short.sizes
+        place = bisect_left(sizes, rows)
+        seconds = verify(rows, self._context)
+        if place and (smaller := sizes[place - 1]) >= requests:
+            lost = (rows - smaller) * LEFT_OUT * self.tables.row(rows, self._context)
+            if (shorter := verify(smaller, self._context) + lost) < seconds:
+                return smaller, shorter
+        return math.ceil(rows), seconds
+
     def _verification(self, rows: float) -> float:
         return self.correction.factor * self.tables.verifications.at(rows, self._context)
+
+    def packed(self, requests: int, drafts: int) -> int:
+        return self._filled(requests, requests + drafts)[0] - requests if drafts else 0
 
     def _row(self, rows: float) -> float:
         return self.correction.factor * self.tables.row(rows, self._context)

@@ -5,7 +5,6 @@ token: known, emitted, without KV. Intervals are half-open. KV that a drafter wr
 B is the number of requests, W a padded width, T a number of packed rows.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -50,8 +49,9 @@ class Plan:
 
     A value a request: undrafted: indices of those whose grammar is too dear for drafts. asked: arms that were asked
     what they propose. routes: neural pass of each, or `none`. candidates: that may be verified without a pass.
-    priced_as: what drafts are learned by: the route, or `promised`. row_estimates: drafts that rows are there for
-    (`Costs.room`).
+    priced_as: what drafts are learned by: the route, or `promised`.
+
+    usual_drafts: drafts that the round has rows for, where the host may not count them.
 
     A value an arm: worth: what a further draft must bring. calibration: `Drafter.calibration` of all that draft.
     """
@@ -63,7 +63,7 @@ class Plan:
     candidates: list[dict[str, Candidate]] = field(init=False)
     limits: Limits[list[int]] = field(init=False)
     priced_as: list[str] = field(init=False)
-    row_estimates: list[float] = field(init=False)
+    usual_drafts: int = field(init=False)
     calibration: dict[str, Floats] = field(init=False)
 
     @property
@@ -75,11 +75,6 @@ class Plan:
     def row_worth(self) -> float:
         """Tokens that a verified row must bring, whichever arm drafts it."""
         return max(worth.row for worth in self.worth.values())
-
-    @property
-    def usual_drafts(self) -> int:
-        """Drafts that the round has rows for, where the host may not count them."""
-        return math.ceil(sum(map(min, self.limits.drafts, self.row_estimates)))
 
 
 @dataclass(eq=False, repr=False)  # a repr would read what no stage has filled, and wait for the device

@@ -1,5 +1,6 @@
 """The host's decisions before a round, in one object, and all that the device needs of them in one upload."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,11 +86,13 @@ class Planner:
         most = {arm: self._rows(plan, arm) for arm in set(plan.routes)}
         limits = [self._limits(turn, i, most[arm]) for i, arm in enumerate(plan.routes)]
         plan.limits = Limits(*map(list, zip(*limits, strict=True)))
+        costs = self.controller.costs
         plan.priced_as = [
             arms.PROMISED if arm == arms.NONE and request.decision.promised else arm
             for arm, request in zip(plan.routes, requests, strict=True)
         ]
-        plan.row_estimates = [self.controller.costs.room(arm) for arm in plan.priced_as]
+        usual = map(min, plan.limits.drafts, map(costs.room, plan.priced_as))
+        plan.usual_drafts = costs.packed(len(turn), math.ceil(sum(usual)))
         plan.calibration = self._calibrations(turn)
         return plan
 
