@@ -13,7 +13,6 @@ from oracle_arm import OracleArm
 from overlap import overlapped
 
 from whiflash_sglang.engine.scheduler.streamer import recording_of
-from whiflash_sglang.records.core import Plan
 from whiflash_sglang.telemetry.trace import build_trace
 
 PROMPTS = [[*random.Random(seed).choices(range(256), k=10), *[7, 8, 9, 10] * 6] for seed in range(4)]
@@ -188,7 +187,7 @@ def test_rows_are_those_of_a_graph(
     running: Engine, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much is drafted, a verification has the rows that the host picked, of those that graphs have."""
-    monkeypatch.setattr(Plan, "usual_drafts", property(lambda self: 2))
+    monkeypatch.setattr(running.worker.controller.costs, "packed", lambda requests, drafts: 2)
     rows, grid = [], (3, 5, 7, 9)
     stages = running.worker.stages
     stage = replace(stages.drafting, rows_for=lambda rows, _: next(n for n in grid if n >= rows))
