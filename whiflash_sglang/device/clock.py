@@ -54,7 +54,7 @@ class HostClock:
 
 
 class EventClock:
-    """CUDA events of one device (no GPU has run this)."""
+    """CUDA events of one device."""
 
     def __init__(self, device: "torch.device") -> None:
         from torch import cuda  # whoever only reads what a round's stages are called needs no torch

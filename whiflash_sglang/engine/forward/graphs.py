@@ -52,7 +52,7 @@ WARM_UPS = 2
 
 
 class CudaRecorder:
-    """Captures drafters' passes into the memory that the target's graphs share (no GPU has run this).
+    """Captures drafters' passes into the memory that the target's graphs share.
 
     Two graphs never replay at once, so their temporary tensors may share memory.
     """
