@@ -142,6 +142,13 @@ class TestTritonCuts:
         assert int((~partial.isnan().any(1)).sum()) == 17 * 4 * batch.heads
         assert counted == len(partial) * (batch.dim + 2) * 4
 
+    def test_a_batch_has_no_more_shares_than_run_at_once(self) -> None:
+        """Shares of a tenth of all keys would be three a request, and the last two would wait for the others."""
+        with cut("triton", 10, 64), watched_merges() as merges:
+            Batch((1, 2) * 2, (320,) * 4).check("triton")
+        ((cuts, _),) = merges
+        assert [shares for *_, shares in cuts] == [2] * 4
+
     def test_a_program_merges_several_requests(self) -> None:
         with cut("triton", 40, 64):
             Batch((1, 2) * 5, (130,) * 10).check("triton")

@@ -37,9 +37,12 @@ def product(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 def shares_of(entries, shares, fewest, STEP: tl.constexpr):
     """How many shares each of the requests' ``entries`` is cut into, at least one: ``shares - 1`` above that in all.
 
-    No share is longer than all entries over ``shares``, or ``fewest``, rounded up to whole steps; none is empty.
+    Together they are ``shares`` or fewer for up to half as many requests: a few programs behind those that run at once
+    take as long as all of them. Of more requests no share is longer than all entries over half of ``shares``, or
+    ``fewest``, rounded up to whole steps; none is empty.
     """
-    most = tl.maximum(tl.cdiv(tl.sum(entries.to(tl.int64), axis=0), shares).to(tl.int32), fewest)
+    cut_for = tl.maximum(shares - tl.sum((entries > 0).to(tl.int32), axis=0), tl.cdiv(shares, 2))
+    most = tl.maximum(tl.cdiv(tl.sum(entries.to(tl.int64), axis=0), cut_for).to(tl.int32), fewest)
     count = tl.maximum(tl.cdiv(entries, tl.cdiv(most, STEP) * STEP), 1)
     evenly = tl.maximum(tl.cdiv(tl.cdiv(entries, count), STEP) * STEP, STEP)
     return tl.maximum(tl.cdiv(entries, evenly), 1)
