@@ -24,3 +24,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def within_bounds() -> Iterator[None]:
+    """Under Triton's interpreter no kernel leaves the memory of its arguments."""
+    from kernel_backends import INTERPRETING
+
+    if INTERPRETING:
+        from kernel_bounds import bounded
+
+        with bounded():
+            yield
+    else:
+        yield
