@@ -52,8 +52,12 @@ def warm_up(served: Served) -> None:
 
     Waits for nothing; does nothing on a CPU, where nothing is compiled.
     """
-    if served.text.device.type == "cpu" or backend_for(served.text) != "triton":
-        return
+    if served.text.device.type != "cpu" and backend_for(served.text) == "triton":
+        launch_all(served)
+
+
+def launch_all(served: Served) -> None:
+    """`warm_up` on any device."""
     _of_one_request(served)
     _of_batches(served)
 
@@ -120,6 +124,7 @@ def _of_batches(served: Served) -> None:
     device, size = text.device, 1
     while True:
         zeros = torch.zeros(size, dtype=torch.int64, device=device)
+        members = torch.arange(size, device=device)  # of a part, so no request twice
         count, columns = served.candidates
         nothing = torch.zeros(size, count, dtype=torch.int64, device=device)
         unlikely = torch.zeros(size, count, columns, dtype=torch.float32, device=device)
@@ -132,7 +137,7 @@ def _of_batches(served: Served) -> None:
             drafts = Drafts(tokens, zeros, alive, sure)
             for put in (text, None):
                 laid = lay_drafts(
-                    [(zeros, drafts)] * 2,
+                    [(members, drafts)] * 2,
                     zeros,
                     zeros,
                     width=width,
