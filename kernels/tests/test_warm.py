@@ -7,8 +7,8 @@ from whiflash_kernels import BacklogRings, SamplingTable
 from whiflash_kernels.warm import Served, launch_all
 
 
-def served(requests: int, widths: set[int]) -> Served:
-    """A server of a few tokens, whose largest batch has so many requests."""
+def served(requests: int, widths: set[int], candidates: int) -> Served:
+    """A server of a few tokens, by requests of its largest batch, lengths of drafts and candidates of each request."""
     rows, context = requests + 1, max(widths) + 2
 
     def zeros(*size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -23,7 +23,7 @@ def served(requests: int, widths: set[int]) -> Served:
         SamplingTable(zeros(rows, 4, dtype=torch.float32), zeros(rows)),
         requests,
         widths,
-        candidates=(1, 2),
+        candidates=(candidates, 2 * candidates),
         vocabulary=40,
         bins=3,
         columns=[((0, 2), 8, True), (None, 0, False)],
@@ -32,12 +32,16 @@ def served(requests: int, widths: set[int]) -> Served:
 
 
 @pytest.mark.parametrize(
-    ("requests", "widths"), [(2, {1, 33}), (48, {1}), (96, {1})], ids=["1 and 2", "1 and 48", "1, 64 and 96"]
+    ("requests", "widths", "candidates"),
+    [(2, {1, 33}, 2), (48, {1}, 1), (96, {1}, 0)],
+    ids=["1 and 2", "1 and 48", "1, 64 and 96"],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_launches_before_the_first_request(backend: str, requests: int, widths: set[int]) -> None:
+def test_launches_before_the_first_request(
+    backend: str, requests: int, widths: set[int], candidates: int
+) -> None:
     """Batches of the sizes in its name. Only zeros are written to rows that are nobody's."""
-    server = served(requests, widths)
+    server = served(requests, widths, candidates)
     with running(backend):
         launch_all(server)
     written = server.text, server.watermarks, server.rings.features, server.rings.next_tokens

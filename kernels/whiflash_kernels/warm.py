@@ -130,12 +130,11 @@ def _of_batches(served: Served) -> None:
         unlikely = torch.zeros(size, count, columns, dtype=torch.float32, device=device)
         # A server whose arms propose nothing has no candidates to choose among.
         candidates = (None, Drafts(unlikely.long(), nothing, unlikely)) if count else (None,)
-        for width, (has_alive, has_sure) in product(sorted(served.widths), product((True, False), repeat=2)):
+        for width in sorted(served.widths):
             chances = torch.zeros(size, width, dtype=torch.float32, device=device)
             tokens = torch.zeros(size, width, dtype=torch.int64, device=device)
-            alive, sure = (chances if has else None for has in (has_alive, has_sure))
-            drafts = Drafts(tokens, zeros, alive, sure)
-            for put in (text, None):
+            every = [Drafts(tokens, zeros, alive, sure) for alive, sure in product((chances, None), repeat=2)]
+            for drafts, put in product(every, (text, None)):
                 laid = lay_drafts(
                     [(members, drafts)] * 2,
                     zeros,
@@ -145,9 +144,8 @@ def _of_batches(served: Served) -> None:
                     vocabulary=served.vocabulary,
                     text=put,
                 )
-            copied = drafts._replace(alive=chances)
             for appended, from_host, copies, most in product(
-                (None, drafts), candidates, (None, copied), (None, 0)
+                (None, every[0], every[-1]), candidates, (None, every[0]), (None, 0)
             ):
                 chosen = choose_drafts(
                     laid,
