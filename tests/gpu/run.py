@@ -95,7 +95,7 @@ def kernel_tests(name: str) -> Part:
 
 
 def sanitizer(tool: str, name: str = "", ops: str = "") -> Part:
-    shows = f"compute-sanitizer's {tool} finds nothing in one case of {ops or 'each kernel'}"
+    shows = f"compute-sanitizer's {tool} finds nothing in one case of {ops or 'each kernel, nor at a start'}"
     command = ("tests/gpu/sanitized.py", tool, "{device}", "{out}", *([ops] if ops else []))
     rehearsal = () if tool == "memcheck" else None
     return Part(f"sanitizer-{name or tool}", shows, command, KERNELS, rehearsal=rehearsal)

@@ -1,18 +1,21 @@
 """One case of every kernel under compute-sanitizer: `python tests/gpu/sanitized.py memcheck cuda figures.json [OP,OP]`.
 
-Sizes are small and odd, so that masks are at work. Memory is not cached by torch meanwhile, or a read beyond a tensor
-would be one of a neighbour. On a CPU Triton's interpreter runs the cases, without a sanitizer.
+Sizes are small and odd, so that masks are at work. `start` is what a server launches before the first request, for up
+to 64 of them. Memory is not cached by torch meanwhile, or a read beyond a tensor would be one of a neighbour. On a CPU
+Triton's interpreter runs the cases, up to 3 requests of `start`, within the bounds of `kernels/tests/kernel_bounds.py`.
 """
 
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "bench"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
@@ -21,8 +24,8 @@ from checks import Checks
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "WHIFLASH_KERNELS": "triton"}
 
 
-def cases(device: str, ops: Sequence[str]) -> Iterator[Any]:
-    """The first case of each op, or of `ops`."""
+def cases(device: str, ops: Sequence[str]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The first case of each op, or of `ops`, by its name."""
     import torch
     from cases import KERNELS, Bench, CaseSizes, catch_up_cases
     from shapes import SHAPES
@@ -34,20 +37,34 @@ def cases(device: str, ops: Sequence[str]) -> Iterator[Any]:
     for case in (case for family in (*KERNELS, catch_up_cases) for case in family(bench)):
         if case.op not in seen and case.op in (ops or [case.op]):
             seen.add(case.op)
-            yield case
+            yield case.op, case.call
+    if "start" in (ops or ["start"]):
+        from test_warm import served
+        from whiflash_kernels.warm import launch_all
+
+        yield "start", partial(launch_all, served(64 if device == "cuda" else 3, {17}, 1))
+
+
+def bounds(device: str) -> AbstractContextManager[None]:
+    if device == "cuda":
+        return nullcontext()
+    from kernel_bounds import bounded
+
+    return bounded()
 
 
 def main() -> int:
     tool, device, out, *chosen = sys.argv[1], sys.argv[2], Path(sys.argv[3]), *sys.argv[4:]
     if tool == "none":
         checks = Checks(out)
-        for case in cases(device, chosen[0].split(",") if chosen else []):
-            with checks.check(case.op):
-                case.call()
-                if device == "cuda":
-                    import torch
+        with bounds(device):
+            for name, call in cases(device, chosen[0].split(",") if chosen else []):
+                with checks.check(name):
+                    call()
+                    if device == "cuda":
+                        import torch
 
-                    torch.cuda.synchronize()
+                        torch.cuda.synchronize()
         return checks.exit_status
     sanitizer = shutil.which("compute-sanitizer")
     if device == "cuda" and sanitizer is None:
