@@ -32,7 +32,7 @@ class Disturbed(KVDrafter):
 
 
 def test_something_else_at_the_start_does_not_make_an_arm_dear(monkeypatch: Any) -> None:
-    target = SimpleNamespace(slot_table=torch.zeros((2, 64), dtype=torch.int32))
+    target = SimpleNamespace(slot_table=torch.zeros((2, 64), dtype=torch.int32), context_len=64)
     sync: Any = SimpleNamespace(rings=FeatureRings(2, 8, 4, torch.float32, "cpu"))
     costs, drafter = MeasuredCosts(lambda arm: 4), Disturbed()
     monkeypatch.setattr(clock.time, "perf_counter", lambda: drafter.now)

@@ -30,7 +30,7 @@ class DraftSync:
 
     Args:
         drafters: by arm; those that keep KV are synchronised.
-        capacity: tokens of a ring. width: columns of one captured row. dtype: of the captured features.
+        capacity: tokens of a ring, more than a round commits. width: columns of a captured row. dtype: of these.
         quarantine: knows whose KV has holes, who ingests nothing any more.
     """
 

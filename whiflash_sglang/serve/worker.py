@@ -96,7 +96,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         self.controller = build_controller(self.settings, self.target, self.drafters, heads=self._has_heads)
         self.sync = DraftSync(
             self.drafters,
-            max(backlog.TOKENS, widest_of(self.drafters) + 2),  # more than a round commits
+            max(min(backlog.TOKENS, self.target.context_len), widest_of(self.drafters) + 2),
             len(captured) * self.target.shape.hidden_size,
             self.target.dtype,
             self.quarantine,

@@ -56,7 +56,7 @@ BATCHES = (1, 2, 4, 8)
 """Requests that drafters are profiled with."""
 
 CONTEXT = 32
-"""Tokens that every request of a draft pass pretends to have."""
+"""Tokens that every request of a draft pass pretends to have, if a request may have as many."""
 
 TIMINGS = 3
 """A profile takes the fastest of so many: an arm that looks dear because something else ran at the start is timed again
@@ -193,9 +193,9 @@ class Start:
 
     def _batch(self, drafter: KVDrafter, length: int, requests: int) -> DraftBatch:
         """A batch of so many requests that are none, with at most `length` drafts each."""
-        table = self.target.slot_table
+        table, context = self.target.slot_table, min(CONTEXT, self.target.context_len)
         rows = torch.arange(requests, device=table.device)
-        starts, caps, bonus = (torch.full_like(rows, n) for n in (CONTEXT, drafter.max_drafts, 0))
+        starts, caps, bonus = (torch.full_like(rows, n) for n in (context, drafter.max_drafts, 0))
         values = drafter.calibration((), FULL_LENGTH)
         calibration = torch.tensor(values, dtype=torch.float32, device=rows.device)
         reads_tail, place = drafter.tail_width > 0, drafter.place(requests)
@@ -204,7 +204,7 @@ class Start:
         )
         limits, ids, host = [length] * requests, range(requests), self.host
         return DraftBatch(
-            rows, starts, bonus, tail, table, CONTEXT, caps, limits, ids, calibration, host=host
+            rows, starts, bonus, tail, table, context, caps, limits, ids, calibration, host=host
         )
 
     def _catch_up(self, arm: str, tokens: int) -> float:
