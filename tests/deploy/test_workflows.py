@@ -50,7 +50,17 @@ def test_only_a_tag_publishes_and_only_what_was_built() -> None:
     assert not any("checkout" in step.get("uses", "") for step in publish["steps"])
 
 
-def test_at_night_all_runs_with_every_release() -> None:
+def test_at_night_all_runs_with_every_release_and_what_is_red_is_an_issue() -> None:
     (nightly,) = (path for path in WORKFLOWS if path.stem == "nightly")
     read = yaml.safe_load(nightly.read_text("utf-8"))
     assert tuple(read["jobs"]["releases"]["strategy"]["matrix"]["version"]) == SUPPORTED
+    crons = {each["cron"] for each in read[True]["schedule"]}
+    for job in read["jobs"].values():
+        assert job["if"].removeprefix("github.event.schedule != ").strip("'") in crons
+        *_, ran, opened = job["steps"]
+        assert ran["shell"] == "bash", "of another shell's pipe the last command decides"
+        assert opened["if"] == "failure()"
+        assert job["permissions"]["issues"] == "write"
+    assert {"make canary SUITE=whole", "make evidence 2>&1"} <= {
+        " ".join(job["steps"][-2]["run"].split()[:3]) for job in read["jobs"].values()
+    }

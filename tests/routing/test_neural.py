@@ -35,6 +35,16 @@ def test_threshold(delta: float, threshold: float, arm: str) -> None:
     assert best(NeuralPolicy(threshold), delta=delta) == arm
 
 
+def test_dwell_keeps_an_arm() -> None:
+    policy = NeuralPolicy(0.0, min_dwell=3)
+    assert best(policy, delta=1.0, previous="diffusion", dwell=2) == "diffusion"
+    assert best(policy, delta=1.0, previous="diffusion", dwell=3) == "ar"
+
+
+def test_an_arm_that_may_not_draft_is_not_offered() -> None:
+    assert NeuralPolicy(0.0).score(Signals(allowed=frozenset({"ar"}), delta=-1.0)).keys() == {"ar", "none"}
+
+
 def test_a_routers_outputs_reach_the_policy() -> None:
     state = Request("r")
     note(state, [0.25, 1.5, -0.1])
