@@ -18,7 +18,7 @@ from openai import OpenAI
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from patience import wait_until
 from server_host import Server, ServerHost
-from sse import ask, check, check_text, comparable
+from sse import ASKED, MESSAGES, PROMPT, ROUTES, TOOL, ask, check, check_text, comparable
 from tiny_models import SPECIAL_TOKENS, served_pair
 from whiflash_sdk import routing, wrap
 
@@ -27,22 +27,6 @@ from whiflash_sglang.cli.trace import turns_of
 from whiflash_sglang.files.jsonl import parse_json_lines
 
 pytestmark = pytest.mark.server
-
-PROMPT = "one two three four one two three four one two"
-MESSAGES: Any = [{"role": "user", "content": PROMPT}]
-ASKED: dict[str, Any] = {
-    "model": "tiny",
-    "temperature": 0,
-    "max_tokens": 24,
-    "extra_body": {"ignore_eos": True},
-}
-
-
-TOOL: Any = {
-    "type": "function",
-    "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
-}
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/generate")
 
 Attributes = dict[str, Any]
 
@@ -118,12 +102,6 @@ def incremental(
 
 
 @pytest.fixture
-def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
-        yield wrap(made, strict=True)
-
-
-@pytest.fixture
 def full(server: Server) -> Iterator[OpenAI]:
     """Asks for full traces."""
     with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
@@ -141,18 +119,6 @@ def test_every_route_returns_the_trace(full: OpenAI, server: Server) -> None:
     params = {**NATIVE, "custom_params": {"whiflash": '{"trace":"full"}'}}
     native = server.post("/generate", {"text": PROMPT, "sampling_params": params})
     check(routing(native), 24, native["text"])
-
-
-def test_the_default_is_a_summary_of_constant_size(client: OpenAI, full: OpenAI) -> None:
-    for tokens in (24, 400):
-        asked = {**ASKED, "max_tokens": tokens, "messages": MESSAGES}
-        carried = client.chat.completions.create(**asked).model_extra
-        assert carried is not None
-        assert "stretches" not in carried["sglext"]["whiflash"]
-        # Four arms and as many sources at most, whatever was asked.
-        assert len(json.dumps(carried["sglext"])) < 1000
-    answer = full.chat.completions.create(**asked)
-    assert (answer.choices[0].message.content or "") not in json.dumps(answer.model_extra)
 
 
 def test_text_that_a_parser_took_comes_with_the_trace(full: OpenAI) -> None:
@@ -208,12 +174,6 @@ def test_special_tokens_take_no_place_in_the_text(full: OpenAI) -> None:
     assert 0 < len(text) < 24
     assert set(text) == {"!"}
     check(routing(response), 24, text)
-
-
-def test_every_choice_has_its_trace(full: OpenAI) -> None:
-    response = full.chat.completions.create(**{**ASKED, "temperature": 1.0}, messages=MESSAGES, n=2)
-    for choice in range(2):
-        check(routing(response, choice), 24, response.choices[choice].message.content)
 
 
 @contextmanager
