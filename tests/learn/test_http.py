@@ -63,9 +63,14 @@ def route(server: Server, router: str) -> None:
     assert (order.status_code, order.json()["policy"]) == (200, router)
 
 
-def drafters(server: Server) -> dict[str, Any]:
+def state(server: Server) -> dict[str, Any]:
     answer = httpx.get(f"{server.url}/whiflash/state", headers=ADMIN, timeout=None)
-    found: dict[str, Any] = answer.raise_for_status().json()["drafters"]
+    found: dict[str, Any] = answer.raise_for_status().json()
+    return found
+
+
+def drafters(server: Server) -> dict[str, Any]:
+    found: dict[str, Any] = state(server)["drafters"]
     return found
 
 
@@ -84,10 +89,7 @@ def test_the_servers_own_requests_are_no_samples(server: Server) -> None:
     """Its warm-up, and health checks, with which whoever started it has waited for it."""
 
     def declined() -> int:
-        state = (
-            httpx.get(f"{server.url}/whiflash/state", headers=ADMIN, timeout=None).raise_for_status().json()
-        )
-        return int(state["samples"]["declined"])
+        return int(state(server)["samples"]["declined"])
 
     warm_up = declined()
     assert warm_up >= 1
@@ -216,15 +218,8 @@ def forget(server: Server, body: Any, headers: dict[str, str] = ADMIN) -> httpx.
     return httpx.post(f"{server.url}/whiflash/forget", json=body, headers=headers, timeout=None)
 
 
-def lookup(server: Server) -> dict[str, Any]:
-    answer = httpx.get(f"{server.url}/whiflash/state", headers=ADMIN, timeout=None)
-    found: dict[str, Any] = answer.raise_for_status().json()["lookup"]
-    return found
-
-
 def tenants(server: Server) -> int:
-    found: int = lookup(server)["tenants"]
-    return found
+    return int(state(server)["lookup"]["tenants"])
 
 
 def test_forgetting_over_http(server: Server) -> None:

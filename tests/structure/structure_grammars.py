@@ -17,6 +17,13 @@ from whiflash_sglang.structure.matchers import GuidanceMatcher, Matcher, XGramma
 
 NAMES = ("city", "unit", "user_id", "flight number", "größe", 'a "quoted" key')
 
+KEYS: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"const": "Paris"}, "unit": {"enum": ["celsius", "kelvin"]}},
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
+
 Case = tuple[dict[str, Any], Any]
 """A schema and a value that fits it."""
 

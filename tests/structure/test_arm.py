@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from structure_grammars import Grammars
+from structure_grammars import KEYS, Grammars
 from whiflash_sdk.hints import LookupScope, Span
 
 from whiflash_sglang.arms.structure import LOOKS, StructureArm, _Look
@@ -20,12 +20,6 @@ from whiflash_sglang.structure.matchers import Matcher
 from whiflash_sglang.structure.sketch import text_of
 from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools
 
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {"city": {"const": "Paris"}, "unit": {"enum": ["celsius", "kelvin"]}},
-    "required": ["city", "unit"],
-    "additionalProperties": False,
-}
 PROMPT = [5, 6, 7]
 MINE, THEIRS = tenant_of(None, "mine"), tenant_of(None, "theirs")
 
@@ -41,7 +35,7 @@ class Told:
     end, prompt, schema = None, len(PROMPT), ""
 
     def __init__(self, grammars: Grammars) -> None:
-        self._raw, self._grammars = grammars.raw(SCHEMA, blanks=False), grammars
+        self._raw, self._grammars = grammars.raw(KEYS, blanks=False), grammars
         self.text = list(PROMPT)
 
     def tell(self, tokens: Sequence[int]) -> None:
@@ -231,7 +225,7 @@ def test_a_prompt_is_decoded_once_however_many_tools_there_are(
         return text_of(vocabulary, tokens)
 
     monkeypatch.setattr("whiflash_sglang.arms.structure.text_of", counting)
-    tools = carried_tools([(f"find_{i}", SCHEMA) for i in range(MOST_FUNCTIONS)], "qwen3_coder") or ""
+    tools = carried_tools([(f"find_{i}", KEYS) for i in range(MOST_FUNCTIONS)], "qwen3_coder") or ""
     spans = (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
     request = begun(arm, RequestHints(tools=tools, spans=spans), MINE)
     prompt = vocabulary.encode("find_1 or find_2?" * 20)

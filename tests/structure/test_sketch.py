@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from structure_grammars import SCHEMAS, Case, Grammars
+from structure_grammars import KEYS, SCHEMAS, Case, Grammars
 
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Cuts, Kind, StructureChances
@@ -56,14 +56,6 @@ def test_what_is_proposed_is_allowed_and_forced_text_is_what_follows(
         for engine in (raw, judge):
             if written != grammars.end:
                 grammars.accept(engine, written)
-
-
-KEYS = {
-    "type": "object",
-    "properties": {"city": {"const": "Paris"}, "unit": {"enum": ["celsius", "kelvin"]}},
-    "required": ["city", "unit"],
-    "additionalProperties": False,
-}
 
 
 def test_a_whole_skeleton_in_canonical_tokens(grammars: Grammars, vocabulary: Vocabulary) -> None:
