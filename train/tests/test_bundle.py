@@ -139,9 +139,11 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(models: dict[str, Path
             "num_hidden_layers 2: several",
         ),
         ("eagle3", {"architectures": ["LlamaForCausalLMEagle"]}, r"\['LlamaForCausalLMEagle'\] is no draft"),
+        ("dflash", {"architectures": ["LlamaForCausalLMEagle3"]}, "is no draft architecture"),
         ("dflash", {"dflash_config": {"projector_type": "unheard"}}, "projector_type 'unheard' is no draft"),
         ("eagle3", {"architectures": 5}, "e3/config.json has a value of another kind"),
         ("eagle3", {"rope_theta": [1]}, "e3/config.json has a value of another kind"),
+        ("dflash", {"rope_theta": "x"}, "df/config.json has a value of another kind"),
         ("target", {"hidden_size": None}, "target/config.json: hidden_size must be an integer"),
     ],
 )

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import whiflash_train as train
 from whiflash_sglang.checkpoints.fit import block_size_of
 from whiflash_sglang.cli.app import app
+from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dspark import DSparkDrafter
@@ -226,7 +227,8 @@ def trained(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     tiny = yaml.safe_load((Path(train.__path__[0]) / "configs/tiny.yaml").read_text())
     tiny |= {"target": str(path), "work": str(root / "work"), "block_drafter": "dspark"}
     tiny["data"] |= {"prompts": [str(root / "prompts.jsonl")], "temperature": 0.0}
-    tiny["dspark"]["loop"] |= {"epochs": 30, "learning_rate": 2e-3}
+    for part, epochs in (("dspark", 30), ("eagle3", 10)):
+        tiny[part]["loop"] |= {"epochs": epochs, "learning_rate": 2e-3}
     file = root / "tiny.yaml"
     file.write_text(yaml.safe_dump(tiny))
     for command in ("data", "dspark"):
@@ -244,14 +246,16 @@ def test_the_loss_falls(trained: Trained) -> None:
     assert all(entry["confidence_loss"] > 0 for entry in log if "loss" in entry)
 
 
-def test_a_trained_drafter_is_served_and_accepts_what_its_replay_says(trained: Trained) -> None:
-    """Greedy text is plain decoding's; every round accepts what the Markov head's replay does."""
+@pytest.mark.parametrize("arm", arms.PAIR)
+def test_a_trained_drafter_is_served_and_accepts_what_its_replay_says(trained: Trained, arm: str) -> None:
+    """Greedy text is plain decoding's; every round accepts what the replay of the chain or the Markov head does."""
+    checkpoint = trained.checkpoint if arm == arms.DIFFUSION else train_eagle3(trained.config, trained.target)
     prompts = [list(range(30 + 7 * i, 60 + 9 * i)) for i in range(4)]
     with engine(trained.target) as e:
         expected = e.generate(prompts, max_new_tokens=48)
     reference = ReferenceTarget(trained.target)
     comparison, steps = Comparison(reference), {f"p{i}": [] for i in range(len(prompts))}
-    flags = {"draft": trained.checkpoint, "whiflash_router": "diffusion", "whiflash_lookup": "off"}
+    flags = {"draft": checkpoint, "whiflash_router": arm, "whiflash_lookup": "off"}
     with engine(trained.target, whiflash=flags) as e:
         for name, prompt in zip(steps, prompts, strict=True):
             e.submit(name, prompt, max_new_tokens=48)
@@ -260,24 +264,22 @@ def test_a_trained_drafter_is_served_and_accepts_what_its_replay_says(trained: T
     accepted = 0
     for (name, prompt), wanted in zip(zip(steps, prompts, strict=True), expected, strict=True):
         comparison.check(prompt, wanted, found[name], name)
-        rounds = replayed(reference, trained.checkpoint, [*prompt, *found[name]], len(prompt))
+        rounds = replayed(reference, {arm: checkpoint}, [*prompt, *found[name]], len(prompt))
         for before, after in pairwise(sorted({n for n in steps[name] if n})):
             if after < 48:
-                assert after - before == int(rounds.accepted["diffusion"][before - 1]) + 1, (
-                    f"{name} at {before}"
-                )
+                assert after - before == int(rounds.accepted[arm][before - 1]) + 1, f"{name} at {before}"
                 accepted += after - before - 1
     print(f"{comparison.summary()}; {accepted} drafts accepted, round by round as replayed")
     assert accepted > 5
 
 
-def replayed(target: ReferenceTarget, checkpoint: Path, text: list[int], prompt: int) -> Any:
-    """Rounds of the block drafter at every position of the answer in `text`."""
-    capture = sorted(read_draft(checkpoint).config.target_layer_ids)
-    forward = target.forward(text[:-1], capture)
+def replayed(target: ReferenceTarget, drafter: dict[str, Path], text: list[int], prompt: int) -> Any:
+    """Rounds of the drafter at every position of the answer in `text`."""
+    parts = PairParts(drafter)
+    forward = target.forward(text[:-1], parts.captured)
     record = SequenceRecord("a", "chat", prompt, len(text), False, False, 0, 0)
-    pair = Pair.load(PairParts({"diffusion": checkpoint}), target.model)
-    return replay_drafters(pair, Stored(record, torch.tensor(text), forward.features, forward.final), capture)
+    stored = Stored(record, torch.tensor(text), forward.features, forward.final)
+    return replay_drafters(Pair.load(parts, target.model), stored, parts.captured)
 
 
 def run(*arguments: object) -> None:
@@ -300,12 +302,12 @@ def test_a_bundle_with_it_is_evaluated(trained: Trained, tmp_path: Path) -> None
     figures, again = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "again.json"))
     assert again["overall"] == figures["overall"], "kept replays"
     lengths = figures["overall"]["acceptance_length"]
-    arms, routers = {"ar", "diffusion", "lookup"}, {"entropy", "auto-unpriced"}
-    assert lengths.keys() == arms | routers | {"oracle", "oracle-of-three"}, "the bundle has no router"
+    drafters, routers = {"ar", "diffusion", "lookup"}, {"entropy", "auto-unpriced"}
+    assert lengths.keys() == drafters | routers | {"oracle", "oracle-of-three"}, "the bundle has no router"
     assert lengths["diffusion"] > 1
     assert figures["overall"]["oracle_gain_share"].keys() == routers
     assert set(figures["overall"]["rounds_won"]) == {"ar", "diffusion"}
-    assert max(lengths[arm] for arm in arms) <= lengths["oracle-of-three"] + 1e-9
+    assert max(lengths[arm] for arm in drafters) <= lengths["oracle-of-three"] + 1e-9
 
 
 def test_a_configuration_without_the_section_says_so(trained: Trained) -> None:
