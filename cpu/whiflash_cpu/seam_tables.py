@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from functools import wraps
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +15,18 @@ from whiflash_cpu.attention import CpuAttentionBackend, CpuKVPool, CpuMultiStepD
 from whiflash_sglang.engine.supported import has
 from whiflash_sglang.files.cpu import ATTENTION_BACKEND
 
-_CACHE_LOCS = "sglang.kernels.ops.speculative.cache_locs"
-_EAGLE = "sglang.kernels.ops.speculative.eagle"
-_SPEC_TREE = "sglang.kernels.ops.speculative.spec_tree"
+_SPECULATIVE = "sglang.kernels.ops.speculative"
+_SPEC_TREE = f"{_SPECULATIVE}.spec_tree"
+_STATE_SCATTER = "sglang.kernels.ops.mamba.mamba_state_scatter_triton"
 _EAGLE_UTILS = "sglang.srt.speculative.eagle_utils"
 _DFLASH_UTILS = "sglang.srt.speculative.dflash_utils"
 _ELEMENTWISE = "sglang.kernels.ops.elementwise.elementwise"
 _WEIGHT_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
 _PARALLEL = "sglang.srt.distributed.parallel_state"
 _CONV = "sglang.srt.layers.attention.mamba.causal_conv1d"
+_RUNNER = "sglang.srt.model_executor.model_runner"
+_UNQUANTISED = "sglang.srt.layers.quantization.unquant"
+_SAMPLING = ("tree_speculative_sampling_target_only", "top_k_renorm_prob", "top_p_renorm_prob")
 
 
 class Seam(NamedTuple):
@@ -46,6 +50,11 @@ class Seam(NamedTuple):
         if not self.wraps:
             return self.replacement
         return self.replacement(original.__func__ if isinstance(original, staticmethod) else original)
+
+
+def _same(module: str, ours: ModuleType, *names: str, absent: bool = False) -> tuple[Seam, ...]:
+    """Names of `module` that `ours` has too."""
+    return tuple(Seam(module, name, getattr(ours, name), absent=absent) for name in names)
 
 
 def _wrapped(module: str, owner: str, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> Seam:
@@ -75,59 +84,43 @@ PINNING = (
 """Modules that ask torch for pinned tensors, for the target's adapters and for DP attention."""
 
 _OF_UPSTREAMS_DRAFTERS: tuple[Seam, ...] = (
-    Seam(
-        _CACHE_LOCS,
-        "assign_draft_cache_locs_contiguous_func",
-        spec_ops.assign_draft_cache_locs_contiguous_func,
-    ),
-    Seam(_SPEC_TREE, "build_tree_kernel_efficient_func", spec_ops.build_tree_kernel_efficient_func),
-    Seam(_SPEC_TREE, "verify_tree_greedy_func", spec_ops.verify_tree_greedy_func),
-    Seam(
-        "sglang.kernels.ops.attention.table_qk_norm_rope", "table_qk_norm_rope_", spec_ops.table_qk_norm_rope_
-    ),
+    *_same(f"{_SPECULATIVE}.cache_locs", spec_ops, "assign_draft_cache_locs_contiguous_func"),
+    *_same(_SPEC_TREE, spec_ops, "build_tree_kernel_efficient_func", "verify_tree_greedy_func"),
+    *_same("sglang.kernels.ops.attention.table_qk_norm_rope", spec_ops, "table_qk_norm_rope_"),
 )
 """Names that upstream's own algorithms call since 0.5.23; before, the CPU serves plain decoding and WHIFLASH."""
 
 _NAMES: tuple[Seam, ...] = (
-    Seam(_CONV, "causal_conv1d_fn", recurrent_ops.causal_conv1d_fn),
-    Seam(_CONV, "causal_conv1d_update", recurrent_ops.causal_conv1d_update),
-    Seam(
-        "sglang.kernels.ops.mamba.mamba_state_scatter_triton",
-        "scatter_mamba_states_after_mtp_verify",
-        recurrent_ops.scatter_mamba_states_after_mtp_verify,
-    ),
+    *_same(_CONV, recurrent_ops, "causal_conv1d_fn", "causal_conv1d_update"),
+    *_same(_STATE_SCATTER, recurrent_ops, "scatter_mamba_states_after_mtp_verify"),
     Seam("sglang.srt.layers.dp_attention", "memcpy_func", memcpy_cpu),
-    Seam(_PARALLEL, "reg_all_gather_into_tensor", collectives.reg_all_gather_into_tensor),
-    Seam(_PARALLEL, "reg_reduce_scatter_tensor", collectives.reg_reduce_scatter_tensor),
-    Seam(_PARALLEL, "reg_all_to_all_single", collectives.reg_all_to_all_single),
-    Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul", layers.fused_gate_sigmoid_mul),
-    Seam(_ELEMENTWISE, "fused_gate_sigmoid_mul_add", layers.fused_gate_sigmoid_mul_add),
-    Seam(
-        "sglang.srt.mem_cache.allocation",
-        "assign_req_to_token_pool_func",
-        spec_ops.assign_req_to_token_pool_func,
+    *_same(
+        _PARALLEL,
+        collectives,
+        "reg_all_gather_into_tensor",
+        "reg_reduce_scatter_tensor",
+        "reg_all_to_all_single",
     ),
-    Seam("sglang.srt.mem_cache.allocation", "get_last_loc", spec_ops.get_last_loc),
+    *_same(_ELEMENTWISE, layers, "fused_gate_sigmoid_mul", "fused_gate_sigmoid_mul_add"),
+    *_same("sglang.srt.mem_cache.allocation", spec_ops, "assign_req_to_token_pool_func", "get_last_loc"),
     Seam("sglang.srt.mem_cache.pool_host.common", "_cuda_host_register", _leave_unregistered),
-    Seam(_EAGLE, "fill_bonus_tokens_func", spec_ops.fill_bonus_tokens_func),
-    Seam(
-        "sglang.kernels.ops.speculative.gather_spec_extras", "gather_spec_extras", spec_ops.gather_spec_extras
-    ),
-    Seam("sglang.kernels.ops.sampling.murmur_hash", "murmur_hash32", spec_ops.murmur_hash32),
+    *_same(f"{_SPECULATIVE}.eagle", spec_ops, "fill_bonus_tokens_func"),
+    *_same(f"{_SPECULATIVE}.gather_spec_extras", spec_ops, "gather_spec_extras"),
+    *_same("sglang.kernels.ops.sampling.murmur_hash", spec_ops, "murmur_hash32"),
     Seam(_EAGLE_UTILS, "default_tree_mask_mode", _tree_mask_mode),
-    *(
-        Seam(module, name, getattr(spec_ops, name), absent=True)
-        for module in (_EAGLE_UTILS, _DFLASH_UTILS)
-        for name in ("tree_speculative_sampling_target_only", "top_k_renorm_prob", "top_p_renorm_prob")
-    ),
+    *_same(_EAGLE_UTILS, spec_ops, *_SAMPLING, absent=True),
+    *_same(_DFLASH_UTILS, spec_ops, *_SAMPLING, absent=True),
     Seam(_DFLASH_UTILS, "_DFLASH_SAMPLING_VERIFY_AVAILABLE", True, absent=True),
     *(
-        Seam(f"sglang.srt.mem_cache.pool_host.{pool}", name, getattr(host_copies, name), absent=True)
+        seam
         for pool in ("mha", "mla", "mamba")
-        for name in (
+        for seam in _same(
+            f"sglang.srt.mem_cache.pool_host.{pool}",
+            host_copies,
             "transfer_kv_direct",
             "transfer_kv_per_layer_direct_pf_lf",
             "transfer_kv_all_layer_direct_lf_pf",
+            absent=True,
         )
     ),
 )
@@ -139,16 +132,13 @@ def _create_draft_backend(upstream: Callable[..., Any]) -> Callable[..., Any]:
     def create(
         self: Any, backend_name: str, backend_map: Any, error_template: str, stamps_children: bool = False
     ) -> Any:
-        def decode_backend() -> tuple[str, Any]:
+        def ours() -> tuple[str, Any]:
+            if not stamps_children:  # only the multi-step decode backend has children to stamp
+                return ATTENTION_BACKEND, CpuAttentionBackend(self.draft_model_runner)
             return ATTENTION_BACKEND, CpuMultiStepDraftBackend(
                 self.draft_model_runner, self.topk, self.speculative_num_steps
             )
 
-        def extend_backend() -> tuple[str, Any]:
-            return ATTENTION_BACKEND, CpuAttentionBackend(self.draft_model_runner)
-
-        # Only the multi-step decode backend has children to stamp.
-        ours = decode_backend if stamps_children else extend_backend
         backends = {**backend_map, ATTENTION_BACKEND: ours}
         return upstream(self, backend_name, backends, error_template, stamps_children)
 
@@ -248,26 +238,14 @@ _METHODS: tuple[Seam, ...] = (
     _wrapped(
         "sglang.srt.speculative.draft_utils", "DraftBackendFactory", "_create_backend", _create_draft_backend
     ),
-    _wrapped(
-        "sglang.srt.model_executor.model_runner",
-        "ModelRunner",
-        "_extend_forward_kwargs",
-        _keep_embedding_dtype,
-    ),
+    _wrapped(_RUNNER, "ModelRunner", "_extend_forward_kwargs", _keep_embedding_dtype),
     _wrapped("sglang.srt.utils.device_timer", "_TimingInterval", "create", _begin_on_host),
     _wrapped("sglang.srt.utils.device_timer", "_TimingInterval", "end", _end_on_host),
     _wrapped(
         "sglang.srt.constrained.xgrammar_backend", "XGrammarGrammarBackend", "apply_vocab_mask", _mask_on_host
     ),
-    _wrapped(
-        "sglang.srt.layers.quantization.unquant", "UnquantizedLinearMethod", "apply", packed_weights.apply
-    ),
-    _wrapped(
-        "sglang.srt.layers.quantization.unquant",
-        "UnquantizedFusedMoEMethod",
-        "forward_native",
-        layers.of_own_experts,
-    ),
+    _wrapped(_UNQUANTISED, "UnquantizedLinearMethod", "apply", packed_weights.apply),
+    _wrapped(_UNQUANTISED, "UnquantizedFusedMoEMethod", "forward_native", layers.of_own_experts),
     _wrapped(
         "sglang.srt.layers.logits_processor",
         "LogitsProcessor",
@@ -285,12 +263,7 @@ _METHODS: tuple[Seam, ...] = (
     _wrapped(
         "sglang.srt.utils.weight_checker", "WeightChecker", "_reset_tensors", packed_weights.around_updates
     ),
-    _wrapped(
-        "sglang.srt.model_executor.model_runner",
-        "ModelRunner",
-        "finalize_startup_weight_load",
-        packed_weights.around_updates,
-    ),
+    _wrapped(_RUNNER, "ModelRunner", "finalize_startup_weight_load", packed_weights.around_updates),
 )
 
 
@@ -306,13 +279,13 @@ def delta_seams() -> tuple[Seam, ...]:
     return (
         Seam(f"{linear}.gdn_backend", "GDNAttnBackend", recurrent_backends.CpuDeltaBackend),
         Seam(f"{linear}.kda_backend", "KDAAttnBackend", recurrent_backends.CpuChannelDeltaBackend),
-        *(
-            Seam(
-                "sglang.kernels.ops.attention.triton_gdn_fused_proj", name, getattr(recurrent_backends, name)
-            )
-            for name in ("fused_qkvzba_split_reshape_cat", "fused_qkvzba_split_reshape_cat_contiguous")
+        *_same(
+            "sglang.kernels.ops.attention.triton_gdn_fused_proj",
+            recurrent_backends,
+            "fused_qkvzba_split_reshape_cat",
+            "fused_qkvzba_split_reshape_cat_contiguous",
         ),
-        Seam(_ELEMENTWISE, "fused_sigmoid_mul", recurrent_backends.fused_sigmoid_mul),
+        *_same(_ELEMENTWISE, recurrent_backends, "fused_sigmoid_mul"),
         _wrapped(
             f"{fla}.fused_norm_gate", "FusedRMSNormGated", "forward", lambda _: recurrent_backends.gated_norm
         ),
@@ -328,28 +301,15 @@ def mamba2_seams() -> tuple[Seam, ...]:
     return (Seam(module, "Mamba2AttnBackend", CpuMamba2Backend),)
 
 
-def kimi_seams() -> tuple[Seam, ...]:
-    """Names that Kimi Linear's experts use."""
-    return (
-        _wrapped("sglang.srt.models.kimi_linear", "KimiMoE", "forward", lambda _: layers.experts_of_kimi),
-    )
-
-
-def llama_seams() -> tuple[Seam, ...]:
-    """Decoder layers of Llama's shape."""
-    return (_wrapped("sglang.srt.models.llama", "LlamaDecoderLayer", "forward", layers.forward),)
-
-
-def qwen2_seams() -> tuple[Seam, ...]:
-    """Decoder layers of Qwen2's, which are the same."""
-    return (_wrapped("sglang.srt.models.qwen2", "Qwen2DecoderLayer", "forward", layers.forward),)
+def _forward_of(model: str, layer: str, wrap: Callable[..., Any]) -> Callable[[], tuple[Seam, ...]]:
+    return lambda: (_wrapped(f"sglang.srt.models.{model}", layer, "forward", wrap),)
 
 
 MODEL_SEAMS: Mapping[str, Callable[[], tuple[Seam, ...]]] = {
     "RadixLinearAttention": delta_seams,
     "MambaMixer2": mamba2_seams,
-    "KimiMoE": kimi_seams,
-    "LlamaDecoderLayer": llama_seams,
-    "Qwen2DecoderLayer": qwen2_seams,
+    "KimiMoE": _forward_of("kimi_linear", "KimiMoE", lambda _: layers.experts_of_kimi),
+    "LlamaDecoderLayer": _forward_of("llama", "LlamaDecoderLayer", layers.forward),
+    "Qwen2DecoderLayer": _forward_of("qwen2", "Qwen2DecoderLayer", layers.forward),
 }
 """Seams of models with such a layer, beside :data:`SEAMS`; put in place by :func:`install_model_seams`."""
