@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from whiflash_sglang.round.catch_up import DraftSync
     from whiflash_sglang.round.quarantine import Quarantine
     from whiflash_sglang.routing.controller import Controller
-    from whiflash_sglang.telemetry.tally import Tally
+    from whiflash_sglang.telemetry.tally import ArmCounts, Tally
     from whiflash_sglang.updates.samples import Spool
     from whiflash_sglang.updates.swap import LiveWeights
 
@@ -135,16 +135,18 @@ class Series:
         return PREFIX + self.name
 
 
-def _by_arm(count: str) -> Read:
-    return lambda w: [((arm,), getattr(counts, count)) for arm, counts in w.tally.by_arm.items()]
+def _one(name: str, meaning: str, value: Callable[[Observed], float]) -> Series:
+    return Series(name, meaning, lambda w: [((), value(w))])
 
 
-def _one(value: Callable[[Observed], float]) -> Read:
-    return lambda w: [((), value(w))]
+def _each(named: str, meaning: str, values: Callable[[Observed], Mapping[Any, float]]) -> Series:
+    """A number for each value of a label; named: `name{label}`."""
+    name, label = named.removesuffix("}").split("{")
+    return Series(name, meaning, lambda w: [((str(key),), n) for key, n in values(w).items()], (label,))
 
 
-def _each(values: Callable[[Observed], Mapping[Any, float]]) -> Read:
-    return lambda w: [((str(name),), value) for name, value in values(w).items()]
+def _by_arm(name: str, meaning: str, counts: Callable[["ArmCounts"], float]) -> Series:
+    return _each(f"{name}{{arm}}", meaning, lambda w: {arm: counts(c) for arm, c in w.tally.by_arm.items()})
 
 
 def _taken(pending: deque[T]) -> Iterator[T]:
@@ -153,44 +155,38 @@ def _taken(pending: deque[T]) -> Iterator[T]:
 
 
 SERIES = (
-    Series("rounds_total", "rounds of requests", _by_arm("rounds"), ("arm",)),
-    Series(
+    _by_arm("rounds_total", "rounds of requests", lambda c: c.rounds),
+    _by_arm(
         "tokens_total",
         "tokens committed by rounds, including bonus tokens, excluding the first token of a prefill",
-        _by_arm("tokens"),
-        ("arm",),
+        lambda c: c.tokens,
     ),
-    Series("draft_tokens_total", "drafts verified", _by_arm("proposed"), ("arm",)),
-    Series("accepted_draft_tokens_total", "drafts accepted", _by_arm("accepted"), ("arm",)),
-    Series(
+    _by_arm("draft_tokens_total", "drafts verified", lambda c: c.proposed),
+    _by_arm("accepted_draft_tokens_total", "drafts accepted", lambda c: c.accepted),
+    _by_arm(
         "joined_draft_tokens_total",
         "drafts with which another arm continued those of `arm`; also in `draft_tokens`",
-        _by_arm("joined"),
-        ("arm",),
+        lambda c: c.joined,
     ),
-    Series(
+    _by_arm(
         "accepted_joined_draft_tokens_total",
         "the accepted ones of these; also in `accepted_draft_tokens`",
-        _by_arm("joined_accepted"),
-        ("arm",),
+        lambda c: c.joined_accepted,
     ),
-    Series(
-        "faulty_drafts_total",
+    _each(
+        "faulty_drafts_total{arm}",
         "rounds of requests in which the arm returned invalid drafts (unknown ids or NaN)",
-        _each(lambda w: w.quarantine.faults),
-        ("arm",),
+        lambda w: w.quarantine.faults,
     ),
-    Series(
-        "left_out_requests_total",
+    _each(
+        "left_out_requests_total{arm}",
         "requests that continued without the arm after its error or invalid drafts",
-        _each(lambda w: w.quarantine.left_out),
-        ("arm",),
+        lambda w: w.quarantine.left_out,
     ),
-    Series(
-        "quarantined",
+    _each(
+        "quarantined{arm}",
         "1 for an arm that is left out for everybody; the server's log has the reason",
-        lambda w: [((arm,), float(arm in w.quarantine)) for arm in w.drafters],
-        ("arm",),
+        lambda w: {arm: float(arm in w.quarantine) for arm in w.drafters},
     ),
     Series(
         "request_acceptance_length",
@@ -199,41 +195,36 @@ SERIES = (
         ("arm",),
         TOKENS,
     ),
-    Series(
-        "cached_prompt_tokens_total",
+    _each(
+        "cached_prompt_tokens_total{place}",
         "prompt tokens of ended requests whose KV was kept: on the `device`, in `host` memory or in `storage`",
-        _each(lambda w: w.tally.cached),
-        ("place",),
+        lambda w: w.tally.cached,
     ),
-    Series(
-        "loaded_rounds_total",
+    _each(
+        "loaded_rounds_total{arm}",
         "rounds of ended requests whose prompt's KV came in part from the host or from storage",
-        lambda w: [((arm,), counts.rounds) for arm, counts in w.tally.loaded.items()],
-        ("arm",),
+        lambda w: {arm: counts.rounds for arm, counts in w.tally.loaded.items()},
     ),
-    Series(
-        "loaded_tokens_total",
+    _each(
+        "loaded_tokens_total{arm}",
         "tokens committed by these rounds; over `loaded_rounds_total`, their acceptance length",
-        lambda w: [((arm,), counts.tokens) for arm, counts in w.tally.loaded.items()],
-        ("arm",),
+        lambda w: {arm: counts.tokens for arm, counts in w.tally.loaded.items()},
     ),
-    Series(
-        "routes_total",
+    _each(
+        "routes_total{reason}",
         "rounds of requests by routing reason: `score`, `policy`, `span`, `pin` or `off`",
-        _each(lambda w: w.tally.reasons),
-        ("reason",),
+        lambda w: w.tally.reasons,
     ),
-    Series(
+    _one(
         "switches_total",
         "rounds of requests drafted by another arm than the round before",
-        _one(lambda w: w.clock.switches),
+        lambda w: w.clock.switches,
     ),
-    Series(
-        "requests_total",
+    _each(
+        "requests_total{hints}",
         "started requests by the origin of their hints: the `request`, spans `inferred` by the server, `none`, or "
         "`malformed` ones that were ignored",
-        _each(lambda w: w.tally.requests),
-        ("hints",),
+        lambda w: w.tally.requests,
     ),
     Series(
         "round_seconds",
@@ -241,43 +232,38 @@ SERIES = (
         lambda w: (((), seconds) for seconds in _taken(w.tally.round_seconds)),
         buckets=SECONDS,
     ),
-    Series(
-        "stage_seconds_total",
+    _each(
+        "stage_seconds_total{stage}",
         "seconds by stage of the round (`GET /whiflash/state` explains them)",
-        _each(lambda w: w.clock.seconds),
-        ("stage",),
+        lambda w: w.clock.seconds,
     ),
-    Series(
+    _one(
         "decode_seconds_total",
         "seconds of consecutive rounds and of the time between them",
-        _one(lambda w: w.tally.timed_seconds),
+        lambda w: w.tally.timed_seconds,
     ),
-    Series(
+    _one(
         "plain_decode_seconds_total",
         "estimate of plain decoding's seconds for the same tokens; over `decode_seconds_total`, the speed-up",
-        _one(lambda w: w.tally.plain_seconds),
+        lambda w: w.tally.plain_seconds,
     ),
-    Series(
-        "verified_rows_total",
-        "rows that the target verified, on CUDA with padding",
-        _one(lambda w: w.clock.rows),
+    _one(
+        "verified_rows_total", "rows that the target verified, on CUDA with padding", lambda w: w.clock.rows
     ),
-    Series(
-        "catch_up_tokens_total",
+    _each(
+        "catch_up_tokens_total{arm}",
         "upper bound of the tokens that a drafter ingested after others had drafted",
-        _each(lambda w: w.sync.caught_up),
-        ("arm",),
+        lambda w: w.sync.caught_up,
     ),
-    Series(
+    _one(
         "catch_up_extra_seconds_total",
         "seconds of catching up that a drafter used in every round would not have spent",
-        _one(lambda w: w.clock.extra_catch_up_seconds),
+        lambda w: w.clock.extra_catch_up_seconds,
     ),
-    Series(
-        "backlog_tokens",
+    _each(
+        "backlog_tokens{arm}",
         "upper bound of the tokens of running requests that a drafter has yet to ingest",
-        _each(lambda w: w.sync.backlog()),
-        ("arm",),
+        lambda w: w.sync.backlog(),
     ),
     Series(
         "cost_seconds",
@@ -288,19 +274,17 @@ SERIES = (
         lambda w: w.controller.costs.fitted(w.drafters).items(),
         ("work", "arm"),
     ),
-    Series(
-        "memory_bytes",
+    _each(
+        "memory_bytes{scope}",
         "bytes by scope: `draft_kv` beside the target's slots, `backlog` (parked features), `text` of running "
         "requests, `lookup_index` of their copying arm",
-        _each(memory_of),
-        ("scope",),
+        memory_of,
     ),
-    Series(
-        "learn_samples_total",
+    _each(
+        "learn_samples_total{outcome}",
         "finished requests by outcome for `--whiflash-learn`: `written`, `declined` (no consent, or not only text), "
         "`dropped` (more than could be written) or `failed` (by the disk)",
-        lambda w: [] if w.spool is None else [((name,), count) for name, count in w.spool.counts.items()],
-        ("outcome",),
+        lambda w: {} if w.spool is None else w.spool.counts,
     ),
     Series(
         "learn_spool_bytes",
@@ -312,24 +296,21 @@ SERIES = (
         "version of the drafters' weights that serves; 0 is that of the start",
         lambda w: [] if w.weights is None else [((), w.weights.used.version)],
     ),
-    Series(
-        "drafter_gain",
+    _each(
+        "drafter_gain{drafter}",
         "tokens a round of the version that serves, divided by those of the version it was learned from, on "
         "requests that neither has learned from, by drafter",
-        lambda w: [] if w.weights is None else [((name,), gain) for name, gain in w.weights.gain.items()],
-        ("drafter",),
+        lambda w: {} if w.weights is None else w.weights.gain,
     ),
-    Series(
-        "drafter_swaps_total",
+    _each(
+        "drafter_swaps_total{outcome}",
         "versions of the drafters' weights that were `taken` or `refused` while serving",
-        lambda w: [] if w.weights is None else [((name,), count) for name, count in w.weights.swaps.items()],
-        ("outcome",),
+        lambda w: {} if w.weights is None else w.weights.swaps,
     ),
-    Series(
-        "policy",
+    _each(
+        "policy{policy}",
         "1 for the policy in force, 0 for others",
-        lambda w: [((name,), float(name == w.settings.router)) for name in get_args(RouterName)],
-        ("policy",),
+        lambda w: {name: float(name == w.settings.router) for name in get_args(RouterName)},
     ),
     Series(
         "info",
