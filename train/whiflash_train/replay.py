@@ -383,7 +383,7 @@ def _blocks(
 ) -> tuple[Tensor, Choice]:
     """Whether each draft is right [P, drafts], and the drafts."""
     blocks = choose_anchors(batch, per_token=1.0)
-    columns = [list(capture).index(layer) for layer in drafter.target_layer_ids]
+    columns = [list(capture).index(layer) for layer in drafter.config.target_layer_ids]
     states = run_blocks(drafter, batch, blocks, columns)
     bonus, drafts = batch.tokens[blocks.token + blocks.anchor], drafter.config.max_drafts
     parts = [

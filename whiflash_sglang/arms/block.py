@@ -80,7 +80,7 @@ class DFlashArm(PagedArm):
 
     def whole(self, batch: DraftBatch, wanted: int) -> Choice:
         rows, size = self._rows, len(batch)
-        positions, slots, ids = batch.rows_from(0, rows, fill=self.model.mask_token_id)
+        positions, slots, ids = batch.rows_from(0, rows, fill=self.model.config.mask_token_id)
         assert ids is not None
         attend = self.attend_at(slots.view(-1), batch, self._spans, extra=rows, width=rows)
         states = self.model(ids.view(size, rows), positions.view(size, rows), attend)

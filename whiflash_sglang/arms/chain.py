@@ -130,7 +130,7 @@ class Eagle3Arm(ChainArm):
         steps: int,
         positions: int,
     ) -> None:
-        heads, fc, depth = model.config.attention, model.fc, model.num_layers
+        heads, fc, depth = model.config.attention, model.fc, model.config.num_layers
         super().__init__(model, depth, heads, fc.weight, captured, layers, fc.in_features, steps)
         self.model = model
         self.attends_text = depth > 1
@@ -144,7 +144,7 @@ class Eagle3Arm(ChainArm):
             embedded = rows.embedded(self.model.embed)
             k, v = self.model.keys_values(embedded, fused, rows.positions, self.attend_text(rows))
             # Padding goes to slot 0, which is nobody's: which rows are padding is not for the host to know.
-            self.kv.write(self.model.num_layers - 1, rows.slots.clamp(min=0), k, v)
+            self.kv.write(self.model.config.num_layers - 1, rows.slots.clamp(min=0), k, v)
             return
         if rows.images is not None or not self.model.embeds_alone:
             # Embeddings that the processes looked up together, or that images have, take the matrix's place, a row a

@@ -218,16 +218,15 @@ def _without_gradients(weight: torch.Tensor) -> torch.Tensor:
 
 def dflash_weights(model: DFlashDrafter) -> DFlashWeights:
     """K and V projections of all layers stacked, so that one product serves the whole catch-up."""
-    layers: list[Any] = list(model.layers)
-    attentions = [layer.attention for layer in layers]
-    biased = model.config.attention_bias
+    with torch.no_grad():
+        kv, kv_bias, k_norm = model.stacked()
     weights = DFlashWeights(
         fc=_without_gradients(model.fc.weight),
         hidden_norm=model.hidden_norm.scale().detach(),
-        kv=torch.cat([a.qkv.weight.detach()[a.query_size :] for a in attentions]),
-        k_norm=torch.stack([a.k_norm.scale().detach() for a in attentions]),
+        kv=kv,
+        k_norm=k_norm,
         eps=model.config.rms_norm_eps,
-        kv_bias=torch.cat([a.qkv.bias.detach()[a.query_size :] for a in attentions]) if biased else None,
+        kv_bias=kv_bias,
     )
     pack([weights.fc, weights.kv])
     return weights

@@ -233,11 +233,6 @@ class Eagle3Drafter(TargetsParts):
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
 
     @property
-    def num_layers(self) -> int:
-        """Decoder layers, each with K/V of its own."""
-        return self.config.num_layers
-
-    @property
     def draft_vocab_size(self) -> int:
         """Rows of the head that drafts."""
         return self.config.draft_vocab_size or self.config.vocab_size
@@ -262,9 +257,9 @@ class Eagle3Drafter(TargetsParts):
         They come from what the layers below it put out: those run whole, and `attend` is given their k and v. One layer
         needs no attention. Raises `CheckpointError` for several layers without `attend`.
         """
-        if attend is None and self.num_layers > 1:
+        if attend is None and self.config.num_layers > 1:
             raise CheckpointError(
-                f"K/V of an EAGLE-3 drafter of {self.num_layers} layers need attention over the text"
+                f"K/V of an EAGLE-3 drafter of {self.config.num_layers} layers need attention over the text"
             )
         angles = self.rotary.angles(positions)
         _, entry = self._below_last(tokens, hidden, angles, attend)
@@ -281,7 +276,7 @@ class Eagle3Drafter(TargetsParts):
         """
         angles = self.rotary.angles(positions)
         residual, entry = self._below_last(tokens, hidden, angles, attend)
-        last = self.num_layers - 1
+        last = self.config.num_layers - 1
         residual, normed = self.layers[last](residual, entry, angles, last, attend, self.norm)
         return normed if self.config.norm_output else residual, normed
 

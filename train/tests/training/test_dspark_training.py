@@ -172,15 +172,15 @@ def test_it_goes_on_from_a_dflash_checkpoint_proposing_the_same(
     start = tiny_dflash(tmp_path / "dflash", path)
     heads = {"target_embedding": target.embedding, "target_lm_head": target.head}
     trunk = DFlashDrafter.load(start, **CPU, **heads)
-    settings = SETTINGS.model_copy(update={"target_layers": list(trunk.target_layer_ids), "block_size": 8})
+    layers = list(trunk.config.target_layer_ids)
+    settings = SETTINGS.model_copy(update={"target_layers": layers, "block_size": 8})
     drafter = go_on_from(start, target, settings)
     assert (drafter.config.from_anchor, drafter.config.max_drafts) == (False, 7)
     drafter.save(tmp_path / "saved", torch.float32)
     again = read_draft(tmp_path / "saved").load(**CPU, **heads)
     assert isinstance(again, DSparkDrafter)
     assert again.config == replace(drafter.config)
-    states = torch.randn(5, 8, 64, generator=torch.Generator().manual_seed(4))
-    bonus = torch.arange(5)
+    states, bonus = torch.randn(5, 8, 64, generator=torch.Generator().manual_seed(4)), torch.arange(5)
     expected = trunk.propose(states, bonus, 7, trunk.head).token
     for one in (drafter, again):
         assert torch.equal(one.propose(states, bonus, 7, one.head).token, expected)
@@ -329,7 +329,7 @@ def test_the_markov_head_reads_the_row_in_front(target: TargetModel) -> None:
     """Every head type: latents of a whole block are those of drafting token by token."""
     for kind in ("vanilla", "gated", "rnn"):
         drafter = training(target, SETTINGS.model_copy(update={"markov_head": kind})).drafter.eval()
-        states = torch.randn(3, drafter.block_size, 64, generator=torch.Generator().manual_seed(6))
+        states = torch.randn(3, drafter.config.block_size, 64, generator=torch.Generator().manual_seed(6))
         bonus = torch.tensor([5, 70, 80])
         with torch.no_grad():
             drafted = drafter.propose(states, bonus, 4, drafter.head).token

@@ -98,7 +98,7 @@ def test_every_block_equals_drafting_it_alone(
     pair: Pair, spans: tuple[LayerSpan, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pair.dflash, "config", replace(pair.dflash.config, spans=spans))
-    columns = list(pair.dflash.target_layer_ids)
+    columns = list(pair.dflash.config.target_layer_ids)
     blocks = choose_anchors(pair.batch, per_token=1.0)
     packed = run_blocks(pair.dflash, pair.batch, blocks, columns)
     row = 0
@@ -116,7 +116,7 @@ def test_every_block_equals_drafting_it_alone(
                     seen &= back <= own.window
                 return attention(q, torch.cat([keys[layer], k]), torch.cat([values[layer], v]), seen)
 
-            inputs = torch.full((8,), pair.dflash.mask_token_id)
+            inputs = torch.full((8,), pair.dflash.config.mask_token_id)
             inputs[0] = pair.batch.tokens[span.token + anchor]
             expected = pair.dflash(inputs[None], torch.arange(anchor, anchor + 8)[None], attend)[0]
             torch.testing.assert_close(packed[row], expected, rtol=1e-4, atol=1e-4)

@@ -174,12 +174,12 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 def run_blocks(drafter: DFlashDrafter, batch: Batch, blocks: Blocks, columns: Sequence[int]) -> Tensor:
     """Draft all blocks: final states of their rows, [A, rows, H], the bonus token's first."""
-    width = drafter.block_size
+    width = drafter.config.block_size
     device = batch.tokens.device
     fused = drafter.fuse(batch.features[:, columns].flatten(1).to(drafter.fc.weight.dtype))
     places = torch.cat([torch.arange(span.length - 1, device=device) for span in batch.spans])
     keys, values = drafter.keys_values(fused, places)
-    inputs = torch.full((len(blocks.anchor), width), drafter.mask_token_id, device=device)
+    inputs = torch.full((len(blocks.anchor), width), drafter.config.mask_token_id, device=device)
     inputs[:, 0] = batch.tokens[blocks.token + blocks.anchor]
     positions = blocks.anchor[:, None] + torch.arange(width, device=device)
     attend = _block_attention(batch.spans, blocks, width, keys, values, drafter.config.spans)

@@ -178,32 +178,12 @@ class DFlashDrafter(TargetsParts):
         self._context: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     @property
-    def block_size(self) -> int:
-        """Tokens of a block, the bonus token included."""
-        return self.config.block_size
-
-    @property
-    def mask_token_id(self) -> int:
-        """The token at the positions to be drafted."""
-        return self.config.mask_token_id
-
-    @property
-    def target_layer_ids(self) -> tuple[int, ...]:
-        """Target layers whose outputs `fuse` takes, in its order."""
-        return self.config.target_layer_ids
-
-    @property
-    def num_layers(self) -> int:
-        """Draft layers, each with K/V of its own."""
-        return self.config.num_layers
-
-    @property
     def head(self) -> DraftHead:
         """As of the class."""
         return super().head if self.target_mtp is None else DraftHead(self.target_mtp, self.own_ids)
 
     def fuse(self, features: Tensor) -> Tensor:
-        """`features` [T, len(target_layer_ids) · H] → the context feature [T, H] that all layers share."""
+        """`features` [T, len(config.target_layer_ids) · H] → the context feature [T, H] that all layers share."""
         fused: Tensor = self.hidden_norm(self.fc(features))
         return fused
 
@@ -212,12 +192,13 @@ class DFlashDrafter(TargetsParts):
 
         Returns k and v, each [layers, T, Hkv, D], k normed and rotated. Exact for any number of layers.
         """
-        _, kv_heads, head_dim = self.config.attention
-        weight, bias, k_norm = self._context_projection()
-        kv = F.linear(fused, weight, bias).view(len(fused), self.num_layers, 2, kv_heads, head_dim)
+        layers, (_, kv_heads, head_dim) = self.config.num_layers, self.config.attention
+        weight, bias, k_norm = self.stacked() if self._context is None else self._context
+        kv = F.linear(fused, weight, bias).view(len(fused), layers, 2, kv_heads, head_dim)
         k, v = kv.permute(2, 1, 0, 3, 4)
-        k = F.rms_norm(k, (head_dim,), None, self.config.rms_norm_eps) * k_norm.to(k.dtype)
-        rotated = rotate(k.flatten(0, 1), self.rotary.angles(positions.repeat(self.num_layers)))
+        normed = F.rms_norm(k, (head_dim,), None, self.config.rms_norm_eps)
+        k = normed * k_norm[:, None, None].to(k.dtype)
+        rotated = rotate(k.flatten(0, 1), self.rotary.angles(positions.repeat(layers)))
         return rotated.view(k.shape), v
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -232,7 +213,7 @@ class DFlashDrafter(TargetsParts):
         hidden = self.embed(ids)
         if self.mask_embedding is not None:
             trained = self.mask_embedding * self.embedding_scale
-            hidden = torch.where((ids == self.mask_token_id)[:, None], trained, hidden)
+            hidden = torch.where((ids == self.config.mask_token_id)[:, None], trained, hidden)
         angles = self.rotary.angles(positions.flatten())
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, angles, index, attend, rows)
@@ -261,25 +242,18 @@ class DFlashDrafter(TargetsParts):
     def train(self, mode: bool = True) -> "DFlashDrafter":
         """Switch modes; the stacked projection is kept in evaluation mode only."""
         super().train(mode)
-        self._context = None if mode else self._stack()
+        self._context = None if mode else self.stacked()
         return self
 
-    def _context_projection(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        return self._stack() if self._context is None else self._context
-
-    def _stack(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """K and V rows of all layers [layers · 2 · Hkv · D, H], their biases, and the K norms [layers, 1, 1, D]."""
+    def stacked(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """K and V rows of all layers [layers · 2 · Hkv · D, H], their biases, and the K norms [layers, D], new."""
         attentions: list[Any] = [layer.attention for layer in self.layers]
         rows = attentions[0].query_size
         weight = torch.cat([attention.qkv.weight[rows:] for attention in attentions])
         bias = None
         if self.config.attention_bias:
             bias = torch.cat([attention.qkv.bias[rows:] for attention in attentions])
-        return (
-            weight,
-            bias,
-            torch.stack([attention.k_norm.scale() for attention in attentions])[:, None, None],
-        )
+        return weight, bias, torch.stack([attention.k_norm.scale() for attention in attentions])
 
     @classmethod
     def load(
