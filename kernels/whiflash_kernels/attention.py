@@ -1,5 +1,7 @@
 """Attention of a drafter's few query rows over its paged KV, with lengths that only the device knows."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -93,27 +95,10 @@ def draft_attention(
     return out
 
 
-def _draft_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    req_to_token: Tensor,
-    request_slots: Tensor,
-    seq_lens: Tensor,
-    extra: int,
-    width: int,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    longest: int,
-) -> Tensor:
+def _draft_attention(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
     if _compiled is not None and fits(q, k, v):
-        return _compiled.draft(
-            q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window
-        )
-    return reference.draft_attention(
-        q, k, v, req_to_token, request_slots, seq_lens, extra, width, causal, scale, window, longest
-    )
+        return _compiled.draft(q, k, v, *others[:-1])  # without `longest`, which sizes launches
+    return reference.draft_attention(q, k, v, *others)
 
 
 # `torch.library.custom_op` would do the same and take five times as long a call.
