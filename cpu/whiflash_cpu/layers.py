@@ -111,13 +111,8 @@ def rotate(
     )
     if compiled is None or not plain:
         return self.forward_native(positions, query, key, offsets, fused_set_kv_buffer_arg)
-    rows = len(positions)
-    compiled.rotate(
-        query.view(rows, -1, self.head_size),
-        key.view(rows, -1, self.head_size),
-        self.cos_sin_cache,
-        positions,
-    )
+    q, k = (x.view(len(positions), -1, self.head_size) for x in (query, key))
+    compiled.rotate(q, k, self.cos_sin_cache, positions)
     return query, key
 
 

@@ -125,13 +125,7 @@ class CpuMamba2Backend(CpuRecurrentBackend):
 class CpuDeltaBackend(CpuRecurrentBackend):
     """Replaces `GDNAttnBackend`."""
 
-    def forward_decode(self, layer: Any, forward_batch: Any, **inputs: Any) -> torch.Tensor:
-        return self._run(layer, forward_batch, **inputs)
-
-    def forward_extend(self, layer: Any, forward_batch: Any, **inputs: Any) -> torch.Tensor:
-        return self._run(layer, forward_batch, **inputs)
-
-    def _run(
+    def forward_extend(
         self,
         layer: Any,
         forward_batch: Any,
@@ -157,6 +151,8 @@ class CpuDeltaBackend(CpuRecurrentBackend):
 
         convolution = (layer.conv_weights, layer.bias, layer.activation)
         return self.go_on(layer.layer_id, forward_batch, mixed_qkv, convolution, rule)[None]
+
+    forward_decode = forward_extend
 
     def decay(self, layer: Any, a: torch.Tensor) -> torch.Tensor:
         """Decay of the state by a row, as a logarithm. a: [T, H], as it was projected. Returns [T, H] fp32."""
