@@ -62,10 +62,6 @@ def _deepspec(ar: tuple[float, ...], block: tuple[float, ...]) -> Acceptance:
     return Acceptance(lengths, {AR: 7, BLOCK: 7}, source)
 
 
-def _deepseek(kind: str) -> str:
-    return f"deepseek-ai/{kind}"
-
-
 KNOWN = (
     PublishedTarget(
         "Qwen/Qwen3-4B",

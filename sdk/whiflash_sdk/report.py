@@ -97,7 +97,7 @@ class Report(BaseModel):
     def groups(self) -> Iterator[tuple[str, tuple[Share, ...]]]:
         """Every table's title and rows; the drafters' rows are answers' in which they drafted."""
         drafters = tuple(
-            Share(name=arm, answers=self._answers(arm), **dict(totals))
+            Share(name=arm, answers=sum(arm in turn.arms for turn in self.turns), **dict(totals))
             for arm, totals in sorted(self.total.arms.items(), key=lambda item: -item[1].tokens)
         )
         yield from (("Agent", self.agents), ("Tool", self.tools), ("Turn", self.turns), ("Drafter", drafters))
@@ -113,9 +113,6 @@ class Report(BaseModel):
         from whiflash_sdk.render.text import report
 
         return report(self)
-
-    def _answers(self, arm: str) -> int:
-        return sum(arm in turn.arms for turn in self.turns)
 
 
 def agent_of(trace: CollectedTrace) -> str:

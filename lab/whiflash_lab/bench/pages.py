@@ -24,7 +24,7 @@ def render(report: BenchReport) -> str:
     """Every load: an overview of the arms, then rates by category; then rounds, differences and provenance."""
     parts = ["# Benchmark", _setting(report)]
     for load in report.loads:
-        parts += [f"## {_title(load)}", _overview(load, report.over)]
+        parts += [f"## Closed loop, concurrency {load.load.value}", _overview(load, report.over)]
         if load.load.is_alone:
             parts += [_by_category(report, load), _over(report, load)]
     parts += [
@@ -82,10 +82,6 @@ def _taken_from(provenance: Mapping[str, Any]) -> str:
         else "prompts, which the server did not take"
     )
     return sentences + (f" Left out: {left_out} {what}." if left_out else "")
-
-
-def _title(load: LoadReport) -> str:
-    return f"Closed loop, concurrency {load.load.value}"
 
 
 def _overview(load: LoadReport, over: str | None) -> str:

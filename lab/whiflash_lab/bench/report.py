@@ -206,18 +206,15 @@ def _figures(
     repetitions = len({cell.repetition for cell in cells})
     forwards = sum(answer.forwards for answer in answers)
     drafted = sum(len(answer.tokens) - answer.prefills for answer in answers)
-    whole = [cell for cell in cells if all(belongs(answer.prompt) for answer in cell.answers)]
+    whole = within(cells, belongs)
     rounds = _rounds(whole)
     tokens = sum(len(answer.tokens) for cell in whole for answer in cell.answers)
     verdicts = None if differing is None else [d.verdict for d in differing if belongs(d.prompt)]
-    per_second = None
-    if load.is_alone or name == OVERALL:
-        per_second = rate(*samples(whole))
     return Figures(
         answers=len(answers),
         output_tokens=sum(len(answer.tokens) for answer in answers) // repetitions,
         target_forwards=forwards // repetitions,
-        output_tokens_per_s=per_second,
+        output_tokens_per_s=rate(*samples(whole)) if load.is_alone or name == OVERALL else None,
         acceptance_length=drafted / forwards if forwards else 1.0,
         ttft_ms=percentiles_ms([a.ttft for a in answers if a.ttft is not None]),
         tpot_ms=percentiles_ms([a.tpot for a in answers if a.tpot is not None]),
@@ -246,10 +243,7 @@ def _ratios(
     over: str | None,
     base: str,
 ) -> Ratios:
-    against_none: dict[str, Interval] = {}
-    against_static: dict[str, Interval] = {}
-    static_arm: dict[str, str] = {}
-    against_asked: dict[str, Interval] = {}
+    ratios = Ratios(none={}, static={}, static_arm={})
     statics = [
         name for name in cells if name.split(":")[0] in (*STATIC, *PINNED) and not name.endswith(BESIDE)
     ]
@@ -257,16 +251,11 @@ def _ratios(
         if not load.is_alone and name != OVERALL:
             continue
         chosen = {key: within(own, belongs) for key, own in cells.items()}
-        against_none[name] = paired(chosen[arm], chosen[base], groups)
+        ratios.none[name] = paired(chosen[arm], chosen[base], groups)
         if over is not None and over in cells and over != arm:
-            against_asked[name] = paired(chosen[arm], chosen[over], groups)
+            ratios.over[name] = paired(chosen[arm], chosen[over], groups)
         if statics and arm not in statics:
             best = max(statics, key=lambda key: rate(*samples(chosen[key])))
-            static_arm[name] = best
-            against_static[name] = paired(chosen[arm], chosen[best], groups)
-    return Ratios(
-        none=against_none,
-        static=against_static,
-        static_arm=static_arm,
-        over=against_asked,
-    )
+            ratios.static_arm[name] = best
+            ratios.static[name] = paired(chosen[arm], chosen[best], groups)
+    return ratios

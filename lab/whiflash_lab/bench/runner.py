@@ -67,7 +67,8 @@ def sweep(
     for load in loads:
         units = [(prompt,) for prompt in alone] if load.is_alone else [tuple(together)]
         for unit in units:
-            for arm in _rotated(arms, turn):
+            first = turn % len(arms)
+            for arm in (*arms[first:], *arms[:first]):
                 yield Step(load, arm, repetition, unit)
             turn += 1
 
@@ -89,11 +90,6 @@ def remaining(steps: Sequence[Step], cells: Collection[Cell]) -> list[Step]:
     """The steps that were not measured yet."""
     done = {cell.key for cell in cells}
     return [step for step in steps if step.key not in done]
-
-
-def _rotated(arms: Sequence[str], turn: int) -> list[str]:
-    first = turn % len(arms)
-    return [*arms[first:], *arms[:first]]
 
 
 WARM_UP_PROMPTS = 3
