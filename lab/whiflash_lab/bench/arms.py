@@ -196,24 +196,17 @@ def _arm(name: str, subject: Subject) -> Arm:
     common = ("--model-path", str(subject.target), "--dtype", subject.dtype, *subject.common)
     if kind == NONE:
         return Arm(name, name, common)
-    if kind in ROUTERS:
-        own = kind == AUTO
-        return Arm(
-            name,
-            f"WHIFLASH {kind}" if own else "WHIFLASH",
-            (*common, *_whiflash(subject.bundle)),
-            ROUTERS[kind],
-        )
-    if kind in VARIANTS:
-        return Arm(name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.variants[kind])), VARIANTS[kind])
-    if kind in FLAGS:
-        flagged = (*common, *_whiflash(subject.bundle), *FLAGS[kind])
-        return Arm(name, f"WHIFLASH {kind}", flagged, ROUTERS[AUTO])
-    if kind == NO_HINTS:
-        from whiflash_sdk import Hints  # with the OpenAI client behind it, which names of arms do not need
+    if kind in (*ROUTERS, *VARIANTS, *FLAGS, NO_HINTS):
+        server = "WHIFLASH" if kind in ROUTERS and kind != AUTO else f"WHIFLASH {kind}"
+        bundle = subject.variants[kind] if kind in VARIANTS else subject.bundle
+        arguments = (*common, *_whiflash(bundle), *FLAGS.get(kind, ()))
+        request: Mapping[str, Any] = {}
+        if kind == NO_HINTS:
+            # With the OpenAI client behind it, which names of arms do not need.
+            from whiflash_sdk import Hints
 
-        unhinted = Hints(infer=False).extra_body()
-        return Arm(name, f"WHIFLASH {kind}", (*common, *_whiflash(subject.bundle)), ROUTERS[AUTO], unhinted)
+            request = Hints(infer=False).extra_body()
+        return Arm(name, server, arguments, ROUTERS.get(kind, AUTO), request)
     algorithm = "EAGLE3" if kind == ADAPTIVE else kind
     return Arm(name, name, (*common, "--speculative-algorithm", algorithm, *_upstream(kind, width, subject)))
 
