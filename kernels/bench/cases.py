@@ -258,10 +258,8 @@ def attention_cases(bench: Bench) -> Iterator[Case]:
     for batch in bench.sizes.batches:
         for width in (1, s.block):
             q, pool = bench.random(batch * width, s.heads, s.dim), bench.pools(1)
-            slots, lengths = (
-                bench.request_slots(batch),
-                torch.full((batch,), context - width, device=bench.device),
-            )
+            slots = bench.request_slots(batch)
+            lengths = torch.full((batch,), context - width, device=bench.device)
             arguments = (q, pool.k[0], pool.v[0], bench.table, slots, lengths)
             options = {"extra": width, "width": width, "causal": width == 1, "scale": s.dim**-0.5}
             entries = batch * context

@@ -14,7 +14,8 @@ _CHUNK_ELEMENTS = 1 << 17
 vocabulary of 49,152 four times faster than one pass over all of them."""
 
 
-def _check(logits: Tensor, rows: Tensor | None = None) -> None:
+def check_logits(logits: Tensor, rows: Tensor | None = None) -> None:
+    """Raise ValueError for logits of another layout than every op on them takes."""
     if logits.ndim != 2 or logits.shape[1] == 0 or (logits.shape[0] and logits.stride(1) != 1):
         raise ValueError(
             "logits must be [rows, vocabulary], contiguous along the vocabulary, got shape "
@@ -22,7 +23,7 @@ def _check(logits: Tensor, rows: Tensor | None = None) -> None:
         )
 
 
-@op(_check)
+@op(check_logits)
 def routing_stats(logits: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Entropy, top-1 probability and argmax of each row's softmax.
 

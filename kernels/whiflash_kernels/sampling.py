@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from whiflash_kernels.dispatch import op
+from whiflash_kernels.routing import check_logits
 from whiflash_kernels.structs import SamplingTable
 
 GREEDY = 1
@@ -22,11 +23,7 @@ LEAST = 1e-8
 
 
 def _check(logits: Tensor, *_: Any, masks: tuple[Tensor, Tensor] | None = None, **__: Any) -> None:
-    if logits.ndim != 2 or logits.shape[1] == 0 or (logits.shape[0] and logits.stride(1) != 1):
-        raise ValueError(
-            "logits must be [rows, vocabulary], contiguous along the vocabulary, got shape "
-            f"{tuple(logits.shape)} and strides {logits.stride()}"
-        )
+    check_logits(logits)
     if masks is not None and masks[0].shape[1] * 32 < logits.shape[1]:
         raise ValueError(f"masks of {masks[0].shape[1]} words are too short for {logits.shape[1]} tokens")
 
