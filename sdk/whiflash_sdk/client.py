@@ -172,8 +172,8 @@ def _hinting_request(client: Any) -> Callable[..., Any]:
             return (yield door(_carrying(options, body)))
 
         asking = functools.partial(asks, OfClient(client), options.timeout)
-        told = vars(client)[_WRAPPED]
-        return drive(exchange(client, told, route, _body(options), ask=asking, send=send, take=note))
+        told, body = vars(client)[_WRAPPED], {**(options.json_data or {}), **(options.extra_json or {})}
+        return drive(exchange(client, told, route, body, ask=asking, send=send, take=note))
 
     @functools.wraps(client.request)
     async def awaited(*args: Any, **kwargs: Any) -> Any:
@@ -188,10 +188,6 @@ def _route(options: Any) -> str | None:
     if raw or options.method.lower() != "post" or not isinstance(options.json_data, Mapping | None):
         return None
     return route_of(options.url)
-
-
-def _body(options: Any) -> Mapping[str, Any]:
-    return {**(options.json_data or {}), **(options.extra_json or {})}
 
 
 def _carrying(options: Any, body: Mapping[str, Any]) -> Any:

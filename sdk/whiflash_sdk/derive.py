@@ -29,17 +29,12 @@ def derive_spans(
         reasoning_parser=reasoning_parser,
         has_tools=has_tools,
         response_format=response_format.get("type") if isinstance(response_format, Mapping) else None,
-        forced=has_tools and _is_forced(choice),
+        forced=has_tools and (choice == "required" or isinstance(choice, Mapping)),
     )
 
 
 def _knows(presets: Mapping[str, object], parser: str | None) -> bool:
     return parser is None or parser in presets
-
-
-def _is_forced(choice: object) -> bool:
-    """Whether the answer has to be a tool call."""
-    return choice == "required" or isinstance(choice, Mapping)
 
 
 def open_first(spans: tuple[Span, ...], opened: Span | None) -> tuple[Span, ...]:
