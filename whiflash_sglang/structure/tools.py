@@ -176,11 +176,8 @@ def properties_of(parameters: object) -> Mapping[str, Any]:
 def required_of(parameters: object) -> frozenset[str]:
     """Names of the arguments that a call must have."""
     required = parameters.get("required") if isinstance(parameters, Mapping) else None
-    return (
-        frozenset(key for key in required if isinstance(key, str))
-        if isinstance(required, list)
-        else frozenset()
-    )
+    names = required if isinstance(required, list) else ()
+    return frozenset(key for key in names if isinstance(key, str))
 
 
 def listed_of(schema: object) -> tuple[str, ...]:

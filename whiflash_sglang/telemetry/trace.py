@@ -367,7 +367,9 @@ class Sampler:
                 sample = make()
                 if sample is not None:
                     self._files.append(json.dumps(sample).encode() + b"\n")
-                    self._recovered()
+                    if self._failing:
+                        self._failing = False
+                        logger.info("traces are sampled again; %d were lost since the start", self.lost)
             except Exception as error:  # whatever it is, requests go on and so do later samples
                 self._lose(str(error))
             finally:
@@ -378,8 +380,3 @@ class Sampler:
         if not self._failing:
             self._failing = True
             logger.warning("traces are not sampled: %s (said once, until one is written again)", why)
-
-    def _recovered(self) -> None:
-        if self._failing:
-            self._failing = False
-            logger.info("traces are sampled again; %d were lost since the start", self.lost)

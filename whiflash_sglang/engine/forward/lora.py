@@ -13,7 +13,6 @@ from typing import Any
 from sglang.srt.lora.backend.triton_backend import TritonLoRABackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_spec
-from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 
 from whiflash_sglang.engine.patching import around
 from whiflash_sglang.errors import ConfigError
@@ -37,7 +36,8 @@ def require_plain_layers(model_runner: Any) -> None:
 )
 def _by_layout(original: Any, self: Any, forward_batch: Any) -> None:
     """Adapters' segments are the rows that a verification has of each request."""
-    layout, requests = _layout(forward_batch), forward_batch.batch_size
+    layout = getattr(forward_batch.spec_info, "ragged_verify_layout", None)
+    requests = forward_batch.batch_size
     if layout is None:
         original(self, forward_batch)
         return
@@ -61,7 +61,3 @@ def _by_layout(original: Any, self: Any, forward_batch: Any) -> None:
         max_len=widest,
         expected_tokens=layout.graph_num_tokens,
     )
-
-
-def _layout(forward_batch: Any) -> RaggedVerifyLayout | None:
-    return getattr(forward_batch.spec_info, "ragged_verify_layout", None)

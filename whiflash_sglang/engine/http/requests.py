@@ -133,12 +133,10 @@ async def take_up(manager: Any, obj: Any, call: Call | None) -> list[Asked]:
 
 def _filled(entry: Any, params: dict[str, Any] | None) -> Any:
     """Sampling parameters that carry these; SGLang may have put keys of its own there while it converted a request."""
+    if params is None:
+        return entry
     known = entry or {}
-    return (
-        entry
-        if params is None
-        else {**known, "custom_params": {**(known.get("custom_params") or {}), **params}}
-    )
+    return {**known, "custom_params": {**(known.get("custom_params") or {}), **params}}
 
 
 async def asked_by(manager: Any, custom_params: Any) -> Asked:
