@@ -135,3 +135,9 @@ class ServedOrigin:
 
 Origin = TargetModel | ServedOrigin
 """A target, as drafters begin from it."""
+
+
+def for_training(target: Origin) -> dict[str, Any]:
+    """Options with which a checkpoint for this target is loaded: on the CPU, in float32."""
+    matrices = {"target_embedding": target.embedding.float(), "target_lm_head": target.head.float()}
+    return {"device": torch.device("cpu"), "dtype": torch.float32, **matrices}

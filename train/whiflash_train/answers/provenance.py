@@ -41,7 +41,10 @@ class Provenance:
                 "threads": torch.get_num_threads(),
                 "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
                 "config": settings,
-                "data": [_describe(store) for store in stores],
+                "data": [
+                    {"sequences": len(store.records), "index_sha256": digest_of(store.records)}
+                    for store in stores
+                ],
             },
         )
 
@@ -49,11 +52,6 @@ class Provenance:
         """Write `provenance.json` into `directory`."""
         record = {**self.record, "wall_seconds": round(time.time() - self.began, 1), **results}
         (directory / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _describe(store: FeatureStore) -> dict[str, Any]:
-    """Size of a shard and a digest of the sequences that it names."""
-    return {"sequences": len(store.records), "index_sha256": digest_of(store.records)}
 
 
 def digest_of(records: Sequence[SequenceRecord]) -> str:

@@ -22,7 +22,7 @@ from whiflash_train.config import DSpark
 from whiflash_train.drafters.batches import cross_entropy, first_choice
 from whiflash_train.drafters.dflash import BlockTraining, Examples, exponential, weighted_mean
 from whiflash_train.drafters.dflash import initialise as initialise_trunk
-from whiflash_train.origin import Origin
+from whiflash_train.origin import Origin, for_training
 
 
 class Terms(NamedTuple):
@@ -120,12 +120,7 @@ def go_on_from(path: Path, target: Origin, settings: DSpark) -> DSparkDrafter:
     for key, (configured, has) in asked.items():
         if configured != has:
             raise ConfigError(f"--start-from {path} has {has}, {key} asks for {configured}")
-    trunk = draft.load(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        target_embedding=target.embedding.float(),
-        target_lm_head=target.head.float(),
-    )
+    trunk = draft.load(**for_training(target))
     if trunk.mask_embedding is not None:
         raise ConfigError(
             f"--start-from {path}: its trained mask embedding cannot be trained on, nor written"

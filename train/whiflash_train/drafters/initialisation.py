@@ -12,7 +12,7 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_train.answers.store import FeatureStore, unique_answers
 from whiflash_train.config import Eagle3, TrainConfig
-from whiflash_train.origin import Origin, ServedOrigin
+from whiflash_train.origin import Origin, ServedOrigin, for_training
 from whiflash_train.target import TargetModel, unknown
 
 _NORM_ANSWERS = 64
@@ -105,13 +105,7 @@ def go_on_from(path: Path, target: Origin, settings: Eagle3, frequencies: Tensor
         CheckpointError: it cannot be read. ConfigError: it reads other layers, has several, a wider MLP, an embedding
             of its own or no head of its own.
     """
-    drafter = Eagle3Drafter.load(
-        path,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        target_embedding=target.embedding.float(),
-        target_lm_head=target.head.float(),
-    )
+    drafter = Eagle3Drafter.load(path, **for_training(target))
     config = drafter.config
     layers, configured = config.layers_of(target.num_layers), tuple(settings.target_layers)
     if layers != configured:

@@ -32,7 +32,7 @@ from whiflash_train.drafters import dspark as dspark_training
 from whiflash_train.drafters import eagle3 as eagle3_training
 from whiflash_train.drafters.batches import EvenRows, SequenceBatches, token_frequencies
 from whiflash_train.drafters.initialisation import choose_draft_vocabulary, go_on_from, origin_of
-from whiflash_train.origin import Origin
+from whiflash_train.origin import Origin, for_training
 
 AfterStep = Callable[[], object]
 
@@ -79,10 +79,36 @@ def train_drafter(
         ConfigError: there is no such section, or `start_from` is not of its shape.
     """
     settings = config.dspark_section() if name == "dspark" else getattr(config, name)
-    stores = open_stores(config)
+    stores, loop = open_stores(config), settings.loop
     target = origin_of(config, target_path, stores)
-    build = partial(BUILDERS[name], config, settings, target, stores, start_from)
-    return _train(name, config, settings.loop, stores, build, start_from, held, after_step)
+    if config.hardware.threads:
+        torch.set_num_threads(config.hardware.threads)
+    torch.manual_seed(config.seed)
+    run = config.work / name
+    batches = SequenceBatches(stores, loop.answer_tokens, loop.min_answer, config.seed)
+    resumed = last_checkpoint(run / "trainer")
+    facts = _facts(name, config, stores, start_from) | ({"held": True} if held else {})
+    check_same_run(run / "trainer", facts, begun=resumed is not None)
+    provenance = Provenance.start(config, stores)
+    model: Any = BUILDERS[name](config, settings, target, stores, start_from)
+    kept = Held(name, model.drafter) if held else None
+    model.train()
+    trainer = _LoggingTrainer(
+        model=model,
+        args=_arguments(config, loop, run / "trainer", len(batches)),
+        train_dataset=batches,
+        data_collator=lambda items: items[0],
+        callbacks=[] if after_step is None else [_Stepped(after_step)],
+    )
+    trainer.train(resume_from_checkpoint=resumed)
+    out = run / "checkpoint"
+    if kept is None or start_from is None:
+        model.drafter.save(out)
+    else:
+        kept.write_back()
+        model.drafter.save(out, stored_dtype(start_from))
+    provenance.finish(out, {"log": trainer.state.log_history, "answer_tokens": batches.answer_tokens})
+    return out
 
 
 train_eagle3 = partial(train_drafter, "eagle3")
@@ -113,13 +139,7 @@ def _dflash(
             target, settings, block_size=settings.block_size, section="dflash"
         )
     else:
-        drafter = DFlashDrafter.load(
-            start,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            target_embedding=target.embedding,
-            target_lm_head=target.head,
-        )
+        drafter = DFlashDrafter.load(start, **for_training(target))
     drafter.embedding_scale = target.embedding_scale
     options = _block_options(config, settings, stores, target)
     return dflash_training.DFlashTraining(drafter, gamma=settings.gamma, **options)
@@ -185,30 +205,9 @@ def _facts(
     }
 
 
-def _train(
-    name: str,
-    config: TrainConfig,
-    loop: Loop,
-    stores: list[FeatureStore],
-    build: Callable[[], nn.Module],
-    start_from: Path | None,
-    held: bool,
-    after_step: AfterStep | None,
-) -> Path:
-    if config.hardware.threads:
-        torch.set_num_threads(config.hardware.threads)
-    torch.manual_seed(config.seed)
-    run = config.work / name
-    batches = SequenceBatches(stores, loop.answer_tokens, loop.min_answer, config.seed)
-    resumed = last_checkpoint(run / "trainer")
-    facts = _facts(name, config, stores, start_from) | ({"held": True} if held else {})
-    check_same_run(run / "trainer", facts, begun=resumed is not None)
-    provenance = Provenance.start(config, stores)
-    model: Any = build()
-    kept = Held(name, model.drafter) if held else None
-    model.train()
-    arguments = TrainingArguments(
-        output_dir=str(run / "trainer"),
+def _arguments(config: TrainConfig, loop: Loop, directory: Path, batches: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(directory),
         num_train_epochs=loop.epochs,
         per_device_train_batch_size=1,
         learning_rate=loop.learning_rate,
@@ -216,7 +215,7 @@ def _train(
         adam_beta2=0.95,
         max_grad_norm=loop.clip,
         lr_scheduler_type="cosine",
-        warmup_steps=round(loop.warmup_share * loop.epochs * len(batches)),
+        warmup_steps=round(loop.warmup_share * loop.epochs * batches),
         bf16=config.hardware.dtype == "bfloat16",
         use_cpu=config.hardware.device == "cpu",
         logging_steps=loop.log_steps,
@@ -228,22 +227,6 @@ def _train(
         remove_unused_columns=False,
         dataloader_num_workers=0,
     )
-    trainer = _LoggingTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=batches,
-        data_collator=lambda items: items[0],
-        callbacks=[] if after_step is None else [_Stepped(after_step)],
-    )
-    trainer.train(resume_from_checkpoint=resumed)
-    out = run / "checkpoint"
-    if kept is None or start_from is None:
-        model.drafter.save(out)
-    else:
-        kept.write_back()
-        model.drafter.save(out, stored_dtype(start_from))
-    provenance.finish(out, {"log": trainer.state.log_history, "answer_tokens": batches.answer_tokens})
-    return out
 
 
 FUSION = "fc.weight"
