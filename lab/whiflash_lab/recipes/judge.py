@@ -156,11 +156,9 @@ class _Parser(argparse.ArgumentParser):
     def meant(self, option: str) -> argparse.Action | None:
         """The flag of this name, or the only one that begins with it."""
         named = {name: action for action in self._actions for name in action.option_strings}
-        fitting = (
-            [named[option]]
-            if option in named
-            else [a for name, a in named.items() if name.startswith(option)]
-        )
+        if option in named:
+            return named[option]
+        fitting = [action for name, action in named.items() if name.startswith(option)]
         return fitting[0] if len({id(action) for action in fitting}) == 1 else None
 
     def fields(self, words: list[str]) -> dict[str, Any]:
