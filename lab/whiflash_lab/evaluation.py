@@ -176,9 +176,7 @@ def answer_and_replay(
             template=template,
             seed=settings.seed,
         ) as served:
-            store = FeatureStore(
-                work / "answers", vectors=len(capture) + 1, hidden=served.hidden_size, layers=capture
-            )
+            store = FeatureStore(work / "answers", hidden=served.hidden_size, layers=capture)
             store.truncate_to_index()
             summary = answer_rows(chosen, served, store, keep_loops=True)
         target = VocabularyMatrices.read(work / "target", manifest.target, settings.hardware.torch_dtype)

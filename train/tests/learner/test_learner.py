@@ -185,7 +185,7 @@ def test_the_original_training_is_replayed(pair: Pair, tmp_path: Path) -> None:
     """As many tokens as are learned, in whole answers."""
     draw = random.Random(5)
     texts = [[*draw.choices(range(256), k=6), *draw.choices(range(256), k=20)] for _ in range(50)]
-    store = FeatureStore(tmp_path / "original", vectors=2, hidden=4, layers=[0])
+    store = FeatureStore(tmp_path / "original", hidden=4, layers=[0])
     for number, tokens in enumerate(texts):
         entry = SequenceRecord(f"r{number}", "chat", 6, len(tokens), False, False, 0, 0)
         store.append(entry, tokens, torch.zeros(len(tokens) - 1, 2, 4))

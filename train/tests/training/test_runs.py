@@ -228,9 +228,7 @@ def test_a_prompt_that_was_answered_twice_is_learned_from_once(
     columns = dict(np.load(tmp_path / "tokens.npz"))
     double = {name: np.concatenate([column, column]) for name, column in columns.items()}
     np.savez_compressed(tmp_path / "double.npz", **double)
-    store = FeatureStore(
-        tmp_path / "again", vectors=len(config.capture) + 1, hidden=stores[0].hidden, layers=config.capture
-    )
+    store = FeatureStore(tmp_path / "again", hidden=stores[0].hidden, layers=config.capture)
     with teacher_of(config, "again") as target:
         assert rebuild_features(tmp_path / "double.npz", target, store) == 24
         assert rebuild_features(tmp_path / "double.npz", target, store) == 0

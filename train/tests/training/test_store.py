@@ -13,7 +13,7 @@ def record(name: str, length: int) -> SequenceRecord:
 
 
 def opened(path: Path) -> FeatureStore:
-    return FeatureStore(path, vectors=3, hidden=4, layers=[0, 1])
+    return FeatureStore(path, hidden=4, layers=[0, 1])
 
 
 def fill(path: Path, lengths: list[int]) -> list[torch.Tensor]:
@@ -54,7 +54,7 @@ def test_a_half_written_sequence_disappears_and_writing_goes_on(tmp_path: Path) 
 def test_another_layout_is_refused(tmp_path: Path) -> None:
     fill(tmp_path, [5])
     with pytest.raises(ValueError, match="use another directory"):
-        FeatureStore(tmp_path, vectors=3, hidden=4, layers=[0, 2])
+        FeatureStore(tmp_path, hidden=4, layers=[0, 2])
 
 
 def test_features_of_the_wrong_length_are_refused(tmp_path: Path) -> None:

@@ -80,12 +80,7 @@ def generate_data(config: TrainConfig) -> DataSummary:
         # Before the target is started: starting it writes what drafters of these data begin with.
         check_same_run(directory, _facts(config), begun=True)
     with teacher_of(config, SHARD) as target:
-        store = FeatureStore(
-            directory,
-            vectors=len(config.capture) + 1,
-            hidden=target.hidden_size,
-            layers=config.capture,
-        )
+        store = FeatureStore(directory, hidden=target.hidden_size, layers=config.capture)
         check_same_run(store.path, _facts(config), begun=bool(store.records))
         store.truncate_to_index()
         elsewhere = {r.id for other in open_stores(config) if other.path != store.path for r in other.records}

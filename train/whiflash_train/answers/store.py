@@ -47,13 +47,14 @@ class Sequence(NamedTuple):
 
 
 class FeatureStore:
-    """Sequences on disk with `vectors` hidden states of size `hidden` per token, the last one the final
-    state.
+    """Sequences on disk with hidden states of size `hidden` per token: one for each of `layers`, then the final one;
+    `vectors` counts both.
     """
 
-    def __init__(self, path: Path, *, vectors: int, hidden: int, layers: list[int]) -> None:
+    def __init__(self, path: Path, *, hidden: int, layers: list[int]) -> None:
         """Open or create. Raises `ValueError` where the directory was written with other layers or sizes."""
         path.mkdir(parents=True, exist_ok=True)
+        vectors = len(layers) + 1
         self.path, self.vectors, self.hidden, self.layers = path, vectors, hidden, layers
         shape = {"vectors": vectors, "hidden": hidden, "layers": layers}
         meta = path / "meta.json"
@@ -171,6 +172,5 @@ def open_stores(config: TrainConfig) -> list[FeatureStore]:
     stores = []
     for path in sorted((config.work / "data").glob("shard*")):
         meta = read_json_file(path / "meta.json")
-        shape = {"vectors": len(config.capture) + 1, "hidden": int(meta["hidden"])}
-        stores.append(FeatureStore(path, **shape, layers=config.capture))
+        stores.append(FeatureStore(path, hidden=int(meta["hidden"]), layers=config.capture))
     return stores

@@ -195,12 +195,8 @@ def features(
 
         shard = f"shard-{tokens.stem}"
         with teacher_of(settings, shard) as target:
-            store = FeatureStore(
-                settings.work / "data" / shard,
-                vectors=len(settings.capture) + 1,
-                hidden=target.hidden_size,
-                layers=settings.capture,
-            )
+            place = settings.work / "data" / shard
+            store = FeatureStore(place, hidden=target.hidden_size, layers=settings.capture)
             store.truncate_to_index()
             done = rebuild_features(tokens, target, store, chosen_ids)
     report({"recomputed": done, "sequences": len(store.records)}, as_json)

@@ -452,7 +452,7 @@ def _store(
     Args:
         capture: layers whose outputs are the features, ascending.
     """
-    store = FeatureStore(path, vectors=len(capture) + 1, hidden=target.hidden_size, layers=capture)
+    store = FeatureStore(path, hidden=target.hidden_size, layers=capture)
     store.truncate_to_index()
     stored = {record.id for record in store.records}
     left = [text for text in texts if text.name not in stored]
