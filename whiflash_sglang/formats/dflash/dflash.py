@@ -8,6 +8,7 @@ Other formats share this trunk: they add to its layers, or to how its states bec
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar
@@ -320,11 +321,10 @@ def _mask_embedding(path: Path, config: DFlashConfig) -> Tensor | None:
     return torch.as_tensor(embedding)
 
 
-FORMAT = DraftFormat(
+block_format = partial(DraftFormat, arm=arms.DIFFUSION, layers_key="target_layer_ids")
+FORMAT = block_format(
     name="DFlash",
-    arm=arms.DIFFUSION,
     keys=(ARCHITECTURE, *ALIASES),
-    layers_key="target_layer_ids",
     read=lambda path, config: parse(path, config, DFlashConfig),
     model=DFlashDrafter,
     published="z-lab, SpecForge, modal-labs",

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whiflash_sglang.drafts import arms
 from whiflash_sglang.formats.checkpoint import integer, number
 from whiflash_sglang.formats.choice import Choice, DraftHead, choose
 from whiflash_sglang.formats.config_json import misfit
-from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter, block_format
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
-from whiflash_sglang.formats.draft_format import DraftFormat, merged
+from whiflash_sglang.formats.draft_format import merged
 from whiflash_sglang.formats.packed import Linear
 
 ARCHITECTURES = ("DFlash2DraftModel", "DFlash2BeamDraftModel", "MiniMaxDFlash2DraftModel")
@@ -108,11 +107,9 @@ class DFlash2Drafter(DFlashDrafter):
         return cap * torch.tanh(scaled / cap) if cap else scaled
 
 
-FORMAT = DraftFormat(
+FORMAT = block_format(
     name="DFlash2",
-    arm=arms.DIFFUSION,
     keys=ARCHITECTURES,
-    layers_key="target_layer_ids",
     read=read_dflash2,
     model=DFlash2Drafter,
     published="z-lab, incoai, lightseekorg",

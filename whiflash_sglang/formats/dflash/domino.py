@@ -15,13 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from whiflash_sglang.drafts import arms
 from whiflash_sglang.formats.checkpoint import integer
 from whiflash_sglang.formats.choice import Choice, DraftHead
 from whiflash_sglang.formats.config_json import misfit
-from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter, block_format
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
-from whiflash_sglang.formats.draft_format import DraftFormat, merged
+from whiflash_sglang.formats.draft_format import merged
 from whiflash_sglang.formats.packed import Linear
 
 
@@ -104,11 +103,9 @@ class DominoDrafter(DFlashDrafter):
         return Choice(torch.stack(tokens, 1), torch.stack(sure, 1))
 
 
-FORMAT = DraftFormat(
+FORMAT = block_format(
     name="Domino",
-    arm=arms.DIFFUSION,
     keys=("projector/domino", "DominoDraftModel"),
-    layers_key="target_layer_ids",
     read=read_domino,
     model=DominoDrafter,
     published="SpecForge",

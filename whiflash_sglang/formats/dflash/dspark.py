@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whiflash_sglang.drafts import arms
 from whiflash_sglang.formats.checkpoint import integer
 from whiflash_sglang.formats.choice import Choice, DraftHead
 from whiflash_sglang.formats.config_json import misfit
-from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
+from whiflash_sglang.formats.dflash.dflash import DFlashDrafter, block_format
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
-from whiflash_sglang.formats.draft_format import DraftFormat, merged
+from whiflash_sglang.formats.draft_format import merged
 from whiflash_sglang.formats.packed import Linear
 
 ARCHITECTURES = ("Qwen3DSparkModel", "DSparkDraftModel", "LingDSparkModel")
@@ -195,11 +194,9 @@ class DSparkDrafter(DFlashDrafter):
         return F.linear(features.float(), weight.float(), bias.float())[..., 0]
 
 
-FORMAT = DraftFormat(
+FORMAT = block_format(
     name="DSpark",
-    arm=arms.DIFFUSION,
     keys=ARCHITECTURES,
-    layers_key="target_layer_ids",
     read=read_dspark,
     model=DSparkDrafter,
     published="DeepSpec (also its DFlash), SpecForge",
