@@ -15,11 +15,7 @@ from whiflash_kernels.cpu.paged_attention import CompiledAttention, CompiledPlan
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 from whiflash_cpu import attention
-from whiflash_cpu.attention import (
-    CpuAttentionBackend,
-    CpuMultiStepDraftBackend,
-    attention_kernel,
-)
+from whiflash_cpu.attention import CpuAttentionBackend, CpuMultiStepDraftBackend, attention_kernel
 
 HEADS, KV_HEADS, DIM, SLOTS = 4, 2, 16, 256
 SCALE = DIM**-0.5

@@ -24,13 +24,7 @@ from typing import Any
 
 import torch
 
-from whiflash_cpu.seam_tables import (
-    EARLY_SEAMS,
-    MODEL_SEAMS,
-    PINNING,
-    SEAMS,
-    Seam,
-)
+from whiflash_cpu.seam_tables import EARLY_SEAMS, MODEL_SEAMS, PINNING, SEAMS, Seam
 from whiflash_sglang.engine.patching import Finding, replace, upstreams
 
 

@@ -29,14 +29,7 @@ from whiflash_train.config import Data, Hardware
 from whiflash_train.origin import Origin, VocabularyMatrices
 from whiflash_train.replay import JOINED, Pair, PairParts, Replay, ReplayLog, StoredAnswer, replay_answers
 from whiflash_train.rounds import RoundTally
-from whiflash_train.walk import (
-    LOOP,
-    Choices,
-    RouterWalk,
-    choices_above,
-    tabulate,
-    walk,
-)
+from whiflash_train.walk import LOOP, Choices, RouterWalk, choices_above, tabulate, walk
 
 REPLAYED = {**JOINED, arms.LOOKUP: arms.LOOKUP, arms.NONE: arms.NONE}
 """The controller's arms → what is replayed in their place."""

@@ -16,13 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from attention_formulas import flash, of_row, trtllm_decode
-from interpreted_attention import (
-    CONFIGURED,
-    CONTEXT,
-    REQUESTS,
-    Verification,
-    captured,
-)
+from interpreted_attention import CONFIGURED, CONTEXT, REQUESTS, Verification, captured
 from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend

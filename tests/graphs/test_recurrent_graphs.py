@@ -28,11 +28,7 @@ from test_recurrent_trees import CASES, POOL, check_states, conversations, with_
 from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import play
 
-from whiflash_cpu.recurrent_backends import (
-    CpuChannelDeltaBackend,
-    CpuDeltaBackend,
-    CpuMamba2Backend,
-)
+from whiflash_cpu.recurrent_backends import CpuChannelDeltaBackend, CpuDeltaBackend, CpuMamba2Backend
 from whiflash_cpu.recurrent_ops import gated_delta_rule, selective_scan
 from whiflash_sglang.engine.forward import recurrent_untried as ragged_recurrent
 from whiflash_sglang.engine.forward.recurrences import Rows

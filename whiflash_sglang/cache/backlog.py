@@ -8,15 +8,7 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
-from whiflash_kernels import (
-    BacklogRings,
-    Claims,
-    PassInputs,
-    claim_backlogs,
-    draft_inputs,
-    park,
-    unpark,
-)
+from whiflash_kernels import BacklogRings, Claims, PassInputs, claim_backlogs, draft_inputs, park, unpark
 from whiflash_kernels.structs import PADDING
 
 TOKENS = 64  # of features that a request's ring holds for its idle drafters before a flush

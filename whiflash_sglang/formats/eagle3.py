@@ -30,15 +30,7 @@ from whiflash_sglang.formats.checkpoint import (
 from whiflash_sglang.formats.choice import DraftHead, SharedVocabulary, TargetsParts
 from whiflash_sglang.formats.config_json import misfit, read_config_of
 from whiflash_sglang.formats.draft_format import DraftFormat
-from whiflash_sglang.formats.layers import (
-    Angles,
-    Attend,
-    Attention,
-    AttentionShape,
-    RMSNorm,
-    Rotary,
-    SwiGLU,
-)
+from whiflash_sglang.formats.layers import Angles, Attend, Attention, AttentionShape, RMSNorm, Rotary, SwiGLU
 from whiflash_sglang.formats.packed import Linear
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"

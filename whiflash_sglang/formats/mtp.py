@@ -21,14 +21,7 @@ from whiflash_sglang.formats.checkpoint import IN_FILES, WeightReader, integer, 
 from whiflash_sglang.formats.choice import SharedVocabulary, TargetsParts
 from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.draft_format import DraftFormat
-from whiflash_sglang.formats.layers import (
-    Attend,
-    Attention,
-    AttentionShape,
-    RMSNorm,
-    Rotary,
-    SwiGLU,
-)
+from whiflash_sglang.formats.layers import Attend, Attention, AttentionShape, RMSNorm, Rotary, SwiGLU
 from whiflash_sglang.formats.packed import Linear
 
 GATHERING = 3

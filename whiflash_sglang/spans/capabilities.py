@@ -2,13 +2,7 @@
 
 from collections.abc import Iterable
 
-from whiflash_sdk.hints import (
-    MAX_BYTES,
-    MAX_MARKER_CHARS,
-    MAX_NAME_CHARS,
-    MAX_SPANS,
-    WIRE_VERSION,
-)
+from whiflash_sdk.hints import MAX_BYTES, MAX_MARKER_CHARS, MAX_NAME_CHARS, MAX_SPANS, WIRE_VERSION
 
 from whiflash_sglang.spans.hints import KINDS
 

@@ -100,9 +100,7 @@ def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> Bench
 
     They are forked from one process that has imported SGLang, if they can share it.
     """
-    from whiflash_lab.bench.recorded import (
-        Replayer,
-    )  # with torch behind it, which wrong options do not need
+    from whiflash_lab.bench.recorded import Replayer  # with torch behind it, which wrong options do not need
 
     with ExitStack() as stack:
         bar, host = stack.enter_context(progress()), None

@@ -9,13 +9,7 @@ from typing import Any
 
 from whiflash_lab.bench.arms import NONE
 from whiflash_lab.bench.cells import RoundMs
-from whiflash_lab.bench.report import (
-    LOOPS,
-    OVERALL,
-    BenchReport,
-    Figures,
-    LoadReport,
-)
+from whiflash_lab.bench.report import LOOPS, OVERALL, BenchReport, Figures, LoadReport
 from whiflash_sglang.files.equality import Verdict
 from whiflash_train.statistics import Interval, Percentiles
 

@@ -21,13 +21,7 @@ from rich.progress import Progress
 from whiflash_lab.bench.arms import NONE, Arm, Subject
 from whiflash_lab.bench.cells import Cell, Journal, Load
 from whiflash_lab.bench.fleet import Fleet, environment
-from whiflash_lab.bench.load import (
-    ANSWER_SECONDS,
-    Asker,
-    RefusedError,
-    RequestError,
-    flush,
-)
+from whiflash_lab.bench.load import ANSWER_SECONDS, Asker, RefusedError, RequestError, flush
 from whiflash_lab.bench.prompts import Prompt, digest_of
 from whiflash_lab.bench.reference import BestLogit, Reference, ask_reference, differences, plain_of
 from whiflash_lab.bench.report import LOOPS, BenchReport, build_report

@@ -9,13 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from whiflash_lab.bench.arms import (
-    BAD,
-    NO_LOOKUP,
-    NO_STRUCTURE,
-    VARIANTS,
-    Subject,
-)
+from whiflash_lab.bench.arms import BAD, NO_LOOKUP, NO_STRUCTURE, VARIANTS, Subject
 from whiflash_lab.bench.load import MODEL
 from whiflash_sglang.checkpoints.hub import fetch, member
 from whiflash_sglang.checkpoints.manifest import MANIFEST, embedded_bundle, load_manifest

@@ -52,11 +52,7 @@ def evaluate_command(
         check_place(str(prompts.absolute()))
         import torch
 
-        from whiflash_lab.evaluation import (
-            EvaluationSettings,
-            evaluate_bundle,
-            figures_table,
-        )
+        from whiflash_lab.evaluation import EvaluationSettings, evaluate_bundle, figures_table
         from whiflash_train.config import Hardware
 
         # The device that SGLang computes on here.

@@ -9,14 +9,7 @@ from hypothesis import strategies as st
 from whiflash_sglang.drafts.arms import LOOKUP, PAIR
 from whiflash_train.replay import ALL_ARMS, Replay
 from whiflash_train.rounds import RoundTally
-from whiflash_train.walk import (
-    ORACLE,
-    ORACLE_OF_THREE,
-    RouterWalk,
-    best_arms,
-    tabulate,
-    walk,
-)
+from whiflash_train.walk import ORACLE, ORACLE_OF_THREE, RouterWalk, best_arms, tabulate, walk
 
 
 def answer(

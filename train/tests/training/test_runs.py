@@ -18,12 +18,7 @@ from tiny_models import tiny_target
 from typer.testing import CliRunner
 
 import whiflash_train as train
-from whiflash_lab.evaluation import (
-    EvaluationSettings,
-    Hardware,
-    evaluate_bundle,
-    figures_table,
-)
+from whiflash_lab.evaluation import EvaluationSettings, Hardware, evaluate_bundle, figures_table
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError
 from whiflash_train.answers import store

@@ -19,12 +19,7 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.files.jsonl import read_json_file
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.updates.swap import check_kind, first_frozen_row
-from whiflash_train.answers.provenance import (
-    Provenance,
-    check_same_run,
-    checkpoint_digest,
-    data_digest,
-)
+from whiflash_train.answers.provenance import Provenance, check_same_run, checkpoint_digest, data_digest
 from whiflash_train.answers.store import FeatureStore, open_stores
 from whiflash_train.config import DFlash, DSpark, Eagle3, Loop, TrainConfig
 from whiflash_train.drafters import dflash as dflash_training

@@ -15,13 +15,7 @@ from whiflash_sdk.hints import TraceLevel
 from whiflash_sglang.engine.carried import META_KEY, settings_of
 from whiflash_sglang.engine.http.traces import place_text
 from whiflash_sglang.engine.patching import around
-from whiflash_sglang.telemetry.trace import (
-    Recording,
-    SampleFiles,
-    Sampler,
-    build_trace,
-    span_attributes,
-)
+from whiflash_sglang.telemetry.trace import Recording, SampleFiles, Sampler, build_trace, span_attributes
 
 _ATTRIBUTES, _SAMPLER = "_whiflash_attributes", "_whiflash_sampler"
 
