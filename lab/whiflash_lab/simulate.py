@@ -234,7 +234,9 @@ class Simulation:
         context = sum(request.context for request in running)
         padded, wanted = len(running) + sum(drafts), drafts
         if self.method == "auto":
-            usual = (min(controller.costs.room(arm), self.pair.drafts.get(arm, 0)) for arm in routes)
+            own = [controller.states[request.row].wanted[arm] for request, arm in zip(running, routes, strict=True)]
+            room = map(controller.costs.room, routes, own)
+            usual = (min(each, self.pair.drafts.get(arm, 0)) for arm, each in zip(routes, room, strict=True))
             padded = self._graph(len(running) + controller.costs.packed(len(running), ceil(sum(usual))))
             drafts = self._likeliest(routes, drafts, padded - len(running))
         verify = self.tables.verifications.at(padded, context)
@@ -250,7 +252,7 @@ class Simulation:
             self.result.routed[arm] = self.result.routed.get(arm, 0) + 1
             if self.method == "auto":
                 state = controller.states[request.row]
-                controller.costs.wanted(arm, before)
+                controller.costs.wanted(arm, before, state.wanted[arm])
                 controller.committed(state, state.decision, arm, [0] * emitted, width + 1)
             if not request.left:
                 running.remove(request)

@@ -4,6 +4,7 @@ import pytest
 from device_clock import DeviceClock
 
 from whiflash_sglang.device.clock import measure
+from whiflash_sglang.drafts.rates import Mean
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.prices.fits import WINDOW, Correction
 from whiflash_sglang.prices.round_clock import RoundTime
@@ -115,7 +116,7 @@ def test_a_pass_is_as_long_as_pays() -> None:
     found.correction = Correction()
     for kept, longest in ((1, 2), (2, 3), (3, 3), (1, 2)):
         for _ in range(100):
-            found.wanted("ar", kept)
+            found.wanted("ar", kept, Mean())
         assert found.length("ar", 1, 3) == longest
         assert found.draft("ar", 1) == (0.2 if longest == 2 else 0.5)
     assert found.length("diffusion", 1, 3) == 3
@@ -125,20 +126,30 @@ def test_a_block_that_is_always_full_takes_the_rows_that_it_has() -> None:
     found = costs()
     assert found.width("diffusion") == 4, "before any was seen"
     for _ in range(100):
-        found.wanted("diffusion", 3)
+        found.wanted("diffusion", 3, Mean())
     assert found.width("diffusion") == pytest.approx(4)
 
 
 def test_room_is_made_for_what_differs_and_less_of_it_where_many_even_out() -> None:
     found = costs()
     for drafts in (0, 0, 0, 12) * 100:
-        found.wanted("none", drafts)
+        found.wanted("none", drafts, Mean())
     found.set_contexts([9])
     alone = found.room("none")
     assert alone == pytest.approx(3 + 5.2, rel=0.15)
     found.set_contexts([9] * 16)
     assert found.room("none") == pytest.approx(3 + 5.2 / 4, rel=0.15)
     assert found.width("none") == 1 + found.room("none")
+
+
+def test_a_requests_own_rounds_say_what_room_it_needs() -> None:
+    """Two whose drafts never differ from their own need no room for the other's."""
+    found, own = costs(), (Mean(), Mean())
+    found.set_contexts([9, 9])
+    for _ in range(100):
+        for drafts, mean in zip((1, 7), own, strict=True):
+            found.wanted("ar", drafts, mean)
+    assert [found.room("ar", mean) for mean in own] == pytest.approx([1.5, 6.7], abs=0.6)
 
 
 def test_rounds_move_all_prices_alike_and_no_route() -> None:
@@ -155,11 +166,19 @@ def test_rounds_move_all_prices_alike_and_no_route() -> None:
     assert assign([SCORES], found) == ["ar"]
 
 
-def test_the_pause_between_rounds_is_charged_to_all_alike() -> None:
+def test_a_round_that_waits_for_the_host_lasts_as_long_whatever_it_does() -> None:
+    """Its rows are free; once none waits the host's time is forgotten, and rows cost what they do."""
     found = costs()
-    found.observe(RoundTime(1, 1, seconds=10.1, gap=2.0))
-    assert found.verify(4, 1) - found.verify(1, 1) == pytest.approx(0.3)
-    assert found.verify(1, 1) == pytest.approx(12.1)
+    for _ in range(100):
+        found.observe(RoundTime(4, 1, tokens=2, seconds=10.4, gap=4.0))
+    assert [found.lasts(work) for work in (1.0, 12.0, 16.0)] == pytest.approx([14.4, 14.4, 16.0])
+    assert found.worth("ar").row == pytest.approx(0.0, abs=0.01)
+    found.observe(RoundTime(4, 1, tokens=2, seconds=10.4))
+    assert found.lasts(1.0) == pytest.approx(10.4), "it was not longer than that"
+    for _ in range(2000):
+        found.observe(RoundTime(4, 1, tokens=2, seconds=10.4))
+    assert found.lasts(1.0) == 1.0
+    assert found.worth("ar").row == pytest.approx(2 / 10.4 * 0.1, rel=0.01)
 
 
 def test_a_further_draft_must_bring_what_its_row_costs_at_this_load() -> None:

@@ -12,6 +12,7 @@ from model_set import Models
 from oracle_arm import OracleArm
 from overlap import overlapped
 
+from whiflash_sglang.drafts.rates import Mean
 from whiflash_sglang.engine.scheduler.streamer import recording_of
 from whiflash_sglang.telemetry.trace import build_trace
 
@@ -177,7 +178,7 @@ def test_copies_are_verified_again_after_rounds_that_had_none(
     for route in ("lookup", "promised", "none"):
         for _ in range(5):
             costs.widened(route, 1)
-            costs.wanted(route, 0)
+            costs.wanted(route, 0, Mean())
     assert running.generate(PROMPTS[:1], max_new_tokens=TOKENS) == plain[:1]
     req = list(running.requests.values())[-1]
     assert req.spec_num_correct_drafts > 0

@@ -25,7 +25,7 @@ def test_a_server_is_priced_before_its_first_request_and_routes_by_it(
         plain = e.generate(PROMPTS, max_new_tokens=24)
     monkeypatch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
     monkeypatch.setenv("WHIFLASH_CACHE", str(tmp_path))
-    monkeypatch.setattr(pricing, "costs_of", lambda device, width: LookedUpCosts(width))
+    monkeypatch.setattr(pricing, "costs_of", lambda device, width, overlaps: LookedUpCosts(width, overlaps))
     with engine(models.target, whiflash=models.whiflash("auto"), **SMALL) as e:
         costs = e.worker.controller.costs
         assert isinstance(costs, LookedUpCosts)

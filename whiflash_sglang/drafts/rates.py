@@ -4,6 +4,9 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+RECENT_ROUNDS = 8.0
+"""Rounds after which what a request's own drafts were counts for little."""
+
 
 @dataclass(slots=True)
 class Mean:

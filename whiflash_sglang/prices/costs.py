@@ -12,12 +12,15 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from whiflash_sglang.drafts.rates import Mean
+from whiflash_sglang.drafts.rates import RECENT_ROUNDS, Mean
 from whiflash_sglang.prices.fits import LIMIT, MEMORY, STIFFNESS, WINDOW, Fit, median
 from whiflash_sglang.prices.round_clock import RoundTime
 
 PROBE_ROUNDS = 256
 """Rounds of the batch between two probes of an arm that is well known."""
+
+UNKNOWN = Mean()
+"""A request that had no round yet."""
 
 DRAFTS_MEMORY = 32.0
 """Requests' rounds after which a number of drafts counts for little: text that is copied begins and ends."""
@@ -77,7 +80,7 @@ class Costs(ABC):
         self._widest = width
         self._rows: defaultdict[str, Mean] = defaultdict(Mean)
         self._drafts: defaultdict[str, tuple[Mean, Mean]] = defaultdict(lambda: (Mean(), Mean()))
-        """Per route, drafts that there were, and their squares."""
+        """Per route, drafts that there were, and the squares of how many more or fewer than usual."""
         self._context = self._requests = 0
         self._recent: deque[tuple[int, float, float]] = deque(maxlen=RATE_ROUNDS)
         self._rate = self._gap = 0.0
@@ -89,6 +92,10 @@ class Costs(ABC):
     @abstractmethod
     def verify(self, rows: float, requests: int) -> float:
         """One target forward over `rows` packed rows, and the round's fixed cost."""
+
+    def lasts(self, work: float) -> float:
+        """Seconds of a round with so much work."""
+        return work
 
     @abstractmethod
     def timings(self, arm: str) -> int:
@@ -127,23 +134,30 @@ class Costs(ABC):
         """A request routed to `arm` verified `rows` rows."""
         self._rows[arm].add(rows, MEMORY)
 
-    def wanted(self, route: str, drafts: int) -> None:
-        """A request routed to `route` had `drafts` drafts, its own or another arm's, before some were left out."""
-        mean, squares = self._drafts[route]
-        mean.add(drafts, DRAFTS_MEMORY)
-        squares.add(drafts**2, DRAFTS_MEMORY)
+    def wanted(self, route: str, drafts: int, own: Mean) -> None:
+        """A request routed to `route` had `drafts` drafts, its own or another arm's, before some were left out.
 
-    def room(self, route: str) -> float:
-        """Drafts that a round makes room for, of a request routed to `route`: the mean, and one deviation of a batch's.
+        own: of its rounds with this route.
+        """
+        mean, squares = self._drafts[route]
+        usual = self._usual(route, own) if mean.weight else drafts
+        squares.add((drafts - usual) ** 2, DRAFTS_MEMORY)
+        mean.add(drafts, DRAFTS_MEMORY)
+        own.add(drafts, RECENT_ROUNDS)
+
+    def room(self, route: str, own: Mean = UNKNOWN) -> float:
+        """Drafts that a round makes room for, of a request routed to `route`: its mean, and one deviation of a batch's.
 
         Blocks that are always full need no more, and requests that differ even out: few drafts are left out, few rows
         are padding. Room for fewer than there are would never show that, so drafts count before some are left out.
         """
         if route not in self._drafts:
             return self._widest(route) - 1
-        drafts, squares = self._drafts[route]
-        variance = max(squares.value - drafts.value**2, 0.0)
-        return drafts.value + math.sqrt(variance / max(self._requests, 1))
+        return self._usual(route, own) + math.sqrt(self._drafts[route][1].value / max(self._requests, 1))
+
+    def _usual(self, route: str, own: Mean) -> float:
+        """A request's mean, of which one round more is everybody's."""
+        return (own.total + self._drafts[route][0].value) / (own.weight + 1)
 
     def packed(self, requests: int, drafts: int) -> int:
         """Drafts that a round of so many requests verifies, if its requests have `drafts`."""

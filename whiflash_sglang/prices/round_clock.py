@@ -33,6 +33,7 @@ class RoundTime:
     caught_up: Mapping[str, int] = field(default_factory=dict)  # arm → tokens that it ingested, at most
 
     # Filled by `RoundClock.end`: marks of the timer, and host seconds.
+    asked: Any = None
     begin: Any = None
     end: Any = None
     drafting: float = 0.0
@@ -42,7 +43,7 @@ class RoundTime:
     next_begin: Any = None
     tokens: int = 0  # that were known to be committed since the round before it began
     seconds: float = 0.0  # from its begin to its end
-    gap: float = 0.0  # from its end to the next round's begin, at most `seconds`: a longer one was a pause
+    gap: float = 0.0  # while it was planned, and from its end on; at most `seconds`: a longer one was a pause
 
     @property
     def rest(self) -> float:
@@ -68,6 +69,7 @@ class RoundClock:
     switches: int = 0
     extra_catch_up_seconds: float = 0.0
     _began: float = 0.0
+    _asked: Any = None
     _begin: Any = None
     _drafting: float = 0.0
     _drafts: list[DraftTime] = field(default_factory=list)
@@ -78,19 +80,25 @@ class RoundClock:
     def begin(self) -> list[RoundTime]:
         """A round starts. Returns the rounds before it that are timed by now, if each came just before its next."""
         self._began, self._begin = self.now(), self.timer.record()
+        self._asked = self._begin
         self._drafting, self._drafts = 0.0, []
         ended, self._ended = self._ended, None
         tokens, self._learned = self._learned, 0
         if ended is not None:
-            ended.tokens, ended.next_begin = tokens, self._begin
+            ended.tokens, ended.next_begin = tokens, self._asked
             self._coming.append(ended)
         timed = []
         while self._coming and self.timer.passed(self._coming[0].next_begin):
             done = self._coming.popleft()
             done.seconds = self.timer.elapsed(done.begin, done.end)
-            done.gap = min(self.timer.elapsed(done.end, done.next_begin), done.seconds)
+            planned = self.timer.elapsed(done.asked, done.begin)
+            done.gap = min(planned + self.timer.elapsed(done.end, done.next_begin), done.seconds)
             timed.append(done)
         return timed
+
+    def planned(self) -> None:
+        """The round's work begins: a device that has waited for its plan has waited for the host."""
+        self._begin = self.timer.record()
 
     def interrupt(self) -> None:
         """Something other than a round ran: the time until the next round says nothing about rounds."""
@@ -133,7 +141,7 @@ class RoundClock:
         seconds = self.now() - self._began
         self.round_seconds += seconds
         time.drafting, time.drafts = self._drafting, self._drafts
-        time.begin, time.end = self._begin, self.timer.record()
+        time.asked, time.begin, time.end = self._asked, self._begin, self.timer.record()
         self._ended = time
         return seconds
 

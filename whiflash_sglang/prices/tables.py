@@ -24,9 +24,15 @@ from typing import Annotated
 from pydantic import Field
 
 from whiflash_sglang.drafts.rates import Mean
-from whiflash_sglang.prices.costs import FULL_LENGTH, PROBE_ROUNDS, Costs, Worth
+from whiflash_sglang.prices.costs import FULL_LENGTH, PROBE_ROUNDS, RATE_ROUNDS, Costs, Worth
 from whiflash_sglang.prices.fits import MEMORY, Correction
 from whiflash_sglang.prices.round_clock import RoundTime
+
+WAITED = 0.05
+"""Share of a round's work: a longer gap says that the device waited for the host. Launches leave gaps, too."""
+
+FORGOTTEN = 0.998
+"""Share of the host's time that a round without waiting leaves: nobody knows by then whether it has become shorter."""
 
 LONGEST = 60.0
 """Seconds; no pass takes as long."""
@@ -147,10 +153,16 @@ class LookedUpCosts(Costs):
     tables: CostTables
     knows_plain = True
 
-    def __init__(self, width: Callable[[str], int]) -> None:
+    def __init__(self, width: Callable[[str], int], overlaps: bool = True) -> None:
+        """overlaps: whether the host works beside the device; else its time comes on top."""
         super().__init__(width)
+        self._overlaps = overlaps
         self.correction = Correction()
         self._verified = 0
+        self._host = 0.0
+        """Seconds of a round that waits for the host, as far as one is known; forgotten where none does."""
+        self._busy = Mean(1.0, 1.0)
+        """Share of rounds in which the device did not wait, which longer work makes longer."""
         self._behind: dict[str, Mean] = {}
         self._lengths: dict[str, int] = {}
         """Drafts that the passes of an arm make now, if they are shorter ones."""
@@ -161,10 +173,23 @@ class LookedUpCosts(Costs):
         for arm, requests in previous.drafted.items():
             self._behind.setdefault(arm, Mean()).add(previous.caught_up.get(arm, 0) / requests, MEMORY)
         if previous.seconds > 0.0:
+            self._learn_host(previous)
             expected = self.tables.verifications.at(previous.rows, previous.context)
             expected += sum(self._pass(arm, requests) for arm, requests in previous.drafted.items())
             expected += sum(self.tables.catch(arm, tokens) for arm, tokens in previous.caught_up.items())
             self.correction.add(expected, previous.seconds)
+
+    def _learn_host(self, previous: RoundTime) -> None:
+        waited = self._overlaps and previous.gap > WAITED * previous.seconds
+        self._busy.add(not waited, RATE_ROUNDS)
+        if waited:
+            self._host += (previous.seconds + previous.gap - self._host) / 2
+        else:
+            self._host = min(self._host * FORGOTTEN, previous.seconds)
+
+    def lasts(self, work: float) -> float:
+        """The longer of host and device decides."""
+        return max(work, self._host) if self._overlaps else work + self._gap
 
     def timings(self, arm: str) -> int:
         """Every price was measured, and what is corrected is all of them at once: no arm is tried for its own."""
@@ -195,11 +220,13 @@ class LookedUpCosts(Costs):
         return 1 + self.room(arm)
 
     def verify(self, rows: float, requests: int) -> float:
-        return self.correction.factor * self._filled(requests, rows)[1] + self._gap
+        return self.correction.factor * self._filled(requests, rows)[1]
 
     def worth(self, arm: str) -> Worth:
         """A pass drafts its full length at once, so a further draft costs its row alone."""
-        return Worth(self._rate * self._row(self._verified), 0.0) if self._rate else FULL_LENGTH
+        if not self._rate:
+            return FULL_LENGTH
+        return Worth(self._rate * self._busy.value * self._row(self._verified), 0.0)
 
     def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
         row = self._row(1)

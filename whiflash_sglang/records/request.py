@@ -7,15 +7,12 @@ from typing import Any
 
 from whiflash_sglang.copying.tenants import Tenant
 from whiflash_sglang.drafts.candidates import Forecast
-from whiflash_sglang.drafts.rates import Mean
+from whiflash_sglang.drafts.rates import RECENT_ROUNDS, Mean
 from whiflash_sglang.records.signals import Decision, Signals
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.tracker import SpanTracker
 from whiflash_sglang.telemetry.tally import ArmCounts
 from whiflash_sglang.telemetry.trace import Recording
-
-RECENT_ROUNDS = 8.0
-"""Rounds after which a request's own acceptance with an arm counts for little."""
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +32,7 @@ class Request(Signals):
 
     begun: whether the span tracker has the token that the prefill sampled, which no round commits. recent_by_kind:
     `Signals.recent` per kind of span, None outside spans, since what an arm accepts in prose says little of tool calls.
+    wanted: drafts that there were for it, by what its rounds were priced as (`Costs.wanted`).
     decision: of its newest round. under_way: rows, at most, of each round whose results are not known yet.
     """
 
@@ -55,6 +53,7 @@ class Request(Signals):
     counts: dict[str, ArmCounts] = field(default_factory=dict)
     tracker: SpanTracker | None = None
     begun: bool = False
+    wanted: defaultdict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     recent_by_kind: defaultdict[str | None, defaultdict[str, Mean]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(Mean))
     )

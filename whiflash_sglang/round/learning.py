@@ -47,7 +47,7 @@ class Learner:
         """Learn from the time that an earlier round took."""
         costs, requests = self.controller.costs, previous.requests
         costs.observe(previous)
-        plain_seconds = previous.tokens / requests * costs.verify(requests, requests)
+        plain_seconds = previous.tokens / requests * costs.lasts(costs.verify(requests, requests))
         self.tally.timed(previous.seconds + previous.gap, plain_seconds)
 
     def needs(self, turn: Round) -> Collection[str]:
@@ -120,7 +120,8 @@ class Learner:
         request, decision, route = turn.requests[i], turn.decisions[i], turn.plan.routes[i]
         width = results.widths[i]
         if turn.bounded:
-            self.controller.costs.wanted(turn.plan.priced_as[i], results.wanted[i])
+            priced_as = turn.plan.priced_as[i]
+            self.controller.costs.wanted(priced_as, results.wanted[i], request.wanted[priced_as])
         drafts = results.drafts[i][: results.drafted[i]]
         agreed = common_prefix(drafts, tokens)
         lengths = {arm: len(tokens)}
@@ -190,7 +191,7 @@ def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float,
     """Seconds of a round of these routes that verifies `rows` rows, and of one of as many requests without drafts."""
     requests = len(routes)
     drafting = sum(costs.draft(arm, count) for arm, count in Counter(routes).items() if arm != arms.NONE)
-    return drafting + costs.verify(rows, requests), costs.verify(requests, requests)
+    return costs.lasts(drafting + costs.verify(rows, requests)), costs.lasts(costs.verify(requests, requests))
 
 
 def results_of(turn: Round, committed: Committed, signals: Mapping[str, torch.Tensor]) -> Results:

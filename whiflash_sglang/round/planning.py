@@ -91,7 +91,8 @@ class Planner:
             arms.PROMISED if arm == arms.NONE and request.decision.promised else arm
             for arm, request in zip(plan.routes, requests, strict=True)
         ]
-        usual = map(min, plan.limits.drafts, map(costs.room, plan.priced_as))
+        own = [request.wanted[arm] for request, arm in zip(requests, plan.priced_as, strict=True)]
+        usual = map(min, plan.limits.drafts, map(costs.room, plan.priced_as, own))
         plan.usual_drafts = costs.packed(len(turn), math.ceil(sum(usual)))
         plan.calibration = self._calibrations(turn)
         return plan

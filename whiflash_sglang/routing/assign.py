@@ -111,11 +111,13 @@ class _Batch:
         counts = (choices[..., None] == np.arange(len(self.arms) - 1)).sum(1).tolist()
         draft, verify = cache(self.costs.draft), cache(self.costs.verify)
         seconds = [
-            verify(width, len(requests))
-            + sum(
-                draft(arm, n)
-                for arm, n in zip(self.arms, drafted, strict=False)
-                if n and arm not in WITHOUT_A_PASS
+            self.costs.lasts(
+                verify(width, len(requests))
+                + sum(
+                    draft(arm, n)
+                    for arm, n in zip(self.arms, drafted, strict=False)
+                    if n and arm not in WITHOUT_A_PASS
+                )
             )
             for width, drafted in zip(rows, counts, strict=True)
         ]

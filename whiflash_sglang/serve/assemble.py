@@ -201,11 +201,11 @@ def reserve(
 
 
 def build_controller(
-    settings: Settings, target: Target, drafters: Mapping[str, Drafter], *, heads: bool
+    settings: Settings, target: Target, drafters: Mapping[str, Drafter], *, heads: bool, overlaps: bool
 ) -> Controller:
-    """heads: as of `build_policy`."""
+    """heads: as of `build_policy`. overlaps: as of `LookedUpCosts`."""
     vocabulary = token_bytes(target.tokenizer) if target.tokenizer else ()
-    costs = pricing.costs_of(target.device, partial(rows_of, drafters))
+    costs = pricing.costs_of(target.device, partial(rows_of, drafters), overlaps)
     return Controller(build_policy(settings, heads=heads), costs, vocabulary)
 
 

@@ -93,7 +93,9 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
         learns = self.ranks.leads and not disaggregation.prefills_only()
         self.spool = spool_of(self.settings, server_args.model_path) if learns else None
         self.publisher = Publisher(self)
-        self.controller = build_controller(self.settings, self.target, self.drafters, heads=self._has_heads)
+        self.controller = build_controller(
+            self.settings, self.target, self.drafters, heads=self._has_heads, overlaps=self.host.late
+        )
         self.sync = DraftSync(
             self.drafters,
             max(min(backlog.TOKENS, self.target.context_len), widest_of(self.drafters) + 2),
@@ -250,6 +252,7 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
             stages.learner.timed(previous)
         with clock.stage("route"):
             stages.planner.plan(turn)
+        clock.planned()
         with clock.stage("catch_up"):
             self.sync.catch_up(turn.due, turn.catches_up, turn.rows, turn.starts)
             clock.extra_catch_up_seconds += self.sync.beyond_usual(turn.due, turn.row_ids, turn.plan.routes)

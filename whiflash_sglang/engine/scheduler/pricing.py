@@ -83,9 +83,11 @@ class CatchUps(Protocol):
     def idle(self, arm: str, tokens: int) -> Callable[[], object]: ...
 
 
-def costs_of(device: torch.device, width: Callable[[str], int]) -> Costs:
-    """Prices of routes on a device: looked up where the host's clock would time launches. width: as of `Costs`."""
-    return LookedUpCosts(width) if device.type == "cuda" else MeasuredCosts(width)
+def costs_of(device: torch.device, width: Callable[[str], int], overlaps: bool) -> Costs:
+    """Prices of routes on a device: looked up where the host's clock would time launches. width: as of `Costs`.
+    overlaps: as of `LookedUpCosts`.
+    """
+    return LookedUpCosts(width, overlaps) if device.type == "cuda" else MeasuredCosts(width)
 
 
 def price(costs: Costs, start: "Start", ranks: Ranks) -> None:
