@@ -94,7 +94,7 @@ class Verifications:
 
 
 LEFT_OUT = 2.0
-"""Prices of a row that the least likely drafts of a batch are worth, if each is worth one at least."""
+"""Prices of a row that the least likely drafts of a batch are worth at least, if each is worth one at least."""
 AROUND = 2.0
 """How many times fewer and more rows a row's price is taken over."""
 
@@ -163,6 +163,8 @@ class LookedUpCosts(Costs):
         """Seconds of a round that waits for the host, as far as one is known; forgotten where none does."""
         self._busy = Mean(1.0, 1.0)
         """Share of rounds in which the device did not wait, which longer work makes longer."""
+        self._brought = 0.0
+        """Seconds, uncorrected, in which the server commits what one draft of a round usually brings."""
         self._behind: dict[str, Mean] = {}
         self._lengths: dict[str, int] = {}
         """Drafts that the passes of an arm make now, if they are shorter ones."""
@@ -174,6 +176,9 @@ class LookedUpCosts(Costs):
             self._behind.setdefault(arm, Mean()).add(previous.caught_up.get(arm, 0) / requests, MEMORY)
         if previous.seconds > 0.0:
             self._learn_host(previous)
+            if (drafts := previous.rows - previous.requests) and self._rate:
+                brought = max(previous.tokens - previous.requests, 0) / drafts / self._rate
+                self._brought += (brought / self.correction.factor - self._brought) / RATE_ROUNDS
             expected = self.tables.verifications.at(previous.rows, previous.context)
             expected += sum(self._pass(arm, requests) for arm, requests in previous.drafted.items())
             expected += sum(self.tables.catch(arm, tokens) for arm, tokens in previous.caught_up.items())
@@ -249,14 +254,16 @@ class LookedUpCosts(Costs):
         """Rows that are verified in place of `rows`, and seconds, uncorrected, with what is lost by those left out.
 
         A graph of a few rows more than the one before it is not begun: the step costs more than its drafts bring. Those
-        left out are the least likely, so each is worth little more than a row costs.
+        left out are the least likely, so each is worth little more than a row costs; if rows are nearly free,
+        it is the geometric mean of that and what a draft usually brings.
         """
         verify, sizes = self.tables.verifications.at, self.tables.verifications.at_short.sizes
         place = bisect_left(sizes, rows)
         seconds = verify(rows, self._context)
         if place and (smaller := sizes[place - 1]) >= requests:
-            lost = (rows - smaller) * LEFT_OUT * self.tables.row(rows, self._context)
-            if (shorter := verify(smaller, self._context) + lost) < seconds:
+            price = self.tables.row(rows, self._context)
+            each = max(LEFT_OUT * price, math.sqrt(price * self._brought))
+            if (shorter := verify(smaller, self._context) + (rows - smaller) * each) < seconds:
                 return smaller, shorter
         return math.ceil(rows), seconds
 
