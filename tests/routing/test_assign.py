@@ -85,7 +85,7 @@ def test_margin_keeps_the_previous_routes() -> None:
 
 
 def test_a_margin_reckons_with_promised_rows_too() -> None:
-    scores, promised = [{"ar": 2.41, "promised": 1.5, "none": 1.0}], [Forecast(1.5, 2)]
+    scores, promised = [{"ar": 2.37, "promised": 1.5, "none": 1.0}], [Forecast(1.5, 2)]
     assert assign(scores, FixedCosts(), promised=promised) == ["ar"]
     assert assign(scores, FixedCosts(), ["promised"], MARGIN, promised) == ["promised"]
 

@@ -5,11 +5,11 @@ import random
 import pytest
 from whiflash_sdk.hints import Span
 
-from whiflash_sglang.drafts.rates import Mean
+from whiflash_sglang.drafts.rates import RECENT_ROUNDS, Mean
 from whiflash_sglang.prices.costs import PLAIN_ROUNDS, PRIOR_SHARE, MeasuredCosts, verification, work_of
 from whiflash_sglang.prices.fits import Fit
 from whiflash_sglang.prices.round_clock import RoundTime
-from whiflash_sglang.records.signals import Signals
+from whiflash_sglang.records.signals import Decision, Signals
 from whiflash_sglang.routing.estimate import LEVEL_LIMIT, AcceptanceEstimator
 
 BOTH = frozenset({"ar", "diffusion"})
@@ -158,6 +158,19 @@ def test_a_text_that_copies_well_does_not_raise_predictions_for_all() -> None:
     for _ in range(200):
         estimator.observe("ar", signals, 20)
     assert estimator.expect("ar", signals) == 1 + 2 * LEVEL_LIMIT
+
+
+@pytest.mark.parametrize(("differ", "expected"), [(False, 2.0), (True, 1.3)])
+def test_a_requests_own_rounds_count_as_far_as_requests_differ(differ: bool, expected: float) -> None:
+    """Where one is like another, eight rounds without an accepted draft are bad luck."""
+    estimator, rng = AcceptanceEstimator(), random.Random(0)
+    for number in range(100):
+        recent: dict[str, Mean] = {}
+        for _ in range(20):
+            length = 1 + 2 * (number % 2 if differ else rng.randrange(2))
+            estimator.observe("ar", Decision(recent=recent), length)
+            recent.setdefault("ar", Mean()).add(length, RECENT_ROUNDS)
+    assert estimator.expect("ar", Signals(recent={"ar": Mean(8.0, 8.0)})) == pytest.approx(expected, abs=0.15)
 
 
 def test_contexts_differ() -> None:

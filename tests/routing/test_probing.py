@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import inf
 
 import pytest
 
@@ -19,18 +20,18 @@ def in_use(arm: str, round_number: int) -> Signals:
 
 
 def rounds_with_probes(
-    rounds: int, batch: int, accepted: int = 2, timings: Sequence[int] = ()
+    rounds: int, batch: int, accepted: int = 2, timings: Sequence[int] = (), loss: float = inf
 ) -> list[tuple[int, int]]:
     """Rounds in which DFlash was probed, and by how many requests; EAGLE-3 is used otherwise and is far better.
 
     accepted: DFlash's acceptance length. timings: of its price, from one probe to the next; then, and without any, it
-    is known.
+    is known. loss: share of its tokens that a probe costs.
     """
     policy, found, left = AutoPolicy(), [], list(timings)
     for number in range(rounds):
         signals = [in_use("ar", number) for _ in range(batch)]
         price = left[0] if left else 10**6
-        probes = policy.probe(signals, lambda arm, price=price: price)  # type: ignore[misc]
+        probes = policy.probe(signals, lambda arm, price=price: price, lambda _: loss)  # type: ignore[misc]
         probed = [index for index, arm in probes.items() if arm == "diffusion"]
         if probed:
             found.append((number, len(probed)))
@@ -57,6 +58,13 @@ def test_what_is_never_right_is_tried_most_seldom(accepted: int, rounds: float) 
     probes = [number for number, _ in rounds_with_probes(8000, batch=1, accepted=accepted)]
     assert probes[-1] - probes[-2] == rounds + 1
     assert probes[-1] > 8000 - 2 * rounds, "it is never given up"
+
+
+@pytest.mark.parametrize(("loss", "rounds"), [(0.9, PROBE_ROUNDS), (0.3, 200), (0.01, PROBE_ROUNDS / 4)])
+def test_an_arm_that_is_hardly_behind_is_tried_more_often(loss: float, rounds: float) -> None:
+    """Never so often that its probes cost more than `PROBES_SHARE`."""
+    probes = [number for number, _ in rounds_with_probes(8000, batch=1, loss=loss)]
+    assert probes[-1] - probes[-2] == rounds + 1
 
 
 @pytest.mark.parametrize(("batch", "requests"), [(3, 1), (16, 8), (256, 16)])

@@ -14,7 +14,7 @@ from whiflash_sglang.drafts.rates import Mean
 class Decision:
     """A decided round, which the request's next rounds leave behind.
 
-    On what, as of `Signals`: entropy, span, expected, predicted, tried (as it is by now) and adapter.
+    On what, as of `Signals`: entropy, span, expected, predicted, tried and recent (as these are by now) and adapter.
 
     reason: why it was routed as it was (`apply_hints`). only: the one draft source whose candidates may be verified, or
         `none`; None: all. promised: whether a round without a pass is expected to verify one of them. keeps: the choice
@@ -26,6 +26,7 @@ class Decision:
     expected: Mapping[str, Forecast] = field(default_factory=dict)
     predicted: Mapping[str, float] = field(default_factory=dict)
     tried: Mapping[str, int] = field(default_factory=dict)
+    recent: Mapping[str, Mean] = field(default_factory=dict)
     adapter: str | None = None
     reason: str = "score"
     only: str | None = None

@@ -23,7 +23,7 @@ WITHOUT_A_PASS = (arms.PROMISED, arms.NONE)
 """Choices that run no drafter."""
 
 
-MARGIN = 0.05
+MARGIN = 0.02
 """Keeps routes from thrashing: a switch must promise so much more tokens per second, relatively."""
 
 
@@ -66,6 +66,12 @@ def assign(
         if kept == best or batch.rate(kept) * (1 + margin) >= best_rate:
             return kept
     return best
+
+
+def best_rate(scores: Sequence[Scores], costs: Costs, promised: Sequence[Forecast]) -> float:
+    """Most expected tokens per second, whatever the routes were."""
+    batch = _Batch.of(scores, costs, promised)
+    return float(batch.rates(batch.best_choices()).max())
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from whiflash_sglang.drafts.candidates import PLAIN, Forecast
 from whiflash_sglang.prices.costs import FULL_LENGTH, PROBE_ROUNDS, Costs, Worth
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.records.signals import Decision, Signals
-from whiflash_sglang.routing.assign import MARGIN, assign
+from whiflash_sglang.routing.assign import MARGIN, assign, best_rate
 from whiflash_sglang.routing.policies import Policy, Scores, apply_hints
 from whiflash_sglang.spans.tracker import SpanTracker
 
@@ -117,9 +117,17 @@ def route(
         scores.append(scored)
         sources.append(source)
         teachers.append(request if decision.free else None)
-    probes = policy.probe(teachers, costs.timings if costs else lambda _: PROBE_ROUNDS)
-    for index, arm in probes.items():
-        scores[index] = {arm: scores[index][arm]}
+
+    def bound(probes: Mapping[int, str]) -> list[Scores]:
+        return [{probes[i]: each[probes[i]]} if i in probes else each for i, each in enumerate(scores)]
+
+    def loss(probes: Mapping[int, str]) -> float:
+        if costs is None or not (best := best_rate(scores, costs, promised)):
+            return math.inf
+        return 1 - best_rate(bound(probes), costs, promised) / best
+
+    probes = policy.probe(teachers, costs.timings if costs else lambda _: PROBE_ROUNDS, loss)
+    scores = bound(probes)
     chosen = assign(scores, costs, previous, MARGIN, promised) if policy.prices_batches else assign(scores)
     routes = [arms.NONE if arm == arms.PROMISED else arm for arm in chosen]
     for index, (request, arm, source) in enumerate(zip(requests, chosen, sources, strict=True)):
@@ -188,6 +196,7 @@ def _scored(request: Request, policy: Policy, forecast: Forecasts) -> Scores:
         request.expected,
         request.predicted,
         request.tried,
+        request.recent,
         request.adapter,
         reason,
     )

@@ -44,6 +44,9 @@ LEVEL_PRIOR = 20.0
 LEVEL_LIMIT = 2.0
 """No level is higher: copies behind drafts may be many times as long as what is predicted."""
 
+TRUST_PRIOR, TRUST_MEMORY = 40.0, 1000.0
+"""Rounds for which requests' own rounds are believed to say what they seem to; after which it counts for little."""
+
 Place = tuple[int, str | None]
 """Entropy bin, -1 if it is unknown, and kind of the open span."""
 
@@ -66,12 +69,19 @@ class AcceptanceEstimator:
         self._by_context: defaultdict[tuple[str, Place], Mean] = defaultdict(Mean)
         self._levels: dict[str, tuple[Mean, Mean]] = {}
         """Per arm, drafts that were accepted and those that the router predicted."""
+        self._trusts: defaultdict[str, tuple[Mean, Mean]] = defaultdict(lambda: (Mean(), Mean()))
+        """Per arm, how far own rounds moved what is expected: times how far the next one was off, and squared."""
         self._shared: dict[tuple[AcceptanceEstimator, str, Place], float] = base._shared if base else {}
         """Estimates from all requests' rounds, kept until the next round is seen; shared by all adapters."""
 
     def observe(self, arm: str, decision: Decision, length: int) -> None:
         """A round of `arm`, of this `decision`, committed `length` tokens."""
         weight = min(REQUEST_ROUNDS / max(decision.tried.get(arm, 1), 1), 1.0)
+        believed, moved = self._split(arm, decision)
+        if moved:
+            agreed, squares = self._trusts[arm]
+            agreed.add(moved * (length - believed), TRUST_MEMORY, weight)
+            squares.add(moved**2, TRUST_MEMORY, weight)
         self.forget_asked()
         self._by_arm[arm].add(length, MEMORY, weight)
         self._by_context[arm, place_of(decision)].add(length, MEMORY, weight)
@@ -96,14 +106,25 @@ class AcceptanceEstimator:
 
     def expect(self, arm: str, signals: Signals) -> float:
         """Expected acceptance length of the request's next round with `arm`."""
-        if arm in signals.predicted:
-            believed, weight = 1 + (signals.predicted[arm] - 1) * self._level(arm), PREDICTED_WEIGHT
+        believed, moved = self._split(arm, signals)
+        return believed + moved * self._trust(arm) if moved else believed
+
+    def _split(self, arm: str, known: Signals | Decision) -> tuple[float, float]:
+        """Expected of any request here; and how far its own rounds would move that, were they believed."""
+        if arm in known.predicted:
+            believed, weight = 1 + (known.predicted[arm] - 1) * self._level(arm), PREDICTED_WEIGHT
         else:
-            believed, weight = self._believed(arm, place_of(signals)), SHARED_WEIGHT
-        recent = signals.recent.get(arm)
-        if recent is None:
-            return believed
-        return (believed * weight + recent.total) / (weight + recent.weight)
+            believed, weight = self._believed(arm, place_of(known)), SHARED_WEIGHT
+        if (recent := known.recent.get(arm)) is None:
+            return believed, 0.0
+        return believed, (recent.total - believed * recent.weight) / (weight + recent.weight)
+
+    def _trust(self, arm: str) -> float:
+        """The share of that which later rounds agreed with: little where requests are alike and their luck differs."""
+        agreed, squares = self._trusts[arm]
+        prior = TRUST_PRIOR * (squares.value if squares.weight else 1.0)
+        trust = self._base._trust(arm) if self._base else 1.0
+        return min(max((agreed.total + prior * trust) / (squares.total + prior), 0.0), 1.0)
 
     def _believed(self, arm: str, place: Place) -> float:
         """Acceptance length of `arm` in this place."""

@@ -3,6 +3,7 @@
 A policy judges one request and knows nothing of the batch; `assign` turns the scores of a whole batch into routes.
 """
 
+import math
 import random
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,9 @@ from whiflash_sglang.routing.estimate import AcceptanceEstimator
 FIRST_PROBE = 4
 """Rounds of the batch between two probes of an arm that is not known; doubles with every probe."""
 
+PROBES_SHARE = 0.0015
+"""Share of the tokens that probes of an arm may cost: one that is hardly behind is tried the more often."""
+
 HOPELESS = 0.25
 """Accepted drafts a round: an arm with fewer than one is tried the more seldom, down to what this many earn."""
 
@@ -32,6 +36,11 @@ come and go have the arm probed once in PROBE_ROUNDS / 2 rounds."""
 
 MOST_TOGETHER = 16
 """Requests that probe an arm in one round, at most: more would be forgotten (`estimate.MEMORY`) before it is known."""
+
+
+Timings = Callable[[str], int]
+Loss = Callable[[Mapping[int, str]], float]
+"""Share of a round's expected tokens per second that these probes, index → arm, cost."""
 
 
 class Probes:
@@ -61,12 +70,14 @@ class Probes:
         self._probed = Counter[str]()
         self._since: dict[str, int] = {}
         """Rounds of the batch since an arm was probed, or first allowed."""
+        self._losses: dict[str, float] = {}
+        """Share of its last probe's tokens that it was expected to cost."""
 
-    def choose(self, teachers: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
+    def choose(self, teachers: Sequence[Signals | None], timings: Timings, loss: Loss) -> Mapping[int, str]:
         """Index → arm for this round of the batch, one arm at most.
 
         Args:
-            teachers: of every request, None for one that is not free. timings: see `_patience`.
+            teachers: of every request, None for one that is not free. timings: see `_patience`. loss: see `Loss`.
         """
         able: defaultdict[str, dict[int, Signals]] = defaultdict(dict)
         for index, signals in enumerate(teachers):
@@ -87,8 +98,9 @@ class Probes:
             if due and since >= due[0][0]:
                 self._since[arm] = -1
                 self._probed[arm] += 1
-                # Another arm waits for the next round.
-                return {index: arm for *_, index in due[: self._together(len(able[arm]))]}
+                chosen = {index: arm for *_, index in due[: self._together(len(able[arm]))]}
+                self._losses[arm] = loss(chosen)
+                return chosen  # another arm waits for the next round
         return {}
 
     @staticmethod
@@ -98,16 +110,18 @@ class Probes:
     def _patience(self, arm: str, timings: int, adapter: str | None, requests: int) -> float:
         """Rounds without `arm` after which it is tried: the more, the better it is known, and the worse it is.
 
-        It is known as well as the less known of its acceptance and its price: `timings`, how often a draft was timed
-        since its price was last found wrong. So what a busy moment made dear is timed again soon. requests: that may
-        draft with it, of the adapter.
+        One that costs little is tried more often, `PROBES_SHARE` of all tokens at most. It is known as well as the less
+        known of its acceptance and its price: `timings`, how often a draft was timed since its price was last found
+        wrong. So what a busy moment made dear is timed again soon. requests: that may draft with it, of the adapter.
         """
         known = self._known(adapter)
         drafts = min(max(known.usual(arm) - 1, HOPELESS), 1.0)
         probes = known.rounds(arm) / self._together(requests)
         if adapter is not None:
             probes += min(self._probed[arm], INHERITED)
-        return min(PROBE_ROUNDS / drafts, FIRST_PROBE * 2 ** min(probes, timings))
+        often = min(known.rounds(arm), PROBE_ROUNDS / 4)
+        cheap = max(self._losses.get(arm, math.inf) / PROBES_SHARE, often)
+        return min(PROBE_ROUNDS / drafts, cheap, FIRST_PROBE * 2 ** min(probes, timings))
 
 
 Scores = Mapping[str, float]
@@ -145,11 +159,11 @@ class Policy(Protocol):
         """Expected accepted tokens per allowed arm; `none` is always there, so that a route always exists."""
         ...
 
-    def probe(self, teachers: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
+    def probe(self, teachers: Sequence[Signals | None], timings: Timings, loss: Loss) -> Mapping[int, str]:
         """A round of the whole batch begins: requests, by their index, that are to try an arm whatever it promises.
 
         teachers: of every request, None where its caller ordered the route. timings: how often an arm's price was found
-        right.
+        right. loss: see `Loss`.
         """
         ...
 
@@ -165,7 +179,7 @@ class Blind:
     prices_batches = False
     joins_arms = False
 
-    def probe(self, teachers: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
+    def probe(self, teachers: Sequence[Signals | None], timings: Timings, loss: Loss) -> Mapping[int, str]:
         """Nothing to try."""
         return {}
 
@@ -247,8 +261,10 @@ class AutoPolicy:
     def score(self, signals: Signals) -> Scores:
         return {**{arm: self._expect(arm, signals) for arm in sorted(signals.allowed)}, arms.NONE: 1.0}
 
-    def probe(self, teachers: Sequence[Signals | None], timings: Callable[[str], int]) -> Mapping[int, str]:
-        return self._probes.choose(teachers, timings)
+    def probe(
+        self, teachers: Sequence[Signals | None], timings: Timings, loss: Loss = lambda _: math.inf
+    ) -> Mapping[int, str]:
+        return self._probes.choose(teachers, timings, loss)
 
     def observe(self, arm: str, decision: Decision, length: int) -> None:
         if arm != arms.NONE and arm not in decision.expected:
