@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from whiflash_lab.published import KNOWN, Acceptance, PublishedTarget, Shape, known
 from whiflash_lab.simulate import (
+    FIXED,
     H100,
+    METHODS,
     PARAMETERS,
-    PLANNING_OF_AGENTS,
     Card,
     PublishedPair,
     SimulatedLoad,
@@ -165,8 +166,8 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
     advice = Advice(
         assumed=f"ESTIMATE, nothing measured here, and no GPU has run WhiFlash. {target.name}, {prices}. "
         f"Acceptance: {source}; yours at temperature {question.temperature:g} may differ. Prompts of "
-        f"{question.prompt}, answers of {question.answer} tokens; grammars in {question.tools:.0%} of requests; "
-        "no gain of copies and forced text.",
+        f"{question.prompt}, answers of {question.answer} tokens; {question.tools:.0%} of requests write calls of "
+        "twenty tools under grammars, of which the host knows what it was measured to know; no copies in the others.",
         verdict=_verdict(rows, own),
         rows=rows,
         published=[
@@ -270,26 +271,18 @@ def _on_its_traffic(state: Mapping[str, Any]) -> str:
     return f"{verdict}: {gain:.2f} over plain decoding on the server's own traffic, by its prices"
 
 
-METHODS = {"plain": arms.NONE, "eagle3": arms.AR, "dflash": arms.DIFFUSION, "auto": ""}
 STOCK = {"plain": "plain decoding", "eagle3": "EAGLE-3", "dflash": "block drafter"}
 """Methods that SGLang has without this package."""
 
 
 def _row(card: Card, pair: PublishedPair, question: Question, requests: int) -> Estimate:
-    # A share above 0 takes the host's time into account.
-    load = SimulatedLoad(
-        requests,
-        2 * requests + 40,
-        question.prompt,
-        question.answer,
-        max(question.tools, 1e-9),
-        PLANNING_OF_AGENTS if question.tools else 0.0,
-    )
+    tools = max(question.tools, 1e-9)  # above 0, so that the host's time counts
+    load = SimulatedLoad(requests, 4 * requests + 40, question.prompt, question.answer, tools=tools)
 
     def rate(method: str, lengths: Mapping[str, Mapping[str, float]]) -> float:
         return Simulation(card, load, method, pair=pair._replace(lengths=lengths)).run().rate
 
-    methods = [method for method, arm in METHODS.items() if arm in ("", arms.NONE, *pair.drafts)]
+    methods = [method for method in METHODS if FIXED.get(method, arms.NONE) in (arms.NONE, *pair.drafts)]
     rates = {method: rate(method, pair.lengths) for method in methods}
     ratios = [rate("auto", {name: lengths}) / rates["plain"] for name, lengths in pair.lengths.items()]
     return Estimate(requests, rates, min(ratios), max(ratios))

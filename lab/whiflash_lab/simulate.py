@@ -1,31 +1,34 @@
 """Rounds of a card that nobody has here: published prices, published acceptance, and the server's own controller.
 
 Nothing is measured. Prices are fits to published tables; `results/simulated.md` has their errors, also in tables that
-no fit has seen. The controller, its policy and its looked-up prices are those of a server; drafts are drawn, not
-computed. Every draft of a request is accepted with one chance, so a cut knows a draft's place and no confidence.
-Imports no torch.
+no fit has seen. The controller, its policy and its looked-up prices are those of a server. Whether a draft of a
+position is right is drawn once: every method meets the same text. A cut knows a draft's place, and no confidence of it.
 """
 
-import random
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import accumulate
 from math import ceil
+from operator import mul
 from typing import NamedTuple
 
+import numpy as np
+from numpy.random import default_rng
+from numpy.typing import NDArray
+
 from whiflash_sglang.drafts import arms
+from whiflash_sglang.drafts.candidates import Forecast
 from whiflash_sglang.prices.round_clock import RoundTime
-from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
+from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications, continuing
 from whiflash_sglang.records.request import Request as ServedRequest
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import AutoPolicy
-from whiflash_train.rounds import agreed
 
-METHODS = ("plain", "eagle3", "dflash", "cut", "auto")
-WAITS = "auto, waiting"
-"""`auto` before batches with a grammar overlapped: after each such round the next launch waited for the host."""
+METHODS = ("plain", "eagle3", "dflash", "auto")
+FIXED = {"plain": arms.NONE, "eagle3": arms.AR, "dflash": arms.DIFFUSION}
+"""Methods that draft alike in every round, and each draft as long as it is."""
 DRAFTS = {arms.AR: 4, arms.DIFFUSION: 15}
 """Drafts of a full round: an EAGLE-3 chain of four steps, a DFlash block of 16 rows."""
 
@@ -49,20 +52,17 @@ class PublishedPair(NamedTuple):
     published: Mapping[str, int]
     drafts: Mapping[str, int]
 
+    def chances(self, text: str) -> dict[str, float]:
+        """Arm → chance that a draft of such a text is right."""
+        return {arm: chance(length, self.published[arm]) for arm, length in self.lengths[text].items()}
+
 
 PAIR = PublishedPair(ACCEPTANCE, {arms.AR: 7, arms.DIFFUSION: 15}, DRAFTS)
 
 
 def chance(length: float, drafts: int) -> float:
     """A draft's chance to be accepted after accepted ones, from the mean `length` of a round of `drafts` drafts."""
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        if expected(middle, drafts) < length:
-            low = middle
-        else:
-            high = middle
-    return low
+    return continuing(length, drafts + 1)
 
 
 def expected(chance: float, drafts: int) -> float:
@@ -75,7 +75,7 @@ class Card:
     """Seconds. fixed: a forward of any size. row: one more row. token: one more token of context.
 
     chain: an EAGLE-3 step. block: a DFlash block, and the round's own work. experts: reading all of them. share: of
-    them that one row uses; several rows use others, by chance.
+    them that one row uses; several rows use others, by chance. found: what a server measured, in place of all these.
     """
 
     name: str
@@ -86,17 +86,24 @@ class Card:
     block: float
     experts: float = 0.0
     share: float = 1.0
+    found: CostTables | None = None
 
     def verify(self, rows: float, context: float) -> float:
+        if self.found:
+            return self.found.verifications.at(rows, context)
         read: float = self.experts * (1 - (1 - self.share) ** rows)
         return self.fixed + self.row * rows + self.token * context + read
 
     def tables(self, rows: int, context: int, chain: int = DRAFTS[arms.AR]) -> CostTables:
         """Tables of a server's start on this card, for rows and a context up to these, and chains of this length."""
+        if self.found:
+            return self.found
         sizes = grid(rows)
         drafts = {arms.AR: chain * self.chain, arms.DIFFUSION: self.block}
         by_arm = {arm: Sizes(tuple(sizes), (price,) * len(sizes)) for arm, price in drafts.items()}
-        return CostTables(Verifications.measured(1, max(context, 2), sizes, self.verify), by_arm, {})
+        chains = {n: Sizes(tuple(sizes), (n * self.chain,) * len(sizes)) for n in range(2, chain)}
+        verifications = Verifications.measured(1, max(context, 2), sizes, self.verify)
+        return CostTables(verifications, by_arm, {}, {arms.AR: chains})
 
 
 def grid(largest: int) -> list[int]:
@@ -134,6 +141,7 @@ class Host(NamedTuple):
         return self.fixed + self.request * requests
 
 
+FREE = Host(0.0, 0.0)
 HOST = Host(1.65e-3, 0.077e-3)
 HOST_OF_GRAMMARS = Host(2.4e-3, 0.16e-3)
 """Fits to medians of 30 passes at 1, 8 and 32 requests on a CPU (`docs/dev/findings.md`, C15). Under grammars the
@@ -143,27 +151,55 @@ PLANNING_OF_AGENTS = 0.25e-3
 requests for 1.5 ms of copies alone (`tests/planning_time.py --agents`)."""
 
 
+KNOWN = 16
+"""Drafts of a round that the host knows, at most (`tests/planning_time.py --agents`)."""
+TURN = (*(0,) * 10, 16, 0, 4, 12, 1, 10, *(0,) * 6, 16, 2)
+"""How many tokens of an agent's turn the host knows before each that it does not, of the same command after a hundred
+rounds: prose, half of which a tenant's earlier text has, then a call. 3.5 tokens a round without a drafter."""
+PROSE = 10
+
+
 class SimulatedLoad(NamedTuple):
     """requests: at once; the next follows when one ends. total: requests, 0: four for each place, 100 at least.
-    prompt, answer: tokens of each. grammars: the share of requests under a grammar. planning: the host's seconds for
-    a request of `auto` beyond `HOST`.
+    prompt, answer: tokens of each. tools: the share of requests that write prose and calls in turn, each under a
+    grammar; above 0 the host's time counts.
     """
 
     requests: int
     total: int = 0
     prompt: int = 512
     answer: int = 512
-    grammars: float = 0.0
-    planning: float = 0.0
+    tools: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Request:
+    """right: arm → [answer] how many drafts from each position on are right, and of `STRUCTURE` how many are known.
+    chances: arm → [answer] chance that one is. at: the next position.
+    """
+
     row: int
-    constrained: bool
-    chances: Mapping[str, float]
-    left: int
-    context: int
+    agent: bool
+    chances: Mapping[str, Sequence[float]]
+    right: Mapping[str, Sequence[int]]
+    prompt: int
+    at: int = 0
+
+    @property
+    def known(self) -> Forecast:
+        """Drafts that the host knows to be right."""
+        drafts = min(self.right[arms.STRUCTURE][self.at], KNOWN)
+        return Forecast(1.0 + drafts, 1 + drafts)
+
+    def alive(self, arm: str, worth: float, most: int) -> list[float]:
+        """Chances that drafts of `arm` are accepted, the first and those that are `worth` their rows."""
+        alive = accumulate([self.chances[arm][self.at]] * most, mul) if most else ()
+        return [each for place, each in enumerate(alive) if each >= worth or not place]
+
+    def accepted(self, arm: str, drafts: int) -> int:
+        """Tokens that a round of so many drafts of an arm commits."""
+        right = self.right[arm][self.at] if drafts else 0
+        return min(right, drafts, len(self.right[arms.STRUCTURE]) - self.at - 1) + 1
 
 
 @dataclass(slots=True)
@@ -175,7 +211,15 @@ class Result:
     tokens: int = 0
     seconds: float = 0.0
     rounds: int = 0
-    routed: dict[str, int] = field(default_factory=dict)
+    routed: Counter[str] = field(default_factory=Counter)
+    prefills: float = 0.0
+    probe_seconds: float = 0.0
+    probe_tokens: int = 0
+
+    @property
+    def probes(self) -> float:
+        """Share of the tokens that were lost by probes: their share of the rounds' time, less that of the tokens."""
+        return self.probe_seconds / (self.seconds - self.prefills) - self.probe_tokens / self.tokens
 
     @property
     def rate(self) -> float:
@@ -186,167 +230,172 @@ class Simulation:
     """One card under one load, by one of `METHODS`."""
 
     def __init__(
-        self, card: Card, load: SimulatedLoad, method: str, seed: int = 1, pair: PublishedPair = PAIR
+        self,
+        card: Card,
+        load: SimulatedLoad,
+        method: str,
+        seed: int = 1,
+        pair: PublishedPair = PAIR,
+        host: Host = FREE,
     ) -> None:
-        self.load, self.random, self.pair = load, random.Random(seed), pair
-        self.method, self.waits = ("auto", True) if method == WAITS else (method, False)
-        largest = load.requests * (max(pair.drafts.values()) + 1)
+        """host: whose time counts whatever the load is, if it is not `FREE`."""
+        self.card, self.load, self.method = card, load, method
+        self.seed, self.pair, self.host = seed, pair, host
+        largest = load.requests * (max(*pair.drafts.values(), KNOWN) + 1)
         context = load.requests * (load.prompt + load.answer)
         self.tables = card.tables(largest, context, pair.drafts.get(arms.AR, 0))
-        self.card = card
         costs = LookedUpCosts(lambda arm: pair.drafts.get(arm, 0) + 1)
         costs.tables = self.tables
         self.controller = Controller(AutoPolicy(), costs, ())
+        self.texts = [pair.chances(text) for text in pair.lengths]
         self.free = list(range(load.requests))
         self.opened = 0
-        self.texts = cycle(pair.lengths.values())  # every method gets the same ones
         self.running: list[Request] = []
+        self.least_rows, self.probing = 0, False
+        self.lengths: dict[str, int] = {}
         self.result = Result(method, load.requests)
 
     def run(self) -> Result:
+        """As long as a request follows each that ends: a steady load, begun in the midst of answers."""
         waiting = self.load.total or max(4 * self.load.requests, 100)
-        while waiting or self.running:
+        while waiting or not self.free:
             begun = min(waiting, len(self.free))
             for _ in range(begun):
                 self._open()
             if begun:
-                self.result.seconds += self.card.verify(begun * self.load.prompt, 0)
+                self.result.prefills += (prefill := self.card.verify(begun * self.load.prompt, 0))
+                self.result.seconds += prefill
             waiting -= begun
             self._round()
         return self.result
 
     def _open(self) -> None:
-        lengths = next(self.texts)
-        chances = {arm: chance(length, self.pair.published[arm]) for arm, length in lengths.items()}
-        row = self.free.pop()
-        # Evenly spread: one more request under a grammar whenever their share falls behind.
-        constrained = int((self.opened + 1) * self.load.grammars) > int(self.opened * self.load.grammars)
+        number, answer = self.opened, self.load.answer
         self.opened += 1
-        self.running.append(Request(row, constrained, chances, self.load.answer, self.load.prompt))
+        # Evenly spread: one more agent whenever their share falls behind.
+        agent = int(self.opened * self.load.tools) > int(number * self.load.tools)
+        if agent:
+            turn = [known for run in TURN for known in (*(True,) * run, False)]
+            known = np.resize(turn, answer)
+            kinds = np.resize([0] * PROSE + [1] * (len(turn) - PROSE), answer)
+            texts = sorted(self.texts, key=lambda text: sum(text.values()))[:: max(len(self.texts) - 1, 1)]
+        else:
+            known, kinds, texts = np.zeros(answer, dtype=bool), np.full(answer, number), self.texts
+        luck = default_rng((self.seed, number)).random(answer)  # what is hard for one drafter is for another
+        chances = {
+            arm: np.array([text[arm] for text in texts])[kinds % len(texts)] for arm in self.pair.drafts
+        }
+        right = {arm: luck < each for arm, each in chances.items()} | {arms.STRUCTURE: known}
+        row, places = self.free.pop(), self.load.requests
+        self.running.append(
+            Request(
+                row=row,
+                agent=agent,
+                chances={arm: each.tolist() for arm, each in chances.items()},
+                right={arm: _runs(each) for arm, each in right.items()},
+                prompt=self.load.prompt,
+                at=answer * number // places if number < places else 0,
+            )
+        )
         self.controller.open(ServedRequest(str(row), row=row), ())
 
     def _round(self) -> None:
-        running, controller = self.running, self.controller
-        controller.costs.set_contexts([request.context for request in running])
-        routes = self._routes()
-        drafts = self._cut(routes)
-        drafted = {arm: routes.count(arm) for arm in set(routes) - {arms.NONE}}
-        context = sum(request.context for request in running)
-        padded, wanted = len(running) + sum(drafts), drafts
+        running, costs = list(self.running), self.controller.costs
+        costs.set_contexts([request.prompt + request.at for request in running])
         if self.method == "auto":
-            own = [controller.states[request.row].wanted[arm] for request, arm in zip(running, routes, strict=True)]
-            room = map(controller.costs.room, routes, own)
-            usual = (min(each, self.pair.drafts.get(arm, 0)) for arm, each in zip(routes, room, strict=True))
-            padded = self._graph(len(running) + controller.costs.packed(len(running), ceil(sum(usual))))
-            drafts = self._likeliest(routes, drafts, padded - len(running))
-        verify = self.tables.verifications.at(padded, context)
-        seconds = self._with_host(sum(self.tables.draft(arm, n) for arm, n in drafted.items()), verify)
+            rounds = self._routed(running)
+        else:
+            arm = FIXED[self.method]
+            rounds = [(arm, arm, self.pair.drafts.get(arm, 0))] * len(running)
+        drafted = Counter(route for route, *_ in rounds if route != arms.NONE)
+        rows = max(len(running) + sum(drafts for *_, drafts in rounds), self.least_rows)
+        context = sum(request.prompt + request.at for request in running)
+        draft = sum(self.tables.draft(arm, n, self.lengths.get(arm, 0)) for arm, n in drafted.items())
+        verify = self.tables.verifications.at(rows, context)
+        gap = self._waits(running, draft, verify)
         tokens = 0
-        for request, arm, width, before in zip(list(running), routes, drafts, wanted, strict=True):
-            chance = request.chances.get(arm, 0.0)
-            accepted = agreed((self.random.random() < chance for _ in range(width)), [True] * width)
-            emitted = min(accepted + 1, request.left)
+        for request, (route, arm, drafts) in zip(running, rounds, strict=True):
+            emitted = request.accepted(arm, drafts)
             tokens += emitted
-            request.left -= emitted
-            request.context += emitted
-            self.result.routed[arm] = self.result.routed.get(arm, 0) + 1
             if self.method == "auto":
-                state = controller.states[request.row]
-                controller.costs.wanted(arm, before, state.wanted[arm])
-                controller.committed(state, state.decision, arm, [0] * emitted, width + 1)
-            if not request.left:
-                running.remove(request)
-                controller.close(controller.states[request.row])
+                state = self.controller.states[request.row]
+                drafters, done = {arm, route} - {arms.NONE}, [0] * emitted
+                lengths = {each: request.accepted(each, drafts) for each in drafters} or {arm: emitted}
+                self.controller.committed(state, state.decision, arm, done, drafts + 1, lengths=lengths)
+            request.at += emitted
+            if request.at == self.load.answer:
+                self.running.remove(request)
+                self.controller.close(self.controller.states[request.row])
                 self.free.append(request.row)
-        if self.method == "auto":
-            time = RoundTime(padded, len(routes), context, drafted, tokens=tokens, seconds=seconds)
-            controller.costs.observe(time)
+        self.result.routed.update(arm for _, arm, _ in rounds)
+        seconds = draft + verify
+        costs.observe(
+            RoundTime(rows, len(running), context, drafted, tokens=tokens, seconds=seconds, gap=gap)
+        )
         self.result.tokens += tokens
-        self.result.seconds += seconds
+        self.result.seconds += seconds + gap
+        if self.probing:
+            self.result.probe_tokens += tokens
+            self.result.probe_seconds += seconds + gap
         self.result.rounds += 1
 
-    def _with_host(self, draft: float, verify: float) -> float:
-        """Seconds from launch to launch. The host works beside the card; grammars need the drafts first."""
-        requests = len(self.running)
-        if not self.load.grammars:
-            return draft + verify
-        planning = self.load.planning * requests if self.method == "auto" else 0.0
-        if not any(request.constrained for request in self.running):
-            return max(draft + verify, HOST.seconds(requests) + planning)
-        host = HOST_OF_GRAMMARS.seconds(requests) + planning
-        return draft + (verify + host if self.waits else max(verify, host))
+    def _waits(self, running: Sequence[Request], draft: float, verify: float) -> float:
+        """Seconds that the card waits for the host, which works beside it; under a grammar, from the drafts on."""
+        agents = sum(request.agent for request in running)
+        usual = HOST_OF_GRAMMARS if agents else HOST if self.load.tools else FREE
+        host = usual if self.host is FREE else self.host
+        planning = PLANNING_OF_AGENTS * agents if self.method == "auto" else 0.0
+        return max(host.seconds(len(running)) + planning - verify - (0.0 if agents else draft), 0.0)
 
-    def _graph(self, rows: int) -> int:
-        sizes = self.tables.verifications.at_short.sizes
-        return sizes[min(bisect_left(sizes, rows), len(sizes) - 1)]
-
-    def _likeliest(self, routes: Sequence[str], drafts: Sequence[int], most: int) -> list[int]:
-        """Drafts of each request if there are rows for `most`, as `choose_drafts` leaves out the least likely."""
-        chances = [request.chances.get(arm, 0.0) for request, arm in zip(self.running, routes, strict=True)]
-        alive = [
-            (-(chances[i] ** (place + 1)), i) for i, longest in enumerate(drafts) for place in range(longest)
+    def _routed(self, running: Sequence[Request]) -> list[tuple[str, str, int]]:
+        """A pass for each request, whose drafts are verified, and how many: the likeliest that there are rows for."""
+        states = [self.controller.states[request.row] for request in running]
+        forecasts = [
+            dict.fromkeys(self.pair.drafts)
+            | ({arms.STRUCTURE: request.known} if request.known.rows > 1 else {})
+            for request in running
         ]
-        kept = Counter(i for _, i in sorted(alive)[:most])
-        return [kept[i] for i in range(len(drafts))]
-
-    def _routes(self) -> list[str]:
-        if self.method == "auto":
-            forecasts = [dict.fromkeys(self.pair.drafts) for _ in self.running]
-            requests = [self.controller.states[request.row] for request in self.running]
-            return self.controller.route(requests, forecasts)
-        arm = {"plain": arms.NONE, "eagle3": arms.AR}.get(self.method, arms.DIFFUSION)
-        return [arm] * len(self.running)
-
-    def _cut(self, routes: Sequence[str]) -> list[int]:
-        """Drafts that each request verifies."""
-        full = [self.pair.drafts.get(arm, 0) for arm in routes]
-        if self.method not in ("cut", "auto"):
-            return full
-        chances = [request.chances.get(arm, 0.0) for request, arm in zip(self.running, routes, strict=True)]
-        if self.method == "auto":
-            worths = [self.controller.worth(arm).row for arm in routes]
-            return [
-                sum(chance ** (place + 1) >= worth for place in range(longest))
-                for chance, longest, worth in zip(chances, full, worths, strict=True)
-            ]
-        context = sum(request.context for request in self.running)
-        return cut(
-            chances, full[0], lambda rows: self.tables.verifications.at(rows, context) + self.card.block
-        )
+        routes, costs = self.controller.route(states, forecasts), self.controller.costs
+        self.probing = any(state.decision.keeps is None for state in states)
+        rounds, room, alive = [], 0.0, []
+        for arm, count in Counter(routes).items():
+            self.lengths[arm] = costs.length(arm, count, self.pair.drafts.get(arm, 0))
+        for index, (request, state, route) in enumerate(zip(running, states, routes, strict=True)):
+            longest, arm = self.lengths[route], route
+            chances = request.alive(route, self.controller.worth(route).row, longest)
+            known = [1.0] * (request.known.rows - 1)
+            if sum(known) > sum(chances) and state.decision.only != arms.NONE:
+                arm, chances = arms.STRUCTURE, known
+            priced_as = arms.PROMISED if route == arms.NONE and state.decision.promised else route
+            room += min(costs.room(priced_as, state.wanted[priced_as]), longest or KNOWN)
+            costs.wanted(priced_as, len(chances), state.wanted[priced_as])
+            rounds.append((route, arm))
+            alive += [(each, index) for each in chances]
+        sizes = self.tables.verifications.at_short.sizes
+        self.least_rows = sizes[bisect_left(sizes, len(running) + costs.packed(len(running), ceil(room)))]
+        most = self.least_rows - len(running)
+        kept = Counter(index for _, index in sorted(alive, reverse=True)[:most])
+        return [(*each, kept[index]) for index, each in enumerate(rounds)]
 
 
-def cut(chances: Sequence[float], longest: int, price: Callable[[float], float]) -> list[int]:
-    """Drafts of each request such that the batch has most expected tokens a second: the likeliest drafts first."""
-    likeliest = sorted(
-        ((chance ** (k + 1), i) for i, chance in enumerate(chances) for k in range(longest)), reverse=True
-    )
-    total, best, keep = float(len(chances)), len(chances) / price(len(chances)), 0
-    for kept, (alive, _) in enumerate(likeliest, 1):
-        total += alive
-        rate = total / price(len(chances) + kept)
-        if rate > best:
-            best, keep = rate, kept
-    drafts = [0] * len(chances)
-    for _, index in likeliest[:keep]:
-        drafts[index] += 1
-    return drafts
+def _runs(right: NDArray[np.bool_]) -> list[int]:
+    """How many of `right` are true from each position on."""
+    places = np.arange(len(right))
+    wrong = np.where(right, len(right), places)
+    runs: list[int] = (np.minimum.accumulate(wrong[::-1])[::-1] - places).tolist()
+    return runs
 
 
 def table(card: Card, sizes: Sequence[int], load: SimulatedLoad) -> list[Result]:
     """A result for every size and method, the sizes in order. load: its `requests` are the sizes'."""
-    methods = (*METHODS, WAITS) if load.grammars else METHODS
-    return [Simulation(card, load._replace(requests=n), method).run() for n in sizes for method in methods]
+    return [Simulation(card, load._replace(requests=n), method).run() for n in sizes for method in METHODS]
 
 
 def assumed(card: Card, load: SimulatedLoad) -> str:
     """One line: what a table rests on."""
+    agents = f"{load.tools:.0%} of requests write calls under grammars, with the host's times of a CPU."
     return (
         f"SIMULATED, nothing measured: Qwen3-8B bf16 on an {card.name}, closed load, prompts of {load.prompt}, "
-        f"answers of {load.answer} tokens. "
-        "Prices: fits to published tables. Acceptance: published means, EAGLE-3's of Llama-3.1-8B, one chance a draft. "
-        + (
-            f"No lookup. Grammars in {load.grammars:.0%} of requests, the host's times of a CPU here."
-            if load.grammars
-            else "No lookup, no host time."
-        )
+        f"answers of {load.answer} tokens. Prices: fits to published tables. Acceptance: published means, EAGLE-3's of "
+        f"Llama-3.1-8B, one chance a draft. {agents if load.tools else 'No lookup, no host time.'}"
     )

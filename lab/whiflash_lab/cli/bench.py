@@ -208,8 +208,9 @@ def simulate(
     ] = "1,2,4,8,16,32,64,128,256",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
     answer: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
-    grammars: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of requests under a grammar; adds the host's time.")
+    tools: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of requests that write tool calls; adds the host's time."),
     ] = 0.0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -229,7 +230,7 @@ def simulate(
         sizes = []
     if not sizes or min(sizes) < 1:
         raise UsageError(f"--requests takes numbers from 1 on, such as 1,8,64; got {requests!r}")
-    load = SimulatedLoad(1, prompt=prompt, answer=answer, grammars=grammars)
+    load = SimulatedLoad(1, prompt=prompt, answer=answer, tools=tools)
     line, results = assumed(H100, load), table(H100, sizes, load)
     if as_json:
         rates = [{"requests": r.requests, "method": r.method, "simulated": r.rate} for r in results]
