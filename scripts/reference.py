@@ -321,13 +321,7 @@ def _type(annotation: Any) -> str:
         return f"object: {_type(inside[0])} → {_type(inside[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "object"
-    words: Mapping[Any, str] = {
-        int: "integer",
-        float: "number",
-        str: "text",
-        bool: "boolean",
-        Path: "path",
-    }
+    words: Mapping[Any, str] = {int: "integer", float: "number", str: "text", bool: "boolean", Path: "path"}
     return "any" if annotation is Any else words[annotation]
 
 

@@ -211,10 +211,7 @@ def tiny_dflash(
         "model_type": "qwen3",
         "block_size": block_size,
         "num_target_layers": layers,
-        "dflash_config": {
-            "mask_token_id": MASK_TOKEN,
-            "target_layer_ids": features,
-        },
+        "dflash_config": {"mask_token_id": MASK_TOKEN, "target_layer_ids": features},
     }
     _save(path, config, tensors, dtype)
     return path

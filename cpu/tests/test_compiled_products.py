@@ -13,10 +13,7 @@ from whiflash_sglang.embedded import cache_root
     ("bfloat16", "avx2", "compiled"), [(False, True, True), (True, True, False), (False, False, False)]
 )
 def test_products_are_compiled_where_nothing_else_is_fast(
-    bfloat16: bool,
-    avx2: bool,
-    compiled: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    bfloat16: bool, avx2: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[Any] = []
     monkeypatch.setattr(packed_weights, "use", used.append)

@@ -11,11 +11,7 @@ CORES, THREADS = "SGLANG_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"
 
 @pytest.mark.parametrize(
     ("ranks", "cores", "named", "threads"),
-    [
-        (2, [0, 1, 2, 3], "0,1|2,3", "2"),
-        (2, [4, 5, 6], "4|5", "1"),
-        (3, [0, 1], "0|1|0", "1"),
-    ],
+    [(2, [0, 1, 2, 3], "0,1|2,3", "2"), (2, [4, 5, 6], "4|5", "1"), (3, [0, 1], "0|1|0", "1")],
 )
 def test_cores_are_split_over_the_ranks(ranks: int, cores: list[int], named: str, threads: str) -> None:
     assert cpu.shared_cores(ranks, cores) == {CORES: named, THREADS: threads}

@@ -106,8 +106,7 @@ class Bench:
     def pools(self, layers: int) -> KVPools:
         size = (self.slots * self.sizes.context, self.shape.kv_heads, self.shape.dim)
         return KVPools(
-            tuple(self.random(*size) for _ in range(layers)),
-            tuple(self.random(*size) for _ in range(layers)),
+            tuple(self.random(*size) for _ in range(layers)), tuple(self.random(*size) for _ in range(layers))
         )
 
     def request_slots(self, batch: int) -> torch.Tensor:

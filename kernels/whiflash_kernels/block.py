@@ -86,13 +86,7 @@ def _check_slots(widths: Tensor, _: Tensor, __: Tensor, slots: GraphSlots, **___
 
 @op(_check_slots)
 def fill_slots(
-    widths: Tensor,
-    seq_lens: Tensor,
-    request_slots: Tensor,
-    slots: GraphSlots,
-    *,
-    rows: int,
-    empty: int,
+    widths: Tensor, seq_lens: Tensor, request_slots: Tensor, slots: GraphSlots, *, rows: int, empty: int
 ) -> None:
     """Write a batch, and slots for the rows that it leaves, to where a verification's graph reads its requests.
 

@@ -75,14 +75,7 @@ def _of_one_request(served: Served) -> None:
     calibration = torch.ones(served.bins + 2, dtype=torch.float32, device=device)
     for chunks, width, starts in served.columns:
         unpark(
-            served.rings,
-            zeros,
-            zeros,
-            zeros,
-            served.req_to_token,
-            rows=1,
-            chunks=chunks,
-            chunk_width=width,
+            served.rings, zeros, zeros, zeros, served.req_to_token, rows=1, chunks=chunks, chunk_width=width
         )
         gather = partial(draft_inputs, chunks=chunks if starts else (), chunk_width=width)
         for members in (None, zeros):

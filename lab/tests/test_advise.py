@@ -39,10 +39,7 @@ def ratio(
     """Tokens a second over plain, on one H100."""
     shape = known(target)
     assert shape is not None
-    card, load = (
-        _card(shape.shape, GPUS["h100"], 1),
-        SimulatedLoad(requests, 2 * requests + 40, tools=1e-9),
-    )
+    card, load = (_card(shape.shape, GPUS["h100"], 1), SimulatedLoad(requests, 2 * requests + 40, tools=1e-9))
     pair = PublishedPair({"published": lengths}, drafts, drafts)
     speculating, plain = (Simulation(card, load, name, pair=pair).run().rate for name in (method, "plain"))
     return speculating / plain

@@ -162,10 +162,7 @@ def test_variables_of_the_environment() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "model_type", "obstacles"),
-    [
-        ("LlamaForCausalLM", "llama", []),
-        ("FalconH1ForCausalLM", "falcon_h1", ["recurrent", "uncaptured"]),
-    ],
+    [("LlamaForCausalLM", "llama", []), ("FalconH1ForCausalLM", "falcon_h1", ["recurrent", "uncaptured"])],
 )
 def test_the_target_counts_if_it_is_there(
     write: Write, tmp_path: Path, architecture: str, model_type: str, obstacles: list[str]

@@ -196,12 +196,7 @@ def test_the_first_line_names_what_is_assumed() -> None:
     assert shown.exit_code == 0, shown.output
     assert shown.output.startswith("SIMULATED, nothing measured")
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
-    assert {one["method"] for one in found["tokens_per_second"]} == {
-        "plain",
-        "eagle3",
-        "dflash",
-        "auto",
-    }
+    assert {one["method"] for one in found["tokens_per_second"]} == {"plain", "eagle3", "dflash", "auto"}
 
 
 def test_a_slow_host_makes_rows_free_and_plain_decoding_no_faster() -> None:

@@ -392,10 +392,7 @@ def _tau2_message(where: str, message: Message) -> Message:
     if message.get("role") == "tool":
         return {**message, "tool_call_id": message.get("id")}
     made = [object_of(f"{where}.tool_calls[{i}]", entry) for i, entry in enumerate(calls)]
-    return {
-        **message,
-        "tool_calls": [call(entry.get("name", ""), entry.get("arguments")) for entry in made],
-    }
+    return {**message, "tool_calls": [call(entry.get("name", ""), entry.get("arguments")) for entry in made]}
 
 
 # SWE-agent

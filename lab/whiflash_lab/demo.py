@@ -49,10 +49,7 @@ WEATHER_TOOL = {
 QUESTIONS: dict[str, dict[str, Any]] = {
     "chat": {
         "messages": [
-            {
-                "role": "user",
-                "content": "Write a Python function that checks whether a number is even.",
-            }
+            {"role": "user", "content": "Write a Python function that checks whether a number is even."}
         ]
     },
     "tool call": {

@@ -67,11 +67,7 @@ class _AutoRun:
     """One request under `auto`: the server's own decision of every round, kept in `choices`."""
 
     def __init__(
-        self,
-        policy: AutoPolicy,
-        answer: Replay,
-        known: KnownSignals,
-        choices: dict[int, str],
+        self, policy: AutoPolicy, answer: Replay, known: KnownSignals, choices: dict[int, str]
     ) -> None:
         self._policy, self._answer, self._known = policy, answer, known
         self._state, self._choices = Request(answer.id, RequestHints()), choices

@@ -186,6 +186,5 @@ def known(target: str) -> PublishedTarget | None:
     """A target by its hub id or the end of it, case apart."""
     name = target.lower()
     return next(
-        (entry for entry in KNOWN if name in (entry.name.lower(), entry.name.lower().split("/")[1])),
-        None,
+        (entry for entry in KNOWN if name in (entry.name.lower(), entry.name.lower().split("/")[1])), None
     )

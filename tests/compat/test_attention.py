@@ -11,12 +11,7 @@ from matrix import sampled
 HERE = Path(__file__).parent
 CHEAP = "several_windows or room_for or every_backend or left_to"
 SAMPLE = "interpreted_windows.py", f"ragged and wide and triton or {CHEAP}"
-RUNS = (
-    SAMPLE,
-    ("interpreted_windows.py", ""),
-    ("interpreted_mla.py", ""),
-    ("interpreted_recurrent.py", ""),
-)
+RUNS = (SAMPLE, ("interpreted_windows.py", ""), ("interpreted_mla.py", ""), ("interpreted_recurrent.py", ""))
 
 
 @pytest.mark.parametrize(("file", "chosen"), sampled(RUNS, SAMPLE))

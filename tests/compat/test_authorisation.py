@@ -31,15 +31,7 @@ CLIENTS = {
     # marked as an operator's, which SGLang's check does not see in a router that its application includes
     *("/scale_elastic_ep", "/is_scaling_elastic_ep"),
     # who looks at the server
-    *(
-        "/ping",
-        "/get_model_info",
-        "/model_info",
-        "/get_server_info",
-        "/server_info",
-        "/v1/loads",
-        "/",
-    ),
+    *("/ping", "/get_model_info", "/model_info", "/get_server_info", "/server_info", "/v1/loads", "/"),
     *("/get_hicache_l3_cache_layout", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"),
 }
 """For holders of the API key; for everybody where there is none."""

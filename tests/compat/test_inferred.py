@@ -23,9 +23,6 @@ def test_auto_is_what_sglang_found() -> None:
 def test_an_answer_that_the_request_begins_is_followed(goes_on: bool, opened: list[str]) -> None:
     """Without the flag SGLang makes a last assistant message the user's."""
     manager = SimpleNamespace(config_value={}.get)
-    messages = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": "```python\nprint("},
-    ]
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "```python\nprint("}]
     request = ChatCompletionRequest(model="m", messages=messages, continue_final_message=goes_on)
     assert [span.kind for span in _inferred(manager, request) if span.open] == opened

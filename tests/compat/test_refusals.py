@@ -305,10 +305,7 @@ ARGUMENTS: dict[str, tuple[Any, str]] = {
     "other_algorithms": (1, "--speculative-num-steps belongs to .* --whiflash-eagle-steps"),
 }
 """A value that is refused, and what the sentence names, by row."""
-SPELT = {
-    "cpu_attention": "attention_backend",
-    "other_algorithms": "speculative_num_steps",
-}
+SPELT = {"cpu_attention": "attention_backend", "other_algorithms": "speculative_num_steps"}
 
 
 BESIDE_DRAFT_KV = (

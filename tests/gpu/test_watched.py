@@ -86,14 +86,7 @@ def test_what_stands_in_for_sglangs_operators_computes_the_same() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda t: t.tolist(),
-        lambda t: bool(t[0]),
-        lambda t: t[t > 1],
-    ],
-)
+@pytest.mark.parametrize("read", [lambda t: t.tolist(), lambda t: bool(t[0]), lambda t: t[t > 1]])
 def test_the_detector_sees_a_planted_read(read: Any) -> None:
     tensor = torch.arange(3)
     with HostReads() as seen:

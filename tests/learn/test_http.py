@@ -235,7 +235,4 @@ def test_forgetting_over_http(server: Server) -> None:
     assert (answer.status_code, answer.json()["lookup"]["tenants"]) == (200, 3)
     assert forget(server, {"cache_salt": "never seen"}).json()["lookup"]["tenants"] == 3
     assert forget(server, {"cache_salt": "a", "extra_key": "k"}).json()["lookup"]["tenants"] == 2
-    assert forget(server, {"all": True}).json()["lookup"] == {
-        "index_bytes": 0,
-        "tenants": 0,
-    }
+    assert forget(server, {"all": True}).json()["lookup"] == {"index_bytes": 0, "tenants": 0}

@@ -135,11 +135,7 @@ def test_a_request_that_copies_badly_is_trusted_less_than_others() -> None:
 
 
 @settings(deadline=None)
-@given(
-    st.lists(st.integers(0, 3), min_size=1, max_size=60),
-    st.integers(1, 16),
-    st.floats(0, 0.9),
-)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 16), st.floats(0, 0.9))
 def test_widths_and_expectations_are_bounded(text: list[int], limit: int, worth: float) -> None:
     proposal, whole = copier_of(*text).look(limit, worth), copier_of(*text).look(limit, 0.0)
     width = len(proposal.tokens)

@@ -114,13 +114,7 @@ def play_shares(
     differs(rank)
     with patch.object(traffic, "_steps", together):
         return play_ours(
-            checkpoints,
-            router,
-            shares[rank],
-            known[rank],
-            rank,
-            port,
-            **{**OPTIONS, **arguments},
+            checkpoints, router, shares[rank], known[rank], rank, port, **{**OPTIONS, **arguments}
         )
 
 

@@ -93,11 +93,7 @@ def test_text_is_plain_decodings(
 @pytest.mark.evidence
 @pytest.mark.parametrize(
     ("family", "arguments"),
-    [
-        ("Qwen3NextForCausalLM", {}),
-        ("Glm4MoeForCausalLM", HEAD),
-        ("DeepseekV3ForCausalLM", EXPERTS),
-    ],
+    [("Qwen3NextForCausalLM", {}), ("Glm4MoeForCausalLM", HEAD), ("DeepseekV3ForCausalLM", EXPERTS)],
 )
 def test_families(tmp_path: Path, family: str, arguments: dict[str, Any]) -> None:
     """A recurrent state, dense layers before experts, and latent attention with experts of their own."""

@@ -146,9 +146,7 @@ def find(checkpoints: Checkpoints, arrivals: list[Arrival], size: int, rank: int
     with (
         patch.dict(QUANTIZATION_METHODS, {"stepped": Stepped}),
         engine(
-            checkpoints.target,
-            whiflash=checkpoints.whiflash("random"),
-            **of_rank(rank, port, tp_size=size),
+            checkpoints.target, whiflash=checkpoints.whiflash("random"), **of_rank(rank, port, tp_size=size)
         ) as e,
     ):
         models = {arm: e.worker.drafters[arm].model for arm in ("ar", "diffusion")}

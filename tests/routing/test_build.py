@@ -11,12 +11,7 @@ from whiflash_sglang.routing.policies import AutoPolicy, EntropyPolicy, Pinned, 
 from whiflash_sglang.serve.assemble import build_policy
 from whiflash_sglang.settings.config import RouterName, Settings, parse_flags, resolve
 
-POLICIES = {
-    "auto": AutoPolicy,
-    "entropy": EntropyPolicy,
-    "neural": NeuralPolicy,
-    "random": RandomPolicy,
-}
+POLICIES = {"auto": AutoPolicy, "entropy": EntropyPolicy, "neural": NeuralPolicy, "random": RandomPolicy}
 NEEDS = {"auto": {"entropy"}, "entropy": {"entropy"}, "neural": {"delta"}}
 
 

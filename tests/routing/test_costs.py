@@ -162,7 +162,7 @@ def test_a_text_that_copies_well_does_not_raise_predictions_for_all() -> None:
 
 @pytest.mark.parametrize(("differ", "expected"), [(False, 2.0), (True, 1.3)])
 def test_a_requests_own_rounds_count_as_far_as_requests_differ(differ: bool, expected: float) -> None:
-    """Where one is like another, eight rounds without an accepted draft are bad luck."""
+    """If one is like another, eight rounds without an accepted draft are bad luck."""
     estimator, rng = AcceptanceEstimator(), random.Random(0)
     for number in range(100):
         recent: dict[str, Mean] = {}

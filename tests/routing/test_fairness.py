@@ -50,11 +50,7 @@ class Server:
         self.text: dict[int, Mapping[str, int]] = {}
 
     def open(
-        self,
-        row: int,
-        hints: RequestHints = FREE,
-        text: Mapping[str, int] = GOOD,
-        adapter: str | None = None,
+        self, row: int, hints: RequestHints = FREE, text: Mapping[str, int] = GOOD, adapter: str | None = None
     ) -> None:
         self.controller.open(Request(f"r{row}", hints, row, adapter=adapter), [0])
         self.text[row] = text

@@ -92,11 +92,7 @@ MALFORMED: list[tuple[object, str, str]] = [
         "is unknown; known are agent, infer, learn, lookup, off, spans, trace, version",
     ),
     (carried(spans={}), ".whiflash.spans", "must be a list"),
-    (
-        carried(spans=[OPEN] * (MAX_SPANS + 1)),
-        ".whiflash.spans",
-        "holds 17 entries; at most 16 are allowed",
-    ),
+    (carried(spans=[OPEN] * (MAX_SPANS + 1)), ".whiflash.spans", "holds 17 entries; at most 16 are allowed"),
     (carried(spans=[3]), ".whiflash.spans[0]", "must be an object"),
     (carried(spans=[{"begin": "x"}]), ".whiflash.spans[0].kind", "is missing"),
     (

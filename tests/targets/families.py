@@ -227,11 +227,7 @@ FAMILIES = {
             },
         ),
         Family("lfm2", "Lfm2ForCausalLM", {**CONVOLUTIONS, "block_auto_adjust_ff_dim": False}),
-        Family(
-            "lfm2_moe",
-            "Lfm2MoeForCausalLM",
-            {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1},
-        ),
+        Family("lfm2_moe", "Lfm2MoeForCausalLM", {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1}),
         Family(
             "qwen3_next",
             "Qwen3NextForCausalLM",

@@ -88,9 +88,7 @@ def speculate(models: Models, **options: Any) -> Rounds:
     """All prompts at once, each with another arm in every round. Drafts have full lengths: none depends on a time."""
     verified: list[tuple[list[int], list[int]]] = []
     with engine(
-        models.target,
-        whiflash=models.whiflash("entropy", {"entropy": {"tau": 2.0}}),
-        **options,
+        models.target, whiflash=models.whiflash("entropy", {"entropy": {"tau": 2.0}}), **options
     ) as e:
         turns, target, controller = count(), e.worker.target, e.worker.controller
         verify, plan = target.verify, controller.route
@@ -157,11 +155,7 @@ def test_rounds_on_triton_are_those_on_torch(
 @pytest.mark.evidence
 @pytest.mark.parametrize("architecture", ["GptOssForCausalLM", "LagunaForCausalLM"])
 def test_rounds_in_windows_are_those_on_torch(
-    architecture: str,
-    models: Models,
-    tmp_path: Path,
-    launched: Counter[str],
-    monkeypatch: pytest.MonkeyPatch,
+    architecture: str, models: Models, tmp_path: Path, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts in chunks, longer and shorter than the window, with sinks and without; of Laguna's class SGLang asks its
     window in vain."""

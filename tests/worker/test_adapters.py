@@ -104,11 +104,7 @@ def test_sampled_tokens_have_the_adapters_distribution(
     oracle, drawn = OracleArm(0.9, seed=4), {adapter: list[list[int]]() for adapter in of}
     options = serving(*list(adapters.values())[:2])
     with engine(
-        models.target,
-        whiflash=models.whiflash(router),
-        arms=[oracle],
-        max_running_requests=24,
-        **options,
+        models.target, whiflash=models.whiflash(router), arms=[oracle], max_running_requests=24, **options
     ) as e:
         for begin in range(0, each, 8):
             names = [(adapter, f"{adapter} {i:04d}") for i in range(begin, begin + 8) for adapter in of]

@@ -40,9 +40,7 @@ def upstream(candidates: torch.Tensor, target: torch.Tensor, pin: tuple[float, s
 
 
 @pytest.mark.parametrize(
-    "pin",
-    [(2.5, "match-expected", "real-draft-token"), (3.0, "multinomial", "fixed")],
-    ids=str,
+    "pin", [(2.5, "match-expected", "real-draft-token"), (3.0, "multinomial", "fixed")], ids=str
 )
 def test_rounds_commit_what_upstream_would(
     models: Models, monkeypatch: pytest.MonkeyPatch, pin: tuple[float, str, str]

@@ -101,9 +101,7 @@ def tabulate(answers: Sequence[Replay], routers: Mapping[str, RouterWalk]) -> di
 
 
 def _figures(
-    answers: Sequence[Replay],
-    parts: Sequence[tuple[int, int, int]],
-    routers: Mapping[str, RouterWalk],
+    answers: Sequence[Replay], parts: Sequence[tuple[int, int, int]], routers: Mapping[str, RouterWalk]
 ) -> dict[str, Any]:
     trained = answers[0].trained
     every = (*trained, arms.LOOKUP)

@@ -148,8 +148,7 @@ def summary(
         float | None, typer.Option("--cost-per-hour", min=0, help="Cost of a server's hour, in any currency.")
     ] = None,
     traces: Annotated[
-        Path | None,
-        typer.Option(file_okay=False, help="Report agents and tenants, by sampled traces in it."),
+        Path | None, typer.Option(file_okay=False, help="Report agents and tenants, by sampled traces in it.")
     ] = None,
     as_json: JsonFlag = False,
     api_key: AdminKeyOption = None,

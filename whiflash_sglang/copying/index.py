@@ -52,11 +52,7 @@ class SuffixIndex:
     fields = array("q")
 
     def __init__(
-        self,
-        tokens: Iterable[int] = (),
-        *,
-        growing: bool = True,
-        compiled: "CompiledCopies | None" = None,
+        self, tokens: Iterable[int] = (), *, growing: bool = True, compiled: "CompiledCopies | None" = None
     ) -> None:
         self._growing, self._broken, self._compiled = growing, False, compiled
         self._tokens = array("i")

@@ -131,12 +131,7 @@ class Learner:
             request, decision, arm, tokens, width, results.starts[i], lengths
         )
         self.tally.committed(
-            request.counts,
-            arm,
-            decision.reason,
-            tokens=len(tokens),
-            proposed=width - 1,
-            first=first_drafts,
+            request.counts, arm, decision.reason, tokens=len(tokens), proposed=width - 1, first=first_drafts
         )
         if request.recording is not None:
             _record(request.recording, arm, len(tokens), prices, parts)
@@ -175,11 +170,7 @@ class Learner:
 
 
 def _record(
-    recording: Recording,
-    arm: str,
-    tokens: int,
-    prices: tuple[float, float] | None,
-    parts: Sequence[Part],
+    recording: Recording, arm: str, tokens: int, prices: tuple[float, float] | None, parts: Sequence[Part]
 ) -> None:
     """Credit a round of `arm` that committed `tokens` by drafts of these `parts`. prices: `round_prices`."""
     saved = recording.price(arm, tokens, round_seconds=prices[0], plain_seconds=prices[1]) if prices else 0.0

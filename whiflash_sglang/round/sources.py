@@ -28,11 +28,7 @@ class DraftSources:
     """
 
     def __init__(
-        self,
-        drafters: Mapping[str, Drafter],
-        quarantine: Quarantine,
-        vocabulary: int,
-        spending: Spending,
+        self, drafters: Mapping[str, Drafter], quarantine: Quarantine, vocabulary: int, spending: Spending
     ) -> None:
         self._quarantine, self.vocabulary, self.spending = quarantine, vocabulary, spending
         self.of_text = of_text(drafters)

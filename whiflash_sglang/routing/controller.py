@@ -98,10 +98,7 @@ class Controller:
 
 
 def route(
-    policy: Policy,
-    requests: Sequence[Request],
-    forecasts: Sequence[Forecasts],
-    costs: Costs | None,
+    policy: Policy, requests: Sequence[Request], forecasts: Sequence[Forecasts], costs: Costs | None
 ) -> list[str]:
     """One pass per request, or none; every request records its own. costs: None where nothing costs."""
     previous = [request.decision.keeps for request in requests]

@@ -164,9 +164,7 @@ class Lifecycle:
         """No request runs: log what is kept of some."""
         for holder, rows in self.leaks().items():
             logger.error(
-                "WHIFLASH: nothing runs, but %s are kept in rows %s; report the log so far.",
-                holder,
-                rows,
+                "WHIFLASH: nothing runs, but %s are kept in rows %s; report the log so far.", holder, rows
             )
 
     def forget_all(self) -> None:

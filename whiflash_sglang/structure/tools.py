@@ -55,11 +55,7 @@ PARSERS: Final[dict[str, Form]] = {
     "spark25": _GLM45._replace(value="<arg_value>{value}</arg_value>"),
     **dict.fromkeys(("glm47", "iquest_q1"), _GLM47),
     "k2_horizon": Form(
-        "{name}",
-        "\n<ifm|arg_key>{key}</ifm|arg_key>",
-        "\n<ifm|arg_value>{value}</ifm|arg_value>",
-        "",
-        "\n",
+        "{name}", "\n<ifm|arg_key>{key}</ifm|arg_key>", "\n<ifm|arg_value>{value}</ifm|arg_value>", "", "\n"
     ),
     **dict.fromkeys(("minimax-m2", "dots"), _invoke()),
     "minimax-m3": Form(

@@ -81,14 +81,7 @@ class Tally:
         return cls(by_arm, {arm: Lengths() for arm in known}, loaded)
 
     def committed(
-        self,
-        request: dict[str, ArmCounts],
-        arm: str,
-        reason: str,
-        *,
-        tokens: int,
-        proposed: int,
-        first: int,
+        self, request: dict[str, ArmCounts], arm: str, reason: str, *, tokens: int, proposed: int, first: int
     ) -> None:
         """A round of `arm` committed `tokens` of a request, whose counts are `request` (`ArmCounts.add`)."""
         if arm not in request:

@@ -340,12 +340,7 @@ def _plan_narrow(
 
 
 def _plan_wide(
-    table_row: torch.Tensor,
-    row_start: int,
-    q_len: int,
-    kv_len: int,
-    causal: bool,
-    window: int | None,
+    table_row: torch.Tensor, row_start: int, q_len: int, kv_len: int, causal: bool, window: int | None
 ) -> WideRequest:
     prefix = kv_len - q_len
     kv_base = 0 if window is None else max(0, prefix - window)

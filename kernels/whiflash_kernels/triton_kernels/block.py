@@ -148,13 +148,7 @@ def _slots_kernel(
 
 
 def fill_slots(
-    widths: Tensor,
-    seq_lens: Tensor,
-    request_slots: Tensor,
-    slots: GraphSlots,
-    *,
-    rows: int,
-    empty: int,
+    widths: Tensor, seq_lens: Tensor, request_slots: Tensor, slots: GraphSlots, *, rows: int, empty: int
 ) -> None:
     """See `whiflash_kernels.block.fill_slots`."""
     count = len(slots.widths)

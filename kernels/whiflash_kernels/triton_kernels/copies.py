@@ -182,13 +182,7 @@ def propose_copies(
 ) -> Drafts:
     """See `whiflash_kernels.copies.propose_copies`."""
     requests, device = request_slots.shape[0], tokens.device
-    integers = [
-        (requests, width),
-        (requests,),
-        (requests,),
-        (requests, PLACES),
-        (requests, PLACES),
-    ]
+    integers = [(requests, width), (requests,), (requests,), (requests, PLACES), (requests, PLACES)]
     out, copied, matched, twos, ones = (
         torch.empty(*size, dtype=torch.int64, device=device) for size in integers
     )

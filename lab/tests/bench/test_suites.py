@@ -78,10 +78,7 @@ def test_bfcl_has_parallel_calls_and_turns(tmp_path: Path) -> None:
     assert (function["name"], "response" in function) == ("radio_play", False)
     assert function["parameters"] == {
         "type": "object",
-        "properties": {
-            "songs": {"type": "array", "items": {"type": "number"}},
-            "type": {"type": "string"},
-        },
+        "properties": {"songs": {"type": "array", "items": {"type": "number"}}, "type": {"type": "string"}},
     }
     call = {"id": "c", "type": "function", "function": {"name": "send", "arguments": "{}"}}
     later = talk.next_turn("", [call])

@@ -21,12 +21,7 @@ def render(report: BenchReport) -> str:
         parts += [f"## Closed loop, concurrency {load.load.value}", _overview(load, report.over)]
         if load.load.is_alone:
             parts += [_by_category(report, load), _over(report, load)]
-    parts += [
-        _rounds(report),
-        _differences(report),
-        _unavailable(report),
-        _reproduce(report),
-    ]
+    parts += [_rounds(report), _differences(report), _unavailable(report), _reproduce(report)]
     return "\n\n".join(section for section in parts if section) + "\n"
 
 

@@ -403,7 +403,5 @@ SUITES: Mapping[str, Suite] = {
     ),
     "mini-swe-agent": Suite("**/*.traj.json", "as of the tasks", "what mini-swe-agent wrote", read=_recorded),
 }
-GROUPS = {
-    "deepspec": tuple(name for name, suite in SUITES.items() if suite.source == DEEPSPEC),
-}
+GROUPS = {"deepspec": tuple(name for name, suite in SUITES.items() if suite.source == DEEPSPEC)}
 """Names of several suites."""

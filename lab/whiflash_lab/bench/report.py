@@ -196,11 +196,7 @@ def _load_report(
 
 
 def _figures(
-    cells: Sequence[Cell],
-    belongs: Belongs,
-    differing: Sequence[Difference] | None,
-    load: Load,
-    name: str,
+    cells: Sequence[Cell], belongs: Belongs, differing: Sequence[Difference] | None, load: Load, name: str
 ) -> Figures:
     answers = [answer for cell in cells for answer in cell.answers if belongs(answer.prompt)]
     repetitions = len({cell.repetition for cell in cells})

@@ -46,11 +46,7 @@ class Step(NamedTuple):
 
 
 def sweep(
-    arms: Sequence[str],
-    loads: Sequence[Load],
-    repetition: int,
-    alone: Sequence[str],
-    together: Sequence[str],
+    arms: Sequence[str], loads: Sequence[Load], repetition: int, alone: Sequence[str], together: Sequence[str]
 ) -> Iterator[Step]:
     """One repetition, interleaved.
 

@@ -66,12 +66,10 @@ def bench(
     dtype: Annotated[Dtype, typer.Option(help="Number format of every arm.")] = "bfloat16",
     server_args: Annotated[str, typer.Option(help="Further arguments for every server.")] = "",
     beside: Annotated[
-        Path | None,
-        typer.Option(help="Another checkout of this project, for arms such as auto@beside."),
+        Path | None, typer.Option(help="Another checkout of this project, for arms such as auto@beside.")
     ] = None,
     recorded: Annotated[
-        list[Path] | None,
-        typer.Option(help="Replay recorded conversations instead of prompts."),
+        list[Path] | None, typer.Option(help="Replay recorded conversations instead of prompts.")
     ] = None,
     over: Annotated[str | None, typer.Option(help="Also compare every arm with this one.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Keep the servers' logs in this directory.")] = None,

@@ -112,11 +112,7 @@ def _facts(config: TrainConfig) -> dict[str, Any]:
 
 
 def answer_rows(
-    rows: Sequence[dict[str, Any]],
-    target: ServedTarget,
-    store: FeatureStore,
-    *,
-    keep_loops: bool = False,
+    rows: Sequence[dict[str, Any]], target: ServedTarget, store: FeatureStore, *, keep_loops: bool = False
 ) -> DataSummary:
     """Generate answers to `rows` that `store` does not hold yet, and append them."""
     stored = {record.id for record in store.records}

@@ -93,8 +93,7 @@ def _table(seed: tuple[tuple[float, ...], ...]) -> "Table":
 def lookup_seed(
     tokens: Annotated[Path, typer.Argument(help="Token ids (.npz), as `whiflash lab export` writes them.")],
     bundle: Annotated[
-        Path | None,
-        typer.Option(help="Bundle whose whiflash.json takes the result. Default: print only."),
+        Path | None, typer.Option(help="Bundle whose whiflash.json takes the result. Default: print only.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

@@ -26,8 +26,7 @@ def learn(
         typer.Option(help="How the drafters are trained, as for whiflash train: a file, or a shipped name."),
     ] = None,
     bundle: Annotated[
-        Path | None,
-        typer.Option(help="Bundle that the server was started with. Default: the embedded one."),
+        Path | None, typer.Option(help="Bundle that the server was started with. Default: the embedded one.")
     ] = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="Most answer tokens of samples to learn from.")

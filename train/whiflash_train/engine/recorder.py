@@ -113,11 +113,7 @@ class FeatureRecorder:
         save_file(plain, staged := file.with_suffix(f".{os.getpid()}"))
         staged.replace(file)
         if parallel.tp_rank == 0:
-            told = {
-                "target": name,
-                "ranks": parallel.tp_size,
-                "embedding_scale": target.row_scale,
-            }
+            told = {"target": name, "ranks": parallel.tp_size, "embedding_scale": target.row_scale}
             (staged := place / f"{ORIGIN}.{os.getpid()}").write_text(json.dumps(told))
             staged.replace(place / ORIGIN)
 

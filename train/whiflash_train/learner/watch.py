@@ -135,8 +135,4 @@ def new_samples(directory: Path) -> int:
 
 def progress_of(directory: Path) -> dict[str, Any]:
     """The last pass, whether one is under way, and how many samples wait for the next one."""
-    return {
-        **status_of(directory),
-        "learning": is_at_work(directory),
-        "new_samples": new_samples(directory),
-    }
+    return {**status_of(directory), "learning": is_at_work(directory), "new_samples": new_samples(directory)}

@@ -360,8 +360,7 @@ REFUSALS: dict[str, Refusal] = {
         "{} attends within chunks, and a block of drafts may cross their bounds; serve it without WHIFLASH",
     ),
     "multimodal": Refusal(
-        _untested_media,
-        "{} is untested with images and sound; remove --enable-multimodal to serve its text",
+        _untested_media, "{} is untested with images and sound; remove --enable-multimodal to serve its text"
     ),
     "multimodal_roles": Refusal(
         lambda x: x.args.enable_multimodal and x.args.disaggregation_mode != "null",
@@ -392,10 +391,7 @@ REFUSALS: dict[str, Refusal] = {
         ),
         f"tokenizer workers need WHIFLASH's application for its routes, checks and traces; unset {APP_PATH}",
     ),
-    "rust_server": Refusal(
-        lambda x: x.is_set("SGLANG_RUST_SERVER"),
-        _HTTP + "unset SGLANG_RUST_SERVER",
-    ),
+    "rust_server": Refusal(lambda x: x.is_set("SGLANG_RUST_SERVER"), _HTTP + "unset SGLANG_RUST_SERVER"),
     **{  # The old name first: resolved, it is the new one too.
         argument: Refusal(_on(argument), _HTTP + f"remove {_flag(argument)}")
         for argument in ("grpc_mode", "smg_grpc_mode", "use_ray", "encoder_only")
@@ -487,9 +483,7 @@ REFUSALS: dict[str, Refusal] = {
         "{} has no experts to return; remove --enable-return-routed-experts",
     ),
     **_removed(
-        enable_two_batch_overlap=_ONE_TOKEN,
-        enable_single_batch_overlap=_ONE_TOKEN,
-        enable_pdmux=_ONE_TOKEN,
+        enable_two_batch_overlap=_ONE_TOKEN, enable_single_batch_overlap=_ONE_TOKEN, enable_pdmux=_ONE_TOKEN
     ),
     "dllm_algorithm": Refusal(
         lambda x: bool(x.args.dllm_algorithm),
