@@ -157,7 +157,8 @@ def test_columns_past_a_width_are_not_read(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_commit_stops_at_the_stride(backend: str) -> None:
+@pytest.mark.parametrize(("stops", "count"), [([-1, -1], 3), ([2, -1], 2), ([-1, 2], 2)])
+def test_commit_stops_at_the_stride_or_a_stop(backend: str, stops: list[int], count: int) -> None:
     ids = integers([9, 1, 2, 3, 4])
     with running(backend):
         committed = accept_and_commit(
@@ -167,13 +168,13 @@ def test_commit_stops_at_the_stride(backend: str) -> None:
             integers([10]),
             stride=3,
             request_slots=integers([0]),
-            stops=integers([[-1]]),
+            stops=integers([stops]),
             text=integers([[0] * 14]),
         )
-    assert committed.tokens.tolist() == [[1, 2, 3]]
-    assert committed.accept_lens.tolist() == [3]
-    assert committed.bonus.tolist() == [3]
-    assert committed.seq_lens.tolist() == [13]
+    assert committed.tokens.tolist() == [[1, 2, 3 * (count == 3)]]
+    assert committed.accept_lens.tolist() == [count]
+    assert committed.bonus.tolist() == [count]
+    assert committed.seq_lens.tolist() == [10 + count]
 
 
 def graph_slots(count: int) -> GraphSlots:
