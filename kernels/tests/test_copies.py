@@ -97,6 +97,7 @@ TEXTS: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
         [[1, 2, 3, 4, 9, *[1, 2, 8] * 10, 1, 2]] * 4,
         {"sources": [2, 5, 0, 10_000]},
     ),
+    "the only place is where a copy goes on": ([[5, 6, 7, 8, 9, 5, 6, 7]], {"sources": [3]}),
     "a chance that equals its price": ([[5, 6, 7, 8, 9, 5, 6, 7]], {"worth": 0.25, "right": 0.5}),
     "no chance is certain": ([[5, 6, 7, 8, 9, 5, 6, 7]], {"right": 1.0}),
     "the last copy is remembered where nothing matches": ([[5, 6, 7, 8, 9]], {"sources": [3]}),
