@@ -114,6 +114,15 @@ def test_any_laying(backend: str, data: st.DataObject, size: int, width: int, co
     assert torch.equal(text, written if keeps else torch.full_like(text, -5))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_arm_leaves_the_text_of_requests_that_it_does_not_draft_for(backend: str) -> None:
+    text, part = integers([[5, 5, 5]] * 2), Drafts(integers([[7, 8]]), integers([2]))
+    rows = integers([0, 1])
+    with running(backend), guarded_outputs():
+        lay_drafts([(integers([1]), part)], rows, rows * 0, width=2, confidences=0, vocabulary=9, text=text)
+    assert text.tolist() == [[5, 5, 5], [5, 7, 8]]
+
+
 @st.composite
 def drafts(draw: st.DrawFn, most: int, tokens: int) -> list[Draft]:
     """Tokens with chances that never rise."""
