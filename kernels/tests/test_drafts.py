@@ -277,11 +277,11 @@ def test_a_copy_must_promise_more_when_its_rows_are_paid(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_candidate_counts_from_where_the_text_is(backend: str) -> None:
     """It was proposed two tokens ago: where these are its own the rest is left, at the chances that are left. One that
-    promises no more than the drafts leaves them.
+    promises no more than the drafts leaves them. At the chances that it was made with the first would too.
     """
     at, three = integers([0, 1, 2]), [[9, 9]] * 3
     text = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 0, 0]] * 3, device=DEVICE)
-    laid = Drafts(integers(three), integers([1] * 3), floats([[0.5, 0.0]] * 3))
+    laid = Drafts(integers(three), integers([1] * 3), floats([[0.75, 0.0], *[[0.5, 0.0]] * 2]))
     from_host = Drafts(
         integers([[[3, 4, 5, 6]], [[3, 7, 5, 6]], [[3, 4, 5, 6]]]),
         integers([[4], [4], [3]]),
