@@ -3,7 +3,7 @@
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows
-from whiflash_sglang.cache.tokens import DraftKV, TokenTable
+from whiflash_sglang.cache.tokens import DraftKV, SamplingRows, TokenTable
 from whiflash_sglang.device.transfers import Upload
 
 ROWS, CONTEXT, MARGIN = 3, 10, 4
@@ -41,3 +41,18 @@ def test_a_block_may_begin_at_the_contexts_end() -> None:
     assert table.data[2].tolist() == [0] * 3 + [24, 25, 26, 27] + [0] * 7
     assert not table.data[0].any()
     assert table.data.nbytes == TokenTable.bytes_for(ROWS, CONTEXT, MARGIN)
+
+
+def test_every_request_has_a_seed_of_its_own() -> None:
+    """Also the second one in a row; those of two ranks, where the same requests begin, are the same."""
+    ranks = [SamplingRows(ROWS, 5, "cpu") for _ in range(2)]
+    seeds = []
+    for row in (1, 1, 2):
+        for rank in ranks:
+            upload = Upload()
+            rank.begin(upload, row, (0.5, 40.0, 0.75, 0.25))
+            upload.send(torch.device("cpu"))
+        assert torch.equal(ranks[0].data.seeds, ranks[1].data.seeds)
+        assert ranks[0].data.parameters[row].tolist() == [0.5, 40.0, 0.75, 0.25]
+        seeds.append(int(ranks[0].data.seeds[row]))
+    assert len({0, *seeds}) == 4
