@@ -11,7 +11,9 @@ from work import lines_run
 from whiflash_sglang.spans import hints
 from whiflash_sglang.spans.capabilities import capabilities
 from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
+from whiflash_sglang.spans.forced import forced_tokens
 from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
+from whiflash_sglang.spans.prediction import prediction_reader
 
 
 def carried(**fields: object) -> dict[str, object]:
@@ -118,6 +120,14 @@ MALFORMED: list[tuple[object, str, str]] = [
     ),
 ]
 """Parameters, the field that is refused, and the end of what is to change."""
+
+
+@pytest.mark.parametrize("token", [-1, 9, True, "1"])
+def test_what_is_no_token_id_is_refused_by_its_place(token: object) -> None:
+    with pytest.raises(HintError, match=r"whiflash_forced\[1\]"):
+        forced_tokens({"whiflash_forced": [8, token]}, 9)
+    with pytest.raises(HintError, match=r"whiflash_prediction\[1\]"):
+        prediction_reader(None, 2, 9)({"whiflash_prediction": [8, token]})
 
 
 @pytest.mark.parametrize(("params", "field", "reason"), MALFORMED)
