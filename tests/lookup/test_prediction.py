@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from whiflash_sglang.copying.calibration import MatchCalibration
 from whiflash_sglang.copying.copier import Copier
 from whiflash_sglang.copying.index import MAX_CANDIDATES, MAX_STEPS, SuffixIndex
-from whiflash_sglang.copying.predicted import NEAR, Prediction
+from whiflash_sglang.copying.predicted import NEAR, SETTLED, Prediction
 
 TEXT = list(range(100, 140))
 PROMPT = [1, 2, 3]
@@ -67,6 +67,14 @@ def test_of_places_far_away_the_next_one_is_copied() -> None:
     for place in (2, 150, 300):
         text[place : place + 2] = [7, 8]
     assert copied(copier_of(text, [*text[:10], 5, 7, 8])) == text[152:157]
+
+
+@pytest.mark.parametrize(("followed", "place"), [(SETTLED - 1, 20), (SETTLED, 330)])
+def test_a_place_is_given_up_when_enough_of_another_was_followed(followed: int, place: int) -> None:
+    text = list(range(1000, 1400))
+    text[20:22] = text[330:332] = [7, 8]
+    other = text[300 : 301 + followed]  # the first token is the one by which it is found
+    assert copied(copier_of(text, [*text[:10], 5, *other, 6, 7, 8])) == text[place + 2 : place + 7]
 
 
 def test_it_is_preferred_to_the_prompt_where_both_match_as_long() -> None:
