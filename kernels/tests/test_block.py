@@ -195,6 +195,7 @@ def graph_slots(count: int) -> GraphSlots:
     padding=st.integers(0, 90),
     seed=st.integers(0, 1000),
 )
+@example([2, 3], 3, 5, 0)
 def test_slots_hold_a_batch_and_what_it_leaves(
     backend: str, dtype: torch.dtype, widths: list[int], spare: int, padding: int, seed: int
 ) -> None:

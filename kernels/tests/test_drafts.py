@@ -3,7 +3,7 @@
 import kernel_oracles as oracles
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, integers, running
 from whiflash_kernels import Drafts, choose_drafts, cut_drafts, lay_drafts
@@ -51,10 +51,11 @@ def test_any_cut(backend: str, data: st.DataObject, members: int, width: int, wo
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_cut_of_a_part_of_wider_rows(backend: str) -> None:
-    wide = floats([[9.0, 0.9, 0.2, 0.9, 9.0], [9.0, 0.2, 0.9, 0.9, 9.0]])
+    """A confidence on an edge is above it, a chance that equals its price is kept, and no more than may be verified."""
+    wide = floats([[9.0, 0.5, 0.2, 0.9, 9.0], [9.0, 0.2, 0.9, 0.9, 9.0]])
     with running(backend), guarded_outputs():
-        counts, alive = cut_drafts(wide[:, 1:4], floats([0.25, 1.0, 0.5]), floats([0.5]), integers([3, 3]))
-    assert counts.tolist() == [1, 1]
+        counts, alive = cut_drafts(wide[:, 1:4], floats([0.25, 1.0, 0.25]), floats([0.5]), integers([3, 2]))
+    assert counts.tolist() == [3, 2]
     assert alive.tolist() == [[1.0, 0.25, 0.25], [0.25, 0.25, 0.25]]
 
 
@@ -115,12 +116,12 @@ def test_any_laying(backend: str, data: st.DataObject, size: int, width: int, co
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_arm_leaves_the_text_of_requests_that_it_does_not_draft_for(backend: str) -> None:
-    text, part = integers([[5, 5, 5]] * 2), Drafts(integers([[7, 8]]), integers([2]))
-    rows = integers([0, 1])
+def test_an_arm_leaves_requests_that_it_does_not_draft_for(backend: str) -> None:
+    text, rows = integers([[5, 5, 5]] * 3), integers([0, 1, 2])
+    parts = [(integers([member]), Drafts(integers([[7, 8]]), integers([2]))) for member in (1, 2)]
     with running(backend), guarded_outputs():
-        lay_drafts([(integers([1]), part)], rows, rows * 0, width=2, confidences=0, vocabulary=9, text=text)
-    assert text.tolist() == [[5, 5, 5], [5, 7, 8]]
+        laid = lay_drafts(parts, rows, rows * 0, width=2, confidences=0, vocabulary=9, text=text)
+    assert (laid.counts.tolist(), text[:, 1:].tolist()) == ([0, 2, 2], [[5, 5], [7, 8], [7, 8]])
 
 
 @st.composite
@@ -246,9 +247,21 @@ def test_many_requests_compete(backend: str) -> None:
     at = torch.arange(70, device=DEVICE)
     for room in (0, 1, 69, 100, 489, 490):
         with running(backend), guarded_outputs():
-            widths = choose_drafts(laid, at, at * 0, text, most_drafts=room).widths
-        expected, *_ = oracles.choose(requests, 0.0, room)
-        assert widths.tolist() == [len(own) + 1 for own in expected]
+            chosen = choose_drafts(laid, at, at * 0, text, first_counts=laid.counts // 2, most_drafts=room)
+        kept = [len(own) for own in oracles.choose(requests, 0.0, room)[0]]
+        assert chosen.widths.tolist() == [count + 1 for count in kept]
+        assert chosen.first_drafts.tolist() == torch.minimum(counts // 2, torch.tensor(kept)).tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_drafts_join_those_before_them(backend: str) -> None:
+    zero, text = integers([0]), integers([[9, 0, 0, 0]])
+    laid = Drafts(integers([[1, 0, 0]]), integers([1]), floats([[0.5, 0.0, 0.0]]))
+    more = Drafts(integers([[2, 3]]), integers([2]), floats([[0.5, 0.25]]))
+    with running(backend), guarded_outputs():
+        chosen = choose_drafts(laid, zero, zero, text, appended=more)
+    assert (chosen.tokens.tolist(), text.tolist()) == ([[1, 2, 3]], [[9, 1, 2, 3]])
+    assert (chosen.widths.tolist(), chosen.first_drafts.tolist()) == ([4], [1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -263,7 +276,7 @@ def test_drafts_without_a_chance_are_verified_where_there_is_room(backend: str) 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_copy_must_promise_more_when_its_rows_are_paid(backend: str) -> None:
-    """An eighth of 3/8 is its row's; the rest equals what the drafts promise. What lies behind it promises nothing."""
+    """An eighth of 3/8 is its row's; the rest equals what the drafts promise. Behind its count are no chances."""
     none = integers([0, 0])
     laid = Drafts(integers([[1, 0], [2, 0]]), integers([1, 1]), floats([[0.375, 0.0]] * 2))
     copies = Drafts(integers([[3, 5], [4, 5]]), integers([1, 1]), floats([[0.375, 9.0], [0.5, 9.0]]))
@@ -315,30 +328,35 @@ def test_a_copy_does_not_count_if_the_copying_arms_candidate_pays(backend: str) 
     assert chosen.tokens.tolist() == [[5], [8], [8], [8]]
 
 
-WRONG = st.sampled_from(["id below", "id above", "chance", "confidence"])
+WRONG = st.sampled_from([-(2**40), -1, 50, 2**40, "chance", "confidence"])
+BY_COLUMN = st.dictionaries(st.integers(0, 6), WRONG, max_size=2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(60), deadline=None)
-@given(data=st.data(), size=st.integers(1, 4), width=st.integers(1, 7))
-def test_what_is_no_draft_is_left_out(backend: str, data: st.DataObject, size: int, width: int) -> None:
+@given(
+    requests=st.lists(st.tuples(st.integers(-1, 8), BY_COLUMN), min_size=1, max_size=4),
+    width=st.integers(1, 7),
+    most=st.integers(1, 7),
+)
+@example([(2, {1: -1}), (2, {1: 50}), (2, {1: "chance"}), (2, {1: "confidence"}), (-1, {})], 2, 2)
+def test_what_is_no_draft_is_left_out(
+    backend: str, requests: list[tuple[int, dict[int, int | str]]], width: int, most: int
+) -> None:
     """From the first wrong id, chance or confidence on; values past the counts are not reported."""
-    vocabulary, most = 50, data.draw(st.integers(1, 7))
+    vocabulary, size, said = 50, len(requests), [min(count, most + 1) for count, _ in requests]
     tokens = torch.arange(size * most).view(size, most) % vocabulary
     alive, sure = torch.full((size, most), 0.5), torch.full((size, most), 0.25)
-    said = [data.draw(st.integers(-1, most + 1)) for _ in range(size)]
     expected = []
-    for row, count in enumerate(said):
-        wrong = data.draw(st.dictionaries(st.integers(0, most - 1), WRONG, max_size=2))
-        for column, what in wrong.items():
-            if what.startswith("id"):
-                tokens[row, column] = data.draw(
-                    st.integers(-(2**40), -1) if what == "id below" else st.integers(vocabulary, 2**40)
-                )
+    for row, (_, wrong) in enumerate(requests):
+        there = {column: what for column, what in wrong.items() if column < most}
+        for column, what in there.items():
+            if isinstance(what, int):
+                tokens[row, column] = what
             else:
                 (alive if what == "chance" else sure)[row, column] = torch.nan
-        seen = [column for column in wrong if column < width]
-        expected.append(max(min([count, width, *seen]), 0))
+        seen = [column for column in there if column < width]
+        expected.append(max(min([said[row], width, *seen]), 0))
     drafted = Drafts(tokens.to(DEVICE), integers(said), alive.to(DEVICE), sure.to(DEVICE))
     with running(backend), guarded_outputs():
         laid = lay_drafts(

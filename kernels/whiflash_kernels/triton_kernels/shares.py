@@ -38,8 +38,8 @@ def shares_of(entries, shares, fewest, STEP: tl.constexpr):
     """How many shares each of the requests' ``entries`` is cut into, at least one: ``shares - 1`` above that in all.
 
     Together they are ``shares`` or fewer for up to half as many requests: a few programs behind those that run at once
-    take as long as all of them. Of more requests no share is longer than all entries over half of ``shares``, or
-    ``fewest``, rounded up to whole steps; none is empty.
+    take as long as all of them. If there are more requests, no share is longer than all entries over half of
+    ``shares``, or ``fewest``, rounded up to whole steps. None is empty.
     """
     cut_for = tl.maximum(shares - tl.sum((entries > 0).to(tl.int32), axis=0), tl.cdiv(shares, 2))
     most = tl.maximum(tl.cdiv(tl.sum(entries.to(tl.int64), axis=0), cut_for).to(tl.int32), fewest)
