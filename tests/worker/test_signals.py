@@ -55,5 +55,5 @@ def test_a_pass_counts_by_its_own_drafts_behind_which_a_copy_was_verified() -> N
 
 
 def test_a_round_is_compared_with_one_that_verifies_a_row_of_each_request() -> None:
-    costs: Any = SimpleNamespace(draft=lambda _, requests: requests, verify=lambda rows, _: 10 * rows)
-    assert learning.round_prices(costs, ["ar", "ar", "none"], 9) == (92, 30)
+    costs: Any = SimpleNamespace(draft=lambda _, n: n, verify=lambda rows, _: 10 * rows, lasts=lambda s: -s)
+    assert learning.round_prices(costs, ["ar", "ar", "none"], 9) == (-92, -30)
