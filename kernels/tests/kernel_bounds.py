@@ -20,7 +20,7 @@ ADDRESS = np.uint64((1 << 48) - 1)
 class Launch:
     """The tensors of the launch that runs, by number.
 
-    An address without a number was loaded from the argument `addresses`, which has those of tensors like `pool_like`.
+    A kernel loads an address without a number from the argument `addresses`: there a tensor like `pool_like` begins.
     """
 
     def begin(self, kernel: str, arguments: dict[str, Any]) -> None:

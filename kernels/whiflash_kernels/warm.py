@@ -117,7 +117,7 @@ def _of_batches(served: Served) -> None:
     device, size = text.device, 1
     while True:
         zeros = torch.zeros(size, dtype=torch.int64, device=device)
-        members = torch.arange(size, device=device)  # of a part, so no request twice
+        members = torch.arange(size, device=device)  # a part names no request twice
         count, columns = served.candidates
         nothing = torch.zeros(size, count, dtype=torch.int64, device=device)
         unlikely = torch.zeros(size, count, columns, dtype=torch.float32, device=device)

@@ -164,7 +164,7 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
     loads = question.requests if pair.drafts else ()
     rows = [_row(card, pair, question, requests) for requests in tracked(loads, "simulating loads")]
     advice = Advice(
-        assumed=f"ESTIMATE, nothing measured here, and no GPU has run WhiFlash. {target.name}, {prices}. "
+        assumed=f"ESTIMATE, nothing measured here. {target.name}, {prices}. "
         f"Acceptance: {source}; yours at temperature {question.temperature:g} may differ. Prompts of "
         f"{question.prompt}, answers of {question.answer} tokens; {question.tools:.0%} of requests write calls of "
         "twenty tools under grammars, of which the host knows what it was measured to know; no copies in the others.",

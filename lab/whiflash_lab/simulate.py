@@ -1,8 +1,8 @@
 """Rounds of a card that nobody has here: published prices, published acceptance, and the server's own controller.
 
 Nothing is measured. Prices are fits to published tables; `results/simulated.md` has their errors, also in tables that
-no fit has seen. The controller, its policy and its looked-up prices are those of a server. Whether a draft of a
-position is right is drawn once: every method meets the same text. A cut knows a draft's place, and no confidence of it.
+no fit has seen. The controller, its policy and its looked-up prices are those of a server. A draft of a position is
+drawn right or wrong once: every method meets the same text. A cut knows a draft's place, and no confidence of it.
 """
 
 from bisect import bisect_left
@@ -63,11 +63,6 @@ PAIR = PublishedPair(ACCEPTANCE, {arms.AR: 7, arms.DIFFUSION: 15}, DRAFTS)
 def chance(length: float, drafts: int) -> float:
     """A draft's chance to be accepted after accepted ones, from the mean `length` of a round of `drafts` drafts."""
     return continuing(length, drafts + 1)
-
-
-def expected(chance: float, drafts: int) -> float:
-    """Tokens of a round, bonus token included."""
-    return sum(chance**place for place in range(drafts + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +276,7 @@ class Simulation:
             texts = sorted(self.texts, key=lambda text: sum(text.values()))[:: max(len(self.texts) - 1, 1)]
         else:
             known, kinds, texts = np.zeros(answer, dtype=bool), np.full(answer, number), self.texts
-        luck = default_rng((self.seed, number)).random(answer)  # what is hard for one drafter is for another
+        luck = default_rng((self.seed, number)).random(answer)  # drafters find the same tokens hard
         chances = {
             arm: np.array([text[arm] for text in texts])[kinds % len(texts)] for arm in self.pair.drafts
         }

@@ -138,7 +138,7 @@ class CostTables:
 def continuing(mean: float, most: int) -> float:
     """The chance r that a draft is followed by another, if of up to `most` there are `mean`: 1 + r + … + r^(most-1)."""
     low, high = 0.0, 1.0
-    for _ in range(20):
+    for _ in range(27):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(middle**i for i in range(most)) < mean else (low, middle)
     return low
