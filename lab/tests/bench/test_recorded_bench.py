@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import httpx
@@ -113,7 +114,7 @@ def test_the_shipped_edits_can_be_read(file: str) -> None:
 
 
 def test_a_conversation_s_answers_are_figures_of_one_prompt(talks: list[Talk]) -> None:
-    """Each answer's first token is a prefill's; nothing is streamed, so there is no first token's time."""
+    """Each answer's first token is a prefill's; a first token's time is a turn's."""
     tokens = {talk.id: sum(len(task.answer) for task in talk.tasks) for talk in talks}
     cells = [
         Cell(
@@ -191,7 +192,19 @@ def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet, tmp_p
             "overall",
             *(["edit"] if load.load.is_alone else []),
         }
+        for turns in load.turns.values():
+            assert [turn.tokens for turn in turns] == [
+                fmean(len(talk.tasks[number].answer) for talk in talks) for number in range(2)
+            ]
+            first, second = turns
+            # A turn's prompt holds the one before with its answer, whose newest token has no KV yet.
+            before = first.prompt + first.tokens
+            assert before - 4 <= second.cached < before < second.prompt
+            assert 0 < second.ttft <= second.seconds
+        assert load.turns["lookup+prediction"][1].cached >= load.turns[BASE][1].cached - 1
     page = render(report)
+    assert "| 2 | lookup+prediction |" in page
+    assert "| all | lookup+prediction |" in page
     assert "Forced along the recorded text of log." in page
     assert f"| arm | tokens/s | over {BASE} | over `lookup+useless` |" in page
     assert "Every answer is the recorded one" in page

@@ -28,11 +28,25 @@ class Load(BaseModel, frozen=True, extra="forbid"):
         return self.value == 1
 
 
+class Turn(BaseModel, frozen=True, extra="forbid"):
+    """One answer of a conversation, or the mean of several.
+
+    prompt: its tokens. cached: those that the prefix cache had. tokens: of the answer. ttft, seconds: from the request
+    to its first and its last token.
+    """
+
+    prompt: float
+    cached: float
+    tokens: float
+    ttft: float
+    seconds: float
+
+
 class Answer(BaseModel, frozen=True, extra="forbid"):
     """One timed answer, or a conversation's together.
 
-    seconds: from the request to its last token. ttft: to its first, seconds, if it was streamed. tokens: output ids.
-    forwards: target forwards after prefills, each of which gave a token.
+    seconds: from the request to its last token. ttft: to its first, seconds, of a single answer. tokens: output ids.
+    forwards: target forwards after prefills, each of which gave a token. turns: of a conversation.
     """
 
     prompt: str
@@ -41,6 +55,7 @@ class Answer(BaseModel, frozen=True, extra="forbid"):
     tokens: tuple[int, ...]
     forwards: int
     prefills: int = 1
+    turns: tuple[Turn, ...] = ()
 
     @property
     def tpot(self) -> float | None:

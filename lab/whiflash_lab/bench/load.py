@@ -52,18 +52,26 @@ class Asker:
             **self.request,
             **prompt.request(),
         }
+        arrived = await self.streamed(prompt.id, "/v1/chat/completions", body)
+        # Parsed only now, so that parsing takes no time from the server that is measured on the same cores.
+        return parse_stream(prompt.id, arrived)
+
+    async def streamed(self, prompt: str, path: str, body: Mapping[str, Any]) -> list[tuple[float, str]]:
+        """Lines of an event stream, and when each came, in seconds after the request.
+
+        Raises:
+            RequestError: the server answered with an error, or broke off.
+        """
         began = time.perf_counter()
         try:
-            async with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            async with self.client.stream("POST", path, json=body) as response:
                 if response.status_code != 200:
-                    raise RequestError(f"prompt {prompt.id}: {(await response.aread()).decode()[:500]}")
-                arrived = [
+                    raise RequestError(f"prompt {prompt}: {(await response.aread()).decode()[:500]}")
+                return [
                     (time.perf_counter() - began, line) async for line in stream_lines(response.aiter_bytes())
                 ]
         except httpx.HTTPError as error:
-            raise RequestError(f"prompt {prompt.id}: {type(error).__name__} {error}") from None
-        # Parsed only now, so that parsing takes no time from the server that is measured on the same cores.
-        return parse_stream(prompt.id, arrived)
+            raise RequestError(f"prompt {prompt}: {type(error).__name__} {error}") from None
 
     async def run(self, load: Load, prompts: Sequence[Prompt]) -> list[Answer]:
         """Answers in the order of `prompts`, asked under `load`. Raises RequestError for the first that failed."""

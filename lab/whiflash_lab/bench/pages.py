@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from whiflash_lab.bench.arms import NONE
-from whiflash_lab.bench.cells import RoundMs
+from whiflash_lab.bench.cells import RoundMs, Turn
 from whiflash_lab.bench.report import LOOPS, OVERALL, BenchReport, Figures, LoadReport
 from whiflash_sglang.files.equality import Verdict
 from whiflash_train.statistics import Interval, Percentiles
@@ -18,7 +18,11 @@ def render(report: BenchReport) -> str:
     """Every load: an overview of the arms, then rates by category; then rounds, differences and provenance."""
     parts = ["# Benchmark", _setting(report)]
     for load in report.loads:
-        parts += [f"## Closed loop, concurrency {load.load.value}", _overview(load, report.over)]
+        parts += [
+            f"## Closed loop, concurrency {load.load.value}",
+            _overview(load, report.over),
+            _turns(load),
+        ]
         if load.load.is_alone:
             parts += [_by_category(report, load), _over(report, load)]
     parts += [_rounds(report), _differences(report), _unavailable(report), _reproduce(report)]
@@ -100,6 +104,27 @@ def _overview(load: LoadReport, over: str | None) -> str:
         )
     filled = [any(row[column] for row in rows) for column in range(len(header))]
     return table(list(compress(header, filled)), [tuple(compress(row, filled)) for row in rows])
+
+
+def _turns(load: LoadReport) -> str:
+    """Turns of recorded conversations: the first, every tenth, the last, and all together."""
+    rows = []
+    last = max(map(len, load.turns.values()), default=0)
+    for number in sorted({1, *range(10, last, 10), last}) if last > 1 else ():
+        rows += [_turn(number, arm, turns[number - 1 : number]) for arm, turns in load.turns.items()]
+    rows += [_turn("all", arm, turns) for arm, turns in load.turns.items() if last > 1]
+    header = ("turn", "arm", "prompt", "cached", "first token ms", "tokens/s", "tokens/s after the first")
+    return f"### Turns\n\n{table(header, rows)}" if rows else ""
+
+
+def _turn(name: object, arm: str, turns: Sequence[Turn]) -> tuple[str, ...]:
+    """A row of some turns together: sums, and the mean time to the first token."""
+    prompt, cached, tokens, ttft, seconds = (
+        sum(getattr(turn, field) for turn in turns) for field in Turn.model_fields
+    )
+    rates = tokens / seconds, (tokens - len(turns)) / (seconds - ttft) if seconds > ttft else None
+    first = 1000 * ttft / len(turns)
+    return str(name), arm, f"{prompt:,.0f}", f"{cached:,.0f}", f"{first:.0f}", *map(_number, rates)
 
 
 def _mismatches(groups: Mapping[str, Figures]) -> str:

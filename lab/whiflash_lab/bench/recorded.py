@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from whiflash_lab.bench.arms import PREDICTION, USELESS, Arm, Subject, build_arms, check_names
-from whiflash_lab.bench.cells import Answer
+from whiflash_lab.bench.cells import Answer, Turn
 from whiflash_lab.bench.load import Asker, RequestError
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import Reference
@@ -22,6 +20,7 @@ from whiflash_lab.bench.runner import Runner
 from whiflash_lab.bench.subject import CPU_KV_TOKENS
 from whiflash_lab.conversations import Conversation, RecordedTurn, Renderer, read_recorded, renderer_of
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files.jsonl import read_json
 from whiflash_sglang.formats.config_json import read_json_config
 
 BASE = "pinned-none"
@@ -120,25 +119,26 @@ class Player(Asker):
     """One server's client that plays conversations: each answer after the one before."""
 
     async def ask(self, prompt: Prompt) -> Answer:
-        """All answers of a conversation as one. An answer that is not streamed has no first token.
+        """All answers of a conversation as one, and each of its turns.
 
         Raises:
             RequestError: a request failed, or the answer is not the recorded one.
         """
         assert isinstance(prompt, Talk)
         began = time.perf_counter()
-        forwards = sum([await self._answer(prompt.id, task) for task in prompt.tasks])
+        answers = [await self._answer(prompt.id, task) for task in prompt.tasks]
         return Answer(
             prompt=prompt.id,
             seconds=time.perf_counter() - began,
             ttft=None,
             tokens=tuple(token for task in prompt.tasks for token in task.answer),
-            forwards=forwards,
+            forwards=sum(forwards for _, forwards in answers),
             prefills=len(prompt.tasks),
+            turns=tuple(turn for turn, _ in answers),
         )
 
-    async def _answer(self, talk: str, task: RecordedTurn) -> int:
-        """Target forwards of one answer of a conversation after its prefill."""
+    async def _answer(self, talk: str, task: RecordedTurn) -> tuple[Turn, int]:
+        """One answer of a conversation, and its target forwards after its prefill."""
         custom: dict[str, Any] = {"whiflash_forced": list(task.answer)}
         if self.request["brings"] in task.predictions:
             custom["whiflash_prediction"] = list(task.predictions[self.request["brings"]])
@@ -148,20 +148,27 @@ class Player(Asker):
             "ignore_eos": True,
             "custom_params": custom,
         }
-        body = {"input_ids": list(task.prompt), "sampling_params": params}
-        try:
-            answer = await self.client.post("/generate", json=body)
-        except httpx.HTTPError as error:
-            raise RequestError(f"conversation {talk}: {type(error).__name__} {error}") from None
-        if answer.status_code != 200:
-            raise RequestError(f"conversation {talk}: {answer.text[:500]}")
-        reply = answer.json()
-        if reply["output_ids"] != list(task.answer):
+        body = {"input_ids": list(task.prompt), "sampling_params": params, "stream": True}
+        arrived = await self.streamed(talk, "/generate", body)
+        # Each event holds the whole answer so far.
+        events = [(at, line.removeprefix("data: ")) for at, line in arrived if line.startswith("data: {")]
+        reply = read_json(events[-1][1]) if events else {}
+        if "error" in reply:
+            raise RequestError(f"conversation {talk}: {reply['error']}")
+        if reply.get("output_ids") != list(task.answer):
             raise RequestError(
                 "the server wrote another text than the recorded one, which makes its figures useless: start it with "
                 "--whiflash-force-recorded on"
             )
-        return int(reply["meta_info"].get("spec_verify_ct") or len(task.answer) - 1)
+        meta, tokens = reply["meta_info"], len(task.answer)
+        turn = Turn(
+            prompt=len(task.prompt),
+            cached=meta["cached_tokens"],
+            tokens=tokens,
+            ttft=events[0][0],
+            seconds=events[-1][0],
+        )
+        return turn, int(meta.get("spec_verify_ct") or tokens - 1)
 
 
 class Replayer(Runner):

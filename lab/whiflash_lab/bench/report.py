@@ -5,13 +5,15 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel
 
 from whiflash_lab.bench.arms import BESIDE, NONE, PINNED, STATIC
-from whiflash_lab.bench.cells import Answer, Cell, Load, RoundMs, round_ms_of, switch_share_of
+from whiflash_lab.bench.cells import Answer, Cell, Load, RoundMs, Turn, round_ms_of, switch_share_of
 from whiflash_lab.bench.reference import Difference
 from whiflash_sglang.files.equality import Verdict
 from whiflash_train.statistics import Floats, Interval, Percentiles, paired_ratio, percentiles_ms, rate
@@ -107,11 +109,12 @@ class Ratios(BaseModel, frozen=True, extra="forbid"):
 
 
 class LoadReport(BaseModel, frozen=True, extra="forbid"):
-    """One load."""
+    """One load. turns: of each arm's conversations, in order, the mean of all that have so many."""
 
     load: Load
     arms: dict[str, dict[str, Figures]]
     ratios: dict[str, Ratios]
+    turns: dict[str, list[Turn]] = {}
 
 
 class BenchReport(BaseModel, frozen=True, extra="forbid"):
@@ -192,7 +195,17 @@ def _load_report(
             name: _figures(mine, belongs, differing, load, name) for name, belongs in selections(mine, groups)
         }
     ratios = {arm: _ratios(arm, own, groups, load, over, base) for arm in own if base in own and arm != base}
-    return LoadReport(load=load, arms=arms, ratios=ratios)
+    turns = {arm: _turns(mine) for arm, mine in own.items() if any(a.turns for c in mine for a in c.answers)}
+    return LoadReport(load=load, arms=arms, ratios=ratios, turns=turns)
+
+
+def _turns(cells: Sequence[Cell]) -> list[Turn]:
+    """The mean of each turn."""
+    conversations = [answer.turns for cell in cells for answer in cell.answers]
+    return [
+        Turn(**{name: fmean(getattr(turn, name) for turn in turns if turn) for name in Turn.model_fields})
+        for turns in zip_longest(*conversations)
+    ]
 
 
 def _figures(
