@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where it is set every process compiles what it imports: SGLang takes 24 s of a core then, and 14 s compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits canary audit check format docs prometheus site dist bare bench gpu gpu-evidence gpu-kit gpu-page clean
+.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits canary audit check format docs prometheus site dist sbom bare bench gpu gpu-evidence gpu-kit gpu-page clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -102,6 +102,9 @@ dist: install ## Wheels and source distributions of the six packages, checked, i
 	rm -rf dist
 	$(UV) build --all-packages -o dist
 	$(RUN) twine check --strict dist/*.whl dist/*.tar.gz
+
+sbom: install ## What the wheels install, by name, version and hash, as CycloneDX, in whiflash.cdx.json
+	$(UV) export --quiet --frozen --all-packages --no-default-groups --format cyclonedx1.5 -o whiflash.cdx.json
 
 bare: dist ## Install the wheels into a bare environment, .bare, as a user does, and check what came and that it runs
 	rm -rf .bare && $(UV) venv --python $(PYTHON) .bare

@@ -37,7 +37,11 @@ def test_a_workflow_may_no_more_than_it_needs_and_pins_what_it_uses(workflow: Pa
     assert read["permissions"] == {"contents": "read"}
     for step in steps(workflow):
         if "uses" in step:
-            assert re.fullmatch(r"[\w.-]+/[\w./-]+@(v\d+|release/v\d+|[0-9a-f]{40})", step["uses"])
+            assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}", step["uses"]), "a tag may be moved"
+        if "checkout" in step.get("uses", ""):
+            assert step["with"]["persist-credentials"] is False
+    versions = re.findall(r"uses: \S+(.*)", workflow.read_text("utf-8"))
+    assert all(version.startswith(" # v") for version in versions), "for the bot and for readers"
 
 
 def test_only_a_tag_publishes_and_only_what_was_built() -> None:
@@ -48,6 +52,7 @@ def test_only_a_tag_publishes_and_only_what_was_built() -> None:
     assert publish["needs"] == "build"
     assert publish["permissions"] == {"id-token": "write"}
     assert not any("checkout" in step.get("uses", "") for step in publish["steps"])
+    assert publish["steps"][-1]["with"] == {"attestations": True}
 
 
 def test_at_night_all_runs_with_every_release_and_what_is_red_is_an_issue() -> None:
