@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 import whiflash_sglang
-from whiflash_sglang.engine import hooks, patches, patching
+from whiflash_sglang.engine import algorithm, command_line, hooks, patches, patching
+from whiflash_sglang.engine.supported import UNTESTED
+from whiflash_sglang.serve import plugin
 
 PACKAGE = Path(whiflash_sglang.__file__).parent
 
@@ -92,12 +94,27 @@ def test_a_lost_name_or_parameter_is_found(monkeypatch: pytest.MonkeyPatch) -> N
         patching.require_names()
 
 
-def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patching, "installed", lambda: "9.9.9")
-    with pytest.raises(
-        patching.IncompatibleEngineError, match=r"needs sglang 0\.5\.22 or .*: 9\.9\.9 installed"
-    ):
-        patching.require_names()
+def test_another_version_serves_if_that_is_allowed_and_all_names_are_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (hooks, patching):
+        monkeypatch.setattr(module, "installed", lambda: "9.9.9")
+    for owner, name in ((algorithm, "register"), (command_line, "offer"), (plugin, "_check_command_line")):
+        monkeypatch.setattr(owner, name, lambda *_: None)
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setenv(UNTESTED, "")
+    line = ["sglang", "serve", "--speculative-algorithm", "WHIFLASH"]
+    monkeypatch.setattr("sys.argv", line)
+    with pytest.raises(SystemExit, match=r"9\.9\.9 installed.*--whiflash-untested-sglang on"):
+        plugin.register()
+    line += ["--whiflash-untested-sglang", "on"]
+    plugin.register()
+    hooks.require_names()
+    assert "not tested with SGLang 9.9.9" in caplog.text
+    gone = f"{patching.HEAVY[0]}:gone"  # a tested release is not asked for it at a start
+    monkeypatch.setattr(patching, "PRIVATE_NAMES", {gone: ()})
+    with pytest.raises(patching.IncompatibleEngineError, match=f"{gone}: missing"):
+        hooks.require_names()
 
 
 def test_a_name_is_looked_for_behind_what_stands_in_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

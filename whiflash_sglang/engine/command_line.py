@@ -113,7 +113,7 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
         ConfigError: naming the flag or the file.
         IncompatibleEngineError: a private name of SGLang is missing or has changed.
     """
-    patching.require_names()
+    hooks.require_names()
     from whiflash_sglang.checkpoints.fit import target_mtp
     from whiflash_sglang.engine.launch.arguments import choose
 

@@ -7,6 +7,7 @@ without WHIFLASH does not even import the hooks. They stay for the life of a pro
 that it is called for is ours.
 """
 
+import logging
 import os
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -16,6 +17,9 @@ from typing import Any
 from whiflash_sglang import engine
 from whiflash_sglang.engine import patches, patching
 from whiflash_sglang.engine.carried import APP_PATH, WORKER_APP
+from whiflash_sglang.engine.supported import SUPPORTED, installed
+
+logger = logging.getLogger(__name__)
 
 
 def in_launcher(server_args: Any) -> None:
@@ -64,6 +68,24 @@ def in_scheduler() -> None:
     )
     triton_backend.install()
     flash_backend.install()
+
+
+def require_names() -> None:
+    """`patching.require_names`, for a launch. A release that was not tested must have all that a server uses anywhere.
+
+    Raises:
+        IncompatibleEngineError: a private name is missing or has changed.
+    """
+    if installed() in SUPPORTED:
+        patching.require_names()
+        return
+    for finding in (*missing(), *patching.verify_names()):
+        patching.require(finding)
+    logger.warning(
+        "WHIFLASH was not tested with SGLang %s, which has all names that it uses: compare answers with plain "
+        "decoding's before others use them (whiflash check --echo)",
+        installed(),
+    )
 
 
 def missing() -> list[patching.Finding]:

@@ -7,6 +7,7 @@ it is. Findings stop the start. `docs/dev/patches.md` shows the table.
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from whiflash_sglang.engine.names import HEAVY, PRIVATE_NAMES
-from whiflash_sglang.engine.supported import SUPPORTED, installed
+from whiflash_sglang.engine.supported import SUPPORTED, UNTESTED, installed
 from whiflash_sglang.errors import IncompatibleEngineError
 
 Function = Callable[..., Any]
@@ -117,7 +118,7 @@ def install(*modules: ModuleType) -> None:
     patches = [patch for path, patch in PATCHES.items() if patch.module in names and path not in _replaced]
     patches = [patch for patch in patches if not (patch.optional and _is_absent(patch))]
     for patch in patches:
-        _require(_check_name(patch.path, patch.params))
+        require(_check_name(patch.path, patch.params))
     for patch in patches:
         replace(patch.path, patch.replaced, everywhere=patch.everywhere)
 
@@ -195,16 +196,17 @@ def check_registration() -> Finding:
 
 def require_version() -> None:
     """Raise IncompatibleEngineError where SGLang has another version; imports nothing of it."""
-    _require(_check_version())
+    require(_check_version())
 
 
 def require_names() -> None:
     """Raise IncompatibleEngineError naming the first thing that does not fit, before anything is replaced."""
     for finding in verify_names(heavy=False):
-        _require(finding)
+        require(finding)
 
 
-def _require(finding: Finding) -> None:
+def require(finding: Finding) -> None:
+    """Raise IncompatibleEngineError if something does not fit."""
     if not finding.ok:
         raise IncompatibleEngineError(
             f"WHIFLASH needs sglang {' or '.join(SUPPORTED)}; {finding.name}: {finding.detail}"
@@ -215,7 +217,9 @@ def _check_version() -> Finding:
     found = installed()
     if found is None:
         return Finding("sglang", False, "not installed")
-    return Finding("sglang", found in SUPPORTED, f"{found} installed, {' or '.join(SUPPORTED)} expected")
+    fits = found in SUPPORTED or os.environ.get(UNTESTED) == "1"
+    how = "--whiflash-untested-sglang on serves with another that has all names"
+    return Finding("sglang", fits, f"{found} installed, {' or '.join(SUPPORTED)} expected ({how})")
 
 
 def _check_name(path: str, params: tuple[str, ...]) -> Finding:

@@ -5,6 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 SUPPORTED: tuple[str, ...] = ("0.5.22", "0.5.23")
 """Oldest first. The suite runs with the last; `make canary VERSION=0.5.22` runs the short one with another."""
+UNTESTED = "WHIFLASH_UNTESTED_SGLANG"
+"""Variable; with 1 another release may serve, too. `--whiflash-untested-sglang on` sets it."""
 
 
 @cache

@@ -5,15 +5,18 @@ algorithm goes into SGLang's registry and the flags onto its command line. The o
 if the arguments ask for WHIFLASH (:mod:`whiflash_sglang.engine.hooks`).
 
 SGLang logs a failing plugin and starts without it. So with another version of SGLang nothing is registered, and a
-command line that asks for WHIFLASH ends at once.
+command line that asks for WHIFLASH ends at once, unless it has `--whiflash-untested-sglang on`.
 """
 
 import logging
 import multiprocessing
+import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+UNTESTED_FLAG = "--whiflash-untested-sglang"
 
 _registered = False
 
@@ -27,9 +30,11 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    from whiflash_sglang.engine import patching
+    from whiflash_sglang.engine import patching, supported
     from whiflash_sglang.errors import IncompatibleEngineError
 
+    if (UNTESTED_FLAG, "on") in pairwise(sys.argv) or f"{UNTESTED_FLAG}=on" in sys.argv:
+        os.environ[supported.UNTESTED] = "1"  # processes of a server inherit it
     try:
         patching.require_version()
     except IncompatibleEngineError as error:

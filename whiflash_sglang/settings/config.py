@@ -92,6 +92,8 @@ class Flags(Strict):
     versions: str | None = None
     """Directory of versions of the drafters' weights, to switch while serving. Default: versions in the directory
     of --whiflash-learn."""
+    untested_sglang: Literal["on", "off"] = "off"
+    """on: start with an SGLang that was not tested, if it has every name that is used, and warn."""
 
 
 class Settings(Strict):
