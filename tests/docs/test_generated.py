@@ -75,6 +75,16 @@ def test_every_route_and_state_is_on_the_page_of_routes() -> None:
             assert f"## `{method} /whiflash/{name}`" in page
 
 
+def test_the_errors_that_the_page_names_are_in_the_code() -> None:
+    folders = (ROOT / "whiflash_sglang", *ROOT.glob("*/whiflash_*"))
+    code = "".join(file.read_text("utf-8") for folder in folders for file in folder.rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # a sentence on several lines
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text("utf-8").partition("## Requests")[0]
+    named = re.findall("`([^`]+)`", " ".join(re.findall(r"^\| (`.*?) \| ", page, re.MULTILINE)))
+    assert len(named) > 40
+    assert [words for words in named if words not in code] == []
+
+
 def figures(report: Any) -> Iterator[str]:
     """Every ratio, with its interval and without, and every acceptance length, as the documentation writes them."""
     if isinstance(report, dict):
