@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where it is set every process compiles what it imports: SGLang takes 24 s of a core then, and 14 s compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits canary audit check format docs prometheus site dist sbom bare bench gpu gpu-evidence gpu-kit gpu-page clean
+.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits canary audit check format docs prometheus site wheels dist sbom bare bench gpu gpu-evidence gpu-kit gpu-page clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -98,6 +98,10 @@ prometheus: ## Put Prometheus into .tools, for the tests of dashboard and alerts
 site: install ## Build the documentation into site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
+wheels: $(filter .uv/%,$(DISTRIBUTIONS)) ## Wheels of the six packages in dist/, for `pip install --find-links dist`; installs nothing
+	rm -rf dist
+	$(UV) build --all-packages --wheel -o dist
+
 dist: install ## Wheels and source distributions of the six packages, checked, in dist/
 	rm -rf dist
 	$(UV) build --all-packages -o dist
@@ -106,9 +110,9 @@ dist: install ## Wheels and source distributions of the six packages, checked, i
 sbom: install ## What the wheels install, by name, version and hash, as CycloneDX, in whiflash.cdx.json
 	$(UV) export --quiet --frozen --all-packages --no-default-groups --format cyclonedx1.5 -o whiflash.cdx.json
 
-bare: dist ## Install the wheels into a bare environment, .bare, as a user does, and check what came and that it runs
+bare: dist ## Install from dist/ into a bare environment, .bare, as a user does, and check what came and that it runs
 	rm -rf .bare && $(UV) venv --python $(PYTHON) .bare
-	@began=$$SECONDS; $(UV) pip install --python .bare --prerelease allow dist/*.whl; \
+	@began=$$SECONDS; $(UV) pip install --python .bare --prerelease allow --find-links dist "whiflash-sglang[cpu,lab,train]"; \
 	echo "installed: $$(du -sh .bare | cut -f1) in $$((SECONDS - began)) seconds"
 	@for tool in ruff mypy mkdocs twine pytest hadolint; do test ! -e .bare/bin/$$tool || { echo "$$tool came with the wheels"; exit 1; }; done
 	cd / && $(CURDIR)/.bare/bin/whiflash check && $(CURDIR)/.bare/bin/whiflash serve --print-command --model-path OWNER/MODEL
