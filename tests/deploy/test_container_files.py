@@ -107,9 +107,8 @@ def test_compose_starts_the_image_and_mounts_what_is_there() -> None:
         for port in service.get("ports", ()):
             assert port.startswith("127.0.0.1:"), f"{name}: {port} is open to others"
         image = service["image"]
-        assert image.startswith("whiflash:") or re.search(r":v?\d+\.\d+\.\d+$", image), (
-            f"{image} is no release"
-        )
+        release = image.startswith("whiflash:") or re.search(r":v?\d+\.\d+\.\d+$", image)
+        assert release, f"{image} is no release"
     assert "--enable-metrics" in services["whiflash"]["command"]
 
 
@@ -169,12 +168,9 @@ def test_every_flag_that_a_server_is_given_exists(stages: Any) -> None:
     ServerArgs.add_cli_args(parser)
     known = {name for action in parser._actions for name in action.option_strings}
     (entry,) = texts(stages["runtime"], "ENTRYPOINT")
-    given = [
-        *re.findall(r"--[\w-]+", entry),
-        *yaml.safe_load(COMPOSE.read_text())["services"]["whiflash"]["command"],
-    ]
-    given += [
-        word for word in resources()[0]["spec"]["template"]["spec"]["containers"][0]["args"] if word[0] == "-"
-    ]
+    (container,) = resources()[0]["spec"]["template"]["spec"]["containers"]
+    command = yaml.safe_load(COMPOSE.read_text())["services"]["whiflash"]["command"]
+    words = (*re.findall(r"--[\w-]+", entry), *command, *container["args"])
+    given = [word for word in words if word[0] == "-"]
     assert len(given) >= 5
     assert [flag for flag in given if flag not in known] == []
