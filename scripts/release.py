@@ -28,6 +28,7 @@ PLACES: Mapping[str, str] = {
     "CITATION.cff": rf"(?m)^(version: ){VERSION}()$",
 }
 """Files, each with the one place of a version in it."""
+LINK = re.compile(r"(\]\(|(?:src|srcset)=\")(?![\w.+-]+:|#)([^)\"#\s]+)")  # relative ones
 
 
 def found(root: Path = ROOT) -> dict[str, str]:
@@ -50,7 +51,7 @@ def write(version: str, root: Path = ROOT, day: str | None = None) -> None:
     if not re.fullmatch(VERSION, version):
         raise ValueError(f"{version} is no version of the form MAJOR.MINOR.PATCH")
     (before,) = set(found(root).values())
-    if numbers(version) < numbers(before):
+    if [int(part) for part in version.split(".")] < [int(part) for part in before.split(".")]:
         raise ValueError(f"{version} is before {before}")
     texts = {
         name: re.sub(pattern, rf"\g<1>{version}\g<2>", (root / name).read_text("utf-8"))
@@ -73,17 +74,32 @@ def write(version: str, root: Path = ROOT, day: str | None = None) -> None:
         (root / name).write_text(text, "utf-8")
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")))
+def place(address: str, root: Path = ROOT) -> None:
+    """Give each package the repository's address, and its README links to the version's tag there."""
+    at = f"blob/v{found(root)[PACKAGES[0]]}"
+    for folder in ((root / name).parents[1] for name in PACKAGES):
+
+        def absolute(link: re.Match[str], folder: Path = folder) -> str:
+            path = (folder / link[2]).resolve().relative_to(root.resolve())
+            shown = at.replace("blob", "raw") if path.suffix in (".png", ".svg") else at
+            return f"{link[1]}{address}/{shown}/{path}"
+
+        readme, project = folder / "README.md", folder / "pyproject.toml"
+        readme.write_text(LINK.sub(absolute, readme.read_text("utf-8")), "utf-8")
+        urls = f'[project.urls]\nSource = "{address}"\nChangelog = "{address}/{at}/CHANGELOG.md"\n\n[build'
+        project.write_text(project.read_text("utf-8").replace("[build", urls, 1), "utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("version", nargs="?", help="MAJOR.MINOR.PATCH")
+    parser.add_argument("--address", help="the repository's: PyPI follows no relative links")
     said = parser.parse_args()
     try:
         if said.version:
             write(said.version)
+        if said.address:
+            place(said.address.rstrip("/"))
         for name, version in found().items():
             print(f"{version}  {name}")
     except ValueError as error:

@@ -2,10 +2,10 @@
 
 The embedded model answers a few prompts without drafts, so that the server knows what rounds without them take and the
 trace has an estimated gain; then, under `auto`, a question that forces a tool call. The page is drawn as `whiflash
-trace` draws it. Headless Chromium takes its picture down to the end of the text, with the mouse on the longest copy,
-in light and dark colours (trace-light.png, trace-dark.png), and one of its timeline and text alone (answer-light.png,
-answer-dark.png). Then more prompts are answered, four at a time; top.svg is a look at them. demo.svg is what `whiflash
-demo` prints.
+trace` draws it (trace.html). Headless Chromium takes its picture down to the end of the text, with the mouse on the
+longest copy, in light and dark colours (trace-light.png, trace-dark.png), and one of its timeline and text alone
+(answer-light.png, answer-dark.png). Then more prompts are answered, four at a time; top.svg is a look at them. demo.svg
+is what `whiflash demo` prints.
 """
 
 import io
@@ -138,7 +138,7 @@ def main() -> None:
         ServerHost() as host,
         host.running(*arguments, *ours, "--dtype", "bfloat16", env=STRICT_TOOLS, threads=2) as server,
     ):
-        page = Path(folder) / "page.html"
+        page = to.resolve() / "trace.html"
         page.write_text(conversation_html([ask(server)], title="A tool call"), "utf-8")
         with browser(Path(folder) / "profile") as chromium:
             for scheme in ("light", "dark"):
