@@ -98,7 +98,7 @@ def by_caller(directory: Path) -> Callers:
         except (OSError, ValueError) as error:
             skipped.append(f"{path}: {error}")
     if not any(traces.values()):
-        why = f"; skipped {skipped[0]}" if skipped else ""
+        why = f"; skipped {skipped[0]}" if skipped else "" if directory.is_dir() else " (no such directory)"
         raise ConfigError(
             f"{directory} has no sampled traces: start the server with --whiflash-trace-sample{why}"
         )

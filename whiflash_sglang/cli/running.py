@@ -231,7 +231,7 @@ def _sentences(sums: dict[str, Any]) -> str:
     ]
     if "saved_cost" in sums:
         lines.append(
-            f"a million tokens cost {sums['cost_per_million_tokens']:.4g} for "
+            f"a million tokens cost {sums['cost_per_million_tokens']:.4g} instead of "
             f"{sums['plain_cost_per_million_tokens']:.4g}; saved {sums['saved_cost']:.4g}"
         )
     return "\n  ".join(["", *lines])

@@ -190,6 +190,9 @@ def _replace(fields: dict[str, Any]) -> list[str]:
         if name in fields:
             del fields[name]
             flag, by = f"--{name.replace('_', '-')}", SETTINGS.get(name)
+            by = (
+                None if drafter == _EAGLE and name == "speculative_num_draft_tokens" else by
+            )  # its tree's size
             sentences.append(
                 f"{flag} is replaced by {by}" if by else f"{flag} is left out: WHIFLASH has no use for it"
             )
