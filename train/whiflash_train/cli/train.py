@@ -6,10 +6,11 @@ torch is imported: what is wrong with it is said at once.
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -47,13 +48,6 @@ def resolve_config(path: Path) -> "TrainConfig":
     return load_config(shipped if not path.exists() and shipped.exists() else path)
 
 
-class Asked(NamedTuple):
-    """Options of `whiflash train`: how each step differs from what the configuration says."""
-
-    out: Path | None = None
-    start_from: Path | None = None
-
-
 def train(
     config: ConfigOption,
     out: Annotated[
@@ -78,7 +72,6 @@ def train(
     whiflash train --config smollm2-135m-instruct --out my-bundle
     whiflash train --config smollm2-135m-instruct --step data
     """
-    asked = Asked(out, start_from)
     if start_from is not None and step not in ("eagle3", "dflash", "dspark"):
         raise UsageError(f"--start-from {start_from} is for one drafter: name it with --step")
     if out is None and step in (None, "bundle"):
@@ -90,49 +83,27 @@ def train(
         settings = resolve_config(config)
         steps = ("data", "eagle3", settings.block_drafter, "bundle") if step is None else (step,)
         for name in steps:
-            done[name] = _STEPS[name](settings, asked)
+            done[name] = _take(name, settings, out, start_from)
             if not as_json:
                 report({"step": name, **done[name]}, False)
     if as_json:
         report(done if step is None else done[step], True)
 
 
-def _answer(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
-    from dataclasses import asdict
+def _take(step: str, settings: "TrainConfig", out: Path | None, start_from: Path | None) -> dict[str, Any]:
+    """Take one step; the options are `train`'s. Returns what there is to report of it."""
+    if step == "bundle" and out is not None:
+        from whiflash_train.bundle import assemble
 
-    from whiflash_train.answers.data import generate_data
+        assemble(settings, out, out.resolve().name)
+        return {"bundle": str(out)}
+    from whiflash_train.answers.data import generate_data, target_path
 
-    return asdict(generate_data(settings))
+    if step == "data":
+        return asdict(generate_data(settings))
+    from whiflash_train.drafters.runner import train_drafter
 
-
-def _drafter(name: str) -> Callable[["TrainConfig", Asked], dict[str, Any]]:
-    def step(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
-        from whiflash_train.answers.data import target_path
-        from whiflash_train.drafters.runner import train_drafter
-
-        return {
-            "checkpoint": str(train_drafter(name, settings, target_path(settings.target), asked.start_from))
-        }
-
-    return step
-
-
-def _bundle(settings: "TrainConfig", asked: Asked) -> dict[str, Any]:
-    from whiflash_train.bundle import assemble
-
-    if asked.out is None:
-        raise AssertionError("checked by the caller")
-    assemble(settings, asked.out, asked.out.resolve().name)
-    return {"bundle": str(asked.out)}
-
-
-_STEPS: Mapping[str, Callable[["TrainConfig", Asked], dict[str, Any]]] = {
-    "data": _answer,
-    "eagle3": _drafter("eagle3"),
-    "dflash": _drafter("dflash"),
-    "dspark": _drafter("dspark"),
-    "bundle": _bundle,
-}
+    return {"checkpoint": str(train_drafter(step, settings, target_path(settings.target), start_from))}
 
 
 def split(
