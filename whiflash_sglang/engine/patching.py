@@ -1,8 +1,8 @@
 """The table of SGLang's names that are replaced, made by one decorator, and the check that all names are as expected.
 
 Upstream's plugin loading swallows exceptions, so nothing here relies on it: the version is checked when the plugin is
-loaded, every name that is used (`engine/names.py`) when WHIFLASH is asked for, and what is replaced before the first of
-it is. Findings stop the start. `docs/dev/patches.md` shows the table.
+loaded, every name that is used (`engine/names.txt`) when WHIFLASH is asked for, and what is replaced before the first
+of it is. Findings stop the start. `docs/dev/patches.md` shows the table.
 """
 
 import importlib
