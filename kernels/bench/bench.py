@@ -8,11 +8,13 @@ Results go to kernels/bench/results/<shape>-<device>.json and .md, with quantile
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -29,7 +31,7 @@ from cases import (
     switch_call,
     verify_round,
 )
-from measure import Call, Ceilings, Timing, as_graph, ceilings, forced, time_call
+from measure import Call, Ceilings, Timing, as_graph, ceilings, time_call
 from provenance import cpu_name, provenance
 from shapes import SHAPES
 
@@ -64,7 +66,7 @@ def measure(
     case: Case, device: torch.device, limits: Ceilings | None, *, compiled: bool, budget_ms: int
 ) -> Iterator[BenchRow]:
     for name, call in variants(case, device, compiled):
-        with forced("triton" if name == "triton" else "torch"):
+        with mock.patch.dict(os.environ, WHIFLASH_KERNELS="triton" if name == "triton" else "torch"):
             timing = time_call(call, device, budget_ms)
         floor = share = None
         if limits is not None:
@@ -89,7 +91,7 @@ def switch_rows(bench: Bench, budget_ms: int) -> Iterator[BenchRow]:
     verification = as_graph(verify_round(bench.shape, device, tokens, 2048), device)
     yield BenchRow("verify round", label, "torch", time_call(verification, device, budget_ms), None, None)
     for arm in ("diffusion", "ar"):
-        with forced("auto"):
+        with mock.patch.dict(os.environ, WHIFLASH_KERNELS="auto"):
             timing = time_call(as_graph(switch_call(bench, arm), device), device, budget_ms)
         yield BenchRow("switch", f"batch 1, 16 tokens, to {arm}", "auto", timing, None, None)
 

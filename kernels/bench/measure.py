@@ -1,10 +1,8 @@
 """Timing, and the ceilings that times are compared with."""
 
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,20 +36,6 @@ class Ceilings:
         """The time below which no implementation can go: bytes, arithmetic or one launch."""
         moving, computing = moved_bytes / self.copy_bytes_per_second, flops / self.matmul_flops_per_second
         return max(1e6 * moving, 1e6 * computing, self.launch_us)
-
-
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    """Force one implementation of the ops."""
-    before = os.environ.get("WHIFLASH_KERNELS")
-    os.environ["WHIFLASH_KERNELS"] = backend
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["WHIFLASH_KERNELS"]
-        else:
-            os.environ["WHIFLASH_KERNELS"] = before
 
 
 def time_call(call: Call, device: torch.device, budget_ms: int = 200) -> Timing:
