@@ -9,7 +9,6 @@ from whiflash_sdk.hints import MAX_BYTES, MAX_MARKER_CHARS, MAX_NAME_CHARS, MAX_
 from work import lines_run
 
 from whiflash_sglang.spans import hints
-from whiflash_sglang.spans.capabilities import capabilities
 from whiflash_sglang.spans.carrier import add_hints, validate_custom_params
 from whiflash_sglang.spans.forced import forced_tokens
 from whiflash_sglang.spans.hints import HintError, RequestHints, parse_hints
@@ -244,23 +243,6 @@ def test_other_users_of_custom_params_are_left_alone() -> None:
     params = {"thinking_budget": 64, "ids": [1, 2.5, None, "x", True], "map": {"a": math.nan, "b": -(2**63)}}
     assert validate_custom_params(params) == RequestHints()
     assert parse_hints({"__req__": object(), "whiflash": '{"off": true}'}).off
-
-
-def test_capabilities_are_json() -> None:
-    document = capabilities(
-        server_version="0.1.0",
-        model="m",
-        policy="auto",
-        arms=("ar", "none"),
-        routes=("completions", "messages"),
-        prediction_tokens=16384,
-        tool_call_parser="hermes",
-        reasoning_parser=None,
-    )
-    read = json.loads(json.dumps(document))
-    limits = {"spans": 16, "marker_chars": 64, "name_chars": 64, "bytes": 8192}
-    assert read["routes"] == ["completions", "messages"]
-    assert read["limits"] == limits
 
 
 _SCALARS = [None, True, 0, -1, 2**70, 1e308, math.nan, -math.inf, "", "ar", "json", "\x00", "\ud800"]

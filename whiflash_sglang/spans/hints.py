@@ -14,16 +14,7 @@ from functools import lru_cache
 from typing import Any, Final, Literal, NoReturn, get_args
 
 from pydantic import ValidationError
-from whiflash_sdk.hints import (
-    INFERRED_KEY,
-    MAX_BYTES,
-    MAX_SPANS,
-    WIRE_KEY,
-    Hints,
-    Kind,
-    TraceLevel,
-    first_fault,
-)
+from whiflash_sdk.hints import INFERRED_KEY, MAX_BYTES, MAX_SPANS, WIRE_KEY, Hints, TraceLevel, first_fault
 
 
 class HintError(ValueError):
@@ -66,8 +57,6 @@ CARRIED_PREDICTION: Final = "whiflash_prediction"
 """Beside our own key, since it may be long: what the caller expects back (`spans.prediction`)."""
 CARRIED_FORCED: Final = "whiflash_forced"
 """The same for an answer that a benchmark forces (`spans.forced`)."""
-
-KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 HintSource = Literal["request", "inferred", "none", "malformed"]
 """The source of a request's hints."""

@@ -6,13 +6,14 @@ import json
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from fastapi import Depends, HTTPException, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput, SetInternalStateReq
+from whiflash_sdk.hints import MAX_BYTES, MAX_MARKER_CHARS, MAX_NAME_CHARS, MAX_SPANS, WIRE_VERSION, Kind
 
 from whiflash_sglang import __version__
 from whiflash_sglang.copying.tenants import parse_forget
@@ -34,7 +35,6 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.hosts import SilentReplicaError, together
 from whiflash_sglang.files.jsonl import read_json
 from whiflash_sglang.settings.config import PolicyChange, changed
-from whiflash_sglang.spans.capabilities import capabilities
 from whiflash_sglang.updates.samples import forget_samples
 from whiflash_sglang.updates.versions import Wanted, check_wanted
 
@@ -98,21 +98,29 @@ async def _capabilities() -> dict[str, object]:
     manager = http_server._global_state.tokenizer_manager
     server_args = manager.server_args
     settings = settings_of(server_args)
-    return capabilities(
-        server_version=__version__,
-        model=server_args.served_model_name or server_args.model_path,
-        policy=await _policy(manager),
-        arms=(
+    return {
+        "version": WIRE_VERSION,
+        "server_version": __version__,
+        "model": server_args.served_model_name or server_args.model_path,
+        "policy": await _policy(manager),
+        "arms": [
             *settings.drafters,
-            *(("structure",) if settings.structure.enabled else ()),
-            *(("lookup",) if settings.lookup.enabled else ()),
+            *(["structure"] if settings.structure.enabled else []),
+            *(["lookup"] if settings.lookup.enabled else []),
             "none",
-        ),
-        routes=middleware.routes(),
-        prediction_tokens=settings.lookup.prediction_tokens if settings.lookup.enabled else 0,
-        tool_call_parser=manager.config_value("tool_call_parser"),
-        reasoning_parser=manager.config_value("reasoning_parser"),
-    )
+        ],
+        "kinds": get_args(Kind),
+        "routes": middleware.routes(),
+        "prediction_tokens": settings.lookup.prediction_tokens if settings.lookup.enabled else 0,
+        "tool_call_parser": manager.config_value("tool_call_parser"),
+        "reasoning_parser": manager.config_value("reasoning_parser"),
+        "limits": {
+            "spans": MAX_SPANS,
+            "marker_chars": MAX_MARKER_CHARS,
+            "name_chars": MAX_NAME_CHARS,
+            "bytes": MAX_BYTES,
+        },
+    }
 
 
 async def _policy(manager: Any) -> str:
