@@ -14,7 +14,6 @@ from torch import Tensor
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Forecast
-from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.router import Router
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.routing.controller import route
@@ -26,8 +25,8 @@ from whiflash_train.answers.prompts import balanced, read_rows
 from whiflash_train.answers.served import serve
 from whiflash_train.answers.store import FeatureStore
 from whiflash_train.config import Data, Hardware
-from whiflash_train.origin import Origin, VocabularyMatrices
-from whiflash_train.replay import JOINED, Pair, PairParts, Replay, ReplayLog, StoredAnswer, replay_answers
+from whiflash_train.origin import VocabularyMatrices
+from whiflash_train.replay import JOINED, Pair, PairParts, Replay, ReplayLog, replay_answers
 from whiflash_train.rounds import RoundTally
 from whiflash_train.walk import LOOP, Choices, RouterWalk, choices_above, tabulate, walk
 
@@ -116,38 +115,14 @@ class EvaluationSettings:
     hardware: Hardware = field(default_factory=Hardware)
 
 
-@dataclass(frozen=True)
-class AnsweredBundle:
-    """A bundle's replays over the target's own answers to some prompts."""
-
-    target: VocabularyMatrices
-    answers: list[Replay]
-    prompts: int
-    skipped: int
-
-
 def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -> dict[str, Any]:
-    """The figures of `tabulate`, with what they were measured on.
+    """The figures of `tabulate`, with what they were measured on: the target answers the prompts (the first `limit`,
+    balanced), and the bundle's drafters are replayed.
 
     Raises `WhiflashError` for a bundle and `ValueError` for prompts that cannot be used.
     """
-    done = answer_and_replay(bundle, read_rows(prompts), settings)
-    return {
-        "bundle": load_manifest(bundle).name,
-        "prompts": done.prompts,
-        "skipped": done.skipped,
-        "max_new_tokens": settings.max_new_tokens,
-        "dtype": settings.hardware.dtype,
-        **tabulate(done.answers, routers_of(bundle, done.answers, done.target)),
-    }
-
-
-def answer_and_replay(
-    bundle: Path, rows: Sequence[dict[str, Any]], settings: EvaluationSettings
-) -> AnsweredBundle:
-    """The target answers `rows` (the first `limit`, balanced), and the bundle's drafters are replayed."""
-    manifest = load_manifest(bundle)
-    capture = PairParts.of_bundle(bundle).captured
+    rows, manifest = read_rows(prompts), load_manifest(bundle)
+    parts = PairParts.of_bundle(bundle, settings.eagle_steps)
     template = None if manifest.chat_template is None else bundle / manifest.chat_template
     if settings.hardware.threads:
         torch.set_num_threads(settings.hardware.threads)
@@ -158,28 +133,34 @@ def answer_and_replay(
         with serve(
             target_path(manifest.target),
             manifest.target,
-            capture,
+            parts.captured,
             data,
             settings.hardware,
             work=work,
             template=template,
             seed=settings.seed,
         ) as served:
-            store = FeatureStore(work / "answers", hidden=served.hidden_size, layers=capture)
+            store = FeatureStore(work / "answers", hidden=served.hidden_size, layers=parts.captured)
             store.truncate_to_index()
             summary = answer_rows(chosen, served, store, keep_loops=True)
         target = VocabularyMatrices.read(work / "target", manifest.target, settings.hardware.torch_dtype)
         target = target.to(torch.device(settings.hardware.device))
-        chosen_ids = {row["id"] for row in chosen}
-        pair = Pair.load(PairParts.of_bundle(bundle, settings.eagle_steps), target)
-        sources = [StoredAnswer(store, record) for record in store.records if record.id in chosen_ids]
-        answers = replay_answers(pair, sources, ReplayLog(work / "replays", pair))
-    return AnsweredBundle(target, answers, len(chosen), summary.skipped)
+        pair = Pair.load(parts, target)
+        names = {row["id"] for row in chosen}
+        answers = replay_answers(pair, store, names, ReplayLog(work / "replays", pair))
+    return {
+        "bundle": manifest.name,
+        "prompts": len(chosen),
+        "skipped": summary.skipped,
+        "max_new_tokens": settings.max_new_tokens,
+        "dtype": settings.hardware.dtype,
+        **tabulate(answers, routers_of(bundle, answers, target)),
+    }
 
 
 def routers_of(bundle: Path, answers: Sequence[Replay], target: VocabularyMatrices) -> dict[str, RouterWalk]:
     """The entropy router at the bundle's own threshold, if there are two drafters, and `auto`, to which nothing costs
-    anything.
+    anything. Raises `CheckpointError` where the bundle's neural router cannot be used.
     """
     manifest = load_manifest(bundle)
     tau, dwell = manifest.entropy.tau, manifest.entropy.min_dwell
@@ -187,26 +168,20 @@ def routers_of(bundle: Path, answers: Sequence[Replay], target: VocabularyMatric
     walks = {}
     if len(manifest.drafters) == 2:
         walks["entropy"] = RouterWalk([choices_above(one, tau) for one in nats], dwell)
-    router = None if manifest.router is None else load_router(bundle, target)
+    router = None
+    if manifest.router is not None:
+        router = Router.load(
+            bundle / manifest.router.path,
+            hidden_size=target.head.shape[1],
+            device=target.head.device,
+            dtype=torch.float32,
+            delta_sign=manifest.router.delta_sign,
+        )
     known = [
         KnownSignals(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)
     ]
     walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known), copies=True)
     return walks
-
-
-def load_router(bundle: Path, target: VocabularyMatrices | Origin) -> Router:
-    """The bundle's router in fp32. Raises `CheckpointError` where it cannot be used, and where it has none."""
-    manifest = load_manifest(bundle)
-    if manifest.router is None:
-        raise CheckpointError(f"{bundle} has no router: `whiflash bundle create --router` adds one")
-    return Router.load(
-        bundle / manifest.router.path,
-        hidden_size=target.head.shape[1],
-        device=target.head.device,
-        dtype=torch.float32,
-        delta_sign=manifest.router.delta_sign,
-    )
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ arXiv 2606.07710), which is what routers learn from and what oracles are made of
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.formats.table import read_draft
 from whiflash_sglang.prices.costs import LEAST_CHANCE
-from whiflash_train.answers.store import FeatureStore, SequenceRecord
+from whiflash_train.answers.store import FeatureStore
 from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.drafters.batches import Batch, unpack
 from whiflash_train.drafters.dflash import choose_anchors, run_blocks
@@ -271,20 +271,8 @@ def _line(name: str, rounds: Rounds) -> str:
     return json.dumps(row) + "\n"
 
 
-def replay_name(store: FeatureStore, record: SequenceRecord) -> str:
-    """Key of a replay: two shards may have answered the same prompt, a rounding apart."""
-    return f"{store.path.name}/{record.id}"
-
-
-class StoredAnswer(NamedTuple):
-    """Place of a stored answer."""
-
-    store: FeatureStore
-    record: SequenceRecord
-
-
-def replay_answers(pair: Pair, sources: Iterable[StoredAnswer], log: ReplayLog) -> list[Replay]:
-    """Replay all arms over stored answers, in this order; answers too short to hold a round are left out.
+def replay_answers(pair: Pair, store: FeatureStore, names: Collection[str], log: ReplayLog) -> list[Replay]:
+    """Replay all arms over the stored answers of these names; answers too short to hold a round are left out.
 
     The lookup arm's calibration learns from answer to answer, as in one server.
 
@@ -293,11 +281,11 @@ def replay_answers(pair: Pair, sources: Iterable[StoredAnswer], log: ReplayLog) 
     """
     calibration = MatchCalibration(pair.lookup.seed or EVEN_ODDS)
     answers = []
-    for store, record in tracked(list(sources), "replaying drafters"):
+    for record in tracked([record for record in store.records if record.id in names], "replaying drafters"):
         if record.length - record.prompt_length < 2:
             continue
         sequence = store.read(record)
-        name = replay_name(store, record)
+        name = f"{store.path.name}/{record.id}"
         rounds = log.known.get(name)
         if rounds is None:
             rounds = replay_drafters(pair, sequence, store.layers)
