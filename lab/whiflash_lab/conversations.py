@@ -18,7 +18,7 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.jsonl import lines_of, read_json
 from whiflash_sglang.spans.hints import HintError
 from whiflash_sglang.spans.prediction import body_prediction
-from whiflash_sglang.spans.vocabulary import token_bytes
+from whiflash_sglang.spans.vocabulary import vocabulary_of
 
 MAX_MESSAGES = 10_000
 """Messages of one conversation."""
@@ -194,13 +194,9 @@ class Renderer:
 
     def __init__(self, tokenizer: Tokenizer, template: str | None = None) -> None:
         self._tokenizer, self._template = tokenizer, template
-        vocabulary = token_bytes(tokenizer)
-        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._endings = {
-            vocabulary[token].decode(): token
-            for token in sorted(special | set(tokenizer.all_special_ids))
-            if vocabulary[token]
-        }
+        vocabulary = vocabulary_of(tokenizer)
+        texts = ((token, vocabulary.token_bytes[token].decode()) for token in sorted(vocabulary.special))
+        self._endings = {text: token for token, text in texts if text}
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`, without special ones added."""

@@ -73,7 +73,9 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
 
     Raises: ValueError as `token_bytes`.
     """
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    # Every token added as special, not only those with a part to play (end, pad).
+    special = {index for index, token in added.items() if token.special}
     fast = getattr(tokenizer, "backend_tokenizer", None)
 
     def encode(text: str) -> list[int]:

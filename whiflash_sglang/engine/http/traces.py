@@ -12,7 +12,7 @@ from typing import Any
 from whiflash_sglang.copying.predicted import Prediction
 from whiflash_sglang.engine.carried import META_KEY
 from whiflash_sglang.engine.http.requests import Asked, Call, of_choice, parameters_of
-from whiflash_sglang.spans.vocabulary import token_bytes
+from whiflash_sglang.spans.vocabulary import Vocabulary, vocabulary_of
 from whiflash_sglang.telemetry.trace import pieces_of, place
 
 ACCEPTED, REJECTED = "accepted_prediction_tokens", "rejected_prediction_tokens"
@@ -89,9 +89,9 @@ def place_text(
     manager: Any, obj: Any, choice: int, trace: dict[str, Any], tokens: list[int], text: str | None
 ) -> None:
     """Give the stretches of a full trace their places in the text of all its output `tokens`."""
-    vocabulary, special = _vocabulary(manager)
-    skipped = special if _skips_special_tokens(obj, choice) else frozenset[int]()
-    place(trace, pieces_of(tokens, vocabulary, skipped), text)
+    vocabulary = _vocabulary(manager)
+    skipped = vocabulary.special if _skips_special_tokens(obj, choice) else frozenset[int]()
+    place(trace, pieces_of(tokens, vocabulary.token_bytes, skipped), text)
 
 
 def _skips_special_tokens(obj: Any, choice: int) -> bool:
@@ -99,18 +99,12 @@ def _skips_special_tokens(obj: Any, choice: int) -> bool:
     return bool(own.get("skip_special_tokens", True)) if isinstance(own, dict) else True
 
 
-def _vocabulary(manager: Any) -> tuple[tuple[bytes, ...], frozenset[int]]:
-    """Bytes of every token and the ids of special ones; built at the first full trace."""
-    found: tuple[tuple[bytes, ...], frozenset[int]] | None = getattr(manager, "_whiflash_vocabulary", None)
+def _vocabulary(manager: Any) -> Vocabulary:
+    """The tokenizer's, read at the first full trace."""
+    found: Vocabulary | None = getattr(manager, "_whiflash_vocabulary", None)
     if found is None:
-        found = manager._whiflash_vocabulary = token_bytes(manager.tokenizer), _special_ids(manager.tokenizer)
+        found = manager._whiflash_vocabulary = vocabulary_of(manager.tokenizer)
     return found
-
-
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    """Tokens that decoding leaves out: every one added as special, not only those with a part to play (end, pad)."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return frozenset(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
 
 
 def with_text(trace: dict[str, Any], text: str | None, shown: str | None) -> dict[str, Any]:
