@@ -20,7 +20,7 @@ class Percentiles(BaseModel, frozen=True, extra="forbid"):
 
 
 class Interval(BaseModel, frozen=True, extra="forbid"):
-    """A ratio and its 95 % interval."""
+    """A ratio and its interval, of 95 % unless its maker says otherwise."""
 
     ratio: float
     low: float

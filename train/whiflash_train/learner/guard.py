@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from whiflash_sglang.checkpoints.manifest import PARTS
 from whiflash_sglang.files.jsonl import read_json_file, write_whole
 from whiflash_sglang.telemetry.lengths import Lengths
+from whiflash_train.statistics import Interval
 
 LEAST, MOST = 32, 1024
 """Requests of a drafter on either side of a switch: with fewer nothing is known; after more it has served well."""
@@ -39,23 +40,15 @@ class Watched(NamedTuple):
     earlier: ByArm
 
 
-class Change(NamedTuple):
-    """A length divided by an earlier one, with the interval's ends."""
-
-    ratio: float
-    low: float
-    high: float
-
-
 QUANTILE = 2.576
 """Quantile of a 99 % interval: looked at again and again, one of 95 % would be left too often by chance."""
 
 
-def change(before: Lengths, after: Lengths) -> Change:
-    """Change between two periods with at least two requests each."""
+def change(before: Lengths, after: Lengths) -> Interval:
+    """A length divided by an earlier one, of two periods with at least two requests each."""
     ratio = after.length / before.length
     margin = math.exp(QUANTILE * math.sqrt(before.variance + after.variance))
-    return Change(ratio, ratio / margin, ratio * margin)
+    return Interval(ratio=ratio, low=ratio / margin, high=ratio * margin)
 
 
 class Drop(NamedTuple):
@@ -63,7 +56,7 @@ class Drop(NamedTuple):
 
     version: int
     now: int
-    changes: dict[str, Change]
+    changes: dict[str, Interval]
 
 
 class Guard:

@@ -86,7 +86,7 @@ class Watch:
         fact = {
             "rolled_back": drop.version,
             "serves": drop.now,
-            "accepted": {name: change._asdict() for name, change in drop.changes.items()},
+            "accepted": {name: change.model_dump() for name, change in drop.changes.items()},
         }
         write_status(self._learning.directory, {**status_of(self._learning.directory), **fact})
         self._say(fact)
