@@ -164,8 +164,6 @@ def _keep(answer: GeneratedAnswer, store: FeatureStore, summary: DataSummary) ->
         length=len(answer.tokens),
         looped=answer.looped,
         finished=answer.finished,
-        token_offset=0,
-        feature_offset=0,
     )
     store.append(record, answer.tokens, answer.states)
     summary.sequences += 1

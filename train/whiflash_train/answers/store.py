@@ -20,7 +20,7 @@ from whiflash_train.config import TrainConfig
 
 
 class SequenceRecord(NamedTuple):
-    """One line of the index. `length` counts prompt and answer; `looped`: the answer was cut."""
+    """One line of the index. length: of prompt and answer. looped: the answer was cut. A store fills offsets in."""
 
     id: str
     category: str
@@ -28,8 +28,8 @@ class SequenceRecord(NamedTuple):
     length: int
     looped: bool
     finished: bool
-    token_offset: int
-    feature_offset: int
+    token_offset: int = 0
+    feature_offset: int = 0
 
     @property
     def feature_length(self) -> int:

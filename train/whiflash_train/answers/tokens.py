@@ -108,8 +108,6 @@ def rebuild_features(
                 length=len(tokens),
                 looped=bool(columns["looped"][index]),
                 finished=bool(columns["finished"][index]),
-                token_offset=0,
-                feature_offset=0,
             )
             store.append(record, tokens.tolist(), states)
             bar.advance(task)

@@ -463,7 +463,7 @@ def _store(
         text = left[at]
         tokens = [*text.prompt, *text.answer]
         finished = text.answer[-1] in ends
-        record = SequenceRecord(text.name, "served", len(text.prompt), len(tokens), False, finished, 0, 0)
+        record = SequenceRecord(text.name, "served", len(text.prompt), len(tokens), False, finished)
         store.append(record, tokens, target.states(tokens[:-1], capture))
     return store
 
