@@ -4,9 +4,8 @@ The bundle is read before torch is imported: errors in it come at once.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,17 +13,9 @@ from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, for_tables
 from whiflash_sglang.files.jsonl import write_whole
 from whiflash_train.cli.train import readable_errors
 
-BundleOption = Annotated[Path, typer.Option(help="Bundle directory.")]
-
-
-def keep(result: Mapping[str, Any], out: Path | None) -> None:
-    """Write a result to the file of `--out` if there is one."""
-    if out is not None:
-        write_whole(out, json.dumps(result, indent=1) + "\n")
-
 
 def evaluate_command(
-    bundle: BundleOption,
+    bundle: Annotated[Path, typer.Option(help="Bundle directory.")],
     prompts: Annotated[
         Path, typer.Option(help="JSONL of {id, category, messages, tools?, response_format?}.")
     ],
@@ -62,7 +53,8 @@ def evaluate_command(
             limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware
         )
         result = evaluate_bundle(bundle, prompts, settings)
-        keep(result, out)
+        if out is not None:
+            write_whole(out, json.dumps(result, indent=1) + "\n")
     if as_json:
         typer.echo(json.dumps(result))
         return
