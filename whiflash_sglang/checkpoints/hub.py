@@ -63,11 +63,10 @@ def look_up(place: str, *, config: bool = True) -> Found:
     if not _is_id(place):
         raise _no_place(place)
     name, _, revision = place.partition("@")
-    found = (
-        _config_from_hub(name, revision or None)
-        if config
-        else fetch(name, revision=revision or None) / "config.json"
-    )
+    if config and not _uses_modelscope():
+        found = Path(_from_hugging_face(name, revision or None, file="config.json"))
+    else:
+        found = fetch(name, revision=revision or None) / "config.json"
     return Found(name, found, True, found.parent.name)
 
 
@@ -86,12 +85,6 @@ def _no_place(place: str) -> ConfigError:
     return ConfigError(
         f"{place}: no such directory, and not a hub id of the form owner/name or owner/name@revision"
     )
-
-
-def _config_from_hub(name: str, revision: str | None) -> Path:
-    if _uses_modelscope():
-        return fetch(name, revision=revision) / "config.json"
-    return Path(_from_hugging_face(name, revision, file="config.json"))
 
 
 def _uses_modelscope() -> bool:
