@@ -37,10 +37,8 @@ def _knows(presets: Mapping[str, object], parser: str | None) -> bool:
     return parser is None or parser in presets
 
 
-def open_first(spans: tuple[Span, ...], opened: Span | None) -> tuple[Span, ...]:
+def open_first(spans: tuple[Span, ...], opened: Span) -> tuple[Span, ...]:
     """`spans` with the one of `opened`'s kind open from the start, carrying its wishes; else it leads."""
-    if opened is None:
-        return spans
     for index, span in enumerate(spans):
         if span.kind == opened.kind:
             wishes = opened.model_dump(include={"open", "prefer", "pin", "bias"})
