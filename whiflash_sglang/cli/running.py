@@ -27,15 +27,6 @@ PATIENCE = 60.0
 """Seconds that a server may take to answer: it does between two steps of its scheduler."""
 
 
-def change(url: str, router: str | None, api_key: str | None) -> str:
-    """The policy in force on the server at `url`, after it was changed to `router` if there is one.
-
-    Raises: ServerRefusedError.
-    """
-    body = None if router is None else {"router": router}
-    return str(steer(url, "/whiflash/policy", body, api_key)["policy"])
-
-
 def steer(url: str, path: str, body: dict[str, Any] | None, api_key: str | None) -> dict[str, Any]:
     """The state of the server at `url`, after `body` was sent to the route `path` if there is one.
 
@@ -85,7 +76,8 @@ def policy(
     Example:
     whiflash policy none --url http://127.0.0.1:30000
     """
-    ask_every(url, lambda server: change(server, router, api_key), as_json)
+    body = None if router is None else {"router": router}
+    ask_every(url, lambda server: str(steer(server, "/whiflash/policy", body, api_key)["policy"]), as_json)
 
 
 def top(
