@@ -7,16 +7,16 @@ digest of the code that it depends on, versions and hardware. `results/evidence/
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from whiflash_train.provenance import made_by
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "evidence" / "records"
@@ -87,18 +87,18 @@ def cell(area: str, name: str, measure: Callable[[], Result]) -> Result:
 
 def provenance() -> Result:
     """Provenance of a record."""
-    commit = _git("rev-parse", "HEAD")
+    made = made_by(PACKAGES)
     return {
         "command": " ".join(["pytest", *sys.argv[1:]]),
-        "commit": commit,
+        "commit": made["revision"],
         "clean": _git(
             "status", "--porcelain", "--", "whiflash_sglang", "cpu/whiflash_cpu", "kernels/whiflash_kernels"
         )
         == "",
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "hardware": f"{_processor()}, {os.cpu_count()} cores",
+        "python": made["python"],
+        "versions": made["packages"],
+        "hardware": f"{made['hardware']['cpu']}, {made['hardware']['cores']} cores",
     }
 
 
@@ -106,13 +106,6 @@ def _git(*arguments: str) -> str:
     return subprocess.run(
         ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
