@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Where it is set every process compiles what it imports: SGLang takes 24 s of a core then, and 14 s compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits canary audit check format docs prometheus site wheels dist sbom bare bench gpu gpu-evidence gpu-kit gpu-page clean
+.PHONY: help install demo test fast evidence golden golden-record mutation upstream-kits canary audit check format docs prometheus site wheels dist sbom bare bench host gpu gpu-evidence gpu-kit gpu-page clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -ts $$'\t'
@@ -116,6 +116,9 @@ bare: dist ## Install from dist/ into a bare environment, .bare, as a user does,
 	echo "installed: $$(du -sh .bare | cut -f1) in $$((SECONDS - began)) seconds"
 	@for tool in ruff mypy mkdocs twine pytest hadolint; do test ! -e .bare/bin/$$tool || { echo "$$tool came with the wheels"; exit 1; }; done
 	cd / && $(CURDIR)/.bare/bin/whiflash check && $(CURDIR)/.bare/bin/whiflash serve --print-command --model-path OWNER/MODEL
+
+host: install ## Shortest forward at which a card never waits for its host, into results/host.md (5 minutes)
+	$(RUN) python tests/host_pace.py
 
 bench: install ## First answer on speed, in under five minutes
 	$(RUN) whiflash bench --quick

@@ -138,15 +138,20 @@ class Batch:
 
     def round(self) -> float:
         """CPU seconds of planning a round and of learning from it."""
-        lengths = [len(req.origin_input_ids) + len(req.output_ids) - 1 for req in self.requests]
-        starts = torch.tensor(lengths)
+        turn, spent = self.plan()
+        return spent + self.learn(turn, self.results(turn))
+
+    def plan(self) -> tuple[Round, float]:
+        """A round as it is planned while those before it run that were not learned, and its CPU seconds."""
+        known, rows = self._lengths(), list(range(1, self.size + 1))
+        under_way = list(map(self.planner.under_way, rows))
         turn = Round(
-            rows=torch.arange(1, self.size + 1),
-            row_ids=list(range(1, self.size + 1)),
-            starts=starts,
-            least=lengths,
-            most=lengths,
-            bonus=torch.zeros_like(starts),
+            rows=torch.tensor(rows),
+            row_ids=rows,
+            starts=torch.tensor(known),
+            least=[n + min(more, 1) for n, more in zip(known, under_way, strict=True)],
+            most=[n + more for n, more in zip(known, under_way, strict=True)],
+            bonus=torch.zeros(self.size, dtype=torch.int64),
             reqs=self.requests,
             budgets=[CONTEXT] * self.size,
             ahead=[[]] * self.size,
@@ -156,11 +161,17 @@ class Batch:
         spent = time.process_time() - began
         turn.bounded = True
         self._note(turn)
-        results = self._results(turn, lengths)
+        return turn, spent
+
+    def _lengths(self) -> list[int]:
+        return [len(req.origin_input_ids) + len(req.output_ids) - 1 for req in self.requests]
+
+    def learn(self, turn: Round, results: Results) -> float:
+        """CPU seconds of learning from a round."""
         began = time.process_time()
         tokens = self.learner.learn(turn, results)
         self.learner.timed(RoundTime(4 * self.size, self.size, tokens=NEW * self.size, seconds=0.01))
-        spent += time.process_time() - began
+        spent = time.process_time() - began
         for req, new in zip(self.requests, tokens, strict=True):
             self._committed(req, new)
         return spent
@@ -180,9 +191,9 @@ class Batch:
         """Tokens that the round commits of a request."""
         return NEW
 
-    def _results(self, turn: Round, lengths: list[int]) -> Results:
+    def results(self, turn: Round) -> Results:
         """The results of such a round: three drafts each."""
-        many = self.size
+        many, lengths = self.size, self._lengths()
         copies = [self._following(req, COPIED) for req in self.requests]
         new = [copy[: self._brought(turn, index)] for index, copy in enumerate(copies)]
         self.rounds, self.tokens = self.rounds + 1, self.tokens + sum(map(len, new))
@@ -320,13 +331,19 @@ class Agents(Batch):
         at = len(req.output_ids)
         return list(req.answer[at : at + count])
 
-    def _brought(self, turn: Round, index: int) -> int:
-        req, most = self.requests[index], widest_of(self.drafters)
-        right = [0]
+    def verified(self, turn: Round, index: int) -> Sequence[int]:
+        """The drafts of the host's candidate that has most of them right; none of one that the text has left."""
+        req, now, most = self.requests[index], len(self.requests[index].output_ids), widest_of(self.drafters)
+        drafts: list[Sequence[int]] = [()]
         for each in turn.plan.candidates[index].values():
             at = each.at - len(req.origin_input_ids)
-            right.append(common_prefix(each.tokens[:most], req.answer[at : at + most]))
-        return 1 + max(right)
+            if list(each.tokens[: now - at]) == req.answer[at:now]:
+                drafts.append(each.tokens[now - at :][:most])
+        return max(drafts, key=lambda tokens: common_prefix(tokens, self._following(req, most)))
+
+    def _brought(self, turn: Round, index: int) -> int:
+        drafts = self.verified(turn, index)
+        return 1 + common_prefix(drafts, self._following(self.requests[index], len(drafts)))
 
     def _committed(self, req: Any, tokens: list[int]) -> None:
         super()._committed(req, tokens)
