@@ -468,6 +468,27 @@ def _by_category(report: Any) -> Iterator[tuple[str, ...]]:
             yield name.replace("_", " "), str(answers[name]["answers"]), *both
 
 
+SERVED = {
+    "none": "plain decoding (SGLang)",
+    "DFLASH": "SGLang's DFLASH, 16 rows",
+    "diffusion": "our block drafter alone",
+    "auto": "`auto`",
+}
+"""Checks of `results/gpu/shaped.json`, and what each served."""
+
+
+def card_table() -> str:
+    """Tokens a second of random models in an 8B shape, by requests at a time."""
+    record = read_json_file(ROOT / "results" / "gpu" / "shaped.json")
+    checks, rates = record["figures"]["checks"], "tokens_per_s_at_{}_of_1024"
+    loads = [load for load in map(str, range(1, 100)) if rates.format(load) in checks["none"]]
+    rows = (
+        (called, *(f"{checks[name][rates.format(load)]:,.0f}" for load in loads))
+        for name, called in SERVED.items()
+    )
+    return table((f"tokens a second, {record['machine'].partition(',')[0]}", *loads), rows)
+
+
 def published_table() -> str:
     """Targets by size, and drafters that others published for them."""
     rows = (
@@ -509,6 +530,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "speed": speed_table,
     "figures": figures_table,
     "categories": categories_table,
+    "card": card_table,
 }
 
 
