@@ -206,7 +206,7 @@ def metrics_list() -> str:
 
 
 LAB = "whiflash lab "
-MANY = 10
+MANY = 11
 """Options of a command that its help lists better than a page."""
 SHARED_BY = 2
 """Commands that must share an option for it to be explained once, before them."""

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from whiflash_lab.advise import ERROR, GPUS, Estimate, Question, _card, advise
-from whiflash_lab.published import KNOWN, known
-from whiflash_lab.simulate import PublishedPair, SimulatedLoad, Simulation
+from whiflash_lab.advise import ERROR, GPUS, Estimate, Question, _card, _far, advise
+from whiflash_lab.published import KNOWN, Shape, known
+from whiflash_lab.simulate import Card, PublishedPair, SimulatedLoad, Simulation
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.cli.report import brought, by_caller, gain_of
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError, WhiflashError
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 @pytest.mark.parametrize("target", [one.name for one in KNOWN])
@@ -31,6 +33,11 @@ def test_the_page_that_decides_shows_todays_estimate() -> None:
     found = advise(Question("Qwen3-8B", requests=(40,), tools=0.3))
     assert found.verdict in page
     assert all(f"{rate:,.0f}" in page for rate in found.rows[0].rates.values())
+    (far,) = advise(Question("Qwen3-8B", "h200", requests=(1,), context=1 << 17)).rows
+    assert (
+        f"{far.rates['plain']:.0f} tokens a second of Qwen3-8B for one then, {far.rates['auto']:.0f} with"
+        in page
+    )
 
 
 def ratio(
@@ -61,6 +68,35 @@ def test_ratios_that_others_measured_on_an_h100_come_out(
     arm = {"dflash": arms.DIFFUSION, "eagle3": arms.AR}[method]
     found = ratio(target, {arm: length}, {arm: drafts}, method, requests)
     assert found == pytest.approx(published, rel=ERROR)
+
+
+def test_a_layer_reads_a_long_context_as_an_h200_did() -> None:
+    record = json.loads((RESULTS / "gpu" / "verification.json").read_text())["runs"][0]
+    for row in record["rows"]:
+        requests, context, width = row["requests"], row["context"], row["width"]
+        if width > 8 or context < 20_000:
+            continue
+        layer, question = (
+            Shape(0, 0, 1, 4096),
+            Question("a layer", record["card"].split()[1], context=context),
+        )
+        found = _far(Card("H200", *(0.0,) * 5), layer, question, requests)
+        assert 1000 * found.verify(requests * width, requests * context) == pytest.approx(
+            row["ours_ms"], rel=0.25
+        )
+
+
+def test_a_long_context_takes_time_and_memory() -> None:
+    near, far = (advise(Question("Qwen3-8B", requests=(8,), answer=64, context=n)) for n in (0, 1 << 17))
+    assert far.rows[0].rates["plain"] < 0.5 * near.rows[0].rates["plain"]
+    assert far.rows[0].ratio > 1
+    assert "131,072 cached" in far.assumed
+    assert (near.obstacles, far.obstacles) == (
+        [],
+        ["155 GB of KV for 8 × 131,072 tokens fit only if requests share them"],
+    )
+    with pytest.raises(ConfigError, match="does not go with --url"):
+        advise(Question("Qwen3-8B", context=1), STATE)
 
 
 STATE: dict[str, Any] = {
@@ -124,15 +160,17 @@ def test_what_cannot_be_answered_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_command_shows_and_prints_json() -> None:
-    line = ["advise", "qwen3-8b", "--requests", "1", "--answer", "32", "--tools", "0.3"]
+    line = ["advise", "qwen3-8b", "--requests", "1", "--answer", "32", "--tools", "0.3", "--context", "128k"]
     shown = CliRunner().invoke(app, line)
     assert shown.stdout.startswith("ESTIMATE")
+    assert "131,072 cached" in " ".join(shown.stdout.split())
     assert "simulating loads" in shown.stderr
     for title in ("Over plain, as others measured:", "Drafters:", "Set:", "You give up:"):
         assert title in shown.output
     found = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
     assert found["rows"][0]["ratio"] > 1
-    assert CliRunner().invoke(app, ["advise", "x", "--requests", "1,many"]).exception is not None
+    for wrong in (["--requests", "1,many"], ["--context", "128 kB"]):
+        assert isinstance(CliRunner().invoke(app, ["advise", "qwen3-8b", *wrong]).exception, WhiflashError)
 
 
 def test_a_report_compares_with_the_servers_prices_and_counts_from_an_earlier_one() -> None:

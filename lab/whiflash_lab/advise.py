@@ -5,11 +5,12 @@ other cards, of several and of experts follow from a card's bandwidth, and no ta
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from whiflash_lab.published import KNOWN, Acceptance, PublishedTarget, Shape, known
 from whiflash_lab.simulate import (
+    CONTEXT,
     FIXED,
     H100,
     METHODS,
@@ -58,6 +59,11 @@ EXPERTS_LAYER = 90e-6
 """The same of a layer of experts, such that gpt-oss-120b's published 212 tokens a second on one H100 come out."""
 REDUCE = 20e-6
 """Seconds of a layer's two reductions between cards: assumed."""
+READ, WIDER = 1.8, 0.1
+"""Seconds to read a token of a long context, over those of its bytes at the card's bandwidth, and what each further row
+adds, of up to eight: an H200's (`results/gpu/verification.json`)."""
+BLOCK_LAYERS = 5
+"""Layers of a published block drafter; an EAGLE-3 drafter has one."""
 
 LOST = (
     "Memory: drafters keep KV, a seventh of the pool for Qwen3-8B with two; `whiflash check --draft` names yours.",
@@ -70,7 +76,9 @@ LOST = (
 
 
 class Question(NamedTuple):
-    """requests: numbers of requests at once. tools: share of requests under a grammar. prompt, answer: tokens."""
+    """requests: numbers of requests at once. tools: share of requests under a grammar. prompt, answer: tokens. context:
+    tokens before a prompt that are cached.
+    """
 
     target: str
     gpu: str = "h100"
@@ -80,6 +88,7 @@ class Question(NamedTuple):
     tools: float = 0.0
     prompt: int = 512
     answer: int = 256
+    context: int = 0
 
 
 class Estimate(NamedTuple):
@@ -140,10 +149,12 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
     """An answer. state: of a server that runs the target, whose prices and acceptance are taken.
 
     Raises:
-        ConfigError: no such card, or nothing is known of the target.
+        ConfigError: no such card, or nothing is known of the target; a context beside `state`.
     """
     target = known(question.target)
     if state is not None:
+        if question.context:
+            raise ConfigError("--context does not go with --url: a server's prices are of its own contexts")
         card, pair, source = _of_server(state, question)
         target = target or PublishedTarget(question.target, _QWEN, (), ())
         own = _on_its_traffic(state)
@@ -162,12 +173,18 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
             f"be {ERROR:.0%} too high"
         )
     loads = question.requests if pair.drafts else ()
-    rows = [_row(card, pair, question, requests) for requests in tracked(loads, "simulating loads")]
+    behind = (
+        f" after {question.context:,} cached ones, read as an H200 reads them" if question.context else ""
+    )
+    rows = [
+        _row(_far(card, target.shape, question, requests), pair, question, requests)
+        for requests in tracked(loads, "simulating loads")
+    ]
     advice = Advice(
         assumed=f"ESTIMATE, nothing measured here. {target.name}, {prices}. "
         f"Acceptance: {source}; yours at temperature {question.temperature:g} may differ. Prompts of "
-        f"{question.prompt}, answers of {question.answer} tokens; {question.tools:.0%} of requests write calls of "
-        "twenty tools under grammars, of which the host knows what it was measured to know; no copies in the others.",
+        f"{question.prompt}, answers of {question.answer} tokens{behind}; {question.tools:.0%} of requests write calls "
+        "of twenty tools under grammars, of which the host knows what it was measured to; no copies in the others.",
         verdict=_verdict(rows, own),
         rows=rows,
         published=[
@@ -184,6 +201,11 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
             advice.obstacles.append(
                 f"{weights / 1e9:.0f} GB of weights do not fit {question.cards} × {gpu.name} of "
                 f"{gpu.memory / 1e9:.0f} GB with KV beside them"
+            )
+        most, room = max(question.requests), max(gpu.memory * question.cards - weights, 0.0)
+        if (kv := most * question.context * target.shape.kv) > room:
+            advice.obstacles.append(
+                f"{kv / 1e9:.0f} GB of KV for {most} × {question.context:,} tokens fit only if requests share them"
             )
     return advice
 
@@ -219,6 +241,25 @@ def _card(shape: Shape, gpu: Gpu, count: int) -> Card:
         block=H100.block,
         experts=experts / (gpu.bandwidth * count),
         share=shape.used / shape.experts if shape.experts else 1.0,
+    )
+
+
+def _far(card: Card, shape: Shape, question: Question, requests: int) -> Card:
+    """`card` for requests of a long context each: its first `CONTEXT` tokens as before, the others by their bytes.
+
+    Drafters read it, too.
+    """
+    if question.context <= CONTEXT:
+        return card
+    far = 1 - CONTEXT / question.context
+    token = far * shape.kv / (_gpu(question.gpu).bandwidth * question.cards)
+    layer = token * question.context * requests / shape.layers
+    return replace(
+        card,
+        token=card.token * (1 - far) + (READ - WIDER) * token,
+        deep=WIDER * token / requests,
+        chain=card.chain + READ * layer,
+        block=card.block + BLOCK_LAYERS * (READ + FULL[arms.DIFFUSION] * WIDER) * layer,
     )
 
 
@@ -277,7 +318,9 @@ STOCK = {"plain": "plain decoding", "eagle3": "EAGLE-3", "dflash": "block drafte
 
 def _row(card: Card, pair: PublishedPair, question: Question, requests: int) -> Estimate:
     tools = max(question.tools, 1e-9)  # above 0, so that the host's time counts
-    load = SimulatedLoad(requests, 4 * requests + 40, question.prompt, question.answer, tools=tools)
+    load = SimulatedLoad(
+        requests, 4 * requests + 40, question.prompt, question.answer, tools=tools, cached=question.context
+    )
 
     def rate(method: str, lengths: Mapping[str, Mapping[str, float]]) -> float:
         return Simulation(card, load, method, pair=pair._replace(lengths=lengths)).run().rate

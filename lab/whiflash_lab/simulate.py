@@ -70,7 +70,8 @@ class Card:
     """Seconds. fixed: a forward of any size. row: one more row. token: one more token of context.
 
     chain: an EAGLE-3 step. block: a DFlash block, and the round's own work. experts: reading all of them. share: of
-    them that one row uses; several rows use others, by chance. found: what a server measured, in place of all these.
+    them that one row uses; several rows use others, by chance. deep: one more row, for each token of all contexts.
+    found: what a server measured, in place of all these.
     """
 
     name: str
@@ -81,13 +82,14 @@ class Card:
     block: float
     experts: float = 0.0
     share: float = 1.0
+    deep: float = 0.0
     found: CostTables | None = None
 
     def verify(self, rows: float, context: float) -> float:
         if self.found:
             return self.found.verifications.at(rows, context)
         read: float = self.experts * (1 - (1 - self.share) ** rows)
-        return self.fixed + self.row * rows + self.token * context + read
+        return self.fixed + self.row * rows + (self.token + self.deep * rows) * context + read
 
     def tables(self, rows: int, context: int, chain: int = DRAFTS[arms.AR]) -> CostTables:
         """Tables of a server's start on this card, for rows and a context up to these, and chains of this length."""
@@ -157,7 +159,7 @@ PROSE = 10
 class SimulatedLoad(NamedTuple):
     """requests: at once; the next follows when one ends. total: requests, 0: four for each place, 100 at least.
     prompt, answer: tokens of each. tools: the share of requests that write prose and calls in turn, each under a
-    grammar; above 0 the host's time counts.
+    grammar; above 0 the host's time counts. cached: tokens before each prompt, which nobody prefills.
     """
 
     requests: int
@@ -165,6 +167,7 @@ class SimulatedLoad(NamedTuple):
     prompt: int = 512
     answer: int = 512
     tools: float = 0.0
+    cached: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -237,7 +240,7 @@ class Simulation:
         self.card, self.load, self.method = card, load, method
         self.seed, self.pair, self.host = seed, pair, host
         largest = load.requests * (max(*pair.drafts.values(), KNOWN) + 1)
-        context = load.requests * (load.prompt + load.answer)
+        context = load.requests * (load.cached + load.prompt + load.answer)
         self.tables = card.tables(largest, context, pair.drafts.get(arms.AR, 0))
         costs = LookedUpCosts(lambda arm: pair.drafts.get(arm, 0) + 1)
         costs.tables = self.tables
@@ -288,7 +291,7 @@ class Simulation:
                 agent=agent,
                 chances={arm: each.tolist() for arm, each in chances.items()},
                 right={arm: _runs(each) for arm, each in right.items()},
-                prompt=self.load.prompt,
+                prompt=self.load.cached + self.load.prompt,
                 at=answer * number // places if number < places else 0,
             )
         )

@@ -30,6 +30,9 @@ def advise(
     tools: Annotated[float, typer.Option(min=0, max=1, help="Share of requests under a grammar.")] = 0.0,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
     answer: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 256,
+    context: Annotated[
+        str, typer.Option(help="Tokens of a request that are cached before its prompt, such as 128k.")
+    ] = "0",
     recipe: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Also judge these flags, as whiflash check does."),
@@ -57,12 +60,15 @@ def advise(
     sizes = tuple(int(size) for size in requests.split(",") if size.strip().isdecimal())
     if len(sizes) != len(requests.split(",")) or min(sizes) < 1:
         raise UsageError(f"--requests takes numbers from 1 on, such as 1,8,64; got {requests!r}")
+    if not (digits := context.lower().removesuffix("k")).isdecimal():
+        raise UsageError(f"--context takes a number of tokens, such as 32768 or 128k; got {context!r}")
+    cached = int(digits) * (1 if digits == context else 1024)
     state = None
     if url is not None:
         from whiflash_sglang.cli.running import steer
 
         state = steer(url.rstrip("/"), "/whiflash/state", None, api_key)
-    advice = answered(Question(target, gpu, count, sizes, temperature, tools, prompt, answer), state)
+    advice = answered(Question(target, gpu, count, sizes, temperature, tools, prompt, answer, cached), state)
     if recipes:
         from whiflash_lab.recipes.verdicts import verdicts_of
 
