@@ -118,8 +118,8 @@ def _records(tree: ast.Module) -> Iterator[str]:
 if __name__ == "__main__":
     found = list(over())
     print("\n".join(found) or "every folder is within its lines, and a server within its records")
-    asked = os.environ.get("GITHUB_EVENT_NAME") == "pull_request"
-    binds = not asked and _git(ROOT, "branch", "--show-current").strip() in ("", "main")
+    main = _git(ROOT, "branch", "--show-current").strip() in ("", "main")
+    binds = main and os.environ.get("GITHUB_EVENT_NAME") != "pull_request"
     if found and not binds:
         print("::warning::More than budgets.toml allows: review decides, and main ends with an error.")
     sys.exit(bool(found) and binds)

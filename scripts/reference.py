@@ -206,10 +206,7 @@ def metrics_list() -> str:
 
 
 LAB = "whiflash lab "
-MANY = 11
-"""Options of a command that its help lists better than a page."""
-SHARED_BY = 2
-"""Commands that must share an option for it to be explained once, before them."""
+MANY = 11  # options of a command that its help lists better than a page
 
 
 def cli_reference() -> str:
@@ -217,7 +214,7 @@ def cli_reference() -> str:
     daily = {name: command for name, command in commands().items() if not name.startswith(LAB)}
     known = {name: [_option(option) for option in _shown(command)] for name, command in daily.items()}
     counted = Counter(row for rows in known.values() for row in rows)
-    shared = {row for row, count in counted.items() if count >= SHARED_BY}
+    shared = {row for row, count in counted.items() if count > 1}
     first = f"In several commands:\n\n{listed(row for row in counted if row in shared)}"
     rare = [(f"`{name}`", _sentence(command)) for name, command in commands().items() if name.startswith(LAB)]
     rest = f"## whiflash lab\n\nCommands that few need; `-h` after one shows its options.\n\n{listed(rare)}"
@@ -468,24 +465,13 @@ def _by_category(report: Any) -> Iterator[tuple[str, ...]]:
             yield name.replace("_", " "), str(answers[name]["answers"]), *both
 
 
-SERVED = {
-    "none": "plain decoding (SGLang)",
-    "DFLASH": "SGLang's DFLASH, 16 rows",
-    "diffusion": "our block drafter alone",
-    "auto": "`auto`",
-}
-"""Checks of `results/gpu/shaped.json`, and what each served."""
-
-
 def card_table() -> str:
     """Tokens a second of random models in an 8B shape, by requests at a time."""
     record = read_json_file(ROOT / "results" / "gpu" / "shaped.json")
     checks, rates = record["figures"]["checks"], "tokens_per_s_at_{}_of_1024"
     loads = [load for load in map(str, range(1, 100)) if rates.format(load) in checks["none"]]
-    rows = (
-        (called, *(f"{checks[name][rates.format(load)]:,.0f}" for load in loads))
-        for name, called in SERVED.items()
-    )
+    arms = ("none", "DFLASH", "diffusion", "auto")
+    rows = ((arm, *(f"{checks[arm][rates.format(load)]:,.0f}" for load in loads)) for arm in arms)
     return table((f"tokens a second, {record['machine'].partition(',')[0]}", *loads), rows)
 
 

@@ -49,10 +49,8 @@ class Release(NamedTuple):
 
 
 def read(tree: Tree, names: list[str]) -> Release:
-    walker = Walker(tree)
-    return Release(
-        metadata.version("sglang"), {path: walker.describe(path) for path in names}, walker.flags()
-    )
+    walker, version = Walker(tree), metadata.version("sglang")
+    return Release(version, {path: walker.describe(path) for path in names}, walker.flags())
 
 
 def recorded() -> Release:
@@ -153,9 +151,8 @@ def imported(place: Path) -> list[str]:
     )
     paths = [str(place), *(str(ROOT / part) for part in ("", "cpu", "kernels", "lab", "sdk", "train"))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         return [done.stderr.strip().split("\n")[-1]]
     return list(json.loads(done.stdout.strip().split("\n")[-1]))
@@ -183,12 +180,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("release", nargs="?", help="a wheel, a directory that holds sglang/, or a version")
     parser.add_argument("--record", action="store_true", help="write upstream.json for the installed release")
-    parser.add_argument(
-        "--diff", action="store_true", help="show how functions differ from the installed ones"
-    )
-    parser.add_argument(
-        "--import", action="store_true", dest="imported", help="import the new sources and check them"
-    )
+    parser.add_argument("--diff", action="store_true", help="show how functions differ")
+    parser.add_argument("--import", action="store_true", dest="imported", help="import and check the sources")
     parser.add_argument("--test", choices=SUITES, help="run a suite with the new sources, which decides")
     said = parser.parse_args()
     if said.record == bool(said.release):

@@ -61,8 +61,7 @@ The tests are those of SGLang's wheel (`sglang.test.kits`) that ask a server by 
 set, a second server, or flags that no CPU server takes are left out. They were written for models of eight billion
 parameters, so a tiny model fails some with any decoder. `test_acc_length` and `test_batch_generation` want the
 acceptance length of SGLang's own pair; plain decoding reports none to the latter."""
-SHOWN = 70
-"""Characters of a complaint in the table; the JSON has up to 140."""
+SHOWN = 70  # characters of a complaint in the table; the JSON has up to 140
 ENDED = " (and the server ended)"
 FORK = multiprocessing.get_context("fork")
 ARGUMENTS = (
