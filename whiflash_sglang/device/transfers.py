@@ -61,8 +61,8 @@ class Upload:
         _fill(host, self._ints, sizes[0])
         _fill(host[ints:].view(np.float32), self._floats, sizes[1])
         packed = packed.to(device, non_blocking=True)
-        as_ints, as_floats = packed[:ints], packed[ints:].view(torch.float32)[:floats]
-        on_device = _firsts(as_ints, self._ints, sizes[0]), _firsts(as_floats, self._floats, sizes[1])
+        *as_ints, rest = _firsts(packed, self._ints, sizes[0])
+        on_device = as_ints, _firsts(rest.view(torch.float32), self._floats, sizes[1])[:-1]
         for kind, at, use in self._then:
             use(on_device[kind][at])
         return on_device
@@ -77,8 +77,9 @@ def _fill(place: np.ndarray[Any, Any], parts: Sequence[Ints | Floats], sizes: Se
 
 
 def _firsts(packed: torch.Tensor, parts: Sequence[Ints | Floats], sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Contents of `packed` for each of `parts`, whose beginnings are `sizes` apart."""
-    return [each[: len(part)] for each, part in zip(torch.split(packed, list(sizes)), parts, strict=True)]
+    """Contents of `packed` for each of `parts`, whose beginnings are `sizes` apart, and what comes after them."""
+    lengths = [n for part, size in zip(parts, sizes, strict=True) for n in (len(part), size - len(part))]
+    return list(torch.split_with_sizes(packed, [*lengths, len(packed) - sum(sizes)])[::2])
 
 
 def sent(values: Ints, device: torch.device) -> torch.Tensor:
