@@ -82,7 +82,7 @@ class Candidate(NamedTuple):
 
     def outlook(self, most: int | None = None) -> Forecast:
         """Forecast of verifying it, or its first `most` tokens."""
-        alive = self.alive[:most]
+        alive = self.alive if most is None else self.alive[:most]
         return Forecast(1 + sum(alive), 1 + len(alive))
 
 

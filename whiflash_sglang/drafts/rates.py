@@ -26,6 +26,10 @@ class Mean:
         """The mean; at least one value must have been added."""
         return self.total / self.weight
 
+    def shrunk(self, prior: float, weight: float) -> float:
+        """The mean, as if `weight` values of `prior` had been added."""
+        return (self.total + prior * weight) / (self.weight + weight)
+
 
 class Rates:
     """Rates by kind, a number from 0: how often observations were right, begun as if their prior had been seen.

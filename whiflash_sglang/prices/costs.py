@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 from whiflash_sglang.drafts.rates import RECENT_ROUNDS, Mean
@@ -120,11 +121,11 @@ class Costs(ABC):
     def observe(self, previous: RoundTime) -> None:
         """A round and the pause after it were timed: the only way in which rounds teach what work takes."""
         self._recent.append((previous.tokens, previous.seconds, previous.gap))
-        longest = LIMIT * median([seconds for _, seconds, _ in self._recent])
-        gaps = sum(min(gap, longest) for *_, gap in self._recent)
-        spent = gaps + sum(min(seconds, longest) for _, seconds, _ in self._recent)
-        self._rate = sum(tokens for tokens, *_ in self._recent) / max(spent, SHORTEST)
-        self._gap = gaps / len(self._recent)
+        tokens, seconds, gaps = zip(*self._recent, strict=True)
+        longest = LIMIT * median(seconds)
+        paused, worked = (sum(map(min, each, repeat(longest))) for each in (gaps, seconds))
+        self._rate = sum(tokens) / max(paused + worked, SHORTEST)
+        self._gap = paused / len(self._recent)
 
     def set_contexts(self, contexts: Sequence[int]) -> None:
         """The round that is planned next is for requests that have so many tokens, at most."""
@@ -140,24 +141,22 @@ class Costs(ABC):
         own: of its rounds with this route.
         """
         mean, squares = self._drafts[route]
-        usual = self._usual(route, own) if mean.weight else drafts
+        usual = own.shrunk(mean.value, 1.0) if mean.weight else drafts
         squares.add((drafts - usual) ** 2, DRAFTS_MEMORY)
         mean.add(drafts, DRAFTS_MEMORY)
         own.add(drafts, RECENT_ROUNDS)
 
     def room(self, route: str, own: Mean = UNKNOWN) -> float:
-        """Drafts that a round makes room for, of a request routed to `route`: its mean, and one deviation of a batch's.
+        """Drafts that a round makes room for, of a request routed to `route`: its mean, of which one round more is
+        everybody's, and one deviation of a batch's.
 
         Blocks that are always full need no more, and requests that differ even out: few drafts are left out, few rows
         are padding. Room for fewer than there are would never show that, so drafts count before some are left out.
         """
-        if route not in self._drafts:
+        if (known := self._drafts.get(route)) is None:
             return self._widest(route) - 1
-        return self._usual(route, own) + math.sqrt(self._drafts[route][1].value / max(self._requests, 1))
-
-    def _usual(self, route: str, own: Mean) -> float:
-        """A request's mean, of which one round more is everybody's."""
-        return (own.total + self._drafts[route][0].value) / (own.weight + 1)
+        mean, squares = known
+        return own.shrunk(mean.value, 1.0) + math.sqrt(squares.value / max(self._requests, 1))
 
     def packed(self, requests: int, drafts: int) -> int:
         """Drafts that a round of so many requests verifies, if its requests have `drafts`."""
