@@ -80,7 +80,7 @@ class Signals:
     @property
     def unforeseen(self) -> frozenset[str]:
         """Allowed arms that expect nothing before a round of theirs."""
-        return self.allowed - self.expected.keys()
+        return self.allowed.difference(self.expected) if self.expected else self.allowed
 
     def without(self, arm: str) -> float:
         """Rounds that the request has gone since it was last routed to `arm`; infinite if it never was."""

@@ -6,13 +6,10 @@ per second; with a handful of arms that is at most a few dozen subsets.
 """
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import combinations
-
-import numpy as np
-import numpy.typing as npt
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import PLAIN, Forecast
@@ -22,6 +19,8 @@ from whiflash_sglang.routing.policies import Scores
 WITHOUT_A_PASS = (arms.PROMISED, arms.NONE)
 """Choices that run no drafter."""
 
+UNSCORED = {arms.NONE: 0.0}
+"""Scores of a request that has none."""
 
 MARGIN = 0.02
 """Keeps routes from thrashing: a switch must promise so much more tokens per second, relatively."""
@@ -53,97 +52,86 @@ def assign(
     """
     if costs is None or not scores:
         return best_each(scores)
-    batch = _Batch.of(scores, costs, promised)
-    choices = batch.best_choices()
-    rates = batch.rates(choices)
-    first = int(rates.argmax())
-    if rates[first] <= 0.0:
+    batch = _Batch(scores, costs, promised)
+    best, best_rate = batch.best()
+    if best_rate <= 0.0:
         best, best_rate = best_each(scores), 0.0  # of scores that only order arms
-    else:
-        best, best_rate = batch.arms_of(choices[first]), float(rates[first])
     if margin is not None and len(previous) == len(scores):
         kept = [str(p) if p in s else b for p, s, b in zip(previous, scores, best, strict=True)]
-        if kept == best or batch.rate(kept) * (1 + margin) >= best_rate:
+        if kept == best or batch.rate_of(kept) * (1 + margin) >= best_rate:
             return kept
     return best
 
 
 def best_rate(scores: Sequence[Scores], costs: Costs, promised: Sequence[Forecast]) -> float:
     """Most expected tokens per second, whatever the routes were."""
-    batch = _Batch.of(scores, costs, promised)
-    return float(batch.rates(batch.best_choices()).max())
+    return _Batch(scores, costs, promised).best()[1]
 
 
-@dataclass(frozen=True, slots=True)
 class _Batch:
-    """R requests with A choices, `none` the last: so that a subset of arms is priced for all at once.
+    """Requests by how they rank their arms: of a set of active arms, all that rank them alike take the same.
 
-    scores: [R, A] float64, -inf for an arm that a request must not use. rows: [R, A] float64, to verify.
+    A request without scores decodes plainly, and adds nothing to what is expected.
     """
 
-    arms: list[str]
-    scores: npt.NDArray[np.float64]
-    rows: npt.NDArray[np.float64]
-    costs: Costs
+    def __init__(self, scores: Sequence[Scores], costs: Costs, promised: Sequence[Forecast]) -> None:
+        self.scores, self.costs, self.promised = [each or UNSCORED for each in scores], costs, promised
+        self.names = tuple(sorted({arm for each in self.scores for arm in each} - {arms.NONE}))
+        self.rows = {arm: costs.width(arm) for arm in self.names if arm != arms.PROMISED}
+        self.rows[arms.NONE] = PLAIN.rows
+        self.alike: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+        """Their arms, the best first → the indices of some requests."""
+        orders: dict[int, list[str]] = {}
+        for index, each in enumerate(self.scores):
+            rows = promised[index].rows if arms.PROMISED in each else 0
+            if (order := orders.get(rows)) is None:
+                # The narrower of two arms with the same score: rows that verify nothing cost the whole batch.
+                known = self.rows | {arms.PROMISED: rows}
+                order = orders[rows] = sorted([*self.names, arms.NONE], key=known.__getitem__)
+            named = order if len(each) == len(order) else [arm for arm in order if arm in each]
+            self.alike[tuple(sorted(named, key=each.__getitem__, reverse=True))].append(index)
 
-    @classmethod
-    def of(cls, scores: Sequence[Scores], costs: Costs, promised: Sequence[Forecast]) -> "_Batch":
-        """A request without scores decodes plainly, and adds nothing to what is expected."""
-        names = [*sorted({arm for each in scores for arm in each} - {arms.NONE}), arms.NONE]
-        widths = [PLAIN.rows if arm in WITHOUT_A_PASS else costs.width(arm) for arm in names]
-        rows = np.tile(np.array(widths, dtype=float), (len(scores), 1))
-        if arms.PROMISED in names:
-            rows[:, names.index(arms.PROMISED)] = [forecast.rows for forecast in promised]
-        known = [[each.get(arm, -math.inf) for arm in names] if each else _plain(names) for each in scores]
-        return cls(names, np.array(known), rows, costs)
+    def best(self) -> tuple[list[str], float]:
+        """The choices with the most expected tokens per second, and how many; on ties those of the smaller set.
 
-    def best_choices(self) -> npt.NDArray[np.intp]:
-        """[subsets, R] columns: every request's best arm of each set of active ones, narrower first on ties.
-
-        Rows that verify nothing cost the whole batch. Sets without a pinned request's arm are left out.
+        Every request takes its best arm of a set of active ones. Sets without a pinned request's arm are left out.
         """
-        subsets = _subsets(self.arms[:-1], most=len(self.scores))
-        active = np.array([[arm in chosen or arm == arms.NONE for arm in self.arms] for chosen in subsets])
-        within = np.where(active[:, None, :], self.scores, -math.inf)
-        best = within.max(-1)
-        choices: npt.NDArray[np.intp] = np.where(within == best[..., None], self.rows, math.inf).argmin(-1)
-        possible: npt.NDArray[np.intp] = choices[(best > -math.inf).all(-1)]
-        return possible
+        best, top, members = tuple[str, ...](), -math.inf, self.alike.values()
+        choices = (
+            tuple([next((arm for arm in ranked if arm in active), "") for ranked in self.alike])
+            for active in _subsets(self.names, len(self.scores))
+        )
+        for choice in dict.fromkeys(choices):
+            if "" not in choice and (rate := self._rate(zip(choice, members, strict=True))) > top:
+                best, top = choice, rate
+        routes = [arms.NONE] * len(self.scores)
+        for arm, indices in zip(best, members, strict=True):
+            for index in indices:
+                routes[index] = arm
+        return routes, top
 
-    def rates(self, choices: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
-        """Expected tokens per second of each row of `choices` [S, R]."""
-        requests = np.arange(len(self.scores))
-        rows = self.rows[requests, choices].sum(-1).tolist()
-        counts = (choices[..., None] == np.arange(len(self.arms) - 1)).sum(1).tolist()
-        draft, verify = cache(self.costs.draft), cache(self.costs.verify)
-        seconds = [
-            self.costs.lasts(
-                verify(width, len(requests))
-                + sum(
-                    draft(arm, n)
-                    for arm, n in zip(self.arms, drafted, strict=False)
-                    if n and arm not in WITHOUT_A_PASS
-                )
-            )
-            for width, drafted in zip(rows, counts, strict=True)
-        ]
-        rates: npt.NDArray[np.float64] = self.scores[requests, choices].sum(-1) / np.array(seconds)
-        return rates
-
-    def rate(self, routes: Sequence[str]) -> float:
+    def rate_of(self, routes: Sequence[str]) -> float:
         """Expected tokens per second of the batch under `routes`."""
-        return float(self.rates(np.array([[self.arms.index(arm) for arm in routes]]))[0])
+        return self._rate((arm, (index,)) for index, arm in enumerate(routes))
 
-    def arms_of(self, choice: npt.NDArray[np.intp]) -> list[str]:
-        return [self.arms[place] for place in choice.tolist()]
+    def _rate(self, parts: Iterable[tuple[str, Sequence[int]]]) -> float:
+        """Expected tokens per second, if an arm drafts for these requests, another for those, and so on."""
+        expected, rows, drafted = 0.0, 0.0, Counter[str]()
+        for arm, indices in parts:
+            drafted[arm] += len(indices)
+            expected += sum([self.scores[index][arm] for index in indices])
+            if arm == arms.PROMISED:
+                rows += sum([self.promised[index].rows for index in indices])
+            else:
+                rows += self.rows[arm] * len(indices)
+        drafting = sum(
+            self.costs.draft(arm, n) for arm, n in sorted(drafted.items()) if arm not in WITHOUT_A_PASS
+        )
+        return expected / self.costs.lasts(self.costs.verify(rows, len(self.scores)) + drafting)
 
 
-def _plain(names: Sequence[str]) -> list[float]:
-    return [0.0 if arm == arms.NONE else -math.inf for arm in names]
-
-
-def _subsets(active: Sequence[str], most: int) -> Iterable[frozenset[str]]:
-    """Sets of at most `most` arms: no more are used than there are requests."""
-    for size in range(min(len(active), most) + 1):
-        for chosen in combinations(active, size):
-            yield frozenset(chosen)
+@lru_cache
+def _subsets(names: tuple[str, ...], most: int) -> list[frozenset[str]]:
+    """Sets of at most `most` arms, and `none` in each: no more are used than there are requests."""
+    sizes = range(min(len(names), most) + 1)
+    return [frozenset((*chosen, arms.NONE)) for size in sizes for chosen in combinations(names, size)]

@@ -8,9 +8,9 @@ Rounds teach the shared means if the request's caller left the route to the poli
 rounds with an arm count ever less (`REQUEST_ROUNDS`), so that one that never ends does not decide for all.
 """
 
-import math
 from bisect import bisect_right
 from collections import defaultdict
+from dataclasses import dataclass, field
 
 from whiflash_sglang.drafts.rates import Mean
 from whiflash_sglang.records.signals import Decision, Signals
@@ -53,8 +53,25 @@ Place = tuple[int, str | None]
 
 def place_of(signals: Signals | Decision) -> Place:
     """The place of its means."""
-    entropy = -1 if math.isnan(signals.entropy) else bisect_right(ENTROPY_EDGES, signals.entropy)
-    return entropy, signals.span.kind if signals.span else None
+    entropy, span = signals.entropy, signals.span
+    # NaN where it was not measured, which is no number's equal.
+    return bisect_right(ENTROPY_EDGES, entropy) if entropy == entropy else -1, span.kind if span else None
+
+
+@dataclass(slots=True)
+class _Shown:
+    """Rounds of one arm, as means.
+
+    lengths, by_place: acceptance lengths. accepted, predicted: drafts that were, and those that the router predicted.
+    agreed, squares: how far own rounds moved what is expected: times how far the next one was off, and squared.
+    """
+
+    lengths: Mean = field(default_factory=Mean)
+    by_place: defaultdict[Place, Mean] = field(default_factory=lambda: defaultdict(Mean))
+    accepted: Mean = field(default_factory=Mean)
+    predicted: Mean = field(default_factory=Mean)
+    agreed: Mean = field(default_factory=Mean)
+    squares: Mean = field(default_factory=Mean)
 
 
 class AcceptanceEstimator:
@@ -65,85 +82,79 @@ class AcceptanceEstimator:
 
     def __init__(self, base: "AcceptanceEstimator | None" = None) -> None:
         self._base = base
-        self._by_arm: defaultdict[str, Mean] = defaultdict(Mean)
-        self._by_context: defaultdict[tuple[str, Place], Mean] = defaultdict(Mean)
-        self._levels: dict[str, tuple[Mean, Mean]] = {}
-        """Per arm, drafts that were accepted and those that the router predicted."""
-        self._trusts: defaultdict[str, tuple[Mean, Mean]] = defaultdict(lambda: (Mean(), Mean()))
-        """Per arm, how far own rounds moved what is expected: times how far the next one was off, and squared."""
-        self._shared: dict[tuple[AcceptanceEstimator, str, Place], float] = base._shared if base else {}
-        """Estimates from all requests' rounds, kept until the next round is seen; shared by all adapters."""
+        self._shown: defaultdict[str, _Shown] = defaultdict(_Shown)
+        self._shared: dict[tuple[AcceptanceEstimator, str, Place | None], float] = (
+            base._shared if base else {}
+        )
+        """Lengths by arm and place, and trusts by arm, kept until the next round is seen; shared by all adapters."""
 
     def observe(self, arm: str, decision: Decision, length: int) -> None:
         """A round of `arm`, of this `decision`, committed `length` tokens."""
         weight = min(REQUEST_ROUNDS / max(decision.tried.get(arm, 1), 1), 1.0)
-        believed, moved = self._split(arm, decision)
+        place, shown = place_of(decision), self._shown[arm]
+        believed, moved = self._split(arm, decision, place)
         if moved:
-            agreed, squares = self._trusts[arm]
-            agreed.add(moved * (length - believed), TRUST_MEMORY, weight)
-            squares.add(moved**2, TRUST_MEMORY, weight)
-        self.forget_asked()
-        self._by_arm[arm].add(length, MEMORY, weight)
-        self._by_context[arm, place_of(decision)].add(length, MEMORY, weight)
+            shown.agreed.add(moved * (length - believed), TRUST_MEMORY, weight)
+            shown.squares.add(moved**2, TRUST_MEMORY, weight)
+        self._shared.clear()
+        shown.lengths.add(length, MEMORY, weight)
+        shown.by_place[place].add(length, MEMORY, weight)
         if arm in decision.predicted:
-            accepted, predicted = self._levels.setdefault(arm, (Mean(), Mean()))
-            accepted.add(length - 1, LEVEL_MEMORY, weight)
-            predicted.add(decision.predicted[arm] - 1, LEVEL_MEMORY, weight)
+            shown.accepted.add(length - 1, LEVEL_MEMORY, weight)
+            shown.predicted.add(decision.predicted[arm] - 1, LEVEL_MEMORY, weight)
 
     def forget_asked(self) -> None:
-        """Drop computed means of all adapters: they have changed, or keep the means of a dropped adapter alive."""
+        """Drop computed means of all adapters, which keep the means of a dropped adapter alive."""
         self._shared.clear()
 
     def rounds(self, arm: str) -> float:
         """Decayed number of rounds seen of `arm`."""
-        mean = self._by_arm.get(arm)
-        return mean.weight if mean else 0.0
+        return self._shown[arm].lengths.weight
 
     def usual(self, arm: str) -> float:
         """Acceptance length of `arm` in all contexts together."""
         prior = self._base.usual(arm) if self._base else PRIOR_LENGTH
-        return self._shrunk(self._by_arm.get(arm), prior, PRIOR_WEIGHT)
+        return self._shown[arm].lengths.shrunk(prior, PRIOR_WEIGHT)
 
-    def expect(self, arm: str, signals: Signals) -> float:
-        """Expected acceptance length of the request's next round with `arm`."""
-        believed, moved = self._split(arm, signals)
-        return believed + moved * self._trust(arm) if moved else believed
+    def expect(self, arm: str, signals: Signals, place: Place | None = None) -> float:
+        """Expected acceptance length of the request's next round with `arm`. place: of `place_of`, if it is known."""
+        believed, moved = self._split(arm, signals, place or place_of(signals))
+        if not moved:
+            return believed
+        trust = self._shared.get((self, arm, None))
+        if trust is None:
+            trust = self._shared[self, arm, None] = self._trust(arm)
+        return believed + moved * trust
 
-    def _split(self, arm: str, known: Signals | Decision) -> tuple[float, float]:
+    def _split(self, arm: str, known: Signals | Decision, place: Place) -> tuple[float, float]:
         """Expected of any request here; and how far its own rounds would move that, were they believed."""
         if arm in known.predicted:
             believed, weight = 1 + (known.predicted[arm] - 1) * self._level(arm), PREDICTED_WEIGHT
         else:
-            believed, weight = self._believed(arm, place_of(known)), SHARED_WEIGHT
+            weight, shared = SHARED_WEIGHT, self._shared.get((self, arm, place))
+            believed = self._believed(arm, place) if shared is None else shared
         if (recent := known.recent.get(arm)) is None:
             return believed, 0.0
         return believed, (recent.total - believed * recent.weight) / (weight + recent.weight)
 
     def _trust(self, arm: str) -> float:
         """The share of that which later rounds agreed with: little where requests are alike and their luck differs."""
-        agreed, squares = self._trusts[arm]
+        agreed, squares = self._shown[arm].agreed, self._shown[arm].squares
         prior = TRUST_PRIOR * (squares.value if squares.weight else 1.0)
         trust = self._base._trust(arm) if self._base else 1.0
         return min(max((agreed.total + prior * trust) / (squares.total + prior), 0.0), 1.0)
 
     def _believed(self, arm: str, place: Place) -> float:
         """Acceptance length of `arm` in this place."""
-        key = self, arm, place
-        if key not in self._shared:
-            usual = self.usual(arm)
-            if self._base:
-                usual = max(self._base._believed(arm, place) + usual - self._base.usual(arm), 1.0)
-            self._shared[key] = self._shrunk(self._by_context.get((arm, place)), usual, 4.0)
-        return self._shared[key]
+        usual = self.usual(arm)
+        if self._base:
+            usual = max(self._base._believed(arm, place) + usual - self._base.usual(arm), 1.0)
+        believed = self._shown[arm].by_place[place].shrunk(usual, 4.0)
+        self._shared[self, arm, place] = believed
+        return believed
 
     def _level(self, arm: str) -> float:
         """Accepted over predicted drafts: a router predicts drafts of full length, and text like its training's."""
-        accepted, predicted = self._levels.get(arm, (Mean(), Mean()))
+        shown = self._shown[arm]
         prior = LEVEL_PRIOR * (self._base._level(arm) if self._base else 1.0)
-        return min((accepted.total + prior) / (predicted.total + LEVEL_PRIOR), LEVEL_LIMIT)
-
-    @staticmethod
-    def _shrunk(mean: Mean | None, towards: float, weight: float) -> float:
-        if mean is None:
-            return towards
-        return (mean.total + towards * weight) / (mean.weight + weight)
+        return min((shown.accepted.total + prior) / (shown.predicted.total + LEVEL_PRIOR), LEVEL_LIMIT)

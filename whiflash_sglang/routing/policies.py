@@ -16,7 +16,7 @@ from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.rates import Mean
 from whiflash_sglang.prices.costs import PROBE_ROUNDS
 from whiflash_sglang.records.signals import Decision, Signals
-from whiflash_sglang.routing.estimate import AcceptanceEstimator
+from whiflash_sglang.routing.estimate import AcceptanceEstimator, place_of
 
 FIRST_PROBE = 4
 """Rounds of the batch between two probes of an arm that is not known; doubles with every probe."""
@@ -79,26 +79,28 @@ class Probes:
         Args:
             teachers: of every request, None for one that is not free. timings: see `_patience`. loss: see `Loss`.
         """
-        able: defaultdict[str, dict[int, Signals]] = defaultdict(dict)
+        able = defaultdict[str, defaultdict[str | None, list[tuple[int, Signals]]]](lambda: defaultdict(list))
         for index, signals in enumerate(teachers):
             if signals is not None:
                 for arm in signals.unforeseen:
-                    able[arm][index] = signals
+                    able[arm][signals.adapter].append((index, signals))
         for arm in self._since:
             self._since[arm] += 1
-        for arm in sorted(able):
-            requests = Counter(signals.adapter for signals in able[arm].values())
-            patience = {each: self._patience(arm, timings(arm), each, n) for each, n in requests.items()}
+        for arm, members in sorted(able.items()):
+            timed, since = timings(arm), self._since.setdefault(arm, 0)
+            patience = {each: self._patience(arm, timed, each, len(of)) for each, of in members.items()}
+            if since < min(patience.values()):
+                continue
             due = sorted(
-                (patience[signals.adapter], -signals.without(arm), index)
-                for index, signals in able[arm].items()
-                if signals.without(arm) >= patience[signals.adapter]
+                (patience[adapter], -gone, index)
+                for adapter, of in members.items()
+                for index, signals in of
+                if (gone := signals.without(arm)) >= patience[adapter]
             )
-            since = self._since.setdefault(arm, 0)
             if due and since >= due[0][0]:
                 self._since[arm] = -1
                 self._probed[arm] += 1
-                chosen = {index: arm for *_, index in due[: self._together(len(able[arm]))]}
+                chosen = {index: arm for *_, index in due[: self._together(sum(map(len, members.values())))]}
                 self._losses[arm] = loss(chosen)
                 return chosen  # another arm waits for the next round
         return {}
@@ -259,7 +261,13 @@ class AutoPolicy:
         self._adapters: OrderedDict[str, AcceptanceEstimator] = OrderedDict()
 
     def score(self, signals: Signals) -> Scores:
-        return {**{arm: self._expect(arm, signals) for arm in sorted(signals.allowed)}, arms.NONE: 1.0}
+        means, place, expected = self._known(signals.adapter), place_of(signals), signals.expected
+        scores = {
+            arm: expected[arm].length if arm in expected else means.expect(arm, signals, place)
+            for arm in sorted(signals.allowed)
+        }
+        scores[arms.NONE] = 1.0
+        return scores
 
     def probe(
         self, teachers: Sequence[Signals | None], timings: Timings, loss: Loss = lambda _: math.inf
@@ -269,11 +277,6 @@ class AutoPolicy:
     def observe(self, arm: str, decision: Decision, length: int) -> None:
         if arm != arms.NONE and arm not in decision.expected:
             self._known(decision.adapter).observe(arm, decision, length)
-
-    def _expect(self, arm: str, signals: Signals) -> float:
-        if arm in signals.expected:
-            return signals.expected[arm].length
-        return self._known(signals.adapter).expect(arm, signals)
 
     def _known(self, adapter: str | None) -> AcceptanceEstimator:
         """Estimator taught by the rounds of an adapter, or by those without one; a new one begins as the target's."""
