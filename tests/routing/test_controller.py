@@ -23,7 +23,7 @@ def asked(policy: Policy, hints: RequestHints) -> set[str]:
     """The drafting arms that the request is asked about, in the middle of its output."""
     controller = Controller(policy, MeasuredCosts(lambda arm: 4), [b"a", b"b"])
     controller.open(Request("r", hints, ROW), [0, 1])
-    return {arm for arm in EVERY if controller.may_name(controller.states[ROW], arm)}
+    return {*controller.named(controller.states[ROW], EVERY)}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_whose_candidates_may_be_verified_without_a_pass(
 ) -> None:
     """A pin or a policy that joins nothing keeps to one draft source, and who wants plain decoding to none."""
     controller = opened(policy, RequestHints(spans=(Span(kind="json", open=True, **span),)))
-    asked = {arm: each for arm, each in EXPECTED.items() if controller.may_name(controller.states[ROW], arm)}
+    asked = {arm: EXPECTED[arm] for arm in controller.named(controller.states[ROW], EXPECTED)}
     assert controller.route([controller.states[ROW]], [asked]) == [arms.NONE]
     assert {
         arm for arm in (arms.LOOKUP, arms.STRUCTURE) if controller.may_use(controller.states[ROW], arm)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import sub
 
 import numpy as np
 import torch
@@ -125,9 +126,11 @@ class DraftSync:
         self._begin(row_ids, lengths)
         self._tailless.update(row_ids)
 
-    def may_draft(self, row: int, arm: str) -> bool:
-        """Whether a draft of `arm` for the request in `row` has what it begins with."""
-        return row not in self._tailless or arm not in self._drafters or not self._drafters[arm].tail_width
+    def able(self, row: int, names: list[str]) -> list[str]:
+        """Arms of `names` of which a draft for the request in `row` has what it begins with."""
+        if row not in self._tailless:
+            return names
+        return [arm for arm in names if arm not in self._drafters or not self._drafters[arm].tail_width]
 
     def _begin(self, row_ids: Sequence[int], lengths: Sequence[int]) -> None:
         """Requests have so many tokens, up to which nobody has anything to ingest."""
@@ -151,13 +154,13 @@ class DraftSync:
         Args:
             least, most: bounds of each request's n. widths: rows that it may verify in the round.
         """
-        for row, n in zip(row_ids, most, strict=True):
-            self._last[row] = n - self._routed.get(row, n)
-            self._routed[row] = n
+        before = map(self._routed.get, row_ids, most)
+        self._last.update(zip(row_ids, map(sub, most, before), strict=True))
+        self._routed.update(zip(row_ids, most, strict=True))
         self._tailless.difference_update(row_ids)
-        by_arm = {}
+        by_arm, verifying = {}, sum(self.verifying) or None
         for arm in self.arms:
-            chosen, verifying = [arm == route for route in routes], sum(self.verifying) or None
+            chosen = [arm == route for route in routes]
             members, tokens = self.watermarks.due(arm, row_ids, least, most, chosen, widths, verifying)
             if tokens:
                 by_arm[arm] = members, tokens

@@ -138,8 +138,10 @@ class Learner:
         # A request's last round ends what drafters keep of it.
         if evidence and route in self.drafters and request.running:
             known = min(len(drafts), len(tokens))
-            with self.quarantine.guard(route, request):
+            try:
                 self.drafters[route].observe(request.row, known, agreed, results.confidences[i][:known])
+            except Exception as error:
+                self.quarantine.raised(route, error, request)
         if results.copies is not None and request.running:
             self._copied(self.proposers[-1], request, results, i, tokens)
         if results.entropy is not None:
@@ -154,8 +156,10 @@ class Learner:
         copied, alive = results.copies[i][:count], results.copy_alive[i][:count]
         matched, agreements = results.copy_matched[i], results.copy_agreements[i]
         copy = Candidate(copied, alive, [Part(CONTEXT, count)], 0, matched, agreements)
-        with self.quarantine.guard(arm, request):
+        try:
             drafter.copied(request, copy, tokens)
+        except Exception as error:
+            self.quarantine.raised(arm, error, request)
 
     def _chosen_parts(self, turn: Round, results: Results, i: int) -> Sequence[Part]:
         """The sources of the drafts that the device chose for a request."""

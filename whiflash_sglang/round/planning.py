@@ -43,10 +43,10 @@ class Planner:
         turn.plan = self.ranks.broadcast(lambda: self._decide(turn))
         if not self.ranks.leads:
             turn.take_single(turn.plan.undrafted)
-            for index, names in enumerate(
-                turn.plan.asked
-            ):  # what drafters note here is what they draft later
-                self._proposed(turn, index, [arm for arm in names if self._notes(arm)])
+            # An arm reads later what it notes now; a device takes proposals as candidates, which the first rank sent.
+            sent = () if self.host.exact else self.sources.proposing
+            for index, names in enumerate(turn.plan.asked):
+                self._proposed(turn, index, [arm for arm in names if arm not in sent])
         widths = [1 + most for most in turn.plan.limits.drafts]
         members = {
             arm: [i for i, route in enumerate(turn.plan.routes) if route == arm] for arm in self.drafters
@@ -64,12 +64,6 @@ class Planner:
         request = self.controller.states.get(row)
         return 0 if request is None else sum(request.under_way)
 
-    def _notes(self, arm: str) -> bool:
-        """Whether what `arm` notes when it is asked is read later in the round; a device takes proposals as candidates,
-        which the first rank has sent.
-        """
-        return self.host.exact or arm not in self.sources.proposing
-
     def _decide(self, turn: Round) -> Plan:
         """Fill the round's plan, and return it for other ranks."""
         requests = turn.requests
@@ -79,18 +73,17 @@ class Planner:
         worth = {arm: self.controller.worth(arm) for arm in self.drafters}
         plan = turn.plan = Plan(undrafted, asked, worth)
         plan.routes, proposed = self._route(turn)
-        for i, request in enumerate(requests):
-            if self.host.exact and plan.routes[i] == arms.NONE and not request.decision.promised:
-                proposed[i] = {}  # its rows would not pay
-        plan.candidates = [self._verifiable(turn, i, by_arm) for i, by_arm in enumerate(proposed)]
-        most = {arm: self._rows(plan, arm) for arm in set(plan.routes)}
-        limits = [self._limits(turn, i, most[arm]) for i, arm in enumerate(plan.routes)]
-        plan.limits = Limits(*map(list, zip(*limits, strict=True)))
         costs = self.controller.costs
         plan.priced_as = [
             arms.PROMISED if arm == arms.NONE and request.decision.promised else arm
             for arm, request in zip(plan.routes, requests, strict=True)
         ]
+        for i, priced_as in enumerate(plan.priced_as):
+            if proposed[i]:
+                unpaid = self.host.exact and priced_as == arms.NONE  # its rows would not pay
+                proposed[i] = {} if unpaid else self._verifiable(turn, i, proposed[i])
+        plan.candidates = proposed
+        plan.limits = self._limits(turn)
         own = [request.wanted[arm] for request, arm in zip(requests, plan.priced_as, strict=True)]
         usual = map(min, plan.limits.drafts, map(costs.room, plan.priced_as, own))
         plan.usual_drafts = costs.packed(len(turn), math.ceil(sum(usual)))
@@ -99,8 +92,6 @@ class Planner:
 
     def _verifiable(self, turn: Round, index: int, proposed: Mapping[str, Candidate]) -> dict[str, Candidate]:
         """Candidates of a request that may be verified; where texts are known late, with what others know to follow."""
-        if not proposed:
-            return {}
         request = turn.requests[index]
         usable = {arm: each for arm, each in proposed.items() if self.controller.may_use(request, arm)}
         if self.host.exact:
@@ -119,28 +110,33 @@ class Planner:
             return rows
         return 1 + self.controller.costs.length(arm, plan.routes.count(arm), rows - 1)
 
-    def _limits(self, turn: Round, index: int, widest: int) -> tuple[int, int, int, int]:
-        """`Limits` of a request, in their order. widest: rows of its pass."""
-        request, most = turn.requests[index], turn.budgets[index] - 1
-        limit, candidates = min(widest - 1, most), turn.plan.candidates[index]
-        if not request.running:
-            return limit, 0, 0, 0
-        longest = copying = 0
-        extending = self.sources.proposing if self.host.exact else self.sources.on_device
-        joins = (limit or (self.host.exact and candidates)) and request.may_join
-        for arm in self.quarantine.serving(self.sources.of_text, request):
-            drafter = self.sources.of_text[arm]
-            if not drafter.serves(request):
-                continue
-            if joins and arm in extending:
-                longest = max(longest, drafter.max_drafts, limit)
-            if arm in self.sources.on_device and self.controller.may_use(request, arm):
-                copying = min(drafter.max_drafts, most)
-        room = max(limit, longest, copying)
-        if candidates:
-            most_tokens = max(len(candidate.tokens) for candidate in candidates.values())
-            room = max(room, min(most_tokens, widest_of(self.drafters)))
-        return limit, min(longest, most), copying, min(room, most)
+    def _limits(self, turn: Round) -> Limits[list[int]]:
+        """Drafts of each request, at most; of one that has ended its pass alone, which was planned before."""
+        plan, host, sources, may_use = turn.plan, self.host, self.sources, self.controller.may_use
+        extending = sources.proposing if host.exact else sources.on_device
+        passes = {arm: self._rows(plan, arm) - 1 for arm in set(plan.routes)}
+        limits = []
+        each = zip(turn.requests, plan.routes, plan.candidates, turn.budgets, strict=True)
+        for request, route, candidates, budget in each:
+            most = budget - 1
+            limit = min(passes[route], most)
+            longest = copying = room = 0
+            if request.running:
+                joins = (limit or (host.exact and candidates)) and request.may_join
+                for arm in self.quarantine.serving(extending, request):
+                    drafter = extending[arm]
+                    if not drafter.serves(request):
+                        continue
+                    if joins:
+                        longest = max(longest, drafter.max_drafts, limit)
+                    if arm in sources.on_device and may_use(request, arm):
+                        copying = min(drafter.max_drafts, most)
+                room = max(limit, longest, copying)
+                if candidates:
+                    most_tokens = max(len(candidate.tokens) for candidate in candidates.values())
+                    room = max(room, min(most_tokens, widest_of(self.drafters)))
+            limits.append((limit, min(longest, most), copying, min(room, most)))
+        return Limits(*map(list, zip(*limits, strict=True)))
 
     def _calibrations(self, turn: Round) -> dict[str, Floats]:
         """Numbers that judge drafts of the round, of every arm that may make some."""
@@ -154,11 +150,11 @@ class Planner:
     def _askable(self, turn: Round, index: int) -> list[str]:
         """Arms that may draft for a request, if they have anything to propose; none for one that has ended."""
         # The last token a request may commit needs no draft: it is the bonus token.
-        request, may_name = turn.requests[index], self.controller.may_name
+        request = turn.requests[index]
         if turn.budgets[index] <= 1 or not request.running:
             return []
         serving = self.quarantine.serving(self.drafters, request)
-        return [arm for arm in serving if may_name(request, arm) and self.sync.may_draft(request.row, arm)]
+        return self.sync.able(request.row, self.controller.named(request, serving))
 
     def _proposed(
         self, turn: Round, index: int, asked: Sequence[str]
@@ -170,15 +166,17 @@ class Planner:
         candidates: dict[str, Candidate] = {}
         forecasts: dict[str, Forecast | None] = {}
         for arm in asked:
-            if arm in self.quarantine:
+            if arm in self.quarantine.reasons:
                 continue  # since an earlier request of the batch was asked
-            drafter, candidate = self.sources.of_text.get(arm), None
-            promised = None if drafter is None else drafter.promised(request)
+            if (drafter := self.sources.of_text.get(arm)) is None:
+                forecasts[arm] = None
+                continue
+            promised, candidate = drafter.promised(request), None
             if promised is not None and self.controller.policy.joins_arms:
                 if promised.length > 1:
                     forecasts[arm] = promised
                 continue
-            if drafter is not None and drafter.serves(request):
+            if drafter.serves(request):
                 history, worth = partial(turn.history, index), turn.plan.worth[arm]
                 propose = partial(drafter.propose, request, n, history, worth, sum(request.under_way))
                 candidate = self.sources.checked(arm, request, propose)
@@ -193,23 +191,23 @@ class Planner:
         """A pass for each request, or none, and its candidates; nothing of one that ended after the scheduler had put
         it into the batch.
         """
-        requests = turn.requests
-        running = [i for i, request in enumerate(requests) if request.running]
-        before = [requests[i].previous for i in running]
-        routes = [arms.NONE] * len(requests)
-        candidates: list[dict[str, Candidate]] = [{} for _ in requests]
+        routes = [arms.NONE] * len(turn)
+        candidates: list[dict[str, Candidate]] = [{} for _ in routes]
         self.controller.costs.set_contexts(turn.most)
-        forecasts = []
-        for i in running:
-            if requests[i].tracker is not None:
-                requests[i].begin(partial(turn.answer, i))
+        running = [i for i, request in enumerate(turn.requests) if request.running]
+        requests, forecasts = [turn.requests[i] for i in running], []
+        before = [request.previous for request in requests]
+        for i, request in zip(running, requests, strict=True):
+            if request.tracker is not None:
+                request.begin(partial(turn.answer, i))
             candidates[i], expected = self._proposed(turn, i, turn.plan.asked[i])
             forecasts.append(expected)
-        chosen = self.controller.route([requests[i] for i in running], forecasts) if running else []
+        chosen = self.controller.route(requests, forecasts) if running else []
         for i, old, new in zip(running, before, chosen, strict=True):
             routes[i] = new
             # Before its last token a request has nothing to switch to.
-            self.clock.switches += turn.budgets[i] > 1 and old not in (None, new)
+            if old != new and old is not None and turn.budgets[i] > 1:
+                self.clock.switches += 1
         return routes, candidates
 
     def _upload(self, turn: Round) -> None:

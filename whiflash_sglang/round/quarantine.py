@@ -33,23 +33,6 @@ FIRST_SECONDS, LONGEST_SECONDS = 60.0, 3600.0
 ResultT = TypeVar("ResultT")
 
 
-class _Guard:
-    """`Quarantine.guard`. Every request of a round is guarded, which a generator would take a microsecond for."""
-
-    __slots__ = "arm", "quarantine", "request"
-
-    def __init__(self, quarantine: "Quarantine", arm: str, request: Request | None) -> None:
-        self.quarantine, self.arm, self.request = quarantine, arm, request
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, where: object) -> bool:
-        if isinstance(error, Exception):
-            self.quarantine.raised(self.arm, error, self.request)
-        return isinstance(error, Exception)
-
-
 class Quarantine:
     """Arms that are left out, for one request or for everybody.
 
@@ -145,9 +128,13 @@ class Quarantine:
         else:
             self._leave_out(arm, request, _describe(error), error)
 
-    def guard(self, arm: str, request: Request | None = None) -> "_Guard":
+    @contextmanager
+    def guard(self, arm: str, request: Request | None = None) -> Iterator[None]:
         """Handle an exception that `arm` raises in here as `raised` does."""
-        return _Guard(self, arm, request)
+        try:
+            yield
+        except Exception as error:
+            self.raised(arm, error, request)
 
     @contextmanager
     def guard_ingestion(self, arm: str) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Routes for a batch, from what every request's state knows and what the batch costs. Imports no SGLang."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import PLAIN, Forecast
@@ -51,19 +51,19 @@ class Controller:
         """One pass per request, or none."""
         return route(self.policy, requests, forecasts, self.costs)
 
-    def may_name(self, request: Request, arm: str) -> bool:
-        """Whether the next round of a request may be routed to `arm`; others need not be asked."""
-        candidates = self.policy.candidates
+    def named(self, request: Request, names: Iterable[str]) -> list[str]:
+        """Arms of `names` that the next round of a request may be routed to; others need not be asked."""
         if request.hints.off:
-            return False
-        if candidates is None or arm in candidates:
-            return True
-        span = request.span
-        return span is not None and span.pin and span.prefer == arm
+            return []
+        candidates, span = self.policy.candidates, request.span
+        if candidates is None:
+            return list(names)
+        pinned = span.prefer if span is not None and span.pin else None
+        return [arm for arm in names if arm in candidates or arm == pinned]
 
     def may_use(self, request: Request, arm: str) -> bool:
         """Whether candidates of `arm` for a request may be verified."""
-        return request.decision.only in (None, arm) and self.may_name(request, arm)
+        return request.decision.only in (None, arm) and bool(self.named(request, (arm,)))
 
     def worth(self, arm: str) -> Worth:
         """The value that a further draft of `arm` must have; policies that price nothing draft the full length."""
@@ -88,27 +88,28 @@ class Controller:
 
         Returns whether the round is evidence for other requests too (`Decision.free`).
         """
-        lengths = {arm: len(tokens)} if lengths is None else lengths
-        if decision.free:
+        lengths, free = {arm: len(tokens)} if lengths is None else lengths, decision.free
+        if free:
             for each, length in lengths.items():
                 self.policy.observe(each, decision, length)
             self.costs.widened(arm, width)
         request.committed(arm, tokens, width - 1, start=start, reason=decision.reason, lengths=lengths)
-        return decision.free
+        return free
 
 
 def route(
     policy: Policy, requests: Sequence[Request], forecasts: Sequence[Forecasts], costs: Costs | None
 ) -> list[str]:
     """One pass per request, or none; every request records its own. costs: None where nothing costs."""
+    priced, scores, sources = policy.prices_batches, list[Scores](), list[str]()
+    promised, teachers = list[Forecast](), list[Signals | None]()
     previous = [request.decision.keeps for request in requests]
-    scores, sources, promised = [], [], []
-    teachers: list[Signals | None] = []
     for request, forecast, kept in zip(requests, forecasts, previous, strict=True):
-        scored = _scored(request, policy, forecast)
-        decision = request.decision
-        scored, source = _of_passes(scored, decision.expected, priced=policy.prices_batches)
-        promised.append(decision.expected.get(source, PLAIN))
+        scored, source = _scored(request, policy, forecast), arms.NONE
+        decision, expected = request.decision, request.expected
+        if expected:
+            scored, source = _of_passes(scored, expected, priced=priced)
+        promised.append(expected.get(source, PLAIN))
         if decision.reason == "span" and not decision.free:
             scored = _ordered(decision, scored, source, costs, kept, promised[-1])
         scores.append(scored)
@@ -124,15 +125,14 @@ def route(
         return 1 - best_rate(bound(probes), costs, promised) / best
 
     probes = policy.probe(teachers, costs.timings if costs else lambda _: PROBE_ROUNDS, loss)
-    scores = bound(probes)
-    chosen = assign(scores, costs, previous, MARGIN, promised) if policy.prices_batches else assign(scores)
-    routes = [arms.NONE if arm == arms.PROMISED else arm for arm in chosen]
+    scores = bound(probes) if probes else scores
+    chosen = assign(scores, costs, previous, MARGIN, promised) if priced else assign(scores)
     for index, (request, arm, source) in enumerate(zip(requests, chosen, sources, strict=True)):
         decision = request.decision
         decision.only = _usable(policy, decision, arm, source)
         decision.promised, decision.keeps = arm == arms.PROMISED, None if index in probes else arm
-        request.chose(routes[index])
-    return routes
+        request.chose(arms.NONE if arm == arms.PROMISED else arm)
+    return [arms.NONE if arm == arms.PROMISED else arm for arm in chosen]
 
 
 def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool) -> tuple[Scores, str]:
@@ -144,23 +144,23 @@ def _of_passes(scores: Scores, expected: Mapping[str, Forecast], *, priced: bool
     for arm in expected:
         if arm in scores and scores[arm] >= top:
             best, top = arm, scores[arm]
-    left = {arm: score for arm, score in scores.items() if arm not in expected} if expected else scores
-    if best == arms.NONE:
-        return left, best
-    plain = {arms.NONE: left[arms.NONE]} if priced and arms.NONE in left else {}
-    passes = {arm: score for arm, score in left.items() if arm != arms.NONE}
-    return {**passes, arms.PROMISED: top, **plain}, best
+    left = {arm: score for arm, score in scores.items() if arm not in expected}
+    if best != arms.NONE:
+        plain = left.pop(arms.NONE, None)
+        left[arms.PROMISED] = top
+        if priced and plain is not None:
+            left[arms.NONE] = plain
+    return left, best
 
 
 def _usable(policy: Policy, decision: Decision, chosen: str, source: str) -> str | None:
     """`Decision.only` of the round. source: of what needs no pass, as of `_of_passes`."""
-    only: str | None = source if chosen == arms.PROMISED else arms.NONE
-    # If rows are dear, a device that knows more of the text than the host weighs what is promised again.
-    weighed = decision.free and policy.prices_batches
-    wished = chosen == arms.NONE and decision.expected and not weighed
-    if policy.joins_arms and decision.reason != "pin" and not wished:
-        only = None
-    return only
+    if policy.joins_arms and decision.reason != "pin":
+        # If rows are dear, a device that knows more of the text than the host weighs what is promised again.
+        weighed = policy.prices_batches and decision.free
+        if weighed or chosen != arms.NONE or not decision.expected:
+            return None
+    return source if chosen == arms.PROMISED else arms.NONE
 
 
 def _ordered(
