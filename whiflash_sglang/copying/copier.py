@@ -160,12 +160,8 @@ class Copier:
             chances[0] = self._request.adjust(judge.chance(length, agreements[0]))
         alive = list(accumulate(chances, mul, initial=chance))[1:]
         paid = len(alive) if alive[-1] >= worth else bisect_right(alive, -worth, 1, key=neg)
-        parts = [Part(self._origin(place), paid)]
+        parts = [Part(CONTEXT if place.text is self.text else PREDICTION, paid)]
         return Candidate(list(copy[:paid]), alive[:paid], parts, 0, length, agreements[:paid])
-
-    def _origin(self, place: Place) -> str:
-        """The source of a copy from `place`."""
-        return CONTEXT if place.text is self.text else PREDICTION
 
     def _judge(self, place: Place) -> MatchCalibration:
         """The features by which a copy from `place` is judged."""

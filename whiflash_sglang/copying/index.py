@@ -2,7 +2,7 @@
 
 Source: prompt lookup decoding; SuffixDecoding (arXiv 2411.04975) keeps a suffix tree of frequencies instead. Bounded
 for any text: a query follows `MAX_STEPS` links of a chain, keeps `MAX_CANDIDATES` places and compares `MAX_MATCH`
-tokens at each. Memory is four flat arrays and two tables of heads: 20 to 28 bytes a token before the arrays' own slack.
+tokens at each. Memory is three flat arrays and two tables of heads: 20 to 36 bytes a token.
 """
 
 from array import array
@@ -49,17 +49,21 @@ class SuffixIndex:
         fields: the arrays' addresses and sizes, for compiled code; as of the last `extend`.
     """
 
-    fields = array("q")
-
     def __init__(
         self, tokens: Iterable[int] = (), *, growing: bool = True, compiled: "CompiledCopies | None" = None
     ) -> None:
         self._growing, self._broken, self._compiled = growing, False, compiled
         self._tokens = array("i")
-        # Chain entry i: the last place before i with the same hash of its last token, or of its last two; -1: none.
-        self._one_before, self._two_before = array("i"), array("i")
-        self._one_heads, self._two_heads = _empty_heads(_FIRST_HEADS), _empty_heads(_FIRST_HEADS)
+        self._allocate(_FIRST_HEADS)
         self.extend(tokens)
+
+    def _allocate(self, size: int) -> None:
+        """Room for `size` tokens, none of them linked."""
+        # Chain entry i: the last place before i with the same hash of its last token, or of its last two; -1: none.
+        self._one_before, self._two_before, self._one_heads, self._two_heads = arrays = [
+            array("i", [-1]) * size for _ in range(4)
+        ]
+        self.fields = array("q", (0, *(each.buffer_info()[0] for each in arrays), 0, size - 1, 0))
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -81,23 +85,14 @@ class SuffixIndex:
         self._tokens.extend(iter(tokens))  # an array of another type is only taken as an iterator
         self._broken = self._broken or min(self._tokens[start:], default=0) < 0
         if len(self._tokens) > len(self._one_heads):
-            size = 1 << (len(self._tokens) - 1).bit_length()
-            self._one_heads, self._two_heads = _empty_heads(size), _empty_heads(size)
-            self._one_before, self._two_before = array("i"), array("i")
+            self._allocate(1 << (len(self._tokens) - 1).bit_length())
             start = 0
+        self.fields[0], self.fields[5] = self._tokens.buffer_info()
+        self.fields[7] = self._broken
         if self._compiled is None:
             self._link(start)
         else:
-            self._link_compiled(self._compiled, start)
-
-    def _link_compiled(self, compiled: "CompiledCopies", start: int) -> None:
-        room = bytes((len(self._tokens) - start) * self._tokens.itemsize)
-        self._one_before.frombytes(room)
-        self._two_before.frombytes(room)
-        arrays = self._tokens, self._one_before, self._two_before, self._one_heads, self._two_heads
-        sizes = len(self._tokens), len(self._one_heads) - 1, self._broken
-        self.fields = array("q", (*[each.buffer_info()[0] for each in arrays], *sizes))
-        compiled.link(self.fields, start)
+            self._compiled.link(self.fields, start)
 
     def _link(self, start: int) -> None:
         text, ones, twos = self._tokens, self._one_heads, self._two_heads
@@ -106,10 +101,10 @@ class SuffixIndex:
         for place in range(start, len(text)):
             token = text[place]
             one = token & mask
-            one_before.append(ones[one])
+            one_before[place] = ones[one]
             ones[one] = place
             two = ((before * _MIX >> 12) ^ token) & mask
-            two_before.append(twos[two])
+            two_before[place] = twos[two]
             twos[two] = place
             before = token
 
@@ -178,7 +173,3 @@ class SuffixIndex:
             period = len(ahead)
             return (ahead * (count // period + 1))[:count] if period else ahead
         return ahead
-
-
-def _empty_heads(size: int) -> "array[int]":
-    return array("i", [-1]) * size
