@@ -24,6 +24,8 @@ KEYS: dict[str, Any] = {
     "additionalProperties": False,
 }
 
+PROMPT = [5, 6, 7]
+
 Case = tuple[dict[str, Any], Any]
 """A schema and a value that fits it."""
 
@@ -101,6 +103,32 @@ class Grammars:
         if steps:
             raw.rollback(steps)
         return refused
+
+
+class Told:
+    """A request's grammar, which its scheduler tells every token."""
+
+    end, prompt = None, len(PROMPT)
+
+    def __init__(self, grammars: Grammars, schema: dict[str, Any] | None = None) -> None:
+        self._raw, self._grammars = grammars.raw(schema or KEYS, blanks=schema is not None), grammars
+        self.schema = json.dumps(schema) if schema else ""
+        self.text = list(PROMPT)
+
+    def tell(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._grammars.accept(self._raw, token)
+        self.text += tokens
+
+    @property
+    def known(self) -> int:
+        return len(self.text)
+
+    def matcher(self, vocabulary: Vocabulary) -> Matcher:
+        return self._grammars.matcher(self._raw, vocabulary)
+
+    def history(self, start: int) -> Sequence[int]:
+        return self.text[start:]
 
 
 def leaf() -> st.SearchStrategy[Case]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from structure_grammars import KEYS, Grammars
+from structure_grammars import KEYS, PROMPT, Grammars, Told
 from whiflash_sdk.hints import LookupScope, Span
 
 from whiflash_sglang.arms.structure import LOOKS, StructureArm, _Look
@@ -16,42 +16,15 @@ from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.chances import Kind
-from whiflash_sglang.structure.matchers import Matcher
 from whiflash_sglang.structure.sketch import text_of
 from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools
 
-PROMPT = [5, 6, 7]
 MINE, THEIRS = tenant_of(None, "mine"), tenant_of(None, "theirs")
 
 
 def outlook(said: Candidate | None) -> float:
     """Expected acceptance length."""
     return (said or NOTHING).outlook().length
-
-
-class Told:
-    """A request's grammar, which its scheduler tells every token."""
-
-    end, prompt, schema = None, len(PROMPT), ""
-
-    def __init__(self, grammars: Grammars) -> None:
-        self._raw, self._grammars = grammars.raw(KEYS, blanks=False), grammars
-        self.text = list(PROMPT)
-
-    def tell(self, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            self._grammars.accept(self._raw, token)
-        self.text += tokens
-
-    @property
-    def known(self) -> int:
-        return len(self.text)
-
-    def matcher(self, vocabulary: Vocabulary) -> Matcher:
-        return self._grammars.matcher(self._raw, vocabulary)
-
-    def history(self, start: int) -> Sequence[int]:
-        return self.text[start:]
 
 
 @pytest.fixture

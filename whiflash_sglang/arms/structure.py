@@ -20,14 +20,14 @@ from whiflash_sglang.drafts.candidates import NOTHING, Candidate
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import History
 from whiflash_sglang.records.request import Request
-from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, is_text
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import StructureChances
 from whiflash_sglang.structure.guesses import Guesses, Tables
 from whiflash_sglang.structure.layout import NO_FRAMES, Layout
-from whiflash_sglang.structure.matchers import Grammar, Matcher
+from whiflash_sglang.structure.matchers import Grammar
 from whiflash_sglang.structure.schemas import frames_of, words_of, words_of_places
-from whiflash_sglang.structure.sketch import TAIL, Token, sketch, text_of
+from whiflash_sglang.structure.sketch import TAIL, Token, accepted, sketch, text_of, whole_text
 from whiflash_sglang.structure.tools import all_forced, words_of_tools
 
 GRAMMAR, TOOLS = "grammar", "tools"
@@ -271,31 +271,25 @@ class StructureArm(TextDrafter):
 
     def _look(self, kept: _Kept, drafts: Sequence[int], limit: int) -> _Look:
         """Look at what follows `drafts` now; `limit` tokens together."""
-        matcher = kept.grammar.matcher(self._vocabulary) if kept.grammar else None
         calls, after, refused = kept.calls, len(drafts), None
         nothing = _Look(drafts, after, (), None, False)
+        if self._is_free(kept, drafts):
+            return nothing._replace(whole=not self._exhausted())
+        matcher = kept.grammar.matcher(self._vocabulary) if kept.grammar else None
         if matcher is None and calls is None:
             return nothing
         if matcher is not None:
             matcher.exhausted = self._exhausted
-        elif (
-            calls is not None
-            and calls.is_free(text := text_of(self._vocabulary, drafts))
-            and (text or not after)
-        ):
-            return nothing._replace(whole=not self._exhausted())
         with matcher.trying() if matcher else nullcontext(), calls.trying() if calls else nullcontext():
             if matcher is not None:
                 if not all(map(matcher.accept_token, kept.unseen)):
                     return nothing
-                after = self._allowed(matcher, drafts)
+                # A schema with places is quick to go on; other grammars are asked for the time at each token.
+                quick = kept.layout.words is not None
+                after = accepted(matcher, self._vocabulary, drafts, at_once=quick)
                 refused = drafts[after] if after < len(drafts) and not self._exhausted() else None
-                for look in kept.looks:
-                    if (
-                        refused is not None
-                        and look.whole
-                        and (known := look.after(drafts[:after])) is not None
-                    ):
+                for look in kept.looks if refused is not None else ():
+                    if look.whole and (known := look.after(drafts[:after])) is not None:
                         return _Look(look.ids, after, known[0], refused, True)
             layout, text = kept.layout, text_of(self._vocabulary, drafts[:after])
             if text:
@@ -317,17 +311,13 @@ class StructureArm(TextDrafter):
                 calls=calls,
                 cuts=kept.chances.cuts,
             )
-        return _Look(
-            [*drafts[:after], *(token.token for token in tokens)],
-            after,
-            tokens,
-            refused,
-            whole and not self._exhausted(),
-        )
+        ids = [*drafts[:after], *(token.token for token in tokens)]
+        return _Look(ids, after, tokens, refused, whole and not self._exhausted())
 
-    def _allowed(self, matcher: Matcher, drafts: Sequence[int]) -> int:
-        """How many of the drafts the grammar allows, one after the other; the matcher goes on with them."""
-        for number, draft in enumerate(drafts):
-            if not (is_text(self._vocabulary, draft) and matcher.accept_token(draft)):
-                return number
-        return len(drafts)
+    def _is_free(self, kept: _Kept, drafts: Sequence[int]) -> bool:
+        """Whether nothing is known behind `drafts` and nothing forbids them; False: that takes a look."""
+        text = whole_text(self._vocabulary, drafts)
+        if (drafts and not text) or not (kept.calls is None or kept.calls.is_free(text)):
+            return False
+        inside = bool(kept.decoder.getstate()[0])  # of a character
+        return kept.grammar is None or (kept.layout.is_free(text) and not inside)

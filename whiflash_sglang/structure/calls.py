@@ -19,7 +19,7 @@ from whiflash_sdk.hints import Span
 from whiflash_sglang.structure.chances import Kind, LikelyText
 from whiflash_sglang.structure.guesses import Guesses, Likelihood, likely
 from whiflash_sglang.structure.layout import BLANKS, Layout
-from whiflash_sglang.structure.markup import MarkupCall
+from whiflash_sglang.structure.markup import MarkupCall, kept
 from whiflash_sglang.structure.matchers import Matcher, XGrammarMatcher
 from whiflash_sglang.structure.schemas import Essence, words_of_places
 from whiflash_sglang.structure.tools import ARGUMENTS, KEPT, PARSERS, read_tools
@@ -227,7 +227,9 @@ class Calls:
         )
         thoughts = [span for span in spans if span.kind == "reasoning"]
         self._ends = [span.end for span in thoughts if span.end]
-        self._longest = max(map(len, [*self._ends, *(span.begin or "" for span in self._spans)]), default=0)
+        self._begins = [span.begin or "" for span in self._spans]
+        self._marks = [*self._ends, *self._begins]
+        self._longest = max(map(len, self._marks), default=0)
         self._blanks = None if any(span.open for span in thoughts) else ""
         """Since the answer began or its reasoning ended; None: something else was written."""
         self._usual = ""
@@ -235,12 +237,18 @@ class Calls:
         self._call: OpenCall | None = None
         self._seen: dict[str, str] | None = None
         self._used: dict[str, int] = {}
+        self._prompts: dict[Hashable, Any] = {}
         self._known: dict[Hashable, Any] = {}
         """Answers to earlier calls in markup."""
 
     def is_free(self, text: str) -> bool:
-        """Whether `text` goes on in a value of JSON that may be anything: nothing is known behind it."""
-        return isinstance(self._call, JsonCall) and self._call.is_free(text)
+        """Whether nothing is known behind `text`: free text in JSON, or no call begins; False: that is not known."""
+        if self._call is not None:
+            return isinstance(self._call, JsonCall) and self._call.is_free(text)
+        whole = self._waiting + text
+        line = whole[max(whole.rfind("\n") + 1, len(whole) - self._longest) :]
+        begun = line and any(begin.startswith(line) for begin in self._begins)
+        return self._blanks is None and not (begun or any(mark in whole for mark in self._marks))
 
     def behind(self, text: str) -> "Calls":
         """As it would be behind `text`; inside `trying` alone."""
@@ -287,13 +295,8 @@ class Calls:
     def _begun(self) -> tuple[Span, str] | None:
         """The span whose marker a line has begun with, and the rest of the marker."""
         line = self._waiting[self._waiting.rfind("\n") + 1 :]
-        if not line:
-            return None
-        for span in self._spans:
-            assert span.begin is not None
-            if span.begin.startswith(line):
-                return span, span.begin[len(line) :]
-        return None
+        pairs = [(span, begin) for span, begin in zip(self._spans, self._begins, strict=True) if line]
+        return next(((span, begin[len(line) :]) for span, begin in pairs if begin.startswith(line)), None)
 
     def _outside(self, text: str) -> str:
         """Look for where a call begins. Returns what follows it."""
@@ -339,15 +342,20 @@ class Calls:
     def _habits(self, span: Span) -> dict[str, str]:
         """How calls are laid out: as in this answer, else as in the prompt's newest ones."""
         if self._seen is None:
-            self._seen = {}
-            read = read_tools(self._tools)
-            form = PARSERS.get(read.form) if read else None
-            for text in self._earlier(span.begin or ""):
-                if read is not None and form is not None:
-                    MarkupCall(read, form, span.end or "", self._seen, self._uses).follow(text)
-                elif (call := text.lstrip(BLANKS)).startswith("{"):
-                    self._seen[LEAD] = text[: len(text) - len(call)]
+            # Kept for all that look ahead.
+            self._seen = kept(self._prompts, (span.begin, span.end), lambda: self._habits_of_prompt(span))
         return dict(self._seen)
+
+    def _habits_of_prompt(self, span: Span) -> dict[str, str]:
+        seen: dict[str, str] = {}
+        read = read_tools(self._tools)
+        form = PARSERS.get(read.form) if read else None
+        for text in self._earlier(span.begin or ""):
+            if read is not None and form is not None:
+                MarkupCall(read, form, span.end or "", seen, self._uses).follow(text)
+            elif (call := text.lstrip(BLANKS)).startswith("{"):
+                seen[LEAD] = text[: len(text) - len(call)]
+        return seen
 
     def _earlier(self, begin: str) -> list[str]:
         """The texts after the newest markers of the prompt, the newest one last."""

@@ -44,10 +44,10 @@ class Place:
         self.ends: bool | None = None
 
 
-TABLES = 64
+TABLES = 32
 """Schemas and lists of tools whose places are kept, the one that was asked for least recently goes first."""
 
-PLACES = 1024
+PLACES = 2048
 """Places that are kept of each, a kilobyte or two each. Beyond, all of them begin again."""
 
 Table = dict[Hashable, Place]

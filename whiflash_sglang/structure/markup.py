@@ -50,7 +50,7 @@ class MarkupCall:
         tools: of the request. form: of its parser's calls. end: marks the end of the span. seen: blanks
             before the parts of a call, the newest of equals; what is seen is put there. used: how often a text occurs
             in the conversation. known: what its request's other calls were asked, by all that the answer depends on;
-            it goes on with what this one is asked.
+            it goes on with what this one is asked. Options are kept with their tools.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class MarkupCall:
         self._pending = ""
         self._calls = 0
         self._known = {} if known is None else known
+        self._known_options = tools.known
         self._tool = ""
         self._key = ""
         self._written: frozenset[str] = frozenset()
@@ -122,7 +123,9 @@ class MarkupCall:
             return self._rest_of_value()
         before = *self._state, self._pending, *self.seen.items()
         pieces: list[LikelyText] | None
-        pieces, after = self._kept(before, lambda: (self._step_now(), (*self._state[1:], self._pending)))
+        pieces, after = kept(
+            self._known, before, lambda: (self._step_now(), (*self._state[1:], self._pending))
+        )
         self._place, self._calls, self._tool, self._key, self._written, self._pending = after
         return pieces
 
@@ -142,16 +145,8 @@ class MarkupCall:
 
     def _options(self) -> Sequence[_Option]:
         """The likelier ones first, where the conversation does not say otherwise."""
-        options: Sequence[_Option] = self._kept(self._state, self._options_now)
+        options: Sequence[_Option] = kept(self._known_options, self._state, self._options_now)
         return options
-
-    def _kept(self, key: Hashable, ask: Callable[[], Any]) -> Any:
-        if key not in self._known:
-            answer = ask()
-            if len(self._known) >= MOST_KNOWN:
-                self._known.clear()
-            self._known[key] = answer
-        return self._known[key]
 
     @property
     def _state(self) -> tuple[Hashable, ...]:
@@ -179,7 +174,7 @@ class MarkupCall:
         free: list[_Option] = []
         required = required_of(self._parameters)
         for key in self._keys:
-            then = _Place.OPENING if self._begins else _Place.VALUE
+            then = _Place.OPENING if self._around[0] else _Place.VALUE
             option = _Option(self._argument(key), "argument", then, key)
             (needed if key in required else free).append(option)
         return [*needed, *closing, *free]
@@ -195,10 +190,6 @@ class MarkupCall:
         """The beginning and the end of a value."""
         begin, end = self._form.value.split("{value}")
         return begin.strip(BLANKS), end.lstrip(BLANKS).replace("{key}", self._key)
-
-    @property
-    def _begins(self) -> bool:
-        return bool(self._form.value.split("{value}")[0].strip(BLANKS))
 
     def _call(self, name: str) -> str:
         text = self._form.call.lstrip(BLANKS).replace("{index}", str(self._calls + 1))
@@ -272,7 +263,7 @@ class MarkupCall:
         if place in self.seen:
             return self.seen[place], True
         before, behind = self._form.value.split("{value}")
-        texts = {**self._form._asdict(), "value": before, "inside": before if not self._begins else ""}
+        texts = {**self._form._asdict(), "value": before, "inside": before if not self._around[0] else ""}
         text = behind if place == "behind" else texts[place]
         return text[: len(text) - len(text.lstrip(BLANKS))], False
 
@@ -282,6 +273,16 @@ class MarkupCall:
         if not usual.startswith(written) or usual == written:
             return []
         return [LikelyText(usual[len(written) :], Kind.LAYOUT if seen else Kind.USUAL)]
+
+
+def kept(known: dict[Hashable, Any], key: Hashable, ask: Callable[[], Any]) -> Any:
+    """The answer of `ask`, which is asked once for each key."""
+    if key not in known:
+        answer = ask()
+        if len(known) >= MOST_KNOWN:
+            known.clear()
+        known[key] = answer
+    return known[key]
 
 
 def _pieces(text: str, others: Sequence[str], kind: Kind) -> list[LikelyText]:

@@ -85,17 +85,10 @@ def _allowed(
     matcher: Matcher, vocabulary: Vocabulary, tokens: Sequence[Token], limit: int, end: int | None
 ) -> list[Token]:
     """The first of `tokens` that the matcher allows, and `end` behind them where the text is complete then."""
-    allowed: list[Token] = []
     with matcher.trying():
-        ids = [token.token for token in tokens]
-        text = text_of(vocabulary, ids)  # none if it ends inside a character
-        is_allowed = (
-            bool(text) and all(is_text(vocabulary, index) for index in ids) and matcher.accept_text(text)
-        )
-        for token in tokens:
-            if not (is_allowed or (is_text(vocabulary, token.token) and matcher.accept_token(token.token))):
-                return allowed
-            allowed.append(token)
+        allowed = [*tokens[: accepted(matcher, vocabulary, [token.token for token in tokens])]]
+        if len(allowed) < len(tokens):
+            return allowed
         if end is not None and len(allowed) < limit and matcher.may_end and not matcher.forced():
             if matcher.allows(FREE):
                 # The end of a stretch of structure may end the text; prose may end anywhere.
@@ -105,6 +98,17 @@ def _allowed(
                 allowed[-1] = allowed[-1]._replace(kind=Kind.FORCED)
             allowed.append(Token(end, Kind.END))
     return allowed
+
+
+def accepted(matcher: Matcher, vocabulary: Vocabulary, tokens: Sequence[int], *, at_once: bool = True) -> int:
+    """How many of the tokens the matcher allows; it goes on with them. at_once: it is asked for all of them first."""
+    text = whole_text(vocabulary, tokens) if at_once else ""
+    if text and matcher.accept_text(text):
+        return len(tokens)
+    for number, token in enumerate(tokens):
+        if not (is_text(vocabulary, token) and matcher.accept_token(token)):
+            return number
+    return len(tokens)
 
 
 def cut(
@@ -171,6 +175,15 @@ def _reasons(
         chosen.append((reason, kinds if len(kinds) > 1 else None))
         begin = stop
     return chosen
+
+
+def whole_text(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
+    """The text of tokens; empty where it begins or ends inside a character, or where one of them is none."""
+    table = vocabulary.token_bytes
+    parts = [table[token] for token in tokens if 0 <= token < len(table)]
+    text = (data := b"".join(parts)).decode(errors="ignore")
+    are_text = len(parts) == len(tokens) and all(parts) and vocabulary.special.isdisjoint(tokens)
+    return text if are_text and len(text.encode()) == len(data) else ""
 
 
 def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:

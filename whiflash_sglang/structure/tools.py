@@ -1,7 +1,7 @@
 """A request's tools and the form of its calls: the HTTP process hands them to the scheduler's."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -104,11 +104,12 @@ KEPT = 128
 
 class Tools(NamedTuple):
     """form: the name of the arguments of calls in JSON, else a key of `PARSERS`. functions: name and schema of
-    the parameters of each, whatever its caller gave.
+    the parameters of each, whatever its caller gave. known: what was asked about calls of them (`MarkupCall`).
     """
 
     form: str
     functions: Sequence[tuple[str, Any]]
+    known: dict[Hashable, Any]
 
 
 def carried_tools(functions: Sequence[tuple[str | None, object]], parser: str | None) -> str | None:
@@ -136,7 +137,7 @@ def read_tools(text: str) -> Tools | None:
         return None
     try:
         form, functions = json_of(text)
-        return Tools(str(form), tuple((str(name), parameters) for name, parameters in functions))
+        return Tools(str(form), tuple((str(name), parameters) for name, parameters in functions), {})
     except (ValueError, TypeError, RecursionError):
         return None
 

@@ -1,0 +1,66 @@
+"""A look that is answered from what was kept is one that is taken from nothing."""
+
+import json
+from random import Random
+
+import pytest
+from structure_grammars import PROMPT, Grammars, Told
+from whiflash_sdk.presets import TOOL_CALL_PARSERS
+
+from whiflash_sglang.arms.structure import StructureArm
+from whiflash_sglang.checkpoints.manifest import Structure
+from whiflash_sglang.prices.costs import FULL_LENGTH
+from whiflash_sglang.records.request import Request
+from whiflash_sglang.spans.hints import RequestHints
+from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.structure.sketch import text_of
+from whiflash_sglang.structure.tools import carried_tools, read_tools
+
+KEYS = {"to": {"type": "string"}, "in": {"enum": ["celsius", "kelvin"]}}
+TOOL = {"type": "object", "properties": KEYS, "required": [*KEYS]}
+CALL = json.dumps({"to": "São \\ ãã ãã ã ãã x", "in": "kelvin"}, ensure_ascii=False)
+MARKUP = "<function=f>\n<parameter=to>\nOs\n</parameter>\n<parameter=in>\nkelvin\n</parameter>\n</function>"
+BODIES = {"hermes": f'{{"name": "f", "arguments": {CALL}}}', "qwen3_coder": MARKUP}
+DOCUMENTS = {"grammar": f"[{CALL}, {CALL}, {CALL}]"} | {
+    form: f"Ah <t.\n<tool_call>\n{body}\n</tool_call>\n so\n" * 3 for form, body in BODIES.items()
+}
+
+
+@pytest.mark.parametrize("form", DOCUMENTS)
+def test_kept_answers_are_those_of_a_look_from_nothing(
+    form: str, grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StructureArm, "_learn", lambda *_: None)
+    tools, spans = carried_tools([("f", TOOL), ("list", None)], form), TOOL_CALL_PARSERS.get(form, ())
+    hints = RequestHints(tools=tools or "", spans=[*spans])
+    tokens, table, free = vocabulary.encode(DOCUMENTS[form]), vocabulary.token_bytes, 0
+    parts = [token for token, part in enumerate(table) if not part.isascii() and len(part) == 1]
+    others = range(len(table)), [*vocabulary.special], parts, vocabulary.encode("x")
+    shared = StructureArm(Structure(max_width=8), vocabulary, lambda: False)
+    for seed in range(6):
+        told = Told(grammars, {"type": "array", "items": TOOL} if form == "grammar" else None)
+        random, request = Random(seed), Request("r", hints, grammar=told if form == "grammar" else None)
+        shared.begin(request)
+        rest, text = tokens, [*PROMPT]
+        while rest:
+            drafts = rest[: random.choice((0, 0, 2, 9))]
+            drafts += random.choices(random.choice(others), k=random.choice((0, 0, 1)))
+            anew = StructureArm(Structure(max_width=8), vocabulary, lambda: False)
+            monkeypatch.setattr(anew, "_is_free", lambda *_: False)
+            anew.begin(other := Request("r", hints, grammar=request.grammar))
+            looks = []
+            for arm, asked, read in ((shared, request, read_tools), (anew, other, read_tools.__wrapped__)):
+                monkeypatch.setattr("whiflash_sglang.structure.calls.read_tools", read)
+                arm.propose(asked, len(PROMPT), lambda start, text=text: text[start:], FULL_LENGTH)
+                kept = asked.kept[arm.arm]
+                arm._follow(kept)
+                kept.looks = []
+                look = arm._look(kept, drafts, len(drafts) + 12)
+                looks.append((list(look.ids), look.allowed, list(look.tokens), look.refused))
+            assert looks[0] == looks[1], (text_of(vocabulary, text), text_of(vocabulary, drafts))
+            free += shared._is_free(request.kept[shared.arm], drafts)
+            count = random.randint(1, 4)
+            if request.grammar is not None:
+                told.tell(rest[:count])
+            text, rest = [*text, *rest[:count]], rest[count:]
+    assert free > 9
