@@ -147,6 +147,9 @@ def test_an_original_file_is_named_like_a_llama(tmp_path: Path) -> None:
     target = write(tmp_path / "target", whole | {"architectures": ["LlamaForCausalLM"]}, weights)
     with pytest.raises(CheckpointError, match="without draft_vocab_size is a target, not an EAGLE-3 drafter"):
         read_draft(target)
+    parallel = write(tmp_path / "parallel", SGLANG | {"ptd_token_id": 7}, {})
+    with pytest.raises(CheckpointError, match="ptd_token_id 7 is P-EAGLE's"):
+        read_draft(parallel)
 
 
 SPECULATOR_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, tuple[int, ...]]]] = {

@@ -114,6 +114,8 @@ def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
         raise misfit(path, "rope_is_neox_style false is not supported")
     if config.get("tie_word_embeddings"):
         raise misfit(path, "tie_word_embeddings is not supported for an EAGLE-3 drafter")
+    if (token := config.get("ptd_token_id", config.get("pard_token"))) is not None:
+        raise misfit(path, f"ptd_token_id {token} is P-EAGLE's; no arm runs its pass, behind mask_hidden")
     eagle = config.get("eagle_config") or {}
     layers = layer_ids(eagle, LAYERS_KEY, path, "eagle_config.") if eagle.get(LAYERS_KEY) else ()
     draft_vocab = config.get("draft_vocab_size")
