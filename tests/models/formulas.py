@@ -120,3 +120,25 @@ def chain(
         ids.append(choice if offsets is None else choice + int(offsets[choice]))
         states.append(last if feed_normed else out[-1])
     return drafted
+
+
+def refined(
+    weights: Weights, states: Tensor, head: Tensor, ids: Tensor, bonus: int, passes: int, first: int
+) -> Tensor:
+    """xPress's logits [D, K] (speculators) for the rows from `first` on of a block's `states` [W, H].
+
+    head: [K, H]. ids: [K] int64, of the target. bonus: stands for the token before it, too.
+    """
+    w = {name.removeprefix("xpress_head."): value for name, value in weights.items()}
+    alone = logits = states[first:] @ head.T
+    mean = w["down_g.weight"] @ states.mean(0)
+    for _ in range(passes):
+        before = [*[bonus] * (first + 1), *ids[logits.argmax(-1)[:-1]].tolist()]
+        x = [
+            w["in_proj.weight"] @ torch.cat([w["down_h.weight"] @ state, mean, w["w1.weight"][token]])
+            for state, token in zip(states, before, strict=True)
+        ]
+        rows = range(first, len(x))
+        latent = torch.stack([x[k] + sum(w["mix.L"][:, k, j] * x[j] for j in range(k + 1)) for k in rows])
+        logits = alone + (latent + mlp(latent, w)) @ w["w2.weight"].T
+    return logits

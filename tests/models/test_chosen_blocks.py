@@ -1,4 +1,4 @@
-"""Domino and DFlash2, whose drafts follow those before them in the block, draft what SGLang's code drafts."""
+"""Domino, DFlash2 and xPress, whose drafts follow those before them, draft what SGLang's code or a formula drafts."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,8 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from chosen_formats import BLOCK, DFLASH2, DOMINO, OF_DFLASH2, OF_DOMINO, dflash2_tensors, domino_tensors
-from published import MASK, VOCAB, target_tensors, write
+from chosen_formats import (
+    BLOCK,
+    DFLASH2,
+    DOMINO,
+    DRAFTED,
+    LAYERS,
+    OF_DFLASH2,
+    OF_DOMINO,
+    RANK,
+    SPECULATOR,
+    XPRESS,
+    dflash2_tensors,
+    domino_tensors,
+    of_speculators,
+    reduced,
+    xpress_tensors,
+)
+from formulas import block, refined
+from published import HEAD_DIM, MASK, VOCAB, target_tensors, write
 from served_blocks import BONUS, LENGTHS, Served, serve
 from torch import Tensor, nn
 from upstream_drafts import UpstreamBlocks, blocks, load, one_rank
@@ -116,6 +133,34 @@ def test_dflash2_drafts_what_sglang_drafts(
     assert served.tokens.tolist() != alone.tolist(), "the selector chose otherwise"
 
 
+SPECULATED = SPECULATOR | {"speculators_model_type": "xpress", "block_size": BLOCK}
+SPECULATED |= {"xpress_rank": RANK, "num_jacobi_passes": 3}
+
+
+@pytest.mark.parametrize(
+    ("config", "first"),
+    [(XPRESS, 1), (XPRESS | {"sample_from_anchor": True}, 0), (SPECULATED, 1)],
+    ids=["published", "from the anchor", "speculators, reduced vocabulary"],
+)
+def test_xpress_drafts_by_its_formula(config: dict[str, Any], first: int, tmp_path: Path) -> None:
+    """The formula is shown equal to `XPressRefinerHead` of speculators 0.9.0, and so is the drafter in bfloat16."""
+    weights, (embedding, head), ids = xpress_tensors(), target_tensors(), torch.arange(VOCAB)
+    files = weights
+    if config is SPECULATED:
+        weights = reduced(weights | {"xpress_head.w2.weight": weights["xpress_head.w2.weight"][:DRAFTED]})
+        files = of_speculators(weights)
+        head, ids = weights["lm_head.weight"], weights["d2t"] + torch.arange(DRAFTED)
+    served = serve(write(tmp_path / "draft", config, files))
+    for row, tokens in enumerate(blocks(LENGTHS, BONUS, MASK, BLOCK)):
+        states = block(weights, embedding[tokens], served.features[row], HEAD_DIM, [None] * LAYERS)
+        passes = [refined(weights, states, head, ids, BONUS[row], count, first) for count in range(4)]
+        assert served.tokens[row].tolist() == ids[passes[-1].argmax(-1)].tolist()
+        sure = passes[-1].softmax(-1).amax(-1)
+        torch.testing.assert_close(served.confidences[row], sure, rtol=1e-3, atol=1e-5)
+        drafts = {tuple(logits.argmax(-1).tolist()) for logits in passes}
+        assert len(drafts) == len(passes), "every pass changes drafts"
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -136,6 +181,8 @@ def test_dflash2_drafts_what_sglang_drafts(
             DFLASH2 | {"dflash_config": OF_DFLASH2 | {"output_multiplier": -1.0}},
             "output_multiplier must be above 0",
         ),
+        (XPRESS | {"xpress_num_passes": 0}, "xpress_num_passes must be an integer of at least 1"),
+        (XPRESS | {"xpress_candidate_topc": 256}, "xpress_candidate_topc 256 belongs to a drafter"),
     ],
 )
 def test_a_configuration_that_does_not_fit(config: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -150,6 +197,7 @@ def test_a_configuration_that_does_not_fit(config: dict[str, Any], message: str,
         (DOMINO, domino_tensors(), "prefix_gru.weight_hh_l0"),
         (DFLASH2, dflash2_tensors(3), "candidate_selector.successor_codebook"),
         (DFLASH2, dflash2_tensors(3), "layers.1.mlp_conv.base_kernel"),
+        (XPRESS, xpress_tensors(), "xpress_head.mix.L"),
     ],
 )
 def test_a_tensor_that_is_missing_is_named(

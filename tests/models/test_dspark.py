@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from chosen_formats import DRAFTED, SPECULATOR, reduced
 from formulas import block
 from published import (
     HEAD_DIM,
@@ -162,31 +163,11 @@ def test_deepspecs_dflash_drafts_from_every_row(tmp_path: Path) -> None:
         assert served.tokens[row].tolist() == (states @ head.T).argmax(-1).tolist()
 
 
-DRAFTED = 90
-SPECULATOR = {
-    "architectures": ["DFlashSpeculator"],
-    "speculators_model_type": "dflash",
-    "draft_vocab_size": DRAFTED,
-    "block_size": 6,
-    "aux_hidden_state_layer_ids": [2, 5, 9],
-    "mask_token_id": MASK,
-    "sliding_window_non_causal": False,
-    "sample_from_anchor": False,
-    "transformer_layer_config": QWEN3
-    | {"num_hidden_layers": LAYERS, "layer_types": ["full_attention"] * LAYERS, "use_sliding_window": False},
-}
 WINDOWED = SPECULATOR["transformer_layer_config"] | {
     "layer_types": ["sliding_attention", "full_attention"],
     "use_sliding_window": True,
     "sliding_window": 4,
 }
-
-
-def reduced(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With a head of its own over `DRAFTED` ids."""
-    ids = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(8))[:DRAFTED].sort().values
-    own = torch.randn(DRAFTED, HIDDEN, generator=torch.Generator().manual_seed(9))
-    return weights | {"lm_head.weight": own, "d2t": ids - torch.arange(DRAFTED)}
 
 
 @pytest.mark.parametrize(

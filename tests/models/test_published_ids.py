@@ -109,6 +109,18 @@ IDS = {
         15,
         20480,
     ),
+    # UIUC-SSAIL/Qwen3-8B-XPress-b16: `convert_xpress_to_vllm.py` of Supercomputing-System-AI-Lab/xPress
+    "xPress of Qwen3-8B": Published(
+        BLOCKS
+        | {"architectures": ["Qwen3XPressModel"], "block_size": 16, "sample_from_anchor": False}
+        | {"xpress_rank": 256, "xpress_mlp_hidden": 512, "xpress_block_size": 16, "xpress_num_passes": 6}
+        | {"dflash_config": {"mask_token_id": 151669, "target_layer_ids": SPREAD}},
+        QWEN3_8B,
+        "xPress",
+        tuple(SPREAD),
+        15,
+        20480,
+    ),
     # deepseek-ai/eagle3_qwen3_8b_ttt7: DeepSpec, deepspec/modeling/eagle3/qwen3/config.py and config/eagle3
     "DeepSpec's EAGLE-3 of Qwen3-8B": Published(
         OF_QWEN3_8B

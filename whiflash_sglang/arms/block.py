@@ -87,7 +87,7 @@ class DFlashArm(PagedArm):
         return self.model.propose(states, batch.bonus, wanted, self._head)
 
     def logits_at_once(self, requests: int) -> int:
-        return requests * self.max_drafts * len(self._head.weight)
+        return requests * self.max_drafts * len(self._head.weight) * self.model.logits_held
 
     def draft(self, batch: DraftBatch) -> Drafts:
         return self.drafted(batch)

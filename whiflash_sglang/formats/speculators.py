@@ -1,4 +1,4 @@
-"""RedHat's speculators: EAGLE-3, DFlash and DSpark with the decoder's settings in `transformer_layer_config`.
+"""RedHat's speculators: EAGLE-3, DFlash, DSpark and xPress with the decoder's settings in `transformer_layer_config`.
 
 `speculators_model_type` names the format. Layer ids name what the verifier's layers *read*, which is what the layer
 before put out; a reduced `draft_vocab_size` comes with a head of its own and `d2t`. Follows the classes of
@@ -20,6 +20,7 @@ from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
 from whiflash_sglang.formats.dflash.dspark import DSparkConfig, DSparkDrafter, read_heads
+from whiflash_sglang.formats.dflash.xpress import XPressConfig, XPressDrafter, read_refiner
 from whiflash_sglang.formats.draft_format import DraftFormat
 from whiflash_sglang.formats.eagle3 import Eagle3Config, Eagle3Drafter
 
@@ -37,6 +38,13 @@ def read_dspark(path: Path, config: Mapping[str, Any]) -> DSparkConfig:
     settings = _block_settings(path, config)
     heads = read_heads(path, settings)
     return parse(path, settings, DSparkConfig, **heads, **_block_fields(path, settings, from_anchor=True))
+
+
+def read_xpress(path: Path, config: Mapping[str, Any]) -> XPressConfig:
+    """An `XPressDraftModel`'s. Raises CheckpointError naming the field that does not fit."""
+    settings = _block_settings(path, config)
+    fields = read_refiner(path, settings) | _block_fields(path, settings, from_anchor=False)
+    return parse(path, settings, XPressConfig, **fields)
 
 
 def read_eagle3(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
@@ -121,6 +129,14 @@ _block = partial(_format, arm=arms.DIFFUSION, layers_key="aux_hidden_state_layer
 FORMATS = (
     _block("speculators DFlash", keys=("speculators/dflash",), read=read_dflash, model=DFlashDrafter),
     _block("speculators DSpark", keys=("speculators/dspark",), read=read_dspark, model=DSparkDrafter),
+    _block(
+        "speculators xPress",
+        keys=("speculators/xpress",),
+        read=read_xpress,
+        model=XPressDrafter,
+        published="speculators",
+        swappable=False,
+    ),
     _format(
         "speculators EAGLE-3",
         arm=arms.AR,

@@ -7,7 +7,7 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN
 from whiflash_sglang.formats import eagle3, mtp, speculators
 from whiflash_sglang.formats.config_json import read_json_config
-from whiflash_sglang.formats.dflash import dflash, dflash2, domino, dspark
+from whiflash_sglang.formats.dflash import dflash, dflash2, domino, dspark, xpress
 from whiflash_sglang.formats.draft_format import DraftFormat, pick
 
 FORMATS: tuple[DraftFormat, ...] = (
@@ -15,6 +15,7 @@ FORMATS: tuple[DraftFormat, ...] = (
     dspark.FORMAT,
     domino.FORMAT,
     dflash2.FORMAT,
+    xpress.FORMAT,
     eagle3.FORMAT,
     eagle3.DEEPSPEC,
     *speculators.FORMATS,

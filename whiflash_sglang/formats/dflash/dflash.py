@@ -142,9 +142,6 @@ def fold_variants(config: DFlashConfig, attention: Attention) -> None:
             norm.weight.copy_(half_split(norm.weight, 1, width))
 
 
-_NAMES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
-"""Tensor names of other exporters."""
-
 MASK_EMBEDDING = "mask_embedding.pt"
 """A trained embedding of the mask token beside the weights, as SGLang 0.5.23 reads it."""
 
@@ -162,6 +159,13 @@ class DFlashDrafter(TargetsParts):
     mask_embedding: Tensor | None
     names: ClassVar[Mapping[str, str]] = {}
     """Parameters that a format adds to the trunk, and other names of theirs in files."""
+    renamed: ClassVar[dict[str, str]] = {
+        "encoder.fc.weight": "fc.weight",
+        "encoder.output_norm_enc.weight": "hidden_norm.weight",
+    }
+    """Tensor names of other exporters, and the usual ones."""
+    logits_held: ClassVar[int] = 1
+    """Logits of a draft and a token that `propose` holds at a time."""
 
     def __init__(self, config: DFlashConfig, target_embedding: Tensor, target_lm_head: Tensor) -> None:
         """Untrained."""
@@ -276,7 +280,7 @@ class DFlashDrafter(TargetsParts):
         config = config or parse(path, read_config_of(path, (ARCHITECTURE, *ALIASES)), DFlashConfig)
         vocab = shared.size if shared else len(target_embedding)
         check_target(path, "DFlash", config, target_embedding, vocab)
-        reader = WeightReader.of(path, _NAMES)
+        reader = WeightReader.of(path, cls.renamed)
         with Unfilled(dtype):
             drafter = cls(config, target_embedding, target_lm_head)
         drafter.shared = shared

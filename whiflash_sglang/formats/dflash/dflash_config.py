@@ -27,6 +27,7 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_sink_bias": (None, False),
     "has_embed_tokens": (None, False),
     "quantization_config": (None,),
+    "xpress_candidate_topc": (None, 0),
 }
 """Settings that change the draft pass in ways that only some formats know, and the values at which they do not."""
 
