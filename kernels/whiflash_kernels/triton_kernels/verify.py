@@ -31,6 +31,8 @@ FEWEST_KEYS = 256
 """Keys of a share at least."""
 PROGRAMS_PER_MULTIPROCESSOR = 4
 """Programs that all keys are cut for, beside one a request: two waves of two resident ones."""
+STAGES = 2
+"""Steps of the loop over a prefix that are under way: three are untried on a card."""
 
 
 @triton.jit
@@ -49,54 +51,125 @@ def _step(
     return new_peak, total * fade + tl.sum(weights, axis=1), sums * fade[:, None] + added
 
 
+@triton.jit
+def _add_prefix(
+    query, peak, total, sums, k_pool, v_pool, slots, begin, stop, prefix, turn, live, window, k_slot, v_slot, column,
+    wide, factor, cap,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Add the keys from ``begin`` to ``stop`` of a prefix, whose slots begin at ``slots``."""
+    for start in range(begin, stop, STEP):
+        entry = start + tl.arange(0, STEP)
+        there = entry < stop
+        slot = tl.load(slots + entry, mask=there, other=0).to(tl.int64)
+        wanted = there[:, None] & wide[None, :]
+        keys = tl.load(k_pool + slot[:, None] * k_slot + column[None, :], mask=wanted, other=0.0).to(
+            query.dtype
+        )
+        values = tl.load(v_pool + slot[:, None] * v_slot + column[None, :], mask=wanted, other=0.0).to(
+            query.dtype
+        )
+        seen = there[None, :] & live[:, None]
+        if WINDOWED:
+            seen &= entry[None, :] >= prefix + turn[:, None] - window
+        peak, total, sums = _step(
+            query, keys, values, seen, peak, total, sums, factor, cap, CAPPED, PRECISION, WIDEN
+        )
+    return peak, total, sums
+
+
+@triton.jit
+def _add_rows(
+    query, peak, total, sums, k, v, first_row, rows, turn, live, window, k_row, v_row, column, wide, factor, cap,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Add the request's own first ``rows``, each for itself and those behind it. Few are not worth a pipeline."""
+    for start in tl.range(0, rows, STEP, num_stages=1):
+        entry = start + tl.arange(0, STEP)
+        there = entry < rows
+        wanted = there[:, None] & wide[None, :]
+        new = (first_row + entry).to(tl.int64)
+        keys = tl.load(k + new[:, None] * k_row + column[None, :], mask=wanted, other=0.0)
+        values = tl.load(v + new[:, None] * v_row + column[None, :], mask=wanted, other=0.0)
+        seen = live[:, None] & (entry[None, :] <= turn[:, None])
+        if WINDOWED:
+            seen &= entry[None, :] >= turn[:, None] - window
+        peak, total, sums = _step(
+            query, keys, values, seen, peak, total, sums, factor, cap, CAPPED, PRECISION, WIDEN
+        )
+    return peak, total, sums
+
+
+@triton.jit
+def _add_sink(peak, total, sums, sinks, head, seen):
+    """Add a key without a value, which every row sees once."""
+    sink = tl.load(sinks + head, mask=seen, other=float("-inf")).to(tl.float32) * LOG2E
+    new_peak = tl.maximum(peak, sink)
+    fade = tl.exp2(peak - new_peak)
+    return new_peak, total * fade + tl.exp2(sink - new_peak), sums * fade[:, None]
+
+
+@triton.jit
+def _attend(
+    q, k, v, k_pool, v_pool, slots, sinks, out, partial, peaks,
+    first_row, rows, first, begin, stop, prefix, kv_head, kept, last, whole, most, window, scale, cap, k_scale, v_scale,
+    q_row, q_head, k_row, v_row, k_slot, v_slot,
+    GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    SUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Attend from a tile of a request's rows to the keys from ``begin`` to ``stop`` of its prefix.
+
+    The tile begins with row ``first`` of rows times query heads of ``kv_head``, where k, v and the pools begin. With
+    the ``last`` of the request's keys come its own rows. A ``whole`` request is written to ``out``, of others sums
+    are kept at place ``kept``.
+    """
+    row = first + tl.arange(0, ROWS)
+    turn, head = row // GROUPS, kv_head * GROUPS + row % GROUPS
+    live = turn < rows
+    packed = (first_row + turn).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    wide = column < DIM
+    inside = live[:, None] & wide[None, :]
+    query = tl.load(
+        q + packed[:, None] * q_row + head[:, None] * q_head + column[None, :], mask=inside, other=0.0
+    )
+    peak = tl.full([ROWS], LEAST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    peak, total, sums = _add_prefix(
+        query, peak, total, sums, k_pool, v_pool, slots, begin, stop, prefix, turn, live, window, k_slot, v_slot,
+        column, wide, scale * k_scale, cap, WINDOWED, CAPPED, STEP, PRECISION, WIDEN,
+    )  # fmt: skip
+    sums *= v_scale
+    peak, total, sums = _add_rows(
+        query, peak, total, sums, k, v, first_row, tl.where(last, rows, 0), turn, live, window, k_row, v_row,
+        column, wide, scale, cap, WINDOWED, CAPPED, STEP, PRECISION, WIDEN,
+    )  # fmt: skip
+    if SUNK:
+        peak, total, sums = _add_sink(peak, total, sums, sinks, head, live & last)
+
+    # One tile of sums serves both stores, which are masked: two tiles, or a branch, would spill.
+    sums = sums / tl.where(whole & (total > 0), total, 1.0)[:, None]
+    result = packed * (KV_HEADS * GROUPS) + head
+    tl.store(
+        out + result[:, None] * DIM + column[None, :], sums.to(out.dtype.element_ty), mask=inside & whole
+    )
+    kept = (kept.to(tl.int64) * KV_HEADS + kv_head) * (most * GROUPS) + row
+    tl.store(partial + kept[:, None] * DIM + column[None, :], sums, mask=inside & ~whole)
+    tl.store(peaks + kept * 2, peak, mask=live & ~whole)
+    tl.store(peaks + kept * 2 + 1, total, mask=live & ~whole)
+
+
 @triton.jit(do_not_specialize=["most", "tiles", "window", "requests", "shares", "fewest"])
 def _verify_kernel(
-    q,
-    k,
-    v,
-    k_pool,
-    v_pool,
-    qo_indptr,
-    kv_indptr,
-    kv_indices,
-    sinks,
-    out,
-    partial,
-    peaks,
-    merges,
-    most,
-    tiles,
-    window,
-    requests,
-    shares,
-    fewest,
-    scale,
-    cap,
-    k_scale,
-    v_scale,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    k_slot,
-    k_slot_head,
-    v_slot,
-    v_slot_head,
-    GROUPS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SUNK: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    q, k, v, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, sinks, out, partial, peaks, merges,
+    most, tiles, window, requests, shares, fewest, scale, cap, k_scale, v_scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, k_slot, k_slot_head, v_slot, v_slot_head,
+    GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    SUNK: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     # Tiles come first in the grid, then heads: their programs read the same keys, or such beside them.
     tile, kv_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     item, lane = tl.program_id(1), tl.arange(0, LANES)
@@ -121,75 +194,19 @@ def _verify_kernel(
         return
     first_key = tl.load(kv_indptr + request).to(tl.int64)
     prefix = (tl.load(kv_indptr + request + 1) - first_key).to(tl.int32)
-
-    row = tile * ROWS + tl.arange(0, ROWS)
-    turn, head = row // GROUPS, kv_head * GROUPS + row % GROUPS
-    live = turn < rows
-    packed = (first_row + turn).to(tl.int64)
-    column = tl.arange(0, COLUMNS)
-    wide = column < DIM
-    inside = live[:, None] & wide[None, :]
-    query = tl.load(
-        q + packed[:, None] * q_row + head[:, None] * q_head + column[None, :], mask=inside, other=0.0
-    )
-
     lower = 0
     if WINDOWED:
         lower = tl.maximum(prefix + tile * ROWS // GROUPS - window, 0)
     size = tl.cdiv(tl.cdiv(tl.maximum(prefix - lower, 0), count), STEP) * STEP
     begin = lower + share * size
-    stop = tl.minimum(begin + size, prefix)
-    peak = tl.full([ROWS], LEAST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(begin, stop, STEP):
-        entry = start + tl.arange(0, STEP)
-        there = entry < stop
-        slot = tl.load(kv_indices + first_key + entry, mask=there, other=0).to(tl.int64)
-        wanted = there[:, None] & wide[None, :]
-        at = slot[:, None] * k_slot + kv_head * k_slot_head + column[None, :]
-        keys = tl.load(k_pool + at, mask=wanted, other=0.0).to(query.dtype)
-        at = slot[:, None] * v_slot + kv_head * v_slot_head + column[None, :]
-        values = tl.load(v_pool + at, mask=wanted, other=0.0).to(query.dtype)
-        seen = there[None, :] & live[:, None]
-        if WINDOWED:
-            seen &= entry[None, :] >= prefix + turn[:, None] - window
-        peak, total, sums = _step(
-            query, keys, values, seen, peak, total, sums, scale * k_scale, cap, CAPPED, PRECISION, WIDEN
-        )
-    sums *= v_scale
-
-    last = share == count - 1
-    for start in tl.range(0, tl.where(last, rows, 0), STEP, num_stages=1):
-        entry = start + tl.arange(0, STEP)
-        there = entry < rows
-        wanted = there[:, None] & wide[None, :]
-        new = (first_row + entry).to(tl.int64)
-        keys = tl.load(k + new[:, None] * k_row + kv_head * k_head + column[None, :], mask=wanted, other=0.0)
-        values = tl.load(
-            v + new[:, None] * v_row + kv_head * v_head + column[None, :], mask=wanted, other=0.0
-        )
-        seen = live[:, None] & (entry[None, :] <= turn[:, None])
-        if WINDOWED:
-            seen &= entry[None, :] >= turn[:, None] - window
-        peak, total, sums = _step(
-            query, keys, values, seen, peak, total, sums, scale, cap, CAPPED, PRECISION, WIDEN
-        )
-    if SUNK:  # a key without a value, which every row sees once
-        sink = tl.load(sinks + head, mask=live & last, other=float("-inf")).to(tl.float32) * LOG2E
-        new_peak = tl.maximum(peak, sink)
-        fade = tl.exp2(peak - new_peak)
-        total, sums, peak = total * fade + tl.exp2(sink - new_peak), sums * fade[:, None], new_peak
-
-    # One tile of sums serves both stores, which are masked: two tiles, or a branch, would spill.
-    sums = sums / tl.where((count == 1) & (total > 0), total, 1.0)[:, None]
-    result = packed * (KV_HEADS * GROUPS) + head
-    whole = inside & (count == 1)
-    tl.store(out + result[:, None] * DIM + column[None, :], sums.to(out.dtype.element_ty), mask=whole)
-    kept = (place.to(tl.int64) * KV_HEADS + kv_head) * (most * GROUPS) + row
-    tl.store(partial + kept[:, None] * DIM + column[None, :], sums, mask=inside & (count > 1))
-    tl.store(peaks + kept * 2, peak, mask=live & (count > 1))
-    tl.store(peaks + kept * 2 + 1, total, mask=live & (count > 1))
+    _attend(
+        q, k + kv_head * k_head, v + kv_head * v_head, k_pool + kv_head * k_slot_head, v_pool + kv_head * v_slot_head,
+        kv_indices + first_key, sinks, out, partial, peaks,
+        first_row, rows, tile * ROWS, begin, tl.minimum(begin + size, prefix), prefix, kv_head, place,
+        share == count - 1, count == 1, most, window, scale, cap, k_scale, v_scale,
+        q_row, q_head, k_row, v_row, k_slot, v_slot,
+        GROUPS, KV_HEADS, DIM, WINDOWED, CAPPED, SUNK, ROWS, COLUMNS, STEP, PRECISION, WIDEN,
+    )  # fmt: skip
 
 
 def verify_attention(
@@ -257,7 +274,7 @@ def verify_attention(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda and not q.is_meta,
         num_warps=4 if rows * columns < 64 * 128 and columns <= 128 else 8,
-        num_stages=2,
+        num_stages=STAGES,
     )
     merge(sums, out, most, kv_heads, columns, qo_indptr)
 
