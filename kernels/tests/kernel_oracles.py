@@ -223,9 +223,10 @@ def verify_attention(q, k, v, k_pool, v_pool, lists, widths, scale, window, cap,
     )
     q, k, v, k_pool, v_pool = (tensor.double().cpu() for tensor in (q, k, v, k_pool, v_pool))
     for slots, width in zip(lists, widths, strict=True):
+        every_key = torch.cat((k_pool[slots] * k_scale, k[begun : begun + width]))
+        every_value = torch.cat((v_pool[slots] * v_scale, v[begun : begun + width]))
         for row in range(begun, begun + width):
-            keys = torch.cat((k_pool[slots] * k_scale, k[begun : row + 1]))
-            values = torch.cat((v_pool[slots] * v_scale, v[begun : row + 1]))
+            keys, values = (x[: len(slots) + row - begun + 1] for x in (every_key, every_value))
             if window is not None:
                 keys, values = keys[-window - 1 :], values[-window - 1 :]
             for head in range(q.shape[1]):

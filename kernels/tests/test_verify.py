@@ -1,6 +1,8 @@
 """verify_attention against a float64 oracle, whatever a pool holds where nobody looks."""
 
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 from unittest import mock
 
 import kernel_oracles as oracles
@@ -37,7 +39,7 @@ class Batch:
     planned: int = 0
     """Keys beyond the layer's window that the plan has: of another layer's window."""
 
-    def check(self, backend: str) -> None:
+    def check(self, backend: str, plans: dict[Any, Any] | None = None, layers: int = 1) -> None:
         generator = torch.Generator().manual_seed(sum(self.lengths) + sum(self.widths))
 
         def normal(*size: int) -> torch.Tensor:
@@ -60,17 +62,20 @@ class Batch:
         expected = oracles.verify_attention(q, k, v, k_pool, v_pool, lists, self.widths, **how)
         if self.window is not None:
             lists = [slots[max(len(slots) - self.window - self.planned, 0) :] for slots in lists]
-        qo, kv = (integers([0, *torch.tensor(n).cumsum(0)]) for n in (self.widths, [len(s) for s in lists]))
+        qo, kv = (integers([0, *accumulate(n)]) for n in (self.widths, map(len, lists)))
+        kv = kv.int()
         # Places behind the lists hold what no pool has.
         indices = torch.cat((*lists, torch.full((64,), 10**9))).to(DEVICE)
-        out = torch.full_like(q, torch.nan)
         most = max(*self.widths, 1) + self.roomy
-        with running(backend), guarded_outputs():
-            verify_attention(q, k, v, out, k_pool, v_pool, qo, kv.int(), indices, most=most, **how)
+        how |= {"most": most, "plans": plans}
         counted = [row < most for width in self.widths for row in range(width)]
         kept = torch.tensor(counted + [False] * self.spare, dtype=torch.bool)
-        assert_close(out.cpu()[kept], expected[kept[:total]], "attention", self.dtype)
-        assert out.cpu()[~kept].isnan().all()
+        for _ in range(layers):
+            out = torch.full_like(q, torch.nan)
+            with running(backend), guarded_outputs():
+                verify_attention(q, k, v, out, k_pool, v_pool, qo, kv, indices, **how)
+            assert_close(out.cpu()[kept], expected[kept[:total]], "attention", self.dtype)
+            assert out.cpu()[~kept].isnan().all()
 
 
 BATCHES = [
@@ -142,12 +147,46 @@ class TestTritonCuts:
         assert int((~partial.isnan().any(1)).sum()) == 17 * 4 * batch.heads
         assert counted == len(partial) * (batch.dim + 2) * 4
 
-    def test_a_batch_has_no_more_shares_than_run_at_once(self) -> None:
-        """Shares of a tenth of all keys would be three a request, and the last two would wait for the others."""
-        with cut("triton", 10, 64), watched_merges() as merges:
-            Batch((1, 2) * 2, (320,) * 4).check("triton")
-        ((cuts, _),) = merges
-        assert [shares for *_, shares in cuts] == [2] * 4
+    @pytest.mark.parametrize(
+        ("lengths", "width", "busiest"),
+        [
+            ((131_072,), 8, 4032),  # SGLang's programs read 131,072
+            ((131_072,), 17, 8256),  # whose rows are two tiles
+            ((1024,) * 48, 8, 1600),
+            ((100,) * 256, 1, 1536),
+            ((20_000, *range(0, 4000, 100), 131_072), 8, 7104),
+        ],
+    )
+    def test_programs_that_run_at_once_read_as_many_keys(
+        self, lengths: tuple[int, ...], width: int, busiest: int
+    ) -> None:
+        """Every step is in one program, those that no other shares are whole, and on an H200 none waits for a place."""
+        from whiflash_kernels.triton_kernels import verify
+
+        qo, kv = (integers([0, *accumulate(n)]) for n in ((width,) * len(lengths), lengths))
+        with cut("triton", 132 * verify.PROGRAMS_PER_MULTIPROCESSOR // 8, verify.FEWEST_KEYS):
+            programs, spans, _ = verify._planned(qo, kv, None, width, 4, 8, 64, verify.KEYS)
+        read = [[] for _ in lengths]
+        loads = []
+        for first, behind, opens, closes in programs.tolist():
+            loads.append(0)
+            for request in range(first, behind):
+                start, end, cuts = spans[request].tolist()
+                steps = range(start, end) if cuts < 0 else range(max(opens, start), min(closes, end))
+                read[request] += steps
+                loads[-1] += len(steps) * verify.KEYS
+        for (start, end, cuts), steps in zip(spans.tolist(), read, strict=True):
+            assert steps == list(range(start, end))
+            assert cuts < 0 or (end - start - 1) * verify.KEYS > verify.FEWEST_KEYS
+        assert max(loads) == busiest
+
+    def test_layers_share_a_plan(self) -> None:
+        from whiflash_kernels.triton_kernels import verify
+
+        batch = Batch((5, 1, 3), (300, 2, 90))
+        with cut("triton", 9, 64), mock.patch.object(verify, "_planned", wraps=verify._planned) as planned:
+            batch.check("triton", {}, layers=3)
+            assert planned.call_count == 1
 
     def test_a_program_merges_several_requests(self) -> None:
         with cut("triton", 40, 64):

@@ -1,5 +1,7 @@
 """Attention of a verification's packed rows behind their requests' paged prefixes, whatever each request's width."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,7 @@ def verify_attention(
     sinks: Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    plans: dict[Any, Any] | None = None,
 ) -> None:
     """Attend from each request's rows to its prefix in the pools and, causally, to its rows.
 
@@ -91,20 +94,21 @@ def verify_attention(
         most: rows of a request at most; further ones are left out. It sizes the launches, so a captured one keeps it.
         window: keys before its own that a row sees; None: all. cap: 0 for none.
         sinks: [Hq] float.
+        plans: layers of one forward share it, empty before the first: how keys are dealt is the same in all of a kind.
 
     The last dimension of every tensor is contiguous.
 
-    Triton: (tiles of rows * Hkv) x (B + shares) programs, one for each share of a prefix: the query heads of a KV head
-    and the rows of a request are rows of one tile, so its keys are read once. A second launch merges the requests that
-    are cut. Scores, weights and sums are float32, the products' operands have q's dtype; the order of summation depends
-    on the lengths of the whole batch. torch (CPU, ``WHIFLASH_KERNELS=torch``): one request after the other, which reads
-    lengths.
+    Triton: (tiles of rows * Hkv) x shares programs, which run at once and read as many keys each, whichever requests
+    they are of. The query heads of a KV head and the rows of a request are rows of one tile, so its keys are read once.
+    One launch a forward plans that, a second one a layer merges the requests that are cut. Scores, weights and sums are
+    float32, the products' operands have q's dtype; the order of summation depends on the lengths of the whole batch.
+    torch (CPU, ``WHIFLASH_KERNELS=torch``): one request after the other, which reads lengths.
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other, or ``most`` below 1.
 
-    Source: shares by length as `draft_attention`'s; merging as Flash-Decoding (Dao et al., 2023); what is handed in as
-    SGLang's `extend_attention_fwd` takes it.
+    Source: equal shares of all work as Stream-K (Osama et al., 2023); merging as Flash-Decoding (Dao et al., 2023);
+    what is handed in as SGLang's `extend_attention_fwd` takes it.
     """
     bounds, begins, kv_heads = qo_indptr.tolist(), kv_indptr.tolist(), k.shape[1]
     for request in range(len(bounds) - 1):
@@ -128,7 +132,7 @@ def verify_attention(
 
 
 def sums_bytes(requests: int, most: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> int:
-    """Bytes that `verify_attention` keeps on a GPU between its launches, for requests of up to ``most`` rows."""
+    """Bytes of sums that `verify_attention` keeps on a GPU during a forward, for requests of up to ``most`` rows."""
     from whiflash_kernels.triton_kernels import verify
 
     return verify.sums_bytes(requests, most, heads, kv_heads, dim, device)

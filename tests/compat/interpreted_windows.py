@@ -9,6 +9,7 @@ the others', or in their own (`--swa-full-tokens-ratio`).
 """
 
 import os
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -171,6 +172,7 @@ def of_triton(case: Verification, window: int, cls: type = RaggedTritonBackend) 
         use_mla=False,
         use_verify_shared_kv=False,
         use_verify_splitkv=False,
+        _plans={},
     )
     backend.sliding_window_size = window if window > 0 else None
     return with_pool(backend, case)
@@ -185,7 +187,7 @@ def split(*args: Any, **named: Any) -> bool:
 
 def of_split(case: Verification, window: int) -> Any:
     backend = of_triton(case, window)
-    backend.use_verify_splitkv, backend.verify_splitkv_fwd = True, split
+    backend.use_verify_splitkv, backend.verify_splitkv_fwd = True, partial(split, plans=backend._plans)
     return backend
 
 
@@ -306,6 +308,22 @@ def test_replayed_rows_see_what_eager_ones_do(
         assert now.window_kv_indices[:keys].tolist() == then.window_kv_indices.tolist()
         assert now.window_kv_offsets[:many].tolist() == then.window_kv_offsets.tolist()
         assert now.custom_mask is then.custom_mask is None
+
+
+def test_a_forward_is_planned_for_its_own_lengths() -> None:
+    """Each eager one, and each run of a captured one, though their tensors are at the same places."""
+    made = of_split(verification(WIDTHS["uniform"], -1, "one"), -1)
+    for widths in (WIDTHS["uniform"], WIDTHS["ragged"]):
+        case = verification(widths, -1, "one")
+        with_pool(made, case).init_forward_metadata(case.batch)
+        assert close(*forward(made, case, -1))
+    case = verification(WIDTHS["ragged"], -1, "one", bucket=16)
+    captured(case, with_pool(made, case))
+    for offsets in ([0, 13, 13, 13], case.offsets):
+        made.qo_indptr[:4] = torch.tensor(offsets)
+        made.init_forward_metadata_in_graph(case.batch)
+        found = forward(made, case, -1)
+    assert close(*found)
 
 
 def test_capped_scores_are_capped_within_a_window() -> None:

@@ -81,7 +81,7 @@ def test_on_a_card_verified_rows_are_reckoned_with(monkeypatch: pytest.MonkeyPat
 
 
 def test_sums_of_cut_prefixes_are_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen3-8B on an H100 has 66 shares (132 on two ranks): twice as many less two may leave sums."""
+    """Qwen3-8B on an H100 has 33 shares (66 on two ranks): twice as many less two may leave sums."""
     config = SimpleNamespace(attention_arch=AttentionArch.MHA, head_dim=128)
     config.get_max_num_attention_heads, config.get_num_kv_heads = lambda: 32, lambda ranks: 8 // ranks
     kernel = SimpleNamespace(prefill_attention_backend="fa3", decode_attention_backend=None)
@@ -92,8 +92,8 @@ def test_sums_of_cut_prefixes_are_reckoned_with(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(triton_backend, "get_parallel", lambda: SimpleNamespace(attn_tp_size=ranks))
         return triton_backend.kept_bytes(SimpleNamespace(model_config=config, device="cpu"), 94, 17)
 
-    assert kept("triton") == 130 * 17 * 32 * (128 + 2) * 4
-    assert kept("triton", 2) == (94 + 131) * 17 * 16 * (128 + 2) * 4
+    assert kept("triton") == 64 * 17 * 32 * (128 + 2) * 4
+    assert kept("triton", 2) == 130 * 17 * 16 * (128 + 2) * 4
     assert kept("fa3") == 0
     config.attention_arch = AttentionArch.MLA
     assert kept("triton") == 0

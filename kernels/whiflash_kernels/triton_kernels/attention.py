@@ -11,17 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.triton_kernels.launch import is_hopper, lanes, power_of_two
-from whiflash_kernels.triton_kernels.shares import (
-    LEAST,
-    LOG2E,
-    filling,
-    merge,
-    product,
-    share_of,
-    shares_of,
-    sums_for,
-)
+from whiflash_kernels.triton_kernels.launch import is_hopper, lanes, multiprocessors, power_of_two
+from whiflash_kernels.triton_kernels.shares import LEAST, LOG2E, merge, product, share_of, shares_of, sums_for
 
 ENTRIES = 64
 """Entries of one step of the loop."""
@@ -229,5 +220,5 @@ def shares_for(requests: int, programs: int, longest: int, device: torch.device)
 
     It depends on sizes that the host knows, not on lengths: a captured launch keeps it.
     """
-    fill = filling(programs, device, PROGRAMS_PER_MULTIPROCESSOR)
+    fill = triton.cdiv(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR, programs)
     return min(fill, requests * (triton.cdiv(longest, FEWEST_ENTRIES) - 1) + 1)

@@ -1,6 +1,6 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Attention whose long requests are cut into shares, as the kernels of drafts and of verifications cut them.
+"""Attention whose long requests are cut into shares: how drafts' are cut, and how all sums of shares are merged.
 
 The device alone knows lengths, so a grid depends on sizes only. Every program counts how many shares each request's
 entries are cut into, and takes one. Only cut requests leave sums, which a second launch merges.
@@ -12,8 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from whiflash_kernels.triton_kernels.launch import multiprocessors
 
 MERGED = 4096
 """Sums that a program merges at once."""
@@ -155,9 +153,3 @@ def merge(
         COLUMNS=columns,
         num_warps=4,
     )
-
-
-def filling(programs: int, device: torch.device, each: int) -> int:
-    """Shares, of ``programs`` each, that give every multiprocessor ``each`` programs."""
-    count: int = triton.cdiv(multiprocessors(device) * each, programs)
-    return count

@@ -1,36 +1,34 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Verification attention of ragged rows over paged KV, long prefixes split over the chip (`shares`).
+"""Verification attention of ragged rows over paged KV: all requests' keys are dealt to programs that run at once.
 
-The last share of a request also has its new rows, from the forward's own K and V, and the sink.
+One launch a forward plans it: keys are counted in steps of the loop, requests after each other, and each program takes
+as many steps, whichever requests they are of. So one wave of programs reads long requests and many short ones alike,
+and only requests that two programs share leave sums to merge. The last step of a request is its new rows, from the
+forward's own K and V, with the sink.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.triton_kernels.launch import lanes, power_of_two
-from whiflash_kernels.triton_kernels.shares import (
-    LEAST,
-    LOG2E,
-    filling,
-    merge,
-    places,
-    product,
-    share_of,
-    shares_of,
-    sums_for,
-)
+from whiflash_kernels.triton_kernels.launch import is_hopper, lanes, multiprocessors, power_of_two
+from whiflash_kernels.triton_kernels.shares import LEAST, LOG2E, merge, places, product, sums_for
 
 KEYS = 64
 """Keys of one step of the loop."""
 MOST_ROWS = 64
 """Rows of one tile; a request with more (rows times query heads of a KV head) has several, which share keys in L2."""
+NARROW = tl.constexpr(16)
+"""Rows of a tile that has as few or fewer: a request's that verifies little in a server that may verify much, and those
+behind a whole tile (17 rows of four heads are 64 and 4)."""
 FEWEST_KEYS = 256
-"""Keys of a share at least."""
-PROGRAMS_PER_MULTIPROCESSOR = 4
-"""Programs that all keys are cut for, beside one a request: two waves of two resident ones."""
+"""Keys of a share at least: a request with fewer is never cut."""
+PROGRAMS_PER_MULTIPROCESSOR = 2
+"""Programs that all keys are dealt to: one wave of two resident ones, or two of one."""
 STAGES = 2
 """Steps of the loop over a prefix that are under way: three are untried on a card."""
 
@@ -101,26 +99,17 @@ def _add_rows(
 
 
 @triton.jit
-def _add_sink(peak, total, sums, sinks, head, seen):
-    """Add a key without a value, which every row sees once."""
-    sink = tl.load(sinks + head, mask=seen, other=float("-inf")).to(tl.float32) * LOG2E
-    new_peak = tl.maximum(peak, sink)
-    fade = tl.exp2(peak - new_peak)
-    return new_peak, total * fade + tl.exp2(sink - new_peak), sums * fade[:, None]
-
-
-@triton.jit
 def _attend(
     q, k, v, k_pool, v_pool, slots, sinks, out, partial, peaks,
     first_row, rows, first, begin, stop, prefix, kv_head, kept, last, whole, most, window, scale, cap, k_scale, v_scale,
-    q_row, q_head, k_row, v_row, k_slot, v_slot,
+    q_row, q_head, k_row, k_head, v_row, v_head, k_slot, v_slot,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     SUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Attend from a tile of a request's rows to the keys from ``begin`` to ``stop`` of its prefix.
 
-    The tile begins with row ``first`` of rows times query heads of ``kv_head``, where k, v and the pools begin. With
+    The tile begins with row ``first`` of rows times query heads of ``kv_head``, where the pools begin. With
     the ``last`` of the request's keys come its own rows. A ``whole`` request is written to ``out``, of others sums
     are kept at place ``kept``.
     """
@@ -143,11 +132,14 @@ def _attend(
     )  # fmt: skip
     sums *= v_scale
     peak, total, sums = _add_rows(
-        query, peak, total, sums, k, v, first_row, tl.where(last, rows, 0), turn, live, window, k_row, v_row,
-        column, wide, scale, cap, WINDOWED, CAPPED, STEP, PRECISION, WIDEN,
+        query, peak, total, sums, k + kv_head * k_head, v + kv_head * v_head, first_row, tl.where(last, rows, 0), turn,
+        live, window, k_row, v_row, column, wide, scale, cap, WINDOWED, CAPPED, STEP, PRECISION, WIDEN,
     )  # fmt: skip
-    if SUNK:
-        peak, total, sums = _add_sink(peak, total, sums, sinks, head, live & last)
+    if SUNK:  # a key without a value, which every row sees once
+        sink = tl.load(sinks + head, mask=live & last, other=float("-inf")).to(tl.float32) * LOG2E
+        new_peak = tl.maximum(peak, sink)
+        fade = tl.exp2(peak - new_peak)
+        total, sums, peak = total * fade + tl.exp2(sink - new_peak), sums * fade[:, None], new_peak
 
     # One tile of sums serves both stores, which are masked: two tiles, or a branch, would spill.
     sums = sums / tl.where(whole & (total > 0), total, 1.0)[:, None]
@@ -161,52 +153,93 @@ def _attend(
     tl.store(peaks + kept * 2 + 1, total, mask=live & ~whole)
 
 
-@triton.jit(do_not_specialize=["most", "tiles", "window", "requests", "shares", "fewest"])
+@triton.jit(do_not_specialize=["most", "window", "requests", "shares", "fewest"])
+def _plan_kernel(
+    qo_indptr, kv_indptr, programs, spans, merges, most, window, requests, shares, fewest,
+    GROUPS: tl.constexpr, WINDOWED: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Deal the steps of all requests to ``shares`` programs a KV head, of all tiles together.
+
+    Each program writes its own line of ``programs`` [shares, 4]: first and last request, excluded, and first and last
+    step, excluded, of all steps in a row. The first one writes ``spans`` [requests, 3]: steps where a request begins
+    and ends, and how many cut requests are before it, or -1 if it is not cut; and ``merges`` as of `Sums`.
+    """
+    program, lane = tl.program_id(0), tl.arange(0, LANES)
+    there = lane < requests
+    begins = tl.load(qo_indptr + lane, mask=there, other=0)
+    rows = (tl.load(qo_indptr + lane + 1, mask=there, other=0) - begins).to(tl.int32)
+    begins = tl.load(kv_indptr + lane, mask=there, other=0)
+    keys = (tl.load(kv_indptr + lane + 1, mask=there, other=0) - begins).to(tl.int32)
+    if WINDOWED:
+        keys = tl.minimum(keys, window)
+    steps = tl.where(rows > 0, tl.cdiv(keys, STEP) + 1, 0)
+    ends, whole = tl.cumsum(steps, axis=0), tl.sum(steps, axis=0)
+    starts = ends - steps
+    # Several tiles of a request read the same keys, each in programs of its own.
+    work = tl.sum(steps * tl.cdiv(tl.minimum(rows, most) * GROUPS, ROWS), axis=0)
+    used = (shares * whole.to(tl.int64) // tl.maximum(work, 1)).to(tl.int32)
+    each = tl.maximum(tl.cdiv(whole, tl.maximum(used, 1)), fewest)
+
+    opens = program * each
+    closes = tl.minimum(opens + each, whole)
+    # A short request is not cut: the program in which it begins reads all of it.
+    short = steps <= fewest
+    read = tl.where(short, starts + tl.minimum(steps, 1), ends) <= opens
+    tl.store(programs + 4 * program, tl.sum((there & read).to(tl.int32), axis=0))
+    tl.store(programs + 4 * program + 1, tl.sum((there & (starts < closes)).to(tl.int32), axis=0))
+    tl.store(programs + 4 * program + 2, opens)
+    tl.store(programs + 4 * program + 3, closes)
+    if program == 0:
+        first, last = starts // each, (ends - 1) // each
+        cut = (last > first) & ~short
+        rank = tl.cumsum(cut.to(tl.int32), axis=0) - cut.to(tl.int32)
+        tl.store(spans + 3 * lane, starts, mask=there)
+        tl.store(spans + 3 * lane + 1, ends, mask=there)
+        tl.store(spans + 3 * lane + 2, tl.where(cut, rank, -1), mask=there)
+        tl.store(merges, tl.sum(cut.to(tl.int32), axis=0))
+        tl.store(merges + 1 + 3 * rank, lane, mask=cut)
+        tl.store(merges + 2 + 3 * rank, first + rank, mask=cut)
+        tl.store(merges + 3 + 3 * rank, last - first + 1, mask=cut)
+
+
+@triton.jit(do_not_specialize=["most", "tiles", "window"])
 def _verify_kernel(
-    q, k, v, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, sinks, out, partial, peaks, merges,
-    most, tiles, window, requests, shares, fewest, scale, cap, k_scale, v_scale,
+    q, k, v, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, sinks, out, partial, peaks, programs, spans,
+    most, tiles, window, scale, cap, k_scale, v_scale,
     q_row, q_head, k_row, k_head, v_row, v_head, k_slot, k_slot_head, v_slot, v_slot_head,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    SUNK: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    SUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     # Tiles come first in the grid, then heads: their programs read the same keys, or such beside them.
-    tile, kv_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    item, lane = tl.program_id(1), tl.arange(0, LANES)
-    inside = lane < requests
-    begins = tl.load(qo_indptr + lane, mask=inside, other=0)
-    widths = (tl.load(qo_indptr + lane + 1, mask=inside, other=0) - begins).to(tl.int32)
-    if (tile > 0) & (tile * ROWS >= tl.max(widths, axis=0) * GROUPS):
-        return
-    begins = tl.load(kv_indptr + lane, mask=inside, other=0)
-    entries = (tl.load(kv_indptr + lane + 1, mask=inside, other=0) - begins).to(tl.int32)
-    if WINDOWED:
-        entries = tl.minimum(entries, window)
-    entries = tl.where(widths > 0, entries, 0)
-    counts = tl.where(widths > 0, shares_of(entries, shares, fewest, STEP), 0)
-    lists = (item == 0) & (tl.program_id(0) == 0)
-    request, share, count, place = share_of(item, lane, counts, merges, lists)
-    if item >= tl.sum(counts, axis=0):
-        return
-    first_row = tl.load(qo_indptr + request).to(tl.int32)
-    rows = tl.minimum(tl.load(qo_indptr + request + 1).to(tl.int32) - first_row, most)
-    if tile * ROWS >= rows * GROUPS:
-        return
-    first_key = tl.load(kv_indptr + request).to(tl.int64)
-    prefix = (tl.load(kv_indptr + request + 1) - first_key).to(tl.int32)
-    lower = 0
-    if WINDOWED:
-        lower = tl.maximum(prefix + tile * ROWS // GROUPS - window, 0)
-    size = tl.cdiv(tl.cdiv(tl.maximum(prefix - lower, 0), count), STEP) * STEP
-    begin = lower + share * size
-    _attend(
-        q, k + kv_head * k_head, v + kv_head * v_head, k_pool + kv_head * k_slot_head, v_pool + kv_head * v_slot_head,
-        kv_indices + first_key, sinks, out, partial, peaks,
-        first_row, rows, tile * ROWS, begin, tl.minimum(begin + size, prefix), prefix, kv_head, place,
-        share == count - 1, count == 1, most, window, scale, cap, k_scale, v_scale,
-        q_row, q_head, k_row, v_row, k_slot, v_slot,
-        GROUPS, KV_HEADS, DIM, WINDOWED, CAPPED, SUNK, ROWS, COLUMNS, STEP, PRECISION, WIDEN,
-    )  # fmt: skip
+    tile, kv_head, program = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
+    first, behind = tl.load(programs + 4 * program), tl.load(programs + 4 * program + 1)
+    for request in tl.range(first, behind, disable_licm=True):  # what all requests share would spill
+        opens, closes = tl.load(programs + 4 * program + 2), tl.load(programs + 4 * program + 3)
+        start, end = tl.load(spans + 3 * request), tl.load(spans + 3 * request + 1)
+        cuts = tl.load(spans + 3 * request + 2)
+        first_row = tl.load(qo_indptr + request).to(tl.int32)
+        rows = tl.minimum(tl.load(qo_indptr + request + 1).to(tl.int32) - first_row, most)
+        first_key = tl.load(kv_indptr + request).to(tl.int64)
+        prefix = (tl.load(kv_indptr + request + 1) - first_key).to(tl.int32)
+        lower = 0
+        if WINDOWED:
+            lower = tl.maximum(prefix + tile * ROWS // GROUPS - window, 0)
+        # Another program's steps come before and behind those of a request that is cut.
+        begin = lower + tl.where(cuts < 0, 0, tl.maximum(opens - start, 0)) * STEP
+        stop = lower + tl.where(cuts < 0, end - start, tl.minimum(closes, end) - start) * STEP
+        left = rows * GROUPS - tile * ROWS
+        for wide in tl.static_range(2 if ROWS > NARROW else 1):
+            if (left > wide * NARROW) & ((left <= NARROW) | (wide == 1)):
+                _attend(
+                    q, k, v, k_pool + kv_head * k_slot_head, v_pool + kv_head * v_slot_head, kv_indices + first_key,
+                    sinks, out, partial, peaks,
+                    first_row, rows, tile * ROWS, begin, tl.minimum(stop, prefix), prefix, kv_head, program + cuts,
+                    (cuts < 0) | (closes >= end), cuts < 0, most, window, scale, cap, k_scale, v_scale,
+                    q_row, q_head, k_row, k_head, v_row, v_head, k_slot, v_slot,
+                    GROUPS, KV_HEADS, DIM, WINDOWED, CAPPED, SUNK, ROWS if wide else NARROW, COLUMNS, STEP, PRECISION,
+                    WIDEN,
+                )  # fmt: skip
 
 
 def verify_attention(
@@ -227,6 +260,7 @@ def verify_attention(
     sinks: Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    plans: dict[Any, Any] | None = None,
 ) -> None:
     """See `whiflash_kernels.verify.verify_attention`."""
     requests, (heads, dim), kv_heads = len(qo_indptr) - 1, q.shape[1:], k.shape[1]
@@ -236,30 +270,16 @@ def verify_attention(
     # Tensor cores take tiles of 16 rows or more; of wider heads fewer fit.
     rows = max(16, power_of_two(min(most * groups, MOST_ROWS if columns <= 128 else MOST_ROWS // 2)))
     tiles = triton.cdiv(most * groups, rows)
-    shares = shares_for(kv_heads, q.device)
-    sums = sums_for(requests, shares, most * heads, dim, q.device)
-    _verify_kernel[(tiles * kv_heads, requests + shares - 1)](
-        q,
-        k,
-        v,
-        k_pool,
-        v_pool,
-        qo_indptr,
-        kv_indptr,
-        kv_indices,
-        sinks,
-        out,
-        *sums,
-        most,
-        tiles,
-        window or 0,
-        requests,
-        shares,
-        FEWEST_KEYS,
-        scale,
-        cap,
-        k_scale,
-        v_scale,
+    step = KEYS if columns <= 128 else KEYS // 2
+    plans = {} if plans is None else plans
+    key = kv_indptr.data_ptr(), window, most, groups, kv_heads, rows, step
+    if key not in plans:
+        plans[key] = _planned(qo_indptr, kv_indptr, *key[1:])
+    programs, spans, merges = plans[key]
+    sums = sums_for(requests, len(programs), most * heads, dim, q.device)._replace(merges=merges)
+    _verify_kernel[(tiles * kv_heads, len(programs))](
+        *(q, k, v, k_pool, v_pool, qo_indptr, kv_indptr, kv_indices, sinks, out, sums.partial, sums.peaks),
+        *(programs, spans, most, tiles, window or 0, scale, cap, k_scale, v_scale),
         *(tensor.stride(axis) for tensor in (q, k, v, k_pool, v_pool) for axis in (0, 1)),
         GROUPS=groups,
         KV_HEADS=kv_heads,
@@ -267,21 +287,44 @@ def verify_attention(
         WINDOWED=window is not None,
         CAPPED=cap > 0,
         SUNK=sinks is not None,
-        LANES=lanes(requests),
         ROWS=rows,
         COLUMNS=columns,
-        STEP=KEYS if columns <= 128 else KEYS // 2,
+        STEP=step,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda and not q.is_meta,
-        num_warps=4 if rows * columns < 64 * 128 and columns <= 128 else 8,
+        # Hopper multiplies 64 rows by four warps; of eight, four would do the same again.
+        num_warps=4 if columns <= 128 and (rows * columns < 64 * 128 or is_hopper(q)) else 8,
         num_stages=STAGES,
+        maxnreg=255,  # for a third program on a multiprocessor some architectures would spill
     )
     merge(sums, out, most, kv_heads, columns, qo_indptr)
 
 
+def _planned(
+    qo: Tensor, kv: Tensor, window: int | None, most: int, groups: int, kv_heads: int, rows: int, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How the steps of a batch are dealt: programs, spans and merges, as `_plan_kernel` writes them."""
+    requests, shares, fewest = (
+        len(qo) - 1,
+        shares_for(kv_heads, qo.device),
+        triton.cdiv(FEWEST_KEYS, step) + 1,
+    )
+    sizes = (shares, 4), (requests, 3), (1 + 3 * min(requests, shares - 1),)
+    programs, spans, merges = (torch.empty(size, dtype=torch.int32, device=qo.device) for size in sizes)
+    _plan_kernel[(shares,)](
+        *(qo, kv, programs, spans, merges, most, window or 0, requests, shares, fewest),
+        GROUPS=groups,
+        WINDOWED=window is not None,
+        LANES=lanes(requests),
+        ROWS=rows,
+        STEP=step,
+    )
+    return programs, spans, merges
+
+
 def shares_for(kv_heads: int, device: torch.device) -> int:
-    """Into how many shares all prefixes are cut, roughly, whatever their lengths: a captured launch keeps it."""
-    return max(filling(kv_heads, device, PROGRAMS_PER_MULTIPROCESSOR), 2)
+    """How many programs a KV head's keys are dealt to, at most, whatever their number: a captured launch keeps it."""
+    return max(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR // kv_heads, 2)
 
 
 def sums_bytes(requests: int, most: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> int:

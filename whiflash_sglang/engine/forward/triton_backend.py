@@ -9,6 +9,7 @@ request. SGLang asks `verify_splitkv_fwd` before it; here that is `verify_attent
 chip and takes as long as all prefixes together.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,11 +44,13 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
         if window is not None:
             self.sliding_window_size = window
         self.use_verify_splitkv = not self.use_mla
-        self.verify_splitkv_fwd = torch.compiler.disable(verify)
+        self._plans: dict[Any, Any] = {}
+        self.verify_splitkv_fwd = torch.compiler.disable(partial(verify, plans=self._plans))
         self._make_room(0)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Plan a forward over the packed rows of `forward_batch`, once for all layers."""
+        self._plans.clear()
         super().init_forward_metadata(forward_batch)
         if not forward_batch.forward_mode.is_target_verify():
             return
@@ -55,6 +58,11 @@ class RaggedTritonBackend(TritonAttnBackend):  # type: ignore[misc]
         if layout is not None:
             # The widest request's rows, `max_extend_len`, are upstream's `num_tokens_per_req` already.
             self.forward_metadata.qo_indptr = layout.qo_indptr_device
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        """Let each captured forward launch what plans it: every replay has other lengths."""
+        self._plans.clear()
+        super().init_forward_metadata_in_graph(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *buffers: Any, **named: Any) -> None:
         """Allocate what the plans of captured verifications are written to.
@@ -126,9 +134,11 @@ def verify(
     sliding_window_size: int,
     sinks: torch.Tensor | None,
     xai_temperature_len: int,
+    plans: dict[Any, Any] | None = None,
     **_: Any,
 ) -> bool:
-    """Attention of one layer of a verification, as SGLang calls `verify_splitkv_fwd`: shapes as of `verify_attention`.
+    """Attention of one layer of a verification, as SGLang calls `verify_splitkv_fwd`: shapes and `plans` as of
+    `verify_attention`.
 
     Returns:
         Whether it has run. Else `out` is as it was, and SGLang runs its own kernel: for a tree's masks, values that are
@@ -154,6 +164,7 @@ def verify(
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
+        plans=plans,
     )
     return True
 
