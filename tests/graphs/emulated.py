@@ -96,18 +96,25 @@ def emulated_graphs(
 
 @contextmanager
 def captured_epilogues(epilogue: Any) -> Iterator[list[bool]]:
-    """Results of `outcome` since; captured graphs are forgotten at the end."""
+    """Whether graphs, or the ends behind them, committed since; captured graphs are forgotten at the end."""
     committed: list[bool] = []
-    outcome = epilogue.outcome
+    epilogue.capture_ends(TapeRecorder())
+    finish, decide = epilogue.finish, epilogue.let_graphs_commit
 
-    def noted(*args: Any) -> Any:
-        found = outcome(*args)
-        committed.append(found is not None)
+    def decided(*args: Any) -> None:
+        committed.append(False)
+        decide(*args)
+
+    def finished(*args: Any) -> Any:
+        found = finish(*args)
+        committed[-1] = found.committed is not None
         return found
 
-    with patch.object(epilogue, "outcome", noted):
+    with patch.object(epilogue, "finish", finished), patch.object(epilogue, "let_graphs_commit", decided):
         yield committed
     epilogue._captured.clear()
+    epilogue._rows.clear()
+    epilogue._ends = None
     epilogue._commits.zero_()
     epilogue._committing = False
 

@@ -5,6 +5,7 @@ commits what the same functions commit behind an eager one, or nothing where it 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang.cache.tokens import FEW, NO_TOKEN
 from whiflash_sglang.device.capture import MOST_DRAFTS, graded
-from whiflash_sglang.device.transfers import Upload
+from whiflash_sglang.device.transfers import Upload, mask_places, masks_of_places
 from whiflash_sglang.engine.forward import graphs
 from whiflash_sglang.engine.forward.graphs import VerifyGraphs, bytes_for, most_rows, spare_slots
 from whiflash_sglang.formats.router import Layers
@@ -86,9 +87,12 @@ class Bench:
         rows: int,
         *,
         greedy: bool = False,
+        masked: bool = False,
         pad_slot: int = 0,
     ) -> tuple[Verified, list[int]]:
-        """A verification of so many rows, and the requests' rows. greedy: a graph may commit."""
+        """A verification of so many rows, and the requests' rows. greedy: a graph may commit. masked: under `masks`,
+        and the second row of each request is rejected, or the next one's first.
+        """
         batch, count = self.first(len(widths)), len(widths)
         verify_lens = torch.tensor(widths, dtype=torch.int32)
         request_rows = batch.req_pool_indices.long()
@@ -103,20 +107,42 @@ class Bench:
             pad_slot=pad_slot,
         )
         row_ids = request_rows.tolist()
-        self.epilogue.let_graphs_commit(greedy, row_ids)
+        self.epilogue.let_graphs_commit(greedy and not masked, row_ids)
         verified = self.target.verify(batch, block, verify_lens, None, WIDEST)
+        rejected = [at for at in accumulate(widths, initial=1) if masked and at < sum(widths)]
+        masks = self.masks(rows, rejected)
+        if greedy:
+            verified = self.epilogue.finish(verified, count, masks if masked else None)
         if verified.committed is None:
-            verified = verified._replace(predictions=verified.logits.argmax(-1))
+            verified = verified._replace(request_rows=request_rows)
+            of_rows = masks, mask_places(masks, rows).clamp(min=0)
+            tokens = self.epilogue.sample(verified, of_rows if masked else None)
+            ids = verified.input_ids.index_fill(0, torch.tensor(rejected, dtype=torch.int64), NO_TOKEN)
+            verified = verified._replace(predictions=tokens, input_ids=ids)
         return verified._replace(request_rows=request_rows), row_ids
 
-    def committed(self, widths: Sequence[int], *, replayed: bool = True) -> list[torch.Tensor]:
+    def masks(self, rows: int, rejected: Sequence[int]) -> torch.Tensor:
+        """Any, of so many rows."""
+        generator, words = torch.Generator().manual_seed(0), -(-self.target.shape.vocab_size // 32)
+        bits = torch.randint(-(1 << 31), 1 << 31, (5, words), generator=generator).to(torch.int32)
+        free = masks_of_places(rows, words)
+        packed = torch.cat([bits.new_zeros((free, words)), bits])
+        mask_places(packed, rows)[:] = (
+            free + torch.randint(5, (REQUESTS * WIDEST,), generator=generator)[:rows]
+        )
+        mask_places(packed, rows)[list(rejected)] = -1
+        return packed
+
+    def committed(
+        self, widths: Sequence[int], *, replayed: bool = True, masked: bool = False
+    ) -> list[torch.Tensor]:
         """Results and signals of a round of greedy tokens, logits and features; then every request's text and rings,
         and the K and V of every slot but the first, as they are afterwards.
         """
         before = [*self.pools, *self.kept]
         copies = [tensor.clone() for tensor in before]
         rows = self.target.rows_for(sum(widths), len(widths)) if replayed else sum(widths)
-        verified, row_ids = self.verify(widths, self.drafts(widths), rows, greedy=replayed)
+        verified, row_ids = self.verify(widths, self.drafts(widths), rows, greedy=replayed, masked=masked)
         assert (verified.committed is not None) == replayed
         committed = self.epilogue.commit(verified, WIDEST)
         self.epilogue.park(verified, committed)
@@ -128,13 +154,13 @@ class Bench:
             tensor.copy_(held)
         return found
 
-    def compare(self, widths: Sequence[int]) -> list[torch.Tensor]:
+    def compare(self, widths: Sequence[int], *, masked: bool = False) -> list[torch.Tensor]:
         """Replayed against eager."""
         rows, before = self.target.rows_for(sum(widths), len(widths)), len(self.graphs.backend.replayed)
-        replayed = self.committed(widths)
+        replayed = self.committed(widths, masked=masked)
         assert self.graphs.backend.replayed[before:] == [rows]
         with _without(self.target.runner):
-            eager = self.committed(widths, replayed=False)
+            eager = self.committed(widths, replayed=False, masked=masked)
         for a, b in zip(replayed, eager, strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
         return replayed
@@ -230,6 +256,8 @@ def test_every_graph_gives_and_commits_what_an_eager_verification_does(bench: Be
         accepted |= set(bench.compare(widths)[0].tolist())
     assert set(bench.graphs.backend.replayed) >= set(buckets)
     assert {1, 2, WIDEST} <= accepted
+    masked = [bench.compare(widths, masked=True)[1] for widths in [*layouts(buckets), *CASES]]
+    assert not torch.equal(masked[-1], bench.compare(CASES[-1])[1])
 
 
 def test_a_graph_that_may_not_commit_leaves_everything_as_it_was(bench: Bench) -> None:
@@ -284,9 +312,9 @@ def test_an_epilogue_that_reads_the_device_is_no_end_of_a_graph(
 ) -> None:
     capture = Epilogue.capture
 
-    def reading(self: Epilogue, graph: Any, rows: Verified) -> None:
-        assert bool(rows.starts.max() > 0)
-        capture(self, graph, rows)
+    def reading(self: Epilogue, graph: Any, of_graph: Any) -> None:
+        assert bool(of_graph().starts.max() > 0)
+        capture(self, graph, of_graph)
 
     monkeypatch.setattr(Epilogue, "capture", reading)
     with pytest.raises(NotCapturableError, match="reads"), benched(stopped):

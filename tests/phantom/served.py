@@ -74,6 +74,8 @@ RATED: dict[str, dict[str, Any]] = {
     "rated none": {"return_logprob": True, "top_logprobs_num": 0},
 }
 """Requests that ask for log-probabilities."""
+ONE: dict[str, dict[str, Any]] = {"grammar": {"regex": "[a-z ]{200}"}}
+"""Parameters of one of four requests in a pass whose launches are counted."""
 
 
 def main() -> None:
@@ -202,6 +204,7 @@ def in_detail(world: Streams, loop: Any, launches: Any, places: set[Any]) -> dic
         "passes": {
             "greedy": steady(loop, launches),
             "sampled": steady(loop, launches, temperature=0.6, top_p=0.95),
+            **{name: steady(loop, launches, one) for name, one in ONE.items()},
         },
         "planted": {name: planted(world, loop, name, fault) for name, fault in FAULTS.items()},
     }
@@ -275,8 +278,10 @@ def under_grammars(world: Streams, loop: Any) -> dict[str, Any]:
     }
 
 
-def steady(loop: Any, launches: Any, **params: float) -> dict[str, int]:
-    """Launches of a pass of the scheduler in which nobody comes or goes: four requests, each with another arm."""
+def steady(loop: Any, launches: Any, one: dict[str, Any] | None = None, **params: float) -> dict[str, int]:
+    """Launches of a pass of the scheduler in which nobody comes or goes: four requests, each with another arm. one:
+    parameters of the first.
+    """
     routes, passes = ("ar", "diffusion", "none", "none"), list[Counter[str]]()
     controller = loop.worker.controller
     plan = controller.route
@@ -286,10 +291,10 @@ def steady(loop: Any, launches: Any, **params: float) -> dict[str, int]:
         return [arm if arm in may else "none" for arm, may in zip(routes, forecasts, strict=False)]
 
     with patch.object(controller, "route", route):
-        rids = [f"steady {i} {params}" for i in range(len(routes))]
+        rids = [f"steady {i} {params} {one}" for i in range(len(routes))]
         for i, rid in enumerate(rids):
             prompt = [1 + i, 2, 3, 1 + i, 2, 3, 1 + i, 2]
-            loop.submit(rid, prompt, max_new_tokens=60, **params)
+            loop.submit(rid, prompt, max_new_tokens=60, **params, **((one or {}) if i == 0 else {}))
         for _ in range(10):
             with launches.whole() as seen:
                 loop.step()

@@ -50,6 +50,8 @@ ELSEWHERE = {
 
 MOST_LAUNCHES = {"whiflash": 15, "sglang": 9}
 """Launches of a pass with four requests that two drafters and copies draft for, by owner: a ratchet, never raised."""
+BESIDE: dict[str, dict[str, int]] = {"grammar": {"whiflash": 2, "sglang": 3}}
+"""More if one of them has such a parameter: a graph, masks, and copies of what it masks."""
 UPSTREAM = {"greedy": 34, "sampled": 54}
 """Launches of such a pass of SGLang 0.5.23's DFLASH; EAGLE3 has more (`docs/dev/findings.md`)."""
 
@@ -204,7 +206,7 @@ def test_with_triton_attention(target: Target, by_attention: dict[str, dict[str,
     check_texts(found, target)
 
 
-@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+@pytest.mark.parametrize("kind", ["greedy", "sampled", *BESIDE])
 def test_launches_of_a_steady_pass(found: dict[str, Any], kind: str) -> None:
     """All launches of a pass: ours and SGLang's. Sampling is in the graph."""
     owners, launches = Counter[str](), found["passes"][kind]
@@ -213,8 +215,10 @@ def test_launches_of_a_steady_pass(found: dict[str, Any], kind: str) -> None:
         owners[next(owner for owner in MOST_LAUNCHES if owner in launch.split()[-1])] += count
     print(dict(owners))
     assert launches.keys() >= {"fill_slots whiflash_kernels/dispatch.py:54"}, "nothing was counted"
-    assert all(owners[owner] <= most for owner, most in MOST_LAUNCHES.items()), owners
-    assert owners.total() < UPSTREAM[kind]
+    assert not [launch for launch in launches if launch.startswith(("sample_rows", "park"))]
+    more = BESIDE.get(kind, {})
+    assert all(owners[owner] <= most + more.get(owner, 0) for owner, most in MOST_LAUNCHES.items()), owners
+    assert owners.total() < UPSTREAM.get(kind, 34)
 
 
 def test_serving_compiles_nothing_of_sglangs_for_rounds(found: dict[str, Any]) -> None:

@@ -89,6 +89,18 @@ def sent(values: Ints, device: torch.device) -> torch.Tensor:
     return upload.send(device)[0][0]
 
 
+def masks_of_places(rows: int, words: int) -> int:
+    """Masks of so many words in whose place `mask_places` of so many rows are."""
+    return -(-2 * rows // words)
+
+
+def mask_places(masks: torch.Tensor, rows: int) -> torch.Tensor:
+    """[rows] int64 at the beginning of masks [M, words] int32, contiguous: which of them each packed row has. So one
+    transfer brings both.
+    """
+    return masks.view(-1)[: 2 * rows].view(torch.int64)
+
+
 class Download(Generic[RecordT]):
     """Tensors of the device on their way to the host, packed into one buffer of its own: no later round writes to it.
 

@@ -323,7 +323,8 @@ class Verified(NamedTuple):
     int32, where each request's rows begin. starts: [B] int64, n. request_rows: [B] int64, rows of the request table.
     predictions: [T] int64, the target's own token at every row; None before it is known, and where the forward's graph
     has `committed` already, with the signals that it computed (`Epilogue.signals`): these are good until its next
-    replay. forward: SGLang's own result of it, from which the scheduler's is made.
+    replay. forward: SGLang's own result of it, from which the scheduler's is made. graph: the one that was
+    replayed for it, if any, by its runner and rows.
     """
 
     logits: torch.Tensor
@@ -337,6 +338,7 @@ class Verified(NamedTuple):
     committed: Committed | None = None
     signals: Mapping[str, torch.Tensor] = {}
     forward: Any = None
+    graph: tuple[int, int] | None = None
 
     @property
     def output(self) -> Any:

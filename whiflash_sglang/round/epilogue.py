@@ -2,15 +2,16 @@
 
 Imports no SGLang.
 
-It is a function of a verification's packed rows. If the host has a part in what is sampled from (grammars, penalties,
-log-probabilities), it runs as it is written when that is known. Else it is captured as the end of every verification's
-graph. Its results hold until the next replay: packing the round's download copies them.
+It is a function of a verification's packed rows, captured as the end of every verification's graph, and once more in a
+graph of its own for what is sampled under masks, which is replayed when they are made. If the host has another part in
+what is sampled from (penalties, log-probabilities), it runs as it is written. Results of a graph hold until the next
+replay: packing the round's download copies them.
 
 A graph cannot leave its end out. If it must not commit, it does so for request row 0, which is nobody's and for which
 nothing is sampled: in it the rows are multiplied by a number on the device, which is 0 then.
 """
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from whiflash_kernels import (
@@ -23,7 +24,9 @@ from whiflash_kernels import (
 )
 
 from whiflash_sglang.cache.backlog import FeatureRings
-from whiflash_sglang.cache.tokens import StopTable
+from whiflash_sglang.cache.tokens import NO_TOKEN, StopTable
+from whiflash_sglang.device.capture import CapturedPass, Recorder
+from whiflash_sglang.device.transfers import mask_places, masks_of_places
 from whiflash_sglang.formats.router import Layers
 from whiflash_sglang.records.core import Verified
 
@@ -33,6 +36,9 @@ GATE_BYTES = torch.int64.itemsize
 
 Signals = dict[str, torch.Tensor]
 Masks = tuple[torch.Tensor, torch.Tensor]
+Graph = tuple[int, int]
+"""A verification's graph: its runner, and rows."""
+Outcome = tuple[Committed, Signals]
 
 
 class Epilogue:
@@ -60,45 +66,92 @@ class Epilogue:
         self._widest, self._needs = widest, needs
         self._commits = torch.zeros((), dtype=torch.int64, device=text.device)
         self._committing = False  # what the device was last sent
-        self._captured: dict[Hashable, tuple[Committed, Signals]] = {}
+        self._few = False  # whether the batch has no more stops than graphs read
+        self._captured: dict[Graph, Outcome] = {}
+        self._rows: dict[Graph, Callable[[], Verified]] = {}
+        self._ends: CapturedPass[Outcome] | None = None
 
     @staticmethod
     def bytes_for(widest: int) -> int:
-        """Bytes that a graph keeps of one request, of which there are no more than rows."""
+        """Bytes that a graph and the end behind it keep of one request, of which there are no more than rows."""
         committed = (widest + 3) * torch.int64.itemsize + torch.int32.itemsize
-        return committed + (1 + 3) * torch.float32.itemsize  # entropy, and a router's outputs
+        return 2 * (committed + (1 + 3) * torch.float32.itemsize)  # entropy, and a router's outputs
 
-    def capture(self, graph: Hashable, rows: Verified) -> None:
+    @staticmethod
+    def mask_bytes(rows: int, vocabulary: int) -> int:
+        """Bytes of the masks that ends of graphs of up to so many rows read."""
+        words = -(-vocabulary // 32)
+        return (masks_of_places(rows, words) + 1 + rows) * words * torch.int32.itemsize
+
+    def capture(self, graph: Graph, of_graph: Callable[[], Verified]) -> None:
         """Issue all of it over the tensors of a graph. Its requests that are none have request row 0."""
-        rows = rows._replace(request_rows=rows.request_rows * self._commits)
-        rows = rows._replace(predictions=self.sample(rows))
+        self._ends = None  # of other graphs
+        rows = of_graph()
+        self._captured[graph] = self._end(rows._replace(request_rows=rows.request_rows * self._commits))
+        self._rows[graph] = of_graph
+
+    def capture_ends(self, recorder: Recorder | None) -> None:
+        """Capture all of it behind each graph, too, for masks; None: it runs as written.
+
+        Raises ConfigError where it cannot be captured.
+        """
+        if recorder is None or not self._rows:
+            return
+        graphs = {graph[1]: graph for graph in self._rows}
+        vocabulary = self._rows[graphs[max(graphs)]]().logits.shape[1]
+        size = self.mask_bytes(max(graphs), vocabulary) // torch.int32.itemsize
+        masks = torch.zeros(size, dtype=torch.int32, device=self._text.device)
+        self._masks = masks.view(-1, -(-vocabulary // 32))
+
+        def end(size: int) -> Outcome:
+            return self._end(self._rows[graphs[size]](), (self._masks, mask_places(self._masks, size)))
+
+        self._ends = CapturedPass("a round's end", end, sorted(graphs), recorder)
+
+    def _end(self, rows: Verified, masks: Masks | None = None) -> Outcome:
+        if masks is not None:
+            bits, place = masks
+            masks = bits, place.clamp(min=0)
+            rows = rows._replace(input_ids=rows.input_ids.masked_fill(place < 0, NO_TOKEN))
+        rows = rows._replace(predictions=self.sample(rows, masks))
         committed = self._accept(rows, self._stops.few, self._widest)
         # Requests without rows are counted as having them behind the last one.
         committed = committed._replace(last_rows=committed.last_rows.clamp(max=len(rows.logits) - 1))
         self.park(rows, committed)
-        self._captured[graph] = committed, self.signals(rows, committed, self._needs())
+        return committed, self.signals(rows, committed, self._needs())
 
     def let_graphs_commit(self, unchanged: bool, row_ids: Sequence[int]) -> None:
         """Whether the graph that is replayed next, if any, may commit.
 
         Args:
-            unchanged: tokens are sampled from the logits as they are. row_ids: request rows; one whose stops are more
-                than a graph reads keeps the batch from it.
+            unchanged: tokens are sampled from the logits as they are. row_ids: request rows; one with more stops
+                than graphs read keeps the batch from them.
         """
-        may = unchanged and not self._stops.exceed_few(row_ids)
+        self._few = not self._stops.exceed_few(row_ids)
+        may = unchanged and self._few
         if may != self._committing and self._captured:
             self._commits.fill_(may)
             self._committing = may
 
-    def outcome(self, graph: Hashable, requests: int) -> tuple[Committed, Signals] | None:
-        """Tokens that a graph just replayed committed for its first so many requests, and its `signals`; None if it
-        might not commit. They are good until the next replay.
+    def finish(self, rows: Verified, requests: int, masks: torch.Tensor | None) -> Verified:
+        """With what the graph that was just replayed committed of its first so many requests, and `signals`, or what an
+        end behind it does under masks. As it is if neither may. Good until the next replay.
+
+        Args:
+            masks: `packed` of `Masks`, if any.
         """
-        if not self._committing or graph not in self._captured:
-            return None
-        committed, signals = self._captured[graph]
-        first = Committed(*(field[:requests] for field in committed))
-        return first, {name: signal[:requests] for name, signal in signals.items()}
+        if rows.graph not in self._rows or not self._few:
+            return rows
+        if self._committing:
+            committed, signals = self._captured[rows.graph]
+        elif self._ends is None or masks is None:
+            return rows
+        else:
+            self._masks[: len(masks)].copy_(masks, non_blocking=True)
+            committed, signals = self._ends.replay(rows.graph[1])
+        committed = Committed(*(field[:requests] for field in committed))
+        signals = {name: signal[:requests] for name, signal in signals.items()}
+        return rows._replace(committed=committed, signals=signals)
 
     def sample(self, rows: Verified, masks: Masks | None = None, first: int = 0) -> torch.Tensor:
         """[T] int64, a token for each row of `rows.logits`. masks, first: as of `sample_rows`."""

@@ -191,6 +191,8 @@ def reserve(
     parts["rings"] = sync.bytes_for(rows)
     parts["drafters"] = sum(drafter.bytes_for(rows) for drafter in of_text(drafters).values())
     if graphs.captures_passes(target.device):
+        most = graphs.most_rows(requests, widest)
+        parts["masks"] = Epilogue.mask_bytes(most, target.shape.vocab_size)
         parts["drafters"] += sync.captured_bytes(requests)
         # Passes are captured into the same memory, one at a time.
         parts["drafters"] += max((drafter.captured_bytes(requests) for drafter in kv), default=0)

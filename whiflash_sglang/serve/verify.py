@@ -58,19 +58,22 @@ class VerifyStage:
         block = padded if host_widths is None else packed(padded, sum(host_widths))
         masks = Masks(block, chosen.widths, turn.ahead) if batch.has_grammar else None
         sends = sends_tokens(batch.has_grammar)
-        changed = batch.has_grammar or sampling.changes_logits(batch) or sampling.is_sglangs(batch)
-        unchanged = not (changed or sends or self._checks)
-        self._epilogue.let_graphs_commit(unchanged, turn.row_ids)
+        changed = sampling.changes_logits(batch) or sampling.is_sglangs(batch)
+        in_graph = not (changed or sends or self._checks)
+        self._epilogue.let_graphs_commit(in_graph and masks is None, turn.row_ids)
         verified = self._target.verify(batch, padded, chosen.widths, host_widths, turn.stride)
         verified = verified._replace(starts=turn.starts, request_rows=turn.rows)
         masks = self._built(batch, masks, barrier)
         if self._checks:
             sampling.check_numbers(verified.logits)
+        if in_graph:
+            packed_masks = None if masks is None else masks.packed
+            verified = self._epilogue.finish(verified, len(turn), packed_masks)
         if verified.committed is None:
             predictions = self._sampled(batch, verified, block, turn, masks)
             predictions = first_ranks(predictions) if sends else predictions
             verified = verified._replace(predictions=predictions)
-        if masks is not None and masks.rejected:
+        if masks is not None and masks.rejected and verified.committed is None:
             block = _rejecting(block, masks.rejected)
             verified = verified._replace(input_ids=block.input_ids)
         for hook in self._hooks:

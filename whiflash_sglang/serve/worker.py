@@ -139,9 +139,11 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
 
     @torch.no_grad()
     def init_cuda_graphs(self) -> None:
-        """Called by the scheduler when the target's are captured: the drafters' passes, and what all of it costs."""
+        """Called by the scheduler when the target's are captured: ends, drafters' passes, and what all of it costs."""
         requests, costs = max_running_requests(), self.controller.costs
-        self.stages.drafting.capture(graphs.recorder(self.target.runner), requests)
+        recorder = graphs.recorder(self.target.runner)
+        self.stages.epilogue.capture_ends(recorder)
+        self.stages.drafting.capture(recorder, requests)
         start = self.target, self.drafters, self.sync, self.host, self.clock.timer, requests
         pricing.price(costs, pricing.Start(*start), self.ranks)
         if self.ranks.leads:

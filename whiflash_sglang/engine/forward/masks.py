@@ -1,7 +1,7 @@
 """Tokens that grammars allow at every verified row, as bit masks for SGLang's sampler."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.utils.common import async_d2h
 from whiflash_kernels import MixedBlock
 
-from whiflash_sglang.device.transfers import sent
+from whiflash_sglang.device.transfers import mask_places, masks_of_places
 from whiflash_sglang.structure.spending import Spending
 
 
@@ -23,8 +23,10 @@ class Masks:
         block: the rows. widths: [B] int, rows of each request. ahead: per request, equally many tokens that were
             committed and that its grammar has not seen, the bonus token last; they go before its rows.
 
-    Attributes:
-        rejected: packed rows of drafts that there was no time to mask, which must not be accepted. Filled by `build`.
+    Attributes: (filled by `build`)
+        packed: [M, words] int32 on the host, pinned if the rows are on a GPU; `mask_places` are at its beginning,
+            -1 for the rejected.
+        rejected: packed rows of drafts that there was no time to mask, which must not be accepted.
     """
 
     def __init__(self, block: MixedBlock, widths: torch.Tensor, ahead: Sequence[Sequence[int]]) -> None:
@@ -47,10 +49,14 @@ class Masks:
         self._copied.synchronize()
         widths, ids = (copy.tolist() for copy in self._host)
         last, vocabulary = grammars[max(grammars)], batch.sampling_info.vocab_size
-        # Rows that nothing constrains share the first mask.
-        count = 1 + sum(widths[i] for i in grammars)
-        bits = last.allocate_vocab_mask(vocab_size=vocabulary, batch_size=count, device="cpu")
-        place, first, used = [0] * self._size, 0, 1
+        words = -(-vocabulary // 32)
+        # Rows that nothing constrains share the first mask behind the places.
+        free = masks_of_places(self._size, words)
+        count = free + 1 + sum(widths[i] for i in grammars)
+        # Not the grammars': some have theirs in memory whose copy the host would wait for.
+        pinned = self._host[1].is_pinned()
+        bits = torch.full((count, words), -1, dtype=torch.int32, pin_memory=pinned)
+        place, first, used = [free] * self._size, 0, free + 1
         for i, width in enumerate(widths):
             if i in grammars:
                 chain, own = ids[first + 1 : first + width], bits[used : used + width]
@@ -62,22 +68,27 @@ class Masks:
                     batch.reqs[i].to_finish = FINISH_ABORT(
                         f"Grammar failed: {error}", 500, "InternalServerError"
                     )
-                self.rejected += [first + masked] * (masked < width)
                 place[first : first + width] = range(used, used + width)
+                if masked < width:
+                    self.rejected.append(first + masked)
+                    place[first + masked] = -1
                 used += width
             first += width
-        self._bits = GrammarMask(last, bits.to(self._device, non_blocking=True))
-        self._place = sent(place, self._device)
+        mask_places(bits, self._size).numpy()[:] = place
+        self._grammar, self.packed = last, bits
         return True
 
-    @property
+    @cached_property
     def of_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[M, words] int32, and [T] int64, which of them each packed row has: `masks` of `sample_rows`."""
-        return self._bits.vocab_mask, self._place
+        bits = self.packed.to(self._device, non_blocking=True)
+        place = mask_places(bits, self._size)
+        return bits, place.clamp(min=0) if self.rejected else place
 
     def of(self, rows: slice) -> GrammarMask:
         """Masks of these packed rows, as SGLang has them."""
-        return GrammarMask(self._bits.grammar, self._bits.vocab_mask[self._place[rows]])
+        bits, place = self.of_rows
+        return GrammarMask(self._grammar, bits[place[rows]])
 
 
 def fill_masks(

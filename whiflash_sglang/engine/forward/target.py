@@ -4,7 +4,9 @@ A target that takes images counts a token's time, height and width (M-RoPE). Tho
 they differ from the position by the request's delta. SGLang lays them out for drafts of one length.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +20,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.dflash_info import DFlashVerifyInput
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from sglang.srt.speculative.spec_utils import prepare_mamba_track_for_verify
-from whiflash_kernels import Committed, MixedBlock, prepare_mixed_block
+from whiflash_kernels import MixedBlock, prepare_mixed_block
 
 from whiflash_sglang.device.transfers import sent
 from whiflash_sglang.engine.forward import graphs, lora, recurrent
@@ -33,9 +35,7 @@ from whiflash_sglang.records.core import Verified
 class GraphEnd(Protocol):
     """End of a verification's graph, captured after its forward (`round/epilogue.py`)."""
 
-    def capture(self, graph: Hashable, rows: Verified) -> None: ...
-
-    def outcome(self, graph: Hashable, requests: int) -> tuple[Committed, dict[str, torch.Tensor]] | None: ...
+    def capture(self, graph: tuple[int, int], of_graph: Callable[[], Verified]) -> None: ...
 
 
 class Target(LoadedTarget):
@@ -47,7 +47,6 @@ class Target(LoadedTarget):
         self.tokenizer: Any = target_worker.tokenizer
         # The same in all ranks of a replica, another one in each replica.
         self.random_seed = int(target_worker.random_seed) + (get_parallel().dp_rank or 0)
-        self._epilogue: GraphEnd | None = None
         self.peers = Peers()
         recurrent.install(target_worker.model_config, self.device)
         lora.require_plain_layers(self.runner)
@@ -153,33 +152,20 @@ class Target(LoadedTarget):
 
     def end_graphs_with(self, epilogue: GraphEnd) -> None:
         """Have `epilogue` captured behind the forward of every verification's graph."""
-        self._epilogue = epilogue
 
         def end(runner: Any, output: Any, forward_batch: Any, rows: int) -> None:
             layout = forward_batch.spec_info.ragged_verify_layout
             if layout is None:
                 return
-            features, final = self._captured.states(output)
-            verified = Verified(
-                output.next_token_logits,
-                features,
-                final,
-                forward_batch.input_ids,
-                layout.qo_indptr_device,
-                forward_batch.seq_lens,
-                forward_batch.req_pool_indices,
-            )
-            epilogue.capture((id(runner), rows), verified)
+            packed = forward_batch.input_ids, layout.qo_indptr_device
+            requests = forward_batch.seq_lens, forward_batch.req_pool_indices
+            epilogue.capture((id(runner), rows), partial(self._rows_of, copy(output), *packed, *requests))
 
         self.runner.capture_tail_hooks.append(end)
 
-    def _with_outcome(self, verified: Verified, rows: int, requests: int) -> Verified:
-        """With what the graph of so many rows, which was just replayed, committed."""
-        if self._epilogue is None:
-            return verified
-        graph = id(self.runner.decode_cuda_graph_runner), rows
-        outcome = self._epilogue.outcome(graph, requests)
-        return verified if outcome is None else verified._replace(committed=outcome[0], signals=outcome[1])
+    def _rows_of(self, output: Any, *packed: Any) -> Verified:
+        features, final = self._captured.states(output)
+        return Verified(output.next_token_logits, features, final, *packed)
 
     def verify(
         self,
@@ -198,7 +184,8 @@ class Target(LoadedTarget):
         output, total = result.logits_output, None if widths is None else sum(widths)
         features, final_hidden = self._captured.take(output)
         output.next_token_logits = output.next_token_logits[:total]
-        verified = Verified(
+        replayed = id(self.runner.decode_cuda_graph_runner), len(block.input_ids)
+        return Verified(
             output.next_token_logits,
             features[:total],
             None if final_hidden is None else final_hidden[:total],
@@ -207,10 +194,8 @@ class Target(LoadedTarget):
             batch.seq_lens,
             batch.req_pool_indices,
             forward=result,
+            graph=replayed if result.can_run_cuda_graph else None,
         )
-        if not result.can_run_cuda_graph:
-            return verified
-        return self._with_outcome(verified, len(block.input_ids), len(verify_lens))
 
     def commit(self, batch: Any, starts: torch.Tensor, accept_lens: torch.Tensor) -> None:
         """After `verify`: what the target keeps of a request beside KV goes on behind its last accepted row.
