@@ -89,7 +89,7 @@ class History:
             {"noting": self.arm},
             self.sync,
             self.controller,
-            *[Mock(return_value=None) for _ in range(4)],
+            *[Mock(return_value=None) for _ in range(5)],
             hooks=(),
             sample_rate=0.0,
             quarantine=Quarantine(["noting"]),

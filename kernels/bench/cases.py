@@ -15,6 +15,7 @@ from whiflash_kernels import (
     Eagle3Weights,
     GraphSlots,
     KVPools,
+    PenaltyTable,
     SamplingTable,
     accept_and_commit,
     choose_drafts,
@@ -28,6 +29,7 @@ from whiflash_kernels import (
     lay_drafts,
     park,
     pass_rows,
+    penalise_rows,
     prepare_mixed_block,
     propose_copies,
     router_mlp,
@@ -142,15 +144,26 @@ def routing_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
 
 
 def sampling_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
-    """A row of each request, at temperature 0.6 and top-p 0.95."""
+    """A row of each request, at temperature 0.6 and top-p 0.95, and its penalties."""
     parameters = torch.tensor([0.6, 1 << 30, 0.95, 0.0], device=bench.device).repeat(bench.slots, 1)
     table = SamplingTable(parameters, bench.below(1 << 30, bench.slots))
+    own = torch.arange(bench.slots, device=bench.device)[:, None]
+    penalties = PenaltyTable(
+        bench.chances(bench.slots, 3) + 1,
+        own * torch.tensor([1, 1, 0, 0], device=bench.device),
+        bench.chances(bench.slots, bench.shape.vocab),
+        torch.zeros(bench.slots, bench.shape.vocab, dtype=torch.int32, device=bench.device),
+    )
+    text = bench.below(bench.shape.vocab, bench.slots, bench.sizes.context)
     for rows in (*bench.sizes.batches, *([] if fill is None else [fill])):
         logits = bench.random(rows, bench.shape.vocab).mul_(bench.shape.vocab**0.5 * 3)
         indptr = torch.arange(rows + 1, dtype=torch.int32, device=bench.device)
         lengths, slots = bench.below(bench.sizes.context, rows), bench.below(bench.slots - 1, rows) + 1
         call = partial(sample_rows, logits, indptr, lengths, slots, table)
         yield Case("sample_rows", f"{rows} x {bench.shape.vocab}", call, logits.nbytes)
+        batch = bench.below(bench.shape.vocab, rows), indptr, lengths, slots, text
+        call = partial(penalise_rows, logits.float(), *batch, penalties)
+        yield Case("penalise_rows", f"{rows} x {bench.shape.vocab}", call, 16 * logits.numel())
 
 
 def backlog_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:

@@ -19,8 +19,8 @@ sys.exit(bench.main())
 
 NAMES = (
     "accept_and_commit choose_drafts claim_backlogs cut_drafts dflash_catch_up draft_attention draft_inputs fill_slots "
-    "eagle3_catch_up lay_drafts park pass_rows prepare_mixed_block propose_copies rms_norm router_mlp routing_stats "
-    "sample_rows silu_and_mul switch unpark verify_attention"
+    "eagle3_catch_up lay_drafts park pass_rows penalise_rows prepare_mixed_block propose_copies rms_norm router_mlp "
+    "routing_stats sample_rows silu_and_mul switch unpark verify_attention"
 )
 OPS = {*NAMES.split(), "verify round"}
 

@@ -17,7 +17,7 @@ from whiflash_kernels.drafts import choose_drafts, cut_drafts, lay_drafts
 from whiflash_kernels.passes import draft_inputs, pass_rows
 from whiflash_kernels.router import router_mlp
 from whiflash_kernels.routing import routing_stats
-from whiflash_kernels.sampling import sample_rows
+from whiflash_kernels.sampling import penalise_rows, sample_rows
 from whiflash_kernels.structs import (
     BacklogRings,
     Chosen,
@@ -30,6 +30,7 @@ from whiflash_kernels.structs import (
     KVPools,
     MixedBlock,
     PassInputs,
+    PenaltyTable,
     SamplingTable,
 )
 from whiflash_kernels.verify import verify_attention
@@ -48,6 +49,7 @@ __all__ = [
     "KVPools",
     "MixedBlock",
     "PassInputs",
+    "PenaltyTable",
     "SamplingTable",
     "accept_and_commit",
     "choose_drafts",
@@ -61,6 +63,7 @@ __all__ = [
     "lay_drafts",
     "park",
     "pass_rows",
+    "penalise_rows",
     "prepare_mixed_block",
     "propose_copies",
     "router_mlp",

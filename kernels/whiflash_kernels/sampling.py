@@ -1,7 +1,8 @@
 """The token of every verified row: the likeliest, or one drawn with noise that belongs to a request and a position.
 
 Noise is a function of a request's seed, a position and a token. So a row that was rejected is drawn again with the same
-noise, and a graph replays the draw. A text does not depend on what was drafted or who was served beside it.
+noise, and a graph replays the draw. A text does not depend on what was drafted or who was served beside it. Penalties
+and biases change the logits before (`penalise_rows`).
 """
 
 from math import log
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from whiflash_kernels.dispatch import op
 from whiflash_kernels.routing import check_logits
-from whiflash_kernels.structs import SamplingTable
+from whiflash_kernels.structs import PenaltyTable, SamplingTable
 
 GREEDY = 1
 """A request with at most so many likeliest tokens takes the likeliest."""
@@ -181,3 +182,64 @@ def _keys(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 def _signed(bits: int) -> int:
     return bits - (1 << 64)
+
+
+def _check_penalties(logits: Tensor, *arguments: Any, **_: Any) -> None:
+    check_logits(logits)
+    if arguments[5].bias.shape[1] != logits.shape[1]:
+        raise ValueError(f"a bias of {arguments[5].bias.shape[1]} tokens is not for {logits.shape[1]}")
+
+
+@op(_check_penalties)
+def penalise_rows(
+    logits: Tensor,
+    input_ids: Tensor,
+    qo_indptr: Tensor,
+    seq_lens: Tensor,
+    request_slots: Tensor,
+    text: Tensor,
+    table: PenaltyTable,
+    *,
+    first: int = 0,
+) -> None:
+    """Change the logits of packed rows in place, as plain decoding would have them there.
+
+    Upstream's workers hold penalties for a whole block or drop them. With rows, requests, slots and positions as of
+    `sample_rows`, (place, early, answer, enough) = table.places[s] and c(v) the number of v among text[s, answer :
+    seq_lens[b] + 1] and input_ids[qo_indptr[b] + 1 : first + t + 1]: where place >= 0, x = logits[t, v] becomes
+    x - frequency c(v) - presence [c(v) > 0]. Then, where c(v) > 0, it is multiplied by repetition if it is below 0,
+    else divided. Last bias[place, v] is added, or bias[early, v] while p + 1 < enough.
+
+    Args:
+        logits: [T, V] bf16, fp16 or fp32, last dimension contiguous.
+        input_ids: [T'] int64, contiguous, of all packed rows; below 0 it is not counted.
+        qo_indptr, seq_lens, request_slots, first: as of `sample_rows`.
+        text: [slots, context] int64, last dimension contiguous.
+        table: ``counts`` is written.
+
+    Raises:
+        ValueError: ``logits`` has another shape or layout, or another vocabulary than the table.
+
+    Grid: (B, context / block), which counts the text; then (T, V / block). Other rows are not read. Graph-capturable.
+    Numerics: float32. Fallback: torch, request after request.
+    """
+    bounds, lengths, ids = qo_indptr.tolist(), seq_lens.tolist(), input_ids.tolist()
+    for request, slot in enumerate(request_slots.tolist()):
+        place, early, answer, enough = table.places[slot].tolist()
+        begin, end = max(bounds[request], first), min(bounds[request + 1], first + len(logits))
+        if place < 0 or begin >= end:
+            continue
+        frequency, presence, repetition = table.factors[slot].tolist()
+        rows = logits[begin - first : end - first]
+        committed = torch.bincount(text[slot, answer : lengths[request] + 1], minlength=rows.shape[1])
+        counts = committed.float().repeat(len(rows), 1)
+        for row in range(bounds[request] + 1, end):
+            if ids[row] >= 0:
+                counts[max(row - begin, 0) :, ids[row]] += 1
+        met = counts > 0
+        x = rows.float() + counts.mul_(-frequency).sub_(met * presence)
+        x = torch.where(met, torch.where(x < 0, x * repetition, x / repetition), x)
+        short = min(max(enough - 1 - lengths[request] - begin + bounds[request], 0), len(rows))
+        x[:short] += table.bias[early]
+        x[short:] += table.bias[place]
+        rows.copy_(x)

@@ -250,6 +250,20 @@ class SamplingTable(NamedTuple):
     """[slots] int64, of a request's noise."""
 
 
+class PenaltyTable(NamedTuple):
+    """Penalties and bias of the request of each slot; slot 0 is nobody's."""
+
+    factors: Tensor
+    """[slots, 3] float32, contiguous: frequency, presence and repetition penalty."""
+    places: Tensor
+    """[slots, 4] int64, contiguous: rows of ``bias``, and of ``bias`` while it must not end; position of its first
+    generated token, and from which on it may end. The first is below 0 for a request without penalties."""
+    bias: Tensor
+    """[places, V] float32, contiguous."""
+    counts: Tensor
+    """[places, V] int32, contiguous: a place to count in."""
+
+
 class Committed(NamedTuple):
     """A verification's outcome, for each request."""
 

@@ -1,8 +1,11 @@
 """Caches keep their values where these were put, and take the bytes that they say."""
 
+from math import inf
+
 import torch
 
 from whiflash_sglang.cache.backlog import FeatureRings, FeatureRows
+from whiflash_sglang.cache.penalties import Penalties, PenaltyRows
 from whiflash_sglang.cache.tokens import DraftKV, SamplingRows, TokenTable
 from whiflash_sglang.device.transfers import Upload
 
@@ -53,3 +56,35 @@ def test_every_request_has_a_seed_of_its_own() -> None:
         seeds.add(int(table.data.seeds[row]))
         assert table.data.parameters[row].tolist() == [0.5, 40.0, 0.75, 0.25]
     assert len(seeds) == 4
+
+
+def test_penalties_have_places_while_their_requests_run() -> None:
+    """Graphs read the first two, which stay where they are; more are made when they are needed."""
+    rows = PenaltyRows(4, 9, 2, "cpu")
+    where = [t.data_ptr() for t in rows.few]
+    assert sum(t.nbytes for t in rows.few) == PenaltyRows.bytes_for(4, 9, 2)
+
+    def begin(row: int, penalties: Penalties | None) -> list[int]:
+        upload = Upload()
+        rows.begin(upload, row, penalties)
+        upload.send(torch.device("cpu"))
+        return rows.few.places[row].tolist()
+
+    biased = Penalties(0.5, 0.25, 1.5, {3: 2.0, 5: -1.0}, 7, 7, (8,))
+    assert begin(1, biased)[0] == 0
+    assert rows.few.factors[1].tolist() == [0.5, 0.25, 1.5]
+    assert (rows.any([1]), rows.any([0, 2]), rows.exceed_few([1])) == (True, False, False)
+    place, early, *positions = begin(2, biased._replace(enough=10))
+    assert (sorted([place, early]), positions, rows.exceed_few([1, 2])) == ([1, 2], [7, 10], True)
+    expected = [0, 0, 0, 2, 0, -1, 0, 0, 0]
+    assert rows.data.bias[place].tolist() == expected
+    assert rows.data.bias[early].tolist() == [*expected[:-1], -inf]
+    assert rows.few.bias.tolist() == [expected, expected]
+    for row in (1, 2):
+        rows.end(row)
+    assert not rows.any([1, 2])
+    assert begin(1, None)[0] == -1
+    assert begin(3, biased._replace(bias={}))[0] == 0
+    assert not rows.few.bias[0].any()
+    assert not rows.data.bias[0].any()
+    assert [t.data_ptr() for t in rows.few] == where

@@ -98,6 +98,8 @@ def emulated_graphs(
 def captured_epilogues(epilogue: Any) -> Iterator[list[bool]]:
     """Whether graphs, or the ends behind them, committed since; captured graphs are forgotten at the end."""
     committed: list[bool] = []
+    slots, vocabulary = len(epilogue.penalties.few.places), epilogue.penalties.few.bias.shape[1]
+    epilogue.penalties.__init__(slots, vocabulary, slots, "cpu")  # as on a card
     epilogue.capture_ends(TapeRecorder())
     finish, decide = epilogue.finish, epilogue.let_graphs_commit
 
@@ -114,7 +116,7 @@ def captured_epilogues(epilogue: Any) -> Iterator[list[bool]]:
         yield committed
     epilogue._captured.clear()
     epilogue._rows.clear()
-    epilogue._ends = None
+    epilogue._ends.clear()
     epilogue._commits.zero_()
     epilogue._committing = False
 

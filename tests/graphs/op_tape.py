@@ -36,6 +36,7 @@ KERNELS = (
     "whiflash_sglang.arms.block.dflash_catch_up",
     "whiflash_sglang.arms.chain.eagle3_catch_up",
     "whiflash_sglang.round.epilogue.accept_and_commit",
+    "whiflash_sglang.round.epilogue.penalise_rows",
     "whiflash_sglang.round.epilogue.sample_rows",
     "sglang.srt.distributed.parallel_state.reg_all_gather_into_tensor",
     "sglang.srt.distributed.parallel_state.reg_reduce_scatter_tensor",

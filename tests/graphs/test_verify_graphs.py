@@ -19,6 +19,7 @@ from op_tape import NotCapturableError
 from tiny_models import tiny_dflash
 from whiflash_kernels import prepare_mixed_block
 
+from whiflash_sglang.cache.penalties import Penalties
 from whiflash_sglang.cache.tokens import FEW, NO_TOKEN
 from whiflash_sglang.device.capture import MOST_DRAFTS, graded
 from whiflash_sglang.device.transfers import Upload, mask_places, masks_of_places
@@ -88,6 +89,7 @@ class Bench:
         *,
         greedy: bool = False,
         masked: bool = False,
+        penalised: bool = False,
         pad_slot: int = 0,
     ) -> tuple[Verified, list[int]]:
         """A verification of so many rows, and the requests' rows. greedy: a graph may commit. masked: under `masks`,
@@ -107,16 +109,19 @@ class Bench:
             pad_slot=pad_slot,
         )
         row_ids = request_rows.tolist()
-        self.epilogue.let_graphs_commit(greedy and not masked, row_ids)
+        self.epilogue.let_graphs_commit(greedy and not masked and not penalised, row_ids)
         verified = self.target.verify(batch, block, verify_lens, None, WIDEST)
         rejected = [at for at in accumulate(widths, initial=1) if masked and at < sum(widths)]
         masks = self.masks(rows, rejected)
         if greedy:
-            verified = self.epilogue.finish(verified, count, masks if masked else None)
+            verified = self.epilogue.finish(verified, count, masks if masked else None, penalised)
         if verified.committed is None:
             verified = verified._replace(request_rows=request_rows)
             of_rows = masks, mask_places(masks, rows).clamp(min=0)
-            tokens = self.epilogue.sample(verified, of_rows if masked else None)
+            changed = verified._replace(logits=verified.logits.clone())
+            if penalised:
+                self.epilogue.penalise(changed, changed.logits)
+            tokens = self.epilogue.sample(changed, of_rows if masked else None)
             ids = verified.input_ids.index_fill(0, torch.tensor(rejected, dtype=torch.int64), NO_TOKEN)
             verified = verified._replace(predictions=tokens, input_ids=ids)
         return verified._replace(request_rows=request_rows), row_ids
@@ -133,34 +138,35 @@ class Bench:
         mask_places(packed, rows)[list(rejected)] = -1
         return packed
 
-    def committed(
-        self, widths: Sequence[int], *, replayed: bool = True, masked: bool = False
-    ) -> list[torch.Tensor]:
+    def committed(self, widths: Sequence[int], *, replayed: bool = True, **how: bool) -> list[torch.Tensor]:
         """Results and signals of a round of greedy tokens, logits and features; then every request's text and rings,
         and the K and V of every slot but the first, as they are afterwards.
         """
         before = [*self.pools, *self.kept]
         copies = [tensor.clone() for tensor in before]
         rows = self.target.rows_for(sum(widths), len(widths)) if replayed else sum(widths)
-        verified, row_ids = self.verify(widths, self.drafts(widths), rows, greedy=replayed, masked=masked)
+        verified, row_ids = self.verify(widths, self.drafts(widths), rows, greedy=replayed, **how)
         assert (verified.committed is not None) == replayed
         committed = self.epilogue.commit(verified, WIDEST)
         self.epilogue.park(verified, committed)
         signals = self.epilogue.signals(verified, committed, {"entropy", "delta"})
-        given = [t[: sum(widths)] for t in (verified.logits, verified.features)]
+        # Penalties are written over the logits.
+        given = [
+            t[: sum(widths)] for t in (verified.logits, verified.features)[how.get("penalised", False) :]
+        ]
         kept = [*(kept[row_ids] for kept in self.kept), *(pool[1:] for pool in self.pools)]
         found = [t.clone() for t in (*committed, *signals.values(), *given, *kept)]
         for tensor, held in zip(before, copies, strict=True):
             tensor.copy_(held)
         return found
 
-    def compare(self, widths: Sequence[int], *, masked: bool = False) -> list[torch.Tensor]:
+    def compare(self, widths: Sequence[int], **how: bool) -> list[torch.Tensor]:
         """Replayed against eager."""
         rows, before = self.target.rows_for(sum(widths), len(widths)), len(self.graphs.backend.replayed)
-        replayed = self.committed(widths, masked=masked)
+        replayed = self.committed(widths, **how)
         assert self.graphs.backend.replayed[before:] == [rows]
         with _without(self.target.runner):
-            eager = self.committed(widths, replayed=False, masked=masked)
+            eager = self.committed(widths, replayed=False, **how)
         for a, b in zip(replayed, eager, strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
         return replayed
@@ -256,8 +262,24 @@ def test_every_graph_gives_and_commits_what_an_eager_verification_does(bench: Be
         accepted |= set(bench.compare(widths)[0].tolist())
     assert set(bench.graphs.backend.replayed) >= set(buckets)
     assert {1, 2, WIDEST} <= accepted
-    masked = [bench.compare(widths, masked=True)[1] for widths in [*layouts(buckets), *CASES]]
-    assert not torch.equal(masked[-1], bench.compare(CASES[-1])[1])
+
+
+@pytest.mark.parametrize(("masked", "penalised"), [(True, False), (False, True), (True, True)])
+def test_every_end_behind_a_graph_commits_what_is_sampled_under_what_it_has(
+    bench: Bench, masked: bool, penalised: bool
+) -> None:
+    """Penalised requests stand beside others, and some rows are not masked in time."""
+    plain = bench.compare(CASES[-1])[1]
+    penalties = Penalties(0.5, 0.3, 1.2, {int(token): -9.0 for token in bench.right[0, :9]}, 2, 9, (3, 7))
+    upload, rows = Upload(), bench.batch.req_pool_indices.tolist()[:4:2]
+    for row in rows:
+        bench.epilogue.penalties.begin(upload, row, penalties)
+    upload.send(torch.device("cpu"))
+    for widths in [*layouts(bench.graphs.capture_num_tokens), *CASES]:
+        found = bench.compare(widths, masked=masked, penalised=penalised)[1]
+    assert not torch.equal(found, plain)
+    for row in rows:
+        bench.epilogue.penalties.begin(upload, row, None)
 
 
 def test_a_graph_that_may_not_commit_leaves_everything_as_it_was(bench: Bench) -> None:

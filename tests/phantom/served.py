@@ -74,7 +74,12 @@ RATED: dict[str, dict[str, Any]] = {
     "rated none": {"return_logprob": True, "top_logprobs_num": 0},
 }
 """Requests that ask for log-probabilities."""
-ONE: dict[str, dict[str, Any]] = {"grammar": {"regex": "[a-z ]{200}"}}
+ONE: dict[str, dict[str, Any]] = {
+    "grammar": {"regex": "[a-z ]{200}"},
+    "biased": NOT_GREEDY["biased"],
+    "penalised": NOT_GREEDY["penalised"],
+    "rated": RATED["rated three"],
+}
 """Parameters of one of four requests in a pass whose launches are counted."""
 
 

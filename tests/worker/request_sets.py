@@ -369,11 +369,11 @@ def loads() -> list[Arrival]:
 
 
 def short() -> list[Arrival]:
-    """For a small context. Half of them are sampled from adjusted logits, row by row."""
-    return [
-        replace(a, params=a.params | {"frequency_penalty": 0.3 * (i % 2)})
-        for i, a in enumerate(mixed(17, 6, shared=12, longest=30, stops=0.3, tokens=24))
-    ]
+    """For a small context. Most are sampled from changed logits, row by row."""
+    words, penalised = {"regex": "[A-Z]( ?[A-Z])*"}, {"frequency_penalty": 0.3}
+    kinds = cycle([{}, penalised, words, words | penalised, {"logit_bias": {"70": 2.0}}, penalised])
+    arrivals = mixed(17, 6, shared=12, longest=30, stops=0.3, tokens=24)
+    return [replace(a, params=a.params | kind) for a, kind in zip(arrivals, kinds, strict=False)]
 
 
 SETS: dict[str, Callable[[], list[Arrival]]] = {

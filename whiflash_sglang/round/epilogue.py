@@ -3,27 +3,31 @@
 Imports no SGLang.
 
 It is a function of a verification's packed rows, captured as the end of every verification's graph, and once more in a
-graph of its own for what is sampled under masks, which is replayed when they are made. If the host has another part in
-what is sampled from (penalties, log-probabilities), it runs as it is written. Results of a graph hold until the next
-replay: packing the round's download copies them.
+graph of its own for what is sampled under masks or penalties, which is replayed when the masks are made. If SGLang's
+sampler draws, it runs as it is written. Results of a graph hold until the next replay: packing the round's download
+copies them.
 
 A graph cannot leave its end out. If it must not commit, it does so for request row 0, which is nobody's and for which
 nothing is sampled: in it the rows are multiplied by a number on the device, which is 0 then.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 from whiflash_kernels import (
     Committed,
+    PenaltyTable,
     SamplingTable,
     accept_and_commit,
+    penalise_rows,
     router_mlp,
     routing_stats,
     sample_rows,
 )
 
 from whiflash_sglang.cache.backlog import FeatureRings
+from whiflash_sglang.cache.penalties import PenaltyRows
 from whiflash_sglang.cache.tokens import NO_TOKEN, StopTable
 from whiflash_sglang.device.capture import CapturedPass, Recorder
 from whiflash_sglang.device.transfers import mask_places, masks_of_places
@@ -57,25 +61,26 @@ class Epilogue:
         text: torch.Tensor,
         stops: StopTable,
         sampling: SamplingTable,
+        penalties: PenaltyRows,
         router: Layers | None,
         widest: int,
         needs: Callable[[], Collection[str]],
     ) -> None:
         self._rings, self._text, self._stops, self._router = rings, text, stops, router
-        self._sampling = sampling
+        self._sampling, self.penalties = sampling, penalties
         self._widest, self._needs = widest, needs
         self._commits = torch.zeros((), dtype=torch.int64, device=text.device)
         self._committing = False  # what the device was last sent
-        self._few = False  # whether the batch has no more stops than graphs read
+        self._few = False  # whether the batch has no more stops, and penalties, than graphs read
         self._captured: dict[Graph, Outcome] = {}
         self._rows: dict[Graph, Callable[[], Verified]] = {}
-        self._ends: CapturedPass[Outcome] | None = None
+        self._ends: dict[tuple[bool, bool], CapturedPass[Outcome]] = {}  # by whether masked, and penalised
 
     @staticmethod
     def bytes_for(widest: int) -> int:
-        """Bytes that a graph and the end behind it keep of one request, of which there are no more than rows."""
+        """Bytes that a graph and the ends behind it keep of one request, of which there are no more than rows."""
         committed = (widest + 3) * torch.int64.itemsize + torch.int32.itemsize
-        return 2 * (committed + (1 + 3) * torch.float32.itemsize)  # entropy, and a router's outputs
+        return 4 * (committed + (1 + 3) * torch.float32.itemsize)  # entropy, and a router's outputs
 
     @staticmethod
     def mask_bytes(rows: int, vocabulary: int) -> int:
@@ -85,13 +90,13 @@ class Epilogue:
 
     def capture(self, graph: Graph, of_graph: Callable[[], Verified]) -> None:
         """Issue all of it over the tensors of a graph. Its requests that are none have request row 0."""
-        self._ends = None  # of other graphs
+        self._ends.clear()  # of other graphs
         rows = of_graph()
         self._captured[graph] = self._end(rows._replace(request_rows=rows.request_rows * self._commits))
         self._rows[graph] = of_graph
 
     def capture_ends(self, recorder: Recorder | None) -> None:
-        """Capture all of it behind each graph, too, for masks; None: it runs as written.
+        """Capture all of it behind each graph, too, for masks, penalties and both; None: it runs as written.
 
         Raises ConfigError where it cannot be captured.
         """
@@ -103,55 +108,74 @@ class Epilogue:
         masks = torch.zeros(size, dtype=torch.int32, device=self._text.device)
         self._masks = masks.view(-1, -(-vocabulary // 32))
 
-        def end(size: int) -> Outcome:
-            return self._end(self._rows[graphs[size]](), (self._masks, mask_places(self._masks, size)))
+        def end(masked: bool, penalised: bool, size: int) -> Outcome:
+            masks = (self._masks, mask_places(self._masks, size)) if masked else None
+            return self._end(self._rows[graphs[size]](), masks, penalised)
 
-        self._ends = CapturedPass("a round's end", end, sorted(graphs), recorder)
+        for kind in ((True, False), (False, True), (True, True)):
+            self._ends[kind] = CapturedPass("a round's end", partial(end, *kind), sorted(graphs), recorder)
 
-    def _end(self, rows: Verified, masks: Masks | None = None) -> Outcome:
+    def _end(self, rows: Verified, masks: Masks | None = None, penalised: bool = False) -> Outcome:
         if masks is not None:
             bits, place = masks
             masks = bits, place.clamp(min=0)
             rows = rows._replace(input_ids=rows.input_ids.masked_fill(place < 0, NO_TOKEN))
+        needs, raw = {*self._needs()}, None
+        if penalised:  # in place, so that the signals of what the target says are read before
+            needs, raw = needs | {"entropy"}, routing_stats(rows.logits)[0]
+            self.penalise(rows, rows.logits, table=self.penalties.few)
         rows = rows._replace(predictions=self.sample(rows, masks))
         committed = self._accept(rows, self._stops.few, self._widest)
         # Requests without rows are counted as having them behind the last one.
         committed = committed._replace(last_rows=committed.last_rows.clamp(max=len(rows.logits) - 1))
         self.park(rows, committed)
-        return committed, self.signals(rows, committed, self._needs())
+        if raw is not None:
+            rows = rows._replace(signals={"entropy": raw[committed.last_rows]})
+        return committed, self.signals(rows, committed, needs)
 
     def let_graphs_commit(self, unchanged: bool, row_ids: Sequence[int]) -> None:
         """Whether the graph that is replayed next, if any, may commit.
 
         Args:
-            unchanged: tokens are sampled from the logits as they are. row_ids: request rows; one with more stops
-                than graphs read keeps the batch from them.
+            unchanged: tokens are sampled from the logits as they are. row_ids: request rows; one with more stops or
+                penalties than graphs read keeps the batch from them.
         """
-        self._few = not self._stops.exceed_few(row_ids)
+        self._few = not (self._stops.exceed_few(row_ids) or self.penalties.exceed_few(row_ids))
         may = unchanged and self._few
         if may != self._committing and self._captured:
             self._commits.fill_(may)
             self._committing = may
 
-    def finish(self, rows: Verified, requests: int, masks: torch.Tensor | None) -> Verified:
+    def finish(
+        self, rows: Verified, requests: int, masks: torch.Tensor | None, penalised: bool = False
+    ) -> Verified:
         """With what the graph that was just replayed committed of its first so many requests, and `signals`, or what an
-        end behind it does under masks. As it is if neither may. Good until the next replay.
+        end behind it does under masks or penalties. As it is if neither may. Good until the next replay.
 
         Args:
             masks: `packed` of `Masks`, if any.
         """
         if rows.graph not in self._rows or not self._few:
             return rows
+        end = self._ends.get((masks is not None, penalised))
         if self._committing:
             committed, signals = self._captured[rows.graph]
-        elif self._ends is None or masks is None:
+        elif end is None:
             return rows
         else:
-            self._masks[: len(masks)].copy_(masks, non_blocking=True)
-            committed, signals = self._ends.replay(rows.graph[1])
+            if masks is not None:
+                self._masks[: len(masks)].copy_(masks, non_blocking=True)
+            committed, signals = end.replay(rows.graph[1])
         committed = Committed(*(field[:requests] for field in committed))
         signals = {name: signal[:requests] for name, signal in signals.items()}
         return rows._replace(committed=committed, signals=signals)
+
+    def penalise(
+        self, rows: Verified, logits: torch.Tensor, first: int = 0, table: PenaltyTable | None = None
+    ) -> None:
+        """Change `logits`, [T, V] of packed rows from `first` on, in place as their requests ask."""
+        packed = rows.input_ids, rows.indptr, rows.starts, rows.request_rows
+        penalise_rows(logits, *packed, self._text, table or self.penalties.data, first=first)
 
     def sample(self, rows: Verified, masks: Masks | None = None, first: int = 0) -> torch.Tensor:
         """[T] int64, a token for each row of `rows.logits`. masks, first: as of `sample_rows`."""

@@ -13,6 +13,7 @@ from whiflash_sglang.arms.block import DFlashArm
 from whiflash_sglang.arms.chain import ChainArm, Eagle3Arm, MTPArm
 from whiflash_sglang.arms.lookup import LookupArm
 from whiflash_sglang.arms.structure import StructureArm
+from whiflash_sglang.cache.penalties import MOST_PENALISED, PenaltyRows
 from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
 from whiflash_sglang.checkpoints.hub import verify
@@ -24,6 +25,7 @@ from whiflash_sglang.engine.forward import graphs, triton_backend
 from whiflash_sglang.engine.forward.sampling import simulated_acceptance
 from whiflash_sglang.engine.forward.target import Target
 from whiflash_sglang.engine.scheduler import kv_budget, overlap, pricing
+from whiflash_sglang.engine.scheduler.spec_worker import max_running_requests
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.formats.mtp import MTPDrafter
@@ -190,9 +192,12 @@ def reserve(
     rows = kv_budget.request_rows(requests)
     parts["rings"] = sync.bytes_for(rows)
     parts["drafters"] = sum(drafter.bytes_for(rows) for drafter in of_text(drafters).values())
+    vocabulary = target.shape.vocab_size
+    places = min(requests, MOST_PENALISED) * graphs.captures_passes(target.device)
+    parts["penalties"] = PenaltyRows.bytes_for(rows, vocabulary, places)
     if graphs.captures_passes(target.device):
         most = graphs.most_rows(requests, widest)
-        parts["masks"] = Epilogue.mask_bytes(most, target.shape.vocab_size)
+        parts["masks"] = Epilogue.mask_bytes(most, vocabulary)
         parts["drafters"] += sync.captured_bytes(requests)
         # Passes are captured into the same memory, one at a time.
         parts["drafters"] += max((drafter.captured_bytes(requests) for drafter in kv), default=0)
@@ -272,11 +277,14 @@ def build_stages(parts: Parts) -> Stages:
     stops = StopTable(len(tokens.data), target.device)
     hooks = build_hooks(parts.settings, tokens, target, parts.ranks, widest)
     rows = SamplingRows(len(tokens.data), target.random_seed, target.device)
+    places = min(max_running_requests(), MOST_PENALISED) * graphs.captures_passes(target.device)
+    penalties = PenaltyRows(len(tokens.data), target.shape.vocab_size, places, target.device)
     epilogue = Epilogue(
         parts.sync.rings,
         tokens.data,
         stops,
         rows.data,
+        penalties,
         parts.router,
         widest,
         lambda: parts.controller.policy.needs,
@@ -286,7 +294,7 @@ def build_stages(parts: Parts) -> Stages:
     sources = DraftSources(parts.drafters, parts.quarantine, target.shape.vocab_size, parts.spending)
     return Stages(
         hooks=hooks,
-        lifecycle=_lifecycle(parts, stops, rows, hooks),
+        lifecycle=_lifecycle(parts, stops, rows, penalties, hooks),
         planner=Planner(
             drafters=parts.drafters,
             sync=parts.sync,
@@ -298,7 +306,7 @@ def build_stages(parts: Parts) -> Stages:
             ranks=parts.ranks,
         ),
         drafting=_drafting(parts, stops, rows, sources),
-        verifier=VerifyStage(target, tokens, parts.host, epilogue, hooks, parts.spending),
+        verifier=VerifyStage(target, parts.host, epilogue, hooks, parts.spending),
         epilogue=epilogue,
         learner=Learner(
             drafters=parts.drafters,
@@ -313,7 +321,9 @@ def build_stages(parts: Parts) -> Stages:
     )
 
 
-def _lifecycle(parts: Parts, stops: StopTable, rows: SamplingRows, hooks: Sequence[SampleHook]) -> Lifecycle:
+def _lifecycle(
+    parts: Parts, stops: StopTable, rows: SamplingRows, penalties: PenaltyRows, hooks: Sequence[SampleHook]
+) -> Lifecycle:
     longest, vocabulary = parts.settings.lookup.prediction_tokens, parts.target.shape.vocab_size
     return Lifecycle(
         of_text(parts.drafters),
@@ -322,6 +332,7 @@ def _lifecycle(parts: Parts, stops: StopTable, rows: SamplingRows, hooks: Sequen
         parts.tokens,
         stops,
         rows,
+        penalties,
         prediction_reader(parts.target.tokenizer, longest, vocabulary),
         hooks,
         parts.settings.traces.rate,

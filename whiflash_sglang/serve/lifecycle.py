@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from whiflash_sglang.arms.base import TextDrafter
+from whiflash_sglang.cache.penalties import PenaltyRows
 from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
 from whiflash_sglang.copying.tenants import Tenant, handle_of, tenant_of
 from whiflash_sglang.device.transfers import Upload
@@ -57,6 +58,7 @@ class Lifecycle:
         tokens: TokenTable,
         stops: StopTable,
         sampling_rows: SamplingRows,
+        penalties: PenaltyRows,
         read_prediction: ReadPrediction,
         hooks: Sequence[SampleHook],
         sample_rate: float,
@@ -67,6 +69,7 @@ class Lifecycle:
     ) -> None:
         self._drafters, self._sync, self._controller = drafters, sync, controller
         self._tokens, self._stops, self._sampling_rows = tokens, stops, sampling_rows
+        self._penalties = penalties
         self._read_prediction, self._hooks, self._sample_rate = read_prediction, hooks, sample_rate
         self._quarantine, self._tally, self._publisher, self._spool = quarantine, tally, publisher, spool
         self._consents: WeakKeyDictionary[Any, Consent] = WeakKeyDictionary()
@@ -125,6 +128,7 @@ class Lifecycle:
         self._tokens.begin(upload, row, readable(req.origin_input_ids), req.output_ids)
         self._stops.begin(upload, row, sampling.ending_ids(req))
         self._sampling_rows.begin(upload, row, sampling.parameters(req))
+        self._penalties.begin(upload, row, sampling.penalties_of(req))
         for hook in self._hooks:
             hook.begin(upload, row, req)
 
@@ -199,6 +203,7 @@ class Lifecycle:
     def _drop(self, request: Request) -> None:
         """Everything that is kept of a request goes."""
         self._sync.forget(request.row)
+        self._penalties.end(request.row)
         for arm, drafter in self._drafters.items():
             with self._quarantine.guard(arm, request):
                 drafter.end(request)

@@ -1,12 +1,13 @@
 """The verify stage of a round: one forward of the target over bonus tokens and drafts, and its token at every row."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from whiflash_kernels import MixedBlock, prepare_mixed_block
 
-from whiflash_sglang.cache.tokens import NO_TOKEN, TokenTable
+from whiflash_sglang.cache.tokens import NO_TOKEN
 from whiflash_sglang.device.transfers import HostView, sent
 from whiflash_sglang.engine.forward import sampling
 from whiflash_sglang.engine.forward.masks import Masks
@@ -21,21 +22,20 @@ class VerifyStage:
     """The target judges drafts.
 
     Args:
-        tokens: committed text, for penalties. epilogue: what graphs of the target's end with, where they may.
+        epilogue: what graphs of the target's end with, where they may.
         hooks: replace what was sampled, one after the other. spending: on grammars.
     """
 
     def __init__(
         self,
         target: Target,
-        tokens: TokenTable,
         host: HostView,
         epilogue: Epilogue,
         hooks: Sequence[SampleHook],
         spending: Spending,
     ) -> None:
         self._spending, self._checks = spending, sampling.checks_numbers()
-        self._target, self._tokens, self._host = target, tokens, host
+        self._target, self._host = target, host
         self._epilogue, self._hooks = epilogue, hooks
 
     def verify(self, batch: Any, turn: Round, barrier: Any) -> Verified:
@@ -58,9 +58,9 @@ class VerifyStage:
         block = padded if host_widths is None else packed(padded, sum(host_widths))
         masks = Masks(block, chosen.widths, turn.ahead) if batch.has_grammar else None
         sends = sends_tokens(batch.has_grammar)
-        changed = sampling.changes_logits(batch) or sampling.is_sglangs(batch)
-        in_graph = not (changed or sends or self._checks)
-        self._epilogue.let_graphs_commit(in_graph and masks is None, turn.row_ids)
+        penalised = self._epilogue.penalties.any(turn.row_ids)
+        in_graph = not (sampling.is_sglangs(batch) or sends or self._checks)
+        self._epilogue.let_graphs_commit(in_graph and masks is None and not penalised, turn.row_ids)
         verified = self._target.verify(batch, padded, chosen.widths, host_widths, turn.stride)
         verified = verified._replace(starts=turn.starts, request_rows=turn.rows)
         masks = self._built(batch, masks, barrier)
@@ -68,9 +68,9 @@ class VerifyStage:
             sampling.check_numbers(verified.logits)
         if in_graph:
             packed_masks = None if masks is None else masks.packed
-            verified = self._epilogue.finish(verified, len(turn), packed_masks)
+            verified = self._epilogue.finish(verified, len(turn), packed_masks, penalised)
         if verified.committed is None:
-            predictions = self._sampled(batch, verified, block, turn, masks)
+            predictions = self._sampled(batch, verified, block, masks, penalised)
             predictions = first_ranks(predictions) if sends else predictions
             verified = verified._replace(predictions=predictions)
         if masks is not None and masks.rejected and verified.committed is None:
@@ -81,21 +81,25 @@ class VerifyStage:
         return verified
 
     def _sampled(
-        self, batch: Any, verified: Verified, block: MixedBlock, turn: Round, masks: Masks | None
+        self, batch: Any, verified: Verified, block: MixedBlock, masks: Masks | None, penalised: bool
     ) -> torch.Tensor:
         """[T] int64, the target's token at each row."""
-        runner, text = self._target.runner, self._tokens.data
+        penalise = partial(self._epilogue.penalise, verified)
         if sampling.is_sglangs(batch):
-            return sampling.sample_as_sglang(runner, batch, verified.output, block, turn, masks, text)
+            runner = self._target.runner
+            return sampling.sample_as_sglang(
+                runner, batch, verified.output, block, masks, penalise if penalised else None
+            )
         of_rows = None if masks is None else masks.of_rows
-        if not sampling.changes_logits(batch):
+        if not penalised:
             return self._epilogue.sample(verified, of_rows)
-        return torch.cat(
-            [
-                self._epilogue.sample(verified._replace(logits=logits), of_rows, first)
-                for first, logits in sampling.changed_logits(batch, verified.logits, block, turn, text)
-            ]
-        )
+        sampled = []
+        for first in range(0, len(verified.logits), sampling.CHANGED_ROWS):
+            # A copy: the controller reads the raw distribution.
+            part = verified.logits[first : first + sampling.CHANGED_ROWS].clone()
+            penalise(part, first)
+            sampled.append(self._epilogue.sample(verified._replace(logits=part), of_rows, first))
+        return torch.cat(sampled)
 
     def _built(self, batch: Any, masks: Masks | None, barrier: Any) -> Masks | None:
         """`masks` when their bits are made, while the target runs; None if no request has a grammar.

@@ -1,6 +1,6 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The token of every verified row in two launches, without a sort."""
+"""The token of every verified row in two launches, without a sort; penalties before in two."""
 
 import torch
 import triton
@@ -21,7 +21,7 @@ _LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def _request(packed, qo_indptr, seq_lens, request_slots, requests, SLOTS: tl.constexpr):
-    """The request slot of a packed row, 0 without one, and its position."""
+    """The request slot of a packed row, 0 without one, its position, and the first row of its request."""
     request = tl.arange(0, SLOTS)
     ends = tl.load(qo_indptr + 1 + request, mask=request < requests, other=2147483647)
     owner = tl.sum((ends <= packed).to(tl.int32), axis=0)
@@ -29,7 +29,7 @@ def _request(packed, qo_indptr, seq_lens, request_slots, requests, SLOTS: tl.con
     slot = tl.load(request_slots + owner, mask=inside, other=0).to(tl.int64)
     begin = tl.load(qo_indptr + owner, mask=inside, other=0)
     position = tl.load(seq_lens + owner, mask=inside, other=0).to(tl.int64) + packed - begin
-    return slot, position
+    return slot, position, begin
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def _scan_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    slot, position = _request(first + row, qo_indptr, seq_lens, request_slots, requests, SLOTS)
+    slot, position, _ = _request(first + row, qo_indptr, seq_lens, request_slots, requests, SLOTS)
     if slot == 0:
         return
     drawn = tl.load(parameters + slot * 4 + 1) > 1.0
@@ -183,7 +183,7 @@ def _pick_kernel(
     MASKED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    slot, position = _request(first + row, qo_indptr, seq_lens, request_slots, requests, SLOTS)
+    slot, position, _ = _request(first + row, qo_indptr, seq_lens, request_slots, requests, SLOTS)
     if slot == 0:
         tl.store(tokens + row, slot)
         return
@@ -280,3 +280,70 @@ def sample_rows(
     _scan_kernel[(count, splits)](*read, *sizes, slice_length, splits, **constants, num_warps=SCAN_WARPS)
     _pick_kernel[(count,)](*read, tokens, *sizes, splits, **constants, SPLITS=most, num_warps=PICK_WARPS)
     return tokens
+
+
+@triton.jit
+def _count_kernel(seq_lens, request_slots, places, text, counts, vocab, text_stride, TILE: tl.constexpr):
+    request = tl.program_id(0)
+    slot = tl.load(request_slots + request).to(tl.int64)
+    place = tl.load(places + slot * 4)
+    if place < 0:
+        return
+    length = tl.load(seq_lens + request).to(tl.int64)
+    position = tl.load(places + slot * 4 + 2) + tl.program_id(1) * TILE + tl.arange(0, TILE)
+    token = tl.load(text + slot * text_stride + position, mask=position <= length, other=-1)
+    tl.atomic_add(counts + place * vocab + token, 1, mask=(token >= 0) & (token < vocab))
+
+
+@triton.jit(do_not_specialize=["requests", "first"])
+def _penalise_kernel(
+    logits,
+    input_ids,
+    qo_indptr,
+    seq_lens,
+    request_slots,
+    factors,
+    places,
+    bias,
+    counts,
+    requests,
+    first,
+    vocab,
+    row_stride,
+    SLOTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    slot, position, begin = _request(first + row, qo_indptr, seq_lens, request_slots, requests, SLOTS)
+    place = tl.load(places + slot * 4)
+    if place < 0:
+        return
+    is_short = position + 1 < tl.load(places + slot * 4 + 3)
+    added = bias + tl.where(is_short, tl.load(places + slot * 4 + 1), place) * vocab
+    token = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = token < vocab
+    count = tl.load(counts + place * vocab + token, mask=inside, other=0)
+    for draft in range(begin + 1, first + row + 1):
+        count += (tl.load(input_ids + draft) == token).to(tl.int32)
+    x = tl.load(logits + row * row_stride + token, mask=inside, other=0.0).to(tl.float32)
+    x -= count.to(tl.float32) * tl.load(factors + slot * 3)
+    x -= tl.where(count > 0, tl.load(factors + slot * 3 + 1), 0.0)
+    repetition = tl.load(factors + slot * 3 + 2)
+    x = tl.where(count > 0, tl.where(x < 0, x * repetition, x / repetition), x)
+    x += tl.load(added + token, mask=inside, other=0.0)
+    tl.store(logits + row * row_stride + token, x, mask=inside)
+
+
+def penalise_rows(logits, input_ids, qo_indptr, seq_lens, request_slots, text, table, *, first=0):
+    """See `whiflash_kernels.sampling.penalise_rows`."""
+    (rows, vocab), requests = logits.shape, len(request_slots)
+    if not rows or not requests:
+        return
+    lengths, slots = seq_lens.contiguous(), request_slots.contiguous()
+    table.counts.zero_()
+    texts = triton.cdiv(text.shape[1], TILE)
+    counted = lengths, slots, table.places, text, table.counts, vocab, text.stride(0)
+    _count_kernel[(requests, texts)](*counted, TILE=TILE, num_warps=8)
+    read = logits, input_ids, qo_indptr.contiguous(), lengths, slots, *table
+    sizes, constants = (requests, first, vocab, logits.stride(0)), {"SLOTS": lanes(requests), "TILE": TILE}
+    _penalise_kernel[(rows, triton.cdiv(vocab, TILE))](*read, *sizes, **constants, num_warps=8)

@@ -7,7 +7,7 @@ leaves the output distribution exactly the target's.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,9 @@ from sglang.srt.speculative import spec_utils
 from sglang.srt.utils.async_probe import sanitize_nan_logits
 from whiflash_kernels import MixedBlock
 
-from whiflash_sglang.device.transfers import sent
+from whiflash_sglang.cache.penalties import Penalties
+from whiflash_sglang.device.transfers import Upload, sent
 from whiflash_sglang.engine.forward.masks import Masks
-from whiflash_sglang.engine.forward.penalties import PenalisedBatch, PenaltyRequest
-from whiflash_sglang.records.core import Round
 
 SAMPLED_ROWS = CHANGED_ROWS = 128
 """Rows that SGLang's sampler takes at once, and that are changed at once: they fill a card with the vocabularies that
@@ -54,12 +53,6 @@ def check_numbers(logits: torch.Tensor) -> None:
     sanitize_nan_logits(logits, "verify: target model logits")
 
 
-def changes_logits(batch: Any) -> bool:
-    """Whether a request's logits have a bias or penalties before they are sampled from."""
-    info = batch.sampling_info
-    return info.logit_bias is not None or any(map(is_penalised, batch.reqs))
-
-
 def parameters(req: Any) -> tuple[float, float, float, float]:
     """Temperature, top_k, top_p and min_p of a request, as `SamplingTable` has them.
 
@@ -68,6 +61,16 @@ def parameters(req: Any) -> tuple[float, float, float, float]:
     """
     p, sequential = req.sampling_params, get_exec().kernel.sampling_backend == "flashinfer"
     return p.temperature, p.top_k, p.top_p, -p.min_p if sequential else p.min_p
+
+
+def penalties_of(req: Any) -> Penalties | None:
+    """Penalties and bias of a request; None: its logits stay as they are."""
+    p, answer = req.sampling_params, len(req.origin_input_ids)
+    if not (is_penalised(req) or p.logit_bias):
+        return None
+    bias = {int(token): value for token, value in (p.logit_bias or {}).items()}
+    factors = p.frequency_penalty, p.presence_penalty, p.repetition_penalty
+    return Penalties(*factors, bias, answer, answer + p.min_new_tokens, stop_ids(req))
 
 
 def is_penalised(req: Any) -> bool:
@@ -89,32 +92,13 @@ def takes_single_tokens(req: Any) -> bool:
     return bool(req.custom_logit_processor or (req.return_hidden_states == "last" and ends_in_text))
 
 
-def changed_logits(
-    batch: Any, logits: torch.Tensor, block: MixedBlock, turn: Round, tokens: torch.Tensor
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Logits with what `changes_logits`, [rows, V], a few rows at a time: the first row, and a copy of them, for the
-    controller reads the raw distribution.
-
-    Args:
-        round: the lengths, rows and stride of the batch, for penalties.
-        tokens: token table with this round's drafts written, for penalties.
-    """
-    penalised = _penalised_batch(batch, turn, tokens)
-    for first in range(0, len(logits), CHANGED_ROWS):
-        rows = slice(first, first + CHANGED_ROWS)
-        part = logits[rows].clone()
-        _without_parameters(batch.sampling_info, block, rows, penalised).apply_logits_bias(part)
-        yield first, part
-
-
 def sample_as_sglang(
     runner: Any,
     batch: Any,
     output: Any,
     block: MixedBlock,
-    turn: Round,
     masks: Masks | None,
-    tokens: torch.Tensor,
+    penalise: Callable[[torch.Tensor, int], None] | None,
 ) -> torch.Tensor:
     """The token of SGLang's sampler at each packed row: [T] int64.
 
@@ -123,12 +107,10 @@ def sample_as_sglang(
     rows at a time.
 
     Args:
-        runner: the target's model runner. output: SGLang's logits output of the verification. round, tokens: as of
-            `changed_logits`. masks: of a batch with grammars.
+        runner: the target's model runner. output: SGLang's logits output of the verification. masks: of a batch with
+            grammars. penalise: changes logits, in place, from a packed row on.
     """
-    owner, logits, penalised = block.request_of_row, output.next_token_logits, None
-    if changes_logits(batch):
-        penalised = _penalised_batch(batch, turn, tokens)
+    owner, logits = block.request_of_row, output.next_token_logits
     whole = batch.return_logprob or batch.sampling_info.has_custom_logit_processor
     records: tuple[bool, list[Any], list[Any]] = (False, [], [])
     if batch.return_logprob:
@@ -136,14 +118,13 @@ def sample_as_sglang(
     sampled, step = [], len(owner) if whole else SAMPLED_ROWS
     for begin in range(0, len(owner), step):
         rows = slice(begin, begin + step)
-        info = _expand(_without_parameters(batch.sampling_info, block, rows, penalised), owner[rows])
-        if masks is not None:
-            info.grammar_mask = masks.of(rows)
+        info = _expand(batch.sampling_info, owner[rows])
         part = output if whole else LogitsProcessorOutput(next_token_logits=None)
         part.next_token_logits = logits[rows].clone()
-        info.apply_logits_bias(part.next_token_logits)
-        # They are in the logits: their memory is the sampler's.
-        info.acc_additive_penalties = info.acc_scaling_penalties = None
+        if penalise is not None:
+            penalise(part.next_token_logits, begin)
+        if masks is not None:
+            masks.of(rows).apply(part.next_token_logits)
         sampled.append(runner.sampler(part, info, *records, block.positions[rows]))
     return torch.cat(sampled).to(torch.int64)
 
@@ -214,42 +195,32 @@ def count_earlier_output(batch: Any) -> None:
     before, and a text depends on who else was served. Here it is that of plain decoding which nobody interrupted.
     `batch.sampling_info` is upstream's copy for one forward, whose penalties are replaced.
     """
-    reqs = batch.reqs
+    reqs, info = batch.reqs, batch.sampling_info
     if not any(req.output_ids and is_penalised(req) for req in reqs):
         return
-    info = batch.sampling_info
-    longest, device = max(len(req.output_ids) for req in reqs), info.temperatures.device
-    output = [id for req in reqs for id in (*req.output_ids, *[0] * (longest - len(req.output_ids)))]
-    last = [len(req.output_ids) - 1 for req in reqs]
-    uploaded = sent([*last, *range(len(reqs)), *output], device)
-    ends, rows = uploaded[: len(reqs)], uploaded[len(reqs) : 2 * len(reqs)]
-    tokens = uploaded[2 * len(reqs) :].view(len(reqs), longest)
-    members = [_penalty_request(req, i, 0, last[i]) for i, req in enumerate(reqs) if is_penalised(req)]
-    penalised = PenalisedBatch(members, rows, ends, tokens, 1, info.vocab_size)
-    info.acc_additive_penalties, info.acc_scaling_penalties = penalised.at(rows, ends)
-
-
-def _without_parameters(
-    info: SamplingBatchInfo, block: MixedBlock, rows: slice, penalised: PenalisedBatch | None
-) -> SamplingBatchInfo:
-    """Parameters that change the logits of packed rows; the rest is still by request."""
-    owner = block.request_of_row[rows]
-    additive, scaling = (None, None) if penalised is None else penalised.at(owner, block.positions[rows])
-    return dataclasses.replace(
-        info,
-        logit_bias=None if info.logit_bias is None else info.logit_bias[owner],
-        penalizer_orchestrator=None,
-        grammars=None,
-        grammar_mask=None,
-        acc_additive_penalties=additive,
-        acc_scaling_penalties=scaling,
-    )
+    upload, device = Upload(), info.temperatures.device
+    for name in ("frequency_penalty", "presence_penalty", "repetition_penalty"):
+        upload.floats([getattr(req.sampling_params, name) for req in reqs])
+    for req in reqs:
+        upload.ints(req.output_ids)
+    ids, factors = upload.send(device)
+    frequency, presence, repetition = (each[:, None] for each in factors)
+    counts = torch.zeros((len(reqs), info.vocab_size), device=device)
+    for row, output in zip(counts, ids, strict=True):
+        row.scatter_add_(0, output, torch.ones_like(output, dtype=counts.dtype))
+    met = counts > 0
+    info.acc_scaling_penalties = torch.where(met, repetition, 1.0)
+    info.acc_additive_penalties = counts.mul_(-frequency).sub_(met * presence)
+    for row, req in zip(counts, reqs, strict=True):
+        if len(req.output_ids) < req.sampling_params.min_new_tokens:
+            row.index_fill_(0, sent(stop_ids(req), device), -torch.inf)
 
 
 def _expand(info: SamplingBatchInfo, owner: torch.Tensor) -> SamplingBatchInfo:
-    """With the requests' parameters, one entry per packed row."""
+    """With the requests' parameters, one entry per packed row, but for those that change logits."""
     rows = dataclasses.replace(
         info,
+        grammars=None,
         temperatures=info.temperatures[owner],
         top_ps=info.top_ps[owner],
         top_ks=info.top_ks[owner],
@@ -270,32 +241,6 @@ def _expand_processor(entry: ProcessorEntry, owners: list[int], device: torch.de
     members = set(entry.rows)
     rows = [row for row, request in enumerate(owners) if request in members]
     return ProcessorEntry(entry.processor, rows, torch.tensor(rows, dtype=torch.long, device=device))
-
-
-def _penalised_batch(batch: Any, turn: Round, tokens: torch.Tensor) -> PenalisedBatch | None:
-    members = [
-        _penalty_request(req, member, len(req.origin_input_ids), length)
-        for member, (req, length) in enumerate(zip(batch.reqs, turn.most, strict=True))
-        if is_penalised(req)
-    ]
-    if not members:
-        return None
-    vocabulary = batch.sampling_info.vocab_size
-    return PenalisedBatch(members, turn.rows, turn.starts, tokens, turn.stride, vocabulary)
-
-
-def _penalty_request(req: Any, member: int, prompt: int, length: int) -> PenaltyRequest:
-    p = req.sampling_params
-    return PenaltyRequest(
-        member,
-        prompt,
-        length,
-        p.frequency_penalty,
-        p.presence_penalty,
-        p.repetition_penalty,
-        p.min_new_tokens,
-        stop_ids(req),
-    )
 
 
 def stop_ids(req: Any) -> tuple[int, ...]:

@@ -1,0 +1,99 @@
+"""Penalties and biases of running requests, on the device: they change logits before tokens are sampled."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
+from typing import NamedTuple
+
+import torch
+from whiflash_kernels import PenaltyTable
+
+from whiflash_sglang.device.transfers import Upload
+
+MOST_PENALISED, MORE = 128, 16
+"""Places that graphs read, at most: more memory would be kept from KV. And places by which the table grows."""
+
+
+class Penalties(NamedTuple):
+    """Those of a request.
+
+    bias: by token. answer: position of its first generated token. From position `enough` on `stops` may end it.
+    """
+
+    frequency: float
+    presence: float
+    repetition: float
+    bias: Mapping[int, float]
+    answer: int
+    enough: int
+    stops: Sequence[int]
+
+
+class PenaltyRows:
+    """`Penalties` of each row's request.
+
+    few: `PenaltyTable` of all rows with the first `places` places, always where it is. data: with all places that were
+    needed; the same tensors until more were.
+    """
+
+    def __init__(self, rows: int, vocabulary: int, places: int, device: torch.device | str) -> None:
+        self.few = self.data = PenaltyTable(
+            torch.ones((rows, 3), dtype=torch.float32, device=device),
+            torch.full((rows, 4), -1, dtype=torch.int64, device=device),
+            torch.zeros((places, vocabulary), dtype=torch.float32, device=device),
+            torch.zeros((places, vocabulary), dtype=torch.int32, device=device),
+        )
+        self._free, self._taken = list(range(places)), dict[int, list[int]]()
+
+    @staticmethod
+    def bytes_for(rows: int, vocabulary: int, places: int) -> int:
+        """Bytes that such a table takes, until more places are needed."""
+        return rows * (3 * 4 + 4 * 8) + places * vocabulary * (4 + 4)
+
+    def begin(self, upload: Upload, row: int, penalties: Penalties | None) -> None:
+        """A request begins in `row`. So from when `upload` is sent on. None: its logits stay as they are."""
+        known = row in self._taken
+        self.end(row)
+        if penalties is None:
+            if known:
+                del self._taken[row]
+                upload.then([-1] * 4, self.few.places[row].copy_)
+            return
+        while len(self._free) < 2:
+            self._grow()
+        # While it may not end it has another bias, which forbids its stops.
+        taken = [self._free.pop(0) for _ in range(1 + (penalties.enough > penalties.answer))]
+        self._taken[row], ids = taken, list[torch.Tensor]()
+
+        def put(values: torch.Tensor) -> None:
+            for bias in {id(table): table.bias for table in (self.few, self.data)}.values():
+                for place in (place for place in taken if place < len(bias)):
+                    bias[place].zero_().index_copy_(0, ids[0], values)
+                    if place != taken[0]:
+                        bias[place].index_fill_(0, ids[1], -inf)
+
+        upload.then(list(penalties.bias), ids.append)
+        upload.then(penalties.stops, ids.append)
+        upload.then_floats(list(penalties.bias.values()), put)
+        upload.then([taken[0], taken[-1], penalties.answer, penalties.enough], self.few.places[row].copy_)
+        upload.then_floats(penalties[:3], self.few.factors[row].copy_)
+
+    def end(self, row: int) -> None:
+        """The request in `row` gives its places up, if it has any."""
+        self._free = sorted([*self._free, *self._taken.get(row, ())])
+        if row in self._taken:
+            self._taken[row] = []
+
+    def any(self, rows: Iterable[int]) -> bool:
+        """Whether a request in one of `rows` is penalised."""
+        return any(self._taken.get(row) for row in rows)
+
+    def exceed_few(self, rows: Iterable[int]) -> bool:
+        """Whether one has a place that `few` has not."""
+        return any(place >= len(self.few.bias) for row in rows for place in self._taken.get(row, ()))
+
+    def _grow(self) -> None:
+        size = len(self.data.bias)
+        with torch.inference_mode(False):  # else it could not be written outside of it
+            bias, counts = (torch.nn.functional.pad(t, (0, 0, 0, MORE)) for t in self.data[2:])
+        self.data = self.data._replace(bias=bias, counts=counts)
+        self._free += range(size, size + MORE)
