@@ -54,15 +54,13 @@ class PublishedTarget(NamedTuple):
     parsers: str = ""
 
 
-KNOWN = TypeAdapter(tuple[PublishedTarget, ...]).validate_python(
-    read_yaml(Path(__file__).with_suffix(".yaml"))
-)
+FACTS = read_yaml(Path(__file__).with_suffix(".yaml"))
+KNOWN = TypeAdapter(tuple[PublishedTarget, ...]).validate_python(FACTS)
 """By size."""
 
 
 def known(target: str) -> PublishedTarget | None:
     """A target by its hub id or the end of it, case apart."""
     name = target.lower()
-    return next(
-        (entry for entry in KNOWN if name in (entry.name.lower(), entry.name.lower().split("/")[1])), None
-    )
+    names = ((entry, entry.name.lower()) for entry in KNOWN)
+    return next((entry for entry, full in names if name in (full, full.split("/")[1])), None)

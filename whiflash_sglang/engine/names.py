@@ -43,5 +43,4 @@ HEAVY = (
     "sglang.kernels.ops.mamba.",
     "sglang.srt.layers.attention.linear.",
 )
-"""Modules of a launcher or of recurrent targets: checked by `whiflash check` and the tests, not at
-every start."""
+"""Modules of a launcher or of recurrent targets: checked by `whiflash check` and the tests, not at every start."""

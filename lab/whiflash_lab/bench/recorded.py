@@ -160,14 +160,9 @@ class Player(Asker):
                 "the server wrote another text than the recorded one, which makes its figures useless: start it with "
                 "--whiflash-force-recorded on"
             )
-        meta, tokens = reply["meta_info"], len(task.answer)
-        turn = Turn(
-            prompt=len(task.prompt),
-            cached=meta["cached_tokens"],
-            tokens=tokens,
-            ttft=events[0][0],
-            seconds=events[-1][0],
-        )
+        meta, prompt, tokens = reply["meta_info"], len(task.prompt), len(task.answer)
+        first, last = events[0][0], events[-1][0]
+        turn = Turn(prompt=prompt, cached=meta["cached_tokens"], tokens=tokens, ttft=first, seconds=last)
         return turn, int(meta.get("spec_verify_ct") or tokens - 1)
 
 

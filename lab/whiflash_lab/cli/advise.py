@@ -70,10 +70,11 @@ def advise(
         state = steer(url.rstrip("/"), "/whiflash/state", None, api_key)
     advice = answered(Question(target, gpu, count, sizes, temperature, tools, prompt, answer, cached), state)
     if recipes:
-        from whiflash_lab.recipes.verdicts import verdicts_of
+        from whiflash_lab.recipes.judge import judge
 
-        for name, verdict in verdicts_of(recipes, None):
-            advice.obstacles += [f"{name}: {sentence}" for sentence in verdict.obstacles.values()]
+        for launch in recipes:
+            refused = judge(launch.flags, launch.environment).obstacles.values()
+            advice.obstacles += [f"{launch.name}: {sentence}" for sentence in refused]
     if as_json:
         typer.echo(json.dumps(advice.as_json()))
         return

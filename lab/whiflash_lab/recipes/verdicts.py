@@ -3,19 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from whiflash_lab.recipes.files import Recipe, read
+from whiflash_lab.recipes.files import read
 
 
 def verdicts_in(path: Path, model_path: str | None) -> list[tuple[str, Any]]:
     """A verdict on each launch in the file, by its name. model_path: the target, if a launch names none."""
-    return verdicts_of(read(path), model_path)
-
-
-def verdicts_of(recipes: list[Recipe], model_path: str | None) -> list[tuple[str, Any]]:
-    """A verdict on each launch, by its name. model_path: the target, if a launch names none."""
     from whiflash_sglang.checkpoints.hub import look_up
 
-    target = None if model_path is None else look_up(model_path).config.parent
+    recipes, target = read(path), None if model_path is None else look_up(model_path).config.parent
     from whiflash_lab.recipes.judge import judge
 
     return [(recipe.name, judge(recipe.flags, recipe.environment, target)) for recipe in recipes]
