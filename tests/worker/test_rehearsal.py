@@ -14,6 +14,7 @@ from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_gr
 
 from whiflash_sglang.arms.paged import LOGIT_BYTES
 from whiflash_sglang.cache.backlog import FeatureRings
+from whiflash_sglang.cache.penalties import PenaltyRows
 from whiflash_sglang.cache.tokens import FEW
 from whiflash_sglang.engine.forward import graphs, triton_backend
 from whiflash_sglang.engine.forward.sampling import SAMPLED_ROWS
@@ -138,7 +139,8 @@ def test_where_passes_are_captured_their_memory_is_reckoned_with(
         assert largest > 0
         vocabulary = worker.target.shape.vocab_size
         masks = Epilogue.mask_bytes(graphs.most_rows(5, worker.stages.epilogue._widest), vocabulary)
-        assert captured - eager == largest + sum(held.values()) + masks
+        kept = masks + PenaltyRows.bytes_for(0, vocabulary, 5)
+        assert captured - eager == largest + sum(held.values()) + kept
 
 
 def test_who_turns_graphs_off_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
