@@ -5,16 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
 T = TypeVar("T")
 SPEED_SECONDS = 600.0
@@ -31,14 +23,18 @@ def progress() -> Progress:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("so far, about"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+        Times(),
         console=console,
         transient=True,
         speed_estimate_period=SPEED_SECONDS,
     )
+
+
+class Times(ProgressColumn):
+    """How long a task took so far, and, where that is known, about how long the rest takes."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_times(task))
 
 
 def tracked(items: Sequence[T], description: str) -> Iterator[T]:
@@ -85,15 +81,15 @@ class Lines(Progress):
         while not self._over.wait(self._seconds):
             for task in self.tasks:
                 if not task.finished:
-                    self._say(_going_on(task))
+                    self._say(f"{_done(task)}, {_times(task)}")
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _going_on(task: Task) -> str:
-    line = f"{_done(task)}, {_clock(task.elapsed)} so far"
-    return line if task.time_remaining is None else f"{line}, about {_clock(task.time_remaining)} left"
+def _times(task: Task) -> str:
+    spent = f"{_clock(task.elapsed)} so far"
+    return spent if task.time_remaining is None else f"{spent}, about {_clock(task.time_remaining)} left"
 
 
 def _ended(task: Task) -> str:

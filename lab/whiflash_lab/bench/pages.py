@@ -299,6 +299,10 @@ def draw(report: BenchReport, directory: Path) -> Path | None:
     return directory / "speedup.svg"
 
 
+COLOURS = dict.fromkeys(("EAGLE3", "ar"), "#1f6feb") | dict.fromkeys(("DFLASH", "diffusion"), "#b35900")
+"""Of arms as a trace's page has them (`render/page.css`)."""
+
+
 def _speedups_plot(load: LoadReport, pyplot: Any) -> Any:
     """Bars of every arm by category, but for loops, which flatter every drafter."""
     names = list(dict.fromkeys(name for ratios in load.ratios.values() for name in ratios.none))
@@ -312,7 +316,8 @@ def _speedups_plot(load: LoadReport, pyplot: Any) -> Any:
         # An interval of few repetitions may not contain its ratio; an error bar must.
         below = [max(0.0, interval.ratio - interval.low) for _, interval in present]
         above = [max(0.0, interval.high - interval.ratio) for _, interval in present]
-        axes.bar(places, heights, width, yerr=(below, above), label=arm, error_kw={"linewidth": 0.8})
+        error, colour = {"linewidth": 0.8}, COLOURS.get(arm, "#6e7781")
+        axes.bar(places, heights, width, yerr=(below, above), label=arm, color=colour, error_kw=error)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="dotted")
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("output tokens/s over plain decoding")
