@@ -25,8 +25,8 @@ def by_hand(x: torch.Tensor, factors: list[float], generated: list[int], bias: t
 
 
 def check(backend: str, seed: int, vocab: int, dtype: torch.dtype = torch.float32) -> None:
-    """A batch of random widths, a slot of nobody and padded rows; prompts have images, whose ids are no tokens, and
-    behind a request's text is what another one left.
+    """A batch of random widths, a slot of nobody and padded rows; prompts have images, too, whose ids are no tokens,
+    and behind a request's text is what another one left.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     count = rng.randint(0, SLOTS - 1)
@@ -35,7 +35,9 @@ def check(backend: str, seed: int, vocab: int, dtype: torch.dtype = torch.float3
     bounds, padding = [0, *accumulate(widths)], rng.randint(0, 3)
     logits = torch.randn((bounds[-1] + padding, vocab), generator=generator).to(dtype)
     ids = torch.randint(vocab, (len(logits),), generator=generator)
-    text = torch.tensor([rng.choices([-2, -27, vocab, 1 << 40], k=CONTEXT) for _ in range(SLOTS)])
+    text = torch.tensor(
+        [rng.choices([-2, -27, vocab, 1 << 40, 0, vocab - 1], k=CONTEXT) for _ in range(SLOTS)]
+    )
     bias = torch.randn((PLACES, vocab), generator=generator)
     bias[-1, rng.randrange(vocab)] = -math.inf
     places, factors, lengths = torch.full((SLOTS, 4), -1), torch.full((SLOTS, 3), math.nan), []

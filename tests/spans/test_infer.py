@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from whiflash_sdk import Hints, Span
 from whiflash_sdk import hints as sdk_hints
-from whiflash_sdk.hints import Arm
+from whiflash_sdk.hints import Arm, Kind
 from whiflash_sdk.presets import likely_spans
 
-from whiflash_sglang.spans.hints import KINDS, parse_hints
+from whiflash_sglang.spans.hints import parse_hints
 from whiflash_sglang.spans.tracker import SpanTracker
 
 
@@ -63,7 +63,7 @@ BIAS = st.dictionaries(st.sampled_from(get_args(Arm)), st.floats(-16, 16))
 MARKER = st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=64)
 SPAN = st.builds(
     lambda **fields: fields,
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(get_args(Kind)),
     begin=MARKER,
     end=MARKER,
     open=st.booleans(),

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from whiflash_sdk.hints import Span
+from whiflash_sdk.hints import Kind, Span
 from work import lines_run
 
-from whiflash_sglang.spans.hints import KINDS
 from whiflash_sglang.spans.tracker import SpanTracker
 
 FENCE = Span(kind="code", begin="```", end="```")
@@ -74,7 +74,7 @@ MARKER = st.text(CHARACTERS, min_size=1, max_size=4)
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[Span], list[bytes], list[int]]:
     hints = []
-    for kind in draw(st.lists(st.sampled_from(KINDS), max_size=4)):
+    for kind in draw(st.lists(st.sampled_from(get_args(Kind)), max_size=4)):
         is_open = draw(st.booleans())
         begin = draw(st.none() | MARKER if is_open else MARKER)
         hints.append(
