@@ -300,7 +300,7 @@ def draw(report: BenchReport, directory: Path) -> Path | None:
 
 
 COLOURS = dict.fromkeys(("EAGLE3", "ar"), "#1f6feb") | dict.fromkeys(("DFLASH", "diffusion"), "#b35900")
-"""Of arms as a trace's page has them (`render/page.css`)."""
+"""Colours of arms, as a trace's page has them (`render/page.css`)."""
 
 
 def _speedups_plot(load: LoadReport, pyplot: Any) -> Any:
