@@ -79,17 +79,17 @@ class PenaltyRows:
 
     def end(self, row: int) -> None:
         """The request in `row` gives its places up, if it has any."""
-        self._free = sorted([*self._free, *self._taken.get(row, ())])
         if row in self._taken:
-            self._taken[row] = []
+            self._free, self._taken[row] = sorted([*self._free, *self._taken[row]]), []
 
     def any(self, rows: Iterable[int]) -> bool:
         """Whether a request in one of `rows` is penalised."""
         return any(self._taken.get(row) for row in rows)
 
     def exceed_few(self, rows: Iterable[int]) -> bool:
-        """Whether one has a place that `few` has not."""
-        return any(place >= len(self.few.bias) for row in rows for place in self._taken.get(row, ()))
+        """Whether one has a place that `few` has not, which none has before the table grew."""
+        few, grown = len(self.few.bias), self.data is not self.few
+        return grown and any(place >= few for row in rows for place in self._taken.get(row, ()))
 
     def _grow(self) -> None:
         size = len(self.data.bias)

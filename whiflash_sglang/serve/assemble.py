@@ -193,11 +193,10 @@ def reserve(
     parts["rings"] = sync.bytes_for(rows)
     parts["drafters"] = sum(drafter.bytes_for(rows) for drafter in of_text(drafters).values())
     vocabulary = target.shape.vocab_size
-    places = min(requests, MOST_PENALISED) * graphs.captures_passes(target.device)
-    parts["penalties"] = PenaltyRows.bytes_for(rows, vocabulary, places)
-    if graphs.captures_passes(target.device):
-        most = graphs.most_rows(requests, widest)
-        parts["masks"] = Epilogue.mask_bytes(most, vocabulary)
+    captures = graphs.captures_passes(target.device)
+    parts["penalties"] = PenaltyRows.bytes_for(rows, vocabulary, min(requests, MOST_PENALISED) * captures)
+    if captures:
+        parts["masks"] = Epilogue.mask_bytes(graphs.most_rows(requests, widest), vocabulary)
         parts["drafters"] += sync.captured_bytes(requests)
         # Passes are captured into the same memory, one at a time.
         parts["drafters"] += max((drafter.captured_bytes(requests) for drafter in kv), default=0)
