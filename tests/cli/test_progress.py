@@ -44,7 +44,7 @@ def test_between_begin_and_end_there_are_lines_with_an_estimate() -> None:
 
 def test_a_bar_without_an_estimate_names_none() -> None:
     out = Console(file=io.StringIO(), width=80, force_terminal=True)
-    with Progress(TextColumn("{task.description}"), Times(), console=out) as bar:
+    with Progress(TextColumn("{task.description}"), Times(), console=out, get_time=lambda: 0.0) as bar:
         bar.add_task("starting", total=None)
     starting = re.findall(r"starting ([^\r\n\x1b]*)", out.file.getvalue())[-1]
     assert starting.strip() == "0:00 so far"

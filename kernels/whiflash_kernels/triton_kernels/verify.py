@@ -214,7 +214,7 @@ def _verify_kernel(
     # Tiles come first in the grid, then heads: their programs read the same keys, or such beside them.
     tile, kv_head, program = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     first, behind = tl.load(programs + 4 * program), tl.load(programs + 4 * program + 1)
-    for request in tl.range(first, behind, disable_licm=True):  # what all requests share would spill
+    for request in tl.range(first, behind, disable_licm=True):  # values that all requests share would spill
         opens, closes = tl.load(programs + 4 * program + 2), tl.load(programs + 4 * program + 3)
         start, end = tl.load(spans + 3 * request), tl.load(spans + 3 * request + 1)
         cuts = tl.load(spans + 3 * request + 2)
