@@ -32,6 +32,10 @@ MARGIN = 128
 """Positions of a context that no conversation takes: the widest drafts go behind the text."""
 
 
+WARM_UP_ANSWERS = 4
+"""A conversation may have forty, and playing it takes minutes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Talk(Prompt):
     """A conversation. tasks: its answers, in order."""
@@ -177,6 +181,11 @@ class Replayer(Runner):
             assert isinstance(talk, Talk)
             tokens = tuple(token for task in talk.tasks for token in task.answer)
             self._references[talk.id] = Reference(talk, (), tokens, (), "")
+
+    def _prompt(self, key: str, *, is_warm_up: bool) -> Talk:
+        talk = super()._prompt(key, is_warm_up=is_warm_up)
+        assert isinstance(talk, Talk)
+        return replace(talk, tasks=talk.tasks[:WARM_UP_ANSWERS]) if is_warm_up else talk
 
     def _groups(self) -> dict[str, str]:
         """No text is a loop of the target's."""

@@ -372,13 +372,16 @@ class Runner:
                     self._journal.append(cell)
                     self._progress.advance(task)
 
+    def _prompt(self, key: str, *, is_warm_up: bool) -> Prompt:
+        return self._references[key].prompt
+
     async def _cell(self, step: Step, asker: Asker) -> Cell:
         arm = self._arms[step.arm]
         client = self._fleet.clients[arm.server]
         self._route(arm, client)
         flush(client)
         before = _state(arm, client)
-        prompts = [self._references[key].prompt for key in step.prompts]
+        prompts = [self._prompt(key, is_warm_up=step.repetition < 0) for key in step.prompts]
         began = time.perf_counter()
         answers = await asker.run(step.load, prompts)
         seconds = time.perf_counter() - began
