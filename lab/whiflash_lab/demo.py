@@ -10,17 +10,17 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from rich.text import Text
 from whiflash_sdk.hints import Hints
 from whiflash_sdk.render import terminal
-from whiflash_sdk.trace import Trace, routing
+from whiflash_sdk.trace import ArmTotals, Trace, routing
 
 from whiflash_lab.bench.load import ANSWER_SECONDS
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import BestLogit, Comparison, ask_reference, compare
 from whiflash_lab.servers import Server, ServerHost, shares_imports
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
+from whiflash_sglang.cli.options import show_table
 from whiflash_sglang.embedded import STRICT_TOOLS, TARGET_NAME, embedded_arguments, ensure_target
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files.equality import TopTwo, Verdict
@@ -212,8 +212,7 @@ def show(answers: Sequence[DemoAnswer], console: Console) -> None:
     """Answers and tables; if `console` has no colours, drafters' names precede their text."""
     console.print(f"Target: {TARGET}")
     _show_answers(answers, console)
-    console.print(_speeds(answers))
-    console.print(_drafters(answers))
+    _show_figures(answers, console)
     ties = sum(a.comparison.verdict is Verdict.TIE for a in answers)
     counted = f"{ties} {'tie' if ties == 1 else 'ties'} (rounding decided between two tokens)"
     console.print(f"{len(answers)} answers compared with plain decoding, {counted}.")
@@ -231,12 +230,9 @@ def _show_answers(answers: Sequence[DemoAnswer], console: Console) -> None:
             console.print(f"call: {call}\n", markup=False, highlight=False)
 
 
-def _speeds(answers: Sequence[DemoAnswer]) -> Table:
-    table = Table(title="Against plain decoding, interleaved in this run (output tokens per second, medians)")
-    for column in ("question", "plain", "WHIFLASH", "ratio", "acceptance length", "switches", "answer"):
-        table.add_column(column, justify="left" if column in ("question", "answer") else "right")
-    for a in answers:
-        table.add_row(
+def _show_figures(answers: Sequence[DemoAnswer], console: Console) -> None:
+    speeds = [
+        [
             a.question,
             f"{a.plain_tokens_per_s:.1f}",
             f"{a.whiflash_tokens_per_s:.1f}",
@@ -244,23 +240,27 @@ def _speeds(answers: Sequence[DemoAnswer]) -> Table:
             f"{a.trace.acceptance_length:.2f}",
             str(a.trace.switches),
             _verdict(a.comparison),
-        )
-    return table
-
-
-def _drafters(answers: Sequence[DemoAnswer]) -> Table:
-    table = Table(title="Acceptance length per drafter (tokens per target forward, bonus token included)")
-    for column in ("drafter", "rounds", "tokens", "acceptance length"):
-        table.add_column(column, justify="left" if column == "drafter" else "right")
-    totals: dict[str, list[int]] = {}
-    for a in answers:
-        for arm, total in a.trace.arms.items():
-            entry = totals.setdefault(arm, [0, 0])
-            entry[0] += total.rounds
-            entry[1] += total.tokens
-    for arm, (rounds, tokens) in sorted(totals.items()):
-        table.add_row(arm, str(rounds), str(tokens), f"{tokens / rounds:.2f}")
-    return table
+        ]
+        for a in answers
+    ]
+    show_table(
+        ("question", "plain", "WHIFLASH", "ratio", "acceptance length", "switches", "answer"),
+        speeds,
+        "Output tokens per second, medians, interleaved with plain decoding",
+        console,
+    )
+    arms = sorted({arm for a in answers for arm in a.trace.arms})
+    sums = [ArmTotals.sum(a.trace.arms[arm] for a in answers if arm in a.trace.arms) for arm in arms]
+    rows = [
+        [arm, str(one.rounds), str(one.tokens), f"{one.acceptance_length:.2f}"]
+        for arm, one in zip(arms, sums, strict=True)
+    ]
+    show_table(
+        ("drafter", "rounds", "tokens", "acceptance length"),
+        rows,
+        "Tokens per target forward, bonus token included",
+        console,
+    )
 
 
 def _verdict(comparison: Comparison) -> str:

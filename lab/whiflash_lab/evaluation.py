@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor
 
 from whiflash_sglang.checkpoints.manifest import load_manifest
@@ -194,24 +193,21 @@ def predictions(router: Router | None, answer: Replay) -> list[list[float]]:
     return rows
 
 
-def figures_table(result: Mapping[str, Any]) -> Table:
-    """The result for a terminal."""
-    names = list(result["overall"]["acceptance_length"])
-    table = Table(title=f"acceptance length, {result['bundle']}, {result['prompts']} prompts")
-    table.add_column("category")
-    for name in names:
-        table.add_column(name, justify="right")
-    compared = list(result["overall"]["rounds_won"])
-    for arm in compared:
-        table.add_column(f"{arm} better", justify="right")
-    groups = [*result["categories"].items(), ("overall", result["overall"]), (LOOP, result[LOOP])]
-    for category, figures in groups:
-        if figures is None:
-            continue
-        lengths = [f"{figures['acceptance_length'][name]:.2f}" for name in names]
-        shares = [f"{figures['rounds_won'][arm]:.0%}" for arm in compared]
-        table.add_row(category, *lengths, *shares)
-    return table
+def figures_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows for a terminal."""
+    overall = result["overall"]
+    names, compared = list(overall["acceptance_length"]), list(overall["rounds_won"])
+    groups = [*result["categories"].items(), ("overall", overall), (LOOP, result[LOOP])]
+    rows = [
+        [
+            category,
+            *(f"{figures['acceptance_length'][name]:.2f}" for name in names),
+            *(f"{figures['rounds_won'][arm]:.0%}" for arm in compared),
+        ]
+        for category, figures in groups
+        if figures is not None
+    ]
+    return ["category", *names, *(f"{arm} better" for arm in compared)], rows
 
 
 @torch.inference_mode()

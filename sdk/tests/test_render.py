@@ -159,17 +159,17 @@ def test_turns_have_places() -> None:
 
 
 def test_a_trace_prints_as_a_few_lines() -> None:
-    assert "9.0 tokens a second · estimated gain 1.25×" in str(SHOWN["timed"][0])
+    assert "\n9.0 tokens a second · estimated gain 1.25×\n" in str(SHOWN["timed"][0])
     for words in ("the text", "1 round by score", "6 of 10"):
         assert words in terminal(SUMMARY, "the text", colour=False)
     assert "acceptance length 0.00" in terminal(EMPTY, "")
     assert str(Trace.model_validate(TRACE)) == (
         "policy auto · 14 tokens · 3 rounds · acceptance length 4.67 · 1 switch\n"
         "2 rounds by score · 1 round by span\n"
-        "drafter       rounds  tokens  acceptance length   drafts accepted\n"
-        "ar                 2       6               3.00            4 of 8\n"
-        "lookup             1       8               8.00            7 of 9\n"
-        "all                3      14               4.67          11 of 17"
+        "drafter     rounds tokens acceptance length drafts accepted\n"
+        "ar               2      6              3.00          4 of 8\n"
+        "lookup           1      8              8.00          7 of 9\n"
+        "all              3     14              4.67        11 of 17"
     )
     assert "\x1b" not in str(trace())
     assert repr(trace()).startswith("Trace(version=1"), "all of it, for who debugs"
@@ -203,9 +203,9 @@ def test_what_each_hint_brought_is_shown_and_called_an_estimate() -> None:
     assert elements.text.count("Estimated time saved") == 2
     assert not elements.named("script")
     assert str(found).split("\n")[1:] == [
-        "drafter       rounds  tokens  acceptance length   drafts accepted   estimated time saved",
-        "lookup             3      42              14.00          39 of 50                 0.36 s",
-        "all                3      42              14.00          39 of 50                 0.36 s",
+        "drafter     rounds tokens acceptance length drafts accepted estimated time saved",
+        "lookup           3     42             14.00        39 of 50               0.36 s",
+        "all              3     42             14.00        39 of 50               0.36 s",
         "drafts from           accepted   estimated time saved",
         "context                 1 of 9                -0.06 s",
         "prediction            38 of 40                 0.42 s",

@@ -105,7 +105,7 @@ def top(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     return int(ended.value.code or 0)
 
 
-def shown(*records: dict[str, Any], width: int = 120) -> str:
+def shown(*records: dict[str, Any], width: int = 80) -> str:
     console = Console(width=width, color_system=None)
     with console.capture() as captured:
         console.print(screen(records))
@@ -136,27 +136,29 @@ def test_an_idle_server_has_no_rates_of_rounds() -> None:
 
 
 SCREEN = """\
-╭─ tiny http://a ──────────────────────────────────────────────────────────────────────────────────────────────────────╮
-│ policy   running   tokens a second   tokens a round   gain            switches a second   tokens                     │
-│ auto     3         50.0 (100.0)      2.50 (2.50)      1.50× (1.50×)   4.0 (8.0)           150                        │
-│                                                                                                                      │
-│ drafter       share                      tokens a round   drafts accepted   a draft costs                            │
-│ ar        80% (80%)   ████████████████      4.00 (4.00)         50% (50%)         3.10 ms                            │
-│ none      20% (20%)   ████                  1.00 (1.00)                 –                                            │
-│                                                                                                                      │
-│ out      diffusion is quarantined: raised IndexError                                                                 │
-│ reasons  score 75% · pin 25%                                                                                         │
-│ costs    20.00 ms a plain round of one request · 0.50 ms one more draft verified                                     │
-│ memory   draft kv 3.0 GiB · lookup index 2 KiB                                                                       │
-│ replicas 0: 1 running, 20 tokens · ␛]0;owned␇[red]x: 2 running, 30 tokens                                            │
-╰──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────╯
-╭─ ␛]0;owned␇[red]x http://b ──────────────────────────────────────────────────────────────────────────────────────────╮
-│ policy   running   tokens a second   tokens a round   gain   switches a second   tokens                              │
-│ auto     3         –                 –                –      –                   50                                  │
-╰──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────╯
-╭─ http://c ───────────────────────────────────────────────────────────────────────────────────────────────────────────╮
-│ http://c does not answer: gone                                                                                       │
-╰──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────╯
+╭─ tiny http://a ──────────────────────────────────────────────────────────────╮
+│ policy  running  tokens a second  tokens a round  gain           tokens      │
+│ auto    3        50.0 (100.0)     2.50 (2.50)     1.50× (1.50×)  150         │
+│                                                                              │
+│ drafter      share            tokens a round  drafts accepted    costs       │
+│ ar       80% (80%)  ████████     4.00 (4.00)        50% (50%)  3.10 ms       │
+│ none     20% (20%)  ██           1.00 (1.00)                –                │
+│                                                                              │
+│ switches 4.0 (8.0) a second                                                  │
+│ out      diffusion is quarantined: raised IndexError                         │
+│ reasons  score 75% · pin 25%                                                 │
+│ costs    20.00 ms a plain round of one request · 0.50 ms one more draft      │
+│          verified                                                            │
+│ memory   draft kv 3.0 GiB · lookup index 2 KiB                               │
+│ replicas 0: 1 running, 20 tokens · ␛]0;owned␇[red]x: 2 running, 30 tokens    │
+╰──────────────────────────────────────────────────────────────────────────────╯
+╭─ ␛]0;owned␇[red]x http://b ──────────────────────────────────────────────────╮
+│ policy  running  tokens a second  tokens a round  gain  tokens               │
+│ auto    3        –                –               –     50                   │
+╰──────────────────────────────────────────────────────────────────────────────╯
+╭─ http://c ───────────────────────────────────────────────────────────────────╮
+│ http://c does not answer: gone                                               │
+╰──────────────────────────────────────────────────────────────────────────────╯
 """
 
 
@@ -295,7 +297,9 @@ def test_a_report_counts_from_an_earlier_one(
         assert not left.value.code
         return capsys.readouterr().out
 
-    assert "1.50 times" in report("--cost-per-hour", "2")
+    paid = report("--cost-per-hour", "2")
+    assert "1.50 times" in paid
+    assert "a million tokens cost 4.44 instead of 6.67" in paid
     (tmp_path / "monday.json").write_text(report("--json"))
     assert "50 tokens, 125.0 a second for 83.3 without drafts" in report(
         "--since", str(tmp_path / "monday.json")

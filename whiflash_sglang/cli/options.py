@@ -1,11 +1,15 @@
 """Shared parts of several commands: options that mean one thing everywhere, and the form of a result."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from whiflash_sglang.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +50,17 @@ def say(text: str) -> None:
     typer.echo(printable(text))
 
 
+def say_prose(text: str, indent: str = "") -> None:
+    """Print a paragraph in lines that the terminal has room for, no word broken."""
+    from textwrap import wrap
+
+    from whiflash_sdk.render.aligned import printable
+
+    width = for_tables().width - len(indent)
+    for line in wrap(printable(text), width, break_long_words=False, break_on_hyphens=False):
+        typer.echo(indent + line)
+
+
 def authorization(api_key: str | None) -> dict[str, str]:
     """Headers of a request with this key; none without one."""
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -57,3 +72,32 @@ def for_tables() -> "Console":
 
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=200)
+
+
+def show_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", console: "Console | None" = None
+) -> None:
+    """Print figures. Columns that the terminal has no room for follow in a table of their own."""
+    from rich.table import Table
+    from rich.text import Text
+    from whiflash_sdk.render.aligned import printable
+
+    console = console or for_tables()
+    ends = accumulate(max(map(len, column)) + 2 for column in zip(header, *rows, strict=True))
+    fit = max(sum(end - 2 <= console.width for end in ends), 2)
+    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", header_style="dim")
+    for name in header[:fit]:
+        table.add_column(name, justify="right" if table.columns else "left")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row[:fit]))
+    console.print(table)
+    if fit < len(header):
+        show_table([header[0], *header[fit:]], [[row[0], *row[fit:]] for row in rows], "", console)
+
+
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Numbers from 1 on, with commas between them. Raises UsageError."""
+    with suppress(ValueError):
+        if min(numbers := tuple(map(int, text.split(",")))) > 0:
+            return numbers
+    raise UsageError(f"{option} {text}: takes whole numbers from 1 on, such as 1,8,64")

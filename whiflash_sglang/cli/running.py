@@ -18,6 +18,8 @@ from whiflash_sglang.cli.options import (
     for_tables,
     report,
     say,
+    say_prose,
+    show_table,
 )
 from whiflash_sglang.errors import ConfigError, ServerRefusedError, UsageError, WhiflashError
 from whiflash_sglang.files.jsonl import read_json_file
@@ -174,14 +176,10 @@ def summary(
 
     ask_every(url, ask, as_json)
     if not as_json:
-        typer.echo(CAVEAT)
+        say_prose(CAVEAT)
 
 
 def _show_callers(directory: Path, as_json: bool) -> None:
-    from rich.table import Table
-    from rich.text import Text
-    from whiflash_sdk.render.aligned import printable
-
     from whiflash_sglang.cli.report import by_caller, gain_of
 
     callers = by_caller(directory)
@@ -190,15 +188,13 @@ def _show_callers(directory: Path, as_json: bool) -> None:
         typer.echo(json.dumps({**rows, "skipped": len(callers.skipped)}))
         return
     for caller, shares in callers.shares.items():
-        table = Table(caller, title_justify="left")
-        for column in ("answers", "tokens", "tokens a round", "seconds", "saved", "over plain"):
-            table.add_column(column, justify="right")
+        lines = []
         for share in shares:
             estimates = (share.seconds, share.saved, gain_of(share))
             figures = ("" if value is None else f"{value:.2f}" for value in estimates)
             counts = (f"{share.answers:,}", f"{share.tokens:,}", f"{share.acceptance_length:.2f}")
-            table.add_row(Text(printable(share.name)), *counts, *figures)
-        for_tables().print(table)
+            lines.append((share.name, *counts, *figures))
+        show_table((caller, "answers", "tokens", "tokens a round", "seconds", "saved", "over plain"), lines)
     typer.echo(
         "Seconds saved are estimates by the server's prices of rounds without drafts; prefills are left out."
     )
@@ -222,10 +218,11 @@ def _sentences(sums: dict[str, Any]) -> str:
         f"tokens by drafter: {arms}",
     ]
     if "saved_cost" in sums:
-        lines.append(
-            f"a million tokens cost {sums['cost_per_million_tokens']:.4g} instead of "
-            f"{sums['plain_cost_per_million_tokens']:.4g}; saved {sums['saved_cost']:.4g}"
+        price, plain, saved = (
+            f"{sums[name]:.2f}" if abs(sums[name]) >= 1 else f"{sums[name]:.2g}"
+            for name in ("cost_per_million_tokens", "plain_cost_per_million_tokens", "saved_cost")
         )
+        lines.append(f"a million tokens cost {price} instead of {plain}; saved {saved}")
     return "\n  ".join(["", *lines])
 
 

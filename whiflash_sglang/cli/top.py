@@ -13,17 +13,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from whiflash_sdk.render.aligned import printable
+from whiflash_sdk.render.text import COLOURS, OTHER
 
 from whiflash_sglang.errors import ServerRefusedError
 from whiflash_sglang.files.hosts import ask
-
-_COLOURS = {
-    "ar": "blue",
-    "diffusion": "yellow",
-    "lookup": "green",
-    "structure": "magenta",
-    "none": "bright_black",
-}
 
 
 def screen(records: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -46,21 +39,20 @@ def _server(record: Mapping[str, Any]) -> RenderableType:
         lines += ["", _arms(state, now, total), ""]
     facts = Table.grid(padding=(0, 1))
     facts.add_column(style="dim", width=8)
-    for name, words in _facts(state, total):
+    for name, words in _facts(state, now, total):
         facts.add_row(name, Text(printable(words)))
     lines.append(facts)
     return Panel(Group(*lines), title=title, title_align="left")
 
 
 def _headline(state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, Any]) -> RenderableType:
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     cells = {
         "policy": str(state.get("policy", "")),
         "running": str(state.get("requests", "")),
         "tokens a second": _both(now, total, "tokens_per_second", "{:.1f}"),
         "tokens a round": _both(now, total, "acceptance_length", "{:.2f}"),
         "gain": _both(now, total, "gain", "{:.2f}×"),
-        "switches a second": _both(now, total, "switches_per_second", "{:.1f}"),
         "tokens": f"{state.get('tokens', 0):,}",
     }
     for name in cells:
@@ -70,18 +62,18 @@ def _headline(state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[s
 
 
 def _arms(state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, Any]) -> RenderableType:
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-    for name in ("drafter", "share", "", "tokens a round", "drafts accepted", "a draft costs"):
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("drafter", "share", "", "tokens a round", "drafts accepted", "costs"):
         table.add_column(name, justify="left" if name in ("drafter", "") else "right")
     lately, drafts = now.get("arms") or {}, (state.get("costs") or {}).get("draft") or {}
     for arm, always in sorted(total["arms"].items(), key=lambda entry: -(entry[1]["share"] or 0)):
         recent = lately.get(arm) or {}
         share = recent.get("share") if recent.get("share") is not None else always["share"]
-        colour = _COLOURS.get(arm, "magenta")
+        colour = f"color({COLOURS.get(arm, OTHER)})"  # of the terminal's own palette
         table.add_row(
             Text(printable(arm), style=colour),
             _both(recent, always, "share", "{:.0%}"),
-            Text("█" * round(20 * (share or 0)), style=colour),
+            Text("█" * round(10 * (share or 0)), style=colour),
             _both(recent, always, "acceptance_length", "{:.2f}"),
             _both(recent, always, "drafts_accepted", "{:.0%}"),
             _milliseconds(drafts[arm]) if drafts.get(arm) else "",
@@ -89,7 +81,11 @@ def _arms(state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, 
     return table
 
 
-def _facts(state: Mapping[str, Any], total: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _facts(
+    state: Mapping[str, Any], now: Mapping[str, Any], total: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    if (switches := _both(now, total, "switches_per_second", "{:.1f}")) != "–":
+        yield "switches", f"{switches} a second"
     if out := state.get("quarantined"):
         yield "out", " · ".join(f"{arm} is quarantined: {reason}" for arm, reason in sorted(out.items()))
     reasons = {reason: share for reason, share in (total.get("reasons") or {}).items() if share}

@@ -104,6 +104,7 @@ def trace(
     """
     from rich.console import Console
     from whiflash_sdk.render import conversation_html, conversation_terminal
+    from whiflash_sdk.render.aligned import count
 
     turns = turns_of(file)
     if html is None:
@@ -113,7 +114,7 @@ def trace(
         print(conversation_terminal(turns, colour=in_colour))
         return
     write_whole(html, conversation_html(turns, title=file.name))
-    typer.echo(f"{html}: {len(turns)} turns")
+    typer.echo(f"{html}: {count(len(turns), 'turn')}")
 
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:

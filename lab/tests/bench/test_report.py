@@ -1,6 +1,7 @@
 """Cells become figures, tables and pictures."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -300,3 +301,17 @@ def test_suites_are_reported_as_papers_do(report: BenchReport) -> None:
     ratio = (auto["chat"].ratio + auto["tool_call"].ratio) / 2
     length = (figures["chat"].acceptance_length + figures["tool_call"].acceptance_length) / 2
     assert f" {ratio:.2f}; {length:.2f} |" in page
+
+
+def test_a_narrow_terminal_shows_every_figure_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    kept = Path(__file__).parents[3] / "results" / "benchmark" / "report.json"
+    found = BenchReport.model_validate_json(kept.read_text("utf-8"))
+    Outputs(as_json=False, out=None, markdown=None, plots=None).publish(found)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
+    ratios = [one for of in found.loads[0].ratios.values() for one in of.none.values()]
+    assert all(f"{one.ratio:.2f} [{one.low:.2f}, {one.high:.2f}]" in shown for one in ratios)

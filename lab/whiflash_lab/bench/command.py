@@ -16,7 +16,8 @@ from whiflash_lab.bench.pages import draw, render
 from whiflash_lab.bench.report import BenchReport
 from whiflash_lab.bench.runner import Plan, Runner
 from whiflash_lab.servers import ServerHost, shares_imports
-from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
+from whiflash_sglang.cli.options import show_table, whole_numbers
+from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.files.jsonl import write_whole
 from whiflash_sglang.files.progress import progress
 from whiflash_train.provenance import threads
@@ -52,13 +53,7 @@ def scale_of(
 
 def loads_of(concurrency: str) -> list[Load]:
     """Raises UsageError where the option is wrong."""
-    try:
-        values = [int(number) for number in concurrency.split(",") if number.strip()]
-    except ValueError:
-        values = []
-    if not values or min(values) < 1:
-        raise UsageError(f"--concurrency {concurrency}: takes whole numbers above zero, such as 1,4,8")
-    return [Load(value=value) for value in values]
+    return [Load(value=value) for value in whole_numbers("--concurrency", concurrency)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +80,16 @@ class Outputs:
             draw(report, self.plots)
         if self.as_json:
             print(as_json)
+        elif (console := Console()).is_terminal:
+            for block in text.split("\n\n"):
+                console.print()
+                if block.startswith("| "):
+                    header, _, *rows = (line[2:-2].split(" | ") for line in block.splitlines())
+                    show_table(header, rows)
+                else:
+                    console.print(Markdown(block))
         else:
-            console = Console()
-            # A pipe has no width to fit tables into.
-            console.print(Markdown(text)) if console.is_terminal else print(text)
+            print(text)
         if self.out is not None:
             write_whole(self.out, as_json + "\n")
         if self.markdown is not None:

@@ -10,17 +10,14 @@ import typer
 from whiflash_lab.bench.arms import KNOWN
 from whiflash_lab.bench.prompts import GROUPS, SUITES
 from whiflash_sglang.cli import DECIDE
-from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, for_tables
+from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, show_table, whole_numbers
 from whiflash_sglang.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from rich.table import Table
-
     from whiflash_lab.bench.prompts import Prompt
-    from whiflash_lab.simulate import Result
 
 
 def bench(
@@ -186,20 +183,6 @@ def bench(
     judge(report)
 
 
-def _rates(results: "Sequence[Result]") -> "Table":
-    """Tokens a second: a line for every number of requests, a column for every method."""
-    from rich.table import Table
-
-    methods = list(dict.fromkeys(result.method for result in results))
-    shown = Table("requests", title="Simulated tokens a second (estimates)")
-    for method in methods:
-        shown.add_column(method, justify="right")
-    for begin in range(0, len(results), len(methods)):
-        line = results[begin : begin + len(methods)]
-        shown.add_row(str(line[0].requests), *(f"{result.rate:,.0f}" for result in line))
-    return shown
-
-
 def simulate(
     requests: Annotated[
         str, typer.Option(help="Requests at once, with commas between them.")
@@ -220,14 +203,9 @@ def simulate(
     Example:
     whiflash lab simulate --requests 1,8,64 --answer 256
     """
-    from whiflash_lab.simulate import H100, SimulatedLoad, assumed, table
+    from whiflash_lab.simulate import H100, METHODS, SimulatedLoad, assumed, table
 
-    try:
-        sizes = [int(size) for size in requests.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
-        raise UsageError(f"--requests takes numbers from 1 on, such as 1,8,64; got {requests!r}")
+    sizes = whole_numbers("--requests", requests)
     load = SimulatedLoad(1, prompt=prompt, answer=answer, tools=tools)
     line, results = assumed(H100, load), table(H100, sizes, load)
     if as_json:
@@ -235,7 +213,9 @@ def simulate(
         typer.echo(json.dumps({"assumed": line, "tokens_per_second": rates}))
         return
     typer.echo(line)
-    for_tables().print(_rates(results))
+    found = {(result.requests, result.method): f"{result.rate:,.0f}" for result in results}
+    rows = [[str(size), *(found[size, method] for method in METHODS)] for size in sizes]
+    show_table(("requests", *METHODS), rows, "Simulated tokens a second (estimates)")
 
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, for_tables
+from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, show_table
 from whiflash_sglang.files.jsonl import write_whole
 from whiflash_train.cli.train import readable_errors
 
@@ -58,7 +58,8 @@ def evaluate_command(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    for_tables().print(figures_table(result))
+    title = f"acceptance length, {result['bundle']}, {result['prompts']} prompts"
+    show_table(*figures_table(result), title)
 
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
+from textwrap import fill
 from typing import Final, NamedTuple
 
 from whiflash_sdk.trace import ArmTotals, Stretch, Trace
@@ -132,14 +133,15 @@ def why(stretch: Stretch, before: Stretch | None) -> str:
 
 
 def summary(trace: Trace) -> str:
-    """A response in one line."""
+    """A response in lines of a narrow terminal."""
     facts = [f"policy {trace.policy}", count(trace.tokens, "token"), count(trace.rounds, "round")]
     facts += [f"acceptance length {trace.acceptance_length:.2f}", count(trace.switches, "switch", "switches")]
     if trace.tokens_per_second is not None:
         facts.append(f"{trace.tokens_per_second:.1f} tokens a second")
     if trace.gain is not None:
         facts.append(f"estimated gain {trace.gain:.2f}×")
-    return printable(" · ".join(facts))
+    whole = "\0· ".join(printable(fact).replace(" ", "\0") for fact in facts)
+    return fill(whole, 80, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
 
 
 def everything(trace: Trace) -> ArmTotals:

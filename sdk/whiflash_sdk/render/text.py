@@ -21,7 +21,9 @@ from whiflash_sdk.render.aligned import (
 from whiflash_sdk.report import Report
 from whiflash_sdk.trace import Trace
 
-_COLOURS: Final = {"ar": "34", "diffusion": "33", "lookup": "32", "structure": "35", "none": "90"}
+COLOURS: Final = {"ar": 4, "diffusion": 3, "lookup": 2, "structure": 5, "none": 8}
+"""Numbers in the terminal's own palette, by drafter."""
+OTHER: Final = 6
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
 
 SAVED: Final = "estimated time saved"
@@ -111,7 +113,8 @@ def _text(parts: Sequence[Piece], colour: bool) -> Iterator[str]:
 
 
 def _code(arm: str) -> str:
-    return _COLOURS.get(arm, "36")
+    number = COLOURS.get(arm, OTHER)
+    return str(number + (30 if number < 8 else 82))
 
 
 def _paint(text: str, code: str, colour: bool) -> str:
@@ -133,12 +136,12 @@ def _strip(trace: Trace, colour: bool) -> str:
 
 
 def _totals(trace: Trace) -> Iterator[str]:
-    saved = "" if everything(trace).saved is None else f"{SAVED:>23}"
-    yield f"{'drafter':<12}{'rounds':>8}{'tokens':>8}{'acceptance length':>19}{'drafts accepted':>18}{saved}"
+    saved = "" if everything(trace).saved is None else f"{SAVED:>21}"
+    yield f"{'drafter':<11}{'rounds':>7}{'tokens':>7}{'acceptance length':>18}{'drafts accepted':>16}{saved}"
     for arm, totals in (*trace.arms.items(), ("all", everything(trace))):
         drafts = "" if totals.proposed is None else f"{totals.accepted} of {totals.proposed}"
-        row = f"{printable(arm):<12}{totals.rounds:>8}{totals.tokens:>8}{totals.acceptance_length:>19.2f}"
-        yield f"{row}{drafts:>18}{seconds(totals.saved):>23}".rstrip()
+        row = f"{printable(arm):<11}{totals.rounds:>7}{totals.tokens:>7}{totals.acceptance_length:>18.2f}"
+        yield f"{row}{drafts:>16}{seconds(totals.saved):>21}".rstrip()
 
 
 def _sources(trace: Trace) -> Iterator[str]:

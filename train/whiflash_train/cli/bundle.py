@@ -3,15 +3,12 @@
 `whiflash lab lookup-seed`: what a bundle's copying arm believes before it has seen anything."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from whiflash_sglang.cli import SERVE
-from whiflash_sglang.cli.options import JsonFlag, for_tables, report
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from whiflash_sglang.cli.options import JsonFlag, report, show_table
 
 _ID = "hub id or directory"
 
@@ -79,17 +76,6 @@ def _place(manifest: dict[str, object], part: str) -> str:
     return f"{manifest[part]}{' at ' + revision if revision else ''}"
 
 
-def _table(seed: tuple[tuple[float, ...], ...]) -> "Table":
-    from rich.table import Table
-
-    from whiflash_sglang.copying.calibration import BUCKETS, Agreement
-
-    table = Table("match length", *(agreement.name.lower() for agreement in Agreement))
-    for length, chances in zip(BUCKETS, seed, strict=True):
-        table.add_row(f"{length} or more", *(f"{chance:.0%}" for chance in chances))
-    return table
-
-
 def lookup_seed(
     tokens: Annotated[Path, typer.Argument(help="Token ids (.npz), as `whiflash lab export` writes them.")],
     bundle: Annotated[
@@ -128,4 +114,10 @@ def lookup_seed(
     if as_json:
         typer.echo(json.dumps(seed))
         return
-    for_tables().print(_table(seed))
+    from whiflash_sglang.copying.calibration import BUCKETS, Agreement
+
+    rows = [
+        [f"{length} or more", *(f"{chance:.0%}" for chance in chances)]
+        for length, chances in zip(BUCKETS, seed, strict=True)
+    ]
+    show_table(["match length", *(agreement.name.lower() for agreement in Agreement)], rows)
