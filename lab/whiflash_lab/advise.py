@@ -1,16 +1,17 @@
-"""Should a target be served with WHIFLASH, and what would it bring? By published figures, or a server's own prices.
+"""What should serve a target on these cards, for this load? By published figures, or a server's own prices.
 
-An estimate: nothing is measured but what a server says. `results/simulated.md` has the errors of the prices; those of
-other cards, of several and of experts follow from a card's bandwidth, and no table confirms them. Imports no torch.
+An estimate: nothing is measured but what a server says. `published.yaml` has its errors on one H100 and one H20. Prices
+of other cards, of several and of experts follow from a card's bandwidth. Imports no torch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from whiflash_lab.published import KNOWN, Acceptance, PublishedTarget, Shape, known
+from whiflash_sdk.render.aligned import count
+
+from whiflash_lab.published import FACTS, KNOWN, Gpu, PublishedTarget, Shape, known
 from whiflash_lab.simulate import (
-    CONTEXT,
     FIXED,
     H100,
     METHODS,
@@ -22,57 +23,33 @@ from whiflash_lab.simulate import (
 )
 from whiflash_sglang.cli.report import brought
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.errors import ConfigError, UsageError
 from whiflash_sglang.files.progress import tracked
 
 FULL = {arms.AR: 5, arms.DIFFUSION: 7}
-"""Drafts of a full round, where published rounds have as many: WHIFLASH's longest chain, a block of eight rows."""
-ERROR = 0.26
-"""How much too high a ratio may be, by those that others measured on an H100 (`lab/tests/test_advise.py`)."""
-
+"""Drafts of a full round, where published rounds have as many: the longest chain of a start, a block of eight rows."""
 WORTH_IT = 1.03
-"""Speed over plain decoding below which drafting is not worth its memory."""
+"""Speed over the next simpler way below which a way is not worth its memory."""
+PLAIN, OURS, OWN = "plain", "WHIFLASH", "its own traffic"
+TASK = "simulating loads"
 
-
-class Gpu(NamedTuple):
-    """flops: bf16, a second. bandwidth: bytes a second. memory: bytes."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    memory: float
-
-
-GPUS = {
-    "h100": Gpu("H100", 989e12, 3.35e12, 80e9),
-    "h200": Gpu("H200", 989e12, 4.8e12, 141e9),
-    "h20": Gpu("H20", 148e12, 4.0e12, 96e9),
-    "a100": Gpu("A100", 312e12, 2.04e12, 80e9),
-    "b200": Gpu("B200", 2250e12, 8.0e12, 180e9),
-}
-"""By data sheet."""
+GPUS = FACTS.cards
 _QWEN = Shape(PARAMETERS, PARAMETERS, 36, 147456)
-_H100 = GPUS["h100"]
-LAYER = (H100.fixed - 2 * PARAMETERS / _H100.bandwidth) / _QWEN.layers
+LAYER = (H100.fixed - 2 * PARAMETERS / GPUS["h100"].bandwidth) / _QWEN.layers
 """Seconds of a layer beyond reading its weights: what is left of Qwen3-8B's published step on an H100."""
 EXPERTS_LAYER = 90e-6
 """The same of a layer of experts, such that gpt-oss-120b's published 212 tokens a second on one H100 come out."""
-REDUCE = 20e-6
-"""Seconds of a layer's two reductions between cards: assumed."""
+REDUCE, SURE = 20e-6, 1.25
+"""Seconds of a layer's two reductions between cards: assumed, so one server on all cards has to be so much faster."""
 READ, WIDER = 1.8, 0.1
-"""Seconds to read a token of a long context, over those of its bytes at the card's bandwidth, and what each further row
-adds, of up to eight: an H200's (`results/gpu/verification.json`)."""
+"""Seconds to read a token of context, over those of its bytes at the card's bandwidth, and what each further row
+adds, of up to eight: an H200's (`results/gpu/verification.json`). Published steps of an H100 and an H20 fit, too."""
+ENOUGH = 64
+"""Rounds that show what a drafter accepts."""
 BLOCK_LAYERS = 5
 """Layers of a published block drafter; an EAGLE-3 drafter has one."""
-
-LOST = (
-    "Memory: drafters keep KV, a seventh of the pool for Qwen3-8B with two; `whiflash check --draft` names yours.",
-    "Concurrency: --max-running-requests is 48 unless you set it, as for SGLang's own speculation.",
-    "Start: some seconds to a minute for graphs and prices; prices are kept for the next start.",
-    "Features: pipeline parallelism, and others that `whiflash check --recipe` names for your flags.",
-    "Bits: greedy text may differ from plain decoding's where two tokens are nearly equal in bf16.",
-    "Freedom: SGLang 0.5.23 or 0.5.22; a newer release waits for this plugin.",
-)
+NGRAM = PublishedPair({"ours": {arms.DIFFUSION: 1.2}}, {arms.DIFFUSION: 11}, {arms.DIFFUSION: 11})
+"""SGLang's NGRAM, as a block that costs nothing to draft: its length in `results/benchmark/no-drafters.md`."""
 
 
 class Question(NamedTuple):
@@ -92,42 +69,50 @@ class Question(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Tokens a second by method at some requests. low, high: `auto` over plain on the worst and the best text."""
+    """Tokens a second by SGLang's algorithm, `PLAIN` without one. load: what they are for. spread: the flag by which
+    several cards share it. low, high: `OURS` over plain on the worst and the best text.
+    """
 
-    requests: int
+    load: str
+    spread: str
     rates: Mapping[str, float]
     low: float
     high: float
 
     @property
-    def ratio(self) -> float:
-        return self.rates["auto"] / self.rates["plain"]
+    def gain(self) -> str:
+        """`OURS` over plain decoding."""
+        by_set = f" [{self.low:.2f}, {self.high:.2f}]" if self.low < self.high else ""
+        return f"{self.rates[OURS] / self.rates[PLAIN]:.2f}{by_set}"
 
     @property
     def stock(self) -> str:
-        """The fastest method of stock SGLang."""
-        return max(STOCK, key=lambda method: self.rates.get(method, 0.0))
+        """The fastest way without this package."""
+        return max((way for way in self.rates if way != OURS), key=self.rates.__getitem__)
 
     @property
-    def shown(self) -> str:
-        over = self.rates["auto"] / self.rates[self.stock]
-        beside = "" if self.stock == "plain" else f", {over:.2f} of SGLang's {STOCK[self.stock]},"
-        return f"{self.ratio:.2f} [{self.low:.2f}, {self.high:.2f}]{beside} at {self.requests}"
+    def choice(self) -> str:
+        """The fastest way, or a simpler one that is nearly as fast."""
+        chosen = PLAIN
+        for other in (self.stock, OURS):
+            if self.rates[other] >= WORTH_IT * self.rates[chosen]:
+                chosen = other
+        return chosen
 
-    @property
-    def verdict(self) -> str:
-        """It gains if it does with the error taken off, and if no algorithm of stock SGLang gains more."""
-        if self.rates["auto"] < self.rates[self.stock] and self.stock != "plain":
-            return f"Take SGLang's own {STOCK[self.stock]}"
-        if self.ratio >= 1 + ERROR:
-            return "Turn it on"
-        return "Leave it off" if self.ratio < WORTH_IT else "Try it with `whiflash bench`"
+    def verdict(self, error: float) -> str:
+        """The choice, and its gain over the others. error: how much too high a ratio over plain decoding may be."""
+        rate = self.rates[self.choice]
+        ways = [way for way in dict.fromkeys((OURS, self.stock, PLAIN)) if way != self.choice]
+        over = [f"{rate / self.rates[way]:.2f} of {way}'s {self.rates[way]:,.0f}" for way in ways]
+        unsure = self.choice != PLAIN and rate < (1 + error) * self.rates[PLAIN]
+        parts = f"{self.choice} for {self.load}: {rate:,.0f} tokens a second, {' and '.join(over)}"
+        return parts + (", which is within the error" if unsure else "")
 
 
 @dataclass
 class Advice:
-    """assumed: in a line. published: ratios that others measured. obstacles: what stops a launch, or makes an estimate
-    pointless.
+    """assumed: in a line. published: what others measured. copies: what the rows do not hold. obstacles: what stops a
+    launch, or makes an estimate pointless.
     """
 
     assumed: str
@@ -137,82 +122,110 @@ class Advice:
     eagle3: Sequence[str]
     block: Sequence[str]
     settings: list[str]
-    lost: Sequence[str] = LOST
+    copies: Sequence[str] = FACTS.copies
+    lost: Sequence[str] = FACTS.lost
     obstacles: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        rows = [{**row._asdict(), "ratio": row.ratio} for row in self.rows]
-        return {**vars(self), "rows": rows}
+        return {**vars(self), "rows": [{**row._asdict(), "choice": row.choice} for row in self.rows]}
 
 
 def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice:
     """An answer. state: of a server that runs the target, whose prices and acceptance are taken.
 
     Raises:
-        ConfigError: no such card, or nothing is known of the target; a context beside `state`.
+        ConfigError: no such card, nothing is known of the target, or the server has drafted too little; a context
+            beside `state`.
     """
     target = known(question.target)
     if state is not None:
         if question.context:
-            raise ConfigError("--context does not go with --url: a server's prices are of its own contexts")
+            raise UsageError("--context does not go with --url: a server's prices are of its own contexts")
         card, pair, source = _of_server(state, question)
         target = target or PublishedTarget(question.target, _QWEN, (), ())
-        own = _on_its_traffic(state)
-        prices = "prices of the running server, host's time included"
+        loads = question.requests if pair.drafts else ()
+        sums = brought(state)  # copies and forced text with them
+        rates = {PLAIN: sums.tokens / sums.plain_seconds, OURS: sums.tokens / sums.seconds}
+        rows = [Estimate(OWN, "", rates, sums.gain, sums.gain)]
+        rows += [_row(card, pair, question, n, _block(target)) for n in tracked(loads, TASK)]
+        verdict, prices = rows[0].verdict(0.0), "the running server, host's time included; drafters alone"
     else:
         if target is None:
-            raise ConfigError(
+            raise UsageError(
                 f"{question.target}: nothing is known of it; name one of {', '.join(entry.name for entry in KNOWN)}, "
                 "or give --url of a server that runs it"
             )
-        card = _card(target.shape, _gpu(question.gpu), question.cards)
-        acceptance, source = _acceptance(target)
-        pair, own = _pair(acceptance), ""
-        prices = (
-            f"prices of {question.cards} × {card.name} bf16, fits to published tables scaled by bandwidth; ratios may "
-            f"be {ERROR:.0%} too high"
-        )
-    loads = question.requests if pair.drafts else ()
-    behind = (
-        f" after {question.context:,} cached ones, read as an H200 reads them" if question.context else ""
-    )
-    rows = [
-        _row(_far(card, target.shape, question, requests), pair, question, requests)
-        for requests in tracked(loads, "simulating loads")
-    ]
-    advice = Advice(
-        assumed=f"ESTIMATE, nothing measured here. {target.name}, {prices}. "
-        f"Acceptance: {source}; yours at temperature {question.temperature:g} may differ. Prompts of "
-        f"{question.prompt}, answers of {question.answer} tokens{behind}; {question.tools:.0%} of requests write calls "
-        "of twenty tools under grammars, of which the host knows what it was measured to; no copies in the others.",
-        verdict=_verdict(rows, own),
+        gpu, (lengths, published, source) = _gpu(question.gpu), target.acceptance
+        pair = PublishedPair(lengths, published, {arm: min(FULL[arm], n) for arm, n in published.items()})
+        rows = [_fastest(target, gpu, pair, question, n) for n in tracked(question.requests, TASK)]
+        verdict = "; ".join(row.verdict(max(_off(target))) for row in rows)
+        prices = _prices(target, gpu, question)
+    return Advice(
+        assumed=_assumed(target, question, prices, source),
+        verdict=f"Take {verdict}.",
         rows=rows,
-        published=[
-            f"{entry.what}: {', '.join(f'{ratio} at {at}' for at, ratio in entry.by_requests.items())} requests"
-            for entry in target.ratios
-        ],
+        published=[entry.shown for entry in target.ratios],
         eagle3=target.eagle3,
         block=target.block,
-        settings=list(_settings(target, question, (state or {}).get("by_arm", {}))),
+        settings=list(_settings(target, question, rows[-1], (state or {}).get("by_arm", {}))),
+        obstacles=[] if state else list(_obstacles(target.shape, question)),
     )
-    if state is None:
-        weights, gpu = _bytes(target.shape), _gpu(question.gpu)
-        if weights > 0.85 * gpu.memory * question.cards:
-            advice.obstacles.append(
-                f"{weights / 1e9:.0f} GB of weights do not fit {question.cards} × {gpu.name} of "
-                f"{gpu.memory / 1e9:.0f} GB with KV beside them"
-            )
-        most, room = max(question.requests), max(gpu.memory * question.cards - weights, 0.0)
-        if (kv := most * question.context * target.shape.kv) > room:
-            advice.obstacles.append(
-                f"{kv / 1e9:.0f} GB of KV for {most} × {question.context:,} tokens fit only if requests share them"
-            )
-    return advice
+
+
+def _assumed(target: PublishedTarget, question: Question, prices: str, source: str) -> str:
+    behind = (
+        f" after {question.context:,} cached ones, which every way reads as our kernel does on an H200 (SGLang's "
+        "Triton kernel takes up to 33 times as long, FA3 was not measured)"
+    )
+    tools = (
+        f"; {question.tools:.0%} of requests write calls of twenty tools under grammars, of which the host knows "
+        "what it was measured to"
+    )
+    load = f"tokens{behind if question.context else ''}{tools if question.tools else ''}"
+    return (
+        f"ESTIMATE, nothing measured here. {target.name}, prices of {prices}. Acceptance: {source}; yours at "
+        f"temperature {question.temperature:g} may differ. Prompts of {question.prompt}, answers of {question.answer} "
+        f"{load}. EAGLE3 drafts chains of {FULL[arms.AR]}, NGRAM has our reports' 1.20 tokens a round. "
+        "A way is taken if it is 3 % faster than a simpler one."
+    )
+
+
+def _off(target: PublishedTarget) -> list[float]:
+    """How far ratios over plain decoding were off from those that others measured, of all targets if of none here."""
+
+    def of(one: PublishedTarget) -> list[float]:
+        tried = [ratio for ratio in one.ratios if ratio.using and ratio.using[1] != arms.NONE]
+        return [
+            found / float(ratio.by_requests[n]) - 1 for ratio in tried for n, found in ratio.estimated.items()
+        ]
+
+    return of(target) or [off for one in KNOWN for off in of(one)]
+
+
+def _prices(target: PublishedTarget, gpu: Gpu, question: Question) -> str:
+    off, shown = _off(target), question.cards == 1 and gpu in (GPUS["h100"], GPUS["h20"])
+    error = f"ratios were {min(off):+.0%} to {max(off):+.0%} off where others measured them"
+    cards = f"{question.cards} × {gpu.name} bf16, fits to published tables scaled by bandwidth"
+    return f"{cards}; {error if shown else 'no table shows their error'}"
+
+
+def _obstacles(shape: Shape, question: Question) -> Iterator[str]:
+    weights, gpu = sum(_split(shape)), _gpu(question.gpu)
+    if weights > 0.85 * gpu.memory * question.cards:
+        yield (
+            f"{weights / 1e9:.0f} GB of weights do not fit {question.cards} × {gpu.name} of "
+            f"{gpu.memory / 1e9:.0f} GB with KV beside them"
+        )
+    most, room = max(question.requests), max(gpu.memory * question.cards - weights, 0.0)
+    if (kv := most * question.context * shape.kv) > room:
+        yield (
+            f"{kv / 1e9:.0f} GB of KV for {most} × {question.context:,} tokens fit only if requests share them"
+        )
 
 
 def _gpu(name: str) -> Gpu:
     if name.lower() not in GPUS:
-        raise ConfigError(f"--gpu {name} is not one of {', '.join(GPUS)}")
+        raise UsageError(f"--gpu {name} is not one of {', '.join(GPUS)}")
     return GPUS[name.lower()]
 
 
@@ -224,57 +237,23 @@ def _split(shape: Shape) -> tuple[float, float]:
     return 2 * (shape.parameters - experts), shape.expert_bytes * experts
 
 
-def _bytes(shape: Shape) -> float:
-    return sum(_split(shape))
-
-
-def _card(shape: Shape, gpu: Gpu, count: int) -> Card:
-    """Prices of a target on `count` cards."""
+def _card(shape: Shape, gpu: Gpu, cards: int, context: int = 0, requests: int = 1) -> Card:
+    """Prices of a target on so many cards. context: cached tokens of each of the requests; drafters read them, too."""
     always, experts = _split(shape)
-    layer = (EXPERTS_LAYER if shape.experts else LAYER) + (REDUCE if count > 1 else 0.0)
+    layer = (EXPERTS_LAYER if shape.experts else LAYER) + (REDUCE if cards > 1 else 0.0)
+    token = shape.kv / (gpu.bandwidth * cards)
+    cached = token * context * requests / shape.layers
     return Card(
         gpu.name,
-        fixed=always / (gpu.bandwidth * count) + shape.layers * layer,
-        row=2 * shape.active / (gpu.flops * count),
-        token=H100.token * shape.kv / _QWEN.kv * _H100.bandwidth / (gpu.bandwidth * count),
-        chain=H100.chain,
-        block=H100.block,
-        experts=experts / (gpu.bandwidth * count),
+        fixed=always / (gpu.bandwidth * cards) + shape.layers * layer,
+        row=2 * shape.active / (gpu.flops * cards),
+        token=(READ - WIDER) * token,
+        deep=WIDER * token / requests,
+        chain=H100.chain + READ * cached,
+        block=H100.block + BLOCK_LAYERS * (READ + FULL[arms.DIFFUSION] * WIDER) * cached,
+        experts=experts / (gpu.bandwidth * cards),
         share=shape.used / shape.experts if shape.experts else 1.0,
     )
-
-
-def _far(card: Card, shape: Shape, question: Question, requests: int) -> Card:
-    """`card` for requests of a long context each: its first `CONTEXT` tokens as before, the others by their bytes.
-
-    Drafters read it, too.
-    """
-    if question.context <= CONTEXT:
-        return card
-    far = 1 - CONTEXT / question.context
-    token = far * shape.kv / (_gpu(question.gpu).bandwidth * question.cards)
-    layer = token * question.context * requests / shape.layers
-    return replace(
-        card,
-        token=card.token * (1 - far) + (READ - WIDER) * token,
-        deep=WIDER * token / requests,
-        chain=card.chain + READ * layer,
-        block=card.block + BLOCK_LAYERS * (READ + FULL[arms.DIFFUSION] * WIDER) * layer,
-    )
-
-
-def _acceptance(target: PublishedTarget) -> tuple[Acceptance, str]:
-    if target.acceptance is not None:
-        return target.acceptance, target.acceptance.source
-    other = known("Qwen3-8B")
-    if other is None or other.acceptance is None:
-        raise AssertionError("Qwen3-8B is known")
-    return other.acceptance, f"none is published, so Qwen3-8B's: {other.acceptance.source}"
-
-
-def _pair(acceptance: Acceptance) -> PublishedPair:
-    drafts = {arm: min(FULL[arm], drafted) for arm, drafted in acceptance.drafts.items()}
-    return PublishedPair(acceptance.lengths, acceptance.drafts, drafts)
 
 
 def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, PublishedPair, str]:
@@ -283,12 +262,12 @@ def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, Publ
     drafted = {
         arm: (sums["tokens"] / sums["rounds"], max(1, round(sums["proposed"] / sums["rounds"])))
         for arm, sums in by_arm.items()
-        if arm in FULL and sums["rounds"] >= 64
+        if arm in FULL and sums["rounds"] >= ENOUGH
     }
     rounds = [sums["rounds"] for arm, sums in by_arm.items() if arm != arms.NONE]
-    if max(rounds, default=0) < 64 or not costs.get("verify"):
+    if max(rounds, default=0) < ENOUGH or not costs.get("verify"):
         raise ConfigError(
-            "the server has drafted in fewer than 64 rounds of a drafter: send it requests, then ask again"
+            f"the server has drafted in fewer than {ENOUGH} rounds of a drafter: send it requests, then ask again"
         )
     row = max(costs.get("verify_draft", 0.0), 1e-9)
     draft = costs.get("draft") or {}
@@ -302,53 +281,72 @@ def _of_server(state: Mapping[str, Any], question: Question) -> tuple[Card, Publ
         block=draft.get(arms.DIFFUSION, 0.0),
     )
     lengths = {"its traffic": {arm: length for arm, (length, _) in drafted.items()}}
-    return card, PublishedPair(lengths, drafts, drafts), "of its traffic since the start"
+    few = [arm for arm in FULL if arm not in drafted and arm in (*by_arm, *state.get("arms", ()))]
+    without = f", without {' and '.join(few)}: fewer than {ENOUGH} rounds" if few else ""
+    return card, PublishedPair(lengths, drafts, drafts), f"of its traffic since the start{without}"
 
 
-def _on_its_traffic(state: Mapping[str, Any]) -> str:
-    """Verdict on what a server's own rounds brought, copies and forced text with them. Raises ConfigError."""
-    gain = brought(state).gain
-    verdict = "Turn it on" if gain >= WORTH_IT else "Leave it off"
-    return f"{verdict}: {gain:.2f} over plain decoding on the server's own traffic, by its prices"
+def _block(target: PublishedTarget) -> str:
+    """SGLang's algorithm for the target's first block drafter."""
+    return "DSPARK" if "dspark" in "".join(target.block[:1]).lower() else "DFLASH"
 
 
-STOCK = {"plain": "plain decoding", "eagle3": "EAGLE-3", "dflash": "block drafter"}
-"""Methods that SGLang has without this package."""
+def _fastest(
+    target: PublishedTarget, gpu: Gpu, pair: PublishedPair, question: Question, requests: int
+) -> Estimate:
+    """One server on each card if the target fits there, or one on all if that is faster for sure."""
+    whole = question.cards
+
+    def on(cards: int, replicas: int) -> Estimate:
+        share = -(-requests // replicas)
+        card = _card(target.shape, gpu, cards, question.context, share)
+        row = _row(card, pair, question, share, _block(target))
+        name, size = ("dp", replicas) if replicas > 1 else ("tp", cards)
+        return row._replace(
+            load=count(requests, "request") + (f", {name} {size}" if whole > 1 else ""),
+            spread=f"--{name}-size {size}" if whole > 1 else "",
+            rates={way: rate * requests / share for way, rate in row.rates.items()},
+        )
+
+    alone = question._replace(cards=1, requests=(-(-requests // whole),))
+    fits = whole > 1 and not any(_obstacles(target.shape, alone))
+    replicas = [on(1, whole)] if fits else []
+    return max(
+        [*replicas, on(whole, 1)], key=lambda row: max(row.rates.values()) * (SURE if row in replicas else 1)
+    )
 
 
-def _row(card: Card, pair: PublishedPair, question: Question, requests: int) -> Estimate:
+def _row(card: Card, pair: PublishedPair, question: Question, requests: int, block: str) -> Estimate:
     tools = max(question.tools, 1e-9)  # above 0, so that the host's time counts
     load = SimulatedLoad(
         requests, 4 * requests + 40, question.prompt, question.answer, tools=tools, cached=question.context
     )
 
-    def rate(method: str, lengths: Mapping[str, Mapping[str, float]]) -> float:
-        return Simulation(card, load, method, pair=pair._replace(lengths=lengths)).run().rate
+    def rate(method: str, pair: PublishedPair, card: Card = card) -> float:
+        return Simulation(card, load, method, pair=pair).run().rate
 
+    ways = {"eagle3": "EAGLE3", "dflash": block, "auto": OURS}
     methods = [method for method in METHODS if FIXED.get(method, arms.NONE) in (arms.NONE, *pair.drafts)]
-    rates = {method: rate(method, pair.lengths) for method in methods}
-    ratios = [rate("auto", {name: lengths}) / rates["plain"] for name, lengths in pair.lengths.items()]
-    return Estimate(requests, rates, min(ratios), max(ratios))
+    rates = {ways.get(method, method): rate(method, pair) for method in methods}
+    rates |= {"NGRAM": rate("dflash", NGRAM, replace(card, block=0.0)), OURS: rates.pop(OURS)}
+    single = [pair._replace(lengths={name: lengths}) for name, lengths in pair.lengths.items()]
+    ratios = [rate("auto", one) / rates[PLAIN] for one in single]
+    return Estimate(count(requests, "request"), "", rates, min(ratios), max(ratios))
 
 
-def _verdict(rows: Sequence[Estimate], own: str) -> str:
-    """own: of a server that has seen its traffic, which no estimate of drafters alone overrules."""
-    parts: dict[str, list[str]] = {}
-    for row in rows:
-        parts.setdefault("Drafters alone, an estimate" if own else row.verdict, []).append(row.shown)
-    sentence = ". ".join(
-        [*filter(None, [own]), *(f"{verdict}: {', '.join(shown)}" for verdict, shown in parts.items())]
-    )
-    if not rows:
-        return f"{sentence}."
-    return f"{sentence} (requests; tokens a second over plain decoding, range by data set)."
-
-
-def _settings(target: PublishedTarget, question: Question, by_arm: Mapping[str, Any]) -> Iterator[str]:
-    """by_arm: of a server that runs the target."""
+def _settings(
+    target: PublishedTarget, question: Question, row: Estimate, by_arm: Mapping[str, Any]
+) -> Iterator[str]:
+    """row: of the last load. by_arm: of a server that runs the target."""
     if FULL.keys() & by_arm.keys():
         yield "The server has drafters. `whiflash policy none --url URL` stops them while it serves, `auto` goes on."
         return
+    spread = f" {row.spread}" if row.spread else ""
+    if not by_arm and row.choice != OURS:
+        drafter = {"EAGLE3": target.eagle3, _block(target): target.block}.get(row.choice, ())[:1]
+        flags = "" if row.choice == PLAIN else f" --speculative-algorithm {row.choice}"
+        flags += "".join(f" --speculative-draft-model-path {name}" for name in drafter)
+        yield f"sglang serve {target.name}{flags}{spread}"
     parts = [
         *(f"--eagle3 {drafter}" for drafter in target.eagle3[:1]),
         *(f"--dflash {drafter}" for drafter in target.block[:1]),
@@ -357,7 +355,10 @@ def _settings(target: PublishedTarget, question: Question, by_arm: Mapping[str, 
         yield "Train drafters: `whiflash train`; until then `whiflash serve` copies and drafts forced text."
         return
     yield f"whiflash bundle create --target {target.name} {' '.join(parts)} --out my-bundle"
-    spread = f" --tp-size {question.cards}" if question.cards > 1 else ""
     parsers = f" {target.parsers}" if target.parsers else ""
     bound = f" --max-running-requests {max(question.requests)}" if max(question.requests) > 48 else ""
     yield f"whiflash serve {target.name} --speculative-draft-model-path my-bundle{spread}{parsers}{bound}"
+    stock = ",".join(way for way in row.rates if way not in (PLAIN, OURS))
+    loads = ",".join(map(str, question.requests))
+    arguments = f"--no-interleave --arms none,{stock},auto --concurrency {loads}"
+    yield f"whiflash bench --model-path {target.name} --bundle my-bundle {arguments}"

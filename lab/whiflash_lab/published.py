@@ -1,4 +1,4 @@
-"""Targets that have drafters, and what others published of them: `published.yaml`, facts with their sources.
+"""Targets that have drafters, cards, and what others published of them: `published.yaml`, facts with their sources.
 
 Lengths are tokens of a round with the bonus token. They are of the checkpoints that the source names, which may be
 others than those that are listed.
@@ -13,6 +13,15 @@ from pydantic import TypeAdapter
 from whiflash_sglang.files.disk import read_yaml
 
 
+class Gpu(NamedTuple):
+    """By data sheet. flops: bf16, a second. bandwidth: bytes a second. memory: bytes."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+
+
 class Acceptance(NamedTuple):
     """lengths: data set → arm → tokens a round. drafts: arm → drafts of a round at which lengths were published."""
 
@@ -22,10 +31,25 @@ class Acceptance(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """Tokens a second over plain decoding, by requests, as published. what: the method, engine, device and data."""
+    """Tokens a second over plain decoding, or plain decoding's own, by requests, as published.
+
+    what: the method, engine, device and data. estimated: the same by `advise`, using: a card, an arm, tokens and drafts
+    of a round, tokens of a prompt.
+    """
 
     what: str
     by_requests: Mapping[int, str]
+    estimated: Mapping[int, float] = {}
+    using: tuple[str, str, float, int, int] | None = None
+
+    @property
+    def shown(self) -> str:
+        """How far an estimate is off is in brackets."""
+        off = {
+            at: f" ({found / float(self.by_requests[at]) - 1:+.0%})" for at, found in self.estimated.items()
+        }
+        rates = ", ".join(f"{rate} at {at}{off.get(at, '')}" for at, rate in self.by_requests.items())
+        return f"{self.what}: {rates}"
 
 
 class Shape(NamedTuple):
@@ -49,14 +73,22 @@ class PublishedTarget(NamedTuple):
     shape: Shape
     eagle3: tuple[str, ...]
     block: tuple[str, ...]
-    acceptance: Acceptance | None = None
+    acceptance: Acceptance = Acceptance({}, {}, "")
     ratios: tuple[Ratio, ...] = ()
     parsers: str = ""
 
 
-FACTS = read_yaml(Path(__file__).with_suffix(".yaml"))
-KNOWN = TypeAdapter(tuple[PublishedTarget, ...]).validate_python(FACTS)
-"""By size."""
+class Facts(NamedTuple):
+    """copies: what copies and forced text brought in our reports. lost: what WHIFLASH costs. targets: by size."""
+
+    cards: dict[str, Gpu]
+    copies: tuple[str, ...]
+    lost: tuple[str, ...]
+    targets: tuple[PublishedTarget, ...]
+
+
+FACTS = TypeAdapter(Facts).validate_python(read_yaml(Path(__file__).with_suffix(".yaml")))
+KNOWN = FACTS.targets
 
 
 def known(target: str) -> PublishedTarget | None:

@@ -1,4 +1,4 @@
-"""`whiflash advise`: should a target be served with WHIFLASH, and what would it bring?"""
+"""`whiflash advise`: what should a target be served with?"""
 
 import json
 from pathlib import Path
@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from whiflash_sglang.cli import DECIDE
-from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, for_tables, say
+from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, say, say_prose, show_table, whole_numbers
 from whiflash_sglang.errors import UsageError
 
 if TYPE_CHECKING:
     from whiflash_lab.advise import Advice
-
-
-_CALLED = {"eagle3": "EAGLE-3", "dflash": "block drafter"}
 
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:
@@ -24,7 +21,7 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
 def advise(
     target: Annotated[str, typer.Argument(help="Served model: hub id, or the end of it.")],
     gpu: Annotated[str, typer.Option(help="Card: h100, h200, h20, a100 or b200.")] = "h100",
-    count: Annotated[int, typer.Option(min=1, help="Cards that share the model.")] = 1,
+    count: Annotated[int, typer.Option(min=1, help="Cards.")] = 1,
     requests: Annotated[str, typer.Option(help="Requests at once, with commas between them.")] = "1,8,32",
     temperature: Annotated[float, typer.Option(min=0, help="Of your requests.")] = 0.0,
     tools: Annotated[float, typer.Option(min=0, max=1, help="Share of requests under a grammar.")] = 0.0,
@@ -43,9 +40,10 @@ def advise(
     as_json: JsonFlag = False,
     api_key: AdminKeyOption = None,
 ) -> None:
-    """Estimate what WHIFLASH would bring for a target, cards and a load; name drafters, settings and what is lost.
+    """Estimate what serves a target best on your cards: plain decoding, EAGLE3, a block drafter, NGRAM or WHIFLASH.
 
-    An estimate from published prices and acceptance: the first line says what is assumed.
+    From published prices and acceptance: the first line says what is assumed. It names drafters, settings and what
+    WHIFLASH costs. Several cards serve replicas if that is faster.
 
     \b
     Examples:
@@ -57,9 +55,7 @@ def advise(
     from whiflash_lab.recipes.files import read
 
     recipes = [] if recipe is None else read(recipe)  # before minutes of simulation
-    sizes = tuple(int(size) for size in requests.split(",") if size.strip().isdecimal())
-    if len(sizes) != len(requests.split(",")) or min(sizes) < 1:
-        raise UsageError(f"--requests takes numbers from 1 on, such as 1,8,64; got {requests!r}")
+    sizes = whole_numbers("--requests", requests)
     if not (digits := context.lower().removesuffix("k")).isdecimal():
         raise UsageError(f"--context takes a number of tokens, such as 32768 or 128k; got {context!r}")
     cached = int(digits) * (1 if digits == context else 1024)
@@ -82,30 +78,30 @@ def advise(
 
 
 def _show(advice: "Advice") -> None:
-    from rich.table import Table
-
-    say(f"{advice.assumed}\n\n{advice.verdict}\n")
-    table = Table("requests", title="Tokens a second (estimates)", title_justify="left")
-    methods = list(advice.rows[0].rates) if advice.rows else []
-    for method in methods:
-        table.add_column(_CALLED.get(method, method), justify="right")
-    for column in ("auto / plain", "by data set"):
-        table.add_column(column, justify="right")
-    for row in advice.rows:
-        rates = (f"{row.rates[method]:,.0f}" for method in methods)
-        table.add_row(str(row.requests), *rates, f"{row.ratio:.2f}", f"{row.low:.2f} to {row.high:.2f}")
+    say_prose(advice.assumed)
+    typer.echo()
+    say_prose(advice.verdict)
     if advice.rows:
-        for_tables().print(table)
-    lines = {
-        "Over plain, as others measured": advice.published,
+        ways = list(advice.rows[-1].rates)
+        lines = [
+            [row.load, *(f"{row.rates[way]:,.0f}" if way in row.rates else "" for way in ways), row.gain]
+            for row in advice.rows
+        ]
+        typer.echo()
+        show_table(["", *ways, "over plain"], lines, "Tokens a second, estimated; in brackets by data set")
+    lists = {
+        "Not in the rows: tokens a round by copies and forced text, on a CPU": advice.copies,
+        "As others measured, and how far an estimate of the same is off": advice.published,
         "Drafters": [
             *(f"EAGLE-3: {name}" for name in advice.eagle3),
             *(f"block: {name}" for name in advice.block),
         ],
         "Set": advice.settings,
-        "You give up": advice.lost,
+        "You give up with WHIFLASH": advice.lost,
         "In the way": advice.obstacles,
     }
-    for title, entries in lines.items():
+    for title, entries in lists.items():
         if entries:
-            say("\n".join([f"\n{title}:", *(f"  {line}" for line in entries)]))
+            typer.echo(f"\n{title}:")
+        for entry in entries:
+            say(f"  {entry}") if title == "Set" else say_prose(entry, "  ")
