@@ -174,7 +174,7 @@ def test_the_target_counts_if_it_is_there(
         assert list(verdict.obstacles) == obstacles
         assert not verdict.unread
     for elsewhere in ("owner/name", "x" * 5000):
-        assert "the target's layers" in judge({"model-path": elsewhere}).unread[0]
+        assert f"add --model-path {elsewhere}" in judge({"model-path": elsewhere}).unread[0]
 
 
 SCRIPT = """#!/usr/bin/env bash
@@ -266,6 +266,8 @@ def nested(value: str) -> str:
     [
         ("a.sh", "echo done", "has no flags"),
         ("a.sh", "", "has no flags"),
+        ("a.json", "{}", "has no flags"),
+        ("a.sh", "vllm serve m --tp 2", "launches vLLM"),
         ("a.sh", "sglang serve --host 'a", "is not a shell line: No closing quotation"),
         ("a.yaml", "a: [", "is not YAML"),
         ("a.yaml", "- a", "flags and values expected"),

@@ -260,9 +260,8 @@ def load_config(path: Path) -> TrainConfig:
     try:
         config = TrainConfig.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(key) for key in first["loc"]) or "the file"
-        raise ConfigError(f"{path}: {place}: {first['msg']} ({error.error_count()} problem(s))") from None
+        wrong = ((".".join(map(str, one["loc"])) or "the file", one["msg"]) for one in error.errors())
+        raise ConfigError(f"{path}: {'; '.join(f'{key}: {what}' for key, what in wrong)}") from None
     if config.capture != sorted(set(config.capture)):
         raise ConfigError(f"{path}: capture must be ascending and without repetition, got {config.capture}")
     for name in ("eagle3", "dflash", "dspark"):

@@ -13,6 +13,7 @@ from whiflash_sglang.errors import ConfigError, UsageError
 from whiflash_sglang.files.disk import MOST_SETTINGS, read_text, yaml_documents
 
 LAUNCH = re.compile(r"(?:sglang\.launch_server|(?:sglang|whiflash)\s+serve)(?=\s|$)")
+VLLM = re.compile(r"\bvllm(?: serve|\.entrypoints)\b")
 COMPUTED = re.compile(r"\$\(\(.{0,200}?\)\)|\$\([^()]*\)")
 ARRAY = re.compile(r"^[ \t]*(\w+)\+?=\(([^()]*)\)", re.MULTILINE)
 OPEN_ARRAY = re.compile(r"=\([^()]*$")
@@ -52,10 +53,9 @@ def read(path: Path) -> list[Recipe]:
         ) from None
     if len(recipes) > MOST_RECIPES:
         raise UsageError(f"--recipe {path} has more than {MOST_RECIPES} launches: divide it")
-    if not recipes:
-        raise UsageError(
-            f"--recipe {path} has no flags: give a launch such as `sglang serve MODEL --tp-size 2`"
-        )
+    if not recipes or (path.suffix.lower() in readers and not all(recipe.flags for recipe in recipes)):
+        what = "launches vLLM" if VLLM.search(text) else "has no flags"
+        raise UsageError(f"--recipe {path} {what}: give a launch such as `sglang serve MODEL --tp-size 2`")
     return recipes
 
 

@@ -95,7 +95,8 @@ def judge(
         if target is None and (named / "config.json").is_file():
             target = named
     if target is None:
-        read.unread.append("the target's layers: give --model-path")
+        model = read.fields.get("model_path") or "TARGET"
+        read.unread.append(f"the target's layers, without its config.json: add --model-path {model}")
     launch, chosen = _launch(read.fields, environment or {}, target)
     launch = replace(launch, draft_kv=read.drafters)
     obstacles = read.wrong | _obstacles(launch)

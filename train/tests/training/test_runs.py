@@ -251,7 +251,7 @@ def test_a_bundle_of_one_drafter_is_evaluated(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"colour": 1}, "colour: Extra inputs"),
+        ({"colour": 1, "shape": 2}, "colour: Extra inputs.*; shape: Extra"),
         ({"capture": [1, 0]}, "ascending"),
         ({"capture": [0, 1, 2]}, "not in capture"),
         ({"hardware": {"device": "abacus"}}, "hardware.device"),
