@@ -45,7 +45,7 @@ FORKING = (
     *(f"tests/agents/test_{name}.py" for name in ("http", "traces", "features")),
     *(f"tests/parallel/test_{name}.py" for name in ("dp_attention", "overlapping_ranks", "vocabularies")),
     *("tests/parallel/test_prefill_and_decode.py", "tests/learn/test_http.py"),
-    *("lab/tests/bench/test_run.py", "lab/tests/bench/test_recorded_bench.py"),
+    *("lab/tests/bench/test_run.py", "lab/tests/bench/test_recorded_bench.py", "lab/tests/test_served.py"),
     *("tests/telemetry/test_server_metrics.py", "tests/targets/test_media_server.py"),
     *("cpu/tests/test_server_host.py", "cpu/tests/test_stock_command.py"),
     *(f"tests/agents/test_{name}.py" for name in ("parsed_streams", "workers", "secrets", "fields", "pairs")),

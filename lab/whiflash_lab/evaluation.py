@@ -1,18 +1,27 @@
-"""`whiflash lab evaluate`: a bundle against held-out prompts; answers in, table and JSON out."""
+"""`whiflash lab evaluate`: a bundle against held-out prompts, replayed here, and as a server drafts with it."""
 
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from whiflash_sdk import Arm, Hints, Span, routing
 
+from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import Forecast
+from whiflash_sglang.errors import ServerRefusedError
+from whiflash_sglang.files.progress import tracked
 from whiflash_sglang.formats.router import Router
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.routing.controller import route
@@ -20,13 +29,15 @@ from whiflash_sglang.routing.neural import note
 from whiflash_sglang.routing.policies import AutoPolicy
 from whiflash_sglang.spans.hints import RequestHints
 from whiflash_train.answers.data import answer_rows, target_path
-from whiflash_train.answers.prompts import balanced, read_rows
-from whiflash_train.answers.served import serve
-from whiflash_train.answers.store import FeatureStore
+from whiflash_train.answers.prompts import balanced, prepare, read_rows
+from whiflash_train.answers.served import ServedTarget, serve
+from whiflash_train.answers.store import FeatureStore, SequenceRecord
+from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.config import Data, Hardware
 from whiflash_train.origin import VocabularyMatrices
-from whiflash_train.replay import JOINED, Pair, PairParts, Replay, ReplayLog, replay_answers
-from whiflash_train.rounds import RoundTally
+from whiflash_train.replay import JOINED, Pair, PairParts, Replay, ReplayLog, replay_answers, replay_drafters
+from whiflash_train.rounds import RoundTally, agreed
+from whiflash_train.statistics import DRAWS
 from whiflash_train.walk import LOOP, Choices, RouterWalk, choices_above, tabulate, walk
 
 REPLAYED = {**JOINED, arms.LOOKUP: arms.LOOKUP, arms.NONE: arms.NONE}
@@ -34,6 +45,19 @@ REPLAYED = {**JOINED, arms.LOOKUP: arms.LOOKUP, arms.NONE: arms.NONE}
 
 ENTROPY_ROWS = 2048
 """Rows of logits that are held at a time."""
+
+OTHER_TARGET = 0.05
+"""Share of served tokens that are not the target's first choice, beyond which its weights are others."""
+SLACK = 0.05
+"""Share of the rounds with accepted drafts in which rounding may accept otherwise."""
+FAULTS = ((-1, 0), (1, 0), (0, 1), (0, -1))
+"""Layers that a drafter may read above its own, and tokens that its features may be late."""
+
+Cause = tuple[str, str]
+"""A word for programs and a sentence for people."""
+Counts = NDArray[np.int64]
+Asks = Callable[..., dict[str, Any]]
+"""`hosts.ask` of one server: route, key of the answer, body."""
 
 
 class KnownSignals(NamedTuple):
@@ -51,50 +75,40 @@ def auto_choices(answers: Sequence[Replay], known: Sequence[KnownSignals]) -> li
     Drafts have their full length. Nothing costs anything, so `auto` seeks acceptance length alone.
     """
     policy = AutoPolicy(heads=any(one.predicted for one in known))
-    chosen: list[Choices] = []
-    for answer, one in zip(answers, known, strict=True):
-        choices: dict[int, str] = {}
-        for begin, end in ((0, answer.loop_from), (answer.loop_from, answer.positions)):
-            run = _AutoRun(policy, answer, one, choices)
-            walk(answer, run.choose, begin, end, RoundTally(), learn=run.learn)
-        chosen.append(choices)
-    return chosen
+    return [_auto_run(policy, *one) for one in zip(answers, known, strict=True)]
 
 
-class _AutoRun:
-    """One request under `auto`: the server's own decision of every round, kept in `choices`."""
+def _auto_run(policy: AutoPolicy, answer: Replay, known: KnownSignals) -> Choices:
+    """One answer under `auto`, and its loop as a request of its own: the server's own decision of every round."""
+    choices: dict[int, str] = {}
 
-    def __init__(
-        self, policy: AutoPolicy, answer: Replay, known: KnownSignals, choices: dict[int, str]
-    ) -> None:
-        self._policy, self._answer, self._known = policy, answer, known
-        self._state, self._choices = Request(answer.id, RequestHints()), choices
-
-    def choose(self, position: int) -> str:
-        answer, state = self._answer, self._state
+    def choose(position: int) -> str:
         forecast: dict[str, Forecast | None] = {
             arm: None for arm, replayed in JOINED.items() if replayed in answer.accepted
         }
-        if answer.copies[position] > 0:
-            forecast[arms.LOOKUP] = Forecast(
-                1 + float(answer.copies[position]), 1 + int(answer.proposed[position])
-            )
-        (arm,) = route(self._policy, [state], [forecast], None)
+        if (copied := float(answer.copies[position])) > 0:
+            forecast[arms.LOOKUP] = Forecast(1 + copied, 1 + int(answer.proposed[position]))
+        (arm,) = route(policy, [state], [forecast], None)
         if arm == arms.NONE and state.decision.promised:
             arm = arms.LOOKUP
-        self._choices[position] = REPLAYED[arm]
-        return REPLAYED[arm]
+        choices[position] = REPLAYED[arm]
+        return choices[position]
 
-    def learn(self, ended: int, emitted: int) -> None:
+    def learn(ended: int, emitted: int) -> None:
         """Learn as a server does after a round: accepted tokens, and the signals at its end."""
-        state, arm = self._state, self._state.previous or arms.NONE
-        self._policy.observe(arm, state.decision, emitted)
+        arm = state.previous or arms.NONE
+        policy.observe(arm, state.decision, emitted)
         state.committed(arm, [0] * emitted)
-        if ended < self._answer.positions:
-            if "entropy" in self._policy.needs:
-                state.entropy = self._known.entropy[ended]
-            if self._known.predicted:
-                note(state, self._known.predicted[ended])
+        if ended < answer.positions:
+            if "entropy" in policy.needs:
+                state.entropy = known.entropy[ended]
+            if known.predicted:
+                note(state, known.predicted[ended])
+
+    for begin, end in ((0, answer.loop_from), (answer.loop_from, answer.positions)):
+        state = Request(answer.id, RequestHints())
+        walk(answer, choose, begin, end, RoundTally(), learn=learn)
+    return choices
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,25 @@ class EvaluationSettings:
     hardware: Hardware = field(default_factory=Hardware)
 
 
+@contextmanager
+def started_target(
+    bundle: Path, layers: list[int], settings: EvaluationSettings, work: Path
+) -> Iterator[tuple[ServedTarget, FeatureStore]]:
+    """The bundle's target in an engine, and a store of its outputs of `layers`, with their files in `work`."""
+    manifest, hardware = load_manifest(bundle), settings.hardware
+    template = None if manifest.chat_template is None else bundle / manifest.chat_template
+    if hardware.threads:
+        torch.set_num_threads(hardware.threads)
+    data = Data(prompts=[], tool_choice_required=1.0, max_new_tokens=settings.max_new_tokens)
+    name, path = manifest.target, target_path(manifest.target)
+    with serve(
+        path, name, layers, data, hardware, work=work, template=template, seed=settings.seed
+    ) as served:
+        store = FeatureStore(work / "answers", hidden=served.hidden_size, layers=layers)
+        store.truncate_to_index()
+        yield served, store
+
+
 def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -> dict[str, Any]:
     """The figures of `tabulate`, with what they were measured on: the target answers the prompts (the first `limit`,
     balanced), and the bundle's drafters are replayed.
@@ -122,25 +155,10 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
     """
     rows, manifest = read_rows(prompts), load_manifest(bundle)
     parts = PairParts.of_bundle(bundle, settings.eagle_steps)
-    template = None if manifest.chat_template is None else bundle / manifest.chat_template
-    if settings.hardware.threads:
-        torch.set_num_threads(settings.hardware.threads)
-    data = Data(prompts=[], tool_choice_required=1.0, max_new_tokens=settings.max_new_tokens)
     chosen = list(balanced(rows, {}, settings.seed))[: settings.limit]
     with tempfile.TemporaryDirectory() as scratch:
         work = settings.work or Path(scratch)
-        with serve(
-            target_path(manifest.target),
-            manifest.target,
-            parts.captured,
-            data,
-            settings.hardware,
-            work=work,
-            template=template,
-            seed=settings.seed,
-        ) as served:
-            store = FeatureStore(work / "answers", hidden=served.hidden_size, layers=parts.captured)
-            store.truncate_to_index()
+        with started_target(bundle, parts.captured, settings, work) as (served, store):
             summary = answer_rows(chosen, served, store, keep_loops=True)
         target = VocabularyMatrices.read(work / "target", manifest.target, settings.hardware.torch_dtype)
         target = target.to(torch.device(settings.hardware.device))
@@ -193,8 +211,8 @@ def predictions(router: Router | None, answer: Replay) -> list[list[float]]:
     return rows
 
 
-def figures_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows for a terminal."""
+def figures_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """Header, rows and title for a terminal."""
     overall = result["overall"]
     names, compared = list(overall["acceptance_length"]), list(overall["rounds_won"])
     groups = [*result["categories"].items(), ("overall", overall), (LOOP, result[LOOP])]
@@ -207,7 +225,8 @@ def figures_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         for category, figures in groups
         if figures is not None
     ]
-    return ["category", *names, *(f"{arm} better" for arm in compared)], rows
+    title = f"acceptance length, {result['bundle']}, {result['prompts']} prompts"
+    return ["category", *names, *(f"{arm} better" for arm in compared)], rows, title
 
 
 @torch.inference_mode()
@@ -218,3 +237,180 @@ def entropy_of(states: Tensor, head: Tensor) -> Tensor:
         log = F.linear(rows.to(head.device, head.dtype), head).float().log_softmax(-1)
         parts.append(-(log.exp() * log).sum(-1).cpu())
     return torch.cat(parts)
+
+
+Text = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its answer."""
+Rounds = list[tuple[int, int, int]]
+"""Answer position that a round starts at (as in `Replay`), its drafts, and those that were accepted."""
+
+
+def ask_server(asks: Asks, row: Mapping[str, Any], arm: Arm, longest: int) -> tuple[Text, Rounds]:
+    """A server's greedy answer to a prompt, without a grammar, and the rounds of `arm` but the last, which the answer's
+    end may cut. Raises ServerRefusedError.
+    """
+    pinned = Span(kind="prose", open=True, prefer=arm, pin=True)
+    hints = Hints(spans=[pinned], lookup="off", trace="full", learn=False)
+    body = {name: row[name] for name in ("messages", "tools") if row.get(name)}
+    body |= {"temperature": 0, "max_tokens": longest, "return_token_ids": True, **hints.extra_body()}
+    answer = asks("/v1/chat/completions", "choices", body)
+    trace, choice = routing(answer), answer["choices"][0]
+    rounds: Rounds = []
+    for stretch in trace.stretches if trace else ():
+        begin = stretch.start - 1
+        for tokens, drafts in zip(stretch.round_tokens or (), stretch.round_proposed or (), strict=True):
+            if stretch.arm == arm and drafts:
+                rounds.append((begin, drafts, tokens - 1))
+            begin += tokens
+    return (choice["prompt_token_ids"], choice["response_token_ids"]), rounds[:-1]
+
+
+def prompt_cause(
+    own: list[int], served: list[int], tokenizer: PreTrainedTokenizerBase, asks: Asks
+) -> Cause | None:
+    """Why a server's tokens of a prompt are not the bundle's `own`."""
+    if own == served:
+        return None
+    text, theirs = str(tokenizer.decode(own)), str(tokenizer.decode(served))
+    body = {"prompt": text, "add_special_tokens": False}
+    if asks("/tokenize", "tokens", body)["tokens"] != tokenizer.encode(text, add_special_tokens=False):
+        return "tokenizer", f"The server's tokenizer is another: it splits {text[-60:]!r} otherwise."
+    place = agreed(map(ord, text), map(ord, theirs))
+    text, theirs = text[place:], theirs[place:]
+    if not (text and theirs) and re.search("think|channel", text + theirs):
+        who = "server" if theirs else "bundle"
+        return "reasoning prefix", f"Only the {who}'s prompts end with {theirs or text!r}."
+    return "template", f"The templates differ: {theirs[:40]!r} on the server, {text[:40]!r} in the bundle."
+
+
+def unlike_target(sequence: Stored, head: Tensor) -> int:
+    """Answer tokens that are not the first choice of the target of these final states."""
+    size = sequence.record.prompt_length
+    logits = F.linear(sequence.final[size - 1 :].to(head.device, head.dtype), head)
+    return int((logits.argmax(-1).cpu() != sequence.tokens[size:]).sum())
+
+
+def share(answers: Counts, values: Any, of: Any) -> list[float]:
+    """The sum of `values` over that of `of`, [rounds] each, with its 95 % interval; answers are drawn."""
+    up, down = (np.bincount(answers, np.asarray(part, float)) for part in (values, of))
+    drawn = np.random.default_rng(0).integers(0, len(up), (DRAWS, len(up)))
+    bounds = np.percentile(up[drawn].sum(1) / np.maximum(down[drawn].sum(1), 1), [2.5, 97.5])
+    return [float(up.sum() / max(down.sum(), 1)), *bounds.tolist()]
+
+
+def drafter_cause(
+    answers: Counts, served: Counts, replay: Callable[[int, int], Counts], faults: Iterable[tuple[int, int]]
+) -> Cause | None:
+    """Why the server's rounds accept otherwise than the bundle's replay; None: they do not.
+
+    answers, served: [rounds] number of the answer, accepted drafts. replay: the latter under one of `faults`, or none.
+    """
+
+    def moved(above: int, late: int) -> list[float]:
+        found = replay(above, late)
+        return share(answers, served != found, (served > 0) | (found > 0))
+
+    apart, low, _ = moved(0, 0)
+    if low <= SLACK:
+        return None
+    begins = f"{apart:.0%} of the rounds with accepted drafts differ from their replay: "
+    shares = {fault: moved(*fault) for fault in faults}
+    above, late = min(shares, key=lambda fault: shares[fault][0])
+    apart, low, _ = shares[above, late]
+    if low > SLACK:
+        return "drafter", f"{begins}prompts and target agree, so its drafter has other weights or settings."
+    read = f"layers {above:+d} of its own" if above else f"features {late:+d} tokens late"
+    ends = f"its drafter reads {read}, with which {apart:.0%} do."
+    return "layer" if above else "positions", begins + ends
+
+
+def compare_served(
+    bundle: Path, prompts: Path, asks: Asks, arm: Arm, settings: EvaluationSettings
+) -> dict[str, Any]:
+    """`positions` (drafts; served and, if prompts and target agree, offline: share, low, high), `cause` (None: both
+    agree) and its `sentence`.
+
+    Raises ServerRefusedError if the server does not answer or draft with `arm`, and as `evaluate_bundle` does.
+    """
+    manifest, rows = load_manifest(bundle), read_rows(prompts)
+    template = (
+        None if manifest.chat_template is None else (bundle / manifest.chat_template).read_text("utf-8")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(target_path(manifest.target))
+    if arm not in manifest.drafters or arm not in asks("/whiflash/capabilities", "arms")["arms"]:
+        raise ServerRefusedError(f"bundle and server do not both draft with {arm}: give another --arm")
+    cause: Cause | None = None
+    texts: list[Text] = []
+    found: list[tuple[int, int, int, int]] = []
+    for row in tracked(list(balanced(rows, {}, settings.seed))[: settings.limit], "asking the server"):
+        text, its = ask_server(asks, row, arm, settings.max_new_tokens)
+        if its:
+            found += [(len(texts), *one) for one in its]
+            texts.append(text)
+        own = prepare(row, tokenizer, template, 0.0).tokens
+        cause = cause or prompt_cause(own, text[0], tokenizer, asks)
+    if not found:
+        raise ServerRefusedError(f"the server drafted no two rounds with {arm}: raise --max-new-tokens")
+    rounds = np.array(found)
+    numbers, _, drafts, served = rounds.T
+    offline = None
+    if cause is None:
+        cause, offline = _replay(bundle, texts, rounds, arm, settings)
+    positions = []
+    for k in range(drafts.max()):
+        both = {"offline": offline, "served": served}
+        figures = {key: None if n is None else share(numbers, n > k, drafts > k) for key, n in both.items()}
+        positions.append({"drafts": int((drafts > k).sum()), **figures})
+    name, sentence = cause or (None, f"Both agree, in {len(found)} rounds of {len(texts)} answers.")
+    return {"bundle": manifest.name, "arm": arm, "positions": positions, "cause": name, "sentence": sentence}
+
+
+def _replay(
+    bundle: Path, texts: Sequence[Text], rounds: Counts, arm: str, settings: EvaluationSettings
+) -> tuple[Cause | None, Counts | None]:
+    """The target's or the drafter's cause, and, if the target agrees, accepted drafts of the replay [rounds]."""
+    name, parts = load_manifest(bundle).target, PairParts.of_bundle(bundle, int(rounds[:, 2].max()))
+    read = parts._replace(checkpoints={arm: parts.checkpoints[arm]}).captured
+    last = TargetShape.read(target_path(name) / "config.json").num_layers - 2
+    layers = sorted({near for layer in read for near in range(layer - 1, layer + 2) if 0 <= near <= last})
+    with tempfile.TemporaryDirectory(dir=settings.work) as scratch:
+        with started_target(bundle, layers, settings, Path(scratch)) as (target, store):
+            whole = [prompt + answer for prompt, answer in texts]
+            for n, states in target.states((n, text[:-1]) for n, text in enumerate(whole)):
+                record = SequenceRecord(str(n), arm, len(texts[n][0]), len(whole[n]), False, False)
+                store.append(record, whole[n], states)
+        vocabulary = VocabularyMatrices.read(Path(scratch) / "target", name, settings.hardware.torch_dtype)
+        vocabulary = vocabulary.to(torch.device(settings.hardware.device))
+        wrong = sum(unlike_target(store.read(record), vocabulary.head) for record in store.records)
+        if (other := wrong / sum(len(answer) for _, answer in texts)) > OTHER_TARGET:
+            return (
+                "target",
+                f"{name} does not choose {other:.0%} of the served tokens: weights differ.",
+            ), None
+        pair = Pair.load(parts, vocabulary)
+        # Without the other drafter, whose layers are not there.
+        head = pair.block_head if arm == arms.DIFFUSION else None
+        pair = pair._replace(drafters={arm: pair.drafters[arm]}, block_head=head)
+
+        def replay(above: int, late: int) -> Counts:
+            found = np.zeros(len(rounds), np.int64)
+            for record in tracked(store.records, "replaying the drafter"):
+                sequence, mine = store.read(record), rounds[:, 0] == int(record.id)
+                moved = sequence._replace(features=sequence.features.roll(late, 0))
+                named = [layer - above for layer in layers]
+                found[mine] = replay_drafters(pair, moved, named).accepted[arm][rounds[mine, 1]]
+            return np.minimum(found, rounds[:, 2])
+
+        tried = [fault for fault in FAULTS if {layer + fault[0] for layer in read} <= {*layers}]
+        return drafter_cause(rounds[:, 0], rounds[:, 3], replay, tried), replay(0, 0)
+
+
+def positions_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """As `figures_table`, of a result of `compare_served`."""
+    rows = []
+    for number, row in enumerate(result["positions"], 1):
+        both = (row["offline"], row["served"])
+        cells = ("" if one is None else "{:.1%} ({:.1%} to {:.1%})".format(*one) for one in both)
+        rows.append([str(number), str(row["drafts"]), *cells])
+    title = f"accepted drafts by position, {result['bundle']}, {result['arm']}"
+    return ["position", "drafts", "offline", "served"], rows, title

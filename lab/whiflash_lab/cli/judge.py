@@ -1,15 +1,16 @@
-"""`whiflash lab evaluate`: a bundle is judged without a server.
+"""`whiflash lab evaluate`: a bundle is judged without a server, or beside one that drafts with it.
 
 The bundle is read before torch is imported: errors in it come at once.
 """
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, show_table
+from whiflash_sglang.cli.options import AdminKeyOption, Dtype, JsonFlag, OutOption, authorization, show_table
 from whiflash_sglang.files.jsonl import write_whole
 from whiflash_train.cli.train import readable_errors
 
@@ -19,6 +20,8 @@ def evaluate_command(
     prompts: Annotated[
         Path, typer.Option(help="JSONL of {id, category, messages, tools?, response_format?}.")
     ],
+    served: Annotated[str | None, typer.Option(help="Server of this bundle: compare acceptance.")] = None,
+    arm: Annotated[Literal["ar", "diffusion"], typer.Option(help="Drafter compared under --served.")] = "ar",
     as_json: JsonFlag = False,
     out: OutOption = None,
     limit: Annotated[
@@ -28,12 +31,17 @@ def evaluate_command(
     work: Annotated[Path | None, typer.Option(help="Keep answers and replays in this directory.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number format of target and drafters.")] = "bfloat16",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 is torch's choice.")] = 0,
+    api_key: AdminKeyOption = None,
 ) -> None:
     """Measure acceptance lengths of a bundle's arms and routers on held-out prompts, without a server.
 
+    With --served, compare a drafter's acceptance on a server's own answers, draft by draft, with the server's, and name
+    the first cause of a difference. The exit code is then 1.
+
     \b
-    Example:
+    Examples:
     whiflash lab evaluate --bundle my-bundle --prompts eval.jsonl --limit 70 --out figures.json
+    whiflash lab evaluate --bundle my-bundle --prompts eval.jsonl --served http://127.0.0.1:30000
     """
     from whiflash_sglang.checkpoints.hub import check_place
     from whiflash_sglang.checkpoints.manifest import load_manifest
@@ -41,25 +49,36 @@ def evaluate_command(
     with readable_errors():
         load_manifest(bundle)
         check_place(str(prompts.absolute()))
+        import httpx
         import torch
 
-        from whiflash_lab.evaluation import EvaluationSettings, evaluate_bundle, figures_table
+        from whiflash_lab import evaluation
+        from whiflash_sglang.files.hosts import ask
         from whiflash_train.config import Hardware
 
         # The device that SGLang computes on here.
         device = "cuda" if torch.cuda.is_available() else "cpu"
         hardware = Hardware.model_validate({"dtype": dtype, "threads": threads, "device": device})
-        settings = EvaluationSettings(
+        settings = evaluation.EvaluationSettings(
             limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware
         )
-        result = evaluate_bundle(bundle, prompts, settings)
+        if served is None:
+            result, table = evaluation.evaluate_bundle(bundle, prompts, settings), evaluation.figures_table
+        else:
+            with httpx.Client(headers=authorization(api_key), timeout=None) as client:
+                asks = partial(ask, client, served.rstrip("/"))
+                result = evaluation.compare_served(bundle, prompts, asks, arm, settings)
+            table = evaluation.positions_table
         if out is not None:
             write_whole(out, json.dumps(result, indent=1) + "\n")
     if as_json:
         typer.echo(json.dumps(result))
-        return
-    title = f"acceptance length, {result['bundle']}, {result['prompts']} prompts"
-    show_table(*figures_table(result), title)
+    else:
+        show_table(*table(result))
+        if sentence := result.get("sentence"):
+            typer.echo(sentence)
+    if result.get("cause"):
+        raise typer.Exit(1)
 
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:

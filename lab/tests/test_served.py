@@ -1,0 +1,137 @@
+"""A bundle beside a server that drafts with it: they agree, and planted differences have their names."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from server_host import ServerHost
+from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
+from tokenizers.normalizers import Lowercase
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from whiflash_lab import evaluation
+from whiflash_lab.evaluation import EvaluationSettings, Hardware, compare_served
+from whiflash_sglang.cli.app import app
+from whiflash_train.answers.store import FeatureStore, SequenceRecord
+from whiflash_train.answers.store import Sequence as Stored
+from whiflash_train.origin import VocabularyMatrices
+from whiflash_train.replay import Pair, PairParts, replay_drafters
+from whiflash_train.rounds import rounds
+from whiflash_train.target import TargetModel
+
+CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
+LAYERS = range(5)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle and its target, another target and drafter, prompts."""
+    root = tmp_path_factory.mktemp("served")
+    target = tiny_target(root / "target", seed=2, peaked=True)  # its drafter is often right
+    tiny_target(root / "other", seed=3, peaked=True)
+    tiny_eagle3(root / "drafter", target, seed=21)
+    tiny_eagle3(root / "bundle/eagle3", target, seed=2)
+    tiny_dflash(root / "bundle/dflash", target)
+    for drafter in ("drafter", "bundle/eagle3"):  # layers that have neighbours
+        config = json.loads((root / drafter / "config.json").read_text())
+        config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [1, 2, 3]
+        (root / drafter / "config.json").write_text(json.dumps(config))
+    named = {"name": "tiny", "target": str(target), "eagle3": "eagle3", "dflash": "dflash"}
+    (root / "bundle/whiflash.json").write_text(json.dumps({"schema_version": 1, **named}))
+    rows = [{"id": str(i), "messages": [{"role": "user", "content": f"Say {i * i}!"}]} for i in range(8)]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+class Planted:
+    """A server's answers, as the bundle's own but for what a test plants: its target or drafter (folders of `root`),
+    its template or normalizer, layers above its own or tokens late that its drafter reads.
+    """
+
+    def __init__(self, root: Path, **planted: Any) -> None:
+        self.planted = {"target": "target", "drafter": "bundle/eagle3", "above": 0, "late": 0, **planted}
+        self.model = TargetModel(root / self.planted["target"], **CPU)
+        self.tokenizer = AutoTokenizer.from_pretrained(root / "target")
+        if "normalizer" in planted:
+            self.tokenizer.backend_tokenizer.normalizer = planted["normalizer"]
+        parts = PairParts({"ar": root / self.planted["drafter"]})
+        self.pair = Pair.load(parts, TargetModel(root / "target", **CPU))
+
+    def __call__(self, path: str, holds: str, body: Any = None) -> dict[str, Any]:
+        if body is None:
+            return {holds: ["ar"]}
+        if path == "/tokenize":
+            return {holds: self.tokenizer.encode(body["prompt"], add_special_tokens=False)}
+        options = {"chat_template": self.planted.get("template"), "add_generation_prompt": True}
+        prompt = list(
+            self.tokenizer.apply_chat_template(body["messages"], return_dict=True, **options)["input_ids"]
+        )
+        text = [*prompt]
+        for _ in range(body["max_tokens"]):
+            text.append(int(self.model.next_logits(text).argmax()))
+        found, size = self.model.forward(text[:-1], LAYERS), len(text) - len(prompt)
+        record = SequenceRecord("a", "chat", len(prompt), len(text), False, False)
+        features = found.features.bfloat16().roll(self.planted["late"], 0)
+        sequence = Stored(record, torch.tensor(text), features, found.final)
+        named = [layer - self.planted["above"] for layer in LAYERS]
+        accepted = replay_drafters(self.pair, sequence, named).accepted["ar"]
+        emitted = [count for _, count in rounds(0, size - 1, lambda at: int(accepted[at]))]
+        sums = {"rounds": len(emitted), "tokens": size - 1, "accepted": size - 1 - len(emitted)}
+        stretch = {"start": 1, "end": size, "arm": "ar", "round_tokens": emitted, **sums}
+        stretch["round_proposed"] = [5] * len(emitted)
+        trace = {"version": 1, "policy": "auto", "stretches": [stretch], **sums}
+        choice = {"prompt_token_ids": prompt, "response_token_ids": text[len(prompt) :]}
+        return {holds: [choice], "sglext": {"whiflash": trace}}
+
+
+@pytest.mark.parametrize(
+    ("cause", "planted"),
+    [
+        (None, {}),
+        ("template", {"template": CHAT_TEMPLATE.replace("<|im_end|>", "")}),
+        ("reasoning prefix", {"template": CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>\n")}),
+        ("tokenizer", {"normalizer": Lowercase()}),
+        ("target", {"target": "other"}),
+        *(("layer", {"above": above}) for above in (-1, 1)),
+        *(("positions", {"late": late}) for late in (-1, 1)),
+        ("drafter", {"drafter": "drafter"}),
+    ],
+)
+def test_a_planted_difference_has_its_name(
+    root: Path, monkeypatch: pytest.MonkeyPatch, cause: str | None, planted: dict[str, Any]
+) -> None:
+    torch.set_num_threads(1)  # of a tiny model: more would wait for each other
+    target = TargetModel(root / "target", **CPU)
+
+    @contextmanager
+    def started(_: object, layers: list[int], __: object, work: Path) -> Iterator[tuple[Any, FeatureStore]]:
+        states = SimpleNamespace(states=lambda texts: ((n, target.states(text, layers)) for n, text in texts))
+        yield states, FeatureStore(work / "answers", hidden=64, layers=layers)
+
+    matrices = VocabularyMatrices(target.embedding, target.head, 1.0)
+    monkeypatch.setattr(evaluation, "started_target", started)
+    monkeypatch.setattr(VocabularyMatrices, "read", lambda *_: matrices)
+    settings = EvaluationSettings(max_new_tokens=40, hardware=Hardware(dtype="float32"))
+    found = compare_served(root / "bundle", root / "prompts.jsonl", Planted(root, **planted), "ar", settings)
+    print(found["sentence"], [(row["offline"], row["served"]) for row in found["positions"]])
+    assert found["cause"] == cause
+    assert cause or all(row["offline"] == row["served"] for row in found["positions"])
+
+
+@pytest.mark.server
+def test_a_server_agrees_with_its_bundle(root: Path, host: ServerHost) -> None:
+    arguments = ["--model-path", root / "target", "--speculative-draft-model-path", root / "bundle"]
+    arguments += ["--speculative-algorithm", "WHIFLASH", "--dtype", "float32"]
+    with host.running(*map(str, arguments)) as server:
+        options = ["--bundle", root / "bundle", "--prompts", root / "prompts.jsonl", "--served", server.url]
+        options += ["--arm", "diffusion", "--dtype", "float32", "--max-new-tokens", "48", "--json"]
+        done = CliRunner().invoke(app, ["lab", "evaluate", *map(str, options)])
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+    for row in json.loads(done.stdout)["positions"]:
+        assert row["offline"][0] == pytest.approx(row["served"][0], abs=0.02)
