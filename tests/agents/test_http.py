@@ -106,6 +106,18 @@ def test_hints_steer_drafting_and_leave_the_text(client: OpenAI, arm: Any) -> No
     assert {(s.arm, s.reason, s.span) for s in steered_part} == {(arm, "pin", "prose")}
 
 
+def test_kv_hints_pass_and_change_nothing(server: Server) -> None:
+    """As the page of the SDK says: `/generate` checks them, `/v1` routes drop them."""
+    action = {"action_id": "a", "action_type": "kv.retain", "action_version": "1.0"}
+    hints = {"kv_hints": {"protocol_version": "0.1", "message_id": "m", "actions": [action]}}
+    sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+    asked: dict[str, Any] = {"text": PROMPT, "sampling_params": sampling}
+    assert server.post("/generate", asked | hints)["text"] == server.post("/generate", asked)["text"]
+    wrong = asked | {"kv_hints": {"actions": []}}
+    assert httpx.post(server.url + "/generate", json=wrong, timeout=None).status_code == 400
+    server.post("/v1/completions", {"model": "tiny", "prompt": PROMPT, "max_tokens": 1, "kv_hints": wrong})
+
+
 def test_a_server_alone_gets_hints_under_any_name(client: OpenAI) -> None:
     """SGLang answers to any, and `/v1/models` says that there is no other model."""
     for model in ("default", "Tiny", "tiny"):
