@@ -91,10 +91,8 @@ class LookupArm(TextDrafter):
         hints, prediction = request.hints, request.prediction
         if hints.lookup == "off":
             return
-        if hints.lookup == "context":
-            kept = _Kept(self._calibrations.fresh())
-        else:
-            kept = _Kept(self._calibrations.of(request.tenant), request.tenant)
+        shared, tables = hints.lookup != "context", self._calibrations
+        kept = _Kept(tables.of(request.tenant), request.tenant) if shared else _Kept(tables.fresh())
         request.kept[self.arm] = kept
         if prediction is not None:
             kept.prediction = Prediction(prediction, request.prompt, self._calibrations.fresh())
@@ -116,7 +114,7 @@ class LookupArm(TextDrafter):
             )
         copier.extend(history(len(copier.text)))
         copy = copier.look(self.max_drafts + under_way, worth.least_chance)
-        return copy._replace(at=len(copier.text), agreements=())
+        return Candidate(copy.tokens, copy.alive, copy.parts, len(copier.text), copy.matched)
 
     def extends(self, request: Request) -> bool:
         kept: _Kept | None = request.kept.get(self.arm)
@@ -194,16 +192,13 @@ class LookupArm(TextDrafter):
 
     def host_bytes(self, running: Iterable[Request]) -> Mapping[str, int]:
         """Bytes of the running requests' indexes."""
-        return {
-            "index": sum(kept.copier.text.nbytes for kept in self._of(running) if kept.copier is not None)
-        }
+        copiers = (kept.copier for kept in self._of(running))
+        return {"index": sum(copier.text.nbytes for copier in copiers if copier is not None)}
 
     def snapshot(self, running: Iterable[Request]) -> Mapping[str, Any]:
         """Bytes of the running requests' indexes; tenants that something was learned of."""
-        return {
-            **{f"{name}_bytes": size for name, size in self.host_bytes(running).items()},
-            "tenants": len(self._calibrations),
-        }
+        sizes = {f"{name}_bytes": size for name, size in self.host_bytes(running).items()}
+        return {**sizes, "tenants": len(self._calibrations)}
 
     def _of(self, running: Iterable[Request]) -> Iterator[_Kept]:
         return (request.kept[self.arm] for request in running if self.arm in request.kept)

@@ -72,7 +72,8 @@ class Copier:
         if self._prediction is not None:
             self._prediction.follow(tokens)
         if self._source is not None:
-            self._source = self._source._replace(source=self._source.source + len(tokens))
+            length, source, text = self._source
+            self._source = Place(length, source + len(tokens), text)
         self.text.extend(tokens)
 
     def look(self, limit: int, worth: float) -> Candidate:
@@ -125,8 +126,9 @@ class Copier:
         """Places that match the text's end, `drafts` behind it included, and what followed there, newest first."""
         end = [*self.text.end, *drafts][-MAX_MATCH:] if drafts else self.text.end
         places = list(self.text.places_of(end) if drafts else self.text.places())
-        copied_on = self._copied_on(end, len(drafts))
-        if copied_on is not None:
+        if self._source is not None and self._source.text is self.text:
+            # Moved on: a chain's newest places may have left it behind.
+            copied_on = self.text.place_at(self._source.source + len(drafts), end)
             if copied_on in places:
                 places.remove(copied_on)
             places.insert(0, copied_on)
@@ -139,13 +141,6 @@ class Copier:
             for place in places
             if place.length >= least and (tokens := place.text.continuation(place.source, limit, drafts))
         ]
-
-    def _copied_on(self, end: Sequence[int], drafts: int) -> Place | None:
-        """The place of the last copy, moved on: a chain's newest places may have left it behind."""
-        last = self._source
-        if last is None or last.text is not self.text:
-            return None
-        return self.text.place_at(last.source + drafts, end)
 
     def _propose(self, matches: Sequence[Match], best: int, worth: float, chance: float = 1.0) -> Candidate:
         """The copy from place `best`; `chance`: that everything before it is accepted."""
@@ -165,12 +160,9 @@ class Copier:
 
     def _judge(self, place: Place) -> MatchCalibration:
         """The features by which a copy from `place` is judged."""
-        predicted = self._prediction
-        return (
-            self.calibration
-            if predicted is None or place.text is not predicted.text
-            else predicted.calibration
-        )
+        if (predicted := self._prediction) is not None and place.text is predicted.text:
+            return predicted.calibration
+        return self.calibration
 
 
 def _best(matches: Sequence[Match]) -> int:

@@ -56,6 +56,8 @@ class Candidate(NamedTuple):
 
     def first(self, count: int) -> "Candidate":
         """Its first `count` tokens."""
+        if count == len(self.tokens):
+            return self
         parts = list(first_of(self.parts, count))
         return Candidate(self.tokens[:count], self.alive[:count], parts, self.at)
 
@@ -68,13 +70,12 @@ class Candidate(NamedTuple):
 
     def valid(self, vocabulary: int) -> "Candidate":
         """Its first tokens, as far as each is one of `vocabulary` ids and has a chance that is a number."""
-        if not self.tokens or (
-            min(self.tokens) >= 0 and max(self.tokens) < vocabulary and sum(self.alive) >= 0
-        ):
+        tokens = self.tokens
+        if not tokens or (min(tokens) >= 0 and max(tokens) < vocabulary and sum(self.alive) >= 0):
             return self
-        pairs = zip(self.tokens, self.alive, strict=True)
+        pairs = zip(tokens, self.alive, strict=True)
         bad = (i for i, (token, alive) in enumerate(pairs) if not 0 <= token < vocabulary or alive != alive)
-        return self.first(next(bad, len(self.tokens)))
+        return self.first(next(bad, len(tokens)))
 
     def gain(self, worth: float) -> float:
         """Tokens that verifying it is expected to bring, if a row must bring `worth`."""
@@ -91,7 +92,7 @@ NOTHING = Candidate()
 
 def common_prefix(first: Sequence[object], second: Sequence[object]) -> int:
     """Tokens, or characters, that both begin with."""
-    for number, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return number
-    return min(len(first), len(second))
+    most = min(len(first), len(second))
+    if first[:most] == second[:most]:  # in C
+        return most
+    return next((number for number in range(most) if first[number] != second[number]), most)

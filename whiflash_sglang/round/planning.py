@@ -97,7 +97,7 @@ class Planner:
         if self.host.exact:
             return usable
         if request.may_join:
-            room = widest_of(self.drafters) + sum(request.under_way)
+            room = self.sources.widest + sum(request.under_way)
             usable = {
                 arm: self.sources.extended(turn, index, arm, each, room)[0] for arm, each in usable.items()
             }
@@ -134,7 +134,7 @@ class Planner:
                 room = max(limit, longest, copying)
                 if candidates:
                     most_tokens = max(len(candidate.tokens) for candidate in candidates.values())
-                    room = max(room, min(most_tokens, widest_of(self.drafters)))
+                    room = max(room, min(most_tokens, sources.widest))
             limits.append((limit, min(longest, most), copying, min(room, most)))
         return Limits(*map(list, zip(*limits, strict=True)))
 
@@ -226,9 +226,8 @@ class Planner:
         if from_host:
             candidates = [by_arm.get(arm, NOTHING) for by_arm in plan.candidates for arm in proposing]
             tokens, counts, alive = side_by_side(candidates, width)
-            at = [
-                upload.ints(values) for values in (tokens.ravel(), counts, [each.at for each in candidates])
-            ]
+            begins = [each.at for each in candidates]
+            at = [upload.ints(values) for values in (tokens.ravel(), counts, begins)]
             alive_at = upload.floats(alive.ravel())
         ints, floats = upload.send(turn.rows.device)
         turn.catches_up, turn.limits = ints[due], Limits(*(ints[place] for place in limits))

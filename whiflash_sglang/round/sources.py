@@ -23,8 +23,8 @@ class DraftSources:
     Attributes:
         of_text: all of them. on_device: those for which the device drafts too. proposing: those that draft by what they
             propose, the former first (`choose_drafts`). proposers: the arm of each `Chosen.source`, 0 excepted; the
-            last, at -1, is the device's. width: most tokens of a candidate if texts are known late: two rounds of
-            drafts.
+            last, at -1, is the device's. widest: most drafts of a round. width: most tokens of a candidate if texts are
+            known late: two rounds of drafts.
     """
 
     def __init__(
@@ -36,7 +36,8 @@ class DraftSources:
         proposing = {arm: drafter for arm, drafter in self.of_text.items() if drafter.proposes}
         self.proposing = dict(sorted(proposing.items(), key=lambda one: one[0] not in self.on_device))
         self.proposers = ("", *self.proposing, *self.on_device)
-        self.width = 2 * widest_of(drafters) + 1
+        self.widest = widest_of(drafters)
+        self.width = 2 * self.widest + 1
         # Each twice, since each may lead into what another one knows; who forbids drafts once more, of what came last.
         forbidding = [(arm, drafter) for arm, drafter in proposing.items() if drafter.forbids]
         self._turns = [*proposing.items(), *proposing.items(), *forbidding]

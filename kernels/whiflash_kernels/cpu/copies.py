@@ -56,18 +56,9 @@ class CompiledCopies:
         """
         if most > self._most:
             self._room(most)
-        ids = array("i", drafts)
-        address, size = ids.buffer_info()
+        fields, ids = text.buffer_info()[0], array("i", drafts)
         count = self._copy(
-            text.buffer_info()[0],
-            address,
-            size,
-            copied_from,
-            least,
-            most,
-            *observed,
-            *chances,
-            *self._results,
+            fields, *ids.buffer_info(), copied_from, least, most, *observed, *chances, *self._results
         )
         length, source = self._place
         parts = self._tokens[:count].tolist(), self._alive[:count].tolist(), self._agreements[:count].tolist()
