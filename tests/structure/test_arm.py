@@ -14,9 +14,8 @@ from whiflash_sglang.drafts.candidates import NOTHING, Candidate
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
 from whiflash_sglang.structure.chances import Kind
-from whiflash_sglang.structure.sketch import text_of
 from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools
 
 MINE, THEIRS = tenant_of(None, "mine"), tenant_of(None, "theirs")

@@ -11,13 +11,13 @@ from whiflash_sdk.hints import Span
 from whiflash_sdk.presets import LLAMA3
 
 from whiflash_sglang.spans.hints import MAX_TOOLS_CHARS, TOOLS_KEY, parse_hints
-from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
 from whiflash_sglang.structure.calls import Calls, compiled
 from whiflash_sglang.structure.chances import SEED, Cuts, Kind, StructureChances
-from whiflash_sglang.structure.guesses import Guesses
+from whiflash_sglang.structure.guesses import Ahead, Guesses
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.schemas import MOST_NAMED_CHARS, MOST_NODES, Essence
-from whiflash_sglang.structure.sketch import sketch, text_of
+from whiflash_sglang.structure.sketch import sketch
 from whiflash_sglang.structure.tools import KEPT, MOST_FUNCTIONS, carried_tools, words_of_tools
 
 
@@ -82,7 +82,6 @@ def follow(
         64,
         end=None,
         likelihood=lambda kind: 1.0,
-        layout=Layout(),
         cuts=Cuts(),
         guesses=Guesses(words_of_tools(TOOLS), lambda words: used or {}),
         calls=calls,
@@ -283,7 +282,7 @@ def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
     grammars: Grammars, vocabulary: Vocabulary
 ) -> None:
     """As for a forced call of a tool that is not strict: the grammar is another one than the tools'."""
-    likelihood = StructureChances().of
+    likelihood, guesses = StructureChances().of, Guesses(words_of_tools(TOOLS), lambda words: {})
     for count in (1, 2, 3):
         written = ['{"name"', ': "get_time"', ', "arguments": {"zone": "'][:count]
         schema = {"const": {"name": "get_time", "arguments": {"city": 1}}}
@@ -299,15 +298,14 @@ def test_what_tools_tell_is_proposed_only_as_far_as_the_grammar_allows_it(
                 grammars.accept(engine, token)
         alone, found = (
             sketch(
-                grammars.matcher(raw, vocabulary),
+                Ahead(grammars.matcher(raw, vocabulary), Layout(), guesses),
                 vocabulary,
                 beginning,
                 64,
                 end=grammars.end,
                 likelihood=likelihood,
-                layout=Layout(),
                 cuts=Cuts(),
-                guesses=Guesses(words_of_tools(TOOLS), lambda words: {}),
+                guesses=guesses,
                 calls=told,
             )[0]
             for told in (None, calls)

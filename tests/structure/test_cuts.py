@@ -3,28 +3,9 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
 from whiflash_sglang.structure.chances import KEPT, MOST, Cuts, Kind, LikelyText
 from whiflash_sglang.structure.sketch import cut
-
-
-def test_usual_cuts_are_kept_for_a_tenant_only(vocabulary: Vocabulary) -> None:
-    """A text is cut once, as `cut_behind` cuts it, and what is kept has a bound."""
-    asked: list[str] = []
-
-    def encode(text: str) -> list[int]:
-        asked.append(text)
-        return vocabulary.encode(text)
-
-    noting, cuts = vocabulary._replace(encode=encode), Cuts()
-    for text in ('": "Paris"', '": "Paris"', '"city"'):
-        assert cuts.usual(noting, '{"city', text) == cut_behind(vocabulary, '{"city', text)
-    assert asked == ['{"city": "Paris"', '{"city"city"']
-    assert Cuts().usual(noting, '{"city', '"city"') is not None
-    assert len(asked) == 3
-    for number in range(2 * KEPT):
-        cuts.usual(noting, "", str(number))
-    assert len(cuts._usual) <= KEPT
 
 
 def test_a_place_is_cut_as_it_was_when_it_was_seen_last(vocabulary: Vocabulary) -> None:

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structure_grammars import Grammars
 
-from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
 from whiflash_sglang.structure.chances import Cuts, Kind, LikelyText
-from whiflash_sglang.structure.guesses import STEPS, Guesses, likely, parted
+from whiflash_sglang.structure.guesses import STEPS, Ahead, Guesses, likely, parted
 from whiflash_sglang.structure.layout import NO_FRAMES, Frames, Layout
 from whiflash_sglang.structure.matchers import XGrammarMatcher
 from whiflash_sglang.structure.schemas import MOST_WORDS, frames_of, words_of
-from whiflash_sglang.structure.sketch import sketch, text_of
+from whiflash_sglang.structure.sketch import sketch
 
 TRIP = {
     "type": "object",
@@ -49,7 +49,7 @@ def follow(
     layout.follow(written)
     with matcher.trying():
         assert not written or matcher.accept_text(written)
-        pieces = likely(matcher, 400, guesses(schema, **options), layout, lambda kind: 1.0)
+        pieces = likely(Ahead(matcher, layout, guesses(schema, **options)), 400, lambda kind: 1.0)
     return "".join(piece.text for piece in pieces)
 
 
@@ -102,7 +102,7 @@ def test_work_is_bounded(grammars: Grammars, vocabulary: Vocabulary, monkeypatch
     asked = []
     own = guesses(schema)
     monkeypatch.setattr(own, "next", lambda *args: asked.append(1) or Guesses.next(own, *args))
-    likely(matcher, 10_000, own, Layout(), lambda kind: 1.0)
+    likely(Ahead(matcher, Layout(), own), 10_000, lambda kind: 1.0)
     assert 0 < len(asked) <= STEPS
 
 
@@ -226,14 +226,12 @@ def test_prose_around_a_tag_is_free(tokenizer: Any, vocabulary: Vocabulary) -> N
         with matcher.trying():
             assert not written or matcher.accept_text(written)
             found = sketch(
-                matcher,
+                Ahead(matcher, layout, guesses({})),
                 vocabulary,
                 vocabulary.encode(written),
                 32,
                 end=tokenizer.eos_token_id,
                 likelihood=lambda kind: 1.0,
-                guesses=guesses({}),
-                layout=layout,
                 cuts=Cuts(),
             )[0]
         text = text_of(vocabulary, [token.token for token in found if token.kind is not Kind.STOPPED])

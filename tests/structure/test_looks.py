@@ -12,8 +12,8 @@ from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.spans.vocabulary import Vocabulary
-from whiflash_sglang.structure.sketch import text_of
+from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
+from whiflash_sglang.structure.guesses import TEXTS
 from whiflash_sglang.structure.tools import carried_tools, read_tools
 
 KEYS = {"to": {"type": "string"}, "in": {"enum": ["celsius", "kelvin"]}}
@@ -26,10 +26,13 @@ DOCUMENTS = {"grammar": f"[{CALL}, {CALL}, {CALL}]"} | {
 }
 
 
+@pytest.mark.parametrize("texts", [2, TEXTS])
 @pytest.mark.parametrize("form", DOCUMENTS)
 def test_kept_answers_are_those_of_a_look_from_nothing(
-    form: str, grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+    form: str, texts: int, grammars: Grammars, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("whiflash_sglang.structure.guesses.TEXTS", texts)
+    monkeypatch.setattr("whiflash_sglang.structure.guesses.PLACES", 9 * texts)
     monkeypatch.setattr(StructureArm, "_learn", lambda *_: None)
     tools, spans = carried_tools([("f", TOOL), ("list", None)], form), TOOL_CALL_PARSERS.get(form, ())
     hints = RequestHints(tools=tools or "", spans=[*spans])

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import xgrammar
 
+from whiflash_sglang.spans.vocabulary import Vocabulary, whole_text
 from whiflash_sglang.structure.calls import _compiler, schema_of
-from whiflash_sglang.structure.guesses import Guesses, Tables, likely
+from whiflash_sglang.structure.guesses import TEXTS, Ahead, Guesses, Tables, likely
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import XGrammarMatcher
 from whiflash_sglang.structure.schemas import words_of, words_of_places
@@ -69,7 +70,7 @@ def test_answers_by_place_are_those_of_the_grammar(schema: str) -> None:
         while len(written) < 160:
             likelihood = random.uniform(0.5, 1.0)
             expected, found = (
-                likely(matcher, 300, guesses, own, lambda _, p=likelihood: p, "!")
+                likely(Ahead(matcher, own, guesses), 300, lambda _, p=likelihood: p, "!")
                 for guesses, own in ((Guesses(words, lambda _, used=used: used), plain), (shared, layout))
             )
             assert found == expected, written
@@ -90,3 +91,42 @@ def test_text_that_is_no_json_has_no_places() -> None:
         layout = Layout(words=("name",), source="any")
         layout.follow(written + '{"name')
         assert layout.place is None, written
+
+
+@pytest.mark.parametrize("texts", [2, TEXTS])
+@pytest.mark.parametrize("schema", KEPT)
+def test_tokens_lead_to_the_places_of_their_texts(
+    schema: str, texts: int, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that places know asks no matcher, and what is kept has a bound."""
+    monkeypatch.setattr("whiflash_sglang.structure.guesses.TEXTS", texts)
+    monkeypatch.setattr("whiflash_sglang.structure.guesses.PLACES", 8 * texts)
+    grammar = _compiler().compile_json_schema(schema, any_whitespace=True)
+    tables, words, asked = Tables(vocabulary), words_of(schema), 0
+    for walk in range(40):
+        random, matcher = Random(walk % 9), XGrammarMatcher(xgrammar.GrammarMatcher(grammar))
+        layout = Layout(words=words_of_places(schema), source=schema)
+        shared, anew = (Guesses(words, lambda _: {}, known) for known in (tables, None))
+        for _ in range(12):
+            pieces = likely(Ahead(matcher, layout, shared), 99, lambda _: 1.0)
+            tokens = vocabulary.encode("".join(piece.text for piece in pieces))[: random.randint(0, 9)]
+            tokens += random.choices(range(len(vocabulary.token_bytes)), k=random.randint(0, 2))
+            own, ahead, taken = layout.copy(), Ahead(matcher, layout, shared), 0
+            with matcher.trying():
+                assert ahead.accept([]) == 0
+                count, known = ahead.accept(tokens), ahead._own is None
+                found = likely(ahead, 99, lambda _: 1.0)
+            asked += not known
+            with matcher.trying():
+                while taken < len(tokens) and (text := whole_text(vocabulary, [tokens[taken]])):
+                    if not matcher.accept_text(text):
+                        break
+                    own.follow(text)
+                    taken += 1
+                assert (count, found) == (taken, likely(Ahead(matcher, own, anew), 99, lambda _: 1.0))
+            for token in tokens[:count]:
+                layout.follow(text := whole_text(vocabulary, [token]))
+                assert matcher.accept_text(text)
+            assert all(len(place.then) <= texts for place in shared._own[schema].values())
+            assert len(shared._own[schema]) <= 8 * texts
+    assert texts == 2 or asked < 240

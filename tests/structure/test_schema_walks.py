@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structure_grammars import SCHEMAS, Case, Grammars
 
-from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
 from whiflash_sglang.structure.chances import Cuts, StructureChances
-from whiflash_sglang.structure.guesses import Guesses
+from whiflash_sglang.structure.guesses import Ahead, Guesses
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.schemas import words_of
-from whiflash_sglang.structure.sketch import CHARS_PER_TOKEN, TAIL, sketch, text_of
+from whiflash_sglang.structure.sketch import CHARS_PER_TOKEN, TAIL, sketch
 
 WIDTH = 16
 """Tokens of a proposal, as the arm has it."""
@@ -65,14 +65,12 @@ def walk_schema(
         before = grammars.allowed(raw)
         counting.calls.clear()
         found = sketch(
-            matcher,
+            Ahead(matcher, layout, guesses),
             counting.vocabulary,
             written,
             WIDTH,
             end=grammars.end,
             likelihood=StructureChances().of,
-            guesses=guesses,
-            layout=layout,
             cuts=Cuts(),
         )[0]
         # llguidance takes tokens only, so it is given every text that is tried.

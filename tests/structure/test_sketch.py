@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structure_grammars import KEYS, SCHEMAS, Case, Grammars
 
-from whiflash_sglang.spans.vocabulary import Vocabulary
+from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
 from whiflash_sglang.structure.chances import Cuts, Kind, StructureChances
+from whiflash_sglang.structure.guesses import Ahead
 from whiflash_sglang.structure.layout import Layout
 from whiflash_sglang.structure.matchers import Matcher
-from whiflash_sglang.structure.sketch import LikelyText, Token, cut, sketch, text_of
+from whiflash_sglang.structure.sketch import LikelyText, Token, cut, sketch
 
 LIKELIHOOD = StructureChances().of
 
@@ -23,9 +24,8 @@ def proposed(
     limit: int = 64,
     end: int | None = None,
 ) -> list[Token]:
-    return sketch(
-        matcher, vocabulary, tail, limit, end=end, likelihood=LIKELIHOOD, layout=Layout(), cuts=Cuts()
-    )[0]
+    ahead = Ahead(matcher, Layout())
+    return sketch(ahead, vocabulary, tail, limit, end=end, likelihood=LIKELIHOOD, cuts=Cuts())[0]
 
 
 def ids(tokens: Sequence[Token]) -> list[int]:

@@ -20,14 +20,14 @@ from whiflash_sglang.drafts.candidates import NOTHING, Candidate
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import History
 from whiflash_sglang.records.request import Request
-from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, text_of, whole_text
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import StructureChances
-from whiflash_sglang.structure.guesses import Guesses, Tables
+from whiflash_sglang.structure.guesses import Ahead, Guesses, Tables
 from whiflash_sglang.structure.layout import NO_FRAMES, Layout
 from whiflash_sglang.structure.matchers import Grammar
 from whiflash_sglang.structure.schemas import frames_of, words_of, words_of_places
-from whiflash_sglang.structure.sketch import TAIL, Token, accepted, sketch, text_of, whole_text
+from whiflash_sglang.structure.sketch import TAIL, Token, sketch
 from whiflash_sglang.structure.tools import all_forced, words_of_tools
 
 GRAMMAR, TOOLS = "grammar", "tools"
@@ -112,7 +112,7 @@ class StructureArm(TextDrafter):
         self.max_drafts = settings.max_width
         self._vocabulary, self._exhausted = vocabulary, exhausted
         self._chances = PerTenant(StructureChances)
-        self._tables = Tables()
+        self._tables = Tables(vocabulary)
 
     def begin(self, request: Request) -> None:
         hints, grammar = request.hints, request.grammar
@@ -144,7 +144,7 @@ class StructureArm(TextDrafter):
         kept.unseen = history(kept.grammar.known) if kept.grammar else ()
         kept.looks = [look for each in kept.looks if (look := each.behind(written)) is not None]
         kept.tokens, _ = self._looked(kept, NOTHING, self.max_drafts + under_way, worth)
-        forced = self._behind(kept, NOTHING._replace(at=kept.known), kept.tokens, worth)
+        forced = self._behind(kept, Candidate(at=kept.known), kept.tokens, worth)
         return forced if forced.tokens else None
 
     def extends(self, request: Request) -> bool:
@@ -177,7 +177,7 @@ class StructureArm(TextDrafter):
     def forget(self, handle: int | None, running: Iterable[Request]) -> None:
         """Drop what was learned of one tenant or of all; requests that run now teach nobody any more."""
         self._chances.forget(handle)
-        self._tables = Tables()  # of tenants' schemas
+        self._tables = Tables(self._vocabulary)  # of tenants' schemas
 
     def end(self, request: Request) -> None:
         kept: _Kept | None = request.kept.get(self.arm)
@@ -271,43 +271,38 @@ class StructureArm(TextDrafter):
 
     def _look(self, kept: _Kept, drafts: Sequence[int], limit: int) -> _Look:
         """Look at what follows `drafts` now; `limit` tokens together."""
-        calls, after, refused = kept.calls, len(drafts), None
-        nothing = _Look(drafts, after, (), None, False)
+        calls, ahead, after, refused = kept.calls, None, len(drafts), None
         if self._is_free(kept, drafts):
-            return nothing._replace(whole=not self._exhausted())
+            return _Look(drafts, after, (), None, not self._exhausted())
+        nothing = _Look(drafts, after, (), None, False)
         matcher = kept.grammar.matcher(self._vocabulary) if kept.grammar else None
         if matcher is None and calls is None:
             return nothing
-        if matcher is not None:
-            matcher.exhausted = self._exhausted
         with matcher.trying() if matcher else nullcontext(), calls.trying() if calls else nullcontext():
             if matcher is not None:
-                if not all(map(matcher.accept_token, kept.unseen)):
+                matcher.exhausted = self._exhausted
+                ahead = Ahead(matcher, kept.layout, kept.guesses, kept.unseen)
+                ahead.by_place &= not kept.decoder.getstate()[0]  # no character is open
+                after = ahead.accept(drafts, self._vocabulary)
+                if ahead.lost:
                     return nothing
-                # A schema with places is quick to go on; other grammars are asked for the time at each token.
-                quick = kept.layout.words is not None
-                after = accepted(matcher, self._vocabulary, drafts, at_once=quick)
                 refused = drafts[after] if after < len(drafts) and not self._exhausted() else None
                 for look in kept.looks if refused is not None else ():
                     if look.whole and (known := look.after(drafts[:after])) is not None:
                         return _Look(look.ids, after, known[0], refused, True)
-            layout, text = kept.layout, text_of(self._vocabulary, drafts[:after])
+            text = text_of(self._vocabulary, drafts[:after])
             if text:
-                if matcher is not None:
-                    layout = layout.copy()
-                    layout.follow(text)
-                calls = calls.behind(text) if calls is not None else None
+                calls = calls.behind(text, drafts[:after], kept.guesses) if calls is not None else None
             elif after:
                 calls = None  # the drafts end inside a character
             tokens, whole = sketch(
-                matcher,
+                ahead,
                 self._vocabulary,
                 [*kept.tail, *drafts[:after]],
                 limit - after,
                 end=kept.grammar.end if kept.grammar else None,
                 likelihood=kept.chances.of,
                 guesses=kept.guesses,
-                layout=layout,
                 calls=calls,
                 cuts=kept.chances.cuts,
             )

@@ -52,6 +52,27 @@ def is_text(vocabulary: Vocabulary, token: int) -> bool:
     return 0 <= token < len(table) and bool(table[token]) and token not in vocabulary.special
 
 
+def whole_text(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
+    """The text of tokens; empty where it begins or ends inside a character, or where one of them is none."""
+    table = vocabulary.token_bytes
+    parts = [table[token] for token in tokens if 0 <= token < len(table)]
+    text = (data := b"".join(parts)).decode(errors="ignore")
+    are_text = len(parts) == len(tokens) and all(parts) and vocabulary.special.isdisjoint(tokens)
+    return text if are_text and len(text.encode()) == len(data) else ""
+
+
+def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
+    """The end of the text of tokens, from the first character that is whole; empty where the last one is not."""
+    data = bytes_of(vocabulary, tokens)
+    begin = 0
+    while begin < len(data) and data[begin] & 0xC0 == 0x80:
+        begin += 1
+    try:
+        return data[begin:].decode()
+    except UnicodeDecodeError:
+        return ""
+
+
 def cut_behind(vocabulary: Vocabulary, written: str, text: str) -> list[int] | None:
     """Tokens of `text` if it is cut together with the text before it; None: no token begins with it."""
     tokens, table = vocabulary.encode(written + text), vocabulary.token_bytes

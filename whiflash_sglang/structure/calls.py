@@ -17,7 +17,7 @@ import xgrammar
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang.structure.chances import Kind, LikelyText
-from whiflash_sglang.structure.guesses import Guesses, Likelihood, likely
+from whiflash_sglang.structure.guesses import Ahead, Guesses, Likelihood, likely
 from whiflash_sglang.structure.layout import BLANKS, Layout
 from whiflash_sglang.structure.markup import MarkupCall, kept
 from whiflash_sglang.structure.matchers import Matcher, XGrammarMatcher
@@ -113,6 +113,7 @@ class JsonCall:
         self._layout = Layout(seen=dict(seen), words=words_of_places(schema_of(tools) or ""), source=tools)
         self._state = _State.LEAD
         self._waiting = ""
+        self._ahead: Ahead | None = None
 
     @property
     def seen(self) -> dict[str, str]:
@@ -129,6 +130,16 @@ class JsonCall:
         ahead.__dict__.update(self.__dict__)
         ahead._layout = self._layout.copy()
         return ahead
+
+    def behind(self, text: str, tokens: Sequence[int], guesses: Guesses) -> "JsonCall | None":
+        """A copy for its `pieces` behind `text`, which `tokens` are; None where it does not go on with all of them."""
+        ahead = Ahead(self._matcher, self._layout, guesses)
+        with self._matcher.trying():
+            if self._state is not _State.INSIDE or ahead.accept(tokens) < len(tokens):
+                return None
+        copy = self.copy()
+        copy._ahead = ahead.fork(text)
+        return copy
 
     def trying(self) -> AbstractContextManager[None]:
         """Look ahead: afterwards its matcher is as it was."""
@@ -162,7 +173,8 @@ class JsonCall:
             rest = self._lead[len(self._waiting) :][:limit]
             lead = [LikelyText(rest, Kind.OPENED)] if rest else []
             limit -= len(rest)
-        return lead + likely(self._matcher, limit, guesses, self._layout, likelihood, ending)
+        ahead = self._ahead or Ahead(self._matcher, self._layout, guesses)
+        return lead + likely(ahead, limit, likelihood, ending)
 
     def _before(self, text: str) -> str:
         """Blanks before a call. Returns what follows them."""
@@ -222,14 +234,13 @@ class Calls:
         self._tools = tools
         self._spans = [span for span in spans if span.kind == "tool_call" and span.begin]
         self.prompt = prompt
-        self._waiting = (
-            "\n"  # the end of the text, as far as a marker may begin in it; it begins a line itself
-        )
+        self._waiting = "\n"
+        """The end of the text, as far as a marker may begin in it; it begins a line itself."""
         thoughts = [span for span in spans if span.kind == "reasoning"]
         self._ends = [span.end for span in thoughts if span.end]
         self._begins = [span.begin or "" for span in self._spans]
-        self._marks = [*self._ends, *self._begins]
-        self._longest = max(map(len, self._marks), default=0)
+        marks = [*self._ends, *self._begins]
+        self._longest, self._firsts = max(map(len, marks), default=0), {mark[0] for mark in marks}
         self._blanks = None if any(span.open for span in thoughts) else ""
         """Since the answer began or its reasoning ended; None: something else was written."""
         self._usual = ""
@@ -245,17 +256,16 @@ class Calls:
         """Whether nothing is known behind `text`: free text in JSON, or no call begins; False: that is not known."""
         if self._call is not None:
             return isinstance(self._call, JsonCall) and self._call.is_free(text)
-        whole = self._waiting + text
-        line = whole[max(whole.rfind("\n") + 1, len(whole) - self._longest) :]
-        begun = line and any(begin.startswith(line) for begin in self._begins)
-        return self._blanks is None and not (begun or any(mark in whole for mark in self._marks))
+        return self._blanks is None and self._firsts.isdisjoint(self._waiting + text)
 
-    def behind(self, text: str) -> "Calls":
-        """As it would be behind `text`; inside `trying` alone."""
-        ahead = object.__new__(Calls)
+    def behind(self, text: str, tokens: Sequence[int] = (), guesses: Guesses | None = None) -> "Calls":
+        """As it would be behind `text`, which `tokens` are; inside `trying` alone."""
+        ahead, call = object.__new__(Calls), self._call
         ahead.__dict__.update(self.__dict__)
-        ahead._call = self._call and self._call.copy()
-        ahead.follow(text)
+        ahead._call = call.behind(text, tokens, guesses) if guesses and isinstance(call, JsonCall) else None
+        if ahead._call is None:
+            ahead._call = call and call.copy()
+            ahead.follow(text)
         return ahead
 
     def trying(self) -> AbstractContextManager[None]:
@@ -300,6 +310,9 @@ class Calls:
 
     def _outside(self, text: str) -> str:
         """Look for where a call begins. Returns what follows it."""
+        if self._blanks is None and self._firsts.isdisjoint(self._waiting + text):
+            self._waiting = (self._waiting + text)[-self._longest :]
+            return ""
         self._note_blanks(text)
         text = self._waiting + text
         places = [(text.find(span.begin or ""), span) for span in self._spans]

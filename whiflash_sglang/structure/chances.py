@@ -30,18 +30,8 @@ class Cuts:
 
     def __init__(self) -> None:
         self._written: OrderedDict[tuple[int, int], int] = OrderedDict()
-        self._usual: dict[tuple[str, str], list[int] | None] = {}
         self.reasons: OrderedDict[Hashable, Any] = OrderedDict()
         """Texts as they are cut now (`sketch.cut`), by all that it depends on but chances."""
-
-    def usual(self, vocabulary: Vocabulary, written: str, text: str) -> list[int] | None:
-        """`cut_behind`, kept: calls of the same tools are cut again and again. Nobody changes the list."""
-        key = written, text
-        if key not in self._usual:
-            if len(self._usual) >= KEPT:
-                self._usual.clear()
-            self._usual[key] = cut_behind(vocabulary, written, text)
-        return self._usual[key]
 
     def learn(self, before: int, usual: int, written: int) -> None:
         """After `before`, where the tokenizer has `usual`, the same text was begun with `written`."""

@@ -4,12 +4,14 @@ words of the schema.
 Only what a matcher takes is guessed, so nothing here knows schemas: it asks which of a few texts may follow.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache, lru_cache
+from itertools import takewhile
 
 from whiflash_sglang.drafts.candidates import common_prefix
+from whiflash_sglang.spans.vocabulary import Vocabulary, is_text, text_of, whole_text
 from whiflash_sglang.structure.chances import Kind, LikelyText
-from whiflash_sglang.structure.layout import Layout
+from whiflash_sglang.structure.layout import Layout, is_plain
 from whiflash_sglang.structure.matchers import Matcher
 
 VALUES = ('"', "{", "[", "0", "t", "n")
@@ -30,13 +32,14 @@ class Place:
     """A grammar's answers at one place of its texts.
 
     pieces: text that is forced or likely; of words the `rests` instead, since requests use them differently. parts:
-    pieces of words. then: places after a text; None: it is refused. ends: whether the text may end, and nothing is
-    forced. Each None where nobody asked.
+    pieces of words. then: places after a text; None: it is refused. free: whether it is in free text, which plain text
+    does not leave. ends: whether the text may end, and nothing is forced. Each None where nobody asked.
     """
 
-    __slots__ = ("ends", "parts", "pieces", "rests", "then")
+    __slots__ = ("ends", "free", "parts", "pieces", "rests", "then")
 
-    def __init__(self) -> None:
+    def __init__(self, *, free: bool = False) -> None:
+        self.free = free
         self.pieces: Sequence[LikelyText] | None = None
         self.rests: Rests = {}
         self.parts: dict[tuple[str, Kind], list[LikelyText]] = {}
@@ -48,24 +51,26 @@ TABLES = 32
 """Schemas and lists of tools whose places are kept, the one that was asked for least recently goes first."""
 
 PLACES = 2048
-"""Places that are kept of each, a kilobyte or two each. Beyond, all of them begin again."""
+"""Places that are kept of each, two kilobytes or three each. Beyond, all of them begin again."""
+
+TEXTS = 42
+"""Texts that are kept of each place, and where they lead. Beyond, they begin again."""
 
 Table = dict[Hashable, Place]
 
 
 class Tables:
-    """Places of texts, shared by requests of one server: its engine of grammars is one."""
+    """Places of texts, shared by requests of one server: its engine of grammars is one.
 
-    def __init__(self) -> None:
-        self._tables: OrderedDict[Hashable, Table] = OrderedDict()
+    Args:
+        vocabulary: of the target; None: tokens are not followed.
+    """
 
-    def of(self, *key: Hashable) -> Table:
+    def __init__(self, vocabulary: Vocabulary | None = None) -> None:
+        self.of: Callable[..., Table] = lru_cache(maxsize=TABLES)(lambda *key: Table())
         """The places of equal schemas, words and habits."""
-        table = self._tables.pop(key, {})
-        self._tables[key] = table
-        if len(self._tables) > TABLES:
-            self._tables.popitem(last=False)
-        return table
+        self.text = cache(lambda token: whole_text(vocabulary, [token]) if vocabulary else "")
+        """A token's text; empty where it begins or ends inside a character, or has none."""
 
 
 class Guesses:
@@ -85,9 +90,13 @@ class Guesses:
         self._words, self._count, self._tables = words, used, tables or Tables()
         self._used: Mapping[str, int] | None = None
         self._own: dict[str, Table] = {}
+        self.text = self._tables.text
 
     def place(self, layout: Layout) -> Place:
         """The place at the end of a text; a new one where its schema does not say which it is."""
+        place: Place | None = layout.known
+        if place is not None:
+            return place
         key = layout.place
         if key is None:
             return Place()
@@ -98,8 +107,11 @@ class Guesses:
         place = table.get(key)
         if place is None:
             if len(table) >= PLACES:
+                for old in table.values():  # a request that is at one of them must not keep all
+                    old.then.clear()
                 table.clear()
-            place = table[key] = Place()
+            place = table[key] = Place(free=layout.is_free(""))
+        layout.known = place
         return place
 
     def next(self, matcher: Matcher, layout: Layout) -> list[LikelyText] | Rests:
@@ -194,10 +206,8 @@ Likelihood = Callable[[Kind], float]
 def gather(
     step: Callable[[], Sequence[LikelyText] | None], limit: int, likelihood: Likelihood
 ) -> list[LikelyText]:
-    """Pieces of `step`, called again and again until it returns None: `limit` characters and `STEPS` pieces at most.
-
-    Args:
-        step: pieces of any length; what is beyond the limit is cut off.
+    """Pieces of `step`, called again and again until it returns None: `limit` characters and `STEPS` pieces at most;
+    what is beyond the limit is cut off.
     """
     pieces: list[LikelyText] = []
     chance = 1.0
@@ -223,23 +233,11 @@ def is_whole(pieces: Sequence[LikelyText], limit: int, likelihood: Likelihood) -
     return len(pieces) < STEPS and chance >= HOPELESS and limit > 0
 
 
-def likely(
-    matcher: Matcher,
-    limit: int,
-    guesses: Guesses | None,
-    layout: Layout,
-    likelihood: Likelihood,
-    ending: str = "",
-) -> list[LikelyText]:
-    """Forced text and, if nothing is forced, what `guesses` say; at most `limit` characters.
-
-    The matcher is as it was.
-
-    Args:
-        layout: of the text so far; left as it is. ending: what follows a text that is complete.
+def likely(ahead: "Ahead", limit: int, likelihood: Likelihood, ending: str = "") -> list[LikelyText]:
+    """Forced text and, if nothing is forced, what guesses say; at most `limit` characters. `ending` comes behind a text
+    that is complete. `ahead` goes on with them, and the matcher is as it was.
     """
-    ahead = _Ahead(matcher, layout, guesses)
-    with matcher.trying():
+    with ahead.matcher.trying():
         pieces = gather(ahead.step, limit, likelihood)
         limit -= sum(len(piece.text) for piece in pieces)
         if ending and limit >= len(ending) and ahead.ends():
@@ -247,16 +245,65 @@ def likely(
     return pieces
 
 
-class _Ahead:
-    """A text that is looked ahead in. Its matcher and its layout go on with it only where a place was not asked yet."""
+class Ahead:
+    """A text that is looked ahead in. Its matcher and its layout go on with it only where a place was not asked yet.
 
-    def __init__(self, matcher: Matcher, layout: Layout, guesses: Guesses | None) -> None:
-        self._matcher, self._layout, self._guesses = matcher, layout, guesses
+    Args:
+        matcher: of the text, but for `unseen` tokens. layout: of the text; left as it is.
+
+    Attributes:
+        by_place: whether tokens are followed by places; not from inside a character. lost: the matcher refused a text
+            that passed: no time is left.
+    """
+
+    def __init__(
+        self, matcher: Matcher, layout: Layout, guesses: Guesses | None = None, unseen: Sequence[int] = ()
+    ) -> None:
+        self.matcher, self._layout, self._guesses, self._unseen = matcher, layout, guesses, unseen
+        self.by_place = layout.words is not None
         self._place = guesses.place(layout) if guesses else Place()
         self._own: Layout | None = None
         self._passed: list[str] = []
-        self._lost = False
-        """The matcher refused a text that passed: no time is left."""
+        self.lost = False
+
+    def fork(self, passed: str | None = None) -> "Ahead":
+        """Another one at the same place. passed: text that the matcher, and the layout, have yet to go on with."""
+        fork = object.__new__(Ahead)
+        fork.__dict__.update(self.__dict__)
+        fork._own, fork._passed = None, self._passed[:] if passed is None else [passed]
+        if passed is None and self._own is not None:
+            fork._layout = self._own
+        return fork
+
+    def accept(
+        self, tokens: Sequence[int], vocabulary: Vocabulary | None = None, *, at_once: bool = False
+    ) -> int:
+        """Go on with tokens, as far as they may follow. Returns how many.
+
+        Args:
+            vocabulary: theirs; None: the matcher knows other ones, and is asked for texts.
+            at_once: whether the matcher is asked for all of them first, if no places are known.
+        """
+        count, guesses = 0, self._guesses if self.by_place else None
+        for token in tokens:
+            if guesses is None or not (text := guesses.text(token)):
+                break
+            then = self._then(text, token if vocabulary else None)
+            if then is None:
+                return count
+            self._place = then
+            count += 1
+        if count == len(tokens) or vocabulary is None:
+            return count
+        rest, (matcher, layout), taken = tokens[count:], self.now(), 0
+        if at_once and not self.lost and (text := whole_text(vocabulary, rest)) and matcher.accept_text(text):
+            taken = len(rest)
+        elif not self.lost:
+            allowed = (is_text(vocabulary, token) and matcher.accept_token(token) for token in rest)
+            taken = sum(takewhile(bool, allowed))
+        layout.follow(text_of(vocabulary, rest[:taken]))
+        self._place, self.by_place = self._guesses.place(layout) if self._guesses else Place(), False
+        return count + taken
 
     def step(self) -> Sequence[LikelyText] | None:
         """Goes on with what is forced or likely; None: neither."""
@@ -266,11 +313,7 @@ class _Ahead:
         pieces = self._guesses.of_words(place) if place.rests and self._guesses else place.pieces
         if not pieces:
             return None
-        text = pieces[0].text if len(pieces) == 1 else "".join(piece.text for piece in pieces)
-        if text not in place.then:
-            then = self._followed(place, text)
-        elif (then := place.then[text]) is not None:
-            self._passed.append(text)
+        then = self._then(pieces[0].text if len(pieces) == 1 else "".join(piece.text for piece in pieces))
         if then is None:
             return None
         self._place = then
@@ -280,26 +323,29 @@ class _Ahead:
         """Whether the text may end, and nothing is forced."""
         place = self._place
         if place.ends is None:
-            matcher, _ = self._now()
+            matcher, _ = self.now()
             ends = matcher.may_end and not matcher.forced()
-            if self._lost or matcher.exhausted():
+            if self.lost or matcher.exhausted():
                 return False
             place.ends = ends
         return place.ends
 
-    def _now(self) -> tuple[Matcher, Layout]:
+    def now(self) -> tuple[Matcher, Layout]:
         """Matcher and layout at the place."""
         if self._own is None:
             self._own = self._layout.copy()
-        for text in self._passed:
-            self._lost = self._lost or not self._matcher.accept_text(text)
+            self.lost = self.lost or not all(map(self.matcher.accept_token, self._unseen))
+            self._unseen = ()
+        if self._passed:
+            text = "".join(self._passed)
+            self._passed.clear()
+            self.lost = self.lost or not self.matcher.accept_text(text)
             self._own.follow(text)
-        self._passed.clear()
-        return self._matcher, self._own
+        return self.matcher, self._own
 
     def _asked(self, place: Place) -> bool:
         """Ask the matcher what follows; False: no time is left."""
-        matcher, layout = self._now()
+        matcher, layout = self.now()
         forced, rests = matcher.forced(), dict[str, str]()
         pieces = [LikelyText(forced, Kind.FORCED)] if forced else []
         if not forced and self._guesses is not None:
@@ -308,18 +354,27 @@ class _Ahead:
                 rests = known
             else:
                 pieces = known
-        if self._lost or matcher.exhausted():
+        if self.lost or matcher.exhausted():
             return False
         place.rests, place.pieces = rests, pieces
         return True
 
-    def _followed(self, place: Place, text: str) -> Place | None:
-        """The place after `text`; None: it is refused, or no time is left."""
-        matcher, layout = self._now()
-        if matcher.accept_text(text) and not self._lost:
-            layout.follow(text)
-            place.then[text] = then = self._guesses.place(layout) if self._guesses else Place()
+    def _then(self, text: str, token: int | None = None) -> Place | None:
+        """The place after `text`, which may be a token; None: it is refused, or no time is left."""
+        place = self._place
+        if text in place.then or (place.free and is_plain(text)):
+            then = place.then.get(text, place)
+            if then is not None:
+                self._passed.append(text)
             return then
-        if not (self._lost or matcher.exhausted()):
-            place.then[text] = None
-        return None
+        matcher, layout = self.now()
+        then = None
+        if matcher.accept_text(text) if token is None else matcher.accept_token(token):
+            layout.follow(text)
+            then = self._guesses.place(layout) if self._guesses else Place()
+        if self.lost or (then is None and matcher.exhausted()):
+            return None
+        if len(place.then) >= TEXTS:
+            place.then.clear()
+        place.then[text] = then
+        return then

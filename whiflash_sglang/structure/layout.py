@@ -54,7 +54,7 @@ class Layout:
     blanks between a character and the next one, the newest of equals; where a bracket closes that counts by itself.
     depth: brackets that are open. unit: blanks that each of them indents by.
     words: names and listed values of its schema, sorted, where `place` is all that a text depends on; None: it is not.
-    source: of the schema.
+    source: of the schema. known: what `Guesses.place` said of it as it is.
     """
 
     inside: bool = False
@@ -68,6 +68,7 @@ class Layout:
     unit: int = 0
     words: Sequence[str] | None = None
     source: str = ""
+    known: Any = field(default=None, compare=False)
     _open: tuple[tuple[str, Hashable, Any], ...] = ()
     """Containers that are open: bracket, key and what each holds so far."""
     _key: Hashable = ""
@@ -102,12 +103,13 @@ class Layout:
 
     def is_free(self, text: str) -> bool:
         """Whether `text` goes on in free text, behind which anything may follow; False: that is not known."""
-        if self.words is None or not self.inside or self._escaped or not text.isprintable():
+        if self.words is None or not self.inside or self._escaped or not is_plain(text):
             return False
-        return not ('"' in text or "\\" in text) and self._listed(self.partial, whole=False) != self.partial
+        return self._listed(self.partial, whole=False) != self.partial
 
     def follow(self, text: str) -> None:
         """Go on with what was written."""
+        self.known = None
         if self.frames is NO_FRAMES:
             self._follow(text)
             return
@@ -131,7 +133,8 @@ class Layout:
         usual, unit = self.seen.get(place), self.unit
         if usual is None and "\n" in self.seen.get("{", "") and (self.last == "," or place == CLOSING):
             usual = self.seen["{"]  # who writes a key on a line of its own writes all of them so
-        if usual is None and (habit := self._usual_habit()) is not None:
+        habit = self.habit  # of no use where this text is laid out otherwise than earlier ones
+        if usual is None and habit and all(habit.seen.get(key, own) == own for key, own in self.seen.items()):
             usual, unit = habit.seen.get(place), habit.unit
         if usual is None:
             usual = USUAL.get(self.last, "")
@@ -142,22 +145,9 @@ class Layout:
 
     def as_habit(self) -> Habit:
         """Habit for the next text of the kind."""
-        seen = self.seen | self._within
-        return Habit(
-            {
-                place: usual
-                for place, usual in seen.items()
-                if MARKS.issuperset(place) and len(usual) <= LONGEST
-            },
-            self.unit,
-        )
-
-    def _usual_habit(self) -> Habit | None:
-        """None where this text is laid out otherwise than earlier ones."""
-        habit = self.habit
-        if habit is None or any(habit.seen.get(place, usual) != usual for place, usual in self.seen.items()):
-            return None
-        return habit
+        seen = (self.seen | self._within).items()
+        kept = {place: usual for place, usual in seen if MARKS.issuperset(place) and len(usual) <= LONGEST}
+        return Habit(kept, self.unit)
 
     def _follow(self, text: str) -> None:
         at, size = 0, len(text)
@@ -238,6 +228,11 @@ class Layout:
             return
         self._escaped = character == "\\" and not self._escaped
         self.partial += character
+
+
+def is_plain(text: str) -> bool:
+    """Whether free text goes on with `text`: no quote ends it, and nothing needs an escape."""
+    return text.isprintable() and '"' not in text and "\\" not in text
 
 
 def _ends(text: str, frame: str, done: int) -> Iterator[int]:

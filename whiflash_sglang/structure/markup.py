@@ -109,8 +109,7 @@ class MarkupCall:
 
     def pieces(self, limit: int, guesses: Guesses | None, likelihood: Likelihood) -> list[LikelyText]:
         """Its probable continuation: at most `limit` characters."""
-        ahead = self.copy()
-        return gather(ahead._step, limit, likelihood)
+        return gather(self.copy()._step, limit, likelihood)
 
     def _step(self) -> list[LikelyText] | None:
         """Goes on with what probably follows, as far as one part of the call goes; None: it is anybody's guess.
@@ -170,20 +169,13 @@ class MarkupCall:
         if self._place is _Place.OPENING:
             return [_Option(self._around[0], "value", _Place.VALUE, self._key)]
         closing = [_Option(form.close.lstrip(BLANKS), "close", _Place.CLOSED)] if form.close else ended
-        needed: list[_Option] = []
-        free: list[_Option] = []
-        required = required_of(self._parameters)
-        for key in self._keys:
+        needed, free, required = list[_Option](), list[_Option](), required_of(self._parameters)
+        keys = list(properties_of(self._parameters))[:MOST_WORDS]
+        for key in (key for key in keys if key not in self._written):
             then = _Place.OPENING if self._around[0] else _Place.VALUE
             option = _Option(self._argument(key), "argument", then, key)
             (needed if key in required else free).append(option)
         return [*needed, *closing, *free]
-
-    @property
-    def _keys(self) -> list[str]:
-        """Arguments that the call has not yet."""
-        keys = list(properties_of(self._parameters))[:MOST_WORDS]
-        return [key for key in keys if key not in self._written]
 
     @property
     def _around(self) -> tuple[str, str]:
@@ -287,9 +279,9 @@ def kept(known: dict[Hashable, Any], key: Hashable, ask: Callable[[], Any]) -> A
 
 def _pieces(text: str, others: Sequence[str], kind: Kind) -> list[LikelyText]:
     """`text`, which may follow, as others may."""
-    if not others:
-        return [LikelyText(text, Kind.FORCED)] if text else []
-    return parted(text, others, kind) if text else []
+    if not text:
+        return []
+    return parted(text, others, kind) if others else [LikelyText(text, Kind.FORCED)]
 
 
 def _begun(text: str, ending: str) -> str:

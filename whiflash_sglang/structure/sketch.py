@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, is_text
+from whiflash_sglang.spans.vocabulary import Vocabulary, cut_behind, text_of
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import REASONS, Cuts, Kind, LikelyText
-from whiflash_sglang.structure.guesses import FREE, Guesses, Likelihood, is_whole, likely
-from whiflash_sglang.structure.layout import Layout
-from whiflash_sglang.structure.matchers import Matcher
+from whiflash_sglang.structure.guesses import FREE, Ahead, Guesses, Likelihood, is_whole, likely
 
 NOTHING = -1
 """Before the first token of a text."""
@@ -31,37 +29,36 @@ class Token(NamedTuple):
 
 
 def sketch(
-    matcher: Matcher | None,
+    ahead: Ahead | None,
     vocabulary: Vocabulary,
     tail: Sequence[int],
     limit: int,
     *,
     end: int | None,
     likelihood: Likelihood,
-    layout: Layout,
     cuts: Cuts,
     guesses: Guesses | None = None,
     calls: Calls | None = None,
 ) -> tuple[list[Token], bool]:
-    """At most `limit` tokens that are likely to follow what the matcher has accepted, all of them allowed by it; and
-    whether nothing is known behind them.
+    """At most `limit` tokens that are likely to follow a text, all of them allowed by its grammar; and whether nothing
+    is known behind them.
 
-    If a call is open, its tools expect more, and the matcher allows it, that is taken.
+    If a call is open, its tools expect more, and the grammar allows it, that is taken.
 
     Work, for each of the two: at most `STEPS` pieces are asked for, `limit` times `CHARS_PER_TOKEN` characters and the
     tail are cut (of text that was cut otherwise before, what is behind such a place again, `chances.MOST` times),
     `limit` tokens accepted and taken back.
 
     Args:
-        tail: the last tokens that were accepted. end: the token that ends a text; None: none is proposed.
-        likelihood: of a kind; the least likely one of a token's reasons is its kind. guesses: what follows where
-            nothing is forced; layout: of the text so far, for them. calls: of the request's tools, which forbid
-            nothing. cuts: how such text was cut before.
+        ahead: at the end of the text; left as it is. None: no grammar constrains it. tail: the last tokens of it.
+        end: the token that ends a text; None: none is proposed. likelihood: of a kind; the least likely one of a
+            token's reasons is its kind. calls: of the request's tools, which forbid nothing; guesses: for them.
+        cuts: how such text was cut before.
     """
     chars = limit * CHARS_PER_TOKEN
     sources: list[list[LikelyText]] = []
-    if matcher is not None:
-        sources.append(likely(matcher, chars, guesses, layout, likelihood))
+    if ahead is not None:
+        sources.append(likely(ahead.fork(), chars, likelihood))
     if calls is not None:
         sources.append(calls.pieces(chars, guesses, likelihood))
     best: list[Token] = []
@@ -70,8 +67,8 @@ def sketch(
         tokens = cut(vocabulary, tail, pieces, likelihood, cuts, limit + 1) if pieces else []
         whole &= len(tokens) <= limit and is_whole(pieces, chars, likelihood)
         tokens = tokens[:limit]
-        if matcher is not None:
-            tokens = _allowed(matcher, vocabulary, tokens, limit, end)
+        if ahead is not None:
+            tokens = _allowed(ahead.fork(), vocabulary, tokens, limit, end)
         best = max(best, tokens, key=lambda option: _expected(option, likelihood)) if best else tokens
     return best, whole
 
@@ -82,15 +79,15 @@ def _expected(tokens: Sequence[Token], likelihood: Likelihood) -> float:
 
 
 def _allowed(
-    matcher: Matcher, vocabulary: Vocabulary, tokens: Sequence[Token], limit: int, end: int | None
+    ahead: Ahead, vocabulary: Vocabulary, tokens: Sequence[Token], limit: int, end: int | None
 ) -> list[Token]:
-    """The first of `tokens` that the matcher allows, and `end` behind them where the text is complete then."""
-    with matcher.trying():
-        allowed = [*tokens[: accepted(matcher, vocabulary, [token.token for token in tokens])]]
-        if len(allowed) < len(tokens):
+    """The first of `tokens` that may follow, and `end` behind them where the text is complete then."""
+    with ahead.matcher.trying():
+        allowed = [*tokens[: ahead.accept([token.token for token in tokens], vocabulary, at_once=True)]]
+        if len(allowed) < len(tokens) or ahead.lost:
             return allowed
-        if end is not None and len(allowed) < limit and matcher.may_end and not matcher.forced():
-            if matcher.allows(FREE):
+        if end is not None and len(allowed) < limit and ahead.ends():
+            if ahead.now()[0].allows(FREE):
                 # The end of a stretch of structure may end the text; prose may end anywhere.
                 return [*allowed, Token(end, Kind.STOPPED)] if allowed else []
             if allowed and allowed[-1].kind is Kind.EDGE:
@@ -98,17 +95,6 @@ def _allowed(
                 allowed[-1] = allowed[-1]._replace(kind=Kind.FORCED)
             allowed.append(Token(end, Kind.END))
     return allowed
-
-
-def accepted(matcher: Matcher, vocabulary: Vocabulary, tokens: Sequence[int], *, at_once: bool = True) -> int:
-    """How many of the tokens the matcher allows; it goes on with them. at_once: it is asked for all of them first."""
-    text = whole_text(vocabulary, tokens) if at_once else ""
-    if text and matcher.accept_text(text):
-        return len(tokens)
-    for number, token in enumerate(tokens):
-        if not (is_text(vocabulary, token) and matcher.accept_token(token)):
-            return number
-    return len(tokens)
 
 
 def cut(
@@ -143,10 +129,10 @@ def _reasons(
     """Tokens of `cut`, and the kinds of each; None: it is of that kind only."""
     text = "".join(piece.text for piece in pieces)
     written = text_of(vocabulary, tail[-TAIL:])
-    tokens = cuts.usual(vocabulary, written, text)
+    tokens = cut_behind(vocabulary, written, text)
     first = Kind.FORCED
     if tokens is None:
-        tokens, first = cuts.usual(vocabulary, "", text), Kind.SEAM
+        tokens, first = cut_behind(vocabulary, "", text), Kind.SEAM
     if not tokens:
         return []
     before = tail[-1] if tail else NOTHING
@@ -158,11 +144,6 @@ def _reasons(
         stop = begin + len(vocabulary.token_bytes[token])
         while bounds[piece] <= begin:
             piece += 1
-        if stop <= bounds[piece] and 0 < number < len(pairs) - 1:
-            reason = Token(token, pieces[piece].kind, None if usual == token else usual)
-            chosen.append((reason, None))
-            begin = stop
-            continue
         last = piece
         while bounds[last] < stop:
             last += 1
@@ -175,24 +156,3 @@ def _reasons(
         chosen.append((reason, kinds if len(kinds) > 1 else None))
         begin = stop
     return chosen
-
-
-def whole_text(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
-    """The text of tokens; empty where it begins or ends inside a character, or where one of them is none."""
-    table = vocabulary.token_bytes
-    parts = [table[token] for token in tokens if 0 <= token < len(table)]
-    text = (data := b"".join(parts)).decode(errors="ignore")
-    are_text = len(parts) == len(tokens) and all(parts) and vocabulary.special.isdisjoint(tokens)
-    return text if are_text and len(text.encode()) == len(data) else ""
-
-
-def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
-    """The end of the text of tokens, from the first character that is whole; empty where the last one is not."""
-    data = bytes_of(vocabulary, tokens)
-    begin = 0
-    while begin < len(data) and data[begin] & 0xC0 == 0x80:
-        begin += 1
-    try:
-        return data[begin:].decode()
-    except UnicodeDecodeError:
-        return ""
