@@ -12,7 +12,7 @@ from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
+from whiflash_sglang.spans.vocabulary import Vocabulary, text_of, whole_text
 from whiflash_sglang.structure.guesses import TEXTS
 from whiflash_sglang.structure.tools import carried_tools, read_tools
 
@@ -61,7 +61,9 @@ def test_kept_answers_are_those_of_a_look_from_nothing(
                 look = arm._look(kept, drafts, len(drafts) + 12)
                 looks.append((list(look.ids), look.allowed, list(look.tokens), look.refused))
             assert looks[0] == looks[1], (text_of(vocabulary, text), text_of(vocabulary, drafts))
-            free += shared._is_free(request.kept[shared.arm], drafts)
+            if request.grammar is not None and grammars.end not in drafts:
+                assert looks[0][1] == len(drafts) - grammars.forbidden(told._raw, drafts)
+            free += shared._is_free(request.kept[shared.arm], drafts, whole_text(vocabulary, drafts))
             count = random.randint(1, 4)
             if request.grammar is not None:
                 told.tell(rest[:count])

@@ -272,7 +272,8 @@ class StructureArm(TextDrafter):
     def _look(self, kept: _Kept, drafts: Sequence[int], limit: int) -> _Look:
         """Look at what follows `drafts` now; `limit` tokens together."""
         calls, ahead, after, refused = kept.calls, None, len(drafts), None
-        if self._is_free(kept, drafts):
+        text = whole_text(self._vocabulary, drafts)
+        if self._is_free(kept, drafts, text):
             return _Look(drafts, after, (), None, not self._exhausted())
         nothing = _Look(drafts, after, (), None, False)
         matcher = kept.grammar.matcher(self._vocabulary) if kept.grammar else None
@@ -290,7 +291,8 @@ class StructureArm(TextDrafter):
                 for look in kept.looks if refused is not None else ():
                     if look.whole and (known := look.after(drafts[:after])) is not None:
                         return _Look(look.ids, after, known[0], refused, True)
-            text = text_of(self._vocabulary, drafts[:after])
+            if after < len(drafts) or not text:
+                text = text_of(self._vocabulary, drafts[:after])
             if text:
                 calls = calls.behind(text, drafts[:after], kept.guesses) if calls is not None else None
             elif after:
@@ -309,9 +311,8 @@ class StructureArm(TextDrafter):
         ids = [*drafts[:after], *(token.token for token in tokens)]
         return _Look(ids, after, tokens, refused, whole and not self._exhausted())
 
-    def _is_free(self, kept: _Kept, drafts: Sequence[int]) -> bool:
-        """Whether nothing is known behind `drafts` and nothing forbids them; False: that takes a look."""
-        text = whole_text(self._vocabulary, drafts)
+    def _is_free(self, kept: _Kept, drafts: Sequence[int], text: str) -> bool:
+        """Whether nothing is known behind `drafts`, of this whole text, and nothing forbids them; False: look there."""
         if (drafts and not text) or not (kept.calls is None or kept.calls.is_free(text)):
             return False
         inside = bool(kept.decoder.getstate()[0])  # of a character

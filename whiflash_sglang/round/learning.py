@@ -20,7 +20,6 @@ from whiflash_sglang.round.quarantine import Quarantine
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.neural import note
 from whiflash_sglang.telemetry.tally import Tally
-from whiflash_sglang.telemetry.trace import Recording
 
 PLAIN_ENTROPY_ROUNDS = 8
 """Rounds between two readings of the entropy if nothing is drafted: it costs as much as all else that is kept."""
@@ -133,8 +132,11 @@ class Learner:
         self.tally.committed(
             request.counts, arm, decision.reason, tokens=len(tokens), proposed=width - 1, first=first_drafts
         )
-        if request.recording is not None:
-            _record(request.recording, arm, len(tokens), prices, parts)
+        if (recording := request.recording) is not None:
+            saved, verified = 0.0, sum(part.drafts for part in parts)
+            if prices:
+                saved = recording.price(arm, len(tokens), round_seconds=prices[0], plain_seconds=prices[1])
+            recording.credit(parts, proposed=verified, accepted=len(tokens) - 1, saved=saved)
         # A request's last round ends what drafters keep of it.
         if evidence and route in self.drafters and request.running:
             known = min(len(drafts), len(tokens))
@@ -171,15 +173,6 @@ class Learner:
             first_drafts = 0 if source else results.first_drafts[i]
             parts = [Part(turn.plan.routes[i], first_drafts), Part(CONTEXT, drafts - first_drafts)]
         return [part for part in first_of(parts, drafts) if part.drafts]
-
-
-def _record(
-    recording: Recording, arm: str, tokens: int, prices: tuple[float, float] | None, parts: Sequence[Part]
-) -> None:
-    """Credit a round of `arm` that committed `tokens` by drafts of these `parts`. prices: `round_prices`."""
-    saved = recording.price(arm, tokens, round_seconds=prices[0], plain_seconds=prices[1]) if prices else 0.0
-    proposed = sum(part.drafts for part in parts)
-    recording.credit(parts, proposed=proposed, accepted=tokens - 1, saved=saved)
 
 
 def round_prices(costs: Costs, routes: Sequence[str], rows: int) -> tuple[float, float]:

@@ -24,16 +24,13 @@ FREE = "‡"
 """Allowed only where nearly anything is: in free text, and inside a string without bounds."""
 
 
-Rests = dict[str, str]
-"""Words that may follow, and the part of each that is still to come."""
-
-
 class Place:
     """A grammar's answers at one place of its texts.
 
-    pieces: text that is forced or likely; of words the `rests` instead, since requests use them differently. parts:
-    pieces of words. then: places after a text; None: it is refused. free: whether it is in free text, which plain text
-    does not leave. ends: whether the text may end, and nothing is forced. Each None where nobody asked.
+    pieces: text that is forced or likely; of words the `rests` instead, what is still to come of each that may follow,
+    since requests use them differently. parts: pieces of words. then: places after a text; None: it is refused. free:
+    whether it is in free text, which plain text does not leave. ends: whether the text may end, and nothing is forced.
+    Each None where nobody asked.
     """
 
     __slots__ = ("ends", "free", "parts", "pieces", "rests", "then")
@@ -41,7 +38,7 @@ class Place:
     def __init__(self, *, free: bool = False) -> None:
         self.free = free
         self.pieces: Sequence[LikelyText] | None = None
-        self.rests: Rests = {}
+        self.rests: dict[str, str] = {}
         self.parts: dict[tuple[str, Kind], list[LikelyText]] = {}
         self.then: dict[str, Place | None] = {}
         self.ends: bool | None = None
@@ -114,7 +111,7 @@ class Guesses:
         layout.known = place
         return place
 
-    def next(self, matcher: Matcher, layout: Layout) -> list[LikelyText] | Rests:
+    def next(self, matcher: Matcher, layout: Layout) -> list[LikelyText] | dict[str, str]:
         """A likely continuation where nothing is forced; nothing if all are equally likely."""
         if matcher.allows(FREE):
             return []
@@ -126,7 +123,7 @@ class Guesses:
             return []  # a number may go on
         return _closing(matcher, layout)
 
-    def _word(self, matcher: Matcher, partial: str) -> Rests:
+    def _word(self, matcher: Matcher, partial: str) -> dict[str, str]:
         """The rests of names or listed values."""
         return {
             word: word[len(partial) :] + '"'
@@ -288,8 +285,9 @@ class Ahead:
         for token in tokens:
             if guesses is None or not (text := guesses.text(token)):
                 break
-            then = self._then(text, token if vocabulary else None)
-            if then is None:
+            if (then := self._place.then.get(text)) is not None:
+                self._passed.append(text)
+            elif (then := self._then(text, token if vocabulary else None)) is None:
                 return count
             self._place = then
             count += 1
