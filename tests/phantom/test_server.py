@@ -53,9 +53,9 @@ MOST_LAUNCHES = {"whiflash": 15, "sglang": 9}
 BESIDE: dict[str, dict[str, int]] = {
     "grammar": {"whiflash": 2, "sglang": 3},
     "biased": {"whiflash": 1},
-    "penalised": {"whiflash": 1, "sglang": 4},
+    "penalised": {"whiflash": 1},
 }
-"""More if one of them has such a parameter: a graph, masks and copies of drafts; SGLang counts penalties, too."""
+"""More if one of them has such a parameter: a graph, masks and copies of drafts."""
 UPSTREAM = {"greedy": 34, "sampled": 54}
 """Launches of such a pass of SGLang 0.5.23's DFLASH; EAGLE3 has more (`docs/dev/findings.md`)."""
 

@@ -95,6 +95,15 @@ class WhiflashScheduler:
             self.draft_worker.target_written()
         self.draft_worker.between_rounds()
 
+    def update_running_batch(self, batch: Any) -> Any:
+        """Without SGLang's own penalties of a running batch: verifications count tokens elsewhere."""
+        penalties = batch.sampling_info.penalizer_orchestrator
+        if penalties.is_required:
+            for penalizer in penalties.penalizers.values():
+                penalizer.teardown()
+            penalties.is_required = False
+        return super().update_running_batch(batch)  # type: ignore[misc]
+
     def process_batch_result(self, *args: Any, **named: Any) -> None:
         """Requests that end here are flushed together: until the next batch is made nobody writes to their rows."""
         self.has_run = True
