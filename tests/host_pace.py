@@ -93,10 +93,12 @@ class OverlappedAgents(Agents):
         learning = self.learn(*self.last) if self.last else 0.0
         accepting = time.process_time() - began - learning  # by grammars, which come before masks in the loop
         drafts = [self.verified(turn, index) for index in range(self.size)]
-        ids = torch.tensor([token for each in drafts for token in (0, *each)])  # nothing reads a bonus token
-        widths = torch.tensor([1 + len(each) for each in drafts])
+        rows = [
+            (token, i) for i, each in enumerate(drafts) for token in (0, *each)
+        ]  # nothing reads a bonus token
+        ids = torch.tensor(rows).T
         began = time.process_time() - accepting
-        masks = Masks(SimpleNamespace(input_ids=ids), widths, turn.ahead)
+        masks = Masks(SimpleNamespace(ids_and_requests=ids), turn.ahead)
         made = masks.build(self.served, self.planner.sources.spending)
         masking = time.process_time() - began if made else 0.0
         self.last = turn, self.results(turn)

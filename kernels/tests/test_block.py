@@ -57,7 +57,8 @@ def check_round(
     assert block.cache_slots.tolist() == [r[2] for r in rows] + [7] * pad
     assert block.request_of_row.tolist() == [r[3] for r in rows] + [-1] * pad
     assert block.qo_indptr.tolist() == indptr
-    assert [t.dtype for t in block] == [torch.int64] * 4 + [torch.int32]
+    assert block.ids_and_requests.tolist() == [block.input_ids.tolist(), block.request_of_row.tolist()]
+    assert [t.dtype for t in block] == [torch.int64] * 4 + [torch.int32, torch.int64]
 
     predictions = torch.randint(0, 5, (len(rows) + pad,), generator=generator)
     agree = torch.rand(len(rows) + pad, generator=generator) < 0.75

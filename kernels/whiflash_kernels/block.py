@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from whiflash_kernels.dispatch import op
@@ -60,7 +61,7 @@ def prepare_mixed_block(
     """
     # One row a request, known beforehand: the round in which a few microseconds of small operators show most.
     if not drafts.shape[1] and all(width == 1 for width in widths.tolist()):
-        return _pad(_one_row_each(bonus, seq_lens, request_slots, req_to_token), rows, pad_slot)
+        return _padded(rows, pad_slot, *_one_row_each(bonus, seq_lens, request_slots, req_to_token))
     widths = widths.long()
     ends = widths.cumsum(0)
     indptr = torch.zeros(widths.numel() + 1, dtype=torch.int32, device=widths.device)
@@ -69,14 +70,8 @@ def prepare_mixed_block(
     offset = torch.arange(owner.numel(), device=owner.device) - (ends - widths)[owner]
     positions = seq_lens[owner].long() + offset
     tokens = torch.cat([bonus[:, None], drafts], dim=1)
-    block = MixedBlock(
-        input_ids=tokens[owner, offset],
-        positions=positions,
-        cache_slots=req_to_token[request_slots[owner], positions].long(),
-        request_of_row=owner,
-        qo_indptr=indptr,
-    )
-    return _pad(block, rows, pad_slot)
+    slots = req_to_token[request_slots[owner], positions].long()
+    return _padded(rows, pad_slot, tokens[owner, offset], positions, slots, owner, indptr)
 
 
 def _check_slots(widths: Tensor, _: Tensor, __: Tensor, slots: GraphSlots, **___: Any) -> None:
@@ -199,36 +194,32 @@ def accept_and_commit(
     )
 
 
-def _one_row_each(bonus: Tensor, seq_lens: Tensor, request_slots: Tensor, req_to_token: Tensor) -> MixedBlock:
+def _one_row_each(
+    bonus: Tensor, seq_lens: Tensor, request_slots: Tensor, req_to_token: Tensor
+) -> tuple[Tensor, ...]:
+    """Ids, positions, KV slots and owners, and where each request's rows begin."""
     indptr = torch.arange(bonus.shape[0] + 1, dtype=torch.int32, device=bonus.device)
-    return MixedBlock(
-        input_ids=bonus.clone(),
-        positions=seq_lens.to(torch.int64, copy=True),
-        cache_slots=req_to_token[request_slots, seq_lens].long(),
-        request_of_row=indptr[:-1].long(),
-        qo_indptr=indptr,
-    )
+    slots = req_to_token[request_slots, seq_lens].long()
+    return bonus, seq_lens.to(torch.int64, copy=True), slots, indptr[:-1].long(), indptr
 
 
-def _pad(block: MixedBlock, rows: int | None, pad_slot: int) -> MixedBlock:
-    missing = 0 if rows is None else rows - block.positions.numel()
+def _padded(
+    rows: int | None,
+    pad_slot: int,
+    ids: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    owner: Tensor,
+    indptr: Tensor,
+) -> MixedBlock:
+    missing = 0 if rows is None else rows - positions.numel()
     if missing < 0:
-        raise ValueError(
-            f"the widths sum to {block.positions.numel()} rows, more than rows={rows}: raise rows"
-        )
-    if not missing:
-        return block
-
-    def extend(tensor: Tensor, value: int) -> Tensor:
-        return torch.cat([tensor, tensor.new_full((missing,), value)])
-
-    return MixedBlock(
-        input_ids=extend(block.input_ids, 0),
-        positions=extend(block.positions, 0),
-        cache_slots=extend(block.cache_slots, pad_slot),
-        request_of_row=extend(block.request_of_row, PAD_ROW),
-        qo_indptr=block.qo_indptr,
-    )
+        raise ValueError(f"the widths sum to {positions.numel()} rows, more than rows={rows}: raise rows")
+    if missing:
+        columns = zip((ids, positions, slots, owner), (0, 0, pad_slot, PAD_ROW), strict=True)
+        ids, positions, slots, owner = (F.pad(column, (0, missing), value=value) for column, value in columns)
+    both = torch.stack([ids, owner])
+    return MixedBlock(both[0], positions, slots, both[1], indptr, both)
 
 
 def _accepted(

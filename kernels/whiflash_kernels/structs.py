@@ -194,6 +194,8 @@ class MixedBlock(NamedTuple):
     """[T] int64, index into the batch; -1 on padding rows."""
     qo_indptr: Tensor
     """[B + 1] int32: request b owns rows ``qo_indptr[b] : qo_indptr[b + 1]``."""
+    ids_and_requests: Tensor
+    """[2, T] int64: ``input_ids`` and ``request_of_row``, which are views of it, for one copy to the host."""
 
 
 class GraphSlots(NamedTuple):

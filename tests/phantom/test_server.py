@@ -51,11 +51,11 @@ ELSEWHERE = {
 MOST_LAUNCHES = {"whiflash": 15, "sglang": 9}
 """Launches of a pass with four requests that two drafters and copies draft for, by owner: a ratchet, never raised."""
 BESIDE: dict[str, dict[str, int]] = {
-    "grammar": {"whiflash": 2, "sglang": 3},
+    "grammar": {"whiflash": 2, "sglang": 1},
     "biased": {"whiflash": 1},
     "penalised": {"whiflash": 1},
 }
-"""More if one of them has such a parameter: a graph, masks and copies of drafts."""
+"""More if one of them has such a parameter: a graph, masks, a copy of drafts that SGLang makes."""
 UPSTREAM = {"greedy": 34, "sampled": 54}
 """Launches of such a pass of SGLang 0.5.23's DFLASH; EAGLE3 has more (`docs/dev/findings.md`)."""
 

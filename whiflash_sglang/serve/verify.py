@@ -56,7 +56,7 @@ class VerifyStage:
         )
         host_widths = chosen.widths.tolist() if self._host.exact else None
         block = padded if host_widths is None else packed(padded, sum(host_widths))
-        masks = Masks(block, chosen.widths, turn.ahead) if batch.has_grammar else None
+        masks = Masks(block, turn.ahead) if batch.has_grammar else None
         sends = sends_tokens(batch.has_grammar)
         penalised = self._epilogue.penalties.any(turn.row_ids)
         in_graph = not (sampling.is_sglangs(batch) or sends or self._checks)
@@ -126,4 +126,5 @@ def packed(block: MixedBlock, rows: int) -> MixedBlock:
         positions=block.positions[:rows],
         cache_slots=block.cache_slots[:rows],
         request_of_row=block.request_of_row[:rows],
+        ids_and_requests=block.ids_and_requests[:, :rows],
     )

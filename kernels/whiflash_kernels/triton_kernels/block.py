@@ -81,12 +81,14 @@ def prepare_mixed_block(
         raise ValueError(f"a batch of {requests} requests exceeds the kernel's {MAX_REQUESTS}: split it")
     if rows is None:
         rows = int(widths.sum())
+    both = torch.empty((2, rows + rows % 2), dtype=torch.int64, device=device)  # each begins at 16 bytes
     block = MixedBlock(
-        input_ids=torch.empty(rows, dtype=torch.int64, device=device),
+        input_ids=both[0, :rows],
         positions=torch.empty(rows, dtype=torch.int64, device=device),
         cache_slots=torch.empty(rows, dtype=torch.int64, device=device),
-        request_of_row=torch.empty(rows, dtype=torch.int64, device=device),
+        request_of_row=both[1, :rows],
         qo_indptr=torch.empty(requests + 1, dtype=torch.int32, device=device),
+        ids_and_requests=both[:, :rows],
     )
     compared = lanes(requests)
     rows_per_program = COMPARISONS // compared
@@ -99,7 +101,7 @@ def prepare_mixed_block(
         seq_lens.contiguous(),
         request_slots.contiguous(),
         req_to_token,
-        *block,
+        *block[:5],
         requests,
         rows,
         drafts.stride(0),

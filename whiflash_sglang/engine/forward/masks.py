@@ -1,5 +1,6 @@
 """Tokens that grammars allow at every verified row, as bit masks for SGLang's sampler."""
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -20,8 +21,8 @@ class Masks:
     Made before the target's forward: the host waits for a copy of what the rows hold, while the forward runs.
 
     Args:
-        block: the rows. widths: [B] int, rows of each request. ahead: per request, equally many tokens that were
-            committed and that its grammar has not seen, the bonus token last; they go before its rows.
+        block: the rows. ahead: per request, equally many tokens that were committed and that its grammar has not seen,
+            the bonus token last; they go before its rows.
 
     Attributes: (filled by `build`)
         packed: [M, words] int32 on the host, pinned if the rows are on a GPU; `mask_places` are at its beginning,
@@ -29,9 +30,10 @@ class Masks:
         rejected: packed rows of drafts that there was no time to mask, which must not be accepted.
     """
 
-    def __init__(self, block: MixedBlock, widths: torch.Tensor, ahead: Sequence[Sequence[int]]) -> None:
-        self._ahead, self._size, self._device = ahead, len(block.input_ids), block.input_ids.device
-        self._host = async_d2h(widths), async_d2h(block.input_ids)
+    def __init__(self, block: MixedBlock, ahead: Sequence[Sequence[int]]) -> None:
+        rows = block.ids_and_requests
+        self._ahead, self._size, self._device = ahead, rows.shape[1], rows.device
+        self._host = async_d2h(rows)
         self._copied = torch.get_device_module(self._device).Event()
         self._copied.record()
         self.rejected: list[int] = []
@@ -47,17 +49,19 @@ class Masks:
         if not grammars:
             return False
         self._copied.synchronize()
-        widths, ids = (copy.tolist() for copy in self._host)
+        ids, owners = self._host.tolist()
+        widths = Counter(owners)
         last, vocabulary = grammars[max(grammars)], batch.sampling_info.vocab_size
         words = -(-vocabulary // 32)
         # Rows that nothing constrains share the first mask behind the places.
         free = masks_of_places(self._size, words)
         count = free + 1 + sum(widths[i] for i in grammars)
         # Not the grammars': some have theirs in memory whose copy the host would wait for.
-        pinned = self._host[1].is_pinned()
+        pinned = self._host.is_pinned()
         bits = torch.full((count, words), -1, dtype=torch.int32, pin_memory=pinned)
         place, first, used = [free] * self._size, 0, free + 1
-        for i, width in enumerate(widths):
+        for i in range(len(batch.reqs)):
+            width = widths[i]
             if i in grammars:
                 chain, own = ids[first + 1 : first + width], bits[used : used + width]
                 fill = partial(fill_masks, grammars[i], self._ahead[i], chain, own, vocabulary, spending)
