@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +26,9 @@ from whiflash_sglang.device.capture import MOST_DRAFTS, graded
 from whiflash_sglang.device.transfers import Upload, mask_places, masks_of_places
 from whiflash_sglang.engine.forward import graphs
 from whiflash_sglang.engine.forward.graphs import VerifyGraphs, bytes_for, most_rows, spare_slots
+from whiflash_sglang.engine.scheduler.spec_worker import put_rates
 from whiflash_sglang.formats.router import Layers
-from whiflash_sglang.records.core import Verified
+from whiflash_sglang.records.core import Asked, Rated, Verified
 from whiflash_sglang.round.epilogue import Epilogue
 
 REQUESTS, WIDEST = 5, 17
@@ -90,10 +92,11 @@ class Bench:
         greedy: bool = False,
         masked: bool = False,
         penalised: bool = False,
+        rated: int = 0,
         pad_slot: int = 0,
     ) -> tuple[Verified, list[int]]:
         """A verification of so many rows, and the requests' rows. greedy: a graph may commit. masked: under `masks`,
-        and the second row of each request is rejected, or the next one's first.
+        and the second row of each request is rejected, or the next one's first. rated: requests with log-probabilities.
         """
         batch, count = self.first(len(widths)), len(widths)
         verify_lens = torch.tensor(widths, dtype=torch.int32)
@@ -109,21 +112,25 @@ class Bench:
             pad_slot=pad_slot,
         )
         row_ids = request_rows.tolist()
-        self.epilogue.let_graphs_commit(greedy and not masked and not penalised, row_ids)
-        verified = self.target.verify(batch, block, verify_lens, None, WIDEST)
+        asked = [Asked(i, 3, range(i)) for i in range(min(rated, count))]
+        rates = self.epilogue.rated(asked) if asked else None
+        unchanged = not (masked or penalised or (rates and rates.captured))
+        self.epilogue.let_graphs_commit(greedy and unchanged, row_ids)
+        verified = self.target.verify(batch, block, verify_lens, None, WIDEST)._replace(rated=rates)
         rejected = [at for at in accumulate(widths, initial=1) if masked and at < sum(widths)]
         masks = self.masks(rows, rejected)
+        of_rows = (masks, mask_places(masks, rows).clamp(min=0)) if masked else None
         if greedy:
             verified = self.epilogue.finish(verified, count, masks if masked else None, penalised)
         if verified.committed is None:
             verified = verified._replace(request_rows=request_rows)
-            of_rows = masks, mask_places(masks, rows).clamp(min=0)
-            changed = verified._replace(logits=verified.logits.clone())
             if penalised:
-                self.epilogue.penalise(changed, changed.logits)
-            tokens = self.epilogue.sample(changed, of_rows if masked else None)
+                verified = self.epilogue.penalise(verified)
+            tokens = self.epilogue.sample(verified, of_rows)
             ids = verified.input_ids.index_fill(0, torch.tensor(rejected, dtype=torch.int64), NO_TOKEN)
             verified = verified._replace(predictions=tokens, input_ids=ids)
+        if rates and "rates" not in verified.signals:
+            verified = verified._replace(rated=rates._replace(masks=of_rows))
         return verified._replace(request_rows=request_rows), row_ids
 
     def masks(self, rows: int, rejected: Sequence[int]) -> torch.Tensor:
@@ -138,7 +145,7 @@ class Bench:
         mask_places(packed, rows)[list(rejected)] = -1
         return packed
 
-    def committed(self, widths: Sequence[int], *, replayed: bool = True, **how: bool) -> list[torch.Tensor]:
+    def committed(self, widths: Sequence[int], *, replayed: bool = True, **how: Any) -> list[torch.Tensor]:
         """Results and signals of a round of greedy tokens, logits and features; then every request's text and rings,
         and the K and V of every slot but the first, as they are afterwards.
         """
@@ -150,17 +157,18 @@ class Bench:
         committed = self.epilogue.commit(verified, WIDEST)
         self.epilogue.park(verified, committed)
         signals = self.epilogue.signals(verified, committed, {"entropy", "delta"})
-        # Penalties are written over the logits.
-        given = [
-            t[: sum(widths)] for t in (verified.logits, verified.features)[how.get("penalised", False) :]
-        ]
+        if verified.rated:
+            signals["rates"] = read_rates(verified.rated, signals["rates"], committed.accept_lens)
+        # Behind a rejected draft penalties count other tokens.
+        other = bool(how.get("masked") and how.get("penalised"))
+        given = [t[: sum(widths)] for t in (verified.logits, verified.features)[other:]]
         kept = [*(kept[row_ids] for kept in self.kept), *(pool[1:] for pool in self.pools)]
         found = [t.clone() for t in (*committed, *signals.values(), *given, *kept)]
         for tensor, held in zip(before, copies, strict=True):
             tensor.copy_(held)
         return found
 
-    def compare(self, widths: Sequence[int], **how: bool) -> list[torch.Tensor]:
+    def compare(self, widths: Sequence[int], **how: Any) -> list[torch.Tensor]:
         """Replayed against eager."""
         rows, before = self.target.rows_for(sum(widths), len(widths)), len(self.graphs.backend.replayed)
         replayed = self.committed(widths, **how)
@@ -170,6 +178,18 @@ class Bench:
         for a, b in zip(replayed, eager, strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
         return replayed
+
+
+def read_rates(rated: Rated, rates: torch.Tensor, accepted: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of committed tokens, and those that requests asked for beside them, as SGLang reads them."""
+    output, found = SimpleNamespace(), list[float]()
+    put_rates(output, rates, rated, len(accepted))
+    for index, *_ in rated.requests:
+        for column in range(int(accepted[index])):
+            at = index * rates.shape[1] + column
+            beside = output.next_token_top_logprobs_val[at], output.next_token_token_ids_logprobs_val[at]
+            found += [output.next_token_logprobs.tolist()[index][column], *torch.cat(beside).tolist()]
+    return torch.tensor(found)
 
 
 @contextmanager
@@ -264,20 +284,30 @@ def test_every_graph_gives_and_commits_what_an_eager_verification_does(bench: Be
     assert {1, 2, WIDEST} <= accepted
 
 
-@pytest.mark.parametrize(("masked", "penalised"), [(True, False), (False, True), (True, True)])
+KINDS = [
+    (True, False, 0),
+    (False, True, 0),
+    (True, True, 0),
+    (False, False, 2),
+    (True, True, 4),
+    (True, False, 5),
+]
+
+
+@pytest.mark.parametrize(("masked", "penalised", "rated"), KINDS)
 def test_every_end_behind_a_graph_commits_what_is_sampled_under_what_it_has(
-    bench: Bench, masked: bool, penalised: bool
+    bench: Bench, masked: bool, penalised: bool, rated: int
 ) -> None:
-    """Penalised requests stand beside others, and some rows are not masked in time."""
+    """Penalised requests stand beside others, and some rows are not masked in time. Five are rated behind their end."""
     plain = bench.compare(CASES[-1])[1]
     penalties = Penalties(0.5, 0.3, 1.2, {int(token): -9.0 for token in bench.right[0, :9]}, 2, 9, (3, 7))
-    upload, rows = Upload(), bench.batch.req_pool_indices.tolist()[:4:2]
+    upload, rows = Upload(), bench.batch.req_pool_indices.tolist()[: 4 * penalised : 2]
     for row in rows:
         bench.epilogue.penalties.begin(upload, row, penalties)
     upload.send(torch.device("cpu"))
     for widths in [*layouts(bench.graphs.capture_num_tokens), *CASES]:
-        found = bench.compare(widths, masked=masked, penalised=penalised)[1]
-    assert not torch.equal(found, plain)
+        found = bench.compare(widths, masked=masked, penalised=penalised, rated=rated)[1]
+    assert torch.equal(found, plain) == (not masked and not penalised)
     for row in rows:
         bench.epilogue.penalties.begin(upload, row, None)
 

@@ -78,9 +78,10 @@ ONE: dict[str, dict[str, Any]] = {
     "grammar": {"regex": "[a-z ]{200}"},
     "biased": NOT_GREEDY["biased"],
     "penalised": NOT_GREEDY["penalised"],
-    "rated": RATED["rated three"],
+    "rated": RATED["rated three"] | {"token_ids_logprob": [70]},
 }
 """Parameters of one of four requests in a pass whose launches are counted."""
+ONE["all"] = {name: value for one in ONE.values() for name, value in one.items()}
 
 
 def main() -> None:

@@ -54,8 +54,10 @@ BESIDE: dict[str, dict[str, int]] = {
     "grammar": {"whiflash": 2, "sglang": 1},
     "biased": {"whiflash": 1},
     "penalised": {"whiflash": 1},
+    "rated": {"whiflash": 1},
+    "all": {"whiflash": 2, "sglang": 1},
 }
-"""More if one of them has such a parameter: a graph, masks, a copy of drafts that SGLang makes."""
+"""More if one of them has such a parameter, or all of them: a graph, masks, a copy of drafts that SGLang makes."""
 UPSTREAM = {"greedy": 34, "sampled": 54}
 """Launches of such a pass of SGLang 0.5.23's DFLASH; EAGLE3 has more (`docs/dev/findings.md`)."""
 

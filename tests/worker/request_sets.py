@@ -369,9 +369,11 @@ def loads() -> list[Arrival]:
 
 
 def short() -> list[Arrival]:
-    """For a small context. Most are sampled from changed logits, row by row."""
+    """For a small context. Most are sampled from changed logits, and some rated, one with more than graphs rate."""
     words, penalised = {"regex": "[A-Z]( ?[A-Z])*"}, {"frequency_penalty": 0.3}
-    kinds = cycle([{}, penalised, words, words | penalised, {"logit_bias": {"70": 2.0}}, penalised])
+    rated = {"return_logprob": True, "top_logprobs_num": 3, "token_ids_logprob": [69, 75]}
+    bias = {"logit_bias": {"70": 2.0}, **rated, "top_logprobs_num": 30}
+    kinds = cycle([rated, penalised, words, words | penalised | rated, bias, penalised])
     arrivals = mixed(17, 6, shared=12, longest=30, stops=0.3, tokens=24)
     return [replace(a, params=a.params | kind) for a, kind in zip(arrivals, kinds, strict=False)]
 

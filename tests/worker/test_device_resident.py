@@ -11,9 +11,11 @@ from engine import Engine, engine
 from model_set import Models
 from oracle_arm import OracleArm
 from overlap import overlapped
+from records import assert_same_logprobs, logprobs
 
 from whiflash_sglang.drafts.rates import Mean
 from whiflash_sglang.engine.scheduler.streamer import recording_of
+from whiflash_sglang.round import epilogue
 from whiflash_sglang.telemetry.trace import build_trace
 
 PROMPTS = [[*random.Random(seed).choices(range(256), k=10), *[7, 8, 9, 10] * 6] for seed in range(4)]
@@ -97,28 +99,27 @@ def test_traces_name_the_sources_of_drafts(running: Engine) -> None:
     assert set(found) <= {"context", "ar", "diffusion", "oracle"}
 
 
-def test_few_rows_are_sampled_at_a_time(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under each request's own parameters, whichever rows are sampled with its own; each leaves one token to draw."""
-    from whiflash_sglang.engine.forward import sampling
-
+def test_few_rows_are_rated_at_a_time(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under each request's own temperature and penalties, whichever rows are rated with its own."""
     running.worker.reconfigure({"router": "none"})
 
-    def texts() -> list[list[int]]:
+    def rates() -> list[Any]:
         rids = [f"{len(running.requests)}-{i}" for i in range(len(PROMPTS))]
         drawn: list[dict[str, Any]] = [
-            {"temperature": 1.0, "top_p": 1e-6},
-            {"temperature": 0.0, "frequency_penalty": 1.5},
-            {"temperature": 1.0, "min_p": 1.0, "logit_bias": {"5": 4.0}},
-            {"temperature": 0.0, "presence_penalty": 1.0},
+            {"temperature": 2.0, "top_p": 1e-6},
+            {"temperature": 0.0, "frequency_penalty": 1.5, "token_ids_logprob": [5, 7, 9]},
+            {"temperature": 0.5, "min_p": 1.0, "logit_bias": {"5": 4.0}, "top_logprobs_num": 30},
+            {"temperature": 0.0},
         ]
         for rid, prompt, own in zip(rids, PROMPTS, drawn, strict=True):
-            running.submit(rid, prompt, max_new_tokens=20, **own)
+            running.submit(rid, prompt, max_new_tokens=20, return_logprob=True, **own)
         running.run()
-        return [running.output(rid) for rid in rids]
+        return [logprobs(running, rid) for rid in rids]
 
-    at_once = texts()
-    monkeypatch.setattr(sampling, "CHANGED_ROWS", 3)
-    assert texts() == at_once
+    at_once = rates()
+    monkeypatch.setattr(epilogue, "RATED_ROWS", 3)
+    for found, expected in zip(rates(), at_once, strict=True):
+        assert_same_logprobs(found, expected, "few at a time")
 
 
 def test_a_copy_takes_the_place_of_drafts_that_promise_less(

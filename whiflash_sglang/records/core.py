@@ -290,7 +290,7 @@ class Results(NamedTuple):
     none. source: int32, as of `Chosen`. bonus, seq_lens: int64, and tokens: [B, W] int64, of which `accept_lens`,
     int32, count, as of `Committed`. wanted: int32, drafts before the bound on rows was kept to, where there is one.
     copies: [B, L] int64, of which `copied`, int64, count, and what is known of them, as of `propose_copies`, where the
-    device copies. entropy: [B] float32, and outputs: [B, K] float32, as of `Epilogue.signals`.
+    device copies. entropy, outputs and rates: as of `Epilogue.signals`.
     """
 
     starts: Values
@@ -313,18 +313,44 @@ class Results(NamedTuple):
     copy_agreements: Values = None
     entropy: Values = None
     outputs: Values = None
+    rates: Values = None
+
+
+class Asked(NamedTuple):
+    """Log-probabilities that a request asks for, beside those of its tokens. request: its index in the batch.
+    likeliest: of so many tokens that are likeliest there. ids: of these tokens.
+    """
+
+    request: int
+    likeliest: int
+    ids: Sequence[int]
+
+
+class Rated(NamedTuple):
+    """Requests of a round whose log-probabilities are wanted, and where the device reads that.
+
+    asked: [A, 1 + I] int64, the index of each, and `ids`, 0 behind them. likeliest: the most that any wants, at least.
+    captured: the end of a graph rates them. masks: as of `sample_rows`, where the logits have none.
+    """
+
+    requests: Sequence[Asked]
+    asked: torch.Tensor
+    likeliest: int
+    captured: bool
+    masks: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Verified(NamedTuple):
     """T packed rows of B requests behind the target's forward.
 
-    logits: [T, V], the target's raw logits. features: [T, F], captured layer outputs. final_hidden: [T, H] after the
-    final norm, None unless a router or the server's clients may ask for it. input_ids: [T] int64. indptr: [B + 1]
-    int32, where each request's rows begin. starts: [B] int64, n. request_rows: [B] int64, rows of the request table.
-    predictions: [T] int64, the target's own token at every row; None before it is known, and where the forward's graph
-    has `committed` already, with the signals that it computed (`Epilogue.signals`): these are good until its next
-    replay. forward: SGLang's own result of it, from which the scheduler's is made. graph: the one that was
-    replayed for it, if any, by its runner and rows.
+    logits: [T, V], the target's raw logits, or those that tokens were sampled from, with the raw ones' `entropy`, [T].
+    features: [T, F], captured layer outputs. final_hidden: [T, H] after the final norm, None unless a router or the
+    server's clients may ask for it. input_ids: [T] int64. indptr: [B + 1] int32, where each request's rows begin.
+    starts: [B] int64, n. request_rows: [B] int64, rows of the request table. predictions: [T] int64, the target's own
+    token at every row; None before it is known, and where the forward's graph has `committed` already, with the signals
+    that it computed (`Epilogue.signals`): these are good until its next replay. forward: SGLang's own result of it,
+    from which the scheduler's is made. graph: the one that was replayed for it, if any, by its runner and rows. rated:
+    None if nobody asks for log-probabilities.
     """
 
     logits: torch.Tensor
@@ -339,6 +365,8 @@ class Verified(NamedTuple):
     signals: Mapping[str, torch.Tensor] = {}
     forward: Any = None
     graph: tuple[int, int] | None = None
+    entropy: torch.Tensor | None = None
+    rated: Rated | None = None
 
     @property
     def output(self) -> Any:

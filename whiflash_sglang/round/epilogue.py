@@ -3,9 +3,9 @@
 Imports no SGLang.
 
 It is a function of a verification's packed rows, captured as the end of every verification's graph, and once more in a
-graph of its own for what is sampled under masks or penalties, which is replayed when the masks are made. If SGLang's
-sampler draws, it runs as it is written. Results of a graph hold until the next replay: packing the round's download
-copies them.
+graph of its own for what is sampled under masks or penalties, or rated (log-probabilities), which is replayed when the
+masks are made. If SGLang's sampler draws, it runs as it is written. Results of a graph hold until the next replay:
+packing the round's download copies them.
 
 A graph cannot leave its end out. If it must not commit, it does so for request row 0, which is nobody's and for which
 nothing is sampled: in it the rows are multiplied by a number on the device, which is 0 then.
@@ -13,7 +13,9 @@ nothing is sampled: in it the rows are multiplied by a number on the device, whi
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from itertools import product
 
+import numpy as np
 import torch
 from whiflash_kernels import (
     Committed,
@@ -30,12 +32,16 @@ from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.cache.penalties import PenaltyRows
 from whiflash_sglang.cache.tokens import NO_TOKEN, StopTable
 from whiflash_sglang.device.capture import CapturedPass, Recorder
-from whiflash_sglang.device.transfers import mask_places, masks_of_places
+from whiflash_sglang.device.transfers import mask_places, masks_of_places, sent
 from whiflash_sglang.formats.router import Layers
-from whiflash_sglang.records.core import Verified
+from whiflash_sglang.records.core import Asked, Rated, Verified
 
 GATE_BYTES = torch.int64.itemsize
 """Bytes of the scalar that lets graphs commit; every epilogue has one."""
+FEW_RATED, FEW_BESIDE = 4, 20
+"""Requests that the end of a graph rates, and how many likeliest and how many named tokens of each position."""
+RATED_ROWS, RATED_BYTES = 128, 10
+"""Rows that are rated at once, and bytes of each logit of theirs at the peak."""
 
 
 Signals = dict[str, torch.Tensor]
@@ -43,6 +49,8 @@ Masks = tuple[torch.Tensor, torch.Tensor]
 Graph = tuple[int, int]
 """A verification's graph: its runner, and rows."""
 Outcome = tuple[Committed, Signals]
+Kind = tuple[bool, bool, bool]
+"""Whether an end behind a graph is masked, whether it penalises, and whether it rates; one that rates does both."""
 
 
 class Epilogue:
@@ -52,7 +60,7 @@ class Epilogue:
         rings: where features are parked. text: `TokenTable.data`. sampling: `SamplingRows.data`. router: of the bundle,
             None where no policy may need one. widest: most rows of a request. needs: what the policy reads now; a
             graph computes what it was when it was captured, and what a later policy needs beside it is computed
-            behind the graph.
+            behind the graph. scales: whether log-probabilities are those of logits by temperature.
     """
 
     def __init__(
@@ -65,28 +73,34 @@ class Epilogue:
         router: Layers | None,
         widest: int,
         needs: Callable[[], Collection[str]],
+        scales: Callable[[], bool],
     ) -> None:
         self._rings, self._text, self._stops, self._router = rings, text, stops, router
         self._sampling, self.penalties = sampling, penalties
-        self._widest, self._needs = widest, needs
+        self._widest, self._needs, self._scales = widest, needs, scales
         self._commits = torch.zeros((), dtype=torch.int64, device=text.device)
         self._committing = False  # what the device was last sent
         self._few = False  # whether the batch has no more stops, and penalties, than graphs read
         self._captured: dict[Graph, Outcome] = {}
         self._rows: dict[Graph, Callable[[], Verified]] = {}
-        self._ends: dict[tuple[bool, bool], CapturedPass[Outcome]] = {}  # by whether masked, and penalised
+        self._ends: dict[Kind, CapturedPass[Outcome]] = {}
 
     @staticmethod
     def bytes_for(widest: int) -> int:
         """Bytes that a graph and the ends behind it keep of one request, of which there are no more than rows."""
         committed = (widest + 3) * torch.int64.itemsize + torch.int32.itemsize
-        return 4 * (committed + (1 + 3) * torch.float32.itemsize)  # entropy, and a router's outputs
+        return 6 * (committed + (1 + 3) * torch.float32.itemsize)  # entropy, and a router's outputs
 
     @staticmethod
     def mask_bytes(rows: int, vocabulary: int) -> int:
         """Bytes of the masks that ends of graphs of up to so many rows read."""
         words = -(-vocabulary // 32)
         return (masks_of_places(rows, words) + 1 + rows) * words * torch.int32.itemsize
+
+    @staticmethod
+    def rate_bytes(widest: int, vocabulary: int) -> int:
+        """Bytes that ends of graphs rate requests of up to so many rows in."""
+        return FEW_RATED * widest * vocabulary * RATED_BYTES
 
     def capture(self, graph: Graph, of_graph: Callable[[], Verified]) -> None:
         """Issue all of it over the tensors of a graph. Its requests that are none have request row 0."""
@@ -96,7 +110,7 @@ class Epilogue:
         self._rows[graph] = of_graph
 
     def capture_ends(self, recorder: Recorder | None) -> None:
-        """Capture all of it behind each graph, too, for masks, penalties and both; None: it runs as written.
+        """Capture all of it behind each graph, too, for every kind of end; None: it runs as written.
 
         Raises ConfigError where it cannot be captured.
         """
@@ -107,30 +121,35 @@ class Epilogue:
         size = self.mask_bytes(max(graphs), vocabulary) // torch.int32.itemsize
         masks = torch.zeros(size, dtype=torch.int32, device=self._text.device)
         self._masks = masks.view(-1, -(-vocabulary // 32))
+        asked = torch.zeros((FEW_RATED, 1 + FEW_BESIDE), dtype=torch.int64, device=self._text.device)
+        self._rated = Rated((), asked, min(FEW_BESIDE, vocabulary), captured=True)
+        self._asking: Sequence[Asked] = ()  # what the device was last sent
 
-        def end(masked: bool, penalised: bool, size: int) -> Outcome:
+        def end(masked: bool, penalised: bool, rated: bool, size: int) -> Outcome:
             masks = (self._masks, mask_places(self._masks, size)) if masked else None
-            return self._end(self._rows[graphs[size]](), masks, penalised)
+            return self._end(self._rows[graphs[size]](), masks, penalised, rated)
 
-        for kind in ((True, False), (False, True), (True, True)):
+        for kind in ((True, False, False), *product((False, True), (True,), (False, True))):
             self._ends[kind] = CapturedPass("a round's end", partial(end, *kind), sorted(graphs), recorder)
 
-    def _end(self, rows: Verified, masks: Masks | None = None, penalised: bool = False) -> Outcome:
+    def _end(
+        self, rows: Verified, masks: Masks | None = None, penalised: bool = False, rated: bool = False
+    ) -> Outcome:
         if masks is not None:
             bits, place = masks
             masks = bits, place.clamp(min=0)
             rows = rows._replace(input_ids=rows.input_ids.masked_fill(place < 0, NO_TOKEN))
-        needs, raw = {*self._needs()}, None
-        if penalised:  # in place, so that the signals of what the target says are read before
-            needs, raw = needs | {"entropy"}, routing_stats(rows.logits)[0]
-            self.penalise(rows, rows.logits, table=self.penalties.few)
+        needs = {*self._needs()}
+        if penalised:
+            needs |= {"entropy"}
+            rows = self.penalise(rows, self.penalties.few)
+        if rated:
+            rows = rows._replace(rated=self._rated._replace(masks=masks))
         rows = rows._replace(predictions=self.sample(rows, masks))
         committed = self._accept(rows, self._stops.few, self._widest)
         # Requests without rows are counted as having them behind the last one.
         committed = committed._replace(last_rows=committed.last_rows.clamp(max=len(rows.logits) - 1))
         self.park(rows, committed)
-        if raw is not None:
-            rows = rows._replace(signals={"entropy": raw[committed.last_rows]})
         return committed, self.signals(rows, committed, needs)
 
     def let_graphs_commit(self, unchanged: bool, row_ids: Sequence[int]) -> None:
@@ -150,14 +169,15 @@ class Epilogue:
         self, rows: Verified, requests: int, masks: torch.Tensor | None, penalised: bool = False
     ) -> Verified:
         """With what the graph that was just replayed committed of its first so many requests, and `signals`, or what an
-        end behind it does under masks or penalties. As it is if neither may. Good until the next replay.
+        end behind it does under masks, or penalised or rated. As it is if neither may. Good until the next replay.
 
         Args:
             masks: `packed` of `Masks`, if any.
         """
         if rows.graph not in self._rows or not self._few:
             return rows
-        end = self._ends.get((masks is not None, penalised))
+        rated = rows.rated is not None and rows.rated.captured
+        end = self._ends.get((masks is not None, penalised or rated, rated))
         if self._committing:
             committed, signals = self._captured[rows.graph]
         elif end is None:
@@ -170,17 +190,30 @@ class Epilogue:
         signals = {name: signal[:requests] for name, signal in signals.items()}
         return rows._replace(committed=committed, signals=signals)
 
-    def penalise(
-        self, rows: Verified, logits: torch.Tensor, first: int = 0, table: PenaltyTable | None = None
-    ) -> None:
-        """Change `logits`, [T, V] of packed rows from `first` on, in place as their requests ask."""
-        packed = rows.input_ids, rows.indptr, rows.starts, rows.request_rows
-        penalise_rows(logits, *packed, self._text, table or self.penalties.data, first=first)
+    def rated(self, asked: Sequence[Asked]) -> Rated:
+        """Send the device what requests of a batch ask for; a place that graphs read, where there is room for it."""
+        most, names = max(each.likeliest for each in asked), max(len(each.ids) for each in asked)
+        few = bool(self._ends) and len(asked) <= FEW_RATED and max(most, names) <= FEW_BESIDE
+        if not (few and asked == self._asking):
+            columns = FEW_BESIDE if few else names
+            numbers = [(each.request, *each.ids, *[0] * (columns - len(each.ids))) for each in asked]
+            ids = sent(np.array(numbers).ravel(), self._text.device).view(len(asked), -1)
+            if not few:
+                return Rated(asked, ids, most, captured=False)
+            self._rated.asked[: len(asked)].copy_(ids)
+            self._asking = asked
+        return self._rated._replace(requests=asked)
 
-    def sample(self, rows: Verified, masks: Masks | None = None, first: int = 0) -> torch.Tensor:
-        """[T] int64, a token for each row of `rows.logits`. masks, first: as of `sample_rows`."""
+    def penalise(self, rows: Verified, table: PenaltyTable | None = None) -> Verified:
+        """Change `logits` in place as requests ask. The result has the `entropy` of what the target says, too."""
+        raw, packed = routing_stats(rows.logits)[0], (rows.input_ids, rows.indptr, rows.starts)
+        penalise_rows(rows.logits, *packed, rows.request_rows, self._text, table or self.penalties.data)
+        return rows._replace(entropy=raw)
+
+    def sample(self, rows: Verified, masks: Masks | None = None) -> torch.Tensor:
+        """[T] int64, a token for each row of `rows.logits`. masks: as of `sample_rows`."""
         request = rows.indptr, rows.starts, rows.request_rows
-        return sample_rows(rows.logits, *request, self._sampling, masks=masks, first=first)
+        return sample_rows(rows.logits, *request, self._sampling, masks=masks)
 
     def commit(self, rows: Verified, stride: int) -> Committed:
         """Accept drafts, and write what is committed to the text.
@@ -196,25 +229,24 @@ class Epilogue:
         """Keep the features of what was committed, for whoever drafts next."""
         if rows.committed is None:
             assert rows.predictions is not None
-            self._rings.park(
-                rows.features,
-                rows.predictions,
-                rows.request_rows,
-                rows.starts,
-                committed.accept_lens,
-                rows.indptr[:-1],
-                widest=committed.tokens.shape[1],
-            )
+            packed = rows.features, rows.predictions, rows.request_rows, rows.starts
+            begins, widest = rows.indptr[:-1], committed.tokens.shape[1]
+            self._rings.park(*packed, committed.accept_lens, begins, widest=widest)
 
     def signals(self, rows: Verified, committed: Committed, needs: Collection[str]) -> Signals:
-        """The signals that a policy `needs`, at the last committed row of each request.
+        """The signals that a policy `needs`, at the last committed row of each request; and what is `rated`.
 
-        `entropy` [B] of the target's distribution; `outputs` [B, K] of the router.
+        `entropy` [B] of the target's distribution; `outputs` [B, K] of the router. `rates` [A, W, 1 + I + 2K] float32:
+        log-probabilities of W committed tokens of A requests, of I tokens that each names, of the K likeliest at each;
+        then the ids of these, as int32.
         """
         last, signals = committed.last_rows, {}
         if "entropy" in needs:
             known = rows.signals.get("entropy")
-            signals["entropy"] = routing_stats(rows.logits, last)[0] if known is None else known
+            if known is None:
+                raw = rows.entropy
+                known = routing_stats(rows.logits, last)[0] if raw is None else raw[last]
+            signals["entropy"] = known
         if "delta" in needs:
             if self._router is None or rows.final_hidden is None:
                 raise AssertionError("no policy needs a router that was not loaded")
@@ -222,17 +254,36 @@ class Epilogue:
             signals["outputs"] = (
                 router_mlp(rows.final_hidden[last], *self._router) if known is None else known
             )
+        if rows.rated is not None:
+            known = rows.signals.get("rates")
+            parts = torch.split(rows.rated.asked, max(RATED_ROWS // committed.tokens.shape[1], 1))
+            signals["rates"] = (
+                torch.cat([self._rate(rows, committed, asked) for asked in parts]) if known is None else known
+            )
         return signals
+
+    def _rate(self, rows: Verified, committed: Committed, asked: torch.Tensor) -> torch.Tensor:
+        """`rates` of some requests, as upstream's speculative workers compute them."""
+        assert rows.rated is not None
+        request, tokens = asked[:, 0].clamp(max=len(committed.tokens) - 1), committed.tokens
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        packed = (rows.indptr[request][:, None] + columns).clamp_(max=len(rows.logits) - 1)
+        x = rows.logits[packed].float()
+        if (masks := rows.rated.masks) is not None:
+            words = masks[0][masks[1][packed]]
+            shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+            bits = (words[..., None] >> shifts).bitwise_and_(1)
+            x.masked_fill_((bits == 0).flatten(2)[..., : x.shape[2]], -torch.inf)
+        if self._scales():
+            temperature, top_k = self._sampling.parameters[rows.request_rows[request], :2].unbind(1)
+            x /= torch.where(top_k > 1, temperature, 1.0)[:, None, None]
+        x = x.log_softmax(-1).clamp_(min=torch.finfo(x.dtype).min)
+        likeliest = x.topk(rows.rated.likeliest)
+        named = [tokens[request][..., None], asked[:, None, 1:].expand(-1, len(columns), -1)]
+        ids = likeliest.indices.int().view(x.dtype)
+        return torch.cat([x.gather(2, torch.cat(named, 2)), likeliest.values, ids], 2)
 
     def _accept(self, rows: Verified, stops: torch.Tensor, stride: int) -> Committed:
         assert rows.predictions is not None
-        return accept_and_commit(
-            rows.predictions,
-            rows.input_ids,
-            rows.indptr,
-            rows.starts,
-            stride=stride,
-            request_slots=rows.request_rows,
-            stops=stops,
-            text=self._text,
-        )
+        packed, request = (rows.predictions, rows.input_ids, rows.indptr, rows.starts), rows.request_rows
+        return accept_and_commit(*packed, stride=stride, request_slots=request, stops=stops, text=self._text)

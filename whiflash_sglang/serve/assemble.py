@@ -22,7 +22,7 @@ from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.engine.forward import graphs, triton_backend
-from whiflash_sglang.engine.forward.sampling import simulated_acceptance
+from whiflash_sglang.engine.forward.sampling import scales_rates, simulated_acceptance
 from whiflash_sglang.engine.forward.target import Target
 from whiflash_sglang.engine.scheduler import kv_budget, overlap, pricing
 from whiflash_sglang.engine.scheduler.spec_worker import max_running_requests
@@ -197,6 +197,7 @@ def reserve(
     parts["penalties"] = PenaltyRows.bytes_for(rows, vocabulary, min(requests, MOST_PENALISED) * captures)
     if captures:
         parts["masks"] = Epilogue.mask_bytes(graphs.most_rows(requests, widest), vocabulary)
+        parts["log-probabilities"] = Epilogue.rate_bytes(widest, vocabulary)
         parts["drafters"] += sync.captured_bytes(requests)
         # Passes are captured into the same memory, one at a time.
         parts["drafters"] += max((drafter.captured_bytes(requests) for drafter in kv), default=0)
@@ -287,6 +288,7 @@ def build_stages(parts: Parts) -> Stages:
         parts.router,
         widest,
         lambda: parts.controller.policy.needs,
+        scales_rates,
     )
     if not hooks:
         target.end_graphs_with(epilogue)

@@ -1,10 +1,8 @@
 """The verify stage of a round: one forward of the target over bonus tokens and drafts, and its token at every row."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import torch
 from whiflash_kernels import MixedBlock, prepare_mixed_block
 
 from whiflash_sglang.cache.tokens import NO_TOKEN
@@ -44,25 +42,21 @@ class VerifyStage:
         Args:
             barrier: of SGLang: what a grammar needs before its masks are made; None: nothing.
         """
-        table, chosen = self._target.slot_table, turn.chosen
-        padded = prepare_mixed_block(
-            turn.bonus,
-            chosen.tokens,
-            chosen.widths,
-            turn.starts,
-            turn.rows,
-            table,
-            rows=self._target.agreed_rows(turn.packed_rows, len(turn)),
-        )
+        chosen, rows = turn.chosen, self._target.agreed_rows(turn.packed_rows, len(turn))
+        requests = turn.bonus, chosen.tokens, chosen.widths, turn.starts, turn.rows
+        padded = prepare_mixed_block(*requests, self._target.slot_table, rows=rows)
         host_widths = chosen.widths.tolist() if self._host.exact else None
         block = padded if host_widths is None else packed(padded, sum(host_widths))
         masks = Masks(block, turn.ahead) if batch.has_grammar else None
-        sends = sends_tokens(batch.has_grammar)
+        sends, sglangs = sends_tokens(batch.has_grammar), sampling.is_sglangs(batch)
+        asked = sampling.asked_rates(batch)
+        rated = self._epilogue.rated(asked) if asked else None
         penalised = self._epilogue.penalties.any(turn.row_ids)
-        in_graph = not (sampling.is_sglangs(batch) or sends or self._checks)
-        self._epilogue.let_graphs_commit(in_graph and masks is None and not penalised, turn.row_ids)
+        in_graph = not (sglangs or sends or self._checks)
+        unchanged = masks is None and not (penalised or (rated is not None and rated.captured))
+        self._epilogue.let_graphs_commit(in_graph and unchanged, turn.row_ids)
         verified = self._target.verify(batch, padded, chosen.widths, host_widths, turn.stride)
-        verified = verified._replace(starts=turn.starts, request_rows=turn.rows)
+        verified = verified._replace(starts=turn.starts, request_rows=turn.rows, rated=rated)
         masks = self._built(batch, masks, barrier)
         if self._checks:
             sampling.check_numbers(verified.logits)
@@ -70,36 +64,23 @@ class VerifyStage:
             packed_masks = None if masks is None else masks.packed
             verified = self._epilogue.finish(verified, len(turn), packed_masks, penalised)
         if verified.committed is None:
-            predictions = self._sampled(batch, verified, block, masks, penalised)
+            if penalised or sglangs:
+                verified = self._epilogue.penalise(verified)
+            if sglangs:
+                runner, info = self._target.runner, batch.sampling_info
+                predictions = sampling.sample_as_sglang(runner, info, verified.logits, block, masks)
+            else:
+                predictions = self._epilogue.sample(verified, None if masks is None else masks.of_rows)
             predictions = first_ranks(predictions) if sends else predictions
             verified = verified._replace(predictions=predictions)
         if masks is not None and masks.rejected and verified.committed is None:
             block = _rejecting(block, masks.rejected)
             verified = verified._replace(input_ids=block.input_ids)
+        if masks is not None and rated is not None and not (sglangs or "rates" in verified.signals):
+            verified = verified._replace(rated=rated._replace(masks=masks.of_rows))
         for hook in self._hooks:
             verified = hook.verified(verified, block)
         return verified
-
-    def _sampled(
-        self, batch: Any, verified: Verified, block: MixedBlock, masks: Masks | None, penalised: bool
-    ) -> torch.Tensor:
-        """[T] int64, the target's token at each row."""
-        penalise = partial(self._epilogue.penalise, verified)
-        if sampling.is_sglangs(batch):
-            runner = self._target.runner
-            return sampling.sample_as_sglang(
-                runner, batch, verified.output, block, masks, penalise if penalised else None
-            )
-        of_rows = None if masks is None else masks.of_rows
-        if not penalised:
-            return self._epilogue.sample(verified, of_rows)
-        sampled = []
-        for first in range(0, len(verified.logits), sampling.CHANGED_ROWS):
-            # A copy: the controller reads the raw distribution.
-            part = verified.logits[first : first + sampling.CHANGED_ROWS].clone()
-            penalise(part, first)
-            sampled.append(self._epilogue.sample(verified._replace(logits=part), of_rows, first))
-        return torch.cat(sampled)
 
     def _built(self, batch: Any, masks: Masks | None, barrier: Any) -> Masks | None:
         """`masks` when their bits are made, while the target runs; None if no request has a grammar.

@@ -89,10 +89,10 @@ class Masks:
         place = mask_places(bits, self._size)
         return bits, place.clamp(min=0) if self.rejected else place
 
-    def of(self, rows: slice) -> GrammarMask:
-        """Masks of these packed rows, as SGLang has them."""
+    def apply(self, logits: torch.Tensor) -> None:
+        """Mask `logits` [T, V] in place, as SGLang does."""
         bits, place = self.of_rows
-        return GrammarMask(self._grammar, bits[place[rows]])
+        GrammarMask(self._grammar, bits[place]).apply(logits)
 
 
 def fill_masks(

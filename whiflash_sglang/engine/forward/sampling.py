@@ -1,21 +1,22 @@
 """Logits that every verified position is sampled from, under each request's own parameters.
 
-`whiflash_kernels.sample_rows` draws from the logits, or from copies with bias and penalties. If SGLang's sampler must
-draw (`is_sglangs`), it runs on the packed rows with the requests' parameters repeated row by row: what plain decoding
-would have sampled at a position is what is sampled here. Drafts are deterministic, so accepting while the draft agrees
+`whiflash_kernels.sample_rows` draws from the logits, in which bias and penalties are. If SGLang's sampler must draw
+(`is_sglangs`), it runs on the packed rows with the requests' parameters repeated row by row: what plain decoding would
+have sampled at a position is what is sampled here. Drafts are deterministic, so accepting while the draft agrees
 leaves the output distribution exactly the target's.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from sglang.srt.environ import envs
+from sglang.srt.layers import sampler
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.runtime_context import get_exec
-from sglang.srt.sampling.sampling_batch_info import ProcessorEntry, SamplingBatchInfo
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative import spec_utils
 from sglang.srt.utils.async_probe import sanitize_nan_logits
 from whiflash_kernels import MixedBlock
@@ -23,19 +24,19 @@ from whiflash_kernels import MixedBlock
 from whiflash_sglang.cache.penalties import Penalties
 from whiflash_sglang.device.transfers import Upload, sent
 from whiflash_sglang.engine.forward.masks import Masks
+from whiflash_sglang.records.core import Asked
 
-SAMPLED_ROWS = CHANGED_ROWS = 128
-"""Rows that SGLang's sampler takes at once, and that are changed at once: they fill a card with the vocabularies that
-there are."""
+SAMPLED_ROWS = 128
+"""Rows that SGLang's sampler takes at once: they fill a card with the vocabularies that there are."""
 
 
 def is_sglangs(batch: Any) -> bool:
-    """Whether SGLang's sampler draws: its seeds are keyed by ranks of sorted chances, it alone calls custom processors,
-    and log-probabilities come with its tokens.
+    """Whether SGLang's sampler draws: its seeds are keyed by ranks of sorted chances, and it alone calls custom
+    processors.
     """
     info = batch.sampling_info
     seeded = info.sampling_seed is not None and not info.is_all_greedy
-    return bool(seeded or batch.return_logprob or info.has_custom_logit_processor)
+    return bool(seeded or info.has_custom_logit_processor)
 
 
 def checks_numbers() -> bool:
@@ -92,40 +93,41 @@ def takes_single_tokens(req: Any) -> bool:
     return bool(req.custom_logit_processor or (req.return_hidden_states == "last" and ends_in_text))
 
 
+def asked_rates(batch: Any) -> list[Asked]:
+    """Requests of a batch whose log-probabilities are wanted."""
+    if not batch.return_logprob:
+        return []
+    wanted = zip(batch.reqs, batch.top_logprobs_nums, batch.token_ids_logprobs, strict=True)
+    return [Asked(i, count, ids or ()) for i, (req, count, ids) in enumerate(wanted) if req.return_logprob]
+
+
+def scales_rates() -> bool:
+    """Whether log-probabilities are those of logits by temperature, as SGLang's environment says."""
+    return not sampler.SGLANG_RETURN_ORIGINAL_LOGPROB
+
+
 def sample_as_sglang(
-    runner: Any,
-    batch: Any,
-    output: Any,
-    block: MixedBlock,
-    masks: Masks | None,
-    penalise: Callable[[torch.Tensor, int], None] | None,
+    runner: Any, info: SamplingBatchInfo, logits: torch.Tensor, block: MixedBlock, masks: Masks | None
 ) -> torch.Tensor:
     """The token of SGLang's sampler at each packed row: [T] int64.
 
-    A few rows at a time, since it takes much memory for each logit. If the batch asks for log-probabilities, `output`
-    gets them row by row, from the logits that were sampled from. Then, and if a custom processor sees them, it is all
-    rows at a time.
+    A few rows at a time, since it takes much memory for each logit.
 
     Args:
-        runner: the target's model runner. output: SGLang's logits output of the verification. masks: of a batch with
-            grammars. penalise: changes logits, in place, from a packed row on.
+        runner: the target's model runner. info: of the requests. logits: [T, V], changed in place by processors and
+            `masks`, those of a batch with grammars.
     """
-    owner, logits = block.request_of_row, output.next_token_logits
-    whole = batch.return_logprob or batch.sampling_info.has_custom_logit_processor
-    records: tuple[bool, list[Any], list[Any]] = (False, [], [])
-    if batch.return_logprob:
-        records = True, [max(batch.top_logprobs_nums)] * len(owner), _asked_ids(batch, owner)
-    sampled, step = [], len(owner) if whole else SAMPLED_ROWS
-    for begin in range(0, len(owner), step):
-        rows = slice(begin, begin + step)
-        info = _expand(batch.sampling_info, owner[rows])
-        part = output if whole else LogitsProcessorOutput(next_token_logits=None)
-        part.next_token_logits = logits[rows].clone()
-        if penalise is not None:
-            penalise(part.next_token_logits, begin)
-        if masks is not None:
-            masks.of(rows).apply(part.next_token_logits)
-        sampled.append(runner.sampler(part, info, *records, block.positions[rows]))
+    owner, sampled = block.request_of_row, []
+    if masks is not None:
+        masks.apply(logits)
+    for entry in (info.custom_logit_processor or {}).values():
+        rows = block.qo_indptr[entry.indices].long()  # such a request has one (`takes_single_tokens`)
+        params = [info.custom_params[i] for i in entry.rows]
+        logits.index_copy_(0, rows, entry.processor(logits[rows], params).to(logits.dtype))
+    for begin in range(0, len(owner), SAMPLED_ROWS):
+        few = slice(begin, begin + SAMPLED_ROWS)
+        part = LogitsProcessorOutput(next_token_logits=logits[few].clone())
+        sampled.append(runner.sampler(part, _expand(info, owner[few]), False, [], [], block.positions[few]))
     return torch.cat(sampled).to(torch.int64)
 
 
@@ -146,46 +148,6 @@ def simulated_acceptance(widest: int) -> tuple[Callable[[], int], bool] | None:
     draw = partial(spec_utils.sample_simulated_acc_len, length, method, widest)
     draw()  # an unknown method ends the start, not the first round
     return draw, spec_utils.SIMULATE_ACC_TOKEN_MODE == "real-draft-token"
-
-
-def _asked_ids(batch: Any, owner: torch.Tensor) -> list[list[int] | None]:
-    """The ids whose log-probabilities each row's request asks for. The host waits for the rows' owners if any does."""
-    asked = batch.token_ids_logprobs
-    if all(ids is None for ids in asked):
-        return [None] * len(owner)
-    return [asked[i] for i in owner.tolist()]
-
-
-LIKELIEST = ("next_token_top_logprobs_val", "next_token_top_logprobs_idx")
-ASKED = ("next_token_token_ids_logprobs_val", "next_token_token_ids_logprobs_idx")
-"""SGLang's records of log-probabilities with one entry a row: tensors of one length, and what each asked for by id."""
-
-
-def keep_rows(output: Any, index: torch.Tensor) -> None:
-    """Keep the log-probabilities of the rows in `index`, of any shape, if `output` has any.
-
-    The host waits for the index only if a request asks for tokens by id.
-    """
-    if output.next_token_logprobs is not None:
-        output.next_token_logprobs = output.next_token_logprobs[index]
-    for name in LIKELIEST:
-        if rows := getattr(output, name):
-            setattr(output, name, list(torch.stack(rows)[index.flatten()]))
-    if output.next_token_token_ids_logprobs_val:
-        flat = index.flatten().tolist()
-        for name in ASKED:
-            setattr(output, name, [getattr(output, name)[row] for row in flat])
-
-
-def cut_likeliest(output: Any, counts: Sequence[int], stride: int) -> None:
-    """Leave each request as many likeliest tokens as it asks for; all rows have as many as any does.
-
-    Args:
-        counts: by request. stride: rows of each.
-    """
-    for name in LIKELIEST:
-        if rows := getattr(output, name):
-            setattr(output, name, [row[: counts[i // stride]] for i, row in enumerate(rows)])
 
 
 def count_earlier_output(batch: Any) -> None:
@@ -218,29 +180,16 @@ def count_earlier_output(batch: Any) -> None:
 
 def _expand(info: SamplingBatchInfo, owner: torch.Tensor) -> SamplingBatchInfo:
     """With the requests' parameters, one entry per packed row, but for those that change logits."""
-    rows = dataclasses.replace(
+    return dataclasses.replace(
         info,
         grammars=None,
+        has_custom_logit_processor=False,
         temperatures=info.temperatures[owner],
         top_ps=info.top_ps[owner],
         top_ks=info.top_ks[owner],
         min_ps=info.min_ps[owner],
         sampling_seed=None if info.sampling_seed is None else info.sampling_seed[owner],
     )
-    if info.has_custom_logit_processor:
-        owners = owner.tolist()
-        rows.custom_params = [info.custom_params[i] for i in owners]
-        rows.custom_logit_processor = {
-            key: _expand_processor(entry, owners, owner.device)
-            for key, entry in info.custom_logit_processor.items()
-        }
-    return rows
-
-
-def _expand_processor(entry: ProcessorEntry, owners: list[int], device: torch.device) -> ProcessorEntry:
-    members = set(entry.rows)
-    rows = [row for row, request in enumerate(owners) if request in members]
-    return ProcessorEntry(entry.processor, rows, torch.tensor(rows, dtype=torch.long, device=device))
 
 
 def stop_ids(req: Any) -> tuple[int, ...]:

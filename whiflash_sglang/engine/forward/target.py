@@ -139,6 +139,7 @@ class Target(LoadedTarget):
         batch.out_cache_loc = block.cache_slots
         counted = rows_counted(self.runner, stride)
         batch.input_ids, batch.forward_mode = block.input_ids, ForwardMode.TARGET_VERIFY
+        batch.extend_input_logprob_token_ids = None  # of an earlier prefill: SGLang would send it again
         batch.spec_info = verify_input(block, verify_lens, widths, counted, self._captured.mode)
         prepare_mamba_track_for_verify(batch)
         return self._forward(batch)

@@ -9,7 +9,6 @@ from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 from sglang.srt.runtime_context import get_schedule
 
 from whiflash_sglang.device.transfers import Download
-from whiflash_sglang.engine.forward.sampling import cut_likeliest, keep_rows
 from whiflash_sglang.records.core import Results, Verified
 
 
@@ -41,20 +40,14 @@ def behind_forward(runner: Any) -> Iterator[None]:
 
 
 def attach(batch: Any, verified: Verified, stride: int) -> None:
-    """Arrange the records of the packed rows as those of the tokens: `stride` columns a request.
+    """Arrange hidden states of the packed rows as those of the tokens: `stride` columns a request.
 
-    If a request has fewer rows, its last one fills the columns: nobody reads them.
+    If a request has fewer rows, others fill the columns: nobody reads them.
     """
-    if not (batch.return_logprob or batch.return_hidden_states):
+    if not batch.return_hidden_states:
         return
-    output, indptr = verified.output, verified.indptr
-    columns = torch.arange(stride, device=indptr.device)
-    last = indptr[1:, None].to(torch.int64) - 1
-    index = torch.minimum(indptr[:-1, None].to(torch.int64) + columns, last)
-    if batch.return_logprob:
-        keep_rows(output, index)
-        cut_likeliest(output, batch.top_logprobs_nums, stride)
-    if batch.return_hidden_states:
-        if verified.final_hidden is None:
-            raise AssertionError("SGLang admits such requests only where the server keeps hidden states")
-        output.hidden_states = verified.final_hidden[index.flatten()]
+    if (states := verified.final_hidden) is None:
+        raise AssertionError("SGLang admits such requests only where the server keeps hidden states")
+    columns = torch.arange(stride, device=states.device)
+    index = (verified.indptr[:-1, None] + columns).clamp_(max=len(states) - 1)
+    verified.output.hidden_states = states[index.flatten()]

@@ -15,7 +15,7 @@ from sglang.srt.state_capturer.base import TopkCaptureOutput
 from whiflash_sglang.cache.backlog import FeatureRows
 from whiflash_sglang.device.transfers import Download, Upload
 from whiflash_sglang.engine.forward import recurrent, sampling
-from whiflash_sglang.records.core import PLACEHOLDERS, Results, Round, Verified, readable
+from whiflash_sglang.records.core import PLACEHOLDERS, Rated, Results, Round, Verified, readable
 
 
 @dataclass
@@ -184,10 +184,39 @@ def prefill_rows(
     return rows, lengths, last_rows, after
 
 
+class Chances(list[torch.Tensor]):
+    """Log-probabilities of committed tokens, by request. They may still be on their way to the host."""
+
+    def tolist(self) -> list[list[float]]:
+        """As of a tensor, which SGLang takes it for."""
+        return [chances.tolist() for chances in self]
+
+
+def put_rates(output: Any, rates: torch.Tensor, rated: Rated, requests: int) -> None:
+    """Give SGLang what was `rated` of a batch, in its form: one entry for each column of each request.
+
+    Args:
+        output: SGLang's record of the logits. rates: as of `Epilogue.signals`, or a copy that is on its way.
+    """
+    width, names = rates.shape[1], rated.asked.shape[1] - 1
+    _, named, values, ids = rates.split([1, names, *[(rates.shape[2] - 1 - names) // 2] * 2], dim=2)
+    ids, nothing = ids.view(torch.int32), rates.new_empty(0)
+    chosen = Chances([nothing] * requests)
+    beside: list[list[Any]] = [[nothing] * (requests * width) for _ in range(4)]
+    for own, (index, likeliest, asked) in enumerate(rated.requests):
+        chosen[index], columns = rates[own, :, 0], slice(index * width, (index + 1) * width)
+        beside[0][columns], beside[1][columns] = (each[own, :, :likeliest].unbind() for each in (values, ids))
+        beside[2][columns], beside[3][columns] = named[own, :, : len(asked)].unbind(), [list(asked)] * width
+    output.next_token_logprobs = chosen
+    output.next_token_top_logprobs_val, output.next_token_top_logprobs_idx = beside[:2]
+    output.next_token_token_ids_logprobs_val, output.next_token_token_ids_logprobs_idx = beside[2:]
+
+
 class RoundResult(GenerationBatchResult):  # type: ignore[misc]
     """The result of a round, whose tensors come down in one buffer."""
 
     results: Download[Results]
+    rated: Rated | None
 
     def copy_to_cpu(self, *args: Any, **named: Any) -> None:
         """As upstream, which copies what is in the buffer again, field by field."""
@@ -196,6 +225,9 @@ class RoundResult(GenerationBatchResult):  # type: ignore[misc]
         results, at = self.results, self.results.at
         self.next_token_ids = results[at.tokens].reshape(-1)
         self.accept_lens, self.cap_lens = results[at.accept_lens], results[at.widths]
+        if self.rated is not None:
+            put_rates(self.logits_output, results[at.rates], self.rated, len(self.accept_lens))
+            results.at = at._replace(rates=None)  # nobody else reads them
 
 
 def round_result(verified: Verified, results: Download[Results]) -> GenerationBatchResult:
@@ -217,7 +249,9 @@ def round_result(verified: Verified, results: Download[Results]) -> GenerationBa
         new_seq_lens=seq_lens,
     )
     if results.learn is not None:  # SGLang carries them
-        made.__class__, made.results = RoundResult, results
+        made.__class__, made.results, made.rated = RoundResult, results, verified.rated
+    elif verified.rated is not None:
+        put_rates(verified.output, results[at.rates].cpu(), verified.rated, len(tokens))
     return made
 
 
