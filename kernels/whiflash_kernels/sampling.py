@@ -38,12 +38,11 @@ def sample_rows(
     table: SamplingTable,
     *,
     masks: tuple[Tensor, Tensor] | None = None,
-    first: int = 0,
 ) -> Tensor:
     """Draw a token for each packed row under the parameters of its request.
 
-    Row t belongs to request b with qo_indptr[b] <= first + t < qo_indptr[b + 1] and slot s = request_slots[b], and is
-    at position p = seq_lens[b] + first + t - qo_indptr[b]. If top_k <= 1 its token is the first v of the largest
+    Row t belongs to request b with qo_indptr[b] <= t < qo_indptr[b + 1] and slot s = request_slots[b], and is at
+    position p = seq_lens[b] + t - qo_indptr[b]. If top_k <= 1 its token is the first v of the largest
     x = logits[t, v]. Else it is the v that maximises x / temperature - ln E(seed of s, p, v) among those kept, with E
     independent and exponentially distributed: a draw from softmax(x / temperature) over what is kept (the Gumbel-max
     trick). Kept is v if fewer than top_k tokens are likelier, if these have at most the mass top_p of the whole
@@ -57,9 +56,8 @@ def sample_rows(
         seq_lens: [B] int64 or int32.
         request_slots: [B] int64 or int32; 0 is nobody's.
         table: by request slot.
-        masks: [M, >= V / 32] int32, of which bit v % 32 of word v // 32 allows token v, and [T'] int64, which of them
-            each packed row has.
-        first: packed row of ``logits[0]``.
+        masks: [M, >= V / 32] int32, of which bit v % 32 of word v // 32 allows token v, and [T] int64, which of them
+            each row has.
 
     Returns:
         [T] int64; 0 for a row of nobody, or whose logits are all -inf.
@@ -79,7 +77,7 @@ def sample_rows(
     Source: Gumbel-max; rejection of pivots, FlashInfer; hash ``lowbias32`` of "hash-prospector"; SplitMix64.
     """
     tokens = logits.new_zeros(logits.shape[0], dtype=torch.int64)
-    rows = torch.arange(first, first + logits.shape[0], device=logits.device)
+    rows = torch.arange(logits.shape[0], device=logits.device)
     owner = torch.bucketize(rows, qo_indptr[1:], right=True)
     inside = owner < len(request_slots)
     owner = owner.clamp_max_(len(request_slots) - 1) if len(request_slots) else owner
@@ -93,7 +91,7 @@ def sample_rows(
         return tokens
     x = logits[chosen].float()
     if masks is not None:
-        words = masks[0][masks[1][first + chosen]]
+        words = masks[0][masks[1][chosen]]
         bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
         x.masked_fill_(bits.flatten(1)[:, : x.shape[1]] == 0, -torch.inf)
     tokens[chosen] = x.argmax(-1)
@@ -199,47 +197,46 @@ def penalise_rows(
     request_slots: Tensor,
     text: Tensor,
     table: PenaltyTable,
-    *,
-    first: int = 0,
 ) -> None:
     """Change the logits of packed rows in place, as plain decoding would have them there.
 
     Upstream's workers hold penalties for a whole block or drop them. With rows, requests, slots and positions as of
     `sample_rows`, (place, early, answer, enough) = table.places[s] and c(v) the number of v among text[s, answer :
-    seq_lens[b] + 1] and input_ids[qo_indptr[b] + 1 : first + t + 1]: where place >= 0, x = logits[t, v] becomes
+    seq_lens[b] + 1] and input_ids[qo_indptr[b] + 1 : t + 1]: where place >= 0, x = logits[t, v] becomes
     x - frequency c(v) - presence [c(v) > 0]. Then, where c(v) > 0, it is multiplied by repetition if it is below 0,
     else divided. Last bias[place, v] is added, or bias[early, v] while p + 1 < enough.
 
     Args:
         logits: [T, V] bf16, fp16 or fp32, last dimension contiguous.
-        input_ids: [T'] int64, contiguous, of all packed rows; below 0 it is not counted.
-        qo_indptr, seq_lens, request_slots, first: as of `sample_rows`.
+        input_ids: [T] int64, contiguous; below 0 it is not counted.
+        qo_indptr, seq_lens, request_slots: as of `sample_rows`.
         text: [slots, context] int64, last dimension contiguous.
-        table: ``counts`` is written.
+        table: ``counts`` is written, in the places of these requests.
 
     Raises:
         ValueError: ``logits`` has another shape or layout, or another vocabulary than the table.
 
-    Grid: (B, context / block), which counts the text; then (T, V / block). Other rows are not read. Graph-capturable.
+    Grid: (B, V / block), which clears counts; (B, context / block), which counts the text; then (T, V / block). Other
+    rows are not read. Graph-capturable.
     Numerics: float32. Fallback: torch, request after request.
     """
     bounds, lengths, ids = qo_indptr.tolist(), seq_lens.tolist(), input_ids.tolist()
     for request, slot in enumerate(request_slots.tolist()):
         place, early, answer, enough = table.places[slot].tolist()
-        begin, end = max(bounds[request], first), min(bounds[request + 1], first + len(logits))
+        begin, end = bounds[request], bounds[request + 1]
         if place < 0 or begin >= end:
             continue
         frequency, presence, repetition = table.factors[slot].tolist()
-        rows = logits[begin - first : end - first]
+        rows = logits[begin:end]
         committed = torch.bincount(text[slot, answer : lengths[request] + 1], minlength=rows.shape[1])
         counts = committed.float().repeat(len(rows), 1)
-        for row in range(bounds[request] + 1, end):
+        for row in range(begin + 1, end):
             if ids[row] >= 0:
-                counts[max(row - begin, 0) :, ids[row]] += 1
+                counts[row - begin :, ids[row]] += 1
         met = counts > 0
         x = rows.float() + counts.mul_(-frequency).sub_(met * presence)
         x = torch.where(met, torch.where(x < 0, x * repetition, x / repetition), x)
-        short = min(max(enough - 1 - lengths[request] - begin + bounds[request], 0), len(rows))
+        short = min(max(enough - 1 - lengths[request], 0), len(rows))
         x[:short] += table.bias[early]
         x[short:] += table.bias[place]
         rows.copy_(x)

@@ -1,6 +1,6 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The token of every verified row in two launches, without a sort; penalties before in two."""
+"""The token of every verified row in two launches, without a sort; penalties before in three."""
 
 import torch
 import triton
@@ -20,15 +20,15 @@ _LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _request(packed, qo_indptr, seq_lens, request_slots, requests, SLOTS: tl.constexpr):
+def _request(row, qo_indptr, seq_lens, request_slots, requests, SLOTS: tl.constexpr):
     """The request slot of a packed row, 0 without one, its position, and the first row of its request."""
     request = tl.arange(0, SLOTS)
     ends = tl.load(qo_indptr + 1 + request, mask=request < requests, other=2147483647)
-    owner = tl.sum((ends <= packed).to(tl.int32), axis=0)
+    owner = tl.sum((ends <= row).to(tl.int32), axis=0)
     inside = owner < requests
     slot = tl.load(request_slots + owner, mask=inside, other=0).to(tl.int64)
     begin = tl.load(qo_indptr + owner, mask=inside, other=0)
-    position = tl.load(seq_lens + owner, mask=inside, other=0).to(tl.int64) + packed - begin
+    position = tl.load(seq_lens + owner, mask=inside, other=0).to(tl.int64) + row - begin
     return slot, position, begin
 
 
@@ -65,7 +65,7 @@ def _values(base, words, token, end, MASKED: tl.constexpr):
     return tl.where(x == x, x, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["requests", "first", "splits"])
+@triton.jit(do_not_specialize=["requests", "splits"])
 def _scan_kernel(
     logits,
     qo_indptr,
@@ -78,7 +78,6 @@ def _scan_kernel(
     sums,
     best,
     requests,
-    first,
     vocab,
     row_stride,
     mask_stride,
@@ -90,7 +89,7 @@ def _scan_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    slot, position, _ = _request(first + row, qo_indptr, seq_lens, request_slots, requests, SLOTS)
+    slot, position, _ = _request(row, qo_indptr, seq_lens, request_slots, requests, SLOTS)
     if slot == 0:
         return
     drawn = tl.load(parameters + slot * 4 + 1) > 1.0
@@ -98,7 +97,7 @@ def _scan_kernel(
     key, factor = _keys(tl.load(seeds + slot), position)
     base, words = logits + row * row_stride, masks
     if MASKED:
-        words += tl.load(mask_of_row + first + row) * mask_stride
+        words += tl.load(mask_of_row + row) * mask_stride
     lane = tl.arange(0, TILE)
     begin = split * slice_length
     end = tl.minimum(begin + slice_length, vocab)
@@ -158,7 +157,7 @@ def _mass_of_likeliest(base, words, vocab, scale, peak, top_k, TILE: tl.constexp
     return tl.sum(mass, axis=0)
 
 
-@triton.jit(do_not_specialize=["requests", "first", "splits"])
+@triton.jit(do_not_specialize=["requests", "splits"])
 def _pick_kernel(
     logits,
     qo_indptr,
@@ -172,7 +171,6 @@ def _pick_kernel(
     best,
     tokens,
     requests,
-    first,
     vocab,
     row_stride,
     mask_stride,
@@ -183,7 +181,7 @@ def _pick_kernel(
     MASKED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    slot, position, _ = _request(first + row, qo_indptr, seq_lens, request_slots, requests, SLOTS)
+    slot, position, _ = _request(row, qo_indptr, seq_lens, request_slots, requests, SLOTS)
     if slot == 0:
         tl.store(tokens + row, slot)
         return
@@ -206,7 +204,7 @@ def _pick_kernel(
     key, factor = _keys(tl.load(seeds + slot), position)
     base, words = logits + row * row_stride, masks
     if MASKED:
-        words += tl.load(mask_of_row + first + row) * mask_stride
+        words += tl.load(mask_of_row + row) * mask_stride
     lane = tl.arange(0, TILE)
     pending = (top_k > 1.0) & ((top_k < vocab) | (top_p < 1.0) | (min_p != 0.0))
     if pending & (min_p < 0.0) & (top_k < vocab) & (top_p < 1.0):
@@ -248,7 +246,6 @@ def sample_rows(
     table: SamplingTable,
     *,
     masks: tuple[Tensor, Tensor] | None = None,
-    first: int = 0,
     tile: int = TILE,
 ) -> Tensor:
     """See `whiflash_kernels.sampling.sample_rows`; ``tile`` is the number of logits that a program holds."""
@@ -274,12 +271,21 @@ def sample_rows(
         sums,
         best,
     )
-    sizes = len(request_slots), first, vocab, logits.stride(0), 0 if bits is None else bits.stride(0)
+    sizes = len(request_slots), vocab, logits.stride(0), 0 if bits is None else bits.stride(0)
     constants = {"SLOTS": lanes(len(request_slots)), "TILE": tile, "MASKED": bits is not None}
     most = power_of_two(tiles)  # not of the splits: a kernel is compiled for each
     _scan_kernel[(count, splits)](*read, *sizes, slice_length, splits, **constants, num_warps=SCAN_WARPS)
     _pick_kernel[(count,)](*read, tokens, *sizes, splits, **constants, SPLITS=most, num_warps=PICK_WARPS)
     return tokens
+
+
+@triton.jit
+def _clear_kernel(request_slots, places, counts, vocab, TILE: tl.constexpr):
+    slot = tl.load(request_slots + tl.program_id(0)).to(tl.int64)
+    place = tl.load(places + slot * 4)
+    if place >= 0:
+        token = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        tl.store(counts + place * vocab + token, tl.zeros([TILE], tl.int32), mask=token < vocab)
 
 
 @triton.jit
@@ -295,7 +301,7 @@ def _count_kernel(seq_lens, request_slots, places, text, counts, vocab, text_str
     tl.atomic_add(counts + place * vocab + token, 1, mask=(token >= 0) & (token < vocab))
 
 
-@triton.jit(do_not_specialize=["requests", "first"])
+@triton.jit(do_not_specialize=["requests"])
 def _penalise_kernel(
     logits,
     input_ids,
@@ -307,14 +313,13 @@ def _penalise_kernel(
     bias,
     counts,
     requests,
-    first,
     vocab,
     row_stride,
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    slot, position, begin = _request(first + row, qo_indptr, seq_lens, request_slots, requests, SLOTS)
+    slot, position, begin = _request(row, qo_indptr, seq_lens, request_slots, requests, SLOTS)
     place = tl.load(places + slot * 4)
     if place < 0:
         return
@@ -323,7 +328,7 @@ def _penalise_kernel(
     token = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = token < vocab
     count = tl.load(counts + place * vocab + token, mask=inside, other=0)
-    for draft in range(begin + 1, first + row + 1):
+    for draft in range(begin + 1, row + 1):
         count += (tl.load(input_ids + draft) == token).to(tl.int32)
     x = tl.load(logits + row * row_stride + token, mask=inside, other=0.0).to(tl.float32)
     x -= count.to(tl.float32) * tl.load(factors + slot * 3)
@@ -334,16 +339,17 @@ def _penalise_kernel(
     tl.store(logits + row * row_stride + token, x, mask=inside)
 
 
-def penalise_rows(logits, input_ids, qo_indptr, seq_lens, request_slots, text, table, *, first=0):
+def penalise_rows(logits, input_ids, qo_indptr, seq_lens, request_slots, text, table):
     """See `whiflash_kernels.sampling.penalise_rows`."""
     (rows, vocab), requests = logits.shape, len(request_slots)
     if not rows or not requests:
         return
     lengths, slots = seq_lens.contiguous(), request_slots.contiguous()
-    table.counts.zero_()
+    grid = requests, triton.cdiv(vocab, TILE)
+    _clear_kernel[grid](slots, table.places, table.counts, vocab, TILE=TILE, num_warps=8)
     texts = triton.cdiv(text.shape[1], TILE)
     counted = lengths, slots, table.places, text, table.counts, vocab, text.stride(0)
     _count_kernel[(requests, texts)](*counted, TILE=TILE, num_warps=8)
     read = logits, input_ids, qo_indptr.contiguous(), lengths, slots, *table
-    sizes, constants = (requests, first, vocab, logits.stride(0)), {"SLOTS": lanes(requests), "TILE": TILE}
+    sizes, constants = (requests, vocab, logits.stride(0)), {"SLOTS": lanes(requests), "TILE": TILE}
     _penalise_kernel[(rows, triton.cdiv(vocab, TILE))](*read, *sizes, **constants, num_warps=8)
