@@ -111,7 +111,7 @@ def test_tokens_lead_to_the_places_of_their_texts(
         for _ in range(12):
             pieces = likely(Ahead(matcher, layout, shared), 99, lambda _: 1.0)
             tokens = vocabulary.encode("".join(piece.text for piece in pieces))[: random.randint(0, 9)]
-            tokens += vocabulary.encode(random.choice(WRITTEN))
+            tokens += [token for part in random.choice(WRITTEN) for token in vocabulary.encode(part)]
             tokens += random.choices(range(len(vocabulary.token_bytes)), k=random.randint(0, 1))
             own, ahead, taken = layout.copy(), Ahead(matcher, layout, shared), 0
             with matcher.trying():
