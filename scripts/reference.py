@@ -403,9 +403,7 @@ def _ratio(found: Mapping[str, float]) -> str:
 
 def _by_load(report: Any, arm: str, over: str) -> dict[int, str]:
     """Load → ratio of all prompts but loops."""
-    ratios = {
-        int(load["load"]["value"]): load["ratios"].get(arm, {}).get(over, {}) for load in report["loads"]
-    }
+    ratios = {int(at["load"]["value"]): at["ratios"].get(arm, {}).get(over, {}) for at in report["loads"]}
     return {load: _ratio(of["overall"]) for load, of in ratios.items() if "overall" in of}
 
 
@@ -439,36 +437,31 @@ def figures_table() -> str:
     for name, (prompts, arm) in asked.items():
         report = _kept(name)
         plain, single = (_by_load(report, arm, over) for over in ("none", "static"))
-        rows.append(
-            (
-                f"[{prompts}](benchmark/{name}.md)",
-                str(report["arms"]["none"]["overall"]["answers"]),
-                *(plain.get(load, "") for load in LOADS),
-                " / ".join(single.values()),
-                f"{report['provenance']['seconds'] / 60:.0f}",
-                report["provenance"]["revision"][:8],
-            )
+        row = (
+            f"[{prompts}](benchmark/{name}.md)",
+            str(report["arms"]["none"]["overall"]["answers"]),
+            *(plain.get(load, "") for load in LOADS),
+            " / ".join(single.values()),
+            f"{report['provenance']['seconds'] / 60:.0f}",
+            report["provenance"]["revision"][:8],
         )
+        rows.append(row)
     header = ("prompts", "answers", "over plain decoding at 1", "4", "8", "over the better single drafter")
     return table((*header, "minutes", "revision"), iter(rows))
 
 
 def categories_table() -> str:
     """`auto` at one request: by category of the main run, and on prompts of others."""
-    rows = [*_by_category(_kept("report"))]
-    for name, called in AWAY.items():
-        report = _kept(name)
-        ratios = (report["ratios"]["auto"][over]["overall"] for over in ("none", "static"))
-        rows.append((called, str(report["arms"]["none"]["overall"]["answers"]), *map(_ratio, ratios)))
+    main = _kept("report")
+    both = main["ratios"]["auto"]["none"].keys() & main["ratios"]["auto"]["static"].keys()
+    names = sorted(main["categories"].keys() & both - {"loops"})  # which flatter every drafter
+    groups = [(main, name, name.replace("_", " ")) for name in names]
+    groups += [(_kept(name), "overall", called) for name, called in AWAY.items()]
+    rows = []
+    for report, group, called in groups:
+        ratios = (report["ratios"]["auto"][over][group] for over in ("none", "static"))
+        rows.append((called, str(report["arms"]["none"][group]["answers"]), *map(_ratio, ratios)))
     return table(("prompts", "number", "over plain decoding", "over the better single drafter"), iter(rows))
-
-
-def _by_category(report: Any) -> Iterator[tuple[str, ...]]:
-    ratios, answers = report["ratios"]["auto"], report["arms"]["none"]
-    for name in sorted(report["categories"].keys() - {"loops"}):  # which flatter every drafter
-        if name in ratios["none"] and name in ratios["static"]:
-            both = (_ratio(ratios[over][name]) for over in ("none", "static"))
-            yield name.replace("_", " "), str(answers[name]["answers"]), *both
 
 
 def card_table() -> str:
