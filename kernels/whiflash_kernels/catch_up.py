@@ -78,7 +78,7 @@ def dflash_catch_up(
     """
     fused = rms_norm(linear(features, weights.fc, weights.fc_bias), weights.hidden_norm, weights.eps)
     kv = linear(fused, weights.kv, weights.kv_bias)
-    write_kv(kv, weights.k_norm, weights.eps, positions, cache_slots, rope_table, pools)
+    write_kv(kv, weights.k_norm, weights.k_eps or weights.eps, positions, cache_slots, rope_table, pools)
     return fused
 
 

@@ -151,6 +151,8 @@ class DFlashWeights:
     """[H]"""
     kv_bias: Tensor | None = None
     """[L*2*Hkv*D]"""
+    k_eps: float | None = None
+    """In the K norm, if it is not ``eps``."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,25 @@
-"""Tiny random checkpoints of Domino, DFlash2, xPress and speculators, under the names and keys of their files."""
+"""Tiny random checkpoints of Domino, DFlash2, xPress, FlashMap and speculators, as their files name things."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from published import HIDDEN, MASK, QWEN3, TARGET_LAYERS, VOCAB, Shapes, block_trunk, convolutions, draw
+from formulas import QK_EPS
+from published import (
+    HEAD_DIM,
+    HIDDEN,
+    MASK,
+    QWEN3,
+    TARGET_LAYERS,
+    VOCAB,
+    Shapes,
+    block_trunk,
+    convolutions,
+    draw,
+)
 from torch import Tensor
 
-LAYERS, BLOCK, STATE, RANK, TOP = 2, 8, 24, 12, 5
+LAYERS, BLOCK, STATE, RANK, TOP, WIDTH, TIME = 2, 8, 24, 12, 5, 48, 10
 TRUNK = {"mask_token_id": MASK, "target_layer_ids": [1, 4, 8]}
 BASE = QWEN3 | {"num_hidden_layers": LAYERS, "num_target_layers": TARGET_LAYERS, "block_size": BLOCK}
 OF_DOMINO = TRUNK | {
@@ -41,6 +56,13 @@ REFINER: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 """Tensors of its head in these files, and in those of speculators 0.9.0 (`XPressRefinerHead`)."""
 DRAFTED = 90
+SIZES = {"hidden_size": WIDTH, "num_attention_heads": WIDTH // HEAD_DIM, "intermediate_size": 3 * WIDTH}
+SIZES |= {"num_hidden_layers": LAYERS, "block_size": BLOCK, "cond_dim": RANK, "time_embed_dim": TIME}
+FLASHMAP = SIZES | {"architectures": ["FlashMapDraftModel"], "model_type": "flashmap", "num_steps": 1}
+FLASHMAP |= {"target_hidden_size": HIDDEN, "vocab_size": VOCAB, "draft_vocab_size": DRAFTED}
+FLASHMAP |= {"target_layer_ids": [1, 4, 8], "rope_theta": 10000.0, "time_scale": 1000.0, "noise_gate": "jump"}
+FLASHMAP |= {"rms_norm_eps": 1e-6, "qk_norm_eps": QK_EPS, "layer_norm_eps": 1e-6}
+"""flashmap 0.1.0, `configuration_flashmap.py`."""
 SPECULATOR = {
     "architectures": ["DFlashSpeculator"],
     "speculators_model_type": "dflash",
@@ -85,6 +107,28 @@ def xpress_tensors() -> dict[str, Tensor]:
     return drawn
 
 
+def flashmap_tensors() -> dict[str, Tensor]:
+    """`modeling_flashmap.py`, and the ranking of ids in `draft_vocab.safetensors`."""
+    linears = {"anchor_proj": (WIDTH, HIDDEN), "x_embed": (WIDTH, HIDDEN), "head": (HIDDEN, WIDTH)}
+    linears["final_adaln.linear"] = (3 * WIDTH, RANK)
+    for name in ("time_embed", "jump_embed"):
+        linears |= {f"{name}.linear_1": (RANK, TIME), f"{name}.linear_2": (RANK, RANK)}
+    shapes: Shapes = {"fc.weight": (WIDTH, 3 * HIDDEN), "noise_gate": (1,)}
+    shapes |= {"hidden_norm.weight": (WIDTH,), "anchor_norm.weight": (WIDTH,)}
+    shapes |= {"state_norm.weight": (HIDDEN,), "noise_norm.weight": (HIDDEN,)}
+    for layer in (f"layers.{index}." for index in range(LAYERS)):
+        linears |= {f"{layer}mlp.fc1": (3 * WIDTH, WIDTH), f"{layer}mlp.fc2": (WIDTH, 3 * WIDTH)}
+        linears |= {
+            f"{layer}{part}_adaln.linear": (3 * WIDTH, RANK) for part in ("self_attn", "cross_attn", "mlp")
+        }
+        for part in ("self_attn", "cross_attn"):
+            shapes |= {f"{layer}{part}.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"}
+            shapes |= {f"{layer}{part}.{name}_norm.weight": (HEAD_DIM,) for name in "qk"}
+    for name, (rows, columns) in linears.items():
+        shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    return draw(shapes) | {"ids": torch.randperm(VOCAB, generator=torch.Generator().manual_seed(8))}
+
+
 def of_speculators(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """As speculators names the tensors of xPress."""
     names = {f"xpress_head.{name}": f"refiner_head.{theirs}" for name, (theirs, _) in REFINER.items()}
@@ -96,3 +140,11 @@ def reduced(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     ids = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(8))[:DRAFTED].sort().values
     own = torch.randn(DRAFTED, HIDDEN, generator=torch.Generator().manual_seed(9))
     return weights | {"lm_head.weight": own, "d2t": ids - torch.arange(DRAFTED)}
+
+
+FORMATS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]] = {
+    "Domino": (DOMINO, domino_tensors),
+    "DFlash2": (DFLASH2, lambda: dflash2_tensors(3)),
+    "XPress": (XPRESS, xpress_tensors),
+    "FlashMap": (FLASHMAP, flashmap_tensors),
+}

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS, THETA = 1e-6, 10000.0
+EPS, QK_EPS, THETA = 1e-6, 0.05, 10000.0
 Weights = Mapping[str, Tensor]
 
 
-def norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+def norm(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def turn(x: Tensor, positions: Tensor) -> Tensor:
@@ -142,3 +142,46 @@ def refined(
         latent = torch.stack([x[k] + sum(w["mix.L"][:, k, j] * x[j] for j in range(k + 1)) for k in rows])
         logits = alone + (latent + mlp(latent, w)) @ w["w2.weight"].T
     return logits
+
+
+def affine(w: Weights, name: str, x: Tensor) -> Tensor:
+    return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+
+def jump(w: Weights, embedding: Tensor, features: Tensor, bonus: int, noise: Tensor, size: int) -> Tensor:
+    """FlashMap's states [K, Ht] for the target's head (flashmap 0.1.0): one jump from `noise` [K, V] to the block."""
+    half = w["time_embed.linear_1.weight"].shape[1] // 2
+    rates = 1000.0 * 10000.0 ** (-torch.arange(half) / half)
+    times = torch.zeros(())
+    for time, name in enumerate(("time_embed", "jump_embed")):
+        inner = affine(w, f"{name}.linear_1", torch.cat([(time * rates).cos(), (time * rates).sin()]))
+        times = times + affine(w, f"{name}.linear_2", F.silu(inner))
+
+    def modulated(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        scale, shift, gate = affine(w, f"{name}_adaln.linear", F.silu(times)).chunk(3)
+        return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift, gate
+
+    def mixed(name: str, x: Tensor, at: Tensor, seen: Tensor, seen_at: Tensor) -> Tensor:
+        turned = []
+        for kind, rows, places in (("q", x, at), ("k", seen, seen_at)):
+            wide = affine(w, f"{name}.{kind}_proj", rows).view(len(rows), -1, size)
+            normed = norm(wide, w[f"{name}.{kind}_norm.weight"], QK_EPS)
+            # Neighbours turn: beside each other or half a head apart, products are the same.
+            turned.append(turn(normed.unflatten(-1, (-1, 2)).mT.flatten(-2), places))
+        values = affine(w, f"{name}.v_proj", seen).view(len(seen), -1, size)
+        return affine(w, f"{name}.o_proj", attend(*turned, values, [slice(None)] * len(x)).flatten(1))
+
+    anchor = affine(w, "anchor_proj", embedding[bonus][None])
+    fused = norm(affine(w, "fc", features), w["hidden_norm.weight"])
+    context = torch.cat([fused, norm(anchor, w["anchor_norm.weight"])])
+    before, places = torch.arange(len(context) + len(noise)).split([len(context), len(noise)])
+    read = norm(noise @ embedding, w["noise_norm.weight"])
+    x = affine(w, "x_embed", norm(embedding.mean(0), w["state_norm.weight"]) + w["noise_gate"] * read)
+    for layer in (f"layers.{i}." for i in range(sum(name.endswith("fc1.weight") for name in w))):
+        inner, gate = modulated(x, f"{layer}self_attn")
+        x = x + gate * mixed(f"{layer}self_attn", inner, places, inner, places)
+        inner, gate = modulated(x, f"{layer}cross_attn")
+        x = x + gate * mixed(f"{layer}cross_attn", inner, places, context, before)
+        inner, gate = modulated(x, f"{layer}mlp")
+        x = x + gate * affine(w, f"{layer}mlp.fc2", F.gelu(affine(w, f"{layer}mlp.fc1", inner)))
+    return affine(w, "head", modulated(x, "final")[0])

@@ -1,4 +1,4 @@
-"""Domino, DFlash2 and xPress, whose drafts follow those before them, draft what SGLang's code or a formula drafts."""
+"""Domino, DFlash2, xPress and FlashMap draft what SGLang's code or a formula drafts."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from chosen_formats import (
     DFLASH2,
     DOMINO,
     DRAFTED,
+    FLASHMAP,
     LAYERS,
     OF_DFLASH2,
     OF_DOMINO,
@@ -19,17 +20,21 @@ from chosen_formats import (
     XPRESS,
     dflash2_tensors,
     domino_tensors,
+    flashmap_tensors,
     of_speculators,
     reduced,
     xpress_tensors,
 )
-from formulas import block, refined
+from formulas import block, jump, refined
 from published import HEAD_DIM, MASK, VOCAB, target_tensors, write
 from served_blocks import BONUS, LENGTHS, Served, serve
+from served_blocks import load as load_ours
 from torch import Tensor, nn
 from upstream_drafts import UpstreamBlocks, blocks, load, one_rank
 
+from whiflash_sglang.arms.block import DFlashArm
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.formats.dflash.flashmap import DRAWS
 from whiflash_sglang.formats.table import read_draft
 
 
@@ -161,6 +166,39 @@ def test_xpress_drafts_by_its_formula(config: dict[str, Any], first: int, tmp_pa
         assert len(drafts) == len(passes), "every pass changes drafts"
 
 
+@pytest.mark.parametrize("drafted", [DRAFTED, 0], ids=["reduced vocabulary", "whole vocabulary"])
+def test_flashmap_drafts_by_its_formula(drafted: int, tmp_path: Path) -> None:
+    """The formula is shown equal to `FlashMapDraftModel` of flashmap 0.1.0, given the noise."""
+    weights, (embedding, head) = flashmap_tensors(), target_tensors()
+    served = serve(write(tmp_path / "draft", FLASHMAP | {"draft_vocab_size": drafted}, weights))
+    ids = weights["ids"][: drafted or VOCAB].sort().values
+    drawn = torch.randn(DRAWS * BLOCK, VOCAB, generator=torch.Generator().manual_seed(0))
+    for row, (length, bonus) in enumerate(zip(LENGTHS, BONUS, strict=True)):
+        found = []
+        for noise in (drawn.view(DRAWS, BLOCK, -1)[(length + later) % DRAWS] for later in (0, 1)):
+            states = jump(weights, embedding, served.features[row], bonus, noise, HEAD_DIM)
+            found.append((states @ head.T)[:, ids])
+        assert served.tokens[row].tolist() == ids[found[0].argmax(-1)].tolist()
+        sure = found[0].softmax(-1).amax(-1)
+        torch.testing.assert_close(served.confidences[row], sure, rtol=1e-3, atol=1e-5)
+        assert found[0].argmax(-1).tolist() != found[1].argmax(-1).tolist(), "the position picks the noise"
+
+
+def test_flashmap_follows_a_target_that_is_written(tmp_path: Path) -> None:
+    path, other = write(tmp_path / "draft", FLASHMAP, flashmap_tensors()), target_tensors(5)
+    draft, model = load_ours(path)
+    layers, vocabulary = draft.config.target_layer_ids, model.head.ids[::2]
+    arm = DFlashArm(model, layers, layers, BLOCK + 1, 256, vocabulary)
+    model.target_embedding.copy_(other[0])
+    model.target_lm_head.copy_(other[1])
+    arm.target_written()
+    target = {"target_embedding": other[0], "target_lm_head": other[1]}
+    loaded = draft.load(device=torch.device("cpu"), dtype=torch.float32, **target)
+    state = torch.ones(1, draft.config.hidden_size)
+    assert torch.equal(model.starts, loaded.starts)
+    assert torch.equal(arm._head.logits(state), loaded.head.within(vocabulary).logits(state))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -183,6 +221,9 @@ def test_xpress_drafts_by_its_formula(config: dict[str, Any], first: int, tmp_pa
         ),
         (XPRESS | {"xpress_num_passes": 0}, "xpress_num_passes must be an integer of at least 1"),
         (XPRESS | {"xpress_candidate_topc": 256}, "xpress_candidate_topc 256 belongs to a drafter"),
+        (FLASHMAP | {"num_steps": 2}, "num_steps 2 is not supported, only 1"),
+        (FLASHMAP | {"flow_map": False}, "flow_map False is not supported, only True"),
+        (FLASHMAP | {"target_hidden_size": None}, "target_hidden_size must be an integer"),
     ],
 )
 def test_a_configuration_that_does_not_fit(config: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -198,6 +239,9 @@ def test_a_configuration_that_does_not_fit(config: dict[str, Any], message: str,
         (DFLASH2, dflash2_tensors(3), "candidate_selector.successor_codebook"),
         (DFLASH2, dflash2_tensors(3), "layers.1.mlp_conv.base_kernel"),
         (XPRESS, xpress_tensors(), "xpress_head.mix.L"),
+        (FLASHMAP, flashmap_tensors(), "layers.1.cross_attn_adaln.linear.bias"),
+        (FLASHMAP, flashmap_tensors(), "layers.1.cross_attn.q_proj.weight"),
+        (FLASHMAP, flashmap_tensors(), "ids"),
     ],
 )
 def test_a_tensor_that_is_missing_is_named(

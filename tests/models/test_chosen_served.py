@@ -1,12 +1,11 @@
-"""Domino, DFlash2 and xPress in an engine: text is plain decoding's, and rounds propose what upstream's propose."""
+"""Further formats in an engine: text is plain decoding's, and rounds propose what upstream's propose."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chosen_formats import DFLASH2, DOMINO, XPRESS, dflash2_tensors, domino_tensors, xpress_tensors
+from chosen_formats import FORMATS
 from engine import engine
 from matrix import sampled
 from model_set import Models
@@ -16,7 +15,6 @@ from plain import plain_texts
 from published import write
 from reference import Comparison
 from tiny_models import MASK_TOKEN
-from torch import Tensor
 from traffic import Arrival, mixed, play
 
 ARRIVALS = mixed(seed=9, count=8, shared=24, longest=50, stops=0.1, tokens=36)
@@ -26,12 +24,6 @@ NAMED = {"mask_token_id": MASK_TOKEN, "target_layer_ids": [1, 3, 4]}
 SPELLED = {"Domino": "DFlashDraftModel"}
 """As SGLang knows a format, by its `projector_type`, where SpecForge's files name another class."""
 
-FORMATS: dict[str, tuple[Mapping[str, Any], Callable[[], dict[str, Tensor]]]] = {
-    "Domino": (DOMINO, domino_tensors),
-    "DFlash2": (DFLASH2, lambda: dflash2_tensors(3)),
-    "XPress": (XPRESS, xpress_tensors),
-}
-
 
 def drafter(path: Path, name: str) -> Path:
     """A checkpoint of the format for the tiny target."""
@@ -40,12 +32,12 @@ def drafter(path: Path, name: str) -> Path:
         "architectures": [SPELLED.get(name, config["architectures"][0])],
         "num_target_layers": 6,
         "max_position_embeddings": 2048,
-        "dflash_config": config["dflash_config"] | NAMED,
+        "dflash_config": config.get("dflash_config", {}) | NAMED,
     }
     return write(path, {**config, **changes}, tensors())
 
 
-@pytest.mark.parametrize("name", sampled(FORMATS, "DFlash2"))
+@pytest.mark.parametrize("name", sampled(FORMATS, "DFlash2", "FlashMap"))
 def test_text_is_plain_decodings(models: Models, tmp_path: Path, name: str) -> None:
     """Under random routing beside EAGLE-3 and an arm that is mostly right; then under the policies that draft with it.
     Prompts are chunked, and some share a prefix."""

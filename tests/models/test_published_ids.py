@@ -121,6 +121,18 @@ IDS = {
         15,
         20480,
     ),
+    # j-shen/FlashMap-Qwen3-8B: flashmap 0.1.0, `configuration_flashmap.py` has its sizes as defaults
+    "FlashMap of Qwen3-8B": Published(
+        {"architectures": ["FlashMapDraftModel"], "model_type": "flashmap", "target_hidden_size": 4096}
+        | {"vocab_size": 151936, "target_layer_ids": SPREAD, "block_size": 16, "hidden_size": 2048}
+        | {"num_hidden_layers": 6, "num_attention_heads": 16, "intermediate_size": 8192, "cond_dim": 256}
+        | {"num_steps": 1, "jump_grids": {"1": [0.0, 1.0]}, "tie_word_embeddings": False},
+        QWEN3_8B,
+        "FlashMap",
+        tuple(SPREAD),
+        16,
+        49152,
+    ),
     # deepseek-ai/eagle3_qwen3_8b_ttt7: DeepSpec, deepspec/modeling/eagle3/qwen3/config.py and config/eagle3
     "DeepSpec's EAGLE-3 of Qwen3-8B": Published(
         OF_QWEN3_8B

@@ -6,7 +6,7 @@ from whiflash_kernels import Drafts, dflash_catch_up
 from whiflash_sglang.arms.paged import PagedArm, dflash_weights
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.formats.choice import Choice, DraftHead, Projection
+from whiflash_sglang.formats.choice import Choice, Projection
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.dflash.dflash_config import LayerSpan
 from whiflash_sglang.formats.packed import pack
@@ -44,21 +44,17 @@ class DFlashArm(PagedArm):
         super().__init__(config.num_layers, config.attention, weight.dtype, weight.device)
         self.model = model
         self._weights = dflash_weights(model)
-        self._rope = model.rotary.tabulate(positions, weight.device)
+        self._rope = model.rotary.tabulate(positions + config.block_size, weight.device)
         self.captured_layers = layers
         self.max_drafts = block - 1
         self._rows = config.rows(self.max_drafts)
+        self._entries = 1 if config.anchored else self._rows
         self._spans = config.spans or (LayerSpan(),) * config.num_layers
-        self._vocabulary = vocabulary
-        self._head = self._chosen()
+        self._head = model.head if vocabulary is None else model.head.within(vocabulary)
         # Not the target's, which is packed with the target, and again when its weights are updated.
         parts = [part for part in (self._head.weight, self._head.matrix) if part is not model.target_lm_head]
         pack(part for part in parts if isinstance(part, torch.Tensor))
         self.features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
-
-    def _chosen(self) -> DraftHead:
-        head = self.model.head
-        return head if self._vocabulary is None else head.within(self._vocabulary)
 
     def weights_written(self) -> None:
         """The model has other weights, at the same addresses: so have the rows that were copied of its second matrix.
@@ -67,7 +63,9 @@ class DFlashArm(PagedArm):
         self._copy(self._head.matrix, self.model.head.matrix)
 
     def target_written(self) -> None:
+        self.model.target_written()
         self._copy(self._head.weight, self.model.head.weight)
+        self._copy(self._head.bias, self.model.head.bias)
 
     def _copy(self, held: torch.Tensor | Projection | None, whole: torch.Tensor | Projection | None) -> None:
         """Write rows of `whole` into `held` again, which has some of them."""
@@ -79,11 +77,11 @@ class DFlashArm(PagedArm):
         dflash_catch_up(rows.features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)
 
     def whole(self, batch: DraftBatch, wanted: int) -> Choice:
-        rows, size = self._rows, len(batch)
-        positions, slots, ids = batch.rows_from(0, rows, fill=self.model.config.mask_token_id)
+        rows, entries, size = self._rows, self._entries, len(batch)
+        positions, slots, ids = batch.rows_from(0, entries, fill=self.model.config.mask_token_id)
         assert ids is not None
-        attend = self.attend_at(slots.view(-1), batch, self._spans, extra=rows, width=rows)
-        states = self.model(ids.view(size, rows), positions.view(size, rows), attend)
+        attend = self.attend_at(slots.view(-1), batch, self._spans, extra=entries, width=rows)
+        states = self.model(ids.view(size, entries), positions.view(size, entries), attend)
         return self.model.propose(states, batch.bonus, wanted, self._head)
 
     def logits_at_once(self, requests: int) -> int:

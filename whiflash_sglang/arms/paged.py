@@ -227,6 +227,7 @@ def dflash_weights(model: DFlashDrafter) -> DFlashWeights:
         k_norm=k_norm,
         eps=model.config.rms_norm_eps,
         kv_bias=kv_bias,
+        k_eps=model.config.head_norm_eps,
     )
     pack([weights.fc, weights.kv])
     return weights

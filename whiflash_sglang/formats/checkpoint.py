@@ -114,9 +114,11 @@ def trunk_json(config: Any) -> dict[str, Any]:
     }
 
 
-def check_target(path: Path, name: str, config: Any, embedding: Tensor, vocab: int) -> None:
-    """Raise CheckpointError where a drafter, by `name`, does not fit the matrix that it embeds with, or `vocab` ids."""
-    if embedding.shape[1] != config.hidden_size:
+def check_target(path: Path, name: str, config: Any, width: int, embedding: Tensor, vocab: int) -> None:
+    """Raise CheckpointError where a drafter, by `name`, does not fit the matrix that it embeds with, whose rows have
+    `width` numbers, or `vocab` ids.
+    """
+    if embedding.shape[1] != width:
         raise CheckpointError(
             f"{path}: this {name} drafter is for a target of hidden size {config.target_hidden_size}, "
             f"the embedding handed in has {embedding.shape[1]}"
@@ -256,14 +258,20 @@ class WeightReader:
         with torch.no_grad():
             parameter.copy_(value)
 
-    def fill_drafter(self, drafter: nn.Module, names: Mapping[str, str]) -> None:
-        """Every parameter; `names`: outside its layers, those that files call otherwise. Raises `CheckpointError`."""
+    def fill_drafter(
+        self, drafter: nn.Module, names: Mapping[str, str], parts: Mapping[str, tuple[str, ...]] = IN_FILES
+    ) -> None:
+        """Every parameter; `names`: outside its layers, those that files call otherwise; `parts`: as `IN_FILES`, in its
+        layers. Raises `CheckpointError`.
+        """
         for name, parameter in _outside_layers(drafter).items():
             self.fill(parameter, names.get(name, name))
         layers: Any = drafter.layers
         for index, layer in enumerate(layers):
             first = index == 0 and "midlayer.hidden_norm.weight" in self
-            self.fill_layer(dict(layer.named_parameters()), "midlayer." if first else f"layers.{index}.")
+            self.fill_layer(
+                dict(layer.named_parameters()), "midlayer." if first else f"layers.{index}.", parts
+            )
 
     def fill_layer(
         self, layer: Mapping[str, Tensor], prefix: str, names: Mapping[str, tuple[str, ...]] = IN_FILES
@@ -276,19 +284,6 @@ class WeightReader:
                 self.fill(parameter, whole)
             else:
                 self.fill(parameter, *(f"{prefix}{each}.{kind}" for each in parts))
-
-    def reduced_head(self, rows: int, vocab: int) -> tuple[Tensor, Tensor]:
-        """A head over some of the target's ids: `lm_head` [rows, H] and those ids [rows] int64, from `d2t`'s offsets.
-
-        Raises:
-            CheckpointError: a tensor is missing, or does not fit the vocabulary of `vocab` ids.
-        """
-        head = self.tensor("lm_head.weight")
-        if len(head) != rows:
-            raise CheckpointError(
-                f"{self._path}: lm_head.weight {list(head.shape)} does not fit draft_vocab_size {rows}"
-            )
-        return head, self.offsets("d2t", rows, vocab) + torch.arange(rows)
 
     def offsets(self, name: str, rows: int, vocab: int) -> Tensor:
         """[rows] int64, what is added to a row of the head for the target's id; zeros where the vocabularies are equal

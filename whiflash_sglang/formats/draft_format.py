@@ -70,16 +70,9 @@ def pick(formats: Mapping[str, DraftFormat], config: Json, path: Path) -> DraftF
     key = format_key(path, config)
     if key in formats:
         return formats[str(key)]
+    where, _, kind = (key or "").partition("/")
+    spelled = {"speculators": "speculators_model_type", "projector": "projector_type"}
+    said = f"{spelled[where]} {kind!r}" if kind else f"architectures {config.get('architectures')}"
     raise misfit(
-        path,
-        f"{_spelled(path, config)} is no draft architecture that is known here "
-        f"(known: {', '.join(sorted(formats))})",
+        path, f"{said} is no draft architecture that is known here (known: {', '.join(sorted(formats))})"
     )
-
-
-def _spelled(path: Path, config: Json) -> str:
-    where, _, kind = (format_key(path, config) or "").partition("/")
-    if kind:
-        key = "speculators_model_type" if where == "speculators" else "projector_type"
-        return f"{key} {kind!r}"
-    return f"architectures {config.get('architectures')}"

@@ -330,7 +330,7 @@ class Eagle3Drafter(TargetsParts):
         if config.brings_embedding:
             target_embedding = reader.tensor("embed_tokens.weight").to(device=device, dtype=dtype)
             vocab = len(target_embedding)
-        check_target(path, "EAGLE-3", config, target_embedding, vocab)
+        check_target(path, "EAGLE-3", config, config.hidden_size, target_embedding, vocab)
         with Unfilled(dtype):
             drafter = cls(config, target_embedding, target_lm_head)
         drafter.shared = shared

@@ -5,7 +5,7 @@ pairs instead are permuted when they are loaded (`half_split`).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -142,14 +142,9 @@ def rotate(x: Tensor, angles: Angles) -> Tensor:
     return torch.cat(turned, dim=-1).to(x.dtype)
 
 
-def rotates_at_once(q: Tensor, angles: Angles) -> bool:
-    """Whether one kernel rotates queries [T, heads, head_dim] with their keys where they are."""
-    return rotates_fused(q, angles.table.shape[-1])
-
-
 def rotate_both(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
     """`rotate` of queries and keys, which nobody else may need unrotated: it may write to them."""
-    if not rotates_at_once(q, angles):
+    if not rotates_fused(q, angles.table.shape[-1]):
         return rotate(q, angles), rotate(k, angles)
     rotate_in_place(q, k, angles.table, angles.rows)
     return q, k
@@ -174,6 +169,8 @@ class AttentionShape(NamedTuple):
 class RMSNorm(nn.Module):
     """x / rms(x) · weight, in fp32 inside, in `x`'s dtype outside."""
 
+    unit_offset: ClassVar[bool] = False
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -181,31 +178,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] → [..., size]."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
 
     def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of two [T, size], which are given up, and its norm."""
-        return add_rms_norm(residual, x, self.weight, self.eps)
+        return add_rms_norm(residual, x, self.weight, self.eps, unit_offset=self.unit_offset)
 
     def scale(self) -> Tensor:
-        """[size], what the normed input is multiplied by."""
-        return self.weight
+        """[size], what the normed input is multiplied by; of Gemma's in fp32."""
+        return 1.0 + self.weight.float() if self.unit_offset else self.weight
 
 
 class GemmaRMSNorm(RMSNorm):
     """x / rms(x) · (1 + weight), multiplied in fp32: near one, bf16 would lose the weight's digits."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] → [..., size]."""
-        return rms_norm(x, self.weight, self.eps, unit_offset=True)
-
-    def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of two [T, size], which are given up, and its norm."""
-        return add_rms_norm(residual, x, self.weight, self.eps, unit_offset=True)
-
-    def scale(self) -> Tensor:
-        """[size] fp32, what the normed input is multiplied by."""
-        return 1.0 + self.weight.float()
+    unit_offset = True
 
 
 class Attention(nn.Module):
@@ -241,11 +228,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(len(x), heads + 2 * kv_heads, head_dim)
         q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = rotate_both(self.q_norm(q), self.k_norm(k), angles)
-        elif rotates_at_once(q, angles):
-            q, k = rotate_both(q, k, angles)
-        else:
-            q, k = torch.split(rotate(qkv[:, : heads + kv_heads], angles), [heads, kv_heads], dim=1)
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate_both(q, k, angles)
         mixed: Tensor = self.out(attend(layer, q, k, v).reshape(len(x), self.query_size))
         return mixed
 

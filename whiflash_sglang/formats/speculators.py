@@ -5,7 +5,7 @@ before put out; a reduced `draft_vocab_size` comes with a head of its own and `d
 vllm-project/speculators, which SGLang 0.5.23 does not load.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,36 +18,40 @@ from whiflash_sglang.formats import eagle3
 from whiflash_sglang.formats.checkpoint import integer, layer_ids
 from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
-from whiflash_sglang.formats.dflash.dflash_config import DFlashConfig, parse
+from whiflash_sglang.formats.dflash.dflash_config import C, DFlashConfig, parse
 from whiflash_sglang.formats.dflash.dspark import DSparkConfig, DSparkDrafter, read_heads
 from whiflash_sglang.formats.dflash.xpress import XPressConfig, XPressDrafter, read_refiner
-from whiflash_sglang.formats.draft_format import DraftFormat
+from whiflash_sglang.formats.draft_format import DraftFormat, Json
 from whiflash_sglang.formats.eagle3 import Eagle3Config, Eagle3Drafter
 
 _WINDOW_KEYS = ("layer_types", "sliding_window", "use_sliding_window")
+Heads = Callable[[Path, Json], dict[str, Any]]
 
 
-def read_dflash(path: Path, config: Mapping[str, Any]) -> DFlashConfig:
-    """A `DFlashSpeculator`'s. Raises CheckpointError naming the field that does not fit."""
-    settings = _block_settings(path, config)
-    return parse(path, settings, DFlashConfig, **_block_fields(path, settings, from_anchor=False))
+def read_block(
+    path: Path, config: Json, kind: type[C], heads: Heads | None = None, from_anchor: bool = False
+) -> C:
+    """A block speculator's: a `kind`, and what `heads` reads of it. from_anchor: of a file that does not say.
+
+    Raises:
+        CheckpointError: naming the field that does not fit.
+    """
+    settings = _decoder(path, config) | {key: value for key, value in config.items() if value is not None}
+    if settings.get("sliding_window_non_causal") and "sliding_attention" in (
+        settings.get("layer_types") or ()
+    ):
+        raise misfit(path, "sliding_window_non_causal is not supported: windows look back only")
+    fields = {
+        "target_layer_ids": _outputs(path, settings, "aux_hidden_state_layer_ids"),
+        "from_anchor": bool(settings.get("sample_from_anchor", from_anchor)),
+        "block_size": integer(settings, "block_size", path, minimum=2, default=8),
+        "draft_vocab_size": _reduced(path, settings, settings),
+        "num_target_layers": None,
+    }
+    return parse(path, settings, kind, **(heads(path, settings) if heads else {}) | fields)
 
 
-def read_dspark(path: Path, config: Mapping[str, Any]) -> DSparkConfig:
-    """A `DSparkSpeculator`'s. Raises CheckpointError naming the field that does not fit."""
-    settings = _block_settings(path, config)
-    heads = read_heads(path, settings)
-    return parse(path, settings, DSparkConfig, **heads, **_block_fields(path, settings, from_anchor=True))
-
-
-def read_xpress(path: Path, config: Mapping[str, Any]) -> XPressConfig:
-    """An `XPressDraftModel`'s. Raises CheckpointError naming the field that does not fit."""
-    settings = _block_settings(path, config)
-    fields = read_refiner(path, settings) | _block_fields(path, settings, from_anchor=False)
-    return parse(path, settings, XPressConfig, **fields)
-
-
-def read_eagle3(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
+def read_eagle3(path: Path, config: Json) -> Eagle3Config:
     """An `Eagle3Speculator`'s. Raises CheckpointError naming the field that does not fit."""
     layer = _decoder(path, config)
     key = eagle3.LAYERS_KEY
@@ -76,7 +80,7 @@ def read_eagle3(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
     )
 
 
-def _decoder(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _decoder(path: Path, config: Json) -> dict[str, Any]:
     """`transformer_layer_config` with what it leaves out: files hold what differs from the class's defaults."""
     said = config.get("transformer_layer_config")
     kind = said.get("model_type") if isinstance(said, dict) else None
@@ -91,26 +95,7 @@ def _decoder(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return {**whole, **{key: said[key] for key in _WINDOW_KEYS if said.get(key) is not None}}
 
 
-def _block_settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    settings = _decoder(path, config) | {key: value for key, value in config.items() if value is not None}
-    if settings.get("sliding_window_non_causal") and "sliding_attention" in (
-        settings.get("layer_types") or ()
-    ):
-        raise misfit(path, "sliding_window_non_causal is not supported: windows look back only")
-    return settings
-
-
-def _block_fields(path: Path, settings: Mapping[str, Any], *, from_anchor: bool) -> dict[str, Any]:
-    return {
-        "target_layer_ids": _outputs(path, settings, "aux_hidden_state_layer_ids"),
-        "from_anchor": bool(settings.get("sample_from_anchor", from_anchor)),
-        "block_size": integer(settings, "block_size", path, minimum=2, default=8),
-        "draft_vocab_size": _reduced(path, settings, settings),
-        "num_target_layers": None,
-    }
-
-
-def _outputs(path: Path, settings: Mapping[str, Any], key: str) -> tuple[int, ...]:
+def _outputs(path: Path, settings: Json, key: str) -> tuple[int, ...]:
     """Layers whose outputs are captured, from ids of the layers that read them."""
     layers = layer_ids(settings, key, path)
     if 0 in layers:
@@ -118,7 +103,7 @@ def _outputs(path: Path, settings: Mapping[str, Any], key: str) -> tuple[int, ..
     return tuple(layer - 1 for layer in layers)
 
 
-def _reduced(path: Path, config: Mapping[str, Any], layer: Mapping[str, Any]) -> int | None:
+def _reduced(path: Path, config: Json, layer: Json) -> int | None:
     """Rows of the drafter's own head; None where it drafts from the whole vocabulary, with the target's."""
     rows = integer(config, "draft_vocab_size", path)
     return None if rows == integer(layer, "vocab_size", path) else rows
@@ -126,13 +111,21 @@ def _reduced(path: Path, config: Mapping[str, Any], layer: Mapping[str, Any]) ->
 
 _format = partial(DraftFormat, published="RedHatAI", defined_by="speculators", upstream=None, swappable=True)
 _block = partial(_format, arm=arms.DIFFUSION, layers_key="aux_hidden_state_layer_ids")
+_read = partial(partial, read_block)
 FORMATS = (
-    _block("speculators DFlash", keys=("speculators/dflash",), read=read_dflash, model=DFlashDrafter),
-    _block("speculators DSpark", keys=("speculators/dspark",), read=read_dspark, model=DSparkDrafter),
+    _block(
+        "speculators DFlash", keys=("speculators/dflash",), read=_read(kind=DFlashConfig), model=DFlashDrafter
+    ),
+    _block(
+        "speculators DSpark",
+        keys=("speculators/dspark",),
+        read=_read(kind=DSparkConfig, heads=read_heads, from_anchor=True),
+        model=DSparkDrafter,
+    ),
     _block(
         "speculators xPress",
         keys=("speculators/xpress",),
-        read=read_xpress,
+        read=_read(kind=XPressConfig, heads=read_refiner),
         model=XPressDrafter,
         published="speculators",
         swappable=False,

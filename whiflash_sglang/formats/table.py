@@ -7,7 +7,7 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN
 from whiflash_sglang.formats import eagle3, mtp, speculators
 from whiflash_sglang.formats.config_json import read_json_config
-from whiflash_sglang.formats.dflash import dflash, dflash2, domino, dspark, xpress
+from whiflash_sglang.formats.dflash import dflash, dflash2, domino, dspark, flashmap, xpress
 from whiflash_sglang.formats.draft_format import DraftFormat, pick
 
 FORMATS: tuple[DraftFormat, ...] = (
@@ -16,6 +16,7 @@ FORMATS: tuple[DraftFormat, ...] = (
     domino.FORMAT,
     dflash2.FORMAT,
     xpress.FORMAT,
+    flashmap.FORMAT,
     eagle3.FORMAT,
     eagle3.DEEPSPEC,
     *speculators.FORMATS,
@@ -47,7 +48,9 @@ def read_draft(path: Path, arm: str | None = None) -> Draft:
     """
     config = read_json_config(path)
     try:
-        return _read(path, config, arm)
+        among = _BY_KEY if arm is None else {key: f for key, f in _BY_KEY.items() if f.arm == arm}
+        draft_format = pick(among, config, path)
+        return Draft(path, draft_format, draft_format.read(path, config))
     except NOT_AS_WRITTEN as error:
         if isinstance(error, CheckpointError):
             raise
@@ -55,9 +58,3 @@ def read_draft(path: Path, arm: str | None = None) -> Draft:
             f"{path}/config.json has a value of another kind than its format gives it ({type(error).__name__}: "
             f"{error!s:.200}); fetch it again"
         ) from None
-
-
-def _read(path: Path, config: dict[str, Any], arm: str | None) -> Draft:
-    among = _BY_KEY if arm is None else {key: f for key, f in _BY_KEY.items() if f.arm == arm}
-    draft_format = pick(among, config, path)
-    return Draft(path, draft_format, draft_format.read(path, config))

@@ -140,7 +140,7 @@ def dflash_catch_up(
         projected, weights.hidden_norm.shape, weights.hidden_norm.to(projected.dtype), weights.eps
     )
     kv = F.linear(fused, weights.kv, weights.kv_bias)
-    write_kv(kv, weights.k_norm, weights.eps, positions, cache_slots, rope_table, pools)
+    write_kv(kv, weights.k_norm, weights.k_eps or weights.eps, positions, cache_slots, rope_table, pools)
     return fused
 
 

@@ -164,6 +164,7 @@ class DFlashDrafter(TargetsParts):
         "encoder.output_norm_enc.weight": "hidden_norm.weight",
     }
     """Tensor names of other exporters, and the usual ones."""
+    layer: ClassVar[type[nn.Module]] = DFlashLayer
     logits_held: ClassVar[int] = 1
     """Logits of a draft and a token that `propose` holds at a time."""
 
@@ -173,9 +174,9 @@ class DFlashDrafter(TargetsParts):
         self.config = config
         size, eps = config.hidden_size, config.rms_norm_eps
         norm = norm_of(config)
-        self.fc = Linear(config.num_features * size, size, bias=False)
+        self.fc = Linear(config.num_features * config.target_hidden_size, size, bias=False)
         self.hidden_norm = norm(size, eps)
-        self.layers = nn.ModuleList(DFlashLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(self.layer(config) for _ in range(config.num_layers))
         self.norm = norm(size, eps)
         self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
         for name in ("target_mtp", "own_ids", "mask_embedding"):
@@ -188,7 +189,7 @@ class DFlashDrafter(TargetsParts):
         return super().head if self.target_mtp is None else DraftHead(self.target_mtp, self.own_ids)
 
     def fuse(self, features: Tensor) -> Tensor:
-        """`features` [T, len(config.target_layer_ids) · H] → the context feature [T, H] that all layers share."""
+        """`features` [T, len(config.target_layer_ids) · Ht] → the context feature [T, H] that all layers share."""
         fused: Tensor = self.hidden_norm(self.fc(features))
         return fused
 
@@ -201,7 +202,7 @@ class DFlashDrafter(TargetsParts):
         weight, bias, k_norm = self.stacked() if self._context is None else self._context
         kv = F.linear(fused, weight, bias).view(len(fused), layers, 2, kv_heads, head_dim)
         k, v = kv.permute(2, 1, 0, 3, 4)
-        normed = F.rms_norm(k, (head_dim,), None, self.config.rms_norm_eps)
+        normed = F.rms_norm(k, (head_dim,), None, self.config.head_norm_eps or self.config.rms_norm_eps)
         k = normed * k_norm[:, None, None].to(k.dtype)
         rotated = rotate(k.flatten(0, 1), self.rotary.angles(positions.repeat(layers)))
         return rotated.view(k.shape), v
@@ -244,6 +245,9 @@ class DFlashDrafter(TargetsParts):
         first = 0 if self.config.from_anchor else 1
         return states[:, first : first + wanted]
 
+    def target_written(self) -> None:
+        """The weights of the target were written in place: what was made of them follows."""
+
     def train(self, mode: bool = True) -> "DFlashDrafter":
         """Switch modes; the stacked projection is kept in evaluation mode only."""
         super().train(mode)
@@ -279,7 +283,7 @@ class DFlashDrafter(TargetsParts):
         """
         config = config or parse(path, read_config_of(path, (ARCHITECTURE, *ALIASES)), DFlashConfig)
         vocab = shared.size if shared else len(target_embedding)
-        check_target(path, "DFlash", config, target_embedding, vocab)
+        check_target(path, "DFlash", config, config.target_hidden_size, target_embedding, vocab)
         reader = WeightReader.of(path, cls.renamed)
         with Unfilled(dtype):
             drafter = cls(config, target_embedding, target_lm_head)
@@ -294,10 +298,10 @@ class DFlashDrafter(TargetsParts):
         layers: list[Any] = list(self.layers)
         for layer in layers:
             fold_variants(self.config, layer.attention)
-        if self.config.draft_vocab_size is not None:
-            self.target_mtp, self.own_ids = reader.reduced_head(
-                self.config.draft_vocab_size, self.config.vocab_size
-            )
+        if (rows := self.config.draft_vocab_size) is not None:
+            self.target_mtp = torch.empty(rows, self.config.hidden_size)
+            reader.fill(self.target_mtp, "lm_head.weight")
+            self.own_ids = reader.offsets("d2t", rows, self.config.vocab_size) + torch.arange(rows)
 
     def save(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write `config.json` and `model.safetensors`; SGLang's `DFLASH` loads the result as it is.

@@ -7,7 +7,7 @@ the same key at the top level.
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from whiflash_sglang.formats.checkpoint import integer, layer_ids, number, trunk, trunk_json
 from whiflash_sglang.formats.config_json import misfit
@@ -64,7 +64,8 @@ class DFlashConfig:
         from_anchor: the bonus token's row drafts too, so that a block gives as many drafts as it has rows.
         draft_vocab_size: rows of the drafter's own head; None where it uses the target's.
         value_scale: what V is multiplied by. neighbours: RoPE turns neighbouring dimensions, not halves.
-        convolution: around the sublayers of every layer; None: there is none.
+        convolution: around the sublayers of every layer; None: there is none. head_norm_eps: of queries and keys, if it
+            is not `rms_norm_eps`.
     """
 
     hidden_size: int
@@ -88,6 +89,9 @@ class DFlashConfig:
     neighbours: bool = False
     clamped: Clamped | None = None
     convolution: BlockConvolution | None = None
+    head_norm_eps: float | None = None
+    anchored: ClassVar[bool] = False
+    """Rows see the context and the bonus token's entry, and are the whole block, however few drafts are wanted."""
 
     @property
     def num_features(self) -> int:
@@ -101,7 +105,7 @@ class DFlashConfig:
 
     def rows(self, drafts: int) -> int:
         """Rows of a draft pass for that many drafts."""
-        return drafts + (not self.from_anchor)
+        return self.block_size if self.anchored else drafts + (not self.from_anchor)
 
     @property
     def target_hidden_size(self) -> int:

@@ -133,22 +133,26 @@ class DSparkDrafter(DFlashDrafter):
     def propose(self, states: Tensor, bonus: Tensor, wanted: int, head: DraftHead) -> Choice:
         """As `DFlashDrafter.propose`, each token corrected by the one before it."""
         rows = self.draft_rows(states, wanted)
-        if not self.config.markov_rank:
-            chosen = super().propose(states, bonus, wanted, head)
-            before = torch.cat([bonus[:, None], chosen.token[:, :-1]], 1)
-            return Choice(chosen.token, self._confidence(rows, before, chosen.confidence))
+        plain = not self.config.markov_rank
+        token, sure = (
+            super().propose(states, bonus, wanted, head) if plain else self._corrected(rows, bonus, head)
+        )
+        if self.config.confidence:
+            before = torch.cat([bonus[:, None], token[:, :-1]], 1)
+            sure = torch.sigmoid(self.confidence_logits(rows, before))
+        return Choice(token, sure)
+
+    def _corrected(self, rows: Tensor, bonus: Tensor, head: DraftHead) -> Choice:
         logits = head.logits(rows)
         previous, state = bonus, self._begin(rows)
         tokens, sure = [], []
-        for step in range(wanted):
+        for step in range(rows.shape[1]):
             latent, state = self._latent(self._embedded(previous), rows[:, step], state)
             choice = head.choose(logits[:, step] + head.second(latent))
             previous = head.target_ids(choice.token)
             tokens.append(previous)
             sure.append(choice.confidence)
-        token = torch.stack(tokens, 1)
-        before = torch.cat([bonus[:, None], token[:, :-1]], 1)
-        return Choice(token, self._confidence(rows, before, torch.stack(sure, 1)))
+        return Choice(torch.stack(tokens, 1), torch.stack(sure, 1))
 
     def latents(self, rows: Tensor, before: Tensor) -> Tensor:
         """The input of W2, [B, D, R], of states `rows` [B, D, H] behind tokens `before` [B, D]."""
@@ -180,10 +184,6 @@ class DSparkDrafter(DFlashDrafter):
         gate, candidate, output = joint.chunk(3, -1)
         gate = torch.sigmoid(gate)
         return torch.tanh(output), gate * state + (1 - gate) * torch.tanh(candidate)
-
-    def _confidence(self, rows: Tensor, before: Tensor, probability: Tensor) -> Tensor:
-        """[B, D] float32: what the confidence head says of drafts behind tokens `before` [B, D]; else `probability`."""
-        return torch.sigmoid(self.confidence_logits(rows, before)) if self.config.confidence else probability
 
     def confidence_logits(self, rows: Tensor, before: Tensor) -> Tensor:
         """The confidence head's output, [B, D] float32, of states `rows` [B, D, H] behind tokens `before` [B, D]."""
