@@ -76,6 +76,35 @@ def block(
     return norm(hidden, weights["norm.weight"])
 
 
+def eagle_rows(
+    weights: Weights, embedding: Tensor, hidden: Tensor, ids: list[int], size: int, *, before_residual: bool
+) -> Tensor:
+    """Rows [T, H] behind EAGLE-3's layers; those above the first read rows alone (vLLM's `llama_eagle3.py`)."""
+    places, seen = torch.arange(len(ids)), [slice(0, row + 1) for row in range(len(ids))]
+    entry = normed = norm(hidden, weights["layers.0.hidden_norm.weight"])
+    hidden = normed if before_residual else hidden
+    for index in range(sum(name.endswith("o_proj.weight") for name in weights)):
+        w = layer_of(weights, index)
+        embedded = norm(embedding[torch.tensor(ids)], w["input_layernorm.weight"])
+        entry = norm(hidden, w["input_layernorm.weight"]) if index else torch.cat([embedded, normed], 1)
+        q, k = (turn(heads(entry, w, name, size), places) for name in "qk")
+        mixed = attend(q, k, heads(entry, w, "v", size), seen).flatten(1)
+        hidden = hidden + F.linear(mixed, w["self_attn.o_proj.weight"])
+        hidden = hidden + mlp(norm(hidden, w["post_attention_layernorm.weight"]), w)
+    return hidden
+
+
+def parallel(
+    weights: Weights, features: Tensor, tokens: list[int], steps: int, size: int, mask: int
+) -> Tensor:
+    """P-EAGLE's drafts (vLLM's `parallel_drafting`): ids of the drafter's own head; `mask` is a token."""
+    unknown = weights["mask_hidden"].view(1, -1).expand(steps - 1, -1)
+    hidden = F.linear(torch.cat([features, unknown]), weights["fc.weight"])
+    ids = [*tokens, *[mask] * (steps - 1)]
+    rows = eagle_rows(weights, weights["embed_tokens.weight"], hidden, ids, size, before_residual=True)
+    return (norm(rows[-steps:], weights["norm.weight"]) @ weights["lm_head.weight"].T).argmax(-1)
+
+
 def chain(
     weights: Weights,
     embedding: Tensor,
@@ -103,17 +132,9 @@ def chain(
         normed = [norm(chunks[:, i], weights[f"fc_norm.{i}.weight"]) for i in range(chunks.shape[1])]
         features = torch.cat(normed, 1)
     states, ids, drafted = list(F.linear(features, weights["fc.weight"])), list(tokens), []
-    w = layer_of(weights, 0)
     offsets = weights.get("d2t")
     for _ in range(steps):
-        hidden, places = torch.stack(states), torch.arange(len(states))
-        normed = norm(hidden, w["hidden_norm.weight"])
-        entry = torch.cat([norm(embedding[torch.tensor(ids)], w["input_layernorm.weight"]), normed], 1)
-        q, k = (turn(heads(entry, w, name, size), places) for name in "qk")
-        seen = [slice(0, row + 1) for row in range(len(entry))]
-        mixed = attend(q, k, heads(entry, w, "v", size), seen).flatten(1)
-        out = (normed if before_residual else hidden) + F.linear(mixed, w["self_attn.o_proj.weight"])
-        out = out + mlp(norm(out, w["post_attention_layernorm.weight"]), w)
+        out = eagle_rows(weights, embedding, torch.stack(states), ids, size, before_residual=before_residual)
         last = norm(out[-1], weights["norm.weight"])
         choice = int(F.linear(last, weights["lm_head.weight"]).argmax())
         drafted.append(choice)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chosen_formats import FORMATS
+from chosen_formats import FORMATS as BLOCKS
 from engine import engine
 from matrix import sampled
 from model_set import Models
@@ -14,6 +14,8 @@ from parity import compare
 from plain import plain_texts
 from published import write
 from reference import Comparison
+from test_eagle3_formats import PARALLEL as P_EAGLE
+from test_eagle3_formats import parallel_tensors
 from tiny_models import MASK_TOKEN
 from traffic import Arrival, mixed, play
 
@@ -24,6 +26,9 @@ NAMED = {"mask_token_id": MASK_TOKEN, "target_layer_ids": [1, 3, 4]}
 SPELLED = {"Domino": "DFlashDraftModel"}
 """As SGLang knows a format, by its `projector_type`, where SpecForge's files name another class."""
 
+PARALLEL = "P-EAGLE"
+FORMATS = BLOCKS | {PARALLEL: (P_EAGLE, parallel_tensors)}
+
 
 def drafter(path: Path, name: str) -> Path:
     """A checkpoint of the format for the tiny target."""
@@ -33,24 +38,27 @@ def drafter(path: Path, name: str) -> Path:
         "num_target_layers": 6,
         "max_position_embeddings": 2048,
         "dflash_config": config.get("dflash_config", {}) | NAMED,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": NAMED["target_layer_ids"]},
     }
     return write(path, {**config, **changes}, tensors())
 
 
-@pytest.mark.parametrize("name", sampled(FORMATS, "DFlash2", "FlashMap"))
+@pytest.mark.parametrize("name", sampled(FORMATS, "DFlash2", "FlashMap", PARALLEL))
 def test_text_is_plain_decodings(models: Models, tmp_path: Path, name: str) -> None:
     """Under random routing beside EAGLE-3 and an arm that is mostly right; then under the policies that draft with it.
     Prompts are chunked, and some share a prefix."""
     plain, oracle = plain_texts(models.target, ARRIVALS), OracleArm(0.95, seed=3)
     for a in ARRIVALS:
         oracle.learn(a.prompt, plain[a.rid])
-    flags = {**models.whiflash("random"), "draft": drafter(tmp_path / "drafter", name)}
+    arm, flag = ("ar", "whiflash_eagle_draft") if name == PARALLEL else ("diffusion", "draft")
+    flags = {**models.whiflash("random"), flag: str(drafter(tmp_path / "drafter", name))}
     used: set[str | None] = set()
     comparison = Comparison(models.reference.target)
     options = {"max_running_requests": 4, "chunked_prefill_size": 32}
     with engine(models.target, whiflash=flags, arms=[oracle], **options) as e:
-        assert type(e.worker.drafters["diffusion"].model).__name__ == f"{name}Drafter"
-        for policy, arrivals in (("random", ARRIVALS), ("diffusion", ARRIVALS[:3]), ("auto", ARRIVALS[:3])):
+        made = e.worker.drafters[arm] if name == PARALLEL else e.worker.drafters[arm].model
+        assert type(made).__name__ == {PARALLEL: "ParallelArm"}.get(name, f"{name}Drafter")
+        for policy, arrivals in (("random", ARRIVALS), (arm, ARRIVALS[:3]), ("auto", ARRIVALS[:3])):
             e.worker.reconfigure({"router": policy})
             found = play(e, [_of(policy, a) for a in arrivals], lambda: used.update(_arms(e)))
             for a in arrivals:

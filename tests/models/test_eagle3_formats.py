@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from formulas import chain
+from formulas import chain, parallel
 from published import (
     DIMENSIONS,
     HEAD_DIM,
     HIDDEN,
+    MASK,
     QWEN3,
     TARGET_LAYERS,
     VOCAB,
@@ -147,9 +148,6 @@ def test_an_original_file_is_named_like_a_llama(tmp_path: Path) -> None:
     target = write(tmp_path / "target", whole | {"architectures": ["LlamaForCausalLM"]}, weights)
     with pytest.raises(CheckpointError, match="without draft_vocab_size is a target, not an EAGLE-3 drafter"):
         read_draft(target)
-    parallel = write(tmp_path / "parallel", SGLANG | {"ptd_token_id": 7}, {})
-    with pytest.raises(CheckpointError, match="ptd_token_id 7 is P-EAGLE's"):
-        read_draft(parallel)
 
 
 SPECULATOR_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, tuple[int, ...]]]] = {
@@ -165,7 +163,9 @@ SPECULATOR_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, tupl
         {"each_before_fc": True, "feed_normed": True},
         THREE,
     ),
+    "trained embedding": ({"embed_requires_grad": True}, {}, {}),
     "qwen3": ({"transformer_layer_config": QWEN3 | {"num_hidden_layers": 1}}, {}, {}),
+    "two layers": ({"transformer_layer_config": LLAMA | {"num_hidden_layers": 2}}, {}, upper(1)),
 }
 
 
@@ -173,21 +173,11 @@ SPECULATOR_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, tupl
 def test_a_speculator_drafts_by_its_formula(case: str, tmp_path: Path) -> None:
     changes, said, extra = SPECULATOR_CASES[case]
     weights = tensors(3, "layers.0.", head_norms=case == "qwen3", **extra)
-    embedding = target_tensors()[0]
+    embedding = target_tensors(seed=5 if case == "trained embedding" else 99)[0]
     path = write(tmp_path / "draft", SPECULATOR | changes, weights | {"embed_tokens.weight": embedding})
     assert read_draft(path).config.layers_of(TARGET_LAYERS) == (1, 4, 7), "ids name what a layer reads"
     for drafted, features, tokens in zip(*serve(path), strict=True):
         own = chain(weights, embedding, features, tokens, STEPS, HEAD_DIM, **said)
-        assert drafted == [row + int(weights["d2t"][row]) for row in own]
-
-
-def test_a_speculators_trained_embedding_is_its_own(tmp_path: Path) -> None:
-    weights = tensors(3, "layers.0.")
-    trained = target_tensors(seed=5)[0]
-    config = SPECULATOR | {"embed_requires_grad": True}
-    path = write(tmp_path / "draft", config, weights | {"embed_tokens.weight": trained})
-    for drafted, features, tokens in zip(*serve(path), strict=True):
-        own = chain(weights, trained, features, tokens, STEPS, HEAD_DIM)
         assert drafted == [row + int(weights["d2t"][row]) for row in own]
 
 
@@ -211,18 +201,42 @@ def test_deepspecs_format_drafts_by_its_formula(tmp_path: Path) -> None:
         assert drafted == chain(weights, embedding, features, tokens, STEPS, HEAD_DIM)
 
 
+PARALLEL = SGLANG | {"num_hidden_layers": 2, "norm_before_residual": True, "ptd_token_id": MASK}
+PARALLEL_SPECULATOR = SPECULATOR | {"speculators_model_type": "peagle", "mask_token_id": MASK}
+TWO = {"norm_before_residual": True, "transformer_layer_config": LLAMA | {"num_hidden_layers": 2}}
+
+
+def parallel_tensors() -> dict[str, Tensor]:
+    """vLLM's `llama_eagle3.py`: two layers, an embedding of its own, a feature of rows without one."""
+    return tensors(3, "layers.0.", **upper(1), mask_hidden=(1, 1, 3 * HIDDEN)) | {
+        "embed_tokens.weight": target_tensors(seed=5)[0]
+    }
+
+
+@pytest.mark.parametrize("config", [PARALLEL, PARALLEL_SPECULATOR | TWO], ids=["vLLM", "speculators"])
+def test_p_eagle_drafts_by_its_formula(config: dict[str, Any], tmp_path: Path) -> None:
+    weights = parallel_tensors()
+    for drafted, features, tokens in zip(*serve(write(tmp_path / "draft", config, weights)), strict=True):
+        own = parallel(weights, features, tokens, STEPS, HEAD_DIM, MASK)
+        assert drafted == (own + weights["d2t"][own]).tolist()
+
+
+def test_p_eagle_that_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="ptd_token_id 320 is not in the vocabulary of 320"):
+        read_draft(write(tmp_path / "token", PARALLEL | {"ptd_token_id": VOCAB}, {}))
+    short = parallel_tensors() | {"mask_hidden": torch.zeros(HIDDEN)}
+    with pytest.raises(CheckpointError, match="mask_hidden has 64 numbers, fc reads 192"):
+        serve(write(tmp_path / "short", PARALLEL, short))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"eagle_aux_hidden_state_layer_ids": [0, 4, 7]}, "asks for the embedding"),
         ({"norm_before_residual": None}, "norm_before_residual must be true or false, got None"),
         ({"transformer_layer_config": LLAMA | {"model_type": "gemma3"}}, "must be a qwen3 or llama decoder"),
-        (
-            {"transformer_layer_config": LLAMA | {"num_hidden_layers": 2}},
-            "num_hidden_layers 2: several layers of EAGLE-3 are read from a LlamaForCausalLMEagle3 only",
-        ),
         ({"draft_vocab_size": None}, "draft_vocab_size must be an integer"),
-        ({"speculators_model_type": "peagle"}, "speculators_model_type 'peagle' is no draft architecture"),
+        ({"speculators_model_type": "peagle"}, "mask_token_id must be an integer"),
     ],
 )
 def test_a_speculator_that_cannot_be_served(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ IDS = {
             | {"vocab_size": 201088, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
         },
         TargetShape(2880, 24, 201088),
-        "speculators EAGLE-3",
+        "speculators EAGLE-3, P-EAGLE",
         (1, 11, 20),
         None,
         2048,

@@ -146,12 +146,38 @@ class Eagle3Arm(ChainArm):
             # Padding goes to slot 0, which is nobody's: which rows are padding is not for the host to know.
             self.kv.write(self.model.config.num_layers - 1, rows.slots.clamp(min=0), k, v)
             return
-        if rows.images is not None or not self.model.embeds_alone:
+        if rows.images is not None or self.model.shared_embedding is not None:
             # Embeddings that the processes looked up together, or that images have, take the matrix's place, a row a
             # token.
             weights = replace(weights, embedding=rows.embedded(self.model.embed))
             tokens = torch.arange(len(tokens), device=tokens.device)
         eagle3_catch_up(features, tokens, rows.positions, rows.slots, weights, self._rope, self.kv.pools)
+
+
+class ParallelArm(Eagle3Arm):
+    """P-EAGLE, which drafts all tokens in one pass (vLLM's `parallel_drafting`): rows behind the first have a mask for
+    a token, and for a feature. Arguments as of `Eagle3Arm`.
+    """
+
+    lengths = PagedArm.lengths
+
+    def whole(self, batch: DraftBatch, wanted: int) -> Choice:
+        config, mask = self.model.config, self.model.mask_hidden
+        assert mask is not None
+        positions, slots, ids = batch.rows_from(-1, wanted, fill=config.mask_token)
+        assert ids is not None
+        fused = self.model.fuse(torch.cat([batch.tail, mask[None]]))
+        hidden = torch.cat([fused[:-1, None], fused[-1:].expand(len(batch), wanted - 1, -1)], 1)
+        attend = self.attend_at(slots.view(-1), batch, self._spans, extra=wanted - 1, width=wanted)
+        _, states = self.model(ids.view(-1), hidden.flatten(0, 1), positions.view(-1), attend)
+        token, confidence = self.model.choose(states)
+        return Choice(token.view(-1, wanted), confidence.view(-1, wanted))
+
+    def logits_at_once(self, requests: int) -> int:
+        return super().logits_at_once(requests) * self.max_drafts
+
+    def draft(self, batch: DraftBatch) -> Drafts:
+        return self.drafted(batch)
 
 
 class MTPArm(ChainArm):

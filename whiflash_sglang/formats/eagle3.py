@@ -6,7 +6,7 @@ at p, at RoPE position p; a later draft step feeds back the last layer's state b
 `sglang/srt/models/llama_eagle3.py` of SGLang 0.5.23.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class Eagle3Config:
         norm_output: a draft step feeds back the state after the final norm.
         norm_before_residual: the layer adds to the normed feature, not to the feature. head_norms: queries and keys are
             normed. own_embedding: the file's embedding was trained, so it is used instead of the target's.
+        upper_norm: layers above the first call the norm before attention so. mask_token: of P-EAGLE, at rows behind the
+            first, which all draft in one pass; None: a chain.
     """
 
     hidden_size: int
@@ -71,6 +73,8 @@ class Eagle3Config:
     head_norms: bool = False
     attention_bias: bool = False
     own_embedding: bool = False
+    upper_norm: str = "hidden_norm"
+    mask_token: int | None = None
 
     @property
     def brings_embedding(self) -> bool:
@@ -114,13 +118,12 @@ def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
         raise misfit(path, "rope_is_neox_style false is not supported")
     if config.get("tie_word_embeddings"):
         raise misfit(path, "tie_word_embeddings is not supported for an EAGLE-3 drafter")
-    if (token := config.get("ptd_token_id", config.get("pard_token"))) is not None:
-        raise misfit(path, f"ptd_token_id {token} is P-EAGLE's; no arm runs its pass, behind mask_hidden")
+    token = config.get("ptd_token_id", config.get("pard_token"))
     eagle = config.get("eagle_config") or {}
     layers = layer_ids(eagle, LAYERS_KEY, path, "eagle_config.") if eagle.get(LAYERS_KEY) else ()
     draft_vocab = config.get("draft_vocab_size")
     common = trunk(config, path, positions=8192, eps=1e-5)
-    return Eagle3Config(
+    read = Eagle3Config(
         **common,
         target_hidden_size=integer(config, "target_hidden_size", path, default=common["hidden_size"]),
         intermediate_size=integer(config, "intermediate_size", path),
@@ -133,6 +136,14 @@ def parse(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
         fc_norm=bool(config.get("fc_norm") or config.get("use_aux_norm", False)),
         norm_output=bool(config.get("norm_output", False)),
     )
+    if token is None:
+        return read
+    # As vLLM 0.33 (`llama_eagle3.py`) reads P-EAGLE: SGLang knows neither it nor these keys.
+    if integer({"ptd_token_id": token}, "ptd_token_id", path, minimum=0) >= read.vocab_size:
+        raise misfit(path, f"ptd_token_id {token} is not in the vocabulary of {read.vocab_size}")
+    read = replace(read, norm_before_residual=bool(config.get("norm_before_residual", False)))
+    read = replace(read, attention_bias=bool(config.get("attention_bias", False)))
+    return replace(read, mask_token=token, own_embedding=True, upper_norm="input_layernorm")
 
 
 def parse_deepspec(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
@@ -141,7 +152,8 @@ def parse_deepspec(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
     """
     layers = layer_ids(config, "target_layer_ids", path)
     read = parse(path, {**config, "draft_vocab_size": config.get("vocab_size"), "tie_word_embeddings": False})
-    check_one_layer(path, read)
+    if read.num_layers != 1:
+        raise misfit(path, f"num_hidden_layers {read.num_layers}: DeepSpec's EAGLE-3 has one layer")
     return replace(
         read,
         target_layer_ids=layers,
@@ -151,18 +163,12 @@ def parse_deepspec(path: Path, config: Mapping[str, Any]) -> Eagle3Config:
     )
 
 
-def check_one_layer(path: Path, config: Eagle3Config) -> None:
-    """Raise CheckpointError for several layers in a format whose upper layers no public code defines."""
-    if config.num_layers != 1:
-        raise misfit(
-            path,
-            f"num_hidden_layers {config.num_layers}: several layers of EAGLE-3 are read from a "
-            f"{ARCHITECTURE} only",
-        )
-
-
-_NAMES = {f"aux_norm_{place}.weight": f"fc_norm.{i}.weight" for i, place in enumerate(("low", "mid", "high"))}
-"""Tensor names of earlier files."""
+def _names(config: Eagle3Config) -> dict[str, str]:
+    """Tensor names of other files, and ours."""
+    earlier = enumerate(("low", "mid", "high"))
+    upper = (f"layers.{index}." for index in range(1, config.num_layers))
+    names = {f"aux_norm_{place}.weight": f"fc_norm.{i}.weight" for i, place in earlier}
+    return names | {f"{layer}{config.upper_norm}.weight": f"{layer}hidden_norm.weight" for layer in upper}
 
 
 class _Layer(nn.Module):
@@ -195,9 +201,11 @@ class Eagle3Drafter(TargetsParts):
 
     Attributes:
         d2t: [draft_vocab] int64 offsets, target id = d2t[i] + i; None where the vocabularies are the same.
+        mask_hidden: [F], P-EAGLE's feature of rows without one; None for a chain.
     """
 
     d2t: Tensor | None
+    mask_hidden: Tensor | None
 
     def __init__(
         self, config: Eagle3Config, target_embedding: Tensor, target_lm_head: Tensor | None = None
@@ -219,6 +227,7 @@ class Eagle3Drafter(TargetsParts):
         self.layers = nn.ModuleList(_Layer(config, first=index == 0) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps)
         self.rotary = Rotary(config.rope, config.attention.head_dim, config.max_position_embeddings)
+        self.register_buffer("mask_hidden", None, persistent=False)
         if config.draft_vocab_size is None:
             self.lm_head = None
             self.register_buffer("d2t", None)
@@ -283,16 +292,6 @@ class Eagle3Drafter(TargetsParts):
         """Ids in the draft vocabulary → ids in the target's, any shape."""
         return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
 
-    @property
-    def embeds_alone(self) -> bool:
-        """Whether this process has the whole matrix that it embeds with."""
-        return self.shared_embedding is None
-
-    @property
-    def shared_embedding(self) -> Callable[[Tensor], Tensor] | None:
-        """None too if it brings an embedding."""
-        return None if self.config.brings_embedding else super().shared_embedding
-
     def _below_last(
         self, tokens: Tensor, hidden: Tensor, angles: Angles, attend: Attend | None
     ) -> tuple[Tensor, Tensor]:
@@ -325,7 +324,7 @@ class Eagle3Drafter(TargetsParts):
             CheckpointError: naming what is missing or does not fit.
         """
         config = config or parse(path, read_config_of(path, (ARCHITECTURE,)))
-        reader = WeightReader.of(path, _NAMES)
+        reader = WeightReader.of(path, _names(config))
         vocab = shared.size if shared else len(target_embedding)
         if config.brings_embedding:
             target_embedding = reader.tensor("embed_tokens.weight").to(device=device, dtype=dtype)
@@ -333,10 +332,17 @@ class Eagle3Drafter(TargetsParts):
         check_target(path, "EAGLE-3", config, config.hidden_size, target_embedding, vocab)
         with Unfilled(dtype):
             drafter = cls(config, target_embedding, target_lm_head)
-        drafter.shared = shared
+        # An embedding of its own is whole in every process.
+        drafter.shared = replace(shared, embed=None) if shared and config.brings_embedding else shared
         reader.fill_drafter(drafter, {})
         if config.draft_vocab_size is not None:
             drafter.d2t = reader.offsets("d2t", config.draft_vocab_size, config.vocab_size)
+        if config.mask_token is not None:
+            drafter.mask_hidden, wanted = reader.tensor("mask_hidden").flatten(), drafter.fc.in_features
+            if len(drafter.mask_hidden) != wanted:
+                raise CheckpointError(
+                    f"{path}: mask_hidden has {len(drafter.mask_hidden)} numbers, fc reads {wanted}"
+                )
         return drafter.to(device=device, dtype=dtype).eval()
 
     def save(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -356,8 +362,8 @@ FORMAT = DraftFormat(
     layers_key=f"eagle_config.{LAYERS_KEY}",
     read=parse,
     model=Eagle3Drafter,
-    published="SpecForge, lmsys, AngelSlim, nvidia, WhiFlash; yuhuili's originals",
-    defined_by="SGLang's `llama_eagle3.py`",
+    published="SpecForge, lmsys, AngelSlim, nvidia, WhiFlash; yuhuili's originals; amazon's P-EAGLE",
+    defined_by="SGLang's `llama_eagle3.py`; P-EAGLE: vLLM's",
     upstream="EAGLE3",
     swappable=True,
 )

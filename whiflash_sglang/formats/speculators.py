@@ -52,7 +52,7 @@ def read_block(
 
 
 def read_eagle3(path: Path, config: Json) -> Eagle3Config:
-    """An `Eagle3Speculator`'s. Raises CheckpointError naming the field that does not fit."""
+    """An `Eagle3Speculator`'s or a `PEagleSpeculator`'s. Raises CheckpointError naming the field that does not fit."""
     layer = _decoder(path, config)
     key = eagle3.LAYERS_KEY
     named = _outputs(path, config, key) if config.get(key) else ()
@@ -64,19 +64,22 @@ def read_eagle3(path: Path, config: Json) -> Eagle3Config:
             path, "layer_types of an EAGLE-3 drafter must be full_attention; windows are not supported"
         )
     flags = {name: bool(config.get(name, False)) for name in ("norm_before_fc", "fc_norm", "norm_output")}
+    parallel = config["speculators_model_type"] == "peagle"
+    token = {"ptd_token_id": integer(config, "mask_token_id", path, minimum=0)} if parallel else {}
     read = eagle3.parse(
         path,
-        {**layer, **flags, "draft_vocab_size": _reduced(path, config, layer), "tie_word_embeddings": False},
+        {**layer, **flags, "draft_vocab_size": _reduced(path, config, layer), "tie_word_embeddings": False}
+        | token,
     )
-    eagle3.check_one_layer(path, read)
     return replace(
         read,
         target_layer_ids=named,
         num_features=len(named) or 3,
         norm_before_residual=before,
         head_norms=layer["model_type"] == "qwen3",
+        upper_norm="input_layernorm",
         attention_bias=bool(layer.get("attention_bias", False)),
-        own_embedding=bool(config.get("embed_requires_grad", False)),
+        own_embedding=read.own_embedding or bool(config.get("embed_requires_grad", False)),
     )
 
 
@@ -131,9 +134,9 @@ FORMATS = (
         swappable=False,
     ),
     _format(
-        "speculators EAGLE-3",
+        "speculators EAGLE-3, P-EAGLE",
         arm=arms.AR,
-        keys=("speculators/eagle3",),
+        keys=("speculators/eagle3", "speculators/peagle"),
         layers_key=eagle3.LAYERS_KEY,
         read=read_eagle3,
         model=Eagle3Drafter,

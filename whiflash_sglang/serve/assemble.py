@@ -10,7 +10,7 @@ import torch
 
 from whiflash_sglang.arms.base import Drafter, KVDrafter, of_text, widest_of, with_kv
 from whiflash_sglang.arms.block import DFlashArm
-from whiflash_sglang.arms.chain import ChainArm, Eagle3Arm, MTPArm
+from whiflash_sglang.arms.chain import ChainArm, Eagle3Arm, MTPArm, ParallelArm
 from whiflash_sglang.arms.lookup import LookupArm
 from whiflash_sglang.arms.structure import StructureArm
 from whiflash_sglang.cache.penalties import MOST_PENALISED, PenaltyRows
@@ -115,7 +115,8 @@ def chain_arm(
     """The autoregressive arm of a loaded checkpoint; arguments as of `Eagle3Arm`."""
     if isinstance(model, MTPDrafter):
         return MTPArm(model, captured, layers, steps, positions)
-    return Eagle3Arm(model, captured, layers, steps, positions)
+    arm = Eagle3Arm if model.config.mask_token is None else ParallelArm
+    return arm(model, captured, layers, steps, positions)
 
 
 def load_router(settings: NeuralRouter | None, target: Target) -> Layers | None:
