@@ -38,7 +38,7 @@ ROUTES: Final = re.compile(
     r"/v1/(?:chat/completions|completions|embeddings|rerank|score|classify|decisions|systemone"
     r"|tokenize|detokenize"
     r"|messages(?:/count_tokens)?|responses(?:/\w[\w.-]*(?:/cancel)?)?|models(?:/\w[\w.:@+-]*)*"
-    r"|audio/transcriptions)/?|/whiflash/capabilities",
+    r"|audio/transcriptions)|/whiflash/capabilities",
     re.ASCII,
 )
 """Paths that are passed on, decoded. No other reaches the server: some steer it."""
@@ -133,12 +133,13 @@ class Proxy:
             return await _refuse(send, 504, "the server did not answer in time")
         except httpx.TransportError:
             return await _refuse(send, 502, "the server could not be reached")
-        return await _pass(answer, self._answered(answer, front), send)
+        return await _pass(answer, send)
 
     def _address(self, path: bytes, query: bytes) -> tuple[str, httpx.URL | str]:
         """Names of the asker in the path, and the address for the server; or why there is none."""
         match = _NAMED.fullmatch(path.decode("latin-1"))
         front, rest = match.groups() if match else ("", "/")
+        rest = rest.rstrip("/")  # a server would redirect the client past the proxy
         asked = quote(query, safe=_PRINTABLE)
         try:
             return front, httpx.URL(self._upstream + rest + (f"?{asked}" if asked else ""))
@@ -150,24 +151,6 @@ class Proxy:
         path, base = (address.raw_path.partition(b"?")[0].decode("ascii") for address in (url, self._root))
         base = base.rstrip("/")
         return path.startswith(base) and bool(ROUTES.fullmatch(unquote(path[len(base) :])))
-
-    def _answered(self, answer: httpx.Response, front: str) -> Headers:
-        """Headers of an answer, of which those that lead to the server lead to the proxy."""
-        headers = []
-        for name, value in _passing(answer.headers.raw):
-            if name.lower() in (b"location", b"content-location"):
-                value = self._led(answer.request.url, value, front)
-            headers.append((name.lower(), value))
-        return headers
-
-    def _led(self, asked: httpx.URL, value: bytes, front: str) -> bytes:
-        try:
-            url = asked.join(value.decode("latin-1"))
-        except httpx.InvalidURL:
-            return value
-        if url.netloc != self._root.netloc:
-            return value
-        return front.encode("latin-1") + url.raw_path.removeprefix(self._root.raw_path.rstrip(b"/"))
 
 
 _PRINTABLE: Final = "".join(map(chr, range(0x21, 0x7F)))
@@ -246,8 +229,9 @@ async def _cancelling(receive: Receive, scope: anyio.CancelScope) -> None:
     scope.cancel()
 
 
-async def _pass(answer: httpx.Response, headers: Headers, send: Send) -> None:
+async def _pass(answer: httpx.Response, send: Send) -> None:
     """The answer as it comes, no faster than its reader takes it. One that breaks off does so for the reader too."""
+    headers = [(name.lower(), value) for name, value in _passing(answer.headers.raw)]
     try:
         await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
         async for data in answer.aiter_raw():
