@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 DEEPEST: Final = 200
 """Levels of lists and objects. Pydantic's reader has the same bound."""
-_BETWEEN: Final = re.compile(r"[ \t\r\n:,]*")
 _EMPTY: Final = re.compile(rb"[ \t\r\n]*\}")
 
 
@@ -57,56 +56,17 @@ def _is_deep(document: Any) -> bool:
 
 
 def edit_json(text: bytes, old: Mapping[str, Any], new: Mapping[str, Any]) -> bytes:
-    """A JSON object with other members; those of `new` that are the ones of `old` stay as they were written.
+    """A JSON object with other members. Members that are only added go in front, and the rest stays as it was written:
+    numbers, repeated keys and escapes. The same `text` is returned if nothing changes.
 
-    So numbers, repeated keys and escapes pass unchanged. The same `text` is returned if nothing changes.
-
-    old: the value of `text`, or none of its members, in front of which the new ones go then.
+    old: the value of `text`, or none of its members.
     """
-    changed = [name for name in {**old, **new} if name not in old or not _same(old[name], new.get(name))]
+    changed = [name for name in {**old, **new} if name not in old or old[name] != new.get(name)]
     if not changed:
         return text
     if not old.keys().isdisjoint(changed):
-        return _rewritten(text.decode(), old, new, changed).encode()
+        return json.dumps(dict(new)).encode()
     begin = text.index(b"{") + 1
-    added = ",".join(_member(name, json.dumps(new[name])) for name in changed)
+    added = ",".join(f"{json.dumps(name)}:{json.dumps(new[name])}" for name in changed)
     end = b"" if _EMPTY.match(text, begin) else b","
     return b"".join((text[:begin], added.encode(), end, memoryview(text)[begin:]))
-
-
-def _rewritten(text: str, old: Mapping[str, Any], new: Mapping[str, Any], changed: list[str]) -> str:
-    members = list(_members(text))
-    values = {name: value for name, _, value in members}
-    kept = [member for name, member, _ in members if name not in changed]
-    for name in changed:
-        was, now = old.get(name), new.get(name)
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            kept.append(_member(name, edit_json(values[name].encode(), was, now).decode()))
-        elif name in new:
-            kept.append(_member(name, json.dumps(now)))
-    return "{" + ",".join(kept) + "}"
-
-
-def _same(was: Any, now: Any) -> bool:
-    return was is now or was == now
-
-
-def _member(name: str, value: str) -> str:
-    return f"{json.dumps(name)}:{value}"
-
-
-def _members(text: str) -> Iterator[tuple[str, str, str]]:
-    """Members of an object: the name of each, its text, and the text of its value."""
-    decode = json.JSONDecoder().raw_decode
-    at = _next(text, text.index("{") + 1)
-    while text[at] != "}":
-        name, end = decode(text, at)
-        begin = _next(text, end)
-        _, end = decode(text, begin)
-        yield name, text[at:end], text[begin:end]
-        at = _next(text, end)
-
-
-def _next(text: str, at: int) -> int:
-    match = _BETWEEN.match(text, at)
-    return at if match is None else match.end()
