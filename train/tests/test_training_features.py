@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from whiflash_sglang.arms.base import with_kv
 from whiflash_sglang.errors import CheckpointError
-from whiflash_train.answers.prompts import GrammarSpec, PromptRow, tool_call_grammar
+from whiflash_train.answers.prompts import PromptRow, tool_call_grammar
 from whiflash_train.answers.served import GeneratedAnswer, ServedTarget
 from whiflash_train.config import Data
 from whiflash_train.engine.offline import Generated
@@ -161,12 +161,12 @@ def test_answers_and_features_are_the_targets(tmp_path: Path) -> None:
     target = TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
     schema = '{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}'
     grammars = {
-        "{": GrammarSpec("json", schema),
+        "{": {"json_schema": schema},
         "<tool_call>": tool_call_grammar([{"function": {"name": "f", "parameters": {}}}]),
     }
     free = [PromptRow(f"p{i}", "chat", text, None) for i, text in enumerate(TEXTS)]
     constrained = [PromptRow(begins, "json", TEXTS[1], spec) for begins, spec in grammars.items()]
-    broken = PromptRow("broken", "json", [65] * 5, GrammarSpec("json", '{"type": "nonsense"}'))
+    broken = PromptRow("broken", "json", [65] * 5, {"json_schema": '{"type": "nonsense"}'})
     long = PromptRow("long", "chat", [65] * target.max_positions, None)
     tokenizer = AutoTokenizer.from_pretrained(path)
     with engine(path, skip_tokenizer_init=False, **OPTIONS) as e:

@@ -20,53 +20,42 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import MOST_BYTES, read_text
-from whiflash_sglang.files.jsonl import parse_json_lines, read_json
+from whiflash_sglang.files.jsonl import parse_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class GrammarSpec(NamedTuple):
-    """Constraint of an answer: `kind` says how `text` (a JSON string) is compiled."""
-
-    kind: Literal["json", "structural_tag"]
-    text: str
+Grammar = dict[str, str]
+"""The sampling parameter of SGLang's that constrains an answer."""
 
 
-def response_format_grammar(response_format: dict[str, Any]) -> GrammarSpec | None:
+def response_format_grammar(response_format: dict[str, Any]) -> Grammar | None:
     """The grammar of an OpenAI `response_format`; None for plain text."""
     kind = response_format["type"]
     if kind == "text":
         return None
     if kind == "json_object":
-        return GrammarSpec("json", json.dumps({"type": "object"}))
+        return {"json_schema": json.dumps({"type": "object"})}
     if kind == "json_schema":
-        return GrammarSpec("json", json.dumps(response_format["json_schema"]["schema"]))
+        return {"json_schema": json.dumps(response_format["json_schema"]["schema"])}
     raise ValueError(f"response_format type {kind!r} is not one of text, json_object, json_schema")
 
 
-def tool_call_grammar(tools: Sequence[dict[str, Any]]) -> GrammarSpec:
-    """At least one Hermes tool call, as `tool_choice: required` asks of SGLang's `hermes` parser."""
-    structures = [
-        {
-            "begin": '<tool_call>{"name":"' + tool["function"]["name"] + '", "arguments":',
-            "schema": (tool["function"].get("parameters") or {}) if tool["function"].get("strict") else {},
-            "end": "}</tool_call>",
-        }
-        for tool in tools
-    ]
-    return GrammarSpec("structural_tag", json.dumps({"structures": structures, "triggers": ["<tool_call>"]}))
+def tool_call_grammar(tools: Sequence[dict[str, Any]]) -> Grammar | None:
+    """At least one Hermes tool call, as `tool_choice: required` asks of SGLang's `hermes` parser; None where it asks
+    nothing of tools like these.
+    """
+    from sglang.srt.entrypoints.openai.protocol import Tool
+    from sglang.srt.function_call.function_call_parser import FunctionCallParser
 
-
-def server_parameter(spec: GrammarSpec) -> dict[str, str]:
-    """The same as a sampling parameter of SGLang's."""
-    if spec.kind == "json":
-        return {"json_schema": spec.text}
-    return {"structural_tag": json.dumps({**read_json(spec.text), "at_least_one": True})}
+    parser = FunctionCallParser([Tool(**tool) for tool in tools], "hermes")
+    asked = parser.get_structure_constraint("required")
+    return asked and {asked[0]: json.dumps(asked[1].model_dump(by_alias=True))}
 
 
 class PromptRow(NamedTuple):
@@ -75,7 +64,7 @@ class PromptRow(NamedTuple):
     id: str
     category: str
     tokens: list[int]
-    grammar: GrammarSpec | None
+    grammar: Grammar | None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from whiflash_sglang.checkpoints.fit import TargetShape
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_train.answers.prompts import GrammarSpec, PromptRow, server_parameter
+from whiflash_train.answers.prompts import PromptRow
 from whiflash_train.config import Data, Hardware
 from whiflash_train.rounds import loop_start
 
@@ -93,7 +93,12 @@ class ServedTarget:
 
     async def _answer(self, prompt: PromptRow, keep_loops: bool) -> GeneratedAnswer | Skipped:
         try:
-            answer, finished = await self.engine.answer(prompt.tokens, **self._sampling(prompt.grammar))
+            answer, finished = await self.engine.answer(
+                prompt.tokens,
+                temperature=self.settings.temperature,
+                max_new_tokens=self.settings.max_new_tokens,
+                **(prompt.grammar or {}),
+            )
             # The token that ends an answer is no part of a loop.
             loop = loop_start(answer[:-1] if finished else answer)
             if loop is not None and not keep_loops:
@@ -106,11 +111,6 @@ class ServedTarget:
         except ValueError as error:
             return Skipped(prompt, str(error))
         return GeneratedAnswer(prompt, tokens, states, looped=loop is not None, finished=finished)
-
-    def _sampling(self, grammar: GrammarSpec | None) -> dict[str, Any]:
-        settings = self.settings
-        chosen = {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
-        return chosen | ({} if grammar is None else server_parameter(grammar))
 
 
 @contextmanager
