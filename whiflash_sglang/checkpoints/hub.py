@@ -27,8 +27,8 @@ def fetch(path: str, *, revision: str | None = None, download_dir: str | None = 
     local = Path(path).expanduser()
     if local.is_dir():
         return local
-    if local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
-        raise ConfigError(f"{path}: no such directory, and not a hub id of the form owner/name")
+    if not _is_id(path):
+        raise _no_place(path)
     download = _from_modelscope if _uses_modelscope() else _from_hugging_face
     return Path(download(path, revision, download_dir))
 
