@@ -16,8 +16,6 @@ from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files.hosts import LIMITS
 from whiflash_train.provenance import threads
 
-CORES = "SGLANG_CPU_OMP_THREADS_BIND"
-
 
 class Running(Protocol):
     """A server that can be started and stopped."""
@@ -35,16 +33,9 @@ Make = Callable[[Sequence[str], Path | None, Path | None], Running]
 
 
 def environment(arguments: Sequence[str]) -> dict[str, str]:
-    """Environment of a server with `arguments`: its ranks and replicas share the threads that it may use.
-
-    SGLang wants the cores of each named where a machine without accelerators has fewer memory nodes than ranks.
-    """
+    """Environment of a server with `arguments`: its ranks and replicas share the threads that it may use."""
     sizes = [int(arguments[arguments.index(flag) + 1]) for flag in SEVERAL.values() if flag in arguments]
-    ranks = prod(sizes)
-    env = {"OMP_NUM_THREADS": str(max(threads() // ranks, 1))}
-    if ranks > 1 and CORES not in os.environ:
-        env[CORES] = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(ranks))
-    return env
+    return {"OMP_NUM_THREADS": str(max(threads() // prod(sizes), 1))}
 
 
 def launcher(
