@@ -22,7 +22,7 @@ import whiflash_train as train
 from whiflash_sglang.cli.app import app
 from whiflash_train.answers.store import FeatureStore, open_stores
 from whiflash_train.config import TrainConfig, load_config
-from whiflash_train.drafters.runner import train_dflash, train_dspark, train_eagle3
+from whiflash_train.drafters.runner import train_drafter
 
 FAMILY = "Qwen3MoeForCausalLM"
 PROMPTS = 24
@@ -149,8 +149,7 @@ def test_what_was_learned_is_served(
     (tmp_path / "data").symlink_to(config.work / "data")
     (tmp_path / "target").symlink_to(config.work / "target")
     mine = config.model_copy(update={"work": tmp_path})
-    train_block = {"dflash": train_dflash, "dspark": train_dspark}[block]
-    trained = [train_eagle3(mine, root / "target"), train_block(mine, root / "target")]
+    trained = [train_drafter(name, mine, root / "target") for name in ("eagle3", block)]
     for checkpoint in trained:
         log = json.loads((checkpoint / "provenance.json").read_text())["log"]
         losses = [line["loss"] for line in log if "loss" in line]

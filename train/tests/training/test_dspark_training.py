@@ -29,7 +29,7 @@ from whiflash_train.answers.store import SequenceRecord
 from whiflash_train.config import DSpark, TrainConfig, load_config
 from whiflash_train.drafters.batches import Batch, unpack
 from whiflash_train.drafters.dspark import DSparkTraining, go_on_from, initialise
-from whiflash_train.drafters.runner import train_dspark, train_eagle3
+from whiflash_train.drafters.runner import train_drafter
 from whiflash_train.replay import Pair, PairParts, replay_drafters
 from whiflash_train.target import TargetModel
 
@@ -249,7 +249,11 @@ def test_the_loss_falls(trained: Trained) -> None:
 @pytest.mark.parametrize("arm", arms.PAIR)
 def test_a_trained_drafter_is_served_and_accepts_what_its_replay_says(trained: Trained, arm: str) -> None:
     """Greedy text is plain decoding's; every round accepts what the replay of the chain or the Markov head does."""
-    checkpoint = trained.checkpoint if arm == arms.DIFFUSION else train_eagle3(trained.config, trained.target)
+    checkpoint = (
+        trained.checkpoint
+        if arm == arms.DIFFUSION
+        else train_drafter("eagle3", trained.config, trained.target)
+    )
     prompts = [list(range(30 + 7 * i, 60 + 9 * i)) for i in range(4)]
     with engine(trained.target) as e:
         expected = e.generate(prompts, max_new_tokens=48)
@@ -289,7 +293,7 @@ def run(*arguments: object) -> None:
 
 def test_a_bundle_with_it_is_evaluated(trained: Trained, tmp_path: Path) -> None:
     """As a user would type it, twice."""
-    train_eagle3(trained.config, trained.target)
+    train_drafter("eagle3", trained.config, trained.target)
     root, bundle = trained.config.work.parent, tmp_path / "bundle"
     run("train", "--step", "bundle", "--out", bundle, "--config", root / "tiny.yaml", "--json")
     manifest = json.loads((bundle / "whiflash.json").read_text())
@@ -313,7 +317,7 @@ def test_a_bundle_with_it_is_evaluated(trained: Trained, tmp_path: Path) -> None
 def test_a_configuration_without_the_section_says_so(trained: Trained) -> None:
     without = trained.config.model_copy(update={"dspark": None})
     with pytest.raises(ConfigError, match="no section dspark"):
-        train_dspark(without, trained.target)
+        train_drafter("dspark", without, trained.target)
 
 
 def test_what_a_published_drafter_adds_is_not_lost(target: TargetModel, tmp_path: Path) -> None:

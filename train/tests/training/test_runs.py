@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from whiflash_train.answers.store import FeatureStore, open_stores
 from whiflash_train.answers.tokens import Exported, export_tokens, rebuild_features
 from whiflash_train.config import TrainConfig, load_config
 from whiflash_train.drafters.batches import SequenceBatches, token_frequencies
-from whiflash_train.drafters.runner import train_dflash, train_dspark, train_eagle3
+from whiflash_train.drafters.runner import train_drafter
 
+train_eagle3, train_dflash, train_dspark = (
+    partial(train_drafter, name) for name in ("eagle3", "dflash", "dspark")
+)
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 

@@ -5,7 +5,6 @@ Weights that made the cached draft KV of a drafter that serves stay as they are 
 
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +103,6 @@ def train_drafter(
         model.drafter.save(out, stored_dtype(start_from))
     provenance.finish(out, {"log": trainer.state.log_history, "answer_tokens": batches.answer_tokens})
     return out
-
-
-train_eagle3 = partial(train_drafter, "eagle3")
-train_dflash = partial(train_drafter, "dflash")
-train_dspark = partial(train_drafter, "dspark")
 
 
 def _eagle3(
