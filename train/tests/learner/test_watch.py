@@ -132,7 +132,8 @@ def test_the_interval_covers_ratios_of_equal_traffic() -> None:
 
 
 def outcome(version: int | None, present: int = 0, until: float = 0.0) -> Outcome:
-    return Outcome(present, version, 100, 16, 2400, 1.0, until, {})
+    counts = {"learned": 100, "judged": 16, "tokens": 2400}
+    return Outcome(present=present, version=version, **counts, seconds=1.0, until=until, drafters={})
 
 
 class Scene:
@@ -148,8 +149,8 @@ class Scene:
             self.between()
             self.wait(POLL)
             pace.rest()
-            found = left.pop(0)._replace(until=time.time())
-            write_status(directory, found.facts())
+            found = left.pop(0).model_copy(update={"until": time.time()})
+            write_status(directory, found.model_dump())
             return found
 
         monkeypatch.setattr(watch, "learn_once", learn)

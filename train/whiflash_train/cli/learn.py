@@ -96,7 +96,7 @@ def learn(
         learning = Learning(directory, bundle or embedded_bundle(), settings, tokens, judged, rate, replay)
         if watch:
             _watch(learning, server, share, as_json)
-        outcome = learn_once(learning, Pace(share)).facts()
+        outcome = learn_once(learning, Pace(share)).model_dump()
     if server is not None and outcome["version"] is not None:
         outcome["served"] = server.use(outcome["version"])["drafters"]["version"]
     report(_lines(outcome, as_json), as_json)

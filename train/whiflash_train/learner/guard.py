@@ -4,12 +4,12 @@ The server's sums over requests that ended (`lengths` of its state) are read bef
 that ran across the switch count as later ones.
 """
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from pydantic import BaseModel
 
 from whiflash_sglang.checkpoints.manifest import PARTS
 from whiflash_sglang.files.jsonl import read_json_file, write_whole
@@ -32,7 +32,7 @@ class VersionedServer(Protocol):
     def use(self, version: int) -> dict[str, Any]: ...
 
 
-class Watched(NamedTuple):
+class Watched(BaseModel, frozen=True):
     """version: that serves. since: the sums when it began. earlier: of the version before it, by arm."""
 
     version: int
@@ -76,14 +76,15 @@ class Guard:
         before = self._server.state()
         earlier = self._between(before)
         after = self._server.use(version)
-        self._watch(Watched(version, _lengths(after), earlier))
+        self._watch(Watched(version=version, since=_lengths(after), earlier=earlier))
 
     def look(self) -> Drop | None:
         """Roll back if a drafter accepts less than before the switch, beyond its 99 % interval."""
         state = self._server.state()
         serves = int(state["drafters"]["version"])
         if self._watched is None or self._watched.version != serves:
-            self._watch(Watched(serves, _lengths(state), {}))  # somebody else has switched: they know why
+            # Somebody else has switched: they know why.
+            self._watch(Watched(version=serves, since=_lengths(state), earlier={}))
             return None
         later = self._between(state)
         changes = {
@@ -95,7 +96,7 @@ class Guard:
             return None
         back = self._server.use(int(state["drafters"]["before"]))
         now = int(back["drafters"]["version"])
-        self._watch(Watched(now, _lengths(back), {}))
+        self._watch(Watched(version=now, since=_lengths(back), earlier={}))
         return Drop(serves, now, {PARTS[arm]: change_of_arm for arm, change_of_arm in changes.items()})
 
     def _between(self, state: Mapping[str, Any]) -> ByArm:
@@ -105,16 +106,12 @@ class Guard:
         try:
             return {arm: now[arm].since(since) for arm, since in self._watched.since.items() if arm in now}
         except ValueError:  # the server was started again: what serves begins now
-            self._watch(self._watched._replace(since={arm: Lengths() for arm in now}))
+            self._watch(self._watched.model_copy(update={"since": {arm: Lengths() for arm in now}}))
             return now
 
     def _watch(self, watched: Watched) -> None:
         self._watched = watched
-        kept = {
-            side: {arm: asdict(lengths) for arm, lengths in getattr(watched, side).items()}
-            for side in ("since", "earlier")
-        }
-        write_whole(self._file, json.dumps({"version": watched.version, **kept}))
+        write_whole(self._file, watched.model_dump_json())
 
 
 def _lengths(state: Mapping[str, Any]) -> ByArm:
@@ -125,8 +122,6 @@ def _lengths(state: Mapping[str, Any]) -> ByArm:
 def _read(file: Path) -> Watched | None:
     """State of an earlier learner; None if it cannot be read."""
     try:
-        stored = read_json_file(file)
-        sides = [{a: Lengths(**sums) for a, sums in stored[side].items()} for side in ("since", "earlier")]
-        return Watched(int(stored["version"]), *sides)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Watched.model_validate(read_json_file(file))
+    except (OSError, ValueError):
         return None

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import PARTS, Manifest, load_manifest, lookup_of
@@ -109,17 +110,16 @@ class Pace:
             self.rest()
 
 
-class Gain(NamedTuple):
+class Gain(Interval, frozen=True):
     """before, after: tokens a round of a drafter alone, over all answers. ratio: of the two, with its interval."""
 
     before: float
     after: float
-    ratio: Interval
 
     @property
     def better(self) -> bool:
         """Beyond its interval."""
-        return self.ratio.low > 1
+        return self.low > 1
 
 
 Walked = Mapping[str, Sequence[RoundTally]]
@@ -164,7 +164,7 @@ def _gain(before: Sequence[RoundTally], after: Sequence[RoundTally]) -> Gain:
         float(column(tallies, "tokens").sum() / column(tallies, "rounds").sum())
         for tallies in (before, after)
     ]
-    return Gain(lengths[0], lengths[1], ratio)
+    return Gain(before=lengths[0], after=lengths[1], **dict(ratio))
 
 
 class Learning(NamedTuple):
@@ -184,7 +184,7 @@ class Learning(NamedTuple):
     replay: Path | None
 
 
-class Outcome(NamedTuple):
+class Outcome(BaseModel, frozen=True):
     """present: version that was learned from. version: that was published, or None. learned, judged: requests.
     tokens: answer tokens that were learned from, replayed ones included. seconds: since the pass began, or went on.
     until: when the newest of its requests was written, in seconds since the epoch. drafters: what each gained.
@@ -198,14 +198,6 @@ class Outcome(NamedTuple):
     seconds: float
     until: float
     drafters: dict[str, Gain]
-
-    def facts(self) -> dict[str, Any]:
-        """Facts for JSON."""
-        gained = {
-            name: {"before": gain.before, "after": gain.after, **gain.ratio.model_dump()}
-            for name, gain in self.drafters.items()
-        }
-        return {**self._asdict(), "drafters": gained}
 
 
 def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
@@ -225,7 +217,7 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         versions = versions_of(learning.directory)
         present = served(versions).version
         if published := _published(learning.directory, versions, present):
-            write_status(learning.directory, published.facts())
+            write_status(learning.directory, published.model_dump())
             return published
         checkpoints = _present(learning, manifest, versions, present)
         chosen = _chosen(learning, manifest, present, work)
@@ -250,15 +242,23 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         gained = {PARTS[arm]: gain for arm, gain in gains(*walks).items()}
         better = {arm for arm in checkpoints if gained[PARTS[arm]].better}
         tokens += answer_tokens(more)
-        counts = len(chosen.learned), len(chosen.judged)
-        seconds = time.monotonic() - began
-        outcome = Outcome(present, None, *counts, tokens, seconds, chosen.until, gained)
+        outcome = Outcome(
+            present=present,
+            version=None,
+            learned=len(chosen.learned),
+            judged=len(chosen.judged),
+            tokens=tokens,
+            seconds=time.monotonic() - began,
+            until=chosen.until,
+            drafters=gained,
+        )
         if better:
             best = {arm: (trained if arm in better else checkpoints)[arm] for arm in checkpoints}
-            notes = {UNTIL: chosen.until, "tokens": tokens, "from": present, OUTCOME: outcome.facts()}
-            notes |= {name: round(gain.ratio.ratio, 3) for name, gain in gained.items()}
-            outcome = outcome._replace(version=publish(versions, learning.bundle, notes, best))
-        write_status(learning.directory, outcome.facts())
+            notes = {UNTIL: chosen.until, "tokens": tokens, "from": present, OUTCOME: outcome.model_dump()}
+            notes |= {name: round(gain.ratio, 3) for name, gain in gained.items()}
+            version = publish(versions, learning.bundle, notes, best)
+            outcome = outcome.model_copy(update={"version": version})
+        write_status(learning.directory, outcome.model_dump())
         return outcome
 
 
@@ -287,15 +287,10 @@ def _published(directory: Path, versions: Path, present: int) -> Outcome | None:
         return None
     status = status_of(directory)
     try:
-        facts = notes[OUTCOME]
-        gained = {
-            name: Gain(figures.pop("before"), figures.pop("after"), Interval(**figures))
-            for name, figures in facts.pop("drafters").items()
-        }
-        outcome = Outcome(**facts, drafters=gained)._replace(version=number)
-    except (KeyError, TypeError, ValueError, AttributeError):  # another release wrote it, or nobody
+        outcome = Outcome.model_validate(notes[OUTCOME]).model_copy(update={"version": number})
+    except (KeyError, ValueError):  # another release wrote it, or nobody
         return None
-    return outcome if until(outcome._asdict()) > until(status) else None
+    return outcome if until(outcome.model_dump()) > until(status) else None
 
 
 def is_past(date: object) -> bool:

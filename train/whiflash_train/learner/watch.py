@@ -68,7 +68,7 @@ class Watch:
             outcome = learn_once(self._learning, self._pace)
         except TooFewError:  # most of them cannot be learned from
             return None
-        self._say(outcome.facts())
+        self._say(outcome.model_dump())
         if outcome.version is not None:
             self._offer(outcome)
         return outcome
