@@ -121,6 +121,17 @@ def test_what_would_end_it_is_refused_by_name(given: dict[str, Any], said: str) 
     assert said in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [[[1]], {"y": {"z": 1}}, {"y": [1]}, 2**64, -(2**63) - 1, "\ud800", {"\ud800": 1}, b"bytes", {1: 2}],
+    ids=ascii,
+)
+def test_what_others_bring_is_of_the_scheduler_s_types(value: Any) -> None:
+    check(sampling={"custom_params": {"x": [2**64 - 1, -(2**63), None, True, 2.5, "x"], "y": {"a": 1}}})
+    with pytest.raises(ValueError, match=r"sampling_params\.custom_params: is "):
+        check(sampling={"custom_params": {"x": value}})
+
+
 def test_an_empty_prompt_is_refused_unless_a_session_has_text() -> None:
     for session in (None, {}, {"offset": 0}, {"id": None}, {"rid": None}):
         obj = GenerateReqInput(text="", sampling_params={}, session_params=session)

@@ -45,11 +45,6 @@ def json_of(text: str) -> Any:
     return value
 
 
-def printable(name: str) -> str:
-    """A name that may be anything, fit for an error."""
-    return ascii(name[:32])[1:-1]
-
-
 TOOLS_KEY: Final = "whiflash_tools"
 """A request's tools, as the HTTP process hands them to the scheduler (`structure.tools`)."""
 _FIELD: Final = f"custom_params.{WIRE_KEY}"
