@@ -7,6 +7,7 @@ the sampled tokens are replaced by those, so that rounds cost what they cost and
 from typing import Final
 
 from whiflash_sglang.spans.hints import CARRIED_FORCED, HintError
+from whiflash_sglang.spans.prediction import check_ids
 
 FIELD: Final = f"custom_params.{CARRIED_FORCED}"
 FLAG: Final = "--whiflash-force-recorded on"
@@ -22,10 +23,7 @@ def forced_tokens(custom_params: object, vocabulary: int) -> list[int]:
         return []
     if not isinstance(carried, list):
         raise HintError(FIELD, "must be a list of token ids")
-    for i, token in enumerate(carried):
-        if type(token) is not int or not 0 <= token < vocabulary:
-            raise HintError(f"{FIELD}[{i}]", f"must be a token id below {vocabulary}")
-    return carried
+    return check_ids(FIELD, carried, vocabulary)
 
 
 def check_forced(custom_params: object, vocabulary: int, *, allowed: bool) -> None:

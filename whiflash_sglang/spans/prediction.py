@@ -61,16 +61,17 @@ def prediction_reader(tokenizer: Any, most: int, vocabulary: int) -> ReadPredict
             carried = list(tokenizer.encode(carried[:characters], add_special_tokens=False))
         elif not isinstance(carried, list):
             raise HintError(FIELD, "must be a string or a list of token ids")
-        tokens = [_token(i, token, vocabulary) for i, token in enumerate(carried[:most])]
-        return tokens, is_cut or len(carried) > most
+        return check_ids(FIELD, carried[:most], vocabulary), is_cut or len(carried) > most
 
     return read
 
 
-def _token(index: int, token: object, vocabulary: int) -> int:
-    if type(token) is not int or not 0 <= token < vocabulary:
-        raise HintError(f"{FIELD}[{index}]", f"must be a token id below {vocabulary}")
-    return token
+def check_ids(field: str, ids: list[Any], vocabulary: int) -> list[int]:
+    """The ids, all of which must be below `vocabulary`. Raises HintError naming the first one that is not."""
+    for i, token in enumerate(ids):
+        if type(token) is not int or not 0 <= token < vocabulary:
+            raise HintError(f"{field}[{i}]", f"must be a token id below {vocabulary}")
+    return ids
 
 
 def _part(field: str, part: object) -> str:

@@ -13,20 +13,11 @@ trim and join. Three vocabularies cover the models in use:
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 _BYTE_LEVEL_SPACE = "\u0120"
 _SENTENCEPIECE_SPACE = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-@runtime_checkable
-class HasVocabulary(Protocol):
-    """The interface of a tokenizer; those of `transformers` and `tokenizers` have it."""
-
-    def get_vocab(self) -> Mapping[str, int]:
-        """Token to id, added tokens included."""
-        ...
 
 
 class Vocabulary(NamedTuple):
@@ -107,14 +98,14 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     return Vocabulary(encode, token_bytes(tokenizer), frozenset(special | set(tokenizer.all_special_ids)))
 
 
-def token_bytes(tokenizer: HasVocabulary) -> tuple[bytes, ...]:
+def token_bytes(tokenizer: Any) -> tuple[bytes, ...]:
     """Bytes of every token id; empty for ids the vocabulary skips.
 
     tokenizer: a `transformers` tokenizer or a `tokenizers.Tokenizer`.
 
     Raises: ValueError if the tokenizer shows no vocabulary.
     """
-    vocabulary = tokenizer.get_vocab() if isinstance(tokenizer, HasVocabulary) else {}
+    vocabulary: Mapping[str, int] = getattr(tokenizer, "get_vocab", dict)()
     if not vocabulary:
         raise ValueError(f"{type(tokenizer).__name__} shows no vocabulary: span tracking needs one")
     added = frozenset(_added_tokens(tokenizer))
