@@ -1,4 +1,4 @@
-"""Sessions of several turns: every turn's text is plain decoding's, and so is what the next turn inherits."""
+"""Turns in a session or without one: text is plain decoding's, and so is what the next turn inherits or has cached."""
 
 import random
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from matrix import chosen
 from model_set import Models
 from oracle_arm import OracleArm
 from overlap import overlapped
-from trees import close
+from trees import assert_tree_is_true, close
 
+from whiflash_sglang.drafts.candidates import common_prefix
 from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
 
 OPTIONS: dict[str, Any] = {
@@ -55,7 +56,8 @@ def sessions() -> list[Session]:
     ]
 
 
-Texts = dict[str, list[tuple[list[int], list[int]]]]
+Asked = list[tuple[list[int], list[int]]]
+Texts = dict[str, Asked]
 """Per session and turn: the whole prompt as the engine saw it, and the output."""
 
 
@@ -84,12 +86,9 @@ def converse(e: Engine, talks: Sequence[Session], check: Any = lambda _: None) -
     return found
 
 
-Beyond = list[tuple[list[int], list[int]]]
-"""Prompts, with what plain decoding says where nothing stops it: drafts lead past the stops."""
-
-
 @pytest.fixture(scope="module")
-def plain_and_beyond(models: Models) -> tuple[Texts, Beyond]:
+def plain_and_beyond(models: Models) -> tuple[Texts, Asked]:
+    """Plain decoding's answers, and those that it would give if nothing stopped it: drafts lead past the stops."""
     with engine(models.target, **OPTIONS) as e:
         texts = converse(e, sessions())
         prompts = [prompt for turns in texts.values() for prompt, _ in turns]
@@ -97,12 +96,12 @@ def plain_and_beyond(models: Models) -> tuple[Texts, Beyond]:
 
 
 @pytest.fixture
-def plain(plain_and_beyond: tuple[Texts, Beyond]) -> Texts:
+def plain(plain_and_beyond: tuple[Texts, Asked]) -> Texts:
     return plain_and_beyond[0]
 
 
 @pytest.fixture
-def oracle(plain_and_beyond: tuple[Texts, Beyond]) -> OracleArm:
+def oracle(plain_and_beyond: tuple[Texts, Asked]) -> OracleArm:
     arm = OracleArm(0.95, alphabet=range(32, 127))
     for prompt, said in plain_and_beyond[1]:
         arm.learn(prompt, said)
@@ -163,3 +162,42 @@ def test_turns_in_pages_chunks_and_a_full_pool(
     with engine(models.target, whiflash=flags, arms=[oracle], **{**OPTIONS, **case}) as e:
         talks = sessions() if "max_total_tokens" not in case else sessions()[:3]
         assert converse(e, talks) == {talk.name: plain[talk.name] for talk in talks}
+
+
+def told(e: Engine) -> dict[str, tuple[list[int], int, list[int]]]:
+    """Prompt, cached tokens and output of each turn; then all of a text is a prompt, and all but its end."""
+    found, rng = dict[str, tuple[list[int], int, list[int]]](), random.Random(5)
+    texts = {end: list[int]() for end in ENDS}
+    for turn in [*map(str, range(TURNS)), "again", "fork"]:
+        for end, text in texts.items():
+            kept = len(text) - 9 * (turn == "fork")
+            text[kept:] = rng.choices(range(32, 127), k=rng.randint(3, 40) * (turn != "again"))
+            e.submit(f"{end}/{turn}", text, **{"max_new_tokens": 24, **ENDS[end]})
+        e.run()
+        for end, text in texts.items():
+            said = e.output(rid := f"{end}/{turn}")
+            found[rid] = list(text), e.requests[rid].cached_tokens, said
+            text += said * turn.isdigit()
+    e.check_leaks()
+    return found
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_a_turn_finds_as_many_tokens_cached_as_in_plain_decoding(models: Models, page: int) -> None:
+    """All KV that was computed. At a fork EAGLE-3's last entry pairs a feature with the other text's token."""
+    with engine(models.target, page_size=page, **OPTIONS) as e:
+        plain = told(e)
+    oracle = OracleArm(0.95, alphabet=range(32, 127))
+    for prompt, _, said in plain.values():
+        oracle.learn(prompt, said)
+    flags: dict[str, Any] = {"whiflash": models.whiflash("random"), "arms": [oracle], "page_size": page}
+    with engine(models.target, **flags, **OPTIONS) as e:
+        found = told(e)
+        assert_tree_is_true(e, models)
+    assert max(oracle.accepted) == oracle.max_drafts
+    assert plain["length/1"][1] == (len(plain["length/0"][0]) + 23) // page * page
+    for rid, (prompt, cached, said) in plain.items():
+        if rid.endswith("fork"):
+            shared = common_prefix(prompt, plain[rid.replace("fork", "again")][0])
+            cached = min(cached, (shared - 1) // page * page)
+        assert found[rid] == (prompt, cached, said), rid

@@ -8,6 +8,7 @@ WHIFLASH with an autoregressive drafter, without claiming to be EAGLE anywhere e
 from functools import wraps
 from typing import Any
 
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_server_args
 
 from whiflash_sglang.drafts import arms
@@ -32,3 +33,22 @@ def _with_bigrams(original: Any) -> Any:
         return original(*args, **kwargs)
 
     return build
+
+
+class BigramTree(UnifiedRadixCache):  # type: ignore[misc]
+    """A tree with bigram keys that keeps and finds as many slots as one with plain keys.
+
+    SGLang ends a key with the last token that has KV, and limits a prompt's hit in tokens: both cost a slot.
+    """
+
+    def checkpoint_into_tree(self, req: Any, *, up_to: int, **named: Any) -> None:
+        """A finished request's key ends with its last token, which has no KV: drafters have ingested that pair."""
+        if req.finished():
+            up_to = min(up_to + 1, len(req.origin_input_ids) + len(req.output_ids_through_stop))
+        super().checkpoint_into_tree(req, up_to=up_to, **named)
+
+    def _match_tree(self, params: Any) -> Any:
+        key = params.key
+        if key.limit is not None and not key.is_bigram:
+            key.limit += 1
+        return super()._match_tree(params)

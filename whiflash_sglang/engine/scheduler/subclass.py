@@ -14,6 +14,7 @@ from sglang.srt.managers.io_struct import (
     UpdateWeightsFromIPCReqInput,
 )
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from whiflash_sglang.engine.carried import is_ours
 from whiflash_sglang.engine.forward.parallel import RequestReceiver
@@ -22,6 +23,7 @@ from whiflash_sglang.engine.scheduler import releases
 from whiflash_sglang.engine.scheduler.control import InternalState
 from whiflash_sglang.engine.scheduler.disaggregation import PreallocQueue
 from whiflash_sglang.engine.scheduler.figures import MetricsReporter
+from whiflash_sglang.engine.scheduler.radix import BigramTree
 from whiflash_sglang.engine.scheduler.stops import BatchResultProcessor
 from whiflash_sglang.engine.scheduler.streamer import OutputStreamer
 
@@ -42,6 +44,9 @@ def _becoming(original: Any, self: Any) -> None:
     if not is_ours(self):
         return
     self.__class__ = type("WhiflashScheduler", (WhiflashScheduler, type(self)), {})
+    tree = self.tree_cache
+    if type(tree) is UnifiedRadixCache and tree.tree_core.is_eagle:
+        tree.__class__ = BigramTree
     self.draft_worker.scheduler = ref(self)
     if self.metrics_collector is not None:
         self.draft_worker.publish_to(self.metrics_collector)
