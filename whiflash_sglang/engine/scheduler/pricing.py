@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 import whiflash_kernels
+from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_context
@@ -41,16 +42,24 @@ from whiflash_sglang.prices.kept import KeptPrices
 from whiflash_sglang.prices.tables import CostTables, LookedUpCosts, Sizes, Verifications
 from whiflash_sglang.records.core import DraftBatch
 
-LONGEST = 16384
+LONGEST = 131072
 """Tokens of context, of all requests together, that verifications are timed with at most.
 
 FA3, and `verify_attention` behind Triton attention, cut long prefixes over the chip: a verification takes as long as
 the sum of contexts, however it is divided, and larger sums are on the line (`results/gpu/verification.json`: 2.7 to
-3.4 ns a token and layer from 32,768 to 819,200 tokens). So servers of any context are timed in the same seconds.
+3.4 ns a token and layer from 32,768 to 819,200 tokens). So servers of any context are timed in seconds.
+"""
+
+WALKED = 16384
+"""The same for latent attention: Triton's walks a prefix in one program, which takes up to fifty times as long."""
+
+FLAT = 8192
+"""The shorter context, if the longer one is twice as long. Up to there a cut prefix takes as long as none: each program
+of an H200 has a share of the least size until eight KV heads have 8,448 tokens.
 """
 
 SHORTER = 16
-"""The shorter context is this part of the longer one."""
+"""Else the shorter context is this part of the longer one."""
 
 BATCHES = (1, 2, 4, 8)
 """Requests that drafters are profiled with."""
@@ -148,9 +157,7 @@ class Start:
     def tables(self) -> CostTables:
         """Measure. Waits for the device."""
         (sizes, most), (short, long) = self._rows(), self._contexts()
-        with _spread_slots(self.target, most, long + self._widest):
-            verify = partial(self._verification, most)
-            verifications = Verifications.measured(short, long, sizes, verify)
+        verifications = Verifications.measured(short, long, sizes, partial(self._verification, most))
         # The scheduler would wait for the last of these verifications in place of the first prefill.
         self.target.runner.shared_read_done_event = None
         groups, drafts, shorter = graded(self.requests), {}, {}
@@ -183,8 +190,10 @@ class Start:
 
     def _contexts(self) -> tuple[int, int]:
         """Tokens of context that verifications are timed with."""
-        long = min(self.target.context_len - self._widest, self.target.kv_slots, LONGEST)
-        return long // SHORTER, long
+        latent = self.target.runner.model_config.attention_arch == AttentionArch.MLA
+        most = min(self.target.context_len - self._widest, self.target.kv_slots)
+        long = min(most, WALKED if latent else LONGEST)
+        return (long // SHORTER if latent or long < 2 * FLAT else FLAT), long
 
     def _tokens(self) -> list[int]:
         """Tokens of the catch-ups that are timed."""
@@ -217,11 +226,10 @@ class Start:
         target, device = self.target, self.target.device
         count = min(rows, requests)
         widths = [rows // count + (i < rows % count) for i in range(count)]
-        ids = torch.arange(1, count + 1, device=device)
-        starts = torch.full_like(ids, max(context // count, 1))
+        ids, each = torch.arange(1, count + 1, device=device), max(context // count, 1)
+        starts = torch.full_like(ids, each)
         verify_lens = torch.tensor(widths, dtype=torch.int32, device=device)
         bonus, drafts = torch.zeros_like(ids), ids.new_zeros((count, max(widths) - 1))
-        block = prepare_mixed_block(bonus, drafts, verify_lens, starts, ids, target.slot_table, rows=rows)
         on_host = starts.cpu()
 
         def verify() -> Any:
@@ -239,7 +247,9 @@ class Start:
             )
             return target.verify(batch, block, verify_lens, widths if self.host.exact else None, max(widths))
 
-        return measure(verify, self.clock)
+        with _spread_slots(target, count, each + max(widths)):
+            block = prepare_mixed_block(bonus, drafts, verify_lens, starts, ids, target.slot_table, rows=rows)
+            return measure(verify, self.clock)
 
 
 @contextmanager
