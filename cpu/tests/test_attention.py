@@ -125,7 +125,7 @@ def expected(
 ) -> torch.Tensor:
     query = torch.randn(sum(q_lens), HEADS, DIM, generator=torch.Generator().manual_seed(3))
     table = runner.req_to_token_pool.req_to_token[rows]
-    plan = PagedAttentionPlan.build(table, q_lens, kv_lens, causal=causal, dtype=torch.float32)
+    plan = PagedAttentionPlan.build(table, q_lens, kv_lens, causal=causal)
     pool = runner.token_to_kv_pool
     query = query.to(pool.k.dtype).float()
     return plan.run(query, pool.k.float(), pool.v.float(), SCALE).reshape(sum(q_lens), HEADS * DIM)

@@ -47,9 +47,7 @@ class CpuAttentionBackend(AttentionBackend):
         self._q_lens: Sequence[int] = ()
         self._kv_lens: Sequence[int] = ()
         self._rows: torch.Tensor | None = None
-        self._plans: dict[
-            tuple[bool, int | None, torch.dtype | None, bool], PagedAttentionPlan | CompiledPlan
-        ] = {}
+        self._plans: dict[tuple[bool, int | None, bool, bool], PagedAttentionPlan | CompiledPlan] = {}
         self._windowed: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -78,7 +76,7 @@ class CpuAttentionBackend(AttentionBackend):
         window = layer.sliding_window_size if layer.sliding_window_size not in (None, -1) else None
         compiled = attention_kernel() if fits(q, k_cache, v_cache) else None
         own_pool = layer.layer_id in self._own_pool
-        key = (causal, window if causal else None, None if compiled else q.dtype, own_pool)
+        key = (causal, window if causal else None, compiled is not None, own_pool)
         plan = self._plans.get(key)
         if plan is not None:
             return plan
@@ -86,12 +84,8 @@ class CpuAttentionBackend(AttentionBackend):
         table, rows = self.req_to_token_pool.req_to_token, self._rows
         if own_pool and self._windowed is not None:
             table, rows = self._windowed[0], None
-        if compiled:
-            plan = compiled.plan(table, q_lens, kv_lens, causal=causal, request_rows=rows, window=key[1])
-        else:
-            plan = PagedAttentionPlan.build(
-                table, q_lens, kv_lens, causal=causal, dtype=q.dtype, request_rows=rows, window=key[1]
-            )
+        build = PagedAttentionPlan.build if compiled is None else compiled.plan
+        plan = build(table, q_lens, kv_lens, causal=causal, request_rows=rows, window=key[1])
         self._plans[key] = plan
         return plan
 

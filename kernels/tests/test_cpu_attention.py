@@ -12,7 +12,7 @@ from torch import Tensor
 from whiflash_kernels.cpu import compiler
 from whiflash_kernels.cpu import paged_attention as module
 from whiflash_kernels.cpu.paged_attention import CompiledAttention, compiled_attention, fits
-from whiflash_kernels.reference import grouping, paged_attention
+from whiflash_kernels.reference import paged_attention
 from whiflash_kernels.reference.paged_attention import PagedAttentionPlan
 
 SLOTS = 1600
@@ -25,7 +25,7 @@ class InTorch:
     dtype: torch.dtype
 
     def plan(self, *lengths: Any, **kind: Any) -> PagedAttentionPlan:
-        return PagedAttentionPlan.build(*lengths, **kind, dtype=self.dtype)
+        return PagedAttentionPlan.build(*lengths, **kind)
 
 
 KERNELS = ["this processor", "x86-64-v3", torch.float32, torch.bfloat16]
@@ -192,15 +192,12 @@ def test_it_is_the_formula_over_several_chunks(kernel: Any, case: Case) -> None:
     agrees(kernel, case)
 
 
-@pytest.mark.parametrize(("narrow", "wide", "cost"), [(3, 5, 0), (3, 5, grouping.GROUP), (64, 32, 0.1)])
+@pytest.mark.parametrize("rows", [3, 5])
 @settings(deadline=None, max_examples=100)
 @given(case=cases())
-def test_however_requests_are_grouped_and_split(case: Case, narrow: int, wide: int, cost: float) -> None:
-    """In blocks beside narrow requests; where no request is padded for another."""
+def test_however_rows_are_cut_into_blocks(case: Case, rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paged_attention, "NARROW_ROWS", narrow)
-        patch.setattr(paged_attention, "WIDE_ROWS", wide)
-        patch.setattr(grouping, "GROUP", cost)
+        patch.setattr(paged_attention, "ROWS", rows)
         agrees(InTorch(torch.float32), case)
 
 

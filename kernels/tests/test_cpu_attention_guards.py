@@ -66,7 +66,7 @@ def test_what_is_no_number_is_seen(kernel: CompiledAttention, entry: int) -> Non
     q, k, v = normal(1, HEADS, SIZE), normal(SLOTS, KV_HEADS, SIZE), normal(SLOTS, KV_HEADS, SIZE)
     k[table[0, entry].long(), 0, 3] = float("nan")
     found = kernel.plan(table, [1], [entries], causal=True).run(q, k, v, 0.2)
-    plain = PagedAttentionPlan.build(table, [1], [entries], causal=True, dtype=q.dtype).run(q, k, v, 0.2)
+    plain = PagedAttentionPlan.build(table, [1], [entries], causal=True).run(q, k, v, 0.2)
     assert torch.equal(found.isnan(), plain.isnan())
     assert found[:, :2].isnan().all()
 
