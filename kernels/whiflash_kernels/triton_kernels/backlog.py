@@ -13,7 +13,6 @@ from whiflash_kernels.structs import BacklogRings, Claims
 from whiflash_kernels.triton_kernels.launch import FEWEST_LANES, power_of_two
 
 COLUMNS = 2048
-WARPS = 4
 CLAIMS = 128
 """Backlogs of one program."""
 
@@ -62,8 +61,6 @@ def park(
     row_starts: Tensor,
     *,
     max_length: int | None = None,
-    columns: int = COLUMNS,
-    warps: int = WARPS,
 ) -> None:
     """See `whiflash_kernels.backlog.park`."""
     requests, width = request_slots.shape[0], features.shape[1]
@@ -71,7 +68,7 @@ def park(
     if requests == 0 or max_length == 0:
         return
     features = features if features.stride(1) == 1 else features.contiguous()
-    columns = min(columns, power_of_two(width))
+    columns = min(COLUMNS, power_of_two(width))
     _park_kernel[(requests * max_length, triton.cdiv(width, columns))](
         rings.features,
         rings.next_tokens,
@@ -88,7 +85,7 @@ def park(
         features.stride(0),
         max_length,
         COLUMNS=columns,
-        num_warps=warps,
+        num_warps=4,
     )
 
 
@@ -170,8 +167,6 @@ def unpark(
     rows: int,
     chunks: Sequence[int] | None = None,
     chunk_width: int = 0,
-    columns: int = COLUMNS,
-    warps: int = WARPS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `whiflash_kernels.backlog.unpark`."""
     if chunks is None:
@@ -184,7 +179,7 @@ def unpark(
     packed = features, tokens, positions, cache_slots, request_of_row
     if not rows:
         return packed
-    columns = min(columns, power_of_two(chunk_width))
+    columns = min(COLUMNS, power_of_two(chunk_width))
     blocks_per_chunk = triton.cdiv(chunk_width, columns)
     _unpark_kernel[(rows, len(chunks) * blocks_per_chunk)](
         rings.features,
@@ -204,7 +199,7 @@ def unpark(
         CHUNKS=tuple(chunks),
         LANES=FEWEST_LANES,
         COLUMNS=columns,
-        num_warps=warps,
+        num_warps=4,
     )
     return packed
 
