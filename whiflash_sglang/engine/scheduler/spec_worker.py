@@ -229,7 +229,9 @@ class RoundResult(GenerationBatchResult):  # type: ignore[misc]
         self.next_token_ids = results[at.tokens].reshape(-1)
         self.accept_lens, self.cap_lens = results[at.accept_lens], results[at.widths]
         if self.rated is not None:
-            put_rates(self.logits_output, results[at.rates], self.rated, len(self.accept_lens))
+            rates = results[at.rates]  # on its way to the host if SGLang carries it
+            rates = rates if rates.device.type == "cpu" else rates.cpu()
+            put_rates(self.logits_output, rates, self.rated, len(self.accept_lens))
             results.at = at._replace(rates=None)  # nobody else reads them
 
 
@@ -251,10 +253,9 @@ def round_result(verified: Verified, results: Download[Results]) -> GenerationBa
         speculative_output_stride=tokens.shape[1],
         new_seq_lens=seq_lens,
     )
-    if results.learn is not None:  # SGLang carries them
+    # SGLang carries them, or takes rates from them.
+    if results.learn is not None or verified.rated is not None:
         made.__class__, made.results, made.rated = RoundResult, results, verified.rated
-    elif verified.rated is not None:
-        put_rates(verified.output, results[at.rates].cpu(), verified.rated, len(tokens))
     return made
 
 
