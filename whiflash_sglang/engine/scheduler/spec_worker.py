@@ -187,9 +187,6 @@ def prefill_rows(
 class Chances(list[torch.Tensor]):
     """Log-probabilities of committed tokens, by request. They may still be on their way to the host."""
 
-    device = torch.device("cpu")
-    """SGLang copies none that is there."""
-
     def tolist(self) -> list[list[float]]:
         """As of a tensor, which SGLang takes it for."""
         return [chances.tolist() for chances in self]
