@@ -93,14 +93,14 @@ def test_rows_that_were_copied_of_a_second_matrix_follow(models: Models, tmp_pat
         weight, matrix = arm._head.weight, arm._head.matrix
         before = weight.clone(), matrix.clone()
         swap(e, 1)
-        now = arm._chosen()
+        now = arm.model.head.within(arm._head.kept)
         assert (arm._head.weight is weight, arm._head.matrix is matrix) == (True, True)
         assert torch.equal(weight, now.weight)
         assert torch.equal(matrix, now.matrix)
         assert (torch.equal(weight, before[0]), torch.equal(matrix, before[1])) == (True, False)
         e.update_target(tiny_target(tmp_path / "other", seed=5))
         assert arm._head.weight is weight
-        assert torch.equal(weight, arm._chosen().weight)
+        assert torch.equal(weight, arm.model.head.within(arm._head.kept).weight)
         assert not torch.equal(weight, before[0])
 
 

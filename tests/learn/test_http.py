@@ -159,7 +159,8 @@ def test_what_was_learned_is_offered(
     monkeypatch.setattr(watch, "new_samples", new_samples)
     words = ["learn", str(learning), "--config", "tiny", "--url", server.url, "--json"]
     for number in (2,) if watches else (2, None):
-        found = Outcome(1, number, 100, 16, 2400, 1.0, 0.0, {})
+        counts = {"learned": 100, "judged": 16, "tokens": 2400, "seconds": 1.0, "until": 0.0}
+        found = Outcome(present=1, version=number, drafters={}, **counts)
         for module in (once, watch):
             monkeypatch.setattr(module, "learn_once", lambda *_, found=found: found)
         ran = CliRunner().invoke(app, [*words, *(["--watch"] if watches else [])])

@@ -51,7 +51,7 @@ ELSEWHERE = {
 MOST_LAUNCHES = {"whiflash": 15, "sglang": 9}
 """Launches of a pass with four requests that two drafters and copies draft for, by owner: a ratchet, never raised."""
 BESIDE: dict[str, dict[str, int]] = {
-    "grammar": {"whiflash": 2, "sglang": 1},
+    "grammar": {"whiflash": 2, "sglang": 2},
     "biased": {"whiflash": 1},
     "penalised": {"whiflash": 1},
     "rated": {"whiflash": 1},

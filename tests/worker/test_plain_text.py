@@ -42,7 +42,7 @@ from whiflash_sglang.round.draft import DraftStage
 from whiflash_sglang.routing.controller import Controller
 from whiflash_sglang.routing.policies import Pinned
 from whiflash_sglang.serve import worker
-from whiflash_sglang.structure.sketch import is_text
+from whiflash_sglang.spans.vocabulary import is_text
 from whiflash_train.bundle import BundleParts, create
 
 EVERYTHING = {

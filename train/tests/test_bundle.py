@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(models: dict[str, Path
         (
             "eagle3",
             {"architectures": ["Qwen3Eagle3Model"], "target_layer_ids": [0, 2], "num_hidden_layers": 2},
-            "num_hidden_layers 2: several",
+            "num_hidden_layers 2: DeepSpec's EAGLE-3 has one layer",
         ),
         ("eagle3", {"architectures": ["LlamaForCausalLMEagle"]}, r"\['LlamaForCausalLMEagle'\] is no draft"),
         ("dflash", {"architectures": ["LlamaForCausalLMEagle3"]}, "is no draft architecture"),
