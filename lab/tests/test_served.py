@@ -1,6 +1,7 @@
 """A bundle beside a server that drafts with it: they agree, and planted differences have their names."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,15 @@ from whiflash_train.target import TargetModel
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 LAYERS = range(5)
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was() -> Iterator[None]:
+    """An engine in this process sets the level of all loggers, and a tiny model wants one thread."""
+    level, threads = logging.root.level, torch.get_num_threads()
+    yield
+    logging.root.setLevel(level)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
