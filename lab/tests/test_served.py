@@ -116,7 +116,7 @@ class Planted:
 def test_a_planted_difference_has_its_name(
     root: Path, monkeypatch: pytest.MonkeyPatch, cause: str | None, planted: dict[str, Any]
 ) -> None:
-    torch.set_num_threads(1)  # of a tiny model: more would wait for each other
+    torch.set_num_threads(1)  # a tiny model is slower with more, which wait for each other
     target = TargetModel(root / "target", **CPU)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What should serve a target on these cards, for this load? By published figures, or a server's own prices.
+"""Choice of a server for a target, cards and a load: by published figures, or a server's own prices.
 
 An estimate: nothing is measured but what a server says. `published.yaml` has its errors on one H100 and one H20. Prices
 of other cards, of several and of experts follow from a card's bandwidth. Imports no torch.
