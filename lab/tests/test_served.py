@@ -1,7 +1,8 @@
 """A bundle beside a server that drafts with it: they agree, and planted differences have their names."""
 
 import json
-import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,9 @@ from server_host import ServerHost
 from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
 from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
 from whiflash_lab import evaluation
 from whiflash_lab.evaluation import EvaluationSettings, Hardware, compare_served
-from whiflash_sglang.cli.app import app
 from whiflash_train.answers.store import FeatureStore, SequenceRecord
 from whiflash_train.answers.store import Sequence as Stored
 from whiflash_train.origin import VocabularyMatrices
@@ -31,12 +30,12 @@ LAYERS = range(5)
 
 
 @pytest.fixture(autouse=True)
-def _process_as_it_was() -> Iterator[None]:
-    """An engine in this process sets the level of all loggers, and a tiny model wants one thread."""
-    level, threads = logging.root.level, torch.get_num_threads()
+def _one_thread() -> Iterator[None]:
+    """A tiny model is slower with more, which wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
-    logging.root.setLevel(level)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +115,6 @@ class Planted:
 def test_a_planted_difference_has_its_name(
     root: Path, monkeypatch: pytest.MonkeyPatch, cause: str | None, planted: dict[str, Any]
 ) -> None:
-    torch.set_num_threads(1)  # a tiny model is slower with more, which wait for each other
     target = TargetModel(root / "target", **CPU)
 
     @contextmanager
@@ -141,7 +139,10 @@ def test_a_server_agrees_with_its_bundle(root: Path, host: ServerHost) -> None:
     with host.running(*map(str, arguments)) as server:
         options = ["--bundle", root / "bundle", "--prompts", root / "prompts.jsonl", "--served", server.url]
         options += ["--arm", "diffusion", "--dtype", "float32", "--max-new-tokens", "48", "--json"]
-        done = CliRunner().invoke(app, ["lab", "evaluate", *map(str, options)])
-    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
+        # An engine that is shut down kills every child of its process: here that would be the servers' host, too.
+        whiflash = Path(sys.executable).with_name("whiflash")
+        command = [whiflash, "lab", "evaluate", *map(str, options)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for row in json.loads(done.stdout)["positions"]:
         assert row["offline"][0] == pytest.approx(row["served"][0], abs=0.02)
