@@ -1,18 +1,22 @@
 """KV-only catch-up: packed target features to the K and V of a drafter, straight into its paged pools."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whiflash_kernels.dispatch import op
+from whiflash_kernels.dispatch import backend_for, op
 from whiflash_kernels.packed import linear
 from whiflash_kernels.structs import DFlashWeights, Eagle3Weights, KVPools
 
 
-def _check(features: Tensor, *places: Any) -> None:
-    *_, positions, cache_slots, weights, rope_table, pools = places
+def _check(
+    features: Tensor,
+    positions: Tensor,
+    cache_slots: Tensor,
+    weights: DFlashWeights | Eagle3Weights,
+    rope_table: Tensor,
+    pools: KVPools,
+) -> None:
     _, heads, dim = pools.k[0].shape
     expected = len(pools.k) * 2 * heads * dim
     if weights.kv.shape[0] != expected:
@@ -35,7 +39,6 @@ def _check(features: Tensor, *places: Any) -> None:
 
 
 @torch.no_grad()
-@op(_check)
 def dflash_catch_up(
     features: Tensor,
     positions: Tensor,
@@ -76,6 +79,7 @@ def dflash_catch_up(
     are already rotated, and its fused rotate-and-append is for FP8 caches.
     Source: DFlash, arXiv 2602.06036; KV-only Prefill, WhiFlash, arXiv 2606.07710.
     """
+    _check(features, positions, cache_slots, weights, rope_table, pools)
     fused = rms_norm(linear(features, weights.fc, weights.fc_bias), weights.hidden_norm, weights.eps)
     kv = linear(fused, weights.kv, weights.kv_bias)
     write_kv(kv, weights.k_norm, weights.k_eps or weights.eps, positions, cache_slots, rope_table, pools)
@@ -83,7 +87,6 @@ def dflash_catch_up(
 
 
 @torch.no_grad()
-@op(_check)
 def eagle3_catch_up(
     features: Tensor,
     next_tokens: Tensor,
@@ -119,21 +122,31 @@ def eagle3_catch_up(
     two more round trips of [N, H], for what the prologue does in one. Upstream has no such pass for EAGLE-3.
     Source: EAGLE-3, arXiv 2503.01840; KV-only Prefill, WhiFlash, arXiv 2606.07710.
     """
+    _check(features, positions, cache_slots, weights, rope_table, pools)
     fused = eagle3_fuse(features, weights)
-    embedded = rms_norm(F.embedding(next_tokens, weights.embedding), weights.input_norm, weights.eps)
-    layer_input = torch.cat([embedded, rms_norm(fused, weights.hidden_norm, weights.eps)], dim=-1)
-    kv = linear(layer_input, weights.kv, weights.kv_bias)
+    kv = linear(layer_input(fused, next_tokens, weights), weights.kv, weights.kv_bias)
     write_kv(kv, weights.k_norm, weights.eps, positions, cache_slots, rope_table, pools)
     return fused
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, computed in float32 and rounded once to ``x``'s dtype."""
+    """RMSNorm over the last dimension, computed in float32; rounded once to ``x``'s dtype, or on a GPU torch's, which
+    rounds the weight, too."""
+    if weight.ndim == 1 and backend_for(x) == "triton":
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (wide * scale * weight.float()).to(x.dtype)
 
 
+@op()
+def layer_input(fused: Tensor, next_tokens: Tensor, weights: Eagle3Weights) -> Tensor:
+    """[RMSNorm(embedding of the next token) | RMSNorm(fused)]: [N, 2H] in the dtype of ``fused``."""
+    embedded = rms_norm(F.embedding(next_tokens, weights.embedding), weights.input_norm, weights.eps)
+    return torch.cat([embedded, rms_norm(fused, weights.hidden_norm, weights.eps)], dim=-1)
+
+
+@op()
 def write_kv(
     kv: Tensor,
     k_norm: Tensor | None,

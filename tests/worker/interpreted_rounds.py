@@ -47,7 +47,7 @@ KERNELS = {
     attention: ("draft_attention",),
     backlog: ("claim_backlogs", "park", "unpark"),
     block: ("accept_and_commit", "prepare_mixed_block"),
-    catch_up: ("dflash_catch_up", "eagle3_catch_up"),
+    catch_up: ("layer_input", "write_kv"),
     drafts: ("choose_drafts", "cut_drafts", "lay_drafts"),
     passes: ("draft_inputs", "pass_rows"),
     routing: ("routing_stats",),

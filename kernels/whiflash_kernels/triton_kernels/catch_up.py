@@ -1,14 +1,13 @@
 # ruff: noqa: N803 -- compile-time constants are in capitals, as is usual in Triton
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""KV-only catch-up: library products between a fused prologue and a fused epilogue."""
+"""The parts of a KV-only catch-up before and after its products, fused."""
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from whiflash_kernels.structs import DFlashWeights, Eagle3Weights, KVPools
+from whiflash_kernels.structs import Eagle3Weights, KVPools
 from whiflash_kernels.triton_kernels.launch import power_of_two
 
 
@@ -94,7 +93,7 @@ def write_kv(
     rope_table: Tensor,
     pools: KVPools,
 ) -> None:
-    """Norm and rotate K, and scatter K and V of ``kv`` ``[N, L*2*Hkv*D]`` into the pools."""
+    """See `whiflash_kernels.catch_up.write_kv`."""
     layers, (_, heads, dim) = len(pools.k), pools.k[0].shape
     half = rope_table.shape[1] // 2
     if kv.shape[0] == 0:
@@ -124,24 +123,6 @@ def write_kv(
         ALIGNED=pools.aligned,
         num_warps=4,
     )
-
-
-def dflash_catch_up(
-    features: Tensor,
-    positions: Tensor,
-    cache_slots: Tensor,
-    weights: DFlashWeights,
-    rope_table: Tensor,
-    pools: KVPools,
-) -> Tensor:
-    """See `whiflash_kernels.catch_up.dflash_catch_up`."""
-    projected = F.linear(features, weights.fc, weights.fc_bias)
-    fused = F.rms_norm(
-        projected, weights.hidden_norm.shape, weights.hidden_norm.to(projected.dtype), weights.eps
-    )
-    kv = F.linear(fused, weights.kv, weights.kv_bias)
-    write_kv(kv, weights.k_norm, weights.k_eps or weights.eps, positions, cache_slots, rope_table, pools)
-    return fused
 
 
 @triton.jit
@@ -174,7 +155,7 @@ def _layer_input_kernel(
 
 
 def layer_input(fused: Tensor, next_tokens: Tensor, weights: Eagle3Weights) -> Tensor:
-    """[RMSNorm(embedding of the next token) | RMSNorm(fused)]: [N, 2H] in the dtype of ``fused``."""
+    """See `whiflash_kernels.catch_up.layer_input`."""
     rows, hidden = fused.shape
     out = torch.empty(rows, 2 * hidden, dtype=fused.dtype, device=fused.device)
     if rows:
@@ -193,31 +174,3 @@ def layer_input(fused: Tensor, next_tokens: Tensor, weights: Eagle3Weights) -> T
             num_warps=8,
         )
     return out
-
-
-def eagle3_fuse(features: Tensor, weights: Eagle3Weights) -> Tensor:
-    """``fc`` of the concatenated features, after the checkpoint's optional norms: [N, H]."""
-    if weights.concat_norm is not None:
-        norm = weights.concat_norm.to(features.dtype)
-        features = F.rms_norm(features, norm.shape, norm, weights.eps)
-    if weights.chunk_norms is not None:
-        chunks, width = weights.chunk_norms.shape
-        normed = F.rms_norm(features.reshape(-1, chunks, width).float(), (width,), None, weights.eps)
-        features = (normed * weights.chunk_norms.float()).to(features.dtype).flatten(1)
-    return F.linear(features, weights.fc, weights.fc_bias)
-
-
-def eagle3_catch_up(
-    features: Tensor,
-    next_tokens: Tensor,
-    positions: Tensor,
-    cache_slots: Tensor,
-    weights: Eagle3Weights,
-    rope_table: Tensor,
-    pools: KVPools,
-) -> Tensor:
-    """See `whiflash_kernels.catch_up.eagle3_catch_up`."""
-    fused = eagle3_fuse(features, weights)
-    kv = F.linear(layer_input(fused, next_tokens, weights), weights.kv, weights.kv_bias)
-    write_kv(kv, weights.k_norm, weights.eps, positions, cache_slots, rope_table, pools)
-    return fused
