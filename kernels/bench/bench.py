@@ -19,19 +19,8 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from cases import (
-    KERNELS,
-    Bench,
-    Case,
-    CaseSizes,
-    backlog_cases,
-    catch_up_cases,
-    layer_cases,
-    routing_cases,
-    switch_call,
-    verify_round,
-)
-from measure import Call, Ceilings, Timing, as_graph, ceilings, time_call
+from cases import KERNELS, Bench, Case, CaseSizes, backlog_cases, catch_up_cases, layer_cases, routing_cases
+from measure import Call, Ceilings, Timing, ceilings, time_call
 from provenance import cpu_name, provenance
 from shapes import SHAPES
 
@@ -84,18 +73,6 @@ def all_cases(bench: Bench, only: Sequence[str] = ()) -> Iterator[Case]:
         yield from (case for case in cases if not only or case.op in only)
 
 
-def switch_rows(bench: Bench, budget_ms: int) -> Iterator[BenchRow]:
-    """A verification round and a whole switch to either drafter, as graphs where there are graphs."""
-    device, tokens = bench.device, bench.shape.block
-    label = f"batch 1, {tokens} tokens, context 2048"
-    verification = as_graph(verify_round(bench.shape, device, tokens, 2048), device)
-    yield BenchRow("verify round", label, "torch", time_call(verification, device, budget_ms), None, None)
-    for arm in ("diffusion", "ar"):
-        with mock.patch.dict(os.environ, WHIFLASH_KERNELS="auto"):
-            timing = time_call(as_graph(switch_call(bench, arm), device), device, budget_ms)
-        yield BenchRow("switch", f"batch 1, 16 tokens, to {arm}", "auto", timing, None, None)
-
-
 def markdown(document: dict, rows: list[BenchRow]) -> str:
     lines = [f"# Ops at the shapes of {document['shape']} on {document['device']}", ""]
     lines += [f"- {key}: {value}" for key, value in document["provenance"].items()]
@@ -126,7 +103,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3-8b")
     parser.add_argument("--budget-ms", type=int, default=200, help="how long each call is repeated")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the references")
-    parser.add_argument("--only", default="", help="ops, with commas between; no whole round or switch then")
+    parser.add_argument("--only", default="", help="ops, with commas between")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     arguments = parser.parse_args()
@@ -149,9 +126,6 @@ def main() -> int:
         rows += measure(
             case, device, limits, compiled=not arguments.no_compile, budget_ms=arguments.budget_ms
         )
-    if not only:
-        print("verify round and switch", file=sys.stderr, flush=True)
-        rows += switch_rows(bench, arguments.budget_ms)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     document = {
         "shape": shape.name,

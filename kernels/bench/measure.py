@@ -60,20 +60,6 @@ def time_call(call: Call, device: torch.device, budget_ms: int = 200) -> Timing:
     return Timing(statistics.median(samples), tenths[0], tenths[-1])
 
 
-def as_graph(call: Call, device: torch.device) -> Call:
-    """``call`` as a CUDA graph's replay, so that launches from the host do not count; itself on a CPU."""
-    if device.type != "cuda":
-        return call
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def ceilings(device: torch.device) -> Ceilings:
     """Measure the copy bandwidth, the bf16 product rate and the shortest call of a GPU."""
     source = torch.randn(1 << 28, device=device).to(torch.bfloat16).repeat(2)

@@ -11,7 +11,6 @@ class ModelShape:
 
     name: str
     hidden: int
-    layers: int
     heads: int
     kv_heads: int
     dim: int
@@ -31,7 +30,6 @@ SHAPES = {
     "qwen3-8b": ModelShape(
         name="Qwen3-8B",
         hidden=4096,
-        layers=36,
         heads=32,
         kv_heads=8,
         dim=128,
@@ -47,7 +45,6 @@ SHAPES = {
     "smollm2-135m": ModelShape(
         name="SmolLM2-135M",
         hidden=576,
-        layers=30,
         heads=9,
         kv_heads=3,
         dim=64,
