@@ -139,7 +139,7 @@ def test_where_passes_are_captured_their_memory_is_reckoned_with(
         assert largest > 0
         vocabulary = worker.target.shape.vocab_size
         masks = Epilogue.mask_bytes(graphs.most_rows(5, worker.stages.epilogue._widest), vocabulary)
-        kept = masks + PenaltyRows.bytes_for(0, vocabulary, 5)
+        kept = masks + sum(part.nbytes for part in PenaltyRows(0, vocabulary, 5, "cpu").few)
         kept += Epilogue.rate_bytes(worker.stages.epilogue._widest, vocabulary)
         assert captured - eager == largest + sum(held.values()) + kept
 

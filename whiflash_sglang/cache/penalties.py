@@ -44,11 +44,6 @@ class PenaltyRows:
         )
         self._free, self._taken = list(range(places)), dict[int, list[int]]()
 
-    @staticmethod
-    def bytes_for(rows: int, vocabulary: int, places: int) -> int:
-        """Bytes that such a table takes, until more places are needed."""
-        return rows * (3 * 4 + 4 * 8) + places * vocabulary * (4 + 4)
-
     def begin(self, upload: Upload, row: int, penalties: Penalties | None) -> None:
         """A request begins in `row`. So from when `upload` is sent on. None: its logits stay as they are."""
         known = row in self._taken

@@ -24,11 +24,6 @@ class TokenTable:
     def __init__(self, rows: int, context: int, margin: int, device: torch.device | str) -> None:
         self.data = torch.zeros((rows, context + margin), dtype=torch.int64, device=device)
 
-    @staticmethod
-    def bytes_for(rows: int, context: int, margin: int) -> int:
-        """Bytes that such a table takes."""
-        return rows * (context + margin) * torch.int64.itemsize
-
     def begin(self, upload: Upload, row: int, *texts: Sequence[int]) -> None:
         """Write the texts of a request, one after the other: its prompt, its output before a retraction.
 
@@ -65,11 +60,6 @@ class StopTable:
     def __init__(self, rows: int, device: torch.device | str) -> None:
         self.few = self.data = torch.full((rows, FEW), NO_TOKEN, dtype=torch.int64, device=device)
         self._exceeding: set[int] = set()
-
-    @staticmethod
-    def bytes_for(rows: int) -> int:
-        """Bytes that such a table takes, until a request has more than `FEW` stops."""
-        return rows * FEW * torch.int64.itemsize
 
     def begin(self, upload: Upload, row: int, stops: Sequence[int]) -> None:
         """A request begins in `row` that each of `stops` ends; empty: none does. So from when `upload` is sent on."""
@@ -109,11 +99,6 @@ class SamplingRows:
             torch.zeros(rows, dtype=torch.int64, device=device),
         )
         self._seeds = Random(seed)
-
-    @staticmethod
-    def bytes_for(rows: int) -> int:
-        """Bytes that such a table takes."""
-        return rows * (4 * torch.float32.itemsize + torch.int64.itemsize)
 
     def begin(self, upload: Upload, row: int, parameters: Sequence[float]) -> None:
         """A request begins in `row`. So from when `upload` is sent on.

@@ -195,7 +195,8 @@ def reserve(
     parts["drafters"] = sum(drafter.bytes_for(rows) for drafter in of_text(drafters).values())
     vocabulary = target.shape.vocab_size
     captures = graphs.captures_passes(target.device)
-    parts["penalties"] = PenaltyRows.bytes_for(rows, vocabulary, min(requests, MOST_PENALISED) * captures)
+    penalties = PenaltyRows(rows, vocabulary, min(requests, MOST_PENALISED) * captures, "meta")
+    parts["penalties"] = sum(part.nbytes for part in penalties.few)
     if captures:
         parts["masks"] = Epilogue.mask_bytes(graphs.most_rows(requests, widest), vocabulary)
         parts["log-probabilities"] = Epilogue.rate_bytes(widest, vocabulary)

@@ -134,8 +134,8 @@ def for_requests(target: Any, requests: int, widest: int, end_bytes: int) -> dic
     """
     columns = target.context_len + int(kv_cache_configurator.get_req_to_token_extra_context_len())
     rows = request_rows(requests)
-    table = TokenTable.bytes_for(rows, columns, widest)
-    table += StopTable.bytes_for(rows) + SamplingRows.bytes_for(rows)
+    tables = (TokenTable(rows, columns, widest, "meta").data, StopTable(rows, "meta").data)  # without memory
+    table = sum(part.nbytes for part in (*tables, *SamplingRows(rows, 0, "meta").data))
     if target.device.type != "cuda":
         return {"tables": table}
     vocabulary, kept = target.shape.vocab_size, 0
