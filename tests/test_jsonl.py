@@ -10,12 +10,13 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from whiflash_sdk.reading import DEEPEST
 
 from whiflash_lab.bench.cells import Answer, Cell, Journal, Load
 from whiflash_lab.bench.load import Asker, stream_lines
 from whiflash_lab.bench.prompts import Prompt, load_prompts
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files.jsonl import DEEPEST, parse_json_lines, read_json, read_json_file
+from whiflash_sglang.files.jsonl import parse_json_lines, read_json, read_json_file
 from whiflash_train.answers.prompts import read_rows
 
 ENDS = "\u2028 \u2029 \x85 \x1c \x0b \x0c"

@@ -29,7 +29,7 @@ def read_json(text: str | bytes) -> Any:
     except RecursionError:
         raise TooDeepError from None
     marks = ("[", "{") if isinstance(text, str) else (b"[", b"{")
-    if sum(map(text.count, marks)) > DEEPEST and _is_deep(value):  # type: ignore[arg-type]
+    if sum(map(text.count, marks)) > DEEPEST and is_deep(value):  # type: ignore[arg-type]
         raise TooDeepError
     return value
 
@@ -47,7 +47,8 @@ def text_or_none(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _is_deep(document: Any) -> bool:
+def is_deep(document: Any) -> bool:
+    """Whether a JSON text's value nests deeper than `DEEPEST`: what reads or writes it calls itself for each level."""
     holders = [document]
     for _ in range(DEEPEST):
         inside = (holder.values() if isinstance(holder, dict) else holder for holder in holders)

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from whiflash_sdk.reading import DEEPEST, is_deep
+
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import MOST_BYTES, open_regular
 
-DEEPEST: Final = 200
-"""Objects and lists around a value at most: what reads it afterwards, or writes it again, calls itself for each."""
 NOT_AS_WRITTEN: Final = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError)
 """Errors of code that reads a value which is JSON, and has another shape than its writer gives it."""
 LARGEST: Final = 2**64
@@ -44,8 +44,8 @@ def read_json(text: str | bytes | bytearray, *, finite: bool = True) -> Any:
         value = json.loads(text, **numbers)  # noqa: TID251  (the one place)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEEPEST}") from None
-    if text.count("[") + text.count("{") > DEEPEST:
-        _check_depth(value)
+    if text.count("[") + text.count("{") > DEEPEST and is_deep(value):
+        raise ValueError(f"nested deeper than {DEEPEST}")
     return value
 
 
@@ -70,19 +70,6 @@ def _finite(digits: str) -> float:
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number that JSON allows")
-
-
-def _check_depth(value: Any) -> None:
-    """Level by level, so that nothing here is nested either."""
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        inside = [item for item in level if isinstance(item, dict | list)]
-        if inside and depth > DEEPEST:
-            raise ValueError(f"nested deeper than {DEEPEST}")
-        level = [
-            item for parent in inside for item in (parent.values() if isinstance(parent, dict) else parent)
-        ]
 
 
 def write_whole(path: Path, text: str) -> None:
