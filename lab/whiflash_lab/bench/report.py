@@ -3,8 +3,9 @@
 `Report.arms` and `Report.ratios` are those of the first load; every load is under `Report.loads`.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import zip_longest
 from statistics import fmean
 from typing import Any, Literal
@@ -13,30 +14,24 @@ import numpy as np
 from pydantic import BaseModel
 
 from whiflash_lab.bench.arms import BESIDE, NONE, PINNED, STATIC
-from whiflash_lab.bench.cells import Answer, Cell, Load, RoundMs, Turn, round_ms_of, switch_share_of
+from whiflash_lab.bench.cells import Cell, Load, RoundMs, Turn, round_ms_of, switch_share_of
 from whiflash_lab.bench.reference import Difference
 from whiflash_sglang.files.equality import Verdict
 from whiflash_train.statistics import Floats, Interval, Percentiles, paired_ratio, percentiles_ms, rate
 
-Belongs = Callable[[str], bool]
-"""Whether a prompt counts."""
 OVERALL, LOOPS = "overall", "loops"
 
 
-def selections(cells: Sequence[Cell], groups: Mapping[str, str]) -> list[tuple[str, Belongs]]:
-    """Categories that occur, loops last, and what belongs to each; overall is everything but loops."""
+def names_of(cells: Sequence[Cell], groups: Mapping[str, str]) -> list[str]:
+    """Categories that occur, then all of them together, then loops."""
     occurring = {groups[answer.prompt] for cell in cells for answer in cell.answers}
     names = sorted(occurring - {LOOPS})
-    chosen: list[tuple[str, Belongs]] = [(name, _member(groups, name)) for name in names]
-    if names:
-        chosen.append((OVERALL, lambda prompt: groups[prompt] != LOOPS))
-    if LOOPS in occurring:
-        chosen.append((LOOPS, _member(groups, LOOPS)))
-    return chosen
+    return [*names, *([OVERALL] if names else []), *occurring.intersection([LOOPS])]
 
 
-def _member(groups: Mapping[str, str], name: str) -> Belongs:
-    return lambda prompt: groups[prompt] == name
+def belongs(group: str, name: str) -> bool:
+    """Whether a prompt of this group counts under a name: overall is everything but loops."""
+    return group == name or (name == OVERALL and group != LOOPS)
 
 
 def samples(cells: Sequence[Cell]) -> tuple[Floats, Floats]:
@@ -45,23 +40,16 @@ def samples(cells: Sequence[Cell]) -> tuple[Floats, Floats]:
     for cell in cells:
         units[cell.key[3]][cell.repetition] = cell
     rows = [list(by_repetition.values()) for _, by_repetition in sorted(units.items())]
-
-    def tokens_of(cell: Cell) -> int:
-        return sum(len(answer.tokens) for answer in cell.answers)
-
-    def seconds_of(cell: Cell) -> float:
-        answers: tuple[Answer, ...] = cell.answers
-        return answers[0].seconds if len(answers) == 1 else cell.seconds
-
-    return (
-        np.array([[tokens_of(cell) for cell in row] for row in rows], dtype=np.float64),
-        np.array([[seconds_of(cell) for cell in row] for row in rows], dtype=np.float64),
-    )
+    tokens = [[sum(len(answer.tokens) for answer in cell.answers) for cell in row] for row in rows]
+    seconds = [
+        [cell.answers[0].seconds if len(cell.answers) == 1 else cell.seconds for cell in row] for row in rows
+    ]
+    return np.array(tokens, dtype=np.float64), np.array(seconds, dtype=np.float64)
 
 
-def within(cells: Sequence[Cell], belongs: Belongs) -> list[Cell]:
-    """Cells whose prompts all count."""
-    return [cell for cell in cells if all(belongs(answer.prompt) for answer in cell.answers)]
+def within(cells: Sequence[Cell], groups: Mapping[str, str], name: str) -> list[Cell]:
+    """Cells whose prompts all belong to a name."""
+    return [cell for cell in cells if all(belongs(groups[a.prompt], name) for a in cell.answers)]
 
 
 def paired(cells: Sequence[Cell], others: Sequence[Cell], groups: Mapping[str, str]) -> Interval:
@@ -156,21 +144,14 @@ def build_report(
     for cell in cells:
         by_load[cell.load.label].append(cell)
     loads = [_load_report(own, groups, compared, over, base) for own in by_load.values()]
-    counts: dict[str, int] = defaultdict(int)
-    for group in groups.values():
-        counts[group] += 1
     return BenchReport(
         provenance=provenance,
         arms=loads[0].arms,
         ratios=loads[0].ratios,
         loads=loads,
         unavailable=dict(unavailable),
-        differences=[
-            {"arm": d.arm, "load": d.load, "prompt": d.prompt, "verdict": d.verdict.value}
-            | {"position": d.position, "gap": d.gap}
-            for d in compared or ()
-        ],
-        categories=dict(counts),
+        differences=[asdict(difference) for difference in compared or ()],
+        categories=dict(Counter(groups.values())),
         over=over,
     )
 
@@ -191,9 +172,7 @@ def _load_report(
         differing = (
             None if compared is None else [d for d in compared if (d.load, d.arm) == (load.label, arm)]
         )
-        arms[arm] = {
-            name: _figures(mine, belongs, differing, load, name) for name, belongs in selections(mine, groups)
-        }
+        arms[arm] = {name: _figures(mine, groups, differing, load, name) for name in names_of(mine, groups)}
     ratios = {arm: _ratios(arm, own, groups, load, over, base) for arm in own if base in own and arm != base}
     turns = {arm: _turns(mine) for arm, mine in own.items() if any(a.turns for c in mine for a in c.answers)}
     return LoadReport(load=load, arms=arms, ratios=ratios, turns=turns)
@@ -209,16 +188,20 @@ def _turns(cells: Sequence[Cell]) -> list[Turn]:
 
 
 def _figures(
-    cells: Sequence[Cell], belongs: Belongs, differing: Sequence[Difference] | None, load: Load, name: str
+    cells: Sequence[Cell],
+    groups: Mapping[str, str],
+    differing: Sequence[Difference] | None,
+    load: Load,
+    name: str,
 ) -> Figures:
-    answers = [answer for cell in cells for answer in cell.answers if belongs(answer.prompt)]
+    answers = [a for cell in cells for a in cell.answers if belongs(groups[a.prompt], name)]
     repetitions = len({cell.repetition for cell in cells})
     forwards = sum(answer.forwards for answer in answers)
     drafted = sum(len(answer.tokens) - answer.prefills for answer in answers)
-    whole = within(cells, belongs)
+    whole = within(cells, groups, name)
     rounds = _rounds(whole)
     tokens = sum(len(answer.tokens) for cell in whole for answer in cell.answers)
-    verdicts = None if differing is None else [d.verdict for d in differing if belongs(d.prompt)]
+    verdicts = [d.verdict for d in differing or () if belongs(groups[d.prompt], name)]
     return Figures(
         answers=len(answers),
         output_tokens=sum(len(answer.tokens) for answer in answers) // repetitions,
@@ -228,8 +211,8 @@ def _figures(
         ttft_ms=percentiles_ms([a.ttft for a in answers if a.ttft is not None]),
         tpot_ms=percentiles_ms([a.tpot for a in answers if a.tpot is not None]),
         switches_per_100_tokens=100 * rounds["switches"] / tokens if rounds else None,
-        mismatches=None if verdicts is None else verdicts.count(Verdict.DIFFERENT),
-        ties=None if verdicts is None else verdicts.count(Verdict.TIE),
+        mismatches=None if differing is None else verdicts.count(Verdict.DIFFERENT),
+        ties=None if differing is None else verdicts.count(Verdict.TIE),
         round_ms=round_ms_of(rounds) if rounds else None,
         switch_share=switch_share_of(rounds) if rounds else None,
     )
@@ -256,10 +239,10 @@ def _ratios(
     statics = [
         name for name in cells if name.split(":")[0] in (*STATIC, *PINNED) and not name.endswith(BESIDE)
     ]
-    for name, belongs in selections(cells[arm], groups):
+    for name in names_of(cells[arm], groups):
         if not load.is_alone and name != OVERALL:
             continue
-        chosen = {key: within(own, belongs) for key, own in cells.items()}
+        chosen = {key: within(own, groups, name) for key, own in cells.items()}
         ratios.none[name] = paired(chosen[arm], chosen[base], groups)
         if over is not None and over in cells and over != arm:
             ratios.over[name] = paired(chosen[arm], chosen[over], groups)
