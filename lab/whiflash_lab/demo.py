@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from whiflash_sdk.hints import Hints
 from whiflash_sdk.render import terminal
 from whiflash_sdk.trace import ArmTotals, Trace, routing
 
-from whiflash_lab.bench.load import ANSWER_SECONDS
+from whiflash_lab.bench.fleet import fleet_of
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import BestLogit, Comparison, ask_reference, compare
-from whiflash_lab.servers import Server, ServerHost, shares_imports
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.cli.options import show_table
 from whiflash_sglang.embedded import STRICT_TOOLS, TARGET_NAME, embedded_arguments, ensure_target
@@ -82,16 +80,7 @@ class DemoAnswer:
         return self.whiflash_tokens_per_s / self.plain_tokens_per_s
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "question": self.question,
-            "target": TARGET,
-            "text": self.text,
-            "calls": self.calls,
-            "trace": self.trace.model_dump(),
-            "plain_tokens_per_s": self.plain_tokens_per_s,
-            "whiflash_tokens_per_s": self.whiflash_tokens_per_s,
-            "comparison": asdict(self.comparison),
-        }
+        return {**asdict(self), "target": TARGET, "trace": self.trace.model_dump()}
 
 
 def run(router: str, log_dir: Path | None, progress: Progress) -> list[DemoAnswer]:
@@ -106,8 +95,13 @@ def run(router: str, log_dir: Path | None, progress: Progress) -> list[DemoAnswe
         "plain": common,
         "whiflash": [*common, "--speculative-algorithm", "WHIFLASH", "--whiflash-router", router],
     }
-    with ExitStack() as stack:
-        plain, ours = _started(arguments, log_dir, progress, stack)
+    with fleet_of(progress, log_dir, STRICT_TOOLS) as fleet:
+        starting = progress.add_task("starting both servers", total=None)
+        failed = fleet.start(arguments)
+        progress.remove_task(starting)
+        if failed:
+            raise WhiflashError("; ".join(f"{name} did not start: {why}" for name, why in failed.items()))
+        plain, ours = (fleet.clients[name] for name in arguments)
         task = progress.add_task("asking both servers, in turn", total=len(QUESTIONS) * (REPEATS + 1))
         answers = [
             ask(name, question, plain, ours, model, lambda: progress.advance(task))
@@ -117,73 +111,41 @@ def run(router: str, log_dir: Path | None, progress: Progress) -> list[DemoAnswe
     return answers
 
 
-def _started(
-    arguments_by_name: Mapping[str, Sequence[str]], log_dir: Path | None, progress: Progress, stack: ExitStack
-) -> list[Server]:
-    """Running servers, in order; `stack` ends them."""
-    host = None
-    if shares_imports():
-        task = progress.add_task("importing SGLang, once for both servers", total=None)
-        host = stack.enter_context(ServerHost())
-        host.wait()
-        progress.remove_task(task)
-    if log_dir is not None:
-        log_dir.mkdir(parents=True, exist_ok=True)
-    servers = []
-    for name, arguments in arguments_by_name.items():
-        task = progress.add_task(f"starting {name}", total=None)
-        log = None if log_dir is None else log_dir / f"{name}.log"
-        server = Server(arguments, host=host, env=STRICT_TOOLS, log=log)
-        servers.append(stack.enter_context(server))
-        progress.remove_task(task)
-    return servers
-
-
 def ask(
     name: str,
     question: dict[str, Any],
-    plain: Server,
-    ours: Server,
+    plain: httpx.Client,
+    ours: httpx.Client,
     model: Path,
     on_step: Callable[[], None] = lambda: None,
 ) -> DemoAnswer:
     """Warm up, compare, then time both servers in turn."""
     request = {"model": TARGET_NAME, "temperature": 0, "max_tokens": MAX_TOKENS, **question}
-    plainly, here = (
-        httpx.Client(base_url=server.base_url, timeout=ANSWER_SECONDS) for server in (plain, ours)
-    )
     prompt = Prompt(name, name, tuple(question["messages"]))
-    with plainly, here:
-        reference = ask_reference(plainly, prompt, MAX_TOKENS, {**request, "no_stop_trim": True})
-        answer = _ask(
-            here,
-            {
-                **request,
-                **Hints(trace="full").extra_body(),
-                "return_output_ids_in_sglext": True,
-                "no_stop_trim": True,
-            },
+    whole = {**request, "no_stop_trim": True}
+    reference = ask_reference(plain, prompt, MAX_TOKENS, whole)
+    traced = {**Hints(trace="full").extra_body(), "return_output_ids_in_sglext": True}
+    answer = _ask(ours, {**whole, **traced})
+    trace = routing(answer)
+    if trace is None:
+        raise WhiflashError(
+            f"{name}: the answer has no trace, so its drafters are unknown: the server's log has the reason "
+            "(--log-dir keeps it)"
         )
-        trace = routing(answer)
-        if trace is None:
-            raise WhiflashError(
-                f"{name}: the answer has no trace, so its drafters are unknown: the server's log has the reason "
-                "(--log-dir keeps it)"
-            )
-        tokens = answer["sglext"]["output_ids"][0]
-        best = BestLogit(model, "bfloat16")
-        comparison = compare(
-            reference.tokens, tokens, lambda at: TopTwo(best(reference, at), reference.gaps[at]), "bfloat16"
-        )
+    tokens = answer["sglext"]["output_ids"][0]
+    best = BestLogit(model, "bfloat16")
+    comparison = compare(
+        reference.tokens, tokens, lambda at: TopTwo(best(reference, at), reference.gaps[at]), "bfloat16"
+    )
+    on_step()
+    seconds: dict[httpx.Client, list[float]] = {plain: [], ours: []}
+    for _ in range(REPEATS):
+        for client in (plain, ours):
+            began = time.perf_counter()
+            _ask(client, request)
+            seconds[client].append(time.perf_counter() - began)
         on_step()
-        seconds: dict[httpx.Client, list[float]] = {plainly: [], here: []}
-        for _ in range(REPEATS):
-            for client in (plainly, here):
-                began = time.perf_counter()
-                _ask(client, request)
-                seconds[client].append(time.perf_counter() - began)
-            on_step()
-    speeds = [len(reference.tokens) / sorted(seconds[client])[REPEATS // 2] for client in (plainly, here)]
+    speeds = [len(reference.tokens) / sorted(seconds[client])[REPEATS // 2] for client in (plain, ours)]
     message = answer["choices"][0]["message"]
     called = [call["function"] for call in message.get("tool_calls") or ()]
     calls = [f"{call['name']}({call['arguments']})" for call in called]

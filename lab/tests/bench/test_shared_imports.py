@@ -1,10 +1,9 @@
-"""The servers of a benchmark and of the demo are forked by one process, which imports SGLang once."""
+"""The servers of a benchmark, or of the demo, are forked by one process, which imports SGLang once."""
 
 import io
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -12,8 +11,7 @@ from typing import Any, Self
 import pytest
 from rich.console import Console
 
-from whiflash_lab import demo
-from whiflash_lab.bench import command
+from whiflash_lab.bench import command, fleet
 from whiflash_lab.bench.fleet import Fleet
 from whiflash_sglang.files.progress import Lines
 
@@ -61,21 +59,12 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Host]]:
         made.append(Host(*given))
         return made[-1]
 
-    for module in (command, demo):
-        monkeypatch.setattr(module, "ServerHost", make)
-        monkeypatch.setattr(module, "shares_imports", lambda: True)
+    monkeypatch.setattr(fleet, "ServerHost", make)
+    monkeypatch.setattr(fleet, "shares_imports", lambda: True)
     return made
 
 
-def check(hosts: list[Host], said: str) -> None:
-    [host] = hosts
-    assert host.waited
-    assert host.over
-    assert sorted(list(asked[-2:]) for asked in host.asked) == sorted(WANTED.values())
-    assert said.startswith("importing SGLang, once for ")
-
-
-def test_a_benchmarks(hosts: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are(hosts: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
 
     class Runner:
@@ -90,12 +79,8 @@ def test_a_benchmarks(hosts: list[Host], tmp_path: Path, monkeypatch: pytest.Mon
     plan: Any = SimpleNamespace(fingerprint="", recorded=())
     failed: Any = command.run(plan, tmp_path / "cells.jsonl", tmp_path, resume=False)
     assert failed == {}
-    check(hosts, out.getvalue())
-
-
-def test_the_demos(hosts: list[Host], tmp_path: Path) -> None:
-    out = io.StringIO()
-    with Lines(Console(file=out, width=200)) as progress, ExitStack() as stack:
-        servers = demo._started(WANTED, tmp_path, progress, stack)
-        assert [server.pids != [] for server in servers] == [True, True]
-    check(hosts, out.getvalue())
+    [host] = hosts
+    assert host.waited
+    assert host.over
+    assert sorted(list(asked[-2:]) for asked in host.asked) == sorted(WANTED.values())
+    assert out.getvalue().startswith("importing SGLang, once for ")

@@ -1,8 +1,6 @@
 """Requests of `whiflash bench`, carried out and published."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,16 +9,14 @@ from rich.markdown import Markdown
 
 from whiflash_lab.bench.arms import FLAGS, KNOWN, NO_HINTS, QUICK, VARIANTS
 from whiflash_lab.bench.cells import Journal, Load
-from whiflash_lab.bench.fleet import Fleet, launcher
+from whiflash_lab.bench.fleet import fleet_of
 from whiflash_lab.bench.pages import draw, render
 from whiflash_lab.bench.report import BenchReport
 from whiflash_lab.bench.runner import Plan, Runner
-from whiflash_lab.servers import ServerHost, shares_imports
 from whiflash_sglang.cli.options import show_table, whole_numbers
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.files.jsonl import write_whole
 from whiflash_sglang.files.progress import progress
-from whiflash_train.provenance import threads
 
 QUICK_MINUTES = 4.5
 
@@ -97,20 +93,10 @@ class Outputs:
 
 
 def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> BenchReport:
-    """Carry out `plan` and show how far it is; the servers end with it.
-
-    They are forked from one process that has imported SGLang, if they can share it.
-    """
+    """Carry out `plan` and show how far it is; the servers end with it."""
     from whiflash_lab.bench.recorded import Replayer  # with torch behind it, which wrong options do not need
 
-    with ExitStack() as stack:
-        bar, host = stack.enter_context(progress()), None
-        if shares_imports():
-            importing = bar.add_task("importing SGLang, once for all servers", total=None)
-            host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": str(threads())}))
-            host.wait()
-            bar.remove_task(importing)
-        fleet = stack.enter_context(Fleet(partial(launcher, host=host), log_dir))
+    with progress() as bar, fleet_of(bar, log_dir) as fleet:
         runner = Replayer if plan.recorded else Runner
         return runner(plan, fleet, Journal(cells, plan.fingerprint), bar).run(resume=resume)
 

@@ -1,17 +1,21 @@
 """The servers of a run: started at once or one by one, stopped whatever happens."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import httpx
+from rich.progress import Progress
 
 from whiflash_lab.bench.arms import SEVERAL
 from whiflash_lab.bench.load import ANSWER_SECONDS
-from whiflash_lab.servers import Closing, Server, ServerHost
+from whiflash_lab.servers import Closing, Server, ServerHost, shares_imports
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files.hosts import LIMITS
 from whiflash_train.provenance import threads
@@ -44,14 +48,17 @@ def launcher(
     checkout: Path | None = None,
     *,
     host: ServerHost | None = None,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> Server:
     """A server with as many threads as every other, among all its ranks, forked by `host` where there is one.
+
+    more: variables of its environment.
 
     A checkout's server is a process of its own: what `host` has imported is this one's. It runs from the checkout's
     sources: they go before what `PYTHONPATH` names, and the working directory, which may be this checkout, is left out.
     Its environment is the checkout's own (`.venv`) where there is one, which its entry points may need, else this one.
     """
-    env = environment(arguments)
+    env = {**environment(arguments), **more}
     if checkout is None:
         return Server(arguments, host=host, log=log, env=env)
     sources = [str(checkout / folder) for folder in ("", "cpu", "kernels", "sdk")]
@@ -127,6 +134,27 @@ class Fleet(Closing):
             server.close()
         self.clients.clear()
         self._servers.clear()
+
+
+@contextmanager
+def fleet_of(
+    bar: Progress, log_dir: Path | None, more: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Fleet]:
+    """Servers, forked from one process that has imported SGLang if they can share it; they end with the block.
+
+    Args:
+        more: as of `launcher`.
+    """
+    with ExitStack() as stack:
+        host = None
+        if shares_imports():
+            importing = bar.add_task("importing SGLang, once for all servers", total=None)
+            host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": str(threads())}))
+            host.wait()
+            bar.remove_task(importing)
+        if log_dir is not None:
+            log_dir.mkdir(parents=True, exist_ok=True)
+        yield stack.enter_context(Fleet(partial(launcher, host=host, more=more), log_dir))
 
 
 def reason_of(message: str) -> str:

@@ -144,8 +144,6 @@ def bench(
 
     outputs = Outputs(as_json, out, markdown, plots)
     outputs.prepare()
-    if log_dir is not None:
-        log_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="whiflash-bench-") as scratch:
         extra = shlex.split(server_args)
         served = [name.partition("+")[0] for name in names] if recorded else scale.arms
