@@ -11,42 +11,37 @@ import itertools
 import os
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import httpx
 import psutil
-from patience import wait_until
 
 from whiflash_lab import servers
-from whiflash_lab.servers import free_port, listens, runs
 
-SMALL = (
-    "--device",
-    "cpu",
-    "--host",
-    "127.0.0.1",
-    "--max-total-tokens",
-    "8000",
-    "--max-running-requests",
-    "8",
-)
+SMALL = ("--device", "cpu", "--max-total-tokens", "8000", "--max-running-requests", "8")
 STAND_INS = str(Path(__file__).parent / "parallel" / "stand_ins")
 """Folder of packages that servers import in place of those that need another machine."""
 
 
-class Server:
-    """A running server. ``post`` and ``get`` talk to it; ``stop`` ends it and all its processes."""
+class Server(servers.Server):
+    """A running server. ``post`` and ``get`` talk to it; ``close`` ends it and all its processes at once."""
 
-    def __init__(self, pid: int, port: int, log: Path) -> None:
-        self.pid = pid
-        self.port = port
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
+    ends_by = signal.SIGKILL
+
+    def __enter__(self) -> Self:
+        try:
+            return super().__enter__()
+        except BaseException as error:
+            error.add_note(self.log.read_text(errors="replace")[-4000:])
+            raise
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def scheduler(self, title: str) -> psutil.Process:
         """Its scheduler's process of one rank or replica, by what SGLang calls it: `_TP1`, `_DP0`."""
@@ -71,42 +66,8 @@ class Server:
         with ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(lambda body: self.generate(**body), bodies))
 
-    @property
-    def ready(self) -> bool:
-        """Whether it has served its warm-up request. Another server may have taken the port: that one is not asked."""
-        return any(listens(pid, self.port) for pid in self._family()) and answers(self.url + "/health")
 
-    def wait_until_ready(self) -> None:
-        """Raises:
-        RuntimeError: it ended instead; carries the end of its log.
-        """
-        try:
-            wait_until(lambda: not runs(self.pid) or self.ready)
-        except BaseException as error:
-            self.stop()
-            error.add_note(self._tail())
-            raise
-        if not runs(self.pid):
-            self.stop()  # what it started may outlive it
-            raise RuntimeError(f"the server did not start:\n{self._tail()}")
-
-    def stop(self) -> None:
-        family = self._family()
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        wait_until(lambda: not any(map(runs, family)))
-
-    def _family(self) -> list[int]:
-        """Its process and all that it started; which of them serves HTTP is the server's own business."""
-        with suppress(psutil.NoSuchProcess):
-            return [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]
-        return [self.pid]
-
-    def _tail(self) -> str:
-        return self.log.read_text(errors="replace")[-4000:]
-
-
-class ServerHost:
+class ServerHost(servers.Closing):
     """The process that has imported SGLang and forks servers. Threads may start servers at the same time."""
 
     def __init__(self) -> None:
@@ -117,48 +78,28 @@ class ServerHost:
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         self._host = servers.ServerHost(environment, cwd=Path(self._directory.name))
 
-    @contextmanager
-    def running(self, *args: str, env: Mapping[str, str] | None = None, threads: int = 1) -> Iterator[Server]:
-        """A server that is stopped at the end, as :meth:`start` starts it."""
-        server = self.start(*args, env=env, threads=threads)
-        try:
-            yield server
-        finally:
-            server.stop()
-
-    def start(self, *args: str, env: Mapping[str, str] | None = None, threads: int = 1) -> Server:
-        """Fork a server with ``args`` beside :data:`SMALL` and wait until it has served its warm-up request.
+    def running(self, *args: str, env: Mapping[str, str] | None = None, threads: int = 1) -> Server:
+        """A server with ``args`` beside :data:`SMALL`, which runs inside its context.
 
         Args:
             env: variables that SGLang reads after its import.
             threads: that a forward computes with.
-
-        Raises:
-            RuntimeError: it ended instead; carries the end of its log.
         """
-        server = self._fork(args, {"OMP_NUM_THREADS": str(threads), **(env or {})})
-        server.wait_until_ready()
-        return server
-
-    def _fork(self, args: Sequence[str], env: Mapping[str, str]) -> Server:
-        port, log = free_port(), Path(self._directory.name) / f"server-{next(self._numbers)}.log"
-        server = Server(self._host.fork([*SMALL, "--port", str(port), *args], log, env), port, log)
+        log = Path(self._directory.name) / f"server-{next(self._numbers)}.log"
+        variables = {"OMP_NUM_THREADS": str(threads), **(env or {})}
+        server = Server([*SMALL, *args], host=self._host, env=variables, log=log)
         self._servers.append(server)
         return server
 
+    def start(self, *args: str, env: Mapping[str, str] | None = None, threads: int = 1) -> Server:
+        """The same, running: until it is closed, or the host is."""
+        return self.running(*args, env=env, threads=threads).__enter__()
+
     def close(self) -> None:
         for server in self._servers:
-            server.stop()
+            server.close()
         self._host.close()
         self._directory.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def answers(url: str) -> bool:
@@ -166,37 +107,3 @@ def answers(url: str) -> bool:
         return httpx.get(url, timeout=None).is_success
     except httpx.TransportError:
         return False
-
-
-class Forked:
-    """A server of the host, started when a fleet asks for it.
-
-    kept: servers by arguments. One that is there is used again, under the policy that it began with, and none is
-        stopped: whoever made the table does that.
-    """
-
-    def __init__(
-        self, host: ServerHost, arguments: Sequence[str], kept: dict[tuple[str, ...], Server] | None = None
-    ) -> None:
-        self._host, self._arguments, self._kept = host, tuple(arguments), kept
-        self._server: Server | None = None
-
-    @property
-    def base_url(self) -> str:
-        assert self._server is not None
-        return self._server.url
-
-    def __enter__(self) -> "Forked":
-        self._server = (self._kept or {}).get(self._arguments)
-        if self._server is None:
-            self._server = self._host.start(*self._arguments)
-        elif "--whiflash-router" in self._arguments:
-            router = self._arguments[self._arguments.index("--whiflash-router") + 1]
-            self._server.post("/whiflash/policy", {"router": router})
-        if self._kept is not None:
-            self._kept[self._arguments] = self._server
-        return self
-
-    def close(self) -> None:
-        if self._server is not None and self._kept is None:
-            self._server.stop()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import server_host
 from patience import wait_until
 from server_host import ServerHost, answers
 
@@ -32,7 +31,7 @@ class Healthy(BaseHTTPRequestHandler):
 
 
 def test_a_server_that_dies_is_reported_with_its_log(host: ServerHost, tmp_path: object) -> None:
-    with pytest.raises(RuntimeError, match=f"did not start(.|\n)*{tmp_path}"):
+    with pytest.raises(servers.ServerError, match=f"stopped(.|\n)*{tmp_path}"):
         host.start("--model-path", f"{tmp_path}/nothing")
 
 
@@ -41,9 +40,9 @@ def test_another_server_on_the_port_is_not_ours(
 ) -> None:
     with HTTPServer(("127.0.0.1", 0), Healthy) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
-        monkeypatch.setattr(server_host, "free_port", lambda: other.server_port)
+        monkeypatch.setattr(servers, "free_port", lambda: other.server_port)
         assert answers(f"http://127.0.0.1:{other.server_port}/health")
-        with pytest.raises(RuntimeError, match="did not start"):
+        with pytest.raises(servers.ServerError, match="stopped"):
             host.start(*checkpoints.arguments)
         other.shutdown()
 

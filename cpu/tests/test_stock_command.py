@@ -3,16 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 from patience import wait_until
-from server_host import Server, ServerHost, free_port, runs
+from server_host import Server, ServerHost
 
 from whiflash_cpu.cpu import DEFAULT_KV_TOKENS
+from whiflash_lab.servers import runs
 
 from .conftest import Checkpoints
 
@@ -37,27 +36,18 @@ def replaced(process: psutil.Process, directory: Path) -> dict[str, str]:
     return dict(json.loads(answer.read_text()))
 
 
-def test_the_bare_command_serves_and_leaves_no_process(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_the_bare_command_serves_and_leaves_no_process(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No flag beside the model: device, attention, graphs, overlap and sampling come from the platform.
 
     And nothing else comes from this package, in any process: nobody asked for WHIFLASH.
     """
-    port, log = free_port(), tmp_path / "server.log"
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoints.target)]
+    monkeypatch.chdir(tmp_path)
     path = os.pathsep.join(part for part in (str(PROBE), os.environ.get("PYTHONPATH")) if part)
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)],
-            stdout=out,
-            stderr=out,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": path, "WHIFLASH_PROBE": str(tmp_path)},
-            start_new_session=True,
-        )
-    server = Server(process.pid, port, log)
-    try:
-        server.wait_until_ready()
-        launcher = psutil.Process(process.pid)
+    added = {"PYTHONPATH": path, "WHIFLASH_PROBE": str(tmp_path)}
+    with Server(["--model-path", str(checkpoints.target)], env=added, log=tmp_path / "server.log") as server:
+        launcher = psutil.Process(server.pid)
         family = launcher.children(recursive=True)
         info = server.get("/server_info")
         assert (info["device"], info["attention_backend"]) == ("cpu", "whiflash_cpu")
@@ -73,11 +63,9 @@ def test_the_bare_command_serves_and_leaves_no_process(checkpoints: Checkpoints,
             names = replaced(one, tmp_path)
             asked_for = {name for name, file in names.items() if not file.startswith(STAND_INS)}
             assert asked_for <= OFFERED, one.cmdline()
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait()
         wait_until(lambda: not any(runs(child.pid) for child in family))
-    finally:
-        server.stop()
 
 
 def test_sglangs_rust_server_starts(host: ServerHost, checkpoints: Checkpoints) -> None:

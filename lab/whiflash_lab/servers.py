@@ -186,6 +186,8 @@ class Server(Closing):
         python: the interpreter of a new process; None: this one's.
     """
 
+    ends_by = signal.SIGTERM
+
     def __init__(
         self,
         arguments: Sequence[str],
@@ -196,7 +198,7 @@ class Server(Closing):
         python: Path | None = None,
     ) -> None:
         self.port = free_port()
-        self.base_url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://127.0.0.1:{self.port}"
         self._arguments = ["--host", "127.0.0.1", "--port", str(self.port), *arguments]
         self._host = host
         self._python = python or sys.executable
@@ -251,25 +253,26 @@ class Server(Closing):
         process, self._process = self._process, None
         if process is None:
             return
+        tree = [process]
         with contextlib.suppress(psutil.NoSuchProcess):
-            tree = [process, *process.children(recursive=True)]
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            _, alive = psutil.wait_procs(tree, timeout=5)
-            for survivor in alive:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    survivor.kill()
-            psutil.wait_procs(alive)
+            tree += process.children(recursive=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, self.ends_by)  # what it started may outlive it
+        _, alive = psutil.wait_procs(tree, timeout=5)
+        for survivor in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                survivor.kill()
+        psutil.wait_procs(alive)
         if not self._keep_log:
             self.log.unlink(missing_ok=True)
 
     def _wait_until_ready(self, process: psutil.Process) -> None:
         """However long it takes, unless it ends: on a busy machine importing SGLang alone takes minutes."""
-        with httpx.Client(base_url=self.base_url, timeout=None) as client:
+        with httpx.Client(base_url=self.url, timeout=None) as client:
             while True:
                 if not runs(process.pid):
                     raise ServerError(f"the server stopped:\n{self.tail()}")
                 with contextlib.suppress(httpx.HTTPError):
-                    if listens(process.pid, self.port) and client.get("/health").status_code == 200:
+                    if any(listens(pid, self.port) for pid in self.pids) and client.get("/health").is_success:
                         return
                 time.sleep(0.25)

@@ -1,13 +1,13 @@
 """The pair of servers that these tests share: plain decoding, and ours with the same arguments."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from server_host import Server, ServerHost, free_port
+from server_host import Server, ServerHost
 from tiny_models import CHAT_TEMPLATE, served_pair, tiny_target
+
+from whiflash_lab.servers import free_port
 
 Pair = tuple[Server, Server]
 
@@ -37,9 +37,7 @@ def pair(
     plain = shared[: shared.index("--speculative-algorithm")]
     flags = ["--whiflash-trace-sample", "1", "--whiflash-trace-dir", str(sums)]
     ours = [*shared, *flags, "--grpc-port", str(grpc_port)]
-    with ExitStack() as running, ThreadPoolExecutor(2) as pool:
-        started = pool.map(lambda arguments: host.running(*arguments), (plain, ours))
-        first, second = (running.enter_context(server) for server in started)
+    with host.running(*plain) as first, host.running(*ours) as second:
         yield first, second
 
 

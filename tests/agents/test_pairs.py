@@ -14,6 +14,8 @@ from matrix import sampled
 from model_set import Models
 from server_host import Server, ServerHost
 
+from whiflash_lab.servers import ServerError
+
 pytestmark = pytest.mark.server
 
 HOST = ("--enable-hierarchical-cache", "--hicache-ratio", "2")
@@ -68,7 +70,7 @@ def test_two_turns_of_a_pair(host: ServerHost, models: Models, tmp_path: Path, p
         asked.append({"lora_path": "one"})
     environment = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(tmp_path / "storage")}
     if pair in REFUSED:
-        with pytest.raises(RuntimeError, match=re.escape(REFUSED[pair])):
+        with pytest.raises(ServerError, match=re.escape(REFUSED[pair])):
             host.start(*given, env=environment)
         return
     if HOST[0] in given and psutil.virtual_memory().available < 11 * 2**30:

@@ -4,7 +4,6 @@ also if SGLang's parsers read it, and if rounds commit whole blocks."""
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from math import ceil
 from random import Random
 from typing import Any
@@ -124,9 +123,7 @@ def servers(
     shared += VARIANTS.get(request.param, [])
     ours = ["--speculative-algorithm", "WHIFLASH", "--whiflash-router", "random"]
     ours += ["--speculative-draft-model-path", str(tiny_dflash(root / "d", root / "target"))]
-    with ExitStack() as running, ThreadPoolExecutor(2) as pool:
-        started = pool.map(lambda more: host.running(*shared, *more), ([], ours))
-        plain, drafting = (running.enter_context(server) for server in started)
+    with host.running(*shared) as plain, host.running(*shared, *ours) as drafting:
         yield plain, drafting, answer
 
 

@@ -376,14 +376,14 @@ def test_a_prefill_server_that_is_lost_and_comes_back(
 
         def losing() -> None:
             if next(passes) == 50:
-                lost.server.stop()
+                lost.server.close()
 
         written = texts(e, prefills["none"], {"greedy": {}}, losing)
         assert written == {rid: plain["texts"][rid] for rid in written}
         assert "Lost connection with prefill instance" in e.requests["waiting"].finished_reason.message
         again = started(host, models, "none", lost.port)
         assert texts(e, again, {"greedy": {}}) == written
-        again.server.stop()
+        again.server.close()
         e.check_leaks()
 
 
@@ -420,4 +420,4 @@ def test_targets(host: ServerHost, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             comparison.check(prompt, wanted, here, case)
         assert sum(e.rounds(rid)[1] for rid in found) > 0
         e.check_leaks()
-    prefill.server.stop()
+    prefill.server.close()

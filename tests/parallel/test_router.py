@@ -73,7 +73,7 @@ def routed(host: ServerHost) -> Iterator[Routed]:
         router.kill()
         router.wait()
         for server in servers:
-            server.stop()
+            server.close()
 
 
 def serves_both(url: str) -> bool:
@@ -152,7 +152,7 @@ def test_a_killed_server_gives_nobody_wrong_text(routed: Routed) -> None:
         wait_until(lambda: any(map(at_work, routed.servers)) or all(future.done() for future in waiting))
         killed = max(routed.servers, key=at_work)
         os.killpg(killed.pid, signal.SIGKILL)
-        killed.stop()
+        killed.close()
         told = 0
         for future, right in zip(waiting, expected, strict=True):
             try:

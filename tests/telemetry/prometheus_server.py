@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import yaml
 from patience import wait_until
+from server_host import answers
 
 from whiflash_lab.servers import free_port
 
@@ -82,16 +83,9 @@ def prometheus(folder: Path, servers: Sequence[str], interval: str = "1s") -> It
         process = subprocess.Popen(command, stdout=log, stderr=log)
     found = Prometheus(f"http://127.0.0.1:{port}")
     try:
-        wait_until(lambda: process.poll() is not None or _ready(found.url))
+        wait_until(lambda: process.poll() is not None or answers(f"{found.url}/-/ready"))
         assert process.poll() is None, (folder / "prometheus.log").read_text()
         yield found
     finally:
         process.kill()
         process.wait()
-
-
-def _ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/-/ready", timeout=None).is_success
-    except httpx.TransportError:
-        return False

@@ -46,7 +46,7 @@ class Starting:
     """A server with `--broken` does not start; any other one is not up before the user has heard of that."""
 
     def __init__(self, arguments: Sequence[str], url: str, said: io.StringIO) -> None:
-        self.base_url, self._arguments, self._said = url, arguments, said
+        self.url, self._arguments, self._said = url, arguments, said
 
     def __enter__(self) -> object:
         if "--broken" in self._arguments:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from rich.console import Console
 from rich.progress import Progress
-from server_host import Forked, ServerHost
+from server_host import ServerHost
 from tiny_models import tiny_bundle
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -149,7 +149,7 @@ def test_a_conversation_s_answers_are_figures_of_one_prompt(talks: list[Talk]) -
 
 @pytest.fixture(scope="module")
 def fleet(host: ServerHost) -> Iterator[Fleet]:
-    with Fleet(lambda arguments, log, checkout: Forked(host, arguments)) as made:
+    with Fleet(lambda arguments, log, checkout: host.running(*arguments)) as made:
         yield made
 
 

@@ -25,7 +25,7 @@ class Running(Protocol):
     """A server that can be started and stopped."""
 
     @property
-    def base_url(self) -> str: ...
+    def url(self) -> str: ...
 
     def __enter__(self) -> object: ...
 
@@ -100,7 +100,7 @@ class Fleet(Closing):
         def start(key: str) -> None:
             try:
                 self._servers[key].__enter__()
-            except (WhiflashError, RuntimeError) as error:
+            except WhiflashError as error:
                 failed[key] = reason_of(str(error))
             on_start(key, failed.get(key))
 
@@ -121,7 +121,7 @@ class Fleet(Closing):
         return failed
 
     def url(self, key: str) -> str:
-        return self._servers[key].base_url
+        return self._servers[key].url
 
     def stop(self, key: str) -> None:
         self.clients.pop(key).close()
