@@ -112,45 +112,16 @@ class HostlessDriver:
 
 
 @contextmanager
-def compiling_instead_of_launching(capability: int) -> Iterator[list[Any]]:
-    """Inside, a launch compiles its kernel for ``capability`` and appends it to the list."""
-    compiled: list[Any] = []
+def instead_of_launching(capability: int, act: Callable[..., None]) -> Iterator[None]:
+    """Inside, Triton serves tensors of every device, for ``capability``, and a launch calls ``act`` in its place.
 
-    def launcher(kernel: JITFunction[Any], grid: Any) -> Callable[..., None]:
-        def compile_only(*args: Any, **options: Any) -> None:
-            compiled.append(kernel.run(*args, grid=grid, warmup=True, **options))
-
-        return compile_only
-
+    act: takes the kernel, its grid and the arguments of the launch.
+    """
     driver.set_active(HostlessDriver(capability))  # for good: this process launches nothing
-    with mock.patch.object(JITFunction, "__getitem__", launcher):
-        yield compiled
-
-
-@contextmanager
-def keying_instead_of_launching(capability: int) -> Iterator[set[Any]]:
-    """Inside, a launch adds what Triton would compile a kernel for to the set, and compiles nothing."""
-    keys: set[Any] = set()
-
-    def launcher(kernel: JITFunction[Any], grid: Any) -> Callable[..., None]:
-        def bind_only(*args: Any, **options: Any) -> None:
-            binder = kernel.device_caches[capability][4]
-            _, specialization, chosen = binder(*args, debug=False, instrumentation_mode="", **options)
-            keys.add((kernel.fn.__name__, *map(str, specialization), str(chosen)))
-
-        return bind_only
-
-    driver.set_active(HostlessDriver(capability))  # for good: this process launches nothing
-    with mock.patch.object(JITFunction, "__getitem__", launcher):
-        yield keys
-
-
-@contextmanager
-def triton_everywhere() -> Iterator[None]:
-    """Inside, Triton serves tensors of every device."""
     with ExitStack() as stack:
         for name in ("dispatch", "warm"):
             stack.enter_context(mock.patch(f"whiflash_kernels.{name}.backend_for", return_value="triton"))
+        stack.enter_context(mock.patch.object(JITFunction, "__getitem__", lambda *of: partial(act, *of)))
         yield
 
 
@@ -356,7 +327,15 @@ def compilations(batches: int, most_requests: int = 256, widest: int = 16) -> di
         columns=DRAFTERS,
         copied=(24, 8),
     )
-    with keying_instead_of_launching(90) as keys, triton_everywhere():
+    keys: set[Any] = set()
+
+    def bind(kernel: JITFunction[Any], _: Any, *args: Any, **options: Any) -> None:
+        """Add what Triton would compile the kernel for."""
+        binder = kernel.device_caches[90][4]
+        _, specialization, chosen = binder(*args, debug=False, instrumentation_mode="", **options)
+        keys.add((kernel.fn.__name__, *map(str, specialization), str(chosen)))
+
+    with instead_of_launching(90, bind):
         warm_up(served)
         for count in range(1, most_requests + most_requests // 16 + 1):  # where graphs are captured
             fill(0, count)
@@ -379,9 +358,14 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def compile_everything() -> list[Compiled]:
     """Compile the launches of every case for every architecture."""
-    report = []
+    report: list[Compiled] = []
+    compiled: list[Any] = []
+
+    def compile_only(kernel: JITFunction[Any], grid: Any, *args: Any, **options: Any) -> None:
+        compiled.append(kernel.run(*args, grid=grid, warmup=True, **options))
+
     for capability in CAPABILITIES:
-        with compiling_instead_of_launching(capability) as compiled, triton_everywhere():
+        with instead_of_launching(capability, compile_only):
             named = []
             for case, run in cases():
                 compiled.clear()  # of what making the case has launched

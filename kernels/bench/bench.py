@@ -55,7 +55,8 @@ def measure(
     case: Case, device: torch.device, limits: Ceilings | None, *, compiled: bool, budget_ms: int
 ) -> Iterator[BenchRow]:
     for name, call in variants(case, device, compiled):
-        with mock.patch.dict(os.environ, WHIFLASH_KERNELS="triton" if name == "triton" else "torch"):
+        chosen = {"WHIFLASH_KERNELS": "triton" if name == "triton" else "torch"}
+        with torch.no_grad(), mock.patch.dict(os.environ, chosen):  # what records gradients runs torch
             timing = time_call(call, device, budget_ms)
         floor = share = None
         if limits is not None:

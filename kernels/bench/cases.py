@@ -476,22 +476,16 @@ def layer_cases(bench: Bench) -> Iterator[Case]:
         yield Case(
             "rms_norm",
             f"{rows} x {s.hidden}",
-            without_gradients(partial(rms_norm, x, weight, 1e-6)),
+            partial(rms_norm, x, weight, 1e-6),
             2 * x.nbytes + weight.nbytes,
         )
         gate_up = bench.random(rows, 2 * s.intermediate)
         yield Case(
             "silu_and_mul",
             f"{rows} x {s.intermediate}",
-            without_gradients(partial(silu_and_mul, gate_up)),
+            partial(silu_and_mul, gate_up),
             gate_up.nbytes * 3 // 2,
         )
-
-
-def without_gradients(call: Call) -> Call:
-    """As a server calls it: what records gradients runs torch."""
-    guarded: Call = torch.no_grad()(call)
-    return guarded
 
 
 KERNELS = (
