@@ -3,7 +3,7 @@
 The messages of every reader's result pass the same checks. `Renderer` gives for every answer the prompt, and the
 tokens that were written.
 
-A reader takes a record's place in its file, a name and the record, and raises `RecordError` naming the field that is
+A reader takes a record's place in its file, a name and the record, and raises `ConfigError` naming the field that is
 wrong.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files.disk import read_text
 from whiflash_sglang.files.jsonl import lines_of, read_json
 from whiflash_sglang.spans.hints import HintError
 from whiflash_sglang.spans.prediction import body_prediction
@@ -30,10 +31,6 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 """Roles that are read, and the role that templates know them by."""
 
 Message = dict[str, Any]
-
-
-class RecordError(ConfigError):
-    """A recorded file cannot be read; the message names file, place and field."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +58,15 @@ def conversation(
     """Check and normalise what a reader found. where: file and place in it, for errors.
 
     Raises:
-        RecordError: a message or a tool is not of OpenAI's form, holds what is not text, or all of it is too much.
+        ConfigError: a message or a tool is not of OpenAI's form, holds what is not text, or all of it is too much.
     """
     if len(messages) > MAX_MESSAGES:
-        raise RecordError(f"{where}: {len(messages)} messages; at most {MAX_MESSAGES} are read")
+        raise ConfigError(f"{where}: {len(messages)} messages; at most {MAX_MESSAGES} are read")
     normalised = tuple(_message(f"{where}, messages[{i}]", message) for i, message in enumerate(messages))
     offered = () if tools is None else tools_of(f"{where}, tools", tools)
     chars = len(json.dumps(normalised)) + len(json.dumps(offered))
     if chars > MAX_CHARS:
-        raise RecordError(f"{where}: {chars} characters; at most {MAX_CHARS} are read")
+        raise ConfigError(f"{where}: {chars} characters; at most {MAX_CHARS} are read")
     return Conversation(name, category, normalised, offered)
 
 
@@ -79,7 +76,7 @@ def tools_of(where: str, value: object) -> tuple[Mapping[str, Any], ...]:
     for i, tool in enumerate(list_of(where, value)):
         function = object_of(f"{where}[{i}].function", object_of(f"{where}[{i}]", tool).get("function"))
         if not text_of(f"{where}[{i}].function.name", function.get("name")):
-            raise RecordError(f"{where}[{i}].function.name: is missing")
+            raise ConfigError(f"{where}[{i}].function.name: is missing")
         tools.append(tool)
     return tuple(tools)
 
@@ -91,25 +88,25 @@ def text_of(where: str, value: object) -> str:
     if isinstance(value, list):
         return "".join(_part(f"{where}[{i}]", content) for i, content in enumerate(value))
     if not isinstance(value, str):
-        raise RecordError(f"{where}: must be text or a list of text parts, not {type(value).__name__}")
+        raise ConfigError(f"{where}: must be text or a list of text parts, not {type(value).__name__}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise RecordError(f"{where}: holds a lone surrogate, which is not text") from None
+        raise ConfigError(f"{where}: holds a lone surrogate, which is not text") from None
     return value
 
 
 def object_of(where: str, value: object) -> dict[str, Any]:
     """`value`, which must be a JSON object."""
     if not isinstance(value, dict):
-        raise RecordError(f"{where}: must be an object, not {type(value).__name__}")
+        raise ConfigError(f"{where}: must be an object, not {type(value).__name__}")
     return value
 
 
 def list_of(where: str, value: object) -> list[Any]:
     """`value`, which must be a JSON list."""
     if not isinstance(value, list):
-        raise RecordError(f"{where}: must be a list, not {type(value).__name__}")
+        raise ConfigError(f"{where}: must be a list, not {type(value).__name__}")
     return value
 
 
@@ -121,7 +118,7 @@ def call(name: str, arguments: object) -> Message:
 def _part(where: str, content: object) -> str:
     kind = object_of(where, content).get("type")
     if kind not in ("text", "input_text", "output_text"):
-        raise RecordError(f"{where}.type: {kind!r} is not text; other parts are not read")
+        raise ConfigError(f"{where}.type: {kind!r} is not text; other parts are not read")
     return text_of(f"{where}.text", object_of(where, content).get("text"))
 
 
@@ -129,7 +126,7 @@ def _message(where: str, raw: object) -> Message:
     fields = object_of(where, raw)
     role = fields.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise RecordError(f"{where}.role: {role!r} is not one of {', '.join(ROLES)}")
+        raise ConfigError(f"{where}.role: {role!r} is not one of {', '.join(ROLES)}")
     message: Message = {"role": ROLES[role], "content": text_of(f"{where}.content", fields.get("content"))}
     if role == "assistant":
         thought = text_of(f"{where}.reasoning_content", fields.get("reasoning_content"))
@@ -151,7 +148,7 @@ def _call(where: str, raw: object) -> Message:
     function = object_of(f"{where}.function", fields.get("function"))
     name = text_of(f"{where}.function.name", function.get("name"))
     if not name:
-        raise RecordError(f"{where}.function.name: is missing")
+        raise ConfigError(f"{where}.function.name: is missing")
     arguments = function.get("arguments")
     if isinstance(arguments, dict):
         arguments = json.dumps(arguments, ensure_ascii=False)
@@ -276,7 +273,7 @@ def read_recorded(path: Path) -> list[Conversation]:
     JSON lines, one JSON list of records, or one record.
 
     Raises:
-        RecordError: the file cannot be read, is no JSON, or a record is of no known format; it names file, line or
+        ConfigError: the file cannot be read, is no JSON, or a record is of no known format; it names file, line or
             record, and field. Also where no conversation has an answer.
     """
     conversations = []
@@ -284,18 +281,18 @@ def read_recorded(path: Path) -> list[Conversation]:
     for where, name, record in records:
         reader = next((reader for fits, reader in FORMATS if fits(record)), None)
         if reader is None:
-            raise RecordError(f"{where}: of no known format ({KNOWN})")
+            raise ConfigError(f"{where}: of no known format ({KNOWN})")
         read = reader(where, name, record)
         if read.answers:
             conversations.append(read)
     if not conversations:
-        raise RecordError(f"{path}: holds no recorded answer of an assistant")
+        raise ConfigError(f"{path}: holds no recorded answer of an assistant")
     return conversations
 
 
 def _records(path: Path) -> Iterator[tuple[str, str, Any]]:
     """Its place, a name, and the record."""
-    text = _text(path)
+    text = read_text(path, MAX_BYTES)
     lines = list(lines_of(text))
     if path.suffix == ".jsonl" or (len(lines) > 1 and _stands_alone(lines[0][1])):
         for number, line in lines:
@@ -307,18 +304,6 @@ def _records(path: Path) -> Iterator[tuple[str, str, Any]]:
             yield f"{path}, record {index}", f"{path.stem}-{index}", record
     else:
         yield str(path), path.stem.removesuffix(".traj"), document
-
-
-def _text(path: Path) -> str:
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise RecordError(f"{path}: {size} bytes; at most {MAX_BYTES} are read")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path} cannot be read: {error}") from None
 
 
 def _stands_alone(line: str) -> bool:
@@ -334,9 +319,9 @@ def _parse(text: str, where: str) -> Any:
         return read_json(text, finite=False)
     except json.JSONDecodeError as error:
         place = where if error.lineno == 1 else f"{where}, line {error.lineno}"
-        raise RecordError(f"{place}: not JSON ({error.msg}, column {error.colno})") from None
+        raise ConfigError(f"{place}: not JSON ({error.msg}, column {error.colno})") from None
     except ValueError as error:
-        raise RecordError(f"{where}: not JSON ({error})") from None
+        raise ConfigError(f"{where}: not JSON ({error})") from None
 
 
 # tau2-bench
@@ -451,7 +436,7 @@ def _openai_log(where: str, name: str, record: dict[str, Any]) -> Conversation:
     try:
         return replace(logged, prediction=body_prediction(request))
     except HintError as error:
-        raise RecordError(f"{where}, {error}") from None
+        raise ConfigError(f"{where}, {error}") from None
 
 
 def _message_of(where: str, response: object) -> Message:

@@ -128,7 +128,7 @@ def test_tools_come_behind_those_of_a_prompt(tmp_path: Path) -> None:
     ]
     prompts = [prompt_of(row, "here") for row in rows]
     plain, calls, as_object = (
-        p.request() for p in with_tools(prompts, load_tools(file), "auto", strict=True)
+        with_tools(p, load_tools(file), "auto", strict=True).request() for p in prompts
     )
     assert (plain["tool_choice"], calls["tool_choice"]) == ("auto", "auto")
     assert plain["tools"] == [tool("here", description="brought", strict=True), tool("more", strict=True)]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whiflash_lab import conversations as bounds
-from whiflash_lab.conversations import Conversation, RecordError, read_recorded
+from whiflash_lab.conversations import Conversation, read_recorded
+from whiflash_sglang.errors import ConfigError
 
 ASK = {"role": "user", "content": "Which flights do I have?"}
 CALL = {
@@ -210,29 +211,29 @@ BAD: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("what", "content", "message"), BAD, ids=[row[0] for row in BAD])
 def test_what_is_wrong_is_named(write: Write, what: str, content: Any, message: str) -> None:
     path = write(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(RecordError, match=message):
+    with pytest.raises(ConfigError, match=message):
         read_recorded(path)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"nowhere\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"nowhere\.json cannot be read"):
         read_recorded(tmp_path / "nowhere.json")
     (tmp_path / "latin.json").write_bytes(b'"\xff"')
-    with pytest.raises(RecordError, match=r"latin\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"latin\.json cannot be read"):
         read_recorded(tmp_path / "latin.json")
 
 
 def test_bounds(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "MAX_MESSAGES", 3)
     path = write(json.dumps(FORMATS["log"]))
-    with pytest.raises(RecordError, match="4 messages; at most 3"):
+    with pytest.raises(ConfigError, match="4 messages; at most 3"):
         read_recorded(path)
     monkeypatch.setattr(bounds, "MAX_MESSAGES", 4)
     monkeypatch.setattr(bounds, "MAX_CHARS", 100)
-    with pytest.raises(RecordError, match="characters; at most 100"):
+    with pytest.raises(ConfigError, match="characters; at most 100"):
         read_recorded(path)
     monkeypatch.setattr(bounds, "MAX_BYTES", 10)
-    with pytest.raises(RecordError, match="bytes; at most 10"):
+    with pytest.raises(ConfigError, match="bytes; at most 10"):
         read_recorded(path)
 
 
@@ -265,7 +266,7 @@ def test_damage_is_read_or_named(tmp_path_factory: pytest.TempPathFactory, data:
     found, refused = [], "damaged.json"
     try:
         found = read_recorded(path)
-    except RecordError as error:
+    except ConfigError as error:
         refused = str(error)
     assert "damaged.json" in refused
     for recorded in found:

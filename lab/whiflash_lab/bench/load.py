@@ -75,12 +75,6 @@ class Asker:
 
     async def run(self, load: Load, prompts: Sequence[Prompt]) -> list[Answer]:
         """Answers in the order of `prompts`, asked under `load`. Raises RequestError for the first that failed."""
-        try:
-            return await self._closed_loop(prompts, load.value)
-        except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None
-
-    async def _closed_loop(self, prompts: Sequence[Prompt], concurrency: int) -> list[Answer]:
         answers: dict[int, Answer] = {}
         queue = iter(enumerate(prompts))
 
@@ -88,9 +82,12 @@ class Asker:
             for index, prompt in queue:
                 answers[index] = await self.ask(prompt)
 
-        async with asyncio.TaskGroup() as users:
-            for _ in range(min(concurrency, len(prompts))):
-                users.create_task(user())
+        try:
+            async with asyncio.TaskGroup() as users:
+                for _ in range(min(load.value, len(prompts))):
+                    users.create_task(user())
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
         return [answers[index] for index in range(len(prompts))]
 
 

@@ -145,17 +145,11 @@ def load_tools(source: str) -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
-def with_tools(
-    prompts: Iterable[Prompt], tools: Sequence[dict[str, Any]], choice: str, *, strict: bool
-) -> list[Prompt]:
-    """The prompts with `tools` behind those that they have, sent with this `tool_choice`; strict: all of them are.
+def with_tools(prompt: Prompt, tools: Sequence[dict[str, Any]], choice: str, *, strict: bool) -> Prompt:
+    """The prompt with `tools` behind those that it has, sent with this `tool_choice`; strict: all of them are.
 
-    Prompts whose answer has a schema of its own stay without.
+    One whose answer has a schema of its own stays without.
     """
-    return [_with_tools(prompt, tools, choice, strict) for prompt in prompts]
-
-
-def _with_tools(prompt: Prompt, tools: Sequence[dict[str, Any]], choice: str, strict: bool) -> Prompt:
     if prompt.response_format is not None:
         return prompt
     # The first of equal names: a request's own.

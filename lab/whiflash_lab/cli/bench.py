@@ -134,7 +134,8 @@ def bench(
     if not recorded:
         asked = read_suites(suites, suite_dir) if suites else load_prompts(prompts or str(shipped()))
         brought = load_tools(tools) if tools else brought
-        chosen = with_tools(sample(asked, scale.per_category), brought, tool_choice, strict=strict)
+        chosen = sample(asked, scale.per_category)
+        chosen = [with_tools(prompt, brought, tool_choice, strict=strict) for prompt in chosen]
     from whiflash_sglang.checkpoints.hub import check_place
 
     for place in filter(None, (model_path, bundle, *(str(file.absolute()) for file in recorded or ()))):
