@@ -393,14 +393,8 @@ def log_start(
         seconds = costs.draft(arm, 1)
         price = f", {1000 * seconds:.2f} ms a draft" if seconds else ""
         arms.append(f"{arm} (up to {drafter.max_drafts} drafts{price})")
-    if not draft_bytes:
-        logger.info("WHIFLASH: policy %s; arms %s; %s", policy, ", ".join(arms) or "none", NO_DRAFTER)
-        return
-    logger.info(
-        "WHIFLASH: policy %s; arms %s; drafters' KV %d of %d bytes a token (%.1f%%)",
-        policy,
-        ", ".join(arms),
-        draft_bytes,
-        token_bytes,
-        100 * draft_bytes / token_bytes if token_bytes else 0.0,
-    )
+    kv = NO_DRAFTER
+    if draft_bytes:
+        share = 100 * draft_bytes / token_bytes if token_bytes else 0.0
+        kv = f"drafters' KV {draft_bytes} of {token_bytes} bytes a token ({share:.1f}%)"
+    logger.info("WHIFLASH: policy %s; arms %s; %s", policy, ", ".join(arms) or "none", kv)

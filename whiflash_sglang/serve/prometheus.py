@@ -4,6 +4,8 @@ from typing import Any
 
 from whiflash_sglang.serve.metrics import SERIES, Labels, Series
 
+METHODS = {"counter": "inc", "gauge": "set", "histogram": "observe"}
+
 
 class Prometheus:
     """A sink with the labels, and the kinds of metrics, of SGLang's collector.
@@ -25,16 +27,12 @@ class Prometheus:
         self._children: dict[tuple[str, Labels], Any] = {}
 
     def _metric(self, kind: Any, series: Series) -> Any:
-        options: dict[str, Any] = {}
-        if series.kind == "gauge":
-            options["multiprocess_mode"] = "mostrecent"
-        if series.kind == "histogram":
-            options["buckets"] = series.buckets
+        options = {"gauge": {"multiprocess_mode": "mostrecent"}, "histogram": {"buckets": series.buckets}}
         return kind(
             name=series.full_name,
             documentation=series.meaning,
             labelnames=[*self._labels, *series.labels],
-            **options,
+            **options.get(series.kind, {}),
         )
 
     def write(self, series: Series, labels: Labels, number: float) -> None:
@@ -44,9 +42,4 @@ class Prometheus:
             child = self._children[series.name, labels] = self._metrics[series.name].labels(
                 **self._labels, **own
             )
-        if series.kind == "counter":
-            child.inc(number)
-        elif series.kind == "gauge":
-            child.set(number)
-        else:
-            child.observe(number)
+        getattr(child, METHODS[series.kind])(number)
