@@ -6,7 +6,7 @@ are documented in `docs/reference/hints.md`; its schema is the SDK's (`whiflash_
 
 `parse_hints` is the only reader, and reads a text once in a process. It runs in the HTTP process before anything is
 scheduled, so it raises nothing but `HintError` and its work is bounded before it starts: the text is measured before it
-is decoded, and decoding stops at the first object too many.
+is decoded.
 """
 
 import json
@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Final, Literal, NoReturn, get_args
 
 from pydantic import ValidationError
-from whiflash_sdk.hints import INFERRED_KEY, MAX_BYTES, MAX_SPANS, WIRE_KEY, Hints, TraceLevel, first_fault
+from whiflash_sdk.hints import INFERRED_KEY, MAX_BYTES, WIRE_KEY, Hints, TraceLevel, first_fault
 
 
 class HintError(ValueError):
@@ -61,10 +61,6 @@ MAX_TOOLS_CHARS: Final = 1 << 16
 """Longer lists of tools are not handed on."""
 
 
-# The request, its spans and their biases: a well-formed payload holds no more objects than this.
-_MAX_OBJECTS: Final = 1 + 2 * MAX_SPANS
-
-
 class RequestHints(Hints):
     """The SDK's `Hints` of one request, and what the HTTP process says of it, which is never part of the payload.
 
@@ -88,8 +84,7 @@ def parse_hints(custom_params: object) -> RequestHints:
     """The hints in a request's `custom_params`; the default `RequestHints` where it has none.
 
     Only our own key is looked at, so the scheduler may call this on parameters that SGLang has
-    added private values to. Its work is bounded whatever the payload: `MAX_BYTES` are decoded, no more objects kept
-    than a well-formed request holds.
+    added private values to. Its work is bounded whatever the payload: `MAX_BYTES` are decoded.
 
     Raises: HintError, and nothing else, naming the field that is wrong.
     """
@@ -118,21 +113,9 @@ def _read(payload: str) -> RequestHints:
 def _decode(payload: str) -> dict[str, object]:
     if len(payload) > MAX_BYTES or (not payload.isascii() and len(utf8(_FIELD, payload)) > MAX_BYTES):
         raise HintError(_FIELD, f"is longer than {MAX_BYTES} bytes")
-    objects = 0
-
-    def collect(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        nonlocal objects
-        objects += 1
-        if objects > _MAX_OBJECTS:
-            raise HintError(_FIELD, f"holds more than {_MAX_OBJECTS} objects")
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            raise HintError(_FIELD, "names a field twice")
-        return fields
-
     try:
-        decoded = json.loads(  # noqa: TID251  (counts objects while it reads)
-            payload, object_pairs_hook=collect, parse_constant=_reject_constant
+        decoded = json.loads(  # noqa: TID251  (looks at fields while it reads)
+            payload, object_pairs_hook=_fields, parse_constant=_reject_constant
         )
     except HintError:
         raise
@@ -144,6 +127,13 @@ def _decode(payload: str) -> dict[str, object]:
     if not isinstance(decoded, dict):
         raise HintError(_FIELD, "must hold a JSON object")
     return decoded
+
+
+def _fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise HintError(_FIELD, "names a field twice")
+    return fields
 
 
 def _reject_constant(name: str) -> NoReturn:
