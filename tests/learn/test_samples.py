@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_whole_files_one_line_and_a_server(
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
     assert spool.failing
     assert spool.snapshot()["failed"] == 3
-    assert not list(directory_of(spool).glob("*.part"))
+    assert not list(directory_of(spool).glob(".writing-*"))
     spool.offer([5], [6])
     spool.flush()
     assert not spool.failing
@@ -145,10 +145,10 @@ def test_a_full_disk_leaves_whole_files_one_line_and_a_server(
 
 
 def test_what_a_killed_writer_left_goes(spool: Spool) -> None:
-    (directory_of(spool) / "00000000000000000001-1.part").write_text('{"format":')
+    (directory_of(spool) / ".writing-killed").mkdir()
     spool.offer([1], [2])
     spool.flush()
-    assert not list(directory_of(spool).glob("*.part"))
+    assert not list(directory_of(spool).glob(".writing-*"))
 
 
 @pytest.mark.parametrize(("handle", "left"), [(7, [2, 3, 4]), (8, [1, 3, 4]), (9, [1, 2, 3, 4]), (None, [])])
@@ -173,7 +173,8 @@ def test_who_is_forgotten_leaves_nothing(spool: Spool, handle: int | None, left:
 @pytest.mark.parametrize("handle", [7, None])
 def test_forgetting_drops_what_nobody_can_read(spool: Spool, handle: int | None) -> None:
     """The owner of a file that was being written when its writer was killed is unknown, too."""
-    for name in ("00000000000000000001-1.jsonl", "00000000000000000002-1.part"):
+    (directory_of(spool) / ".writing-killed").mkdir()
+    for name in ("00000000000000000001-1.jsonl", ".writing-killed/00000000000000000002-1.jsonl"):
         (directory_of(spool) / name).write_text("{")
     for handles in ("[[1], 7]", '["7", 3]', "[null]"):
         spool.offer([1], [1], {7, 8})
@@ -242,10 +243,8 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--whiflash-learn"):
         check_spool(tmp_path / "samples")
     (tmp_path / "samples" / ".lock").unlink()
-    staged = tmp_path / "samples" / f"{10**18:020d}-{os.getpid()}.part"
-    staged.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="File exists"):
-        write_file(tmp_path / "samples", TARGET, [Sample([1], [2], [])], 1e9)
+    (tmp_path / "samples" / f"{10**18:020d}-{os.getpid()}.jsonl").symlink_to(tmp_path / "elsewhere")
+    write_file(tmp_path / "samples", TARGET, [Sample([1], [2], [])], 1e9)
     assert (tmp_path / "elsewhere").read_text() == "as it was"
 
 

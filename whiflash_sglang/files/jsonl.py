@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,6 +98,12 @@ def staged(place: Path) -> Iterator[Path]:
             finally:
                 os.close(descriptor)
         path.replace(place)
+
+
+def drop_staged(directory: Path) -> None:
+    """Remove what killed processes left of `staged` in a directory, where nobody else writes now."""
+    for left in directory.glob(".writing-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:

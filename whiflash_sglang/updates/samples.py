@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from whiflash_sglang.copying.tenants import HANDLES
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import check_own, locked, open_own
+from whiflash_sglang.files.jsonl import drop_staged, staged
 
 logger = logging.getLogger(__name__)
 
@@ -280,17 +281,9 @@ def _header(target: str, handles: set[int]) -> bytes:
 
 
 def _replace(path: Path, header: bytes, lines: Sequence[bytes]) -> None:
-    staged = path.with_suffix(".part")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        with os.fdopen(os.open(staged, flags, 0o600), "wb") as file:
-            file.writelines((header, *lines))
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    except OSError:
-        staged.unlink(missing_ok=True)
-        raise
+    with staged(path) as place:
+        place.touch(0o600)
+        place.write_bytes(header + b"".join(lines))
 
 
 def prune(directory: Path, settings: Spooling, now: float) -> int:
@@ -298,7 +291,7 @@ def prune(directory: Path, settings: Spooling, now: float) -> int:
 
     The caller has `locked` the directory. Raises OSError.
     """
-    _drop_parts(directory)
+    drop_staged(directory)
     files = files_of(directory)
     total = sum(file.size for file in files)
     for file in files:
@@ -310,19 +303,13 @@ def prune(directory: Path, settings: Spooling, now: float) -> int:
     return total
 
 
-def _drop_parts(directory: Path) -> None:
-    """Remove the parts that a killed writer left: nobody writes while the directory is `locked`."""
-    for part in directory.glob("*.part"):
-        part.unlink(missing_ok=True)
-
-
 def forget_samples(directory: Path, handle: int | None) -> None:
     """Drop every sample on disk that `handle` names, and files that cannot be read; None: all. Raises OSError.
 
     No tokens are read: other threads of the caller go on meanwhile.
     """
     with locked(directory):
-        _drop_parts(directory)
+        drop_staged(directory)
         for file in files_of(directory):
             if handle is None or not _without(file.path, handle):
                 file.path.unlink(missing_ok=True)

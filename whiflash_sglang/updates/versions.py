@@ -7,7 +7,6 @@ with, whose files are elsewhere. Imports no SGLang and no torch.
 import json
 import math
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, cast
@@ -19,7 +18,7 @@ from whiflash_sglang.checkpoints.hub import checksums, verify
 from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, PARTS, Manifest, Source, load_manifest
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import locked
-from whiflash_sglang.files.jsonl import read_json_file, staged, write_whole
+from whiflash_sglang.files.jsonl import drop_staged, read_json_file, staged, write_whole
 
 CURRENT: Final = "current.json"
 NOTES: Final = "notes.json"
@@ -157,8 +156,7 @@ def publish(
         checkpoints = {arm: _inside(bundle, place) for arm, place in manifest.drafters.items()}
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locked(directory):
-        for left in directory.glob(".writing-*"):  # of a process that was killed; nobody else writes now
-            shutil.rmtree(left, ignore_errors=True)
+        drop_staged(directory)
         number = max(numbers(directory), default=0) + 1
         if number >= MOST:
             raise ConfigError(
