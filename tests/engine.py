@@ -150,7 +150,7 @@ class Engine:
         self.worker.forget(None)
         self.scheduler.flush_cache()
 
-    def run(self, on_step: Callable[[], None] = lambda: None) -> None:
+    def run(self, on_step: Callable[[], object] = int) -> None:
         """Step until nothing runs or waits."""
         for _ in range(100_000):
             if not self.step() and not self.waiting:
@@ -163,12 +163,14 @@ class Engine:
         req = self.requests[rid]
         return list(req.output_ids_through_stop)
 
-    def generate(self, prompts: Sequence[Sequence[int]], **params: Any) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], on_step: Callable[[], object] = int, **params: Any
+    ) -> list[list[int]]:
         """All prompts at once; their outputs in order."""
         names = [f"g{len(self.requests):06d}-{i:06d}" for i in range(len(prompts))]
         for name, prompt in zip(names, prompts, strict=True):
             self.submit(name, prompt, **params)
-        self.run()
+        self.run(on_step)
         return [self.output(name) for name in names]
 
     @property

@@ -53,7 +53,15 @@ def unwatched() -> Iterator[None]:
         yield
 
 
-class Mode(TorchDispatchMode):
+class OfStreams:
+    """A mode of torch's, beside a model of streams."""
+
+    def __init__(self, world: Streams) -> None:
+        super().__init__()
+        self.world = world
+
+
+class Mode(OfStreams, TorchDispatchMode):
     """A mode in processes that compile nothing, so that no call has to be hidden from torch's compiler."""
 
     @classmethod
@@ -63,10 +71,6 @@ class Mode(TorchDispatchMode):
 
 class Operators(Mode):
     """Every operator that touches memory."""
-
-    def __init__(self, world: Streams) -> None:
-        super().__init__()
-        self.world = world
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -116,12 +120,8 @@ GRAMMARS = "sglang/srt/constrained/"
 """Modules that write masks on the host, in memory that is the device of a CPU."""
 
 
-class _Functions(TorchFunctionMode):
+class _Functions(OfStreams, TorchFunctionMode):
     """Factories of memory, and calls that do not dispatch: reads by the host, and moves between one device."""
-
-    def __init__(self, world: Streams) -> None:
-        super().__init__()
-        self.world = world
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -28,10 +28,7 @@ def test_text_stays_through_retractions_and_chunks(
 ) -> None:
     order = random.Random(4)
     with serving(models, directory, chunked_prefill_size=16, max_total_tokens=256) as e:
-        for i, prompt in enumerate(PROMPTS):
-            e.submit(f"r{i}-", prompt, max_new_tokens=60)
-        e.run(lambda: swap(e, order.randrange(4)))
-        assert [e.output(f"r{i}-") for i in range(len(PROMPTS))] == plain
+        assert e.generate(PROMPTS, lambda: swap(e, order.randrange(4)), max_new_tokens=60) == plain
         e.check_leaks()
 
 
@@ -50,10 +47,7 @@ def test_text_stays_with_a_round_of_lag(
             return ingest()
 
         e.scheduler.ingest_requests = ingesting
-        for i, prompt in enumerate(PROMPTS):
-            e.submit(f"o{i}-", prompt, max_new_tokens=60)
-        e.run()
-        assert [e.output(f"o{i}-") for i in range(len(PROMPTS))] == plain
+        assert e.generate(PROMPTS, max_new_tokens=60) == plain
         assert not e.streams.races
         assert e.worker.weights.swaps["taken"] > 10
 

@@ -52,11 +52,7 @@ def test_text_stays_through_many_swaps_in_traffic(served_engine: Engine, plain: 
 
     while swaps < 60:
         e.start_over("random")
-        names = [f"s{len(e.requests)}-{i}-" for i in range(len(PROMPTS))]
-        for name, prompt in zip(names, PROMPTS, strict=True):
-            e.submit(name, prompt, max_new_tokens=60)
-        e.run(swapping)
-        assert [e.output(name) for name in names] == plain
+        assert e.generate(PROMPTS, swapping, max_new_tokens=60) == plain
         e.check_leaks()
         assert modules() == held
     assert e.worker.weights.swaps["taken"] == swaps + 1

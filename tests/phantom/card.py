@@ -24,7 +24,7 @@ from sites import site
 from streams import HOST, PINNED, Streams
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from watching import Mode, Operators, tensors_of
+from watching import Mode, OfStreams, Operators, tensors_of
 from whiflash_kernels.attention import _draft_attention
 
 DEVICE = torch.device("cuda", 0)
@@ -121,10 +121,6 @@ def _record_stream(world: Streams) -> Any:
 class Rules(Mode):
     """Every operator, by the card's rules; what it does to memory is noted by the mode outside of this one."""
 
-    def __init__(self, world: Streams) -> None:
-        super().__init__()
-        self.world = world
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -195,12 +191,8 @@ class Rules(Mode):
         return moved
 
 
-class _Calls(TorchFunctionMode):
+class _Calls(OfStreams, TorchFunctionMode):
     """Calls without dispatch: reads of the host's own memory, lists that become tensors of the card, pinned memory."""
-
-    def __init__(self, world: Streams) -> None:
-        super().__init__()
-        self.world = world
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
