@@ -311,14 +311,13 @@ def save_tokenizer(path: Path, pieces: Sequence[bytes] = ()) -> None:
     fast.save_pretrained(path)
 
 
-def tiny_bundle(root: Path) -> tuple[Path, Path]:
-    """A target, and a bundle of its two drafters, under `root`."""
-    target, bundle = tiny_target(root / "target"), root / "bundle"
+def tiny_bundle(bundle: Path, target: Path, name: str = "tiny") -> Path:
+    """Write a bundle of two random drafters of `target`, which its manifest calls `name`. Returns `bundle`."""
     tiny_eagle3(bundle / "eagle3", target)
     tiny_dflash(bundle / "dflash", target)
-    manifest = {"schema_version": 1, "name": "tiny", "target": "tiny", "eagle3": "eagle3", "dflash": "dflash"}
+    manifest = {"schema_version": 1, "name": "tiny", "target": name, "eagle3": "eagle3", "dflash": "dflash"}
     (bundle / "whiflash.json").write_text(json.dumps(manifest))
-    return target, bundle
+    return bundle
 
 
 def served_pair(root: Path) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from server_host import ServerHost
-from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import CHAT_TEMPLATE, tiny_bundle, tiny_eagle3, tiny_target
 from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer
 
@@ -45,14 +45,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tiny_target(root / "target", seed=2, peaked=True)  # its drafter is often right
     tiny_target(root / "other", seed=3, peaked=True)
     tiny_eagle3(root / "drafter", target, seed=21)
+    tiny_bundle(root / "bundle", target, str(target))
     tiny_eagle3(root / "bundle/eagle3", target, seed=2)
-    tiny_dflash(root / "bundle/dflash", target)
     for drafter in ("drafter", "bundle/eagle3"):  # layers that have neighbours
         config = json.loads((root / drafter / "config.json").read_text())
         config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [1, 2, 3]
         (root / drafter / "config.json").write_text(json.dumps(config))
-    named = {"name": "tiny", "target": str(target), "eagle3": "eagle3", "dflash": "dflash"}
-    (root / "bundle/whiflash.json").write_text(json.dumps({"schema_version": 1, **named}))
     rows = [{"id": str(i), "messages": [{"role": "user", "content": f"Say {i * i}!"}]} for i in range(8)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root

@@ -1,6 +1,5 @@
 """Models that the parts serve: the user's pair, the embedded one, or tiny random ones if neither is within reach."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,9 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "targets"))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "phantom"))
 
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
-
-MANIFEST = {"schema_version": 1, "name": "tiny", "eagle3": "eagle3", "dflash": "dflash"}
+from tiny_models import tiny_bundle, tiny_target
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Served:
     def tiny(cls, name: str, root: Path, dtype: str) -> "Served":
         """Random models, written to `root`."""
         target = tiny_target(root / "target", dtype=dtype)
-        return cls(name, target, tiny_bundle(root / "bundle", target), dtype)
+        return cls(name, target, tiny_bundle(root / "bundle", target, str(target)), dtype)
 
     @classmethod
     def family(cls, architecture: str, root: Path, dtype: str) -> "Served":
@@ -66,7 +63,7 @@ class Served:
 
         target = root / "target"
         model = tiny_family(target, FAMILIES[architecture])
-        bundle = tiny_bundle(root / "bundle", target)
+        bundle = tiny_bundle(root / "bundle", target, str(target))
         os.environ["SGLANG_MAMBA_CONV_DTYPE"] = dtype  # as KV, so that chunks of a prompt change nothing
         return cls(f"a tiny {architecture}", target, bundle, dtype, model, KEEPING.get(architecture, {}))
 
@@ -102,11 +99,3 @@ def on_device(device: str, scratch: Path) -> Iterator[None]:
 
             stack.enter_context(getattr(sgl_kernel, "standing_in", ExitStack)())
         yield
-
-
-def tiny_bundle(directory: Path, target: Path) -> Path:
-    """Random drafters for `target` and their manifest."""
-    tiny_eagle3(directory / "eagle3", target)
-    tiny_dflash(directory / "dflash", target)
-    (directory / "whiflash.json").write_text(json.dumps(MANIFEST | {"target": str(target)}))
-    return directory

@@ -16,7 +16,7 @@ from patience import wait_until
 from prometheus_server import ROOT, Prometheus, program, prometheus
 from scrape import Samples, scraped, total, values
 from server_host import Server, ServerHost
-from tiny_models import CHAT_TEMPLATE, tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import CHAT_TEMPLATE, tiny_bundle, tiny_target
 
 from whiflash_sglang import __version__
 from whiflash_sglang.serve.metrics import PREFIX, SERIES
@@ -81,11 +81,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterat
     target = tiny_target(root / "target", peaked=True)
     template = root / "template.jinja"
     template.write_text(CHAT_TEMPLATE)
-    bundle = root / "bundle"
-    tiny_eagle3(bundle / "eagle3", target)
-    tiny_dflash(bundle / "dflash", target)
-    manifest = {"schema_version": 1, "name": "tiny", "target": "tiny", "eagle3": "eagle3", "dflash": "dflash"}
-    (bundle / "whiflash.json").write_text(json.dumps(manifest))
+    bundle = tiny_bundle(root / "bundle", target)
     arguments = [
         *("--model-path", target, "--served-model-name", "tiny", "--dtype", "float32", "--enable-metrics"),
         *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", bundle),

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 from server_host import ServerHost
-from tiny_models import tiny_bundle
+from tiny_models import tiny_bundle, tiny_target
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -65,7 +65,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation]:
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     root = tmp_path_factory.mktemp("bench")
-    target, bundle = tiny_bundle(root)
+    target = tiny_target(root / "target")
+    bundle = tiny_bundle(root / "bundle", target)
     return build_subject(str(target), str(bundle), "float32", (), root, ["lookup"])
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 from server_host import Server, ServerHost
-from tiny_models import tiny_bundle
+from tiny_models import tiny_bundle, tiny_target
 
 from whiflash_lab.bench.arms import build_arms
 from whiflash_lab.bench.cells import Journal, Load
@@ -73,7 +73,8 @@ def prompts() -> tuple[Prompt, ...]:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     root = tmp_path_factory.mktemp("bench")
-    target, bundle = tiny_bundle(root)
+    target = tiny_target(root / "target")
+    bundle = tiny_bundle(root / "bundle", target)
     (root / "scratch").mkdir()
     subject = build_subject(str(target), str(bundle), "float32", (SEEDED,), root / "scratch", ARMS)
     arms = build_arms(ARMS, subject)
