@@ -107,3 +107,31 @@ def answers(url: str) -> bool:
         return httpx.get(url, timeout=None).is_success
     except httpx.TransportError:
         return False
+
+
+class Forked:
+    """A server of the host, started when a fleet asks for it.
+
+    kept: servers by arguments. One that is there is used again, under the policy that it began with, and none is
+        stopped: whoever made the table does that.
+    """
+
+    def __init__(
+        self, host: ServerHost, arguments: Sequence[str], kept: dict[tuple[str, ...], Server]
+    ) -> None:
+        self._host, self._arguments, self._kept = host, tuple(arguments), kept
+
+    @property
+    def url(self) -> str:
+        return self._kept[self._arguments].url
+
+    def __enter__(self) -> "Forked":
+        if self._arguments not in self._kept:
+            self._kept[self._arguments] = self._host.start(*self._arguments)
+        elif "--whiflash-router" in self._arguments:
+            router = self._arguments[self._arguments.index("--whiflash-router") + 1]
+            self._kept[self._arguments].post("/whiflash/policy", {"router": router})
+        return self
+
+    def close(self) -> None:
+        pass

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from rich.progress import Progress
-from server_host import Server, ServerHost
+from server_host import Forked, Server, ServerHost
 from tiny_models import tiny_bundle, tiny_target
 
 from whiflash_lab.bench.arms import build_arms
@@ -27,34 +27,6 @@ pytestmark = pytest.mark.server
 ARMS = ["none", "EAGLE3", "auto", "ar", "diffusion"]
 LOADS = (Load(value=1), Load(value=3))
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-
-
-class Forked:
-    """A server of the tests' host, started when a fleet asks for it.
-
-    kept: servers by arguments. One that is there is used again, under the policy that it began with, and none is
-        stopped: whoever made the table does that.
-    """
-
-    def __init__(
-        self, host: ServerHost, arguments: Sequence[str], kept: dict[tuple[str, ...], Server]
-    ) -> None:
-        self._host, self._arguments, self._kept = host, tuple(arguments), kept
-
-    @property
-    def url(self) -> str:
-        return self._kept[self._arguments].url
-
-    def __enter__(self) -> "Forked":
-        if self._arguments not in self._kept:
-            self._kept[self._arguments] = self._host.start(*self._arguments)
-        elif "--whiflash-router" in self._arguments:
-            router = self._arguments[self._arguments.index("--whiflash-router") + 1]
-            self._kept[self._arguments].post("/whiflash/policy", {"router": router})
-        return self
-
-    def close(self) -> None:
-        pass
 
 
 def prompts() -> tuple[Prompt, ...]:
