@@ -115,7 +115,7 @@ def _template() -> Any:
         files("whiflash_sdk.render").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css")
     )
     environment = Environment(autoescape=True, finalize=_shown)
-    ours = (_before, _class_of, _percent, _quoted, _runs, _texts_of)
+    ours = (_before, _class_of, _quoted, _runs, _texts_of)
     environment.globals.update({name: value for name, value in vars(aligned).items() if name[0] != "_"})
     environment.globals.update({value.__name__.removeprefix("_"): value for value in ours})
     environment.globals.update(
@@ -131,10 +131,6 @@ def _shown(value: object) -> object:
 def _class_of(arm: str) -> str:
     """The class that has a drafter's colours."""
     return f"arm-{arm}" if arm in KNOWN_ARMS else "arm-other"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}"
 
 
 def _before(trace: Trace, number: int) -> Stretch | None:
