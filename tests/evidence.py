@@ -6,7 +6,6 @@ digest of the code that it depends on, versions and hardware. `results/evidence/
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from whiflash_sglang.files.jsonl import write_whole
 from whiflash_train.provenance import made_by
 
 ROOT = Path(__file__).parent.parent
@@ -110,13 +110,7 @@ def _git(*arguments: str) -> str:
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(".writing")
-    with staged.open("w") as file:
-        json.dump(record, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    write_whole(path, json.dumps(record, indent=2) + "\n")
 
 
 def write_summary() -> None:

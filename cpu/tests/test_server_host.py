@@ -1,14 +1,12 @@
 """The host of the tests' servers: a failed start is told at once, nobody else's server is taken for ours."""
 
 import os
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
 from patience import wait_until
-from server_host import ServerHost, answers
+from server_host import ServerHost, answers, stand_in
 
 from whiflash_lab import servers
 from whiflash_sglang.files.cpu import CHILD_ENVIRONMENT
@@ -16,18 +14,6 @@ from whiflash_sglang.files.cpu import CHILD_ENVIRONMENT
 from .conftest import Checkpoints
 
 pytestmark = pytest.mark.server
-
-
-class Healthy(BaseHTTPRequestHandler):
-    """Says yes to whatever it is asked."""
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
 
 
 def test_a_server_that_dies_is_reported_with_its_log(host: ServerHost, tmp_path: object) -> None:
@@ -38,13 +24,11 @@ def test_a_server_that_dies_is_reported_with_its_log(host: ServerHost, tmp_path:
 def test_another_server_on_the_port_is_not_ours(
     host: ServerHost, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with HTTPServer(("127.0.0.1", 0), Healthy) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        monkeypatch.setattr(servers, "free_port", lambda: other.server_port)
-        assert answers(f"http://127.0.0.1:{other.server_port}/health")
+    with stand_in() as url:
+        monkeypatch.setattr(servers, "free_port", lambda: int(url.rpartition(":")[2]))
+        assert answers(f"{url}/health")
         with pytest.raises(servers.ServerError, match="stopped"):
             host.start(*checkpoints.arguments)
-        other.shutdown()
 
 
 def test_openmp_is_told_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

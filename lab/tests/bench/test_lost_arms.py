@@ -1,9 +1,7 @@
 """An arm whose server does not start: it is named at once, the others are measured, and the command fails."""
 
 import io
-import threading
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 from patience import wait_until
 from rich.console import Console
+from server_host import stand_in
 
 from whiflash_lab.bench.arms import Arm
 from whiflash_lab.bench.fleet import Fleet
@@ -22,24 +21,10 @@ from whiflash_sglang.files.progress import Lines
 LOG = "the server stopped:\nloading\nValueError: no such drafter\n"
 
 
-class Info(BaseHTTPRequestHandler):
-    """Answers everything with an empty record."""
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"{}")
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def url() -> Iterator[str]:
-    with HTTPServer(("127.0.0.1", 0), Info) as server:
-        threading.Thread(target=server.serve_forever).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with stand_in() as answering:
+        yield answering
 
 
 class Starting:
