@@ -27,6 +27,18 @@ from whiflash_train.target import TargetModel
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 LAYERS = range(5)
+TOOLED = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + CHAT_TEMPLATE.replace(
+    "<|im_end|>",
+    "{% for call in message.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>",
+)
+CALLS = {
+    "messages": [
+        {"role": "user", "content": "1 + 2?"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a":1,"b":2}'}}]},
+        {"role": "tool", "tool_call_id": "c", "content": "3"},
+    ],
+    "tools": [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +55,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle and its target, another target and drafter, prompts."""
     root = tmp_path_factory.mktemp("served")
     target = tiny_target(root / "target", seed=2, peaked=True)  # its drafter is often right
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.chat_template = TOOLED
+    tokenizer.save_pretrained(target)
     tiny_target(root / "other", seed=3, peaked=True)
     tiny_eagle3(root / "drafter", target, seed=21)
     tiny_bundle(root / "bundle", target, str(target))
@@ -132,10 +147,13 @@ def test_a_planted_difference_has_its_name(
 
 @pytest.mark.server
 def test_a_server_agrees_with_its_bundle(root: Path, host: ServerHost) -> None:
+    """Its template gets the tools and calls that ours gets, too."""
     arguments = ["--model-path", root / "target", "--speculative-draft-model-path", root / "bundle"]
     arguments += ["--speculative-algorithm", "WHIFLASH", "--dtype", "float32"]
+    prompts = root / "with-calls.jsonl"
+    prompts.write_text((root / "prompts.jsonl").read_text() + json.dumps(CALLS) + "\n")
     with host.running(*map(str, arguments)) as server:
-        options = ["--bundle", root / "bundle", "--prompts", root / "prompts.jsonl", "--served", server.url]
+        options = ["--bundle", root / "bundle", "--prompts", prompts, "--served", server.url]
         options += ["--arm", "diffusion", "--dtype", "float32", "--max-new-tokens", "48", "--json"]
         # An engine that is shut down kills every child of its process: here that would be the servers' host, too.
         whiflash = Path(sys.executable).with_name("whiflash")

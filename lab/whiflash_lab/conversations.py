@@ -20,6 +20,7 @@ from whiflash_sglang.files.jsonl import lines_of, read_json
 from whiflash_sglang.spans.hints import HintError
 from whiflash_sglang.spans.prediction import body_prediction
 from whiflash_sglang.spans.vocabulary import vocabulary_of
+from whiflash_train.answers.prompts import served_tools
 
 MAX_MESSAGES = 10_000
 """Messages of one conversation."""
@@ -222,7 +223,7 @@ class Renderer:
         ]
         text: str = self._tokenizer.apply_chat_template(
             messages,
-            tools=list(recorded.tools) or None,
+            tools=served_tools(recorded.tools),
             chat_template=self._template,
             add_generation_prompt=prompt,
             tokenize=False,

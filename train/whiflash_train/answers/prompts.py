@@ -12,19 +12,21 @@ tool          a tool's whole definition, where there is one user turn; longer co
 schema        the schema that the answer must fit
 """
 
+import copy
 import hashlib
 import json
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import MOST_BYTES, read_text
-from whiflash_sglang.files.jsonl import parse_json_lines
+from whiflash_sglang.files.jsonl import parse_json_lines, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,15 +118,36 @@ def balanced(
             del queues[chosen]
 
 
+def served_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """As SGLang's chat route hands tools to a template: with all fields of its type, as `"defer_loading": null`."""
+    if not tools:
+        return None
+    from sglang.srt.entrypoints.openai.protocol import Tool
+
+    return [Tool(**tool).model_dump() for tool in tools]
+
+
+def _served_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As that route hands them on: no content is empty text, arguments of calls are objects."""
+    served = copy.deepcopy(list(messages))
+    for message in served:
+        message["content"] = message.get("content") or ""
+        for call in message.get("tool_calls") or ():
+            if isinstance(call["function"].get("arguments"), str):
+                with suppress(ValueError):  # a server refuses it
+                    call["function"]["arguments"] = read_json(call["function"]["arguments"])
+    return served
+
+
 def prepare(
     row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", template: str | None, required_share: float
 ) -> PromptRow:
     """Render one row. `required_share` of the rows with tools (chosen by their id) use `tool_choice:
     required`.
     """
-    tools = row.get("tools") or None
+    messages, tools = _served_messages(row["messages"]), served_tools(row.get("tools"))
     encoded = tokenizer.apply_chat_template(
-        row["messages"], tools=tools, chat_template=template, add_generation_prompt=True, return_dict=True
+        messages, tools=tools, chat_template=template, add_generation_prompt=True, return_dict=True
     )
     grammar = None
     if row.get("response_format"):
