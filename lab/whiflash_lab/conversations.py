@@ -38,7 +38,8 @@ Message = dict[str, Any]
 class Conversation:
     """messages: `role`, `content` (text), for assistants also `tool_calls` and `reasoning_content`, for tools
     `tool_call_id`. tools: what was offered, where it was recorded. category: what figures are kept apart by.
-    prediction: what the caller expected of the last answer (predicted outputs), where that was recorded.
+    prediction: what the caller expected of the last answer (predicted outputs), where that was recorded. parent: of a
+    subagent, the id of the conversation that it serves, and after how many answers of that one it begins.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     prediction: str | None = None
+    parent: tuple[str, int] | None = None
 
     @property
     def answers(self) -> int:
@@ -416,10 +418,12 @@ def _swe_agent(where: str, name: str, record: Any) -> Conversation:
 def _openai_log(where: str, name: str, record: dict[str, Any]) -> Conversation:
     """One conversation, or one request with its response, on a line.
 
-        {"messages": [...], "tools": [...], "prediction": {...}, "id": "…", "category": "…"}
+        {"messages": [...], "tools": [...], "prediction": {...}, "id": "…", "category": "…",
+         "parent": "…", "after": 1}
         {"request": {"messages": [...], "tools": [...]}, "response": {"choices": [{"message": {...}}]}}
 
     Gateways log the second form; the first choice is the recorded answer. A prediction is of the last answer.
+    `parent` and `after` are of a subagent.
     """
     if "messages" in record:
         request, messages = record, list_of(f"{where}, messages", record["messages"])
@@ -434,10 +438,16 @@ def _openai_log(where: str, name: str, record: dict[str, Any]) -> Conversation:
         messages,
         request.get("tools"),
     )
+    parent, after = text_of(f"{where}, parent", record.get("parent")), record.get("after", 0)
+    if parent and not (isinstance(after, int) and after > 0):
+        raise ConfigError(
+            f"{where}, after: {after!r} is no count of answers of {parent!r}; a subagent begins after one or more"
+        )
     try:
-        return replace(logged, prediction=body_prediction(request))
+        prediction = body_prediction(request)
     except HintError as error:
         raise ConfigError(f"{where}, {error}") from None
+    return replace(logged, prediction=prediction, parent=(parent, after) if parent else None)
 
 
 def _message_of(where: str, response: object) -> Message:

@@ -62,6 +62,19 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation]:
     return read_recorded(path)
 
 
+def agent_and_subagent(path: Path, **fields: Any) -> list[Conversation]:
+    """The second begins with the first one's first answer, and its last answer is the first one's tool result."""
+    texts = ("Find the fox.", "Find it, you.", "Now.", "A jump.", "And?", "On the lawn.")
+    said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    rest = [{"role": "tool", "content": texts[-1]}, {"role": "assistant", "content": "There: the lawn."}]
+    records = [
+        {"id": "agent", "messages": [*said[:2], *rest]},
+        {"id": "subagent", "messages": said, "parent": "agent", "after": 1, **fields},
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return read_recorded(path)
+
+
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     root = tmp_path_factory.mktemp("bench")
@@ -95,6 +108,19 @@ def test_conversations_become_tasks(
     assert [[len(task.answer) for task in talk.tasks] for talk in cut] == [[5]] * 3
     twice, _ = talks_of([recorded[0]] * 2, renderer, max_tokens=5, room=600)
     assert [talk.id for talk in twice] == ["t0", "t0-2"], "each is played and has figures of its own"
+
+
+def test_a_subagent_s_answers_are_between_its_parent_s(subject: Subject, tmp_path: Path) -> None:
+    sizes = {"renderer": renderer_of(subject.target, subject.bundle), "max_tokens": 200, "room": 600}
+    [talk], _ = talks_of(agent_and_subagent(tmp_path / "a.jsonl"), **sizes)
+    decode = AutoTokenizer.from_pretrained(subject.target).decode
+    answers = [decode(list(task.answer[:-1])) for task in talk.tasks]
+    assert answers == ["Find it, you.", "A jump.", "On the lawn.", "There: the lawn."]
+    for fields in ({"after": 3}, {"parent": "subagent"}):
+        with pytest.raises(ConfigError, match=r"subagent: no '.*' with . answers is before it"):
+            talks_of(agent_and_subagent(tmp_path / "a.jsonl", **fields), **sizes)
+    with pytest.raises(ConfigError, match="line 2, after: 0 is no count of answers of 'agent'"):
+        agent_and_subagent(tmp_path / "a.jsonl", after=0)
 
 
 def test_predictions_must_have_been_recorded(subject: Subject) -> None:
@@ -157,17 +183,10 @@ def fleet(host: ServerHost) -> Iterator[Fleet]:
 @pytest.mark.server
 def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet, tmp_path: Path) -> None:
     """No time for a second repetition; what was measured is not played again."""
-    arms = recorded_arms(["lookup+prediction", "lookup+useless"], subject, talks)
+    arms = tuple(recorded_arms(["lookup+prediction", "lookup+useless"], subject, talks))
     loads = (Load(value=1), Load(value=2))
     plan = Plan(
-        subject,
-        tuple(arms),
-        tuple(talks),
-        loads,
-        repetitions=2,
-        minutes=0,
-        over="lookup+useless",
-        recorded=("log",),
+        subject, arms, tuple(talks), loads, repetitions=2, minutes=0, over="lookup+useless", recorded=("log",)
     )
     journal = Journal(tmp_path / "cells.jsonl", plan.fingerprint)
 
@@ -219,12 +238,18 @@ def test_a_recorded_run(talks: list[Talk], subject: Subject, fleet: Fleet, tmp_p
     assert "whiflash_forced[1]: must be a token id below" in refused.text
     impossible = Talk("t", "edit", (), tasks=(type(task)(task.prompt, [*task.answer, 100_000]),))
 
-    async def played() -> None:
+    async def played(talk: Talk) -> Answer:
         async with httpx.AsyncClient(base_url=url, timeout=None) as client:
-            await Player(client, 8, arms[1].request).ask(impossible)
+            return await Player(client, 8, arms[1].request).ask(talk)
 
     with pytest.raises(RequestError, match="must be a token id"):
-        asyncio.run(played())
+        asyncio.run(played(impossible))
+
+    renderer = renderer_of(subject.target, subject.bundle)
+    [talk], _ = talks_of(agent_and_subagent(tmp_path / "a.jsonl"), renderer, max_tokens=200, room=600)
+    first, begun, _, last = asyncio.run(played(talk)).turns
+    shared = first.prompt + first.tokens
+    assert [turn.cached for turn in (begun, last)] == pytest.approx([shared, shared], abs=4)
 
 
 def test_options_of_other_runs_are_not_passed_over() -> None:

@@ -2,11 +2,12 @@
 
 Prompts, verification, routing and cost are real; only the tokens that the target samples are replaced by the recorded
 ones (`round/forcing.py`). So a small target can be measured on the text that another one wrote. A conversation is a
-prompt of the run, whose answers are asked one after the other.
+prompt of the run, with its subagents'; answers are asked one after the other.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ WARM_UP_ANSWERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Talk(Prompt):
-    """A conversation. tasks: its answers, in order."""
+    """A conversation and its subagents'. tasks: their answers, in order."""
 
     tasks: tuple[RecordedTurn, ...] = ()
 
@@ -53,27 +54,47 @@ def talks_of(
 
     Args:
         max_tokens: of each answer, the rest is cut. room: tokens of prompt and answer.
+
+    Raises:
+        ConfigError: a subagent's parent is not before it, or is shorter than it says.
     """
     expected = [
         None if record.prediction is None else renderer.encode(record.prediction) for record in recorded
     ]
-    talks, left_out, taken = list[Talk](), dict[str, str](), set[str]()
+    turns, talks, left_out = dict[str, list[RecordedTurn]](), list[Talk](), dict[str, str]()
+    begins, subagents = dict[str, int](), defaultdict[tuple[str, int], list[str]](list)
+
+    def played(agent: str) -> Iterator[RecordedTurn]:
+        """Every answer once, a subagent's before its parent goes on, which has its result by then."""
+        for number, turn in enumerate(turns[agent], start=1):
+            if number > begins[agent] and len(turn.prompt) + len(turn.answer) <= room:
+                yield turn
+            for subagent in subagents[agent, number]:
+                yield from played(subagent)
+
     for index, record in enumerate(recorded):
         name = record.id
-        while name in taken:
+        while name in turns:
             name = f"{name}-{index + 1}"
-        taken.add(name)
-        tasks = [replace(turn, answer=turn.answer[:max_tokens]) for turn in renderer.turns(record)]
-        if tasks and expected[index] is not None:
+        own = [replace(turn, answer=turn.answer[:max_tokens]) for turn in renderer.turns(record)]
+        theirs = turns.get(record.parent[0], []) if record.parent else []
+        if record.parent and len(theirs) < record.parent[1]:
+            raise ConfigError(f"{name}: no {record.parent[0]!r} with {record.parent[1]} answers is before it")
+        same = [(a.prompt, a.answer) == (b.prompt, b.answer) for a, b in zip(own, theirs, strict=False)]
+        turns[name], begins[name] = own, [*same, False].index(False)
+        if own and expected[index] is not None:
             others = [tokens for i, tokens in enumerate(expected) if tokens is not None and i != index]
             useless = others[index % len(others)] if others else []
             both = {PREDICTION: expected[index] or [], USELESS: useless}
-            tasks[-1] = replace(tasks[-1], predictions=both)
-        sizes = [len(task.prompt) + len(task.answer) for task in tasks]
-        left_out |= {f"{name}, answer {at}": f"{n} tokens" for at, n in enumerate(sizes) if n > room}
-        if kept := tuple(task for task, size in zip(tasks, sizes, strict=True) if size <= room):
-            talks.append(Talk(name, record.category, (), tasks=kept))
-    return talks, left_out
+            own[-1] = replace(own[-1], predictions=both)
+        sizes = list(enumerate(len(turn.prompt) + len(turn.answer) for turn in own))[begins[name] :]
+        left_out |= {f"{name}, answer {at}": f"{n} tokens" for at, n in sizes if n > room}
+        if record.parent:
+            subagents[record.parent].append(name)
+        else:
+            talks.append(Talk(name, record.category, ()))
+    talks = [replace(talk, tasks=tuple(played(talk.id))) for talk in talks]
+    return [talk for talk in talks if talk.tasks], left_out
 
 
 def recorded_arms(names: Sequence[str], subject: Subject, talks: Iterable[Talk]) -> list[Arm]:
