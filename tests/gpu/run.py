@@ -163,7 +163,9 @@ PARTS: tuple[Part, ...] = (
     ),
     shaped("shaped", "`diffusion` beside upstream's DFLASH and plain decoding; a trace; memory"),
     shaped(
-        "contexts", "a verification by context", "--arms", "diffusion,none", "--contexts", "2048,32768,131072"
+        "contexts",
+        "a verification by context",
+        *("--arms", "diffusion,none", "--contexts", "2048,8192,32768,131072"),
     ),
     sanitizer(
         "memcheck", "first", "sample_rows,accept_and_commit,fill_slots,draft_attention,verify_attention"

@@ -10,7 +10,6 @@ its tokens are not; every figure says so. All in one process, in SGLang's overla
 import argparse
 import itertools
 import json
-import math
 import os
 import sys
 import tempfile
@@ -136,9 +135,8 @@ def accepting(mean: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Load:
-    """requests, contexts: each of the ones with each of the others, if `most` holds them.
-
-    context: tokens of a prompt. tokens: of an answer. most: tokens of all prompts together that a card holds.
+    """requests, contexts: each of the ones with each of the others. contexts: tokens of a prompt. tokens: of an answer.
+    most: tokens of all prompts together that a card holds; if they have more, they share all but their ends.
     """
 
     requests: Sequence[int]
@@ -147,8 +145,18 @@ class Load:
     most: int
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        pairs = itertools.product(self.contexts, self.requests)
-        return (pair for pair in pairs if math.prod(pair) <= self.most)
+        return itertools.product(self.contexts, self.requests)
+
+    def prompts(self, context: int, requests: int) -> torch.Tensor:
+        """Random tokens [requests, context]."""
+        prompts = torch.randint(8, 256, (requests, context), generator=torch.Generator().manual_seed(0))
+        ends = self.ends(context, requests)
+        prompts[:, :-ends] = prompts[0, :-ends]
+        return prompts
+
+    def ends(self, context: int, requests: int) -> int:
+        """Tokens of each prompt that no other has."""
+        return context if context * requests <= self.most else max(context // 64, 1)
 
 
 CARD, REHEARSAL = Load((1, 8, 32, 48), (1024,), 192, 300_000), Load((1, 2), (24,), 24, 48)
@@ -161,7 +169,7 @@ def started(made: dict[str, Any], arm: str, device: str, load: Load) -> Iterator
     from overlap_loop import OverlapLoop
 
     most, card = max(load.requests), device != "cpu"
-    longest = max(context * requests for context, requests in load)
+    longest = max(context + (requests - 1) * load.ends(context, requests) for context, requests in load)
     options: dict[str, Any] = {"device": "cuda" if card else "cpu", "load_format": "dummy", "random_seed": 0}
     options |= {"dtype": "bfloat16" if device == "cuda" else "float32", "max_running_requests": most}
     options |= {"max_total_tokens": 4096 + longest + 2 * most * load.tokens}
@@ -184,8 +192,7 @@ def timed(e: Any, context: int, requests: int, load: Load, figures: dict[str, An
 
     Our rounds have the host's time to issue one, too.
     """
-    generator = torch.Generator().manual_seed(requests)
-    prompts = torch.randint(8, 256, (requests, context), generator=generator).tolist()
+    prompts = load.prompts(context, requests).tolist()
     seconds, passes, clock = 0.0, list[float](), getattr(e.worker, "clock", None)
     for _ in range(2):
         passes, step = [], e.step

@@ -46,3 +46,9 @@ def test_drafters_are_as_wide_as_the_shape_and_no_other(tmp_path: Path) -> None:
 def test_what_was_recorded_is_the_reports() -> None:
     assert all(1 <= mean < 10 for mean in shaped.recorded().values())
     assert shaped.recorded().keys() == shaped.ARMS.keys()
+
+
+def test_prompts_of_more_tokens_than_a_card_holds_share_all_but_their_ends() -> None:
+    for context, shared in ((2048, 0), (131_072, 129_024)):
+        prompts = shaped.CARD.prompts(context, 8)
+        assert int((prompts == prompts[:1]).all(0).sum()) == shared
