@@ -44,3 +44,6 @@ def test_a_download_keeps_shapes_and_kinds() -> None:
     assert download.read() == wanted
     assert torch.equal(download[download.at.tokens], record.tokens)
     assert download.copy_to_host(torch.clone).read() == wanted, "of the copy"
+    shared = Download(record._replace(absent=record.counts))
+    assert shared.read() == wanted._replace(absent=[2, 1])
+    assert len(shared.packed) == len(download.packed), "what two fields share is packed once"

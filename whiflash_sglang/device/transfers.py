@@ -113,15 +113,16 @@ class Download(Generic[RecordT]):
 
     def __init__(self, record: RecordT) -> None:
         fields = {name: field for name, field in record._asdict().items() if field is not None}
-        # Fields of 64 bits come first: they must start at an even place.
-        ordered = sorted(fields.items(), key=lambda field: field[1].dtype != torch.int64)
-        parts = [_as_int32(field) for _, field in ordered]
+        # Fields of 64 bits come first: they must start at an even place. A tensor of several fields is packed once.
+        every = {id(field): field for field in fields.values()}
+        ordered = sorted(every.values(), key=lambda field: field.dtype != torch.int64)
+        parts = [_as_int32(field) for field in ordered]
         ends = list(accumulate(part.numel() for part in parts))
         places = {
-            name: (slice(begin, end), _sent(field.dtype), tuple(field.shape))
-            for (name, field), begin, end in zip(ordered, [0, *ends], ends, strict=False)
+            id(field): (slice(begin, end), _sent(field.dtype), tuple(field.shape))
+            for field, begin, end in zip(ordered, [0, *ends], ends, strict=False)
         }
-        self.at = record._replace(**places)
+        self.at = record._replace(**{name: places[id(field)] for name, field in fields.items()})
         self.packed = torch.cat(parts)
         self.learn: Callable[[RecordT, Sequence[Sequence[int]]], object] | None = None
         self._copy: torch.Tensor | None = None
