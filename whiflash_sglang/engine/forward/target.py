@@ -6,7 +6,7 @@ they differ from the position by the request's delta. SGLang lays them out for d
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -127,6 +127,11 @@ class Target(LoadedTarget):
         block = prepare_mixed_block(none, none[:, None], widths, none, none, self.slot_table, rows=rows)
         self._verification(batch, block, widths, None, 1)
 
+    @cached_property
+    def _rows_counted(self) -> int:
+        """`rows_counted` if it is always the same, else 0. It reads configurations, which takes long."""
+        return rows_counted(self.runner, 0)
+
     def _verification(
         self,
         batch: Any,
@@ -137,7 +142,7 @@ class Target(LoadedTarget):
     ) -> Any:
         """SGLang's result of a verification's forward. Arguments as of `verify`."""
         batch.out_cache_loc = block.cache_slots
-        counted = rows_counted(self.runner, stride)
+        counted = self._rows_counted or stride
         batch.input_ids, batch.forward_mode = block.input_ids, ForwardMode.TARGET_VERIFY
         batch.extend_input_logprob_token_ids = None  # of an earlier prefill: SGLang would send it again
         batch.spec_info = verify_input(block, verify_lens, widths, counted, self._captured.mode)
