@@ -78,10 +78,13 @@ def sample_rows(
     """
     tokens = logits.new_zeros(logits.shape[0], dtype=torch.int64)
     rows = torch.arange(logits.shape[0], device=logits.device)
-    owner = torch.bucketize(rows, qo_indptr[1:], right=True)
-    inside = owner < len(request_slots)
-    owner = owner.clamp_max_(len(request_slots) - 1) if len(request_slots) else owner
-    slots = request_slots[owner].long() * inside if len(request_slots) else owner
+    if len(rows) == len(request_slots) and qo_indptr.tolist() == list(range(len(rows) + 1)):
+        owner, slots = rows, request_slots.long()  # A round without drafts; see block.py.
+    else:
+        owner = torch.bucketize(rows, qo_indptr[1:], right=True)
+        inside = owner < len(request_slots)
+        owner = owner.clamp_max_(len(request_slots) - 1) if len(request_slots) else owner
+        slots = request_slots[owner].long() * inside if len(request_slots) else owner
     greedy = table.parameters[slots, 1] <= GREEDY
     live = slots != 0
     if masks is None and bool((greedy & live).all()):
