@@ -58,20 +58,20 @@ def test_a_verification_grows_with_the_context_of_its_batch() -> None:
     found = costs(context=2.0)
     for contexts, seconds in (([], 10.4), ([100], 10.4), ([300, 300], 11.4), ([1100], 12.4), ([2100], 14.4)):
         found.set_contexts(contexts)
-        assert found.verify(3, 1) == found.verify(4, 1) == pytest.approx(seconds)
+        assert [found.verify(rows, 1) for rows in (3, 4)] == pytest.approx([seconds] * 2)
 
 
-def test_a_row_costs_the_slope_around_the_load() -> None:
-    sizes = (1, 4, 8, 16, 32)
-    near, far = Sizes(sizes, (1.0, 1.6, 2.4, 2.4, 5.6)), Sizes(sizes, (2.0, 2.6, 4.4, 4.4, 7.6))
-    tables = CostTables(Verifications(100, 1100, near, far), {}, {})
-    assert tables.row(2, 100) == pytest.approx(0.2)
-    assert tables.row(8, 100) == pytest.approx(0.8 / 12), "a step of nothing does not make a row free"
-    assert tables.row(16, 100) == pytest.approx(3.2 / 24)
-    assert tables.row(100, 100) == pytest.approx(5.6 / 32), "beyond the largest, seconds are in proportion"
-    assert tables.row(2, 1100) == pytest.approx(0.2)
-    alone = Verifications(0, 1, Sizes((4,), (2.0,)), Sizes((4,), (2.0,)))
-    assert CostTables(alone, {}, {}).row(1, 0) == 0.5
+def test_a_row_costs_the_slope_of_the_hull_at_the_load() -> None:
+    sizes = (1, 2, 4, 8, 16, 32)
+    near, far = Sizes(sizes, (1.0, 1.0, 1.6, 2.4, 2.4, 5.6)), Sizes(sizes, (2.0, 2.2, 2.6, 4.4, 4.4, 7.6))
+    slope = Verifications(100, 1100, near, far).slope
+    for rows in (1, 2, 4, 8, 16):
+        assert slope(rows, 100) == pytest.approx(1.4 / 14), "no step makes a row free or dear"
+    assert slope(17, 100) == slope(32, 100) == pytest.approx(3.2 / 16)
+    assert slope(100, 100) == pytest.approx(5.6 / 32), "beyond the largest, seconds are in proportion"
+    assert slope(8, 1100) == pytest.approx(2.4 / 15)
+    assert slope(8, 600) == pytest.approx((1.4 / 14 + 2.4 / 15) / 2)
+    assert Sizes((4,), (2.0,)).slope(1) == 0.5
 
 
 def test_few_drafts_do_not_begin_a_larger_graph() -> None:
@@ -83,7 +83,7 @@ def test_few_drafts_do_not_begin_a_larger_graph() -> None:
     assert found.packed(4, 24) == 24
     assert found.packed(4, 12) == 12
     assert found.packed(4, 0) == 0
-    row = found.tables.row(19, 4)
+    row = found.tables.verifications.slope(19, 4)
     assert found.verify(19, 4) == pytest.approx(3.0 + 3 * LEFT_OUT * row), "routes are priced so, too"
     assert found.packed(17, 1) == 1, "each request keeps the row of its own token"
 

@@ -15,9 +15,10 @@ device's events.
 """
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from typing import Annotated
 
@@ -61,6 +62,27 @@ class Sizes:
             return self.seconds[-1] * size / self.sizes[-1]
         return self.seconds[bisect_left(self.sizes, size)]
 
+    def slope(self, size: float) -> float:
+        """Seconds of one more at this size: the slope there of the lower convex hull of all prices.
+
+        A single step would be free or dear by chance. Those that a larger size makes no dearer are passed over.
+        """
+        edges = _rising(self)
+        place = bisect_left(edges, (size,))
+        return edges[place][1] if place < len(edges) else self.seconds[-1] / self.sizes[-1]
+
+
+@lru_cache
+def _rising(prices: Sizes) -> list[tuple[float, ...]]:
+    """Edges of the lower convex hull that rise: the size that each ends at, and its slope."""
+    sizes, seconds, place, edges = prices.sizes, prices.seconds, 0, list[tuple[float, ...]]()
+    while place < len(sizes) - 1:
+        later = range(place + 1, len(sizes))
+        slope, place = min(((seconds[i] - seconds[place]) / (sizes[i] - sizes[place]), i) for i in later)
+        if slope > 0.0:
+            edges.append((sizes[place], slope))
+    return edges
+
 
 @dataclass(frozen=True, slots=True)
 class Verifications:
@@ -80,23 +102,25 @@ class Verifications:
         cls, short: int, long: int, sizes: Collection[int], price: Callable[[int, int], float]
     ) -> "Verifications":
         """`price(rows, context)` of each of `sizes` at both contexts."""
-
-        def at(context: int) -> Sizes:
-            return Sizes.measured(sizes, lambda rows: price(rows, context))
-
-        return cls(short, long, at(short), at(long))
+        near = Sizes.measured(sizes, lambda rows: price(rows, short))
+        far = Sizes.measured(sizes, lambda rows: price(rows, long))
+        return cls(short, long, near, far)
 
     def at(self, rows: float, context: float) -> float:
         """Seconds for requests of `context` tokens together; fewer than `short` cost as `short` do."""
-        near, far = self.at_short.at(rows), self.at_long.at(rows)
+        return self._between(self.at_short.at(rows), self.at_long.at(rows), context)
+
+    def slope(self, rows: float, context: float) -> float:
+        """Seconds of one more row."""
+        return self._between(self.at_short.slope(rows), self.at_long.slope(rows), context)
+
+    def _between(self, near: float, far: float, context: float) -> float:
         share = max(context - self.short, 0.0) / (self.long - self.short)
         return near + share * max(far - near, 0.0)
 
 
 LEFT_OUT = 2.0
 """Prices of a row that the least likely drafts of a batch are worth at least, if each is worth one at least."""
-AROUND = 2.0
-"""How many times fewer and more rows a row's price is taken over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,18 +145,6 @@ class CostTables:
     def catch(self, arm: str, tokens: float) -> float:
         """0 for an arm that keeps no KV."""
         return self.catch_up[arm].at(tokens) if tokens and arm in self.catch_up else 0.0
-
-    def row(self, rows: float, context: float) -> float:
-        """The price of one more row at this load: the slope around it, from `AROUND` times fewer rows to as many more.
-
-        The step to the next size alone would be free or dear by chance: what a batch adds or leaves out are many rows.
-        """
-        verify, sizes = self.verifications.at, self.verifications.at_short.sizes
-        lower = sizes[max(bisect_right(sizes, rows / AROUND) - 1, 0)]
-        upper = sizes[min(bisect_left(sizes, rows * AROUND), len(sizes) - 1)]
-        if upper == lower:
-            return verify(upper, context) / upper
-        return max(verify(upper, context) - verify(lower, context), 0.0) / (upper - lower)
 
 
 def continuing(mean: float, most: int) -> float:
@@ -236,7 +248,7 @@ class LookedUpCosts(Costs):
     def fitted(self, arms: Iterable[str]) -> dict[tuple[str, str], float]:
         row = self._row(1)
         prices = {
-            ("verify", ""): self._verification(1),
+            ("verify", ""): self.correction.factor * self.tables.verifications.at(1, self._context),
             ("verify_draft", ""): row,
             ("verify_request", ""): row,
             ("between", ""): self._gap,
@@ -261,17 +273,14 @@ class LookedUpCosts(Costs):
         place = bisect_left(sizes, rows)
         seconds = verify(rows, self._context)
         if place and (smaller := sizes[place - 1]) >= requests:
-            price = self.tables.row(rows, self._context)
+            price = self.tables.verifications.slope(rows, self._context)
             each = max(LEFT_OUT * price, math.sqrt(price * self._brought))
             if (shorter := verify(smaller, self._context) + (rows - smaller) * each) < seconds:
                 return smaller, shorter
         return math.ceil(rows), seconds
 
-    def _verification(self, rows: float) -> float:
-        return self.correction.factor * self.tables.verifications.at(rows, self._context)
-
     def packed(self, requests: int, drafts: int) -> int:
         return self._filled(requests, requests + drafts)[0] - requests if drafts else 0
 
     def _row(self, rows: float) -> float:
-        return self.correction.factor * self.tables.row(rows, self._context)
+        return self.correction.factor * self.tables.verifications.slope(rows, self._context)
