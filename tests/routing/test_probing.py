@@ -60,6 +60,14 @@ def test_what_is_never_right_is_tried_most_seldom(accepted: int, rounds: float) 
     assert probes[-1] > 8000 - 2 * rounds, "it is never given up"
 
 
+def test_what_is_never_right_is_tried_less_often_from_the_start_and_whatever_it_costs() -> None:
+    right, wrong = (rounds_with_probes(600, batch=1, accepted=accepted) for accepted in (2, 1))
+    assert len(wrong) <= len(right) - 2
+    found = rounds_with_probes(8000, batch=1, accepted=1, timings=[9] * 9 + [0] * 9)
+    gaps = [after - before for (before, _), (after, _) in pairwise(found)]
+    assert gaps == sorted(gaps), "its price is not looked at again"
+
+
 @pytest.mark.parametrize(("loss", "rounds"), [(0.9, PROBE_ROUNDS), (0.3, 200), (0.01, PROBE_ROUNDS / 4)])
 def test_an_arm_that_is_hardly_behind_is_tried_more_often(loss: float, rounds: float) -> None:
     """Never so often that its probes cost more than `PROBES_SHARE`."""

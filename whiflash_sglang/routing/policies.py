@@ -114,16 +114,17 @@ class Probes:
 
         One that costs little is tried more often, `PROBES_SHARE` of all tokens at most. It is known as well as the less
         known of its acceptance and its price: `timings`, how often a draft was timed since its price was last found
-        wrong. So what a busy moment made dear is timed again soon. requests: that may draft with it, of the adapter.
+        wrong. So what a busy moment made dear is timed again soon, if a price could make it pay. requests: that may
+        draft with it, of the adapter.
         """
         known = self._known(adapter)
         drafts = min(max(known.usual(arm) - 1, HOPELESS), 1.0)
         probes = known.rounds(arm) / self._together(requests)
         if adapter is not None:
             probes += min(self._probed[arm], INHERITED)
-        often = min(known.rounds(arm), PROBE_ROUNDS / 4)
-        cheap = max(self._losses.get(arm, math.inf) / PROBES_SHARE, often)
-        return min(PROBE_ROUNDS / drafts, cheap, FIRST_PROBE * 2 ** min(probes, timings))
+        probes = min(probes, timings if drafts > HOPELESS else PROBE_ROUNDS)
+        cheap = max(self._losses.get(arm, math.inf) / PROBES_SHARE, min(known.rounds(arm), PROBE_ROUNDS / 4))
+        return min(min(PROBE_ROUNDS, FIRST_PROBE * 2**probes) / drafts, cheap)
 
 
 Scores = Mapping[str, float]
