@@ -197,6 +197,7 @@ DEAD = "http://127.0.0.1:1"
         ),
         ({"/whiflash/state": (500, b"{}")}, "/whiflash/state answered 500 without the expected JSON"),
         ({"/whiflash/state": (200, b"[]")}, "/whiflash/state answered 200 without the expected JSON"),
+        ({"/whiflash/state": (400, b'{"object": "error", "message": "too long"}')}, "answered 400: too long"),
         ({"/whiflash/state": (504, b'{"error": {"message": "replica 1 is silent"}}')}, "replica 1 is silent"),
     ],
 )

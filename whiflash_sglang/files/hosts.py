@@ -23,28 +23,28 @@ def ask(
         answer = client.get(f"{url}{path}") if body is None else client.post(f"{url}{path}", json=body)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerRefusedError(
-            f"{url} does not answer ({error}): check --url, and whether the server has started"
+            f"{url} does not answer ({error}): check the URL, and whether the server has started"
         ) from None
     if answer.status_code in (401, 403):
         raise ServerRefusedError(
             f"{url} refused the key for {path} ({answer.status_code}): set WHIFLASH_API_KEY, or --api-key, to its "
-            "admin key"
+            "admin key, or to its API key where that opens the route"
         )
     if answer.status_code == 404:
         raise ServerRefusedError(
-            f"{url} has no {path} (404): it is no SGLang server with --speculative-algorithm WHIFLASH; check --url"
+            f"{url} has no {path} (404): it is no SGLang server with --speculative-algorithm WHIFLASH; check the URL"
         )
     try:
         content = answer.json()
-        why = None if answer.status_code == 200 else content["error"]["message"]
-    except (ValueError, KeyError, TypeError):
+        why = None if answer.status_code == 200 else content.get("error", content)["message"]
+    except (AttributeError, ValueError, KeyError, TypeError):
         content, why = None, None
     if isinstance(why, str):
         raise ServerRefusedError(f"{url}{path} answered {answer.status_code}: {why}")
     if answer.status_code != 200 or not isinstance(content, dict) or holds not in content:
         raise ServerRefusedError(
-            f"{url}{path} answered {answer.status_code} without the expected JSON, as a gateway does: give --url of "
-            "the server itself"
+            f"{url}{path} answered {answer.status_code} without the expected JSON, as a gateway does: give the URL "
+            "of the server itself"
         )
     return content
 
