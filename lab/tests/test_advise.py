@@ -189,8 +189,8 @@ def test_the_command_shows_and_prints_json() -> None:
         assert title in shown.output
     found = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
     assert found["rows"][0]["choice"] in found["verdict"]
-    for wrong in (["--requests", "1,many"], ["--context", "128 kB"], ["--gpu", "rtx4090"]):
-        assert isinstance(CliRunner().invoke(app, ["advise", "qwen3-8b", *wrong]).exception, UsageError)
+    for wrong in ("--requests=1,many", "--requests=4097", "--context=128 kB", "--gpu=rtx4090"):
+        assert isinstance(CliRunner().invoke(app, ["advise", "qwen3-8b", wrong]).exception, UsageError)
 
 
 def test_a_report_compares_with_the_servers_prices_and_counts_from_an_earlier_one() -> None:

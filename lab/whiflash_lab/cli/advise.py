@@ -26,7 +26,7 @@ def advise(
     temperature: Annotated[float, typer.Option(min=0, help="Of your requests.")] = 0.0,
     tools: Annotated[float, typer.Option(min=0, max=1, help="Share of requests under a grammar.")] = 0.0,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
-    answer: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 256,
+    answer: Annotated[int, typer.Option(min=1, max=1 << 17, help="Tokens of an answer.")] = 256,
     context: Annotated[
         str, typer.Option(help="Tokens of a request that are cached before its prompt, such as 128k.")
     ] = "0",

@@ -187,7 +187,7 @@ def simulate(
         str, typer.Option(help="Requests at once, with commas between them.")
     ] = "1,2,4,8,16,32,64,128,256",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
-    answer: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
+    answer: Annotated[int, typer.Option(min=1, max=1 << 17, help="Tokens of an answer.")] = 512,
     tools: Annotated[
         float,
         typer.Option(min=0, max=1, help="Share of requests that write tool calls; adds the host's time."),
