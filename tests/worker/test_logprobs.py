@@ -12,6 +12,7 @@ import pytest
 from engine import Engine, engine
 from model_set import Models
 from overlap import overlapped
+from records import logprobs
 from reference import TIE
 from traffic import Arrival, play
 
@@ -40,6 +41,14 @@ def test_scores_are_plain_decodings(models: Models, loop: Any) -> None:
             for rid, ours in scores(e).items():
                 for values, wanted in zip(ours, plain[rid], strict=True):
                     assert values == pytest.approx(wanted, abs=TIE), rid
+
+
+def test_fewer_than_no_likeliest_tokens_are_none(models: Models) -> None:
+    """As SGLang takes a client's -1."""
+    with engine(models.target, whiflash=models.whiflash("random")) as e:
+        e.submit("one", range(40, 60), return_logprob=True, top_logprobs_num=-1)
+        e.run()
+        assert len(logprobs(e, "one").values) == 32
 
 
 def scores(e: Engine) -> dict[str, list[list[float]]]:

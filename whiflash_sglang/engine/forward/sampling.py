@@ -94,11 +94,13 @@ def takes_single_tokens(req: Any) -> bool:
 
 
 def asked_rates(batch: Any) -> list[Asked]:
-    """Requests of a batch whose log-probabilities are wanted."""
+    """Requests of a batch whose log-probabilities are wanted; a negative number of likeliest tokens is none."""
     if not batch.return_logprob:
         return []
     wanted = zip(batch.reqs, batch.top_logprobs_nums, batch.token_ids_logprobs, strict=True)
-    return [Asked(i, count, ids or ()) for i, (req, count, ids) in enumerate(wanted) if req.return_logprob]
+    return [
+        Asked(i, max(count, 0), ids or ()) for i, (req, count, ids) in enumerate(wanted) if req.return_logprob
+    ]
 
 
 def scales_rates() -> bool:
