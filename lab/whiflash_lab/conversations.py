@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
+
 from whiflash_sglang.checkpoints.manifest import load_manifest
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import read_text
-from whiflash_sglang.files.jsonl import lines_of, read_json
+from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, lines_of, read_json
 from whiflash_sglang.spans.hints import HintError
 from whiflash_sglang.spans.prediction import body_prediction
 from whiflash_sglang.spans.vocabulary import vocabulary_of
@@ -223,13 +225,12 @@ class Renderer:
         messages = [
             {k: v for k, v in m.items() if k != "reasoning_content"} for m in recorded.messages[:count]
         ]
-        text: str = self._tokenizer.apply_chat_template(
-            messages,
-            tools=served_tools(recorded.tools),
-            chat_template=self._template,
-            add_generation_prompt=prompt,
-            tokenize=False,
-        )
+        options: dict[str, Any] = {"tools": served_tools(recorded.tools), "chat_template": self._template}
+        options |= {"add_generation_prompt": prompt, "tokenize": False}
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, **options)
+        except (TemplateError, *NOT_AS_WRITTEN) as error:
+            raise ConfigError(f"{recorded.id}: the chat template refuses its messages: {error}") from None
         return text
 
     def _answer(self, recorded: Conversation, index: int, prompt: str) -> tuple[str, int]:

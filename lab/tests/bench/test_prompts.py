@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,9 @@ def test_wrong_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ConfigError, match="holds no prompts"):
         load_prompts(str(tmp_path / "empty.jsonl"))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ConfigError, match=r"pipe.jsonl cannot be read: no regular file"):
+        load_prompts(str(tmp_path / "pipe.jsonl"))
 
 
 def test_sample_takes_turns_between_categories() -> None:

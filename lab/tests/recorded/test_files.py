@@ -1,6 +1,7 @@
 """Every format that is read, and what is said of files that are not what they seem."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.json").write_bytes(b'"\xff"')
     with pytest.raises(ConfigError, match=r"latin\.json cannot be read"):
         read_recorded(tmp_path / "latin.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ConfigError, match=r"pipe\.json cannot be read: no regular file"):
+        read_recorded(tmp_path / "pipe.json")
 
 
 def test_bounds(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

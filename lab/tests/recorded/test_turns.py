@@ -56,3 +56,6 @@ def test_a_template_that_renders_answers_elsewhere_is_named(tokenizer: PreTraine
     template = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ConfigError, match="one, answer 2: the chat template does not render"):
         list(Renderer(tokenizer, template).turns(SPOKEN))
+    for template in ("{{ raise_exception('no tools') }}", "{{ messages | sum }}"):
+        with pytest.raises(ConfigError, match="one: the chat template refuses its messages"):
+            list(Renderer(tokenizer, template).turns(SPOKEN))

@@ -16,6 +16,7 @@ from typing import Any
 
 from whiflash_lab.conversations import read_recorded
 from whiflash_sglang.errors import ConfigError, UsageError
+from whiflash_sglang.files.disk import MOST_BYTES, read_text
 from whiflash_sglang.files.jsonl import parse_json_lines, read_json
 
 
@@ -179,10 +180,7 @@ def _digest(row: dict[str, Any]) -> str:
 
 def rows_of_file(path: Path) -> list[Any]:
     """Rows of JSON lines or of one JSON list. Raises ConfigError naming the file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    text = read_text(path, MOST_BYTES << 6)
     if text.lstrip().startswith("["):
         try:
             return list(read_json(text))
