@@ -155,6 +155,7 @@ def test_a_server_agrees_with_its_bundle(root: Path, host: ServerHost) -> None:
     with host.running(*map(str, arguments)) as server:
         options = ["--bundle", root / "bundle", "--prompts", prompts, "--served", server.url]
         options += ["--arm", "diffusion", "--dtype", "float32", "--max-new-tokens", "48", "--json"]
+        options += ["--out", root / "new/figures.json", "--work", root / "new/work"]
         # An engine that is shut down kills every child of its process: here that would be the servers' host, too.
         whiflash = Path(sys.executable).with_name("whiflash")
         command = [whiflash, "lab", "evaluate", *map(str, options)]

@@ -59,6 +59,8 @@ def evaluate_command(
         # The device that SGLang computes on here.
         device = "cuda" if torch.cuda.is_available() else "cpu"
         hardware = Hardware.model_validate({"dtype": dtype, "threads": threads, "device": device})
+        for place in filter(None, (work, out and out.parent)):
+            place.mkdir(parents=True, exist_ok=True)  # not after minutes of work
         settings = evaluation.EvaluationSettings(
             limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware
         )

@@ -12,7 +12,6 @@ tool          a tool's whole definition, where there is one user turn; longer co
 schema        the schema that the answer must fit
 """
 
-import copy
 import hashlib
 import json
 import random
@@ -23,6 +22,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import TemplateError
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import MOST_BYTES, read_text
@@ -127,34 +128,34 @@ def served_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, An
     return [Tool(**tool).model_dump() for tool in tools]
 
 
-def _served_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As that route hands them on: no content is empty text, arguments of calls are objects."""
-    served = copy.deepcopy(list(messages))
-    for message in served:
-        message["content"] = message.get("content") or ""
-        for call in message.get("tool_calls") or ():
-            if isinstance(call["function"].get("arguments"), str):
-                with suppress(ValueError):  # a server refuses it
-                    call["function"]["arguments"] = read_json(call["function"]["arguments"])
-    return served
-
-
 def prepare(
     row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", template: str | None, required_share: float
 ) -> PromptRow:
-    """Render one row. `required_share` of the rows with tools (chosen by their id) use `tool_choice:
-    required`.
+    """Render one row, `required_share` of those with tools (chosen by their id) with `tool_choice: required`. Raises
+    ConfigError: the template refuses it.
     """
-    messages, tools = _served_messages(row["messages"]), served_tools(row.get("tools"))
-    encoded = tokenizer.apply_chat_template(
-        messages, tools=tools, chat_template=template, add_generation_prompt=True, return_dict=True
-    )
+    messages, tools = [_served(message) for message in row["messages"]], served_tools(row.get("tools"))
+    options: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True, "return_dict": True}
+    try:
+        encoded = tokenizer.apply_chat_template(messages, tools=tools, **options)
+    except TemplateError as error:
+        raise ConfigError(f"prompt {row['id']}: the chat template refuses its messages: {error}") from None
     grammar = None
     if row.get("response_format"):
         grammar = response_format_grammar(row["response_format"])
     elif tools and int(hashlib.sha256(row["id"].encode()).hexdigest(), 16) % 1000 < required_share * 1000:
         grammar = tool_call_grammar(tools)
     return PromptRow(row["id"], row["category"], list(encoded["input_ids"]), grammar)
+
+
+def _served(message: dict[str, Any]) -> dict[str, Any]:
+    """As SGLang hands a message to a template: nothing said is empty text, arguments of a call are an object."""
+    calls = [{**call, "function": {**call["function"]}} for call in message.get("tool_calls") or ()]
+    for function in (call["function"] for call in calls):
+        with suppress(AttributeError, KeyError, ValueError):  # an object, none, or what SGLang refuses
+            function["arguments"] = read_json(function["arguments"])
+    given = {name: value for name, value in message.items() if value is not None}
+    return {"content": "", **given, **({"tool_calls": calls} if calls else {})}
 
 
 USERS = r"\b[a-z]+_[a-z]+_\d{4}\b"
