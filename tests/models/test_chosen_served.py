@@ -19,6 +19,9 @@ from test_eagle3_formats import parallel_tensors
 from tiny_models import MASK_TOKEN
 from traffic import Arrival, mixed, play
 
+from whiflash_sglang.errors import ConfigError
+from whiflash_train.replay import PairParts
+
 ARRIVALS = mixed(seed=9, count=8, shared=24, longest=50, stops=0.1, tokens=36)
 NAMED = {"mask_token_id": MASK_TOKEN, "target_layer_ids": [1, 3, 4]}
 """As of the tiny target's DFlash drafter."""
@@ -66,6 +69,13 @@ def test_text_is_plain_decodings(models: Models, tmp_path: Path, name: str) -> N
     print(comparison.summary())
     assert used - {None} == {"ar", "diffusion", "none", ARM}
     assert oracle.rejected > 0
+
+
+@pytest.mark.parametrize("name", ["FlashMap", PARALLEL])
+def test_a_drafter_that_is_not_replayed_is_named(tmp_path: Path, name: str) -> None:
+    parts = PairParts({"any": drafter(tmp_path / "drafter", name)})
+    with pytest.raises(ConfigError, match="drafter: FlashMap and P-EAGLE cannot be replayed"):
+        _ = parts.captured
 
 
 def _of(policy: str, arrival: Arrival) -> Arrival:

@@ -22,6 +22,7 @@ from whiflash_sglang.copying.calibration import EVEN_ODDS, MatchCalibration
 from whiflash_sglang.copying.copier import Copier
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.drafts.candidates import NOTHING
+from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.jsonl import lines_of, read_json, write_whole
 from whiflash_sglang.files.progress import tracked
 from whiflash_sglang.formats.choice import Choice, DraftHead, choose
@@ -57,8 +58,13 @@ class PairParts(NamedTuple):
 
     @property
     def captured(self) -> list[int]:
-        """Target layers that they read, ascending."""
-        drafts = map(read_draft, self.checkpoints.values())
+        """Target layers that they read, ascending. Raises ConfigError: one drafts in a way that is not replayed."""
+        drafts = [*map(read_draft, self.checkpoints.values())]
+        for path, _, config in drafts:
+            if getattr(config, "anchored", False) or getattr(config, "mask_token", None) is not None:
+                raise ConfigError(
+                    f"{path}: FlashMap and P-EAGLE cannot be replayed; ask a server that drafts with it"
+                )
         return sorted({layer for draft in drafts for layer in draft.config.target_layer_ids})
 
 
