@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from whiflash_lab.bench.command import loads_of, scale_of
 from whiflash_lab.bench.fleet import environment, launcher, reason_of
 from whiflash_lab.bench.subject import build_subject, write_variant
 from whiflash_sglang.checkpoints.hub import checksums, verify
-from whiflash_sglang.checkpoints.manifest import load_manifest
+from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.table import FORMATS
 
@@ -158,6 +160,18 @@ def test_the_block_drafters_arm_is_the_one_that_upstream_has_for_its_format() ->
     ):
         with pytest.raises(ConfigError, match=f"--arms {arm}: upstream's does not read {has} checkpoints"):
             build_arms([arm], subject)
+
+
+def test_a_chain_that_upstream_does_not_read_is_whiflashs(tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(embedded_bundle(), tmp_path / "bundle"))
+    for key, is_upstreams in (({}, True), ({"ptd_token_id": 5}, False)):
+        config = bundle / "eagle3/config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | key))
+        subject = build_subject(str(tmp_path), str(bundle), "bfloat16", (), tmp_path, [])
+        assert subject.chain_is_upstreams == is_upstreams
+    assert those_with_drafters(QUICK, subject) == ["none", "ar", "diffusion", "auto"]
+    with pytest.raises(ConfigError, match="the arm `ar` is WHIFLASH with only this drafter"):
+        build_arms(["EAGLE3:3"], subject)
 
 
 def test_bad_drafters_cost_as_much_and_know_nothing(tmp_path: Path) -> None:

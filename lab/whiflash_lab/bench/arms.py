@@ -70,7 +70,7 @@ class Subject:
     target, bundle: directories. eagle3, dflash: the bundle's checkpoints, one of which may be missing. common:
     arguments of every server. variants: arm → the changed bundle that it serves, for the arms that are wanted. beside:
     another checkout of this project, which serves the arms whose names say so. block_format: of the block drafter; None
-    if there is none.
+    if there is none. chain_is_upstreams: whether SGLang's EAGLE3 reads the other one.
     """
 
     target: Path
@@ -82,6 +82,7 @@ class Subject:
     variants: Mapping[str, Path] = field(default_factory=dict)
     beside: Path | None = None
     block_format: DraftFormat | None = None
+    chain_is_upstreams: bool = True
 
     @property
     def drafters(self) -> tuple[str, ...]:
@@ -174,10 +175,11 @@ def block_arm(block_format: DraftFormat | None, on_cpu: bool) -> str:
 
 
 def those_with_drafters(names: Sequence[str], subject: Subject) -> list[str]:
-    """Arms of `names` that the bundle has drafters for, its `block_arm` in the place of upstream's others."""
+    """Arms of `names` that the bundle has drafters for; WHIFLASH's of a drafter in the place of what upstream lacks."""
     there = [name for name in names if set(_needed(name)) <= set(subject.drafters)]
-    own = block_arm(subject.block_format, subject.on_cpu)
-    return list(dict.fromkeys(own if name in ("DFLASH", "DSPARK") else name for name in there))
+    own = dict.fromkeys(("DFLASH", "DSPARK"), block_arm(subject.block_format, subject.on_cpu))
+    own |= {} if subject.chain_is_upstreams else dict.fromkeys(("EAGLE3", ADAPTIVE), "ar")
+    return list(dict.fromkeys(own.get(name, name) for name in there))
 
 
 def _arm(name: str, subject: Subject) -> Arm:
@@ -216,6 +218,10 @@ def _whiflash(bundle: Path) -> tuple[str, ...]:
 
 
 def _upstream(kind: str, width: str, subject: Subject) -> tuple[str, ...]:
+    if kind in ("EAGLE3", ADAPTIVE) and not subject.chain_is_upstreams:
+        raise ConfigError(
+            f"--arms {kind}: upstream's does not read {subject.eagle3}; the arm `ar` is WHIFLASH with only this drafter"
+        )
     if kind == "EAGLE3":
         steps = width or str(EAGLE_STEPS)
         chain = ("--speculative-num-steps", steps, "--speculative-eagle-topk", "1")

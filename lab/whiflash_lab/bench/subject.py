@@ -13,7 +13,7 @@ from whiflash_lab.bench.arms import BAD, NO_LOOKUP, NO_STRUCTURE, VARIANTS, Subj
 from whiflash_lab.bench.load import MODEL
 from whiflash_sglang.checkpoints.hub import fetch, member
 from whiflash_sglang.checkpoints.manifest import MANIFEST, embedded_bundle, load_manifest
-from whiflash_sglang.drafts.arms import DIFFUSION
+from whiflash_sglang.drafts.arms import AR, DIFFUSION
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.cpu import serves_here
 
@@ -109,15 +109,20 @@ def build_subject(
     if serves_here():
         common += ["--device", "cpu", "--max-total-tokens", str(CPU_KV_TOKENS)]
     dflash = member(bundle, manifest, "dflash") if manifest.dflash else None
+    eagle3 = member(bundle, manifest, "eagle3") if manifest.eagle3 else None
+    chain = read_draft(eagle3, AR) if eagle3 else None
     changed = VARIANTS.keys() & {name.partition("@")[0] for name in arms}
     return Subject(
         target=target,
         bundle=bundle,
-        eagle3=member(bundle, manifest, "eagle3") if manifest.eagle3 else None,
+        eagle3=eagle3,
         dflash=dflash,
         dtype=dtype,
         common=(*common, *extra),
         variants={arm: write_variant(arm, bundle, scratch / arm) for arm in changed},
         beside=None if beside is None else beside.resolve(),
         block_format=None if dflash is None else read_draft(dflash, DIFFUSION).format,
+        # Upstream would take P-EAGLE for EAGLE-3, and draft nonsense.
+        chain_is_upstreams=not chain
+        or (chain.format.upstream == "EAGLE3" and chain.config.mask_token is None),
     )
