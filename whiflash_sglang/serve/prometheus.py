@@ -27,6 +27,7 @@ class Prometheus:
         self._children: dict[tuple[str, Labels], Any] = {}
 
     def _metric(self, kind: Any, series: Series) -> Any:
+        options: dict[str, dict[str, Any]]
         options = {"gauge": {"multiprocess_mode": "mostrecent"}, "histogram": {"buckets": series.buckets}}
         return kind(
             name=series.full_name,
