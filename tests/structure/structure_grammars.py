@@ -30,10 +30,10 @@ Case = tuple[dict[str, Any], Any]
 """A schema and a value that fits it."""
 
 
-def small_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with merges across punctuation, learned from JSON."""
+def small_tokenizer(words: Any = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with merges across punctuation, learned from JSON. words: parts texts; None: as GPT-2 does."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = words or pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     texts = [
         json.dumps({name: value, name + "s": [value]}) for name in NAMES for value in ("Paris", 3, True, None)

@@ -1,11 +1,17 @@
 """Text is cut as its target cut it before, where it was not free to choose."""
 
+import json
+from random import Random
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structure_grammars import NAMES, small_tokenizer
+from tokenizers import Regex, pre_tokenizers
 
-from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, text_of, vocabulary_of
 from whiflash_sglang.structure.chances import KEPT, MOST, Cuts, Kind, LikelyText
-from whiflash_sglang.structure.sketch import cut
+from whiflash_sglang.structure.sketch import TAIL, _open_word, _reasons, cut
 
 
 def test_a_place_is_cut_as_it_was_when_it_was_seen_last(vocabulary: Vocabulary) -> None:
@@ -69,3 +75,32 @@ def test_text_is_never_changed(
         cuts.learn(before, usual, vocabulary.encode(text[:1])[0])
     found = cuts.applied(vocabulary, -1, tokens)
     assert bytes_of(vocabulary, [token for token, _ in found]) == bytes_of(vocabulary, tokens)
+
+
+LETTERS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+"""Words of Llama 3, and in essence of Qwen: a mark may begin one, and a line may end with marks."""
+
+
+@pytest.mark.parametrize("words", [None, LETTERS], ids=["gpt2", "llama3"])
+def test_the_word_that_is_open_is_all_that_a_cut_depends_on(words: str | None) -> None:
+    """As of the whole tail, in whatever tokens that was written."""
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
+    split = [pre_tokenizers.Split(Regex(words), "isolated")] if words else []
+    vocabulary = vocabulary_of(small_tokenizer(pre_tokenizers.Sequence([*split, bytewise])))
+    random, shorter = Random(0), 0
+    for _ in range(3000):
+        value = "".join(random.choices("aB3'_-. /é世<|>\n", k=random.randint(0, 9)))
+        text = json.dumps({random.choice(NAMES): value, "unit": 12345}, ensure_ascii=random.random() < 0.5)
+        tokens = vocabulary.encode(text + random.choice(("\n</tag>\n", "<|end|>")))
+        if random.random() < 0.3:  # not as the tokenizer cuts it
+            tokens = [token for part in text for token in vocabulary.encode(part)]
+        at = random.randrange(len(tokens))
+        tail, rest = tokens[max(at - TAIL, 0) : at], text_of(vocabulary, tokens[at:])
+        if rest and (open_word := _open_word(vocabulary, tail)) != tail:
+            pieces, shorter = [LikelyText(rest, Kind.USUAL)], shorter + 1
+            expected = _reasons(vocabulary, tail, pieces, Cuts())
+            assert _reasons(vocabulary, open_word, pieces, Cuts()) == expected, (
+                text,
+                text_of(vocabulary, tail),
+            )
+    assert shorter > 1000

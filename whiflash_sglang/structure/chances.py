@@ -76,6 +76,8 @@ def _cut_anew(vocabulary: Vocabulary, first: int, tokens: Sequence[int]) -> list
 class Kind(IntEnum):
     """Why a token was proposed. The least likely one of several counts."""
 
+    __hash__ = int.__hash__  # an enum's own is Python
+
     FORCED = 0
     """The grammar allows no other text."""
     SEAM = 1

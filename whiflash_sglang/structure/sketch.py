@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from whiflash_sglang.spans.vocabulary import Vocabulary, cut_behind, text_of
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, cut_behind, text_of
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import REASONS, Cuts, Kind, LikelyText
 from whiflash_sglang.structure.guesses import FREE, Ahead, Guesses, Likelihood, is_whole, likely
@@ -18,6 +18,9 @@ CHARS_PER_TOKEN = 16
 
 TAIL = 6
 """Tokens of what was written that are cut together with what follows: pieces of words meet at the seam."""
+
+BREAKS = frozenset(bytes([code]) for code in range(128) if not chr(code).isalnum() and chr(code) != "'")
+"""Characters that end a word or a number before them: tokenizers part texts there, but for contractions."""
 
 
 class Token(NamedTuple):
@@ -56,13 +59,9 @@ def sketch(
         cuts: how such text was cut before.
     """
     chars = limit * CHARS_PER_TOKEN
-    sources: list[list[LikelyText]] = []
-    if ahead is not None:
-        sources.append(likely(ahead.fork(), chars, likelihood))
-    if calls is not None:
-        sources.append(calls.pieces(chars, guesses, likelihood))
-    best: list[Token] = []
-    whole = True
+    sources = [likely(ahead.fork(), chars, likelihood)] if ahead is not None else []
+    sources += [calls.pieces(chars, guesses, likelihood)] if calls is not None else []
+    best, whole = list[Token](), True
     for pieces in sources:
         tokens = cut(vocabulary, tail, pieces, likelihood, cuts, limit + 1) if pieces else []
         whole &= len(tokens) <= limit and is_whole(pieces, chars, likelihood)
@@ -110,7 +109,8 @@ def cut(
     The tail is cut again together with the text, since a word that it leaves open is cut otherwise alone; where no
     token begins at the seam, the text is cut by itself.
     """
-    key = *tail[-TAIL:], *pieces
+    tail = _open_word(vocabulary, tail[-TAIL:])
+    key = *tail, *pieces
     reasons = cuts.reasons.pop(key, None)
     if reasons is None:
         reasons = _reasons(vocabulary, tail, pieces, cuts)
@@ -128,31 +128,30 @@ def _reasons(
 ) -> list[tuple[Token, Sequence[Kind] | None]]:
     """Tokens of `cut`, and the kinds of each; None: it is of that kind only."""
     text = "".join(piece.text for piece in pieces)
-    written = text_of(vocabulary, tail[-TAIL:])
-    tokens = cut_behind(vocabulary, written, text)
+    tokens = cut_behind(vocabulary, text_of(vocabulary, tail), text)
     first = Kind.FORCED
     if tokens is None:
         tokens, first = cut_behind(vocabulary, "", text), Kind.SEAM
     if not tokens:
         return []
-    before = tail[-1] if tail else NOTHING
-    pairs = cuts.applied(vocabulary, before, tokens)
-    bounds = list(accumulate(len(piece.text.encode()) for piece in pieces))
+    pairs = cuts.applied(vocabulary, tail[-1] if tail else NOTHING, tokens)
+    of_bytes = [kind for part, kind in pieces for _ in part.encode()]
     chosen: list[tuple[Token, Sequence[Kind] | None]] = []
-    piece = begin = 0
+    begin = 0
     for number, (token, usual) in enumerate(pairs):
         stop = begin + len(vocabulary.token_bytes[token])
-        while bounds[piece] <= begin:
-            piece += 1
-        last = piece
-        while bounds[last] < stop:
-            last += 1
-        kinds = [inside.kind for inside in pieces[piece : last + 1]]
-        if number == len(pairs) - 1:
-            kinds.insert(0, Kind.EDGE)
-        if number == 0:
-            kinds.insert(0, first)
+        ends = [first] * (number == 0) + [Kind.EDGE] * (number == len(pairs) - 1)
+        kinds = ends + of_bytes[begin:stop]
         reason = Token(token, kinds[0], None if usual == token else usual)
-        chosen.append((reason, kinds if len(kinds) > 1 else None))
+        chosen.append((reason, None if kinds.count(kinds[0]) == len(kinds) else [*dict.fromkeys(kinds)]))
         begin = stop
     return chosen
+
+
+def _open_word(vocabulary: Vocabulary, tail: Sequence[int]) -> Sequence[int]:
+    """The end of `tail` that may be cut together with what follows: the newest that begins behind a whole word."""
+    parts = [bytes_of(vocabulary, (token,)) for token in tail]
+    for at in range(len(parts) - 1, 0, -1):
+        if parts[at][:1] in BREAKS and parts[at - 1][-1:].isalnum():
+            return tail[at:]
+    return tail
