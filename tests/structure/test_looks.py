@@ -12,7 +12,7 @@ from whiflash_sglang.checkpoints.manifest import Structure
 from whiflash_sglang.prices.costs import FULL_LENGTH
 from whiflash_sglang.records.request import Request
 from whiflash_sglang.spans.hints import RequestHints
-from whiflash_sglang.spans.vocabulary import Vocabulary, text_of, whole_text
+from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
 from whiflash_sglang.structure.guesses import TEXTS
 from whiflash_sglang.structure.tools import carried_tools, read_tools
 
@@ -49,13 +49,14 @@ def test_kept_answers_are_those_of_a_look_from_nothing(
             drafts = rest[: random.choice((0, 0, 2, 9))]
             drafts += random.choices(random.choice(others), k=random.choice((0, 0, 1)))
             anew = StructureArm(Structure(max_width=8), vocabulary, lambda: False)
-            monkeypatch.setattr(anew, "_is_free", lambda *_: False)
+            monkeypatch.setattr(anew, "_are_free", lambda *_: False)
             anew.begin(other := Request("r", hints, grammar=request.grammar))
-            looks = []
+            looks, known_free = [], False
             for arm, asked, read in ((shared, request, read_tools), (anew, other, read_tools.__wrapped__)):
                 monkeypatch.setattr("whiflash_sglang.structure.calls.read_tools", read)
                 arm.propose(asked, len(PROMPT), lambda start, text=text: text[start:], FULL_LENGTH)
                 kept = asked.kept[arm.arm]
+                known_free = arm._are_free(kept, drafts) or known_free
                 arm._follow(kept)
                 kept.looks = []
                 look = arm._look(kept, drafts, len(drafts) + 12)
@@ -63,7 +64,8 @@ def test_kept_answers_are_those_of_a_look_from_nothing(
             assert looks[0] == looks[1], (text_of(vocabulary, text), text_of(vocabulary, drafts))
             if request.grammar is not None and grammars.end not in drafts:
                 assert looks[0][1] == len(drafts) - grammars.forbidden(told._raw, drafts)
-            free += shared._is_free(request.kept[shared.arm], drafts, whole_text(vocabulary, drafts))
+            assert not known_free or looks[1][1:3] == (len(drafts), []), text_of(vocabulary, drafts)
+            free += known_free
             count = random.randint(1, 4)
             if request.grammar is not None:
                 told.tell(rest[:count])

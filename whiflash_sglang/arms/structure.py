@@ -20,7 +20,7 @@ from whiflash_sglang.drafts.candidates import NOTHING, Candidate
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import History
 from whiflash_sglang.records.request import Request
-from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, text_of, whole_text
+from whiflash_sglang.spans.vocabulary import Vocabulary, bytes_of, text_of
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import StructureChances
 from whiflash_sglang.structure.guesses import Ahead, Guesses, Tables
@@ -58,8 +58,7 @@ class _Look(NamedTuple):
             return None
         rest = self.tokens[max(count - self.allowed, 0) :]
         refused = self.refused if count <= self.allowed else None
-        allowed = max(self.allowed - count, 0)
-        return _Look(self.ids[count:], allowed, rest, refused, self.whole)
+        return _Look(self.ids[count:], max(self.allowed - count, 0), rest, refused, self.whole)
 
     def after(self, drafts: Sequence[int]) -> tuple[Sequence[Token], int] | None:
         """Tokens that follow `drafts`, and how many of these may follow the text; None: that is not known."""
@@ -77,9 +76,9 @@ class _Kept:
 
     grammar: what constrains it, if anything does. calls: those of its tools, if any are known. guesses: those of its
     schemas' words, made when it is looked at first. layout: that of its output, without its newest tokens,
-    `unfollowed`. known: tokens of its text when it was looked at last. tail, unseen: the last of them, and those that
-    its grammar had not accepted yet. tokens: what followed then, whether or not it was worth its rows. looks: the
-    newest ones, as far as the text went on as they said.
+    `unfollowed`, of which the first are `free`. known: tokens of its text when it was looked at last. tail, unseen: the
+    last of them, and those that its grammar had not accepted yet. tokens: what followed then, whether or not it was
+    worth its rows. looks: the newest ones, as far as the text went on as they said.
     """
 
     chances: StructureChances
@@ -90,6 +89,7 @@ class _Kept:
     layout: Layout = field(default_factory=Layout)
     decoder: codecs.IncrementalDecoder = field(default_factory=_Decoder)
     unfollowed: list[int] = field(default_factory=list)
+    free: int = 0
     known: int = 0
     tail: Sequence[int] = ()
     unseen: Sequence[int] = ()
@@ -228,7 +228,7 @@ class StructureArm(TextDrafter):
         if not kept.unfollowed:
             return
         text = kept.decoder.decode(bytes_of(self._vocabulary, kept.unfollowed))
-        kept.unfollowed = []
+        kept.unfollowed, kept.free = [], 0
         if kept.grammar is not None:
             kept.layout.follow(text)
         if kept.calls is not None:
@@ -250,12 +250,22 @@ class StructureArm(TextDrafter):
         ids = [*drafts.tokens]
         if (known := self._known(kept, ids, drafts, limit, worth)) is not None:
             return known
-        if kept.grammar is None and limit <= len(ids):
-            return (), len(ids)  # nothing is forbidden, and there is no room
+        if self._are_free(kept, ids) or (kept.grammar is None and limit <= len(ids)):
+            return (), len(ids)  # nothing is forbidden, and nothing is known, or there is no room
         self._follow(kept)
         look = self._look(kept, ids, limit + self.max_drafts)  # it answers for longer
         kept.looks = [look, *kept.looks][:LOOKS]
         return look.tokens[: max(limit - look.allowed, 0)], look.allowed
+
+    def _are_free(self, kept: _Kept, drafts: Sequence[int]) -> bool:
+        """Whether nothing is known behind `drafts`, and nothing forbids them, as their tokens show; False: look."""
+        tokens = [*kept.unfollowed[kept.free :], *drafts]
+        free = kept.calls is None or kept.calls.are_free(tokens, self._tables)
+        if free and kept.grammar is not None:
+            whole = not kept.decoder.getstate()[0]  # no character is open
+            free = whole and kept.layout.is_free and all(map(self._tables.plain, tokens))
+        kept.free = len(kept.unfollowed) if free else kept.free
+        return free
 
     def _known(
         self, kept: _Kept, ids: list[int], drafts: Candidate, limit: int, worth: Worth
@@ -272,9 +282,6 @@ class StructureArm(TextDrafter):
     def _look(self, kept: _Kept, drafts: Sequence[int], limit: int) -> _Look:
         """Look at what follows `drafts` now; `limit` tokens together."""
         calls, ahead, after, refused = kept.calls, None, len(drafts), None
-        text = whole_text(self._vocabulary, drafts)
-        if self._is_free(kept, drafts, text):
-            return _Look(drafts, after, (), None, not self._exhausted())
         nothing = _Look(drafts, after, (), None, False)
         matcher = kept.grammar.matcher(self._vocabulary) if kept.grammar else None
         if matcher is None and calls is None:
@@ -291,12 +298,10 @@ class StructureArm(TextDrafter):
                 for look in kept.looks if refused is not None else ():
                     if look.whole and (known := look.after(drafts[:after])) is not None:
                         return _Look(look.ids, after, known[0], refused, True)
-            if after < len(drafts) or not text:
+            if calls is not None and after:
                 text = text_of(self._vocabulary, drafts[:after])
-            if text:
-                calls = calls.behind(text, drafts[:after], kept.guesses) if calls is not None else None
-            elif after:
-                calls = None  # the drafts end inside a character
+                # No text: the drafts end inside a character.
+                calls = calls.behind(text, drafts[:after], kept.guesses) if text else None
             tokens, whole = sketch(
                 ahead,
                 self._vocabulary,
@@ -310,10 +315,3 @@ class StructureArm(TextDrafter):
             )
         ids = [*drafts[:after], *(token.token for token in tokens)]
         return _Look(ids, after, tokens, refused, whole and not self._exhausted())
-
-    def _is_free(self, kept: _Kept, drafts: Sequence[int], text: str) -> bool:
-        """Whether nothing is known behind `drafts`, of this whole text, and nothing forbids them; False: look there."""
-        if (drafts and not text) or not (kept.calls is None or kept.calls.is_free(text)):
-            return False
-        inside = bool(kept.decoder.getstate()[0])  # of a character
-        return kept.grammar is None or (kept.layout.is_free(text) and not inside)

@@ -17,7 +17,7 @@ import xgrammar
 from whiflash_sdk.hints import Span
 
 from whiflash_sglang.structure.chances import Kind, LikelyText
-from whiflash_sglang.structure.guesses import Ahead, Guesses, Likelihood, likely
+from whiflash_sglang.structure.guesses import Ahead, Guesses, Likelihood, Tables, likely
 from whiflash_sglang.structure.layout import BLANKS, Layout
 from whiflash_sglang.structure.markup import MarkupCall, kept
 from whiflash_sglang.structure.matchers import Matcher, XGrammarMatcher
@@ -145,9 +145,10 @@ class JsonCall:
         """Look ahead: afterwards its matcher is as it was."""
         return self._matcher.trying()
 
-    def is_free(self, text: str) -> bool:
-        """Whether `text` goes on in a value that may be anything."""
-        return self._state is _State.INSIDE and self._layout.is_free(text)
+    @property
+    def is_free(self) -> bool:
+        """Whether its end is in a value that may be anything, which plain text does not leave."""
+        return self._state is _State.INSIDE and self._layout.is_free
 
     def follow(self, text: str) -> str | None:
         """Go on with what was written.
@@ -240,7 +241,7 @@ class Calls:
         self._ends = [span.end for span in thoughts if span.end]
         self._begins = [span.begin or "" for span in self._spans]
         marks = [*self._ends, *self._begins]
-        self._longest, self._firsts = max(map(len, marks), default=0), {mark[0] for mark in marks}
+        self._longest, self._firsts = max(map(len, marks), default=0), frozenset(mark[0] for mark in marks)
         self._blanks = None if any(span.open for span in thoughts) else ""
         """Since the answer began or its reasoning ended; None: something else was written."""
         self._usual = ""
@@ -252,11 +253,12 @@ class Calls:
         self._known: dict[Hashable, Any] = {}
         """Answers to earlier calls in markup."""
 
-    def is_free(self, text: str) -> bool:
-        """Whether nothing is known behind `text`: free text in JSON, or no call begins; False: that is not known."""
+    def are_free(self, tokens: Sequence[int], tables: Tables) -> bool:
+        """Whether nothing is known behind `tokens`: free text in JSON, or no call begins; False: that is not known."""
         if self._call is not None:
-            return isinstance(self._call, JsonCall) and self._call.is_free(text)
-        return self._blanks is None and self._firsts.isdisjoint(self._waiting + text)
+            return isinstance(self._call, JsonCall) and self._call.is_free and all(map(tables.plain, tokens))
+        known = self._blanks is None and self._firsts.isdisjoint(self._waiting)
+        return known and all(map(tables.without(self._firsts), tokens))
 
     def behind(self, text: str, tokens: Sequence[int] = (), guesses: Guesses | None = None) -> "Calls":
         """As it would be behind `text`, which `tokens` are; inside `trying` alone."""

@@ -7,6 +7,7 @@ Only what a matcher takes is guessed, so nothing here knows schemas: it asks whi
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import takewhile
+from math import prod
 
 from whiflash_sglang.drafts.candidates import common_prefix
 from whiflash_sglang.spans.vocabulary import Vocabulary, is_text, text_of, whole_text
@@ -57,7 +58,7 @@ Table = dict[Hashable, Place]
 
 
 class Tables:
-    """Places of texts, shared by requests of one server: its engine of grammars is one.
+    """Places of texts, and kinds of tokens, shared by requests of one server: its engine of grammars is one.
 
     Args:
         vocabulary: of the target; None: tokens are not followed.
@@ -68,6 +69,13 @@ class Tables:
         """The places of equal schemas, words and habits."""
         self.text = cache(lambda token: whole_text(vocabulary, [token]) if vocabulary else "")
         """A token's text; empty where it begins or ends inside a character, or has none."""
+        self.plain = self._kind(is_plain)
+        """Whether free text goes on with a token."""
+        self.without = lru_cache(maxsize=TABLES)(lambda marks: self._kind(marks.isdisjoint))
+        """Whether a token's text has none of these characters."""
+
+    def _kind(self, judge: Callable[[str], bool]) -> Callable[[int], bool]:
+        return cache(lambda token: bool(self.text(token)) and judge(self.text(token)))
 
 
 class Guesses:
@@ -107,7 +115,7 @@ class Guesses:
                 for old in table.values():  # a request that is at one of them must not keep all
                     old.then.clear()
                 table.clear()
-            place = table[key] = Place(free=layout.is_free(""))
+            place = table[key] = Place(free=layout.is_free)
         layout.known = place
         return place
 
@@ -185,9 +193,7 @@ def _closing(matcher: Matcher, layout: Layout) -> list[LikelyText]:
     text = blank + mark
     if blank and not matcher.allows(text):
         return []
-    if len(possible) > 1:
-        return [LikelyText(text, Kind.CHOICE)]
-    return [LikelyText(text, Kind.LAYOUT if seen else Kind.USUAL)]
+    return [LikelyText(text, Kind.CHOICE if len(possible) > 1 else Kind.LAYOUT if seen else Kind.USUAL)]
 
 
 STEPS = 32
@@ -223,11 +229,8 @@ def gather(
 
 def is_whole(pieces: Sequence[LikelyText], limit: int, likelihood: Likelihood) -> bool:
     """Whether no bound of `gather` ended what it returned."""
-    chance = 1.0
-    for text, kind in pieces:
-        chance *= likelihood(kind)
-        limit -= len(text)
-    return len(pieces) < STEPS and chance >= HOPELESS and limit > 0
+    chars = sum(len(piece.text) for piece in pieces)
+    return len(pieces) < STEPS and chars < limit and prod(likelihood(kind) for _, kind in pieces) >= HOPELESS
 
 
 def likely(ahead: "Ahead", limit: int, likelihood: Likelihood, ending: str = "") -> list[LikelyText]:
@@ -348,10 +351,7 @@ class Ahead:
         pieces = [LikelyText(forced, Kind.FORCED)] if forced else []
         if not forced and self._guesses is not None:
             known = self._guesses.next(matcher, layout)
-            if isinstance(known, dict):
-                rests = known
-            else:
-                pieces = known
+            rests, pieces = (known, []) if isinstance(known, dict) else (rests, known)
         if self.lost or matcher.exhausted():
             return False
         place.rests, place.pieces = rests, pieces

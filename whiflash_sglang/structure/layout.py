@@ -101,9 +101,10 @@ class Layout:
         state = self.last, written, self._escaped, self.blanks, self.unit, self._seen_so
         return self._open, self._key, self._value, *state
 
-    def is_free(self, text: str) -> bool:
-        """Whether `text` goes on in free text, behind which anything may follow; False: that is not known."""
-        if self.words is None or not self.inside or self._escaped or not is_plain(text):
+    @property
+    def is_free(self) -> bool:
+        """Whether its end is in free text, which plain text does not leave; False: that is not known."""
+        if self.words is None or not self.inside or self._escaped:
             return False
         return self._listed(self.partial, whole=False) != self.partial
 

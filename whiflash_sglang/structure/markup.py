@@ -255,8 +255,8 @@ class MarkupCall:
         if place in self.seen:
             return self.seen[place], True
         before, behind = self._form.value.split("{value}")
-        texts = {**self._form._asdict(), "value": before, "inside": before if not self._around[0] else ""}
-        text = behind if place == "behind" else texts[place]
+        values = {"value": before, "inside": before if not self._around[0] else "", "behind": behind}
+        text = {**self._form._asdict(), **values}[place]
         return text[: len(text) - len(text.lstrip(BLANKS))], False
 
     def _blanks(self, place: str, written: str) -> list[LikelyText]:
@@ -286,7 +286,5 @@ def _pieces(text: str, others: Sequence[str], kind: Kind) -> list[LikelyText]:
 
 def _begun(text: str, ending: str) -> str:
     """The rest of `ending`, where `text` ends with its beginning; empty where it does not."""
-    for length in range(len(ending) - 1, 0, -1):
-        if text.endswith(ending[:length]):
-            return ending[length:]
-    return ""
+    lengths = range(len(ending) - 1, 0, -1)
+    return next((ending[length:] for length in lengths if text.endswith(ending[:length])), "")
