@@ -223,16 +223,17 @@ class StructureArm(TextDrafter):
             kept.calls.prompt = cache(partial(text_of, self._vocabulary, prompt))
         kept.unfollowed = [*history(begin)]
 
-    def _follow(self, kept: _Kept) -> None:
-        """The layout of what was written since, and the call in it."""
+    def _follow(self, kept: _Kept) -> bool:
+        """The layout of what was written since, and the call in it; whether there was anything."""
         if not kept.unfollowed:
-            return
+            return False
         text = kept.decoder.decode(bytes_of(self._vocabulary, kept.unfollowed))
         kept.unfollowed, kept.free = [], 0
         if kept.grammar is not None:
             kept.layout.follow(text)
         if kept.calls is not None:
             kept.calls.follow(text)
+        return True
 
     def _used(self, prompt: Sequence[int], words: Sequence[str]) -> dict[str, int]:
         """How often a prompt holds each word as a whole string."""
@@ -250,9 +251,9 @@ class StructureArm(TextDrafter):
         ids = [*drafts.tokens]
         if (known := self._known(kept, ids, drafts, limit, worth)) is not None:
             return known
-        if self._are_free(kept, ids) or (kept.grammar is None and limit <= len(ids)):
+        free = self._are_free(kept, ids) or (self._follow(kept) and self._are_free(kept, ids))
+        if free or (kept.grammar is None and limit <= len(ids)):
             return (), len(ids)  # nothing is forbidden, and nothing is known, or there is no room
-        self._follow(kept)
         look = self._look(kept, ids, limit + self.max_drafts)  # it answers for longer
         kept.looks = [look, *kept.looks][:LOOKS]
         return look.tokens[: max(limit - look.allowed, 0)], look.allowed
@@ -298,9 +299,8 @@ class StructureArm(TextDrafter):
                 for look in kept.looks if refused is not None else ():
                     if look.whole and (known := look.after(drafts[:after])) is not None:
                         return _Look(look.ids, after, known[0], refused, True)
-            if calls is not None and after:
+            if calls is not None and after:  # drafts without a text end inside a character
                 text = text_of(self._vocabulary, drafts[:after])
-                # No text: the drafts end inside a character.
                 calls = calls.behind(text, drafts[:after], kept.guesses) if text else None
             tokens, whole = sketch(
                 ahead,
