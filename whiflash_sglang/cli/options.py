@@ -31,8 +31,6 @@ AdminKeyOption = Annotated[
     ),
 ]
 Dtype = Literal["bfloat16", "float32"]
-MOST_AT_ONCE = 4096
-"""Requests at once, asked or simulated."""
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write the result to this file, as JSON.")]
 
 
@@ -98,9 +96,9 @@ def show_table(
 
 
 def whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Numbers from 1 to `MOST_AT_ONCE`, with commas between them. Raises UsageError."""
+    """Numbers from 1 to 4,096, with commas between them. Raises UsageError."""
     with suppress(ValueError):
         numbers = tuple(map(int, text.split(",")))
-        if min(numbers) > 0 and max(numbers) <= MOST_AT_ONCE:
+        if min(numbers) > 0 and max(numbers) <= 4096:
             return numbers
-    raise UsageError(f"{option} {text}: takes whole numbers from 1 to {MOST_AT_ONCE}, such as 1,8,64")
+    raise UsageError(f"{option} {text}: takes whole numbers from 1 to 4,096, such as 1,8,64")

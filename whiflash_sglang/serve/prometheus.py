@@ -27,13 +27,14 @@ class Prometheus:
         self._children: dict[tuple[str, Labels], Any] = {}
 
     def _metric(self, kind: Any, series: Series) -> Any:
-        options: dict[str, dict[str, Any]]
-        options = {"gauge": {"multiprocess_mode": "mostrecent"}, "histogram": {"buckets": series.buckets}}
+        options: dict[str, Any] = {"buckets": series.buckets} if series.buckets else {}
+        if series.kind == "gauge":
+            options["multiprocess_mode"] = "mostrecent"
         return kind(
             name=series.full_name,
             documentation=series.meaning,
             labelnames=[*self._labels, *series.labels],
-            **options.get(series.kind, {}),
+            **options,
         )
 
     def write(self, series: Series, labels: Labels, number: float) -> None:
