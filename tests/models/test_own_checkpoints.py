@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from formulas import attend
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from torch import Tensor
 
@@ -103,6 +103,7 @@ OF_EAGLE3: list[tuple[dict[str, object], str]] = [
     ({"intermediate_size": 64}, r"mlp.gate_proj.weight \[128, 64\]"),
     ({"architectures": ["LlamaForCausalLM"]}, "architectures is"),
     ({"num_key_value_heads": 3}, "does not divide"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config .*awq.* is not read"),
     ({"num_hidden_layers": 0}, "num_hidden_layers must be an integer of at least 1"),
     ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type 'spiral' is unknown"),
 ]
@@ -144,3 +145,16 @@ def test_the_last_of_two_layers_is_ingested_behind_the_attention_of_the_first(
         torch.testing.assert_close((stored[0], last), (whole[0], whole[1]), rtol=0, atol=1e-6)
         with pytest.raises(CheckpointError, match="2 layers need attention over the text"):
             drafter.keys_values(tokens, fused, positions)
+
+
+def test_a_checkpoint_in_fp8_is_multiplied_by_its_scales(target: Path, tmp_path: Path) -> None:
+    path = checkpoint(Eagle3Drafter, tmp_path, target)
+    tensors = load_file(path / "model.safetensors")
+    for scale in (torch.tensor(0.7), torch.rand(64, 1)):
+        values = tensors["fc.weight"].to(torch.float8_e4m3fn)
+        save_file(tensors | {"fc.weight": values, "fc.weight_scale": scale}, path / "model.safetensors")
+        assert torch.equal(load(Eagle3Drafter, path, target).fc.weight, values.float() * scale)
+    for wrong in (values, values.to(torch.int8)):
+        save_file(tensors | {"fc.weight": wrong}, path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"fc.weight is {wrong.dtype}; give 16 bits, or float8"):
+            load(Eagle3Drafter, path, target)

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,6 +26,7 @@ from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.layers import AttentionShape, rope_parameters
 
 WEIGHTS = "model.safetensors"
+QUANTISED = (("fp8", None), ("compressed-tensors", "float-quantized"))  # methods and formats that are read
 
 IN_FILES = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -44,9 +46,7 @@ def integer(
     config: Mapping[str, Any], key: str, path: Path, *, minimum: int = 1, default: int | None = None
 ) -> int:
     """An integer setting of at least `minimum`. Raises `CheckpointError` naming file and key otherwise."""
-    value = config.get(key)
-    if value is None:
-        value = default
+    value = default if (found := config.get(key)) is None else found
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise misfit(path, f"{key} must be an integer of at least {minimum}, got {value!r:.200}")
     return value
@@ -54,9 +54,7 @@ def integer(
 
 def number(config: Mapping[str, Any], key: str, path: Path, *, default: float | None = None) -> float:
     """A setting that is a number. Raises `CheckpointError` naming file and key otherwise."""
-    value = config.get(key)
-    if value is None:
-        value = default
+    value = default if (found := config.get(key)) is None else found
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise misfit(path, f"{key} must be a number, got {value!r:.200}")
     return float(value)
@@ -65,8 +63,7 @@ def number(config: Mapping[str, Any], key: str, path: Path, *, default: float | 
 def layer_ids(config: Mapping[str, Any], key: str, path: Path, section: str = "") -> tuple[int, ...]:
     """A setting that lists layers. Raises `CheckpointError` naming file, `section` and key otherwise."""
     layers = config.get(key)
-    whole = isinstance(layers, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in layers)
-    if not isinstance(layers, list) or not layers or not whole:
+    if not layers or not isinstance(layers, list) or {int} != set(map(type, layers)):
         raise misfit(path, f"{section}{key} must be a list of layer numbers, got {layers!r:.200}")
     return tuple(layers)
 
@@ -87,6 +84,9 @@ def trunk(config: Mapping[str, Any], path: Path, *, positions: int, eps: float) 
     Raises:
         CheckpointError: naming file and key of what does not fit.
     """
+    method = config.get("quantization_config")
+    if method and (method.get("quant_method"), method.get("format")) not in QUANTISED:
+        raise misfit(path, f"quantization_config {method!r:.200} is not read; give a checkpoint in 16 bits")
     return {
         "hidden_size": integer(config, "hidden_size", path),
         "attention": attention_shape(config, path),
@@ -140,17 +140,8 @@ def read_weights(path: Path, prefix: str = "") -> dict[str, Tensor]:
     _check_shards(path, {file.name for file in files})
     weights: dict[str, Tensor] = {}
     for file in files:
-        try:
+        with _undamaged(file):
             weights.update(_read_file(file, prefix))
-        except UnpicklingError:
-            raise CheckpointError(
-                f"{file} holds more than tensors, or is damaged, and is not unpickled; fetch it again or convert it to "
-                ".safetensors"
-            ) from None
-        except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
-            raise CheckpointError(
-                f"{file} is damaged or truncated: {_first_line(error)}; fetch it again"
-            ) from None
     return weights
 
 
@@ -160,15 +151,26 @@ def holds(path: Path, prefix: str) -> bool:
     Raises `CheckpointError` where a file is damaged.
     """
     for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as handle:
-                if any(name.startswith(prefix) for name in handle.keys()):  # noqa: SIM118
-                    return True
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is damaged or truncated: {_first_line(error)}; fetch it again"
-            ) from None
+        with _undamaged(file), safe_open(file, framework="pt") as handle:
+            if any(name.startswith(prefix) for name in handle.keys()):  # noqa: SIM118
+                return True
     return False
+
+
+@contextmanager
+def _undamaged(file: Path) -> Iterator[None]:
+    """Raises `CheckpointError` where what is inside cannot read a file."""
+    try:
+        yield
+    except UnpicklingError:
+        raise CheckpointError(
+            f"{file} holds more than tensors, or is damaged, and is not unpickled; fetch it again or convert it to "
+            ".safetensors"
+        ) from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"{file} is damaged or truncated: {_first_line(error)}; fetch it again"
+        ) from None
 
 
 def _read_file(file: Path, prefix: str) -> dict[str, Tensor]:
@@ -235,12 +237,19 @@ class WeightReader:
         return name in self._weights
 
     def tensor(self, name: str) -> Tensor:
-        """Raises `CheckpointError` where the checkpoint lacks `name`."""
+        """Raises `CheckpointError` where the checkpoint lacks `name`, or the scale that it needs."""
         if name not in self._weights:
             raise CheckpointError(
                 f"{self._path}: the weights lack {name}, so the checkpoint is incomplete: fetch it again"
             )
-        return self._weights[name]
+        found, scale = self._weights[name], self._weights.get(f"{name}_scale")
+        if found.dtype.itemsize > 1 or found.dtype == torch.bool:
+            return found
+        if found.dtype != torch.float8_e4m3fn or scale is None or scale.numel() not in (1, len(found)):
+            raise CheckpointError(
+                f"{self._path}: {name} is {found.dtype}; give 16 bits, or float8 with scales"
+            )
+        return found.float() * scale.float().reshape(-1, 1)
 
     def fill(self, parameter: Tensor, *names: str) -> None:
         """Copy the tensors `names`, stacked by rows, into `parameter`; `CheckpointError` on a misfit."""

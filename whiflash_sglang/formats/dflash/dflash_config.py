@@ -26,7 +26,6 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None, 0.0),
     "attention_sink_bias": (None, False),
     "has_embed_tokens": (None, False),
-    "quantization_config": (None,),
     "xpress_candidate_topc": (None, 0),
 }
 """Settings that change the draft pass in ways that only some formats know, and the values at which they do not."""
