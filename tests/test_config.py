@@ -67,6 +67,7 @@ def test_flags_as_text_are_read() -> None:
         ({"entropy": {"taus": 1}}, r"whiflash\.json: key 'entropy'\.taus is unknown; known: min_dwell, tau$"),
         ({"schema_version": 2}, r"whiflash\.json: key 'schema_version': 2 is not one of 1"),
         ({"dflash": 3}, r"whiflash\.json: key 'dflash': "),
+        ({"quantization": {"dflash": "int4"}}, r"key 'quantization'\.dflash: 'int4' is not one of 'fp8'"),
         ({"lookup": {"max_width": 0}}, r"whiflash\.json: key 'lookup'\.max_width: .*greater than 0"),
     ],
 )
@@ -123,6 +124,9 @@ def test_one_drafter_is_enough_for_what_needs_no_second(bundle: Path, missing: s
     for key, value in {"router": ROUTER, "dflash_vocabulary": "eagle3"}.items():
         with pytest.raises(ConfigError, match=rf"whiflash\.json: key '{key}'.* {alone}"):
             load_manifest(write(bundle, {**without(missing), key: value}))
+    quantised = {**without(missing), "quantization": {missing: "fp8"}}
+    with pytest.raises(ConfigError, match=rf"key 'quantization' needs .*the drafters here are: {there}$"):
+        load_manifest(write(bundle, quantised))
     write(bundle, without(missing))
     settings = resolve(parse_flags({}), bundle)
     assert list(settings.drafters) == ["diffusion" if missing == "eagle3" else "ar"]

@@ -1,4 +1,4 @@
-"""Products of bfloat16 on a CPU: with weights that are laid out for its matrix kernels once, or by a kernel of ours.
+"""Products with a copy of the weight: in blocks, for a CPU's matrix kernels, or in float8; or by a kernel of ours.
 
 oneDNN, which runs torch's bfloat16 products on CPUs, reads a weight in blocks. Given rows, as torch keeps them, it
 copies them into blocks at every call, which takes as long as the product itself where that has a dozen rows or fewer:
@@ -7,18 +7,23 @@ are the same, and so are their results.
 
 On processors for which oneDNN has no bfloat16 (AVX2 alone) torch's products are slow. There a compiled kernel
 (`whiflash_kernels.cpu.products`) takes weights as they are, once a process has set it with :func:`use`.
+
+In float8 a drafter's weight is half as many bytes (`whiflash_kernels.float8`).
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whiflash_kernels.float8 import Float8, multiplies, product, quantise_rows
 from whiflash_kernels.processor import onednn_has_bfloat16
 
-_COPY = "_whiflash_packed"
+_COPY, _FLOAT8 = "_whiflash_packed", "_whiflash_float8"
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """As `torch.nn.functional.linear` of bfloat16 on a CPU."""
@@ -62,15 +67,9 @@ def _same_bits() -> bool:
     """
     if not onednn_has_bfloat16():
         return False
-    try:
-        return _products_agree()
-    except RuntimeError:  # An operator that this processor's build of torch has not.
-        return False
-
-
-def _products_agree() -> bool:
     generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode(False), torch.no_grad():
+    # Suppressed: an operator that this processor's build of torch has not.
+    with torch.inference_mode(False), torch.no_grad(), suppress(RuntimeError):
         for inner, outer in ((7, 3), (100, 65), (576, 960), (1536, 576)):
             weight = torch.randn(outer, inner, generator=generator).bfloat16()
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
@@ -79,7 +78,8 @@ def _products_agree() -> bool:
                 product = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
                 if not torch.equal(product, F.linear(x, weight)):
                     return False
-    return True
+        return True
+    return False
 
 
 def pack(weights: Iterable[Tensor], at_most: float) -> int:
@@ -110,11 +110,40 @@ def unpack(weights: Iterable[Tensor]) -> None:
             delattr(weight, _COPY)
 
 
-def follow(weight: Tensor, other: Tensor) -> Tensor | None:
-    """`weight` was given the numbers of `other`: if it has a copy, that of `other` takes its place, or a new one.
+def quantise(weights: Iterable[object]) -> None:
+    """Keep a copy in float8 beside each weight [N, K], for :func:`linear`: on a CPU its numbers in a wider type.
 
-    Returns the copy that it had.
+    Not of what is no tensor, or has a size that is no multiple of 16: kernels leave these, too.
     """
+    with torch.inference_mode(False), torch.no_grad():
+        for weight in weights:
+            if isinstance(weight, Tensor) and all(size % 16 == 0 for size in weight.shape):
+                copy = quantise_rows(weight.detach())
+                if not multiplies(weight):
+                    wide = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+                    copy = copy._replace(values=copy.values.to(wide))
+                setattr(weight, _FLOAT8, copy)
+
+
+def requantise(weight: object) -> None:
+    """`weight` was written in place: its copy in float8, if it has one, is too."""
+    if (held := getattr(weight, _FLOAT8, None)) is not None:
+        quantise_rows(cast("Tensor", weight).detach(), into=held)
+
+
+def rows(weight: Tensor, which: slice) -> Tensor:
+    """A view of some rows, with those of its copy in float8; one in blocks has no rows."""
+    part = weight[which]
+    if (held := getattr(weight, _FLOAT8, None)) is not None:
+        setattr(part, _FLOAT8, Float8(*(each[which] for each in held)))
+    return part
+
+
+def follow(weight: Tensor, other: Tensor) -> Tensor | None:
+    """`weight` was given the numbers of `other`: if it has a copy in blocks, that of `other` takes its place, or a new
+    one; its float8 follows. Returns the copy in blocks that it had.
+    """
+    requantise(weight)
     before: Tensor | None = getattr(weight, _COPY, None)
     if before is not None:
         unpack([weight])
@@ -131,10 +160,11 @@ def is_packed(weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, by the weight's copy in blocks, or by the kernel that is in :func:`use`.
+    """`torch.nn.functional.linear`, by the weight's copy, or by the kernel that is in :func:`use`.
 
-    Numerics of a copy: oneDNN's sums in float32, rounded once; bit by bit those of `torch.nn.functional.linear`, which
-    rounds once more before it adds a bias to rows of more than two dimensions that are not contiguous.
+    Numerics of a copy in blocks: oneDNN's sums in float32, rounded once; bit by bit those of
+    `torch.nn.functional.linear`, which rounds once more before it adds a bias to rows of more than two dimensions that
+    are not contiguous. In float8: `whiflash_kernels.float8.product`.
     Fallback: that function, for other dtypes than bfloat16, a bias that is not N numbers in a row (kernels read the
     memory behind it all the same), where gradients are wanted, and for a weight without a copy where no kernel is set.
 
@@ -144,17 +174,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., N] in the dtype of `x`.
     """
-    if x.dtype != torch.bfloat16 or not has_kernel(weight):
-        return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return F.linear(x, weight, bias)
-    if bias is not None and not (
-        bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()
-    ):
+    if x.numel() and (held := getattr(weight, _FLOAT8, None)) is not None:
+        made = product(x.reshape(-1, x.shape[-1]).contiguous(), held, bias)
+        return made.view(*x.shape[:-1], len(weight))
+    fits = bias is None or (bias.dtype, bias.shape, bias.is_contiguous()) == (x.dtype, weight.shape[:1], True)
+    if x.dtype != torch.bfloat16 or not has_kernel(weight) or not fits:
         return F.linear(x, weight, bias)
     packed = getattr(weight, _COPY, None)
     if packed is None:
         assert _compiled is not None
         return _compiled(x, weight, bias)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return product
+    by_blocks: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return by_blocks

@@ -28,14 +28,9 @@ def test_a_container_with_a_limit(
     assert packed.free_memory() == free
 
 
-@pytest.mark.parametrize("limit", ["max\n", f"{2**60}\n"])
-def test_a_container_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    monkeypatch.setattr(packed, "_CONTAINER", container(tmp_path, limit))
-    assert packed.free_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.1)
-
-
-def test_no_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_CONTAINER", tmp_path)
+@pytest.mark.parametrize("limit", ["max\n", f"{2**60}\n", ""])
+def test_no_limit_or_no_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(packed, "_CONTAINER", container(tmp_path, limit) if limit else tmp_path)
     assert packed.free_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.1)
 
 

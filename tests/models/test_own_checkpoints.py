@@ -4,17 +4,22 @@ import json
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from formulas import attend
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from torch import Tensor
+from whiflash_kernels.float8 import quantise_rows
+from whiflash_kernels.packed import _FLOAT8, quantise
 
 from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
+from whiflash_sglang.formats.packed import quantise_modules
 
 LENGTH = 9
 
@@ -145,6 +150,39 @@ def test_the_last_of_two_layers_is_ingested_behind_the_attention_of_the_first(
         torch.testing.assert_close((stored[0], last), (whole[0], whole[1]), rtol=0, atol=1e-6)
         with pytest.raises(CheckpointError, match="2 layers need attention over the text"):
             drafter.keys_values(tokens, fused, positions)
+
+
+def rounded(x: Tensor) -> Tensor:
+    values, scale = quantise_rows(x.reshape(-1, x.shape[-1]))
+    return (values.float() * scale[:, None]).view(x.shape)
+
+
+@torch.no_grad()
+def drafted(drafter: Any) -> tuple[Tensor, Tensor]:
+    """The choice of each of 40 rows, and K and V of their features."""
+    tokens, places = torch.arange(60, 100), torch.arange(40)
+    fused = drafter.fuse(torch.randn(40, 3 * 64, generator=torch.Generator().manual_seed(4)))
+    block = (tokens.view(5, 8), places.view(5, 8)), (fused, places)
+    one, context = block if isinstance(drafter, DFlashDrafter) else [(tokens, fused, places)] * 2
+    states = drafter(*one, lambda layer, q, k, v: q + v.repeat(1, 2, 1))
+    chosen = drafter.choose((states[1] if len(states) == 2 else states).reshape(40, -1))
+    return chosen.token, torch.stack(drafter.keys_values(*context))
+
+
+@pytest.mark.parametrize("kind", [DFlashDrafter, Eagle3Drafter])
+def test_fp8_drafts_what_rounded_factors_draft(kind: type, target: Path, tmp_path: Path) -> None:
+    tiny = tiny_dflash if kind is DFlashDrafter else partial(tiny_eagle3, draft_vocab_size=96)
+    drafter = load(kind, tiny(tmp_path / "draft", target), target).requires_grad_(False)
+    plain, linear, own = drafted(drafter), F.linear, drafter.target_lm_head
+    with patch.object(F, "linear", lambda x, w, *bias: linear(rounded(x), rounded(w), *bias)):
+        expected = drafted(drafter)
+    quantise_modules(drafter)
+    quantise([drafter.head.weight])
+    found = drafted(drafter)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[1], plain[1], rtol=1e-3)
+    assert not hasattr(own, _FLOAT8), "the target's own products stay"
 
 
 def test_a_checkpoint_in_fp8_is_multiplied_by_its_scales(target: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from whiflash_kernels.packed import quantise
 
 from whiflash_sglang.checkpoints.hub import member
 from whiflash_sglang.checkpoints.manifest import PARTS, Lookup, load_manifest, lookup_of
@@ -28,6 +29,7 @@ from whiflash_sglang.files.progress import tracked
 from whiflash_sglang.formats.choice import Choice, DraftHead, choose
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
+from whiflash_sglang.formats.packed import quantise_modules
 from whiflash_sglang.formats.table import read_draft
 from whiflash_sglang.prices.costs import LEAST_CHANCE
 from whiflash_train.answers.store import FeatureStore
@@ -41,20 +43,22 @@ from whiflash_train.rounds import agreed, loop_start
 
 class PairParts(NamedTuple):
     """A server's means of drafting: checkpoints by arm, in the order of `arms.PAIR`, drafts of a chain, the vocabulary
-    of blocks, copying.
+    of blocks, copying, arms that multiply in fp8.
     """
 
     checkpoints: Mapping[str, Path]
     eagle_steps: int = 5
     dflash_vocabulary: str = "full"
     lookup: Lookup = Lookup()
+    quantised: Collection[str] = ()
 
     @classmethod
     def of_bundle(cls, bundle: Path, eagle_steps: int = 5) -> "PairParts":
         """As the bundle's manifest says."""
         manifest = load_manifest(bundle)
         checkpoints = {arm: member(bundle, manifest, PARTS[arm]) for arm in manifest.drafters}
-        return cls(checkpoints, eagle_steps, manifest.dflash_vocabulary, lookup_of(manifest))
+        vocabulary, lookup = manifest.dflash_vocabulary, lookup_of(manifest)
+        return cls(checkpoints, eagle_steps, vocabulary, lookup, manifest.quantised)
 
     @property
     def captured(self) -> list[int]:
@@ -95,6 +99,9 @@ class Pair(NamedTuple):
             "target_lm_head": target.head,
         }
         drafters = {arm: read_draft(path, arm).load(**options) for arm, path in parts.checkpoints.items()}
+        for arm in sorted(parts.quantised):
+            quantise_modules(drafters[arm])
+            digest.update(arm.encode())
         chain, block = (drafters.get(arm) for arm in arms.PAIR)
         head = None
         if block is not None:
@@ -102,6 +109,8 @@ class Pair(NamedTuple):
         if head is not None and chain is not None and parts.dflash_vocabulary == "eagle3":
             rows = torch.arange(chain.draft_vocab_size, device=target.head.device)
             head = head.within(chain.target_ids(rows))
+        heads: Any = {arms.AR: chain and chain.head, arms.DIFFUSION: head}
+        quantise(part for arm in parts.quantised for part in (heads[arm].weight, heads[arm].matrix))
         return cls(drafters, parts.eagle_steps, head, digest.hexdigest()[:16], parts.lookup)
 
 

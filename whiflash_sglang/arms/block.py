@@ -1,7 +1,7 @@
 """The diffusion arm: one DFlash block in one non-causal pass (arXiv 2602.06036)."""
 
 import torch
-from whiflash_kernels import Drafts, dflash_catch_up
+from whiflash_kernels import Drafts, dflash_catch_up, packed
 
 from whiflash_sglang.arms.paged import PagedArm, dflash_weights
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
@@ -54,6 +54,8 @@ class DFlashArm(PagedArm):
         # Not the target's, which is packed with the target, and again when its weights are updated.
         parts = [part for part in (self._head.weight, self._head.matrix) if part is not model.target_lm_head]
         pack(part for part in parts if isinstance(part, torch.Tensor))
+        if model.quantised:
+            packed.quantise([self._head.weight, self._head.matrix])
         self.features = FeatureSlice(captured, layers, model.fc.in_features // len(layers))
 
     def weights_written(self) -> None:
@@ -68,10 +70,12 @@ class DFlashArm(PagedArm):
         self._copy(self._head.bias, self.model.head.bias)
 
     def _copy(self, held: torch.Tensor | Projection | None, whole: torch.Tensor | Projection | None) -> None:
-        """Write rows of `whole` into `held` again, which has some of them."""
+        """Write rows of `whole` into `held` again, which has some of them, or is the same matrix."""
         kept = self._head.kept
         if kept is not None and isinstance(held, torch.Tensor) and isinstance(whole, torch.Tensor):
             rewrite(held, whole[kept])
+        else:
+            packed.requantise(held)
 
     def catch_up(self, rows: FeatureRows) -> None:
         dflash_catch_up(rows.features, rows.positions, rows.slots, self._weights, self._rope, self.kv.pools)

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from whiflash_kernels import Drafts, eagle3_catch_up
+from whiflash_kernels import Drafts, eagle3_catch_up, packed
 
 from whiflash_sglang.arms.paged import PagedArm, eagle3_weights
 from whiflash_sglang.cache.backlog import FeatureRows, FeatureSlice
@@ -136,6 +136,11 @@ class Eagle3Arm(ChainArm):
         self.attends_text = depth > 1
         self._weights = None if self.attends_text else eagle3_weights(model)
         self._rope = model.rotary.tabulate(positions, fc.weight.device)
+        if model.quantised:
+            packed.quantise([model.head.weight])
+
+    def target_written(self) -> None:
+        packed.requantise(self.model.head.weight)
 
     def catch_up(self, rows: FeatureRows) -> None:
         features, tokens, weights = rows.features, rows.next_tokens, self._weights

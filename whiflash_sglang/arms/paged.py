@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from whiflash_kernels import DFlashWeights, Drafts, Eagle3Weights, PassInputs, draft_attention
+from whiflash_kernels import DFlashWeights, Drafts, Eagle3Weights, PassInputs, draft_attention, packed
 
 from whiflash_sglang.arms.base import KVDrafter
 from whiflash_sglang.arms.length import DraftLength
@@ -243,7 +243,7 @@ def eagle3_weights(model: Eagle3Drafter) -> Eagle3Weights:
         embedding=model.target_embedding,
         input_norm=layer.embedding_norm.weight.detach(),
         hidden_norm=layer.hidden_norm.weight.detach(),
-        kv=attention.qkv.weight.detach()[attention.query_size :],
+        kv=packed.rows(_without_gradients(attention.qkv.weight), slice(attention.query_size, None)),
         kv_bias=None if attention.qkv.bias is None else attention.qkv.bias.detach()[attention.query_size :],
         k_norm=None if attention.k_norm is None else attention.k_norm.weight.detach()[None],
         eps=model.config.rms_norm_eps,

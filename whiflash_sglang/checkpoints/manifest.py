@@ -164,7 +164,7 @@ class Manifest(Strict):
     schema_version: of this format. name: of the bundle. target: the model that the drafters were trained for.
     eagle3: directory of the EAGLE-3 checkpoint; without one a target's own next-token head drafts. dflash: directory of
     the block drafter's checkpoint; one of the two is enough. dflash_vocabulary: of the block drafter, `full` or
-    EAGLE-3's reduced one, cheaper for a small target (arXiv 2502.14856).
+    EAGLE-3's reduced one, cheaper for a small target (arXiv 2502.14856). quantization: of a drafter's products.
     router: the neural router. entropy: thresholds of the entropy router. lookup: the copying arm (default: on).
     structure: the arm of forced text (default: on). chat_template: a file, unless `--chat-template` names one.
     tool_call_parser: SGLang's name, unless `--tool-call-parser` names one. sources: origins of target, eagle3, dflash
@@ -177,6 +177,7 @@ class Manifest(Strict):
     eagle3: str | None = None
     dflash: str | None = None
     dflash_vocabulary: DraftVocabulary = "full"
+    quantization: dict[Literal["eagle3", "dflash"], Literal["fp8"]] = {}
     router: NeuralRouter | None = None
     entropy: EntropyRouter = EntropyRouter()
     lookup: Lookup | None = None
@@ -189,6 +190,11 @@ class Manifest(Strict):
     def drafters(self) -> Mapping[str, str]:
         """Arm → path of its checkpoint, of those that the bundle names."""
         return {arm: value for arm, key in PARTS.items() if (value := getattr(self, key))}
+
+    @property
+    def quantised(self) -> frozenset[str]:
+        """Arms whose drafters multiply in fp8."""
+        return frozenset(arm for arm, key in PARTS.items() if key in self.quantization)
 
 
 def embedded_bundle() -> Path:
@@ -222,6 +228,7 @@ def load_manifest(bundle: Path) -> Manifest:
         raise ConfigError(f"{path} names no drafter: give key 'eagle3', key 'dflash', or both")
     if manifest.router is not None:
         check_arms(f"{path}: key 'router'", NAMES, manifest.drafters)
+    check_arms(f"{path}: key 'quantization'", sorted(manifest.quantised), manifest.drafters)
     if manifest.dflash_vocabulary == "eagle3":
         check_arms(f"{path}: key 'dflash_vocabulary': 'eagle3'", NAMES, manifest.drafters)
     named = {PARTS[arm]: value for arm, value in manifest.drafters.items()}

@@ -212,12 +212,13 @@ class TargetsParts(nn.Module):
     Attributes:
         target_embedding, target_lm_head: [V, H], the target's, not part of the checkpoint.
         shared: the target's parts if its vocabulary is split or quantised: the matrices hold this process's rows, if
-            any.
+            any. quantised: whether it multiplies in float8.
     """
 
     target_embedding: Tensor
     target_lm_head: Tensor
     shared: SharedVocabulary | None = None
+    quantised: bool = False
 
     def __init__(self, target_embedding: Tensor, target_lm_head: Tensor | None) -> None:
         super().__init__()

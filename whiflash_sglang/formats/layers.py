@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from whiflash_kernels import packed
 from whiflash_kernels.layers import add_rms_norm, rms_norm, rotate_in_place, rotates_fused, silu_and_mul
 
 from whiflash_sglang.errors import CheckpointError
@@ -35,10 +35,6 @@ class Angles(NamedTuple):
         return cosine, sine
 
 
-_OF_THE_TARGET = ("mrope_section", "mrope_interleaved")
-"""Copied from targets that count positions in three dimensions; a drafter of text has one."""
-
-
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration's rotary settings in one dictionary, whichever of the two spellings it uses.
 
@@ -46,10 +42,10 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     head is rotated, `rope_dim` says how many of its dimensions, or `partial_rotary_factor` which share.
     """
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = parameters.pop("type", "default")
-    parameters.setdefault("rope_type", kind)
+    parameters.setdefault("rope_type", parameters.pop("type", "default"))
     parameters.setdefault("rope_theta", float(config.get("rope_theta", 10000.0)))
-    for key in _OF_THE_TARGET:
+    # Copied from targets that count positions in three dimensions; a drafter of text has one.
+    for key in ("mrope_section", "mrope_interleaved"):
         parameters.pop(key, None)
     if parameters["rope_type"] == "mrope":
         parameters["rope_type"] = "default"
@@ -92,17 +88,13 @@ class Rotary(nn.Module):
             exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
             self._frequencies = 1.0 / parameters["rope_theta"] ** exponents
         elif kind in ROPE_INIT_FUNCTIONS:
-            whole = {
-                key: value
-                for key, value in parameters.items()
-                if key not in ("rope_dim", "partial_rotary_factor")
-            }
+            rest = {k: parameters[k] for k in parameters.keys() - {"rope_dim", "partial_rotary_factor"}}
             config = PretrainedConfig(
                 hidden_size=width,
                 num_attention_heads=1,
                 head_dim=width,
                 max_position_embeddings=max_positions,
-                rope_parameters=whole,
+                rope_parameters=rest,
             )
             self._frequencies, self.scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         else:
@@ -235,9 +227,10 @@ class Attention(nn.Module):
 
     def keys_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """`x` [T, width] → k and v, each [T, Hkv, D]; neither queries nor attention are computed."""
-        bias = None if self.qkv.bias is None else self.qkv.bias[self.query_size :]
-        kv = F.linear(x, self.qkv.weight[self.query_size :], bias).view(len(x), 2 * self.shape.kv_heads, -1)
-        k, v = kv.chunk(2, dim=1)
+        own = slice(self.query_size, None)
+        bias = None if self.qkv.bias is None else self.qkv.bias[own]
+        kv = packed.linear(x, packed.rows(self.qkv.weight, own), bias)
+        k, v = kv.view(len(x), 2 * self.shape.kv_heads, -1).chunk(2, dim=1)
         if self.k_norm is not None:
             k = self.k_norm(k)
         return rotate(k, angles), v

@@ -1,11 +1,15 @@
-"""Matrices of drafters and targets with a copy for a CPU's matrix kernels (`whiflash_kernels.packed`)."""
+"""Matrices of drafters and targets with a copy in blocks or in float8 (`whiflash_kernels.packed`)."""
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 from torch import Tensor, nn
 from whiflash_kernels import packed
+from whiflash_kernels.float8 import multiplies
+
+from whiflash_sglang.errors import ConfigError
 
 MEMORY_SHARE = 0.25
 """Share of the memory that is free when copies are made, which they may take."""
@@ -45,3 +49,15 @@ def pack(weights: Iterable[Tensor], at_most: float | None = None) -> int:
 def pack_modules(model: nn.Module) -> int:
     """:func:`pack` for every `Linear` of `model`."""
     return pack(module.weight for module in model.modules() if isinstance(module, Linear))
+
+
+def quantise_modules(model: Any) -> None:
+    """Multiply by a loaded drafter's matrices in float8; arms choose its head. Raises ConfigError: no kernels."""
+    weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
+    if weights[0].is_cuda and not multiplies(weights[0]):
+        raise ConfigError("quantization: fp8 needs 16 bits and compute capability 8.9; remove the key")
+    if (head := model.target_lm_head) is not None:
+        model.target_lm_head = head.detach()  # with a copy of its own: the target's products stay as they are
+    model.quantised = True
+    packed.quantise(weights)
+    model.eval()  # what it has stacked of them

@@ -29,7 +29,7 @@ from whiflash_sglang.engine.scheduler.spec_worker import max_running_requests
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.formats.eagle3 import Eagle3Drafter
 from whiflash_sglang.formats.mtp import MTPDrafter
-from whiflash_sglang.formats.packed import pack_modules
+from whiflash_sglang.formats.packed import pack_modules, quantise_modules
 from whiflash_sglang.formats.router import Layers, Router
 from whiflash_sglang.formats.table import Draft, read_draft
 from whiflash_sglang.records.core import SampleHook
@@ -63,7 +63,7 @@ def build_drafters(
     no grammars, and text is copied unchanged.
 
     Raises:
-        CheckpointError: a file is missing or damaged. ConfigError: it is not the one that its bundle was made with.
+        CheckpointError: a file is missing or damaged. ConfigError: it is not its bundle's, or this GPU has no fp8.
     """
     verify(settings.checksums)
     drafts = {arm: read_draft(path, arm) for arm, path in settings.drafters.items()}
@@ -79,8 +79,8 @@ def build_drafters(
         ).requires_grad_(False)
         for arm, draft in drafts.items()
     }
-    for model in models.values():
-        pack_modules(model)
+    for arm, model in models.items():
+        (quantise_modules if arm in settings.quantised else pack_modules)(model)
     named = settings.drafters.get(arms.DIFFUSION)
     block = block_size_of(named, settings.block_size) if named else 0
     positions = target.context_len + max(block, settings.eagle_steps)

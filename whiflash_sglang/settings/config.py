@@ -100,7 +100,7 @@ class Settings(Strict):
     """Everything a worker needs to build itself: resolved paths and values, picklable.
 
     drafters: arm → directory of its checkpoint, of `arms.PAIR` and in its order. checksums: SHA-256 by file, as the
-    bundle lists them. target: the model that the bundle names, empty without one.
+    bundle lists them. target: the model that the bundle names, empty without one. quantised: arms in fp8.
     """
 
     drafters: Mapping[str, Path]
@@ -112,6 +112,7 @@ class Settings(Strict):
     eagle_steps: int
     block_size: int | None
     dflash_vocabulary: DraftVocabulary
+    quantised: frozenset[str] = frozenset()
     force_recorded: bool = False
     traces: TraceSampling = TraceSampling()
     samples: Spooling = Spooling()
@@ -183,6 +184,7 @@ def resolve(
         eagle_steps=flags.eagle_steps,
         block_size=flags.block_size,
         dflash_vocabulary=manifest.dflash_vocabulary if manifest else "full",
+        quantised=manifest.quantised if manifest else frozenset(),
         force_recorded=flags.force_recorded == "on",
         traces=_traces(flags),
         samples=_samples(flags),
@@ -201,7 +203,7 @@ def _without_drafters(flags: Flags, manifest: Manifest | None, draft_path: Path 
         named = "--whiflash-eagle-draft" if flags.eagle_draft else "--speculative-draft-model-path"
         raise ConfigError(f"--whiflash-drafters none leaves nothing for {named}; remove one of the two")
     parts = {"eagle3": None, "dflash": None, "router": None, "dflash_vocabulary": "full"}
-    return None if manifest is None else manifest.model_copy(update=parts)
+    return None if manifest is None else manifest.model_copy(update={**parts, "quantization": {}})
 
 
 def _drafters(

@@ -166,6 +166,7 @@ def publish(
             "name": f"{manifest.name.partition('@')[0]}@{number}",
             "target": manifest.target,
             "dflash_vocabulary": manifest.dflash_vocabulary,
+            "quantization": {PARTS[arm]: "fp8" for arm in checkpoints if arm in manifest.quantised},
         }
         with staged(path_of(directory, number)) as made:
             made.mkdir(mode=0o700)

@@ -490,4 +490,5 @@ def train_arm(config: TrainConfig, arm: str, checkpoint: Path, pace: Pace) -> Pa
 
 def parts_of(manifest: Manifest, checkpoints: Mapping[str, Path]) -> PairParts:
     """The checkpoints, by arm, with what the bundle says of the rest."""
-    return PairParts(checkpoints, dflash_vocabulary=manifest.dflash_vocabulary, lookup=lookup_of(manifest))
+    vocabulary, lookup = manifest.dflash_vocabulary, lookup_of(manifest)
+    return PairParts(checkpoints, dflash_vocabulary=vocabulary, lookup=lookup, quantised=manifest.quantised)

@@ -149,6 +149,7 @@ class Start:
                 arm: f"{d.lengths} {d.captured_bytes(self.requests)} {_digest(vars(d)['model'].config)}"
                 for arm, d in with_kv(self.drafters).items()
             },
+            "fp8": [arm for arm, d in with_kv(self.drafters).items() if vars(d)["model"].quantised],
             "sizes": [*self._rows(), *self._contexts(), *self._tokens()],
             "versions": f"{supported.installed()} {__version__} {torch.__version__} {_kernels()}",
         }

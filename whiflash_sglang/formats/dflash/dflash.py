@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from whiflash_kernels import packed
 
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import CheckpointError
@@ -200,7 +201,7 @@ class DFlashDrafter(TargetsParts):
         """
         layers, (_, kv_heads, head_dim) = self.config.num_layers, self.config.attention
         weight, bias, k_norm = self.stacked() if self._context is None else self._context
-        kv = F.linear(fused, weight, bias).view(len(fused), layers, 2, kv_heads, head_dim)
+        kv = packed.linear(fused, weight, bias).view(len(fused), layers, 2, kv_heads, head_dim)
         k, v = kv.permute(2, 1, 0, 3, 4)
         normed = F.rms_norm(k, (head_dim,), None, self.config.head_norm_eps or self.config.rms_norm_eps)
         k = normed * k_norm[:, None, None].to(k.dtype)
@@ -259,6 +260,8 @@ class DFlashDrafter(TargetsParts):
         attentions: list[Any] = [layer.attention for layer in self.layers]
         rows = attentions[0].query_size
         weight = torch.cat([attention.qkv.weight[rows:] for attention in attentions])
+        if self.quantised:
+            packed.quantise([weight])
         bias = None
         if self.config.attention_bias:
             bias = torch.cat([attention.qkv.bias[rows:] for attention in attentions])

@@ -115,7 +115,8 @@ class FlashMapLayer(nn.Module):
 
     def _crossed(self, x: Tensor, angles: Angles, seen: Callable[[Tensor], Tensor]) -> Tensor:
         attention = self.attention
-        q = F.linear(x, attention.qkv.weight[: attention.query_size]).view(len(x), attention.shape.heads, -1)
+        weight = packed.rows(attention.qkv.weight, slice(attention.query_size))
+        q = packed.linear(x, weight).view(len(x), attention.shape.heads, -1)
         assert attention.q_norm is not None
         # Two halves, since one kernel rotates two tensors.
         first, second = attention.q_norm(q).chunk(2, 1)
