@@ -21,15 +21,26 @@ class Drafter:
     """Every arm.
 
     arm: its name. max_drafts: most drafts of a round; a verified block is one token wider (the bonus token). sources:
-    what its drafts are taken from, if that is not its name. features: which of the target's captured layers it reads,
-    None: all. tail_width: columns of feature n-1 that a draft begins with, 0 if it reads none.
+    what its drafts are taken from, if that is not its name. passes: whether a network drafts, whose pass is timed at
+    the start. features: which of the target's captured layers it reads, None: all. tail_width: columns of feature n-1
+    that a draft begins with, 0 if it reads none.
     """
 
     arm: str
     max_drafts: int
     sources: tuple[str, ...] = ()
+    passes: bool = False
     features: FeatureSlice | None = None
     tail_width: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Drafts of the passes that are captured, ascending; the longest make `max_drafts`."""
+        return [self.max_drafts]
+
+    def captured_bytes(self, requests: int) -> int:
+        """Bytes that a captured draft of so many requests takes at its peak."""
+        raise NotImplementedError
 
     def place(self, requests: int) -> PassInputs | None:
         """Inputs that `draft` reads for so many requests, and padding after them; None: they may be anywhere."""
@@ -66,18 +77,10 @@ class KVDrafter(Drafter):
     kv: DraftKV
     captured_layers: tuple[int, ...] = ()
     attends_text: bool = False
-
-    @property
-    def lengths(self) -> list[int]:
-        """Drafts of the passes that are captured, ascending; the longest make `max_drafts`."""
-        return [self.max_drafts]
+    passes = True
 
     def kv_bytes_per_token(self) -> int:
         """Bytes its KV adds to one target slot."""
-        raise NotImplementedError
-
-    def captured_bytes(self, requests: int) -> int:
-        """Bytes that a captured draft of so many requests takes at its peak."""
         raise NotImplementedError
 
     def allocate(self, slots: int) -> None:
@@ -144,7 +147,7 @@ class TextDrafter(Drafter):
             length: n at most. history: the request's committed tokens. worth: what a further
                 draft must bring. under_way: tokens at most that earlier rounds may commit before its candidate counts.
         """
-        raise NotImplementedError
+        return None
 
     def extends(self, request: Request) -> bool:
         """Whether it has looked at a request, and so knows what may follow drafts of others."""

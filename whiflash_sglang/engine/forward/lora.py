@@ -18,9 +18,8 @@ from whiflash_sglang.engine.patching import around
 from whiflash_sglang.errors import ConfigError
 
 
-def require_plain_layers(model_runner: Any) -> None:
+def require_plain_layers(manager: Any) -> None:
     """Raise ConfigError where adapters change experts, whose rows are sorted by counts of one width."""
-    manager = model_runner.lora_manager
     if manager is not None and manager.lora_backend.is_moe_lora:
         raise ConfigError(
             "adapters of experts are untested with WHIFLASH; give --lora-target-modules without gate_up_proj and "

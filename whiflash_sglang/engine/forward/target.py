@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
+from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import (
     CaptureHiddenMode,
     ForwardBatch,
@@ -49,7 +50,7 @@ class Target(LoadedTarget):
         self.random_seed = int(target_worker.random_seed) + (get_parallel().dp_rank or 0)
         self.peers = Peers()
         recurrent.install(target_worker.model_config, self.device)
-        lora.require_plain_layers(self.runner)
+        lora.require_plain_layers(self.runner.lora_manager)
 
     @property
     def slot_table(self) -> torch.Tensor:
@@ -125,14 +126,14 @@ class Target(LoadedTarget):
         none = torch.empty(0, dtype=torch.int64, device=self.device)
         widths = none.to(torch.int32)
         block = prepare_mixed_block(none, none[:, None], widths, none, none, self.slot_table, rows=rows)
-        self._verification(batch, block, widths, None, 1)
+        self.forward(batch, block, widths, None, 1)
 
     @cached_property
     def _rows_counted(self) -> int:
         """`rows_counted` if it is always the same, else 0. It reads configurations, which takes long."""
         return rows_counted(self.runner, 0)
 
-    def _verification(
+    def forward(
         self,
         batch: Any,
         block: MixedBlock,
@@ -140,7 +141,7 @@ class Target(LoadedTarget):
         widths: Sequence[int] | None,
         stride: int,
     ) -> Any:
-        """SGLang's result of a verification's forward. Arguments as of `verify`."""
+        """SGLang's result of a verification's forward. Arguments as of `verify`; batch: also one of `batch_of`."""
         batch.out_cache_loc = block.cache_slots
         counted = self._rows_counted or stride
         batch.input_ids, batch.forward_mode = block.input_ids, ForwardMode.TARGET_VERIFY
@@ -148,6 +149,23 @@ class Target(LoadedTarget):
         batch.spec_info = verify_input(block, verify_lens, widths, counted, self._captured.mode)
         prepare_mamba_track_for_verify(batch)
         return self._forward(batch)
+
+    def batch_of(self, rows: torch.Tensor, starts: torch.Tensor, on_host: torch.Tensor) -> ScheduleBatch:
+        """A decode batch of SGLang's without its requests: their rows of the table, and tokens that have KV, [B] int64.
+
+        on_host: `starts` on the host, or bounds.
+        """
+        return ScheduleBatch(
+            reqs=[],
+            device=str(self.device),
+            forward_mode=ForwardMode.DECODE,
+            req_pool_indices=rows,
+            seq_lens=starts,
+            seq_lens_cpu=on_host,
+            seq_lens_sum=int(on_host.sum()),
+            orig_seq_lens=starts.to(torch.int32),
+            spec_algorithm=self.runner.spec_algorithm,
+        )
 
     def _forward(self, batch: Any) -> Any:
         self.peers.count(batch)
@@ -186,7 +204,7 @@ class Target(LoadedTarget):
         `block` has `agreed_rows` of its rows; those beyond the widths' sum go through the forward with the others. The
         result is without them if the widths are known. verify_lens, widths, stride: as of `verify_input`.
         """
-        result = self._verification(batch, block, verify_lens, widths, stride)
+        result = self.forward(batch, block, verify_lens, widths, stride)
         output, total = result.logits_output, None if widths is None else sum(widths)
         features, final_hidden = self._captured.take(output)
         output.next_token_logits = output.next_token_logits[:total]

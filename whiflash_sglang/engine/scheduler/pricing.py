@@ -21,13 +21,11 @@ from typing import Any, Protocol
 import torch
 import whiflash_kernels
 from sglang.srt.configs.model_config import AttentionArch
-from sglang.srt.managers.schedule_batch import ScheduleBatch
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_context
 from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang import __version__
-from whiflash_sglang.arms.base import Drafter, KVDrafter, widest_of, with_kv
+from whiflash_sglang.arms.base import Drafter, widest_of
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.device.capture import graded
 from whiflash_sglang.device.clock import Clock, measure
@@ -129,6 +127,7 @@ class Start:
         requests: int,
     ) -> None:
         self.target, self.drafters, self.sync = target, drafters, sync
+        self.passing = {arm: drafter for arm, drafter in drafters.items() if drafter.passes}
         self.host, self.clock, self.requests = host, clock, requests
 
     def key(self, size: int) -> dict[str, str]:
@@ -147,7 +146,7 @@ class Start:
             # Memory of a pass says how many rows its head has, which no configuration says.
             "drafters": {
                 arm: f"{d.lengths} {d.captured_bytes(self.requests)} {_digest(vars(d)['model'].config)}"
-                for arm, d in with_kv(self.drafters).items()
+                for arm, d in self.passing.items()
             },
             "fp8": [arm for arm, d in with_kv(self.drafters).items() if vars(d)["model"].quantised],
             "sizes": [*self._rows(), *self._contexts(), *self._tokens()],
@@ -159,19 +158,19 @@ class Start:
         """Measure. Waits for the device."""
         (sizes, most), (short, long) = self._rows(), self._contexts()
         verifications = Verifications.measured(short, long, sizes, partial(self._verification, most))
-        # The scheduler would wait for the last of these verifications in place of the first prefill.
-        self.target.runner.shared_read_done_event = None
         groups, drafts, shorter = graded(self.requests), {}, {}
-        for arm, drafter in with_kv(self.drafters).items():
+        for arm, drafter in self.passing.items():
             lengths = {n: Sizes.measured(groups, partial(self._pass, drafter, n)) for n in drafter.lengths}
             drafts[arm], shorter[arm] = lengths.pop(drafter.max_drafts), lengths
+        # The scheduler would wait for the target's last forward of these in place of the first prefill.
+        self.target.runner.shared_read_done_event = None
         tokens = self._tokens()
         catch_up = {arm: Sizes.measured(tokens, partial(self._catch_up, arm)) for arm in self.sync.arms}
         return CostTables(verifications, drafts, catch_up, shorter)
 
     def profile(self, costs: MeasuredCosts) -> None:
-        """Time drafts of arms with KV, for a few batch sizes. Every write goes to the engine's padding slot."""
-        for arm, drafter in with_kv(self.drafters).items():
+        """Time drafts that are passes, for a few batch sizes. Every write goes to the engine's padding slot."""
+        for arm, drafter in self.passing.items():
             for size in (size for size in BATCHES if size <= len(self.target.slot_table)):
                 draft = partial(drafter.draft, self._batch(drafter, drafter.max_drafts, size))
                 passes = draft().passes
@@ -200,10 +199,10 @@ class Start:
         """Tokens of the catch-ups that are timed."""
         return self.sync.sizes(self.requests * self._widest)
 
-    def _pass(self, drafter: KVDrafter, length: int, requests: int) -> float:
+    def _pass(self, drafter: Drafter, length: int, requests: int) -> float:
         return measure(partial(drafter.draft, self._batch(drafter, length, requests)), self.clock)
 
-    def _batch(self, drafter: KVDrafter, length: int, requests: int) -> DraftBatch:
+    def _batch(self, drafter: Drafter, length: int, requests: int) -> DraftBatch:
         """A batch of so many requests that are none, with at most `length` drafts each."""
         table, context = self.target.slot_table, min(CONTEXT, self.target.context_len)
         rows = torch.arange(requests, device=table.device)
@@ -235,17 +234,7 @@ class Start:
 
         def verify() -> Any:
             target.agreed_rows(rows, count)
-            batch = ScheduleBatch(
-                reqs=[],
-                device=str(device),
-                forward_mode=ForwardMode.DECODE,
-                req_pool_indices=ids,
-                seq_lens=starts,
-                seq_lens_cpu=on_host,
-                seq_lens_sum=int(on_host.sum()),
-                orig_seq_lens=starts.to(torch.int32),
-                spec_algorithm=target.runner.spec_algorithm,
-            )
+            batch = target.batch_of(ids, starts, on_host)
             return target.verify(batch, block, verify_lens, widths if self.host.exact else None, max(widths))
 
         with _spread_slots(target, count, each + max(widths)):
