@@ -114,7 +114,7 @@ def without(*keys: str) -> dict[str, Any]:
 def test_missing_manifest_keys_are_named(bundle: Path) -> None:
     with pytest.raises(ConfigError, match=r"whiflash\.json: key 'target': Field required"):
         load_manifest(write(bundle, without("target")))
-    with pytest.raises(ConfigError, match=r"names no drafter: give key 'eagle3', key 'dflash', or both"):
+    with pytest.raises(ConfigError, match=r"names no drafter: give key 'eagle3', 'dflash' or 'uno'"):
         load_manifest(write(bundle, without("eagle3", "dflash")))
 
 

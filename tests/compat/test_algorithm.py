@@ -10,12 +10,14 @@ from whiflash_sglang.engine import algorithm
 from whiflash_sglang.engine.forward import triton_backend
 
 
-def widths_of(monkeypatch: pytest.MonkeyPatch, *, copies: int, forced: int = 4) -> int:
+def widths_of(monkeypatch: pytest.MonkeyPatch, *, copies: int, forced: int = 4, uno: int = 4) -> int:
     """Draft tokens that the KV reservation is computed from, with blocks of 8 and chains of 5."""
     settings = SimpleNamespace(
         drafters={"ar": "e", "diffusion": "d"},
         eagle_steps=5,
         block_size=None,
+        uno="u",
+        uno_drafts=uno,
         lookup=Lookup(max_width=copies),
         structure=Structure(max_width=forced),
     )
@@ -31,6 +33,7 @@ def test_the_widest_arm_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert widths_of(monkeypatch, copies=24) == 25
     assert widths_of(monkeypatch, copies=2) == 8
     assert widths_of(monkeypatch, copies=2, forced=30) == 31
+    assert widths_of(monkeypatch, copies=2, uno=20) == 21
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -140,7 +140,7 @@ KDA = {
 BLOCKS = {"layers_block_type": ["mamba", "attention"]}
 UNLIKE = {**BLOCKS, "block_configs": [{"block_type": "mamba"}, {"block_type": "attention"}]}
 """Configuration of the variant whose layers differ among themselves."""
-OWN_STATE = {"cpu": None, "triton": None, "sessions": "recurrent_sessions"}
+OWN_STATE = {"cpu": None, "triton": None, "sessions": "recurrent_sessions", "uno": "uno"}
 KINDS: list[tuple[str, str, dict[str, Any], dict[str, str | None]]] = [
     # Take images too: of a kind whose state is committed or not, a session's is refused.
     ("Qwen3_5ForConditionalGeneration", "qwen3_5", {}, {"sessions": "recurrent_sessions"}),
@@ -185,6 +185,8 @@ def test_kinds_of_targets(
         here = launch
         if where == "sessions":
             here = with_arguments(launch, enable_streaming_session=True)
+        elif where == "uno":
+            here = replace(launch, uno=True)
         elif where != "cpu":
             here = with_arguments(on_cuda(launch), attention_backend=where)
         assert next((name for name, _ in refusals_of(here)), None) == row, where
@@ -391,6 +393,7 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
         {"enable_streaming_session": True, "hicache_storage_backend": "file"},
         "--hicache-storage-backend file beside --enable-streaming-session",
     ),
+    "uno": ({"uno": True, "tp_size": 2}, "UNO is untested with --tp-size above 1"),
     "post_capture_sizing": (
         {"environment": {"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "true"}},
         "unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",

@@ -60,7 +60,7 @@ class Setting:
     """Settings of an engine. plain: arguments that change plain decoding's text, too. mode: `host`, `resident` (the
     host reads nothing from the device) or `overlap` (the same in SGLang's overlap loop). graphs: whether all that runs
     is replayed, as on a card. host_lengths: as of `overlapped`. drafters: `pair`, one of it, or `none`. layers: of
-    EAGLE-3. ring: tokens of one. adapters: of the target, `one` and `two`.
+    EAGLE-3. ring: tokens of one. adapters: of the target, `one` and `two`. uno: whether the target drafts under `one`.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -73,6 +73,7 @@ class Setting:
     layers: int = 1
     ring: int = 64
     adapters: bool = False
+    uno: bool = False
 
 
 SEEDS = {"enable_deterministic_inference": True, "max_running_requests": 16, "chunked_prefill_size": None}
@@ -143,6 +144,10 @@ SETTINGS = {
         {"max_running_requests": 4}, plain={"grammar_backend": "llguidance"}, mode="overlap"
     ),
     "overlap, lengths": Setting({"max_running_requests": 4}, mode="overlap", host_lengths=True),
+    "uno": Setting(uno=True),
+    "uno, full pool": Setting(CASES["full pool"], uno=True),
+    "uno, overlap": Setting({"max_running_requests": 4}, mode="overlap", uno=True),
+    "uno, graphs": Setting(mode="overlap", uno=True, **SMALL),
 }
 
 KNOWING = {"runs", "rejections"}
@@ -291,6 +296,10 @@ ROWS = [
     row("graphs, two layers", "random", "short", "oracle", sees="a graph keeps a value of its capture"),
     row("graphs, two layers, overlap", "random", "short", "oracle", evidence=True),
     row("overlap", "random", "processed together", "oracle"),
+    row("uno", "random", "traffic", "uno", *KNOWING),
+    row("uno, full pool", "uno", "traffic", "uno", "retractions"),
+    row("uno, overlap", "random", "traffic", "uno", "retractions", retracted=5),
+    row("uno, graphs", "random", "short", "oracle", "uno", sees="a pass that is not captured is replayed"),
 ]
 
 
@@ -436,6 +445,8 @@ def serving(
         patch.setattr(worker, "step_result", counted)
         patch.setattr(backlog, "TOKENS", setting.ring)
         flags = flags_of(setting, models, tmp_path_factory.mktemp("bundle") / "one")
+        if setting.uno:
+            flags["whiflash_uno"] = str(adapters["one"].path)
         running.enter_context(surroundings(request.param))
         e = running.enter_context(start(models.target, whiflash=flags, **options))
         graphs = running.enter_context(emulated_graphs(e)) if setting.graphs else None

@@ -136,7 +136,7 @@ def default_bundle_for(model_path: str) -> Path | None:
 
 
 def member(bundle: Path, manifest: Manifest, part: str, *, download_dir: str | None = None) -> Path:
-    """The local directory (or file) of `part` ("eagle3", "dflash", "router"), fetched if it is on the hub.
+    """The local directory (or file) of `part` ("eagle3", "dflash", "uno", "router"), fetched if it is on the hub.
 
     Raises:
         ConfigError: the bundle has no such part, the hub gave nothing, or `config.json` is not the one that the
@@ -160,7 +160,7 @@ def member(bundle: Path, manifest: Manifest, part: str, *, download_dir: str | N
 def parts_of(manifest: Manifest) -> dict[str, str | None]:
     """The manifest's path of each part."""
     router = manifest.router.path if manifest.router else None
-    return {"eagle3": manifest.eagle3, "dflash": manifest.dflash, "router": router}
+    return {"eagle3": manifest.eagle3, "dflash": manifest.dflash, "uno": manifest.uno, "router": router}
 
 
 def checksums(bundle: Path, manifest: Manifest, served: Iterable[str]) -> dict[str, str]:

@@ -164,11 +164,11 @@ class Manifest(Strict):
     schema_version: of this format. name: of the bundle. target: the model that the drafters were trained for.
     eagle3: directory of the EAGLE-3 checkpoint; without one a target's own next-token head drafts. dflash: directory of
     the block drafter's checkpoint; one of the two is enough. dflash_vocabulary: of the block drafter, `full` or
-    EAGLE-3's reduced one, cheaper for a small target (arXiv 2502.14856). quantization: of a drafter's products.
-    router: the neural router. entropy: thresholds of the entropy router. lookup: the copying arm (default: on).
-    structure: the arm of forced text (default: on). chat_template: a file, unless `--chat-template` names one.
-    tool_call_parser: SGLang's name, unless `--tool-call-parser` names one. sources: origins of target, eagle3, dflash
-    and router.
+    EAGLE-3's reduced one, cheaper for a small target (arXiv 2502.14856). quantization: of a drafter's products. uno:
+    directory of an adapter under which the target drafts for itself. router: the neural router. entropy: thresholds of
+    the entropy router. lookup: the copying arm (default: on). structure: the arm of forced text (default: on).
+    chat_template: a file, unless `--chat-template` names one. tool_call_parser: SGLang's name, unless
+    `--tool-call-parser` names one. sources: origins of target, eagle3, dflash, uno and router.
     """
 
     schema_version: Literal[1]
@@ -178,6 +178,7 @@ class Manifest(Strict):
     dflash: str | None = None
     dflash_vocabulary: DraftVocabulary = "full"
     quantization: dict[Literal["eagle3", "dflash"], Literal["fp8"]] = {}
+    uno: str | None = None
     router: NeuralRouter | None = None
     entropy: EntropyRouter = EntropyRouter()
     lookup: Lookup | None = None
@@ -224,15 +225,15 @@ def load_manifest(bundle: Path) -> Manifest:
         raise ConfigError(
             f"{path}: " + first_problem(error, Manifest, lambda name: f"key {name!r}")
         ) from None
-    if not manifest.drafters:
-        raise ConfigError(f"{path} names no drafter: give key 'eagle3', key 'dflash', or both")
+    if not (manifest.drafters or manifest.uno):
+        raise ConfigError(f"{path} names no drafter: give key 'eagle3', 'dflash' or 'uno', or several")
     if manifest.router is not None:
         check_arms(f"{path}: key 'router'", NAMES, manifest.drafters)
     check_arms(f"{path}: key 'quantization'", sorted(manifest.quantised), manifest.drafters)
     if manifest.dflash_vocabulary == "eagle3":
         check_arms(f"{path}: key 'dflash_vocabulary': 'eagle3'", NAMES, manifest.drafters)
     named = {PARTS[arm]: value for arm, value in manifest.drafters.items()}
-    named |= {"chat_template": manifest.chat_template or ""}
+    named |= {"chat_template": manifest.chat_template or "", "uno": manifest.uno or ""}
     named["router.path"] = manifest.router.path if manifest.router else ""
     check_members(bundle, {key: path for key, path in named.items() if path and not path.startswith(HUB)})
     return manifest

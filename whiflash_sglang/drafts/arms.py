@@ -19,6 +19,9 @@ LOOKUP = "lookup"
 STRUCTURE = "structure"
 """Text that a grammar forces next; no training, no forward pass."""
 
+UNO = "uno"
+"""The target itself, under an adapter: one block in one causal pass of it (sglang#37667)."""
+
 NONE = "none"
 """No neural pass: candidates are verified, or without any the round is a plain decoding step."""
 

@@ -64,8 +64,8 @@ def widest_block(settings: Settings) -> int:
     width = settings.eagle_steps + 1 if arms.AR in settings.drafters else 1
     if arms.DIFFUSION in settings.drafters:
         width = max(width, block_size_of(settings.drafters[arms.DIFFUSION], settings.block_size))
-    others = (settings.lookup, settings.structure)
-    return max([width, *(arm.max_width + 1 for arm in others if arm.enabled)])
+    uno, others = settings.uno_drafts if settings.uno else 0, (settings.lookup, settings.structure)
+    return max([width, uno + 1, *(arm.max_width + 1 for arm in others if arm.enabled)])
 
 
 def validate(server_args: Any) -> None:

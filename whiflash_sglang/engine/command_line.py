@@ -125,12 +125,12 @@ def attach(server_args: Any, given: dict[str, Any]) -> None:
         if path
         else hub.default_bundle_for(server_args.model_path)
     )
-    if flags.eagle_draft:
-        eagle = hub.fetch(flags.eagle_draft, download_dir=download_dir)
-        flags = flags.model_copy(update={"eagle_draft": str(eagle)})
-    if flags.neural_router_path and not Path(flags.neural_router_path).is_file():
-        router = hub.fetch(flags.neural_router_path, download_dir=download_dir)
-        flags = flags.model_copy(update={"neural_router_path": str(router)})
+    fetched = {
+        field: str(hub.fetch(place, download_dir=download_dir))
+        for field in ("eagle_draft", "uno", "neural_router_path")
+        if (place := getattr(flags, field)) and not Path(place).is_file()
+    }
+    flags = flags.model_copy(update=fetched)
     head = partial(target_mtp, server_args.model_path, server_args.revision, download_dir)
     settings = resolve(flags, local, download_dir, head)
     server_args._whiflash = settings

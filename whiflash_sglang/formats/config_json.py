@@ -12,9 +12,9 @@ def misfit(path: Path, text: str) -> CheckpointError:
     return CheckpointError(f"{path}/config.json: {text}")
 
 
-def read_json_config(path: Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint directory. Raises `CheckpointError` where it is missing or damaged."""
-    file = path / "config.json"
+def read_json_config(path: Path, name: str = "config.json") -> dict[str, Any]:
+    """`config.json` of a checkpoint directory, or its file `name`. Raises `CheckpointError`: missing or damaged."""
+    file = path / name
     try:
         config = read_json_file(file, finite=False)
     except FileNotFoundError:

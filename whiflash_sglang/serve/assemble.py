@@ -13,6 +13,7 @@ from whiflash_sglang.arms.block import DFlashArm
 from whiflash_sglang.arms.chain import ChainArm, Eagle3Arm, MTPArm, ParallelArm
 from whiflash_sglang.arms.lookup import LookupArm
 from whiflash_sglang.arms.structure import StructureArm
+from whiflash_sglang.arms.uno import UnoArm
 from whiflash_sglang.cache.penalties import MOST_PENALISED, PenaltyRows
 from whiflash_sglang.cache.tokens import SamplingRows, StopTable, TokenTable
 from whiflash_sglang.checkpoints.fit import block_size_of, target_layers
@@ -22,6 +23,7 @@ from whiflash_sglang.device.ranks import Ranks
 from whiflash_sglang.device.transfers import HostView
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.engine.forward import graphs, triton_backend
+from whiflash_sglang.engine.forward.adapted import AdaptedTarget
 from whiflash_sglang.engine.forward.sampling import scales_rates, simulated_acceptance
 from whiflash_sglang.engine.forward.target import Target
 from whiflash_sglang.engine.scheduler import kv_budget, overlap, pricing
@@ -97,6 +99,8 @@ def build_drafters(
         # A block starts from the target's embedding module, as SGLang's; EAGLE-3 norms rows of its matrix.
         models[arms.DIFFUSION].embedding_scale = target.embedding_scale
         drafters.append(DFlashArm(models[arms.DIFFUSION], captured, wanted, block, positions, vocabulary))
+    if settings.uno is not None:
+        drafters.append(UnoArm(AdaptedTarget(target, settings.uno), settings.uno_drafts))
     if settings.structure.enabled and target.tokenizer is not None:
         words = vocabulary_of(target.tokenizer)
         drafters.append(StructureArm(settings.structure, words, spending.exhausted))
@@ -222,10 +226,10 @@ def build_policy(settings: Settings, *, heads: bool = False) -> Policy:
     """`heads`: whether the loaded router predicts acceptance lengths. Raises ConfigError where a router is missing."""
     match settings.router:
         case "auto":
-            return AutoPolicy(heads=heads, passes=bool(settings.drafters))
+            return AutoPolicy(heads=heads, passes=bool(settings.drafters or settings.uno))
         case "entropy":
             return EntropyPolicy(settings.entropy.tau, settings.entropy.min_dwell)
-        case "ar" | "diffusion" | "lookup" | "none":
+        case "ar" | "diffusion" | "lookup" | "uno" | "none":
             return Pinned(settings.router)
         case "random":
             return RandomPolicy()

@@ -34,12 +34,14 @@ from whiflash_sglang.checkpoints.manifest import (
 )
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.formats.uno import CONFIG, adapter_in
 from whiflash_sglang.telemetry.trace import TraceSampling, check_directory
 from whiflash_sglang.updates.samples import Spooling, check_spool, samples_of
 from whiflash_sglang.updates.versions import versions_of
 
-RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "none", "random"]
+RouterName = Literal["auto", "entropy", "neural", "ar", "diffusion", "lookup", "uno", "none", "random"]
 Model = TypeVar("Model", bound=BaseModel)
+NO_UNO = "router 'uno' needs --whiflash-uno, or a bundle with the key 'uno'"
 NO_ROUTER = "--whiflash-router neural needs --whiflash-neural-router-path or a bundle with a router"
 
 
@@ -68,6 +70,11 @@ class Flags(Strict):
     """Longest EAGLE-3 chain."""
     block_size: Annotated[int, Field(ge=2)] | None = None
     """Longest DFlash block, bonus token included; at most the checkpoint's."""
+    uno: str | None = None
+    """Adapter (directory or hub id) under which the target drafts for itself (UNO), beside other drafters. A draft path
+    may be one, too."""
+    uno_drafts: Positive = 8
+    """Most drafts of a pass of UNO, and so rows of it."""
     lookup: Literal["on", "off"] | None = None
     """The copying arm. Default: the bundle's, else on."""
     structure: Literal["on", "off"] | None = None
@@ -99,8 +106,9 @@ class Flags(Strict):
 class Settings(Strict):
     """Everything a worker needs to build itself: resolved paths and values, picklable.
 
-    drafters: arm → directory of its checkpoint, of `arms.PAIR` and in its order. checksums: SHA-256 by file, as the
-    bundle lists them. target: the model that the bundle names, empty without one. quantised: arms in fp8.
+    drafters: arm → directory of its checkpoint, of `arms.PAIR` and in its order. uno: directory of the adapter that the
+    target drafts under. checksums: SHA-256 by file, as the bundle lists them. target: the model that the bundle names,
+    empty without one. quantised: arms in fp8.
     """
 
     drafters: Mapping[str, Path]
@@ -113,6 +121,8 @@ class Settings(Strict):
     block_size: int | None
     dflash_vocabulary: DraftVocabulary
     quantised: frozenset[str] = frozenset()
+    uno: Path | None = None
+    uno_drafts: int = 8
     force_recorded: bool = False
     traces: TraceSampling = TraceSampling()
     samples: Spooling = Spooling()
@@ -170,6 +180,9 @@ def resolve(
             raise ConfigError(
                 f"the {NAMES[arm]} checkpoint {path} has no config.json: give the directory of a drafter"
             )
+    uno = _uno(flags, manifest, draft_path, download_dir)
+    if flags.router == arms.UNO and uno is None:
+        raise ConfigError(NO_UNO)
     check_router(flags.router or "auto", drafters)
     if flags.neural_router_path:
         check_arms("--whiflash-neural-router-path", NAMES, drafters)
@@ -185,6 +198,8 @@ def resolve(
         block_size=flags.block_size,
         dflash_vocabulary=manifest.dflash_vocabulary if manifest else "full",
         quantised=manifest.quantised if manifest else frozenset(),
+        uno=uno,
+        uno_drafts=flags.uno_drafts,
         force_recorded=flags.force_recorded == "on",
         traces=_traces(flags),
         samples=_samples(flags),
@@ -199,10 +214,11 @@ def resolve(
 
 def _without_drafters(flags: Flags, manifest: Manifest | None, draft_path: Path | None) -> Manifest | None:
     """The rest of a bundle. Raises ConfigError where a flag names a drafter all the same."""
-    if flags.eagle_draft or (draft_path is not None and manifest is None):
-        named = "--whiflash-eagle-draft" if flags.eagle_draft else "--speculative-draft-model-path"
+    if flags.eagle_draft or flags.uno or (draft_path is not None and manifest is None):
+        flag = next((field for field in ("eagle_draft", "uno") if getattr(flags, field)), None)
+        named = flag_of(flag) if flag else "--speculative-draft-model-path"
         raise ConfigError(f"--whiflash-drafters none leaves nothing for {named}; remove one of the two")
-    parts = {"eagle3": None, "dflash": None, "router": None, "dflash_vocabulary": "full"}
+    parts = {"eagle3": None, "dflash": None, "uno": None, "router": None, "dflash_vocabulary": "full"}
     return None if manifest is None else manifest.model_copy(update={**parts, "quantization": {}})
 
 
@@ -210,7 +226,7 @@ def _drafters(
     flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
 ) -> dict[str, Path]:
     """Arm → its checkpoint. A path that is no bundle is one checkpoint, whose format says which arm it is for."""
-    if draft_path is None:
+    if draft_path is None or (manifest is None and adapter_in(draft_path)):
         named = {}
     elif manifest is not None:
         named = {
@@ -227,11 +243,25 @@ def _drafters(
     return {**named, **({arms.AR: Path(flags.eagle_draft)} if flags.eagle_draft else {})}
 
 
+def _uno(
+    flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
+) -> Path | None:
+    """Directory of the adapter: a flag's, the bundle's, or the draft path itself. Raises ConfigError: it has none."""
+    named = Path(flags.uno) if flags.uno else draft_path
+    if not flags.uno and draft_path is not None and manifest is not None:
+        named = member(draft_path, manifest, "uno", download_dir=download_dir) if manifest.uno else None
+    found = None if named is None else adapter_in(named)
+    if found is None and (flags.uno or (manifest is not None and manifest.uno)):
+        raise ConfigError(f"UNO's adapter {named} has no {CONFIG}: give a LoRA in PEFT's layout")
+    return found
+
+
 def _checksums(flags: Flags, manifest: Manifest | None, bundle: Path | None) -> dict[str, str]:
     """Checksums of what is served from the bundle: a flag may name another file."""
     if bundle is None or manifest is None:
         return {}
     served = [PARTS[arm] for arm in manifest.drafters if not (arm == arms.AR and flags.eagle_draft)]
+    served += ["uno"] if flags.uno is None else []
     if manifest.router is not None and flags.neural_router_path is None:
         served.append("router")
     return checksums(bundle, manifest, served)
@@ -263,6 +293,8 @@ def changed(settings: Settings, change: Any) -> Settings:
         wanted = PolicyChange.model_validate(change)
     except ValidationError as error:
         raise ConfigError(first_problem(error, PolicyChange, repr)) from None
+    if wanted.router == arms.UNO and settings.uno is None:
+        raise ConfigError(NO_UNO)
     check_router(wanted.router or settings.router, settings.drafters)
     neural = settings.neural
     if neural is None and (wanted.router == "neural" or wanted.neural_router_threshold is not None):

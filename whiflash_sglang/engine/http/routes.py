@@ -105,6 +105,7 @@ async def _capabilities() -> dict[str, object]:
         "policy": await _policy(manager),
         "arms": [
             *settings.drafters,
+            *(["uno"] if settings.uno else []),
             *(["structure"] if settings.structure.enabled else []),
             *(["lookup"] if settings.lookup.enabled else []),
             "none",

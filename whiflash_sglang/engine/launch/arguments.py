@@ -28,7 +28,8 @@ class Launch:
     args: SGLang's arguments as resolved so far. given: the same as the user gave them. model: SGLang's configuration
     of the target; None if only flags are known. device: `cpu` or `cuda`, or another accelerator's name. own_platform:
     the platform of whiflash-cpu is active. xqa: TRT-LLM's attention would be its XQA kernel here (Hopper, SM120), which
-    takes one width. draft_kv: a drafter keeps KV of its own at the target's slots.
+    takes one width. draft_kv: a drafter keeps KV of its own at the target's slots. uno: the target drafts under an
+    adapter.
     """
 
     args: Any
@@ -38,6 +39,7 @@ class Launch:
     own_platform: bool
     xqa: bool = False
     draft_kv: bool = True
+    uno: bool = False
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
     @classmethod
@@ -47,8 +49,9 @@ class Launch:
         device = "hip" if cfg.device == "cuda" and platform.is_hip else str(cfg.device)
         own = type(current_platform).__module__.partition(".")[0] == PLATFORM
         xqa = bool(platform.is_sm90 or platform.is_sm120)
-        draft_kv = bool(settings_of(server_args).drafters)
-        return cls(cfg, cfg._raw_input, model_config_of(cfg), device, own, xqa, draft_kv)
+        settings = settings_of(server_args)
+        drafts = bool(settings.drafters), settings.uno is not None
+        return cls(cfg, cfg._raw_input, model_config_of(cfg), device, own, xqa, *drafts)
 
     @property
     def attention_backends(self) -> set[str]:

@@ -22,6 +22,7 @@ from whiflash_sglang.checkpoints.manifest import MANIFEST, check_router, load_ma
 from whiflash_sglang.engine.launch.refusals import refusals_of
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
 from whiflash_sglang.files.disk import read_yaml
+from whiflash_sglang.formats.uno import adapter_in
 from whiflash_sglang.settings.config import Flags, flag_of, parse_flags
 
 ALGORITHM, DRAFT = "--speculative-algorithm", "--speculative-draft-model-path"
@@ -175,7 +176,7 @@ def _check_bundle(settings: Flags, said: Mapping[str, Any]) -> None:
         manifest = load_manifest(path)
         if settings.router and settings.drafters != "none" and not settings.eagle_draft:
             check_router(settings.router, manifest.drafters)
-    elif not (path / "config.json").is_file():
+    elif not ((path / "config.json").is_file() or adapter_in(path)):
         raise ConfigError(
             f"{DRAFT} {place} has neither {MANIFEST} nor config.json: give a bundle or the directory of a drafter"
         )

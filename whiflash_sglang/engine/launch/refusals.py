@@ -154,6 +154,19 @@ def _foreign_adapters(launch: "Launch") -> tuple[str, str] | None:
     return (takes[0], named) if _has_adapters(launch) and named not in takes else None
 
 
+def _untested_beside_uno(launch: "Launch") -> str | None:
+    """The first part of a launch that UNO's adapter, or its pass over the target's state, was not tried with."""
+    if not launch.uno:
+        return None
+    found = {
+        "--enable-lora or --lora-paths": _has_adapters(launch),
+        "--tp-size above 1 or --enable-dp-attention": _peers(launch) or _more_than_one("tp_size")(launch),
+        "the target's recurrent state": launch.model is not None and _recurrent().has_state(launch.model),
+        "SGLang 0.5.22": not has("0.5.23"),
+    }
+    return next((what for what, there in found.items() if there), None)
+
+
 def _captures(launch: "Launch", phase: str) -> bool:
     if launch.device != "cuda":
         return False
@@ -213,6 +226,7 @@ FOREIGN: dict[str, Any] = {
     "speculative_draft_kv_cache_dtype": None,
     "speculative_adaptive": False,
     "enable_multi_layer_eagle": False,
+    "uno_lora_path": None,
 }
 """Arguments of SGLang's other algorithms, and what they are where nobody gave them."""
 _ONE_OF = {
@@ -459,6 +473,9 @@ REFUSALS: dict[str, Refusal] = {
         "--lora-backend triton alone; remove --enable-lora and --lora-paths",
     ),
     **_removed(enable_lora_overlap_loading="untested beside verifications"),
+    "uno": Refusal(
+        _untested_beside_uno, "UNO is untested with {}; give no adapter of UNO, or serve without that"
+    ),
     "disaggregation_release": Refusal(
         lambda x: x.args.disaggregation_mode != "null" and not has("0.5.23") and installed(),
         "SGLang {} does not register how a prefill server's KV is laid out; with --disaggregation-mode install 0.5.23",
