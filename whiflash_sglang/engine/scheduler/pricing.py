@@ -25,7 +25,7 @@ from sglang.srt.runtime_context import get_context
 from whiflash_kernels import prepare_mixed_block
 
 from whiflash_sglang import __version__
-from whiflash_sglang.arms.base import Drafter, widest_of
+from whiflash_sglang.arms.base import Drafter, widest_of, with_kv
 from whiflash_sglang.cache.backlog import FeatureRings
 from whiflash_sglang.device.capture import graded
 from whiflash_sglang.device.clock import Clock, measure
