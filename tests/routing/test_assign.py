@@ -44,23 +44,6 @@ def test_without_costs_every_request_takes_its_best_arm() -> None:
     assert assign(scores) == ["diffusion", "ar", "none"]
 
 
-def test_a_second_drafter_must_earn_its_pass() -> None:
-    """One request gains a little from the other drafter; starting that drafter costs the whole batch."""
-    scores = [{"ar": 2.0, "diffusion": 3.0, "none": 1.0}] * 5 + [{"ar": 3.2, "diffusion": 3.0, "none": 1.0}]
-    assert assign(scores, FixedCosts()) == ["diffusion"] * 6
-    assert assign(scores)[-1] == "ar"
-
-
-def test_drafting_that_brings_nothing_is_left_alone() -> None:
-    scores = [{"ar": 1.01, "diffusion": 1.02, "none": 1.0}] * 4
-    assert assign(scores, FixedCosts()) == ["none"] * 4
-
-
-def test_drafting_comes_back_when_it_pays() -> None:
-    scores = [{"ar": 3.0, "diffusion": 1.02, "none": 1.0}] * 4
-    assert assign(scores, FixedCosts()) == ["ar"] * 4
-
-
 def test_what_is_promised_without_a_pass_is_charged_for_its_rows() -> None:
     """Its rows may not pay at all: then the request decodes plainly."""
     costs = FixedCosts(draft_seconds={"ar": 0.0})

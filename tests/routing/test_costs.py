@@ -185,17 +185,6 @@ def test_contexts_differ() -> None:
     assert estimator.expect("ar", tool) > estimator.expect("ar", prose) + 3
 
 
-def test_a_requests_own_rounds_count() -> None:
-    estimator = AcceptanceEstimator()
-    for _ in range(40):
-        estimator.observe("ar", Signals(allowed=BOTH, entropy=0.0), 2)
-    own = Mean()
-    for _ in range(10):
-        own.add(6.0, 8.0)
-    fresh, known = Signals(allowed=BOTH, entropy=0.0), Signals(allowed=BOTH, entropy=0.0, recent={"ar": own})
-    assert estimator.expect("ar", known) > estimator.expect("ar", fresh) + 1.5
-
-
 def test_what_plain_decoding_costs_is_told_when_it_was_timed() -> None:
     costs = MeasuredCosts(lambda arm: 4)
     for _ in range(100):

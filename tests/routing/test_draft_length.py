@@ -56,17 +56,6 @@ def test_sure_drafts_are_longer() -> None:
     assert unsure < sure == 8
 
 
-def test_dearer_tokens_shorten_a_draft() -> None:
-    counts = [grow(DraftLength(), Worth(row, 0.0), [0.75] * 8) for row in (0.01, 0.1, 0.3, 0.7)]
-    assert counts == sorted(counts, reverse=True)
-    assert counts[0] > counts[-1]
-
-
-def test_the_first_token_is_always_verified() -> None:
-    """A drafter that was wrong for a while must be able to show that it is not any more."""
-    assert grow(DraftLength(), Worth(row=5.0, draft=5.0), [0.05] * 8) == 1
-
-
 def test_chances_follow_what_is_accepted() -> None:
     rng, rates = random.Random(0), chances()
     assert rates.of(9) == pytest.approx(0.935)
@@ -126,12 +115,6 @@ def test_a_slow_drafter_must_bring_more() -> None:
     worth = costs.worth("ar")
     assert worth.draft == pytest.approx(2 / 0.026 * 0.002)
     assert worth.row == pytest.approx(2 / 0.026 * 0.015 * 0.03)
-
-
-def test_bins_cover_every_confidence() -> None:
-    rates = chances()
-    for confidence in (0.0, *EDGES, 1.0):
-        assert 0 <= rates.of(bisect_right(EDGES, confidence)) <= 1
 
 
 def test_the_chance_that_a_whole_draft_is_accepted() -> None:

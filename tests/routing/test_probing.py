@@ -124,12 +124,6 @@ def test_what_says_what_it_expects_is_never_tried() -> None:
     assert later == [{}] * FIRST_PROBE + [{1: "diffusion"}]
 
 
-def test_who_uses_an_arm_does_not_try_it() -> None:
-    policy = AutoPolicy()
-    for number in range(1, 2000):
-        assert "ar" not in policy.probe([in_use("ar", number)], lambda _: 10**6).values()
-
-
 def share_of_probes(
     adapters: int, *, known: int, batch: int = 8, answer: int = 150, rounds: int = 4000
 ) -> float:
