@@ -50,16 +50,6 @@ def test_any_cut(backend: str, data: st.DataObject, members: int, width: int, wo
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_cut_of_a_part_of_wider_rows(backend: str) -> None:
-    """A confidence on an edge is above it, a chance that equals its price is kept, and no more than may be verified."""
-    wide = floats([[9.0, 0.5, 0.2, 0.9, 9.0], [9.0, 0.2, 0.9, 0.9, 9.0]])
-    with running(backend), guarded_outputs():
-        counts, alive = cut_drafts(wide[:, 1:4], floats([0.25, 1.0, 0.25]), floats([0.5]), integers([3, 2]))
-    assert counts.tolist() == [3, 2]
-    assert alive.tolist() == [[1.0, 0.25, 0.25], [0.25, 0.25, 0.25]]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(60), deadline=None)
 @given(data=st.data(), size=st.integers(1, 7), width=st.integers(1, 6), columns=st.integers(0, 6))
 def test_any_laying(backend: str, data: st.DataObject, size: int, width: int, columns: int) -> None:
@@ -113,15 +103,6 @@ def test_any_laying(backend: str, data: st.DataObject, size: int, width: int, co
     assert torch.equal(laid.alive.cpu()[drafted], alive[drafted])
     assert torch.equal(laid.confidences.cpu(), sure)
     assert torch.equal(text, written if keeps else torch.full_like(text, -5))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_arm_leaves_requests_that_it_does_not_draft_for(backend: str) -> None:
-    text, rows = integers([[5, 5, 5]] * 3), integers([0, 1, 2])
-    parts = [(integers([member]), Drafts(integers([[7, 8]]), integers([2]))) for member in (1, 2)]
-    with running(backend), guarded_outputs():
-        laid = lay_drafts(parts, rows, rows * 0, width=2, confidences=0, vocabulary=9, text=text)
-    assert (laid.counts.tolist(), text[:, 1:].tolist()) == ([0, 2, 2], [[5, 5], [7, 8], [7, 8]])
 
 
 @st.composite
@@ -251,17 +232,6 @@ def test_many_requests_compete(backend: str) -> None:
         kept = [len(own) for own in oracles.choose(requests, 0.0, room)[0]]
         assert chosen.widths.tolist() == [count + 1 for count in kept]
         assert chosen.first_drafts.tolist() == torch.minimum(counts // 2, torch.tensor(kept)).tolist()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_drafts_join_those_before_them(backend: str) -> None:
-    zero, text = integers([0]), integers([[9, 0, 0, 0]])
-    laid = Drafts(integers([[1, 0, 0]]), integers([1]), floats([[0.5, 0.0, 0.0]]))
-    more = Drafts(integers([[2, 3]]), integers([2]), floats([[0.5, 0.25]]))
-    with running(backend), guarded_outputs():
-        chosen = choose_drafts(laid, zero, zero, text, appended=more)
-    assert (chosen.tokens.tolist(), text.tolist()) == ([[1, 2, 3]], [[9, 1, 2, 3]])
-    assert (chosen.widths.tolist(), chosen.first_drafts.tolist()) == ([4], [1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
