@@ -32,11 +32,6 @@ def test_revision_and_directory_are_passed_on(asked: Calls, tmp_path: Path) -> N
     assert asked == [("owner/name", None, None), ("owner/name", "v2", "/data")]
 
 
-def test_a_directory_needs_no_hub(asked: Calls, tmp_path: Path) -> None:
-    assert fetch(str(tmp_path), revision="v2") == tmp_path
-    assert asked == []
-
-
 def test_modelscope_where_sglang_uses_it(
     asked: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

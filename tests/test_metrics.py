@@ -35,15 +35,6 @@ def test_the_gap_between_two_rounds_is_no_pause(
     assert clock._drafts == [], "the next round's are its own"
 
 
-def test_what_an_interruption_ends_says_nothing() -> None:
-    clock = RoundClock()
-    clock.begin()
-    clock.learned(1)
-    clock.end(RoundTime(1, 1))
-    clock.interrupt()
-    assert clock.begin() == []
-
-
 def test_rounds_on_a_device_are_timed_by_its_events_when_they_have_come() -> None:
     """The host issues three rounds while the device is still busy with the first: no time of theirs is known yet."""
     events = Events()

@@ -229,7 +229,8 @@ MOST_LINES = 30_000
 """Lines of Python that a payload may cost: some 25 for each of the 1,024 values that a request may carry."""
 
 
-def _fuzz(cases: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cases", [5_000, pytest.param(100_000, marks=pytest.mark.evidence)])
+def test_fuzzed_payloads_never_escape(cases: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but HintError, and bounded work: lines of Python, and the length of what is decoded in C."""
     decoded: list[int] = []
     loads = json.loads
@@ -252,15 +253,6 @@ def _fuzz(cases: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(len(found.spans) <= MAX_SPANS for found in hints)
     assert max(decoded) <= MAX_BYTES
     assert 0.05 < accepted / cases < 0.6, f"{accepted} of {cases} accepted: the fuzz is one-sided"
-
-
-def test_fuzzed_payloads_never_escape(monkeypatch: pytest.MonkeyPatch) -> None:
-    _fuzz(5_000, monkeypatch)
-
-
-@pytest.mark.evidence
-def test_fuzzed_payloads_never_escape_at_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    _fuzz(100_000, monkeypatch)
 
 
 @pytest.mark.parametrize(

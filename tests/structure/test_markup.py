@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from whiflash_sdk.hints import Span
 
-from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
+from whiflash_sglang.spans.vocabulary import Vocabulary
 from whiflash_sglang.structure.calls import Calls
 from whiflash_sglang.structure.chances import Cuts, Kind, LikelyText
 from whiflash_sglang.structure.guesses import STEPS, Guesses
@@ -173,13 +173,8 @@ def test_work_is_bounded_for_any_tools_and_any_value(vocabulary: Vocabulary) -> 
     assert len(calls.pieces(10_000, None, lambda kind: 1.0)) <= STEPS
     assert len(calls._call._pending) <= 256  # type: ignore[union-attr]
     assert len(calls._call._functions) == 128  # type: ignore[union-attr]
-    tokens = sketch(None, vocabulary, [], 8, end=None, likelihood=lambda kind: 1.0, cuts=Cuts(), calls=calls)[
-        0
-    ]
-    assert len(tokens) <= 8
-    assert (
-        text_of(vocabulary, [token.token for token in tokens]) == "/parameter>\n</function>\n"[:0] or tokens
-    )
+    found = sketch(None, vocabulary, [], 8, end=None, likelihood=lambda kind: 1.0, cuts=Cuts(), calls=calls)
+    assert 0 < len(found[0]) <= 8
 
 
 @pytest.mark.parametrize(
