@@ -204,10 +204,6 @@ def test_an_arm_without_a_part_is_otherwise_the_bundle(tmp_path: Path) -> None:
         write_variant("auto", subject.bundle, tmp_path / "x")
 
 
-def test_plain_decoding_is_always_measured() -> None:
-    assert [arm.name for arm in build_arms(["auto"], SUBJECT)] == ["none", "auto"]
-
-
 def test_widths_of_static_drafters() -> None:
     _, eagle, dflash = build_arms(["EAGLE3:3", "DFLASH:4"], SUBJECT)
     assert eagle.name == "EAGLE3:3"

@@ -35,11 +35,6 @@ def test_both_orders_hold_the_same_steps(arms: int, prompts: int, repetitions: i
     assert len(set(together)) == arms * repetitions * (prompts + 1)
 
 
-def test_every_arm_comes_first_for_some_prompt() -> None:
-    steps = list(sweep(["x", "y", "z"], [ALONE], 0, ["p", "q", "r"], []))
-    assert [s.arm for s in steps[::3]] == ["x", "y", "z"]
-
-
 def test_a_journal_resumes_where_it_was_cut(tmp_path: Path) -> None:
     steps = list(sweep(["x", "y"], [ALONE, FOUR], 0, ["p", "q"], ["q", "p"]))
     journal = Journal(tmp_path / "cells.jsonl", "plan")
