@@ -237,15 +237,6 @@ def trained(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(load_config(file), path, Path(json.loads(result.stdout)["checkpoint"]))
 
 
-def test_the_loss_falls(trained: Trained) -> None:
-    log = json.loads((trained.checkpoint / "provenance.json").read_text())["log"]
-    losses = [entry["loss"] for entry in log if "loss" in entry]
-    first, last = (sum(part) / len(part) for part in (losses[:4], losses[-4:]))
-    print(f"loss {first:.3f} at the start, {last:.3f} at the end")
-    assert last < 0.9 * first
-    assert all(entry["confidence_loss"] > 0 for entry in log if "loss" in entry)
-
-
 @pytest.mark.parametrize("arm", arms.PAIR)
 def test_a_trained_drafter_is_served_and_accepts_what_its_replay_says(trained: Trained, arm: str) -> None:
     """Greedy text is plain decoding's; every round accepts what the replay of the chain or the Markov head does."""
