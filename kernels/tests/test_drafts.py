@@ -235,6 +235,17 @@ def test_many_requests_compete(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_drafts_join_those_before_them(backend: str) -> None:
+    zero, text = integers([0]), integers([[9, 0, 0, 0]])
+    laid = Drafts(integers([[1, 0, 0]]), integers([1]), floats([[0.5, 0.0, 0.0]]))
+    more = Drafts(integers([[2, 3]]), integers([2]), floats([[0.5, 0.25]]))
+    with running(backend), guarded_outputs():
+        chosen = choose_drafts(laid, zero, zero, text, appended=more)
+    assert (chosen.tokens.tolist(), text.tolist()) == ([[1, 2, 3]], [[9, 1, 2, 3]])
+    assert (chosen.widths.tolist(), chosen.first_drafts.tolist()) == ([4], [1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_drafts_without_a_chance_are_verified_where_there_is_room(backend: str) -> None:
     chances, none = floats([[0.5, 0.0], [0.25, 0.0]]), integers([0, 0])
     laid = Drafts(integers([[1, 2], [3, 4]]), integers([2, 1]), chances)
