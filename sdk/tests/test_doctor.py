@@ -15,7 +15,7 @@ def failing(client: OpenAI, model: str | None = None) -> dict[str, str]:
 
 
 def test_nothing_is_wrong(client: OpenAI, server: FakeServer) -> None:
-    server.capabilities["arms"] = ["ar", "lookup", "structure", "none"]
+    server.capabilities["arms"] = ["uno", "lookup", "structure", "none"]
     found = doctor(wrap(client))
     assert all(finding.ok for finding in found)
     assert [str(finding) for finding in found][:2] == [

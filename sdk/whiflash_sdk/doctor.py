@@ -91,7 +91,7 @@ def _wrapped(client: Any) -> Finding:
 
 
 def _drafters(answer: Capabilities) -> Iterator[Finding]:
-    neural = [arm for arm in answer.arms if arm in ("ar", "diffusion")]
+    neural = [arm for arm in answer.arms if arm in ("ar", "diffusion", "uno")]
     yield Finding("drafters", bool(neural), ", ".join(neural) or "the server has loaded none")
     lacks = "nothing is copied: the server was started with --whiflash-lookup off"
     yield _either("copies", "lookup" in answer.arms, "answers are copied from prompts", lacks)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from whiflash_sglang.checkpoints.hub import checksums, fetch, look_up, parts_of, verify
-from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, PARTS, load_manifest
+from whiflash_sglang.checkpoints.manifest import HUB, MANIFEST, load_manifest
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import CheckpointError, ConfigError, WhiflashError
 from whiflash_sglang.formats.checkpoint import attention_shape, holds, integer
 from whiflash_sglang.formats.config_json import read_json_config
 from whiflash_sglang.formats.draft_format import merged
 from whiflash_sglang.formats.table import Draft, read_draft
+from whiflash_sglang.formats.uno import adapter_in, read_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ def read_target(place: str) -> TargetFit:
 
 
 def judge(checkpoint: str, target: TargetFit | None) -> Iterator[Judged]:
-    """A drafter, or all drafters of a bundle, by directory or hub id."""
+    """A drafter, or all drafters of a bundle, by directory or hub id. UNO's adapter by directory: its configuration."""
     try:
         parts = _parts(checkpoint)
     except WhiflashError as error:
@@ -181,7 +182,10 @@ def judge(checkpoint: str, target: TargetFit | None) -> Iterator[Judged]:
         return
     for name, place in parts.items():
         try:
-            yield Judged(name, True, _describe(read_draft(look_up(place).config.parent), target))
+            if adapter := adapter_in(Path(place).expanduser()):
+                yield Judged(name, True, f"an adapter of rank {read_adapter(adapter)['r']}, the uno arm")
+            else:
+                yield Judged(name, True, _describe(read_draft(look_up(place).config.parent), target))
         except WhiflashError as error:
             yield Judged(name, False, _reason(error, place))
 
@@ -199,8 +203,9 @@ def _parts(place: str) -> dict[str, str]:
     manifest = load_manifest(bundle)
     verify(checksums(bundle, manifest, parts_of(manifest)))
     places = {}
-    for arm, value in manifest.drafters.items():
-        key = PARTS[arm]
+    for key, value in parts_of(manifest).items():
+        if not value or key == "router" or (key == "uno" and value.startswith(HUB)):
+            continue
         if value.startswith(HUB):
             source = manifest.sources.get(key)
             at = f"@{source.revision}" if source and source.revision else ""

@@ -107,6 +107,7 @@ def check(arguments: list[str]) -> None:
         _check_place(name, said.get(name))
     _check_place(DRAFT, said.get(DRAFT), bundle=True)
     _check_place("--whiflash-eagle-draft", settings.eagle_draft)
+    _check_place("--whiflash-uno", settings.uno)
     if str(said.get(ALGORITHM, "WHIFLASH")).upper() == "WHIFLASH":
         _check_bundle(settings, said)
         for _, sentence in refusals_of(_launch(settings, said), known_in_part=True):
@@ -190,7 +191,8 @@ def _launch(settings: Flags, said: Mapping[str, Any]) -> Any:
     launch.is_set = lambda variable: (
         os.environ.get(variable, "").lower() in ("1", "true", "yes", "y", "t", "on")
     )
-    if settings.drafters == "none" or settings.eagle_draft or DRAFT in said or not said.keys() & set(MODEL):
+    drafts = DRAFT in said and not adapter_in(Path(str(said[DRAFT])).expanduser())
+    if settings.drafters == "none" or settings.eagle_draft or drafts or not said.keys() & set(MODEL):
         launch.draft_kv = settings.drafters != "none"
     return launch
 
