@@ -225,8 +225,8 @@ class Renderer:
         messages = [
             {k: v for k, v in m.items() if k != "reasoning_content"} for m in recorded.messages[:count]
         ]
-        options: dict[str, Any] = {"tools": served_tools(recorded.tools), "chat_template": self._template}
-        options |= {"add_generation_prompt": prompt, "tokenize": False}
+        options: dict[str, Any] = {"tools": served_tools(recorded.id, recorded.tools), "tokenize": False}
+        options |= {"add_generation_prompt": prompt, "chat_template": self._template}
         try:
             text: str = self._tokenizer.apply_chat_template(messages, **options)
         except (TemplateError, *NOT_AS_WRITTEN) as error:

@@ -1,6 +1,7 @@
 """Recorded messages become the tokens of prompts and answers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,6 @@ def test_a_template_that_renders_answers_elsewhere_is_named(tokenizer: PreTraine
     for template in ("{{ raise_exception('no tools') }}", "{{ messages | sum }}"):
         with pytest.raises(ConfigError, match="one: the chat template refuses its messages"):
             list(Renderer(tokenizer, template).turns(SPOKEN))
+    spoken = replace(SPOKEN, tools=({"function": {"name": "f", "description": 1}},))
+    with pytest.raises(ConfigError, match=r"one: SGLang refuses a tool: function\.description: Input should"):
+        list(Renderer(tokenizer).turns(spoken))

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
+from pydantic import ValidationError
 
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import MOST_BYTES, read_text
@@ -119,13 +120,19 @@ def balanced(
             del queues[chosen]
 
 
-def served_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """As SGLang's chat route hands tools to a template: with all fields of its type, as `"defer_loading": null`."""
+def served_tools(where: str, tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """As SGLang's chat route hands tools to a template: with all fields of its type, as `"defer_loading": null`. Raises
+    ConfigError, after `where`: one is not of that type.
+    """
     if not tools:
         return None
     from sglang.srt.entrypoints.openai.protocol import Tool
 
-    return [Tool(**tool).model_dump() for tool in tools]
+    try:
+        return [Tool.model_validate(tool).model_dump() for tool in tools]
+    except ValidationError as error:
+        field, why = (error.errors()[0][key] for key in ("loc", "msg"))
+        raise ConfigError(f"{where}: SGLang refuses a tool: {'.'.join(map(str, field))}: {why}") from None
 
 
 def prepare(
@@ -134,12 +141,13 @@ def prepare(
     """Render one row, `required_share` of those with tools (chosen by their id) with `tool_choice: required`. Raises
     ConfigError: the template refuses it.
     """
-    messages, tools = [_served(message) for message in row["messages"]], served_tools(row.get("tools"))
+    messages, where = [_served(message) for message in row["messages"]], f"prompt {row['id']}"
+    tools = served_tools(where, row.get("tools"))
     options: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True, "return_dict": True}
     try:
         encoded = tokenizer.apply_chat_template(messages, tools=tools, **options)
     except TemplateError as error:
-        raise ConfigError(f"prompt {row['id']}: the chat template refuses its messages: {error}") from None
+        raise ConfigError(f"{where}: the chat template refuses its messages: {error}") from None
     grammar = None
     if row.get("response_format"):
         grammar = response_format_grammar(row["response_format"])
