@@ -71,7 +71,7 @@ class Tables:
         """A token's text; empty where it begins or ends inside a character, or has none."""
         self.plain = self._kind(is_plain)
         """Whether free text goes on with a token."""
-        self.without = lru_cache(maxsize=TABLES)(lambda marks: self._kind(marks.isdisjoint))
+        self.without = lru_cache(maxsize=4)(lambda marks: self._kind(marks.isdisjoint))
         """Whether a token's text has none of these characters."""
 
     def _kind(self, judge: Callable[[str], bool]) -> Callable[[int], bool]:

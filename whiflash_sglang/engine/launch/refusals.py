@@ -161,6 +161,7 @@ def _untested_beside_uno(launch: "Launch") -> str | None:
     found = {
         "--enable-lora or --lora-paths": _has_adapters(launch),
         "--tp-size above 1 or --enable-dp-attention": _peers(launch) or _more_than_one("tp_size")(launch),
+        "a quantised target": launch.model is not None and bool(launch.model.quantization),
         "the target's recurrent state": launch.model is not None and _recurrent().has_state(launch.model),
         "SGLang 0.5.22": not has("0.5.23"),
     }
