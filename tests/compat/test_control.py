@@ -1,6 +1,7 @@
 """Contents of ours in SGLang's internal-state message: everything wrong is refused with a reason, nothing raises."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_every_change_that_the_route_takes_survives_the_message(change: dict[str
 
 @pytest.mark.parametrize("router", control.ROUTERS)
 def test_a_router_arrives_under_its_name(router: str) -> None:
-    worker = Worker()
+    worker = Worker(SETTINGS.model_copy(update={"uno": Path("adapter")}))
     assert send(worker, control.encode({"router": router}))
     assert worker.settings.router == router
 

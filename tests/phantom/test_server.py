@@ -41,9 +41,12 @@ NOT_OURS = re.compile(
 
 ELSEWHERE = {
     "whiflash_kernels/dispatch.py": 1,  # Triton is forced on a CPU
+    "whiflash_kernels/float8.py": 1,
     "whiflash_kernels/triton_kernels/attention.py": 1,
     "whiflash_kernels/triton_kernels/launch.py": 2,
     "whiflash_kernels/triton_kernels/verify.py": 1,
+    "whiflash_sglang/engine/forward/adapted.py": 1,
+    "whiflash_sglang/formats/packed.py": 1,
 }
 """Places that ask for a card and that no server here reaches: how many of a file."""
 

@@ -21,7 +21,7 @@ def settings(router: str, **changes: object) -> Settings:
 
 @pytest.mark.parametrize("router", get_args(RouterName))
 def test_the_policy_is_the_one_that_is_named(router: str) -> None:
-    policy = build_policy(settings(router))
+    policy = build_policy(settings("auto").model_copy(update={"router": router}))
     assert type(policy) is POLICIES.get(router, Pinned)
     assert policy.name == router
     assert policy.needs == NEEDS.get(router, set())
