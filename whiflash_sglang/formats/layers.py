@@ -88,7 +88,7 @@ class Rotary(nn.Module):
             exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
             self._frequencies = 1.0 / parameters["rope_theta"] ** exponents
         elif kind in ROPE_INIT_FUNCTIONS:
-            rest = {k: parameters[k] for k in parameters.keys() - {"rope_dim", "partial_rotary_factor"}}
+            rest = {k: v for k, v in parameters.items() if k not in ("rope_dim", "partial_rotary_factor")}
             config = PretrainedConfig(
                 hidden_size=width,
                 num_attention_heads=1,
