@@ -28,6 +28,8 @@ from whiflash_sglang.files.progress import tracked
 
 FULL = {arms.AR: 5, arms.DIFFUSION: 7}
 """Drafts of a full round, where published rounds have as many: the longest chain of a start, a block of eight rows."""
+USABLE = 0.88
+"""Share of a card's memory that SGLang takes for weights and KV."""
 WORTH_IT = 1.03
 """Speed over the next simpler way below which a way is not worth its memory."""
 PLAIN, OURS, OWN = "plain", "WHIFLASH", "its own traffic"
@@ -182,6 +184,8 @@ def _assumed(target: PublishedTarget, question: Question, prices: str, source: s
         "what it was measured to"
     )
     load = f"tokens{behind if question.context else ''}{tools if question.tools else ''}"
+    if question.context + question.prompt + question.answer > target.shape.positions:
+        load += f"; beyond {target.shape.positions:,} positions SGLang needs YaRN, and drafters accept less"
     return (
         f"ESTIMATE, nothing measured here. {target.name}, prices of {prices}. Acceptance: {source}; yours at "
         f"temperature {question.temperature:g} may differ. Prompts of {question.prompt}, answers of {question.answer} "
@@ -206,20 +210,23 @@ def _prices(target: PublishedTarget, gpu: Gpu, question: Question) -> str:
     off, shown = _off(target), question.cards == 1 and gpu in (GPUS["h100"], GPUS["h20"])
     error = f"ratios were {min(off):+.0%} to {max(off):+.0%} off where others measured them"
     cards = f"{question.cards} × {gpu.name} bf16, fits to published tables scaled by bandwidth"
+    cards += ", draft passes in graphs (not so with --tp-size)" if question.cards > 1 else ""
     return f"{cards}; {error if shown else 'no table shows their error'}"
 
 
 def _obstacles(shape: Shape, question: Question) -> Iterator[str]:
-    weights, gpu = sum(_split(shape)), _gpu(question.gpu)
-    if weights > 0.85 * gpu.memory * question.cards:
+    weights, gpu, most = sum(_split(shape)), _gpu(question.gpu), max(question.requests)
+    if (room := USABLE * gpu.memory * question.cards - weights) < 0:
         yield (
             f"{weights / 1e9:.0f} GB of weights do not fit {question.cards} × {gpu.name} of "
             f"{gpu.memory / 1e9:.0f} GB with KV beside them"
         )
-    most, room = max(question.requests), max(gpu.memory * question.cards - weights, 0.0)
-    if (kv := most * question.context * shape.kv) > room:
+    tokens = question.context + question.prompt + question.answer
+    plain, drafted = tokens * shape.kv, 1 + (1 + BLOCK_LAYERS) * question.cards / shape.layers
+    if most * plain * drafted > room > 0:
         yield (
-            f"{kv / 1e9:.0f} GB of KV for {most} × {question.context:,} tokens fit only if requests share them"
+            f"KV for {most} × {tokens:,} tokens takes {most * plain / 1e9:.0f} GB: {int(room / plain)} requests fit, "
+            f"{int(room / plain / drafted)} beside two drafters; more only if they share a prefix"
         )
 
 
@@ -361,4 +368,5 @@ def _settings(
     stock = ",".join(way for way in row.rates if way not in (PLAIN, OURS))
     loads = ",".join(map(str, question.requests))
     arguments = f"--no-interleave --arms none,{stock},auto --concurrency {loads}"
+    arguments += f' --server-args "{row.spread}"' if row.spread else ""
     yield f"whiflash bench --model-path {target.name} --bundle my-bundle {arguments}"

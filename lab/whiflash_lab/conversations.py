@@ -361,15 +361,11 @@ def _tau2(where: str, name: str, record: dict[str, Any]) -> Conversation:
     messages: list[object] = [{"role": "system", "content": policy}] if policy else []
     for index, raw in enumerate(list_of(f"{where}, messages", record.get("messages"))):
         message = object_of(f"{where}, messages[{index}]", raw)
-        if message.get("requestor") != _USER and not _only_calls(message):
+        silent = message.get("role") == _USER and message.get("tool_calls") and not message.get("content")
+        if message.get("requestor") != _USER and not silent:
             messages.append(_tau2_message(f"{where}, messages[{index}]", message))
     identity = f"{name}/task {record.get('task_id')} trial {record.get('trial', 0)}"
     return conversation(where, identity, f"tau2 {domain}".strip(), messages, environment.get("tool_defs"))
-
-
-def _only_calls(message: Message) -> bool:
-    """Whether a user calls a tool and says nothing."""
-    return message.get("role") == _USER and bool(message.get("tool_calls")) and not message.get("content")
 
 
 def _tau2_message(where: str, message: Message) -> Message:

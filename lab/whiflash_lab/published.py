@@ -53,14 +53,15 @@ class Ratio(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """parameters, active: of all experts, and of those that a token uses. layers. kv: bytes of a token of context.
-    experts, used: of a layer, 0 in a dense model. expert_bytes: of a parameter of an expert.
+    """parameters, active: of all experts, and of those that a token uses. kv: bytes of a token of context. positions:
+    of its `config.json`. experts, used: of a layer, 0 in a dense model. expert_bytes: of a parameter of an expert.
     """
 
     parameters: float
     active: float
     layers: int
     kv: int
+    positions: int = 1 << 30
     experts: int = 0
     used: int = 0
     expert_bytes: float = 2.0
@@ -92,7 +93,6 @@ KNOWN = FACTS.targets
 
 
 def known(target: str) -> PublishedTarget | None:
-    """A target by its hub id or the end of it, case apart."""
-    name = target.lower()
-    names = ((entry, entry.name.lower()) for entry in KNOWN)
-    return next((entry for entry, full in names if name in (full, full.split("/")[1])), None)
+    """A target by the end of its hub id or of its directory, case apart."""
+    name = target.lower().rstrip("/").split("/")[-1]
+    return next((entry for entry in KNOWN if entry.name.lower().split("/")[1] == name), None)

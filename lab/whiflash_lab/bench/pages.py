@@ -25,7 +25,9 @@ def render(report: BenchReport) -> str:
         ]
         if load.load.is_alone:
             parts += [_by_category(report, load), _over(report, load)]
-    parts += [_rounds(report), _differences(report), _unavailable(report), _reproduce(report)]
+    lacking = "".join(f"\n- {arm}: {reason}" for arm, reason in report.unavailable.items())
+    lacking = lacking and f"## Not available\n{lacking}"
+    parts += [_rounds(report), _differences(report), lacking, _reproduce(report)]
     return "\n\n".join(section for section in parts if section) + "\n"
 
 
@@ -216,11 +218,6 @@ def _differences(report: BenchReport) -> str:
             table(("arm", "load", "mismatch", "first difference", "plain decoding's gap"), mismatches)
         )
     return "\n\n".join(parts)
-
-
-def _unavailable(report: BenchReport) -> str:
-    lines = [f"- {arm}: {reason}" for arm, reason in report.unavailable.items()]
-    return "## Not available\n\n" + "\n".join(lines) if lines else ""
 
 
 def _reproduce(report: BenchReport) -> str:

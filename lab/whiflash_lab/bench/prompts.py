@@ -34,7 +34,7 @@ class Prompt:
     follow_ups: tuple[str, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     response_format: dict[str, Any] | None = None
-    tool_choice: str = "required"
+    tool_choice: Any = "required"
 
     @property
     def seed(self) -> int:
@@ -107,6 +107,7 @@ def prompt_of(row: Any, where: str) -> Prompt:
         follow_ups=tuple(turns or ()),
         tools=tuple(row.get("tools") or ()),
         response_format=row.get("response_format"),
+        tool_choice=row.get("tool_choice") or "required",
     )
 
 

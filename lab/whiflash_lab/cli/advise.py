@@ -19,11 +19,11 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
 
 
 def advise(
-    target: Annotated[str, typer.Argument(help="Served model: hub id, or the end of it.")],
+    target: Annotated[str, typer.Argument(help="Served model: hub id or directory, or the end of it.")],
     gpu: Annotated[str, typer.Option(help="Card: h100, h200, h20, a100 or b200.")] = "h100",
     count: Annotated[int, typer.Option(min=1, help="Cards.")] = 1,
     requests: Annotated[str, typer.Option(help="Requests at once, with commas between them.")] = "1,8,32",
-    temperature: Annotated[float, typer.Option(min=0, help="Of your requests.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="Of your requests.")] = 0.0,
     tools: Annotated[float, typer.Option(min=0, max=1, help="Share of requests under a grammar.")] = 0.0,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
     answer: Annotated[int, typer.Option(min=1, max=1 << 17, help="Tokens of an answer.")] = 256,
@@ -79,8 +79,9 @@ def advise(
 
 def _show(advice: "Advice") -> None:
     say_prose(advice.assumed)
-    typer.echo()
-    say_prose(advice.verdict)
+    for line in (*advice.obstacles, advice.verdict):
+        typer.echo()
+        say_prose(line)
     if advice.rows:
         ways = list(advice.rows[-1].rates)
         lines = [
@@ -92,13 +93,10 @@ def _show(advice: "Advice") -> None:
     lists = {
         "Not in the rows: tokens a round by copies and forced text, on a CPU": advice.copies,
         "As others measured, and how far an estimate of the same is off": advice.published,
-        "Drafters": [
-            *(f"EAGLE-3: {name}" for name in advice.eagle3),
-            *(f"block: {name}" for name in advice.block),
-        ],
+        "Drafters": [f"EAGLE-3: {name}" for name in advice.eagle3]
+        + [f"block: {name}" for name in advice.block],
         "Set": advice.settings,
         "You give up with WHIFLASH": advice.lost,
-        "In the way": advice.obstacles,
     }
     for title, entries in lists.items():
         if entries:
