@@ -26,8 +26,8 @@ from whiflash_sdk.errors import HintError
 
 Kind = Literal["tool_call", "json", "code", "reasoning", "prose"]
 """Kind of the text inside a span."""
-Arm = Literal["ar", "diffusion", "lookup", "structure", "none"]
-"""Drafter: EAGLE-3, DFlash, copying, text that a grammar forces, or none."""
+Arm = Literal["ar", "diffusion", "lookup", "structure", "uno", "none"]
+"""Drafter: EAGLE-3, DFlash, copying, text that a grammar forces, UNO, or none."""
 LookupScope = Literal["memory", "context", "off"]
 """Texts that may be copied into an answer."""
 TraceLevel = Literal["summary", "full"]
