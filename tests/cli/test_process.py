@@ -266,7 +266,7 @@ def test_without_a_command_it_shows_what_there_is_and_ends_with_2() -> None:
 def test_an_interrupted_command_says_so(sent: signal.Signals, code: int) -> None:
     """While it waits for a server that has taken its connection and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1/"  # an OpenAI client's
         waiting = subprocess.Popen(
             [WHIFLASH, "policy", "--url", url],
             stdout=subprocess.PIPE,
@@ -277,7 +277,7 @@ def test_an_interrupted_command_says_so(sent: signal.Signals, code: int) -> None
         )
         connection, _ = silent.accept()
         with connection:
-            connection.recv(1)
+            assert connection.recv(64).startswith(b"GET /whiflash/state ")
             waiting.send_signal(sent)
             _, said = waiting.communicate()
     assert waiting.returncode == code
