@@ -163,7 +163,7 @@ def test_replicas_are_taken_if_they_are_faster() -> None:
     (half,) = advise(question._replace(cards=1, requests=(16,))).rows
     assert many.rates == pytest.approx({way: 2 * rate for way, rate in half.rates.items()})
     assert "no table shows their error" in found.assumed
-    assert '--server-args "--dp-size 2"' in found.settings[-1]
+    assert '--server-args="--dp-size 2"' in found.settings[-1]
     far = advise(question._replace(requests=(32,), context=1 << 15))
     assert [row.spread for row in far.rows] == ["--tp-size 2"], "one card has no room for them"
 

@@ -368,5 +368,5 @@ def _settings(
     stock = ",".join(way for way in row.rates if way not in (PLAIN, OURS))
     loads = ",".join(map(str, question.requests))
     arguments = f"--no-interleave --arms none,{stock},auto --concurrency {loads}"
-    arguments += f' --server-args "{row.spread}"' if row.spread else ""
+    arguments += f' --server-args="{row.spread}"' if row.spread else ""
     yield f"whiflash bench --model-path {target.name} --bundle my-bundle {arguments}"
