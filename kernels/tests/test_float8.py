@@ -42,7 +42,7 @@ def test_rows_and_products(dtype: torch.dtype) -> None:
 
 
 def test_copies_follow_what_is_written_and_are_cut() -> None:
-    """A captured pass reads them, so they are written in place; a shard's are those of its rows."""
+    """Captured passes read the copies, so these are written in place; a shard has its rows' own."""
     weight, odd, x = matrix(64, 32), matrix(24, 32), matrix(5, 32)
     packed.quantise([weight, odd])
     assert torch.equal(packed.linear(x, odd), torch.nn.functional.linear(x, odd))

@@ -54,7 +54,7 @@ class Ratio(NamedTuple):
 
 class Shape(NamedTuple):
     """parameters, active: of all experts, and of those that a token uses. kv: bytes of a token of context. positions:
-    of its `config.json`. experts, used: of a layer, 0 in a dense model. expert_bytes: of a parameter of an expert.
+    tokens of the longest text. experts, used: of a layer, 0 in a dense model. expert_bytes: of an expert's parameter.
     """
 
     parameters: float

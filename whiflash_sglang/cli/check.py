@@ -124,7 +124,7 @@ def check(
     if echo is not None:
         if recipe or draft or model_path:
             raise typer.BadParameter("--echo checks a server: leave --recipe, --draft and --model-path out")
-        _check_echo(echo.rstrip("/").removesuffix("/v1"), sweeps, api_key, as_json=as_json)
+        _check_echo(echo, sweeps, api_key, as_json=as_json)
         return
     if recipe is not None:
         if draft:

@@ -50,7 +50,7 @@ def ask_every(urls: list[str] | None, act: Callable[[str], Any], as_json: bool) 
     results, failed = {}, []
     for address in dict.fromkeys(urls or [DEFAULT_URL]):
         try:
-            results[address] = act(address.rstrip("/").removesuffix("/v1"))
+            results[address] = act(address)
         except ServerRefusedError as error:
             failed.append(str(error))
     if results:

@@ -8,8 +8,7 @@ import httpx
 from whiflash_sglang.errors import ServerRefusedError, WhiflashError
 
 LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=2.0)
-"""SGLang closes an idle connection after five seconds, httpx's own default: a request at that moment would fail. While
-another arm answers, a connection is idle."""
+"""SGLang closes a connection that is idle for five seconds, httpx's default; one is while another arm answers."""
 
 
 def ask(
@@ -17,8 +16,9 @@ def ask(
 ) -> dict[str, Any]:
     """The answer of the server at `url` on a route of ours, after `body` was sent to it if there is one.
 
-    holds: a key without which it is somebody else's answer. Raises: ServerRefusedError.
+    url: or an OpenAI client's. holds: a key without which it is somebody else's answer. Raises: ServerRefusedError.
     """
+    url = url.rstrip("/").removesuffix("/v1")
     try:
         answer = client.get(f"{url}{path}") if body is None else client.post(f"{url}{path}", json=body)
     except (httpx.HTTPError, httpx.InvalidURL) as error:

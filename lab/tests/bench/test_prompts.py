@@ -112,10 +112,11 @@ def test_sample_takes_turns_between_categories() -> None:
 
 
 def test_the_digest_sees_what_is_asked() -> None:
-    row = {"id": "a", "messages": MESSAGES}
-    plain, tools = prompt_of(row, ""), prompt_of({**row, "tools": [{"type": "function"}]}, "")
-    assert digest_of([plain]) != digest_of([tools])
-    assert digest_of([plain]) == digest_of([prompt_of(dict(row), "")])
+    row, tools = {"id": "a", "messages": MESSAGES}, {"tools": [{"type": "function"}]}
+    asked = [prompt_of({**row, **more}, "") for more in ({}, tools, {**tools, "tool_choice": "auto"})]
+    assert len({digest_of([prompt]) for prompt in asked}) == 3
+    assert [prompt.tool_choice for prompt in asked] == ["required", "required", "auto"]
+    assert digest_of(asked[:1]) == digest_of([prompt_of({**row, "model": "m"}, "")])
 
 
 def tool(name: str, **more: object) -> dict[str, object]:

@@ -63,7 +63,7 @@ def advise(
     if url is not None:
         from whiflash_sglang.cli.running import steer
 
-        state = steer(url.rstrip("/").removesuffix("/v1"), "/whiflash/state", None, api_key)
+        state = steer(url, "/whiflash/state", None, api_key)
     advice = answered(Question(target, gpu, count, sizes, temperature, tools, prompt, answer, cached), state)
     if recipes:
         from whiflash_lab.recipes.judge import judge

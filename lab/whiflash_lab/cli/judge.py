@@ -68,7 +68,7 @@ def evaluate_command(
             result, table = evaluation.evaluate_bundle(bundle, prompts, settings), evaluation.figures_table
         else:
             with httpx.Client(headers=authorization(api_key), timeout=None) as client:
-                asks = partial(ask, client, served.rstrip("/").removesuffix("/v1"))
+                asks = partial(ask, client, served)
                 result = evaluation.compare_served(bundle, prompts, asks, arm, settings)
             table = evaluation.positions_table
         if out is not None:
