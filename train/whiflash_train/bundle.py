@@ -36,13 +36,16 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
     """
     bundle.mkdir(parents=True, exist_ok=True)
     parts = {"eagle3": "eagle3", "dflash": config.block_drafter}
-    vocabulary, sources = config.block.vocabulary, _sources(bundle)
+    path, vocabulary = bundle / MANIFEST, config.block.vocabulary
+    sources: dict[str, Any] = dict(read_json_file(path).get("sources", {})) if path.exists() else {}
     for key, name_of in parts.items():
         trained = config.work / name_of / "checkpoint"
         if not (trained / "config.json").is_file():
             raise ConfigError(f"{trained} holds no checkpoint: run `whiflash train --step {name_of}` first")
-        replace_directory(trained, bundle / name_of)
-        sources[key] = _source(bundle / name_of)
+        place = bundle / name_of
+        replace_directory(trained, place)
+        # What its files are checked against when they are loaded.
+        sources[key] = {"files": digests(sorted([*place.glob("config.json"), *place.glob("*.safetensors")]))}
     target = f"embedded:{EMBEDDED_BUNDLE}" if config.target == "embedded" else config.target
     manifest: dict[str, Any] = {"schema_version": 1, "name": name, "target": target}
     manifest |= {**parts, "dflash_vocabulary": vocabulary, "sources": sources}
@@ -51,17 +54,6 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
         manifest["chat_template"] = "chat_template.jinja"
     update_manifest(bundle, manifest)
     return bundle
-
-
-def _sources(bundle: Path) -> dict[str, Any]:
-    """Sources of the bundle's parts in its manifest, if there is one."""
-    path = bundle / MANIFEST
-    return dict(read_json_file(path).get("sources", {})) if path.exists() else {}
-
-
-def _source(directory: Path) -> dict[str, Any]:
-    """The manifest's record of a part's files, against which they are checked when they are loaded."""
-    return {"files": digests(sorted([*directory.glob("config.json"), *directory.glob("*.safetensors")]))}
 
 
 def replace_directory(source: Path, place: Path) -> None:

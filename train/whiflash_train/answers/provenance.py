@@ -8,58 +8,47 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files.disk import sha256
 from whiflash_sglang.files.jsonl import read_json, read_json_file, write_whole
-from whiflash_train.answers.store import FeatureStore, SequenceRecord
+from whiflash_train.answers.store import FeatureStore
 from whiflash_train.config import TrainConfig
 from whiflash_train.provenance import made_by
 
 _PACKAGES = ("torch", "transformers", "xgrammar", "safetensors", "sglang", "whiflash-sglang")
 
 
-@dataclass(frozen=True)
 class Provenance:
     """A record begun when a run starts and written when it ends."""
 
-    began: float
-    record: dict[str, Any]
-
-    @classmethod
-    def start(cls, config: TrainConfig, stores: list[FeatureStore]) -> "Provenance":
+    def __init__(self, config: TrainConfig, stores: Sequence[FeatureStore]) -> None:
         """Collect everything that is known at the start."""
-        settings = config.model_dump(mode="json", exclude={"work", "chat_template"})
-        return cls(
-            time.time(),
-            {
-                **made_by(_PACKAGES),
-                "threads": torch.get_num_threads(),
-                "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-                "config": settings,
-                "data": [
-                    {"sequences": len(store.records), "index_sha256": digest_of(store.records)}
-                    for store in stores
-                ],
-            },
-        )
+        self._began = time.time()
+        self._record = {
+            **made_by(_PACKAGES),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+            "config": config.model_dump(mode="json", exclude={"work", "chat_template"}),
+            "data": [
+                {"sequences": len(store.records), "index_sha256": hashlib.sha256(_index(store)).hexdigest()}
+                for store in stores
+            ],
+        }
 
     def finish(self, directory: Path, results: dict[str, Any]) -> None:
         """Write `provenance.json` into `directory`."""
-        record = {**self.record, "wall_seconds": round(time.time() - self.began, 1), **results}
+        record = {**self._record, "wall_seconds": round(time.time() - self._began, 1), **results}
         (directory / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def digest_of(records: Sequence[SequenceRecord]) -> str:
-    """SHA-256 of an index: names data, not its content."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(json.dumps(record).encode())
-    return digest.hexdigest()
+def _index(store: FeatureStore) -> bytes:
+    """A shard's records as JSON, which name its data, not their content."""
+    return "".join(map(json.dumps, store.records)).encode()
 
 
 RECORD = "run.json"
@@ -98,12 +87,8 @@ def check_same_run(directory: Path, facts: Mapping[str, Any], *, begun: bool) ->
 
 def data_digest(store: FeatureStore) -> str:
     """SHA-256 of a shard's index and token ids; features follow from them."""
-    digest = hashlib.sha256()
-    for record in store.records:
-        digest.update(json.dumps(record).encode())
-    with (store.path / "tokens.bin").open("rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    tokens = bytes.fromhex(sha256(store.path / "tokens.bin"))
+    return hashlib.sha256(_index(store) + tokens).hexdigest()
 
 
 def checkpoint_digest(checkpoint: Path | None) -> str | None:
@@ -113,8 +98,7 @@ def checkpoint_digest(checkpoint: Path | None) -> str | None:
     digest = hashlib.sha256()
     for path in sorted((*checkpoint.glob("*.safetensors"), checkpoint / "config.json")):
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
 
 

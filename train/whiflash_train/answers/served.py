@@ -1,11 +1,11 @@
 """Answers and features of a target that SGLang's offline engine runs and captures."""
 
 import os
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from whiflash_train.rounds import loop_start
 
 if TYPE_CHECKING:
     from whiflash_train.engine.offline import OfflineEngine
-
-R = TypeVar("R")
 
 
 class GeneratedAnswer(NamedTuple):
@@ -67,7 +65,7 @@ class ServedTarget:
         A closing loop is cut off unless `keep_loops`.
         """
         requests = (self._answer(prompt, keep_loops) for prompt in prompts)
-        for done in self._completed(requests):
+        for done in self.engine.completed(requests, self.settings.at_once):
             if isinstance(done, Skipped):
                 on_skip(*done)
             else:
@@ -82,10 +80,7 @@ class ServedTarget:
             except ValueError as error:
                 raise WhiflashError(f"text {key}, of {len(text)} tokens: {error}") from error
 
-        yield from self._completed(one(*text) for text in texts)
-
-    def _completed(self, requests: Iterator[Coroutine[Any, Any, R]]) -> Iterator[R]:
-        return self.engine.completed(requests, self.settings.at_once)
+        yield from self.engine.completed((one(*text) for text in texts), self.settings.at_once)
 
     async def _features(self, tokens: list[int]) -> Tensor:
         states = await self.engine.features(tokens, self.dtype)

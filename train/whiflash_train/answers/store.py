@@ -72,10 +72,7 @@ class FeatureStore:
     @property
     def bytes_used(self) -> int:
         """Bytes of tokens and features that the index names."""
-        if not self.records:
-            return 0
-        last = self.records[-1]
-        return (last.token_offset + last.length) * 4 + self._feature_end() * self._row_bytes
+        return self._token_end() * 4 + self._feature_end() * self._row_bytes
 
     def truncate_to_index(self) -> None:
         """Drop what a killed writer left behind. Call once, before the first `append`."""

@@ -109,8 +109,7 @@ def lookup_seed(
     if bundle is not None:
         from whiflash_train.bundle import update_manifest
 
-        manifest_fields = settings.model_dump(exclude_unset=True)
-        update_manifest(bundle, {"lookup": {**manifest_fields, "seed": seed}})
+        update_manifest(bundle, {"lookup": {**settings.model_dump(exclude_unset=True), "seed": seed}})
     if as_json:
         typer.echo(json.dumps(seed))
         return

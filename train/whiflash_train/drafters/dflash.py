@@ -85,19 +85,23 @@ class BlockTraining(nn.Module):
         frequent: Tensor,
         sampled: int,
         anchors_per_token: float,
+        gamma: float,
     ) -> None:
         """`columns`: which captured vectors the drafter reads. `frequent` [K] token ids always in the loss,
-        `sampled` more at random."""
+        `sampled` more at random. Position k of a block weighs exp(-(k-1)/`gamma`)."""
         super().__init__()
         self.drafter, self.columns = drafter, list(columns)
         self.frequent: Tensor
         self.rest: Tensor
+        self.position_weights: Tensor
         self.sampled, self.anchors_per_token = sampled, anchors_per_token
         vocab = len(drafter.target_lm_head)
         rest = torch.ones(vocab, dtype=torch.bool)
         rest[frequent] = False
         self.register_buffer("frequent", frequent, persistent=False)
         self.register_buffer("rest", rest.nonzero()[:, 0], persistent=False)
+        weights = torch.exp(-torch.arange(drafter.config.max_drafts) / gamma)
+        self.register_buffer("position_weights", weights, persistent=False)
         self.metrics: dict[str, float] = {}
 
     def forward(
@@ -143,15 +147,7 @@ class BlockTraining(nn.Module):
 
 
 class DFlashTraining(BlockTraining):
-    """Cross-entropy with the target's distribution; position k weighs exp(-(k-1)/`gamma`)."""
-
-    def __init__(self, drafter: DFlashDrafter, *, gamma: float, **options: Any) -> None:
-        """`options`: as `BlockTraining` takes it."""
-        super().__init__(drafter, **options)
-        self.position_weights: Tensor
-        self.register_buffer(
-            "position_weights", exponential(gamma, drafter.config.max_drafts), persistent=False
-        )
+    """Cross-entropy with the target's distribution."""
 
     def loss(self, examples: Examples) -> Tensor:
         """The weighted mean."""
@@ -160,11 +156,6 @@ class DFlashTraining(BlockTraining):
         weights = self.position_weights * examples.counted
         self.metrics = {"acceptance_length": examples.acceptance_length(logits)}
         return weighted_mean(losses, weights)
-
-
-def exponential(gamma: float, drafts: int) -> Tensor:
-    """Weights [drafts] of a block's positions: exp(-(k-1)/gamma), k from 1 on (arXiv 2602.06036)."""
-    return torch.exp(-torch.arange(drafts) / gamma)
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

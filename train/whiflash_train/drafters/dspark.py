@@ -20,7 +20,7 @@ from whiflash_sglang.formats.dflash.dspark import DSparkConfig, DSparkDrafter
 from whiflash_sglang.formats.table import read_draft
 from whiflash_train.config import DSpark
 from whiflash_train.drafters.batches import cross_entropy, first_choice
-from whiflash_train.drafters.dflash import BlockTraining, Examples, exponential, weighted_mean
+from whiflash_train.drafters.dflash import BlockTraining, Examples, weighted_mean
 from whiflash_train.drafters.dflash import initialise as initialise_trunk
 from whiflash_train.origin import Origin, for_training
 
@@ -40,18 +40,15 @@ class DSparkTraining(BlockTraining):
 
     def __init__(self, drafter: DSparkDrafter, settings: DSpark, **options: Any) -> None:
         """`options`: as `BlockTraining` takes it."""
-        super().__init__(drafter, **options)
+        super().__init__(drafter, gamma=settings.gamma, **options)
         self.settings = settings
-        self.falling: Tensor
-        drafts = drafter.config.max_drafts
-        self.register_buffer("falling", exponential(settings.gamma, drafts), persistent=False)
 
     def loss(self, examples: Examples) -> Tensor:
         """The weighted mean of the terms."""
         settings = self.settings
         logits = self.corrected(examples)
         terms = self.terms(examples, logits)
-        weights = self.falling * examples.counted
+        weights = self.position_weights * examples.counted
         loss = settings.cross_entropy * weighted_mean(terms.cross_entropy, weights)
         loss = loss + settings.distance * weighted_mean(terms.distance, weights)
         self.metrics = {"acceptance_length": examples.acceptance_length(logits)}

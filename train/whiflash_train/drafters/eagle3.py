@@ -96,7 +96,9 @@ def unroll(
     Rows whose sequence ends before a step (`steps_left`) compute something that does not count.
     """
     fused = drafter.fuse(batch.features[:, columns].flatten(1).to(drafter.fc.weight.dtype))
-    context = drafter.keys_values(*_entries(batch, fused))
+    following = torch.cat([batch.tokens[span.token + 1 : span.token + span.length] for span in batch.spans])
+    positions = torch.cat([torch.arange(span.length - 1, device=fused.device) for span in batch.spans])
+    context = drafter.keys_values(following, fused, positions)
     chain: list[tuple[Tensor, Tensor]] = []
     hidden = fused[plan.feature]
     tokens = batch.tokens[plan.token]
@@ -123,13 +125,6 @@ def plan_chains(batch: Batch) -> Chains:
         parts.append((features, tokens, roots, labels + order, len(roots) - order, features + 1, tokens + 1))
         labels += len(roots)
     return Chains(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def _entries(batch: Batch, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Next tokens, fused features and positions of all target-fed entries."""
-    tokens = torch.cat([batch.tokens[span.token + 1 : span.token + span.length] for span in batch.spans])
-    positions = torch.cat([torch.arange(span.length - 1, device=fused.device) for span in batch.spans])
-    return tokens, fused, positions
 
 
 def _chain_attention(

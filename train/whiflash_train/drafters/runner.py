@@ -5,6 +5,7 @@ Weights that made the cached draft KV of a drafter that serves stay as they are 
 
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def train_drafter(
     resumed = last_checkpoint(run / "trainer")
     facts = _facts(name, config, stores, start_from) | ({"held": True} if held else {})
     check_same_run(run / "trainer", facts, begun=resumed is not None)
-    provenance = Provenance.start(config, stores)
+    provenance = Provenance(config, stores)
     model: Any = BUILDERS[name](config, settings, target, stores, start_from)
     kept = Held(name, model.drafter) if held else None
     model.train()
@@ -242,7 +243,7 @@ class Held:
             if first == 0:
                 parameter.requires_grad_(False)
             else:
-                parameter.register_hook(_without(first))  # type: ignore[no-untyped-call]
+                parameter.register_hook(partial(_without, first))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -263,10 +264,8 @@ def stored_dtype(checkpoint: Path) -> torch.dtype:
     )
 
 
-def _without(first: int) -> Any:
-    def hook(gradient: Tensor) -> Tensor:
-        kept = gradient.clone()
-        kept[first:] = 0
-        return kept
-
-    return hook
+def _without(first: int, gradient: Tensor) -> Tensor:
+    """The gradient, which is zero from row `first` on."""
+    kept = gradient.clone()
+    kept[first:] = 0
+    return kept
