@@ -20,8 +20,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from whiflash_sglang.checkpoints.hub import member
-from whiflash_sglang.checkpoints.manifest import PARTS, Manifest, load_manifest, lookup_of
+from whiflash_sglang.checkpoints.manifest import PARTS, Manifest, load_manifest
 from whiflash_sglang.drafts import arms
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import check_own
@@ -153,18 +152,10 @@ def _gain(before: Sequence[RoundTally], after: Sequence[RoundTally]) -> Gain:
     def column(tallies: Sequence[RoundTally], of: str) -> NDArray[np.float64]:
         return np.array([[getattr(tally, of)] for tally in tallies], dtype=np.float64)
 
-    ratio = paired_ratio(
-        column(after, "tokens"),
-        column(after, "rounds"),
-        column(before, "tokens"),
-        column(before, "rounds"),
-        [""] * len(after),
-    )
-    lengths = [
-        float(column(tallies, "tokens").sum() / column(tallies, "rounds").sum())
-        for tallies in (before, after)
-    ]
-    return Gain(before=lengths[0], after=lengths[1], **dict(ratio))
+    mine, theirs = ((column(tallies, "tokens"), column(tallies, "rounds")) for tallies in (after, before))
+    ratio = paired_ratio(*mine, *theirs, [""] * len(after))
+    was, now = (float(tokens.sum() / made.sum()) for tokens, made in (theirs, mine))
+    return Gain(before=was, after=now, **dict(ratio))
 
 
 class Learning(NamedTuple):
@@ -219,7 +210,9 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         if published := _published(learning.directory, versions, present):
             write_status(learning.directory, published.model_dump())
             return published
-        checkpoints = _present(learning, manifest, versions, present)
+        parts = PairParts.of_bundle(learning.bundle)
+        newer = read_version(versions, present, manifest.target) if present else {}
+        checkpoints = {**parts.checkpoints, **newer}
         chosen = _chosen(learning, manifest, present, work)
         config = config_of(learning.config, checkpoints, work, learning.rate)
         if config.hardware.threads:
@@ -234,10 +227,9 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         store = _store(work / "judges", target, config.capture, chosen.judged, pace)
         trained = {arm: train_arm(config, arm, path, pace) for arm, path in checkpoints.items()}
 
-        pairs = [Pair.load(parts_of(manifest, paths), target) for paths in (checkpoints, trained)]
+        pairs = [Pair.load(parts._replace(checkpoints=paths), target) for paths in (checkpoints, trained)]
         for arm in checkpoints:
-            before, after = (pair.drafters[arm] for pair in pairs)
-            check_fits(f"what was learned for {PARTS[arm]}", before, after)
+            check_fits(f"what was learned for {PARTS[arm]}", *(pair.drafters[arm] for pair in pairs))
         walks = [walk_answers(pair, store, ReplayLog(work / "rounds", pair), pace) for pair in pairs]
         gained = {PARTS[arm]: gain for arm, gain in gains(*walks).items()}
         better = {arm for arm in checkpoints if gained[PARTS[arm]].better}
@@ -256,8 +248,7 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
             best = {arm: (trained if arm in better else checkpoints)[arm] for arm in checkpoints}
             notes = {UNTIL: chosen.until, "tokens": tokens, "from": present, OUTCOME: outcome.model_dump()}
             notes |= {name: round(gain.ratio, 3) for name, gain in gained.items()}
-            version = publish(versions, learning.bundle, notes, best)
-            outcome = outcome.model_copy(update={"version": version})
+            outcome = outcome.model_copy(update={"version": publish(versions, learning.bundle, notes, best)})
         write_status(learning.directory, outcome.model_dump())
         return outcome
 
@@ -400,43 +391,26 @@ def _chosen(learning: Learning, manifest: Manifest, present: int, work: Path) ->
     return chosen
 
 
-def _present(learning: Learning, manifest: Manifest, versions: Path, number: int) -> dict[str, Path]:
-    """Arm → checkpoint of the drafters that serve."""
-    checkpoints = {arm: member(learning.bundle, manifest, PARTS[arm]) for arm in manifest.drafters}
-    return checkpoints | (read_version(versions, number, manifest.target) if number else {})
-
-
 def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, rate: float) -> TrainConfig:
     """Configuration of a training on the samples in `work` that goes on from the checkpoints, of their sizes.
 
     Args:
         checkpoints: by arm. rate: of learning, at its peak.
     """
+    loop = {"epochs": EPOCHS, "answer_tokens": STEP_TOKENS, "learning_rate": rate, "save_steps": SAVE_STEPS}
 
     def section(name: str, **changes: Any) -> Any:
         found = getattr(config, name)
         if found is None:
             return None
-        loop = {
-            "epochs": EPOCHS,
-            "answer_tokens": STEP_TOKENS,
-            "learning_rate": rate,
-            "save_steps": SAVE_STEPS,
-        }
         return found.model_copy(update={"loop": found.loop.model_copy(update=loop), **changes})
 
     sizes = {}
     if arms.AR in checkpoints:
         found = read_draft(checkpoints[arms.AR], arms.AR).config
         sizes = {"draft_vocab_size": found.draft_vocab_size, "intermediate_size": found.intermediate_size}
-    return config.model_copy(
-        update={
-            "work": work,
-            "eagle3": section("eagle3", **sizes),
-            "dflash": section("dflash"),
-            "dspark": section("dspark"),
-        }
-    )
+    blocks = {name: section(name) for name in ("dflash", "dspark")}
+    return config.model_copy(update={"work": work, "eagle3": section("eagle3", **sizes), **blocks})
 
 
 def _store(
@@ -451,11 +425,9 @@ def _store(
     store.truncate_to_index()
     stored = {record.id for record in store.records}
     left = [text for text in texts if text.name not in stored]
-    order = tracked(range(len(left)), "reading samples")
     eos = target.config["eos_token_id"]
     ends = set(eos) if isinstance(eos, list) else {eos}
-    for at in pace.each(order):
-        text = left[at]
+    for text in pace.each(tracked(left, "reading samples")):
         tokens = [*text.prompt, *text.answer]
         finished = text.answer[-1] in ends
         record = SequenceRecord(text.name, "served", len(text.prompt), len(tokens), False, finished)
@@ -486,9 +458,3 @@ def train_arm(config: TrainConfig, arm: str, checkpoint: Path, pace: Pace) -> Pa
         name = "dspark"
     target = target_path(config.target)
     return train_drafter(name, config, target, checkpoint, held=True, after_step=pace.rest)
-
-
-def parts_of(manifest: Manifest, checkpoints: Mapping[str, Path]) -> PairParts:
-    """The checkpoints, by arm, with what the bundle says of the rest."""
-    vocabulary, lookup = manifest.dflash_vocabulary, lookup_of(manifest)
-    return PairParts(checkpoints, dflash_vocabulary=vocabulary, lookup=lookup, quantised=manifest.quantised)

@@ -69,8 +69,7 @@ class Watch:
         except TooFewError:  # most of them cannot be learned from
             return None
         self._say(outcome.model_dump())
-        if outcome.version is not None:
-            self._offer(outcome)
+        self._offer(outcome)
         return outcome
 
     def look(self) -> None:
@@ -92,7 +91,7 @@ class Watch:
         self._say(fact)
 
     def _offer(self, outcome: Outcome) -> None:
-        """Have the server use the version, if it still uses what that was compared with."""
+        """Have the server use the version, if there is one and it still uses what that was compared with."""
         guard, number = self._guard, outcome.version
         if guard is None or number is None:
             return
