@@ -17,7 +17,7 @@ unmodified; nothing verifies trees (``NGRAM``).
 
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -85,6 +85,10 @@ def verify_seams() -> list[Finding]:
 
 
 def _check(seam: Seam) -> Finding:
+    """Whether upstream's function is there and takes exactly the parameters of its replacement.
+
+    An older release may lack the last ones, if the replacement does without.
+    """
     try:
         module = importlib.import_module(seam.module)
         # Imported for accelerators alone, it is in the module's source.
@@ -98,19 +102,12 @@ def _check(seam: Seam) -> Finding:
         return Finding(seam.path, False, f"expected no operator on this platform, found {upstream!r}")
     if not callable(upstream):
         return Finding(seam.path, False, f"expected a function, found {upstream!r}")
-    return _compare(seam.path, list(inspect.signature(upstream).parameters), seam.made(upstream))
-
-
-def _compare(label: str, names: list[str], replacement: Callable[..., Any]) -> Finding:
-    """Whether upstream's function takes exactly the parameters of its replacement.
-
-    An older release may lack the last ones, if the replacement does without.
-    """
-    parameters = inspect.signature(replacement).parameters
+    names = list(inspect.signature(upstream).parameters)
+    parameters = inspect.signature(seam.made(upstream)).parameters
     expected, required = list(parameters), [p.name for p in parameters.values() if p.default is p.empty]
     if names != expected[: len(names)] or not set(required) <= set(names):
-        return Finding(label, False, f"parameters are {names}, expected {expected}")
-    return Finding(label, True, f"{len(names)} parameters as expected")
+        return Finding(seam.path, False, f"parameters are {names}, expected {expected}")
+    return Finding(seam.path, True, f"{len(names)} parameters as expected")
 
 
 def _install_record_stream() -> None:

@@ -129,17 +129,9 @@ def meta(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
-def index(*size: int) -> torch.Tensor:
-    return meta(*size, dtype=torch.int64)
-
-
-def ints(*size: int) -> torch.Tensor:
-    return meta(*size, dtype=torch.int32)
-
-
-def chances(*size: int) -> torch.Tensor:
-    return meta(*size, dtype=torch.float32)
-
+index = partial(meta, dtype=torch.int64)
+ints = partial(meta, dtype=torch.int32)
+chances = partial(meta, dtype=torch.float32)
 
 QWEN, SMOL = SHAPES["qwen3-8b"], SHAPES["smollm2-135m"]
 SIZES = CaseSizes(batches=(1, 32, 256), backlogs=(64,), rows=(16,), context=40_960)
@@ -167,7 +159,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"{case.op}, {case.label}, {shape.name}", case.compilable or case.call
     rows, slots = meta(512, QWEN.vocab), index(32)
     yield "routing_stats, 32 of 512 rows, Qwen3-8B", lambda: routing_stats(rows, slots)
-    q, pool, table = meta(512, 32, 128), meta(4096, 8, 128), meta(257, 40_960, dtype=torch.int32)
+    q, pool, table = meta(512, 32, 128), meta(4096, 8, 128), ints(257, 40_960)
     arguments = (q, pool, pool, table, slots, slots, 16, 16, False, 128**-0.5, 4096, 40_960)
     yield "draft_attention, 32 x 16 rows in a window, Qwen3-8B", lambda: attention.draft_attention(*arguments)
     for label, shape, pool_dtype, how in VERIFIED:
@@ -218,7 +210,7 @@ def kernel_names() -> set[str]:
 DRAFTERS = (((0, 2, 4), 4096, True), ((0, 1, 2, 3, 5), 4096, False))
 """Chunks of two drafters, their width, and whether they start from a feature."""
 RINGS = BacklogRings(meta(257, 64, 6 * 4096), index(257, 64))
-TEXT, TABLE, STOPS = index(257, 40_960), meta(257, 40_960, dtype=torch.int32), index(257, 8)
+TEXT, TABLE, STOPS = index(257, 40_960), ints(257, 40_960), index(257, 8)
 CANDIDATES = 2
 
 
@@ -248,7 +240,7 @@ def choose(
 
 
 def copy(requests: int, *, behind: bool) -> None:
-    slots, judged = index(requests), (chances(requests), chances(requests, 8, 4), meta(8, dtype=torch.int32))
+    slots, judged = index(requests), (chances(requests), chances(requests, 8, 4), ints(8))
     drafts = (slots, chances(requests, 24)) if behind else None
     propose_copies(TEXT, slots, slots, index(257), slots, *judged, width=24, worth=0.1, behind=drafts)
 

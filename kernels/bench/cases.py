@@ -143,7 +143,7 @@ def routing_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
         yield Case("routing_stats", label, partial(routing_stats, logits), logits.nbytes)
 
 
-def sampling_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
+def sampling_cases(bench: Bench) -> Iterator[Case]:
     """A row of each request, at temperature 0.6 and top-p 0.95, and its penalties."""
     parameters = torch.tensor([0.6, 1 << 30, 0.95, 0.0], device=bench.device).repeat(bench.slots, 1)
     table = SamplingTable(parameters, bench.below(1 << 30, bench.slots))
@@ -155,7 +155,7 @@ def sampling_cases(bench: Bench, fill: int | None = None) -> Iterator[Case]:
         torch.zeros(bench.slots, bench.shape.vocab, dtype=torch.int32, device=bench.device),
     )
     text = bench.below(bench.shape.vocab, bench.slots, bench.sizes.context)
-    for rows in (*bench.sizes.batches, *([] if fill is None else [fill])):
+    for rows in bench.sizes.batches:
         logits = bench.random(rows, bench.shape.vocab).mul_(bench.shape.vocab**0.5 * 3)
         indptr = torch.arange(rows + 1, dtype=torch.int32, device=bench.device)
         lengths, slots = bench.below(bench.sizes.context, rows), bench.below(bench.slots - 1, rows) + 1
@@ -238,16 +238,11 @@ def block_cases(bench: Bench) -> Iterator[Case]:
         widths, rows = torch.tensor(each, device=bench.device), sum(each)
         bonus, drafts = bench.below(s.vocab, batch), bench.below(s.vocab, batch, s.block - 1)
         lengths, slots = bench.below(bench.sizes.context - s.block, batch), bench.request_slots(batch)
-        arguments = (bonus, drafts, widths, lengths, slots, bench.table)
-        block = prepare_mixed_block(*arguments, rows=rows)
+        prepare = partial(prepare_mixed_block, bonus, drafts, widths, lengths, slots, bench.table, rows=rows)
+        block = prepare()
         predictions = block.input_ids.roll(-1)
         # Ids in and out, positions, slots and owners: five int64 a row.
-        yield Case(
-            "prepare_mixed_block",
-            f"{batch} requests, {rows} rows",
-            partial(prepare_mixed_block, *arguments, rows=rows),
-            5 * 8 * rows,
-        )
+        yield Case("prepare_mixed_block", f"{batch} requests, {rows} rows", prepare, 5 * 8 * rows)
         ints = partial(torch.zeros, dtype=torch.int32, device=bench.device)
         places = GraphSlots(
             ints(batch), ints(batch + 1), torch.zeros_like(lengths), ints(batch), slots.clone()
@@ -359,13 +354,8 @@ def router_cases(bench: Bench) -> Iterator[Case]:
     )
     for batch in bench.sizes.batches:
         hidden = bench.random(batch, s.hidden)
-        yield Case(
-            "router_mlp",
-            f"{batch} x {s.hidden}",
-            partial(router_mlp, hidden, *layers),
-            layers[0].nbytes + hidden.nbytes,
-            2 * batch * layers[0].numel(),
-        )
+        call, moved = partial(router_mlp, hidden, *layers), layers[0].nbytes + hidden.nbytes
+        yield Case("router_mlp", f"{batch} x {s.hidden}", call, moved, 2 * batch * layers[0].numel())
 
 
 def pass_cases(bench: Bench) -> Iterator[Case]:
@@ -376,27 +366,17 @@ def pass_cases(bench: Bench) -> Iterator[Case]:
         slots, lengths = bench.request_slots(batch), bench.below(bench.sizes.context - s.block, batch) + 1
         marks = torch.zeros(2, bench.slots, dtype=torch.int64, device=bench.device)
         due = torch.ones(2, batch, dtype=torch.int64, device=bench.device)
-        yield Case(
-            "claim_backlogs",
-            f"2 drafters, {batch} requests",
-            partial(claim_backlogs, marks, slots, lengths, due),
-            8 * (2 * batch + 5 * 2 * batch),
-        )
+        call = partial(claim_backlogs, marks, slots, lengths, due)
+        yield Case("claim_backlogs", f"2 drafters, {batch} requests", call, 8 * (2 * batch + 5 * 2 * batch))
         members, bonus = torch.arange(batch, device=bench.device), bench.below(s.vocab, batch)
         calibration = torch.ones(BINS + 2, device=bench.device)
         chunks = {"chunks": s.eagle3_chunks, "chunk_width": s.hidden}
-        yield Case(
-            "draft_inputs",
-            f"{batch} requests",
-            partial(draft_inputs, bench.rings, members, slots, lengths, bonus, bonus, calibration, **chunks),
-            batch * (9 * 8 + 2 * width),
+        call = partial(
+            draft_inputs, bench.rings, members, slots, lengths, bonus, bonus, calibration, **chunks
         )
-        yield Case(
-            "pass_rows",
-            f"{batch} x {s.block} rows",
-            partial(pass_rows, bench.table, slots, lengths, bonus, offset=0, width=s.block, fill=0),
-            batch * (3 * 8 + s.block * (4 + 3 * 8)),
-        )
+        yield Case("draft_inputs", f"{batch} requests", call, batch * (9 * 8 + 2 * width))
+        call = partial(pass_rows, bench.table, slots, lengths, bonus, offset=0, width=s.block, fill=0)
+        yield Case("pass_rows", f"{batch} x {s.block} rows", call, batch * (3 * 8 + s.block * (4 + 3 * 8)))
 
 
 def draft_cases(bench: Bench) -> Iterator[Case]:
@@ -473,19 +453,11 @@ def layer_cases(bench: Bench) -> Iterator[Case]:
     s = bench.shape
     for rows in sorted({size for batch in bench.sizes.batches for size in (batch, batch * s.block)}):
         x, weight = bench.random(rows, s.hidden), bench.random(s.hidden)
-        yield Case(
-            "rms_norm",
-            f"{rows} x {s.hidden}",
-            partial(rms_norm, x, weight, 1e-6),
-            2 * x.nbytes + weight.nbytes,
-        )
+        call = partial(rms_norm, x, weight, 1e-6)
+        yield Case("rms_norm", f"{rows} x {s.hidden}", call, 2 * x.nbytes + weight.nbytes)
         gate_up = bench.random(rows, 2 * s.intermediate)
-        yield Case(
-            "silu_and_mul",
-            f"{rows} x {s.intermediate}",
-            partial(silu_and_mul, gate_up),
-            gate_up.nbytes * 3 // 2,
-        )
+        call = partial(silu_and_mul, gate_up)
+        yield Case("silu_and_mul", f"{rows} x {s.intermediate}", call, gate_up.nbytes * 3 // 2)
 
 
 KERNELS = (

@@ -10,8 +10,6 @@ import triton
 
 Call = Callable[[], object]
 
-QUANTILES = (0.5, 0.1, 0.9)
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -46,7 +44,7 @@ def time_call(call: Call, device: torch.device, budget_ms: int = 200) -> Timing:
     """
     if device.type == "cuda":
         # do_bench empties the L2 cache before every run; that also hides the host's launch time.
-        times = triton.testing.do_bench(call, warmup=50, rep=budget_ms, quantiles=list(QUANTILES))
+        times = triton.testing.do_bench(call, warmup=50, rep=budget_ms, quantiles=[0.5, 0.1, 0.9])
         return Timing(*(1e3 * t for t in times))
     for _ in range(3):
         call()
