@@ -137,7 +137,7 @@ def test_a_planted_difference_has_its_name(
 
     matrices = VocabularyMatrices(target.embedding, target.head, 1.0)
     monkeypatch.setattr(evaluation, "started_target", started)
-    monkeypatch.setattr(VocabularyMatrices, "read", lambda *_: matrices)
+    monkeypatch.setattr(VocabularyMatrices, "read", lambda *_, **__: matrices)
     settings = EvaluationSettings(max_new_tokens=40, hardware=Hardware(dtype="float32"))
     found = compare_served(root / "bundle", root / "prompts.jsonl", Planted(root, **planted), "ar", settings)
     print(found["sentence"], [(row["offline"], row["served"]) for row in found["positions"]])

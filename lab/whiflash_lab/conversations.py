@@ -135,8 +135,7 @@ def _message(where: str, raw: object) -> Message:
     message: Message = {"role": ROLES[role], "content": text_of(f"{where}.content", fields.get("content"))}
     if role == "assistant":
         thought = text_of(f"{where}.reasoning_content", fields.get("reasoning_content"))
-        calls = fields.get("tool_calls") or []
-        listed = list_of(f"{where}.tool_calls", calls)
+        listed = list_of(f"{where}.tool_calls", fields.get("tool_calls") or [])
         if thought:
             message["reasoning_content"] = thought
         if listed:

@@ -160,8 +160,7 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
         work = settings.work or Path(scratch)
         with started_target(bundle, parts.captured, settings, work) as (served, store):
             summary = answer_rows(chosen, served, store, keep_loops=True)
-        target = VocabularyMatrices.read(work / "target", manifest.target, settings.hardware.torch_dtype)
-        target = target.to(torch.device(settings.hardware.device))
+        target = VocabularyMatrices.read(work / "target", manifest.target, **settings.hardware.place)
         pair = Pair.load(parts, target)
         names = {row["id"] for row in chosen}
         answers = replay_answers(pair, store, names, ReplayLog(work / "replays", pair))
@@ -379,8 +378,7 @@ def _replay(
             for n, states in target.states((n, text[:-1]) for n, text in enumerate(whole)):
                 record = SequenceRecord(str(n), arm, len(texts[n][0]), len(whole[n]), False, False)
                 store.append(record, whole[n], states)
-        vocabulary = VocabularyMatrices.read(Path(scratch) / "target", name, settings.hardware.torch_dtype)
-        vocabulary = vocabulary.to(torch.device(settings.hardware.device))
+        vocabulary = VocabularyMatrices.read(Path(scratch) / "target", name, **settings.hardware.place)
         wrong = sum(unlike_target(store.read(record), vocabulary.head) for record in store.records)
         if (other := wrong / sum(len(answer) for _, answer in texts)) > OTHER_TARGET:
             return (

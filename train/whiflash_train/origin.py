@@ -34,8 +34,10 @@ class VocabularyMatrices(NamedTuple):
     embedding_scale: float
 
     @classmethod
-    def read(cls, directory: Path, name: str, dtype: torch.dtype) -> "VocabularyMatrices":
-        """The tensors that SGLang wrote for the target of that name: the rows of all processes together.
+    def read(
+        cls, directory: Path, name: str, *, device: torch.device, dtype: torch.dtype
+    ) -> "VocabularyMatrices":
+        """The tensors that SGLang wrote for the target of that name, on `device`: the rows of all processes together.
 
         Raises:
             CheckpointError: it wrote nothing yet, or for another target.
@@ -56,11 +58,8 @@ class VocabularyMatrices(NamedTuple):
             with safe_open(vocabulary_file(directory, rank), framework="pt") as file:
                 for key, rows in parts.items():
                     rows.append(file.get_tensor(key).to(dtype))
-        return cls(torch.cat(parts["embedding"]), torch.cat(parts["head"]), float(facts["embedding_scale"]))
-
-    def to(self, device: torch.device) -> "VocabularyMatrices":
-        """The same with its tensors there."""
-        return self._replace(embedding=self.embedding.to(device), head=self.head.to(device))
+        embedding, head = (torch.cat(rows).to(device) for rows in parts.values())
+        return cls(embedding, head, float(facts["embedding_scale"]))
 
 
 @dataclass
@@ -109,7 +108,7 @@ class ServedOrigin:
             CheckpointError: something is missing, or does not fit the target.
         """
         config = {**merged(target, read_json_config(target), "text_config"), **layers}
-        embedding, head, scale = VocabularyMatrices.read(told, name, dtype)
+        embedding, head, scale = VocabularyMatrices.read(told, name, device=torch.device("cpu"), dtype=dtype)
         hidden, vocab = (integer(config, key, target) for key in ("hidden_size", "vocab_size"))
         for tensor_name, matrix in (("embedding", embedding), ("head", head)):
             if matrix.shape != (vocab, hidden):
