@@ -17,6 +17,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "aot: compiles kernels ahead of time for several GPU architectures")
 
 
+@pytest.hookimpl(trylast=True)  # behind what a test's decorators say
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes a `backend` runs on each, unless its decorators name some."""
+    from kernel_backends import BACKENDS
+
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "backend" in metafunc.fixturenames and "backend" not in named:
+        metafunc.parametrize("backend", BACKENDS)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny products on shared cores: a second thread would mostly wait for its turn."""

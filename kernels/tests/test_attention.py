@@ -84,13 +84,11 @@ BATCHES = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_batches(backend: str, batch: Batch) -> None:
     batch.check(backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_one_request_may_stand_for_requests_of_their_own(backend: str) -> None:
     """So a catch-up attends, whose rows the device alone knows: each up to itself, padding to nothing."""
     generator = torch.Generator().manual_seed(3)
@@ -121,7 +119,6 @@ def test_rows_of_one_request_may_stand_for_requests_of_their_own(backend: str) -
     assert not alone[6].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_requests(backend: str) -> None:
     empty = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     pool = torch.zeros(4, 1, 8, device=DEVICE)
@@ -192,7 +189,6 @@ class TestTritonShares:
         assert partial.isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(40), deadline=None)
 @given(
     seq_lens=st.lists(st.integers(-9, 400), min_size=1, max_size=6),

@@ -73,20 +73,17 @@ def check_park(backend: str, batch: Ragged, capacity: int, width: int, index: to
     assert torch.equal(rings.next_tokens.cpu(), ring_tokens)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(25), deadline=None)
 @given(batch=batches(longest=12), capacity=st.integers(1, 9), width=st.sampled_from([1, 8, 33]))
 def test_park_any_batch(backend: str, batch: Ragged, capacity: int, width: int) -> None:
     check_park(backend, batch, capacity, width, torch.int64)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("width", [1, 7, 2048, 5000])
 def test_park_widths(backend: str, width: int) -> None:
     check_park(backend, Ragged([3], [14], [5]), 16, width, torch.int32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_park_256_requests_of_strided_features(backend: str) -> None:
     wide = torch.randn(512, 40, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
     rings = sentinel_rings(300, 4, 24)
@@ -108,7 +105,6 @@ def test_park_256_requests_of_strided_features(backend: str) -> None:
     assert (rings.features[:44] == SENTINEL).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_rings_that_are_a_part_of_wider_ones(backend: str) -> None:
     wide = torch.full((2, 8, 40), SENTINEL, dtype=torch.bfloat16, device=DEVICE)
     rings = BacklogRings(wide[..., 8:32], torch.full((2, 8), SENTINEL, dtype=torch.int64, device=DEVICE))
@@ -162,21 +158,18 @@ def check_unpark(backend: str, batch: Ragged, capacity: int, *, padding: int, in
         assert torch.equal(features.cpu(), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(20), deadline=None)
 @given(batch=batches(longest=7), capacity=st.integers(1, 9), padding=st.integers(0, 3))
 def test_unpark_any_batch(backend: str, batch: Ragged, capacity: int, padding: int) -> None:
     check_unpark(backend, batch, capacity, padding=padding, index=torch.int64)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("padding", [0, 5])
 def test_unpark_one_request_and_none(backend: str, padding: int) -> None:
     check_unpark(backend, Ragged([4], [13], [16]), 16, padding=padding, index=torch.int32)
     check_unpark(backend, Ragged([], [], []), 16, padding=padding, index=torch.int32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_unpark_256_requests(backend: str) -> None:
     rings = filled_rings(256, 4, 3)
     slots = torch.randperm(256, generator=torch.Generator().manual_seed(4)).to(DEVICE)
@@ -193,7 +186,6 @@ def test_unpark_256_requests(backend: str) -> None:
     assert torch.equal(features, rings.features[slots[owner], positions % 4])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_begin_past_the_end_is_an_empty_backlog(backend: str) -> None:
     table = torch.arange(64, dtype=torch.int32, device=DEVICE).view(4, 16)
     with running(backend):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, integers, running
+from kernel_backends import DEVICE, examples, guarded_outputs, integers, running
 from whiflash_kernels import GraphSlots, MixedBlock, accept_and_commit, fill_slots, prepare_mixed_block
 
 SLOTS, CONTEXT = 300, 96
@@ -97,7 +97,6 @@ def check_round(
     return block
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(40), deadline=None)
 @given(
     widths=st.lists(st.integers(0, 17), max_size=9),
@@ -116,7 +115,6 @@ def test_any_round(
     check_round(backend, widths, seed, padding=padding, dtype=dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(40), deadline=None)
 @given(data=st.data(), widths=st.lists(st.integers(0, 9), max_size=6), seed=st.integers(0, 1000))
 def test_any_round_that_may_end(backend: str, data: st.DataObject, widths: list[int], seed: int) -> None:
@@ -129,35 +127,24 @@ def test_any_round_that_may_end(backend: str, data: st.DataObject, widths: list[
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_256_requests(backend: str) -> None:
     widths = torch.randint(0, 9, (256,), generator=torch.Generator().manual_seed(6)).tolist()
     check_round(backend, widths, 3, padding=10)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_columns_past_a_width_are_not_read(backend: str) -> None:
     """Drafts as a strided slice whose unused columns hold nonsense."""
     wide = torch.full((2, 12), -1, dtype=torch.int64, device=DEVICE)
     wide[0, 3:5], wide[1, 3:7] = integers([11, 12]), integers([21, 22, 23, 24])
-    one = integers([1, 2])
+    one, drafts = integers([1, 2]), wide[:, 3:9]
+    rest = integers([3, 5]), integers([4, 5]), one, slot_table().to(DEVICE)
     with running(backend):
-        block = prepare_mixed_block(
-            one, wide[:, 3:9], integers([3, 5]), integers([4, 5]), one, slot_table().to(DEVICE)
-        )
-        transposed = prepare_mixed_block(
-            one,
-            wide[:, 3:9].t().contiguous().t(),
-            integers([3, 5]),
-            integers([4, 5]),
-            one,
-            slot_table().to(DEVICE),
-        )
+        block = prepare_mixed_block(one, drafts, *rest)
+        transposed = prepare_mixed_block(one, drafts.t().contiguous().t(), *rest)
     assert block.input_ids.tolist() == [1, 11, 12, 2, 21, 22, 23, 24]
     assert torch.equal(block.input_ids, transposed.input_ids)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("stops", "count"), [([-1, -1], 3), ([2, -1], 2), ([-1, 2], 2)])
 def test_commit_stops_at_the_stride_or_a_stop(backend: str, stops: list[int], count: int) -> None:
     ids = integers([9, 1, 2, 3, 4])
@@ -187,7 +174,6 @@ def graph_slots(count: int) -> GraphSlots:
     return GraphSlots(widths, indptr, wide[0], ends, wide[1].clone())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @settings(max_examples=examples(40), deadline=None)
 @given(

@@ -6,7 +6,7 @@ from typing import Any
 import kernel_oracles as oracles
 import pytest
 import torch
-from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from kernel_backends import DEVICE, guarded_outputs, running
 from kernel_tolerances import assert_close
 from whiflash_kernels import DFlashWeights, Eagle3Weights, KVPools, dflash_catch_up, eagle3_catch_up
 
@@ -174,7 +174,6 @@ def check_eagle3(
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape",
@@ -192,7 +191,6 @@ def test_dflash(backend: str, dtype: torch.dtype, shape: Shape) -> None:
     check_dflash(backend, shape, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -207,12 +205,10 @@ def test_dflash_variants(backend: str, options: dict[str, Any]) -> None:
     check_dflash(backend, Shape(), torch.float32, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_dflash_256_rows(backend: str) -> None:
     check_dflash(backend, Shape(rows=256, slots=300, layers=1, heads=1, dim=8, rotary=8), torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape",
@@ -223,7 +219,6 @@ def test_eagle3(backend: str, dtype: torch.dtype, shape: Shape) -> None:
     check_eagle3(backend, shape, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_eagle3_variants(backend: str) -> None:
     shape = Shape(layers=1)
     check_eagle3(backend, shape, torch.float32, chunk_norms=lambda source: source(3, 48) * 7)

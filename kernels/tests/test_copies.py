@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, running
+from kernel_backends import DEVICE, examples, guarded_outputs, running
 from whiflash_kernels import propose_copies
 
 BOUNDARIES = (1, 2, 3, 4, 6, 9, 14, 22)
@@ -118,14 +118,12 @@ TEXTS: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", TEXTS)
 def test_texts(backend: str, case: str) -> None:
     texts, options = TEXTS[case]
     check(backend, texts, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [1023, 1024, 1025, 1026, 2500])
 def test_far_back(backend: str, length: int) -> None:
     """The only place is in another tile than the text's end, or across the border of two."""
@@ -133,7 +131,6 @@ def test_far_back(backend: str, length: int) -> None:
     check(backend, [[1, 2, 3, *noise, 1, 2], [3, 1, *noise, 3], [*noise[:5], *noise]])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("drafts", [None, 0, 1, 3])
 def test_limits_and_worth(backend: str, drafts: int | None) -> None:
     text = [5, 6, 7, 8, 9, 5, 6, 7]
@@ -141,7 +138,6 @@ def test_limits_and_worth(backend: str, drafts: int | None) -> None:
         check(backend, [text] * 3, limits=[0, 1, 4], worth=worth, drafts=drafts)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(40), deadline=None)
 @given(
     texts=st.lists(st.lists(st.sampled_from([-7, 0, 1, 2, 3]), max_size=60), min_size=1, max_size=3),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, integers, running
+from kernel_backends import DEVICE, examples, guarded_outputs, integers, running
 from whiflash_kernels import BacklogRings, Claims, PassInputs, claim_backlogs, draft_inputs, pass_rows
 
 SLOTS, CONTEXT, CAPACITY = 12, 40, 7
@@ -21,7 +21,6 @@ def memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(40), deadline=None)
 @given(
     arms=st.integers(1, 3),
@@ -56,7 +55,6 @@ def test_any_claim(
         assert not any(place[..., len(slots) :].any() for place in into)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_more_claims_than_a_program_takes(backend: str) -> None:
     marks = torch.zeros(2, 256, dtype=torch.int64, device=DEVICE)
     slots = torch.arange(256, device=DEVICE).flip(0)
@@ -68,7 +66,6 @@ def test_more_claims_than_a_program_takes(backend: str) -> None:
     assert torch.equal(marks, ends.flip(1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(40), deadline=None)
 @given(data=st.data(), requests=st.integers(1, 9), seed=st.integers(0, 1000), dtype=dtypes, spare=spares)
 def test_any_members(
@@ -116,7 +113,6 @@ def test_any_members(
         assert (into.tail[len(chosen) :] == OLD).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_wide_feature_is_whole(backend: str) -> None:
     features = torch.randn(2, 3, 5000, device=DEVICE)
     rings = BacklogRings(features, torch.zeros(2, 3, dtype=torch.int64, device=DEVICE))
@@ -129,7 +125,6 @@ def test_a_wide_feature_is_whole(backend: str) -> None:
     assert torch.equal(half.tail[0], features[1, 1, 2500:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(40), deadline=None)
 @given(
     lengths=st.lists(st.integers(-9, CONTEXT - 8), max_size=6),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, integers, running
+from kernel_backends import DEVICE, examples, guarded_outputs, integers, running
 from whiflash_kernels import Drafts, choose_drafts, cut_drafts, lay_drafts
 
 SLOTS, CONTEXT = 12, 40
@@ -17,7 +17,6 @@ def floats(values: object) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=DEVICE)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(60), deadline=None)
 @given(
     data=st.data(),
@@ -49,7 +48,6 @@ def test_any_cut(backend: str, data: st.DataObject, members: int, width: int, wo
     assert (counts.dtype, alive.dtype) == (torch.int64, torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(60), deadline=None)
 @given(data=st.data(), size=st.integers(1, 7), width=st.integers(1, 6), columns=st.integers(0, 6))
 def test_any_laying(backend: str, data: st.DataObject, size: int, width: int, columns: int) -> None:
@@ -134,7 +132,6 @@ def host_candidates(draw: st.DrawFn, most: int, tokens: int) -> tuple[list[Draft
     return proposed, draw(st.integers(-1, 3)), draw(st.booleans()), draw(st.integers(0, 8))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(60), deadline=None)
 @given(data=st.data(), size=st.integers(0, 6), width=st.integers(1, 7), count=st.integers(0, 2))
 def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, count: int) -> None:
@@ -212,7 +209,6 @@ def test_any_choice(backend: str, data: st.DataObject, size: int, width: int, co
     assert bool((text == -5).all())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_many_requests_compete(backend: str) -> None:
     """More chances than are compared at a time; of equals the earlier depth, then the earlier request."""
     generator = torch.Generator().manual_seed(0)
@@ -234,7 +230,6 @@ def test_many_requests_compete(backend: str) -> None:
         assert chosen.first_drafts.tolist() == torch.minimum(counts // 2, torch.tensor(kept)).tolist()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_drafts_join_those_before_them(backend: str) -> None:
     zero, text = integers([0]), integers([[9, 0, 0, 0]])
     laid = Drafts(integers([[1, 0, 0]]), integers([1]), floats([[0.5, 0.0, 0.0]]))
@@ -245,7 +240,6 @@ def test_drafts_join_those_before_them(backend: str) -> None:
     assert (chosen.widths.tolist(), chosen.first_drafts.tolist()) == ([4], [1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_drafts_without_a_chance_are_verified_where_there_is_room(backend: str) -> None:
     chances, none = floats([[0.5, 0.0], [0.25, 0.0]]), integers([0, 0])
     laid = Drafts(integers([[1, 2], [3, 4]]), integers([2, 1]), chances)
@@ -255,7 +249,6 @@ def test_drafts_without_a_chance_are_verified_where_there_is_room(backend: str) 
     assert chosen.widths.tolist() == [3, 2]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_copy_must_promise_more_when_its_rows_are_paid(backend: str) -> None:
     """An eighth of 3/8 is its row's; the rest equals what the drafts promise. Behind its count are no chances."""
     none = integers([0, 0])
@@ -268,7 +261,6 @@ def test_a_copy_must_promise_more_when_its_rows_are_paid(backend: str) -> None:
     assert chosen.tokens[:, 0].tolist() == [1, 4]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_candidate_counts_from_where_the_text_is(backend: str) -> None:
     """It was proposed two tokens ago: where these are its own the rest is left, at the chances that are left. One that
     promises no more than the drafts leaves them. At the chances that it was made with the first would too.
@@ -291,7 +283,6 @@ def test_a_candidate_counts_from_where_the_text_is(backend: str) -> None:
         choose_drafts(laid, at, starts, text, **host)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_copy_does_not_count_if_the_copying_arms_candidate_pays(backend: str) -> None:
     """It may promise less than the copy. The copy counts if the text has left it, or it does not pay."""
     at, none = integers([0, 1, 2, 3]), integers([0] * 4)
@@ -313,7 +304,6 @@ WRONG = st.sampled_from([-(2**40), -1, 50, 2**40, "chance", "confidence"])
 BY_COLUMN = st.dictionaries(st.integers(0, 6), WRONG, max_size=2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(60), deadline=None)
 @given(
     requests=st.lists(st.tuples(st.integers(-1, 8), BY_COLUMN), min_size=1, max_size=4),

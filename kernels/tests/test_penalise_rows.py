@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from kernel_backends import BACKENDS, DEVICE, examples, integers, running
+from kernel_backends import DEVICE, examples, integers, running
 from whiflash_kernels import PenaltyTable, penalise_rows
 
 SLOTS, CONTEXT, PLACES = 7, 40, 8
@@ -73,13 +73,11 @@ def check(backend: str, seed: int, vocab: int, dtype: torch.dtype = torch.float3
     assert bool((table.counts[others] == 99).all()), "counts of others were cleared"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_row_counts_its_own_drafts(backend: str) -> None:
     for seed in range(examples(60)):
         check(backend, seed, vocab=11)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("vocab", "dtype"), [(1, torch.float32), (4097, torch.float32), (300, torch.bfloat16)]
 )

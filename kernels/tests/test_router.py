@@ -3,7 +3,7 @@
 import kernel_oracles as oracles
 import pytest
 import torch
-from kernel_backends import BACKENDS, DEVICE, guarded_outputs, running
+from kernel_backends import DEVICE, guarded_outputs, running
 from kernel_tolerances import assert_close
 from whiflash_kernels import router_mlp
 
@@ -20,7 +20,6 @@ def states(rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(rows, hidden, generator=torch.Generator().manual_seed(rows)).to(dtype).to(DEVICE)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "hidden", "units", "outputs"),
@@ -34,26 +33,16 @@ def test_router(backend: str, dtype: torch.dtype, rows: int, hidden: int, units:
     assert_close(out, oracles.router(x.cpu(), *(w.cpu() for w in weights)), "router", dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bf16_states_through_a_float32_router(backend: str) -> None:
-    weights, x = layers(64, 32, 1, torch.float32), states(3, 64, torch.bfloat16)
-    with running(backend):
-        out = router_mlp(x, *weights)
-    assert_close(out, oracles.router(x.cpu(), *(w.cpu() for w in weights)), "router", torch.float32)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_states(backend: str) -> None:
+def test_strided_states_and_bf16_ones(backend: str) -> None:
     weights = layers(64, 32, 1, torch.float32)
     rows = states(6, 128, torch.float32)[::2, 32:96]
     columns = states(64, 3, torch.float32).t()
     with running(backend):
-        for x in (rows, columns):
+        for x in (rows, columns, states(3, 64, torch.bfloat16)):
             expected = oracles.router(x.cpu(), *(w.cpu() for w in weights))
             assert_close(router_mlp(x, *weights), expected, "router", torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_results_repeat_and_do_not_depend_on_the_batch(backend: str) -> None:
     weights, x = layers(576, 256, 1, torch.float32), states(5, 576, torch.float32)
     with running(backend):
@@ -63,7 +52,6 @@ def test_results_repeat_and_do_not_depend_on_the_batch(backend: str) -> None:
             assert torch.equal(out[2:3], router_mlp(x[2:3], *weights))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend: str) -> None:
     with running(backend):
         assert router_mlp(states(0, 16, torch.float32), *layers(16, 8, 2, torch.float32)).shape == (0, 2)

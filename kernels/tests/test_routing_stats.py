@@ -28,7 +28,6 @@ def check(stats: tuple[torch.Tensor, ...], logits: torch.Tensor) -> None:
     assert [field.dtype for field in stats] == [torch.float32] * 2 + [torch.int64]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "vocab"), [(1, 1), (1, 2), (3, 5), (2, 4096), (2, 4097), (256, 33), (1, 151_936)]
@@ -60,7 +59,6 @@ def test_rows_that_fill_the_chip_are_not_split(backend: str) -> None:
             check(routing_stats(logits), logits)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ties_go_to_the_first_as_in_torch(backend: str, dtype: torch.dtype) -> None:
     logits = torch.randint(0, 3, (4, 9000), generator=torch.Generator().manual_seed(0)).to(dtype).to(DEVICE)
@@ -70,7 +68,6 @@ def test_ties_go_to_the_first_as_in_torch(backend: str, dtype: torch.dtype) -> N
     assert torch.equal(stats[2].cpu(), logits.cpu().argmax(dim=-1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tie_of_neighbours(backend: str) -> None:
     """One thread loads both at once: no other has seen either of them."""
     logits = random_logits(1, 512, torch.bfloat16).clamp(max=1.0)
@@ -82,7 +79,6 @@ def test_a_tie_of_neighbours(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's numpy; to -inf, as meant
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_grammar_masks(backend: str) -> None:
     logits = random_logits(6, 5000, torch.bfloat16)
     logits[0, 1:] = -torch.inf  # one allowed token, the first
@@ -99,7 +95,6 @@ def test_grammar_masks(backend: str) -> None:
     assert stats[1][1] == 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("offset", [-20_000.0, 0.0, 20_000.0])
 def test_far_from_zero(backend: str, offset: float) -> None:
     logits = random_logits(2, 700, torch.float32) + offset
@@ -107,7 +102,6 @@ def test_far_from_zero(backend: str, offset: float) -> None:
         check(routing_stats(logits), logits)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_chosen_rows_and_strided_logits(backend: str, index_dtype: torch.dtype) -> None:
     wide = random_logits(12, 6000, torch.bfloat16)
@@ -118,7 +112,6 @@ def test_chosen_rows_and_strided_logits(backend: str, index_dtype: torch.dtype) 
         check(routing_stats(logits, torch.stack([rows, rows], dim=1)[:, 0]), logits[rows])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend: str) -> None:
     with running(backend):
         for stats in (
@@ -136,7 +129,6 @@ def test_rejects_other_shapes_and_a_strided_vocabulary() -> None:
         routing_stats(torch.zeros(9, 2, device=DEVICE).t())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(30), deadline=None)
 @given(
     values=st.lists(

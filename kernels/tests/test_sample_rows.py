@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, DEVICE, examples, guarded_outputs, integers, running
+from kernel_backends import DEVICE, examples, guarded_outputs, integers, running
 from whiflash_kernels import SamplingTable, sample_rows
 
 FREE = (1.0, 2.0**30, 1.0, 0.0)
@@ -96,7 +96,6 @@ def check(
         assert token in oracles.drawn(values, seeds[owner], position, *parameters[owner]), (row, owner)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("coarse", [False, True])
 def test_every_kind_of_request_in_one_batch(backend: str, masked: bool, coarse: bool) -> None:
@@ -106,14 +105,12 @@ def test_every_kind_of_request_in_one_batch(backend: str, masked: bool, coarse: 
     check(backend, [40], [len(KINDS) - 1], 301, 5, masked=masked, coarse=coarse)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("vocab", [1, 2, 33, 4097, 9000])
 def test_vocabularies_and_types(backend: str, dtype: torch.dtype, vocab: int) -> None:
     check(backend, [1, 1, 1], [2, 0, 1], vocab, vocab, dtype=dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_more_is_kept_than_is_sorted_first(backend: str) -> None:
     """By its mass, and because so many tokens are equally likely."""
     flat = torch.zeros(1, 3000, device=DEVICE)
@@ -125,7 +122,6 @@ def test_more_is_kept_than_is_sorted_first(backend: str) -> None:
         assert token in oracles.drawn(flat[0].cpu(), 11, 9, *parameters)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_allowed_and_no_rows(backend: str) -> None:
     """Nor is a number anything but allowed."""
     own = table([FREE, GREEDY, KINDS[6], KINDS[8]], [1, 2, 3, 4], [1, 2, 3, 4])
@@ -140,7 +136,6 @@ def test_nothing_allowed_and_no_rows(backend: str) -> None:
         assert sample_rows(torch.zeros(0, 70, device=DEVICE), *batch, own).shape == (0,)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(20), deadline=None)
 @given(data=st.data())
 def test_any_batch(backend: str, data: st.DataObject) -> None:

@@ -95,7 +95,6 @@ BATCHES = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_batches(backend: str, batch: Batch) -> None:
     with cut(backend, 9, 64):
@@ -135,7 +134,6 @@ def random_batch(seed: int) -> Batch:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_random_batches(backend: str) -> None:
     for seed in range(*map(int, os.environ.get("WHIFLASH_SEEDS", "0,24").split(","))):
         with cut(backend, *random.Random(seed).choice(((2, 1), (5, 64), (16, 1), (33, 64), (33, 256)))):

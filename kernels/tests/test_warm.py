@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_backends import BACKENDS, DEVICE, running
+from kernel_backends import DEVICE, running
 from whiflash_kernels import BacklogRings, SamplingTable
 from whiflash_kernels.warm import Served, launch_all
 
@@ -36,7 +36,6 @@ def served(requests: int, widths: set[int], candidates: int) -> Served:
     [(2, {1, 33}, 2), (48, {1}, 1), (96, {1}, 0)],
     ids=["1 and 2", "1 and 48", "1, 64 and 96"],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_launches_before_the_first_request(
     backend: str, requests: int, widths: set[int], candidates: int
 ) -> None:
