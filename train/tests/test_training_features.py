@@ -195,10 +195,8 @@ def test_answers_and_features_are_the_targets(tmp_path: Path) -> None:
     assert looped
     for name, answer in cut.answers.items():
         whole = kept.answers[name].tokens
-        assert (answer.tokens == whole[: len(answer.tokens)], answer.tokens != whole) == (
-            True,
-            name in looped,
-        )
+        assert answer.tokens == whole[: len(answer.tokens)]
+        assert (answer.tokens != whole) == (name in looped)
     origin = ServedOrigin.read(path, "tiny", tmp_path / "origin", {}, target.final_norm, torch.float32)
     for name in ("embedding", "head"):
         assert torch.equal(getattr(origin, name), getattr(target, name))

@@ -152,13 +152,8 @@ def test_what_draft_kv_is_made_with_stays_bit_by_bit(
 
 
 def test_nothing_of_a_text_is_left_behind(passed: Passed) -> None:
-    directory = passed.learning.directory
-    assert sorted(path.name for path in directory.iterdir()) == [
-        ".learner",
-        "learner.json",
-        "samples",
-        "versions",
-    ]
+    left = {path.name for path in passed.learning.directory.iterdir()}
+    assert left == {".learner", "learner.json", "samples", "versions"}
 
 
 def test_it_waits_for_requests_that_no_version_has_learned_from(passed: Passed, pair: Pair) -> None:
@@ -197,18 +192,7 @@ def test_the_original_training_is_replayed(pair: Pair, tmp_path: Path) -> None:
     assert 2 * learned <= found.tokens < 2 * learned + 20
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Let training write other weights."""
-    trains = once.train_arm
-
-    def spoiled(*given: Any) -> Path:
-        out = trains(*given)
-        tensors = load_file(out / "model.safetensors")
-        change(tensors)
-        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-        return out
-
-    monkeypatch.setattr(once, "train_arm", spoiled)
+Change = Callable[[dict[str, torch.Tensor]], None]
 
 
 def nan(tensors: dict[str, torch.Tensor]) -> None:
@@ -221,15 +205,19 @@ def moved(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(("change", "said"), [(nan, "norm.weight holds NaN"), (moved, "fc.weight differs")])
 def test_weights_that_cannot_serve_are_no_version(
-    pair: Pair,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[dict[str, torch.Tensor]], None],
-    said: str,
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Change, said: str
 ) -> None:
-    learning = learning_of(pair, tmp_path)
+    learning, trains = learning_of(pair, tmp_path), once.train_arm
     serve(tmp_path, str(pair[0] / "target"), 32, 3)
-    spoil(monkeypatch, change)
+
+    def spoiled(*given: Any) -> Path:
+        out = trains(*given)
+        tensors = load_file(out / "model.safetensors")
+        change(tensors)
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        return out
+
+    monkeypatch.setattr(once, "train_arm", spoiled)
     with pytest.raises(ConfigError, match=said):
         learn_once(learning)
     assert numbers(versions_of(tmp_path)) == []

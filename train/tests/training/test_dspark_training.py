@@ -91,13 +91,11 @@ def plain_loss(trained: DSparkTraining, batch: Batch, ids: list[int]) -> tuple[T
     w1, w2 = drafter.markov_head["markov_w1"].weight, drafter.markov_head["markov_w2"].weight
     confidence = drafter.confidence_head["proj"]
     for block in range(len(examples.rows)):
-        drafts = []
         for k in range(drafter.config.max_drafts):
             row, before = examples.rows[block, k], int(examples.before[block, k])
             wanted = examples.labels.weights[block * drafter.config.max_drafts + k]
             emitted = int(examples.labels.ids[block * drafter.config.max_drafts + k])
             if not examples.valid[block, k] or emitted < 0:
-                drafts.append(None)
                 continue
             logits = examples.head.float() @ row + examples.bias + w2[ids] @ w1[before]
             own = logits.exp() / logits.exp().sum()
@@ -108,13 +106,9 @@ def plain_loss(trained: DSparkTraining, batch: Batch, ids: list[int]) -> tuple[T
             sure = 1 / (1 + torch.exp(-(confidence(torch.cat([row, w1[before]]))[0])))
             bce = -(right * sure.log() + (1 - right) * (1 - sure).log())
             terms = {"cross_entropy": -(wanted * own.log()).sum(), "distance": distance, "confidence": bce}
-            drafts.append(terms)
-        for k, draft in enumerate(drafts):
-            if draft is None:
-                continue
             w = torch.exp(torch.tensor(-k / settings.gamma))
             weight = weight + w
-            total = {name: value + w * draft[name] for name, value in total.items()}
+            total = {name: value + w * terms[name] for name, value in total.items()}
     parts = {name: value / weight for name, value in total.items()}
     return sum(getattr(settings, name) * value for name, value in parts.items()), parts
 

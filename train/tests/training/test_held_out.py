@@ -47,10 +47,8 @@ def test_who_is_never_named_may_be_anybody() -> None:
 
 
 def test_the_same_words_in_other_spacing_are_the_same_conversation() -> None:
-    assert (
-        kept([turns("What  is\nTWO plus two?", source="a")], [turns("what is two plus two?", source="b")])
-        == []
-    )
+    asked, again = turns("What  is\nTWO plus two?", source="a"), turns("what is two plus two?", source="b")
+    assert kept([asked], [again]) == []
 
 
 def test_tools_and_schemas_are_documents() -> None:

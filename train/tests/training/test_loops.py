@@ -6,11 +6,8 @@ from hypothesis import strategies as st
 from whiflash_train.rounds import MAX_PERIOD, MIN_REPEATS, MIN_SPAN, loop_start
 
 
-def test_three_passes_are_not_a_loop() -> None:
+def test_three_passes_and_a_short_run_of_one_token_are_no_loops() -> None:
     assert loop_start([1, 2, 3] + list(range(10, 20)) * 3) is None
-
-
-def test_a_short_run_of_one_token_is_not_a_loop() -> None:
     assert loop_start([1, 2, *[5] * (MIN_SPAN - 1)]) is None
     assert loop_start([1, 2, *[5] * MIN_SPAN]) == 3
 

@@ -61,13 +61,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def ran(*words: object) -> str:
+    """Output of a command that succeeds."""
+    result = CliRunner().invoke(app, [*map(str, words), "--json"])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
 @pytest.fixture(scope="module")
 def config(root: Path) -> TrainConfig:
-    result = CliRunner().invoke(
-        app, ["train", "--step", "data", "--config", str(root / "tiny.yaml"), "--json"]
-    )
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["sequences"] == 24
+    said = json.loads(ran("train", "--step", "data", "--config", root / "tiny.yaml"))
+    assert said["sequences"] == 24
     return load_config(root / "tiny.yaml")
 
 
@@ -96,8 +100,7 @@ def dying() -> Iterator[None]:
 def test_data_goes_on_where_it_stopped(root: Path, config: TrainConfig, tmp_path: Path) -> None:
     part = config.model_copy(update={"work": tmp_path, "data": config.data.model_copy(update={"limit": 10})})
     assert generate_data(part).sequences == 10
-    whole = generate_data(part.model_copy(update={"data": config.data}))
-    assert whole.sequences == 24
+    assert generate_data(part.model_copy(update={"data": config.data})).sequences == 24
     index = [json.loads(line) for line in (tmp_path / "data/shard0of1/index.jsonl").read_text().splitlines()]
     assert len({row["id"] for row in index}) == 24
 
@@ -120,8 +123,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     found = weights(run(tmp_path / "killed"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
-    changed = [name for name in found if name.endswith("mlp.down_proj.weight")]
-    assert changed
+    assert any(name.endswith("mlp.down_proj.weight") for name in found)
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +213,7 @@ def test_prompts_that_share_an_id_are_refused(config: TrainConfig, tmp_path: Pat
         generate_data(config.model_copy(update={"work": tmp_path, "data": twice}))
 
 
-def test_a_prompt_that_was_answered_twice_is_learned_from_once(
-    root: Path, config: TrainConfig, tmp_path: Path
-) -> None:
+def test_a_prompt_that_was_answered_twice_is_learned_from_once(config: TrainConfig, tmp_path: Path) -> None:
     """By older shards, or in a file of tokens that holds both: the first answer counts."""
     for name in ("shard0of1", "shard1of2"):
         shutil.copytree(config.work / "data/shard0of1", tmp_path / "data" / name)
@@ -301,20 +301,13 @@ def test_the_disk_bound_stops_the_run_and_keeps_the_data(config: TrainConfig, tm
 
 
 def test_recomputed_features_equal_the_kept_ones(root: Path, config: TrainConfig, tmp_path: Path) -> None:
-    arguments = ["--config", str(root / "tiny.yaml"), "--json"]
-    exported = CliRunner().invoke(app, ["lab", "export", str(tmp_path / "tokens.npz"), *arguments])
-    assert exported.exit_code == 0, exported.output
-    elsewhere = settings(root) | {"work": str(tmp_path / "work")}
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(elsewhere))
-    command = ["lab", "features", str(tmp_path / "tokens.npz")]
-    command += ["--config", str(tmp_path / "other.yaml"), "--json"]
+    tiny, other, tokens = root / "tiny.yaml", tmp_path / "other.yaml", tmp_path / "tokens.npz"
+    ran("lab", "export", tokens, "--config", tiny)
+    other.write_text(yaml.safe_dump(settings(root) | {"work": str(tmp_path / "work")}))
     for recomputed in (24, 0):
-        result = CliRunner().invoke(app, command)
-        assert result.exit_code == 0, result.output
-        assert json.loads(result.stdout)["recomputed"] == recomputed
-    kept, again = (
-        open_stores(load_config(file))[0] for file in (root / "tiny.yaml", tmp_path / "other.yaml")
-    )
+        said = json.loads(ran("lab", "features", tokens, "--config", other))
+        assert said["recomputed"] == recomputed
+    kept, again = (open_stores(load_config(file))[0] for file in (tiny, other))
     for first, second in zip(kept.records, again.records, strict=True):
         one, two = kept.read(first), again.read(second)
         assert torch.equal(one.tokens, two.tokens)
@@ -337,7 +330,7 @@ def test_an_unfinished_checkpoint_is_passed_over(
             raise OSError(errno.ENOSPC, "No space left on device")
         original(self, output_dir)
 
-    command = ["train", "--step", "eagle3", "--config", str(tmp_path / "full.yaml"), "--json"]
+    command = ["train", "--step", "eagle3", "--config", str(tmp_path / "full.yaml")]
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save_rng_state", full)
         result = CliRunner().invoke(app, command)
@@ -345,10 +338,8 @@ def test_an_unfinished_checkpoint_is_passed_over(
     assert "No space left on device" in str(result.exception)
     left = sorted(path.name for path in (tmp_path / "eagle3/trainer").glob("checkpoint-*"))
     assert left == ["checkpoint-4", "checkpoint-8"]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 0, result.output
+    found = weights(Path(json.loads(ran(*command))["checkpoint"]))
     whole = weights(train_eagle3(config, root / "target"))
-    found = weights(Path(json.loads(result.stdout)["checkpoint"]))
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
