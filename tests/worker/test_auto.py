@@ -15,10 +15,8 @@ PROMPTS = [random.Random(seed).choices(range(256), k=30) for seed in range(2)]
 
 @pytest.fixture(scope="module")
 def running(models: Models) -> Iterator[Engine]:
-    options = {
-        "max_running_requests": 2,
-        "skip_tokenizer_init": False,
-    }  # spans are found in the tokens' bytes
+    # Spans are found in the tokens' bytes.
+    options = {"max_running_requests": 2, "skip_tokenizer_init": False}
     with engine(models.target, whiflash=models.whiflash("auto"), **options) as e:
         yield e
 

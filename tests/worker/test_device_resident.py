@@ -163,7 +163,6 @@ def test_a_copy_takes_the_place_of_drafts_that_promise_less(
         for source, accepted in zip(found.source, found.accept_lens, strict=True)
         if source
     ]
-    assert copied
     assert sum(copied) > 0, "no copy was ever right"
     assert lost > 0
 

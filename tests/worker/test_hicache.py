@@ -58,9 +58,8 @@ def talk(e: Engine, name: str = "talk", *, seed: int = 1, between: Callable[[], 
     e.submit(f"{name}-1", prompt, max_new_tokens=48)
     e.run()
     first = e.output(f"{name}-1")
-    e.submit(
-        f"{name}-again", [*prompt, *first, 1], max_new_tokens=1
-    )  # write-through-selective takes what is hit
+    # Write-through-selective takes what is hit.
+    e.submit(f"{name}-again", [*prompt, *first, 1], max_new_tokens=1)
     e.run()
     for other in range(8):
         e.submit(f"{name}-other{other:02d}", rng.choices(range(256), k=100), max_new_tokens=1)

@@ -112,11 +112,10 @@ def test_what_is_forced_is_accepted_at_once(
     running: Engine, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every draft is right but the ends of tokens, and a forced stretch takes the rounds that its width takes."""
-    e = running
-    use_only("structure", e.worker.controller, monkeypatch)
-    assert play(e, structured()) == expected
+    use_only("structure", running.worker.controller, monkeypatch)
+    assert play(running, structured()) == expected
     for rid, output in expected.items():
-        verified, accepted = e.rounds(rid)
+        verified, accepted = running.rounds(rid)
         assert verified + accepted == len(output) - 1
         if rid.startswith("free"):
             assert accepted == 0
@@ -145,7 +144,6 @@ def test_wherever_a_forced_draft_is_rejected(
         return tokens, allowed
 
     monkeypatch.setattr(structure.StructureArm, "_looked", spoil)
-    e = running
-    assert play(e, structured()) == expected
+    assert play(running, structured()) == expected
     assert set(wrong) == set(range(WIDTH)), "every position"
     assert len(set(map(id, spoilt))) == 2 * len(GRAMMARS), "every request that has a grammar"
