@@ -35,9 +35,9 @@ class Served:
     context: list[tuple[Tensor, Tensor]]
 
 
-def load(path: Path) -> tuple[Draft, Any]:
+def load(path: Path, arm: str = arms.DIFFUSION) -> tuple[Draft, Any]:
     """The checkpoint as a worker loads it, fitted to the target of `published`."""
-    draft = read_draft(path, arms.DIFFUSION)
+    draft = read_draft(path, arm)
     check_fit(draft, TargetShape(HIDDEN, TARGET_LAYERS, VOCAB))
     embedding, head = target_tensors()
     model = draft.load(

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import torch
-from published import HIDDEN, TARGET_LAYERS, VOCAB, target_tensors
-from served_blocks import BONUS, CONTEXT, LENGTHS, batch
+from published import HIDDEN, TARGET_LAYERS, VOCAB
+from served_blocks import BONUS, CONTEXT, LENGTHS, batch, load
 from torch import Tensor
 
 from whiflash_sglang.cache.backlog import FeatureRows
-from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
+from whiflash_sglang.checkpoints.fit import target_layers
 from whiflash_sglang.drafts import arms
-from whiflash_sglang.formats.table import read_draft
 from whiflash_sglang.serve.assemble import chain_arm
 
 STEPS = 5
@@ -19,14 +18,9 @@ STEPS = 5
 @torch.no_grad()
 def serve(path: Path) -> tuple[list[list[int]], list[Tensor], list[list[int]]]:
     """Drafts per request, and what they came from: features [n, F] of its layers, and the tokens 1…n."""
-    draft = read_draft(path, arms.AR)
-    check_fit(draft, TargetShape(HIDDEN, TARGET_LAYERS, VOCAB))
-    embedding, head = target_tensors()
-    model = draft.load(
-        device=torch.device("cpu"), dtype=torch.float32, target_embedding=embedding, target_lm_head=head
-    )
+    draft, model = load(path, arms.AR)
     layers = target_layers(draft, TARGET_LAYERS)
-    arm = chain_arm(model.requires_grad_(False), layers, layers, STEPS, 256)
+    arm = chain_arm(model, layers, layers, STEPS, 256)
     arm.allocate(len(LENGTHS) * CONTEXT)
     generator = torch.Generator().manual_seed(4)
     table = torch.randperm(len(LENGTHS) * CONTEXT, generator=generator).view(-1, CONTEXT).to(torch.int32)

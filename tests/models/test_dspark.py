@@ -98,9 +98,8 @@ CASES: dict[str, dict[str, Any]] = {
 def test_dspark_drafts_what_sglang_drafts(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.models import dspark
 
-    monkeypatch.setattr(
-        dspark, "read_ragged_verify_mode", lambda: None
-    )  # the static mode builds no confidence head
+    # The static mode builds no confidence head.
+    monkeypatch.setattr(dspark, "read_ragged_verify_mode", lambda: None)
     config = CASES[case]
     settings = config | config.get("dflash_config", {})
     confidence = settings["enable_confidence_head"]

@@ -33,19 +33,17 @@ from whiflash_sglang.formats.mtp import Experts, read_routed
 from whiflash_sglang.formats.table import read_draft
 from whiflash_train.bundle import BundleParts, create
 
-MIMO = (
-    DIMENSIONS
-    | {
-        "architectures": ["MiMoForCausalLM"],
-        "model_type": "qwen2",  # published files say "mimo" and bring a class of that name: Qwen2's, and the next key
-        "num_nextn_predict_layers": 1,
-        "num_hidden_layers": TARGET_LAYERS,
-        "attention_bias": True,
-        "rope_theta": 640000,
-        "rope_scaling": None,
-        "use_sliding_window": False,
-    }
-)
+MIMO = DIMENSIONS | {
+    "architectures": ["MiMoForCausalLM"],
+    # Published files say "mimo" and bring a class of that name: Qwen2's, and the next key.
+    "model_type": "qwen2",
+    "num_nextn_predict_layers": 1,
+    "num_hidden_layers": TARGET_LAYERS,
+    "attention_bias": True,
+    "rope_theta": 640000,
+    "rope_scaling": None,
+    "use_sliding_window": False,
+}
 GLM = DIMENSIONS | {
     "architectures": ["Glm4MoeForCausalLM"],
     "model_type": "glm4_moe",

@@ -3,12 +3,12 @@
 Asserted are the format, the target that it fits, which layers it reads, how many tokens it drafts, what its KV costs.
 """
 
-import json
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from published import write
 
 from whiflash_lab.bench.arms import DRAFTERS
 from whiflash_sglang.checkpoints.fit import TargetShape, check_fit, target_layers
@@ -190,15 +190,10 @@ IDS = {
 }
 
 
-def write(path: Path, config: dict[str, Any]) -> Path:
-    (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
 @pytest.mark.parametrize("name", IDS)
 def test_a_published_checkpoint_is_known_by_its_configuration(name: str, tmp_path: Path) -> None:
     said = IDS[name]
-    draft = read_draft(write(tmp_path, said.config))
+    draft = read_draft(write(tmp_path, said.config, {}))
     check_fit(draft, said.target)
     _, kv_heads, head_dim = draft.config.attention
     assert draft.format.name == said.format
@@ -221,7 +216,7 @@ def test_a_published_checkpoint_is_known_by_its_configuration(name: str, tmp_pat
     ],
 )
 def test_what_is_not_loaded_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    path = write(tmp_path, IDS["DFlash of Qwen3-8B"].config | changes)
+    path = write(tmp_path, IDS["DFlash of Qwen3-8B"].config | changes, {})
     with pytest.raises(CheckpointError, match=rf"{path}/config\.json: {message}"):
         read_draft(path)
 

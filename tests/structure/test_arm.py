@@ -18,6 +18,7 @@ from whiflash_sglang.spans.vocabulary import Vocabulary, text_of
 from whiflash_sglang.structure.chances import Kind
 from whiflash_sglang.structure.tools import MOST_FUNCTIONS, carried_tools
 
+CALLS = (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
 MINE, THEIRS = tenant_of(None, "mine"), tenant_of(None, "theirs")
 
 
@@ -119,8 +120,7 @@ def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
 ) -> None:
     tools = RequestHints(tools=carried_tools([("find", {"description": "x"})], "hermes") or "")
     told, written = Told(grammars), [*PROMPT, *vocabulary.encode("<tool_call>")]
-    calls = (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
-    alone = begun(arm, RequestHints(tools=tools.tools, spans=calls), MINE)
+    alone = begun(arm, RequestHints(tools=tools.tools, spans=CALLS), MINE)
     arm.propose(alone, len(PROMPT), lambda start: written[: len(PROMPT) + 1][start:], FULL_LENGTH)
     for request, text, source in (
         (begun(arm, tools, MINE, told), list(PROMPT), "grammar"),
@@ -134,11 +134,7 @@ def test_what_drafts_are_taken_from_is_the_grammar_where_there_is_one(
 def test_where_calls_are_rare_none_is_guessed(arm: StructureArm, vocabulary: Vocabulary) -> None:
     """That one begins is believed as often as it was true, of every tenant by itself."""
     tools = carried_tools([("find", {"properties": {"city": {}}, "required": ["city"]})], "hermes") or ""
-    spans = (
-        Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),
-        Span(kind="reasoning", begin="<think>", end="</think>"),
-    )
-    hints = RequestHints(tools=tools, spans=spans)
+    hints = RequestHints(tools=tools, spans=(*CALLS, Span(kind="reasoning", begin="<think>", end="</think>")))
 
     def answer(tenant: Any, text: str) -> float:
         request = begun(arm, hints, tenant)
@@ -198,8 +194,7 @@ def test_a_prompt_is_decoded_once_however_many_tools_there_are(
 
     monkeypatch.setattr("whiflash_sglang.arms.structure.text_of", counting)
     tools = carried_tools([(f"find_{i}", KEYS) for i in range(MOST_FUNCTIONS)], "qwen3_coder") or ""
-    spans = (Span(kind="tool_call", begin="<tool_call>", end="</tool_call>"),)
-    request = begun(arm, RequestHints(tools=tools, spans=spans), MINE)
+    request = begun(arm, RequestHints(tools=tools, spans=CALLS), MINE)
     prompt = vocabulary.encode("find_1 or find_2?" * 20)
     text = [*prompt, *vocabulary.encode("<tool_call>")]
     for length in (len(prompt), len(text)):
