@@ -239,16 +239,12 @@ class WeightReader:
     def tensor(self, name: str) -> Tensor:
         """Raises `CheckpointError` where the checkpoint lacks `name`, or the scale that it needs."""
         if name not in self._weights:
-            raise CheckpointError(
-                f"{self._path}: the weights lack {name}, so the checkpoint is incomplete: fetch it again"
-            )
+            raise self._wrong(f"the weights lack {name}, so the checkpoint is incomplete: fetch it again")
         found, scale = self._weights[name], self._weights.get(f"{name}_scale")
         if found.dtype.itemsize > 1 or found.dtype == torch.bool:
             return found
         if found.dtype != torch.float8_e4m3fn or scale is None or scale.numel() not in (1, len(found)):
-            raise CheckpointError(
-                f"{self._path}: {name} is {found.dtype}; give 16 bits, or float8 with scales"
-            )
+            raise self._wrong(f"{name} is {found.dtype}; give 16 bits, or float8 with scales")
         return found.float() * scale.float().reshape(-1, 1)
 
     def fill(self, parameter: Tensor, *names: str) -> None:
@@ -260,8 +256,8 @@ class WeightReader:
             value = parts[0]
         if value.shape != parameter.shape:
             found = ", ".join(f"{name} {list(part.shape)}" for name, part in zip(names, parts, strict=True))
-            raise CheckpointError(
-                f"{self._path}: {found} does not fit {list(parameter.shape)}, which config.json asks for "
+            raise self._wrong(
+                f"{found} does not fit {list(parameter.shape)}, which config.json asks for "
                 "(wrong hidden size, head count or number of captured layers)"
             )
         with torch.no_grad():
@@ -304,22 +300,21 @@ class WeightReader:
         if name not in self:
             if rows == vocab:
                 return torch.zeros(vocab, dtype=torch.int64)
-            raise CheckpointError(
-                f"{self._path}: the weights lack {name}, the map from the draft vocabulary to the target's"
-            )
+            raise self._wrong(f"the weights lack {name}, the map from the draft vocabulary to the target's")
         offsets = self.tensor(name).to(torch.int64)
         if offsets.shape != (rows,):
-            raise CheckpointError(
-                f"{self._path}: {name} has {list(offsets.shape)} entries, draft_vocab_size is {rows}"
-            )
+            raise self._wrong(f"{name} has {list(offsets.shape)} entries, draft_vocab_size is {rows}")
         ids = offsets + torch.arange(rows)
         wrong = ids[(ids < 0) | (ids >= vocab)]
         if len(wrong):
-            raise CheckpointError(
-                f"{self._path}: {name} maps to token {int(wrong[0])}, outside the target's vocabulary of "
+            raise self._wrong(
+                f"{name} maps to token {int(wrong[0])}, outside the target's vocabulary of "
                 f"{vocab} ({len(wrong)} such entries)"
             )
         return offsets
+
+    def _wrong(self, text: str) -> CheckpointError:
+        return CheckpointError(f"{self._path}: {text}")
 
 
 def _in_files(name: str, names: Mapping[str, tuple[str, ...]]) -> tuple[str, str, tuple[str, ...]]:

@@ -86,12 +86,6 @@ def _compiler() -> xgrammar.GrammarCompiler:
     return xgrammar.GrammarCompiler(info, cache_enabled=False)
 
 
-def matcher_of(tools: str) -> Matcher | None:
-    """A new one; None where there is no grammar of these tools."""
-    grammar = compiled(tools)
-    return None if grammar is None else XGrammarMatcher(xgrammar.GrammarMatcher(grammar))
-
-
 class _State(Enum):
     LEAD = auto()
     """After a marker, before the call."""
@@ -345,9 +339,10 @@ class Calls:
             return None
         if (form := PARSERS.get(read.form)) is not None:
             return MarkupCall(read, form, end, self._habits(span), self._uses, self._known)
-        matcher = matcher_of(self._tools)
-        if matcher is None:
+        grammar = compiled(self._tools)
+        if grammar is None:
             return None
+        matcher = XGrammarMatcher(xgrammar.GrammarMatcher(grammar))
         if not span.begin.startswith("{"):
             return JsonCall(matcher, self._habits(span), end, self._tools)
         call = JsonCall(matcher, {**(self._seen or {}), LEAD: ""}, end, self._tools)

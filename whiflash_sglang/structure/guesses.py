@@ -124,20 +124,14 @@ class Guesses:
         if matcher.allows(FREE):
             return []
         if layout.inside:
-            return self._word(matcher, layout.partial)
+            begun = layout.partial
+            rests = {word: word[len(begun) :] + '"' for word in self._words if word.startswith(begun)}
+            return {word: rest for word, rest in rests.items() if matcher.allows(rest)}
         if layout.last in ("", "{", "[", ",", ":"):
             return _opening(matcher, layout)
         if layout.last.isdigit():
             return []  # a number may go on
         return _closing(matcher, layout)
-
-    def _word(self, matcher: Matcher, partial: str) -> dict[str, str]:
-        """The rests of names or listed values."""
-        return {
-            word: word[len(partial) :] + '"'
-            for word in self._words
-            if word.startswith(partial) and matcher.allows(word[len(partial) :] + '"')
-        }
 
     def of_words(self, place: Place) -> list[LikelyText]:
         """The rest of the likeliest word; if others are allowed there, its kind is that of what parts it from them."""

@@ -103,11 +103,7 @@ class DFlashLayer(nn.Module):
 
     def forward(self, hidden: Tensor, angles: Angles, index: int, attend: Attend, rows: int) -> Tensor:
         """`hidden` [T, H], whole blocks of `rows`, which is given up, → [T, H]."""
-
-        def attention(x: Tensor) -> Tensor:
-            mixed: Tensor = self.attention(x, angles, index, attend)
-            return mixed
-
+        attention = partial(self.attention, angles=angles, layer=index, attend=attend)
         attended = self._within("attention_conv", attention, self.input_norm(hidden), rows)
         hidden, normed = self.mlp_norm.add(hidden, attended)
         return hidden + self._within("mlp_conv", self.mlp, normed, rows)

@@ -192,35 +192,26 @@ def parse(
 def _refuse_variants(path: Path, settings: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key, plain in _PLAIN_VALUES.items():
         if key not in known and settings.get(key) not in plain:
-            raise misfit(
-                path,
-                f"{key} {settings[key]!r} belongs to a drafter that is not supported "
-                f"in this format (supported: {plain[-1]!r})",
-            )
+            why = f"belongs to a drafter that is not supported in this format (supported: {plain[-1]!r})"
+            raise misfit(path, f"{key} {settings[key]!r} {why}")
 
 
 def _mask(path: Path, settings: Mapping[str, Any]) -> int:
     vocab, mask = integer(settings, "vocab_size", path), settings.get("mask_token_id")
     if not isinstance(mask, int) or isinstance(mask, bool) or not 0 <= mask < vocab:
-        raise misfit(
-            path,
-            f"mask_token_id {mask!r} is not in the target's vocabulary of {vocab}"
-            + (" (a mask_token without its id is not looked up)" if mask is None else ""),
-        )
+        unnamed = " (a mask_token without its id is not looked up)" if mask is None else ""
+        raise misfit(path, f"mask_token_id {mask!r} is not in the target's vocabulary of {vocab}{unnamed}")
     return mask
 
 
 def _target_layers(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     named, count = settings.get("target_layer_ids"), settings.get("num_target_layers")
     layers = () if named is None else layer_ids(settings, "target_layer_ids", path)
-    count = None if count is None else integer(settings, "num_target_layers", path)
-    wrong = [layer for layer in layers if count is not None and not 0 <= layer < count]
-    if wrong:
-        raise misfit(
-            path,
-            f"target_layer_ids names layers {wrong}; the target has layers 0 to "
-            f"{integer(settings, 'num_target_layers', path) - 1}",
-        )
+    if count is not None:
+        count = integer(settings, "num_target_layers", path)
+        if wrong := [layer for layer in layers if not 0 <= layer < count]:
+            there = f"the target has layers 0 to {count - 1}"
+            raise misfit(path, f"target_layer_ids names layers {wrong}; {there}")
     return {"target_layer_ids": layers, "num_target_layers": count}
 
 
@@ -267,9 +258,6 @@ def _convolution(path: Path, settings: Mapping[str, Any]) -> BlockConvolution | 
         return None
     hidden = integer(settings, "hidden_size", path)
     if not taps or not group or hidden % group:
-        raise misfit(
-            path,
-            f"conv_kernel_size {taps} and conv_group_size {group} go together, and the latter "
-            f"divides hidden_size {hidden}",
-        )
+        why = f"go together, and the latter divides hidden_size {hidden}"
+        raise misfit(path, f"conv_kernel_size {taps} and conv_group_size {group} {why}")
     return BlockConvolution(taps, group)
