@@ -151,8 +151,7 @@ def owner_of(path: str) -> tuple[Any, str]:
 
 def upstreams(path: str) -> Any:
     """SGLang's own value of a name, whether this process has replaced it or not."""
-    owner, attribute = (None, "") if path in _replaced else owner_of(path)
-    value = _replaced[path] if owner is None else getattr(owner, attribute)
+    value = _replaced[path] if path in _replaced else getattr(*owner_of(path))
     return value.__func__ if isinstance(value, classmethod | staticmethod) else value
 
 

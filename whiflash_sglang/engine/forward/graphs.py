@@ -64,9 +64,8 @@ class CudaRecorder:
             for _ in range(WARM_UPS):
                 try:
                     body()
-                except (
-                    OutOfResources
-                ) as error:  # what a kernel needs of a multiprocessor, which is no RuntimeError
+                except OutOfResources as error:
+                    # What a kernel needs of a multiprocessor; it is no RuntimeError.
                     raise RuntimeError(str(error)) from error
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -101,12 +101,7 @@ def is_quantised(module: Any) -> bool:
 
 def _projection(head: Any, rows: int) -> Projection:
     """A quantised head as SGLang's logits processor applies it, without the rows of its padding."""
-
-    def project(hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = head.quant_method.apply(head, hidden)
-        return logits[:, :rows]
-
-    return Projection(rows, project)
+    return Projection(rows, lambda hidden: head.quant_method.apply(head, hidden)[:, :rows])
 
 
 def input_embedding(model: Any) -> Any:

@@ -148,18 +148,12 @@ class RaggedMamba2(_Ragged):
         layer_id: int,
         forward_batch: Any,
         mup_vector: torch.Tensor | None = None,
-        use_triton_causal_conv: bool = False,
+        **named: Any,
     ) -> torch.Tensor:
         """As of `mixer_forward`."""
         if not forward_batch.forward_mode.is_target_verify():
             found: torch.Tensor = super().forward(
-                mixer,
-                hidden_states,
-                output,
-                layer_id,
-                forward_batch,
-                mup_vector=mup_vector,
-                use_triton_causal_conv=use_triton_causal_conv,
+                mixer, hidden_states, output, layer_id, forward_batch, mup_vector=mup_vector, **named
             )
             return found
         cache = self.req_to_token_pool.mamba2_layer_cache(layer_id)

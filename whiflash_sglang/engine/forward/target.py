@@ -86,7 +86,8 @@ class Target(LoadedTarget):
         output = result.logits_output
         if output.next_token_logits is None:
             # Scores of positions: SGLang keeps no states of them, and no slot, since it asks for a cache that is off.
-            return result, self._no_features(sum(batch.extend_lens))
+            shape = sum(batch.extend_lens), self._captured.read * self.shape.hidden_size
+            return result, torch.zeros(shape, dtype=self.dtype, device=self.device)
         features, final = self._captured.take(output)
         # SGLang leaves rows that the batch was padded with for its peers.
         features = features[: len(batch.input_ids)]
@@ -97,10 +98,6 @@ class Target(LoadedTarget):
             ends = sent(batch.extend_lens, final.device).cumsum(0)
             output.hidden_states = final if asked.is_full() else final[ends - 1]
         return result, features
-
-    def _no_features(self, tokens: int) -> torch.Tensor:
-        width = self._captured.read * self.shape.hidden_size
-        return torch.zeros((tokens, width), dtype=self.dtype, device=self.device)
 
     def rows_for(self, rows: int, requests: int) -> int:
         """Rows to pack `rows` of so many requests into: more than asked for where a graph of that size waits."""

@@ -60,18 +60,16 @@ class _Sent:
         self._body = b""
 
     async def send(self, message: Message) -> None:
+        is_body, ends = message["type"] == "http.response.body", not message.get("more_body", False)
         if message["type"] == "http.response.start":
             await self._begin(message)
-        elif message["type"] != "http.response.body":
-            await self._send(message)
-        elif self._start is not None:
+        elif is_body and self._start is not None:
             self._body += message.get("body", b"")
-            if not message.get("more_body", False):
+            if ends:
                 await self._whole(self._start)
-        elif self._events is not None:
-            more = message.get("more_body", False)
-            body = self._events.take(message.get("body", b""), ends=not more)
-            if body or not more:
+        elif is_body and self._events is not None:
+            body = self._events.take(message.get("body", b""), ends=ends)
+            if body or ends:
                 await self._send({**message, "body": body})
         else:
             await self._send(message)

@@ -174,7 +174,9 @@ class Cutter:
                 self._records.setdefault(key, []).extend(meta[key])
         for token in tokens:
             if (taken := self._decoder.take(token)) is not None:
-                self._wait(*taken)
+                size, decoded = taken
+                self._end += len(decoded)
+                self._waiting.append((size, self._end))
         arrived = self._shown + len(self._text)
         ready = sum(1 for _ in takewhile(lambda waiting: waiting[1] <= arrived, self._waiting))
         if meta["finish_reason"] is None:
@@ -182,10 +184,6 @@ class Cutter:
         whole = sum(size for size, _ in islice(self._waiting, ready)) == len(self._tokens)
         pieces = [self._piece(output, *self._waiting.popleft()) for _ in range(ready - whole)]
         return [*pieces, self._piece(output, len(self._tokens), arrived, ends=True)]
-
-    def _wait(self, size: int, text: str) -> None:
-        self._end += len(text)
-        self._waiting.append((size, self._end))
 
     def _piece(self, output: dict[str, Any], size: int, end: int, *, ends: bool = False) -> dict[str, Any]:
         """The next `size` tokens, with the text up to `end`."""

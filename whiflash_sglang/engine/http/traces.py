@@ -90,13 +90,10 @@ def place_text(
 ) -> None:
     """Give the stretches of a full trace their places in the text of all its output `tokens`."""
     vocabulary = _vocabulary(manager)
-    skipped = vocabulary.special if _skips_special_tokens(obj, choice) else frozenset[int]()
-    place(trace, pieces_of(tokens, vocabulary.token_bytes, skipped), text)
-
-
-def _skips_special_tokens(obj: Any, choice: int) -> bool:
     own = of_choice(parameters_of(obj), obj, choice)
-    return bool(own.get("skip_special_tokens", True)) if isinstance(own, dict) else True
+    keeps_special = isinstance(own, dict) and not own.get("skip_special_tokens", True)
+    skipped = frozenset[int]() if keeps_special else vocabulary.special
+    place(trace, pieces_of(tokens, vocabulary.token_bytes, skipped), text)
 
 
 def _vocabulary(manager: Any) -> Vocabulary:

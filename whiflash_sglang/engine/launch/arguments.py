@@ -95,9 +95,8 @@ def choose_for_cuda(server_args: Any) -> list[str]:
     attention = "fa3" if get_platform().is_sm90 else "triton"
     replaced = [name for name in ATTENTION_FIELDS if getattr(server_args, name) == "flashinfer"]
     for name in replaced:
-        setattr(
-            server_args, name, None
-        )  # a half that is None follows --attention-backend, whatever SGLang makes of that
+        # A half that is None follows --attention-backend, whatever SGLang makes of that.
+        setattr(server_args, name, None)
     if server_args.attention_backend is None:
         server_args.attention_backend = attention
     attention = server_args.attention_backend

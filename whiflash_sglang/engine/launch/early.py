@@ -147,10 +147,8 @@ def _check_names(said: Iterable[str]) -> None:
     files = [root / "server_args.py", *(root / "arg_groups").rglob("*.py")]
     files += [file for place in places for file in place.glob("*_flag.py")]
     text = "\n".join(file.read_text("utf-8") for file in files if file.is_file())
-    known = {f"--{name.replace('_', '-')}" for name in _FIELD.findall(text)} | {
-        *_LITERAL.findall(text),
-        *OTHERS,
-    }
+    known = {*_LITERAL.findall(text), *OTHERS}
+    known |= {f"--{name.replace('_', '-')}" for name in _FIELD.findall(text)}
     for name in said if MODEL[0] in known else ():
         plain = f"--{name.removeprefix('--no-')}" if name.startswith("--no-") else name
         if not name.startswith(PREFIX) and not any(flag.startswith(plain) for flag in known):

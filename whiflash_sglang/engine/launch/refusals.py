@@ -137,9 +137,8 @@ def _recurrent() -> Any:
     return recurrent
 
 
-def _foreign_attention(launch: "Launch") -> str | None:
-    allowed = CUDA_ATTENTIONS if launch.device == "cuda" else (ATTENTION_BACKEND,)
-    return next(iter(sorted(launch.attention_backends.difference(allowed))), None)
+def _foreign_attention(launch: "Launch", *allowed: str) -> str | None:
+    return min(launch.attention_backends.difference(allowed), default=None)
 
 
 def _has_adapters(launch: "Launch") -> bool:
@@ -176,12 +175,6 @@ def _captures(launch: "Launch", phase: str) -> bool:
     return bool(getattr(launch.args.cuda_graph_config, phase).backend != Backend.DISABLED)
 
 
-def _foreign_windowed_attention(launch: "Launch") -> str | None:
-    if launch.device != "cuda" or launch.model is None or not has_windows(launch.model):
-        return None
-    return next(iter(sorted(launch.attention_backends.difference(ATTENTIONS))), None)
-
-
 def _is_compressed(launch: "Launch") -> bool:
     from sglang.srt.configs.model_config import is_deepseek_v4
 
@@ -205,12 +198,6 @@ def _untested_media(launch: "Launch") -> str | None:
     if model is None or not (model.is_multimodal or model.is_audio_model):
         return None
     return None if launch.architecture in IMAGES else launch.architecture
-
-
-def _one_file(launch: "Launch") -> str | None:
-    """The format of a checkpoint that is one file of packed weights."""
-    method = None if launch.model is None else launch.model.quantization
-    return str(method) if method in ("gguf", "expert_pack") else None
 
 
 FOREIGN: dict[str, Any] = {
@@ -280,11 +267,11 @@ REFUSALS: dict[str, Refusal] = {
         "SGLANG_USE_CPU_ENGINE=1 is set; hide the GPU (CUDA_VISIBLE_DEVICES=) and unset SGLANG_USE_CPU_ENGINE",
     ),
     "cpu_attention": Refusal(
-        lambda x: x.device == "cpu" and _foreign_attention(x),
+        lambda x: x.device == "cpu" and _foreign_attention(x, ATTENTION_BACKEND),
         f"WHIFLASH on the CPU needs --attention-backend {ATTENTION_BACKEND}, its default, not {{}}; remove the flag",
     ),
     "cuda_attention": Refusal(
-        lambda x: x.device == "cuda" and _foreign_attention(x),
+        lambda x: x.device == "cuda" and _foreign_attention(x, *CUDA_ATTENTIONS),
         f"WHIFLASH on CUDA needs --attention-backend {', '.join(CUDA_ATTENTIONS)}, not {{}}, "
         "which is untested with drafts of several lengths; remove the flag",
     ),
@@ -356,7 +343,12 @@ REFUSALS: dict[str, Refusal] = {
         "attend to all tokens; serve it without WHIFLASH",
     ),
     "windows": Refusal(
-        _foreign_windowed_attention,
+        lambda x: (
+            x.device == "cuda"
+            and x.model is not None
+            and has_windows(x.model)
+            and _foreign_attention(x, *ATTENTIONS)
+        ),
         "the target has layers with a sliding window, whose rows {} is not known to mask one by one; "
         f"give --attention-backend {', '.join(ATTENTIONS[:-1])} or {ATTENTIONS[-1]}",
     ),
@@ -390,7 +382,9 @@ REFUSALS: dict[str, Refusal] = {
         "{} does not continue a prompt token by token; serve it without WHIFLASH",
     ),
     "one_file": Refusal(
-        _one_file,
+        lambda x: (
+            x.model is not None and x.model.quantization in ("gguf", "expert_pack") and x.model.quantization
+        ),
         "the target is a {} file, which SGLang reads only on GPUs, untested with WHIFLASH; use a checkpoint in "
         "safetensors",
     ),

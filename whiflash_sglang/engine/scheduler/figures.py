@@ -78,12 +78,16 @@ METRICS = "metrics"
 DETAILS = "spec_tokens_details"
 
 
-def acceptance_of(details: Mapping[str, Any]) -> dict[str, Any]:
-    """`metrics` of an OpenAI answer as vLLM has it, from SGLang's `spec_tokens_details` of its one choice.
+def acceptance_in(answer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """vLLM's `metrics` of an OpenAI answer or a chunk, from SGLang's `spec_tokens_details` of its one choice; None
+    without these, or of several choices.
 
     A round that drafted nothing is a step that accepted nothing. The histogram has a count for every number of drafts
     that fits a block. Source: github.com/vllm-project/vllm/pull/48915.
     """
+    details = (answer.get("sglext") or {}).get(DETAILS)
+    if not isinstance(details, dict):
+        return None
     rounds, accepted = details["spec_verify_ct"], details["spec_num_correct_drafts"]
     widest = get_spec().speculative_num_draft_tokens - 1
     counts = details["spec_correct_drafts_histogram"]
@@ -98,9 +102,3 @@ def acceptance_of(details: Mapping[str, Any]) -> dict[str, Any]:
             "num_spec_tokens": widest,
         }
     }
-
-
-def acceptance_in(answer: Mapping[str, Any]) -> dict[str, Any] | None:
-    """vLLM's `metrics` of an answer or a chunk with SGLang's details; None without, or of several choices."""
-    details = (answer.get("sglext") or {}).get(DETAILS)
-    return acceptance_of(details) if isinstance(details, dict) else None

@@ -18,7 +18,7 @@ class RequestGrammar:
         self._req = req
         ends = sampling.ending_ids(req)
         usual = None if req.tokenizer is None else req.tokenizer.eos_token_id
-        self._end = usual if usual in ends else next(iter(ends), None)
+        self.end: int | None = usual if usual in ends else next(iter(ends), None)
 
     @property
     def known(self) -> int:
@@ -33,10 +33,6 @@ class RequestGrammar:
         params = self._req.sampling_params
         return str(params.json_schema or params.structural_tag or "")
 
-    @property
-    def end(self) -> int | None:
-        return self._end
-
     def matcher(self, vocabulary: Vocabulary) -> Matcher | None:
         grammar = self._req.grammar
         if isinstance(grammar, ReasonerGrammarObject):
@@ -45,17 +41,14 @@ class RequestGrammar:
             grammar = grammar.grammar if active else None
         if grammar is None or grammar.is_terminated():
             return None
-        return _matcher_of(grammar, vocabulary, plain=is_plain(self.schema))
+        if isinstance(grammar, XGrammarGrammar):
+            searched = None if is_plain(self.schema) else vocabulary
+            return XGrammarMatcher(grammar.matcher, searched, grammar.vocab_size)
+        # Its module is imported only where it serves. Another backend (outlines) cannot be asked token by token.
+        guidance = getattr(grammar, "ll_matcher", None)
+        return None if guidance is None else GuidanceMatcher(guidance, vocabulary.encode)
 
 
 def grammar_of(req: Any) -> Grammar | None:
     """Constraint of a request; None: nothing constrains it."""
     return None if req.grammar is None else RequestGrammar(req)
-
-
-def _matcher_of(grammar: Any, vocabulary: Vocabulary, *, plain: bool) -> Matcher | None:
-    """None: of another backend (outlines), which cannot be asked token by token."""
-    if isinstance(grammar, XGrammarGrammar):
-        return XGrammarMatcher(grammar.matcher, None if plain else vocabulary, grammar.vocab_size)
-    guidance = getattr(grammar, "ll_matcher", None)  # its module is imported only where it serves
-    return None if guidance is None else GuidanceMatcher(guidance, vocabulary.encode)
