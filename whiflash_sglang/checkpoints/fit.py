@@ -138,10 +138,6 @@ def target_mtp(target: str, revision: str | None = None, download_dir: str | Non
     return path
 
 
-BYTES = {"float32": 4, "float": 4}
-"""Bytes of an element of KV, by the target's dtype; 2 for all others."""
-
-
 class TargetFit(NamedTuple):
     """shape: what drafters must fit. kv_bytes: its KV of one token. element: bytes of one number of it."""
 
@@ -163,7 +159,7 @@ def read_target(place: str) -> TargetFit:
     config = look_up(place).config
     settings = read_json_config(config.parent)
     text = merged(config.parent, settings, "text_config")
-    element = BYTES.get(str(text.get("dtype") or text.get("torch_dtype")), 2)
+    element = 4 if str(text.get("dtype") or text.get("torch_dtype")) in ("float32", "float") else 2
     layers = integer(text, "num_hidden_layers", config.parent)
     if text.get("kv_lora_rank"):  # latent attention keeps one vector of a token, and its rotated part
         numbers = sum(integer(text, key, config.parent) for key in ("kv_lora_rank", "qk_rope_head_dim"))
@@ -210,8 +206,8 @@ def _parts(place: str) -> dict[str, str]:
             source = manifest.sources.get(key)
             at = f"@{source.revision}" if source and source.revision else ""
             places[f"{place}: {key}"] = value.removeprefix(HUB) + at
-            continue
-        places[f"{place}: {key}"] = str(bundle / value)
+        else:
+            places[f"{place}: {key}"] = str(bundle / value)
     return places
 
 

@@ -44,8 +44,8 @@ def check_arms(what: str, needed: Collection[str], there: Collection[str]) -> No
         )
 
 
-def check_members(bundle: Path, named: Mapping[str, str | None]) -> None:
-    """Check what a manifest's keys name, by key; None is nothing.
+def check_members(bundle: Path, named: Mapping[str, str]) -> None:
+    """Check what a manifest's keys name, by key.
 
     A path is relative, climbs nowhere, and neither it nor a file in the directory that it names is a link out of the
     bundle. A snapshot of the hub's cache consists of links, into the `blobs` of its own repository.
@@ -55,8 +55,6 @@ def check_members(bundle: Path, named: Mapping[str, str | None]) -> None:
     """
     roots = roots_of(bundle)
     for key, value in named.items():
-        if value is None:
-            continue
         path = PurePosixPath(value)
         if path.is_absolute() or ".." in path.parts:
             raise _leaves(bundle, key, value)

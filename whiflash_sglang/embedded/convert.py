@@ -23,8 +23,6 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-_CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
-
 
 def write_tokenizer(fields: dict[str, Any], out: Path) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and the chat template from GGUF metadata into `out`.
@@ -48,7 +46,7 @@ def write_tokenizer(fields: dict[str, Any], out: Path) -> None:
     )
     backend.decoder = decoders.ByteLevel()
     types = fields["tokenizer.ggml.token_type"]
-    controls = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
+    controls = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in controls])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,

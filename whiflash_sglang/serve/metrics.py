@@ -106,9 +106,6 @@ Points = Iterable[tuple[Labels, float]]
 T = TypeVar("T")
 
 
-Read = Callable[[Observed], Points]
-
-
 @dataclass(frozen=True, slots=True)
 class Series:
     """One metric.
@@ -120,7 +117,7 @@ class Series:
 
     name: str
     meaning: str
-    read: Read
+    read: Callable[[Observed], Points]
     labels: Labels = ()
     buckets: tuple[float, ...] = ()
 

@@ -74,7 +74,9 @@ class VerifyStage:
             predictions = first_ranks(predictions) if sends else predictions
             verified = verified._replace(predictions=predictions)
         if masks is not None and masks.rejected and verified.committed is None:
-            block = _rejecting(block, masks.rejected)
+            # These drafts are wrong whatever the target predicts.
+            rejected = sent(masks.rejected, block.input_ids.device)
+            block = block._replace(input_ids=block.input_ids.index_fill(0, rejected, NO_TOKEN))
             verified = verified._replace(input_ids=block.input_ids)
         if masks is not None and rated is not None and not (sglangs or "rates" in verified.signals):
             verified = verified._replace(rated=rated._replace(masks=masks.of_rows))
@@ -92,12 +94,6 @@ class VerifyStage:
         if barrier is not None:
             barrier()
         return masks if masks.build(batch, self._spending) else None
-
-
-def _rejecting(block: MixedBlock, rows: Sequence[int]) -> MixedBlock:
-    """`block` as it is judged if the drafts in `rows` are wrong whatever the target predicts."""
-    ids = block.input_ids
-    return block._replace(input_ids=ids.index_fill(0, sent(rows, ids.device), NO_TOKEN))
 
 
 def packed(block: MixedBlock, rows: int) -> MixedBlock:

@@ -318,18 +318,16 @@ def _switched(arm: Model, switch: str | None) -> Model:
 def _neural(
     flags: Flags, manifest: Manifest | None, draft_path: Path | None, download_dir: str | None
 ) -> NeuralRouter | None:
-    shipped = manifest.router if manifest else None
-    if flags.neural_router_path is None and shipped is None:
-        if flags.router == "neural":
-            raise ConfigError(NO_ROUTER)
-        return None
-    if flags.neural_router_path is None:
-        assert draft_path is not None and manifest is not None and shipped is not None  # noqa: PT018
-        path = member(draft_path, manifest, "router", download_dir=download_dir)
-        base = shipped.model_copy(update={"path": str(path)})
-    else:
+    if flags.neural_router_path is not None:
         # Another file: the bundle's threshold and sign were made for its own.
         base = NeuralRouter(path=flags.neural_router_path)
+    elif draft_path is not None and manifest is not None and manifest.router is not None:
+        path = member(draft_path, manifest, "router", download_dir=download_dir)
+        base = manifest.router.model_copy(update={"path": str(path)})
+    elif flags.router == "neural":
+        raise ConfigError(NO_ROUTER)
+    else:
+        return None
     return _updated(base, threshold=flags.neural_router_threshold)
 
 
@@ -369,12 +367,10 @@ def _samples(flags: Flags) -> Spooling:
 
 
 def _versions(flags: Flags, drafters: Mapping[str, Path]) -> Path | None:
-    if not drafters:
-        if flags.versions is not None:
+    if flags.versions is not None:
+        if not drafters:
             raise ConfigError(
                 "--whiflash-versions switches drafters' weights, and this server has no drafter; remove it"
             )
-        return None
-    if flags.versions is not None:
         return Path(flags.versions).absolute()
-    return None if flags.learn is None else versions_of(Path(flags.learn).absolute())
+    return versions_of(Path(flags.learn).absolute()) if drafters and flags.learn is not None else None

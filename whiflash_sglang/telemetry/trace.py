@@ -191,14 +191,12 @@ def _counts(stretch: Stretch) -> dict[str, int]:
 
 
 def _described(stretch: Stretch) -> dict[str, Any]:
-    counts = _counts(stretch)
+    counts = {name: count for name, count in _counts(stretch).items() if name != "tokens"}
     return {
         "start": stretch.start,
         "end": stretch.end,
         "arm": stretch.arm,
-        "rounds": counts["rounds"],
-        "proposed": counts["proposed"],
-        "accepted": counts["accepted"],
+        **counts,
         "reason": stretch.reason,
         "span": stretch.span,
         "round_tokens": stretch.tokens,
