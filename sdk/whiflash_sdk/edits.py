@@ -179,11 +179,8 @@ def _offers_edits(body: Mapping[str, Any]) -> bool:
     if body.get("tool_choice") == "none" or not isinstance(tools, list):
         return False
     described = [tool.get("function", tool) for tool in tools if isinstance(tool, Mapping)]
-    return any(
-        _EDITS.search(text_or_none(entry.get("name")) or "")
-        for entry in described
-        if isinstance(entry, Mapping)
-    )
+    names = (entry.get("name") for entry in described if isinstance(entry, Mapping))
+    return any(_EDITS.search(text_or_none(name) or "") for name in names)
 
 
 def _parts(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

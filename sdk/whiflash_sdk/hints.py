@@ -198,13 +198,8 @@ def first_fault(error: ValidationError, of: type[BaseModel] = Hints) -> tuple[st
         return _path(path[:1]), _REASONS[str(path[0])]
     if kind not in _REASONS:
         return _path(path), first["msg"]
-    value = first["input"]
-    values = {
-        "words": _words(first),
-        "length": len(value) if isinstance(value, Sequence) else 0,
-        "name": path[-1:],
-    }
-    return _path(path), _REASONS[kind].format(**values, **first.get("ctx", {}))
+    length = len(first["input"]) if isinstance(first["input"], Sequence) else 0
+    return _path(path), _REASONS[kind].format(words=_words(first), length=length, **first.get("ctx", {}))
 
 
 _REASONS: Final = {

@@ -46,17 +46,11 @@ def add_to(span: Any, share: Share, call: tuple[str | None, str | None, str | No
                 names[f"arm.{arm}.{name}"] = getattr(totals, name)
         ours = {f"whiflash.{name}": value for name, value in names.items() if value is not None}
         sums = {name: held.get(name, 0) + value for name, value in ours.items()}
-        attributes = zip(
-            ("gen_ai.response.id", "gen_ai.response.model", "gen_ai.agent.name"), call, strict=True
-        )
-        chosen = list(attributes)[0 if _is_inference(span, held) else 2 :]
-        span.set_attributes(
-            {
-                **{name: value for name, value in chosen if value is not None and name not in held},
-                **sums,
-                "whiflash.acceptance_length": sums["whiflash.tokens"] / max(sums["whiflash.rounds"], 1),
-            }
-        )
+        sums["whiflash.acceptance_length"] = sums["whiflash.tokens"] / max(sums["whiflash.rounds"], 1)
+        of_call = ("gen_ai.response.id", "gen_ai.response.model", "gen_ai.agent.name")
+        chosen = list(zip(of_call, call, strict=True))[0 if _is_inference(span, held) else 2 :]
+        new = {name: value for name, value in chosen if value is not None and name not in held}
+        span.set_attributes({**new, **sums})
 
 
 def _is_inference(span: Any, held: Mapping[str, Any]) -> bool:

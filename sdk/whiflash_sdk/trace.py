@@ -263,10 +263,8 @@ def answer_in(body: Any) -> Any:
 
 def sent_traces(body: Any) -> list[Any]:
     """The traces in a response's, a chunk's or an event's own body, as they were sent."""
-    for holder in (
-        body,
-        field_of(body, "response"),
-    ):  # the last event of a Responses stream holds the response
+    # The last event of a Responses stream holds the response.
+    for holder in (body, field_of(body, "response")):
         fields = holder if isinstance(holder, Mapping) else getattr(holder, "model_extra", None) or {}
         for name in ("sglext", "meta_info"):
             extension = fields.get(name)

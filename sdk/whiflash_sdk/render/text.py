@@ -83,8 +83,7 @@ def _turn(turn: Turn, number: int, colour: bool) -> Iterator[str]:
     if colour and used:
         yield "  ".join(_paint(printable(arm), _code(arm), colour) for arm in in_order(used))
     yield "".join(_text(pieces(turn), colour))
-    strip = _strip(turn.trace, colour)
-    if strip:
+    if strip := _strip(turn.trace, colour):
         yield strip
     yield from _totals(turn.trace)
     yield from _sources(turn.trace)
