@@ -149,6 +149,8 @@ def test_the_verdict_is_what_the_row_shows() -> None:
     better = verdict(WHIFLASH=248.0)
     assert better == "WHIFLASH for 40: 248 tokens a second, 1.03 of DSPARK's 240 and 2.48 of plain's 100"
     assert verdict(WHIFLASH=247.0).startswith("DSPARK for"), "the simpler one"
+    by_set = Estimate("40", "", rates, 1.0, 3.0, ahead=(0.8, 1.0)).verdict(0.26)
+    assert by_set.endswith("1.04 [1.00, 1.25] of WHIFLASH's 230 and 2.40 of plain's 100")
     level = verdict(EAGLE3=90.0, DSPARK=102.0, WHIFLASH=101.0)
     assert level == "plain for 40: 100 tokens a second, 0.99 of WHIFLASH's 101 and 0.98 of DSPARK's 102"
     assert verdict(DSPARK=104.0, EAGLE3=90.0, WHIFLASH=101.0).endswith(", which is within the error")
@@ -200,6 +202,7 @@ def test_a_report_compares_with_the_servers_prices_and_counts_from_an_earlier_on
     assert whole["saved_cost"] == pytest.approx(0.005)
     later = {**STATE, "tokens": 1500, "timed_seconds": 20.0, "plain_seconds": 20.0}
     assert brought(later, STATE).as_json(None)["gain"] == 0.5
+    assert brought({**STATE, "replicas": [{}, {}]}).as_json(None)["tokens_per_second"] == 200.0
     with pytest.raises(ConfigError, match="was restarted"):
         brought(STATE, later)
     for state, earlier in (({"tokens": 0}, None), ({**later, "tokens": STATE["tokens"]}, STATE)):

@@ -5,29 +5,20 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from whiflash_lab.simulate import (
-    DRAFTS,
-    FIXED,
-    H100,
-    PAIR,
-    Host,
-    SimulatedLoad,
-    Simulation,
-    chance,
-    row_seconds,
-)
+from whiflash_lab.simulate import DRAFTS, FIXED, H100, PAIR, ROW, Host, SimulatedLoad, Simulation
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.drafts import arms
+from whiflash_sglang.prices.tables import continuing
 
 
 def test_published_figures_come_out_within_what_is_stated() -> None:
     """Relative errors, as `results/simulated.md` has them, of figures that set no price here."""
-    b200 = 1000 * (H100.fixed + H100.block) + 32 * (0.15 + 16 * 1000 * row_seconds(2250e12))
-    a800 = 1000 / 88 + 1000 * H100.block + 15 * 1000 * row_seconds(312e12)
+    b200 = 1000 * (H100.fixed + H100.block) + 32 * (0.15 + 16 * 1000 * ROW / 2250e12)
+    a800 = 1000 / 88 + 1000 * H100.block + 15 * 1000 * ROW / 312e12
     for ours, published, error in (
-        (1000 * row_seconds(148e12), 0.1095, 0.12),  # ms a row at an H20's peak (AngelSlim, dcut.html)
+        (1000 * ROW / 148e12, 0.1095, 0.12),  # ms a row at an H20's peak (AngelSlim, dcut.html)
         # An H100's in FP8: 4 requests with 32 rows and with 8 (gpustack, h100-latency.md).
-        (1000 * row_seconds(1979e12), (10.67 - 9.78) / 96, 0.12),
+        (1000 * ROW / 1979e12, (10.67 - 9.78) / 96, 0.12),
         (32_000 * 6.35 / b200, 12360, 0.05),  # B200, DFlash, 32 requests (sglang#20547)
         (2800 / a800, 162, 0.30),  # A800, DFlash, 1 request (sglang#29244)
     ):
@@ -36,7 +27,7 @@ def test_published_figures_come_out_within_what_is_stated() -> None:
 
 @pytest.mark.parametrize("length", [1.5, 3.16, 6.4])
 def test_a_chance_gives_its_length(length: float) -> None:
-    assert sum(chance(length, 15) ** place for place in range(16)) == pytest.approx(length)
+    assert sum(continuing(length, 16) ** place for place in range(16)) == pytest.approx(length)
 
 
 @pytest.mark.parametrize("method", ["plain", "eagle3", "dflash"])

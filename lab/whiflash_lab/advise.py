@@ -72,7 +72,7 @@ class Question(NamedTuple):
 
 class Estimate(NamedTuple):
     """Tokens a second by SGLang's algorithm, `PLAIN` without one. load: what they are for. spread: the flag by which
-    several cards share it. low, high: `OURS` over plain on the worst and the best text.
+    several cards share it. low, high: `OURS` over plain on the worst and the best text; ahead: over `stock` on these.
     """
 
     load: str
@@ -80,12 +80,12 @@ class Estimate(NamedTuple):
     rates: Mapping[str, float]
     low: float
     high: float
+    ahead: tuple[float, float] = (1.0, 1.0)
 
     @property
     def gain(self) -> str:
         """`OURS` over plain decoding."""
-        by_set = f" [{self.low:.2f}, {self.high:.2f}]" if self.low < self.high else ""
-        return f"{self.rates[OURS] / self.rates[PLAIN]:.2f}{by_set}"
+        return f"{self.rates[OURS] / self.rates[PLAIN]:.2f}{_by_set(self.low, self.high)}"
 
     @property
     def stock(self) -> str:
@@ -105,10 +105,19 @@ class Estimate(NamedTuple):
         """The choice, and its gain over the others. error: how much too high a ratio over plain decoding may be."""
         rate = self.rates[self.choice]
         ways = [way for way in dict.fromkeys((OURS, self.stock, PLAIN)) if way != self.choice]
-        over = [f"{rate / self.rates[way]:.2f} of {way}'s {self.rates[way]:,.0f}" for way in ways]
+        low, high = self.ahead if self.choice == OURS else (1 / self.ahead[1], 1 / self.ahead[0])
+        brackets = {way: _by_set(low, high) for way in ways if {self.choice, way} == {OURS, self.stock}}
+        over = [
+            f"{rate / self.rates[way]:.2f}{brackets.get(way, '')} of {way}'s {self.rates[way]:,.0f}"
+            for way in ways
+        ]
         unsure = self.choice != PLAIN and rate < (1 + error) * self.rates[PLAIN]
         parts = f"{self.choice} for {self.load}: {rate:,.0f} tokens a second, {' and '.join(over)}"
         return parts + (", which is within the error" if unsure else "")
+
+
+def _by_set(low: float, high: float) -> str:
+    return f" [{low:.2f}, {high:.2f}]" if low < high else ""
 
 
 @dataclass
@@ -141,8 +150,9 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
     """
     target = known(question.target)
     if state is not None:
-        if question.context:
-            raise UsageError("--context does not go with --url: a server's prices are of its own contexts")
+        beside = {"--context": question.context, "--count": question.cards > 1}
+        if refused := [option for option, given in beside.items() if given]:
+            raise UsageError(f"{' and '.join(refused)} do not go with --url: prices are the server's own")
         card, pair, source = _of_server(state, question)
         target = target or PublishedTarget(question.target, _QWEN, (), ())
         loads = question.requests if pair.drafts else ()
@@ -163,7 +173,7 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
         verdict = "; ".join(row.verdict(max(_off(target))) for row in rows)
         prices = _prices(target, gpu, question)
     return Advice(
-        assumed=_assumed(target, question, prices, source),
+        assumed=_assumed(target, question, prices, source, pair.drafts),
         verdict=f"Take {verdict}.",
         rows=rows,
         published=[entry.shown for entry in target.ratios],
@@ -174,7 +184,10 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
     )
 
 
-def _assumed(target: PublishedTarget, question: Question, prices: str, source: str) -> str:
+def _assumed(
+    target: PublishedTarget, question: Question, prices: str, source: str, drafts: Mapping[str, int]
+) -> str:
+    chains = f"EAGLE3 drafts chains of {drafts[arms.AR]}, " if arms.AR in drafts else ""
     behind = (
         f" after {question.context:,} cached ones, which every way reads as our kernel does on an H200 (SGLang's "
         "Triton kernel takes up to 33 times as long, FA3 was not measured)"
@@ -189,7 +202,7 @@ def _assumed(target: PublishedTarget, question: Question, prices: str, source: s
     return (
         f"ESTIMATE, nothing measured here. {target.name}, prices of {prices}. Acceptance: {source}; yours at "
         f"temperature {question.temperature:g} may differ. Prompts of {question.prompt}, answers of {question.answer} "
-        f"{load}. EAGLE3 drafts chains of {FULL[arms.AR]}, NGRAM has our reports' 1.20 tokens a round. "
+        f"{load}. {chains}NGRAM has our reports' 1.20 tokens a round. "
         "A way is taken if it is 3 % faster than a simpler one."
     )
 
@@ -336,9 +349,14 @@ def _row(card: Card, pair: PublishedPair, question: Question, requests: int, blo
     methods = [method for method in METHODS if FIXED.get(method, arms.NONE) in (arms.NONE, *pair.drafts)]
     rates = {ways.get(method, method): rate(method, pair) for method in methods}
     rates |= {"NGRAM": rate("dflash", NGRAM, replace(card, block=0.0)), OURS: rates.pop(OURS)}
+    every = Estimate(count(requests, "request"), "", rates, 1.0, 1.0)
     single = [pair._replace(lengths={name: lengths}) for name, lengths in pair.lengths.items()]
-    ratios = [rate("auto", one) / rates[PLAIN] for one in single]
-    return Estimate(count(requests, "request"), "", rates, min(ratios), max(ratios))
+    ours = [rate("auto", one) for one in single]
+    stock = {ways.get(method, method): method for method in methods}.get(every.stock)
+    theirs = [rate(stock, one) if stock else rates[every.stock] for one in single]
+    ahead = [mine / best for mine, best in zip(ours, theirs, strict=True)]
+    plain = rates[PLAIN]
+    return every._replace(low=min(ours) / plain, high=max(ours) / plain, ahead=(min(ahead), max(ahead)))
 
 
 def _settings(

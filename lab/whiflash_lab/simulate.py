@@ -54,15 +54,12 @@ class PublishedPair(NamedTuple):
 
     def chances(self, text: str) -> dict[str, float]:
         """Arm → chance that a draft of such a text is right."""
-        return {arm: chance(length, self.published[arm]) for arm, length in self.lengths[text].items()}
+        return {
+            arm: continuing(length, self.published[arm] + 1) for arm, length in self.lengths[text].items()
+        }
 
 
 PAIR = PublishedPair(ACCEPTANCE, {arms.AR: 7, arms.DIFFUSION: 15}, DRAFTS)
-
-
-def chance(length: float, drafts: int) -> float:
-    """A draft's chance to be accepted after accepted ones, from the mean `length` of a round of `drafts` drafts."""
-    return continuing(length, drafts + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +109,12 @@ def grid(largest: int) -> list[int]:
 
 
 PARAMETERS = 8.2e9
-"""Parameters of Qwen3-8B. A row takes two operations each: at a card's peak a row's published price within 12 %."""
-
-
-def row_seconds(peak: float) -> float:
-    """A row at `peak` operations a second."""
-    return 2 * PARAMETERS / peak
-
-
+ROW = 2 * PARAMETERS
+"""Operations of a row of Qwen3-8B: at a card's peak a row's published price within 12 %."""
 CONTEXT = 768
 """Tokens of a request, to turn a published price of one more request into one of a token."""
 
-H100 = Card("H100", 6.97e-3, row_seconds(989e12), 0.15e-3 / CONTEXT, 0.55e-3, 1.25e-3)
+H100 = Card("H100", 6.97e-3, ROW / 989e12, 0.15e-3 / CONTEXT, 0.55e-3, 1.25e-3)
 """fixed: plain decoding in bf16 at 4 requests, 7.04 ms, less its rows. A request and a chain step: SGLang's FP8 rounds.
 block: DFlash's throughput on an H20, less its verifications."""
 

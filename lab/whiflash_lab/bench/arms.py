@@ -201,20 +201,16 @@ def _arm(name: str, subject: Subject) -> Arm:
     if kind in (*ROUTERS, *VARIANTS, *FLAGS, NO_HINTS):
         server = "WHIFLASH" if kind in ROUTERS and kind != AUTO else f"WHIFLASH {kind}"
         bundle = subject.variants[kind] if kind in VARIANTS else subject.bundle
-        arguments = (*common, *_whiflash(bundle), *FLAGS.get(kind, ()))
+        drafted = ("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(bundle))
         request: Mapping[str, Any] = {}
         if kind == NO_HINTS:
             # With the OpenAI client behind it, which names of arms do not need.
             from whiflash_sdk import Hints
 
             request = Hints(infer=False).extra_body()
-        return Arm(name, server, arguments, ROUTERS.get(kind, AUTO), request)
+        return Arm(name, server, (*common, *drafted, *FLAGS.get(kind, ())), ROUTERS.get(kind, AUTO), request)
     algorithm = "EAGLE3" if kind == ADAPTIVE else kind
     return Arm(name, name, (*common, "--speculative-algorithm", algorithm, *_upstream(kind, width, subject)))
-
-
-def _whiflash(bundle: Path) -> tuple[str, ...]:
-    return ("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(bundle))
 
 
 def _upstream(kind: str, width: str, subject: Subject) -> tuple[str, ...]:
