@@ -67,6 +67,12 @@ WRONG: list[tuple[Any, ...]] = [
     (("serve", "--prot", "3"), "--prot is no flag of SGLang", "--port"),
     (("serve", "OWNER/MODEL", "--no-such-thing=1"), "--no-such-thing is no flag"),
     (("proxy", "--url", "http://127.0.0.1:30080"), "--url http://127.0.0.1:30080"),
+    (("proxy", "--url", "http://127.0.0.1:300000"), "'http://127.0.0.1:300000' is no URL"),
+    (("bench", "--quick", "--no-interleave"), "remove them, or --no-interleave"),
+    (("bench", "--minutes", "nan"), "--minutes"),
+    (("bench", "--server-args", "--x 'y"), "--server-args --x 'y"),
+    (("report", "--traces", "/", "--cost-per-hour", "1"), "--traces asks no server"),
+    (("policy", "--api-key", "a\x00b"), "--api-key"),
 ]
 """A command line, what its one line names, and what was meant where that is named, too."""
 FAILING = [
@@ -93,6 +99,7 @@ FAILING = [
     (("lab", "evaluate", "--bundle", str(embedded_bundle()), "--prompts", "/nowhere/p"), "/nowhere/p"),
     (("check", "--model-path", "/nowhere/t", "--draft", "a/b"), "/nowhere/t"),
     (("bench", "--bundle", "/nowhere/b"), "/nowhere/b"),
+    (("bench", "--out", "/"), "--out / is a directory"),
     (("bench", "--recorded", "/nowhere/r.jsonl"), "/nowhere/r.jsonl"),
     (("train", "--config", "tiny", "--step", "eagle3", "--start-from", "/nowhere/c"), "/nowhere/c"),
 ]

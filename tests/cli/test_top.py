@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
-from whiflash_sglang.cli.app import main
+from whiflash_sglang.cli.app import app, main
 from whiflash_sglang.cli.top import StateReading, figures, screen, since
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
@@ -302,6 +303,8 @@ def test_a_report_counts_from_an_earlier_one(
     assert "1.50 times" in paid
     assert "a million tokens cost 4.44 instead of 6.67" in paid
     (tmp_path / "monday.json").write_text(report("--json"))
-    assert "50 tokens, 125.0 a second for 83.3 without drafts" in report(
-        "--since", str(tmp_path / "monday.json")
-    )
+    since = ("--since", str(tmp_path / "monday.json"))
+    assert "50 tokens, 125.0 a second for 83.3 without drafts" in report(*since)
+    (tmp_path / "monday.json").write_text(json.dumps({"http://elsewhere:1": {"state": {"tokens": 1}}}))
+    ended = CliRunner().invoke(app, ["report", "--url", recorded.url, *since])
+    assert "has only http://elsewhere:1" in str(ended.exception)

@@ -13,7 +13,7 @@ from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
 from whiflash_sglang.checkpoints.fit import judge, read_target
 from whiflash_sglang.checkpoints.hub import verify
 from whiflash_sglang.checkpoints.manifest import embedded_bundle, load_manifest
-from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.files.disk import sha256
 from whiflash_sglang.settings.config import Flags, resolve
 from whiflash_sglang.updates.versions import numbers, publish
@@ -116,6 +116,14 @@ def test_every_layer_of_a_drafter_has_kv(models: dict[str, Path]) -> None:
     assert (
         "768 bytes of KV a token, 50.0% of the target's" in judged.detail
     )  # 3 of 6 layers of the same shape
+
+
+def test_a_checkpoint_without_weights_is_named(models: dict[str, Path], tmp_path: Path) -> None:
+    for weights in models["eagle3"].glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ConfigError, match="e3 has no weights"):
+        create(parts(models), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> None:

@@ -144,6 +144,9 @@ def create(parts: BundleParts, out: Path, name: str | None = None) -> dict[str, 
     with staged(out) as made:
         made.mkdir()
         copied = {key: _members(found, key) for key, found in given.items() if not found.hub}
+        for key in copied.keys() - {"router"}:
+            if not any(file.suffix == ".safetensors" or file.match("pytorch_model*") for file in copied[key]):
+                raise ConfigError(f"{given[key].name} has no weights: fetch the checkpoint whole")
         return write_bundle(made, facts, copied)
 
 

@@ -87,7 +87,7 @@ def main() -> None:
         code = INTERRUPTED
     except UsageError as error:
         code = _complain(f"{_with_guess(str(error))} (see whiflash {sys.argv[1]} --help)", 2)
-    except WhiflashError as error:
+    except (WhiflashError, ImportError) as error:  # httpx wants a package for a SOCKS proxy
         code = _complain(str(error), 1)
     except OSError as error:
         code = _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)

@@ -62,8 +62,11 @@ def say_prose(text: str, indent: str = "") -> None:
 
 
 def authorization(api_key: str | None) -> dict[str, str]:
-    """Headers of a request with this key; none without one."""
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    """Headers of a request with this key; none without one. Raises UsageError where no header can hold it."""
+    key = (api_key or "").strip()  # a file of a secret ends with a line's end
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError("--api-key, WHIFLASH_API_KEY: a key has printable ASCII characters only")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def for_tables() -> "Console":

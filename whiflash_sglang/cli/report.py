@@ -59,8 +59,9 @@ def brought(state: Mapping[str, Any], before: Mapping[str, Any] | None = None) -
     """
     if before is not None and before.get("tokens", 0) > state.get("tokens", 0):
         raise ConfigError("the server was restarted after the reading of --since: leave --since out")
-    counts = state if before is None else less(state, before)
-    seconds, plain = counts.get("timed_seconds", 0.0), counts.get("plain_seconds", 0.0)
+    counts, size = state if before is None else less(state, before), len(state.get("replicas") or (state,))
+    # Replicas decode beside one another.
+    seconds, plain = (counts.get(key, 0.0) / size for key in ("timed_seconds", "plain_seconds"))
     if min(seconds, plain, counts.get("tokens", 0)) <= 0:
         raise ConfigError("the server has timed no round yet: send it requests, then ask again")
     by_arm = {arm: sums["tokens"] for arm, sums in (counts.get("by_arm") or {}).items() if sums["tokens"]}

@@ -160,6 +160,10 @@ def summary(
     from whiflash_sglang.cli.report import CAVEAT, brought
 
     if traces is not None:
+        if url or since or hourly is not None:
+            raise UsageError(
+                "--traces asks no server: remove --url, --since and --cost-per-hour, or --traces"
+            )
         _show_callers(traces, as_json)
         return
 
@@ -167,6 +171,8 @@ def summary(
 
     def ask(server: str) -> dict[str, Any] | str:
         state = steer(server, "/whiflash/state", None, api_key)
+        if since is not None and server not in before:
+            raise ServerRefusedError(f"{server}: --since {since} has only {', '.join(before)}")
         try:
             figures = brought(state, before.get(server)).as_json(hourly)
         except ConfigError as error:

@@ -69,8 +69,9 @@ def is_embedded(arguments: list[str]) -> bool:
 def _url(arguments: list[str]) -> str:
     flags = as_flags(arguments)
     settings = configured(flags) | dict(pairs(flags))
-    host = settings.get("--host") or HOST
-    return f"http://{HOST if host in ('0.0.0.0', '::') else host}:{settings.get('--port') or PORT}"
+    host = str(settings.get("--host") or HOST)
+    host = HOST if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http{'s' if settings.get('--ssl-certfile') else ''}://{host}:{settings.get('--port') or PORT}"
 
 
 def _names(arguments: list[str]) -> set[str]:
@@ -145,7 +146,7 @@ def proxy(
 ) -> None:
     """Add hints to requests on their way to a server, for agents in other languages.
 
-    Requests below /v1 get spans, agent, tenant, turn and predictions of files. Answers pass byte for byte. Name the
+    Requests below /v1 get agent, tenant and predictions of files. Answers pass byte for byte. Name the
     caller with the headers X-WhiFlash-Tenant, -Agent and -Session, or in the path:
     http://127.0.0.1:30080/agent=coder/v1. Keys pass through; requests are not logged.
 
@@ -157,13 +158,13 @@ def proxy(
     from whiflash_sdk.proxy import Proxy, without_password
 
     check_port(host, port)
-    there = urlsplit(url)
-    if there.port == port and there.hostname in (host, "localhost", HOST):
-        raise UsageError(f"--url {url} is this proxy: give the server's URL, or another --port")
     try:
         application = Proxy(url, agent=agent)
     except ValueError as error:
         raise UsageError(f"whiflash proxy: {error}") from None
+    there = urlsplit(url)
+    if there.port == port and there.hostname in (host, "localhost", HOST):
+        raise UsageError(f"--url {url} is this proxy: give the server's URL, or another --port")
     typer.echo(f"http://{host}:{port} passes requests on to {without_password(url)}", err=True)
     uvicorn.run(
         application,

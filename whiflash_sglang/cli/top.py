@@ -188,7 +188,8 @@ class LiveView:
                 looked.append({"url": server.url, "error": str(now)})
                 continue
             # Seconds of rounds, not of the clock on the wall: a server that waits for requests is not slow.
-            total = figures(now.state, now.state.get("round_seconds", 0))
+            replicas = len(now.state.get("replicas") or (now.state,))  # they decode beside one another
+            total = figures(now.state, now.state.get("round_seconds", 0) / replicas)
             lately = since(self._before[place], now)
             looked.append(
                 {"url": server.url, "model": server.model, "state": now.state, "now": lately, "total": total}

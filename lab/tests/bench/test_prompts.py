@@ -136,6 +136,11 @@ def test_tools_come_behind_those_of_a_prompt(tmp_path: Path) -> None:
         with_tools(p, load_tools(file), "auto", strict=True).request() for p in prompts
     )
     assert (plain["tool_choice"], calls["tool_choice"]) == ("auto", "auto")
+    row = prompt_of({**rows[1], "tool_choice": "none"}, "here")
+    assert [with_tools(row, (), choice, strict=False).tool_choice for choice in (None, "auto")] == [
+        "none",
+        "auto",
+    ]
     assert plain["tools"] == [tool("here", description="brought", strict=True), tool("more", strict=True)]
     assert calls["tools"] == [tool(name, strict=True) for name in ("own", "here", "more")]
     assert set(as_object) == {"messages", "response_format"}

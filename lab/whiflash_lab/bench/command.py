@@ -62,12 +62,16 @@ class Outputs:
     plots: Path | None
 
     def prepare(self) -> None:
-        """Make the directories. Raises ConfigError where pictures cannot be drawn."""
+        """Make the directories. Raises ConfigError where pictures cannot be drawn, or a file is a directory."""
         if self.plots is not None and find_spec("matplotlib") is None:
             raise ConfigError("--plots needs matplotlib: pip install 'whiflash-sglang[lab]'")
-        for file in (self.out, self.markdown):
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
+        for option, file in (("--out", self.out), ("--markdown", self.markdown)):
+            if file is not None and file.is_dir():
+                raise ConfigError(f"{option} {file} is a directory: give a file")
+        for place in filter(
+            None, (self.plots, *(file and file.parent for file in (self.out, self.markdown)))
+        ):
+            place.mkdir(parents=True, exist_ok=True)
 
     def publish(self, report: BenchReport) -> None:
         """Print one of its forms, and write those that are wanted, each file whole or not at all."""

@@ -288,35 +288,39 @@ def draw(report: BenchReport, directory: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    directory.mkdir(parents=True, exist_ok=True)
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    pyplot.rcParams.update(dict.fromkeys(inked, INK))
     figure = _speedups_plot(load, pyplot)
     figure.tight_layout()
-    figure.savefig(directory / "speedup.svg", metadata={"Date": None})
+    figure.savefig(directory / "speedup.svg", metadata={"Date": None}, transparent=True)
     pyplot.close(figure)
     return directory / "speedup.svg"
 
 
 COLOURS = dict.fromkeys(("EAGLE3", "ar"), "#1f6feb") | dict.fromkeys(("DFLASH", "diffusion"), "#b35900")
 """Colours of arms, as a trace's page has them (`render/page.css`)."""
+INK = "#6e7781"
+"""Text and lines: readable on a light page and on a dark one."""
 
 
 def _speedups_plot(load: LoadReport, pyplot: Any) -> Any:
     """Bars of every arm by category, but for loops, which flatter every drafter."""
     names = list(dict.fromkeys(name for ratios in load.ratios.values() for name in ratios.none))
     names = [name for name in names if name != LOOPS]
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.5 * len(names) + 2), 4))
-    width = 0.8 / max(len(load.ratios), 1)
+    figure, axes = pyplot.subplots(figsize=(5.5, max(3.0, 0.8 * len(names))))
+    height = 0.8 / max(len(load.ratios), 1)
     for index, (arm, ratios) in enumerate(load.ratios.items()):
         present = [(place, ratios.none[name]) for place, name in enumerate(names) if name in ratios.none]
-        places = [place + (index + 0.5) * width - 0.4 for place, _ in present]
-        heights = [interval.ratio for _, interval in present]
+        places = [place + (index + 0.5) * height - 0.4 for place, _ in present]
+        widths = [interval.ratio for _, interval in present]
         # An interval of few repetitions may not contain its ratio; an error bar must.
         below = [max(0.0, interval.ratio - interval.low) for _, interval in present]
         above = [max(0.0, interval.high - interval.ratio) for _, interval in present]
-        error, colour = {"linewidth": 0.8}, COLOURS.get(arm, "#6e7781")
-        axes.bar(places, heights, width, yerr=(below, above), label=arm, color=colour, error_kw=error)
-    axes.axhline(1, color="black", linewidth=0.8, linestyle="dotted")
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("output tokens/s over plain decoding")
-    axes.legend(fontsize="small", ncols=2)
+        error, colour = {"linewidth": 0.8, "ecolor": INK}, COLOURS.get(arm, INK)
+        axes.barh(places, widths, height, xerr=(below, above), label=arm, color=colour, error_kw=error)
+    axes.axvline(1, color=INK, linewidth=0.8, linestyle="dotted")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("output tokens/s over plain decoding")
+    axes.legend(fontsize="small", frameon=False)
     return figure

@@ -100,8 +100,9 @@ def prompt_of(row: Any, where: str) -> Prompt:
         messages, turns = [{"role": "user", "content": turns[0]}], turns[1:]
     elif not all(isinstance(message, dict) and "role" in message for message in messages):
         raise ConfigError(f"{where}: every one of 'messages' is an object with a 'role'")
+    digest = hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()[:12]
     return Prompt(
-        id=str(row.get("id", row.get("question_id", _digest(row)))),
+        id=str(row.get("id", row.get("question_id", digest))),
         category=str(row.get("category", "chat")),
         messages=tuple(messages),
         follow_ups=tuple(turns or ()),
@@ -147,8 +148,10 @@ def load_tools(source: str) -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
-def with_tools(prompt: Prompt, tools: Sequence[dict[str, Any]], choice: str, *, strict: bool) -> Prompt:
-    """The prompt with `tools` behind those that it has, sent with this `tool_choice`; strict: all of them are.
+def with_tools(
+    prompt: Prompt, tools: Sequence[dict[str, Any]], choice: str | None, *, strict: bool
+) -> Prompt:
+    """The prompt with `tools` behind those it has, sent with this `tool_choice` or its own; strict: all of them are.
 
     One whose answer has a schema of its own stays without.
     """
@@ -159,7 +162,7 @@ def with_tools(prompt: Prompt, tools: Sequence[dict[str, Any]], choice: str, *, 
     several = list(reversed(by_name.values()))
     if strict:
         several = [{**tool, "function": {**tool["function"], "strict": True}} for tool in several]
-    return replace(prompt, tools=tuple(several), tool_choice=choice)
+    return replace(prompt, tools=tuple(several), tool_choice=choice or prompt.tool_choice)
 
 
 def _name_of(tool: Any) -> Any:
@@ -173,10 +176,6 @@ def digest_of(prompts: Sequence[Prompt]) -> str:
     for prompt in prompts:
         whole.update(json.dumps([prompt.id, prompt.request(), prompt.follow_ups], sort_keys=True).encode())
     return whole.hexdigest()
-
-
-def _digest(row: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def rows_of_file(path: Path) -> list[Any]:

@@ -22,7 +22,9 @@ from whiflash_lab.bench.subject import CPU_KV_TOKENS
 from whiflash_lab.conversations import Conversation, RecordedTurn, Renderer, read_recorded, renderer_of
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.jsonl import read_json
+from whiflash_sglang.formats.checkpoint import integer
 from whiflash_sglang.formats.config_json import read_json_config
+from whiflash_sglang.formats.draft_format import merged
 
 BASE = "pinned-none"
 """The arm that others are measured against: the same server, which drafts nothing."""
@@ -128,15 +130,17 @@ def read_talks(
     Raises:
         ConfigError: a file cannot be read, or nothing in it fits the context.
     """
-    context = read_json_config(subject.target)["max_position_embeddings"]
+    text = merged(subject.target, read_json_config(subject.target), "text_config")
+    context = integer(text, "max_position_embeddings", subject.target)
+    room = (min(context, CPU_KV_TOKENS // at_once) if subject.on_cpu else context) - MARGIN
     talks, left_out = talks_of(
         [conversation for path in paths for conversation in read_recorded(path)],
         renderer_of(subject.target, subject.bundle),
         max_tokens=max_tokens or context,
-        room=min(context, CPU_KV_TOKENS // at_once) - MARGIN,
+        room=room,
     )
     if not talks:
-        raise ConfigError(f"no recorded answer fits a context of {context} tokens")
+        raise ConfigError(f"no recorded answer fits the {room} tokens that each of {at_once} requests has")
     return talks, left_out
 
 

@@ -43,14 +43,17 @@ def bench(
         typer.Option(help="Send tools with every prompt: a JSON list of OpenAI's, or `sample` for 10."),
     ] = None,
     tool_choice: Annotated[
-        Literal["required", "auto"], typer.Option(help="Whether an answer must be a tool call.")
-    ] = "required",
+        Literal["required", "auto"] | None,
+        typer.Option(help="Whether an answer must be a tool call. Default: as its row says, else required."),
+    ] = None,
     strict: Annotated[
         bool, typer.Option(help="Make all tools strict: with `auto`, calls follow schemas.")
     ] = False,
     concurrency: Annotated[str, typer.Option(help="Requests in flight; comma-separated.")] = "1",
     repetitions: Annotated[int, typer.Option(min=1, help="Most repetitions of the full set.")] = 3,
-    minutes: Annotated[float | None, typer.Option(help="Start no repetition that would end later.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, max=1e6, help="Start no repetition that would end later.")
+    ] = None,
     interleave: Annotated[bool, typer.Option(help="Run all servers at once and ask prompts in turn.")] = True,
     restart: Annotated[bool, typer.Option(help="Start new servers for every repetition.")] = False,
     as_json: JsonFlag = False,
@@ -126,6 +129,8 @@ def bench(
         )
     if restart and not interleave:
         raise UsageError("--restart needs all servers at once: remove --no-interleave, or --restart")
+    if not interleave and (quick or minutes is not None):
+        raise UsageError("--minutes and --quick bound interleaved runs: remove them, or --no-interleave")
     if suite and prompts:
         raise UsageError(f"--suite {suite} and --prompts {prompts} both name the prompts: remove one of them")
     suites = suites_of(suite or "")
@@ -136,6 +141,10 @@ def bench(
         brought = load_tools(tools) if tools else brought
         chosen = sample(asked, scale.per_category)
         chosen = [with_tools(prompt, brought, tool_choice, strict=strict) for prompt in chosen]
+    try:
+        extra = shlex.split(server_args)
+    except ValueError as error:
+        raise UsageError(f"--server-args {server_args}: {error}") from None
     from whiflash_sglang.checkpoints.hub import check_place
 
     for place in filter(None, (model_path, bundle, *(str(file.absolute()) for file in recorded or ()))):
@@ -146,7 +155,6 @@ def bench(
     outputs = Outputs(as_json, out, markdown, plots)
     outputs.prepare()
     with tempfile.TemporaryDirectory(prefix="whiflash-bench-") as scratch:
-        extra = shlex.split(server_args)
         served = [name.partition("+")[0] for name in names] if recorded else scale.arms
         subject = build_subject(model_path, bundle, dtype, extra, Path(scratch), served, beside)
         if recorded:
@@ -173,7 +181,9 @@ def bench(
             recorded=tuple(path.name for path in recorded or ()),
             left_out=left_out,
             sampling={"temperature": temperature, "top_p": top_p} if temperature else {},
-            tools={"number": len(brought), "choice": tool_choice, "strict": strict} if tools else {},
+            tools={"number": len(brought), "choice": tool_choice or "of its row", "strict": strict}
+            if tools
+            else {},
             suites={name: f"{SUITES[name].source} ({SUITES[name].licence})" for name in suites},
         )
         cells = (out or Path(scratch) / "report.json").with_suffix(".cells.jsonl")

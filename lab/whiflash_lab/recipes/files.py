@@ -70,6 +70,10 @@ def _yaml(text: str, path: Path) -> Iterator[Recipe]:
         _need_mapping(document, path)
         backend = _backend(document)
         if backend is None:
+            if document.keys() & {"services", "apiVersion"}:
+                raise UsageError(
+                    f"--recipe {path} is a compose or Kubernetes file: give its command as a shell line"
+                )
             yield Recipe(str(path), _flags(document))
             continue
         for role, flags in backend[ROLES].items():
@@ -143,6 +147,9 @@ def _shell(text: str, path: Path) -> Iterator[Recipe]:
         line = (
             rest.split("\n)", 1)[0] if OPEN_ARRAY.search(text[: launch.start()]) else rest.split("\n", 1)[0]
         )
+        before = text[: launch.start()].rpartition("\n")[2]
+        for quote in "\"'":  # of `bash -c "…"`
+            line = line.partition(quote)[0] if before.count(quote) % 2 else line
         name = str(path) if len(launches) == 1 else f"{path}: {number}"
         environment = {key: value.strip("\"'") for key, value in VARIABLE.findall(text[: launch.start()])}
         yield Recipe(name, _of_words(line, arrays, path), environment)
@@ -154,6 +161,7 @@ def _of_words(line: str, arrays: Mapping[str, str], path: Path) -> dict[str, str
         if filled > MOST_LINE:
             raise UsageError(f"--recipe {path}: a launch of more than {MOST_LINE} characters is not read")
         line = REFERENCE.sub(lambda reference: arrays.get(reference[1], " "), line)
+    line = re.sub(r"(?<=\s)\d+(?=[<>])", "", line)  # the 2 of 2>&1
     lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&")
     lexer.whitespace_split, lexer.commenters = True, "#"
     flags: dict[str, list[str]] = {}

@@ -190,13 +190,12 @@ def _replace(fields: dict[str, Any]) -> list[str]:
     for name in FOREIGN:
         if name in fields:
             del fields[name]
-            flag, by = f"--{name.replace('_', '-')}", SETTINGS.get(name)
-            by = (
-                None if drafter == _EAGLE and name == "speculative_num_draft_tokens" else by
-            )  # its tree's size
-            sentences.append(
-                f"{flag} is replaced by {by}" if by else f"{flag} is left out: WHIFLASH has no use for it"
-            )
+            tree = drafter == _EAGLE and name == "speculative_num_draft_tokens"  # its size
+            by = None if tree else SETTINGS.get(name)
+            change = f"replaced by {by}" if by else "left out: WHIFLASH has no use for it"
+            sentences.append(f"--{name.replace('_', '-')} is {change}")
+    if "speculative_draft_model_path" in fields and algorithm.upper() in ALGORITHMS:
+        sentences.append("--speculative-draft-model-path stays: the drafter's format says what it is")
     return sentences
 
 

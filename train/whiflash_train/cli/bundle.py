@@ -2,6 +2,7 @@
 
 `whiflash lab lookup-seed`: what a bundle's copying arm believes before it has seen anything."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -66,14 +67,20 @@ def register(app: typer.Typer, lab: typer.Typer) -> None:
             return
         parts = [part for part in ("target", "eagle3", "dflash") if part in manifest]
         report({part: _place(manifest, part) for part in parts}, False)
-        model = target.partition("@")[0]
-        typer.echo(f"serve it: whiflash serve --model-path {model} --speculative-draft-model-path {out}")
+        revision = _revision(manifest, "target") if "@" in target else None
+        flags = ["--model-path", str(manifest["target"]), *(("--revision", revision) if revision else ())]
+        flags += ["--speculative-draft-model-path", str(out)]
+        typer.echo(f"serve it: {shlex.join(['whiflash', 'serve', *flags])}")
 
 
 def _place(manifest: dict[str, object], part: str) -> str:
-    sources = manifest["sources"]
-    revision = sources[part].get("revision") if isinstance(sources, dict) else None
+    revision = _revision(manifest, part)
     return f"{manifest[part]}{' at ' + revision if revision else ''}"
+
+
+def _revision(manifest: dict[str, object], part: str) -> str | None:
+    sources = manifest["sources"]
+    return sources[part].get("revision") if isinstance(sources, dict) else None
 
 
 def lookup_seed(
