@@ -56,6 +56,7 @@ COMPLETION: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4
 FATAL: list[tuple[str, dict[str, Any], str]] = [
     ("/generate", {"input_ids": [[1, 2], [3, -1]]}, "input_ids"),
     ("/generate", {"text": "", "session_params": {"id": None}}, "text"),
+    ("/generate", {**NATIVE, "custom_labels": {"x": "y"}}, "custom_labels"),
     ("/v1/completions", {**COMPLETION, "prompt": ["a", ""]}, "empty"),
     ("/v1/completions", {**COMPLETION, "stop_token_ids": [-1], "min_tokens": 2}, "stop_token_ids"),
     ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 321}, "top_logprobs"),
@@ -100,7 +101,7 @@ def server(models: Models, tmp_path_factory: pytest.TempPathFactory, host: Serve
     given += ["--whiflash-eagle-draft", str(models.eagle3), "--lora-paths", f"one={adapter.path}"]
     given += ["--max-lora-rank", "8", "--lora-target-modules", *LINEARS, "--max-loras-per-batch", "3"]
     given += ["--enable-custom-logit-processor", "--return-hidden-states-mode", "full"]
-    given += ["--enable-priority-scheduling", "--enable-streaming-session"]
+    given += ["--enable-priority-scheduling", "--enable-streaming-session", "--enable-metrics"]
     with host.running(*given) as running:
         yield running
 
@@ -138,6 +139,20 @@ def test_no_value_of_any_field_ends_the_server(server: Server, pytestconfig: pyt
             over.set()
         assert len(set(neighbour.result())) == 1
     assert wrong == []
+
+
+def test_turns_of_a_session_are_replaced(server: Server) -> None:
+    """Whether a request names the turn or none, also beside two turns of one id."""
+    session = server.post("/open_session", {"capacity_of_str_len": 1000})
+
+    def turn(rid: str, **more: Any) -> None:
+        server.post("/generate", {**NATIVE, "rid": rid, "session_params": {"id": session, **more}})
+
+    turn("a")
+    turn("b", replace=True)
+    turn("c", rid="b")
+    turn("c", rid="b")
+    turn("d", rid="b", replace=True)
 
 
 def test_every_field_is_a_clients_or_the_servers() -> None:

@@ -89,6 +89,7 @@ def test_media_that_are_not_served_are_named() -> None:
         ({"top_logprobs_num": TOKENS + 1}, "top_logprobs_num (logprobs, top_logprobs): is 321; at most 320"),
         ({"logprob_start_len": -2}, "logprob_start_len: is -2; at least -1"),
         ({"sampling": {"top_k": 2**31}}, "top_k: is 2147483648; at most 2147483647"),
+        ({"sampling": {"logit_bias": {"5": 1e39}}}, "logit_bias: is 1e+39 for '5'; give -1e+09 to 1e+09"),
         ({"sampling": {"stop_token_ids": [5, TOKENS], "min_new_tokens": 1}}, "stop_token_ids: token 320"),
         ({"sampling": {"stop_token_ids": [-1], "min_new_tokens": 1}}, "stop_token_ids: token -1"),
         (

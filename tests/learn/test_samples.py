@@ -104,6 +104,9 @@ def test_old_files_go(spool: Spool) -> None:
     spool.offer([3], [4])
     spool.flush()
     assert kept(directory_of(spool)) == [Sample([3], [4], [])]
+    spool._now.now += 3601  # type: ignore[attr-defined]
+    spool.flush()  # also without a new one
+    assert kept(directory_of(spool)) == []
 
 
 def test_more_than_can_be_written_is_dropped_and_counted(

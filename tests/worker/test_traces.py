@@ -94,6 +94,15 @@ def test_an_abort_in_a_chunked_prefill_leaves_nothing(traced: Engine, sent: Sent
     assert all(p.customized_info is None for p in sent.payloads if "gone" not in p.rids)
 
 
+def test_an_abort_ends_no_request_whose_id_begins_alike(traced: Engine) -> None:
+    for rid in ("1", "10"):
+        traced.submit(rid, prompt(20), max_new_tokens=20)
+    traced.step()
+    traced.abort("1")
+    traced.run()
+    assert len(traced.output("1")) < 20 == len(traced.output("10"))
+
+
 def test_retractions_leave_whole_traces_and_aborts_between_them_nothing(
     traced: Engine, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,8 @@ BATCH: Final = 64
 """Requests of a file at most."""
 SECONDS: Final = 10.0
 """Longest time that a finished request waits to be written."""
+PRUNED: Final = 3600.0
+"""Seconds after which old files go at the latest."""
 WAITING: Final = 1 << 20
 """Tokens of requests that wait to be written at most."""
 
@@ -215,8 +217,7 @@ class Spool:
         with self._writing:
             with self._changed:
                 self._taken, self._waiting, self._tokens = self._waiting, [], 0
-            if self._taken:
-                self._write()
+            self._write()
 
     def forget(self, handle: int | None) -> None:
         """Drop samples of `handle` that wait or are about to be written; None: all. Never waits for the disk.
@@ -234,7 +235,7 @@ class Spool:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting)
+                self._changed.wait_for(lambda: self._waiting, PRUNED)  # old files go without new ones, too
                 self._changed.wait_for(lambda: len(self._waiting) >= BATCH, SECONDS)
             self.flush()
 
@@ -242,11 +243,12 @@ class Spool:
         samples = self._taken
         try:
             with locked(self._directory):
+                self.size = prune(self._directory, self._settings, self._now())  # also on a full disk
                 with self._changed:
                     samples, self._taken = self._taken, []
                 if samples:
                     write_file(self._directory, self._target, samples, self._now())
-                self.size = prune(self._directory, self._settings, self._now())
+                    self.size = prune(self._directory, self._settings, self._now())
         except OSError as error:
             self.counts["failed"] += len(samples)
             if not self.failing:
@@ -259,7 +261,7 @@ class Spool:
                 )
             return
         self.counts["written"] += len(samples)
-        if self.failing:
+        if samples and self.failing:
             self.failing = False
             logger.info("samples are kept for learning again")
 

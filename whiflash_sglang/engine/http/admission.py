@@ -31,6 +31,7 @@ from whiflash_sglang.engine.carried import asks_for_ours
 from whiflash_sglang.engine.patching import around
 
 INT32_MAX = 2**31 - 1
+MOST_BIAS = 1e9
 MOST_SAMPLES = 4096
 """Answers to one request, at most: SGLang makes objects for all of them before it looks at one."""
 INTERNAL = (
@@ -70,6 +71,11 @@ def _typed(original: Any, self: Any, obj: Any, request: Any = None) -> Any:
     """Refuse types that the scheduler cannot read, before adapters are held. Raises ValueError, as below."""
     if asks_for_ours(self.server_args) and isinstance(obj, GenerateReqInput):
         check_types(obj)
+        allowed = self.server_args.tokenizer_metrics_allowed_custom_labels or ()
+        if wrong := sorted({*(obj.custom_labels or ())}.difference(allowed)):
+            raise ValueError(
+                f"custom_labels: {wrong[0]!r:.60} is no label of this server's metrics; leave it out"
+            )
         if self.server_args.disaggregation_mode != "null" and getattr(obj, "parallel_sample_num", 1) > 1:
             raise ValueError(
                 "n: all samples would meet in one bootstrap_room; send a request for each of them"
@@ -168,10 +174,13 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
     Raises:
         ValueError: it would end the scheduler; the message names the field.
     """
+    if obj.input_embeds is not None:
+        raise ValueError(
+            "input_embeds: WHIFLASH drafts from token ids; leave them out, or ask a server without it"
+        )
     session: Mapping[str, Any] = obj.session_params or {}
     # A session's own text may be all that a request goes on from; SGLang ends it there if there is none.
-    empty = obj.input_embeds is None and (input_ids is None or not len(input_ids))
-    if empty and session.get("id") is None:
+    if (input_ids is None or not len(input_ids)) and session.get("id") is None:
         raise ValueError("text (prompt, input_ids): is empty; give at least one token")
     _check_ids("input_ids (prompt)", input_ids, vocabulary)
     # Also where no log-probabilities are asked for: the likeliest of a batch are taken for all of its requests.
@@ -185,6 +194,11 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
                 f"custom_logit_processor: {error!r:.200}; give what its to_str returns"
             ) from None
     params: Mapping[str, Any] = obj.sampling_params
+    for token, value in (params.get("logit_bias") or {}).items():
+        if not abs(value) <= MOST_BIAS:  # in float32 more may become infinite, and every chance NaN
+            raise ValueError(
+                f"logit_bias: is {value} for {token!r:.20}; give -{MOST_BIAS:g} to {MOST_BIAS:g}"
+            )
     if params.get("beam_width") not in (None, 1):
         raise ValueError(
             f"beam_width: is {params['beam_width']}; WHIFLASH drafts for one text a request; leave it out, or ask a "

@@ -9,6 +9,7 @@ from typing import Any
 from weakref import ref
 
 import torch
+from sglang.srt.session.session_controller import Session, SessionReqNode
 from sglang.srt.session.streaming_session import StreamingSession
 
 from whiflash_sglang.engine.carried import serves_ours
@@ -87,3 +88,32 @@ def _keeping_what_was_computed(original: Any, self: StreamingSession, req: Any) 
         kv = self.slots[session.session_id].kv
         kv.kv_committed_len = min(kv.kv_committed_len, known - 1)
     return kept
+
+
+@around(
+    "sglang.srt.session.session_controller:Session.create_req",
+    params=("req",),
+    why="SGLang deletes from a dictionary that it goes through, which ends the scheduler",
+    until="a session's turns can be replaced",
+)
+def _replacing(original: Any, self: Session, req: Any, *args: Any, **named: Any) -> Any:
+    """A turn that replaces all others aborts them first."""
+    asked = req.session_params
+    if serves_ours() and asked.replace and asked.rid is None and not self.streaming:
+        for node in self.req_nodes.values():
+            node.abort()
+        self.req_nodes.clear()
+    return original(self, req, *args, **named)
+
+
+@around(
+    "sglang.srt.session.session_controller:SessionReqNode.clear",
+    params=("req_dict",),
+    why="two turns of one id are one entry, which SGLang deletes twice: that ends the scheduler",
+    until="a session's turns can be replaced",
+)
+def _clearing(original: Any, self: SessionReqNode, req_dict: dict[str, Any]) -> None:
+    """A turn and those after it leave the session, if they are still there."""
+    self.clear_children(req_dict)
+    self.abort()
+    req_dict.pop(self.req.rid, None)

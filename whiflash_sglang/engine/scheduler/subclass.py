@@ -100,6 +100,20 @@ class WhiflashScheduler:
             self.draft_worker.target_written()
         self.draft_worker.between_rounds()
 
+    def abort_request(self: Any, recv_req: Any) -> None:
+        """Abort the request of this id: SGLang's aborts all whose ids begin with it, so those have others meanwhile."""
+        held = (self.waiting_queue, self.grammar_manager.grammar_queue, self.collect_inflight_reqs())
+        known = {req for reqs in held for req in reqs} | ({self.chunked_req} - {None})
+        begins = {req for req in known if req.rid.startswith(recv_req.rid) and req.rid != recv_req.rid}
+        others = () if recv_req.abort_all else begins
+        for req in others:
+            req.rid = f"\0{req.rid}"
+        try:
+            super().abort_request(recv_req)
+        finally:
+            for req in others:
+                req.rid = req.rid[1:]
+
     def update_running_batch(self, batch: Any) -> Any:
         """Without SGLang's own penalties of a running batch: verifications count tokens elsewhere."""
         penalties = batch.sampling_info.penalizer_orchestrator
