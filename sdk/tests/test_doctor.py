@@ -7,7 +7,7 @@ import pytest
 from fake_server import CAPABILITIES, TRACE, FakeServer
 from openai import AsyncOpenAI, OpenAI
 
-from whiflash_sdk import Hints, async_doctor, doctor, explain, wrap
+from whiflash_sdk import Hints, async_doctor, doctor, explain, http_client, wrap
 
 
 def failing(client: OpenAI, model: str | None = None) -> dict[str, str]:
@@ -48,6 +48,9 @@ def test_what_the_server_lacks_is_named(
 def test_a_client_that_sends_none_is_named(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "wrap(client)" in failing(client)["client"]
     assert "off=True" in failing(wrap(client.with_options(), hints=Hints(off=True)))["client"]
+    below = OpenAI(base_url=client.base_url, api_key="k", http_client=http_client())
+    assert doctor(below)[0].ok
+    assert "capabilities" in failing(wrap(client.with_options(), capabilities=True))["server"]
     monkeypatch.setenv("WHIFLASH_SDK_DISABLE", "1")
     assert "WHIFLASH_SDK_DISABLE" in failing(wrap(client))["client"]
 

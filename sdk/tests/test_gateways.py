@@ -48,6 +48,19 @@ def test_a_server_that_lists_one_model_gets_hints_under_any_name(client: OpenAI,
     assert [server.paths.count(path) for path in (ROUTE, "/v1/models")] == [1, 1]
 
 
+def test_a_list_that_fails_once_is_asked_for_again_soon(
+    client: OpenAI, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("whiflash_sdk.capabilities.now", clock)
+    wrap(client)
+    for models in (None, ["tiny"]):
+        server.models = models
+        client.chat.completions.create(**{**ASKED, "model": "default"})
+        clock.seconds += 2
+    assert server.routed() == [False, True]
+
+
 def test_capabilities_given_for_a_model_hold_for_it_alone(client: OpenAI, server: FakeServer) -> None:
     wrap(client, capabilities=Capabilities(version=1, model="mine"))
     for model in ("mine", "other"):
@@ -129,10 +142,11 @@ def test_a_hint_that_is_refused_takes_hints_from_no_other_call(client: OpenAI, s
     message = "custom_params.whiflash.spans[0].begin: is too long"
     server.refuses, server.refusal = {"custom_params"}, (400, message)
     with pytest.warns(UnsupportedServerWarning, match="refuses what custom_params says"):
-        ask(wrap(client))
+        ask(wrap(client, tenant="acme"))
     server.refuses = set()
     ask(client)
     assert server.routed() == [True, False, True]
+    assert [body["cache_salt"] for body in server.bodies] == ["acme"] * 3, "a tenant is no hint"
 
 
 def test_strict_repeats_nothing(client: OpenAI, server: FakeServer) -> None:

@@ -222,6 +222,14 @@ def test_what_is_too_long_is_refused_and_what_is_not_ours_to_read_passes(
     assert traced.content == b"".join(EVENTS)
 
 
+@pytest.mark.filterwarnings("ignore::whiflash_sdk.UnsupportedServerWarning")
+def test_a_strict_proxy_says_why_it_refuses(upstream: Upstream) -> None:
+    upstream.error = httpx.ConnectError
+    strict = Proxy("http://server:1", httpx.AsyncClient(transport=upstream), strict=True)
+    refused = asyncio.run(Client().ask(strict))
+    assert (refused.status, b"could not be reached" in refused.content) == (503, True)
+
+
 @pytest.mark.parametrize(("error", "status"), [(httpx.ConnectError, 502), (httpx.ReadTimeout, 504)])
 @pytest.mark.filterwarnings("ignore::whiflash_sdk.UnsupportedServerWarning")
 def test_keys_are_in_no_log_and_no_error(

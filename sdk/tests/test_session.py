@@ -95,11 +95,14 @@ def test_every_request_carries_who_asks(wrapped: OpenAI, server: FakeServer) -> 
         with agent("inner"), Session():
             create(model="m", messages=CHAT)
         wrapped.completions.create(model="m", prompt="x", extra_body={"cache_salt": "own"})
+    with agent("outer"), Session(agent="nearer"):
+        create(model="m", messages=CHAT)
     create(model="m", messages=CHAT)
     assert [(body["cache_salt"], server.wire(n)["agent"]) for n, body in enumerate(server.bodies)] == [
         ("acme", "coder"),
-        ("client", "inner"),
+        ("acme", "inner"),
         ("own", "coder"),
+        ("client", "nearer"),
         ("client", "client"),
     ]
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import openai
@@ -301,11 +302,26 @@ def test_a_server_that_is_down_fails_as_it_does_unwrapped() -> None:
         ask(wrap(client.with_options(), strict=True))
 
 
+def test_an_exception_whose_response_is_no_answer_is_raised_as_it_is(client: OpenAI) -> None:
+    class TheirError(Exception):
+        response = MappingProxyType({"Error": "expired"})  # botocore's is a dictionary
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise TheirError
+
+    client.request = fails  # type: ignore[method-assign]
+    with pytest.raises(TheirError):
+        ask(wrap(client))
+
+
 def test_misuse_says_what_to_give(client: OpenAI) -> None:
     with pytest.raises(TypeError, match="OpenAI or AsyncOpenAI"):
         wrap("client")  # type: ignore[type-var]
     with pytest.raises(ValueError, match="tenant"):
         wrap(client, tenant="")
+    below = OpenAI(base_url=client.base_url, api_key="k", http_client=whiflash_sdk.http_client())
+    with pytest.raises(ValueError, match="sends hints already"):
+        wrap(below)
     with pytest.raises(whiflash_sdk.HintError, match=r"custom_params.*mapping"):
         OWN.extra_body({"custom_params": "text"})
     params = {"whiflash": '{"spans":[{"kind":"poem","open":true}]}'}

@@ -35,6 +35,14 @@ class BlockValue(Generic[ValueT]):
         block = self._block()
         return self._default if block is None else block.value
 
+    def held(self) -> Iterator[ValueT]:
+        """The values of all enclosing blocks, the innermost first."""
+        block = self._block()
+        while block is not None:
+            if not block.ended:
+                yield block.value
+            block = block.outer
+
     def _block(self) -> _Block[ValueT] | None:
         block = self._blocks.get()
         while block is not None and block.ended:

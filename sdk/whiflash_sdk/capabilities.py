@@ -258,8 +258,10 @@ def _probe(
         if server.needs_list(model):
             try:
                 server.listed((yield from asker.get(f"{asker.base}/models", limits)))
-            except Exception:
+            except Exception as error:
                 server.listed(None)
+                if getattr(getattr(error, "response", None), "status_code", None) != 404:
+                    server.next_probe = now() + FIRST_RETRY_SECONDS
 
 
 def _lock(server: AskedServer) -> anyio.Lock:

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol, TypeVar
 from typing_extensions import Unpack
 
 from whiflash_sdk.capabilities import ask, async_ask
-from whiflash_sdk.collecting import open_scope
+from whiflash_sdk.collecting import is_scoped, open_scope
 from whiflash_sdk.flow import Flow, run, run_async
 from whiflash_sdk.identity import OfClient, api_clients
 from whiflash_sdk.outgoing import ClientSettings, Told, exchange, route_of
@@ -65,13 +65,18 @@ def wrap(client: ClientT, **settings: Unpack[ClientSettings]) -> ClientT:
 
     `WHIFLASH_SDK_DISABLE=1` in the environment, read here, is `capabilities=False` in any case.
 
-    Raises: TypeError if `client` is something else; ValueError for a client that was wrapped with other settings, for
-    an empty tenant, which would be no salt, and for a variable that says neither yes nor no.
+    Raises: TypeError if `client` is something else; ValueError for a client that was wrapped with other settings or has
+    an `http_client` of this SDK, for an empty tenant, which would be no salt, and for a variable that says neither yes
+    nor no.
     """
     if not isinstance(client, (*api_clients(asynchronous=False), *api_clients(asynchronous=True))):
         raise TypeError(
             "wrap takes an OpenAI or AsyncOpenAI client, or Anthropic's, not "
             f"{type(client).__name__}. For other libraries see whiflash_sdk.http_client"
+        )
+    if is_scoped(getattr(client, "_client", None)):
+        raise ValueError(
+            "wrap: this client's http_client sends hints already, as it was told: leave wrap out"
         )
     told = Told.of(**settings)
     before = settings_of(client)

@@ -14,6 +14,7 @@ from whiflash_sdk import presets
 from whiflash_sdk.capabilities import AskedServer, Capabilities, ask, async_ask
 from whiflash_sdk.client import settings_of
 from whiflash_sdk.identity import OfClient
+from whiflash_sdk.outgoing import Told
 from whiflash_sdk.trace import Trace, routing
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ async def async_doctor(client: AsyncOpenAI, model: str | None = None) -> list[Fi
 
 def _findings(client: Any, server: AskedServer, model: str | None) -> Iterator[Finding]:
     yield _wrapped(client)
-    answer = server.found
+    answer, told = server.found, settings_of(client)
+    if told is not None and told.capabilities:
+        yield Finding("server", None, "not judged: wrap was given its capabilities")
+        return
     if answer is None:
         help_ = (
             "Start it with `whiflash serve`, and let every proxy in between pass GET /whiflash/capabilities"
@@ -78,7 +82,8 @@ def _findings(client: Any, server: AskedServer, model: str | None) -> Iterator[F
 
 
 def _wrapped(client: Any) -> Finding:
-    settings = settings_of(client)
+    below = getattr(getattr(client, "_client", None), "_transport", None)
+    settings: Told | None = settings_of(client) or getattr(below, "told", None)
     if settings is None:
         return Finding("client", False, "it sends no hints: call whiflash_sdk.wrap(client)")
     if settings.capabilities is False:

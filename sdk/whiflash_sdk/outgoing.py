@@ -121,6 +121,8 @@ class Outgoing:
         if status not in REFUSALS or self._strict:
             return None
         self._is_read = any(field in text for field in _INSIDE)
+        if self._is_read and "cache_salt" in self.body:  # the tenant is no hint
+            self.plain = {**self.plain, "cache_salt": self.body["cache_salt"]}
         added = (name for name in _ADDED if self.body.get(name) != self.plain.get(name))
         return next((name for name in added if name in text), None)
 
@@ -171,7 +173,8 @@ def exchange(
         answer = yield from send(going.body)
     except fails as error:
         response = getattr(error, "response", None)
-        refused = None if response is None else going.refused(response.status_code, response.text)
+        text = getattr(response, "text", None)  # others' exceptions hold a dictionary, or a method
+        refused = going.refused(response.status_code, text) if isinstance(text, str) else None
         if refused is None:
             raise
         answer = yield from send(going.plain)
@@ -223,7 +226,7 @@ def _with_hints(
     carried = params.pop(WIRE_KEY, None)
     if capabilities:
         inside = session()
-        hints = block_hints().over(inside.hints() if inside else Hints()).over(told.hints)
+        hints = block_hints().over(told.hints)
         names_agent = AGENT_FIELD in body  # a server takes the name once: in the body or in the hints
         if names_agent:
             hints = hints.without(("agent",))

@@ -16,6 +16,7 @@ import anyio
 import httpx
 from typing_extensions import Unpack
 
+from whiflash_sdk.errors import UnsupportedServerError
 from whiflash_sdk.outgoing import ClientSettings
 from whiflash_sdk.session import Session
 from whiflash_sdk.transport import passing_client
@@ -127,6 +128,8 @@ class Proxy:
         try:
             with session:
                 answer = await self._client.send(request, stream=True, follow_redirects=False)
+        except UnsupportedServerError as error:  # strict
+            return await _refuse(send, 503, str(error))
         except httpx.LocalProtocolError:
             return await _refuse(send, 400, "the request holds what HTTP does not allow")
         except httpx.TimeoutException:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from typing_extensions import Self
 
@@ -17,8 +17,8 @@ from whiflash_sdk.hints import MAX_NAME_CHARS, Hints
 class Session:
     """Calls inside the block are of this tenant and agent, in this thread or task.
 
-    If a request offers a tool that edits files, the file that the conversation read or wrote last is sent as its
-    prediction. A call, an inner block or `predict` wins over it.
+    An inner session that leaves a field out has the outer one's. If a request offers a tool that edits files, the file
+    that the conversation read or wrote last is sent as its prediction. A call, an inner block or `predict` wins.
 
     tenant: whose text the answers are, as `wrap(tenant=)` has it. agent: name of the agent. predicts: whether files are
     predicted.
@@ -50,9 +50,16 @@ class Session:
         return file_to_edit(body, parser) if self.predicts else None
 
 
+_NAMES: Final = ("tenant", "agent")
 _SESSION: BlockValue[Session | None] = BlockValue("whiflash_session", None)
 
 
 def session() -> Session | None:
-    """The innermost enclosing session."""
-    return _SESSION.get()
+    """The enclosing sessions as one: the innermost wins, field by field."""
+    held = [one for one in _SESSION.held() if one]
+    if not held:
+        return None
+    tenant, agent = (
+        next((getattr(one, name) for one in held if getattr(one, name)), None) for name in _NAMES
+    )
+    return Session(tenant, agent, held[0].predicts)

@@ -12,16 +12,19 @@ from typing import Protocol
 
 from whiflash_sdk.blocks import BlockValue
 from whiflash_sdk.hints import Arm, Hints, Kind, Span
+from whiflash_sdk.session import session
 
 __all__ = ["code", "hinted", "json", "prose", "reasoning", "tool_call"]
 
-_BLOCK: BlockValue[Hints] = BlockValue("whiflash_block", Hints())
+_BLOCK: BlockValue[tuple[Hints, str | None]] = BlockValue("whiflash_block", (Hints(), None))
+"""Hints of the `hinted` blocks, and the agent of the session that the innermost of them is in."""
 _OPENED: BlockValue[Span | None] = BlockValue("whiflash_opened", None)
 
 
 def block_hints() -> Hints:
-    """The hints of the enclosing `hinted` blocks; empty outside."""
-    return _BLOCK.get()
+    """The hints of the enclosing `hinted` blocks and sessions, the innermost first; empty outside."""
+    (held, agent), inside = _BLOCK.get(), session()
+    return held if inside is None or inside.agent in (None, agent) else inside.hints().over(held)
 
 
 def opened_span() -> Span | None:
@@ -32,7 +35,8 @@ def opened_span() -> Span | None:
 @contextmanager
 def hinted(hints: Hints) -> Iterator[Hints]:
     """Calls inside the block carry these hints, over those of outer blocks and of the client."""
-    with _BLOCK.holding(hints.over(block_hints())) as merged:
+    merged, inside = hints.over(block_hints()), session()
+    with _BLOCK.holding((merged, inside.agent if inside else None)):
         yield merged
 
 

@@ -98,11 +98,11 @@ def _holds_nothing_else(body: dict[str, Any]) -> bool:
     return is_ours and body.get("choices") == [] and not body.get("usage")
 
 
-@functools.cache
+@functools.lru_cache(64)  # a client's text
 def decodes(library: Any, coding: str) -> bool:
     """Whether an HTTP library reads answers with this content coding."""
-    if coding in ("", "identity"):
-        return True
+    if coding in ("", "identity") or not coding.isascii():
+        return not coding or coding == "identity"
     try:
         return bool(library.Response(200, headers={"content-encoding": coding}, content=b"?").content != b"?")
     except library.DecodingError:
