@@ -422,9 +422,9 @@ def speed_table() -> str:
         conditions.append(f"{asked}: {report['arms']['none']['overall']['answers']} prompts{pair}")
     hardware = report["provenance"]["hardware"]
     caption = (
-        f"SmolLM2-135M-Instruct in {report['provenance']['dtype']} with its own drafters (DSPARK: WHIFLASH pinned to "
-        f"it, as SGLang's needs a GPU), {hardware['cores']} cores of {hardware['cpu']}; {'; '.join(conditions)}. "
-        "Brackets: 95 % intervals."
+        f"SmolLM2-135M-Instruct in {report['provenance']['dtype']} with its own drafters (EAGLE3: SGLang's own. "
+        f"DSPARK: WHIFLASH pinned to it, as SGLang's needs a GPU), {hardware['cores']} cores of {hardware['cpu']}; "
+        f"{'; '.join(conditions)}. Brackets: 95 % intervals."
     )
     return f"{table(('prompts', 'requests', *ARMS.values()), iter(rows))}\n\n{caption}"
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "sdk" / "tests"))
 from browser import browser
 from rich.console import Console
 from rich.progress import Progress
-from rich.terminal_theme import MONOKAI
+from rich.terminal_theme import TerminalTheme
 from server_host import Server, ServerHost
 from whiflash_sdk.render import Turn, conversation_html
 from whiflash_sdk.trace import routing
@@ -52,6 +52,11 @@ TOOL = {
         "required": ["origin", "destination", "date", "passengers"],
     },
 }
+_RED, _GREEN, _ORANGE, _BLUE = (255, 123, 114), (86, 211, 100), (240, 160, 75), (108, 171, 255)
+_PINK, _CYAN, _GREY, _WHITE = (247, 120, 186), (88, 209, 235), (154, 164, 175), (233, 237, 241)
+_COLOURS = [_RED, _GREEN, _ORANGE, _BLUE, _PINK, _CYAN, _WHITE]
+THEME = TerminalTheme((13, 17, 23), _WHITE, [(43, 49, 56), *_COLOURS], [_GREY, *_COLOURS])
+"""The trace page's dark colours, in a terminal's order."""
 FONTS = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 WITHOUT_TABLES = """
 document.querySelectorAll('section .table, section details').forEach(e => e.remove());
@@ -122,8 +127,7 @@ def demonstrate(path: Path) -> None:
 
 def draw(console: Console, title: str, path: Path) -> None:
     """Write the output that `console` recorded as a picture."""
-    # Rich's own theme has one blue for blue and magenta.
-    drawn = console.export_svg(title=title, unique_id=path.stem, theme=MONOKAI)
+    drawn = console.export_svg(title=title, unique_id=path.stem, theme=THEME)
     # Rich names a font from the web, which pages that show pictures do not let them load.
     drawn = re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL)
     path.write_text(drawn.replace("Fira Code, monospace", FONTS), encoding="utf-8")

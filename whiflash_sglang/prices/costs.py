@@ -67,7 +67,7 @@ class Worth(NamedTuple):
 
 
 FULL_LENGTH = Worth(0.0, 0.0)
-"""Every draft is worth it: drafts are as long as they may be."""
+"""No price is known: drafts are as long as they may be, down to a chance of `LEAST_CHANCE`."""
 
 
 class Costs(ABC):
