@@ -44,7 +44,7 @@ def assemble(config: TrainConfig, bundle: Path, name: str) -> Path:
             raise ConfigError(f"{trained} holds no checkpoint: run `whiflash train --step {name_of}` first")
         place = bundle / name_of
         replace_directory(trained, place)
-        # What its files are checked against when they are loaded.
+        # Its files are checked against these when they are loaded.
         sources[key] = {"files": digests(sorted([*place.glob("config.json"), *place.glob("*.safetensors")]))}
     target = f"embedded:{EMBEDDED_BUNDLE}" if config.target == "embedded" else config.target
     manifest: dict[str, Any] = {"schema_version": 1, "name": name, "target": target}

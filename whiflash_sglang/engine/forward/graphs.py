@@ -65,7 +65,7 @@ class CudaRecorder:
                 try:
                     body()
                 except OutOfResources as error:
-                    # What a kernel needs of a multiprocessor; it is no RuntimeError.
+                    # A kernel needs more of a multiprocessor than there is; it is no RuntimeError.
                     raise RuntimeError(str(error)) from error
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
