@@ -172,7 +172,7 @@ def exchange(
     try:
         answer = yield from send(going.body)
     except fails as error:
-        response = getattr(error, "response", None)
+        response: Any = getattr(error, "response", None)
         text = getattr(response, "text", None)  # others' exceptions hold a dictionary, or a method
         refused = going.refused(response.status_code, text) if isinstance(text, str) else None
         if refused is None:

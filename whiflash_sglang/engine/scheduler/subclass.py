@@ -109,7 +109,7 @@ class WhiflashScheduler:
         for req in others:
             req.rid = f"\0{req.rid}"
         try:
-            super().abort_request(recv_req)
+            super().abort_request(recv_req)  # type: ignore[misc]
         finally:
             for req in others:
                 req.rid = req.rid[1:]
