@@ -368,7 +368,7 @@ def _measured(record: Path) -> str:
 
 
 BENCHMARK = ROOT / "results" / "benchmark"
-HOME = {"report": "greedy", "sampled": "temperature 0.6", "tools": "tool calls, temperature 0.6"}
+HOME = {"report": "greedy", "sampled": "temperature 0.6", "tools": "forced tool calls, temperature 0.6"}
 """Reports on prompts of our own, and what was asked."""
 
 AWAY = {
@@ -424,7 +424,7 @@ def speed_table() -> str:
     caption = (
         f"SmolLM2-135M-Instruct in {report['provenance']['dtype']} with its own drafters (EAGLE3: SGLang's own. "
         f"DSPARK: WHIFLASH pinned to it, as SGLang's needs a GPU), {hardware['cores']} cores of {hardware['cpu']}; "
-        f"{'; '.join(conditions)}. Brackets: 95 % intervals."
+        f"{'; '.join(conditions)}. One repetition. Brackets: 95 % intervals."
     )
     return f"{table(('prompts', 'requests', *ARMS.values()), iter(rows))}\n\n{caption}"
 

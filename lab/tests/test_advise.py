@@ -92,7 +92,7 @@ def test_a_long_context_takes_time_and_memory() -> None:
     (full,) = near.obstacles + far.obstacles
     assert full.startswith("KV for 8 × 131,648 tokens takes 155 GB: 2 requests fit, 2 beside two drafters")
     assert ("needs YaRN" in near.assumed, "beyond 40,960 positions" in far.assumed) == (False, True)
-    with pytest.raises(ConfigError, match="does not go with --url"):
+    with pytest.raises(ConfigError, match="remove --context: with --url"):
         advise(Question("Qwen3-8B", context=1), STATE)
 
 
@@ -165,8 +165,9 @@ def test_replicas_are_taken_if_they_are_faster() -> None:
     assert many.rates == pytest.approx({way: 2 * rate for way, rate in half.rates.items()})
     assert "no table shows their error" in found.assumed
     assert '--server-args="--dp-size 2"' in found.settings[-1]
-    far = advise(question._replace(requests=(32,), context=1 << 15))
-    assert [row.spread for row in far.rows] == ["--tp-size 2"], "one card has no room for them"
+    (large,) = advise(question._replace(target="Qwen3-32B", requests=(8,), context=1 << 13)).rows
+    (far,) = advise(question._replace(requests=(32,), context=1 << 15)).rows
+    assert (large.spread, far.spread) == ("--tp-size 2", "--dp-size 2"), "one card has no room; nor have both"
 
 
 def test_what_cannot_be_answered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

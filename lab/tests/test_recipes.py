@@ -233,7 +233,8 @@ def test_reading_shell(write: Write) -> None:
     assert read(write("flags", "--tp=2\n--enable-metrics"))[0].flags == {"tp": "2", "enable-metrics": ""}
     two = read(write("two", "sglang serve a/b --tp 1\nwhiflash serve --tp 2\n"))
     assert [recipe.flags.get("tp") for recipe in two] == ["1", "2"]
-    for line in ("sglang serve a/b --tp 2 2>&1 | tee log", 'bash -c "sglang serve a/b --tp 2"'):
+    begun = 'echo "it\'s up"; sglang serve a/b --tp 2'
+    for line in ("sglang serve a/b --tp 2 2>&1 | tee log", 'bash -c "sglang serve a/b --tp 2"', begun):
         assert read(write("line", line))[0].flags == {"model-path": "a/b", "tp": "2"}
     with pytest.raises(UsageError, match="is a compose or Kubernetes file"):
         read(write("compose.yaml", "services: {a: {image: b}}"))

@@ -152,7 +152,7 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
     if state is not None:
         beside = {"--context": question.context, "--count": question.cards > 1}
         if refused := [option for option, given in beside.items() if given]:
-            raise UsageError(f"{' and '.join(refused)} do not go with --url: prices are the server's own")
+            raise UsageError(f"remove {' and '.join(refused)}: with --url, prices are the server's own")
         card, pair, source = _of_server(state, question)
         target = target or PublishedTarget(question.target, _QWEN, (), ())
         loads = question.requests if pair.drafts else ()
@@ -200,9 +200,9 @@ def _assumed(
     if question.context + question.prompt + question.answer > target.shape.positions:
         load += f"; beyond {target.shape.positions:,} positions SGLang needs YaRN, and drafters accept less"
     return (
-        f"ESTIMATE, nothing measured here. {target.name}, prices of {prices}. Acceptance: {source}; yours at "
-        f"temperature {question.temperature:g} may differ. Prompts of {question.prompt}, answers of {question.answer} "
-        f"{load}. {chains}NGRAM has our reports' 1.20 tokens a round. "
+        f"ESTIMATE, nothing measured here. {target.name}, prices of {prices}. Acceptance: {source}; yours may "
+        f"differ, and a temperature of {question.temperature:g} changes no row. Prompts of {question.prompt}, "
+        f"answers of {question.answer} {load}. {chains}NGRAM has our reports' 1.20 tokens a round. "
         "A way is taken if it is 3 % faster than a simpler one."
     )
 
@@ -234,13 +234,21 @@ def _obstacles(shape: Shape, question: Question) -> Iterator[str]:
             f"{weights / 1e9:.0f} GB of weights do not fit {question.cards} × {gpu.name} of "
             f"{gpu.memory / 1e9:.0f} GB with KV beside them"
         )
-    tokens = question.context + question.prompt + question.answer
-    plain, drafted = tokens * shape.kv, 1 + (1 + BLOCK_LAYERS) * question.cards / shape.layers
-    if most * plain * drafted > room > 0:
+    tokens, cards = question.context + question.prompt + question.answer, question.cards
+    drafted, plain = _fitting(shape, question, cards), tokens * shape.kv
+    if most > drafted and room > 0:
+        each = f", {cards * _fitting(shape, question, 1)} on {cards} replicas" if cards > 1 else ""
         yield (
             f"KV for {most} × {tokens:,} tokens takes {most * plain / 1e9:.0f} GB: {int(room / plain)} requests fit, "
-            f"{int(room / plain / drafted)} beside two drafters; more only if they share a prefix"
+            f"{drafted} beside two drafters{each}; rows assume that all do, as if they shared a prefix"
         )
+
+
+def _fitting(shape: Shape, question: Question, cards: int) -> int:
+    """Requests whose KV and that of two drafters have room on so many cards; tensor parallelism copies the latter."""
+    room = USABLE * _gpu(question.gpu).memory * cards - sum(_split(shape))
+    drafted = shape.kv * (1 + (1 + BLOCK_LAYERS) * cards / shape.layers)
+    return max(int(room / drafted / (question.context + question.prompt + question.answer)), 0)
 
 
 def _gpu(name: str) -> Gpu:
@@ -328,9 +336,9 @@ def _fastest(
             rates={way: rate * requests / share for way, rate in row.rates.items()},
         )
 
-    alone = question._replace(cards=1, requests=(-(-requests // whole),))
-    fits = whole > 1 and not any(_obstacles(target.shape, alone))
-    replicas = [on(1, whole)] if fits else []
+    alone, together = (_fitting(target.shape, question, cards) for cards in (1, whole))
+    fits = alone * whole >= requests or (alone and together < requests)
+    replicas = [on(1, whole)] if whole > 1 and fits else []
     return max(
         [*replicas, on(whole, 1)], key=lambda row: max(row.rates.values()) * (SURE if row in replicas else 1)
     )
@@ -351,6 +359,7 @@ def _row(card: Card, pair: PublishedPair, question: Question, requests: int, blo
     rates |= {"NGRAM": rate("dflash", NGRAM, replace(card, block=0.0)), OURS: rates.pop(OURS)}
     every = Estimate(count(requests, "request"), "", rates, 1.0, 1.0)
     single = [pair._replace(lengths={name: lengths}) for name, lengths in pair.lengths.items()]
+    single.append(pair)  # so that the mean is within its bracket
     ours = [rate("auto", one) for one in single]
     stock = {ways.get(method, method): method for method in methods}.get(every.stock)
     theirs = [rate(stock, one) if stock else rates[every.stock] for one in single]

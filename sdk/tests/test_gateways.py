@@ -49,10 +49,8 @@ def test_a_server_that_lists_one_model_gets_hints_under_any_name(client: OpenAI,
 
 
 def test_a_list_that_fails_once_is_asked_for_again_soon(
-    client: OpenAI, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+    client: OpenAI, server: FakeServer, clock: Clock
 ) -> None:
-    clock = Clock()
-    monkeypatch.setattr("whiflash_sdk.capabilities.now", clock)
     wrap(client)
     for models in (None, ["tiny"]):
         server.models = models

@@ -95,8 +95,8 @@ def test_every_request_carries_who_asks(wrapped: OpenAI, server: FakeServer) -> 
         with agent("inner"), Session():
             create(model="m", messages=CHAT)
         wrapped.completions.create(model="m", prompt="x", extra_body={"cache_salt": "own"})
-    with agent("outer"), Session(agent="nearer"):
-        create(model="m", messages=CHAT)
+    with Session(agent="nearer", predicts=False), agent("outer"), Session(agent="nearer"):
+        create(model="m", messages=CHAT, tools=[READ, EDIT])  # type: ignore[list-item]
     create(model="m", messages=CHAT)
     assert [(body["cache_salt"], server.wire(n)["agent"]) for n, body in enumerate(server.bodies)] == [
         ("acme", "coder"),
@@ -105,6 +105,7 @@ def test_every_request_carries_who_asks(wrapped: OpenAI, server: FakeServer) -> 
         ("client", "nearer"),
         ("client", "client"),
     ]
+    assert predicted(server.bodies[3]) is None
 
 
 @pytest.mark.parametrize("route", ["chat", "responses", "messages"])

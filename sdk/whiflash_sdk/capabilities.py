@@ -88,8 +88,8 @@ class AskedServer:
     its own loop would wait for ever.
 
     url: the route that was asked, without a password. alone: whether `/v1/models` lists the model of `found` and no
-    other; None: it was not asked. trouble: why `found` is None. failures: in a row. next_probe: earliest time of the
-    next question, by `now`.
+    other; None: it was not asked. trouble: why `found` is None. failures: in a row; lists: of the list. next_probe:
+    earliest time of the next question, by `now`.
     """
 
     url: str
@@ -97,6 +97,7 @@ class AskedServer:
     alone: bool | None = None
     trouble: str = "has not been asked"
     failures: int = 0
+    lists: int = 0
     next_probe: float = -inf
     threads: Lock = field(default_factory=Lock)
 
@@ -121,6 +122,12 @@ class AskedServer:
         entries = models.get("data") if isinstance(models, dict) else None
         ids = {entry.get("id") for entry in entries or () if isinstance(entry, dict)}
         self.alone = self.found is not None and ids == {self.found.model}
+        self.lists = 0 if entries else self.lists
+
+    def unlisted(self) -> None:
+        """Ask for the list again, later each time that it fails."""
+        wait = FIRST_RETRY_SECONDS * 2 ** min(self.lists, 16)
+        self.lists, self.next_probe = self.lists + 1, now() + min(wait, LONGEST_RETRY_SECONDS)
 
     def answered(self, body: object) -> None:
         """Take the body of a 200."""
@@ -261,7 +268,7 @@ def _probe(
             except Exception as error:
                 server.listed(None)
                 if getattr(getattr(error, "response", None), "status_code", None) != 404:
-                    server.next_probe = now() + FIRST_RETRY_SECONDS
+                    server.unlisted()
 
 
 def _lock(server: AskedServer) -> anyio.Lock:

@@ -76,7 +76,7 @@ def wrap(client: ClientT, **settings: Unpack[ClientSettings]) -> ClientT:
         )
     if is_scoped(getattr(client, "_client", None)):
         raise ValueError(
-            "wrap: this client's http_client sends hints already, as it was told: leave wrap out"
+            "wrap: this client's http_client sends hints already: leave wrap out, and give it the settings"
         )
     told = Told.of(**settings)
     before = settings_of(client)

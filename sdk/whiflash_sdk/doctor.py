@@ -61,7 +61,7 @@ async def async_doctor(client: AsyncOpenAI, model: str | None = None) -> list[Fi
 
 def _findings(client: Any, server: AskedServer, model: str | None) -> Iterator[Finding]:
     yield _wrapped(client)
-    answer, told = server.found, settings_of(client)
+    answer, told = server.found, _told(client)
     if told is not None and told.capabilities:
         yield Finding("server", None, "not judged: wrap was given its capabilities")
         return
@@ -81,9 +81,15 @@ def _findings(client: Any, server: AskedServer, model: str | None) -> Iterator[F
     yield from _parsers(answer)
 
 
-def _wrapped(client: Any) -> Finding:
+def _told(client: Any) -> Told | None:
+    """Settings of `wrap`, or of the `http_client` below."""
     below = getattr(getattr(client, "_client", None), "_transport", None)
-    settings: Told | None = settings_of(client) or getattr(below, "told", None)
+    told: Told | None = settings_of(client) or getattr(below, "told", None)
+    return told
+
+
+def _wrapped(client: Any) -> Finding:
+    settings = _told(client)
     if settings is None:
         return Finding("client", False, "it sends no hints: call whiflash_sdk.wrap(client)")
     if settings.capabilities is False:

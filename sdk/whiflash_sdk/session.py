@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from typing_extensions import Self
 
@@ -21,14 +21,14 @@ class Session:
     that the conversation read or wrote last is sent as its prediction. A call, an inner block or `predict` wins.
 
     tenant: whose text the answers are, as `wrap(tenant=)` has it. agent: name of the agent. predicts: whether files are
-    predicted.
+    predicted, which they are by default.
 
     Raises: ValueError for an empty tenant.
     """
 
     tenant: str | None = None
     agent: str | None = None
-    predicts: bool = True
+    predicts: bool | None = None
 
     def __post_init__(self) -> None:
         if self.tenant == "":
@@ -47,19 +47,22 @@ class Session:
 
     def prediction(self, body: Mapping[str, Any], parser: str | None) -> str | None:
         """The file that this request may edit. parser: the server's, of tool calls."""
-        return file_to_edit(body, parser) if self.predicts else None
+        return None if self.predicts is False else file_to_edit(body, parser)
 
 
-_NAMES: Final = ("tenant", "agent")
 _SESSION: BlockValue[Session | None] = BlockValue("whiflash_session", None)
 
 
 def session() -> Session | None:
     """The enclosing sessions as one: the innermost wins, field by field."""
     held = [one for one in _SESSION.held() if one]
-    if not held:
-        return None
-    tenant, agent = (
-        next((getattr(one, name) for one in held if getattr(one, name)), None) for name in _NAMES
-    )
-    return Session(tenant, agent, held[0].predicts)
+
+    def field(name: str) -> Any:
+        return next((value for one in held if (value := getattr(one, name)) is not None), None)
+
+    return Session(field("tenant"), field("agent"), field("predicts")) if held else None
+
+
+def naming_sessions() -> list[Session]:
+    """The enclosing sessions that have an agent, the innermost first."""
+    return [one for one in _SESSION.held() if one and one.agent]

@@ -12,19 +12,19 @@ from typing import Protocol
 
 from whiflash_sdk.blocks import BlockValue
 from whiflash_sdk.hints import Arm, Hints, Kind, Span
-from whiflash_sdk.session import session
+from whiflash_sdk.session import naming_sessions
 
 __all__ = ["code", "hinted", "json", "prose", "reasoning", "tool_call"]
 
-_BLOCK: BlockValue[tuple[Hints, str | None]] = BlockValue("whiflash_block", (Hints(), None))
-"""Hints of the `hinted` blocks, and the agent of the session that the innermost of them is in."""
+_BLOCK: BlockValue[tuple[Hints, int]] = BlockValue("whiflash_block", (Hints(), 0))
+"""Hints of the `hinted` blocks, and in how many sessions with an agent the innermost of them is."""
 _OPENED: BlockValue[Span | None] = BlockValue("whiflash_opened", None)
 
 
 def block_hints() -> Hints:
     """The hints of the enclosing `hinted` blocks and sessions, the innermost first; empty outside."""
-    (held, agent), inside = _BLOCK.get(), session()
-    return held if inside is None or inside.agent in (None, agent) else inside.hints().over(held)
+    (held, depth), named = _BLOCK.get(), naming_sessions()
+    return held if len(named) <= depth else named[0].hints().over(held)
 
 
 def opened_span() -> Span | None:
@@ -35,8 +35,8 @@ def opened_span() -> Span | None:
 @contextmanager
 def hinted(hints: Hints) -> Iterator[Hints]:
     """Calls inside the block carry these hints, over those of outer blocks and of the client."""
-    merged, inside = hints.over(block_hints()), session()
-    with _BLOCK.holding((merged, inside.agent if inside else None)):
+    merged = hints.over(block_hints())
+    with _BLOCK.holding((merged, len(naming_sessions()))):
         yield merged
 
 

@@ -145,8 +145,8 @@ def test_turns_of_a_session_are_replaced(server: Server) -> None:
     """Whether a request names the turn or none, also beside two turns of one id."""
     session = server.post("/open_session", {"capacity_of_str_len": 1000})
 
-    def turn(rid: str, **more: Any) -> None:
-        server.post("/generate", {**NATIVE, "rid": rid, "session_params": {"id": session, **more}})
+    def turn(name: str, **more: Any) -> None:
+        server.post("/generate", {**NATIVE, "rid": name, "session_params": {"id": session, **more}})
 
     turn("a")
     turn("b", replace=True)

@@ -67,7 +67,7 @@ WRONG: list[tuple[Any, ...]] = [
     (("serve", "--prot", "3"), "--prot is no flag of SGLang", "--port"),
     (("serve", "OWNER/MODEL", "--no-such-thing=1"), "--no-such-thing is no flag"),
     (("proxy", "--url", "http://127.0.0.1:30080"), "--url http://127.0.0.1:30080"),
-    (("proxy", "--url", "http://127.0.0.1:300000"), "'http://127.0.0.1:300000' is no URL"),
+    (("proxy", "--url", "http://127.0.0.1:300000"), "Port out of range"),
     (("bench", "--quick", "--no-interleave"), "remove them, or --no-interleave"),
     (("bench", "--minutes", "nan"), "--minutes"),
     (("bench", "--server-args", "--x 'y"), "--server-args --x 'y"),

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from served import on_device
 from watched import Memory, Trace, Waits, stepping, watching
 
-from whiflash_lab.simulate import chance
+from whiflash_sglang.prices.tables import continuing
 
 LABEL = "8B-shaped target and drafters with random weights; acceptance pinned to the mean recorded on the embedded pair"
 REPORT = Path(__file__).resolve().parents[2] / "results" / "benchmark" / "report.json"
@@ -123,7 +123,7 @@ def accepting(mean: float) -> Iterator[None]:
 
     from whiflash_sglang.round.epilogue import Epilogue
 
-    accept, right = Epilogue._accept, chance(mean, QWEN3_8B.block - 1)
+    accept, right = Epilogue._accept, continuing(mean, QWEN3_8B.block)
 
     def agreed(self: Any, rows: Any, *rest: Any) -> Any:
         return accept(self, rows._replace(predictions=pinned(rows, right)), *rest)

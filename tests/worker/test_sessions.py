@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from matrix import chosen
 from model_set import Models
 from oracle_arm import OracleArm
 from overlap import overlapped
+from sglang.srt.session.session_controller import SessionReqNode
 from trees import assert_tree_is_true, close
 
 from whiflash_sglang.drafts.candidates import common_prefix
+from whiflash_sglang.engine.scheduler.releases import clear_turns
 from whiflash_sglang.prices.costs import FULL_LENGTH, MeasuredCosts
 
 OPTIONS: dict[str, Any] = {
@@ -201,3 +204,13 @@ def test_a_turn_finds_as_many_tokens_cached_as_in_plain_decoding(models: Models,
             shared = common_prefix(prompt, plain[rid.replace("fork", "again")][0])
             cached = min(cached, (shared - 1) // page * page)
         assert found[rid] == (prompt, cached, said), rid
+
+
+def test_a_turn_with_thousands_after_it_is_replaced() -> None:
+    for replaced, left in (("0", {"0"}), (None, set())):
+        turns: dict[str, Any] = {}
+        for number in range(3000):
+            req: Any = SimpleNamespace(rid=str(number), finished_reason=None)
+            turns[req.rid] = SessionReqNode(req, turns.get(str(number - 1)))
+        clear_turns(turns, replaced)
+        assert set(turns) == left

@@ -145,7 +145,7 @@ def create(parts: BundleParts, out: Path, name: str | None = None) -> dict[str, 
         made.mkdir()
         copied = {key: _members(found, key) for key, found in given.items() if not found.hub}
         for key in copied.keys() - {"router"}:
-            if not any(file.suffix == ".safetensors" or file.match("pytorch_model*") for file in copied[key]):
+            if not any(file.suffix in (".safetensors", ".bin") for file in copied[key]):
                 raise ConfigError(f"{given[key].name} has no weights: fetch the checkpoint whole")
         return write_bundle(made, facts, copied)
 

@@ -87,8 +87,12 @@ def main() -> None:
         code = INTERRUPTED
     except UsageError as error:
         code = _complain(f"{_with_guess(str(error))} (see whiflash {sys.argv[1]} --help)", 2)
-    except (WhiflashError, ImportError) as error:  # httpx wants a package for a SOCKS proxy
+    except WhiflashError as error:
         code = _complain(str(error), 1)
+    except ImportError as error:
+        if "socks" not in str(error):
+            raise
+        code = _complain(f"the environment names a SOCKS proxy: {error}", 1)
     except OSError as error:
         code = _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     sys.exit(code)

@@ -172,7 +172,9 @@ def summary(
     def ask(server: str) -> dict[str, Any] | str:
         state = steer(server, "/whiflash/state", None, api_key)
         if since is not None and server not in before:
-            raise ServerRefusedError(f"{server}: --since {since} has only {', '.join(before)}")
+            raise ServerRefusedError(
+                f"{server}: --since {since} has only {', '.join(before)}: give one of these as --url"
+            )
         try:
             figures = brought(state, before.get(server)).as_json(hourly)
         except ConfigError as error:

@@ -159,11 +159,11 @@ def proxy(
 
     check_port(host, port)
     try:
-        application = Proxy(url, agent=agent)
+        application, there = Proxy(url, agent=agent), urlsplit(url)
+        itself = there.port == port and there.hostname in (host, "localhost", HOST)
     except ValueError as error:
         raise UsageError(f"whiflash proxy: {error}") from None
-    there = urlsplit(url)
-    if there.port == port and there.hostname in (host, "localhost", HOST):
+    if itself:
         raise UsageError(f"--url {url} is this proxy: give the server's URL, or another --port")
     typer.echo(f"http://{host}:{port} passes requests on to {without_password(url)}", err=True)
     uvicorn.run(

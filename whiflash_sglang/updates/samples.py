@@ -243,11 +243,12 @@ class Spool:
         samples = self._taken
         try:
             with locked(self._directory):
-                self.size = prune(self._directory, self._settings, self._now())  # also on a full disk
                 with self._changed:
                     samples, self._taken = self._taken, []
-                if samples:
-                    write_file(self._directory, self._target, samples, self._now())
+                try:
+                    if samples:
+                        write_file(self._directory, self._target, samples, self._now())
+                finally:  # also on a full disk
                     self.size = prune(self._directory, self._settings, self._now())
         except OSError as error:
             self.counts["failed"] += len(samples)

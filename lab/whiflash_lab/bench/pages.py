@@ -288,6 +288,7 @@ def draw(report: BenchReport, directory: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    directory.mkdir(parents=True, exist_ok=True)
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     pyplot.rcParams.update(dict.fromkeys(inked, INK))
     figure = _speedups_plot(load, pyplot)

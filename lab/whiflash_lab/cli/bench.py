@@ -149,11 +149,11 @@ def bench(
 
     for place in filter(None, (model_path, bundle, *(str(file.absolute()) for file in recorded or ()))):
         check_place(place)
+    outputs = Outputs(as_json, out, markdown, plots)
+    outputs.prepare()
     from whiflash_lab.bench.recorded import DEFAULT, read_talks, recorded_arms
     from whiflash_lab.bench.subject import build_subject
 
-    outputs = Outputs(as_json, out, markdown, plots)
-    outputs.prepare()
     with tempfile.TemporaryDirectory(prefix="whiflash-bench-") as scratch:
         served = [name.partition("+")[0] for name in names] if recorded else scale.arms
         subject = build_subject(model_path, bundle, dtype, extra, Path(scratch), served, beside)

@@ -14,6 +14,7 @@ from whiflash_sglang.files.disk import MOST_SETTINGS, read_text, yaml_documents
 
 LAUNCH = re.compile(r"(?:sglang\.launch_server|(?:sglang|whiflash)\s+serve)(?=\s|$)")
 VLLM = re.compile(r"\bvllm(?: serve|\.entrypoints)\b")
+QUOTED = re.compile(r"\"(?:\\.|[^\"\\])*(?:(\")|\\?$)|'[^']*(?:(')|$)")
 COMPUTED = re.compile(r"\$\(\(.{0,200}?\)\)|\$\([^()]*\)")
 ARRAY = re.compile(r"^[ \t]*(\w+)\+?=\(([^()]*)\)", re.MULTILINE)
 OPEN_ARRAY = re.compile(r"=\([^()]*$")
@@ -148,8 +149,8 @@ def _shell(text: str, path: Path) -> Iterator[Recipe]:
             rest.split("\n)", 1)[0] if OPEN_ARRAY.search(text[: launch.start()]) else rest.split("\n", 1)[0]
         )
         before = text[: launch.start()].rpartition("\n")[2]
-        for quote in "\"'":  # of `bash -c "…"`
-            line = line.partition(quote)[0] if before.count(quote) % 2 else line
+        if opened := next((q for q in QUOTED.finditer(before) if not (q[1] or q[2])), None):
+            line = line.partition(opened[0][0])[0]  # of `bash -c "…"`
         name = str(path) if len(launches) == 1 else f"{path}: {number}"
         environment = {key: value.strip("\"'") for key, value in VARIABLE.findall(text[: launch.start()])}
         yield Recipe(name, _of_words(line, arrays, path), environment)

@@ -12,6 +12,7 @@ and read here first, as it will be there. Every route and `Engine` come through 
 
 from array import array
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any, Optional, get_type_hints
 
 import msgspec
@@ -72,7 +73,7 @@ def _typed(original: Any, self: Any, obj: Any, request: Any = None) -> Any:
     if asks_for_ours(self.server_args) and isinstance(obj, GenerateReqInput):
         check_types(obj)
         allowed = self.server_args.tokenizer_metrics_allowed_custom_labels or ()
-        if wrong := sorted({*(obj.custom_labels or ())}.difference(allowed)):
+        if self.enable_metrics and (wrong := sorted({*(obj.custom_labels or ())}.difference(allowed))):
             raise ValueError(
                 f"custom_labels: {wrong[0]!r:.60} is no label of this server's metrics; leave it out"
             )
@@ -195,7 +196,9 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
             ) from None
     params: Mapping[str, Any] = obj.sampling_params
     for token, value in (params.get("logit_bias") or {}).items():
-        if not abs(value) <= MOST_BIAS:  # in float32 more may become infinite, and every chance NaN
+        if not (
+            value == -inf or abs(value) <= MOST_BIAS
+        ):  # in float32 more may become infinite, and every chance NaN
             raise ValueError(
                 f"logit_bias: is {value} for {token!r:.20}; give -{MOST_BIAS:g} to {MOST_BIAS:g}"
             )

@@ -6,6 +6,7 @@ and completed by what they imply; others by the parameters that they hand on (`t
 """
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -175,7 +176,8 @@ def _is_nobodys(manager: Any, obj: Any) -> bool:
 def _unlearned(asked: Asked) -> Asked:
     """Nobody's text becomes no sample."""
     params = add_hints(asked.params, {"learn": False})
-    return replace(asked, params=params or {**(asked.params or {}), WIRE_KEY: '{"learn": false}'})
+    kept = {"learn": False, "lookup": asked.hints.lookup, "off": asked.hints.off}  # without room for the rest
+    return replace(asked, params=params or {**(asked.params or {}), WIRE_KEY: json.dumps(kept)})
 
 
 def _without_texts(body: Mapping[str, Any]) -> dict[str, Any]:

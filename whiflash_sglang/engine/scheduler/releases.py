@@ -9,7 +9,6 @@ from typing import Any
 from weakref import ref
 
 import torch
-from sglang.srt.session.session_controller import Session, SessionReqNode
 from sglang.srt.session.streaming_session import StreamingSession
 
 from whiflash_sglang.engine.carried import serves_ours
@@ -90,30 +89,19 @@ def _keeping_what_was_computed(original: Any, self: StreamingSession, req: Any) 
     return kept
 
 
-@around(
-    "sglang.srt.session.session_controller:Session.create_req",
-    params=("req",),
-    why="SGLang deletes from a dictionary that it goes through, which ends the scheduler",
-    until="a session's turns can be replaced",
-)
-def _replacing(original: Any, self: Session, req: Any, *args: Any, **named: Any) -> Any:
-    """A turn that replaces all others aborts them first."""
-    asked = req.session_params
-    if serves_ours() and asked.replace and asked.rid is None and not self.streaming:
-        for node in self.req_nodes.values():
-            node.abort()
-        self.req_nodes.clear()
-    return original(self, req, *args, **named)
+def clear_turns(turns: dict[str, Any], rid: str | None) -> None:
+    """End a session's turns after that of `rid`, or all, and take them out of it.
 
-
-@around(
-    "sglang.srt.session.session_controller:SessionReqNode.clear",
-    params=("req_dict",),
-    why="two turns of one id are one entry, which SGLang deletes twice: that ends the scheduler",
-    until="a session's turns can be replaced",
-)
-def _clearing(original: Any, self: SessionReqNode, req_dict: dict[str, Any]) -> None:
-    """A turn and those after it leave the session, if they are still there."""
-    self.clear_children(req_dict)
-    self.abort()
-    req_dict.pop(self.req.rid, None)
+    SGLang deletes from a dictionary that it goes through, and twice where two turns have one id: its scheduler ends.
+    """
+    waiting = list(turns.values()) if rid is None else []
+    if rid is not None and rid in turns:
+        waiting, turns[rid].children = turns[rid].children, []
+    while waiting:
+        turn = waiting.pop()
+        waiting += turn.children
+        turn.children = []
+        turn.abort()
+        name = turn.req.rid
+        if turns.get(name) is turn:
+            del turns[name]

@@ -100,10 +100,23 @@ class WhiflashScheduler:
             self.draft_worker.target_written()
         self.draft_worker.between_rounds()
 
+    def handle_generate_request(self: Any, recv_req: Any) -> None:
+        """A turn that replaces others of its session ends them first."""
+        asked = recv_req.session_params
+        if asked is not None and asked.replace and asked.id in self.session_controller:
+            session = self.session_controller.get(asked.id)
+            if not session.streaming:
+                releases.clear_turns(session.req_nodes, asked.rid)
+        super().handle_generate_request(recv_req)  # type: ignore[misc]
+
     def abort_request(self: Any, recv_req: Any) -> None:
         """Abort the request of this id: SGLang's aborts all whose ids begin with it, so those have others meanwhile."""
-        held = (self.waiting_queue, self.grammar_manager.grammar_queue, self.collect_inflight_reqs())
-        known = {req for reqs in held for req in reqs} | ({self.chunked_req} - {None})
+        decoding = self.disagg_decode_prealloc_queue
+        queues = (self.disagg_prefill_bootstrap_queue, decoding, self.disagg_decode_transfer_queue)
+        held = [self.waiting_queue, self.grammar_manager.grammar_queue, self.collect_inflight_reqs()]
+        held += [queue.queue for queue in queues if queue is not None]
+        held += [self.disagg_prefill_inflight_queue or (), getattr(decoding, "retracted_queue", None) or ()]
+        known = {getattr(one, "req", one) for reqs in held for one in reqs} | ({self.chunked_req} - {None})
         begins = {req for req in known if req.rid.startswith(recv_req.rid) and req.rid != recv_req.rid}
         others = () if recv_req.abort_all else begins
         for req in others:
