@@ -374,7 +374,7 @@ HOME = {"report": "greedy", "sampled": "temperature 0.6", "tools": "forced tool 
 AWAY = {
     "suites": "Spec-Bench and nine other sets",
     "ifeval": "IFEval",
-    "bfcl": "BFCL",
+    "bfcl": "BFCL (fifth pair)",
     "swe-agent": "SWE-agent",
 }
 """Reports on prompts of others."""

@@ -51,7 +51,7 @@ ENOUGH = 64
 BLOCK_LAYERS = 5
 """Layers of a published block drafter; an EAGLE-3 drafter has one."""
 NGRAM = PublishedPair({"ours": {arms.DIFFUSION: 1.2}}, {arms.DIFFUSION: 11}, {arms.DIFFUSION: 11})
-"""SGLang's NGRAM, as a block that costs nothing to draft: its length in `results/benchmark/no-drafters.md`."""
+"""SGLang's NGRAM, as a block that costs nothing to draft: its length in `results/README.md`, measured once."""
 
 
 class Question(NamedTuple):
@@ -202,7 +202,7 @@ def _assumed(
     return (
         f"ESTIMATE, nothing measured here. {target.name}, prices of {prices}. Acceptance: {source}; yours may "
         f"differ, and a temperature of {question.temperature:g} changes no row. Prompts of {question.prompt}, "
-        f"answers of {question.answer} {load}. {chains}NGRAM has our reports' 1.20 tokens a round. "
+        f"answers of {question.answer} {load}. {chains}NGRAM has 1.20 tokens a round, as once measured here. "
         "A way is taken if it is 3 % faster than a simpler one."
     )
 
