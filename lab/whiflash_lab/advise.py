@@ -354,17 +354,17 @@ def _row(card: Card, pair: PublishedPair, question: Question, requests: int, blo
         return Simulation(card, load, method, pair=pair).run().rate
 
     ways = {"eagle3": "EAGLE3", "dflash": block, "auto": OURS}
-    methods = [method for method in METHODS if FIXED.get(method, arms.NONE) in (arms.NONE, *pair.drafts)]
-    rates = {ways.get(method, method): rate(method, pair) for method in methods}
+    drafted = (method for method in METHODS if FIXED.get(method, arms.NONE) in (arms.NONE, *pair.drafts))
+    methods = {ways.get(method, method): method for method in drafted}
+    rates = {way: rate(method, pair) for way, method in methods.items()}
     rates |= {"NGRAM": rate("dflash", NGRAM, replace(card, block=0.0)), OURS: rates.pop(OURS)}
     every = Estimate(count(requests, "request"), "", rates, 1.0, 1.0)
     single = [pair._replace(lengths={name: lengths}) for name, lengths in pair.lengths.items()]
-    single.append(pair)  # so that the mean is within its bracket
-    ours = [rate("auto", one) for one in single]
-    stock = {ways.get(method, method): method for method in methods}.get(every.stock)
-    theirs = [rate(stock, one) if stock else rates[every.stock] for one in single]
-    ahead = [mine / best for mine, best in zip(ours, theirs, strict=True)]
-    plain = rates[PLAIN]
+    plain, best, stock = rates[PLAIN], rates[every.stock], methods.get(every.stock)
+    # With the mean, so that it is within its bracket.
+    ours = [rates[OURS], *(rate("auto", one) for one in single)]
+    theirs = [best, *(rate(stock, one) if stock else best for one in single)]
+    ahead = [mine / other for mine, other in zip(ours, theirs, strict=True)]
     return every._replace(low=min(ours) / plain, high=max(ours) / plain, ahead=(min(ahead), max(ahead)))
 
 

@@ -32,39 +32,34 @@ class BlockValue(Generic[ValueT]):
 
     def get(self) -> ValueT:
         """The innermost block's value; the default outside."""
-        block = self._block()
-        return self._default if block is None else block.value
+        return next(self.held(), self._default)
 
     def held(self) -> Iterator[ValueT]:
         """The values of all enclosing blocks, the innermost first."""
-        block = self._block()
+        return (block.value for block in self._open())
+
+    def _open(self) -> Iterator[_Block[ValueT]]:
+        """Enclosing blocks that have not ended, the innermost first."""
+        block = self._blocks.get()
         while block is not None:
             if not block.ended:
-                yield block.value
+                yield block
             block = block.outer
-
-    def _block(self) -> _Block[ValueT] | None:
-        block = self._blocks.get()
-        while block is not None and block.ended:
-            block = block.outer
-        return block
 
     def enter(self, value: ValueT) -> None:
         """Set the value until `leave`, for what may be entered in several tasks at once."""
-        self._blocks.set(_Block(value, self._block()))
+        self._blocks.set(_Block(value, next(self._open(), None)))
 
     def leave(self, value: ValueT) -> None:
         """End the innermost block of this value."""
-        block = self._block()
-        while block is not None and (block.ended or block.value is not value):
-            block = block.outer
+        block = next((block for block in self._open() if block.value is value), None)
         if block is not None:
             block.ended = True
 
     @contextmanager
     def holding(self, value: ValueT) -> Iterator[ValueT]:
         """Set the value until the block ends."""
-        block = _Block(value, self._block())
+        block = _Block(value, next(self._open(), None))
         token = self._blocks.set(block)
         try:
             yield value

@@ -126,8 +126,8 @@ class AskedServer:
 
     def unlisted(self) -> None:
         """Ask for the list again, later each time that it fails."""
-        wait = FIRST_RETRY_SECONDS * 2 ** min(self.lists, 16)
-        self.lists, self.next_probe = self.lists + 1, now() + min(wait, LONGEST_RETRY_SECONDS)
+        self.next_probe = now() + _wait(self.lists)
+        self.lists += 1
 
     def answered(self, body: object) -> None:
         """Take the body of a 200."""
@@ -139,7 +139,7 @@ class AskedServer:
 
     def failed(self, error: Exception) -> None:
         """Take what was raised instead. Its message may quote a key: only its kind is kept."""
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status = _status(error)
         kinds = {kind.__name__ for kind in type(error).__mro__}  # four libraries have such classes
         if status == 404:
             self.found = None
@@ -187,13 +187,21 @@ class AskedServer:
         self._note(trouble, 0, KEPT_SECONDS)
 
     def _ask_again(self, trouble: str) -> None:
-        wait = FIRST_RETRY_SECONDS * 2 ** min(self.failures, 16)
-        self._note(trouble, self.failures + 1, min(wait, LONGEST_RETRY_SECONDS))
+        self._note(trouble, self.failures + 1, _wait(self.failures))
 
     def _note(self, trouble: str, failures: int, seconds: float) -> None:
         self.trouble, self.failures = trouble, failures
         self.next_probe = now() + seconds
         _LOG.debug("%s %s; asked again in %g s", self.url, trouble, seconds)
+
+
+def _wait(failures: int) -> float:
+    """Seconds until a question is asked again that failed so often before."""
+    return float(min(FIRST_RETRY_SECONDS * 2 ** min(failures, 16), LONGEST_RETRY_SECONDS))
+
+
+def _status(error: Exception) -> Any:
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 # Known servers, the oldest first; locks that asyncio or trio tasks of one event loop wait at; what was warned of.
@@ -267,7 +275,7 @@ def _probe(
                 server.listed((yield from asker.get(f"{asker.base}/models", limits)))
             except Exception as error:
                 server.listed(None)
-                if getattr(getattr(error, "response", None), "status_code", None) != 404:
+                if _status(error) != 404:
                     server.unlisted()
 
 

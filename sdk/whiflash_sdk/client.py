@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol, TypeVar
 from typing_extensions import Unpack
 
 from whiflash_sdk.capabilities import ask, async_ask
-from whiflash_sdk.collecting import is_scoped, open_scope
+from whiflash_sdk.collecting import open_scope
 from whiflash_sdk.flow import Flow, run, run_async
 from whiflash_sdk.identity import OfClient, api_clients
 from whiflash_sdk.outgoing import ClientSettings, Told, exchange, route_of
@@ -74,7 +74,7 @@ def wrap(client: ClientT, **settings: Unpack[ClientSettings]) -> ClientT:
             "wrap takes an OpenAI or AsyncOpenAI client, or Anthropic's, not "
             f"{type(client).__name__}. For other libraries see whiflash_sdk.http_client"
         )
-    if is_scoped(getattr(client, "_client", None)):
+    if settings_below(client) is not None:
         raise ValueError(
             "wrap: this client's http_client sends hints already: leave wrap out, and give it the settings"
         )
@@ -127,6 +127,12 @@ def _view(client: Any) -> Any:
 def settings_of(client: Any) -> Told | None:
     """Settings of a wrapped client; None if it is not wrapped."""
     told: Told | None = vars(client).get(_WRAPPED)
+    return told
+
+
+def settings_below(client: Any) -> Told | None:
+    """Settings of an `http_client` of this SDK that a client sends through; None of another's."""
+    told: Told | None = getattr(getattr(getattr(client, "_client", None), "_transport", None), "told", None)
     return told
 
 

@@ -155,11 +155,6 @@ def open_scope(client: Any, origin: Any = None) -> None:
     vars(client)[_SCOPES] = (*outer, [])
 
 
-def is_scoped(client: Any) -> bool:
-    """Whether `open_scope` was called for it."""
-    return _SCOPES in getattr(client, "__dict__", ())
-
-
 def _scope(client: Any) -> list[Collected]:
     try:
         scopes: tuple[list[Collected], ...] = vars(client)[_SCOPES]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from whiflash_sdk import presets
 from whiflash_sdk.capabilities import AskedServer, Capabilities, ask, async_ask
-from whiflash_sdk.client import settings_of
+from whiflash_sdk.client import settings_below, settings_of
 from whiflash_sdk.identity import OfClient
 from whiflash_sdk.outgoing import Told
 from whiflash_sdk.trace import Trace, routing
@@ -60,8 +60,9 @@ async def async_doctor(client: AsyncOpenAI, model: str | None = None) -> list[Fi
 
 
 def _findings(client: Any, server: AskedServer, model: str | None) -> Iterator[Finding]:
-    yield _wrapped(client)
-    answer, told = server.found, _told(client)
+    told = settings_of(client) or settings_below(client)
+    yield _wrapped(told)
+    answer = server.found
     if told is not None and told.capabilities:
         yield Finding("server", None, "not judged: wrap was given its capabilities")
         return
@@ -81,15 +82,7 @@ def _findings(client: Any, server: AskedServer, model: str | None) -> Iterator[F
     yield from _parsers(answer)
 
 
-def _told(client: Any) -> Told | None:
-    """Settings of `wrap`, or of the `http_client` below."""
-    below = getattr(getattr(client, "_client", None), "_transport", None)
-    told: Told | None = settings_of(client) or getattr(below, "told", None)
-    return told
-
-
-def _wrapped(client: Any) -> Finding:
-    settings = _told(client)
+def _wrapped(settings: Told | None) -> Finding:
     if settings is None:
         return Finding("client", False, "it sends no hints: call whiflash_sdk.wrap(client)")
     if settings.capabilities is False:

@@ -101,8 +101,10 @@ def _holds_nothing_else(body: dict[str, Any]) -> bool:
 @functools.lru_cache(64)  # a client's text
 def decodes(library: Any, coding: str) -> bool:
     """Whether an HTTP library reads answers with this content coding."""
-    if coding in ("", "identity") or not coding.isascii():
-        return not coding or coding == "identity"
+    if not coding.isascii():
+        return False
+    if coding in ("", "identity"):
+        return True
     try:
         return bool(library.Response(200, headers={"content-encoding": coding}, content=b"?").content != b"?")
     except library.DecodingError:

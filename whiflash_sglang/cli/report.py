@@ -11,6 +11,7 @@ from whiflash_sdk.trace import Trace, routing
 from whiflash_sglang.cli.top import less
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import MOST_BYTES, open_regular
+from whiflash_sglang.files.hosts import replicas_of
 from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, read_json
 
 CAVEAT = (
@@ -59,9 +60,8 @@ def brought(state: Mapping[str, Any], before: Mapping[str, Any] | None = None) -
     """
     if before is not None and before.get("tokens", 0) > state.get("tokens", 0):
         raise ConfigError("the server was restarted after the reading of --since: leave --since out")
-    counts, size = state if before is None else less(state, before), len(state.get("replicas") or (state,))
-    # Replicas decode beside one another.
-    seconds, plain = (counts.get(key, 0.0) / size for key in ("timed_seconds", "plain_seconds"))
+    counts, replicas = state if before is None else less(state, before), replicas_of(state)
+    seconds, plain = (counts.get(key, 0.0) / replicas for key in ("timed_seconds", "plain_seconds"))
     if min(seconds, plain, counts.get("tokens", 0)) <= 0:
         raise ConfigError("the server has timed no round yet: send it requests, then ask again")
     by_arm = {arm: sums["tokens"] for arm, sums in (counts.get("by_arm") or {}).items() if sums["tokens"]}

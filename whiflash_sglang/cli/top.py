@@ -16,7 +16,7 @@ from whiflash_sdk.render.aligned import printable
 from whiflash_sdk.render.text import COLOURS, OTHER
 
 from whiflash_sglang.errors import ServerRefusedError
-from whiflash_sglang.files.hosts import ask
+from whiflash_sglang.files.hosts import ask, replicas_of
 
 
 def screen(records: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -188,8 +188,7 @@ class LiveView:
                 looked.append({"url": server.url, "error": str(now)})
                 continue
             # Seconds of rounds, not of the clock on the wall: a server that waits for requests is not slow.
-            replicas = len(now.state.get("replicas") or (now.state,))  # they decode beside one another
-            total = figures(now.state, now.state.get("round_seconds", 0) / replicas)
+            total = figures(now.state, now.state.get("round_seconds", 0) / replicas_of(now.state))
             lately = since(self._before[place], now)
             looked.append(
                 {"url": server.url, "model": server.model, "state": now.state, "now": lately, "total": total}

@@ -80,6 +80,11 @@ def together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return total if len(ordered) == 1 else {**total, "replicas": ordered}
 
 
+def replicas_of(state: Mapping[str, Any]) -> int:
+    """Replicas of the server whose state it is: they decode beside one another, so its time is not their sum."""
+    return len(state.get("replicas") or (state,))
+
+
 def _mean(states: Sequence[Any]) -> Any:
     """Numbers on average, also those inside: what work costs does not add up."""
     if isinstance(states[0], Mapping):

@@ -65,12 +65,12 @@ class Outputs:
         """Make the directories. Raises ConfigError where pictures cannot be drawn, or a file is a directory."""
         if self.plots is not None and find_spec("matplotlib") is None:
             raise ConfigError("--plots needs matplotlib: pip install 'whiflash-sglang[lab]'")
-        for option, file in (("--out", self.out), ("--markdown", self.markdown)):
-            if file is not None and file.is_dir():
+        files = {"--out": self.out, "--markdown": self.markdown}
+        wanted = {option: file for option, file in files.items() if file is not None}
+        for option, file in wanted.items():
+            if file.is_dir():
                 raise ConfigError(f"{option} {file} is a directory: give a file")
-        for place in filter(
-            None, (self.plots, *(file and file.parent for file in (self.out, self.markdown)))
-        ):
+        for place in (*(file.parent for file in wanted.values()), *filter(None, [self.plots])):
             place.mkdir(parents=True, exist_ok=True)
 
     def publish(self, report: BenchReport) -> None:

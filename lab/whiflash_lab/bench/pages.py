@@ -290,8 +290,8 @@ def draw(report: BenchReport, directory: Path) -> Path | None:
 
     directory.mkdir(parents=True, exist_ok=True)
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    pyplot.rcParams.update(dict.fromkeys(inked, INK))
-    figure = _speedups_plot(load, pyplot)
+    with pyplot.rc_context(dict.fromkeys(inked, INK)):
+        figure = _speedups_plot(load, pyplot)
     figure.tight_layout()
     figure.savefig(directory / "speedup.svg", metadata={"Date": None}, transparent=True)
     pyplot.close(figure)

@@ -74,9 +74,7 @@ def _typed(original: Any, self: Any, obj: Any, request: Any = None) -> Any:
         check_types(obj)
         allowed = self.server_args.tokenizer_metrics_allowed_custom_labels or ()
         if self.enable_metrics and (wrong := sorted({*(obj.custom_labels or ())}.difference(allowed))):
-            raise ValueError(
-                f"custom_labels: {wrong[0]!r:.60} is no label of this server's metrics; leave it out"
-            )
+            raise ValueError(f"custom_labels: {wrong[0]!r:.60} is no label of this server; leave it out")
         if self.server_args.disaggregation_mode != "null" and getattr(obj, "parallel_sample_num", 1) > 1:
             raise ValueError(
                 "n: all samples would meet in one bootstrap_room; send a request for each of them"
@@ -196,9 +194,8 @@ def check_bounds(obj: GenerateReqInput, input_ids: Sequence[int] | None, vocabul
             ) from None
     params: Mapping[str, Any] = obj.sampling_params
     for token, value in (params.get("logit_bias") or {}).items():
-        if not (
-            value == -inf or abs(value) <= MOST_BIAS
-        ):  # in float32 more may become infinite, and every chance NaN
+        # In float32 more may become infinite, and every chance NaN; minus infinity only bans a token.
+        if value != -inf and not abs(value) <= MOST_BIAS:
             raise ValueError(
                 f"logit_bias: is {value} for {token!r:.20}; give -{MOST_BIAS:g} to {MOST_BIAS:g}"
             )

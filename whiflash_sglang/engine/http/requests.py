@@ -105,7 +105,7 @@ async def read(form: Form, body: object, manager: Any) -> Call:
             raise HintError("prediction", why)
         params = {**(params or {}), CARRIED_PREDICTION: text}
     asked = await asked_by(manager, params)
-    if body.get("previous_response_id") is not None:  # of a conversation that may have opted out
+    if body.get("previous_response_id") is not None:  # the conversation before may have opted out
         asked = _unlearned(asked)
     return Call(form, _without_texts(body), asked, _keys(body) if form == "messages" else {})
 
