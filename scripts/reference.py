@@ -74,7 +74,8 @@ STATE = {
     "reasons": "rounds of requests by routing reason",
     "hints": "requests by the origin of their hints",
     "timed_seconds": "consecutive rounds and the time between them",
-    "plain_seconds": "estimate of plain decoding's seconds for the same tokens, by `costs`",
+    "timed_tokens": "committed by these rounds",
+    "plain_seconds": "estimate of plain decoding's seconds for these tokens, by `costs`",
     "costs": "prices of routes in seconds, as in `sglang:whiflash_cost_seconds`, by `work` and arm",
     "memory": "bytes by scope, as in `sglang:whiflash_memory_bytes`",
     "drafters": "with `--whiflash-versions`: the `version` of the weights that serves, the one `before`, its "
@@ -374,7 +375,7 @@ HOME = {"report": "greedy", "sampled": "temperature 0.6", "tools": "forced tool 
 AWAY = {
     "suites": "Spec-Bench and nine other sets",
     "ifeval": "IFEval",
-    "bfcl": "BFCL (fifth pair)",
+    "bfcl": "BFCL",
     "swe-agent": "SWE-agent",
 }
 """Reports on prompts of others."""
