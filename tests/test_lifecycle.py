@@ -22,6 +22,8 @@ def request(custom_params: Any) -> Any:
 
 
 def test_malformed_hints_are_dropped_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert lifecycle._hints_of(request({"whiflash": '{"off": true}'})) == RequestHints(off=True)
+    assert not caplog.records
     assert lifecycle._hints_of(request({"whiflash": '{"off": 1}'})) == RequestHints()
     [record] = caplog.records
     assert record.name == "whiflash_sglang.serve.lifecycle"
@@ -29,16 +31,11 @@ def test_malformed_hints_are_dropped_and_told(caplog: pytest.LogCaptureFixture) 
     assert "custom_params.whiflash.off" in record.getMessage()
 
 
-def test_hints_that_are_right_are_taken(caplog: pytest.LogCaptureFixture) -> None:
-    assert lifecycle._hints_of(request({"whiflash": '{"off": true}'})) == RequestHints(off=True)
-    assert not caplog.records
-
-
 class Req:
     """A request as SGLang has it."""
 
     session = lora_id = extra_key = cache_salt = multimodal_inputs = None
-    sampling_params = SimpleNamespace(custom_params=None)
+    sampling_params = SimpleNamespace(custom_params=None, max_new_tokens=9)
 
     def __init__(self, rid: str) -> None:
         self.rid, self.origin_input_ids, self.output_ids = rid, [1, 2, 3], list[int]()

@@ -53,8 +53,10 @@ def test_a_row_forgets_the_stops_of_the_request_before() -> None:
     table = StopTable(2, "cpu")
     begin(table, 1, [5])
     assert commit(table, [[5, 6]], [1]).accept_lens.tolist() == [1]
+    begin(table, 1, range(10, 10 + 2 * FEW))
     begin(table, 1, [])
     assert commit(table, [[5, 6]], [1]).accept_lens.tolist() == [2]
+    assert table.data is table.few, "later rounds look through no more columns than they need"
 
 
 def test_requests_that_begin_together_keep_their_stops() -> None:

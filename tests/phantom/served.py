@@ -273,8 +273,10 @@ def under_grammars(world: Streams, loop: Any) -> dict[str, Any]:
     scheduler.is_disable_overlap_for_batch = noted
     for seen in (world.stalls, world.races):
         seen.clear()
-    texts = play(loop, [*mixed(seed=33, count=2, tokens=8), *arrivals])
+    alone = {**CONSTRAINED["regex"], "max_new_tokens": 0}  # as SGLang warms up `n` answers
+    texts = play(loop, [*mixed(seed=33, count=2, tokens=8), *arrivals, Arrival("alone", 5, (97, 98), alone)])
     return {
+        "alone": loop.requests["alone"].finished_reason.to_json()["type"],
         "grammars": CONSTRAINED,
         "texts": {name: texts[name] for name in CONSTRAINED},
         "overlapped": asked[False],

@@ -6,15 +6,20 @@ the temperature unless SGLANG_RETURN_ORIGINAL_LOGPROB says otherwise.
 """
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from engine import Engine, engine
 from model_set import Models
 from overlap import overlapped
 from records import logprobs
 from reference import TIE
+from sglang.srt.managers.utils import GenerationBatchResult
 from traffic import Arrival, play
+
+from whiflash_sglang.engine.scheduler.spec_worker import RoundResult
 
 
 @pytest.mark.parametrize("loop", [engine, overlapped])
@@ -60,3 +65,27 @@ def scores(e: Engine) -> dict[str, list[list[float]]]:
         ]
         for rid, req in e.requests.items()
     }
+
+
+class OnCard(torch.Tensor):
+    device = torch.device("cuda")
+
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        return self.as_subclass(torch.Tensor)
+
+
+def test_without_overlap_the_scheduler_gets_a_cards_results_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SGLang carries nothing then, and refuses tokens that are elsewhere."""
+
+    class Sent(dict[str, torch.Tensor]):
+        at = SimpleNamespace(tokens="tokens", accept_lens="lengths", widths="widths")
+
+    monkeypatch.setattr(GenerationBatchResult, "copy_to_cpu", lambda *_: None)
+    result: Any = RoundResult()
+    names = vars(Sent.at).values()
+    result.results, result.rated = Sent({name: torch.ones(2).as_subclass(OnCard) for name in names}), None
+    result.copy_to_cpu()
+    for tensor in (result.next_token_ids, result.accept_lens, result.cap_lens):
+        assert type(tensor) is torch.Tensor

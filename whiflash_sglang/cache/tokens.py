@@ -54,7 +54,7 @@ class StopTable:
     it, so `accept_and_commit` cuts there.
 
     few: `[request rows, FEW]` int64, the first of each, always in the same place. data: `[request rows, FEW or more]`
-    int64, all of them; the same tensor until a request has more.
+    int64, all of them; `few` unless a request has more.
     """
 
     def __init__(self, rows: int, device: torch.device | str) -> None:
@@ -78,6 +78,8 @@ class StopTable:
             self._exceeding.add(row)
         else:
             self._exceeding.discard(row)
+            if not self._exceeding:
+                self.data = self.few  # every round looks through all columns
 
     def exceed_few(self, rows: Iterable[int]) -> bool:
         """Whether a request in one of `rows` has more stops than `few` holds."""

@@ -98,7 +98,7 @@ class Lifecycle:
                 return
             self._drop(former)
         hints, tenant = _hints_of(req), _tenant_of(req)
-        if not req.retracted_stain:
+        if not req.retracted_stain and req.sampling_params.max_new_tokens:  # without, it warms up `n` answers
             self._tally.requests["malformed" if hints is MALFORMED else hints.source] += 1
         caller = tenant
         if self._begun.setdefault(req, self._forgets) != self._forgets:
@@ -186,10 +186,11 @@ class Lifecycle:
         consent = self._consents.get(req.session or req)
         agrees = consent is not None and consent.agrees and consent.forgets == self._forgets
         finished = req.finished_reason.to_json()["type"] in FINISHED
-        if consent is None or not (text and agrees and finished) or self._hooks:
+        answer = req.output_ids_through_stop
+        if consent is None or not (text and agrees and finished and answer) or self._hooks:
             spool.decline()
             return
-        spool.offer(req.origin_input_ids, req.output_ids_through_stop, consent.handles)
+        spool.offer(req.origin_input_ids, answer, consent.handles)
 
     def _predicted(self, req: Any) -> Sequence[int] | None:
         """Tokens that the request's caller expects back. Malformed: as of `_hints_of`."""

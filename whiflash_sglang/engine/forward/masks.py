@@ -124,11 +124,12 @@ def fill_masks(
             taken += 1
         for row in range(len(bits)):
             if row:
-                if not _allows(bits[row - 1], drafts[row - 1], vocabulary):
+                token = drafts[row - 1]
+                if token >= vocabulary or not int(bits[row - 1, token // 32]) >> (token % 32) & 1:
                     break
                 if spending.exhausted():
                     return row
-                grammar.accept_token(drafts[row - 1])
+                grammar.accept_token(token)
                 taken += 1
             if grammar.is_terminated():
                 break
@@ -137,7 +138,3 @@ def fill_masks(
     finally:
         if taken:
             grammar.rollback(taken)
-
-
-def _allows(mask: torch.Tensor, token: int, vocabulary: int) -> bool:
-    return token < vocabulary and bool(int(mask[token // 32]) >> (token % 32) & 1)

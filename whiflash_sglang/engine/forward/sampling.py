@@ -205,5 +205,7 @@ def stop_ids(req: Any) -> tuple[int, ...]:
 
 
 def ending_ids(req: Any) -> tuple[int, ...]:
-    """The tokens that end this request; what a grammar ends with does so in any case."""
-    return () if req.sampling_params.ignore_eos and req.grammar is None else stop_ids(req)
+    """The tokens that end this request; what a grammar ends with does so in any case. Ids of no token end none."""
+    if req.sampling_params.ignore_eos and req.grammar is None:
+        return ()
+    return tuple(i for i in stop_ids(req) if 0 <= i < req.vocab_size)

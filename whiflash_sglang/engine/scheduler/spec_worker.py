@@ -223,12 +223,16 @@ class RoundResult(GenerationBatchResult):  # type: ignore[misc]
         self.next_token_ids, self.accept_lens, self.cap_lens = torch.empty(0), None, None
         super().copy_to_cpu(*args, **named)
         results, at = self.results, self.results.at
-        self.next_token_ids = results[at.tokens].reshape(-1)
-        self.accept_lens, self.cap_lens = results[at.accept_lens], results[at.widths]
+
+        def here(place: Any) -> torch.Tensor:
+            """On its way to the host if SGLang carries it, else on the device."""
+            field = results[place]
+            return field if field.device.type == "cpu" else field.cpu()
+
+        self.next_token_ids = here(at.tokens).reshape(-1)
+        self.accept_lens, self.cap_lens = here(at.accept_lens), here(at.widths)
         if self.rated is not None:
-            rates = results[at.rates]  # on its way to the host if SGLang carries it
-            rates = rates if rates.device.type == "cpu" else rates.cpu()
-            put_rates(self.logits_output, rates, self.rated, len(self.accept_lens))
+            put_rates(self.logits_output, here(at.rates), self.rated, len(self.accept_lens))
             results.at = at._replace(rates=None)  # nobody else reads them
 
 

@@ -1,4 +1,4 @@
-"""Runs of accepted tokens end where plain decoding ends, before anything counts or keeps them.
+"""Runs of accepted tokens end where plain decoding ends, before anything keeps them.
 
 SGLang looks for stop strings and patterns in all the text of a run at once, when its tokens are in the request: the
 first string of its list wins over the first one in the text, a string behind a stop token over the token, and a pattern
@@ -21,6 +21,11 @@ class BatchResultProcessor(SchedulerBatchResultProcessor):  # type: ignore[misc]
     """SGLang's, of a scheduler of ours."""
 
     __slots__ = ()
+
+    def advance_grammar_fsm(self, result: Any, batch: Any) -> None:
+        """As upstream, but for prompts alone (`scores`), of which nothing was sampled: their token is a filler."""
+        if not (batch.forward_mode.is_extend() and batch.is_prefill_only):
+            super().advance_grammar_fsm(result, batch)
 
     def _resolve_spec_v2_tokens(self, result: Any, batch: Any) -> list[list[int]]:
         """Committed tokens by request: a run ends at the token that ends the request."""
