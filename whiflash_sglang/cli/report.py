@@ -20,9 +20,14 @@ CAVEAT = (
     "`whiflash_sdk` (Session, collect)."
 )
 
+COUNTED = ("tokens", "timed_tokens", "timed_seconds", "plain_seconds", "by_arm")
+"""Entries of a server's state that a report reads."""
+
 
 class Brought(NamedTuple):
-    """seconds: of decode rounds. plain_seconds: what they would have taken without drafts. by_arm: tokens."""
+    """seconds: of decode rounds, at the pace of those that were timed. plain_seconds: what they would have taken
+    without drafts. by_arm: tokens.
+    """
 
     tokens: int
     seconds: float
@@ -58,14 +63,15 @@ def brought(state: Mapping[str, Any], before: Mapping[str, Any] | None = None) -
     Raises:
         ConfigError: it was restarted since, or has not decoded enough to have a price.
     """
-    if before is not None and before.get("tokens", 0) > state.get("tokens", 0):
+    if any((before or {}).get(name, 0) > state.get(name, 0) for name in COUNTED[:4]):
         raise ConfigError("the server was restarted after the reading of --since: leave --since out")
     counts, replicas = state if before is None else less(state, before), replicas_of(state)
-    seconds, plain = (counts.get(key, 0.0) / replicas for key in ("timed_seconds", "plain_seconds"))
-    if min(seconds, plain, counts.get("tokens", 0)) <= 0:
+    tokens, timed, seconds, plain = (counts.get(name) or 0 for name in COUNTED[:4])
+    if min(tokens, timed, seconds, plain) <= 0:
         raise ConfigError("the server has timed no round yet: send it requests, then ask again")
     by_arm = {arm: sums["tokens"] for arm, sums in (counts.get("by_arm") or {}).items() if sums["tokens"]}
-    return Brought(counts["tokens"], seconds, plain, by_arm)
+    all_of = tokens / timed / replicas  # a round before a prefill or a pause is not timed
+    return Brought(tokens, all_of * seconds, all_of * plain, by_arm)
 
 
 CALLERS = ("agent", "tenant")

@@ -157,7 +157,7 @@ def summary(
     whiflash report --json > monday.json
     whiflash report --traces /var/lib/whiflash/traces
     """
-    from whiflash_sglang.cli.report import CAVEAT, brought
+    from whiflash_sglang.cli.report import CAVEAT, COUNTED, brought
 
     if traces is not None:
         if url or since or hourly is not None:
@@ -179,7 +179,7 @@ def summary(
             figures = brought(state, before.get(server)).as_json(hourly)
         except ConfigError as error:
             raise ServerRefusedError(f"{server}: {error}") from None
-        counted = {name: state.get(name) for name in ("tokens", "timed_seconds", "plain_seconds", "by_arm")}
+        counted = {name: state.get(name) for name in COUNTED}
         return {**figures, "state": counted} if as_json else _sentences(figures)
 
     ask_every(url, ask, as_json)

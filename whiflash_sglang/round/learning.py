@@ -47,7 +47,7 @@ class Learner:
         costs, requests = self.controller.costs, previous.requests
         costs.observe(previous)
         plain_seconds = previous.tokens / requests * costs.lasts(costs.verify(requests, requests))
-        self.tally.timed(previous.seconds + previous.gap, plain_seconds)
+        self.tally.timed(previous.tokens, previous.seconds + previous.gap, plain_seconds)
 
     def needs(self, turn: Round) -> Collection[str]:
         """Signals that the policy reads after a round."""

@@ -57,9 +57,9 @@ class Tally:
     loaded: by arm, of ended requests whose prompt's KV came in part from the host or from storage. cached: tokens of
     ended requests' prompts whose KV was kept, by place.
     reasons: rounds of requests by what decided their route. requests: that began, by where their hints came from.
-    timed_seconds: of rounds and the time between them; plain_seconds: what plain decoding would have taken for the
-    tokens of these rounds. round_seconds, acceptance: observations, the latter of each request that ended and each arm
-    that drafted for it, tokens a round.
+    timed_seconds: of consecutive rounds and the time between them; timed_tokens: of these rounds; plain_seconds: what
+    plain decoding would have taken for these tokens. round_seconds, acceptance: observations, the latter of each
+    request that ended and each arm that drafted for it, tokens a round.
     """
 
     by_arm: dict[str, ArmCounts]
@@ -69,6 +69,7 @@ class Tally:
     reasons: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     requests: dict[HintSource, int] = field(default_factory=lambda: dict.fromkeys(HINT_SOURCES, 0))
     timed_seconds: float = 0.0
+    timed_tokens: int = 0
     plain_seconds: float = 0.0
     round_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_PENDING))
     acceptance: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=MOST_PENDING))
@@ -90,8 +91,9 @@ class Tally:
             counts.add(tokens, proposed, first)
         self.reasons[reason] += 1
 
-    def timed(self, seconds: float, plain_seconds: float) -> None:
-        """A round and the pause after it took `seconds`; plain decoding would have taken `plain_seconds`."""
+    def timed(self, tokens: int, seconds: float, plain_seconds: float) -> None:
+        """A round of `tokens` and the pause after it took `seconds`, where plain decoding takes `plain_seconds`."""
+        self.timed_tokens += tokens
         self.timed_seconds += seconds
         self.plain_seconds += plain_seconds
 
@@ -105,6 +107,7 @@ class Tally:
             "reasons": dict(self.reasons),
             "hints": dict(self.requests),
             "timed_seconds": self.timed_seconds,
+            "timed_tokens": self.timed_tokens,
             "plain_seconds": self.plain_seconds,
         }
 
