@@ -76,7 +76,7 @@ class FakeServer:
 
     capabilities: the document, or its bytes as they are. capabilities_key: requests without it are answered 401; empty
     takes everybody. capabilities_moved_to: where the route redirects to; empty answers itself. silent: while set, the
-    capabilities route does not answer. models: names that `/v1/models` lists; None: it fails. refuses: fields of which
+    capabilities route does not answer. models: what `/v1/models` lists; None: it fails. refuses: fields of which
     the server knows nothing; a request that has one is refused. refusal: its status and message.
     """
 
@@ -88,7 +88,7 @@ class FakeServer:
     capabilities_moved_to: str = ""
     silent: threading.Event = field(default_factory=threading.Event)
     trace: Any = field(default_factory=lambda: dict(TRACE))
-    models: list[str] | None = field(default_factory=lambda: ["tiny"])
+    models: list[Any] | None = field(default_factory=lambda: ["tiny"])
     refuses: set[str] = field(default_factory=set)
     refusal: tuple[int, str] = (400, "Unrecognized request argument supplied: {field}")
     failures: int = 0
@@ -265,7 +265,8 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 body = found if isinstance(found, bytes) else json.dumps(found).encode()
                 self._send(200, body)
             elif self.path == "/v1/models":
-                listed = {"object": "list", "data": [{"id": name} for name in server.models or ()]}
+                entries = ({"id": one} if isinstance(one, str) else one for one in server.models or ())
+                listed = {"object": "list", "data": list(entries)}
                 self._send(503 if server.models is None else 200, json.dumps(listed).encode())
             else:
                 self._send(server.capabilities_status if server.capabilities_status != 200 else 404, b"{}")

@@ -9,6 +9,7 @@ from fake_server import ASKED, ROUTE, Clock, FakeServer, ask
 from openai import AsyncOpenAI, OpenAI
 
 from whiflash_sdk import Capabilities, Hints, UnsupportedServerError, UnsupportedServerWarning, predict, wrap
+from whiflash_sdk.capabilities import KEPT_SECONDS
 
 pytestmark = pytest.mark.filterwarnings("ignore::whiflash_sdk.UnsupportedServerWarning")
 
@@ -57,6 +58,18 @@ def test_a_list_that_fails_once_is_asked_for_again_soon(
         client.chat.completions.create(**{**ASKED, "model": "default"})
         clock.seconds += 2
     assert server.routed() == [False, True]
+    server.models = None
+    clock.seconds += 2 * KEPT_SECONDS
+    client.chat.completions.create(**{**ASKED, "model": "default"})
+    assert server.routed()[-1], "what the list said before holds while it fails"
+
+
+def test_a_models_adapters_are_no_other_models(client: OpenAI, server: FakeServer) -> None:
+    server.models = ["tiny", {"id": "legal", "parent": "tiny"}]
+    wrap(client)
+    for model in ("tiny:legal", "legal", "default"):
+        client.chat.completions.create(**{**ASKED, "model": model})
+    assert server.routed() == [True] * 3
 
 
 def test_capabilities_given_for_a_model_hold_for_it_alone(client: OpenAI, server: FakeServer) -> None:

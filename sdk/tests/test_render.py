@@ -116,6 +116,11 @@ def test_no_count_makes_a_page_long() -> None:
     backwards = {"start": 5, "end": 2, "arm": "lookup", "rounds": 0, "accepted": 0}
     found = trace().model_copy(update={"stretches": tuple(map(Stretch.model_validate, (huge, backwards)))})
     assert len(html(found)) < 100_000
+    assert len(terminal(found)) < 200_000
+    torn = trace().model_copy(
+        update={"stretches": (Stretch.model_validate({**STRETCHES[0], "round_tokens": [-9, 1]}),)}
+    )
+    assert "▁█" in terminal(torn, colour=False)
 
 
 SUMMARY = Trace.model_validate(
@@ -139,7 +144,7 @@ SHOWN: dict[str, tuple[Trace, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "full": (trace(), MEANINGS, (*ESTIMATES, "plain decoding", "Responses")),
     "summary": (SUMMARY, ("the text", 'trace="full"', "6 of 10", "1 round by score", "EAGLE-3", HOSTILE), ()),
-    "empty": (EMPTY, ("0.00",), ESTIMATES),
+    "empty": (EMPTY, ("0.00", "No round ran"), (*ESTIMATES, "is a summary")),
 }
 """Texts that a trace's page shows, and those that it does not: what is unknown or was not used needs no word."""
 

@@ -9,7 +9,7 @@ import pytest
 from fake_server import ASKED, CAPABILITIES, EXPECTED, ROUTES, FakeServer
 from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
 
-from whiflash_sdk import agent, collect, routing, wrap
+from whiflash_sdk import agent, collect, routing, streaming, wrap
 
 CLOSES_ITSELF = "finally" in inspect.getsource(Stream.__stream__)
 """Newer clients close a response as its generator is collected, in whatever thread."""
@@ -141,7 +141,7 @@ def test_a_stream_that_is_lost_is_closed_elsewhere(client: OpenAI, lost: str) ->
 
     def loop() -> None:
         stream = client.chat.completions.create(**ASKED, stream=True)
-        body = stream.response.stream
+        body = stream.response.stream._stream._stream  # type: ignore[attr-defined]
         original: Any = body.close
 
         def close() -> None:
@@ -149,7 +149,7 @@ def test_a_stream_that_is_lost_is_closed_elsewhere(client: OpenAI, lost: str) ->
             closers.append(threading.current_thread())
             done.set()
 
-        body.close = close  # type: ignore[attr-defined]
+        body.close = close
         keep: list[Any] = [stream]
         if lost == "in a cycle":
             keep.append(keep)
@@ -162,3 +162,20 @@ def test_a_stream_that_is_lost_is_closed_elsewhere(client: OpenAI, lost: str) ->
     gc.collect()
     assert done.wait()
     assert CLOSES_ITSELF or threading.current_thread() not in closers
+
+
+def test_a_response_may_outlive_its_stream(client: OpenAI) -> None:
+    """An endpoint that passes bytes on keeps the response alone."""
+    response = wrap(client).chat.completions.create(**ASKED, stream=True).response
+    gc.collect()
+    closed = threading.Event()
+    streaming._lost.put(closed.set)  # behind whatever the collector has put there
+    assert closed.wait()
+    assert b"[DONE]" in b"".join(response.iter_bytes())
+
+
+def test_a_hook_that_reads_a_stream_leaves_no_chunk_of_ours(client: OpenAI) -> None:
+    client._client.event_hooks["response"] = [lambda response: response.read()]
+    stream = wrap(client).chat.completions.create(**ASKED, stream=True)
+    assert all(chunk.choices for chunk in stream)
+    assert routing(stream) == EXPECTED

@@ -9,6 +9,7 @@ import pytest
 from browser import CHROMIUM, Browser, browser
 from test_render import HOSTILE, TEXT, trace
 
+from whiflash_sdk import Stretch
 from whiflash_sdk.render import Turn, conversation_html
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -29,6 +30,21 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "trace.html"
     path.write_text(conversation_html(turns, title="Recorded"), "utf-8")
     return path
+
+
+def test_text_that_runs_to_the_left_is_read_from_the_right(chromium: Browser, tmp_path: Path) -> None:
+    words = ["שלום ", "עולם ", "טוב"]
+    ends = [0, 5, 10, 13]
+    stretches = [
+        {"start": n, "end": n + 1, "arm": "ar", "rounds": 1, "accepted": 0, "chars": [ends[n], ends[n + 1]]}
+        for n in range(3)
+    ]
+    hebrew = trace().model_copy(update={"stretches": tuple(map(Stretch.model_validate, stretches))})
+    (tmp_path / "page.html").write_text(conversation_html([Turn("Hebrew", "".join(words), hebrew)]), "utf-8")
+    chromium.show(tmp_path / "page.html")
+    lefts = [left for left, *_ in boxes(chromium, ".text .stretch")]
+    assert lefts == sorted(lefts, reverse=True)
+    assert len(lefts) == 3
 
 
 SIZES = {"light": {}, "dark": {"dark": True}, "narrow": {"width": 360}}

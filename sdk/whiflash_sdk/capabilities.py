@@ -33,7 +33,7 @@ PROBE_SECONDS: Final = 2.0
 KEPT_SECONDS: Final = 300.0
 FIRST_RETRY_SECONDS: Final = 1.0
 LONGEST_RETRY_SECONDS: Final = 60.0
-MOST_SERVERS: Final = 256
+MOST_SERVERS: Final = 8192
 MOST_WARNINGS: Final = 256
 _SHOWN: Final = 128
 """Characters of a request's model in a warning."""
@@ -88,13 +88,14 @@ class AskedServer:
     its own loop would wait for ever.
 
     url: the route that was asked, without a password. alone: whether `/v1/models` lists the model of `found` and no
-    other; None: it was not asked. trouble: why `found` is None. failures: in a row; lists: of the list. next_probe:
-    earliest time of the next question, by `now`.
+    other; None: it was not asked. was_alone: what it said before. trouble: why `found` is None. failures: in a row;
+    lists: of the list. next_probe: earliest time of the next question, by `now`.
     """
 
     url: str
     found: Capabilities | None = None
     alone: bool | None = None
+    was_alone: bool = False
     trouble: str = "has not been asked"
     failures: int = 0
     lists: int = 0
@@ -118,20 +119,24 @@ class AskedServer:
         return self.found is not None and self.alone is None and not _names(self.found, model)
 
     def listed(self, models: object) -> None:
-        """Take the answer of `/v1/models`; None: there was none, so other names are taken for other servers."""
+        """Take the answer of `/v1/models`; other names than its model's, and its adapters', are of other servers."""
         entries = models.get("data") if isinstance(models, dict) else None
-        ids = {entry.get("id") for entry in entries or () if isinstance(entry, dict)}
-        self.alone = self.found is not None and ids == {self.found.model}
+        name = self.found and self.found.model
+        others = [entry for entry in entries or () if isinstance(entry, dict) and entry.get("parent") != name]
+        self.alone = {entry.get("id") for entry in others} == {name}
         self.lists = 0 if entries else self.lists
 
     def unlisted(self) -> None:
-        """Ask for the list again, later each time that it fails."""
+        """The list did not come: its last one holds, and it is asked for again, later each time."""
+        self.alone = self.was_alone
         self.next_probe = now() + _wait(self.lists)
         self.lists += 1
 
     def answered(self, body: object) -> None:
         """Take the body of a 200."""
-        self.found, self.alone = _read(body), None
+        known, self.found = self.found, _read(body)
+        self.was_alone = bool(self.alone) and known is not None and self.found == known
+        self.alone = None
         if self.found is None:
             self._ask_again("answered with something else than this SDK reads")
         else:
@@ -274,8 +279,9 @@ def _probe(
             try:
                 server.listed((yield from asker.get(f"{asker.base}/models", limits)))
             except Exception as error:
-                server.listed(None)
-                if _status(error) != 404:
+                if _status(error) == 404:
+                    server.listed(None)
+                else:
                     server.unlisted()
 
 
@@ -300,8 +306,9 @@ def _server(asker: Asker) -> tuple[str, AskedServer]:
     )
     # A fork has locks of its own: nobody there will release those that its parent's threads held.
     server = _servers.setdefault((os.getpid(), asker.fingerprint(url)), AskedServer(shown))
-    for oldest in list(_servers)[:-MOST_SERVERS]:
-        _servers.pop(oldest, None)
+    if len(_servers) > MOST_SERVERS:
+        for oldest in list(_servers)[:-MOST_SERVERS]:
+            _servers.pop(oldest, None)
     return url, server
 
 

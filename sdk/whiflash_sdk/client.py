@@ -80,9 +80,7 @@ def wrap(client: ClientT, **settings: Unpack[ClientSettings]) -> ClientT:
         )
     told = Told.of(**settings)
     before = settings_of(client)
-    others = [
-        item.name for item in fields(Told) if getattr(before, item.name, None) != getattr(told, item.name)
-    ]
+    others = [f.name for f in fields(Told) if getattr(before, f.name, None) != getattr(told, f.name)]
     if before is not None and vars(client)[_ITSELF] and others:
         raise ValueError(
             f"wrap: this client is wrapped already, with other {', '.join(others)}. Its other users would send the new "

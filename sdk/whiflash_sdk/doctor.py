@@ -67,10 +67,8 @@ def _findings(client: Any, server: AskedServer, model: str | None) -> Iterator[F
         yield Finding("server", None, "not judged: wrap was given its capabilities")
         return
     if answer is None:
-        help_ = (
-            "Start it with `whiflash serve`, and let every proxy in between pass GET /whiflash/capabilities"
-        )
-        yield Finding("server", False, f"{server.url} {server.trouble}. {help_}")
+        fix = "Start it with `whiflash serve`, and let every proxy in between pass GET /whiflash/capabilities"
+        yield Finding("server", False, f"{server.url} {server.trouble}. {fix}")
         return
     yield Finding("server", True, f"whiflash-sglang {answer.server_version}, policy {answer.policy}")
     alone = server.alone or model is None or answer.model in ("", model)

@@ -60,11 +60,9 @@ def guessed(guess: Callable[..., ResultT], *args: object, otherwise: ResultT) ->
         return guess(*args)
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
-        warning = (
-            f"a guess about a request failed: {type(error).__name__} in line {at.lineno} of {at.filename}"
-        )
+        fault = f"a guess about a request failed: {type(error).__name__} in line {at.lineno} of {at.filename}"
         if not _failed:
-            _failed.append(warning)
+            _failed.append(fault)
             with contextlib.suppress(RuntimeWarning):  # where warnings are errors
-                warn_unsupported(f"{warning}. Requests go out without it. Please report this", RuntimeWarning)
+                warn_unsupported(f"{fault}. Requests go out without it. Please report this", RuntimeWarning)
         return otherwise

@@ -162,9 +162,7 @@ class Hints(_Hint):
     def without(self, names: Iterable[str]) -> Hints:
         """These hints, with the fields of these names left unset."""
         kept = self.model_fields_set.difference(names)
-        return (
-            self if kept == self.model_fields_set else Hints(**{name: getattr(self, name) for name in kept})
-        )
+        return self if kept == self.model_fields_set else Hints(**{key: getattr(self, key) for key in kept})
 
     def over(self, outer: Hints) -> Hints:
         """These hints, with what they leave unset taken from `outer`."""

@@ -77,9 +77,7 @@ class Told:
             capabilities = False
         elif isinstance(capabilities, Capabilities):
             capabilities = capabilities.assumed()
-        trace = (
-            True if trace in (None, "summary") else trace
-        )  # one level, so that two wraps with it are alike
+        trace = True if trace in (None, "summary") else trace  # so that two wraps with one level are alike
         return cls((hints or Hints()).over(Hints(trace=trace)), strict, capabilities, agent, tenant)
 
 
@@ -87,11 +85,6 @@ def route_of(path: str) -> str | None:
     """Route that a POST to this path asks for, if it may take hints; None: another one. It is the end of the path."""
     path = path.partition("?")[0]
     return next((route for route in (*_DERIVED, *_CONVERTED) if path.endswith(f"/{route}")), None)
-
-
-def model_of(body: Mapping[str, Any]) -> str | None:
-    """The model that a request is for."""
-    return text_or_none(body.get("model"))
 
 
 class Outgoing:
@@ -103,7 +96,7 @@ class Outgoing:
     """
 
     def __init__(self, body: Mapping[str, Any], route: str, told: Told, server: AskedServer | None) -> None:
-        capabilities = _found(told, server, model_of(body))
+        capabilities = _found(told, server, text_or_none(body.get("model")))
         self.body = self.plain = body
         self._strict, self._server, self._is_read = told.strict, server, False
         if _takes(capabilities, route):
@@ -166,7 +159,7 @@ def exchange(
     take: has the answer's traces read; None: they pass unread.
     work: the step that calls a function that takes long for a long body.
     """
-    server = (yield ask(model_of(body))) if told.capabilities is None else None
+    server = (yield ask(text_or_none(body.get("model")))) if told.capabilities is None else None
     going = yield work(Outgoing, body, route, told, server)
     call = start(owner, going.agent)
     try:

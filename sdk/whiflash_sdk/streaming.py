@@ -149,18 +149,21 @@ def _streams(library: Any) -> tuple[type, type]:
     return SyncStream, AsyncStream
 
 
-def watch(response: Any, call: CollectedCall, *, whole_text: bool) -> None:
-    """Have an HTTP response read as it passes. Its stream is replaced, or read where that has happened."""
+def watch(response: Any, call: CollectedCall, *, whole_text: bool) -> Passing | None:
+    """Have an HTTP response read as it passes. Its stream is replaced, or read where that has happened.
+
+    Returns what reads a stream; None: nothing is left to read, or nothing can be.
+    """
     response.extensions[CALL] = call
-    if response.is_closed:
-        _take(call, json_or_none(response.content))
-        call.end()
-        return
+    passing = Passing(call, whole_text=whole_text)
+    if response.is_closed:  # a hook of the client has read it
+        response._content = passing.feed(response.content) + passing.end()
+        return None
     base = next(base for base in base_classes("Response") if isinstance(response, base))
     library: Any = sys.modules[base.__module__.partition(".")[0]]
     codings = response.headers.get("content-encoding", "").lower().split(",")
     if not all(decodes(library, coding.strip()) for coding in codings):
-        return
+        return None
     stream = response.stream
     is_async = isinstance(stream, library.AsyncByteStream) and not isinstance(stream, library.SyncByteStream)
     items = stream
@@ -169,9 +172,9 @@ def watch(response: Any, call: CollectedCall, *, whole_text: bool) -> None:
         items = inner.aiter_bytes() if is_async else inner.iter_bytes()
         del response.headers["content-encoding"]
     response.headers.pop("content-length", None)
-    passing = Passing(call, whole_text=whole_text)
     # The collector must find none of the iterators below: closing takes a lock that it may have been called under.
     response.stream = _streams(library)[is_async](stream, items if is_async else iter(items), passing)
+    return passing
 
 
 def note(result: Any, call: CollectedCall, *, whole_text: bool) -> None:
@@ -186,9 +189,16 @@ def note(result: Any, call: CollectedCall, *, whole_text: bool) -> None:
     is_answer = isinstance(response, answers)
     if not is_answer:
         return
-    watch(response, call, whole_text=whole_text)
-    if raw is None and not hasattr(result, "__aiter__"):
-        _close_when_lost(result, response.close)
+    # Streams around this one hold the response.
+    below = getattr(getattr(response, "stream", None), "_stream", None)
+    passing = watch(response, call, whole_text=whole_text)
+    if raw is None and below is not None and passing is not None and not hasattr(result, "__aiter__"):
+
+        def close() -> None:
+            passing.end()
+            below.close()
+
+        _close_when_lost(response, close)
 
 
 _lost: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -196,8 +206,8 @@ _closer: threading.Thread | None = None
 _starting = threading.Lock()
 
 
-def _close_when_lost(stream: Any, close: Callable[[], None]) -> None:
-    """Close a response in a thread of its own when `stream` is gone, wherever that is noticed.
+def _close_when_lost(response: Any, close: Callable[[], None]) -> None:
+    """Close what a response reads in a thread of its own when the response is gone, wherever that is noticed.
 
     The garbage collector may notice it inside httpcore, under the lock of the connection pool, which closing a
     response takes too: there it may only be noted, and `SimpleQueue.put` is made for that.
@@ -207,7 +217,7 @@ def _close_when_lost(stream: Any, close: Callable[[], None]) -> None:
         if _closer is None or not _closer.is_alive():
             _closer = threading.Thread(target=_close_lost, name="whiflash-closes-streams", daemon=True)
             _closer.start()
-    weakref.finalize(stream, _lost.put, close).atexit = False
+    weakref.finalize(response, _lost.put, close).atexit = False
 
 
 def _close_lost() -> None:

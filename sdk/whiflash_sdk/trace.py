@@ -301,9 +301,7 @@ def tools_called(response: Any) -> dict[int, tuple[str, ...]]:
     names_by_choice = {}
     for choice in field_of(response, "choices") or ():
         holder = field_of(choice, "message") or field_of(choice, "delta")
-        names = [
-            field_of(field_of(call, "function"), "name") for call in field_of(holder, "tool_calls") or ()
-        ]
+        names = [field_of(field_of(one, "function"), "name") for one in field_of(holder, "tool_calls") or ()]
         names_by_choice[field_of(choice, "index") or 0] = tuple(name for name in names if name)
     blocks = field_of(answer_in(response), "output") or field_of(response, "content")
     block = field_of(response, "content_block")

@@ -146,9 +146,8 @@ def summary(trace: Trace) -> str:
 
 def everything(trace: Trace) -> ArmTotals:
     """The totals of all drafters."""
-    return ArmTotals.sum(trace.arms.values()).model_copy(
-        update={"rounds": trace.rounds, "tokens": trace.tokens}
-    )
+    sums = ArmTotals.sum(trace.arms.values())
+    return sums.model_copy(update={"rounds": trace.rounds, "tokens": trace.tokens})
 
 
 def reasons(trace: Trace) -> str:

@@ -115,12 +115,10 @@ def _template() -> Any:
         files("whiflash_sdk.render").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css")
     )
     environment = Environment(autoescape=True, finalize=_shown)
-    ours = (_before, _class_of, _quoted, _runs, _texts_of)
+    ours = (_before, _class_of, _quoted, _runs, _texts_of, columns_of, ticks, zooms)
     environment.globals.update({name: value for name, value in vars(aligned).items() if name[0] != "_"})
     environment.globals.update({value.__name__.removeprefix("_"): value for value in ours})
-    environment.globals.update(
-        columns_of=columns_of, ticks=ticks, zooms=zooms, style=Markup(style), LONG=_LONG
-    )
+    environment.globals.update(style=Markup(style), LONG=_LONG)
     return environment.from_string(page).module
 
 

@@ -24,6 +24,8 @@ from whiflash_sdk.trace import Trace
 COLOURS: Final = {"ar": 4, "diffusion": 3, "lookup": 2, "structure": 5, "none": 8}
 """Numbers in the terminal's own palette, by drafter."""
 OTHER: Final = 6
+MOST_ROUNDS: Final = 10_000
+"""Rounds that the strip shows of a stretch without counts."""
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
 
 SAVED: Final = "estimated time saved"
@@ -60,11 +62,9 @@ def _report(found: Report) -> Iterator[str]:
     for title, rows in found.groups:
         wide = max(len(printable(row.name)) for row in (*rows, found.total)) if rows else 0
         yield ""
-        heads = (
-            f"{'answers':>9}{'tokens':>8}{'rounds':>8}{'acceptance length':>19}{'seconds':>10}{'saved':>10}"
-        )
+        top = f"{'answers':>9}{'tokens':>8}{'rounds':>8}{'acceptance length':>19}{'seconds':>10}{'saved':>10}"
         by_drafter = "" if title == "Drafter" else "  by drafter"
-        yield f"{title:<{max(wide, len(title))}}{heads}{by_drafter}"
+        yield f"{title:<{max(wide, len(title))}}{top}{by_drafter}"
         for row in rows if title == "Drafter" else (*rows, found.total):
             name = f"{printable(row.name):<{max(wide, len(title))}}"
             taken = "" if row.seconds is None else f"{row.seconds:.2f} s"
@@ -125,12 +125,13 @@ def _strip(trace: Trace, colour: bool) -> str:
     rounds = [
         (tokens, stretch.arm)
         for stretch in trace.stretches
-        for tokens in stretch.round_tokens or (stretch.acceptance_length,) * stretch.rounds
+        for tokens in stretch.round_tokens or (stretch.acceptance_length,) * min(stretch.rounds, MOST_ROUNDS)
     ]
-    longest = max((tokens for tokens, _ in rounds), default=0) or 1
+    longest = max(1, *(tokens for tokens, _ in rounds)) if rounds else 1
     levels = len(_LEVELS) - 1
     return "".join(
-        _paint(_LEVELS[round(tokens / longest * levels)], _code(arm), colour) for tokens, arm in rounds
+        _paint(_LEVELS[round(max(tokens, 0) / longest * levels)], _code(arm), colour)
+        for tokens, arm in rounds
     )
 
 
