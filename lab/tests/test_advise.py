@@ -88,9 +88,10 @@ def test_a_long_context_takes_time_and_memory() -> None:
     near, far = (advise(Question("Qwen3-8B", requests=(8,), answer=64, context=n)) for n in (0, 1 << 17))
     assert far.rows[0].rates["plain"] < 0.5 * near.rows[0].rates["plain"]
     assert far.rows[0].rates[OURS] > far.rows[0].rates[PLAIN]
+    assert "4.25 of EAGLE3 and 5.27 of DSPARK tokens a round" in far.assumed
     assert "131,072 cached" in far.assumed
     (full,) = near.obstacles + far.obstacles
-    assert full.startswith("KV for 8 × 131,648 tokens takes 155 GB: 2 requests fit, 2 beside two drafters")
+    assert full.startswith("KV for 8 × 131,648 tokens takes 155 GB: 2 requests fit, 2 beside a block drafter")
     assert ("needs YaRN" in near.assumed, "beyond 40,960 positions" in far.assumed) == (False, True)
     with pytest.raises(ConfigError, match="remove --context: with --url"):
         advise(Question("Qwen3-8B", context=1), STATE)
@@ -99,6 +100,7 @@ def test_a_long_context_takes_time_and_memory() -> None:
 STATE: dict[str, Any] = {
     "tokens": 1000,
     "timed_seconds": 10.0,
+    "timed_tokens": 1000,
     "plain_seconds": 15.0,
     "by_arm": {
         "ar": {"rounds": 200, "tokens": 900, "proposed": 1000, "accepted": 700},
@@ -164,10 +166,19 @@ def test_replicas_are_taken_if_they_are_faster() -> None:
     (half,) = advise(question._replace(cards=1, requests=(16,))).rows
     assert many.rates == pytest.approx({way: 2 * rate for way, rate in half.rates.items()})
     assert "no table shows their error" in found.assumed
-    assert '--server-args="--dp-size 2"' in found.settings[-1]
+    assert found.settings[-1].endswith("--concurrency 1,16"), "one replica is measured"
     (large,) = advise(question._replace(target="Qwen3-32B", requests=(8,), context=1 << 13)).rows
     (far,) = advise(question._replace(requests=(32,), context=1 << 15)).rows
+    assert "router" in advise(question._replace(requests=(32,), context=1 << 15)).settings[0]
     assert (large.spread, far.spread) == ("--tp-size 2", "--dp-size 2"), "one card has no room; nor have both"
+
+
+def test_ours_is_not_named_without_what_speaks_against_it() -> None:
+    found = advise(Question("Qwen3-8B", requests=(8,), tools=1.0, answer=64)).verdict
+    assert found.startswith("Take WHIFLASH for 8 requests")
+    assert (
+        "; without grammars DSPARK for 8 requests. No card has served trained weights with WHIFLASH" in found
+    )
 
 
 def test_what_cannot_be_answered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +199,7 @@ def test_the_command_shows_and_prints_json() -> None:
     assert shown.stdout.startswith("ESTIMATE")
     assert "131,072 cached" in " ".join(shown.stdout.split())
     assert "simulating loads" in shown.stderr
-    for title in ("As others measured", "Drafters:", "Set:", "You give up", "Not in the rows"):
+    for title in ("As others measured", "Drafters (", "Set:", "You give up", "Not in the rows"):
         assert title in shown.output
     found = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
     assert found["rows"][0]["choice"] in found["verdict"]
@@ -201,7 +212,12 @@ def test_a_report_compares_with_the_servers_prices_and_counts_from_an_earlier_on
     assert (whole["gain"], whole["tokens_per_second"]) == (1.5, 100.0)
     assert whole["cost_per_million_tokens"] == pytest.approx(10.0)
     assert whole["saved_cost"] == pytest.approx(0.005)
-    later = {**STATE, "tokens": 1500, "timed_seconds": 20.0, "plain_seconds": 20.0}
+    prefills = brought({**STATE, "tokens": 3000}).as_json(hourly=3.6)
+    assert (prefills["tokens_per_second"], prefills["seconds"]) == (100.0, 30.0), (
+        "two of three were not timed"
+    )
+    assert prefills["cost_per_million_tokens"] == pytest.approx(10.0)
+    later = {**STATE, "tokens": 1500, "timed_tokens": 1500, "timed_seconds": 20.0, "plain_seconds": 20.0}
     assert brought(later, STATE).as_json(None)["gain"] == 0.5
     assert brought({**STATE, "replicas": [{}, {}]}).as_json(None)["tokens_per_second"] == 200.0
     with pytest.raises(ConfigError, match="was restarted"):

@@ -6,6 +6,7 @@ of other cards, of several and of experts follow from a card's bandwidth. Import
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from whiflash_sdk.render.aligned import count
@@ -170,10 +171,12 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
         gpu, (lengths, published, source) = _gpu(question.gpu), target.acceptance
         pair = PublishedPair(lengths, published, {arm: min(FULL[arm], n) for arm, n in published.items()})
         rows = [_fastest(target, gpu, pair, question, n) for n in tracked(question.requests, TASK)]
-        verdict = "; ".join(row.verdict(max(_off(target))) for row in rows)
+        verdict = "; ".join(row.verdict(max(_off(target))) for row in rows) + _cautions(
+            target, question, rows, pair
+        )
         prices = _prices(target, gpu, question)
     return Advice(
-        assumed=_assumed(target, question, prices, source, pair.drafts),
+        assumed=_assumed(target, question, prices, source, pair),
         verdict=f"Take {verdict}.",
         rows=rows,
         published=[entry.shown for entry in target.ratios],
@@ -184,13 +187,31 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
     )
 
 
-def _assumed(
-    target: PublishedTarget, question: Question, prices: str, source: str, drafts: Mapping[str, int]
+def _cautions(
+    target: PublishedTarget, question: Question, rows: Sequence[Estimate], pair: PublishedPair
 ) -> str:
-    chains = f"EAGLE3 drafts chains of {drafts[arms.AR]}, " if arms.AR in drafts else ""
+    """Reasons against `OURS` where it is the fastest; else empty."""
+    if rows[-1].choice != OURS:
+        return ""
+    caution = f". No card has served trained weights with {OURS}: measure it beside {rows[-1].stock} first"
+    if question.tools:
+        most = question.requests[-1]
+        free = _fastest(target, _gpu(question.gpu), pair, question._replace(tools=0.0), most)
+        caution = f"; without grammars {free.choice} for {free.load}{caution}"
+    return caution
+
+
+def _assumed(
+    target: PublishedTarget, question: Question, prices: str, source: str, pair: PublishedPair
+) -> str:
+    chains = f"EAGLE3 drafts chains of {pair.drafts[arms.AR]}, " if arms.AR in pair.drafts else ""
+    names = {arms.AR: "EAGLE3", arms.DIFFUSION: _block(target)}
+    rounds = " and ".join(
+        f"{fmean(one[arm] for one in pair.lengths.values()):.2f} of {names[arm]}" for arm in pair.drafts
+    )
     behind = (
         f" after {question.context:,} cached ones, which every way reads as our kernel does on an H200 (SGLang's "
-        "Triton kernel takes up to 33 times as long, FA3 was not measured)"
+        "Triton kernel takes up to 33 times as long, FA3 was not measured: gains over plain may be less)"
     )
     tools = (
         f"; {question.tools:.0%} of requests write calls of twenty tools under grammars, of which the host knows "
@@ -200,9 +221,10 @@ def _assumed(
     if question.context + question.prompt + question.answer > target.shape.positions:
         load += f"; beyond {target.shape.positions:,} positions SGLang needs YaRN, and drafters accept less"
     return (
-        f"ESTIMATE, nothing measured here. {target.name}, prices of {prices}. Acceptance: {source}; yours may "
-        f"differ, and a temperature of {question.temperature:g} changes no row. Prompts of {question.prompt}, "
-        f"answers of {question.answer} {load}. {chains}NGRAM has 1.20 tokens a round, as once measured here. "
+        f"ESTIMATE, nothing measured here. {target.name}, prices of {prices}. Acceptance: {source}, "
+        f"{rounds or 'no'} tokens a round in the mean; yours may differ, and a temperature of "
+        f"{question.temperature:g} changes no row. Prompts of {question.prompt}, answers of {question.answer} "
+        f"{load}. {chains}NGRAM has 1.20 tokens a round, as once measured here. "
         "A way is taken if it is 3 % faster than a simpler one."
     )
 
@@ -235,19 +257,23 @@ def _obstacles(shape: Shape, question: Question) -> Iterator[str]:
             f"{gpu.memory / 1e9:.0f} GB with KV beside them"
         )
     tokens, cards = question.context + question.prompt + question.answer, question.cards
-    drafted, plain = _fitting(shape, question, cards), tokens * shape.kv
-    if most > drafted and room > 0:
-        each = f", {cards * _fitting(shape, question, 1)} on {cards} replicas" if cards > 1 else ""
+    plain, one, two = (
+        _fitting(shape, question, cards, layers) for layers in (0, BLOCK_LAYERS, BLOCK_LAYERS + 1)
+    )
+    if most > two and room > 0:
+        each, needed = cards * _fitting(shape, question, 1), most * tokens * shape.kv / 1e9
         yield (
-            f"KV for {most} × {tokens:,} tokens takes {most * plain / 1e9:.0f} GB: {int(room / plain)} requests fit, "
-            f"{drafted} beside two drafters{each}; rows assume that all do, as if they shared a prefix"
+            f"KV for {most} × {tokens:,} tokens takes {needed:.0f} GB: {plain} requests fit, {one} beside a block "
+            f"drafter, {two} beside two{f', {each} on {cards} replicas' if cards > 1 else ''}, before drafters' "
+            "weights. Rows assume that all do, as if they shared a prefix; if they do not, ask with "
+            f"--requests {max(each, two, 1)}"
         )
 
 
-def _fitting(shape: Shape, question: Question, cards: int) -> int:
-    """Requests whose KV and that of two drafters have room on so many cards; tensor parallelism copies the latter."""
+def _fitting(shape: Shape, question: Question, cards: int, layers: int = BLOCK_LAYERS + 1) -> int:
+    """Requests whose KV has room, with that of drafters' layers, which each of the cards holds for all of them."""
     room = USABLE * _gpu(question.gpu).memory * cards - sum(_split(shape))
-    drafted = shape.kv * (1 + (1 + BLOCK_LAYERS) * cards / shape.layers)
+    drafted = shape.kv * (1 + layers * cards / shape.layers)
     return max(int(room / drafted / (question.context + question.prompt + question.answer)), 0)
 
 
@@ -376,11 +402,14 @@ def _settings(
         yield "The server has drafters. `whiflash policy none --url URL` stops them while it serves, `auto` goes on."
         return
     spread = f" {row.spread}" if row.spread else ""
+    parsers = f" {target.parsers}" if target.parsers else ""
+    if question.context and row.spread.startswith("--dp"):
+        yield "Instead of --dp-size, a server a card behind SGLang's router (--policy cache_aware): it keeps prefixes."
     if not by_arm and row.choice != OURS:
         drafter = {"EAGLE3": target.eagle3, _block(target): target.block}.get(row.choice, ())[:1]
         flags = "" if row.choice == PLAIN else f" --speculative-algorithm {row.choice}"
         flags += "".join(f" --speculative-draft-model-path {name}" for name in drafter)
-        yield f"sglang serve {target.name}{flags}{spread}"
+        yield f"sglang serve {target.name}{flags}{spread}{parsers}"
     parts = [
         *(f"--eagle3 {drafter}" for drafter in target.eagle3[:1]),
         *(f"--dflash {drafter}" for drafter in target.block[:1]),
@@ -389,11 +418,11 @@ def _settings(
         yield "Train drafters: `whiflash train`; until then `whiflash serve` copies and drafts forced text."
         return
     yield f"whiflash bundle create --target {target.name} {' '.join(parts)} --out my-bundle"
-    parsers = f" {target.parsers}" if target.parsers else ""
     bound = f" --max-running-requests {max(question.requests)}" if max(question.requests) > 48 else ""
     yield f"whiflash serve {target.name} --speculative-draft-model-path my-bundle{spread}{parsers}{bound}"
     stock = ",".join(way for way in row.rates if way not in (PLAIN, OURS))
-    loads = ",".join(map(str, question.requests))
+    replicas = question.cards if row.spread.startswith("--dp") else 1
+    loads = ",".join(str(-(-requests // replicas)) for requests in question.requests)
     arguments = f"--no-interleave --arms none,{stock},auto --concurrency {loads}"
-    arguments += f' --server-args="{row.spread}"' if row.spread else ""
+    arguments += f' --server-args="{row.spread}"' if row.spread.startswith("--tp") else ""
     yield f"whiflash bench --model-path {target.name} --bundle my-bundle {arguments}"

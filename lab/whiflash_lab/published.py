@@ -45,9 +45,7 @@ class Ratio(NamedTuple):
     @property
     def shown(self) -> str:
         """How far an estimate is off is in brackets."""
-        off = {
-            at: f" ({found / float(self.by_requests[at]) - 1:+.0%})" for at, found in self.estimated.items()
-        }
+        off = {at: f" ({rate / float(self.by_requests[at]) - 1:+.0%})" for at, rate in self.estimated.items()}
         rates = ", ".join(f"{rate} at {at}{off.get(at, '')}" for at, rate in self.by_requests.items())
         return f"{self.what}: {rates}"
 

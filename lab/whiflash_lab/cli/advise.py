@@ -24,7 +24,14 @@ def advise(
     count: Annotated[int, typer.Option(min=1, help="Cards.")] = 1,
     requests: Annotated[str, typer.Option(help="Requests at once, with commas between them.")] = "1,8,32",
     temperature: Annotated[float, typer.Option(min=0, max=2, help="Of your requests.")] = 0.0,
-    tools: Annotated[float, typer.Option(min=0, max=1, help="Share of requests under a grammar.")] = 0.0,
+    tools: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of requests under a grammar: strict tools, tool_choice required, or a schema.",
+        ),
+    ] = 0.0,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
     answer: Annotated[int, typer.Option(min=1, max=1 << 17, help="Tokens of an answer.")] = 256,
     context: Annotated[
@@ -71,6 +78,7 @@ def advise(
         for launch in recipes:
             refused = judge(launch.flags, launch.environment).obstacles.values()
             advice.obstacles += [f"{launch.name}: {sentence}" for sentence in refused]
+            advice.assumed += "" if refused else f" {launch.name} starts with WHIFLASH."
     if as_json:
         typer.echo(json.dumps(advice.as_json()))
         return
@@ -93,7 +101,7 @@ def _show(advice: "Advice") -> None:
     lists = {
         "Not in the rows: tokens a round by copies and forced text, on a CPU": advice.copies,
         "As others measured, and how far an estimate of the same is off": advice.published,
-        "Drafters": [f"EAGLE-3: {name}" for name in advice.eagle3]
+        "Drafters (read their licences; some have none)": [f"EAGLE-3: {name}" for name in advice.eagle3]
         + [f"block: {name}" for name in advice.block],
         "Set": advice.settings,
         "You give up with WHIFLASH": advice.lost,
