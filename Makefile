@@ -70,7 +70,7 @@ upstream-kits: install ## SGLang's own server tests against a plain server and o
 	$(RUN) python scripts/upstream_kits.py --json results/upstream-kits.json --markdown results/upstream-kits.md
 
 audit: install ## Known weaknesses of what uv.lock pins; asks an advisory database over the network
-	$(RUN) python scripts/audit.py
+	$(UV) tool run pip-audit --no-deps --disable-pip --requirement <($(UV) export --frozen --all-packages --no-emit-workspace --no-hashes --quiet)
 
 check: install ## Formatting, lint, layers, types, words, budgets: what CI and pre-commit check
 	$(RUN) ruff format --check .
@@ -98,7 +98,7 @@ prometheus: ## Put Prometheus into .tools, for the tests of dashboard and alerts
 site: install ## Build the documentation into site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
-wheels: $(filter .uv/%,$(DISTRIBUTIONS)) ## Wheels of the six packages in dist/, for `pip install --find-links dist`; installs nothing
+wheels: $(filter .uv/%,$(DISTRIBUTIONS)) ## Wheels of the six packages in dist/, for `pip install dist/*.whl`; installs nothing
 	rm -rf dist
 	$(UV) build --all-packages --wheel -o dist
 
@@ -112,7 +112,7 @@ sbom: install ## What the wheels install, by name, version and hash, as CycloneD
 
 bare: dist ## Install from dist/ into a bare environment, .bare, as a user does, and check what came and that it runs
 	rm -rf .bare && $(UV) venv --python $(PYTHON) .bare
-	@began=$$SECONDS; $(UV) pip install --python .bare --prerelease allow --find-links dist "whiflash-sglang[cpu,lab,train]"; \
+	@began=$$SECONDS; $(UV) pip install --python .bare --prerelease allow dist/*.whl; \
 	echo "installed: $$(du -sh .bare | cut -f1) in $$((SECONDS - began)) seconds"
 	@for tool in ruff mypy mkdocs twine pytest hadolint; do test ! -e .bare/bin/$$tool || { echo "$$tool came with the wheels"; exit 1; }; done
 	cd / && $(CURDIR)/.bare/bin/whiflash check && $(CURDIR)/.bare/bin/whiflash serve --print-command --model-path OWNER/MODEL
