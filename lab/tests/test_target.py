@@ -30,7 +30,7 @@ def test_states_are_layers_outputs_and_what_the_head_reads(tmp_path: Path) -> No
     found = ours.forward(tokens, capture=[0, 3])
     for place, output in enumerate(outputs):
         torch.testing.assert_close(found.features[:, place], output.view(50, -1))
-    torch.testing.assert_close(ours.logits(found.final), expected.logits[0])
+    torch.testing.assert_close(torch.nn.functional.linear(found.final, ours.head), expected.logits[0])
     torch.testing.assert_close(ours.next_logits(tokens), expected.logits[0, -1])
     assert ours.states(tokens.tolist(), [0, 3]).shape == (50, 3, ours.hidden_size)
 

@@ -139,9 +139,7 @@ def _message(where: str, raw: object) -> Message:
         if thought:
             message["reasoning_content"] = thought
         if listed:
-            message["tool_calls"] = [
-                _call(f"{where}.tool_calls[{i}]", entry) for i, entry in enumerate(listed)
-            ]
+            message["tool_calls"] = [_call(f"{where}.tool_calls[{i}]", each) for i, each in enumerate(listed)]
     elif role == "tool" and fields.get("tool_call_id") is not None:
         message["tool_call_id"] = text_of(f"{where}.tool_call_id", fields["tool_call_id"])
     return message
@@ -221,13 +219,11 @@ class Renderer:
                     yield RecordedTurn(prompt, [*answer, ending])
 
     def _render(self, recorded: Conversation, count: int, prompt: bool) -> str:
-        messages = [
-            {k: v for k, v in m.items() if k != "reasoning_content"} for m in recorded.messages[:count]
-        ]
+        shown = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in recorded.messages[:count]]
         options: dict[str, Any] = {"tools": served_tools(recorded.id, recorded.tools), "tokenize": False}
         options |= {"add_generation_prompt": prompt, "chat_template": self._template}
         try:
-            text: str = self._tokenizer.apply_chat_template(messages, **options)
+            text: str = self._tokenizer.apply_chat_template(shown, **options)
         except (TemplateError, *NOT_AS_WRITTEN) as error:
             raise ConfigError(f"{recorded.id}: the chat template refuses its messages: {error}") from None
         return text
@@ -258,9 +254,8 @@ def renderer_of(target: Path, bundle: Path) -> Renderer:
     """Renders with a target's tokenizer, and the bundle's template where it has one."""
     from transformers import AutoTokenizer
 
-    manifest = load_manifest(bundle)
-    template = None if manifest.chat_template is None else bundle / manifest.chat_template
-    text = None if template is None else template.read_text(encoding="utf-8")
+    template = load_manifest(bundle).chat_template
+    text = None if template is None else (bundle / template).read_text(encoding="utf-8")
     return Renderer(AutoTokenizer.from_pretrained(target), text)
 
 

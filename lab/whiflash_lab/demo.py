@@ -145,7 +145,10 @@ def ask(
             _ask(client, request)
             seconds[client].append(time.perf_counter() - began)
         on_step()
-    speeds = [len(reference.tokens) / sorted(seconds[client])[REPEATS // 2] for client in (plain, ours)]
+    speeds = [
+        len(written) / sorted(seconds[client])[REPEATS // 2]
+        for client, written in ((plain, reference.tokens), (ours, tokens))
+    ]
     message = answer["choices"][0]["message"]
     called = [call["function"] for call in message.get("tool_calls") or ()]
     calls = [f"{call['name']}({call['arguments']})" for call in called]

@@ -139,12 +139,10 @@ def started_target(
         torch.set_num_threads(hardware.threads)
     data = Data(prompts=[], tool_choice_required=1.0, max_new_tokens=settings.max_new_tokens)
     name, path = manifest.target, target_path(manifest.target)
-    with serve(
-        path, name, layers, data, hardware, work=work, template=template, seed=settings.seed
-    ) as served:
-        store = FeatureStore(work / "answers", hidden=served.hidden_size, layers=layers)
+    with serve(path, name, layers, data, hardware, work=work, template=template, seed=settings.seed) as made:
+        store = FeatureStore(work / "answers", hidden=made.hidden_size, layers=layers)
         store.truncate_to_index()
-        yield served, store
+        yield made, store
 
 
 def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -> dict[str, Any]:
@@ -193,9 +191,7 @@ def routers_of(bundle: Path, answers: Sequence[Replay], target: VocabularyMatric
             dtype=torch.float32,
             delta_sign=manifest.router.delta_sign,
         )
-    known = [
-        KnownSignals(one, predictions(router, answer)) for one, answer in zip(nats, answers, strict=True)
-    ]
+    known = [KnownSignals(one, predictions(router, each)) for one, each in zip(nats, answers, strict=True)]
     walks["auto-unpriced"] = RouterWalk(auto_choices(answers, known), copies=True)
     return walks
 
@@ -332,9 +328,7 @@ def compare_served(
     Raises ServerRefusedError if the server does not answer or draft with `arm`, and as `evaluate_bundle` does.
     """
     manifest, rows = load_manifest(bundle), read_rows(prompts)
-    template = (
-        None if manifest.chat_template is None else (bundle / manifest.chat_template).read_text("utf-8")
-    )
+    jinja = None if manifest.chat_template is None else (bundle / manifest.chat_template).read_text("utf-8")
     tokenizer = AutoTokenizer.from_pretrained(target_path(manifest.target))
     if arm not in manifest.drafters or arm not in asks("/whiflash/capabilities", "arms")["arms"]:
         raise ServerRefusedError(f"bundle and server do not both draft with {arm}: give another --arm")
@@ -346,7 +340,7 @@ def compare_served(
         if its:
             found += [(len(texts), *one) for one in its]
             texts.append(text)
-        own = prepare(row, tokenizer, template, 0.0).tokens
+        own = prepare(row, tokenizer, jinja, 0.0).tokens
         cause = cause or prompt_cause(own, text[0], tokenizer, asks)
     if not found:
         raise ServerRefusedError(f"the server drafted no two rounds with {arm}: raise --max-new-tokens")

@@ -22,7 +22,7 @@ import httpx
 import psutil
 
 from whiflash_sglang.errors import WhiflashError
-from whiflash_sglang.files.cpu import CHILD_ENVIRONMENT, serves_here
+from whiflash_sglang.files.cpu import CHILD_ENVIRONMENT
 
 
 class Closing:
@@ -42,13 +42,8 @@ class ServerHostError(WhiflashError):
     """The process that forks servers ended. The message ends with the last lines of its output."""
 
 
-def shares_imports() -> bool:
-    """Whether servers may be forked here: not beside an accelerator, which a process that was forked cannot use."""
-    return serves_here()
-
-
 class ServerHost(Closing):
-    """A process that has imported SGLang and forks servers, where `shares_imports`.
+    """A process that has imported SGLang and forks servers, where none runs on an accelerator (`serves_here`).
 
     Leaving it, or the end of its owner, ends every server. Threads may fork at the same time.
 
@@ -113,8 +108,7 @@ class ServerHost(Closing):
             self._ready = True
 
     def _answer(self) -> str:
-        if self._process.stdout is None:
-            raise AssertionError("started with pipes")
+        assert self._process.stdout is not None  # started with pipes
         answer = self._process.stdout.readline()
         if not answer:
             last = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
@@ -258,11 +252,13 @@ class Server(Closing):
             tree += process.children(recursive=True)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, self.ends_by)  # what it started may outlive it
-        _, alive = psutil.wait_procs(tree, timeout=5)
-        for survivor in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                survivor.kill()
-        psutil.wait_procs(alive)
+        try:
+            psutil.wait_procs(tree, timeout=5)
+        finally:  # also where the wait is interrupted
+            for survivor in tree:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    survivor.kill()
+        psutil.wait_procs(tree)
         if not self._keep_log:
             self.log.unlink(missing_ok=True)
 

@@ -54,9 +54,7 @@ class PublishedPair(NamedTuple):
 
     def chances(self, text: str) -> dict[str, float]:
         """Arm → chance that a draft of such a text is right."""
-        return {
-            arm: continuing(length, self.published[arm] + 1) for arm, length in self.lengths[text].items()
-        }
+        return {arm: continuing(mean, self.published[arm] + 1) for arm, mean in self.lengths[text].items()}
 
 
 PAIR = PublishedPair(ACCEPTANCE, {arms.AR: 7, arms.DIFFUSION: 15}, DRAFTS)
@@ -271,9 +269,7 @@ class Simulation:
         else:
             known, kinds, texts = np.zeros(answer, dtype=bool), np.full(answer, number), self.texts
         luck = default_rng((self.seed, number)).random(answer)  # drafters find the same tokens hard
-        chances = {
-            arm: np.array([text[arm] for text in texts])[kinds % len(texts)] for arm in self.pair.drafts
-        }
+        chances = {arm: np.array([one[arm] for one in texts])[kinds % len(texts)] for arm in self.pair.drafts}
         right = {arm: luck < each for arm, each in chances.items()} | {arms.STRUCTURE: known}
         row, places = self.free.pop(), self.load.requests
         self.running.append(
@@ -317,15 +313,13 @@ class Simulation:
                 self.controller.close(self.controller.states[request.row])
                 self.free.append(request.row)
         self.result.routed.update(arm for _, arm, _ in rounds)
-        seconds = draft + verify
-        costs.observe(
-            RoundTime(rows, len(running), context, drafted, tokens=tokens, seconds=seconds, gap=gap)
-        )
+        spent = draft + verify
+        costs.observe(RoundTime(rows, len(running), context, drafted, tokens=tokens, seconds=spent, gap=gap))
         self.result.tokens += tokens
-        self.result.seconds += seconds + gap
+        self.result.seconds += spent + gap
         if self.probing:
             self.result.probe_tokens += tokens
-            self.result.probe_seconds += seconds + gap
+            self.result.probe_seconds += spent + gap
         self.result.rounds += 1
 
     def _waits(self, running: Sequence[Request], draft: float, verify: float) -> float:

@@ -56,6 +56,8 @@ WRONG: list[tuple[Any, ...]] = [
     (("bench", "--concurrency", "many"), "--concurrency many"),
     (("bench", "--resume"), "--resume"),
     (("bench", "--top-p", "0.9"), "--top-p 0.9"),
+    (("bench", "--suite-dir", "s"), "--suite-dir s"),
+    (("bench", "--beside", "b"), "--beside b"),
     (("bench", "--recorded", "log.jsonl", "--tools", "sample"), "--tools"),
     (("lab", "evaluate", "--bundle", "b", "--prompts", "p", "--dtype", "float3"), "'float3'"),
     (("serve", "--whiflash-router", "atuo"), "'atuo'", "auto"),
@@ -100,6 +102,7 @@ FAILING = [
     (("check", "--model-path", "/nowhere/t", "--draft", "a/b"), "/nowhere/t"),
     (("bench", "--bundle", "/nowhere/b"), "/nowhere/b"),
     (("bench", "--out", "/"), "--out / is a directory"),
+    (("lab", "evaluate", "--bundle", "b", "--prompts", "p", "--out", "/"), "--out / is a directory"),
     (("bench", "--recorded", "/nowhere/r.jsonl"), "/nowhere/r.jsonl"),
     (("train", "--config", "tiny", "--step", "eagle3", "--start-from", "/nowhere/c"), "/nowhere/c"),
 ]
@@ -268,7 +271,9 @@ def test_without_a_command_it_shows_what_there_is_and_ends_with_2() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"]
+    ("sent", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["ctrl-c", "terminate", "hangup"],
 )
 def test_an_interrupted_command_says_so(sent: signal.Signals, code: int) -> None:
     """While it waits for a server that has taken its connection and says nothing."""
@@ -280,7 +285,7 @@ def test_an_interrupted_command_says_so(sent: signal.Signals, code: int) -> None
             stderr=subprocess.PIPE,
             text=True,
             # A suite that runs in the background has Ctrl-C ignored, and its children would ignore it too.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=lambda: [signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGHUP)],
         )
         connection, _ = silent.accept()
         with connection:

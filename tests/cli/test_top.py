@@ -13,12 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from whiflash_sglang.cli.app import app, main
-from whiflash_sglang.cli.top import StateReading, figures, screen, since
+from whiflash_sglang.cli.top import StateReading, WatchedServer, figures, screen, since
+from whiflash_sglang.errors import ServerRefusedError
 
 WHIFLASH = str(Path(sys.executable).with_name("whiflash"))
 
@@ -34,6 +36,7 @@ def state(times: int = 1) -> dict[str, Any]:
         "switches": 4,
         "round_seconds": 0.5,
         "timed_seconds": 0.4,
+        "timed_tokens": 50,
         "plain_seconds": 0.6,
     }
     return {
@@ -78,8 +81,8 @@ class Answering(BaseHTTPRequestHandler):
     def _answer(self) -> tuple[int, bytes]:
         if self.server.key and self.headers.get("Authorization") != f"Bearer {self.server.key}":
             return 401, b"{}"
-        if self.path in self.server.answers:
-            return self.server.answers[self.path]
+        if (path := self.path.partition("?")[0]) in self.server.answers:
+            return self.server.answers[path]
         if self.path == "/whiflash/capabilities":
             return 200, b'{"model": "tiny"}'
         self.server.times += 1
@@ -127,6 +130,29 @@ def test_figures_are_of_what_happened_in_between() -> None:
 def test_a_server_that_began_anew_has_no_past() -> None:
     assert since(StateReading(10.0, state(3)), StateReading(12.0, state(1))) is None
     assert since(None, StateReading(12.0, state(1))) is None
+
+
+def test_another_model_at_the_same_address_is_named(recorded: Recorded) -> None:
+    with httpx.Client() as client:
+        watched = WatchedServer(recorded.url, client)
+        watched.read()
+        recorded.answers["/whiflash/state"] = 503, b"{}"
+        with pytest.raises(ServerRefusedError):
+            watched.read()
+        recorded.answers = {"/whiflash/capabilities": (200, b'{"model": "other"}')}
+        watched.read()
+    assert watched.model == "other"
+
+
+def test_a_busy_server_is_not_called_unreachable() -> None:
+    def slow(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadTimeout("timed out", request=request)
+
+    with (
+        httpx.Client(transport=httpx.MockTransport(slow)) as client,
+        pytest.raises(ServerRefusedError, match="busy with a long step"),
+    ):
+        WatchedServer("http://a", client).read()
 
 
 def test_an_idle_server_has_no_rates_of_rounds() -> None:

@@ -51,3 +51,24 @@ def test_a_terminal_and_who_asks_for_them_get_colours_others_marks(
     monkeypatch.setenv("TERM", "xterm-256color")
     done = whiflash("trace", str(recorded), *words, terminal=terminal)
     assert (done.returncode, ESCAPE in done.stdout, MARKS in done.stdout) == (0, coloured, not coloured)
+
+
+def test_every_choice_and_other_routes_answers_have_their_text(recorded: Path) -> None:
+    first = json.loads(recorded.read_text())
+    (trace,) = first["sglext"]["whiflash"]
+    second = {"index": 1, "message": {"content": "Howdy world"}}
+    several = {
+        "choices": [*first["choices"], second],
+        "sglext": {"whiflash": [trace, {**trace, "choice": 1}]},
+    }
+    said = [{"content": [{"type": "output_text", "text": "Salve mundi"}]}, {"name": "f", "arguments": "{}"}]
+    response = {"text": None, "output": said, "sglext": {"whiflash": [trace]}}
+    message = {
+        "type": "message",
+        "content": [{"type": "text", "text": "Hallo world"}],
+        "sglext": response["sglext"],
+    }
+    recorded.write_text(json.dumps([several, response, message]))
+    shown = whiflash("trace", str(recorded), "--no-colour").stdout
+    for text in ("‹ar›Hello ", "‹ar›Howdy ", "‹ar›Salve ", "f({})", "‹ar›Hallo ", "choice 1"):
+        assert text in shown, text

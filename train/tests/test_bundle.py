@@ -18,6 +18,7 @@ from whiflash_sglang.files.disk import sha256
 from whiflash_sglang.settings.config import Flags, resolve
 from whiflash_sglang.updates.versions import numbers, publish
 from whiflash_train.bundle import BundleParts, create
+from whiflash_train.cli.train import resolve_config
 
 
 @pytest.fixture
@@ -277,3 +278,12 @@ def test_ids_stay_ids_at_the_commit_they_were_at(
     assert asked == [(f"owner/{part}", commits[part]) for part in ("eagle3", "dflash")]
     with pytest.raises(WhiflashError, match=r"^owner/none: not a directory here, and the hub gave nothing"):
         create(BundleParts("owner/target", pinned, "owner/none"), tmp_path / "second")
+
+
+def test_the_shipped_configuration_names_files_that_come_with_the_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    template = resolve_config(Path("smollm2-135m-instruct")).chat_template
+    assert template is not None
+    assert template.is_file()

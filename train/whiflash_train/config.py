@@ -4,8 +4,9 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import read_text, read_yaml
 
@@ -211,7 +212,7 @@ class TrainConfig(_Strict):
 
     Attributes:
         target: `embedded`, a directory or a hub id.
-        chat_template: a Jinja file instead of the target's own template.
+        chat_template: a Jinja file, or `embedded`, instead of the target's own template.
         capture: layers of the target whose outputs are stored, ascending.
         work: directory for data, checkpoints and results.
         seed: of every random draw.
@@ -231,6 +232,11 @@ class TrainConfig(_Strict):
     dflash: DFlash
     dspark: DSpark | None = None
     block_drafter: Literal["dflash", "dspark"] = "dflash"
+
+    @field_validator("chat_template")
+    @classmethod
+    def _of_the_embedded_bundle(cls, path: Path | None) -> Path | None:
+        return embedded_bundle() / "chat_template.jinja" if path == Path("embedded") else path
 
     @property
     def block(self) -> DFlash | DSpark:

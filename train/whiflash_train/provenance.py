@@ -42,13 +42,12 @@ def threads() -> int:
 
 def environment(bundle: Path) -> dict[str, Any]:
     """Everything of a measurement that does not depend on its plan."""
-    return {
-        **made_by(_MEASURED),
-        "threads": threads(),
-        "bundle_sha256": {
-            str(path.relative_to(bundle)): sha256(path) for path in sorted(bundle.rglob("*.safetensors"))
-        },
-    }
+    return {**made_by(_MEASURED), "threads": threads(), "bundle_sha256": weights_of(bundle)}
+
+
+def weights_of(bundle: Path) -> dict[str, str]:
+    """Digest of each file of weights."""
+    return {str(path.relative_to(bundle)): sha256(path) for path in sorted(bundle.rglob("*.safetensors"))}
 
 
 def checkout(directory: Path) -> dict[str, Any]:

@@ -131,13 +131,13 @@ def _figures(
     }
 
 
-def _gain_shares(lengths: Mapping[str, float], routers: Mapping[str, RouterWalk]) -> dict[str, float]:
-    shares = {}
+def _gain_shares(lengths: Mapping[str, float], routers: Mapping[str, RouterWalk]) -> dict[str, float | None]:
+    shares: dict[str, float | None] = {}
     for name, router in routers.items():
         among = ALL_ARMS if router.copies else arms.PAIR
         static = max(lengths[arm] for arm in among if arm in lengths)
         gain = lengths[ORACLE_OF_THREE if router.copies else ORACLE] - static
-        shares[name] = (lengths[name] - static) / gain if gain > 0 else float("nan")
+        shares[name] = (lengths[name] - static) / gain if gain > 0 else None
     return shares
 
 

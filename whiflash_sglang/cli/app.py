@@ -72,8 +72,10 @@ def main() -> None:
     """Run the command line and end the process with its exit code; errors that a person can act on are one line."""
     # Engine and torch warn about accelerators they look for; here that is noise around the answer.
     warnings.simplefilter("ignore")
-    # A terminated command still ends the servers that it started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # A terminated command still ends the servers that it started; nohup's goes on where its terminal is closed.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         # Typer returns an exit code that was raised, also for Ctrl-C; commands themselves return None.
         code = app(standalone_mode=False)

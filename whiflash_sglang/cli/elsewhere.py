@@ -37,7 +37,10 @@ def check_of(name: str) -> Callable[..., Any] | None:
 
 def missing(package: str) -> str:
     """A sentence on a distribution that is not installed, by the extra that brings it."""
-    return f"whiflash-{package} is not installed: pip install 'whiflash-sglang[{package}]'"
+    return (
+        f"whiflash-{package} is not installed: pip install 'whiflash-sglang[{package}]', "
+        f"or dist/whiflash_{package}-*.whl of `make wheels`"
+    )
 
 
 def register(name: str, app: typer.Typer, lab: typer.Typer) -> None:

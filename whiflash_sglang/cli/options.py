@@ -1,6 +1,7 @@
 """Shared parts of several commands: options that mean one thing everywhere, and the form of a result."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from whiflash_sglang.errors import UsageError
+from whiflash_sglang.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,12 +91,22 @@ def show_table(
     fit = max(sum(end - 2 <= console.width for end in ends), 2)
     table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", header_style="dim")
     for name in header[:fit]:
-        table.add_column(name, justify="right" if table.columns else "left")
+        table.add_column(Text(printable(name)), justify="right" if table.columns else "left")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row[:fit]))
     console.print(table)
     if fit < len(header):
         show_table([header[0], *header[fit:]], [[row[0], *row[fit:]] for row in rows], "", console)
+
+
+def make_place(option: str, file: Path | None) -> None:
+    """Make the directory of a file that is written after hours. Raises ConfigError where it cannot be written."""
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = file if file.exists() and not file.is_file() else file.parent
+    if file.is_dir() or not os.access(written, os.W_OK):
+        raise ConfigError(f"{option} {file} is a directory, or cannot be written: give another file")
 
 
 def whole_numbers(option: str, text: str) -> tuple[int, ...]:

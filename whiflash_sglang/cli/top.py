@@ -160,7 +160,11 @@ class WatchedServer:
         """Its state now. Raises: ServerRefusedError."""
         if not self.model:
             self.model = str(ask(self._client, self.url, "/whiflash/capabilities", "model")["model"])
-        state = ask(self._client, self.url, "/whiflash/state", "policy")
+        try:
+            state = ask(self._client, self.url, f"/whiflash/state?timeout={TIMEOUT - 1:g}", "policy")
+        except ServerRefusedError:
+            self.model = ""  # another may come up there
+            raise
         return StateReading(time.monotonic(), state)
 
 

@@ -26,7 +26,7 @@ def turns_of(path: Path) -> "list[Turn]":
             read.
     """
     from whiflash_sdk.render import Turn
-    from whiflash_sdk.trace import routing
+    from whiflash_sdk.trace import parse_trace, raw_traces
 
     from whiflash_sglang.cli.report import check_figures
 
@@ -42,16 +42,17 @@ def turns_of(path: Path) -> "list[Turn]":
     turns, unlisted = [], 0
     for number, response in enumerate(responses, start=1):
         try:
-            trace = routing(response) if isinstance(response, dict) else None
-            if trace is None:
-                continue
-            check_figures(trace)
-            turns.append(Turn(_title_of(response, number), _text_of(response), trace, _model_of(response)))
+            traces = list(map(parse_trace, raw_traces(response))) if isinstance(response, dict) else []
+            for trace in traces:
+                check_figures(trace)
+                title = _title_of(response, number) + (f", choice {trace.choice}" if len(traces) > 1 else "")
+                turns.append(Turn(title, _text_of(response, trace.choice), trace, _model_of(response)))
         except NOT_AS_WRITTEN as error:
             raise ConfigError(
                 f"{path}, response {number} is no answer with a trace ({type(error).__name__}: {error}): remove it"
             ) from None
-        unlisted += sum(stretch.rounds for stretch in trace.stretches if stretch.round_tokens is None)
+        stretches = (stretch for trace in traces for stretch in trace.stretches)
+        unlisted += sum(stretch.rounds for stretch in stretches if stretch.round_tokens is None)
         if unlisted > MOST_ROUNDS:
             raise ConfigError(f"{path}, response {number} has too many rounds to draw: remove it")
     if not turns:
@@ -74,14 +75,21 @@ def _model_of(response: dict[str, Any]) -> str | None:
     return model if isinstance(model, str) else None
 
 
-def _text_of(response: dict[str, Any]) -> str:
-    if "text" in response:
+def _text_of(response: dict[str, Any], index: int) -> str:
+    """The text of a choice, and its calls."""
+    if isinstance(response.get("text"), str):
         return str(response["text"])
-    choice = (response.get("choices") or [{}])[0]
+    choices = (choice for choice in response.get("choices") or () if (choice.get("index") or 0) == index)
+    choice: dict[str, Any] = next(choices, {})
     message = choice.get("message") or {}
-    calls = message.get("tool_calls") or ()
-    called = "".join(f"{c['function']['name']}({c['function']['arguments']})" for c in calls)
-    return f"{message.get('content') or choice.get('text') or ''}{called}"
+    # The other two are for Responses and Messages.
+    parts = [part for item in response.get("output") or () for part in item.get("content") or [item]]
+    parts += response.get("content") or ()
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    calls += [part for part in parts if "name" in part]
+    texts = [message.get("content") or choice.get("text"), *(part.get("text") for part in parts)]
+    said = [text for text in texts if isinstance(text, str)]
+    return "".join(said + [f"{call['name']}({call.get('arguments') or call.get('input')})" for call in calls])
 
 
 def trace(

@@ -21,10 +21,15 @@ def ask(
     url = url.rstrip("/").removesuffix("/v1")
     try:
         answer = client.get(f"{url}{path}") if body is None else client.post(f"{url}{path}", json=body)
+    except httpx.ReadTimeout:
+        raise ServerRefusedError(
+            f"{url} has not answered in time: it may be busy with a long step; ask again"
+        ) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerRefusedError(
             f"{url} does not answer ({error}): check the URL, and whether the server has started"
         ) from None
+    path = path.partition("?")[0]
     if answer.status_code in (401, 403):
         raise ServerRefusedError(
             f"{url} refused the key for {path} ({answer.status_code}): set WHIFLASH_API_KEY, or --api-key, to its "

@@ -74,9 +74,16 @@ def _no_number(name: str) -> NoReturn:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file so that a killed process leaves it whole, or as it was. Raises OSError, which names it."""
+    """Write a UTF-8 file so that a killed process leaves it whole, or as it was. Raises OSError, which names it.
+
+    A link's file is written, and what a device or a pipe takes is written into it.
+    """
+    file = path.resolve()
     try:
-        with staged(path) as place:
+        if file.exists() and not file.is_file():
+            file.write_text(text, encoding="utf-8")
+            return
+        with staged(file) as place:
             place.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None

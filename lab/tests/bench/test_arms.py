@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from whiflash_lab.bench.arms import KNOWN, QUICK, VARIANTS, Subject, build_arms, those_with_drafters
-from whiflash_lab.bench.command import loads_of, scale_of
+from whiflash_lab.bench.command import scale_of
 from whiflash_lab.bench.fleet import environment, launcher, reason_of
 from whiflash_lab.bench.subject import build_subject, write_variant
 from whiflash_sglang.checkpoints.hub import checksums, verify
@@ -231,13 +231,6 @@ def test_quick_is_four_arms_and_a_budget() -> None:
     assert scale.minutes is not None
     assert scale.minutes < 5
     assert scale_of(False, "auto, ar", None, None, None).arms == ["auto", "ar"]
-
-
-def test_loads() -> None:
-    assert [load.label for load in loads_of("1,4")] == ["closed-1", "closed-4"]
-    for concurrency in ("x", "0", "1.5", "inf", ""):
-        with pytest.raises(ConfigError):
-            loads_of(concurrency)
 
 
 def test_why_a_server_did_not_start() -> None:

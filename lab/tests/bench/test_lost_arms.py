@@ -1,11 +1,13 @@
 """An arm whose server does not start: it is named at once, the others are measured, and the command fails."""
 
+import asyncio
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from patience import wait_until
 from rich.console import Console
@@ -13,7 +15,7 @@ from server_host import stand_in
 
 from whiflash_lab.bench.arms import Arm
 from whiflash_lab.bench.fleet import Fleet
-from whiflash_lab.bench.runner import Plan, Runner
+from whiflash_lab.bench.runner import CLOSED_ALONE, Plan, Runner, Step
 from whiflash_lab.servers import ServerError
 from whiflash_sglang.errors import WhiflashError
 from whiflash_sglang.files.progress import Lines
@@ -64,6 +66,19 @@ def test_it_is_named_while_the_others_still_start(url: str) -> None:
     lost, said = started(["none", "auto", "EAGLE3"], ["auto"], url)
     assert lost == {"auto": "the server did not start: ValueError: no such drafter"}
     assert "auto: the server did not start: ValueError: no such drafter\n" in said
+
+
+def test_a_server_that_ends_takes_its_arms_alone(url: str) -> None:
+    arms = [Arm("none", "none", ()), *(Arm(name, "shared", (), router=name) for name in ("ar", "auto"))]
+    make: Any = lambda *_: Starting((), url, io.StringIO("no such drafter"))  # noqa: E731
+    with Fleet(make) as fleet:
+        plan = Plan(SimpleNamespace(hide_paths=list), tuple(arms), ())  # type: ignore[arg-type]
+        runner = Runner(plan, fleet, SimpleNamespace(), Lines(Console(file=io.StringIO())))  # type: ignore[arg-type]
+        runner._start(arms)
+        fleet.clients["shared"] = httpx.Client(base_url="http://127.0.0.1:1")
+        asyncio.run(runner._measure([Step(CLOSED_ALONE, name, 0, ("p",)) for name in ("ar", "auto")], None))
+    assert runner.unavailable.keys() == {"ar", "auto"}
+    assert "a request failed" in runner.unavailable["auto"]
 
 
 def test_nothing_is_measured_without_plain_decoding(url: str) -> None:

@@ -65,6 +65,9 @@ def test_three_turns_are_counted() -> None:
     third = second.next_turn("y")
     assert third is not None
     assert third.id == "p#3"
+    odd = prompt_of({"id": "c#-x", "turns": ["a", "b"]}, "here").next_turn("x")
+    assert odd is not None
+    assert odd.id == "c#-x#2"
 
 
 def test_a_json_list_reads_as_json_lines_do(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from whiflash_lab.bench.cells import Answer, Cell, Load, round_ms_of, switch_share_of
+from whiflash_lab.bench.cells import Answer, Cell, Load
 from whiflash_lab.bench.command import Outputs, judge
-from whiflash_lab.bench.pages import draw, render
+from whiflash_lab.bench.pages import _overview, draw, render
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_lab.bench.reference import Difference, Reference, differences
 from whiflash_lab.bench.report import BenchReport, build_report
@@ -21,15 +21,6 @@ TOKENS = {"c1": 13, "c2": 21, "t1": 41, "l1": 101}
 SPEED = {"none": 10.0, "EAGLE3": 15.0, "DFLASH": 12.0, "auto": 24.0}
 ACCEPTED = {"none": 1, "EAGLE3": 2, "DFLASH": 2, "auto": 4}
 ROUNDS = {f"{s}_seconds": 0.001 for s in ("route", "catch_up", "draft", "verify", "commit", "park")}
-SPENT = {
-    "route": 0.004,
-    "catch_up": 0.04,
-    "draft": 0.1,
-    "verify": 0.2,
-    "commit": 0.02,
-    "park": 0.008,
-    "extra_catch_up": 0.012,
-}
 PROVENANCE = {
     "hardware": {"cpu": "a CPU", "cores": 2},
     "packages": {"sglang": "0.5.23", "torch": "2"},
@@ -122,17 +113,6 @@ def test_rounds_add_up_and_switching_has_its_share(report: BenchReport) -> None:
     assert overall.switch_share == pytest.approx(2.5 / 6.1)
     assert overall.switches_per_100_tokens == pytest.approx(100 * 2 * 9 / (3 * 75))
     assert report.arms["EAGLE3"]["overall"].round_ms is None
-
-
-def test_stages_and_the_rest_are_the_round() -> None:
-    gained = {f"{stage}_seconds": spent for stage, spent in SPENT.items()} | {
-        "rounds": 4,
-        "round_seconds": 0.4,
-    }
-    found = round_ms_of(gained)
-    assert found.total == pytest.approx(100)
-    assert found.other == pytest.approx(7)
-    assert switch_share_of(gained) == pytest.approx((0.004 + 0.008 + 0.012) / 0.4)
 
 
 def test_mismatches_and_ties_belong_to_their_arm_and_load(report: BenchReport) -> None:
@@ -254,6 +234,20 @@ def test_json_is_all_that_goes_to_stdout(
     assert (tmp_path / "r.md").read_text() == render(report)
 
 
+def test_a_report_is_on_the_disk_before_pictures_are_drawn(report: BenchReport, tmp_path: Path) -> None:
+    (tmp_path / "plots").write_text("a file")
+    with pytest.raises(OSError, match="plots"):
+        Outputs(True, tmp_path / "r.json", None, tmp_path / "plots").publish(report)
+    assert BenchReport.model_validate_json((tmp_path / "r.json").read_text()) == report
+
+
+def test_a_recorded_runs_table_names_the_arm_that_others_are_compared_with(report: BenchReport) -> None:
+    load = report.loads[1]
+    arms = {"auto": load.arms["auto"], "pinned-none": load.arms["none"]}
+    turned = load.model_copy(update={"arms": arms, "ratios": {"auto": load.ratios["auto"]}})
+    assert "over pinned-none" in _overview(turned, None)
+
+
 def test_a_failing_arm_of_ours_fails_the_command(report: BenchReport) -> None:
     report = report.model_copy(update={"unavailable": {}})
     judge(report)  # what upstream's arms answer is told and no more
@@ -261,6 +255,9 @@ def test_a_failing_arm_of_ours_fails_the_command(report: BenchReport) -> None:
     of_ours = report.model_copy(update={"provenance": {**report.provenance, "servers": ours}})
     with pytest.raises(WhiflashError, match="auto: answers differ"):
         judge(of_ours)
+    told = {**of_ours.provenance, "unjudged": "its weights are quantised"}
+    with pytest.raises(WhiflashError, match="no tie could be judged: its weights are quantised"):
+        judge(report.model_copy(update={"provenance": told}))
 
 
 @pytest.mark.parametrize("arm", ["auto", "EAGLE3"])

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whiflash_lab.bench.cells import Answer, Cell, Journal, Load
-from whiflash_lab.bench.runner import Step, in_turn, remaining, sweep
+from whiflash_lab.bench.runner import Step, in_turn, remaining, sweep, whole
 from whiflash_sglang.errors import ConfigError
 
 ALONE, FOUR = Load(value=1), Load(value=4)
@@ -60,6 +60,22 @@ def test_cells_of_another_plan_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cells.jsonl").write_text("[]\n")
     with pytest.raises(ConfigError, match="another plan"):
         Journal(tmp_path / "cells.jsonl", "other").read()
+
+
+def test_an_earlier_run_stays_beside_a_new_one(tmp_path: Path) -> None:
+    (step,) = sweep(["x"], [FOUR], 0, ["p"], ["p"])
+    journal = Journal(tmp_path / "cells.jsonl", "plan")
+    journal.begin([cell_of(step)])
+    journal.begin()
+    assert journal.read() == []
+    assert Journal(tmp_path / "cells.jsonl.before", "plan").read() == [cell_of(step)]
+
+
+def test_a_repetition_that_a_resumed_run_did_not_end_is_left_out() -> None:
+    steps = [step for number in range(3) for step in sweep(["x", "y"], [ALONE], number, ["p", "q"], ["p"])]
+    cells = [cell_of(step) for step in steps]
+    assert whole(cells[:-1]) == cells[:8]
+    assert whole(cells) == cells
 
 
 def test_answers_in_any_order_are_the_same_step() -> None:

@@ -60,7 +60,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Host]]:
         return made[-1]
 
     monkeypatch.setattr(fleet, "ServerHost", make)
-    monkeypatch.setattr(fleet, "shares_imports", lambda: True)
+    monkeypatch.setattr(fleet, "serves_here", lambda: True)
     return made
 
 

@@ -22,15 +22,7 @@ STATIC = ("EAGLE3", "DFLASH", "DSPARK")
 WITH_WIDTH = ("EAGLE3", "DFLASH")
 PINNED = ("ar", "diffusion")
 """WHIFLASH with one drafter."""
-ROUTERS = {
-    "auto": "auto",
-    "neural": "neural",
-    "entropy": "entropy",
-    "ar": "ar",
-    "diffusion": "diffusion",
-    "lookup": "lookup",
-    "pinned-none": "none",
-}
+ROUTERS = {name: name for name in ("auto", "neural", "entropy", *PINNED, "lookup")} | {"pinned-none": "none"}
 AUTO, NO_HINTS = "auto", "auto-no-hints"
 FLAGS = {"auto-no-drafters": ("--whiflash-drafters", "none")}
 """Arms that serve the bundle with other flags."""

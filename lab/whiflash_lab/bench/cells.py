@@ -1,7 +1,7 @@
 """Measured cells, and the journal that keeps them. Needs no server."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -93,8 +93,10 @@ class Journal:
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self._fingerprint = path, fingerprint
 
-    def begin(self, cells: Iterable[Cell] = ()) -> None:
-        """Hold `cells` and nothing else that an earlier run left."""
+    def begin(self, cells: Sequence[Cell] = ()) -> None:
+        """Hold `cells` and nothing else; without any, an earlier run's file stays beside it."""
+        if not cells and self.path.exists():
+            self.path.replace(self.path.with_name(f"{self.path.name}.before"))
         lines = [json.dumps({"fingerprint": self._fingerprint}), *(cell.model_dump_json() for cell in cells)]
         write_whole(self.path, "\n".join(lines) + "\n")
 

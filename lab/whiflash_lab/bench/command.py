@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from whiflash_lab.bench.arms import FLAGS, KNOWN, NO_HINTS, QUICK, VARIANTS
-from whiflash_lab.bench.cells import Journal, Load
+from whiflash_lab.bench.cells import Journal
 from whiflash_lab.bench.fleet import fleet_of
 from whiflash_lab.bench.pages import draw, render
 from whiflash_lab.bench.report import BenchReport
 from whiflash_lab.bench.runner import Plan, Runner
-from whiflash_sglang.cli.options import show_table, whole_numbers
+from whiflash_sglang.cli.options import make_place, show_table
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.files.jsonl import write_whole
 from whiflash_sglang.files.progress import progress
@@ -37,19 +37,10 @@ def scale_of(
     """Scale of a run: its options, completed by the meaning of `--quick` or of a full run."""
     names = [name.strip() for name in arms.split(",") if name.strip()] if arms else None
     if quick:
-        return Scale(
-            names or list(QUICK),
-            per_category or 1,
-            max_tokens or 64,
-            QUICK_MINUTES if minutes is None else minutes,
-        )
+        minutes = QUICK_MINUTES if minutes is None else minutes
+        return Scale(names or list(QUICK), per_category or 1, max_tokens or 64, minutes)
     everything = [name for name in KNOWN if name not in (NO_HINTS, *VARIANTS, *FLAGS)]
     return Scale(names or everything, per_category, max_tokens or 160, minutes)
-
-
-def loads_of(concurrency: str) -> list[Load]:
-    """Raises UsageError where the option is wrong."""
-    return [Load(value=value) for value in whole_numbers("--concurrency", concurrency)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +56,17 @@ class Outputs:
         """Make the directories. Raises ConfigError where pictures cannot be drawn, or a file is a directory."""
         if self.plots is not None and find_spec("matplotlib") is None:
             raise ConfigError("--plots needs matplotlib: pip install 'whiflash-sglang[lab]'")
-        files = {"--out": self.out, "--markdown": self.markdown}
-        wanted = {option: file for option, file in files.items() if file is not None}
-        for option, file in wanted.items():
-            if file.is_dir():
-                raise ConfigError(f"{option} {file} is a directory: give a file")
-        for place in (*(file.parent for file in wanted.values()), *filter(None, [self.plots])):
-            place.mkdir(parents=True, exist_ok=True)
+        make_place("--out", self.out)
+        make_place("--markdown", self.markdown)
+        make_place("--plots", self.plots and self.plots / "speedup.svg")
 
     def publish(self, report: BenchReport) -> None:
-        """Print one of its forms, and write those that are wanted, each file whole or not at all."""
+        """Write the forms that are wanted, each file whole or not at all, then print one."""
         text, as_json = render(report), report.model_dump_json(indent=1)
+        if self.out is not None:
+            write_whole(self.out, as_json + "\n")
+        if self.markdown is not None:
+            write_whole(self.markdown, text)
         if self.plots is not None:
             draw(report, self.plots)
         if self.as_json:
@@ -90,10 +81,6 @@ class Outputs:
                     console.print(Markdown(block))
         else:
             print(text)
-        if self.out is not None:
-            write_whole(self.out, as_json + "\n")
-        if self.markdown is not None:
-            write_whole(self.markdown, text)
 
 
 def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> BenchReport:
@@ -108,10 +95,10 @@ def run(plan: Plan, cells: Path, log_dir: Path | None, *, resume: bool) -> Bench
 def judge(report: BenchReport) -> None:
     """Raise WhiflashError where an arm could not be measured, or one of WHIFLASH answered other than plain decoding."""
     ours = [arm for arm, server in report.provenance["servers"].items() if "WHIFLASH" in server["arguments"]]
-    differs = sorted(
-        {d["arm"] for d in report.differences if d["arm"] in ours and d["verdict"] == "different"}
-    )
+    wrong = sorted({d["arm"] for d in report.differences if d["arm"] in ours and d["verdict"] == "different"})
     problems = [f"{arm}: {reason}" for arm, reason in report.unavailable.items()]
-    problems += [f"{arm}: answers differ from plain decoding's" for arm in differs]
+    lost = report.provenance.get("unjudged")
+    unjudged = f" (no tie could be judged: {lost})" if lost else ""
+    problems += [f"{arm}: answers differ from plain decoding's{unjudged}" for arm in wrong]
     if problems:
         raise WhiflashError("; ".join(problems))

@@ -8,31 +8,19 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 import httpx
 from rich.progress import Progress
 
 from whiflash_lab.bench.arms import SEVERAL
 from whiflash_lab.bench.load import ANSWER_SECONDS
-from whiflash_lab.servers import Closing, Server, ServerHost, shares_imports
+from whiflash_lab.servers import Closing, Server, ServerHost
 from whiflash_sglang.errors import WhiflashError
+from whiflash_sglang.files.cpu import serves_here
 from whiflash_sglang.files.hosts import LIMITS
 from whiflash_train.provenance import threads
 
-
-class Running(Protocol):
-    """A server that can be started and stopped."""
-
-    @property
-    def url(self) -> str: ...
-
-    def __enter__(self) -> object: ...
-
-    def close(self) -> None: ...
-
-
-Make = Callable[[Sequence[str], Path | None, Path | None], Running]
+Make = Callable[[Sequence[str], Path | None, Path | None], Server]
 """Arguments, log file and checkout of the project (None: this one) to a server that is not started yet."""
 
 
@@ -69,7 +57,7 @@ def launcher(
 
 
 class Fleet(Closing):
-    """Running servers by key.
+    """Server servers by key.
 
     Args:
         log_dir: keep the servers' logs there.
@@ -77,7 +65,7 @@ class Fleet(Closing):
 
     def __init__(self, make: Make = launcher, log_dir: Path | None = None) -> None:
         self._make, self._log_dir = make, log_dir
-        self._servers: dict[str, Running] = {}
+        self._servers: dict[str, Server] = {}
         self.clients: dict[str, httpx.Client] = {}
 
     def start(
@@ -128,12 +116,13 @@ class Fleet(Closing):
         self._servers.pop(key).close()
 
     def close(self) -> None:
-        for client in self.clients.values():
-            client.close()
-        for server in self._servers.values():
-            server.close()
-        self.clients.clear()
-        self._servers.clear()
+        with ExitStack() as closing:  # also what is left when one of them is interrupted
+            for server in self._servers.values():
+                closing.callback(server.close)
+            for client in self.clients.values():
+                closing.callback(client.close)
+            self.clients.clear()
+            self._servers.clear()
 
 
 @contextmanager
@@ -147,7 +136,7 @@ def fleet_of(
     """
     with ExitStack() as stack:
         host = None
-        if shares_imports():
+        if serves_here():
             importing = bar.add_task("importing SGLang, once for all servers", total=None)
             host = stack.enter_context(ServerHost({"OMP_NUM_THREADS": str(threads())}))
             host.wait()

@@ -67,9 +67,8 @@ class Asker:
             async with self.client.stream("POST", path, json=body) as response:
                 if response.status_code != 200:
                     raise RequestError(f"prompt {prompt}: {(await response.aread()).decode()[:500]}")
-                return [
-                    (time.perf_counter() - began, line) async for line in stream_lines(response.aiter_bytes())
-                ]
+                lines = stream_lines(response.aiter_bytes())
+                return [(time.perf_counter() - began, line) async for line in lines]
         except httpx.HTTPError as error:
             raise RequestError(f"prompt {prompt}: {type(error).__name__} {error}") from None
 

@@ -68,20 +68,17 @@ def _taken_from(provenance: Mapping[str, Any]) -> str:
         by_source.setdefault(source, []).append(name)
     sources = [f"{', '.join(names)} from {source}" for source, names in by_source.items()]
     sentences = f" Sets: {'; '.join(sources)}." if sources else ""
+    what = "prompts, which the server did not take"
     if recorded := provenance.get("recorded"):
         sentences += f" Forced along the recorded text of {', '.join(recorded)}."
+        what = "answers of conversations, which had no room"
     left_out = len(provenance.get("left_out", ()))
-    what = (
-        "answers of conversations, which had no room"
-        if recorded
-        else "prompts, which the server did not take"
-    )
     return sentences + (f" Left out: {left_out} {what}." if left_out else "")
 
 
 def _overview(load: LoadReport, over: str | None) -> str:
     """A row per arm. A column that no arm fills is left out; the JSON has more of each."""
-    base = NONE if NONE in load.arms else next(iter(load.arms))
+    base = NONE if NONE in load.arms else next(arm for arm in load.arms if arm not in load.ratios)
     header = ["arm", "tokens/s", f"over {base}", f"over `{over}`", "over faster static", "acceptance length"]
     header += ["TTFT ms p50/p95", "TPOT ms p50/p95", "switches/100", "mismatches"]
     rows = []
@@ -204,19 +201,15 @@ def _differences(report: BenchReport) -> str:
     ties = [d for d in report.differences if d["verdict"] == Verdict.TIE]
     parts = ["## Answers that differ from plain decoding's"]
     if ties:
-        widest = max(d["gap"] for d in ties)
-        parts.append(
-            f"Ties: {len(ties)}, listed in the JSON. Plain decoding's widest gap at one is {widest:.4f}."
-        )
+        gap = max(d["gap"] for d in ties)
+        parts += [f"Ties: {len(ties)}, listed in the JSON. Plain decoding's widest gap at one is {gap:.4f}."]
     mismatches = [
         (d["arm"], d["load"], d["prompt"], str(d["position"]), _number(d["gap"], 4))
         for d in report.differences
         if d["verdict"] != Verdict.TIE
     ]
     if mismatches:
-        parts.append(
-            table(("arm", "load", "mismatch", "first difference", "plain decoding's gap"), mismatches)
-        )
+        parts += [table(("arm", "load", "mismatch", "first difference", "plain decoding's gap"), mismatches)]
     return "\n\n".join(parts)
 
 
@@ -225,7 +218,10 @@ def _reproduce(report: BenchReport) -> str:
     servers = report.provenance["servers"]
     # Older reports have the same environment for all.
     usual = {"OMP_NUM_THREADS": str(report.provenance["threads"])}
-    variables = {arm: _assigned(server.get("environment", usual)) for arm, server in servers.items()}
+    variables = {
+        arm: " ".join(f"{key}={shlex.quote(text)}" for key, text in server.get("environment", usual).items())
+        for arm, server in servers.items()
+    }
     first = next(iter(variables.values()), "")
     columns = zip(*(server["arguments"] for server in servers.values()), strict=False)
     shared = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
@@ -239,10 +235,6 @@ def _reproduce(report: BenchReport) -> str:
         own = [*([variables[arm]] if variables[arm] != first else []), *server["arguments"][len(shared) :]]
         lines.append(f"- {arm}: `{' '.join(own)}`" if own else f"- {arm}: nothing")
     return "\n".join(lines)
-
-
-def _assigned(environment: Mapping[str, str]) -> str:
-    return " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
 
 
 def _categories(report: BenchReport, load: LoadReport) -> list[str]:

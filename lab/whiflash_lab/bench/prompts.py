@@ -9,7 +9,6 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,15 +56,14 @@ class Prompt:
         called = {"tool_calls": list(calls)} if calls else {}
         reply = {"role": "assistant", "content": answer, **called}
         messages = (*self.messages, reply, {"role": "user", "content": self.follow_ups[0]})
-        stem, _, turn = self.id.partition("#")
-        return replace(
-            self, id=f"{stem}#{int(turn or 1) + 1}", messages=messages, follow_ups=self.follow_ups[1:]
-        )
+        stem, _, turn = self.id.rpartition("#")
+        stem, turn = (stem, turn) if stem and turn.isdecimal() else (self.id, "1")
+        return replace(self, id=f"{stem}#{int(turn) + 1}", messages=messages, follow_ups=self.follow_ups[1:])
 
 
 def shipped() -> Path:
     """The sample that comes with the package: 42 rows of seven categories, licences in the rows."""
-    return Path(str(resources.files("whiflash_lab"))) / "bench" / "prompts.jsonl"
+    return Path(__file__).with_name("prompts.jsonl")
 
 
 def load_prompts(source: str) -> list[Prompt]:
@@ -269,9 +267,7 @@ def _asked(name: str, suite: Suite, file: Path) -> Iterator[Prompt]:
 def _recorded(file: Path) -> Iterator[Prompt]:
     """Recorded agents, each asked once, for the answer in the middle of its conversation."""
     for number, talk in enumerate(read_recorded(file), start=1):
-        answers = [
-            place for place, message in enumerate(talk.messages) if message["role"] == "assistant" and place
-        ]
+        answers = [at for at, message in enumerate(talk.messages) if message["role"] == "assistant" and at]
         if answers:
             before = talk.messages[: answers[len(answers) // 2]]
             yield Prompt(f"{file.parent.name}/{file.stem}-{number}", talk.category, before)

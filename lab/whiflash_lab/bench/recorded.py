@@ -60,9 +60,7 @@ def talks_of(
     Raises:
         ConfigError: a subagent's parent is not before it, or is shorter than it says.
     """
-    expected = [
-        None if record.prediction is None else renderer.encode(record.prediction) for record in recorded
-    ]
+    expected = [None if each.prediction is None else renderer.encode(each.prediction) for each in recorded]
     turns, talks, left_out = dict[str, list[RecordedTurn]](), list[Talk](), dict[str, str]()
     begins, subagents = dict[str, int](), defaultdict[tuple[str, int], list[str]](list)
 

@@ -157,8 +157,7 @@ def differences(
                 return TopTwo(best_logit(reference, position), reference.gaps[position])
 
             judged = compare(reference.tokens, answer.tokens, top_two_at, dtype)
-            if judged.position is None:
-                raise AssertionError("the tokens differ")
+            assert judged.position is not None  # the tokens differ
             gap = None if judged.top_two is None else judged.top_two.gap
             judged_by_answer[key] = Difference(*key[:3], judged.verdict, judged.position, gap)
     return list(judged_by_answer.values())
@@ -170,7 +169,8 @@ class BestLogit:
     def __init__(self, target: Path, dtype: str) -> None:
         self._target, self._dtype = target, dtype
         self._known: dict[tuple[str, tuple[int, ...]], float] = {}
-        self._lost = False
+        self.lost = ""
+        """Why the target cannot run here."""
 
     def __call__(self, reference: Reference, position: int) -> float:
         key = (reference.prompt.id, reference.tokens[: position + 1])
@@ -180,13 +180,13 @@ class BestLogit:
 
     def _forward(self, reference: Reference, position: int) -> float:
         """0 where the target cannot run here. No bfloat16 gap is then a tie: answers count as different."""
-        if self._lost:
+        if self.lost:
             return 0.0
         text = [*reference.input_ids, *reference.tokens[:position]]
         try:
             return float(self._model.next_logits(text)[reference.tokens[position]])
         except Exception as error:  # whatever it is, what was measured must become a report
-            self._lost = True
+            self.lost = str(error)
             logger.warning("%s does not run here, so no difference counts as a tie: %s", self._target, error)
             return 0.0
 
@@ -201,8 +201,6 @@ class BestLogit:
         dtype = getattr(torch, self._dtype)
         # Checkpoints have two bytes a value.
         needed = sum(f.stat().st_size for f in self._target.glob("*.safetensors")) * dtype.itemsize // 2
-        if needed > free_memory():
-            raise MemoryError(
-                f"its weights take {needed >> 20} MiB, of {free_memory() >> 20} MiB that are free"
-            )
+        if needed > (free := free_memory()):
+            raise MemoryError(f"its weights take {needed >> 20} MiB, of {free >> 20} MiB that are free")
         return TargetModel(self._target, device=torch.device("cpu"), dtype=dtype)

@@ -41,9 +41,7 @@ def samples(cells: Sequence[Cell]) -> tuple[Floats, Floats]:
         units[cell.key[3]][cell.repetition] = cell
     rows = [list(by_repetition.values()) for _, by_repetition in sorted(units.items())]
     tokens = [[sum(len(answer.tokens) for answer in cell.answers) for cell in row] for row in rows]
-    seconds = [
-        [cell.answers[0].seconds if len(cell.answers) == 1 else cell.seconds for cell in row] for row in rows
-    ]
+    seconds = [[c.answers[0].seconds if len(c.answers) == 1 else c.seconds for c in row] for row in rows]
     return np.array(tokens, dtype=np.float64), np.array(seconds, dtype=np.float64)
 
 
@@ -169,10 +167,8 @@ def _load_report(
     for cell in cells:
         own[cell.arm].append(cell)
     for arm, mine in own.items():
-        differing = (
-            None if compared is None else [d for d in compared if (d.load, d.arm) == (load.label, arm)]
-        )
-        arms[arm] = {name: _figures(mine, groups, differing, load, name) for name in names_of(mine, groups)}
+        differs = None if compared is None else [d for d in compared if (d.load, d.arm) == (load.label, arm)]
+        arms[arm] = {name: _figures(mine, groups, differs, load, name) for name in names_of(mine, groups)}
     ratios = {arm: _ratios(arm, own, groups, load, over, base) for arm in own if base in own and arm != base}
     turns = {arm: _turns(mine) for arm, mine in own.items() if any(a.turns for c in mine for a in c.answers)}
     return LoadReport(load=load, arms=arms, ratios=ratios, turns=turns)
@@ -236,9 +232,7 @@ def _ratios(
     base: str,
 ) -> Ratios:
     ratios = Ratios(none={}, static={}, static_arm={})
-    statics = [
-        name for name in cells if name.split(":")[0] in (*STATIC, *PINNED) and not name.endswith(BESIDE)
-    ]
+    statics = [key for key in cells if key.split(":")[0] in (*STATIC, *PINNED) and not key.endswith(BESIDE)]
     for name in names_of(cells[arm], groups):
         if not load.is_alone and name != OVERALL:
             continue

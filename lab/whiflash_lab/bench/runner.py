@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -82,6 +83,12 @@ def remaining(steps: Sequence[Step], cells: Collection[Cell]) -> list[Step]:
     return [step for step in steps if step.key not in done]
 
 
+def whole(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells of repetitions that no resumed run left half measured."""
+    measured = Counter(cell.repetition for cell in cells)
+    return [cell for cell in cells if measured[cell.repetition] == max(measured.values())]
+
+
 WARM_UP_PROMPTS = 3
 CLOSED_ALONE = Load(value=1)
 SEEDED = "--enable-deterministic-inference"
@@ -128,6 +135,7 @@ class Plan:
         """Digest of everything that two runs must share for their cells to belong together."""
         parts = {
             "version": __version__,
+            "models": [str(self.subject.target), provenance.weights_of(self.subject.bundle)],
             "arms": [[arm.name, self.subject.hide_paths(arm.arguments), arm.request] for arm in self.arms],
             "prompts": digest_of(self.prompts),
             "loads": [load.label for load in self.loads],
@@ -168,25 +176,22 @@ class Runner:
         Raises:
             WhiflashError: plain decoding could not be measured; the journal belongs to another plan.
         """
-        record = {**provenance.environment(self._plan.subject.bundle), "busy_before": provenance.busy()}
+        plan = self._plan
+        record = {**provenance.environment(plan.subject.bundle), "busy_before": provenance.busy()}
         self.cells = self._journal.read() if resume else []
         self._journal.begin(self.cells)
-        if self._plan.interleave:
+        if plan.interleave:
             self._interleaved()
         else:
             self._in_turn()
-        cells = [cell for cell in self.cells if cell.arm not in self.unavailable]
+        cells = whole([cell for cell in self.cells if cell.arm not in self.unavailable])
         judging = self._progress.add_task("comparing answers with plain decoding", total=None)
-        best = BestLogit(self._plan.subject.target, self._plan.subject.dtype)
+        best = BestLogit(plan.subject.target, plan.subject.dtype)
         references = {**self._apart, NONE: self._references}
-        compared = (
-            differences(cells, references, best, self._plan.subject.dtype) if self._plan.compares else None
-        )
+        compared = differences(cells, references, best, plan.subject.dtype) if plan.compares else None
         self._progress.remove_task(judging)
-        record |= self._provenance(cells)
-        return build_report(
-            cells, self._groups(), compared, record, self.unavailable, self._plan.over, self.base
-        )
+        record |= {**self._provenance(cells), "unjudged": best.lost}
+        return build_report(cells, self._groups(), compared, record, self.unavailable, plan.over, self.base)
 
     # ---------------------------------------------------------------- the two orders
 
@@ -199,18 +204,18 @@ class Runner:
         task = self._progress.add_task("measuring", total=1)
         # A repetition with new servers takes as long as they take to start.
         began = self._began if self._plan.restart else time.monotonic()
-        done, planned, used = 0, self._plan.repetitions, False
+        done, planned, used = 0, self._plan.repetitions, 0
         while done < planned:
             steps = list(sweep(self._available(), self._plan.loads, done, *self._prompt_ids()))
             self._progress.update(task, total=planned * len(steps))
             left = remaining(steps, self.cells)
             if self._plan.restart and used and left:
                 self._renew()
-            used = used or bool(left)
+            used += bool(left)
             asyncio.run(self._measure(left, task))
             done += 1
             self._progress.update(task, completed=done * len(steps))
-            planned = self._fitting(done, (time.monotonic() - began) / done)
+            planned = self._fitting(done, (time.monotonic() - began) / max(used, 1))
 
     def _renew(self) -> None:
         """New servers. Raises WhiflashError where one does not start: what its arm has measured must not be lost."""
@@ -350,9 +355,8 @@ class Runner:
         async with AsyncExitStack() as stack:
             clients = {}
             for key in self._fleet.clients:
-                client = httpx.AsyncClient(
-                    base_url=self._fleet.url(key), timeout=ANSWER_SECONDS, limits=LIMITS
-                )
+                url = self._fleet.url(key)
+                client = httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS, limits=LIMITS)
                 clients[key] = await stack.enter_async_context(client)
             for step in steps:
                 if step.arm in self.unavailable:
@@ -362,9 +366,9 @@ class Runner:
                     fields = {**self._plan.sampling, **arm.request}
                     asker = self.asker(clients[arm.server], self._plan.max_tokens, fields)
                     cell = await self._cell(step, asker)
-                except RequestError as error:
+                except (RequestError, httpx.HTTPError) as error:
                     if step.arm == self.base:
-                        raise
+                        raise WhiflashError(f"plain decoding: a request failed: {error}") from error
                     self._lose(step.arm, f"a request failed: {error}")
                     continue
                 if task is not None:
@@ -434,6 +438,4 @@ def _state(arm: Arm, client: httpx.Client) -> dict[str, float]:
     if arm.router is None:
         return {}
     state = client.get("/whiflash/state").raise_for_status().json()
-    return {
-        key: value for key, value in state.items() if isinstance(value, int | float) and key != "requests"
-    }
+    return {key: n for key, n in state.items() if isinstance(n, int | float) and key != "requests"}

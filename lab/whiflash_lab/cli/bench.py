@@ -89,7 +89,8 @@ def bench(
     import tempfile
 
     from whiflash_lab.bench.arms import build_arms, check_names, those_with_drafters
-    from whiflash_lab.bench.command import Outputs, judge, loads_of, run, scale_of
+    from whiflash_lab.bench.cells import Load
+    from whiflash_lab.bench.command import Outputs, judge, run, scale_of
     from whiflash_lab.bench.prompts import (
         load_prompts,
         load_tools,
@@ -101,7 +102,7 @@ def bench(
     )
     from whiflash_lab.bench.runner import Plan
 
-    loads = loads_of(concurrency)
+    loads = [Load(value=number) for number in whole_numbers("--concurrency", concurrency)]
     names = [name.strip() for name in (arms or "").split(",") if name.strip()]
     check_names(names, recorded=bool(recorded))
     if resume and out is None:
@@ -114,10 +115,18 @@ def bench(
         "--beside": beside,
         "--temperature": temperature,
         "--tools": tools,
+        "--tool-choice": tool_choice,
+        "--strict": strict,
     }
     refused = [name for name, value in others.items() if value]
     if recorded and refused:
         raise UsageError(f"--recorded plays whole files and takes no {', '.join(refused)}: remove it")
+    if suite_dir and not suite:
+        raise UsageError(f"--suite-dir {suite_dir} has the files of --suite: add it, or remove the directory")
+    if beside and not any(name.endswith("@beside") for name in names):
+        raise UsageError(
+            f"--beside {beside} serves arms such as auto@beside: add one to --arms, or remove it"
+        )
     if top_p != 1 and not temperature:
         raise UsageError(
             f"--top-p {top_p:g} changes nothing in greedy answers: add --temperature, or remove it"
@@ -186,7 +195,8 @@ def bench(
             else {},
             suites={name: f"{SUITES[name].source} ({SUITES[name].licence})" for name in suites},
         )
-        cells = (out or Path(scratch) / "report.json").with_suffix(".cells.jsonl")
+        journal = out or Path(scratch) / "report.json"
+        cells = journal.with_name(f"{journal.name.removesuffix('.json')}.cells.jsonl")
         report = run(plan, cells, log_dir, resume=resume)
     outputs.publish(report)
     judge(report)

@@ -10,7 +10,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from whiflash_sglang.cli.options import AdminKeyOption, Dtype, JsonFlag, OutOption, authorization, show_table
+from whiflash_sglang.cli.options import (
+    AdminKeyOption,
+    Dtype,
+    JsonFlag,
+    OutOption,
+    authorization,
+    make_place,
+    show_table,
+)
 from whiflash_sglang.files.jsonl import write_whole
 from whiflash_train.cli.train import readable_errors
 
@@ -46,6 +54,7 @@ def evaluate_command(
     from whiflash_sglang.checkpoints.hub import check_place
     from whiflash_sglang.checkpoints.manifest import load_manifest
 
+    make_place("--out", out)
     with readable_errors():
         load_manifest(bundle)
         check_place(str(prompts.absolute()))
@@ -59,8 +68,8 @@ def evaluate_command(
         # The device that SGLang computes on here.
         device = "cuda" if torch.cuda.is_available() else "cpu"
         hardware = Hardware.model_validate({"dtype": dtype, "threads": threads, "device": device})
-        for place in filter(None, (work, out and out.parent)):
-            place.mkdir(parents=True, exist_ok=True)  # not after minutes of work
+        if work is not None:
+            work.mkdir(parents=True, exist_ok=True)
         settings = evaluation.EvaluationSettings(
             limit=limit, max_new_tokens=max_new_tokens, work=work, hardware=hardware
         )

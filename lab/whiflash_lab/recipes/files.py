@@ -144,15 +144,13 @@ def _shell(text: str, path: Path) -> Iterator[Recipe]:
     if not launches and text.lstrip().startswith("-"):
         yield Recipe(str(path), _of_words(text.replace("\n", " "), arrays, path))
     for number, launch in enumerate(launches, 1):
-        rest = text[launch.end() :]
-        line = (
-            rest.split("\n)", 1)[0] if OPEN_ARRAY.search(text[: launch.start()]) else rest.split("\n", 1)[0]
-        )
-        before = text[: launch.start()].rpartition("\n")[2]
-        if opened := next((q for q in QUOTED.finditer(before) if not (q[1] or q[2])), None):
+        before, rest = text[: launch.start()], text[launch.end() :]
+        line = rest.split("\n)" if OPEN_ARRAY.search(before) else "\n", 1)[0]
+        quotes = QUOTED.finditer(before.rpartition("\n")[2])
+        if opened := next((q for q in quotes if not (q[1] or q[2])), None):
             line = line.partition(opened[0][0])[0]  # of `bash -c "…"`
         name = str(path) if len(launches) == 1 else f"{path}: {number}"
-        environment = {key: value.strip("\"'") for key, value in VARIABLE.findall(text[: launch.start()])}
+        environment = {key: value.strip("\"'") for key, value in VARIABLE.findall(before)}
         yield Recipe(name, _of_words(line, arrays, path), environment)
 
 

@@ -125,7 +125,7 @@ def answer_rows(
 
     def skip(prompt: PromptRow, reason: str) -> None:
         summary.skipped += 1
-        bar.console.print(f"skipped {prompt.category} {prompt.id}: {reason}", highlight=False)
+        bar.console.print(f"skipped {prompt.category} {prompt.id}: {reason}", highlight=False, markup=False)
 
     with progress() as bar:
         task = bar.add_task("answering prompts", total=len(rows), completed=len(stored))

@@ -209,9 +209,7 @@ def split(train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], u
     evaluated = [topics_of(row, pattern) for row in held_out]
     taken = _grown(set().union(*evaluated), [*learned, *evaluated])
     named = {topic for topics in (*learned, *evaluated) if _of(topics, "user") for topic in topics}
-    with_users = {
-        _source(row) for row, topics in zip(held_out, evaluated, strict=True) if _of(topics, "user")
-    }
+    with_users = {_source(row) for row, about in zip(held_out, evaluated, strict=True) if _of(about, "user")}
     kept, dropped = [], Counter[tuple[str, str]]()
     for row, topics in zip(train, learned, strict=True):
         shared = next(

@@ -260,10 +260,8 @@ def check_target(configured: str, served: str) -> None:
     """
     if configured == served or (is_embedded(configured) and is_embedded(served)):
         return
-    local = [
-        Path(name).expanduser().resolve() for name in (configured, served) if Path(name).expanduser().is_dir()
-    ]
-    if len(local) != 2 or local[0] != local[1]:
+    ours, theirs = (Path(name).expanduser() for name in (configured, served))
+    if not (ours.is_dir() and theirs.is_dir() and ours.samefile(theirs)):
         raise ConfigError(
             f"--config is for the target {configured}, the server's bundle for {served}: drafters would learn from "
             "another model; name the configuration and the bundle of the same one"
@@ -334,7 +332,7 @@ def _alone(directory: Path) -> Iterator[Path]:
         check_own(work)
         try:
             yield work
-        except KeyboardInterrupt:  # as a pass that was killed: the next one goes on
+        except (KeyboardInterrupt, SystemExit):  # as a pass that was killed: the next one goes on
             raise
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
@@ -416,11 +414,8 @@ def config_of(config: TrainConfig, checkpoints: Mapping[str, Path], work: Path, 
 def _store(
     path: Path, target: TargetModel, capture: list[int], texts: Iterable[Text], pace: Pace
 ) -> FeatureStore:
-    """The texts with their features, of which the target computes those that are not there yet.
-
-    Args:
-        capture: layers whose outputs are the features, ascending.
-    """
+    """The texts with their features, outputs of the layers `capture`, ascending; the target computes those that are not
+    there yet."""
     store = FeatureStore(path, hidden=target.hidden_size, layers=capture)
     store.truncate_to_index()
     stored = {record.id for record in store.records}
