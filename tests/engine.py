@@ -203,18 +203,24 @@ def engine(
     arms: Sequence[Any] = (),
     rank: int = 0,
     port: int | None = None,
+    retract: int = 0,
     **arguments: Any,
 ) -> Iterator[Engine]:
     """Start an engine in this process.
+
+    Convolutions' inputs are kept in the target's type, like KV: rounded, they would depend on how prompts were
+    chunked. Host pools of less than a megabyte may take any memory; SGLang would leave 10 GiB to others.
 
     Args:
         whiflash: draft path (`draft`) if any, and flags as to `Engine(...)`: `{"draft": D, "whiflash_router": "ar"}`.
         arms: further drafters beside those that the settings name.
         rank: of this process, of those that serve the model together; port: where they meet.
+        retract: SGLang retracts a request every so many steps in which several run; 0: for want of memory only.
         arguments: SGLang's server arguments.
     """
     from sglang.srt.entrypoints.engine import Engine as SglangEngine
-    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers import scheduler as managing
+    from sglang.srt.mem_cache.pool_host import base
     from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import PortArgs
@@ -237,14 +243,23 @@ def engine(
         if (draft := flags.pop("draft", None)) is not None:
             options["speculative_draft_model_path"] = str(draft)
         options |= flags
-    server_args = SglangEngine.server_args_class(**options)
-    server_args.resolve_once()
-    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, dp_rank=None, gpu_id=rank))
     os.environ.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE", "1")
-    with _process_groups(), _sockets(), _input_buffers(), _experts():
+    with (
+        patch.dict(os.environ, SGLANG_MAMBA_CONV_DTYPE=options["dtype"]),
+        patch.object(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0),
+        patch.multiple(managing, TEST_RETRACT=retract > 0, TEST_RETRACT_INTERVAL=retract or 3),
+        _process_groups(),
+        _sockets(),
+        _input_buffers(),
+        _experts(),
+    ):
+        server_args = SglangEngine.server_args_class(**options)
+        server_args.resolve_once()
+        publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, dp_rank=None, gpu_id=rank))
         with _with_arms(arms), _unwatched():
             ports = PortArgs.init_new(server_args)
-            scheduler = Scheduler(server_args, ports if port is None else replace(ports, nccl_port=port))
+            ports = ports if port is None else replace(ports, nccl_port=port)
+            scheduler = managing.Scheduler(server_args, ports)
         scheduler.output_streamer.send_to_detokenizer = _Discard()
         with torch.inference_mode():
             yield Engine(scheduler)

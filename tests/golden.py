@@ -150,9 +150,6 @@ def requests(expected: Mapping[str, list[int]]) -> list[Arrival]:
 
 
 def launched(models: Models, name: str) -> AbstractContextManager[Engine]:
-    from sglang.srt.mem_cache.pool_host import base
-
-    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0  # of 10 GiB for others; the pools take less than a megabyte
     router, arguments = LAUNCHES[name]
     whiflash = None if router is None else models.whiflash(router, **arguments)
     start = overlapped if "overlap" in name else engine

@@ -311,6 +311,12 @@ def save_tokenizer(path: Path, pieces: Sequence[bytes] = ()) -> None:
     fast.save_pretrained(path)
 
 
+def tiny_pair(root: Path, target: Path, *, eagle3_layers: int = 1) -> dict[str, Any]:
+    """Write two random drafters of `target` under `root`. Returns them as `engine(whiflash=...)` takes them."""
+    eagle3 = tiny_eagle3(root / "eagle3", target, num_layers=eagle3_layers)
+    return {"draft": tiny_dflash(root / "dflash", target), "whiflash_eagle_draft": str(eagle3)}
+
+
 def tiny_bundle(bundle: Path, target: Path, name: str = "tiny") -> Path:
     """Write a bundle of two random drafters of `target`, which its manifest calls `name`. Returns `bundle`."""
     tiny_eagle3(bundle / "eagle3", target)

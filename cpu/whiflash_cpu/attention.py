@@ -32,12 +32,8 @@ class CpuAttentionBackend(AttentionBackend):
     """Prefill (with prefix, chunked), decoding, verification and draft blocks over the paged pool."""
 
     def __init__(self, model_runner: Any, *, draft_offset: int = 0) -> None:
-        """
-        Args:
-            model_runner: the runner whose pools this backend reads.
-            draft_offset: chain entries beyond ``seq_lens`` that a decoding row sees, its own included: step i
-                of a draft chain sees i + 1. 0 for ordinary decoding, where ``seq_lens`` counts the row itself.
-        """
+        """draft_offset: chain entries beyond ``seq_lens`` that a decoding row sees, its own included: step i of a draft
+        chain sees i + 1. 0 for ordinary decoding, where ``seq_lens`` counts the row itself."""
         super().__init__()
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = pool = model_runner.token_to_kv_pool
@@ -77,17 +73,14 @@ class CpuAttentionBackend(AttentionBackend):
         compiled = attention_kernel() if fits(q, k_cache, v_cache) else None
         own_pool = layer.layer_id in self._own_pool
         key = (causal, window if causal else None, compiled is not None, own_pool)
-        plan = self._plans.get(key)
-        if plan is not None:
-            return plan
-        q_lens, kv_lens = self._q_lens, self._kv_lens
-        table, rows = self.req_to_token_pool.req_to_token, self._rows
-        if own_pool and self._windowed is not None:
-            table, rows = self._windowed[0], None
-        build = PagedAttentionPlan.build if compiled is None else compiled.plan
-        plan = build(table, q_lens, kv_lens, causal=causal, request_rows=rows, window=key[1])
-        self._plans[key] = plan
-        return plan
+        if key not in self._plans:
+            table, rows = self.req_to_token_pool.req_to_token, self._rows
+            if own_pool and self._windowed is not None:
+                table, rows = self._windowed[0], None
+            build = PagedAttentionPlan.build if compiled is None else compiled.plan
+            lengths = self._q_lens, self._kv_lens
+            self._plans[key] = build(table, *lengths, causal=causal, request_rows=rows, window=key[1])
+        return self._plans[key]
 
     def _in_own_pool(self, written: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The batch's slots in the windowed layers' pool, [requests, positions] int32, and those that it writes to.
@@ -119,14 +112,10 @@ class CpuAttentionBackend(AttentionBackend):
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k_cache, v_cache = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         plan = self._plan(layer, query, k_cache, v_cache)
-        rows = plan.num_rows
-        padded = query.shape[0]
-        out = plan.run(
-            query if padded == rows else query[:rows], k_cache, v_cache, layer.scaling, sinks
-        ).reshape(rows, layer.tp_q_head_num * layer.v_head_dim)
-        if padded == rows:
-            return out
-        return torch.nn.functional.pad(out, (0, 0, 0, padded - rows))
+        rows, padded = plan.num_rows, query.shape[0]
+        out = plan.run(query[:rows], k_cache, v_cache, layer.scaling, sinks)
+        out = out.reshape(rows, layer.tp_q_head_num * layer.v_head_dim)
+        return out if padded == rows else torch.nn.functional.pad(out, (0, 0, 0, padded - rows))
 
     forward_decode = forward_extend
 

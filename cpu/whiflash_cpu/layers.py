@@ -58,12 +58,8 @@ def rms_norm(
     quant_linear: Any = None,
 ) -> Any:
     """Forward of `RMSNorm`: x [..., H] → its norm; with `residual`, the norm of their sum, and the sum."""
-    plain = (
-        self.variance_size_override is None
-        and self.override_orig_dtype is None
-        and not (self.cast_x_before_out_mul or self.fp32_residual)
-    )
-    if not plain:
+    plain = self.variance_size_override is None and self.override_orig_dtype is None
+    if not plain or self.cast_x_before_out_mul or self.fp32_residual:
         return self.forward_native(x, residual, post_residual_addition)
     return _norm(self, x, residual, post_residual_addition, 0.0)
 
@@ -219,13 +215,9 @@ def attention_backends_of(cfg: Any) -> tuple[str | None, str | None]:
 def fused_gate_sigmoid_mul(
     hidden_states: torch.Tensor, gate_weight: torch.Tensor, shared_output: torch.Tensor
 ) -> torch.Tensor:
-    """``sigmoid(hidden_states @ gate_weight) * shared_output``.
+    """``sigmoid(hidden_states @ gate_weight) * shared_output``: a new tensor, [T, H] in the dtype of ``shared_output``.
 
-    Args:
-        hidden_states, shared_output: [T, H]. gate_weight: [H] or [1, H].
-
-    Returns:
-        [T, H] in the dtype of ``shared_output``, a new tensor.
+    hidden_states, shared_output: [T, H]. gate_weight: [H] or [1, H].
     """
     gate = torch.sigmoid(hidden_states.float() @ gate_weight.view(-1, 1).float())
     return (gate * shared_output.float()).to(shared_output.dtype)

@@ -188,14 +188,9 @@ def fused_qkvzba_split_reshape_cat(
     head_qk: int,
     head_v: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Take apart what Qwen3-Next projects at once; its columns are ordered by key head.
-
-    Args:
-        mixed_qkvz: [T, Hk (2 K + 2 V H / Hk)]. mixed_ba: [T, 2 H].
-
-    Returns:
-        [T, 2 Hk K + H V] of queries, keys and values, z [T, H, V], b [T, H] and a [T, H].
-    """
+    """Take apart what Qwen3-Next projects at once; its columns are ordered by key head. mixed_qkvz:
+    [T, Hk (2 K + 2 V H / Hk)]. mixed_ba: [T, 2 H]. Returns [T, 2 Hk K + H V] of queries, keys and values, z [T, H, V],
+    b [T, H] and a [T, H]."""
     rows, per_key = len(mixed_qkvz), num_heads_v // num_heads_qk
     sizes = [head_qk, head_qk, per_key * head_v, per_key * head_v]
     q, k, v, z = mixed_qkvz.view(rows, num_heads_qk, sum(sizes)).split(sizes, -1)

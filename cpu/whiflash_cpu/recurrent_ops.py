@@ -27,13 +27,8 @@ def gated_delta_rule(
     and keys are divided by their lengths. As transformers' `torch_recurrent_gated_delta_rule` (arXiv 2412.06464), and
     with a decay for each channel of the key its `recurrent_kimi_delta_attention` (KDA, arXiv 2510.26692).
 
-    Args:
-        query, key: [T, Hk, K]. value: [T, H, V], H a multiple of Hk. decay: [T, H] or [T, H, K] fp32. beta: [T, H]
-            fp32. states: [B, H, V, K].
-        starts, rows, every, marks: as of :func:`recurrence`.
-
-    Returns:
-        As of :func:`recurrence`, the first in value's dtype.
+    query, key: [T, Hk, K]. value: [T, H, V], H a multiple of Hk. decay: [T, H] or [T, H, K] fp32. beta: [T, H] fp32.
+    states: [B, H, V, K]. The rest, and the results, are as of :func:`recurrence`, the first result in value's dtype.
     """
     place, present = _side_by_side(starts, len(value))
     repeats = value.shape[1] // key.shape[1]
@@ -68,12 +63,8 @@ def selective_scan(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mamba 2 (arXiv 2405.21060): ``S ← e^(dt · a) · S + dt · x bᵀ``, ``y = S c + skip · x``, row by row.
 
-    Args:
-        x: [T, H, P]. dt: [T, H] fp32, positive. a, skip: [H]. b, c: [T, G, N], H a multiple of G. states: [B, H, P, N].
-        starts, rows, every, marks: as of :func:`recurrence`.
-
-    Returns:
-        As of :func:`recurrence`, the first in x's dtype.
+    x: [T, H, P]. dt: [T, H] fp32, positive. a, skip: [H]. b, c: [T, G, N], H a multiple of G. states: [B, H, P, N].
+    The rest, and the results, are as of :func:`recurrence`, the first result in x's dtype.
     """
     place, present = _side_by_side(starts, len(x))
     repeats = x.shape[1] // b.shape[1]
@@ -99,13 +90,11 @@ def recurrence(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`step` for the first rows of all requests, then for the second, up to `longest`.
 
-    Args:
-        states: [B, H, X, Y], before the first rows. every: keep the states behind every row.
-        marks: [B] int64, of how many rows of each request the state is kept too.
+    states: [B, H, X, Y], before the first rows. every: keep the states behind every row. marks: [B] int64, of how many
+    rows of each request the state is kept too.
 
-    Returns:
-        In fp32: outputs [T, …]; states behind the last rows [B, H, X, Y], or with `every` behind all
-        [B, longest, H, X, Y]; those behind as many rows as `marks` says, which are `states` for none.
+    Returns in fp32: outputs [T, …]; states behind the last rows [B, H, X, Y], or with `every` behind all
+    [B, longest, H, X, Y]; those behind as many rows as `marks` says, which are `states` for none.
     """
     state, outputs, behind = states.float(), [], []
     marked = state
@@ -144,15 +133,11 @@ def causal_conv1d_fn(
     pad_slot_id: int = PAD_SLOT,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """:func:`packed_convolution` of prompts or parts of them.
+    """:func:`packed_convolution` of prompts or parts of them: [D, T] in x's dtype.
 
-    Args:
-        x: [D, T]. weight: [D, K]. bias: [D]. query_start_loc: [B + 1] int. cache_indices: [B] int, slots.
-        has_initial_state: [B] bool, whether a request goes on from its state.
-        conv_states: [slots, D, K - 1] (mutable): afterwards the last inputs of each request.
-
-    Returns:
-        [D, T] in x's dtype.
+    x: [D, T]. weight: [D, K]. bias: [D]. query_start_loc: [B + 1] int. cache_indices: [B] int, slots.
+    has_initial_state: [B] bool, whether a request goes on from its state. conv_states: [slots, D, K - 1] (mutable):
+    afterwards the last inputs of each request.
     """
     if query_start_loc is None or cache_indices is None or has_initial_state is None or conv_states is None:
         raise ValueError("causal_conv1d_fn on the CPU takes packed requests with states")
@@ -173,13 +158,9 @@ def causal_conv1d_update(
     conv_state_indices: torch.Tensor | None = None,
     pad_slot_id: int = PAD_SLOT,
 ) -> torch.Tensor:
-    """:func:`packed_convolution` of the next input of every request.
+    """:func:`packed_convolution` of the next input of every request: [B, D] in x's dtype.
 
-    Args:
-        x: [B, D]. conv_state: [slots, D, K - 1] (mutable). weight: [D, K]. bias: [D]. conv_state_indices: [B] int.
-
-    Returns:
-        [B, D] in x's dtype.
+    x: [B, D]. conv_state: [slots, D, K - 1] (mutable). weight: [D, K]. bias: [D]. conv_state_indices: [B] int.
     """
     if cache_seqlens is not None or conv_state_indices is None or x.dim() != 2:
         raise ValueError("causal_conv1d_update on the CPU takes one input of every request, and slots")
@@ -200,13 +181,11 @@ def scatter_mamba_states_after_mtp_verify(
 ) -> None:
     """Commit: every request's state becomes the one behind its last accepted row.
 
-    Args:
-        mamba_caches: SGLang's record of a verification's states: ``conv`` [L, slots, D, K - 1] (mutable) and
-            ``intermediate_conv_window`` [L, rows, steps, D, K - 1] of each kind, ``temporal`` and ``intermediate_ssm``
-            likewise.
-        state_indices_tensor: [B] int, slots. last_correct_step_indices: [B] int, the row; negative: none.
-        mamba_track_indices, mamba_steps_to_track: a second slot and row of each request, or None.
-        src_indices_raw: [B] int, rows of the windows; None: the first B.
+    mamba_caches: SGLang's record of a verification's states: ``conv`` [L, slots, D, K - 1] (mutable) and
+    ``intermediate_conv_window`` [L, rows, steps, D, K - 1] of each kind, and so ``temporal`` and ``intermediate_ssm``.
+    state_indices_tensor: [B] int, slots. last_correct_step_indices: [B] int, the row; negative: none.
+    mamba_track_indices, mamba_steps_to_track: a second slot and row of each request, or None. src_indices_raw: [B] int,
+    rows of the windows; None: the first B.
     """
     pairs = [*zip(mamba_caches.conv, mamba_caches.intermediate_conv_window, strict=True)]
     pairs.append((mamba_caches.temporal, mamba_caches.intermediate_ssm))

@@ -71,9 +71,7 @@ def _leave_unregistered(buffer: Any, registration_granularity_bytes: int | None 
     """Host memory that no accelerator copies from needs no driver."""
 
 
-EARLY_SEAMS: tuple[Seam, ...] = (
-    Seam("sglang.srt.arg_groups.model_hook", "attention_backends_of", layers.attention_backends_of),
-)
+EARLY_SEAMS = _same("sglang.srt.arg_groups.model_hook", layers, "attention_backends_of")
 """Names asked while the arguments are read, in the launcher's process too (:func:`install_early_seams`)."""
 
 PINNING = (

@@ -19,23 +19,16 @@ def extend_cache_locs(
     draft_token_num: int,
     device: Any,
 ) -> torch.Tensor:
-    """KV slots of positions ``[start, end)`` of every request, packed.
+    """KV slots of positions ``[start, end)`` of every request, packed: [batch_size * draft_token_num] int64, at least
+    as many as there are; entries beyond the packed ones are 0.
 
-    Args:
-        req_pool_indices: [bs] int, rows of ``req_to_token``.
-        req_to_token: [requests, positions] int32.
-        start_offset, end_offset: [bs] int.
-        batch_size, draft_token_num: the result holds ``batch_size * draft_token_num`` slots at least.
-        device: unused; the result is on the table's device.
-
-    Returns:
-        [batch_size * draft_token_num] int64; entries beyond the packed ones are 0.
+    req_pool_indices: [bs] int, rows of ``req_to_token`` [requests, positions] int32. start_offset, end_offset: [bs]
+    int. device: unused; the result is on the table's device.
     """
     out = torch.zeros(batch_size * draft_token_num, dtype=torch.int64)
     at = 0
-    for row, start, end in zip(
-        req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
-    ):
+    offsets = (x.tolist() for x in (req_pool_indices, start_offset, end_offset))
+    for row, start, end in zip(*offsets, strict=True):
         out[at : at + end - start] = req_to_token[row, start:end]
         at += end - start
     return out
@@ -71,9 +64,8 @@ def assign_req_to_token_pool_func(
 ) -> None:
     """Write packed slots into positions ``[start, end)`` of every request's row (``req_to_token`` mutable)."""
     at = 0
-    for row, start, end in zip(
-        req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
-    ):
+    offsets = (x.tolist() for x in (req_pool_indices, start_offset, end_offset))
+    for row, start, end in zip(*offsets, strict=True):
         req_to_token[row, start:end] = out_cache_loc[at : at + end - start]
         at += end - start
 
@@ -124,11 +116,8 @@ def build_tree_kernel_efficient_func(
     num_verify_tokens: int,
     tree_mask_mode: int,
 ) -> None:
-    """Describe a chain as upstream's tree: positions, links and (QLEN_ONLY) mask, all mutable.
-
-    Raises:
-        NotImplementedError: for a tree that is not a chain, or a mask in another layout.
-    """
+    """Describe a chain as upstream's tree: positions, links and (QLEN_ONLY) mask, all mutable. Raises
+    NotImplementedError for a tree that is not a chain, or a mask in another layout."""
     require_chain(topk)
     if int(tree_mask_mode) != 1:
         raise NotImplementedError("the CPU platform keeps tree masks in the QLEN_ONLY layout only")
@@ -155,15 +144,9 @@ def verify_tree_greedy_func(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Accept drafts while they equal the target's argmax.
 
-    Args:
-        predicts: [bs * W] int32, mutable: the target's token at every accepted node.
-        accept_index: [bs, depth] int32, mutable: accepted nodes, global; -1 beyond.
-        accept_token_num: [bs] int32, mutable: accepted drafts, without the bonus token.
-        candidates, target_predict: [bs, W] int64.
-        topk: 1.
-
-    Raises:
-        NotImplementedError: for a tree that is not a chain.
+    predicts: [bs * W] int32, mutable: the target's token at every accepted node. accept_index: [bs, depth] int32,
+    mutable: accepted nodes, global; -1 beyond. accept_token_num: [bs] int32, mutable: accepted drafts, without the
+    bonus token. candidates, target_predict: [bs, W] int64. topk: 1; NotImplementedError is raised for another tree.
     """
     depth = accept_index.shape[1]
     require_chain(topk)
@@ -195,12 +178,10 @@ def tree_speculative_sampling_target_only(
     from the target without the rejected draft, after the last draft from the target. With both thresholds at 1 the
     result has the target's distribution (Leviathan et al., arXiv 2211.17192, for a point-mass draft).
 
-    Args:
-        predicts, accept_index, accept_token_num, candidates: as in :func:`verify_tree_greedy_func`.
-        uniform_samples: [bs, W] in [0, 1), one per draft; ``uniform_samples_for_final_sampling``: [bs].
-        target_probs: [bs, W, V] float32. ``draft_probs`` is zero by contract and unused.
-        threshold_single, threshold_acc: a draft is also accepted at a probability of ``threshold_single``, and
-            ``threshold_acc`` divides the probability; 1 and 1 keep the distribution.
+    predicts, accept_index, accept_token_num, candidates: as of :func:`verify_tree_greedy_func`. uniform_samples:
+    [bs, W] in [0, 1), one per draft; uniform_samples_for_final_sampling: [bs]. target_probs: [bs, W, V] float32.
+    draft_probs: zero by contract, unused. threshold_single, threshold_acc: a draft is also accepted at a probability
+    of the first, and the second divides the probability; 1 and 1 keep the distribution.
     """
     depth = accept_index.shape[1]
     probs = target_probs[:, : depth - 1].gather(2, candidates[:, 1:depth, None]).squeeze(2)
@@ -271,13 +252,10 @@ _LOW = 0xFFFFFFFF
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3 (x86, 32 bit, seed 0) of the 16 bytes seed (64 bit), position, column, little-endian.
+    """MurmurHash3 (x86, 32 bit, seed 0) of the 16 bytes seed (64 bit), position, column, little-endian: [n, m] uint32.
 
-    Args:
-        seed: [n] uint64. positions: [n] int. col_indices: [m] int.
-
-    Returns:
-        [n, m] uint32. Upstream's versions are a Triton kernel and an operator that no published wheel has.
+    seed: [n] uint64. positions: [n] int. col_indices: [m] int. Upstream's versions are a Triton kernel and an operator
+    that no published wheel has.
     """
     seed = seed.view(torch.int64)
     hashed = torch.zeros_like(seed)

@@ -50,11 +50,10 @@ def check_round(
             integers(slots, dtype),
             table.to(DEVICE),
             rows=None if padding is None else len(rows) + padding,
-            pad_slot=7,
         )
     assert block.input_ids.tolist() == [r[0] for r in rows] + [0] * pad
     assert block.positions.tolist() == [r[1] for r in rows] + [0] * pad
-    assert block.cache_slots.tolist() == [r[2] for r in rows] + [7] * pad
+    assert block.cache_slots.tolist() == [r[2] for r in rows] + [0] * pad
     assert block.request_of_row.tolist() == [r[3] for r in rows] + [-1] * pad
     assert block.qo_indptr.tolist() == indptr
     assert block.ids_and_requests.tolist() == [block.input_ids.tolist(), block.request_of_row.tolist()]

@@ -26,7 +26,6 @@ def prepare_mixed_block(
     req_to_token: Tensor,
     *,
     rows: int | None = None,
-    pad_slot: int = 0,
 ) -> MixedBlock:
     """Pack a verification's token ids, positions and KV slots, request after request.
 
@@ -43,8 +42,8 @@ def prepare_mixed_block(
         request_slots: [B] int64 or int32.
         req_to_token: [slots, context] int32 (or int64), last dimension contiguous.
         rows: None packs exactly sum(widths) rows, which on a GPU reads that sum back to the host; a number
-            fixes the rows, pads, and is graph-capturable.
-        pad_slot: KV slot of padding rows; SGLang reserves slot 0 for writes nobody reads.
+            fixes the rows, pads, and is graph-capturable. Padding rows have KV slot 0, which SGLang reserves for
+            writes nobody reads.
 
     Returns:
         `MixedBlock`.
@@ -61,7 +60,7 @@ def prepare_mixed_block(
     """
     # One row a request, known beforehand: the round in which a few microseconds of small operators show most.
     if not drafts.shape[1] and all(width == 1 for width in widths.tolist()):
-        return _padded(rows, pad_slot, *_one_row_each(bonus, seq_lens, request_slots, req_to_token))
+        return _padded(rows, *_one_row_each(bonus, seq_lens, request_slots, req_to_token))
     widths = widths.long()
     ends = widths.cumsum(0)
     indptr = torch.zeros(widths.numel() + 1, dtype=torch.int32, device=widths.device)
@@ -71,7 +70,7 @@ def prepare_mixed_block(
     positions = seq_lens[owner].long() + offset
     tokens = torch.cat([bonus[:, None], drafts], dim=1)
     slots = req_to_token[request_slots[owner], positions].long()
-    return _padded(rows, pad_slot, tokens[owner, offset], positions, slots, owner, indptr)
+    return _padded(rows, tokens[owner, offset], positions, slots, owner, indptr)
 
 
 def _check_slots(widths: Tensor, _: Tensor, __: Tensor, slots: GraphSlots, **___: Any) -> None:
@@ -204,19 +203,13 @@ def _one_row_each(
 
 
 def _padded(
-    rows: int | None,
-    pad_slot: int,
-    ids: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    owner: Tensor,
-    indptr: Tensor,
+    rows: int | None, ids: Tensor, positions: Tensor, slots: Tensor, owner: Tensor, indptr: Tensor
 ) -> MixedBlock:
     missing = 0 if rows is None else rows - positions.numel()
     if missing < 0:
         raise ValueError(f"the widths sum to {positions.numel()} rows, more than rows={rows}: raise rows")
     if missing:
-        columns = zip((ids, positions, slots, owner), (0, 0, pad_slot, PAD_ROW), strict=True)
+        columns = zip((ids, positions, slots, owner), (0, 0, 0, PAD_ROW), strict=True)
         ids, positions, slots, owner = (F.pad(column, (0, missing), value=value) for column, value in columns)
     both = torch.stack([ids, owner])
     return MixedBlock(both[0], positions, slots, both[1], indptr, both)

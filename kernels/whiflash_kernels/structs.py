@@ -191,7 +191,7 @@ class MixedBlock(NamedTuple):
     positions: Tensor
     """[T] int64; 0 on padding rows."""
     cache_slots: Tensor
-    """[T] int64; ``pad_slot`` on padding rows."""
+    """[T] int64; 0 on padding rows."""
     request_of_row: Tensor
     """[T] int64, index into the batch; -1 on padding rows."""
     qo_indptr: Tensor

@@ -18,7 +18,7 @@ from openai import OpenAI
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from patience import wait_until
 from server_host import Server, ServerHost
-from sse import ASKED, MESSAGES, PROMPT, ROUTES, TOOL, ask, check, check_text, comparable
+from sse import ASKED, MESSAGES, PROMPT, ROUTES, TOOL, ask, check, comparable
 from tiny_models import SPECIAL_TOKENS, served_pair
 from whiflash_sdk import routing, wrap
 
@@ -155,16 +155,6 @@ def test_streams_return_the_trace(name: str, request: pytest.FixtureRequest) -> 
             check(routing(both, choice), 24, text)
 
 
-def test_native_streams_return_the_trace_at_their_end(incremental: Server) -> None:
-    params = {**NATIVE, "custom_params": {"whiflash": '{"trace":"full"}'}}
-    body = {"text": PROMPT, "sampling_params": params, "stream": True}
-    sent = ask(incremental.url, "/generate", body).split("\n\n")
-    lines = [json.loads(line.removeprefix("data: ")) for line in sent if line.startswith("data: {")]
-    assert [routing(line) is not None for line in lines] == [False] * (len(lines) - 1) + [True]
-    trace = check(routing(lines[-1]), 24)
-    check_text(trace, "".join(line["text"] for line in lines))
-
-
 def test_special_tokens_take_no_place_in_the_text(full: OpenAI) -> None:
     """The one here ends no text and pads none; decoding leaves it out all the same."""
     unnamed = 256 + SPECIAL_TOKENS.index("<|im_end|>")
@@ -271,15 +261,16 @@ def test_who_did_not_ask_is_sampled_in_sums_without_text(server: Server, sums: P
 
 
 def test_a_sample_with_text_is_the_trace_that_its_client_gets(incremental: Server, texts: Path) -> None:
+    """At the end of a native stream."""
     params = {**NATIVE, "custom_params": {"whiflash": '{"trace":"full"}'}}
     body = {"text": PROMPT, "rid": "sampled-text", "sampling_params": params, "stream": True}
-    lines = [
-        line for line in ask(incremental.url, "/generate", body).split("\n\n") if line.startswith("data: {")
-    ]
-    got = routing(json.loads(lines[-1].removeprefix("data: ")))
+    sent = ask(incremental.url, "/generate", body).split("\n\n")
+    lines = [json.loads(line.removeprefix("data: ")) for line in sent if line.startswith("data: {")]
+    assert [routing(line) is not None for line in lines] == [False] * (len(lines) - 1) + [True]
     sample = sampled(texts, "sampled-text")
+    assert sample["text"] == "".join(line["text"] for line in lines)
+    got = check(routing(lines[-1]), 24, sample["text"])
     assert routing(sample) == got
-    check(got, 24, sample["text"])
     turn = turns_of(texts / "traces.jsonl")[-1]
     assert (turn.model, turn.text) == ("tiny", sample["text"])
 

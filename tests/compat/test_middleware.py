@@ -493,24 +493,6 @@ def test_a_completions_stream_ends_with_its_trace(path: str, text: str, shown: b
     assert trace["sglext"]["whiflash"] == ({**TRACE, "text": text} if shown else TRACE)
 
 
-def test_a_chunk_with_details_has_figures_too() -> None:
-    parts = [part.encode() for part in STREAMS["/v1/chat/completions"]]
-    found = datas(asyncio.run(sent("/v1/chat/completions", {"return_spec_tokens_details": True}, parts)))
-    (figures,) = [part["metrics"] for part in found if "metrics" in part]
-    assert figures["speculative_decoding"]["mean_acceptance_length"] == 2.5
-
-
-@pytest.mark.parametrize(
-    ("path", "place"), [("/v1/messages", "message_delta"), ("/v1/responses", "response")]
-)
-def test_a_converted_stream_has_both_in_one_event(path: str, place: str) -> None:
-    parts = [part.encode() for part in STREAMS[path]]
-    found = datas(asyncio.run(sent(path, {"custom_params": FULL}, parts)))
-    holders = [part if place == "message_delta" else part.get("response", {}) for part in found]
-    (extension,) = [holder["sglext"] for holder in holders if "sglext" in holder]
-    assert extension == {"whiflash": {**TRACE, "text": "Köln"}, "prediction": COUNTS}
-
-
 def test_an_error_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(call: Call | None) -> Any:
         ended(call)

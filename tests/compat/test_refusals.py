@@ -117,6 +117,7 @@ def sentence(launch: Launch) -> str:
 def test_what_is_fine_is_taken(taken: Launch) -> None:
     assert refusal_of(taken) is None
     assert refusal_of(with_arguments(taken, tp_size=2, dp_size=2)) is None
+    assert refusal_of(with_arguments(taken, enable_deterministic_inference=True)) is None
     for backend in ("fa3", "fa4", "triton", "trtllm_mha", "trtllm_mla"):
         assert refusal_of(with_arguments(on_cuda(taken), attention_backend=backend)) is None
         graphs = with_arguments(on_cuda(taken), attention_backend=backend, cuda_graph_config=_DECODE)
@@ -451,11 +452,6 @@ def test_sglang_takes_adapters_beside_our_algorithm() -> None:
         lora_hook.check_lora_speculative_compatibility(ours)
     ours._whiflash = None  # as `attach` marks it
     lora_hook.check_lora_speculative_compatibility(ours)
-
-
-def test_deterministic_inference_stays_on_the_cpu(taken: Launch) -> None:
-    """There sampling seeds are what it is for."""
-    assert refusal_of(with_arguments(taken, enable_deterministic_inference=True)) is None
 
 
 def test_on_cuda_what_was_left_open_is_what_works(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,6 @@ class Served:
         target = root / "target"
         model = tiny_family(target, FAMILIES[architecture])
         bundle = tiny_bundle(root / "bundle", target, str(target))
-        os.environ["SGLANG_MAMBA_CONV_DTYPE"] = dtype  # as KV, so that chunks of a prompt change nothing
         return cls(f"a tiny {architecture}", target, bundle, dtype, model, KEEPING.get(architecture, {}))
 
 

@@ -56,7 +56,6 @@ FAMILIES = [p for p in run.PARTS if p.name.startswith("target-") and p.rehearsal
 def test_families_of_targets_are_served(
     part: run.Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")  # restored, where the part sets it itself
     family = part.command[part.command.index("--family") :]
     status, found = rehearse(tmp_path / "out.json", monkeypatch, *family)
     assert status == 0, found

@@ -25,7 +25,7 @@ from overlap import overlapped
 from reference import Comparison
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import Mamba2AttnBackend
 from test_recurrent_trees import CASES, POOL, check_states, conversations, with_chunks
-from tiny_models import tiny_dflash, tiny_eagle3
+from tiny_models import tiny_pair
 from traffic import play
 
 from whiflash_cpu.recurrent_backends import CpuChannelDeltaBackend, CpuDeltaBackend, CpuMamba2Backend
@@ -131,7 +131,6 @@ def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from whiflash_cpu.seams import install_model_seams, install_seams
 
-    monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
     install_seams()
     install_model_seams({"RadixLinearAttention", "MambaMixer2"})
     monkeypatch.setattr(gdn_backend, "GDNAttnBackend", TapedDelta)
@@ -198,11 +197,7 @@ def test_replayed_rounds_leave_the_states_of_one_pass(
     model = tiny_family(target, family)
     with engine(target, disable_radix_cache=True) as e:
         turns, expected = conversations(e)
-    drafters = {
-        "draft": tiny_dflash(tmp_path / "dflash", target),
-        "whiflash_eagle_draft": str(tiny_eagle3(tmp_path / "eagle3", target)),
-        "whiflash_router": "random",
-    }
+    drafters = {**tiny_pair(tmp_path, target), "whiflash_router": "random"}
     options = {"max_running_requests": 4, "context_length": 256, **POOL, **strategy}
     comparison = Comparison(model)
     with serving(target, lag, whiflash=drafters, **options) as e, emulated_graphs(e, hybrid) as graphs:

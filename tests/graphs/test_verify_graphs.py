@@ -93,7 +93,6 @@ class Bench:
         masked: bool = False,
         penalised: bool = False,
         rated: int = 0,
-        pad_slot: int = 0,
     ) -> tuple[Verified, list[int]]:
         """A verification of so many rows, and the requests' rows. greedy: a graph may commit. masked: under `masks`,
         and the second row of each request is rejected. rated: requests with log-probabilities.
@@ -109,7 +108,6 @@ class Bench:
             request_rows,
             self.target.slot_table,
             rows=rows,
-            pad_slot=pad_slot,
         )
         row_ids = request_rows.tolist()
         asked = [Asked(i, 3, range(i)) for i in range(min(rated, count))]

@@ -56,13 +56,10 @@ def play_keeping(
         router: None: plain decoding. chained: step from which on EAGLE-3 drafts alone. other: the same target with
             another head, which it is given in the end.
     """
-    from sglang.srt.mem_cache.pool_host import base
-
     whiflash = None if router is None else checkpoints.whiflash(router)
     steps = itertools.count()
     with (
         patch.object(traffic, "_steps", together),
-        patch.object(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0),  # of 10 GiB
         engine(checkpoints.target, whiflash=whiflash, **of_rank(rank, port, **KEEPS)) as e,
     ):
         if not rank:
@@ -95,7 +92,6 @@ def play_arrived(
 ) -> tuple[Outputs, int]:
     """Outputs of a decode server for as many prompts as this rank's number, and drafts that were right."""
     import test_disaggregation as decode
-    from sglang.srt.mem_cache.pool_host import base
 
     def ended(here: bool) -> bool:
         """Ranks end together: each pass of the loop is one of all."""
@@ -105,7 +101,6 @@ def play_arrived(
 
     arguments = of_rank(rank, port, **{**decode.SERVER, "attn_dp_size": RANKS})
     with (
-        patch.object(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0),
         engine(target, whiflash=whiflash, **arguments) as e,
         patch.object(decode, "run", partial(run, ends=ended)),
     ):

@@ -119,7 +119,7 @@ def play_overlapping(
             rank,
             port,
             start=start,
-            retract=True,
+            retract=2,
             **{**OPTIONS, **arguments},
         )
     streams, requests = engines[0].streams, engines[0].requests

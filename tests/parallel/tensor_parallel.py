@@ -99,16 +99,13 @@ def play_ours(
     port: int,
     *,
     start: Callable[..., Any] = engine,
-    retract: bool = False,
     flags: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Played:
     """The same with all arms, and one that knows most of the answers `known`. Raises where slots or rows are lost.
 
-    start: the engine. retract: SGLang retracts a request every second step in which several run.
+    start: the engine.
     """
-    from sglang.srt.managers import scheduler
-
     rounds: list[tuple[Any, ...]] = []
     proposers: set[str] = set()
     original = DraftStage.draft
@@ -127,7 +124,6 @@ def play_ours(
             oracle.learn(arrival.prompt, known[arrival.rid])
     with (
         patch.object(DraftStage, "draft", noting),
-        patch.multiple(scheduler, TEST_RETRACT=retract, TEST_RETRACT_INTERVAL=2),
         start(
             checkpoints.target,
             whiflash=checkpoints.whiflash(router, **(flags or {})),

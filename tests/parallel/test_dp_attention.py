@@ -70,8 +70,8 @@ def check(model: Any, plain: Sequence[Outputs], played: Sequence[Played]) -> Non
 @pytest.mark.parametrize(
     ("router", "arguments"),
     sampled(
-        [(router, more) for router in ("random", "auto") for more in ({"retract": True}, HEAD, EXPERTS)],
-        ("random", {"retract": True}),  # `HEAD` is in `test_all_ranks_replay_the_same_graph`
+        [(router, more) for router in ("random", "auto") for more in ({"retract": 2}, HEAD, EXPERTS)],
+        ("random", {"retract": 2}),  # `HEAD` is in `test_all_ranks_replay_the_same_graph`
     ),
 )
 def test_text_is_plain_decodings(

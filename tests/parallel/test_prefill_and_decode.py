@@ -29,9 +29,7 @@ from reference import Comparison
 from server_host import STAND_INS, Server, ServerHost
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVReceiver
-from sglang.srt.managers import scheduler
-from sglang.srt.mem_cache.pool_host import base
-from tiny_models import tiny_dflash, tiny_eagle3
+from tiny_models import tiny_pair
 from trees import close
 
 from whiflash_lab.servers import free_port
@@ -114,12 +112,9 @@ def prefills(host: ServerHost, models: Models) -> dict[str, Prefill]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_machine() -> Iterator[None]:
-    """SGLang leaves 10 GiB of host memory to others, which pools of less than a megabyte do not need, and gives a
-    prefill server up after ten seconds without an answer.
-    """
+def hasty() -> Iterator[None]:
+    """SGLang gives a prefill server up after ten seconds without an answer."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
         patched.setenv("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL", "2")
         patched.setenv("SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE", "1")
         # It keeps slots that a lost server might still write to.
@@ -269,17 +264,11 @@ def test_as_many_drafts_are_right_as_in_one_server(models: Models, prefills: dic
 
 @pytest.mark.parametrize("backup", ["host_pool", "cpu_tensor"])
 def test_draft_kv_waits_on_the_host(
-    models: Models,
-    prefills: dict[str, Prefill],
-    plain: dict[str, Any],
-    backup: str,
-    monkeypatch: pytest.MonkeyPatch,
+    models: Models, prefills: dict[str, Prefill], plain: dict[str, Any], backup: str
 ) -> None:
     """A request that is retracted arrives once more, with what its drafters had and what was parked of it."""
-    monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
-    monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 5)
     given = {"disaggregation_decode_retraction_backup": backup}
-    with decoding(models, models.whiflash("random"), **given) as e:
+    with decoding(models, models.whiflash("random"), retract=5, **given) as e:
         with arrivals(e, models) as lengths:
             written = texts(e, prefills["pair"], KINDS)
         assert len(lengths) == len(written) + sum(e.requests[rid].retraction_count for rid in written)
@@ -396,19 +385,18 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", sampled(TARGETS))
-def test_targets(host: ServerHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_targets(host: ServerHost, tmp_path: Path, case: str) -> None:
     """A family's state beside KV travels too, as SGLang sends it."""
-    monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
     name, flags = TARGETS[case]
     model = tiny_family(tmp_path / "target", FAMILIES[name])
-    eagle3 = tiny_eagle3(tmp_path / "eagle3", tmp_path / "target")
-    dflash = tiny_dflash(tmp_path / "dflash", tmp_path / "target")
+    pair = tiny_pair(tmp_path, tmp_path / "target")
+    eagle3, dflash = pair["whiflash_eagle_draft"], pair["draft"]
     served = SimpleNamespace(target=tmp_path / "target", eagle3=eagle3, dflash=dflash)
     written = [str(part) for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", value)]
     environment = {"SGLANG_MAMBA_CONV_DTYPE": "float32"}
     with engine(served.target, max_running_requests=6) as e:
         expected = e.generate(PROMPTS, **LENGTH)
-    whiflash = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
+    whiflash = {**pair, "whiflash_router": "random"}
     prefill = started(host, served, "pair", None, "--skip-tokenizer-init", *written, env=environment)
     comparison = Comparison(model)
     oracle = OracleArm(0.95)  # random drafters may be wrong in every round

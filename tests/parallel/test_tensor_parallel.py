@@ -53,7 +53,7 @@ def test_many_requests(checkpoints: Checkpoints, plain: Outputs, count: int) -> 
     arrivals = ARRIVALS[:count]
     if count != SAMPLE:
         plain = plainly(checkpoints, count)
-    work = partial(play_ours, checkpoints, "random", arrivals, plain, retract=True)
+    work = partial(play_ours, checkpoints, "random", arrivals, plain, retract=2)
     found = check(ReferenceTarget(checkpoints.target), arrivals, plain, on_ranks(RANKS, work))
     assert found.arms >= {"ar", "diffusion", "lookup", "oracle", "none"}
     assert found.retracted
@@ -101,7 +101,7 @@ def test_experts_on_two_ranks(tmp_path: Path) -> None:
     arrivals = ARRIVALS[:10]
     plain, again = on_ranks(RANKS, partial(play_plain, moe, arrivals, ep_size=RANKS))
     assert plain == again
-    ours = partial(play_ours, moe, "random", arrivals, plain, retract=True, ep_size=RANKS)
+    ours = partial(play_ours, moe, "random", arrivals, plain, retract=2, ep_size=RANKS)
     found = check(model, arrivals, plain, on_ranks(RANKS, ours))
     assert found.arms >= {"ar", "diffusion", "lookup", "oracle", "none"}
     assert found.accepted

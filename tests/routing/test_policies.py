@@ -55,14 +55,12 @@ def test_hints_move_scores(span: Span | None, off: bool, arm: str, reason: str) 
     assert (best(moved), why) == (arm, reason)
 
 
-def test_a_pin_overrides_a_pinned_policy() -> None:
-    span = Span(kind="json", open=True, prefer="diffusion", pin=True)
-    scores, _ = apply_hints(Pinned("ar").score(Signals(allowed=BOTH)), span, BOTH, off=False)
-    assert best(scores) == "diffusion"
-
-
 def test_pinned_falls_back_to_plain_decoding() -> None:
-    assert best(Pinned("ar").score(Signals(allowed=BOTH))) == "ar"
+    """And to a hint's pin."""
+    scores = Pinned("ar").score(Signals(allowed=BOTH))
+    assert best(scores) == "ar"
+    span = Span(kind="json", open=True, prefer="diffusion", pin=True)
+    assert best(apply_hints(scores, span, BOTH, off=False)[0]) == "diffusion"
     assert best(Pinned("ar").score(Signals(allowed=frozenset({"diffusion"})))) == "none"
     assert best(Pinned("none").score(Signals(allowed=BOTH))) == "none"
 

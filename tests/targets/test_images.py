@@ -20,7 +20,7 @@ from matrix import chosen, sampled
 from oracle_arm import OracleArm
 from overlap import overlapped
 from pictures import IMAGE, VISION_START, Part, Picture, asking, prompt_of, words
-from tiny_models import tiny_dflash, tiny_eagle3
+from tiny_models import tiny_pair
 from traffic import Arrival, play
 
 from whiflash_sglang.engine.launch.refusals import IMAGES
@@ -142,19 +142,12 @@ def serving(
 ) -> Iterator[Served]:
     flags: dict[str, Any] = {"whiflash_router": "random"}
     if drafters:
-        flags["draft"] = tiny_dflash(root / "dflash", target.path)
-        flags["whiflash_eagle_draft"] = str(tiny_eagle3(root / "eagle3", target.path, num_layers=layers))
+        flags |= tiny_pair(root, target.path, eagle3_layers=layers)
     oracle = OracleArm(0.9, seed=3)
     for rid, prompt in target.prompts.items():
         oracle.learn(prompt, target.expected[rid])
     with start(target.path, whiflash=flags, arms=[oracle], **{**OPTIONS, **options}) as e:
         yield Served(target.name, target.seen, e, oracle, target.expected)
-
-
-@pytest.fixture(autouse=True)
-def whole_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of `test_targets.py`."""
-    monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
 
 
 @pytest.mark.parametrize("name", sampled(IMAGES, QWEN))
@@ -197,13 +190,8 @@ def test_rounds_that_overlap_are_replayed(
         assert not any(s.engine.worker.quarantine.faults.values()), "a placeholder was drafted"
 
 
-def test_a_prefix_with_an_image_comes_back_from_the_host(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prefix_with_an_image_comes_back_from_the_host(made: Made, tmp_path: Path) -> None:
     """A drafter of several layers ingests images, too, and its KV follows."""
-    from sglang.srt.mem_cache.pool_host import base
-
-    monkeypatch.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
     host = {"enable_hierarchical_cache": True, "hicache_ratio": 6.0, "hicache_write_policy": "write_through"}
     with serving(made(QWEN), tmp_path, layers=2, max_total_tokens=448, **host) as s:
         s.check("first", arrivals(QWEN)[:3])
@@ -219,13 +207,8 @@ def test_a_prefix_with_an_image_comes_back_from_the_host(
         assert quarantine.ingests("ar")
 
 
-def test_requests_that_are_retracted_go_on(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sglang.srt.managers import scheduler
-
-    with serving(made(QWEN), tmp_path) as s:
-        monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
+def test_requests_that_are_retracted_go_on(made: Made, tmp_path: Path) -> None:
+    with serving(made(QWEN), tmp_path, retract=3) as s:
         s.check("random", arrivals(QWEN))
         assert sum(req.retraction_count for req in s.engine.requests.values()) > 5
 

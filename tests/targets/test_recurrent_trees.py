@@ -18,7 +18,7 @@ from families import FAMILIES, Family, HuggingFace, tiny_family
 from matrix import chosen, sampled
 from oracle_arm import OracleArm
 from reference import Comparison
-from tiny_models import tiny_dflash, tiny_eagle3
+from tiny_models import tiny_pair
 from traffic import Arrival, mixed, play
 
 EVERY = 8
@@ -35,11 +35,6 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Mamba 2, intervals": ("NemotronHForCausalLM", INTERVALS),
 }
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def whole_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
 
 
 @dataclass(frozen=True)
@@ -65,13 +60,12 @@ def serving(case: str, root: Path, **options: Any) -> Iterator[Served]:
     name, strategy = CASES[case]
     target = root / "target"
     model = tiny_family(target, with_chunks(FAMILIES[name], strategy))
-    eagle3, dflash = tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target)
     with engine(target, disable_radix_cache=True) as e:
         turns, expected = conversations(e)
     oracle = OracleArm(0.95, seed=3)
     for a in (a for turn in turns for a in turn):
         oracle.learn(a.prompt, expected[a.rid])
-    flags = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
+    flags = {**tiny_pair(root, target), "whiflash_router": "random"}
     options = {"max_running_requests": 4, **POOL, **strategy, **options}
     with engine(target, whiflash=flags, arms=[oracle], **options) as e:
         assert e.scheduler.tree_cache.supports_mamba()
@@ -208,15 +202,9 @@ def test_plain_decoding_keeps_states_at_intervals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", sampled(["delta rule", "delta rule, intervals"], "delta rule, intervals"))
-def test_few_states_chunks_aborts_and_retractions(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sglang.srt.managers import scheduler
-
-    monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
-    monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 7)
+def test_few_states_chunks_aborts_and_retractions(case: str, tmp_path: Path) -> None:
     few = {"max_mamba_cache_size": 20, "chunked_prefill_size": 16, "max_total_tokens": 640}
-    with serving(case, tmp_path, **few) as s:
+    with serving(case, tmp_path, retract=7, **few) as s:
         hits = 0
         for arrivals in s.turns:
             leaving = [replace(a, abort_after=5) if i % 5 == 4 else a for i, a in enumerate(arrivals)]
@@ -227,13 +215,8 @@ def test_few_states_chunks_aborts_and_retractions(
         assert check_states(s.engine, s.model) > 3
 
 
-def test_states_and_draft_kv_come_back_from_host_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_and_draft_kv_come_back_from_host_memory(tmp_path: Path) -> None:
     """Turns of conversations that were evicted meanwhile: text, and states and draft KV of a prefill."""
-    from sglang.srt.mem_cache.pool_host import base
-
-    monkeypatch.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
     host = {"enable_hierarchical_cache": True, "hicache_ratio": 6.0, "hicache_write_policy": "write_through"}
     with serving("delta rule, intervals", tmp_path, max_total_tokens=640, **host) as s:
         e, loaded = s.engine, {}

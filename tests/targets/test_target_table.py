@@ -4,12 +4,15 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
 import sglang
+import torch
 from families import FAMILIES
 from loaded_scripts import load_script
 
-from whiflash_sglang.engine.forward.captured import may_capture
+from whiflash_sglang.engine.forward.captured import Captured, may_capture
 from whiflash_sglang.engine.launch.refusals import IMAGES
+from whiflash_sglang.errors import CheckpointError
 
 TABLE = load_script("target_families")
 
@@ -46,3 +49,8 @@ def test_what_is_said_to_be_shown_is_tested() -> None:
         name for family in TABLE.FAMILIES if family.shown == TABLE.Shown.CPU for name in family.architectures
     }
     assert shown == {*FAMILIES, "LlamaForCausalLM"}
+
+
+def test_a_target_without_capture_is_named() -> None:
+    with pytest.raises(CheckpointError, match="Linear has no hidden-state capture in SGLang"):
+        Captured(torch.nn.Linear(1, 1), 2, [1], keeps_final=False)

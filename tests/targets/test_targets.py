@@ -17,7 +17,7 @@ from oracle_arm import ARM, OracleArm
 from overlap import overlapped
 from own_heads import tiny_with_head
 from reference import Comparison
-from tiny_models import tiny_dflash, tiny_eagle3
+from tiny_models import tiny_dflash, tiny_pair
 from traffic import Arrival, mixed, play
 
 from whiflash_sglang.arms.base import with_kv
@@ -46,13 +46,6 @@ class Served:
     expected: Mapping[str, list[int]]
 
 
-@pytest.fixture(autouse=True)
-def whole_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions' inputs are kept in fp32 between forwards, like KV: rounded they would depend on how prompts were
-    chunked."""
-    monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
-
-
 @contextmanager
 def serving(root: Path, model: HuggingFace, flags: dict[str, Any]) -> Iterator[Served]:
     """The target in `root / "target"`. flags: its drafters."""
@@ -65,13 +58,6 @@ def serving(root: Path, model: HuggingFace, flags: dict[str, Any]) -> Iterator[S
     options = {"max_running_requests": 4, "chunked_prefill_size": 32}
     with engine(target, whiflash={**flags, "whiflash_router": "random"}, arms=[oracle], **options) as e:
         yield Served(model, e, oracle, arrivals, expected)
-
-
-def pair(root: Path) -> dict[str, Any]:
-    """Both drafters for the target in `root / "target"`."""
-    target = root / "target"
-    eagle3 = str(tiny_eagle3(root / "eagle3", target))
-    return {"draft": tiny_dflash(root / "dflash", target), "whiflash_eagle_draft": eagle3}
 
 
 def check_policies(s: Served, *policies: str) -> set[str | None]:
@@ -100,7 +86,7 @@ def test_text_is_plain_decodings(name: str, tmp_path: Path, pytestconfig: pytest
     """Under random routing, then under every policy."""
     family = FAMILIES[name]
     model = tiny_family(tmp_path / "target", family)
-    with serving(tmp_path, model, pair(tmp_path)) as s:
+    with serving(tmp_path, model, tiny_pair(tmp_path, tmp_path / "target")) as s:
         assert type(s.engine.worker.target.model).__name__ == name
         if family.captured:
             check_features(s.engine, model, family.tolerance)
@@ -191,7 +177,7 @@ def test_routed_experts_are_plain_decodings(loop: str, tmp_path: Path) -> None:
     with engine(target, **options) as e:
         expected = play(e, arrivals)
         wanted = {rid: e.requests[rid].routed_experts for rid in expected}
-    flags = {**pair(tmp_path), "whiflash_router": "random"}
+    flags = {**tiny_pair(tmp_path, target), "whiflash_router": "random"}
     oracle = OracleArm(0.9, seed=3)
     for a in arrivals:
         oracle.learn(a.prompt, expected[a.rid])

@@ -142,17 +142,15 @@ TRAFFIC: dict[str, dict[str, Any]] = {
     "aborts": {},
     "chunks-in-pages": {"chunked_prefill_size": 16, "page_size": 16, "max_total_tokens": 2048},
     "full-pool": {"max_total_tokens": 320, "swa_full_tokens_ratio": 0.4},
-    "retracted": {"chunked_prefill_size": 8},
+    "retracted": {"chunked_prefill_size": 8, "retract": 7},
     "overlap": {},
     "no-tree": {"disable_radix_cache": True, "chunked_prefill_size": 16},
 }
 
 
 @pytest.mark.parametrize("case", sampled(TRAFFIC, "chunks-in-pages", "overlap"))
-def test_after_traffic(laguna: Models, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_traffic(laguna: Models, case: str) -> None:
     """Every text is plain decoding's; no slot of either pool is lost, and every slot in the tree has right draft KV."""
-    from sglang.srt.managers import scheduler
-
     arrivals = mixed(seed=7, count=16, shared=60, aborts=0.3, stops=0.2, tokens=60)
     expected = plain_texts(laguna.target, arrivals, max_running_requests=6)
     oracle = OracleArm(0.93, seed=1)
@@ -164,8 +162,6 @@ def test_after_traffic(laguna: Models, case: str, monkeypatch: pytest.MonkeyPatc
         "swa_full_tokens_ratio": 0.5,
         **TRAFFIC[case],
     }
-    monkeypatch.setattr(scheduler, "TEST_RETRACT", case == "retracted")
-    monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 7)
     start: Callable[..., Any] = overlapped if case == "overlap" else engine
     comparison = Comparison(laguna.reference.target)
     with start(laguna.target, whiflash=laguna.whiflash("random"), arms=[oracle], **flags) as e:
@@ -186,10 +182,7 @@ def test_after_traffic(laguna: Models, case: str, monkeypatch: pytest.MonkeyPatc
     print(comparison.summary())
 
 
-def test_the_host_gives_both_pools_back(laguna: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang.srt.mem_cache.pool_host import base
-
-    monkeypatch.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
+def test_the_host_gives_both_pools_back(laguna: Models) -> None:
     flags = HOST | {"hicache_write_policy": "write_through", "swa_full_tokens_ratio": 0.5}
     with engine(laguna.target, **flags) as e:
         expected = talk(e)
@@ -211,9 +204,6 @@ def test_storage_of_one_pool_is_not_read_into_two(
     laguna: Models, drafters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its pages have the windowed layers too, and names that the second server would find."""
-    from sglang.srt.mem_cache.pool_host import base
-
-    monkeypatch.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
     flags = stored(tmp_path / "pages", monkeypatch)
     ours = laguna.whiflash("random")
     if drafters == "none":

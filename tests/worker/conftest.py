@@ -1,4 +1,4 @@
-"""Counters for tests of the worker, and adapters of their target."""
+"""Counters for tests of the worker, its engine as after the start, and adapters of its target."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -7,6 +7,7 @@ import pytest
 
 if TYPE_CHECKING:
     from adapters import Adapter
+    from engine import Engine
     from model_set import Models
 
 
@@ -24,6 +25,14 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(worker, "step_result", counted)
     monkeypatch.setattr(worker, "STEP_SECONDS", float("inf"))
     return found
+
+
+@pytest.fixture
+def running(shared: "Engine", request: pytest.FixtureRequest) -> "Engine":
+    """The module's `shared`, as after a start with its `ROUTER`. Tests that start another engine come before."""
+    shared.start_over(request.module.ROUTER)
+    shared.requests.clear()
+    return shared
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,10 @@
 import json
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-import torch
 from engine import Engine, engine
+from held import tensors_of
 from model_set import Models
 
 PROMPTS = [random.Random(seed).choices(range(256), k=30) for seed in range(2)]
@@ -21,32 +20,9 @@ def running(models: Models) -> Iterator[Engine]:
         yield e
 
 
-def tensors_of(kept: Any, path: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that `kept` leads to, with its path; SGLang's own objects are not looked into."""
-    if id(kept) in seen:
-        return
-    seen.add(id(kept))
-    if isinstance(kept, torch.Tensor):
-        yield path, kept
-        return
-    inside: list[tuple[str, Any]] = []
-    if isinstance(kept, dict):
-        inside = [(f"{path}[{key!r}]", value) for key, value in kept.items()]
-    elif isinstance(kept, list | tuple | set | frozenset):
-        inside = [(f"{path}[{i}]", value) for i, value in enumerate(kept)]
-    elif type(kept).__module__.split(".")[0] in ("whiflash_sglang", "whiflash_kernels", "torch"):
-        names = [
-            *getattr(kept, "__dict__", {}),
-            *(n for c in type(kept).__mro__ for n in vars(c).get("__slots__", ())),
-        ]
-        inside = [(f"{path}.{name}", getattr(kept, name)) for name in names if hasattr(kept, name)]
-    for name, value in inside:
-        yield from tensors_of(value, name, seen)
-
-
 def test_nothing_that_the_worker_keeps_is_on_a_graph(running: Engine) -> None:
     """A server starts outside `inference_mode`, in which its rounds run: what is written then stays on a graph."""
-    found = dict(tensors_of(running.worker, "worker", set()))
+    found = tensors_of(running.worker, owners=("whiflash_sglang", "whiflash_kernels", "torch"))
     assert any(".kv.k" in path for path in found)
     assert any("rings" in path for path in found)
     assert any(".model." in path and path.endswith("weight']") for path in found)

@@ -17,7 +17,6 @@ from overlap import overlapped
 from request_sets import OPTIONS
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.managers.schedule_batch import ScheduleBatch
-from sglang.srt.mem_cache.pool_host import base
 
 from whiflash_sglang.engine.scheduler import disaggregation
 
@@ -77,14 +76,6 @@ def texts(e: Engine, prompts: Sequence[Sequence[int]] = PROMPTS, **params: Any) 
                 e.submit(f"{kind}-{number}", prompt, **where, **asked)
         run(e)
     return {rid: e.output(rid) for rid in e.requests}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def memory_of_others() -> Iterator[None]:
-    """SGLang leaves 10 GiB to others. The pools take less than a megabyte here, also on a smaller machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
-        yield
 
 
 @pytest.fixture(scope="module")

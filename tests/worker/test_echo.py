@@ -12,7 +12,7 @@ import pytest
 from engine import REQUEST_FIELDS, Engine, engine
 from families import FAMILIES, tiny_family
 from oracle_arm import ARM, OracleArm
-from tiny_models import save_tokenizer, tiny_dflash, tiny_eagle3
+from tiny_models import save_tokenizer, tiny_pair
 
 from whiflash_sglang.cli import echo
 from whiflash_sglang.cli.echo import Echo
@@ -32,8 +32,7 @@ def served(name: str, root: Path, length: int) -> Iterator[tuple[Engine, Echo]]:
     target = root / "target"
     tiny_family(target, FAMILIES[TARGETS[name]])
     save_tokenizer(target)
-    flags = {"draft": tiny_dflash(root / "dflash", target), "whiflash_router": "random"}
-    flags["whiflash_eagle_draft"] = str(tiny_eagle3(root / "eagle3", target))
+    flags = {**tiny_pair(root, target), "whiflash_router": "random"}
     oracle, names = OracleArm(0.95, seed=3), map("e{:06d}".format, itertools.count())
     sizes = {"max_running_requests": echo.AT_ONCE, "max_total_tokens": 16_384}
 
@@ -80,7 +79,6 @@ def test_identifiers_are_plain_decodings(
     name: str, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By every arm and width. In a short test a position that is off by one at one width is found there."""
-    monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
     with served(name, tmp_path, echo.LENGTH if whole else 40) as (e, asked):
         prompts, keys, ask = echo.prompts(seed=1), Counter[str](), asked.ask
 

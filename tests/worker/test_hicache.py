@@ -89,14 +89,6 @@ def wrong_slots(e: Engine, models: Models, tokens: Sequence[int]) -> tuple[int, 
     return len(slots), wrong
 
 
-@pytest.fixture(autouse=True)
-def _small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang leaves 10 GiB of host memory to others; these pools take less than a megabyte."""
-    from sglang.srt.mem_cache.pool_host import base
-
-    monkeypatch.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
-
-
 PLAIN: dict[str, Talk] = {}
 """Plain decoding's, by flags."""
 
@@ -197,11 +189,9 @@ def test_after_traffic(models: Models, case: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         UnifiedRadixCache, "_count_ready_acks", lambda _, acks: min(len(acks), luck.choice((0, 0, 0, 1)))
     )
-    monkeypatch.setattr(scheduler, "TEST_RETRACT", case.startswith("retracted"))
-    monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 5)
     arrivals = mixed(seed=11, count=16, shared=60, aborts=0.3, stops=0.3)
     arrivals += [replace(a, rid=f"again-{a.rid}", step=a.step + 60) for a in arrivals]
-    flags = {**HOST, "max_total_tokens": 320, **TRAFFIC[case]}
+    flags = {**HOST, "max_total_tokens": 320, "retract": 5 * case.startswith("retracted"), **TRAFFIC[case]}
     with engine(models.target, whiflash=models.whiflash("random"), **flags) as e:
         play(e, arrivals)
         retracted = sum(req.retraction_count for req in e.requests.values())

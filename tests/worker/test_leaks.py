@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engine import Engine, engine
+from held import held
 from model_set import Models
 from overlap import overlapped
 from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
@@ -81,25 +82,10 @@ def objects() -> Counter[str]:
 
 def entries(root: Any) -> int:
     """Entries of all containers, and elements of all tensors, that our own objects lead to from `root`."""
-    total, seen, open_ = 0, set[int](), [root]
-    while open_:
-        kept = open_.pop()
-        if id(kept) in seen:
-            continue
-        seen.add(id(kept))
-        if isinstance(kept, torch.Tensor):
-            total += kept.numel()
-        elif isinstance(kept, dict | list | tuple | set | frozenset | deque):
-            total += len(kept)
-            open_ += kept.values() if isinstance(kept, dict) else kept
-        elif str(type(kept).__module__).startswith("whiflash"):
-            slots = [n for c in type(kept).__mro__ for n in vars(c).get("__slots__", ())]
-            open_ += [
-                getattr(kept, name)
-                for name in (*getattr(kept, "__dict__", ()), *slots)
-                if hasattr(kept, name)
-            ]
-    return total
+    every = [kept for _, kept in held(root)]
+    elements = sum(kept.numel() for kept in every if isinstance(kept, torch.Tensor))
+    containers = dict | list | tuple | set | frozenset | deque
+    return elements + sum(len(kept) for kept in every if isinstance(kept, containers))
 
 
 @pytest.mark.parametrize("start", [engine, overlapped])

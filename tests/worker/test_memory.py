@@ -1,12 +1,12 @@
 """Sizes behind the KV pool's: the drafters' share of it, and nothing of ours for an engine that is not ours."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine import Engine, engine
+from held import tensors_of
 from model_set import Models
 from test_rehearsal import peak_bytes
 
@@ -39,29 +39,8 @@ def layout(e: Engine) -> tuple[Any, ...]:
 
 def reached(worker: Any) -> dict[int, int]:
     """Every tensor that the worker holds, whatever holds it, by its memory's address: bytes of that memory."""
-    found: dict[int, int] = {}
-    seen = {id(worker.target)}
-
-    def visit(thing: Any) -> None:
-        if id(thing) in seen:
-            return
-        seen.add(id(thing))
-        if isinstance(thing, torch.Tensor):
-            kv_budget = thing.untyped_storage()
-            found[kv_budget.data_ptr()] = kv_budget.nbytes()
-        elif isinstance(thing, Mapping):
-            for value in thing.values():
-                visit(value)
-        elif isinstance(thing, list | tuple):
-            for value in thing:
-                visit(value)
-        elif type(thing).__module__.startswith("whiflash"):
-            slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
-            for name in [*getattr(thing, "__dict__", ()), *slots]:
-                visit(getattr(thing, name, None))
-
-    visit(worker)
-    return found
+    found = [tensor.untyped_storage() for tensor in tensors_of(worker, beside=worker.target).values()]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from traffic import Arrival, play
 from whiflash_sglang.errors import CheckpointError, ConfigError
 from whiflash_sglang.formats.router import Router
 
+ROUTER = "neural"
 RNG = random.Random(5)
 ARRIVALS = [
     Arrival(f"n{i}", 0, tuple(RNG.choices(range(256), k=RNG.randint(5, 40))), {"max_new_tokens": 60})
@@ -56,17 +57,9 @@ def expected(models: Models) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def shared(models: Models, router: Path, expected: dict[str, list[int]]) -> Iterator[Engine]:
-    flags = models.whiflash("neural", whiflash_neural_router_path=str(router))
+    flags = models.whiflash(ROUTER, whiflash_neural_router_path=str(router))
     with engine(models.target, whiflash=flags) as e:
         yield e
-
-
-@pytest.fixture
-def running(shared: Engine) -> Engine:
-    """No other engine may run beside it, so tests that start one come first."""
-    shared.start_over("neural")
-    shared.requests.clear()
-    return shared
 
 
 @pytest.mark.parametrize("policy", ["neural", "auto"])

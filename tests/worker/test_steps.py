@@ -27,6 +27,7 @@ from whiflash_sglang.records.core import Results, Verified
 from whiflash_sglang.serve import worker
 
 PROMPT, TOKENS = [1, 2, 3], 30
+ROUTER = "none"
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +37,8 @@ def text(models: Models) -> list[int]:
 
 @pytest.fixture(scope="module")
 def shared(models: Models, text: list[int]) -> Iterator[Engine]:
-    with engine(models.target, whiflash=models.whiflash("none")) as e:
+    with engine(models.target, whiflash=models.whiflash(ROUTER)) as e:
         yield e
-
-
-@pytest.fixture
-def running(shared: Engine) -> Engine:
-    shared.start_over("none")
-    shared.requests.clear()
-    return shared
 
 
 def test_rounds_without_drafts_share_steps(running: Engine, text: list[int], steps: list[int]) -> None:

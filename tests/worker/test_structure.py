@@ -26,6 +26,7 @@ from whiflash_sglang.structure.sketch import Token
 from whiflash_sglang.structure.tools import carried_tools
 from whiflash_sglang.telemetry.trace import build_trace
 
+ROUTER = "random"
 WIDTH = 16
 """Tokens that the arm proposes at most."""
 
@@ -96,16 +97,8 @@ def test_tools_without_a_grammar(
 
 @pytest.fixture(scope="module")
 def shared(models: Models, expected: dict[str, list[int]]) -> Iterator[Engine]:
-    with engine(models.target, whiflash=models.whiflash("random"), **OPTIONS) as e:
+    with engine(models.target, whiflash=models.whiflash(ROUTER), **OPTIONS) as e:
         yield e
-
-
-@pytest.fixture
-def running(shared: Engine) -> Engine:
-    """No other engine may run beside it, so these tests come last."""
-    shared.start_over("random")
-    shared.requests.clear()
-    return shared
 
 
 def test_what_is_forced_is_accepted_at_once(

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from adapters import Adapter
 from engine import engine
 from model_set import Models
@@ -101,9 +102,9 @@ def test_drafts_are_the_formulas(
     changed_rows = 0
     for text, ids, own in inside:
         with adapted_behind(target, path, len(text)):
-            wanted_logits = target.model.logits(target.forward([*text, *ids]).final)[len(text) - 1 :]
+            wanted_logits = F.linear(target.forward([*text, *ids]).final, target.model.head)[len(text) - 1 :]
         torch.testing.assert_close(own, wanted_logits, atol=1e-4, rtol=1e-4)
-        itself = target.model.logits(target.forward([*text, *ids]).final)[len(text) - 1 :]
+        itself = F.linear(target.forward([*text, *ids]).final, target.model.head)[len(text) - 1 :]
         changed_rows += int((own[1:] - itself[1:]).abs().amax(-1).gt(0.01).sum())
     assert changed_rows > 10, "the adapter changes what the noise's rows say"
 

@@ -12,7 +12,7 @@ from engine import Engine, engine
 from families import FAMILIES, tiny_family
 from matrix import sampled
 from safetensors.torch import save_file
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import tiny_pair, tiny_target
 from transformers import AutoTokenizer
 
 from whiflash_sglang.arms.base import with_kv
@@ -30,12 +30,6 @@ CAPTURE = [0, 1, 2, 3, 4]
 OPTIONS: dict[str, Any] = {"disable_radix_cache": True, "chunked_prefill_size": 32}
 TEXTS = [list(range(60, 130)), list(range(40, 49)), list(range(90, 200, 3))]
 """The first one is prefilled in chunks."""
-
-
-@pytest.fixture(autouse=True)
-def whole_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in `test_targets.py`: states of convolutions are not rounded between chunks."""
-    monkeypatch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
 
 
 class InProcess:
@@ -116,10 +110,9 @@ def test_features_are_those_of_serving(name: str, tmp_path: Path) -> None:
     """And the vocabulary is the one that drafters are given there."""
     target, family = tmp_path / "target", FAMILIES[name]
     model = tiny_family(target, family)
-    eagle3, dflash = tiny_eagle3(tmp_path / "eagle3", target), tiny_dflash(tmp_path / "dflash", target)
     with engine(target, **OPTIONS) as e:
         found = recorded(e, tmp_path / "states", TEXTS)
-    flags = {"draft": dflash, "whiflash_eagle_draft": str(eagle3), "whiflash_router": "random"}
+    flags = {**tiny_pair(tmp_path, target), "whiflash_router": "random"}
     with engine(target, whiflash=flags, **OPTIONS) as e:
         assert sorted({i for d in with_kv(e.worker.drafters).values() for i in d.captured_layers}) == CAPTURE
         served = [in_serving(e, text) for text in TEXTS]
@@ -187,8 +180,8 @@ def test_answers_and_features_are_the_targets(tmp_path: Path) -> None:
             torch.testing.assert_close(answer.states, wanted, rtol=1e-4, atol=1e-4)
     for prompt in free:
         answer, start = kept.answers[prompt.id], len(prompt.tokens)
-        logits = target.logits(target.forward(answer.tokens[:-1]).final[start - 1 :])
-        assert logits.argmax(-1).tolist() == answer.tokens[start:]
+        final = target.forward(answer.tokens[:-1]).final[start - 1 :]
+        assert torch.nn.functional.linear(final, target.head).argmax(-1).tolist() == answer.tokens[start:]
     for begins in grammars:
         assert tokenizer.decode(kept.answers[begins].tokens[len(TEXTS[1]) :]).startswith(begins)
     looped = [name for name, answer in cut.answers.items() if answer.looped]

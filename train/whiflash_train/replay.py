@@ -159,9 +159,7 @@ def replay_lookup(
     if not settings.enabled:
         nothing = [Chain((), ())] * positions
         return copied._replace(behind=dict.fromkeys(drafted, nothing))
-    widest = max(
-        [settings.max_width, *(len(chain.tokens) for chains in drafted.values() for chain in chains[:1])]
-    )
+    widest = max([settings.max_width, *(len(chains[0].tokens) for chains in drafted.values() if chains)])
     copier = Copier(calibration, settings.min_match)
     copier.extend(tokens[:prompt_length])
     for position in range(positions):
@@ -280,10 +278,9 @@ class ReplayLog:
 
 
 def _line(name: str, rounds: Rounds) -> str:
-    row: dict[str, Any] = {"id": name, "accepted": {arm: a.tolist() for arm, a in rounds.accepted.items()}}
-    row["tokens"] = {arm: tokens.tolist() for arm, tokens in rounds.tokens.items()}
-    row["alive"] = {arm: alive.round(4).tolist() for arm, alive in rounds.alive.items()}
-    return json.dumps(row) + "\n"
+    columns = rounds._asdict().items()
+    row = {key: {arm: values.tolist() for arm, values in by_arm.items()} for key, by_arm in columns}
+    return json.dumps({"id": name, **row}) + "\n"
 
 
 def replay_answers(pair: Pair, store: FeatureStore, names: Collection[str], log: ReplayLog) -> list[Replay]:

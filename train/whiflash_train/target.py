@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from whiflash_sglang.files.jsonl import read_json_file
@@ -103,10 +102,6 @@ class TargetModel:
         """As training stores them: [T, captured + 1, H], the final states last."""
         output = self.forward(text, capture)
         return torch.cat([output.features, output.final[:, None]], dim=1)
-
-    def logits(self, final: Tensor) -> Tensor:
-        """`final` [..., H] → [..., V] in the model's dtype."""
-        return F.linear(final, self.head)
 
     @torch.inference_mode()
     def next_logits(self, text: Sequence[int] | Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class Download(Generic[RecordT]):
         # Fields of 64 bits come first: they must start at an even place. A tensor of several fields is packed once.
         every = {id(field): field for field in fields.values()}
         ordered = sorted(every.values(), key=lambda field: field.dtype != torch.int64)
-        parts = [_as_int32(field) for field in ordered]
+        parts = [field.reshape(-1).to(_sent(field.dtype)).view(torch.int32) for field in ordered]
         ends = list(accumulate(part.numel() for part in parts))
         places = {
             id(field): (slice(begin, end), _sent(field.dtype), tuple(field.shape))
@@ -160,10 +160,6 @@ def _sent(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_floating_point:
         return torch.float32
     return torch.int64 if dtype == torch.int64 else torch.int32
-
-
-def _as_int32(field: torch.Tensor) -> torch.Tensor:
-    return field.reshape(-1).to(_sent(field.dtype)).view(torch.int32)
 
 
 @dataclass(frozen=True, slots=True)

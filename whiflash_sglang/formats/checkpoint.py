@@ -5,8 +5,6 @@ Checkpoints hold separate `q_proj`/`k_proj`/`v_proj` and `gate_proj`/`up_proj`; 
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +19,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from whiflash_sglang.errors import CheckpointError
-from whiflash_sglang.files.jsonl import read_json_file
+from whiflash_sglang.files.jsonl import read_json_file, staged
 from whiflash_sglang.formats.config_json import misfit
 from whiflash_sglang.formats.layers import AttentionShape, rope_parameters
 
@@ -356,13 +354,8 @@ def write_checkpoint(
         .clone()
         for name, tensor in weights.items()
     }
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path) as scratch:
-        save_file(tensors, Path(scratch) / WEIGHTS, metadata={"format": "pt"})
-        (Path(scratch) / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
-        for name in (WEIGHTS, "config.json"):
-            staged = Path(scratch) / name
-            staged.chmod(0o644)
-            descriptor = os.open(staged, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-            staged.replace(path / name)
+    with staged(path / "config.json") as text, staged(path / WEIGHTS) as file:  # the weights come first
+        save_file(tensors, file, metadata={"format": "pt"})
+        text.write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
+        for each in (file, text):
+            each.chmod(0o644)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.files.jsonl import staged
 
 AR_MINUS_DIFFUSION = "ar-minus-diffusion"
 DIFFUSION_MINUS_AR = "diffusion-minus-ar"
@@ -105,10 +106,9 @@ class Router(nn.Module):
         tensors = {
             name: value.detach().cpu().to(dtype).contiguous() for name, value in self.state_dict().items()
         }
-        staged = path.with_suffix(".partial")
-        save_file(tensors, staged, metadata={"delta_sign": AR_MINUS_DIFFUSION})
-        staged.chmod(0o644)
-        staged.replace(path)
+        with staged(path) as file:
+            save_file(tensors, file, metadata={"delta_sign": AR_MINUS_DIFFUSION})
+            file.chmod(0o644)
 
 
 def _read(path: Path) -> tuple[Path, dict[str, Tensor], str | None]:

@@ -16,7 +16,7 @@ COMPARISONS = 4096
 MAX_REQUESTS = 4096
 
 
-@triton.jit(do_not_specialize=["requests", "rows", "drafts_stride", "pad_slot"])
+@triton.jit(do_not_specialize=["requests", "rows", "drafts_stride"])
 def _prepare_kernel(
     bonus,
     drafts,
@@ -33,7 +33,6 @@ def _prepare_kernel(
     rows,
     drafts_stride,
     table_stride,
-    pad_slot,
     REQUESTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -60,7 +59,7 @@ def _prepare_kernel(
     cache_slot = tl.load(req_to_token + slot * table_stride + position, mask=used, other=0).to(tl.int64)
     tl.store(input_ids + row, tl.where(used & (offset > 0), draft_token, bonus_token), mask=inside)
     tl.store(positions + row, position, mask=inside)
-    tl.store(cache_slots + row, tl.where(used, cache_slot, pad_slot), mask=inside)
+    tl.store(cache_slots + row, cache_slot, mask=inside)
     tl.store(request_of_row + row, tl.where(used, owner, -1).to(tl.int64), mask=inside)
 
 
@@ -73,7 +72,6 @@ def prepare_mixed_block(
     req_to_token: Tensor,
     *,
     rows: int | None = None,
-    pad_slot: int = 0,
 ) -> MixedBlock:
     """See `whiflash_kernels.block.prepare_mixed_block`."""
     requests, device = bonus.shape[0], bonus.device
@@ -106,7 +104,6 @@ def prepare_mixed_block(
         rows,
         drafts.stride(0),
         req_to_token.stride(0),
-        pad_slot,
         REQUESTS=compared,
         ROWS=rows_per_program,
         num_warps=4,

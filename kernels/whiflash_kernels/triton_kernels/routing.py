@@ -137,10 +137,8 @@ def _merge_kernel(entropy, top1, argmax, sums, indices, splits, SPLITS: tl.const
     _store_stats(row, peak, total, moment, index, entropy, top1, argmax)
 
 
-def routing_stats(
-    logits: Tensor, rows: Tensor | None = None, *, lanes: int = LANES, warps: int = WARPS
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `whiflash_kernels.routing.routing_stats`; ``lanes`` and ``warps`` shape the tile."""
+def routing_stats(logits: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """See `whiflash_kernels.routing.routing_stats`."""
     count, vocab = logits.shape[0] if rows is None else rows.shape[0], logits.shape[1]
     device = logits.device
     entropy, top1 = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
@@ -150,9 +148,9 @@ def routing_stats(
     aligned = (logits.data_ptr() | logits.stride(0) * logits.element_size()) % 16 == 0
     # Off the 16-byte grid a group could not be loaded at once, and Triton would spread it over threads.
     wide = 16 // logits.element_size() if aligned else 1
-    tiles = triton.cdiv(vocab, lanes * wide)
+    tiles = triton.cdiv(vocab, LANES * wide)
     wanted = triton.cdiv(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR, count)
-    slice_length = triton.cdiv(tiles, min(tiles, wanted)) * lanes * wide
+    slice_length = triton.cdiv(tiles, min(tiles, wanted)) * LANES * wide
     splits = triton.cdiv(vocab, slice_length)
     sums = torch.empty(count, splits, 3, dtype=torch.float32, device=device) if splits > 1 else None
     indices = torch.empty(count, splits, dtype=torch.int32, device=device) if splits > 1 else None
@@ -168,9 +166,9 @@ def routing_stats(
         splits,
         HAS_ROWS=rows is not None,
         SPLIT=splits > 1,
-        LANES=lanes,
+        LANES=LANES,
         WIDE=wide,
-        num_warps=warps,
+        num_warps=WARPS,
     )
     if splits > 1:
         _merge_kernel[(count,)](*stats, sums, indices, splits, SPLITS=power_of_two(splits), num_warps=1)

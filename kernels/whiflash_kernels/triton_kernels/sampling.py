@@ -246,16 +246,15 @@ def sample_rows(
     table: SamplingTable,
     *,
     masks: tuple[Tensor, Tensor] | None = None,
-    tile: int = TILE,
 ) -> Tensor:
-    """See `whiflash_kernels.sampling.sample_rows`; ``tile`` is the number of logits that a program holds."""
+    """See `whiflash_kernels.sampling.sample_rows`."""
     (count, vocab), device = logits.shape, logits.device
     tokens = torch.empty(count, dtype=torch.int64, device=device)
     if count == 0:
         return tokens
-    tiles = triton.cdiv(vocab, tile)
+    tiles = triton.cdiv(vocab, TILE)
     wanted = triton.cdiv(multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR, count)
-    slice_length = triton.cdiv(tiles, min(tiles, wanted)) * tile
+    slice_length = triton.cdiv(tiles, min(tiles, wanted)) * TILE
     splits = triton.cdiv(vocab, slice_length)
     sums = torch.empty(count, splits, 3, dtype=torch.float32, device=device)
     best = torch.empty(count, splits, dtype=torch.int32, device=device)
@@ -272,7 +271,7 @@ def sample_rows(
         best,
     )
     sizes = len(request_slots), vocab, logits.stride(0), 0 if bits is None else bits.stride(0)
-    constants = {"SLOTS": lanes(len(request_slots)), "TILE": tile, "MASKED": bits is not None}
+    constants = {"SLOTS": lanes(len(request_slots)), "TILE": TILE, "MASKED": bits is not None}
     most = power_of_two(tiles)  # not of the splits: a kernel is compiled for each
     _scan_kernel[(count, splits)](*read, *sizes, slice_length, splits, **constants, num_warps=SCAN_WARPS)
     _pick_kernel[(count,)](*read, tokens, *sizes, splits, **constants, SPLITS=most, num_warps=PICK_WARPS)

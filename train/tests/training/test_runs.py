@@ -268,28 +268,9 @@ def test_a_wrong_configuration_names_the_key(root: Path, tmp_path: Path, change:
         load_config(file)
 
 
-def _no_prompts(config: TrainConfig, work: Path) -> object:
-    empty = work / "empty.jsonl"
-    empty.write_text("\n")
-    return generate_data(
-        config.model_copy(update={"data": config.data.model_copy(update={"prompts": [str(empty)]})})
-    )
-
-
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [
-        (lambda c, _: generate_data(c.model_copy(update={"capture": [0, 5]})), "can be captured are 0 to 4"),
-        (
-            lambda c, work: train_eagle3(c.model_copy(update={"work": work}), Path(c.target)),
-            "run `whiflash train --step data` first",
-        ),
-        (_no_prompts, r"empty\.jsonl holds no prompts"),
-    ],
-)
-def test_what_a_step_lacks_is_named(config: TrainConfig, tmp_path: Path, run: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(config, tmp_path)
+def test_what_a_step_lacks_is_named(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="run `whiflash train --step data` first"):
+        train_eagle3(config.model_copy(update={"work": tmp_path}), Path(config.target))
 
 
 def test_the_disk_bound_stops_the_run_and_keeps_the_data(config: TrainConfig, tmp_path: Path) -> None:

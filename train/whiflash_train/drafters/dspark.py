@@ -6,7 +6,7 @@ The loss of a draft is `cross_entropy` · CE + `distance` · L1 of the target's 
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,6 @@ from whiflash_train.drafters.dflash import initialise as initialise_trunk
 from whiflash_train.origin import Origin, for_training
 
 
-class Terms(NamedTuple):
-    """The parts of the loss of every draft, [A, D] float32 each; `confidence` is None without such a head."""
-
-    cross_entropy: Tensor
-    distance: Tensor
-    confidence: Tensor | None
-
-
 class DSparkTraining(BlockTraining):
     """The drafter with its loss."""
 
@@ -45,15 +37,20 @@ class DSparkTraining(BlockTraining):
 
     def loss(self, examples: Examples) -> Tensor:
         """The weighted mean of the terms."""
-        settings = self.settings
-        logits = self.corrected(examples)
-        terms = self.terms(examples, logits)
-        weights = self.position_weights * examples.counted
-        loss = settings.cross_entropy * weighted_mean(terms.cross_entropy, weights)
-        loss = loss + settings.distance * weighted_mean(terms.distance, weights)
+        settings, shape, targets = self.settings, examples.valid.shape, examples.labels.weights
+        logits, weights = self.corrected(examples), self.position_weights * examples.counted
+        distance = (logits.float().softmax(-1) - targets).abs().sum(-1).view(shape)
+        loss = settings.cross_entropy * weighted_mean(cross_entropy(logits, targets).view(shape), weights)
+        loss = loss + settings.distance * weighted_mean(distance, weights)
         self.metrics = {"acceptance_length": examples.acceptance_length(logits)}
-        if terms.confidence is not None:
-            error = weighted_mean(terms.confidence, weights)
+        if self.drafter.config.confidence:
+            # The chance that the target takes a draft: sampled, what both distributions share; greedy, 0 or 1.
+            right = 1 - distance.detach() / 2
+            if settings.confidence_of == "choice":
+                right = first_choice(logits.detach(), examples.labels.ids).view(shape).float()
+            guessed = self.drafter.confidence_logits(examples.rows, examples.before).float()
+            errors = F.binary_cross_entropy_with_logits(guessed, right, reduction="none")
+            error = weighted_mean(errors, weights)
             loss = loss + settings.confidence * error
             self.metrics["confidence_loss"] = error.item()
         return loss
@@ -66,22 +63,6 @@ class DSparkTraining(BlockTraining):
         latents = self.drafter.latents(examples.rows, examples.before).flatten(0, 1)
         matrix = self.drafter.get_parameter("markov_head.markov_w2.weight")[examples.ids]
         return logits + F.linear(latents, matrix.to(latents.dtype))
-
-    def terms(self, examples: Examples, logits: Tensor) -> Terms:
-        """Loss terms of drafts with `logits` [A·D, K]."""
-        shape, targets = examples.valid.shape, examples.labels.weights
-        distance = (logits.float().softmax(-1) - targets).abs().sum(-1).view(shape)
-        confidence = None
-        if self.drafter.config.confidence:
-            # The chance that the target takes a draft: sampled, what both distributions share; greedy, 0 or 1.
-            right = 1 - distance.detach() / 2
-            if self.settings.confidence_of == "choice":
-                right = first_choice(logits.detach(), examples.labels.ids).view(shape).float()
-            confidence_logits = self.drafter.confidence_logits(examples.rows, examples.before)
-            confidence = F.binary_cross_entropy_with_logits(
-                confidence_logits.float(), right, reduction="none"
-            )
-        return Terms(cross_entropy(logits, targets).view(shape), distance, confidence)
 
 
 def initialise(target: Origin, settings: DSpark) -> DSparkDrafter:

@@ -121,47 +121,37 @@ def _eagle3(
     )
 
 
-def _dflash(
-    config: TrainConfig, settings: DFlash, target: Origin, stores: list[FeatureStore], start: Path | None
+def _block(
+    config: TrainConfig,
+    settings: DFlash | DSpark,
+    target: Origin,
+    stores: list[FeatureStore],
+    start: Path | None,
 ) -> nn.Module:
-    if start is None:
-        drafter = dflash_training.initialise(
-            target, settings, block_size=settings.block_size, section="dflash"
-        )
+    drafter: Any
+    if start is None and isinstance(settings, DSpark):
+        drafter = dspark_training.initialise(target, settings)
+    elif start is None:
+        width = settings.block_size
+        drafter = dflash_training.initialise(target, settings, block_size=width, section="dflash")
+    elif isinstance(settings, DSpark):
+        drafter = dspark_training.go_on_from(start, target, settings)
     else:
         drafter = DFlashDrafter.load(start, **for_training(target))
     drafter.embedding_scale = target.embedding_scale
-    options = _block_options(config, settings, stores, target)
-    return dflash_training.DFlashTraining(drafter, gamma=settings.gamma, **options)
-
-
-def _dspark(
-    config: TrainConfig, settings: DSpark, target: Origin, stores: list[FeatureStore], start: Path | None
-) -> nn.Module:
-    if start is None:
-        drafter = dspark_training.initialise(target, settings)
-    else:
-        drafter = dspark_training.go_on_from(start, target, settings)
-    drafter.embedding_scale = target.embedding_scale
-    options = _block_options(config, settings, stores, target)
-    return dspark_training.DSparkTraining(drafter, settings, **options)
-
-
-BUILDERS: Mapping[str, Callable[..., nn.Module]] = {"eagle3": _eagle3, "dflash": _dflash, "dspark": _dspark}
-"""Drafter → what makes it, with its loss, as its training begins."""
-
-
-def _block_options(
-    config: TrainConfig, settings: DFlash | DSpark, stores: list[FeatureStore], target: Origin
-) -> dict[str, Any]:
-    """Options that every `BlockTraining` takes."""
-    frequencies = token_frequencies(stores, target.vocab_size)
-    return {
+    options: dict[str, Any] = {
         "columns": [config.capture.index(layer) for layer in settings.target_layers],
-        "frequent": choose_draft_vocabulary(frequencies, settings.frequent),
+        "frequent": choose_draft_vocabulary(token_frequencies(stores, target.vocab_size), settings.frequent),
         "sampled": settings.sampled,
         "anchors_per_token": settings.anchors_per_token,
     }
+    if isinstance(settings, DSpark):
+        return dspark_training.DSparkTraining(drafter, settings, **options)
+    return dflash_training.DFlashTraining(drafter, gamma=settings.gamma, **options)
+
+
+BUILDERS: Mapping[str, Callable[..., nn.Module]] = {"eagle3": _eagle3, "dflash": _block, "dspark": _block}
+"""Drafter → what makes it, with its loss, as its training begins."""
 
 
 def last_checkpoint(directory: Path) -> str | None:
@@ -215,7 +205,6 @@ def _arguments(config: TrainConfig, loop: Loop, directory: Path, batches: int) -
         data_seed=config.seed,
         report_to=[],
         remove_unused_columns=False,
-        dataloader_num_workers=0,
     )
 
 

@@ -82,11 +82,8 @@ class OfflineEngine:
         }
         if chosen.get("device") == "cuda":
             options["cuda_graph_backend_prefill"] = Backend.DISABLED
-        taken = [
-            name
-            for name in arguments
-            if name in options or name in _NOT_OURS or name.startswith("speculative")
-        ]
+        ours = {*options, *_NOT_OURS}
+        taken = [name for name in arguments if name in ours or name.startswith("speculative")]
         if taken:
             raise ConfigError(
                 f"data.engine.{taken[0]} cannot be set: training data need plain decoding, one replica, and features "
@@ -146,9 +143,8 @@ class OfflineEngine:
                     running.add(loop.create_task(request))
                 if not running:
                     return
-                done, running = loop.run_until_complete(
-                    asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                )
+                first = asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                done, running = loop.run_until_complete(first)
                 yield from [task.result() for task in done]
                 if self._engine.tokenizer_manager.gracefully_exit:
                     # SGLang takes SIGTERM for itself, and would wait until there are no requests any more.

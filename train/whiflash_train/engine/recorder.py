@@ -6,7 +6,6 @@ scheduler hears of the result. Other requests run as they would without this, by
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from sglang.srt.runtime_context import get_parallel
 from whiflash_sglang.engine.forward.captured import Captured, LoadedTarget
 from whiflash_sglang.engine.patching import around, install
 from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.files.jsonl import staged, write_whole
 from whiflash_train.origin import ORIGIN, vocabulary_file
 
 WANTED = "whiflash-features-"
@@ -109,13 +109,11 @@ class FeatureRecorder:
         }
         # Copies: where the head is tied both would be one storage.
         plain = {name: (x[:0] if again[name] else x).detach().cpu().clone() for name, x in matrices.items()}
-        file = vocabulary_file(place, parallel.tp_rank)
-        save_file(plain, staged := file.with_suffix(f".{os.getpid()}"))
-        staged.replace(file)
+        with staged(vocabulary_file(place, parallel.tp_rank)) as file:
+            save_file(plain, file)
         if parallel.tp_rank == 0:
             told = {"target": name, "ranks": parallel.tp_size, "embedding_scale": target.row_scale}
-            (staged := place / f"{ORIGIN}.{os.getpid()}").write_text(json.dumps(told))
-            staged.replace(place / ORIGIN)
+            write_whole(place / ORIGIN, json.dumps(told))
 
 
 def _append(file: Path, rows: torch.Tensor) -> None:
