@@ -70,7 +70,8 @@ upstream-kits: install ## SGLang's own server tests against a plain server and o
 	$(RUN) python scripts/upstream_kits.py --json results/upstream-kits.json --markdown results/upstream-kits.md
 
 audit: install ## Known weaknesses of what uv.lock pins; asks an advisory database over the network
-	$(UV) tool run pip-audit --no-deps --disable-pip --requirement <($(UV) export --frozen --all-packages --no-emit-workspace --no-hashes --quiet)
+	$(UV) export --frozen --all-packages --no-emit-workspace --no-hashes --quiet --output-file .audit.txt
+	$(UV) tool run pip-audit --no-deps --disable-pip --requirement .audit.txt
 
 check: install ## Formatting, lint, layers, types, words, budgets: what CI and pre-commit check
 	$(RUN) ruff format --check .

@@ -135,7 +135,8 @@ class AskedServer:
     def answered(self, body: object) -> None:
         """Take the body of a 200."""
         known, self.found = self.found, _read(body)
-        self.was_alone = bool(self.alone) and known is not None and self.found == known
+        last = self.was_alone if self.alone is None else self.alone
+        self.was_alone = last and known is not None and self.found == known
         self.alone = None
         if self.found is None:
             self._ask_again("answered with something else than this SDK reads")

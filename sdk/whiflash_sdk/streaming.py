@@ -189,13 +189,13 @@ def note(result: Any, call: CollectedCall, *, whole_text: bool) -> None:
     is_answer = isinstance(response, answers)
     if not is_answer:
         return
-    # Streams around this one hold the response.
-    below = getattr(getattr(response, "stream", None), "_stream", None)
+    below = getattr(getattr(response, "stream", None), "_stream", None)  # it does not hold the response
     passing = watch(response, call, whole_text=whole_text)
-    if raw is None and below is not None and passing is not None and not hasattr(result, "__aiter__"):
+    if raw is None and below is not None and not response.is_closed and not hasattr(result, "__aiter__"):
 
         def close() -> None:
-            passing.end()
+            if passing is not None:
+                passing.end()
             below.close()
 
         _close_when_lost(response, close)

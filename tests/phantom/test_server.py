@@ -198,7 +198,9 @@ def test_a_grammar_takes_the_overlap_from_nobody(found: dict[str, Any]) -> None:
     assert constrained["overlapped"] > 0
     assert constrained["not overlapped"] == 0
     assert not [site for site in constrained["stalls"] if site.startswith("whiflash")]
-    assert constrained["alone"] == "length", "its token is a filler, which the grammar never takes"
+    assert constrained["alone"] == "length", (
+        "its token is a filler, which no grammar refuses before it has ended"
+    )
 
 
 def test_places_that_ask_for_a_card_are_reached(found: dict[str, Any]) -> None:

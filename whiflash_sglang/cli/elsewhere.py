@@ -37,10 +37,7 @@ def check_of(name: str) -> Callable[..., Any] | None:
 
 def missing(package: str) -> str:
     """A sentence on a distribution that is not installed, by the extra that brings it."""
-    return (
-        f"whiflash-{package} is not installed: pip install 'whiflash-sglang[{package}]', "
-        f"or dist/whiflash_{package}-*.whl of `make wheels`"
-    )
+    return f"whiflash-{package} is not installed: pip install dist/whiflash_{package}-*.whl (`make wheels`)"
 
 
 def register(name: str, app: typer.Typer, lab: typer.Typer) -> None:

@@ -88,8 +88,8 @@ def _text_of(response: dict[str, Any], index: int) -> str:
     calls = [call["function"] for call in message.get("tool_calls") or ()]
     calls += [part for part in parts if "name" in part]
     texts = [message.get("content") or choice.get("text"), *(part.get("text") for part in parts)]
-    said = [text for text in texts if isinstance(text, str)]
-    return "".join(said + [f"{call['name']}({call.get('arguments') or call.get('input')})" for call in calls])
+    texts += [f"{call['name']}({call.get('arguments', call.get('input', ''))})" for call in calls]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def trace(

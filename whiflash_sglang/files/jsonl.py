@@ -78,12 +78,11 @@ def write_whole(path: Path, text: str) -> None:
 
     A link's file is written, and what a device or a pipe takes is written into it.
     """
-    file = path.resolve()
     try:
-        if file.exists() and not file.is_file():
-            file.write_text(text, encoding="utf-8")
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
             return
-        with staged(file) as place:
+        with staged(Path(os.path.realpath(path))) as place:
             place.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None

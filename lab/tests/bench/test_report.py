@@ -32,7 +32,7 @@ PROVENANCE = {
     "max_tokens": 160,
     "busy_before": {"load_1min": 0.1},
     "busy_after": {"load_1min": 1.9},
-    "servers": {"none": {"arguments": ["--dtype", "bfloat16"], "attention_backend": "whiflash_cpu"}},
+    "servers": {"none": {"arguments": ["--dtype", "bfloat16"], "attention_backend": "a", "environment": {}}},
 }
 
 
@@ -192,9 +192,9 @@ def test_the_schema_reads_back_and_refuses_what_it_does_not_know(report: BenchRe
 def test_the_page_names_arms_that_are_missing_and_each_server_s_environment(report: BenchReport) -> None:
     """No kept page has any. Arguments that all servers share are printed once, and no flag is parted from its value."""
     shared = ["--dtype", "bfloat16", "--tp-size"]
-    ranks = {"OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    both, ranks = {"OMP_NUM_THREADS": "2"}, {"OMP_NUM_THREADS": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     servers = {
-        "none": {"arguments": [*shared, "1"], "attention_backend": "a"},
+        "none": {"arguments": [*shared, "1"], "attention_backend": "a", "environment": both},
         "none@tp2": {"arguments": [*shared, "2"], "attention_backend": "a", "environment": ranks},
     }
     page = render(report.model_copy(update={"provenance": {**report.provenance, "servers": servers}}))

@@ -55,7 +55,7 @@ class Outputs:
     def prepare(self) -> None:
         """Make the directories. Raises ConfigError where pictures cannot be drawn, or a file is a directory."""
         if self.plots is not None and find_spec("matplotlib") is None:
-            raise ConfigError("--plots needs matplotlib: pip install 'whiflash-sglang[lab]'")
+            raise ConfigError("--plots needs matplotlib: pip install matplotlib")
         make_place("--out", self.out)
         make_place("--markdown", self.markdown)
         make_place("--plots", self.plots and self.plots / "speedup.svg")

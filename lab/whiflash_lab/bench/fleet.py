@@ -57,7 +57,7 @@ def launcher(
 
 
 class Fleet(Closing):
-    """Server servers by key.
+    """Running servers by key.
 
     Args:
         log_dir: keep the servers' logs there.

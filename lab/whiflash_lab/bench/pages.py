@@ -50,7 +50,7 @@ def _setting(report: BenchReport) -> str:
 
 
 def _asked_with(provenance: Mapping[str, Any]) -> str:
-    """How answers were sampled and which tools were sent; nothing in older reports, and of greedy requests."""
+    """How answers were sampled and which tools were sent; nothing of greedy requests."""
     sentences = ""
     if sampling := provenance.get("sampling"):
         values = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
@@ -216,10 +216,8 @@ def _differences(report: BenchReport) -> str:
 def _reproduce(report: BenchReport) -> str:
     """The command, the arguments that all servers share, and each arm's own."""
     servers = report.provenance["servers"]
-    # Older reports have the same environment for all.
-    usual = {"OMP_NUM_THREADS": str(report.provenance["threads"])}
     variables = {
-        arm: " ".join(f"{key}={shlex.quote(text)}" for key, text in server.get("environment", usual).items())
+        arm: " ".join(f"{name}={shlex.quote(value)}" for name, value in server["environment"].items())
         for arm, server in servers.items()
     }
     first = next(iter(variables.values()), "")

@@ -186,7 +186,7 @@ class BestLogit:
         try:
             return float(self._model.next_logits(text)[reference.tokens[position]])
         except Exception as error:  # whatever it is, what was measured must become a report
-            self.lost = str(error)
+            self.lost = str(error) or type(error).__name__
             logger.warning("%s does not run here, so no difference counts as a tie: %s", self._target, error)
             return 0.0
 

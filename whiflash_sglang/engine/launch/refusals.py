@@ -262,7 +262,7 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "cpu_engine": Refusal(
         lambda x: x.device == "cpu" and not x.own_platform,
-        "WHIFLASH on the CPU needs whiflash-cpu (pip install 'whiflash-sglang[cpu]'), which is off if a GPU is "
+        "WHIFLASH on the CPU needs whiflash-cpu (pip install dist/whiflash_cpu-*.whl), which is off if a GPU is "
         "visible or "
         "SGLANG_USE_CPU_ENGINE=1 is set; hide the GPU (CUDA_VISIBLE_DEVICES=) and unset SGLANG_USE_CPU_ENGINE",
     ),
