@@ -174,7 +174,7 @@ def test_replicas_are_taken_if_they_are_faster() -> None:
 
 
 def test_ours_is_not_named_without_what_speaks_against_it() -> None:
-    found = advise(Question("Qwen3-8B", requests=(8,), tools=1.0, answer=64)).verdict
+    found = advise(Question("Qwen3-8B", requests=(8, 64), tools=1.0, answer=64)).verdict
     assert found.startswith("Take WHIFLASH for 8 requests")
     assert (
         "; without grammars DSPARK for 8 requests. No card has served trained weights with WHIFLASH" in found
