@@ -16,7 +16,7 @@ from whiflash_lab.bench.cells import Answer, Cell, Journal, Load
 from whiflash_lab.bench.load import Asker, stream_lines
 from whiflash_lab.bench.prompts import Prompt, load_prompts
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files.jsonl import parse_json_lines, read_json, read_json_file, write_whole
+from whiflash_sglang.files.jsonl import parse_json_lines, read_json, read_json_file, write_output
 from whiflash_train.answers.prompts import read_rows
 
 ENDS = "\u2028 \u2029 \x85 \x1c \x0b \x0c"
@@ -121,10 +121,10 @@ def test_text_that_is_no_json_is_a_value_error(text: str | bytes, why: str, tmp_
 
 def test_a_link_and_a_pipe_are_written_and_stay(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "file")
-    write_whole(tmp_path / "link", "through")
+    write_output(tmp_path / "link", "through")
     assert ((tmp_path / "file").read_text(), (tmp_path / "link").is_symlink()) == ("through", True)
     reader, writer = os.pipe()
-    write_whole(Path(f"/dev/fd/{writer}"), "into it")  # as a shell's >(…)
+    write_output(Path(f"/dev/fd/{writer}"), "into it")  # as a shell's >(…)
     assert os.read(reader, 9) == b"into it"
     os.close(reader), os.close(writer)
 

@@ -307,9 +307,8 @@ def _server(asker: Asker) -> tuple[str, AskedServer]:
     )
     # A fork has locks of its own: nobody there will release those that its parent's threads held.
     server = _servers.setdefault((os.getpid(), asker.fingerprint(url)), AskedServer(shown))
-    if len(_servers) > MOST_SERVERS:
-        for oldest in list(_servers)[:-MOST_SERVERS]:
-            _servers.pop(oldest, None)
+    for oldest in list(_servers)[:-MOST_SERVERS] if len(_servers) > MOST_SERVERS else ():
+        _servers.pop(oldest, None)
     return url, server
 
 

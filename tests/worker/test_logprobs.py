@@ -74,9 +74,7 @@ class OnCard(torch.Tensor):
         return self.as_subclass(torch.Tensor)
 
 
-def test_without_overlap_the_scheduler_gets_a_cards_results_on_the_host(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_cards_results_reach_the_host_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang carries nothing then, and refuses tokens that are elsewhere."""
 
     class Sent(dict[str, torch.Tensor]):

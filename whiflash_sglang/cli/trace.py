@@ -9,7 +9,7 @@ import typer
 from whiflash_sglang.cli import LOOK
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import read_text
-from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, parse_json_lines, read_json, write_whole
+from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, parse_json_lines, read_json, write_output
 
 if TYPE_CHECKING:
     from whiflash_sdk.render import Turn
@@ -121,7 +121,7 @@ def trace(
         # Not through typer, which takes colours that were asked for out of a pipe.
         print(conversation_terminal(turns, colour=in_colour))
         return
-    write_whole(html, conversation_html(turns, title=file.name))
+    write_output(html, conversation_html(turns, title=file.name))
     typer.echo(f"{html}: {count(len(turns), 'turn')}")
 
 

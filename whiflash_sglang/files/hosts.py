@@ -22,9 +22,8 @@ def ask(
     try:
         answer = client.get(f"{url}{path}") if body is None else client.post(f"{url}{path}", json=body)
     except httpx.ReadTimeout:
-        raise ServerRefusedError(
-            f"{url} has not answered in time: it may be busy with a long step; ask again"
-        ) from None
+        hint = "it may be busy with a long step; ask again"
+        raise ServerRefusedError(f"{url} has not answered: {hint}") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerRefusedError(
             f"{url} does not answer ({error}): check the URL, and whether the server has started"

@@ -74,18 +74,20 @@ def _no_number(name: str) -> NoReturn:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file so that a killed process leaves it whole, or as it was. Raises OSError, which names it.
-
-    A link's file is written, and what a device or a pipe takes is written into it.
-    """
+    """Write a UTF-8 file so that a killed process leaves it whole, or as it was. Raises OSError, which names it."""
     try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
-            return
-        with staged(Path(os.path.realpath(path))) as place:
+        with staged(path) as place:
             place.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_output(file: Path, text: str) -> None:
+    """Write what a user names: a link's file, whole or not at all, or into a device or a pipe. Raises OSError."""
+    if file.exists() and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+    else:
+        write_whole(Path(os.path.realpath(file)), text)
 
 
 @contextmanager

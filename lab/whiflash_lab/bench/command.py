@@ -15,7 +15,7 @@ from whiflash_lab.bench.report import BenchReport
 from whiflash_lab.bench.runner import Plan, Runner
 from whiflash_sglang.cli.options import make_place, show_table
 from whiflash_sglang.errors import ConfigError, WhiflashError
-from whiflash_sglang.files.jsonl import write_whole
+from whiflash_sglang.files.jsonl import write_output
 from whiflash_sglang.files.progress import progress
 
 QUICK_MINUTES = 4.5
@@ -64,9 +64,9 @@ class Outputs:
         """Write the forms that are wanted, each file whole or not at all, then print one."""
         text, as_json = render(report), report.model_dump_json(indent=1)
         if self.out is not None:
-            write_whole(self.out, as_json + "\n")
+            write_output(self.out, as_json + "\n")
         if self.markdown is not None:
-            write_whole(self.markdown, text)
+            write_output(self.markdown, text)
         if self.plots is not None:
             draw(report, self.plots)
         if self.as_json:

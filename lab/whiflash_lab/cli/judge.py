@@ -19,7 +19,7 @@ from whiflash_sglang.cli.options import (
     make_place,
     show_table,
 )
-from whiflash_sglang.files.jsonl import write_whole
+from whiflash_sglang.files.jsonl import write_output
 from whiflash_train.cli.train import readable_errors
 
 
@@ -81,7 +81,7 @@ def evaluate_command(
                 result = evaluation.compare_served(bundle, prompts, asks, arm, settings)
             table = evaluation.positions_table
         if out is not None:
-            write_whole(out, json.dumps(result, indent=1) + "\n")
+            write_output(out, json.dumps(result, indent=1) + "\n")
     if as_json:
         typer.echo(json.dumps(result))
     else:

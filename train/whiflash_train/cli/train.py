@@ -17,7 +17,7 @@ import typer
 from whiflash_sglang.cli import TRAIN
 from whiflash_sglang.cli.options import JsonFlag, report
 from whiflash_sglang.errors import ConfigError, UsageError, WhiflashError
-from whiflash_sglang.files.jsonl import write_whole
+from whiflash_sglang.files.jsonl import write_output
 from whiflash_train.answers.prompts import USERS
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def split(
 
     rows, evaluated = read_rows(train), read_rows(held_out)
     done = parted(rows, evaluated, users)
-    write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.kept))
+    write_output(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.kept))
     reasons = {f"dropped, {source}, {kind}": count for (source, kind), count in sorted(done.dropped.items())}
     report(
         {
