@@ -1,9 +1,13 @@
 """Questions of the launcher to a server's process, which may end at any moment."""
 
+import random
+import subprocess
+import sys
+
 import psutil
 import pytest
 
-from whiflash_lab.servers import listens
+from whiflash_lab.servers import free_port, listens
 
 
 @pytest.mark.parametrize("error", [psutil.NoSuchProcess, psutil.AccessDenied])
@@ -17,3 +21,11 @@ def test_a_process_that_has_just_ended_does_not_listen(
 
     monkeypatch.setattr(psutil.Process, "net_connections", ended)
     assert not listens(psutil.Process().pid, 1)
+
+
+def test_no_two_processes_are_given_the_same_port() -> None:
+    """Servers of both start for a while before they bind theirs."""
+    ask = "import random; from whiflash_lab.servers import free_port; random.seed(7); print(free_port())"
+    random.seed(7)
+    mine = free_port()
+    assert int(subprocess.check_output([sys.executable, "-c", ask])) != mine

@@ -71,11 +71,6 @@ class ServerHost(Closing):
             )
         self._ready = False
 
-    @property
-    def pid(self) -> int:
-        """The id of the process that forks."""
-        return self._process.pid
-
     def wait(self) -> None:
         """Until SGLang is imported, half a minute and more.
 
@@ -131,23 +126,25 @@ class ServerError(WhiflashError):
     """The server did not start, or died. The message ends with the last lines of its log."""
 
 
-_ports = set[int]()
-"""Given out before: a server that still starts has not bound its own."""
+_reserved = list[socket.socket]()
+"""UDP sockets on ports given out: a server that starts has not bound its TCP port yet, and other processes ask, too."""
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago, below the range that the system hands to outgoing connections.
+    """A free TCP port, below those that SGLang picks itself (22000 to 29999) and the system hands to connections.
+
+    A multiple of eight: what SGLang derives for DP attention (233 to 239 more) is nobody else's.
 
     Raises:
         ServerError: there is none.
     """
-    for port in random.sample(range(20000, 32000), 200):
+    for port in random.sample(range(10000, 21760, 8), 200):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            if port not in _ports:
-                _ports.add(port)
-                return port
-    raise ServerError("no free TCP port between 20000 and 32000")
+            _reserved.append(socket.socket(type=socket.SOCK_DGRAM))
+            _reserved[-1].bind(("127.0.0.1", port))
+            return port
+    raise ServerError("no free TCP port between 10000 and 21760")
 
 
 def listens(pid: int, port: int) -> bool:

@@ -5,16 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from matrix import sampled
-
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("options", sampled(["", "--evidence -m evidence"], ""))
-def test_rounds_on_sglangs_triton_attention_and_our_kernels(options: str) -> None:
+def test_rounds_on_sglangs_triton_attention_and_our_kernels() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    selection = [str(HERE / "interpreted_rounds.py"), "-p", "no:cacheprovider", "-x", *options.split()]
+    selection = [str(HERE / "interpreted_rounds.py"), "-p", "no:cacheprovider", "-x", "--evidence"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *selection],
         env=environment,
