@@ -53,6 +53,15 @@ def running(models: Models, plain: list[list[int]]) -> Iterator[Engine]:
         patch.setenv("WHIFLASH_DEVICE_RESIDENT", "1")
         with engine(models.target, whiflash=models.whiflash("random"), arms=[oracle]) as e:
             assert not e.worker.host.exact
+            verify = e.worker.target.verify
+
+            def covered(batch: Any, block: Any, *args: Any) -> Any:
+                assert len(block.input_ids) == int(block.qo_indptr[-1]), (
+                    "attention leaves the others unwritten"
+                )
+                return verify(batch, block, *args)
+
+            patch.setattr(e.worker.target, "verify", covered)
             yield e
 
 

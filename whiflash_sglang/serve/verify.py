@@ -42,7 +42,9 @@ class VerifyStage:
         Args:
             barrier: of SGLang: what a grammar needs before its masks are made; None: nothing.
         """
-        chosen, rows = turn.chosen, self._target.agreed_rows(turn.packed_rows, len(turn))
+        chosen = turn.chosen
+        rows = self._target.agreed_rows(turn.packed_rows, len(turn), chosen.widths if turn.bounded else None)
+        turn.packed_rows = min(turn.packed_rows, rows)
         requests = turn.bonus, chosen.tokens, chosen.widths, turn.starts, turn.rows
         padded = prepare_mixed_block(*requests, self._target.slot_table, rows=rows)
         host_widths = chosen.widths.tolist() if self._host.exact else None

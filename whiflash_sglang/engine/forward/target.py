@@ -104,9 +104,16 @@ class Target(LoadedTarget):
         graph = self._graph_for(rows, requests)
         return rows if graph is None else graph
 
-    def agreed_rows(self, rows: int, requests: int) -> int:
-        """`rows_for` of the next verification. With DP attention it is of all ranks, which must ask at once."""
-        return self.peers.agree(rows, self._graph_for(rows, requests))
+    def agreed_rows(self, rows: int, requests: int, widths: torch.Tensor | None = None) -> int:
+        """`rows_for` of the next verification. With DP attention it is of all ranks, which must ask at once.
+
+        widths: [B] int32 of the requests, if `rows` is a bound. Attention writes no row beyond them. A graph has spare
+        slots for these; without one the host reads the sum, unless other ranks take part: theirs might differ.
+        """
+        graph = self._graph_for(rows, requests)
+        if graph is None and widths is not None and get_parallel().tp_size == 1:
+            rows = int(widths.sum())
+        return self.peers.agree(rows, graph)
 
     def _graph_for(self, rows: int, requests: int) -> int | None:
         runner = self.runner.decode_cuda_graph_runner
