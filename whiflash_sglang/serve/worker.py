@@ -209,11 +209,13 @@ class WhiFlashWorker(BaseSpecWorker):  # type: ignore[misc]
     def adopt(self, batch: Any) -> None:
         """Requests begin whose prompt another server computed, and all drafters' KV of it."""
         upload, row_ids = Upload(), row_ids_of(batch)
-        for req, row in zip(batch.reqs, row_ids, strict=True):
-            self.stages.lifecycle.begin(row, req, upload)
-        rows = batch.req_pool_indices.to(torch.int64)
-        self.sync.adopt(row_ids, batch.seq_lens_cpu.tolist(), rows, batch.seq_lens.to(torch.int64))
-        upload.send(self.target.device)
+        # A round that is under way may still write of requests that had these rows.
+        with overlap.behind_forward(self.target.runner):
+            for req, row in zip(batch.reqs, row_ids, strict=True):
+                self.stages.lifecycle.begin(row, req, upload)
+            rows = batch.req_pool_indices.to(torch.int64)
+            self.sync.adopt(row_ids, batch.seq_lens_cpu.tolist(), rows, batch.seq_lens.to(torch.int64))
+            upload.send(self.target.device)
 
     def _step(self, batch: Any, on_publish: Any, grammar_barrier: Any) -> Any:
         """One round, or more while they draft nothing and nobody needs the scheduler: its share of a token shrinks.
