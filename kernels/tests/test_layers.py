@@ -123,6 +123,7 @@ class StandIns:
         return normed(input, weight, eps).to(input.dtype)
 
     def gemma_rmsnorm(self, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+        assert input.ndim == 2
         assert input.dtype == weight.dtype
         return normed(input, weight.double() + 1, eps).to(input.dtype)
 

@@ -109,8 +109,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     if runs_fused(x):
         norm = _flashinfer("norm")
         kernel = norm.gemma_rmsnorm if unit_offset else norm.rmsnorm
-        # It takes rows, or the heads of rows, with whatever strides.
-        rows = x if x.ndim in (2, 3) else x.reshape(-1, x.shape[-1])
+        # They take rows with whatever strides; Gemma's heads of rows go to CuTe's kernels only.
+        rows = x if x.ndim == 2 or (x.ndim == 3 and not unit_offset) else x.reshape(-1, x.shape[-1])
         normed: Tensor = kernel(rows, weight.to(x.dtype), eps)
         return normed.view(x.shape)
     if compiled := compiled_for(x, weight):
