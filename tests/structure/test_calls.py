@@ -201,6 +201,8 @@ def test_only_calls_of_known_forms_are_told_of_and_only_so_much() -> None:
     assert carried_tools(FUNCTIONS, "qwen3_coder") is not None
     assert carried_tools(FUNCTIONS, "pythonic") is carried_tools(FUNCTIONS, None) is None
     assert carried_tools([("long", {"description": "x" * MAX_TOOLS_CHARS})], "hermes") is None
+    assert carried_tools([("long", {"description": "\u5929" * (MAX_TOOLS_CHARS // 2)})], "hermes") is not None
+    assert carried_tools([("half", {"description": "\ud800"})], "hermes") is None
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,9 @@ NOT_KEPT = [
     json.dumps(record(a={"enum": [1, 12]}, b={"type": "string", "pattern": "ab+"})),
     json.dumps({"anyOf": [{"type": "array", "items": STRING}, {"type": "array", "items": NUMBER}]}),
     json.dumps(record(a={"const": "ü"})),
+    json.dumps(record(a=STRING) | {"$defs": None}),
+    json.dumps(record(a=STRING, b={"type": "string", "properties": None}) | {"definitions": []}),
+    json.dumps(record(a=STRING) | {"$defs": {"x": {"enum": None}}}),
 ]
 CHARACTERS, BLANKS = '"{}[]:,-0.1e5tfnaeioulkrswx\\', " \n"
 WRITTEN = "", "", "x", "12", 'Os lo", ', 'a \\"b", '

@@ -191,7 +191,7 @@ def test_an_error_of_one_request_takes_the_arm_from_nobody(
     assert quarantine.left_out == {name: int(name == arm) for name in e.worker.drafters}
     assert not quarantine.reasons
     (line,) = [r for r in caplog.records if "is left out" in r.getMessage()]
-    assert f"drafter {arm!r} is left out for request poison: raised RuntimeError" in line.getMessage()
+    assert f"drafter {arm!r} is left out for request 'poison': raised RuntimeError" in line.getMessage()
     assert line.exc_info is not None
     used = rounds_of(e)
     e.generate(PROMPTS, max_new_tokens=TOKENS)

@@ -56,7 +56,7 @@ class Forcing(SampleHook):
         try:
             return forced_tokens(req.sampling_params.custom_params, self._vocabulary)
         except HintError as error:
-            logger.warning("request %s: a malformed forced answer is ignored (%s)", req.rid, error)
+            logger.warning("request %.64r: a malformed forced answer is ignored (%s)", req.rid, error)
             return []
 
 

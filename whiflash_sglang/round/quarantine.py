@@ -196,7 +196,7 @@ class Quarantine:
         first = not self.left_out[arm]
         self.left_out[arm] += 1
         logger.warning(
-            "WHIFLASH: drafter %r is left out for request %s: %s. The request goes on without it.",
+            "WHIFLASH: drafter %r is left out for request %.64r: %s. The request goes on without it.",
             arm,
             request.rid,
             reason,

@@ -197,7 +197,7 @@ class Lifecycle:
         try:
             read = self._read_prediction(req.sampling_params.custom_params)
         except HintError as error:
-            logger.warning("request %s: a malformed prediction is ignored (%s)", req.rid, error)
+            logger.warning("request %.64r: a malformed prediction is ignored (%s)", req.rid, error)
             return None
         return read[0] if read is not None and read[0] else None
 
@@ -217,7 +217,7 @@ def _hints_of(req: Any) -> RequestHints:
     try:
         return parse_hints(req.sampling_params.custom_params)
     except HintError as error:
-        logger.warning("request %s: malformed hints are ignored (%s)", req.rid, error)
+        logger.warning("request %.64r: malformed hints are ignored (%s)", req.rid, error)
         return MALFORMED
 
 

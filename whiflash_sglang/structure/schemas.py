@@ -147,11 +147,14 @@ def words_of_places(text: str) -> tuple[str, ...] | None:
         if not isinstance(node, dict) or not PLACED.issuperset(node):
             return None
         named = [node.get(name, {}) for name in ("properties", "$defs", "definitions")]
-        listed = [*node.get("enum", []), *([node["const"]] if "const" in node else [])]
+        enum, alternatives = node.get("enum", []), node.get("anyOf", [])
+        if [*map(type, (*named, enum, alternatives))] != [dict, dict, dict, list, list]:
+            return None
+        listed = [*enum, *([node["const"]] if "const" in node else [])]
         words |= {*named[0], *(value for value in listed if isinstance(value, str))}
         if not all(value is None or isinstance(value, str | bool) for value in listed):
             return None
-        open_ += [schema for schemas in named for schema in schemas.values()] + [*node.get("anyOf", [])]
+        open_ += [schema for schemas in named for schema in schemas.values()] + alternatives
         open_ += [node[name] for name in ("items", "additionalProperties") if name in node]
     return tuple(sorted(words)) if all(json.dumps(word) == f'"{word}"' for word in words) else None
 

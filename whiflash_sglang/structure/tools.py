@@ -124,8 +124,9 @@ def carried_tools(functions: Sequence[tuple[str | None, object]], parser: str | 
     if form is None or len(functions) > MOST_FUNCTIONS:
         return None
     try:
-        text = json.dumps([form, functions])
-    except RecursionError:  # SGLang refuses such a schema by name
+        text = json.dumps([form, functions], ensure_ascii=False)
+        text.encode()
+    except (RecursionError, UnicodeEncodeError):  # SGLang refuses such a schema by name; half a character
         return None
     return text if len(text) <= MAX_TOOLS_CHARS else None
 
