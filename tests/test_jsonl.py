@@ -39,6 +39,8 @@ def test_the_line_that_is_wrong_is_named(tmp_path: Path) -> None:
     file.write_text(dumps({"a": TEXT}) + "\n\n{oops\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"rows\.jsonl, line 3: not JSON"):
         read_rows(file)
+    with pytest.raises(ConfigError, match="line 2: not JSON"):  # though the text ends as it does
+        parse_json_lines('{"a": 1}\n}\n{"b": 2}', "here", may_be_torn=True)
     with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read"):
         read_rows(tmp_path / "none.jsonl")
 

@@ -188,6 +188,22 @@ def test_forgetting_drops_what_nobody_can_read(spool: Spool, handle: int | None)
     assert [path.name for path in directory_of(spool).iterdir()] == [".lock"]
 
 
+def test_forgetting_goes_on_where_a_file_cannot_be_written_again(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        spool.offer([1], [1], {7})
+        spool.offer([2], [2], {8})
+        spool.flush()
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(samples, "_replace", full)
+    forget_samples(directory_of(spool), 7)
+    assert kept(directory_of(spool)) == []
+
+
 def test_forgetting_waits_for_no_disk_and_the_writer_drops_what_was_forgotten(spool: Spool) -> None:
     """Somebody holds the directory's lock, and the writer waits for it with the samples that it has taken."""
     spool.offer([1], [1], [7])
@@ -327,6 +343,15 @@ def test_pruning_leaves_other_files(tmp_path: Path) -> None:
     (tmp_path / "README").write_text("mine")
     assert prune(tmp_path, Spooling(directory=tmp_path), 1e9) == 0
     assert (tmp_path / "README").exists()
+
+
+def test_pruning_drops_what_a_clock_dated_ahead_before_what_is_new(tmp_path: Path) -> None:
+    now, new = 1e9, f"{10**18:020}-1.jsonl"
+    for name in (new, f"{2 * 10**18:020}-1.jsonl"):
+        (tmp_path / name).write_bytes(bytes(700_000))
+        (tmp_path / name).chmod(0o600)
+    assert prune(tmp_path, Spooling(directory=tmp_path, mib=1), now) == 700_000
+    assert [path.name for path in tmp_path.iterdir()] == [new]
 
 
 def test_flags(tmp_path: Path) -> None:

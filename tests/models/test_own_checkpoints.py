@@ -101,6 +101,7 @@ OF_DFLASH: list[tuple[dict[str, object], str]] = [
     ({"attention_bias": True}, r"lack layers\.0\.self_attn\.q_proj\.bias"),
     ({"attention_sink_bias": True}, "attention_sink_bias True belongs to a drafter that is not supported"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1000"),
     ({"partial_rotary_factor": 0.01}, "of a head's 16 dimensions cannot be rotated"),
     ({"architectures": ["Qwen3ForCausalLM"]}, "architectures is"),
 ]

@@ -1,6 +1,7 @@
 """Draft checkpoints judged from `config.json` files alone: whether they fit the target, what they cost and need."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,7 @@ def judge(checkpoint: str, target: TargetFit | None) -> Iterator[Judged]:
         return
     for name, place in parts.items():
         try:
-            if adapter := adapter_in(Path(place).expanduser()):
+            if adapter := adapter_in(Path(os.path.expanduser(place))):
                 yield Judged(name, True, f"an adapter of rank {read_adapter(adapter)['r']}, the uno arm")
             else:
                 yield Judged(name, True, _describe(read_draft(look_up(place).config.parent), target))
@@ -193,7 +194,7 @@ def _reason(error: WhiflashError, place: str) -> str:
 
 def _parts(place: str) -> dict[str, str]:
     """Names and places of the drafters behind `place`; a bundle's files must be those that it was made with."""
-    bundle = Path(place).expanduser()
+    bundle = Path(os.path.expanduser(place))
     if not (bundle / MANIFEST).is_file():
         return {place: place}
     manifest = load_manifest(bundle)

@@ -24,7 +24,7 @@ def fetch(path: str, *, revision: str | None = None, download_dir: str | None = 
     """
     if path == f"embedded:{EMBEDDED_BUNDLE}":
         return embedded_bundle()
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))
     if local.is_dir():
         return local
     if not _is_id(path):
@@ -53,7 +53,7 @@ def look_up(place: str, *, config: bool = True) -> Found:
     Raises:
         ConfigError: neither a directory with that file nor something the hub knows.
     """
-    local = Path(place).expanduser()
+    local = Path(os.path.expanduser(place))
     if local.is_file() and not config:
         return Found(place, local.resolve(), False, None)
     if local.is_dir():
@@ -72,7 +72,7 @@ def look_up(place: str, *, config: bool = True) -> Found:
 
 def check_place(place: str) -> None:
     """Raise ConfigError for what is neither a file or directory that is here nor the form of a hub id."""
-    here = place == f"embedded:{EMBEDDED_BUNDLE}" or Path(place).expanduser().exists()
+    here = place == f"embedded:{EMBEDDED_BUNDLE}" or Path(os.path.expanduser(place)).exists()
     if not here and not _is_id(place):
         raise _no_place(place)
 
@@ -94,6 +94,7 @@ def _uses_modelscope() -> bool:
 def _from_hugging_face(
     path: str, revision: str | None, download_dir: str | None = None, file: str | None = None
 ) -> str:
+    from httpx import HTTPError
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -101,7 +102,7 @@ def _from_hugging_face(
         if file is not None:
             return str(hf_hub_download(path, file, revision=revision))
         return str(snapshot_download(path, revision=revision, cache_dir=download_dir))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise _gave_nothing(path, revision, error) from None
 
 

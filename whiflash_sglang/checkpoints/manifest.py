@@ -56,7 +56,7 @@ def check_members(bundle: Path, named: Mapping[str, str]) -> None:
     roots = roots_of(bundle)
     for key, value in named.items():
         path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts:
+        if path.is_absolute() or ".." in path.parts or "\0" in value:
             raise _leaves(bundle, key, value)
         for member in _reached(bundle / value):
             if not any(member.is_relative_to(root) for root in roots):
@@ -152,7 +152,7 @@ class Source(Strict):
     """
 
     revision: str | None = None
-    files: dict[str, str] = {}
+    files: dict[Annotated[str, Field(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")], str] = {}
 
 
 class Manifest(Strict):

@@ -72,6 +72,8 @@ def main() -> None:
     """Run the command line and end the process with its exit code; errors that a person can act on are one line."""
     # Engine and torch warn about accelerators they look for; here that is noise around the answer.
     warnings.simplefilter("ignore")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack what a client sent
     # A terminated command still ends the servers that it started; nohup's goes on where its terminal is closed.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:

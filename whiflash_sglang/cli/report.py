@@ -63,7 +63,7 @@ def brought(state: Mapping[str, Any], before: Mapping[str, Any] | None = None) -
     Raises:
         ConfigError: it was restarted since, or has not decoded enough to have a price.
     """
-    if any((before or {}).get(name, 0) > state.get(name, 0) for name in COUNTED[:4]):
+    if before and any(before[name] > state.get(name, 0) for name in COUNTED[:4]):
         raise ConfigError("the server was restarted after the reading of --since: leave --since out")
     counts, replicas = state if before is None else less(state, before), replicas_of(state)
     tokens, timed, seconds, plain = (counts.get(name) or 0 for name in COUNTED[:4])
@@ -90,10 +90,10 @@ class Callers(NamedTuple):
 
 
 def by_caller(directory: Path) -> Callers:
-    """Sums of sampled traces by agent and by tenant. Raises ConfigError: there are none."""
+    """Sums of sampled traces by agent and by tenant. Raises ConfigError: there are none; OSError: it cannot be read."""
     traces: dict[str, dict[str, list[Trace]]] = {caller: {} for caller in CALLERS}
     skipped: list[str] = []
-    for path in sorted(directory.glob("traces*.jsonl")):
+    for path in sorted(path for path in directory.iterdir() if path.match("traces*.jsonl")):
         try:
             with open_regular(path) as file:
                 for number, line in enumerate(iter(partial(file.readline, MOST_BYTES), b""), 1):
@@ -105,7 +105,7 @@ def by_caller(directory: Path) -> Callers:
         except (OSError, ValueError) as error:
             skipped.append(f"{path}: {error}")
     if not any(traces.values()):
-        why = f"; skipped {skipped[0]}" if skipped else "" if directory.is_dir() else " (no such directory)"
+        why = f"; skipped {skipped[0]}" if skipped else ""
         raise ConfigError(
             f"{directory} has no sampled traces: start the server with --whiflash-trace-sample{why}"
         )

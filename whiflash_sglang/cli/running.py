@@ -211,9 +211,14 @@ def _show_callers(directory: Path, as_json: bool) -> None:
 
 
 def _earlier(path: Path) -> dict[str, Any]:
+    from whiflash_sglang.cli.report import COUNTED
+
     try:
         states = {url: report["state"] for url, report in read_json_file(path).items()}
-        return {url: {**state, "tokens": int(state["tokens"] or 0)} for url, state in states.items()}
+        return {
+            url: {**state, **{name: +(state[name] or 0) for name in COUNTED[:4]}}
+            for url, state in states.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"--since {path} is no output of `whiflash report --json`") from None
 

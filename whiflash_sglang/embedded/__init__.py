@@ -130,7 +130,7 @@ _CHECKSUMS = "checksums.json"
 def cache_root() -> Path:
     """`$WHIFLASH_CACHE`, else the user's cache directory of this platform."""
     override = os.environ.get("WHIFLASH_CACHE")
-    return Path(override).expanduser() if override else Path(platformdirs.user_cache_path("whiflash"))
+    return Path(os.path.expanduser(override)) if override else Path(platformdirs.user_cache_path("whiflash"))
 
 
 def ensure_target() -> Path:

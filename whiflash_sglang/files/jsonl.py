@@ -130,11 +130,12 @@ def parse_json_lines(text: str, source: object, *, may_be_torn: bool = False) ->
         ConfigError: naming `source` and the line that is not JSON.
     """
     rows: list[tuple[int, Any]] = []
-    for number, line in lines_of(text):
+    lines = list(lines_of(text))
+    for number, line in lines:
         try:
             rows.append((number, read_json(line)))
         except ValueError as error:
-            if may_be_torn and rows and text.endswith(line):
+            if may_be_torn and rows and number == lines[-1][0] and text.endswith(line):
                 break
             raise ConfigError(f"{source}, line {number}: not JSON ({error})") from None
     return rows

@@ -14,6 +14,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
@@ -290,31 +291,33 @@ def _replace(path: Path, header: bytes, lines: Sequence[bytes]) -> None:
 
 
 def prune(directory: Path, settings: Spooling, now: float) -> int:
-    """Drop what a killed writer left, files that are too old, and the oldest beyond the bytes: bytes that are left.
+    """Drop what a killed writer left, files that are too old, and beyond the bytes those of a clock that was ahead, and
+    then the oldest: bytes that are left.
 
     The caller has `locked` the directory. Raises OSError.
     """
     drop_staged(directory)
     files = files_of(directory)
     total = sum(file.size for file in files)
-    for file in files:
-        old = now - file.written > settings.hours * 3600
-        if not old and total <= settings.mib << 20:
-            break
-        file.path.unlink(missing_ok=True)
-        total -= file.size
+    for file in sorted(files, key=lambda file: file.written <= now):
+        if now - file.written > settings.hours * 3600 or total > settings.mib << 20:
+            file.path.unlink(missing_ok=True)
+            total -= file.size
     return total
 
 
 def forget_samples(directory: Path, handle: int | None) -> None:
-    """Drop every sample on disk that `handle` names, and files that cannot be read; None: all. Raises OSError.
+    """Drop every sample on disk that `handle` names, and files that cannot be read or written again; None: all.
 
-    No tokens are read: other threads of the caller go on meanwhile.
+    No tokens are read: other threads of the caller go on meanwhile. Raises OSError if a file stays.
     """
     with locked(directory):
         drop_staged(directory)
         for file in files_of(directory):
-            if handle is None or not _without(file.path, handle):
+            kept = False
+            with suppress(OSError):  # of another user, or a full disk
+                kept = handle is not None and _without(file.path, handle)
+            if not kept:
                 file.path.unlink(missing_ok=True)
 
 

@@ -159,7 +159,7 @@ def _check_names(said: Iterable[str]) -> None:
 
 def _check_place(name: str, value: Any, *, bundle: bool = False) -> None:
     """Check that a path exists. A hub's id is left to the hub, whose names have an owner."""
-    if not isinstance(value, str) or Path(value).expanduser().exists():
+    if not isinstance(value, str) or Path(os.path.expanduser(value)).exists():
         return
     if value.startswith(("/", ".", "~")):
         raise ConfigError(f"{name} {value}: no such directory")
@@ -169,7 +169,7 @@ def _check_place(name: str, value: Any, *, bundle: bool = False) -> None:
 
 def _check_bundle(settings: Flags, said: Mapping[str, Any]) -> None:
     place = said.get(DRAFT)
-    if not isinstance(place, str) or not (path := Path(place).expanduser()).exists():
+    if not isinstance(place, str) or not (path := Path(os.path.expanduser(place))).exists():
         return
     if (path / MANIFEST).is_file():
         manifest = load_manifest(path)
@@ -189,7 +189,7 @@ def _launch(settings: Flags, said: Mapping[str, Any]) -> Any:
     launch.is_set = lambda variable: (
         os.environ.get(variable, "").lower() in ("1", "true", "yes", "y", "t", "on")
     )
-    drafts = DRAFT in said and not adapter_in(Path(str(said[DRAFT])).expanduser())
+    drafts = DRAFT in said and not adapter_in(Path(os.path.expanduser(str(said[DRAFT]))))
     if settings.drafters == "none" or settings.eagle_draft or drafts or not said.keys() & set(MODEL):
         launch.draft_kv = settings.drafters != "none"
     return launch

@@ -170,6 +170,8 @@ def parse(
     settings = merged(path, config, "text_config", "dflash_config")
     _refuse_variants(path, settings, known)
     layers = integer(settings, "num_hidden_layers", path)
+    if layers > 1000:  # they are counted one by one below
+        raise misfit(path, f"num_hidden_layers must be at most 1000, got {layers}")
     parsed = {
         **trunk(settings, path, positions=32768, eps=1e-6),
         "intermediate_size": integer(settings, "intermediate_size", path),
