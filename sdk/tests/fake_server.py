@@ -3,9 +3,10 @@
 import functools
 import gzip
 import json
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -58,6 +59,16 @@ CAPABILITIES: dict[str, Any] = {
 def ask(client: Any, **more: Any) -> Any:
     """A chat completion."""
     return client.chat.completions.create(**{**ASKED, **more})
+
+
+@contextmanager
+def meanwhile(does: Callable[[], Any]) -> Iterator[None]:
+    """Call a function at every step of the block that a profiler sees, as another thread may."""
+    sys.setprofile(lambda *_: does())
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
 
 
 class Clock:

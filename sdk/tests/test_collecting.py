@@ -4,15 +4,18 @@ import asyncio
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from contextvars import copy_context
 from datetime import datetime, timezone
+from itertools import count
 from typing import Any
 
 import pytest
-from fake_server import ASKED, EXPECTED, FakeServer, ask
+from fake_server import ASKED, EXPECTED, FakeServer, ask, meanwhile
 from openai import AsyncOpenAI, OpenAI
 
 from whiflash_sdk import Collected, Hints, Trace, TraceError, agent, collect, wrap
+from whiflash_sdk.collecting import start
 
 
 def seen(collected: Collected) -> list[Trace]:
@@ -101,6 +104,18 @@ def test_threads_started_with_the_context_are_seen_and_others_as_python_has_it(c
     assert seen(collected) == [EXPECTED] * (2 if inherits else 1)
 
 
+def test_a_block_that_ends_meanwhile_takes_no_call_from_another(client: OpenAI) -> None:
+    def calls(last: int) -> int:
+        steps = count()
+        with ExitStack() as ending:
+            ending.enter_context(collect(wrap(client)))
+            with collect(client) as collected, meanwhile(lambda: next(steps) != last or ending.close()):
+                start(client, None)
+        return len(collected._calls)
+
+    assert [calls(last) for last in range(200)] == [1] * 200
+
+
 def test_a_client_has_to_be_wrapped_and_forgets_its_blocks(client: OpenAI) -> None:
     with pytest.raises(TypeError, match=r"whiflash_sdk\.wrap"), collect(client):
         pass
@@ -110,12 +125,13 @@ def test_a_client_has_to_be_wrapped_and_forgets_its_blocks(client: OpenAI) -> No
     assert seen(collected) == []
 
 
-def test_an_answer_of_the_http_library_is_collected_too(client: OpenAI) -> None:
+def test_an_answer_of_the_http_library_and_json_are_collected_too(client: OpenAI) -> None:
     base = next(one for one in type(client._client).__mro__ if one.__name__ == "Client")
     library: Any = sys.modules[base.__module__.partition(".")[0]]
     with collect() as collected:
-        wrap(client).post("/chat/completions", cast_to=library.Response, body=ASKED)
-    assert seen(collected) == [EXPECTED]
+        for kind in (library.Response, object):
+            wrap(client).post("/chat/completions", cast_to=kind, body=ASKED)
+    assert seen(collected) == [EXPECTED] * 2
 
 
 def test_a_broken_trace_never_breaks_the_call(client: OpenAI, server: FakeServer) -> None:

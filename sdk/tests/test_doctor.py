@@ -1,6 +1,5 @@
 """`doctor`: every reason for which hints have no effect has a finding that names it and what would help."""
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -63,13 +62,9 @@ def test_another_model_behind_a_gateway_is_named(client: OpenAI, server: FakeSer
     )
 
 
-def test_async_clients_too(async_client: AsyncOpenAI) -> None:
-    async def names() -> list[str]:
-        found = await async_doctor(wrap(async_client))
-        await async_client.close()
-        return [finding.name for finding in found if not finding.ok]
-
-    assert asyncio.run(names()) == ["structure"]
+def test_async_clients_too(async_client: AsyncOpenAI, ran: Any) -> None:
+    found = ran(async_doctor(wrap(async_client)))
+    assert [finding.name for finding in found if not finding.ok] == ["structure"]
 
 
 TOLD: dict[str, Any] = {

@@ -36,9 +36,6 @@ def test_encoding_is_short_and_comes_back() -> None:
     )
     assert decode(text) == hints
     assert hints.extra_body() == {"custom_params": {"whiflash": text}}
-    hints = Hints(agent="a", lookup="context")
-    assert hints.without(["agent", "spans"]) == Hints(lookup="context")
-    assert hints.without(["spans"]) is hints
 
 
 def test_hints_too_long_for_a_request_are_refused() -> None:

@@ -148,23 +148,25 @@ def test_sixteen_streams_pass_beside_plain_ones(app: Proxy, upstream: Upstream) 
 @pytest.mark.parametrize(
     ("path", "headers", "expected"),
     [
-        ("/v1/chat/completions", {}, (None, "default")),
+        ("/v1/chat/completions", {}, ("own", "own", "default")),
         (
             "/v1/chat/completions",
             {"X_WhiFlash_Tenant": "acme", "X_WhiFlash_Agent": "coder"},
-            ("acme", "coder"),
+            ("acme", None, "coder"),
         ),
-        ("/v1/chat/completions", {"X_WhiFlash_Session": "s1"}, ("s1", "default")),
-        ("/agent=my%20coder/tenant=acme/v1/messages", {}, ("acme", "my coder")),
-        ("/agent=path/v1/completions", {"x_whiflash_agent": "header"}, (None, "header")),
+        ("/v1/chat/completions", {"X_WhiFlash_Session": "s1"}, ("s1", None, "default")),
+        ("/agent=my%20coder/tenant=acme/v1/messages", {}, ("acme", None, "my coder")),
+        ("/agent=path/v1/completions", {"x_whiflash_agent": "header"}, ("own", "own", "header")),
     ],
 )
 def test_headers_and_the_path_say_who_asks(
     app: Proxy, upstream: Upstream, path: str, headers: dict[str, str], expected: Any
 ) -> None:
-    asyncio.run(Client().ask(app, path, **headers))
+    """A tenant takes the place of the body's own."""
+    asyncio.run(Client().ask(app, path, {**ASKED, "cache_salt": "own", "extra_key": "own"}, **headers))
     request = upstream.requests[0]
-    assert (upstream.sent().get("cache_salt"), upstream.hints().agent) == expected
+    found = [upstream.sent().get(name) for name in ("cache_salt", "extra_key")]
+    assert (*found, upstream.hints().agent) == expected
     assert str(request.url) == f"http://server:1/v1/{path.partition('/v1/')[2]}?api-version=1"
     assert request.headers["authorization"] == f"Bearer {SECRET}"
     assert request.headers["host"] == "server:1"

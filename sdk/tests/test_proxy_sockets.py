@@ -109,12 +109,6 @@ def listening(*, to: Any, port: int = 0) -> Iterator[str]:
         bound.close()
 
 
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        return int(bound.getsockname()[1])
-
-
 def exchange(
     url: str, target: bytes, body: bytes = b"{}", *headers: bytes, method: bytes = b"POST"
 ) -> tuple[int, bytes, bytes]:
@@ -246,16 +240,23 @@ def test_what_is_not_ours_in_a_body_stays_as_it_was_written(url: str, server: Re
     "body",
     [
         pytest.param(b'{"model":"tiny","x":%s}' % (b"[" * 3_000 + b"]" * 3_000), id="deep"),
-        pytest.param(b'{"model":"tiny","messages":"%s"}' % (b"x" * transport.LONGEST), id="long"),
+        pytest.param(gzip.compress(BODY), id="zipped"),
+        pytest.param(b"[]", id="no object"),
     ],
 )
-def test_a_body_that_is_not_read_is_of_its_tenant(url: str, server: Recorder, body: bytes) -> None:
-    assert exchange(url, CHAT, body, b"X-WhiFlash-Tenant: acme")[0] == 200
+def test_a_body_that_is_not_read_has_no_tenant(url: str, server: Recorder, body: bytes) -> None:
+    refused, _, reason = exchange(url, CHAT, body, b"X-WhiFlash-Tenant: acme")
+    assert (refused, server.sent, b"tenant: needs a JSON object" in reason) == (400, [], True)
+    assert exchange(url, CHAT, body)[0] == 200
     sent = server.sent[-1][2]
     assert sent.endswith(body[1:])
-    added = json.loads(sent[: -len(body)] + b"}")
-    assert added["cache_salt"] == "acme"
-    assert decode(added["custom_params"]["whiflash"]).agent == "default"
+    assert (b"default" in sent) == body.startswith(b"{"), "hints need no reading"
+
+
+def test_a_tenant_is_read_into_the_longest_body(url: str, server: Recorder) -> None:
+    long = b'{"model":"tiny","cache_salt":"own","x":"%s"}' % (b"x" * transport.LONGEST)
+    assert exchange(url, CHAT, long, b"X-WhiFlash-Tenant: acme")[0] == 200
+    assert server.body()["cache_salt"] == "acme"
 
 
 def test_long_bodies_are_read_beside_the_event_loop(
@@ -295,10 +296,11 @@ def test_what_names_our_field_is_asked_without_it(url: str, server: Recorder) ->
     """Also where a client reads codings that the proxy does not: a refusal has to be read."""
     answered = (200, [], json.dumps(ANSWER).encode())
     server.answers = [refusal(400, "Unrecognized: custom_params", zipped=True), answered]
-    status, _, body = exchange(url, CHAT, BODY, b"Accept-Encoding: br;q=1.0, gzip;q=0.8, x-own")
+    headers = b"Accept-Encoding: br;q=1.0, gzip;q=0.8, x-own", b"X-WhiFlash-Tenant: acme"
+    status, _, body = exchange(url, CHAT, BODY, *headers)
     assert (status, json.loads(body)) == (200, ANSWER)
     assert dict(server.sent[0][1])[b"accept-encoding"] == b"gzip;q=0.8"
-    assert server.sent[1][2] == BODY
+    assert server.sent[1][2] == b'{"cache_salt":"acme",' + BODY[1:], "a tenant is no hint"
     assert dict(server.asked[0])[b"accept-encoding"] == b"identity"
 
 
@@ -336,7 +338,8 @@ def test_an_address_beyond_what_is_sent_is_a_400() -> None:
 
 
 def test_a_proxy_that_is_its_own_server_ends_the_circle() -> None:
-    port = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     app = proxy.Proxy(f"http://127.0.0.1:{port}")
     with listening(to=app, port=port) as url:
         status, _, body = exchange(url, CHAT, BODY)

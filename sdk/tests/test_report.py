@@ -3,12 +3,11 @@
 from typing import Any
 
 import pytest
-from fake_server import TRACE, FakeServer
+from fake_server import ASKED, TRACE, FakeServer
 from openai import OpenAI
 
 from whiflash_sdk import Report, Share, agent, collect, wrap
 
-QUESTION: Any = {"model": "m", "messages": [{"role": "user", "content": "2+2?"}]}
 SCHEMA = {"type": "object", "properties": {"expression": {"type": "string"}}}
 TOOLS: Any = [{"type": "function", "function": {"name": "calculator", "parameters": SCHEMA}}]
 PRICED = {
@@ -25,9 +24,9 @@ def report(client: OpenAI, server: FakeServer) -> Report:
     wrap(client)
     with collect() as collected:
         with agent("planner"):
-            client.chat.completions.create(**QUESTION, tools=TOOLS)
-            list(client.chat.completions.create(**QUESTION, tools=TOOLS, stream=True))
-        client.chat.completions.create(**QUESTION)
+            client.chat.completions.create(**ASKED, tools=TOOLS)
+            list(client.chat.completions.create(**ASKED, tools=TOOLS, stream=True))
+        client.chat.completions.create(**ASKED)
         with agent("<b>writer</b>"):
             for _ in range(2):
                 client.completions.create(model="m", prompt="x")
@@ -90,7 +89,7 @@ def test_what_nobody_knows_is_left_out(client: OpenAI) -> None:
     with collect() as collected:
         assert "0 answers" in str(collected.report())
         assert "</html>" in collected.report().html()
-        client.chat.completions.create(**QUESTION)
+        client.chat.completions.create(**ASKED)
     report = collected.report()
     assert (report.total.seconds, report.total.saved) == (None, None)
     assert " s\n" not in str(report)
@@ -110,15 +109,15 @@ def test_spans_get_what_a_call_came_to(client: OpenAI, server: FakeServer) -> No
     server.trace = PRICED
     tracer = provider.get_tracer("test")
     wrap(client, agent="planner")
-    client.chat.completions.create(**QUESTION)
+    client.chat.completions.create(**ASKED)
     call: Any = {"kind": pytest.importorskip("opentelemetry.trace").SpanKind.CLIENT}
     with tracer.start_as_current_span("chat m", **call):
-        client.chat.completions.create(**QUESTION)
+        client.chat.completions.create(**ASKED)
     with tracer.start_as_current_span("stream", **call):
-        list(client.chat.completions.create(**QUESTION, stream=True))
+        list(client.chat.completions.create(**ASKED, stream=True))
     server.trace = {"version": "x"}
     with tracer.start_as_current_span("broken"):
-        client.chat.completions.create(**QUESTION)
+        client.chat.completions.create(**ASKED)
     server.trace = PRICED
     own = {"gen_ai.operation.name": "invoke_agent", "gen_ai.agent.name": "orchestrator"}
     with (
@@ -127,8 +126,8 @@ def test_spans_get_what_a_call_came_to(client: OpenAI, server: FakeServer) -> No
     ):
         for more in (0, -5, 5):
             server.trace = {**PRICED, "tokens": PRICED["tokens"] + more}
-            client.chat.completions.create(**QUESTION)
-        late = client.chat.completions.create(**QUESTION, stream=True)
+            client.chat.completions.create(**ASKED)
+        late = client.chat.completions.create(**ASKED, stream=True)
     assert not around.attributes
     list(late)
     whole, stream, broken, agent, _ = (dict(span.attributes) for span in exporter.get_finished_spans())

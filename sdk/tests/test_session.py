@@ -23,7 +23,8 @@ CHANGE = {"path": "a.py", "old_string": "3.14", "new_string": "pi"}
 
 
 def call(number: int, arguments: Any) -> dict[str, Any]:
-    function = {"name": "f", "arguments": json.dumps(arguments)}
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    function = {"name": "f", "arguments": text}
     return {
         "role": "assistant",
         "tool_calls": [{"id": f"c{number}", "type": "function", "function": function}],
@@ -38,36 +39,18 @@ def result(number: int, text: str) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": f"c{number}", "content": text}
 
 
-def assistant(number: int, arguments: str) -> dict[str, Any]:
-    made = call(number, None)
-    made["tool_calls"][0]["function"]["arguments"] = arguments
-    return made
+def of_messages(used: Any, **result: Any) -> list[dict[str, Any]]:
+    """A call and its result, as Messages has them."""
+    use = {"type": "tool_use", "id": "c", "name": "Read", "input": used}
+    shown = {"type": "tool_result", "tool_use_id": "c", **result}
+    return [{"role": "assistant", "content": [use]}, {"role": "user", "content": [shown]}]
 
 
 NESTED = "[" * 3000 + "]" * 3000
 OPENED = "[File: a.py (1 lines total)]\n"
-FAILED: Any = [
-    {
-        "role": "assistant",
-        "content": [{"type": "tool_use", "id": "c", "name": "Read", "input": {"path": "b"}}],
-    },
-    {
-        "role": "user",
-        "content": [{"type": "tool_result", "tool_use_id": "c", "is_error": True, "content": "None."}],
-    },
-]
+FAILED = of_messages({"path": "b"}, is_error=True, content="None.")
 CHAT = [user(), call(1, {"path": "a.py"}), result(1, NUMBERED)]
-OF_MESSAGES: Any = [
-    user(),
-    {
-        "role": "assistant",
-        "content": [{"type": "tool_use", "id": "c", "name": "Read", "input": {"file_path": "a"}}],
-    },
-    {
-        "role": "user",
-        "content": [{"type": "tool_result", "tool_use_id": "c", "content": [{"text": NUMBERED}]}],
-    },
-]
+OF_MESSAGES = [user(), *of_messages({"file_path": "a"}, content=[{"text": NUMBERED}])]
 OF_RESPONSES: Any = [
     user(),
     {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"path": "a"}'},
@@ -95,14 +78,14 @@ def test_every_request_carries_who_asks(wrapped: OpenAI, server: FakeServer) -> 
         with agent("inner"), Session():
             create(model="m", messages=CHAT)
         wrapped.completions.create(model="m", prompt="x", extra_body={"cache_salt": "own"})
-    with Session(agent="nearer", predicts=False), agent("outer"), Session(agent="nearer"):
+    with Session(agent="nearer", predicts=False), agent("outer"), Session(agent="n\udce9arer"):
         create(model="m", messages=CHAT, tools=[READ, EDIT])  # type: ignore[list-item]
     create(model="m", messages=CHAT)
     assert [(body["cache_salt"], server.wire(n)["agent"]) for n, body in enumerate(server.bodies)] == [
         ("acme", "coder"),
         ("acme", "inner"),
         ("own", "coder"),
-        ("client", "nearer"),
+        ("client", "n?arer"),
         ("client", "client"),
     ]
     assert predicted(server.bodies[3]) is None
@@ -151,7 +134,7 @@ def test_a_file_that_was_read_is_predicted_for_tools_that_edit(
         ),
         (FAILED, [EDIT], FILE),
         ([call(2, {"path": "b.py"}), result(2, "")], [EDIT], FILE),
-        ([assistant(2, NESTED), assistant(3, '{"path": ' + NESTED + "}")], [EDIT], FILE),
+        ([call(2, NESTED), call(3, '{"path": ' + NESTED + "}")], [EDIT], FILE),
         ([{"role": "assistant", "tool_calls": [{"id": 3, "function": {"arguments": "{"}}, 4]}], [EDIT], FILE),
         ([], [READ], None),
         ([], [], None),

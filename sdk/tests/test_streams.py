@@ -2,15 +2,18 @@
 
 import gc
 import inspect
+import sys
 import threading
+from itertools import count
 from typing import Any
 
 import pytest
-from fake_server import ASKED, CAPABILITIES, EXPECTED, ROUTES, FakeServer
+from fake_server import ASKED, CAPABILITIES, EXPECTED, ROUTES, FakeServer, meanwhile
 from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
 
 from whiflash_sdk import agent, collect, routing, streaming, wrap
 
+trace: Any = sys.modules["whiflash_sdk.trace"]
 CLOSES_ITSELF = "finally" in inspect.getsource(Stream.__stream__)
 """Newer clients close a response as its generator is collected, in whatever thread."""
 
@@ -72,6 +75,16 @@ def test_a_final_answer_has_its_trace_when_the_stream_is_gone(client: OpenAI) ->
     answer = final()
     gc.collect()
     assert routing(answer) == EXPECTED
+
+
+def test_streams_that_begin_meanwhile_make_room_too() -> None:
+    names = map(str, count())
+    for _ in range(trace.MOST_STREAMS):
+        trace.keep_stream(next(names), None)
+    with meanwhile(lambda: trace.STREAMS.setdefault(next(names))):
+        trace.keep_stream("mine", None)
+    trace.keep_stream("last", None)
+    assert len(trace.STREAMS) == trace.MOST_STREAMS
 
 
 def test_async_streams_do_the_same(async_client: AsyncOpenAI, server: FakeServer, ran: Any) -> None:

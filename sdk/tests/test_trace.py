@@ -50,9 +50,12 @@ def test_raw_responses_completions_and_json_carry_it_too(client: OpenAI) -> None
     own = routing({"text": "x" * 20, "meta_info": {"whiflash": {**FULL, "text": "generated"}}})
     assert own is not None
     assert own.text == "generated", "a text that the server sends is kept"
-    full = routing({"text": "x" * 20, "meta_info": {"whiflash": FULL}})
+    item = {"text": "x" * 20, "meta_info": {"whiflash": {**FULL, "choice": 1}}}  # the second of a batch
+    full = routing(item)
     assert full is not None
     assert full.text == "x" * 20
+    batch = [{"text": "x", "meta_info": {"whiflash": TRACE}}, item]
+    assert [routing(batch), routing(batch, 1)] == [EXPECTED, full]
 
 
 @pytest.mark.parametrize(("given", "sent"), [(True, True), ("full", "full"), (False, False)])

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from fake_server import FakeServer
+from fake_server import ASKED, FakeServer
 from openai import OpenAI
 
 import whiflash_sdk
@@ -12,8 +12,6 @@ openinference = pytest.importorskip("openinference.instrumentation.openai")
 sdk = pytest.importorskip("opentelemetry.sdk.trace")
 exporting = pytest.importorskip("opentelemetry.sdk.trace.export")
 memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
-
-ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Where?"}]}
 
 
 def made(server: FakeServer, *, below: bool) -> OpenAI:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from whiflash_sdk.hints import MAX_NAME_CHARS, Hints
+from whiflash_sdk.hints import Hints, name_sent
 from whiflash_sdk.spans import hinted
 
 Agent = str | Callable[[], "str | None"]
@@ -25,6 +25,6 @@ def agent(name: str) -> AbstractContextManager[Hints]:
 
 
 def name_of(agent: Agent | None) -> str | None:
-    """The name now; if it is too long for a hint, its end, which distinguishes paths."""
+    """The name now, as it is sent."""
     name = agent() if callable(agent) else agent
-    return name[-MAX_NAME_CHARS:] if name else None
+    return name_sent(name) if name else None

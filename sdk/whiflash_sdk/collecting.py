@@ -47,7 +47,7 @@ class CollectedCall:
     tools: dict[int, tuple[str, ...]] = field(default_factory=dict)
     span: Any = field(default_factory=current_span)
     _sent: dict[int, Any] = field(default_factory=dict)
-    _texts: dict[int, list[str]] = field(default_factory=dict)
+    _texts: dict[int | None, list[str]] = field(default_factory=dict)
 
     def take(self, body: Any) -> bool:
         """Keep the traces of an answer, or of a chunk or an event of one: JSON or an object. True if it has any."""
@@ -166,7 +166,7 @@ def _scope(client: Any) -> list[Collected]:
 def start(client: Any, agent: str | None) -> CollectedCall:
     """A call of this client, made now and here, in every block that it belongs to."""
     call = CollectedCall(agent)
-    by_client = (collected for scope in vars(client)[_SCOPES] for collected in scope)
+    by_client = (collected for scope in vars(client)[_SCOPES] for collected in tuple(scope))
     for collected in dict.fromkeys((*_COLLECTING.get(), *by_client)):
         collected.add(call)
     return call

@@ -37,8 +37,6 @@ WIRE_KEY: Final = "whiflash"
 WIRE_VERSION: Final = 1
 INFERRED_KEY: Final = "whiflash_inferred"
 """Beside it: the spans are the SDK's guess, which the server does not count as the caller's."""
-AGENT_FIELD: Final = "agent-id"
-"""AgentSpec's field of a request's body for the hint `agent` (arXiv 2608.24004)."""
 MAX_SPANS: Final = 16
 MAX_MARKER_CHARS: Final = 64
 MAX_BYTES: Final = 8192
@@ -159,14 +157,14 @@ class Hints(_Hint):
             raise HintError(f"custom_params: hints go into a mapping, not {type(params).__name__}")
         return {**body, "custom_params": {**params, **self.custom_params()}}
 
-    def without(self, names: Iterable[str]) -> Hints:
-        """These hints, with the fields of these names left unset."""
-        kept = self.model_fields_set.difference(names)
-        return self if kept == self.model_fields_set else Hints(**{key: getattr(self, key) for key in kept})
-
     def over(self, outer: Hints) -> Hints:
         """These hints, with what they leave unset taken from `outer`."""
         return outer.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
+
+
+def name_sent(name: str) -> str:
+    """A name of any agent as the hint: the end of a long one, which distinguishes paths; `?` for what is no text."""
+    return name[-MAX_NAME_CHARS:].encode(errors="replace").decode()
 
 
 def decode(text: object) -> Hints:

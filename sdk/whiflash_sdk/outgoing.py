@@ -14,7 +14,7 @@ from whiflash_sdk.collecting import start
 from whiflash_sdk.derive import derive_spans, open_first
 from whiflash_sdk.errors import guessed, warn_unsupported
 from whiflash_sdk.flow import Flow, ResultT
-from whiflash_sdk.hints import AGENT_FIELD, WIRE_KEY, Hints, Span, TraceLevel, decode
+from whiflash_sdk.hints import WIRE_KEY, Hints, Span, TraceLevel, decode
 from whiflash_sdk.reading import json_or_none, text_or_none
 from whiflash_sdk.session import Session, session
 from whiflash_sdk.spans import block_hints, opened_span
@@ -103,7 +103,7 @@ class Outgoing:
             self.body = _with_hints(body, route, told, capabilities)
             self.plain = _with_hints(body, route, told, None)
         said = _said(self.body)
-        self.agent: str | None = text_or_none(said.get("agent")) or text_or_none(self.body.get(AGENT_FIELD))
+        self.agent: str | None = text_or_none(said.get("agent"))
         """The name that goes out."""
         self.traced = bool(said.get("trace"))
         self.whole_text = said.get("trace") == "full"
@@ -220,18 +220,15 @@ def _with_hints(
     if capabilities:
         inside = session()
         hints = block_hints().over(told.hints)
-        names_agent = AGENT_FIELD in body  # a server takes the name once: in the body or in the hints
-        if names_agent:
-            hints = hints.without(("agent",))
         if carried is not None:
             hints = decode(carried).over(hints)
-        if not names_agent:
-            hints = _named(hints, told.agent)
+        if "agent" not in hints.model_fields_set and (name := guessed(name_of, told.agent, otherwise=None)):
+            hints = Hints(agent=name).over(hints)
         if opened := opened_span():
             others = hints.spans or guessed(_derived, rest, route, hints, capabilities, otherwise=())
             hints = hints.model_copy(update={"spans": open_first(tuple(others), opened)})
         params[WIRE_KEY] = hints.encode()
-        rest = {**_predicted(capabilities, body, inside), **_salted(inside, told), **rest}
+        rest = {**_predicted(capabilities, body, inside), **rest, **_salted(body, inside, told)}
     return {**rest, "custom_params": params} if params else rest
 
 
@@ -244,16 +241,10 @@ def _derived(
     return derive_spans(body, capabilities.tool_call_parser, capabilities.reasoning_parser)
 
 
-def _named(hints: Hints, agent: Agent | None) -> Hints:
-    """The hints, with the name of who asks where they say nothing of it."""
-    name = None if "agent" in hints.model_fields_set else guessed(name_of, agent, otherwise=None)
-    return hints if name is None else Hints(agent=name).over(hints)
-
-
-def _salted(inside: Session | None, told: Told) -> dict[str, Any]:
-    """The tenant as a salt; the request's own one wins."""
+def _salted(body: Mapping[str, Any], inside: Session | None, told: Told) -> dict[str, Any]:
+    """The tenant as a salt; the request's own one wins, and null is none."""
     tenant = (inside.tenant if inside else None) or told.tenant
-    return {} if tenant is None else {"cache_salt": tenant}
+    return {} if tenant is None or body.get("cache_salt") is not None else {"cache_salt": tenant}
 
 
 def _predicted(

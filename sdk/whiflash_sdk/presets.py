@@ -21,14 +21,8 @@ def _thought(begin: str, end: str) -> Span:
 
 
 HERMES: Final = (_tool("<tool_call>", "</tool_call>"),)
-QWEN: Final = HERMES
 LLAMA3: Final = (_tool("<|python_tag|>"), _tool('{"name":'))
-LLAMA4_PYTHONIC: Final = (_tool("<|python_start|>", "<|python_end|>"),)
-MISTRAL: Final = (_tool("[TOOL_CALLS]"),)
 DEEPSEEK: Final = (_tool("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),)
-DEEPSEEK_DSML: Final = (_tool("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"),)
-HARMONY: Final = (_tool("to=functions.", "<|call|>"),)
-KIMI_K2: Final = (_tool("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),)
 PLAIN_JSON: Final = (Span(kind="json", open=True),)
 
 THINK: Final = (_thought("<think>", "</think>"),)
@@ -40,14 +34,14 @@ TOOL_CALL_PARSERS: Final[dict[str, tuple[Span, ...]]] = {
     **dict.fromkeys(("hermes", "qwen", "qwen25", "qwen3_coder", "nanbeige", "step3p5", "mimo"), HERMES),
     **dict.fromkeys(("glm", "glm45", "glm47", "ling3", "poolside_v1", "spark25", "trinity"), HERMES),
     "llama3": LLAMA3,
-    "pythonic": LLAMA4_PYTHONIC,
-    "mistral": MISTRAL,
+    "pythonic": (_tool("<|python_start|>", "<|python_end|>"),),
+    "mistral": (_tool("[TOOL_CALLS]"),),
     **dict.fromkeys(("deepseekv3", "deepseekv31"), DEEPSEEK),
-    "deepseekv32": DEEPSEEK_DSML,
+    "deepseekv32": (_tool("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"),),
     "deepseekv4": (_tool("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"),),
     "deepseekv41": (_tool("<｜DSML｜ calls>", "</｜DSML｜ calls>"),),
-    "gpt-oss": HARMONY,
-    "kimi_k2": KIMI_K2,
+    "gpt-oss": (_tool("to=functions.", "<|call|>"),),
+    "kimi_k2": (_tool("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),),
     "minimax-m2": (_tool("<minimax:tool_call>", "</minimax:tool_call>"),),
     "step3": (_tool("<｜tool_calls_begin｜>", "<｜tool_calls_end｜>"),),
     "lfm2": (_tool("<|tool_call_start|>", "<|tool_call_end|>"),),

@@ -1,6 +1,6 @@
 """A proxy for agents that are not Python, or take no HTTP client: `whiflash proxy --url URL`.
 
-An ASGI application. Requests get what `http_client` adds; answers pass byte for byte.
+An ASGI application. Requests get what `http_client` adds; a tenant named to it is final; answers pass byte for byte.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 from urllib.parse import quote, unquote
 
-import anyio
+import anyio.to_thread
 import httpx
 from typing_extensions import Unpack
 
 from whiflash_sdk.errors import UnsupportedServerError
-from whiflash_sdk.outgoing import ClientSettings
+from whiflash_sdk.outgoing import ClientSettings, route_of
+from whiflash_sdk.reading import edit_json, read_json
 from whiflash_sdk.session import Session
 from whiflash_sdk.transport import passing_client
 
@@ -116,6 +117,11 @@ class Proxy:
         body = await _read(receive, self._longest)
         if body is None:
             return await _refuse(send, 413, f"the request is longer than {self._longest} bytes")
+        if session.tenant and scope["method"] == "POST" and route_of(url.path):
+            try:
+                body = await anyio.to_thread.run_sync(_of_tenant, body, session.tenant)
+            except ValueError as error:
+                return await _refuse(send, 400, f"tenant: needs a JSON object, uncompressed: {error}")
         group.start_soon(_cancelling, receive, group.cancel_scope)
         headers = [(name, value) for name, value in _passing(sent) if name.lower() != b"content-length"]
         request = httpx.Request(
@@ -191,6 +197,15 @@ def _session(front: str, headers: Headers) -> Session:
         if names.get(name) == "":
             raise ValueError(f"{name}: is empty. Give a name, or leave it out")
     return Session(tenant=names.get("tenant") or names.get("session"), agent=names.get("agent"))
+
+
+def _of_tenant(content: bytes, tenant: str) -> bytes:
+    """The body with this tenant in place of its own. Raises: ValueError if it is no JSON object."""
+    body = read_json(content.decode())
+    if not isinstance(body, dict):
+        raise ValueError("the body is another value")
+    rest = {name: value for name, value in body.items() if name != "extra_key"}
+    return edit_json(content, body, {**rest, "cache_salt": tenant})
 
 
 def _text(value: bytes) -> str:

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from whiflash_sdk.blocks import BlockValue
 from whiflash_sdk.edits import file_to_edit
-from whiflash_sdk.hints import MAX_NAME_CHARS, Hints
+from whiflash_sdk.hints import Hints, name_sent
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Session:
 
     def hints(self) -> Hints:
         """Hints with the agent's name."""
-        return Hints(agent=self.agent[-MAX_NAME_CHARS:]) if self.agent else Hints()
+        return Hints(agent=name_sent(self.agent)) if self.agent else Hints()
 
     def prediction(self, body: Mapping[str, Any], parser: str | None) -> str | None:
         """The file that this request may edit. parser: the server's, of tool calls."""

@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -179,7 +179,7 @@ def watch(response: Any, call: CollectedCall, *, whole_text: bool) -> Passing | 
 
 def note(result: Any, call: CollectedCall, *, whole_text: bool) -> None:
     """Take the trace of a client's result: a parsed answer, a raw one, or a stream, which brings it when it ends."""
-    if isinstance(result, BaseModel):
+    if isinstance(result, BaseModel | Mapping):
         _take(call, result)
         call.end()
         return

@@ -29,8 +29,8 @@ MOST_STREAMS: Final = 256
 def keep_stream(response_id: str, call: Any) -> None:
     """Keep a call for `traces` of its final answer; the oldest one makes room."""
     STREAMS[response_id] = call
-    while len(STREAMS) > MOST_STREAMS:
-        STREAMS.pop(next(iter(STREAMS)), None)
+    for oldest in list(STREAMS)[:-MOST_STREAMS]:  # a copy: other threads keep theirs meanwhile
+        STREAMS.pop(oldest, None)
 
 
 def _ratio(tokens: int, rounds: int) -> float:
@@ -206,18 +206,17 @@ def routing(response: object, choice: int = 0) -> Trace | None:
     """The trace that came with a response; None if it carries none.
 
     response: a chat or text completion or a response of the Responses API, parsed or raw, a stream of a wrapped
-        client once it has ended, a stream's chunk or event, or the JSON of any of them, the native route's included.
-    choice: index of the choice, for requests with `n` above 1.
+        client once it has ended, a stream's chunk or event, or the JSON of any of them; of the native route, an item
+        or a list of them.
+    choice: index of the choice, for requests with `n` above 1, or of the item in a list; an item alone has one trace.
 
     Raises:
         TraceError: there is a trace that does not follow the schema.
         TypeError: the response has to be awaited first.
     """
-    for raw in raw_traces(response):
-        trace = parse_trace(raw)
-        if trace.choice == choice:
-            return trace
-    return None
+    traces = map(parse_trace, raw_traces(response))
+    is_item = field_of(response, "meta_info") is not None
+    return next((trace for trace in traces if is_item or trace.choice == choice), None)
 
 
 def parse_trace(raw: object) -> Trace:
@@ -234,6 +233,8 @@ def parse_trace(raw: object) -> Trace:
 
 def raw_traces(response: Any) -> list[Any]:
     """The traces a response carries, one a choice, unread; full ones with the text that they count in."""
+    if isinstance(response, list):
+        return [raw for item in response for raw in raw_traces(item)]
     if not isinstance(response, Mapping | BaseModel):
         # The client's event streams hold the stream that they read, and streams and raw responses their HTTP response.
         holder = getattr(response, "_raw_stream", response)
@@ -274,12 +275,12 @@ def sent_traces(body: Any) -> list[Any]:
     return []
 
 
-def with_text(raw: Any, texts: Mapping[int, str]) -> Any:
+def with_text(raw: Any, texts: Mapping[int | None, str]) -> Any:
     """A full trace with the text that it counts in: the server leaves it out where the response has it."""
     if not isinstance(raw, dict) or raw.get("text") is not None or not _has_offsets(raw.get("stretches")):
         return raw
-    choice = raw.get("choice", 0)
-    return {**raw, "text": texts[choice]} if choice in texts else raw
+    text = texts.get(raw.get("choice", 0), texts.get(None))
+    return raw if text is None else {**raw, "text": text}
 
 
 def _has_offsets(stretches: Any) -> bool:
@@ -311,10 +312,10 @@ def tools_called(response: Any) -> dict[int, tuple[str, ...]]:
     return {index: names for index, names in names_by_choice.items() if names}
 
 
-def texts_of(response: Any) -> dict[int, str]:
-    """The text that a response or a chunk brings, by choice."""
+def texts_of(response: Any) -> dict[int | None, str]:
+    """The text that a response or a chunk brings, by choice; by None that of a native item, whatever its number."""
     if isinstance(response, Mapping) and isinstance(response.get("text"), str):
-        return {response.get("index") or 0: response["text"]}
+        return {None: response["text"]}
     return {field_of(choice, "index") or 0: text_of(choice) for choice in field_of(response, "choices") or ()}
 
 
