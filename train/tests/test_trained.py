@@ -56,12 +56,12 @@ if __name__ == "__main__":
     ) or started[0]
     close, start.close = start.close, lambda engine: None
     for command in json.loads(sys.argv[1]):
-        app(["train", "--step", *command], standalone_mode=False)
+        app(command, standalone_mode=False)
     assert signal.getsignal(signal.SIGTERM) is not TAKEN, "SGLang takes it once requests have run"
     close(started[0])
     assert signal.getsignal(signal.SIGTERM) is TAKEN
 """
-"""Steps of `whiflash train` in one process, with one engine: each start takes SGLang a minute."""
+"""Commands in one process, with one engine: each start takes SGLang a minute."""
 
 
 def whiflash_train(directory: Path, *commands: list[str]) -> list[dict[str, Any]]:
@@ -108,9 +108,8 @@ def config(root: Path, model: HuggingFace) -> TrainConfig:
     (root / "served.yaml").write_text(yaml.safe_dump(settings(root)))
     with_config = ["--config", str(root / "served.yaml"), "--json"]
     tokens = str(root / "again.npz")
-    answered, _, recomputed = whiflash_train(
-        root, ["data", *with_config], ["export", tokens, *with_config], ["features", tokens, *with_config]
-    )
+    of_tokens = [["lab", name, tokens, *with_config] for name in ("export", "features")]
+    answered, _, recomputed = whiflash_train(root, ["train", "--step", "data", *with_config], *of_tokens)
     assert answered["sequences"] == PROMPTS
     assert recomputed == {"recomputed": PROMPTS, "sequences": PROMPTS}
     return load_config(root / "served.yaml")

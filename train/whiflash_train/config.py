@@ -2,16 +2,13 @@
 
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import read_text, read_yaml
-
-if TYPE_CHECKING:
-    import torch
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -29,18 +26,11 @@ class Hardware(_Strict):
     threads: Annotated[int, Field(ge=0)] = 0
 
     @property
-    def torch_dtype(self) -> "torch.dtype":
-        """The torch type of `dtype`."""
-        import torch
-
-        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-
-    @property
     def place(self) -> dict[str, Any]:
         """`device` and `dtype` of a model."""
         import torch
 
-        return {"device": torch.device(self.device), "dtype": self.torch_dtype}
+        return {"device": torch.device(self.device), "dtype": getattr(torch, self.dtype)}
 
 
 class Data(_Strict):
@@ -242,11 +232,6 @@ class TrainConfig(_Strict):
     def block(self) -> DFlash | DSpark:
         """The section of `block_drafter`. Raises `ConfigError` where there is none."""
         return self.dflash if self.block_drafter == "dflash" else self.dspark_section()
-
-    @property
-    def origin(self) -> Path:
-        """Directory to which SGLang writes what drafters take over from the target."""
-        return self.work / "target"
 
     def dspark_section(self) -> DSpark:
         """`dspark`. Raises `ConfigError` where the file has none."""

@@ -2,9 +2,11 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,24 @@ from whiflash_sglang.files.disk import sha256
 
 _MEASURED = ("whiflash-sglang", "whiflash-kernels", "sglang", "torch", "transformers", "triton", "openai")
 
+_SECRET = re.compile(
+    r"""((?:api[-_]key|password)[=\s\0]+)(?:(?<=\0)[^\0]+|'[^']*'|"[^"]*"|[^\s\0]+)|(://)[^\s\0]*(?=@)"""
+)
+"""A key or a password behind its flag, or in a URL, in words that NUL divides; a word may hold flags of a server."""
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """Words of a command with its keys and passwords as asterisks."""
+    return _SECRET.sub(r"\1\2***", "\0".join(words)).split("\0") if words else []
+
 
 def made_by(packages: Sequence[str]) -> dict[str, Any]:
-    """Command, revision, versions and hardware of this process. Names no directory of this machine."""
+    """Command, revision, versions and hardware of this process. Names no directory of this machine, and no secret."""
+    program, *arguments = without_secrets(sys.argv)
     return {
         "command": [
-            Path(sys.argv[0]).name,
-            *(Path(argument).name if argument.startswith("/") else argument for argument in sys.argv[1:]),
+            Path(program).name,
+            *(Path(one).name if one.startswith("/") else one for one in arguments),
         ],
         **checkout(Path(__file__).parent),
         "python": platform.python_version(),
@@ -69,8 +82,9 @@ def busy() -> dict[str, float]:
 
 
 def _git(*arguments: str, here: Path) -> str:
-    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    with suppress(OSError):  # it is not installed
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def _version(package: str) -> str | None:

@@ -238,11 +238,6 @@ class Replay(NamedTuple):
         """P: places where a round can start."""
         return len(self.accepted[arms.LOOKUP])
 
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """The trained drafters that were replayed."""
-        return tuple(arm for arm in arms.PAIR if arm in self.accepted)
-
     def drafts_accepted(self, arm: str, position: int) -> int:
         """Drafts accepted in a round of `arm` at `position`; an arm that was not replayed drafts nothing."""
         return int(self.accepted[arm][position]) if arm in self.accepted else 0

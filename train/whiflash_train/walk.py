@@ -103,7 +103,7 @@ def tabulate(answers: Sequence[Replay], routers: Mapping[str, RouterWalk]) -> di
 def _figures(
     answers: Sequence[Replay], parts: Sequence[tuple[int, int, int]], routers: Mapping[str, RouterWalk]
 ) -> dict[str, Any]:
-    trained = answers[0].trained
+    trained = tuple(arm for arm in arms.PAIR if arm in answers[0].accepted)
     every = (*trained, arms.LOOKUP)
     walks = {name: RoundTally() for name in (*every, *routers, ORACLE, ORACLE_OF_THREE)}
     pair = trained if len(trained) == 2 else ()

@@ -1,6 +1,5 @@
 """A pass of the learner on a tiny pair: better drafters become a version that a server can switch to, others do not."""
 
-import fcntl
 import json
 import random
 import shutil
@@ -23,13 +22,13 @@ from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.updates.samples import Sample, check_spool, files_of, samples_of, write_file
 from whiflash_sglang.updates.versions import VersionInUse as Used
 from whiflash_sglang.updates.versions import gain_of, notes_of, numbers, path_of, record, served, versions_of
-from whiflash_train.answers.store import FeatureStore, SequenceRecord
+from whiflash_train.answers.store import FeatureStore, SequenceRecord, alone
 from whiflash_train.answers.tokens import export_tokens
 from whiflash_train.bundle import BundleParts, create
 from whiflash_train.config import TrainConfig, load_config
 from whiflash_train.drafters.dspark import initialise
 from whiflash_train.learner import once
-from whiflash_train.learner.once import SAVE_STEPS, WORK, Learning, Outcome, Pace, learn_once, status_of
+from whiflash_train.learner.once import LOCK, SAVE_STEPS, WORK, Learning, Outcome, Pace, learn_once, status_of
 from whiflash_train.learner.texts import LEAST, LONGEST, TENANTS, Text, answer_tokens, choose, texts_of
 from whiflash_train.target import TargetModel
 
@@ -186,6 +185,10 @@ def test_the_original_training_is_replayed(pair: Pair, tmp_path: Path) -> None:
         store.append(entry, tokens, torch.zeros(len(tokens) - 1, 2, 4))
     export_tokens([store], tmp_path / "original.npz")
     serve(tmp_path, str(pair[0] / "target"), 32, 6)
+    (tmp_path / WORK).mkdir(mode=0o700)
+    with pytest.raises(ConfigError, match=r"none\.npz holds no answers' token ids"):
+        learn_once(learning_of(pair, tmp_path)._replace(replay=tmp_path / "none.npz"))
+    assert (tmp_path / WORK).exists(), "of a pass that can be gone on with"
     found = learn_once(learning_of(pair, tmp_path)._replace(replay=tmp_path / "original.npz"))
     texts = list(texts_of(samples_of(tmp_path), str(pair[0] / "target"), 256))
     learned = answer_tokens(texts[: found.learned])
@@ -243,10 +246,8 @@ def test_there_is_one_learner(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no samples"):
         learn_once(learning)
     check_spool(samples_of(tmp_path))
-    with (tmp_path / ".learner").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another learner works in"):
-            learn_once(learning)
+    with alone(tmp_path, LOCK), pytest.raises(ConfigError, match="another run works in"):
+        learn_once(learning)
 
 
 def test_what_a_killed_pass_left_goes(pair: Pair, tmp_path: Path) -> None:
@@ -390,6 +391,34 @@ def test_a_tenant_supplies_its_share_alone() -> None:
     assert Counter(one.tenant for one in two.judged) == {None: 16, 1: 16}
     with pytest.raises(ConfigError, match="6 of them can judge as 2 tenants share that"):
         choose([others[0], *flood], -1.0, 400, 10)
+
+
+def test_a_tenant_supplies_no_more_than_its_share_of_what_is_there() -> None:
+    """Also where there is less than `--judged` and `--tokens` allow; and one tenant alone goes on learning."""
+    few = [text(number)._replace(tenant=number % 3) for number in range(18)]
+    flood = [text(number)._replace(tenant=9) for number in range(100, 400)]
+    found = choose([*few, *flood], -1.0, 100_000, 64)
+    assert Counter(one.tenant for one in found.judged) == {0: 3, 1: 3, 2: 3, 9: 16}
+    tokens = {
+        tenant: answer_tokens([one for one in found.learned if one.tenant == tenant]) for tenant in (0, 9)
+    }
+    assert tokens[9] <= answer_tokens([*few, *flood]) / 4
+    assert tokens[0] == 3 * len(few[0].answer)
+    newest = [text(number)._replace(tenant=9) for number in range(18, 27)]
+    assert Counter(one.tenant for one in choose([*few[-9:], *newest], -1.0, 1000, 64).judged)[9] == 3
+    lonely = choose(flood, -1.0, 100_000, 64)
+    assert (len(lonely.judged), len(lonely.learned)) == (64, 236)
+
+
+def test_another_releases_status_is_shown_as_it_is(tmp_path: Path) -> None:
+    """And samples that cannot be counted are none of zero."""
+    for drafters in ({}, {"eagle3": {"ratio": 1.0}}, None):
+        (tmp_path / "learner.json").write_text(json.dumps({"drafters": drafters}))
+        ran = CliRunner().invoke(app, ["learn", str(tmp_path), "--status"])
+        assert ran.stdout.startswith(f"drafters: {drafters}")
+    samples_of(tmp_path).touch()
+    ran = CliRunner().invoke(app, ["learn", str(tmp_path), "--status"])
+    assert isinstance(ran.exception, OSError)
 
 
 def test_the_command_reports_the_last_pass(passed: Passed) -> None:

@@ -3,19 +3,22 @@
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ServerRefusedError
 from whiflash_sglang.telemetry.lengths import Lengths
 from whiflash_sglang.updates.samples import Sample, check_spool, files_of, samples_of, write_file
 from whiflash_train.config import TrainConfig
 from whiflash_train.learner import watch
-from whiflash_train.learner.guard import LEAST, MOST, Guard, change
-from whiflash_train.learner.once import Learning, Outcome, Pace, status_of, write_status
+from whiflash_train.learner.guard import FILE, LEAST, MOST, Guard, change
+from whiflash_train.learner.once import STATUS, Learning, Outcome, Pace, status_of, write_status
 from whiflash_train.learner.watch import POLL, Watch, progress_of
 
 
@@ -26,13 +29,14 @@ class Machine:
         self.version, self.before, self.used = 0, 0, list[int]()
         self.lengths = {"ar": Lengths(), "diffusion": Lengths(), "lookup": Lengths()}
         self._draw = random.Random(0)
-        self.gone = False
+        self.gone, self.sums = False, dict[str, int]()
 
     def state(self) -> dict[str, Any]:
         if self.gone:
             raise ServerRefusedError("it does not answer")
         drafters = {"version": self.version, "before": self.before}
-        return {"lengths": {arm: asdict(sums) for arm, sums in self.lengths.items()}, "drafters": drafters}
+        lengths = {arm: asdict(sums) | self.sums for arm, sums in self.lengths.items()}
+        return {"lengths": lengths, "drafters": drafters}
 
     def use(self, version: int) -> dict[str, Any]:
         self.version, self.before = version, self.version
@@ -237,6 +241,35 @@ def test_a_silent_server_is_said_once_and_learning_goes_on(
     scene.wait(POLL)
     scene.watch.look()
     assert scene.machine.version == 0
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda scene: scene.machine.sums.update(of_a_newer_server=1),
+        lambda scene: (scene.directory / FILE).mkdir(),
+        lambda scene: (scene.directory / STATUS).mkdir(),
+    ],
+)
+def test_a_look_at_the_server_that_fails_ends_no_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Scene], object]
+) -> None:
+    """Nor does a rollback that cannot be noted."""
+    scene = Scene(tmp_path, monkeypatch)
+    scene.watch._guard = switched(scene.machine, tmp_path, 2.4)
+    scene.machine.serves(200, 2.0)
+    (tmp_path / FILE).unlink()
+    spoil(scene)
+    scene.watch._pace.rest()
+    assert scene.machine.version == 0
+
+
+def test_what_a_watch_learns_is_on_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([16])
+    monkeypatch.setattr(watch, "new_samples", lambda _: next(looks))
+    monkeypatch.setattr(watch, "learn_once", lambda *_: print("noise") or outcome(None))
+    ran = CliRunner().invoke(app, ["learn", str(tmp_path), "--config", "tiny", "--watch", "--json"])
+    assert json.loads(ran.stdout) == outcome(None).model_dump()
 
 
 @pytest.mark.parametrize(("share", "slept"), [(0.1, 18.0), (0.5, 2.0), (1.0, 0.0), (None, 0.0)])

@@ -8,6 +8,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from whiflash_sglang.cli.app import app
+from whiflash_sglang.errors import UsageError
 from whiflash_train.answers.prompts import UNNAMED, split
 
 
@@ -77,8 +78,9 @@ def test_what_a_dropped_prompt_shares_with_others_is_not_passed_on() -> None:
 
 def test_the_command_writes_what_is_kept_and_says_what_is_not(tmp_path: Path) -> None:
     train, held_out, out = (tmp_path / name for name in ("train.jsonl", "held_out.jsonl", "kept.jsonl"))
-    rows = [turns("A.", "mia_li_3668"), turns("B.\u2028", "ivan_muller_7015")]
-    train.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    rows = [turns("A.", "mia_li_3668"), turns("B.\u2028", "ivan_muller_7015", note="\ud800")]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    train.write_text(lines.replace("\ud800", "\\ud800"), encoding="utf-8")
     held_out.write_text(json.dumps(turns("C.", "mia_li_3668")) + "\n")
     command = ["lab", "split", str(train), str(held_out), str(out), "--json"]
     result = CliRunner().invoke(app, command)
@@ -92,5 +94,7 @@ def test_the_command_writes_what_is_kept_and_says_what_is_not(tmp_path: Path) ->
     }
     [left] = [json.loads(line) for line in out.read_text(encoding="utf-8").strip().split("\n")]
     assert {key: left[key] for key in rows[1]} == rows[1]
+    wrong = CliRunner().invoke(app, [*command, "--users", "("])
+    assert isinstance(wrong.exception, UsageError)
     again = CliRunner().invoke(app, ["lab", "split", str(out), str(held_out), str(out), "--json"])
     assert json.loads(again.stdout)["dropped"] == 0

@@ -37,7 +37,12 @@ def test_a_weight_of_zero_leaves_a_category_out() -> None:
     [
         ("", "holds no prompts"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n{oops', "line 2: not JSON"),
-        ('{"category": "chat"}', "line 1: a row needs a non-empty 'messages'"),
+        ('{"category": "chat"}', "line 1: messages: Field required .*; a row needs 'messages'"),
+        ('{"messages": "hello"}', "line 1: messages: "),
+        ('{"messages": [{"content": "x"}]}', "line 1: messages.0.role: "),
+        ('{"messages": [{"role": "user"}], "id": 7}', "line 1: id: "),
+        ('{"messages": [{"role": "user"}], "id": ["a"]}', "line 1: id: "),
+        ('{"messages": [{"role": "user"}], "category": null}', "line 1: category: "),
     ],
 )
 def test_unusable_files_name_the_line(tmp_path: Path, text: str, message: str) -> None:

@@ -2,13 +2,16 @@
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -23,8 +26,8 @@ from whiflash_lab.evaluation import EvaluationSettings, Hardware, evaluate_bundl
 from whiflash_sglang.cli.app import app
 from whiflash_sglang.errors import ConfigError
 from whiflash_train.answers import store
-from whiflash_train.answers.data import SHARD, generate_data, teacher_of
-from whiflash_train.answers.store import FeatureStore, open_stores
+from whiflash_train.answers.data import SHARD, generate_data, shard_of, target_path
+from whiflash_train.answers.store import open_stores
 from whiflash_train.answers.tokens import Exported, export_tokens, rebuild_features
 from whiflash_train.config import TrainConfig, load_config
 from whiflash_train.drafters.batches import SequenceBatches, token_frequencies
@@ -207,6 +210,37 @@ def test_what_another_shard_has_answered_is_not_answered_again(config: TrainConf
     assert len(names) == len(set(names)) == 24
 
 
+@pytest.mark.parametrize("step", ["data", "eagle3"])
+def test_two_runs_do_not_write_in_one_directory(root: Path, config: TrainConfig, step: str) -> None:
+    with store.alone(config.work / step):
+        result = CliRunner().invoke(app, ["train", "--step", step, "--config", str(root / "tiny.yaml")])
+    assert f"another run works in {config.work / step}" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda file: os.truncate(file, 300),
+        lambda file: os.truncate(file, 0),
+        lambda file: file.write_bytes(file.read_bytes().replace(b"\x01", b"\x02")),
+        lambda file: np.save(file.open("wb"), np.arange(4)),
+        lambda file: np.savez(file.open("wb"), ids=np.array(["a"])),
+    ],
+)
+def test_a_damaged_file_of_tokens_is_named(config: TrainConfig, tmp_path: Path, spoil: Any) -> None:
+    export_tokens(open_stores(config), tmp_path / "tokens.npz")
+    spoil(tmp_path / "tokens.npz")
+    with pytest.raises(ConfigError, match=r"tokens\.npz holds no answers' token ids"):
+        Exported(tmp_path / "tokens.npz")
+
+
+def test_a_hub_that_gives_nothing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses = Mock(side_effect=httpx.ProxyError("403 Forbidden"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuses)
+    with pytest.raises(ConfigError, match=r"owner/name: .* the hub gave nothing \(403 Forbidden\)"):
+        target_path("owner/name")
+
+
 def test_prompts_that_share_an_id_are_refused(config: TrainConfig, tmp_path: Path) -> None:
     twice = config.data.model_copy(update={"prompts": config.data.prompts * 2})
     with pytest.raises(ConfigError, match="two prompts have the id 'r0'"):
@@ -227,8 +261,7 @@ def test_a_prompt_that_was_answered_twice_is_learned_from_once(config: TrainConf
     columns = dict(np.load(tmp_path / "tokens.npz"))
     double = {name: np.concatenate([column, column]) for name, column in columns.items()}
     np.savez_compressed(tmp_path / "double.npz", **double)
-    store = FeatureStore(tmp_path / "again", hidden=stores[0].hidden, layers=config.capture)
-    with teacher_of(config, "again") as target:
+    with shard_of(config.model_copy(update={"work": tmp_path / "other"}), "shard") as (target, store):
         assert rebuild_features(tmp_path / "double.npz", target, store) == 24
         assert rebuild_features(tmp_path / "double.npz", target, store) == 0
     assert [record.id for record in store.records] == Exported(tmp_path / "tokens.npz").ids
@@ -319,7 +352,9 @@ def test_an_unfinished_checkpoint_is_passed_over(
     assert "No space left on device" in str(result.exception)
     left = sorted(path.name for path in (tmp_path / "eagle3/trainer").glob("checkpoint-*"))
     assert left == ["checkpoint-4", "checkpoint-8"]
-    found = weights(Path(json.loads(ran(*command))["checkpoint"]))
+    step, checkpoint = CliRunner().invoke(app, command).stdout.splitlines()
+    assert step == "step: eagle3"
+    found = weights(Path(checkpoint.removeprefix("checkpoint: ")))
     whole = weights(train_eagle3(config, root / "target"))
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ import torch
 from whiflash_sglang.embedded import ensure_target
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.progress import progress
-from whiflash_train.answers.prompts import PromptRow, balanced, check_ids, prepare, read_rows
+from whiflash_train.answers.prompts import PromptRow, balanced, check_ids, check_row, prepare, read_rows
 from whiflash_train.answers.provenance import check_same_run
 from whiflash_train.answers.served import GeneratedAnswer, ServedTarget, serve
-from whiflash_train.answers.store import FeatureStore, SequenceRecord, has_answers, open_stores
+from whiflash_train.answers.store import FeatureStore, SequenceRecord, alone, has_answers, open_stores
 from whiflash_train.config import Data, TrainConfig
 
 _MIN_ANSWER = 4
@@ -42,20 +42,28 @@ def is_embedded(target: str) -> bool:
 
 
 def target_path(name: str) -> Path:
-    """`embedded`, a local directory or a hub id → a local directory."""
+    """`embedded`, a local directory or a hub id → a local directory. Raises ConfigError: the hub gave nothing."""
     if is_embedded(name):
         return ensure_target()
     if Path(name).is_dir():
         return Path(name)
+    from httpx import HTTPError
     from huggingface_hub import snapshot_download
 
     files = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-    return Path(snapshot_download(name, allow_patterns=files))
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except (HTTPError, OSError, ValueError) as error:  # its own errors are among these
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"{name}: no directory here, and the hub gave nothing ({why}): check the name, the network, HF_TOKEN"
+        ) from None
 
 
-def teacher_of(config: TrainConfig, shard: str) -> AbstractContextManager[ServedTarget]:
-    """The configuration's target, for a shard of that name. Raises ConfigError if it cannot be run."""
-    return serve(
+@contextmanager
+def shard_of(config: TrainConfig, shard: str) -> Iterator[tuple[ServedTarget, FeatureStore]]:
+    """The target, and the shard of that name, for this run alone. Raises ConfigError: one of them cannot be had."""
+    served = serve(
         target_path(config.target),
         config.target,
         config.capture,
@@ -66,6 +74,10 @@ def teacher_of(config: TrainConfig, shard: str) -> AbstractContextManager[Served
         seed=config.seed,
         shard=shard,
     )
+    with alone(config.work / "data"), served as target:
+        store = FeatureStore(config.work / "data" / shard, hidden=target.hidden_size, layers=config.capture)
+        store.truncate_to_index()
+        yield target, store
 
 
 def generate_data(config: TrainConfig) -> DataSummary:
@@ -79,10 +91,8 @@ def generate_data(config: TrainConfig) -> DataSummary:
     if has_answers(directory):
         # Before the target is started: starting it writes what drafters of these data begin with.
         check_same_run(directory, _facts(config), begun=True)
-    with teacher_of(config, SHARD) as target:
-        store = FeatureStore(directory, hidden=target.hidden_size, layers=config.capture)
+    with shard_of(config, SHARD) as (target, store):
         check_same_run(store.path, _facts(config), begun=bool(store.records))
-        store.truncate_to_index()
         elsewhere = {r.id for other in open_stores(config) if other.path != store.path for r in other.records}
         mine = [row for row in ordered if row["id"] not in elsewhere]
         summary = answer_rows(mine, target, store)
@@ -145,11 +155,12 @@ def read_prompts(source: str) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
     rows = [dict(row) for row in load_dataset(source.removeprefix("hf:"), split="train")]
-    if not rows or "messages" not in rows[0]:
-        raise ConfigError(f"{source}: the data set needs a 'messages' column in the OpenAI format")
+    if not rows:
+        raise ConfigError(f"{source} holds no prompts")
     for number, row in enumerate(rows):
-        row.setdefault("id", f"{source}-{number}")
+        row["id"] = str(row.get("id", f"{source}-{number}"))
         row.setdefault("category", "chat")
+        check_row(row, f"{source}, row {number}")
     return rows
 
 

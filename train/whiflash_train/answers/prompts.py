@@ -21,11 +21,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from jinja2 import TemplateError
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from whiflash_sglang.checkpoints.manifest import first_problem
 from whiflash_sglang.errors import ConfigError
 from whiflash_sglang.files.disk import MOST_BYTES, read_text
 from whiflash_sglang.files.jsonl import parse_json_lines, read_json
@@ -71,12 +72,34 @@ class PromptRow(NamedTuple):
     grammar: Grammar | None
 
 
+class _Message(BaseModel):
+    role: str
+
+
+class _Row(BaseModel):
+    """The keys of a row that are read here: SGLang and the template judge the rest."""
+
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    id: str = ""
+    category: str = ""
+    tools: list[dict[str, Any]] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+def check_row(row: Any, where: str) -> None:
+    """Raises ConfigError, after `where`: a key that is read here is missing, or of another type."""
+    try:
+        _Row.model_validate(row)
+    except ValidationError as error:
+        why = first_problem(error, _Row, str)
+        raise ConfigError(f"{where}: {why}; a row needs 'messages', each with a 'role'") from None
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL prompt file, each with an id and a category. Raises ConfigError naming the line that is wrong."""
     rows = []
     for number, row in parse_json_lines(read_text(path, MOST_BYTES << 6), path):
-        if not isinstance(row, dict) or not row.get("messages"):
-            raise ConfigError(f"{path}, line {number}: a row needs a non-empty 'messages' list")
+        check_row(row, f"{path}, line {number}")
         content = json.dumps(row, sort_keys=True, ensure_ascii=False)
         row.setdefault("id", hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:12])
         row.setdefault("category", "chat")
@@ -131,8 +154,7 @@ def served_tools(where: str, tools: Sequence[Mapping[str, Any]] | None) -> list[
     try:
         return [Tool.model_validate(tool).model_dump() for tool in tools]
     except ValidationError as error:
-        field, why = (error.errors()[0][key] for key in ("loc", "msg"))
-        raise ConfigError(f"{where}: SGLang refuses a tool: {'.'.join(map(str, field))}: {why}") from None
+        raise ConfigError(f"{where}: SGLang refuses a tool: {first_problem(error, Tool, str)}") from None
 
 
 def prepare(

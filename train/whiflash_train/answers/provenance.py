@@ -6,7 +6,6 @@ configuration and the starting point that a run which goes on must share with th
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,27 +22,18 @@ from whiflash_train.provenance import made_by
 _PACKAGES = ("torch", "transformers", "xgrammar", "safetensors", "sglang", "whiflash-sglang")
 
 
-class Provenance:
-    """A record begun when a run starts and written when it ends."""
-
-    def __init__(self, config: TrainConfig, stores: Sequence[FeatureStore]) -> None:
-        """Collect everything that is known at the start."""
-        self._began = time.time()
-        self._record = {
-            **made_by(_PACKAGES),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-            "config": config.model_dump(mode="json", exclude={"work", "chat_template"}),
-            "data": [
-                {"sequences": len(store.records), "index_sha256": hashlib.sha256(_index(store)).hexdigest()}
-                for store in stores
-            ],
-        }
-
-    def finish(self, directory: Path, results: dict[str, Any]) -> None:
-        """Write `provenance.json` into `directory`."""
-        record = {**self._record, "wall_seconds": round(time.time() - self._began, 1), **results}
-        (directory / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
+def begun(config: TrainConfig, stores: Sequence[FeatureStore]) -> dict[str, Any]:
+    """Everything of `provenance.json` that is known when a run starts."""
+    return {
+        **made_by(_PACKAGES),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "config": config.model_dump(mode="json", exclude={"work", "chat_template"}),
+        "data": [
+            {"sequences": len(store.records), "index_sha256": hashlib.sha256(_index(store)).hexdigest()}
+            for store in stores
+        ],
+    }
 
 
 def _index(store: FeatureStore) -> bytes:

@@ -1,6 +1,5 @@
 """Answers and features of a target that SGLang's offline engine runs and captures."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from accelerate.utils import patch_environment
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -138,7 +138,8 @@ def serve(
             "hardware.device 'cpu': this machine has a GPU, and SGLang computes there; give 'cuda', or hide the GPU "
             "(CUDA_VISIBLE_DEVICES=)"
         )
-    with _threads(hardware.threads):
+    threads = {"OMP_NUM_THREADS": hardware.threads} if hardware.threads else {}
+    with patch_environment(**threads):  # of the processes that are started in here
         engine = OfflineEngine(
             path,
             capture,
@@ -156,23 +157,8 @@ def serve(
             None if template is None else template.read_text(encoding="utf-8"),
             capture,
             shape.hidden_size,
-            hardware.torch_dtype,
+            hardware.place["dtype"],
             data,
         )
     finally:
         engine.close()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """So many threads in the processes that are started in here; 0: as many as there are cores."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    if count:
-        os.environ["OMP_NUM_THREADS"] = str(count)
-    try:
-        yield
-    finally:
-        if count and before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        elif count and before is not None:
-            os.environ["OMP_NUM_THREADS"] = before

@@ -1,22 +1,29 @@
 """An append-only store of generated sequences and the target's features, safe against being killed.
 
 Layout of a directory: `tokens.bin` (int32), `features.bin` (bf16, `[sum of lengths - 1, vectors, H]`), and
-`index.jsonl`, one line per sequence, written last. Sequences that the index does not name are cut off on reopening, so
-a reader or a resumed writer sees whole ones only.
+`index.jsonl`, one line per sequence, written last, when the rest is on the disk. Sequences that the index does not
+name, or the others do not hold, are cut off on reopening, so a reader or a resumed writer sees whole ones only.
 """
 
 import json
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from whiflash_sglang.files.jsonl import lines_of, read_json, read_json_file
+from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files.jsonl import lines_of, read_json, read_json_file, write_whole
 from whiflash_train.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+META = "meta.json"
 
 
 class SequenceRecord(NamedTuple):
@@ -52,36 +59,42 @@ class FeatureStore:
     """
 
     def __init__(self, path: Path, *, hidden: int, layers: list[int]) -> None:
-        """Open or create. Raises `ValueError` where the directory was written with other layers or sizes."""
+        """Open or create; `records` are those that the files hold whole.
+
+        Raises `ValueError` where the directory was written with other layers or sizes, or its `meta.json` is damaged.
+        """
         path.mkdir(parents=True, exist_ok=True)
         vectors = len(layers) + 1
         self.path, self.vectors, self.hidden, self.layers = path, vectors, hidden, layers
         shape = {"vectors": vectors, "hidden": hidden, "layers": layers}
-        meta = path / "meta.json"
-        if meta.exists():
-            stored = read_json_file(meta)
-            if stored != shape:
-                raise ValueError(
-                    f"{path} holds features of {stored}, this run needs {shape}; use another directory"
-                )
-        else:
-            meta.write_text(json.dumps(shape))
-        self.records = _read_index(path / "index.jsonl")
+        if not (path / META).exists():
+            write_whole(path / META, json.dumps(shape))
+        elif (stored := _shape(path)) != shape:
+            raise ValueError(
+                f"{path} holds features of {stored}, this run needs {shape}; use another directory"
+            )
         self._row_bytes = vectors * hidden * 2
+        self.records = _read_index(path / "index.jsonl")
+        named = len(self.records)
+        while any(end > (file.stat().st_size if file.exists() else 0) for file, end in self._ends().items()):
+            self.records.pop()
+        if dropped := named - len(self.records):
+            logger.warning("%s: its files do not hold the last %d sequences of its index", path, dropped)
 
     @property
     def bytes_used(self) -> int:
         """Bytes of tokens and features that the index names."""
-        return self._token_end() * 4 + self._feature_end() * self._row_bytes
+        return sum(self._ends().values())
 
     def truncate_to_index(self) -> None:
         """Drop what a killed writer left behind. Call once, before the first `append`."""
-        ends = {"tokens.bin": self._token_end() * 4, "features.bin": self._feature_end() * self._row_bytes}
-        for name, end in ends.items():
-            with (self.path / name).open("ab") as file:
+        for path, end in self._ends().items():
+            with path.open("ab") as file:
                 file.truncate(end)
         index = self.path / "index.jsonl"
-        index.write_text("".join(json.dumps(record._asdict()) + "\n" for record in self.records))
+        whole = "".join(json.dumps(record._asdict()) + "\n" for record in self.records)
+        if index.exists() and index.read_text(encoding="utf-8") != whole:
+            write_whole(index, whole)
 
     def append(self, record: SequenceRecord, tokens: list[int], states: Tensor) -> None:
         """Add one sequence: `states` [length - 1, vectors, H]. Offsets in `record` are filled in here.
@@ -117,6 +130,10 @@ class FeatureStore:
         )
         return torch.from_numpy(tokens).long()
 
+    def _ends(self) -> dict[Path, int]:
+        tokens, features = self._token_end() * 4, self._feature_end() * self._row_bytes
+        return {self.path / "tokens.bin": tokens, self.path / "features.bin": features}
+
     def _token_end(self) -> int:
         return self.records[-1].token_offset + self.records[-1].length if self.records else 0
 
@@ -141,12 +158,36 @@ def unique_answers(stores: Iterable[FeatureStore]) -> list[tuple[FeatureStore, S
     return list(first_answers.values())
 
 
+@contextmanager
+def alone(directory: Path, name: str = ".lock") -> Iterator[None]:
+    """Keep other runs from a directory, which is made, by a lock of that name. Raises ConfigError: one works in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(directory / name, mode=0o600).acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(
+            f"another run works in {directory}: two would mix what they write; wait for it, or end it"
+        ) from None
+    with lock:
+        yield
+
+
 def _append(path: Path, data: bytes) -> None:
     with path.open("ab") as file:
         file.write(data)
         file.flush()
-        if path.suffix == ".jsonl":
-            os.fsync(file.fileno())
+        os.fsync(file.fileno())
+
+
+def _shape(directory: Path) -> dict[str, Any]:
+    """Content of `META`, with all of its keys. Raises ConfigError."""
+    try:
+        stored = read_json_file(directory / META)
+        return {"vectors": stored["vectors"], "hidden": int(stored["hidden"]), "layers": stored["layers"]}
+    except (ValueError, TypeError, LookupError) as error:
+        raise ConfigError(
+            f"{directory / META} is damaged ({error}): remove it; the command that writes {directory.name} restores it"
+        ) from None
 
 
 def _read_index(path: Path) -> list[SequenceRecord]:
@@ -166,8 +207,7 @@ def open_stores(config: TrainConfig) -> list[FeatureStore]:
 
     Raises `ValueError` where a shard holds other layers than the configuration captures.
     """
-    stores = []
-    for path in sorted((config.work / "data").glob("shard*")):
-        meta = read_json_file(path / "meta.json")
-        stores.append(FeatureStore(path, hidden=int(meta["hidden"]), layers=config.capture))
-    return stores
+    return [
+        FeatureStore(path, hidden=_shape(path)["hidden"], layers=config.capture)
+        for path in sorted((config.work / "data").glob("shard*"))
+    ]

@@ -7,42 +7,41 @@ Two shards may have answered one prompt. A shard answers with continuous batchin
 on what else it answers, and bf16 rounds them differently: where two tokens are nearly as good, greedy answers part.
 """
 
-from collections.abc import Collection, Sequence
+import zlib
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from whiflash_sglang.errors import ConfigError
-from whiflash_sglang.files.jsonl import staged
+from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN, staged
 from whiflash_sglang.files.progress import progress
 from whiflash_train.answers.served import ServedTarget
 from whiflash_train.answers.store import FeatureStore, SequenceRecord, unique_answers
 
 _SMALL_VOCABULARY = 2**16
+_FIELDS = {"lengths": "length", "prompt_lengths": "prompt_length", "ids": "id", "categories": "category"}
+_FIELDS |= {"looped": "looped", "finished": "finished"}
+"""Arrays of a file, one entry a sequence, and the fields of a `SequenceRecord` that they hold."""
 
 
 def export_tokens(stores: Sequence[FeatureStore], path: Path) -> int:
     """Write every stored sequence, one a prompt, to a compressed .npz; returns the number of tokens.
 
-    Arrays: `tokens` (uint16 where the ids fit, else int32), `lengths`, `prompt_lengths`, `looped`, `finished`,
-    `ids` and `categories`, one entry a sequence.
+    Arrays: `tokens` (uint16 where the ids fit, else int32), and those of `_FIELDS`.
     """
     records = unique_answers(stores)
+    columns: dict[str, Any] = {
+        name: np.array([getattr(record, field) for _, record in records]) for name, field in _FIELDS.items()
+    }
     tokens = torch.cat([store.read_tokens(record) for store, record in records]).numpy()
     small = int(tokens.max()) < _SMALL_VOCABULARY
     with staged(path) as place, place.open("wb") as file:
-        np.savez_compressed(
-            file,
-            tokens=tokens.astype(np.uint16 if small else np.int32),
-            lengths=np.array([record.length for _, record in records], dtype=np.int32),
-            prompt_lengths=np.array([record.prompt_length for _, record in records], dtype=np.int32),
-            looped=np.array([record.looped for _, record in records]),
-            finished=np.array([record.finished for _, record in records]),
-            ids=np.array([record.id for _, record in records]),
-            categories=np.array([record.category for _, record in records]),
-        )
+        np.savez_compressed(file, tokens=tokens.astype(np.uint16 if small else np.int32), **columns)
     return len(tokens)
 
 
@@ -52,16 +51,16 @@ class Exported:
     Raises ConfigError where the file is missing or is no such file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, columns: Iterable[str] = ("lengths", "prompt_lengths", "ids")) -> None:
         try:
             with np.load(path) as file:
-                self.columns = {name: file[name] for name in file.files}
+                self.columns = {name: file[name] for name in ("tokens", *columns)}
             self.ids: list[str] = self.columns["ids"].tolist()
-        except (OSError, ValueError, KeyError) as error:
+            self._ends = np.cumsum(self.columns["lengths"], dtype=np.int64)
+        except (*NOT_AS_WRITTEN, EOFError, BadZipFile, zlib.error) as error:
             raise ConfigError(
                 f"{path} holds no answers' token ids ({error}): give a file that `whiflash lab export` wrote"
             ) from None
-        self._ends = np.cumsum(self.columns["lengths"], dtype=np.int64)
 
     def tokens(self, index: int) -> Tensor:
         """Prompt and answer."""
@@ -69,12 +68,9 @@ class Exported:
         ids = self.columns["tokens"][end - int(self.columns["lengths"][index]) : end]
         return torch.from_numpy(ids.astype(np.int64))
 
-    def copies(self) -> dict[str, list[int]]:
-        """Sequences of every prompt, in their order. More than one where shards answered the same prompt."""
-        places: dict[str, list[int]] = {}
-        for index, name in enumerate(self.ids):
-            places.setdefault(name, []).append(index)
-        return places
+    def firsts(self) -> list[int]:
+        """The first sequence of every prompt, ascending: there are more where shards answered the same prompt."""
+        return sorted(np.unique(self.columns["ids"], return_index=True)[1].tolist())
 
 
 def rebuild_features(
@@ -87,28 +83,17 @@ def rebuild_features(
     Args:
         prompts: ids of those to take; None for all.
     """
-    exported = Exported(path)
-    columns = exported.columns
+    exported = Exported(path, _FIELDS)
     stored = {record.id for record in store.records}
-    missing = [
-        indices[0]
-        for name, indices in exported.copies().items()
-        if name not in stored and (prompts is None or name in prompts)
-    ]
+    wanted = {name for name in exported.ids if name not in stored and (prompts is None or name in prompts)}
+    missing = [index for index in exported.firsts() if exported.ids[index] in wanted]
     # All but the last token, which the target was never fed.
     texts = ((index, exported.tokens(index)[:-1].tolist()) for index in missing)
     with progress() as bar:
         task = bar.add_task("recomputing features", total=len(missing))
         for index, states in target.states(texts):
             tokens = exported.tokens(index)
-            record = SequenceRecord(
-                id=str(columns["ids"][index]),
-                category=str(columns["categories"][index]),
-                prompt_length=int(columns["prompt_lengths"][index]),
-                length=len(tokens),
-                looped=bool(columns["looped"][index]),
-                finished=bool(columns["finished"][index]),
-            )
-            store.append(record, tokens.tolist(), states)
+            fields = {field: exported.columns[name][index].item() for name, field in _FIELDS.items()}
+            store.append(SequenceRecord(**fields), tokens.tolist(), states)
             bar.advance(task)
     return len(missing)

@@ -1,7 +1,7 @@
 """`whiflash learn`: the drafters go on training on what a server kept of its requests."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -10,9 +10,7 @@ from whiflash_sglang.cli import TRAIN
 from whiflash_sglang.cli.options import AdminKeyOption, JsonFlag, report
 from whiflash_sglang.cli.running import steer
 from whiflash_sglang.errors import ConfigError, ServerRefusedError, UsageError
-
-if TYPE_CHECKING:
-    from whiflash_train.learner.once import Learning
+from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN
 
 
 def register(app: typer.Typer, lab: typer.Typer) -> None:
@@ -86,16 +84,19 @@ def learn(
         raise UsageError("--config is missing: name the configuration that the drafters were trained with")
     from whiflash_train.cli.train import readable_errors, resolve_config
 
-    with readable_errors():
+    with readable_errors() as told:
         settings = resolve_config(config)
-    from whiflash_sglang.updates.versions import versions_of
-    from whiflash_train.learner.once import Learning, Pace, learn_once
+        from whiflash_sglang.updates.versions import versions_of
+        from whiflash_train.learner.once import Learning, Pace, learn_once
 
-    server = None if url is None else LiveServer(url.rstrip("/"), api_key, versions_of(directory))
-    with readable_errors():
+        server = None if url is None else LiveServer(url.rstrip("/"), api_key, versions_of(directory))
         learning = Learning(directory, bundle or embedded_bundle(), settings, tokens, judged, rate, replay)
         if watch:
-            _watch(learning, server, share, as_json)
+            from whiflash_train.learner.guard import Guard
+            from whiflash_train.learner.watch import Watch
+
+            guard = None if server is None else Guard(server, directory)
+            Watch(learning, guard, lambda fact: told(_lines(fact, as_json), as_json), share).run()
         outcome = learn_once(learning, Pace(share)).model_dump()
     if server is not None and outcome["version"] is not None:
         outcome["served"] = server.use(outcome["version"])["drafters"]["version"]
@@ -125,22 +126,14 @@ class LiveServer:
         return state
 
 
-def _watch(learning: "Learning", server: LiveServer | None, share: float | None, as_json: bool) -> NoReturn:
-    """Learn until the process ends, and print what happens."""
-    from whiflash_train.learner.guard import Guard
-    from whiflash_train.learner.watch import Watch
-
-    guard = None if server is None else Guard(server, learning.directory)
-    Watch(learning, guard, lambda fact: report(_lines(fact, as_json), as_json), share).run()
-
-
 def _lines(facts: dict[str, Any], as_json: bool) -> dict[str, Any]:
-    """A line for each drafter, for a person."""
-    if as_json or "drafters" not in facts:
-        return facts
+    """A line for each drafter, for a person; facts of another release, which may have other keys, as they are."""
     lines = {key: value for key, value in facts.items() if key != "drafters"}
-    lines["seconds"] = f"{facts['seconds']:.0f}"
-    for name, gain in facts["drafters"].items():
-        interval = f"{gain['ratio']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]"
-        lines[name] = f"{gain['before']:.2f} → {gain['after']:.2f} tokens a round, {interval}"
-    return lines
+    try:
+        lines["seconds"] = f"{facts['seconds']:.0f}"
+        for name, gain in facts["drafters"].items():
+            interval = f"{gain['ratio']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]"
+            lines[name] = f"{gain['before']:.2f} → {gain['after']:.2f} tokens a round, {interval}"
+    except NOT_AS_WRITTEN:
+        return facts
+    return facts if as_json else lines

@@ -5,8 +5,9 @@ torch is imported: what is wrong with it is said at once.
 """
 
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -79,13 +80,13 @@ def train(
     if start_from is not None and not start_from.is_dir():
         raise ConfigError(f"--start-from {start_from}: no such directory")
     done: dict[str, Any] = {}
-    with readable_errors():
+    with readable_errors() as told:
         settings = resolve_config(config)
         steps = ("data", "eagle3", settings.block_drafter, "bundle") if step is None else (step,)
         for name in steps:
             done[name] = _take(name, settings, out, start_from)
             if not as_json:
-                report({"step": name, **done[name]}, False)
+                told({"step": name, **done[name]}, False)
     if as_json:
         report(done if step is None else done[step], True)
 
@@ -123,8 +124,11 @@ def split(
     from whiflash_train.answers.prompts import split as parted
 
     rows, evaluated = read_rows(train), read_rows(held_out)
-    done = parted(rows, evaluated, users)
-    write_output(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.kept))
+    try:
+        done = parted(rows, evaluated, users)
+    except re.error as error:
+        raise UsageError(f"--users {users} is no regular expression: {error}") from None
+    write_output(out, "".join(json.dumps(row) + "\n" for row in done.kept))
     reasons = {f"dropped, {source}, {kind}": count for (source, kind), count in sorted(done.dropped.items())}
     report(
         {
@@ -160,15 +164,10 @@ def features(
         from whiflash_train.answers.prompts import read_rows
 
         chosen_ids = None if only is None else {row["id"] for row in read_rows(only)}
-        from whiflash_train.answers.data import teacher_of
-        from whiflash_train.answers.store import FeatureStore
+        from whiflash_train.answers.data import shard_of
         from whiflash_train.answers.tokens import rebuild_features
 
-        shard = f"shard-{tokens.stem}"
-        with teacher_of(settings, shard) as target:
-            place = settings.work / "data" / shard
-            store = FeatureStore(place, hidden=target.hidden_size, layers=settings.capture)
-            store.truncate_to_index()
+        with shard_of(settings, f"shard-{tokens.stem}") as (target, store):
             done = rebuild_features(tokens, target, store, chosen_ids)
     report({"recomputed": done, "sequences": len(store.records)}, as_json)
 
@@ -199,13 +198,19 @@ def export(
 
 
 @contextmanager
-def readable_errors() -> Iterator[None]:
+def readable_errors() -> Iterator[Callable[[Mapping[str, Any], bool], None]]:
     """Make errors that a person can act on those of this package; what runs meanwhile shows its progress on stderr, so
-    that stdout holds the result alone.
+    that stdout holds the result alone: the yielded `report` still prints there.
     """
+    stdout = sys.stdout
+
+    def told(result: Mapping[str, Any], as_json: bool) -> None:
+        with redirect_stdout(stdout):
+            report(result, as_json)
+
     try:
         with redirect_stdout(sys.stderr):
-            yield
+            yield told
     except WhiflashError:
         raise
     except ValueError as error:  # prompts, data or a checkpoint that cannot be used

@@ -110,16 +110,9 @@ def go_on_from(path: Path, target: Origin, settings: DSpark) -> DSparkDrafter:
 def with_heads(trunk: DFlashDrafter, settings: DSpark, from_anchor: bool) -> DSparkDrafter:
     """The drafter with the trunk's weights, and its heads where it has any. New ones say nothing yet: W2 and the
     confidence head are 0, so that it proposes what the trunk does."""
-    ours = ("from_anchor", "block_size")
-    kept = {
-        field.name: getattr(trunk.config, field.name)
-        for field in fields(DFlashConfig)
-        if field.name not in ours
-    }
+    kept = {field.name: getattr(trunk.config, field.name) for field in fields(DFlashConfig)}
     config = DSparkConfig(
-        **kept,
-        from_anchor=from_anchor,
-        block_size=settings.block_size - from_anchor,
+        **kept | {"from_anchor": from_anchor, "block_size": settings.block_size - from_anchor},
         markov_rank=settings.markov_rank,
         markov_head=settings.markov_head if settings.markov_rank else "vanilla",
         confidence=settings.confidence_head,

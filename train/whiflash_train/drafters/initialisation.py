@@ -33,7 +33,9 @@ def origin_of(config: TrainConfig, path: Path, stores: Sequence[FeatureStore]) -
                 "leave draft_layers out"
             )
         return TargetModel(path, device=torch.device("cpu"), dtype=torch.float32)
-    return ServedOrigin.read(path, config.target, config.origin, sizes, norm_weight(stores), torch.float32)
+    return ServedOrigin.read(
+        path, config.target, config.work / "target", sizes, norm_weight(stores), torch.float32
+    )
 
 
 def norm_weight(stores: Sequence[FeatureStore]) -> Tensor:

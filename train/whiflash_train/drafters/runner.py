@@ -3,7 +3,9 @@
 Weights that made the cached draft KV of a drafter that serves stay as they are (`Held`).
 """
 
+import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,8 +21,8 @@ from whiflash_sglang.errors import CheckpointError
 from whiflash_sglang.files.jsonl import read_json_file
 from whiflash_sglang.formats.dflash.dflash import DFlashDrafter
 from whiflash_sglang.updates.swap import check_kind, first_frozen_row
-from whiflash_train.answers.provenance import Provenance, check_same_run, checkpoint_digest, data_digest
-from whiflash_train.answers.store import FeatureStore, open_stores
+from whiflash_train.answers.provenance import begun, check_same_run, checkpoint_digest, data_digest
+from whiflash_train.answers.store import FeatureStore, alone, open_stores
 from whiflash_train.config import DFlash, DSpark, Eagle3, Loop, TrainConfig
 from whiflash_train.drafters import dflash as dflash_training
 from whiflash_train.drafters import dspark as dspark_training
@@ -71,7 +73,7 @@ def train_drafter(
         after_step: called after every step.
 
     Raises:
-        ConfigError: there is no such section, or `start_from` is not of its shape.
+        ConfigError: there is no such section, `start_from` is not of its shape, or another run trains this drafter.
     """
     settings = config.dspark_section() if name == "dspark" else getattr(config, name)
     stores, loop = open_stores(config), settings.loop
@@ -81,29 +83,32 @@ def train_drafter(
     torch.manual_seed(config.seed)
     run = config.work / name
     batches = SequenceBatches(stores, loop.answer_tokens, loop.min_answer, config.seed)
-    resumed = last_checkpoint(run / "trainer")
-    facts = _facts(name, config, stores, start_from) | ({"held": True} if held else {})
-    check_same_run(run / "trainer", facts, begun=resumed is not None)
-    provenance = Provenance(config, stores)
-    model: Any = BUILDERS[name](config, settings, target, stores, start_from)
-    kept = Held(name, model.drafter) if held else None
-    model.train()
-    trainer = _LoggingTrainer(
-        model=model,
-        args=_arguments(config, loop, run / "trainer", len(batches)),
-        train_dataset=batches,
-        data_collator=lambda items: items[0],
-        callbacks=[] if after_step is None else [_Stepped(after_step)],
-    )
-    trainer.train(resume_from_checkpoint=resumed)
-    out = run / "checkpoint"
-    if kept is None or start_from is None:
-        model.drafter.save(out)
-    else:
-        kept.write_back()
-        model.drafter.save(out, stored_dtype(start_from))
-    provenance.finish(out, {"log": trainer.state.log_history, "answer_tokens": batches.answer_tokens})
-    return out
+    with alone(run):
+        resumed = last_checkpoint(run / "trainer")
+        facts = _facts(name, config, stores, start_from) | ({"held": True} if held else {})
+        check_same_run(run / "trainer", facts, begun=resumed is not None)
+        began, record = time.time(), begun(config, stores)
+        model: Any = BUILDERS[name](config, settings, target, stores, start_from)
+        kept = Held(name, model.drafter) if held else None
+        model.train()
+        trainer = _LoggingTrainer(
+            model=model,
+            args=_arguments(config, loop, run / "trainer", len(batches)),
+            train_dataset=batches,
+            data_collator=lambda items: items[0],
+            callbacks=[] if after_step is None else [_Stepped(after_step)],
+        )
+        trainer.train(resume_from_checkpoint=resumed)
+        out = run / "checkpoint"
+        if kept is None or start_from is None:
+            model.drafter.save(out)
+        else:
+            kept.write_back()
+            model.drafter.save(out, stored_dtype(start_from))
+        record |= {"wall_seconds": round(time.time() - began, 1), "log": trainer.state.log_history}
+        record["answer_tokens"] = batches.answer_tokens
+        (out / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
+        return out
 
 
 def _eagle3(

@@ -115,8 +115,10 @@ class Guard:
 
 
 def _lengths(state: Mapping[str, Any]) -> ByArm:
-    """Lengths of the drafters that have versions."""
-    return {arm: Lengths(**sums) for arm, sums in state["lengths"].items() if arm in PARTS}
+    """Lengths of the drafters that have versions; a newer server may have further sums."""
+    known = Lengths.__slots__
+    lengths = state["lengths"].items()
+    return {arm: Lengths(*(sums[name] for name in known)) for arm, sums in lengths if arm in PARTS}
 
 
 def _read(file: Path) -> Watched | None:

@@ -1,11 +1,12 @@
 """One pass: samples are read, the drafters that serve train on them and are judged, and a version is published, or not.
 
-Drafters are judged by what they accept of the same answers (`gains`). A pass may rest, to leave the processor to a
+Drafters are judged by what they accept of the same answers (`_gain`). A pass may rest, to leave the processor to a
 server (`Pace`). Its files are in `learner` of the directory of `--whiflash-learn`, readable by the owner only, and gone
 when it ends. The next pass goes on with those of a killed one if it would learn the same.
 """
 
 import json
+import os
 import random
 import shutil
 import time
@@ -16,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
-from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
@@ -42,7 +42,7 @@ from whiflash_sglang.updates.versions import (
     versions_of,
 )
 from whiflash_train.answers.data import is_embedded, target_path
-from whiflash_train.answers.store import FeatureStore, SequenceRecord
+from whiflash_train.answers.store import FeatureStore, SequenceRecord, alone
 from whiflash_train.answers.tokens import Exported
 from whiflash_train.config import TrainConfig
 from whiflash_train.drafters.runner import train_drafter
@@ -59,6 +59,7 @@ EPOCHS = 3.0
 STEP_TOKENS = 1024
 """Answer tokens in a step. With 256, EAGLE-3 lost 1 % of its acceptance length at the same rate: samples are few, and
 small steps of a fresh optimiser are mostly noise."""
+LOCK = ".learner"
 STATUS = "learner.json"
 WORK = "learner"
 CHOICE = "choice.json"
@@ -143,12 +144,9 @@ def walk_answers(pair: Pair, store: FeatureStore, log: ReplayLog, pace: Pace) ->
     return tallies
 
 
-def gains(before: Walked, after: Walked) -> dict[str, Gain]:
-    """Gains by arm. Answers are drawn together for both, so what is hard for both cancels out."""
-    return {name: _gain(before[name], after[name]) for name in after}
-
-
 def _gain(before: Sequence[RoundTally], after: Sequence[RoundTally]) -> Gain:
+    """Gain of an arm. Answers are drawn together for both, so what is hard for both cancels out."""
+
     def column(tallies: Sequence[RoundTally], of: str) -> NDArray[np.float64]:
         return np.array([[getattr(tally, of)] for tally in tallies], dtype=np.float64)
 
@@ -201,6 +199,7 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         TooFewError: of the samples. ConfigError: another learner is at work, or training ended in what cannot serve.
     """
     pace = pace or Pace()
+    original = None if learning.replay is None else Exported(learning.replay)
     with _alone(learning.directory) as work:
         began = time.monotonic()
         manifest = load_manifest(learning.bundle)
@@ -222,7 +221,7 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
             raise ConfigError(f"{path}: drafters cannot go on training here, since {reason}")
         target = TargetModel(path, **config.hardware.place)
         tokens = answer_tokens(chosen.learned)
-        more = [] if learning.replay is None else replayed(learning.replay, tokens, config.seed)
+        more = [] if original is None else replayed(original, tokens, config.seed)
         _store(work / "data" / "shard0", target, config.capture, [*chosen.learned, *more], pace)
         store = _store(work / "judges", target, config.capture, chosen.judged, pace)
         trained = {arm: train_arm(config, arm, path, pace) for arm, path in checkpoints.items()}
@@ -231,7 +230,7 @@ def learn_once(learning: Learning, pace: Pace | None = None) -> Outcome:
         for arm in checkpoints:
             check_fits(f"what was learned for {PARTS[arm]}", *(pair.drafters[arm] for pair in pairs))
         walks = [walk_answers(pair, store, ReplayLog(work / "rounds", pair), pace) for pair in pairs]
-        gained = {PARTS[arm]: gain for arm, gain in gains(*walks).items()}
+        gained = {PARTS[arm]: _gain(*(walk[arm] for walk in walks)) for arm in checkpoints}
         better = {arm for arm in checkpoints if gained[PARTS[arm]].better}
         tokens += answer_tokens(more)
         outcome = Outcome(
@@ -260,7 +259,7 @@ def check_target(configured: str, served: str) -> None:
     """
     if configured == served or (is_embedded(configured) and is_embedded(served)):
         return
-    ours, theirs = (Path(name).expanduser() for name in (configured, served))
+    ours, theirs = (Path(os.path.expanduser(name)) for name in (configured, served))
     if not (ours.is_dir() and theirs.is_dir() and ours.samefile(theirs)):
         raise ConfigError(
             f"--config is for the target {configured}, the server's bundle for {served}: drafters would learn from "
@@ -321,13 +320,7 @@ def _alone(directory: Path) -> Iterator[Path]:
         raise ConfigError(f"{directory} has no samples: name the directory of the server's --whiflash-learn")
     check_own(samples_of(directory))
     work = directory / WORK
-    try:
-        lock = _lock(directory).acquire(blocking=False)
-    except Timeout:
-        raise ConfigError(
-            f"another learner works in {directory}: two would learn the same; wait for it, or end it"
-        ) from None
-    with lock:
+    with alone(directory, LOCK):
         work.mkdir(mode=0o700, exist_ok=True)
         check_own(work)
         try:
@@ -340,18 +333,14 @@ def _alone(directory: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _lock(directory: Path) -> BaseFileLock:
-    return FileLock(directory / ".learner", mode=0o600)
-
-
 def is_at_work(directory: Path) -> bool:
     """Whether a learner works in the directory now."""
-    if not (directory / ".learner").exists():
+    if not (directory / LOCK).exists():
         return False
     try:
-        with _lock(directory).acquire(blocking=False):
+        with alone(directory, LOCK):
             return False
-    except Timeout:
+    except ConfigError:
         return True
     except OSError:
         return False
@@ -430,10 +419,9 @@ def _store(
     return store
 
 
-def replayed(file: Path, tokens: int, seed: int) -> list[Text]:
+def replayed(exported: Exported, tokens: int, seed: int) -> list[Text]:
     """Whole answers of the original training, drawn at random, until they have so many tokens together."""
-    exported = Exported(file)
-    order = [indices[0] for indices in exported.copies().values()]
+    order = exported.firsts()
     random.Random(seed).shuffle(order)
     answers: list[Text] = []
     left = tokens

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -87,9 +87,11 @@ def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> Cho
     newest = list({text.prompt: text for text in texts}.values())
     newest.sort(key=lambda text: text.written)
     unseen = [text for text in newest if text.written > since]
-    shares = min(TENANTS, len({text.tenant for text in newest}) or 1)
-    limit = min(judged, len(unseen) // 2)
-    judges = _newest(unseen, limit, -(-judged // shares), lambda text: 1)
+    counts = Counter(text.tenant for text in newest)
+    shares, limit = min(TENANTS, len(counts) or 1), min(judged, len(unseen) // 2)
+    # Half of a tenant's are left to learn from.
+    rooms = {tenant: min(-(-limit // shares), (count + 1) // 2) for tenant, count in counts.items()}
+    judges = _newest(unseen, limit, rooms, lambda text: 1)
     if len(judges) < LEAST:
         raise TooFewError(
             f"{len(unseen)} samples are newer than the newest version, {len(judges)} of them can judge as {shares} "
@@ -97,19 +99,24 @@ def choose(texts: Iterable[Text], since: float, tokens: int, judged: int) -> Cho
         )
     chosen = {text.name for text in judges}
     others = [text for text in newest if text.name not in chosen]
-    learned = _newest(others, tokens, -(-tokens // shares), lambda text: len(text.answer))
-    return ChosenTexts(learned, judges, newest[-1].written)
+    budget = min(tokens, answer_tokens(others))
+    rooms = dict.fromkeys(counts, -(-budget // shares))
+    return ChosenTexts(
+        _newest(others, budget, rooms, lambda text: len(text.answer)), judges, newest[-1].written
+    )
 
 
-def _newest(texts: Sequence[Text], limit: int, share: int, weight: Callable[[Text], int]) -> list[Text]:
-    """The newest texts of so much weight at most, and a tenant's of its share; one at least, if there are any."""
+def _newest(
+    texts: Sequence[Text], limit: int, rooms: Mapping[int | None, int], weight: Callable[[Text], int]
+) -> list[Text]:
+    """The newest texts of so much weight at most, and of a tenant as it has room; one at least, if there are any."""
     chosen: list[Text] = []
     used: Counter[int | None] = Counter()
     for text in reversed(texts):
         more = weight(text)
         if chosen and used.total() + more > limit:
             break
-        if not chosen or used[text.tenant] + more <= share:
+        if not chosen or used[text.tenant] + more <= rooms[text.tenant]:
             chosen.append(text)
             used[text.tenant] += more
     return chosen[::-1]

@@ -1,12 +1,15 @@
 """Pass after pass beside a server, as its samples come, with an eye on what the server was switched to."""
 
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from whiflash_sglang.errors import ConfigError, WhiflashError
 from whiflash_sglang.files.disk import open_own
+from whiflash_sglang.files.jsonl import NOT_AS_WRITTEN
 from whiflash_sglang.updates.samples import files_of, samples_of
 from whiflash_train.learner.guard import Drop, Guard
 from whiflash_train.learner.once import (
@@ -79,7 +82,7 @@ class Watch:
         self._looked = self._now()
         drop = self._asked(self._guard.look)
         if drop is not None:
-            self._roll_back(drop)
+            self._asked(lambda: self._roll_back(drop))
 
     def _roll_back(self, drop: Drop) -> None:
         fact = {
@@ -87,8 +90,8 @@ class Watch:
             "serves": drop.now,
             "accepted": {name: change.model_dump() for name, change in drop.changes.items()},
         }
-        write_status(self._learning.directory, {**status_of(self._learning.directory), **fact})
         self._say(fact)
+        write_status(self._learning.directory, {**status_of(self._learning.directory), **fact})
 
     def _offer(self, outcome: Outcome) -> None:
         """Have the server use the version, if there is one and it still uses what that was compared with."""
@@ -106,12 +109,13 @@ class Watch:
         self._asked(lambda: guard.switch(number))
 
     def _asked(self, ask: Callable[[], T]) -> T | None:
-        """Answer of the server; None if it does not answer, which is said once."""
+        """Answer of the server; None, which is said, if it cannot be used: a pass under way goes on."""
         try:
             answer = ask()
-        except WhiflashError as error:
+        except NOT_AS_WRITTEN as error:
             if not self._silent:
-                self._say({"server": str(error)})
+                why = str(error) if isinstance(error, OSError | WhiflashError) else repr(error)
+                self._say({"server": why})
             self._silent = True
             return None
         self._silent = False
@@ -133,5 +137,7 @@ def new_samples(directory: Path) -> int:
 
 
 def progress_of(directory: Path) -> dict[str, Any]:
-    """The last pass, whether one is under way, and how many samples wait for the next one."""
+    """The last pass, whether one is under way, and how many samples wait for the next one. Raises OSError."""
+    with suppress(FileNotFoundError):
+        os.listdir(samples_of(directory))  # `files_of` finds none in a directory that it may not read
     return {**status_of(directory), "learning": is_at_work(directory), "new_samples": new_samples(directory)}
