@@ -95,6 +95,9 @@ def test_a_long_context_takes_time_and_memory() -> None:
     assert ("needs YaRN" in near.assumed, "beyond 40,960 positions" in far.assumed) == (False, True)
     with pytest.raises(ConfigError, match="remove --context: with --url"):
         advise(Question("Qwen3-8B", context=1), STATE)
+    many, few = advise(Question("Qwen3-8B", requests=(64, 8), answer=64, context=1 << 15)).rows
+    assert many.rates[OURS] == few.rates[OURS], "those that have room run"
+    assert many.rates[PLAIN] > few.rates[PLAIN]
 
 
 STATE: dict[str, Any] = {
@@ -165,7 +168,7 @@ def test_replicas_are_taken_if_they_are_faster() -> None:
     assert (alone.spread, many.spread) == ("--tp-size 2", "--dp-size 2")
     (half,) = advise(question._replace(cards=1, requests=(16,))).rows
     assert many.rates == pytest.approx({way: 2 * rate for way, rate in half.rates.items()})
-    assert "no table shows their error" in found.assumed
+    assert "on one card ratios were" in found.assumed
     assert found.settings[-1].endswith("--concurrency 1,16"), "one replica is measured"
     (large,) = advise(question._replace(target="Qwen3-32B", requests=(8,), context=1 << 13)).rows
     (far,) = advise(question._replace(requests=(32,), context=1 << 15)).rows
@@ -199,7 +202,7 @@ def test_the_command_shows_and_prints_json() -> None:
     assert shown.stdout.startswith("ESTIMATE")
     assert "131,072 cached" in " ".join(shown.stdout.split())
     assert "simulating loads" in shown.stderr
-    for title in ("As others measured", "Drafters (", "Set:", "You give up", "Not in the rows"):
+    for title in ("As measured on cards", "Drafters (", "Set:", "You give up", "Not in the rows"):
         assert title in shown.output
     found = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
     assert found["rows"][0]["choice"] in found["verdict"]

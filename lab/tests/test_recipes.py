@@ -152,6 +152,15 @@ def test_flags(flags: dict[str, Any], obstacles: list[str]) -> None:
     assert not any("\n" in sentence or "{" in sentence for sentence in verdict.obstacles.values())
 
 
+def test_no_code_of_the_target_is_run(tmp_path: Path) -> None:
+    code = {"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own", "architectures": ["Own"]}
+    (tmp_path / "config.json").write_text(json.dumps(code))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    verdict = judge({"model-path": str(tmp_path), "trust-remote-code": ""})
+    assert "nothing of it is run here" in "".join(verdict.unread)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_variable_that_no_rule_can_read_is_named() -> None:
     assert "--attention-backend, whose value is a variable" in judge({"attention-backend": ""}).unread
 
@@ -167,8 +176,7 @@ def test_variables_of_the_environment() -> None:
 def test_the_target_counts_if_it_is_there(
     write: Write, tmp_path: Path, architecture: str, model_type: str, obstacles: list[str]
 ) -> None:
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
-    config = {"architectures": [architecture], "model_type": model_type, "torch_dtype": "bfloat16", **sizes}
+    config = {"architectures": [architecture], "model_type": model_type, "torch_dtype": "bfloat16", **SIZES}
     write("config.json", json.dumps(config))
     for verdict in (judge({}, target=tmp_path), judge({"model-path": str(tmp_path)})):
         assert list(verdict.obstacles) == obstacles

@@ -76,10 +76,3 @@ def test_agents_gain_by_what_the_host_knows() -> None:
     fixed = max(Simulation(H100, load, method).run().rate for method in FIXED)
     assert simulation.run().rate > 1.2 * fixed
     assert simulation.result.routed[arms.STRUCTURE]
-
-
-def test_a_wrong_number_of_requests_is_refused() -> None:
-    from whiflash_sglang.errors import UsageError
-
-    refused = CliRunner().invoke(app, ["lab", "simulate", "--requests", "1,many"])
-    assert isinstance(refused.exception, UsageError)

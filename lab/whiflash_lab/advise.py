@@ -4,8 +4,10 @@ An estimate: nothing is measured but what a server says. `published.yaml` has it
 of other cards, of several and of experts follow from a card's bandwidth. Imports no torch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -84,6 +86,7 @@ class Estimate(NamedTuple):
     low: float
     high: float
     ahead: tuple[float, float] = (1.0, 1.0)
+    replicas: int = 1
 
     @property
     def gain(self) -> str:
@@ -125,7 +128,7 @@ def _by_set(low: float, high: float) -> str:
 
 @dataclass
 class Advice:
-    """assumed: in a line. published: what others measured. copies: what the rows do not hold. obstacles: what stops a
+    """assumed: in a line. published: what cards measured. copies: what the rows do not hold. obstacles: what stops a
     launch, or makes an estimate pointless.
     """
 
@@ -162,7 +165,7 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
         sums = brought(state)  # copies and forced text with them
         rates = {PLAIN: sums.tokens / sums.plain_seconds, OURS: sums.tokens / sums.seconds}
         rows = [Estimate(OWN, "", rates, sums.gain, sums.gain)]
-        rows += [_row(card, pair, question, n, _block(target)) for n in tracked(loads, TASK)]
+        rows += [_row(lambda _: card, pair, question, n, _block(target)) for n in tracked(loads, TASK)]
         verdict, prices = rows[0].verdict(0.0), "the running server, host's time included; drafters alone"
     else:
         if target is None:
@@ -185,7 +188,7 @@ def advise(question: Question, state: Mapping[str, Any] | None = None) -> Advice
         eagle3=target.eagle3,
         block=target.block,
         settings=list(_settings(target, question, rows[-1], (state or {}).get("by_arm", {}))),
-        obstacles=[] if state else list(_obstacles(target.shape, question)),
+        obstacles=[] if state else list(_obstacles(target.shape, question, rows[-1].replicas)),
     )
 
 
@@ -247,31 +250,28 @@ def _off(target: PublishedTarget) -> list[float]:
 
 
 def _prices(target: PublishedTarget, gpu: Gpu, question: Question) -> str:
-    off, shown = _off(target), question.cards == 1 and gpu in (GPUS["h100"], GPUS["h20"])
-    error = f"ratios were {min(off):+.0%} to {max(off):+.0%} off where others measured them"
+    off, shown = _off(target), gpu in (GPUS["h100"], GPUS["h20"])
+    error = f"on one card ratios were {min(off):+.0%} to {max(off):+.0%} off where others measured them"
     cards = f"{question.cards} × {gpu.name} bf16, fits to published tables scaled by bandwidth"
     cards += ", draft passes in graphs (not so with --tp-size)" if question.cards > 1 else ""
     return f"{cards}; {error if shown else 'no table shows their error'}"
 
 
-def _obstacles(shape: Shape, question: Question) -> Iterator[str]:
+def _obstacles(shape: Shape, question: Question, replicas: int) -> Iterator[str]:
     weights, gpu, most = sum(_split(shape)), _gpu(question.gpu), max(question.requests)
     if (room := USABLE * gpu.memory * question.cards - weights) < 0:
         yield (
             f"{weights / 1e9:.0f} GB of weights do not fit {question.cards} × {gpu.name} of "
             f"{gpu.memory / 1e9:.0f} GB with KV beside them"
         )
-    tokens, cards = question.context + question.prompt + question.answer, question.cards
-    plain, one, two = (
-        _fitting(shape, question, cards, layers) for layers in (0, BLOCK_LAYERS, BLOCK_LAYERS + 1)
-    )
+    tokens, cards = question.context + question.prompt + question.answer, question.cards // replicas
+    layers = 0, BLOCK_LAYERS, BLOCK_LAYERS + 1
+    plain, one, two = (replicas * _fitting(shape, question, cards, each) for each in layers)
     if most > two and room > 0:
-        each, needed = cards * _fitting(shape, question, 1), most * tokens * shape.kv / 1e9
+        on, needed = f" on {replicas} replicas" if replicas > 1 else "", most * tokens * shape.kv / 1e9
         yield (
-            f"KV for {most} × {tokens:,} tokens takes {needed:.0f} GB: {plain} requests fit, {one} beside a block "
-            f"drafter, {two} beside two{f', {each} on {cards} replicas' if cards > 1 else ''}. "
-            "Rows assume that all do, as if they shared a prefix; if they do not, ask with "
-            f"--requests {max(each, two, 1)}"
+            f"KV for {most} × {tokens:,} tokens takes {needed:.0f} GB: {plain} requests fit{on}, {one} beside a block "
+            f"drafter, {two} beside two. Rows assume that the others wait; more fit if they share a prefix"
         )
 
 
@@ -359,44 +359,56 @@ def _fastest(
     whole = question.cards
 
     def on(cards: int, replicas: int) -> Estimate:
-        share = -(-requests // replicas)
-        card = _card(target.shape, gpu, cards, question.context, share)
-        row = _row(card, pair, question, share, _block(target))
+        prices = partial(_card, target.shape, gpu, cards, question.context)
+        fitting = partial(_fitting, target.shape, question, cards)
+        row = _row(prices, pair, question, requests, _block(target), fitting, replicas)
         name, size = ("dp", replicas) if replicas > 1 else ("tp", cards)
         return row._replace(
             load=count(requests, "request") + (f", {name} {size}" if whole > 1 else ""),
             spread=f"--{name}-size {size}" if whole > 1 else "",
-            rates={way: rate * requests / share for way, rate in row.rates.items()},
+            replicas=replicas,
         )
 
-    alone, together = (_fitting(target.shape, question, cards) for cards in (1, whole))
-    fits = alone * whole >= requests or (alone and together < requests)
-    replicas = [on(1, whole)] if whole > 1 and fits else []
+    replicas = [on(1, whole)] if whole > 1 and _fitting(target.shape, question, 1) else []
     return max(
         [*replicas, on(whole, 1)], key=lambda row: max(row.rates.values()) * (SURE if row in replicas else 1)
     )
 
 
-def _row(card: Card, pair: PublishedPair, question: Question, requests: int, block: str) -> Estimate:
+def _row(
+    prices: Callable[[int], Card],
+    pair: PublishedPair,
+    question: Question,
+    requests: int,
+    block: str,
+    fitting: Callable[[int], int] = lambda layers: sys.maxsize,
+    replicas: int = 1,
+) -> Estimate:
+    """prices: of so many requests at once. fitting: as many as a replica holds beside drafters of so many layers."""
     tools = max(question.tools, 1e-9)  # above 0, so that the host's time counts
-    load = SimulatedLoad(
-        requests, 4 * requests + 40, question.prompt, question.answer, tools=tools, cached=question.context
-    )
 
-    def rate(method: str, pair: PublishedPair, card: Card = card) -> float:
-        return Simulation(card, load, method, pair=pair).run().rate
+    def rate(way: str, pair: PublishedPair) -> float:
+        layers = {"EAGLE3": 1, block: BLOCK_LAYERS, OURS: BLOCK_LAYERS + 1}.get(way, 0)
+        at_once = max(min(-(-requests // replicas), fitting(layers)), 1)
+        load = SimulatedLoad(
+            at_once, 4 * at_once + 40, question.prompt, question.answer, tools=tools, cached=question.context
+        )
+        card, method = prices(at_once), methods.get(way)
+        if method is None:  # NGRAM drafts for nothing
+            card, method = replace(card, block=0.0), "dflash"
+        return Simulation(card, load, method, pair=pair).run().rate * min(replicas, requests / at_once)
 
     ways = {"eagle3": "EAGLE3", "dflash": block, "auto": OURS}
     drafted = (method for method in METHODS if FIXED.get(method, arms.NONE) in (arms.NONE, *pair.drafts))
     methods = {ways.get(method, method): method for method in drafted}
-    rates = {way: rate(method, pair) for way, method in methods.items()}
-    rates |= {"NGRAM": rate("dflash", NGRAM, replace(card, block=0.0)), OURS: rates.pop(OURS)}
+    rates = {way: rate(way, pair) for way in methods}
+    rates |= {"NGRAM": rate("NGRAM", NGRAM), OURS: rates.pop(OURS)}
     every = Estimate(count(requests, "request"), "", rates, 1.0, 1.0)
     single = [pair._replace(lengths={name: lengths}) for name, lengths in pair.lengths.items()]
-    plain, best, stock = rates[PLAIN], rates[every.stock], methods.get(every.stock)
+    plain, best = rates[PLAIN], rates[every.stock]
     # With the mean, so that it is within its bracket.
-    ours = [rates[OURS], *(rate("auto", one) for one in single)]
-    theirs = [best, *(rate(stock, one) if stock else best for one in single)]
+    ours = [rates[OURS], *(rate(OURS, one) for one in single)]
+    theirs = [best, *(rate(every.stock, one) if every.stock in methods else best for one in single)]
     ahead = [mine / other for mine, other in zip(ours, theirs, strict=True)]
     return every._replace(low=min(ours) / plain, high=max(ours) / plain, ahead=(min(ahead), max(ahead)))
 
@@ -410,8 +422,9 @@ def _settings(
         return
     spread = f" {row.spread}" if row.spread else ""
     parsers = f" {target.parsers}" if target.parsers else ""
-    if question.context and row.spread.startswith("--dp"):
-        yield "Behind SGLang's router (cache_aware), not --dp-size, prefixes are kept; it drops cache_salt."
+    if question.context and row.replicas > 1:
+        spread = ""
+        yield "One server on each card, behind SGLang's router (cache_aware): it keeps prefixes, and drops cache_salt."
     if not by_arm and row.choice != OURS:
         drafter = {"EAGLE3": target.eagle3, _block(target): target.block}.get(row.choice, ())[:1]
         flags = "" if row.choice == PLAIN else f" --speculative-algorithm {row.choice}"
@@ -426,8 +439,8 @@ def _settings(
     bound = f" --max-running-requests {max(question.requests)}" if max(question.requests) > 48 else ""
     yield f"whiflash serve {target.name} --speculative-draft-model-path my-bundle{spread}{parsers}{bound}"
     stock = ",".join(way for way in row.rates if way not in (PLAIN, OURS))
-    replicas = question.cards if row.spread.startswith("--dp") else 1
-    loads = ",".join(dict.fromkeys(str(-(-requests // replicas)) for requests in question.requests))
+    most = max(_fitting(target.shape, question, question.cards // row.replicas), 1)
+    loads = ",".join(dict.fromkeys(str(min(-(-load // row.replicas), most)) for load in question.requests))
     arguments = f"--no-interleave --arms none,{stock},auto --concurrency {loads}"
     arguments += f' --server-args="{row.spread}"' if row.spread.startswith("--tp") else ""
     yield f"whiflash bench --model-path {target.name} --bundle my-bundle {arguments}"

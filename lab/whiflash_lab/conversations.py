@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -23,6 +23,9 @@ from whiflash_sglang.spans.hints import HintError
 from whiflash_sglang.spans.prediction import body_prediction
 from whiflash_sglang.spans.vocabulary import vocabulary_of
 from whiflash_train.answers.prompts import served_tools
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_MESSAGES = 10_000
 """Messages of one conversation."""
@@ -77,12 +80,9 @@ def conversation(
 
 def tools_of(where: str, value: object) -> tuple[Mapping[str, Any], ...]:
     """Tools of a request: a list in OpenAI's form."""
-    tools = []
-    for i, tool in enumerate(list_of(where, value)):
-        function = object_of(f"{where}[{i}].function", object_of(f"{where}[{i}]", tool).get("function"))
-        if not text_of(f"{where}[{i}].function.name", function.get("name")):
-            raise ConfigError(f"{where}[{i}].function.name: is missing")
-        tools.append(tool)
+    tools = list_of(where, value)
+    for i, tool in enumerate(tools):
+        _function(f"{where}[{i}]", tool)
     return tuple(tools)
 
 
@@ -145,30 +145,20 @@ def _message(where: str, raw: object) -> Message:
     return message
 
 
-def _call(where: str, raw: object) -> Message:
-    fields = object_of(where, raw)
-    function = object_of(f"{where}.function", fields.get("function"))
+def _function(where: str, raw: object) -> tuple[str, object]:
+    """Name and, of a call, arguments of the function of a tool or a call."""
+    function = object_of(f"{where}.function", object_of(where, raw).get("function"))
     name = text_of(f"{where}.function.name", function.get("name"))
     if not name:
         raise ConfigError(f"{where}.function.name: is missing")
-    arguments = function.get("arguments")
+    return name, function.get("arguments")
+
+
+def _call(where: str, raw: object) -> Message:
+    name, arguments = _function(where, raw)
     if isinstance(arguments, dict):
         arguments = json.dumps(arguments, ensure_ascii=False)
     return call(name, text_of(f"{where}.function.arguments", arguments) or "{}")
-
-
-class Tokenizer(Protocol):
-    """Members of a `transformers` tokenizer that are needed."""
-
-    eos_token_id: int
-    all_special_ids: list[int]
-    added_tokens_decoder: Mapping[int, Any]
-
-    def get_vocab(self) -> Mapping[str, int]: ...
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-
-    def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -191,7 +181,7 @@ class Renderer:
         tokenizer: the target's. template: a chat template instead of the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> None:
         self._tokenizer, self._template = tokenizer, template
         vocabulary = vocabulary_of(tokenizer)
         texts = ((token, vocabulary.token_bytes[token].decode()) for token in sorted(vocabulary.special))
@@ -199,7 +189,8 @@ class Renderer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`, without special ones added."""
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return tokens
 
     def turns(self, recorded: Conversation) -> Iterator[RecordedTurn]:
         """Every answer that is not empty, in order.

@@ -214,12 +214,10 @@ def _show_figures(answers: Sequence[DemoAnswer], console: Console) -> None:
         "Output tokens per second, medians, interleaved with plain decoding",
         console,
     )
-    arms = sorted({arm for a in answers for arm in a.trace.arms})
-    sums = [ArmTotals.sum(a.trace.arms[arm] for a in answers if arm in a.trace.arms) for arm in arms]
-    rows = [
-        [arm, str(one.rounds), str(one.tokens), f"{one.acceptance_length:.2f}"]
-        for arm, one in zip(arms, sums, strict=True)
-    ]
+    rows = []
+    for arm in sorted({arm for a in answers for arm in a.trace.arms}):
+        total = ArmTotals.sum(a.trace.arms[arm] for a in answers if arm in a.trace.arms)
+        rows.append([arm, str(total.rounds), str(total.tokens), f"{total.acceptance_length:.2f}"])
     show_table(
         ("drafter", "rounds", "tokens", "acceptance length"),
         rows,

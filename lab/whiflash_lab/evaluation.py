@@ -122,7 +122,6 @@ class EvaluationSettings:
 
     limit: int | None = None
     max_new_tokens: int = 160
-    eagle_steps: int = 5
     seed: int = 1
     work: Path | None = None
     hardware: Hardware = field(default_factory=Hardware)
@@ -152,7 +151,7 @@ def evaluate_bundle(bundle: Path, prompts: Path, settings: EvaluationSettings) -
     Raises `WhiflashError` for a bundle and `ValueError` for prompts that cannot be used.
     """
     rows, manifest = read_rows(prompts), load_manifest(bundle)
-    parts = PairParts.of_bundle(bundle, settings.eagle_steps)
+    parts = PairParts.of_bundle(bundle)
     chosen = list(balanced(rows, {}, settings.seed))[: settings.limit]
     with tempfile.TemporaryDirectory() as scratch:
         work = settings.work or Path(scratch)

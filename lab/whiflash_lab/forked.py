@@ -64,15 +64,6 @@ def serve(request: dict[str, Any]) -> None:
         os._exit(code)
 
 
-def preload() -> None:
-    """Import what servers need, and nothing that starts a thread or a device."""
-    for name in PRELOADED:
-        import_module(name)
-    from sglang.srt.models.registry import ModelRegistry
-
-    ModelRegistry.get_supported_archs()
-
-
 def host(requests: TextIO, answers: TextIO) -> None:
     """Fork a server for each request until there are no more, then end them all."""
     # SGLang asks for `spawn`, which would import everything again in each child.
@@ -80,7 +71,12 @@ def host(requests: TextIO, answers: TextIO) -> None:
     multiprocessing.set_start_method = (  # type: ignore[assignment]
         lambda method, force=False: set_method("fork", force=True)
     )
-    preload()
+    # Servers need these, none of which starts a thread or a device.
+    for name in PRELOADED:
+        import_module(name)
+    from sglang.srt.models.registry import ModelRegistry
+
+    ModelRegistry.get_supported_archs()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Servers that end leave no zombies.
     print("ready", file=answers, flush=True)
     servers = []

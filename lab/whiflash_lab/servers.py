@@ -71,6 +71,11 @@ class ServerHost(Closing):
             )
         self._ready = False
 
+    @property
+    def pid(self) -> int:
+        """The id of the process that forks."""
+        return self._process.pid
+
     def wait(self) -> None:
         """Until SGLang is imported, half a minute and more.
 

@@ -123,9 +123,6 @@ class Host(NamedTuple):
     fixed: float
     request: float
 
-    def seconds(self, requests: int) -> float:
-        return self.fixed + self.request * requests
-
 
 FREE = Host(0.0, 0.0)
 HOST = Host(1.65e-3, 0.077e-3)
@@ -328,7 +325,8 @@ class Simulation:
         usual = HOST_OF_GRAMMARS if agents else HOST if self.load.tools else FREE
         host = usual if self.host is FREE else self.host
         planning = PLANNING_OF_AGENTS * agents if self.method == "auto" else 0.0
-        return max(host.seconds(len(running)) + planning - verify - (0.0 if agents else draft), 0.0)
+        seconds = host.fixed + host.request * len(running)
+        return max(seconds + planning - verify - (0.0 if agents else draft), 0.0)
 
     def _routed(self, running: Sequence[Request]) -> list[tuple[str, str, int]]:
         """A pass for each request, whose drafts are verified, and how many: the likeliest that there are rows for."""

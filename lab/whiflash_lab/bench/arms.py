@@ -7,6 +7,7 @@ it serves and keeps a server of its own: what other routers do must not teach it
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from whiflash_sglang.checkpoints.manifest import NEEDED, PARTS, check_arms
 from whiflash_sglang.drafts.arms import AR, DIFFUSION
 from whiflash_sglang.errors import ConfigError, UsageError
 from whiflash_sglang.formats.draft_format import DraftFormat
+from whiflash_train.provenance import without_secrets
 
 NONE = "none"
 STATIC = ("EAGLE3", "DFLASH", "DSPARK")
@@ -87,19 +89,15 @@ class Subject:
         return ("--device", "cpu") in pairwise(self.common)
 
     def hide_paths(self, arguments: Sequence[str]) -> list[str]:
-        """`arguments` as they may be published: directories by what they hold."""
+        """`arguments` as they may be published: directories by what they hold, and no key."""
         names = {
             **{str(path): f"BUNDLE-OF-{arm}" for arm, path in self.variants.items()},
             **{str(getattr(self, PARTS[arm])): f"BUNDLE/{PARTS[arm]}" for arm in self.drafters},
             str(self.bundle): "BUNDLE",
             str(self.target): "TARGET",
         }
-        shown = []
-        for argument in arguments:
-            for path, name in names.items():
-                argument = argument.replace(path, name)
-            shown.append(argument)
-        return shown
+        words = without_secrets(arguments)
+        return [reduce(lambda text, known: text.replace(*known), names.items(), word) for word in words]
 
 
 @dataclass(frozen=True, slots=True)

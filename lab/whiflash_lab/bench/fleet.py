@@ -93,10 +93,8 @@ class Fleet(Closing):
             on_start(key, failed.get(key))
 
         with ThreadPoolExecutor(max(len(arguments_by_key), 1)) as pool:
-            starting = [pool.submit(start, key) for key in arguments_by_key]
             try:
-                for future in starting:
-                    future.result()
+                list(pool.map(start, arguments_by_key))
             except BaseException:
                 # Threads wait for servers that nobody wants any more; without them they end by themselves.
                 for key in arguments_by_key:

@@ -27,6 +27,12 @@ class RefusedError(RequestError):
     """A request is not one that the server takes: too long for the context, or malformed."""
 
 
+def chat_body(prompt: Prompt, max_tokens: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Body of a chat completion request with output ids, greedy unless `fields` say otherwise."""
+    body = {"model": MODEL, "temperature": 0, "seed": prompt.seed, "max_tokens": max_tokens}
+    return {**body, "return_output_ids_in_sglext": True, **prompt.request(), **fields}
+
+
 @dataclass(frozen=True, slots=True)
 class Asker:
     """One server's streaming chat client. max_tokens: longest answer, in tokens. request: fields of every request."""
@@ -41,17 +47,8 @@ class Asker:
         Raises:
             RequestError: the server answered with an error.
         """
-        body = {
-            "model": MODEL,
-            "temperature": 0,
-            "seed": prompt.seed,
-            "max_tokens": self.max_tokens,
-            "stream": True,
-            "return_output_ids_in_sglext": True,
-            "return_spec_tokens_details": True,
-            **self.request,
-            **prompt.request(),
-        }
+        streamed = {"stream": True, "return_spec_tokens_details": True, **self.request, **prompt.request()}
+        body = chat_body(prompt, self.max_tokens, streamed)
         arrived = await self.streamed(prompt.id, "/v1/chat/completions", body)
         # Parsed only now, so that parsing takes no time from the server that is measured on the same cores.
         return parse_stream(prompt.id, arrived)

@@ -9,7 +9,7 @@ from typing import Any
 
 from whiflash_lab.bench.arms import NONE
 from whiflash_lab.bench.cells import RoundMs, Turn
-from whiflash_lab.bench.report import LOOPS, OVERALL, BenchReport, Figures, LoadReport
+from whiflash_lab.bench.report import LOOPS, OVERALL, BenchReport, Figures, LoadReport, Ratios
 from whiflash_sglang.files.equality import Verdict
 from whiflash_train.statistics import Interval, Percentiles
 
@@ -86,14 +86,12 @@ def _overview(load: LoadReport, over: str | None) -> str:
         figures = groups.get(OVERALL)
         if figures is None:
             continue
-        ratios = load.ratios.get(arm)
+        ratios = load.ratios.get(arm, Ratios(none={}, static={}, static_arm={}))
         rows.append(
             (
                 arm,
                 _number(figures.output_tokens_per_s),
-                _interval(ratios.none.get(OVERALL) if ratios else None),
-                _interval(ratios.over.get(OVERALL) if ratios else None),
-                _interval(ratios.static.get(OVERALL) if ratios else None),
+                *(_interval(by.get(OVERALL)) for by in (ratios.none, ratios.over, ratios.static)),
                 f"{figures.acceptance_length:.2f}",
                 _percentiles(figures.ttft_ms, 0),
                 _percentiles(figures.tpot_ms, 1),
@@ -268,50 +266,44 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def draw(report: BenchReport, directory: Path) -> Path | None:
-    """Write `speedup.svg`; None where no request was asked alone."""
-    import matplotlib
-
-    load = next((load for load in report.loads if load.load.is_alone), None)
-    if load is None:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    directory.mkdir(parents=True, exist_ok=True)
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with pyplot.rc_context(dict.fromkeys(inked, INK)):
-        figure = _speedups_plot(load, pyplot)
-    figure.tight_layout()
-    figure.savefig(directory / "speedup.svg", metadata={"Date": None}, transparent=True)
-    pyplot.close(figure)
-    return directory / "speedup.svg"
-
-
 COLOURS = dict.fromkeys(("EAGLE3", "ar"), "#1f6feb") | dict.fromkeys(("DFLASH", "diffusion"), "#b35900")
 """Colours of arms, as a trace's page has them (`render/page.css`)."""
 INK = "#6e7781"
 """Text and lines: readable on a light page and on a dark one."""
 
 
-def _speedups_plot(load: LoadReport, pyplot: Any) -> Any:
-    """Bars of every arm by category, but for loops, which flatter every drafter."""
+def draw(report: BenchReport, directory: Path) -> Path | None:
+    """Write `speedup.svg`: bars of every arm by category, but for loops, which flatter every drafter. None where no
+    request was asked alone.
+    """
+    load = next((load for load in report.loads if load.load.is_alone), None)
+    if load is None:
+        return None
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    directory.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(name for ratios in load.ratios.values() for name in ratios.none))
     names = [name for name in names if name != LOOPS]
-    figure, axes = pyplot.subplots(figsize=(5.5, max(3.0, 0.8 * len(names))))
     height = 0.8 / max(len(load.ratios), 1)
-    for index, (arm, ratios) in enumerate(load.ratios.items()):
-        present = [(place, ratios.none[name]) for place, name in enumerate(names) if name in ratios.none]
-        places = [place + (index + 0.5) * height - 0.4 for place, _ in present]
-        widths = [interval.ratio for _, interval in present]
-        # An interval of few repetitions may not contain its ratio; an error bar must.
-        below = [max(0.0, interval.ratio - interval.low) for _, interval in present]
-        above = [max(0.0, interval.high - interval.ratio) for _, interval in present]
-        error, colour = {"linewidth": 0.8, "ecolor": INK}, COLOURS.get(arm, INK)
-        axes.barh(places, widths, height, xerr=(below, above), label=arm, color=colour, error_kw=error)
-    axes.axvline(1, color=INK, linewidth=0.8, linestyle="dotted")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("output tokens/s over plain decoding")
-    axes.legend(fontsize="small", frameon=False)
-    return figure
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    with rc_context(dict.fromkeys(inked, INK)):
+        figure = Figure(figsize=(5.5, max(3.0, 0.8 * len(names))))
+        axes = figure.subplots()
+        for index, (arm, ratios) in enumerate(load.ratios.items()):
+            present = [(place, ratios.none[name]) for place, name in enumerate(names) if name in ratios.none]
+            places = [place + (index + 0.5) * height - 0.4 for place, _ in present]
+            widths = [interval.ratio for _, interval in present]
+            # An interval of few repetitions may not contain its ratio; an error bar must.
+            below = [max(0.0, interval.ratio - interval.low) for _, interval in present]
+            above = [max(0.0, interval.high - interval.ratio) for _, interval in present]
+            error, colour = {"linewidth": 0.8, "ecolor": INK}, COLOURS.get(arm, INK)
+            axes.barh(places, widths, height, xerr=(below, above), label=arm, color=colour, error_kw=error)
+        axes.axvline(1, color=INK, linewidth=0.8, linestyle="dotted")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("output tokens/s over plain decoding")
+        axes.legend(fontsize="small", frameon=False)
+    figure.tight_layout()
+    figure.savefig(directory / "speedup.svg", metadata={"Date": None}, transparent=True)
+    return directory / "speedup.svg"

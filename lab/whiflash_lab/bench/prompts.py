@@ -6,6 +6,7 @@ comes from. Nothing of it is fetched.
 
 import hashlib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,7 +76,7 @@ def load_prompts(source: str) -> list[Prompt]:
     Raises:
         ConfigError: naming the file and the row that is wrong.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.exists():
         raise ConfigError(f"{source}: no such file; give JSON lines or a JSON list")
     rows = enumerate(rows_of_file(path), start=1)
@@ -140,7 +141,7 @@ def load_tools(source: str) -> tuple[dict[str, Any], ...]:
     """
     if source == SAMPLE:
         return tuple(tool for prompt in load_prompts(str(shipped())) for tool in prompt.tools)
-    tools = rows_of_file(Path(source).expanduser())
+    tools = rows_of_file(Path(os.path.expanduser(source)))
     if not tools or not all(_name_of(tool) for tool in tools):
         raise ConfigError(f"--tools {source}: takes a list of OpenAI's tools, each with a function's name")
     return tuple(tools)

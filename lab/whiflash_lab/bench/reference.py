@@ -15,10 +15,10 @@ import httpx
 
 from whiflash_lab.bench.arms import BESIDE, NONE, RANKS
 from whiflash_lab.bench.cells import Cell
-from whiflash_lab.bench.load import MODEL, RefusedError, RequestError
+from whiflash_lab.bench.load import RefusedError, RequestError, chat_body
 from whiflash_lab.bench.prompts import Prompt
 from whiflash_sglang.files.equality import TopTwo, Verdict, is_tie
-from whiflash_train.rounds import loop_start
+from whiflash_train.rounds import agreed, loop_start
 
 logger = logging.getLogger("whiflash_sglang")
 
@@ -42,9 +42,7 @@ def compare(
     """
     if list(plain) == list(other):
         return Comparison(Verdict.IDENTICAL)
-    position = next(
-        (i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b), min(len(plain), len(other))
-    )
+    position = agreed(plain, other)
     if position >= len(plain) or position >= len(other):
         return Comparison(Verdict.DIFFERENT, position)
     top_two = top_two_at(position)
@@ -81,18 +79,8 @@ def ask_reference(
     Raises:
         RefusedError: the server does not take the request. RequestError: it could not answer it.
     """
-    body = {
-        "model": MODEL,
-        "temperature": 0,
-        "seed": prompt.seed,
-        "max_tokens": max_tokens,
-        "logprobs": True,
-        "top_logprobs": 2,
-        "return_output_ids_in_sglext": True,
-        "return_input_ids_in_sglext": True,
-        **prompt.request(),
-        **request,
-    }
+    gaps = {"logprobs": True, "top_logprobs": 2, "return_input_ids_in_sglext": True}
+    body = chat_body(prompt, max_tokens, {**gaps, **request})
     response = client.post("/v1/chat/completions", json=body)
     if response.status_code != 200:
         failed = RefusedError if response.status_code == 400 else RequestError
@@ -173,22 +161,18 @@ class BestLogit:
         """Why the target cannot run here."""
 
     def __call__(self, reference: Reference, position: int) -> float:
-        key = (reference.prompt.id, reference.tokens[: position + 1])
-        if key not in self._known:
-            self._known[key] = self._forward(reference, position)
-        return self._known[key]
-
-    def _forward(self, reference: Reference, position: int) -> float:
         """0 where the target cannot run here. No bfloat16 gap is then a tie: answers count as different."""
-        if self.lost:
-            return 0.0
-        text = [*reference.input_ids, *reference.tokens[:position]]
-        try:
-            return float(self._model.next_logits(text)[reference.tokens[position]])
-        except Exception as error:  # whatever it is, what was measured must become a report
-            self.lost = str(error) or type(error).__name__
-            logger.warning("%s does not run here, so no difference counts as a tie: %s", self._target, error)
-            return 0.0
+        key = (reference.prompt.id, reference.tokens[: position + 1])
+        if key not in self._known and not self.lost:
+            text = [*reference.input_ids, *reference.tokens[:position]]
+            try:
+                self._known[key] = float(self._model.next_logits(text)[reference.tokens[position]])
+            except Exception as error:  # whatever it is, what was measured must become a report
+                self.lost = str(error) or type(error).__name__
+                logger.warning(
+                    "%s does not run here, so no difference counts as a tie: %s", self._target, error
+                )
+        return self._known.get(key, 0.0)
 
     @cached_property
     def _model(self) -> Any:

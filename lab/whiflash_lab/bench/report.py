@@ -138,10 +138,26 @@ def build_report(
         compared: None: answers were not compared.
         over: an arm to compare all others with, besides plain decoding and the static drafters.
     """
+
+    def of_load(cells: Sequence[Cell]) -> LoadReport:
+        load = cells[0].load
+        arms: dict[str, dict[str, Figures]] = {}
+        own: dict[str, list[Cell]] = defaultdict(list)
+        for cell in cells:
+            own[cell.arm].append(cell)
+        for arm, mine in own.items():
+            differs = compared and [d for d in compared if (d.load, d.arm) == (load.label, arm)]
+            arms[arm] = {name: _figures(mine, groups, differs, name) for name in names_of(mine, groups)}
+        ratios = {arm: _ratios(arm, own, groups, over, base) for arm in own if base in own and arm != base}
+        turns = {
+            arm: _turns(mine) for arm, mine in own.items() if any(a.turns for c in mine for a in c.answers)
+        }
+        return LoadReport(load=load, arms=arms, ratios=ratios, turns=turns)
+
     by_load: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         by_load[cell.load.label].append(cell)
-    loads = [_load_report(own, groups, compared, over, base) for own in by_load.values()]
+    loads = [of_load(own) for own in by_load.values()]
     return BenchReport(
         provenance=provenance,
         arms=loads[0].arms,
@@ -154,26 +170,6 @@ def build_report(
     )
 
 
-def _load_report(
-    cells: Sequence[Cell],
-    groups: Mapping[str, str],
-    compared: Sequence[Difference] | None,
-    over: str | None,
-    base: str,
-) -> LoadReport:
-    load = cells[0].load
-    arms: dict[str, dict[str, Figures]] = {}
-    own: dict[str, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        own[cell.arm].append(cell)
-    for arm, mine in own.items():
-        differs = None if compared is None else [d for d in compared if (d.load, d.arm) == (load.label, arm)]
-        arms[arm] = {name: _figures(mine, groups, differs, load, name) for name in names_of(mine, groups)}
-    ratios = {arm: _ratios(arm, own, groups, load, over, base) for arm in own if base in own and arm != base}
-    turns = {arm: _turns(mine) for arm, mine in own.items() if any(a.turns for c in mine for a in c.answers)}
-    return LoadReport(load=load, arms=arms, ratios=ratios, turns=turns)
-
-
 def _turns(cells: Sequence[Cell]) -> list[Turn]:
     """The mean of each turn."""
     conversations = [answer.turns for cell in cells for answer in cell.answers]
@@ -184,11 +180,7 @@ def _turns(cells: Sequence[Cell]) -> list[Turn]:
 
 
 def _figures(
-    cells: Sequence[Cell],
-    groups: Mapping[str, str],
-    differing: Sequence[Difference] | None,
-    load: Load,
-    name: str,
+    cells: Sequence[Cell], groups: Mapping[str, str], differing: Sequence[Difference] | None, name: str
 ) -> Figures:
     answers = [a for cell in cells for a in cell.answers if belongs(groups[a.prompt], name)]
     repetitions = len({cell.repetition for cell in cells})
@@ -202,7 +194,7 @@ def _figures(
         answers=len(answers),
         output_tokens=sum(len(answer.tokens) for answer in answers) // repetitions,
         target_forwards=forwards // repetitions,
-        output_tokens_per_s=rate(*samples(whole)) if load.is_alone or name == OVERALL else None,
+        output_tokens_per_s=rate(*samples(whole)) if cells[0].load.is_alone or name == OVERALL else None,
         acceptance_length=drafted / forwards if forwards else 1.0,
         ttft_ms=percentiles_ms([a.ttft for a in answers if a.ttft is not None]),
         tpot_ms=percentiles_ms([a.tpot for a in answers if a.tpot is not None]),
@@ -224,17 +216,12 @@ def _rounds(cells: Sequence[Cell]) -> dict[str, float]:
 
 
 def _ratios(
-    arm: str,
-    cells: Mapping[str, Sequence[Cell]],
-    groups: Mapping[str, str],
-    load: Load,
-    over: str | None,
-    base: str,
+    arm: str, cells: Mapping[str, Sequence[Cell]], groups: Mapping[str, str], over: str | None, base: str
 ) -> Ratios:
     ratios = Ratios(none={}, static={}, static_arm={})
     statics = [key for key in cells if key.split(":")[0] in (*STATIC, *PINNED) and not key.endswith(BESIDE)]
     for name in names_of(cells[arm], groups):
-        if not load.is_alone and name != OVERALL:
+        if not cells[arm][0].load.is_alone and name != OVERALL:
             continue
         chosen = {key: within(own, groups, name) for key, own in cells.items()}
         ratios.none[name] = paired(chosen[arm], chosen[base], groups)

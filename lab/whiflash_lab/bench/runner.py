@@ -200,7 +200,7 @@ class Runner:
         self._ask_references()
         for name in self._available():
             self._ask_apart(name)
-        self._warm_up_all()
+        self._warm_up(self._available())
         task = self._progress.add_task("measuring", total=1)
         # A repetition with new servers takes as long as they take to start.
         began = self._began if self._plan.restart else time.monotonic()
@@ -225,7 +225,7 @@ class Runner:
         lost = [f"{name}: {self.unavailable[name]}" for name in names if name in self.unavailable]
         if lost:
             raise WhiflashError(f"{'; '.join(lost)}; --resume goes on from what was measured")
-        self._warm_up_all()
+        self._warm_up(names)
 
     def _fitting(self, done: int, seconds_each: float) -> int:
         """Repetitions that fit into the time given, at least those that are done."""
@@ -244,7 +244,7 @@ class Runner:
             names = [arm.name for arm in group if arm.name not in self.unavailable]
             for name in names:
                 self._ask_apart(name)
-                self._warm_up(name)
+                self._warm_up([name])
             steps = list(in_turn(names, self._plan.loads, self._plan.repetitions, *self._prompt_ids()))
             task = self._progress.add_task(f"measuring {', '.join(names)}", total=len(steps))
             asyncio.run(self._measure(remaining(steps, self.cells), task))
@@ -335,15 +335,12 @@ class Runner:
         together = [key for key, group in groups.items() if group != LOOPS]
         return list(groups), together or list(groups)
 
-    def _warm_up_all(self) -> None:
-        for name in self._available():
-            self._warm_up(name)
-
-    def _warm_up(self, name: str) -> None:
+    def _warm_up(self, names: Sequence[str]) -> None:
         prompts = tuple(list(self._references)[:WARM_UP_PROMPTS])
-        task = self._progress.add_task(f"warming up {name}", total=None)
-        asyncio.run(self._measure([Step(CLOSED_ALONE, name, -1, prompts)], None))
-        self._progress.remove_task(task)
+        for name in names:
+            task = self._progress.add_task(f"warming up {name}", total=None)
+            asyncio.run(self._measure([Step(CLOSED_ALONE, name, -1, prompts)], None))
+            self._progress.remove_task(task)
 
     def _available(self) -> list[str]:
         return [name for name in self._arms if name not in self.unavailable]

@@ -56,15 +56,13 @@ def _shuffle(checkpoint: Path) -> None:
     """Shuffle every matrix of a drafter: as slow as before, never right."""
     random = torch.Generator().manual_seed(0)
     for file in checkpoint.glob("*.safetensors"):
-        shuffled = {name: _shuffled(value, random) for name, value in load_file(file).items()}
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if tensor.ndim > 1:
+                order = torch.randperm(tensor.numel(), generator=random)
+                tensors[name] = tensor.flatten()[order].view_as(tensor)
         file.unlink()  # it is the bundle's own
-        save_file(shuffled, file)
-
-
-def _shuffled(tensor: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    if tensor.ndim < 2:
-        return tensor
-    return tensor.flatten()[torch.randperm(tensor.numel(), generator=random)].view_as(tensor).contiguous()
+        save_file(tensors, file)
 
 
 CPU_KV_TOKENS = 16384

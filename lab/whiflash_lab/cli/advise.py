@@ -39,7 +39,9 @@ def advise(
     ] = "0",
     recipe: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Also judge these flags, as whiflash check does."),
+        typer.Option(
+            exists=True, dir_okay=False, help="Also judge these flags, as whiflash check does, for no row."
+        ),
     ] = None,
     url: Annotated[
         str | None, typer.Option(help="Server that runs the target: its prices and acceptance are taken.")
@@ -100,7 +102,7 @@ def _show(advice: "Advice") -> None:
         show_table(["", *ways, "over plain"], lines, "Tokens a second, estimated; in brackets by data set")
     lists = {
         "Not in the rows: tokens a round by copies and forced text, on a CPU": advice.copies,
-        "As others measured, and how far an estimate of the same is off": advice.published,
+        "As measured on cards, and how far an estimate of the same is off": advice.published,
         "Drafters (read their licences; some have none)": [f"EAGLE-3: {name}" for name in advice.eagle3]
         + [f"block: {name}" for name in advice.block],
         "Set": advice.settings,

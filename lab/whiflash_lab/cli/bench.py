@@ -3,21 +3,16 @@ rounds would cost on a card, from published figures."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from whiflash_lab.bench.arms import KNOWN
-from whiflash_lab.bench.prompts import GROUPS, SUITES
+from whiflash_lab.bench import prompts as sources
+from whiflash_lab.bench.arms import KNOWN, build_arms, check_names, those_with_drafters
+from whiflash_lab.bench.prompts import GROUPS, SUITES, Prompt
 from whiflash_sglang.cli import DECIDE
 from whiflash_sglang.cli.options import Dtype, JsonFlag, OutOption, show_table, whole_numbers
 from whiflash_sglang.errors import UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Any
-
-    from whiflash_lab.bench.prompts import Prompt
 
 
 def bench(
@@ -88,18 +83,8 @@ def bench(
     import shlex
     import tempfile
 
-    from whiflash_lab.bench.arms import build_arms, check_names, those_with_drafters
     from whiflash_lab.bench.cells import Load
     from whiflash_lab.bench.command import Outputs, judge, run, scale_of
-    from whiflash_lab.bench.prompts import (
-        load_prompts,
-        load_tools,
-        read_suites,
-        sample,
-        shipped,
-        suites_of,
-        with_tools,
-    )
     from whiflash_lab.bench.runner import Plan
 
     loads = [Load(value=number) for number in whole_numbers("--concurrency", concurrency)]
@@ -142,14 +127,17 @@ def bench(
         raise UsageError("--minutes and --quick bound interleaved runs: remove them, or --no-interleave")
     if suite and prompts:
         raise UsageError(f"--suite {suite} and --prompts {prompts} both name the prompts: remove one of them")
-    suites = suites_of(suite or "")
-    chosen: list[Prompt] = []
-    brought: Sequence[dict[str, Any]] = ()
-    if not recorded:
-        asked = read_suites(suites, suite_dir) if suites else load_prompts(prompts or str(shipped()))
-        brought = load_tools(tools) if tools else brought
-        chosen = sample(asked, scale.per_category)
-        chosen = [with_tools(prompt, brought, tool_choice, strict=strict) for prompt in chosen]
+    suites = sources.suites_of(suite or "")
+    asked: list[Prompt] = []
+    if suites:
+        asked = sources.read_suites(suites, suite_dir)
+    elif not recorded:
+        asked = sources.load_prompts(prompts or str(sources.shipped()))
+    brought = sources.load_tools(tools) if tools else ()
+    chosen = [
+        sources.with_tools(prompt, brought, tool_choice, strict=strict)
+        for prompt in sources.sample(asked, scale.per_category)
+    ]
     try:
         extra = shlex.split(server_args)
     except ValueError as error:

@@ -68,19 +68,17 @@ def _yaml(text: str, path: Path) -> Iterator[Recipe]:
     for document in documents:
         if document is None:
             continue
-        _need_mapping(document, path)
-        backend = _backend(document)
+        backend = _backend(_mapping(document, path))
         if backend is None:
             if document.keys() & {"services", "apiVersion"}:
                 raise UsageError(
                     f"--recipe {path} is a compose or Kubernetes file: give its command as a shell line"
                 )
-            yield Recipe(str(path), _flags(document))
+            yield Recipe(str(path), _flags(document, path))
             continue
         for role, flags in backend[ROLES].items():
-            _need_mapping(flags, path)
-            environment = _environment(backend.get(f"{role}_environment"), path)
-            yield Recipe(f"{path}: {role}", _flags(flags), environment)
+            variables = backend.get(f"{role}_environment")
+            yield Recipe(f"{path}: {role}", _flags(flags, path), _environment(variables, path))
 
 
 def _backend(document: Any) -> dict[str, Any] | None:
@@ -101,28 +99,26 @@ def _json(text: str, path: Path) -> Iterator[Recipe]:
             document, place = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
             raise UsageError(f"--recipe {path} is not JSON: {error}") from None
-        _need_mapping(document, path)
-        flags = document.get("flags", document)
-        _need_mapping(flags, path)
-        environment = _environment(document.get("environment"), path)
-        yield Recipe(str(document.get("recipe", path)), _flags(flags), environment)
+        name = str(_mapping(document, path).get("recipe", path))
+        flags = _flags(document.get("flags", document), path)
+        yield Recipe(name, flags, _environment(document.get("environment"), path))
 
 
-def _need_mapping(document: Any, path: Path) -> None:
+def _mapping(document: Any, path: Path) -> dict[Any, Any]:
     if not isinstance(document, dict):
         raise UsageError(
             f"--recipe {path}: flags and values expected, such as tp-size: 2, not {document!r:.60}"
         )
+    return document
 
 
 def _environment(document: Any, path: Path) -> dict[str, str]:
-    variables = {} if document is None else document
-    _need_mapping(variables, path)
+    variables = {} if document is None else _mapping(document, path)
     return {str(name): str(value) for name, value in variables.items()}
 
 
-def _flags(document: Mapping[Any, Any]) -> dict[str, str | list[str]]:
-    return {str(name): _text(value) for name, value in document.items()}
+def _flags(document: Any, path: Path) -> dict[str, str | list[str]]:
+    return {str(name): _text(value) for name, value in _mapping(document, path).items()}
 
 
 def _text(value: Any) -> str | list[str]:

@@ -23,6 +23,7 @@ from whiflash_sglang.engine.launch.arguments import Launch, choose, choose_for_c
 from whiflash_sglang.engine.launch.refusals import FOREIGN, UNCAPTURED, refusals_of
 from whiflash_sglang.engine.supported import installed
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files.disk import read_text
 from whiflash_sglang.settings.config import Flags, flag_of, parse_flags
 
 Flag = str | Sequence[str]
@@ -30,13 +31,9 @@ Flag = str | Sequence[str]
 variable gives, which may be more than one."""
 _MORE_THAN_ONE = "2"
 _EAGLE = "arm `ar`, with an EAGLE-3 checkpoint or the target's own next-token head"
-_BLOCKS = "arm `diffusion`, with a DFlash or DSpark checkpoint"
 ALGORITHMS = {
-    "EAGLE": _EAGLE,
-    "EAGLE3": _EAGLE,
-    "NEXTN": _EAGLE,
-    "DFLASH": _BLOCKS,
-    "DSPARK": _BLOCKS,
+    **dict.fromkeys(("EAGLE", "EAGLE3", "NEXTN"), _EAGLE),
+    **dict.fromkeys(("DFLASH", "DSPARK"), "arm `diffusion`, with a DFlash or DSpark checkpoint"),
     "NGRAM": "arm `lookup`, which copies from the request's text",
 }
 """SGLang's algorithms, and which part of WHIFLASH drafts like them."""
@@ -97,7 +94,14 @@ def judge(
     if target is None:
         model = read.fields.get("model_path") or "TARGET"
         read.unread.append(f"the target's layers, without its config.json: add --model-path {model}")
-    launch, chosen = _launch(read.fields, environment or {}, target)
+    own_code = read.fields.pop("trust_remote_code", False)
+    try:
+        launch, chosen = _launch(read.fields, environment or {}, target)
+    except ConfigError:
+        if target is None or not own_code or '"auto_map"' not in read_text(target / "config.json"):
+            raise
+        read.unread.append("the target's layers, which need its own code: nothing of it is run here")
+        launch, chosen = _launch(read.fields, environment or {}, None)
     launch = replace(launch, draft_kv=read.drafters)
     obstacles = read.wrong | _obstacles(launch)
     without = read.wrong | _obstacles(replace(launch, draft_kv=False))
@@ -156,7 +160,7 @@ class _Parser(argparse.ArgumentParser):
 
     def meant(self, option: str) -> argparse.Action | None:
         """The flag of this name, or the only one that begins with it."""
-        named = {name: action for action in self._actions for name in action.option_strings}
+        named = self._option_string_actions
         if option in named:
             return named[option]
         fitting = [action for name, action in named.items() if name.startswith(option)]
