@@ -163,6 +163,12 @@ class Engine:
         req = self.requests[rid]
         return list(req.output_ids_through_stop)
 
+    def ask(self, rid: str, tokens: Sequence[int], **params: Any) -> list[int]:
+        """`submit` a request and `run`; its output."""
+        self.submit(rid, tokens, **params)
+        self.run()
+        return self.output(rid)
+
     def generate(
         self, prompts: Sequence[Sequence[int]], on_step: Callable[[], object] = int, **params: Any
     ) -> list[list[int]]:
@@ -359,12 +365,9 @@ def _with_arms(arms: Sequence[Any]) -> Iterator[None]:
     """Let the worker find `arms` beside the drafters that it builds itself."""
     from whiflash_sglang.serve import worker
 
-    build = worker.build_drafters
-    worker.build_drafters = lambda *args: build(*args) | {arm.arm: arm for arm in arms}
-    try:
+    build, more = worker.build_drafters, {arm.arm: arm for arm in arms}
+    with patch.object(worker, "build_drafters", lambda *args: build(*args) | more):
         yield
-    finally:
-        worker.build_drafters = build
 
 
 class _Discard:

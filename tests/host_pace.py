@@ -93,9 +93,8 @@ class OverlappedAgents(Agents):
         learning = self.learn(*self.last) if self.last else 0.0
         accepting = time.process_time() - began - learning  # by grammars, which come before masks in the loop
         drafts = [self.verified(turn, index) for index in range(self.size)]
-        rows = [
-            (token, i) for i, each in enumerate(drafts) for token in (0, *each)
-        ]  # nothing reads a bonus token
+        # Nothing reads a bonus token.
+        rows = [(token, i) for i, each in enumerate(drafts) for token in (0, *each)]
         ids = torch.tensor(rows).T
         began = time.process_time() - accepting
         masks = Masks(SimpleNamespace(ids_and_requests=ids), turn.ahead)

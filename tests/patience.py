@@ -32,12 +32,13 @@ def slowness() -> float:
 at_start = functools.cache(slowness)
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
-    """Return once `condition` holds. Asks often at first, every second later."""
+def wait_until(condition: Callable[[], Any]) -> Any:
+    """Return what `condition` gives once it holds. Asks often at first, every second later."""
     pause = 0.02
-    while not condition():
+    while not (found := condition()):
         time.sleep(pause)
         pause = min(1.2 * pause, LONGEST_PAUSE)
+    return found
 
 
 def within(seconds: float, over: Callable[[float], Any]) -> bool:

@@ -4,9 +4,10 @@ Nothing here is paged, batched, cached or incremental, and SGLang is not importe
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +137,23 @@ class Comparison:
             f"whose logit is {lead:.2e} ahead"
         )
         self.ties.append(lead)
+
+    def check_all(
+        self,
+        arrivals: Iterable[Any],
+        expected: Mapping[str, Sequence[int]],
+        found: Mapping[str, Sequence[int]],
+        mark: str = "",
+    ) -> None:
+        """Texts of `traffic.Arrival`s, and print the summary: an aborted one has a prefix of plain decoding's.
+
+        mark: what their names in `found` begin with.
+        """
+        for a in arrivals:
+            text = found[mark + a.rid]
+            whole = expected[a.rid] if a.abort_after is None else expected[a.rid][: len(text)]
+            self.check(a.prompt, whole, text, mark + a.rid)
+        print(self.summary())
 
     def summary(self) -> str:
         """One line for the test's output."""

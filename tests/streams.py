@@ -87,10 +87,23 @@ class Copy:
     access: Access
 
 
-class Stream:
-    """In place of `torch.cpu.Stream`."""
+class Awaited:
+    """A stream or an event: work that the host may wait for."""
 
     world: "Streams"
+    clock: Clock
+
+    def synchronize(self) -> None:
+        if self.world.waits("host", self):
+            self.world.waits_of_host[site()] += 1
+            self.world.host_waits(self.clock)
+
+    def query(self) -> bool:
+        return all(time <= self.world.host.get(agent, 0) for agent, time in self.clock.items())
+
+
+class Stream(Awaited):
+    """In place of `torch.cpu.Stream`."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.name = f"stream {len(self.world.streams)}"
@@ -110,22 +123,12 @@ class Stream:
         event.record(self)
         return event
 
-    def synchronize(self) -> None:
-        if self.world.waits("host", self):
-            self.world.waits_of_host[site()] += 1
-            self.world.host_waits(self.clock)
 
-    def query(self) -> bool:
-        return all(time <= self.world.host.get(agent, 0) for agent, time in self.clock.items())
-
-
-class Event:
+class Event(Awaited):
     """In place of `torch.cpu.Event`: what had been issued on a stream when it was recorded."""
 
-    world: "Streams"
-
     def __init__(self, enable_timing: bool = False, **_: Any) -> None:
-        self.clock: Clock = {}
+        self.clock = {}
         self.name = "event"
         self._timed, self._at = enable_timing, 0.0
 
@@ -137,14 +140,6 @@ class Event:
 
     def wait(self, stream: Any = None) -> None:
         (stream or torch.cpu.current_stream()).wait_event(self)
-
-    def synchronize(self) -> None:
-        if self.world.waits("host", self):
-            self.world.waits_of_host[site()] += 1
-            self.world.host_waits(self.clock)
-
-    def query(self) -> bool:
-        return all(time <= self.world.host.get(agent, 0) for agent, time in self.clock.items())
 
     def elapsed_time(self, end: "Event") -> float:
         """Milliseconds of the host between the two; as on a card only of what is timed and done."""

@@ -22,8 +22,8 @@ from server_host import ServerHost
 from whiflash_sglang.engine import supported
 
 WITH_HELPERS = (
-    *("cache", "graphs", "learn", "lookup", "models", "parallel"),
-    *("phantom", "recorded", "structure", "targets", "telemetry", "worker"),
+    *("cache", "docs", "graphs", "learn", "lookup", "models", "parallel"),
+    *("phantom", "structure", "targets", "telemetry", "worker"),
 )
 """Folders whose modules tests import by name."""
 sys.path[1:1] = [str(Path(__file__).parent / name) for name in WITH_HELPERS]

@@ -39,6 +39,11 @@ def load(pair: tuple[Path, Path]) -> None:
     DFlashDrafter.load(pair[1], **options)
 
 
+def refused(pair: tuple[Path, Path], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load(pair)
+
+
 def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     change(config)
@@ -59,46 +64,38 @@ def test_a_good_pair_loads(pair: tuple[Path, Path]) -> None:
 class TestFiles:
     def test_no_weights(self, pair: tuple[Path, Path], which: int) -> None:
         (pair[which] / "model.safetensors").unlink()
-        with pytest.raises(CheckpointError, match=rf"{pair[which]} has no \.safetensors file"):
-            load(pair)
+        refused(pair, rf"{pair[which]} has no \.safetensors file")
 
     @pytest.mark.parametrize("kept", [0.0, 0.3, 0.999])
     def test_truncated_weights(self, pair: tuple[Path, Path], which: int, kept: float) -> None:
         file = pair[which] / "model.safetensors"
         content = file.read_bytes()
         file.write_bytes(content[: int(kept * len(content))])
-        with pytest.raises(CheckpointError, match=rf"{file} is damaged or truncated: .*; fetch it again"):
-            load(pair)
+        refused(pair, rf"{file} is damaged or truncated: .*; fetch it again")
 
     def test_no_config(self, pair: tuple[Path, Path], which: int) -> None:
         (pair[which] / "config.json").unlink()
-        with pytest.raises(CheckpointError, match=rf"{pair[which]}/config\.json is missing"):
-            load(pair)
+        refused(pair, rf"{pair[which]}/config\.json is missing")
 
     def test_damaged_config(self, pair: tuple[Path, Path], which: int) -> None:
         (pair[which] / "config.json").write_text('{"hidden_size": ')
-        with pytest.raises(CheckpointError, match=rf"{pair[which]}/config\.json cannot be read"):
-            load(pair)
+        refused(pair, rf"{pair[which]}/config\.json cannot be read")
 
     def test_a_missing_tensor(self, pair: tuple[Path, Path], which: int) -> None:
         edit_weights(pair[which], lambda weights: weights.pop("fc.weight"))
-        with pytest.raises(CheckpointError, match=rf"{pair[which]}: the weights lack fc\.weight"):
-            load(pair)
+        refused(pair, rf"{pair[which]}: the weights lack fc\.weight")
 
     def test_wrong_hidden_size(self, pair: tuple[Path, Path], which: int) -> None:
         edit(pair[which], lambda config: config.update(hidden_size=96))
-        with pytest.raises(CheckpointError, match=r"is for a target of hidden size 96, this one has 64"):
-            load(pair)
+        refused(pair, r"is for a target of hidden size 96, this one has 64")
 
     def test_weights_of_another_size(self, pair: tuple[Path, Path], which: int) -> None:
         edit_weights(pair[which], lambda weights: weights.update({"fc.weight": torch.zeros(64, 32)}))
-        with pytest.raises(CheckpointError, match=r"fc\.weight \[64, 32\] does not fit \[64, 192\]"):
-            load(pair)
+        refused(pair, r"fc\.weight \[64, 32\] does not fit \[64, 192\]")
 
     def test_another_vocabulary(self, pair: tuple[Path, Path], which: int) -> None:
         edit(pair[which], lambda config: config.update(vocab_size=1000))
-        with pytest.raises(CheckpointError, match=r"is for a vocabulary of 1000, this target has 320"):
-            load(pair)
+        refused(pair, r"is for a vocabulary of 1000, this target has 320")
 
 
 LAYER_FIELDS = {
@@ -124,8 +121,7 @@ def test_layers_that_the_target_has_not(
 ) -> None:
     section, field = LAYER_FIELDS[which]
     edit(pair[which], lambda config: config[section].update({field: layers}))
-    with pytest.raises(CheckpointError, match=message.format(field=SPELLED[which])):
-        load(pair)
+    refused(pair, message.format(field=SPELLED[which]))
 
 
 def test_a_draft_vocabulary_that_does_not_fit(tmp_path: Path) -> None:
@@ -135,21 +131,17 @@ def test_a_draft_vocabulary_that_does_not_fit(tmp_path: Path) -> None:
     load(pair)
     for offset in (-1000, 1000):
         edit_weights(eagle3, lambda weights, by=offset: weights["d2t"].__setitem__(7, by))
-        with pytest.raises(CheckpointError, match=rf"{eagle3}: .*d2t.*{7 + offset}"):
-            load(pair)
+        refused(pair, rf"{eagle3}: .*d2t.*{7 + offset}")
     edit_weights(eagle3, lambda weights: weights.update(d2t=torch.zeros(100, dtype=torch.int64)))
-    with pytest.raises(CheckpointError, match=r"d2t has \[100\] entries, draft_vocab_size is 128"):
-        load(pair)
+    refused(pair, r"d2t has \[100\] entries, draft_vocab_size is 128")
     edit_weights(eagle3, lambda weights: weights.pop("d2t"))
-    with pytest.raises(CheckpointError, match="lack d2t"):
-        load(pair)
+    refused(pair, "lack d2t")
 
 
 @pytest.mark.parametrize("block", [0, 1, -4, "8", True])
 def test_an_impossible_block(pair: tuple[Path, Path], block: Any) -> None:
     edit(pair[1], lambda config: config.update(block_size=block))
-    with pytest.raises(CheckpointError, match=rf"block_size must be an integer of at least 2, got {block!r}"):
-        load(pair)
+    refused(pair, rf"block_size must be an integer of at least 2, got {block!r}")
 
 
 def test_a_block_longer_than_trained(pair: tuple[Path, Path]) -> None:
@@ -164,8 +156,7 @@ def test_a_block_longer_than_trained(pair: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("mask", [-1, 320, None, "mask"])
 def test_an_impossible_mask_token(pair: tuple[Path, Path], mask: Any) -> None:
     edit(pair[1], lambda config: config["dflash_config"].update(mask_token_id=mask))
-    with pytest.raises(CheckpointError, match=r"mask_token_id .* is not in the target's vocabulary of 320"):
-        load(pair)
+    refused(pair, r"mask_token_id .* is not in the target's vocabulary of 320")
 
 
 def test_the_two_checkpoints_swapped(pair: tuple[Path, Path]) -> None:

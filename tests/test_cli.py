@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from engine import engine
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from model_set import Models
+from tiny_models import tiny_eagle3, tiny_target
 
 from whiflash_sglang.checkpoints.manifest import embedded_bundle
 from whiflash_sglang.errors import CheckpointError, ConfigError, UsageError
@@ -18,18 +19,7 @@ Arguments = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    target = tiny_target(root / "target")
-    return {
-        "target": target,
-        "eagle3": tiny_eagle3(root / "eagle3", target),
-        "dflash": tiny_dflash(root / "dflash", target),
-    }
-
-
-@pytest.fixture(scope="module")
-def launch(checkpoints: dict[str, Path]) -> Arguments:
+def launch(models: Models) -> Arguments:
     """The launcher's own parsing of a command line, plugins loaded."""
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
@@ -37,10 +27,10 @@ def launch(checkpoints: dict[str, Path]) -> Arguments:
     load_plugins()
 
     def parse(*arguments: str, draft: str = "dflash", eagle: str | None = "eagle3") -> object:
-        command = ["--model-path", str(checkpoints["target"]), "--device", "cpu"]
+        command = ["--model-path", str(models.target), "--device", "cpu"]
         command += ["--speculative-algorithm", "WHIFLASH"]
-        command += ["--speculative-draft-model-path", str(checkpoints.get(draft, draft))]
-        command += ["--whiflash-eagle-draft", str(checkpoints[eagle])] if eagle else []
+        command += ["--speculative-draft-model-path", str(getattr(models, draft, draft))]
+        command += ["--whiflash-eagle-draft", str(getattr(models, eagle))] if eagle else []
         return prepare_server_args([*command, *arguments])
 
     return parse
@@ -61,10 +51,10 @@ def test_a_wrong_draft_path_stops_the_launcher(launch: Arguments) -> None:
         launch("--whiflash-router", "ar", eagle=None)
 
 
-def test_a_right_command_line_is_taken(launch: Arguments, checkpoints: dict[str, Path]) -> None:
+def test_a_right_command_line_is_taken(launch: Arguments, models: Models) -> None:
     arguments = launch("--whiflash-router", "ar", "--whiflash-block-size", "4")
     settings = arguments._whiflash  # type: ignore[attr-defined]
-    assert (settings.router, settings.block_size, settings.drafters["ar"]) == ("ar", 4, checkpoints["eagle3"])
+    assert (settings.router, settings.block_size, settings.drafters["ar"]) == ("ar", 4, models.eagle3)
 
 
 def test_a_bundles_template_needs_a_tokenizer(launch: Arguments) -> None:
@@ -77,14 +67,14 @@ def test_a_bundles_template_needs_a_tokenizer(launch: Arguments) -> None:
 
 
 def test_hub_ids_are_fetched_as_the_command_line_says(
-    launch: Arguments, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    launch: Arguments, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The revision is the draft path's; the directory holds all downloads."""
     asked = {}
 
     def download(path: str, **given: object) -> str:
         asked[path] = given
-        return str(checkpoints[path.removeprefix("owner/")])
+        return str(getattr(models, path.removeprefix("owner/")))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     revision = ["--speculative-draft-model-revision", "v2", "--download-dir", "/data"]
@@ -103,13 +93,13 @@ def test_mixed_chunks_are_switched_off_with_a_warning(
 
 
 def test_what_cannot_be_served_stops_before_weights_are_read(
-    launch: Arguments, checkpoints: dict[str, Path], tmp_path: Path
+    launch: Arguments, models: Models, tmp_path: Path
 ) -> None:
     """One line instead of a traceback, from the same call that a launcher makes: no directory holds weights."""
     falcon = {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"}
     for name, changes in (("target", {}), ("falcon", falcon)):
         (tmp_path / name).mkdir()
-        for file in checkpoints["target"].iterdir():
+        for file in models.target.iterdir():
             if file.suffix != ".safetensors":
                 (tmp_path / name / file.name).write_bytes(file.read_bytes())
         config = tmp_path / name / "config.json"
@@ -141,30 +131,28 @@ def test_our_flags_without_our_algorithm_are_named() -> None:
     assert not hasattr(prepare_server_args(["--model-path", "unused"]), "_whiflash")
 
 
-def test_a_worker_does_not_start_on_a_damaged_checkpoint(
-    checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_worker_does_not_start_on_a_damaged_checkpoint(models: Models, tmp_path: Path) -> None:
     """And what it had begun is taken down: the next start in the same process works."""
-    broken = tiny_eagle3(tmp_path / "eagle3", checkpoints["target"])
+    broken = tiny_eagle3(tmp_path / "eagle3", models.target)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    flags = {"draft": checkpoints["dflash"], "whiflash_router": "ar"}
+    flags = {"draft": models.dflash, "whiflash_router": "ar"}
     with (
         pytest.raises(CheckpointError, match=rf"{weights} is damaged or truncated: .*; fetch it again"),
-        engine(checkpoints["target"], whiflash={**flags, "whiflash_eagle_draft": str(broken)}),
+        engine(models.target, whiflash={**flags, "whiflash_eagle_draft": str(broken)}),
     ):
         pass
     bundle = tmp_path / "bundle"
-    create(BundleParts(*(str(checkpoints[part]) for part in ("target", "eagle3", "dflash"))), bundle)
+    create(BundleParts(str(models.target), str(models.eagle3), str(models.dflash)), bundle)
     weights = bundle / "dflash" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")  # which torch would load
     with (
         pytest.raises(ConfigError, match=f"{weights} is not the file that its bundle was made with"),
-        engine(checkpoints["target"], whiflash={"draft": bundle}),
+        engine(models.target, whiflash={"draft": bundle}),
     ):
         pass
-    whole = {**flags, "whiflash_eagle_draft": str(checkpoints["eagle3"])}
-    with engine(checkpoints["target"], whiflash=whole) as e:
+    whole = {**flags, "whiflash_eagle_draft": str(models.eagle3)}
+    with engine(models.target, whiflash=whole) as e:
         assert len(e.generate([[1, 2, 3]], max_new_tokens=4)[0]) == 4
 
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -51,9 +52,7 @@ def test_modelscope_where_sglang_uses_it(
 
 
 def test_a_hub_that_has_nothing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(path: str, **given: Any) -> str:
-        raise OSError("first line\nsecond line")
-
+    nothing = Mock(side_effect=OSError("first line\nsecond line"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
     with pytest.raises(
         ConfigError, match=r"^owner/name at revision v2: .* the hub gave nothing \(first line\): check"

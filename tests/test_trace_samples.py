@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,8 @@ def test_only_their_owner_reads_them(tmp_path: Path) -> None:
 def test_processes_share_a_directory(tmp_path: Path) -> None:
     """As several processes of one server do: each opens, locks and turns the files by itself."""
     writers = [SampleFiles(tmp_path, 4 << 20) for _ in range(4)]
-    threads = [threading.Thread(target=lambda w=w: [w.append(LINE) for _ in range(100)]) for w in writers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda writer: [writer.append(LINE) for _ in range(100)], writers))
     assert lines(tmp_path) == [LINE] * 400
 
 
@@ -199,8 +197,7 @@ def test_settings_have_what_the_flags_say(tmp_path: Path) -> None:
 
 
 def test_the_command_line_reads_what_was_sampled(tmp_path: Path) -> None:
-    trace = {"version": 1, "policy": "auto", "rounds": 1, "tokens": 2, "arms": {}}
-    sample = {"time": 1700000000.5, "id": "abc", "model": "m", "sglext": {"whiflash": trace}}
+    sample = {"time": 1700000000.5, "id": "abc", "model": "m", "sglext": {"whiflash": SUMS}}
     SampleFiles(tmp_path, 1 << 20).append(json.dumps(sample).encode() + b"\n")
     (turn,) = turns_of(tmp_path / "traces.jsonl")
     assert (turn.title, turn.model, turn.text) == ("2023-11-14 22:13:20 UTC, abc", "m", "")
@@ -208,8 +205,7 @@ def test_the_command_line_reads_what_was_sampled(tmp_path: Path) -> None:
 
 def test_a_torn_last_line_takes_no_other_with_it(tmp_path: Path) -> None:
     """A server that ended while it wrote leaves one; a line in the middle that is no JSON is named."""
-    trace = {"version": 1, "policy": "auto", "rounds": 1, "tokens": 2, "arms": {}}
-    line = json.dumps({"id": "abc", "sglext": {"whiflash": trace}}) + "\n"
+    line = json.dumps({"id": "abc", "sglext": {"whiflash": SUMS}}) + "\n"
     file = tmp_path / "traces.jsonl"
     file.write_text(line * 2 + line[:40])
     assert len(turns_of(file)) == 2

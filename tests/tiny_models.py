@@ -56,7 +56,6 @@ def tiny_target(
     if vocab_size < 256 + len(SPECIAL_TOKENS):
         raise ValueError(f"vocab_size {vocab_size}: the byte tokenizer needs at least 260")
     path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
     make = _Weights(seed)
     tensors = {
         "model.embed_tokens.weight": make(vocab_size, HIDDEN, scale=1.0),
@@ -100,9 +99,8 @@ def scripted_target(directory: Path | str, script: str) -> list[int]:
             tensors[name] = torch.zeros_like(tensors[name])  # what remains of a layer is its residual
     embedding = torch.nn.functional.normalize(tensors["model.embed_tokens.weight"], dim=-1)
     head = torch.zeros_like(embedding)
-    line_end = sorted(_byte_symbols()).index(
-        _byte_symbols()[ord("\n")]
-    )  # which the template's prompts end with
+    symbols = _byte_symbols()
+    line_end = sorted(symbols).index(symbols[ord("\n")])  # which the template's prompts end with
     head[[*ids, 256]] = embedding[[line_end, *ids]]
     tensors |= {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -142,7 +140,6 @@ def tiny_eagle3(
         ``directory``.
     """
     path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
     target = _text_config(Path(target_dir))
     head = _head_of(Path(target_dir))
     vocab_size, dtype = target["vocab_size"], target["dtype"]
@@ -176,7 +173,7 @@ def tiny_eagle3(
 
 
 def tiny_dflash(
-    directory: Path | str, target_dir: Path | str, *, block_size: int = 8, num_layers: int = 2, seed: int = 0
+    directory: Path | str, target_dir: Path | str, *, block_size: int = 8, num_layers: int = 2
 ) -> Path:
     """Write a DFlash drafter (``DFlashDraftModel``) for a :func:`tiny_target`.
 
@@ -185,17 +182,15 @@ def tiny_dflash(
         target_dir: the target whose embedding and head it borrows.
         block_size: tokens of a block, the bonus token's position included.
         num_layers: draft layers.
-        seed: of the weights.
 
     Returns:
         ``directory``.
     """
     path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
     target = _text_config(Path(target_dir))
     layers, dtype = target["num_hidden_layers"], target["dtype"]
     features = [1, layers // 2, layers - 2]
-    make = _Weights(seed + 2000)
+    make = _Weights(2000)
     tensors = {
         "fc.weight": make(HIDDEN, len(features) * HIDDEN),
         "hidden_norm.weight": torch.ones(HIDDEN),
@@ -281,6 +276,7 @@ def _llama_config(vocab_size: int, num_layers: int, dtype: str) -> dict[str, obj
 
 
 def _save(path: Path, config: dict[str, object], tensors: dict[str, torch.Tensor], dtype: str) -> None:
+    path.mkdir(parents=True, exist_ok=True)
     kind = getattr(torch, dtype)
     stored = {name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()}
     save_file(stored, path / "model.safetensors", metadata={"format": "pt"})

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from openai import OpenAI
 from server_host import Server, ServerHost
 from tiny_models import CHAT_TEMPLATE, served_pair, tiny_target
+from whiflash_sdk import wrap
 
 from whiflash_lab.servers import free_port
 
@@ -51,3 +53,10 @@ def stock(pair: Pair) -> Server:
 def server(pair: Pair) -> Server:
     """Ours, under `auto`."""
     return pair[1]
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[OpenAI]:
+    """Asks for full traces."""
+    with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
+        yield wrap(made, strict=True, trace="full")

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from patience import wait_until
 from server_host import Server
+from sse import MESSAGES, PROMPT
 from typer.testing import CliRunner
 
 from whiflash_sglang.cli import echo
@@ -19,8 +20,6 @@ from whiflash_sglang.cli.app import app
 
 pytestmark = pytest.mark.server
 
-PROMPT = "one two three four one two three four one two"
-MESSAGES = [{"role": "user", "content": PROMPT}]
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 8}, "kind": {"enum": ["alpha", "beta"]}},

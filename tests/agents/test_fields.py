@@ -74,11 +74,8 @@ def names(model: Any) -> tuple[str, ...]:
 def table(wrong: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Route, body, and the field of it that is wrong."""
     yield from FATAL
-    yield (
-        "/v1/completions",
-        {**COMPLETION, "stop_token_ids": [2**63]},
-        "stop_token_ids",
-    )  # served, as ids of no token
+    # Served, as ids of no token.
+    yield "/v1/completions", {**COMPLETION, "stop_token_ids": [2**63]}, "stop_token_ids"
     for route, model, body in MODELS:
         yield from ((route, {**body, name: value}, name) for name in names(model) for value in wrong)
     for name in names(SamplingParams):

@@ -4,8 +4,6 @@ import ast
 import asyncio
 import json
 import re
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +12,7 @@ import grpc
 import httpx
 import pytest
 from agents import Agent, ModelSettings, OpenAIResponsesModel, Runner, set_tracing_disabled
+from blocks import pages, python_blocks
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 from server_host import Server
@@ -22,19 +21,9 @@ from whiflash_sdk import Hints, Span, Trace, capabilities, collect, http_client,
 from whiflash_sdk import predict as predicting
 from whiflash_sdk.adapters.openai_agents import wrap_model
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
-
-from blocks import pages, python_blocks
-
 pytestmark = pytest.mark.server
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
-        yield wrap(made, strict=True, trace="full")
 
 
 def test_chats_over_grpc_are_served_without_hints(server: Server, grpc_port: int) -> None:

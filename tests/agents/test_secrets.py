@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from model_set import Models
 from server_host import Server, ServerHost
-from tiny_models import tiny_dflash, tiny_target
 
 pytestmark = pytest.mark.server
 
@@ -18,13 +18,10 @@ KEY, ADMIN, WRONG, SALT = (
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, host: ServerHost) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("checkpoints")
-    target = tiny_target(root / "target")
-    arguments = ["--model-path", str(target), "--dtype", "float32", "--log-level", "debug"]
+def server(models: Models, host: ServerHost) -> Iterator[Server]:
+    arguments = ["--model-path", str(models.target), "--dtype", "float32", "--log-level", "debug"]
+    arguments += ["--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(models.dflash)]
     arguments += ["--api-key", KEY, "--admin-api-key", ADMIN]
-    arguments += ["--speculative-algorithm", "WHIFLASH"]
-    arguments += ["--speculative-draft-model-path", str(tiny_dflash(root / "d", target))]
     with host.running(*arguments) as running:
         yield running
 

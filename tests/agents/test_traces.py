@@ -61,12 +61,10 @@ class Collector:
 
     def of(self, request: str) -> Attributes:
         """Attributes of the span that ended `request`, as soon as it is there."""
-
-        def found() -> list[Attributes]:
-            return [span for span in self.spans if span.get("gen_ai.request.id") == request]
-
-        wait_until(lambda: bool(found()))
-        return found()[0]
+        found: list[Attributes] = wait_until(
+            lambda: [span for span in self.spans if span.get("gen_ai.request.id") == request]
+        )
+        return found[0]
 
 
 def _attributes(span: Any) -> Attributes:
@@ -101,34 +99,27 @@ def incremental(
         yield running
 
 
-@pytest.fixture
-def full(server: Server) -> Iterator[OpenAI]:
-    """Asks for full traces."""
-    with OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=None) as made:
-        yield wrap(made, trace="full", strict=True)
-
-
 NATIVE: dict[str, Any] = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 
 
-def test_every_route_returns_the_trace(full: OpenAI, server: Server) -> None:
-    chat = full.chat.completions.create(**ASKED, messages=MESSAGES)
+def test_every_route_returns_the_trace(client: OpenAI, server: Server) -> None:
+    chat = client.chat.completions.create(**ASKED, messages=MESSAGES)
     check(routing(chat), 24, chat.choices[0].message.content)
-    text = full.completions.create(**ASKED, prompt=PROMPT)
+    text = client.completions.create(**ASKED, prompt=PROMPT)
     check(routing(text), 24, text.choices[0].text)
     params = {**NATIVE, "custom_params": {"whiflash": '{"trace":"full"}'}}
     native = server.post("/generate", {"text": PROMPT, "sampling_params": params})
     check(routing(native), 24, native["text"])
 
 
-def test_text_that_a_parser_took_comes_with_the_trace(full: OpenAI) -> None:
+def test_text_that_a_parser_took_comes_with_the_trace(client: OpenAI) -> None:
     call = "so <tool_call><function=f></function></tool_call>"
     forced: Any = {"regex": re.escape(call), "tools": [TOOL]}
     body = {**ASKED["extra_body"], "ignore_eos": False, "regex": forced["regex"]}
     asked: Any = {**ASKED, "max_tokens": 100, "extra_body": body, "messages": MESSAGES, "tools": [TOOL]}
-    answer = full.chat.completions.create(**asked)
+    answer = client.chat.completions.create(**asked)
     assert answer.choices[0].message.tool_calls
-    stream = full.chat.completions.create(**asked, stream=True)
+    stream = client.chat.completions.create(**asked, stream=True)
     chunks = list(stream)
     assert any(chunk.choices[0].delta.tool_calls for chunk in chunks)
     for trace in (routing(answer), routing(stream)):
@@ -155,11 +146,11 @@ def test_streams_return_the_trace(name: str, request: pytest.FixtureRequest) -> 
             check(routing(both, choice), 24, text)
 
 
-def test_special_tokens_take_no_place_in_the_text(full: OpenAI) -> None:
+def test_special_tokens_take_no_place_in_the_text(client: OpenAI) -> None:
     """The one here ends no text and pads none; decoding leaves it out all the same."""
     unnamed = 256 + SPECIAL_TOKENS.index("<|im_end|>")
     mixed: Any = {**ASKED, "temperature": 2.0, "seed": 1, "logit_bias": {str(unnamed): 100, "0": 100}}
-    response = full.chat.completions.create(**mixed, messages=MESSAGES)
+    response = client.chat.completions.create(**mixed, messages=MESSAGES)
     text = response.choices[0].message.content or ""
     assert 0 < len(text) < 24
     assert set(text) == {"!"}
@@ -231,14 +222,11 @@ def sampled(directory: Path, rid: str) -> dict[str, Any]:
     def found() -> list[dict[str, Any]]:
         path = directory / "traces.jsonl"
         text = path.read_text() if path.exists() else ""
-        whole = text[
-            : text.rfind("\n") + 1
-        ]  # A reader may see the beginning of a line that is being written.
+        whole = text[: text.rfind("\n") + 1]  # the beginning of a line that is being written may be seen
         return [value for _, value in parse_json_lines(whole, path) if value["id"] == rid]
 
-    wait_until(lambda: bool(found()))
-    (sample,) = found()
-    return sample
+    (sample,) = wait_until(found)
+    return dict(sample)
 
 
 def test_who_did_not_ask_is_sampled_in_sums_without_text(server: Server, sums: Path) -> None:

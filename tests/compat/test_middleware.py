@@ -96,9 +96,8 @@ def test_tools_and_formats_imply_spans_and_calls(form: Form) -> None:
     assert implied_by(form) == (fences, None)
     spans, tools = implied_by(form, tools=tools_of(form, "f", "g"))
     assert spans == [("tool_call", False), *fences]
-    assert tools is not None
-    assert '"f"' in tools
-    assert '"g"' in tools
+    assert '"f"' in str(tools)
+    assert '"g"' in str(tools)
     one, choices = tools_of(form, "f"), CHOICES[form]
     assert implied_by(form, tools=one, tool_choice=choices["none"]) == (fences, None)
     assert implied_by(form, tools=one, tool_choice=choices["required"])[0] == [("tool_call", True)]
@@ -114,8 +113,7 @@ def test_tools_and_formats_imply_spans_and_calls(form: Form) -> None:
 def test_a_named_tool_is_the_only_one_that_is_carried(form: Form, named: str) -> None:
     spans, tools = implied_by(form, tools=tools_of(form, "f", "g"), tool_choice=CHOICES[form][named])
     assert spans == [("tool_call", True)]
-    assert tools is not None
-    assert [name for name in ("f", "g") if f'"{name}"' in tools] == [named]
+    assert [name for name in ("f", "g") if f'"{name}"' in str(tools)] == [named]
 
 
 def test_an_internal_request_gets_hints_and_salts() -> None:
@@ -140,7 +138,9 @@ class Serving(OpenAIServingBase):
 class App:
     """An application whose routes answer what `answer` says, behind the middleware. seen: bodies and calls."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Any, ours: Any = None) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, answer: Any = lambda _: {"answer": 1}, ours: Any = None
+    ) -> None:
         self.seen: list[tuple[Any, Call | None]] = []
         self.app = FastAPI()
         self.app.state.openai_serving_chat = Serving()
@@ -168,13 +168,9 @@ class App:
         self.client = TestClient(self.app)
 
 
-def plain(call: Call | None) -> Any:
-    return {"answer": 1}
-
-
 @pytest.mark.parametrize("path", ROUTES)
 def test_a_route_gets_its_body_and_its_call(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    app = App(monkeypatch, plain)
+    app = App(monkeypatch)
     body = json.dumps({"custom_params": FULL, "prediction": {"type": "content", "content": "abc"}})
     assert app.client.post(path, content=body).json() == {"answer": 1}
     assert app.client.post(path, content=b"[1").json() == {"answer": 1}, "SGLang refuses it"
@@ -190,10 +186,8 @@ def test_a_route_gets_its_body_and_its_call(monkeypatch: pytest.MonkeyPatch, pat
 
 
 def test_other_routes_and_servers_without_us_have_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    app = App(monkeypatch, plain)
-    earlier = CURRENT.set(
-        Call("chat")
-    )  # of a connection's last request, whose context the next one starts with
+    app = App(monkeypatch)
+    earlier = CURRENT.set(Call("chat"))  # of a connection's last request: the next one has its context
     app.client.post("/v1/embeddings", json={"custom_params": 7})
     CURRENT.reset(earlier)
     app.client.post("/generate", json={"custom_params": 7})
@@ -201,7 +195,7 @@ def test_other_routes_and_servers_without_us_have_no_call(monkeypatch: pytest.Mo
     assert other is None
     assert native == Call("native")
     stock = SimpleNamespace(server_args=SimpleNamespace())
-    app = App(monkeypatch, plain, stock)
+    app = App(monkeypatch, ours=stock)
     assert app.client.post("/v1/completions", json={"custom_params": 7}).status_code == 200
     assert [call for _, call in app.seen] == [None]
 
@@ -234,7 +228,7 @@ def predicted(*parts: dict[str, Any]) -> dict[str, Any]:
 def test_a_malformed_field_is_a_400_in_the_routes_form(
     monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], field: str, why: str
 ) -> None:
-    app = App(monkeypatch, plain)
+    app = App(monkeypatch)
     answer = app.client.post(path, json=body)
     assert answer.status_code == 400
     assert app.seen == []
@@ -249,7 +243,7 @@ def test_a_malformed_field_is_a_400_in_the_routes_form(
 
 
 def test_a_salt_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    app = App(monkeypatch, plain)
+    app = App(monkeypatch)
     answer = app.client.post("/v1/messages", json={"cache_salt": ["a"]})
     assert answer.json()["error"]["message"] == "cache_salt: must be text"
     assert app.client.post("/v1/messages", json={"extra_key": "k"}).status_code == 200
@@ -274,7 +268,7 @@ def test_a_page_of_another_origin_steers_no_server_without_keys(
 ) -> None:
     """It may ask for answers. With keys it has to know one."""
     ours = manager()
-    app = App(monkeypatch, plain, ours)
+    app = App(monkeypatch, ours=ours)
     assert app.client.post("/flush_cache", headers=headers).status_code == 200
     ours.server_args.api_key = ours.server_args.admin_api_key = None
     assert app.client.post("/flush_cache", headers=headers).status_code == (403 if foreign else 200)

@@ -195,6 +195,15 @@ def test_kinds_of_targets(
             sentence(here)
 
 
+def chosen(**given: Any) -> SimpleNamespace:
+    """A server's arguments on a CPU, of which nothing else was given, when `choose` has seen them."""
+    switches = dict.fromkeys(("enable_mixed_chunk", "disable_hybrid_swa_memory"), False)
+    left_open = dict.fromkeys(("enable_multimodal", "swa_full_tokens_ratio"))
+    arguments = SimpleNamespace(device="cpu", **switches, **left_open | given)
+    launches.choose(arguments)
+    return arguments
+
+
 def test_what_takes_images_is_served_for_text_unless_it_is_asked_for_them(
     taken: Launch, tmp_path: Path
 ) -> None:
@@ -210,14 +219,8 @@ def test_what_takes_images_is_served_for_text_unless_it_is_asked_for_them(
     assert "untested between prefill and decode servers" in sentence(roles)
     peers = with_arguments(with_images, attn_dp_size=2)
     assert "images are untested with --enable-dp-attention" in sentence(peers)
-    arguments = SimpleNamespace(
-        device="cpu", enable_multimodal=None, enable_mixed_chunk=False, swa_full_tokens_ratio=None
-    )
-    launches.choose(arguments)
-    assert arguments.enable_multimodal is False
-    arguments.enable_multimodal = True
-    launches.choose(arguments)
-    assert arguments.enable_multimodal is True
+    assert chosen().enable_multimodal is False
+    assert chosen(enable_multimodal=True).enable_multimodal is True
 
 
 def test_a_gguf_target(taken: Launch, llama: ModelConfig) -> None:
@@ -248,15 +251,7 @@ def test_windows_are_verified_where_every_row_has_its_own(taken: Launch, tmp_pat
 
 def test_windowed_layers_have_a_pool_of_their_own_if_it_is_sized(taken: Launch, tmp_path: Path) -> None:
     for ratio in (None, 0.5):
-        arguments = SimpleNamespace(
-            device="cpu",
-            enable_multimodal=None,
-            enable_mixed_chunk=False,
-            disable_hybrid_swa_memory=False,
-            swa_full_tokens_ratio=ratio,
-        )
-        launches.choose(arguments)
-        assert arguments.disable_hybrid_swa_memory is (ratio is None)
+        assert chosen(swa_full_tokens_ratio=ratio).disable_hybrid_swa_memory is (ratio is None)
     sized, kind = with_arguments(taken, swa_full_tokens_ratio=0.5), {"model_type": "gpt_oss", **WINDOWS}
     some = target(tmp_path / "some", architectures=["GptOssForCausalLM"], **kind)
     assert refusal_of(replace(sized, model=some)) is None
@@ -456,7 +451,6 @@ def test_sglang_takes_adapters_beside_our_algorithm() -> None:
 
 def test_on_cuda_what_was_left_open_is_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches.torch.cuda, "is_available", lambda: True)
-    args = ServerArgs(model_path="unused")
     for hopper, attention in ((True, "fa3"), (False, "triton")):
         monkeypatch.setattr(launches, "get_platform", lambda h=hopper: SimpleNamespace(is_sm90=h))
         args = ServerArgs(model_path="unused")

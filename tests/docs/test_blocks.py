@@ -4,7 +4,6 @@ import contextlib
 import io
 import re
 import shlex
-import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from itertools import dropwhile
@@ -13,11 +12,8 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from loaded_scripts import load_script
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from blocks import ROOT, blocks, pages, python_blocks
+from loaded_scripts import load_script
 
 from whiflash_sglang.checkpoints.manifest import Manifest
 from whiflash_sglang.settings.config import Flags, RouterName, flag_of

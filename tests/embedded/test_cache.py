@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections import namedtuple
 from pathlib import Path
+from unittest.mock import Mock
 
 import gguf
 import numpy as np
@@ -208,11 +209,8 @@ def test_a_disk_that_fills_up_midway_leaves_nothing(
 ) -> None:
     from whiflash_sglang.embedded import convert
 
-    def full(*arguments: object, **options: object) -> None:
-        raise OSError(28, "No space left on device")
-
     place(source, root)
-    monkeypatch.setattr(convert, "save_file", full)
+    monkeypatch.setattr(convert, "save_file", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(EmbeddedTargetError, match="No space left on device"):
         ensure_target()
     assert leftovers(root) == []

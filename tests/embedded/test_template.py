@@ -36,6 +36,11 @@ def call(arguments: object) -> dict:
     return {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
 
 
+def rendered_call(arguments: object) -> str:
+    turn = {"role": "assistant", "content": None, "tool_calls": [call(arguments)]}
+    return render([USER, turn], [TOOL], start=False)
+
+
 @pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize(
     "messages",
@@ -60,9 +65,7 @@ def test_tools_are_listed_in_the_system_turn() -> None:
 
 @pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
 def test_calls_are_rendered_alike_from_text_and_from_a_dictionary(arguments: object) -> None:
-    text = render(
-        [USER, {"role": "assistant", "content": None, "tool_calls": [call(arguments)]}], [TOOL], start=False
-    )
+    text = rendered_call(arguments)
     expected = (
         '<|im_start|>assistant\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>\n'
     )
@@ -91,9 +94,6 @@ def test_sglangs_hermes_parser_reads_what_the_template_writes() -> None:
     from sglang.srt.entrypoints.openai.protocol import Tool
     from sglang.srt.function_call.function_call_parser import FunctionCallParser
 
-    text = render(
-        [USER, {"role": "assistant", "content": None, "tool_calls": [call({"a": 7})]}], [TOOL], start=False
-    )
-    answer = text.split("<|im_start|>assistant\n")[1].removesuffix("<|im_end|>\n")
+    answer = rendered_call({"a": 7}).split("<|im_start|>assistant\n")[1].removesuffix("<|im_end|>\n")
     _, calls = FunctionCallParser([Tool(**TOOL)], "hermes").parse_non_stream(answer)
     assert [(found.name, json.loads(found.parameters)) for found in calls] == [("add", {"a": 7})]

@@ -91,9 +91,8 @@ def on_device(device: str, scratch: Path) -> Iterator[None]:
             world = stack.enter_context(phantom())
             driver(scratch)
             stack.enter_context(sglang_on_card(world))
-        if (
-            device == "cuda"
-        ):  # on the phantom card torch computes the same, much faster than Triton's interpreter
+        if device == "cuda":
+            # On the phantom card torch computes the same, much faster than Triton's interpreter.
             import sgl_kernel
 
             stack.enter_context(getattr(sgl_kernel, "standing_in", ExitStack)())

@@ -91,9 +91,8 @@ class Case:
             "constrained_json_disable_any_whitespace": True,
             **self.served.options,
         }
-        if (
-            self.device != "cpu"
-        ):  # graphs of prefills, which ours has not: captured in pieces, and long to capture
+        if self.device != "cpu":
+            # Graphs of prefills, which ours has not: captured in pieces, and long to capture.
             arguments["cuda_graph_backend_prefill"] = "disabled"
         if self.device == "phantom":
             # SGLang's kernel of plain decoding is one that Triton 3.6 does not interpret.

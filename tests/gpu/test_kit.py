@@ -13,11 +13,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import kit
+import pytest
 import run
 
 PAGE = run.ROOT / "docs" / "dev" / "fifteen-minutes.md"

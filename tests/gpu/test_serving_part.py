@@ -1,19 +1,16 @@
 """The serving parts' own code, rehearsed on tiny models; and the faults that its checks are there for."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-import torch
-from matrix import sampled
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import run
 import serving
+import torch
 from checks import LEFT_OUT
+from matrix import sampled
 
 CHECKS = ("starts", "greedy", "waits", "memory", "trace", "agents", "equality")
 
@@ -101,16 +98,10 @@ def test_what_whiflash_refuses_is_left_out_and_what_fails_to_start_is_a_failure(
 ) -> None:
     from whiflash_sglang.errors import ConfigError
 
-    def raising(error: Exception) -> Any:
-        def engine(self: Any, *, whiflash: bool) -> Any:
-            raise error
-
-        return engine
-
-    monkeypatch.setattr(serving.Case, "engine", raising(ConfigError("not on this card")))
+    monkeypatch.setattr(serving.Case, "engine", Mock(side_effect=ConfigError("not on this card")))
     status, found = rehearse(tmp_path / "refused.json", monkeypatch)
     assert (status, found["why"]) == (LEFT_OUT, "refused: not on this card")
-    monkeypatch.setattr(serving.Case, "engine", raising(RuntimeError("no kernel image")))
+    monkeypatch.setattr(serving.Case, "engine", Mock(side_effect=RuntimeError("no kernel image")))
     status, found = rehearse(tmp_path / "failed.json", monkeypatch)
     assert status == 1
     assert found["checks"]["starts"]["why"] == "RuntimeError: no kernel image"

@@ -1,15 +1,11 @@
 """The 8B-shaped part's own code on tiny shapes: every arm runs, and rounds accept what they are told to."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import shaped
+from safetensors.torch import load_file
 
 PINNED = {"auto": 2.5, "diffusion": 2.5, "DFLASH": 3.0, "ar": 2.0, "none": 1.0}
 

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from card import phantom
 from host_reads import HostReads
 from torch.overrides import handle_torch_function, has_torch_function

@@ -199,15 +199,11 @@ def test_replayed_rounds_leave_the_states_of_one_pass(
         turns, expected = conversations(e)
     drafters = {**tiny_pair(tmp_path, target), "whiflash_router": "random"}
     options = {"max_running_requests": 4, "context_length": 256, **POOL, **strategy}
-    comparison = Comparison(model)
     with serving(target, lag, whiflash=drafters, **options) as e, emulated_graphs(e, hybrid) as graphs:
         played = [turn[:5] for turn in turns[:2]]
         for turn in played:
-            found = play(e, turn)
-            for a in turn:
-                comparison.check(a.prompt, expected[a.rid], found[a.rid], a.rid)
+            Comparison(model).check_all(turn, expected, play(e, turn))
         assert len(graphs.backend.replayed) == e.worker.clock.rounds > 0
         assert len(set(graphs.backend.replayed)) > 4
         assert check_states(e, model) > 4
         assert sum(e.requests[a.rid].cached_tokens for a in played[1]) > 0
-    print(comparison.summary())

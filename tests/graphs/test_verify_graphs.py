@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ class Bench:
         rows, before = self.target.rows_for(sum(widths), len(widths)), len(self.graphs.backend.replayed)
         replayed = self.committed(widths, **how)
         assert self.graphs.backend.replayed[before:] == [rows]
-        with _without(self.target.runner):
+        with patch.object(self.target.runner, "decode_cuda_graph_runner", None):
             eager = self.committed(widths, replayed=False, **how)
         for a, b in zip(replayed, eager, strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
@@ -189,15 +190,6 @@ def read_rates(rated: Rated, rates: torch.Tensor, accepted: torch.Tensor) -> tor
             beside = output.next_token_top_logprobs_val[at], output.next_token_token_ids_logprobs_val[at]
             found += [output.next_token_logprobs.tolist()[index][column], *torch.cat(beside).tolist()]
     return torch.tensor(found)
-
-
-@contextmanager
-def _without(runner: Any) -> Iterator[None]:
-    graphs, runner.decode_cuda_graph_runner = runner.decode_cuda_graph_runner, None
-    try:
-        yield
-    finally:
-        runner.decode_cuda_graph_runner = graphs
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +329,7 @@ def test_a_block_ends_at_a_stop_in_a_graph_too(bench: Bench) -> None:
         bench.stop(rows[cut - 1], range(300, 300 + FEW + 1))
         with pytest.raises(AssertionError):
             bench.committed(widths)
-        with _without(bench.target.runner):
+        with patch.object(bench.target.runner, "decode_cuda_graph_runner", None):
             assert bench.committed(widths, replayed=False)[0][cut] == 1
         bench.stop(rows[cut - 1], [])
         assert bench.compare(widths)[0][cut] == 1

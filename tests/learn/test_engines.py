@@ -100,7 +100,6 @@ def test_rows_that_were_copied_of_a_second_matrix_follow(models: Models, tmp_pat
 
 def test_without_the_flag_nothing_is_kept(models: Models) -> None:
     with engine(models.target, whiflash=models.whiflash("auto")) as e:
-        e.submit("plain", [1, 2, 3])
-        e.run()
+        e.ask("plain", [1, 2, 3])
         assert e.worker.spool is None
         assert "samples" not in e.worker.snapshot()

@@ -54,8 +54,8 @@ def server(models: Models, learning: Path, host: ServerHost) -> Iterator[Server]
         yield running
 
 
-def use(server: Server, body: Any, headers: dict[str, str] = ADMIN) -> httpx.Response:
-    return httpx.post(f"{server.url}/whiflash/drafters", json=body, headers=headers, timeout=None)
+def use(server: Server, body: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/whiflash/drafters", json=body, headers=ADMIN, timeout=None)
 
 
 def route(server: Server, router: str) -> None:
@@ -65,13 +65,11 @@ def route(server: Server, router: str) -> None:
 
 def state(server: Server) -> dict[str, Any]:
     answer = httpx.get(f"{server.url}/whiflash/state", headers=ADMIN, timeout=None)
-    found: dict[str, Any] = answer.raise_for_status().json()
-    return found
+    return dict(answer.raise_for_status().json())
 
 
 def drafters(server: Server) -> dict[str, Any]:
-    found: dict[str, Any] = state(server)["drafters"]
-    return found
+    return dict(state(server)["drafters"])
 
 
 def command(*words: str) -> Result:
@@ -164,7 +162,7 @@ def test_what_was_learned_is_offered(
         for module in (once, watch):
             monkeypatch.setattr(module, "learn_once", lambda *_, found=found: found)
         ran = CliRunner().invoke(app, [*words, *(["--watch"] if watches else [])])
-        told = json.loads(ran.output.splitlines()[0])
+        told = json.loads(ran.stdout.splitlines()[0])
         assert told["version" if watches else "served"] == 2 if number else "served" not in told
         assert drafters(server)["version"] == 2
 
@@ -215,8 +213,8 @@ def test_forgetting_reaches_samples_on_disk(server: Server, learning: Path) -> N
     assert files_of(directory) == []
 
 
-def forget(server: Server, body: Any, headers: dict[str, str] = ADMIN) -> httpx.Response:
-    return httpx.post(f"{server.url}/whiflash/forget", json=body, headers=headers, timeout=None)
+def forget(server: Server, body: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/whiflash/forget", json=body, headers=ADMIN, timeout=None)
 
 
 def tenants(server: Server) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -92,10 +93,8 @@ def test_other_weights_draft_other_tokens(served_engine: Engine) -> None:
     for number in (0, 2, 0):
         swap(served_engine, number)
         served_engine.start_over("diffusion")
-        names = [f"d{len(served_engine.requests)}-{i}-" for i in range(len(PROMPTS))]
-        for name, prompt in zip(names, PROMPTS, strict=True):
-            served_engine.submit(name, prompt, max_new_tokens=60)
-        served_engine.run()
+        served_engine.generate(PROMPTS, max_new_tokens=60)
+        names = list(served_engine.requests)[-len(PROMPTS) :]
         accepted.append([served_engine.rounds(name) for name in names])
     assert accepted[0] == accepted[2] != accepted[1]
 
@@ -171,14 +170,14 @@ def test_another_configuration_or_a_torn_file_is_refused(
     assert "has no version 999" in refused(served_engine, 999)
 
 
-def damaged(directory: Path, number: int, file: str, text: str) -> None:
+def damaged(directory: Path, number: int, file: str, content: bytes) -> None:
     """Put anything into a file of a version, whose sum follows."""
     bundle = path_of(directory, number)
-    (bundle / file).write_text(text)
+    (bundle / file).write_bytes(content)
     part, _, name = file.partition("/")
     if name:
         said = json.loads((bundle / "whiflash.json").read_text())
-        said["sources"][part]["files"][name] = hashlib.sha256(text.encode()).hexdigest()
+        said["sources"][part]["files"][name] = hashlib.sha256(content).hexdigest()
         (bundle / "whiflash.json").write_text(json.dumps(said))
 
 
@@ -210,29 +209,23 @@ def test_a_version_of_anything_is_refused_by_file(
     e = served_engine
     number = publish(directory, bundle_of(models, tmp_path / "bundle", **{drafter: getattr(models, drafter)}))
     file, manifest = f"{drafter}/config.json", path_of(directory, number) / "whiflash.json"
-    config, said = json.loads((path_of(directory, number) / file).read_text()), manifest.read_text()
+    config = json.loads((path_of(directory, number) / file).read_text())
     built: list[str] = []
     load = e.worker.weights._load
     e.worker.weights._load = lambda draft: built.append(draft.format.arm) or load(draft)
     for key, value in MALFORMED:
-        damaged(directory, number, file, json.dumps({**config, key: "@"}).replace('"@"', value))
+        damaged(directory, number, file, json.dumps({**config, key: "@"}).replace('"@"', value).encode())
         assert f"{path_of(directory, number) / file}" in refused(e, number), (key, value[:20])
     arm = {"dflash": "diffusion", "eagle3": "ar"}[drafter]
     assert arm not in built
     e.worker.weights._load = load
     for text in ("", "[]", "null", "5", "{", "\x00", '{"architectures": ["X"]}'):
-        damaged(directory, number, file, text)
+        damaged(directory, number, file, text.encode())
         assert file in refused(e, number), text
-    manifest.write_text(said)
-    swap_file = path_of(directory, number) / drafter / "model.safetensors"
     for content in (b"", b"\xff" * 64, (2**63 - 1).to_bytes(8, "little") + b"{}"):
-        swap_file.write_bytes(content)
-        told = json.loads(said)
-        told["sources"][drafter]["files"]["config.json"] = hashlib.sha256(text.encode()).hexdigest()
-        told["sources"][drafter]["files"]["model.safetensors"] = hashlib.sha256(content).hexdigest()
-        manifest.write_text(json.dumps(told))
+        damaged(directory, number, f"{drafter}/model.safetensors", content)
         assert str(path_of(directory, number)) in refused(e, number), content[:8]
-    damaged(directory, number, "whiflash.json", "[" * 100_000)
+    damaged(directory, number, "whiflash.json", b"[" * 100_000)
     assert str(manifest) in refused(e, number)
 
 
@@ -241,20 +234,15 @@ def test_a_failure_of_any_kind_is_an_objection(
 ) -> None:
     """A start goes on with its own drafters."""
     weights = served_engine.worker.weights
-    load, served_last = weights._load, weights._versions.directory / "current.json"
-
-    def failing(_: object) -> None:
-        raise MemoryError("no memory")
-
+    served_last = weights._versions.directory / "current.json"
     before = served_last.read_text()
-    weights._load = failing
-    try:
+    with patch.object(weights, "_load", side_effect=MemoryError("no memory")):
         swap_failed = refused(served_engine, 1)
         served_last.write_text('{"version": 1, "before": 0}')
-        weights.restore()
-    finally:
-        weights._load = load
-        served_last.write_text(before)
+        try:
+            weights.restore()
+        finally:
+            served_last.write_text(before)
     assert f"{path_of(directory, 1)}/eagle3 cannot be read: MemoryError: no memory" in swap_failed
     assert "begins with its own drafters" in caplog.text
 

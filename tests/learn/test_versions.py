@@ -1,8 +1,9 @@
 """A directory of versions: whole ones only, and a record of the one that is served."""
 
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from model_set import Models
@@ -38,6 +39,11 @@ def directory(models: Models, tmp_path: Path) -> Path:
     return tmp_path / "versions"
 
 
+def refused(directory: Path, number: int, why: str, target: str = "") -> None:
+    with pytest.raises(ConfigError, match=why):
+        read_version(directory, number, target)
+
+
 def test_versions_are_numbered_and_name_their_checkpoints(models: Models, directory: Path) -> None:
     assert numbers(directory) == [1, 2]
     found = read_version(directory, 2, str(models.target))
@@ -49,13 +55,8 @@ def test_who_publishes_at_once_gets_numbers_of_their_own(
     models: Models, directory: Path, tmp_path: Path
 ) -> None:
     bundle = bundle_of(models, tmp_path / "more", dflash=models.dflash)
-    found: list[int] = []
-    threads = [threading.Thread(target=lambda: found.append(publish(directory, bundle))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(found) == [3, 4, 5, 6]
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(lambda _: publish(directory, bundle), range(4))) == [3, 4, 5, 6]
     assert numbers(directory) == [1, 2, 3, 4, 5, 6]
 
 
@@ -67,19 +68,15 @@ def test_one_drafter_is_enough(models: Models, directory: Path, tmp_path: Path) 
 def test_what_was_torn_is_refused(directory: Path) -> None:
     weights = path_of(directory, 2) / "dflash" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
-    with pytest.raises(ConfigError, match=r"dflash/model.safetensors is not the file"):
-        read_version(directory, 2, "")
+    refused(directory, 2, r"dflash/model.safetensors is not the file")
     weights.unlink()
-    with pytest.raises(ConfigError, match=r"dflash/model.safetensors is missing"):
-        read_version(directory, 2, "")
+    refused(directory, 2, r"dflash/model.safetensors is missing")
     read_version(directory, 1, "")
 
 
 def test_what_is_not_there_or_for_another_target_is_refused(directory: Path) -> None:
-    with pytest.raises(ConfigError, match="has no version 3; it has 0, 1, 2"):
-        read_version(directory, 3, "")
-    with pytest.raises(ConfigError, match="the server's is embedded:smollm2"):
-        read_version(directory, 1, "embedded:smollm2-135m-instruct")
+    refused(directory, 3, "has no version 3; it has 0, 1, 2")
+    refused(directory, 1, "the server's is embedded:smollm2", target="embedded:smollm2-135m-instruct")
 
 
 def test_a_version_without_sums_is_refused(directory: Path) -> None:
@@ -87,8 +84,7 @@ def test_a_version_without_sums_is_refused(directory: Path) -> None:
     said = json.loads(manifest.read_text())
     del said["sources"]["eagle3"]
     manifest.write_text(json.dumps(said))
-    with pytest.raises(ConfigError, match="no SHA-256 of files of eagle3"):
-        read_version(directory, 1, "")
+    refused(directory, 1, "no SHA-256 of files of eagle3")
 
 
 @pytest.mark.parametrize(
@@ -103,8 +99,7 @@ def test_a_file_without_a_sum_is_refused(directory: Path, kept: list[str]) -> No
     sums = said["sources"]["eagle3"]["files"]
     said["sources"]["eagle3"]["files"] = {name: sums[name] for name in kept if name in sums}
     manifest.write_text(json.dumps(said))
-    with pytest.raises(ConfigError, match=r"has no SHA-256 of .*/000001/eagle3/"):
-        read_version(directory, 1, "")
+    refused(directory, 1, r"has no SHA-256 of .*/000001/eagle3/")
 
 
 @pytest.mark.parametrize(
@@ -112,8 +107,7 @@ def test_a_file_without_a_sum_is_refused(directory: Path, kept: list[str]) -> No
 )
 def test_a_manifest_of_anything_is_refused_by_name(directory: Path, text: str) -> None:
     (path_of(directory, 1) / "whiflash.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"000001/whiflash.json is not valid JSON"):
-        read_version(directory, 1, "")
+    refused(directory, 1, r"000001/whiflash.json is not valid JSON")
 
 
 def test_a_version_is_what_its_asker_has(models: Models, directory: Path) -> None:
@@ -144,19 +138,11 @@ def test_notes_of_anything_are_no_gain(directory: Path, notes: str) -> None:
     json.dumps(notes_of(directory, 1), allow_nan=False)
 
 
-def test_a_killed_publisher_leaves_no_version(
-    models: Models, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_publisher_leaves_no_version(models: Models, directory: Path, tmp_path: Path) -> None:
     bundle = bundle_of(models, tmp_path / "more", dflash=models.dflash)
     (directory / ".writing-killed").mkdir()
-
-    def killed(_: Path) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("os.fsync", killed)
-        with pytest.raises(KeyboardInterrupt):
-            publish(directory, bundle)
+    with patch("os.fsync", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        publish(directory, bundle)
     assert numbers(directory) == [1, 2]
     assert publish(directory, bundle) == 3
     assert not list(directory.glob(".writing-*"))

@@ -49,9 +49,8 @@ def ask(running: Engine, salt: str | None, predicted: list[int] | None = None, *
     custom: dict[str, Any] = {"whiflash": json.dumps(hints)} if hints else {}
     if predicted is not None:
         custom["whiflash_prediction"] = predicted
-    running.submit(name, PROMPT, max_new_tokens=TOKENS, cache_salt=salt, custom_params=custom or None)
-    running.run()
-    return Answer(running.output(name), running.rounds(name)[0])
+    said = running.ask(name, PROMPT, max_new_tokens=TOKENS, cache_salt=salt, custom_params=custom or None)
+    return Answer(said, running.rounds(name)[0])
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +188,7 @@ def test_lazy_catch_up_through_a_long_copied_run(running: Engine, monkeypatch: p
     prompts = {f"copy{extra}": [*PROMPT, extra] for extra in (1, 2, 3)}
     names, answers = list(prompts), {}
     for name, prompt in prompts.items():
-        running.submit(f"first {name}", prompt, max_new_tokens=LONG)
-        running.run()
-        answers[name] = {"whiflash_prediction": running.output(f"first {name}")}
+        answers[name] = {"whiflash_prediction": running.ask(f"first {name}", prompt, max_new_tokens=LONG)}
     works = watch(running, monkeypatch)
     for name, prompt in prompts.items():
         running.submit(name, prompt, max_new_tokens=LONG, custom_params=answers[name])

@@ -9,9 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from whiflash_sglang.errors import CheckpointError
+from whiflash_sglang.formats.table import read_draft
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 64, 4, 2, 16, 96
 VOCAB, TARGET_LAYERS, MASK = 320, 10, 7
@@ -110,6 +114,13 @@ def write(
         index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return path
+
+
+def refused(path: Path, config: Mapping[str, Any], message: str) -> None:
+    """Such a configuration is refused by the name of its file, and for what `message` matches."""
+    write(path, config, {})
+    with pytest.raises(CheckpointError, match=rf"{path}/config\.json: {message}"):
+        read_draft(path)
 
 
 def target_tensors(seed: int = 99) -> tuple[Tensor, Tensor]:

@@ -50,9 +50,8 @@ def drafter(path: Path, name: str) -> Path:
 def test_text_is_plain_decodings(models: Models, tmp_path: Path, name: str) -> None:
     """Under random routing beside EAGLE-3 and an arm that is mostly right; then under the policies that draft with it.
     Prompts are chunked, and some share a prefix."""
-    plain, oracle = plain_texts(models.target, ARRIVALS), OracleArm(0.95, seed=3)
-    for a in ARRIVALS:
-        oracle.learn(a.prompt, plain[a.rid])
+    plain = plain_texts(models.target, ARRIVALS)
+    oracle = OracleArm(0.95, seed=3).knowing(ARRIVALS, plain)
     arm, flag = ("ar", "whiflash_eagle_draft") if name == PARALLEL else ("diffusion", "draft")
     flags = {**models.whiflash("random"), flag: str(drafter(tmp_path / "drafter", name))}
     used: set[str | None] = set()
@@ -64,9 +63,7 @@ def test_text_is_plain_decodings(models: Models, tmp_path: Path, name: str) -> N
         for policy, arrivals in (("random", ARRIVALS), (arm, ARRIVALS[:3]), ("auto", ARRIVALS[:3])):
             e.worker.reconfigure({"router": policy})
             found = play(e, [_of(policy, a) for a in arrivals], lambda: used.update(_arms(e)))
-            for a in arrivals:
-                comparison.check(a.prompt, plain[a.rid], found[f"{policy} {a.rid}"], f"{policy} {a.rid}")
-    print(comparison.summary())
+            comparison.check_all(arrivals, plain, found, f"{policy} ")
     assert used - {None} == {"ar", "diffusion", "none", ARM}
     assert oracle.rejected > 0
 

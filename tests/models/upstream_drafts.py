@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from published import MASK
+from served_blocks import BONUS, LENGTHS, Served
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -103,6 +105,16 @@ class UpstreamBlocks:
         positions = torch.arange(first, first + len(tokens))
         embedded = self.embedding[tokens]
         return self.model(tokens, positions, None, input_embeds=embedded).hidden_states
+
+
+def upstream_states(served: Served, upstream: UpstreamBlocks) -> list[Tensor]:
+    """SGLang's states [rows, H] of every request, which are ours."""
+    found = []
+    for row, tokens in enumerate(blocks(LENGTHS, BONUS, MASK, served.states.shape[1])):
+        context = upstream.keys_values(served.features[row], torch.arange(LENGTHS[row]))
+        found.append(upstream.states(tokens, context))
+        torch.testing.assert_close(served.states[row], found[-1], rtol=1e-4, atol=1e-4)
+    return found
 
 
 def blocks(starts: Sequence[int], bonus: Sequence[int], mask: int, rows: int) -> list[Tensor]:

@@ -218,9 +218,8 @@ def _child(root: Path, overlay: Path, tests: Sequence[str]) -> None:
         paths = [str(overlay / Path(name).parent) for name in SOURCES]
         # The tree's own behind them: a conftest that misses it would put it in front.
         sys.path[:0] = [*paths, *(str(root / Path(name).parent) for name in SOURCES)]
-        for name, module in list(
-            sys.modules.items()
-        ):  # SGLang imports its platform, so a little of us is there
+        # SGLang imports its platform, so a little of us is there.
+        for name, module in list(sys.modules.items()):
             if name.startswith("whiflash") and hasattr(module, "__path__"):
                 module.__path__ = [str(overlay.joinpath(*name.split(".")))]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)

@@ -2,15 +2,14 @@
 
 import pytest
 from tensor_parallel import SAMPLE, Checkpoints, Outputs, plainly
-from tiny_models import tiny_dflash, tiny_eagle3, tiny_target
+from tiny_models import tiny_target
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """EAGLE-3 has a head of its own, DFlash chooses from the target's, which the ranks share."""
     root = tmp_path_factory.mktemp("parallel")
-    target = tiny_target(root / "target")
-    return Checkpoints(target, tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target))
+    return Checkpoints.of(root, tiny_target(root / "target"))
 
 
 @pytest.fixture(scope="session")

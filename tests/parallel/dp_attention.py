@@ -4,19 +4,18 @@ A rank without a request joins every forward of the other, so both step as often
 """
 
 import itertools
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle
 from typing import Any
 from unittest.mock import patch
 
+import tensor_parallel
 import traffic
 from engine import Engine, engine
-from overlapping_ranks import GRAMMARS, Overlapped, play_overlapping
-from tensor_parallel import RANKS, Checkpoints, Outputs, Played, of_rank, play_ours
+from overlapping_ranks import Overlapped, play_overlapping, twelve
+from tensor_parallel import RANKS, Checkpoints, Outputs, Played, play_ours
 from torch import distributed
-from traffic import Arrival, play
+from traffic import Arrival
 
 Shares = Sequence[Sequence[Arrival]]
 """Requests by rank."""
@@ -36,44 +35,18 @@ PENALTIES = {"frequency_penalty": 0.8, "presence_penalty": 0.3}
 def asked() -> list[list[Arrival]]:
     """Twelve requests of the first rank, of which one is aborted; two of the second, one of which comes when the first
     rank has been decoding for long, and one long after it has ended."""
-    rng, grammars = random.Random(5), cycle(GRAMMARS)
-
-    def params(i: int) -> dict[str, Any]:
-        kinds: tuple[dict[str, Any], ...] = (
+    arrivals = twelve(
+        lambda _, grammar: (
             {"max_new_tokens": 30},
-            {"ignore_eos": False, "max_new_tokens": 60, **next(grammars)},
+            {"ignore_eos": False, "max_new_tokens": 60, **grammar},
             {"max_new_tokens": 24, **PENALTIES},
             {"max_new_tokens": 20, "return_logprob": True},
-        )
-        return kinds[i % len(kinds)]
-
-    arrivals = [
-        Arrival(
-            f"r{i:02d}",
-            2 * i,
-            tuple(rng.choices(range(32, 127), k=rng.randint(8, 40))),
-            params(i),
-            abort_after=5 if i == 4 else None,
-        )
-        for i in range(12)
-    ]
+        ),
+        aborts={4: 5},
+    )
     prompt = tuple(range(40, 60))
     late = [Arrival("late", 14, prompt, {"max_new_tokens": 30}), Arrival("last", 150, prompt[5:])]
     return [arrivals, late]
-
-
-def sampled_ones() -> list[list[Arrival]]:
-    """Requests that draw by a seed: six of the first rank, two of the second."""
-    arrivals = [
-        Arrival(
-            f"s{seed}",
-            3 * seed,
-            tuple(range(100 + seed, 130)),
-            {"max_new_tokens": 24, "sampling_seed": seed, "temperature": 1.0},
-        )
-        for seed in range(8)
-    ]
-    return [arrivals[:6], arrivals[6:]]
 
 
 def together(e: Engine, arrivals: Sequence[Arrival]) -> Iterator[int]:
@@ -92,12 +65,8 @@ def together(e: Engine, arrivals: Sequence[Arrival]) -> Iterator[int]:
 
 def play_plain(checkpoints: Checkpoints, shares: Shares, rank: int, port: int, **arguments: Any) -> Outputs:
     """Without drafts and aborts."""
-    whole = [Arrival(a.rid, a.step, a.prompt, a.params) for a in shares[rank]]
-    with (
-        patch.object(traffic, "_steps", together),
-        engine(checkpoints.target, **of_rank(rank, port, **{**OPTIONS, **arguments})) as e,
-    ):
-        return play(e, whole)
+    with patch.object(traffic, "_steps", together):
+        return tensor_parallel.play_plain(checkpoints, shares[rank], rank, port, **{**OPTIONS, **arguments})
 
 
 def play_shares(

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -46,20 +46,29 @@ def asked() -> list[Arrival]:
     A seed's tokens depend in SGLang on whether anybody in the batch has a top-p or is greedy. So the sampled ones have
     one: a grammar's time to compile decides who is prefilled beside whom.
     """
-    rng, grammars = random.Random(5), cycle(GRAMMARS)
+    return twelve(
+        lambda i, grammar: (
+            {"max_new_tokens": 40},
+            {"ignore_eos": False, "max_new_tokens": 90, **grammar},
+            {"max_new_tokens": 30, "temperature": 1.0, "top_p": 0.95, "sampling_seed": i},
+        ),
+        aborts={6: 6, 8: 6},
+    )
+
+
+def twelve(kinds: Callable[[int, Any], Sequence[dict[str, Any]]], aborts: Mapping[int, int]) -> list[Arrival]:
+    """Requests by turns of these kinds, which know their number and have a grammar. aborts: after how many tokens."""
+    rng = random.Random(5)
+    asked = [kinds(i, grammar) for i, grammar in zip(range(12), cycle(GRAMMARS), strict=False)]
     return [
         Arrival(
             f"r{i:02d}",
             2 * i,
             tuple(rng.choices(range(32, 127), k=rng.randint(8, 40))),
-            (
-                {"max_new_tokens": 40},
-                {"ignore_eos": False, "max_new_tokens": 90, **next(grammars)},
-                {"max_new_tokens": 30, "temperature": 1.0, "top_p": 0.95, "sampling_seed": i},
-            )[i % 3],
-            abort_after=6 if i in (6, 8) else None,
+            each[i % len(each)],
+            aborts.get(i),
         )
-        for i in range(12)
+        for i, each in enumerate(asked)
     ]
 
 
@@ -141,11 +150,6 @@ def between_hosts(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(*args, **named)
 
     return called
-
-
-def wild(rank: int) -> None:
-    """Its clocks, mail and times say nothing."""
-    go_wild(rank)
 
 
 def learns_late(rank: int) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from unittest.mock import patch
 
 from engine import Engine, engine
 from oracle_arm import OracleArm
 from ranks_at_work import on_ranks
+from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import Arrival, mixed, play
 from watching import unwatched
 
@@ -35,11 +36,37 @@ ARRIVALS = mixed(seed=1, count=200, shared=40, aborts=0.1, stops=0.3, tokens=20)
 Outputs = dict[str, list[int]]
 
 
+def seeded(pace: int) -> list[Arrival]:
+    """Eight requests that draw by a seed each, one every `pace` steps.
+
+    None has a top-p: where one of a batch does, SGLang keys the noise of all by rank instead of by token.
+    """
+    drawn = {"max_new_tokens": 24, "temperature": 1.0}
+    prompts = [tuple(range(100 + seed, 130)) for seed in range(8)]
+    return [
+        Arrival(f"s{seed}", pace * seed, prompt, {**drawn, "sampling_seed": seed})
+        for seed, prompt in enumerate(prompts)
+    ]
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     target: Path
     eagle3: Path
     dflash: Path
+
+    @classmethod
+    def of(cls, root: Path, target: Path) -> Self:
+        """A target and two random drafters of it, written under `root`."""
+        return cls(target, tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target))
+
+    def served(self, router: str) -> list[str]:
+        """Arguments of `host.running(...)`."""
+        return [
+            *("--model-path", str(self.target), "--dtype", "float32", "--enable-metrics"),
+            *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(self.dflash)),
+            *("--whiflash-eagle-draft", str(self.eagle3), "--whiflash-router", router),
+        ]
 
     def whiflash(self, router: str, **flags: Any) -> dict[str, Any]:
         """Arguments of `engine(whiflash=...)`."""
@@ -118,10 +145,7 @@ def play_ours(
         rounds.append((turn.plan.routes, turn.due, drafts))
         proposers.update(arm for by_arm in turn.plan.candidates for arm in by_arm)
 
-    oracle = OracleArm(0.93, seed=3)
-    for arrival in arrivals:
-        if arrival.rid in known:
-            oracle.learn(arrival.prompt, known[arrival.rid])
+    oracle = OracleArm(0.93, seed=3).knowing((a for a in arrivals if a.rid in known), known)
     with (
         patch.object(DraftStage, "draft", noting),
         start(

@@ -13,7 +13,7 @@ from ranks_at_work import on_ranks
 from reference import Comparison
 from safetensors.torch import load_file, save_file
 from tensor_parallel import RANKS, Checkpoints
-from tiny_models import save_tokenizer, tiny_dflash, tiny_eagle3
+from tiny_models import save_tokenizer
 from traffic import Arrival
 
 pytestmark = pytest.mark.evidence
@@ -41,20 +41,16 @@ def test_host_memory_a_session_and_other_weights(tmp_path: Path) -> None:
     ranks share is gathered again when the target is given another one."""
     target, other = tmp_path / "target", tmp_path / "other"
     model = tiny_family(target, FAMILIES["Qwen3MoeForCausalLM"])
-    checkpoints = Checkpoints(
-        target, tiny_eagle3(tmp_path / "eagle3", target), tiny_dflash(tmp_path / "dflash", target)
-    )
+    checkpoints = Checkpoints.of(tmp_path, target)
     shutil.copytree(target, other)
     tensors = load_file(other / "model.safetensors")
     tensors["lm_head.weight"] = tensors["lm_head.weight"].flip(0).contiguous()
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    asked, comparison = asked_of(), Comparison(model)
-    work = partial(play_keeping, checkpoints)
+    asked, work = asked_of(), partial(play_keeping, checkpoints)
     plain = on_ranks(RANKS, partial(work, None, asked, BACK, other))
     found = on_ranks(RANKS, partial(work, "random", asked, BACK, other))
     for share, wanted, here in zip(asked, plain, found, strict=True):
-        for each in share:
-            comparison.check(each.prompt, wanted.outputs[each.rid], here.outputs[each.rid], each.rid)
+        Comparison(model).check_all(share, wanted.outputs, here.outputs)
         assert sum(right for _, right in here.rounds.values())
     first, second = found
     assert first.host["back"] > 20

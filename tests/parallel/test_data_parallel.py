@@ -14,14 +14,6 @@ from tensor_parallel import ENDS_AT_ONCE, Checkpoints
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 
-def arguments(checkpoints: Checkpoints, router: str) -> list[str]:
-    return [
-        *("--model-path", str(checkpoints.target), "--dtype", "float32", "--enable-cache-report"),
-        *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(checkpoints.dflash)),
-        *("--whiflash-eagle-draft", str(checkpoints.eagle3), "--whiflash-router", router),
-    ]
-
-
 def bodies(count: int) -> list[dict[str, Any]]:
     rng = random.Random(3)
     return [
@@ -61,8 +53,8 @@ def assert_both_count_and_forget(server: Server) -> None:
 
 
 def test_replicas(host: ServerHost, checkpoints: Checkpoints) -> None:
-    flags = ("--dp-size", "2", "--enable-metrics")
-    with host.running(*arguments(checkpoints, "none"), *flags, env=ENDS_AT_ONCE) as server:
+    flags = ("--dp-size", "2", "--enable-cache-report")
+    with host.running(*checkpoints.served("none"), *flags, env=ENDS_AT_ONCE) as server:
         assert_policies_keep_texts(server)
         state = server.get("/whiflash/state")
         assert [own["replica"] for own in state["replicas"]] == [0, 1]

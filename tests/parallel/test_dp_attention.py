@@ -17,7 +17,6 @@ from dp_attention import (
     play_plain,
     play_replayed,
     play_shares,
-    sampled_ones,
     stays_away,
 )
 from families import FAMILIES, tiny_family
@@ -25,9 +24,9 @@ from matrix import sampled
 from ranks_at_work import RankFailedError, on_ranks
 from reference import Comparison
 from server_host import ServerHost
-from tensor_parallel import ENDS_AT_ONCE, RANKS, Checkpoints, Outputs, Played
-from test_data_parallel import arguments, assert_both_count_and_forget, assert_policies_keep_texts
-from tiny_models import save_tokenizer, tiny_dflash, tiny_eagle3
+from tensor_parallel import ENDS_AT_ONCE, RANKS, Checkpoints, Outputs, Played, seeded
+from test_data_parallel import assert_both_count_and_forget, assert_policies_keep_texts
+from tiny_models import save_tokenizer
 
 Made = tuple[Any, Checkpoints]
 """A target's model, and files of it and its drafters."""
@@ -37,8 +36,7 @@ def made(root: Path, family: str) -> Made:
     target = root / "target"
     model = tiny_family(target, FAMILIES[family])
     save_tokenizer(target)
-    drafters = tiny_eagle3(root / "eagle3", target), tiny_dflash(root / "dflash", target)
-    return model, Checkpoints(target, *drafters)
+    return model, Checkpoints.of(root, target)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +48,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture(scope="module")
 def plain(moe: Made) -> Sequence[Outputs]:
     """Plain decoding's texts, of each rank."""
-    found: list[Outputs] = on_ranks(RANKS, partial(play_plain, moe[1], asked()))
-    return found
+    return on_ranks(RANKS, partial(play_plain, moe[1], asked()))
 
 
 def check(model: Any, plain: Sequence[Outputs], played: Sequence[Played]) -> None:
@@ -107,7 +104,8 @@ def test_families(tmp_path: Path, family: str, arguments: dict[str, Any]) -> Non
 @pytest.mark.evidence
 def test_seeded_sampling(moe: Made) -> None:
     """Noise is keyed by seed and position."""
-    shares = sampled_ones()
+    arrivals = seeded(3)
+    shares = [arrivals[:6], arrivals[6:]]
     plain = on_ranks(RANKS, partial(play_plain, moe[1], shares, **SEEDS))
     played = on_ranks(RANKS, partial(play_shares, moe[1], "random", shares, plain, alike, **SEEDS))
     assert [each.outputs for each in played] == plain
@@ -145,8 +143,8 @@ def test_an_idle_rank_that_stays_away_is_found(moe: Made, plain: Sequence[Output
 @pytest.mark.server
 def test_a_server_of_two_ranks(host: ServerHost, moe: Made) -> None:
     """Both draft, answer controls and count for themselves, and one answers while the other has nothing to do."""
-    flags = ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention", "--enable-metrics")
-    with host.running(*arguments(moe[1], "none"), *flags, env=ENDS_AT_ONCE) as server:
+    flags = ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention")
+    with host.running(*moe[1].served("none"), *flags, env=ENDS_AT_ONCE) as server:
         assert_policies_keep_texts(server)
         before = server.get("/whiflash/state")["replicas"]
         assert [own["replica"] for own in before] == [0, 1]

@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 from matrix import sampled
-from overlapping_ranks import OPTIONS, Overlapped, asked, decides, learns_late, play_overlapping, wild
+from overlapping_ranks import OPTIONS, Overlapped, asked, decides, learns_late, play_overlapping
 from ranks_at_work import RankFailedError, on_ranks
 from reference import Comparison, ReferenceTarget
-from tensor_parallel import RANKS, Checkpoints, Outputs, play_plain
+from tensor_parallel import RANKS, Checkpoints, Outputs, go_wild, play_plain
 
 MASKS = "whiflash_sglang/engine/forward/masks.py"
 
@@ -26,7 +26,7 @@ def test_text_is_plain_decodings(checkpoints: Checkpoints, texts: Outputs, route
 
     SGLang samples retracted requests again, in plain decoding, too.
     """
-    found: list[Overlapped] = on_ranks(RANKS, partial(play_overlapping, checkpoints, router, texts, wild))
+    found: list[Overlapped] = on_ranks(RANKS, partial(play_overlapping, checkpoints, router, texts, go_wild))
     first, second = (each.played for each in found)
     for number, (one, other) in enumerate(zip(first.rounds, second.rounds, strict=True)):
         assert one == other, f"round {number} of {len(first.rounds)}"

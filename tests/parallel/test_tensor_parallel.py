@@ -24,10 +24,10 @@ from tensor_parallel import (
     plainly,
     play_ours,
     play_plain,
+    seeded,
     switching,
     wild,
 )
-from tiny_models import tiny_dflash, tiny_eagle3
 from traffic import Arrival
 from versioned import trained, version
 
@@ -38,12 +38,7 @@ def check(model: Any, arrivals: list[Arrival], plain: Outputs, played: list[Play
     for number, (one, other) in enumerate(zip(first.rounds, second.rounds, strict=True)):
         assert one == other, f"round {number} of {len(first.rounds)}"
     assert first.outputs == second.outputs
-    comparison = Comparison(model)
-    for a in arrivals:
-        found = first.outputs[a.rid]
-        expected = plain[a.rid] if a.abort_after is None else plain[a.rid][: len(found)]
-        comparison.check(a.prompt, expected, found, a.rid)
-    print(comparison.summary())
+    Comparison(model).check_all(arrivals, plain, first.outputs)
     return first
 
 
@@ -79,25 +74,11 @@ def test_weights_switch_in_the_same_round(checkpoints: Checkpoints, plain: Outpu
     check(ReferenceTarget(checkpoints.target), arrivals, plain, [first, second])
 
 
-SAMPLED = [
-    Arrival(
-        f"r{seed}",
-        seed,
-        tuple(range(100 + seed, 130)),
-        {"max_new_tokens": 24, "sampling_seed": seed, "temperature": 1.0},
-    )
-    for seed in range(8)
-]
-"""None with top-p: where one request of a batch has it, SGLang keys the noise of all by rank instead of by token."""
-
-
 @pytest.mark.evidence
 def test_experts_on_two_ranks(tmp_path: Path) -> None:
     target = tmp_path / "target"
     model = tiny_family(target, FAMILIES["Qwen3MoeForCausalLM"])
-    moe = Checkpoints(
-        target, tiny_eagle3(tmp_path / "eagle3", target), tiny_dflash(tmp_path / "dflash", target)
-    )
+    moe = Checkpoints.of(tmp_path, target)
     arrivals = ARRIVALS[:10]
     plain, again = on_ranks(RANKS, partial(play_plain, moe, arrivals, ep_size=RANKS))
     assert plain == again
@@ -110,11 +91,11 @@ def test_experts_on_two_ranks(tmp_path: Path) -> None:
 @pytest.mark.evidence
 def test_seeded_sampling(checkpoints: Checkpoints) -> None:
     """Noise is keyed by seed and position, so that tokens are those of plain decoding with as many ranks."""
-    plainly = partial(play_plain, checkpoints, SAMPLED, enable_deterministic_inference=True)
-    expected, again = on_ranks(RANKS, plainly)
+    arrivals, seeds = seeded(1), {"enable_deterministic_inference": True}
+    expected, again = on_ranks(RANKS, partial(play_plain, checkpoints, arrivals, **seeds))
     assert expected == again
-    assert len({tuple(tokens) for tokens in expected.values()}) == len(SAMPLED)
-    ours = partial(play_ours, checkpoints, "random", SAMPLED, expected, enable_deterministic_inference=True)
+    assert len({tuple(tokens) for tokens in expected.values()}) == len(arrivals)
+    ours = partial(play_ours, checkpoints, "random", arrivals, expected, **seeds)
     first, second = on_ranks(RANKS, ours)
     assert first == second
     assert first.outputs == expected

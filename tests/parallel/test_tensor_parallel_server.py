@@ -24,21 +24,13 @@ from whiflash_lab.servers import runs
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 
-def arguments(checkpoints: Checkpoints) -> list[str]:
-    return [
-        *("--model-path", str(checkpoints.target), "--dtype", "float32", "--tp-size", str(RANKS)),
-        *("--speculative-algorithm", "WHIFLASH", "--speculative-draft-model-path", str(checkpoints.dflash)),
-        *("--whiflash-eagle-draft", str(checkpoints.eagle3), "--whiflash-router", "random"),
-        *("--random-seed", "7", "--enable-custom-logit-processor", "--enable-metrics"),
-    ]
-
-
 @pytest.fixture
 def server(host: ServerHost, checkpoints: Checkpoints, tmp_path: Path) -> Iterator[Server]:
     """With a version of its drafters' weights."""
     version(checkpoints, tmp_path / "versions", tmp_path / "made", trained(0.3, 1))
-    versions = ("--whiflash-versions", str(tmp_path / "versions"))
-    with host.running(*arguments(checkpoints), *versions, env=ENDS_AT_ONCE) as running:
+    flags = ["--whiflash-versions", str(tmp_path / "versions"), "--enable-custom-logit-processor"]
+    flags += ["--tp-size", str(RANKS), "--random-seed", "7"]
+    with host.running(*checkpoints.served("random"), *flags, env=ENDS_AT_ONCE) as running:
         yield running
 
 
@@ -52,11 +44,10 @@ def test_answers_until_a_rank_is_killed(server: Server, checkpoints: Checkpoints
     arrivals = [a for a in ARRIVALS[:SAMPLE] if a.abort_after is None]
 
     def compare(some: list[Arrival]) -> None:
-        comparison = Comparison(ReferenceTarget(checkpoints.target))
         bodies = [{"input_ids": list(a.prompt), "sampling_params": a.params} for a in some]
-        for a, answer in zip(some, server.generate_all(bodies, concurrency=6), strict=True):
-            comparison.check(a.prompt, plain[a.rid], answer["output_ids"], a.rid)
-        print(comparison.summary())
+        answers = zip(some, server.generate_all(bodies, concurrency=6), strict=True)
+        found = {a.rid: answer["output_ids"] for a, answer in answers}
+        Comparison(ReferenceTarget(checkpoints.target)).check_all(some, plain, found)
 
     compare(arrivals)
     assert server.get("/whiflash/state")["policy"] == "random"

@@ -35,11 +35,8 @@ def test_the_targets_own_embedding_and_head(
     first, *others = on_ranks(size, partial(find, borrowing, ARRIVALS, size))
 
     reference = ReferenceTarget(target.with_suffix(".plain") if made is stepped else target)
-    comparison = Comparison(reference)
-    for a in ARRIVALS:
-        expected = greedy(reference, a.prompt, a.params["max_new_tokens"])
-        comparison.check(a.prompt, expected, first.outputs[a.rid], a.rid)
-    print(comparison.summary())
+    expected = {a.rid: greedy(reference, a.prompt, a.params["max_new_tokens"]) for a in ARRIVALS}
+    Comparison(reference).check_all(ARRIVALS, expected, first.outputs)
     assert first.accepted
     torch.testing.assert_close(first.embedded, reference.model.embedding[TOKENS])
     expected_choice = choose(states() @ reference.model.head.T)

@@ -253,8 +253,7 @@ def timed(body: Callable[[], object], clock: Any) -> float:
     body()
     end = clock.record()
     clock.wait(end)
-    seconds: float = clock.elapsed(begin, end)
-    return seconds
+    return float(clock.elapsed(begin, end))
 
 
 def under_grammars(world: Streams, loop: Any) -> dict[str, Any]:

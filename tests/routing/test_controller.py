@@ -21,8 +21,7 @@ ROW = 3
 
 def asked(policy: Policy, hints: RequestHints) -> set[str]:
     """The drafting arms that the request is asked about, in the middle of its output."""
-    controller = Controller(policy, MeasuredCosts(lambda arm: 4), [b"a", b"b"])
-    controller.open(Request("r", hints, ROW), [0, 1])
+    controller = opened(policy, hints)
     return {*controller.named(controller.states[ROW], EVERY)}
 
 
@@ -142,10 +141,6 @@ def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> Non
     """As soon as it is known, and once; after a retraction the prefill has sampled another one."""
     hints = RequestHints(spans=(Span(kind="tool_call", begin="<c>", end="</c>"),))
     controller = Controller(RandomPolicy(), MeasuredCosts(lambda arm: 4), [b"<c", b">", b"x"])
-
-    def kind(state: Request) -> str | None:
-        return state.span.kind if state.span else None
-
     for before in ([], [2, 2]):
         known = list(before)
         controller.open(Request("r", hints, ROW), before)
@@ -157,7 +152,7 @@ def test_what_the_prefill_sampled_is_followed_before_what_rounds_commit() -> Non
                 state.begin(lambda start, known=known: known[start:])  # type: ignore[misc]
             if token:
                 state.committed("ar", [token])
-            assert kind(state) == (None, "tool_call")[token]
+            assert (state.span.kind if state.span else None) == (None, "tool_call")[token]
     controller.open(Request("r", hints, ROW), [])
     state = controller.states[ROW]
     state.committed("ar", [1, 2])

@@ -45,8 +45,8 @@ class Server:
     """A batch that is stepped by hand. text: of every running request, what the arms accept of it."""
 
     def __init__(self) -> None:
-        self.costs = MeasuredCosts(WIDTHS.__getitem__)
-        self.controller = Controller(AutoPolicy(), self.costs, [b"a"])
+        self.costs, self.policy = MeasuredCosts(WIDTHS.__getitem__), AutoPolicy()
+        self.controller = Controller(self.policy, self.costs, [b"a"])
         self.text: dict[int, Mapping[str, int]] = {}
 
     def open(
@@ -78,6 +78,10 @@ class Server:
             )
         return dict(zip(rows, routes, strict=True))
 
+    def rounds(self, rows: Sequence[int], count: int) -> list[dict[int, str]]:
+        """The same of so many rounds."""
+        return [self.round(rows) for _ in range(count)]
+
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_beside_a_request_that_ordered_its_arm_another_finds_the_best(order: str) -> None:
@@ -85,8 +89,7 @@ def test_beside_a_request_that_ordered_its_arm_another_finds_the_best(order: str
     for mine, theirs in ((0, 1), (1, 0)):
         server = Server()
         server.open(theirs, ORDERS[order], NOTHING)
-        for _ in range(500):
-            server.round([theirs])
+        server.rounds([theirs], 500)
         server.open(mine)
         routes = [server.round([0, 1])[mine] for _ in range(100)]
         assert routes[-50:].count("diffusion") >= 48, "all but a probe of the other one"
@@ -99,19 +102,16 @@ def test_what_was_ordered_teaches_nobody_what_to_expect(order: str) -> None:
     taught.open(1, ORDERS[order], NOTHING)
     for server in (taught, untouched):
         server.open(0)
-    for _ in range(300):
-        taught.round([0, 1])
-        untouched.round([0])
+    taught.rounds([0, 1], 300)
+    untouched.rounds([0], 300)
     for server in (taught, untouched):
         server.close(0)
         server.open(2)
-    policies = [server.controller.policy for server in (taught, untouched)]
     for arm in ("ar", "diffusion"):
-        usual = [policy.estimator.usual(arm) for policy in policies]  # type: ignore[attr-defined]
+        usual = [server.policy.estimator.usual(arm) for server in (taught, untouched)]
         assert usual[0] == pytest.approx(usual[1], abs=0.2), arm
         assert taught.costs.width(arm) == untouched.costs.width(arm)
-    for _ in range(50):
-        assert taught.round([2]) == untouched.round([2])
+    assert taught.rounds([2], 50) == untouched.rounds([2], 50)
 
 
 def test_an_order_costs_others_no_probe_and_no_arm() -> None:
@@ -119,8 +119,7 @@ def test_an_order_costs_others_no_probe_and_no_arm() -> None:
     server = Server()
     server.open(0, ORDERS["pin-ar"], NOTHING)
     server.open(1, FREE, NOTHING)
-    for _ in range(2000):
-        server.round([0, 1])
+    server.rounds([0, 1], 2000)
     server.text[1] = {"ar": 6}
     routes = [server.round([0, 1])[1] for _ in range(1500)]
     assert routes[-1] == "ar", "it has never tried it again"
@@ -130,8 +129,7 @@ def test_a_request_that_never_ends_does_not_speak_for_all() -> None:
     """Ten thousand rounds in which nothing was right weigh no more than some hundred of another request's."""
     server = Server()
     server.open(0, FREE, {"ar": 1, "diffusion": 2})
-    for _ in range(10_000):
-        server.round([0])
+    server.rounds([0], 10_000)
     server.close(0)
     for _ in range(2):
         server.open(1)
@@ -144,8 +142,7 @@ def test_probes_of_requests_that_are_aborted_come_again() -> None:
     """Requests that come and go after a round each: whoever is there when a probe is due makes it."""
     server = Server()
     server.open(0, FREE, NOTHING)
-    for _ in range(100):
-        server.round([0])
+    server.rounds([0], 100)
     tried = 0
     for _ in range(PROBES):
         server.open(1, FREE, NOTHING)
@@ -161,8 +158,7 @@ def test_a_probe_leaves_the_others_their_arms() -> None:
     """It binds one request of two. Scored above everything, it made the cheapest routes of all others the best."""
     server = Server()
     server.open(0)
-    for _ in range(100):
-        server.round([0])
+    server.rounds([0], 100)
     server.open(1)
     for _ in range(1500):
         routes = server.round([0, 1])
@@ -188,8 +184,7 @@ def test_requests_go_back_after_a_probe_of_an_arm_that_is_no_better(monkeypatch:
     server = Server()
     for row in range(16):
         server.open(row, text={"ar": 4, "diffusion": 4})
-    for _ in range(400):
-        server.round(range(16))
+    server.rounds(range(16), 400)
     used = [set(server.round(range(16)).values()) for _ in range(400)]
     assert sum(len(arms) > 1 for arms in used) < 8
 
@@ -201,8 +196,7 @@ def test_an_adapter_teaches_another_nothing() -> None:
     """
     taught, untouched = Server(), Server()
     taught.open(3, FREE, {"ar": 6}, adapter="one")
-    for _ in range(300):
-        taught.round([3])
+    taught.rounds([3], 300)
     taught.close(3)
     for adapter in (None, "two"):
         routes = []
@@ -218,13 +212,10 @@ def test_an_adapter_teaches_another_nothing() -> None:
 def test_an_adapter_begins_with_what_the_target_has_taught() -> None:
     server = Server()
     server.open(0)
-    for _ in range(200):
-        server.round([0])
+    server.rounds([0], 200)
     server.open(1, adapter="new")
     assert [server.round([1])[1] for _ in range(4)][1:] == ["diffusion"] * 3, "all but a probe that is due"
-    policy = server.controller.policy
-    assert isinstance(policy, AutoPolicy)
-    taught, new = policy.estimator, AcceptanceEstimator(policy.estimator)
+    taught, new = server.policy.estimator, AcceptanceEstimator(server.policy.estimator)
     for context in (Signals(allowed=frozenset(GOOD)), Signals(allowed=frozenset(GOOD), entropy=0.3)):
         for arm in GOOD:
             assert new.expect(arm, context) == pytest.approx(taught.expect(arm, context))
@@ -245,8 +236,7 @@ def test_adapters_that_nobody_uses_are_forgotten() -> None:
             server.open(0, adapter=adapter)
             server.round([0])
             server.close(0)
-    policy = server.controller.policy
-    assert isinstance(policy, AutoPolicy)
+    policy = server.policy
     assert len(policy._adapters) == MOST_ADAPTERS
     assert "used" in policy._adapters
     for number in range(2000):  # no round is observed meanwhile

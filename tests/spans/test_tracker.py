@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrix import sampled
 from whiflash_sdk.hints import Kind, Span
 from work import lines_run
 
@@ -106,19 +107,9 @@ def check_case(case: tuple[list[Span], list[bytes], list[int]]) -> None:
     assert replayed.span is tracker.span
 
 
-@given(cases())
-@settings(max_examples=1_000, deadline=None, derandomize=True)
-def test_spans_equal_those_of_the_whole_text(case: tuple[list[Span], list[bytes], list[int]]) -> None:
-    check_case(case)
-
-
-@pytest.mark.evidence
-@given(cases())
-@settings(max_examples=10_000, deadline=None, derandomize=True)
-def test_spans_equal_those_of_the_whole_text_at_length(
-    case: tuple[list[Span], list[bytes], list[int]],
-) -> None:
-    check_case(case)
+@pytest.mark.parametrize("examples", sampled([1_000, 10_000], 1_000))
+def test_spans_equal_those_of_the_whole_text(examples: int) -> None:
+    settings(max_examples=examples, deadline=None, derandomize=True)(given(cases())(check_case))()
 
 
 def test_unknown_token_ids_count_as_tokens_without_bytes() -> None:

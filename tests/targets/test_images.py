@@ -199,9 +199,8 @@ def test_a_prefix_with_an_image_comes_back_from_the_host(made: Made, tmp_path: P
         s.check("later", arrivals(QWEN)[:3])
         cat, dog = (s.engine.requests[f"later {rid}"] for rid in ("cat", "dog"))
         assert cat.cached_tokens_host > len(prompt_of([STEM, Picture(1)]))
-        assert (
-            dog.cached_tokens_host > Picture(2).positions
-        )  # it finds the text before its image with the other
+        # It finds the text before its image with the other.
+        assert dog.cached_tokens_host > Picture(2).positions
         quarantine = s.engine.worker.quarantine
         assert not any((*quarantine.faults.values(), *quarantine.left_out.values()))
         assert quarantine.ingests("ar")
@@ -221,23 +220,20 @@ def test_a_sessions_turns_have_images(made: Made, tmp_path: Path) -> None:
         [words(12, 5)],
         [words(13, 3)],
     ]
-    found: list[list[list[int]]] = []
 
-    def converse(e: Engine) -> None:
+    def converse(e: Engine) -> list[list[int]]:
         e.open_session("talk", streaming=False)
         for number, parts in enumerate(turns):
             prompt, asked = asking(parts, FAMILIES[QWEN].kind, max_new_tokens=20)
             before = {"rid": str(number - 1)} if number else {}
-            e.submit(str(number), prompt, session={"id": "talk", **before}, **asked)
-            e.run()
+            e.ask(str(number), prompt, session={"id": "talk", **before}, **asked)
         e.close_session("talk")
-        found.append([e.output(str(number)) for number in range(len(turns))])
+        return [e.output(str(number)) for number in range(len(turns))]
 
     with serving(made(QWEN), tmp_path) as s:
-        converse(s.engine)
+        found = converse(s.engine)
     with engine(made(QWEN).path, **OPTIONS) as e:
-        converse(e)
-    assert found[0] == found[1]
+        assert converse(e) == found
 
 
 def test_draft_kv_of_images_is_one_passs(made: Made, tmp_path: Path) -> None:

@@ -62,9 +62,7 @@ def serving(case: str, root: Path, **options: Any) -> Iterator[Served]:
     model = tiny_family(target, with_chunks(FAMILIES[name], strategy))
     with engine(target, disable_radix_cache=True) as e:
         turns, expected = conversations(e)
-    oracle = OracleArm(0.95, seed=3)
-    for a in (a for turn in turns for a in turn):
-        oracle.learn(a.prompt, expected[a.rid])
+    oracle = OracleArm(0.95, seed=3).knowing((a for turn in turns for a in turn), expected)
     flags = {**tiny_pair(root, target), "whiflash_router": "random"}
     options = {"max_running_requests": 4, **POOL, **strategy, **options}
     with engine(target, whiflash=flags, arms=[oracle], **options) as e:
@@ -142,20 +140,14 @@ def close(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
 def turn(s: Served, arrivals: Sequence[Arrival], mark: str = "") -> None:
     """Play `arrivals` and compare what they bring with plain decoding, states with one pass, now and then while they
     run."""
-    e, comparison = s.engine, Comparison(s.model)
+    e = s.engine
     named = [replace(a, rid=f"{mark}{a.rid}") for a in arrivals]
 
     def look() -> None:
         if e.scheduler.forward_ct % 16 == 0:
             check_states(e, s.model)
 
-    found = play(e, named, look)
-    for a, b in zip(arrivals, named, strict=True):
-        whole = s.expected[a.rid]
-        if a.abort_after is not None:
-            whole = whole[: len(found[b.rid])]
-        comparison.check(a.prompt, whole, found[b.rid], b.rid)
-    print(comparison.summary())
+    Comparison(s.model).check_all(arrivals, s.expected, play(e, named, look), mark)
 
 
 def kept_of(s: Served, rid: str) -> int:
@@ -221,9 +213,7 @@ def test_states_and_draft_kv_come_back_from_host_memory(tmp_path: Path) -> None:
     with serving("delta rule, intervals", tmp_path, max_total_tokens=640, **host) as s:
         e, loaded = s.engine, {}
         for arrivals in s.turns:
-            found = play(e, arrivals)
-            for a in arrivals:
-                Comparison(s.model).check(a.prompt, s.expected[a.rid], found[a.rid], a.rid)
+            Comparison(s.model).check_all(arrivals, s.expected, play(e, arrivals))
             loaded |= {a.rid: e.requests[a.rid].cached_tokens_host for a in arrivals}
         assert sum(loaded.values()) > 200
         rid = max(loaded, key=lambda rid: loaded[rid])

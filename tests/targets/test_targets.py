@@ -52,9 +52,7 @@ def serving(root: Path, model: HuggingFace, flags: dict[str, Any]) -> Iterator[S
     target, arrivals = root / "target", mixed(seed=5, count=8, shared=24, longest=50, stops=0.1, tokens=36)
     with engine(target) as e:
         expected = play(e, arrivals)
-    oracle = OracleArm(0.95, seed=3)
-    for a in arrivals:
-        oracle.learn(a.prompt, expected[a.rid])
+    oracle = OracleArm(0.95, seed=3).knowing(arrivals, expected)
     options = {"max_running_requests": 4, "chunked_prefill_size": 32}
     with engine(target, whiflash={**flags, "whiflash_router": "random"}, arms=[oracle], **options) as e:
         yield Served(model, e, oracle, arrivals, expected)
@@ -74,9 +72,7 @@ def check_policies(s: Served, *policies: str) -> set[str | None]:
             [replace(a, rid=f"{policy} {a.rid}") for a in chosen],
             lambda: used.update(*(state.counts for state in s.engine.states.values())),
         )
-        for a in chosen:
-            comparison.check(a.prompt, s.expected[a.rid], found[f"{policy} {a.rid}"], f"{policy} {a.rid}")
-    print(comparison.summary())
+        comparison.check_all(chosen, s.expected, found, f"{policy} ")
     assert s.oracle.rejected > 0, "nothing was rejected"
     return used - {None}
 
@@ -178,9 +174,7 @@ def test_routed_experts_are_plain_decodings(loop: str, tmp_path: Path) -> None:
         expected = play(e, arrivals)
         wanted = {rid: e.requests[rid].routed_experts for rid in expected}
     flags = {**tiny_pair(tmp_path, target), "whiflash_router": "random"}
-    oracle = OracleArm(0.9, seed=3)
-    for a in arrivals:
-        oracle.learn(a.prompt, expected[a.rid])
+    oracle = OracleArm(0.9, seed=3).knowing(arrivals, expected)
     with start(target, whiflash=flags, arms=[oracle], **options) as e:
         assert play(e, arrivals) == expected
         for rid, experts in wanted.items():

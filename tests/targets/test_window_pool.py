@@ -21,7 +21,7 @@ from oracle_arm import OracleArm
 from overlap import overlapped
 from plain import plain_texts
 from reference import CPU, Comparison, ReferenceDrafters
-from test_hicache import HOST, fetched, settle, stored, talk, wrong_slots
+from test_hicache import HOST, came_back, fetched, settle, stored, talk
 from tiny_models import HEAD_DIM, tiny_dflash, tiny_eagle3
 from traffic import mixed, play
 from trees import assert_tree_is_true
@@ -119,21 +119,18 @@ def test_text_is_plain_decodings(case: str, tmp_path: Path) -> None:
     models = build(tmp_path, family)
     flags = {"max_running_requests": 4, "max_total_tokens": 1024, "swa_full_tokens_ratio": 0.25, **flags}
     arrivals = mixed(seed=5, count=12, shared=40, longest=50, stops=0.1, tokens=48)
-    comparison, oracle = Comparison(models.reference.target), OracleArm(0.95, seed=3)
     with engine(models.target, **flags) as e:
         pools = Pools(e, 0.25)
         expected = play(e, arrivals, pools.note)
         assert pools.evicted > WINDOW
     for a in arrivals:
         assert lost(models.reference.target, a.prompt, expected[a.rid]) < 1e-3, a.rid  # type: ignore[arg-type]
-        oracle.learn(a.prompt, expected[a.rid])
+    oracle = OracleArm(0.95, seed=3).knowing(arrivals, expected)
     with engine(models.target, whiflash=models.whiflash("random"), arms=[oracle], **flags) as e:
         pools = Pools(e, 0.25)
         found = play(e, arrivals, pools.note)
         assert pools.evicted > WINDOW
-    for a in arrivals:
-        comparison.check(a.prompt, expected[a.rid], found[a.rid], a.rid)
-    print(comparison.summary())
+    Comparison(models.reference.target).check_all(arrivals, expected, found)
     assert oracle.accepted
     assert oracle.rejected > 0
 
@@ -153,9 +150,7 @@ def test_after_traffic(laguna: Models, case: str) -> None:
     """Every text is plain decoding's; no slot of either pool is lost, and every slot in the tree has right draft KV."""
     arrivals = mixed(seed=7, count=16, shared=60, aborts=0.3, stops=0.2, tokens=60)
     expected = plain_texts(laguna.target, arrivals, max_running_requests=6)
-    oracle = OracleArm(0.93, seed=1)
-    for a in arrivals:
-        oracle.learn(a.prompt, expected[a.rid])
+    oracle = OracleArm(0.93, seed=1).knowing(arrivals, expected)
     flags = {
         "max_total_tokens": 1024,
         "max_running_requests": 6,
@@ -169,17 +164,13 @@ def test_after_traffic(laguna: Models, case: str) -> None:
         # A second time, of prefixes whose windows are gone. Under the model of streams a pass takes long.
         for again in ("",) if case == "overlap" else ("", "again-"):
             found = play(e, [replace(a, rid=again + a.rid) for a in arrivals], pools.note)
-            for a in arrivals:
-                text = found[again + a.rid]
-                whole = expected[a.rid] if a.abort_after is None else expected[a.rid][: len(text)]
-                comparison.check(a.prompt, whole, text, again + a.rid)
+            comparison.check_all(arrivals, expected, found, again)
         assert pools.evicted > WINDOW
         retracted = sum(req.retraction_count for req in e.requests.values())
         assert retracted > 0 or case not in ("full-pool", "retracted")
         if case != "no-tree":
             assert assert_tree_is_true(e, laguna) > 100
             assert any(req.cached_tokens > WINDOW for req in e.requests.values())
-    print(comparison.summary())
 
 
 def test_the_host_gives_both_pools_back(laguna: Models) -> None:
@@ -188,14 +179,7 @@ def test_the_host_gives_both_pools_back(laguna: Models) -> None:
         expected = talk(e)
     assert expected.host >= 64
     with engine(laguna.target, whiflash=laguna.whiflash("random"), **flags) as e:
-        found = talk(e)
-        assert found.answers == expected.answers
-        assert found.host >= expected.host - 1
-        slots, wrong = wrong_slots(e, laguna, found.text)
-        assert slots >= found.host
-        assert not any(wrong.values()), wrong
-        assert_tree_is_true(e, laguna)
-        e.check_leaks()
+        came_back(e, laguna, expected)
 
 
 @pytest.mark.evidence
@@ -229,10 +213,8 @@ def test_a_session_s_turns(laguna: Models) -> None:
         flags = {"enable_streaming_session": True, "swa_full_tokens_ratio": 0.5}
         with engine(laguna.target, whiflash=whiflash, **flags) as e:
             e.open_session("s", streaming=True)
-            for number, turn in enumerate(turns):
-                e.submit(f"turn-{number}", turn, max_new_tokens=40, session="s")
-                e.run()
-            answers.append([e.output(f"turn-{number}") for number in range(len(turns))])
+            said = [e.ask(f"turn-{i}", turn, max_new_tokens=40, session="s") for i, turn in enumerate(turns)]
+            answers.append(said)
             e.close_session("s")
             e.check_leaks()
     assert answers[0] == answers[1]

@@ -5,7 +5,8 @@ shows that an arm fits in without a change to the worker.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Self
 
 import torch
 from whiflash_kernels import Drafts
@@ -15,6 +16,9 @@ from whiflash_sglang.drafts.candidates import Candidate
 from whiflash_sglang.prices.costs import Worth
 from whiflash_sglang.records.core import DraftBatch, History
 from whiflash_sglang.records.request import Request
+
+if TYPE_CHECKING:
+    from traffic import Arrival
 
 ARM = "oracle"
 
@@ -50,6 +54,12 @@ class OracleArm(TextDrafter):
     def learn(self, prompt: Sequence[int], output: Sequence[int]) -> None:
         """`output` may follow `prompt`; where several texts do, one of them is drafted."""
         self._texts.append([*prompt, *output])
+
+    def knowing(self, arrivals: Iterable["Arrival"], texts: Mapping[str, Sequence[int]]) -> Self:
+        """This arm, when it has learned the texts of these requests."""
+        for a in arrivals:
+            self.learn(a.prompt, texts[a.rid])
+        return self
 
     def unlearn(self) -> None:
         """Everything but the seed."""

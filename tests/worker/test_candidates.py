@@ -36,8 +36,8 @@ class Free(OracleArm):
 
     proposes = True
 
-    def __init__(self, arm: str, accuracy: float, seed: int) -> None:
-        super().__init__(accuracy, seed=seed)
+    def __init__(self, arm: str, seed: int) -> None:
+        super().__init__(0.85, seed=seed)
         self.arm = arm
 
     def propose(
@@ -59,10 +59,8 @@ def test_without_a_pass_the_likeliest_candidate_is_verified(
     """Two candidates are as often right. The round counts for the one that says so, whichever comes first."""
     arrivals = mixed(seed=2, count=8, shared=40, tokens=60)
     expected = plain_texts(models.target, arrivals)
-    arms, propose = [Free("free", 0.85, 4), Free("freer", 0.85, 5)], Free.propose
-    for arm in arms:
-        for a in arrivals:
-            arm.learn(a.prompt, expected[a.rid])
+    arms = [Free(arm, seed).knowing(arrivals, expected) for arm, seed in (("free", 4), ("freer", 5))]
+    propose = Free.propose
 
     def unsure(arm: Free, *asked: Any) -> Candidate | None:
         candidate = propose(arm, *asked)

@@ -65,9 +65,7 @@ def test_dear_grammars_have_plain_text_and_few_drafts(
     """Whether a round's time for a grammar ends with its first step, or behind the masks of a few drafts."""
     arrivals = [a for a in constrained() if "stop" not in a.rid]
     expected = plain_texts(models.target, arrivals, **OPTIONS)
-    oracle = OracleArm(1.0, alphabet=range(32, 127), ragged=False)
-    for a in arrivals:
-        oracle.learn(a.prompt, expected[a.rid])
+    oracle = OracleArm(1.0, alphabet=range(32, 127), ragged=False).knowing(arrivals, expected)
     meter, moves = Meter(REQUEST_SECONDS / steps, monkeypatch), []
     if steps > 1:
         monkeypatch.setattr(spending, "FIRST_PAUSE", 1)

@@ -58,9 +58,7 @@ def test_an_arm_that_is_always_right_has_the_longest_rounds(models: Models) -> N
         oracle.learn(prompt, text)
         e.start_over("none")
         e.worker.controller.policy = Pinned(ARM)
-        e.submit("only", prompt, max_new_tokens=41)
-        e.run()
-        assert e.output("only") == text
+        assert e.ask("only", prompt, max_new_tokens=41) == text
         # The first token comes from the prefill; each of the other 40 is one of 7 drafts or the token behind them.
         assert e.rounds("only") == (5, 35)
     assert oracle.accepted == [7] * 5

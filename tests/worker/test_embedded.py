@@ -67,10 +67,8 @@ def test_a_sample(target: Path) -> None:
     with embedded_engine(target, "random", 5) as e:
         found = play(e, requests)
         rounds, accepted = (sum(n) for n in zip(*(e.rounds(a.rid) for a in requests), strict=True))
-    comparison = Comparison(ReferenceTarget(target))
-    for a in requests:
-        comparison.check(a.prompt, expected[a.rid], found[a.rid], a.rid)
-    print(comparison.summary(), f"acceptance length {1 + accepted / rounds:.2f}")
+    Comparison(ReferenceTarget(target)).check_all(requests, expected, found)
+    print(f"acceptance length {1 + accepted / rounds:.2f}")
     assert accepted > 0
 
 
@@ -82,8 +80,7 @@ def plain(target: Path) -> dict[str, list[int]]:
         with embedded_engine(target, None, 6) as e:
             return {"prompts": 40, "outputs": play(e, arrivals(per_kind(target, 8), 128))}
 
-    outputs: dict[str, list[int]] = cell("plain-embedded", "plain", measure)["outputs"]
-    return outputs
+    return dict(cell("plain-embedded", "plain", measure)["outputs"])
 
 
 @pytest.mark.evidence
@@ -98,8 +95,7 @@ def test_forty_prompts(target: Path, plain: dict[str, list[int]], policy: str, b
             found = play(e, requests)
             rounds, accepted = (sum(n) for n in zip(*(e.rounds(a.rid) for a in requests), strict=True))
         comparison = Comparison(ReferenceTarget(target))
-        for a in requests:
-            comparison.check(a.prompt, plain[a.rid], found[a.rid], a.rid)
+        comparison.check_all(requests, plain, found)
         return {
             "prompts": comparison.compared,
             "tokens": sum(len(tokens) for tokens in found.values()),

@@ -6,8 +6,10 @@ what one pass over the text gives, as in `trees.py`, and texts are plain decodin
 
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,24 +57,32 @@ def talk(e: Engine, name: str = "talk", *, seed: int = 1, between: Callable[[], 
     """Play it; other requests evict it. between: called before the second turn."""
     rng = random.Random(seed)
     prompt = rng.choices(range(256), k=60)
-    e.submit(f"{name}-1", prompt, max_new_tokens=48)
-    e.run()
-    first = e.output(f"{name}-1")
+    first = e.ask(f"{name}-1", prompt, max_new_tokens=48)
     # Write-through-selective takes what is hit.
-    e.submit(f"{name}-again", [*prompt, *first, 1], max_new_tokens=1)
-    e.run()
+    e.ask(f"{name}-again", [*prompt, *first, 1], max_new_tokens=1)
     for other in range(8):
-        e.submit(f"{name}-other{other:02d}", rng.choices(range(256), k=100), max_new_tokens=1)
-        e.run()
+        e.ask(f"{name}-other{other:02d}", rng.choices(range(256), k=100), max_new_tokens=1)
     between()
     again = [*prompt, *first, *rng.choices(range(256), k=10)]
-    e.submit(f"{name}-2", again, max_new_tokens=48, custom_params={"whiflash": json.dumps({"trace": True})})
-    e.run()
-    second = e.output(f"{name}-2")
+    traced = {"whiflash": json.dumps({"trace": True})}
+    second = e.ask(f"{name}-2", again, max_new_tokens=48, custom_params=traced)
     req = e.requests[f"{name}-2"]
     host = req.cached_tokens_host + req.cached_tokens_storage
     rounds = e.rounds(f"{name}-2") if e.scheduler.draft_worker else (0, 0)
     return Talk((first, second), [*again, *second], host, rounds)
+
+
+def came_back(e: Engine, models: Models, expected: Talk, *, between: Callable[[], object] = int) -> Talk:
+    """A talk as plain decoding has it, with as much from host memory and right draft KV in the tree."""
+    found = talk(e, between=between)
+    assert found.answers == expected.answers
+    assert found.host >= expected.host - 1  # keys of two tokens: a page's last slot is not shared
+    slots, wrong = wrong_slots(e, models, found.text)
+    assert slots >= found.host
+    assert not any(wrong.values()), wrong
+    assert_tree_is_true(e, models)
+    e.check_leaks()
+    return found
 
 
 def wrong_slots(e: Engine, models: Models, tokens: Sequence[int]) -> tuple[int, dict[str, int]]:
@@ -89,16 +99,11 @@ def wrong_slots(e: Engine, models: Models, tokens: Sequence[int]) -> tuple[int, 
     return len(slots), wrong
 
 
-PLAIN: dict[str, Talk] = {}
-"""Plain decoding's, by flags."""
-
-
+@cache
 def plain(models: Models, **flags: Any) -> Talk:
-    key = repr(sorted(flags.items()))
-    if key not in PLAIN:
-        with engine(models.target, **flags) as e:
-            PLAIN[key] = talk(e)
-    return PLAIN[key]
+    """Plain decoding's."""
+    with engine(models.target, **flags) as e:
+        return talk(e)
 
 
 FLAGS: dict[str, dict[str, Any]] = {
@@ -131,24 +136,15 @@ def test_draft_kv_comes_back_with_the_prompt(models: Models, flags: str, router:
     expected = plain(models, **given)
     assert expected.host >= 64
     with engine(models.target, whiflash=models.whiflash(router), **given) as e:
-        found = talk(e)
-        assert found.answers == expected.answers
-        assert found.host >= expected.host - 1  # keys of two tokens: a page's last slot is not shared
+        found = came_back(e, models, expected)
         tally = e.worker.snapshot()
-        assert (
-            tally["cached"]["host"] == found.host == recording_of(e.requests["talk-2"], None).cached["host"]
-        )
+        recorded = recording_of(e.requests["talk-2"], None).cached["host"]
+        assert tally["cached"]["host"] == found.host == recorded
         loaded = tally["loaded"].values()
         assert sum(counts["rounds"] for counts in loaded) == found.rounds[0]
-        slots, wrong = wrong_slots(e, models, found.text)
-        assert slots >= found.host
-        assert not any(wrong.values()), wrong
-        assert_tree_is_true(e, models)
-        e.check_leaks()
         # As many drafts are right as behind a prefill of all of it.
         assert e.scheduler.flush_cache()
-        e.submit("cold", found.text[: -len(found.answers[1])], max_new_tokens=48)
-        e.run()
+        e.ask("cold", found.text[: -len(found.answers[1])], max_new_tokens=48)
         assert e.requests["cold"].cached_tokens == 0
         if router in ("ar", "diffusion"):
             assert e.rounds("cold") == found.rounds
@@ -160,14 +156,10 @@ def test_a_version_begins_while_the_host_has_copies_of_the_last_one(models: Mode
     expected = plain(models, **flags)
     version(models, tmp_path / "versions", tmp_path / "made", trained(0.1, 1))
     with serving(models, tmp_path / "versions", "ar", **flags) as e:
-        found = talk(e, between=lambda: swap(e, 1))
+        found = came_back(e, models, expected, between=lambda: swap(e, 1))
         assert e.worker.weights.used.version == 1
-        assert found.answers == expected.answers
-        assert found.host >= expected.host - 1
-        assert not any(wrong_slots(e, models, found.text)[1].values())
         assert e.scheduler.flush_cache()
-        e.submit("cold", found.text[: -len(found.answers[1])], max_new_tokens=48)
-        e.run()
+        e.ask("cold", found.text[: -len(found.answers[1])], max_new_tokens=48)
         assert e.rounds("cold") == found.rounds
 
 
@@ -199,8 +191,7 @@ def test_after_traffic(models: Models, case: str, monkeypatch: pytest.MonkeyPatc
         scheduler.TEST_RETRACT = False  # `engine` puts back what was before
         checked = loaded = 0
         for number, text in enumerate(sequences(e)):
-            e.submit(f"back-{number:03d}", [*text, 0], max_new_tokens=1)
-            e.run()
+            e.ask(f"back-{number:03d}", [*text, 0], max_new_tokens=1)
             loaded += e.requests[f"back-{number:03d}"].cached_tokens_host
             slots, wrong = wrong_slots(e, models, text)
             checked += slots
@@ -216,15 +207,13 @@ def test_a_session_s_turns_come_back(models: Models) -> None:
     first, then = rng.choices(range(256), k=40), rng.choices(range(256), k=20)
     with engine(models.target, whiflash=models.whiflash("random"), **flags) as e:
         e.open_session("s", streaming=True)
+        text = list[int]()
         for name, tokens in (("turn-1", first), ("turn-2", then)):
-            e.submit(name, tokens, max_new_tokens=30, session="s")
-            e.run()
-        text = [*first, *e.output("turn-1"), *then, *e.output("turn-2")]
+            text += [*tokens, *e.ask(name, tokens, max_new_tokens=30, session="s")]
         e.close_session("s")
         e.generate([[*text, 5]], max_new_tokens=20)
         found = talk(e)
-        e.submit("back", [*text, 5, 6], max_new_tokens=1)
-        e.run()
+        e.ask("back", [*text, 5, 6], max_new_tokens=1)
         assert e.requests["back"].cached_tokens_host > 60
         for each in (text, found.text):
             assert not any(wrong_slots(e, models, each)[1].values())
@@ -246,8 +235,6 @@ def stored(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def settle(e: Engine) -> None:
     """Until all that is to be stored is."""
-    import time
-
     tree = e.scheduler.tree_cache
     for _ in range(1000):
         tree.check_hicache_events()
@@ -259,15 +246,8 @@ def settle(e: Engine) -> None:
 
 def fetched(e: Engine, tokens: Sequence[int], name: str) -> int:
     """Tokens of a prompt that came from storage."""
-    e.submit(name, [*tokens, 7], max_new_tokens=4)
-    e.run()
+    e.ask(name, [*tokens, 7], max_new_tokens=4)
     return int(e.requests[name].cached_tokens_storage)
-
-
-def another_pair(models: Models, directory: Path) -> dict[str, Any]:
-    """Drafters of the same shape."""
-    other = tiny_eagle3(directory / "other", models.target, seed=99)
-    return models.whiflash("random") | {"whiflash_eagle_draft": str(other)}
 
 
 def test_storage_is_the_pair_s_own(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +256,9 @@ def test_storage_is_the_pair_s_own(models: Models, tmp_path: Path, monkeypatch: 
     with engine(models.target, whiflash=models.whiflash("random"), **flags) as e:
         text = talk(e).text
         settle(e)
-    with engine(models.target, whiflash=another_pair(models, tmp_path), **flags) as e:
+    of_the_same_shape = str(tiny_eagle3(tmp_path / "other", models.target, seed=99))
+    another_pair = models.whiflash("random") | {"whiflash_eagle_draft": of_the_same_shape}
+    with engine(models.target, whiflash=another_pair, **flags) as e:
         assert fetched(e, text, "other") == 0
     # The same pair after a restart: a page without the drafters' part ends what is loaded.
     key = next(

@@ -51,8 +51,7 @@ def test_scores_are_plain_decodings(models: Models, loop: Any) -> None:
 def test_fewer_than_no_likeliest_tokens_are_none(models: Models) -> None:
     """As SGLang takes a client's -1."""
     with engine(models.target, whiflash=models.whiflash("random")) as e:
-        e.submit("one", range(40, 60), return_logprob=True, top_logprobs_num=-1)
-        e.run()
+        e.ask("one", range(40, 60), return_logprob=True, top_logprobs_num=-1)
         assert len(logprobs(e, "one").values) == 32
 
 

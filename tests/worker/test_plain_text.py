@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -466,14 +467,11 @@ def serving(
 def test_text_is_plain_decodings(
     serving: Serving, row: Row, expected: dict[str, Answers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    played = partial(play_row, serving, row, expected, monkeypatch)
     if row in MATRIX:
-        cell(
-            "greedy-tiny",
-            f"{row.router}-{row.setting}",
-            lambda: play_row(serving, row, expected, monkeypatch),
-        )
+        cell("greedy-tiny", f"{row.router}-{row.setting}", played)
     else:
-        play_row(serving, row, expected, monkeypatch)
+        played()
 
 
 def play_row(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -52,9 +53,7 @@ def test_the_pool_leaves_room_for_sampling_at_its_peak(models: Models, tmp_path:
 
 
 def test_a_card_that_has_no_room_for_it_ends_the_start_with_a_sentence() -> None:
-    def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     runner = SimpleNamespace(model_config=SimpleNamespace(vocab_size=8), device="cpu", sampler=full)
     with pytest.raises(ConfigError, match="16 rows of 8 logits"):
         kv_budget.rehearse_sampling(runner, 16)

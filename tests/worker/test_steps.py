@@ -44,9 +44,7 @@ def shared(models: Models, text: list[int]) -> Iterator[Engine]:
 def test_rounds_without_drafts_share_steps(running: Engine, text: list[int], steps: list[int]) -> None:
     reporter = running.scheduler.metrics_reporter
     before = reporter.spec_num_accept_tokens, reporter.spec_num_forward_ct
-    running.submit("a", PROMPT, max_new_tokens=TOKENS)
-    running.run()
-    assert running.output("a") == text
+    assert running.ask("a", PROMPT, max_new_tokens=TOKENS) == text
     assert running.rounds("a") == (TOKENS - 1, 0) == (sum(steps), 0)
     assert max(steps) == worker.STEP_ROUNDS
     after = reporter.spec_num_accept_tokens, reporter.spec_num_forward_ct
@@ -69,9 +67,7 @@ def test_drafts_end_a_step(
 
     monkeypatch.setattr(running.worker.controller, "route", route)
     monkeypatch.setattr(running.worker.controller, "may_use", lambda *_: False)
-    running.submit("a", PROMPT, max_new_tokens=TOKENS)
-    running.run()
-    assert running.output("a") == text
+    assert running.ask("a", PROMPT, max_new_tokens=TOKENS) == text
     assert steps[0] == plain_rounds + 1
     assert running.rounds("a")[0] == sum(steps)
 
@@ -118,9 +114,8 @@ def test_an_aborted_request_gets_one_more_round(running: Engine, steps: list[int
 
 def test_a_token_that_stops_ends_a_step(running: Engine, text: list[int], steps: list[int]) -> None:
     last = next(i for i, token in enumerate(text) if token not in text[:i] and i > 5)
-    running.submit("b", PROMPT, max_new_tokens=TOKENS, stop_token_ids=[text[last]], ignore_eos=False)
-    running.run()
-    assert running.output("b") == text[: last + 1]
+    stops = {"stop_token_ids": [text[last]], "ignore_eos": False}
+    assert running.ask("b", PROMPT, max_new_tokens=TOKENS, **stops) == text[: last + 1]
     assert sum(steps) == last  # the first token is the prefill's
 
 

@@ -87,8 +87,7 @@ def test_an_abort_in_a_chunked_prefill_leaves_nothing(traced: Engine, sent: Sent
     assert not traced.requests["gone"].output_ids
     traced.abort("gone")
     traced.run()
-    traced.submit("after", prompt(23), max_new_tokens=20)
-    traced.run()
+    traced.ask("after", prompt(23), max_new_tokens=20)
     assert traced.states == {}
     assert not any(sent.recordings().get("after", []))
     assert all(p.customized_info is None for p in sent.payloads if "gone" not in p.rids)
@@ -130,6 +129,5 @@ def test_retractions_leave_whole_traces_and_aborts_between_them_nothing(
         (recording,) = found[req.rid]
         check(recording, req)
     sent.payloads.clear()
-    traced.submit("last", prompt(24), max_new_tokens=20)
-    traced.run()
+    traced.ask("last", prompt(24), max_new_tokens=20)
     assert all(payload.customized_info is None for payload in sent.payloads)

@@ -204,11 +204,8 @@ def standing_in() -> Iterator[None]:
             (memory_pool, "can_use_store_cache", lambda *sizes: len(set(sizes)) == 1),
             (memory_pool, "store_cache", store),
             (utils, "can_use_fused_inplace_qknorm", lambda *_: False),
-            (
-                dflash_worker_v2,
-                "is_dflash_sampling_verify_available",
-                lambda: False,
-            ),  # FlashInfer's operators
+            # FlashInfer's operators.
+            (dflash_worker_v2, "is_dflash_sampling_verify_available", lambda: False),
             (layers, "AVAILABLE", True),
             (layers, "_flashinfer", lambda _: flashinfer),
         ):
