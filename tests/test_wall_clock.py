@@ -19,7 +19,7 @@ DATES = {
     "whiflash_sglang/engine/http/recordings.py",
     "train/whiflash_train/learner/once.py",
     "whiflash_sglang/prices/kept.py",
-    "train/whiflash_train/answers/provenance.py",
+    "train/whiflash_train/drafters/runner.py",
 }
 """These name when something was. A training's length is computed from such dates, and the learner passes over a
 version whose date is ahead of now."""

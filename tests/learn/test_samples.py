@@ -6,6 +6,7 @@ import os
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from filelock import Timeout
@@ -195,11 +196,7 @@ def test_forgetting_goes_on_where_a_file_cannot_be_written_again(
         spool.offer([1], [1], {7})
         spool.offer([2], [2], {8})
         spool.flush()
-
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(samples, "_replace", full)
+    monkeypatch.setattr(samples, "_replace", Mock(side_effect=OSError(errno.ENOSPC, "a full disk")))
     forget_samples(directory_of(spool), 7)
     assert kept(directory_of(spool)) == []
 

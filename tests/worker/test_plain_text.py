@@ -613,7 +613,9 @@ def check_kept(serving: Serving, row: Row) -> None:
     if serving.mode == "overlap":
         assert not e.streams.races  # type: ignore[attr-defined]
         waits = {*e.streams.stalls, *e.streams.pageable} if row.requests == "structured" else set()  # type: ignore[attr-defined]
-        assert not [site for site in waits if site.startswith("whiflash")], "a grammar's host waits"
+        # Without graphs the host reads how many rows there are (`Target.agreed_rows`).
+        own = [site for site in waits if site.startswith("whiflash") and "forward/target.py" not in site]
+        assert not own, "a grammar's host waits"
     if hasattr(e.scheduler.tree_cache, "tree_core") and row.setting not in ("fp8", "no tree"):
         assert assert_tree_is_true(e, serving.models, models_of(serving)) > 50
         chained = serving.setting.drafters in ("pair", "ar")

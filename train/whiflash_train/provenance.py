@@ -18,7 +18,7 @@ from whiflash_sglang.files.disk import sha256
 _MEASURED = ("whiflash-sglang", "whiflash-kernels", "sglang", "torch", "transformers", "triton", "openai")
 
 _SECRET = re.compile(
-    r"""((?:api[-_]key|password)[=\s\0]+)(?:(?<=\0)[^\0]+|'[^']*'|"[^"]*"|[^\s\0]+)|(://)[^\s\0]*(?=@)"""
+    r"""((?:api[-_]key|password)[=\s\0]+)(?:(?<=\0)[^\0]+|'[^']{,512}'|"[^"]{,512}"|[^\s\0]+)|(://)[^\s\0/@]*(?=@)"""
 )
 """A key or a password behind its flag, or in a URL, in words that NUL divides; a word may hold flags of a server."""
 
