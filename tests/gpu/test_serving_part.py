@@ -25,13 +25,13 @@ def rehearse(out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple
 def test_every_check_of_a_backend_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, found = rehearse(tmp_path / "out.json", monkeypatch)
     assert status == 0, found
-    assert {name: check["status"] for name, check in found["checks"].items()} == dict.fromkeys(
-        CHECKS, "passed"
-    )
+    assert found["checks"].keys() == {*CHECKS}
+    assert {check["status"] for check in found["checks"].values()} == {"passed"}
     assert found["checks"]["equality"]["identical"] + found["checks"]["equality"].get("tie", 0) == 4
     assert found["checks"]["agents"]["rounds"] > 20
-    assert found["checks"]["waits"]["watched"] > 0
-    assert sum(found["checks"]["waits"]["waits"].values()) == found["checks"]["waits"]["rounds"]
+    waits = found["checks"]["waits"]
+    assert waits["watched"] > 0
+    assert sum(n for site, n in waits["waits"].items() if "transfers.py" in site) == waits["rounds"]
     assert found["checks"]["trace"]["on_host"]
     assert (tmp_path / "out.trace.json.gz").stat().st_size
 
@@ -42,8 +42,6 @@ def test_with_overlap_rounds_wait_for_nothing(tmp_path: Path, monkeypatch: pytes
     assert found["overlap"]
     assert found["checks"]["greedy"]["rounds"] > found["checks"]["waits"]["watched"] > 0
     assert found["checks"]["agents"]["not_overlapped"]["false"] > 0
-    # A value that was copied to the host first is not distinguished from the device's memory.
-    assert all("transfers.py" in site for site in found["checks"]["waits"]["waits"])
 
 
 FAMILIES = [p for p in run.PARTS if p.name.startswith("target-") and p.rehearsal is not None]
