@@ -134,9 +134,9 @@ def _check_owner(path: Path, status: os.stat_result, mode: str) -> None:
         )
 
 
-def locked(directory: Path) -> BaseFileLock:
-    """A context in which nobody else changes the directory's files. Raises OSError."""
-    return FileLock(directory / ".lock", mode=0o600)
+def locked(directory: Path, name: str = ".lock") -> BaseFileLock:
+    """A context in which nobody else changes the directory's files. name: of the lock's file. Raises OSError."""
+    return FileLock(directory / name, mode=0o600)
 
 
 def roots_of(directory: Path) -> tuple[Path, ...]:

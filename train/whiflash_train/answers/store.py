@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import Tensor
 
 from whiflash_sglang.errors import ConfigError
+from whiflash_sglang.files.disk import locked
 from whiflash_sglang.files.jsonl import lines_of, read_json, read_json_file, write_whole
 from whiflash_train.config import TrainConfig
 
@@ -64,16 +65,15 @@ class FeatureStore:
         Raises `ValueError` where the directory was written with other layers or sizes, or its `meta.json` is damaged.
         """
         path.mkdir(parents=True, exist_ok=True)
-        vectors = len(layers) + 1
-        self.path, self.vectors, self.hidden, self.layers = path, vectors, hidden, layers
-        shape = {"vectors": vectors, "hidden": hidden, "layers": layers}
+        self.path, self.vectors, self.hidden, self.layers = path, len(layers) + 1, hidden, layers
+        shape = {"vectors": self.vectors, "hidden": hidden, "layers": layers}
         if not (path / META).exists():
             write_whole(path / META, json.dumps(shape))
         elif (stored := _shape(path)) != shape:
             raise ValueError(
                 f"{path} holds features of {stored}, this run needs {shape}; use another directory"
             )
-        self._row_bytes = vectors * hidden * 2
+        self._row_bytes = self.vectors * hidden * 2
         self.records = _read_index(path / "index.jsonl")
         named = len(self.records)
         while any(end > (file.stat().st_size if file.exists() else 0) for file, end in self._ends().items()):
@@ -163,7 +163,7 @@ def alone(directory: Path, name: str = ".lock") -> Iterator[None]:
     """Keep other runs from a directory, which is made, by a lock of that name. Raises ConfigError: one works in it."""
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(directory / name, mode=0o600).acquire(blocking=False)
+        lock = locked(directory, name).acquire(blocking=False)
     except Timeout:
         raise ConfigError(
             f"another run works in {directory}: two would mix what they write; wait for it, or end it"
