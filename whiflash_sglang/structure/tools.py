@@ -125,7 +125,7 @@ def carried_tools(functions: Sequence[tuple[str | None, object]], parser: str | 
         return None
     try:
         text = json.dumps([form, functions], ensure_ascii=False)
-        text.encode()
+        text[: MAX_TOOLS_CHARS + 1].encode()
     except (RecursionError, UnicodeEncodeError):  # SGLang refuses such a schema by name; half a character
         return None
     return text if len(text) <= MAX_TOOLS_CHARS else None
