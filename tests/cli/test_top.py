@@ -332,7 +332,7 @@ def test_a_report_counts_from_an_earlier_one(
     since = ("--since", str(tmp_path / "monday.json"))
     assert "50 tokens, 125.0 a second for 83.3 without drafts" in report(*since)
     old = {"http://elsewhere:1": {"state": {"tokens": 1, "timed_seconds": 1.0, "plain_seconds": 1.0}}}
-    (tmp_path / "monday.json").write_text(json.dumps(old))  # of a release that did not count timed tokens
+    (tmp_path / "monday.json").write_text(json.dumps(old))  # an older release wrote it
     ended = CliRunner().invoke(app, ["report", "--url", recorded.url, *since])
     assert "is no output of" in str(ended.exception)
     old["http://elsewhere:1"]["state"]["timed_tokens"] = 1

@@ -187,7 +187,7 @@ def test_a_route_gets_its_body_and_its_call(monkeypatch: pytest.MonkeyPatch, pat
 
 def test_other_routes_and_servers_without_us_have_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
     app = App(monkeypatch)
-    earlier = CURRENT.set(Call("chat"))  # of a connection's last request: the next one has its context
+    earlier = CURRENT.set(Call("chat"))  # a connection's last request; the next one has its context
     app.client.post("/v1/embeddings", json={"custom_params": 7})
     CURRENT.reset(earlier)
     app.client.post("/generate", json={"custom_params": 7})

@@ -291,8 +291,8 @@ def _replace(path: Path, header: bytes, lines: Sequence[bytes]) -> None:
 
 
 def prune(directory: Path, settings: Spooling, now: float) -> int:
-    """Drop what a killed writer left, files that are too old, and beyond the bytes those of a clock that was ahead, and
-    then the oldest: bytes that are left.
+    """Drop a killed writer's files and old ones; beyond the bytes, those of a clock that was ahead, then the oldest.
+    Returns the bytes that are left.
 
     The caller has `locked` the directory. Raises OSError.
     """
@@ -315,7 +315,7 @@ def forget_samples(directory: Path, handle: int | None) -> None:
         drop_staged(directory)
         for file in files_of(directory):
             kept = False
-            with suppress(OSError):  # of another user, or a full disk
+            with suppress(OSError):  # another user's file, or a full disk
                 kept = handle is not None and _without(file.path, handle)
             if not kept:
                 file.path.unlink(missing_ok=True)

@@ -139,7 +139,7 @@ def serve(
             "(CUDA_VISIBLE_DEVICES=)"
         )
     threads = {"OMP_NUM_THREADS": hardware.threads} if hardware.threads else {}
-    with patch_environment(**threads):  # of the processes that are started in here
+    with patch_environment(**threads):  # the processes that it starts inherit them
         engine = OfflineEngine(
             path,
             capture,

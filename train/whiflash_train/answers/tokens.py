@@ -32,7 +32,7 @@ _FIELDS |= {"looped": "looped", "finished": "finished"}
 def export_tokens(stores: Sequence[FeatureStore], path: Path) -> int:
     """Write every stored sequence, one a prompt, to a compressed .npz; returns the number of tokens.
 
-    Arrays: `tokens` (uint16 where the ids fit, else int32), and those of `_FIELDS`.
+    Arrays: `tokens` (uint16 if the ids fit, else int32), and the keys of `_FIELDS`.
     """
     records = unique_answers(stores)
     columns: dict[str, Any] = {

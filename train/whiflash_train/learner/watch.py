@@ -109,7 +109,7 @@ class Watch:
         self._asked(lambda: guard.switch(number))
 
     def _asked(self, ask: Callable[[], T]) -> T | None:
-        """Answer of the server; None, which is said, if it cannot be used: a pass under way goes on."""
+        """Answer of the server; None if it cannot be used, which is reported: a pass under way goes on."""
         try:
             answer = ask()
         except NOT_AS_WRITTEN as error:
